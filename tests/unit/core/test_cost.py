@@ -1,0 +1,108 @@
+"""Cost tables: interpolation, fitting, correction, garbage, and speed."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
+from smart_decoding.core.paper_costs import PaperCosts
+
+STAIRCASE = {1: 10.0, 4: 10.0, 5: 25.0, 6: 20.0, 8: 20.0}
+
+
+def truth(batch: int, rows: int, context: float) -> float:
+    return 0.02 + 0.001 * rows + 1e-8 * rows * context + 4e-7 * batch * context
+
+
+def samples() -> list[VerifySample]:
+    grid = [(b, b * r, c) for b in (1, 4) for r in (1, 2, 4, 8, 16) for c in (64, 1024)]
+    return [VerifySample(b, r, c, truth(b, r, c)) for b, r, c in grid]
+
+
+def test_explicit_table_is_taken_as_it_is() -> None:
+    cost = CostModel.from_table({1: STAIRCASE}, {1: 1.0, 2: 3.0})
+    np.testing.assert_allclose(cost.verify_seconds(1, [1, 2, 4, 5, 6, 7], 100), [10, 10, 10, 25, 20, 20])
+    np.testing.assert_allclose(cost.draft_seconds([1, 2], 100), [1, 3])
+
+
+def test_extrapolates_linearly_beyond_the_last_row() -> None:
+    cost = CostModel.from_table({1: {1: 1.0, 10: 10.0}})
+    np.testing.assert_allclose(cost.verify_seconds(1, [20, 3000], 0), [20, 3000])
+
+
+def test_batch_is_interpolated_in_log_space_and_held_outside() -> None:
+    cost = CostModel.from_table({1: {8: 1.0}, 4: {8: 3.0}})
+    assert [float(cost.verify_seconds(b, 8, 0)) for b in (1, 2, 4, 9)] == pytest.approx([1, 2, 3, 3])
+
+
+def test_curve_is_verify_seconds_over_consecutive_rows() -> None:
+    cost = CostModel.fit(samples()).corrected(VerifySample(2, 9, 300, 0.07))
+    curve = cost.verify_curve(2, 3, 700, 300)
+    np.testing.assert_allclose(curve, cost.verify_seconds(2, np.arange(3, 703), 300))
+
+
+def test_fit_recovers_rows_batch_and_context() -> None:
+    cost = CostModel.fit(samples())
+    for batch, rows, context in ((1, 3, 500), (4, 24, 2000), (1, 16, 0)):
+        assert float(cost.verify_seconds(batch, rows, context)) == pytest.approx(truth(batch, rows, context), rel=0.02)
+
+
+@given(st.lists(st.floats(0.001, 1.0), min_size=2, max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_fit_is_monotone_in_rows(seconds: list[float]) -> None:
+    cost = CostModel.fit([VerifySample(1, 2 * i + 1, 0, s) for i, s in enumerate(seconds)])
+    assert (np.diff(cost.verify_seconds(1, np.arange(1, 40), 0)) >= -1e-12).all()
+
+
+def test_garbage_falls_back_to_the_default() -> None:
+    bad = [VerifySample(1, 4, 10, math.nan), VerifySample(0, 4, 10, 1.0), DraftSample(2, 10, 0.0)]
+    default = CostModel.default().verify_seconds(1, [1, 50], 10)
+    for cost in (CostModel.fit([]), CostModel.fit(bad, overhead_seconds=math.nan)):
+        np.testing.assert_array_equal(cost.verify_seconds(1, [1, 50], 10), default)
+    cost = CostModel.default()
+    assert all(cost.corrected(sample) is cost for sample in bad)
+
+
+def test_correction_learns_shape_and_speed() -> None:
+    cost = CostModel.from_table({1: {1: 1.0, 64: 1.0}}, {1: 0.1, 8: 0.1})
+    for _ in range(400):
+        for rows, seconds in ((1, 2.0), (16, 6.0)):
+            cost = cost.corrected(VerifySample(1, rows, 0, seconds))
+        cost = cost.corrected(DraftSample(4, 0, 0.3))
+    assert float(cost.verify_seconds(1, 1, 0)) == pytest.approx(2.0, rel=0.03)
+    assert float(cost.verify_seconds(1, 16, 0)) == pytest.approx(6.0, rel=0.03)
+    assert float(cost.draft_seconds(4, 0)) == pytest.approx(0.3, rel=0.03)
+
+
+def test_one_outlier_moves_little_and_a_new_speed_is_followed() -> None:
+    cost = CostModel.from_table({1: {1: 1.0, 64: 2.0}})
+    for _ in range(100):
+        cost = cost.corrected(VerifySample(1, 8, 0, 1.1))
+    before = float(cost.verify_seconds(1, 8, 0))
+    assert float(cost.corrected(VerifySample(1, 8, 0, 100.0)).verify_seconds(1, 8, 0)) < 1.1 * before
+    for _ in range(40):
+        cost = cost.corrected(VerifySample(1, 8, 0, 2 * before))
+    assert float(cost.verify_seconds(1, 8, 0)) == pytest.approx(2 * before, rel=0.05)
+    assert float(cost.verify_seconds(1, 50, 0)) > 2.5  # the shared speed reaches rows that were never timed
+
+
+def test_dict_round_trip() -> None:
+    cost = CostModel.fit([*samples(), DraftSample(1, 10, 0.001), DraftSample(8, 10, 0.002)], overhead_seconds=1e-4)
+    again = CostModel.from_dict(cost.to_dict())
+    assert again.to_dict() == cost.to_dict()
+    assert again.overhead_seconds == 1e-4
+    with pytest.raises((KeyError, ValueError)):
+        CostModel.from_dict({"verify": {}})
+
+
+def test_paper_families_fit_their_own_curves() -> None:
+    nodes = np.array([1.0, 4, 8, 16, 32, 64])
+    verify = 0.02 * np.expm1(0.05 * nodes**0.9)
+    exact = PaperCosts.fit(nodes, 0.001 * nodes, verify, offsets=False)
+    assert [exact.seconds(int(n)) for n in nodes] == pytest.approx(list(0.001 * nodes + verify), rel=0.02)
+    shifted = PaperCosts.fit(nodes, 0.001 * nodes + 0.002, verify + 0.02, offsets=True)
+    assert [shifted.seconds(int(n)) for n in nodes] == pytest.approx(list(0.001 * nodes + verify + 0.022), rel=0.02)
+    assert exact.slope(16) == pytest.approx((exact.seconds(17) - exact.seconds(15)) / 2, rel=0.02)
