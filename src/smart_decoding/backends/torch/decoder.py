@@ -1,0 +1,147 @@
+"""One decoder for the Llama family: rows in, logits and tapped hidden states out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smart_decoding.backends.torch import kernels
+from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.kernels import Arena, packed_rows
+from smart_decoding.backends.torch.layers import (
+    Context,
+    KVCache,
+    Layer,
+    LayerWeights,
+    Linear,
+    NativeLayer,
+    TorchLayer,
+)
+from smart_decoding.backends.torch.rows import ForwardInput
+
+
+@dataclass
+class ForwardOutput:
+    """logits: [wanted rows, vocab]; taps: [rows, taps * hidden], the residual streams after the tapped layers, or None."""
+
+    logits: Tensor
+    taps: Tensor | None
+
+
+def use_native(config: ModelConfig, device: torch.device) -> bool:
+    """Whether the CPU kernels serve this model."""
+    fits = config.head_dim in kernels.HEAD_DIMS and config.hidden % 2 == 0 and config.ffn % 2 == 0
+    return device.type == "cpu" and fits and kernels.build.unavailable() is None
+
+
+def layer_weights(
+    config: ModelConfig, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype, device: torch.device
+) -> LayerWeights:
+    """Collects and stacks one layer's tensors from a checkpoint in Hugging Face's names."""
+
+    def get(name: str) -> Tensor:
+        return weights[prefix + name].to(device=device, dtype=dtype)
+
+    qkv = [f"self_attn.{name}_proj" for name in "qkv"]
+    return LayerWeights(
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_eps,
+        qkv=torch.cat([get(f"{name}.weight") for name in qkv]),
+        output=get("self_attn.o_proj.weight"),
+        gate=get("mlp.gate_proj.weight"),
+        up=get("mlp.up_proj.weight"),
+        down=get("mlp.down_proj.weight"),
+        input_norm=get("input_layernorm.weight"),
+        post_norm=get("post_attention_layernorm.weight"),
+        qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
+        output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,
+        q_norm=get("self_attn.q_norm.weight") if config.qk_norm else None,
+        k_norm=get("self_attn.k_norm.weight") if config.qk_norm else None,
+    )
+
+
+class RotaryTable:
+    """cos and sin for every position: [positions, head_dim / 2] float32."""
+
+    def __init__(self, config: ModelConfig, positions: int, device: torch.device) -> None:
+        inverse, factor = config.inverse_frequencies()
+        angles = torch.arange(positions).float()[:, None] * torch.from_numpy(inverse).float()
+        self._cosine, self._sine = (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+
+    def at(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        return self._cosine[position], self._sine[position]
+
+
+class Decoder:
+    """A Llama-family model with its KV cache.
+
+    dtype is that of weights and cache. On the CPU kernels activations and sums are float32 whatever the dtype."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        pages: int,
+        positions: int,
+        native: bool | None = None,
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.native = use_native(config, device) if native is None else native
+        self.work_dtype = torch.float32 if self.native else dtype
+        arena = None
+        self._layers: list[Layer] = []
+        for i in range(config.layers):
+            w = layer_weights(config, weights, f"model.layers.{i}.", dtype, device)
+            if not self.native:
+                self._layers.append(TorchLayer(w))
+                continue
+            if arena is None:
+                head = packed_rows(config.vocab) * config.hidden
+                arena = Arena(w.elements() * config.layers + head, dtype)
+            self._layers.append(NativeLayer(w, arena))
+        embedding = weights["model.embed_tokens.weight"].to(device=device, dtype=dtype)
+        head = embedding if config.tie_embeddings else weights["lm_head.weight"].to(device=device, dtype=dtype)
+        norm = weights["model.norm.weight"].to(device=device, dtype=dtype)
+        self.head = Linear(head, self.native, arena, norm, config.rms_eps)
+        self._embedding = None if config.tie_embeddings else embedding
+        self.final_norm = norm
+        self.rotary = RotaryTable(config, positions, device)
+        self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device)
+
+    def embed(self, token: Tensor) -> Tensor:
+        """Token embeddings [n, hidden] in the working dtype."""
+        rows = self.head.rows_of(token) if self._embedding is None else self._embedding[token]
+        return rows.to(self.work_dtype)
+
+    def context(self, rows: ForwardInput, layer: Layer | None = None) -> Context:
+        """What all layers share; `layer` (default: the first) gives the sizes of the working memory."""
+        position = torch.from_numpy(rows.position).to(self.device)
+        cosine, sine = self.rotary.at(position)
+        if not self.native:
+            return Context(rows, cosine, sine)
+        first = layer or self._layers[0]
+        assert isinstance(first, NativeLayer)
+        scratch, keep = NativeLayer.scratch(len(rows), first.struct)
+        return Context(rows, cosine, sine, rows.native(cosine, sine), scratch, keep)
+
+    @torch.inference_mode()
+    def forward(self, rows: ForwardInput, taps: tuple[int, ...] = ()) -> ForwardOutput:
+        """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
+        x = self.embed(torch.from_numpy(rows.token).to(self.device))
+        context = self.context(rows)
+        tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
+        columns = dict(zip(taps, range(0, len(taps) * self.config.hidden, self.config.hidden), strict=True))
+        for i, layer in enumerate(self._layers):
+            layer(x, context, self.kv.keys[i], self.kv.values[i])
+            if tapped is not None and i + 1 in columns:
+                at = columns[i + 1]
+                tapped[:, at : at + self.config.hidden] = x
+        wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]
+        return ForwardOutput(self.head(wanted).float(), tapped)

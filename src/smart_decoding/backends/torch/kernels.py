@@ -1,0 +1,178 @@
+"""The CPU kernels as Python functions. Tensors are contiguous, float32 where not said otherwise, and live on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from smart_decoding.backends.torch.native import build
+
+PAGE = 16
+HEAD_DIMS = (16, 32, 64, 96, 128)
+
+
+class RowsStruct(Structure):
+    """`Rows` of kernels.cpp; filled by rows.ForwardInput.native()."""
+
+    _fields_ = [
+        ("rows", c_int32),
+        ("groups", c_int32),
+        *((name, c_void_p) for name in ("group_row", "group_pages", "pages", "slot", "direct", "extra_at", "extra")),
+        ("cosine", c_void_p),
+        ("sine", c_void_p),
+    ]
+
+
+class LayerStruct(Structure):
+    """`Layer` of kernels.cpp."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("hidden", "input", "heads", "kv_heads", "head_dim", "ffn")),
+        ("eps", c_float),
+        *((n, c_void_p) for n in ("input_norm", "q_norm", "k_norm", "qkv_bias", "output_bias", "post_norm")),
+        *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down")),
+    ]
+
+
+class ScratchStruct(Structure):
+    _fields_ = [(name, c_void_p) for name in ("normed", "qkv", "attention", "ffn")]
+
+
+def _lib() -> ctypes.CDLL:
+    lib = build.library()
+    if not getattr(lib, "_typed", False):
+        lib.smart_packed_rows.restype = c_int64
+        lib.smart_packed_rows.argtypes = [c_int64]
+        lib.smart_pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int32]
+        lib.smart_linear.argtypes = [
+            *(c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_float),
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32),
+        ]
+        lib.smart_layer.argtypes = [
+            *(POINTER(LayerStruct), POINTER(RowsStruct), c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
+            *(POINTER(ScratchStruct), c_int32, c_int32, c_int32),
+        ]
+        lib.smart_move_kv.argtypes = [
+            *(c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int32),
+        ]
+        lib.smart_argmax.argtypes = [c_void_p, c_int32, c_int64, c_void_p, c_int32]
+        lib.smart_top_k.argtypes = [c_void_p, c_int32, c_int64, c_int32, c_float, c_void_p, c_void_p, c_int32]
+        lib.smart_rms_norm.argtypes = [c_void_p, c_void_p, c_float, c_int32, c_int64, c_void_p, c_int64]
+        lib._typed = True  # type: ignore[attr-defined]
+    return lib
+
+
+def vector_width() -> int:
+    return int(_lib().smart_vector_width())
+
+
+class Arena:
+    """One block of memory for all packed weights, on huge pages where the kernel grants them (TLB misses cost 20 %)."""
+
+    HUGE = 2 << 20
+
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+        size = torch.empty((), dtype=dtype).element_size()
+        block = torch.empty(elements + 2 * self.HUGE // size, dtype=dtype)
+        start = (-block.data_ptr() % self.HUGE) // size
+        self._free = block[start : start + elements]
+        length = elements * size // self.HUGE * self.HUGE
+        if length:
+            madvise = ctypes.CDLL(None).madvise  # 14 = MADV_HUGEPAGE; only advice, so the result does not matter
+            madvise(c_void_p(self._free.data_ptr()), ctypes.c_size_t(length), 14)
+
+    def take(self, elements: int) -> Tensor:
+        tensor, self._free = self._free[:elements], self._free[elements:]
+        return tensor
+
+
+def packed_rows(n: int) -> int:
+    """Rows of a packed weight: n rounded up to whole panels."""
+    return int(_lib().smart_packed_rows(n))
+
+
+def pack(weight: Tensor, out: Tensor) -> Tensor:
+    """Packs weight [n, k] (bf16 or fp32, k even) into `out` [packed_rows(n) * k]."""
+    n, k = weight.shape
+    weight = weight.contiguous()
+    _lib().smart_pack(weight.data_ptr(), n, k, out.data_ptr(), weight.dtype == torch.bfloat16)
+    return out
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    n: int,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns [rows, n]."""
+    rows, k = x.shape
+    y = torch.empty(rows, n) if out is None else out
+    scratch = torch.empty(rows, k) if norm is not None else None
+    _lib().smart_linear(
+        x.data_ptr(), rows, packed.data_ptr(), n, k, packed.dtype == torch.bfloat16, pointer(norm), eps,
+        pointer(bias), pointer(scratch), y.data_ptr(), n, 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def layer(
+    weights: LayerStruct,
+    rows: RowsStruct,
+    inputs: Tensor | None,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scratch: ScratchStruct,
+    bf16: bool,
+) -> None:
+    """One decoder layer in place on x [rows, hidden], writing the rows' keys and values to the cache."""
+    status = _lib().smart_layer(
+        byref(weights), byref(rows), pointer(inputs), x.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        keys.shape[1], byref(scratch), bf16, keys.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        raise RuntimeError("the CPU kernels do not support this layer")
+
+
+def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copies cache slots source[i] -> target[i] (int32) in every plane of keys/values [..., pages, head_dim, PAGE]."""
+    pages, head_dim = keys.shape[-3], keys.shape[-2]
+    planes = keys.numel() // (pages * head_dim * PAGE)
+    _lib().smart_move_kv(
+        keys.data_ptr(), values.data_ptr(), planes, pages, head_dim, keys.element_size(), source.data_ptr(),
+        target.data_ptr(), len(source),
+    )  # fmt: skip
+
+
+def argmax(x: Tensor) -> Tensor:
+    """First index of the largest entry of each row of x [rows, n]: int64 [rows]."""
+    out = torch.empty(len(x), dtype=torch.int64)
+    _lib().smart_argmax(x.data_ptr(), len(x), x.shape[1], out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def top_k(x: Tensor, k: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Ids (int64) and probabilities softmax(x * scale) of the k largest entries of each row: [rows, k] each."""
+    ids, probs = torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k)
+    _lib().smart_top_k(
+        x.data_ptr(), len(x), x.shape[1], k, scale, ids.data_ptr(), probs.data_ptr(), torch.get_num_threads()
+    )
+    return ids, probs
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, column: int = 0) -> None:
+    """rms_norm of x [rows, d] into columns column .. column + d of out [rows, width]."""
+    _lib().smart_rms_norm(
+        x.data_ptr(), weight.data_ptr(), eps, len(x), x.shape[1], out.data_ptr() + 4 * column, out.shape[1]
+    )
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,242 @@
+"""Decoder layers and linear maps, each in two forms: the CPU kernels, and torch (CUDA, or a CPU without a compiler)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smart_decoding.backends.torch import kernels
+from smart_decoding.backends.torch.kernels import PAGE, Arena, LayerStruct, RowsStruct, ScratchStruct
+from smart_decoding.backends.torch.rows import ForwardInput
+
+
+@dataclass
+class LayerWeights:
+    """One Llama-style layer under its usual names. Matrices are [out, in]; q, k, v stacked; gate and up apart.
+
+    `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which then has no input_norm.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    qkv: Tensor
+    output: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    post_norm: Tensor
+    input_norm: Tensor | None = None
+    qkv_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+    @property
+    def hidden(self) -> int:
+        return int(self.output.shape[0])
+
+    def elements(self) -> int:
+        """Elements of the packed matrices."""
+        rows = [len(self.qkv), len(self.output), 2 * len(self.gate), len(self.down)]
+        widths = [self.qkv.shape[1], self.output.shape[1], self.gate.shape[1], self.down.shape[1]]
+        lanes = kernels.vector_width()
+        return sum(
+            kernels.packed_rows(r + (-r) % (2 * lanes)) * w for r, w in zip(rows, widths, strict=True)
+        )
+
+
+@dataclass
+class KVCache:
+    """Keys [layers, kv_heads, pages, head_dim, PAGE] and values [layers, kv_heads, pages, PAGE, head_dim].
+
+    A page's 16 keys lie next to each other for each dimension, so that one vector load serves 16 positions."""
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def empty(
+        cls, layers: int, kv_heads: int, pages: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        shape = (layers, kv_heads, pages)
+        return cls(
+            torch.zeros(*shape, head_dim, PAGE, dtype=dtype, device=device),
+            torch.zeros(*shape, PAGE, head_dim, dtype=dtype, device=device),
+        )
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copies slots source[i] -> target[i] (int32, on the CPU) in every layer; targets never precede sources."""
+        if self.keys.device.type == "cpu" and kernels.build.unavailable() is None:
+            kernels.move_kv(self.keys, self.values, source, target)
+            return
+        s, t = source.long().to(self.keys.device), target.long().to(self.keys.device)
+        self.keys[..., t // PAGE, :, t % PAGE] = self.keys[..., s // PAGE, :, s % PAGE]
+        self.values[..., t // PAGE, t % PAGE, :] = self.values[..., s // PAGE, s % PAGE, :]
+
+
+@dataclass
+class Context:
+    """What every layer of one forward shares: rows, rotary tables [rows, head_dim / 2], and either form's extras."""
+
+    rows: ForwardInput
+    cosine: Tensor
+    sine: Tensor
+    native: RowsStruct | None = None
+    scratch: ScratchStruct | None = None
+    keep: list[Tensor] = field(default_factory=list)  # owners of the memory that scratch points to
+
+
+class Layer(Protocol):
+    def __call__(self, x: Tensor, context: Context, keys: Tensor, values: Tensor, inputs: Tensor | None = None) -> None:
+        """Updates x [rows, hidden] in place and writes the rows' keys and values to one layer's cache."""
+
+
+class NativeLayer:
+    """A layer on the CPU kernels: packed weights, float32 activations."""
+
+    def __init__(self, w: LayerWeights, arena: Arena) -> None:
+        self._bf16 = w.qkv.dtype == torch.bfloat16
+        vectors = {
+            name: None if getattr(w, name) is None else getattr(w, name).float().contiguous()
+            for name in ("input_norm", "q_norm", "k_norm", "qkv_bias", "output_bias", "post_norm")
+        }
+        matrices = [self._pack(m, arena) for m in (w.qkv, w.output, self._interleaved(w.gate, w.up), w.down)]
+        self._keep = (*vectors.values(), *matrices)
+        self._struct = LayerStruct(
+            *(w.hidden, w.qkv.shape[1], w.heads, w.kv_heads, w.head_dim, len(w.gate), w.eps),
+            *(kernels.pointer(v) for v in vectors.values()),
+            *(m.data_ptr() for m in matrices),
+        )
+
+    @staticmethod
+    def _pack(matrix: Tensor, arena: Arena) -> Tensor:
+        return kernels.pack(matrix, arena.take(kernels.packed_rows(len(matrix)) * matrix.shape[1]))
+
+    @staticmethod
+    def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
+        """Rows alternating in blocks of one vector: gate, up, gate, up, ... (the kernel multiplies them in registers)."""
+        lanes = kernels.vector_width()
+        pad = (-len(gate)) % lanes
+        blocks = [F.pad(m, (0, 0, 0, pad)).view(-1, lanes, m.shape[1]) for m in (gate, up)]
+        return torch.stack(blocks, dim=1).view(-1, gate.shape[1])
+
+    def __call__(self, x: Tensor, context: Context, keys: Tensor, values: Tensor, inputs: Tensor | None = None) -> None:
+        assert context.native is not None and context.scratch is not None
+        kernels.layer(self._struct, context.native, inputs, x, keys, values, context.scratch, self._bf16)
+
+    @staticmethod
+    def scratch(rows: int, weights: LayerStruct) -> tuple[ScratchStruct, list[Tensor]]:
+        """Working memory for `rows` rows."""
+        width = (weights.heads + 2 * weights.kv_heads) * weights.head_dim
+        sizes = (weights.hidden, width, weights.heads * weights.head_dim, weights.ffn)
+        tensors = [torch.empty(rows, size) for size in sizes]
+        return ScratchStruct(*(t.data_ptr() for t in tensors)), tensors
+
+    @property
+    def struct(self) -> LayerStruct:
+        return self._struct
+
+
+class TorchLayer:
+    """The same layer in plain torch: the reference, and the path for CUDA. Works in the weights' dtype."""
+
+    def __init__(self, w: LayerWeights) -> None:
+        self._w = w
+        self._gate_up = torch.cat((w.gate, w.up))
+
+    def __call__(self, x: Tensor, context: Context, keys: Tensor, values: Tensor, inputs: Tensor | None = None) -> None:
+        w = self._w
+        normed = inputs if inputs is not None else rms_norm(x, w.input_norm, w.eps)
+        attended = self._attend(F.linear(normed, w.qkv, w.qkv_bias), context, keys, values)
+        x += F.linear(attended, w.output, w.output_bias)
+        gate, up = F.linear(rms_norm(x, w.post_norm, w.eps), self._gate_up).chunk(2, dim=-1)
+        x += F.linear(F.silu(gate) * up, w.down)
+
+    def _attend(self, qkv: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of all rows over the cache, their own keys and values included: [rows, heads * head_dim]."""
+        w, rows = self._w, len(qkv)
+        q, k, v = qkv.view(rows, -1, w.head_dim).split((w.heads, w.kv_heads, w.kv_heads), dim=1)
+        if w.q_norm is not None:
+            q, k = rms_norm(q, w.q_norm, w.eps), rms_norm(k, w.k_norm, w.eps)
+        q, k = rotate(q, context), rotate(k, context)
+        slot = torch.from_numpy(context.rows.slot).long().to(qkv.device)
+        keys[:, slot // PAGE, :, slot % PAGE] = k.to(keys.dtype)
+        values[:, slot // PAGE, slot % PAGE] = v.transpose(0, 1).to(values.dtype)
+        gathered = context.rows.gathered
+        at, query = gathered.keys.to(qkv.device), gathered.query.to(qkv.device)
+        groups, longest = gathered.shape
+        padded = q.new_zeros(groups * longest, w.heads, w.head_dim)
+        padded[query] = q
+        out = F.scaled_dot_product_attention(
+            padded.view(groups, longest, w.heads, w.head_dim).transpose(1, 2),
+            keys[:, at // PAGE, :, at % PAGE].permute(0, 2, 1, 3).to(q.dtype),  # [groups, k, kv, hd] -> below
+            values[:, at // PAGE, at % PAGE].transpose(0, 1).to(q.dtype),
+            attn_mask=gathered.mask.to(qkv.device)[:, None],
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2).reshape(groups * longest, -1)[query]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, computed in float32."""
+    if weight is None:
+        return x
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def rotate(x: Tensor, context: Context) -> Tensor:
+    """Rotary embedding of x [rows, heads, head_dim], half-split layout."""
+    cosine, sine = context.cosine[:, None].to(x.dtype), context.sine[:, None].to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+
+
+class Linear:
+    """y = x W^T + b for W [out, in], optionally with an RMS norm before it."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        native: bool,
+        arena: Arena | None = None,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        bias: Tensor | None = None,
+    ) -> None:
+        self.rows, self._native, self._eps = len(weight), native, eps
+        self._norm, self._bias = norm, bias
+        if not native:
+            self._weight = weight
+            return
+        size = kernels.packed_rows(len(weight)) * weight.shape[1]
+        self._weight = kernels.pack(weight, (arena or Arena(size, weight.dtype)).take(size))
+        self._norm = None if norm is None else norm.float().contiguous()
+        self._bias = None if bias is None else bias.float().contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype."""
+        if self._native:
+            return kernels.linear(x, self._weight, self.rows, self._norm, self._eps, self._bias)
+        return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self._bias)
+
+    def rows_of(self, index: Tensor) -> Tensor:
+        """The weight's rows at `index` [n]: [n, in]. Serves tied embeddings without a second copy."""
+        if not self._native:
+            return self._weight[index]
+        lanes = 2 * kernels.vector_width()
+        step = 2 if self._weight.dtype == torch.bfloat16 else 1
+        k = self._weight.numel() // kernels.packed_rows(self.rows)
+        panels = self._weight.view(-1, k // step, lanes, step)
+        return panels[index // lanes, :, index % lanes].reshape(len(index), k)

@@ -1,0 +1,537 @@
+// CPU kernels: what a small decoder needs so that one token costs no more than reading its weights once.
+//
+// Weights are bf16 (or fp32), activations and sums are fp32 on every machine. Each output is summed in one fixed order
+// that depends neither on how many rows the forward has nor on where a key lies in memory: a row's result is bitwise
+// the same alone, in a batch, in a chunk of a prompt and as a node of a draft tree.
+//
+// Compiled at first use by native/build.py with -O3 -march=native -fopenmp; plain C interface, called through ctypes.
+// GCC vector extensions only, no intrinsics: AVX-512, AVX2 and NEON from one text.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+#if defined(__AVX512F__)
+constexpr int VW = 16, MAX_ROWS = 12;  // lanes of a vector; rows that share one pass over a panel of weights
+#elif defined(__AVX2__)
+constexpr int VW = 8, MAX_ROWS = 6;
+#else
+constexpr int VW = 4, MAX_ROWS = 8;
+#endif
+constexpr int PANEL = 2 * VW;  // output columns of a packed panel
+constexpr int PAGE = 16;       // positions of a KV page
+constexpr int CHUNK = 64;      // positions per step of the online softmax
+constexpr int AHEAD = 6144;    // bytes of weights to prefetch ahead: hardware prefetch alone leaves a third of the bandwidth
+
+typedef float vf __attribute__((vector_size(4 * VW)));
+typedef uint32_t vu __attribute__((vector_size(4 * VW)));
+typedef int32_t vi __attribute__((vector_size(4 * VW)));
+typedef float pf __attribute__((vector_size(4 * PAGE)));  // one value for each position of a page
+typedef int32_t pi __attribute__((vector_size(4 * PAGE)));
+typedef uint32_t pu __attribute__((vector_size(4 * PAGE)));
+typedef uint16_t ph __attribute__((vector_size(2 * PAGE)));
+typedef uint16_t bf16;
+
+static inline float to_f32(float v) { return v; }
+static inline float to_f32(bf16 v) { uint32_t u = uint32_t(v) << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline void from_f32(float v, float* out) { *out = v; }
+static inline void from_f32(float v, bf16* out) {  // round to nearest even
+    uint32_t u; memcpy(&u, &v, 4);
+    *out = bf16((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+template <class V> static inline V loadu(const void* p) { V v; memcpy(&v, p, sizeof v); return v; }
+template <class V> static inline void storeu(void* p, V v) { memcpy(p, &v, sizeof v); }
+static inline pf load_page(const float* p) { return loadu<pf>(p); }
+static inline pf load_page(const bf16* p) { return (pf)(__builtin_convertvector(loadu<ph>(p), pu) << 16); }
+
+// exp(x) for x < 88, relative error about 1e-7; -inf gives 0.
+template <class F, class I> static inline F vexp(F x) {
+    const F lo = F{} - 87.0f, hi = F{} + 88.0f;
+    I below = x < lo;
+    x = below ? lo : x;
+    x = x > hi ? hi : x;
+    F n = x * 1.44269504f;
+    F shifted = n + 12582912.0f;  // rounds to an integer in the low mantissa bits
+    F k = shifted - 12582912.0f;
+    F r = x - k * 0.693359375f;
+    r = r + k * 2.12194440e-4f;
+    F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    I e = (((I)shifted) << 23) + (I)p;  // multiply by 2^k in the exponent; the shifted constant has zero low bits
+    F y = (F)e;
+    return below ? y - y : y;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- linear
+
+// A packed weight [n, k]: panels of PANEL columns. bf16: for each pair of k, PANEL columns of (even, odd); fp32: for
+// each k, PANEL columns.
+template <class W> struct Panel;
+template <> struct Panel<bf16> {
+    template <int R> static inline void run(const float* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
+        for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
+            __builtin_prefetch(w + AHEAD / 2, 0, 3);
+            if (PANEL > 16) __builtin_prefetch(w + AHEAD / 2 + PANEL, 0, 3);
+            vu a = loadu<vu>(w), b = loadu<vu>(w + PANEL);
+            vf a0 = (vf)(a << 16), b0 = (vf)(b << 16);
+            vf a1 = (vf)(a & 0xffff0000u), b1 = (vf)(b & 0xffff0000u);
+            for (int r = 0; r < R; r++) {
+                float x0 = x[r * ld + i];
+                acc[r][0] += a0 * x0;
+                acc[r][1] += b0 * x0;
+            }
+            for (int r = 0; r < R; r++) {
+                float x1 = x[r * ld + i + 1];
+                acc[r][0] += a1 * x1;
+                acc[r][1] += b1 * x1;
+            }
+        }
+    }
+};
+template <> struct Panel<float> {
+    template <int R> static inline void run(const float* x, int64_t ld, const float* w, int64_t k, vf (&acc)[R][2]) {
+        for (int64_t i = 0; i < k; i++, w += PANEL) {
+            __builtin_prefetch(w + AHEAD / 4, 0, 3);
+            if (PANEL > 16) __builtin_prefetch(w + AHEAD / 4 + VW, 0, 3);
+            vf a = loadu<vf>(w), b = loadu<vf>(w + VW);
+            for (int r = 0; r < R; r++) {
+                float xi = x[r * ld + i];
+                acc[r][0] += a * xi;
+                acc[r][1] += b * xi;
+            }
+        }
+    }
+};
+
+template <int R, class W, class Epilogue>
+static inline void block(const float* x, int64_t ld, const W* w, int64_t k, int64_t column, int row, Epilogue&& done) {
+    vf acc[R][2] = {};
+    Panel<W>::template run<R>(x + row * ld, ld, w, k, acc);
+    for (int r = 0; r < R; r++) done(row + r, column, acc[r][0], acc[r][1]);
+}
+
+// y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives each result.
+template <class W, class Epilogue>
+static void gemm(const float* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
+    int64_t panels = (n + PANEL - 1) / PANEL;
+    int threads = omp_get_num_threads(), me = omp_get_thread_num();
+    int64_t first = panels * me / threads, last = panels * (me + 1) / threads;
+    int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int64_t p = first; p < last; p++) {
+        const W* wp = w + p * PANEL * k;
+        int64_t column = p * PANEL;
+        for (int b = 0; b < blocks; b++) {
+            int row = int(int64_t(rows) * b / blocks), size = int(int64_t(rows) * (b + 1) / blocks) - row;
+            switch (size) {
+#define CASE(R) case R: if constexpr (R <= MAX_ROWS) block<R>(x, ld, wp, k, column, row, done); break;
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#undef CASE
+            }
+        }
+    }
+}
+
+static void rms_norm_row(const float* x, const float* weight, float eps, int64_t d, float* out) {
+    vf sum = {};
+    int64_t i = 0;
+    for (; i + VW <= d; i += VW) { vf v = loadu<vf>(x + i); sum += v * v; }
+    float s = 0;
+    for (int j = 0; j < VW; j++) s += sum[j];
+    for (; i < d; i++) s += x[i] * x[i];
+    float scale = 1.0f / std::sqrt(s / float(d) + eps);
+    for (i = 0; i + VW <= d; i += VW) storeu(out + i, loadu<vf>(x + i) * scale * loadu<vf>(weight + i));
+    for (; i < d; i++) out[i] = x[i] * scale * weight[i];
+}
+
+// Rows are shared out among the threads of the running team; the caller places the barrier.
+static void rms_norm_rows(const float* x, const float* weight, float eps, int rows, int64_t d, float* out) {
+    #pragma omp for schedule(static) nowait
+    for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * d);
+}
+
+static inline void store_columns(float* y, const float* bias, int64_t column, int64_t n, vf low, vf high, bool add) {
+    if (column + PANEL <= n) {
+        if (bias) { low += loadu<vf>(bias + column); high += loadu<vf>(bias + column + VW); }
+        if (add) { low += loadu<vf>(y + column); high += loadu<vf>(y + column + VW); }
+        storeu(y + column, low);
+        storeu(y + column + VW, high);
+        return;
+    }
+    for (int j = 0; j < PANEL && column + j < n; j++) {
+        float v = j < VW ? low[j] : high[j - VW];
+        if (bias) v += bias[column + j];
+        y[column + j] = add ? y[column + j] + v : v;
+    }
+}
+
+template <class W>
+__attribute__((noinline)) static void linear_rows(const float* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, const float* bias,
+                        float* y, int64_t ldy, bool add) {
+    gemm(x, ld, rows, w, n, k, [=](int row, int64_t column, vf low, vf high) {
+        store_columns(y + row * ldy, bias, column, n, low, high, add);
+    });
+}
+
+// out = silu(x gate^T) * (x up^T); gate and up are interleaved by VW columns: one panel yields VW finished values.
+template <class W>
+__attribute__((noinline)) static void gated_rows(const float* x, int rows, const W* w, int64_t ffn, int64_t k, float* out) {
+    gemm(x, k, rows, w, 2 * ((ffn + VW - 1) / VW * VW), k, [=](int row, int64_t column, vf gate, vf up) {
+        vf value = gate / (1.0f + vexp<vf, vi>(-gate)) * up;
+        int64_t first = column / 2;
+        float* dst = out + row * ffn + first;
+        if (first + VW <= ffn) storeu(dst, value);
+        else for (int j = 0; first + j < ffn; j++) dst[j] = value[j];
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------------- attention
+
+// One layer's KV cache. k: [kv_heads, pages, head_dim, PAGE], so that a page's 16 keys are one vector per dimension;
+// v: [kv_heads, pages, PAGE, head_dim].
+struct Rows {                    // what attention must know of the rows of a forward
+    int32_t rows, groups;        // groups: runs of consecutive rows of one request
+    const int32_t* group_row;    // [groups + 1] first row of each group
+    const int32_t* group_pages;  // [groups] offset of the request's block table in `pages`
+    const int32_t* pages;        // block tables, one after another
+    const int32_t* slot;         // [rows] page * PAGE + offset where the row's own key and value are stored
+    const int32_t* direct;       // [rows] positions 0 .. direct-1 are read through the block table
+    const int32_t* extra_at;     // [rows + 1] offsets into `extra`
+    const int32_t* extra;        // slots of the positions direct, direct + 1, ... (ancestors in the tree, then itself)
+    const float* cosine;         // [rows, head_dim / 2]
+    const float* sine;
+};
+
+template <class T, int HD> struct Query {  // running softmax of one query head
+    float q[HD], best, sum;
+    vf acc[HD / VW];
+};
+
+// One page of 16 keys for `count` queries: scores, in position order.
+template <class T, int HD>
+static inline void page_scores(const T* k, Query<T, HD>* queries, int count, pf (*scores)[CHUNK / PAGE], int page) {
+    constexpr int GROUP = 6;
+    for (int first = 0; first < count; first += GROUP) {
+        int n = std::min(GROUP, count - first);
+        pf s[GROUP] = {};
+        const Query<T, HD>* q = queries + first;
+        if (n == 3) {  // the common cases get constant trip counts
+            for (int d = 0; d < HD; d++) { pf key = load_page(k + d * PAGE); for (int i = 0; i < 3; i++) s[i] += key * q[i].q[d]; }
+        } else if (n == GROUP) {
+            for (int d = 0; d < HD; d++) { pf key = load_page(k + d * PAGE); for (int i = 0; i < GROUP; i++) s[i] += key * q[i].q[d]; }
+        } else {
+            for (int d = 0; d < HD; d++) { pf key = load_page(k + d * PAGE); for (int i = 0; i < n; i++) s[i] += key * q[i].q[d]; }
+        }
+        for (int i = 0; i < n; i++) scores[first + i][page] = s[i];
+    }
+}
+
+static inline vf load_values(const float* p) { return loadu<vf>(p); }
+static inline vf load_values(const bf16* p) {
+    typedef uint16_t vh __attribute__((vector_size(2 * VW)));
+    return (vf)(__builtin_convertvector(loadu<vh>(p), vu) << 16);
+}
+
+// Folds one chunk of `valid` positions into a query's running softmax. The order of sums depends on positions only.
+template <class T, int HD>
+static inline void fold(Query<T, HD>& query, const pf* scores, const T* const* v, int valid) {
+    float s[CHUNK];
+    memcpy(s, scores, sizeof s);
+    for (int j = valid; j < CHUNK; j++) s[j] = -INFINITY;
+    pf top = loadu<pf>(s);
+    for (int p = 1; p < CHUNK / PAGE; p++) { pf v = loadu<pf>(s + p * PAGE); top = v > top ? v : top; }
+    float best = query.best;
+    for (int j = 0; j < PAGE; j++) best = std::max(best, top[j]);
+    float rescale = query.best == -INFINITY ? 0.0f : std::exp(query.best - best);
+    float weights[CHUNK], total = 0;
+    pf sums = {};
+    for (int p = 0; p < CHUNK / PAGE; p++) {
+        pf w = vexp<pf, pi>(loadu<pf>(s + p * PAGE) - best);
+        storeu(weights + p * PAGE, w);
+        sums += w;
+    }
+    for (int j = 0; j < PAGE; j++) total += sums[j];
+    query.sum = query.sum * rescale + total;
+    query.best = best;
+    vf acc[HD / VW];
+    for (int i = 0; i < HD / VW; i++) acc[i] = query.acc[i] * rescale;
+    for (int j = 0; j < valid; j++) {
+        const T* value = v[j / PAGE] + (j % PAGE) * HD;
+        float weight = weights[j];
+        for (int i = 0; i < HD / VW; i++) acc[i] += load_values(value + i * VW) * weight;
+    }
+    for (int i = 0; i < HD / VW; i++) query.acc[i] = acc[i];
+}
+
+// Attention of the rows [row, row + count) of one request for one KV head; they share passes over common pages.
+template <class T, int HD>
+static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* table, int row, int count, int heads,
+                   const float* q, int64_t ldq, int64_t column, float* out, int64_t ldo) {
+    constexpr int MAX_QUERIES = 32;
+    static thread_local Query<T, HD> queries[MAX_QUERIES];
+    static thread_local T copy_k[CHUNK / PAGE][HD * PAGE], copy_v[CHUNK / PAGE][HD * PAGE];
+    pf scores[MAX_QUERIES][CHUNK / PAGE];
+    float scale = 1.0f / std::sqrt(float(HD));
+    int longest = 0;
+    for (int r = 0; r < count; r++) {
+        for (int h = 0; h < heads; h++) {
+            Query<T, HD>& query = queries[r * heads + h];
+            const float* src = q + (row + r) * ldq + column + h * HD;
+            for (int d = 0; d < HD; d++) query.q[d] = src[d] * scale;
+            query.best = -INFINITY;
+            query.sum = 0;
+            memset(query.acc, 0, sizeof query.acc);
+        }
+        int extra = in.extra_at[row + r + 1] - in.extra_at[row + r];
+        longest = std::max(longest, in.direct[row + r] + extra);
+    }
+    for (int start = 0; start < longest; start += CHUNK) {
+        int shared = CHUNK / PAGE;  // pages of this chunk that every row may read in place
+        for (int r = 0; r < count; r++) {
+            int i = row + r, extra = in.extra_at[i + 1] - in.extra_at[i];
+            int end = extra ? (in.direct[i] / PAGE) * PAGE : ((in.direct[i] + PAGE - 1) / PAGE) * PAGE;
+            shared = std::min(shared, std::max(0, (end - start)) / PAGE);
+        }
+        const T *kp[CHUNK / PAGE], *vp[CHUNK / PAGE];
+        for (int p = 0; p < shared; p++) {
+            int64_t page = table[(start / PAGE) + p];
+            kp[p] = kc + page * HD * PAGE;
+            vp[p] = vc + page * HD * PAGE;
+            page_scores<T, HD>(kp[p], queries, count * heads, scores, p);
+        }
+        for (int r = 0; r < count; r++) {
+            int i = row + r, direct = in.direct[i], extra = in.extra_at[i + 1] - in.extra_at[i];
+            int valid = std::min(CHUNK, direct + extra - start);
+            if (valid <= 0) continue;
+            for (int p = shared; p * PAGE < valid; p++) {
+                int first = start + p * PAGE;
+                if (first + PAGE <= direct || (!extra && first < direct)) {  // whole page in place
+                    int64_t page = table[first / PAGE];
+                    kp[p] = kc + page * HD * PAGE;
+                    vp[p] = vc + page * HD * PAGE;
+                } else {  // gather: the page mixes committed positions and tree nodes
+                    for (int j = 0; j < PAGE; j++) {
+                        int position = first + j;
+                        if (position >= direct + extra) {
+                            for (int d = 0; d < HD; d++) copy_k[p][d * PAGE + j] = T(0);
+                            continue;
+                        }
+                        int64_t slot = position < direct ? int64_t(table[position / PAGE]) * PAGE + position % PAGE
+                                                         : in.extra[in.extra_at[i] + position - direct];
+                        const T* ks = kc + (slot / PAGE) * HD * PAGE + slot % PAGE;
+                        for (int d = 0; d < HD; d++) copy_k[p][d * PAGE + j] = ks[d * PAGE];
+                        memcpy(&copy_v[p][j * HD], vc + slot * HD, HD * sizeof(T));
+                    }
+                    kp[p] = copy_k[p];
+                    vp[p] = copy_v[p];
+                }
+                page_scores<T, HD>(kp[p], queries + r * heads, heads, scores + r * heads, p);
+            }
+            for (int h = 0; h < heads; h++) fold<T, HD>(queries[r * heads + h], scores[r * heads + h], vp, valid);
+        }
+    }
+    for (int r = 0; r < count; r++)
+        for (int h = 0; h < heads; h++) {
+            const Query<T, HD>& query = queries[r * heads + h];
+            float* dst = out + (row + r) * ldo + column + h * HD;
+            float inverse = 1.0f / query.sum;
+            for (int i = 0; i < HD / VW; i++) storeu(dst + i * VW, query.acc[i] * inverse);
+        }
+}
+
+template <class T, int HD>
+static void rope_and_store(const Rows& in, int row, float* qkv, int heads, int kv_heads, const float* q_norm,
+                           const float* k_norm, float eps, T* kc, T* vc, int64_t pages) {
+    const float *cs = in.cosine + int64_t(row) * (HD / 2), *sn = in.sine + int64_t(row) * (HD / 2);
+    for (int h = 0; h < heads + kv_heads; h++) {
+        float* x = qkv + h * HD;
+        const float* norm = h < heads ? q_norm : k_norm;
+        if (norm) rms_norm_row(x, norm, eps, HD, x);
+        for (int d = 0; d < HD / 2; d++) {
+            float a = x[d], b = x[d + HD / 2];
+            x[d] = a * cs[d] - b * sn[d];
+            x[d + HD / 2] = b * cs[d] + a * sn[d];
+        }
+    }
+    int64_t slot = in.slot[row];
+    for (int h = 0; h < kv_heads; h++) {
+        const float *k = qkv + (heads + h) * HD, *v = qkv + (heads + kv_heads + h) * HD;
+        T* kd = kc + (h * pages + slot / PAGE) * HD * PAGE + slot % PAGE;
+        T* vd = vc + (h * pages * PAGE + slot) * HD;
+        for (int d = 0; d < HD; d++) { from_f32(k[d], kd + d * PAGE); from_f32(v[d], vd + d); }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------------- layer
+
+struct Layer {
+    int32_t hidden, input, heads, kv_heads, head_dim, ffn;  // input: width that q, k and v read (2 hidden in EAGLE-3)
+    float eps;
+    const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;  // those but post_norm may be null
+    const void *qkv, *output, *gate_up, *down;  // packed
+};
+struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, hidden], [rows, (h + 2 kv) hd], [rows, h hd], [rows, ffn]
+
+template <class W, class T, int HD>
+static void layer_run(const Layer& l, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages, const Scratch& s, int threads) {
+    int rows = in.rows, heads = l.heads, kv = l.kv_heads, per = heads / kv;
+    int64_t d = l.hidden, qkv_width = int64_t(heads + 2 * kv) * HD, attention_width = int64_t(heads) * HD;
+    int row_block = std::max(1, std::min(4, 32 / per));
+    #pragma omp parallel num_threads(threads)
+    {
+        const float* normed = input;
+        if (!input) {
+            rms_norm_rows(x, l.input_norm, l.eps, rows, d, s.normed);
+            #pragma omp barrier
+            normed = s.normed;
+        }
+        linear_rows(normed, l.input, rows, (const W*)l.qkv, qkv_width, l.input, l.qkv_bias, s.qkv, qkv_width, false);
+        #pragma omp barrier
+        #pragma omp for schedule(static)
+        for (int r = 0; r < rows; r++)
+            rope_and_store<T, HD>(in, r, s.qkv + r * qkv_width, heads, kv, l.q_norm, l.k_norm, l.eps, kc, vc, pages);
+        #pragma omp for schedule(dynamic, 1) collapse(2)
+        for (int g = 0; g < in.groups; g++)
+            for (int h = 0; h < kv; h++)
+                for (int r = in.group_row[g]; r < in.group_row[g + 1]; r += row_block)
+                    attend<T, HD>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
+                                  std::min(row_block, in.group_row[g + 1] - r), per, s.qkv, qkv_width, int64_t(h) * per * HD,
+                                  s.attention, attention_width);
+        linear_rows(s.attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
+        #pragma omp barrier
+        rms_norm_rows(x, l.post_norm, l.eps, rows, d, s.normed);
+        #pragma omp barrier
+        gated_rows(s.normed, rows, (const W*)l.gate_up, l.ffn, d, s.ffn);
+        #pragma omp barrier
+        linear_rows(s.ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
+    }
+}
+
+template <class W>
+static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
+    constexpr int STEP = sizeof(W) == 2 ? 2 : 1;
+    int64_t panels = (n + PANEL - 1) / PANEL;
+    #pragma omp parallel for
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t i = 0; i < k; i += STEP)
+            for (int j = 0; j < PANEL; j++)
+                for (int s = 0; s < STEP; s++)
+                    out[p * PANEL * k + i * PANEL + j * STEP + s] = p * PANEL + j < n ? w[(p * PANEL + j) * k + i + s] : W(0);
+}
+
+extern "C" {
+
+int smart_vector_width() { return VW; }
+int smart_page() { return PAGE; }
+int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+void smart_pack(const void* w, int64_t n, int64_t k, void* out, int is_bf16) {
+    if (is_bf16) pack_panels((const bf16*)w, n, k, (bf16*)out);
+    else pack_panels((const float*)w, n, k, (float*)out);
+}
+
+// y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]
+void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k, int is_bf16, const float* norm, float eps,
+                  const float* bias, float* scratch, float* y, int64_t ldy, int add, int threads) {
+    #pragma omp parallel num_threads(threads)
+    {
+        const float* input = x;
+        if (norm) {
+            rms_norm_rows(x, norm, eps, rows, k, scratch);
+            #pragma omp barrier
+            input = scratch;
+        }
+        if (is_bf16) linear_rows(input, k, rows, (const bf16*)w, n, k, bias, y, ldy, add);
+        else linear_rows(input, k, rows, (const float*)w, n, k, bias, y, ldy, add);
+    }
+}
+
+// One layer in place on x [rows, hidden]. q, k and v read rms_norm(x), or `input` [rows, input] if it is given.
+int smart_layer(const Layer* l, const Rows* in, const float* input, float* x, void* kc, void* vc, int64_t pages, const Scratch* s, int w_bf16,
+                int kv_bf16, int threads) {
+#define RUN(HD)                                                                                                     \
+    case HD:                                                                                                        \
+        if (w_bf16 && kv_bf16) layer_run<bf16, bf16, HD>(*l, *in, input, x, (bf16*)kc, (bf16*)vc, pages, *s, threads);     \
+        else if (!w_bf16 && !kv_bf16) layer_run<float, float, HD>(*l, *in, input, x, (float*)kc, (float*)vc, pages, *s, threads); \
+        else return 2;                                                                                              \
+        return 0;
+    switch (l->head_dim) { RUN(16) RUN(32) RUN(64) RUN(96) RUN(128) }
+#undef RUN
+    return 1;
+}
+
+// Moves committed tree nodes to their final places: for every layer and head, slot from[i] -> to[i], in order.
+void smart_move_kv(void* kc, void* vc, int64_t planes, int64_t pages, int head_dim, int bytes, const int32_t* from,
+                   const int32_t* to, int count) {
+    for (int64_t p = 0; p < planes; p++)
+        for (int i = 0; i < count; i++) {
+            char* v = (char*)vc + p * pages * PAGE * head_dim * bytes;
+            memmove(v + int64_t(to[i]) * head_dim * bytes, v + int64_t(from[i]) * head_dim * bytes, int64_t(head_dim) * bytes);
+            char* k = (char*)kc + p * pages * PAGE * head_dim * bytes;
+            const char* src = k + (int64_t(from[i]) / PAGE * head_dim * PAGE + from[i] % PAGE) * bytes;
+            char* dst = k + (int64_t(to[i]) / PAGE * head_dim * PAGE + to[i] % PAGE) * bytes;
+            for (int d = 0; d < head_dim; d++) memcpy(dst + int64_t(d) * PAGE * bytes, src + int64_t(d) * PAGE * bytes, bytes);
+        }
+}
+
+// The k largest entries of each row and their softmax probabilities (of x * scale), largest first, ties by index.
+void smart_top_k(const float* x, int rows, int64_t n, int k, float scale, int64_t* ids, float* probs, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int r = 0; r < rows; r++) {
+        const float* row = x + r * n;
+        int64_t* id = ids + int64_t(r) * k;
+        float* top = probs + int64_t(r) * k;
+        int found = 0;
+        for (int64_t i = 0; i < n; i += VW) {
+            if (found == k && i + VW <= n) {
+                vi above = loadu<vf>(row + i) > top[k - 1];
+                int any = 0;
+                for (int j = 0; j < VW; j++) any |= above[j];
+                if (!any) continue;
+            }
+            for (int64_t j = i; j < std::min(n, i + VW); j++) {
+                if (found == k && !(row[j] > top[k - 1])) continue;
+                int at = found < k ? found++ : k - 1;
+                for (; at > 0 && row[j] > top[at - 1]; at--) { top[at] = top[at - 1]; id[at] = id[at - 1]; }
+                top[at] = row[j];
+                id[at] = j;
+            }
+        }
+        float best = top[0];
+        vf sums = {};
+        int64_t i = 0;
+        for (; i + VW <= n; i += VW) sums += vexp<vf, vi>((loadu<vf>(row + i) - best) * scale);
+        float sum = 0;
+        for (int j = 0; j < VW; j++) sum += sums[j];
+        for (; i < n; i++) sum += std::exp((row[i] - best) * scale);
+        for (int j = 0; j < k; j++) top[j] = std::exp((top[j] - best) * scale) / sum;
+    }
+}
+
+void smart_rms_norm(const float* x, const float* weight, float eps, int rows, int64_t d, float* out, int64_t ldo) {
+    for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * ldo);
+}
+
+// First index of each row's maximum.
+void smart_argmax(const float* x, int rows, int64_t n, int64_t* out, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int r = 0; r < rows; r++) {
+        const float* row = x + r * n;
+        vf best = loadu<vf>(row);
+        int64_t i = VW;
+        for (; i + VW <= n; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
+        float top = best[0];
+        for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
+        for (; i < n; i++) top = std::max(top, row[i]);
+        int64_t at = 0;
+        while (row[at] != top) at++;
+        out[r] = at;
+    }
+}
+}
