@@ -1,0 +1,68 @@
+"""Times the sampler on one CPU thread: python benchmarks/sampler.py. A table, then one JSON line (microseconds)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from smart_decoding.backends.torch.processors import SampleSpec, TokenHistory
+from smart_decoding.backends.torch.sampler import Sampler
+from smart_decoding.engine.sampling_params import SamplingParams
+
+VOCAB, ROWS = 49152, 16
+
+
+def median_us(call: Callable[[int], object], repeats: int = 200) -> float:
+    call(0)
+    times = []
+    for i in range(repeats):
+        start = time.perf_counter()
+        call(i)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)) * 1e6
+
+
+def logits_like_a_model() -> torch.Tensor:
+    """[ROWS, VOCAB]: a broad bulk and a few likely tokens, or rows of a .npy file given as the first argument."""
+    if len(sys.argv) > 1:
+        rows = torch.from_numpy(np.load(sys.argv[1]))
+        return rows[torch.linspace(2, len(rows) - 1, ROWS).long()].contiguous()
+    torch.manual_seed(0)
+    logits = torch.randn(ROWS, VOCAB) * 2.5
+    logits[:, :200] += torch.linspace(14, 0, 200)
+    return logits
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    logits, sampler = logits_like_a_model(), Sampler(VOCAB)
+    history = TokenHistory(range(0, 600, 2), range(300))
+    results = {"argmax_16_rows": median_us(lambda i: sampler.argmax(logits))}
+    for name, options in {
+        "temperature_0.8": {},
+        "temperature_1.0": {"temperature": 1.0},
+        "top_p_0.95": {"top_p": 0.95},
+        "top_k_50": {"top_k": 50},
+        "min_p_0.05": {"min_p": 0.05},
+        "repetition_1.1": {"repetition_penalty": 1.1},
+        "everything": {"top_p": 0.95, "top_k": 50, "min_p": 0.02, "repetition_penalty": 1.1, "presence_penalty": 0.5},
+    }.items():
+        params = SamplingParams(**{"temperature": 0.8, **options})  # type: ignore[arg-type]
+
+        def one(i: int, params: SamplingParams = params) -> object:
+            spec = SampleSpec(params, seed=1, position=i, history=history, path=(5, 9, 700))
+            return sampler.sample(logits, [i % ROWS], [spec])
+
+        results[name + "_1_row"] = median_us(one)
+    for name, value in results.items():
+        print(f"{name:24s} {value:8.0f} us")
+    print(json.dumps({"benchmark": "sampler", "vocab": VOCAB, **{k: round(v, 1) for k, v in results.items()}}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""`SamplingParams`: what a user may ask of one request, in vLLM's names, defaults and ranges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from smart_decoding.errors import ConfigError
+
+GREEDY_BELOW = 1e-5  # vLLM's threshold: colder than this is argmax
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample one request. Raises ConfigError, naming the parameter, if a value is out of range.
+
+    n: independent answers to one prompt (1 if greedy).
+    temperature: in [0, 2]; below 1e-5 is greedy and then top_p, top_k and min_p have no effect.
+    top_p / top_k / min_p: nucleus mass in (0, 1] / most likely tokens kept (0 or -1: all) / least probability relative
+        to the most likely token, in [0, 1]. Applied in the order top_k, top_p, min_p, after temperature.
+    repetition_penalty: > 0, on prompt and output tokens; presence_penalty, frequency_penalty: in [-2, 2], on output.
+    logit_bias: token id -> bias in [-100, 100], added to the logits before anything else.
+    stop / stop_token_ids: strings and token ids that end the answer; text before a stop string is kept.
+    min_tokens: end-of-sequence and stop ids cannot be drawn before so many tokens.
+    max_tokens: None means up to the context's end.
+    seed: 64-bit signed; None (or -1) lets the engine draw one.
+    logprobs: return the log probability of each token and of so many most likely ones; -1 means all.
+    speculate: false refuses speculation for this request; its tokens are the same either way.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    seed: int | None = None
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    speculate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
+        self._check_numbers()
+        self._check_lengths()
+        self._check_stops()
+        self._check_logit_bias()
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "speculate"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), name, value, "True or False")
+
+    def _check_numbers(self) -> None:
+        _real("temperature", self.temperature, "in [0, 2]", lambda x: 0 <= x <= 2)
+        _real("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
+        _real("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
+        _real("repetition_penalty", self.repetition_penalty, "greater than 0 and finite", lambda x: x > 0)
+        _real("presence_penalty", self.presence_penalty, "in [-2, 2]", lambda x: -2 <= x <= 2)
+        _real("frequency_penalty", self.frequency_penalty, "in [-2, 2]", lambda x: -2 <= x <= 2)
+        _integer("top_k", self.top_k, -1, "0 or -1 (all tokens) or an integer >= 1")
+
+    def _check_lengths(self) -> None:
+        _integer("n", self.n, 1, "an integer >= 1")
+        _require(self.n == 1 or not self.greedy, "n", self.n, "1 with greedy sampling (temperature 0)")
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, "an integer >= 1, or None (up to the context's end)")
+        longest = INT64_MAX if self.max_tokens is None else self.max_tokens
+        allowed = "an integer >= 0" if self.max_tokens is None else f"an integer in [0, max_tokens={self.max_tokens}]"
+        _integer("min_tokens", self.min_tokens, 0, allowed, longest)
+        if self.seed is not None:
+            _integer("seed", self.seed, INT64_MIN, "a 64-bit signed integer or None", INT64_MAX)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, -1, "an integer >= 0, -1 (all tokens) or None")
+
+    def _check_stops(self) -> None:
+        strings = self.stop if isinstance(self.stop, list | tuple) else [] if self.stop is None else [self.stop]
+        good = all(isinstance(s, str) and s for s in strings)
+        _require(good, "stop", self.stop, "a non-empty string or a list of non-empty strings")
+        _require(_token_ids(self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "a list of token ids >= 0")
+
+    def _check_logit_bias(self) -> None:
+        allowed = "a dict of token ids >= 0 to biases in [-100, 100]"
+        _require(self.logit_bias is None or isinstance(self.logit_bias, dict), "logit_bias", self.logit_bias, allowed)
+        for token, bias in (self.logit_bias or {}).items():
+            good = _token_ids([token]) and isinstance(bias, Real) and -100 <= bias <= 100
+            _require(good, "logit_bias", {token: bias}, allowed)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ConfigError if a token id or `logprobs` does not fit a model of `vocab_size` tokens."""
+        allowed = f"less than the model's vocabulary of {vocab_size}"
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            for token in ids or ():
+                _require(token < vocab_size, name, token, allowed)
+        if self.logprobs is not None:
+            _require(self.logprobs <= vocab_size, "logprobs", self.logprobs, f"at most the vocabulary of {vocab_size}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a penalty is on, so that the tokens so far change the scores."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits are processed at all before temperature; a greedy request without it is a plain argmax."""
+        return self.needs_history or bool(self.logit_bias) or self.min_tokens > 0
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(dict.fromkeys(self.stop))
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(self.stop_token_ids or ()))
+
+
+def _require(good: bool, name: str, value: object, allowed: str) -> None:
+    if not good:
+        raise ConfigError(f"{name}={value!r} is not allowed: it must be {allowed}")
+
+
+def _real(name: str, value: object, allowed: str, in_range: Callable[[float], bool]) -> None:
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    _require(number and in_range(float(value)), name, value, allowed)  # type: ignore[arg-type]
+
+
+def _integer(name: str, value: object, low: int, allowed: str, high: int = INT64_MAX) -> None:
+    good = isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
+    _require(good, name, value, allowed)
+
+
+def _token_ids(ids: Iterable[object] | None) -> bool:
+    if isinstance(ids, str) or not isinstance(ids, Iterable | None):
+        return False
+    return all(isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in ids or ())
