@@ -1,0 +1,168 @@
+"""From a drafter's confidence to the probability that its token is accepted, learned from verified rounds.
+
+Learned is P(child accepted | parent accepted), by drafter, depth (6 and beyond together) and greedy or not, on bins of
+the arcsine of sqrt(draft_prob), which are finer near 0 and 1. Few observations are no knowledge: each curve is shrunk
+towards its prior times what all depths together say about the prior, and made monotone in confidence.
+
+Only children of accepted nodes are observed (the others are censored), pruned ones too: since whether a child is
+observed depends on its parent alone, the conditional probabilities are unbiased under any policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from smart_decoding.core.drift import DriftDetector
+from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
+
+BINS, FINE, DEPTHS = 16, 64, 6
+MAX_PROB = 0.999
+MEMORY = 3000.0  # each curve remembers about its last 3000 observed children
+AFTER_CHANGE = 100.0  # and this many once the drafter has visibly changed
+SHRINK_CURVE, SHRINK_POOL = 8.0, 2.0  # pseudo-observations of a curve; pseudo-hits of the pool over depths
+REFRESH = 4  # rounds between two recomputations of the curves
+
+_RESOLUTION = 4096
+_ANGLE: FloatArray = np.arcsin(np.sqrt(np.arange(_RESOLUTION + 1) / _RESOLUTION)) * (2 / math.pi)
+_FINE_OF: IntArray = np.rint(_ANGLE * (FINE - 1)).astype(np.int64)
+_BIN_OF_FINE: IntArray = np.minimum(np.arange(FINE) * BINS // (FINE - 1), BINS - 1)
+_CENTRES: FloatArray = (np.arange(BINS) + 0.5) / BINS
+_INTERPOLATE: FloatArray = np.stack([np.interp(np.arange(FINE) / (FINE - 1), _CENTRES, row) for row in np.eye(BINS)])
+
+# Raw confidence is over-optimistic, more so with depth (a small head on unseen prompts).
+_DEFAULT_TRUST = np.array([0.90, 0.85, 0.76, 0.66, 0.58, 0.52])
+BIN_PROBS: FloatArray = np.sin(_CENTRES * (math.pi / 2)) ** 2  # [BINS] draft_prob at each bin's centre
+
+
+def default_prior(sources: int) -> FloatArray:
+    """[sources, DEPTHS, 2, BINS] conditional acceptance probabilities where nothing is stored."""
+    curve = _DEFAULT_TRUST[:, None] * BIN_PROBS
+    return np.broadcast_to(curve[None, :, None, :], (sources, DEPTHS, 2, BINS)).copy()
+
+
+class Calibration:
+    """Online calibration. Arrays of state have shape [sources, DEPTHS, greedy (0 or 1), BINS]."""
+
+    def __init__(self, prior: FloatArray | None = None, counts: FloatArray | None = None) -> None:
+        """Starts from conditional probabilities `prior`, worth `counts` observations (none where not given)."""
+        self.prior = default_prior(2) if prior is None else prior
+        self.counts = np.zeros_like(self.prior) if counts is None else counts
+        self.hits = self.counts * self.prior
+        self.drift = DriftDetector(len(self.prior))
+        self._rounds = 0
+        self._refresh()
+
+    def score(self, trees: DraftTrees, greedy: BoolArray) -> FloatArray:
+        """Sets `trees.accept_prob` and returns the conditional probabilities, both [nodes]; `greedy` is [batch].
+
+        Siblings sum to at most 1 (scaled down where they do not), so π(child) <= π(parent)."""
+        if not len(trees):
+            return np.zeros(0)
+        conditional = self._lookup(self._cells(trees, greedy))
+        slot = trees.parent + trees.batch
+        np.copyto(slot, trees.owner, where=trees.parent < 0)
+        conditional /= np.maximum(np.bincount(slot, conditional), 1.0).take(slot)
+        trees.accept_prob = path_products(trees.parent, conditional, int(trees.depth.max()))
+        return conditional
+
+    def observe(self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, greedy: BoolArray) -> None:
+        """Learns from uncensored `nodes` [observed] and whether the target chose them (`Round.observed()`)."""
+        if not len(nodes):
+            return
+        cells = self._cells(trees, greedy, nodes)
+        expected = self._lookup(cells)
+        group, fine = np.divmod(cells, FINE)
+        flat = group * BINS + _BIN_OF_FINE.take(fine)
+        seen = np.bincount(flat, minlength=self.counts.size).reshape(self.counts.shape)
+        hits = np.bincount(flat, chosen, minlength=self.counts.size).reshape(self.counts.shape)
+        keep = np.exp(seen.sum(axis=3, keepdims=True) * (-1.0 / MEMORY))
+        self.counts = self.counts * keep + seen
+        self.hits = self.hits * keep + hits
+        changed = self.drift.update(trees.source.take(nodes), expected, chosen)
+        for source, ratio in changed:
+            self._rescale(source, ratio)
+        self._rounds += 1
+        if changed or self._rounds < 32 or self._rounds % REFRESH == 0:
+            self._refresh()
+
+    def curve(self, source: int, greedy_share: float) -> FloatArray:
+        """[DEPTHS, BINS] conditional probabilities of one drafter, mixed over a batch's share of greedy requests."""
+        self._reserve(source)
+        both = self._coarse[source]
+        result: FloatArray = both[:, 0] + greedy_share * (both[:, 1] - both[:, 0])
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known, as plain lists: `from_state` starts a fresh session from it."""
+        return {"curve": np.round(self._coarse, 5).tolist(), "counts": np.round(self.counts, 2).tolist()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], weight: float = 40.0) -> Calibration:
+        """Starts from a stored state as prior, each bin worth at most `weight` observations.
+
+        Raises KeyError or ValueError if `state` is not one."""
+        prior, counts = np.asarray(state["curve"], np.float64), np.asarray(state["counts"], np.float64)
+        if prior.ndim != 4 or prior.shape[1:] != (DEPTHS, 2, BINS) or counts.shape != prior.shape:
+            raise ValueError("not a calibration state")
+        if not (np.isfinite(counts).all() and (prior >= 0).all() and (prior <= 1).all()):
+            raise ValueError("not a calibration state: values out of range")
+        return cls(prior, np.clip(counts, 0.0, weight))
+
+    def _cells(self, trees: DraftTrees, greedy: BoolArray, nodes: IntArray | None = None) -> IntArray:
+        """Flat index of each node's fine bin: ((source * DEPTHS + depth) * 2 + greedy) * FINE + fine."""
+        prob, depth, source, owner = trees.draft_prob, trees.depth, trees.source, trees.owner
+        if nodes is not None:
+            prob, depth, source, owner = prob.take(nodes), depth.take(nodes), source.take(nodes), owner.take(nodes)
+        fine = _FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64))
+        cells: IntArray = source * DEPTHS + (np.minimum(depth, DEPTHS) - 1)
+        cells = (cells * 2 + greedy.take(owner)) * FINE + fine
+        return cells
+
+    def _lookup(self, cells: IntArray) -> FloatArray:
+        try:
+            return self._table.take(cells)
+        except IndexError:  # a drafter not seen before
+            self._reserve(int(cells.max()) // (DEPTHS * 2 * FINE))
+            return self._table.take(cells)
+
+    def _reserve(self, source: int) -> None:
+        missing = source + 1 - len(self.prior)
+        if missing > 0:
+            self.prior = np.concatenate((self.prior, default_prior(missing)))
+            empty = np.zeros_like(self.prior[:missing])
+            self.counts, self.hits = np.concatenate((self.counts, empty)), np.concatenate((self.hits, empty))
+            self.drift.reserve(source + 1)
+            self._refresh()
+
+    def _rescale(self, source: int, ratio: float) -> None:
+        """The drafter has changed: all it is known for is scaled, and remembered weakly so that it is soon relearned."""
+        weight = min(1.0, AFTER_CHANGE / max(float(self.counts[source].sum()), 1e-9))
+        self.counts[source] *= weight
+        self.hits[source] = np.minimum(self.hits[source] * (weight * ratio), self.counts[source])
+        self.prior[source] = np.clip(self.prior[source] * ratio, 1e-4, MAX_PROB)
+
+    def _refresh(self) -> None:
+        pool_hits = self.hits.sum(axis=1, keepdims=True)
+        pool_expected = (self.counts * self.prior).sum(axis=1, keepdims=True)
+        centre = np.minimum(self.prior * ((pool_hits + SHRINK_POOL) / (pool_expected + SHRINK_POOL)), MAX_PROB)
+        raw = (self.hits + SHRINK_CURVE * centre) / (self.counts + SHRINK_CURVE)
+        rising = np.maximum.accumulate(raw, axis=3)
+        falling = np.minimum.accumulate(raw[..., ::-1], axis=3)[..., ::-1]
+        self._coarse = np.minimum(0.5 * (rising + falling), MAX_PROB)  # both are monotone, hence their mean
+        self._table = (self._coarse @ _INTERPOLATE).ravel()
+
+
+def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> FloatArray:
+    """Product of `conditional` over each node's path, by pointer doubling: log2(depth) steps whatever the tree."""
+    product = np.append(conditional, 1.0)  # the last entry is the root's, reached by index -1
+    if depth > 1:
+        above = np.append(parent, ROOT)
+        for step in range((depth - 1).bit_length()):
+            if step:
+                above = above[above]
+            product *= product[above]
+    return product[:-1]
