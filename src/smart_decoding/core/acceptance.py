@@ -1,0 +1,73 @@
+"""Reference acceptance: the oracle that every backend's walk is tested against.
+
+Drafts are deterministic children (point masses): the target's own token is drawn at each row of the walk; the walk goes
+down if that token is a child and stops otherwise, emitting it. The output is distributed exactly as the target's,
+whatever rule chose the nodes (theory: verification).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
+
+# Rows of the verifying forward: roots are 0 .. batch - 1, node i is row batch + i.
+Sampler: TypeAlias = Callable[[IntArray], IntArray]
+# (owner, tokens after the root) -> the target's next-token distribution, [vocabulary].
+Target: TypeAlias = Callable[[int, tuple[int, ...]], FloatArray]
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What one round yields.
+
+    root_next: [batch] the target's token after each root.
+    next_token: [nodes] the target's token after each accepted node, -1 where the walk did not come.
+    emitted: per request, the accepted tokens followed by the target's own token.
+    path: per request, the indices of the accepted nodes, first level first.
+    """
+
+    root_next: IntArray
+    next_token: IntArray
+    emitted: list[IntArray]
+    path: list[IntArray]
+
+
+def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
+    """Walks down all trees at once, level by level; `sample` is asked once per level, only for visited rows."""
+    batch = trees.batch
+    after = np.full(batch + len(trees), -1, np.int64)  # the target's token after each visited row
+    parent_row = np.where(trees.parent == ROOT, trees.owner, trees.parent + batch)
+    rows: IntArray = np.arange(batch)
+    paths: list[list[int]] = [[] for _ in range(batch)]
+    while len(rows):
+        after[rows] = sample(rows)
+        hits = np.flatnonzero(np.isin(parent_row, rows) & (trees.token == after[parent_row]))
+        _, first = np.unique(parent_row[hits], return_index=True)  # equal siblings: the first one counts
+        nodes = hits[first]
+        for node in nodes:
+            paths[trees.owner[node]].append(int(node))
+        rows = nodes + batch
+    path = [np.array(p, np.int64) for p in paths]
+    last = [p[-1] + batch if len(p) else owner for owner, p in enumerate(path)]
+    emitted = [np.append(trees.token[p], after[row]) for p, row in zip(path, last, strict=True)]
+    return Acceptance(after[:batch], after[batch:], emitted, path)
+
+
+def expected_tokens(trees: DraftTrees, target: Target) -> FloatArray:
+    """[batch] exact expectation of the tokens emitted per request, by enumerating every walk over the vocabulary."""
+    children: dict[tuple[int, int], dict[int, int]] = {}
+    for node in range(len(trees)):
+        siblings = children.setdefault((int(trees.owner[node]), int(trees.parent[node])), {})
+        siblings.setdefault(int(trees.token[node]), node)
+
+    def below(owner: int, node: int, tokens: tuple[int, ...]) -> float:
+        p_target = target(owner, tokens)
+        drafted = children.get((owner, node), {})
+        return 1.0 + sum(float(p_target[t]) * below(owner, child, (*tokens, t)) for t, child in drafted.items())
+
+    return np.array([below(owner, ROOT, ()) for owner in range(trees.batch)])
