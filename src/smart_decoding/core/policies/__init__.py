@@ -1,0 +1,38 @@
+"""Policies by name: `make_policy` builds one, refusing unknown names and options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from smart_decoding.core.policies.chain import Chain
+from smart_decoding.core.policies.likelihood import Likelihood
+from smart_decoding.core.policies.off import Off
+from smart_decoding.core.policies.protocol import Policy
+from smart_decoding.core.policies.static import Static
+from smart_decoding.errors import ConfigError
+
+POLICIES: dict[str, type[Any]] = {cls.name: cls for cls in (Off, Chain, Static, Likelihood)}
+
+
+def policy_options(name: str) -> list[str]:
+    """The options that policy `name` takes. Raises ConfigError for an unknown name."""
+    if name not in POLICIES:
+        raise ConfigError(f"unknown policy {name!r}; choose one of: {', '.join(POLICIES)}")
+    if POLICIES[name].__init__ is object.__init__:
+        return []
+    return [option for option in inspect.signature(POLICIES[name]).parameters]
+
+
+def make_policy(name: str, offered: Mapping[str, Any] | None = None, **options: Any) -> Policy:
+    """Builds policy `name` with the user's `options`; what the engine has `offered` (cost model, calibration, end
+    tokens) goes to policies that take it. Raises ConfigError for unknown names and options and for bad values."""
+    known = policy_options(name)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        valid = ", ".join(known) if known else "none"
+        raise ConfigError(f"policy {name!r} has no option {unknown[0]!r}; its options: {valid}")
+    given = {option: value for option, value in (offered or {}).items() if option in known}
+    policy: Policy = POLICIES[name](**{**given, **options})
+    return policy
