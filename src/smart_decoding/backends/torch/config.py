@@ -130,6 +130,21 @@ class ModelConfig:
             shapes["lm_head.weight"] = (self.vocab, self.hidden)
         return shapes
 
+    def check_tensors(self, found: Mapping[str, Collection[int]], where: str) -> None:
+        """Raises ModelError, naming the tensor, if one is missing, misshapen, or would be ignored.
+
+        found: shape by Hugging Face name; where: the file or folder for the message."""
+        expected = self.expected_shapes()
+        for name, shape in expected.items():
+            if name not in found:
+                raise ModelError(f"{where} lacks the tensor {name}: it is incomplete, or its config does not fit it")
+            if tuple(found[name]) != shape:
+                raise ModelError(f"{where}: the tensor {name} has shape {tuple(found[name])}, the config says {shape}")
+        known = {"lm_head.weight"} if self.tie_embeddings else set()
+        unknown = [name for name in found if name not in expected.keys() | known and not name.endswith("inv_freq")]
+        if unknown:
+            raise ModelError(f"{where} holds the tensor {unknown[0]}, which {_ARCHITECTURES[self.family]} does not use")
+
     def check_context(self, tokens: int) -> None:
         """Raises ModelError if `tokens` positions cannot be computed exactly: beyond the model or its window."""
         if tokens > self.max_positions:
