@@ -5,13 +5,16 @@
 // the same alone, in a batch, in a chunk of a prompt and as a node of a draft tree.
 //
 // Compiled at first use by native/build.py with -O3 -march=native -fopenmp; plain C interface, called through ctypes.
-// GCC vector extensions only, no intrinsics: AVX-512, AVX2 and NEON from one text.
+// GCC vector extensions: AVX-512, AVX2 and NEON from one text.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int VW = 16, MAX_ROWS = 12;  // lanes of a vector; rows that share one pass over a panel of weights
@@ -32,6 +35,7 @@ typedef float pf __attribute__((vector_size(4 * PAGE)));  // one value for each 
 typedef int32_t pi __attribute__((vector_size(4 * PAGE)));
 typedef uint32_t pu __attribute__((vector_size(4 * PAGE)));
 typedef uint16_t ph __attribute__((vector_size(2 * PAGE)));
+typedef uint16_t vh __attribute__((vector_size(2 * VW)));
 typedef uint16_t bf16;
 
 static inline float to_f32(float v) { return v; }
@@ -44,8 +48,6 @@ static inline void from_f32(float v, bf16* out) {  // round to nearest even
 
 template <class V> static inline V loadu(const void* p) { V v; memcpy(&v, p, sizeof v); return v; }
 template <class V> static inline void storeu(void* p, V v) { memcpy(p, &v, sizeof v); }
-static inline pf load_page(const float* p) { return loadu<pf>(p); }
-static inline pf load_page(const bf16* p) { return (pf)(__builtin_convertvector(loadu<ph>(p), pu) << 16); }
 
 // exp(x) for x < 88, relative error about 1e-7; -inf gives 0.
 template <class F, class I> static inline F vexp(F x) {
@@ -208,65 +210,90 @@ struct Rows {                    // what attention must know of the rows of a fo
     const float* sine;
 };
 
-template <class T, int HD> struct Query {  // running softmax of one query head
+template <int HD> struct Query {  // running softmax of one query head
     float q[HD], best, sum;
     vf acc[HD / VW];
 };
 
-// One page of 16 keys for `count` queries: scores, in position order.
-template <class T, int HD>
-static inline void page_scores(const T* k, Query<T, HD>* queries, int count, pf (*scores)[CHUNK / PAGE], int page) {
-    constexpr int GROUP = 6;
-    for (int first = 0; first < count; first += GROUP) {
-        int n = std::min(GROUP, count - first);
-        pf s[GROUP] = {};
-        const Query<T, HD>* q = queries + first;
-        if (n == 3) {  // the common cases get constant trip counts
-            for (int d = 0; d < HD; d++) { pf key = load_page(k + d * PAGE); for (int i = 0; i < 3; i++) s[i] += key * q[i].q[d]; }
-        } else if (n == GROUP) {
-            for (int d = 0; d < HD; d++) { pf key = load_page(k + d * PAGE); for (int i = 0; i < GROUP; i++) s[i] += key * q[i].q[d]; }
-        } else {
-            for (int d = 0; d < HD; d++) { pf key = load_page(k + d * PAGE); for (int i = 0; i < n; i++) s[i] += key * q[i].q[d]; }
+template <class F> static inline F load_f32(const float* p) { return loadu<F>(p); }
+template <class F> static inline F load_f32(const bf16* p) {
+#if defined(__AVX512F__)  // GCC 12 splits the generic conversion in two
+    return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+    if constexpr (sizeof(F) == sizeof(pf)) return (F)(__builtin_convertvector(loadu<ph>(p), pu) << 16);
+    else return (F)(__builtin_convertvector(loadu<vh>(p), vu) << 16);
+#endif
+}
+
+// Scores of P pages of 16 keys for N queries. Each score is summed over the dimensions in order.
+template <class T, int HD, int N, int P>
+static inline void page_scores(const T* const* k, const Query<HD>* queries, pf (*scores)[CHUNK / PAGE], int page) {
+    pf s[P][N] = {};
+    for (int d = 0; d < HD; d++)
+        for (int p = 0; p < P; p++) {
+            pf key = load_f32<pf>(k[page + p] + d * PAGE);
+            for (int i = 0; i < N; i++) s[p][i] += key * queries[i].q[d];
         }
-        for (int i = 0; i < n; i++) scores[first + i][page] = s[i];
-    }
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < N; i++) scores[i][page + p] = s[p][i];
 }
 
-static inline vf load_values(const float* p) { return loadu<vf>(p); }
-static inline vf load_values(const bf16* p) {
-    typedef uint16_t vh __attribute__((vector_size(2 * VW)));
-    return (vf)(__builtin_convertvector(loadu<vh>(p), vu) << 16);
-}
-
-// Folds one chunk of `valid` positions into a query's running softmax. The order of sums depends on positions only.
-template <class T, int HD>
-static inline void fold(Query<T, HD>& query, const pf* scores, const T* const* v, int valid) {
-    float s[CHUNK];
-    memcpy(s, scores, sizeof s);
-    for (int j = valid; j < CHUNK; j++) s[j] = -INFINITY;
-    pf top = loadu<pf>(s);
-    for (int p = 1; p < CHUNK / PAGE; p++) { pf v = loadu<pf>(s + p * PAGE); top = v > top ? v : top; }
-    float best = query.best;
-    for (int j = 0; j < PAGE; j++) best = std::max(best, top[j]);
-    float rescale = query.best == -INFINITY ? 0.0f : std::exp(query.best - best);
-    float weights[CHUNK], total = 0;
-    pf sums = {};
-    for (int p = 0; p < CHUNK / PAGE; p++) {
-        pf w = vexp<pf, pi>(loadu<pf>(s + p * PAGE) - best);
-        storeu(weights + p * PAGE, w);
-        sums += w;
+// Folds one chunk of `valid` positions into the running softmax of N queries. Sums depend on positions only.
+template <class T, int HD, int N>
+static inline void fold(Query<HD>* queries, const pf (*scores)[CHUNK / PAGE], const T* const* v, int valid) {
+    float weights[N][CHUNK];
+    vf acc[N][HD / VW];
+    for (int i = 0; i < N; i++) {
+        Query<HD>& query = queries[i];
+        float* s = weights[i];
+        memcpy(s, scores[i], sizeof weights[i]);
+        for (int j = valid; j < CHUNK; j++) s[j] = -INFINITY;
+        pf top = loadu<pf>(s);
+        for (int p = 1; p < CHUNK / PAGE; p++) { pf x = loadu<pf>(s + p * PAGE); top = x > top ? x : top; }
+        float best = query.best, total = 0;
+        for (int j = 0; j < PAGE; j++) best = std::max(best, top[j]);
+        pf sums = {};
+        for (int p = 0; p < CHUNK / PAGE; p++) {
+            pf w = vexp<pf, pi>(loadu<pf>(s + p * PAGE) - best);
+            storeu(s + p * PAGE, w);
+            sums += w;
+        }
+        for (int j = 0; j < PAGE; j++) total += sums[j];
+        float rescale = query.best == -INFINITY ? 0.0f : std::exp(query.best - best);
+        query.sum = query.sum * rescale + total;
+        query.best = best;
+        for (int c = 0; c < HD / VW; c++) acc[i][c] = query.acc[c] * rescale;
     }
-    for (int j = 0; j < PAGE; j++) total += sums[j];
-    query.sum = query.sum * rescale + total;
-    query.best = best;
-    vf acc[HD / VW];
-    for (int i = 0; i < HD / VW; i++) acc[i] = query.acc[i] * rescale;
     for (int j = 0; j < valid; j++) {
         const T* value = v[j / PAGE] + (j % PAGE) * HD;
-        float weight = weights[j];
-        for (int i = 0; i < HD / VW; i++) acc[i] += load_values(value + i * VW) * weight;
+        for (int c = 0; c < HD / VW; c++) {
+            vf x = load_f32<vf>(value + c * VW);
+            for (int i = 0; i < N; i++) acc[i][c] += x * weights[i][j];
+        }
     }
-    for (int i = 0; i < HD / VW; i++) query.acc[i] = acc[i];
+    for (int i = 0; i < N; i++)
+        for (int c = 0; c < HD / VW; c++) queries[i].acc[c] = acc[i][c];
+}
+
+// The above for `heads` queries of one row, in register-sized groups.
+template <class T, int HD>
+static inline void row_scores(const T* const* k, const Query<HD>* queries, int heads, pf (*scores)[CHUNK / PAGE], int first,
+                              int last) {
+    for (int i = 0; i < heads;) {
+        int n = heads - i >= 4 ? (heads - i == 6 ? 3 : 4) : heads - i, page = first;
+#define GO(N) case N: for (; page + 4 <= last; page += 4) page_scores<T, HD, N, 4>(k, queries + i, scores + i, page); \
+                      for (; page < last; page++) page_scores<T, HD, N, 1>(k, queries + i, scores + i, page); break;
+        switch (n) { GO(1) GO(2) GO(3) GO(4) }
+#undef GO
+        i += n;
+    }
+}
+template <class T, int HD>
+static inline void row_fold(Query<HD>* queries, int heads, const pf (*scores)[CHUNK / PAGE], const T* const* v, int valid) {
+    constexpr int GROUP = HD / VW <= 4 ? 3 : 2;
+    int i = 0;
+    for (; i + GROUP <= heads; i += GROUP) fold<T, HD, GROUP>(queries + i, scores + i, v, valid);
+    for (; i < heads; i++) fold<T, HD, 1>(queries + i, scores + i, v, valid);
 }
 
 // Attention of the rows [row, row + count) of one request for one KV head; they share passes over common pages.
@@ -274,14 +301,14 @@ template <class T, int HD>
 static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* table, int row, int count, int heads,
                    const float* q, int64_t ldq, int64_t column, float* out, int64_t ldo) {
     constexpr int MAX_QUERIES = 32;
-    static thread_local Query<T, HD> queries[MAX_QUERIES];
+    static thread_local Query<HD> queries[MAX_QUERIES];
     static thread_local T copy_k[CHUNK / PAGE][HD * PAGE], copy_v[CHUNK / PAGE][HD * PAGE];
     pf scores[MAX_QUERIES][CHUNK / PAGE];
     float scale = 1.0f / std::sqrt(float(HD));
     int longest = 0;
     for (int r = 0; r < count; r++) {
         for (int h = 0; h < heads; h++) {
-            Query<T, HD>& query = queries[r * heads + h];
+            Query<HD>& query = queries[r * heads + h];
             const float* src = q + (row + r) * ldq + column + h * HD;
             for (int d = 0; d < HD; d++) query.q[d] = src[d] * scale;
             query.best = -INFINITY;
@@ -303,7 +330,6 @@ static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* tabl
             int64_t page = table[(start / PAGE) + p];
             kp[p] = kc + page * HD * PAGE;
             vp[p] = vc + page * HD * PAGE;
-            page_scores<T, HD>(kp[p], queries, count * heads, scores, p);
         }
         for (int r = 0; r < count; r++) {
             int i = row + r, direct = in.direct[i], extra = in.extra_at[i + 1] - in.extra_at[i];
@@ -331,14 +357,14 @@ static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* tabl
                     kp[p] = copy_k[p];
                     vp[p] = copy_v[p];
                 }
-                page_scores<T, HD>(kp[p], queries + r * heads, heads, scores + r * heads, p);
             }
-            for (int h = 0; h < heads; h++) fold<T, HD>(queries[r * heads + h], scores[r * heads + h], vp, valid);
+            row_scores<T, HD>(kp, queries + r * heads, heads, scores + r * heads, 0, (valid + PAGE - 1) / PAGE);
+            row_fold<T, HD>(queries + r * heads, heads, scores + r * heads, vp, valid);
         }
     }
     for (int r = 0; r < count; r++)
         for (int h = 0; h < heads; h++) {
-            const Query<T, HD>& query = queries[r * heads + h];
+            const Query<HD>& query = queries[r * heads + h];
             float* dst = out + (row + r) * ldo + column + h * HD;
             float inverse = 1.0f / query.sum;
             for (int i = 0; i < HD / VW; i++) storeu(dst + i * VW, query.acc[i] * inverse);
