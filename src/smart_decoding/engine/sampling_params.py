@@ -149,4 +149,4 @@ def _integer(name: str, value: object, low: int, allowed: str, high: int = INT64
 def _token_ids(ids: Iterable[object] | None) -> bool:
     if isinstance(ids, str) or not isinstance(ids, Iterable | None):
         return False
-    return all(isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in ids or ())
+    return all(isinstance(i, Integral) and not isinstance(i, bool) and int(i) >= 0 for i in ids or ())

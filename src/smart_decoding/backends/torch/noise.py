@@ -2,11 +2,11 @@
 
 With it, the token drawn at a position depends on the target's logits there and on nothing else: not on the tree, the
 batch, the round or the policy (Gumbel-max: argmax(score + Gumbel noise) is a draw from softmax(score)). A drafter may
-rank by draft score plus the same noise. Counter-based as in Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
-(SC 2011); the mixer is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), and the bits of one key are that
-generator's stream, indexed by the token. Computed in integers and float64, then rounded: the same for every backend.
+rank by draft score plus the same noise. Counter-based as in Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3" (SC 2011); the mixer is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), and the bits of one key are
+that generator's stream, indexed by the token. Computed in integers and float64, then rounded: the same for every backend.
 
-The golden values of tests/unit/sampling/test_noise.py hold this function still: changing it changes every seeded answer.
+The golden values of tests/unit/sampling/test_noise.py hold this function still: to change it changes all answers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def noise_key(seed: ArrayLike, sample: ArrayLike, position: ArrayLike) -> NDArra
 def uniform_bits(key: ArrayLike, token: ArrayLike) -> NDArray[np.uint64]:
     """32 uniform bits per (key, token id), broadcast."""
     with np.errstate(over="ignore"):
-        return np.asarray(_mix(_uint64(key) + (_uint64(token) + np.uint64(1)) * _STEP) >> np.uint64(64 - BITS))
+        stream = _uint64(token) * _STEP
+        return np.asarray(_mix(stream + (_uint64(key) + _STEP)) >> np.uint64(64 - BITS))
 
 
 def gumbel_of_bits(bits: ArrayLike) -> NDArray[np.float32]:
@@ -57,9 +58,13 @@ def fewest_bits(noise: float) -> int:
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """SplitMix64's finaliser, in place: `z` must be a fresh array."""
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
 
 
 def _uint64(x: ArrayLike) -> NDArray[np.uint64]:

@@ -29,7 +29,8 @@ class TokenHistory:
     def append(self, tokens: Iterable[int]) -> None:
         """Commits output tokens."""
         for token in tokens:
-            self._counts[self._slot_of(int(token))] += 1
+            slot = self._slot_of(int(token))  # first: it may replace the arrays
+            self._counts[slot] += 1
 
     def at(self, path: Sequence[int] = ()) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Distinct tokens of prompt, output and `path` (tree tokens from the first level to the row), and each one's

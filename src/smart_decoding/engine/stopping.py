@@ -1,0 +1,165 @@
+"""When an answer ends, and what of its text may be shown: stop strings, stop ids, end of sequence, length, loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+from smart_decoding.engine.loops import LoopDetector
+from smart_decoding.engine.sampling_params import SamplingParams
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+Decode: TypeAlias = Callable[[Sequence[int]], str]
+
+UNFINISHED = "\ufffd"  # what tokenizers put for the bytes of an incomplete character
+LOOP = "loop"  # the stop_reason of an answer that ran into a loop
+
+
+class Detokenizer:
+    """Text of a growing token list, in pieces that never change later.
+
+    Decodes a window from the last piece's start, since a token's text may depend on its left neighbour (leading spaces)
+    and a character may span tokens (then nothing is given out until it is complete)."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._read = 0  # tokens of the window whose text was given out
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The new text up to the last complete character."""
+        self._window.extend(tokens)
+        text = self._decode(self._window)
+        if not text.endswith(UNFINISHED):
+            return self._give_out(text)
+        if len(tokens) <= 1:
+            return ""
+        del self._window[-len(tokens) :]  # the last token cuts a character: give out those before it
+        return "".join(self.push([token]) for token in tokens)
+
+    def flush(self) -> str:
+        """The rest at the end of an answer, an incomplete character included."""
+        return self._give_out(self._decode(self._window)) if self._read < len(self._window) else ""
+
+    def _give_out(self, text: str) -> str:
+        old = self._decode(self._window[: self._read]) if self._read else ""
+        del self._window[: self._read]
+        self._read = len(self._window)
+        return text[len(old) :]
+
+
+class StopChecker:
+    """The end of one answer, in vLLM's terms, for several tokens at once (a round emits several).
+
+    token_ids: the answer so far; the token that ends it is the last.
+    finish_reason: 'stop', 'length' or None while it goes on.
+    stop_reason: the stop string or stop id that ended it, LOOP, or None (end of sequence, length).
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        decode: Decode,
+        eos_ids: Sequence[int] = (),
+        max_tokens: int | None = None,
+        detect_loops: bool = False,
+    ) -> None:
+        """decode: token ids to text (special tokens skipped or not, as the request wishes). max_tokens: at most this
+        many where the context leaves less room than `params.max_tokens`."""
+        limits = [limit for limit in (params.max_tokens, max_tokens) if limit is not None]
+        self._max_tokens = min(limits) if limits else None
+        self._params, self._strings, self._ids = params, params.stop_strings, frozenset(params.stop_ids)
+        self._eos_ids: frozenset[int] = frozenset() if params.ignore_eos else frozenset(eos_ids)
+        self._detokenizer = Detokenizer(decode)
+        self._loops = LoopDetector() if detect_loops else None
+        self._text, self._shown, self._unchecked = "", 0, 0
+        self._undecoded: list[int] = []
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+
+    @property
+    def loop_start(self) -> int | None:
+        """Where the loop starts that ended the answer: a benchmark cuts token_ids there."""
+        return self._loops.start if self._loops else None
+
+    def push(self, tokens: Sequence[int]) -> list[int]:
+        """Takes the tokens of a round; returns those that belong to the answer (tokens after its end are dropped)."""
+        before = len(self.token_ids)
+        for token in tokens:
+            if self.finish_reason:
+                break
+            self._push_one(int(token))
+        return self.token_ids[before:]
+
+    @property
+    def text(self) -> str:
+        """All text that is certain: it never holds a part of a stop string that may still be forming."""
+        self._decode_pending()
+        return self._text[: len(self._text) - self._held_back()]
+
+    def new_text(self) -> str:
+        """The text since the last call, for streaming; after the end, all that remains."""
+        text = self.text
+        new, self._shown = text[self._shown :], len(text)
+        return new
+
+    def _push_one(self, token: int) -> None:
+        self.token_ids.append(token)
+        may_stop = len(self.token_ids) >= self._params.min_tokens
+        if may_stop and (token in self._eos_ids or token in self._ids):
+            self._finish_at_id(token)
+            return
+        self._undecoded.append(token)
+        if self._strings and self._stop_string_found():
+            return
+        if self._loops and self._loops.push(token):
+            self._finish("stop", LOOP)
+        elif self._max_tokens is not None and len(self.token_ids) >= self._max_tokens:
+            self._finish("length", None)
+
+    def _finish_at_id(self, token: int) -> None:
+        if self._params.include_stop_str_in_output:
+            self._undecoded.append(token)
+        self._finish("stop", None if token in self._eos_ids else token)
+
+    def _finish(self, reason: FinishReason, stop_reason: str | int | None) -> None:
+        self._decode_pending()
+        self._text += self._detokenizer.flush()
+        self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def _decode_pending(self) -> None:
+        if self._undecoded:
+            self._text += self._detokenizer.push(self._undecoded)
+            self._undecoded.clear()
+
+    def _stop_string_found(self) -> bool:
+        """Looks for a stop string that ends in the text of the newest token; of several, the earliest in the text."""
+        self._decode_pending()
+        if len(self.token_ids) <= self._params.min_tokens:
+            self._unchecked = len(self._text)  # vLLM: text of the first min_tokens cannot complete a stop string
+            return False
+        found = []
+        for order, string in enumerate(self._strings):
+            at = self._text.find(string, max(0, self._unchecked + 1 - len(string)))
+            if at >= 0:
+                found.append((at, order, string))
+        self._unchecked = len(self._text)
+        if not found:
+            return False
+        at, _, string = min(found)
+        self._text = self._text[: at + len(string)] if self._params.include_stop_str_in_output else self._text[:at]
+        self.finish_reason, self.stop_reason = "stop", string
+        return True
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that begins a stop string, while the answer goes on."""
+        if self.finish_reason or self._params.include_stop_str_in_output:
+            return 0
+        return max((_overlap(self._text, string) for string in self._strings), default=0)
+
+
+def _overlap(text: str, string: str) -> int:
+    """Length of the longest proper prefix of `string` that ends `text`."""
+    longest = min(len(string) - 1, len(text))
+    return next((k for k in range(longest, 0, -1) if text.endswith(string[:k])), 0)

@@ -1,0 +1,92 @@
+"""SamplingParams: vLLM's defaults and ranges, one clear line per error."""
+
+import math
+
+import pytest
+
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError
+
+BAD = {
+    "n": [0, -1, 1.5, True, "2"],
+    "temperature": [-0.1, 2.1, math.nan, math.inf, "1", None],
+    "top_p": [0.0, -0.5, 1.01, math.nan],
+    "top_k": [-2, 1.5, None],
+    "min_p": [-0.1, 1.1, math.nan],
+    "repetition_penalty": [0.0, -1.0, math.inf, math.nan],
+    "presence_penalty": [-2.1, 2.1],
+    "frequency_penalty": [-2.1, 2.1],
+    "logit_bias": [{1: 101.0}, {1: -math.inf}, {-1: 1.0}, {"a": 1.0}, {1: "x"}, [1]],
+    "stop": ["", ["a", ""], [1], 3],
+    "stop_token_ids": [[-1], ["a"], [1.5], 7, "12"],
+    "ignore_eos": [1, None],
+    "min_tokens": [-1, 17],
+    "max_tokens": [0, -3, 2.0],
+    "seed": [2**63, -(2**63) - 1, 0.5],
+    "logprobs": [-2, 1.5],
+    "skip_special_tokens": ["yes"],
+    "include_stop_str_in_output": [0],
+    "speculate": ["no"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_a_value_out_of_range_is_refused_in_one_line_that_names_it(name, value):
+    with pytest.raises(ConfigError) as error:
+        SamplingParams(**{name: value})
+    message = str(error.value)
+    assert name in message and "must be" in message and "\n" not in message
+    assert repr(value) in message or name == "logit_bias"
+
+
+def test_boundaries_are_allowed():
+    SamplingParams(temperature=2, top_p=1, top_k=-1, min_p=1, presence_penalty=-2, frequency_penalty=2, n=8)
+    SamplingParams(max_tokens=None, min_tokens=10_000, seed=-(2**63), logprobs=-1, logit_bias={0: -100, 3: 100})
+
+
+def test_defaults_are_vllms():
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (1, 1.0, 1.0, 0, 0.0)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert (params.max_tokens, params.min_tokens, params.seed, params.logprobs) == (16, 0, None, None)
+    assert params.speculate and params.skip_special_tokens
+    assert not (params.ignore_eos or params.include_stop_str_in_output or params.needs_history or params.greedy)
+
+
+def test_greedy_allows_one_answer_only():
+    assert SamplingParams(temperature=0).greedy and SamplingParams(temperature=1e-6).greedy
+    assert not SamplingParams(temperature=1e-4).greedy
+    with pytest.raises(ConfigError, match="n=2 .*greedy"):
+        SamplingParams(temperature=0, n=2)
+
+
+def test_stops_are_normalised_and_minus_one_is_no_seed():
+    assert SamplingParams().stop_strings == ()
+    assert SamplingParams(stop="END").stop_strings == ("END",)
+    assert SamplingParams(stop=["b", "a", "b"]).stop_strings == ("b", "a")
+    assert SamplingParams(stop_token_ids=[3, 1, 3]).stop_ids == (3, 1)
+    assert SamplingParams(seed=-1).seed is None
+
+
+@pytest.mark.parametrize("options", [{"logit_bias": {50: 1.0}}, {"stop_token_ids": [3, 99]}, {"logprobs": 51}])
+def test_what_does_not_fit_the_vocabulary_is_refused(options):
+    params = SamplingParams(**options)
+    params.check_vocabulary(1000)
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        params.check_vocabulary(50)
+
+
+@pytest.mark.parametrize(
+    ("options", "history", "changes"),
+    [
+        ({}, False, False),
+        ({"repetition_penalty": 1.1}, True, True),
+        ({"presence_penalty": 0.1}, True, True),
+        ({"frequency_penalty": -0.1}, True, True),
+        ({"logit_bias": {1: 1}}, False, True),
+        ({"min_tokens": 1}, False, True),
+    ],
+)
+def test_what_a_request_needs(options, history, changes):
+    params = SamplingParams(**options)
+    assert (params.needs_history, params.changes_logits) == (history, changes)

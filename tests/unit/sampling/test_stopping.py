@@ -1,0 +1,165 @@
+"""Where an answer ends: stop strings that straddle tokens, ids, length, and what a stream may show."""
+
+import random
+
+import pytest
+
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.stopping import LOOP, Detokenizer, StopChecker
+
+EOS = 0
+
+
+def decode(ids):
+    """A byte tokenizer: token b + 1 is byte b; EOS is special and skipped."""
+    return bytes(i - 1 for i in ids if i != EOS).decode("utf-8", errors="replace")
+
+
+def encode(text):
+    return [b + 1 for b in text.encode()]
+
+
+def checker(max_tokens=None, detect_loops=False, **options):
+    options.setdefault("max_tokens", None)
+    return StopChecker(SamplingParams(**options), decode, (EOS,), max_tokens, detect_loops)
+
+
+def test_a_stop_string_over_several_tokens_ends_the_answer_before_it():
+    check = checker(stop=["END", "###"])
+    assert check.push(encode("one two E")) == encode("one two E") and check.finish_reason is None
+    assert check.push(encode("ND three")) == encode("ND")  # what follows the stop is dropped
+    assert (check.finish_reason, check.stop_reason, check.text) == ("stop", "END", "one two ")
+    assert check.token_ids == encode("one two END")
+    assert check.push(encode("x")) == []
+
+
+def test_the_stop_string_is_included_on_request():
+    check = checker(stop="END", include_stop_str_in_output=True)
+    check.push(encode("one END two"))
+    assert (check.text, check.stop_reason) == ("one END", "END")
+
+
+def test_a_stop_string_inside_one_token_cuts_the_token():
+    words = ["I am", " here.\n\nAnd", " more"]
+    check = StopChecker(SamplingParams(stop=["\n\n", "\n"]), lambda ids: "".join(words[i] for i in ids))
+    assert check.push([0, 1, 2]) == [0, 1]
+    assert (check.text, check.stop_reason) == ("I am here.", "\n\n")  # earliest in the text, then first in the list
+
+
+def test_the_earliest_stop_string_of_a_token_wins():
+    check = StopChecker(SamplingParams(stop=["Z", "b"]), lambda ids: "abcZ" * len(ids))
+    check.push([1])
+    assert (check.text, check.stop_reason) == ("a", "b")
+
+
+def test_streaming_never_shows_a_part_of_a_stop_string():
+    check, shown = checker(stop=["<|end|>", "\nQ:"]), []
+    for token in encode("a < b <|en\nQ now <|end|> tail"):
+        check.push([token])
+        shown.append(check.new_text())
+    assert "".join(shown) == check.text == "a < b <|en\nQ now "
+    assert shown[:4] == ["a", " ", "", "< "]  # '<' waits until it cannot begin a stop string
+    assert check.new_text() == ""
+
+
+def test_held_text_comes_out_when_the_answer_ends_otherwise():
+    check = checker(stop="END", max_tokens=4)
+    check.push(encode("abE"))
+    assert check.new_text() == "ab"
+    check.push(encode("N"))
+    assert (check.finish_reason, check.new_text()) == ("length", "EN")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_how_the_tokens_are_grouped_changes_nothing(seed):
+    rng = random.Random(seed)
+    tokens = encode("".join(rng.choice("aab<é|日") for _ in range(60)))
+    options = {"stop": ["a<|", "bé日", "||a"], "stop_token_ids": [ord("~") + 1], "min_tokens": 5}
+    whole, single = checker(max_tokens=55, **options), checker(max_tokens=55, **options)
+    grouped, streamed = checker(max_tokens=55, **options), ""
+    whole.push(tokens)
+    for token in tokens:
+        single.push([token])
+    while tokens:
+        size = rng.randint(1, 6)
+        grouped.push(tokens[:size])
+        before, streamed = streamed, streamed + grouped.new_text()
+        assert streamed.startswith(before)
+        tokens = tokens[size:]
+    states = [(c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in (whole, single, grouped)]
+    assert states[0] == states[1] == states[2] and streamed == grouped.text
+
+
+def test_end_of_sequence_and_stop_ids():
+    check = checker()
+    assert check.push([*encode("hi"), EOS, *encode("x")]) == [*encode("hi"), EOS]
+    assert (check.finish_reason, check.stop_reason, check.text) == ("stop", None, "hi")
+    stop_id = encode("!")[0]
+    check = checker(stop_token_ids=[stop_id])
+    check.push(encode("hi!x"))
+    assert (check.finish_reason, check.stop_reason, check.text) == ("stop", stop_id, "hi")
+    assert check.token_ids == encode("hi!")
+    check = checker(stop_token_ids=[stop_id], include_stop_str_in_output=True)
+    check.push(encode("hi!x"))
+    assert check.text == "hi!"
+
+
+def test_ignore_eos_goes_on_but_obeys_stop_ids():
+    check = checker(ignore_eos=True, max_tokens=4)
+    check.push([EOS, EOS, *encode("abc")])
+    assert (check.finish_reason, len(check.token_ids), check.text) == ("length", 4, "ab")
+    check = checker(ignore_eos=True, stop_token_ids=[EOS])
+    check.push([*encode("a"), EOS])
+    assert (check.finish_reason, check.stop_reason) == ("stop", EOS)
+
+
+def test_the_smaller_of_max_tokens_and_the_room_in_the_context_counts():
+    for params_limit, room, expected in [(5, None, 5), (5, 3, 3), (None, 7, 7), (4, 9, 4)]:
+        check = StopChecker(SamplingParams(max_tokens=params_limit), decode, (EOS,), room)
+        assert len(check.push(encode("abcdefghij"))) == expected
+        assert (check.finish_reason, check.stop_reason) == ("length", None)
+
+
+def test_a_stop_in_the_last_allowed_token_is_a_stop():
+    check = checker(stop="cd", max_tokens=4)
+    check.push(encode("abcdef"))
+    assert (check.finish_reason, check.stop_reason, check.text) == ("stop", "cd", "ab")
+    check = checker(max_tokens=3)
+    check.push([*encode("ab"), EOS])
+    assert check.finish_reason == "stop"
+
+
+def test_min_tokens_delays_every_stop():
+    check = checker(min_tokens=4, stop="ab", stop_token_ids=encode("z"))
+    check.push(encode("abz"))
+    assert check.finish_reason is None
+    check.push(encode("xaabq"))
+    assert (check.text, check.stop_reason) == ("abzxa", "ab")
+
+
+def test_incomplete_characters_wait_and_are_shown_at_the_end():
+    text, detokenizer = "é日🙂", Detokenizer(decode)
+    pieces = [detokenizer.push([token]) for token in encode(text)]
+    assert "".join(pieces) == text and [p for p in pieces if p] == list(text)
+    check = checker(max_tokens=3)
+    check.push(encode("a🙂")[:2])
+    assert check.new_text() == "a"
+    check.push(encode("🙂")[1:2])
+    assert check.text == decode(encode("a🙂")[:3]) and check.text.endswith("\ufffd")
+
+
+def test_a_token_whose_text_depends_on_its_neighbour():
+    """As sentencepiece: the space before the first word of whatever is decoded is dropped."""
+    words = [" the", " old", " man"]
+    detokenizer = Detokenizer(lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
+    assert [detokenizer.push([i]) for i in (0, 1, 2, 0)] == ["the", " old", " man", " the"]
+
+
+def test_a_loop_ends_the_answer_only_where_asked():
+    tokens = encode("The sum is " + "ten and " * 8)
+    check = checker(detect_loops=True)
+    check.push(tokens)
+    assert (check.finish_reason, check.stop_reason) == ("stop", LOOP)
+    assert decode(check.token_ids[: check.loop_start]) == "The sum is ten and"
+    check = checker()
+    assert check.push(tokens) == tokens and check.loop_start is None
