@@ -53,6 +53,7 @@ class Calibration:
         self.counts = np.zeros_like(self.prior) if counts is None else counts
         self.hits = self.counts * self.prior
         self.drift = DriftDetector(len(self.prior))
+        self.changes = 0  # how often a drafter was found to have changed
         self._rounds = 0
         self._refresh()
 
@@ -63,8 +64,7 @@ class Calibration:
         if not len(trees):
             return np.zeros(0)
         conditional = self._lookup(self._cells(trees, greedy))
-        slot = trees.parent + trees.batch
-        np.copyto(slot, trees.owner, where=trees.parent < 0)
+        slot = slots(trees)
         conditional /= np.maximum(np.bincount(slot, conditional), 1.0).take(slot)
         trees.accept_prob = path_products(trees.parent, conditional, int(trees.depth.max()))
         return conditional
@@ -85,6 +85,7 @@ class Calibration:
         changed = self.drift.update(trees.source.take(nodes), expected, chosen)
         for source, ratio in changed:
             self._rescale(source, ratio)
+        self.changes += len(changed)
         self._rounds += 1
         if changed or self._rounds < 32 or self._rounds % REFRESH == 0:
             self._refresh()
@@ -111,6 +112,10 @@ class Calibration:
         if not (np.isfinite(counts).all() and (prior >= 0).all() and (prior <= 1).all()):
             raise ValueError("not a calibration state: values out of range")
         return cls(prior, np.clip(counts, 0.0, weight))
+
+    def bins(self, prob: FloatArray) -> IntArray:
+        """[n] bin of each draft probability."""
+        return _BIN_OF_FINE.take(_FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64)))
 
     def _cells(self, trees: DraftTrees, greedy: BoolArray, nodes: IntArray | None = None) -> IntArray:
         """Flat index of each node's fine bin: ((source * DEPTHS + depth) * 2 + greedy) * FINE + fine."""
@@ -139,7 +144,7 @@ class Calibration:
             self._refresh()
 
     def _rescale(self, source: int, ratio: float) -> None:
-        """The drafter has changed: all it is known for is scaled, and remembered weakly so that it is soon relearned."""
+        """The drafter has changed: what is known of it is scaled, and remembered weakly so that it is soon relearned."""
         weight = min(1.0, AFTER_CHANGE / max(float(self.counts[source].sum()), 1e-9))
         self.counts[source] *= weight
         self.hits[source] = np.minimum(self.hits[source] * (weight * ratio), self.counts[source])
@@ -154,6 +159,13 @@ class Calibration:
         falling = np.minimum.accumulate(raw[..., ::-1], axis=3)[..., ::-1]
         self._coarse = np.minimum(0.5 * (rising + falling), MAX_PROB)  # both are monotone, hence their mean
         self._table = (self._coarse @ _INTERPOLATE).ravel()
+
+
+def slots(trees: DraftTrees) -> IntArray:
+    """[nodes] row of each node's parent: roots are 0 .. batch - 1, node i is batch + i. Siblings share a slot."""
+    slot: IntArray = trees.parent + trees.batch
+    np.copyto(slot, trees.owner, where=trees.parent < 0)
+    return slot
 
 
 def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> FloatArray:

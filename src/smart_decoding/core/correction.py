@@ -43,7 +43,7 @@ class Correction:
         return result
 
     def updated(self, rows: int, predicted: float, seconds: float, shared: float | None = None) -> Correction:
-        """After a step of `rows` rows that the uncorrected table says takes `predicted` seconds and that took `seconds`.
+        """After a step of `rows` rows that took `seconds` where the uncorrected table says `predicted`.
 
         A clipped step towards the observed log ratio, like a running median. `shared` takes the machine's speed from
         another correction instead of learning it here. Unusable times (NaN, zero, negative) change nothing."""

@@ -45,7 +45,7 @@ class DriftDetector:
         self.expected *= alive
         if self.evidence.max() < THRESHOLD:
             return []
-        return [self._alarm(int(way), int(index)) for way, index in zip(*np.nonzero(self.evidence >= THRESHOLD))]
+        return [self._alarm(int(way), int(index)) for way, index in np.argwhere(self.evidence >= THRESHOLD)]
 
     def _alarm(self, way: int, index: int) -> tuple[int, float]:
         ratio = (self.hits[way, index] + 0.5) / (self.expected[way, index] + 0.5)

@@ -10,10 +10,11 @@ from smart_decoding.core.policies.chain import Chain
 from smart_decoding.core.policies.likelihood import Likelihood
 from smart_decoding.core.policies.off import Off
 from smart_decoding.core.policies.protocol import Policy
+from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.policies.static import Static
 from smart_decoding.errors import ConfigError
 
-POLICIES: dict[str, type[Any]] = {cls.name: cls for cls in (Off, Chain, Static, Likelihood)}
+POLICIES: dict[str, type[Any]] = {cls.name: cls for cls in (Off, Chain, Static, Likelihood, Smart)}
 
 
 def policy_options(name: str) -> list[str]:

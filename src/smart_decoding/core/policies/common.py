@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from smart_decoding.core.calibration import slots
 from smart_decoding.core.policies.protocol import BatchState
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.errors import ConfigError
@@ -43,13 +44,6 @@ def expandable(trees: DraftTrees, level: int, limits: IntArray, eos: TokenIds) -
         by_model[slot[trees.source == 0]] = True
         mask &= by_model[slot]
     return np.flatnonzero(mask)
-
-
-def slots(trees: DraftTrees) -> IntArray:
-    """[nodes] row of each node's parent: roots are 0 .. batch - 1, node i is batch + i. Siblings share a slot."""
-    slot: IntArray = trees.parent + trees.batch
-    np.copyto(slot, trees.owner, where=trees.parent < 0)
-    return slot
 
 
 def is_token(token: IntArray, ids: TokenIds) -> BoolArray:

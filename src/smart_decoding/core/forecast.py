@@ -1,0 +1,108 @@
+"""What the levels that are not drafted yet will probably bring: the mean child, by depth and rank.
+
+Kept is how the drafter's confidences are distributed (a histogram by depth and rank among siblings); what they are
+worth is asked of the calibration when needed, so a change of the drafter's quality reaches the forecast at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from smart_decoding.core.calibration import BINS, DEPTHS, Calibration, slots
+from smart_decoding.core.tree import DraftTrees, FloatArray
+
+RANKS = 8  # children beyond the eighth bring next to nothing
+FREE = 16  # best candidates of the drafters without model, per request
+MEMORY = 64.0  # rounds
+PRIOR_WEIGHT = 8.0
+_PRIOR_PROBS = np.array([0.60, 0.13, 0.06, 0.035, 0.02, 0.015, 0.01, 0.008])
+_KEY_BITS = 20
+
+
+class Forecast:
+    """Running histogram [DEPTHS, RANKS, BINS] of draft_prob and the weight [DEPTHS] of expanded nodes behind it."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.histogram = np.zeros((DEPTHS, RANKS, BINS))
+        self.histogram[:, np.arange(RANKS), calibration.bins(_PRIOR_PROBS)] = PRIOR_WEIGHT
+        self.weight = np.full(DEPTHS, PRIOR_WEIGHT)
+        self.free = np.zeros(FREE)  # mean accept_prob of the k-th best free candidate of a request
+
+    def children(self, greedy_share: float) -> FloatArray:
+        """[DEPTHS, RANKS] mean acceptance probability, given its parent's, of the k-th child at depth 1, 2, ..."""
+        curve = self.calibration.curve(0, greedy_share)
+        mean = (self.histogram @ curve[:, :, None])[:, :, 0] / self.weight[:, None]
+        result: FloatArray = mean / np.maximum(mean.sum(axis=1, keepdims=True), 1.0)
+        return result
+
+    def observe(self, trees: DraftTrees) -> None:
+        """Learns from all drafted nodes (scored), weighted by their parents' accept_prob: the paths that matter."""
+        slot = slots(trees)
+        quantised = ((1.0 - np.fmin(np.fmax(trees.draft_prob, 0.0), 1.0)) * ((1 << _KEY_BITS) - 1)).astype(np.int64)
+        keys = (slot << (2 * _KEY_BITS)) | (quantised << _KEY_BITS) | np.arange(len(trees))
+        keys.sort()
+        order = keys & ((1 << _KEY_BITS) - 1)
+        position = np.arange(len(keys))
+        starts = np.flatnonzero(np.diff(keys >> (2 * _KEY_BITS), prepend=-1))
+        rank = position - np.repeat(starts, np.diff(starts, append=len(keys)))
+        weight_of = np.append(trees.accept_prob, 1.0)  # the root's, reached by index -1
+        weight = weight_of[trees.parent[order]]
+        if trees.source.any():  # only nodes that the model drafter expanded tell what it proposes
+            by_model = np.zeros(trees.batch + len(trees), np.bool_)
+            by_model[slot[trees.source == 0]] = True
+            weight = weight * by_model[slot[order]]
+        depth = np.minimum(trees.depth[order], DEPTHS) - 1
+        cell = (depth * RANKS + np.minimum(rank, RANKS - 1)) * BINS + self.calibration.bins(trees.draft_prob[order])
+        kept = np.where(rank < RANKS, weight, 0.0)
+        new = np.bincount(cell, kept, self.histogram.size).reshape(self.histogram.shape)
+        parents = np.bincount(depth[starts], weight[starts], DEPTHS)
+        keep = np.where(parents > 0, 1.0 - 1.0 / MEMORY, 1.0)
+        self.histogram = self.histogram * keep[:, None, None] + new / trees.batch
+        self.weight = self.weight * keep + parents / trees.batch
+
+    def observe_free(self, trees: DraftTrees, size: int) -> None:
+        """Learns what drafters without a model propose, from a round that used nothing else, over `size` requests."""
+        best = np.zeros(FREE)
+        for owner in range(trees.batch):
+            mine = np.sort(trees.accept_prob[trees.owner == owner])[::-1][:FREE]
+            best[: len(mine)] += mine
+        self.free += (best / max(size, 1) - self.free) / 16
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known, as plain lists."""
+        return {"histogram": np.round(self.histogram, 4).tolist(), "weight": np.round(self.weight, 4).tolist()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], calibration: Calibration) -> Forecast:
+        """Starts from a stored state, worth PRIOR_WEIGHT expanded nodes per depth. Raises KeyError or ValueError."""
+        histogram, weight = np.asarray(state["histogram"], np.float64), np.asarray(state["weight"], np.float64)
+        if histogram.shape != (DEPTHS, RANKS, BINS) or weight.shape != (DEPTHS,) or not (weight > 0).all():
+            raise ValueError("not a forecast state")
+        forecast = cls(calibration)
+        forecast.histogram = histogram * (PRIOR_WEIGHT / weight)[:, None, None]
+        return forecast
+
+
+def grow(children: FloatArray, levels: int, width: int) -> list[FloatArray]:
+    """Forecast accept_probs of one request's candidates: entry i holds those of level i + 1, `width` nodes expanded at
+    each level after the first. `children` as from `Forecast.children`."""
+    frontier = np.ones(1)
+    result = []
+    for level in range(levels):
+        candidates = np.multiply.outer(frontier, children[min(level, DEPTHS - 1)]).ravel()
+        result.append(candidates)
+        frontier = -np.sort(-candidates)[:width]
+    return result
+
+
+def subtree(children: FloatArray, depth: int, levels: int, ranks: int) -> FloatArray:
+    """[levels * ranks] forecast conditional probabilities below one node whose children have depth `depth`, when each
+    further level expands the best child only (the frontier's width in all stays what it is)."""
+    rows = children[np.minimum(np.arange(depth - 1, depth - 1 + levels), DEPTHS - 1)]
+    heads = np.cumprod(np.concatenate((np.ones(1), rows[:-1, 0])))
+    result: FloatArray = (heads[:, None] * rows[:, :ranks]).ravel()
+    return result

@@ -1,0 +1,41 @@
+"""When to try what is believed to be worse, so that beliefs stay true, and at what price: deterministic and bounded."""
+
+from __future__ import annotations
+
+FIRST_GAP, LAST_GAP = 8, 64  # rounds between probes of the other mode: doubled by each that shows nothing
+CREDIT_ROUNDS = 64  # unspent budget is kept for this many rounds
+
+
+class Prober:
+    """Spends at most `budget` of the time (plus one probe) on rounds in the mode that is not believed best.
+
+    Probes that turn out well earn their gain and are repeated at once: a drafter that has recovered is back soon."""
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+        self.credit = 0.0  # seconds
+        self.spent = 0.0  # seconds lost to probes in all, gains not counted
+        self.gap = FIRST_GAP
+        self.waited = 0
+        self.count = 0
+
+    def due(self) -> bool:
+        """Whether this round may probe."""
+        return self.budget > 0 and self.waited >= self.gap and self.credit >= 0
+
+    def ordinary_round(self, seconds: float) -> None:
+        """After a round in the believed mode."""
+        self.waited += 1
+        self.credit = min(self.credit + self.budget * seconds, self.budget * seconds * CREDIT_ROUNDS)
+
+    def probe_round(self, loss: float) -> None:
+        """After a probe that cost `loss` seconds more than the believed mode would have (negative: it was better)."""
+        self.count += 1
+        self.waited = 0
+        self.credit -= loss
+        self.spent += max(loss, 0.0)
+        self.gap = 0 if loss < 0 else min(max(2 * self.gap, FIRST_GAP), LAST_GAP)
+
+    def mode_changed(self) -> None:
+        """The believed mode is another one now: soon check again."""
+        self.gap, self.waited = FIRST_GAP, 0

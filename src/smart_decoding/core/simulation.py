@@ -1,0 +1,190 @@
+"""A small world to run policies in without a model: tests and benchmarks compare them with full knowledge there.
+
+Each expanded node gets children whose draft probabilities depend on how hard the request is at the moment; their true
+acceptance is a known distortion of them. Everything is a function of the seed, so all policies meet the same rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from smart_decoding.core.acceptance import accept
+from smart_decoding.core.choice import best_size, ranked
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Policy, Round
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
+
+CHILDREN = 8
+TRUST = np.array([0.0, 0.9, 0.82, 0.7, 0.62, 0.55, 0.5])  # true acceptance over draft_prob, by depth
+CONTEXT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Expected tokens, seconds, verified nodes and rounds without drafting, over a run."""
+
+    tokens: float
+    seconds: float
+    nodes: int
+    off: int
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+
+class World:
+    """`batch` requests for ever. `good(round)` says whether the drafter is in order (else it is shuffled: as confident,
+    never right). `costs` is the truth about time."""
+
+    def __init__(
+        self, seed: int, batch: int, costs: CostModel, good: Callable[[int], bool] = lambda _: True, ease: float = 0.7
+    ) -> None:
+        self.seed, self.batch, self.costs, self.good, self.ease = seed, batch, costs, good, ease
+        rng = np.random.default_rng(seed)
+        steps = rng.normal(size=(4096, batch))
+        self.mood = np.zeros((4096, batch))  # how predictable the text is at the moment: a slow wave per request
+        for t in range(1, 4096):
+            self.mood[t] = 0.9 * self.mood[t - 1] + 0.45 * steps[t]
+
+    def state(self, catch_up: int = 0) -> BatchState:
+        """The batch before a round."""
+        size = self.batch
+        return BatchState(
+            np.full(size, CONTEXT), np.full(size, 10_000), np.zeros(size), np.ones(size, bool), catch_up_rows=catch_up
+        )
+
+    def expand(self, round_index: int, trees: DraftTrees, parents: IntArray, children: int, depth: int) -> None:
+        """Appends `children` nodes below each of `parents`; at depth 1 below each root."""
+        rng = np.random.default_rng([self.seed, round_index, depth])
+        owner = np.arange(self.batch) if depth == 1 else trees.owner[parents]
+        mood = self.mood[round_index % 4096][owner] + self.ease
+        # Drawn for every place of the level and looked up by parent: the same node is the same in every policy's tree.
+        top = 1.0 / (1.0 + np.exp(-(mood + 1.6 * rng.normal(size=65536)[_places(trees, parents, self.batch)])))
+        share = 0.55 ** np.arange(1, CHILDREN)
+        prob = np.concatenate((top[:, None], (1 - top)[:, None] * share / share.sum() * 0.85), axis=1)
+        prob = -np.sort(-prob, axis=1)[:, :children]
+        count = prob.shape[1]
+        token = np.tile(np.arange(count), len(owner))
+        trees.append(np.repeat(owner, count), token, np.repeat(parents, count), prob.ravel())
+
+    def true_prob(self, trees: DraftTrees, round_index: int) -> FloatArray:
+        """[nodes] probability that the target chooses the node, its parent accepted."""
+        trust = TRUST[np.minimum(trees.depth, len(TRUST) - 1)]
+        result: FloatArray = trees.draft_prob * trust * self.good(round_index)
+        return result
+
+    def walk(self, trees: DraftTrees, round_index: int, kept: IntArray) -> tuple[IntArray, IntArray]:
+        """(root_next [batch], next_token [nodes]): one verification of `kept`, drawn from the true probabilities."""
+        rng = np.random.default_rng([self.seed, round_index, 99])
+        true = self.true_prob(trees, round_index)
+        pruned = trees.take(kept)
+        draws = rng.random(self.batch + len(trees))
+
+        def sample(rows: IntArray) -> IntArray:
+            tokens = []
+            for row in rows:
+                node = -1 if row < self.batch else int(kept[row - self.batch])
+                mine = trees.parent == node
+                if node < 0:
+                    mine &= trees.owner == row
+                children = np.flatnonzero(mine)
+                edge = np.cumsum(true[children])
+                hit = np.flatnonzero(draws[row if node < 0 else self.batch + node] < edge)
+                tokens.append(int(trees.token[children[hit[0]]]) if len(hit) else CHILDREN + 1)
+            return np.array(tokens, np.int64)
+
+        result = accept(pruned, sample)
+        next_token = np.full(len(trees), -1, np.int64)
+        next_token[kept] = result.next_token
+        return result.root_next, next_token
+
+
+def run(policy: Policy, world: World, rounds: range) -> Totals:
+    """Runs a policy through `rounds` of the world as an engine would. Tokens are expectations, not draws."""
+    tokens = seconds = 0.0
+    nodes = off = catch_up = 0
+    for index in rounds:
+        batch = world.state(catch_up)
+        plan = policy.plan(batch)
+        trees, round_ = DraftTrees.empty(world.batch), None
+        widths: list[int] = []
+        times: list[float] = []
+        if plan.speculate and plan.levels:
+            widths, times = _draft(policy, plan, batch, world, index, trees)
+        kept = policy.select(plan, batch, trees) if plan.speculate else np.zeros(0, np.int64)
+        root_next, next_token = world.walk(trees, index, kept)
+        verify = float(world.costs.verify_seconds(world.batch, world.batch + len(kept), CONTEXT))
+        round_ = Round(batch, plan, trees, kept, next_token, root_next, widths, times, world.batch + len(kept), verify)
+        policy.observe(round_)
+        tokens += world.batch + _path_gain(trees, world.true_prob(trees, index))[kept].sum()
+        seconds += verify + sum(times)
+        nodes, off = nodes + len(kept), off + (not plan.speculate)
+        catch_up = 0 if widths else min(catch_up + world.batch, 64)
+    return Totals(float(tokens), seconds, nodes, off)
+
+
+def full_knowledge(world: World, rounds: range, levels: int = 6, widths: tuple[int, ...] = (1, 2, 4, 8)) -> Totals:
+    """The best of plain decoding and every (levels, width) each round, knowing all true probabilities beforehand."""
+    tokens = seconds = 0.0
+    nodes = off = 0
+    size = world.batch
+    plain = float(world.costs.verify_seconds(size, size, CONTEXT))
+    for index in rounds:
+        best = (size / plain, float(size), plain, 0)
+        for width in widths:
+            trees, sunk = DraftTrees.empty(size), 0.0
+            parents = np.full(size, -1)
+            for level in range(1, levels + 1):
+                world.expand(index, trees, parents, CHILDREN, level)
+                sunk += float(world.costs.draft_seconds(len(parents), CONTEXT))
+                gain = _path_gain(trees, world.true_prob(trees, index))
+                order = ranked(gain)
+                curve = world.costs.verify_curve(size, size, len(trees) + 1, CONTEXT)
+                n, value = best_size(gain[order], size, sunk, curve)
+                best = max(best, (value, size + float(gain[order[:n]].sum()), sunk + float(curve[n]), n))
+                deepest = np.flatnonzero(trees.depth == level)
+                parents = np.sort(deepest[ranked(gain[deepest])[: width * size]])
+        tokens, seconds = tokens + best[1], seconds + best[2]
+        nodes, off = nodes + best[3], off + (best[3] == 0)
+    return Totals(tokens, seconds, nodes, off)
+
+
+def _draft(
+    policy: Policy, plan: DraftPlan, batch: BatchState, world: World, index: int, trees: DraftTrees
+) -> tuple[list[int], list[float]]:
+    parents: IntArray = np.full(world.batch, -1)
+    widths, times = [], []
+    for level in range(1, plan.levels + 1):
+        world.expand(index, trees, parents, plan.children, level)
+        rows = len(parents) + (batch.catch_up_rows if level == 1 else 0)
+        widths.append(len(parents))
+        times.append(float(world.costs.draft_seconds(rows, CONTEXT)))
+        chosen = policy.frontier(plan, batch, trees, level) if level < plan.levels else None
+        if chosen is None:
+            break
+        parents = chosen
+    return widths, times
+
+
+def _path_gain(trees: DraftTrees, conditional: FloatArray) -> FloatArray:
+    gain = conditional.copy()
+    for node, parent in enumerate(trees.parent):
+        if parent >= 0:
+            gain[node] *= gain[parent]
+    return gain
+
+
+def _places(trees: DraftTrees, parents: IntArray, batch: int) -> IntArray:
+    """A place in [0, 65536) for each parent that depends on its request and token path only."""
+    place = np.arange(batch) if not len(trees) else trees.owner[parents].copy()
+    at = parents.copy()
+    while (at >= 0).any():
+        inside = at >= 0
+        place[inside] = (place[inside] * 31 + trees.token[at[inside]] + 7) % 65536
+        at[inside] = trees.parent[at[inside]]
+    return place
