@@ -44,7 +44,11 @@ def load_checkpoint(path_or_name: str | Path) -> Checkpoint:
     config = read_config(folder)
     weights = SafetensorsWeights(folder)
     config.check_tensors(weights.shapes, folder.name if source.path == folder else source.path.name)
-    provenance = {"model": source.name, "weights": source.weights, "dtype": weights.dtype_of("model.embed_tokens.weight")}
+    provenance = {
+        "model": source.name,
+        "weights": source.weights,
+        "dtype": weights.dtype_of("model.embed_tokens.weight"),
+    }
     if source.sha256:
         provenance["sha256"] = source.sha256
     return Checkpoint(config, weights, folder, provenance)

@@ -1,0 +1,36 @@
+# Each target makes the environment it needs; repeated calls skip pip while pyproject.toml is unchanged.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test quality env clean
+
+demo: .venv/.installed
+	$(BIN)/smart demo
+
+test: env
+	$(BIN)/python -m pytest
+
+quality: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+env: .venv/.installed-dev
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (Debian: apt install python3 python3-venv)"; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "venv is missing (Debian: apt install python3-venv)"; exit 1; }
+
+.venv/.installed: pyproject.toml | $(BIN)/python
+	$(PIP) install -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) install -e '.[test,dev,bench]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
