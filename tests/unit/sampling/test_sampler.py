@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from smart_decoding.backends.torch.noise import gumbel, noise_key
-from smart_decoding.backends.torch.processors import SampleSpec, TokenHistory, process
-from smart_decoding.backends.torch.sampler import NEAR, Sampler, draw, survivors
+from smart_decoding.backends.torch.processors import process
+from smart_decoding.engine.history import SampleSpec, TokenHistory
+from smart_decoding.backends.torch.sampler import NEAR, Sampler, draw, first_maximum, survivors
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
 
@@ -218,6 +219,7 @@ def test_ties_go_to_the_lowest_id(dtype):
     logits[0, [4000, 17, 2500]] = 3.0
     logits[1, [4999, 4998]] = 1.0
     assert Sampler(5000).argmax(logits).tolist() == [17, 4998, 0]
+    assert first_maximum(logits)[0].tolist() == [17, 4998, 0]  # what other devices than a CPU run
     specs = [SampleSpec(SamplingParams(temperature=0, logit_bias={1: -1.0}))] * 3
     assert Sampler(5000).sample(logits, [0, 1, 2], specs).tolist() == [17, 4998, 0]
 

@@ -4,7 +4,7 @@ With it, the token drawn at a position depends on the target's logits there and 
 batch, the round or the policy (Gumbel-max: argmax(score + Gumbel noise) is a draw from softmax(score)). A drafter may
 rank by draft score plus the same noise. Counter-based as in Salmon et al., "Parallel random numbers: as easy as 1, 2,
 3" (SC 2011); the mixer is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), and the bits of one key are
-that generator's stream, indexed by the token. Computed in integers and float64, then rounded: the same for every backend.
+that generator's stream, indexed by the token. Computed in integers and float64, then rounded: the same everywhere.
 
 The golden values of tests/unit/sampling/test_noise.py hold this function still: to change it changes all answers.
 """

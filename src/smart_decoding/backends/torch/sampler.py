@@ -17,7 +17,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from smart_decoding.backends.torch.noise import G_MAX, fewest_bits, gumbel, gumbel_of_bits, noise_key, uniform_bits
-from smart_decoding.backends.torch.processors import FloatRow, SampleSpec, process
+from smart_decoding.backends.torch.processors import FloatRow, process
+from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
 
@@ -50,10 +51,7 @@ class Sampler:
             tokens = rows.argmax(-1)  # the first maximum, by numpy's contract; torch.argmax gives no such promise
             best = np.take_along_axis(rows, tokens[:, None], -1)
         else:
-            top = logits.float().amax(-1, keepdim=True)
-            ids = torch.arange(logits.shape[-1], device=logits.device)
-            tokens = torch.where(logits == top, ids, logits.shape[-1]).amin(-1).cpu().numpy()
-            best = top.cpu().numpy()
+            tokens, best = (t.cpu().numpy() for t in first_maximum(logits))
         _require_finite(best)
         return np.asarray(tokens, np.int64)
 
@@ -74,6 +72,13 @@ class Sampler:
         indices, drawn = np.asarray(which, np.int64), np.asarray(tokens, np.int64)
         rows = _rows(logits, indices)
         return [_row_logprobs(row, int(token), k) for row, token in zip(rows, drawn, strict=True)]
+
+
+def first_maximum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows] lowest id of each row's maximum, and [rows] the maximum; where it is NaN, the id is `vocab`."""
+    best = logits.amax(-1, keepdim=True)
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return torch.where(logits == best, ids, logits.shape[-1]).amin(-1), best[:, 0].float()
 
 
 def draw(row: FloatRow, spec: SampleSpec) -> int:
