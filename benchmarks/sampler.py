@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.backends.torch.sampler import Sampler
+from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
 
 VOCAB, ROWS = 49152, 16
