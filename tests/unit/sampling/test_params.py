@@ -56,7 +56,7 @@ def test_defaults_are_vllms():
 def test_greedy_allows_one_answer_only():
     assert SamplingParams(temperature=0).greedy and SamplingParams(temperature=1e-6).greedy
     assert not SamplingParams(temperature=1e-4).greedy
-    with pytest.raises(ConfigError, match="n=2 .*greedy"):
+    with pytest.raises(ConfigError, match=r"n=2 .*greedy"):
         SamplingParams(temperature=0, n=2)
 
 
