@@ -144,7 +144,7 @@ class Calibration:
             self._refresh()
 
     def _rescale(self, source: int, ratio: float) -> None:
-        """The drafter has changed: what is known of it is scaled, and remembered weakly so that it is soon relearned."""
+        """The drafter has changed: what is known of it is scaled, and remembered weakly: it is soon relearned."""
         weight = min(1.0, AFTER_CHANGE / max(float(self.counts[source].sum()), 1e-9))
         self.counts[source] *= weight
         self.hits[source] = np.minimum(self.hits[source] * (weight * ratio), self.counts[source])

@@ -45,17 +45,17 @@ def best_size(
     return n, float(values[n])
 
 
-def best_values(gains: FloatArray, tokens: float, sunk: FloatArray, seconds: FloatArray, limit: float) -> FloatArray:
-    """[options] the best rate of each row of `gains` [options, m], in any order, after `sunk` [options] seconds."""
-    descending = np.negative(gains)
-    descending.sort(axis=1)
-    np.cumsum(descending, axis=1, out=descending)
+def best_rates(losses: FloatArray, tokens: float, sunk: FloatArray, seconds: FloatArray, limit: float) -> FloatArray:
+    """[options] what `best_size` reaches with each row of `losses` [options, m]: negated gains in any order.
+
+    `losses` is overwritten. sunk: [options] seconds; seconds: [m + 1], as there."""
+    losses.sort(axis=1)
+    rates = np.zeros((len(losses), losses.shape[1] + 1))
+    np.cumsum(losses, axis=1, out=rates[:, 1:])
     total = sunk[:, None] + seconds
-    values = np.empty_like(total)
-    values[:, 0] = tokens
-    np.subtract(tokens, descending, out=values[:, 1:])
-    values /= total
+    np.subtract(tokens, rates, out=rates)
+    rates /= total
     if limit < math.inf:
-        values[:, 1:][total[:, 1:] > limit] = -1.0
-    result: FloatArray = values.max(axis=1)
+        rates[:, 1:][total[:, 1:] > limit] = -1.0
+    result: FloatArray = rates.max(axis=1)
     return result

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import isotonic_regression, nnls  # type: ignore[import-untyped]
+from scipy.optimize import isotonic_regression, nnls  # type: ignore[import-untyped, unused-ignore]
 
 from smart_decoding.core.correction import Correction
 from smart_decoding.core.tree import FloatArray, IntArray
@@ -202,7 +202,8 @@ class CostModel:
         return cls(curves, draft, row, sequence, level, overhead)
 
     def _with(self, verify: Correction, draft: Correction) -> CostModel:
-        return replace(self, verify_correction=verify, draft_correction=draft)
+        tables = (self.verify, self.draft, self.row_token, self.sequence_token, self.draft_token)
+        return CostModel(*tables, self.overhead_seconds, verify, draft, self._dense)
 
     def _table(self, batch: int, size: int) -> FloatArray:
         """Dense seconds over rows at `batch` (0: the draft curve), computed once and grown on demand."""

@@ -87,15 +87,18 @@ class Forecast:
         return forecast
 
 
-def grow(children: FloatArray, levels: int, width: int) -> list[FloatArray]:
-    """Forecast accept_probs of one request's candidates: entry i holds those of level i + 1, `width` nodes expanded at
-    each level after the first. `children` as from `Forecast.children`."""
+def grow(children: FloatArray, levels: int, width: int) -> FloatArray:
+    """[levels, candidates] forecast accept_probs of one request's tree of 1, 2, ... `levels` levels; 0 is no candidate.
+
+    `width` nodes are expanded at each level after the first; `children` as from `Forecast.children`."""
     frontier = np.ones(1)
-    result = []
+    grown = []
     for level in range(levels):
         candidates = np.multiply.outer(frontier, children[min(level, DEPTHS - 1)]).ravel()
-        result.append(candidates)
+        grown.append(candidates)
         frontier = -np.sort(-candidates)[:width]
+    reached = np.repeat(np.arange(levels), [len(candidates) for candidates in grown])
+    result: FloatArray = np.concatenate(grown) * (reached <= np.arange(levels)[:, None])
     return result
 
 

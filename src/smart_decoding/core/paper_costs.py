@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import least_squares  # type: ignore[import-untyped]
+from scipy.optimize import least_squares  # type: ignore[import-untyped, unused-ignore]
 
 from smart_decoding.core.tree import FloatArray
 

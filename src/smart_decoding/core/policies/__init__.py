@@ -11,10 +11,11 @@ from smart_decoding.core.policies.likelihood import Likelihood
 from smart_decoding.core.policies.off import Off
 from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.core.policies.smart import Smart
+from smart_decoding.core.policies.smart_paper import SmartPaper
 from smart_decoding.core.policies.static import Static
 from smart_decoding.errors import ConfigError
 
-POLICIES: dict[str, type[Any]] = {cls.name: cls for cls in (Off, Chain, Static, Likelihood, Smart)}
+POLICIES: dict[str, type[Any]] = {cls.name: cls for cls in (Off, Chain, Static, Likelihood, SmartPaper, Smart)}
 
 
 def policy_options(name: str) -> list[str]:
@@ -23,7 +24,7 @@ def policy_options(name: str) -> list[str]:
         raise ConfigError(f"unknown policy {name!r}; choose one of: {', '.join(POLICIES)}")
     if POLICIES[name].__init__ is object.__init__:
         return []
-    return [option for option in inspect.signature(POLICIES[name]).parameters]
+    return list(inspect.signature(POLICIES[name]).parameters)
 
 
 def make_policy(name: str, offered: Mapping[str, Any] | None = None, **options: Any) -> Policy:

@@ -4,14 +4,17 @@ probabilities (DESIGN.md, the controller)."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 
 from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.choice import best_size, best_values, ranked
+from smart_decoding.core.choice import best_rates, best_size, ranked
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
-from smart_decoding.core.forecast import Forecast, grow, subtree
+from smart_decoding.core.forecast import Forecast, grow
+from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.policies.common import (
     TokenIds,
     depth_limits,
@@ -23,38 +26,48 @@ from smart_decoding.core.policies.common import (
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.probing import Prober
-from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
-AHEAD, RANKS_AHEAD = 3, 4  # look-ahead after a level: levels, and children of each node
-KEEP_DECISION = 8  # rounds that a forecast choice is reused for while nothing changes
+AHEAD = 3  # levels of look-ahead while drafting
+KEEP_OUTLOOK = 16  # rounds that forecasts and prices are reused for while nothing changes
+BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, slow-moving beliefs are updated every fourth round
+
+Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
+FREE_ONLY: Option = (0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """A choice by forecast: tokens per second of plain decoding, of each option, and the best option.
+@dataclass(slots=True)
+class Outlook:
+    """Forecasts and prices for batches of one shape, reused for some rounds.
 
-    values: {(levels, width per request): tokens per second}; (0, 0) is free drafters only.
+    plain: seconds of a plain round. values: tokens per second forecast for each way to draft. foresight: what drafting
+    really reached over its forecast. verify: seconds at 0, 1, ... nodes. levels: seconds at 0, 1, ... expanded rows.
     """
 
-    off: float
-    values: dict[tuple[int, int], float]
-    foresight: float = 1.0  # what drafting really reached over what was forecast for it
+    key: tuple[object, ...]
+    size: int
+    plain: float
+    values: dict[Option, float]
+    foresight: float
+    verify: FloatArray
+    levels: FloatArray
+    ahead: LookAhead
+    age: int = 0
 
-    def best(self) -> tuple[int, int] | None:
+    def best(self) -> Option | None:
         """The best way to draft, or None where plain decoding is at least as good."""
-        option = self.best_drafting()
-        return option if option is not None and self.value(option) > self.off else None
+        option = max(self.values, key=self.value, default=None)
+        return option if option is not None and self.value(option) > self.value(None) else None
 
-    def best_drafting(self, free: bool = True, model: bool = True) -> tuple[int, int] | None:
-        """The best way to draft among those with (levels > 0) and without the model drafter."""
-        options = [o for o in self.values if (model if o[0] else free)]
-        return max(options, key=self.value, default=None)
+    def best_with_model(self) -> Option | None:
+        """The best way to draft with the model drafter."""
+        return max((option for option in self.values if option[0]), key=self.value, default=None)
 
-    def value(self, option: tuple[int, int] | None) -> float:
+    def value(self, option: Option | None) -> float:
         """Tokens per second expected of an option (None: plain decoding)."""
         if option is None:
-            return self.off
+            return self.size / self.plain
         return self.values[option] * (self.foresight if option[0] else 1.0)
 
 
@@ -62,14 +75,16 @@ class Decision:
 class _Scratch:
     """What one round's calls share."""
 
+    limits: IntArray
+    greedy: BoolArray
+    drafting: int  # requests that may draft
+    context: float
+    outlook: Outlook | None = None
     sunk: float = 0.0  # seconds of drafting, predicted
     scored: int = -1  # nodes when the trees were last scored
-    limits: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
-    context: float = 0.0
     probe: bool = False
-    plain: float = 0.0  # seconds of a plain round
     believed: float = 0.0  # tokens per second of the believed mode
-    forecast: float = 0.0  # tokens per second forecast for this round, uncorrected; 0: none
+    forecast: float = 0.0  # tokens per second forecast for this round, uncorrected
     expected: float = 0.0  # sum of accept_prob of the selected nodes
 
 
@@ -105,178 +120,170 @@ class Smart:
         self.eos = frozenset(eos_token_ids)
         self.statistics = Statistics()
         self._foresight = 0.0  # log of what drafting rounds really reached over their forecast
-        self._children: FloatArray = self.forecast.children(1.0)
-        self._decision: tuple[tuple[object, ...], Decision] | None = None
-        self._age = 0
+        self._outlook: Outlook | None = None
+        self._rounds = 0
         self._drafting = True
-        self._scratch = _Scratch()
+        self._scratch: _Scratch | None = None
 
     # --- before drafting ---
 
     def plan(self, batch: BatchState) -> DraftPlan:
-        limits = depth_limits(batch)
-        eligible = int(np.count_nonzero(limits > 0))
-        self._scratch = scratch = _Scratch(self.cost.overhead_seconds, limits=limits, context=_mean(batch.context))
-        if not eligible or not (batch.has_model or batch.has_free):
+        scratch = self._scratch = self._open(batch)
+        if not scratch.drafting or not (batch.has_model or batch.has_free):
             return OFF
-        levels = min(self.max_levels, int(limits.max())) if batch.has_model else 0
-        decision = self._decide(batch, eligible, levels)
-        believed = decision.best()
-        scratch.believed, scratch.plain = decision.value(believed), batch.size / decision.off
+        outlook = scratch.outlook = self._current_outlook(batch, scratch)
+        believed = option = outlook.best()
+        scratch.believed = outlook.value(believed)
         if (believed is not None) != self._drafting:
             self._drafting = believed is not None
             self.prober.mode_changed()
-        option = believed
         if self.prober.due():
-            option, scratch.probe = self._probe(decision, believed), True
-        return self._start(batch, eligible, levels, decision, option)
+            option, scratch.probe = self._probe(outlook, believed), True
+        return self._start(batch, scratch, outlook, option)
 
-    def decide(self, batch: BatchState, eligible: int, levels: int) -> Decision:
-        """Forecast tokens per second of plain decoding and of every way to draft for `eligible` requests."""
-        context, size = _mean(batch.context), batch.size
-        children = self._children = self.forecast.children(float(np.mean(batch.temperature <= 0)))
-        first = size + batch.prefill_rows
-        width = len(children[0]) * (1 + (max(levels, 1) - 1) * WIDTHS[-1])
-        curve = self.cost.verify_curve(size, first, eligible * max(width, len(self.forecast.free)) + 1, context)
-        limit, overhead = self._limit(size, float(curve[0])), self.cost.overhead_seconds
-        values = {}
+    def outlook(self, batch: BatchState) -> Outlook:
+        """Forecasts plain decoding and every way to draft for a batch, as `plan` chooses among them."""
+        scratch = self._open(batch)
+        return self._look_out(batch, scratch, self._key(batch, scratch))
+
+    def _open(self, batch: BatchState) -> _Scratch:
+        limits = depth_limits(batch)
+        context = float(batch.context.sum()) / batch.size
+        return _Scratch(limits, batch.temperature <= 0, int(np.count_nonzero(limits > 0)), context)
+
+    def _current_outlook(self, batch: BatchState, scratch: _Scratch) -> Outlook:
+        """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
+        key, outlook = self._key(batch, scratch), self._outlook
+        if outlook is None or outlook.key != key or outlook.age >= min(KEEP_OUTLOOK, 1 + self._rounds // 4):
+            outlook = self._outlook = self._look_out(batch, scratch, key)
+        outlook.age += 1
+        return outlook
+
+    def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
+        """The shape of a batch; what barely changes the costs is taken coarsely."""
+        coarse = (batch.prefill_rows.bit_length(), batch.catch_up_rows.bit_length(), int(scratch.context) // 64)
+        sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
+        return (*sizes, batch.has_free, *coarse, self.calibration.changes)
+
+    def _max_levels(self, batch: BatchState, scratch: _Scratch) -> int:
+        return min(self.max_levels, int(scratch.limits.max())) if batch.has_model else 0
+
+    def _look_out(self, batch: BatchState, scratch: _Scratch, key: tuple[object, ...]) -> Outlook:
+        size, drafting, levels = batch.size, scratch.drafting, self._max_levels(batch, scratch)
+        children = self.forecast.children(float(np.mean(scratch.greedy)))
+        columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * WIDTHS[-1]), len(self.forecast.free))
+        verify = self.cost.verify_curve(size, size + batch.prefill_rows, columns + 1, scratch.context)
+        rows = np.arange(1 + max(WIDTHS[-1] * drafting, size + batch.catch_up_rows))
+        prices = self.cost.draft_seconds(rows, scratch.context)
+        limit, overhead = self._limit(size, float(verify[0])), self.cost.overhead_seconds
+        values: dict[Option, float] = {}
         if batch.has_free:
-            gains = np.repeat(-np.sort(-self.forecast.free), eligible)
-            values[0, 0] = best_size(gains, size, overhead, curve[: len(gains) + 1], limit)[1]
-        if levels:
-            start = overhead + float(self.cost.draft_seconds(size + batch.catch_up_rows, context))
-            steps = self.cost.draft_seconds(np.array(WIDTHS) * eligible, context)
-            for wide, step in zip(WIDTHS, steps, strict=True):
-                grown = grow(children, levels, wide)
-                for level in range(1, levels + 1):
-                    if level == 1 and wide > 1:
-                        continue
-                    gains = np.repeat(-np.sort(-np.concatenate(grown[:level])), eligible)
-                    sunk = start + (level - 1) * float(step)
-                    values[level, wide] = best_size(gains, size, sunk, curve[: len(gains) + 1], limit)[1]
-        return Decision(size / float(curve[0]), values, math.exp(self._foresight))
+            gains = np.repeat(-np.sort(-self.forecast.free), drafting)
+            values[FREE_ONLY] = best_size(gains, size, overhead, verify[: len(gains) + 1], limit)[1]
+        for wide in WIDTHS if levels else ():
+            losses = np.repeat(-grow(children, levels, wide), drafting, axis=1)
+            first = overhead + float(prices[size + batch.catch_up_rows])
+            sunk: FloatArray = first + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
+            rates = best_rates(losses, size, sunk, verify[: losses.shape[1] + 1], limit)
+            values.update({(level, wide): float(rates[level - 1]) for level in range(1, levels + 1)})
+        foresight = math.exp(self._foresight)
+        return Outlook(key, size, float(verify[0]), values, foresight, verify, prices, LookAhead(children))
 
-    def _decide(self, batch: BatchState, eligible: int, levels: int) -> Decision:
-        """`decide`, reused for a few rounds of the same shape: forecasts change slowly, and this is the costly part."""
-        shape = (batch.size, eligible, levels, batch.has_free, batch.prefill_rows.bit_length())
-        key = (*shape, batch.catch_up_rows.bit_length(), self.calibration.changes)
-        self._age += 1
-        if self._decision is None or self._decision[0] != key or self._age >= KEEP_DECISION:
-            self._decision, self._age = (key, self.decide(batch, eligible, levels)), 0
-        return self._decision[1]
-
-    def _probe(self, decision: Decision, believed: tuple[int, int] | None) -> tuple[int, int] | None:
+    def _probe(self, outlook: Outlook, believed: Option | None) -> Option | None:
         """Another mode than the believed one; where there are two, they take turns."""
-        free, model = decision.best_drafting(model=False), decision.best_drafting(free=False)
-        candidates = (None, free, None if _has_model(believed) else model)
-        others = [o for o in dict.fromkeys(candidates) if o != believed] or [None]
+        free = FREE_ONLY if FREE_ONLY in outlook.values else None
+        model = None if believed is not None and believed[0] else outlook.best_with_model()
+        others = [o for o in dict.fromkeys((None, free, model)) if o != believed] or [None]
         return others[self.prober.count % len(others)]
 
-    def _start(
-        self, batch: BatchState, eligible: int, levels: int, decision: Decision, option: tuple[int, int] | None
-    ) -> DraftPlan:
+    def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:
         if option is None:
-            self._scratch.sunk = 0.0
             return OFF
-        planned, wide = option
-        self._scratch.forecast = decision.values[option]
-        if planned == 0:
+        levels, wide = option
+        scratch.forecast, scratch.sunk = outlook.values[option], self.cost.overhead_seconds
+        if levels == 0:
             return DraftPlan(True, 0, self.children)
-        first = batch.size + batch.catch_up_rows
-        self._scratch.sunk += float(self.cost.draft_seconds(first, self._scratch.context))
-        return DraftPlan(True, levels, self.children, wide * eligible)  # frontier() stops earlier where that is better
+        scratch.sunk += float(outlook.levels[min(batch.size + batch.catch_up_rows, len(outlook.levels) - 1)])
+        # How deep to go is decided level by level, by frontier(): the plan only bounds it.
+        return DraftPlan(True, self._max_levels(batch, scratch), self.children, wide * scratch.drafting)
 
     # --- while drafting ---
 
     def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
-        scratch = self._scratch
+        scratch, outlook = self._prepared(batch)
         if level >= plan.levels or not len(trees):
             return None
-        self._score(batch, trees)
+        self._score(scratch, trees)
         nodes = expandable(trees, level, scratch.limits, self.eos)
         if not len(nodes):
             return None
-        drafting = int(np.count_nonzero(scratch.limits > 0))
-        factors = WIDTHS if drafting <= 4 else WIDTHS[:3]
-        widths = sorted({min(factor * drafting, len(nodes)) for factor in factors})
-        accept_prob = trees.accept_prob[nodes]
+        widths = _widths(scratch.drafting, len(nodes))
+        accept_prob = trees.accept_prob.take(nodes)
         order = ranked(accept_prob)[: widths[-1]]
         present = trees.accept_prob[useful(trees, scratch.limits, self.eos)]
-        width = self._look_ahead(batch, present, accept_prob[order], widths, level, plan.levels)
+        ahead = min(AHEAD, plan.levels - level)
+        curve = self._curve(batch, scratch, LookAhead.columns(len(present), widths[-1], ahead))
+        width = outlook.ahead.width(
+            present,
+            accept_prob.take(order),
+            widths,
+            level,
+            ahead,
+            batch.size,
+            scratch.sunk,
+            outlook.levels.take(widths),
+            curve,
+            self._limit(batch.size, outlook.plain),
+        )
         if not width:
             return None
-        scratch.sunk += float(self.cost.draft_seconds(width, scratch.context))
-        return np.sort(nodes[order[:width]])
-
-    def _look_ahead(
-        self, batch: BatchState, present: FloatArray, frontier: FloatArray, widths: list[int], level: int, levels: int
-    ) -> int:
-        """How many nodes of the sorted `frontier` to expand next: 0 if no deeper tree is forecast to beat stopping.
-
-        Each (further levels, width) is one row: the candidates there are, and those forecast below the frontier."""
-        scratch, context = self._scratch, self._scratch.context
-        ahead = min(AHEAD, levels - level)
-        below = subtree(self._children, level + 1, ahead, RANKS_AHEAD)
-        hidden_levels = np.arange(len(below)) // RANKS_AHEAD >= np.arange(1, ahead + 1)[:, None]
-        hidden_nodes = np.arange(len(frontier)) >= np.array(widths)[:, None]
-        by_level = np.where(hidden_levels, 0.0, below)  # [ahead, ahead * RANKS_AHEAD]
-        by_width = np.where(hidden_nodes, 0.0, frontier)  # [widths, frontier]
-        forecast = by_level[:, None, None, :] * by_width[None, :, :, None]
-        options = ahead * len(widths)
-        gains = np.zeros((options + 1, len(present) + frontier.size * below.size))
-        gains[:, : len(present)] = present
-        gains[:options, len(present) :] = forecast.reshape(options, -1)
-        steps = self.cost.draft_seconds(np.array(widths), context)
-        sunk = np.zeros(options + 1)  # the last option is to stop
-        sunk[:options] = (np.arange(1, ahead + 1)[:, None] * steps).ravel()
-        curve = self._curve(batch, gains.shape[1])
-        limit = self._limit(batch.size, float(curve[0]))
-        values = best_values(gains, batch.size, sunk + scratch.sunk, curve, limit)
-        best = int(values.argmax())
-        return widths[best % len(widths)] if values[best] > values[-1] else 0
+        scratch.sunk += float(outlook.levels[width])
+        return np.sort(nodes.take(order[:width]))
 
     # --- after drafting ---
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        scratch = self._scratch
-        if not len(trees):
+        scratch, outlook = self._prepared(batch)
+        if not plan.speculate or not len(trees):
             return np.zeros(0, np.int64)
-        self._score(batch, trees)
+        self._score(scratch, trees)
         nodes = np.flatnonzero(useful(trees, scratch.limits, self.eos))
-        accept_prob = trees.accept_prob[nodes]
+        accept_prob = trees.accept_prob.take(nodes)
         order = ranked(accept_prob)
-        gains = accept_prob[order]
-        curve = self._curve(batch, len(nodes))
+        gains = accept_prob.take(order)
+        curve = self._curve(batch, scratch, len(nodes))[: len(nodes) + 1]
         # A probe verifies at least one node: otherwise a cost believed too high would never be measured again.
         least = 1 if scratch.probe and len(nodes) else 0
-        limit = self._limit(batch.size, float(curve[0]))
+        limit = self._limit(batch.size, outlook.plain)
         size, value = best_size(gains, batch.size, scratch.sunk, curve, limit, least)
         scratch.expected = float(gains[:size].sum())
         if plan.levels and scratch.forecast > 0 and value > 0:
             error = math.log(value / scratch.forecast) - self._foresight
             self._foresight += min(max(error, -0.3), 0.3) / 16
-        return np.sort(nodes[order[:size]])
+        return np.sort(nodes.take(order[:size]))
 
     def observe(self, round: Round) -> None:
-        trees, batch, scratch = round.trees, round.batch, self._scratch
-        self._learn_costs(round)
+        trees, batch, scratch = round.trees, round.batch, self._scratch or self._open(round.batch)
+        self._rounds += 1
+        seldom = self._rounds > BUSY_ROUNDS and self._rounds % SELDOM != 0
+        self._learn_costs(round, scratch, seldom)
         accepted = 0
         if len(trees):
-            self._score(batch, trees)
+            self._score(scratch, trees)
             nodes, chosen = round.observed()
-            self.calibration.observe(trees, nodes, chosen, batch.temperature <= 0)
-            if round.level_widths:
+            self.calibration.observe(trees, nodes, chosen, scratch.greedy)
+            if round.level_widths and not seldom:
                 self.forecast.observe(trees)
             accepted = int(np.count_nonzero(round.next_token >= 0))
         if round.plan.speculate and round.plan.levels == 0:
-            self.forecast.observe_free(trees, int(np.count_nonzero(scratch.limits > 0)))
+            self.forecast.observe_free(trees, scratch.drafting)
         seconds = round.verify_seconds + sum(round.level_seconds)
         if scratch.probe:
             self.prober.probe_round(seconds - (batch.size + accepted) / scratch.believed)
         else:
             self.prober.ordinary_round(seconds)
-        drafted = round.plan.speculate
-        self.statistics.record(batch.size, accepted, scratch.expected, seconds, scratch.plain, drafted)
+        plain = scratch.outlook.plain if scratch.outlook else seconds
+        self.statistics.record(batch.size, accepted, scratch.expected, seconds, plain, round.plan.speculate)
 
     def stats(self) -> dict[str, float]:
         """Running figures for metrics: estimated speedup, share of rounds off, calibration error, probing."""
@@ -284,32 +291,42 @@ class Smart:
 
     # --- shared ---
 
-    def _score(self, batch: BatchState, trees: DraftTrees) -> None:
-        if self._scratch.scored != len(trees):
-            self.calibration.score(trees, batch.temperature <= 0)
-            self._scratch.scored = len(trees)
+    def _prepared(self, batch: BatchState) -> tuple[_Scratch, Outlook]:
+        """This round's scratch; made here for a caller that forces drafting without a plan."""
+        scratch = self._scratch = self._scratch or self._open(batch)
+        if scratch.outlook is None:
+            scratch.outlook = self._current_outlook(batch, scratch)
+        return scratch, scratch.outlook
 
-    def _curve(self, batch: BatchState, nodes: int) -> FloatArray:
-        """[nodes + 1] seconds of a verification of 0, 1, ... nodes."""
-        return self.cost.verify_curve(batch.size, batch.size + batch.prefill_rows, nodes + 1, self._scratch.context)
+    def _score(self, scratch: _Scratch, trees: DraftTrees) -> None:
+        if scratch.scored != len(trees):
+            self.calibration.score(trees, scratch.greedy)
+            scratch.scored = len(trees)
+
+    def _curve(self, batch: BatchState, scratch: _Scratch, nodes: int) -> FloatArray:
+        """Seconds of a verification of 0, 1, ... nodes, at least up to `nodes`."""
+        assert scratch.outlook is not None
+        if len(scratch.outlook.verify) <= nodes:
+            first = batch.size + batch.prefill_rows
+            scratch.outlook.verify = self.cost.verify_curve(batch.size, first, 2 * nodes + 1, scratch.context)
+        return scratch.outlook.verify
 
     def _limit(self, size: int, plain: float) -> float:
         """Seconds that a round may last: no bound for a lone request, which gets all the nodes itself."""
         return self.max_round_slowdown * plain if size > 1 else math.inf
 
-    def _learn_costs(self, round: Round) -> None:
-        context = self._scratch.context
+    def _learn_costs(self, round: Round, scratch: _Scratch, seldom: bool) -> None:
         if round.verify_rows:
-            sample = VerifySample(round.batch.size, round.verify_rows, context, round.verify_seconds)
+            sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
             self.cost = self.cost.corrected(sample)
         for level, (width, seconds) in enumerate(zip(round.level_widths, round.level_seconds, strict=True)):
-            rows = width + round.batch.catch_up_rows if level == 0 else width
-            self.cost = self.cost.corrected(DraftSample(rows, context, seconds))
+            if not seldom:
+                rows = width + round.batch.catch_up_rows if level == 0 else width
+                self.cost = self.cost.corrected(DraftSample(rows, scratch.context, seconds))
 
 
-def _has_model(option: tuple[int, int] | None) -> bool:
-    return option is not None and option[0] > 0
-
-
-def _mean(context: IntArray) -> float:
-    return float(context.sum()) / len(context)
+@lru_cache(maxsize=1024)
+def _widths(drafting: int, nodes: int) -> tuple[int, ...]:
+    """Frontier widths to consider: multiples of the drafting requests, as far as there are nodes."""
+    factors = WIDTHS if drafting <= 4 else WIDTHS[:3]
+    return tuple(sorted({min(factor * drafting, nodes) for factor in factors}))

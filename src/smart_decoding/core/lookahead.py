@@ -1,0 +1,70 @@
+"""Whether to draft deeper, and how wide: the value of stopping against every (further levels, width) by forecast.
+
+Looking one level ahead is not enough: a first level may pay only together with the second.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from smart_decoding.core.choice import best_rates
+from smart_decoding.core.forecast import subtree
+from smart_decoding.core.tree import FloatArray
+
+RANKS = 4  # forecast children of each node; the others bring next to nothing
+
+
+class LookAhead:
+    """Forecasts below a frontier, from the mean children [depth, rank] (`Forecast.children`).
+
+    What does not depend on the drafted nodes is computed once per (level, further levels, widths) and kept."""
+
+    def __init__(self, children: FloatArray) -> None:
+        self.children = children
+        self._below: dict[tuple[int, int, tuple[int, ...]], FloatArray] = {}
+
+    def width(
+        self,
+        present: FloatArray,
+        frontier: FloatArray,
+        widths: tuple[int, ...],
+        level: int,
+        ahead: int,
+        tokens: float,
+        sunk: float,
+        level_seconds: FloatArray,
+        verify_seconds: FloatArray,
+        limit: float,
+    ) -> int:
+        """How many nodes of the sorted `frontier` [max(widths)] to expand next: 0 where no deeper tree beats stopping.
+
+        present: accept_prob of the candidates there are, in any order. level_seconds: [widths]. verify_seconds: at
+        0, 1, ... candidates, at least `columns(...) + 1` of them. limit: seconds that the round may last."""
+        below = self._options(level, ahead, widths)
+        options = len(below)
+        losses = np.zeros((options + 1, len(present) + below.shape[1] * below.shape[2]))  # the last option: stop
+        np.negative(present, out=losses[:, : len(present)])
+        losses[:options, len(present) :] = (below * frontier[:, None]).reshape(options, -1)
+        spent = np.full(options + 1, sunk)
+        spent[:options] += np.multiply.outer(np.arange(1, ahead + 1), level_seconds).ravel()
+        rates = best_rates(losses, tokens, spent, verify_seconds[: losses.shape[1] + 1], limit)
+        best = int(rates.argmax())
+        return widths[best % len(widths)] if rates[best] > rates[-1] else 0
+
+    @staticmethod
+    def columns(present: int, frontier: int, ahead: int) -> int:
+        """Candidates that a look-ahead scans."""
+        return present + frontier * ahead * RANKS
+
+    def _options(self, level: int, ahead: int, widths: tuple[int, ...]) -> FloatArray:
+        """[ahead * widths, frontier, ahead * RANKS] minus the forecast probability of each candidate below each
+        frontier node, given that node; 0 where an option does not reach."""
+        key = (level, ahead, widths)
+        options = self._below.get(key)
+        if options is None:
+            tree = subtree(self.children, level + 1, ahead, RANKS)
+            reached = np.arange(len(tree)) // RANKS < np.arange(1, ahead + 1)[:, None]
+            expanded = np.arange(widths[-1]) < np.array(widths)[:, None]
+            options = -(tree * reached)[:, None, None, :] * expanded[None, :, :, None]
+            options = self._below[key] = options.reshape(-1, widths[-1], len(tree))
+        return options
