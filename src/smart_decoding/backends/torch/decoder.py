@@ -20,7 +20,8 @@ from smart_decoding.backends.torch.layers import (
     NativeLayer,
     TorchLayer,
 )
-from smart_decoding.backends.torch.rows import ForwardInput
+from smart_decoding.backends.torch.rows import native_rows
+from smart_decoding.engine.rows import Rows
 
 
 @dataclass
@@ -114,13 +115,14 @@ class Decoder:
         self.final_norm = norm
         self.rotary = RotaryTable(config, positions, device)
         self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device)
+        self._caches = list(zip(self.kv.keys, self.kv.values, strict=True))
 
     def embed(self, token: Tensor) -> Tensor:
         """Token embeddings [n, hidden] in the working dtype."""
         rows = self.head.rows_of(token) if self._embedding is None else self._embedding[token]
         return rows.to(self.work_dtype)
 
-    def context(self, rows: ForwardInput, layer: Layer | None = None) -> Context:
+    def context(self, rows: Rows, layer: Layer | None = None) -> Context:
         """What all layers share; `layer` (default: the first) gives the sizes of the working memory."""
         position = torch.from_numpy(rows.position).to(self.device)
         cosine, sine = self.rotary.at(position)
@@ -129,17 +131,17 @@ class Decoder:
         first = layer or self._layers[0]
         assert isinstance(first, NativeLayer)
         scratch, keep = NativeLayer.scratch(len(rows), first.struct)
-        return Context(rows, cosine, sine, rows.native(cosine, sine), scratch, keep)
+        return Context(rows, cosine, sine, native_rows(rows, cosine, sine), scratch, keep)
 
     @torch.inference_mode()
-    def forward(self, rows: ForwardInput, taps: tuple[int, ...] = ()) -> ForwardOutput:
+    def forward(self, rows: Rows, taps: tuple[int, ...] = ()) -> ForwardOutput:
         """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
         context = self.context(rows)
         tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
         columns = dict(zip(taps, range(0, len(taps) * self.config.hidden, self.config.hidden), strict=True))
         for i, layer in enumerate(self._layers):
-            layer(x, context, self.kv.keys[i], self.kv.values[i])
+            layer(x, context, *self._caches[i])
             if tapped is not None and i + 1 in columns:
                 at = columns[i + 1]
                 tapped[:, at : at + self.config.hidden] = x

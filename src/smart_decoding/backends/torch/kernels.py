@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from smart_decoding.backends.torch.native import build
+from smart_decoding.engine.kv import PAGE
 
-PAGE = 16
 HEAD_DIMS = (16, 32, 64, 96, 128)
 
 
 class RowsStruct(Structure):
-    """`Rows` of kernels.cpp; filled by rows.ForwardInput.native()."""
+    """`Rows` of kernels.cpp; filled by rows.native_rows()."""
 
     _fields_ = [
         ("rows", c_int32),

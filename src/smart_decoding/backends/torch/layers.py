@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smart_decoding.backends.torch import kernels
-from smart_decoding.backends.torch.kernels import PAGE, Arena, LayerStruct, RowsStruct, ScratchStruct
-from smart_decoding.backends.torch.rows import ForwardInput
+from smart_decoding.backends.torch.kernels import Arena, LayerStruct, RowsStruct, ScratchStruct
+from smart_decoding.backends.torch.rows import GatheredRows
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.rows import Rows
 
 
 @dataclass
@@ -88,12 +91,16 @@ class KVCache:
 class Context:
     """What every layer of one forward shares: rows, rotary tables [rows, head_dim / 2], and either form's extras."""
 
-    rows: ForwardInput
+    rows: Rows
     cosine: Tensor
     sine: Tensor
     native: RowsStruct | None = None
     scratch: ScratchStruct | None = None
     keep: list[Tensor] = field(default_factory=list)  # owners of the memory that scratch points to
+
+    @cached_property
+    def gathered(self) -> GatheredRows:
+        return GatheredRows(self.rows)
 
 
 class Layer(Protocol):
@@ -172,7 +179,7 @@ class TorchLayer:
         slot = torch.from_numpy(context.rows.slot).long().to(qkv.device)
         keys[:, slot // PAGE, :, slot % PAGE] = k.to(keys.dtype)
         values[:, slot // PAGE, slot % PAGE] = v.transpose(0, 1).to(values.dtype)
-        gathered = context.rows.gathered
+        gathered = context.gathered
         at, query = gathered.keys.to(qkv.device), gathered.query.to(qkv.device)
         groups, longest = gathered.shape
         padded = q.new_zeros(groups * longest, w.heads, w.head_dim)

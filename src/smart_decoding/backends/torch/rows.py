@@ -1,57 +1,22 @@
-"""The rows of one forward pass: which tokens, at which positions, seeing which keys.
-
-Linear layers see exactly these rows, ragged trees included. A row reads the positions 0 .. direct-1 of its request
-through the block table, then the `extra` slots: its ancestors in the draft tree, and itself.
-"""
+"""The rows of a forward in the two forms that backends read: pointers for the CPU kernels, padded tensors for torch."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smart_decoding.backends.torch.kernels import PAGE, RowsStruct
+from smart_decoding.backends.torch.kernels import RowsStruct
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.rows import Rows
 
-Ints = NDArray[np.int32]
 
-
-@dataclass
-class ForwardInput:
-    """Rows of a forward, those of one request next to each other (a group).
-
-    token, position, slot, direct: [rows]; slot = page * PAGE + offset of the row's own key and value.
-    extra_at: [rows + 1] offsets into `extra`, slots that follow the directly read positions in order.
-    group_row: [groups + 1] first row of each group; group_pages: [groups] offset of its block table in `pages`.
-    logit_rows: rows whose logits are wanted, or None for all.
-    """
-
-    token: NDArray[np.int64]
-    position: NDArray[np.int64]
-    slot: Ints
-    direct: Ints
-    extra_at: Ints
-    extra: Ints
-    group_row: Ints
-    group_pages: Ints
-    pages: Ints
-    logit_rows: NDArray[np.int64] | None = None
-
-    def __len__(self) -> int:
-        return len(self.token)
-
-    def native(self, cosine: Tensor, sine: Tensor) -> RowsStruct:
-        """Pointers for the CPU kernels; valid as long as this object and the two tensors are."""
-        arrays = (self.group_row, self.group_pages, self.pages, self.slot, self.direct, self.extra_at, self.extra)
-        pointers = [array.__array_interface__["data"][0] for array in arrays]
-        return RowsStruct(len(self), len(self.group_row) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
-
-    @cached_property
-    def gathered(self) -> GatheredRows:
-        return GatheredRows(self)
+def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> RowsStruct:
+    """Pointers for the CPU kernels; valid as long as `rows` and the two tensors are."""
+    arrays = (rows.group_row, rows.group_pages, rows.pages, rows.slot, rows.direct, rows.extra_at, rows.extra)
+    pointers = [array.__array_interface__["data"][0] for array in arrays]
+    return RowsStruct(len(rows), len(rows.group_row) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
 
 
 class GatheredRows:
@@ -60,7 +25,7 @@ class GatheredRows:
     keys: [groups, k] slots, mask: [groups, q, k], query: [rows] flat index of each row in [groups, q].
     """
 
-    def __init__(self, rows: ForwardInput) -> None:
+    def __init__(self, rows: Rows) -> None:
         sizes = np.diff(rows.group_row)
         groups, q = len(sizes), int(sizes.max())
         group_of = np.repeat(np.arange(groups), sizes)
@@ -77,7 +42,7 @@ class GatheredRows:
         self.shape = (groups, q)
 
     @staticmethod
-    def _keys(rows: ForwardInput, g: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _keys(rows: Rows, g: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         first, last = int(rows.group_row[g]), int(rows.group_row[g + 1])
         direct = rows.direct[first:last]
         span = int(direct.max())

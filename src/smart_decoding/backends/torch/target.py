@@ -1,0 +1,70 @@
+"""The target model as the engine sees it: loading, memory limits, forwards, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from smart_decoding.backends.torch.decoder import Decoder
+from smart_decoding.backends.torch.loading import Checkpoint
+from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs
+from smart_decoding.core.tree import IntArray
+from smart_decoding.engine.history import SampleSpec
+from smart_decoding.engine.kv import PAGE, Ints
+from smart_decoding.engine.protocols import TargetScores
+from smart_decoding.engine.rows import Rows
+from smart_decoding.errors import CapacityError, ConfigError
+
+DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """bfloat16 or float32 by name. Raises ConfigError for any other."""
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name!r} is not supported: use bfloat16 (bf16) or float32 (fp32)")
+    return DTYPES[name]
+
+
+class TorchTarget:
+    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str, pages: int, max_model_len: int) -> None:
+        config = checkpoint.config
+        config.check_context(max_model_len)
+        self.dtype, self.device = dtype_of(dtype), torch.device(device)
+        try:
+            self.decoder = Decoder(config, checkpoint.weights, self.dtype, self.device, pages, max_model_len + 64)
+        except (RuntimeError, MemoryError) as error:
+            if "memory" not in str(error).lower():
+                raise
+            raise CapacityError(f"not enough memory for the model and {pages} KV pages: lower kv_cache_tokens") from error
+        self.vocab, self.max_positions = config.vocab, max_model_len
+        self.eos_token_ids = config.eos_token_ids
+        self.sampler = Sampler(config.vocab)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.decoder.kv.bytes
+
+    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
+        out = self.decoder.forward(rows, taps)
+        return TargetScores(out.logits, out.taps)
+
+    def argmax(self, logits: torch.Tensor) -> IntArray:
+        return self.sampler.argmax(logits)
+
+    def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
+        return self.sampler.sample(logits, which, specs)
+
+    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: IntArray, k: int) -> list[TokenLogprobs]:
+        return self.sampler.logprobs(logits, which, tokens, k)
+
+    def move(self, source: Ints, target: Ints) -> None:
+        self.decoder.kv.move(torch.from_numpy(source), torch.from_numpy(target))
+
+
+def pages_for(tokens: int, max_num_seqs: int) -> int:
+    """Pages for `tokens` committed tokens in `max_num_seqs` requests, each with a last page half full and a tree."""
+    return int(np.ceil(tokens / PAGE)) + 5 * max_num_seqs

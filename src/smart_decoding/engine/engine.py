@@ -1,0 +1,340 @@
+"""The step: draft, select, verify, accept, commit, learn. One round of the running batch, on one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from smart_decoding.core.acceptance import Acceptance, accept
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
+from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.engine.kv import BlockTable, Ints, OutOfPages, PagePool
+from smart_decoding.engine.protocols import Drafter, Target, TargetScores
+from smart_decoding.engine.request import Request, RequestMetrics
+from smart_decoding.engine.rows import Rows, Span, build_rows
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.scheduler import Batch, Scheduler
+from smart_decoding.engine.specs import new_history, specs_of
+from smart_decoding.engine.stopping import Decode, StopChecker
+from smart_decoding.errors import CapacityError, ConfigError
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of an engine. pages: KV pages of 16 tokens; max_model_len: longest prompt plus answer in tokens."""
+
+    pages: int
+    max_model_len: int
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 256
+    prefix_caching: bool = True
+    seed: int = 0
+    stop_at_loops: bool = False
+
+
+@dataclass(slots=True)
+class RoundRecord:
+    """One finished round, for benchmarks, metrics and pictures. Seconds; `seconds` is the whole round.
+
+    `emitted`: tokens that entered answers; `kept`: verified nodes of `round.trees`."""
+
+    round: Round
+    emitted: int
+    seconds: float
+    draft_seconds: float
+    verify_seconds: float
+    sample_seconds: float
+    kv_seconds: float
+    requests: list[Request] = field(default_factory=list)
+    acceptance: Acceptance | None = None
+
+    @property
+    def controller_seconds(self) -> float:
+        """All but forwards, sampling and KV."""
+        return self.seconds - self.draft_seconds - self.verify_seconds - self.sample_seconds - self.kv_seconds
+
+
+class Stopwatch:
+    """Adds up the seconds of named stretches of one round."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.seconds = clock, {"draft": 0.0, "verify": 0.0, "sample": 0.0, "kv": 0.0}
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        start = self.clock()
+        yield
+        self.seconds[name] += self.clock() - start
+
+
+class Engine:
+    """Runs requests to their end, one round at a time. Without a drafter this is plain decoding."""
+
+    def __init__(
+        self,
+        target: Target,
+        policy: Policy,
+        drafter: Drafter | None,
+        config: EngineConfig,
+        decode: Callable[[bool], Decode],
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.target, self.policy, self.drafter, self.config = target, policy, drafter, config
+        self.pool = PagePool(config.pages, config.prefix_caching)
+        self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        self.last_round: RoundRecord | None = None
+        self._taps = drafter.taps if drafter else ()
+        self._decode, self._clock = decode, clock
+        self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
+        self._requests: dict[str, Request] = {}
+
+    # ------------------------------------------------------------------------------------------------ requests
+
+    def add_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
+        """Queues the prompt's `params.n` answers. Raises ConfigError or CapacityError for what can never run."""
+        self._check(prompt, params)
+        room = self.config.max_model_len - len(prompt)
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        seed = params.seed if params.seed is not None else self._next_seed()
+        requests = []
+        for sample in range(params.n):
+            decode = self._decode(params.skip_special_tokens)
+            stop = StopChecker(params, decode, self.target.eos_token_ids, limit, self.config.stop_at_loops)
+            name = request_id if params.n == 1 else f"{request_id}#{sample}"
+            request = Request(name, list(prompt), params, seed, BlockTable(self.pool), stop, sample, limit)
+            request.history = new_history(prompt, params)
+            request.logprobs = None if params.logprobs is None else []
+            request.metrics = RequestMetrics(arrival=self._clock())
+            requests.append(request)
+        if any(request.id in self._requests for request in requests):
+            raise ConfigError(f"request id {request_id!r} is already running")
+        for request in requests:
+            self._requests[request.id] = request
+            self.scheduler.add(request)
+        return requests
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, all answers of it, freeing its memory now. Unknown ids are ignored: it may just have ended."""
+        for request in [r for r in self._requests.values() if r.id == request_id or r.id.startswith(f"{request_id}#")]:
+            request.aborted = True
+            self._finish(request)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_work
+
+    # ---------------------------------------------------------------------------------------------------- step
+
+    def step(self) -> list[Request]:
+        """One round. Returns the requests that got tokens, finished ones included."""
+        watch, started = Stopwatch(self._clock), self._clock()
+        batch = self.scheduler.next_batch()
+        self._forget(self.scheduler.preempted)
+        if not batch:
+            return []
+        state = self._state(batch)
+        plan = self.policy.plan(state) if batch.decode and self.drafter else OFF
+        trees, widths, seconds = self._draft(batch, state, plan, watch)
+        kept = self.policy.select(plan, state, trees) if len(trees) else np.zeros(0, np.int64)
+        kept, spans, asking = self._spans(batch, trees, kept)
+        nodes = trees.take(kept)
+        nodes.batch = len(asking)
+        rows, last, node_row = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
+        verify_start = self._clock()
+        with watch.time("verify"):
+            scores = self.target.verify(rows, self._taps)
+        with watch.time("sample"):
+            acceptance = self._accept(asking, nodes, rows, last, node_row, scores)
+        verify_seconds = self._clock() - verify_start
+        with watch.time("kv"):
+            self._commit_keys(acceptance, rows, last, node_row)
+        emitted = self._update(batch, asking, acceptance, scores, last, node_row)
+        done = Round(state, plan, trees, kept, self._next_tokens(trees, kept, acceptance),
+                     acceptance.root_next[: len(batch.decode)], widths, seconds, len(rows), verify_seconds)  # fmt: skip
+        if batch.decode:
+            self.policy.observe(done)
+        now, spent = self._clock(), watch.seconds
+        self.last_round = RoundRecord(done, emitted, now - started, spent["draft"], spent["verify"], spent["sample"],
+                                      spent["kv"], asking, acceptance)  # fmt: skip
+        for request in asking:
+            if request.finished:
+                self._finish(request)
+        return asking
+
+    def _state(self, batch: Batch) -> BatchState:
+        requests, drafter = batch.decode, self.drafter
+        pending = drafter.pending_rows(requests) - len(requests) if drafter and drafter.max_levels else 0
+        return BatchState(
+            context=np.array([r.table.length for r in requests], np.int64),
+            remaining=np.array([r.remaining for r in requests], np.int64),
+            temperature=np.array([r.params.temperature for r in requests], np.float64),
+            may_speculate=np.array([r.params.speculate for r in requests], np.bool_),
+            prefill_rows=sum(rows for _, rows in batch.prefill),
+            catch_up_rows=max(0, pending),
+            has_model=bool(drafter and drafter.max_levels),
+            has_free=bool(drafter and drafter.free),
+        )
+
+    def _draft(
+        self, batch: Batch, state: BatchState, plan: DraftPlan, watch: Stopwatch
+    ) -> tuple[DraftTrees, list[int], list[float]]:
+        """Drafts level by level, asking the policy after each; returns widths and seconds of the model's levels."""
+        if not plan.speculate or self.drafter is None:
+            return DraftTrees.empty(len(batch.decode)), [], []
+        widths, seconds = [], []
+        nodes: IntArray | None = None
+        width, start = len(batch.decode) + state.catch_up_rows, self._clock()
+        with watch.time("draft"):
+            trees = self.drafter.start(batch.decode, plan)
+        for level in range(1, plan.levels + 1):
+            widths.append(width)
+            seconds.append(self._clock() - start)
+            nodes = self.policy.frontier(plan, state, trees, level) if level < plan.levels else None
+            if nodes is None or not len(nodes):
+                break
+            width, start = len(nodes), self._clock()
+            with watch.time("draft"):
+                self.drafter.expand(batch.decode, trees, nodes, plan)
+        return trees, widths, seconds
+
+    def _spans(
+        self, batch: Batch, trees: DraftTrees, kept: IntArray
+    ) -> tuple[IntArray, list[Span], list[Request]]:
+        """Committed tokens of the round, requests that get a token first; tree nodes yield where memory is short."""
+        counts = np.bincount(trees.owner[kept], minlength=len(batch.decode)) if len(kept) else np.zeros(len(batch.decode), np.int64)
+        spans = []
+        for i, request in enumerate(batch.decode):
+            try:
+                slots = request.table.reserve(1 + int(counts[i]))
+            except OutOfPages:
+                kept = kept[trees.owner[kept] != i]
+                slots = request.table.reserve(1)
+            spans.append(Span(request.tokens[-1:], request.table.length, slots, _pages(request)))
+        ending = [(r, n) for r, n in batch.prefill if n == r.pending]
+        unfinished = [(r, n) for r, n in batch.prefill if n < r.pending]
+        for request, count in ending + unfinished:
+            start = request.table.length
+            slots = request.table.reserve(count)
+            spans.append(Span(request.tokens[start : start + count], start, slots, _pages(request)))
+        return kept, spans, batch.decode + [request for request, _ in ending]
+
+    def _accept(
+        self, asking: list[Request], nodes: DraftTrees, rows: Rows, last: IntArray, node_row: IntArray, scores: TargetScores
+    ) -> Acceptance:
+        """Draws the target's tokens down the trees; the roots are the last committed rows of `asking`."""
+        at = np.concatenate((last[: len(asking)], node_row))  # row numbers of accept() -> rows
+        if rows.logit_rows is not None:
+            at = np.arange(len(at))
+        if all(r.params.greedy and not r.params.changes_logits for r in asking):
+            tokens = self.target.argmax(scores.logits)[at] if len(at) else np.zeros(0, np.int64)
+            acceptance = accept(nodes, lambda wanted: tokens[wanted])
+        else:
+            eos = self.target.eos_token_ids
+            acceptance = accept(
+                nodes, lambda wanted: self.target.sample(scores.logits, at[wanted], specs_of(wanted, asking, nodes, eos))
+            )
+        for i, request in enumerate(asking):
+            if request.logprobs is not None:
+                which = at[np.concatenate(([i], acceptance.path[i] + len(asking)))]
+                k = request.params.logprobs or 0
+                request.logprobs += self.target.logprobs(scores.logits, which, acceptance.emitted[i], k)
+        return acceptance
+
+    def _commit_keys(self, acceptance: Acceptance, rows: Rows, last: IntArray, node_row: IntArray) -> None:
+        """Moves accepted nodes' keys to their final positions, which follow the root's in the reserved slots."""
+        source: list[int] = []
+        target: list[int] = []
+        for i, path in enumerate(acceptance.path):
+            for depth, node in enumerate(path, start=1):
+                slot, final = int(rows.slot[node_row[node]]), int(rows.slot[last[i] + depth])
+                if slot != final:
+                    source.append(slot)
+                    target.append(final)
+        if source:
+            self.target.move(np.array(source, np.int32), np.array(target, np.int32))
+
+    def _update(
+        self, batch: Batch, asking: list[Request], acceptance: Acceptance, scores: TargetScores, last: IntArray, node_row: IntArray
+    ) -> int:
+        """Appends the new tokens, commits the KV lengths and hands the target's features to the drafter."""
+        now, total = self._clock(), 0
+        chunks = {id(request): count for request, count in batch.prefill}
+        for i, request in enumerate(asking):
+            tokens = request.stop.push(acceptance.emitted[i].tolist())
+            if request.logprobs is not None:
+                del request.logprobs[len(request.output) :]
+            start, path = request.table.length, acceptance.path[i]
+            length = start + chunks.get(id(request), 1) + len(path)
+            request.tokens.extend(tokens)
+            if request.history is not None:
+                request.history.append(tokens)
+            total += len(tokens)
+            metrics = request.metrics
+            metrics.first_token = metrics.first_token or now
+            if id(request) not in chunks:
+                metrics.rounds += 1
+                metrics.accepted += len(tokens) - 1 if len(tokens) <= len(path) else len(path)
+            if not request.finished:
+                request.table.commit(request.tokens, length)
+                first = int(last[i]) - chunks.get(id(request), 1) + 1
+                committed = np.concatenate((np.arange(first, last[i] + 1), node_row[path]))
+                self._extend(request, scores, committed, start)
+        for j, (request, count) in enumerate((r, n) for r, n in batch.prefill if n < r.pending and r not in asking):
+            start = request.table.length
+            first = int(last[len(asking) + j]) - count + 1
+            request.table.commit(request.tokens, start + count)
+            self._extend(request, scores, np.arange(first, first + count), start)
+        return total
+
+    def _extend(self, request: Request, scores: TargetScores, rows: IntArray, first: int) -> None:
+        if self.drafter is not None:
+            features = None if scores.features is None else scores.features[rows]
+            self.drafter.extend(request, features, first, request.tokens[first : first + len(rows)])
+
+    @staticmethod
+    def _next_tokens(trees: DraftTrees, kept: IntArray, acceptance: Acceptance) -> IntArray:
+        after = np.full(len(trees), -1, np.int64)
+        after[kept] = acceptance.next_token
+        return after
+
+    # ------------------------------------------------------------------------------------------------- helpers
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        params.check_vocabulary(self.target.vocab)
+        if not len(prompt):
+            raise ConfigError("the prompt is empty: give at least one token")
+        if min(prompt) < 0 or max(prompt) >= self.target.vocab:
+            raise ConfigError(f"the prompt has a token id outside the vocabulary of {self.target.vocab}")
+        if len(prompt) >= self.config.max_model_len:
+            raise CapacityError(
+                f"the prompt has {len(prompt)} tokens, but prompt and answer must fit into max_model_len="
+                f"{self.config.max_model_len}: shorten it or raise max_model_len"
+            )
+
+    def _next_seed(self) -> int:
+        return int(self._seeds.spawn(1)[0].generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def _forget(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if self.drafter is not None:
+                self.drafter.release(request)
+
+    def _finish(self, request: Request) -> None:
+        request.metrics.finished = self._clock()
+        self.scheduler.finish(request)
+        self._requests.pop(request.id, None)
+        self._forget([request])
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if KV pages are lost or doubly used."""
+        self.pool.check_integrity(r.table for r in self._requests.values())
+
+
+def _pages(request: Request) -> Ints:
+    return np.array(request.table.pages, np.int32)

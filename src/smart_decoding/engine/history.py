@@ -1,0 +1,76 @@
+"""A row's own history and all else that decides its token, beside its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smart_decoding.engine.sampling_params import SamplingParams
+
+
+class TokenHistory:
+    """The distinct tokens of one request and how often each occurs in its output.
+
+    Compact arrays over distinct tokens, not over the vocabulary: a row of the tree copies a few kilobytes."""
+
+    def __init__(self, prompt: Iterable[int] = (), output: Iterable[int] = ()) -> None:
+        self._slot: dict[int, int] = {}
+        self._tokens = np.zeros(64, np.int64)
+        self._counts = np.zeros(64, np.int32)
+        for token in prompt:
+            self._slot_of(int(token))
+        self.append(output)
+
+    def append(self, tokens: Iterable[int]) -> None:
+        """Commits output tokens."""
+        for token in tokens:
+            slot = self._slot_of(int(token))  # first: it may replace the arrays
+            self._counts[slot] += 1
+
+    def at(self, path: Sequence[int] = ()) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Distinct tokens of prompt, output and `path` (tree tokens from the first level to the row), and each one's
+        count in output and path; both [distinct]. Read only: without a path they are views."""
+        size = len(self._slot)
+        tokens, counts = self._tokens[:size], self._counts[:size]
+        if not len(path):
+            return tokens, counts
+        new = dict.fromkeys(int(t) for t in path if int(t) not in self._slot)
+        slot = {token: size + i for i, token in enumerate(new)}
+        tokens = np.concatenate((tokens, np.fromiter(new, np.int64, len(new))))
+        counts = np.concatenate((counts, np.zeros(len(new), np.int32)))
+        for token in map(int, path):
+            counts[slot[token] if token in slot else self._slot[token]] += 1
+        return tokens, counts
+
+    def _slot_of(self, token: int) -> int:
+        slot = self._slot.setdefault(token, len(self._slot))
+        if slot == len(self._tokens):
+            self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)))
+            self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+        self._tokens[slot] = token
+        return slot
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """All that decides the token of one row, beside its logits.
+
+    params: the request's.
+    seed: the request's seed, resolved (params.seed may be None).
+    sample: index of the answer among the request's `n`.
+    position: how many output tokens precede the drawn one, tree tokens on the path included.
+    history: the request's committed tokens; needed only if `params.needs_history`.
+    path: tree tokens from the first level to this row; () at the root.
+    eos_ids: end-of-sequence ids, which `min_tokens` forbids.
+    """
+
+    params: SamplingParams
+    seed: int = 0
+    sample: int = 0
+    position: int = 0
+    history: TokenHistory | None = None
+    path: Sequence[int] = ()
+    eos_ids: Sequence[int] = ()

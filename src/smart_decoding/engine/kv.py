@@ -1,0 +1,158 @@
+"""KV memory: pages of 16 positions, shared by reference, and one block table per request.
+
+The pool is bounded: reserve() fails when it is empty and the scheduler then makes room. Pages of finished requests
+stay findable by their content (prefix caching) until their memory is needed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints: TypeAlias = NDArray[np.int32]
+Key: TypeAlias = tuple[int, bytes]  # the preceding page's content id, and this page's tokens
+
+PAGE = 16
+_ROOT_CONTENT = 0
+
+
+class OutOfPages(Exception):
+    """The pool is empty: internal, the scheduler answers it by preempting."""
+
+
+class PagePool:
+    """Pages 0 .. pages-1 with reference counts, and the index of cached content."""
+
+    def __init__(self, pages: int, prefix_caching: bool = False) -> None:
+        self.pages, self.prefix_caching = pages, prefix_caching
+        self._free = list(range(pages - 1, -1, -1))
+        self._references = np.zeros(pages, np.int32)
+        self._page_of: dict[Key, int] = {}
+        self._key_of: dict[int, Key] = {}
+        self._content: dict[int, int] = {}  # page -> content id, unique for ever: a key never means other tokens
+        self._next_content = _ROOT_CONTENT + 1
+        self._idle: OrderedDict[int, None] = OrderedDict()  # cached pages that nobody holds, oldest first
+
+    @property
+    def available(self) -> int:
+        """Pages that can be taken, cached idle ones included."""
+        return len(self._free) + len(self._idle)
+
+    def take(self, count: int) -> list[int]:
+        """`count` pages of arbitrary content. Raises OutOfPages, taking none."""
+        if count > self.available:
+            raise OutOfPages
+        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        self._references[pages] += 1
+        return pages
+
+    def give(self, pages: Iterable[int]) -> None:
+        """Drops one reference to each page."""
+        for page in pages:
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                if page in self._key_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def find(self, tokens: Sequence[int], limit: int) -> list[int]:
+        """Cached pages that hold the first tokens of `tokens` (at most `limit` tokens), each with a new reference."""
+        found: list[int] = []
+        if not self.prefix_caching:
+            return found
+        content = _ROOT_CONTENT
+        for start in range(0, limit - PAGE + 1, PAGE):
+            page = self._page_of.get((content, _bytes(tokens[start : start + PAGE])))
+            if page is None:
+                break
+            content = self._content[page]
+            found.append(page)
+        for page in found:
+            self._references[page] += 1
+            self._idle.pop(page, None)
+        return found
+
+    def remember(self, page: int, before: int | None, tokens: Sequence[int]) -> None:
+        """Makes a full page findable; `before` is the request's preceding page, which must be findable itself."""
+        if not self.prefix_caching or page in self._key_of:
+            return
+        content = _ROOT_CONTENT if before is None else self._content.get(before)
+        if content is None:
+            return
+        key = (content, _bytes(tokens))
+        if key in self._page_of:
+            return  # the same content is cached in another page
+        self._page_of[key], self._key_of[page] = page, key
+        self._content[page], self._next_content = self._next_content, self._next_content + 1
+
+    def check_integrity(self, tables: Iterable[BlockTable]) -> None:
+        """Raises AssertionError unless every page is free, idle, or held exactly as often as the tables say."""
+        held = np.zeros(self.pages, np.int32)
+        for table in tables:
+            for page in table.pages:
+                held[page] += 1
+        assert (held == self._references).all(), "reference counts differ from the block tables"
+        free = set(self._free) | set(self._idle)
+        assert len(free) == self.available, "a page is listed as free twice"
+        assert free == set(np.flatnonzero(held == 0).tolist()), "a page is lost, or free and held"
+
+    def _evict(self) -> int:
+        page, _ = self._idle.popitem(last=False)
+        del self._page_of[self._key_of.pop(page)]
+        del self._content[page]
+        return page
+
+
+class BlockTable:
+    """One request's pages; `length` positions of them are committed."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self.pages: list[int] = []
+        self.length = 0
+        self._remembered = 0  # pages already offered to the prefix cache
+
+    def reuse(self, tokens: Sequence[int]) -> int:
+        """Starts from cached pages, leaving at least one token to compute. Returns the positions found."""
+        assert not self.pages
+        self.pages = self._pool.find(tokens, len(tokens) - 1)
+        self.length = len(self.pages) * PAGE
+        self._remembered = len(self.pages)
+        return self.length
+
+    def reserve(self, rows: int) -> Ints:
+        """Slots [rows] of the positions length, length + 1, ... Raises OutOfPages, changing nothing."""
+        missing = (self.length + rows + PAGE - 1) // PAGE - len(self.pages)
+        if missing > 0:
+            self.pages.extend(self._pool.take(missing))
+        position = np.arange(self.length, self.length + rows)
+        pages = np.array(self.pages[self.length // PAGE :], np.int32)
+        slots: Ints = pages[position // PAGE - self.length // PAGE] * PAGE + (position % PAGE).astype(np.int32)
+        return slots
+
+    def commit(self, tokens: Sequence[int], length: int) -> None:
+        """The first `length` positions now hold the keys of tokens[:length]; pages beyond are given back."""
+        self.length = length
+        needed = (length + PAGE - 1) // PAGE
+        if needed < len(self.pages):
+            self._pool.give(self.pages[needed:])
+            del self.pages[needed:]
+        if self._pool.prefix_caching:
+            for i in range(self._remembered, length // PAGE):
+                before = self.pages[i - 1] if i else None
+                self._pool.remember(self.pages[i], before, tokens[i * PAGE : (i + 1) * PAGE])
+            self._remembered = length // PAGE
+
+    def release(self) -> None:
+        """Gives all pages back."""
+        self._pool.give(self.pages)
+        self.pages, self.length, self._remembered = [], 0, 0
+
+
+def _bytes(tokens: Sequence[int]) -> bytes:
+    return np.asarray(tokens, np.int32).tobytes()

@@ -1,0 +1,84 @@
+"""What the engine needs of a model and of a drafter: it knows these protocols, not their implementations.
+
+`Features` are opaque to the engine: the target's hidden states that a drafter asked for through `taps`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.engine.kv import Ints
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.rows import Rows
+
+Features: TypeAlias = Any
+Logits: TypeAlias = Any
+
+
+@dataclass(slots=True)
+class TargetScores:
+    """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' tapped states, or None."""
+
+    logits: Logits
+    features: Features
+
+
+class Target(Protocol):
+    """The model whose output is wanted."""
+
+    vocab: int
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+
+    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
+        """One forward of the rows; their keys and values are written to their slots."""
+        ...
+
+    def sample(self, logits: Logits, which: IntArray, specs: Sequence[Any]) -> IntArray:
+        """[which] the target's tokens at rows `which` of `logits`."""
+        ...
+
+    def argmax(self, logits: Logits) -> IntArray:
+        """[rows] greedy tokens, ties to the lowest id."""
+        ...
+
+    def logprobs(self, logits: Logits, which: IntArray, tokens: IntArray, k: int) -> list[Any]:
+        """Log probabilities of drawn tokens and of the k most likely ones."""
+        ...
+
+    def move(self, source: Ints, target: Ints) -> None:
+        """Copies KV slots source[i] -> target[i], in order."""
+        ...
+
+
+class Drafter(Protocol):
+    """Whatever proposes tokens. `max_levels` is 0 for a drafter without model cost."""
+
+    name: str
+    max_levels: int
+    free: bool
+    taps: tuple[int, ...]
+
+    def pending_rows(self, requests: Sequence[Request]) -> int:
+        """Rows the first level must process for these requests."""
+        ...
+
+    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+        """The first model level (if plan.levels > 0), and all that free drafters propose."""
+        ...
+
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
+        """Appends the children of `nodes`, all of one level."""
+        ...
+
+    def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
+        """The target processed `tokens` at the positions first, first + 1, ...; features: [tokens, ...] or None."""
+        ...
+
+    def release(self, request: Request) -> None:
+        """The request ended or was preempted: forget it."""
+        ...

@@ -1,0 +1,79 @@
+"""A request on its way through the engine, and what it gives out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from smart_decoding.engine.kv import BlockTable
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.stopping import StopChecker
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Counts and times of one request. Seconds are on the engine's clock.
+
+    rounds: decoding rounds; drafted / verified: tree nodes proposed for it and verified; accepted: of those accepted.
+    """
+
+    arrival: float = 0.0
+    first_token: float | None = None
+    finished: float | None = None
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    preemptions: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def wasted_rows(self) -> int:
+        return self.verified - self.accepted
+
+    @property
+    def ttft(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One answer to one prompt (a request with n > 1 becomes n of these, `sample` = 0 .. n-1).
+
+    tokens: prompt and output so far. table.length of them are in the KV cache: all but the last while decoding."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    table: BlockTable
+    stop: StopChecker
+    sample: int = 0
+    max_tokens: int = 0
+    history: Any = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Any] | None = None
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    aborted: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the KV cache yet: 1 while decoding, more for a prompt."""
+        return len(self.tokens) - self.table.length
+
+    @property
+    def output(self) -> list[int]:
+        return self.stop.token_ids
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still emit."""
+        return self.max_tokens - len(self.stop.token_ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.aborted or self.stop.finish_reason is not None

@@ -1,0 +1,123 @@
+"""The rows of one forward pass: which tokens, at which positions, seeing which keys.
+
+Linear layers see exactly these rows, ragged trees included. A row reads the positions 0 .. direct-1 of its request
+through the block table, then the `extra` slots: its ancestors in the draft tree, and itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smart_decoding.core.tree import DraftTrees, IntArray
+
+Ints: TypeAlias = NDArray[np.int32]
+
+_NONE = np.zeros(0, np.int32)
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows of a forward, those of one request next to each other (a group).
+
+    token, position, slot, direct: [rows]; slot = page * PAGE + offset of the row's own key and value.
+    extra_at: [rows + 1] offsets into `extra`, slots that follow the directly read positions in order.
+    group_row: [groups + 1] first row of each group; group_pages: [groups] offset of its block table in `pages`.
+    logit_rows: rows whose logits are wanted, or None for all.
+    """
+
+    token: IntArray
+    position: IntArray
+    slot: Ints
+    direct: Ints
+    extra_at: Ints
+    extra: Ints
+    group_row: Ints
+    group_pages: Ints
+    pages: Ints
+    logit_rows: IntArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+@dataclass(slots=True)
+class Span:
+    """Consecutive committed tokens of one request: a root, or a chunk of a prompt.
+
+    tokens: token ids from position `start` on; slots: [>= tokens] where their keys go (tree nodes follow the root);
+    pages: the request's block table."""
+
+    tokens: Sequence[int]
+    start: int
+    slots: Ints
+    pages: Ints
+
+
+def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool]) -> tuple[Rows, IntArray, IntArray]:
+    """Rows of a batch: one group per span, followed in its group by the request's tree nodes.
+
+    trees: nodes of the first `trees.batch` spans, each of which then holds one token, the root.
+    want_all: per span, whether the last row's logits are wanted (false: none, an unfinished prompt).
+    Returns the rows, each span's last committed row [spans], and each node's row [nodes]."""
+    lengths = np.array([len(span.tokens) for span in spans])
+    nodes = np.bincount(trees.owner, minlength=len(spans)) if len(trees) else np.zeros(len(spans), np.int64)
+    group_row = np.concatenate(([0], np.cumsum(lengths + nodes)))
+    last = group_row[:-1] + lengths - 1
+    total = int(group_row[-1])
+    token, position = np.empty(total, np.int64), np.empty(total, np.int64)
+    slot, direct = np.empty(total, np.int32), np.empty(total, np.int32)
+    for i, span in enumerate(spans):
+        first, end = int(group_row[i]), int(last[i]) + 1
+        token[first:end] = span.tokens
+        position[first:end] = np.arange(span.start, span.start + end - first)
+        slot[first : int(group_row[i + 1])] = span.slots[: int(group_row[i + 1]) - first]
+    direct[:] = position + 1
+    extra_at, extra, node_row = np.zeros(total + 1, np.int32), _NONE, np.zeros(0, np.int64)
+    if len(trees):
+        node_row = _node_rows(trees, last)
+        root = last[trees.owner]
+        token[node_row] = trees.token
+        position[node_row] = position[root] + trees.depth
+        direct[node_row] = position[root] + 1
+        extra_at, extra = _ancestors(trees, node_row, slot, total)
+    table = [span.pages for span in spans]
+    rows = Rows(
+        token, position, slot, direct, extra_at, extra, group_row.astype(np.int32),
+        np.concatenate(([0], np.cumsum([len(pages) for pages in table])[:-1])).astype(np.int32),
+        np.concatenate(table).astype(np.int32),
+    )  # fmt: skip
+    wanted = last[np.asarray(want_all, np.bool_)]
+    if len(wanted) + len(node_row) < total:
+        rows.logit_rows = np.concatenate((wanted, node_row))
+    return rows, last, node_row
+
+
+def _node_rows(trees: DraftTrees, last: IntArray) -> IntArray:
+    """[nodes] a request's nodes follow its root, in their order."""
+    order = np.argsort(trees.owner, kind="stable")
+    owner = trees.owner[order]
+    rank = np.arange(len(order)) - np.searchsorted(owner, owner)
+    rows = np.empty(len(order), np.int64)
+    rows[order] = last[owner] + 1 + rank
+    return rows
+
+
+def _ancestors(trees: DraftTrees, node_row: IntArray, slot: Ints, total: int) -> tuple[Ints, Ints]:
+    """`extra_at` and `extra`: for each node row the slots of its ancestors from the first level down, and its own."""
+    deepest = int(trees.depth.max())
+    paths = np.zeros((len(trees), deepest), np.int32)
+    own = slot[node_row]
+    paths[np.arange(len(trees)), trees.depth - 1] = own
+    for depth in range(2, deepest + 1):
+        nodes = np.flatnonzero(trees.depth == depth)
+        paths[nodes, : depth - 1] = paths[trees.parent[nodes], : depth - 1]
+    sizes = np.zeros(total, np.int64)
+    sizes[node_row] = trees.depth
+    order = np.argsort(node_row)
+    extra = paths[order][np.arange(deepest) < trees.depth[order, None]]
+    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int32), extra

@@ -1,0 +1,105 @@
+"""Continuous batching: which requests run in the next round, and what yields when KV memory runs out."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from smart_decoding.engine.kv import PAGE, OutOfPages, PagePool
+from smart_decoding.engine.request import Request
+
+
+@dataclass(slots=True)
+class Batch:
+    """One round's work: requests that decode one token or more, and chunks of prompts (request, tokens)."""
+
+    decode: list[Request]
+    prefill: list[tuple[Request, int]]
+
+    def __bool__(self) -> bool:
+        return bool(self.decode or self.prefill)
+
+
+class Scheduler:
+    """First come, first served. Running requests go on before new ones join; prompts go in chunks of a token budget.
+
+    max_num_seqs: requests in a round; max_num_batched_tokens: prompt tokens in a round, beside the decoding rows."""
+
+    def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.pool, self.max_num_seqs, self.chunk = pool, max_num_seqs, max_num_batched_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.preempted: list[Request] = []  # of the last next_batch(): the engine tells their drafters
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def finish(self, request: Request) -> None:
+        """Takes a request out, wherever it is, and frees its memory."""
+        request.table.release()
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def next_batch(self) -> Batch:
+        """The next round's requests, with KV memory for their committed rows reserved."""
+        self.preempted = []
+        decode, prefill, budget = [], [], self.chunk
+        for request in list(self.running):
+            rows = min(request.pending, budget) if request.pending > 1 else 1
+            if rows == 0 or request in self.preempted or not self._reserve(request, rows):
+                continue
+            if request.pending == 1:
+                decode.append(request)
+            else:
+                prefill.append((request, rows))
+                budget -= rows
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not self.preempted:
+            request = self.waiting[0]
+            if not self._admit(request):
+                break
+            rows = min(request.pending, budget)
+            prefill.append((request, rows))
+            budget -= rows
+        decode = [request for request in decode if request not in self.preempted]
+        prefill = [(request, rows) for request, rows in prefill if request not in self.preempted]
+        return Batch(decode, prefill)
+
+    def _reserve(self, request: Request, rows: int) -> bool:
+        """Makes room for the request's rows, preempting the youngest others; false if it was preempted itself."""
+        while True:
+            try:
+                request.table.reserve(rows)
+                return True
+            except OutOfPages:
+                youngest = self.running[-1]
+                self._preempt(youngest)
+                if youngest is request:
+                    return False
+
+    def _admit(self, request: Request) -> bool:
+        """Moves a waiting request to the running ones if its first chunk and a page of room to grow fit."""
+        if not request.table.pages:
+            cached = request.table.reuse(request.tokens)
+            request.metrics.cached_tokens = max(request.metrics.cached_tokens, cached)
+        rows = min(request.pending, self.chunk)
+        slack = PAGE * (1 + len(self.running)) if self.running else 0
+        if (rows + slack + PAGE - 1) // PAGE > self.pool.available:
+            request.table.release()
+            return False
+        request.table.reserve(rows)
+        self.running.append(self.waiting.popleft())
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Puts a running request back to the front of the queue; its keys are computed again later."""
+        request.table.release()
+        request.metrics.preemptions += 1
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+        self.preempted.append(request)

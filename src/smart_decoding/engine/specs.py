@@ -1,0 +1,33 @@
+"""What decides the token of each visited row, gathered from its request and its path in the tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.engine.history import SampleSpec, TokenHistory
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.sampling_params import SamplingParams
+
+
+def new_history(prompt: Sequence[int], params: SamplingParams) -> TokenHistory | None:
+    """The token counts that penalties need, or None if the request has none."""
+    return TokenHistory(prompt) if params.needs_history else None
+
+
+def specs_of(rows: IntArray, asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]) -> list[SampleSpec]:
+    """One spec per row, in the numbering of core.acceptance: roots first, then nodes."""
+    return [_spec(int(row), asking, nodes, eos) for row in rows]
+
+
+def _spec(row: int, asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]) -> SampleSpec:
+    path: list[int] = []
+    if row >= len(asking):
+        node = row - len(asking)
+        path = nodes.token[nodes.path(node)].tolist()
+        row = int(nodes.owner[node])
+    request = asking[row]
+    position = len(request.output) + len(path)
+    return SampleSpec(
+        request.params, request.seed, request.sample, position, request.history, path, eos_ids=eos
+    )

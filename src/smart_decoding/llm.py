@@ -1,0 +1,208 @@
+"""`LLM`: the engine behind vLLM's interface, for one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smart_decoding.backends.torch.loading import load_checkpoint
+from smart_decoding.backends.torch.target import TorchTarget, dtype_of, pages_for
+from smart_decoding.core.policies.protocol import Policy
+from smart_decoding.engine.engine import Engine, EngineConfig
+from smart_decoding.engine.request import Request, RequestMetrics
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.stopping import Decode
+from smart_decoding.errors import ConfigError
+from smart_decoding.models import DEFAULT_MODEL
+from smart_decoding.speculation import Speculation, build_speculation
+from smart_decoding.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One answer. finish_reason: 'stop', 'length' or 'abort'; metrics: rounds, rows and times of this answer."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: str | int | None
+    metrics: RequestMetrics
+    logprobs: list[Any] | None = None
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens per decoding round; the first token comes from the prompt's round and does not count."""
+        return (len(self.token_ids) - 1) / self.metrics.rounds if self.metrics.rounds else 0.0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The answers to one prompt."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+
+@dataclass(slots=True)
+class _Job:
+    prompt: str | None
+    tokens: list[int]
+    answers: list[Request] = field(default_factory=list)
+
+
+class LLM:
+    """A model ready to answer.
+
+    model: built-in name, hub id, folder of safetensors, or GGUF file.
+    speculative_config: None (the model's default head under the policy `smart`, if it has one), False (plain decoding),
+        or a dict: method (eagle, ngram, recycling, draft_model, union, none), policy (off, chain, static, likelihood,
+        smart_paper, smart), and either's options.
+    dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
+    max_model_len: longest prompt plus answer, in tokens. kv_cache_tokens: KV memory, in tokens over all requests.
+    Raises ModelError, DownloadError, ConfigError or CapacityError, each in one line.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        speculative_config: Mapping[str, Any] | bool | None = None,
+        dtype: str = "bfloat16",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 256,
+        kv_cache_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+        stop_at_loops: bool = False,
+    ) -> None:
+        dtype_of(dtype)
+        _positive(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        checkpoint = load_checkpoint(model)
+        self.provenance = dict(checkpoint.provenance)
+        self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
+        limit = max_model_len or min(4096, checkpoint.config.max_positions)
+        tokens = kv_cache_tokens or min(limit, 2048) * min(max_num_seqs, 16)
+        pages = pages_for(max(tokens, limit), max_num_seqs)
+        self.target = TorchTarget(checkpoint, dtype, _device(device), pages, limit)
+        self.speculation: Speculation = build_speculation(speculative_config, checkpoint, self.target, max_num_seqs)
+        config = EngineConfig(
+            pages, limit, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, seed, stop_at_loops
+        )
+        self.engine = Engine(self.target, self.speculation.policy, self.speculation.drafter, config, self._decoder)
+        self._count = 0
+
+    @property
+    def policy(self) -> Policy:
+        return self.speculation.policy
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_step: Callable[[list[Request]], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers all prompts (texts or token ids), in order. `on_step` is called after every round."""
+        many = _as_list(prompts)
+        params = _params_for(many, sampling_params)
+        jobs = [self._submit(prompt, p) for prompt, p in zip(many, params, strict=True)]
+        try:
+            while self.engine.has_unfinished_requests:
+                touched = self.engine.step()
+                if on_step is not None:
+                    on_step(touched)
+        except BaseException:
+            for job in jobs:
+                for request in job.answers:
+                    self.engine.abort(request.id)
+            raise
+        return [self._output(job) for job in jobs]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several, through the model's own chat template."""
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self.generate([self.tokenizer.encode_chat(m) for m in many], sampling_params)  # type: ignore[arg-type]
+
+    def stream(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None) -> Iterator[str]:
+        """The text of one answer to a prompt or a conversation, piece by piece as rounds yield it."""
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+        job = self._submit(prompt, sampling_params or SamplingParams(max_tokens=256))  # type: ignore[arg-type]
+        (request,) = job.answers
+        try:
+            while not request.finished:
+                self.engine.step()
+                piece = request.stop.new_text()
+                if piece:
+                    yield piece
+        finally:
+            if not request.finished:
+                self.engine.abort(request.id)
+
+    def _submit(self, prompt: Prompt, params: SamplingParams) -> _Job:
+        text = prompt if isinstance(prompt, str) else None
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        self._count += 1
+        return _Job(text, tokens, self.engine.add_request(str(self._count), tokens, params))
+
+    @staticmethod
+    def _output(job: _Job) -> RequestOutput:
+        outputs = [
+            CompletionOutput(
+                r.sample, r.stop.text, list(r.output), "abort" if r.aborted else r.stop.finish_reason,
+                r.stop.stop_reason, r.metrics, r.logprobs,
+            )  # fmt: skip
+            for r in job.answers
+        ]
+        return RequestOutput(job.answers[0].id.partition("#")[0], job.prompt, job.tokens, outputs)
+
+    def _decoder(self, skip_special_tokens: bool) -> Decode:
+        return lambda ids: self.tokenizer.decode(ids, skip_special_tokens)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_for(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise ConfigError(f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one for each")
+    return list(params)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}, but this torch sees no CUDA device: use cpu")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise ConfigError(f"device={name!r} is not supported: use auto, cpu or cuda")
+    return name
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value} is not allowed: it must be at least 1")
