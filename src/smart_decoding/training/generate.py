@@ -1,0 +1,166 @@
+"""Self-distillation data: the target writes its own conversations, and its hidden states are kept as it writes.
+
+Shards of safetensors hold, for many conversations after one another: `tokens` int32 [n], `taps` bf16 [n, taps * hidden]
+(the residual streams that a head reads), `starts` int64 [conversations + 1] and `answers` int64 [conversations], the
+offset of each answer's first token within its conversation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.llm import LLM
+from smart_decoding.training.seeds import user_turn
+
+SHARD_TOKENS = 50_000
+CONCURRENT = 128
+ANSWER_TOKENS = 256
+
+
+class Recorder:
+    """A drafter that never drafts: it keeps the target's features of every token of the requests it is told to."""
+
+    name, max_levels, free = "recorder", 0, False
+
+    def __init__(self, taps: tuple[int, ...]) -> None:
+        self.taps = taps
+        self.wanted: set[str] = set()
+        self.features: dict[str, list[torch.Tensor]] = {}
+        self.done: list[tuple[Request, torch.Tensor]] = []
+
+    def pending_rows(self, requests: Sequence[Request]) -> int:
+        return len(requests)
+
+    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+        return DraftTrees.empty(len(requests))
+
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
+        raise NotImplementedError("a recorder does not draft")
+
+    def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
+        if request.id in self.wanted:
+            self.features.setdefault(request.id, []).append(features.to(torch.bfloat16))
+
+    def release(self, request: Request) -> None:
+        parts = self.features.pop(request.id, [])
+        if request.finished and parts:
+            self.wanted.discard(request.id)
+            self.done.append((request, torch.cat(parts)))
+
+
+class Writer:
+    """Collects conversations and writes whole shards, each under its final name only when complete."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.shards = len(list(folder.glob("shard-*.safetensors")))
+        self._items: list[tuple[list[int], int, torch.Tensor]] = []
+        self._tokens = 0
+
+    def add(self, tokens: list[int], answer: int, taps: torch.Tensor) -> None:
+        self._items.append((tokens, answer, taps))
+        self._tokens += len(tokens)
+        if self._tokens >= SHARD_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._items:
+            return
+        lengths = [len(tokens) for tokens, _, _ in self._items]
+        tensors = {
+            "tokens": torch.tensor([t for tokens, _, _ in self._items for t in tokens], dtype=torch.int32),
+            "taps": torch.cat([taps for _, _, taps in self._items]),
+            "starts": torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))),
+            "answers": torch.tensor([answer for _, answer, _ in self._items]),
+        }
+        path = self.folder / f"shard-{self.shards:04d}.safetensors"
+        scratch = path.with_suffix(".partial")
+        save_file(tensors, scratch)
+        os.replace(scratch, path)
+        self.shards += 1
+        self._items, self._tokens = [], 0
+
+
+def generate(llm: LLM, recorder: Recorder, folder: Path, tokens: int, seed: int = 0) -> None:
+    """Writes shards until the folder holds about `tokens` answer tokens; goes on from the shards that are there.
+
+    A tenth of the answers is sampled at temperature 0.7, the others are greedy; an answer ends where it loops."""
+    writer = Writer(folder)
+    have = writer.shards * SHARD_TOKENS
+    rng = np.random.default_rng((seed, writer.shards))
+    with tqdm(total=tokens, initial=min(have, tokens), unit="tok", desc="writing conversations") as bar:
+        job = _Conversations(llm, recorder, rng, writer.shards)
+        while have < tokens:
+            job.fill()
+            job.advance(llm.engine)
+            for request, taps in recorder.done:
+                rows = len(taps)
+                writer.add(request.tokens[:rows], len(request.prompt), taps)
+                have += rows
+                bar.update(rows)
+            recorder.done.clear()
+    writer.flush()
+
+
+class _Conversations:
+    """Keeps CONCURRENT requests running: user turns that the target completes, then answers."""
+
+    def __init__(self, llm: LLM, recorder: Recorder, rng: np.random.Generator, salt: int) -> None:
+        self._llm, self._recorder, self._rng, self._salt = llm, recorder, rng, salt
+        self._count, self._running = 0, 0
+        self._turns: dict[str, list[int]] = {}
+        marker = "\u241e"
+        text = llm.tokenizer.apply_chat_template([{"role": "user", "content": marker}])
+        self._before, self._after = text.split(marker)
+
+    def fill(self) -> None:
+        while self._running < CONCURRENT:
+            self._running += 1
+            text, complete = user_turn(self._rng)
+            if complete:
+                self._answer(self._encode(self._before + text + self._after))
+                continue
+            prompt = self._encode(self._before + text)
+            params = SamplingParams(temperature=1.0, top_k=64, max_tokens=40, seed=int(self._rng.integers(2**62)))
+            self._add(prompt, params, record=False)
+
+    def advance(self, engine: Engine) -> None:
+        for request in engine.step():
+            if not request.finished:
+                continue
+            self._running -= 1
+            if request.id.startswith("turn"):
+                self._running += 1
+                turn = self._llm.tokenizer.decode(request.tokens, skip_special_tokens=False)
+                turn = turn.split(self._before, 1)[-1].replace("<|im_end|>", "").strip()
+                self._answer(self._encode(self._before + turn + self._after))
+
+    def _answer(self, prompt: list[int]) -> None:
+        sampled = self._rng.random() < 0.1
+        seed = int(self._rng.integers(2**62))
+        params = SamplingParams(temperature=0.7 if sampled else 0.0, top_k=64, max_tokens=ANSWER_TOKENS, seed=seed)
+        self._add(prompt, params, record=True)
+
+    def _add(self, prompt: list[int], params: SamplingParams, record: bool) -> None:
+        self._count += 1
+        name = f"{'answer' if record else 'turn'}-{self._salt}-{self._count}"
+        if record:
+            self._recorder.wanted.add(name)
+        self._llm.engine.add_request(name, prompt, params)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._llm.tokenizer.encode(text, add_special_tokens=False)
