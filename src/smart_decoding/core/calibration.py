@@ -22,8 +22,8 @@ from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, In
 BINS, FINE, DEPTHS = 16, 64, 6
 MAX_PROB = 0.999
 MEMORY = 3000.0  # each curve remembers about its last 3000 observed children
-AFTER_CHANGE = 100.0  # and this many once the drafter has visibly changed
-SHRINK_CURVE, SHRINK_POOL = 8.0, 2.0  # pseudo-observations of a curve; pseudo-hits of the pool over depths
+AFTER_CHANGE = 40.0  # and this many once the drafter has visibly changed
+SHRINK_CURVE, SHRINK_POOL = 8.0, 1.0  # pseudo-observations of a curve; pseudo-hits of the pool over depths
 REFRESH = 4  # rounds between two recomputations of the curves
 
 _RESOLUTION = 4096
@@ -54,6 +54,7 @@ class Calibration:
         self.hits = self.counts * self.prior
         self.drift = DriftDetector(len(self.prior))
         self.changes = 0  # how often a drafter was found to have changed
+        self._before: dict[int, tuple[FloatArray, FloatArray, FloatArray]] = {}
         self._rounds = 0
         self._refresh()
 
@@ -144,11 +145,25 @@ class Calibration:
             self._refresh()
 
     def _rescale(self, source: int, ratio: float) -> None:
-        """The drafter has changed: what is known of it is scaled, and remembered weakly: it is soon relearned."""
-        weight = min(1.0, AFTER_CHANGE / max(float(self.counts[source].sum()), 1e-9))
-        self.counts[source] *= weight
-        self.hits[source] = np.minimum(self.hits[source] * (weight * ratio), self.counts[source])
-        self.prior[source] = np.clip(self.prior[source] * ratio, 1e-4, MAX_PROB)
+        """The drafter has changed: what is known of it is scaled, and remembered weakly: it is soon relearned.
+
+        What was known before it became worse is kept, for when it is found to be better again."""
+        if ratio < 1:
+            self._before.setdefault(
+                source, (self.prior[source].copy(), self.counts[source].copy(), self.hits[source].copy())
+            )
+            self._set(source, self.prior[source] * ratio, self.counts[source], self.hits[source] * ratio)
+        elif source in self._before:
+            self._set(source, *self._before.pop(source))
+        else:
+            rate = self.hits[source] / np.maximum(self.counts[source], 1e-9)
+            better = _better(rate, ratio) * self.counts[source]
+            self._set(source, _better(self.prior[source], ratio), self.counts[source], better)
+
+    def _set(self, source: int, prior: FloatArray, counts: FloatArray, hits: FloatArray) -> None:
+        weight = min(1.0, AFTER_CHANGE / max(float(counts.sum()), 1e-9))
+        self.prior[source] = np.clip(prior, 1e-4, MAX_PROB)
+        self.counts[source], self.hits[source] = counts * weight, hits * weight
 
     def _refresh(self) -> None:
         pool_hits = self.hits.sum(axis=1, keepdims=True)
@@ -159,6 +174,11 @@ class Calibration:
         falling = np.minimum.accumulate(raw[..., ::-1], axis=3)[..., ::-1]
         self._coarse = np.minimum(0.5 * (rising + falling), MAX_PROB)  # both are monotone, hence their mean
         self._table = (self._coarse @ _INTERPOLATE).ravel()
+
+
+def _better(prob: FloatArray, ratio: float) -> FloatArray:
+    """Probabilities with odds `ratio` times higher: high ones stay below 1."""
+    return prob * ratio / (1.0 + prob * (ratio - 1.0))
 
 
 def slots(trees: DraftTrees) -> IntArray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from smart_decoding.core.tree import FloatArray, IntArray
 
+NONE = 1e30  # in place of a loss: there is no candidate, and no size reaches so far
 _ONE = np.float64(1.0).view(np.int64)
 
 
@@ -48,7 +49,7 @@ def best_size(
 def best_rates(losses: FloatArray, tokens: float, sunk: FloatArray, seconds: FloatArray, limit: float) -> FloatArray:
     """[options] what `best_size` reaches with each row of `losses` [options, m]: negated gains in any order.
 
-    `losses` is overwritten. sunk: [options] seconds; seconds: [m + 1], as there."""
+    `losses` is overwritten; NONE in it marks what is no candidate. sunk: [options]; seconds: [m + 1], as there."""
     losses.sort(axis=1)
     rates = np.zeros((len(losses), losses.shape[1] + 1))
     np.cumsum(losses, axis=1, out=rates[:, 1:])

@@ -9,7 +9,8 @@ import numpy as np
 from smart_decoding.core.tree import BoolArray, FloatArray, IntArray
 
 ODDS = 4.0  # the alternatives tested: acceptance odds four times lower, or higher
-THRESHOLD = 7.0  # evidence (log likelihood ratio) that raises the alarm; a false one needs about e^7 rounds
+# Log likelihood ratio that raises the alarm. False ones in 21,600 steady simulated rounds: 4 at 6, 3 at 7, none at 8.
+THRESHOLD = 8.0
 
 
 class DriftDetector:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.core.calibration import BINS, DEPTHS, Calibration, slots
+from smart_decoding.core.choice import NONE
 from smart_decoding.core.tree import DraftTrees, FloatArray
 
 RANKS = 8  # children beyond the eighth bring next to nothing
@@ -88,9 +89,9 @@ class Forecast:
 
 
 def grow(children: FloatArray, levels: int, width: int) -> FloatArray:
-    """[levels, candidates] forecast accept_probs of one request's tree of 1, 2, ... `levels` levels; 0 is no candidate.
+    """[levels, candidates] forecast accept_probs of one request's tree of 1, 2, ... `levels` levels.
 
-    `width` nodes are expanded at each level after the first; `children` as from `Forecast.children`."""
+    `width` nodes are expanded at each level after the first; `children` as from `Forecast.children`; -NONE fills up."""
     frontier = np.ones(1)
     grown = []
     for level in range(levels):
@@ -98,7 +99,7 @@ def grow(children: FloatArray, levels: int, width: int) -> FloatArray:
         grown.append(candidates)
         frontier = -np.sort(-candidates)[:width]
     reached = np.repeat(np.arange(levels), [len(candidates) for candidates in grown])
-    result: FloatArray = np.concatenate(grown) * (reached <= np.arange(levels)[:, None])
+    result: FloatArray = np.where(reached <= np.arange(levels)[:, None], np.concatenate(grown), -NONE)
     return result
 
 

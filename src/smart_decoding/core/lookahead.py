@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from smart_decoding.core.choice import best_rates
+from smart_decoding.core.choice import NONE, best_rates
 from smart_decoding.core.forecast import subtree
 from smart_decoding.core.tree import FloatArray
 
@@ -42,7 +42,7 @@ class LookAhead:
         0, 1, ... candidates, at least `columns(...) + 1` of them. limit: seconds that the round may last."""
         below = self._options(level, ahead, widths)
         options = len(below)
-        losses = np.zeros((options + 1, len(present) + below.shape[1] * below.shape[2]))  # the last option: stop
+        losses = np.full((options + 1, len(present) + below.shape[1] * below.shape[2]), NONE)  # the last option: stop
         np.negative(present, out=losses[:, : len(present)])
         losses[:options, len(present) :] = (below * frontier[:, None]).reshape(options, -1)
         spent = np.full(options + 1, sunk)
@@ -58,13 +58,14 @@ class LookAhead:
 
     def _options(self, level: int, ahead: int, widths: tuple[int, ...]) -> FloatArray:
         """[ahead * widths, frontier, ahead * RANKS] minus the forecast probability of each candidate below each
-        frontier node, given that node; 0 where an option does not reach."""
+        frontier node, given that node; NONE where an option does not reach."""
         key = (level, ahead, widths)
         options = self._below.get(key)
         if options is None:
             tree = subtree(self.children, level + 1, ahead, RANKS)
             reached = np.arange(len(tree)) // RANKS < np.arange(1, ahead + 1)[:, None]
             expanded = np.arange(widths[-1]) < np.array(widths)[:, None]
-            options = -(tree * reached)[:, None, None, :] * expanded[None, :, :, None]
-            options = self._below[key] = options.reshape(-1, widths[-1], len(tree))
+            inside = reached[:, None, None, :] & expanded[None, :, :, None]
+            options = np.where(inside, -tree, NONE).reshape(-1, widths[-1], len(tree))
+            self._below[key] = options
         return options

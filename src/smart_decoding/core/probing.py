@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-FIRST_GAP, LAST_GAP = 8, 64  # rounds between probes of the other mode: doubled by each that shows nothing
-CREDIT_ROUNDS = 64  # unspent budget is kept for this many rounds
+FIRST_GAP, LAST_GAP = 8, 32  # rounds between probes of the other mode: doubled by each that shows nothing
+HOPE = 4  # probes in a row after one that turned out well
+CREDIT_ROUNDS = 400  # unspent budget is kept for this many rounds
 
 
 class Prober:
@@ -14,19 +15,23 @@ class Prober:
     def __init__(self, budget: float) -> None:
         self.budget = budget
         self.credit = 0.0  # seconds
+        self.price = 0.0  # seconds that the next probe will cost
         self.spent = 0.0  # seconds lost to probes in all, gains not counted
+        self.hope = 0  # failures in a row that a success still excuses
         self.gap = FIRST_GAP
         self.waited = 0
         self.count = 0
 
-    def due(self) -> bool:
-        """Whether this round may probe."""
-        return self.budget > 0 and self.waited >= self.gap and self.credit >= 0
+    def due(self, price: float) -> bool:
+        """Whether this round may probe, for about `price` seconds."""
+        self.price = price
+        return self.budget > 0 and self.waited >= self.gap and self.credit >= price
 
     def ordinary_round(self, seconds: float) -> None:
         """After a round in the believed mode."""
         self.waited += 1
-        self.credit = min(self.credit + self.budget * seconds, self.budget * seconds * CREDIT_ROUNDS)
+        most = max(self.budget * seconds * CREDIT_ROUNDS, self.price)
+        self.credit = min(self.credit + self.budget * seconds, most)
 
     def probe_round(self, loss: float) -> None:
         """After a probe that cost `loss` seconds more than the believed mode would have (negative: it was better)."""
@@ -34,7 +39,11 @@ class Prober:
         self.waited = 0
         self.credit -= loss
         self.spent += max(loss, 0.0)
-        self.gap = 0 if loss < 0 else min(max(2 * self.gap, FIRST_GAP), LAST_GAP)
+        self.hope = HOPE if loss < 0 else self.hope - 1
+        if self.hope > 0:
+            self.gap = 0
+        else:
+            self.gap = min(max(2 * self.gap, FIRST_GAP), LAST_GAP)
 
     def mode_changed(self) -> None:
         """The believed mode is another one now: soon check again."""

@@ -20,6 +20,7 @@ from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 CHILDREN = 8
 TRUST = np.array([0.0, 0.9, 0.82, 0.7, 0.62, 0.55, 0.5])  # true acceptance over draft_prob, by depth
 CONTEXT = 200
+NOISE = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class World:
         self.seed, self.batch, self.costs, self.good, self.ease = seed, batch, costs, good, ease
         rng = np.random.default_rng(seed)
         steps = rng.normal(size=(4096, batch))
+        self.noise = rng.normal(size=NOISE)
         self.mood = np.zeros((4096, batch))  # how predictable the text is at the moment: a slow wave per request
         for t in range(1, 4096):
             self.mood[t] = 0.9 * self.mood[t - 1] + 0.45 * steps[t]
@@ -60,11 +62,11 @@ class World:
 
     def expand(self, round_index: int, trees: DraftTrees, parents: IntArray, children: int, depth: int) -> None:
         """Appends `children` nodes below each of `parents`; at depth 1 below each root."""
-        rng = np.random.default_rng([self.seed, round_index, depth])
         owner = np.arange(self.batch) if depth == 1 else trees.owner[parents]
         mood = self.mood[round_index % 4096][owner] + self.ease
-        # Drawn for every place of the level and looked up by parent: the same node is the same in every policy's tree.
-        top = 1.0 / (1.0 + np.exp(-(mood + 1.6 * rng.normal(size=65536)[_places(trees, parents, self.batch)])))
+        # Looked up by the parent's path, so that the same node is the same in every policy's tree.
+        place = (_places(trees, parents, self.batch) * 40503 + round_index * 7919 + depth * 104729) % NOISE
+        top = 1.0 / (1.0 + np.exp(-(mood + 1.6 * self.noise[place])))
         share = 0.55 ** np.arange(1, CHILDREN)
         prob = np.concatenate((top[:, None], (1 - top)[:, None] * share / share.sum() * 0.85), axis=1)
         prob = -np.sort(-prob, axis=1)[:, :children]
@@ -180,11 +182,11 @@ def _path_gain(trees: DraftTrees, conditional: FloatArray) -> FloatArray:
 
 
 def _places(trees: DraftTrees, parents: IntArray, batch: int) -> IntArray:
-    """A place in [0, 65536) for each parent that depends on its request and token path only."""
+    """A place in [0, NOISE) for each parent that depends on its request and token path only."""
     place = np.arange(batch) if not len(trees) else trees.owner[parents].copy()
     at = parents.copy()
     while (at >= 0).any():
         inside = at >= 0
-        place[inside] = (place[inside] * 31 + trees.token[at[inside]] + 7) % 65536
+        place[inside] = (place[inside] * 31 + trees.token[at[inside]] + 7) % NOISE
         at[inside] = trees.parent[at[inside]]
     return place

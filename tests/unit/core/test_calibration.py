@@ -57,8 +57,14 @@ def test_recovers_a_distortion_from_policy_selected_trees() -> None:
     prob = np.tile(np.linspace(0.1, 0.95, 12), 2)
     depth = np.repeat([1, 2], 12)
     learned = np.array([_conditional(calibration, q, d) for q, d in zip(prob, depth, strict=True)])
-    assert np.abs(learned - true_prob(prob, depth)).max() < 0.1
-    assert np.abs(learned - true_prob(prob, depth)).mean() < 0.03
+    error = np.abs(learned - true_prob(prob, depth))
+    evidence = calibration.counts[0, depth - 1, 1, calibration.bins(prob)]
+    assert (
+        evidence > 30
+    ).sum() >= 16  # rare confidences lean on the prior: exactness is asked where there was evidence
+    assert error[evidence > 30].max() < 0.1
+    assert error[evidence > 30].mean() < 0.03
+    assert calibration.changes == 0  # and a steady drafter raises no alarm
 
 
 def _conditional(calibration: Calibration, prob: float, depth: int) -> float:

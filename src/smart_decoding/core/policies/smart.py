@@ -41,12 +41,14 @@ FREE_ONLY: Option = (0, 0)
 class Outlook:
     """Forecasts and prices for batches of one shape, reused for some rounds.
 
-    plain: seconds of a plain round. values: tokens per second forecast for each way to draft. foresight: what drafting
-    really reached over its forecast. verify: seconds at 0, 1, ... nodes. levels: seconds at 0, 1, ... expanded rows.
+    size: requests. first: rows of the first drafted level. plain: seconds of a plain round. values: tokens per second
+    forecast for each way to draft. foresight: what drafting really reached over its forecast. verify: seconds at 0, 1,
+    ... nodes. levels: seconds at 0, 1, ... expanded rows.
     """
 
     key: tuple[object, ...]
     size: int
+    first: int
     plain: float
     values: dict[Option, float]
     foresight: float
@@ -63,6 +65,13 @@ class Outlook:
     def best_with_model(self) -> Option | None:
         """The best way to draft with the model drafter."""
         return max((option for option in self.values if option[0]), key=self.value, default=None)
+
+    def price(self, other: Option | None, believed: Option | None) -> float:
+        """Seconds that a round in the mode `other` loses against `believed` if its drafts bring nothing."""
+        seconds = self.plain
+        if other is not None:
+            seconds = float(self.verify[1]) + (float(self.levels[self.first]) if other[0] else 0.0)
+        return seconds - self.size / self.value(believed)
 
     def value(self, option: Option | None) -> float:
         """Tokens per second expected of an option (None: plain decoding)."""
@@ -137,8 +146,9 @@ class Smart:
         if (believed is not None) != self._drafting:
             self._drafting = believed is not None
             self.prober.mode_changed()
-        if self.prober.due():
-            option, scratch.probe = self._probe(outlook, believed), True
+        other = self._probe(outlook, believed)
+        if other != believed and self.prober.due(outlook.price(other, believed)):
+            option, scratch.probe = other, True
         return self._start(batch, scratch, outlook, option)
 
     def outlook(self, batch: BatchState) -> Outlook:
@@ -187,13 +197,23 @@ class Smart:
             rates = best_rates(losses, size, sunk, verify[: losses.shape[1] + 1], limit)
             values.update({(level, wide): float(rates[level - 1]) for level in range(1, levels + 1)})
         foresight = math.exp(self._foresight)
-        return Outlook(key, size, float(verify[0]), values, foresight, verify, prices, LookAhead(children))
+        return Outlook(
+            key,
+            size,
+            size + batch.catch_up_rows,
+            float(verify[0]),
+            values,
+            foresight,
+            verify,
+            prices,
+            LookAhead(children),
+        )
 
     def _probe(self, outlook: Outlook, believed: Option | None) -> Option | None:
         """Another mode than the believed one; where there are two, they take turns."""
         free = FREE_ONLY if FREE_ONLY in outlook.values else None
         model = None if believed is not None and believed[0] else outlook.best_with_model()
-        others = [o for o in dict.fromkeys((None, free, model)) if o != believed] or [None]
+        others = [o for o in dict.fromkeys((None, free, model)) if o != believed] or [believed]
         return others[self.prober.count % len(others)]
 
     def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:
@@ -203,7 +223,7 @@ class Smart:
         scratch.forecast, scratch.sunk = outlook.values[option], self.cost.overhead_seconds
         if levels == 0:
             return DraftPlan(True, 0, self.children)
-        scratch.sunk += float(outlook.levels[min(batch.size + batch.catch_up_rows, len(outlook.levels) - 1)])
+        scratch.sunk += float(outlook.levels[outlook.first])
         # How deep to go is decided level by level, by frontier(): the plan only bounds it.
         return DraftPlan(True, self._max_levels(batch, scratch), self.children, wide * scratch.drafting)
 

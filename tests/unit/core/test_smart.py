@@ -1,0 +1,152 @@
+"""The whole controller in the simulated world: regret, when it drafts, a drafter that goes bad and recovers."""
+
+import numpy as np
+import pytest
+
+from smart_decoding.core.calibration import Calibration
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.protocol import DraftPlan, Round
+from smart_decoding.core.simulation import World, full_knowledge, run
+from smart_decoding.core.tree import DraftTrees
+
+DRAFT = {1: 1.2, 4: 1.4, 8: 1.7, 16: 2.3, 64: 5.0}
+FLAT = CostModel.from_table({1: {1: 21.6, 8: 24.8, 16: 30.6, 32: 45.3, 64: 74.2}}, DRAFT)
+STEEP = CostModel.from_table({1: {1: 10.0, 64: 640.0}}, DRAFT)
+CHEAP_ROWS = CostModel.from_table({1: {1: 30.0, 512: 40.0}}, DRAFT)
+
+
+@pytest.mark.parametrize(("costs", "batch", "rounds"), [(FLAT, 1, 250), (FLAT, 3, 80), (CHEAP_ROWS, 2, 100)])
+def test_regret_against_full_knowledge_is_small(costs: CostModel, batch: int, rounds: int) -> None:
+    world, span = World(5, batch, costs), range(rounds)
+    best = full_knowledge(world, span, levels=5)
+    policy = make_policy("smart", cost=costs)
+    mine = run(policy, world, span)
+    plain = run(make_policy("off"), world, span)
+    assert best.rate > 1.15 * plain.rate  # there is something to gain
+    assert mine.rate > 0.94 * best.rate
+    stats = policy.stats()
+    assert stats["estimated_speedup"] == pytest.approx(mine.rate / plain.rate, rel=0.1)
+    assert stats["share_off"] < 0.1
+    assert abs(stats["calibration_error"]) < 0.2
+
+
+def test_stays_off_where_rows_cost_too_much() -> None:
+    world = World(5, 4, STEEP)
+    policy = make_policy("smart", cost=STEEP)
+    totals = run(policy, world, range(200))
+    plain = run(make_policy("off"), world, range(200))
+    assert totals.rate > 0.985 * plain.rate
+    assert policy.stats()["share_off"] > 0.9
+
+
+def test_drafts_at_batch_32_where_rows_are_cheap() -> None:
+    world, policy = World(5, 32, CHEAP_ROWS), make_policy("smart", cost=CHEAP_ROWS)
+    totals = run(policy, world, range(12))
+    assert totals.off == 0
+    assert totals.rate > 1.3 * run(make_policy("off"), world, range(12)).rate
+
+
+def test_a_wrong_cost_table_is_corrected() -> None:
+    world = World(5, 1, FLAT)
+    policy = make_policy("smart", cost=STEEP)  # the profile says that rows are dear; in truth they are cheap
+    run(policy, world, range(400))
+    later = run(policy, world, range(400, 600))
+    assert later.rate > 1.4 * run(make_policy("off"), world, range(400, 600)).rate
+
+
+@pytest.mark.parametrize("seed", [5, 6, 7])
+def test_off_soon_when_the_head_goes_bad_and_on_again_when_it_is_good(seed: int) -> None:
+    bad_from, good_again = 300, 800
+    world = World(seed, 1, FLAT, good=lambda index: not bad_from <= index < good_again)
+    policy = make_policy("smart", cost=FLAT)
+    run(policy, world, range(100, bad_from))
+    noticing = run(policy, world, range(bad_from, bad_from + 50))
+    rest = run(policy, world, range(bad_from + 50, good_again))
+    assert rest.off > 0.85 * 450  # the others are probes
+    plain = run(make_policy("off"), world, range(bad_from, good_again))
+    assert (noticing.tokens + rest.tokens) / (noticing.seconds + rest.seconds) > 0.975 * plain.rate
+    run(policy, world, range(good_again, good_again + 200))  # noticed after 20 to 150 rounds, by the luck of probes
+    later = range(good_again + 200, good_again + 400)
+    never_bad = make_policy("smart", cost=FLAT)
+    run(never_bad, world, range(100, bad_from))
+    assert run(policy, world, later).rate > 0.95 * run(never_bad, world, later).rate
+
+
+def test_an_untrained_head_costs_little_from_the_first_round() -> None:
+    world = World(5, 1, FLAT, good=lambda _: False)
+    totals = run(make_policy("smart", cost=FLAT), world, range(400))
+    plain = run(make_policy("off"), world, range(400))
+    assert totals.rate > 0.97 * plain.rate
+
+
+def test_probing_keeps_to_its_budget() -> None:
+    world, policy = World(5, 1, FLAT, good=lambda _: False), make_policy("smart", cost=FLAT, probe_budget=0.01)
+    run(policy, world, range(200))
+    spent = policy.prober.spent
+    totals = run(policy, world, range(200, 900))
+    assert 0 < policy.prober.spent - spent < 0.012 * totals.seconds
+    silent = make_policy("smart", cost=FLAT, probe_budget=0.0)
+    run(silent, world, range(200))
+    assert silent.prober.count == 0
+
+
+def test_round_slowdown_is_bounded_for_several_requests() -> None:
+    world = World(5, 4, CHEAP_ROWS)
+    plain = float(CHEAP_ROWS.verify_seconds(4, 4, 200))
+    slow = []
+
+    class Watched:
+        name = "watched"
+        policy = make_policy("smart", cost=CHEAP_ROWS, max_round_slowdown=1.2)
+
+        def __getattr__(self, call: str):
+            return getattr(self.policy, call)
+
+        def observe(self, round: Round) -> None:
+            slow.append((round.verify_seconds + sum(round.level_seconds)) / plain)
+            self.policy.observe(round)
+
+    run(Watched(), world, range(60))
+    assert max(slow) < 1.2 * 1.02  # 2 %: forecasts are kept for some rounds while costs are corrected
+    assert np.mean(np.array(slow) > 1.05) > 0.5  # and drafting does go on below it
+
+
+def test_free_drafters_alone_are_used_and_learned() -> None:
+    policy = make_policy("smart", cost=FLAT)
+    now = World(5, 2, FLAT).state()
+    now = type(now)(now.context, now.remaining, now.temperature, now.may_speculate, has_model=False, has_free=True)
+    drafted = 0
+    for _ in range(200):
+        plan = policy.plan(now)
+        trees = DraftTrees.empty(2)
+        if plan.speculate:
+            assert plan.levels == 0
+            trees.append([0, 0], [1, 2], [-1, 0], [0.9, 0.9], source=1)
+            drafted += 1
+        kept = policy.select(plan, now, trees)
+        next_token = np.full(len(trees), -1)
+        next_token[kept] = [2, 9][: len(kept)]
+        policy.observe(Round(now, plan, trees, kept, next_token, np.array([1, 7]), [], [], 2 + len(kept), 22.0))
+    assert drafted > 150
+    assert policy.forecast.free[0] == pytest.approx(0.5, abs=0.05)  # one request of the two proposes, and is right
+
+
+def test_survives_a_caller_that_skips_the_plan_and_absurd_times() -> None:
+    policy, now = make_policy("smart", cost=FLAT), World(5, 1, FLAT).state()
+    trees = DraftTrees.empty(1)
+    trees.append([0], [1], [-1], [0.9])
+    assert policy.select(DraftPlan(True, 1), now, trees).tolist() == [0]
+    for seconds in (float("nan"), 0.0, -1.0):
+        plan = policy.plan(now)
+        policy.observe(Round(now, plan, trees, np.array([0]), np.array([3]), np.array([1]), [1], [seconds], 2, seconds))
+    assert np.isfinite(policy.outlook(now).plain)
+    assert policy.plan(now).speculate
+
+
+def test_starts_from_the_shipped_prior() -> None:
+    good = Calibration()
+    hopeless = Calibration(good.prior * 0.02)
+    now = World(5, 1, FLAT).state()
+    assert make_policy("smart", cost=FLAT, calibration=good).plan(now).speculate
+    assert not make_policy("smart", cost=FLAT, calibration=hopeless).plan(now).speculate
