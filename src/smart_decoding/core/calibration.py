@@ -190,9 +190,12 @@ def slots(trees: DraftTrees) -> IntArray:
 
 def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> FloatArray:
     """Product of `conditional` over each node's path, by pointer doubling: log2(depth) steps whatever the tree."""
-    product = np.append(conditional, 1.0)  # the last entry is the root's, reached by index -1
+    count = len(parent)
+    product = np.empty(count + 1)
+    product[:count], product[count] = conditional, 1.0  # the last entry is the root's, reached by index -1
     if depth > 1:
-        above = np.append(parent, ROOT)
+        above = np.empty(count + 1, np.int64)
+        above[:count], above[count] = parent, ROOT
         for step in range((depth - 1).bit_length()):
             if step:
                 above = above[above]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -37,7 +37,7 @@ Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier no
 FREE_ONLY: Option = (0, 0)
 
 
-@dataclass(slots=True)
+@dataclass
 class Outlook:
     """Forecasts and prices for batches of one shape, reused for some rounds.
 
@@ -57,11 +57,13 @@ class Outlook:
     ahead: LookAhead
     age: int = 0
 
+    @cached_property
     def best(self) -> Option | None:
         """The best way to draft, or None where plain decoding is at least as good."""
         option = max(self.values, key=self.value, default=None)
         return option if option is not None and self.value(option) > self.value(None) else None
 
+    @cached_property
     def best_with_model(self) -> Option | None:
         """The best way to draft with the model drafter."""
         return max((option for option in self.values if option[0]), key=self.value, default=None)
@@ -141,7 +143,7 @@ class Smart:
         if not scratch.drafting or not (batch.has_model or batch.has_free):
             return OFF
         outlook = scratch.outlook = self._current_outlook(batch, scratch)
-        believed = option = outlook.best()
+        believed = option = outlook.best
         scratch.believed = outlook.value(believed)
         if (believed is not None) != self._drafting:
             self._drafting = believed is not None
@@ -212,7 +214,7 @@ class Smart:
     def _probe(self, outlook: Outlook, believed: Option | None) -> Option | None:
         """Another mode than the believed one; where there are two, they take turns."""
         free = FREE_ONLY if FREE_ONLY in outlook.values else None
-        model = None if believed is not None and believed[0] else outlook.best_with_model()
+        model = None if believed is not None and believed[0] else outlook.best_with_model
         others = [o for o in dict.fromkeys((None, free, model)) if o != believed] or [believed]
         return others[self.prober.count % len(others)]
 
