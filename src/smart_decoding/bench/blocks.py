@@ -1,0 +1,163 @@
+"""A block: some prompts answered by one engine at exactly one batch size, and what was counted meanwhile.
+
+The queue is kept full: as soon as a request ends, the next prompt takes its place; once all measured prompts have
+started, fillers do. A round counts as decoding at batch size b if exactly b requests decoded and no prompt row rode
+along. Time is shared equally by the b requests of a round, and the share of a request that already is in a loop is left
+out together with its tokens, so that an answer counts only up to the start of its loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from smart_decoding.engine.engine import Engine, RoundRecord
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt of a task. index: its place among all prompts of the run."""
+
+    index: int
+    task: str
+    tokens: Sequence[int]
+    params: SamplingParams
+
+
+@dataclass(slots=True)
+class Answer:
+    """A finished answer. tokens: ids, a loop cut off; looped: ids that were cut; ttft, tpot: seconds (tpot NaN for
+    an answer of one token)."""
+
+    tokens: list[int]
+    looped: int
+    ttft: float
+    tpot: float
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums over the counted rounds of a block; tokens and seconds are less than all where a request was in a loop."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    round_seconds: float = 0.0
+    controller_seconds: float = 0.0
+    rounds: int = 0
+    emitted: int = 0
+    rows: int = 0
+    wasted: int = 0
+    off: int = 0
+    levels: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+
+@dataclass(slots=True)
+class Block:
+    """One block of one arm. answers: prompt index -> answer; total_tokens and total_seconds: end to end, prompts and
+    all rounds included."""
+
+    task: str
+    batch_size: int
+    counts: Counts
+    answers: dict[int, Answer] = field(default_factory=dict)
+    total_tokens: int = 0
+    total_seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode-only throughput; NaN if no round was counted."""
+        return self.counts.tokens / self.counts.seconds if self.counts.seconds > 0 else float("nan")
+
+
+@dataclass(slots=True)
+class _Note:
+    """A counted round: the record's figures, and each request's answer length before and after."""
+
+    figures: Counts
+    spans: list[tuple[Request, int, int]]
+
+
+def run_block(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    fillers: Sequence[Prompt],
+    batch_size: int,
+    clock: Callable[[], float] = time.perf_counter,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Block:
+    """Answers `prompts` at `batch_size` running requests, `fillers` (cycled) taking the places that become free.
+
+    The engine is empty before and after. `on_tokens` is told the new tokens of each round."""
+    queue = itertools.chain(prompts, itertools.cycle(fillers or prompts))
+    measured: dict[int, Request] = {}
+    running: list[Request] = []
+    notes: list[_Note] = []
+    names, total, started = itertools.count(), 0, clock()
+    try:
+        while len(measured) < len(prompts) or not all(r.finished for r in measured.values()):
+            while len(running) < batch_size:
+                prompt = next(queue)
+                (request,) = engine.add_request(f"bench-{next(names)}", prompt.tokens, prompt.params)
+                running.append(request)
+                if len(measured) < len(prompts):
+                    measured[prompt.index] = request
+            before = {id(r): len(r.output) for r in running}
+            engine.step()
+            new = sum(len(r.output) for r in running) - sum(before.values())
+            total += new
+            if engine.last_round is not None and _counts(engine.last_round, batch_size):
+                notes.append(_note(engine.last_round, before))
+            running = [r for r in running if not r.finished]
+            if on_tokens is not None:
+                on_tokens(new)
+        seconds = clock() - started
+    finally:
+        for request in running:
+            engine.abort(request.id)
+    counts = sum((_settled(note) for note in notes), Counts())
+    answers = {index: _answer(request) for index, request in measured.items()}
+    return Block(prompts[0].task, batch_size, counts, answers, total, seconds)
+
+
+def _counts(record: RoundRecord, batch_size: int) -> bool:
+    return record.round.batch.size == batch_size and record.round.batch.prefill_rows == 0
+
+
+def _note(record: RoundRecord, before: dict[int, int]) -> _Note:
+    done = record.round
+    accepted = sum(len(path) for path in record.acceptance.path) if record.acceptance else 0
+    drafted = done.plan.speculate and len(done.trees) > 0
+    figures = Counts(
+        round_seconds=record.seconds, controller_seconds=record.controller_seconds, rounds=1, emitted=record.emitted,
+        rows=done.verify_rows, wasted=len(done.kept) - accepted, off=int(not drafted), levels=len(done.level_widths),
+    )  # fmt: skip
+    return _Note(figures, [(r, before[id(r)], len(r.output)) for r in record.requests])
+
+
+def _settled(note: _Note) -> Counts:
+    """The round's figures once all loops are known: requests past their loop's start lose their share."""
+    counts, share = note.figures, 1.0 / len(note.spans)
+    for request, before, after in note.spans:
+        end = request.stop.loop_start
+        useful = after if end is None else min(after, end)
+        if useful > before:
+            counts.tokens += useful - before
+            counts.seconds += counts.round_seconds * share
+    return counts
+
+
+def _answer(request: Request) -> Answer:
+    metrics, ids = request.metrics, list(request.output)
+    end = request.stop.loop_start
+    kept = ids if end is None else ids[:end]
+    first = metrics.first_token or metrics.arrival
+    spent = (metrics.finished or first) - first
+    return Answer(kept, len(ids) - len(kept), first - metrics.arrival,
+                  spent / (len(ids) - 1) if len(ids) > 1 else float("nan"))  # fmt: skip

@@ -1,0 +1,96 @@
+"""Paired ratios with bootstrap intervals.
+
+A pair is the same block of prompts run by a policy and by the baseline one after the other, so that slow changes of the
+machine hit both. The speedup over several pairs is a ratio of times for the same work, as a user would see it:
+sum_k w_k / base_k over sum_k w_k / policy_k, with rates in tokens per second and w_k the baseline's tokens of pair k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One pair of blocks: rates in tokens/s, `weight` in tokens; `stratum` is resampled by itself (the task)."""
+
+    policy: float
+    baseline: float
+    weight: float = 1.0
+    stratum: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A speedup with its 95 % interval over `pairs` pairs; NaN without pairs, an infinitely wide interval with one."""
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+
+def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLES) -> Ratio:
+    """The speedup over `pairs` and its bootstrap interval (percentiles of resampled pairs, stratum by stratum).
+
+    The percentiles are widened by sqrt(n / (n - 1)) about the value, since resampling n values understates their
+    variance by that much. Pairs without a finite positive rate on both sides are left out."""
+    usable = [p for p in pairs if p.policy > 0 and p.baseline > 0 and np.isfinite([p.policy, p.baseline]).all()]
+    if not usable:
+        return Ratio(float("nan"), float("nan"), float("nan"), 0)
+    base = np.array([p.weight / p.baseline for p in usable])  # seconds for the pair's work
+    ours = np.array([p.weight / p.policy for p in usable])
+    value = float(base.sum() / ours.sum())
+    if len(usable) == 1:
+        return Ratio(value, 0.0, float("inf"), 1)
+    which = _resample([p.stratum for p in usable], resamples, np.random.default_rng(seed))
+    logs = np.log(base[which].sum(axis=1) / ours[which].sum(axis=1)) - np.log(value)
+    strata = len({p.stratum for p in usable})
+    widen = np.sqrt(len(usable) / max(1, len(usable) - strata))
+    low, high = np.exp(np.log(value) + widen * np.percentile(logs, [2.5, 97.5]))
+    return Ratio(value, min(value, float(low)), max(value, float(high)), len(usable))
+
+
+def _resample(strata: Sequence[str], resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """[resamples, pairs] indices drawn with replacement within each stratum. A stratum of one pair is resampled with all
+    others: alone it would seem to have no variance."""
+    names, of = np.unique(strata, return_inverse=True)
+    members = [np.flatnonzero(of == i) for i in range(len(names))]
+    single = np.concatenate([m for m in members if len(m) == 1] or [np.zeros(0, np.int64)])
+    groups = [m for m in members if len(m) > 1]
+    parts = [m[rng.integers(0, len(m), (resamples, len(m)))] for m in groups]
+    if len(single):
+        parts.append(rng.integers(0, len(strata), (resamples, len(single))))
+    return np.concatenate(parts, axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far answers differ: prompts compared and differing, tokens compared (common lengths) and differing."""
+
+    prompts: int = 0
+    prompts_differing: int = 0
+    tokens: int = 0
+    tokens_differing: int = 0
+
+    @property
+    def identical(self) -> bool:
+        return self.prompts_differing == 0
+
+
+def compare(answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Difference:
+    """Compares pairs of answers token by token over their common length; another length alone is a difference too."""
+    prompts = tokens = differing = 0
+    for ours, theirs in answers:
+        unequal = sum(a != b for a, b in zip(ours, theirs, strict=False))
+        prompts += int(unequal > 0 or len(ours) != len(theirs))
+        tokens += min(len(ours), len(theirs))
+        differing += unequal
+    return Difference(len(answers), prompts, tokens, differing)
