@@ -1,0 +1,149 @@
+"""`smart run`: the answer to one prompt, streamed. Everything that can be wrong is checked before a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from smart_decoding.cli import key_value
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError
+from smart_decoding.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM, CompletionOutput, Prompt
+
+METHODS = ("eagle", "ngram", "recycling", "draft_model", "union", "none")
+DTYPES = ("bf16", "bfloat16", "fp32", "float32")
+_FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids")  # not a user's to give
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `smart run`."""
+    parser.add_argument("prompt", help="the user's message; - reads it from standard input")
+    add_model_arguments(parser)
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--seed", type=int, help="the same seed gives the same answer under every policy")
+    group.add_argument("--max-tokens", type=int, default=256, help="default 256")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    parser.add_argument("--stats", action="store_true", help="one line of speed and rows on standard error")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, --dtype, --device and what speculates."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=DEFAULT_MODEL, help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})")
+    group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and KV cache (bf16)")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--method", choices=METHODS, help="what drafts (the model's own head, if it has one)")
+    group.add_argument("--policy", type=policy_name, help="what sizes the trees (smart); off is plain decoding")
+    for kind in ("policy", "method"):
+        group.add_argument(f"--{kind}-option", type=key_value, action="append", default=[], metavar="K=V",
+                           help=f"an option of the {kind}; may be repeated")  # fmt: skip
+
+
+def policy_name(name: str) -> str:
+    """`name` if it is a policy's; the error lists them."""
+    from smart_decoding.core.policies import POLICIES  # imported late: scipy is slow
+
+    if name not in POLICIES:
+        raise argparse.ArgumentTypeError(f"unknown policy {name!r}; choose one of: {', '.join(POLICIES)}")
+    return name
+
+
+def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What `LLM` takes, or None if nothing was asked for. Raises ConfigError for unknown options and bad values."""
+    policy_options, method_options = _once_each(args.policy_option), _once_each(args.method_option)
+    if args.policy or policy_options:
+        check_policy(args.policy or "smart", policy_options)
+    both = sorted(set(policy_options) & set(method_options))
+    if both:
+        raise ConfigError(f"option {both[0]!r} is given for the policy and for the method: give it once")
+    named = {"method": args.method, "policy": args.policy}
+    config = {**{k: v for k, v in named.items() if v is not None}, **policy_options, **method_options}
+    return config or None
+
+
+def _once_each(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    given = dict(options)
+    if len(given) < len(options):
+        names = [name for name, _ in options]
+        raise ConfigError(f"option {max(names, key=names.count)!r} is given more than once")
+    return given
+
+
+def check_policy(name: str, options: dict[str, Any]) -> None:
+    """Raises ConfigError if policy `name` cannot be built with the user's `options`."""
+    from smart_decoding.core.policies import make_policy, policy_options
+
+    known = [option for option in policy_options(name) if option not in _FROM_THE_ENGINE]
+    for option in options:
+        if option not in known:
+            valid = ", ".join(known) or "none"
+            raise ConfigError(f"policy {name!r} has no option {option!r}; its options: {valid}")
+    make_policy(name, **options)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Streams the answer to standard output."""
+    config = speculative_config(args)
+    params = SamplingParams(
+        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p, seed=args.seed,
+        max_tokens=args.max_tokens,
+    )  # fmt: skip
+    text = read_prompt(args.prompt)
+    from smart_decoding.llm import LLM
+
+    llm = LLM(args.model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1)
+    answer = stream_answer(llm, text if args.raw else chat_tokens(llm, text), params)
+    if args.stats:
+        print(stats_line(answer), file=sys.stderr)
+
+
+def read_prompt(text: str) -> str:
+    """The prompt, or standard input for '-'. Raises ConfigError if it is empty or not UTF-8."""
+    try:
+        text = sys.stdin.read() if text == "-" else text
+        text.encode()
+    except UnicodeError as error:
+        raise ConfigError(f"the prompt is not valid UTF-8: {error}") from error
+    if not text.strip():
+        raise ConfigError("the prompt is empty: give some text")
+    return text
+
+
+def chat_tokens(llm: LLM, text: str) -> list[int]:
+    """Token ids of a conversation that consists of one message."""
+    return llm.tokenizer.encode_chat([{"role": "user", "content": text}])
+
+
+def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
+    """Answers one prompt, printing the text as rounds yield it."""
+
+    def show(touched: Sequence[Any]) -> None:
+        for request in touched:
+            print(request.stop.new_text(), end="", flush=True)
+
+    try:
+        (output,) = llm.generate(prompt, params, on_step=show)
+    finally:
+        print(flush=True)
+    return output.outputs[0]
+
+
+def stats_line(answer: CompletionOutput) -> str:
+    """Tokens, speed (from the first token on), tokens per round, rows and the time to the first token."""
+    metrics, count = answer.metrics, len(answer.token_ids)
+    ttft = metrics.ttft or 0.0
+    seconds = (metrics.finished or 0.0) - (metrics.first_token or 0.0)
+    speed = f"{(count - 1) / seconds:.1f}" if count > 1 and seconds > 0 else "-"
+    return (
+        f"{count} tokens, {speed} tokens/s, {answer.tokens_per_round:.2f} tokens per round, "
+        f"{metrics.verified} drafted rows verified ({metrics.wasted_rows} wasted), TTFT {1000 * ttft:.0f} ms"
+    )

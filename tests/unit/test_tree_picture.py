@@ -1,0 +1,100 @@
+"""Pictures of trees, as they must look."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+import pytest
+
+from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.tree_picture import draw_tree, quoted, scored, wants_colour
+
+WORDS = [" France", " Italy", " is", ",", " a\n", " \x1b[31m", " Paris"]
+
+
+def two_trees() -> DraftTrees:
+    """Request 0 has five nodes, request 1 one."""
+    trees = DraftTrees.empty(2)
+    trees.append([0, 0, 1], [1, 0, 5], [ROOT, ROOT, ROOT], [0.2, 0.7, 0.9])
+    trees.append([0, 0, 0], [3, 2, 4], [1, 1, 0], [0.1, 0.8, 0.5])
+    trees.accept_prob = np.array([0.04, 0.81, 0.9, 0.05, 0.64, 0.02])
+    return trees
+
+
+def picture(owner: int = 0, path: tuple[int, ...] = (1, 4), colour: bool = False) -> str:
+    return draw_tree(two_trees(), owner, path, WORDS.__getitem__, root="capital of", own_token=6, colour=colour)
+
+
+def test_a_tree_with_its_accepted_path() -> None:
+    assert picture().splitlines() == [
+        '"capital of"',
+        '├─● " France" 0.81',
+        '│ ├─● " is" 0.64',
+        '│ └─○ "," 0.05',
+        '└─○ " Italy" 0.04',
+        '  └─○ " a\\n" 0.02',
+        '=> " Paris"',
+    ]
+
+
+def test_each_request_has_its_own_tree() -> None:
+    assert picture(owner=1, path=()).splitlines() == [
+        '"capital of"',
+        '└─○ " \\x1b[31m" 0.90',
+        '=> " Paris"',
+    ]
+
+
+def test_without_nodes_only_the_text_before_is_drawn() -> None:
+    assert draw_tree(DraftTrees.empty(1), 0, [], WORDS.__getitem__, root="x") == '"x"'
+
+
+def test_without_scores_the_drafters_path_probability_is_shown() -> None:
+    trees = two_trees()
+    trees.accept_prob[:] = np.nan
+    lines = draw_tree(trees, 0, [], WORDS.__getitem__).splitlines()
+    assert lines[1] == '├─○ " France" 0.70' and lines[2] == '│ ├─○ " is" 0.56'
+    assert not scored(trees, range(len(trees))) and scored(two_trees(), range(6))
+
+
+def test_colour_only_adds_escapes() -> None:
+    coloured = picture(colour=True)
+    assert coloured.splitlines()[1] == '├─\x1b[1;32m● " France" 0.81\x1b[0m'
+    assert coloured.splitlines()[3] == '│ └─\x1b[2m○ "," 0.05\x1b[0m'
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == picture()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a b", '"a b"'),
+        ("\t\r\n", '"\\t\\r\\n"'),
+        ('say "x\\"', '"say \\"x\\\\\\""'),
+        ("\x1b\x07\x9b", '"\\x1b\\x07\\x9b"'),
+        ("\u202e\u200b\u2028", '"\\u202e\\u200b\\u2028"'),  # direction override, zero width, line separator
+        ("\U000e0001", '"\\U000e0001"'),
+        ("né漢🙂\ufffd", '"né漢🙂\ufffd"'),
+    ],
+)
+def test_nothing_a_terminal_acts_on_is_printed(text: str, shown: str) -> None:
+    assert quoted(text) == shown
+    assert shown.isprintable()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colour_needs_a_terminal_and_no_objection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert wants_colour(Terminal()) and not wants_colour(io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not wants_colour(Terminal())
+    monkeypatch.setenv("NO_COLOR", "")
+    assert wants_colour(Terminal())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not wants_colour(Terminal())
