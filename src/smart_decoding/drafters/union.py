@@ -1,0 +1,152 @@
+"""Several drafters in one tree: one optional drafter with a model, then drafters without model cost.
+
+The same token below the same parent is one node: it belongs to the first drafter that proposed it, the model before
+all others, and gets the largest of their draft probabilities. Sources: 0 is the model, the free drafters are 1, 2, ...
+(without a model too).
+
+What is asked of the model drafter: nothing but the protocol. It works on trees of its own, `view`, in which its nodes
+have the indices at which it appended them, whatever the others proposed; `expand` gets view indices. By default it only
+expands its own nodes. With `expand_foreign`, nodes of others below a parent that it expanded are appended to the view
+before it is asked to expand them: a head needs their parent's state and their token, both of which it can read there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from smart_decoding.core.calibration import path_products
+from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
+from smart_decoding.engine.protocols import Drafter, Features, Logits
+from smart_decoding.engine.request import Request
+from smart_decoding.errors import ConfigError
+
+MODEL = 0
+_COLUMNS = ("owner", "token", "parent", "depth", "draft_prob", "path_prob", "accept_prob", "source")
+
+
+@dataclass(slots=True)
+class Merged:
+    """The trees of one round.
+
+    trees: all nodes. view: the model drafter's. of_view[i]: the node that view node i became.
+    child: (owner, parent, token) -> node."""
+
+    trees: DraftTrees
+    view: DraftTrees
+    of_view: list[int] = field(default_factory=list)
+    child: dict[tuple[int, int, int], int] = field(default_factory=dict)
+
+    def add_free(self, other: DraftTrees, source: int) -> None:
+        """Merges a free drafter's trees."""
+        self._merge(other, [], source)
+        self._refresh()
+
+    def add_view(self) -> None:
+        """Merges the nodes that the model drafter has appended to its view."""
+        self._merge(self.view, self.of_view, MODEL)
+        self._refresh()
+
+    def _merge(self, other: DraftTrees, place: list[int], source: int) -> None:
+        """Adds other's nodes from len(place) on, noting in `place` the node that each becomes."""
+        trees, first = self.trees, len(place)
+        new, parents = [], []
+        columns = [c[first:].tolist() for c in (other.owner, other.parent, other.token, other.draft_prob)]
+        for i, (owner, above, token, prob) in enumerate(zip(*columns, strict=True), start=first):
+            parent = ROOT if above == ROOT else place[above]
+            count = len(trees) + len(new)
+            node = self.child.setdefault((owner, parent, token), count)
+            place.append(node)
+            if node == count:
+                new.append(i)
+                parents.append(parent)
+            elif node < len(trees):  # equal siblings within `other` would be the other case: the first one counts
+                trees.draft_prob[node] = max(trees.draft_prob[node], prob)
+                trees.source[node] = min(trees.source[node], source)
+        if new:
+            added = len(trees)
+            for name in _COLUMNS:
+                setattr(trees, name, np.concatenate((getattr(trees, name), getattr(other, name)[new])))
+            trees.parent[added:], trees.source[added:], trees.accept_prob[added:] = parents, source, np.nan
+
+    def _refresh(self) -> None:
+        trees = self.trees
+        if len(trees):
+            trees.path_prob = path_products(trees.parent, trees.draft_prob, int(trees.depth.max()))
+
+
+class UnionDrafter:
+    """Drafts with all of `drafters`: at most one of them has a model, and then it is the first.
+
+    expand_foreign: whether the model drafter can expand others' nodes (see above). Raises ConfigError."""
+
+    name = "union"
+
+    def __init__(self, drafters: Sequence[Drafter], expand_foreign: bool = False) -> None:
+        if not drafters:
+            raise ConfigError("a union needs at least one drafter")
+        if any(drafter.max_levels for drafter in drafters[1:]):
+            raise ConfigError("a union takes at most one drafter with a model, and it must be the first")
+        self.drafters, self.expand_foreign = list(drafters), expand_foreign
+        self.model = drafters[0] if drafters[0].max_levels else None
+        self.free_drafters = self.drafters[1:] if self.model else self.drafters
+        self.max_levels = self.model.max_levels if self.model else 0
+        self.taps: tuple[int, ...] = self.model.taps if self.model else ()
+        self.free = bool(self.free_drafters)
+        self._listeners = [drafter for drafter in self.drafters if getattr(drafter, "wants_logits", False)]
+        self.wants_logits = bool(self._listeners)
+        self._round: Merged | None = None
+
+    def pending_rows(self, requests: Sequence[Request]) -> int:
+        return self.model.pending_rows(requests) if self.model else 0
+
+    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+        batch = len(requests)
+        view = self.model.start(requests, plan) if self.model and plan.levels else DraftTrees.empty(batch)
+        merged = self._round = Merged(DraftTrees.empty(batch), view)
+        merged.add_view()
+        for source, drafter in enumerate(self.free_drafters, start=MODEL + 1):
+            merged.add_free(drafter.start(requests, plan), source)
+        return merged.trees
+
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
+        merged = self._round
+        if self.model is None or merged is None or merged.trees is not trees:
+            raise ValueError("expand() wants the trees of the last start(), and a drafter with a model")
+        wanted = self._view_nodes(merged, nodes)
+        if len(wanted):
+            self.model.expand(requests, merged.view, wanted, plan)
+            merged.add_view()
+
+    def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
+        for drafter in self.drafters:
+            drafter.extend(request, features, first, tokens)
+
+    def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
+        """Hands the verified rows' tokens [rows] and logits [rows, vocab] to the drafters that want them."""
+        for drafter in self._listeners:
+            drafter.observe_logits(tokens, logits)  # type: ignore[attr-defined]
+
+    def release(self, request: Request) -> None:
+        for drafter in self.drafters:
+            drafter.release(request)
+
+    def _view_nodes(self, merged: Merged, nodes: IntArray) -> IntArray:
+        """The view's indices of those of `nodes` that the model drafter can expand."""
+        trees, view = merged.trees, merged.view
+        in_view = {node: i for i, node in enumerate(merged.of_view)}
+        in_view[ROOT] = ROOT
+        expanded = set(zip(view.owner.tolist(), view.parent.tolist(), strict=True)) if self.expand_foreign else set()
+        wanted = []
+        for node in nodes.tolist():
+            owner, parent = int(trees.owner[node]), int(trees.parent[node])
+            if node not in in_view and (owner, in_view.get(parent)) in expanded:
+                in_view[node] = len(view)
+                merged.of_view.append(node)
+                view.append([owner], trees.token[[node]], [in_view[parent]], trees.draft_prob[[node]])
+            if node in in_view:
+                wanted.append(in_view[node])
+        return np.array(wanted, np.int64)

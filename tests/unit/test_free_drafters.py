@@ -1,0 +1,357 @@
+"""Drafters without model cost, and the union of drafters: expected trees, exact frequencies, bounds, no duplicates."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smart_decoding.core.policies.common import expandable
+from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.drafters.ngram import SHORTER, NgramDrafter
+from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
+from smart_decoding.drafters.union import UnionDrafter
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError
+
+FREE = DraftPlan(True, 0)
+VOCABULARY = 5
+
+
+def request(tokens: list[int]) -> Request:
+    return Request("r", tokens, SamplingParams(), 0, table=None, stop=None)
+
+
+def check(trees: DraftTrees) -> None:
+    """Arrays agree, parents come before their children and belong to the same request, no two equal siblings."""
+    nodes = np.arange(len(trees))
+    inner = trees.parent != ROOT
+    assert (trees.parent < nodes).all() and (trees.parent >= ROOT).all()
+    assert (trees.owner[trees.parent[inner]] == trees.owner[inner]).all()
+    assert (trees.depth == np.where(inner, trees.depth[trees.parent] + 1, 1)).all()
+    above = np.where(inner, trees.path_prob[trees.parent], 1.0)
+    np.testing.assert_allclose(trees.path_prob, above * trees.draft_prob, rtol=1e-12)
+    assert ((trees.draft_prob > 0) & (trees.draft_prob <= 1)).all() and np.isnan(trees.accept_prob).all()
+    assert len(set(zip(trees.owner, trees.parent, trees.token, strict=True))) == len(trees)
+    for column in (trees.owner, trees.token, trees.parent, trees.depth, trees.source):
+        assert column.dtype == np.int64 and len(column) == len(trees)
+
+
+def paths(trees: DraftTrees, owner: int = 0) -> dict[tuple[int, ...], float]:
+    """Tokens from the root down to each node -> its draft_prob."""
+    return {tuple(trees.token[trees.path(n)].tolist()): float(trees.draft_prob[n]) for n in trees.nodes_of(owner)}
+
+
+# ------------------------------------------------------------------------------------------------------------ n-gram
+
+
+def test_ngram_proposes_what_followed_before() -> None:
+    found = paths(NgramDrafter().start([request([1, 2, 3, 4, 9, 8, 1, 2, 3])], FREE))
+    chain = [(4,), (4, 9), (4, 9, 8), (4, 9, 8, 1), (4, 9, 8, 1, 2), (4, 9, 8, 1, 2, 3)]
+    assert found == {path: 1 - 0.5 ** (2 + len(path)) for path in chain}  # three tokens agree, then four, five ...
+
+
+def test_ngram_frequencies_branch() -> None:
+    text = [7, 1, 2, 5, 7, 1, 2, 5, 7, 1, 2, 6, 7, 1, 2]
+    found = paths(NgramDrafter(min_n=3, max_n=3, max_depth=1).start([request(text)], FREE))
+    assert found == {(5,): pytest.approx(2 / 3 * 7 / 8), (6,): pytest.approx(1 / 3 * 7 / 8)}
+
+
+def test_ngram_sees_the_root_and_knows_nothing_of_new_text() -> None:
+    drafter = NgramDrafter()
+    assert paths(drafter.start([request([3, 3, 3])], FREE)) == {(3,): 0.75}  # the root follows the first pair
+    empty = drafter.start([request([1, 2, 3, 4]), request([1])], FREE)
+    assert len(empty) == 0 and empty.batch == 2
+
+
+def test_ngram_index_grows_with_the_text_in_any_pieces() -> None:
+    text = np.random.default_rng(0).integers(0, 3, 60).tolist()
+    growing, drafter = request(text[:20]), NgramDrafter()
+    for end in (21, 22, 30, 60):
+        growing.tokens = text[:end]
+        drafter.extend(growing, None, end - 2, text[end - 2 : end - 1])
+    assert paths(drafter.start([growing], FREE)) == paths(NgramDrafter().start([request(text)], FREE)) != {}
+
+
+def naive_occurrences(text: list[int], min_n: int, max_n: int) -> dict[int, int]:
+    matched = {
+        at: max((n for n in range(min_n, max_n + 1) if n <= at and text[at - n : at] == text[-n:]), default=0)
+        for at in range(1, len(text))
+    }
+    return {at: n for at, n in matched.items() if n}
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_ngram_equals_counting_by_hand(text: list[int]) -> None:
+    trees = NgramDrafter(1, 3, max_nodes=1024, max_depth=4, occurrences=1024).start([request(text)], FREE)
+    check(trees)
+    occurrences = naive_occurrences(text, 1, 3)
+    longest = max(occurrences.values(), default=0)
+
+    def seen(path: tuple[int, ...]) -> float:
+        those = [n for at, n in occurrences.items() if tuple(text[at : at + len(path)]) == path]
+        return sum(SHORTER ** (longest - n) for n in those)
+
+    found = paths(trees)
+    assert set(found) == {tuple(text[at : at + d]) for at in occurrences for d in range(1, min(4, len(text) - at) + 1)}
+    for path, prob in found.items():
+        share = seen(path) / sum(seen((*path[:-1], token)) for token in range(3))
+        context = max(n for at, n in occurrences.items() if tuple(text[at : at + len(path)]) == path) + len(path) - 1
+        assert prob == pytest.approx(share * (1 - 0.5**context))
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=80), min_size=1, max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_ngram_bounds_keep_the_likeliest(texts: list[list[int]]) -> None:
+    requests = [request(text) for text in texts]
+    trees = NgramDrafter(max_nodes=5, max_depth=3).start(requests, FREE)
+    everything = NgramDrafter(max_nodes=1024, max_depth=3).start(requests, FREE)
+    check(trees)
+    assert (trees.source == 1).all() and (trees.depth <= 3).all()
+    for owner in range(len(texts)):
+        best = np.sort(everything.path_prob[everything.nodes_of(owner)])[::-1][:5]
+        np.testing.assert_allclose(np.sort(trees.path_prob[trees.nodes_of(owner)])[::-1], best)
+
+
+def test_ngram_looks_at_few_occurrences_the_newest_first() -> None:
+    text = [1, 2, 5] * 30 + [1, 2, 6] * 2 + [1, 2]
+    found = paths(NgramDrafter(min_n=2, max_n=2, max_depth=1, occurrences=4).start([request(text)], FREE))
+    assert found == {(6,): pytest.approx(0.375), (5,): pytest.approx(0.375)}
+
+
+def test_ngram_forgets_released_requests() -> None:
+    drafter, old, other = NgramDrafter(), request([1, 2, 3, 1, 2]), request([4, 5, 6, 4, 5])
+    drafter.start([old, other], FREE)
+    drafter.release(old)
+    drafter.release(old)
+    assert list(drafter._index) == [other]
+    old.tokens = [1, 2, 9, 1, 2]  # preempted and begun anew: nothing of the former index is left
+    assert paths(drafter.start([old], FREE))[(9,)] == 0.75
+
+
+@pytest.mark.parametrize("options", [{"min_n": 0}, {"min_n": 5}, {"max_nodes": 0}, {"max_depth": 0}])
+def test_ngram_refuses_nonsense(options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        NgramDrafter(**options)
+
+
+# --------------------------------------------------------------------------------------------------------- recycling
+
+
+def numpy_top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    ids = np.argsort(-probs, axis=1, kind="stable")[:, :k]
+    return ids, np.take_along_axis(probs, ids, axis=1)
+
+
+def recycler(probs: dict[int, list[float]], **options: int) -> RecyclingDrafter:
+    """A drafter that has seen these distributions."""
+    drafter = RecyclingDrafter(VOCABULARY, numpy_top_k, **{"successors": 3, **options})
+    with np.errstate(divide="ignore"):
+        drafter.observe_logits(np.array(list(probs)), np.log(np.array(list(probs.values()))))
+    return drafter
+
+
+def test_recycling_multiplies_remembered_probabilities() -> None:
+    drafter = recycler({0: [0, 0.7, 0.2, 0.1, 0], 1: [0, 0, 0.5, 0.3, 0.2]}, max_depth=2, max_nodes=4)
+    trees = drafter.start([request([4, 0]), request([3])], FREE)
+    check(trees)
+    assert paths(trees) == pytest.approx({(1,): 0.7, (1, 2): 0.5, (1, 3): 0.3, (2,): 0.2})
+    assert paths(trees, 1) == {} and (trees.source == 1).all()
+
+
+def test_recycling_remembers_the_last_row_of_a_token() -> None:
+    drafter = recycler({2: [0.9, 0.1, 0, 0, 0]}, max_depth=1)
+    with np.errstate(divide="ignore"):
+        rows = np.log(np.array([[0, 0, 0, 0.5, 0.5], [0, 0, 1, 0, 0], [0.2, 0.8, 0, 0, 0]]))
+    drafter.observe_logits(np.array([2, 1, 2]), rows)
+    assert paths(drafter.start([request([2])], FREE)) == pytest.approx({(1,): 0.8, (0,): 0.2})
+    drafter.observe_logits(np.zeros(0, np.int64), rows[:0])
+    assert len(drafter.start([request([4])], FREE)) == 0
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_recycling_keeps_exactly_the_likeliest(seed: int, max_nodes: int, max_depth: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = {t: rng.dirichlet(np.full(VOCABULARY, 0.3)).round(2).tolist() for t in range(VOCABULARY) if t != 3}
+    drafter = recycler(table, max_nodes=max_nodes, max_depth=max_depth)
+    roots = rng.integers(0, VOCABULARY, 2)
+    trees = drafter.start([request([int(root)]) for root in roots], FREE)
+    check(trees)
+    known = [dict(zip(*row, strict=True)) for row in zip(drafter.table.tolist(), drafter.probs.tolist(), strict=True)]
+    for owner, root in enumerate(roots.tolist()):
+        products = []
+        for depth in range(1, max_depth + 1):
+            for path in itertools.product(range(VOCABULARY), repeat=depth):
+                steps = [known[a].get(b, 0.0) for a, b in itertools.pairwise((root, *path))]
+                products.append(float(np.prod(steps)))
+        best = sorted((p for p in products if p > 0), reverse=True)[:max_nodes]
+        np.testing.assert_allclose(np.sort(trees.path_prob[trees.nodes_of(owner)])[::-1], best, rtol=1e-9)
+
+
+def test_torch_top_k_is_softmax_of_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from smart_decoding.backends.torch.native import build
+
+    logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    expected = torch.softmax(logits.double(), -1).sort(-1, descending=True)
+    for reason in {build.unavailable(), "switched off"}:
+        monkeypatch.setattr(build, "unavailable", lambda reason=reason: reason)
+        ids, probs = torch_top_k(logits, 8)
+        assert ids.tolist() == expected.indices[:, :8].tolist()
+        np.testing.assert_allclose(probs, expected.values[:, :8].numpy(), rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- union
+
+
+class FakeModel:
+    """A drafter with a model: children drawn by seed; insists on seeing no nodes but its own, and each only once."""
+
+    name, max_levels, free, taps = "fake", 4, False, (1, 2)
+
+    def __init__(self, seed: int, foreign: bool = False) -> None:
+        self.rng, self.foreign = np.random.default_rng(seed), foreign
+        self.calls: list[str] = []
+
+    def pending_rows(self, requests: list[Request]) -> int:
+        return 7
+
+    def start(self, requests: list[Request], plan: DraftPlan) -> DraftTrees:
+        assert plan.levels > 0
+        self.trees = DraftTrees.empty(len(requests))
+        self.length = 0
+        self._append(range(len(requests)), [ROOT] * len(requests))
+        return self.trees
+
+    def expand(self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan) -> None:
+        assert trees is self.trees and (self.foreign or len(trees) == self.length)
+        assert not np.isin(nodes, trees.parent).any() and len(set(nodes.tolist())) == len(nodes)
+        above = trees.parent[nodes]
+        assert (np.isin(above, trees.parent) | (above == ROOT)).all()
+        self._append(trees.owner[nodes].tolist(), nodes.tolist())
+
+    def _append(self, owners: list[int], parents: list[int]) -> None:
+        for owner, parent in zip(owners, parents, strict=True):
+            tokens = self.rng.choice(VOCABULARY, 2, replace=False)
+            self.trees.append([owner] * 2, tokens, [parent] * 2, self.rng.uniform(0.05, 0.5, 2))
+        self.length = len(self.trees)
+
+    def extend(self, request: Request, features: object, first: int, tokens: list[int]) -> None:
+        self.calls.append("extend")
+
+    def release(self, request: Request) -> None:
+        self.calls.append("release")
+
+
+class Replay(NgramDrafter):
+    """A free drafter that proposes given trees."""
+
+    def __init__(self, trees: DraftTrees) -> None:
+        super().__init__()
+        self.trees = trees
+
+    def start(self, requests: list[Request], plan: DraftPlan) -> DraftTrees:
+        return self.trees
+
+
+def random_trees(rng: np.random.Generator, batch: int, nodes: int) -> DraftTrees:
+    trees, taken = DraftTrees.empty(batch), set()
+    for _ in range(nodes):
+        owner, token = int(rng.integers(batch)), int(rng.integers(VOCABULARY))
+        parent = int(rng.choice([ROOT, *trees.nodes_of(owner)]))
+        if (owner, parent, token) not in taken:
+            taken.add((owner, parent, token))
+            trees.append([owner], [token], [parent], [rng.uniform(0.05, 1)], source=1)
+    return trees
+
+
+def proposals(all_trees: list[DraftTrees], owner: int) -> dict[tuple[int, ...], tuple[float, int]]:
+    """Path -> the largest draft_prob and the first drafter that proposed it."""
+    result: dict[tuple[int, ...], tuple[float, int]] = {}
+    for source, trees in enumerate(all_trees):
+        for path, prob in paths(trees, owner).items():
+            best, first = result.get(path, (0.0, source))
+            result[path] = (max(best, prob), first)
+    return result
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 12), st.integers(0, 12), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_union_is_the_union(seed: int, batch: int, one: int, two: int, foreign: bool) -> None:
+    rng = np.random.default_rng(seed)
+    model, free = FakeModel(seed, foreign), [random_trees(rng, batch, one), random_trees(rng, batch, two)]
+    union = UnionDrafter([model, *map(Replay, free)], expand_foreign=foreign)
+    requests, plan, limits = [request([0]) for _ in range(batch)], DraftPlan(True, 3), np.full(batch, 9)
+    trees = union.start(requests, plan)
+    for level in (1, 2, 3):
+        check(trees)
+        everything = [model.trees, *free]
+        for owner in range(batch):
+            found = {p: (prob, trees.source[n]) for (p, prob), n in
+                     zip(paths(trees, owner).items(), trees.nodes_of(owner), strict=True)}  # fmt: skip
+            expected = proposals(everything, owner)
+            assert found.keys() == expected.keys()
+            for path, (prob, source) in found.items():
+                assert prob == pytest.approx(expected[path][0])
+                assert foreign or source == expected[path][1]
+        nodes = expandable(trees, level, limits, ())
+        nodes = nodes[rng.random(len(nodes)) < 0.6]
+        asked, before = trees.source[nodes] == 0, len(model.trees)
+        union.expand(requests, trees, nodes, plan)
+        assert foreign or len(np.unique(model.trees.parent[before:])) == asked.sum()
+        if foreign:  # the others' nodes were expanded too
+            assert np.isin(nodes, trees.parent).all()
+
+
+def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None:
+    class Fixed(FakeModel):
+        def _append(self, owners: list[int], parents: list[int]) -> None:
+            self.trees.append(owners, [len(self.trees) + 1] * len(owners), parents, [0.4] * len(owners))
+            self.length = len(self.trees)
+
+    free = DraftTrees.empty(1)
+    free.append([0, 0], [1, 3], [ROOT, ROOT], [0.5, 0.2], source=1)
+    free.append([0], [2], [0], [0.9], source=1)
+    union, requests, plan = UnionDrafter([Fixed(0), Replay(free)]), [request([0])], DraftPlan(True, 2)
+    trees = union.start(requests, plan)
+    assert trees.token.tolist() == [1, 3, 2] and trees.source.tolist() == [0, 1, 1]
+    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9] and trees.path_prob[2] == pytest.approx(0.45)
+    union.expand(requests, trees, np.array([0, 1]), plan)  # node 1 is foreign: it stays a leaf
+    assert trees.token.tolist() == [1, 3, 2] and trees.source.tolist() == [0, 1, 0]
+    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9]
+    union.expand(requests, trees, np.array([2]), plan)
+    assert trees.token.tolist() == [1, 3, 2, 3] and trees.parent.tolist() == [ROOT, ROOT, 0, 2]
+
+
+def test_union_derives_what_the_engine_asks_for() -> None:
+    recycling, model, ngram = recycler({}), FakeModel(0), NgramDrafter()
+    union = UnionDrafter([model, recycling, ngram])
+    assert (union.max_levels, union.free, union.taps, union.wants_logits) == (4, True, (1, 2), True)
+    assert union.pending_rows([]) == 7
+    text = request([1, 2, 3, 1, 2])
+    union.extend(text, None, 0, [1, 2, 3, 1])
+    union.observe_logits(np.array([2]), np.zeros((1, VOCABULARY)))
+    trees = union.start([text], FREE)  # without model levels the model is not asked
+    assert set(trees.source.tolist()) == {1, 2} and paths(trees)[(3,)] == 0.75
+    union.release(text)
+    assert model.calls == ["extend", "release"] and not ngram._index
+    free = UnionDrafter([ngram, NgramDrafter()])
+    assert (free.max_levels, free.free, free.taps, free.wants_logits) == (0, True, (), False)
+    assert free.pending_rows([text]) == 0
+    assert (free.start([text], FREE).source == 1).all()
+
+
+def test_union_refuses_what_it_cannot_merge() -> None:
+    for drafters in ([], [NgramDrafter(), FakeModel(0)], [FakeModel(0), FakeModel(1)]):
+        with pytest.raises(ConfigError):
+            UnionDrafter(drafters)
+    trees = DraftTrees.empty(1)
+    for drafter in (UnionDrafter([NgramDrafter()]), NgramDrafter(), recycler({0: [1, 0, 0, 0, 0]})):
+        with pytest.raises(ValueError):
+            drafter.expand([request([0])], trees, np.array([0]), FREE)
