@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except SmartError as error:
         return _failed(error, debug, 2, str(error))
+    except OSError as error:  # a full disk, a file that cannot be read
+        return _failed(error, debug, 2, str(error))
     except Exception as error:
         hint = "" if debug else "; this is a defect: run again with --debug and report the traceback"
         return _failed(error, debug, 1, f"{type(error).__name__}: {error}{hint}")

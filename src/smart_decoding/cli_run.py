@@ -42,7 +42,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and KV cache (bf16)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--method", choices=METHODS, help="what drafts (the model's own head, if it has one)")
-    group.add_argument("--policy", type=policy_name, help="what sizes the trees (smart); off is plain decoding")
+    group.add_argument("--policy", type=policy_name, metavar="POLICY", help="what sizes the trees: off, chain, static, "
+                       "likelihood, smart_paper, smart (default)")  # fmt: skip
     for kind in ("policy", "method"):
         group.add_argument(f"--{kind}-option", type=key_value, action="append", default=[], metavar="K=V",
                            help=f"an option of the {kind}; may be repeated")  # fmt: skip
