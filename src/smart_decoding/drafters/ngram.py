@@ -131,7 +131,8 @@ class NgramDrafter:
         return 0
 
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
-        owner, rows = [], []
+        owner: list[int] = []
+        rows: list[tuple[int, int, int, float, float]] = []
         for i, request in enumerate(requests):
             first = len(rows)
             for token, parent, depth, draft, path in self._continuations(request).best(self.max_nodes):
@@ -139,10 +140,12 @@ class NgramDrafter:
                 rows.append((token, parent if parent == ROOT else first + parent, depth, draft, path))
         if not rows:
             return DraftTrees.empty(len(requests))
-        token, parent, depth, draft, path = (np.array(column) for column in zip(*rows, strict=True))
+        tokens, parents, depths, drafts, paths = (np.array(column) for column in zip(*rows, strict=True))
         # Source 0 is kept for the drafter with a model, the one whose nodes can be expanded.
-        blank, source = np.full(len(rows), np.nan), np.ones(len(rows), np.int64)
-        return DraftTrees(len(requests), np.array(owner), token, parent, depth, draft, path, blank, source)
+        accept_prob, source = np.full(len(rows), np.nan), np.ones(len(rows), np.int64)
+        return DraftTrees(
+            len(requests), np.array(owner), tokens, parents, depths, drafts, paths, accept_prob, source
+        )
 
     def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
         raise ValueError("the n-gram drafter has no model levels to expand")

@@ -53,7 +53,8 @@ class Merged:
     def _merge(self, other: DraftTrees, place: list[int], source: int) -> None:
         """Adds other's nodes from len(place) on, noting in `place` the node that each becomes."""
         trees, first = self.trees, len(place)
-        new, parents = [], []
+        new: list[int] = []
+        parents: list[int] = []
         columns = [c[first:].tolist() for c in (other.owner, other.parent, other.token, other.draft_prob)]
         for i, (owner, above, token, prob) in enumerate(zip(*columns, strict=True), start=first):
             parent = ROOT if above == ROOT else place[above]
