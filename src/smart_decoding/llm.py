@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ class LLM:
         dtype_of(dtype)
         _positive(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         checkpoint = load_checkpoint(model)
-        self.provenance = dict(checkpoint.provenance)
+        self._checkpoint, self.provenance = checkpoint, dict(checkpoint.provenance)
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
         limit = max_model_len or min(4096, checkpoint.config.max_positions)
         tokens = kv_cache_tokens or min(limit, 2048) * min(max_num_seqs, 16)
@@ -101,6 +102,19 @@ class LLM:
         )
         self.engine = Engine(self.target, self.speculation.policy, self.speculation.drafter, config, self._decoder)
         self._count = 0
+
+    def sharing_weights(self, speculative_config: Mapping[str, Any] | bool | None) -> LLM:
+        """Another engine, drafter and policy over this one's weights and KV memory: to compare them in one process.
+
+        Only one of the engines may hold requests at a time. Raises ConfigError if prefix caching is on: kept keys
+        would be overwritten by the others."""
+        config = self.engine.config
+        if config.prefix_caching:
+            raise ConfigError("engines can share weights only with enable_prefix_caching=False")
+        other = copy.copy(self)
+        other.speculation = build_speculation(speculative_config, self._checkpoint, self.target, config.max_num_seqs)
+        other.engine = Engine(self.target, other.speculation.policy, other.speculation.drafter, config, self._decoder)
+        return other
 
     @property
     def policy(self) -> Policy:
