@@ -74,7 +74,7 @@ class BenchOptions:
         settings = [parse_setting(text) for text in self.policy_options]
         idle = [arm.policy for arm in settings if arm.policy not in self.policies]
         if idle:
-            raise ConfigError(f"options are given for policy {idle[0]!r}, which is not among the policies: add it there")
+            raise ConfigError(f"options are given for policy {idle[0]!r}, which is not among the policies: add it")
         arms = [Arm(BASELINE)]
         for policy in self.policies:
             arms += [arm for arm in settings if arm.policy == policy] or [Arm(policy)]

@@ -59,8 +59,8 @@ def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLE
 
 
 def _resample(strata: Sequence[str], resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """[resamples, pairs] indices drawn with replacement within each stratum. A stratum of one pair is resampled with all
-    others: alone it would seem to have no variance."""
+    """[resamples, pairs] indices drawn with replacement within each stratum. A stratum of one pair is resampled
+    with all others: alone it would seem to have no variance."""
     names, of = np.unique(strata, return_inverse=True)
     members = [np.flatnonzero(of == i) for i in range(len(names))]
     single = np.concatenate([m for m in members if len(m) == 1] or [np.zeros(0, np.int64)])

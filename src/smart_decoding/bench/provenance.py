@@ -1,0 +1,128 @@
+"""Where a result comes from: command, commit, versions, hardware, weights, head, seed, time. No host or user names."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import smart_decoding
+from smart_decoding.errors import CapacityError
+
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+_PACKAGES = ("torch", "numpy", "scipy", "safetensors", "tokenizers")
+
+
+def provenance(command: str, seed: int, weights: Mapping[str, str], head: Any) -> dict[str, Any]:
+    """What every result carries. head: what is known about the drafter's weights, or its name."""
+    return {
+        "command": command,
+        "commit": commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "hardware": hardware(),
+        "weights": dict(weights),
+        "head": head,
+        "seed": seed,
+    }
+
+
+def commit() -> str:
+    """The commit of the source, '-dirty' if tracked files differ from it; the version where there is no repository."""
+    folder = Path(smart_decoding.__file__).parent
+    head, changed = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "-uno", ".")
+    if head is None or _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return f"smart-decoding {smart_decoding.__version__}, not in a repository"
+    return head + ("-dirty" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide speed and results."""
+    found = {"smart-decoding": smart_decoding.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores this process may use, torch's threads, memory, the instruction sets that matter, and any GPU."""
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = _cpu_info()
+    flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
+    return {
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cores": usable,
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "flags": [flag for flag in _FLAGS if flag in flags],
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes `result` whole or not at all; NaN and infinities become null. Raises CapacityError if it cannot."""
+    try:
+        handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(_plain(result), file, indent=1, allow_nan=False)
+                file.write("\n")
+            os.chmod(part, 0o644)
+            os.replace(part, path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CapacityError(f"{path} could not be written: {error.strerror}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()  # a numpy scalar
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_info() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,129 @@
+"""Tables of results: aligned for a terminal of 100 columns, and in Markdown for the README."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from smart_decoding.bench.summary import POOLED
+
+Run = Mapping[str, Any]
+NAME_WIDTH = 20
+_HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/rnd", "rows", "wasted", "same")
+
+
+def terminal(runs: Sequence[Run]) -> str:
+    """The pooled runs as a table, then what a reader needs to judge it, line by line."""
+    pooled = _pooled(runs)
+    names = _names(pooled)
+    rows = [_cells(run, runs, names[run["policy"]]) for run in pooled]
+    legend = [f"{short} = {full}" for full, short in names.items() if full != short]
+    return "\n".join([*_aligned([_HEADER, *rows]), *legend, "", *notes(runs)])
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """The pooled runs as a Markdown table."""
+    lines = ["| " + " | ".join(_HEADER) + " |", "|---|" + "---:|" * (len(_HEADER) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(_cells(run, runs, run["policy"])) + " |" for run in _pooled(runs)])
+
+
+def by_task(runs: Sequence[Run]) -> str:
+    """Speedups task by task, one line per run."""
+    tasks = list(dict.fromkeys(run["task"] for run in runs if run["task"] != POOLED))
+    rows: list[Sequence[str]] = [("policy", "b", *tasks)]
+    names = _names(_pooled(runs))
+    for run in _pooled(runs):
+        same = {r["task"]: r for r in runs if _key(r) == _key(run)}
+        rows.append((names[run["policy"]], str(run["batch_size"]), *(_interval(same.get(t)) for t in tasks)))
+    return "\n".join(_aligned(rows))
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """Latency, loops, noise, differences and whether the run was cut short."""
+    lines, names = [], _names(_pooled(runs))
+    for run in _pooled(runs):
+        name = f"{names[run['policy']]} b={run['batch_size']}"
+        if run.get("noise_pairs"):
+            lines.append(
+                f"batch {run['batch_size']}: the baseline against itself gives {_number(run['noise'], 3)} "
+                f"({_number(run['noise_low'], 3)}-{_number(run['noise_high'], 3)});\n  "
+                f"{_percent(run['looping_answers'])} of its answers ended in a loop, {_percent(run['looping_tokens'])} "
+                "of its tokens were cut"
+            )
+        else:
+            lines.append(
+                f"{name}: TTFT {_number(run['ttft_ms'], 0)} ms "
+                f"({_number(run['ttft_ratio'], 2)} x), TPOT {_number(run['tpot_ms'], 1)} ms, worst request "
+                f"{_number(run['worst_tpot_ratio'], 2)} x; controller {_percent(run['controller_share'])};\n  "
+                f"{_percent(run['off_share'])} of rounds off, {_number(run['levels_per_round'], 1)} levels, "
+                f"{run['rounds']} rounds, {run['blocks']} blocks"
+            )
+        if not run["identical"]:
+            lines.append(
+                f"{name}: {_percent(run['differing_prompts'])} of answers and "
+                f"{_percent(run['differing_tokens'])} of tokens differ from the baseline's"
+            )
+    if any(run.get("partial") for run in runs):
+        lines.append("PARTIAL: the time limit came before all blocks had run")
+    return lines
+
+
+def _cells(run: Run, runs: Sequence[Run], name: str) -> Sequence[str]:
+    return (
+        name, str(run["batch_size"]), _number(run["tokens_per_s"], 1), _interval(run),
+        _number(run["end_to_end_speedup"], 2), _worst(run, runs), _number(run["tokens_per_round"], 2),
+        _number(run["rows_per_round"], 1), _number(run["wasted_rows"], 1), "yes" if run["identical"] else "NO",
+    )  # fmt: skip
+
+
+def _worst(run: Run, runs: Sequence[Run]) -> str:
+    """The task with the least speedup."""
+    tasks = [r for r in runs if _key(r) == _key(run) and r["task"] != POOLED and _known(r["speedup"])]
+    if not tasks or run.get("noise_pairs") is not None:
+        return "-"
+    worst = min(tasks, key=lambda r: r["speedup"])
+    return f"{_number(worst['speedup'], 2)} {worst['task']}"
+
+
+def _pooled(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run["task"] == POOLED]
+
+
+def _key(run: Run) -> tuple[str, int]:
+    return run["policy"], run["batch_size"]
+
+
+def _interval(run: Run | None) -> str:
+    if run is None or not _known(run["speedup"]):
+        return "-"
+    return f"{run['speedup']:.2f} ({_number(run['speedup_low'], 2)}-{_number(run['speedup_high'], 2)})"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns two spaces apart, the first to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return lines
+
+
+def _names(runs: Sequence[Run]) -> dict[str, str]:
+    """Short names for a table: policies with long options are numbered, and a legend says what they are."""
+    labels = list(dict.fromkeys(run["policy"] for run in runs))
+    long = [label for label in labels if len(label) > NAME_WIDTH]
+    return {label: f"{label.split('(')[0]}#{long.index(label) + 1}" if label in long else label for label in labels}
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if value is not None and math.isfinite(value) else "-"
+
+
+def _percent(value: float | None) -> str:
+    return f"{100 * value:.1f} %" if value is not None and math.isfinite(value) else "-"

@@ -1,0 +1,122 @@
+"""From blocks to the figures of one arm at one batch size: the `runs` of the JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from smart_decoding.bench.blocks import Answer, Block, Counts
+from smart_decoding.bench.statistics import Pair, Ratio, compare, paired_ratio
+
+POOLED = "all"
+Paired = tuple[Block, Block]  # an arm's block and the baseline's block of the same cycle
+
+
+def summarise(pairs: Sequence[Paired], seed: int = 0) -> list[dict[str, Any]]:
+    """One dict of figures for each task of the pairs and one for all of them pooled, `task` = 'all' the last."""
+    tasks = list(dict.fromkeys(ours.task for ours, _ in pairs))
+    by_task = [_figures(task, [p for p in pairs if p[0].task == task], seed) for task in tasks]
+    return [*by_task, _figures(POOLED, pairs, seed)]
+
+
+def noise(again: Sequence[Paired], seed: int = 0) -> dict[str, Any]:
+    """The baseline against itself: what a ratio of 1 looks like on this machine."""
+    ratio = decode_speedup(again, seed)
+    return {"noise": ratio.value, "noise_low": ratio.low, "noise_high": ratio.high, "noise_pairs": ratio.pairs}
+
+
+def decode_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
+    """The ratio of decode-only throughputs."""
+    return paired_ratio(
+        [Pair(a.tokens_per_s, b.tokens_per_s, max(1.0, b.counts.tokens), a.task) for a, b in pairs], seed
+    )
+
+
+def end_to_end_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
+    """The ratio of throughputs with prompts and all rounds included."""
+    return paired_ratio([Pair(_overall([a]), _overall([b]), b.total_tokens, a.task) for a, b in pairs], seed)
+
+
+def _figures(task: str, pairs: Sequence[Paired], seed: int) -> dict[str, Any]:
+    ours, base = [a for a, _ in pairs], [b for _, b in pairs]
+    both = [(a.answers[i], b.answers[i]) for a, b in pairs for i in a.answers]
+    return {
+        "task": task,
+        **_throughput(pairs, seed),
+        **_round_figures(ours),
+        **_latencies(both),
+        **_identity(both),
+        **_loops([answer for block in base for answer in block.answers.values()]),
+        "blocks": len(pairs),
+        "prompts": len(both),
+    }
+
+
+def _throughput(pairs: Sequence[Paired], seed: int) -> dict[str, Any]:
+    ours, decode, overall = [a for a, _ in pairs], decode_speedup(pairs, seed), end_to_end_speedup(pairs, seed)
+    counts = sum((block.counts for block in ours), Counts())
+    return {
+        "tokens_per_s": _per(counts.tokens, counts.seconds),
+        "speedup": decode.value, "speedup_low": decode.low, "speedup_high": decode.high,
+        "end_to_end_tokens_per_s": _overall(ours),
+        "end_to_end_speedup": overall.value,
+        "end_to_end_speedup_low": overall.low, "end_to_end_speedup_high": overall.high,
+    }  # fmt: skip
+
+
+def _round_figures(blocks: Sequence[Block]) -> dict[str, Any]:
+    counts = sum((block.counts for block in blocks), Counts())
+    return {
+        "tokens_per_round": _per(counts.emitted, counts.rounds * blocks[0].batch_size),  # of one request
+        "rows_per_round": _per(counts.rows, counts.rounds),  # of the batch
+        "wasted_rows": _per(counts.wasted, counts.rounds),  # verified and rejected, per round of the batch
+        "controller_share": _per(counts.controller_seconds, counts.round_seconds),
+        "off_share": _per(counts.off, counts.rounds),
+        "levels_per_round": _per(counts.levels, counts.rounds),
+        "rounds": counts.rounds,
+    }
+
+
+def _latencies(both: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
+    """Medians over requests; the ratios compare the same prompt's answer with the baseline's."""
+    ratios = [a.tpot / b.tpot for a, b in both if a.tpot > 0 and b.tpot > 0]
+    return {
+        "ttft_ms": 1e3 * _median([a.ttft for a, _ in both]),
+        "ttft_ratio": _per(_median([a.ttft for a, _ in both]), _median([b.ttft for _, b in both])),
+        "tpot_ms": 1e3 * _median([a.tpot for a, _ in both]),
+        "worst_tpot_ratio": max(ratios, default=math.nan),
+    }
+
+
+def _identity(both: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
+    found = compare([(a.tokens, b.tokens) for a, b in both])
+    return {
+        "identical": found.identical,
+        "differing_prompts": _per(found.prompts_differing, found.prompts),
+        "differing_tokens": _per(found.tokens_differing, found.tokens),
+    }
+
+
+def _loops(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Of the baseline's answers: shares of answers and tokens that were cut."""
+    cut = sum(a.looped for a in answers)
+    return {
+        "looping_answers": _per(sum(a.looped > 0 for a in answers), len(answers)),
+        "looping_tokens": _per(cut, cut + sum(len(a.tokens) for a in answers)),
+    }
+
+
+def _overall(blocks: Sequence[Block]) -> float:
+    return _per(sum(b.total_tokens for b in blocks), sum(b.total_seconds for b in blocks))
+
+
+def _per(amount: float, count: float) -> float:
+    return amount / count if count else math.nan
+
+
+def _median(values: Sequence[float]) -> float:
+    finite = [v for v in values if math.isfinite(v)]
+    return float(np.median(finite)) if finite else math.nan

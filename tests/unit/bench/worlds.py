@@ -1,0 +1,100 @@
+"""A target, a drafter and a clock without a model: tokens follow a rule and times are set, so figures are exact."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from smart_decoding.bench.blocks import Prompt
+from smart_decoding.core.policies import make_policy
+from smart_decoding.core.tree import DraftTrees
+from smart_decoding.engine.engine import Engine, EngineConfig
+from smart_decoding.engine.protocols import TargetScores
+from smart_decoding.engine.sampling_params import SamplingParams
+
+VOCAB, EOS = 997, 996
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def successor(token):
+    """The rule that the target follows: a long cycle through the vocabulary, which never ends or loops early."""
+    return (np.asarray(token) + 1) % EOS
+
+
+class RuleTarget:
+    """A forward takes 1 s + `row_seconds` for each row."""
+
+    vocab, max_positions, eos_token_ids = VOCAB, 2048, (EOS,)
+
+    def __init__(self, clock: Clock, row_seconds: float = 0.0, rule=successor) -> None:
+        self.clock, self.row_seconds, self.rule = clock, row_seconds, rule
+
+    def verify(self, rows, taps):
+        self.clock.now += 1.0 + self.row_seconds * len(rows)
+        wanted = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
+        return TargetScores(np.asarray(self.rule(wanted)), None)
+
+    def argmax(self, logits):
+        return logits.astype(np.int64)
+
+    def move(self, source, target):
+        pass
+
+
+class RuleDrafter:
+    """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`."""
+
+    name, max_levels, free, taps = "rule", 8, False, ()
+
+    def __init__(self, clock: Clock, good: bool = True, seconds: float = 0.0) -> None:
+        self.clock, self.good, self.seconds = clock, good, seconds
+
+    def pending_rows(self, requests):
+        return len(requests)
+
+    def start(self, requests, plan):
+        trees = DraftTrees.empty(len(requests))
+        self._append(
+            trees, np.arange(len(requests)), np.full(len(requests), -1), [r.tokens[-1] for r in requests], plan
+        )
+        return trees
+
+    def expand(self, requests, trees, nodes, plan):
+        self._append(trees, trees.owner[nodes], nodes, trees.token[nodes], plan)
+
+    def _append(self, trees, owner, parent, last, plan):
+        self.clock.now += self.seconds
+        for rank in range(min(plan.children, 2)):
+            wrong = rank if self.good else rank + 1
+            trees.append(owner, successor(np.asarray(last) + wrong), parent, np.full(len(owner), 0.6 - 0.3 * rank))
+
+    def extend(self, request, features, first, tokens):
+        pass
+
+    def release(self, request):
+        pass
+
+
+def engine(clock, policy="off", drafter=None, target=None, batch=8, **options) -> Engine:
+    config = EngineConfig(512, 2048, batch, 256, prefix_caching=False, stop_at_loops=True)
+    return Engine(target or RuleTarget(clock), make_policy(policy, **options), drafter, config,
+                  lambda skip: lambda ids: "x" * len(ids), clock)  # fmt: skip
+
+
+def prompts(task="code", count=4, first=0, tokens=20, length=3):
+    return [
+        Prompt(i, task, list(range(17 * i + 1, 17 * i + 1 + length)), SamplingParams(temperature=0, max_tokens=tokens + i % 3, seed=i))
+        for i in range(first, first + count)
+    ]  # fmt: skip
+
+
+def options(**given):
+    return SimpleNamespace(**{"dtype": "fp32", "temperature": 0.0, "seed": 0, **given})
