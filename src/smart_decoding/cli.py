@@ -71,7 +71,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser, with the arguments of `command` filled in."""
     parser = Parser(prog="smart", description="Speculative decoding with draft trees sized by their cost.")
     parser.add_argument("--version", action="version", version=f"smart {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     for each in (parser, common):
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
