@@ -12,7 +12,7 @@ import numpy as np
 from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
 from smart_decoding.core.tree import DraftTrees, IntArray
-from smart_decoding.engine.kv import BlockTable, Ints, OutOfPages, PagePool
+from smart_decoding.engine.kv import PAGE, BlockTable, Ints, OutOfPages, PagePool
 from smart_decoding.engine.protocols import Drafter, Target, TargetScores
 from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.rows import Rows, Span, build_rows
@@ -85,6 +85,11 @@ class Engine:
         decode: Callable[[bool], Decode],
         clock: Clock = time.perf_counter,
     ) -> None:
+        if config.max_model_len > config.pages * PAGE:
+            raise CapacityError(
+                f"max_model_len={config.max_model_len} exceeds the KV memory of {config.pages * PAGE} tokens: "
+                "lower it or raise kv_cache_tokens"
+            )
         self.target, self.policy, self.drafter, self.config = target, policy, drafter, config
         self.pool = PagePool(config.pages, config.prefix_caching)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
@@ -120,7 +125,7 @@ class Engine:
         return requests
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, all answers of it, freeing its memory now. Unknown ids are ignored: it may just have ended."""
+        """Ends a request, all answers of it, freeing its memory now. Unknown ids are ignored: it may have ended."""
         for request in [r for r in self._requests.values() if r.id == request_id or r.id.startswith(f"{request_id}#")]:
             request.aborted = True
             self._finish(request)
@@ -155,6 +160,7 @@ class Engine:
         with watch.time("kv"):
             self._commit_keys(acceptance, rows, last, node_row)
         emitted = self._update(batch, asking, acceptance, scores, last, node_row)
+        _count_nodes(batch, trees, kept)
         done = Round(state, plan, trees, kept, self._next_tokens(trees, kept, acceptance),
                      acceptance.root_next[: len(batch.decode)], widths, seconds, len(rows), verify_seconds)  # fmt: skip
         if batch.decode:
@@ -203,11 +209,9 @@ class Engine:
                 self.drafter.expand(batch.decode, trees, nodes, plan)
         return trees, widths, seconds
 
-    def _spans(
-        self, batch: Batch, trees: DraftTrees, kept: IntArray
-    ) -> tuple[IntArray, list[Span], list[Request]]:
+    def _spans(self, batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[IntArray, list[Span], list[Request]]:
         """Committed tokens of the round, requests that get a token first; tree nodes yield where memory is short."""
-        counts = np.bincount(trees.owner[kept], minlength=len(batch.decode)) if len(kept) else np.zeros(len(batch.decode), np.int64)
+        counts = np.bincount(trees.owner[kept], minlength=len(batch.decode))
         spans = []
         for i, request in enumerate(batch.decode):
             try:
@@ -225,7 +229,13 @@ class Engine:
         return kept, spans, batch.decode + [request for request, _ in ending]
 
     def _accept(
-        self, asking: list[Request], nodes: DraftTrees, rows: Rows, last: IntArray, node_row: IntArray, scores: TargetScores
+        self,
+        asking: list[Request],
+        nodes: DraftTrees,
+        rows: Rows,
+        last: IntArray,
+        node_row: IntArray,
+        scores: TargetScores,
     ) -> Acceptance:
         """Draws the target's tokens down the trees; the roots are the last committed rows of `asking`."""
         at = np.concatenate((last[: len(asking)], node_row))  # row numbers of accept() -> rows
@@ -237,7 +247,8 @@ class Engine:
         else:
             eos = self.target.eos_token_ids
             acceptance = accept(
-                nodes, lambda wanted: self.target.sample(scores.logits, at[wanted], specs_of(wanted, asking, nodes, eos))
+                nodes,
+                lambda wanted: self.target.sample(scores.logits, at[wanted], specs_of(wanted, asking, nodes, eos)),
             )
         for i, request in enumerate(asking):
             if request.logprobs is not None:
@@ -260,7 +271,13 @@ class Engine:
             self.target.move(np.array(source, np.int32), np.array(target, np.int32))
 
     def _update(
-        self, batch: Batch, asking: list[Request], acceptance: Acceptance, scores: TargetScores, last: IntArray, node_row: IntArray
+        self,
+        batch: Batch,
+        asking: list[Request],
+        acceptance: Acceptance,
+        scores: TargetScores,
+        last: IntArray,
+        node_row: IntArray,
     ) -> int:
         """Appends the new tokens, commits the KV lengths and hands the target's features to the drafter."""
         now, total = self._clock(), 0
@@ -276,12 +293,12 @@ class Engine:
                 request.history.append(tokens)
             total += len(tokens)
             metrics = request.metrics
-            metrics.first_token = metrics.first_token or now
+            metrics.first_token = now if metrics.first_token is None else metrics.first_token
             if id(request) not in chunks:
                 metrics.rounds += 1
-                metrics.accepted += len(tokens) - 1 if len(tokens) <= len(path) else len(path)
+                metrics.accepted += min(len(tokens), len(path))
+            request.table.commit(request.tokens, min(length, len(request.tokens)))  # an end may cut the path short
             if not request.finished:
-                request.table.commit(request.tokens, length)
                 first = int(last[i]) - chunks.get(id(request), 1) + 1
                 committed = np.concatenate((np.arange(first, last[i] + 1), node_row[path]))
                 self._extend(request, scores, committed, start)
@@ -334,6 +351,14 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises AssertionError if KV pages are lost or doubly used."""
         self.pool.check_integrity(r.table for r in self._requests.values())
+
+
+def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray) -> None:
+    drafted = np.bincount(trees.owner, minlength=len(batch.decode))
+    verified = np.bincount(trees.owner[kept], minlength=len(batch.decode))
+    for i, request in enumerate(batch.decode):
+        request.metrics.drafted += int(drafted[i])
+        request.metrics.verified += int(verified[i])
 
 
 def _pages(request: Request) -> Ints:

@@ -149,8 +149,8 @@ class BlockTable:
             self._remembered = length // PAGE
 
     def release(self) -> None:
-        """Gives all pages back."""
-        self._pool.give(self.pages)
+        """Gives all pages back, last first: without its beginning, a cached prefix could never be found."""
+        self._pool.give(reversed(self.pages))
         self.pages, self.length, self._remembered = [], 0, 0
 
 

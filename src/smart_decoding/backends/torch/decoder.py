@@ -26,7 +26,7 @@ from smart_decoding.engine.rows import Rows
 
 @dataclass
 class ForwardOutput:
-    """logits: [wanted rows, vocab]; taps: [rows, taps * hidden], the residual streams after the tapped layers, or None."""
+    """logits: [wanted rows, vocab]; taps: [rows, taps * hidden] residual streams after the tapped layers, or None."""
 
     logits: Tensor
     taps: Tensor | None

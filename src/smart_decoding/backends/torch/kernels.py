@@ -1,4 +1,4 @@
-"""The CPU kernels as Python functions. Tensors are contiguous, float32 where not said otherwise, and live on the CPU."""
+"""The CPU kernels as Python functions. Tensors are contiguous, on the CPU, and float32 where not said otherwise."""
 
 from __future__ import annotations
 

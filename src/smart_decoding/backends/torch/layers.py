@@ -131,7 +131,7 @@ class NativeLayer:
 
     @staticmethod
     def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
-        """Rows alternating in blocks of one vector: gate, up, gate, up, ... (the kernel multiplies them in registers)."""
+        """Rows alternating in blocks of one vector: gate, up, gate, ... (the kernel multiplies them in registers)."""
         lanes = kernels.vector_width()
         pad = (-len(gate)) % lanes
         blocks = [F.pad(m, (0, 0, 0, pad)).view(-1, lanes, m.shape[1]) for m in (gate, up)]

@@ -39,7 +39,7 @@ class TorchTarget:
         except (RuntimeError, MemoryError) as error:
             if "memory" not in str(error).lower():
                 raise
-            raise CapacityError(f"not enough memory for the model and {pages} KV pages: lower kv_cache_tokens") from error
+            raise CapacityError(f"no memory for the model and {pages} KV pages: lower kv_cache_tokens") from error
         self.vocab, self.max_positions = config.vocab, max_model_len
         self.eos_token_ids = config.eos_token_ids
         self.sampler = Sampler(config.vocab)

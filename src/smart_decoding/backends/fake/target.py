@@ -1,0 +1,79 @@
+"""A target without weights: its logits are a hash of the whole token prefix, read back from its KV slots.
+
+A slot holds (token, position) where a real model has a key and a value, and a row sees exactly the slots that attention
+would. Hence any mistake in slots, moves, block tables or ancestors changes the output, which tests compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from smart_decoding.backends.torch.noise import uniform_bits
+from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs
+from smart_decoding.core.tree import IntArray
+from smart_decoding.engine.history import SampleSpec
+from smart_decoding.engine.kv import PAGE, Ints
+from smart_decoding.engine.protocols import TargetScores
+from smart_decoding.engine.rows import Rows
+
+EMPTY = -1  # token and position of a slot that was never written
+
+
+class FakeTarget:
+    """`pages` KV pages; `spread`: difference between the largest and smallest logit. Features are (token, position)."""
+
+    def __init__(
+        self,
+        pages: int,
+        vocab: int = 23,
+        eos_token_ids: tuple[int, ...] = (),
+        max_positions: int = 4096,
+        spread: float = 8.0,
+    ) -> None:
+        self.vocab, self.eos_token_ids, self.max_positions, self._spread = vocab, eos_token_ids, max_positions, spread
+        self.slots = np.full((pages * PAGE, 2), EMPTY, np.int64)
+        self.sampler = Sampler(vocab)
+        self.rows = 0  # of all forwards so far
+
+    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
+        self.rows += len(rows)
+        own = np.stack((rows.token, rows.position), axis=1)
+        self.slots[rows.slot] = own
+        wanted = np.arange(len(rows)) if rows.logit_rows is None else rows.logit_rows
+        logits = np.array([self._logits(self.slots[visible_slots(rows, int(row))]) for row in wanted], np.float32)
+        return TargetScores(torch.from_numpy(logits.reshape(-1, self.vocab)), own if taps else None)
+
+    def logits_of(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """[vocab] the logits after `tokens`, without any cache: what `verify` must come to."""
+        return self._logits(np.stack((np.asarray(tokens), np.arange(len(tokens))), axis=1))
+
+    def argmax(self, logits: torch.Tensor) -> IntArray:
+        return self.sampler.argmax(logits)
+
+    def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
+        return self.sampler.sample(logits, which, specs)
+
+    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: IntArray, k: int) -> list[TokenLogprobs]:
+        return self.sampler.logprobs(logits, which, tokens, k)
+
+    def move(self, source: Ints, target: Ints) -> None:
+        for i, j in zip(source, target, strict=True):
+            self.slots[j] = self.slots[i]
+
+    def _logits(self, seen: IntArray) -> NDArray[np.float32]:
+        """Of the seen (token, position) pairs, in any order, as attention is."""
+        key = uniform_bits(seen[:, 1], seen[:, 0] + 1).sum(dtype=np.uint64)
+        noise = uniform_bits(key, np.arange(self.vocab)).astype(np.float64) * 2.0**-32
+        return (self._spread * noise).astype(np.float32)
+
+
+def visible_slots(rows: Rows, row: int) -> IntArray:
+    """The slots whose keys `row` attends to, in the order of their positions."""
+    group = int(np.searchsorted(rows.group_row, row, side="right")) - 1
+    position = np.arange(rows.direct[row])
+    direct = rows.pages[rows.group_pages[group] + position // PAGE].astype(np.int64) * PAGE + position % PAGE
+    return np.concatenate((direct, rows.extra[rows.extra_at[row] : rows.extra_at[row + 1]]))

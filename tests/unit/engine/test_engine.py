@@ -1,0 +1,219 @@
+"""Scheduling, memory and the life of a request."""
+
+import pytest
+
+from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import CapacityError, ConfigError
+
+from .fakes import VOCAB, alone, finish, make_engine
+
+
+def greedy(max_tokens: int | None = 10, **more) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **more)
+
+
+def add(engine: Engine, name: str, prompt: list[int], params: SamplingParams) -> Request:
+    (request,) = engine.add_request(name, prompt, params)
+    return request
+
+
+# ---------------------------------------------------------------------------------------------------------- scheduling
+
+
+def test_first_come_first_served() -> None:
+    engine = make_engine(max_num_seqs=2)
+    requests = [add(engine, str(i), [i + 1] * 3, greedy(5)) for i in range(5)]
+    first_step: dict[str, int] = {}
+    for step in range(100):
+        for request in engine.step():
+            first_step.setdefault(request.id, step)
+        assert len(engine.scheduler.running) <= 2
+    assert [r.id for r in sorted(requests, key=lambda r: first_step[r.id])] == ["0", "1", "2", "3", "4"]
+    assert first_step["0"] == first_step["1"] < first_step["2"] == first_step["3"] < first_step["4"]
+
+
+def test_a_long_prompt_goes_in_chunks_while_others_decode() -> None:
+    engine = make_engine(max_num_batched_tokens=8, prefix_caching=False)
+    short = add(engine, "short", [1, 2], greedy(20))
+    engine.step()
+    long = add(engine, "long", [i % VOCAB for i in range(30)], greedy(3))
+    rows = []
+    while not long.output:
+        before = len(short.output)
+        engine.step()
+        assert len(short.output) == before + 1  # the prompt never stops the other's decoding
+        rows.append(engine.last_round.round.verify_rows)
+    assert rows == [9, 9, 9, 7]
+    finish(engine)
+    assert long.output == alone(long.prompt, greedy(3))[0].output
+
+
+@pytest.mark.parametrize("length", range(14, 20))
+@pytest.mark.parametrize("chunk", [1, 2, 16])
+def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:
+    prompt = [i % VOCAB for i in range(length)]
+    engine = make_engine("static", max_num_batched_tokens=chunk)
+    request = add(engine, "x", prompt, greedy())
+    finish(engine)
+    assert request.output == alone(prompt, greedy())[0].output
+
+
+def test_tree_nodes_yield_before_any_request_does() -> None:
+    """Two requests fill the memory to the last slots: trees shrink, nobody is preempted."""
+    engine = make_engine("static", pages=4, max_model_len=32, prefix_caching=False)
+    requests = [add(engine, str(i), [i + 1] * 16, greedy(16)) for i in range(2)]
+    finish(engine)
+    for request in requests:
+        assert request.output == alone(request.prompt, greedy(16))[0].output
+        assert request.metrics.preemptions == 0
+        assert request.metrics.verified < request.metrics.drafted
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_the_youngest_is_preempted_and_finishes_with_the_same_tokens(caching: bool) -> None:
+    engine = make_engine("chain", pages=6, max_model_len=80, prefix_caching=caching)
+    old, young = (add(engine, str(i), [i + 1] * 8, greedy(64)) for i in range(2))
+    finish(engine)
+    assert (old.metrics.preemptions, young.metrics.preemptions > 0) == (0, True)
+    assert old.metrics.finished < young.metrics.finished
+    for request in (old, young):
+        assert request.output == alone(request.prompt, greedy(64))[0].output
+
+
+def test_cached_prefixes_are_not_computed_again() -> None:
+    engine = make_engine()
+    prompt = [i % VOCAB for i in range(40)]
+    first = add(engine, "a", prompt, greedy(1))
+    finish(engine)
+    rows = engine.target.rows
+    second = add(engine, "b", prompt, greedy(1))
+    finish(engine)
+    assert (first.metrics.cached_tokens, second.metrics.cached_tokens) == (0, 32)
+    assert engine.target.rows - rows == 8
+    assert first.output == second.output
+
+
+def test_a_conversation_goes_on_from_its_cached_answer() -> None:
+    engine = make_engine("likelihood")
+    first = add(engine, "a", [1, 2, 3], greedy(40))
+    finish(engine)
+    second = add(engine, "b", [*first.tokens, 7, 8], greedy(30))
+    finish(engine)
+    assert second.metrics.cached_tokens == 32
+    assert second.output == alone([*first.tokens, 7, 8], greedy(30))[0].output
+
+
+# ------------------------------------------------------------------------------------------------------------ lifetime
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 7])
+def test_never_more_than_max_tokens(max_tokens: int) -> None:
+    engine = make_engine("static")
+    request = add(engine, "x", [1], greedy(max_tokens))
+    finish(engine)
+    assert request.output == alone([1], greedy(7))[0].output[:max_tokens]
+    assert request.stop.finish_reason == "length"
+    assert request.tokens == [1, *request.output]
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1000])
+def test_the_context_ends_an_answer(max_tokens: int | None) -> None:
+    engine = make_engine("static", pages=3, max_model_len=48)
+    request = add(engine, "x", [1] * 5, greedy(max_tokens))
+    finish(engine)
+    assert len(request.tokens) == 48
+    assert request.output == alone([1] * 5, greedy(43))[0].output
+
+
+def test_prompts_that_cannot_run_are_refused() -> None:
+    engine = make_engine(pages=4, max_model_len=64)
+    with pytest.raises(CapacityError, match="max_model_len=64"):
+        engine.add_request("x", [1] * 64, greedy())
+    for prompt in ([], [-1], [VOCAB]):
+        with pytest.raises(ConfigError):
+            engine.add_request("x", prompt, greedy())
+    with pytest.raises(CapacityError, match="KV memory of 64 tokens"):
+        make_engine(pages=4, max_model_len=65)
+    assert not engine.has_unfinished_requests
+    assert len(add(engine, "x", [1] * 63, greedy()).prompt) == 63
+    finish(engine)
+
+
+def test_an_id_cannot_run_twice_but_can_be_used_again() -> None:
+    engine = make_engine()
+    add(engine, "x", [1], greedy())
+    with pytest.raises(ConfigError, match="already running"):
+        engine.add_request("x", [1], greedy())
+    finish(engine)
+    add(engine, "x", [1], greedy())
+    finish(engine)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_abort_frees_everything_and_leaves_others_alone(steps: int) -> None:
+    engine = make_engine("likelihood", max_num_batched_tokens=16, max_num_seqs=2)
+    gone, stays, waits = (
+        add(engine, name, [i + 1] * 20, greedy(12)) for i, name in enumerate(("gone", "stays", "waits"))
+    )
+    for _ in range(steps):
+        engine.step()
+    engine.abort("gone")
+    engine.abort("gone")
+    engine.abort("never heard of")
+    engine.check_integrity()
+    assert gone.finished and gone.aborted and not gone.table.pages
+    written = list(gone.output)
+    finish(engine)
+    assert gone.output == written
+    for request in (stays, waits):
+        assert request.output == alone(request.prompt, greedy(12))[0].output
+
+
+def test_n_answers_differ_and_each_is_a_function_of_seed_and_index() -> None:
+    params = SamplingParams(n=4, temperature=1.0, seed=11, max_tokens=12, ignore_eos=True)
+    plain = [request.output for request in alone([1, 2], params)]
+    assert len({tuple(output) for output in plain}) == 4
+    engine = make_engine("static", max_num_seqs=3)
+    answers = engine.add_request("x", [1, 2], params)
+    assert [r.id for r in answers] == ["x#0", "x#1", "x#2", "x#3"]
+    finish(engine)
+    assert [r.output for r in answers] == plain
+    engine.add_request("y", [1, 2], params)
+    engine.step()
+    engine.abort("y")
+    finish(engine)
+
+
+def test_seeds() -> None:
+    def outputs(engine: Engine, seed: int | None) -> list[list[int]]:
+        params = SamplingParams(temperature=1.0, seed=seed, max_tokens=12, ignore_eos=True)
+        requests = [add(engine, str(i), [1, 2], params) for i in range(2)]
+        finish(engine)
+        return [request.output for request in requests]
+
+    fixed = outputs(make_engine(), 5)
+    assert fixed[0] == fixed[1] == outputs(make_engine(seed=9), 5)[0]
+    drawn = outputs(make_engine(seed=1), None)
+    assert drawn[0] != drawn[1]
+    assert drawn == outputs(make_engine(seed=1), None)
+    assert drawn[0] != outputs(make_engine(seed=2), None)[0]
+
+
+def test_metrics_count_nodes_and_times() -> None:
+    engine = make_engine("static")
+    request = add(engine, "x", [1, 2], greedy(30))
+    drafted = verified = emitted = 0
+    while engine.has_unfinished_requests:
+        engine.step()
+        record = engine.last_round
+        drafted, verified = drafted + len(record.round.trees), verified + len(record.round.kept)
+        emitted += record.emitted
+        assert record.round.verify_rows == (2 if emitted == 1 else 1 + len(record.round.kept))
+        assert abs(record.controller_seconds) < 1e-9  # the clock moves only in forwards
+    metrics = request.metrics
+    assert (metrics.drafted, metrics.verified, emitted) == (drafted, verified, 30)
+    assert 0 < metrics.accepted < metrics.verified and metrics.wasted_rows == metrics.verified - metrics.accepted
+    assert metrics.accepted + metrics.rounds + 1 >= 30 > metrics.rounds + 1
+    assert 0 < metrics.ttft < metrics.finished

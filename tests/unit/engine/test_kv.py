@@ -1,0 +1,129 @@
+"""KV pages: nothing lost or doubly used in any order of operations; cached prefixes are found by exact content."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from smart_decoding.engine.kv import PAGE, BlockTable, OutOfPages, PagePool
+
+PAGES = 7
+
+
+class Tables(RuleBasedStateMachine):
+    """Several requests over two-token prompts, so that prefixes are often equal; `content` models the memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = PagePool(PAGES, prefix_caching=True)
+        self.content = np.full(PAGES * PAGE, -1)
+        self.tables: list[tuple[BlockTable, list[int]]] = []
+
+    def pick(self, at: int) -> tuple[BlockTable, list[int]]:
+        return self.tables[at % len(self.tables)]
+
+    @rule(pages=st.lists(st.integers(0, 1), min_size=1, max_size=5), rest=st.integers(1, PAGE))
+    def begin(self, pages: list[int], rest: int) -> None:
+        tokens = [t for page in pages for t in [page] * PAGE] + [0] * rest
+        table = BlockTable(self.pool)
+        found = table.reuse(tokens)
+        assert found == table.length and found % PAGE == 0 and found < len(tokens)
+        self.tables.append((table, tokens))
+
+    @precondition(lambda self: self.tables)
+    @rule(at=st.integers(0, 99), rows=st.integers(1, 40), used=st.integers(1, 40))
+    def grow(self, at: int, rows: int, used: int) -> None:
+        table, tokens = self.pick(at)
+        before = (list(table.pages), table.length)
+        try:
+            slots = table.reserve(rows)
+        except OutOfPages:
+            assert (table.pages, table.length) == before
+            assert self.pool.available < -(-(table.length + rows) // PAGE) - len(table.pages)
+            return
+        assert len(slots) == rows == len(set(slots.tolist()))
+        assert slots.tolist() == [table.pages[p // PAGE] * PAGE + p % PAGE for p in range(before[1], before[1] + rows)]
+        used = min(used, rows)
+        tokens.extend([1] * max(0, table.length + used + 1 - len(tokens)))
+        self.content[slots] = -1  # rejected nodes leave rubbish
+        self.content[slots[:used]] = tokens[table.length : table.length + used]
+        table.commit(tokens, table.length + used)
+        assert len(table.pages) == -(-table.length // PAGE)
+
+    @precondition(lambda self: self.tables)
+    @rule(at=st.integers(0, 99))
+    def end(self, at: int) -> None:
+        table, _ = self.tables.pop(at % len(self.tables))
+        table.release()
+        assert (table.pages, table.length) == ([], 0)
+
+    @invariant()
+    def memory_is_sound(self) -> None:
+        self.pool.check_integrity(table for table, _ in self.tables)
+        for table, tokens in self.tables:
+            slots = [table.pages[p // PAGE] * PAGE + p % PAGE for p in range(table.length)]
+            assert self.content[slots].tolist() == tokens[: table.length]
+
+
+TestTables = Tables.TestCase
+TestTables.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def filled(pool: PagePool, tokens: list[int]) -> BlockTable:
+    table = BlockTable(pool)
+    start = table.reuse(tokens)
+    table.reserve(len(tokens) - start)
+    table.commit(tokens, len(tokens))
+    return table
+
+
+def test_only_full_pages_of_equal_content_and_equal_past_are_found() -> None:
+    pool = PagePool(10, prefix_caching=True)
+    tokens = list(range(40))
+    filled(pool, tokens).release()
+    assert len(pool.find(tokens, 39)) == 2
+    assert len(pool.find(tokens, 32)) == 2
+    assert len(pool.find(tokens, 31)) == 1  # a page counts only if all of it is wanted
+    assert pool.find([99, *tokens[1:]], 39) == []
+    assert len(pool.find([*tokens[:31], 99], 32)) == 1
+    assert pool.find(tokens[16:], 24) == []  # the second page's tokens, but not after the first page's
+
+
+def test_one_token_is_always_left_to_compute() -> None:
+    pool = PagePool(4, prefix_caching=True)
+    filled(pool, list(range(32))).release()
+    assert BlockTable(pool).reuse(list(range(32))) == 16
+
+
+def test_without_caching_nothing_is_found() -> None:
+    pool = PagePool(4)
+    filled(pool, list(range(32))).release()
+    assert BlockTable(pool).reuse(list(range(33))) == 0
+
+
+def test_the_end_of_the_oldest_prefix_is_evicted_first() -> None:
+    pool = PagePool(4, prefix_caching=True)
+    old, new = [1] * 33, [2] * 17
+    filled(pool, old).release()  # two cached pages
+    filled(pool, new).release()  # one
+    pool.give(pool.take(2))  # takes the free one and evicts one
+    assert [BlockTable(pool).reuse(new)] == [16]
+    table = BlockTable(pool)
+    assert table.reuse(old) == 16
+    with pytest.raises(OutOfPages):
+        table.reserve(3 * PAGE)
+
+
+def test_integrity_notices_a_lost_page_and_a_double_use() -> None:
+    pool = PagePool(3)
+    table = filled(pool, [1] * 20)
+    other = BlockTable(pool)
+    other.pages = list(table.pages)
+    with pytest.raises(AssertionError):
+        pool.check_integrity([table, other])
+    with pytest.raises(AssertionError):
+        pool.check_integrity([])
+    pool._free.append(table.pages[0])
+    with pytest.raises(AssertionError):
+        pool.check_integrity([table])

@@ -1,0 +1,89 @@
+"""`build_rows` and the padded form of it against a straightforward reading of their definition."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smart_decoding.backends.fake.target import visible_slots
+from smart_decoding.backends.torch.rows import GatheredRows
+from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
+from smart_decoding.engine.rows import Rows, Span, build_rows
+
+
+def random_trees(rng: np.random.Generator, batch: int) -> DraftTrees:
+    """Nodes of all requests in mixed order, parents first."""
+    trees = DraftTrees.empty(batch)
+    for _ in range(int(rng.integers(0, 14)) if batch else 0):
+        owner = int(rng.integers(batch))
+        parent = int(rng.choice([ROOT, *trees.nodes_of(owner)]))
+        trees.append([owner], [int(rng.integers(50))], [parent], [0.5])
+    return trees
+
+
+def random_batch(seed: int) -> tuple[list[Span], DraftTrees, list[bool], list[list[int]], PagePool]:
+    rng = np.random.default_rng(seed)
+    pool = PagePool(60)
+    pool._free = rng.permutation(60).tolist()
+    decoding, prompts = int(rng.integers(0, 4)), int(rng.integers(0, 3))
+    prompts += decoding + prompts == 0
+    trees = random_trees(rng, decoding)
+    spans, slots = [], []
+    for i in range(decoding + prompts):
+        table = BlockTable(pool)
+        start, count = int(rng.integers(0, 40)), 1 if i < decoding else int(rng.integers(1, 20))
+        if start:
+            table.reserve(start)
+            table.commit([0] * start, start)
+        own = table.reserve(count + len(trees.nodes_of(i)))
+        spans.append(Span(rng.integers(0, 50, count).tolist(), start, own, np.array(table.pages, np.int32)))
+        slots.append([page * PAGE + j for page in table.pages for j in range(PAGE)])
+    return spans, trees, [i < decoding or bool(rng.random() < 0.5) for i in range(len(spans))], slots, pool
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=150, deadline=None)
+def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> None:
+    spans, trees, want, slots, _ = random_batch(seed)
+    rows, last, node_row = build_rows(spans, trees, want)
+    assert sorted([*range(len(rows))]) == sorted(
+        [int(last[i]) - k for i, span in enumerate(spans) for k in range(len(span.tokens))] + node_row.tolist()
+    )
+    for i, span in enumerate(spans):
+        first = int(last[i]) - len(span.tokens) + 1
+        assert rows.group_row[i] == first
+        for k, token in enumerate(span.tokens):
+            position = span.start + k
+            assert (rows.token[first + k], rows.position[first + k]) == (token, position)
+            assert rows.slot[first + k] == slots[i][position]
+            assert visible_slots(rows, first + k).tolist() == slots[i][: position + 1]
+        nodes = trees.nodes_of(i)
+        assert rows.group_row[i + 1] == first + len(span.tokens) + len(nodes)
+        assert node_row[nodes].tolist() == list(range(last[i] + 1, last[i] + 1 + len(nodes)))
+        for rank, node in enumerate(nodes):
+            row, path = int(node_row[node]), trees.path(int(node))
+            assert (rows.token[row], rows.position[row]) == (trees.token[node], span.start + trees.depth[node])
+            assert rows.slot[row] == slots[i][span.start + 1 + rank]
+            seen = slots[i][: span.start + 1] + [int(rows.slot[node_row[n]]) for n in path]
+            assert visible_slots(rows, row).tolist() == seen
+    wanted = [int(last[i]) for i in range(len(spans)) if want[i]] + node_row.tolist()
+    if rows.logit_rows is None:
+        assert sorted(wanted) == list(range(len(rows)))
+    else:
+        assert rows.logit_rows.tolist() == wanted
+    for array in (rows.slot, rows.direct, rows.extra_at, rows.extra, rows.group_row, rows.group_pages, rows.pages):
+        assert array.dtype == np.int32 and array.flags.c_contiguous  # the kernels read their memory
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_the_padded_form_shows_each_row_the_same_slots(seed: int) -> None:
+    spans, trees, want, _, _ = random_batch(seed)
+    rows: Rows = build_rows(spans, trees, want)[0]
+    padded = GatheredRows(rows)
+    groups, longest = padded.shape
+    mask = padded.mask.reshape(groups * longest, -1)
+    assert mask.any(1).all()
+    for row, at in enumerate(padded.query.tolist()):
+        seen = padded.keys[at // longest][mask[at]].tolist()
+        assert len(seen) == len(set(seen)) and set(seen) == set(visible_slots(rows, row).tolist())
