@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policies", type=_words, default=default.policies, metavar="A,B", help="'off', the baseline, always runs")
     add("--policy-options", action="append", default=[], metavar="POLICY:K=V,...",
         help="one setting of a policy; repeat it to compare several settings")  # fmt: skip
+    add("--tune-likelihood", type=int, default=default.tune_likelihood, metavar="N",
+        help="also run the N best settings of likelihood, found by replay on other prompts")  # fmt: skip
     add("--method", help="drafter (default: the model's own)")
     add("--batch-sizes", type=_numbers, default=default.batch_sizes, metavar="1,4")
     add("--tasks", type=_words, default=default.tasks, metavar="code,maths,general")

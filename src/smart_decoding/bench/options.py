@@ -36,7 +36,8 @@ class BenchOptions:
 
     policies: names; policy_options: 'policy:name=value,...', once for each setting of a policy that is to run.
     method: drafter, or None for the model's default. limit: prompts per task. time_limit: seconds over the whole run;
-    what is measured by then is reported, marked as partial. json: file for the results.
+    what is measured by then is reported, marked as partial. json: file for the results. tune_likelihood: also run so
+    many of the best `likelihood` settings of each batch size, found by replay on other prompts.
     Raises ConfigError for anything that cannot be run."""
 
     policies: Sequence[str] = (BASELINE, "smart")
@@ -53,6 +54,7 @@ class BenchOptions:
     seed: int = 0
     json: Path | None = None
     device: str = "auto"
+    tune_likelihood: int = 0
 
     def __post_init__(self) -> None:
         _at_least_one("batch_sizes", self.batch_sizes)
@@ -60,6 +62,8 @@ class BenchOptions:
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise ConfigError(f"unknown task {''.join(unknown[:1])!r}; known: {', '.join(TASKS)}")
+        if self.tune_likelihood < 0:
+            raise ConfigError(f"tune_likelihood must not be negative, but is {self.tune_likelihood}")
         if self.time_limit is not None and self.time_limit <= 0:
             raise ConfigError(f"time_limit must be positive, not {self.time_limit}")
         if self.json is not None and (not self.json.parent.is_dir() or self.json.is_dir()):

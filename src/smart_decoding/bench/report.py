@@ -97,6 +97,8 @@ def _key(run: Run) -> tuple[str, int]:
 def _interval(run: Run | None) -> str:
     if run is None or not _known(run["speedup"]):
         return "-"
+    if not _known(run["speedup_high"]):
+        return f"{run['speedup']:.2f} (1 block)"
     return f"{run['speedup']:.2f} ({_number(run['speedup_low'], 2)}-{_number(run['speedup_high'], 2)})"
 
 

@@ -20,10 +20,12 @@ from smart_decoding.bench.blocks import Block, Prompt, run_block
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BASELINE, Arm, BenchOptions
 from smart_decoding.bench.provenance import provenance
+from smart_decoding.bench.replay import Recorded
 from smart_decoding.bench.summary import noise, summarise
+from smart_decoding.bench.tuning import best_likelihood, cost_of, prompts_needed, record_wide
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import CapacityError
+from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.llm import LLM
 
 NOISE_EVERY = 3  # cycles
@@ -49,10 +51,12 @@ def run(options: BenchOptions) -> dict[str, Any]:
     texts = {task: load_task(task, options.limit) for task in options.tasks}
     llm = _load(options)
     prompts = _encode(llm, texts, options)
+    tuner = _Tuner(llm, options)
     stop = None if options.time_limit is None else time.perf_counter() + options.time_limit
     runs, head = [], None
     for i, batch_size in enumerate(options.batch_sizes):
-        arms = {arm.label: llm.sharing_weights(_speculation(arm, options)) for arm in options.arms}
+        chosen = {arm.label: arm for arm in [*options.arms, *tuner.arms(batch_size)]}
+        arms = {label: llm.sharing_weights(_speculation(arm, options)) for label, arm in chosen.items()}
         head = head or next((_head(arm) for arm in arms.values() if arm.engine.drafter is not None), None)
         left = len(options.batch_sizes) - i
         now = time.perf_counter()
@@ -127,6 +131,7 @@ def command_of(options: BenchOptions) -> str:
     """The command line that asks for this run."""
     words = ["smart", "bench", "--model", options.model, "--policies", ",".join(options.policies)]
     words += [word for setting in options.policy_options for word in ("--policy-options", setting)]
+    words += ["--tune-likelihood", str(options.tune_likelihood)] if options.tune_likelihood else []
     words += ["--method", options.method] if options.method else []
     words += ["--batch-sizes", ",".join(map(str, options.batch_sizes)), "--tasks", ",".join(options.tasks)]
     words += ["--dtype", options.dtype, "--temperature", f"{options.temperature:g}", "--limit", str(options.limit)]
@@ -134,6 +139,36 @@ def command_of(options: BenchOptions) -> str:
     words += ["--time-limit", f"{options.time_limit:g}"] if options.time_limit is not None else []
     words += ["--json", options.json.name] if options.json is not None else []
     return shlex.join(words)
+
+
+class _Tuner:
+    """Finds the best `likelihood` settings of a batch size, if asked to; records once."""
+
+    def __init__(self, llm: LLM, options: BenchOptions) -> None:
+        self.llm, self.options = llm, options
+        self.recording: list[Recorded] | None = None
+
+    def arms(self, batch_size: int) -> list[Arm]:
+        options = self.options
+        if not options.tune_likelihood:
+            return []
+        candidates = [self.llm.sharing_weights(_speculation(arm, options)) for arm in options.arms]
+        cost = cost_of(candidates)
+        if self.recording is None:
+            drafting = next(arm for arm in candidates if arm.engine.drafter is not None)
+            self.recording = record_wide(drafting, _encode(self.llm, self._other_texts(), options))
+        eos = self.llm.target.eos_token_ids
+        return best_likelihood(self.recording, cost, batch_size, options.tune_likelihood, eos)
+
+    def _other_texts(self) -> dict[str, list[str]]:
+        """Prompts after those that are measured. Raises ConfigError if a task has no others."""
+        options = self.options
+        count = prompts_needed(options)
+        texts = {task: load_task(task, options.limit + count)[options.limit :] for task in options.tasks}
+        for task, others in texts.items():
+            if not others:
+                raise ConfigError(f"--tune-likelihood finds no {task} prompts beyond --limit {options.limit}: lower it")
+        return texts
 
 
 def _load(options: BenchOptions) -> LLM:

@@ -52,7 +52,7 @@ class RuleTarget:
 class RuleDrafter:
     """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`."""
 
-    name, max_levels, free, taps = "rule", 8, False, ()
+    name, max_levels, free, taps, wants_logits = "rule", 8, False, (), False
 
     def __init__(self, clock: Clock, good: bool = True, seconds: float = 0.0) -> None:
         self.clock, self.good, self.seconds = clock, good, seconds
@@ -90,10 +90,13 @@ def engine(clock, policy="off", drafter=None, target=None, batch=8, **options) -
 
 
 def prompts(task="code", count=4, first=0, tokens=20, length=3):
-    return [
-        Prompt(i, task, list(range(17 * i + 1, 17 * i + 1 + length)), SamplingParams(temperature=0, max_tokens=tokens + i % 3, seed=i))
-        for i in range(first, first + count)
-    ]  # fmt: skip
+    """Prompt i counts on from 17 i + 1; its answer has tokens + i % 3 tokens."""
+
+    def prompt(i):
+        params = SamplingParams(temperature=0, max_tokens=tokens + i % 3, seed=i)
+        return Prompt(i, task, list(range(17 * i + 1, 17 * i + 1 + length)), params)
+
+    return [prompt(i) for i in range(first, first + count)]
 
 
 def options(**given):
