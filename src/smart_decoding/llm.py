@@ -65,7 +65,7 @@ class LLM:
 
     model: built-in name, hub id, folder of safetensors, or GGUF file.
     speculative_config: None (the model's default head under the policy `smart`, if it has one), False (plain decoding),
-        or a dict: method (eagle, ngram, recycling, draft_model, union, none), policy (off, chain, static, likelihood,
+        or a dict: method (eagle, ngram, recycling, union, none), policy (off, chain, static, likelihood,
         smart_paper, smart), and either's options.
     dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens. kv_cache_tokens: KV memory, in tokens over all requests.
@@ -96,7 +96,9 @@ class LLM:
         tokens = kv_cache_tokens or min(limit, 2048) * min(max_num_seqs, 16)
         pages = pages_for(max(tokens, limit), max_num_seqs)
         self.target = TorchTarget(checkpoint, dtype, _device(device), pages, limit)
-        self.speculation: Speculation = build_speculation(speculative_config, checkpoint, self.target, max_num_seqs)
+        self.speculation: Speculation = build_speculation(
+            speculative_config, checkpoint, self.target, pages, max_num_seqs
+        )
         config = EngineConfig(
             pages, limit, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, seed, stop_at_loops
         )

@@ -1,28 +1,153 @@
-"""From `speculative_config` to a drafter and a policy."""
+"""From `speculative_config` to a drafter and a policy with measured costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from smart_decoding.backends.torch.eagle_head import EagleHead, load_head
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.backends.torch.target import TorchTarget
-from smart_decoding.core.policies import make_policy
+from smart_decoding.core.calibration import Calibration
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.forecast import Forecast
+from smart_decoding.core.policies import make_policy, policy_options
 from smart_decoding.core.policies.protocol import Policy
+from smart_decoding.drafters.eagle import EagleDrafter
+from smart_decoding.drafters.ngram import NgramDrafter
+from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
+from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.protocols import Drafter
+from smart_decoding.errors import ConfigError
+from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
+from smart_decoding.profiling.measure import measure
+
+METHODS = ("eagle", "ngram", "recycling", "union", "none")
+HEADS = Path(__file__).with_name("heads")
+SCRATCH_PAGES = 256  # head keys of one round's tree nodes: 4096
 
 
 @dataclass(slots=True)
 class Speculation:
-    """What drafts, and what decides about it; without a drafter the engine decodes plainly."""
+    """What drafts, and what decides about it; without a drafter the engine decodes plainly.
+
+    cost: the measured costs, or None where nothing needs them. head: the EAGLE head in use. description: in words."""
 
     policy: Policy
     drafter: Drafter | None
+    cost: CostModel | None = None
+    head: EagleHead | None = None
+    description: str = "none"
+
+
+def shipped_head(model: str) -> Path | None:
+    """The folder of the head that comes with this package for a built-in model, if there is one."""
+    folder = HEADS / model.partition("@")[0]
+    return folder if (folder / "model.safetensors").is_file() else None
 
 
 def build_speculation(
-    config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint, target: TorchTarget, max_num_seqs: int
+    config: Mapping[str, Any] | bool | None,
+    checkpoint: Checkpoint,
+    target: TorchTarget,
+    pages: int,
+    max_num_seqs: int,
 ) -> Speculation:
-    """Builds what `config` asks for."""
-    return Speculation(make_policy("off"), None)
+    """Builds what `config` asks for. Raises ConfigError for unknown methods, policies and options, ModelError for a
+    head that does not fit."""
+    default_head = shipped_head(checkpoint.provenance["model"])
+    if config is False:
+        return Speculation(make_policy("off"), None)
+    given = dict(config) if isinstance(config, Mapping) else {}
+    method = given.pop("method", "eagle" if default_head or "model" in given else "ngram")
+    policy_name = given.pop("policy", "smart")
+    check_config(method, policy_name)
+    if method == "none":
+        return Speculation(make_policy("off"), None)
+    builder = _Builder(checkpoint, target, pages, max_num_seqs, given, default_head)
+    drafter = builder.drafter(method)
+    cost = builder.cost() if "cost" in policy_options(policy_name) else None
+    offered = {**builder.prior(), "cost": cost, "eos_token_ids": target.eos_token_ids}
+    policy = make_policy(policy_name, offered, **given)
+    return Speculation(policy, drafter, cost, builder.head, builder.description)
+
+
+def check_config(method: str, policy: str) -> None:
+    """Raises ConfigError for an unknown method or policy; loads nothing."""
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
+    policy_options(policy)
+
+
+class _Builder:
+    """Makes the parts of one Speculation, taking its options out of `given`; what is left belongs to the policy."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        target: TorchTarget,
+        pages: int,
+        max_num_seqs: int,
+        given: dict[str, Any],
+        default_head: Path | None,
+    ) -> None:
+        self._checkpoint, self._target, self._pages, self._seqs = checkpoint, target, pages, max_num_seqs
+        self._given, self._default_head = given, default_head
+        self.head: EagleHead | None = None
+        self._folder: Path | None = None
+        self.description = ""
+
+    def drafter(self, method: str) -> Drafter:
+        self.description = method
+        if method == "eagle":
+            return self._eagle()
+        if method == "union":
+            parts: list[Drafter] = [self._eagle()] if self._default_head or "model" in self._given else []
+            names = "eagle + ngram" if parts else "ngram + recycling"
+            self.description = f"union of {names}"
+            return UnionDrafter([*parts, self._ngram()] if parts else [self._ngram(), self._recycling()])
+        return self._ngram() if method == "ngram" else self._recycling()
+
+    def cost(self) -> CostModel:
+        """The cached profile of this machine, else a new one (a few seconds)."""
+        path = profile_path(
+            self._checkpoint.provenance, self._target.dtype, self._target.device, str(self.head and self.head.shape)
+        )
+        cost = load_profile(path)
+        if cost is None:
+            cost = CostModel.fit(measure(self._target, self.head, self._pages, self._seqs))
+            save_profile(path, cost)
+        return cost
+
+    def prior(self) -> dict[str, Any]:
+        """The stored prior that came with the head, if any."""
+        path = self._folder / "prior.json" if self._folder else None
+        if path is None or not path.is_file():
+            return {}
+        state = json.loads(path.read_text())
+        calibration = Calibration.from_state(state["calibration"])
+        return {"calibration": calibration, "forecast": Forecast.from_state(state["forecast"], calibration)}
+
+    def _eagle(self) -> Drafter:
+        folder = self._given.pop("model", None) or self._default_head
+        if folder is None:
+            raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
+        self._folder = Path(folder)
+        files = load_head(self._folder, self._checkpoint.config)
+        self.head = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
+        self.description = f"eagle head {self._folder.name}"
+        return EagleDrafter(self.head, self._pages, SCRATCH_PAGES)
+
+    def _ngram(self) -> Drafter:
+        return self._made(NgramDrafter)
+
+    def _recycling(self) -> Drafter:
+        return self._made(RecyclingDrafter, vocab=self._target.vocab, top_k=torch_top_k)
+
+    def _made(self, cls: Callable[..., Drafter], **fixed: Any) -> Drafter:
+        names = [name for name in inspect.signature(cls).parameters if name not in fixed]
+        return cls(**fixed, **{name: self._given.pop(name) for name in names if name in self._given})

@@ -14,7 +14,7 @@ import numpy as np
 from smart_decoding.core.policies.common import require_int
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
-from smart_decoding.engine.protocols import Features
+from smart_decoding.engine.protocols import Features, Logits
 from smart_decoding.engine.request import Request
 from smart_decoding.errors import ConfigError
 
@@ -152,6 +152,9 @@ class NgramDrafter:
 
     def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
         self._indexed(request)  # request.tokens holds these tokens, those found in the prefix cache, and the root
+
+    def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
+        """Not wanted."""
 
     def release(self, request: Request) -> None:
         self._index.pop(request, None)

@@ -130,6 +130,12 @@ class Engine:
             request.aborted = True
             self._finish(request)
 
+    def listen(self, drafter: Drafter) -> None:
+        """Puts a drafter in place before the first request, such as one that records the target's features."""
+        if self._requests:
+            raise ConfigError("a drafter can only be changed while no request is running")
+        self.drafter, self._taps = drafter, drafter.taps
+
     @property
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_work
@@ -154,6 +160,9 @@ class Engine:
         verify_start = self._clock()
         with watch.time("verify"):
             scores = self.target.verify(rows, self._taps)
+        if self.drafter is not None and self.drafter.wants_logits:
+            seen = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
+            self.drafter.observe_logits(seen, scores.logits)
         with watch.time("sample"):
             acceptance = self._accept(asking, nodes, rows, last, node_row, scores)
         verify_seconds = self._clock() - verify_start

@@ -62,6 +62,7 @@ class Drafter(Protocol):
     max_levels: int
     free: bool
     taps: tuple[int, ...]
+    wants_logits: bool
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
         """Rows the first level must process for these requests."""
@@ -77,6 +78,10 @@ class Drafter(Protocol):
 
     def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
         """The target processed `tokens` at the positions first, first + 1, ...; features: [tokens, ...] or None."""
+        ...
+
+    def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
+        """The target's logits [rows, vocab] after `tokens`; called only if `wants_logits`."""
         ...
 
     def release(self, request: Request) -> None:

@@ -33,7 +33,7 @@ ANSWER_TOKENS = 256
 class Recorder:
     """A drafter that never drafts: it keeps the target's features of every token of the requests it is told to."""
 
-    name, max_levels, free = "recorder", 0, False
+    name, max_levels, free, wants_logits = "recorder", 0, False, False
 
     def __init__(self, taps: tuple[int, ...]) -> None:
         self.taps = taps
@@ -53,6 +53,9 @@ class Recorder:
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         if request.id in self.wanted:
             self.features.setdefault(request.id, []).append(features.to(torch.bfloat16))
+
+    def observe_logits(self, tokens: IntArray, logits: Any) -> None:
+        """Not wanted."""
 
     def release(self, request: Request) -> None:
         parts = self.features.pop(request.id, [])

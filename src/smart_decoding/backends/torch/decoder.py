@@ -35,6 +35,7 @@ class ForwardOutput:
 def use_native(config: ModelConfig, device: torch.device) -> bool:
     """Whether the CPU kernels serve this model."""
     fits = config.head_dim in kernels.HEAD_DIMS and config.hidden % 2 == 0 and config.ffn % 2 == 0
+    fits = fits and config.heads <= kernels.MAX_QUERIES * config.kv_heads
     return device.type == "cpu" and fits and kernels.build.unavailable() is None
 
 

@@ -12,6 +12,7 @@ from smart_decoding.backends.torch.native import build
 from smart_decoding.engine.kv import PAGE
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
+MAX_QUERIES = 32  # query heads per key head
 
 
 class RowsStruct(Structure):

@@ -14,13 +14,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from smart_decoding.downloads import cache_dir
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
-
-
-def cache_dir() -> Path:
-    """Where compiled kernels, profiles and downloaded models live: $SMART_CACHE or ~/.cache/smart-decoding."""
-    return Path(os.environ.get("SMART_CACHE") or Path.home() / ".cache" / "smart-decoding").expanduser()
 
 
 def _cpu_flags() -> str:

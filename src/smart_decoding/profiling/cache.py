@@ -1,0 +1,56 @@
+"""Profiles on disk: one small JSON per model, device and machine. A missing, stale or broken one never stops a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from smart_decoding.backends.torch.native import build
+from smart_decoding.core.cost import CostModel
+from smart_decoding.downloads import cache_dir
+
+VERSION = 1  # raise when the engine's speed changes
+
+
+def profile_path(weights: Mapping[str, str], dtype: torch.dtype, device: torch.device, head: str) -> Path:
+    """Where the profile of this model on this machine lies."""
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    native = build.unavailable() is None
+    parts = [str(VERSION), json.dumps(dict(weights), sort_keys=True), str(dtype), machine, head, str(native)]
+    parts.append(str(torch.get_num_threads()))
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return cache_dir() / "profiles" / f"{key}.json"
+
+
+def load_profile(path: Path) -> CostModel | None:
+    """The stored cost model, or None if there is none that can be read."""
+    try:
+        return CostModel.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def save_profile(path: Path, cost: CostModel) -> None:
+    """Stores a cost model, all of it or nothing; a full disk only means measuring again next time."""
+    scratch = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(cost.to_dict()))
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "model\t", "stepping", "flags")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

@@ -1,0 +1,121 @@
+"""Measures what forwards cost: rows x batch x context for the target, width for a level of the draft head."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smart_decoding.backends.torch.eagle_head import EagleHead
+from smart_decoding.backends.torch.target import TorchTarget
+from smart_decoding.core.cost import CostModel, DraftSample, Sample, VerifySample
+from smart_decoding.core.tree import DraftTrees
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.rows import Rows, Span, build_rows
+
+PER_SEQUENCE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+BATCHES = (1, 2, 4, 8, 16, 32)
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+MAX_ROWS = 96
+CONTEXTS = (128, 768)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One thing to time: `run` performs it once, `sample` wraps the seconds."""
+
+    run: Callable[[], object]
+    sample: Callable[[float], Sample]
+
+
+def measure(
+    target: TorchTarget,
+    head: EagleHead | None,
+    pages: int,
+    max_num_seqs: int,
+    seconds: float = 6.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Sample]:
+    """Times every point again and again, in turn (noise then hits all alike), until `seconds` are used up; every point
+    is timed at least once. The cache must be idle: its contents are overwritten."""
+    points = _points(target, head, pages, max_num_seqs)
+    for point in points[:3]:
+        point.run()
+    samples: list[Sample] = []
+    started, turn = clock(), 0
+    while turn < 2 or clock() - started < seconds:
+        for point in points:
+            start = clock()
+            point.run()
+            samples.append(point.sample(clock() - start))
+            if turn >= 1 and clock() - started > seconds:
+                return samples
+        turn += 1
+    return samples
+
+
+def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
+    """Median and 90th percentile of |predicted / measured - 1| of the odd verify samples under a fit of the even ones."""
+    verify = [s for s in samples if isinstance(s, VerifySample)]
+    model = CostModel.fit([s for i, s in enumerate(samples) if i % 2 == 0])
+    errors = [
+        abs(float(model.verify_seconds(s.batch, np.array([s.rows]), s.context)[0]) / s.seconds - 1)
+        for i, s in enumerate(verify)
+        if i % 2
+    ]
+    return (float(np.median(errors)), float(np.percentile(errors, 90))) if errors else (0.0, 0.0)
+
+
+def _points(target: TorchTarget, head: EagleHead | None, pages: int, max_num_seqs: int) -> list[Point]:
+    points = []
+    for context in CONTEXTS:
+        for batch in (b for b in BATCHES if b <= max_num_seqs):
+            for per in PER_SEQUENCE if context == CONTEXTS[0] else (1, 4, 16):
+                if batch * per > MAX_ROWS and per > 1:
+                    break
+                rows = fake_rows(batch, per, context, pages)
+                if rows is not None and context + per <= target.max_positions:
+                    points.append(_verify_point(target, rows, batch, context))
+    for width in WIDTHS if head is not None else ():
+        assert head is not None
+        rows = fake_rows(1, width, CONTEXTS[0], pages)
+        if rows is not None:
+            points.append(_draft_point(head, rows, width))
+    return points
+
+
+def _verify_point(target: TorchTarget, rows: Rows, batch: int, context: int) -> Point:
+    def run() -> object:
+        return target.argmax(target.verify(rows, ()).logits)
+
+    return Point(run, lambda s: VerifySample(batch, len(rows), float(context), s))
+
+
+def _draft_point(head: EagleHead, rows: Rows, width: int) -> Point:
+    import torch
+
+    g = torch.randn(width, head.config.hidden, dtype=head.work_dtype, device=head.device)
+    every, cold = np.arange(width), np.zeros(width)
+
+    def run() -> object:
+        return head.rank(head.run(rows, g), every, 8, cold)
+
+    return Point(run, lambda s: DraftSample(width, float(CONTEXTS[0]), s))
+
+
+def fake_rows(batch: int, per: int, context: int, pages: int) -> Rows | None:
+    """`per` rows in each of `batch` sequences at `context`, all logits wanted; None if the cache is too small."""
+    each = (context + per + PAGE - 1) // PAGE
+    if batch * each > pages:
+        return None
+    spans = []
+    for i in range(batch):
+        table = np.arange(i * each, (i + 1) * each, dtype=np.int32)
+        at = np.arange(context, context + per)
+        slots = (table[at // PAGE] * PAGE + at % PAGE).astype(np.int32)
+        spans.append(Span(((7 * at + i) % 1000).tolist(), context, slots, table))
+    rows, _, _ = build_rows(spans, DraftTrees.empty(batch), [True] * batch)
+    rows.logit_rows = None
+    return rows

@@ -1,0 +1,66 @@
+"""`smart train`: the target writes its own conversations, then a draft head is trained on them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2-135m", help="the target: name, hub id, folder or GGUF file")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the head; an unfinished one is resumed")
+    parser.add_argument("--data", type=Path, help="folder of the conversations (default: OUTPUT/data)")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens that the target writes")
+    parser.add_argument("--seconds", type=float, default=2400, help="training time in all, over resumed runs")
+    parser.add_argument("--draft-vocab", type=int, default=8192, help="output rows of the head: frequent tokens")
+    parser.add_argument("--taps", help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip-generation", action="store_true", help="train on the conversations that are there")
+    parser.add_argument("--prior-prompts", type=int, default=40, help="conversations from which the prior is learned")
+
+
+def main(args: argparse.Namespace) -> int:
+    from smart_decoding.backends.torch.loading import load_checkpoint
+    from smart_decoding.training.prior import learn_prior
+    from smart_decoding.training.train import Trainer, TrainOptions
+
+    checkpoint = load_checkpoint(args.model)
+    taps = _taps(args.taps, checkpoint.config.layers)
+    data = args.data or args.output / "data"
+    if not args.skip_generation:
+        _generate(args, taps, data)
+    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed)
+    figures: dict[str, Any] = Trainer(checkpoint, data, args.output, options).run()
+    print(json.dumps(figures, indent=1))
+    learn_prior(args.model, args.output, args.prior_prompts, args.seed)
+    print(f'the head is in {args.output}: LLM(..., speculative_config={{"method": "eagle", "model": "{args.output}"}})')
+    return 0
+
+
+def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path) -> None:
+    from smart_decoding.llm import LLM
+    from smart_decoding.training.generate import CONCURRENT, Recorder, generate
+
+    llm = LLM(
+        args.model, speculative_config=False, max_num_seqs=CONCURRENT, max_model_len=512,
+        kv_cache_tokens=CONCURRENT * 400, enable_prefix_caching=False, stop_at_loops=True,
+    )  # fmt: skip
+    recorder = Recorder(taps)
+    llm.engine.listen(recorder)
+    generate(llm, recorder, data, args.tokens, args.seed)
+
+
+def _taps(text: str | None, layers: int) -> tuple[int, ...]:
+    from smart_decoding.errors import ConfigError
+
+    if text is None:
+        return (max(1, layers // 8 + 1), layers // 2, layers)
+    try:
+        taps = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        taps = ()
+    if not taps or taps[0] < 1 or taps[-1] > layers:
+        raise ConfigError(f"--taps {text!r} must be layer counts from 1 to {layers}, such as 4,15,{layers}")
+    return taps

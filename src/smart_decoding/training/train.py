@@ -1,0 +1,280 @@
+"""Trains a draft head on the target's own conversations: unrolled like drafting, resumable, measured by depth."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.loading import Checkpoint
+from smart_decoding.errors import ModelError
+from smart_decoding.training.head import Frozen, TrainableHead
+
+HELD_OUT = 0.03
+STEP_WEIGHT = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """seconds: training time in all, over resumed runs; draft_vocab: output rows of the head (frequent tokens)."""
+
+    taps: tuple[int, ...]
+    seconds: float = 2400.0
+    draft_vocab: int = 8192
+    batch_tokens: int = 2500
+    learning_rate: float = 1.2e-3
+    weight_decay: float = 0.02
+    max_unroll: int = 3
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Conversation:
+    tokens: Tensor
+    taps: Tensor
+    answer: int
+
+
+def load_conversations(folder: Path) -> list[Conversation]:
+    """All conversations of a data folder; the taps stay on disk (mmap). Raises ModelError if there are none."""
+    found = []
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        shard = load_file(path)
+        starts = shard["starts"].tolist()
+        for i, answer in enumerate(shard["answers"].tolist()):
+            part = slice(starts[i], starts[i + 1])
+            if starts[i + 1] - starts[i] > answer + 8:
+                found.append(Conversation(shard["tokens"][part].long(), shard["taps"][part], answer))
+    if not found:
+        raise ModelError(f"{folder} holds no training data: run smart train without --skip-generation first")
+    return found
+
+
+def frequent_tokens(conversations: list[Conversation], vocab: int, size: int) -> Tensor:
+    """Ids of the `size` most frequent tokens, ascending; prompts count a little, ties and the rest by low id."""
+    counts = np.zeros(vocab)
+    for item in conversations:
+        tokens = item.tokens.numpy()
+        counts += np.bincount(tokens[item.answer :], minlength=vocab)
+        counts += 0.3 * np.bincount(tokens[: item.answer], minlength=vocab)
+    counts += 0.5 / (1 + np.arange(vocab) / 2000)  # byte-pair ids are roughly in order of frequency
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
+
+
+class Trainer:
+    """Owns the head, its optimiser and the schedule by elapsed time; `run` trains until the time is used up."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, output: Path, options: TrainOptions) -> None:
+        torch.manual_seed(options.seed)
+        self.options, self.output, self.config = options, output, checkpoint.config
+        self._data = load_conversations(folder)
+        np.random.default_rng(options.seed).shuffle(self._data)  # type: ignore[arg-type]
+        held = max(8, int(len(self._data) * HELD_OUT))
+        self._held, self._train = self._data[:held], self._data[held:]
+        self.draft_ids = frequent_tokens(self._train, self.config.vocab, min(options.draft_vocab, self.config.vocab))
+        self._frozen = _frozen(checkpoint, self.draft_ids)
+        self._draft_of = torch.full((self.config.vocab,), -1)
+        self._draft_of[self.draft_ids] = torch.arange(len(self.draft_ids))
+        self.head = TrainableHead(self.config, len(options.taps))
+        self.head.start_from(checkpoint.weights, self._tap_scale())
+        self._optimiser = torch.optim.AdamW(
+            self.head.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay
+        )
+        self.elapsed, self.steps, self.epochs = 0.0, 0, 0.0
+        self._resume()
+
+    def run(self) -> dict[str, Any]:
+        """Trains, writing a checkpoint every two minutes; returns the card's figures."""
+        limit = self.options.seconds
+        with tqdm(total=round(limit), initial=round(self.elapsed), unit="s", desc="training the head") as bar:
+            batches, last_saved = self._batches(), time.monotonic()
+            while self.elapsed < limit:
+                started = time.monotonic()
+                loss = self._step(next(batches))
+                self.elapsed += time.monotonic() - started
+                bar.set_postfix(loss=f"{loss:.3f}", step=self.steps, epoch=f"{self.epochs:.2f}")
+                bar.n = round(min(self.elapsed, limit))
+                bar.refresh()
+                if time.monotonic() - last_saved > 120:
+                    self._save_state()
+                    last_saved = time.monotonic()
+        figures = self.evaluate()
+        self._export(figures)
+        return figures
+
+    def _step(self, batch: list[Conversation]) -> float:
+        progress = min(1.0, self.elapsed / self.options.seconds)
+        warm = min(1.0, (self.steps + 1) / 50)
+        for group in self._optimiser.param_groups:
+            group["lr"] = self.options.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        unroll = 1 if progress < 0.2 else 2 if progress < 0.5 else self.options.max_unroll
+        loss = torch.zeros(())
+        for j, (step_loss, _) in enumerate(self._unrolled(batch, min(unroll, self.options.max_unroll))):
+            loss = loss + STEP_WEIGHT**j * step_loss
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+        self._optimiser.step()
+        self.steps += 1
+        self.epochs += len(batch) / len(self._train)
+        return float(loss.detach()) / sum(STEP_WEIGHT**j for j in range(unroll))
+
+    def _unrolled(self, batch: list[Conversation], unroll: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each unrolled step: the loss, and the ranks [answer tokens] of the target's choices in the draft."""
+        tokens, taps, answer = _padded(batch)
+        pairs = tokens.shape[1] - 2  # pair t reads token t + 1 and predicts token t + 2
+        embedded = F.embedding(tokens[:, 1 : pairs + 1], self._frozen.embedding)
+        g = self.head.features(taps[:, :pairs])
+        last = taps[:, 1 : pairs + 1, -self.config.hidden :]
+        chain: list[tuple[Tensor, Tensor]] = []
+        for j in range(unroll):
+            out = self.head(g, embedded, chain)
+            use = answer[:, 2:].clone()  # is the predicted token part of an answer?
+            use[:, :j] = False
+            at = use.flatten().nonzero()[:, 0]  # index_select: the backward of a boolean index is slow
+            wide = last.flatten(0, 1).index_select(0, at)
+            teacher = self._logits(F.rms_norm(wide, wide.shape[-1:], self._frozen.final_norm, self.config.rms_eps))
+            student = self._logits(self.head.norm(out.flatten(0, 1).index_select(0, at)))
+            yield self._loss(student, teacher, tokens[:, 2:].flatten()[at])
+            g = F.pad(out, (0, 0, 1, 0))[:, :pairs]
+
+    def _loss(self, student: Tensor, teacher: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        soft = -(teacher.softmax(-1) * student.log_softmax(-1)).sum(-1).mean()
+        ids = self._draft_of[chosen]
+        known = ids >= 0
+        hard = F.cross_entropy(student[known], ids[known])
+        with torch.no_grad():
+            score = student.gather(1, ids.clamp(min=0)[:, None])
+            rank = (student > score).sum(-1)
+            rank[~known] = len(self.draft_ids)
+        return 0.5 * soft + 0.5 * hard, rank
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        return F.linear(normed, self._frozen.head_rows)
+
+    @torch.no_grad()
+    def evaluate(self, depths: int = 6) -> dict[str, Any]:
+        """Held-out share of the target's choices among the head's 1, 2 and 4 best, by depth (true prefix)."""
+        ranks: list[list[Tensor]] = [[] for _ in range(depths)]
+        for batch in _bucketed(self._held, self.options.batch_tokens, np.random.default_rng(0)):
+            for depth, (_, rank) in enumerate(self._unrolled(batch, depths)):
+                ranks[depth].append(rank)
+        top = {}
+        for depth, parts in enumerate(ranks, start=1):
+            rank = torch.cat(parts)
+            top[str(depth)] = [round(float((rank < k).float().mean()), 4) for k in (1, 2, 4)]
+        answers = sum(len(item.tokens) - item.answer for item in self._train)
+        return {
+            "held_out_top_1_2_4_by_depth": top,
+            "training_answer_tokens": answers,
+            "training_conversations": len(self._train),
+            "held_out_conversations": len(self._held),
+            "steps": self.steps,
+            "epochs": round(self.epochs, 2),
+            "training_seconds": round(self.elapsed),
+        }
+
+    def _batches(self) -> Iterator[list[Conversation]]:
+        rng = np.random.default_rng((self.options.seed, self.steps))
+        while True:
+            yield from _bucketed(self._train, self.options.batch_tokens, rng)
+
+    def _tap_scale(self) -> float:
+        last = torch.cat([item.taps[:, -self.config.hidden :].float() for item in self._train[:50]])
+        return float(last.pow(2).mean().sqrt())
+
+    # ------------------------------------------------------------------------------------------- files
+
+    def _resume(self) -> None:
+        path = self.output / "state.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        self.head.load_state_dict(state["head"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self.elapsed, self.steps, self.epochs = state["elapsed"], state["steps"], state["epochs"]
+
+    def _save_state(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        state = {
+            "head": self.head.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "elapsed": self.elapsed,
+            "steps": self.steps,
+            "epochs": self.epochs,
+        }
+        torch.save(state, self.output / "state.partial")
+        os.replace(self.output / "state.partial", self.output / "state.pt")
+
+    def _export(self, figures: dict[str, Any]) -> None:
+        self._save_state()
+        tensors = {**self.head.exported(), "draft_ids": self.draft_ids.int()}
+        save_file(tensors, self.output / "model.partial")
+        os.replace(self.output / "model.partial", self.output / "model.safetensors")
+        config = head_config(self.config, self.options.taps, len(self.draft_ids))
+        (self.output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        card = {"figures": figures, "options": asdict(self.options)}
+        (self.output / "training.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def head_config(config: ModelConfig, taps: tuple[int, ...], draft_vocab: int) -> dict[str, Any]:
+    """The head's config.json: its shape, the target's shape it fits, and the layers that it taps."""
+    return {
+        **config.to_hf(),
+        "architectures": ["SmartEagle3Head"],
+        "num_hidden_layers": 1,
+        "target_num_hidden_layers": config.layers,
+        "draft_vocab_size": draft_vocab,
+        "taps": list(taps),
+        "fc_norm": True,
+    }
+
+
+def _frozen(checkpoint: Checkpoint, draft_ids: Tensor) -> Frozen:
+    weights = checkpoint.weights
+    embedding = weights["model.embed_tokens.weight"].float()
+    head = embedding if checkpoint.config.tie_embeddings else weights["lm_head.weight"].float()
+    return Frozen(embedding, head[draft_ids].contiguous(), weights["model.norm.weight"].float())
+
+
+def _padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens [b, n], taps [b, n, width] float32, and whether each token belongs to an answer [b, n]."""
+    n = max(len(item.tokens) for item in batch)
+    tokens = torch.zeros(len(batch), n, dtype=torch.long)
+    taps = torch.zeros(len(batch), n, batch[0].taps.shape[1])
+    answer = torch.zeros(len(batch), n, dtype=torch.bool)
+    for i, item in enumerate(batch):
+        size = len(item.tokens)
+        tokens[i, :size], taps[i, :size] = item.tokens, item.taps.float()
+        answer[i, item.answer : size] = True
+    return tokens, taps, answer
+
+
+def _bucketed(items: list[Conversation], batch_tokens: int, rng: np.random.Generator) -> list[list[Conversation]]:
+    """Batches of similar lengths (little padding), in random order."""
+    noise = rng.uniform(0.9, 1.1, len(items))
+    order = np.argsort([len(item.tokens) * x for item, x in zip(items, noise, strict=True)])
+    batches: list[list[Conversation]] = [[]]
+    longest = 0
+    for i in order:
+        longest = max(longest, len(items[i].tokens))
+        if batches[-1] and longest * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+            longest = len(items[i].tokens)
+        batches[-1].append(items[i])
+    rng.shuffle(batches)  # type: ignore[arg-type]
+    return batches
+
