@@ -1,0 +1,110 @@
+"""Tiny random models of every supported shape, and the rows to run them on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.decoder import Decoder
+from smart_decoding.core.tree import DraftTrees
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.rows import Rows, Span, build_rows
+
+VOCAB, PAGES = 331, 40
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 200,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.5}
+Llama, Mistral = transformers.LlamaConfig, transformers.MistralConfig
+Qwen2, Qwen3 = transformers.Qwen2Config, transformers.Qwen3Config
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (Llama, {}),
+    "llama-tied": (Llama, {"tie_word_embeddings": True}),
+    "llama-llama3": (Llama, {"rope_parameters": LLAMA3}),
+    "llama-linear": (Llama, {"rope_parameters": LINEAR}),
+    "llama-bias": (Llama, {"attention_bias": True}),
+    "mistral": (Mistral, {}),
+    "qwen2": (Qwen2, {}),
+    "qwen3": (Qwen3, {"head_dim": 32}),
+    "head_dim 64, one query per key": (Llama, {"head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 3}),
+    "head_dim 96, five per key": (
+        Llama,
+        {"head_dim": 96, "hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 1},
+    ),
+    "head_dim 128, tied": (Qwen3, {"head_dim": 128, "num_attention_heads": 4, "tie_word_embeddings": True}),
+}
+OTHERS = {  # shapes without CPU kernels
+    "head_dim 24": (Llama, {"head_dim": 24}),
+    "odd ffn": (Llama, {"intermediate_size": 131}),
+}
+
+
+@functools.cache
+def reference(name: str) -> transformers.PreTrainedModel:
+    """transformers' model, fp32; biases and norms are random too."""
+    torch.manual_seed(0)
+    config_class, extra = (MODELS | OTHERS)[name]
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**{**SIZES, **extra})).float().eval()
+    for weight in model.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    return model
+
+
+def config_of(name: str) -> ModelConfig:
+    model = reference(name)
+    return ModelConfig.from_hf({**model.config.to_dict(), "architectures": [type(model).__name__]})
+
+
+def decoder(name: str, native: bool | None, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A fresh decoder, its cache full of rubbish that no row may read."""
+    model = Decoder(config_of(name), reference(name).state_dict(), dtype, torch.device("cpu"), PAGES, 512, native)
+    for cache in (model.kv.keys, model.kv.values):
+        cache.uniform_(-1000, 1000)
+    return model
+
+
+class Memory:
+    """Pages in random order."""
+
+    def __init__(self, seed: int) -> None:
+        self._free = np.random.default_rng(seed).permutation(PAGES).astype(np.int32).tolist()
+
+    def pages(self, tokens: int) -> np.ndarray:
+        count = -(-tokens // PAGE)
+        taken, self._free = self._free[:count], self._free[count:]
+        return np.array(taken, np.int32)
+
+
+def span(tokens: Sequence[int], start: int, pages: np.ndarray, nodes: int = 0) -> Span:
+    position = np.arange(start, start + len(tokens) + nodes)
+    return Span(tokens, start, (pages[position // PAGE] * PAGE + position % PAGE).astype(np.int32), pages)
+
+
+def plain_rows(*spans: Span) -> Rows:
+    """All rows' logits wanted."""
+    rows = build_rows(spans, DraftTrees.empty(len(spans)), [True] * len(spans))[0]
+    rows.logit_rows = None
+    return rows

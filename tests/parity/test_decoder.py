@@ -1,0 +1,162 @@
+"""The decoder against transformers, and against itself: however tokens are cut into forwards, the logits are the same.
+
+On the CPU kernels "the same" is bitwise, in torch within rounding."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from smart_decoding.backends.torch.decoder import Decoder, use_native
+from smart_decoding.backends.torch.native import build
+from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.engine.rows import build_rows
+
+from .checkpoints import MODELS, OTHERS, VOCAB, Memory, config_of, decoder, plain_rows, reference, span
+
+TOLERANCE = 1e-4
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, 150)
+NATIVE = pytest.param(
+    True, id="native", marks=pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+)
+BOTH = [NATIVE, pytest.param(False, id="torch")]
+FORMS = [pytest.param(True, torch.float32, id="native"), pytest.param(True, torch.bfloat16, id="native bf16")]
+FORMS = [pytest.param(*form.values, id=form.id, marks=NATIVE.marks) for form in FORMS]
+FORMS.append(pytest.param(False, torch.float32, id="torch"))
+
+
+def assert_same(got: torch.Tensor, wanted: torch.Tensor, native: bool) -> None:
+    if native:
+        assert torch.equal(got, wanted)
+    else:
+        torch.testing.assert_close(got, wanted, rtol=0, atol=TOLERANCE)
+
+
+def full(model: Decoder, tokens: np.ndarray, seed: int = 1) -> torch.Tensor:
+    """[tokens, vocab] in one forward."""
+    return model.forward(plain_rows(span(tokens, 0, Memory(seed).pages(len(tokens))))).logits
+
+
+@pytest.mark.parametrize("native", BOTH)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name: str, native: bool) -> None:
+    with torch.no_grad():
+        wanted = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
+    assert wanted.std() > 0.5
+    torch.testing.assert_close(full(decoder(name, native), TOKENS), wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_shapes_without_kernels_fall_back_to_torch(name: str) -> None:
+    model = decoder(name, None)
+    assert not model.native
+    with torch.no_grad():
+        wanted = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
+    torch.testing.assert_close(full(model, TOKENS), wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_many_query_heads_per_key_are_not_for_the_kernels() -> None:
+    config = dataclasses.replace(config_of("llama"), heads=33, kv_heads=1)
+    assert not use_native(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("native", "dtype"), FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_and_single_tokens_equal_the_full_forward(name: str, native: bool, dtype: torch.dtype) -> None:
+    """Two requests in one batch, cut differently: one in chunks of 37, the other token by token after 100."""
+    model = decoder(name, native, dtype)
+    wanted = full(model, TOKENS)
+    memory = Memory(2)
+    tables = memory.pages(150), memory.pages(150)
+    starts, got = [0, 0], ([], [])
+    while min(starts) < len(TOKENS):
+        sizes = [37, 100 if starts[1] == 0 else 1]
+        parts = [
+            (i, span(TOKENS[starts[i] :][: sizes[i]], starts[i], tables[i])) for i in (0, 1) if starts[i] < len(TOKENS)
+        ]
+        logits = model.forward(plain_rows(*(part for _, part in parts))).logits
+        for (i, part), rows in zip(parts, logits.split([len(part.tokens) for _, part in parts]), strict=True):
+            got[i].append(rows)
+            starts[i] += len(part.tokens)
+    for rows in got:
+        assert_same(torch.cat(rows), wanted, native)
+
+
+def random_trees(seed: int, batch: int, nodes: int) -> DraftTrees:
+    rng, trees = np.random.default_rng(seed), DraftTrees.empty(batch)
+    for _ in range(nodes):
+        owner = int(rng.integers(batch))
+        parent = int(rng.choice([ROOT, *trees.nodes_of(owner)[-4:]]))
+        trees.append([owner], [int(rng.integers(VOCAB))], [parent], [0.5])
+    return trees
+
+
+@pytest.mark.parametrize(("native", "dtype"), FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_tree_rows_equal_plain_rows_and_can_be_committed(name: str, native: bool, dtype: torch.dtype) -> None:
+    """Trees of three requests around page and chunk boundaries beside a prompt; then the deepest paths are moved into
+    place and decoding goes on from there."""
+    model, contexts = decoder(name, native, dtype), (5, 63, 126)
+    trees = random_trees(3, len(contexts), 24)
+    memory = Memory(4)
+    tables = [memory.pages(context + 40) for context in contexts]
+    model.forward(plain_rows(*(span(TOKENS[:c], 0, table) for c, table in zip(contexts, tables, strict=True))))
+    spans = [
+        span(TOKENS[c : c + 1], c, table, len(trees.nodes_of(i)))
+        for i, (c, table) in enumerate(zip(contexts, tables, strict=True))
+    ]
+    spans.append(span(TOKENS[:20], 0, memory.pages(20)))
+    rows, last, node_row = build_rows(spans, trees, [True] * 3 + [False])
+    logits = model.forward(rows).logits
+    paths = [trees.path(node) for node in range(len(trees))]
+    assert max(map(len, paths)) >= 4
+
+    def sequence(owner: int, path: list[int]) -> np.ndarray:
+        return np.concatenate((TOKENS[: contexts[owner] + 1], trees.token[path]))
+
+    fresh = decoder(name, native, dtype)
+    for owner in range(3):
+        assert_same(logits[owner], full(fresh, sequence(owner, []))[-1], native)
+    for node, path in enumerate(paths):
+        assert_same(logits[3 + node], full(fresh, sequence(int(trees.owner[node]), path))[-1], native)
+    for owner, table in enumerate(tables):
+        path = max((paths[node] for node in trees.nodes_of(owner)), key=len)
+        source, target = rows.slot[node_row[path]], rows.slot[last[owner] + 1 : last[owner] + 1 + len(path)]
+        model.kv.move(torch.from_numpy(source), torch.from_numpy(target.copy()))
+        tokens = np.append(sequence(owner, path), 7)
+        after = model.forward(plain_rows(span(tokens[-1:], len(tokens) - 1, table))).logits
+        assert_same(after[0], full(fresh, tokens)[-1], native)
+
+
+@pytest.mark.parametrize("native", BOTH)
+def test_taps_are_the_residual_streams_after_the_layers(native: bool) -> None:
+    model = decoder("qwen3", native)
+    out = model.forward(plain_rows(span(TOKENS[:20], 0, Memory(1).pages(20))), taps=(1, 2))
+    with torch.no_grad():
+        states = reference("qwen3").model(torch.from_numpy(TOKENS[:20])[None], output_hidden_states=True).hidden_states
+        final = reference("qwen3").model.norm
+        torch.testing.assert_close(out.taps[:, :96], states[1][0], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(final(out.taps[:, 96:]), states[2][0], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("native", BOTH)
+def test_only_wanted_logits_are_computed(native: bool) -> None:
+    model = decoder("llama", native)
+    rows = plain_rows(span(TOKENS[:20], 0, Memory(1).pages(20)))
+    everything = model.forward(rows).logits
+    for wanted in ([19, 3], []):
+        rows.logit_rows = np.array(wanted, np.int64)
+        assert_same(model.forward(rows).logits, everything[wanted], native)
+
+
+@NATIVE.marks[0]
+def test_the_number_of_threads_changes_no_bit() -> None:
+    before, logits = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            logits.append(full(decoder("llama", True), TOKENS[:70]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])

@@ -1,0 +1,107 @@
+"""The CPU kernels one by one against torch."""
+
+import numpy as np
+import pytest
+import torch
+
+from smart_decoding.backends.torch import kernels
+from smart_decoding.backends.torch.kernels import Arena
+from smart_decoding.backends.torch.layers import KVCache, Linear
+from smart_decoding.backends.torch.native import build
+from smart_decoding.engine.kv import PAGE
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    size = kernels.packed_rows(len(weight)) * weight.shape[1]
+    return kernels.pack(weight, Arena(size, weight.dtype).take(size))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 16, 31, 32, 33, 100])
+@pytest.mark.parametrize("k", [2, 34, 96])
+def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
+    """Right, and each row bitwise the same alone and among any others."""
+    torch.manual_seed(n)
+    weight, x, bias = torch.randn(n, k).to(dtype), torch.randn(40, k), torch.randn(n)
+    w, norm = packed(weight), torch.rand(k) + 0.5
+    alone = torch.cat([kernels.linear(x[i : i + 1], w, n, norm, 1e-5, bias) for i in range(40)])
+    wanted = torch.nn.functional.rms_norm(x.double(), (k,), norm.double(), 1e-5) @ weight.double().T + bias
+    torch.testing.assert_close(alone.double(), wanted, rtol=1e-5, atol=1e-5)
+    for rows in range(1, 41):
+        assert torch.equal(kernels.linear(x[:rows].contiguous(), w, n, norm, 1e-5, bias), alone[:rows])
+    plain = kernels.linear(x, w, n)
+    torch.testing.assert_close(plain.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [31, 64, 100])
+def test_a_packed_weights_rows_can_be_read_back(n: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(n, 34).to(dtype)
+    index = torch.randperm(n)
+    assert torch.equal(Linear(weight, native=True).rows_of(index), weight[index])
+
+
+@pytest.mark.parametrize("n", [16, 33, 1000])
+@pytest.mark.parametrize("k", [1, 5, 16])
+def test_top_k(n: int, k: int) -> None:
+    torch.manual_seed(n)
+    x = torch.randn(7, n) * 3
+    ids, probs = kernels.top_k(x, k, scale=0.7)
+    wanted, at = torch.softmax(x.double() * 0.7, -1).topk(k)
+    assert torch.equal(ids, at)
+    torch.testing.assert_close(probs.double(), wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_top_k_takes_ties_by_index() -> None:
+    x = torch.zeros(2, 40)
+    x[1, [7, 30, 39]] = 1.0
+    ids, probs = kernels.top_k(x, 4)
+    assert ids.tolist() == [[0, 1, 2, 3], [7, 30, 39, 0]]
+    torch.testing.assert_close(probs[0], torch.full((4,), 1 / 40))
+
+
+@pytest.mark.parametrize("n", [16, 17, 100, 1003])
+def test_argmax_is_the_first_maximum(n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = torch.from_numpy(rng.integers(0, 4, (50, n)).astype(np.float32))  # every row has many ties
+    assert kernels.argmax(x).tolist() == x.numpy().argmax(1).tolist()
+    x = -torch.from_numpy(rng.random((50, n), np.float32)) - 1
+    assert kernels.argmax(x).tolist() == x.numpy().argmax(1).tolist()
+
+
+@pytest.mark.parametrize("d", [1, 16, 50, 96])
+def test_rms_norm_into_columns(d: int) -> None:
+    x, weight, out = torch.randn(5, d), torch.randn(d), torch.full((5, d + 9), 7.0)
+    kernels.rms_norm(x, weight, 1e-5, out, column=4)
+    wanted = torch.nn.functional.rms_norm(x.double(), (d,), weight.double(), 1e-5)
+    torch.testing.assert_close(out[:, 4 : 4 + d].double(), wanted, rtol=1e-5, atol=1e-6)
+    assert (out[:, :4] == 7).all() and (out[:, 4 + d :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_move_kv(dtype: torch.dtype) -> None:
+    """In order: a slot may be a source after the slot before it was a target."""
+    cache = KVCache.empty(2, 3, 5, 16, dtype, torch.device("cpu"))
+    for tensor in (cache.keys, cache.values):
+        tensor.copy_(torch.randn_like(tensor))
+    keys, values = cache.keys.clone(), cache.values.clone()
+    source, target = [20, 21, 79], [19, 20, 33]
+    cache.move(torch.tensor(source, dtype=torch.int32), torch.tensor(target, dtype=torch.int32))
+    for s, t in zip(source, target, strict=True):
+        keys[:, :, t // PAGE, :, t % PAGE] = keys[:, :, s // PAGE, :, s % PAGE]
+        values[:, :, t // PAGE, t % PAGE] = values[:, :, s // PAGE, s % PAGE]
+    assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
+
+
+def test_move_in_torch_equals_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    native = KVCache(torch.randn(2, 3, 5, 16, PAGE), torch.randn(2, 3, 5, PAGE, 16))
+    plain = KVCache(native.keys.clone(), native.values.clone())
+    source, target = (torch.tensor(slots, dtype=torch.int32) for slots in ([20, 21, 79], [19, 20, 33]))
+    native.move(source, target)
+    monkeypatch.setattr(build, "unavailable", lambda: "switched off")
+    plain.move(source, target)
+    assert torch.equal(native.keys, plain.keys) and torch.equal(native.values, plain.values)
