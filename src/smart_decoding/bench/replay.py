@@ -108,22 +108,20 @@ def replay(policy: Policy, recording: Sequence[Recorded], cost: CostModel, batch
     """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled until it runs dry, and
     then rounds of smaller batches are left out, as in the live benchmark."""
     waiting = [answer for answer in recording if len(answer.tokens) > 1]
-    running = [[answer, 0] for answer in waiting[:batch_size]]
+    running = [_Slot(answer) for answer in waiting[:batch_size]]
     waiting = waiting[batch_size:]
-    tokens = rounds = missing = catch_up = 0
+    tokens = rounds = missing = 0
     seconds = 0.0
     if len(running) < batch_size:
         raise ConfigError(f"a replay at batch size {batch_size} needs that many recorded answers, not {len(running)}")
     while len(running) == batch_size:
         source = _Source(running)
-        emitted, spent, extra = _round(policy, source, cost, catch_up)
+        emitted, spent = _round(policy, source, cost)
         tokens, seconds, rounds = tokens + sum(emitted), seconds + spent, rounds + 1
-        missing, catch_up = missing + source.missing, extra
-        for slot, count in zip(running, emitted, strict=True):
-            slot[1] += count
-        running = [slot for slot in running if slot[1] + 1 < len(slot[0].tokens)]
+        missing += source.missing
+        running = [slot for slot in running if slot.truth]
         while waiting and len(running) < batch_size:
-            running.append([waiting.pop(0), 0])
+            running.append(_Slot(waiting.pop(0)))
     return Replayed(tokens, seconds, rounds, missing)
 
 
@@ -181,12 +179,29 @@ def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Recorded]:
     return list(answers.values())
 
 
+@dataclass(slots=True)
+class _Slot:
+    """A running answer. at: output tokens that are out, less one; pending: rows that the drafter has not processed yet,
+    at first the prompt's."""
+
+    answer: Recorded
+    at: int = 0
+    pending: int = 0
+
+    def __post_init__(self) -> None:
+        self.pending = self.answer.prompt_length
+
+    @property
+    def truth(self) -> list[int]:
+        """The tokens to come."""
+        return self.answer.tokens[self.at + 1 :]
+
+
 class _Source:
     """The running answers' trees as a drafter: where each live node stands in its recorded tree."""
 
-    def __init__(self, running: Sequence[Sequence[Recorded | int]]) -> None:
-        self.answers: list[Recorded] = [slot[0] for slot in running]  # type: ignore[misc]
-        self.at: list[int] = [slot[1] for slot in running]  # type: ignore[misc]
+    def __init__(self, slots: Sequence[_Slot]) -> None:
+        self.slots = slots
         self.where: list[int] = []
         self.missing = 0
 
@@ -194,7 +209,7 @@ class _Source:
         """Appends the recorded children of `parents` (live nodes or ROOT)."""
         rows: list[tuple[int, int, int, float]] = []
         for owner, parent in zip(owners, parents, strict=True):
-            tree = self.answers[owner].trees[self.at[owner]]
+            tree = self.slots[owner].answer.trees[self.slots[owner].at]
             node = ROOT if parent == ROOT else self.where[parent]
             if node not in tree.expanded:
                 self.missing += 1
@@ -206,15 +221,13 @@ class _Source:
             owner_, token, parent_, prob = zip(*rows, strict=True)
             trees.append(owner_, token, parent_, prob)
 
-    def truth(self, owner: int) -> list[int]:
-        return self.answers[owner].tokens[self.at[owner] + 1 :]
 
-
-def _round(policy: Policy, source: _Source, cost: CostModel, catch_up: int) -> tuple[list[int], float, int]:
-    """One round: tokens emitted per request, seconds, and the rows that the drafter must catch up on next time."""
-    size = len(source.answers)
-    context = np.array([a.prompt_length + t for a, t in zip(source.answers, source.at, strict=True)], np.int64)
-    remaining = np.array([len(source.truth(i)) for i in range(size)], np.int64)
+def _round(policy: Policy, source: _Source, cost: CostModel) -> tuple[list[int], float]:
+    """One round, the slots moved on: tokens emitted per request, and seconds."""
+    size = len(source.slots)
+    context = np.array([slot.answer.prompt_length + slot.at for slot in source.slots], np.int64)
+    remaining = np.array([len(slot.truth) for slot in source.slots], np.int64)
+    catch_up = sum(slot.pending for slot in source.slots) - size
     batch = BatchState(context, remaining, np.zeros(size), np.ones(size, np.bool_), catch_up_rows=catch_up)
     plan, trees, mean = policy.plan(batch), DraftTrees.empty(size), float(context.mean())
     widths: list[int] = []
@@ -232,8 +245,10 @@ def _round(policy: Policy, source: _Source, cost: CostModel, catch_up: int) -> t
     rows = size + len(kept)
     verify = float(cost.verify_seconds(size, rows, mean))
     policy.observe(Round(batch, plan, trees, kept, next_token, root_next, widths, levels, rows, verify))
-    extra = sum(emitted) - size if widths else min(catch_up + size, 64 * size)
-    return emitted, verify + sum(levels) + (cost.overhead_seconds if widths else 0.0), extra
+    for slot, count in zip(source.slots, emitted, strict=True):
+        slot.at += count
+        slot.pending = count if widths else slot.pending + count
+    return emitted, verify + sum(levels) + (cost.overhead_seconds if widths else 0.0)
 
 
 def _walk(trees: DraftTrees, kept: IntArray, source: _Source) -> tuple[list[int], IntArray, IntArray]:
@@ -241,8 +256,8 @@ def _walk(trees: DraftTrees, kept: IntArray, source: _Source) -> tuple[list[int]
     child = {(int(trees.owner[n]), int(trees.parent[n]), int(trees.token[n])): int(n) for n in reversed(kept)}
     next_token = np.full(len(trees), -1, np.int64)
     emitted, roots = [], []
-    for owner in range(trees.batch):
-        truth, node = source.truth(owner), ROOT
+    for owner, slot in enumerate(source.slots):
+        truth, node = slot.truth, ROOT
         roots.append(truth[0])
         count = 1
         while count < len(truth) and (owner, node, truth[count - 1]) in child:

@@ -13,9 +13,10 @@ from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.off import Off
 from smart_decoding.errors import ConfigError
 
-ROW, LEVEL = 0.1, 0.25
+ROW, LEVEL, LEVEL_ROW = 0.1, 0.25, 0.01
 COST = CostModel.from_table(
-    {b: {n: 1.0 + ROW * n for n in range(1, 400)} for b in (1, 2)}, dict.fromkeys(range(1, 400), LEVEL)
+    {b: {n: 1.0 + ROW * n for n in range(1, 400)} for b in (1, 2)},
+    {n: LEVEL + LEVEL_ROW * n for n in range(1, 400)},
 )
 
 
@@ -39,7 +40,7 @@ def test_a_replay_equals_the_live_run(recording, setting):
     options = dict(zip(("depth", "top_k", "total_tokens"), setting, strict=True))
     clock = worlds.Clock()
     target = worlds.RuleTarget(clock, ROW)
-    live = worlds.engine(clock, "likelihood", worlds.RuleDrafter(clock, seconds=LEVEL), target, **options)
+    live = worlds.engine(clock, "likelihood", worlds.RuleDrafter(clock, True, LEVEL, LEVEL_ROW), target, **options)
     tokens, seconds, rounds = 0.0, 0.0, 0
     for prompt in worlds.prompts(count=4, tokens=30):
         counts = run_block(live, [prompt], [], 1, clock).counts
@@ -64,7 +65,7 @@ def test_what_the_recording_lacks_is_counted(recording):
 def test_settings_are_ranked_by_throughput(recording):
     chosen = [{"depth": d, "top_k": 1, "total_tokens": d + 2} for d in range(3)]
     ranked = rank(recording, COST, 1, chosen)
-    # Every draft is right: (d + 2) tokens in 1 + 0.1 (d + 2) + 0.25 (d + 1) seconds, best for the deepest tree.
+    # Every draft is right: (d + 2) tokens in 1 + 0.1 (d + 2) + 0.26 (d + 1) seconds and more: the deepest is best.
     assert [setting["depth"] for setting, _ in ranked] == [2, 1, 0]
 
 

@@ -50,18 +50,22 @@ class RuleTarget:
 
 
 class RuleDrafter:
-    """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`."""
+    """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`, and each of its rows
+    `row_seconds`, the rows of tokens that it has not seen yet included."""
 
     name, max_levels, free, taps, wants_logits = "rule", 8, False, (), False
 
-    def __init__(self, clock: Clock, good: bool = True, seconds: float = 0.0) -> None:
-        self.clock, self.good, self.seconds = clock, good, seconds
+    def __init__(self, clock: Clock, good: bool = True, seconds: float = 0.0, row_seconds: float = 0.0) -> None:
+        self.clock, self.good, self.seconds, self.row_seconds = clock, good, seconds, row_seconds
+        self.pending: dict[str, int] = {}
 
     def pending_rows(self, requests):
-        return len(requests)
+        return sum(self.pending[r.id] for r in requests)
 
     def start(self, requests, plan):
         trees = DraftTrees.empty(len(requests))
+        self.clock.now += self.row_seconds * (self.pending_rows(requests) - len(requests))
+        self.pending.update((r.id, 0) for r in requests)
         self._append(
             trees, np.arange(len(requests)), np.full(len(requests), -1), [r.tokens[-1] for r in requests], plan
         )
@@ -71,16 +75,16 @@ class RuleDrafter:
         self._append(trees, trees.owner[nodes], nodes, trees.token[nodes], plan)
 
     def _append(self, trees, owner, parent, last, plan):
-        self.clock.now += self.seconds
+        self.clock.now += self.seconds + self.row_seconds * len(owner)
         for rank in range(min(plan.children, 2)):
             wrong = rank if self.good else rank + 1
             trees.append(owner, successor(np.asarray(last) + wrong), parent, np.full(len(owner), 0.6 - 0.3 * rank))
 
     def extend(self, request, features, first, tokens):
-        pass
+        self.pending[request.id] = self.pending.get(request.id, 0) + len(tokens)
 
     def release(self, request):
-        pass
+        self.pending.pop(request.id, None)
 
 
 def engine(clock, policy="off", drafter=None, target=None, batch=8, **options) -> Engine:
