@@ -59,7 +59,7 @@ class FakeDrafter:
 
     It also checks what the engine tells it: positions without gaps, the right tokens, each row's own features."""
 
-    name, taps = "fake", (1,)
+    name, taps, wants_logits = "fake", (1,), True
 
     def __init__(self, target: TimedTarget, max_levels: int = 4, free: bool = False, skill: float = 0.8, seed: int = 0):
         self.target, self.max_levels, self.free, self.skill = target, max_levels, free, skill
@@ -88,6 +88,9 @@ class FakeDrafter:
         assert list(tokens) == request.tokens[first : first + len(tokens)] and len(tokens) == len(features)
         assert features.tolist() == [[token, first + i] for i, token in enumerate(tokens)]
         self.known[request] = first + len(tokens)
+
+    def observe_logits(self, tokens: np.ndarray, logits: torch.Tensor) -> None:
+        assert logits.shape == (len(tokens), VOCAB)
 
     def release(self, request: Request) -> None:
         self.known.pop(request, None)

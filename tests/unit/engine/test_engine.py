@@ -217,3 +217,12 @@ def test_metrics_count_nodes_and_times() -> None:
     assert 0 < metrics.accepted < metrics.verified and metrics.wasted_rows == metrics.verified - metrics.accepted
     assert metrics.accepted + metrics.rounds + 1 >= 30 > metrics.rounds + 1
     assert 0 < metrics.ttft < metrics.finished
+
+
+def test_a_drafter_cannot_be_changed_under_a_running_request() -> None:
+    engine = make_engine("static")
+    add(engine, "x", [1, 2], greedy(4))
+    with pytest.raises(ConfigError, match="no request is running"):
+        engine.listen(engine.drafter)
+    finish(engine)
+    engine.listen(engine.drafter)
