@@ -114,7 +114,9 @@ class LLM:
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
         other = copy.copy(self)
-        other.speculation = build_speculation(speculative_config, self._checkpoint, self.target, config.max_num_seqs)
+        other.speculation = build_speculation(
+            speculative_config, self._checkpoint, self.target, config.pages, config.max_num_seqs
+        )
         other.engine = Engine(self.target, other.speculation.policy, other.speculation.drafter, config, self._decoder)
         return other
 
