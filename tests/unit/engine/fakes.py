@@ -46,7 +46,10 @@ class TimedTarget(FakeTarget):
 
 def true_token(target: FakeTarget, request: Request, path: Sequence[int]) -> int:
     """What the target will draw after the request's tokens and `path`."""
-    logits = torch.from_numpy(target.logits_of([*request.tokens, *path]))[None]
+    row = target.logits_of([*request.tokens, *path])
+    if request.params.greedy and not request.params.changes_logits:
+        return int(row.argmax())
+    logits = torch.from_numpy(row)[None]
     position = len(request.output) + len(path)
     spec = SampleSpec(
         request.params, request.seed, request.sample, position, request.history, list(path), target.eos_token_ids
