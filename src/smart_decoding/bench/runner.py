@@ -207,8 +207,8 @@ def _warm_up(engine: Engine, prompts: Mapping[str, Sequence[Prompt]], batch_size
     run_block(engine, short, short, batch_size)
 
 
-def _head(llm: LLM) -> Any:
-    return getattr(llm.engine.drafter, "provenance", None) or getattr(llm.engine.drafter, "name", None)
+def _head(llm: LLM) -> str:
+    return llm.speculation.description
 
 
 def _progress(prompts: Mapping[str, Sequence[Prompt]], batch_size: int, arms: int) -> Any:
