@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import traceback
@@ -24,7 +23,7 @@ COMMANDS = {
     "run": ("answer one prompt", "smart_decoding.cli_run"),
     "demo": ("see the default model speculate, its trees, and the speedup", "smart_decoding.cli_demo"),
     "bench": ("compare policies on natural prompts", "smart_decoding.bench.cli"),
-    "profile": ("measure what a forward costs on this machine", "smart_decoding.profiling.cli"),
+    "profile": ("measure what a forward costs on this machine", "smart_decoding.cli_profile"),
     "train": ("train a draft head for a model", "smart_decoding.training.cli"),
     "divergence": ("how often bf16 output differs under speculation, and why", "smart_decoding.bench.divergence"),
     "models": ("list the built-in models", "smart_decoding.cli_models"),
@@ -81,17 +80,6 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         if name == command:
             _import(name, module).add_arguments(sub)
     return parser
-
-
-def key_value(text: str) -> tuple[str, Any]:
-    """'k=v' as (k, v), v read as JSON (a number, true, false, a list) or else taken as a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form option=value")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def _run(arguments: Sequence[str]) -> int:

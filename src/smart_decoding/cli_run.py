@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli import key_value
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL
@@ -15,7 +15,7 @@ from smart_decoding.models import DEFAULT_MODEL
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM, CompletionOutput, Prompt
 
-METHODS = ("eagle", "ngram", "recycling", "draft_model", "union", "none")
+METHODS = ("eagle", "ngram", "recycling", "union", "none")
 DTYPES = ("bf16", "bfloat16", "fp32", "float32")
 _FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids")  # not a user's to give
 
@@ -33,6 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-tokens", type=int, default=256, help="default 256")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     parser.add_argument("--stats", action="store_true", help="one line of speed and rows on standard error")
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """'k=v' as (k, v), v read as JSON (a number, true, false, a list) or else taken as a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form option=value")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

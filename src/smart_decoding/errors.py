@@ -1,4 +1,7 @@
-"""Every error a user can cause: one small tree, one clear line each. The command line prints the line and exits with 2."""
+"""Every error a user can cause: one small tree, one clear line each.
+
+The command line prints the line and exits with 2.
+"""
 
 
 class SmartError(Exception):

@@ -155,7 +155,9 @@ class LLM:
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return self.generate([self.tokenizer.encode_chat(m) for m in many], sampling_params)  # type: ignore[arg-type]
 
-    def stream(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[str]:
         """The text of one answer to a prompt or a conversation, piece by piece as rounds yield it."""
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
@@ -181,9 +183,14 @@ class LLM:
     def _output(job: _Job) -> RequestOutput:
         outputs = [
             CompletionOutput(
-                r.sample, r.stop.text, list(r.output), "abort" if r.aborted else r.stop.finish_reason,
-                r.stop.stop_reason, r.metrics, r.logprobs,
-            )  # fmt: skip
+                r.sample,
+                r.stop.text,
+                list(r.output),
+                "abort" if r.aborted else r.stop.finish_reason,
+                r.stop.stop_reason,
+                r.metrics,
+                r.logprobs,
+            )
             for r in job.answers
         ]
         return RequestOutput(job.answers[0].id.partition("#")[0], job.prompt, job.tokens, outputs)

@@ -204,7 +204,7 @@ def test_every_policy_is_accepted_by_name_and_named_in_the_help() -> None:
     [("a=1", 1), ("a=0.5", 0.5), ("a=true", True), ("a=mc_sim", "mc_sim"), ("a=[[0],[1]]", [[0], [1]]), ("a=", "")],
 )
 def test_option_values(text: str, value: object) -> None:
-    assert cli.key_value(text) == ("a", value)
+    assert cli_run.key_value(text) == ("a", value)
 
 
 # ---------------------------------------------------------------------------------------------- errors and exits

@@ -143,9 +143,7 @@ class NgramDrafter:
         tokens, parents, depths, drafts, paths = (np.array(column) for column in zip(*rows, strict=True))
         # Source 0 is kept for the drafter with a model, the one whose nodes can be expanded.
         accept_prob, source = np.full(len(rows), np.nan), np.ones(len(rows), np.int64)
-        return DraftTrees(
-            len(requests), np.array(owner), tokens, parents, depths, drafts, paths, accept_prob, source
-        )
+        return DraftTrees(len(requests), np.array(owner), tokens, parents, depths, drafts, paths, accept_prob, source)
 
     def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
         raise ValueError("the n-gram drafter has no model levels to expand")

@@ -34,9 +34,7 @@ class RecyclingDrafter:
     taps: tuple[int, ...] = ()
     wants_logits = True
 
-    def __init__(
-        self, vocab: int, top_k: TopK, successors: int = 8, max_nodes: int = 16, max_depth: int = 6
-    ) -> None:
+    def __init__(self, vocab: int, top_k: TopK, successors: int = 8, max_nodes: int = 16, max_depth: int = 6) -> None:
         self.successors = require_int("successors", successors, 1, min(64, vocab))
         self.max_nodes = require_int("max_nodes", max_nodes, 1, 1024)
         self.max_depth = require_int("max_depth", max_depth, 1, 64)

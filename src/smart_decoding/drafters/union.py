@@ -129,7 +129,7 @@ class UnionDrafter:
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
         """Hands the verified rows' tokens [rows] and logits [rows, vocab] to the drafters that want them."""
         for drafter in self._listeners:
-            drafter.observe_logits(tokens, logits)  # type: ignore[attr-defined]
+            drafter.observe_logits(tokens, logits)
 
     def release(self, request: Request) -> None:
         for drafter in self.drafters:

@@ -57,7 +57,7 @@ def measure(
 
 
 def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Median and 90th percentile of |predicted / measured - 1| of the odd verify samples under a fit of the even ones."""
+    """Median and 90th percentile of |predicted / measured - 1|: odd verify samples under a fit of the even ones."""
     verify = [s for s in samples if isinstance(s, VerifySample)]
     model = CostModel.fit([s for i, s in enumerate(samples) if i % 2 == 0])
     errors = [

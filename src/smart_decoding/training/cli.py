@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens that the target writes")
     parser.add_argument("--seconds", type=float, default=2400, help="training time in all, over resumed runs")
     parser.add_argument("--draft-vocab", type=int, default=8192, help="output rows of the head: frequent tokens")
-    parser.add_argument("--taps", help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)")
+    parser.add_argument(
+        "--taps", help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip-generation", action="store_true", help="train on the conversations that are there")
     parser.add_argument("--prior-prompts", type=int, default=40, help="conversations from which the prior is learned")

@@ -277,4 +277,3 @@ def _bucketed(items: list[Conversation], batch_tokens: int, rng: np.random.Gener
         batches[-1].append(items[i])
     rng.shuffle(batches)  # type: ignore[arg-type]
     return batches
-

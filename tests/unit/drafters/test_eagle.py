@@ -13,11 +13,11 @@ from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.eagle_head import EagleHead, load_head
 from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.tree import DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Span, build_rows
-from smart_decoding.core.tree import DraftTrees
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.errors import ModelError
@@ -88,7 +88,7 @@ def test_drafting_equals_the_unrolled_training_forward(
     g = trained.features(taps[None])
     with torch.no_grad():
         expected = _chain(trained, g, weights["model.embed_tokens.weight"], tokens[1:], drafted)
-    produced = [out for out in drafter._outs]
+    produced = list(drafter._outs)
     torch.testing.assert_close(produced[0][0], expected[0], atol=2e-4, rtol=2e-4)
     row = 0 if path[0] == min(first, (first + 1) % 4) else 1
     torch.testing.assert_close(produced[1][row], expected[1], atol=2e-4, rtol=2e-4)

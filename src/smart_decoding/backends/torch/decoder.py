@@ -20,6 +20,7 @@ from smart_decoding.backends.torch.layers import (
     NativeLayer,
     TorchLayer,
 )
+from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.rows import native_rows
 from smart_decoding.engine.rows import Rows
 
@@ -36,7 +37,7 @@ def use_native(config: ModelConfig, device: torch.device) -> bool:
     """Whether the CPU kernels serve this model."""
     fits = config.head_dim in kernels.HEAD_DIMS and config.hidden % 2 == 0 and config.ffn % 2 == 0
     fits = fits and config.heads <= kernels.MAX_QUERIES * config.kv_heads
-    return device.type == "cpu" and fits and kernels.build.unavailable() is None
+    return device.type == "cpu" and fits and build.unavailable() is None
 
 
 def layer_weights(
@@ -105,8 +106,8 @@ class Decoder:
                 self._layers.append(TorchLayer(w))
                 continue
             if arena is None:
-                head = packed_rows(config.vocab) * config.hidden
-                arena = Arena(w.elements() * config.layers + head, dtype)
+                output = packed_rows(config.vocab) * config.hidden
+                arena = Arena(w.elements() * config.layers + output, dtype)
             self._layers.append(NativeLayer(w, arena))
         embedding = weights["model.embed_tokens.weight"].to(device=device, dtype=dtype)
         head = embedding if config.tie_embeddings else weights["lm_head.weight"].to(device=device, dtype=dtype)

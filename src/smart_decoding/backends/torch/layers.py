@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.kernels import Arena, LayerStruct, RowsStruct, ScratchStruct
+from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.rows import GatheredRows
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
@@ -49,9 +50,7 @@ class LayerWeights:
         rows = [len(self.qkv), len(self.output), 2 * len(self.gate), len(self.down)]
         widths = [self.qkv.shape[1], self.output.shape[1], self.gate.shape[1], self.down.shape[1]]
         lanes = kernels.vector_width()
-        return sum(
-            kernels.packed_rows(r + (-r) % (2 * lanes)) * w for r, w in zip(rows, widths, strict=True)
-        )
+        return sum(kernels.packed_rows(r + (-r) % (2 * lanes)) * w for r, w in zip(rows, widths, strict=True))
 
 
 @dataclass
@@ -79,7 +78,7 @@ class KVCache:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copies slots source[i] -> target[i] (int32, on the CPU) in every layer; targets never precede sources."""
-        if self.keys.device.type == "cpu" and kernels.build.unavailable() is None:
+        if self.keys.device.type == "cpu" and build.unavailable() is None:
             kernels.move_kv(self.keys, self.values, source, target)
             return
         s, t = source.long().to(self.keys.device), target.long().to(self.keys.device)
@@ -172,7 +171,7 @@ class TorchLayer:
     def _attend(self, qkv: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of all rows over the cache, their own keys and values included: [rows, heads * head_dim]."""
         w, rows = self._w, len(qkv)
-        q, k, v = qkv.view(rows, -1, w.head_dim).split((w.heads, w.kv_heads, w.kv_heads), dim=1)
+        q, k, v = torch.split(qkv.view(rows, -1, w.head_dim), [w.heads, w.kv_heads, w.kv_heads], dim=1)
         if w.q_norm is not None:
             q, k = rms_norm(q, w.q_norm, w.eps), rms_norm(k, w.k_norm, w.eps)
         q, k = rotate(q, context), rotate(k, context)

@@ -29,7 +29,10 @@ def main(args: argparse.Namespace) -> int:
     print("batch " + "".join(f"{r:>8}" for r in rows))
     for batch in cost.verify:
         wanted = [r if r >= batch else None for r in rows]
-        cells = ["       ." if r is None else f"{1e3 * cost.verify_seconds(batch, np.array([r]), 128.0)[0]:8.1f}" for r in wanted]
+        cells = [
+            "       ." if r is None else f"{1e3 * cost.verify_seconds(batch, np.array([r]), 128.0)[0]:8.1f}"
+            for r in wanted
+        ]
         print(f"{batch:>5} " + "".join(cells))
     if head is not None:
         widths = [1, 2, 4, 8, 16, 32, 64]
