@@ -19,6 +19,7 @@ from smart_decoding.backends.torch.layers import (
     Linear,
     NativeLayer,
     TorchLayer,
+    Workspace,
 )
 from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.rows import native_rows
@@ -27,7 +28,8 @@ from smart_decoding.engine.rows import Rows
 
 @dataclass
 class ForwardOutput:
-    """logits: [wanted rows, vocab]; taps: [rows, taps * hidden] residual streams after the tapped layers, or None."""
+    """logits: [wanted rows, vocab], valid until the next forward; taps: [rows, taps * hidden], the residual streams
+    after the tapped layers, or None."""
 
     logits: Tensor
     taps: Tensor | None
@@ -115,6 +117,7 @@ class Decoder:
         self.head = Linear(head, self.native, arena, norm, config.rms_eps)
         self._embedding = None if config.tie_embeddings else embedding
         self.final_norm = norm
+        self.workspace = Workspace()
         self.rotary = RotaryTable(config, positions, device)
         self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device)
         self._caches = list(zip(self.kv.keys, self.kv.values, strict=True))
@@ -132,8 +135,8 @@ class Decoder:
             return Context(rows, cosine, sine)
         first = layer or self._layers[0]
         assert isinstance(first, NativeLayer)
-        scratch, keep = NativeLayer.scratch(len(rows), first.struct)
-        return Context(rows, cosine, sine, native_rows(rows, cosine, sine), scratch, keep)
+        scratch = NativeLayer.scratch(len(rows), first.struct, self.workspace)
+        return Context(rows, cosine, sine, native_rows(rows, cosine, sine), scratch)
 
     @torch.inference_mode()
     def forward(self, rows: Rows, taps: tuple[int, ...] = ()) -> ForwardOutput:
@@ -148,4 +151,7 @@ class Decoder:
                 at = columns[i + 1]
                 tapped[:, at : at + self.config.hidden] = x
         wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]
-        return ForwardOutput(self.head(wanted).float(), tapped)
+        if not self.native:
+            return ForwardOutput(self.head(wanted).float(), tapped)
+        logits = self.workspace.take("logits", len(wanted) * self.config.vocab).view(len(wanted), -1)
+        return ForwardOutput(self.head(wanted, logits), tapped)

@@ -155,7 +155,7 @@ class EagleHead:
         if self.native:
             assert isinstance(self._layer, NativeLayer)
             context.native = native_rows(rows, cosine, sine)
-            context.scratch, context.keep = NativeLayer.scratch(len(rows), self._layer.struct)
+            context.scratch = NativeLayer.scratch(len(rows), self._layer.struct, self._target.workspace)
         x = g.clone()
         self._layer(x, context, self.kv.keys[0], self.kv.values[0], self._inputs(embedded, x))
         return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -86,6 +86,20 @@ class KVCache:
         self.values[..., t // PAGE, t % PAGE, :] = self.values[..., s // PAGE, s % PAGE, :]
 
 
+class Workspace:
+    """Buffers that forwards share one after another: large ones are costly to allocate anew (page faults)."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, elements: int) -> Tensor:
+        """[elements] float32 of arbitrary content, valid until the next take of this name."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < elements:
+            buffer = self._buffers[name] = torch.empty(elements + elements // 4)
+        return buffer[:elements]
+
+
 @dataclass
 class Context:
     """What every layer of one forward shares: rows, rotary tables [rows, head_dim / 2], and either form's extras."""
@@ -95,7 +109,6 @@ class Context:
     sine: Tensor
     native: RowsStruct | None = None
     scratch: ScratchStruct | None = None
-    keep: list[Tensor] = field(default_factory=list)  # owners of the memory that scratch points to
 
     @cached_property
     def gathered(self) -> GatheredRows:
@@ -141,12 +154,11 @@ class NativeLayer:
         kernels.layer(self._struct, context.native, inputs, x, keys, values, context.scratch, self._bf16)
 
     @staticmethod
-    def scratch(rows: int, weights: LayerStruct) -> tuple[ScratchStruct, list[Tensor]]:
+    def scratch(rows: int, weights: LayerStruct, workspace: Workspace) -> ScratchStruct:
         """Working memory for `rows` rows."""
         width = (weights.heads + 2 * weights.kv_heads) * weights.head_dim
         sizes = (weights.hidden, width, weights.heads * weights.head_dim, weights.ffn)
-        tensors = [torch.empty(rows, size) for size in sizes]
-        return ScratchStruct(*(t.data_ptr() for t in tensors)), tensors
+        return ScratchStruct(*(workspace.take(f"layer{i}", rows * size).data_ptr() for i, size in enumerate(sizes)))
 
     @property
     def struct(self) -> LayerStruct:
@@ -231,10 +243,10 @@ class Linear:
         self._norm = None if norm is None else norm.float().contiguous()
         self._bias = None if bias is None else bias.float().contiguous()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype."""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[rows, in] -> [rows, out]; float32 on the CPU kernels (into `out`, if given), else in the weight's dtype."""
         if self._native:
-            return kernels.linear(x, self._weight, self.rows, self._norm, self._eps, self._bias)
+            return kernels.linear(x, self._weight, self.rows, self._norm, self._eps, self._bias, out)
         return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self._bias)
 
     def rows_of(self, index: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from smart_decoding.backends.torch import kernels
+from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.noise import G_MAX, fewest_bits, gumbel, gumbel_of_bits, noise_key, uniform_bits
 from smart_decoding.backends.torch.processors import FloatRow, process
 from smart_decoding.engine.history import SampleSpec
@@ -43,9 +45,14 @@ class Sampler:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+        self._kernels = build.unavailable() is None
 
     def argmax(self, logits: torch.Tensor) -> NDArray[np.int64]:
         """[rows] most likely token of every row; of several, the lowest id."""
+        if logits.device.type == "cpu" and self._kernels and logits.dtype == torch.float32:
+            tokens = kernels.argmax(logits.contiguous()).numpy()
+            _require_finite(logits.numpy()[np.arange(len(tokens)), tokens])
+            return tokens
         if logits.device.type == "cpu":
             rows = logits.detach().float().numpy()
             tokens = rows.argmax(-1)  # the first maximum, by numpy's contract; torch.argmax gives no such promise

@@ -549,15 +549,15 @@ void smart_argmax(const float* x, int rows, int64_t n, int64_t* out, int threads
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int r = 0; r < rows; r++) {
         const float* row = x + r * n;
-        vf best = loadu<vf>(row);
-        int64_t i = VW;
+        vf best = vf{} - INFINITY;
+        int64_t i = 0;
         for (; i + VW <= n; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
         float top = best[0];
         for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
         for (; i < n; i++) top = std::max(top, row[i]);
         int64_t at = 0;
-        while (row[at] != top) at++;
-        out[r] = at;
+        while (at < n && row[at] != top) at++;
+        out[r] = at < n ? at : -1;  // -1: a NaN hides the maximum
     }
 }
 }
