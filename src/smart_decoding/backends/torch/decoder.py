@@ -153,5 +153,5 @@ class Decoder:
         wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]
         if not self.native:
             return ForwardOutput(self.head(wanted).float(), tapped)
-        logits = self.workspace.take("logits", len(wanted) * self.config.vocab).view(len(wanted), -1)
+        logits = self.workspace.take("logits", len(wanted) * self.config.vocab).view(len(wanted), self.config.vocab)
         return ForwardOutput(self.head(wanted, logits), tapped)
