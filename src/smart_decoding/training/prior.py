@@ -7,25 +7,42 @@ import os
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+from smart_decoding.core.policies.likelihood import Likelihood
+from smart_decoding.core.policies.protocol import Round
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
 from smart_decoding.training.seeds import TASKS, TOPICS
 
 
-def learn_prior(model: str, head: Path, prompts: int, seed: int = 0, max_tokens: int = 160) -> None:
-    """Answers some prompts under `smart`, greedy and sampled, and writes head/prior.json."""
+class Exploring:
+    """Drafts and verifies wide trees whatever they cost, so that `smart` sees all depths and confidences."""
+
+    name = "exploring"
+
+    def __init__(self, learner: Smart) -> None:
+        self._wide, self._learner = Likelihood(depth=3, top_k=8, total_tokens=12), learner
+        self.plan, self.frontier, self.select = self._wide.plan, self._wide.frontier, self._wide.select
+
+    def observe(self, round: Round) -> None:
+        self._learner.observe(round)
+
+
+def learn_prior(model: str, head: Path, prompts: int, seed: int = 0, max_tokens: int = 100) -> None:
+    """Answers some prompts, three greedy and one sampled in turn, with wide trees, and writes head/prior.json."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
-    llm = LLM(model, speculative_config=options, max_num_seqs=4, stop_at_loops=True)
-    rng = np.random.default_rng((seed, 99))
-    texts = [str(rng.choice(TASKS)).format(rng.choice(TOPICS)) for _ in range(prompts)]
-    tokens = [llm.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
-    params = [SamplingParams(temperature=0.8 * (i % 4 == 3), max_tokens=max_tokens, seed=i) for i in range(prompts)]
-    for i in range(0, prompts, 1):
-        llm.generate([tokens[i]], params[i])
+    (head / "prior.json").unlink(missing_ok=True)
+    llm = LLM(model, speculative_config=options, max_num_seqs=1, stop_at_loops=True)
     policy = llm.policy
     assert isinstance(policy, Smart)
+    llm.engine.policy = Exploring(policy)
+    rng = np.random.default_rng((seed, 99))
+    for i in tqdm(range(prompts), desc="learning the prior"):
+        text = str(rng.choice(TASKS)).format(rng.choice(TOPICS))
+        tokens = llm.tokenizer.encode_chat([{"role": "user", "content": text}])
+        llm.generate(tokens, SamplingParams(temperature=0.8 * (i % 4 == 3), max_tokens=max_tokens, seed=i))
     state = {"calibration": policy.calibration.state_dict(), "forecast": policy.forecast.state_dict()}
     scratch = head / "prior.partial"
     scratch.write_text(json.dumps(state) + "\n")
