@@ -20,7 +20,9 @@ def main() -> None:
     llm = LLM(sys.argv[1], dtype="bfloat16", max_model_len=1024, enable_prefix_caching=False, max_num_seqs=32)
     params = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)
     for batch in [int(x) for x in sys.argv[2:]] or [1, 4, 8]:
-        messages = [[{"role": "user", "content": f"Write a story about a dragon and {i} knights."}] for i in range(batch)]
+        messages = [
+            [{"role": "user", "content": f"Write a story about a dragon and {i} knights."}] for i in range(batch)
+        ]
         rates = []
         for _ in range(6):
             start = time.perf_counter()

@@ -46,12 +46,19 @@ def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
     paths: list[list[int]] = [[] for _ in range(batch)]
     while len(rows):
         after[rows] = sample(rows)
-        hits = np.flatnonzero(np.isin(parent_row, rows) & (trees.token == after[parent_row]))
-        _, first = np.unique(parent_row[hits], return_index=True)  # equal siblings: the first one counts
-        nodes = hits[first]
-        for node in nodes:
-            paths[trees.owner[node]].append(int(node))
-        rows = nodes + batch
+        if not len(trees):
+            break
+        walked = np.full(len(after), -1, np.int64)  # the target's token after this level's rows alone
+        walked[rows] = after[rows]
+        hits = np.flatnonzero(trees.token == walked[parent_row])
+        rows = np.zeros(0, np.int64)
+        for node in hits[::-1].tolist():  # at most one a request, but for equal siblings: the first one counts
+            path, owner = paths[trees.owner[node]], int(parent_row[node])
+            if path and parent_row[path[-1]] == owner:
+                path.pop()
+            path.append(node)
+        if len(hits):
+            rows = np.array(sorted({paths[owner][-1] for owner in trees.owner[hits].tolist()}), np.int64) + batch
     path = [np.array(p, np.int64) for p in paths]
     last = [p[-1] + batch if len(p) else owner for owner, p in enumerate(path)]
     emitted = [np.append(trees.token[p], after[row]) for p, row in zip(path, last, strict=True)]

@@ -164,7 +164,7 @@ def _draft(
     for level in range(1, plan.levels + 1):
         world.expand(index, trees, parents, plan.children, level)
         rows = len(parents) + (batch.catch_up_rows if level == 1 else 0)
-        widths.append(len(parents))
+        widths.append(rows)
         times.append(float(world.costs.draft_seconds(rows, CONTEXT)))
         chosen = policy.frontier(plan, batch, trees, level) if level < plan.levels else None
         if chosen is None:

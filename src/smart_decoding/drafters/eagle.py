@@ -147,7 +147,7 @@ class EagleDrafter:
     def _node_rows(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray) -> Rows:
         """Rows of expanded nodes (sorted by owner): all true pairs, then the expanded ancestors and the node itself."""
         owner, depth = trees.owner[nodes], trees.depth[nodes]
-        present = np.unique(owner)
+        present = owner[np.flatnonzero(np.diff(owner, prepend=-1))]  # sorted already
         length = np.array([self._states[id(r)].length for r in requests])
         start = np.array([self._states[id(r)].start for r in requests])
         slot = self._scratch(self._row_of[nodes], len(requests))

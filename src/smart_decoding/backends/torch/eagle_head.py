@@ -173,7 +173,7 @@ class EagleHead:
         k = min(k, len(self.draft_ids))
         scale = np.where(temperature > 0, 1.0 / np.maximum(temperature, 1e-3), 1.0)
         ids, probs = np.empty((len(rows), k), np.int64), np.empty((len(rows), k))
-        for value in np.unique(scale):  # usually one
+        for value in set(scale.tolist()):  # usually one
             which = np.flatnonzero(scale == value)
             part = logits if len(which) == len(rows) else logits[torch.from_numpy(which)]
             found, top = self._top(part, k, float(value))

@@ -30,7 +30,9 @@ from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 AHEAD = 3  # levels of look-ahead while drafting
-KEEP_OUTLOOK = 16  # rounds that forecasts and prices are reused for while nothing changes
+KEEP_OUTLOOK = 32  # rounds that forecasts and prices are reused for while nothing changes
+MAX_OUTLOOKS = 64
+CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up
 BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, slow-moving beliefs are updated every fourth round
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
@@ -55,7 +57,7 @@ class Outlook:
     verify: FloatArray
     levels: FloatArray
     ahead: LookAhead
-    age: int = 0
+    born: int = 0  # the round it was made in
 
     @cached_property
     def best(self) -> Option | None:
@@ -131,7 +133,7 @@ class Smart:
         self.eos = frozenset(eos_token_ids)
         self.statistics = Statistics()
         self._foresight = 0.0  # log of what drafting rounds really reached over their forecast
-        self._outlook: Outlook | None = None
+        self._outlooks: dict[tuple[object, ...], Outlook] = {}  # by the batch's shape
         self._rounds = 0
         self._drafting = True
         self._scratch: _Scratch | None = None
@@ -165,15 +167,18 @@ class Smart:
 
     def _current_outlook(self, batch: BatchState, scratch: _Scratch) -> Outlook:
         """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
-        key, outlook = self._key(batch, scratch), self._outlook
-        if outlook is None or outlook.key != key or outlook.age >= min(KEEP_OUTLOOK, 1 + self._rounds // 4):
-            outlook = self._outlook = self._look_out(batch, scratch, key)
-        outlook.age += 1
+        key = self._key(batch, scratch)
+        outlook = self._outlooks.get(key)
+        if outlook is None or self._rounds - outlook.born >= min(KEEP_OUTLOOK, 1 + self._rounds // 4):
+            if len(self._outlooks) >= MAX_OUTLOOKS:
+                self._outlooks.clear()
+            outlook = self._outlooks[key] = self._look_out(batch, scratch, key)
+            outlook.born = self._rounds
         return outlook
 
     def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
         """The shape of a batch; what barely changes the costs is taken coarsely."""
-        coarse = (batch.prefill_rows.bit_length(), batch.catch_up_rows.bit_length(), int(scratch.context) // 64)
+        coarse = (batch.prefill_rows.bit_length(), _first_rows(batch).bit_length(), int(scratch.context) // 64)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
         return (*sizes, batch.has_free, *coarse, self.calibration.changes)
 
@@ -185,7 +190,7 @@ class Smart:
         children = self.forecast.children(float(np.mean(scratch.greedy)))
         columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * WIDTHS[-1]), len(self.forecast.free))
         verify = self.cost.verify_curve(size, size + batch.prefill_rows, columns + 1, scratch.context)
-        rows = np.arange(1 + max(WIDTHS[-1] * drafting, size + batch.catch_up_rows))
+        rows = np.arange(1 + max(WIDTHS[-1] * drafting, _first_rows(batch)))
         prices = self.cost.draft_seconds(rows, scratch.context)
         limit, overhead = self._limit(size, float(verify[0])), self.cost.overhead_seconds
         values: dict[Option, float] = {}
@@ -194,7 +199,7 @@ class Smart:
             values[FREE_ONLY] = best_size(gains, size, overhead, verify[: len(gains) + 1], limit)[1]
         for wide in WIDTHS if levels else ():
             losses = np.repeat(-grow(children, levels, wide), drafting, axis=1)
-            first = overhead + float(prices[size + batch.catch_up_rows])
+            first = overhead + float(prices[_first_rows(batch)])
             sunk: FloatArray = first + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
             rates = best_rates(losses, size, sunk, verify[: losses.shape[1] + 1], limit)
             values.update({(level, wide): float(rates[level - 1]) for level in range(1, levels + 1)})
@@ -202,7 +207,7 @@ class Smart:
         return Outlook(
             key,
             size,
-            size + batch.catch_up_rows,
+            _first_rows(batch),
             float(verify[0]),
             values,
             foresight,
@@ -341,10 +346,16 @@ class Smart:
         if round.verify_rows:
             sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
             self.cost = self.cost.corrected(sample)
-        for level, (width, seconds) in enumerate(zip(round.level_widths, round.level_seconds, strict=True)):
+        for width, seconds in zip(round.level_widths, round.level_seconds, strict=True):
             if not seldom:
-                rows = width + round.batch.catch_up_rows if level == 0 else width
-                self.cost = self.cost.corrected(DraftSample(rows, scratch.context, seconds))
+                self.cost = self.cost.corrected(DraftSample(width, scratch.context, seconds))
+
+
+def _first_rows(batch: BatchState) -> int:
+    """Rows that the first drafted level is charged. A long catch-up (a prompt, a stretch of plain decoding) is an
+    investment: charged in full to one round it would never be made, and grow."""
+    regular = min(batch.catch_up_rows, 2 * batch.size)
+    return batch.size + regular + (batch.catch_up_rows - regular) // CATCH_UP_ROUNDS
 
 
 @lru_cache(maxsize=1024)
