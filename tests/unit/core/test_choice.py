@@ -87,6 +87,8 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
     """Each option's value by the definition: grow one request's tree, repeat it, try every size."""
     children = policy.forecast.children(float((now.temperature <= 0).mean()))
     price = policy.cost.draft_seconds
+    regular = min(now.catch_up_rows, 2 * now.size)  # what is beyond is shared by 16 rounds
+    first_rows = now.size + regular + (now.catch_up_rows - regular) // 16
     values = {}
 
     def best(gains: list[float], sunk: float) -> float:
@@ -104,7 +106,7 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
         values[0, 0] = best(policy.forecast.free.tolist(), policy.cost.overhead_seconds)
     for wide in WIDTHS if now.has_model else ():
         frontier, gains = [1.0], []
-        sunk = policy.cost.overhead_seconds + float(price(now.size + now.catch_up_rows, 40))
+        sunk = policy.cost.overhead_seconds + float(price(first_rows, 40))
         for level in range(1, policy.max_levels + 1):
             new = [p * float(c) for p in frontier for c in children[min(level, DEPTHS) - 1]]
             gains += new
@@ -125,7 +127,7 @@ def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int)
     extras = {
         "has_free": bool(rng.integers(2)),
         "has_model": bool(rng.integers(4)),
-        "catch_up_rows": int(rng.integers(9)),
+        "catch_up_rows": int(rng.integers(60)),
     }
     now = state(batch, prefill_rows=int(rng.integers(3)), **extras)
     outlook = policy.outlook(now)

@@ -65,7 +65,8 @@ class Round:
     kept: [kept] indices of verified nodes in `trees`.
     next_token: [nodes] the target's token after each node of `trees` that the walk accepted, else -1.
     root_next: [batch] the target's token after each root.
-    level_widths / level_seconds: expanded rows and seconds of each drafted model level (level 1: one per request and its catch-up rows).
+    level_widths / level_seconds: rows and seconds of each drafted model level (level 1: one row per request and its
+        catch-up rows).
     verify_rows: rows of the verifying forward: roots, kept nodes and prefill rows.
     verify_seconds: its duration, sampling included.
     """
