@@ -172,9 +172,7 @@ class EagleDrafter:
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         state = self._states.get(id(request))
         if state is None:
-            state = self._states[id(request)] = _State()
-            state.start = state.length = self._reusable(request, first)
-            state.length = first
+            state = self._states[id(request)] = _State(start=self._reusable(request, first), length=first)
         self._has_keys[request.table.pages[first // PAGE : (first + len(tokens) + PAGE - 1) // PAGE]] = False
         state.parts.append(features)
         state.waiting += len(tokens)
