@@ -70,6 +70,11 @@ def vector_width() -> int:
     return int(_lib().smart_vector_width())
 
 
+def rounds_inputs() -> bool:
+    """Do linear layers with bf16 weights round what they read to bf16? (True on CPUs with bf16 instructions.)"""
+    return bool(_lib().smart_rounds_inputs())
+
+
 class Arena:
     """One block of memory for all packed weights, on huge pages where the kernel grants them (TLB misses cost 20 %)."""
 
@@ -115,10 +120,10 @@ def linear(
     """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns [rows, n]."""
     rows, k = x.shape
     y = torch.empty(rows, n) if out is None else out
-    scratch = torch.empty(rows, k) if norm is not None else None
+    scratch = torch.empty(rows, k)
     _lib().smart_linear(
         x.data_ptr(), rows, packed.data_ptr(), n, k, packed.dtype == torch.bfloat16, pointer(norm), eps,
-        pointer(bias), pointer(scratch), y.data_ptr(), n, 0, torch.get_num_threads(),
+        pointer(bias), scratch.data_ptr(), y.data_ptr(), n, 0, torch.get_num_threads(),
     )  # fmt: skip
     return y
 

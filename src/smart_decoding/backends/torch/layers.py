@@ -121,7 +121,8 @@ class Layer(Protocol):
 
 
 class NativeLayer:
-    """A layer on the CPU kernels: packed weights, float32 activations."""
+    """A layer on the CPU kernels: packed weights, float32 activations (rounded where a linear layer reads them, if bf16
+    weights and the CPU's instructions say so)."""
 
     def __init__(self, w: LayerWeights, arena: Arena) -> None:
         self._bf16 = w.qkv.dtype == torch.bfloat16
@@ -157,7 +158,7 @@ class NativeLayer:
     def scratch(rows: int, weights: LayerStruct, workspace: Workspace) -> ScratchStruct:
         """Working memory for `rows` rows."""
         width = (weights.heads + 2 * weights.kv_heads) * weights.head_dim
-        sizes = (weights.hidden, width, weights.heads * weights.head_dim, weights.ffn)
+        sizes = (max(weights.hidden, weights.input), width, weights.heads * weights.head_dim, weights.ffn)
         return ScratchStruct(*(workspace.take(f"layer{i}", rows * size).data_ptr() for i, size in enumerate(sizes)))
 
     @property

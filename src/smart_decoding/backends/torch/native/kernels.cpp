@@ -1,8 +1,9 @@
 // CPU kernels: what a small decoder needs so that one token costs no more than reading its weights once.
 //
-// Weights are bf16 (or fp32), activations and sums are fp32 on every machine. Each output is summed in one fixed order
-// that depends neither on how many rows the forward has nor on where a key lies in memory: a row's result is bitwise
-// the same alone, in a batch, in a chunk of a prompt and as a node of a draft tree.
+// Weights are bf16 (or fp32); sums are fp32. What a linear layer reads is fp32, or bf16 where the CPU multiplies pairs of
+// bf16 (AVX512-BF16: half the instructions for a row). Each output is summed in one fixed order that depends neither
+// on how many rows the forward has nor on where a key lies in memory: a row's result is bitwise the same alone, in a
+// batch, in a chunk of a prompt and as a node of a draft tree.
 //
 // Compiled at first use by native/build.py with -O3 -march=native -fopenmp; plain C interface, called through ctypes.
 // GCC vector extensions: AVX-512, AVX2 and NEON from one text.
@@ -46,8 +47,19 @@ static inline void from_f32(float v, bf16* out) {  // round to nearest even
     *out = bf16((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+// What a linear layer with weights W reads.
+template <class W> struct InputOf { typedef float type; };
+#if defined(__AVX512BF16__)
+template <> struct InputOf<bf16> { typedef bf16 type; };
+#endif
+template <class W> using Input = typename InputOf<W>::type;
+
 template <class V> static inline V loadu(const void* p) { V v; memcpy(&v, p, sizeof v); return v; }
 template <class V> static inline void storeu(void* p, V v) { memcpy(p, &v, sizeof v); }
+static inline void put(float* p, vf v) { storeu(p, v); }
+#if defined(__AVX512BF16__)
+static inline void put(bf16* p, vf v) { storeu(p, _mm512_cvtneps_pbh((__m512)v)); }
+#endif
 
 // exp(x) for x < 88, relative error about 1e-7; -inf gives 0.
 template <class F, class I> static inline F vexp(F x) {
@@ -76,6 +88,22 @@ template <class F, class I> static inline F vexp(F x) {
 // A packed weight [n, k]: panels of PANEL columns. bf16: for each pair of k, PANEL columns of (even, odd); fp32: for
 // each k, PANEL columns.
 template <class W> struct Panel;
+#if defined(__AVX512BF16__)
+template <> struct Panel<bf16> {
+    template <int R> static inline void run(const bf16* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
+        for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
+            __builtin_prefetch(w + AHEAD / 2, 0, 3);
+            __builtin_prefetch(w + AHEAD / 2 + PANEL, 0, 3);
+            __m512bh a = (__m512bh)loadu<vu>(w), b = (__m512bh)loadu<vu>(w + PANEL);
+            for (int r = 0; r < R; r++) {
+                __m512bh pair = (__m512bh)_mm512_set1_epi32(loadu<int32_t>(x + r * ld + i));
+                acc[r][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][0], a, pair);
+                acc[r][1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][1], b, pair);
+            }
+        }
+    }
+};
+#else
 template <> struct Panel<bf16> {
     template <int R> static inline void run(const float* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
         for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
@@ -97,6 +125,7 @@ template <> struct Panel<bf16> {
         }
     }
 };
+#endif
 template <> struct Panel<float> {
     template <int R> static inline void run(const float* x, int64_t ld, const float* w, int64_t k, vf (&acc)[R][2]) {
         for (int64_t i = 0; i < k; i++, w += PANEL) {
@@ -113,7 +142,7 @@ template <> struct Panel<float> {
 };
 
 template <int R, class W, class Epilogue>
-static inline void block(const float* x, int64_t ld, const W* w, int64_t k, int64_t column, int row, Epilogue&& done) {
+static inline void block(const Input<W>* x, int64_t ld, const W* w, int64_t k, int64_t column, int row, Epilogue&& done) {
     vf acc[R][2] = {};
     Panel<W>::template run<R>(x + row * ld, ld, w, k, acc);
     for (int r = 0; r < R; r++) done(row + r, column, acc[r][0], acc[r][1]);
@@ -121,7 +150,7 @@ static inline void block(const float* x, int64_t ld, const W* w, int64_t k, int6
 
 // y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives each result.
 template <class W, class Epilogue>
-static void gemm(const float* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
+static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
     int64_t panels = (n + PANEL - 1) / PANEL;
     int threads = omp_get_num_threads(), me = omp_get_thread_num();
     int64_t first = panels * me / threads, last = panels * (me + 1) / threads;
@@ -140,7 +169,7 @@ static void gemm(const float* x, int64_t ld, int rows, const W* w, int64_t n, in
     }
 }
 
-static void rms_norm_row(const float* x, const float* weight, float eps, int64_t d, float* out) {
+template <class T> static void rms_norm_row(const float* x, const float* weight, float eps, int64_t d, T* out) {
     vf sum = {};
     int64_t i = 0;
     for (; i + VW <= d; i += VW) { vf v = loadu<vf>(x + i); sum += v * v; }
@@ -148,14 +177,23 @@ static void rms_norm_row(const float* x, const float* weight, float eps, int64_t
     for (int j = 0; j < VW; j++) s += sum[j];
     for (; i < d; i++) s += x[i] * x[i];
     float scale = 1.0f / std::sqrt(s / float(d) + eps);
-    for (i = 0; i + VW <= d; i += VW) storeu(out + i, loadu<vf>(x + i) * scale * loadu<vf>(weight + i));
-    for (; i < d; i++) out[i] = x[i] * scale * weight[i];
+    for (i = 0; i + VW <= d; i += VW) put(out + i, loadu<vf>(x + i) * scale * loadu<vf>(weight + i));
+    for (; i < d; i++) from_f32(x[i] * scale * weight[i], out + i);
 }
 
 // Rows are shared out among the threads of the running team; the caller places the barrier.
-static void rms_norm_rows(const float* x, const float* weight, float eps, int rows, int64_t d, float* out) {
+template <class T> static void rms_norm_rows(const float* x, const float* weight, float eps, int rows, int64_t d, T* out) {
     #pragma omp for schedule(static) nowait
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * d);
+}
+
+// x as a linear layer reads it, in `room` if it must be rounded; the team may read the result at once.
+static inline const float* rounded(const float* x, int, int64_t, float*) { return x; }
+static inline const bf16* rounded(const float* x, int rows, int64_t d, bf16* room) {
+    #pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = r * d; i < (r + 1) * d; i++) from_f32(x[i], room + i);
+    return room;
 }
 
 static inline void store_columns(float* y, const float* bias, int64_t column, int64_t n, vf low, vf high, bool add) {
@@ -174,7 +212,7 @@ static inline void store_columns(float* y, const float* bias, int64_t column, in
 }
 
 template <class W>
-__attribute__((noinline)) static void linear_rows(const float* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, const float* bias,
+__attribute__((noinline)) static void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, const float* bias,
                         float* y, int64_t ldy, bool add) {
     gemm(x, ld, rows, w, n, k, [=](int row, int64_t column, vf low, vf high) {
         store_columns(y + row * ldy, bias, column, n, low, high, add);
@@ -183,13 +221,13 @@ __attribute__((noinline)) static void linear_rows(const float* x, int64_t ld, in
 
 // out = silu(x gate^T) * (x up^T); gate and up are interleaved by VW columns: one panel yields VW finished values.
 template <class W>
-__attribute__((noinline)) static void gated_rows(const float* x, int rows, const W* w, int64_t ffn, int64_t k, float* out) {
+__attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn, int64_t k, Input<W>* out) {
     gemm(x, k, rows, w, 2 * ((ffn + VW - 1) / VW * VW), k, [=](int row, int64_t column, vf gate, vf up) {
         vf value = gate / (1.0f + vexp<vf, vi>(-gate)) * up;
         int64_t first = column / 2;
-        float* dst = out + row * ffn + first;
-        if (first + VW <= ffn) storeu(dst, value);
-        else for (int j = 0; first + j < ffn; j++) dst[j] = value[j];
+        Input<W>* dst = out + row * ffn + first;
+        if (first + VW <= ffn) put(dst, value);
+        else for (int j = 0; first + j < ffn; j++) from_f32(value[j], dst + j);
     });
 }
 
@@ -297,9 +335,9 @@ static inline void row_fold(Query<HD>* queries, int heads, const pf (*scores)[CH
 }
 
 // Attention of the rows [row, row + count) of one request for one KV head; they share passes over common pages.
-template <class T, int HD>
+template <class T, int HD, class O>
 static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* table, int row, int count, int heads,
-                   const float* q, int64_t ldq, int64_t column, float* out, int64_t ldo) {
+                   const float* q, int64_t ldq, int64_t column, O* out, int64_t ldo) {
     constexpr int MAX_QUERIES = 32;
     static thread_local Query<HD> queries[MAX_QUERIES];
     static thread_local T copy_k[CHUNK / PAGE][HD * PAGE], copy_v[CHUNK / PAGE][HD * PAGE];
@@ -365,9 +403,9 @@ static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* tabl
     for (int r = 0; r < count; r++)
         for (int h = 0; h < heads; h++) {
             const Query<HD>& query = queries[r * heads + h];
-            float* dst = out + (row + r) * ldo + column + h * HD;
+            O* dst = out + (row + r) * ldo + column + h * HD;
             float inverse = 1.0f / query.sum;
-            for (int i = 0; i < HD / VW; i++) storeu(dst + i * VW, query.acc[i] * inverse);
+            for (int i = 0; i < HD / VW; i++) put(dst + i * VW, query.acc[i] * inverse);
         }
 }
 
@@ -402,20 +440,21 @@ struct Layer {
     const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;  // those but post_norm may be null
     const void *qkv, *output, *gate_up, *down;  // packed
 };
-struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, hidden], [rows, (h + 2 kv) hd], [rows, h hd], [rows, ffn]
+struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, max(hidden, input)], [rows, (h + 2 kv) hd], [rows, h hd], [rows, ffn]
 
 template <class W, class T, int HD>
 static void layer_run(const Layer& l, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages, const Scratch& s, int threads) {
     int rows = in.rows, heads = l.heads, kv = l.kv_heads, per = heads / kv;
     int64_t d = l.hidden, qkv_width = int64_t(heads + 2 * kv) * HD, attention_width = int64_t(heads) * HD;
     int row_block = std::max(1, std::min(4, 32 / per));
+    Input<W> *room = (Input<W>*)s.normed, *attention = (Input<W>*)s.attention, *ffn = (Input<W>*)s.ffn;
     #pragma omp parallel num_threads(threads)
     {
-        const float* normed = input;
-        if (!input) {
-            rms_norm_rows(x, l.input_norm, l.eps, rows, d, s.normed);
+        const Input<W>* normed = room;
+        if (input) normed = rounded(input, rows, l.input, room);
+        else {
+            rms_norm_rows(x, l.input_norm, l.eps, rows, d, room);
             #pragma omp barrier
-            normed = s.normed;
         }
         linear_rows(normed, l.input, rows, (const W*)l.qkv, qkv_width, l.input, l.qkv_bias, s.qkv, qkv_width, false);
         #pragma omp barrier
@@ -426,16 +465,31 @@ static void layer_run(const Layer& l, const Rows& in, const float* input, float*
         for (int g = 0; g < in.groups; g++)
             for (int h = 0; h < kv; h++)
                 for (int r = in.group_row[g]; r < in.group_row[g + 1]; r += row_block)
-                    attend<T, HD>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
+                    attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
                                   std::min(row_block, in.group_row[g + 1] - r), per, s.qkv, qkv_width, int64_t(h) * per * HD,
-                                  s.attention, attention_width);
-        linear_rows(s.attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
+                                  attention, attention_width);
+        linear_rows(attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
         #pragma omp barrier
-        rms_norm_rows(x, l.post_norm, l.eps, rows, d, s.normed);
+        rms_norm_rows(x, l.post_norm, l.eps, rows, d, room);
         #pragma omp barrier
-        gated_rows(s.normed, rows, (const W*)l.gate_up, l.ffn, d, s.ffn);
+        gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn);
         #pragma omp barrier
-        linear_rows(s.ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
+        linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
+    }
+}
+
+template <class W>
+static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k, const float* norm, float eps,
+                       const float* bias, float* scratch, float* y, int64_t ldy, int add, int threads) {
+    Input<W>* room = (Input<W>*)scratch;
+    #pragma omp parallel num_threads(threads)
+    {
+        const Input<W>* input = room;
+        if (norm) {
+            rms_norm_rows(x, norm, eps, rows, k, room);
+            #pragma omp barrier
+        } else input = rounded(x, rows, k, room);
+        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add);
     }
 }
 
@@ -455,6 +509,7 @@ extern "C" {
 
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
+int smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }  // does bf16 mean bf16 inputs of linear layers, too?
 int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 void smart_pack(const void* w, int64_t n, int64_t k, void* out, int is_bf16) {
@@ -465,17 +520,8 @@ void smart_pack(const void* w, int64_t n, int64_t k, void* out, int is_bf16) {
 // y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]
 void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k, int is_bf16, const float* norm, float eps,
                   const float* bias, float* scratch, float* y, int64_t ldy, int add, int threads) {
-    #pragma omp parallel num_threads(threads)
-    {
-        const float* input = x;
-        if (norm) {
-            rms_norm_rows(x, norm, eps, rows, k, scratch);
-            #pragma omp barrier
-            input = scratch;
-        }
-        if (is_bf16) linear_rows(input, k, rows, (const bf16*)w, n, k, bias, y, ldy, add);
-        else linear_rows(input, k, rows, (const float*)w, n, k, bias, y, ldy, add);
-    }
+    if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, threads);
+    else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, threads);
 }
 
 // One layer in place on x [rows, hidden]. q, k and v read rms_norm(x), or `input` [rows, input] if it is given.
