@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-generation", action="store_true", help="train on the conversations that are there")
     parser.add_argument("--prior-prompts", type=int, default=60, help="held-out prompts that the prior is learned on")
     parser.add_argument(
-        "--without-tasks", default="", help="drop conversations that share eight words with a prompt of these bench tasks"
+        "--without-tasks", default="", help="leave out what shares eight words with a prompt of these bench tasks"
     )
 
 

@@ -152,7 +152,8 @@ class _Conversations:
                 continue
             prompt = self._encode(self._before + text)
             turn_tokens = 100 if "```" in text else 50
-            params = SamplingParams(temperature=1.0, top_k=64, max_tokens=turn_tokens, seed=int(self._rng.integers(2**62)))
+            seed = int(self._rng.integers(2**62))
+            params = SamplingParams(temperature=1.0, top_k=64, max_tokens=turn_tokens, seed=seed)
             self._add(prompt, params, record=False)
 
     def advance(self, engine: Engine) -> None:

@@ -30,7 +30,7 @@ class Exploring:
 
 
 def learn_prior(model: str, head: Path, prompts: Sequence[Sequence[int]], max_tokens: int = 100) -> None:
-    """Answers `prompts` (token ids), three greedy and one sampled in turn, with wide trees, and writes head/prior.json."""
+    """Answers `prompts` (token ids) with wide trees, three greedy and one sampled in turn; writes head/prior.json."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
     (head / "prior.json").unlink(missing_ok=True)
     llm = LLM(model, speculative_config=options, max_num_seqs=1, stop_at_loops=True)

@@ -63,44 +63,42 @@ TASKS = (
     "Write an outline for a book about {}.", "Give an example that illustrates {}.", "Is {} useful? Argue both sides.",
 )  # fmt: skip
 
-TOPICS = tuple(
-    topic.strip()
-    for topic in """
-    photosynthesis, bread baking, sorting numbers, prime numbers, the water cycle, chess, bicycle repair,
-    compound interest, bird migration, volcanoes, string reversal, public libraries, electric cars, coffee, the moon,
-    binary search, gardening, time zones, recycling, jazz music, a bank account, shopping lists, matrix multiplication,
-    weather forecasts, dinosaurs, train travel, budgeting, palindromes, the Roman Empire, vaccines, a stack and a queue,
-    marathon training, black holes, honey bees, word counting, job interviews, solar panels, knitting, fractions,
-    temperature conversion, robots, tea, dictionaries and hash tables, the heart, lighthouses, recursion, savings goals,
-    dogs, mountain hiking, linked lists, earthquakes, friendship, painting a room, random walks, the French Revolution,
-    sleep, date parsing, inventory management, rainbows, negotiation, a school timetable, tides, file compression,
-    cooking rice, voting systems, graph traversal, sharks, photography, unit conversion, remote work, a parking garage,
-    DNA, email validation, snow, the printing press, percentages, meditation, a deck of cards, steam engines,
-    text adventure games, speed and distance, nutrition, clouds, a to-do list, tax returns, Fibonacci numbers, whales,
-    password generators, theatre, mixing paint, moving house, gravity, cheese, opera, bubble sort, glaciers, folk tales,
-    washing machines, averages and medians, the Silk Road, antibiotics, roman numerals, fishing, wind turbines, poetry,
-    a library catalogue, the stock market, magnets, swimming, the Great Wall, bridges, anagrams, deserts, yoga,
-    parsing CSV files, the human eye, street markets, calendars, kites, leap years, penguins, insurance, drums, rivers,
-    counting vowels, the Industrial Revolution, muscles, train tickets, prime factors, soap, cats, a chat bot, elevators,
-    sunflowers, the Olympic Games, triangles, mirrors, ice cream, merge sort, castles, batteries, pottery, the alphabet,
-    a vending machine, ants, sailing, logic gates, wool, mushrooms, a calculator, elections, hurricanes, pizza, satellites,
-    set operations, the nervous system, bus routes, ratios, origami, plastic waste, a phone book, horses, museums, coral reefs,
-    nested lists, the Renaissance, bones, hotel bookings, area and perimeter, chocolate, foxes, traffic lights, echoes,
-    running a cafe, regular expressions, coins, blood pressure, comic books, the periodic table, basketball, bamboo,
-    random passwords, Ancient Egypt, noise, ferry schedules, probability, jam, elephants, clocks, fog, camping, JSON files,
-    maps, allergies, dance, simple machines, football, oak trees, a tic-tac-toe board, the Vikings, memory, parcel delivery,
-    exponents, olive oil, owls, locks and keys, lightning, school lunches, string formatting, stamps, exercise, film making,
-    acids and bases, tennis, moss, a guessing game, the Space Race, dreams, car rental, geometry, salt, turtles, umbrellas,
-    waves, public parks, list comprehensions, flags, first aid, graphic design, evaporation, rock climbing, roses,
-    a spell checker, the Aztecs, language learning, airport queues, discounts, honey, spiders, candles, avalanches,
-    neighbourhood festivals, file systems, money transfers, hand washing, songwriting, density, cycling, seeds
-    """.replace("\n", " ").split(",")
-)
-
-NAMES = tuple(
-    "Anna Ben Carla David Elena Farid Grace Hugo Iris Jonas Karim Lena Marco Nadia Oscar Priya Quinn Rosa Samir Tara "
-    "Umar Vera Will Xenia Yusuf Zoe Maria Tom Sofia Leo Emma Noah Mia Lucas Amir Julia Peter Sara Daniel Ruth".split()
-)
+_TOPICS = """
+photosynthesis, bread baking, sorting numbers, prime numbers, the water cycle, chess, bicycle repair, compound
+interest, bird migration, volcanoes, string reversal, public libraries, electric cars, coffee, the moon, binary
+search, gardening, time zones, recycling, jazz music, a bank account, shopping lists, matrix multiplication, weather
+forecasts, dinosaurs, train travel, budgeting, palindromes, the Roman Empire, vaccines, a stack and a queue, marathon
+training, black holes, honey bees, word counting, job interviews, solar panels, knitting, fractions, temperature
+conversion, robots, tea, dictionaries and hash tables, the heart, lighthouses, recursion, savings goals, dogs,
+mountain hiking, linked lists, earthquakes, friendship, painting a room, random walks, the French Revolution, sleep,
+date parsing, inventory management, rainbows, negotiation, a school timetable, tides, file compression, cooking rice,
+voting systems, graph traversal, sharks, photography, unit conversion, remote work, a parking garage, DNA, email
+validation, snow, the printing press, percentages, meditation, a deck of cards, steam engines, text adventure games,
+speed and distance, nutrition, clouds, a to-do list, tax returns, Fibonacci numbers, whales, password generators,
+theatre, mixing paint, moving house, gravity, cheese, opera, bubble sort, glaciers, folk tales, washing machines,
+averages and medians, the Silk Road, antibiotics, roman numerals, fishing, wind turbines, poetry, a library catalogue,
+the stock market, magnets, swimming, the Great Wall, bridges, anagrams, deserts, yoga, parsing CSV files, the human
+eye, street markets, calendars, kites, leap years, penguins, insurance, drums, rivers, counting vowels, the Industrial
+Revolution, muscles, train tickets, prime factors, soap, cats, a chat bot, elevators, sunflowers, the Olympic Games,
+triangles, mirrors, ice cream, merge sort, castles, batteries, pottery, the alphabet, a vending machine, ants,
+sailing, logic gates, wool, mushrooms, a calculator, elections, hurricanes, pizza, satellites, set operations, the
+nervous system, bus routes, ratios, origami, plastic waste, a phone book, horses, museums, coral reefs, nested lists,
+the Renaissance, bones, hotel bookings, area and perimeter, chocolate, foxes, traffic lights, echoes, running a cafe,
+regular expressions, coins, blood pressure, comic books, the periodic table, basketball, bamboo, random passwords,
+Ancient Egypt, noise, ferry schedules, probability, jam, elephants, clocks, fog, camping, JSON files, maps, allergies,
+dance, simple machines, football, oak trees, a tic-tac-toe board, the Vikings, memory, parcel delivery, exponents,
+olive oil, owls, locks and keys, lightning, school lunches, string formatting, stamps, exercise, film making, acids
+and bases, tennis, moss, a guessing game, the Space Race, dreams, car rental, geometry, salt, turtles, umbrellas,
+waves, public parks, list comprehensions, flags, first aid, graphic design, evaporation, rock climbing, roses, a spell
+checker, the Aztecs, language learning, airport queues, discounts, honey, spiders, candles, avalanches, neighbourhood
+festivals, file systems, money transfers, hand washing, songwriting, density, cycling, seeds
+"""
+_NAMES = """
+Anna Ben Carla David Elena Farid Grace Hugo Iris Jonas Karim Lena Marco Nadia Oscar Priya Quinn Rosa Samir Tara Umar
+Vera Will Xenia Yusuf Zoe Maria Tom Sofia Leo Emma Noah Mia Lucas Amir Julia Peter Sara Daniel Ruth
+"""
+TOPICS = tuple(topic.strip() for topic in _TOPICS.replace("\n", " ").split(","))
+NAMES = tuple(_NAMES.split())
 THINGS = (
     "apples", "books", "pencils", "marbles", "stickers", "eggs", "cookies", "tickets", "bottles", "flowers", "coins",
     "cards", "chairs", "shirts", "boxes", "stamps", "oranges", "toys", "candles", "notebooks", "sandwiches", "bricks",
