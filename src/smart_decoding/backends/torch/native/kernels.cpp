@@ -236,7 +236,9 @@ __attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, co
 // One layer's KV cache. k: [kv_heads, pages, head_dim, PAGE], so that a page's 16 keys are one vector per dimension;
 // v: [kv_heads, pages, PAGE, head_dim].
 struct Rows {                    // what attention must know of the rows of a forward
-    int32_t rows, groups;        // groups: runs of consecutive rows of one request
+    int32_t rows, blocks;        // blocks: pieces of groups, shared out among the threads
+    const int32_t* block_group;  // [blocks] the group of each block; groups are runs of consecutive rows of one request
+    const int32_t* block_row;    // [blocks] its first row
     const int32_t* group_row;    // [groups + 1] first row of each group
     const int32_t* group_pages;  // [groups] offset of the request's block table in `pages`
     const int32_t* pages;        // block tables, one after another
@@ -244,9 +246,12 @@ struct Rows {                    // what attention must know of the rows of a fo
     const int32_t* direct;       // [rows] positions 0 .. direct-1 are read through the block table
     const int32_t* extra_at;     // [rows + 1] offsets into `extra`
     const int32_t* extra;        // slots of the positions direct, direct + 1, ... (ancestors in the tree, then itself)
-    const float* cosine;         // [rows, head_dim / 2]
+    const int64_t* position;     // [rows]
+    const float* cosine;         // [positions, head_dim / 2]
     const float* sine;
 };
+
+static inline int row_block_of(int per) { return std::max(1, std::min(4, 32 / per)); }  // rows of a block, for heads per KV head
 
 template <int HD> struct Query {  // running softmax of one query head
     float q[HD], best, sum;
@@ -412,7 +417,7 @@ static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* tabl
 template <class T, int HD>
 static void rope_and_store(const Rows& in, int row, float* qkv, int heads, int kv_heads, const float* q_norm,
                            const float* k_norm, float eps, T* kc, T* vc, int64_t pages) {
-    const float *cs = in.cosine + int64_t(row) * (HD / 2), *sn = in.sine + int64_t(row) * (HD / 2);
+    const float *cs = in.cosine + in.position[row] * (HD / 2), *sn = in.sine + in.position[row] * (HD / 2);
     for (int h = 0; h < heads + kv_heads; h++) {
         float* x = qkv + h * HD;
         const float* norm = h < heads ? q_norm : k_norm;
@@ -442,13 +447,13 @@ struct Layer {
 };
 struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, max(hidden, input)], [rows, (h + 2 kv) hd], [rows, h hd], [rows, ffn]
 
+// One layer, run by a whole team.
 template <class W, class T, int HD>
-static void layer_run(const Layer& l, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages, const Scratch& s, int threads) {
+static void layer_run(const Layer& l, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages, const Scratch& s) {
     int rows = in.rows, heads = l.heads, kv = l.kv_heads, per = heads / kv;
     int64_t d = l.hidden, qkv_width = int64_t(heads + 2 * kv) * HD, attention_width = int64_t(heads) * HD;
-    int row_block = std::max(1, std::min(4, 32 / per));
+    int row_block = row_block_of(per);
     Input<W> *room = (Input<W>*)s.normed, *attention = (Input<W>*)s.attention, *ffn = (Input<W>*)s.ffn;
-    #pragma omp parallel num_threads(threads)
     {
         const Input<W>* normed = room;
         if (input) normed = rounded(input, rows, l.input, room);
@@ -462,12 +467,13 @@ static void layer_run(const Layer& l, const Rows& in, const float* input, float*
         for (int r = 0; r < rows; r++)
             rope_and_store<T, HD>(in, r, s.qkv + r * qkv_width, heads, kv, l.q_norm, l.k_norm, l.eps, kc, vc, pages);
         #pragma omp for schedule(dynamic, 1) collapse(2)
-        for (int g = 0; g < in.groups; g++)
-            for (int h = 0; h < kv; h++)
-                for (int r = in.group_row[g]; r < in.group_row[g + 1]; r += row_block)
-                    attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
-                                  std::min(row_block, in.group_row[g + 1] - r), per, s.qkv, qkv_width, int64_t(h) * per * HD,
-                                  attention, attention_width);
+        for (int b = 0; b < in.blocks; b++)
+            for (int h = 0; h < kv; h++) {
+                int g = in.block_group[b], r = in.block_row[b];
+                attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
+                                        std::min(row_block, in.group_row[g + 1] - r), per, s.qkv, qkv_width,
+                                        int64_t(h) * per * HD, attention, attention_width);
+            }
         linear_rows(attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
         #pragma omp barrier
         rms_norm_rows(x, l.post_norm, l.eps, rows, d, room);
@@ -475,6 +481,22 @@ static void layer_run(const Layer& l, const Rows& in, const float* input, float*
         gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn);
         #pragma omp barrier
         linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
+        #pragma omp barrier
+    }
+}
+
+// `count` layers one after another; after taps[0], taps[1], ... of them, x is copied next to each other into `tapped`.
+template <class W, class T, int HD>
+static void layers_run(const Layer* layers, int count, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages,
+                       const Scratch& s, const int32_t* taps, int tap_count, float* tapped, int threads) {
+    int64_t plane = layers[0].kv_heads * pages * HD * PAGE, d = layers[0].hidden;
+    #pragma omp parallel num_threads(threads)
+    for (int i = 0, tap = 0; i < count; i++) {
+        layer_run<W, T, HD>(layers[i], in, input, x, kc + i * plane, vc + i * plane, pages, s);
+        if (tap == tap_count || taps[tap] != i + 1) continue;
+        #pragma omp for schedule(static) nowait
+        for (int r = 0; r < in.rows; r++) memcpy(tapped + (int64_t(r) * tap_count + tap) * d, x + r * d, d * sizeof(float));
+        tap++;
     }
 }
 
@@ -509,6 +531,7 @@ extern "C" {
 
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
+int smart_row_block(int heads_per_key) { return row_block_of(heads_per_key); }
 int smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }  // does bf16 mean bf16 inputs of linear layers, too?
 int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
@@ -524,13 +547,25 @@ void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k,
     else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, threads);
 }
 
-// One layer in place on x [rows, hidden]. q, k and v read rms_norm(x), or `input` [rows, input] if it is given.
-int smart_layer(const Layer* l, const Rows* in, const float* input, float* x, void* kc, void* vc, int64_t pages, const Scratch* s, int w_bf16,
-                int kv_bf16, int threads) {
+// Rows `index` of a packed weight [n, k] as fp32 [count, k].
+void smart_unpack(const void* w, int64_t k, int is_bf16, const int64_t* index, int count, float* out) {
+    for (int r = 0; r < count; r++) {
+        int64_t panel = index[r] / PANEL * PANEL * k, j = index[r] % PANEL;
+        for (int64_t i = 0; i < k; i++)
+            out[r * k + i] = is_bf16 ? to_f32(((const bf16*)w)[panel + i / 2 * 2 * PANEL + 2 * j + i % 2])
+                                     : ((const float*)w)[panel + i * PANEL + j];
+    }
+}
+
+// Layers in place on x [rows, hidden]. q, k and v read rms_norm(x), or `input` [rows, input] if it is given.
+int smart_layers(const Layer* l, int count, const Rows* in, const float* input, float* x, void* kc, void* vc, int64_t pages,
+                 const Scratch* s, const int32_t* taps, int tap_count, float* tapped, int w_bf16, int kv_bf16, int threads) {
 #define RUN(HD)                                                                                                     \
     case HD:                                                                                                        \
-        if (w_bf16 && kv_bf16) layer_run<bf16, bf16, HD>(*l, *in, input, x, (bf16*)kc, (bf16*)vc, pages, *s, threads);     \
-        else if (!w_bf16 && !kv_bf16) layer_run<float, float, HD>(*l, *in, input, x, (float*)kc, (float*)vc, pages, *s, threads); \
+        if (w_bf16 && kv_bf16)                                                                                      \
+            layers_run<bf16, bf16, HD>(l, count, *in, input, x, (bf16*)kc, (bf16*)vc, pages, *s, taps, tap_count, tapped, threads);     \
+        else if (!w_bf16 && !kv_bf16)                                                                               \
+            layers_run<float, float, HD>(l, count, *in, input, x, (float*)kc, (float*)vc, pages, *s, taps, tap_count, tapped, threads); \
         else return 2;                                                                                              \
         return 0;
     switch (l->head_dim) { RUN(16) RUN(32) RUN(64) RUN(96) RUN(128) }
