@@ -527,6 +527,24 @@ static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
                     out[p * PANEL * k + i * PANEL + j * STEP + s] = p * PANEL + j < n ? w[(p * PANEL + j) * k + i + s] : W(0);
 }
 
+// First index in [first, last) of the largest entry that is no NaN, or -1.
+static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
+    vf best = vf{} - INFINITY;
+    int64_t i = first;
+    for (; i + VW <= last; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
+    float top = best[0];
+    for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
+    for (; i < last; i++) top = row[i] > top ? row[i] : top;
+    for (i = first; i + VW <= last; i += VW) {
+        vi same = loadu<vf>(row + i) == top;
+        int any = 0;
+        for (int j = 0; j < VW; j++) any |= same[j];
+        if (any) break;
+    }
+    while (i < last && row[i] != top) i++;
+    return i < last ? i : -1;
+}
+
 extern "C" {
 
 int smart_vector_width() { return VW; }
@@ -625,20 +643,30 @@ void smart_rms_norm(const float* x, const float* weight, float eps, int rows, in
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * ldo);
 }
 
-// First index of each row's maximum.
+// First index of each row's maximum; -1 where there is none (nothing but NaN).
 void smart_argmax(const float* x, int rows, int64_t n, int64_t* out, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int r = 0; r < rows; r++) {
-        const float* row = x + r * n;
-        vf best = vf{} - INFINITY;
-        int64_t i = 0;
-        for (; i + VW <= n; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
-        float top = best[0];
-        for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
-        for (; i < n; i++) top = std::max(top, row[i]);
-        int64_t at = 0;
-        while (at < n && row[at] != top) at++;
-        out[r] = at < n ? at : -1;  // -1: a NaN hides the maximum
+    // Each thread scans the columns that it has just written as output layer: they are in its own cache.
+    constexpr int MAX_THREADS = 64;
+    threads = std::min(threads, MAX_THREADS);
+    int64_t panels = (n + PANEL - 1) / PANEL;
+    auto* found = new int64_t[rows * MAX_THREADS];
+    #pragma omp parallel num_threads(threads)
+    {
+        int me = omp_get_thread_num(), team = omp_get_num_threads();
+        int64_t first = std::min(n, panels * me / team * PANEL), last = std::min(n, panels * (me + 1) / team * PANEL);
+        for (int r = 0; r < rows; r++) found[r * MAX_THREADS + me] = first_maximum(x + r * n, first, last);
+        #pragma omp barrier
+        #pragma omp single
+        for (int r = 0; r < rows; r++) {
+            const float* row = x + r * n;
+            int64_t best = n;
+            for (int t = 0; t < team; t++) {
+                int64_t at = found[r * MAX_THREADS + t];
+                if (at >= 0 && (best == n || row[at] > row[best])) best = at;
+            }
+            out[r] = best < n ? best : -1;
+        }
     }
+    delete[] found;
 }
 }
