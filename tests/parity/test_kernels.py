@@ -1,5 +1,7 @@
 """The CPU kernels one by one against torch."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,11 @@ from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.kernels import Arena
 from smart_decoding.backends.torch.layers import KVCache, Linear
 from smart_decoding.backends.torch.native import build
+from smart_decoding.backends.torch.noise import gumbel, noise_key
+from smart_decoding.backends.torch.sampler import draw
+from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 DTYPES = [torch.float32, torch.bfloat16]
@@ -53,7 +59,7 @@ def test_a_packed_weights_rows_can_be_read_back(n: int, dtype: torch.dtype) -> N
 def test_top_k(n: int, k: int) -> None:
     torch.manual_seed(n)
     x = torch.randn(7, n) * 3
-    ids, probs = kernels.top_k(x, k, scale=0.7)
+    ids, probs = kernels.top_k(x, k, torch.full((len(x),), 0.7))
     wanted, at = torch.softmax(x.double() * 0.7, -1).topk(k)
     assert torch.equal(ids, at)
     torch.testing.assert_close(probs.double(), wanted, rtol=1e-5, atol=1e-9)
@@ -109,3 +115,43 @@ def test_move_in_torch_equals_the_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(build, "unavailable", lambda: "switched off")
     plain.move(source, target)
     assert torch.equal(native.keys, plain.keys) and torch.equal(native.values, plain.values)
+
+
+@pytest.mark.parametrize("n", [40, 8192])
+@pytest.mark.parametrize("spread", [0.5, 4.0])
+def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> None:
+    """Ranked with the target's own noise, a perfect draft's first child is always the target's token."""
+    torch.manual_seed(n)
+    x, rows, temperature = torch.randn(12, n) * spread, np.arange(12), 0.8
+    key = noise_key(rows + 5, 0, 7 * rows)
+    key[3] = 0  # a greedy row among them
+    scale = torch.full((12,), 1 / temperature)
+    ids, probs = kernels.top_k(x, 8, scale, torch.from_numpy(key.view(np.int64)), torch.arange(n))
+    noise = gumbel(key[:, None], np.arange(n))
+    noise[3] = 0.0
+    scores = x.double() / temperature + torch.from_numpy(noise)
+    wanted, order = scores.topk(8)
+    assert ids.tolist() == order.tolist()
+    among = torch.where(
+        torch.arange(12)[:, None] == 3, scores, torch.full_like(scores, -math.inf).scatter(1, order, wanted)
+    )
+    torch.testing.assert_close(probs.double(), among.softmax(-1).gather(1, order), rtol=1e-4, atol=1e-6)
+    drawn = [
+        draw(x[i].numpy(), SampleSpec(SamplingParams(temperature=temperature), int(i) + 5, 0, int(7 * i))) for i in rows
+    ]
+    assert [a == b for a, b in zip(ids[:, 0].tolist(), drawn, strict=True)].count(False) <= 1
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.8, 2.0])
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 1.0, 5.0])
+def test_draws_are_the_same_without_the_kernels(
+    temperature: float, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels only name candidates: the token drawn is the same, ties and excluded tokens included."""
+    rng = np.random.default_rng(3)
+    rows = (rng.normal(size=(40, 3001)) * spread).astype(np.float32)
+    rows[5, ::2] = -np.inf
+    specs = [SampleSpec(SamplingParams(temperature=temperature, min_p=0.01 * (i % 2)), seed=i) for i in range(40)]
+    fast = [draw(row, spec) for row, spec in zip(rows, specs, strict=True)]
+    monkeypatch.setattr(build, "unavailable", lambda: "for this test")
+    assert fast == [draw(row, spec) for row, spec in zip(rows, specs, strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows
 
 WINDOW = 512  # pairs that may wait for a request
+
+
+Draw: TypeAlias = tuple[int, int, int]  # a request's seed and sample, and the output position of a token
 
 
 class Head(Protocol):
@@ -36,8 +39,11 @@ class Head(Protocol):
         """One pass: outputs [rows, hidden]."""
         ...
 
-    def rank(self, out: Any, rows: IntArray, k: int, temperature: FloatArray) -> tuple[IntArray, FloatArray]:
-        """The k best children of outputs `rows` and their probabilities at each row's temperature: [rows, k]."""
+    def rank(
+        self, out: Any, rows: IntArray, k: int, temperature: FloatArray, draws: Sequence[Draw]
+    ) -> tuple[IntArray, FloatArray]:
+        """The k best children of outputs `rows` and their probabilities: [rows, k]. `draws` tells which noise the
+        target will draw the child with, where the temperature [rows] is not 0: the head can guess with the same."""
         ...
 
     def take(self, outs: Sequence[Any], rows: IntArray) -> Any:
@@ -94,7 +100,7 @@ class EagleDrafter:
         self._outs.append(out)
         self._rows = len(requests)
         owner = np.arange(len(requests))
-        self._append(trees, out, owner, np.full(len(requests), ROOT), owner, plan.children)
+        self._append(requests, trees, out, owner, np.full(len(requests), ROOT), owner, plan.children)
         return trees
 
     def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
@@ -111,12 +117,27 @@ class EagleDrafter:
         out = self._head.run(self._node_rows(requests, trees, nodes), g)
         self._outs.append(out)
         self._rows += len(nodes)
-        self._append(trees, out, np.arange(len(nodes)), nodes, trees.owner[nodes], plan.children)
+        self._append(requests, trees, out, np.arange(len(nodes)), nodes, trees.owner[nodes], plan.children)
 
     def _append(
-        self, trees: DraftTrees, out: Any, rows: IntArray, parents: IntArray, owner: IntArray, children: int
+        self,
+        requests: Sequence[Request],
+        trees: DraftTrees,
+        out: Any,
+        rows: IntArray,
+        parents: IntArray,
+        owner: IntArray,
+        children: int,
     ) -> None:
-        ids, probs = self._head.rank(out, rows, children, self._temperature[owner])
+        temperature = self._temperature[owner]
+        draws: list[Draw] = []
+        if temperature.any():
+            depth = np.where(parents == ROOT, 0, trees.depth[parents] if len(trees) else 0)
+            draws = [
+                (r.seed, r.sample, len(r.output) + below)
+                for r, below in zip((requests[i] for i in owner), depth.tolist(), strict=True)
+            ]
+        ids, probs = self._head.rank(out, rows, children, temperature, draws)
         k = ids.shape[1]
         trees.append(np.repeat(owner, k), ids.reshape(-1), np.repeat(parents, k), probs.reshape(-1))
 

@@ -100,7 +100,7 @@ def _draft_point(head: EagleHead, rows: Rows, width: int) -> Point:
     every, cold = np.arange(width), np.zeros(width)
 
     def run() -> object:
-        return head.rank(head.run(rows, g), every, 8, cold)
+        return head.rank(head.run(rows, g), every, 8, cold, [])
 
     return Point(run, lambda s: DraftSample(width, float(CONTEXTS[0]), s))
 

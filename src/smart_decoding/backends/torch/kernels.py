@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.backends.torch.native import build
 from smart_decoding.engine.kv import PAGE
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
+CANDIDATES = 64
 MAX_QUERIES = 32  # query heads per key head
 
 
@@ -60,7 +63,13 @@ def _lib() -> ctypes.CDLL:
             *(c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int32),
         ]
         lib.smart_argmax.argtypes = [c_void_p, c_int32, c_int64, c_void_p, c_int32]
-        lib.smart_top_k.argtypes = [c_void_p, c_int32, c_int64, c_int32, c_float, c_void_p, c_void_p, c_int32]
+        lib.smart_top_k.argtypes = [
+            *(c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
+        ]
+        lib.smart_noisy_candidates.restype = c_int64
+        lib.smart_noisy_candidates.argtypes = [
+            *(c_void_p, c_int64, c_float, c_float, c_float, ctypes.c_uint64, c_void_p, c_int64),
+        ]
         lib.smart_rms_norm.argtypes = [c_void_p, c_void_p, c_float, c_int32, c_int64, c_void_p, c_int64]
         lib._typed = True  # type: ignore[attr-defined]
     return lib
@@ -183,13 +192,32 @@ def argmax(x: Tensor) -> Tensor:
     return out
 
 
-def top_k(x: Tensor, k: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Ids (int64) and probabilities softmax(x * scale) of the k largest entries of each row: [rows, k] each."""
+def top_k(
+    x: Tensor, k: int, scale: Tensor | None = None, keys: Tensor | None = None, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ids (int64) and softmax probabilities of the k largest entries of x * scale (float32 [rows], default 1).
+
+    Both are [rows, k]. keys (uint64 bits as int64 [rows]; 0: none): the noise of noise.py for `tokens` [n] is added to
+    these rows' scores; their probabilities are the softmax of the k noisy scores."""
+    scale = torch.ones(len(x)) if scale is None else scale
     ids, probs = torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k)
     _lib().smart_top_k(
-        x.data_ptr(), len(x), x.shape[1], k, scale, ids.data_ptr(), probs.data_ptr(), torch.get_num_threads()
-    )
+        x.data_ptr(), len(x), x.shape[1], k, scale.data_ptr(), pointer(keys), pointer(tokens), ids.data_ptr(),
+        probs.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
     return ids, probs
+
+
+def noisy_candidates(
+    row: NDArray[np.float32], best: float, scale: float, floor: float, key: int
+) -> NDArray[np.int64] | None:
+    """Ascending ids that may be the argmax of row * scale + noise among row >= floor (float32 [n], contiguous; `best`
+    is its largest entry): a superset of a few. None if too many tie."""
+    out = np.empty(CANDIDATES, np.int64)
+    found = _lib().smart_noisy_candidates(
+        row.ctypes.data, len(row), best, scale, floor, key, out.ctypes.data, CANDIDATES
+    )
+    return out[:found] if found <= CANDIDATES else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, column: int = 0) -> None:

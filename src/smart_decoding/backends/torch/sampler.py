@@ -151,10 +151,15 @@ class _Nucleus:
 
 
 def _gumbel_max(row: FloatRow, top: int, floor: float, temperature: float, key: NDArray[np.uint64]) -> int:
-    """argmax of row / temperature + noise over the scores >= floor, evaluating the noise of few tokens.
+    """argmax of row / temperature + noise over the scores >= floor, evaluating the noise of few tokens: those that the
+    CPU kernels name, or, without them:
 
     After the tokens near the maximum, a token can win only within G_MAX of the best so far, and only if its bits are
     high enough for the distance; both bounds are exact, slack covers the rounding of the comparison."""
+    if build.unavailable() is None:
+        candidates = kernels.noisy_candidates(row, float(row[top]), 1.0 / temperature, floor, int(key))
+        if candidates is not None:
+            return _best(row, candidates, gumbel(key, candidates), temperature)[0]
     near_floor = max(floor, float(row[top]) - NEAR * temperature)
     near = np.flatnonzero(row >= near_floor)
     token, best = _best(row, near, gumbel(key, near), temperature)

@@ -9,6 +9,7 @@
 // GCC vector extensions: AVX-512, AVX2 and NEON from one text.
 
 #include <algorithm>
+#include <alloca.h>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -527,6 +528,97 @@ static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
                     out[p * PANEL * k + i * PANEL + j * STEP + s] = p * PANEL + j < n ? w[(p * PANEL + j) * k + i + s] : W(0);
 }
 
+// The best entries found so far, best first.
+struct Top {
+    int64_t* id;
+    float* score;
+    int k, found;
+    void add(float value, int64_t index) {
+        if (found == k && !(value > score[k - 1])) return;
+        int at = found < k ? found++ : k - 1;
+        for (; at > 0 && value > score[at - 1]; at--) { score[at] = score[at - 1]; id[at] = id[at - 1]; }
+        score[at] = value;
+        id[at] = index;
+    }
+};
+
+static void largest(const float* row, int64_t n, Top& top) {
+    for (int64_t i = 0; i < n; i += VW) {
+        if (top.found == top.k && i + VW <= n) {
+            vi above = loadu<vf>(row + i) > top.score[top.k - 1];
+            int any = 0;
+            for (int j = 0; j < VW; j++) any |= above[j];
+            if (!any) continue;
+        }
+        for (int64_t j = i; j < std::min(n, i + VW); j++) top.add(row[j], j);
+    }
+}
+
+// Scores become probabilities of softmax(row * scale).
+static void softmax_of(const float* row, int64_t n, float scale, Top& top) {
+    float best = top.score[0], sum = 0;
+    vf sums = {};
+    int64_t i = 0;
+    for (; i + VW <= n; i += VW) sums += vexp<vf, vi>((loadu<vf>(row + i) - best) * scale);
+    for (int j = 0; j < VW; j++) sum += sums[j];
+    for (; i < n; i++) sum += std::exp((row[i] - best) * scale);
+    for (int j = 0; j < top.k; j++) top.score[j] = std::exp((top.score[j] - best) * scale) / sum;
+}
+
+// The random bits of backends/torch/noise.py for one key and token.
+static inline uint32_t noise_bits(uint64_t key, uint64_t token) {
+    constexpr uint64_t STEP = 0x9E3779B97F4A7C15u;
+    uint64_t z = token * STEP + key + STEP;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    return z >> 32;
+}
+static inline double uniform(uint64_t key, uint64_t token) { return (double(noise_bits(key, token)) + 0.5) * 0x1p-32; }
+static inline float uniform_tail(uint64_t key, uint64_t token) {  // 1 - uniform, rounded
+    return (float(~noise_bits(key, token)) + 0.5f) * 0x1p-32f;
+}
+
+// Replaces the largest entries by the largest of row * scale + noise. A token can only be among them if
+// 1 - uniform < exp(its score - the last one's), which spares the others their logarithms.
+static void noisy_largest(const float* row, int64_t n, float scale, uint64_t key, const int64_t* tokens, Top& top) {
+    float best = top.score[0];
+    Top noisy{(int64_t*)alloca(top.k * sizeof(int64_t)), (float*)alloca(top.k * sizeof(float)), top.k, 0};
+    auto consider = [&](int64_t i, double u) {
+        noisy.add(float((row[i] - best) * scale - std::log(-std::log(u))), i);
+    };
+    for (int j = 0; j < top.k; j++) consider(top.id[j], uniform(key, tokens[top.id[j]]));
+    double last = std::exp(double(noisy.score[top.k - 1]));
+    constexpr float FAR = -16.0f;  // beyond it a token wins once in ten million times
+    for (int64_t i = 0; i < n; i += VW) {
+        int64_t end = std::min(n, i + VW);
+        float weight[VW] = {};
+        if (end == i + VW) {
+            vf score = (loadu<vf>(row + i) - best) * scale;
+            vi near = score > FAR;
+            int any = 0;
+            for (int j = 0; j < VW; j++) any |= near[j];
+            if (!any) continue;
+            storeu(weight, vexp<vf, vi>(score));
+        } else for (int64_t j = i; j < end; j++) weight[j - i] = std::exp((row[j] - best) * scale);
+        for (int64_t j = i; j < end; j++) {
+            double u = uniform(key, tokens[j]);
+            if ((1.0 - u) * last > 1.0001 * weight[j - i]) continue;
+            bool known = false;  // it is one of those that were considered first
+            for (int t = 0; t < top.k; t++) known |= top.id[t] == j;
+            if (known) continue;
+            consider(j, u);
+            last = std::exp(double(noisy.score[top.k - 1]));
+        }
+    }
+    float sum = 0;
+    for (int j = 0; j < top.k; j++) sum += std::exp(noisy.score[j] - noisy.score[0]);
+    for (int j = 0; j < top.k; j++) {
+        top.id[j] = noisy.id[j];
+        top.score[j] = std::exp(noisy.score[j] - noisy.score[0]) / sum;
+    }
+}
+
 // First index in [first, last) of the largest entry that is no NaN, or -1.
 static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
     vf best = vf{} - INFINITY;
@@ -605,38 +697,61 @@ void smart_move_kv(void* kc, void* vc, int64_t planes, int64_t pages, int head_d
         }
 }
 
-// The k largest entries of each row and their softmax probabilities (of x * scale), largest first, ties by index.
-void smart_top_k(const float* x, int rows, int64_t n, int k, float scale, int64_t* ids, float* probs, int threads) {
+// The k largest scores x * scale of each row, largest first, ties by index, and what each weighs in the softmax.
+// keys (may be null): sampling noise is added to the scores of the rows whose key is not 0, and their probabilities are
+// the softmax of the k noisy scores. tokens [n]: token ids, which the noise depends on.
+void smart_top_k(const float* x, int rows, int64_t n, int k, const float* scale, const uint64_t* keys, const int64_t* tokens,
+                 int64_t* ids, float* probs, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int r = 0; r < rows; r++) {
+        Top top{ids + int64_t(r) * k, probs + int64_t(r) * k, k, 0};
         const float* row = x + r * n;
-        int64_t* id = ids + int64_t(r) * k;
-        float* top = probs + int64_t(r) * k;
-        int found = 0;
-        for (int64_t i = 0; i < n; i += VW) {
-            if (found == k && i + VW <= n) {
-                vi above = loadu<vf>(row + i) > top[k - 1];
-                int any = 0;
-                for (int j = 0; j < VW; j++) any |= above[j];
-                if (!any) continue;
-            }
-            for (int64_t j = i; j < std::min(n, i + VW); j++) {
-                if (found == k && !(row[j] > top[k - 1])) continue;
-                int at = found < k ? found++ : k - 1;
-                for (; at > 0 && row[j] > top[at - 1]; at--) { top[at] = top[at - 1]; id[at] = id[at - 1]; }
-                top[at] = row[j];
-                id[at] = j;
-            }
-        }
-        float best = top[0];
-        vf sums = {};
-        int64_t i = 0;
-        for (; i + VW <= n; i += VW) sums += vexp<vf, vi>((loadu<vf>(row + i) - best) * scale);
-        float sum = 0;
-        for (int j = 0; j < VW; j++) sum += sums[j];
-        for (; i < n; i++) sum += std::exp((row[i] - best) * scale);
-        for (int j = 0; j < k; j++) top[j] = std::exp((top[j] - best) * scale) / sum;
+        largest(row, n, top);
+        if (keys && keys[r]) noisy_largest(row, n, scale[r], keys[r], tokens, top);
+        else softmax_of(row, n, scale[r], top);
     }
+}
+
+// Tokens that may be the argmax of row * scale + noise among those with row >= floor: all that come within 1e-3 of it.
+// Writes at most `room` of them and returns how many there are.
+int64_t smart_noisy_candidates(const float* row, int64_t n, float best, float scale, float floor, uint64_t key, int64_t* out,
+                               int64_t room) {
+    constexpr int64_t BLOCK = 256;
+    double bound = -INFINITY;  // the best noisy score so far
+    int64_t found = 0;
+    float weight[BLOCK], tail[BLOCK], scores[64];
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        int64_t size = std::min(BLOCK, n - first), i = 0;
+        vi above = {};
+        for (; i + VW <= size; i += VW) above |= loadu<vf>(row + first + i) >= floor;
+        int any = size % VW;
+        for (int j = 0; j < VW; j++) any |= above[j];
+        if (!any) continue;
+        for (i = 0; i + VW <= size; i += VW) storeu(weight + i, vexp<vf, vi>((loadu<vf>(row + first + i) - best) * scale));
+        for (; i < size; i++) weight[i] = std::exp((row[first + i] - best) * scale);
+        for (i = 0; i < size; i++) tail[i] = uniform_tail(key, first + i);
+        float last = bound < -80 ? 0.0f : float(std::exp(bound - 1e-3));
+        int32_t hits = 0, hit[BLOCK];
+        for (i = 0; i < size; i++) {
+            hit[i] = (tail[i] * last <= 1.001f * weight[i]) & (row[first + i] >= floor);
+            hits += hit[i];
+        }
+        if (!hits) continue;
+        for (i = 0; i < size; i++) {
+            if (!hit[i]) continue;
+            double score = double(row[first + i] - best) * scale - std::log(-std::log(uniform(key, first + i)));
+            if (score < bound - 1e-3) continue;
+            bound = std::max(bound, score);
+            if (found < room) { out[found] = first + i; scores[found] = float(score); }
+            found++;
+            if (found < room) continue;
+            int64_t kept = 0;  // full: drop what the bound has overtaken
+            for (int64_t j = 0; j < room; j++)
+                if (scores[j] >= bound - 1e-3) { scores[kept] = scores[j]; out[kept++] = out[j]; }
+            found = kept == room ? found : kept;
+        }
+    }
+    return found;
 }
 
 void smart_rms_norm(const float* x, const float* weight, float eps, int rows, int64_t d, float* out, int64_t ldo) {
