@@ -9,6 +9,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="name, hub id, folder or GGUF file")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (bf16) or float32 (fp32)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--draft", metavar="MODEL", help="a draft model whose levels are measured instead of the head's"
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="time to measure for")
 
 
@@ -20,9 +23,10 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.profiling.cache import profile_path, save_profile
     from smart_decoding.profiling.measure import held_out_error, measure
 
-    llm = LLM(args.model, dtype=args.dtype, device=args.device, speculative_config={"policy": "likelihood"})
-    head, target = llm.speculation.head, llm.target
-    samples = measure(target, head, llm.engine.config.pages, llm.engine.config.max_num_seqs, args.seconds)
+    config = {"policy": "likelihood", **({"method": "draft_model", "model": args.draft} if args.draft else {})}
+    llm = LLM(args.model, dtype=args.dtype, device=args.device, speculative_config=config)
+    model, target = llm.speculation.model, llm.target
+    samples = measure(target, model, llm.engine.config.pages, llm.engine.config.max_num_seqs, args.seconds)
     cost = CostModel.fit(samples)
     rows = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96]
     print(f"seconds of a forward in ms, context 128, {len(samples)} samples; rows of the whole batch across")
@@ -34,14 +38,14 @@ def main(args: argparse.Namespace) -> int:
             for r in wanted
         ]
         print(f"{batch:>5} " + "".join(cells))
-    if head is not None:
+    if model is not None:
         widths = [1, 2, 4, 8, 16, 32, 64]
         print("draft " + "".join(f"{1e3 * cost.draft_seconds(np.array([w]), 128.0)[0]:8.2f}" for w in widths))
         print("width " + "".join(f"{w:>8}" for w in widths))
     _draw(np.arange(1, 65), 1e3 * cost.verify_seconds(1, np.arange(1, 65), 128.0))
     median, high = held_out_error(samples)
     print(f"held-out error of the fit: median {100 * median:.1f} %, p90 {100 * high:.1f} %")
-    shape = str(head and head.shape)
+    shape = str(model and model.shape)
     save_profile(profile_path(llm.provenance, target.dtype, target.device, shape), cost)
     return 0
 

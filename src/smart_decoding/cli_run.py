@@ -15,7 +15,7 @@ from smart_decoding.models import DEFAULT_MODEL
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM, CompletionOutput, Prompt
 
-METHODS = ("eagle", "ngram", "recycling", "union", "none")
+METHODS = ("eagle", "draft_model", "ngram", "recycling", "union", "none")
 DTYPES = ("bf16", "bfloat16", "fp32", "float32")
 _FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids")  # not a user's to give
 
@@ -53,6 +53,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and KV cache (bf16)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--method", choices=METHODS, help="what drafts (the model's own head, if it has one)")
+    group.add_argument("--draft", metavar="MODEL", help="what the method drafts with: a head's folder, or for "
+                       "draft_model any smaller model of the same vocabulary")  # fmt: skip
     group.add_argument("--policy", type=policy_name, metavar="POLICY", help="what sizes the trees: off, chain, static, "
                        "likelihood, smart_paper, smart (default)")  # fmt: skip
     for kind in ("policy", "method"):
@@ -77,7 +79,11 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
     both = sorted(set(policy_options) & set(method_options))
     if both:
         raise ConfigError(f"option {both[0]!r} is given for the policy and for the method: give it once")
-    named = {"method": args.method, "policy": args.policy}
+    if args.draft and "model" in method_options:
+        raise ConfigError("the model to draft with is given by --draft and by --method-option: give it once")
+    if args.method == "draft_model" and not (args.draft or "model" in method_options):
+        raise ConfigError("method 'draft_model' needs a smaller model of the same vocabulary: give --draft MODEL")
+    named = {"method": args.method, "policy": args.policy, "model": args.draft}
     config = {**{k: v for k, v in named.items() if v is not None}, **policy_options, **method_options}
     return config or None
 

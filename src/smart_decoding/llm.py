@@ -17,7 +17,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import Decode
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL
-from smart_decoding.speculation import Speculation, build_speculation
+from smart_decoding.speculation import Speculation, build_speculation, check_speculation
 from smart_decoding.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -65,7 +65,7 @@ class LLM:
 
     model: built-in name, hub id, folder of safetensors, or GGUF file.
     speculative_config: None (the model's default head under the policy `smart`, if it has one), False (plain decoding),
-        or a dict: method (eagle, ngram, recycling, union, none), policy (off, chain, static, likelihood,
+        or a dict: method (eagle, draft_model, ngram, recycling, union, none), policy (off, chain, static, likelihood,
         smart_paper, smart), and either's options.
     dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens. kv_cache_tokens: KV memory, in tokens over all requests.
@@ -93,6 +93,7 @@ class LLM:
         self._checkpoint, self.provenance = checkpoint, dict(checkpoint.provenance)
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
         limit = max_model_len or min(4096, checkpoint.config.max_positions)
+        check_speculation(speculative_config, checkpoint, limit)
         tokens = kv_cache_tokens or min(limit, 2048) * min(max_num_seqs, 16)
         pages = pages_for(max(tokens, limit), max_num_seqs)
         self.target = TorchTarget(checkpoint, dtype, _device(device), pages, limit)
@@ -113,6 +114,7 @@ class LLM:
         config = self.engine.config
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
+        check_speculation(speculative_config, self._checkpoint, config.max_model_len)
         other = copy.copy(self)
         other.speculation = build_speculation(
             speculative_config, self._checkpoint, self.target, config.pages, config.max_num_seqs

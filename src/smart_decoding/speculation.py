@@ -9,38 +9,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smart_decoding.backends.torch.draft_model import DraftModel
 from smart_decoding.backends.torch.eagle_head import EagleHead, load_head
-from smart_decoding.backends.torch.loading import Checkpoint
+from smart_decoding.backends.torch.loading import Checkpoint, load_checkpoint
 from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import Forecast
 from smart_decoding.core.policies import make_policy, policy_options
 from smart_decoding.core.policies.protocol import Policy
+from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.protocols import Drafter
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import measure
+from smart_decoding.tokenizer import Tokenizer
 
-METHODS = ("eagle", "ngram", "recycling", "union", "none")
+METHODS = ("eagle", "draft_model", "ngram", "recycling", "union", "none")
 HEADS = Path(__file__).with_name("heads")
 SCRATCH_PAGES = 256  # head keys of one round's tree nodes: 4096
+DRAFT_SCRATCH_PAGES = 64  # a draft model's keys are larger: 1024 nodes
 
 
 @dataclass(slots=True)
 class Speculation:
     """What drafts, and what decides about it; without a drafter the engine decodes plainly.
 
-    cost: the measured costs, or None where nothing needs them. head: the EAGLE head in use. description: in words."""
+    cost: the measured costs, or None where nothing needs them. model: the EAGLE head or draft model in use.
+    description: in words."""
 
     policy: Policy
     drafter: Drafter | None
     cost: CostModel | None = None
-    head: EagleHead | None = None
+    model: EagleHead | DraftModel | None = None
     description: str = "none"
 
 
@@ -58,29 +63,63 @@ def build_speculation(
     max_num_seqs: int,
 ) -> Speculation:
     """Builds what `config` asks for. Raises ConfigError for unknown methods, policies and options, ModelError for a
-    head that does not fit."""
-    default_head = shipped_head(checkpoint.provenance["model"])
-    if config is False:
-        return Speculation(make_policy("off"), None)
-    given = dict(config) if isinstance(config, Mapping) else {}
-    method = given.pop("method", "eagle" if default_head or "model" in given else "ngram")
-    policy_name = given.pop("policy", "smart")
-    check_config(method, policy_name)
+    head or draft model that does not fit."""
+    method, policy_name, given = _asked(config, checkpoint)
     if method == "none":
         return Speculation(make_policy("off"), None)
+    default_head = shipped_head(checkpoint.provenance["model"])
     builder = _Builder(checkpoint, target, pages, max_num_seqs, given, default_head)
     drafter = builder.drafter(method)
     cost = builder.cost() if "cost" in policy_options(policy_name) else None
     offered = {**builder.prior(), "cost": cost, "eos_token_ids": target.eos_token_ids}
     policy = make_policy(policy_name, offered, **given)
-    return Speculation(policy, drafter, cost, builder.head, builder.description)
+    return Speculation(policy, drafter, cost, builder.model, builder.description)
 
 
-def check_config(method: str, policy: str) -> None:
-    """Raises ConfigError for an unknown method or policy; loads nothing."""
+def check_speculation(config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint, max_model_len: int) -> None:
+    """Raises what can be said before any weights are loaded: ConfigError for an unknown method or policy, ModelError
+    for a draft model with another vocabulary or too short a context."""
+    method, _, given = _asked(config, checkpoint)
+    if method == "draft_model":
+        draft = _draft_checkpoint(given)
+        name = draft.provenance["model"]
+        check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), Tokenizer.load(checkpoint.tokenizer_source), name)
+        try:
+            draft.config.check_context(max_model_len)
+        except ModelError as error:
+            raise ModelError(f"the draft model {name} cannot follow the target: {error} (max_model_len)") from error
+
+
+def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str) -> None:
+    """Raises ModelError unless both know the same tokens under the same ids."""
+    ours, theirs = (tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (target, draft))
+    if ours == theirs:
+        return
+    if len(ours) != len(theirs):
+        why = f"{len(theirs)} tokens instead of {len(ours)}"
+    else:
+        token = min((t for t in ours if theirs.get(t) != ours[t]), key=lambda t: ours[t])
+        why = f"token {token!r} is {theirs.get(token, 'missing')} instead of {ours[token]}"
+    raise ModelError(f"the draft model {name} has another vocabulary than the target ({why}): take one of its family")
+
+
+def _asked(config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint) -> tuple[str, str, dict[str, Any]]:
+    """Method, policy, and the options of both. Raises ConfigError for an unknown method or policy."""
+    if config is False:
+        return "none", "off", {}
+    given = dict(config) if isinstance(config, Mapping) else {}
+    has_head = "model" in given or shipped_head(checkpoint.provenance["model"])
+    method, policy = given.pop("method", "eagle" if has_head else "ngram"), given.pop("policy", "smart")
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     policy_options(policy)
+    return method, policy, given
+
+
+def _draft_checkpoint(given: Mapping[str, Any]) -> Checkpoint:
+    if not given.get("model"):
+        raise ConfigError("method 'draft_model' needs a smaller model of the same vocabulary: give model=NAME")
+    return load_checkpoint(given["model"])
 
 
 class _Builder:
@@ -97,7 +136,7 @@ class _Builder:
     ) -> None:
         self._checkpoint, self._target, self._pages, self._seqs = checkpoint, target, pages, max_num_seqs
         self._given, self._default_head = given, default_head
-        self.head: EagleHead | None = None
+        self.model: EagleHead | DraftModel | None = None
         self._folder: Path | None = None
         self.description = ""
 
@@ -105,6 +144,8 @@ class _Builder:
         self.description = method
         if method == "eagle":
             return self._eagle()
+        if method == "draft_model":
+            return self._draft_model()
         if method == "union":
             parts: list[Drafter] = [self._eagle()] if self._default_head or "model" in self._given else []
             names = "eagle + ngram" if parts else "ngram + recycling"
@@ -115,11 +156,11 @@ class _Builder:
     def cost(self) -> CostModel:
         """The cached profile of this machine, else a new one (a few seconds)."""
         path = profile_path(
-            self._checkpoint.provenance, self._target.dtype, self._target.device, str(self.head and self.head.shape)
+            self._checkpoint.provenance, self._target.dtype, self._target.device, str(self.model and self.model.shape)
         )
         cost = load_profile(path)
         if cost is None:
-            cost = CostModel.fit(measure(self._target, self.head, self._pages, self._seqs))
+            cost = CostModel.fit(measure(self._target, self.model, self._pages, self._seqs))
             save_profile(path, cost)
         return cost
 
@@ -138,9 +179,16 @@ class _Builder:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
         self._folder = Path(folder)
         files = load_head(self._folder, self._checkpoint.config)
-        self.head = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
+        self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
         self.description = f"eagle head {self._folder.name}"
-        return EagleDrafter(self.head, self._pages, SCRATCH_PAGES)
+        return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
+
+    def _draft_model(self) -> Drafter:
+        checkpoint = _draft_checkpoint(self._given)
+        del self._given["model"]
+        self.model = DraftModel(checkpoint, self._target, self._pages, DRAFT_SCRATCH_PAGES)
+        self.description = f"draft model {checkpoint.provenance['model']}"
+        return DraftModelDrafter(self.model, self._pages, DRAFT_SCRATCH_PAGES)
 
     def _ngram(self) -> Drafter:
         return self._made(NgramDrafter)

@@ -130,6 +130,11 @@ def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
     assert llm.asked == [("once upon", params)]
 
 
+def test_run_names_the_draft_model(fake: type[FakeLLM]) -> None:
+    assert cli.main(["run", "--method", "draft_model", "--draft", "small", "hi"]) == 0
+    assert fake.made[0].options["speculative_config"] == {"method": "draft_model", "model": "small"}
+
+
 def test_run_reports_statistics_on_stderr(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--stats", "hi"]) == 0
     assert capsys.readouterr().err == (
@@ -156,6 +161,8 @@ def test_standard_input_must_be_text(
     [
         ("--policy greedy", "choose one of: off, chain, static, likelihood, smart_paper, smart"),
         ("--method telepathy", "choose from"),
+        ("--method draft_model", "give --draft MODEL"),
+        ("--draft small --method-option model=other", "give it once"),
         ("--dtype int4", "'bf16', 'bfloat16', 'fp32', 'float32'"),
         ("--policy chain --policy-option depth=3", "policy 'chain' has no option 'depth'; its options: length"),
         ("--policy off --policy-option depth=3", "its options: none"),

@@ -1,14 +1,14 @@
-"""Measures what forwards cost: rows x batch x context for the target, width for a level of the draft head."""
+"""Measures what forwards cost: rows x batch x context for the target, width for a level of the drafter's model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from smart_decoding.backends.torch.eagle_head import EagleHead
 from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.cost import CostModel, DraftSample, Sample, VerifySample
 from smart_decoding.core.tree import DraftTrees
@@ -22,6 +22,16 @@ MAX_ROWS = 96
 CONTEXTS = (128, 768)
 
 
+class Drafting(Protocol):
+    """A drafter's model; `shape` is what the cost of a level depends on."""
+
+    shape: tuple[int | str, ...]
+
+    def rehearse(self, rows: Rows) -> None:
+        """A level of as many nodes, with arbitrary results."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """One thing to time: `run` performs it once, `sample` wraps the seconds."""
@@ -32,7 +42,7 @@ class Point:
 
 def measure(
     target: TorchTarget,
-    head: EagleHead | None,
+    model: Drafting | None,
     pages: int,
     max_num_seqs: int,
     seconds: float = 6.0,
@@ -40,7 +50,7 @@ def measure(
 ) -> list[Sample]:
     """Times every point again and again, in turn (noise then hits all alike), until `seconds` are used up; every point
     is timed at least once. The cache must be idle: its contents are overwritten."""
-    points = _points(target, head, pages, max_num_seqs)
+    points = _points(target, model, pages, max_num_seqs)
     for point in points[:3]:
         point.run()
     samples: list[Sample] = []
@@ -68,7 +78,7 @@ def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
     return (float(np.median(errors)), float(np.percentile(errors, 90))) if errors else (0.0, 0.0)
 
 
-def _points(target: TorchTarget, head: EagleHead | None, pages: int, max_num_seqs: int) -> list[Point]:
+def _points(target: TorchTarget, model: Drafting | None, pages: int, max_num_seqs: int) -> list[Point]:
     points = []
     for context in CONTEXTS:
         for batch in (b for b in BATCHES if b <= max_num_seqs):
@@ -78,11 +88,11 @@ def _points(target: TorchTarget, head: EagleHead | None, pages: int, max_num_seq
                 rows = fake_rows(batch, per, context, pages)
                 if rows is not None and context + per <= target.max_positions:
                     points.append(_verify_point(target, rows, batch, context))
-    for width in WIDTHS if head is not None else ():
-        assert head is not None
+    for width in WIDTHS if model is not None else ():
+        assert model is not None
         rows = fake_rows(1, width, CONTEXTS[0], pages)
         if rows is not None:
-            points.append(_draft_point(head, rows, width))
+            points.append(_draft_point(model, rows, width))
     return points
 
 
@@ -93,16 +103,8 @@ def _verify_point(target: TorchTarget, rows: Rows, batch: int, context: int) -> 
     return Point(run, lambda s: VerifySample(batch, len(rows), float(context), s))
 
 
-def _draft_point(head: EagleHead, rows: Rows, width: int) -> Point:
-    import torch
-
-    g = torch.randn(width, head.config.hidden, dtype=head.work_dtype, device=head.device)
-    every, cold = np.arange(width), np.zeros(width)
-
-    def run() -> object:
-        return head.rank(head.run(rows, g), every, 8, cold, [])
-
-    return Point(run, lambda s: DraftSample(width, float(CONTEXTS[0]), s))
+def _draft_point(model: Drafting, rows: Rows, width: int) -> Point:
+    return Point(lambda: model.rehearse(rows), lambda s: DraftSample(width, float(CONTEXTS[0]), s))
 
 
 def fake_rows(batch: int, per: int, context: int, pages: int) -> Rows | None:

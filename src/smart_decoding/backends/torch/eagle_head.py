@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,10 +33,9 @@ from smart_decoding.backends.torch.layers import (
     TorchLayers,
     rms_norm,
 )
-from smart_decoding.backends.torch.noise import gumbel, noise_key
-from smart_decoding.backends.torch.processors import FloatRow
+from smart_decoding.backends.torch.ranking import ranked
 from smart_decoding.core.tree import FloatArray, IntArray
-from smart_decoding.drafters.eagle import Draw
+from smart_decoding.drafters.levels import Draw
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ModelError
 
@@ -164,39 +162,14 @@ class EagleHead:
         return all_rows[torch.from_numpy(rows).to(all_rows.device)]
 
     @torch.inference_mode()
-    def rank(
-        self, out: Tensor, rows: IntArray, k: int, temperature: FloatArray, draws: Sequence[Draw]
-    ) -> tuple[IntArray, FloatArray]:
-        """The k most likely next tokens after outputs `rows`, best first, and their probabilities: [rows, k].
+    def rank(self, out: Tensor, k: int, temperature: FloatArray, draws: Sequence[Draw]) -> tuple[IntArray, FloatArray]:
+        """The k most likely next tokens after every output and their probabilities: [rows, k]; see `ranked`."""
+        return ranked(self._head(out), self.draft_ids, k, temperature, draws, self.native)
 
-        Greedy rows: softmax over the draft vocabulary. Others: what the head would draw at the row's temperature with
-        the noise that the target will draw with (`draws`): the target most often draws the same."""
-        logits = self._head(out[torch.from_numpy(rows).to(out.device)])
-        k = min(k, len(self.draft_ids))
-        sampled = temperature > 0
-        scale = np.where(sampled, 1.0 / np.maximum(temperature, 1e-3), 1.0).astype(np.float32)
-        keys = None
-        if sampled.any():
-            seed, sample, position = (np.array(column) for column in zip(*draws, strict=True))
-            keys = np.where(sampled, noise_key(seed, sample, position), np.uint64(0))
-        ids, probs = self._top(logits, k, scale, keys)
-        return self.draft_ids[ids].cpu().numpy(), probs.double().cpu().numpy()
-
-    def _top(self, logits: Tensor, k: int, scale: FloatRow, keys: NDArray[np.uint64] | None) -> tuple[Tensor, Tensor]:
-        if self.native:
-            wanted = None if keys is None else torch.from_numpy(keys.view(np.int64))
-            return kernels.top_k(logits.contiguous(), k, torch.from_numpy(scale), wanted, self.draft_ids)
-        scores = logits.float() * torch.from_numpy(scale).to(logits.device)[:, None]
-        total = scores.logsumexp(-1, keepdim=True)
-        if keys is not None:
-            noise = gumbel(keys[:, None], self.draft_ids.cpu().numpy())
-            noise[keys == 0] = 0.0
-            scores = scores + torch.from_numpy(noise).to(scores.device)
-        top, ids = scores.topk(k)
-        if keys is not None:
-            noisy = torch.from_numpy(keys != 0).to(top.device)[:, None]
-            total = torch.where(noisy, top.logsumexp(-1, keepdim=True), total)
-        return ids, (top - total).exp()
+    def rehearse(self, rows: Rows) -> None:
+        """A level on arbitrary features, to be timed."""
+        g = torch.ones(len(rows), self.config.hidden, dtype=self.work_dtype, device=self.device)
+        self.rank(self.run(rows, g), 8, np.zeros(len(rows)), [])
 
     def _inputs(self, embedded: Tensor, g: Tensor) -> Tensor:
         if not self.native:

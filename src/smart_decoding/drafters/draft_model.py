@@ -1,0 +1,59 @@
+"""Drafting with a smaller model of the same vocabulary, level by level (Leviathan et al. 2023; Chen et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from smart_decoding.core.tree import FloatArray, IntArray
+from smart_decoding.drafters.levels import Draw, LevelDrafter, State
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.rows import Rows
+
+
+class SmallModel(Protocol):
+    """What the drafter needs of a model."""
+
+    def run(self, rows: Rows) -> Any:
+        """One forward: the logits [wanted rows, vocab] of the next tokens, valid until the next one."""
+        ...
+
+    def rank(self, logits: Any, k: int, temperature: FloatArray, draws: Sequence[Draw]) -> tuple[IntArray, FloatArray]:
+        """As `LevelDrafter._rank`."""
+        ...
+
+
+class DraftModelDrafter(LevelDrafter[State]):
+    """A model reads plain tokens, so that it can run what the target found in its prefix cache."""
+
+    name, ahead = "draft_model", 0
+
+    def __init__(self, model: SmallModel, pool_pages: int, scratch_pages: int, max_levels: int = 8) -> None:
+        super().__init__(pool_pages, scratch_pages, max_levels)
+        self._model = model
+
+    def _admit(self, request: Request, first: int) -> State:
+        """Goes on after the cached pages, from the first on, whose keys the model still has."""
+        state = State(0, 0)
+        for page, key in zip(request.table.pages, self._keys(request, state, first // PAGE), strict=False):
+            if self._kept[page] != key:
+                break
+            state.length += PAGE
+        return state
+
+    def _first(self, rows: Rows, last: IntArray, states: Sequence[State]) -> Any:
+        rows.logit_rows = last
+        return self._model.run(rows)
+
+    def _deeper(self, rows: Rows, above: IntArray) -> Any:
+        return self._model.run(rows)
+
+    def _rank(self, out: Any, k: int, temperature: FloatArray, draws: Sequence[Draw]) -> tuple[IntArray, FloatArray]:
+        return self._model.rank(out, k, temperature, draws)
+
+    def _advance(self, request: Request, state: State) -> None:
+        """Keys of a cut context (unlike a head's, they depend on it) serve no other request."""
+        super()._advance(request, state)
+        if state.start:
+            self._kept[self._table(request, state)[state.start // PAGE :]] = 0

@@ -1,0 +1,259 @@
+"""A smaller model drafts: the tokens stay those of plain decoding, and a model that is the target is always right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.torch import save_file
+
+from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.draft_model import DraftModel
+from smart_decoding.core.cost import DraftSample
+from smart_decoding.drafters import levels
+from smart_decoding.drafters.draft_model import DraftModelDrafter
+from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.llm import LLM
+from smart_decoding.profiling.measure import measure
+
+from .tiny import (
+    PAGES,
+    SCRATCH,
+    SMALL,
+    TARGET,
+    VOCAB,
+    answer,
+    ask,
+    checkpoint,
+    engine_of,
+    finish,
+    plain,
+    prompts,
+    target_of,
+)
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "chain": {"length": 4},
+    "static": {},
+    "likelihood": {"depth": 3, "top_k": 4, "total_tokens": 14},
+}
+DEPTH = {"chain": 4, "static": 5}
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr("smart_decoding.backends.torch.decoder.use_native", lambda *given: False)
+
+
+def engine(
+    policy: str, draft: ModelConfig = SMALL, seed: int = 1, pages: int = PAGES, scratch: int = SCRATCH, **more: Any
+) -> Engine:
+    """An engine with a random draft model; TARGET with seed 0 is the target itself."""
+    target = target_of(pages)
+    model = DraftModel(checkpoint(draft, seed), target, pages, scratch)
+    more = {"options": POLICIES[policy], **more}
+    return engine_of(target, DraftModelDrafter(model, pages, scratch), policy, pages, **more)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.usefixtures("path")
+def test_tokens_are_those_of_plain_decoding(policy: str, temperature: float) -> None:
+    many = prompts(4)
+    expected = plain(many, temperature)
+    for batch in (1, 2, 4):
+        drafted = answer(engine(policy), many[:batch], temperature)
+        assert [r.output for r in drafted] == expected[:batch]
+        assert all(r.metrics.verified > 0 for r in drafted)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.usefixtures("path")
+def test_the_target_itself_drafts_what_it_says(policy: str, temperature: float) -> None:
+    """Greedy and drawn: the draft model guesses with the target's own noise."""
+    many = prompts(4)
+    drafted = answer(engine(policy, TARGET, seed=0), many, temperature)
+    assert [r.output for r in drafted] == plain(many, temperature)
+    for request in drafted:
+        metrics = request.metrics
+        if policy == "likelihood":  # its few nodes need not hold the best child of every level
+            assert metrics.accepted > metrics.rounds
+        else:
+            assert metrics.rounds <= -(-39 // (1 + DEPTH[policy])) + 1
+        if policy == "chain":
+            assert metrics.wasted_rows <= 1
+
+
+def test_drafts_are_the_small_models_own_sequence() -> None:
+    """Chains across rounds, pages and prompt chunks equal the small model decoding alone after the same text."""
+    drafting = engine("chain", max_num_batched_tokens=7)
+    (request,) = ask(drafting, [prompts(1, seed=5)[0] * 3], tokens=30)
+    seen = 0
+    while drafting.has_unfinished_requests:
+        before = list(request.tokens)
+        drafting.step()
+        trees = drafting.last_round.round.trees
+        if len(trees):
+            assert trees.token.tolist() == alone(SMALL, before, len(trees))
+            seen += 1
+    assert seen > 10
+
+
+def alone(config: ModelConfig, tokens: list[int], count: int) -> list[int]:
+    """`count` greedy tokens of the small model after `tokens`, by an engine whose target it is."""
+    from smart_decoding.backends.torch.target import TorchTarget
+
+    target = TorchTarget(checkpoint(config, 1), "float32", "cpu", PAGES, 512)
+    return answer(engine_of(target, None, "off"), [tokens], tokens=count)[0].output
+
+
+def test_memory_that_runs_out_and_requests_that_vanish() -> None:
+    many = prompts(4, seed=3)
+    tight = engine("chain", pages=12, max_model_len=96)
+    requests = ask(tight, many, tokens=50)
+    for _ in range(4):
+        tight.step()
+    gone = requests.pop(1)
+    tight.abort(gone.id)
+    finish(tight)
+    expected = plain(many, tokens=50)
+    assert [r.output for r in requests] == [expected[i] for i in (0, 2, 3)]
+    assert sum(r.metrics.preemptions for r in requests) > 0
+
+
+def test_few_scratch_pages_only_shrink_the_trees() -> None:
+    many = prompts(4)
+    drafted = answer(engine("likelihood", scratch=1), many)
+    assert [r.output for r in drafted] == plain(many)
+
+
+# ------------------------------------------------------------------------------------------ windows and prefix caching
+
+
+def first_draft(drafting: Engine, prompt: list[int], tokens: int = 8) -> tuple[list[int], int]:
+    """The first tree's tokens of a new request, and the rows of its first level; the request runs to its end."""
+    (request,) = ask(drafting, [prompt], tokens=tokens, first_seed=len(prompt))
+    found = None
+    while drafting.has_unfinished_requests:
+        drafting.step()
+        done = drafting.last_round.round
+        if found is None and len(done.trees):
+            found = done.trees.token.tolist(), done.level_widths[0]
+    assert found is not None and request.finished
+    return found
+
+
+def test_a_cached_prefix_is_not_run_again_and_drafts_alike() -> None:
+    first, second = prompts(2, seed=1, common=50)
+    caching = engine("likelihood")
+    first_draft(caching, first)
+    fresh, rows = first_draft(engine("likelihood"), second)
+    cached, fewer = first_draft(caching, second)
+    assert cached == fresh
+    assert fewer == rows - 3 * PAGE
+
+
+def test_a_cached_prefix_that_was_never_drafted_on_is_run_then() -> None:
+    """The first request ends with its prompt's round, so that only the target has its keys."""
+    first, second = prompts(2, seed=1, common=50)
+    caching = engine("likelihood", pages=12, max_model_len=160)
+    for seed in (11, 12, 13):  # the draft model's keys of other text are in all pages
+        first_draft(caching, prompts(1, seed=seed, common=100)[0])
+    answer(caching, [first], tokens=1)
+    assert first_draft(caching, second) == first_draft(engine("likelihood"), second)
+
+
+def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levels, "WINDOW", 64)
+    prompt = np.random.default_rng(0).integers(0, VOCAB, 150).tolist()
+    drafting = engine("chain", TARGET, seed=0, max_num_batched_tokens=20)
+    _, rows = first_draft(drafting, prompt, tokens=30)
+    assert 16 <= rows <= 64
+    # keys of a cut context serve nobody else
+    assert first_draft(drafting, [*prompt, 1])[1] <= 64 and not drafting.drafter._kept.any()  # type: ignore[union-attr]
+
+
+def test_the_level_that_is_profiled_is_a_forward_of_the_small_model() -> None:
+    target = target_of()
+    model = DraftModel(checkpoint(SMALL, 1), target, PAGES, SCRATCH)
+    samples = measure(target, model, PAGES, 2, seconds=0.0)
+    assert {s.width for s in samples if isinstance(s, DraftSample)} == {1, 2, 4, 8, 16, 32, 64}
+
+
+# ------------------------------------------------------------------------------------------------------- vocabularies
+
+
+def test_vocabularies_may_be_padded_differently() -> None:
+    many = prompts(2)
+    for vocab in (VOCAB - 7, VOCAB + 9):
+        drafting = engine("likelihood", replace(SMALL, vocab=vocab))
+        assert [r.output for r in answer(drafting, many)] == plain(many)
+
+
+def saved(folder: Path, config: ModelConfig, words: list[str], seed: int) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config.to_hf(), "architectures": [architecture(config)]}))
+    save_file(dict(checkpoint(config, seed).weights), folder / "model.safetensors")
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])
+    tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def architecture(config: ModelConfig) -> str:
+    return {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.family]
+
+
+WORDS = [f"w{i}" for i in range(VOCAB)]
+
+
+@pytest.fixture()
+def target_folder(tmp_path: Path) -> Path:
+    return saved(tmp_path / "target", TARGET, WORDS, 0)
+
+
+def test_one_line_of_configuration(tmp_path: Path, target_folder: Path) -> None:
+    draft = saved(tmp_path / "draft", SMALL, WORDS, 1)
+    config = {"method": "draft_model", "model": str(draft), "policy": "chain", "length": 2}
+    llm = LLM(target_folder, speculative_config=config, dtype="fp32", max_model_len=128, max_num_seqs=2)
+    assert llm.speculation.description == f"draft model {draft}"
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    (output,) = llm.generate([[1, 2, 3]], params)
+    assert output.outputs[0].metrics.verified > 0
+    without = LLM(target_folder, speculative_config=False, dtype="fp32", max_model_len=128, max_num_seqs=2)
+    assert output.outputs[0].token_ids == without.generate([[1, 2, 3]], params)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (WORDS[:-1], "96 tokens instead of 97"),
+        ([*WORDS[:5], "other", *WORDS[6:]], "token 'w5' is missing instead of 5"),
+        ([*WORDS[:5], "w6", "w5", *WORDS[7:]], "token 'w5' is 6 instead of 5"),
+    ],
+)
+def test_another_vocabulary_is_refused_before_weights_are_loaded(
+    tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    draft = saved(tmp_path / "draft", SMALL, words, 1)
+    monkeypatch.setattr("smart_decoding.backends.torch.loading.SafetensorsWeights.__getitem__", None)
+    with pytest.raises(ModelError, match="another vocabulary") as caught:
+        LLM(target_folder, speculative_config={"method": "draft_model", "model": draft}, dtype="fp32")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_missing_or_too_short_is_refused(tmp_path: Path, target_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="give model=NAME"):
+        LLM(target_folder, speculative_config={"method": "draft_model"})
+    draft = saved(tmp_path / "draft", replace(SMALL, max_positions=64), WORDS, 1)
+    with pytest.raises(ModelError, match=r"cannot follow the target: .* 128 tokens exceeds the model's 64"):
+        LLM(target_folder, speculative_config={"method": "draft_model", "model": draft}, max_model_len=128)
