@@ -32,10 +32,13 @@ Draw: TypeAlias = tuple[int, int, int]  # a request's seed and sample, and the o
 
 @dataclass(slots=True)
 class State:
-    """One request: its rows [start, length) are in the model's cache. keys: what identifies each page's content."""
+    """One request: its rows [start, length) are in the model's cache, but for those to be run `again`.
+
+    keys: what identifies each page's content."""
 
     start: int
     length: int
+    again: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
 
 
@@ -59,7 +62,7 @@ class LevelDrafter(ABC, Generic[S]):
         self._rows = 0  # outputs so far: one for each root, then one for each expanded node
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
-        return sum(self._end(r) - self._states[id(r)].length if id(r) in self._states else 1 for r in requests)
+        return sum(self._waiting(r, self._states[id(r)]) if id(r) in self._states else 1 for r in requests)
 
     # ------------------------------------------------------------------------- what differs between the models
 
@@ -148,8 +151,8 @@ class LevelDrafter(ABC, Generic[S]):
         token, position, slot, direct, tables = [], [], [], [], []
         for request, state in zip(requests, states, strict=True):
             end = self._end(request)
-            at, pages = np.arange(state.length, end), self._table(request, state)
-            token.append(request.tokens[state.length + self.ahead : end + self.ahead])
+            at, pages = np.array([*state.again, *range(state.length, end)], np.int64), self._table(request, state)
+            token.append([request.tokens[t + self.ahead] for t in at])
             position.append(at)
             slot.append(pages[at // PAGE] * PAGE + at % PAGE)
             direct.append(at + 1 - state.start)
@@ -195,6 +198,7 @@ class LevelDrafter(ABC, Generic[S]):
             start = -(-(end - WINDOW // 2) // PAGE) * PAGE
             self._drop(state, start - state.length)
             state.start = state.length = start
+            state.again = []
 
     def observe_logits(self, tokens: IntArray, logits: Any) -> None:
         """Not wanted."""
@@ -206,9 +210,12 @@ class LevelDrafter(ABC, Generic[S]):
         """Rows of the request's committed tokens."""
         return len(request.tokens) - self.ahead
 
+    def _waiting(self, request: Request, state: S) -> int:
+        return self._end(request) - state.length + len(state.again)
+
     def _advance(self, request: Request, state: S) -> None:
         """All waiting rows were run: their pages hold other content now, and whole ones can serve again."""
-        first, state.length = state.length // PAGE, self._end(request)
+        first, state.length, state.again = state.length // PAGE, self._end(request), []
         pages = self._table(request, state)[first : -(-state.length // PAGE)]
         whole = state.length // PAGE
         self._kept[pages] = 0

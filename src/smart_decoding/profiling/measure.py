@@ -25,7 +25,8 @@ CONTEXTS = (128, 768)
 class Drafting(Protocol):
     """A drafter's model; `shape` is what the cost of a level depends on."""
 
-    shape: tuple[int | str, ...]
+    @property
+    def shape(self) -> tuple[object, ...]: ...
 
     def rehearse(self, rows: Rows) -> None:
         """A level of as many nodes, with arbitrary results."""

@@ -32,10 +32,9 @@ class DraftModel:
         cut = {name: checkpoint.weights[name][:vocab] for name in _BY_TOKEN if name in checkpoint.weights}
         self.config = c = replace(checkpoint.config, vocab=vocab)
         positions = target.max_positions + 64
+        weights: ChainMap[str, Tensor] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
         try:
-            self._decoder = Decoder(
-                c, ChainMap(cut, checkpoint.weights), target.dtype, target.device, pages + scratch_pages, positions
-            )
+            self._decoder = Decoder(c, weights, target.dtype, target.device, pages + scratch_pages, positions)
         except (RuntimeError, MemoryError) as error:
             if "memory" not in str(error).lower():
                 raise

@@ -36,6 +36,7 @@ from smart_decoding.backends.torch.layers import (
 from smart_decoding.backends.torch.ranking import ranked
 from smart_decoding.core.tree import FloatArray, IntArray
 from smart_decoding.drafters.levels import Draw
+from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ModelError
 
@@ -157,9 +158,14 @@ class EagleHead:
         return x
 
     def take(self, outs: Sequence[Tensor], rows: IntArray) -> Tensor:
-        """Rows of the concatenation of earlier outputs: [rows, hidden]."""
+        """Rows of the concatenation of earlier outputs, or of features: [rows, width], a copy."""
         all_rows = outs[0] if len(outs) == 1 else torch.cat(list(outs))
         return all_rows[torch.from_numpy(rows).to(all_rows.device)]
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copies the keys of page `source` to a later page `target`."""
+        slots = torch.arange(PAGE, dtype=torch.int32)
+        self.kv.move(source * PAGE + slots, target * PAGE + slots)
 
     @torch.inference_mode()
     def rank(self, out: Tensor, k: int, temperature: FloatArray, draws: Sequence[Draw]) -> tuple[IntArray, FloatArray]:

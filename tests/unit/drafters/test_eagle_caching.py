@@ -1,0 +1,146 @@
+"""A head with prefix caching proposes what it proposes without, wherever it can know the cached tokens' features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from smart_decoding.backends.torch.eagle_head import EagleHead, load_head
+from smart_decoding.drafters.eagle import EagleDrafter
+from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.request import Request
+from smart_decoding.training.head import TrainableHead
+from smart_decoding.training.train import head_config
+
+from .tiny import PAGES, SCRATCH, TARGET, VOCAB, answer, ask, engine_of, finish, plain, prompts, target_of
+
+TAPS = (1, 2, 4)
+WIDE = {"depth": 2, "top_k": 4, "total_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("head")
+    torch.manual_seed(1)
+    head = TrainableHead(TARGET, len(TAPS))
+    for parameter in head.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    ids = torch.arange(0, VOCAB, 2).int()
+    save_file({**head.exported(), "draft_ids": ids}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(head_config(TARGET, TAPS, len(ids))))
+    return folder
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if request.param == "torch":
+        monkeypatch.setattr("smart_decoding.backends.torch.decoder.use_native", lambda *given: False)
+
+    def make(pages: int = PAGES, policy: str = "likelihood", **more: Any) -> Engine:
+        target = target_of(pages)
+        head = EagleHead(load_head(folder, TARGET), target.decoder, pages, SCRATCH, 600)
+        more = {"options": WIDE if policy == "likelihood" else {}, **more}
+        return engine_of(target, EagleDrafter(head, pages, SCRATCH), policy, pages, **more)
+
+    return make
+
+
+def same(found: list[Any], expected: list[Any]) -> bool:
+    """Whether all rounds' trees have the same tokens, and their probabilities agree to 1e-4."""
+    return [tokens for tokens, _ in found] == [tokens for tokens, _ in expected] and all(
+        np.allclose(a, b, atol=1e-4) for (_, a), (_, b) in zip(found, expected, strict=True)
+    )
+
+
+def drafts(engine: Engine, prompt: list[int], tokens: int = 24) -> tuple[list[Any], Request]:
+    """The trees of all rounds of one request: tokens and probabilities."""
+    (request,) = ask(engine, [prompt], tokens=tokens, first_seed=len(prompt))
+    trees = []
+    while engine.has_unfinished_requests:
+        engine.step()
+        done = engine.last_round.round  # type: ignore[union-attr]
+        if len(done.trees):
+            trees.append((done.trees.token.tolist(), done.trees.draft_prob))
+    finish(engine)
+    return trees, request
+
+
+@pytest.mark.parametrize("common", [52, 48, 64, 33])
+def test_a_shared_prefix_drafts_as_without_caching(engine: Any, common: int) -> None:
+    """48 and 64 end with a page: the next token differs, and the page's last pair reads it."""
+    first, second = prompts(2, seed=1, common=common)
+    assert first[common] != second[common]
+    expected, _ = drafts(engine(prefix_caching=False), second)
+    caching = engine()
+    drafts(caching, first)
+    found, request = drafts(caching, second)
+    assert request.metrics.cached_tokens == common // PAGE * PAGE
+    assert same(found, expected)
+    assert len(caching.drafter._spare) == SCRATCH // 8
+
+
+def test_a_conversation_that_branched_earlier(engine: Any) -> None:
+    """The third's cached pages are partly the first's, whose text went on differently behind the third page."""
+    first, second = prompts(2, seed=1, common=48)
+    caching = engine()
+    drafts(caching, first)
+    _, answered = drafts(caching, second, tokens=60)
+    third = [*answered.tokens, 7, 8]
+    expected, _ = drafts(engine(prefix_caching=False), third)
+    found, request = drafts(caching, third)
+    assert request.metrics.cached_tokens >= 64
+    assert same(found, expected)
+
+
+def test_requests_that_share_pages_at_the_same_time(engine: Any) -> None:
+    """The first still drafts while the second runs the border pair again: neither disturbs the other."""
+    first, second = prompts(2, seed=1, common=48)
+    expected = [drafts(engine(prefix_caching=False), prompt)[0] for prompt in (first, second)]
+    caching = engine()
+    found: list[list[Any]] = [[], []]
+    requests = ask(caching, [first], tokens=24)
+    while caching.has_unfinished_requests:
+        caching.step()
+        trees = caching.last_round.round.trees
+        running = caching.last_round.requests
+        for owner in range(trees.batch if len(trees) else 0):
+            nodes = trees.nodes_of(owner)
+            which = requests.index(running[owner])
+            found[which].append((trees.token[nodes].tolist(), trees.draft_prob[nodes]))
+        if len(found[0]) == 3 and len(requests) == 1:
+            requests += ask(caching, [second], tokens=24, first_seed=9)
+    assert requests[1].metrics.cached_tokens == 48
+    for mine, alone in zip(found, expected, strict=True):
+        early = len(alone) - 4  # towards its end a request alone drafts fewer levels
+        assert early > 4 and same(mine[:early], alone[:early])
+
+
+def test_keys_of_other_text_are_never_taken_for_the_prefix(engine: Any) -> None:
+    """Requests that end with their prompt's round leave pages that the head never saw; it had other keys there."""
+    caching = engine(pages=12, max_model_len=160)
+    for seed in (11, 12, 13):
+        drafts(caching, prompts(1, seed=seed, common=100)[0])
+    first, second = prompts(2, seed=1, common=50)
+    answer(caching, [first], tokens=1)
+    (request,) = ask(caching, [second], tokens=8)
+    caching.step()
+    assert request.metrics.cached_tokens == 48
+    state = caching.drafter._states[id(request)]
+    assert (state.start, state.length) == (48, 48)
+    finish(caching)
+
+
+def test_a_preempted_request_goes_on_with_its_keys(engine: Any) -> None:
+    many = [prompt + [1] * 30 for prompt in prompts(3, seed=3)]
+    tight = engine(pages=14, max_model_len=112, policy="likelihood")
+    requests = answer(tight, many, tokens=40)
+    assert sum(r.metrics.preemptions for r in requests) > 0
+    assert [r.output for r in requests] == plain(many)
+    assert np.unique(tight.drafter._spare).size == SCRATCH // 8
