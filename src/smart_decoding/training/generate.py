@@ -7,7 +7,6 @@ offset of each answer's first token within its conversation.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
+from smart_decoding.training.files import whole
 from smart_decoding.training.seeds import user_turn
 
 SHARD_TOKENS = 50_000
@@ -101,10 +101,8 @@ class Writer:
             "starts": torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))),
             "answers": torch.tensor([answer for _, answer, _ in self._items]),
         }
-        path = self.folder / f"shard-{self.shards:04d}.safetensors"
-        scratch = path.with_suffix(".partial")
-        save_file(tensors, scratch)
-        os.replace(scratch, path)
+        with whole(self.folder / f"shard-{self.shards:04d}.safetensors") as path:
+            save_file(tensors, path)
         self.shards += 1
         self._items, self._tokens = [], 0
 

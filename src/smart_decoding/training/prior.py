@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from smart_decoding.core.policies.protocol import Round
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
+from smart_decoding.training.files import whole
 
 
 class Exploring:
@@ -40,6 +40,5 @@ def learn_prior(model: str, head: Path, prompts: Sequence[Sequence[int]], max_to
     for i, prompt in enumerate(tqdm(prompts, desc="learning the prior")):
         llm.generate(list(prompt), SamplingParams(temperature=0.8 * (i % 4 == 3), max_tokens=max_tokens, seed=i))
     state = {"calibration": policy.calibration.state_dict(), "forecast": policy.forecast.state_dict()}
-    scratch = head / "prior.partial"
-    scratch.write_text(json.dumps(state) + "\n")
-    os.replace(scratch, head / "prior.json")
+    with whole(head / "prior.json") as path:
+        path.write_text(json.dumps(state) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +21,12 @@ from tqdm import tqdm
 from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.errors import ModelError
+from smart_decoding.training.files import whole
 from smart_decoding.training.head import Frozen, TrainableHead
+from smart_decoding.training.interrupt import DeferredInterrupt
 
 HELD_OUT = 0.03
+SAVE_EVERY = 120.0  # seconds
 STEP_WEIGHT = 0.85
 UNROLL_STARTS = (0.15, 0.4, 0.7)  # shares of the time at which one more step is unrolled: starting deep is far worse
 
@@ -121,29 +124,39 @@ class Trainer:
         self._optimiser = torch.optim.AdamW(
             self.head.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay
         )
-        self.elapsed, self.steps, self.epochs = 0.0, 0, 0.0
+        self.elapsed, self.steps, self.seen = 0.0, 0, 0  # seen: conversations, over all epochs
         self._fast_bf16 = bf16_is_faster()
         self._resume()
+
+    @property
+    def epochs(self) -> float:
+        return self.seen / len(self._train)
 
     def held_out_prompts(self) -> list[list[int]]:
         """Tokens of the prompts that the head was not trained on."""
         return [item.tokens[: item.answer].tolist() for item in self._held]
 
     def run(self) -> dict[str, Any]:
-        """Trains, writing a checkpoint every two minutes; returns the card's figures."""
+        """Trains, writing a checkpoint every two minutes and at Ctrl-C; returns the card's figures."""
         limit = self.options.seconds
-        with tqdm(total=round(limit), initial=round(self.elapsed), unit="s", desc="training the head") as bar:
+        with (
+            tqdm(total=round(limit), initial=round(self.elapsed), unit="s", desc="training the head") as bar,
+            DeferredInterrupt() as interrupt,  # a step that is half done must not be saved
+        ):
             batches, last_saved = self._batches(), time.monotonic()
-            while self.elapsed < limit:
+            while self.elapsed < limit and not interrupt.asked:
                 started = time.monotonic()
                 loss = self._step(next(batches))
                 self.elapsed += time.monotonic() - started
                 bar.set_postfix(loss=f"{loss:.3f}", step=self.steps, epoch=f"{self.epochs:.2f}")
                 bar.n = round(min(self.elapsed, limit))
                 bar.refresh()
-                if time.monotonic() - last_saved > 120:
+                if time.monotonic() - last_saved > SAVE_EVERY:
                     self._save_state()
                     last_saved = time.monotonic()
+            self._save_state()
+        if interrupt.asked:
+            raise KeyboardInterrupt
         figures = self.evaluate()
         self._export(figures)
         return figures
@@ -162,7 +175,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
         self._optimiser.step()
         self.steps += 1
-        self.epochs += len(batch) / len(self._train)
+        self.seen += len(batch)
         return float(loss.detach()) / sum(STEP_WEIGHT**j for j in range(unroll))
 
     def _unrolled(self, batch: list[Conversation], unroll: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -226,9 +239,14 @@ class Trainer:
         }
 
     def _batches(self) -> Iterator[list[Conversation]]:
-        rng = np.random.default_rng((self.options.seed, self.steps))
+        """The batches of epoch after epoch, from the one on that `seen` has come to."""
         while True:
-            yield from _bucketed(self._train, self.options.batch_tokens, rng)
+            epoch, seen = divmod(self.seen, len(self._train))
+            rng = np.random.default_rng((self.options.seed, epoch))
+            for batch in _bucketed(self._train, self.options.batch_tokens, rng):
+                seen -= len(batch)
+                if seen < 0:
+                    yield batch
 
     def _tap_scale(self) -> float:
         last = torch.cat([item.taps[:, -self.config.hidden :].float() for item in self._train[:50]])
@@ -237,13 +255,19 @@ class Trainer:
     # ------------------------------------------------------------------------------------------- files
 
     def _resume(self) -> None:
+        """Goes on from a checkpoint in the output folder. Raises ModelError if it is corrupt or of another head."""
         path = self.output / "state.pt"
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
-        self.head.load_state_dict(state["head"])
-        self._optimiser.load_state_dict(state["optimiser"])
-        self.elapsed, self.steps, self.epochs = state["elapsed"], state["steps"], state["epochs"]
+        try:
+            state = torch.load(path, weights_only=True)
+            self.head.load_state_dict(state["head"])
+            self._optimiser.load_state_dict(state["optimiser"])
+            self.elapsed, self.steps, self.seen = state["elapsed"], state["steps"], state["seen"]
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise ModelError(
+                f"{path} is corrupt, or of a head with other --taps or another model: remove it to start anew"
+            ) from error
 
     def _save_state(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -252,20 +276,19 @@ class Trainer:
             "optimiser": self._optimiser.state_dict(),
             "elapsed": self.elapsed,
             "steps": self.steps,
-            "epochs": self.epochs,
+            "seen": self.seen,
         }
-        torch.save(state, self.output / "state.partial")
-        os.replace(self.output / "state.partial", self.output / "state.pt")
+        with whole(self.output / "state.pt") as path:
+            torch.save(state, path)
 
     def _export(self, figures: dict[str, Any]) -> None:
-        self._save_state()
-        tensors = {**self.head.exported(), "draft_ids": self.draft_ids.int()}
-        save_file(tensors, self.output / "model.partial")
-        os.replace(self.output / "model.partial", self.output / "model.safetensors")
+        with whole(self.output / "model.safetensors") as path:
+            save_file({**self.head.exported(), "draft_ids": self.draft_ids.int()}, path)
         config = head_config(self.config, self.options.taps, len(self.draft_ids))
-        (self.output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         card = {"figures": figures, "options": asdict(self.options)}
-        (self.output / "training.json").write_text(json.dumps(card, indent=1) + "\n")
+        for name, content in (("config.json", config), ("training.json", card)):
+            with whole(self.output / name) as path:
+                path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def bf16_is_faster() -> bool:

@@ -1,0 +1,224 @@
+"""A training run that was interrupted goes on where it stopped, and leaves no half-written file behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.eagle_head import load_head
+from smart_decoding.backends.torch.loading import Checkpoint
+from smart_decoding.errors import ModelError
+from smart_decoding.training import train
+from smart_decoding.training.train import Trainer, TrainOptions
+
+CONFIG = ModelConfig("llama", 2, 32, 4, 2, 16, 48, 61, 10_000.0, 1e-5, 256, tie_embeddings=True)
+TAPS = (1, 2)
+STEP = 10.0  # seconds that a step takes on the clock below
+STEPS = 24
+FILES = {"config.json", "model.safetensors", "state.pt", "training.json"}
+
+
+class Clock:
+    """Each second look is STEP later: a step starts and ends."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def __call__(self) -> float:
+        self.looks += 1
+        return STEP * self.looks
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.time, "monotonic", Clock())
+    monkeypatch.setattr(train, "bf16_is_faster", lambda: False)
+    monkeypatch.setattr(train, "SAVE_EVERY", 1e9)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty conversations of 20 to 40 tokens."""
+    folder, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 41, (40,), generator=generator)
+    total = int(lengths.sum())
+    tensors = {
+        "tokens": torch.randint(0, CONFIG.vocab, (total,), generator=generator).int(),
+        "taps": torch.randn(total, len(TAPS) * CONFIG.hidden, generator=generator).bfloat16(),
+        "starts": torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))),
+        "answers": torch.full((40,), 6),
+    }
+    save_file(tensors, folder / "shard-0000.safetensors")
+    return folder
+
+
+@pytest.fixture()
+def trainer(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
+    generator = torch.Generator().manual_seed(3)
+    weights = {n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()}
+
+    def make(output: str = "head", taps: tuple[int, ...] = TAPS) -> Trainer:
+        options = TrainOptions(taps, STEP * STEPS, draft_vocab=32, batch_tokens=150, max_unroll=2)
+        return Trainer(Checkpoint(CONFIG, weights, tmp_path, {"model": "tiny"}), data, tmp_path / output, options)
+
+    return make
+
+
+def during_step(trainer: Trainer, number: int, action: Callable[[], object]) -> None:
+    """Does `action` in the middle of the step of that number, counted from 1 over all runs."""
+    really = trainer._optimiser.step
+
+    def step(*given: Any) -> None:
+        really(*given)
+        if trainer.steps + 1 == number:
+            action()
+
+    trainer._optimiser.step = step  # type: ignore[method-assign]
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("stops", [(1,), (7,), (3, 15, 23)])
+def test_an_interrupted_run_ends_like_one_that_was_not(
+    trainer: Callable[..., Trainer], tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    expected = trainer("whole").run()
+    assert expected["steps"] == STEPS and expected["epochs"] > 2
+    for stop in stops:
+        stopped = trainer()
+        during_step(stopped, stop, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run()
+        assert names(tmp_path / "head") == {"state.pt"}
+        resumed = trainer()
+        assert (resumed.steps, resumed.seen, resumed.elapsed) == (stop, stopped.seen, stop * STEP)
+        assert resumed.epochs == stopped.epochs > 0
+        for name, weight in stopped.head.state_dict().items():
+            assert torch.equal(resumed.head.state_dict()[name], weight)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    figures = trainer().run()
+    assert figures == expected
+    assert names(tmp_path / "head") == FILES
+    mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("head", "whole"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert json.loads((tmp_path / "head" / "training.json").read_text())["figures"] == expected
+    assert load_head(tmp_path / "head", CONFIG).taps == TAPS
+
+
+def test_a_finished_run_is_only_measured_again(trainer: Callable[..., Trainer]) -> None:
+    expected = trainer().run()
+    again = trainer()
+    assert again.run() == expected
+    assert again.steps == STEPS
+
+
+def test_a_crash_costs_what_came_after_the_last_checkpoint(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY", 5 * STEP)
+
+    def crash() -> None:
+        raise RuntimeError("power cut")
+
+    crashed = trainer()
+    during_step(crashed, 10, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        crashed.run()
+    resumed = trainer()
+    assert 0 < resumed.steps < 10 and resumed.elapsed == resumed.steps * STEP
+    assert resumed.run()["steps"] == STEPS
+
+
+def test_every_epoch_sees_every_conversation_once(trainer: Callable[..., Trainer]) -> None:
+    stopped = trainer()
+    size = len(stopped._train)
+    for first in (0, 5):  # from the beginning, and from within an epoch
+        batches = stopped._batches()
+        stopped.seen = 0
+        seen = [id(item) for batch in take(batches, first, stopped) for item in batch]
+        seen += [id(item) for batch in until(stopped._batches(), size, stopped) for item in batch]
+        assert len(seen) == size == len(set(seen))
+
+
+def take(batches: Iterator[list[Any]], count: int, trainer: Trainer) -> list[list[Any]]:
+    taken = []
+    for _ in range(count):
+        taken.append(next(batches))
+        trainer.seen += len(taken[-1])
+    return taken
+
+
+def until(batches: Iterator[list[Any]], size: int, trainer: Trainer) -> list[list[Any]]:
+    taken = []
+    while trainer.seen < size:
+        taken += take(batches, 1, trainer)
+    return taken
+
+
+@pytest.mark.parametrize("writer", ["torch.save", "smart_decoding.training.train.save_file", "pathlib.Path.write_text"])
+def test_ctrl_c_while_writing_keeps_the_older_file(
+    trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    trainer().run()
+    before = {name: (tmp_path / "head" / name).read_bytes() for name in FILES}
+
+    def half(*given: Any, **more: Any) -> None:
+        path = next(g for g in given if isinstance(g, Path))
+        with path.open("wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, half)
+        with pytest.raises(KeyboardInterrupt):
+            trainer().run()
+    after = {name: (tmp_path / "head" / name).read_bytes() for name in names(tmp_path / "head")}
+    assert after.keys() == before.keys()
+    load_file(tmp_path / "head" / "model.safetensors")
+    assert json.loads(after["config.json"]) == json.loads(before["config.json"])
+    assert trainer().steps == STEPS
+
+
+def test_a_second_ctrl_c_interrupts_at_once(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    stopped = trainer()
+
+    def twice() -> None:
+        ctrl_c()
+        ctrl_c()
+
+    during_step(stopped, 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    assert stopped.steps == 1 and not (tmp_path / "head").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    stopped = trainer()
+    during_step(stopped, 1, ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    path = tmp_path / "head" / "state.pt"
+    whole = path.read_bytes()
+    for content in (b"", b"junk", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=r"state\.pt is corrupt.*remove it") as caught:
+            trainer()
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert trainer().steps == 1
+    with pytest.raises(ModelError, match="other --taps"):
+        trainer(taps=(2,))
