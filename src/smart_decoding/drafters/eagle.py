@@ -80,18 +80,17 @@ class EagleDrafter(LevelDrafter[Pairs]):
             key, features = self._ends.get(pages[page], (0, None))
             if self._next[pages[page]] != request.tokens[end] and key == keys[page] and self._spare:
                 state.copies[page] = self._spare.pop(), features
-                state.again.append(end - 1)
+                state.again.insert(0, end - 1)
                 self._head.copy_page(pages[page], state.copies[page][0])
         state.start = page * PAGE
         return state
 
     def _first(self, rows: Rows, last: IntArray, states: Sequence[Pairs]) -> Any:
-        again = [[state.copies[t // PAGE][1] for t in state.again] for state in states]
-        g = self._head.project(
-            [x for state, redone in zip(states, again, strict=True) for x in [*redone, *state.parts]]
-        )
+        parts: list[Any] = []
         for state in states:
+            parts += [state.copies[t // PAGE][1] for t in state.again] + state.parts
             state.parts = []
+        g = self._head.project(parts)
         self._outs = [self._head.take([self._head.run(rows, g)], last)]
         return self._outs[0]
 
