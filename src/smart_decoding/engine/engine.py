@@ -173,6 +173,7 @@ class Engine:
         done = Round(state, plan, trees, kept, self._next_tokens(trees, kept, acceptance),
                      acceptance.root_next[: len(batch.decode)], widths, seconds, len(rows), verify_seconds)  # fmt: skip
         if batch.decode:
+            done.other_seconds = self._clock() - started - verify_seconds - watch.seconds["draft"]
             self.policy.observe(done)
         now, spent = self._clock(), watch.seconds
         self.last_round = RoundRecord(done, emitted, now - started, spent["draft"], spent["verify"], spent["sample"],

@@ -101,6 +101,22 @@ class _Scratch:
     expected: float = 0.0  # sum of accept_prob of the selected nodes
 
 
+class Overhead:
+    """Seconds that a speculating round takes beyond its forwards and beyond what a plain round takes, learned."""
+
+    GAIN, CLIP = 1 / 16, 3.0  # one slow round counts as at most three times the usual
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._mean: dict[bool, float] = {}  # by whether the round speculated
+
+    def observe(self, speculated: bool, seconds: float) -> None:
+        mean = self._mean.setdefault(speculated, seconds)
+        self._mean[speculated] = mean + self.GAIN * (min(seconds, self.CLIP * mean) - mean)
+        if len(self._mean) == 2:
+            self.seconds = max(0.0, self._mean[True] - self._mean[False])
+
+
 class Smart:
     """The cost-aware policy.
 
@@ -132,6 +148,7 @@ class Smart:
         self.prober = Prober(require_number("probe_budget", probe_budget, 0.0, 0.5))
         self.eos = frozenset(eos_token_ids)
         self.statistics = Statistics()
+        self._overhead = Overhead(self.cost.overhead_seconds)
         self._foresight = 0.0  # log of what drafting rounds really reached over their forecast
         self._outlooks: dict[tuple[object, ...], Outlook] = {}  # by the batch's shape
         self._rounds = 0
@@ -192,7 +209,7 @@ class Smart:
         verify = self.cost.verify_curve(size, size + batch.prefill_rows, columns + 1, scratch.context)
         rows = np.arange(1 + max(WIDTHS[-1] * drafting, _first_rows(batch)))
         prices = self.cost.draft_seconds(rows, scratch.context)
-        limit, overhead = self._limit(size, float(verify[0])), self.cost.overhead_seconds
+        limit, overhead = self._limit(size, float(verify[0])), self._overhead.seconds
         values: dict[Option, float] = {}
         if batch.has_free:
             gains = np.repeat(-np.sort(-self.forecast.free), drafting)
@@ -227,7 +244,7 @@ class Smart:
         if option is None:
             return OFF
         levels, wide = option
-        scratch.forecast, scratch.sunk = outlook.values[option], self.cost.overhead_seconds
+        scratch.forecast, scratch.sunk = outlook.values[option], self._overhead.seconds
         if levels == 0:
             return DraftPlan(True, 0, self.children)
         scratch.sunk += float(outlook.levels[outlook.first])
@@ -294,6 +311,7 @@ class Smart:
         self._rounds += 1
         seldom = self._rounds > BUSY_ROUNDS and self._rounds % SELDOM != 0
         self._learn_costs(round, scratch, seldom)
+        self._overhead.observe(round.plan.speculate, round.other_seconds)
         accepted = 0
         if len(trees):
             self._score(scratch, trees)
