@@ -143,9 +143,9 @@ def test_a_client_that_leaves_frees_its_slot(load: Any) -> None:
 
 def test_a_full_queue_and_a_long_wait_are_refused(load: Any) -> None:
     with serving(
-        lambda: slow(load(max_num_seqs=1), 0.005), max_queue=1, queue_timeout=0.3
+        lambda: slow(load(max_num_seqs=1, speculative_config=False), 0.005), max_queue=1, queue_timeout=0.3
     ) as running, ThreadPoolExecutor() as pool:  # fmt: skip
-        first = pool.submit(post, running, "/v1/completions", json=LONG)
+        first = pool.submit(post, running, "/v1/completions", json={**LONG, "max_tokens": 300})
         assert wait_for(lambda: running.worker.active == 1)
         second = pool.submit(post, running, "/v1/completions", json=LONG)
         assert wait_for(lambda: running.worker.active == 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Iterator
 
 import openai
@@ -106,8 +105,9 @@ def test_logprobs_of_chat_and_completions(client: openai.OpenAI, plain: LLM) -> 
     )
     entries = [e for chunk in stream if chunk.choices[0].logprobs for e in chunk.choices[0].logprobs.content]
     assert len(entries) == 6 and all(len(e.top_logprobs) == 3 for e in entries)
-    print([(e.token, e.logprob, e.top_logprobs[0].logprob) for e in entries])
-    assert all(e.logprob == e.top_logprobs[0].logprob and math.exp(e.logprob) <= 1 for e in entries)  # greedy
+    for entry in entries:  # greedy: the drawn token is the likeliest
+        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob, abs=1e-5) and entry.logprob <= 0
+        assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
 
 
 def test_async_streams_run_side_by_side(running: Running, plain: LLM) -> None:

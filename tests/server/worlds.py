@@ -77,10 +77,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 @contextmanager
 def serving(load: Callable[[], LLM], ready: bool = True, **settings: Any) -> Iterator[Running]:
-    """A server on a free port."""
+    """A server on a free port, or the one given."""
     given = ServerSettings(**{"model_name": NAME, "shutdown_timeout": 5, **settings})
     server, worker = make_server(load, given)
-    with bind("127.0.0.1", 0) as listener:
+    with bind("127.0.0.1", settings.get("port", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -14,6 +14,8 @@ import uvicorn
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.llm import LLM
 from smart_decoding.server.app import create_app
+from smart_decoding.server.live import Live
+from smart_decoding.server.metrics import Metrics
 from smart_decoding.server.settings import ServerSettings
 from smart_decoding.server.worker import Worker
 
@@ -59,10 +61,11 @@ def set_up_logging(level: str) -> None:
 
 def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Server, Worker]:
     """A server that has not been started."""
-    worker = Worker(load, settings.max_queue, settings.queue_timeout)
+    metrics, live = Metrics(settings.model_name), Live()
+    worker = Worker(load, settings.max_queue, settings.queue_timeout, (metrics, live))
     config = uvicorn.Config(
-        create_app(worker, settings), log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=int(settings.shutdown_timeout), lifespan="on", ws="none",
+        create_app(worker, settings, metrics, live), log_config=None, access_log=False, server_header=False,
+        proxy_headers=False, timeout_graceful_shutdown=int(settings.shutdown_timeout), lifespan="on", ws="none",
     )  # fmt: skip
     server = Server(config, worker.drain)
 
