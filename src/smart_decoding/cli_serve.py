@@ -99,9 +99,10 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"smart serve needs {error.name}: pip install 'smart-decoding[serve]'") from error
     names = ("host", "port", "max_queue", "queue_timeout", "max_body", "body_timeout", "max_n", "shutdown_timeout",
              "log_level")  # fmt: skip
-    keys = args.api_key or [os.environ[KEY_VARIABLE]] if args.api_key or os.environ.get(KEY_VARIABLE) else []
+    from_environment = os.environ.get(KEY_VARIABLE) if not args.no_api_key else None
+    keys = args.api_key or ([from_environment] if from_environment else [])
     settings = ServerSettings(
-        args.served_model_name or args.model, api_keys=() if args.no_api_key else tuple(keys),
+        args.served_model_name or args.model, api_keys=tuple(keys),
         no_api_key=bool(args.no_api_key), **{name: getattr(args, name) for name in names},
     )  # fmt: skip
     from smart_decoding.llm import LLM

@@ -97,17 +97,17 @@ class Live:
         stats: dict[str, float] = getattr(engine.policy, "stats", dict)()
         recent = [pace for pace in self._paces.copy() if pace.at > time.monotonic() - WINDOW]
         seconds, plain = sum(p.seconds for p in recent), sum(p.plain_seconds for p in recent)
-        idle = not recent
+        tps = sum(p.tokens for p in recent) / seconds if recent else 0.0
+        plain_tps = sum(p.plain_tokens for p in recent) / plain if plain else None
         return {
             "ready": True, "model": str(llm.provenance.get("model", "")).rpartition("/")[2],
             "policy": engine.policy.name, "speculation": llm.speculation.description,
             "running": len(scheduler.running), "waiting": len(scheduler.waiting),
             "slots": engine.config.max_num_seqs, "kv": round(1 - pool.available / pool.pages, 4),
-            "tps": 0.0 if idle else round(sum(p.tokens for p in recent) / seconds, 2),
-            "plain_tps": round(sum(p.plain_tokens for p in recent) / plain, 2) if plain else None,
-            "speedup": _rounded(stats.get("estimated_speedup")), "off": _rounded(stats.get("share_off")),
+            "tps": round(tps, 2), "plain_tps": _rounded(plain_tps),
+            "speedup": _rounded(tps / plain_tps if plain_tps else None), "off": _rounded(stats.get("share_off")),
             "calibration": _rounded(stats.get("calibration_error")),
-            **self._last_round(llm, getattr(engine.policy, "cost", None), idle),
+            **self._last_round(llm, getattr(engine.policy, "cost", None), not recent),
         }  # fmt: skip
 
     def _last_round(self, llm: LLM, cost: CostModel | None, idle: bool) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class Gate:
                 await self.app(scope, self._limited(receive), send_with_id)
         finally:
             seconds = round(time.monotonic() - started, 4)
-            log.info(
+            log.log(
+                logging.DEBUG if scope["path"].startswith("/health") else logging.INFO,  # probes come every second
                 f"{scope['method']} {scope['path']} {status}",
                 extra={"request_id": request_id, "status": status, "seconds": seconds},
             )
