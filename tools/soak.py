@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,8 @@ def plans(args: argparse.Namespace, client: int) -> list[Plan]:
     return found
 
 
-async def pieces(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[tuple[str, int]]:
-    """(text, tokens so far or 0) of a streamed answer. Raises RuntimeError with the status or the error of one that fails."""
+async def pieces(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[tuple[str, int], None]:
+    """(text, tokens so far or 0) of a streamed answer. Raises RuntimeError with the status if it fails."""
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise RuntimeError(str(response.status_code))
@@ -99,8 +99,8 @@ async def ask(client: httpx.AsyncClient, plan: Plan, figures: Figures) -> None:
     started, first, text, count, tokens = time.monotonic(), 0.0, "", 0, 0
     try:
         async with contextlib.aclosing(pieces(client, plan.body)) as stream:
-            async for piece, tokens in stream:
-                first, text, count = first or time.monotonic(), text + piece, count + 1
+            async for piece, total in stream:
+                first, text, count, tokens = first or time.monotonic(), text + piece, count + 1, total
                 if plan.kind == "cancel" and count >= plan.patience:
                     figures.ends["cancelled"] += 1
                     return
@@ -210,7 +210,7 @@ def main() -> int:
             "memory_kib": [min(figures.memory, default=0), max(figures.memory, default=0)],
         }  # fmt: skip
         for name in ("ttft", "tpot"):
-            shown = "  ".join(f"{k} {1000 * v:8.1f} ms" for k, v in result[name].items())  # type: ignore[attr-defined]
+            shown = "  ".join(f"{k} {1000 * v:8.1f} ms" for k, v in result[name].items())
             print(f"{policy:12} {name}  {shown}")
         print(json.dumps(result))
         wrong += figures.wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from worlds import NAME, Running, post, serving, slow, wait_for
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.llm import LLM
+from smart_decoding.server.schemas import ChatRequest, CompletionRequest
 from smart_decoding.server.settings import ServerSettings
 
 JSON = {"content-type": "application/json"}
@@ -47,8 +51,6 @@ def test_malformed_bodies(running: Running, content: bytes) -> None:
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_honoured(running: Running, change: dict[str, Any]) -> None:
-    import json
-
     body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1, **change}).encode()
     error_of(post(running, "/v1/completions", content=body, headers=JSON), 400)
     assert running.idle()
@@ -236,3 +238,51 @@ def test_the_end_drains_up_to_the_deadline(load: Any, deadline: float) -> None:
             assert answer.result().json()["usage"]["completion_tokens"] == 80
         else:
             assert isinstance(answer.exception(), httpx.HTTPError) or answer.result().status_code >= 500
+
+
+def test_two_requests_may_carry_the_same_id(load: Any) -> None:
+    with serving(lambda: slow(load(), 0.002)) as running, ThreadPoolExecutor() as pool:
+        headers, body = {"x-request-id": "mine"}, {**LONG, "max_tokens": 40}
+        both = [pool.submit(post, running, "/v1/completions", json=body, headers=headers) for _ in range(2)]
+        assert [answer.result().status_code for answer in both] == [200, 200]
+        assert all(answer.result().headers["x-request-id"] == "mine" for answer in both)
+        assert post(running, "/tokenize", json={"prompt": ""}, headers={"x-request-id": "a b"}).headers[
+            "x-request-id"
+        ] not in ("", "a b")
+
+
+def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> None:
+    """Text that raises, and an observer that raises: the other requests do not notice."""
+    with serving(lambda: slow(load(), 0.002)) as running, ThreadPoolExecutor() as pool:
+        good = pool.submit(post, running, "/v1/completions", json={**LONG, "max_tokens": 80})
+        assert wait_for(lambda: running.worker.active == 1)
+        decode = running.llm._decoder
+        broken = lambda skip: lambda ids: 1 / 0 if not skip else decode(skip)(ids)  # noqa: E731
+        running.llm.engine._decode = broken
+        running.worker.observers[0].after = lambda engine, touched: 1 / 0  # type: ignore[method-assign]
+        bad = post(running, "/v1/completions", json={**LONG, "max_tokens": 9, "skip_special_tokens": False})
+        error_of(bad, 500)
+        (wanted,) = plain.generate("a", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True))
+        assert good.result().json()["choices"][0]["text"] == wanted.outputs[0].text
+        assert running.idle() and len(running.worker.observers) == 1
+        running.llm.engine.check_integrity()
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, "tools", "response_format", "echo"})
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
+       st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=3), st.booleans())  # fmt: skip
+def test_no_body_makes_the_server_fail(running: Running, path: str, change: dict[str, Any], chat: bool) -> None:
+    start = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a", "max_tokens": 2}
+    body = json.dumps({"model": NAME, **start, "stop": "e", **change}).encode()
+    response = post(running, path, content=body, headers=JSON)
+    assert response.status_code in (200, 400, 404), response.text

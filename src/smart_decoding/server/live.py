@@ -44,8 +44,9 @@ class Live:
     def __init__(self) -> None:
         self.watchers = 0
         self._llm: LLM | None = None
-        self._last: RoundRecord | None = None
-        self._ends: list[int] = []  # of the last round's requests: tokens after it
+        self._seen: RoundRecord | None = None
+        # The last decoding round, and its requests' tokens after it; one value, for it is read by another thread.
+        self._last: tuple[RoundRecord, list[int]] | None = None
         self._paces: deque[Pace] = deque(maxlen=4096)
 
     # --- the engine thread's calls ---
@@ -58,9 +59,11 @@ class Live:
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
         record = engine.last_round
-        if not self.watchers or record is None or record is self._last:
+        if not self.watchers or record is None or record is self._seen:
             return
-        self._ends, self._last = [len(request.tokens) for request in record.requests], record
+        self._seen = record
+        if record.round.batch.size:
+            self._last = record, [len(request.tokens) for request in record.requests]
         batch, cost = record.round.batch, getattr(engine.policy, "cost", None)
         plain = 0.0
         if cost is not None and batch.size:
@@ -111,9 +114,9 @@ class Live:
         }  # fmt: skip
 
     def _last_round(self, llm: LLM, cost: CostModel | None, idle: bool) -> dict[str, Any]:
-        record, ends = self._last, self._ends
-        if record is None or not record.round.batch.size:
+        if self._last is None:
             return {"curve": None, "point": None, "trees": []}
+        record, ends = self._last
         done, batch = record.round, record.round.batch
         point = {"rows": done.verify_rows, "ms": round(1000 * done.verify_seconds, 3)}
         curve = None

@@ -67,7 +67,9 @@ class Gate:
         if self._keys and path not in OPEN and not self._key_fits(headers.get("authorization", "")):
             return ApiError(401, "no valid API key in the header 'Authorization: Bearer KEY'", "invalid_api_key")
         length = headers.get("content-length", "0")
-        return self._too_big() if length.isdigit() and int(length) > self.settings.max_body else None
+        return (
+            self._too_big() if length.isascii() and length.isdigit() and int(length) > self.settings.max_body else None
+        )
 
     def _key_fits(self, authorization: str) -> bool:
         scheme, _, given = authorization.partition(" ")

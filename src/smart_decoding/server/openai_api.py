@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
@@ -49,14 +50,14 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
 
     @api.post("/v1/completions", response_model=None)
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        llm = worker.ready()
+        llm = worker.check_room()
         prompts = await _in_thread(lambda: _prompt_tokens(llm, body.prompt))
         form = CompletionForm(_token_text(llm), body.logprobs)
         return await _answer(request, body, prompts, form, body.logprobs)
 
     @api.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
-        llm = worker.ready()
+        llm = worker.check_room()
         prompt = await _in_thread(lambda: _chat_tokens(llm, body.messages))
         top = (body.top_logprobs or 0) if body.logprobs else None
         return await _answer(request, body, [prompt], ChatForm(_token_text(llm), top), top)
@@ -92,7 +93,8 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
             raise ApiError(400, f"n={body.n}: at most {settings.max_n} answers to one prompt", "invalid_value", "n")
         _check_length(prompts, body.limit, worker.ready())
         limit = COMPLETION_TOKENS if body.limit is None and isinstance(form, CompletionForm) else body.limit
-        job = Job(request.state.request_id, prompts, body.params(limit, logprobs), bool(body.stream))
+        params, name = body.params(limit, logprobs), request.state.request_id
+        job = Job(uuid.uuid4().hex, prompts, params, bool(body.stream), name)
         worker.submit(job)
         watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
         usage = Usage(sum(map(len, prompts)))

@@ -65,12 +65,15 @@ class Chunk:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One HTTP request: its prompts, each with `params.n` answers. Answer i of prompt p has index p * n + i."""
+    """One HTTP request: its prompts, each with `params.n` answers. Answer i of prompt p has index p * n + i.
+
+    id: unique, ours; request_id: for the log, may be the client's."""
 
     id: str
     prompts: Sequence[list[int]]
     params: SamplingParams
     stream: bool
+    request_id: str = ""
     chunks: asyncio.Queue[Chunk | ApiError] = field(default_factory=asyncio.Queue)
     submitted: float = 0.0
     closed: bool = False  # the event loop's: no more chunks are wanted
@@ -142,14 +145,20 @@ class Worker:
             raise ApiError(503, "the model is still loading", "not_ready", retry_after=5)
         return self.llm
 
-    def submit(self, job: Job) -> None:
-        """Queues a job. Raises ApiError: 429 if the queue is full."""
-        capacity = self.ready().engine.config.max_num_seqs + self.max_queue
-        if job.size > capacity:
-            raise ApiError(400, f"{job.size} answers in one request: at most {capacity} fit in here", "invalid_value")
-        if self.active + job.size > capacity:
+    def check_room(self, answers: int = 1) -> LLM:
+        """The loaded model, if so many more answers may come in. Raises ApiError: 429 if the queue is full."""
+        llm = self.ready()
+        capacity = llm.engine.config.max_num_seqs + self.max_queue
+        if answers > capacity:
+            raise ApiError(400, f"{answers} answers in one request: at most {capacity} fit in here", "invalid_value")
+        if self.active + answers > capacity:
             message = f"the queue is full ({self.active} answers are waiting or running): try again later"
             raise ApiError(429, message, "queue_full", retry_after=self.retry_after)
+        return llm
+
+    def submit(self, job: Job) -> None:
+        """Queues a job. Raises ApiError as `check_room` does."""
+        self.check_room(job.size)
         self.active += job.size
         job.submitted, job.left = time.monotonic(), job.size
         self._inbox.put(("add", job))
@@ -225,15 +234,25 @@ class Worker:
         self._flush()
 
     def _step(self, engine: Engine) -> None:
-        for observer in self.observers:
-            observer.before(engine)
+        self._tell(lambda observer: observer.before(engine))
         touched = engine.step()
         while self._waiting and any(r.table.pages or r.finished for r in self._waiting[0].answers):
             self._waiting.popleft()  # first come, first served: the others have not begun either
-        for observer in self.observers:
-            observer.after(engine, touched)
+        self._tell(lambda observer: observer.after(engine, touched))
         for request in touched:
-            self._emit(request)
+            try:
+                self._emit(request)
+            except Exception as error:  # of its text: the others have nothing to do with it
+                self._condemn(engine, request, error)
+
+    def _tell(self, call: Callable[[Observer], None]) -> None:
+        """An observer that raises is not asked again: watching must not hurt the watched."""
+        for observer in self.observers:
+            try:
+                call(observer)
+            except Exception as error:
+                log.error("%s has failed and sees no more", type(observer).__name__, exc_info=error)
+                self.observers = [other for other in self.observers if other is not observer]
 
     def _take(self, engine: Engine, wait: bool) -> None:
         """Carries out what has come in; waits for it if there is nothing else to do."""
@@ -255,7 +274,7 @@ class Worker:
         except SmartError as error:
             self._end(engine, job, of_smart_error(error))
         except Exception as error:
-            log.error("a request could not be queued", exc_info=error, extra={"request_id": job.id})
+            log.error("a request could not be queued", exc_info=error, extra={"request_id": job.request_id})
             self._end(engine, job, ApiError(500, f"internal error: {type(error).__name__}"))
         else:
             self._waiting.append(job)
@@ -265,8 +284,7 @@ class Worker:
         for request in job.answers:
             if self._owners.pop(request, None) is not None:
                 engine.abort(request.id)
-                for observer in self.observers:
-                    observer.ended(request, "error" if error else "abort")
+                self._gone(request, "error" if error else "abort")
         if job in self._waiting:
             self._waiting.remove(job)
         self._outbox.append((job, job.left))
@@ -296,9 +314,11 @@ class Worker:
             del self._owners[request]
             job.left -= 1
             self._outbox.append((job, 1))
-            for observer in self.observers:
-                observer.ended(request, stop.finish_reason or "abort")
+            self._gone(request, stop.finish_reason or "abort")
         self._outbox.append((job, chunk))
+
+    def _gone(self, request: Request, reason: str) -> None:
+        self._tell(lambda observer: observer.ended(request, reason))
 
     def _flush(self) -> None:
         if self._outbox:
@@ -332,6 +352,8 @@ class Worker:
             except Exception as own:
                 self._condemn(engine, suspect, own)
             engine.suspend()
+        for request in [request for request in self._owners if request.finished]:
+            self._emit(request)
         queue.clear()
         queue.extend(request for request in (*survivors, *others) if not request.finished)
         self._failures = 0 if survivors else self._failures + 1
@@ -340,7 +362,7 @@ class Worker:
 
     def _condemn(self, engine: Engine, request: Request, error: Exception) -> None:
         job = self._owners.get(request)
-        log.error("request failed", exc_info=error, extra={"request_id": job.id if job else request.id})
+        log.error("request failed", exc_info=error, extra={"request_id": job.request_id if job else ""})
         engine.abort(request.id)
         if job is not None:
             message = f"the model failed on this request: {type(error).__name__}: {error}"
