@@ -21,6 +21,7 @@ from smart_decoding.errors import ConfigError, SmartError
 # Subcommand: (what it does, the module with its `add_arguments(parser)` and `main(args) -> exit code or None`).
 COMMANDS = {
     "run": ("answer one prompt", "smart_decoding.cli_run"),
+    "serve": ("serve a model to OpenAI's clients", "smart_decoding.cli_serve"),
     "demo": ("see the default model speculate, its trees, and the speedup", "smart_decoding.cli_demo"),
     "bench": ("compare policies on natural prompts", "smart_decoding.bench.cli"),
     "profile": ("measure what a forward costs on this machine", "smart_decoding.cli_profile"),

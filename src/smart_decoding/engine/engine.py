@@ -130,6 +130,21 @@ class Engine:
             request.aborted = True
             self._finish(request)
 
+    def suspend(self) -> list[Request]:
+        """Puts all running requests back to the queue, as they were after their last tokens: after a step that raised.
+
+        Returns them. Their keys are computed again when they run on; ended ones leave."""
+        suspended = list(self.scheduler.running)
+        for request in suspended:
+            if request.logprobs is not None:
+                del request.logprobs[len(request.output) :]
+            if request.finished:
+                self._finish(request)
+        for request in reversed(self.scheduler.running[:]):
+            self.scheduler.preempt(request)
+        self._forget(suspended)
+        return suspended
+
     def listen(self, drafter: Drafter) -> None:
         """Puts a drafter in place before the first request, such as one that records the target's features."""
         if self._requests:
