@@ -59,8 +59,6 @@ def _unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str,
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if type(cache) is DynamicCache else type(cache).__name__
         return f"{kind} is not supported: leave out cache_implementation and past_key_values"
-    if any(layer.is_initialized for layer in cache.layers):
-        return "a cache that already holds keys is not supported: pass the whole prompt without it"
     for layer in cache.layers:
         kind, window = type(layer).__name__, getattr(layer, "sliding_window", None)
         if window is not None and layer.is_sliding and kind == "DynamicSlidingWindowLayer":
@@ -71,6 +69,8 @@ def _unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str,
                 )
         elif type(layer) is not DynamicLayer:
             return f"{kind} of {name} keeps a running state: rejected tokens cannot be taken back"
+        if layer.is_initialized:
+            return "a cache that already holds keys is not supported: pass the whole prompt without it"
     return None
 
 

@@ -18,7 +18,8 @@ from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
 from smart_decoding.drafters.union import UnionDrafter
-from smart_decoding.engine.protocols import Drafter
+from smart_decoding.engine.protocols import Drafter, TargetScores
+from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.transformers.checks import fitting_layout
 from smart_decoding.integrations.transformers.report import Report
@@ -134,12 +135,20 @@ def _cost(model: PreTrainedModel, target: HostTarget, batch: int, seconds: float
         return CostModel.default()
     state, key = state_of(model), (*_setting(model), torch.get_num_threads(), _bucket(batch))
     if key not in state.costs:
-        probe = HostTarget(model, len(target.cache.layers), target.tree)
+        probe = _Probe(model, len(target.cache.layers), target.tree)
         window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
         probe.max_positions = min(probe.max_positions, window or probe.max_positions)
         pages = max(pages_for((CONTEXTS[0] + MAX_ROWS) * _bucket(batch), 1), pages_for(CONTEXTS[1] + MAX_ROWS, 1))
         state.costs[key] = CostModel.fit(measure(probe, None, pages, _bucket(batch), seconds))  # type: ignore[arg-type]
     return state.costs[key]
+
+
+class _Probe(HostTarget):
+    """For measuring, whose made-up token ids may lie beyond a small vocabulary."""
+
+    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
+        rows.token %= self.vocab
+        return super().verify(rows, taps)
 
 
 def _setting(model: PreTrainedModel) -> tuple[object, ...]:

@@ -70,7 +70,10 @@ def generate(
     try:
         while engine.has_unfinished_requests:
             engine.step()
-            stream.advance(sequences, [request.finished for request in requests])
+            for request, sequence in zip(requests, sequences, strict=True):
+                if host.length is not None and sequence.length >= host.length:
+                    engine.abort(request.id)
+            stream.advance(sequences, [request.finished for request in requests], host.length)
     finally:
         for request in requests:
             engine.abort(request.id)
@@ -105,7 +108,7 @@ def _host(config: GenerationConfig, processors: Any, criteria: Any, batch: int) 
     seed = int(torch.randint(2**62, ())) if config.do_sample else 0  # so that torch.manual_seed repeats an answer
     whole = bool(config.return_dict_in_generate)
     return Host(
-        processors, criteria, batch, config.do_sample, seed,
+        processors, criteria, batch, config.max_length, config.do_sample, seed,
         bool(whole and config.output_scores), bool(whole and config.output_logits),
     )  # fmt: skip
 
@@ -130,9 +133,7 @@ def _sequence(index: int, ids: torch.Tensor, max_length: int) -> HostSequence:
     return HostSequence(index, tokens, len(ids))
 
 
-def _submit(
-    engine: Engine, host: Host, sequence: HostSequence, prompt: list[int], params: SamplingParams
-) -> Request:
+def _submit(engine: Engine, host: Host, sequence: HostSequence, prompt: list[int], params: SamplingParams) -> Request:
     (request,) = engine.add_request(str(sequence.index), prompt, params)
     request.sample, request.history = sequence.index, sequence
     request.stop = HostStop(params, host, sequence)
@@ -166,13 +167,14 @@ def _report(method: str, policy: str, target: HostTarget, requests: Sequence[Req
 def _output(
     ids: torch.Tensor, sequences: Sequence[HostSequence], host: Host, config: GenerationConfig, pad: int
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
-    length = max(sequence.length for sequence in sequences)
+    length = host.length or max(sequence.length for sequence in sequences)
+    lengths = [min(length, sequence.length) for sequence in sequences]
     out = ids.new_full((len(sequences), length), pad)
-    for row, sequence in zip(out, sequences, strict=True):
-        row[: sequence.length] = sequence.tokens[: sequence.length]
+    for row, sequence, n in zip(out, sequences, lengths, strict=True):
+        row[:n] = sequence.tokens[:n]
     if not config.return_dict_in_generate:
         return out
-    steps = [sequence.length - ids.shape[1] for sequence in sequences]
+    steps = [n - ids.shape[1] for n in lengths]
     scores = _steps([s.scores for s in sequences], steps) if host.keep_scores else None
     logits = _steps([s.logits for s in sequences], steps) if host.keep_logits else None
     return GenerateDecoderOnlyOutput(sequences=out, scores=scores, logits=logits)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Report:
     """Counts of one `generate` call. rounds: forwards that decoded; drafted / verified / accepted: tree nodes.
 
-    layout: 'tree', or 'chain' where the model's attention takes no tree mask. drafter: 'none' if speculation was off."""
+    layout: 'tree', or 'chain' where the model's attention takes no tree mask. drafter: 'none' if speculation was off.
+    """
 
     drafter: str
     policy: str

@@ -19,7 +19,12 @@ from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 
-ONE_BY_ONE = ("PrefixConstrainedLogitsProcessor",)  # of transformers' own, those that use the row's number
+BY_PLACE = (  # of transformers' own, those that depend on a row's place in the batch
+    "PrefixConstrainedLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+)
 SLACK = 128  # tokens beyond the longest answer: tree nodes that are looked at, not kept
 
 
@@ -59,19 +64,30 @@ class HostSequence:
 
 @dataclass
 class Host:
-    """The processors, criteria and outputs of one call. batch: its rows. seed: of the draws."""
+    """The processors, criteria and outputs of one call. batch: its rows; limit: longest row; seed: of the draws.
+
+    Where nothing pads ended rows (no end-of-sequence token), `generate` writes on in them until the last row ends."""
 
     processors: Any
     criteria: Any
     batch: int
+    limit: int
     do_sample: bool
     seed: int = 0
     keep_scores: bool = False
     keep_logits: bool = False
 
     def __post_init__(self) -> None:
-        self._batched = all(_by_row(p, "transformers.generation.logits_process") for p in self.processors)
-        self._criteria_batched = all(_by_row(c, "transformers.generation.stopping_criteria") for c in self.criteria)
+        self._by_row = all(_by_row(p, "transformers.generation.logits_process") for p in self.processors)
+        self._criteria_by_row = all(_by_row(c, "transformers.generation.stopping_criteria") for c in self.criteria)
+
+        self._pads = self.batch == 1 or any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+        self._ends: dict[int, int] = {}  # row -> its length where a criterion ended it
+
+    @property
+    def length(self) -> int | None:
+        """Where the last row ended, once all have, if rows that ended before wrote on; else None."""
+        return max(self._ends.values()) if not self._pads and len(self._ends) == self.batch else None
 
     @property
     def plain_greedy(self) -> bool:
@@ -95,26 +111,29 @@ class Host:
         return sampler.sample(scores, np.arange(len(specs)), keyed)
 
     def ended(self, sequence: HostSequence) -> bool:
-        """Whether a criterion ends the sequence at its last token."""
+        """Whether the sequence ends at its last token."""
         ids = sequence.tokens[: sequence.length][None]
-        rows = 1 if self._criteria_batched else self.batch
+        rows = 1 if self._criteria_by_row else self.batch
         scores = tuple(row.expand(rows, -1) for row in sequence.scores) if self.keep_scores else None
         done = self.criteria(ids.repeat(rows, 1), scores)
-        return bool(done[0 if rows == 1 else sequence.index])
+        if not bool(done[0 if rows == 1 else sequence.index]):
+            return self.length is not None and sequence.length >= self.length
+        self._ends.setdefault(sequence.index, sequence.length)
+        return self._pads or sequence.length >= (self.length or self.limit)
 
     def _process(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
         if not len(self.processors):
             return logits
         scores = torch.empty_like(logits)
         ids = [spec.history.with_path(spec.path) for spec in specs]  # type: ignore[union-attr, attr-defined]
-        for rows in _same_length(ids) if self._batched else [[i] for i in range(len(ids))]:
-            tokens, values = torch.stack([ids[i] for i in rows]), logits[rows].clone()
-            if self._batched or self.batch == 1:
-                scores[rows] = self.processors(tokens, values)
-            else:  # it may depend on the row's number: show it a whole batch of this row
-                index = specs[rows[0]].history.index  # type: ignore[union-attr, attr-defined]
-                shown = self.processors(tokens.repeat(self.batch, 1), values.repeat(self.batch, 1))
-                scores[rows] = shown[index : index + 1]
+        for rows in _same_length(ids):
+            place = list(range(len(rows)))
+            if not self._by_row:  # then each row must stand at its own place of a whole batch; copies fill the rest
+                place = [spec.history.index for spec in (specs[i] for i in rows)]  # type: ignore[union-attr, attr-defined]
+            shown = [rows[0]] * (len(rows) if self._by_row else self.batch)
+            for at, i in zip(place, rows, strict=True):
+                shown[at] = i
+            scores[rows] = self.processors(torch.stack([ids[i] for i in shown]), logits[shown])[place]
         return scores
 
 
@@ -138,12 +157,12 @@ class Stream:
     def __init__(self, streamer: Any, prompt: int, pad: int) -> None:
         self._streamer, self._at, self._pad = streamer, prompt, pad
 
-    def advance(self, sequences: Sequence[HostSequence], ended: Sequence[bool]) -> None:
-        """Gives out all steps for which every row has a token or has ended."""
+    def advance(self, sequences: Sequence[HostSequence], ended: Sequence[bool], longest: int | None) -> None:
+        """Gives out all steps for which every row has a token or has ended. longest: `Host.length`."""
         if self._streamer is None:
             return
         known = [s.length for s, end in zip(sequences, ended, strict=True) if not end]
-        upto = min(known) if known else max(s.length for s in sequences)
+        upto = min(known) if known else longest or max(s.length for s in sequences)
         for at in range(self._at, upto):
             step = [int(s.tokens[at]) if at < s.length else self._pad for s in sequences]
             self._streamer.put(torch.tensor(step))
@@ -156,7 +175,7 @@ class Stream:
 
 def _by_row(thing: object, module: str) -> bool:
     """Whether it is transformers' own and treats every row alike, whatever its number."""
-    return type(thing).__module__ == module and type(thing).__name__ not in ONE_BY_ONE
+    return type(thing).__module__ == module and type(thing).__name__ not in BY_PLACE
 
 
 def _same_length(ids: Sequence[torch.Tensor]) -> list[list[int]]:
