@@ -120,7 +120,7 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the rows' [groups, heads, queries, head_dim] to their slots; returns [groups, heads, width, head_dim]."""
+        """Stores the rows' [groups, heads, queries, head_dim]; returns [groups, heads, width, head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if len(self.keys) < self.slots:
@@ -157,17 +157,18 @@ class SlotCache(Cache):
     """The cache of a whole model; `show` says what the next forward writes and reads."""
 
     def __init__(self, layers: int) -> None:
-        super().__init__(layers=[SlotLayer() for _ in range(layers)])
+        self.stores = [SlotLayer() for _ in range(layers)]
+        super().__init__(layers=list(self.stores))
 
     def show(self, layout: Layout) -> None:
         indices, needed = Indices(layout), int(layout.read.max()) + 1
-        for layer in self.layers:
+        for layer in self.stores:
             layer.indices = indices
             if layer.slots < needed:
                 layer.slots = max(needed, 2 * layer.slots)
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        for layer in self.layers:
+        for layer in self.stores:
             layer.move(source, target)
 
 

@@ -1,7 +1,7 @@
 """What cannot be done is refused here, by name and with the reason, before any forward.
 
-`unsupported` looks at the call; `fitting_layout` then compares the model's logits through our cache with plain ones, once
-a model, since a model may take a tree mask and yet make its positions or its own mask from something else.
+`unsupported` looks at the call; `fitting_layout` then compares the model's logits through our cache with plain ones,
+once a model, since a model may take a tree mask and yet make its positions or its own mask from something else.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def _unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str,
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if type(cache) is DynamicCache else type(cache).__name__
         return f"{kind} is not supported: leave out cache_implementation and past_key_values"
+    layer: Any
     for layer in cache.layers:
         kind, window = type(layer).__name__, getattr(layer, "sliding_window", None)
         if window is not None and layer.is_sliding and kind == "DynamicSlidingWindowLayer":
@@ -75,7 +76,7 @@ def _unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str,
 
 
 def _unsupported_rope(model: PreTrainedModel, config: GenerationConfig) -> str | None:
-    """Scalings that turn by the longest text so far: rows of one forward would disturb each other beyond this length."""
+    """Scalings that follow the longest text so far: beyond a length, rows of one forward would disturb each other."""
     text = model.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))

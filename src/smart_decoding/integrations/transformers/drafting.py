@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from smart_decoding.backends.torch.target import pages_for
+from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
+from smart_decoding.core.forecast import Forecast
 from smart_decoding.core.policies import make_policy, policy_options
 from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.drafters.ngram import NgramDrafter
@@ -29,6 +32,7 @@ from smart_decoding.profiling.measure import CONTEXTS, MAX_ROWS, measure
 ATTRIBUTE = "_smart_decoding"  # on the model
 METHODS = ("ngram", "recycling", "union", "none")
 PROFILE_SECONDS = 2.0
+HOPE = 0.7  # accept_prob of a free drafter's first candidate before anything is known; the next ones' fall off by it
 CHAIN = {"ngram": {"occurrences": 1}, "recycling": {"successors": 1, "max_nodes": 8}}
 
 
@@ -117,10 +121,19 @@ def _new(model: PreTrainedModel, options: dict[str, Any], target: HostTarget, ba
     unknown = [name for name in options if name not in policy_options(policy)]
     if unknown:
         raise ConfigError(f"neither method {method!r} nor policy {policy!r} has an option {unknown[0]!r}")
-    offered: dict[str, Any] = {"eos_token_ids": target.eos_token_ids}
+    offered: dict[str, Any] = {"eos_token_ids": target.eos_token_ids, **_hopeful()}
     if "cost" in policy_options(policy):
         offered["cost"] = _cost(model, target, batch, float(seconds))
     return Drafting(method, make_policy(policy, offered, **options), drafter)
+
+
+def _hopeful() -> dict[str, Any]:
+    """A prior that tries free drafters at once: asking them costs next to nothing, and the policy still verifies only
+    what pays. The core's own prior waits for rare probes, too long for one answer."""
+    calibration = Calibration()
+    forecast = Forecast(calibration)
+    forecast.free = HOPE ** np.arange(1.0, len(forecast.free) + 1)
+    return {"calibration": calibration, "forecast": forecast}
 
 
 def _made(cls: Callable[..., Drafter], options: dict[str, Any], fixed: Mapping[str, Any]) -> Drafter:

@@ -158,10 +158,9 @@ def _caller_streamer() -> Any:
 
 def _report(method: str, policy: str, target: HostTarget, requests: Sequence[Request]) -> Report:
     metrics = [request.metrics for request in requests]
-    return Report(
-        method, policy, "tree" if target.tree else "chain", sum(len(r.output) for r in requests),
-        max(m.rounds for m in metrics), *(sum(getattr(m, n) for m in metrics) for n in ("drafted", "verified", "accepted")),
-    )  # fmt: skip
+    drafted, verified, accepted = (sum(getattr(m, n) for m in metrics) for n in ("drafted", "verified", "accepted"))
+    tokens, rounds = sum(len(request.output) for request in requests), max(m.rounds for m in metrics)
+    return Report(method, policy, "tree" if target.tree else "chain", tokens, rounds, drafted, verified, accepted)
 
 
 def _output(
@@ -177,7 +176,7 @@ def _output(
     steps = [n - ids.shape[1] for n in lengths]
     scores = _steps([s.scores for s in sequences], steps) if host.keep_scores else None
     logits = _steps([s.logits for s in sequences], steps) if host.keep_logits else None
-    return GenerateDecoderOnlyOutput(sequences=out, scores=scores, logits=logits)
+    return GenerateDecoderOnlyOutput(sequences=out, scores=scores, logits=logits)  # type: ignore[arg-type]
 
 
 def _steps(kept: Sequence[Sequence[torch.Tensor]], steps: Sequence[int]) -> tuple[torch.Tensor, ...]:

@@ -33,9 +33,10 @@ class HostTarget:
     ) -> None:  # fmt: skip
         self.model, self.tree, self.eos_token_ids, self.host = model, tree, eos_token_ids, host
         config = model.config.get_text_config(decoder=True)
-        self.vocab = int(model.get_input_embeddings().num_embeddings)
+        embedding: Any = model.get_input_embeddings()
+        self.vocab = int(embedding.num_embeddings)
         self.max_positions = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-        self.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = embedding.weight.device
         self.cache = SlotCache(layers)
         self.sampler = Sampler(self.vocab)
         self._takes = frozenset(inspect.signature(model.forward).parameters)
