@@ -28,12 +28,16 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     weight, x, bias = torch.randn(n, k).to(dtype), torch.randn(40, k), torch.randn(n)
     w, norm = packed(weight), torch.rand(k) + 0.5
     alone = torch.cat([kernels.linear(x[i : i + 1], w, n, norm, 1e-5, bias) for i in range(40)])
-    wanted = torch.nn.functional.rms_norm(x.double(), (k,), norm.double(), 1e-5) @ weight.double().T + bias
-    torch.testing.assert_close(alone.double(), wanted, rtol=1e-5, atol=1e-5)
+    rounds = dtype == torch.bfloat16 and kernels.rounds_inputs()
+    normed = torch.nn.functional.rms_norm(x, (k,), norm, 1e-5)
+    normed, read = (normed.bfloat16(), x.bfloat16()) if rounds else (normed, x)
+    wanted = normed.double() @ weight.double().T + bias
+    tolerance = 1e-2 if rounds else 1e-5  # an input near the middle may round the other way
+    torch.testing.assert_close(alone.double(), wanted, rtol=tolerance, atol=tolerance)
     for rows in range(1, 41):
         assert torch.equal(kernels.linear(x[:rows].contiguous(), w, n, norm, 1e-5, bias), alone[:rows])
     plain = kernels.linear(x, w, n)
-    torch.testing.assert_close(plain.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain.double(), read.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,7 +45,7 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
 def test_a_packed_weights_rows_can_be_read_back(n: int, dtype: torch.dtype) -> None:
     weight = torch.randn(n, 34).to(dtype)
     index = torch.randperm(n)
-    assert torch.equal(Linear(weight, native=True).rows_of(index), weight[index])
+    assert torch.equal(Linear(weight, native=True).rows_of(index), weight[index].float())
 
 
 @pytest.mark.parametrize("n", [16, 33, 1000])

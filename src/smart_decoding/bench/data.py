@@ -30,21 +30,15 @@ GSM8K = PinnedFile(
 )
 
 
-# Prompts that share a run of eight words with the shipped head's training text (bench/overlap.py found them; phrases
-# such as "takes a string as an argument and returns"): no result may rest on them.
-OVERLAPPING = {"code": (78, 89, 107, 129), "general": (8, 9)}
-
-
 def load_task(task: str, limit: int | None = None) -> list[str]:
-    """The first `limit` user messages of a task (all by default) but for OVERLAPPING ones, fetched if need be.
+    """The first `limit` user messages of a task (all by default), fetched if need be.
 
     Raises ConfigError for an unknown task or a limit below 1, DownloadError if the data cannot be had."""
     if task not in TASKS:
         raise ConfigError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     if limit is not None and limit < 1:
         raise ConfigError(f"the limit of prompts must be at least 1, not {limit}")
-    clean = [prompt for i, prompt in enumerate(TASKS[task]()) if i not in OVERLAPPING.get(task, ())]
-    return clean[:limit]
+    return TASKS[task]()[:limit]
 
 
 def _code() -> list[str]:

@@ -21,6 +21,9 @@ Sampler: TypeAlias = Callable[[IntArray], IntArray]
 Target: TypeAlias = Callable[[int, tuple[int, ...]], FloatArray]
 
 
+_NONE = np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class Acceptance:
     """What one round yields.
@@ -40,14 +43,15 @@ class Acceptance:
 def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
     """Walks down all trees at once, level by level; `sample` is asked once per level, only for visited rows."""
     batch = trees.batch
+    if not len(trees):  # plain decoding, as cheap as can be
+        tokens = sample(np.arange(batch))
+        return Acceptance(tokens, _NONE, [tokens[i : i + 1] for i in range(batch)], [_NONE] * batch)
     after = np.full(batch + len(trees), -1, np.int64)  # the target's token after each visited row
     parent_row = np.where(trees.parent == ROOT, trees.owner, trees.parent + batch)
     rows: IntArray = np.arange(batch)
     paths: list[list[int]] = [[] for _ in range(batch)]
     while len(rows):
         after[rows] = sample(rows)
-        if not len(trees):
-            break
         walked = np.full(len(after), -1, np.int64)  # the target's token after this level's rows alone
         walked[rows] = after[rows]
         hits = np.flatnonzero(trees.token == walked[parent_row])

@@ -24,7 +24,7 @@ MAX_PROB = 0.999
 MEMORY = 3000.0  # each curve remembers about its last 3000 observed children
 AFTER_CHANGE = 40.0  # and this many once the drafter has visibly changed
 SHRINK_CURVE, SHRINK_POOL = 8.0, 1.0  # pseudo-observations of a curve; pseudo-hits of the pool over depths
-REFRESH = 4  # rounds between two recomputations of the curves
+EARLY, REFRESH = 32, 4  # the first rounds are learned from at once, later ones four at a time
 
 _RESOLUTION = 4096
 _ANGLE: FloatArray = np.arcsin(np.sqrt(np.arange(_RESOLUTION + 1) / _RESOLUTION)) * (2 / math.pi)
@@ -56,6 +56,7 @@ class Calibration:
         self.changes = 0  # how often a drafter was found to have changed
         self._before: dict[int, tuple[FloatArray, FloatArray, FloatArray]] = {}
         self._rounds = 0
+        self._waiting: list[tuple[IntArray, IntArray, BoolArray]] = []  # cells, drafters and outcomes not learned yet
         self._refresh()
 
     def score(self, trees: DraftTrees, greedy: BoolArray) -> FloatArray:
@@ -74,7 +75,15 @@ class Calibration:
         """Learns from uncensored `nodes` [observed] and whether the target chose them (`Round.observed()`)."""
         if not len(nodes):
             return
-        cells = self._cells(trees, greedy, nodes)
+        self._waiting.append((self._cells(trees, greedy, nodes), trees.source.take(nodes), chosen))
+        self._rounds += 1
+        if self._rounds < EARLY or len(self._waiting) >= REFRESH:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Learns from all that was observed since the last time: in one go, since every numpy call has its price."""
+        cells, source, chosen = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
         expected = self._lookup(cells)
         group, fine = np.divmod(cells, FINE)
         flat = group * BINS + _BIN_OF_FINE.take(fine)
@@ -83,13 +92,11 @@ class Calibration:
         keep = np.exp(seen.sum(axis=3, keepdims=True) * (-1.0 / MEMORY))
         self.counts = self.counts * keep + seen
         self.hits = self.hits * keep + hits
-        changed = self.drift.update(trees.source.take(nodes), expected, chosen)
+        changed = self.drift.update(source, expected, chosen)
         for source, ratio in changed:
             self._rescale(source, ratio)
         self.changes += len(changed)
-        self._rounds += 1
-        if changed or self._rounds < 32 or self._rounds % REFRESH == 0:
-            self._refresh()
+        self._refresh()
 
     def curve(self, source: int, greedy_share: float) -> FloatArray:
         """[DEPTHS, BINS] conditional probabilities of one drafter, mixed over a batch's share of greedy requests."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -80,6 +81,16 @@ class Writer:
         if self._tokens >= SHARD_TOKENS:
             self.flush()
 
+    def prompts(self) -> set[tuple[int, ...]]:
+        """The prompts of all conversations in the folder."""
+        found: set[tuple[int, ...]] = set()
+        for path in self.folder.glob("shard-*.safetensors"):
+            with safe_open(path, "np") as shard:
+                tokens, starts = shard.get_tensor("tokens"), shard.get_tensor("starts")
+                for start, answer in zip(starts[:-1], shard.get_tensor("answers"), strict=True):
+                    found.add(tuple(tokens[start : start + answer].tolist()))
+        return found
+
     def flush(self) -> None:
         if not self._items:
             return
@@ -106,7 +117,7 @@ def generate(llm: LLM, recorder: Recorder, folder: Path, tokens: int, seed: int 
     have = writer.shards * SHARD_TOKENS
     rng = np.random.default_rng((seed, writer.shards))
     with tqdm(total=tokens, initial=min(have, tokens), unit="tok", desc="writing conversations") as bar:
-        job = _Conversations(llm, recorder, rng, writer.shards)
+        job = _Conversations(llm, recorder, rng, writer.shards, writer.prompts())
         while have < tokens:
             job.fill()
             job.advance(llm.engine)
@@ -122,10 +133,12 @@ def generate(llm: LLM, recorder: Recorder, folder: Path, tokens: int, seed: int 
 class _Conversations:
     """Keeps CONCURRENT requests running: user turns that the target completes, then answers."""
 
-    def __init__(self, llm: LLM, recorder: Recorder, rng: np.random.Generator, salt: int) -> None:
+    def __init__(
+        self, llm: LLM, recorder: Recorder, rng: np.random.Generator, salt: int, asked: set[tuple[int, ...]]
+    ) -> None:
         self._llm, self._recorder, self._rng, self._salt = llm, recorder, rng, salt
         self._count, self._running = 0, 0
-        self._turns: dict[str, list[int]] = {}
+        self._asked = asked  # prompts so far: the same one again would teach nothing new
         marker = "\u241e"
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": marker}])
         self._before, self._after = text.split(marker)
@@ -138,7 +151,9 @@ class _Conversations:
                 self._answer(self._encode(self._before + text + self._after))
                 continue
             prompt = self._encode(self._before + text)
-            params = SamplingParams(temperature=1.0, top_k=64, max_tokens=40, seed=int(self._rng.integers(2**62)))
+            turn_tokens = 100 if "```" in text else 50
+            seed = int(self._rng.integers(2**62))
+            params = SamplingParams(temperature=1.0, top_k=64, max_tokens=turn_tokens, seed=seed)
             self._add(prompt, params, record=False)
 
     def advance(self, engine: Engine) -> None:
@@ -153,6 +168,10 @@ class _Conversations:
                 self._answer(self._encode(self._before + turn + self._after))
 
     def _answer(self, prompt: list[int]) -> None:
+        if tuple(prompt) in self._asked:
+            self._running -= 1
+            return
+        self._asked.add(tuple(prompt))
         sampled = self._rng.random() < 0.1
         seed = int(self._rng.integers(2**62))
         params = SamplingParams(temperature=0.7 if sampled else 0.0, top_k=64, max_tokens=ANSWER_TOKENS, seed=seed)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.core.policies.likelihood import Likelihood
@@ -14,7 +14,6 @@ from smart_decoding.core.policies.protocol import Round
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
-from smart_decoding.training.seeds import TASKS, TOPICS
 
 
 class Exploring:
@@ -30,19 +29,16 @@ class Exploring:
         self._learner.observe(round)
 
 
-def learn_prior(model: str, head: Path, prompts: int, seed: int = 0, max_tokens: int = 100) -> None:
-    """Answers some prompts, three greedy and one sampled in turn, with wide trees, and writes head/prior.json."""
+def learn_prior(model: str, head: Path, prompts: Sequence[Sequence[int]], max_tokens: int = 100) -> None:
+    """Answers `prompts` (token ids) with wide trees, three greedy and one sampled in turn; writes head/prior.json."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
     (head / "prior.json").unlink(missing_ok=True)
     llm = LLM(model, speculative_config=options, max_num_seqs=1, stop_at_loops=True)
     policy = llm.policy
     assert isinstance(policy, Smart)
     llm.engine.policy = Exploring(policy)
-    rng = np.random.default_rng((seed, 99))
-    for i in tqdm(range(prompts), desc="learning the prior"):
-        text = str(rng.choice(TASKS)).format(rng.choice(TOPICS))
-        tokens = llm.tokenizer.encode_chat([{"role": "user", "content": text}])
-        llm.generate(tokens, SamplingParams(temperature=0.8 * (i % 4 == 3), max_tokens=max_tokens, seed=i))
+    for i, prompt in enumerate(tqdm(prompts, desc="learning the prior")):
+        llm.generate(list(prompt), SamplingParams(temperature=0.8 * (i % 4 == 3), max_tokens=max_tokens, seed=i))
     state = {"calibration": policy.calibration.state_dict(), "forecast": policy.forecast.state_dict()}
     scratch = head / "prior.partial"
     scratch.write_text(json.dumps(state) + "\n")

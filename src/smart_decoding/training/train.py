@@ -6,10 +6,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from smart_decoding.training.head import Frozen, TrainableHead
 
 HELD_OUT = 0.03
 STEP_WEIGHT = 0.85
+UNROLL_STARTS = (0.15, 0.4, 0.7)  # shares of the time at which one more step is unrolled: starting deep is far worse
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class TrainOptions:
     batch_tokens: int = 2500
     learning_rate: float = 1.2e-3
     weight_decay: float = 0.02
-    max_unroll: int = 3
+    max_unroll: int = 4
     seed: int = 0
 
 
@@ -48,19 +49,27 @@ class Conversation:
     answer: int
 
 
-def load_conversations(folder: Path) -> list[Conversation]:
-    """All conversations of a data folder; the taps stay on disk (mmap). Raises ModelError if there are none."""
-    found = []
+Keep: TypeAlias = Callable[[Sequence[int]], bool]  # whether a conversation's tokens may be trained on
+
+
+def load_conversations(folder: Path, keep: Keep | None = None) -> tuple[list[Conversation], int]:
+    """The conversations of a data folder that `keep` lets pass, and how many it did not. Raises ModelError if none
+    are left."""
+    found, dropped = [], 0
     for path in sorted(folder.glob("shard-*.safetensors")):
         shard = load_file(path)
         starts = shard["starts"].tolist()
         for i, answer in enumerate(shard["answers"].tolist()):
             part = slice(starts[i], starts[i + 1])
-            if starts[i + 1] - starts[i] > answer + 8:
-                found.append(Conversation(shard["tokens"][part].long(), shard["taps"][part], answer))
+            if starts[i + 1] - starts[i] <= answer + 8:
+                continue
+            if keep is not None and not keep(shard["tokens"][part].tolist()):
+                dropped += 1
+                continue
+            found.append(Conversation(shard["tokens"][part].long(), shard["taps"][part], answer))
     if not found:
         raise ModelError(f"{folder} holds no training data: run smart train without --skip-generation first")
-    return found
+    return found, dropped
 
 
 def frequent_tokens(conversations: list[Conversation], vocab: int, size: int) -> Tensor:
@@ -74,16 +83,35 @@ def frequent_tokens(conversations: list[Conversation], vocab: int, size: int) ->
     return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
 
+class SoftCrossEntropy(torch.autograd.Function):
+    """Mean of -sum(wanted * log_softmax(student)) over rows [n, classes], in few passes over memory: the gradient is
+    made in the forward pass, in the student's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, wanted: Tensor) -> Tensor:
+        log_prob = student.float().log_softmax(-1)
+        loss = -torch.linalg.vecdot(wanted, log_prob).mean()
+        grad = log_prob.exp_().mul_(wanted.sum(-1, keepdim=True)).sub_(wanted).div_(max(len(student), 1))
+        ctx.save_for_backward(grad.to(student.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * grads[0].to(ctx.saved_tensors[0].dtype), None
+
+
 class Trainer:
     """Owns the head, its optimiser and the schedule by elapsed time; `run` trains until the time is used up."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, output: Path, options: TrainOptions) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, output: Path, options: TrainOptions, keep: Keep | None = None
+    ) -> None:
         torch.manual_seed(options.seed)
         self.options, self.output, self.config = options, output, checkpoint.config
-        self._data = load_conversations(folder)
-        np.random.default_rng(options.seed).shuffle(self._data)  # type: ignore[arg-type]
-        held = max(8, int(len(self._data) * HELD_OUT))
-        self._held, self._train = self._data[:held], self._data[held:]
+        data, self._dropped = load_conversations(folder, keep)
+        np.random.default_rng(options.seed).shuffle(data)  # type: ignore[arg-type]
+        held = max(8, int(len(data) * HELD_OUT))
+        self._held, self._train = data[:held], data[held:]
         self.draft_ids = frequent_tokens(self._train, self.config.vocab, min(options.draft_vocab, self.config.vocab))
         self._frozen = _frozen(checkpoint, self.draft_ids)
         self._draft_of = torch.full((self.config.vocab,), -1)
@@ -94,7 +122,12 @@ class Trainer:
             self.head.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay
         )
         self.elapsed, self.steps, self.epochs = 0.0, 0, 0.0
+        self._fast_bf16 = bf16_is_faster()
         self._resume()
+
+    def held_out_prompts(self) -> list[list[int]]:
+        """Tokens of the prompts that the head was not trained on."""
+        return [item.tokens[: item.answer].tolist() for item in self._held]
 
     def run(self) -> dict[str, Any]:
         """Trains, writing a checkpoint every two minutes; returns the card's figures."""
@@ -120,10 +153,10 @@ class Trainer:
         warm = min(1.0, (self.steps + 1) / 50)
         for group in self._optimiser.param_groups:
             group["lr"] = self.options.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        unroll = 1 if progress < 0.2 else 2 if progress < 0.5 else self.options.max_unroll
+        unroll = min(1 + sum(progress >= start for start in UNROLL_STARTS), self.options.max_unroll)
         loss = torch.zeros(())
-        for j, (step_loss, _) in enumerate(self._unrolled(batch, min(unroll, self.options.max_unroll))):
-            loss = loss + STEP_WEIGHT**j * step_loss
+        for j, (student, wanted, _) in enumerate(self._unrolled(batch, unroll)):
+            loss = loss + STEP_WEIGHT**j * cast(Tensor, SoftCrossEntropy.apply(student, wanted))
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
@@ -132,35 +165,38 @@ class Trainer:
         self.epochs += len(batch) / len(self._train)
         return float(loss.detach()) / sum(STEP_WEIGHT**j for j in range(unroll))
 
-    def _unrolled(self, batch: list[Conversation], unroll: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each unrolled step: the loss, and the ranks [answer tokens] of the target's choices in the draft."""
+    def _unrolled(self, batch: list[Conversation], unroll: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each unrolled step: the head's logits and what they should say [answer tokens, draft vocabulary], and the
+        target's choices [answer tokens] within the draft vocabulary (-1: not in it)."""
         tokens, taps, answer = _padded(batch)
         pairs = tokens.shape[1] - 2  # pair t reads token t + 1 and predicts token t + 2
-        embedded = F.embedding(tokens[:, 1 : pairs + 1], self._frozen.embedding)
-        g = self.head.features(taps[:, :pairs])
-        last = taps[:, 1 : pairs + 1, -self.config.hidden :]
-        chain: list[tuple[Tensor, Tensor]] = []
-        for j in range(unroll):
-            out = self.head(g, embedded, chain)
-            use = answer[:, 2:].clone()  # is the predicted token part of an answer?
-            use[:, :j] = False
-            at = use.flatten().nonzero()[:, 0]  # index_select: the backward of a boolean index is slow
-            wide = last.flatten(0, 1).index_select(0, at)
-            teacher = self._logits(F.rms_norm(wide, wide.shape[-1:], self._frozen.final_norm, self.config.rms_eps))
-            student = self._logits(self.head.norm(out.flatten(0, 1).index_select(0, at)))
-            yield self._loss(student, teacher, tokens[:, 2:].flatten()[at])
-            g = F.pad(out, (0, 0, 1, 0))[:, :pairs]
+        asked = answer[:, 2:]  # is the predicted token part of an answer?
+        first = asked.flatten().nonzero()[:, 0]  # index_select: the backward of a boolean index is slow
+        chosen = self._draft_of[tokens[:, 2:].flatten()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._fast_bf16):
+            last = taps[:, 1 : pairs + 1, -self.config.hidden :].flatten(0, 1).index_select(0, first)
+            wanted = self._wanted(last, chosen[first])
+            embedded = F.embedding(tokens[:, 1 : pairs + 1], self._frozen.embedding)
+            g = self.head.features(taps[:, :pairs])
+            chain: list[tuple[Tensor, Tensor]] = []
+            for j in range(unroll):
+                out = self.head(g, embedded, chain)
+                use = asked.clone()
+                use[:, :j] = False
+                at = use.flatten().nonzero()[:, 0]
+                target = wanted if j == 0 else wanted.index_select(0, torch.searchsorted(first, at))
+                student = self._logits(self.head.norm(out.flatten(0, 1).index_select(0, at)))
+                yield student, target, chosen[at]
+                g = F.pad(out, (0, 0, 1, 0))[:, :pairs]
 
-    def _loss(self, student: Tensor, teacher: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        soft = -(teacher.softmax(-1) * student.log_softmax(-1)).sum(-1).mean()
-        ids = self._draft_of[chosen]
-        known = ids >= 0
-        hard = F.cross_entropy(student[known], ids[known])
-        with torch.no_grad():
-            score = student.gather(1, ids.clamp(min=0)[:, None])
-            rank = (student > score).sum(-1)
-            rank[~known] = len(self.draft_ids)
-        return 0.5 * soft + 0.5 * hard, rank
+    @torch.no_grad()
+    def _wanted(self, last: Tensor, chosen: Tensor) -> Tensor:
+        """What the head should say: half the target's distribution over the draft vocabulary, half its choice."""
+        normed = F.rms_norm(last, last.shape[-1:], self._frozen.final_norm, self.config.rms_eps)
+        wanted = self._logits(normed).float().softmax(-1).mul_(0.5)
+        known = (chosen >= 0).nonzero()[:, 0]
+        wanted[known, chosen[known]] += 0.5
+        return wanted
 
     def _logits(self, normed: Tensor) -> Tensor:
         return F.linear(normed, self._frozen.head_rows)
@@ -170,8 +206,9 @@ class Trainer:
         """Held-out share of the target's choices among the head's 1, 2 and 4 best, by depth (true prefix)."""
         ranks: list[list[Tensor]] = [[] for _ in range(depths)]
         for batch in _bucketed(self._held, self.options.batch_tokens, np.random.default_rng(0)):
-            for depth, (_, rank) in enumerate(self._unrolled(batch, depths)):
-                ranks[depth].append(rank)
+            for depth, (student, _, chosen) in enumerate(self._unrolled(batch, depths)):
+                rank = (student > student.gather(1, chosen.clamp(min=0)[:, None])).sum(-1)
+                ranks[depth].append(torch.where(chosen < 0, len(self.draft_ids), rank))
         top = {}
         for depth, parts in enumerate(ranks, start=1):
             rank = torch.cat(parts)
@@ -182,6 +219,7 @@ class Trainer:
             "training_answer_tokens": answers,
             "training_conversations": len(self._train),
             "held_out_conversations": len(self._held),
+            "conversations_dropped_for_overlap": self._dropped,
             "steps": self.steps,
             "epochs": round(self.epochs, 2),
             "training_seconds": round(self.elapsed),
@@ -228,6 +266,19 @@ class Trainer:
         (self.output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         card = {"figures": figures, "options": asdict(self.options)}
         (self.output / "training.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def bf16_is_faster() -> bool:
+    """Whether this CPU multiplies bf16 matrices clearly faster than fp32 (AVX512-BF16: four times; without: slower)."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        F.linear(x, w)
+        start = time.perf_counter()
+        for _ in range(8):
+            F.linear(x, w)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1] < 0.7 * seconds[0]
 
 
 def head_config(config: ModelConfig, taps: tuple[int, ...], draft_vocab: int) -> dict[str, Any]:

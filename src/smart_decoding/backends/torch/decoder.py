@@ -14,15 +14,14 @@ from smart_decoding.backends.torch.kernels import Arena, packed_rows
 from smart_decoding.backends.torch.layers import (
     Context,
     KVCache,
-    Layer,
+    Layers,
     LayerWeights,
     Linear,
-    NativeLayer,
-    TorchLayer,
+    NativeLayers,
+    TorchLayers,
     Workspace,
 )
 from smart_decoding.backends.torch.native import build
-from smart_decoding.backends.torch.rows import native_rows
 from smart_decoding.engine.rows import Rows
 
 
@@ -70,16 +69,11 @@ def layer_weights(
     )
 
 
-class RotaryTable:
-    """cos and sin for every position: [positions, head_dim / 2] float32."""
-
-    def __init__(self, config: ModelConfig, positions: int, device: torch.device) -> None:
-        inverse, factor = config.inverse_frequencies()
-        angles = torch.arange(positions).float()[:, None] * torch.from_numpy(inverse).float()
-        self._cosine, self._sine = (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
-
-    def at(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        return self._cosine[position], self._sine[position]
+def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin for every position: [positions, head_dim / 2] float32 each."""
+    inverse, factor = config.inverse_frequencies()
+    angles = torch.arange(positions).float()[:, None] * torch.from_numpy(inverse).float()
+    return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
 
 
 class Decoder:
@@ -100,56 +94,36 @@ class Decoder:
         self.config, self.dtype, self.device = config, dtype, device
         self.native = use_native(config, device) if native is None else native
         self.work_dtype = torch.float32 if self.native else dtype
+        self.workspace = Workspace()
+        layers = [layer_weights(config, weights, f"model.layers.{i}.", dtype, device) for i in range(config.layers)]
         arena = None
-        self._layers: list[Layer] = []
-        for i in range(config.layers):
-            w = layer_weights(config, weights, f"model.layers.{i}.", dtype, device)
-            if not self.native:
-                self._layers.append(TorchLayer(w))
-                continue
-            if arena is None:
-                output = packed_rows(config.vocab) * config.hidden
-                arena = Arena(w.elements() * config.layers + output, dtype)
-            self._layers.append(NativeLayer(w, arena))
+        self._layers: Layers
+        if self.native:
+            output = packed_rows(config.vocab) * config.hidden
+            arena = Arena(layers[0].elements() * config.layers + output, dtype)
+            self._layers = NativeLayers(layers, arena, self.workspace)
+        else:
+            self._layers = TorchLayers(layers)
         embedding = weights["model.embed_tokens.weight"].to(device=device, dtype=dtype)
         head = embedding if config.tie_embeddings else weights["lm_head.weight"].to(device=device, dtype=dtype)
         norm = weights["model.norm.weight"].to(device=device, dtype=dtype)
         self.head = Linear(head, self.native, arena, norm, config.rms_eps)
         self._embedding = None if config.tie_embeddings else embedding
         self.final_norm = norm
-        self.workspace = Workspace()
-        self.rotary = RotaryTable(config, positions, device)
+        self.rotary = rotary_table(config, positions, device)
         self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device)
-        self._caches = list(zip(self.kv.keys, self.kv.values, strict=True))
 
     def embed(self, token: Tensor) -> Tensor:
         """Token embeddings [n, hidden] in the working dtype."""
         rows = self.head.rows_of(token) if self._embedding is None else self._embedding[token]
         return rows.to(self.work_dtype)
 
-    def context(self, rows: Rows, layer: Layer | None = None) -> Context:
-        """What all layers share; `layer` (default: the first) gives the sizes of the working memory."""
-        position = torch.from_numpy(rows.position).to(self.device)
-        cosine, sine = self.rotary.at(position)
-        if not self.native:
-            return Context(rows, cosine, sine)
-        first = layer or self._layers[0]
-        assert isinstance(first, NativeLayer)
-        scratch = NativeLayer.scratch(len(rows), first.struct, self.workspace)
-        return Context(rows, cosine, sine, native_rows(rows, cosine, sine), scratch)
-
     @torch.inference_mode()
     def forward(self, rows: Rows, taps: tuple[int, ...] = ()) -> ForwardOutput:
         """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
-        context = self.context(rows)
         tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
-        columns = dict(zip(taps, range(0, len(taps) * self.config.hidden, self.config.hidden), strict=True))
-        for i, layer in enumerate(self._layers):
-            layer(x, context, *self._caches[i])
-            if tapped is not None and i + 1 in columns:
-                at = columns[i + 1]
-                tapped[:, at : at + self.config.hidden] = x
+        self._layers(x, Context(rows, *self.rotary), self.kv, None, taps, tapped)
         wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]
         if not self.native:
             return ForwardOutput(self.head(wanted).float(), tapped)

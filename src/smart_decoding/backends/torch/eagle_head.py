@@ -21,18 +21,18 @@ from torch import Tensor
 
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.decoder import Decoder, RotaryTable
+from smart_decoding.backends.torch.decoder import Decoder, rotary_table
 from smart_decoding.backends.torch.kernels import Arena, packed_rows
 from smart_decoding.backends.torch.layers import (
     Context,
     KVCache,
+    Layers,
     LayerWeights,
     Linear,
-    NativeLayer,
-    TorchLayer,
+    NativeLayers,
+    TorchLayers,
     rms_norm,
 )
-from smart_decoding.backends.torch.rows import native_rows
 from smart_decoding.core.tree import FloatArray, IntArray
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ModelError
@@ -129,14 +129,14 @@ class EagleHead:
         if self.native:
             size = layer.elements() + packed_rows(len(fc)) * fc.shape[1] + packed_rows(len(rows)) * c.hidden
             arena = Arena(size, dtype)
-        self._layer = NativeLayer(layer, arena) if arena else TorchLayer(layer)
+        self._layers: Layers = NativeLayers([layer], arena, target.workspace) if arena else TorchLayers([layer])
         self._fc = Linear(fc, self.native, arena)
         self._head = Linear(rows, self.native, arena, get("norm.weight"), c.rms_eps)
         wide = torch.float32 if self.native else dtype
         self._input_norm = get("midlayer.input_layernorm.weight").to(wide)
         self._hidden_norm = get("midlayer.hidden_norm.weight").to(wide)
         self._ones = torch.ones(c.hidden, dtype=wide, device=device)
-        self._rotary = RotaryTable(c, positions, device)
+        self._rotary = rotary_table(c, positions, device)
         self.kv = KVCache.empty(1, c.kv_heads, pages + scratch_pages, c.head_dim, dtype, device)
 
     @torch.inference_mode()
@@ -150,14 +150,8 @@ class EagleHead:
     def run(self, rows: Rows, g: Tensor) -> Tensor:
         """One pass over pairs (g [rows, hidden], rows.token): the outputs [rows, hidden], fed back as g."""
         embedded = self._target.embed(torch.from_numpy(rows.token).to(self._target.device))
-        cosine, sine = self._rotary.at(torch.from_numpy(rows.position).to(self._target.device))
-        context = Context(rows, cosine, sine)
-        if self.native:
-            assert isinstance(self._layer, NativeLayer)
-            context.native = native_rows(rows, cosine, sine)
-            context.scratch = NativeLayer.scratch(len(rows), self._layer.struct, self._target.workspace)
         x = g.clone()
-        self._layer(x, context, self.kv.keys[0], self.kv.values[0], self._inputs(embedded, x))
+        self._layers(x, Context(rows, *self._rotary), self.kv, self._inputs(embedded, x))
         return x
 
     def take(self, outs: Sequence[Tensor], rows: IntArray) -> Tensor:

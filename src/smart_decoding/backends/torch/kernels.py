@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -20,10 +20,9 @@ class RowsStruct(Structure):
 
     _fields_ = [
         ("rows", c_int32),
-        ("groups", c_int32),
-        *((name, c_void_p) for name in ("group_row", "group_pages", "pages", "slot", "direct", "extra_at", "extra")),
-        ("cosine", c_void_p),
-        ("sine", c_void_p),
+        ("blocks", c_int32),
+        *((name, c_void_p) for name in ("block_group", "block_row", "group_row", "group_pages", "pages", "slot")),
+        *((name, c_void_p) for name in ("direct", "extra_at", "extra", "position", "cosine", "sine")),
     ]
 
 
@@ -52,9 +51,10 @@ def _lib() -> ctypes.CDLL:
             *(c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_float),
             *(c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32),
         ]
-        lib.smart_layer.argtypes = [
-            *(POINTER(LayerStruct), POINTER(RowsStruct), c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
-            *(POINTER(ScratchStruct), c_int32, c_int32, c_int32),
+        lib.smart_unpack.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_void_p]
+        lib.smart_layers.argtypes = [
+            *(POINTER(LayerStruct), c_int32, POINTER(RowsStruct), c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
+            *(POINTER(ScratchStruct), c_void_p, c_int32, c_void_p, c_int32, c_int32, c_int32),
         ]
         lib.smart_move_kv.argtypes = [
             *(c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int32),
@@ -68,6 +68,11 @@ def _lib() -> ctypes.CDLL:
 
 def vector_width() -> int:
     return int(_lib().smart_vector_width())
+
+
+def rounds_inputs() -> bool:
+    """Do linear layers with bf16 weights round what they read to bf16? (True on CPUs with bf16 instructions.)"""
+    return bool(_lib().smart_rounds_inputs())
 
 
 class Arena:
@@ -103,6 +108,20 @@ def pack(weight: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def unpack(packed: Tensor, k: int, index: Tensor) -> Tensor:
+    """Rows `index` (int64 [n]) of a packed weight of row length k: float32 [n, k]."""
+    out = torch.empty(len(index), k)
+    _lib().smart_unpack(
+        packed.data_ptr(), k, packed.dtype == torch.bfloat16, index.data_ptr(), len(index), out.data_ptr()
+    )
+    return out
+
+
+def row_block(heads_per_key: int) -> int:
+    """Rows of one request that attention works on at a time."""
+    return int(_lib().smart_row_block(heads_per_key))
+
+
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -115,28 +134,33 @@ def linear(
     """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns [rows, n]."""
     rows, k = x.shape
     y = torch.empty(rows, n) if out is None else out
-    scratch = torch.empty(rows, k) if norm is not None else None
+    scratch = torch.empty(rows, k)
     _lib().smart_linear(
         x.data_ptr(), rows, packed.data_ptr(), n, k, packed.dtype == torch.bfloat16, pointer(norm), eps,
-        pointer(bias), pointer(scratch), y.data_ptr(), n, 0, torch.get_num_threads(),
+        pointer(bias), scratch.data_ptr(), y.data_ptr(), n, 0, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def layer(
-    weights: LayerStruct,
+def layers(
+    weights: Array[LayerStruct],
     rows: RowsStruct,
     inputs: Tensor | None,
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: tuple[Tensor, Tensor],
     scratch: ScratchStruct,
     bf16: bool,
+    taps: tuple[int, ...] = (),
+    tapped: Tensor | None = None,
 ) -> None:
-    """One decoder layer in place on x [rows, hidden], writing the rows' keys and values to the cache."""
-    status = _lib().smart_layer(
-        byref(weights), byref(rows), pointer(inputs), x.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        keys.shape[1], byref(scratch), bf16, keys.dtype == torch.bfloat16, torch.get_num_threads(),
+    """Decoder layers in place on x [rows, hidden], writing the rows' keys and values to the caches [layers, ...].
+
+    After `taps` layers x is copied to `tapped` [rows, taps * hidden]. Layer one reads `inputs` where given."""
+    keys, values = cache
+    status = _lib().smart_layers(
+        weights, len(weights), byref(rows), pointer(inputs), x.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        keys.shape[-3], byref(scratch), (c_int32 * len(taps))(*taps), len(taps), pointer(tapped), bf16,
+        keys.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     if status:
         raise RuntimeError("the CPU kernels do not support this layer")

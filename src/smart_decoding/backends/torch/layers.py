@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smart_decoding.backends.torch import kernels
-from smart_decoding.backends.torch.kernels import Arena, LayerStruct, RowsStruct, ScratchStruct
+from smart_decoding.backends.torch.kernels import Arena, LayerStruct, ScratchStruct
 from smart_decoding.backends.torch.native import build
-from smart_decoding.backends.torch.rows import GatheredRows
+from smart_decoding.backends.torch.rows import GatheredRows, native_rows
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
 
@@ -102,38 +103,83 @@ class Workspace:
 
 @dataclass
 class Context:
-    """What every layer of one forward shares: rows, rotary tables [rows, head_dim / 2], and either form's extras."""
+    """What every layer of one forward shares: rows, the rotary tables [positions, head_dim / 2], and what either form
+    makes of them."""
 
     rows: Rows
     cosine: Tensor
     sine: Tensor
-    native: RowsStruct | None = None
-    scratch: ScratchStruct | None = None
 
     @cached_property
     def gathered(self) -> GatheredRows:
         return GatheredRows(self.rows)
 
+    @cached_property
+    def rotation(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of each row: [rows, head_dim / 2]."""
+        position = torch.from_numpy(self.rows.position).to(self.cosine.device)
+        return self.cosine[position], self.sine[position]
 
-class Layer(Protocol):
-    def __call__(self, x: Tensor, context: Context, keys: Tensor, values: Tensor, inputs: Tensor | None = None) -> None:
-        """Updates x [rows, hidden] in place and writes the rows' keys and values to one layer's cache."""
+
+class Layers(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        context: Context,
+        cache: KVCache,
+        inputs: Tensor | None = None,
+        taps: tuple[int, ...] = (),
+        tapped: Tensor | None = None,
+    ) -> None:
+        """Updates x [rows, hidden] in place, layer by layer, and writes the rows' keys and values to the cache.
+
+        q, k and v of the first layer read `inputs` where given. `tapped` [rows, taps * hidden] receives x as it is
+        after as many layers as `taps` says."""
 
 
-class NativeLayer:
-    """A layer on the CPU kernels: packed weights, float32 activations."""
+class NativeLayers:
+    """Layers on the CPU kernels: packed weights and fp32 activations, rounded where a linear layer reads them if its
+    weights are bf16 and the CPU multiplies those."""
 
-    def __init__(self, w: LayerWeights, arena: Arena) -> None:
-        self._bf16 = w.qkv.dtype == torch.bfloat16
-        vectors = {
-            name: None if getattr(w, name) is None else getattr(w, name).float().contiguous()
-            for name in ("input_norm", "q_norm", "k_norm", "qkv_bias", "output_bias", "post_norm")
-        }
+    def __init__(self, layers: Sequence[LayerWeights], arena: Arena, workspace: Workspace) -> None:
+        self._bf16 = layers[0].qkv.dtype == torch.bfloat16
+        self._keep: list[Tensor | None] = []
+        self._structs = (LayerStruct * len(layers))(*(self._struct(w, arena) for w in layers))
+        self._workspace = workspace
+        self._row_block = kernels.row_block(layers[0].heads // layers[0].kv_heads)
+
+    def __call__(
+        self,
+        x: Tensor,
+        context: Context,
+        cache: KVCache,
+        inputs: Tensor | None = None,
+        taps: tuple[int, ...] = (),
+        tapped: Tensor | None = None,
+    ) -> None:
+        rows = native_rows(context.rows, context.cosine, context.sine, self._row_block)
+        both = (cache.keys, cache.values)
+        kernels.layers(self._structs, rows.struct, inputs, x, both, self._scratch(len(x)), self._bf16, taps, tapped)
+
+    def _scratch(self, rows: int) -> ScratchStruct:
+        """Working memory for `rows` rows."""
+        w = self._structs[0]
+        width = (w.heads + 2 * w.kv_heads) * w.head_dim
+        sizes = (max(w.hidden, w.input), width, w.heads * w.head_dim, w.ffn)
+        return ScratchStruct(
+            *(self._workspace.take(f"layer{i}", rows * size).data_ptr() for i, size in enumerate(sizes))
+        )
+
+    def _struct(self, w: LayerWeights, arena: Arena) -> LayerStruct:
+        vectors = [
+            None if vector is None else vector.float().contiguous()
+            for vector in (w.input_norm, w.q_norm, w.k_norm, w.qkv_bias, w.output_bias, w.post_norm)
+        ]
         matrices = [self._pack(m, arena) for m in (w.qkv, w.output, self._interleaved(w.gate, w.up), w.down)]
-        self._keep = (*vectors.values(), *matrices)
-        self._struct = LayerStruct(
+        self._keep += [*vectors, *matrices]
+        return LayerStruct(
             *(w.hidden, w.qkv.shape[1], w.heads, w.kv_heads, w.head_dim, len(w.gate), w.eps),
-            *(kernels.pointer(v) for v in vectors.values()),
+            *(kernels.pointer(v) for v in vectors),
             *(m.data_ptr() for m in matrices),
         )
 
@@ -149,25 +195,30 @@ class NativeLayer:
         blocks = [F.pad(m, (0, 0, 0, pad)).view(-1, lanes, m.shape[1]) for m in (gate, up)]
         return torch.stack(blocks, dim=1).view(-1, gate.shape[1])
 
-    def __call__(self, x: Tensor, context: Context, keys: Tensor, values: Tensor, inputs: Tensor | None = None) -> None:
-        assert context.native is not None and context.scratch is not None
-        kernels.layer(self._struct, context.native, inputs, x, keys, values, context.scratch, self._bf16)
 
-    @staticmethod
-    def scratch(rows: int, weights: LayerStruct, workspace: Workspace) -> ScratchStruct:
-        """Working memory for `rows` rows."""
-        width = (weights.heads + 2 * weights.kv_heads) * weights.head_dim
-        sizes = (weights.hidden, width, weights.heads * weights.head_dim, weights.ffn)
-        return ScratchStruct(*(workspace.take(f"layer{i}", rows * size).data_ptr() for i, size in enumerate(sizes)))
+class TorchLayers:
+    """The same in plain torch: the reference, and the path for CUDA. Works in the weights' dtype."""
 
-    @property
-    def struct(self) -> LayerStruct:
-        return self._struct
+    def __init__(self, layers: Sequence[LayerWeights]) -> None:
+        self._layers = [TorchLayer(w) for w in layers]
+
+    def __call__(
+        self,
+        x: Tensor,
+        context: Context,
+        cache: KVCache,
+        inputs: Tensor | None = None,
+        taps: tuple[int, ...] = (),
+        tapped: Tensor | None = None,
+    ) -> None:
+        for i, layer in enumerate(self._layers):
+            layer(x, context, cache.keys[i], cache.values[i], inputs)
+            if tapped is not None and i + 1 in taps:
+                at = taps.index(i + 1) * x.shape[1]
+                tapped[:, at : at + x.shape[1]] = x
 
 
 class TorchLayer:
-    """The same layer in plain torch: the reference, and the path for CUDA. Works in the weights' dtype."""
-
     def __init__(self, w: LayerWeights) -> None:
         self._w = w
         self._gate_up = torch.cat((w.gate, w.up))
@@ -216,7 +267,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def rotate(x: Tensor, context: Context) -> Tensor:
     """Rotary embedding of x [rows, heads, head_dim], half-split layout."""
-    cosine, sine = context.cosine[:, None].to(x.dtype), context.sine[:, None].to(x.dtype)
+    cosine, sine = (part[:, None].to(x.dtype) for part in context.rotation)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
 
@@ -250,11 +301,8 @@ class Linear:
         return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self._bias)
 
     def rows_of(self, index: Tensor) -> Tensor:
-        """The weight's rows at `index` [n]: [n, in]. Serves tied embeddings without a second copy."""
+        """The weight's rows at `index` [n]: [n, in], float32 on the CPU kernels. Saves tied embeddings a second
+        copy."""
         if not self._native:
             return self._weight[index]
-        lanes = 2 * kernels.vector_width()
-        step = 2 if self._weight.dtype == torch.bfloat16 else 1
-        k = self._weight.numel() // kernels.packed_rows(self.rows)
-        panels = self._weight.view(-1, k // step, lanes, step)
-        return panels[index // lanes, :, index % lanes].reshape(len(index), k)
+        return kernels.unpack(self._weight, self._weight.numel() // kernels.packed_rows(self.rows), index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,11 +14,26 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
 
 
-def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> RowsStruct:
-    """Pointers for the CPU kernels; valid as long as `rows` and the two tensors are."""
-    arrays = (rows.group_row, rows.group_pages, rows.pages, rows.slot, rows.direct, rows.extra_at, rows.extra)
+@dataclass(frozen=True, slots=True)
+class NativeRows:
+    """Pointers for the CPU kernels, and the arrays behind them."""
+
+    struct: RowsStruct
+    keep: tuple[object, ...]
+
+
+def native_rows(rows: Rows, cosine: Tensor, sine: Tensor, row_block: int) -> NativeRows:
+    """The rows as the kernels see them. cosine, sine: tables [positions, head_dim / 2]; row_block: rows of a group that
+    attention works on at a time."""
+    first = rows.group_row[:-1]
+    pieces = -(-(rows.group_row[1:] - first) // row_block)
+    group = np.repeat(np.arange(len(first), dtype=np.int32), pieces)
+    block_row = first[group] + row_block * (np.arange(len(group), dtype=np.int32) - (np.cumsum(pieces) - pieces)[group])
+    arrays = (group, block_row.astype(np.int32), rows.group_row, rows.group_pages, rows.pages, rows.slot)
+    arrays += (rows.direct, rows.extra_at, rows.extra, rows.position)
     pointers = [array.__array_interface__["data"][0] for array in arrays]
-    return RowsStruct(len(rows), len(rows.group_row) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
+    struct = RowsStruct(len(rows), len(group), *pointers, cosine.data_ptr(), sine.data_ptr())
+    return NativeRows(struct, (*arrays, cosine, sine))
 
 
 class GatheredRows:

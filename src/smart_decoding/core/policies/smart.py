@@ -30,7 +30,7 @@ from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 AHEAD = 3  # levels of look-ahead while drafting
-KEEP_OUTLOOK = 32  # rounds that forecasts and prices are reused for while nothing changes
+KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
 CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up
 BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, slow-moving beliefs are updated every fourth round
@@ -169,7 +169,7 @@ class Smart:
         """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
         key = self._key(batch, scratch)
         outlook = self._outlooks.get(key)
-        if outlook is None or self._rounds - outlook.born >= min(KEEP_OUTLOOK, 1 + self._rounds // 4):
+        if outlook is None or self._rounds - outlook.born >= min(KEEP_OUTLOOK, 2 + self._rounds // 2):
             if len(self._outlooks) >= MAX_OUTLOOKS:
                 self._outlooks.clear()
             outlook = self._outlooks[key] = self._look_out(batch, scratch, key)
@@ -178,7 +178,7 @@ class Smart:
 
     def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
         """The shape of a batch; what barely changes the costs is taken coarsely."""
-        coarse = (batch.prefill_rows.bit_length(), _first_rows(batch).bit_length(), int(scratch.context) // 64)
+        coarse = (batch.prefill_rows.bit_length(), _first_rows(batch).bit_length(), int(scratch.context) // 128)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
         return (*sizes, batch.has_free, *coarse, self.calibration.changes)
 

@@ -1,8 +1,9 @@
 // CPU kernels: what a small decoder needs so that one token costs no more than reading its weights once.
 //
-// Weights are bf16 (or fp32), activations and sums are fp32 on every machine. Each output is summed in one fixed order
-// that depends neither on how many rows the forward has nor on where a key lies in memory: a row's result is bitwise
-// the same alone, in a batch, in a chunk of a prompt and as a node of a draft tree.
+// Weights are bf16 (or fp32); sums are fp32. What a linear layer reads is fp32, or bf16 where the CPU multiplies pairs of
+// bf16 (AVX512-BF16: half the instructions for a row). Each output is summed in one fixed order that depends neither
+// on how many rows the forward has nor on where a key lies in memory: a row's result is bitwise the same alone, in a
+// batch, in a chunk of a prompt and as a node of a draft tree.
 //
 // Compiled at first use by native/build.py with -O3 -march=native -fopenmp; plain C interface, called through ctypes.
 // GCC vector extensions: AVX-512, AVX2 and NEON from one text.
@@ -46,8 +47,19 @@ static inline void from_f32(float v, bf16* out) {  // round to nearest even
     *out = bf16((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+// What a linear layer with weights W reads.
+template <class W> struct InputOf { typedef float type; };
+#if defined(__AVX512BF16__)
+template <> struct InputOf<bf16> { typedef bf16 type; };
+#endif
+template <class W> using Input = typename InputOf<W>::type;
+
 template <class V> static inline V loadu(const void* p) { V v; memcpy(&v, p, sizeof v); return v; }
 template <class V> static inline void storeu(void* p, V v) { memcpy(p, &v, sizeof v); }
+static inline void put(float* p, vf v) { storeu(p, v); }
+#if defined(__AVX512BF16__)
+static inline void put(bf16* p, vf v) { storeu(p, _mm512_cvtneps_pbh((__m512)v)); }
+#endif
 
 // exp(x) for x < 88, relative error about 1e-7; -inf gives 0.
 template <class F, class I> static inline F vexp(F x) {
@@ -76,6 +88,22 @@ template <class F, class I> static inline F vexp(F x) {
 // A packed weight [n, k]: panels of PANEL columns. bf16: for each pair of k, PANEL columns of (even, odd); fp32: for
 // each k, PANEL columns.
 template <class W> struct Panel;
+#if defined(__AVX512BF16__)
+template <> struct Panel<bf16> {
+    template <int R> static inline void run(const bf16* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
+        for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
+            __builtin_prefetch(w + AHEAD / 2, 0, 3);
+            __builtin_prefetch(w + AHEAD / 2 + PANEL, 0, 3);
+            __m512bh a = (__m512bh)loadu<vu>(w), b = (__m512bh)loadu<vu>(w + PANEL);
+            for (int r = 0; r < R; r++) {
+                __m512bh pair = (__m512bh)_mm512_set1_epi32(loadu<int32_t>(x + r * ld + i));
+                acc[r][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][0], a, pair);
+                acc[r][1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][1], b, pair);
+            }
+        }
+    }
+};
+#else
 template <> struct Panel<bf16> {
     template <int R> static inline void run(const float* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
         for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
@@ -97,6 +125,7 @@ template <> struct Panel<bf16> {
         }
     }
 };
+#endif
 template <> struct Panel<float> {
     template <int R> static inline void run(const float* x, int64_t ld, const float* w, int64_t k, vf (&acc)[R][2]) {
         for (int64_t i = 0; i < k; i++, w += PANEL) {
@@ -113,7 +142,7 @@ template <> struct Panel<float> {
 };
 
 template <int R, class W, class Epilogue>
-static inline void block(const float* x, int64_t ld, const W* w, int64_t k, int64_t column, int row, Epilogue&& done) {
+static inline void block(const Input<W>* x, int64_t ld, const W* w, int64_t k, int64_t column, int row, Epilogue&& done) {
     vf acc[R][2] = {};
     Panel<W>::template run<R>(x + row * ld, ld, w, k, acc);
     for (int r = 0; r < R; r++) done(row + r, column, acc[r][0], acc[r][1]);
@@ -121,7 +150,7 @@ static inline void block(const float* x, int64_t ld, const W* w, int64_t k, int6
 
 // y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives each result.
 template <class W, class Epilogue>
-static void gemm(const float* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
+static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
     int64_t panels = (n + PANEL - 1) / PANEL;
     int threads = omp_get_num_threads(), me = omp_get_thread_num();
     int64_t first = panels * me / threads, last = panels * (me + 1) / threads;
@@ -140,7 +169,7 @@ static void gemm(const float* x, int64_t ld, int rows, const W* w, int64_t n, in
     }
 }
 
-static void rms_norm_row(const float* x, const float* weight, float eps, int64_t d, float* out) {
+template <class T> static void rms_norm_row(const float* x, const float* weight, float eps, int64_t d, T* out) {
     vf sum = {};
     int64_t i = 0;
     for (; i + VW <= d; i += VW) { vf v = loadu<vf>(x + i); sum += v * v; }
@@ -148,14 +177,23 @@ static void rms_norm_row(const float* x, const float* weight, float eps, int64_t
     for (int j = 0; j < VW; j++) s += sum[j];
     for (; i < d; i++) s += x[i] * x[i];
     float scale = 1.0f / std::sqrt(s / float(d) + eps);
-    for (i = 0; i + VW <= d; i += VW) storeu(out + i, loadu<vf>(x + i) * scale * loadu<vf>(weight + i));
-    for (; i < d; i++) out[i] = x[i] * scale * weight[i];
+    for (i = 0; i + VW <= d; i += VW) put(out + i, loadu<vf>(x + i) * scale * loadu<vf>(weight + i));
+    for (; i < d; i++) from_f32(x[i] * scale * weight[i], out + i);
 }
 
 // Rows are shared out among the threads of the running team; the caller places the barrier.
-static void rms_norm_rows(const float* x, const float* weight, float eps, int rows, int64_t d, float* out) {
+template <class T> static void rms_norm_rows(const float* x, const float* weight, float eps, int rows, int64_t d, T* out) {
     #pragma omp for schedule(static) nowait
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * d);
+}
+
+// x as a linear layer reads it, in `room` if it must be rounded; the team may read the result at once.
+static inline const float* rounded(const float* x, int, int64_t, float*) { return x; }
+static inline const bf16* rounded(const float* x, int rows, int64_t d, bf16* room) {
+    #pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = r * d; i < (r + 1) * d; i++) from_f32(x[i], room + i);
+    return room;
 }
 
 static inline void store_columns(float* y, const float* bias, int64_t column, int64_t n, vf low, vf high, bool add) {
@@ -174,7 +212,7 @@ static inline void store_columns(float* y, const float* bias, int64_t column, in
 }
 
 template <class W>
-__attribute__((noinline)) static void linear_rows(const float* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, const float* bias,
+__attribute__((noinline)) static void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, const float* bias,
                         float* y, int64_t ldy, bool add) {
     gemm(x, ld, rows, w, n, k, [=](int row, int64_t column, vf low, vf high) {
         store_columns(y + row * ldy, bias, column, n, low, high, add);
@@ -183,13 +221,13 @@ __attribute__((noinline)) static void linear_rows(const float* x, int64_t ld, in
 
 // out = silu(x gate^T) * (x up^T); gate and up are interleaved by VW columns: one panel yields VW finished values.
 template <class W>
-__attribute__((noinline)) static void gated_rows(const float* x, int rows, const W* w, int64_t ffn, int64_t k, float* out) {
+__attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn, int64_t k, Input<W>* out) {
     gemm(x, k, rows, w, 2 * ((ffn + VW - 1) / VW * VW), k, [=](int row, int64_t column, vf gate, vf up) {
         vf value = gate / (1.0f + vexp<vf, vi>(-gate)) * up;
         int64_t first = column / 2;
-        float* dst = out + row * ffn + first;
-        if (first + VW <= ffn) storeu(dst, value);
-        else for (int j = 0; first + j < ffn; j++) dst[j] = value[j];
+        Input<W>* dst = out + row * ffn + first;
+        if (first + VW <= ffn) put(dst, value);
+        else for (int j = 0; first + j < ffn; j++) from_f32(value[j], dst + j);
     });
 }
 
@@ -198,7 +236,9 @@ __attribute__((noinline)) static void gated_rows(const float* x, int rows, const
 // One layer's KV cache. k: [kv_heads, pages, head_dim, PAGE], so that a page's 16 keys are one vector per dimension;
 // v: [kv_heads, pages, PAGE, head_dim].
 struct Rows {                    // what attention must know of the rows of a forward
-    int32_t rows, groups;        // groups: runs of consecutive rows of one request
+    int32_t rows, blocks;        // blocks: pieces of groups, shared out among the threads
+    const int32_t* block_group;  // [blocks] the group of each block; groups are runs of consecutive rows of one request
+    const int32_t* block_row;    // [blocks] its first row
     const int32_t* group_row;    // [groups + 1] first row of each group
     const int32_t* group_pages;  // [groups] offset of the request's block table in `pages`
     const int32_t* pages;        // block tables, one after another
@@ -206,9 +246,12 @@ struct Rows {                    // what attention must know of the rows of a fo
     const int32_t* direct;       // [rows] positions 0 .. direct-1 are read through the block table
     const int32_t* extra_at;     // [rows + 1] offsets into `extra`
     const int32_t* extra;        // slots of the positions direct, direct + 1, ... (ancestors in the tree, then itself)
-    const float* cosine;         // [rows, head_dim / 2]
+    const int64_t* position;     // [rows]
+    const float* cosine;         // [positions, head_dim / 2]
     const float* sine;
 };
+
+static inline int row_block_of(int per) { return std::max(1, std::min(4, 32 / per)); }  // rows of a block, for heads per KV head
 
 template <int HD> struct Query {  // running softmax of one query head
     float q[HD], best, sum;
@@ -297,9 +340,9 @@ static inline void row_fold(Query<HD>* queries, int heads, const pf (*scores)[CH
 }
 
 // Attention of the rows [row, row + count) of one request for one KV head; they share passes over common pages.
-template <class T, int HD>
+template <class T, int HD, class O>
 static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* table, int row, int count, int heads,
-                   const float* q, int64_t ldq, int64_t column, float* out, int64_t ldo) {
+                   const float* q, int64_t ldq, int64_t column, O* out, int64_t ldo) {
     constexpr int MAX_QUERIES = 32;
     static thread_local Query<HD> queries[MAX_QUERIES];
     static thread_local T copy_k[CHUNK / PAGE][HD * PAGE], copy_v[CHUNK / PAGE][HD * PAGE];
@@ -365,16 +408,16 @@ static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* tabl
     for (int r = 0; r < count; r++)
         for (int h = 0; h < heads; h++) {
             const Query<HD>& query = queries[r * heads + h];
-            float* dst = out + (row + r) * ldo + column + h * HD;
+            O* dst = out + (row + r) * ldo + column + h * HD;
             float inverse = 1.0f / query.sum;
-            for (int i = 0; i < HD / VW; i++) storeu(dst + i * VW, query.acc[i] * inverse);
+            for (int i = 0; i < HD / VW; i++) put(dst + i * VW, query.acc[i] * inverse);
         }
 }
 
 template <class T, int HD>
 static void rope_and_store(const Rows& in, int row, float* qkv, int heads, int kv_heads, const float* q_norm,
                            const float* k_norm, float eps, T* kc, T* vc, int64_t pages) {
-    const float *cs = in.cosine + int64_t(row) * (HD / 2), *sn = in.sine + int64_t(row) * (HD / 2);
+    const float *cs = in.cosine + in.position[row] * (HD / 2), *sn = in.sine + in.position[row] * (HD / 2);
     for (int h = 0; h < heads + kv_heads; h++) {
         float* x = qkv + h * HD;
         const float* norm = h < heads ? q_norm : k_norm;
@@ -402,20 +445,21 @@ struct Layer {
     const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;  // those but post_norm may be null
     const void *qkv, *output, *gate_up, *down;  // packed
 };
-struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, hidden], [rows, (h + 2 kv) hd], [rows, h hd], [rows, ffn]
+struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, max(hidden, input)], [rows, (h + 2 kv) hd], [rows, h hd], [rows, ffn]
 
+// One layer, run by a whole team.
 template <class W, class T, int HD>
-static void layer_run(const Layer& l, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages, const Scratch& s, int threads) {
+static void layer_run(const Layer& l, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages, const Scratch& s) {
     int rows = in.rows, heads = l.heads, kv = l.kv_heads, per = heads / kv;
     int64_t d = l.hidden, qkv_width = int64_t(heads + 2 * kv) * HD, attention_width = int64_t(heads) * HD;
-    int row_block = std::max(1, std::min(4, 32 / per));
-    #pragma omp parallel num_threads(threads)
+    int row_block = row_block_of(per);
+    Input<W> *room = (Input<W>*)s.normed, *attention = (Input<W>*)s.attention, *ffn = (Input<W>*)s.ffn;
     {
-        const float* normed = input;
-        if (!input) {
-            rms_norm_rows(x, l.input_norm, l.eps, rows, d, s.normed);
+        const Input<W>* normed = room;
+        if (input) normed = rounded(input, rows, l.input, room);
+        else {
+            rms_norm_rows(x, l.input_norm, l.eps, rows, d, room);
             #pragma omp barrier
-            normed = s.normed;
         }
         linear_rows(normed, l.input, rows, (const W*)l.qkv, qkv_width, l.input, l.qkv_bias, s.qkv, qkv_width, false);
         #pragma omp barrier
@@ -423,19 +467,51 @@ static void layer_run(const Layer& l, const Rows& in, const float* input, float*
         for (int r = 0; r < rows; r++)
             rope_and_store<T, HD>(in, r, s.qkv + r * qkv_width, heads, kv, l.q_norm, l.k_norm, l.eps, kc, vc, pages);
         #pragma omp for schedule(dynamic, 1) collapse(2)
-        for (int g = 0; g < in.groups; g++)
-            for (int h = 0; h < kv; h++)
-                for (int r = in.group_row[g]; r < in.group_row[g + 1]; r += row_block)
-                    attend<T, HD>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
-                                  std::min(row_block, in.group_row[g + 1] - r), per, s.qkv, qkv_width, int64_t(h) * per * HD,
-                                  s.attention, attention_width);
-        linear_rows(s.attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
+        for (int b = 0; b < in.blocks; b++)
+            for (int h = 0; h < kv; h++) {
+                int g = in.block_group[b], r = in.block_row[b];
+                attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
+                                        std::min(row_block, in.group_row[g + 1] - r), per, s.qkv, qkv_width,
+                                        int64_t(h) * per * HD, attention, attention_width);
+            }
+        linear_rows(attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
         #pragma omp barrier
-        rms_norm_rows(x, l.post_norm, l.eps, rows, d, s.normed);
+        rms_norm_rows(x, l.post_norm, l.eps, rows, d, room);
         #pragma omp barrier
-        gated_rows(s.normed, rows, (const W*)l.gate_up, l.ffn, d, s.ffn);
+        gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn);
         #pragma omp barrier
-        linear_rows(s.ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
+        linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
+        #pragma omp barrier
+    }
+}
+
+// `count` layers one after another; after taps[0], taps[1], ... of them, x is copied next to each other into `tapped`.
+template <class W, class T, int HD>
+static void layers_run(const Layer* layers, int count, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages,
+                       const Scratch& s, const int32_t* taps, int tap_count, float* tapped, int threads) {
+    int64_t plane = layers[0].kv_heads * pages * HD * PAGE, d = layers[0].hidden;
+    #pragma omp parallel num_threads(threads)
+    for (int i = 0, tap = 0; i < count; i++) {
+        layer_run<W, T, HD>(layers[i], in, input, x, kc + i * plane, vc + i * plane, pages, s);
+        if (tap == tap_count || taps[tap] != i + 1) continue;
+        #pragma omp for schedule(static) nowait
+        for (int r = 0; r < in.rows; r++) memcpy(tapped + (int64_t(r) * tap_count + tap) * d, x + r * d, d * sizeof(float));
+        tap++;
+    }
+}
+
+template <class W>
+static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k, const float* norm, float eps,
+                       const float* bias, float* scratch, float* y, int64_t ldy, int add, int threads) {
+    Input<W>* room = (Input<W>*)scratch;
+    #pragma omp parallel num_threads(threads)
+    {
+        const Input<W>* input = room;
+        if (norm) {
+            rms_norm_rows(x, norm, eps, rows, k, room);
+            #pragma omp barrier
+        } else input = rounded(x, rows, k, room);
+        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add);
     }
 }
 
@@ -451,10 +527,30 @@ static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
                     out[p * PANEL * k + i * PANEL + j * STEP + s] = p * PANEL + j < n ? w[(p * PANEL + j) * k + i + s] : W(0);
 }
 
+// First index in [first, last) of the largest entry that is no NaN, or -1.
+static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
+    vf best = vf{} - INFINITY;
+    int64_t i = first;
+    for (; i + VW <= last; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
+    float top = best[0];
+    for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
+    for (; i < last; i++) top = row[i] > top ? row[i] : top;
+    for (i = first; i + VW <= last; i += VW) {
+        vi same = loadu<vf>(row + i) == top;
+        int any = 0;
+        for (int j = 0; j < VW; j++) any |= same[j];
+        if (any) break;
+    }
+    while (i < last && row[i] != top) i++;
+    return i < last ? i : -1;
+}
+
 extern "C" {
 
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
+int smart_row_block(int heads_per_key) { return row_block_of(heads_per_key); }
+int smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }  // does bf16 mean bf16 inputs of linear layers, too?
 int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 void smart_pack(const void* w, int64_t n, int64_t k, void* out, int is_bf16) {
@@ -465,26 +561,29 @@ void smart_pack(const void* w, int64_t n, int64_t k, void* out, int is_bf16) {
 // y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]
 void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k, int is_bf16, const float* norm, float eps,
                   const float* bias, float* scratch, float* y, int64_t ldy, int add, int threads) {
-    #pragma omp parallel num_threads(threads)
-    {
-        const float* input = x;
-        if (norm) {
-            rms_norm_rows(x, norm, eps, rows, k, scratch);
-            #pragma omp barrier
-            input = scratch;
-        }
-        if (is_bf16) linear_rows(input, k, rows, (const bf16*)w, n, k, bias, y, ldy, add);
-        else linear_rows(input, k, rows, (const float*)w, n, k, bias, y, ldy, add);
+    if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, threads);
+    else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, threads);
+}
+
+// Rows `index` of a packed weight [n, k] as fp32 [count, k].
+void smart_unpack(const void* w, int64_t k, int is_bf16, const int64_t* index, int count, float* out) {
+    for (int r = 0; r < count; r++) {
+        int64_t panel = index[r] / PANEL * PANEL * k, j = index[r] % PANEL;
+        for (int64_t i = 0; i < k; i++)
+            out[r * k + i] = is_bf16 ? to_f32(((const bf16*)w)[panel + i / 2 * 2 * PANEL + 2 * j + i % 2])
+                                     : ((const float*)w)[panel + i * PANEL + j];
     }
 }
 
-// One layer in place on x [rows, hidden]. q, k and v read rms_norm(x), or `input` [rows, input] if it is given.
-int smart_layer(const Layer* l, const Rows* in, const float* input, float* x, void* kc, void* vc, int64_t pages, const Scratch* s, int w_bf16,
-                int kv_bf16, int threads) {
+// Layers in place on x [rows, hidden]. q, k and v read rms_norm(x), or `input` [rows, input] if it is given.
+int smart_layers(const Layer* l, int count, const Rows* in, const float* input, float* x, void* kc, void* vc, int64_t pages,
+                 const Scratch* s, const int32_t* taps, int tap_count, float* tapped, int w_bf16, int kv_bf16, int threads) {
 #define RUN(HD)                                                                                                     \
     case HD:                                                                                                        \
-        if (w_bf16 && kv_bf16) layer_run<bf16, bf16, HD>(*l, *in, input, x, (bf16*)kc, (bf16*)vc, pages, *s, threads);     \
-        else if (!w_bf16 && !kv_bf16) layer_run<float, float, HD>(*l, *in, input, x, (float*)kc, (float*)vc, pages, *s, threads); \
+        if (w_bf16 && kv_bf16)                                                                                      \
+            layers_run<bf16, bf16, HD>(l, count, *in, input, x, (bf16*)kc, (bf16*)vc, pages, *s, taps, tap_count, tapped, threads);     \
+        else if (!w_bf16 && !kv_bf16)                                                                               \
+            layers_run<float, float, HD>(l, count, *in, input, x, (float*)kc, (float*)vc, pages, *s, taps, tap_count, tapped, threads); \
         else return 2;                                                                                              \
         return 0;
     switch (l->head_dim) { RUN(16) RUN(32) RUN(64) RUN(96) RUN(128) }
@@ -544,20 +643,30 @@ void smart_rms_norm(const float* x, const float* weight, float eps, int rows, in
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * ldo);
 }
 
-// First index of each row's maximum.
+// First index of each row's maximum; -1 where there is none (nothing but NaN).
 void smart_argmax(const float* x, int rows, int64_t n, int64_t* out, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int r = 0; r < rows; r++) {
-        const float* row = x + r * n;
-        vf best = vf{} - INFINITY;
-        int64_t i = 0;
-        for (; i + VW <= n; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
-        float top = best[0];
-        for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
-        for (; i < n; i++) top = std::max(top, row[i]);
-        int64_t at = 0;
-        while (at < n && row[at] != top) at++;
-        out[r] = at < n ? at : -1;  // -1: a NaN hides the maximum
+    // Each thread scans the columns that it has just written as output layer: they are in its own cache.
+    constexpr int MAX_THREADS = 64;
+    threads = std::min(threads, MAX_THREADS);
+    int64_t panels = (n + PANEL - 1) / PANEL;
+    auto* found = new int64_t[rows * MAX_THREADS];
+    #pragma omp parallel num_threads(threads)
+    {
+        int me = omp_get_thread_num(), team = omp_get_num_threads();
+        int64_t first = std::min(n, panels * me / team * PANEL), last = std::min(n, panels * (me + 1) / team * PANEL);
+        for (int r = 0; r < rows; r++) found[r * MAX_THREADS + me] = first_maximum(x + r * n, first, last);
+        #pragma omp barrier
+        #pragma omp single
+        for (int r = 0; r < rows; r++) {
+            const float* row = x + r * n;
+            int64_t best = n;
+            for (int t = 0; t < team; t++) {
+                int64_t at = found[r * MAX_THREADS + t];
+                if (at >= 0 && (best == n || row[at] > row[best])) best = at;
+            }
+            out[r] = best < n ? best : -1;
+        }
     }
+    delete[] found;
 }
 }
