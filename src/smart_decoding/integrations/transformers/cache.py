@@ -39,15 +39,15 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        return len(self.read)
+        return int(self.read.shape[0])
 
     @property
     def queries(self) -> int:
-        return self.seen.shape[1]
+        return int(self.seen.shape[1])
 
     @property
     def width(self) -> int:
-        return self.read.shape[1]
+        return int(self.read.shape[1])
 
 
 def lay_out(rows: Rows, groups: list[int]) -> Layout:
@@ -101,13 +101,15 @@ class Indices:
         return self._on[device]
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values, [slots, heads, head_dim], grown as slots come into use."""
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.slots = 0
         self.indices: Indices | None = None
 
@@ -126,7 +128,6 @@ class SlotLayer(CacheLayerMixin):
         if len(self.keys) < self.slots:
             self.keys = _grown(self.keys, key_states, self.slots)
             self.values = _grown(self.values, value_states, self.slots)
-        assert self.indices is not None
         return self._exchange(self.keys, key_states), self._exchange(self.values, value_states)
 
     def _exchange(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -146,11 +147,15 @@ class SlotLayer(CacheLayerMixin):
         """Keys before the rows of this forward, padding included."""
         return 0 if self.indices is None else self.indices.layout.width - self.indices.layout.queries
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Before transformers 5.4 or so the positions [queries] come instead of their number."""
+        queries = query_length if isinstance(query_length, int) else len(query_length)
+        return self.get_seq_length() + queries, 0
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its earlier name
 
 
 class SlotCache(Cache):

@@ -51,9 +51,14 @@ def unsupported(
     return _unsupported_cache(name, config, inputs) or _unsupported_rope(model, config)
 
 
+def cache_of(inputs: Mapping[str, Any]) -> Any:
+    """The cache that `generate` prepared, by its present or its earlier name."""
+    return inputs.get("cache", inputs.get("past_key_values"))
+
+
 def _unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str, Any]) -> str | None:
     """Why the cache that `generate` chose cannot take back rejected tokens, or None."""
-    cache = inputs.get("cache", inputs.get("past_key_values"))
+    cache = cache_of(inputs)
     if cache is None:
         return f"{name} keeps a recurrent state, not a cache of keys: rejected tokens cannot be taken back"
     if type(cache) is not DynamicCache or cache.offloading:

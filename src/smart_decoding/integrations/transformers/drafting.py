@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,17 +22,19 @@ from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
 from smart_decoding.drafters.union import UnionDrafter
+from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.protocols import Drafter, TargetScores
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.transformers.checks import fitting_layout
 from smart_decoding.integrations.transformers.report import Report
 from smart_decoding.integrations.transformers.target import HostTarget
-from smart_decoding.profiling.measure import CONTEXTS, MAX_ROWS, measure
+from smart_decoding.profiling.measure import CONTEXTS, MAX_ROWS, fake_rows, measure
 
 ATTRIBUTE = "_smart_decoding"  # on the model
 METHODS = ("ngram", "recycling", "union", "none")
 PROFILE_SECONDS = 2.0
+SLOW = 100  # with fewer forwards than this in the given time, only batch size 1 is measured
 HOPE = 0.7  # accept_prob of a free drafter's first candidate before anything is known; the next ones' fall off by it
 CHAIN = {"ngram": {"occurrences": 1}, "recycling": {"successors": 1, "max_nodes": 8}}
 
@@ -151,9 +154,22 @@ def _cost(model: PreTrainedModel, target: HostTarget, batch: int, seconds: float
         probe = _Probe(model, len(target.cache.layers), target.tree)
         window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
         probe.max_positions = min(probe.max_positions, window or probe.max_positions)
-        pages = max(pages_for((CONTEXTS[0] + MAX_ROWS) * _bucket(batch), 1), pages_for(CONTEXTS[1] + MAX_ROWS, 1))
-        state.costs[key] = CostModel.fit(measure(probe, None, pages, _bucket(batch), seconds))  # type: ignore[arg-type]
+        widest = _bucket(batch) if _one_row(probe) < seconds / SLOW else 1
+        pages = max(pages_for((CONTEXTS[0] + MAX_ROWS) * widest, 1), pages_for(CONTEXTS[1] + MAX_ROWS, 1))
+        state.costs[key] = CostModel.fit(measure(probe, None, pages, widest, seconds))  # type: ignore[arg-type]
     return state.costs[key]
+
+
+def _one_row(target: HostTarget) -> float:
+    """Seconds of a forward of one row."""
+    seconds = []
+    for _ in range(2):
+        rows = fake_rows(1, 1, PAGE, 2)
+        assert rows is not None
+        start = time.perf_counter()
+        target.verify(rows, ())
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 class _Probe(HostTarget):

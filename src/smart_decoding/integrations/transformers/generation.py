@@ -19,7 +19,7 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.transformers.checks import unsupported
+from smart_decoding.integrations.transformers.checks import cache_of, unsupported
 from smart_decoding.integrations.transformers.drafting import borrow, give_back, layout_of, options_of, state_of
 from smart_decoding.integrations.transformers.report import Report
 from smart_decoding.integrations.transformers.sequences import (
@@ -57,7 +57,7 @@ def generate(
         raise ConfigError(reason)
     prompts = _prompts(input_ids, model_inputs.get("attention_mask"), model_inputs.get("position_ids"))
     pad = _pad(generation_config)
-    layers = len(model_inputs["cache"].layers) or model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = len(cache_of(model_inputs).layers) or model.config.get_text_config(decoder=True).num_hidden_layers
     host = _host(generation_config, logits_processor, stopping_criteria, len(prompts))
     target = HostTarget(model, layers, layout_of(model, layers) == "tree", _eos(generation_config), host)
     sequences = [_sequence(i, ids, generation_config.max_length) for i, ids in enumerate(input_ids)]

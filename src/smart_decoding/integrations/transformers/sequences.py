@@ -125,11 +125,11 @@ class Host:
         if not len(self.processors):
             return logits
         scores = torch.empty_like(logits)
-        ids = [spec.history.with_path(spec.path) for spec in specs]  # type: ignore[union-attr, attr-defined]
+        ids = [spec.history.with_path(spec.path) for spec in specs]  # type: ignore[union-attr]
         for rows in _same_length(ids):
             place = list(range(len(rows)))
             if not self._by_row:  # then each row must stand at its own place of a whole batch; copies fill the rest
-                place = [spec.history.index for spec in (specs[i] for i in rows)]  # type: ignore[union-attr, attr-defined]
+                place = [spec.history.index for spec in (specs[i] for i in rows)]  # type: ignore[union-attr]
             shown = [rows[0]] * (len(rows) if self._by_row else self.batch)
             for at, i in zip(place, rows, strict=True):
                 shown[at] = i
