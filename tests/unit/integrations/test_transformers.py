@@ -300,7 +300,7 @@ def test_names_of_transformers_that_we_rely_on() -> None:
     sliding = DynamicCache(config=model_of("sliding").config).layers[0]
     assert type(sliding) is DynamicSlidingWindowLayer and sliding.sliding_window == 32 and not sliding.is_initialized
     assert CacheLayerMixin.__abstractmethods__ <= {
-        "lazy_initialization", "update", "get_mask_sizes", "get_seq_length", "get_max_length"
+        "lazy_initialization", "update", "get_mask_sizes", "get_seq_length", "get_max_length", "get_max_cache_shape"
     }  # fmt: skip
     assert hasattr(Cache, "is_compileable") and DynamicCache().offloading is False
     for name in ("PrefixConstrainedLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor",

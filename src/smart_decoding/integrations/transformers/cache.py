@@ -148,7 +148,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return 0 if self.indices is None else self.indices.layout.width - self.indices.layout.queries
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Before transformers 5.4 or so the positions [queries] come instead of their number."""
+        """query_length: rows, or in some earlier releases their positions [queries]."""
         queries = query_length if isinstance(query_length, int) else len(query_length)
         return self.get_seq_length() + queries, 0
 

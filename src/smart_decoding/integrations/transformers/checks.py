@@ -22,7 +22,8 @@ from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.integrations.transformers.target import HostTarget
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-KNOWN_INPUTS = ("attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep")
+CACHES = ("cache", "past_key_values", "cache_params")  # its present name, and earlier ones
+KNOWN_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHES)
 STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 MASKED = ("eager", "sdpa")  # attention implementations that add a mask [batch, 1, queries, keys]
 
@@ -52,8 +53,8 @@ def unsupported(
 
 
 def cache_of(inputs: Mapping[str, Any]) -> Any:
-    """The cache that `generate` prepared, by its present or its earlier name."""
-    return inputs.get("cache", inputs.get("past_key_values"))
+    """The cache that `generate` prepared, or None."""
+    return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
 
 
 def _unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str, Any]) -> str | None:
