@@ -64,6 +64,8 @@ def inputs(batch: int = 3) -> dict[str, Any]:
 
 
 def smart(model: PreTrainedModel, config: dict[str, Any] | bool = EAGER, **arguments: Any) -> Any:
+    if isinstance(config, dict):
+        config = {key: value for key, value in config.items() if value is not None}
     return model.generate(**arguments, custom_generate=generate, speculative_config=config)
 
 
@@ -127,8 +129,15 @@ def test_eager_attention_and_prompts_in_chunks() -> None:
     ids=lambda options: "+".join(options),
 )
 def test_logits_processors(options: dict[str, Any]) -> None:
-    model, given = model_of("gemma"), inputs()
-    assert torch.equal(smart(model, **given, **options), model.generate(**given, **options))
+    accepted = 0
+    for name in ("opt", "gemma", "gpt2"):
+        model, given = model_of(name), inputs()
+        found = smart(model, {**EAGER, "method": "recycling", "min_n": None}, **given, **options)
+        assert torch.equal(found, model.generate(**given, **options))
+        report = last_report(model)
+        assert report is not None
+        accepted += report.accepted
+    assert accepted > 0
 
 
 class RowStops(StoppingCriteria):
@@ -188,7 +197,6 @@ def test_draws_depend_on_the_seed_and_not_on_the_drafts() -> None:
     given = {**inputs(), "do_sample": True, "temperature": 0.7, "top_p": 0.9, "eos_token_id": None}
     answers = []
     for config in (False, EAGER, {**EAGER, "method": "recycling", "min_n": None}):
-        config = {k: v for k, v in config.items() if v is not None} if isinstance(config, dict) else config
         torch.manual_seed(11)
         answers.append(smart(model, config, **given))
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
