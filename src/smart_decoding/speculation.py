@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.backends.torch.eagle_head import EagleHead, load_head
+from smart_decoding.backends.torch.eagle_head import EagleHead
+from smart_decoding.backends.torch.head_files import head_folder, load_head
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.calibration import Calibration
@@ -136,7 +137,7 @@ class _Builder:
         folder = self._given.pop("model", None) or self._default_head
         if folder is None:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
-        self._folder = Path(folder)
+        self._folder = head_folder(folder)
         files = load_head(self._folder, self._checkpoint.config)
         self.head = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
         self.description = f"eagle head {self._folder.name}"
