@@ -88,7 +88,7 @@ class Block:
 
 @dataclass(slots=True)
 class _Note:
-    """A counted round, and each request's answer length before and after. Figures are made once the clock has stopped."""
+    """A counted round, and each request's answer length before and after. Figures are made after the clock stops."""
 
     record: RoundRecord
     spans: list[tuple[Request, int, int]]

@@ -21,7 +21,8 @@ AGAIN = "measure again with this version of smart bench to have it"
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """y_range: its interval; x_range: where x mostly lies; weight: relative area of the marker; note: in words."""
+    """y_range: its interval; x_range: where x mostly lies; weight: relative area of the marker; note: in words;
+    label: printed at the marker."""
 
     x: float
     y: float
@@ -29,6 +30,7 @@ class Point:
     x_range: tuple[float, float] | None = None
     weight: float = 1.0
     note: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,9 @@ def speedup(results: Results) -> Figure:
         "paired blocks. Below the line at 1× speculation costs time."
     )
     sizes = [float(size) for size in results.batch_sizes]
-    panel = Panel("", "batch size", "speedup", series, sizes, True, level=(1.0, "plain decoding, 1×"))
+    panel = Panel(
+        "", "batch size", "speedup", series, sizes, True, level=(1.0, "1×, plain decoding: below it is slower")
+    )
     return Figure("speedup", title, caption, [panel])
 
 
@@ -122,14 +126,14 @@ def tokens(results: Results) -> Figure:
             x, y = number(run, "rows_per_round"), number(run, "tokens_per_round")
             if x is not None and y is not None and x > 0:
                 note = f"{name}, batch {run['batch_size']}: {y:.2f} tokens a round, {x:.1f} rows"
-                points.append(Point(x, y, note=note))
+                points.append(Point(x, y, note=note, label=str(run["batch_size"])))
         if points:
             series.append(Series(name, colour, points, tag=name))
     if not series:
         return Figure("tokens", title, "", missing=f"These results do not say how many rows a round had: {AGAIN}.")
     caption = (
-        "One marker per batch size, from left to right in their order. Up is more tokens for each request in a round; "
-        "right is more rows to verify for the whole batch. Plain decoding makes one token a round."
+        "One marker per batch size, which is printed at it. Up is more tokens for each request in a round; right is "
+        "more rows to verify for the whole batch. Plain decoding makes one token a round."
     )
     panel = Panel("", "rows of the batch per round", "tokens per round of a request", series, (), True,
                   level=(1.0, "plain decoding"))  # fmt: skip

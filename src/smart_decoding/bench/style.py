@@ -41,7 +41,7 @@ svg{{display:block;width:100%;height:auto}}
 svg text{{font-size:12px;fill:var(--soft)}}
 svg .mid{{text-anchor:middle}}
 svg .end{{text-anchor:end}}
-svg .tag{{font-weight:600}}
+svg .tag{{font-weight:600;paint-order:stroke;stroke:var(--card);stroke-width:5px}}
 .grid{{stroke:var(--grid)}}
 .level{{stroke:var(--ink);stroke-dasharray:4 4}}
 .below{{fill:var(--below);opacity:.07}}

@@ -35,13 +35,13 @@ def draw(panel: Panel, width: int, height: int, tags: bool = False) -> str:
     right = 10 + max((LETTER * len(s.tag) for s in panel.series), default=0) if tags else 14
     x_ticks, y_ticks = ticks(panel)
     x = Axis(*_padded_x(panel), 52, width - right, panel.x_log)
-    y = Axis(*_span_y(panel, y_ticks), height - 42, 12)
+    y = Axis(*_span_y(panel, y_ticks), height - 42, 28)
     parts = [*_grid(panel, x, y, x_ticks, y_ticks), *_reference(panel, x, y)]
     parts += [_band(series, x, y) for series in panel.series]
     parts += [part for series in panel.series for part in _marks(series, x, y)]
     parts += _tags(panel.series, x, y) if tags else []
     parts.append(_text(x((x.low * x.high) ** 0.5 if x.log else (x.low + x.high) / 2), height - 6, panel.x_label, "mid"))
-    parts.append(_text(6, 10, panel.y_label, "label"))
+    parts.append(_text(2, 12, panel.y_label, "label"))
     name = escape(f"{panel.title} {panel.y_label} against {panel.x_label}".strip())
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
 
@@ -107,10 +107,15 @@ def _reference(panel: Panel, x: Axis, y: Axis) -> list[str]:
         return []
     value, name = panel.level
     at, parts = y(value), []
+    below = y.start - at > 40  # room for the name under the line, where fewer lines pass
     if y.low < value:
         parts.append(f'<rect x="{x.start:.1f}" y="{at:.1f}" width="{x.end - x.start:.1f}" '
                      f'height="{y.start - at:.1f}" class="below"/>')  # fmt: skip
-    return [*parts, _line(x.start, at, x.end, at, "level"), _text(x.start + 6, at - 5, name, "label")]
+    return [
+        *parts,
+        _line(x.start, at, x.end, at, "level"),
+        _text(x.start + 6, y.start - 8 if below else at - 6, name, "label"),
+    ]
 
 
 def _band(series: Series, x: Axis, y: Axis) -> str:
@@ -149,6 +154,8 @@ def _marks(series: Series, x: Axis, y: Axis) -> list[str]:
             parts.append(f'<line x1="{x(p.x_range[0]):.1f}" x2="{x(p.x_range[1]):.1f}" y1="{y(p.y):.1f}" '
                          f'y2="{y(p.y):.1f}" style="stroke:{colour(series)}" class="whisker"/>')  # fmt: skip
         parts.append(marker(series, x(p.x), y(p.y), 2 + 3 * math.sqrt(max(p.weight, 0.0)), p.note))
+        if p.label:
+            parts.append(_text(x(p.x), y(p.y) - 10, p.label, "mid"))
     return parts
 
 
