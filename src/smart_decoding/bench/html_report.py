@@ -91,9 +91,10 @@ def _smart_tile(runs: Sequence[Run]) -> list[str]:
     if not ours:
         return []
     low, high = (pick(run["speedup"] for run in ours) for pick in (min, max))
-    worse = any(verdict(run) == SLOWER for run in ours)
+    verdicts = {verdict(run) for run in ours}
+    all_in_all = SLOWER if SLOWER in verdicts else UNDECIDED if UNDECIDED in verdicts else FASTER
     told = f"smart, over batch sizes {', '.join(str(run['batch_size']) for run in ours)}"
-    return [_tile(f"{low:.2f} – {high:.2f}×", told, SLOWER if worse else verdict(ours[0]))]
+    return [_tile(f"{low:.2f} – {high:.2f}×", told, all_in_all)]
 
 
 def _tile(figure: str, words: str, kind: str) -> str:
@@ -132,8 +133,9 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def _losses(results: Results) -> str:
-    """All pooled runs below 1x, the lowest first, and where another policy beats smart."""
+    """All pooled runs below 1x and single tasks that are slower, the lowest first; where another policy beats smart."""
     below = [run for run in results.contestants if round(number(run, "speedup") or 1.0, 2) < 1.0]
+    below += [run for run in results.runs if _slow_task(results, run)]
     lines = []
     for run in sorted(below, key=lambda run: run["speedup"]):
         told = f"<b>{run['speedup']:.2f}×</b> {_range(run)}, {WORDS[verdict(run)]}"
@@ -141,6 +143,14 @@ def _losses(results: Results) -> str:
     lines += [f'<li class="beaten">{escape(line)}</li>' for line in _beaten(results)]
     told = f"<ul>{''.join(lines)}</ul>" if lines else "<p>No policy was below 1× at any batch size over all tasks.</p>"
     return f'<section id="losses"><h2>Where it loses</h2>{told}</section>'
+
+
+def _slow_task(results: Results, run: Run) -> bool:
+    """Whether a single task is slower though its policy is not, over all tasks."""
+    if run["task"] == POOLED or verdict(run) != SLOWER:
+        return False
+    pooled = results.find(run["policy"], run["batch_size"])
+    return pooled is not None and verdict(pooled) != SLOWER
 
 
 def _beaten(results: Results) -> list[str]:
@@ -243,7 +253,8 @@ def _told(value: Any) -> str:
 
 
 def _where(results: Results, run: Run) -> str:
-    return f"{results.names[run['policy']]}, batch {run['batch_size']}"
+    task = "" if run["task"] == POOLED else f", {run['task']} alone"
+    return f"{results.names[run['policy']]}, batch {run['batch_size']}{task}"
 
 
 def _range(run: Run) -> str:

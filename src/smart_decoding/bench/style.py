@@ -33,7 +33,7 @@ section{{background:var(--card);border-radius:10px;padding:16px;margin:14px 0}}
 .warn{{background:var(--loss);padding:8px 12px;border-radius:8px}}
 .tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;background:none;padding:0}}
 .tile{{background:var(--card);border-radius:10px;padding:12px 16px;border-left:4px solid var(--grid)}}
-.tile b{{display:block;font-size:1.5rem}}
+.tile b{{display:block;font-size:1.25rem;white-space:nowrap}}
 .tile span{{font-size:.85rem;color:var(--soft)}}
 .tile.faster{{border-color:var(--c0)}}
 .tile.slower{{border-color:var(--below)}}
