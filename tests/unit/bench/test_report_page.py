@@ -17,6 +17,7 @@ from smart_decoding.bench.figures import NEUTRAL, figures
 from smart_decoding.bench.html_report import page
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, verdict
+from smart_decoding.bench.runner import command_of
 from smart_decoding.bench.svg import round_numbers, ticks
 from smart_decoding.errors import ConfigError
 
@@ -246,6 +247,23 @@ def test_plots_are_pictures(tmp_path: Path) -> None:
     assert [p.name for p in paths] == ["speedup.png", "cost.png", "tokens.png", "reliability.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
     assert plots.write_plots(Results.from_dict(results()), tmp_path / "plots") == paths  # again, into the same folder
+
+
+def test_a_benchmark_can_draw_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, asked = results(), []
+    for run in data["runs"]:  # what the table needs beside
+        run.update(dict.fromkeys(("end_to_end_speedup", "wasted_rows", "ttft_ms", "ttft_ratio", "tpot_ms"), 1.0))
+        run.update(dict.fromkeys(("worst_tpot_ratio", "controller_share", "off_share", "rounds", "blocks"), 1.0))
+        run.update(looping_answers=0.0, looping_tokens=0.0)
+    monkeypatch.setattr("smart_decoding.bench.runner.run", lambda options: asked.append(options) or data)
+    target = tmp_path / "page.html"
+    assert cli.main(["bench", "--policies", "smart", "--html", str(target)]) == 0
+    assert f"wrote {target}" in capsys.readouterr().out
+    assert "0.62" in text_of(section(ElementTree.fromstring(target.read_text()), "losses"))
+    assert command_of(asked[0]).endswith("--html page.html")
+    assert cli.main(["bench", "--html", str(tmp_path)]) == 2 and len(asked) == 1  # refused before measuring
 
 
 def test_the_committed_results_can_be_drawn() -> None:
