@@ -56,10 +56,10 @@ def _axes(axes: Any, panel: Panel, legend: bool) -> None:
     if panel.x_log:
         axes.set_xscale("log", base=2)
     axes.set_xticks(x_ticks, [f"{value:g}" for value in x_ticks])
-    if panel.from_zero:
-        axes.set_ylim(bottom=0)
     if panel.diagonal:
         axes.plot([0, 1], [0, 1], color="black", linestyle=(0, (4, 4)), linewidth=1)
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
     if panel.level is not None:
         value, name = panel.level
         axes.axhline(value, color="black", linestyle=(0, (4, 4)), linewidth=1, label=name)
