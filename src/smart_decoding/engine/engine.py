@@ -267,8 +267,7 @@ class Engine:
         if rows.logit_rows is not None:
             at = np.arange(len(at))
         if all(r.params.greedy and not r.params.changes_logits for r in asking):
-            tokens = self.target.argmax(scores.logits)[at] if len(at) else np.zeros(0, np.int64)
-            acceptance = accept(nodes, lambda wanted: tokens[wanted])
+            acceptance = accept(nodes, lambda wanted: self.target.argmax(scores.logits, at[wanted]))
         else:
             eos = self.target.eos_token_ids
             acceptance = accept(

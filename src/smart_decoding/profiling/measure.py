@@ -105,7 +105,7 @@ def _points(target: TorchTarget, head: EagleHead | None, pages: int, max_num_seq
 
 def _verify_point(target: TorchTarget, rows: Rows, batch: int, context: int) -> Point:
     def run() -> object:
-        return target.argmax(target.verify(rows, ()).logits)
+        return target.argmax(target.verify(rows, ()).logits, np.arange(batch))
 
     return Point(run, lambda s: VerifySample(batch, len(rows), float(context), s))
 

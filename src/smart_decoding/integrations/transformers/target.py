@@ -91,8 +91,8 @@ class HostTarget:
         dtype = self.model.dtype
         return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, torch.finfo(dtype).min)
 
-    def argmax(self, logits: torch.Tensor) -> IntArray:
-        return self.sampler.argmax(logits)
+    def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
+        return self.sampler.argmax(logits, which)
 
     def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
         assert self.host is not None
