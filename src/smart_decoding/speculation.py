@@ -29,6 +29,7 @@ from smart_decoding.profiling.measure import measure
 
 METHODS = ("eagle", "ngram", "recycling", "union", "none")
 HEADS = Path(__file__).with_name("heads")
+ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
 SCRATCH_PAGES = 256  # head keys of one round's tree nodes: 4096
 
 
@@ -120,7 +121,7 @@ class _Builder:
         )
         cost = load_profile(path)
         if cost is None:
-            cost = CostModel.fit(measure(self._target, self.head, self._pages, self._seqs))
+            cost = CostModel.fit(measure(self._target, self.head, self._pages, self._seqs), ROUND_OVERHEAD)
             save_profile(path, cost)
         return cost
 

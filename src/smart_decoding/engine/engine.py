@@ -184,7 +184,8 @@ class Engine:
         with watch.time("kv"):
             self._commit_keys(acceptance, rows, last, node_row)
         emitted = self._update(batch, asking, acceptance, scores, last, node_row)
-        _count_nodes(batch, trees, kept)
+        if len(trees):
+            _count_nodes(batch, trees, kept)
         done = Round(state, plan, trees, kept, self._next_tokens(trees, kept, acceptance),
                      acceptance.root_next[: len(batch.decode)], widths, seconds, len(rows), verify_seconds)  # fmt: skip
         if batch.decode:
@@ -322,21 +323,25 @@ class Engine:
                 metrics.rounds += 1
                 metrics.accepted += min(len(tokens), len(path))
             request.table.commit(request.tokens, min(length, len(request.tokens)))  # an end may cut the path short
-            if not request.finished:
-                first = int(last[i]) - chunks.get(id(request), 1) + 1
-                committed = np.concatenate((np.arange(first, last[i] + 1), node_row[path]))
-                self._extend(request, scores, committed, start)
+            if not request.finished and self.drafter is not None:
+                count = chunks.get(id(request), 1)
+                first, end = int(last[i]) - count + 1, int(last[i]) + 1
+                committed: slice | IntArray = slice(first, end)
+                if len(path):
+                    committed = np.concatenate((np.arange(first, end), node_row[path]))
+                self._extend(request, scores, committed, start, count + len(path))
         for j, (request, count) in enumerate((r, n) for r, n in batch.prefill if n < r.pending and r not in asking):
             start = request.table.length
             first = int(last[len(asking) + j]) - count + 1
             request.table.commit(request.tokens, start + count)
-            self._extend(request, scores, np.arange(first, first + count), start)
+            self._extend(request, scores, slice(first, first + count), start, count)
         return total
 
-    def _extend(self, request: Request, scores: TargetScores, rows: IntArray, first: int) -> None:
+    def _extend(self, request: Request, scores: TargetScores, rows: slice | IntArray, first: int, count: int) -> None:
+        """Hands the drafter what the target computed at `count` committed positions from `first` on."""
         if self.drafter is not None:
             features = None if scores.features is None else scores.features[rows]
-            self.drafter.extend(request, features, first, request.tokens[first : first + len(rows)])
+            self.drafter.extend(request, features, first, request.tokens[first : first + count])
 
     @staticmethod
     def _next_tokens(trees: DraftTrees, kept: IntArray, acceptance: Acceptance) -> IntArray:

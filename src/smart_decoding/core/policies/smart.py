@@ -33,6 +33,7 @@ AHEAD = 3  # levels of look-ahead while drafting
 KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
 CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up
+MARGIN = 1.01  # what drafting must promise over plain decoding: the best of many forecasts is a little too good
 BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, slow-moving beliefs are updated every fourth round
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
@@ -63,7 +64,7 @@ class Outlook:
     def best(self) -> Option | None:
         """The best way to draft, or None where plain decoding is at least as good."""
         option = max(self.values, key=self.value, default=None)
-        return option if option is not None and self.value(option) > self.value(None) else None
+        return option if option is not None and self.value(option) > MARGIN * self.value(None) else None
 
     @cached_property
     def best_with_model(self) -> Option | None:
@@ -168,7 +169,7 @@ class Smart:
             self._drafting = believed is not None
             self.prober.mode_changed()
         other = self._probe(outlook, believed)
-        if other != believed and self.prober.due(outlook.price(other, believed)):
+        if other != believed and self.prober.due(outlook.price(other, believed) + self._catch_up(batch, other)):
             option, scratch.probe = other, True
         return self._start(batch, scratch, outlook, option)
 
@@ -239,6 +240,15 @@ class Smart:
         model = None if believed is not None and believed[0] else outlook.best_with_model
         others = [o for o in dict.fromkeys((None, free, model)) if o != believed] or [believed]
         return others[self.prober.count % len(others)]
+
+    def _catch_up(self, batch: BatchState, option: Option | None) -> float:
+        """Seconds of catching up that a plan does not charge to a single round, but which a single probe costs."""
+        rows = batch.size + batch.catch_up_rows
+        if option is None or not option[0] or rows == _first_rows(batch):
+            return 0.0
+        context = float(batch.context.sum()) / batch.size
+        first, whole = self.cost.draft_seconds([_first_rows(batch), rows], context)
+        return float(whole - first)
 
     def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:
         if option is None:
@@ -361,7 +371,7 @@ class Smart:
         return self.max_round_slowdown * plain if size > 1 else math.inf
 
     def _learn_costs(self, round: Round, scratch: _Scratch, seldom: bool) -> None:
-        if round.verify_rows:
+        if round.verify_rows and not (seldom and not round.plan.speculate):
             sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
             self.cost = self.cost.corrected(sample)
         for width, seconds in zip(round.level_widths, round.level_seconds, strict=True):
