@@ -169,7 +169,11 @@ class Smart:
             self._drafting = believed is not None
             self.prober.mode_changed()
         other = self._probe(outlook, believed)
-        if other != believed and self.prober.due(outlook.price(other, believed) + self._catch_up(batch, other)):
+        if (
+            other != believed
+            and not batch.prefill_rows
+            and self.prober.due(outlook.price(other, believed) + self._catch_up(batch, other))
+        ):
             option, scratch.probe = other, True
         return self._start(batch, scratch, outlook, option)
 
@@ -207,7 +211,7 @@ class Smart:
         size, drafting, levels = batch.size, scratch.drafting, self._max_levels(batch, scratch)
         children = self.forecast.children(float(np.mean(scratch.greedy)))
         columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * WIDTHS[-1]), len(self.forecast.free))
-        verify = self.cost.verify_curve(size, size + batch.prefill_rows, columns + 1, scratch.context)
+        verify = self._verify(batch, scratch, columns + 1)
         rows = np.arange(1 + max(WIDTHS[-1] * drafting, _first_rows(batch)))
         prices = self.cost.draft_seconds(rows, scratch.context)
         limit, overhead = self._limit(size, float(verify[0])), self._overhead.seconds
@@ -216,7 +220,7 @@ class Smart:
             gains = np.repeat(-np.sort(-self.forecast.free), drafting)
             values[FREE_ONLY] = best_size(gains, size, overhead, verify[: len(gains) + 1], limit)[1]
         for wide in WIDTHS if levels else ():
-            losses = np.repeat(-grow(children, levels, wide), drafting, axis=1)
+            losses = np.repeat(np.sort(-grow(children, levels, wide), axis=1), drafting, axis=1)
             first = overhead + float(prices[_first_rows(batch)])
             sunk: FloatArray = first + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
             rates = best_rates(losses, size, sunk, verify[: losses.shape[1] + 1], limit)
@@ -362,9 +366,20 @@ class Smart:
         """Seconds of a verification of 0, 1, ... nodes, at least up to `nodes`."""
         assert scratch.outlook is not None
         if len(scratch.outlook.verify) <= nodes:
-            first = batch.size + batch.prefill_rows
-            scratch.outlook.verify = self.cost.verify_curve(batch.size, first, 2 * nodes + 1, scratch.context)
+            scratch.outlook.verify = self._verify(batch, scratch, 2 * nodes + 1)
         return scratch.outlook.verify
+
+    def _verify(self, batch: BatchState, scratch: _Scratch, count: int) -> FloatArray:
+        """Seconds of a verification of 0, 1, ... count - 1 nodes, what prefill rows cost apart.
+
+        Those must be computed anyway and bring no token now: counted in, they would make time look cheap and drafting
+        worthwhile, in a round whose further rows cost as much as ever."""
+        size = batch.size
+        seconds = self.cost.verify_curve(size, size + batch.prefill_rows, count, scratch.context)
+        if batch.prefill_rows:
+            plain = float(self.cost.verify_curve(size, size, 1, scratch.context)[0])
+            seconds = np.maximum(seconds + (plain - float(seconds[0])), plain)
+        return seconds
 
     def _limit(self, size: int, plain: float) -> float:
         """Seconds that a round may last: no bound for a lone request, which gets all the nodes itself."""
