@@ -32,8 +32,9 @@ WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 AHEAD = 3  # levels of look-ahead while drafting
 KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
-CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up
-MARGIN = 1.01  # what drafting must promise over plain decoding: the best of many forecasts is a little too good
+CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up, if the answers go on for as long
+MARGIN = 1.03  # what drafting must promise over plain decoding: costs are known to a few per cent, not better
+PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
 BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, slow-moving beliefs are updated every fourth round
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
@@ -105,16 +106,20 @@ class _Scratch:
 class Overhead:
     """Seconds that a speculating round takes beyond its forwards and beyond what a plain round takes, learned."""
 
-    GAIN, CLIP = 1 / 16, 3.0  # one slow round counts as at most three times the usual
+    GAIN, ENOUGH, CLIP = 1 / 32, 4, 2.0  # one slow round counts as at most twice the usual
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._mean: dict[bool, float] = {}  # by whether the round speculated
+        self._mean = {False: 0.0, True: 0.0}  # by whether the round speculated
+        self._seen = {False: 0, True: 0}
 
     def observe(self, speculated: bool, seconds: float) -> None:
-        mean = self._mean.setdefault(speculated, seconds)
-        self._mean[speculated] = mean + self.GAIN * (min(seconds, self.CLIP * mean) - mean)
-        if len(self._mean) == 2:
+        """After a round that prefilled nothing."""
+        seen, mean = self._seen[speculated], self._mean[speculated]
+        seconds = min(seconds, self.CLIP * mean) if seen else seconds
+        self._mean[speculated] = mean + max(self.GAIN, 1 / (seen + 1)) * (seconds - mean)
+        self._seen[speculated] = seen + 1
+        if min(self._seen.values()) >= self.ENOUGH:
             self.seconds = max(0.0, self._mean[True] - self._mean[False])
 
 
@@ -160,7 +165,7 @@ class Smart:
 
     def plan(self, batch: BatchState) -> DraftPlan:
         scratch = self._scratch = self._open(batch)
-        if not scratch.drafting or not (batch.has_model or batch.has_free):
+        if not scratch.drafting or not (batch.has_model or batch.has_free) or batch.prefill_rows > PREFILL:
             return OFF
         outlook = scratch.outlook = self._current_outlook(batch, scratch)
         believed = option = outlook.best
@@ -325,7 +330,8 @@ class Smart:
         self._rounds += 1
         seldom = self._rounds > BUSY_ROUNDS and self._rounds % SELDOM != 0
         self._learn_costs(round, scratch, seldom)
-        self._overhead.observe(round.plan.speculate, round.other_seconds)
+        if not batch.prefill_rows:
+            self._overhead.observe(round.plan.speculate, round.other_seconds)
         accepted = 0
         if len(trees):
             self._score(scratch, trees)
@@ -398,7 +404,8 @@ def _first_rows(batch: BatchState) -> int:
     """Rows that the first drafted level is charged. A long catch-up (a prompt, a stretch of plain decoding) is an
     investment: charged in full to one round it would never be made, and grow."""
     regular = min(batch.catch_up_rows, 2 * batch.size)
-    return batch.size + regular + (batch.catch_up_rows - regular) // CATCH_UP_ROUNDS
+    rounds = max(1, min(CATCH_UP_ROUNDS, int(batch.remaining.sum()) // (2 * batch.size)))
+    return batch.size + regular + (batch.catch_up_rows - regular) // rounds
 
 
 @lru_cache(maxsize=1024)
