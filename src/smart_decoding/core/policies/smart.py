@@ -29,6 +29,7 @@ from smart_decoding.core.probing import Prober
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
+SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
 AHEAD = 3  # levels of look-ahead while drafting
 KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
@@ -214,8 +215,11 @@ class Smart:
 
     def _look_out(self, batch: BatchState, scratch: _Scratch, key: tuple[object, ...]) -> Outlook:
         size, drafting, levels = batch.size, scratch.drafting, self._max_levels(batch, scratch)
+        widths = WIDTHS
+        if drafting > SMALL:
+            levels, widths = min(levels, FEW_LEVELS), WIDTHS[:2]
         children = self.forecast.children(float(np.mean(scratch.greedy)))
-        columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * WIDTHS[-1]), len(self.forecast.free))
+        columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free))
         verify = self._verify(batch, scratch, columns + 1)
         rows = np.arange(1 + max(WIDTHS[-1] * drafting, _first_rows(batch)))
         prices = self.cost.draft_seconds(rows, scratch.context)
@@ -224,7 +228,7 @@ class Smart:
         if batch.has_free:
             gains = np.repeat(-np.sort(-self.forecast.free), drafting)
             values[FREE_ONLY] = best_size(gains, size, overhead, verify[: len(gains) + 1], limit)[1]
-        for wide in WIDTHS if levels else ():
+        for wide in widths if levels else ():
             losses = np.repeat(np.sort(-grow(children, levels, wide), axis=1), drafting, axis=1)
             first = overhead + float(prices[_first_rows(batch)])
             sunk: FloatArray = first + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
@@ -411,5 +415,5 @@ def _first_rows(batch: BatchState) -> int:
 @lru_cache(maxsize=1024)
 def _widths(drafting: int, nodes: int) -> tuple[int, ...]:
     """Frontier widths to consider: multiples of the drafting requests, as far as there are nodes."""
-    factors = WIDTHS if drafting <= 4 else WIDTHS[:3]
+    factors = WIDTHS if drafting <= SMALL else WIDTHS[:3]
     return tuple(sorted({min(factor * drafting, nodes) for factor in factors}))
