@@ -21,8 +21,10 @@ from smart_decoding.errors import ConfigError, SmartError
 # Subcommand: (what it does, the module with its `add_arguments(parser)` and `main(args) -> exit code or None`).
 COMMANDS = {
     "run": ("answer one prompt", "smart_decoding.cli_run"),
+    "serve": ("serve a model to OpenAI's clients", "smart_decoding.cli_serve"),
     "demo": ("see the default model speculate, its trees, and the speedup", "smart_decoding.cli_demo"),
     "bench": ("compare policies on natural prompts", "smart_decoding.bench.cli"),
+    "report": ("draw what a benchmark measured", "smart_decoding.bench.report_cli"),
     "profile": ("measure what a forward costs on this machine", "smart_decoding.cli_profile"),
     "train": ("train a draft head for a model", "smart_decoding.training.cli"),
     "divergence": ("how often bf16 output differs under speculation, and why", "smart_decoding.bench.divergence"),

@@ -22,12 +22,13 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.llm import LLM
     from smart_decoding.profiling.cache import profile_path, save_profile
     from smart_decoding.profiling.measure import held_out_error, measure
+    from smart_decoding.speculation import ROUND_OVERHEAD
 
     config = {"policy": "likelihood", **({"method": "draft_model", "model": args.draft} if args.draft else {})}
     llm = LLM(args.model, dtype=args.dtype, device=args.device, speculative_config=config)
     model, target = llm.speculation.model, llm.target
     samples = measure(target, model, llm.engine.config.pages, llm.engine.config.max_num_seqs, args.seconds)
-    cost = CostModel.fit(samples)
+    cost = CostModel.fit(samples, ROUND_OVERHEAD)
     rows = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96]
     print(f"seconds of a forward in ms, context 128, {len(samples)} samples; rows of the whole batch across")
     print("batch " + "".join(f"{r:>8}" for r in rows))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.backends.torch.draft_model import DraftModel
-from smart_decoding.backends.torch.eagle_head import EagleHead, load_head
+from smart_decoding.backends.torch.eagle_head import EagleHead
+from smart_decoding.backends.torch.head_files import head_folder, load_head
 from smart_decoding.backends.torch.loading import Checkpoint, load_checkpoint
 from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.calibration import Calibration
@@ -31,6 +32,7 @@ from smart_decoding.tokenizer import Tokenizer
 
 METHODS = ("eagle", "draft_model", "ngram", "recycling", "union", "none")
 HEADS = Path(__file__).with_name("heads")
+ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
 SCRATCH_PAGES = 256  # head keys of one round's tree nodes: 4096
 DRAFT_SCRATCH_PAGES = 64  # a draft model's keys are larger: 1024 nodes
 
@@ -160,7 +162,7 @@ class _Builder:
         )
         cost = load_profile(path)
         if cost is None:
-            cost = CostModel.fit(measure(self._target, self.model, self._pages, self._seqs))
+            cost = CostModel.fit(measure(self._target, self.model, self._pages, self._seqs), ROUND_OVERHEAD)
             save_profile(path, cost)
         return cost
 
@@ -177,7 +179,7 @@ class _Builder:
         folder = self._given.pop("model", None) or self._default_head
         if folder is None:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
-        self._folder = Path(folder)
+        self._folder = head_folder(folder)
         files = load_head(self._folder, self._checkpoint.config)
         self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
         self.description = f"eagle head {self._folder.name}"

@@ -77,9 +77,9 @@ def test_top_k_takes_ties_by_index() -> None:
 def test_argmax_is_the_first_maximum(n: int) -> None:
     rng = np.random.default_rng(n)
     x = torch.from_numpy(rng.integers(0, 4, (50, n)).astype(np.float32))  # every row has many ties
-    assert kernels.argmax(x).tolist() == x.numpy().argmax(1).tolist()
+    assert kernels.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
     x = -torch.from_numpy(rng.random((50, n), np.float32)) - 1
-    assert kernels.argmax(x).tolist() == x.numpy().argmax(1).tolist()
+    assert kernels.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
 
 
 @pytest.mark.parametrize("d", [1, 16, 50, 96])

@@ -247,7 +247,7 @@ def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_general_prompts() -> None:
     prompts = load_task("general")
-    assert len(prompts) == len(set(prompts)) == 58
+    assert len(prompts) == len(set(prompts)) == 60
     assert load_task("general", 7) == prompts[:7]
     assert min(map(len, prompts)) > 30
 
@@ -262,7 +262,7 @@ def test_tasks_refuse_nonsense() -> None:
 @pytest.mark.model
 def test_evaluation_prompts() -> None:
     code, maths = load_task("code"), load_task("maths")
-    assert (len(code), len(maths), sorted(TASKS)) == (160, 100, ["code", "general", "maths"])
+    assert (len(code), len(maths), sorted(TASKS)) == (164, 100, ["code", "general", "maths"])
     assert "def has_close_elements" in code[0]
     assert code[0].endswith("```")
     assert downloads.is_intact(HUMAN_EVAL.path, HUMAN_EVAL)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from smart_decoding.bench.reliability import Reliability
 from smart_decoding.engine.engine import Engine, RoundRecord
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -41,7 +43,9 @@ class Answer:
 
 @dataclass(slots=True)
 class Counts:
-    """Sums over the counted rounds of a block; tokens and seconds are less than all where a request was in a loop."""
+    """Sums over the counted rounds of a block; tokens and seconds are less than all where a request was in a loop.
+
+    verify_seconds: of the verifying forwards, sampling included; context: mean KV tokens of a request, per round."""
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -53,6 +57,9 @@ class Counts:
     wasted: int = 0
     off: int = 0
     levels: int = 0
+    verify_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    context: float = 0.0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
@@ -61,7 +68,7 @@ class Counts:
 @dataclass(slots=True)
 class Block:
     """One block of one arm. answers: prompt index -> answer; total_tokens and total_seconds: end to end, prompts and
-    all rounds included."""
+    all rounds included; row_counts, level_counts: rows or drafted levels -> counted rounds that had so many."""
 
     task: str
     batch_size: int
@@ -69,6 +76,9 @@ class Block:
     answers: dict[int, Answer] = field(default_factory=dict)
     total_tokens: int = 0
     total_seconds: float = 0.0
+    row_counts: Counter[int] = field(default_factory=Counter)
+    level_counts: Counter[int] = field(default_factory=Counter)
+    reliability: Reliability = field(default_factory=Reliability)
 
     @property
     def tokens_per_s(self) -> float:
@@ -78,9 +88,9 @@ class Block:
 
 @dataclass(slots=True)
 class _Note:
-    """A counted round: the record's figures, and each request's answer length before and after."""
+    """A counted round, and each request's answer length before and after. Figures are made after the clock stops."""
 
-    figures: Counts
+    record: RoundRecord
     spans: list[tuple[Request, int, int]]
 
 
@@ -113,7 +123,8 @@ def run_block(
             new = sum(len(r.output) for r in running) - sum(before.values())
             total += new
             if engine.last_round is not None and _counts(engine.last_round, batch_size):
-                notes.append(_note(engine.last_round, before))
+                record = engine.last_round
+                notes.append(_Note(record, [(r, before[id(r)], len(r.output)) for r in record.requests]))
             running = [r for r in running if not r.finished]
             if on_tokens is not None:
                 on_tokens(new)
@@ -123,27 +134,33 @@ def run_block(
             engine.abort(request.id)
     counts = sum((_settled(note) for note in notes), Counts())
     answers = {index: _answer(request) for index, request in measured.items()}
-    return Block(prompts[0].task, batch_size, counts, answers, total, seconds)
+    block = Block(prompts[0].task, batch_size, counts, answers, total, seconds)
+    for done in (note.record.round for note in notes):
+        block.row_counts[done.verify_rows] += 1
+        block.level_counts[len(done.level_widths)] += 1
+        block.reliability.add(done)
+    return block
 
 
 def _counts(record: RoundRecord, batch_size: int) -> bool:
     return record.round.batch.size == batch_size and record.round.batch.prefill_rows == 0
 
 
-def _note(record: RoundRecord, before: dict[int, int]) -> _Note:
+def _figures(record: RoundRecord) -> Counts:
     done = record.round
     accepted = sum(len(path) for path in record.acceptance.path) if record.acceptance else 0
     drafted = done.plan.speculate and len(done.trees) > 0
-    figures = Counts(
+    return Counts(
         round_seconds=record.seconds, controller_seconds=record.controller_seconds, rounds=1, emitted=record.emitted,
         rows=done.verify_rows, wasted=len(done.kept) - accepted, off=int(not drafted), levels=len(done.level_widths),
+        verify_seconds=done.verify_seconds, draft_seconds=record.draft_seconds,
+        context=float(done.batch.context.mean()),
     )  # fmt: skip
-    return _Note(figures, [(r, before[id(r)], len(r.output)) for r in record.requests])
 
 
 def _settled(note: _Note) -> Counts:
     """The round's figures once all loops are known: requests past their loop's start lose their share."""
-    counts, share = note.figures, 1.0 / len(note.spans)
+    counts, share = _figures(note.record), 1.0 / len(note.spans)
     for request, before, after in note.spans:
         end = request.stop.loop_start
         useful = after if end is None else min(after, end)

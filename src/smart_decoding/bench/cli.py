@@ -8,6 +8,8 @@ from pathlib import Path
 from smart_decoding.bench import report
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.provenance import write_json
+from smart_decoding.bench.report_cli import add_output_arguments, write_outputs
+from smart_decoding.bench.results import Results
 from smart_decoding.errors import ConfigError
 
 
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=default.seed)
     add("--time-limit", type=float, metavar="SECONDS", help="report what was measured by then, marked as partial")
     add("--json", type=Path, metavar="FILE", help="write the results there, whole or not at all")
+    add_output_arguments(parser)
     add("--markdown", action="store_true", help="print the table in Markdown")
 
 
@@ -47,6 +50,8 @@ def main(args: argparse.Namespace) -> int:
     runs = result["runs"]
     print(report.markdown(runs) if args.markdown else report.terminal(runs))
     print(f"\nspeedup by task\n{report.by_task(runs)}")
+    if options.html is not None or options.plots is not None:
+        write_outputs(Results.from_dict(result), options.html, options.plots)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class BenchOptions:
 
     policies: names; policy_options: 'policy:name=value,...', once for each setting of a policy that is to run.
     method: drafter, or None for the model's default. limit: prompts per task. time_limit: seconds over the whole run;
-    what is measured by then is reported, marked as partial. json: file for the results. tune_likelihood: also run so
+    what is measured by then is reported, marked as partial. json, html: files for the results and for the report;
+    plots: folder for pictures, made if need be. tune_likelihood: also run so
     many of the best `likelihood` settings of each batch size, found by replay on other prompts.
     Raises ConfigError for anything that cannot be run."""
 
@@ -55,6 +57,8 @@ class BenchOptions:
     json: Path | None = None
     device: str = "auto"
     tune_likelihood: int = 0
+    html: Path | None = None
+    plots: Path | None = None
 
     def __post_init__(self) -> None:
         _at_least_one("batch_sizes", self.batch_sizes)
@@ -66,8 +70,7 @@ class BenchOptions:
             raise ConfigError(f"tune_likelihood must not be negative, but is {self.tune_likelihood}")
         if self.time_limit is not None and self.time_limit <= 0:
             raise ConfigError(f"time_limit must be positive, not {self.time_limit}")
-        if self.json is not None and (not self.json.parent.is_dir() or self.json.is_dir()):
-            raise ConfigError(f"{self.json} cannot be written: it must be a file in an existing folder")
+        check_outputs((self.json, self.html), self.plots)
         self.sampling(0)
         for arm in self.arms:
             make_policy(arm.policy, **arm.options)
@@ -88,6 +91,19 @@ class BenchOptions:
     def sampling(self, index: int) -> SamplingParams:
         """Parameters of prompt `index`: its seed is the same under every policy and batch size."""
         return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens, seed=self.seed + index)
+
+
+def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
+    """Raises ConfigError if a file, or the folder `plots`, cannot be written, or if matplotlib is missing for it."""
+    for file in files:
+        if file is not None and (not file.parent.is_dir() or file.is_dir()):
+            raise ConfigError(f"{file} cannot be written: it must be a file in an existing folder")
+    if plots is None:
+        return
+    if not plots.parent.is_dir() or (plots.exists() and not plots.is_dir()):
+        raise ConfigError(f"{plots} cannot be made: it must be a folder in an existing folder")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib: pip install 'smart-decoding[bench]'")
 
 
 def parse_setting(text: str) -> Arm:

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -74,14 +75,32 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def memory(weights_bytes: int, kv_bytes: int) -> dict[str, Any]:
+    """Memory in GiB. peak_process_gib is the highest resident size of the whole process since it started, so it covers
+    all policies and batch sizes, loading and the interpreter; None where the system does not tell."""
+    import torch
+
+    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    return {
+        "peak_process_gib": _peak_gib(),
+        "peak_gpu_gib": gpu,
+        "weights_gib": weights_bytes / 2**30,
+        "kv_cache_gib": kv_bytes / 2**30,
+    }
+
+
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes `result` whole or not at all; NaN and infinities become null. Raises CapacityError if it cannot."""
+    write_text(path, json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises CapacityError if it cannot."""
     try:
         handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(_plain(result), file, indent=1, allow_nan=False)
-                file.write("\n")
+                file.write(text)
             os.chmod(part, 0o644)
             os.replace(part, path)
         except BaseException:
@@ -119,6 +138,15 @@ def _cpu_info() -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _peak_gib() -> float | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _memory_gib() -> float | None:

@@ -16,7 +16,7 @@ _HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/r
 def terminal(runs: Sequence[Run]) -> str:
     """The pooled runs as a table, then what a reader needs to judge it, line by line."""
     pooled = _pooled(runs)
-    names = _names(pooled)
+    names = short_names(pooled)
     rows = [_cells(run, runs, names[run["policy"]]) for run in pooled]
     legend = [f"{short} = {full}" for full, short in names.items() if full != short]
     return "\n".join([*_aligned([_HEADER, *rows]), *legend, "", *notes(runs)])
@@ -32,7 +32,7 @@ def by_task(runs: Sequence[Run]) -> str:
     """Speedups task by task, one line per run."""
     tasks = list(dict.fromkeys(run["task"] for run in runs if run["task"] != POOLED))
     rows: list[Sequence[str]] = [("policy", "b", *tasks)]
-    names = _names(_pooled(runs))
+    names = short_names(_pooled(runs))
     for run in _pooled(runs):
         same = {r["task"]: r for r in runs if _key(r) == _key(run)}
         rows.append((names[run["policy"]], str(run["batch_size"]), *(_interval(same.get(t)) for t in tasks)))
@@ -41,7 +41,7 @@ def by_task(runs: Sequence[Run]) -> str:
 
 def notes(runs: Sequence[Run]) -> list[str]:
     """Latency, loops, noise, differences and whether the run was cut short."""
-    lines, names = [], _names(_pooled(runs))
+    lines, names = [], short_names(_pooled(runs))
     for run in _pooled(runs):
         name = f"{names[run['policy']]} b={run['batch_size']}"
         if run.get("noise_pairs"):
@@ -112,7 +112,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _names(runs: Sequence[Run]) -> dict[str, str]:
+def short_names(runs: Sequence[Run]) -> dict[str, str]:
     """Short names for a table: policies with long options are numbered, and a legend says what they are."""
     labels = list(dict.fromkeys(run["policy"] for run in runs))
     long = [label for label in labels if len(label) > NAME_WIDTH]

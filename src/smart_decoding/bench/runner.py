@@ -19,9 +19,10 @@ from tqdm import tqdm
 from smart_decoding.bench.blocks import Block, Prompt, run_block
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BASELINE, Arm, BenchOptions
-from smart_decoding.bench.provenance import provenance
+from smart_decoding.bench.provenance import memory, provenance
 from smart_decoding.bench.replay import Recorded
 from smart_decoding.bench.summary import noise, summarise
+from smart_decoding.bench.traffic import Sizes, achieved
 from smart_decoding.bench.tuning import best_likelihood, cost_of, prompts_needed, record_wide
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -45,7 +46,8 @@ class Measurement:
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """Measures everything asked for; returns {'provenance': ..., 'runs': [...]}, as the JSON file has it.
+    """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs', 'cost' (the measured profile
+    that policies started from, None if none needs one) and 'memory'.
 
     Raises CapacityError if the time limit was too short for a single cycle, and what LLM raises."""
     texts = {task: load_task(task, options.limit) for task in options.tasks}
@@ -53,21 +55,28 @@ def run(options: BenchOptions) -> dict[str, Any]:
     prompts = _encode(llm, texts, options)
     tuner = _Tuner(llm, options)
     stop = None if options.time_limit is None else time.perf_counter() + options.time_limit
-    runs, head = [], None
+    runs, head, cost = [], None, None
+    sizes = Sizes.of(llm.target.decoder.config, llm.target.dtype.itemsize)
     for i, batch_size in enumerate(options.batch_sizes):
         chosen = {arm.label: arm for arm in [*options.arms, *tuner.arms(batch_size)]}
         arms = {label: llm.sharing_weights(_speculation(arm, options)) for label, arm in chosen.items()}
         head = head or next((_head(arm) for arm in arms.values() if arm.engine.drafter is not None), None)
+        cost = cost or next((arm.speculation.cost for arm in arms.values() if arm.speculation.cost), None)
         left = len(options.batch_sizes) - i
         now = time.perf_counter()
         deadline = None if stop is None else now + max(0.0, stop - now) / left
         engines = {label: arm.engine for label, arm in arms.items()}
         with _progress(prompts, batch_size, len(engines)) as bar:
             measured = measure(engines, prompts, batch_size, deadline, on_block=lambda label: _advance(bar, label))
-        runs += rows_of(measured, batch_size, options)
+        runs += [{**run, **achieved(run, sizes)} for run in rows_of(measured, batch_size, options)]
         del arms, engines
         gc.collect()  # drafters hold memory of their own
-    return {"provenance": provenance(command_of(options), options.seed, llm.provenance, head), "runs": runs}
+    return {
+        "provenance": provenance(command_of(options), options.seed, llm.provenance, head),
+        "runs": runs,
+        "cost": cost.to_dict() if cost else None,
+        "memory": memory(sizes.weights * sizes.item, llm.target.kv_bytes),
+    }
 
 
 def measure(
@@ -137,7 +146,9 @@ def command_of(options: BenchOptions) -> str:
     words += ["--dtype", options.dtype, "--temperature", f"{options.temperature:g}", "--limit", str(options.limit)]
     words += ["--max-tokens", str(options.max_tokens), "--seed", str(options.seed), "--device", options.device]
     words += ["--time-limit", f"{options.time_limit:g}"] if options.time_limit is not None else []
-    words += ["--json", options.json.name] if options.json is not None else []
+    for name in ("json", "html", "plots"):
+        path = getattr(options, name)
+        words += [f"--{name}", path.name] if path is not None else []
     return shlex.join(words)
 
 

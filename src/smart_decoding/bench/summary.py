@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from smart_decoding.bench.blocks import Answer, Block, Counts
+from smart_decoding.bench.reliability import Reliability
 from smart_decoding.bench.statistics import Pair, Ratio, compare, paired_ratio
 
 POOLED = "all"
@@ -16,10 +18,11 @@ Paired = tuple[Block, Block]  # an arm's block and the baseline's block of the s
 
 
 def summarise(pairs: Sequence[Paired], seed: int = 0) -> list[dict[str, Any]]:
-    """One dict of figures for each task of the pairs and one for all of them pooled, `task` = 'all' the last."""
+    """One dict of figures for each task of the pairs and one for all of them pooled, `task` = 'all' the last: it also
+    has the distributions over rounds."""
     tasks = list(dict.fromkeys(ours.task for ours, _ in pairs))
     by_task = [_figures(task, [p for p in pairs if p[0].task == task], seed) for task in tasks]
-    return [*by_task, _figures(POOLED, pairs, seed)]
+    return [*by_task, {**_figures(POOLED, pairs, seed), **_distributions([ours for ours, _ in pairs])}]
 
 
 def noise(again: Sequence[Paired], seed: int = 0) -> dict[str, Any]:
@@ -77,6 +80,20 @@ def _round_figures(blocks: Sequence[Block]) -> dict[str, Any]:
         "off_share": _per(counts.off, counts.rounds),
         "levels_per_round": _per(counts.levels, counts.rounds),
         "rounds": counts.rounds,
+        "verify_ms": 1e3 * _per(counts.verify_seconds, counts.rounds),
+        "draft_ms": 1e3 * _per(counts.draft_seconds, counts.rounds),
+        "context_tokens": _per(counts.context, counts.rounds),  # of one request, mean over rounds
+    }
+
+
+def _distributions(blocks: Sequence[Block]) -> dict[str, Any]:
+    """How many rounds had so many rows and so many drafted levels, and whether the probabilities came true."""
+    rows: Counter[int] = sum((block.row_counts for block in blocks), Counter())
+    levels: Counter[int] = sum((block.level_counts for block in blocks), Counter())
+    return {
+        "row_counts": dict(sorted(rows.items())),
+        "level_counts": dict(sorted(levels.items())),
+        "reliability": sum((block.reliability for block in blocks), Reliability()).to_dict(),
     }
 
 

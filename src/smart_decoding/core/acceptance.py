@@ -46,23 +46,22 @@ def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
     if not len(trees):  # plain decoding, as cheap as can be
         tokens = sample(np.arange(batch))
         return Acceptance(tokens, _NONE, [tokens[i : i + 1] for i in range(batch)], [_NONE] * batch)
+    above = np.where(trees.parent == ROOT, trees.owner, trees.parent + batch)
+    children: dict[tuple[int, int], int] = {}  # (row, token) -> node; of equal siblings the first one counts
+    for node, child in enumerate(zip(above.tolist(), trees.token.tolist(), strict=True)):
+        children.setdefault(child, node)
     after = np.full(batch + len(trees), -1, np.int64)  # the target's token after each visited row
-    parent_row = np.where(trees.parent == ROOT, trees.owner, trees.parent + batch)
-    rows: IntArray = np.arange(batch)
     paths: list[list[int]] = [[] for _ in range(batch)]
-    while len(rows):
-        after[rows] = sample(rows)
-        walked = np.full(len(after), -1, np.int64)  # the target's token after this level's rows alone
-        walked[rows] = after[rows]
-        hits = np.flatnonzero(trees.token == walked[parent_row])
-        rows = np.zeros(0, np.int64)
-        for node in hits[::-1].tolist():  # at most one a request, but for equal siblings: the first one counts
-            path, owner = paths[trees.owner[node]], int(parent_row[node])
-            if path and parent_row[path[-1]] == owner:
-                path.pop()
-            path.append(node)
-        if len(hits):
-            rows = np.array(sorted({paths[owner][-1] for owner in trees.owner[hits].tolist()}), np.int64) + batch
+    walkers = [(owner, owner) for owner in range(batch)]  # (owner, row)
+    while walkers:
+        rows = np.array([row for _, row in walkers], np.int64)
+        tokens = after[rows] = sample(rows)
+        steps = [
+            (owner, children.get((row, token))) for (owner, row), token in zip(walkers, tokens.tolist(), strict=True)
+        ]
+        walkers = [(owner, node + batch) for owner, node in steps if node is not None]
+        for owner, row in walkers:
+            paths[owner].append(row - batch)
     path = [np.array(p, np.int64) for p in paths]
     last = [p[-1] + batch if len(p) else owner for owner, p in enumerate(path)]
     emitted = [np.append(trees.token[p], after[row]) for p, row in zip(path, last, strict=True)]

@@ -93,8 +93,8 @@ class Calibration:
         self.counts = self.counts * keep + seen
         self.hits = self.hits * keep + hits
         changed = self.drift.update(source, expected, chosen)
-        for source, ratio in changed:
-            self._rescale(source, ratio)
+        for drafter, ratio in changed:
+            self._rescale(drafter, ratio)
         self.changes += len(changed)
         self._refresh()
 

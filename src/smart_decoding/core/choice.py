@@ -47,10 +47,9 @@ def best_size(
 
 
 def best_rates(losses: FloatArray, tokens: float, sunk: FloatArray, seconds: FloatArray, limit: float) -> FloatArray:
-    """[options] what `best_size` reaches with each row of `losses` [options, m]: negated gains in any order.
+    """[options] what `best_size` reaches with each row of `losses` [options, m]: negated gains, ascending.
 
-    `losses` is overwritten; NONE in it marks what is no candidate. sunk: [options]; seconds: [m + 1], as there."""
-    losses.sort(axis=1)
+    NONE in it marks what is no candidate. sunk: [options]; seconds: [m + 1], as there."""
     rates = np.zeros((len(losses), losses.shape[1] + 1))
     np.cumsum(losses, axis=1, out=rates[:, 1:])
     total = sunk[:, None] + seconds

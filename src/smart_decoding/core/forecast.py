@@ -18,6 +18,7 @@ from smart_decoding.core.tree import DraftTrees, FloatArray
 RANKS = 8  # children beyond the eighth bring next to nothing
 FREE = 16  # best candidates of the drafters without model, per request
 MEMORY = 64.0  # rounds
+HOPE = 0.6  # the free drafters' best candidate before anything is known; the next ones fall off by it
 PRIOR_WEIGHT = 8.0
 _PRIOR_PROBS = np.array([0.60, 0.13, 0.06, 0.035, 0.02, 0.015, 0.01, 0.008])
 _KEY_BITS = 20
@@ -31,7 +32,9 @@ class Forecast:
         self.histogram = np.zeros((DEPTHS, RANKS, BINS))
         self.histogram[:, np.arange(RANKS), calibration.bins(_PRIOR_PROBS)] = PRIOR_WEIGHT
         self.weight = np.full(DEPTHS, PRIOR_WEIGHT)
-        self.free = np.zeros(FREE)  # mean accept_prob of the k-th best free candidate of a request
+        # Mean accept_prob of the k-th best free candidate of a request. Hopeful at first: to ask costs next to nothing,
+        # and what is verified is still only what pays; a sceptic would wait for a rare probe.
+        self.free: FloatArray = HOPE ** np.arange(1.0, FREE + 1)
 
     def children(self, greedy_share: float) -> FloatArray:
         """[DEPTHS, RANKS] mean acceptance probability, given its parent's, of the k-th child at depth 1, 2, ..."""

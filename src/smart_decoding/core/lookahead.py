@@ -47,6 +47,7 @@ class LookAhead:
         losses[:options, len(present) :] = (below * frontier[:, None]).reshape(options, -1)
         spent = np.full(options + 1, sunk)
         spent[:options] += np.multiply.outer(np.arange(1, ahead + 1), level_seconds).ravel()
+        losses.sort(axis=1)
         rates = best_rates(losses, tokens, spent, verify_seconds[: losses.shape[1] + 1], limit)
         best = int(rates.argmax())
         return widths[best % len(widths)] if rates[best] > rates[-1] else 0

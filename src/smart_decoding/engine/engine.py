@@ -130,6 +130,21 @@ class Engine:
             request.aborted = True
             self._finish(request)
 
+    def suspend(self) -> list[Request]:
+        """Puts all running requests back to the queue, as they were after their last tokens: after a step that raised.
+
+        Returns them. Their keys are computed again when they run on; ended ones leave."""
+        suspended = list(self.scheduler.running)
+        for request in suspended:
+            if request.logprobs is not None:
+                del request.logprobs[len(request.output) :]
+            if request.finished:
+                self._finish(request)
+        for request in reversed(self.scheduler.running[:]):
+            self.scheduler.preempt(request)
+        self._forget(suspended)
+        return suspended
+
     def listen(self, drafter: Drafter) -> None:
         """Puts a drafter in place before the first request, such as one that records the target's features."""
         if self._requests:
@@ -169,10 +184,12 @@ class Engine:
         with watch.time("kv"):
             self._commit_keys(acceptance, rows, last, node_row)
         emitted = self._update(batch, asking, acceptance, scores, last, node_row)
-        _count_nodes(batch, trees, kept)
+        if len(trees):
+            _count_nodes(batch, trees, kept)
         done = Round(state, plan, trees, kept, self._next_tokens(trees, kept, acceptance),
                      acceptance.root_next[: len(batch.decode)], widths, seconds, len(rows), verify_seconds)  # fmt: skip
         if batch.decode:
+            done.other_seconds = self._clock() - started - verify_seconds - watch.seconds["draft"]
             self.policy.observe(done)
         now, spent = self._clock(), watch.seconds
         self.last_round = RoundRecord(done, emitted, now - started, spent["draft"], spent["verify"], spent["sample"],
@@ -251,8 +268,7 @@ class Engine:
         if rows.logit_rows is not None:
             at = np.arange(len(at))
         if all(r.params.greedy and not r.params.changes_logits for r in asking):
-            tokens = self.target.argmax(scores.logits)[at] if len(at) else np.zeros(0, np.int64)
-            acceptance = accept(nodes, lambda wanted: tokens[wanted])
+            acceptance = accept(nodes, lambda wanted: self.target.argmax(scores.logits, at[wanted]))
         else:
             eos = self.target.eos_token_ids
             acceptance = accept(
@@ -307,21 +323,25 @@ class Engine:
                 metrics.rounds += 1
                 metrics.accepted += min(len(tokens), len(path))
             request.table.commit(request.tokens, min(length, len(request.tokens)))  # an end may cut the path short
-            if not request.finished:
-                first = int(last[i]) - chunks.get(id(request), 1) + 1
-                committed = np.concatenate((np.arange(first, last[i] + 1), node_row[path]))
-                self._extend(request, scores, committed, start)
+            if not request.finished and self.drafter is not None:
+                count = chunks.get(id(request), 1)
+                first, end = int(last[i]) - count + 1, int(last[i]) + 1
+                committed: slice | IntArray = slice(first, end)
+                if len(path):
+                    committed = np.concatenate((np.arange(first, end), node_row[path]))
+                self._extend(request, scores, committed, start, count + len(path))
         for j, (request, count) in enumerate((r, n) for r, n in batch.prefill if n < r.pending and r not in asking):
             start = request.table.length
             first = int(last[len(asking) + j]) - count + 1
             request.table.commit(request.tokens, start + count)
-            self._extend(request, scores, np.arange(first, first + count), start)
+            self._extend(request, scores, slice(first, first + count), start, count)
         return total
 
-    def _extend(self, request: Request, scores: TargetScores, rows: IntArray, first: int) -> None:
+    def _extend(self, request: Request, scores: TargetScores, rows: slice | IntArray, first: int, count: int) -> None:
+        """Hands the drafter what the target computed at `count` committed positions from `first` on."""
         if self.drafter is not None:
             features = None if scores.features is None else scores.features[rows]
-            self.drafter.extend(request, features, first, request.tokens[first : first + len(rows)])
+            self.drafter.extend(request, features, first, request.tokens[first : first + count])
 
     @staticmethod
     def _next_tokens(trees: DraftTrees, kept: IntArray, acceptance: Acceptance) -> IntArray:

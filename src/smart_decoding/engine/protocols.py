@@ -42,8 +42,8 @@ class Target(Protocol):
         """[which] the target's tokens at rows `which` of `logits`."""
         ...
 
-    def argmax(self, logits: Logits) -> IntArray:
-        """[rows] greedy tokens, ties to the lowest id."""
+    def argmax(self, logits: Logits, which: IntArray) -> IntArray:
+        """[which] greedy tokens of the rows `which`, ties to the lowest id."""
         ...
 
     def logprobs(self, logits: Logits, which: IntArray, tokens: IntArray, k: int) -> list[Any]:

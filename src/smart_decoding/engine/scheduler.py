@@ -78,7 +78,7 @@ class Scheduler:
                 return True
             except OutOfPages:
                 youngest = self.running[-1]
-                self._preempt(youngest)
+                self.preempt(youngest)
                 if youngest is request:
                     return False
 
@@ -96,7 +96,7 @@ class Scheduler:
         self.running.append(self.waiting.popleft())
         return True
 
-    def _preempt(self, request: Request) -> None:
+    def preempt(self, request: Request) -> None:
         """Puts a running request back to the front of the queue; its keys are computed again later."""
         request.table.release()
         request.metrics.preemptions += 1

@@ -42,8 +42,8 @@ class RuleTarget:
         wanted = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
         return TargetScores(np.asarray(self.rule(wanted)), None)
 
-    def argmax(self, logits):
-        return logits.astype(np.int64)
+    def argmax(self, logits, which):
+        return logits[which].astype(np.int64)
 
     def move(self, source, target):
         pass

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.decoder import Decoder
-from smart_decoding.backends.torch.eagle_head import EagleHead, load_head
+from smart_decoding.backends.torch.eagle_head import EagleHead
+from smart_decoding.backends.torch.head_files import load_head
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smart_decoding.backends.torch.eagle_head import EagleHead, load_head
+from smart_decoding.backends.torch.eagle_head import EagleHead
+from smart_decoding.backends.torch.head_files import load_head
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.kv import PAGE

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.eagle_head import load_head
+from smart_decoding.backends.torch.head_files import load_head
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.errors import ModelError
 from smart_decoding.training import train

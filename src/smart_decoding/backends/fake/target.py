@@ -51,8 +51,8 @@ class FakeTarget:
         """[vocab] the logits after `tokens`, without any cache: what `verify` must come to."""
         return self._logits(np.stack((np.asarray(tokens), np.arange(len(tokens))), axis=1))
 
-    def argmax(self, logits: torch.Tensor) -> IntArray:
-        return self.sampler.argmax(logits)
+    def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
+        return self.sampler.argmax(logits, which)
 
     def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
         return self.sampler.sample(logits, which, specs)

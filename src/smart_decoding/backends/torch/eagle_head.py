@@ -1,27 +1,22 @@
-"""An EAGLE-3 style head at inference: features and tokens in, hidden states and ranked children out.
+"""An EAGLE head at inference: features and tokens in, hidden states and ranked children out.
 
-Layout: docs of EAGLE-3 (arXiv 2503.01840): q, k and v read [norm(embedding) ; norm(features)], the residual is the
-un-normalised features, and what is fed back is the output before the last norm. Its output matrix is a subset of the
-target's rows (frequent tokens), which is what makes a level cheap.
+EAGLE-3 (arXiv 2503.01840): q, k and v read [norm(embedding) ; norm(features)], the residual is the un-normalised
+features, and what is fed back is the output before the last norm. Its output matrix covers frequent tokens only, which
+is what makes a level cheap. EAGLE-1/2: fc merges [embedding ; features] into the layer's input, and the target's own
+output matrix ranks what comes out. docs/eagle-heads.md has the conventions.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from smart_decoding.backends.torch import kernels
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.decoder import Decoder, rotary_table
+from smart_decoding.backends.torch.decoder import Decoder, rotary_table, use_native
+from smart_decoding.backends.torch.head_files import HeadFiles
 from smart_decoding.backends.torch.kernels import Arena, packed_rows
 from smart_decoding.backends.torch.layers import (
     Context,
@@ -40,72 +35,16 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ModelError
 
-ARCHITECTURE = "SmartEagle3Head"
-
-
-@dataclass(frozen=True, slots=True)
-class HeadFiles:
-    """A head as read from disk, checked against the target."""
-
-    config: Mapping[str, Any]
-    weights: Mapping[str, Tensor]
-    taps: tuple[int, ...]
-
-
-def load_head(folder: Path, target: ModelConfig) -> HeadFiles:
-    """Reads a head and checks that it fits the target. Raises ModelError naming what does not."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} is not a draft head: it has no config.json") from error
-    except ValueError as error:
-        raise ModelError(f"config.json in {folder} is corrupt: {error}") from error
-    if config.get("architectures") != [ARCHITECTURE]:
-        raise ModelError(f"{folder} holds {config.get('architectures')}, not a {ARCHITECTURE} that smart train wrote")
-    wanted = {"hidden_size": target.hidden, "vocab_size": target.vocab, "target_num_hidden_layers": target.layers}
-    for name, value in wanted.items():
-        if config.get(name) != value:
-            raise ModelError(f"the head in {folder} has {name} {config.get(name)}, but the model has {value}")
-    try:
-        weights = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"model.safetensors in {folder} is missing or corrupt ({error})") from error
-    taps = tuple(int(tap) for tap in config["taps"])
-    _check_shapes(folder, weights, target, taps)
-    return HeadFiles(config, weights, taps)
-
-
-def _check_shapes(folder: Path, weights: Mapping[str, Tensor], c: ModelConfig, taps: tuple[int, ...]) -> None:
-    q, kv, d = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.hidden
-    shapes = {
-        "fc.weight": (d, len(taps) * d),
-        "norm.weight": (d,),
-        **{f"midlayer.{name}.weight": (d,) for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")},
-        "midlayer.self_attn.q_proj.weight": (q, 2 * d),
-        "midlayer.self_attn.k_proj.weight": (kv, 2 * d),
-        "midlayer.self_attn.v_proj.weight": (kv, 2 * d),
-        "midlayer.self_attn.o_proj.weight": (d, q),
-        "midlayer.mlp.gate_proj.weight": (c.ffn, d),
-        "midlayer.mlp.up_proj.weight": (c.ffn, d),
-        "midlayer.mlp.down_proj.weight": (d, c.ffn),
-    }
-    for name, shape in shapes.items():
-        if name not in weights:
-            raise ModelError(f"the head in {folder} lacks the tensor {name}")
-        if tuple(weights[name].shape) != shape:
-            raise ModelError(f"the head's {name} has shape {tuple(weights[name].shape)}, but the model needs {shape}")
-    ids = weights.get("draft_ids")
-    if ids is None or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= c.vocab:
-        raise ModelError(f"the head in {folder} lacks draft_ids within the model's vocabulary")
-
 
 class EagleHead:
     """The head on the target's device; its keys live in pages with the target's numbers, plus scratch for the tree."""
 
     def __init__(self, files: HeadFiles, target: Decoder, pages: int, scratch_pages: int, positions: int) -> None:
-        c = replace(target.config, layers=1)
+        c = files.shape
         self.config, self.native, self._target = c, target.native, target
         dtype, device = target.dtype, target.device
+        if self.native and not use_native(c, device):
+            raise ModelError(f"the CPU kernels do not serve a head of {c.heads} heads of {c.head_dim} dimensions")
         self.device, self.work_dtype = device, target.work_dtype
         weights = {name: tensor.to(device) for name, tensor in files.weights.items()}
 
@@ -126,18 +65,29 @@ class EagleHead:
             up=get("midlayer.mlp.up_proj.weight"),
             down=get("midlayer.mlp.down_proj.weight"),
             post_norm=get("midlayer.post_attention_layernorm.weight"),
+            qkv_bias=torch.cat([get(f"midlayer.self_attn.{n}_proj.bias") for n in "qkv"]) if c.qkv_bias else None,
+            output_bias=get("midlayer.self_attn.o_proj.bias") if c.o_bias else None,
         )
-        fc, rows = _fc_with_norms(weights, self._tap_count).to(dtype), target.head.rows_of(self.draft_ids).to(dtype)
+        self._fused, self._norm_before_residual = files.fused, files.norm_before_residual
+        self._normed_taps = "fc_norm.0.weight" in weights
+        fc = _fc_with_norms(weights, self._tap_count) if self._normed_taps else weights["fc.weight"]
+        rows = None if self._fused else self._output_rows(weights).to(dtype)
         arena = None
         if self.native:
-            size = layer.elements() + packed_rows(len(fc)) * fc.shape[1] + packed_rows(len(rows)) * c.hidden
-            arena = Arena(size, dtype)
+            size = layer.elements() + packed_rows(len(fc)) * fc.shape[1]
+            arena = Arena(size + (0 if rows is None else packed_rows(len(rows)) * c.hidden), dtype)
         self._layers: Layers = NativeLayers([layer], arena, target.workspace) if arena else TorchLayers([layer])
-        self._fc = Linear(fc, self.native, arena)
-        self._head = Linear(rows, self.native, arena, get("norm.weight"), c.rms_eps)
+        bias = get("fc.bias") if "fc.bias" in weights else None
+        self._fc = Linear(fc.to(dtype), self.native, arena, bias=bias)
+        own = weights.get("embed_tokens.weight")
+        self._embedding = None if own is None else own.to(dtype)
         wide = torch.float32 if self.native else dtype
-        self._input_norm = get("midlayer.input_layernorm.weight").to(wide)
-        self._hidden_norm = get("midlayer.hidden_norm.weight").to(wide)
+        if rows is None:
+            self._head, self._final_norm = target.head.without_norm(), target.final_norm.to(wide)
+        else:
+            self._head = Linear(rows, self.native, arena, get("norm.weight"), c.rms_eps)
+            self._input_norm = get("midlayer.input_layernorm.weight").to(wide)
+            self._hidden_norm = get("midlayer.hidden_norm.weight").to(wide)
         self._ones = torch.ones(c.hidden, dtype=wide, device=device)
         self._rotary = rotary_table(c, positions, device)
         self.kv = KVCache.empty(1, c.kv_heads, pages + scratch_pages, c.head_dim, dtype, device)
@@ -146,15 +96,24 @@ class EagleHead:
     def project(self, parts: Sequence[Tensor]) -> Tensor:
         """Projects tapped states [n_i, taps * hidden] of several requests to features [sum n_i, hidden]."""
         taps = torch.cat(list(parts))
+        if self._fused:  # the target's features as its own output matrix sees them
+            return self._norm(taps, self._final_norm, self._target.config.rms_eps)
+        if not self._normed_taps:
+            return self._fc(taps)
         flat = taps.reshape(-1, self.config.hidden)
         return self._fc(self._norm(flat, self._ones).view(len(taps), -1))
 
     @torch.inference_mode()
     def run(self, rows: Rows, g: Tensor) -> Tensor:
         """One pass over pairs (g [rows, hidden], rows.token): the outputs [rows, hidden], fed back as g."""
-        embedded = self._target.embed(torch.from_numpy(rows.token).to(self._target.device))
-        x = g.clone()
-        self._layers(x, Context(rows, *self._rotary), self.kv, self._inputs(embedded, x))
+        embedded = self._embed(torch.from_numpy(rows.token).to(self._target.device))
+        if self._fused:
+            x = self._fc(torch.cat((embedded, g), dim=-1))
+            inputs = x.clone()
+        else:
+            x = self._norm(g, self._hidden_norm) if self._norm_before_residual else g.clone()
+            inputs = self._inputs(embedded, g)
+        self._layers(x, Context(rows, *self._rotary), self.kv, inputs)
         return x
 
     def take(self, outs: Sequence[Tensor], rows: IntArray) -> Tensor:
@@ -177,6 +136,13 @@ class EagleHead:
         g = torch.ones(len(rows), self.config.hidden, dtype=self.work_dtype, device=self.device)
         self.rank(self.run(rows, g), 8, np.zeros(len(rows)), [])
 
+    def _embed(self, token: Tensor) -> Tensor:
+        return self._target.embed(token) if self._embedding is None else self._embedding[token].to(self.work_dtype)
+
+    def _output_rows(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """[draft, hidden] the head's own output matrix, or the target's rows."""
+        return weights["lm_head.weight"] if "lm_head.weight" in weights else self._target.head.rows_of(self.draft_ids)
+
     def _inputs(self, embedded: Tensor, g: Tensor) -> Tensor:
         if not self.native:
             parts = (self._norm(embedded, self._input_norm), self._norm(g, self._hidden_norm))
@@ -186,11 +152,12 @@ class EagleHead:
         kernels.rms_norm(g.contiguous(), self._hidden_norm, self.config.rms_eps, out, self.config.hidden)
         return out
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _norm(self, x: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
+        eps = self.config.rms_eps if eps is None else eps
         if not self.native:
-            return rms_norm(x, weight, self.config.rms_eps)
+            return rms_norm(x, weight, eps)
         out = torch.empty_like(x)
-        kernels.rms_norm(x.contiguous(), weight, self.config.rms_eps, out)
+        kernels.rms_norm(x.contiguous(), weight, eps, out)
         return out
 
 

@@ -62,7 +62,7 @@ def _lib() -> ctypes.CDLL:
         lib.smart_move_kv.argtypes = [
             *(c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int32),
         ]
-        lib.smart_argmax.argtypes = [c_void_p, c_int32, c_int64, c_void_p, c_int32]
+        lib.smart_argmax.argtypes = [c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_int32]
         lib.smart_top_k.argtypes = [
             *(c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
         ]
@@ -185,10 +185,12 @@ def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Non
     )  # fmt: skip
 
 
-def argmax(x: Tensor) -> Tensor:
-    """First index of the largest entry of each row of x [rows, n]: int64 [rows]."""
-    out = torch.empty(len(x), dtype=torch.int64)
-    _lib().smart_argmax(x.data_ptr(), len(x), x.shape[1], out.data_ptr(), torch.get_num_threads())
+def argmax(x: Tensor, which: NDArray[np.int64]) -> NDArray[np.int64]:
+    """First index of the largest entry of the rows `which` of x [rows, n]: [which]."""
+    out = np.empty(len(which), np.int64)
+    _lib().smart_argmax(
+        x.data_ptr(), which.ctypes.data, len(which), x.shape[1], out.ctypes.data, torch.get_num_threads()
+    )
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -299,6 +300,12 @@ class Linear:
         if self._native:
             return kernels.linear(x, self._weight, self.rows, self._norm, self._eps, self._bias, out)
         return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self._bias)
+
+    def without_norm(self) -> Linear:
+        """The same map without the norm before it, sharing the weight."""
+        twin = copy.copy(self)
+        twin._norm = None
+        return twin
 
     def rows_of(self, index: Tensor) -> Tensor:
         """The weight's rows at `index` [n]: [n, in], float32 on the CPU kernels. Saves tied embeddings a second

@@ -47,12 +47,15 @@ class Sampler:
         self.vocab_size = vocab_size
         self._kernels = build.unavailable() is None
 
-    def argmax(self, logits: torch.Tensor) -> NDArray[np.int64]:
-        """[rows] most likely token of every row; of several, the lowest id."""
+    def argmax(self, logits: torch.Tensor, which: ArrayLike | None = None) -> NDArray[np.int64]:
+        """[which] most likely token of each of the rows `which` (default: all); of several, the lowest id."""
+        indices = np.arange(len(logits)) if which is None else np.ascontiguousarray(which, np.int64)
         if logits.device.type == "cpu" and self._kernels and logits.dtype == torch.float32:
-            tokens = kernels.argmax(logits.contiguous()).numpy()
-            _require_finite(logits.numpy()[np.arange(len(tokens)), tokens])
+            tokens = kernels.argmax(logits.contiguous(), indices)
+            _require_finite(logits.numpy()[indices, tokens])
             return tokens
+        if which is not None:
+            logits = logits[torch.from_numpy(indices).to(logits.device)]
         if logits.device.type == "cpu":
             rows = logits.detach().float().numpy()
             tokens = rows.argmax(-1)  # the first maximum, by numpy's contract; torch.argmax gives no such promise
@@ -69,7 +72,7 @@ class Sampler:
             raise ValueError(f"{len(indices)} rows but {len(specs)} specs")
         plain = [spec.params.greedy and not spec.params.changes_logits for spec in specs]
         if all(plain):
-            return self.argmax(logits[torch.from_numpy(indices)])
+            return self.argmax(logits, indices)
         tokens = [draw(row, spec) for row, spec in zip(_rows(logits, indices), specs, strict=True)]
         return np.array(tokens, np.int64)
 

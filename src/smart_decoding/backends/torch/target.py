@@ -52,8 +52,8 @@ class TorchTarget:
         out = self.decoder.forward(rows, taps)
         return TargetScores(out.logits, out.taps)
 
-    def argmax(self, logits: torch.Tensor) -> IntArray:
-        return self.sampler.argmax(logits)
+    def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
+        return self.sampler.argmax(logits, which)
 
     def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
         return self.sampler.sample(logits, which, specs)

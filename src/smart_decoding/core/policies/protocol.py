@@ -69,6 +69,7 @@ class Round:
         catch-up rows).
     verify_rows: rows of the verifying forward: roots, kept nodes and prefill rows.
     verify_seconds: its duration, sampling included.
+    other_seconds: what the round took beyond drafting, verifying and sampling.
     """
 
     batch: BatchState
@@ -81,6 +82,7 @@ class Round:
     level_seconds: list[float] = field(default_factory=list)
     verify_rows: int = 0
     verify_seconds: float = 0.0
+    other_seconds: float = 0.0
 
     def observed(self) -> tuple[IntArray, BoolArray]:
         """Nodes whose parent was accepted, and whether the target chose them: uncensored observations.

@@ -29,10 +29,13 @@ from smart_decoding.core.probing import Prober
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
+SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
 AHEAD = 3  # levels of look-ahead while drafting
 KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
-CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up
+CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up, if the answers go on for as long
+MARGIN = 1.03  # what drafting must promise over plain decoding: costs are known to a few per cent, not better
+PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
 BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, slow-moving beliefs are updated every fourth round
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
@@ -63,7 +66,7 @@ class Outlook:
     def best(self) -> Option | None:
         """The best way to draft, or None where plain decoding is at least as good."""
         option = max(self.values, key=self.value, default=None)
-        return option if option is not None and self.value(option) > self.value(None) else None
+        return option if option is not None and self.value(option) > MARGIN * self.value(None) else None
 
     @cached_property
     def best_with_model(self) -> Option | None:
@@ -101,6 +104,26 @@ class _Scratch:
     expected: float = 0.0  # sum of accept_prob of the selected nodes
 
 
+class Overhead:
+    """Seconds that a speculating round takes beyond its forwards and beyond what a plain round takes, learned."""
+
+    GAIN, ENOUGH, CLIP = 1 / 32, 4, 2.0  # one slow round counts as at most twice the usual
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._mean = {False: 0.0, True: 0.0}  # by whether the round speculated
+        self._seen = {False: 0, True: 0}
+
+    def observe(self, speculated: bool, seconds: float) -> None:
+        """After a round that prefilled nothing."""
+        seen, mean = self._seen[speculated], self._mean[speculated]
+        seconds = min(seconds, self.CLIP * mean) if seen else seconds
+        self._mean[speculated] = mean + max(self.GAIN, 1 / (seen + 1)) * (seconds - mean)
+        self._seen[speculated] = seen + 1
+        if min(self._seen.values()) >= self.ENOUGH:
+            self.seconds = max(0.0, self._mean[True] - self._mean[False])
+
+
 class Smart:
     """The cost-aware policy.
 
@@ -132,6 +155,7 @@ class Smart:
         self.prober = Prober(require_number("probe_budget", probe_budget, 0.0, 0.5))
         self.eos = frozenset(eos_token_ids)
         self.statistics = Statistics()
+        self._overhead = Overhead(self.cost.overhead_seconds)
         self._foresight = 0.0  # log of what drafting rounds really reached over their forecast
         self._outlooks: dict[tuple[object, ...], Outlook] = {}  # by the batch's shape
         self._rounds = 0
@@ -142,7 +166,7 @@ class Smart:
 
     def plan(self, batch: BatchState) -> DraftPlan:
         scratch = self._scratch = self._open(batch)
-        if not scratch.drafting or not (batch.has_model or batch.has_free):
+        if not scratch.drafting or not (batch.has_model or batch.has_free) or batch.prefill_rows > PREFILL:
             return OFF
         outlook = scratch.outlook = self._current_outlook(batch, scratch)
         believed = option = outlook.best
@@ -151,7 +175,11 @@ class Smart:
             self._drafting = believed is not None
             self.prober.mode_changed()
         other = self._probe(outlook, believed)
-        if other != believed and self.prober.due(outlook.price(other, believed)):
+        if (
+            other != believed
+            and not batch.prefill_rows
+            and self.prober.due(outlook.price(other, believed) + self._catch_up(batch, other))
+        ):
             option, scratch.probe = other, True
         return self._start(batch, scratch, outlook, option)
 
@@ -187,18 +215,21 @@ class Smart:
 
     def _look_out(self, batch: BatchState, scratch: _Scratch, key: tuple[object, ...]) -> Outlook:
         size, drafting, levels = batch.size, scratch.drafting, self._max_levels(batch, scratch)
+        widths = WIDTHS
+        if drafting > SMALL:
+            levels, widths = min(levels, FEW_LEVELS), WIDTHS[:2]
         children = self.forecast.children(float(np.mean(scratch.greedy)))
-        columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * WIDTHS[-1]), len(self.forecast.free))
-        verify = self.cost.verify_curve(size, size + batch.prefill_rows, columns + 1, scratch.context)
+        columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free))
+        verify = self._verify(batch, scratch, columns + 1)
         rows = np.arange(1 + max(WIDTHS[-1] * drafting, _first_rows(batch)))
         prices = self.cost.draft_seconds(rows, scratch.context)
-        limit, overhead = self._limit(size, float(verify[0])), self.cost.overhead_seconds
+        limit, overhead = self._limit(size, float(verify[0])), self._overhead.seconds
         values: dict[Option, float] = {}
         if batch.has_free:
             gains = np.repeat(-np.sort(-self.forecast.free), drafting)
             values[FREE_ONLY] = best_size(gains, size, overhead, verify[: len(gains) + 1], limit)[1]
-        for wide in WIDTHS if levels else ():
-            losses = np.repeat(-grow(children, levels, wide), drafting, axis=1)
+        for wide in widths if levels else ():
+            losses = np.repeat(np.sort(-grow(children, levels, wide), axis=1), drafting, axis=1)
             first = overhead + float(prices[_first_rows(batch)])
             sunk: FloatArray = first + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
             rates = best_rates(losses, size, sunk, verify[: losses.shape[1] + 1], limit)
@@ -223,11 +254,20 @@ class Smart:
         others = [o for o in dict.fromkeys((None, free, model)) if o != believed] or [believed]
         return others[self.prober.count % len(others)]
 
+    def _catch_up(self, batch: BatchState, option: Option | None) -> float:
+        """Seconds of catching up that a plan does not charge to a single round, but which a single probe costs."""
+        rows = batch.size + batch.catch_up_rows
+        if option is None or not option[0] or rows == _first_rows(batch):
+            return 0.0
+        context = float(batch.context.sum()) / batch.size
+        first, whole = self.cost.draft_seconds([_first_rows(batch), rows], context)
+        return float(whole - first)
+
     def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:
         if option is None:
             return OFF
         levels, wide = option
-        scratch.forecast, scratch.sunk = outlook.values[option], self.cost.overhead_seconds
+        scratch.forecast, scratch.sunk = outlook.values[option], self._overhead.seconds
         if levels == 0:
             return DraftPlan(True, 0, self.children)
         scratch.sunk += float(outlook.levels[outlook.first])
@@ -294,6 +334,8 @@ class Smart:
         self._rounds += 1
         seldom = self._rounds > BUSY_ROUNDS and self._rounds % SELDOM != 0
         self._learn_costs(round, scratch, seldom)
+        if not batch.prefill_rows:
+            self._overhead.observe(round.plan.speculate, round.other_seconds)
         accepted = 0
         if len(trees):
             self._score(scratch, trees)
@@ -334,16 +376,27 @@ class Smart:
         """Seconds of a verification of 0, 1, ... nodes, at least up to `nodes`."""
         assert scratch.outlook is not None
         if len(scratch.outlook.verify) <= nodes:
-            first = batch.size + batch.prefill_rows
-            scratch.outlook.verify = self.cost.verify_curve(batch.size, first, 2 * nodes + 1, scratch.context)
+            scratch.outlook.verify = self._verify(batch, scratch, 2 * nodes + 1)
         return scratch.outlook.verify
+
+    def _verify(self, batch: BatchState, scratch: _Scratch, count: int) -> FloatArray:
+        """Seconds of a verification of 0, 1, ... count - 1 nodes, what prefill rows cost apart.
+
+        Those must be computed anyway and bring no token now: counted in, they would make time look cheap and drafting
+        worthwhile, in a round whose further rows cost as much as ever."""
+        size = batch.size
+        seconds = self.cost.verify_curve(size, size + batch.prefill_rows, count, scratch.context)
+        if batch.prefill_rows:
+            plain = float(self.cost.verify_curve(size, size, 1, scratch.context)[0])
+            seconds = np.maximum(seconds + (plain - float(seconds[0])), plain)
+        return seconds
 
     def _limit(self, size: int, plain: float) -> float:
         """Seconds that a round may last: no bound for a lone request, which gets all the nodes itself."""
         return self.max_round_slowdown * plain if size > 1 else math.inf
 
     def _learn_costs(self, round: Round, scratch: _Scratch, seldom: bool) -> None:
-        if round.verify_rows:
+        if round.verify_rows and not (seldom and not round.plan.speculate):
             sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
             self.cost = self.cost.corrected(sample)
         for width, seconds in zip(round.level_widths, round.level_seconds, strict=True):
@@ -355,11 +408,12 @@ def _first_rows(batch: BatchState) -> int:
     """Rows that the first drafted level is charged. A long catch-up (a prompt, a stretch of plain decoding) is an
     investment: charged in full to one round it would never be made, and grow."""
     regular = min(batch.catch_up_rows, 2 * batch.size)
-    return batch.size + regular + (batch.catch_up_rows - regular) // CATCH_UP_ROUNDS
+    rounds = max(1, min(CATCH_UP_ROUNDS, int(batch.remaining.sum()) // (2 * batch.size)))
+    return batch.size + regular + (batch.catch_up_rows - regular) // rounds
 
 
 @lru_cache(maxsize=1024)
 def _widths(drafting: int, nodes: int) -> tuple[int, ...]:
     """Frontier widths to consider: multiples of the drafting requests, as far as there are nodes."""
-    factors = WIDTHS if drafting <= 4 else WIDTHS[:3]
+    factors = WIDTHS if drafting <= SMALL else WIDTHS[:3]
     return tuple(sorted({min(factor * drafting, nodes) for factor in factors}))

@@ -758,8 +758,8 @@ void smart_rms_norm(const float* x, const float* weight, float eps, int rows, in
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * ldo);
 }
 
-// First index of each row's maximum; -1 where there is none (nothing but NaN).
-void smart_argmax(const float* x, int rows, int64_t n, int64_t* out, int threads) {
+// First index of the maximum of each of the rows `which`; -1 where there is none (nothing but NaN).
+void smart_argmax(const float* x, const int64_t* which, int rows, int64_t n, int64_t* out, int threads) {
     // Each thread scans the columns that it has just written as output layer: they are in its own cache.
     constexpr int MAX_THREADS = 64;
     threads = std::min(threads, MAX_THREADS);
@@ -769,11 +769,11 @@ void smart_argmax(const float* x, int rows, int64_t n, int64_t* out, int threads
     {
         int me = omp_get_thread_num(), team = omp_get_num_threads();
         int64_t first = std::min(n, panels * me / team * PANEL), last = std::min(n, panels * (me + 1) / team * PANEL);
-        for (int r = 0; r < rows; r++) found[r * MAX_THREADS + me] = first_maximum(x + r * n, first, last);
+        for (int r = 0; r < rows; r++) found[r * MAX_THREADS + me] = first_maximum(x + which[r] * n, first, last);
         #pragma omp barrier
         #pragma omp single
         for (int r = 0; r < rows; r++) {
-            const float* row = x + r * n;
+            const float* row = x + which[r] * n;
             int64_t best = n;
             for (int t = 0; t < team; t++) {
                 int64_t at = found[r * MAX_THREADS + t];

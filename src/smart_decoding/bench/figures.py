@@ -1,0 +1,244 @@
+"""The figures of a report as plain data, which `svg` and `plots` draw: what is shown is decided once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from smart_decoding.bench.options import BASELINE
+from smart_decoding.bench.reliability import Floats
+from smart_decoding.bench.report import Run
+from smart_decoding.bench.results import Results, histogram, interval, number
+from smart_decoding.core.cost import CostModel
+
+NEUTRAL = -1  # the colour of what is no policy
+DEFAULT_CONTEXT = 128.0  # tokens, for results that do not say theirs
+AGAIN = "measure again with this version of smart bench to have it"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """y_range: its interval; x_range: where x mostly lies; weight: relative area of the marker; note: in words;
+    label: printed at the marker."""
+
+    x: float
+    y: float
+    y_range: tuple[float, float] | None = None
+    x_range: tuple[float, float] | None = None
+    weight: float = 1.0
+    note: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """colour: number of the policy, or NEUTRAL. tag: printed at the last point."""
+
+    name: str
+    colour: int
+    points: Sequence[Point]
+    line: bool = True
+    markers: bool = True
+    tag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One pair of axes. x_ticks: where they are not to be found by itself; x_log: to base 2. level: a horizontal line,
+    with its name; diagonal: the line y = x."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    x_ticks: Sequence[float] = ()
+    x_log: bool = False
+    from_zero: bool = False
+    level: tuple[float, str] | None = None
+    diagonal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """caption: how to read it. missing: why there are no panels."""
+
+    key: str
+    title: str
+    caption: str
+    panels: Sequence[Panel] = ()
+    missing: str = ""
+
+
+def figures(results: Results) -> list[Figure]:
+    """All figures, those without data too."""
+    return [speedup(results), cost(results), tokens(results), reliability(results)]
+
+
+def speedup(results: Results) -> Figure:
+    """Speedup against batch size, one line per policy."""
+    title = "Speedup against batch size"
+    series = []
+    for colour, (policy, name) in enumerate(results.names.items()):
+        points = [_speedup_point(run) for run in _runs_of(results, policy) if number(run, "speedup") is not None]
+        if points:
+            series.append(Series(name, colour, points, tag=f"{name} {points[-1].y:.2f}×"))
+    if not series:
+        return Figure("speedup", title, "", missing="No policy but plain decoding was measured.")
+    caption = (
+        "Throughput while decoding, divided by that of plain decoding in the same run; bands are 95 % intervals over "
+        "paired blocks. Below the line at 1× speculation costs time."
+    )
+    sizes = [float(size) for size in results.batch_sizes]
+    panel = Panel(
+        "", "batch size", "speedup", series, sizes, True, level=(1.0, "1×, plain decoding: below it is slower")
+    )
+    return Figure("speedup", title, caption, [panel])
+
+
+def cost(results: Results) -> Figure:
+    """The profile's verification seconds over rows, and where each policy's rounds really were."""
+    title = "What a round costs, and the rows that policies chose"
+    if results.cost is None:
+        return Figure(
+            "cost", title, "", missing=f"These results hold no cost curve: {AGAIN}, with a policy such as smart."
+        )
+    panels = [panel for size in results.batch_sizes if (panel := _cost_panel(results, results.cost, size)) is not None]
+    caption = (
+        "Grey: the measured profile, milliseconds of one verifying forward over its rows (one per request, and every "
+        "verified draft token). Markers: each policy's mean rows and its measured mean time; the bar covers the middle "
+        "80 % of its rounds. A marker off the curve means that the machine was faster or slower than when profiled."
+    )
+    if not panels:
+        return Figure("cost", title, "", missing=f"These results do not say how many rows a round had: {AGAIN}.")
+    return Figure("cost", title, caption, panels)
+
+
+def tokens(results: Results) -> Figure:
+    """Tokens of a request per round against rows of the batch, one line per policy over batch sizes."""
+    title = "Tokens per round against rows"
+    series = []
+    for colour, (policy, name) in enumerate(results.names.items()):
+        points = []
+        for run in _runs_of(results, policy):
+            x, y = number(run, "rows_per_round"), number(run, "tokens_per_round")
+            if x is not None and y is not None and x > 0:
+                note = f"{name}, batch {run['batch_size']}: {y:.2f} tokens a round, {x:.1f} rows"
+                points.append(Point(x, y, note=note, label=str(run["batch_size"])))
+        if points:
+            series.append(Series(name, colour, points, tag=name))
+    if not series:
+        return Figure("tokens", title, "", missing=f"These results do not say how many rows a round had: {AGAIN}.")
+    caption = (
+        "One marker per batch size, which is printed at it. Up is more tokens for each request in a round; right is "
+        "more rows to verify for the whole batch. Plain decoding makes one token a round."
+    )
+    panel = Panel("", "rows of the batch per round", "tokens per round of a request", series, (), True,
+                  level=(1.0, "plain decoding"))  # fmt: skip
+    return Figure("tokens", title, caption, [panel])
+
+
+def reliability(results: Results) -> Figure:
+    """Predicted against observed acceptance, before and after calibration, one panel per policy that calibrates."""
+    title = "Do the probabilities come true?"
+    panels = []
+    for colour, (policy, name) in enumerate(results.names.items()):
+        parts = {part: _pooled_bins(_runs_of(results, policy), part) for part in ("draft", "calibrated")}
+        if len(parts["calibrated"][0]):
+            before, after = (calibration_error(parts[part]) for part in ("draft", "calibrated"))
+            series = [
+                Series(
+                    f"before: the drafter's confidence, off by {100 * before:.1f} %", NEUTRAL, _bins(parts["draft"])
+                ),
+                Series(f"after calibration, off by {100 * after:.1f} %", colour, _bins(parts["calibrated"])),
+            ]
+            panels.append(Panel(name, "predicted", "chosen by the target", series, (0, 0.2, 0.4, 0.6, 0.8, 1),
+                                from_zero=True, diagonal=True))  # fmt: skip
+    if not panels:
+        return Figure("reliability", title, "", missing=f"These results hold no acceptance probabilities: {AGAIN}.")
+    caption = (
+        "Drafted tokens in ten bins of the probability that was predicted for them, against the share that the target "
+        "chose, over all batch sizes; on the diagonal predictions are right. Larger markers hold more tokens; 'off by' "
+        "is the mean distance from the diagonal, over tokens. Only tokens whose predecessors were accepted are tested."
+    )
+    return Figure("reliability", title, caption, panels)
+
+
+def calibration_error(bins: tuple[Floats, Floats, Floats]) -> float:
+    """Mean |predicted - chosen| over tokens."""
+    predicted, chosen, count = bins
+    return float(np.sum(count * np.abs(predicted - chosen)) / np.sum(count)) if np.sum(count) else 0.0
+
+
+def _speedup_point(run: Run) -> Point:
+    value, bounds = float(run["speedup"]), interval(run)
+    said = f"{bounds[0]:.2f} to {bounds[1]:.2f}" if bounds else "one block, no interval"
+    return Point(run["batch_size"], value, bounds, note=f"batch {run['batch_size']}: {value:.2f}× ({said})")
+
+
+def _cost_panel(results: Results, cost: CostModel, size: int) -> Panel | None:
+    series, used, contexts = [], [float(size)], []
+    for colour, policy in ((NEUTRAL, BASELINE), *enumerate(results.names)):
+        run = results.find(policy, size)
+        rows = number(run, "rows_per_round") if run is not None else None
+        if run is None or rows is None:
+            continue
+        context = number(run, "context_tokens") or DEFAULT_CONTEXT
+        expected = 1e3 * float(cost.verify_seconds(size, np.array([round(rows)]), context)[0])
+        measured = number(run, "verify_ms")
+        name = results.names.get(policy, "plain decoding")
+        y = measured if measured is not None else expected
+        note = f"{name}, batch {size}: {rows:.1f} rows, {y:.1f} ms" + ("" if measured else " by the profile")
+        spread = _spread(histogram(run, "row_counts"))
+        series.append(Series(name, colour, [Point(rows, y, x_range=spread, note=note)], line=False))
+        used += [rows, *(spread or ())]
+        contexts.append(context)
+    if not series:
+        return None
+    last = int(max(1.15 * max(used), size + 4))
+    context = sum(contexts) / len(contexts)
+    curve = 1e3 * cost.verify_curve(size, size, last - size + 1, context)
+    points = [Point(size + i, float(ms)) for i, ms in enumerate(curve)]
+    profile = Series("profile", NEUTRAL, points, markers=False)
+    return Panel(f"batch {size}, context {context:.0f}", "rows", "ms", [profile, *series], from_zero=True)
+
+
+def _spread(counts: Mapping[int, float], low: float = 0.1, high: float = 0.9) -> tuple[float, float] | None:
+    """The rows between which the middle 80 % of rounds lie."""
+    if not counts:
+        return None
+    rows = sorted(counts)
+    total = np.cumsum([counts[r] for r in rows])
+    first, last = np.searchsorted(total, [low * total[-1], high * total[-1]])
+    return float(rows[first]), float(rows[last])
+
+
+def _runs_of(results: Results, policy: str) -> list[Run]:
+    return sorted((r for r in results.contestants if r["policy"] == policy), key=lambda run: run["batch_size"])
+
+
+def _pooled_bins(runs: Iterable[Run], part: str) -> tuple[Floats, Floats, Floats]:
+    """(predicted, chosen, count) of a part, by tenths of the prediction, over runs."""
+    sums = np.zeros((3, 11))
+    for run in runs:
+        bins: Any = run.get("reliability")
+        try:
+            predicted, chosen, count = (np.asarray(bins[part][k], float) for k in ("predicted", "chosen", "count"))
+            which = np.clip((predicted * 10).astype(int), 0, 10)
+            for row, values in enumerate((count, count * predicted, count * chosen)):
+                np.add.at(sums[row], which, values)
+        except (KeyError, TypeError, ValueError, IndexError):
+            continue
+    count, predicted, chosen = sums[:, sums[0] > 0]
+    return predicted / count, chosen / count, count
+
+
+def _bins(bins: tuple[Floats, Floats, Floats]) -> list[Point]:
+    predicted, chosen, count = bins
+    share = count / count.max() if len(count) else count
+    return [
+        Point(float(x), float(y), weight=float(w), note=f"predicted {x:.2f}, chosen {y:.2f}, {n:.0f} tokens")
+        for x, y, w, n in zip(predicted, chosen, share, count, strict=True)
+    ]

@@ -1,0 +1,48 @@
+"""`smart report`: pictures of what `smart bench --json` measured, without measuring again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from smart_decoding.bench.options import check_outputs
+from smart_decoding.bench.provenance import write_text
+from smart_decoding.bench.results import Results
+from smart_decoding.errors import ConfigError
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """The pictures that `smart bench` and `smart report` can make."""
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page there")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNG plots there (needs the extra 'bench')")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="written by smart bench --json")
+    add_output_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Writes what was asked for. Raises SmartError for what a user can mend."""
+    if args.html is None and args.plots is None:
+        raise ConfigError("nothing to make: give --html FILE or --plots FOLDER")
+    check_outputs((args.html,), args.plots)
+    write_outputs(Results.read(args.results), args.html, args.plots)
+    return 0
+
+
+def write_outputs(results: Results, html: Path | None, plots: Path | None) -> None:
+    """Writes the page and the plots, says where, and which figures lack data."""
+    from smart_decoding.bench.figures import figures
+    from smart_decoding.bench.html_report import page
+    from smart_decoding.bench.plots import write_plots
+
+    if html is not None:
+        write_text(html, page(results))
+        print(f"wrote {html}")
+    for path in write_plots(results, plots) if plots is not None else ():
+        print(f"wrote {path}")
+    if html is not None or plots is not None:
+        for figure in figures(results):
+            if figure.missing:
+                print(f"not drawn, {figure.key}: {figure.missing}")

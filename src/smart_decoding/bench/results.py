@@ -1,0 +1,128 @@
+"""The results that `smart bench --json` wrote, checked: what is missing or odd is unknown, not an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smart_decoding.bench.options import BASELINE
+from smart_decoding.bench.report import Run, short_names
+from smart_decoding.bench.summary import POOLED
+from smart_decoding.core.cost import CostModel
+from smart_decoding.errors import ConfigError
+
+FASTER, SLOWER, UNDECIDED = "faster", "slower", "undecided"
+
+
+@dataclass(frozen=True)
+class Results:
+    """runs: as in the JSON. names: policy -> short name. cost: the measured profile, if the file has one."""
+
+    provenance: Mapping[str, Any]
+    runs: Sequence[Run]
+    cost: CostModel | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "the results") -> Results:
+        """Raises ConfigError for what `smart bench` cannot have written."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("runs"), Sequence) or not data["runs"]:
+            raise ConfigError(f"{source} has no 'runs': give a file that smart bench --json wrote")
+        for run in data["runs"]:
+            if not isinstance(run, Mapping):
+                raise ConfigError(f"{source}: each of 'runs' must be an object")
+            for name, kind in (("policy", str), ("task", str), ("batch_size", int)):
+                if not isinstance(run.get(name), kind):
+                    raise ConfigError(f"{source}: a run has no usable {name!r}")
+            if "speedup" not in run:
+                raise ConfigError(f"{source}: a run has no 'speedup'")
+        if not any(run["task"] == POOLED for run in data["runs"]):
+            raise ConfigError(f"{source} has no runs of the task {POOLED!r}, which pools the others")
+        return cls(
+            _mapping(data.get("provenance")), data["runs"], _cost(data.get("cost")), _mapping(data.get("memory"))
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Raises ConfigError for a file that is missing or not what `smart bench --json` writes."""
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path} is not JSON: {error}") from error
+
+    @property
+    def pooled(self) -> list[Run]:
+        """The runs over all tasks, the baseline's included."""
+        return [run for run in self.runs if run["task"] == POOLED]
+
+    @property
+    def contestants(self) -> list[Run]:
+        """The pooled runs but the baseline's."""
+        return [run for run in self.pooled if run["policy"] != BASELINE]
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return sorted({run["batch_size"] for run in self.pooled})
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(run["task"] for run in self.runs if run["task"] != POOLED))
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Policy -> short name; `smart` first, so that it always has the same colour."""
+        names = short_names(self.contestants)
+        return dict(sorted(names.items(), key=lambda item: item[0].split("(")[0] != "smart"))
+
+    def find(self, policy: str, batch_size: int, task: str = POOLED) -> Run | None:
+        wanted = (policy, batch_size, task)
+        return next((r for r in self.runs if (r["policy"], r["batch_size"], r["task"]) == wanted), None)
+
+
+def number(run: Mapping[str, Any], name: str) -> float | None:
+    """A finite number of a run, or None."""
+    value = run.get(name)
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None  # type: ignore[arg-type]
+
+
+def interval(run: Mapping[str, Any], name: str = "speedup") -> tuple[float, float] | None:
+    """The 95 % interval of a ratio; None where one block alone was measured."""
+    low, high = number(run, f"{name}_low"), number(run, f"{name}_high")
+    return (low, high) if low is not None and high is not None else None
+
+
+def verdict(run: Run) -> str:
+    """FASTER or SLOWER than plain decoding only where the whole interval says so."""
+    bounds = interval(run)
+    if bounds is None:
+        return UNDECIDED
+    return FASTER if bounds[0] > 1 else SLOWER if bounds[1] < 1 else UNDECIDED
+
+
+def histogram(run: Run, name: str) -> dict[int, float]:
+    """{count: rounds} of a run's distribution; empty where there is none."""
+    table = _mapping(run.get(name))
+    try:
+        return {int(key): float(value) for key, value in table.items() if float(value) > 0}
+    except (TypeError, ValueError):
+        return {}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _cost(state: Any) -> CostModel | None:
+    try:
+        return CostModel.from_dict(state) if isinstance(state, Mapping) else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None

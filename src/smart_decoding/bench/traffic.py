@@ -1,0 +1,41 @@
+"""What a verifying forward moves and computes, so that its time can be read as GB/s and GFLOP/s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from smart_decoding.backends.torch.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """weights: elements of all matrices that a forward multiplies by; kv: elements that a context token keeps;
+    item: bytes of an element."""
+
+    weights: int
+    kv: int
+    item: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, item: int) -> Sizes:
+        """The sizes of a decoder of the Llama family."""
+        attention = config.hidden * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+        layer = attention + 3 * config.hidden * config.ffn
+        kv = 2 * config.layers * config.kv_heads * config.head_dim
+        return cls(config.layers * layer + config.vocab * config.hidden, kv, item)
+
+
+def achieved(run: Mapping[str, Any], sizes: Sizes) -> dict[str, float]:
+    """Mean GB/s and GFLOP/s of a run's verifying forwards (sampling included), NaN where no round was counted.
+
+    Bytes: every weight and every cached key and value once. FLOPs: products with weights; attention is left out."""
+    seconds = 1e-3 * run["verify_ms"]
+    moved = sizes.item * (sizes.weights + run["batch_size"] * run["context_tokens"] * sizes.kv)
+    computed = 2 * sizes.weights * run["rows_per_round"]
+    return {"gb_per_s": _rate(moved, seconds), "gflop_per_s": _rate(computed, seconds)}
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return 1e-9 * amount / seconds if seconds > 0 else float("nan")

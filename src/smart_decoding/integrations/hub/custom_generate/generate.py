@@ -1,0 +1,12 @@
+"""`model.generate(custom_generate="OWNER/REPOSITORY", trust_remote_code=True)`: SMART for any causal language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smart_decoding.integrations.transformers import generate as smart_generate
+
+
+def generate(model: Any, **arguments: Any) -> Any:
+    """All arguments of `model.generate`, and speculative_config."""
+    return model.generate(custom_generate=smart_generate, **arguments)

@@ -1,0 +1,184 @@
+"""Keys and values of a transformers model in the engine's KV slots, shown to the model as an ordinary cache.
+
+The engine says which slots a row may see (`Rows`). For one forward its groups become a batch, right-aligned: each
+sequence's committed keys, then its new rows, with padding on the left. Nothing is ever rolled back or compacted here:
+a rejected node's slot is simply written again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from smart_decoding.core.tree import IntArray
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.rows import Rows
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Layout:
+    """Where the rows and keys of one forward lie: `groups` sequences of `queries` rows over `width` keys.
+
+    row: [rows] index in `Rows`; at: [2, rows] its (group, column among the queries).
+    read: [groups, width] slots of the keys, 0 where padded; valid: [groups, width]; write: [rows] slots of new keys.
+    seen: [groups, queries, width] which keys a row may see; padding rows see all, so that no softmax is empty."""
+
+    row: IntArray
+    at: IntArray
+    read: IntArray
+    valid: Bools
+    write: IntArray
+    seen: Bools
+
+    @property
+    def groups(self) -> int:
+        return int(self.read.shape[0])
+
+    @property
+    def queries(self) -> int:
+        return int(self.seen.shape[1])
+
+    @property
+    def width(self) -> int:
+        return int(self.read.shape[1])
+
+
+def lay_out(rows: Rows, groups: list[int]) -> Layout:
+    """The layout of some groups of `rows`."""
+    ends = rows.group_row
+    first = [int(ends[g]) for g in groups]
+    count = [int(ends[g + 1]) - a for g, a in zip(groups, first, strict=True)]
+    start = [int(rows.position[a]) for a in first]
+    queries, width = max(count), max(s + n for s, n in zip(start, count, strict=True))
+    read = np.zeros((len(groups), width), np.int64)
+    valid = np.zeros((len(groups), width), np.bool_)
+    seen = np.ones((len(groups), queries, width), np.bool_)
+    for i, (g, a, n, committed) in enumerate(zip(groups, first, count, start, strict=True)):
+        position = np.arange(committed)
+        pages = rows.pages[rows.group_pages[g] :].astype(np.int64)
+        left = width - committed - n
+        read[i, left : width - n] = pages[position // PAGE] * PAGE + position % PAGE
+        read[i, width - n :] = rows.slot[a : a + n]
+        valid[i, left:] = True
+        seen[i, queries - n :, :left] = False
+        seen[i, queries - n :, width - n :] = _own(rows, a, n, committed)
+    row = np.concatenate([np.arange(a, a + n) for a, n in zip(first, count, strict=True)])
+    group = np.repeat(np.arange(len(groups)), count)
+    column = np.concatenate([np.arange(queries - n, queries) for n in count])
+    return Layout(row, np.stack((group, column)), read, valid, rows.slot[row].astype(np.int64), seen)
+
+
+def _own(rows: Rows, first: int, count: int, committed: int) -> Bools:
+    """[count, count] which rows of its own group each row sees: those read directly, and its ancestors in the tree."""
+    seen: Bools = np.arange(count) < (rows.direct[first : first + count] - committed)[:, None]
+    at = rows.extra_at[first : first + count + 1]
+    slots = rows.slot[first : first + count]
+    order = np.argsort(slots)
+    ancestor = order[np.searchsorted(slots[order], rows.extra[at[0] : at[-1]])]
+    seen[np.repeat(np.arange(count), np.diff(at)), ancestor] = True
+    return seen
+
+
+@dataclass(slots=True)
+class Indices:
+    """A layout's index tensors, on each device that holds layers."""
+
+    layout: Layout
+    _on: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """group and column [rows], write [rows], read [groups * width]."""
+        if device not in self._on:
+            parts = (*self.layout.at, self.layout.write, self.layout.read.reshape(-1))
+            self._on[device] = tuple(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts)
+        return self._on[device]
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer's keys and values, [slots, heads, head_dim], grown as slots come into use."""
+
+    is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.slots = 0
+        self.indices: Indices | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = _grown(None, key_states, self.slots)
+        self.values = _grown(None, value_states, self.slots)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores the rows' [groups, heads, queries, head_dim]; returns [groups, heads, width, head_dim]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if len(self.keys) < self.slots:
+            self.keys = _grown(self.keys, key_states, self.slots)
+            self.values = _grown(self.values, value_states, self.slots)
+        return self._exchange(self.keys, key_states), self._exchange(self.values, value_states)
+
+    def _exchange(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        assert self.indices is not None
+        layout = self.indices.layout
+        group, column, write, read = self.indices.on(states.device)
+        store[write] = states[group, :, column]
+        return store[read].view(layout.groups, layout.width, *store.shape[1:]).transpose(1, 2)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies slots source[i] -> target[i]."""
+        if self.is_initialized:
+            source, target = source.to(self.keys.device), target.to(self.keys.device)
+            self.keys[target], self.values[target] = self.keys[source], self.values[source]
+
+    def get_seq_length(self) -> int:
+        """Keys before the rows of this forward, padding included."""
+        return 0 if self.indices is None else self.indices.layout.width - self.indices.layout.queries
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """query_length: rows, or in some earlier releases their positions [queries]."""
+        queries = query_length if isinstance(query_length, int) else len(query_length)
+        return self.get_seq_length() + queries, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its earlier name
+
+
+class SlotCache(Cache):
+    """The cache of a whole model; `show` says what the next forward writes and reads."""
+
+    def __init__(self, layers: int) -> None:
+        self.stores = [SlotLayer() for _ in range(layers)]
+        super().__init__(layers=list(self.stores))
+
+    def show(self, layout: Layout) -> None:
+        indices, needed = Indices(layout), int(layout.read.max()) + 1
+        for layer in self.stores:
+            layer.indices = indices
+            if layer.slots < needed:
+                layer.slots = max(needed, 2 * layer.slots)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        for layer in self.stores:
+            layer.move(source, target)
+
+
+def _grown(store: torch.Tensor | None, states: torch.Tensor, slots: int) -> torch.Tensor:
+    new = states.new_zeros((slots, states.shape[1], states.shape[3]))
+    if store is not None:
+        new[: len(store)] = store
+    return new

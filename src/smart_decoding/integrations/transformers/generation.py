@@ -1,0 +1,188 @@
+"""`generate`: a decoding method for transformers' `model.generate(custom_generate=...)`, run by SMART's engine.
+
+transformers has prepared everything (inputs, processors, criteria, lengths); the engine then runs the batch as it runs
+any other, with the model as its target. Rows of the batch may be at different places: nobody waits for the slowest.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from smart_decoding.backends.torch.target import pages_for
+from smart_decoding.engine.engine import Engine, EngineConfig
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError
+from smart_decoding.integrations.transformers.checks import cache_of, unsupported
+from smart_decoding.integrations.transformers.drafting import borrow, give_back, layout_of, options_of, state_of
+from smart_decoding.integrations.transformers.report import Report
+from smart_decoding.integrations.transformers.sequences import (
+    SLACK,
+    Host,
+    HostParams,
+    HostSequence,
+    HostStop,
+    Stream,
+)
+from smart_decoding.integrations.transformers.target import HostTarget
+
+PREFILL_ROWS = 4096  # prompt tokens of one forward
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: Any = (),
+    stopping_criteria: Any = (),
+    generation_config: GenerationConfig | None = None,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    speculative_config: Mapping[str, Any] | bool | None = None,
+    **model_inputs: Any,
+) -> GenerateDecoderOnlyOutput | torch.Tensor:
+    """Give it to `model.generate` as `custom_generate`; never call it directly.
+
+    speculative_config: an argument of `model.generate` then, e.g. {"method": "ngram", "policy": "smart"}; False decodes
+    plainly. Raises ConfigError or ModelError, before any forward, for what docs/transformers.md lists."""
+    assert generation_config is not None, "pass it to model.generate as custom_generate"
+    options = options_of(speculative_config)
+    reason = unsupported(model, generation_config, logits_processor, model_inputs)
+    if reason:
+        raise ConfigError(reason)
+    prompts = _prompts(input_ids, model_inputs.get("attention_mask"), model_inputs.get("position_ids"))
+    pad = _pad(generation_config)
+    layers = len(cache_of(model_inputs).layers) or model.config.get_text_config(decoder=True).num_hidden_layers
+    host = _host(generation_config, logits_processor, stopping_criteria, len(prompts))
+    target = HostTarget(model, layers, layout_of(model, layers) == "tree", _eos(generation_config), host)
+    sequences = [_sequence(i, ids, generation_config.max_length) for i, ids in enumerate(input_ids)]
+    key, drafting = borrow(model, options, target, len(prompts))
+    config = _engine_config(generation_config, prompts)
+    engine = Engine(target, drafting.policy, drafting.drafter, config, lambda _: lambda _: "")
+    params = _params(generation_config, host, input_ids.shape[1])
+    requests = [_submit(engine, host, *pair, params) for pair in zip(sequences, prompts, strict=True)]
+    stream = Stream(streamer if streamer is not None else _caller_streamer(), input_ids.shape[1], pad)
+    try:
+        while engine.has_unfinished_requests:
+            engine.step()
+            for request, sequence in zip(requests, sequences, strict=True):
+                if host.length is not None and sequence.length >= host.length:
+                    engine.abort(request.id)
+            stream.advance(sequences, [request.finished for request in requests], host.length)
+    finally:
+        for request in requests:
+            engine.abort(request.id)
+        report = _report(drafting.method, drafting.policy.name, target, requests)
+        give_back(model, key, drafting, report)
+    stream.end()
+    return _output(input_ids, sequences, host, generation_config, pad)
+
+
+def last_report(model: PreTrainedModel) -> Report | None:
+    """What the last call on this model drafted and accepted, or None before the first."""
+    return state_of(model).last
+
+
+def _prompts(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> list[list[int]]:
+    """Each row's tokens without its left padding."""
+    rows = []
+    for i, row in enumerate(ids.tolist()):
+        real = [1] * len(row) if mask is None else mask[i].tolist()
+        start = real.index(1) if 1 in real else len(real)
+        if len(real) != len(row) or real[start:] != [1] * (len(row) - start):
+            raise ConfigError("attention_mask must be ones after left padding: set padding_side='left'")
+        if positions is not None and positions[i if len(positions) > 1 else 0].tolist()[start:] != list(
+            range(len(row) - start)
+        ):
+            raise ConfigError("position_ids other than 0, 1, 2, ... are not supported: leave them out")
+        rows.append(row[start:])
+    return rows
+
+
+def _host(config: GenerationConfig, processors: Any, criteria: Any, batch: int) -> Host:
+    seed = int(torch.randint(2**62, ())) if config.do_sample else 0  # so that torch.manual_seed repeats an answer
+    whole = bool(config.return_dict_in_generate)
+    return Host(
+        processors, criteria, batch, config.max_length, config.do_sample, seed,
+        bool(whole and config.output_scores), bool(whole and config.output_logits),
+    )  # fmt: skip
+
+
+def _params(config: GenerationConfig, host: Host, prompt: int) -> SamplingParams:
+    """temperature only tells the policy; the processors have the real one. prompt: length with padding."""
+    temperature = min(2.0, max(1e-4, config.temperature or 1.0)) if config.do_sample else 0.0
+    make = SamplingParams if host.plain_greedy else HostParams
+    return make(temperature=temperature, max_tokens=config.max_length - prompt, seed=host.seed)
+
+
+def _engine_config(config: GenerationConfig, prompts: Sequence[Sequence[int]]) -> EngineConfig:
+    total, longest = sum(map(len, prompts)), config.max_length + 1
+    pages = pages_for((longest + SLACK) * len(prompts), len(prompts))  # memory grows only as pages come into use
+    chunk = config.prefill_chunk_size or min(total, PREFILL_ROWS)
+    return EngineConfig(pages, longest, len(prompts), chunk, prefix_caching=False)
+
+
+def _sequence(index: int, ids: torch.Tensor, max_length: int) -> HostSequence:
+    tokens = ids.new_zeros(max_length + SLACK)
+    tokens[: len(ids)] = ids
+    return HostSequence(index, tokens, len(ids))
+
+
+def _submit(engine: Engine, host: Host, sequence: HostSequence, prompt: list[int], params: SamplingParams) -> Request:
+    (request,) = engine.add_request(str(sequence.index), prompt, params)
+    request.sample, request.history = sequence.index, sequence
+    request.stop = HostStop(params, host, sequence)
+    return request
+
+
+def _eos(config: GenerationConfig) -> tuple[int, ...]:
+    eos = config.eos_token_id
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(token) for token in eos)
+
+
+def _pad(config: GenerationConfig) -> int:
+    pad = getattr(config, "_pad_token_tensor", None)
+    return 0 if pad is None else int(pad)
+
+
+def _caller_streamer() -> Any:
+    """The `streamer` of the running `model.generate`, which does not hand it on to a custom_generate function."""
+    frame = sys._getframe(2)
+    return frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
+
+
+def _report(method: str, policy: str, target: HostTarget, requests: Sequence[Request]) -> Report:
+    metrics = [request.metrics for request in requests]
+    drafted, verified, accepted = (sum(getattr(m, n) for m in metrics) for n in ("drafted", "verified", "accepted"))
+    tokens, rounds = sum(len(request.output) for request in requests), max(m.rounds for m in metrics)
+    return Report(method, policy, "tree" if target.tree else "chain", tokens, rounds, drafted, verified, accepted)
+
+
+def _output(
+    ids: torch.Tensor, sequences: Sequence[HostSequence], host: Host, config: GenerationConfig, pad: int
+) -> GenerateDecoderOnlyOutput | torch.Tensor:
+    length = host.length or max(sequence.length for sequence in sequences)
+    lengths = [min(length, sequence.length) for sequence in sequences]
+    out = ids.new_full((len(sequences), length), pad)
+    for row, sequence, n in zip(out, sequences, lengths, strict=True):
+        row[:n] = sequence.tokens[:n]
+    if not config.return_dict_in_generate:
+        return out
+    steps = [n - ids.shape[1] for n in lengths]
+    scores = _steps([s.scores for s in sequences], steps) if host.keep_scores else None
+    logits = _steps([s.logits for s in sequences], steps) if host.keep_logits else None
+    return GenerateDecoderOnlyOutput(sequences=out, scores=scores, logits=logits)  # type: ignore[arg-type]
+
+
+def _steps(kept: Sequence[Sequence[torch.Tensor]], steps: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Per step [batch, vocab]; zeros where a row has ended."""
+    blank = torch.zeros_like(next(rows[0] for rows in kept if rows))
+    return tuple(
+        torch.stack([rows[t] if t < n else blank for rows, n in zip(kept, steps, strict=True)])
+        for t in range(max(steps))
+    )

@@ -1,0 +1,185 @@
+"""What `generate` was asked for beside the model: logits processors, stopping criteria, scores and streamers.
+
+A processor or criterion sees what it would see in `generate`: one sequence's tokens so far, left padding included. The
+engine asks only for rows that the walk visits, so that each is called once per token of the answer, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from smart_decoding.backends.torch.sampler import Sampler
+from smart_decoding.core.tree import IntArray
+from smart_decoding.engine.history import SampleSpec
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.stopping import StopChecker
+
+BY_PLACE = (  # of transformers' own, those that depend on a row's place in the batch
+    "PrefixConstrainedLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+)
+SLACK = 128  # tokens beyond the longest answer: tree nodes that are looked at, not kept
+
+
+class HostParams(SamplingParams):
+    """Parameters of a request whose tokens are drawn by `Host`: the engine's greedy short cut must not be taken."""
+
+    @property
+    def changes_logits(self) -> bool:
+        return True
+
+
+@dataclass(eq=False)
+class HostSequence:
+    """One row of the batch: tokens [max_length + SLACK] with left padding, `length` of them known.
+
+    scores, logits: [vocab] per token of the answer, processed and raw, where they are wanted."""
+
+    index: int
+    tokens: torch.Tensor
+    length: int
+    scores: list[torch.Tensor] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def push(self, token: int) -> None:
+        self.tokens[self.length] = token
+        self.length += 1
+
+    def with_path(self, path: Sequence[int]) -> torch.Tensor:
+        """Tokens so far and `path`, the nodes of the tree that the walk has come down."""
+        if len(path):
+            self.tokens[self.length : self.length + len(path)] = torch.tensor(path, device=self.tokens.device)
+        return self.tokens[: self.length + len(path)]
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """The engine's word for its own histories; here the stop check has taken the tokens already."""
+
+
+@dataclass
+class Host:
+    """The processors, criteria and outputs of one call. batch: its rows; limit: longest row; seed: of the draws.
+
+    Where nothing pads ended rows (no end-of-sequence token), `generate` writes on in them until the last row ends."""
+
+    processors: Any
+    criteria: Any
+    batch: int
+    limit: int
+    do_sample: bool
+    seed: int = 0
+    keep_scores: bool = False
+    keep_logits: bool = False
+
+    def __post_init__(self) -> None:
+        self._by_row = all(_by_row(p, "transformers.generation.logits_process") for p in self.processors)
+        self._criteria_by_row = all(_by_row(c, "transformers.generation.stopping_criteria") for c in self.criteria)
+
+        self._pads = self.batch == 1 or any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+        self._ends: dict[int, int] = {}  # row -> its length where a criterion ended it
+
+    @property
+    def length(self) -> int | None:
+        """Where the last row ended, once all have, if rows that ended before wrote on; else None."""
+        return max(self._ends.values()) if not self._pads and len(self._ends) == self.batch else None
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether a token is the argmax of the raw logits, and nothing else is wanted of them."""
+        return not (self.do_sample or len(self.processors) or self.keep_scores or self.keep_logits)
+
+    def draw(self, logits: torch.Tensor, specs: Sequence[SampleSpec], sampler: Sampler) -> IntArray:
+        """[rows] tokens for logits [rows, vocab]: the processed scores' argmax, or a draw with keyed noise."""
+        scores = self._process(logits, specs)
+        for i, spec in enumerate(specs):
+            sequence: Any = spec.history
+            for keep, kept, values in ((self.keep_scores, sequence.scores, scores),
+                                       (self.keep_logits, sequence.logits, logits)):  # fmt: skip
+                if keep:
+                    del kept[spec.position :]
+                    kept.append(values[i].clone())
+        if not self.do_sample:
+            return sampler.argmax(scores)
+        whole = SamplingParams(temperature=1.0)  # the processors have applied temperature, top-p and the rest
+        keyed = [SampleSpec(whole, spec.seed, spec.sample, spec.position) for spec in specs]
+        return sampler.sample(scores, np.arange(len(specs)), keyed)
+
+    def ended(self, sequence: HostSequence) -> bool:
+        """Whether the sequence ends at its last token."""
+        ids = sequence.tokens[: sequence.length][None]
+        rows = 1 if self._criteria_by_row else self.batch
+        scores = tuple(row.expand(rows, -1) for row in sequence.scores) if self.keep_scores else None
+        done = self.criteria(ids.repeat(rows, 1), scores)
+        if not bool(done[0 if rows == 1 else sequence.index]):
+            return self.length is not None and sequence.length >= self.length
+        self._ends.setdefault(sequence.index, sequence.length)
+        return self._pads or sequence.length >= (self.length or self.limit)
+
+    def _process(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+        if not len(self.processors):
+            return logits
+        scores = torch.empty_like(logits)
+        ids = [spec.history.with_path(spec.path) for spec in specs]  # type: ignore[union-attr]
+        for rows in _same_length(ids):
+            place = list(range(len(rows)))
+            if not self._by_row:  # then each row must stand at its own place of a whole batch; copies fill the rest
+                place = [spec.history.index for spec in (specs[i] for i in rows)]  # type: ignore[union-attr]
+            shown = [rows[0]] * (len(rows) if self._by_row else self.batch)
+            for at, i in zip(place, rows, strict=True):
+                shown[at] = i
+            scores[rows] = self.processors(torch.stack([ids[i] for i in shown]), logits[shown])[place]
+        return scores
+
+
+class HostStop(StopChecker):
+    """Ends a request where the call's stopping criteria do."""
+
+    def __init__(self, params: SamplingParams, host: Host, sequence: HostSequence) -> None:
+        super().__init__(params, lambda _: "")
+        self._host, self._sequence = host, sequence
+
+    def _push_one(self, token: int) -> None:
+        self.token_ids.append(token)
+        self._sequence.push(token)
+        if self._host.ended(self._sequence):
+            self.finish_reason = "stop"
+
+
+class Stream:
+    """Feeds a streamer step by step, as `generate` does: one token of every row at a time, padded where one ended."""
+
+    def __init__(self, streamer: Any, prompt: int, pad: int) -> None:
+        self._streamer, self._at, self._pad = streamer, prompt, pad
+
+    def advance(self, sequences: Sequence[HostSequence], ended: Sequence[bool], longest: int | None) -> None:
+        """Gives out all steps for which every row has a token or has ended. longest: `Host.length`."""
+        if self._streamer is None:
+            return
+        known = [s.length for s, end in zip(sequences, ended, strict=True) if not end]
+        upto = min(known) if known else longest or max(s.length for s in sequences)
+        for at in range(self._at, upto):
+            step = [int(s.tokens[at]) if at < s.length else self._pad for s in sequences]
+            self._streamer.put(torch.tensor(step))
+        self._at = max(self._at, upto)
+
+    def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+def _by_row(thing: object, module: str) -> bool:
+    """Whether it is transformers' own and treats every row alike, whatever its number."""
+    return type(thing).__module__ == module and type(thing).__name__ not in BY_PLACE
+
+
+def _same_length(ids: Sequence[torch.Tensor]) -> list[list[int]]:
+    rows: dict[int, list[int]] = {}
+    for i, row in enumerate(ids):
+        rows.setdefault(len(row), []).append(i)
+    return list(rows.values())

@@ -1,0 +1,135 @@
+"""From chunks to OpenAI's JSON: choices, deltas, log probabilities, usage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from smart_decoding.server.worker import Chunk
+
+TokenText = Callable[[int], str]
+Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of one HTTP request, added up over its answers."""
+
+    prompt: int
+    completion: int = 0
+    cached: dict[int, int] = field(default_factory=dict)  # by prompt
+
+    def add(self, chunk: Chunk, n: int) -> None:
+        self.completion += len(chunk.tokens)
+        if chunk.finish_reason:
+            place = chunk.index // n
+            self.cached[place] = min(self.cached.get(place, chunk.cached_tokens), chunk.cached_tokens)
+
+    def json(self) -> Json:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+        }
+
+
+class ChatForm:
+    """The shape of /v1/chat/completions. top: alternatives a token, or None without log probabilities."""
+
+    prefix, whole, piece = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, text_of: TokenText, top: int | None) -> None:
+        self._text_of, self._top = text_of, top
+
+    def opening(self, index: int) -> Json | None:
+        """The first delta of an answer."""
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+    def delta(self, chunk: Chunk) -> Json:
+        return {
+            "index": chunk.index,
+            "delta": {"content": chunk.text} if chunk.text else {},
+            "logprobs": self._logprobs(chunk),
+            "finish_reason": chunk.finish_reason,
+        }
+
+    def choice(self, chunk: Chunk) -> Json:
+        return {
+            "index": chunk.index,
+            "message": {"role": "assistant", "content": chunk.text, "refusal": None},
+            "logprobs": self._logprobs(chunk),
+            "finish_reason": chunk.finish_reason,
+        }
+
+    def _logprobs(self, chunk: Chunk) -> Json | None:
+        if chunk.logprobs is None:
+            return None
+        content = []
+        for entry in chunk.logprobs:
+            top = zip(entry.top_tokens[: self._top], entry.top_logprobs[: self._top], strict=True)
+            alternatives = [self._token(int(token), float(value)) for token, value in top]
+            content.append({**self._token(entry.token, float(entry.logprob)), "top_logprobs": alternatives})
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> Json:
+        text = self._text_of(token)
+        # A token that holds a part of a character has no text, and then its bytes are not known here either.
+        return {"token": text, "logprob": _finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+class CompletionForm:
+    """The shape of /v1/completions."""
+
+    prefix, whole, piece = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, text_of: TokenText, top: int | None) -> None:
+        self._text_of, self._top = text_of, top
+        self._offset: dict[int, int] = {}
+
+    def opening(self, index: int) -> Json | None:
+        return None
+
+    def delta(self, chunk: Chunk) -> Json:
+        return self.choice(chunk)
+
+    def choice(self, chunk: Chunk) -> Json:
+        return {
+            "index": chunk.index,
+            "text": chunk.text,
+            "logprobs": self._logprobs(chunk),
+            "finish_reason": chunk.finish_reason,
+        }
+
+    def _logprobs(self, chunk: Chunk) -> Json | None:
+        if chunk.logprobs is None:
+            return None
+        texts, tops, offsets = [], [], []
+        for entry in chunk.logprobs:
+            texts.append(self._text_of(entry.token))
+            top = zip(entry.top_tokens[: self._top], entry.top_logprobs[: self._top], strict=True)
+            tops.append({self._text_of(int(token)): _finite(float(value)) for token, value in top})
+            offsets.append(self._offset.get(chunk.index, 0))
+            self._offset[chunk.index] = offsets[-1] + len(texts[-1])
+        values = [_finite(float(entry.logprob)) for entry in chunk.logprobs]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+Form = ChatForm | CompletionForm
+
+
+def envelope(form: Form, job_id: str, model: str, whole: bool) -> Json:
+    """What surrounds the choices."""
+    kind = form.whole if whole else form.piece
+    return {"id": form.prefix + job_id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def in_order(choices: Sequence[Json]) -> list[Json]:
+    return sorted(choices, key=lambda choice: int(choice["index"]))
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI writes -9999 for a token that cannot be drawn."""
+    return max(logprob, -9999.0)

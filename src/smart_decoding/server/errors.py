@@ -1,0 +1,95 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, with the status their clients expect."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from smart_decoding.errors import CapacityError, SmartError
+
+log = logging.getLogger("smart.server")
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
+
+
+class ApiError(Exception):
+    """An answer other than 200. retry_after: seconds, for errors that go away by themselves."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code or _CODES.get(status), param
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        message = self.message.encode("utf-8", "replace").decode()  # it may quote lone surrogates
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def of_smart_error(error: SmartError) -> ApiError:
+    """What the engine refuses is the request's fault."""
+    code = "context_length_exceeded" if isinstance(error, CapacityError) else "invalid_value"
+    name = str(error).partition("=")[0]
+    return ApiError(400, str(error), code, name if name.isidentifier() else None)
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of `app` come out in the one shape."""
+
+    async def api(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return error.response
+
+    async def smart(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, SmartError)
+        return of_smart_error(error).response
+
+    async def http(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return ApiError(error.status_code, str(error.detail)).response
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return _of_validation(error).response
+
+    async def defect(_: Request, error: Exception) -> JSONResponse:
+        log.error("request failed", exc_info=error)
+        return ApiError(500, f"internal error: {type(error).__name__}").response
+
+    app.add_exception_handler(ApiError, api)
+    app.add_exception_handler(SmartError, smart)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, defect)
+
+
+def _of_validation(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong, in one line."""
+    first = error.errors()[0]
+    kind, path = first["type"], [str(part) for part in first["loc"] if part != "body"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if kind == "extra_forbidden":
+        return ApiError(400, f"{'.'.join(path)} is not supported", "unsupported_parameter", path[0])
+    param = path[0] if path else None
+    return ApiError(400, f"{'.'.join(path) or 'the body'}: {first['msg']}", "invalid_value", param)

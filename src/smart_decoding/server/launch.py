@@ -1,0 +1,103 @@
+"""Runs the application under uvicorn, until a signal or a model that cannot be loaded ends it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from smart_decoding.errors import ConfigError, SmartError
+from smart_decoding.llm import LLM
+from smart_decoding.server.app import create_app
+from smart_decoding.server.live import Live
+from smart_decoding.server.metrics import Metrics
+from smart_decoding.server.settings import ServerSettings
+from smart_decoding.server.worker import Worker
+
+log = logging.getLogger("smart.server")
+_EXTRA = ("request_id", "status", "seconds", "model", "speculation", "address")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, and what the record adds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {"time": f"{when}.{int(record.msecs):03d}Z", "level": record.levelname.lower(),
+                                "logger": record.name, "message": record.getMessage()}  # fmt: skip
+        line.update({name: record.__dict__[name] for name in _EXTRA if name in record.__dict__})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, telling the worker when it begins to drain: endless streams must not hold it up."""
+
+    def __init__(self, config: uvicorn.Config, draining: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._draining = draining
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._draining()
+        await super().shutdown(sockets)
+
+
+def set_up_logging(level: str) -> None:
+    """JSON lines on standard error, for our loggers and uvicorn's."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for name in ("smart", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level.upper())
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger("smart").level))
+
+
+def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Server, Worker]:
+    """A server that has not been started."""
+    metrics, live = Metrics(settings.model_name), Live()
+    worker = Worker(load, settings.max_queue, settings.queue_timeout, (metrics, live))
+    config = uvicorn.Config(
+        create_app(worker, settings, metrics, live), log_config=None, access_log=False, server_header=False,
+        proxy_headers=False, timeout_graceful_shutdown=int(settings.shutdown_timeout), lifespan="on", ws="none",
+    )  # fmt: skip
+    server = Server(config, worker.drain)
+
+    def give_up() -> None:
+        server.should_exit = True
+
+    worker.failed = give_up
+    return server, worker
+
+
+def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
+    """Serves until SIGINT or SIGTERM; then no new connections, and what runs may end within the deadline.
+
+    Raises ConfigError for an address that cannot be had, SmartError if the model cannot be loaded."""
+    set_up_logging(settings.log_level)
+    server, worker = make_server(load, settings)
+    with bind(settings.host, settings.port) as listener:
+        host, port = listener.getsockname()[:2]
+        log.info(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        server.run(sockets=[listener])
+    if isinstance(worker.error, SmartError):
+        raise worker.error
+    return 1 if worker.error is not None else 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, taken before the model is loaded. Raises ConfigError if the address is not free."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    return listener

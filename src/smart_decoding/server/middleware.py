@@ -1,0 +1,108 @@
+"""What stands before every request: its id, the API key, the host's name, the body's size and pace; and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from smart_decoding.server.errors import ApiError
+from smart_decoding.server.settings import ServerSettings, is_loopback
+
+log = logging.getLogger("smart.access")
+
+OPEN = ("/", "/health", "/health/ready", "/version", "/openapi.json")  # they tell nothing of anyone's
+_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+
+class Gate:
+    """Plain ASGI: nothing is buffered, and streams stay streams."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self.app, self.settings = app, settings
+        self._keys = [key.encode() for key in settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status, started = 0, time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope["path"], headers)
+            if refusal is not None:
+                await refusal.response(scope, receive, send_with_id)
+            else:
+                await self.app(scope, self._limited(receive), send_with_id)
+        finally:
+            seconds = round(time.monotonic() - started, 4)
+            log.log(
+                logging.DEBUG if scope["path"].startswith("/health") else logging.INFO,  # probes come every second
+                f"{scope['method']} {scope['path']} {status}",
+                extra={"request_id": request_id, "status": status, "seconds": seconds},
+            )
+
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        if self.settings.local_names_only and not is_loopback(_host_of(headers.get("host", ""))):
+            return ApiError(403, "only localhost may be asked here: set an API key or start with --no-api-key")
+        if self._keys and path not in OPEN and not self._key_fits(headers.get("authorization", "")):
+            return ApiError(401, "no valid API key in the header 'Authorization: Bearer KEY'", "invalid_api_key")
+        length = headers.get("content-length", "0")
+        return (
+            self._too_big() if length.isascii() and length.isdigit() and int(length) > self.settings.max_body else None
+        )
+
+    def _key_fits(self, authorization: str) -> bool:
+        scheme, _, given = authorization.partition(" ")
+        key = given.strip().encode("utf-8", "replace")
+        fits = [hmac.compare_digest(key, each) for each in self._keys]  # all of them: the time must tell nothing
+        return scheme.lower() == "bearer" and any(fits)
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` that refuses a body too big, or too slow in coming."""
+        read, complete = 0, False
+        deadline = time.monotonic() + self.settings.body_timeout
+
+        async def limited() -> Message:
+            nonlocal read, complete
+            if complete:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                raise HTTPException(408, f"the body took longer than {self.settings.body_timeout:g} s") from None
+            read += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if read > self.settings.max_body:
+                raise HTTPException(413, self._too_big().message)
+            return message
+
+        return limited
+
+    def _too_big(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self.settings.max_body} bytes")
+
+
+def _host_of(header: str) -> str:
+    """The name in a Host header, without the port."""
+    match: Any = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d+)?", header)
+    return match[1] if match else ""

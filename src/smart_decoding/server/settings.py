@@ -1,0 +1,63 @@
+"""What a server may be told, with its defaults; who may be served without an API key."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from smart_decoding.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Limits and addresses. Seconds and bytes; the model's own options are `LLM`'s.
+
+    max_queue: answers that may wait beyond the running ones; then 429. queue_timeout: seconds an answer may wait; then
+    503. api_keys: any of them opens the server. no_api_key: serve strangers too, and under any host name."""
+
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    no_api_key: bool = False
+    max_queue: int = 256
+    queue_timeout: float = 60.0
+    max_body: int = 4 * 2**20
+    body_timeout: float = 30.0
+    max_n: int = 8
+    shutdown_timeout: float = 30.0
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_queue", 0), ("max_body", 1), ("max_n", 1), ("shutdown_timeout", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name}={getattr(self, name)} is not allowed: it must be at least {low}")
+        for name in ("queue_timeout", "body_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is not allowed: it must be more than 0 seconds")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port} is not allowed: it must be in [0, 65535]")
+        if any(not key.strip() or not key.isascii() for key in self.api_keys):
+            raise ConfigError("an API key must be non-empty ASCII text")
+        if self.api_keys and self.no_api_key:
+            raise ConfigError("an API key and --no-api-key contradict each other: give one of them")
+        if not (is_loopback(self.host) or self.api_keys or self.no_api_key):
+            raise ConfigError(
+                f"host {self.host} can be reached from other machines: give --api-key (or SMART_API_KEY), "
+                "or --no-api-key to serve anyone"
+            )
+
+    @property
+    def local_names_only(self) -> bool:
+        """Whether to refuse foreign Host headers: without it a web page could reach this server by DNS rebinding."""
+        return not self.api_keys and not self.no_api_key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to `host`, or a Host header names this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,328 @@
+"""Published draft heads: tiny random checkpoints in the exact layouts, against the conventions in plain torch.
+
+The expected values share no code with the package: the target's hidden states are transformers' own, the head is
+written out below from docs/eagle-heads.md, one full causal forward for each drafted token.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.decoder import Decoder
+from smart_decoding.backends.torch.eagle_head import EagleHead
+from smart_decoding.backends.torch.head_files import head_folder, load_head
+from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.drafters.eagle import EagleDrafter
+from smart_decoding.engine.kv import BlockTable, PagePool
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.rows import Span, build_rows
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.stopping import StopChecker
+from smart_decoding.errors import DownloadError, ModelError
+
+LAYERS, D, VOCAB, DRAFT, EPS, PAGES, SCRATCH = 8, 64, 97, 40, 1e-5, 16, 8
+HEADS, KV, HEAD_DIM, FFN = 4, 2, 32, 48  # the head's own: the target has heads of 16 dimensions and another theta
+PROMPT = np.random.default_rng(3).integers(0, VOCAB, 24).tolist()
+
+
+@functools.cache
+def target_model() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=80, vocab_size=VOCAB, initializer_range=0.1, max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for weight in model.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    return model
+
+
+def target_config() -> ModelConfig:
+    return ModelConfig.from_hf({**target_model().config.to_dict(), "architectures": ["LlamaForCausalLM"]})
+
+
+def random(*shape: int, scale: float = 0.2) -> Tensor:
+    return torch.randn(*shape) * scale
+
+
+def layer_tensors(prefix: str, width: int, bias: bool = False) -> dict[str, Tensor]:
+    """One Llama layer, its q, k and v reading `width`, without norms at its input."""
+    q, kv = HEADS * HEAD_DIM, KV * HEAD_DIM
+    tensors = {
+        "self_attn.q_proj.weight": random(q, width),
+        "self_attn.k_proj.weight": random(kv, width),
+        "self_attn.v_proj.weight": random(kv, width),
+        "self_attn.o_proj.weight": random(D, q),
+        "mlp.gate_proj.weight": random(FFN, D),
+        "mlp.up_proj.weight": random(FFN, D),
+        "mlp.down_proj.weight": random(D, FFN),
+        "post_attention_layernorm.weight": 1 + random(D),
+    }
+    if bias:
+        tensors |= {f"self_attn.{n}_proj.bias": random(size) for n, size in (("q", q), ("k", kv), ("v", kv))}
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def eagle3_tensors(prefix: str, embedding: bool = False, bias: bool = False) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randperm(VOCAB)[:DRAFT].sort().values
+    return {
+        **layer_tensors(prefix, 2 * D, bias),
+        prefix + "input_layernorm.weight": 1 + random(D),
+        prefix + "hidden_norm.weight": 1 + random(D),
+        "fc.weight": random(D, 3 * D),
+        "norm.weight": 1 + random(D),
+        "lm_head.weight": random(DRAFT, D),
+        "d2t": ids - torch.arange(DRAFT),
+        "t2d": torch.isin(torch.arange(VOCAB), ids),
+        **({"embed_tokens.weight": random(VOCAB, D, scale=0.5)} if embedding else {}),
+    }
+
+
+def eagle1_tensors(bias: bool) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    fc = {"fc.weight": random(D, 2 * D), **({"fc.bias": random(D)} if bias else {})}
+    return {**layer_tensors("layers.0.", D), **fc, "embed_tokens.weight": random(VOCAB, D, scale=0.5)}
+
+
+LAYER = {
+    "hidden_size": D, "num_attention_heads": HEADS, "num_key_value_heads": KV, "head_dim": HEAD_DIM,
+    "intermediate_size": FFN, "vocab_size": VOCAB, "num_hidden_layers": 1, "hidden_act": "silu", "model_type": "llama",
+    "max_position_embeddings": 256, "rms_norm_eps": EPS,
+}  # fmt: skip
+EAGLE3 = {**LAYER, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": DRAFT}
+SPECULATORS = {
+    "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "draft_vocab_size": DRAFT,
+    "norm_before_residual": True, "target_hidden_size": None, "eagle_aux_hidden_state_layer_ids": [1, 3, 6],
+    "transformer_layer_config": {**LAYER, "rope_theta": 20_000.0},
+    "speculators_config": {"algorithm": "eagle3", "verifier": {"name_or_path": "x"}},
+}  # fmt: skip
+EAGLE1 = {**LAYER, "architectures": ["LlamaForCausalLM"], "bias": False}
+
+# name -> (config.json, tensors, pickled?, entries of transformers' hidden_states that are read, rope theta)
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Tensor], bool, tuple[int, ...], float]] = {
+    "eagle3": (EAGLE3, eagle3_tensors("midlayer."), False, (2, 4, 5), 1e4),
+    "eagle3 pickled, own embeddings and biases": (
+        EAGLE3, eagle3_tensors("midlayer.", embedding=True, bias=True), True, (2, 4, 5), 1e4
+    ),
+    "SpecForge": (
+        {**EAGLE3, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}},
+        eagle3_tensors("midlayer."), False, (2, 4, 5), 1e4,
+    ),
+    "speculators": (SPECULATORS, eagle3_tensors("layers.0."), False, (1, 3, 6), 2e4),
+    "eagle1": (EAGLE1, eagle1_tensors(False), False, (-1,), 1e4),
+    "eagle2 pickled, with a bias": ({**EAGLE1, "bias": True}, eagle1_tensors(True), True, (-1,), 1e4),
+}  # fmt: skip
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], pickled: bool = False) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    if pickled:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+class Expected:
+    """What a head proposes after PROMPT and further tokens, from the conventions alone."""
+
+    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], entries: tuple[int, ...], theta: float):
+        self.w = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
+        self.theta, self.one = theta, entries == (-1,)
+        self.normed_residual = config.get("norm_before_residual", False)
+        model = target_model()
+        with torch.no_grad():
+            states = model(torch.tensor([PROMPT[:-1]]), output_hidden_states=True).hidden_states
+        # hidden_states[-1] is taken after the final norm, the others are residual streams.
+        taps = torch.cat([states[i][0] for i in entries], dim=-1)
+        self.true = taps if self.one else taps @ self.w["fc.weight"].T
+        own = self.w.get("embed_tokens.weight")
+        self.embedding = model.get_input_embeddings().weight.detach() if own is None else own
+
+    def probs(self, drafted: list[int]) -> Tensor:
+        """[vocab] over target ids, after the drafted tokens."""
+        features, tokens = self.true, PROMPT[1:]
+        out = self.layer(features, tokens)
+        for token in drafted:
+            features, tokens = torch.cat((features, out[-1:])), [*tokens, token]
+            out = self.layer(features, tokens)
+        result = torch.zeros(VOCAB)
+        if self.one:
+            return (target_model().get_output_embeddings().weight.detach() @ out[-1]).softmax(-1)
+        logits = self.w["lm_head.weight"] @ self.norm(out[-1], "norm.weight")
+        result[torch.arange(DRAFT) + self.w["d2t"]] = logits.softmax(-1)
+        return result
+
+    def layer(self, features: Tensor, tokens: list[int]) -> Tensor:
+        """[n, hidden] outputs of the pairs (features[t], tokens[t]) at positions 0 .. n - 1."""
+        n, embedded = len(tokens), self.embedding[tokens]
+        if self.one:
+            x = torch.cat((embedded, features), -1) @ self.w["fc.weight"].T + self.w.get("fc.bias", 0.0)
+            read = x
+        else:
+            normed = self.norm(features, "midlayer.hidden_norm.weight")
+            read = torch.cat((self.norm(embedded, "midlayer.input_layernorm.weight"), normed), -1)
+            x = normed if self.normed_residual else features
+        q, k, v = (
+            (read @ self.w[f"midlayer.self_attn.{name}_proj.weight"].T + self.w.get(
+                f"midlayer.self_attn.{name}_proj.bias", 0.0)).view(n, -1, HEAD_DIM).transpose(0, 1)
+            for name in "qkv"
+        )  # fmt: skip
+        q, k = self.turn(q), self.turn(k)
+        k, v = k.repeat_interleave(HEADS // KV, 0), v.repeat_interleave(HEADS // KV, 0)
+        scores = (q @ k.transpose(1, 2)) / HEAD_DIM**0.5
+        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
+        attended = (scores @ v).transpose(0, 1).reshape(n, -1)
+        x = x + attended @ self.w["midlayer.self_attn.o_proj.weight"].T
+        inner = self.norm(x, "midlayer.post_attention_layernorm.weight")
+        gate = F.silu(inner @ self.w["midlayer.mlp.gate_proj.weight"].T)
+        up = inner @ self.w["midlayer.mlp.up_proj.weight"].T
+        return x + (gate * up) @ self.w["midlayer.mlp.down_proj.weight"].T
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * self.w[name]
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotary positions, half-split."""
+        angle = torch.arange(x.shape[1])[:, None] * self.theta ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
+
+def drafted(folder: Path, native: bool) -> DraftTrees:
+    """Three levels after PROMPT: all of the first level expanded, then one node of the second."""
+    config = target_config()
+    decoder = Decoder(config, target_model().state_dict(), torch.float32, torch.device("cpu"), PAGES, 128, native)
+    head = EagleHead(load_head(folder, config), decoder, PAGES, SCRATCH, 128)
+    drafter = EagleDrafter(head, PAGES, SCRATCH)
+    params = SamplingParams(temperature=0.0)
+    table, n = BlockTable(PagePool(PAGES)), len(PROMPT) - 1
+    request = Request("r", PROMPT, params, 0, table, StopChecker(params, lambda ids: ""))
+    slots = table.reserve(n)
+    rows, _, _ = build_rows([Span(PROMPT[:n], 0, slots, np.array(table.pages, np.int32))], DraftTrees.empty(1), [True])
+    taps = decoder.forward(rows, drafter.taps).taps
+    table.commit(PROMPT, n)
+    drafter.extend(request, taps, 0, PROMPT[:n])
+    plan = DraftPlan(True, levels=3, children=3)
+    trees = drafter.start([request], plan)
+    drafter.expand([request], trees, np.arange(3), plan)
+    drafter.expand([request], trees, np.array([4, 9]), plan)
+    return trees
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_proposals_are_those_of_the_conventions(name: str, native: bool, tmp_path: Path) -> None:
+    config, tensors, pickled, entries, theta = LAYOUTS[name]
+    trees = drafted(write(tmp_path, config, tensors, pickled), native)
+    expected = Expected(config, tensors, entries, theta)
+    parents = [ROOT, 0, 1, 2, 4, 9]
+    assert sorted(set(trees.parent.tolist())) == sorted(parents)
+    for parent in parents:
+        path = trees.token[trees.path(parent)].tolist() if parent != ROOT else []
+        probs = expected.probs(path)
+        children = np.flatnonzero(trees.parent == parent)
+        best = probs.topk(3)
+        assert trees.token[children].tolist() == best.indices.tolist()
+        np.testing.assert_allclose(trees.draft_prob[children], best.values.numpy(), rtol=2e-3, atol=1e-5)
+
+
+def test_what_a_config_leaves_out_is_as_in_the_public_code(tmp_path: Path) -> None:
+    """Not the target's: its theta is 500,000 and its eps 1e-5."""
+    config = {name: value for name, value in EAGLE3.items() if name not in ("rms_norm_eps", "num_key_value_heads")}
+    tensors = eagle3_tensors("midlayer.")
+    for name in "kv":
+        tensors[f"midlayer.self_attn.{name}_proj.weight"] = random(HEADS * HEAD_DIM, 2 * D)
+    shape = load_head(write(tmp_path, config, tensors), target_config()).shape
+    assert (shape.rms_eps, shape.rope_theta, shape.kv_heads, shape.rope_scaling) == (1e-6, 10_000.0, HEADS, None)
+
+
+def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+TENSORS = eagle3_tensors("midlayer.")
+BROKEN: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
+    (EAGLE3, without(TENSORS, "norm.weight"), "lacks the tensor norm.weight"),
+    (EAGLE3, without(TENSORS, "midlayer.hidden_norm.weight"), "lacks the tensor midlayer.hidden_norm.weight"),
+    (EAGLE3, {**TENSORS, "fc.weight": random(D, 2 * D)}, "fc.weight has shape"),
+    (EAGLE3, {**TENSORS, "layers.1.mlp.up_proj.weight": random(2, 2)}, "holds the tensor layers.1.mlp.up_proj.weight"),
+    (EAGLE3, {**TENSORS, "d2t": TENSORS["d2t"] + VOCAB}, "within the model's vocabulary"),
+    (EAGLE3, {**TENSORS, "t2d": TENSORS["t2d"].logical_not()}, "contradict"),
+    ({**EAGLE3, "hidden_size": 32}, TENSORS, "hidden_size 32, but the model has 64"),
+    ({**EAGLE3, "hidden_act": "gelu"}, TENSORS, "hidden_act 'gelu'"),
+    ({**SPECULATORS, "norm_before_fc": True}, eagle3_tensors("layers.0."), "norm_before_fc"),
+    ({**SPECULATORS, "eagle_aux_hidden_state_layer_ids": [2, 2, 5]}, eagle3_tensors("layers.0."), "distinct"),
+    ({"architectures": ["Other"]}, TENSORS, "lacks 'num_attention_heads'"),
+    ({**EAGLE1, "bias": True}, eagle1_tensors(False), "lacks the tensor fc.bias"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "tensors", "reason"), BROKEN, ids=[reason for *_, reason in BROKEN])
+def test_what_does_not_fit_is_named(
+    config: dict[str, Any], tensors: dict[str, Tensor], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=reason):
+        load_head(write(tmp_path, config, tensors), target_config())
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("harm-was-done"),))
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, EAGLE3, {**TENSORS, "x": Harmful()}, pickled=True)  # type: ignore[dict-item]
+    with pytest.raises(ModelError, match="more than tensors"):
+        load_head(tmp_path, target_config())
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps([1, 2])[:-1])
+    with pytest.raises(ModelError, match="corrupt"):
+        load_head(tmp_path, target_config())
+    assert not Path("harm-was-done").exists()
+
+
+def test_safetensors_are_preferred(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    assert load_head(write(tmp_path, EAGLE3, TENSORS), target_config()).taps == (2, 4, 5)
+
+
+def test_a_head_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickled weights are asked for only where the repository has no others."""
+    import huggingface_hub
+
+    asked: list[list[str]] = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        if repository == "nobody/nothing":
+            raise OSError("404")
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert head_folder(tmp_path) == tmp_path and not asked
+    assert head_folder("owner/head") == tmp_path
+    assert asked == [["config.json", "*.safetensors"], ["config.json", "pytorch_model.bin"]]
+    write(tmp_path, EAGLE3, TENSORS)
+    assert head_folder("owner/head") == tmp_path and len(asked) == 3
+    with pytest.raises(DownloadError, match="404"):
+        head_folder("nobody/nothing")
+    with pytest.raises(ModelError, match="no draft head"):
+        head_folder("./not/here")

@@ -1,0 +1,43 @@
+"""One tiny model for all tests here, and one server for those that do not change it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from worlds import Running, save_tiny_model, serving
+
+from smart_decoding.llm import LLM
+
+Load = Callable[..., LLM]
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """Makes LLMs of the tiny model; they speculate, by recycling, with fixed trees."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+    def make(**options: Any) -> LLM:
+        given = {"speculative_config": {"method": "recycling", "policy": "static"}, "dtype": "float32",
+                 "max_model_len": 1024, "max_num_seqs": 4}  # fmt: skip
+        return LLM(folder, **{**given, **options})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain(load: Load) -> LLM:
+    """Decodes plainly, outside of any server: what the answers must be."""
+    return load(speculative_config=False)
+
+
+@pytest.fixture(scope="session")
+def running(load: Load) -> Iterator[Running]:
+    with serving(load) as server:
+        yield server

@@ -1,0 +1,94 @@
+"""`smart serve`: options from the command line, a file and the environment; bad ones are refused before any loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smart_decoding import cli, cli_serve, llm
+from smart_decoding.server import launch
+from smart_decoding.server.settings import ServerSettings
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerSettings, dict[str, Any]]]:
+    """What would be served, and with which options of LLM."""
+    found: list[tuple[ServerSettings, dict[str, Any]]] = []
+    monkeypatch.delenv("SMART_API_KEY", raising=False)
+    monkeypatch.setattr(llm, "LLM", lambda model, **options: {"model": model, **options})
+
+    def serve(load: Any, settings: ServerSettings) -> int:
+        found.append((settings, load()))
+        return 0
+
+    monkeypatch.setattr(launch, "serve", serve)
+    return found
+
+
+def test_defaults(served: Any) -> None:
+    assert cli.main(["serve"]) == 0
+    ((settings, options),) = served
+    assert settings == ServerSettings("smollm2-135m")
+    assert options["model"] == "smollm2-135m" and options["max_num_seqs"] == 32
+    assert options["speculative_config"] is None and options["max_model_len"] is None
+
+
+def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> None:
+    file = tmp_path / "smart.toml"
+    file.write_text(
+        'model = "m"\nport = 9000\nmax_queue = 3\npolicy = "likelihood"\nmethod = "ngram"\napi-key = ["a", "b"]\n'
+        "queue-timeout = 5\n[policy-option]\ndepth = 2\n"
+    )
+    assert cli.main(["serve", "--port", "8000", "--config", str(file), "--max-n", "2"]) == 0
+    ((settings, options),) = served
+    assert (settings.port, settings.max_queue, settings.max_n, settings.queue_timeout) == (8000, 3, 2, 5)
+    assert settings.api_keys == ("a", "b") and settings.model_name == options["model"] == "m"
+    assert options["speculative_config"] == {"method": "ngram", "policy": "likelihood", "depth": 2}
+
+
+def test_a_key_from_the_environment(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMART_API_KEY", "secret")
+    assert cli.main(["serve", "--host", "0.0.0.0"]) == 0
+    assert served[0][0].api_keys == ("secret",)
+    assert cli.main(["serve", "--host", "0.0.0.0", "--no-api-key"]) == 0
+    assert served[1][0].api_keys == () and served[1][0].no_api_key
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("prot = 1", "prot"), ("port = 'x'", "port"), ("port = true", "port"), ("port =", "cannot read"),
+     ("log-level = 'loud'", "choose one of"), ("policy = 'none'", "unknown policy"), ("model = 3", "model"),
+     ("policy-option = 3", "policy-option"), ("port = 99999", "port=99999"), ("max-queue = -1", "max_queue=-1")],
+)  # fmt: skip
+def test_bad_files(served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str) -> None:
+    file = tmp_path / "smart.toml"
+    file.write_text(content)
+    assert cli.main(["serve", "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("smart: error: ") and error.count("\n") == 1 and words in error
+    assert served == []
+
+
+def test_bad_command_lines(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (["--host", "0.0.0.0"], ["--policy-option", "wrong=1"], ["--config", "missing.toml"],
+                 ["--api-key", "k", "--no-api-key"]):  # fmt: skip
+        assert cli.main(["serve", *line]) == 2, line
+    assert served == []
+
+
+def test_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for group in cli_serve.OPTIONS.values():
+        for option in group:
+            assert f"--{option.name}" in text and f"({option.shown or option.default})" in text.replace("- ", "-")
+
+
+def test_a_taken_port_is_one_line(served: Any) -> None:
+    with launch.bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(cli_serve.ConfigError, match="cannot listen"):
+            launch.bind("127.0.0.1", taken.getsockname()[1])

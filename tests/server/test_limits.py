@@ -1,0 +1,288 @@
+"""Bad input, limits, keys, disconnects, failures and the end: one clear answer each, and the others go on."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from worlds import NAME, Running, post, serving, slow, wait_for
+
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.llm import LLM
+from smart_decoding.server.schemas import ChatRequest, CompletionRequest
+from smart_decoding.server.settings import ServerSettings
+
+JSON = {"content-type": "application/json"}
+LONG = {"model": NAME, "prompt": "a", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"].count("\n") == 0
+    assert response.headers["x-request-id"]
+    return error
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"model": "tiny", "prompt": "\xff\xfe"}', b"[]", b"null", b'"x"', b"[" * 100_000]
+)
+def test_malformed_bodies(running: Running, content: bytes) -> None:
+    error_of(post(running, "/v1/completions", content=content, headers=JSON), 400)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": []}, {"prompt": [999]}, {"prompt": [-1]}, {"prompt": ""}, {"prompt": None}, {"prompt": "\ud800"},
+        {"temperature": 3.0}, {"temperature": "0"}, {"temperature": float("nan")}, {"top_p": 0}, {"n": 0}, {"n": 99},
+        {"max_tokens": 0}, {"max_tokens": 10**30}, {"seed": 2**70}, {"logit_bias": {"x": 1}}, {"logprobs": 21},
+        {"logit_bias": {"999": 1.0}}, {"stop": ["a"] * 17}, {"stop": [""]}, {"echo": True}, {"suffix": "x"},
+        {"best_of": 2}, {"stream_options": {"include_usage": True}}, {"top_k": -2}, {"n": 2, "temperature": 0},
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_honoured(running: Running, change: dict[str, Any]) -> None:
+    body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1, **change}).encode()
+    error_of(post(running, "/v1/completions", content=body, headers=JSON), 400)
+    assert running.idle()
+
+
+def test_errors_name_what_is_wrong(running: Running) -> None:
+    long = error_of(post(running, "/v1/completions", json={"model": NAME, "prompt": "a" * 2000}), 400)
+    assert long["code"] == "context_length_exceeded"
+    long = error_of(post(running, "/v1/completions", json={"model": NAME, "prompt": "a", "max_tokens": 1024}), 400)
+    assert long["code"] == "context_length_exceeded"
+    missing = error_of(post(running, "/v1/completions", json={"model": "other", "prompt": "a"}), 404)
+    assert missing["code"] == "model_not_found" and missing["param"] == "model"
+    unknown = error_of(post(running, "/v1/completions", json={"model": NAME, "prompt": "a", "beams": 2}), 400)
+    assert unknown["param"] == "beams" and unknown["code"] == "unsupported_parameter"
+    error_of(post(running, "/v1/nothing"), 404)
+    error_of(httpx.get(f"{running.url}/v1/completions"), 405)
+    form = {"content": b'{"model": "tiny", "prompt": "a"}', "headers": {"content-type": "text/plain"}}
+    error_of(post(running, "/v1/completions", **form), 400)
+
+
+def test_bodies_too_big(load: Any) -> None:
+    with serving(load, max_body=1000, body_timeout=0.3) as running:
+        error_of(post(running, "/v1/completions", content=b"x" * 1001, headers=JSON), 413)
+        error_of(post(running, "/v1/completions", content=iter([b"x" * 600] * 2), headers=JSON), 413)
+
+        def drip() -> Any:
+            for _ in range(20):
+                yield b" "
+                time.sleep(0.05)
+
+        error_of(post(running, "/v1/completions", content=drip(), headers=JSON), 408)
+        assert post(running, "/v1/completions", json={"model": NAME, "prompt": "a"}).status_code == 200
+
+
+def test_tokenize_and_back(running: Running, plain: LLM) -> None:
+    found = post(running, "/tokenize", json={"prompt": "Grüße"}).json()
+    assert found == {"count": 7, "max_model_len": 1024, "tokens": plain.tokenizer.encode("Grüße")}
+    assert post(running, "/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "Grüße"}
+    chat = [{"role": "user", "content": "hi"}]
+    assert post(running, "/tokenize", json={"messages": chat}).json()["tokens"] == plain.tokenizer.encode_chat(chat)
+    error_of(post(running, "/detokenize", json={"tokens": [258]}), 400)
+    error_of(post(running, "/tokenize", json={}), 400)
+
+
+def test_health_version_and_document(running: Running) -> None:
+    for path in ("/health", "/health/ready", "/version"):
+        assert httpx.get(running.url + path).status_code == 200
+    paths = httpx.get(f"{running.url}/openapi.json").json()["paths"]
+    assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"} <= set(paths)
+
+
+def test_keys(load: Any) -> None:
+    with serving(load, api_keys=("first", "second")) as running:
+        url = f"{running.url}/v1/models"
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "first"}):
+            assert error_of(httpx.get(url, headers=headers), 401)["code"] == "invalid_api_key"
+        for key in ("first", "second"):
+            assert httpx.get(url, headers={"authorization": f"Bearer {key}"}).status_code == 200
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        assert post(running, "/tokenize", json={"prompt": "a"}).status_code == 401
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0).models.list()
+
+
+def test_who_needs_a_key() -> None:
+    with pytest.raises(ConfigError, match="--api-key"):
+        ServerSettings(NAME, host="0.0.0.0")
+    for host in ("127.0.0.1", "localhost", "::1"):
+        ServerSettings(NAME, host=host)
+    ServerSettings(NAME, host="0.0.0.0", api_keys=("k",))
+    ServerSettings(NAME, host="0.0.0.0", no_api_key=True)
+
+
+def test_a_web_page_cannot_reach_an_open_server_by_another_name(running: Running) -> None:
+    error_of(httpx.get(f"{running.url}/v1/models", headers={"host": "evil.example"}), 403)
+    assert httpx.get(f"{running.url}/v1/models", headers={"host": "localhost:1"}).status_code == 200
+
+
+def test_a_client_that_leaves_frees_its_slot(load: Any) -> None:
+    with serving(lambda: slow(load(), 0.01)) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        body = {k: v for k, v in LONG.items() if k != "ignore_eos"}
+        stream = client.completions.create(**body, stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        assert running.worker.active == 1
+        stream.close()
+        assert running.idle(1.0)  # the answer would take seconds
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{running.url}/v1/completions", json=LONG, timeout=0.3)
+        assert running.idle(1.0)
+
+
+def test_a_full_queue_and_a_long_wait_are_refused(load: Any) -> None:
+    with serving(
+        lambda: slow(load(max_num_seqs=1, speculative_config=False), 0.005), max_queue=1, queue_timeout=0.3
+    ) as running, ThreadPoolExecutor() as pool:  # fmt: skip
+        first = pool.submit(post, running, "/v1/completions", json={**LONG, "max_tokens": 300})
+        assert wait_for(lambda: running.worker.active == 1)
+        second = pool.submit(post, running, "/v1/completions", json=LONG)
+        assert wait_for(lambda: running.worker.active == 2)
+        third = post(running, "/v1/completions", json=LONG)
+        assert error_of(third, 429)["code"] == "queue_full" and int(third.headers["retry-after"]) >= 1
+        assert error_of(second.result(), 503)["code"] == "queue_timeout"
+        assert int(second.result().headers["retry-after"]) >= 1
+        assert first.result().status_code == 200
+        assert running.idle()
+        too_many = post(running, "/v1/completions", json={**LONG, "prompt": ["a"] * 3})
+        error_of(too_many, 400)
+
+
+def test_a_request_that_breaks_the_model_does_not_break_the_others(load: Any, plain: LLM) -> None:
+    """Its token makes the forward raise, whoever is in the batch."""
+
+    def poisoned() -> LLM:
+        llm = slow(load(enable_prefix_caching=False), 0.002)
+        verify = llm.target.verify
+
+        def raising(rows: Any, taps: Any) -> Any:
+            if (rows.token == 7).any():
+                raise RuntimeError("poison")
+            return verify(rows, taps)
+
+        llm.target.verify = raising  # type: ignore[method-assign]
+        return llm
+
+    params = {"temperature": 0, "max_tokens": 60, "logit_bias": {"7": -100}}
+    with serving(poisoned) as running, ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(post, running, "/v1/completions", json={"model": NAME, "prompt": p, **params})
+                for p in ("ab", "cd")]  # fmt: skip
+        assert wait_for(lambda: running.worker.active == 2)
+        bad = post(running, "/v1/completions", json={"model": NAME, "prompt": [1, 7, 2], "max_tokens": 5})
+        assert "poison" in error_of(bad, 500)["message"]
+        llm_params = SamplingParams(temperature=0, max_tokens=60, logit_bias={7: -100})
+        for prompt, job in zip(("ab", "cd"), jobs, strict=True):
+            assert job.result().json()["choices"][0]["text"] == plain.generate(prompt, llm_params)[0].outputs[0].text
+        assert running.idle() and httpx.get(f"{running.url}/health").status_code == 200
+        running.llm.engine.check_integrity()
+
+
+def test_a_broken_engine_is_told(load: Any) -> None:
+    with serving(load) as running, ThreadPoolExecutor() as pool:
+        running.llm.engine.step = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+        answers = [pool.submit(post, running, "/v1/completions", json=LONG) for _ in range(5)]
+        assert {answer.result().status_code for answer in answers} <= {500, 503}
+        for _ in range(3):
+            post(running, "/v1/completions", json=LONG)
+        assert error_of(httpx.get(f"{running.url}/health"), 503)["code"] == "engine_stopped"
+        error_of(post(running, "/v1/completions", json=LONG), 503)
+        assert running.worker.active == 0
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
+    def load() -> LLM:
+        raise ModelError("no such model")
+
+    with serving(load, ready=False) as running:
+        running.thread.join(5)
+        assert not running.thread.is_alive() and isinstance(running.worker.error, ModelError)
+
+
+def test_not_ready_while_loading(load: Any) -> None:
+    go = threading.Event()
+
+    def late() -> LLM:
+        go.wait(10)
+        return load()
+
+    with serving(late, ready=False) as running:
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        answer = post(running, "/v1/completions", json=LONG)
+        assert error_of(answer, 503)["code"] == "not_ready" and answer.headers["retry-after"]
+        assert httpx.get(f"{running.url}/health/ready").status_code == 503
+        go.set()
+        assert wait_for(lambda: httpx.get(f"{running.url}/health/ready").status_code == 200)
+
+
+@pytest.mark.parametrize("deadline", [10, 0.2])
+def test_the_end_drains_up_to_the_deadline(load: Any, deadline: float) -> None:
+    body = {**LONG, "max_tokens": 80}
+    with ThreadPoolExecutor() as pool:
+        with serving(lambda: slow(load(speculative_config=False), 0.01), shutdown_timeout=deadline) as running:
+            answer = pool.submit(post, running, "/v1/completions", json=body)
+            assert wait_for(lambda: bool(running.llm.engine.scheduler.running))
+        if deadline > 5:
+            assert answer.result().json()["usage"]["completion_tokens"] == 80
+        else:
+            assert isinstance(answer.exception(), httpx.HTTPError) or answer.result().status_code >= 500
+
+
+def test_two_requests_may_carry_the_same_id(load: Any) -> None:
+    with serving(lambda: slow(load(), 0.002)) as running, ThreadPoolExecutor() as pool:
+        headers, body = {"x-request-id": "mine"}, {**LONG, "max_tokens": 40}
+        both = [pool.submit(post, running, "/v1/completions", json=body, headers=headers) for _ in range(2)]
+        assert [answer.result().status_code for answer in both] == [200, 200]
+        assert all(answer.result().headers["x-request-id"] == "mine" for answer in both)
+        assert post(running, "/tokenize", json={"prompt": ""}, headers={"x-request-id": "a b"}).headers[
+            "x-request-id"
+        ] not in ("", "a b")
+
+
+def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> None:
+    """Text that raises, and an observer that raises: the other requests do not notice."""
+    with serving(lambda: slow(load(), 0.002)) as running, ThreadPoolExecutor() as pool:
+        good = pool.submit(post, running, "/v1/completions", json={**LONG, "max_tokens": 80})
+        assert wait_for(lambda: running.worker.active == 1)
+        decode = running.llm._decoder
+        broken = lambda skip: lambda ids: 1 / 0 if not skip else decode(skip)(ids)  # noqa: E731
+        running.llm.engine._decode = broken
+        running.worker.observers[0].after = lambda engine, touched: 1 / 0  # type: ignore[method-assign]
+        bad = post(running, "/v1/completions", json={**LONG, "max_tokens": 9, "skip_special_tokens": False})
+        error_of(bad, 500)
+        (wanted,) = plain.generate("a", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True))
+        assert good.result().json()["choices"][0]["text"] == wanted.outputs[0].text
+        assert running.idle() and len(running.worker.observers) == 1
+        running.llm.engine.check_integrity()
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, "tools", "response_format", "echo"})
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
+       st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=3), st.booleans())  # fmt: skip
+def test_no_body_makes_the_server_fail(running: Running, path: str, change: dict[str, Any], chat: bool) -> None:
+    start = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a", "max_tokens": 2}
+    body = json.dumps({"model": NAME, **start, "stop": "e", **change}).encode()
+    response = post(running, path, content=body, headers=JSON)
+    assert response.status_code in (200, 400, 404), response.text

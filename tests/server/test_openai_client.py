@@ -1,0 +1,138 @@
+"""The official client, unchanged: sync, async and streaming, with answers that are plain decoding's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import openai
+import pytest
+from worlds import NAME, Running
+
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.llm import LLM
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"}]
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def expected(plain: LLM, prompt: str, **params: object) -> str:
+    return plain.generate(prompt, SamplingParams(**params))[0].outputs[0].text
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4o")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_chat_answers_as_generate_does(client: openai.OpenAI, plain: LLM, temperature: float) -> None:
+    answer = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, temperature=temperature, seed=5, max_completion_tokens=24
+    )
+    (wanted,) = plain.chat(MESSAGES, SamplingParams(temperature=temperature, seed=5, max_tokens=24))
+    assert answer.choices[0].message.content == wanted.outputs[0].text
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == wanted.outputs[0].finish_reason
+    assert answer.usage.prompt_tokens == len(wanted.prompt_token_ids)
+    assert answer.usage.completion_tokens == len(wanted.outputs[0].token_ids)
+    assert answer.id.startswith("chatcmpl-")
+
+
+def test_a_chat_stream_is_the_answer_in_pieces(client: openai.OpenAI, plain: LLM) -> None:
+    stream = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, temperature=0, max_tokens=40, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = list(stream)
+    (wanted,) = plain.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=40))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted.outputs[0].text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"]
+    assert len(chunks) > 5 and all(chunk.usage is None for chunk in chunks)
+    assert last.choices == [] and last.usage.completion_tokens == len(wanted.outputs[0].token_ids)
+    assert len({chunk.id for chunk in (*chunks, last)}) == 1
+
+
+def test_completions_of_several_prompts_and_samples(client: openai.OpenAI, plain: LLM) -> None:
+    prompts, params = ["one two", "three"], {"temperature": 1.0, "seed": 3, "max_tokens": 9, "n": 2}
+    answer = client.completions.create(model=NAME, prompt=prompts, **params)
+    wanted = [o.text for out in plain.generate(prompts, SamplingParams(**params)) for o in out.outputs]
+    assert [choice.text for choice in answer.choices] == wanted
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    streamed = ["", "", "", ""]
+    for chunk in client.completions.create(model=NAME, prompt=prompts, stream=True, **params):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == wanted
+
+
+def test_completions_take_token_ids_and_default_to_16_tokens(client: openai.OpenAI, plain: LLM) -> None:
+    tokens = plain.tokenizer.encode("hello")
+    answer = client.completions.create(model=NAME, prompt=tokens, temperature=0, extra_body={"ignore_eos": True})
+    assert answer.usage.completion_tokens == 16
+    assert answer.choices[0].text == expected(plain, "hello", temperature=0, ignore_eos=True, max_tokens=16)
+
+
+def test_stop_bias_and_penalties_reach_the_engine(client: openai.OpenAI, plain: LLM) -> None:
+    params = {"temperature": 0, "max_tokens": 20}
+    text = expected(plain, "abc", **params)
+    stop = text[4:6]
+    answer = client.completions.create(model=NAME, prompt="abc", stop=[stop], **params)
+    assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+    biased = client.completions.create(model=NAME, prompt="abc", logit_bias={"65": 100}, **params)
+    assert biased.choices[0].text == plain.tokenizer.decode([65]) * 20
+    more = {"presence_penalty": 1.5, "frequency_penalty": 1.0}
+    penalised = client.completions.create(model=NAME, prompt="abc", **params, **more)
+    assert penalised.choices[0].text == expected(plain, "abc", **params, **more) != text
+
+
+def test_logprobs_of_chat_and_completions(client: openai.OpenAI, plain: LLM) -> None:
+    params = {"temperature": 0, "max_tokens": 6}
+    (wanted,) = plain.generate("abc", SamplingParams(**params, logprobs=2))
+    answer = client.completions.create(model=NAME, prompt="abc", logprobs=2, **params)
+    got = answer.choices[0].logprobs
+    assert got.token_logprobs == pytest.approx([e.logprob for e in wanted.outputs[0].logprobs], abs=1e-4)
+    assert len(got.tokens) == len(got.text_offset) == 6 and all(1 <= len(top) <= 2 for top in got.top_logprobs)
+    stream = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, logprobs=True, top_logprobs=3, stream=True, **params
+    )
+    entries = [e for chunk in stream if chunk.choices[0].logprobs for e in chunk.choices[0].logprobs.content]
+    assert len(entries) == 6 and all(len(e.top_logprobs) == 3 for e in entries)
+    for entry in entries:  # greedy: the drawn token is the likeliest
+        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob, abs=1e-5) and entry.logprob <= 0
+        assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
+
+
+def test_async_streams_run_side_by_side(running: Running, plain: LLM) -> None:
+    async def one(client: openai.AsyncOpenAI, prompt: str) -> str:
+        stream = await client.completions.create(model=NAME, prompt=prompt, temperature=0, max_tokens=30, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def everyone() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+
+    prompts = [f"prompt number {i}" for i in range(8)]
+    assert asyncio.run(everyone()) == [expected(plain, p, temperature=0, max_tokens=30) for p in prompts]
+    assert running.idle()
+
+
+def test_what_is_not_supported_is_refused(client: openai.OpenAI) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+    refused = [{"tools": [tool]}, {"response_format": schema}, {"response_format": {"type": "json_object"}},
+               {"messages": picture}, {"reasoning_effort": "low"}, {"extra_body": {"beam_width": 3}}]  # fmt: skip
+    for options in refused:
+        with pytest.raises(openai.BadRequestError) as error:
+            client.chat.completions.create(**{"model": NAME, "messages": MESSAGES, "max_tokens": 1, **options})
+        assert error.value.body["message"] and error.value.body["type"] == "invalid_request_error"
+    neutral = {"tools": [], "response_format": {"type": "text"}, "user": "u", "store": False}
+    client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=1, **neutral)

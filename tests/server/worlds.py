@@ -1,0 +1,110 @@
+"""A tiny random model with a byte tokenizer, and real uvicorn servers in threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tokenizers
+import torch
+import transformers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from smart_decoding.llm import LLM
+from smart_decoding.server.launch import Server, bind, make_server
+from smart_decoding.server.settings import ServerSettings
+from smart_decoding.server.worker import Worker
+from smart_decoding.tokenizer import Tokenizer
+
+NAME = "tiny"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """Random weights, a token a byte, and a chat template."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
+        intermediate_size=200, vocab_size=258, max_position_embeddings=4096, initializer_range=0.15,
+        bos_token_id=256, eos_token_id=257,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<bos>", special=True), AddedToken("<eos>", special=True)])
+    Tokenizer(backend, {"bos_token": "<bos>", "eos_token": "<eos>"}, TEMPLATE).save(folder)
+    return folder
+
+
+@dataclass
+class Running:
+    """A server that answers. `llm` is the one in its worker."""
+
+    url: str
+    worker: Worker
+    server: Server
+    thread: threading.Thread
+
+    @property
+    def llm(self) -> LLM:
+        assert self.worker.llm is not None
+        return self.worker.llm
+
+    def idle(self, seconds: float = 5.0) -> bool:
+        """Whether all slots and pages are free within `seconds`."""
+        engine = self.llm.engine
+        return wait_for(lambda: self.worker.active == 0 and engine.pool.available == engine.pool.pages, seconds)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+@contextmanager
+def serving(load: Callable[[], LLM], ready: bool = True, **settings: Any) -> Iterator[Running]:
+    """A server on a free port, or the one given."""
+    given = ServerSettings(**{"model_name": NAME, "shutdown_timeout": 5, **settings})
+    server, worker = make_server(load, given)
+    with bind("127.0.0.1", settings.get("port", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        running = Running(url, worker, server, thread)
+        try:
+            assert wait_for(lambda: server.started and (not ready or worker.llm is not None), 30)
+            yield running
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def slow(llm: LLM, seconds: float) -> LLM:
+    """The same model, whose every round takes a little longer."""
+    step = llm.engine.step
+
+    def slower() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    llm.engine.step = slower  # type: ignore[method-assign]
+    return llm
+
+
+def post(running: Running, path: str, **options: Any) -> httpx.Response:
+    return httpx.post(running.url + path, timeout=20, **options)

@@ -1,0 +1,284 @@
+"""The report from a small fixed result: it shows what it should, is well formed, needs nothing from outside."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from smart_decoding import cli
+from smart_decoding.bench import plots
+from smart_decoding.bench.figures import NEUTRAL, figures
+from smart_decoding.bench.html_report import page
+from smart_decoding.bench.options import BenchOptions
+from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, verdict
+from smart_decoding.bench.runner import command_of
+from smart_decoding.bench.svg import round_numbers, ticks
+from smart_decoding.errors import ConfigError
+
+COST = {
+    "verify": {"1": [[1, 4, 16], [0.010, 0.012, 0.030]], "4": [[4, 16, 64], [0.012, 0.030, 0.100]]},
+    "draft": [[1, 8], [0.001, 0.002]], "row_token": 0.0, "sequence_token": 0.0, "draft_token": 0.0,
+    "overhead_seconds": 0.0,
+}  # fmt: skip
+BINS = {"predicted": [0.05, 0.55], "chosen": [0.04, 0.36], "count": [300.0, 100.0]}
+FIXED_LONG = "likelihood(depth=5,top_k=10,total_tokens=60)"
+
+
+def run_of(
+    policy: str, batch: int, task: str, speedup: float, low: float | None, high: float | None, **more: Any
+) -> Any:
+    return {
+        "policy": policy, "batch_size": batch, "task": task, "dtype": "bf16", "temperature": 0.0, "identical": True,
+        "tokens_per_s": 80.0 * batch * speedup, "speedup": speedup, "speedup_low": low, "speedup_high": high,
+        "tokens_per_round": 1.5, "rows_per_round": 4.0 * batch, "levels_per_round": 2.0, "verify_ms": 13.0,
+        "context_tokens": 200.0, "partial": False, **more,
+    }  # fmt: skip
+
+
+def results() -> dict[str, Any]:
+    runs = []
+    for batch in (1, 4):
+        noise = {"noise": 1.01, "noise_low": 0.97, "noise_high": 1.04, "noise_pairs": 4}
+        for task in ("code", "all"):
+            runs.append(run_of("off", batch, task, 1.0, 1.0, 1.0, **noise))
+    reliability = {"draft": BINS, "calibrated": {**BINS, "chosen": [0.05, 0.55]}}
+    for task in ("code", "all"):
+        more = {"row_counts": {"1": 2, "4": 10, "9": 3}, "reliability": reliability} if task == "all" else {}
+        runs.append(run_of(FIXED_LONG, 1, task, 1.31, 1.2, 1.4))
+        runs.append(run_of(FIXED_LONG, 4, task, 0.62, 0.58, 0.66))
+        runs.append(run_of("smart", 1, task, 1.25, 1.15, 1.35, **more))
+    runs.append(run_of("smart", 4, "code", 0.9, 0.0, None))
+    runs.append(run_of("smart", 4, "all", 0.99, 0.9, 1.07, partial=True))
+    origin = {"command": "smart bench --policies <a&b>", "commit": "abc", "hardware": {"cpu": "Some CPU", "cores": 2},
+              "weights": {"model": "tiny"}, "time": "2026-11-24T18:49:56+00:00"}  # fmt: skip
+    memory = {"peak_process_gib": 1.5, "peak_gpu_gib": None, "weights_gib": 0.25, "kv_cache_gib": 0.1}
+    return {"provenance": origin, "runs": runs, "cost": COST, "memory": memory}
+
+
+@pytest.fixture
+def document() -> ElementTree.Element:
+    return ElementTree.fromstring(page(Results.from_dict(results())))
+
+
+def text_of(element: ElementTree.Element | None) -> str:
+    assert element is not None
+    return " ".join(" ".join(element.itertext()).split())
+
+
+def section(document: ElementTree.Element, key: str) -> ElementTree.Element:
+    return next(s for s in document.iter("section") if s.get("id") == key)
+
+
+def test_the_page_is_well_formed_and_needs_nothing_from_outside(document: ElementTree.Element) -> None:
+    source = page(Results.from_dict(results()))
+    assert source.startswith("<!DOCTYPE html>")
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", source)
+    assert not {"script", "link", "img", "iframe", "object"} & {e.tag for e in document.iter()}
+    assert not [e for e in document.iter() for name in e.attrib if name in ("src", "href") or name.startswith("on")]
+    assert "prefers-color-scheme:dark" in source and 'name="viewport"' in source
+
+
+def test_every_figure_is_drawn(document: ElementTree.Element) -> None:
+    drawn = {key: len([s for s in section(document, key).iter("svg") if s.get("role") == "img"])
+             for key in ("speedup", "cost", "tokens", "reliability")}  # fmt: skip
+    assert drawn == {"speedup": 2, "cost": 2, "tokens": 2, "reliability": 1}  # wide and narrow; one per batch; one
+
+
+def test_speedups_have_bands_and_the_line_at_one(document: ElementTree.Element) -> None:
+    chart = next(s for s in section(document, "speedup").iter("svg") if s.get("role") == "img")
+    kinds = [e.get("class") for e in chart.iter()]
+    assert kinds.count("line") == 2 and kinds.count("band") == 2 and kinds.count("level") == 1
+    assert kinds.count("mark") == 4 and kinds.count("below") == 1
+    level = next(e for e in chart.iter() if e.get("class") == "level")
+    one = next(e for e in chart.iter("text") if e.text == "1" and e.get("class") == "end")
+    assert float(level.get("y1", "nan")) == pytest.approx(float(one.get("y", "nan")) - 4)
+    titles = {e.text for e in chart.iter("title")}
+    assert "batch 4: 0.62× (0.58 to 0.66)" in titles and "batch 4: 0.99× (0.90 to 1.07)" in titles
+
+
+def test_losses_are_listed_and_who_beats_smart(document: ElementTree.Element) -> None:
+    lines = [text_of(item) for item in section(document, "losses").iter("li")]
+    assert lines == [
+        "likelihood#1, batch 4: 0.62× (0.58–0.66), slower",
+        "smart, batch 4: 0.99× (0.90–1.07), not decided",
+        "batch 1: likelihood#1 has 1.31×, more than smart's 1.25×",
+    ]
+    slow = [text_of(cell) for cell in section(document, "tasks").iter("td") if cell.get("class") == SLOWER]
+    assert slow == ["0.62 (0.58–0.66)"] * 2
+    assert f"likelihood#1 = {FIXED_LONG}" in text_of(section(document, "tasks"))
+    assert "Partial: the time limit" in text_of(document)
+
+
+def test_a_task_that_is_slower_counts_though_the_policy_is_not() -> None:
+    data = results()
+    one = next(r for r in data["runs"] if (r["policy"], r["batch_size"], r["task"]) == ("smart", 1, "code"))
+    one.update(speedup=0.9, speedup_low=0.85, speedup_high=0.95)
+    document = ElementTree.fromstring(page(Results.from_dict(data)))
+    assert "smart, batch 1, code alone: 0.90× (0.85–0.95), slower" in text_of(section(document, "losses"))
+
+
+def test_machine_command_memory_and_noise_are_told(document: ElementTree.Element) -> None:
+    origin = text_of(section(document, "origin"))
+    assert "smart bench --policies <a&b>" in origin and "cpu Some CPU" in origin
+    assert "1.50 GiB resident, of the whole process" in origin and "GPU" not in origin
+    assert "batch 4: 1.010× (0.970 to 1.040)" in text_of(section(document, "noise"))
+
+
+def test_operating_points_lie_where_they_were_measured() -> None:
+    figure = figures(Results.from_dict(results()))[1]
+    first = figure.panels[0]
+    profile, plain, smart, _ = first.series
+    assert [p.y for p in profile.points if p.x in (1, 4, 16)] == pytest.approx([10.0, 12.0])  # 16 is far off
+    assert (plain.colour, smart.colour, smart.name) == (NEUTRAL, 0, "smart")
+    (point,) = smart.points
+    assert (point.x, point.y) == (4.0, 13.0)
+    assert point.x_range == (1.0, 9.0)  # of 15 rounds, 2 had one row and 3 had nine
+    data = results()
+    for run in data["runs"]:
+        del run["verify_ms"]
+    assert figures(Results.from_dict(data))[1].panels[0].series[2].points[0].y == pytest.approx(12.0)  # by the profile
+
+
+def test_reliability_before_and_after() -> None:
+    (panel,) = figures(Results.from_dict(results()))[3].panels
+    before, after = panel.series
+    assert panel.title == "smart" and panel.diagonal
+    assert "off by 5.5 %" in before.name and "off by 0.0 %" in after.name  # (300 * 0.01 + 100 * 0.19) / 400
+    assert [(p.x, p.y) for p in after.points] == [(pytest.approx(0.05),) * 2, (pytest.approx(0.55),) * 2]
+
+
+def test_verdicts_need_the_whole_interval() -> None:
+    told = [verdict(run_of("smart", 1, "all", 1.2, *bounds)) for bounds in ((1.1, 1.3), (0.9, 1.3), (0.0, None))]
+    assert told == [FASTER, UNDECIDED, UNDECIDED]
+    assert verdict(run_of("smart", 1, "all", 0.8, 0.7, 0.9)) == SLOWER
+
+
+def test_missing_fields_are_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = results()
+    keep = ("policy", "batch_size", "task", "speedup")
+    bare = {"runs": [{name: run[name] for name in keep} for run in data["runs"]]}
+    source, target = tmp_path / "r.json", tmp_path / "r.html"
+    source.write_text(json.dumps(bare))
+    assert cli.main(["report", str(source), "--html", str(target)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in out[1:]] == [
+        "not drawn, cost",
+        "not drawn, tokens",
+        "not drawn, reliability",
+    ]
+    document = ElementTree.fromstring(target.read_text())
+    assert "hold no cost curve" in text_of(section(document, "cost"))
+    assert "The noise was not measured" in text_of(section(document, "noise"))
+    assert "0.62" in text_of(section(document, "losses"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cost": {"verify": "?"}}, {"cost": []}, {"memory": None}, {"provenance": 3},
+        {"reliability": {"draft": {}, "calibrated": 1}}, {"row_counts": {"many": 1}}, {"row_counts": [1]},
+        {"speedup": None}, {"rows_per_round": None}, {"tokens_per_round": "?"}, {"noise_low": None},
+        {"policy": "<b>"}, {"temperature": None},
+    ],
+)  # fmt: skip
+def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
+    data = results()
+    for name, value in change.items():
+        if name in data:
+            data[name] = value
+        else:
+            for run in data["runs"]:
+                run[name] = value
+    ElementTree.fromstring(page(Results.from_dict(data)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "has no 'runs'"),
+        ('{"runs": []}', "has no 'runs'"),
+        ('{"runs": [3]}', "must be an object"),
+        ('{"runs": [{"policy": "off"}]}', "no usable 'task'"),
+        ('{"runs": [{"policy": "off", "task": "all", "batch_size": 1}]}', "no 'speedup'"),
+        ('{"runs": [{"policy": "off", "task": "code", "batch_size": 1, "speedup": 1}]}', "no runs of the task 'all'"),
+    ],
+)
+def test_what_is_no_result_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        Results.read(tmp_path / "r.json")
+
+
+def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "r.json"
+    for words in (
+        [str(source), "--html", str(tmp_path / "r.html")],  # no such results
+        [str(source)],  # nothing to make
+        [str(source), "--html", str(tmp_path / "none" / "r.html")],
+        [str(source), "--plots", str(tmp_path / "none" / "plots")],
+    ):
+        assert cli.main(["report", *words]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("smart: error: ") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"smart-decoding\[bench\]"):
+        plots.write_plots(Results.from_dict(results()), tmp_path / "plots")
+    monkeypatch.setattr("smart_decoding.bench.options.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"smart-decoding\[bench\]"):
+        BenchOptions(plots=tmp_path / "plots")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plots_are_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    paths = plots.write_plots(Results.from_dict(results()), tmp_path / "plots")
+    assert [p.name for p in paths] == ["speedup.png", "cost.png", "tokens.png", "reliability.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+    assert plots.write_plots(Results.from_dict(results()), tmp_path / "plots") == paths  # again, into the same folder
+
+
+def test_a_benchmark_can_draw_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, asked = results(), []
+    for run in data["runs"]:  # what the table needs beside
+        run.update(dict.fromkeys(("end_to_end_speedup", "wasted_rows", "ttft_ms", "ttft_ratio", "tpot_ms"), 1.0))
+        run.update(dict.fromkeys(("worst_tpot_ratio", "controller_share", "off_share", "rounds", "blocks"), 1.0))
+        run.update(looping_answers=0.0, looping_tokens=0.0)
+    monkeypatch.setattr("smart_decoding.bench.runner.run", lambda options: asked.append(options) or data)
+    target = tmp_path / "page.html"
+    assert cli.main(["bench", "--policies", "smart", "--html", str(target)]) == 0
+    assert f"wrote {target}" in capsys.readouterr().out
+    assert "0.62" in text_of(section(ElementTree.fromstring(target.read_text()), "losses"))
+    assert command_of(asked[0]).endswith("--html page.html")
+    assert cli.main(["bench", "--html", str(tmp_path)]) == 2 and len(asked) == 1  # refused before measuring
+
+
+def test_the_committed_results_can_be_drawn() -> None:
+    files = sorted((Path(__file__).parents[3] / "docs").glob("results-*.json"))
+    assert files
+    for file in files:
+        document = ElementTree.fromstring(page(Results.read(file)))
+        assert [s for s in section(document, "speedup").iter("svg") if s.get("role") == "img"]
+
+
+def test_ticks_are_round_and_cover_the_values() -> None:
+    assert round_numbers(0.43, 1.21) == [0.4, 0.6, 0.8, 1.0, 1.2, 1.4]
+    assert round_numbers(0, 54) == [0, 20, 40, 60]
+    for figure in figures(Results.from_dict(results())):
+        for panel in figure.panels:
+            _, marked = ticks(panel)
+            highest = max(p.y for s in panel.series for p in s.points)
+            assert marked[0] <= min(p.y for s in panel.series for p in s.points) and highest <= marked[-1]
