@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-from worlds import Running, save_tiny_model, serving
+from serving import Running, save_tiny_model, serving
 
 from smart_decoding.llm import LLM
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from worlds import NAME, Running, post, serving, slow, wait_for
+from serving import NAME, Running, post, serving, slow, wait_for
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError

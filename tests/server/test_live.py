@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from worlds import NAME, Running, post, serving, slow, wait_for
+from serving import NAME, Running, post, serving, slow, wait_for
 
 BODY = {"model": NAME, "prompt": "abcabcabc", "max_tokens": 900, "ignore_eos": True, "temperature": 0, "stream": True}
 CHROMIUM = shutil.which("chromium")

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from worlds import NAME, Running, post, serving
+from serving import NAME, Running, post, serving
 
 from smart_decoding import speculation
 from smart_decoding.profiling.measure import measure

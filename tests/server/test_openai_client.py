@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from worlds import NAME, Running
+from serving import NAME, Running
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM

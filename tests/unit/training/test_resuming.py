@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +41,7 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def world(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.time, "monotonic", Clock())
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=Clock(), perf_counter=time.perf_counter))
     monkeypatch.setattr(train, "bf16_is_faster", lambda: False)
     monkeypatch.setattr(train, "SAVE_EVERY", 1e9)
 

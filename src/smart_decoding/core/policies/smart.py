@@ -215,7 +215,7 @@ class Smart:
 
     def _look_out(self, batch: BatchState, scratch: _Scratch, key: tuple[object, ...]) -> Outlook:
         size, drafting, levels = batch.size, scratch.drafting, self._max_levels(batch, scratch)
-        widths = WIDTHS
+        widths: tuple[int, ...] = WIDTHS
         if drafting > SMALL:
             levels, widths = min(levels, FEW_LEVELS), WIDTHS[:2]
         children = self.forecast.children(float(np.mean(scratch.greedy)))
