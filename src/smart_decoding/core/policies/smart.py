@@ -35,6 +35,8 @@ KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothi
 MAX_OUTLOOKS = 64
 CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up, if the answers go on for as long
 MARGIN = 1.03  # what drafting must promise over plain decoding: costs are known to a few per cent, not better
+PROBE_SHARE = 4  # a probe must afford this part of a long catch-up
+FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
 PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
 BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, slow-moving beliefs are updated every fourth round
 
@@ -255,16 +257,18 @@ class Smart:
         return others[self.prober.count % len(others)]
 
     def _catch_up(self, batch: BatchState, option: Option | None) -> float:
-        """Seconds of catching up that a plan does not charge to a single round, but which a single probe costs."""
+        """Seconds of catching up that a plan does not charge to a single round, but a probe partly: where it turns out
+        well, further rounds share them. (What a probe really loses is taken from the budget afterwards, in full.)"""
         rows = batch.size + batch.catch_up_rows
         if option is None or not option[0] or rows == _first_rows(batch):
             return 0.0
         context = float(batch.context.sum()) / batch.size
         first, whole = self.cost.draft_seconds([_first_rows(batch), rows], context)
-        return float(whole - first)
+        return float(whole - first) / PROBE_SHARE
 
     def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:
         if option is None:
+            self._foresight *= 1.0 - FADE
             return OFF
         levels, wide = option
         scratch.forecast, scratch.sunk = outlook.values[option], self._overhead.seconds
