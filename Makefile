@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test quality env clean
+.PHONY: demo test quality soak env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -17,6 +17,10 @@ quality: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A server under load with faults, for ten minutes (SECONDS_=60 is the short form).
+soak: env
+	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
 
 env: .venv/.installed-dev
 
