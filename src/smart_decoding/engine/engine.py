@@ -95,6 +95,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
         self.last_round: RoundRecord | None = None
         self._taps = drafter.taps if drafter else ()
+        self._learning_seconds = 0.0  # of the round before: a policy cannot be told what being told takes
         self._decode, self._clock = decode, clock
         self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
         self._requests: dict[str, Request] = {}
@@ -189,8 +190,10 @@ class Engine:
         done = Round(state, plan, trees, kept, self._next_tokens(trees, kept, acceptance),
                      acceptance.root_next[: len(batch.decode)], widths, seconds, len(rows), verify_seconds)  # fmt: skip
         if batch.decode:
-            done.other_seconds = self._clock() - started - verify_seconds - watch.seconds["draft"]
+            learning = self._clock()
+            done.other_seconds = learning - started - verify_seconds - watch.seconds["draft"] + self._learning_seconds
             self.policy.observe(done)
+            self._learning_seconds = self._clock() - learning
         now, spent = self._clock(), watch.seconds
         self.last_round = RoundRecord(done, emitted, now - started, spent["draft"], spent["verify"], spent["sample"],
                                       spent["kv"], asking, acceptance)  # fmt: skip
