@@ -135,7 +135,7 @@ def fake_rows(batch: int, per: int, context: int, pages: int) -> Rows | None:
         table = np.arange(i * each, (i + 1) * each, dtype=np.int32)
         at = np.arange(context, context + per)
         slots = (table[at // PAGE] * PAGE + at % PAGE).astype(np.int32)
-        spans.append(Span(((7 * at + i) % 250).tolist(), context, slots, table))
+        spans.append(Span(((7 * at + i) % 32).tolist(), context, slots, table))
     rows, _, _ = build_rows(spans, DraftTrees.empty(batch), [True] * batch)
     rows.logit_rows = None
     return rows
