@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.drafters import METHODS
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL
@@ -15,7 +16,6 @@ from smart_decoding.models import DEFAULT_MODEL
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM, CompletionOutput, Prompt
 
-METHODS = ("eagle", "draft_model", "ngram", "recycling", "union", "none")
 DTYPES = ("bf16", "bfloat16", "fp32", "float32")
 _FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids")  # not a user's to give
 

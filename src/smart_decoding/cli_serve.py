@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.cli_run import DTYPES, METHODS, key_value, policy_name, speculative_config
+from smart_decoding.cli_run import DTYPES, key_value, policy_name, speculative_config
+from smart_decoding.drafters import METHODS
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL
 

@@ -19,6 +19,7 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import Forecast
 from smart_decoding.core.policies import make_policy, policy_options
 from smart_decoding.core.policies.protocol import Policy
+from smart_decoding.drafters import METHODS
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
@@ -30,7 +31,6 @@ from smart_decoding.profiling.cache import load_profile, profile_path, save_prof
 from smart_decoding.profiling.measure import measure
 from smart_decoding.tokenizer import Tokenizer
 
-METHODS = ("eagle", "draft_model", "ngram", "recycling", "union", "none")
 HEADS = Path(__file__).with_name("heads")
 ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
 SCRATCH_PAGES = 256  # head keys of one round's tree nodes: 4096

@@ -114,50 +114,10 @@ class Tokenizer:
         """Token ids of a conversation's prompt."""
         return self.encode(self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False)
 
-    def stream(self, skip_special_tokens: bool = True) -> Detokenizer:
-        """A detokeniser for one growing output."""
-        return Detokenizer(self, skip_special_tokens)
-
     def _ids_of(self, special: str) -> tuple[int, ...]:
         text = self.specials.get(special)
         id_ = self.backend.token_to_id(text) if text is not None else None
         return () if id_ is None else (int(id_),)
-
-
-class Detokenizer:
-    """Turns one output's tokens into text as they come; never gives out a part of a character.
-
-    Only the last few tokens are decoded again: a window that starts one step back, since some decoders treat the first
-    token of a text differently."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._window: list[int] = []
-        self._known = 0  # tokens of the window whose text was complete when they came
-        self._given = 0  # characters of the window's text already given out
-
-    def push(self, ids: Sequence[int]) -> str:
-        """The new complete characters after these tokens."""
-        self._window.extend(ids)
-        text = self._text(self._window)
-        complete = text.rstrip("\ufffd")  # perhaps the first bytes of a character
-        new = complete[self._given :]
-        self._given = max(self._given, len(complete))
-        if complete == text and new:
-            self._window = self._window[self._known :]
-            self._known = len(self._window)
-            self._given = len(self._text(self._window))
-        return new
-
-    def finish(self) -> str:
-        """What was held back, at the end of the output."""
-        rest = self._text(self._window)[self._given :]
-        self._window, self._known, self._given = [], 0, 0
-        return rest
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, self._skip)
 
 
 def _backend_of(folder: Path) -> tokenizers.Tokenizer:

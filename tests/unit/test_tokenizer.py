@@ -16,6 +16,7 @@ from tokenizers import pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from smart_decoding.bench.data import load_task
+from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.tokenizer import Tokenizer
 
@@ -196,12 +197,12 @@ def test_templates_are_confined(attack: str) -> None:
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], sizes: list[int]) -> list[str]:
-    stream, parts = tokenizer.stream(), []
+    stream, parts = Detokenizer(tokenizer.decode), []
     while ids:
         size = sizes[len(parts) % len(sizes)]
         parts.append(stream.push(ids[:size]))
         ids = ids[size:]
-    return [*parts, stream.finish()]
+    return [*parts, stream.flush()]
 
 
 @given(
@@ -220,11 +221,11 @@ def test_any_tokens_stream_to_what_they_decode_to(ids: list[int], sizes: list[in
 
 
 def test_text_comes_at_once() -> None:
-    stream = TINY.stream()
+    stream = Detokenizer(TINY.decode)
     assert [stream.push([id_]) for id_ in TINY.encode("he\u00e9!")] == ["he", "", "\u00e9", "!"]
-    assert stream.finish() == ""
+    assert stream.flush() == ""
     assert stream.push(TINY.encode("\u00e9")[:1]) == ""
-    assert stream.finish() == "\ufffd"
+    assert stream.flush() == "\ufffd"
 
 
 # The real tokenizer ------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,6 +16,7 @@ from typing import Any
 
 import smart_decoding
 from smart_decoding.errors import CapacityError
+from smart_decoding.files import whole
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 _PACKAGES = ("torch", "numpy", "scipy", "safetensors", "tokenizers")
@@ -97,15 +97,8 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all. Raises CapacityError if it cannot."""
     try:
-        handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(part, 0o644)
-            os.replace(part, path)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
+        with whole(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CapacityError(f"{path} could not be written: {error.strerror}") from error
 

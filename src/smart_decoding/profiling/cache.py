@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from smart_decoding.backends.torch.native import build
 from smart_decoding.core.cost import CostModel
 from smart_decoding.downloads import cache_dir
+from smart_decoding.files import whole
 
 VERSION = 2  # raise when the engine's speed changes
 
@@ -38,13 +39,10 @@ def load_profile(path: Path) -> CostModel | None:
 
 def save_profile(path: Path, cost: CostModel) -> None:
     """Stores a cost model, all of it or nothing; a full disk only means measuring again next time."""
-    scratch = path.with_suffix(f".{os.getpid()}.partial")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(cost.to_dict()))
-        os.replace(scratch, path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
+        with whole(path) as scratch:
+            scratch.write_text(json.dumps(cost.to_dict()))
 
 
 def _cpu() -> str:

@@ -22,8 +22,8 @@ from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.files import whole
 from smart_decoding.llm import LLM
-from smart_decoding.training.files import whole
 from smart_decoding.training.seeds import user_turn
 
 SHARD_TOKENS = 50_000

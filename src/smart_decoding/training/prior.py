@@ -12,8 +12,8 @@ from smart_decoding.core.policies.likelihood import Likelihood
 from smart_decoding.core.policies.protocol import Round
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.files import whole
 from smart_decoding.llm import LLM
-from smart_decoding.training.files import whole
 
 
 class Exploring:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.errors import ModelError
-from smart_decoding.training.files import whole
+from smart_decoding.files import whole
 from smart_decoding.training.head import Frozen, TrainableHead
 from smart_decoding.training.interrupt import DeferredInterrupt
 

@@ -47,9 +47,7 @@ def test_the_queue_is_kept_full_and_other_rounds_are_excluded(batch):
 
 def test_speculation_counts_rows_waste_and_levels():
     clock = worlds.Clock()
-    target = worlds.RuleTarget(clock, row_seconds=0.1)
-    engine = worlds.engine(clock, "likelihood", worlds.RuleDrafter(clock, seconds=0.25), target,
-                           depth=1, top_k=2, total_tokens=5)  # fmt: skip
+    engine = worlds.drafting_engine(clock)
     (prompt,) = worlds.prompts(count=1, tokens=31)
     counts = run_block(engine, [prompt], [], 1, clock).counts
     # After the first token, 30 are left: 10 rounds of 2 levels, 2 accepted of 4 verified nodes, 3 tokens.

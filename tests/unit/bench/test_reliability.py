@@ -52,9 +52,7 @@ def test_certain_tokens_are_in_the_last_bin():
 
 def test_a_block_notes_rows_levels_seconds_and_context():
     clock = worlds.Clock()
-    target = worlds.RuleTarget(clock, row_seconds=0.1)
-    engine = worlds.engine(clock, "likelihood", worlds.RuleDrafter(clock, seconds=0.25), target,
-                           depth=1, top_k=2, total_tokens=5)  # fmt: skip
+    engine = worlds.drafting_engine(clock)
     (prompt,) = worlds.prompts(count=1, tokens=31)
     block = run_block(engine, [prompt], [], 1, clock)
     assert (block.row_counts, block.level_counts) == ({5: 10}, {2: 10})

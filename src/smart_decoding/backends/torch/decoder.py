@@ -123,7 +123,7 @@ class Decoder:
         """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
         tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
-        self._layers(x, Context(rows, *self.rotary), self.kv, None, taps, tapped)
+        self._layers(x, Context(rows, *self.rotary, taps=taps, tapped=tapped), self.kv)
         wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]
         if not self.native:
             return ForwardOutput(self.head(wanted).float(), tapped)

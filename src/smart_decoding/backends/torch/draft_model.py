@@ -13,11 +13,10 @@ from torch import Tensor
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.backends.torch.ranking import ranked
-from smart_decoding.backends.torch.target import TorchTarget
+from smart_decoding.backends.torch.target import TorchTarget, fitting_memory
 from smart_decoding.core.tree import FloatArray, IntArray
 from smart_decoding.drafters.levels import Draw
 from smart_decoding.engine.rows import Rows
-from smart_decoding.errors import CapacityError
 
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -33,12 +32,8 @@ class DraftModel:
         self.config = c = replace(checkpoint.config, vocab=vocab)
         positions = target.max_positions + 64
         weights: ChainMap[str, Tensor] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
-        try:
+        with fitting_memory("draft model", pages):
             self._decoder = Decoder(c, weights, target.dtype, target.device, pages + scratch_pages, positions)
-        except (RuntimeError, MemoryError) as error:
-            if "memory" not in str(error).lower():
-                raise
-            raise CapacityError(f"no memory for the draft model and {pages} KV pages: lower kv_cache_tokens") from error
         self._tokens = torch.arange(vocab, device=target.device)
         self.shape = ("draft_model", c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, vocab)
 

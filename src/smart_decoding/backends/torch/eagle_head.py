@@ -113,7 +113,7 @@ class EagleHead:
         else:
             x = self._norm(g, self._hidden_norm) if self._norm_before_residual else g.clone()
             inputs = self._inputs(embedded, g)
-        self._layers(x, Context(rows, *self._rotary), self.kv, inputs)
+        self._layers(x, Context(rows, *self._rotary, inputs=inputs), self.kv)
         return x
 
     def take(self, outs: Sequence[Tensor], rows: IntArray) -> Tensor:

@@ -104,12 +104,18 @@ class Workspace:
 
 @dataclass
 class Context:
-    """What every layer of one forward shares: rows, the rotary tables [positions, head_dim / 2], and what either form
-    makes of them."""
+    """What the layers of one forward share: rows, the rotary tables [positions, head_dim / 2], and what either form
+    makes of them.
+
+    inputs: what q, k and v of the first layer read, [rows, width], if not its normed x. tapped [rows, taps * hidden]
+    receives x as it is after as many layers as `taps` says."""
 
     rows: Rows
     cosine: Tensor
     sine: Tensor
+    inputs: Tensor | None = None
+    taps: tuple[int, ...] = ()
+    tapped: Tensor | None = None
 
     @cached_property
     def gathered(self) -> GatheredRows:
@@ -123,19 +129,8 @@ class Context:
 
 
 class Layers(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        context: Context,
-        cache: KVCache,
-        inputs: Tensor | None = None,
-        taps: tuple[int, ...] = (),
-        tapped: Tensor | None = None,
-    ) -> None:
-        """Updates x [rows, hidden] in place, layer by layer, and writes the rows' keys and values to the cache.
-
-        q, k and v of the first layer read `inputs` where given. `tapped` [rows, taps * hidden] receives x as it is
-        after as many layers as `taps` says."""
+    def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
+        """Updates x [rows, hidden] in place, layer by layer, and writes the rows' keys and values to the cache."""
 
 
 class NativeLayers:
@@ -149,18 +144,11 @@ class NativeLayers:
         self._workspace = workspace
         self._row_block = kernels.row_block(layers[0].heads // layers[0].kv_heads)
 
-    def __call__(
-        self,
-        x: Tensor,
-        context: Context,
-        cache: KVCache,
-        inputs: Tensor | None = None,
-        taps: tuple[int, ...] = (),
-        tapped: Tensor | None = None,
-    ) -> None:
-        rows = native_rows(context.rows, context.cosine, context.sine, self._row_block)
+    def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
+        c, scratch = context, self._scratch(len(x))
+        rows = native_rows(c.rows, c.cosine, c.sine, self._row_block)
         both = (cache.keys, cache.values)
-        kernels.layers(self._structs, rows.struct, inputs, x, both, self._scratch(len(x)), self._bf16, taps, tapped)
+        kernels.layers(self._structs, rows.struct, c.inputs, x, both, scratch, self._bf16, c.taps, c.tapped)
 
     def _scratch(self, rows: int) -> ScratchStruct:
         """Working memory for `rows` rows."""
@@ -203,20 +191,12 @@ class TorchLayers:
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         self._layers = [TorchLayer(w) for w in layers]
 
-    def __call__(
-        self,
-        x: Tensor,
-        context: Context,
-        cache: KVCache,
-        inputs: Tensor | None = None,
-        taps: tuple[int, ...] = (),
-        tapped: Tensor | None = None,
-    ) -> None:
+    def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         for i, layer in enumerate(self._layers):
-            layer(x, context, cache.keys[i], cache.values[i], inputs)
-            if tapped is not None and i + 1 in taps:
-                at = taps.index(i + 1) * x.shape[1]
-                tapped[:, at : at + x.shape[1]] = x
+            layer(x, context, cache.keys[i], cache.values[i], context.inputs if i == 0 else None)
+            if context.tapped is not None and i + 1 in context.taps:
+                at = context.taps.index(i + 1) * x.shape[1]
+                context.tapped[:, at : at + x.shape[1]] = x
 
 
 class TorchLayer:

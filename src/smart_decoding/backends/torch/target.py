@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -27,6 +28,17 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+@contextmanager
+def fitting_memory(what: str, pages: int) -> Iterator[None]:
+    """Raises CapacityError where the block, which allocates a model and its KV pages, runs out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        raise CapacityError(f"no memory for the {what} and {pages} KV pages: lower kv_cache_tokens") from error
+
+
 class TorchTarget:
     """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens."""
 
@@ -34,12 +46,8 @@ class TorchTarget:
         config = checkpoint.config
         config.check_context(max_model_len)
         self.dtype, self.device = dtype_of(dtype), torch.device(device)
-        try:
+        with fitting_memory("model", pages):
             self.decoder = Decoder(config, checkpoint.weights, self.dtype, self.device, pages, max_model_len + 64)
-        except (RuntimeError, MemoryError) as error:
-            if "memory" not in str(error).lower():
-                raise
-            raise CapacityError(f"no memory for the model and {pages} KV pages: lower kv_cache_tokens") from error
         self.vocab, self.max_positions = config.vocab, max_model_len
         self.eos_token_ids = config.eos_token_ids
         self.sampler = Sampler(config.vocab)

@@ -180,7 +180,7 @@ class Smart:
         if (
             other != believed
             and not batch.prefill_rows
-            and self.prober.due(outlook.price(other, believed) + self._catch_up(batch, other))
+            and self.prober.due(outlook.price(other, believed) + self._catch_up(batch, scratch, other))
         ):
             option, scratch.probe = other, True
         return self._start(batch, scratch, outlook, option)
@@ -256,14 +256,13 @@ class Smart:
         others = [o for o in dict.fromkeys((None, free, model)) if o != believed] or [believed]
         return others[self.prober.count % len(others)]
 
-    def _catch_up(self, batch: BatchState, option: Option | None) -> float:
+    def _catch_up(self, batch: BatchState, scratch: _Scratch, option: Option | None) -> float:
         """Seconds of catching up that a plan does not charge to a single round, but a probe partly: where it turns out
         well, further rounds share them. (What a probe really loses is taken from the budget afterwards, in full.)"""
-        rows = batch.size + batch.catch_up_rows
-        if option is None or not option[0] or rows == _first_rows(batch):
+        charged, rows = _first_rows(batch), batch.size + batch.catch_up_rows
+        if option is None or not option[0] or rows == charged:
             return 0.0
-        context = float(batch.context.sum()) / batch.size
-        first, whole = self.cost.draft_seconds([_first_rows(batch), rows], context)
+        first, whole = self.cost.draft_seconds([charged, rows], scratch.context)
         return float(whole - first) / PROBE_SHARE
 
     def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:

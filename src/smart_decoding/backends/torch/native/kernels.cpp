@@ -455,35 +455,33 @@ static void layer_run(const Layer& l, const Rows& in, const float* input, float*
     int64_t d = l.hidden, qkv_width = int64_t(heads + 2 * kv) * HD, attention_width = int64_t(heads) * HD;
     int row_block = row_block_of(per);
     Input<W> *room = (Input<W>*)s.normed, *attention = (Input<W>*)s.attention, *ffn = (Input<W>*)s.ffn;
-    {
-        const Input<W>* normed = room;
-        if (input) normed = rounded(input, rows, l.input, room);
-        else {
-            rms_norm_rows(x, l.input_norm, l.eps, rows, d, room);
-            #pragma omp barrier
-        }
-        linear_rows(normed, l.input, rows, (const W*)l.qkv, qkv_width, l.input, l.qkv_bias, s.qkv, qkv_width, false);
-        #pragma omp barrier
-        #pragma omp for schedule(static)
-        for (int r = 0; r < rows; r++)
-            rope_and_store<T, HD>(in, r, s.qkv + r * qkv_width, heads, kv, l.q_norm, l.k_norm, l.eps, kc, vc, pages);
-        #pragma omp for schedule(dynamic, 1) collapse(2)
-        for (int b = 0; b < in.blocks; b++)
-            for (int h = 0; h < kv; h++) {
-                int g = in.block_group[b], r = in.block_row[b];
-                attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
-                                        std::min(row_block, in.group_row[g + 1] - r), per, s.qkv, qkv_width,
-                                        int64_t(h) * per * HD, attention, attention_width);
-            }
-        linear_rows(attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
-        #pragma omp barrier
-        rms_norm_rows(x, l.post_norm, l.eps, rows, d, room);
-        #pragma omp barrier
-        gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn);
-        #pragma omp barrier
-        linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
+    const Input<W>* normed = room;
+    if (input) normed = rounded(input, rows, l.input, room);
+    else {
+        rms_norm_rows(x, l.input_norm, l.eps, rows, d, room);
         #pragma omp barrier
     }
+    linear_rows(normed, l.input, rows, (const W*)l.qkv, qkv_width, l.input, l.qkv_bias, s.qkv, qkv_width, false);
+    #pragma omp barrier
+    #pragma omp for schedule(static)
+    for (int r = 0; r < rows; r++)
+        rope_and_store<T, HD>(in, r, s.qkv + r * qkv_width, heads, kv, l.q_norm, l.k_norm, l.eps, kc, vc, pages);
+    #pragma omp for schedule(dynamic, 1) collapse(2)
+    for (int b = 0; b < in.blocks; b++)
+        for (int h = 0; h < kv; h++) {
+            int g = in.block_group[b], r = in.block_row[b];
+            attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
+                                    std::min(row_block, in.group_row[g + 1] - r), per, s.qkv, qkv_width,
+                                    int64_t(h) * per * HD, attention, attention_width);
+        }
+    linear_rows(attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
+    #pragma omp barrier
+    rms_norm_rows(x, l.post_norm, l.eps, rows, d, room);
+    #pragma omp barrier
+    gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn);
+    #pragma omp barrier
+    linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
+    #pragma omp barrier
 }
 
 // `count` layers one after another; after taps[0], taps[1], ... of them, x is copied next to each other into `tapped`.
@@ -493,7 +491,7 @@ static void layers_run(const Layer* layers, int count, const Rows& in, const flo
     int64_t plane = layers[0].kv_heads * pages * HD * PAGE, d = layers[0].hidden;
     #pragma omp parallel num_threads(threads)
     for (int i = 0, tap = 0; i < count; i++) {
-        layer_run<W, T, HD>(layers[i], in, input, x, kc + i * plane, vc + i * plane, pages, s);
+        layer_run<W, T, HD>(layers[i], in, i ? nullptr : input, x, kc + i * plane, vc + i * plane, pages, s);
         if (tap == tap_count || taps[tap] != i + 1) continue;
         #pragma omp for schedule(static) nowait
         for (int r = 0; r < in.rows; r++) memcpy(tapped + (int64_t(r) * tap_count + tap) * d, x + r * d, d * sizeof(float));
@@ -667,7 +665,7 @@ void smart_unpack(const void* w, int64_t k, int is_bf16, const int64_t* index, i
     }
 }
 
-// Layers in place on x [rows, hidden]. q, k and v read rms_norm(x), or `input` [rows, input] if it is given.
+// Layers in place on x [rows, hidden]. q, k and v read rms_norm(x), the first one's `input` [rows, input] if given.
 int smart_layers(const Layer* l, int count, const Rows* in, const float* input, float* x, void* kc, void* vc, int64_t pages,
                  const Scratch* s, const int32_t* taps, int tap_count, float* tapped, int w_bf16, int kv_bf16, int threads) {
 #define RUN(HD)                                                                                                     \
