@@ -25,7 +25,7 @@ from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
 AHEAD = 3  # levels of look-ahead while drafting
-KEEP_OUTLOOK = 128  # rounds that forecasts and prices are reused for while nothing changes
+KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
 CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up, if the answers go on for as long
 MARGIN = 1.03  # what drafting must promise over plain decoding: costs are known to a few per cent, not better
