@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +20,9 @@ from scipy.optimize import isotonic_regression, nnls  # type: ignore[import-unty
 
 from smart_decoding.core.correction import Correction
 from smart_decoding.core.tree import FloatArray, IntArray
+
+RISEN = 1.6  # a forward that takes this multiple of the smallest one is bound by arithmetic, not by reading weights
+_WAITING = -1  # a key of `_dense`
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,25 +147,39 @@ class CostModel:
             base = self._table(batch, 0)[rows_]
         except IndexError:
             base = self._table(batch, int(rows_.max()) + 1)[rows_]
-        attention = rows_ * (self.row_token * context) + batch * self.sequence_token * context
-        result: FloatArray = (base + attention) * self.verify_correction.factor(rows_)
-        return result
+        return self._corrected(rows_, base + rows_ * (self.row_token * context) + batch * self.sequence_token * context)
 
     def verify_curve(self, batch: int, first: int, count: int, context: float) -> FloatArray:
         """Seconds at first, first + 1, ... first + count - 1 rows: `verify_seconds` for a scan over tree sizes."""
         rows = slice(first, first + count)
         attention = np.arange(first, first + count) * (self.row_token * context)
         attention += batch * self.sequence_token * context
-        result: FloatArray = (self._table(batch, first + count)[rows] + attention) * self.verify_correction.factor(rows)
-        return result
+        return self._corrected(rows, self._table(batch, first + count)[rows] + attention)
+
+    def _corrected(self, rows: IntArray | slice, table: FloatArray) -> FloatArray:
+        """A verification's seconds by the table, as they are now."""
+        at = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        weights, most = self._waiting
+        return self.verify_correction.seconds(rows, table, weights * np.maximum(0.0, 1.0 - (at - 1) / most))
+
+    @property
+    def _waiting(self) -> tuple[float, float]:
+        """Seconds of the smallest forward, in which the arithmetic waits for the weights, and the rows whose arithmetic
+        takes about as long: where the curve has risen well above that."""
+        curve = next(iter(self.verify.values()))
+        known = self._dense.get(_WAITING)
+        if known is None:
+            dense = curve.dense(512)
+            risen = np.flatnonzero(dense > RISEN * curve.seconds[0])
+            known = self._dense[_WAITING] = np.array([curve.seconds[0], max(float(risen[0]) if len(risen) else 512, 2)])
+        return float(known[0]), float(known[1])
 
     def draft_seconds(self, width: ArrayLike, context: float) -> FloatArray:
         """Seconds of one level of the model drafter that expands `width` rows, catch-up rows included."""
         width_: IntArray = np.asarray(width, np.int64)
         base = self._table(0, int(width_.max()) + 1)[width_]
-        factor = replace_speed(self.draft_correction, self.verify_correction.speed).factor(width_)
-        result: FloatArray = (base + width_ * (self.draft_token * context)) * factor
-        return result
+        correction = replace(self.draft_correction, speed=self.verify_correction.reading)
+        return correction.seconds(width_, base + width_ * (self.draft_token * context), 0.0)
 
     def corrected(self, observed: Sample) -> CostModel:
         """The model after one real step; absurd times count little, unusable ones nothing."""
@@ -172,11 +189,15 @@ class CostModel:
             rows, context = observed.rows, observed.context
             attention = context * (self.row_token * rows + self.sequence_token * observed.batch)
             base = float(self._table(observed.batch, rows + 1)[rows]) + attention
-            return self._with(self.verify_correction.updated(rows, base, observed.seconds), self.draft_correction)
+            weights, most = self._waiting
+            weights *= max(0.0, 1.0 - (rows - 1) / most)
+            verify = self.verify_correction.updated(rows, base, weights, observed.seconds)
+            return self._with(verify, self.draft_correction)
         width = observed.width
         base = float(self._table(0, width + 1)[width]) + self.draft_token * width * observed.context
-        speed = self.verify_correction.speed
-        return self._with(self.verify_correction, self.draft_correction.updated(width, base, observed.seconds, speed))
+        speed = self.verify_correction.reading
+        draft = self.draft_correction.updated(width, base, 0.0, observed.seconds, speed)
+        return self._with(self.verify_correction, draft)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers; corrections belong to the running machine and are left out."""
@@ -223,11 +244,6 @@ class CostModel:
             share = math.log(batch / below) / math.log(above / below)
             table += share * (self.verify[above].dense(length) - table)
         return table
-
-
-def replace_speed(correction: Correction, speed: float) -> Correction:
-    """The same bins under another machine speed (the drafter runs on the machine that verification measures)."""
-    return Correction(speed, correction.seen, correction.log_factor, correction.weight)
 
 
 def _usable(sample: Sample) -> bool:

@@ -33,6 +33,7 @@ PROBE_SHARE = 4  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
 PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
 BUSY_ROUNDS, SELDOM = 32, 8  # after the first rounds, beliefs are updated every eighth round, in one go
+OFTEN = 2  # and the seconds of verification every second one: a machine's state lasts for seconds only
 REST = 32  # rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
@@ -411,12 +412,10 @@ class Smart:
         return self.max_round_slowdown * plain if size > 1 else math.inf
 
     def _learn_costs(self, round: Round, scratch: _Scratch, seldom: bool) -> None:
-        if seldom:
-            return
-        if round.verify_rows:
+        if round.verify_rows and not (seldom and self._rounds % OFTEN):
             sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
             self.cost = self.cost.corrected(sample)
-        for width, seconds in zip(round.level_widths, round.level_seconds, strict=True):
+        for width, seconds in () if seldom else zip(round.level_widths, round.level_seconds, strict=True):
             self.cost = self.cost.corrected(DraftSample(width, scratch.context, seconds))
 
 
