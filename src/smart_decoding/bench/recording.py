@@ -42,7 +42,9 @@ class Answer:
         return len(self.tokens) - 1
 
 
-Drawn: TypeAlias = tuple[int, int, Sequence[int], Sequence[DraftTrees], str]  # prompt length, limit, tokens, trees, task
+Drawn: TypeAlias = tuple[
+    int, int, Sequence[int], Sequence[DraftTrees], str
+]  # prompt length, limit, tokens, trees, task
 
 
 @dataclass(frozen=True, eq=False)

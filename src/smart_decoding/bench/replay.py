@@ -283,9 +283,7 @@ def replay(
     return result
 
 
-def _round(
-    policy: Policy, walk: Walk, prices: Prices, host: HostCosts, clock: Clock | None, result: Replayed
-) -> None:
+def _round(policy: Policy, walk: Walk, prices: Prices, host: HostCosts, clock: Clock | None, result: Replayed) -> None:
     started = clock() if clock else 0.0
     done = draft(policy, walk)
     own = clock() - started if clock else 0.0

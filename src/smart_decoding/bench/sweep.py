@@ -45,9 +45,7 @@ class Fixed:
     def draw(cls, policy: Policy, recording: Recording) -> Fixed:
         """The policy must treat each request alone and learn nothing: chain, static or likelihood."""
         everywhere = Walk.everywhere(recording)
-        parts = [
-            _draw(policy, everywhere.part(start, start + CHUNK)) for start in range(0, recording.positions, CHUNK)
-        ]
+        parts = [_draw(policy, everywhere.part(start, start + CHUNK)) for start in range(0, recording.positions, CHUNK)]
         levels = max((part.expanded.shape[1] for part in parts), default=0)
         padded = [np.pad(part.expanded, ((0, 0), (0, levels - part.expanded.shape[1]))) for part in parts]
         emitted, kept, missing = (
@@ -86,7 +84,9 @@ def add_up(
 class Sweep:
     """A recording with the trees of many `likelihood` settings, drawn when first asked for."""
 
-    def __init__(self, recording: Recording, settings: Sequence[Setting] | None = None, eos: Sequence[int] = ()) -> None:
+    def __init__(
+        self, recording: Recording, settings: Sequence[Setting] | None = None, eos: Sequence[int] = ()
+    ) -> None:
         self.recording, self.eos = recording, tuple(eos)
         self.settings = list(settings if settings is not None else likelihood_settings())
         self._fixed: dict[int, Fixed] = {}
