@@ -38,9 +38,9 @@ class BenchOptions:
     policies: names; policy_options: 'policy:name=value,...', once for each setting of a policy that is to run.
     method: drafter, or None for the model's default. limit: prompts per task. time_limit: seconds over the whole run;
     what is measured by then is reported, marked as partial. json, html: files for the results and for the report;
-    plots: folder for pictures, made if need be. tune_likelihood: also run so
-    many of the best `likelihood` settings of each batch size, found by replay on other prompts. skip: prompts of each task
-    to pass over first. record: instead of measuring, record the prompts' drafts there, for replay.
+    plots: folder for pictures, made if need be. tune_likelihood: also run so many of the best `likelihood` settings of
+    each batch size, found by replay on other prompts. skip: prompts of each task to pass over first. record: instead
+    of measuring, record the prompts' drafts there, for replay.
     Raises ConfigError for anything that cannot be run."""
 
     policies: Sequence[str] = (BASELINE, "smart")

@@ -236,6 +236,8 @@ class Drafted:
 def draft(policy: Policy, walk: Walk) -> Drafted:
     """Lets the policy draft and select, level by level."""
     batch, source = walk.state(), Source(walk)
+    if hasattr(policy, "foresee"):
+        policy.foresee(walk)
     done = Drafted(batch, policy.plan(batch), DraftTrees.empty(batch.size), np.zeros(0, np.int64), source.missing)
     plan, trees = done.plan, done.trees
     owners: IntArray | None = np.arange(batch.size)
@@ -274,8 +276,8 @@ def replay(
     """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled until it runs dry, and
     then rounds of smaller batches are left out, as in the live benchmark.
 
-    host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the policy itself, whose
-    seconds then count, too. rounds: stop after so many."""
+    host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the policy itself,
+    whose seconds then count, too. rounds: stop after so many."""
     walk, prices, result = Walk(recording, batch_size), Prices(cost, batch_size), Replayed(batch_size)
     host = host or HostCosts.of(cost)
     while walk.running and result.rounds != rounds:

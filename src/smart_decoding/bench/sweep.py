@@ -1,5 +1,7 @@
-"""Many settings of `likelihood` at once: it treats each request alone, so its tree at a position is the same at every
-batch size and cost. All positions' trees are drawn in a few large batches, once per setting; a replay then only adds up.
+"""Many settings of `likelihood` at once.
+
+It treats each request alone, so its tree at a position is the same at every batch size and cost. All positions' trees
+are drawn in a few large batches, once per setting; a replay then only adds up.
 """
 
 from __future__ import annotations
