@@ -109,6 +109,10 @@ class Recording:
     def output_tokens(self) -> int:
         return sum(len(answer.tokens) for answer in self.answers)
 
+    def repeated(self, times: int) -> Recording:
+        """Every answer `times` times, over the same trees."""
+        return Recording([*self.answers] * times, self.token, self.prob, self.count, self.child)
+
     def take(self, answers: Iterable[int]) -> Recording:
         """Some of the answers, in the order given."""
         chosen = [self.answers[i] for i in answers]

@@ -90,8 +90,15 @@ class Sweep:
         self, recording: Recording, settings: Sequence[Setting] | None = None, eos: Sequence[int] = ()
     ) -> None:
         self.recording, self.eos = recording, tuple(eos)
+        self._source = recording  # whose trees are drawn
         self.settings = list(settings if settings is not None else likelihood_settings())
         self._fixed: dict[int, Fixed] = {}
+
+    def repeated(self, recording: Recording) -> Sweep:
+        """The same trees under a recording that uses its answers several times."""
+        other = Sweep(recording, self.settings, self.eos)
+        other._fixed, other._source = self._fixed, self._source
+        return other
 
     def rank(
         self,
@@ -104,7 +111,7 @@ class Sweep:
         results = []
         for i, setting in enumerate(self.settings):
             if i not in self._fixed:
-                self._fixed[i] = Fixed.draw(Likelihood(**setting, eos_token_ids=self.eos), self.recording)
+                self._fixed[i] = Fixed.draw(Likelihood(**setting, eos_token_ids=self.eos), self._source)
             results.append((setting, add_up(self._fixed[i], self.recording, cost, batch_size, host)))
             on_setting()
         return sorted(results, key=lambda result: -result[1].tokens_per_s)
