@@ -56,9 +56,7 @@ class Variant:
     def observe(self, round: Round) -> None:
         self.inner.observe(round)
 
-    def _expand(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray
-    ) -> IntArray:
+    def _expand(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray) -> IntArray:
         """What to expand instead of `nodes`."""
         return nodes
 
@@ -79,9 +77,7 @@ class Variant:
 class EvenBudget(Variant):
     """Every request expands and verifies as many nodes as every other one."""
 
-    def _expand(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray
-    ) -> IntArray:
+    def _expand(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray) -> IntArray:
         able = expandable(trees, level, depth_limits(batch), self.inner.eos)
         each = max(1, round(len(nodes) / batch.size))
         return best_per_owner(trees, able, trees.accept_prob[able], each)
@@ -136,7 +132,9 @@ class AllLevels(Variant):
         """The exact choice, with what was really drafted as sunk."""
         self.inner.select(plan, batch, trees)
         nodes = self._candidates(batch, trees)
-        size, _ = best_size(trees.accept_prob[nodes], batch.size, self._sunk, self._seconds(batch, len(nodes)) - self._sunk)
+        size, _ = best_size(
+            trees.accept_prob[nodes], batch.size, self._sunk, self._seconds(batch, len(nodes)) - self._sunk
+        )
         return np.sort(nodes[:size]) if plan.speculate else np.zeros(0, np.int64)
 
 
@@ -191,12 +189,16 @@ class Foreseeing(FrozenCosts):
         levels, inner = 0, self.inner
         for wide in WIDTHS:
             trees, source, steps = DraftTrees.empty(batch.size), Source(self._walk), []
-            sunk = inner.cost.overhead_seconds + self._level(batch, batch.size + min(batch.catch_up_rows, 2 * batch.size))
+            sunk = inner.cost.overhead_seconds + self._level(
+                batch, batch.size + min(batch.catch_up_rows, 2 * batch.size)
+            )
             source.expand(trees, np.full(batch.size, ROOT), inner.children, np.arange(batch.size))
             for level in range(1, min(inner.max_levels, int(depth_limits(batch).max(initial=0))) + 1):
                 inner.calibration.score(trees, batch.temperature <= 0)
                 nodes = self._candidates(batch, trees)
-                _, value = best_size(trees.accept_prob[nodes], batch.size, 0.0, self._seconds_of(batch, sunk, len(nodes)))
+                _, value = best_size(
+                    trees.accept_prob[nodes], batch.size, 0.0, self._seconds_of(batch, sunk, len(nodes))
+                )
                 if value > best:
                     best, levels, self._steps = value, level, list(steps)
                 able = expandable(trees, level, depth_limits(batch), inner.eos)

@@ -106,7 +106,9 @@ def card(name: str, eager: bool = False) -> Card:
     """A card of hardware.json. Raises ConfigError for an unknown name."""
     data = _data()
     if name not in data["cards"]:
-        raise ConfigError(f"unknown hardware {name!r}; known: {', '.join(data['cards'])}, measured, or a profile's JSON")
+        raise ConfigError(
+            f"unknown hardware {name!r}; known: {', '.join(data['cards'])}, measured, or a profile's JSON"
+        )
     sheet, how = data["cards"][name], "eager" if eager else "graphs"
 
     def of(key: str) -> float:

@@ -102,20 +102,23 @@ class _Shares:
 
 
 def _plan(recording: Recording, depth: IntArray, shares: _Shares) -> tuple[IntArray, float]:
-    """[positions] levels to draft at each position for the least charge, and the charge of all answers."""
-    plan = np.zeros(recording.positions, np.int64)
-    total = 0.0
+    """[positions] levels to draft at each position for the least charge, and the charge of all answers.
+
+    All answers are solved together, from their last positions on: later[:, r] is the charge of the last r positions."""
+    count = np.array([answer.positions for answer in recording.answers], np.int64)
+    first = np.array([answer.first for answer in recording.answers], np.int64)
     levels = np.arange(int(depth.max(initial=0)) + 1)
     charge = shares.round + (levels > 0) * shares.drafting + levels * (shares.level + shares.row)
-    for answer in recording.answers:
-        later = np.zeros(answer.positions + len(levels) + 1)
-        for t in range(answer.positions - 1, -1, -1):
-            most = int(depth[answer.first + t]) + 1
-            options = charge[:most] + later[t + 1 : t + 1 + most]
-            plan[answer.first + t] = best = int(options.argmin())
-            later[t] = options[best]
-        total += float(later[0])
-    return plan, total
+    plan = np.zeros(recording.positions, np.int64)
+    later = np.zeros((len(count), int(count.max(initial=0)) + 1))
+    for left in range(1, later.shape[1]):
+        who = np.flatnonzero(count >= left)
+        at = first[who] + count[who] - left
+        options = charge + later[who][:, np.maximum(left - 1 - levels, 0)]
+        options[levels > depth[at][:, None]] = np.inf
+        plan[at] = options.argmin(axis=1)
+        later[who, left] = options.min(axis=1)
+    return plan, float(later[np.arange(len(count)), count].sum())
 
 
 def _bounds(

@@ -1,4 +1,4 @@
-"""What speculation would bring on other hardware: policies replayed on a recording, at the costs of a profile or sheet."""
+"""What speculation would bring on other hardware: policies replayed at the costs of a profile or a data sheet."""
 
 from __future__ import annotations
 

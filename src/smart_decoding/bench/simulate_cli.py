@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hardware", default=MEASURED, metavar="NAME",
         help="a card (rtx-pro-6000, l40s, a100, h100, h200, cpu-zen5-2c), the JSON of a profile, or 'measured': the "
              "recording machine (default)")  # fmt: skip
-    add("--model", default="llama-3.1-8b", help="whose dimensions a card is given, or a config.json (default: %(default)s)")
+    add(
+        "--model",
+        default="llama-3.1-8b",
+        help="whose dimensions a card is given, or a config.json (default: %(default)s)",
+    )
     add("--trace", type=Path, metavar="FILE", help="a recording by smart bench --record: acceptance as it was")
     add("--acceptance", metavar="NAME", help="instead of a recording: msd, eagle3, or tokens per round such as 3.5")
     add("--batch-sizes", default="1,2,4,8,16,32", metavar="1,4")

@@ -8,9 +8,10 @@ from smart_decoding.bench.figures import Figure, Panel, Point, Series
 from smart_decoding.bench.html_report import document, section
 from smart_decoding.bench.simulate import LIKELIHOOD, PAPER, SMART, Simulation, name_of
 
+WARNING = "Simulated, not measured: policies replayed on recorded or drawn trees at modelled costs."
 CAPTION = (
-    "Simulated tokens per second over those of plain decoding on the same hardware. 'Best fixed' is, at each batch size, "
-    "the fastest of fifteen settings of likelihood. Below the line at 1× speculation costs time."
+    "Simulated tokens per second over those of plain decoding on the same hardware. 'Best fixed' is, at each batch "
+    "size, the fastest of fifteen settings of likelihood. Below the line at 1× speculation costs time."
 )
 
 
@@ -19,7 +20,9 @@ def page(simulation: Simulation) -> str:
     facts = {"costs": simulation.hardware, "model": simulation.model, "acceptance": simulation.acceptance}
     told = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     notes = "".join(f"<p>{escape(note)}</p>" for note in simulation.notes)
-    warning = '<p class="warn">Simulated, not measured: policies replayed on recorded or drawn trees at modelled costs.</p>'
+    warning = (
+        '<p class="warn">Simulated, not measured: policies replayed on recorded or drawn trees at modelled costs.</p>'
+    )
     title = f"{simulation.model}: speculation simulated"
     return document(title, [f"<header><h1>{escape(title)}</h1></header>", f"<section>{warning}<dl>{told}</dl>{notes}</section>",
                             section(figure(simulation)), _table(simulation)])  # fmt: skip

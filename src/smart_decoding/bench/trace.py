@@ -42,7 +42,7 @@ class Trace:
     prior: Mapping[str, Any] | None = None
 
     def policy(self, name: str, cost: CostModel | None = None, **options: Any) -> Policy:
-        """A policy as it would start in the recorded engine, with its own prior. Raises ConfigError like make_policy."""
+        """A policy as it would start in the recorded engine, with its own prior. Raises what make_policy raises."""
         offered: dict[str, Any] = {"cost": cost or self.cost, "eos_token_ids": self.eos_token_ids}
         if self.prior is not None:
             calibration = Calibration.from_state(self.prior["calibration"])
