@@ -20,11 +20,10 @@ def page(simulation: Simulation) -> str:
     facts = {"costs": simulation.hardware, "model": simulation.model, "acceptance": simulation.acceptance}
     told = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     notes = "".join(f"<p>{escape(note)}</p>" for note in simulation.notes)
-    warning = (
-        '<p class="warn">Simulated, not measured: policies replayed on recorded or drawn trees at modelled costs.</p>'
-    )
+    warning = f'<p class="warn">{WARNING}</p>'
     title = f"{simulation.model}: speculation simulated"
-    return document(title, [f"<header><h1>{escape(title)}</h1></header>", f"<section>{warning}<dl>{told}</dl>{notes}</section>",
+    said = f"<section>{warning}<dl>{told}</dl>{notes}</section>"
+    return document(title, [f"<header><h1>{escape(title)}</h1></header>", said,
                             section(figure(simulation)), _table(simulation)])  # fmt: skip
 
 
