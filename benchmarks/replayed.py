@@ -1,7 +1,7 @@
 """What is left of the gap to hindsight, and what each ingredient of `smart` gives: by replay, nothing runs live.
 
     smart bench --record answers.smart --limit 40 --max-tokens 96
-    python benchmarks/replayed.py answers.smart [--profile FRESH.json] [--stale OLD.json] [--plots docs/images] [--json F]
+    python benchmarks/replayed.py answers.smart [--profile FRESH.json] [--stale OLD.json] [--plots FOLDER] [--json FILE]
 
 FRESH is the truth about costs (default: the recording's own profile); OLD is what a policy believes that starts from a
 profile of another day. Both are files as `smart profile` caches them.
