@@ -4,8 +4,8 @@
     python benchmarks/predict.py others.smart [--seconds 30] [--batch-sizes 1,2,4,8,16,32] [--json FILE]
 
 First the costs are measured anew (forwards as by `smart profile`, and rounds beyond their forwards), then every policy
-is replayed on the recording, its own seconds timed as it decides (with caches emptied as forwards empty them). Only then the same policies run live, in turn, on the
-first 40 prompts of each task, none of which is in the recording. Prints both speedups and the error.
+is replayed on the recording; its own seconds are timed as it decides, with caches emptied as forwards empty them. Only
+then the same policies run live, in turn, on the first 40 prompts of each task, none of which is in the recording.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from smart_decoding.bench.hindsight import hindsight
 from smart_decoding.bench.plots import drawn
 from smart_decoding.bench.recording import Answer, Recording
 from smart_decoding.bench.replay import HostCosts, Replayed, replay
-from smart_decoding.bench.simulate import EAGLE_2, name_of
+from smart_decoding.bench.simulate import EAGLE_2, enough, name_of
 from smart_decoding.bench.sweep import Sweep
 from smart_decoding.bench.trace import Trace, read_trace
 from smart_decoding.core.cost import CostModel
@@ -38,6 +38,7 @@ SHORT = [
 ]
 BUDGETS, ALPHAS = (2, 4, 8, 16, 32), (1.0, 0.8, 0.5)  # nodes per request
 LONG = 1500  # tokens of context
+FORESEEN = 1000  # rounds of requests: trying all levels beforehand is slow
 
 
 class Bench:
@@ -45,10 +46,11 @@ class Bench:
 
     def __init__(self, trace: Trace, cost: CostModel, host: HostCosts, size: int) -> None:
         self.trace, self.cost, self.host, self.size = trace, cost, host, size
+        self.recording = enough(trace.recording, size)
         self.plain = self.run(trace.policy("off")).tokens_per_s
 
     def run(self, policy: Policy, recording: Recording | None = None, rounds: int | None = None) -> Replayed:
-        return replay(policy, recording or self.trace.recording, self.cost, self.size, self.host, rounds=rounds)
+        return replay(policy, recording or self.recording, self.cost, self.size, self.host, rounds=rounds)
 
     def speedup(self, policy: Policy, recording: Recording | None = None) -> float:
         if recording is None:
@@ -60,9 +62,12 @@ class Bench:
 def gap(bench: Bench, stale: CostModel, sweep: Sweep) -> dict[str, Any]:
     """Question 2 at one batch size: policies, steps of knowledge, hindsight, all over plain decoding."""
     trace, cost = bench.trace, bench.cost
-    ranked = sweep.rank(cost, bench.size, bench.host)
-    best = hindsight(trace.recording, cost, bench.size, bench.host)
-    calibration = lambda: fitted(trace.recording)  # noqa: E731  (each policy gets its own)
+    ranked = sweep.repeated(bench.recording).rank(cost, bench.size, bench.host)
+    best = hindsight(bench.recording, cost, bench.size, bench.host)
+    rounds = max(100, FORESEEN // bench.size)
+    knowing = [smart(trace, cost, fitted(trace.recording)) for _ in range(3)]  # each policy gets its own
+    fits = bench.speedup(knowing[0])
+    few, foreseen = (bench.run(policy, rounds=rounds).tokens_per_s for policy in (knowing[1], Foreseeing(knowing[2])))
     return {
         "likelihood, EAGLE-2's size": bench.speedup(trace.policy("likelihood", **EAGLE_2)),
         "best fixed": ranked[0][1].tokens_per_s / bench.plain,
@@ -70,8 +75,8 @@ def gap(bench: Bench, stale: CostModel, sweep: Sweep) -> dict[str, Any]:
         "smart_paper": bench.speedup(trace.policy("smart_paper", cost)),
         "smart from another day's profile": bench.speedup(smart(trace, stale)),
         "smart": bench.speedup(smart(trace, cost)),
-        "+ calibration fitted to these answers": bench.speedup(smart(trace, cost, calibration())),
-        "+ deeper levels foreseen": bench.speedup(Foreseeing(smart(trace, cost, calibration()))),
+        "+ calibration fitted to these answers": fits,
+        "+ deeper levels foreseen": fits * foreseen / few,
         "hindsight, a plan": best.reached / bench.plain,
         "hindsight, bound": best.bound / bench.plain,
     }
@@ -83,7 +88,7 @@ def ablation(bench: Bench, stale: CostModel) -> dict[str, Any]:
     rows = {name: bench.speedup(make(trace, cost)) for name, make in ABLATIONS.items()}
     rows["another day's profile, corrected"] = bench.speedup(smart(trace, stale))
     rows["another day's profile, no correction"] = bench.speedup(FrozenCosts(smart(trace, stale)))
-    long = at_context(trace.recording, LONG)
+    long = at_context(bench.recording, LONG)
     rows[f"at {LONG} tokens of context"] = bench.speedup(smart(trace, cost), long)
     rows[f"at {LONG} tokens, no context in the cost"] = bench.speedup(FrozenCosts(smart(trace, flat(cost))), long)
     return rows
