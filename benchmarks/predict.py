@@ -93,6 +93,7 @@ def main() -> None:
             found = replay(trace.policy(policy, cost, **given), recording, cost, size, host)
             found.seconds += found.rounds * own.own_seconds / own.rounds
             rates[name], rounds = found.tokens_per_s, rounds + found.rounds
+            print(f"batch {size:2}  {name:12} own {1e3 * own.own_seconds / own.rounds:.3f} ms a round", flush=True)
         predicted |= {(name, size): rate / rates["off"] for name, rate in rates.items()}
     print(f"{rounds} rounds replayed in {time.perf_counter() - started:.0f} s", flush=True)
 

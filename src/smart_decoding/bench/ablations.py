@@ -22,6 +22,7 @@ from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
 
 FLAT_CONTEXT = 128.0
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # that keep their own curve
 CERTAIN = 1e6  # observations behind a curve that is not to move
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per request that a foreseeing policy considers
 
@@ -264,7 +265,8 @@ def fitted(recording: Recording) -> Calibration:
 def flat(cost: CostModel, context: float = FLAT_CONTEXT, rows: int = 2048) -> CostModel:
     """The same costs at every context: those at `context`."""
     tables = {
-        batch: dict(enumerate(cost.verify_curve(batch, batch, rows, context).tolist(), batch)) for batch in cost.verify
+        batch: dict(enumerate(cost.verify_curve(batch, batch, rows, context).tolist(), batch))
+        for batch in {*cost.verify, *BATCHES}
     }
     draft = dict(enumerate(cost.draft_seconds(np.arange(1, rows), context).tolist(), 1))
     return CostModel.from_table(tables, draft, cost.overhead_seconds)

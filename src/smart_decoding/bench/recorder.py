@@ -25,7 +25,7 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.llm import LLM
 
 AT_ONCE = 4  # prompts
-HOST_TOKENS, HOST_ROUNDS = 24, 60
+HOST_TOKENS, HOST_TURNS = 32, 5
 
 
 def record_trace(options: BenchOptions) -> Trace:
@@ -66,17 +66,19 @@ def record_wide(arm: LLM, prompts: Mapping[str, Sequence[Prompt]]) -> Recording:
 
 
 def measure_host(plain: Engine, drafting: Engine, prompts: Sequence[Prompt]) -> HostCosts:
-    """Times a few rounds of plain decoding and of a small tree, alone and together; `drafting` keeps its policy."""
+    """Times rounds of plain decoding and of a small tree, alone and together, in turn; `drafting` keeps its policy."""
     policy = drafting.policy
-    few = min(len(prompts), plain.config.max_num_seqs)
-    seconds: dict[tuple[bool, int], float] = {}
+    counts = sorted({1, min(len(prompts), plain.config.max_num_seqs)})
+    found: dict[tuple[bool, int], list[float]] = {(drafts, count): [] for count in counts for drafts in (False, True)}
     try:
-        for count in sorted({1, few}):
-            seconds[False, count] = _beyond(plain, prompts[:count], make_policy("off"))
-            seconds[True, count] = _beyond(drafting, prompts[:count], make_policy("likelihood", depth=1, top_k=2))
+        for _ in range(HOST_TURNS):
+            for count in counts:
+                found[False, count] += _beyond(plain, prompts[:count], make_policy("off"))
+                found[True, count] += _beyond(drafting, prompts[:count], make_policy("likelihood", depth=1, top_k=2))
     finally:
         drafting.policy = policy
-    return fit_host({size: (seconds[False, size], seconds[True, size]) for _, size in seconds})
+    seconds = {key: float(np.median(rounds)) if rounds else 0.0 for key, rounds in found.items()}
+    return fit_host({count: (seconds[False, count], seconds[True, count]) for count in counts})
 
 
 def fit_host(seconds: Mapping[int, tuple[float, float]]) -> HostCosts:
@@ -107,23 +109,16 @@ class _Timed:
         return timed
 
 
-def _beyond(engine: Engine, prompts: Sequence[Prompt], policy: Any) -> float:
-    """Median seconds that a decoding round of all `prompts` takes beyond its forwards and the policy."""
+def _beyond(engine: Engine, prompts: Sequence[Prompt], policy: Any) -> list[float]:
+    """Seconds that each decoding round of all `prompts` takes beyond its forwards and the policy."""
     found: list[float] = []
-    while len(found) < HOST_ROUNDS:
-        engine.policy = timed = _Timed(policy)
-        requests = []
-        for prompt in prompts:
-            params = replace(prompt.params, max_tokens=HOST_TOKENS)
-            requests += engine.add_request(f"host-{prompt.index}", prompt.tokens, params)
-        before = len(found)
-        while engine.has_unfinished_requests:
-            own = timed.seconds
-            engine.step()
-            done = engine.last_round
-            if done is not None and done.round.batch.size == len(prompts) and not done.round.batch.prefill_rows:
-                forwards = done.draft_seconds + done.verify_seconds
-                found.append(done.seconds - forwards - (timed.seconds - own))
-        if len(found) == before:  # all answers end at once: nothing to learn from
-            return 0.0
-    return float(np.median(found))
+    engine.policy = timed = _Timed(policy)
+    for prompt in prompts:
+        engine.add_request(f"host-{prompt.index}", prompt.tokens, replace(prompt.params, max_tokens=HOST_TOKENS))
+    while engine.has_unfinished_requests:
+        own = timed.seconds
+        engine.step()
+        done = engine.last_round
+        if done is not None and done.round.batch.size == len(prompts) and not done.round.batch.prefill_rows:
+            found.append(done.seconds - done.draft_seconds - done.verify_seconds - (timed.seconds - own))
+    return found

@@ -81,6 +81,6 @@ def _tree(rng: np.random.Generator, ease: float, truth: IntArray) -> DraftTrees:
 def _children(rng: np.random.Generator, ease: float, count: int) -> FloatArray:
     """[count, CHILDREN] confidences, falling."""
     first = 1.0 / (1.0 + np.exp(-(ease + 1.6 * rng.normal(size=(count, 1)))))
-    others = (1 - first) * SHARE / SHARE.sum() * 0.9
+    others = (1 - first) * (0.2 + 0.5 * first) * SHARE / SHARE.sum()  # what is unexpected is often among no children
     prob: FloatArray = -np.sort(-np.concatenate((first, others), axis=1), axis=1)
     return prob
