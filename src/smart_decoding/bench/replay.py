@@ -133,7 +133,7 @@ class Walk:
         walk = cls(recording, 0)
         positions = np.maximum(walk._length - 1, 0)
         walk.answer = np.repeat(np.arange(len(positions)), positions)
-        walk.at = np.arange(len(walk.answer)) - walk._first[walk.answer]
+        walk.at = np.arange(len(walk.answer)) - (np.cumsum(positions) - positions)[walk.answer]
         walk.pending = np.ones(len(walk.answer), np.int64)
         return walk
 
