@@ -66,8 +66,8 @@ def record_wide(arm: LLM, prompts: Mapping[str, Sequence[Prompt]]) -> Recording:
 
 
 def measure_host(plain: Engine, drafting: Engine, prompts: Sequence[Prompt]) -> HostCosts:
-    """Times rounds of plain decoding and of a small tree, alone and together, in turn; `drafting` keeps its policy."""
-    policy = drafting.policy
+    """Times rounds of plain decoding and of a small tree, alone and together, in turn; the engines keep their policies."""
+    policies = plain.policy, drafting.policy
     counts = sorted({1, min(len(prompts), plain.config.max_num_seqs)})
     found: dict[tuple[bool, int], list[float]] = {(drafts, count): [] for count in counts for drafts in (False, True)}
     try:
@@ -76,7 +76,7 @@ def measure_host(plain: Engine, drafting: Engine, prompts: Sequence[Prompt]) -> 
                 found[False, count] += _beyond(plain, prompts[:count], make_policy("off"))
                 found[True, count] += _beyond(drafting, prompts[:count], make_policy("likelihood", depth=1, top_k=2))
     finally:
-        drafting.policy = policy
+        plain.policy, drafting.policy = policies
     seconds = {key: float(np.median(rounds)) if rounds else 0.0 for key, rounds in found.items()}
     return fit_host({count: (seconds[False, count], seconds[True, count]) for count in counts})
 

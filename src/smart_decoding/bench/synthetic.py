@@ -50,6 +50,7 @@ def _draw(ease: float, answers: int, length: int, context: int, seed: int) -> Re
     for t in range(length):
         moods[:, t] = mood
         mood = 0.9 * mood + 0.45 * rng.normal(size=answers)
+    moods -= moods.mean()  # so that few answers are as hard as many
     for answer in range(answers):
         output = 100 + np.arange(length)  # every token is another one, so that a wrong child is never right
         trees = [_tree(rng, ease + float(moods[answer, t]), output[t + 1 :]) for t in range(length - 1)]

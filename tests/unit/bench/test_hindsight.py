@@ -75,7 +75,7 @@ def test_no_policy_beats_the_bound_and_the_plan_beats_the_policies(recording, ba
 
 
 def test_where_drafting_never_pays_hindsight_decodes_plainly(recording):
-    dear = CostModel.from_table({1: {1: 1.0, 2: 50.0, 64: 900.0}}, {1: 10.0, 64: 90.0})
+    dear = CostModel.from_table({1: {1: 1.0, 2: 1.0, 3: 90.0, 64: 900.0}}, {1: 10.0, 64: 90.0})
     plain = replay(make_policy("off"), recording, dear, 2)
     found = hindsight(recording, dear, 2)
     assert found.reached == pytest.approx(plain.tokens_per_s)
