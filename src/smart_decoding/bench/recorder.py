@@ -66,7 +66,7 @@ def record_wide(arm: LLM, prompts: Mapping[str, Sequence[Prompt]]) -> Recording:
 
 
 def measure_host(plain: Engine, drafting: Engine, prompts: Sequence[Prompt]) -> HostCosts:
-    """Times rounds of plain decoding and of a small tree, alone and together, in turn; the engines keep their policies."""
+    """Times rounds of plain decoding and of a small tree, alone and together, in turn; policies stay as they were."""
     policies = plain.policy, drafting.policy
     counts = sorted({1, min(len(prompts), plain.config.max_num_seqs)})
     found: dict[tuple[bool, int], list[float]] = {(drafts, count): [] for count in counts for drafts in (False, True)}
