@@ -112,9 +112,10 @@ def predicted(
     trace: Trace, policy: str, given: Mapping[str, Any], cost: CostModel, host: HostCosts, size: int
 ) -> float:
     """Tokens per second, the policy's own seconds included."""
-    recording, made = enough(trace.recording, size), Cold(trace.policy(policy, cost, **given))
-    own = replay(made, recording, cost, size, host, made.clock, rounds=max(40, 250 // size))
-    found = replay(trace.policy(policy, cost, **given), recording, cost, size, host, rounds=max(80, 2500 // size))
+    recording, made = enough(trace.recording, size), trace.policy(policy, cost, **given)
+    found = replay(made, recording, cost, size, host, rounds=max(80, 2500 // size))
+    cold = Cold(made)  # by now it has fitted what it fits once
+    own = replay(cold, recording, cost, size, host, cold.clock, rounds=max(40, 250 // size))
     return found.tokens / (found.seconds + found.rounds * own.own_seconds / own.rounds)
 
 
