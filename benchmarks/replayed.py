@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def gap(bench: Bench, stale: CostModel, sweep: Sweep) -> dict[str, Any]:
     ranked = sweep.repeated(bench.recording).rank(cost, bench.size, bench.host)
     best = hindsight(bench.recording, cost, bench.size, bench.host)
     rounds = max(100, FORESEEN // bench.size)
-    knowing = [smart(trace, cost, fitted(trace.recording)) for _ in range(3)]  # each policy gets its own
+    extra = bench.host.seconds(bench.size, True) - bench.host.seconds(bench.size, False)
+    known = replace(cost, overhead_seconds=extra)  # what the others learn
+    knowing = [smart(trace, known, fitted(trace.recording)) for _ in range(3)]  # each policy gets its own
     fits = bench.speedup(knowing[0])
     few, foreseen = (bench.run(policy, rounds=rounds).tokens_per_s for policy in (knowing[1], Foreseeing(knowing[2])))
     return {
