@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": ("see the default model speculate, its trees, and the speedup", "smart_decoding.cli_demo"),
     "bench": ("compare policies on natural prompts", "smart_decoding.bench.cli"),
     "report": ("draw what a benchmark measured", "smart_decoding.bench.report_cli"),
+    "simulate": ("what speculation would bring on other hardware", "smart_decoding.bench.simulate_cli"),
     "profile": ("measure what a forward costs on this machine", "smart_decoding.cli_profile"),
     "train": ("train a draft head for a model", "smart_decoding.training.cli"),
     "divergence": ("how often bf16 output differs under speculation, and why", "smart_decoding.bench.divergence"),

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-sizes", type=_numbers, default=default.batch_sizes, metavar="1,4")
     add("--tasks", type=_words, default=default.tasks, metavar="code,maths,general")
     add("--limit", type=int, default=default.limit, help="prompts per task (default: %(default)s)")
+    add("--skip", type=int, default=default.skip, metavar="N", help="pass over the first N prompts of each task")
+    add("--record", type=Path, metavar="FILE",
+        help="record the prompts' drafts there, for smart simulate, instead of measuring")  # fmt: skip
     add("--max-tokens", type=int, default=default.max_tokens, help="tokens per answer (default: %(default)s)")
     add("--dtype", default=default.dtype, help="bf16 or fp32 (default: %(default)s)")
     add("--device", default=default.device, help="cpu, cuda or auto (default: %(default)s)")
@@ -42,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
     names = BenchOptions.__dataclass_fields__
     options = BenchOptions(**{name: getattr(args, name) for name in names})
+    if options.record is not None:
+        return _record(options, options.record)
     from smart_decoding.bench.runner import run  # torch is slow to import: bad options are refused first
 
     result = run(options)
@@ -52,6 +57,20 @@ def main(args: argparse.Namespace) -> int:
     print(f"\nspeedup by task\n{report.by_task(runs)}")
     if options.html is not None or options.plots is not None:
         write_outputs(Results.from_dict(result), options.html, options.plots)
+    return 0
+
+
+def _record(options: BenchOptions, path: Path) -> int:
+    from smart_decoding.bench.recorder import record_trace
+    from smart_decoding.bench.trace import write_trace
+
+    trace = record_trace(options)
+    write_trace(path, trace)
+    recording = trace.recording
+    print(
+        f"{len(recording.answers)} answers, {recording.positions} positions, {len(recording.token)} drafted tokens: "
+        f"{path} ({path.stat().st_size / 1e6:.1f} MB)"
+    )
     return 0
 
 

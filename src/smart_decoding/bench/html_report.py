@@ -37,18 +37,23 @@ def page(results: Results) -> str:
     parts = [
         f"<header><h1>Speculative decoding of {escape(name)}, measured</h1>{_setting(results)}</header>",
         _tiles(results),
-        _figure(speedup),
+        section(speedup),
         _losses(results),
         _by_task(results),
-        *(_figure(figure) for figure in others),
+        *(section(figure) for figure in others),
         _metrics(results),
         _noise(results),
         _origin(results),
     ]
+    return document(f"{name}: speculative decoding, measured", parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page of the given parts."""
     head = ('<meta charset="utf-8" /><meta name="viewport" content="width=device-width, initial-scale=1" />'
             '<meta name="color-scheme" content="light dark" />')  # fmt: skip
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head>{head}<title>{escape(name)}: speculative decoding, measured</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}<title>{escape(title)}</title>'
         f"<style>{CSS}</style></head>\n<body><main>\n{chr(10).join(filter(None, parts))}\n</main></body></html>\n"
     )
 
@@ -101,7 +106,7 @@ def _tile(figure: str, words: str, kind: str) -> str:
     return f'<div class="tile {kind}"><b>{escape(figure)}</b><span>{escape(words)}</span></div>'
 
 
-def _figure(figure: Figure) -> str:
+def section(figure: Figure) -> str:
     title = f"<h2>{escape(figure.title)}</h2>"
     if not figure.panels:
         return f'<section id="{figure.key}">{title}<p class="missing">{escape(figure.missing)}</p></section>'

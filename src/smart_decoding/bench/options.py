@@ -38,8 +38,9 @@ class BenchOptions:
     policies: names; policy_options: 'policy:name=value,...', once for each setting of a policy that is to run.
     method: drafter, or None for the model's default. limit: prompts per task. time_limit: seconds over the whole run;
     what is measured by then is reported, marked as partial. json, html: files for the results and for the report;
-    plots: folder for pictures, made if need be. tune_likelihood: also run so
-    many of the best `likelihood` settings of each batch size, found by replay on other prompts.
+    plots: folder for pictures, made if need be. tune_likelihood: also run so many of the best `likelihood` settings of
+    each batch size, found by replay on other prompts. skip: prompts of each task to pass over first. record: instead
+    of measuring, record the prompts' drafts there, for replay.
     Raises ConfigError for anything that cannot be run."""
 
     policies: Sequence[str] = (BASELINE, "smart")
@@ -59,6 +60,8 @@ class BenchOptions:
     tune_likelihood: int = 0
     html: Path | None = None
     plots: Path | None = None
+    skip: int = 0
+    record: Path | None = None
 
     def __post_init__(self) -> None:
         _at_least_one("batch_sizes", self.batch_sizes)
@@ -68,9 +71,11 @@ class BenchOptions:
             raise ConfigError(f"unknown task {''.join(unknown[:1])!r}; known: {', '.join(TASKS)}")
         if self.tune_likelihood < 0:
             raise ConfigError(f"tune_likelihood must not be negative, but is {self.tune_likelihood}")
+        if self.skip < 0:
+            raise ConfigError(f"skip must not be negative, but is {self.skip}")
         if self.time_limit is not None and self.time_limit <= 0:
             raise ConfigError(f"time_limit must be positive, not {self.time_limit}")
-        check_outputs((self.json, self.html), self.plots)
+        check_outputs((self.json, self.html, self.record), self.plots)
         self.sampling(0)
         for arm in self.arms:
             make_policy(arm.policy, **arm.options)

@@ -29,14 +29,15 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
         for figure in figures(results):
             if figure.panels:
                 path = folder / f"{figure.key}.png"
-                _drawn(figure).savefig(path, dpi=150)
+                drawn(figure).savefig(path, dpi=150)
                 paths.append(path)
     except OSError as error:
         raise CapacityError(f"plots could not be written to {folder}: {error.strerror}") from error
     return paths
 
 
-def _drawn(figure: Figure) -> Any:
+def drawn(figure: Figure) -> Any:
+    """The figure on a canvas of matplotlib's."""
     from matplotlib.figure import Figure as Canvas
 
     columns = min(2, len(figure.panels))

@@ -91,7 +91,7 @@ def memory(weights_bytes: int, kv_bytes: int) -> dict[str, Any]:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes `result` whole or not at all; NaN and infinities become null. Raises CapacityError if it cannot."""
-    write_text(path, json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -103,11 +103,11 @@ def write_text(path: Path, text: str) -> None:
         raise CapacityError(f"{path} could not be written: {error.strerror}") from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()  # a numpy scalar
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,279 +1,323 @@
 """Policies replayed offline: outputs do not depend on the policy, so one recording serves them all.
 
-Recording runs a policy that drafts wide trees and verifies none of their nodes: every round emits one token, so that
-every output position gets its tree, drafted from the same state as in any other run. A replay then walks through the
-recorded answers as an engine would: the policy drafts from the recorded trees, the recorded answer says what is
-accepted, and a CostModel says how long it takes. Only the model drafter's nodes are kept (free drafters' proposals are
-dropped), and a node that the recording did not expand has no children; `missing` counts how often a policy wanted some.
+A replay walks through the recorded answers as an engine would: the policy drafts from the recorded trees, the recorded
+answer says what is accepted, and a CostModel says how long it takes. A node that the recording did not expand has no
+children; `missing` counts how often a policy wanted some.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from smart_decoding.bench.blocks import Prompt
+from smart_decoding.bench.recording import Recording
+from smart_decoding.core.calibration import path_products
 from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.common import best_per_owner
-from smart_decoding.core.policies.likelihood import Likelihood
 from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Policy, Round
-from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
-from smart_decoding.engine.engine import Engine
-from smart_decoding.engine.request import Request
+from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.errors import ConfigError
+
+DEEPEST = 64  # no policy drafts deeper
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Proposals:
-    """A recorded tree. token, parent, prob: [nodes]; expanded: the nodes (and ROOT) whose children are known."""
+class HostCosts:
+    """Seconds that a round takes beyond its forwards and beyond what the policy itself takes: in every round, and more
+    where it drafts; each with a part per request."""
 
-    token: NDArray[np.int32]
-    parent: NDArray[np.int32]
-    prob: NDArray[np.float32]
-    expanded: frozenset[int]
+    round: float = 0.0
+    round_request: float = 0.0
+    drafting: float = 0.0
+    drafting_request: float = 0.0
 
-    def children(self, node: int, count: int) -> IntArray:
-        """The first `count` children of a node, or of ROOT, in the drafter's order."""
-        found: IntArray = np.flatnonzero(self.parent == node)[:count]
-        return found
+    def seconds(self, batch_size: int, drafts: bool) -> float:
+        plain = self.round + self.round_request * batch_size
+        return plain + (self.drafting + self.drafting_request * batch_size if drafts else 0.0)
+
+    @classmethod
+    def of(cls, cost: CostModel) -> HostCosts:
+        """What a cost model itself knows."""
+        return cls(drafting=cost.overhead_seconds)
+
+
+class Prices:
+    """A cost model's seconds at one batch size as tables, since asking it again and again is what would take long."""
+
+    def __init__(self, cost: CostModel, batch_size: int, rows: int = 128, width: int = 128) -> None:
+        self._cost, self._batch = cost, batch_size
+        self._verify = self._draft = (np.zeros(0), np.zeros(0))
+        self._grow(batch_size + rows, width)
+
+    def verify(self, rows: int, context: float) -> float:
+        """Seconds of a verification of `rows` rows in all."""
+        if rows >= len(self._verify[0]):
+            self._grow(2 * rows, 0)
+        return float(self._verify[0][rows] + self._verify[1][rows] * context)
+
+    def draft(self, width: int, context: float) -> float:
+        """Seconds of a drafted level of `width` rows."""
+        if width >= len(self._draft[0]):
+            self._grow(0, 2 * width)
+        return float(self._draft[0][width] + self._draft[1][width] * context)
+
+    def _grow(self, rows: int, width: int) -> None:
+        if rows:
+            self._verify = _line(lambda context: self._cost.verify_curve(self._batch, 0, rows + 1, context))
+        if width:
+            self._draft = _line(lambda context: self._cost.draft_seconds(np.arange(width + 1), context))
+
+
+def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArray]:
+    """(at context 0, per token of context): costs are linear in it."""
+    at_zero = seconds(0.0)
+    return at_zero, (seconds(1024.0) - at_zero) / 1024.0
 
 
 @dataclass(slots=True)
-class Recorded:
-    """A recorded answer: trees[t] was drafted when tokens[: t + 1] were out and predicts tokens[t + 1], and so on."""
-
-    prompt_length: int
-    tokens: list[int] = field(default_factory=list)
-    trees: list[Proposals] = field(default_factory=list)
-
-
-class Wide:
-    """The recording policy: `levels` levels, `children` per node, a beam of `width` nodes a level; verifies nothing."""
-
-    name = "wide"
-
-    def __init__(self, levels: int = 7, children: int = 10, width: int = 32) -> None:
-        self.levels, self.children, self.width = levels, children, width
-
-    def plan(self, batch: BatchState) -> DraftPlan:
-        return DraftPlan(True, self.levels, self.children, self.width * batch.size)
-
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
-        nodes = np.flatnonzero((trees.depth == level) & (trees.source == 0))
-        return best_per_owner(trees, nodes, trees.path_prob[nodes], self.width) if len(nodes) else None
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        return np.zeros(0, np.int64)
-
-    def observe(self, round: Round) -> None:
-        pass
-
-
-@dataclass(frozen=True, slots=True)
 class Replayed:
-    """tokens and seconds of the decoding rounds, rounds, and drafts that the recording lacked."""
+    """Sums over the decoding rounds at full batch. rows: of the verifying forwards; kept: verified nodes; off: rounds
+    without drafting; missing: drafts that the recording lacked; own_seconds: the policy's own."""
 
-    tokens: int
-    seconds: float
-    rounds: int
-    missing: int
+    batch_size: int
+    tokens: int = 0
+    seconds: float = 0.0
+    rounds: int = 0
+    missing: int = 0
+    rows: int = 0
+    kept: int = 0
+    levels: int = 0
+    off: int = 0
+    own_seconds: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds
 
-
-def record(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    at_once: int = 4,
-    on_answers: Callable[[int], object] = lambda count: None,
-) -> list[Recorded]:
-    """Answers `prompts`, a few at once, under the engine's `Wide` policy and keeps every position's tree.
-
-    The engine's drafter must be the one that the replayed policies are meant for. Raises ConfigError without one."""
-    if engine.drafter is None or not isinstance(engine.policy, Wide):
-        raise ConfigError("recording needs an engine with a model drafter and the policy Wide")
-    answers: list[Recorded] = []
-    for start in range(0, len(prompts), at_once):
-        answers += _record(engine, prompts[start : start + at_once])
-        on_answers(len(prompts[start : start + at_once]))
-    return answers
+    @property
+    def tokens_per_round(self) -> float:
+        """Of one request."""
+        return self.tokens / (self.rounds * self.batch_size)
 
 
-def replay(policy: Policy, recording: Sequence[Recorded], cost: CostModel, batch_size: int) -> Replayed:
-    """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled until it runs dry, and
-    then rounds of smaller batches are left out, as in the live benchmark."""
-    waiting = [answer for answer in recording if len(answer.tokens) > 1]
-    running = [_Slot(answer) for answer in waiting[:batch_size]]
-    waiting = waiting[batch_size:]
-    tokens = rounds = missing = 0
-    seconds = 0.0
-    if len(running) < batch_size:
-        raise ConfigError(f"a replay at batch size {batch_size} needs that many recorded answers, not {len(running)}")
-    while len(running) == batch_size:
-        source = _Source(running)
-        emitted, spent = _round(policy, source, cost)
-        tokens, seconds, rounds = tokens + sum(emitted), seconds + spent, rounds + 1
-        missing += source.missing
-        running = [slot for slot in running if slot.truth]
-        while waiting and len(running) < batch_size:
-            running.append(_Slot(waiting.pop(0)))
-    return Replayed(tokens, seconds, rounds, missing)
+class Walk:
+    """Where each running answer stands in a recording. Arrays have shape [batch].
+
+    at: output tokens that are out, less one; pending: rows that the drafter has not processed yet, at first the
+    prompt's."""
+
+    def __init__(self, recording: Recording, batch_size: int) -> None:
+        answers = recording.answers
+        self.recording = recording
+        self._tokens, self._start = _padded([a.tokens for a in answers])
+        self._length = np.array([len(a.tokens) for a in answers], np.int64)
+        self._limit = np.array([a.limit for a in answers], np.int64)
+        self._prompt = np.array([a.prompt_length for a in answers], np.int64)
+        self._first = np.array([a.first for a in answers], np.int64)
+        self._waiting = [i for i in range(len(answers)) if len(answers[i].tokens) > 1]
+        if len(self._waiting) < batch_size:
+            raise ConfigError(
+                f"a replay at batch size {batch_size} needs that many recorded answers, not {len(self._waiting)}"
+            )
+        self.answer = np.array(self._waiting[:batch_size], np.int64)
+        self._waiting = self._waiting[batch_size:]
+        self.at = np.zeros(batch_size, np.int64)
+        self.pending = self._prompt[self.answer]
+        self.running = True
+
+    @classmethod
+    def everywhere(cls, recording: Recording) -> Walk:
+        """All positions as one batch: for policies that treat each request alone."""
+        walk = cls(recording, 0)
+        positions = np.maximum(walk._length - 1, 0)
+        walk.answer = np.repeat(np.arange(len(positions)), positions)
+        walk.at = np.arange(len(walk.answer)) - (np.cumsum(positions) - positions)[walk.answer]
+        walk.pending = np.ones(len(walk.answer), np.int64)
+        return walk
+
+    def part(self, start: int, stop: int) -> Walk:
+        """Some of the batch."""
+        other = object.__new__(Walk)
+        other.__dict__.update(self.__dict__)
+        other.answer, other.at = self.answer[start:stop], self.at[start:stop]
+        other.pending = self.pending[start:stop]
+        return other
+
+    @property
+    def position(self) -> IntArray:
+        """Of the trees that are drafted next."""
+        return self._first[self.answer] + self.at
+
+    @property
+    def context(self) -> IntArray:
+        """Tokens in the target's cache."""
+        return self._prompt[self.answer] + self.at
+
+    @property
+    def left(self) -> IntArray:
+        """Tokens of the answers that are still to come."""
+        return self._length[self.answer] - self.at - 1
+
+    def state(self) -> BatchState:
+        size = len(self.at)
+        return BatchState(
+            self.context,
+            self._limit[self.answer] - self.at - 1,
+            np.zeros(size),
+            np.ones(size, np.bool_),
+            catch_up_rows=int(self.pending.sum()) - size,
+        )
+
+    def truth(self, owner: IntArray, depth: IntArray) -> IntArray:
+        """The target's token at a depth below an owner's root; -1 behind the answer's end."""
+        return self._tokens.take((self._start[self.answer] + self.at)[owner] + depth)
+
+    def advance(self, emitted: IntArray, drafted: bool) -> None:
+        """After a round; answers that ended make room for the next one, until there is none."""
+        self.at = self.at + emitted
+        self.pending = emitted.copy() if drafted else self.pending + emitted
+        for i in np.flatnonzero(self.left <= 0).tolist():
+            if not self._waiting:
+                self.running = False
+                return
+            self.answer[i] = self._waiting.pop(0)
+            self.at[i], self.pending[i] = 0, self._prompt[self.answer[i]]
 
 
-def likelihood_settings() -> list[dict[str, int]]:
-    """The grid that `likelihood` is tuned over: levels, top-k and nodes, all that make sense."""
-    grid = [
-        {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
-        for depth in range(7)
-        for top_k in (1, 2, 3, 4, 6, 10)
-        for nodes in (2, 4, 6, 8, 12, 16, 24, 40, 59)
-    ]
-    return [s for s in grid if _sensible(s["depth"] + 1, s["top_k"], s["total_tokens"] - 1)]
+class Source:
+    """The running answers' trees as a drafter."""
 
+    def __init__(self, walk: Walk) -> None:
+        self._recording, self._root = walk.recording, walk.position
+        self._where = np.zeros(0, np.int64)  # [live nodes] their number in the recording
+        self.missing = np.zeros(len(self._root), np.int64)  # [batch]
 
-def rank(
-    recording: Sequence[Recorded],
-    cost: CostModel,
-    batch_size: int,
-    settings: Sequence[dict[str, int]] | None = None,
-    eos_token_ids: Sequence[int] = (),
-    on_setting: Callable[[], None] = lambda: None,
-) -> list[tuple[dict[str, int], Replayed]]:
-    """`likelihood` under each setting, the fastest first: the best few are then measured live."""
-    results = []
-    for setting in settings if settings is not None else likelihood_settings():
-        policy = Likelihood(**setting, eos_token_ids=tuple(eos_token_ids))
-        results.append((setting, replay(policy, recording, cost, batch_size)))
-        on_setting()
-    return sorted(results, key=lambda result: -result[1].tokens_per_s)
-
-
-def _sensible(levels: int, top_k: int, nodes: int) -> bool:
-    """Whether the re-ranking has something to choose from, and every level may keep a node."""
-    drafted = top_k + (levels - 1) * top_k * top_k
-    return levels <= nodes <= drafted
-
-
-def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Recorded]:
-    answers = {f"record-{p.index}": Recorded(len(p.tokens)) for p in prompts}
-    requests: list[Request] = []
-    try:
-        for prompt in prompts:
-            requests += engine.add_request(f"record-{prompt.index}", prompt.tokens, prompt.params)
-        while engine.has_unfinished_requests:
-            engine.step()
-            if engine.last_round is not None:
-                trees = engine.last_round.round.trees
-                for owner in range(engine.last_round.round.batch.size):
-                    answers[engine.last_round.requests[owner].id].trees.append(_proposals(trees, owner))
-    finally:
-        for request in requests:
-            engine.abort(request.id)
-    for request in requests:
-        answers[request.id].tokens = list(request.output[: request.stop.loop_start])
-    return list(answers.values())
+    def expand(self, trees: DraftTrees, parents: IntArray, children: int, owners: IntArray | None = None) -> None:
+        """Appends the recorded children of `parents`: live nodes, or the roots of `owners`."""
+        recording = self._recording
+        if owners is None:
+            owners, slot = trees.owner[parents], recording.positions + self._where[parents]
+        else:
+            slot = self._root[owners]
+        known = recording.count.take(slot).astype(np.int64)
+        if not known.all():
+            self.missing += np.bincount(owners[known == 0], minlength=len(self.missing))
+        count = np.minimum(known, children)
+        total = int(count.sum())
+        node = np.repeat(recording.child.take(slot) - np.cumsum(count) + count, count) + np.arange(total)
+        self._where = np.concatenate((self._where, node))
+        if total:
+            trees.append(
+                np.repeat(owners, count), recording.token.take(node), np.repeat(parents, count),
+                recording.prob.take(node),
+            )  # fmt: skip
 
 
 @dataclass(slots=True)
-class _Slot:
-    """A running answer. at: output tokens that are out, less one; pending: rows that the drafter has not processed yet,
-    at first the prompt's."""
+class Drafted:
+    """What a policy made of one round. expanded: the owners of the nodes that each level expanded; missing: [batch]
+    drafts that the recording lacks."""
 
-    answer: Recorded
-    at: int = 0
-    pending: int = 0
-
-    def __post_init__(self) -> None:
-        self.pending = self.answer.prompt_length
+    batch: BatchState
+    plan: DraftPlan
+    trees: DraftTrees
+    kept: IntArray
+    missing: IntArray
+    expanded: list[IntArray] = field(default_factory=list)
 
     @property
-    def truth(self) -> list[int]:
-        """The tokens to come."""
-        return self.answer.tokens[self.at + 1 :]
+    def widths(self) -> list[int]:
+        """Rows of each drafted level."""
+        return [len(owners) + (self.batch.catch_up_rows if i == 0 else 0) for i, owners in enumerate(self.expanded)]
 
 
-class _Source:
-    """The running answers' trees as a drafter: where each live node stands in its recorded tree."""
-
-    def __init__(self, slots: Sequence[_Slot]) -> None:
-        self.slots = slots
-        self.where: list[int] = []
-        self.missing = 0
-
-    def expand(self, trees: DraftTrees, owners: Sequence[int], parents: Sequence[int], count: int) -> None:
-        """Appends the recorded children of `parents` (live nodes or ROOT)."""
-        rows: list[tuple[int, int, int, float]] = []
-        for owner, parent in zip(owners, parents, strict=True):
-            tree = self.slots[owner].answer.trees[self.slots[owner].at]
-            node = ROOT if parent == ROOT else self.where[parent]
-            if node not in tree.expanded:
-                self.missing += 1
-                continue
-            for child in tree.children(node, count):
-                rows.append((owner, int(tree.token[child]), parent, float(tree.prob[child])))
-                self.where.append(int(child))
-        if rows:
-            owner_, token, parent_, prob = zip(*rows, strict=True)
-            trees.append(owner_, token, parent_, prob)
-
-
-def _round(policy: Policy, source: _Source, cost: CostModel) -> tuple[list[int], float]:
-    """One round, the slots moved on: tokens emitted per request, and seconds."""
-    size = len(source.slots)
-    context = np.array([slot.answer.prompt_length + slot.at for slot in source.slots], np.int64)
-    remaining = np.array([len(slot.truth) for slot in source.slots], np.int64)
-    catch_up = sum(slot.pending for slot in source.slots) - size
-    batch = BatchState(context, remaining, np.zeros(size), np.ones(size, np.bool_), catch_up_rows=catch_up)
-    plan, trees, mean = policy.plan(batch), DraftTrees.empty(size), float(context.mean())
-    widths: list[int] = []
-    owners, parents = list(range(size)), [ROOT] * size
+def draft(policy: Policy, walk: Walk) -> Drafted:
+    """Lets the policy draft and select, level by level."""
+    batch, source = walk.state(), Source(walk)
+    if hasattr(policy, "foresee"):
+        policy.foresee(walk)
+    done = Drafted(batch, policy.plan(batch), DraftTrees.empty(batch.size), np.zeros(0, np.int64), source.missing)
+    plan, trees = done.plan, done.trees
+    owners: IntArray | None = np.arange(batch.size)
+    parents: IntArray = np.full(batch.size, ROOT)
     for level in range(1, (plan.levels if plan.speculate else 0) + 1):
-        widths.append(len(parents) + (catch_up if level == 1 else 0))
-        source.expand(trees, owners, parents, plan.children)
+        done.expanded.append(trees.owner[parents] if owners is None else owners)
+        source.expand(trees, parents, plan.children, owners)
         nodes = policy.frontier(plan, batch, trees, level) if level < plan.levels else None
         if nodes is None or not len(nodes):
             break
-        owners, parents = trees.owner[nodes].tolist(), nodes.tolist()
-    kept = policy.select(plan, batch, trees) if len(trees) else np.zeros(0, np.int64)
-    emitted, root_next, next_token = _walk(trees, kept, source)
-    levels = [float(cost.draft_seconds(width, mean)) for width in widths]
-    rows = size + len(kept)
-    verify = float(cost.verify_seconds(size, rows, mean))
-    policy.observe(Round(batch, plan, trees, kept, next_token, root_next, widths, levels, rows, verify))
-    for slot, count in zip(source.slots, emitted, strict=True):
-        slot.at += count
-        slot.pending = count if widths else slot.pending + count
-    return emitted, verify + sum(levels) + (cost.overhead_seconds if widths else 0.0)
+        parents, owners = nodes, None
+    if len(trees):
+        done.kept = policy.select(plan, batch, trees)
+    return done
 
 
-def _walk(trees: DraftTrees, kept: IntArray, source: _Source) -> tuple[list[int], IntArray, IntArray]:
-    """Down the kept nodes along the recorded answers: tokens emitted, and the target's tokens after roots and nodes."""
-    child = {(int(trees.owner[n]), int(trees.parent[n]), int(trees.token[n])): int(n) for n in reversed(kept)}
-    next_token = np.full(len(trees), -1, np.int64)
-    emitted, roots = [], []
-    for owner, slot in enumerate(source.slots):
-        truth, node = slot.truth, ROOT
-        roots.append(truth[0])
-        count = 1
-        while count < len(truth) and (owner, node, truth[count - 1]) in child:
-            node = child[owner, node, truth[count - 1]]
-            next_token[node] = truth[count]
-            count += 1
-        emitted.append(count)
-    return emitted, np.array(roots, np.int64), next_token
+def accepted(trees: DraftTrees, kept: IntArray, walk: Walk) -> BoolArray:
+    """[nodes] whether a node is kept and on the recorded answer's path."""
+    if not len(kept):
+        return np.zeros(len(trees), np.bool_)
+    right = np.zeros(len(trees))
+    right[kept] = trees.token[kept] == walk.truth(trees.owner[kept], trees.depth[kept])
+    on_path: BoolArray = path_products(trees.parent, right, int(trees.depth.max())) > 0
+    return on_path
 
 
-def _proposals(trees: DraftTrees, owner: int) -> Proposals:
-    mine = np.flatnonzero((trees.owner == owner) & (trees.source == 0))
-    tree = trees.take(mine)
-    return Proposals(
-        tree.token.astype(np.int32),
-        tree.parent.astype(np.int32),
-        tree.draft_prob.astype(np.float32),
-        frozenset(tree.parent.tolist()),
-    )
+def replay(
+    policy: Policy,
+    recording: Recording,
+    cost: CostModel,
+    batch_size: int,
+    host: HostCosts | None = None,
+    own_time: Clock | None = None,
+    rounds: int | None = None,
+) -> Replayed:
+    """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled until it runs dry, and
+    then rounds of smaller batches are left out, as in the live benchmark.
+
+    host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the policy itself,
+    whose seconds then count, too. rounds: stop after so many."""
+    walk, prices, result = Walk(recording, batch_size), Prices(cost, batch_size), Replayed(batch_size)
+    host = host or HostCosts.of(cost)
+    while walk.running and result.rounds != rounds:
+        _round(policy, walk, prices, host, own_time, result)
+    return result
+
+
+def _round(policy: Policy, walk: Walk, prices: Prices, host: HostCosts, clock: Clock | None, result: Replayed) -> None:
+    started = clock() if clock else 0.0
+    done = draft(policy, walk)
+    own = clock() - started if clock else 0.0
+    size, trees, widths = done.batch.size, done.trees, done.widths
+    context = float(done.batch.context.sum()) / size
+    levels = [prices.draft(width, context) for width in widths]
+    rows = size + len(done.kept)
+    verify = prices.verify(rows, context)
+    beyond = host.seconds(size, bool(widths)) + own
+    on_path = accepted(trees, done.kept, walk)
+    emitted = np.minimum(1 + np.bincount(trees.owner[on_path], minlength=size), walk.left)
+    next_token = np.where(on_path, walk.truth(trees.owner, trees.depth + 1), -1) if len(trees) else trees.token
+    root_next = walk.truth(np.arange(size), np.ones(size, np.int64))
+    round_ = Round(done.batch, done.plan, trees, done.kept, next_token, root_next, widths, levels, rows, verify, beyond)
+    started = clock() if clock else 0.0
+    policy.observe(round_)
+    learning = clock() - started if clock else 0.0
+    walk.advance(emitted, bool(widths))
+    result.tokens += int(emitted.sum())
+    result.seconds += verify + sum(levels) + beyond + learning
+    result.rounds += 1
+    result.missing += int(done.missing.sum())
+    result.rows += rows
+    result.kept += len(done.kept)
+    result.levels += len(widths)
+    result.off += not widths
+    result.own_seconds += own + learning
+
+
+def _padded(answers: list[IntArray]) -> tuple[IntArray, IntArray]:
+    """All answers' tokens in one array, with -1 behind each end, and where each starts."""
+    gap = np.full(DEEPEST + 2, -1, np.int64)
+    parts = [part for tokens in answers for part in (np.asarray(tokens, np.int64), gap)]
+    sizes = np.array([len(tokens) + len(gap) for tokens in answers], np.int64)
+    return np.concatenate(parts or [gap]), np.cumsum(sizes) - sizes

@@ -20,10 +20,10 @@ from smart_decoding.bench.blocks import Block, Prompt, run_block
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BASELINE, Arm, BenchOptions
 from smart_decoding.bench.provenance import memory, provenance
-from smart_decoding.bench.replay import Recorded
 from smart_decoding.bench.summary import noise, summarise
+from smart_decoding.bench.sweep import Sweep
 from smart_decoding.bench.traffic import Sizes, achieved
-from smart_decoding.bench.tuning import best_likelihood, cost_of, prompts_needed, record_wide
+from smart_decoding.bench.tuning import best_likelihood, cost_of, prompts_needed
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError
@@ -50,9 +50,9 @@ def run(options: BenchOptions) -> dict[str, Any]:
     that policies started from, None if none needs one) and 'memory'.
 
     Raises CapacityError if the time limit was too short for a single cycle, and what LLM raises."""
-    texts = {task: load_task(task, options.limit) for task in options.tasks}
-    llm = _load(options)
-    prompts = _encode(llm, texts, options)
+    texts = {task: load_task(task, options.skip + options.limit)[options.skip :] for task in options.tasks}
+    llm = load(options)
+    prompts = encode(llm, texts, options)
     tuner = _Tuner(llm, options)
     stop = None if options.time_limit is None else time.perf_counter() + options.time_limit
     runs, head, cost = [], None, None
@@ -144,9 +144,10 @@ def command_of(options: BenchOptions) -> str:
     words += ["--method", options.method] if options.method else []
     words += ["--batch-sizes", ",".join(map(str, options.batch_sizes)), "--tasks", ",".join(options.tasks)]
     words += ["--dtype", options.dtype, "--temperature", f"{options.temperature:g}", "--limit", str(options.limit)]
+    words += ["--skip", str(options.skip)] if options.skip else []
     words += ["--max-tokens", str(options.max_tokens), "--seed", str(options.seed), "--device", options.device]
     words += ["--time-limit", f"{options.time_limit:g}"] if options.time_limit is not None else []
-    for name in ("json", "html", "plots"):
+    for name in ("json", "html", "plots", "record"):
         path = getattr(options, name)
         words += [f"--{name}", path.name] if path is not None else []
     return shlex.join(words)
@@ -157,7 +158,7 @@ class _Tuner:
 
     def __init__(self, llm: LLM, options: BenchOptions) -> None:
         self.llm, self.options = llm, options
-        self.recording: list[Recorded] | None = None
+        self.sweep: Sweep | None = None
 
     def arms(self, batch_size: int) -> list[Arm]:
         options = self.options
@@ -165,24 +166,26 @@ class _Tuner:
             return []
         candidates = [self.llm.sharing_weights(_speculation(arm, options)) for arm in options.arms]
         cost = cost_of(candidates)
-        if self.recording is None:
+        if self.sweep is None:
+            from smart_decoding.bench.recorder import record_wide  # which needs this module
+
             drafting = next(arm for arm in candidates if arm.engine.drafter is not None)
-            self.recording = record_wide(drafting, _encode(self.llm, self._other_texts(), options))
-        eos = self.llm.target.eos_token_ids
-        return best_likelihood(self.recording, cost, batch_size, options.tune_likelihood, eos)
+            recording = record_wide(drafting, encode(self.llm, self._other_texts(), options))
+            self.sweep = Sweep(recording, eos=self.llm.target.eos_token_ids)
+        return best_likelihood(self.sweep, cost, batch_size, options.tune_likelihood)
 
     def _other_texts(self) -> dict[str, list[str]]:
         """Prompts after those that are measured. Raises ConfigError if a task has no others."""
         options = self.options
-        count = prompts_needed(options)
-        texts = {task: load_task(task, options.limit + count)[options.limit :] for task in options.tasks}
+        count, used = prompts_needed(options), options.skip + options.limit
+        texts = {task: load_task(task, used + count)[used:] for task in options.tasks}
         for task, others in texts.items():
             if not others:
-                raise ConfigError(f"--tune-likelihood finds no {task} prompts beyond --limit {options.limit}: lower it")
+                raise ConfigError(f"--tune-likelihood finds no {task} prompts beyond the first {used}: lower --limit")
         return texts
 
 
-def _load(options: BenchOptions) -> LLM:
+def load(options: BenchOptions) -> LLM:
     largest = max(options.batch_sizes)
     return LLM(
         options.model, speculative_config=False, dtype=options.dtype, device=options.device, max_num_seqs=largest,
@@ -198,7 +201,7 @@ def _speculation(arm: Arm, options: BenchOptions) -> dict[str, Any] | bool:
     return {**method, "policy": arm.policy, **arm.options}
 
 
-def _encode(llm: LLM, texts: Mapping[str, Sequence[str]], options: BenchOptions) -> dict[str, list[Prompt]]:
+def encode(llm: LLM, texts: Mapping[str, Sequence[str]], options: BenchOptions) -> dict[str, list[Prompt]]:
     prompts: dict[str, list[Prompt]] = {}
     count = 0
     for task, of_task in texts.items():

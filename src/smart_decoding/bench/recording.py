@@ -1,0 +1,206 @@
+"""Wide drafts of every output position, recorded once: any policy can be replayed on them (replay.py).
+
+Recording runs a policy that drafts wide trees and verifies none of their nodes: every round emits one token, so that
+every output position gets its tree, drafted from the same state as in any other run. Only the model drafter's nodes are
+kept; free drafters' proposals are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smart_decoding.bench.blocks import Prompt
+from smart_decoding.core.policies.common import best_per_owner
+from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Round
+from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
+from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.request import Request
+from smart_decoding.errors import ConfigError
+
+LEVELS, CHILDREN, WIDTH = 8, 10, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A recorded answer. tokens: all of it; limit: its max_tokens; first: the position of its first tree.
+
+    The tree at `first` + t was drafted when tokens[: t + 1] were out and predicts tokens[t + 1], and so on."""
+
+    prompt_length: int
+    limit: int
+    tokens: NDArray[np.int32]
+    first: int
+    task: str = ""
+
+    @property
+    def positions(self) -> int:
+        return len(self.tokens) - 1
+
+
+Drawn: TypeAlias = tuple[
+    int, int, Sequence[int], Sequence[DraftTrees], str
+]  # prompt length, limit, tokens, trees, task
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """All answers, and the trees of all their positions in flat arrays.
+
+    token, prob: [nodes], position after position, each breadth first. count: [positions + nodes] recorded children of
+    each root, then of each node; 0 where it was not expanded. child: the first of them; the others follow it."""
+
+    answers: Sequence[Answer]
+    token: NDArray[np.int32]
+    prob: NDArray[np.float32]
+    count: NDArray[np.uint8]
+    child: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, answers: Iterable[Drawn]) -> Recording:
+        """From one tree (one owner, the model drafter's nodes) for each position of each answer."""
+        made: list[Answer] = []
+        tokens, probs, roots, counts = [], [], [], []
+        for prompt_length, limit, output, trees, task in answers:
+            made.append(Answer(prompt_length, limit, np.asarray(output, np.int32), len(roots), task))
+            for tree in trees[: len(output) - 1]:
+                order, children = _breadth_first(tree)
+                tokens.append(tree.token[order])
+                probs.append(tree.draft_prob[order])
+                roots.append(children[0])
+                counts.append(children[1:])
+        sizes = np.array([len(t) for t in tokens], np.int64)
+        count = np.concatenate([np.array(roots, np.int64), *counts])
+        return cls.from_flat(made, np.concatenate(tokens or [[]]), np.concatenate(probs or [[]]), count, sizes)
+
+    @classmethod
+    def from_flat(
+        cls, answers: Sequence[Answer], token: IntArray, prob: NDArray[np.floating], count: IntArray, sizes: IntArray
+    ) -> Recording:
+        """From flat arrays; sizes: [positions] nodes of each tree. Raises ValueError where they contradict."""
+        positions = sum(max(0, answer.positions) for answer in answers)
+        if len(sizes) != positions or sizes.sum() != len(token) or len(count) != positions + len(token):
+            raise ValueError("the arrays of a recording have contradicting lengths")
+        start = np.cumsum(sizes) - sizes
+        order = np.argsort(np.concatenate((start - 0.5, np.arange(len(token)))), kind="stable")  # roots before nodes
+        below = np.cumsum(count[order]) - count[order]
+        child = np.empty(len(count), np.int64)
+        child[order] = below
+        if count.sum() != len(token) or (len(token) and (child[:positions] != start).any()):
+            raise ValueError("the trees of a recording do not fit together")
+        return cls(answers, token.astype(np.int32), prob.astype(np.float32), count.astype(np.uint8), child)
+
+    @property
+    def positions(self) -> int:
+        return len(self.count) - len(self.token)
+
+    @property
+    def sizes(self) -> IntArray:
+        """[positions] nodes of each tree."""
+        start = self.child[: self.positions]
+        sizes: IntArray = np.diff(start, append=len(self.token))
+        return sizes
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    def repeated(self, times: int) -> Recording:
+        """Every answer `times` times, over the same trees."""
+        return Recording([*self.answers] * times, self.token, self.prob, self.count, self.child)
+
+    def take(self, answers: Iterable[int]) -> Recording:
+        """Some of the answers, in the order given."""
+        chosen = [self.answers[i] for i in answers]
+        at = np.concatenate([np.arange(a.first, a.first + a.positions) for a in chosen] or [np.zeros(0, np.int64)])
+        sizes, start = self.sizes[at], self.child[: self.positions][at]
+        nodes = np.repeat(start - np.cumsum(sizes) + sizes, sizes) + np.arange(int(sizes.sum()))
+        firsts = np.cumsum([0] + [a.positions for a in chosen])
+        renumbered = [
+            Answer(a.prompt_length, a.limit, a.tokens, int(first), a.task)
+            for a, first in zip(chosen, firsts, strict=False)
+        ]
+        count = np.concatenate((self.count[at], self.count[self.positions + nodes])).astype(np.int64)
+        return Recording.from_flat(renumbered, self.token[nodes].astype(np.int64), self.prob[nodes], count, sizes)
+
+
+class Wide:
+    """The recording policy: `levels` levels, `children` per node, a beam of `width` nodes a level; verifies nothing."""
+
+    name = "wide"
+
+    def __init__(self, levels: int = LEVELS, children: int = CHILDREN, width: int = WIDTH) -> None:
+        self.levels, self.children, self.width = levels, children, width
+
+    def plan(self, batch: BatchState) -> DraftPlan:
+        return DraftPlan(True, self.levels, self.children, self.width * batch.size)
+
+    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+        nodes = np.flatnonzero((trees.depth == level) & (trees.source == 0))
+        return best_per_owner(trees, nodes, trees.path_prob[nodes], self.width) if len(nodes) else None
+
+    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
+        return np.zeros(0, np.int64)
+
+    def observe(self, round: Round) -> None:
+        pass
+
+
+def record(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    at_once: int = 4,
+    on_answers: Callable[[int], object] = lambda count: None,
+) -> Recording:
+    """Answers `prompts`, a few at once, under the engine's `Wide` policy and keeps every position's tree.
+
+    The engine's drafter must be the one that the replayed policies are meant for. Raises ConfigError without one."""
+    if engine.drafter is None or not isinstance(engine.policy, Wide):
+        raise ConfigError("recording needs an engine with a model drafter and the policy Wide")
+    answers: list[Drawn] = []
+    for start in range(0, len(prompts), at_once):
+        answers += _record(engine, prompts[start : start + at_once])
+        on_answers(len(prompts[start : start + at_once]))
+    return Recording.of(answers)
+
+
+def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Drawn]:
+    trees: dict[str, list[DraftTrees]] = {f"record-{p.index}": [] for p in prompts}
+    requests: list[Request] = []
+    try:
+        for prompt in prompts:
+            requests += engine.add_request(f"record-{prompt.index}", prompt.tokens, prompt.params)
+        while engine.has_unfinished_requests:
+            engine.step()
+            if engine.last_round is not None:
+                drafted = engine.last_round.round.trees
+                for owner in range(engine.last_round.round.batch.size):
+                    mine = drafted.take(np.flatnonzero((drafted.owner == owner) & (drafted.source == 0)))
+                    trees[engine.last_round.requests[owner].id].append(mine)
+    finally:
+        for request in requests:
+            engine.abort(request.id)
+    return [
+        (len(p.tokens), r.max_tokens, r.output[: r.stop.loop_start], trees[r.id], p.task)
+        for p, r in zip(prompts, requests, strict=True)
+    ]
+
+
+def _breadth_first(tree: DraftTrees) -> tuple[IntArray, IntArray]:
+    """The order that puts children in their parents' order, level by level; children of the root and of each node."""
+    rank = np.empty(len(tree) + 1, np.int64)
+    rank[ROOT] = -1
+    order: list[IntArray] = []
+    done = 0
+    for depth in range(1, int(tree.depth.max(initial=0)) + 1):
+        nodes = np.flatnonzero(tree.depth == depth)
+        nodes = nodes[np.argsort(rank[tree.parent[nodes]], kind="stable")]
+        rank[nodes] = done + np.arange(len(nodes))
+        done += len(nodes)
+        order.append(nodes)
+    children = np.bincount(rank[tree.parent] + 1, minlength=len(tree) + 1)
+    return np.concatenate(order) if order else np.zeros(0, np.int64), children
