@@ -10,7 +10,7 @@ from smart_decoding.bench.summary import POOLED
 
 Run = Mapping[str, Any]
 NAME_WIDTH = 20
-_HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/rnd", "rows", "wasted", "same")
+_HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/r", "rows", "wasted", "same")
 
 
 def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:

@@ -105,13 +105,13 @@ def test_speedups_have_bands_and_the_line_at_one(document: ElementTree.Element) 
 def test_losses_are_listed_and_who_beats_smart(document: ElementTree.Element) -> None:
     lines = [text_of(item) for item in section(document, "losses").iter("li")]
     assert lines == [
-        "likelihood#1, batch 4: 0.62× (0.58–0.66), slower",
+        "likelihood 5/10/60, batch 4: 0.62× (0.58–0.66), slower",
         "smart, batch 4: 0.99× (0.90–1.07), not decided",
-        "batch 1: likelihood#1 has 1.31×, more than smart's 1.25×",
+        "batch 1: likelihood 5/10/60 has 1.31×, more than smart's 1.25×",
     ]
     slow = [text_of(cell) for cell in section(document, "tasks").iter("td") if cell.get("class") == SLOWER]
     assert slow == ["0.62 (0.58–0.66)"] * 2
-    assert f"likelihood#1 = {FIXED_LONG}" in text_of(section(document, "tasks"))
+    assert f"likelihood 5/10/60 = {FIXED_LONG}" in text_of(section(document, "tasks"))
     assert "Partial: the time limit" in text_of(document)
 
 

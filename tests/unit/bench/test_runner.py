@@ -110,7 +110,7 @@ def test_tables_fit_their_place(world):
     renamed = [{**r, "policy": r["policy"].replace("(length=1)", "(length=1,and_more=1234567890)")} for r in runs]
     text = report.terminal(renamed)
     assert max(map(len, text.splitlines())) <= 100
-    assert "chain#1 = chain(length=1,and_more=1234567890)" in text
+    assert "chain 1/1234567890 = chain(length=1,and_more=1234567890)" in text
     table = report.markdown(runs).splitlines()
     assert len(table) == 2 + 3 and len({line.count("|") for line in table}) == 1
     assert "maths" in report.by_task(runs).splitlines()[0]
