@@ -10,7 +10,7 @@ from smart_decoding.bench.summary import POOLED
 
 Run = Mapping[str, Any]
 NAME_WIDTH = 20
-_HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/r", "rows", "wasted", "same")
+_HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/rnd", "rows", "wasted", "same")
 
 
 def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
@@ -108,7 +108,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
             lines.append(
                 f"{name}: TTFT {_number(run['ttft_ms'], 0)} ms "
                 f"({_number(run['ttft_ratio'], 2)} x), TPOT {_number(run['tpot_ms'], 1)} ms, worst request "
-                f"{_number(run['worst_tpot_ratio'], 2)} x; controller {_percent(run['controller_share'])};\n  "
+                f"{_number(run['worst_tpot_ratio'], 2)} x;\n  controller {_percent(run['controller_share'])}, "
                 f"{_percent(run['off_share'])} of rounds off, {_number(run['levels_per_round'], 1)} levels, "
                 f"{run['rounds']} rounds, {run['blocks']} blocks"
             )
