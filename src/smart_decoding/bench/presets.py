@@ -11,7 +11,7 @@ _SMALL = "likelihood:depth=2,top_k=3,total_tokens=6"  # what is best at batch 1 
 
 QUICK: dict[str, Any] = {
     "policies": ("off", "smart", "smart_paper", "likelihood"), "policy_options": (_EAGLE_2,),
-    "batch_sizes": (1, 4, 16), "limit": 8, "max_tokens": 64, "time_limit": 140.0,
+    "batch_sizes": (1, 4, 16), "limit": 8, "max_tokens": 64, "time_limit": 100.0,
 }  # fmt: skip
 FULL: dict[str, Any] = {
     "policies": ("off", "smart", "smart_paper", "likelihood"), "policy_options": (_EAGLE_2, _SMALL),
