@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ def measure_load(
 ) -> dict[str, Any]:
     """Serves every share of the capacity with every engine. seconds: for all of it, about; None takes SECONDS for each
     policy and share."""
-    mixed = [prompt for group in zip_longest(prompts.values()) for prompt in group]
+    mixed = in_turn(prompts)
     slots = engines[BASELINE].config.max_num_seqs
     if not progress.units("load capacity"):
         progress.add("load capacity", capacity(engines[BASELINE], mixed, slots, clock))
@@ -166,11 +166,10 @@ def load_run(
     }  # fmt: skip
 
 
-def zip_longest(groups: Any) -> Iterator[list[Prompt]]:
+def in_turn(prompts: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
     """The first prompts of all tasks, then the second ones, and so on."""
-    lists = [list(group) for group in groups]
-    for i in range(max(map(len, lists), default=0)):
-        yield [group[i] for group in lists if i < len(group)]
+    longest = max(map(len, prompts.values()), default=0)
+    return [of_task[i] for i in range(longest) for of_task in prompts.values() if i < len(of_task)]
 
 
 def _served(prompt: Prompt, request: Request, arrived: float) -> Served:

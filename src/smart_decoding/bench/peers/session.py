@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.bench.blocks import Prompt, run_block
-from smart_decoding.bench.load import zip_longest
+from smart_decoding.bench.load import in_turn
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.peers.catalogue import ENVIRONMENTS, Peer, environments_of, python_in, wanted
 from smart_decoding.bench.peers.environment import python_for
@@ -122,16 +122,17 @@ def measure_peers(
     """A dict for each peer: name, version, precision and 'runs', or 'error' in words. ours: 'plain' and 'smart'."""
     peers, given = wanted(options.peers), environments_of(options.peer_env)
     prepared = {peer.name: _prepared(peer, options, given) for peer in peers}  # nothing is installed between timings
-    chosen = lasting(ours["plain"], [p for group in zip_longest(prompts.values()) for p in group], options.max_tokens)
+    chosen = lasting(ours["plain"], in_turn(prompts), options.max_tokens)
     results = []
     for peer in peers:
         name = f"peer {peer.name}"
-        if not progress.units(name):
-            result = {"name": peer.name, "runs": [], **prepared[peer.name]}
-            if "python" in result:
-                result = _measured(peer, options, result, ours, chosen)
+        kept = progress.units(name)
+        result = kept[0] if kept else {"name": peer.name, "runs": [], **prepared[peer.name]}
+        if "python" in result:
+            result = _measured(peer, options, result, ours, chosen)
+        if not kept and "error" not in result:  # what failed is tried again when a run goes on
             progress.add(name, result)
-        results.append(progress.units(name)[0])
+        results.append(result)
     return results
 
 
