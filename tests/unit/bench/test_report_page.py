@@ -293,7 +293,7 @@ def test_the_further_parts_have_their_sections() -> None:
     ]}  # fmt: skip
     ratios = {"speedup": 0.7, "speedup_low": 0.6, "speedup_high": 0.8, "plain_speedup": 1.5}
     peers = [
-        {"name": "other", "version": "2", "precision": "Q4_1", "runs": [{"batch_size": 1, "tokens_per_s": 9, **ratios}]},
+        {"name": "other", "version": "2", "precision": "Q4", "runs": [{"batch_size": 1, "tokens_per_s": 9, **ratios}]},
         {"name": "absent", "runs": [], "error": "pip could not install it"},
     ]  # fmt: skip
     sampled = [{**run, "temperature": 0.8} for run in results()["runs"]]
