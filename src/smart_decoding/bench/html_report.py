@@ -10,6 +10,7 @@ from typing import Any
 
 from smart_decoding.bench import svg
 from smart_decoding.bench.figures import Figure, Series, figures
+from smart_decoding.bench.html_parts import load_section, peer_section, sampled_section
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.report import Run
 from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, interval, number, verdict
@@ -24,7 +25,8 @@ METRICS = {
     "wasted rows": ("wasted_rows", 1, 1), "levels/round": ("levels_per_round", 1, 2),
     "rounds off %": ("off_share", 100, 0), "controller %": ("controller_share", 100, 1),
     "verify ms": ("verify_ms", 1, 1), "draft ms": ("draft_ms", 1, 1), "GB/s": ("gb_per_s", 1, 1),
-    "GFLOP/s": ("gflop_per_s", 1, 0), "TTFT ms": ("ttft_ms", 1, 0), "TPOT ms": ("tpot_ms", 1, 1),
+    "% of limit": ("gb_share", 100, 0), "GFLOP/s": ("gflop_per_s", 1, 0), "% of its limit": ("gflop_share", 100, 0),
+    "peak GiB": ("peak_gib", 1, 2), "TTFT ms": ("ttft_ms", 1, 0), "TPOT ms": ("tpot_ms", 1, 1),
     "worst TPOT ×": ("worst_tpot_ratio", 1, 2),
 }  # fmt: skip
 
@@ -33,18 +35,13 @@ def page(results: Results) -> str:
     """The whole document."""
     model = results.provenance.get("weights", {})
     name = str(model.get("model", "a model")) if isinstance(model, Mapping) else "a model"
-    speedup, *others = figures(results)
-    parts = [
-        f"<header><h1>Speculative decoding of {escape(name)}, measured</h1>{_setting(results)}</header>",
-        _tiles(results),
-        section(speedup),
-        _losses(results),
-        _by_task(results),
-        *(section(figure) for figure in others),
-        _metrics(results),
-        _noise(results),
-        _origin(results),
-    ]
+    drawn = {figure.key: section(figure) for figure in figures(results)}
+    parts = [f"<header><h1>Speculative decoding of {escape(name)}, measured</h1>{_setting(results)}</header>"]
+    if results.runs:
+        parts += [_tiles(results), drawn.pop("speedup"), _losses(results), _by_task(results), sampled_section(results)]
+    parts += [peer_section(results), *drawn.values(), load_section(results)]
+    parts += [_metrics(results), _noise(results)] if results.runs else []
+    parts.append(_origin(results))
     return document(f"{name}: speculative decoding, measured", parts)
 
 
@@ -60,7 +57,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 def _setting(results: Results) -> str:
     """One line: where, how and when."""
-    first, hardware = results.pooled[0], _mapping(results.provenance.get("hardware"))
+    first, hardware = results.pooled[0] if results.pooled else {}, _mapping(results.provenance.get("hardware"))
     device = hardware.get("gpu") or hardware.get("cpu") or "unknown processor"
     cores = f", {hardware['cores']} cores" if hardware.get("cores") else ""
     known = (first.get("dtype"), f"temperature {first['temperature']:g}" if number(first, "temperature") is not None
@@ -207,7 +204,9 @@ def _metrics(results: Results) -> str:
     heads = "".join(f"<th>{escape(name)}</th>" for name in ("policy", "batch", *shown))
     told = (
         "Rows and wasted rows are the whole batch's, tokens one request's. GB/s: all weights and cached keys and "
-        "values, read once in the mean time of a verifying forward; GFLOP/s: products with weights in that time."
+        "values, read once in the mean time of a verifying forward; GFLOP/s: products with weights in that time; their "
+        "limits: what this machine reached in a sum and in a matrix product of torch, in their best moment. Peak "
+        "memory: of the process, over all policies of a batch size."
     )
     return (f'<section id="rounds"><h2>What a round did</h2><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
             f'<tbody>{"".join(rows)}</tbody></table></div><p class="caption">{told}</p></section>')  # fmt: skip
@@ -243,6 +242,9 @@ def _origin(results: Results) -> str:
         facts["peak memory"] = f"{peak:.2f} GiB resident, of the whole process: all policies, batch sizes and loading"
     if gpu is not None:
         facts["peak GPU memory"] = f"{gpu:.2f} GiB allocated, of the whole process"
+    for key, name in (("gb_per_s", "reading memory"), ("gflop_per_s", "matrix products")):
+        if (rate := number(results.limits, key)) is not None:
+            facts[f"best of {name}"] = f"{rate:.0f} {'GB/s' if key == 'gb_per_s' else 'GFLOP/s'}"
     for key, name in (("weights_gib", "weights"), ("kv_cache_gib", "KV cache")):
         if (size := number(memory, key)) is not None:
             facts[f"memory of {name}"] = f"{size:.2f} GiB"

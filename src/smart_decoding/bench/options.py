@@ -8,18 +8,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.data import TASKS
+from smart_decoding.bench.data import DEFAULT_TASKS, TASKS
 from smart_decoding.core.policies import make_policy
+from smart_decoding.drafters import METHODS
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL
 
 BASELINE = "off"
+_DRAFTING = ("method", "model")  # options of an arm that say what drafts; the others are the policy's
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One contestant: a policy with its options. The baseline has no drafter."""
+    """One contestant: a policy with its options, `method` and `model` among them where it has a drafter of its own.
+
+    The baseline has no drafter."""
 
     policy: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -27,8 +31,13 @@ class Arm:
     @property
     def label(self) -> str:
         """As tables print it: likelihood(depth=2,top_k=3)."""
-        given = ",".join(f"{name}={value}" for name, value in self.options.items())
+        shown = {name: Path(str(value)).name if name == "model" else value for name, value in self.options.items()}
+        given = ",".join(f"{name}={value}" for name, value in shown.items())
         return f"{self.policy}({given})" if given else self.policy
+
+    @property
+    def policy_options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name not in _DRAFTING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +47,19 @@ class BenchOptions:
     policies: names; policy_options: 'policy:name=value,...', once for each setting of a policy that is to run.
     method: drafter, or None for the model's default. limit: prompts per task. time_limit: seconds over the whole run;
     what is measured by then is reported, marked as partial. json, html: files for the results and for the report;
-    plots: folder for pictures, made if need be. tune_likelihood: also run so many of the best `likelihood` settings of
-    each batch size, found by replay on other prompts. skip: prompts of each task to pass over first. record: instead
-    of measuring, record the prompts' drafts there, for replay.
+    plots: folder for pictures, made if need be. tune_likelihood: also run so
+    many of the best `likelihood` settings of each batch size, found by replay on other prompts. draft: what `method`
+    drafts with, a head's folder or a smaller model; method_options: its other options. resume: a file that keeps what
+    is measured, so that the same command goes on after a cut. sampled: measure again at this temperature, at
+    `sampled_batch_sizes`. load: shares of the measured capacity at which requests arrive; peers: other engines on the
+    same prompts; peer_env: 'name=folder', environments to use as they are. Either of these two replaces the
+    comparison of policies in blocks unless `blocks` asks for it, too. skip: prompts of each task to pass over first.
+    record: instead of measuring, record the prompts' drafts there, for replay.
     Raises ConfigError for anything that cannot be run."""
 
     policies: Sequence[str] = (BASELINE, "smart")
     batch_sizes: Sequence[int] = (1, 4)
-    tasks: Sequence[str] = tuple(TASKS)
+    tasks: Sequence[str] = DEFAULT_TASKS
     dtype: str = "bf16"
     temperature: float = 0.0
     limit: int = 40
@@ -60,6 +74,15 @@ class BenchOptions:
     tune_likelihood: int = 0
     html: Path | None = None
     plots: Path | None = None
+    draft: str | None = None
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    resume: Path | None = None
+    sampled: float = 0.0
+    sampled_batch_sizes: Sequence[int] = (1, 8)
+    load: Sequence[float] = ()
+    peers: Sequence[str] = ()
+    peer_env: Sequence[str] = ()
+    blocks: bool = False
     skip: int = 0
     record: Path | None = None
 
@@ -75,10 +98,25 @@ class BenchOptions:
             raise ConfigError(f"skip must not be negative, but is {self.skip}")
         if self.time_limit is not None and self.time_limit <= 0:
             raise ConfigError(f"time_limit must be positive, not {self.time_limit}")
-        check_outputs((self.json, self.html, self.record), self.plots)
+        if any(not 0 < share <= 2 for share in self.load):
+            raise ConfigError(f"load must be shares of the capacity such as 0.3,0.6,0.9, not {list(self.load)}")
+        if self.temperature and self.sampled:
+            raise ConfigError("--sampled adds a second temperature to a greedy run: leave out --temperature")
+        check_outputs((self.json, self.html, self.resume, self.record), self.plots)
+        check_peers(self.peers, self.peer_env)
         self.sampling(0)
+        self._check_arms()
+
+    def _check_arms(self) -> None:
         for arm in self.arms:
-            make_policy(arm.policy, **arm.options)
+            make_policy(arm.policy, **arm.policy_options)
+            method = arm.options.get("method", self.method)
+            if method is not None and method not in METHODS:
+                raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
+            if method == "draft_model" and not (self.draft or arm.options.get("model")):
+                raise ConfigError("method 'draft_model' needs a smaller model of the same vocabulary: give --draft")
+        if "model" in self.method_options and self.draft:
+            raise ConfigError("the model to draft with is given by --draft and by --method-option: give it once")
 
     @property
     def arms(self) -> list[Arm]:
@@ -93,9 +131,36 @@ class BenchOptions:
         unique = {arm.label: arm for arm in arms}
         return list(unique.values())
 
-    def sampling(self, index: int) -> SamplingParams:
+    @property
+    def peer_arm(self) -> Arm:
+        """Who stands for us beside the peers: the first contestant that drafts, `smart` if none is named."""
+        return next((arm for arm in self.arms if arm.policy != BASELINE), Arm("smart"))
+
+    @property
+    def compares_policies(self) -> bool:
+        """Whether policies are compared in blocks: what `smart bench` does unless asked for something else."""
+        return self.blocks or not (self.load or self.peers)
+
+    @property
+    def temperatures(self) -> list[tuple[float, Sequence[int]]]:
+        """Temperatures with their batch sizes, in the order of measuring."""
+        first = (self.temperature, self.batch_sizes)
+        return [first, (self.sampled, self.sampled_batch_sizes)] if self.sampled else [first]
+
+    def speculation(self, arm: Arm) -> dict[str, Any] | bool:
+        """The `speculative_config` of an arm."""
+        if arm.policy == BASELINE:
+            return False
+        named = {"method": self.method, "model": self.draft}
+        common = {name: value for name, value in named.items() if value is not None}
+        if "method" in arm.options:  # a drafter of its own: the other's model and options are not for it
+            return {"policy": arm.policy, **arm.options}
+        return {**common, **self.method_options, "policy": arm.policy, **arm.options}
+
+    def sampling(self, index: int, temperature: float | None = None) -> SamplingParams:
         """Parameters of prompt `index`: its seed is the same under every policy and batch size."""
-        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens, seed=self.seed + index)
+        heat = self.temperature if temperature is None else temperature
+        return SamplingParams(temperature=heat, max_tokens=self.max_tokens, seed=self.seed + index)
 
 
 def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
@@ -109,6 +174,15 @@ def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
         raise ConfigError(f"{plots} cannot be made: it must be a folder in an existing folder")
     if find_spec("matplotlib") is None:
         raise ConfigError("plots need matplotlib: pip install 'smart-decoding[bench]'")
+
+
+def check_peers(peers: Sequence[str], environments: Sequence[str]) -> None:
+    """Raises ConfigError for an unknown peer, or an environment that is not name=folder."""
+    if peers or environments:
+        from smart_decoding.bench.peers.catalogue import environments_of, wanted
+
+        wanted(peers)
+        environments_of(environments)
 
 
 def parse_setting(text: str) -> Arm:

@@ -11,12 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
+from smart_decoding.bench.command import command_of
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.provenance import provenance
 from smart_decoding.bench.recording import Recording, Wide, record
 from smart_decoding.bench.replay import HostCosts
-from smart_decoding.bench.runner import command_of, encode, load
+from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.trace import Trace
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.smart import Smart

@@ -13,6 +13,59 @@ NAME_WIDTH = 20
 _HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/rnd", "rows", "wasted", "same")
 
 
+def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
+    """All tables of a result, each part under its name."""
+    parts = []
+    for name, title in (("runs", ""), ("sampled_runs", "at temperature {:g}\n")):
+        runs = result.get(name) or []
+        if runs:
+            title = title.format(runs[0]["temperature"])
+            table = markdown(runs) if in_markdown else terminal(runs)
+            parts.append(f"{title}{table}\n\nspeedup by task\n{by_task(runs)}")
+    parts += [load_table(result["load"])] if result.get("load") else []
+    parts += [peer_table(result["peers"])] if result.get("peers") else []
+    return "\n\n".join(parts)
+
+
+def load_table(load: Mapping[str, Any]) -> str:
+    """Policies under load: throughput and percentiles of latencies."""
+    head = ("policy", "load", "req/s", "tok/s", "TTFT p50", "p95", "p99", "TPOT p50", "p95", "p99", "TPOT x", "same")
+    names = short_names(load["runs"])
+    rows = [head, *(_load_cells(run, names[run["policy"]]) for run in load["runs"])]
+    told = (
+        f"load: Poisson arrivals at shares of {load['capacity_requests_per_s']:.2f} requests/s "
+        f"({load['capacity_tokens_per_s']:.0f} tok/s), what plain decoding answers at {load['slots']} at once; ms"
+    )
+    return "\n".join([told, *_aligned(rows)])
+
+
+def _load_cells(run: Run, name: str) -> Sequence[str]:
+    times = [_number(run[kind][p], digits) for kind, digits in (("ttft_ms", 0), ("tpot_ms", 1))
+             for p in ("p50", "p95", "p99")]  # fmt: skip
+    return (name, f"{100 * run['load']:.0f} %", f"{run['requests_per_s']:.2f}", _number(run["tokens_per_s"], 0), *times,
+            _number(run["tpot_ratio"], 2), "yes" if run["identical"] else "NO")  # fmt: skip
+
+
+def peer_table(peers: Sequence[Run]) -> str:
+    """Other engines beside ours, both in turn on the same prompts; who failed, and why."""
+    head = ("engine", "precision", "b", "tok/s", "ours plain", "ours smart", "smart / peer (95 %)", "same")
+    rows: list[Sequence[str]] = [head]
+    lines = []
+    for peer in peers:
+        for run in peer.get("runs", ()):
+            rates = [_number(run[f"{who}tokens_per_s"], 1) for who in ("", "plain_", "smart_")]
+            rows.append((f"{peer['name']} {peer['version']}", peer["precision"], str(run["batch_size"]), *rates,
+                         _interval(run), f"{100 * run['same']:.0f} %"))  # fmt: skip
+            if run["speedup"] is not None and run["speedup"] < 1:
+                lines.append(f"{peer['name']} is FASTER than smart at batch {run['batch_size']}")
+        if peer.get("error"):
+            lines.append(f"{peer['name']}: {peer['error']}")
+    told = (
+        "peers: decode-only tokens/s, answers of a fixed length; 'same': of the peer's tokens, those that ours has too"
+    )
+    return "\n".join([told, *_aligned(rows), *lines])
+
+
 def terminal(runs: Sequence[Run]) -> str:
     """The pooled runs as a table, then what a reader needs to judge it, line by line."""
     pooled = _pooled(runs)
@@ -55,7 +108,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
             lines.append(
                 f"{name}: TTFT {_number(run['ttft_ms'], 0)} ms "
                 f"({_number(run['ttft_ratio'], 2)} x), TPOT {_number(run['tpot_ms'], 1)} ms, worst request "
-                f"{_number(run['worst_tpot_ratio'], 2)} x; controller {_percent(run['controller_share'])};\n  "
+                f"{_number(run['worst_tpot_ratio'], 2)} x;\n  controller {_percent(run['controller_share'])}, "
                 f"{_percent(run['off_share'])} of rounds off, {_number(run['levels_per_round'], 1)} levels, "
                 f"{run['rounds']} rounds, {run['blocks']} blocks"
             )
@@ -113,10 +166,32 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def short_names(runs: Sequence[Run]) -> dict[str, str]:
-    """Short names for a table: policies with long options are numbered, and a legend says what they are."""
+    """Short names for tables and plots: of a policy with long options, the values of those that differ between its
+    settings ('likelihood 7/10/60'); numbered where even that is long, or the same for two."""
     labels = list(dict.fromkeys(run["policy"] for run in runs))
     long = [label for label in labels if len(label) > NAME_WIDTH]
-    return {label: f"{label.split('(')[0]}#{long.index(label) + 1}" if label in long else label for label in labels}
+    names = {label: _values(label, long) if label in long else label for label in labels}
+    for label in long:
+        if len(names[label]) > NAME_WIDTH or list(names.values()).count(names[label]) > 1:
+            names[label] = f"{label.split('(')[0]}#{long.index(label) + 1}"
+    return names
+
+
+def _values(label: str, labels: Sequence[str]) -> str:
+    """A policy and the values of its options, of those only that its other settings in `labels` have otherwise."""
+    policy = label.split("(")[0]
+    options = [_options(other) for other in labels if other.split("(")[0] == policy]
+    mine = _options(label)
+    if any(list(other) != list(mine) for other in options):
+        return f"{policy} {','.join(f'{name}={value}' for name, value in mine.items())}"
+    differing = [name for name in mine if len(options) == 1 or len({other[name] for other in options}) > 1]
+    return f"{policy} {'/'.join(mine[name] for name in differing)}"
+
+
+def _options(label: str) -> dict[str, str]:
+    """'likelihood(depth=7,top_k=10)' as {'depth': '7', 'top_k': '10'}."""
+    inside = label.partition("(")[2].removesuffix(")")
+    return {name: value for name, _, value in (item.partition("=") for item in inside.split(",")) if name}
 
 
 def _known(value: float | None) -> bool:

@@ -18,7 +18,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="written by smart bench --json")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json", help="written by smart bench --json; "
+                        "parts of several files make one page")  # fmt: skip
     add_output_arguments(parser)
 
 
@@ -27,7 +28,7 @@ def main(args: argparse.Namespace) -> int:
     if args.html is None and args.plots is None:
         raise ConfigError("nothing to make: give --html FILE or --plots FOLDER")
     check_outputs((args.html,), args.plots)
-    write_outputs(Results.read(args.results), args.html, args.plots)
+    write_outputs(Results.read(*args.results), args.html, args.plots)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,29 @@ FASTER, SLOWER, UNDECIDED = "faster", "slower", "undecided"
 
 @dataclass(frozen=True)
 class Results:
-    """runs: as in the JSON. names: policy -> short name. cost: the measured profile, if the file has one."""
+    """runs: as in the JSON. names: policy -> short name. cost: the measured profile, if the file has one.
+
+    sampled, load, peers: the further parts, empty where they were not measured."""
 
     provenance: Mapping[str, Any]
     runs: Sequence[Run]
     cost: CostModel | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
+    sampled: Sequence[Run] = ()
+    load: Mapping[str, Any] = field(default_factory=dict)
+    peers: Sequence[Mapping[str, Any]] = ()
+    limits: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "the results") -> Results:
         """Raises ConfigError for what `smart bench` cannot have written."""
-        if not isinstance(data, Mapping) or not isinstance(data.get("runs"), Sequence) or not data["runs"]:
+        if not isinstance(data, Mapping) or not isinstance(data.get("runs"), Sequence):
             raise ConfigError(f"{source} has no 'runs': give a file that smart bench --json wrote")
-        for run in data["runs"]:
+        load, peers = _load(data.get("load")), _peers(data.get("peers"))
+        if not data["runs"] and not load and not peers:
+            raise ConfigError(f"{source} has no 'runs': give a file that smart bench --json wrote")
+        sampled = data.get("sampled_runs") or []
+        for run in [*data["runs"], *(sampled if isinstance(sampled, Sequence) else [])]:
             if not isinstance(run, Mapping):
                 raise ConfigError(f"{source}: each of 'runs' must be an object")
             for name, kind in (("policy", str), ("task", str), ("batch_size", int)):
@@ -40,23 +50,26 @@ class Results:
                     raise ConfigError(f"{source}: a run has no usable {name!r}")
             if "speedup" not in run:
                 raise ConfigError(f"{source}: a run has no 'speedup'")
-        if not any(run["task"] == POOLED for run in data["runs"]):
+        if data["runs"] and not any(run["task"] == POOLED for run in data["runs"]):
             raise ConfigError(f"{source} has no runs of the task {POOLED!r}, which pools the others")
         return cls(
-            _mapping(data.get("provenance")), data["runs"], _cost(data.get("cost")), _mapping(data.get("memory"))
-        )
+            _mapping(data.get("provenance")), data["runs"], _cost(data.get("cost")), _mapping(data.get("memory")),
+            sampled, load, peers, _mapping(data.get("limits")),
+        )  # fmt: skip
 
     @classmethod
-    def read(cls, path: Path) -> Results:
-        """Raises ConfigError for a file that is missing or not what `smart bench --json` writes."""
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{path} is not JSON: {error}") from error
+    def read(cls, path: Path, *others: Path) -> Results:
+        """One file, or several whose parts are put together: the first that has runs gives them, and the machine.
+
+        Raises ConfigError for a file that is missing or not what `smart bench --json` writes."""
+        found = [cls.from_dict(_json_in(each), str(each)) for each in (path, *others)]
+        main = next((each for each in found if each.runs), found[0])
+        commands = [str(each.provenance.get("command")) for each in found if each.provenance.get("command")]
+        origin = {**main.provenance, **({"command": "\n".join(commands)} if commands else {})}
+        return replace(
+            main, provenance=origin, sampled=next((each.sampled for each in found if each.sampled), ()),
+            load=next((each.load for each in found if each.load), {}), peers=[p for each in found for p in each.peers],
+        )  # fmt: skip
 
     @property
     def pooled(self) -> list[Run]:
@@ -115,6 +128,31 @@ def histogram(run: Run, name: str) -> dict[int, float]:
         return {int(key): float(value) for key, value in table.items() if float(value) > 0}
     except (TypeError, ValueError):
         return {}
+
+
+def _json_in(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+
+
+def _load(value: Any) -> Mapping[str, Any]:
+    """The part about load, if its runs can be read."""
+    found = _mapping(value)
+    runs = found.get("runs")
+    usable = isinstance(runs, Sequence) and runs and all(
+        isinstance(run, Mapping) and isinstance(run.get("policy"), str) and number(run, "load") is not None
+        for run in runs)  # fmt: skip
+    return found if usable else {}
+
+
+def _peers(value: Any) -> Sequence[Mapping[str, Any]]:
+    """Peers that have a name."""
+    found = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    return [peer for peer in found if isinstance(peer, Mapping) and isinstance(peer.get("name"), str)]
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

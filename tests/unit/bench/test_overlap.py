@@ -16,7 +16,7 @@ def test_ngrams_and_shared() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("task", ["code", "maths", "general"])
+@pytest.mark.parametrize("task", ["code", "maths", "general", "long", "edit"])
 def test_seeds_share_nothing_with_the_benchmark(task: str) -> None:
     seeds = [*OPENINGS, *(text.format(topic) for text in TASKS for topic in TOPICS)]
     assert not shared(load_task(task), seeds)

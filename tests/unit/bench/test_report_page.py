@@ -105,13 +105,13 @@ def test_speedups_have_bands_and_the_line_at_one(document: ElementTree.Element) 
 def test_losses_are_listed_and_who_beats_smart(document: ElementTree.Element) -> None:
     lines = [text_of(item) for item in section(document, "losses").iter("li")]
     assert lines == [
-        "likelihood#1, batch 4: 0.62× (0.58–0.66), slower",
+        "likelihood 5/10/60, batch 4: 0.62× (0.58–0.66), slower",
         "smart, batch 4: 0.99× (0.90–1.07), not decided",
-        "batch 1: likelihood#1 has 1.31×, more than smart's 1.25×",
+        "batch 1: likelihood 5/10/60 has 1.31×, more than smart's 1.25×",
     ]
     slow = [text_of(cell) for cell in section(document, "tasks").iter("td") if cell.get("class") == SLOWER]
     assert slow == ["0.62 (0.58–0.66)"] * 2
-    assert f"likelihood#1 = {FIXED_LONG}" in text_of(section(document, "tasks"))
+    assert f"likelihood 5/10/60 = {FIXED_LONG}" in text_of(section(document, "tasks"))
     assert "Partial: the time limit" in text_of(document)
 
 
@@ -282,3 +282,47 @@ def test_ticks_are_round_and_cover_the_values() -> None:
             _, marked = ticks(panel)
             highest = max(p.y for s in panel.series for p in s.points)
             assert marked[0] <= min(p.y for s in panel.series for p in s.points) and highest <= marked[-1]
+
+
+def test_the_further_parts_have_their_sections() -> None:
+    times = {"p50": 4.0, "p95": 9.0, "p99": 12.0}
+    load = {"slots": 16, "capacity_requests_per_s": 11.5, "capacity_tokens_per_s": 1000.0, "runs": [
+        {"policy": policy, "load": share, "requests_per_s": 3.0, "tokens_per_s": 300.0, "ttft_ms": times,
+         "tpot_ms": times, "tpot_ratio": ratio, "identical": True}
+        for share in (0.3, 0.9) for policy, ratio in (("off", 1.0), ("smart", 0.8))
+    ]}  # fmt: skip
+    ratios = {"speedup": 0.7, "speedup_low": 0.6, "speedup_high": 0.8, "plain_speedup": 1.5}
+    peers = [
+        {"name": "other", "version": "2", "precision": "Q4", "runs": [{"batch_size": 1, "tokens_per_s": 9, **ratios}]},
+        {"name": "absent", "runs": [], "error": "pip could not install it"},
+    ]  # fmt: skip
+    sampled = [{**run, "temperature": 0.8} for run in results()["runs"]]
+    data = {**results(), "load": load, "peers": peers, "sampled_runs": sampled, "limits": {"gb_per_s": 25.0}}
+    document = ElementTree.fromstring(page(Results.from_dict(data)))
+    assert len([s for s in section(document, "load").iter("svg") if s.get("role") == "img"]) == 3
+    table = text_of(section(document, "load-table"))
+    assert "plain decoding 30 %" in table and "smart 90 %" in table and "11.50 requests/s" in table
+    other = section(document, "peers")
+    assert "other is faster than ours at batch 1: 0.70 (0.60–0.80)" in text_of(other)
+    assert "absent: pip could not install it" in text_of(other)
+    assert [c.text for c in other.iter("td") if c.get("class") == SLOWER] == ["0.70 (0.60–0.80)"]
+    assert "At temperature 0.8" in text_of(section(document, "sampled"))
+    assert "best of reading memory 25 GB/s" in text_of(section(document, "origin"))
+    alone = {"runs": [], "load": load, "provenance": {"command": "smart bench --load 0.3"}}
+    only = ElementTree.fromstring(page(Results.from_dict(alone)))
+    assert {s.get("id") for s in only.iter("section")} == {"load", "load-table", "origin"}
+
+
+def test_parts_of_several_files_make_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(results()))
+    for name in ("b", "c"):
+        peer = {"name": name, "version": "1", "precision": "bf16", "runs": []}
+        other = {"runs": [], "peers": [peer], "provenance": {"command": f"smart bench --peers {name}"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(other))
+    files = [str(tmp_path / f"{name}.json") for name in "bac"]
+    assert cli.main(["report", *files, "--html", str(tmp_path / "r.html")]) == 0
+    read = Results.read(*map(Path, files))
+    assert [peer["name"] for peer in read.peers] == ["b", "c"] and len(read.runs) == len(results()["runs"])
+    document = ElementTree.fromstring((tmp_path / "r.html").read_text())
+    told = text_of(section(document, "origin"))
+    assert "--peers b" in told and "--policies <a&b>" in told and "Some CPU" in told

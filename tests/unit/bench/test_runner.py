@@ -110,7 +110,7 @@ def test_tables_fit_their_place(world):
     renamed = [{**r, "policy": r["policy"].replace("(length=1)", "(length=1,and_more=1234567890)")} for r in runs]
     text = report.terminal(renamed)
     assert max(map(len, text.splitlines())) <= 100
-    assert "chain#1 = chain(length=1,and_more=1234567890)" in text
+    assert "chain 1/1234567890 = chain(length=1,and_more=1234567890)" in text
     table = report.markdown(runs).splitlines()
     assert len(table) == 2 + 3 and len({line.count("|") for line in table}) == 1
     assert "maths" in report.by_task(runs).splitlines()[0]
@@ -161,3 +161,82 @@ def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, 
     assert (options.temperature, options.tasks, options.limit, options.max_tokens) == (0.8, ("code",), 3, 9)
     assert json.loads((tmp_path / "r.json").read_text())["runs"][0]["policy"] == "off"
     assert "speedup (95 %)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["likelihood(depth=7,top_k=10,total_tokens=60)", "likelihood(depth=2,top_k=3,total_tokens=6)"],
+         ["likelihood 7/10/60", "likelihood 2/3/6"]),
+        (["likelihood(depth=7,top_k=10,total_tokens=60)", "likelihood(depth=2,top_k=10,total_tokens=60)", "smart"],
+         ["likelihood 7", "likelihood 2", "smart"]),
+        (["likelihood(depth=7,top_k=10,total_tokens=60)"], ["likelihood 7/10/60"]),
+        (["smart(method=draft_model,model=small)", "smart(method=union,model=some-head)"],
+         ["smart#1", "smart#2"]),
+        (["static(a=1,b=2,c=345678,d=9)", "static(a=1,c=345678)", "off"], ["static#1", "static a=1,c=345678", "off"]),
+    ],
+)  # fmt: skip
+def test_names_say_what_differs(labels, names):
+    assert list(report.short_names([{"policy": label} for label in labels]).values()) == names
+
+
+def test_an_arm_may_have_a_drafter_of_its_own(tmp_path):
+    options = BenchOptions(
+        policies=("off", "smart"), method="ngram", method_options={"longest": 4},
+        policy_options=("smart:method=draft_model,model=folder/small", "smart:"),
+    )  # fmt: skip
+    off, own, common = options.arms
+    assert own.label == "smart(method=draft_model,model=small)"
+    assert options.speculation(off) is False
+    assert options.speculation(own) == {"policy": "smart", "method": "draft_model", "model": "folder/small"}
+    assert options.speculation(common) == {"method": "ngram", "longest": 4, "policy": "smart"}
+    draft = BenchOptions(method="draft_model", draft="small")
+    assert draft.speculation(draft.arms[1]) == {"method": "draft_model", "model": "small", "policy": "smart"}
+    assert "--draft small" in command_of(draft) and "--method-option longest=4" in command_of(options)
+    for given, message in (
+        ({"method": "draft_model"}, "give --draft"),
+        ({"method": "magic"}, "unknown method"),
+        ({"policy_options": ("smart:method=magic",)}, "unknown method"),
+        ({"draft": "a", "method_options": {"model": "b"}}, "give it once"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            BenchOptions(**given)
+
+
+def asked_by(words):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return cli.options_of(parser.parse_args(words.split()))
+
+
+def test_presets_fill_in_what_is_not_given():
+    quick, full = asked_by("--quick"), asked_by("--full")
+    assert quick.time_limit <= 150 and 1 in quick.batch_sizes
+    assert full.batch_sizes == (1, 2, 4, 8, 16, 32) and full.temperatures == [(0.0, full.batch_sizes), (0.8, (1, 8))]
+    assert full.load and full.compares_policies and len(full.tasks) == 5 and full.time_limit <= 3600
+    assert asked_by("--limit 3 --full --batch-sizes 1,4").batch_sizes == (1, 4)
+    assert asked_by("") == BenchOptions()
+    assert asked_by("--method ngram --method-option longest=4").method_options == {"longest": 4}
+
+
+def test_load_or_peers_alone_replace_the_blocks():
+    assert asked_by("").compares_policies
+    assert not asked_by("--load 0.5").compares_policies and not asked_by("--peers").compares_policies
+    assert asked_by("--load 0.5 --blocks").compares_policies and asked_by("--peers vllm").peers == ("vllm",)
+    assert asked_by("--peers").peers == ("all",)
+
+
+def test_limits_are_positive_and_shares_are_shares():
+    import torch
+
+    from smart_decoding.bench import limits
+    from smart_decoding.bench.peak import forget_peak, peak_gib
+
+    found = limits.measure_limits(torch.float32, torch.device("cpu"))
+    assert 0.1 < found["gb_per_s"] < 10_000 and 0.1 < found["gflop_per_s"] < 1_000_000
+    told = limits.shares({"gb_per_s": 5.0, "gflop_per_s": 30.0}, {"gb_per_s": 10.0, "gflop_per_s": 60.0})
+    assert told == {"gb_share": 0.5, "gflop_share": 0.5}
+    if forget_peak():
+        assert 0.01 < peak_gib() < 1000

@@ -1,0 +1,31 @@
+"""The command line that asks for a run, as results and pages show it: names of files only, no folders of a machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from smart_decoding.bench.options import BenchOptions
+
+
+def command_of(options: BenchOptions) -> str:
+    """The command line that asks for this run."""
+    words = ["smart", "bench", "--model", options.model, "--policies", ",".join(options.policies)]
+    words += [word for setting in options.policy_options for word in ("--policy-options", setting)]
+    words += ["--tune-likelihood", str(options.tune_likelihood)] if options.tune_likelihood else []
+    words += ["--method", options.method] if options.method else []
+    words += ["--draft", Path(options.draft).name] if options.draft else []
+    words += [word for name, value in options.method_options.items() for word in ("--method-option", f"{name}={value}")]
+    words += ["--batch-sizes", ",".join(map(str, options.batch_sizes)), "--tasks", ",".join(options.tasks)]
+    words += ["--dtype", options.dtype, "--temperature", f"{options.temperature:g}", "--limit", str(options.limit)]
+    words += ["--skip", str(options.skip)] if options.skip else []
+    words += ["--max-tokens", str(options.max_tokens), "--seed", str(options.seed), "--device", options.device]
+    words += ["--sampled", f"{options.sampled:g}"] if options.sampled else []
+    words += ["--load", ",".join(f"{share:g}" for share in options.load)] if options.load else []
+    words += ["--peers", ",".join(options.peers)] if options.peers else []
+    words += ["--blocks"] if options.blocks else []
+    words += ["--time-limit", f"{options.time_limit:g}"] if options.time_limit is not None else []
+    for name in ("resume", "json", "html", "plots", "record"):
+        path = getattr(options, name)
+        words += [f"--{name}", path.name] if path is not None else []
+    return shlex.join(words)

@@ -1,0 +1,110 @@
+"""A cut run goes on: what was measured is kept, read back as it was, and refused to another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import worlds
+
+from smart_decoding.bench import runner
+from smart_decoding.bench.options import BenchOptions
+from smart_decoding.bench.resume import Progress, block_of, key_of, plain_block, source_digest
+from smart_decoding.bench.runner import _kept, _restored, measure, rows_of
+from smart_decoding.errors import ConfigError
+
+
+def engines(clock: worlds.Clock) -> dict[str, Any]:
+    drafter = worlds.RuleDrafter(clock, seconds=0.25)
+    return {"off": worlds.engine(clock), "chain": worlds.engine(clock, "chain", drafter, length=2)}
+
+
+class Cut(Exception):
+    pass
+
+
+def test_a_cut_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = {"code": worlds.prompts(count=5, tokens=40)}
+    clock = worlds.Clock()
+    whole = rows_of(measure(engines(clock), tasks, 1, clock=clock), 1, worlds.options())
+    file, asked = tmp_path / "run.part", []
+    run_block = runner.run_block
+
+    def counted(engine: Any, prompts: Any, *rest: Any) -> Any:
+        asked.append(prompts[0].index)
+        if len(asked) == 9:  # two warm-ups, a cycle with the second baseline, a cycle, and half of the next
+            raise Cut
+        return run_block(engine, prompts, *rest)
+
+    monkeypatch.setattr(runner, "run_block", counted)
+
+    def go_on() -> Any:
+        progress, clock = Progress(file, {"option": 1}), worlds.Clock()
+        return measure(engines(clock), tasks, 1, clock=clock, done=_restored(progress.units("b")),
+                       on_cycle=lambda cycle, again: progress.add("b", _kept(cycle, again)))  # fmt: skip
+
+    with pytest.raises(Cut):
+        go_on()
+    assert [len(of) for of in json.loads(file.read_text())["units"].values()] == [2]
+    asked.clear()
+    monkeypatch.setattr(runner, "run_block", lambda *a: asked.append(a[1][0].index) or run_block(*a))
+    rows = rows_of(go_on(), 1, worlds.options())
+    assert sorted(asked[2:]) == [2, 2, 3, 3, 3, 4, 4]  # after the warm-ups; the fourth cycle has a second baseline
+    for mine, theirs in zip(rows, whole, strict=True):
+        for name in ("speedup", "tokens_per_round", "rows_per_round", "noise", "blocks", "identical", "row_counts"):
+            assert mine.get(name) == pytest.approx(theirs.get(name)), name
+    asked.clear()
+    assert rows_of(go_on(), 1, worlds.options()) == rows and not asked  # all there: nothing runs, no warm-up either
+
+
+def test_a_block_reads_back_as_it_was() -> None:
+    clock = worlds.Clock()
+    block = runner.run_block(worlds.drafting_engine(clock), worlds.prompts(count=1), [], 1, clock)
+    back = block_of(json.loads(json.dumps(plain_block(block))))
+    assert (back.counts, back.answers, back.row_counts, back.level_counts) == (
+        block.counts, block.answers, block.row_counts, block.level_counts)  # fmt: skip
+    assert np.array_equal(back.reliability.draft, block.reliability.draft)
+    assert back.tokens_per_s == block.tokens_per_s
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ({"option": {"limit": 4, "seed": 0}}, "option limit 3 there, 4 here"),
+        ({"option": {"limit": 3, "seed": 0}, "commit": "b"}, "commit a there, b here"),
+    ],
+)
+def test_another_run_is_refused_in_one_line(key: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.part"
+    Progress(file, {"option": {"limit": 3, "seed": 0}, "commit": "a"}).add("x", 1)
+    with pytest.raises(ConfigError, match=message) as caught:
+        Progress(file, key)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_learnt_later_must_agree_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.part"
+    first = Progress(file, {})
+    first.agree("weights", {"model": "a"})
+    first.add("x", 1)
+    Progress(file, {}).agree("weights", {"model": "a"})
+    with pytest.raises(ConfigError, match="weights model a there, b here"):
+        Progress(file, {}).agree("weights", {"model": "b"})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"key": {}}', '{"key": {}, "units": 3}'])
+def test_what_is_no_run_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(ConfigError, match="is not a run to go on with"):
+        Progress(tmp_path / "x", {})
+
+
+def test_the_key_knows_options_machine_and_source(tmp_path: Path) -> None:
+    key = key_of(BenchOptions(limit=3, json=tmp_path / "a.json", time_limit=9.0))
+    assert key["option"]["limit"] == 3 and not {"json", "time_limit", "resume"} & set(key["option"])
+    assert set(key["machine"]) >= {"cpu", "cores", "threads"} and key["source"] == source_digest()
+    assert key == key_of(BenchOptions(limit=3, json=tmp_path / "b.json"))
+    assert key != key_of(BenchOptions(limit=4))
