@@ -161,7 +161,7 @@ class Expected:
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], entries: tuple[int, ...], theta: float):
         self.w = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
-        self.theta, self.one = theta, entries == (-1,)
+        self.prompt, self.theta, self.one = PROMPT, theta, entries == (-1,)
         self.normed_residual = config.get("norm_before_residual", False)
         model = target_model()
         with torch.no_grad():
@@ -188,7 +188,7 @@ class Expected:
 
     def layer(self, features: Tensor, tokens: list[int]) -> Tensor:
         """[n, hidden] outputs of the pairs (features[t], tokens[t]) at positions 0 .. n - 1."""
-        n, embedded = len(tokens), self.embedding[tokens]
+        embedded = self.embedding[tokens]
         if self.one:
             x = torch.cat((embedded, features), -1) @ self.w["fc.weight"].T + self.w.get("fc.bias", 0.0)
             read = x
