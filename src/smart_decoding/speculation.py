@@ -73,7 +73,7 @@ def build_speculation(
     builder = _Builder(checkpoint, target, pages, max_num_seqs, given, default_head)
     drafter = builder.drafter(method)
     cost = builder.cost() if "cost" in policy_options(policy_name) else None
-    offered = {**builder.prior(), "cost": cost, "eos_token_ids": target.eos_token_ids}
+    offered = {**stored_prior(builder.folder), "cost": cost, "eos_token_ids": target.eos_token_ids}
     policy = make_policy(policy_name, offered, **given)
     return Speculation(policy, drafter, cost, builder.model, builder.description)
 
@@ -95,14 +95,31 @@ def check_speculation(config: Mapping[str, Any] | bool | None, checkpoint: Check
 def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str) -> None:
     """Raises ModelError unless both know the same tokens under the same ids."""
     ours, theirs = (tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (target, draft))
+    why = vocabulary_difference(ours, theirs)
+    if why:
+        raise ModelError(
+            f"the draft model {name} has another vocabulary than the target ({why}): take one of its family"
+        )
+
+
+def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
+    """In what a draft model's tokens differ from the target's, each as text to id; None if in nothing."""
     if ours == theirs:
-        return
+        return None
     if len(ours) != len(theirs):
-        why = f"{len(theirs)} tokens instead of {len(ours)}"
-    else:
-        token = min((t for t in ours if theirs.get(t) != ours[t]), key=lambda t: ours[t])
-        why = f"token {token!r} is {theirs.get(token, 'missing')} instead of {ours[token]}"
-    raise ModelError(f"the draft model {name} has another vocabulary than the target ({why}): take one of its family")
+        return f"{len(theirs)} tokens instead of {len(ours)}"
+    token = min((t for t in ours if theirs.get(t) != ours[t]), key=lambda t: ours[t])
+    return f"token {token!r} is {theirs.get(token, 'missing')} instead of {ours[token]}"
+
+
+def stored_prior(folder: Path | None) -> dict[str, Any]:
+    """Policy options from the prior that came with a head in `folder`, if any."""
+    path = folder / "prior.json" if folder else None
+    if path is None or not path.is_file():
+        return {}
+    state = json.loads(path.read_text())
+    calibration = Calibration.from_state(state["calibration"])
+    return {"calibration": calibration, "forecast": Forecast.from_state(state["forecast"], calibration)}
 
 
 def _asked(config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint) -> tuple[str, str, dict[str, Any]]:
@@ -139,7 +156,7 @@ class _Builder:
         self._checkpoint, self._target, self._pages, self._seqs = checkpoint, target, pages, max_num_seqs
         self._given, self._default_head = given, default_head
         self.model: EagleHead | DraftModel | None = None
-        self._folder: Path | None = None
+        self.folder: Path | None = None
         self.description = ""
 
     def drafter(self, method: str) -> Drafter:
@@ -166,23 +183,14 @@ class _Builder:
             save_profile(path, cost)
         return cost
 
-    def prior(self) -> dict[str, Any]:
-        """The stored prior that came with the head, if any."""
-        path = self._folder / "prior.json" if self._folder else None
-        if path is None or not path.is_file():
-            return {}
-        state = json.loads(path.read_text())
-        calibration = Calibration.from_state(state["calibration"])
-        return {"calibration": calibration, "forecast": Forecast.from_state(state["forecast"], calibration)}
-
     def _eagle(self) -> Drafter:
         folder = self._given.pop("model", None) or self._default_head
         if folder is None:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
-        self._folder = head_folder(folder)
-        files = load_head(self._folder, self._checkpoint.config)
+        self.folder = head_folder(folder)
+        files = load_head(self.folder, self._checkpoint.config)
         self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
-        self.description = f"eagle head {self._folder.name}"
+        self.description = f"eagle head {self.folder.name}"
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
 
     def _draft_model(self) -> Drafter:
