@@ -122,8 +122,17 @@ def test_draws_are_the_same_whatever_drafts(head: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", heads.LAYOUTS)
-def test_heads_draft_as_in_our_own_engine(layout: str, tmp_path: Path) -> None:
-    """Batched and padded: the same counts, and so the same features, pairs and positions."""
+def test_heads_draft_as_in_our_own_engine(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batched and padded: the same proposals in every round, and so the same features, pairs and positions."""
+    proposals: list[Any] = []
+    rank = EagleHead.rank
+
+    def recorded(*given: Any) -> Any:
+        ids, probs = rank(*given)
+        proposals.append(ids.tolist())
+        return ids, probs
+
+    monkeypatch.setattr(EagleHead, "rank", recorded)
     config, tensors, pickled, *_ = heads.LAYOUTS[layout]
     folder = heads.write(tmp_path, config, tensors, pickled)
     model, limit, new = heads.target_model(), 64, 24
@@ -136,15 +145,18 @@ def test_heads_draft_as_in_our_own_engine(layout: str, tmp_path: Path) -> None:
     requests = [engine.add_request(str(i), prompt, params)[0] for i, prompt in enumerate(prompts)]
     while engine.has_unfinished_requests:
         engine.step()
+    expected = proposals.copy()
+    proposals.clear()
     ids = torch.tensor([[0] * (24 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (24 - len(p)) + [1] * len(p) for p in prompts])
     given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     found = with_drafts(model, "eagle", folder, eos_token_id=None, **given)
     assert found[:, 24:].tolist() == [request.output for request in requests]
+    assert proposals == expected and len(proposals) > 20
     report, metrics = last_report(model), [request.metrics for request in requests]
     assert report is not None
     for name in ("drafted", "verified", "accepted"):
-        assert getattr(report, name) == sum(getattr(m, name) for m in metrics) > 0
+        assert getattr(report, name) == sum(getattr(m, name) for m in metrics)
 
 
 def test_a_draft_model_reads_a_window_of_a_long_prompt() -> None:
@@ -254,7 +266,10 @@ def test_taps_are_transformers_hidden_states(name: str) -> None:
         expected = model(PROMPTS[:1], output_hidden_states=True).hidden_states
     assert torch.equal(states[1], expected[1]) and torch.equal(states[3], expected[2])
     assert states[2].shape == expected[2].shape and not torch.allclose(states[2], states[3])
-    assert not any(part._forward_hooks for part in Taps(model, 2)._modules)
+    hooks = [list(part._forward_hooks) for part in Taps(model, 2)._modules]  # transformers leaves its own
+    with Taps(model, 2).taken((1, 2)):
+        pass
+    assert [list(part._forward_hooks) for part in Taps(model, 2)._modules] == hooks
 
 
 @pytest.mark.model
