@@ -57,39 +57,63 @@ def shipped_head(model: str) -> Path | None:
     return folder if (folder / "model.safetensors").is_file() else None
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a `speculative_config` asks for, as far as it can be checked before any weights are loaded.
+
+    options: of the drafter and the policy; draft: the draft model, if there is one."""
+
+    method: str
+    policy: str
+    options: Mapping[str, Any]
+    draft: Checkpoint | None = None
+
+
+def check_speculation(
+    config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int
+) -> Asked:
+    """checkpoint, tokenizer: the target's. Raises ConfigError for an unknown method or policy, ModelError for a draft
+    model with another vocabulary or too short a context."""
+    if config is False:
+        return Asked("none", "off", {})
+    given = dict(config) if isinstance(config, Mapping) else {}
+    has_head = "model" in given or shipped_head(checkpoint.provenance["model"])
+    method, policy = given.pop("method", "eagle" if has_head else "ngram"), given.pop("policy", "smart")
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
+    policy_options(policy)
+    draft = None
+    if method == "draft_model":
+        draft = _draft_checkpoint(given.pop("model", None), tokenizer, max_model_len)
+    return Asked(method, policy, given, draft)
+
+
 def build_speculation(
-    config: Mapping[str, Any] | bool | None,
-    checkpoint: Checkpoint,
-    target: TorchTarget,
-    pages: int,
-    max_num_seqs: int,
+    asked: Asked, checkpoint: Checkpoint, target: TorchTarget, pages: int, max_num_seqs: int
 ) -> Speculation:
-    """Builds what `config` asks for. Raises ConfigError for unknown methods, policies and options, ModelError for a
-    head or draft model that does not fit."""
-    method, policy_name, given = _asked(config, checkpoint)
-    if method == "none":
+    """Builds what was asked for. Raises ConfigError for unknown options, ModelError for a head that does not fit."""
+    if asked.method == "none":
         return Speculation(make_policy("off"), None)
     default_head = shipped_head(checkpoint.provenance["model"])
-    builder = _Builder(checkpoint, target, pages, max_num_seqs, given, default_head)
-    drafter = builder.drafter(method)
-    cost = builder.cost() if "cost" in policy_options(policy_name) else None
+    builder = _Builder(checkpoint, target, pages, max_num_seqs, asked, default_head)
+    drafter = builder.drafter(asked.method)
+    cost = builder.cost() if "cost" in policy_options(asked.policy) else None
     offered = {**stored_prior(builder.folder), "cost": cost, "eos_token_ids": target.eos_token_ids}
-    policy = make_policy(policy_name, offered, **given)
+    policy = make_policy(asked.policy, offered, **builder.left)
     return Speculation(policy, drafter, cost, builder.model, builder.description)
 
 
-def check_speculation(config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint, max_model_len: int) -> None:
-    """Raises what can be said before any weights are loaded: ConfigError for an unknown method or policy, ModelError
-    for a draft model with another vocabulary or too short a context."""
-    method, _, given = _asked(config, checkpoint)
-    if method == "draft_model":
-        draft = _draft_checkpoint(given)
-        name = draft.provenance["model"]
-        check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), Tokenizer.load(checkpoint.tokenizer_source), name)
-        try:
-            draft.config.check_context(max_model_len)
-        except ModelError as error:
-            raise ModelError(f"the draft model {name} cannot follow the target: {error} (max_model_len)") from error
+def _draft_checkpoint(name: Any, tokenizer: Tokenizer, max_model_len: int) -> Checkpoint:
+    if not name:
+        raise ConfigError("method 'draft_model' needs a smaller model of the same vocabulary: give model=NAME")
+    draft = load_checkpoint(name)
+    called = draft.provenance["model"]
+    check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), tokenizer, called)
+    try:
+        draft.config.check_context(max_model_len)
+    except ModelError as error:
+        raise ModelError(f"the draft model {called} cannot follow the target: {error} (max_model_len)") from error
+    return draft
 
 
 def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str) -> None:
@@ -122,27 +146,8 @@ def stored_prior(folder: Path | None) -> dict[str, Any]:
     return {"calibration": calibration, "forecast": Forecast.from_state(state["forecast"], calibration)}
 
 
-def _asked(config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint) -> tuple[str, str, dict[str, Any]]:
-    """Method, policy, and the options of both. Raises ConfigError for an unknown method or policy."""
-    if config is False:
-        return "none", "off", {}
-    given = dict(config) if isinstance(config, Mapping) else {}
-    has_head = "model" in given or shipped_head(checkpoint.provenance["model"])
-    method, policy = given.pop("method", "eagle" if has_head else "ngram"), given.pop("policy", "smart")
-    if method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
-    policy_options(policy)
-    return method, policy, given
-
-
-def _draft_checkpoint(given: Mapping[str, Any]) -> Checkpoint:
-    if not given.get("model"):
-        raise ConfigError("method 'draft_model' needs a smaller model of the same vocabulary: give model=NAME")
-    return load_checkpoint(given["model"])
-
-
 class _Builder:
-    """Makes the parts of one Speculation, taking its options out of `given`; what is left belongs to the policy."""
+    """Makes the parts of one Speculation, taking their options out of `left`: the rest belongs to the policy."""
 
     def __init__(
         self,
@@ -150,11 +155,11 @@ class _Builder:
         target: TorchTarget,
         pages: int,
         max_num_seqs: int,
-        given: dict[str, Any],
+        asked: Asked,
         default_head: Path | None,
     ) -> None:
         self._checkpoint, self._target, self._pages, self._seqs = checkpoint, target, pages, max_num_seqs
-        self._given, self._default_head = given, default_head
+        self.left, self._draft, self._default_head = dict(asked.options), asked.draft, default_head
         self.model: EagleHead | DraftModel | None = None
         self.folder: Path | None = None
         self.description = ""
@@ -166,7 +171,7 @@ class _Builder:
         if method == "draft_model":
             return self._draft_model()
         if method == "union":
-            parts: list[Drafter] = [self._eagle()] if self._default_head or "model" in self._given else []
+            parts: list[Drafter] = [self._eagle()] if self._default_head or "model" in self.left else []
             names = "eagle + ngram" if parts else "ngram + recycling"
             self.description = f"union of {names}"
             return UnionDrafter([*parts, self._ngram()] if parts else [self._ngram(), self._recycling()])
@@ -184,7 +189,7 @@ class _Builder:
         return cost
 
     def _eagle(self) -> Drafter:
-        folder = self._given.pop("model", None) or self._default_head
+        folder = self.left.pop("model", None) or self._default_head
         if folder is None:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
         self.folder = head_folder(folder)
@@ -194,10 +199,9 @@ class _Builder:
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
 
     def _draft_model(self) -> Drafter:
-        checkpoint = _draft_checkpoint(self._given)
-        del self._given["model"]
-        self.model = DraftModel(checkpoint, self._target, self._pages, DRAFT_SCRATCH_PAGES)
-        self.description = f"draft model {checkpoint.provenance['model']}"
+        assert self._draft is not None
+        self.model = DraftModel(self._draft, self._target, self._pages, DRAFT_SCRATCH_PAGES)
+        self.description = f"draft model {self._draft.provenance['model']}"
         return DraftModelDrafter(self.model, self._pages, DRAFT_SCRATCH_PAGES)
 
     def _ngram(self) -> Drafter:
@@ -208,4 +212,4 @@ class _Builder:
 
     def _made(self, cls: Callable[..., Drafter], **fixed: Any) -> Drafter:
         names = [name for name in inspect.signature(cls).parameters if name not in fixed]
-        return cls(**fixed, **{name: self._given.pop(name) for name in names if name in self._given})
+        return cls(**fixed, **{name: self.left.pop(name) for name in names if name in self.left})
