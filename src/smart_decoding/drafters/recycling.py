@@ -72,7 +72,7 @@ class RecyclingDrafter:
             return DraftTrees.empty(len(requests))
         return self._likeliest(*(np.concatenate(columns, axis=1) for columns in zip(*levels, strict=True)))
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
         raise ValueError("the recycling drafter has no model levels to expand")
 
     def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:

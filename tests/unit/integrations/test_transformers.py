@@ -315,6 +315,10 @@ def test_names_of_transformers_that_we_rely_on() -> None:
                  "SynthIDTextWatermarkLogitsProcessor"):  # fmt: skip
         assert hasattr(logits_process, name)
     assert stopping_criteria.EosTokenCriteria.__module__ == "transformers.generation.stopping_criteria"
+    model, seen = model_of("llama"), []
+    model.generate(**inputs(1), custom_generate=lambda model, input_ids, **kw: seen.append(kw) or input_ids)
+    assert int(seen[0]["generation_config"]._pad_token_tensor) == PAD
+    assert type(seen[0]["past_key_values"]) is DynamicCache
     inner = inspect.unwrap(utils.GenerationMixin.generate)
     assert inner.__code__.co_name == "generate" and "streamer" in inner.__code__.co_varnames
 

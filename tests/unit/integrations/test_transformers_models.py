@@ -272,6 +272,21 @@ def test_taps_are_transformers_hidden_states(name: str) -> None:
     assert [list(part._forward_hooks) for part in Taps(model, 2)._modules] == hooks
 
 
+def test_names_of_transformers_that_drafters_with_a_model_rely_on() -> None:
+    """Unwritten ones: if a release changes them, this says which."""
+    model = model_of("llama")
+    for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings"):
+        assert callable(getattr(model, name))
+    assert model.get_decoder() is model.model and isinstance(model.model.layers, torch.nn.ModuleList)
+    config = model.config
+    assert config.name_or_path == config._name_or_path == "" and config.get_text_config(decoder=True) is config
+    assert {"num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"} <= config.to_dict().keys()
+    assert '"vocab_size"' in config.to_json_string(use_diff=False)
+    assert len(transformers.DynamicCache(config=config).layers) == 2
+    gpt2 = model_of("gpt2")  # names of older models lead to the same sizes
+    assert (gpt2.config.num_hidden_layers, gpt2.config.hidden_size, gpt2.config.num_attention_heads) == (2, 32, 4)
+
+
 @pytest.mark.model
 def test_the_shipped_head_on_smollm2() -> None:
     from smart_decoding.backends.torch.loading import load_checkpoint
