@@ -194,11 +194,13 @@ class Engine:
     def _state(self, batch: Batch) -> BatchState:
         requests, drafter = batch.decode, self.drafter
         pending = drafter.pending_rows(requests) - len(requests) if drafter and drafter.max_levels else 0
+        columns = [(r.table.length, r.remaining, r.params.temperature, r.params.speculate) for r in requests]
+        context, remaining, temperature, may_speculate = np.array(columns, np.float64).reshape(-1, 4).T
         return BatchState(
-            context=np.array([r.table.length for r in requests], np.int64),
-            remaining=np.array([r.remaining for r in requests], np.int64),
-            temperature=np.array([r.params.temperature for r in requests], np.float64),
-            may_speculate=np.array([r.params.speculate for r in requests], np.bool_),
+            context=context.astype(np.int64),
+            remaining=remaining.astype(np.int64),
+            temperature=temperature,
+            may_speculate=may_speculate.astype(np.bool_),
             prefill_rows=sum(rows for _, rows in batch.prefill),
             catch_up_rows=max(0, pending),
             has_model=bool(drafter and drafter.max_levels),
@@ -263,10 +265,10 @@ class Engine:
         scores: TargetScores,
     ) -> Acceptance:
         """Draws the target's tokens down the trees; the roots are the last committed rows of `asking`."""
-        at = np.concatenate((last[: len(asking)], node_row))  # row numbers of accept() -> rows
-        if rows.logit_rows is not None:
-            at = np.arange(len(at))
-        if all(r.params.greedy and not r.params.changes_logits for r in asking):
+        at = np.arange(len(asking) + len(nodes))  # row numbers of accept() -> rows of the logits
+        if rows.logit_rows is None:
+            at = np.concatenate((last[: len(asking)], node_row))
+        if all(r.takes_argmax for r in asking):
             acceptance = accept(nodes, lambda wanted: self.target.argmax(scores.logits, at[wanted]))
         else:
             eos = self.target.eos_token_ids
@@ -307,6 +309,7 @@ class Engine:
         now, total = self._clock(), 0
         chunks = {id(request): count for request, count in batch.prefill}
         first_rows = last.tolist()
+        single = scores.features.split(1) if scores.features is not None and not chunks else None
         for i, request in enumerate(asking):
             chunk, path, metrics = chunks.get(id(request)), acceptance.path[i], request.metrics
             tokens = request.stop.push(acceptance.emitted[i])
@@ -326,10 +329,13 @@ class Engine:
             request.table.commit(request.tokens, min(start + count + len(path), len(request.tokens)))
             if self.drafter is not None and not request.finished:
                 end = first_rows[i] + 1
-                committed: slice | IntArray = slice(end - count, end)
                 if path:
                     committed = np.concatenate((np.arange(end - count, end), node_row[path]))
-                self._extend(request, scores, committed, start, count + len(path))
+                    self._extend(request, scores, committed, start, count + len(path))
+                elif single is not None:
+                    self.drafter.extend(request, single[end - 1], start, request.tokens[start : start + 1])
+                else:
+                    self._extend(request, scores, slice(end - count, end), start, count)
         for j, (request, count) in enumerate((r, n) for r, n in batch.prefill if n < r.pending and r not in asking):
             start = request.table.length
             first = first_rows[len(asking) + j] - count + 1
