@@ -276,7 +276,8 @@ def test_a_model_that_ignores_our_cache_is_refused(monkeypatch: pytest.MonkeyPat
         smart(model, **inputs())
 
 
-def test_costs_are_measured_once_and_kept_on_the_model() -> None:
+def test_costs_are_measured_once_and_kept_on_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smart_decoding.profiling.cache.cache_dir", lambda: tmp_path)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval()
     config = {"method": "ngram", "profile_seconds": 0.05}

@@ -185,7 +185,7 @@ def test_heads_and_models_stay_for_later_calls(head: Path) -> None:
 
 def test_costs_of_a_draft_model_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once on this machine: another process would read them."""
-    monkeypatch.setenv("SMART_CACHE", str(tmp_path))
+    monkeypatch.setattr("smart_decoding.profiling.cache.cache_dir", lambda: tmp_path)
     config = {"method": "draft_model", "model": small("llama"), "profile_seconds": 0.05}
     for _ in range(2):
         torch.manual_seed(0)
