@@ -175,6 +175,31 @@ def test_training_starts_from_a_published_head(name: str, tmp_path: Path) -> Non
     assert written == files.weights.keys() - {"embed_tokens.weight"}
 
 
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("target", "head", "two"):
+        (tmp_path / name).mkdir()
+    target_model().save_pretrained(tmp_path / "target")
+    head, two = published("speculators", tmp_path / "head"), published("speculators, two layers", tmp_path / "two")
+    model, out = ["--model", str(tmp_path / "target")], ["--output", str(tmp_path / "out")]
+    assert main(["export", str(head), *model, "--layout", "eagle3", *out]) == 0
+    assert layout_of(load_head(tmp_path / "out", target_config())) == "eagle3"
+    assert_same_proposals(tmp_path / "out", head)
+    refused = {
+        "give the head's target": ["export", str(head), "--layout", "eagle3", *out],
+        "is the head itself": ["export", str(head), *model, "--layout", "eagle3", "--output", str(head)],
+        "and 'eagle3' one only": ["export", str(two), *model, "--layout", "eagle3", *out],
+        "cannot be chosen with --init": ["train", "--init", str(head), "--taps", "2", *model, *out],
+        "it takes one": ["train", "--init", str(two), *model, *out],
+        "an EAGLE-3 head, not one of": ["train", "--init", str(head), "--export", "eagle", *model, *out],
+        "needs an EAGLE-1/2 head": ["train", "--export", "eagle", *model, *out],
+        "holds no training data": ["train", "--init", str(head), "--skip-generation", *model, *out],
+    }
+    capsys.readouterr()
+    for reason, arguments in refused.items():
+        assert main(arguments) == 2
+        assert reason in capsys.readouterr().err
+
+
 @pytest.mark.model
 def test_the_shipped_head_proposes_the_same_through_smart_export(tmp_path: Path) -> None:
     from smart_decoding import LLM, SamplingParams

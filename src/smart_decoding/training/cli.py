@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--taps", help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)"
     )
-    parser.add_argument("--init", help="a head to start from, in any published layout: folder or hub id")
+    parser.add_argument("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
     parser.add_argument(
         "--export", choices=("eagle3", "speculators", "eagle"), help="write the head in this layout (default: --init's)"
     )
@@ -72,11 +72,12 @@ def _initial(name: str, taps: str | None, layout: str | None, target: ModelConfi
     from smart_decoding.backends.torch.head_export import check_layout, layout_of
     from smart_decoding.backends.torch.head_files import head_folder, load_head
     from smart_decoding.errors import ConfigError
+    from smart_decoding.speculation import shipped_head
     from smart_decoding.training.head import form_of
 
     if taps:
         raise ConfigError("--taps cannot be chosen with --init: the head reads the layers that it was trained on")
-    files = load_head(head_folder(name), target)
+    files = load_head(shipped_head(name) or head_folder(name), target)
     form_of(files)
     check_layout(files, layout or layout_of(files))
     return files

@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.head_files import load_head
+from smart_decoding.backends.torch.head_export import write_head
+from smart_decoding.backends.torch.head_files import HeadFiles, load_head
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.errors import ModelError
 from smart_decoding.training import train
+from smart_decoding.training.head import Form, TrainableHead
 from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
 
 CONFIG = ModelConfig("llama", 2, 32, 4, 2, 16, 48, 61, 10_000.0, 1e-5, 256, tie_embeddings=True)
@@ -230,6 +233,30 @@ def test_a_run_goes_on_from_a_head_and_writes_its_layout(
     for name in ("lm_head.weight", "fc.weight", "midlayer.self_attn.q_proj.weight"):
         assert after.weights[name].shape == init.weights[name].shape
         assert not torch.equal(after.weights[name], init.weights[name])
+
+
+def test_an_eagle1_head_learns_too(data: Path, trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    """It reads the last layer's output, and the target's whole vocabulary ranks what comes out."""
+    checkpoint, folder = trainer()._checkpoint, tmp_path / "eagle1"
+    torch.manual_seed(6)
+    head = TrainableHead(Form(replace(CONFIG, layers=1), 1, fc_norm=False, fused=True, fc_bias=True))
+    weights = {**head.exported(), "draft_ids": torch.arange(CONFIG.vocab)}
+    write_head(HeadFiles({}, weights, (CONFIG.layers,), head.config, fused=True), checkpoint, "eagle", folder)
+    init = load_head(folder, CONFIG)
+    tensors = load_file(data / "shard-0000.safetensors")
+    (tmp_path / "last").mkdir()
+    last = tensors["taps"][:, CONFIG.hidden :].contiguous()
+    save_file({**tensors, "taps": last}, tmp_path / "last" / "shard-0000.safetensors")
+    options = TrainOptions(init.taps, STEP * STEPS, 32, 150, max_unroll=2, layout="eagle")
+    losses = []
+    learner = Trainer(checkpoint, tmp_path / "last", tmp_path / "trained", options, None, init)
+    step = learner._step
+    learner._step = lambda batch: losses.append(step(batch)) or losses[-1]  # type: ignore[method-assign, func-returns-value]
+    learner.run()
+    assert sum(losses[-6:]) < sum(losses[:6]) and len(losses) == STEPS
+    after = load_head(tmp_path / "trained", CONFIG)
+    assert after.fused and after.weights.keys() == init.weights.keys()
+    assert not torch.equal(after.weights["fc.weight"], init.weights["fc.weight"])
 
 
 def test_a_head_may_leave_out_the_last_layer_but_its_data_may_not(
