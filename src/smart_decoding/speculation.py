@@ -53,8 +53,9 @@ class Speculation:
 
 def shipped_head(model: str) -> Path | None:
     """The folder of the head that comes with this package for a built-in model, if there is one."""
-    folder = HEADS / model.partition("@")[0]
-    return folder if (folder / "model.safetensors").is_file() else None
+    name = model.partition("@")[0]
+    folder = HEADS / name
+    return folder if Path(name).name == name and (folder / "model.safetensors").is_file() else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.backends.torch.rope import scaling_from_hf
 from smart_decoding.cli import main
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import Form, TrainableHead, form_of
 
 from .checkpoints import LLAMA3
@@ -180,6 +181,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (tmp_path / name).mkdir()
     target_model().save_pretrained(tmp_path / "target")
     head, two = published("speculators", tmp_path / "head"), published("speculators, two layers", tmp_path / "two")
+    assert shipped_head(str(head)) is shipped_head(str(tmp_path / "target")) is None  # only built-in names have one
     model, out = ["--model", str(tmp_path / "target")], ["--output", str(tmp_path / "out")]
     assert main(["export", str(head), *model, "--layout", "eagle3", *out]) == 0
     assert layout_of(load_head(tmp_path / "out", target_config())) == "eagle3"
