@@ -19,6 +19,7 @@ import smart_decoding.integrations
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.transformers import drafting, generate, last_report
+from smart_decoding.integrations.transformers.checks import cache_of
 
 VOCAB, PAD, EOS, NEW = 13, 0, 2, 48
 TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
@@ -319,7 +320,7 @@ def test_names_of_transformers_that_we_rely_on() -> None:
     model, seen = model_of("llama"), []
     model.generate(**inputs(1), custom_generate=lambda model, input_ids, **kw: seen.append(kw) or input_ids)
     assert int(seen[0]["generation_config"]._pad_token_tensor) == PAD
-    assert type(seen[0]["past_key_values"]) is DynamicCache
+    assert type(cache_of(seen[0])) is DynamicCache
     inner = inspect.unwrap(utils.GenerationMixin.generate)
     assert inner.__code__.co_name == "generate" and "streamer" in inner.__code__.co_varnames
 
