@@ -149,8 +149,11 @@ def _cost(model: PreTrainedModel, target: HostTarget, batch: int, seconds: float
     key = (*setting_of(model), torch.get_num_threads(), _bucket(batch), target.tree, source and source.shape)
     if key not in state.costs:
         path = _profile_path(model, key)
-        state.costs[key] = load_profile(path) or _measured(model, target, batch, seconds, source)
-        save_profile(path, state.costs[key])
+        cost = load_profile(path)
+        if cost is None:
+            cost = _measured(model, target, batch, seconds, source)
+            save_profile(path, cost)
+        state.costs[key] = cost
     return state.costs[key]
 
 
