@@ -15,7 +15,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from smart_decoding.backends.torch.native.chooser import native_chooser
 from smart_decoding.backends.torch.target import pages_for
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy, policy_options
@@ -125,7 +124,7 @@ def _new(
     unknown = [name for name in options if name not in policy_options(policy)]
     if unknown:
         raise ConfigError(f"neither method {method!r} nor policy {policy!r} has an option {unknown[0]!r}")
-    offered: dict[str, Any] = {"eos_token_ids": target.eos_token_ids, "chooser": native_chooser()}
+    offered: dict[str, Any] = {"eos_token_ids": target.eos_token_ids}
     if isinstance(source, HostHead):
         offered |= stored_prior(source.folder)
     if "cost" in policy_options(policy):
