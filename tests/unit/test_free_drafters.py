@@ -37,7 +37,8 @@ def check(trees: DraftTrees) -> None:
     assert ((trees.draft_prob > 0) & (trees.draft_prob <= 1)).all() and np.isnan(trees.accept_prob).all()
     assert len(set(zip(trees.owner, trees.parent, trees.token, strict=True))) == len(trees)
     for column in (trees.owner, trees.token, trees.parent, trees.depth, trees.source):
-        assert column.dtype == np.int64 and len(column) == len(trees)
+        assert column.dtype == np.int64 and len(column) == len(trees) and column.flags.c_contiguous
+    assert trees.draft_prob.flags.c_contiguous
 
 
 def paths(trees: DraftTrees, owner: int = 0) -> dict[tuple[int, ...], float]:
