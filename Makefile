@@ -4,13 +4,22 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test quality soak env clean
+.PHONY: demo test test-heads test-transformers quality soak env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
 
 test: env
 	$(BIN)/python -m pytest
+
+# Published draft heads: loading, proposals, export, training from one. Includes the shipped head (fetches its model).
+test-heads: env
+	$(BIN)/python -m pytest tests/parity/test_published_heads.py tests/parity/test_head_export.py \
+		tests/unit/drafters/test_eagle.py tests/unit/drafters/test_eagle_caching.py tests/unit/training
+
+# SMART inside transformers, with every method; SmolLM2-135M included.
+test-transformers: env
+	$(BIN)/python -m pytest tests/unit/integrations
 
 quality: env
 	$(BIN)/ruff check .

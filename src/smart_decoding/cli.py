@@ -28,6 +28,7 @@ COMMANDS = {
     "simulate": ("what speculation would bring on other hardware", "smart_decoding.bench.simulate_cli"),
     "profile": ("measure what a forward costs on this machine", "smart_decoding.cli_profile"),
     "train": ("train a draft head for a model", "smart_decoding.training.cli"),
+    "export": ("write a draft head in another engine's layout", "smart_decoding.training.export_cli"),
     "divergence": ("how often bf16 output differs under speculation, and why", "smart_decoding.bench.divergence"),
     "models": ("list the built-in models", "smart_decoding.cli_models"),
 }

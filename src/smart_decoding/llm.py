@@ -93,13 +93,11 @@ class LLM:
         self._checkpoint, self.provenance = checkpoint, dict(checkpoint.provenance)
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
         limit = max_model_len or min(4096, checkpoint.config.max_positions)
-        check_speculation(speculative_config, checkpoint, limit)
+        asked = check_speculation(speculative_config, checkpoint, self.tokenizer, limit)
         tokens = kv_cache_tokens or min(limit, 2048) * min(max_num_seqs, 16)
         pages = pages_for(max(tokens, limit), max_num_seqs)
         self.target = TorchTarget(checkpoint, dtype, _device(device), pages, limit)
-        self.speculation: Speculation = build_speculation(
-            speculative_config, checkpoint, self.target, pages, max_num_seqs
-        )
+        self.speculation: Speculation = build_speculation(asked, checkpoint, self.target, pages, max_num_seqs)
         config = EngineConfig(
             pages, limit, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, seed, stop_at_loops
         )
@@ -114,11 +112,9 @@ class LLM:
         config = self.engine.config
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
-        check_speculation(speculative_config, self._checkpoint, config.max_model_len)
+        asked = check_speculation(speculative_config, self._checkpoint, self.tokenizer, config.max_model_len)
         other = copy.copy(self)
-        other.speculation = build_speculation(
-            speculative_config, self._checkpoint, self.target, config.pages, config.max_num_seqs
-        )
+        other.speculation = build_speculation(asked, self._checkpoint, self.target, config.pages, config.max_num_seqs)
         other.engine = Engine(self.target, other.speculation.policy, other.speculation.drafter, config, self._decoder)
         return other
 

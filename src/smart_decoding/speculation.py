@@ -54,79 +54,104 @@ class Speculation:
 
 def shipped_head(model: str) -> Path | None:
     """The folder of the head that comes with this package for a built-in model, if there is one."""
-    folder = HEADS / model.partition("@")[0]
-    return folder if (folder / "model.safetensors").is_file() else None
+    name = model.partition("@")[0]
+    folder = HEADS / name
+    return folder if Path(name).name == name and (folder / "model.safetensors").is_file() else None
 
 
-def build_speculation(
-    config: Mapping[str, Any] | bool | None,
-    checkpoint: Checkpoint,
-    target: TorchTarget,
-    pages: int,
-    max_num_seqs: int,
-) -> Speculation:
-    """Builds what `config` asks for. Raises ConfigError for unknown methods, policies and options, ModelError for a
-    head or draft model that does not fit."""
-    method, policy_name, given = _asked(config, checkpoint)
-    if method == "none":
-        return Speculation(make_policy("off"), None)
-    default_head = shipped_head(checkpoint.provenance["model"])
-    builder = _Builder(checkpoint, target, pages, max_num_seqs, given, default_head)
-    drafter = builder.drafter(method)
-    cost = builder.cost() if "cost" in policy_options(policy_name) else None
-    offered = {**builder.prior(), "cost": cost, "eos_token_ids": target.eos_token_ids, "chooser": native_chooser()}
-    policy = make_policy(policy_name, offered, **given)
-    return Speculation(policy, drafter, cost, builder.model, builder.description)
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a `speculative_config` asks for, as far as it can be checked before any weights are loaded.
+
+    options: of the drafter and the policy; draft: the draft model, if there is one."""
+
+    method: str
+    policy: str
+    options: Mapping[str, Any]
+    draft: Checkpoint | None = None
 
 
-def check_speculation(config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint, max_model_len: int) -> None:
-    """Raises what can be said before any weights are loaded: ConfigError for an unknown method or policy, ModelError
-    for a draft model with another vocabulary or too short a context."""
-    method, _, given = _asked(config, checkpoint)
-    if method == "draft_model":
-        draft = _draft_checkpoint(given)
-        name = draft.provenance["model"]
-        check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), Tokenizer.load(checkpoint.tokenizer_source), name)
-        try:
-            draft.config.check_context(max_model_len)
-        except ModelError as error:
-            raise ModelError(f"the draft model {name} cannot follow the target: {error} (max_model_len)") from error
-
-
-def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str) -> None:
-    """Raises ModelError unless both know the same tokens under the same ids."""
-    ours, theirs = (tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (target, draft))
-    if ours == theirs:
-        return
-    if len(ours) != len(theirs):
-        why = f"{len(theirs)} tokens instead of {len(ours)}"
-    else:
-        token = min((t for t in ours if theirs.get(t) != ours[t]), key=lambda t: ours[t])
-        why = f"token {token!r} is {theirs.get(token, 'missing')} instead of {ours[token]}"
-    raise ModelError(f"the draft model {name} has another vocabulary than the target ({why}): take one of its family")
-
-
-def _asked(config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint) -> tuple[str, str, dict[str, Any]]:
-    """Method, policy, and the options of both. Raises ConfigError for an unknown method or policy."""
+def check_speculation(
+    config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int
+) -> Asked:
+    """checkpoint, tokenizer: the target's. Raises ConfigError for an unknown method or policy, ModelError for a draft
+    model with another vocabulary or too short a context."""
     if config is False:
-        return "none", "off", {}
+        return Asked("none", "off", {})
     given = dict(config) if isinstance(config, Mapping) else {}
     has_head = "model" in given or shipped_head(checkpoint.provenance["model"])
     method, policy = given.pop("method", "eagle" if has_head else "ngram"), given.pop("policy", "smart")
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     policy_options(policy)
-    return method, policy, given
+    draft = None
+    if method == "draft_model":
+        draft = _draft_checkpoint(given.pop("model", None), tokenizer, max_model_len)
+    return Asked(method, policy, given, draft)
 
 
-def _draft_checkpoint(given: Mapping[str, Any]) -> Checkpoint:
-    if not given.get("model"):
+def build_speculation(
+    asked: Asked, checkpoint: Checkpoint, target: TorchTarget, pages: int, max_num_seqs: int
+) -> Speculation:
+    """Builds what was asked for. Raises ConfigError for unknown options, ModelError for a head that does not fit."""
+    if asked.method == "none":
+        return Speculation(make_policy("off"), None)
+    default_head = shipped_head(checkpoint.provenance["model"])
+    builder = _Builder(checkpoint, target, pages, max_num_seqs, asked, default_head)
+    drafter = builder.drafter(asked.method)
+    cost = builder.cost() if "cost" in policy_options(asked.policy) else None
+    offered = {
+        **stored_prior(builder.folder), "cost": cost, "eos_token_ids": target.eos_token_ids, "chooser": native_chooser()
+    }  # fmt: skip
+    policy = make_policy(asked.policy, offered, **builder.left)
+    return Speculation(policy, drafter, cost, builder.model, builder.description)
+
+
+def _draft_checkpoint(name: Any, tokenizer: Tokenizer, max_model_len: int) -> Checkpoint:
+    if not name:
         raise ConfigError("method 'draft_model' needs a smaller model of the same vocabulary: give model=NAME")
-    return load_checkpoint(given["model"])
+    draft = load_checkpoint(name)
+    called = draft.provenance["model"]
+    check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), tokenizer, called)
+    try:
+        draft.config.check_context(max_model_len)
+    except ModelError as error:
+        raise ModelError(f"the draft model {called} cannot follow the target: {error} (max_model_len)") from error
+    return draft
+
+
+def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str) -> None:
+    """Raises ModelError unless both know the same tokens under the same ids."""
+    ours, theirs = (tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (target, draft))
+    why = vocabulary_difference(ours, theirs)
+    if why:
+        raise ModelError(
+            f"the draft model {name} has another vocabulary than the target ({why}): take one of its family"
+        )
+
+
+def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
+    """In what a draft model's tokens differ from the target's, each as text to id; None if in nothing."""
+    if ours == theirs:
+        return None
+    if len(ours) != len(theirs):
+        return f"{len(theirs)} tokens instead of {len(ours)}"
+    token = min((t for t in ours if theirs.get(t) != ours[t]), key=lambda t: ours[t])
+    return f"token {token!r} is {theirs.get(token, 'missing')} instead of {ours[token]}"
+
+
+def stored_prior(folder: Path | None) -> dict[str, Any]:
+    """Policy options from the prior that came with a head in `folder`, if any."""
+    path = folder / "prior.json" if folder else None
+    if path is None or not path.is_file():
+        return {}
+    state = json.loads(path.read_text())
+    calibration = Calibration.from_state(state["calibration"])
+    return {"calibration": calibration, "forecast": Forecast.from_state(state["forecast"], calibration)}
 
 
 class _Builder:
-    """Makes the parts of one Speculation, taking its options out of `given`; what is left belongs to the policy."""
+    """Makes the parts of one Speculation, taking their options out of `left`: the rest belongs to the policy."""
 
     def __init__(
         self,
@@ -134,13 +159,13 @@ class _Builder:
         target: TorchTarget,
         pages: int,
         max_num_seqs: int,
-        given: dict[str, Any],
+        asked: Asked,
         default_head: Path | None,
     ) -> None:
         self._checkpoint, self._target, self._pages, self._seqs = checkpoint, target, pages, max_num_seqs
-        self._given, self._default_head = given, default_head
+        self.left, self._draft, self._default_head = dict(asked.options), asked.draft, default_head
         self.model: EagleHead | DraftModel | None = None
-        self._folder: Path | None = None
+        self.folder: Path | None = None
         self.description = ""
 
     def drafter(self, method: str) -> Drafter:
@@ -150,7 +175,7 @@ class _Builder:
         if method == "draft_model":
             return self._draft_model()
         if method == "union":
-            parts: list[Drafter] = [self._eagle()] if self._default_head or "model" in self._given else []
+            parts: list[Drafter] = [self._eagle()] if self._default_head or "model" in self.left else []
             names = "eagle + ngram" if parts else "ngram + recycling"
             self.description = f"union of {names}"
             return UnionDrafter([*parts, self._ngram()] if parts else [self._ngram(), self._recycling()])
@@ -167,30 +192,20 @@ class _Builder:
             save_profile(path, cost)
         return cost
 
-    def prior(self) -> dict[str, Any]:
-        """The stored prior that came with the head, if any."""
-        path = self._folder / "prior.json" if self._folder else None
-        if path is None or not path.is_file():
-            return {}
-        state = json.loads(path.read_text())
-        calibration = Calibration.from_state(state["calibration"])
-        return {"calibration": calibration, "forecast": Forecast.from_state(state["forecast"], calibration)}
-
     def _eagle(self) -> Drafter:
-        folder = self._given.pop("model", None) or self._default_head
+        folder = self.left.pop("model", None) or self._default_head
         if folder is None:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
-        self._folder = head_folder(folder)
-        files = load_head(self._folder, self._checkpoint.config)
+        self.folder = head_folder(folder)
+        files = load_head(self.folder, self._checkpoint.config)
         self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
-        self.description = f"eagle head {self._folder.name}"
+        self.description = f"eagle head {self.folder.name}"
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
 
     def _draft_model(self) -> Drafter:
-        checkpoint = _draft_checkpoint(self._given)
-        del self._given["model"]
-        self.model = DraftModel(checkpoint, self._target, self._pages, DRAFT_SCRATCH_PAGES)
-        self.description = f"draft model {checkpoint.provenance['model']}"
+        assert self._draft is not None
+        self.model = DraftModel(self._draft, self._target, self._pages, DRAFT_SCRATCH_PAGES)
+        self.description = f"draft model {self._draft.provenance['model']}"
         return DraftModelDrafter(self.model, self._pages, DRAFT_SCRATCH_PAGES)
 
     def _ngram(self) -> Drafter:
@@ -201,4 +216,4 @@ class _Builder:
 
     def _made(self, cls: Callable[..., Drafter], **fixed: Any) -> Drafter:
         names = [name for name in inspect.signature(cls).parameters if name not in fixed]
-        return cls(**fixed, **{name: self._given.pop(name) for name in names if name in self._given})
+        return cls(**fixed, **{name: self.left.pop(name) for name in names if name in self.left})

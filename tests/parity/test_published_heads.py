@@ -79,6 +79,12 @@ def layer_tensors(prefix: str, width: int, bias: bool = False) -> dict[str, Tens
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
+def second_layer() -> dict[str, Tensor]:
+    """An ordinary Llama layer."""
+    torch.manual_seed(4)
+    return {**layer_tensors("layers.1.", D), "layers.1.input_layernorm.weight": 1 + random(D)}
+
+
 def eagle3_tensors(prefix: str, embedding: bool = False, bias: bool = False) -> dict[str, Tensor]:
     torch.manual_seed(1)
     ids = torch.randperm(VOCAB)[:DRAFT].sort().values
@@ -113,6 +119,10 @@ SPECULATORS = {
     "transformer_layer_config": {**LAYER, "rope_theta": 20_000.0},
     "speculators_config": {"algorithm": "eagle3", "verifier": {"name_or_path": "x"}},
 }  # fmt: skip
+TWO_LAYERS = {
+    **SPECULATORS,
+    "transformer_layer_config": {**LAYER, "rope_theta": 20_000.0, "num_hidden_layers": 2},
+}
 EAGLE1 = {**LAYER, "architectures": ["LlamaForCausalLM"], "bias": False}
 
 # name -> (config.json, tensors, pickled?, entries of transformers' hidden_states that are read, rope theta)
@@ -126,7 +136,13 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Tensor], bool, tuple[int, ...
         eagle3_tensors("midlayer."), False, (2, 4, 5), 1e4,
     ),
     "speculators": (SPECULATORS, eagle3_tensors("layers.0."), False, (1, 3, 6), 2e4),
+    "speculators, two layers": (
+        TWO_LAYERS, {**eagle3_tensors("layers.0."), **second_layer()}, False, (1, 3, 6), 2e4
+    ),
     "eagle1": (EAGLE1, eagle1_tensors(False), False, (-1,), 1e4),
+    "eagle1, two layers": (
+        {**EAGLE1, "num_hidden_layers": 2}, {**eagle1_tensors(False), **second_layer()}, False, (-1,), 1e4
+    ),
     "eagle2 pickled, with a bias": ({**EAGLE1, "bias": True}, eagle1_tensors(True), True, (-1,), 1e4),
 }  # fmt: skip
 
@@ -145,7 +161,7 @@ class Expected:
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], entries: tuple[int, ...], theta: float):
         self.w = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
-        self.theta, self.one = theta, entries == (-1,)
+        self.prompt, self.theta, self.one = PROMPT, theta, entries == (-1,)
         self.normed_residual = config.get("norm_before_residual", False)
         model = target_model()
         with torch.no_grad():
@@ -172,7 +188,7 @@ class Expected:
 
     def layer(self, features: Tensor, tokens: list[int]) -> Tensor:
         """[n, hidden] outputs of the pairs (features[t], tokens[t]) at positions 0 .. n - 1."""
-        n, embedded = len(tokens), self.embedding[tokens]
+        embedded = self.embedding[tokens]
         if self.one:
             x = torch.cat((embedded, features), -1) @ self.w["fc.weight"].T + self.w.get("fc.bias", 0.0)
             read = x
@@ -180,9 +196,17 @@ class Expected:
             normed = self.norm(features, "midlayer.hidden_norm.weight")
             read = torch.cat((self.norm(embedded, "midlayer.input_layernorm.weight"), normed), -1)
             x = normed if self.normed_residual else features
+        x = self.block("midlayer.", read, x)
+        if "layers.1.input_layernorm.weight" in self.w:
+            x = self.block("layers.1.", self.norm(x, "layers.1.input_layernorm.weight"), x)
+        return x
+
+    def block(self, prefix: str, read: Tensor, x: Tensor) -> Tensor:
+        """Attention over `read` and the MLP, each added to the residual x."""
+        n = len(x)
         q, k, v = (
-            (read @ self.w[f"midlayer.self_attn.{name}_proj.weight"].T + self.w.get(
-                f"midlayer.self_attn.{name}_proj.bias", 0.0)).view(n, -1, HEAD_DIM).transpose(0, 1)
+            (read @ self.w[f"{prefix}self_attn.{name}_proj.weight"].T + self.w.get(
+                f"{prefix}self_attn.{name}_proj.bias", 0.0)).view(n, -1, HEAD_DIM).transpose(0, 1)
             for name in "qkv"
         )  # fmt: skip
         q, k = self.turn(q), self.turn(k)
@@ -190,11 +214,11 @@ class Expected:
         scores = (q @ k.transpose(1, 2)) / HEAD_DIM**0.5
         scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
         attended = (scores @ v).transpose(0, 1).reshape(n, -1)
-        x = x + attended @ self.w["midlayer.self_attn.o_proj.weight"].T
-        inner = self.norm(x, "midlayer.post_attention_layernorm.weight")
-        gate = F.silu(inner @ self.w["midlayer.mlp.gate_proj.weight"].T)
-        up = inner @ self.w["midlayer.mlp.up_proj.weight"].T
-        return x + (gate * up) @ self.w["midlayer.mlp.down_proj.weight"].T
+        x = x + attended @ self.w[f"{prefix}self_attn.o_proj.weight"].T
+        inner = self.norm(x, f"{prefix}post_attention_layernorm.weight")
+        gate = F.silu(inner @ self.w[f"{prefix}mlp.gate_proj.weight"].T)
+        up = inner @ self.w[f"{prefix}mlp.up_proj.weight"].T
+        return x + (gate * up) @ self.w[f"{prefix}mlp.down_proj.weight"].T
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * self.w[name]
@@ -266,6 +290,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
     (EAGLE3, {**TENSORS, "layers.1.mlp.up_proj.weight": random(2, 2)}, "holds the tensor layers.1.mlp.up_proj.weight"),
     (EAGLE3, {**TENSORS, "d2t": TENSORS["d2t"] + VOCAB}, "within the model's vocabulary"),
     (EAGLE3, {**TENSORS, "t2d": TENSORS["t2d"].logical_not()}, "contradict"),
+    ({**EAGLE3, "num_hidden_layers": 2}, TENSORS, "lacks the tensor layers.1.input_layernorm.weight"),
     ({**EAGLE3, "hidden_size": 32}, TENSORS, "hidden_size 32, but the model has 64"),
     ({**EAGLE3, "hidden_act": "gelu"}, TENSORS, "hidden_act 'gelu'"),
     ({**SPECULATORS, "norm_before_fc": True}, eagle3_tensors("layers.0."), "norm_before_fc"),

@@ -37,7 +37,8 @@ def check(trees: DraftTrees) -> None:
     assert ((trees.draft_prob > 0) & (trees.draft_prob <= 1)).all() and np.isnan(trees.accept_prob).all()
     assert len(set(zip(trees.owner, trees.parent, trees.token, strict=True))) == len(trees)
     for column in (trees.owner, trees.token, trees.parent, trees.depth, trees.source):
-        assert column.dtype == np.int64 and len(column) == len(trees)
+        assert column.dtype == np.int64 and len(column) == len(trees) and column.flags.c_contiguous
+    assert trees.draft_prob.flags.c_contiguous
 
 
 def paths(trees: DraftTrees, owner: int = 0) -> dict[tuple[int, ...], float]:
@@ -229,12 +230,13 @@ class FakeModel:
         self._append(range(len(requests)), [ROOT] * len(requests))
         return self.trees
 
-    def expand(self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan) -> None:
+    def expand(self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan) -> int:
         assert trees is self.trees and (self.foreign or len(trees) == self.length)
         assert not np.isin(nodes, trees.parent).any() and len(set(nodes.tolist())) == len(nodes)
         above = trees.parent[nodes]
         assert (np.isin(above, trees.parent) | (above == ROOT)).all()
         self._append(trees.owner[nodes].tolist(), nodes.tolist())
+        return len(nodes)
 
     def _append(self, owners: list[int], parents: list[int]) -> None:
         for owner, parent in zip(owners, parents, strict=True):
@@ -325,10 +327,11 @@ def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None
     trees = union.start(requests, plan)
     assert trees.token.tolist() == [1, 3, 2] and trees.source.tolist() == [0, 1, 1]
     assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9] and trees.path_prob[2] == pytest.approx(0.45)
-    union.expand(requests, trees, np.array([0, 1]), plan)  # node 1 is foreign: it stays a leaf
+    assert union.expand(requests, trees, np.array([0, 1]), plan) == 1  # node 1 is foreign: it stays a leaf
     assert trees.token.tolist() == [1, 3, 2] and trees.source.tolist() == [0, 1, 0]
     assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9]
-    union.expand(requests, trees, np.array([2]), plan)
+    assert union.expand(requests, trees, np.array([1]), plan) == 0
+    assert union.expand(requests, trees, np.array([2]), plan) == 1
     assert trees.token.tolist() == [1, 3, 2, 3] and trees.parent.tolist() == [ROOT, ROOT, 0, 2]
 
 

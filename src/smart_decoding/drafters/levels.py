@@ -109,11 +109,11 @@ class LevelDrafter(ABC, Generic[S]):
         self._append(requests, trees, out, np.full(len(requests), ROOT), np.arange(len(requests)), plan.children)
         return trees
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
-        """Runs the model on `nodes` and appends their children."""
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
+        """Runs the model on `nodes`, as far as there is room, and appends their children; returns how many."""
         nodes = nodes[: max(0, self._scratch_size + len(requests) - self._rows)]
         if not len(nodes):
-            return
+            return 0
         self._row_of = np.append(self._row_of, np.full(len(trees) - len(self._row_of), -1, np.int64))
         nodes = nodes[np.argsort(trees.owner[nodes], kind="stable")]
         parent = trees.parent[nodes]
@@ -122,6 +122,7 @@ class LevelDrafter(ABC, Generic[S]):
         out = self._deeper(self._node_rows(requests, trees, nodes), above)
         self._rows += len(nodes)
         self._append(requests, trees, out, nodes, trees.owner[nodes], plan.children)
+        return len(nodes)
 
     def _append(
         self,

@@ -145,7 +145,7 @@ class NgramDrafter:
         accept_prob, source = np.full(len(rows), np.nan), np.ones(len(rows), np.int64)
         return DraftTrees(len(requests), np.array(owner), tokens, parents, depths, drafts, paths, accept_prob, source)
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
         raise ValueError("the n-gram drafter has no model levels to expand")
 
     def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:

@@ -72,7 +72,7 @@ class RecyclingDrafter:
             return DraftTrees.empty(len(requests))
         return self._likeliest(*(np.concatenate(columns, axis=1) for columns in zip(*levels, strict=True)))
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
         raise ValueError("the recycling drafter has no model levels to expand")
 
     def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
@@ -103,7 +103,7 @@ class RecyclingDrafter:
         keep = np.zeros(path.shape, np.bool_)
         np.put_along_axis(keep, best, True, axis=1)
         keep &= path > 0
-        owner, column = np.nonzero(keep)
+        owner, column = (np.ascontiguousarray(index) for index in np.nonzero(keep))  # native code reads them by address
         number = np.cumsum(keep).reshape(keep.shape) - 1
         above = parent[owner, column]
         above = np.where(above == ROOT, ROOT, number[owner, above])

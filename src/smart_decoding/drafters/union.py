@@ -113,14 +113,16 @@ class UnionDrafter:
             merged.add_free(drafter.start(requests, plan), source)
         return merged.trees
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
         merged = self._round
         if self.model is None or merged is None or merged.trees is not trees:
             raise ValueError("expand() wants the trees of the last start(), and a drafter with a model")
         wanted = self._view_nodes(merged, nodes)
-        if len(wanted):
-            self.model.expand(requests, merged.view, wanted, plan)
-            merged.add_view()
+        if not len(wanted):
+            return 0
+        width = self.model.expand(requests, merged.view, wanted, plan)
+        merged.add_view()
+        return width
 
     def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
         for drafter in self.drafters:

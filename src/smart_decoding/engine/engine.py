@@ -225,9 +225,11 @@ class Engine:
             nodes = self.policy.frontier(plan, state, trees, level) if level < plan.levels else None
             if nodes is None or not len(nodes):
                 break
-            width, start = len(nodes), self._clock()
-            self.drafter.expand(batch.decode, trees, nodes, plan)
+            start = self._clock()
+            width = self.drafter.expand(batch.decode, trees, nodes, plan)
             drafting += self._clock() - start
+            if not width:
+                break
         return trees, widths, seconds, drafting
 
     def _spans(self, batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[IntArray, list[Span], list[Request]]:

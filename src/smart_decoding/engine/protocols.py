@@ -74,8 +74,8 @@ class Drafter(Protocol):
         """The first model level (if plan.levels > 0), and all that free drafters propose."""
         ...
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
-        """Appends the children of `nodes`, all of one level."""
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
+        """Appends the children of `nodes`, all of one level; returns how many the model ran: others stay leaves."""
         ...
 
     def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:

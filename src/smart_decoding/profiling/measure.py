@@ -16,6 +16,7 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, Span, build_rows
 
 PER_SEQUENCE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+COARSE = (1, 4, 16, 48)
 BATCHES = (1, 2, 4, 8, 16, 32)
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 MAX_ROWS = 96
@@ -48,14 +49,17 @@ def measure(
     max_num_seqs: int,
     seconds: float = 6.0,
     clock: Callable[[], float] = time.perf_counter,
+    coarse: bool = False,
 ) -> list[Sample]:
     """Times every point again and again, in turn, until `seconds` are used up; every point is timed at least once.
+
+    coarse: fewer points, for forwards so slow that all of them would take far more than `seconds`.
 
     A shared machine changes its speed from second to second. So the first point, one row, is timed before every
     other one, and the ratio to it counts: neighbours then shift no point against another. It also leaves the caches as
     a real round does. The KV cache must be idle: its contents are overwritten."""
-    points = _points(target, model, pages, max_num_seqs)
-    for point in points[:3]:
+    points = _points(target, model, pages, max_num_seqs, coarse)
+    for point in points[: 1 if coarse else 3]:
         point.run()
     timed: list[tuple[Point, float, float]] = []
     started, turn = clock(), 0
@@ -96,17 +100,19 @@ def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
     return (float(np.median(errors)), float(np.percentile(errors, 90))) if errors else (0.0, 0.0)
 
 
-def _points(target: TorchTarget, model: Drafting | None, pages: int, max_num_seqs: int) -> list[Point]:
-    points = []
-    for context in CONTEXTS:
+def _points(
+    target: TorchTarget, model: Drafting | None, pages: int, max_num_seqs: int, coarse: bool = False
+) -> list[Point]:
+    points, sizes = [], COARSE if coarse else PER_SEQUENCE
+    for context in CONTEXTS[: 1 if coarse else None]:
         for batch in (b for b in BATCHES if b <= max_num_seqs):
-            for per in PER_SEQUENCE if context == CONTEXTS[0] else (1, 4, 16):
+            for per in sizes if context == CONTEXTS[0] else (1, 4, 16):
                 if batch * per > MAX_ROWS and per > 1:
                     break
                 rows = fake_rows(batch, per, context, pages)
                 if rows is not None and context + per <= target.max_positions:
                     points.append(_verify_point(target, rows, batch, context))
-    for width in WIDTHS if model is not None else ():
+    for width in (COARSE if coarse else WIDTHS) if model is not None else ():
         assert model is not None
         rows = fake_rows(1, width, CONTEXTS[0], pages)
         if rows is not None:

@@ -8,7 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smart_decoding.backends.torch.config import ModelConfig
+    from smart_decoding.backends.torch.head_files import HeadFiles
 
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 
@@ -23,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--taps", help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)"
     )
+    parser.add_argument("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
+    parser.add_argument(
+        "--export", choices=("eagle3", "speculators", "eagle"), help="write the head in this layout (default: --init's)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip-generation", action="store_true", help="train on the conversations that are there")
     parser.add_argument("--prior-prompts", type=int, default=60, help="held-out prompts that the prior is learned on")
@@ -32,24 +40,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from smart_decoding.backends.torch.head_export import layout_of
     from smart_decoding.backends.torch.loading import load_checkpoint
+    from smart_decoding.errors import ConfigError
     from smart_decoding.training.prior import learn_prior
-    from smart_decoding.training.train import Trainer, TrainOptions
+    from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
 
     _use_huge_pages()
     checkpoint = load_checkpoint(args.model)
     keep = _without(checkpoint.tokenizer_source, args.without_tasks.split(",")) if args.without_tasks else None
-    taps = _taps(args.taps, checkpoint.config.layers)
+    layers = checkpoint.config.layers
+    init = _initial(args.init, args.taps, args.export, checkpoint.config) if args.init else None
+    taps = init.taps if init else _taps(args.taps, layers)
+    layout = args.export or (layout_of(init) if init else "smart")
+    if layout == "eagle" and not init:
+        raise ConfigError("--export eagle needs an EAGLE-1/2 head to start from: give --init")
     data = args.data or args.output / "data"
     if not args.skip_generation:
-        _generate(args, taps, data)
-    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed)
-    trainer = Trainer(checkpoint, data, args.output, options, keep)
+        _generate(args, recorded_taps(taps, layers), data)
+    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout)
+    trainer = Trainer(checkpoint, data, args.output, options, keep, init)
     figures: dict[str, Any] = trainer.run()
     print(json.dumps(figures, indent=1))
     learn_prior(args.model, args.output, trainer.held_out_prompts()[: args.prior_prompts])
     print(f'the head is in {args.output}: LLM(..., speculative_config={{"method": "eagle", "model": "{args.output}"}})')
     return 0
+
+
+def _initial(name: str, taps: str | None, layout: str | None, target: ModelConfig) -> HeadFiles:
+    """The head to start from, once it is known that it can be trained and written."""
+    from smart_decoding.backends.torch.head_export import check_layout, layout_of
+    from smart_decoding.backends.torch.head_files import head_folder, load_head
+    from smart_decoding.errors import ConfigError
+    from smart_decoding.speculation import shipped_head
+    from smart_decoding.training.head import form_of
+
+    if taps:
+        raise ConfigError("--taps cannot be chosen with --init: the head reads the layers that it was trained on")
+    files = load_head(shipped_head(name) or head_folder(name), target)
+    form_of(files)
+    check_layout(files, layout or layout_of(files))
+    return files
 
 
 def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path) -> None:

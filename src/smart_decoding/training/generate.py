@@ -48,7 +48,7 @@ class Recorder:
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
         return DraftTrees.empty(len(requests))
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> None:
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
         raise NotImplementedError("a recorder does not draft")
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:

@@ -6,22 +6,24 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.head_export import output_rows, write_head
+from smart_decoding.backends.torch.head_files import HeadFiles
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.errors import ModelError
 from smart_decoding.files import whole
-from smart_decoding.training.head import Frozen, TrainableHead
+from smart_decoding.training.head import Form, Frozen, TrainableHead, form_of
 from smart_decoding.training.interrupt import DeferredInterrupt
 
 HELD_OUT = 0.03
@@ -32,7 +34,9 @@ UNROLL_STARTS = (0.15, 0.4, 0.7)  # shares of the time at which one more step is
 
 @dataclass(frozen=True, slots=True)
 class TrainOptions:
-    """seconds: training time in all, over resumed runs; draft_vocab: output rows of the head (frequent tokens)."""
+    """seconds: training time in all, over resumed runs; draft_vocab: output rows of the head (frequent tokens).
+
+    layout: in which the head is written (`head_export.LAYOUTS`)."""
 
     taps: tuple[int, ...]
     seconds: float = 2400.0
@@ -42,6 +46,7 @@ class TrainOptions:
     weight_decay: float = 0.02
     max_unroll: int = 4
     seed: int = 0
+    layout: str = "smart"
 
 
 @dataclass(slots=True)
@@ -72,6 +77,11 @@ def load_conversations(folder: Path, keep: Keep | None = None) -> tuple[list[Con
     if not found:
         raise ModelError(f"{folder} holds no training data: run smart train without --skip-generation first")
     return found, dropped
+
+
+def recorded_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """What the conversations must hold: what the head reads, and the last layer's output, which is the teacher's."""
+    return taps if taps[-1] == layers else (*taps, layers)
 
 
 def frequent_tokens(conversations: list[Conversation], vocab: int, size: int) -> Tensor:
@@ -106,20 +116,35 @@ class Trainer:
     """Owns the head, its optimiser and the schedule by elapsed time; `run` trains until the time is used up."""
 
     def __init__(
-        self, checkpoint: Checkpoint, folder: Path, output: Path, options: TrainOptions, keep: Keep | None = None
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        output: Path,
+        options: TrainOptions,
+        keep: Keep | None = None,
+        init: HeadFiles | None = None,
     ) -> None:
+        """init: the head to start from, with options.taps as its taps. Raises ModelError."""
         torch.manual_seed(options.seed)
         self.options, self.output, self.config = options, output, checkpoint.config
+        self._checkpoint, self._init = checkpoint, init
+        form = form_of(init) if init else Form(_shape(self.config), len(options.taps), options.layout != "eagle3")
         data, self._dropped = load_conversations(folder, keep)
         np.random.default_rng(options.seed).shuffle(data)  # type: ignore[arg-type]
+        _check_taps(data, folder, recorded_taps(options.taps, self.config.layers), self.config.hidden)
         held = max(8, int(len(data) * HELD_OUT))
         self._held, self._train = data[:held], data[held:]
-        self.draft_ids = frequent_tokens(self._train, self.config.vocab, min(options.draft_vocab, self.config.vocab))
-        self._frozen = _frozen(checkpoint, self.draft_ids)
+        size = min(options.draft_vocab, self.config.vocab)
+        own = None if init is None else init.weights["draft_ids"].long()
+        self.draft_ids = frequent_tokens(self._train, self.config.vocab, size) if own is None else own
+        self._frozen = _frozen(checkpoint, self.draft_ids, init)
         self._draft_of = torch.full((self.config.vocab,), -1)
         self._draft_of[self.draft_ids] = torch.arange(len(self.draft_ids))
-        self.head = TrainableHead(self.config, len(options.taps))
-        self.head.start_from(checkpoint.weights, self._tap_scale())
+        self.head = TrainableHead(form)
+        if init:
+            self.head.start_at(init.weights)
+        else:
+            self.head.start_from(checkpoint.weights, self.config.layers, self._tap_scale())
         self._optimiser = torch.optim.AdamW(
             self.head.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay
         )
@@ -189,7 +214,7 @@ class Trainer:
             last = taps[:, 1 : pairs + 1, -self.config.hidden :].flatten(0, 1).index_select(0, first)
             wanted = self._wanted(last, chosen[first])
             embedded = F.embedding(tokens[:, 1 : pairs + 1], self._frozen.embedding)
-            g = self.head.features(taps[:, :pairs])
+            g = self.head.features(self._read(taps[:, :pairs]))
             chain: list[tuple[Tensor, Tensor]] = []
             for j in range(unroll):
                 out = self.head(g, embedded, chain)
@@ -197,20 +222,35 @@ class Trainer:
                 use[:, :j] = False
                 at = use.flatten().nonzero()[:, 0]
                 target = wanted if j == 0 else wanted.index_select(0, torch.searchsorted(first, at))
-                student = self._logits(self.head.norm(out.flatten(0, 1).index_select(0, at)))
+                student = self._student(out.flatten(0, 1).index_select(0, at))
                 yield student, target, chosen[at]
                 g = F.pad(out, (0, 0, 1, 0))[:, :pairs]
 
     @torch.no_grad()
     def _wanted(self, last: Tensor, chosen: Tensor) -> Tensor:
         """What the head should say: half the target's distribution over the draft vocabulary, half its choice."""
-        normed = F.rms_norm(last, last.shape[-1:], self._frozen.final_norm, self.config.rms_eps)
-        wanted = self._logits(normed).float().softmax(-1).mul_(0.5)
+        wanted = self._logits(self._final_norm(last)).float().softmax(-1).mul_(0.5)
         known = (chosen >= 0).nonzero()[:, 0]
         wanted[known, chosen[known]] += 0.5
         return wanted
 
+    def _read(self, taps: Tensor) -> Tensor:
+        """What the head reads of the recorded taps [..., width]."""
+        taps = taps[..., : len(self.options.taps) * self.config.hidden]
+        return self._final_norm(taps) if self.head.form.fused else taps
+
+    def _student(self, out: Tensor) -> Tensor:
+        """[n, draft vocabulary] logits of the head's outputs [n, hidden]."""
+        if self.head.form.fused:
+            return self._logits(out)
+        normed = self.head.norm(out)
+        return self._logits(normed) if self.head.lm_head is None else cast(Tensor, self.head.lm_head(normed))
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self._frozen.final_norm, self.config.rms_eps)
+
     def _logits(self, normed: Tensor) -> Tensor:
+        """The target's, of what went through its final norm."""
         return F.linear(normed, self._frozen.head_rows)
 
     @torch.no_grad()
@@ -248,7 +288,8 @@ class Trainer:
                     yield batch
 
     def _tap_scale(self) -> float:
-        last = torch.cat([item.taps[:, -self.config.hidden :].float() for item in self._train[:50]])
+        end = len(self.options.taps) * self.config.hidden
+        last = torch.cat([item.taps[:, end - self.config.hidden : end].float() for item in self._train[:50]])
         return float(last.pow(2).mean().sqrt())
 
     # ------------------------------------------------------------------------------------------- files
@@ -265,7 +306,7 @@ class Trainer:
             self.elapsed, self.steps, self.seen = state["elapsed"], state["steps"], state["seen"]
         except Exception as error:  # what a damaged file raises can be anything
             raise ModelError(
-                f"{path} is corrupt, or of a head with other --taps or another model: remove it to start anew"
+                f"{path} is corrupt, or of a head with other --taps, --init or another model: remove it to start anew"
             ) from error
 
     def _save_state(self) -> None:
@@ -281,13 +322,19 @@ class Trainer:
             torch.save(state, path)
 
     def _export(self, figures: dict[str, Any]) -> None:
-        with whole(self.output / "model.safetensors") as path:
-            save_file({**self.head.exported(), "draft_ids": self.draft_ids.int()}, path)
-        config = head_config(self.config, self.options.taps, len(self.draft_ids))
+        files = self.files()
+        write_head(files, self._checkpoint, self.options.layout, self.output)
         card = {"figures": figures, "options": asdict(self.options)}
-        for name, content in (("config.json", config), ("training.json", card)):
-            with whole(self.output / name) as path:
-                path.write_text(json.dumps(content, indent=1) + "\n")
+        with whole(self.output / "training.json") as path:
+            path.write_text(json.dumps(card, indent=1) + "\n")
+
+    def files(self) -> HeadFiles:
+        """The head as it is now."""
+        form, weights = self.head.form, self.head.exported()
+        if self._init and "embed_tokens.weight" in self._init.weights:
+            weights["embed_tokens.weight"] = self._init.weights["embed_tokens.weight"]
+        weights["draft_ids"] = self.draft_ids
+        return HeadFiles({}, weights, self.options.taps, form.shape, form.fused, form.norm_before_residual)
 
 
 def bf16_is_faster() -> bool:
@@ -303,24 +350,21 @@ def bf16_is_faster() -> bool:
     return seconds[1] < 0.7 * seconds[0]
 
 
-def head_config(config: ModelConfig, taps: tuple[int, ...], draft_vocab: int) -> dict[str, Any]:
-    """The head's config.json: its shape, the target's shape it fits, and the layers that it taps."""
-    return {
-        **config.to_hf(),
-        "architectures": ["SmartEagle3Head"],
-        "num_hidden_layers": 1,
-        "target_num_hidden_layers": config.layers,
-        "draft_vocab_size": draft_vocab,
-        "taps": list(taps),
-        "fc_norm": True,
-    }
+def _shape(target: ModelConfig) -> ModelConfig:
+    """The one layer of a new head: as the target's, without its biases and norms of queries and keys."""
+    return replace(target, layers=1, qkv_bias=False, o_bias=False, qk_norm=False)
 
 
-def _frozen(checkpoint: Checkpoint, draft_ids: Tensor) -> Frozen:
-    weights = checkpoint.weights
-    embedding = weights["model.embed_tokens.weight"].float()
-    head = embedding if checkpoint.config.tie_embeddings else weights["lm_head.weight"].float()
-    return Frozen(embedding, head[draft_ids].contiguous(), weights["model.norm.weight"].float())
+def _check_taps(data: Sequence[Conversation], folder: Path, taps: tuple[int, ...], hidden: int) -> None:
+    if any(item.taps.shape[1] != len(taps) * hidden for item in data):
+        raise ModelError(f"the conversations in {folder} were written with other --taps than {taps}: write new ones")
+
+
+def _frozen(checkpoint: Checkpoint, draft_ids: Tensor, init: HeadFiles | None) -> Frozen:
+    own = None if init is None else init.weights.get("embed_tokens.weight")
+    embedding = (checkpoint.weights["model.embed_tokens.weight"] if own is None else own).float()
+    rows = output_rows(checkpoint)[draft_ids].float()
+    return Frozen(embedding, rows, checkpoint.weights["model.norm.weight"].float())
 
 
 def _padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:

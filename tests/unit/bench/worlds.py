@@ -73,6 +73,7 @@ class RuleDrafter:
 
     def expand(self, requests, trees, nodes, plan):
         self._append(trees, trees.owner[nodes], nodes, trees.token[nodes], plan)
+        return len(nodes)
 
     def _append(self, trees, owner, parent, last, plan):
         self.clock.now += self.seconds + self.row_seconds * len(owner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tokenizers
 from safetensors.torch import save_file
 
+from smart_decoding import speculation
 from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.draft_model import DraftModel
 from smart_decoding.core.cost import DraftSample
@@ -23,6 +25,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.llm import LLM
 from smart_decoding.profiling.measure import measure
+from smart_decoding.tokenizer import Tokenizer
 
 from .tiny import (
     PAGES,
@@ -232,6 +235,15 @@ def test_one_line_of_configuration(tmp_path: Path, target_folder: Path) -> None:
     assert output.outputs[0].metrics.verified > 0
     without = LLM(target_folder, speculative_config=False, dtype="fp32", max_model_len=128, max_num_seqs=2)
     assert output.outputs[0].token_ids == without.generate([[1, 2, 3]], params)[0].outputs[0].token_ids
+
+
+def test_a_draft_model_is_read_once(tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft, read = saved(tmp_path / "draft", SMALL, WORDS, 1), []
+    for name, load in (("load_checkpoint", speculation.load_checkpoint), ("Tokenizer.load", Tokenizer.load)):
+        counted = functools.partial(lambda load, folder: (read.append(Path(folder)), load(folder))[1], load)
+        monkeypatch.setattr(f"smart_decoding.speculation.{name}", counted)
+    LLM(target_folder, speculative_config={"method": "draft_model", "model": draft, "policy": "chain"}, dtype="fp32")
+    assert read.count(Path(draft)) == 2 and read.count(Path(target_folder)) == 1  # checkpoint and tokenizer
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.eagle_head import EagleHead
+from smart_decoding.backends.torch.head_export import smart_config
 from smart_decoding.backends.torch.head_files import load_head
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees
@@ -22,8 +23,7 @@ from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.errors import ModelError
-from smart_decoding.training.head import TrainableHead
-from smart_decoding.training.train import head_config
+from smart_decoding.training.head import Form, TrainableHead
 
 CONFIG = ModelConfig("llama", 4, 32, 4, 2, 16, 48, 97, 10_000.0, 1e-5, 256, tie_embeddings=True)
 TAPS = (1, 2, 4)
@@ -39,7 +39,7 @@ def weights() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def trained() -> TrainableHead:
     torch.manual_seed(1)
-    head = TrainableHead(CONFIG, len(TAPS))
+    head = TrainableHead(Form(CONFIG, len(TAPS)))
     for parameter in head.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
         parameter.data = parameter.data.bfloat16().float()
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, trained: TrainableHead) -> Path:
 
     ids = torch.arange(0, CONFIG.vocab, 2).int()
     save_file({**trained.exported(), "draft_ids": ids}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(head_config(CONFIG, TAPS, len(ids))))
+    (tmp_path / "config.json").write_text(json.dumps(smart_config(CONFIG, TAPS, len(ids))))
     return tmp_path
 
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from smart_decoding.backends.torch.eagle_head import EagleHead
+from smart_decoding.backends.torch.head_export import smart_config
 from smart_decoding.backends.torch.head_files import load_head
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.request import Request
-from smart_decoding.training.head import TrainableHead
-from smart_decoding.training.train import head_config
+from smart_decoding.training.head import Form, TrainableHead
 
 from .tiny import PAGES, SCRATCH, TARGET, VOCAB, answer, ask, engine_of, finish, plain, prompts, target_of
 
@@ -30,12 +30,12 @@ WIDE = {"depth": 2, "top_k": 4, "total_tokens": 12}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("head")
     torch.manual_seed(1)
-    head = TrainableHead(TARGET, len(TAPS))
+    head = TrainableHead(Form(TARGET, len(TAPS)))
     for parameter in head.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
     ids = torch.arange(0, VOCAB, 2).int()
     save_file({**head.exported(), "draft_ids": ids}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(head_config(TARGET, TAPS, len(ids))))
+    (folder / "config.json").write_text(json.dumps(smart_config(TARGET, TAPS, len(ids))))
     return folder
 
 

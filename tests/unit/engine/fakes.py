@@ -83,8 +83,9 @@ class FakeDrafter:
                 self._propose_chain(request, owner, trees)
         return trees
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan) -> None:
+    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan) -> int:
         self._propose(requests, trees, nodes.tolist(), trees.owner[nodes].tolist(), plan.children)
+        return len(nodes)
 
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:
         for i, request in enumerate(requests):

@@ -19,6 +19,7 @@ import smart_decoding.integrations
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.transformers import drafting, generate, last_report
+from smart_decoding.integrations.transformers.checks import cache_of
 
 VOCAB, PAD, EOS, NEW = 13, 0, 2, 48
 TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
@@ -276,7 +277,8 @@ def test_a_model_that_ignores_our_cache_is_refused(monkeypatch: pytest.MonkeyPat
         smart(model, **inputs())
 
 
-def test_costs_are_measured_once_and_kept_on_the_model() -> None:
+def test_costs_are_measured_once_and_kept_on_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smart_decoding.profiling.cache.cache_dir", lambda: tmp_path)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval()
     config = {"method": "ngram", "profile_seconds": 0.05}
@@ -315,6 +317,10 @@ def test_names_of_transformers_that_we_rely_on() -> None:
                  "SynthIDTextWatermarkLogitsProcessor"):  # fmt: skip
         assert hasattr(logits_process, name)
     assert stopping_criteria.EosTokenCriteria.__module__ == "transformers.generation.stopping_criteria"
+    model, seen = model_of("llama"), []
+    model.generate(**inputs(1), custom_generate=lambda model, input_ids, **kw: seen.append(kw) or input_ids)
+    assert int(seen[0]["generation_config"]._pad_token_tensor) == PAD
+    assert type(cache_of(seen[0])) is DynamicCache
     inner = inspect.unwrap(utils.GenerationMixin.generate)
     assert inner.__code__.co_name == "generate" and "streamer" in inner.__code__.co_varnames
 

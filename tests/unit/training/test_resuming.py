@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.head_files import load_head
+from smart_decoding.backends.torch.head_export import write_head
+from smart_decoding.backends.torch.head_files import HeadFiles, load_head
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.errors import ModelError
 from smart_decoding.training import train
-from smart_decoding.training.train import Trainer, TrainOptions
+from smart_decoding.training.head import Form, TrainableHead
+from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
 
 CONFIG = ModelConfig("llama", 2, 32, 4, 2, 16, 48, 61, 10_000.0, 1e-5, 256, tie_embeddings=True)
 TAPS = (1, 2)
@@ -171,7 +174,9 @@ def until(batches: Iterator[list[Any]], size: int, trainer: Trainer) -> list[lis
     return taken
 
 
-@pytest.mark.parametrize("writer", ["torch.save", "smart_decoding.training.train.save_file", "pathlib.Path.write_text"])
+@pytest.mark.parametrize(
+    "writer", ["torch.save", "smart_decoding.backends.torch.head_export.save_file", "pathlib.Path.write_text"]
+)
 def test_ctrl_c_while_writing_keeps_the_older_file(
     trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:
@@ -206,6 +211,68 @@ def test_a_second_ctrl_c_interrupts_at_once(trainer: Callable[..., Trainer], tmp
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     assert stopped.steps == 1 and not (tmp_path / "head").exists()
+
+
+def test_a_run_goes_on_from_a_head_and_writes_its_layout(
+    data: Path, trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    """What another run gave, written as EAGLE-3: the output rows are the head's own now, and learn too."""
+    generator = torch.Generator().manual_seed(5)
+    weights = {n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()}
+    checkpoint = Checkpoint(CONFIG, weights, tmp_path, {"model": "tiny"})
+    options = TrainOptions(TAPS, STEP * STEPS, 32, 150, max_unroll=2, layout="eagle3")
+    first = Trainer(checkpoint, data, tmp_path / "first", options)
+    earlier = first.run()["held_out_top_1_2_4_by_depth"]["1"]
+    init = load_head(tmp_path / "first", CONFIG)
+    assert "fc_norm.0.weight" not in init.weights and init.taps == TAPS
+    second = Trainer(checkpoint, data, tmp_path / "second", options, None, init)
+    assert torch.equal(second.draft_ids, init.weights["draft_ids"])
+    assert second.evaluate()["held_out_top_1_2_4_by_depth"]["1"] == pytest.approx(earlier, abs=0.05)  # bf16
+    assert second.run()["steps"] == STEPS
+    after = load_head(tmp_path / "second", CONFIG)
+    for name in ("lm_head.weight", "fc.weight", "midlayer.self_attn.q_proj.weight"):
+        assert after.weights[name].shape == init.weights[name].shape
+        assert not torch.equal(after.weights[name], init.weights[name])
+
+
+def test_an_eagle1_head_learns_too(data: Path, trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    """It reads the last layer's output, and the target's whole vocabulary ranks what comes out."""
+    checkpoint, folder = trainer()._checkpoint, tmp_path / "eagle1"
+    torch.manual_seed(6)
+    head = TrainableHead(Form(replace(CONFIG, layers=1), 1, fc_norm=False, fused=True, fc_bias=True))
+    weights = {**head.exported(), "draft_ids": torch.arange(CONFIG.vocab)}
+    write_head(HeadFiles({}, weights, (CONFIG.layers,), head.config, fused=True), checkpoint, "eagle", folder)
+    init = load_head(folder, CONFIG)
+    tensors = load_file(data / "shard-0000.safetensors")
+    (tmp_path / "last").mkdir()
+    last = tensors["taps"][:, CONFIG.hidden :].contiguous()
+    save_file({**tensors, "taps": last}, tmp_path / "last" / "shard-0000.safetensors")
+    options = TrainOptions(init.taps, STEP * STEPS, 32, 150, max_unroll=2, layout="eagle")
+    losses = []
+    learner = Trainer(checkpoint, tmp_path / "last", tmp_path / "trained", options, None, init)
+    step = learner._step
+    learner._step = lambda batch: losses.append(step(batch)) or losses[-1]  # type: ignore[method-assign, func-returns-value]
+    learner.run()
+    assert sum(losses[-6:]) < sum(losses[:6]) and len(losses) == STEPS
+    after = load_head(tmp_path / "trained", CONFIG)
+    assert after.fused and after.weights.keys() == init.weights.keys()
+    assert not torch.equal(after.weights["fc.weight"], init.weights["fc.weight"])
+
+
+def test_a_head_may_leave_out_the_last_layer_but_its_data_may_not(
+    data: Path, trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    """The last layer's output says what the target would have said."""
+    assert recorded_taps((1,), CONFIG.layers) == TAPS == recorded_taps(TAPS, CONFIG.layers)
+    early = trainer(taps=(1,))
+    assert early.head.fc.in_features == CONFIG.hidden
+    assert early.run()["steps"] == STEPS
+    assert load_head(tmp_path / "head", CONFIG).taps == (1,)
+    tensors = load_file(data / "shard-0000.safetensors")
+    (tmp_path / "other").mkdir()
+    save_file({**tensors, "taps": tensors["taps"][:, :32].contiguous()}, tmp_path / "other" / "shard-0000.safetensors")
+    with pytest.raises(ModelError, match=r"with other --taps than \(1, 2\)"):
+        Trainer(early._checkpoint, tmp_path / "other", tmp_path / "x", early.options)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(trainer: Callable[..., Trainer], tmp_path: Path) -> None:

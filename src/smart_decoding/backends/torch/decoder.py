@@ -113,7 +113,7 @@ class Decoder:
         norm = weights["model.norm.weight"].to(device=device, dtype=dtype)
         self.head = Linear(head, self.native, arena, norm, config.rms_eps)
         self._embedding = None if config.tie_embeddings else embedding
-        self.final_norm = norm
+        self.final_norm: Tensor | None = norm
         self.rotary = rotary_table(config, positions, device)
         self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device)
 

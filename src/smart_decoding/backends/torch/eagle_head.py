@@ -9,14 +9,16 @@ output matrix ranks what comes out. docs/eagle-heads.md has the conventions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from smart_decoding.backends.torch import kernels
-from smart_decoding.backends.torch.decoder import Decoder, rotary_table, use_native
-from smart_decoding.backends.torch.head_files import HeadFiles
+from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.decoder import rotary_table, use_native
+from smart_decoding.backends.torch.head_files import FIRST, HeadFiles, layer_prefixes
 from smart_decoding.backends.torch.kernels import Arena, packed_rows
 from smart_decoding.backends.torch.layers import (
     Context,
@@ -26,6 +28,7 @@ from smart_decoding.backends.torch.layers import (
     Linear,
     NativeLayers,
     TorchLayers,
+    Workspace,
     rms_norm,
 )
 from smart_decoding.backends.torch.ranking import ranked
@@ -36,10 +39,44 @@ from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ModelError
 
 
+class OutputMatrix(Protocol):
+    """The target's: [rows, hidden] -> logits [rows, vocab]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def without_norm(self) -> OutputMatrix:
+        """Without the target's final norm before it."""
+        ...
+
+    def rows_of(self, index: Tensor) -> Tensor:
+        """Rows of the weight: [n, hidden]."""
+        ...
+
+
+class Lender(Protocol):
+    """What a head borrows of its target. native: whether the head runs on the CPU kernels; work_dtype: of activations.
+    final_norm: None if the taps of an EAGLE-1/2 head come through it already."""
+
+    config: ModelConfig
+    native: bool
+    dtype: torch.dtype
+    work_dtype: torch.dtype
+    device: torch.device
+    workspace: Workspace
+    final_norm: Tensor | None
+
+    @property
+    def head(self) -> OutputMatrix: ...
+
+    def embed(self, token: Tensor) -> Tensor:
+        """[n, hidden] in the working dtype."""
+        ...
+
+
 class EagleHead:
     """The head on the target's device; its keys live in pages with the target's numbers, plus scratch for the tree."""
 
-    def __init__(self, files: HeadFiles, target: Decoder, pages: int, scratch_pages: int, positions: int) -> None:
+    def __init__(self, files: HeadFiles, target: Lender, pages: int, scratch_pages: int, positions: int) -> None:
         c = files.shape
         self.config, self.native, self._target = c, target.native, target
         dtype, device = target.dtype, target.device
@@ -53,51 +90,46 @@ class EagleHead:
 
         self.taps, self._tap_count = files.taps, len(files.taps)
         self.draft_ids = weights["draft_ids"].long()
-        self.shape = (c.hidden, c.ffn, len(self.draft_ids), self._tap_count)  # what a level's cost depends on
-        layer = LayerWeights(
-            heads=c.heads,
-            kv_heads=c.kv_heads,
-            head_dim=c.head_dim,
-            eps=c.rms_eps,
-            qkv=torch.cat([get(f"midlayer.self_attn.{n}_proj.weight") for n in "qkv"]),
-            output=get("midlayer.self_attn.o_proj.weight"),
-            gate=get("midlayer.mlp.gate_proj.weight"),
-            up=get("midlayer.mlp.up_proj.weight"),
-            down=get("midlayer.mlp.down_proj.weight"),
-            post_norm=get("midlayer.post_attention_layernorm.weight"),
-            qkv_bias=torch.cat([get(f"midlayer.self_attn.{n}_proj.bias") for n in "qkv"]) if c.qkv_bias else None,
-            output_bias=get("midlayer.self_attn.o_proj.bias") if c.o_bias else None,
-        )
+        self.shape = (c.layers, c.hidden, c.ffn, len(self.draft_ids), self._tap_count)  # what a level's cost depends on
+        layers = [_layer(c, weights, prefix, dtype) for prefix in layer_prefixes(c.layers)]
         self._fused, self._norm_before_residual = files.fused, files.norm_before_residual
         self._normed_taps = "fc_norm.0.weight" in weights
         fc = _fc_with_norms(weights, self._tap_count) if self._normed_taps else weights["fc.weight"]
         rows = None if self._fused else self._output_rows(weights).to(dtype)
         arena = None
         if self.native:
-            size = layer.elements() + packed_rows(len(fc)) * fc.shape[1]
+            size = sum(layer.elements() for layer in layers) + packed_rows(len(fc)) * fc.shape[1]
             arena = Arena(size + (0 if rows is None else packed_rows(len(rows)) * c.hidden), dtype)
-        self._layers: Layers = NativeLayers([layer], arena, target.workspace) if arena else TorchLayers([layer])
+        self._layers: Layers = NativeLayers(layers, arena, target.workspace) if arena else TorchLayers(layers)
         bias = get("fc.bias") if "fc.bias" in weights else None
         self._fc = Linear(fc.to(dtype), self.native, arena, bias=bias)
         own = weights.get("embed_tokens.weight")
         self._embedding = None if own is None else own.to(dtype)
         wide = torch.float32 if self.native else dtype
         if rows is None:
-            self._head, self._final_norm = target.head.without_norm(), target.final_norm.to(wide)
+            norm = target.final_norm
+            self._head: OutputMatrix = target.head.without_norm()
+            self._final_norm = None if norm is None else norm.to(wide)
         else:
             self._head = Linear(rows, self.native, arena, get("norm.weight"), c.rms_eps)
             self._input_norm = get("midlayer.input_layernorm.weight").to(wide)
             self._hidden_norm = get("midlayer.hidden_norm.weight").to(wide)
         self._ones = torch.ones(c.hidden, dtype=wide, device=device)
-        self._rotary = rotary_table(c, positions, device)
-        self.kv = KVCache.empty(1, c.kv_heads, pages + scratch_pages, c.head_dim, dtype, device)
+        self.allocate(pages + scratch_pages, positions)
+
+    def allocate(self, pages: int, positions: int) -> None:
+        """Makes room for keys, anew, and for positions below `positions`."""
+        c = self.config
+        self._rotary = rotary_table(c, positions, self.device)
+        self.kv = KVCache.empty(c.layers, c.kv_heads, pages, c.head_dim, self._target.dtype, self.device)
 
     @torch.inference_mode()
     def project(self, parts: Sequence[Tensor]) -> Tensor:
         """Projects tapped states [n_i, taps * hidden] of several requests to features [sum n_i, hidden]."""
-        taps = torch.cat(list(parts))
+        taps = torch.cat(list(parts)).to(self.device, self.work_dtype)
         if self._fused:  # the target's features as its own output matrix sees them
-            return self._norm(taps, self._final_norm, self._target.config.rms_eps)
+            norm = self._final_norm
+            return taps if norm is None else self._norm(taps, norm, self._target.config.rms_eps)
         if not self._normed_taps:
             return self._fc(taps)
         flat = taps.reshape(-1, self.config.hidden)
@@ -163,6 +195,29 @@ class EagleHead:
         out = torch.empty_like(x)
         kernels.rms_norm(x.contiguous(), weight, eps, out)
         return out
+
+
+def _layer(c: ModelConfig, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> LayerWeights:
+    """One of the head's layers; the first has no norm of its own at the input."""
+
+    def get(name: str) -> Tensor:
+        return weights[prefix + name].to(dtype)
+
+    return LayerWeights(
+        heads=c.heads,
+        kv_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        eps=c.rms_eps,
+        qkv=torch.cat([get(f"self_attn.{n}_proj.weight") for n in "qkv"]),
+        output=get("self_attn.o_proj.weight"),
+        gate=get("mlp.gate_proj.weight"),
+        up=get("mlp.up_proj.weight"),
+        down=get("mlp.down_proj.weight"),
+        input_norm=None if prefix == FIRST else get("input_layernorm.weight"),
+        post_norm=get("post_attention_layernorm.weight"),
+        qkv_bias=torch.cat([get(f"self_attn.{n}_proj.bias") for n in "qkv"]) if c.qkv_bias else None,
+        output_bias=get("self_attn.o_proj.bias") if c.o_bias else None,
+    )
 
 
 def _fc_with_norms(weights: Mapping[str, Tensor], taps: int) -> Tensor:

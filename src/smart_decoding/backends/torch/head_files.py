@@ -23,7 +23,8 @@ from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.errors import DownloadError, ModelError
 
 ARCHITECTURE = "SmartEagle3Head"
-_ATTENTION = "midlayer.self_attn."
+FIRST = "midlayer."  # EAGLE-3's name for the layer
+_ATTENTION = f"{FIRST}self_attn."
 _IGNORED = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")  # what they say is known already
 _UNSUPPORTED = {"norm_before_fc": "input_norm", "norm_output": "norm_output"}  # speculators options, and what they add
 
@@ -33,8 +34,9 @@ class HeadFiles:
     """A head as read from disk, checked against the target.
 
     weights: EAGLE-3's names, `draft_ids` [draft] (target ids) instead of d2t, and where the head has its own:
-        `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight`. EAGLE-1/2 has only fc and the layer.
-    taps: layers of the target whose outputs the head reads. shape: of the head's one layer.
+        `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight`. EAGLE-1/2 has only fc and the layers.
+        The first layer is `midlayer.*`; further ones, ordinary Llama layers, are `layers.1.*`, `layers.2.*`, ...
+    taps: layers of the target whose outputs the head reads. shape: of the head's layers.
     fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
     norm_before_residual: the layer's residual is the normed features, not the features."""
 
@@ -92,9 +94,10 @@ def _load_published(folder: Path, config: Mapping[str, Any], target: ModelConfig
     weights = {_plain_name(name): tensor for name, tensor in _read(folder).items()}
     fused = "midlayer.hidden_norm.weight" not in weights and "d2t" not in weights and "norm.weight" not in weights
     shape = replace(shape, qkv_bias=f"{_ATTENTION}q_proj.bias" in weights, o_bias=f"{_ATTENTION}o_proj.bias" in weights)
+    more = _further_shapes(shape)
     if fused:
         bias = {"fc.bias": (shape.hidden,)} if config.get("bias", True) else {}
-        _check(folder, weights, _fused_shapes(shape) | bias, ("embed_tokens.weight", *_IGNORED))
+        _check(folder, weights, _fused_shapes(shape) | bias | more, ("embed_tokens.weight", *_IGNORED))
         ids = torch.arange(target.vocab)
         taps: tuple[int, ...] = (target.layers,)
     else:
@@ -104,7 +107,7 @@ def _load_published(folder: Path, config: Mapping[str, Any], target: ModelConfig
         if norms and sorted(norms) != [f"fc_norm.{i}.weight" for i in range(len(taps))]:
             raise ModelError(f"the head in {folder} has {len(norms)} tensors fc_norm, but reads {len(taps)} layers")
         output = {"lm_head.weight": (len(ids), shape.hidden)}
-        shapes = _layer_shapes(shape, target.hidden, taps) | norms | output
+        shapes = _layer_shapes(shape, target.hidden, taps) | norms | output | more
         _check(folder, weights, shapes, ("d2t", "embed_tokens.weight", *_IGNORED))
     _check_embedding(folder, weights, target)
     weights = {name: tensor for name, tensor in weights.items() if name not in ("d2t", *_IGNORED)}
@@ -134,8 +137,8 @@ def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> Mode
     options = rope.options_of(layer)
     positions = int(layer.get("max_position_embeddings") or target.max_positions)
     return ModelConfig(
-        family=target.family,
-        layers=1,
+        family="llama",
+        layers=int(layer.get("num_hidden_layers") or 1),
         hidden=hidden,
         heads=heads,
         kv_heads=int(layer.get("num_key_value_heads") or heads),
@@ -170,28 +173,43 @@ def _layer_shapes(c: ModelConfig, target_hidden: int, taps: tuple[int, ...]) -> 
     """EAGLE-3: q, k and v read [embedding ; features]."""
     d = c.hidden
     norms = {f"midlayer.{name}.weight": (d,) for name in ("input_layernorm", "hidden_norm")}
-    return {"fc.weight": (d, len(taps) * target_hidden), "norm.weight": (d,), **norms, **_common_shapes(c, 2 * d)}
+    common = _common_shapes(c, 2 * d, FIRST)
+    return {"fc.weight": (d, len(taps) * target_hidden), "norm.weight": (d,), **norms, **common}
 
 
 def _fused_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """EAGLE-1/2: fc reads [embedding ; features], and the layer has no norm at its input."""
-    return {"fc.weight": (c.hidden, 2 * c.hidden), **_common_shapes(c, c.hidden)}
+    return {"fc.weight": (c.hidden, 2 * c.hidden), **_common_shapes(c, c.hidden, FIRST)}
 
 
-def _common_shapes(c: ModelConfig, width: int) -> dict[str, tuple[int, ...]]:
+def _further_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The layers after the first are ordinary ones: they read what the one before gave, through their own norm."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix in layer_prefixes(c.layers)[1:]:
+        shapes |= {f"{prefix}input_layernorm.weight": (c.hidden,), **_common_shapes(c, c.hidden, prefix)}
+    return shapes
+
+
+def layer_prefixes(layers: int) -> list[str]:
+    """What the names of each layer's tensors start with in `HeadFiles.weights`."""
+    return [FIRST, *(f"layers.{i}." for i in range(1, layers))]
+
+
+def _common_shapes(c: ModelConfig, width: int, prefix: str) -> dict[str, tuple[int, ...]]:
+    attention = f"{prefix}self_attn."
     q, kv, d = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.hidden
     rows = {"q_proj": q, "k_proj": kv, "v_proj": kv}
     shapes: dict[str, tuple[int, ...]] = {
-        "midlayer.post_attention_layernorm.weight": (d,),
-        **{f"{_ATTENTION}{name}.weight": (n, width) for name, n in rows.items()},
-        f"{_ATTENTION}o_proj.weight": (d, q),
-        "midlayer.mlp.gate_proj.weight": (c.ffn, d),
-        "midlayer.mlp.up_proj.weight": (c.ffn, d),
-        "midlayer.mlp.down_proj.weight": (d, c.ffn),
+        f"{prefix}post_attention_layernorm.weight": (d,),
+        **{f"{attention}{name}.weight": (n, width) for name, n in rows.items()},
+        f"{attention}o_proj.weight": (d, q),
+        f"{prefix}mlp.gate_proj.weight": (c.ffn, d),
+        f"{prefix}mlp.up_proj.weight": (c.ffn, d),
+        f"{prefix}mlp.down_proj.weight": (d, c.ffn),
     }
     if c.qkv_bias:
-        shapes |= {f"{_ATTENTION}{name}.bias": (n,) for name, n in rows.items()}
-    return shapes | ({f"{_ATTENTION}o_proj.bias": (d,)} if c.o_bias else {})
+        shapes |= {f"{attention}{name}.bias": (n,) for name, n in rows.items()}
+    return shapes | ({f"{attention}o_proj.bias": (d,)} if c.o_bias else {})
 
 
 def _check(
@@ -233,7 +251,7 @@ def _check_ids(folder: Path, ids: Tensor | None, vocab: int) -> None:
 
 def _plain_name(name: str) -> str:
     """EAGLE-3's name for a tensor: speculators and EAGLE-1/2 call the layer `layers.0`."""
-    return "midlayer." + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
+    return FIRST + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

@@ -51,39 +51,54 @@ class Layout:
 
 
 def lay_out(rows: Rows, groups: list[int]) -> Layout:
-    """The layout of some groups of `rows`."""
-    ends = rows.group_row
-    first = [int(ends[g]) for g in groups]
-    count = [int(ends[g + 1]) - a for g, a in zip(groups, first, strict=True)]
-    start = [int(rows.position[a]) for a in first]
-    queries, width = max(count), max(s + n for s, n in zip(start, count, strict=True))
+    """The layout of some groups of `rows`. The keys of a group: those that its rows read and that lie there already,
+    committed ones and then tree nodes of earlier forwards (a draft model's), and last its own rows."""
+    parts = [_keys(rows, g) for g in groups]
+    count = [part.own for part in parts]
+    queries, width = max(count), max(len(part.slots) for part in parts)
     read = np.zeros((len(groups), width), np.int64)
     valid = np.zeros((len(groups), width), np.bool_)
     seen = np.ones((len(groups), queries, width), np.bool_)
-    for i, (g, a, n, committed) in enumerate(zip(groups, first, count, start, strict=True)):
-        position = np.arange(committed)
-        pages = rows.pages[rows.group_pages[g] :].astype(np.int64)
-        left = width - committed - n
-        read[i, left : width - n] = pages[position // PAGE] * PAGE + position % PAGE
-        read[i, width - n :] = rows.slot[a : a + n]
+    for i, part in enumerate(parts):
+        left = width - len(part.slots)
+        read[i, left:] = part.slots
         valid[i, left:] = True
-        seen[i, queries - n :, :left] = False
-        seen[i, queries - n :, width - n :] = _own(rows, a, n, committed)
+        seen[i, queries - part.own :, :left] = False
+        seen[i, queries - part.own :, left:] = part.seen
+    first = [int(rows.group_row[g]) for g in groups]
     row = np.concatenate([np.arange(a, a + n) for a, n in zip(first, count, strict=True)])
     group = np.repeat(np.arange(len(groups)), count)
     column = np.concatenate([np.arange(queries - n, queries) for n in count])
     return Layout(row, np.stack((group, column)), read, valid, rows.slot[row].astype(np.int64), seen)
 
 
-def _own(rows: Rows, first: int, count: int, committed: int) -> Bools:
-    """[count, count] which rows of its own group each row sees: those read directly, and its ancestors in the tree."""
-    seen: Bools = np.arange(count) < (rows.direct[first : first + count] - committed)[:, None]
-    at = rows.extra_at[first : first + count + 1]
-    slots = rows.slot[first : first + count]
-    order = np.argsort(slots)
-    ancestor = order[np.searchsorted(slots[order], rows.extra[at[0] : at[-1]])]
-    seen[np.repeat(np.arange(count), np.diff(at)), ancestor] = True
-    return seen
+@dataclass(slots=True)
+class _Keys:
+    """slots: [keys] of a group, of which the last `own` are its rows; seen: [own, keys]."""
+
+    slots: IntArray
+    own: int
+    seen: Bools
+
+
+def _keys(rows: Rows, group: int) -> _Keys:
+    a, b = int(rows.group_row[group]), int(rows.group_row[group + 1])
+    direct, own = rows.direct[a:b], rows.slot[a:b]
+    pages = rows.pages[rows.group_pages[group] :].astype(np.int64)
+    position = np.arange(int(direct.max()))
+    committed = pages[position // PAGE] * PAGE + position % PAGE
+    if committed[direct[0] - 1] == own[0]:  # the first row reads itself through the table, and so do those that follow
+        committed = committed[: direct[0] - 1]
+    at = rows.extra_at[a : b + 1]
+    extra, reader = rows.extra[at[0] : at[-1]], np.repeat(np.arange(b - a), np.diff(at))
+    ancestors = np.setdiff1d(extra, own)
+    slots = np.concatenate((committed, ancestors, own))
+    seen = np.ones((b - a, len(slots)), np.bool_)
+    seen[:, len(committed) :] = False
+    seen[:, len(committed) + len(ancestors) :] = np.arange(b - a) < (direct - len(committed))[:, None]
+    order = np.argsort(slots[len(committed) :])
+    seen[reader, len(committed) + order[np.searchsorted(slots[len(committed) :][order], extra)]] = True
+    return _Keys(slots, b - a, seen)
 
 
 @dataclass(slots=True)

@@ -49,7 +49,7 @@ def unsupported(
             return f"the model input {key!r} is not supported: only token ids with an attention mask are"
     if not config.use_cache:
         return "use_cache=False is not supported: speculation needs the keys of earlier tokens"
-    return _unsupported_cache(name, config, inputs) or _unsupported_rope(model, config)
+    return unsupported_cache(name, config, inputs) or _unsupported_rope(model, config)
 
 
 def cache_of(inputs: Mapping[str, Any]) -> Any:
@@ -57,7 +57,7 @@ def cache_of(inputs: Mapping[str, Any]) -> Any:
     return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
 
 
-def _unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str, Any]) -> str | None:
+def unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str, Any]) -> str | None:
     """Why the cache that `generate` chose cannot take back rejected tokens, or None."""
     cache = cache_of(inputs)
     if cache is None:

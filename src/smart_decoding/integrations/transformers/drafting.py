@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from smart_decoding.backends.torch.target import pages_for
@@ -22,45 +25,35 @@ from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.protocols import Drafter, TargetScores
 from smart_decoding.engine.rows import Rows
-from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.integrations.transformers.checks import fitting_layout
+from smart_decoding.errors import ConfigError
+from smart_decoding.integrations.transformers.heads import HostHead
 from smart_decoding.integrations.transformers.report import Report
+from smart_decoding.integrations.transformers.sources import Source, key_of, load_source
+from smart_decoding.integrations.transformers.state import setting_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
+from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import CONTEXTS, MAX_ROWS, fake_rows, measure
+from smart_decoding.speculation import ROUND_OVERHEAD, stored_prior
 
-ATTRIBUTE = "_smart_decoding"  # on the model
-METHODS = ("ngram", "recycling", "union", "none")
+METHODS = ("ngram", "recycling", "eagle", "draft_model", "union", "none")
 PROFILE_SECONDS = 2.0
 SLOW = 100  # with fewer forwards than this in the given time, only batch size 1 is measured
+VERY_SLOW = 30  # and with so few, at fewer sizes
 CHAIN = {"ngram": {"occurrences": 1}, "recycling": {"successors": 1, "max_nodes": 8}}
 
 
 @dataclass(slots=True)
 class Drafting:
-    """A policy and a drafter, lent to one call at a time."""
+    """A policy and drafters, lent to one call at a time. free: those without a model of their own."""
 
     method: str
     policy: Policy
-    drafter: Drafter | None
+    free: list[Drafter]
 
-
-@dataclass
-class ModelState:
-    """All that is remembered of one model. layouts, costs: by attention, dtype, device; idle: by configuration."""
-
-    layouts: dict[tuple[object, ...], str] = field(default_factory=dict)
-    costs: dict[tuple[object, ...], CostModel] = field(default_factory=dict)
-    idle: dict[str, Drafting] = field(default_factory=dict)
-    last: Report | None = None
-
-
-def state_of(model: PreTrainedModel) -> ModelState:
-    """The model's state, made at first use."""
-    state = getattr(model, ATTRIBUTE, None)
-    if not isinstance(state, ModelState):
-        state = ModelState()
-        setattr(model, ATTRIBUTE, state)
-    return state
+    def drafter(self, source: Source | None, pages: int, positions: int) -> Drafter | None:
+        """For one call, with room for so many pages and positions."""
+        parts = ([source.drafter(pages, positions)] if source else []) + self.free
+        return UnionDrafter(parts) if len(parts) > 1 else parts[0] if parts else None
 
 
 def options_of(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
@@ -75,38 +68,48 @@ def options_of(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
     return options
 
 
-def layout_of(model: PreTrainedModel, layers: int) -> str:
-    """'tree' or 'chain', found once. Raises ModelError for a model whose logits change through our cache."""
-    state, key = state_of(model), _setting(model)
-    if key not in state.layouts:
-        layout = fitting_layout(model, layers)
-        if layout is None:
-            raise ModelError(
-                f"{type(model).__name__} ({key[0]} attention) gives other logits through a cache that we manage than "
-                "without: it cannot be used here"
-            )
-        state.layouts[key] = layout
-    return state.layouts[key]
+def source_for(model: PreTrainedModel, options: Mapping[str, Any], max_length: int) -> Source | None:
+    """The head or draft model that the options name, as an earlier call left it, or loaded; None if there is none.
+
+    Raises SmartError, before any forward, if it does not fit."""
+    key = key_of(options)
+    if key is None:
+        return None
+    return state_of(model).sources.pop(key, None) or load_source(model, options, max_length)
 
 
-def borrow(model: PreTrainedModel, options: Mapping[str, Any], target: HostTarget, batch: int) -> tuple[str, Drafting]:
+def borrow(
+    model: PreTrainedModel, options: Mapping[str, Any], target: HostTarget, batch: int, source: Source | None
+) -> tuple[str, Drafting]:
     """The drafting for these options, as an earlier call left it, or new; give it back with `give_back`.
 
     Raises ConfigError for options that neither the method nor the policy has."""
-    key = json.dumps([options, target.eos_token_ids, target.tree, _bucket(batch)], sort_keys=True, default=str)
+    if source and not target.tree:
+        source.widest = 1
+    told = {**options, "model": key_of(options)} if source else options
+    key = json.dumps([told, target.eos_token_ids, target.tree, _bucket(batch)], sort_keys=True, default=str)
     known = state_of(model).idle.pop(key, None)
-    return key, known or _new(model, dict(options), target, batch)
+    return key, known or _new(model, dict(options), target, batch, source)
 
 
-def give_back(model: PreTrainedModel, key: str, drafting: Drafting, report: Report) -> None:
+def give_back(
+    model: PreTrainedModel, key: str, drafting: Drafting, options: Mapping[str, Any], source: Source | None,
+    report: Report,
+) -> None:  # fmt: skip
     state = state_of(model)
     state.idle[key], state.last = drafting, report
+    if source:
+        state.sources[key_of(options)] = source
 
 
-def _new(model: PreTrainedModel, options: dict[str, Any], target: HostTarget, batch: int) -> Drafting:
+def _new(
+    model: PreTrainedModel, options: dict[str, Any], target: HostTarget, batch: int, source: Source | None
+) -> Drafting:
     method, policy, seconds = (options.pop(name) for name in ("method", "policy", "profile_seconds"))
     if method == "none":
-        return Drafting(method, make_policy("off"), None)
+        return Drafting(method, make_policy("off"), [])
+    if source:
+        del options["model"]
     chain = {} if target.tree else CHAIN
     makers: dict[str, Callable[[], Drafter]] = {
         "ngram": lambda: _made(NgramDrafter, options, chain.get("ngram", {})),
@@ -116,14 +119,17 @@ def _new(model: PreTrainedModel, options: dict[str, Any], target: HostTarget, ba
     }
     if method == "union" and not target.tree:
         raise ConfigError("method 'union' needs a tree mask, which this model's attention does not take: use ngram")
-    drafter = UnionDrafter([make() for make in makers.values()]) if method == "union" else makers[method]()
+    wanted = {"union": ["ngram"] if source else ["ngram", "recycling"], "eagle": [], "draft_model": []}
+    free = [makers[name]() for name in wanted.get(method, [method])]
     unknown = [name for name in options if name not in policy_options(policy)]
     if unknown:
         raise ConfigError(f"neither method {method!r} nor policy {policy!r} has an option {unknown[0]!r}")
     offered: dict[str, Any] = {"eos_token_ids": target.eos_token_ids}
+    if isinstance(source, HostHead):
+        offered |= stored_prior(source.folder)
     if "cost" in policy_options(policy):
-        offered["cost"] = _cost(model, target, batch, float(seconds))
-    return Drafting(method, make_policy(policy, offered, **options), drafter)
+        offered["cost"] = _cost(model, target, batch, float(seconds), source)
+    return Drafting(method, make_policy(policy, offered, **options), free)
 
 
 def _made(cls: Callable[..., Drafter], options: dict[str, Any], fixed: Mapping[str, Any]) -> Drafter:
@@ -132,19 +138,44 @@ def _made(cls: Callable[..., Drafter], options: dict[str, Any], fixed: Mapping[s
     return cls(**fixed, **{name: options.pop(name) for name in names})
 
 
-def _cost(model: PreTrainedModel, target: HostTarget, batch: int, seconds: float) -> CostModel:
-    """What this model's forwards cost up to this batch size, measured at first use; a guess if `seconds` is 0."""
+def _cost(model: PreTrainedModel, target: HostTarget, batch: int, seconds: float, source: Source | None) -> CostModel:
+    """What forwards of this model, and of the drafter's, cost up to this batch size; a guess if `seconds` is 0.
+
+    Measured at first use on this machine, and stored."""
     if seconds <= 0:
         return CostModel.default()
-    state, key = state_of(model), (*_setting(model), torch.get_num_threads(), _bucket(batch))
+    state = state_of(model)
+    key = (*setting_of(model), torch.get_num_threads(), _bucket(batch), target.tree, source and source.shape)
     if key not in state.costs:
-        probe = _Probe(model, len(target.cache.layers), target.tree)
-        window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
-        probe.max_positions = min(probe.max_positions, window or probe.max_positions)
-        widest = _bucket(batch) if _one_row(probe) < seconds / SLOW else 1
-        pages = max(pages_for((CONTEXTS[0] + MAX_ROWS) * widest, 1), pages_for(CONTEXTS[1] + MAX_ROWS, 1))
-        state.costs[key] = CostModel.fit(measure(probe, None, pages, widest, seconds))  # type: ignore[arg-type]
+        path = _profile_path(model, key)
+        cost = load_profile(path)
+        if cost is None:
+            cost = _measured(model, target, batch, seconds, source)
+            save_profile(path, cost)
+        state.costs[key] = cost
     return state.costs[key]
+
+
+def _measured(
+    model: PreTrainedModel, target: HostTarget, batch: int, seconds: float, source: Source | None
+) -> CostModel:
+    probe = _Probe(model, len(target.cache.layers), target.tree)
+    window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+    probe.max_positions = min(probe.max_positions, window or probe.max_positions)
+    row = _one_row(probe)
+    widest = _bucket(batch) if row < seconds / SLOW else 1
+    pages = max(pages_for((CONTEXTS[0] + MAX_ROWS) * widest, 1), pages_for(CONTEXTS[1] + MAX_ROWS, 1))
+    if source:
+        source.drafter(pages, CONTEXTS[1] + MAX_ROWS)
+    samples = measure(probe, source, pages, widest, seconds, coarse=row > seconds / VERY_SLOW)  # type: ignore[arg-type]
+    return CostModel.fit(samples, ROUND_OVERHEAD if source else 0.0)
+
+
+def _profile_path(model: PreTrainedModel, key: tuple[object, ...]) -> Path:
+    """Where the profile of a model of this shape lies, whatever its weights are."""
+    shape = hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest()
+    engine = {"engine": f"transformers {transformers.__version__}", "model": shape}
+    return profile_path(engine, model.dtype, model.device, str(key))
 
 
 def _one_row(target: HostTarget) -> float:
@@ -165,10 +196,6 @@ class _Probe(HostTarget):
     def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
         rows.token %= self.vocab
         return super().verify(rows, taps)
-
-
-def _setting(model: PreTrainedModel) -> tuple[object, ...]:
-    return (str(model.config._attn_implementation), str(model.dtype), str(model.device))
 
 
 def _bucket(batch: int) -> int:

@@ -19,8 +19,13 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.transformers.checks import cache_of, unsupported
-from smart_decoding.integrations.transformers.drafting import borrow, give_back, layout_of, options_of, state_of
+from smart_decoding.integrations.transformers.checks import unsupported
+from smart_decoding.integrations.transformers.drafting import (
+    borrow,
+    give_back,
+    options_of,
+    source_for,
+)
 from smart_decoding.integrations.transformers.report import Report
 from smart_decoding.integrations.transformers.sequences import (
     SLACK,
@@ -30,6 +35,7 @@ from smart_decoding.integrations.transformers.sequences import (
     HostStop,
     Stream,
 )
+from smart_decoding.integrations.transformers.state import layers_of, layout_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
 
 PREFILL_ROWS = 4096  # prompt tokens of one forward
@@ -57,13 +63,15 @@ def generate(
         raise ConfigError(reason)
     prompts = _prompts(input_ids, model_inputs.get("attention_mask"), model_inputs.get("position_ids"))
     pad = _pad(generation_config)
-    layers = len(cache_of(model_inputs).layers) or model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = layers_of(model, model_inputs)
+    source = source_for(model, options, generation_config.max_length)
     host = _host(generation_config, logits_processor, stopping_criteria, len(prompts))
     target = HostTarget(model, layers, layout_of(model, layers) == "tree", _eos(generation_config), host)
     sequences = [_sequence(i, ids, generation_config.max_length) for i, ids in enumerate(input_ids)]
-    key, drafting = borrow(model, options, target, len(prompts))
+    key, drafting = borrow(model, options, target, len(prompts), source)
     config = _engine_config(generation_config, prompts)
-    engine = Engine(target, drafting.policy, drafting.drafter, config, lambda _: lambda _: "")
+    drafter = drafting.drafter(source, config.pages, config.max_model_len)
+    engine = Engine(target, drafting.policy, drafter, config, lambda _: lambda _: "")
     params = _params(generation_config, host, input_ids.shape[1])
     requests = [_submit(engine, host, *pair, params) for pair in zip(sequences, prompts, strict=True)]
     stream = Stream(streamer if streamer is not None else _caller_streamer(), input_ids.shape[1], pad)
@@ -78,7 +86,7 @@ def generate(
         for request in requests:
             engine.abort(request.id)
         report = _report(drafting.method, drafting.policy.name, target, requests)
-        give_back(model, key, drafting, report)
+        give_back(model, key, drafting, options, source, report)
     stream.end()
     return _output(input_ids, sequences, host, generation_config, pad)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.rows import Rows
 from smart_decoding.integrations.transformers.cache import Layout, SlotCache, lay_out
 from smart_decoding.integrations.transformers.sequences import Host
+from smart_decoding.integrations.transformers.taps import Taps
 
 UNEVEN = 4  # groups with so many times more rows than the smallest go into another forward
 
@@ -38,30 +40,29 @@ class HostTarget:
         self.max_positions = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         self.device: torch.device = embedding.weight.device
         self.cache = SlotCache(layers)
+        self._layers = layers
+        self._taps: Taps | None = None
         self.sampler = Sampler(self.vocab)
         self._takes = frozenset(inspect.signature(model.forward).parameters)
 
     def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
-        """Raises ValueError for taps: hidden states are not handed out here."""
-        if taps:
-            raise ValueError("a transformers target gives no hidden states")
+        """Features: [rows, taps * hidden]. Raises ModelError for taps of a model whose layers cannot be found."""
         wanted = np.arange(len(rows)) if rows.logit_rows is None else rows.logit_rows
-        found, parts = [], []
+        found, logits, order, features = [], [], [], []
         for groups in _bundles(rows):
             layout = lay_out(rows, groups)
             mine = np.flatnonzero(np.isin(layout.row, wanted))
-            parts.append(self._forward(rows, layout, mine))
+            part = self._forward(rows, layout, mine, taps)
+            logits.append(part.logits)
+            features.append(part.features)
             found.append(layout.row[mine])
-        row = np.concatenate(found)
-        logits = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if not np.array_equal(row, wanted):
-            place = np.empty(len(rows), np.int64)
-            place[row] = np.arange(len(row))
-            logits = logits[torch.from_numpy(place[wanted]).to(logits.device)]
-        return TargetScores(logits, None)
+            order.append(layout.row)
+        all_features = _in_order(features, order, np.arange(len(rows))) if taps else None
+        return TargetScores(_in_order(logits, found, wanted), all_features)
 
-    def _forward(self, rows: Rows, layout: Layout, wanted: IntArray) -> torch.Tensor:
-        """[wanted, vocab] float32 logits of the layout's rows `wanted` (indices into `layout.row`)."""
+    def _forward(self, rows: Rows, layout: Layout, wanted: IntArray, taps: tuple[int, ...]) -> TargetScores:
+        """[wanted, vocab] float32 logits of the layout's rows `wanted` (indices into `layout.row`), and the tapped
+        states of all its rows."""
         group, column = layout.at
         token = np.zeros((layout.groups, layout.queries), np.int64)
         position = np.zeros_like(token)
@@ -79,10 +80,13 @@ class HostTarget:
             inputs["position_ids"] = torch.from_numpy(position).to(self.device)
         if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = int(-back.min(initial=-1))
-        logits = self.model(**inputs).logits
+        if taps and self._taps is None:
+            self._taps = Taps(self.model, self._layers)
+        with self._taps.taken(taps) if self._taps else nullcontext({}) as states:
+            logits = self.model(**inputs).logits
         chosen = logits[torch.from_numpy(group[wanted]).to(logits.device), torch.from_numpy(back).to(logits.device)]
-        result: torch.Tensor = chosen.float()
-        return result
+        tapped = [states[tap].to(self.device)[torch.from_numpy(group), torch.from_numpy(column)] for tap in taps]
+        return TargetScores(chosen.float(), torch.cat(tapped, dim=-1) if taps else None)
 
     def _mask(self, layout: Layout) -> torch.Tensor:
         if not self.tree:
@@ -103,6 +107,16 @@ class HostTarget:
 
     def move(self, source: Ints, target: Ints) -> None:
         self.cache.move(torch.from_numpy(source.astype(np.int64)), torch.from_numpy(target.astype(np.int64)))
+
+
+def _in_order(parts: Sequence[torch.Tensor], rows: Sequence[IntArray], wanted: IntArray) -> torch.Tensor:
+    """The parts' rows, whose numbers are `rows`, in the order of `wanted`."""
+    row, all_parts = np.concatenate(rows), torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    if np.array_equal(row, wanted):
+        return all_parts
+    place = np.empty(int(row.max()) + 1, np.int64)
+    place[row] = np.arange(len(row))
+    return all_parts[torch.from_numpy(place[wanted]).to(all_parts.device)]
 
 
 def _bundles(rows: Rows) -> list[list[int]]:

@@ -1,0 +1,142 @@
+"""A smaller transformers model of the same vocabulary as the drafter of a larger one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from smart_decoding.backends.torch.native import build
+from smart_decoding.backends.torch.ranking import ranked
+from smart_decoding.core.tree import FloatArray, IntArray
+from smart_decoding.drafters.draft_model import DraftModelDrafter
+from smart_decoding.drafters.levels import Draw
+from smart_decoding.engine.kv import PAGE, Ints
+from smart_decoding.engine.protocols import Drafter
+from smart_decoding.engine.rows import Rows
+from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.integrations.transformers.checks import unsupported_cache
+from smart_decoding.integrations.transformers.target import HostTarget
+from smart_decoding.speculation import DRAFT_SCRATCH_PAGES, vocabulary_difference
+
+
+class HostDraftModel:
+    """widest: children of a node that are proposed at most; 1 where either model takes chains only.
+
+    Models pad their vocabularies differently: tokens that only one of the two has are never proposed. Keys of tree
+    nodes come first in the cache, so that it grows with the text, not with the pages that a call may use."""
+
+    def __init__(self, model: PreTrainedModel, layers: int, tree: bool, target_vocab: int) -> None:
+        self.model, self._layers, self._tree = model, layers, tree
+        self._target = HostTarget(model, layers, tree)
+        self._vocab = min(target_vocab, int(model.config.get_text_config(decoder=True).vocab_size))
+        self._tokens = torch.arange(self._vocab, device=self._target.device)
+        self._native = self._target.device.type == "cpu" and build.unavailable() is None
+        self._pages, self.widest = 0, 1 << 30 if tree else 1
+        self.shape = (type(model).__name__, layers, model.config.get_text_config(decoder=True).hidden_size, self._vocab)
+
+    def drafter(self, pages: int, positions: int) -> Drafter:
+        """For one call, with room for keys in so many pages."""
+        self._target, self._pages = HostTarget(self.model, self._layers, self._tree), pages
+        return DraftModelDrafter(self, pages, DRAFT_SCRATCH_PAGES)
+
+    @torch.inference_mode()
+    def run(self, rows: Rows) -> torch.Tensor:
+        """One forward: logits [wanted rows, vocab]."""
+        rows.token = np.minimum(rows.token, self._vocab - 1)
+        rows.slot, rows.extra = self._moved(rows.slot, PAGE), self._moved(rows.extra, PAGE)
+        rows.pages = self._moved(rows.pages, 1)
+        return self._target.verify(rows, ()).logits[:, : self._vocab]
+
+    def rank(
+        self, logits: torch.Tensor, k: int, temperature: FloatArray, draws: Sequence[Draw]
+    ) -> tuple[IntArray, FloatArray]:
+        """The k most likely next tokens of each row and their probabilities: [rows, k]; see `ranked`."""
+        return ranked(logits, self._tokens, min(k, self.widest), temperature, draws, self._native)
+
+    def rehearse(self, rows: Rows) -> None:
+        """A level of arbitrary tokens, to be timed."""
+        self.rank(self.run(rows), 8, np.zeros(len(rows)), [])
+
+    def _moved(self, places: Ints, unit: int) -> Ints:
+        """Pages or slots: those of tree nodes before the others."""
+        moved = places + np.where(places < self._pages * unit, DRAFT_SCRATCH_PAGES, -self._pages) * unit
+        return moved.astype(np.int32)
+
+
+def load_draft_model(target: PreTrainedModel, draft: Any, max_length: int) -> PreTrainedModel:
+    """The model, loaded in the target's dtype to its device if it is a folder or hub id.
+
+    Raises ConfigError or ModelError, before it is loaded, if it does not fit the target or the call's longest text."""
+    if not draft:
+        raise ConfigError("method 'draft_model' needs a smaller model of the same vocabulary: give model=NAME")
+    config = draft.config if isinstance(draft, PreTrainedModel) else _config(draft)
+    name = config.name_or_path or type(draft).__name__
+    if config.is_encoder_decoder:
+        raise ModelError(f"the draft model {name} is an encoder-decoder model: take a decoder")
+    _check_vocabulary(target, config, name)
+    text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and positions < max_length:
+        raise ModelError(
+            f"the draft model {name} has {positions} positions, but prompt and answer may reach {max_length}: lower "
+            "max_new_tokens"
+        )
+    caches = {"past_key_values": DynamicCache(config=text)}
+    reason = unsupported_cache(f"the draft model {name}", GenerationConfig(max_length=max_length), caches)
+    if reason:
+        raise ModelError(reason)
+    if isinstance(draft, PreTrainedModel):
+        return draft
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(draft, dtype=target.dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the draft model {name} cannot be loaded: {_first_line(error)}") from error
+    return model.to(target.device).eval()  # type: ignore[arg-type]
+
+
+def _config(name: Any) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"there is no draft model {str(name)!r}: {_first_line(error)}") from error
+
+
+def _check_vocabulary(target: PreTrainedModel, config: Any, name: str) -> None:
+    """By the two tokenizers where both are at hand, else by the number of tokens."""
+    ours = _vocabulary(target.config.name_or_path, local_only=True)
+    theirs = _vocabulary(name, local_only=False) if ours else None
+    if ours and theirs:
+        why = vocabulary_difference(ours, theirs)
+    else:
+        mine, its = (c.get_text_config(decoder=True).vocab_size for c in (target.config, config))
+        why = None if mine == its else f"{its} tokens instead of {mine}"
+    if why:
+        raise ModelError(
+            f"the draft model {name} has another vocabulary than the target ({why}): take one of its family"
+        )
+
+
+def _vocabulary(name: str, local_only: bool) -> dict[str, int] | None:
+    """Token to id, or None without a tokenizer."""
+    if not name or (local_only and Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
+        return None
+    try:
+        return dict(AutoTokenizer.from_pretrained(name, local_files_only=local_only).get_vocab())
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

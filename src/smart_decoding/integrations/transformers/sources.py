@@ -1,0 +1,55 @@
+"""Drafters with a model of their own, draft heads and draft models, as they are kept from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from smart_decoding.engine.protocols import Drafter
+from smart_decoding.engine.rows import Rows
+from smart_decoding.integrations.transformers.draft_models import HostDraftModel, load_draft_model
+from smart_decoding.integrations.transformers.heads import load_host_head
+from smart_decoding.integrations.transformers.state import layers_of, layout_of
+
+METHODS = ("eagle", "draft_model")
+
+
+class Source(Protocol):
+    """Lent to one call at a time. widest: children of a node that it may propose."""
+
+    widest: int
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What the cost of a level depends on."""
+        ...
+
+    def drafter(self, pages: int, positions: int) -> Drafter:
+        """For one call, with room for keys in so many pages and positions."""
+        ...
+
+    def rehearse(self, rows: Rows) -> None:
+        """A level of as many nodes, to be timed."""
+        ...
+
+
+def key_of(options: Mapping[str, Any]) -> str | None:
+    """What stands for the model that these options name; None if they need none."""
+    method, model = options["method"], options.get("model")
+    if method == "union" and model:
+        method = "eagle"
+    if method not in METHODS:
+        return None
+    return f"{method} {id(model)}" if isinstance(model, PreTrainedModel) else f"{method} {model}"
+
+
+def load_source(target: PreTrainedModel, options: Mapping[str, Any], max_length: int) -> Source:
+    """What `key_of` stands for. Raises SmartError, before any forward of either model where it does not fit."""
+    if options["method"] != "draft_model":
+        return load_host_head(target, options.get("model"))
+    model = load_draft_model(target, options.get("model"), max_length)
+    layers = layers_of(model)
+    vocab = int(target.config.get_text_config(decoder=True).vocab_size)
+    return HostDraftModel(model, layers, layout_of(model, layers) == "tree", vocab)

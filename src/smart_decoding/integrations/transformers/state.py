@@ -1,0 +1,67 @@
+"""What is remembered of a transformers model, on the model itself, from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from smart_decoding.core.cost import CostModel
+from smart_decoding.errors import ModelError
+from smart_decoding.integrations.transformers.checks import cache_of, fitting_layout
+from smart_decoding.integrations.transformers.report import Report
+
+if TYPE_CHECKING:
+    from smart_decoding.integrations.transformers.drafting import Drafting
+    from smart_decoding.integrations.transformers.sources import Source
+
+ATTRIBUTE = "_smart_decoding"  # on the model
+
+
+@dataclass
+class ModelState:
+    """All that is remembered of one model. layouts, costs: by attention, dtype, device; idle: by configuration.
+
+    sources: heads and draft models that no call is using, by `key_of`."""
+
+    layouts: dict[tuple[object, ...], str] = field(default_factory=dict)
+    costs: dict[tuple[object, ...], CostModel] = field(default_factory=dict)
+    idle: dict[str, Drafting] = field(default_factory=dict)
+    sources: dict[str | None, Source] = field(default_factory=dict)
+    last: Report | None = None
+
+
+def state_of(model: PreTrainedModel) -> ModelState:
+    """The model's state, made at first use."""
+    state = getattr(model, ATTRIBUTE, None)
+    if not isinstance(state, ModelState):
+        state = ModelState()
+        setattr(model, ATTRIBUTE, state)
+    return state
+
+
+def layers_of(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> int:
+    """Layers with keys, of the cache that `generate` prepared or would prepare."""
+    cache = cache_of(inputs) if inputs is not None else None
+    return len(cache.layers if cache else ()) or int(model.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def layout_of(model: PreTrainedModel, layers: int) -> str:
+    """'tree' or 'chain', found once. Raises ModelError for a model whose logits change through our cache."""
+    state, key = state_of(model), setting_of(model)
+    if key not in state.layouts:
+        layout = fitting_layout(model, layers)
+        if layout is None:
+            raise ModelError(
+                f"{type(model).__name__} ({key[0]} attention) gives other logits through a cache that we manage than "
+                "without: it cannot be used here"
+            )
+        state.layouts[key] = layout
+    return state.layouts[key]
+
+
+def setting_of(model: PreTrainedModel) -> tuple[object, ...]:
+    """What a layout and costs depend on beside the model."""
+    return (str(model.config._attn_implementation), str(model.dtype), str(model.device))

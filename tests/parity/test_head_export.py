@@ -1,0 +1,216 @@
+"""Heads written in published layouts: what is read back is the same head to the bit, and it proposes the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smart_decoding.backends.torch.head_export import check_layout, layout_of, smart_config, write_head
+from smart_decoding.backends.torch.head_files import HeadFiles, load_head
+from smart_decoding.backends.torch.loading import Checkpoint
+from smart_decoding.backends.torch.rope import scaling_from_hf
+from smart_decoding.cli import main
+from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.speculation import shipped_head
+from smart_decoding.training.head import Form, TrainableHead, form_of
+
+from .checkpoints import LLAMA3
+from .test_published_heads import LAYOUTS, VOCAB, Expected, drafted, target_config, target_model, write
+
+TAPS = (2, 4, 8)
+
+
+def checkpoint() -> Checkpoint:
+    return Checkpoint(target_config(), target_model().state_dict(), Path("nowhere"), {"model": "tiny"})
+
+
+def ours(folder: Path) -> Path:
+    """A head as `smart train` writes it: taps normed, output rows the target's."""
+    torch.manual_seed(7)
+    config = target_config()
+    head = TrainableHead(Form(replace(config, layers=1), len(TAPS)))
+    for parameter in head.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    weights = {**head.exported(), "draft_ids": torch.arange(0, VOCAB, 3)}
+    return write(folder, smart_config(config, TAPS, len(weights["draft_ids"])), weights)
+
+
+def published(name: str, folder: Path) -> Path:
+    config, tensors, pickled, *_ = LAYOUTS[name]
+    return write(folder, config, tensors, pickled)
+
+
+def assert_same(mine: HeadFiles, theirs: HeadFiles) -> None:
+    assert mine.weights.keys() == theirs.weights.keys()
+    for name, tensor in theirs.weights.items():
+        assert torch.equal(mine.weights[name], tensor), name
+    assert (mine.taps, mine.fused, mine.norm_before_residual) == (
+        theirs.taps,
+        theirs.fused,
+        theirs.norm_before_residual,
+    )
+    sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "rms_eps", "qkv_bias", "o_bias")
+    assert all(getattr(mine.shape, size) == getattr(theirs.shape, size) for size in sizes)
+    for mine_part, theirs_part in zip(
+        mine.shape.inverse_frequencies(), theirs.shape.inverse_frequencies(), strict=True
+    ):
+        np.testing.assert_array_equal(mine_part, theirs_part)
+
+
+def assert_same_proposals(mine: Path, theirs: Path) -> None:
+    """To the bit on the kernels; torch's products depend on where a tensor lies in memory."""
+    for native, tolerance in ((True, 0.0), (False, 1e-6)):
+        a, b = drafted(mine, native), drafted(theirs, native)
+        for column in ("owner", "token", "parent"):
+            np.testing.assert_array_equal(getattr(a, column), getattr(b, column))
+        np.testing.assert_allclose(a.draft_prob, b.draft_prob, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_published_heads_come_back_as_they_were(name: str, tmp_path: Path) -> None:
+    config, tensors, *_ = LAYOUTS[name]
+    before = published(name, tmp_path)
+    files = load_head(before, target_config())
+    layout = layout_of(files)
+    write_head(files, checkpoint(), layout, tmp_path / "again")
+    assert_same(load_head(tmp_path / "again", target_config()), files)
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == tensors.keys()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == config["architectures"]
+    assert_same_proposals(tmp_path / "again", before)
+
+
+@pytest.mark.parametrize(("name", "layout"), [("eagle3", "speculators"), ("speculators", "eagle3")])
+def test_from_one_layout_to_the_other(name: str, layout: str, tmp_path: Path) -> None:
+    before = published(name, tmp_path)
+    write_head(load_head(before, target_config()), checkpoint(), layout, tmp_path / "other")
+    assert layout_of(load_head(tmp_path / "other", target_config())) == layout
+    assert_same_proposals(tmp_path / "other", before)
+
+
+def test_our_head_as_a_speculators_one(tmp_path: Path) -> None:
+    """Its output rows are the target's: they become its own."""
+    before = ours(tmp_path)
+    write_head(load_head(before, target_config()), checkpoint(), "speculators", tmp_path / "s")
+    tensors = load_file(tmp_path / "s" / "model.safetensors")
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    assert {name for name in tensors if not name.startswith("layers.0.")} == {
+        "fc.weight", "fc_norm.0.weight", "fc_norm.1.weight", "fc_norm.2.weight", "norm.weight", "lm_head.weight", "d2t",
+        "t2d",
+    }  # fmt: skip
+    assert config["fc_norm"] and config["eagle_aux_hidden_state_layer_ids"] == list(TAPS)
+    assert config["norm_before_residual"] is False  # vLLM takes a missing one for true
+    assert_same_proposals(tmp_path / "s", before)
+
+
+def test_configs_say_what_the_engines_read(tmp_path: Path) -> None:
+    """As vLLM 0.32 reads a speculators config, and the two senses of layer ids in an EAGLE-3 one."""
+    files = load_head(published("speculators", tmp_path), target_config())
+    write_head(files, checkpoint(), "speculators", tmp_path / "s")
+    config: dict[str, Any] = json.loads((tmp_path / "s" / "config.json").read_text())
+    assert config["speculators_model_type"] == "eagle3" and config["transformer_layer_config"]["model_type"] == "llama"
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] > 0
+    assert config["speculators_config"]["verifier"] == {"name_or_path": "tiny", "architectures": ["LlamaForCausalLM"]}
+    write_head(files, checkpoint(), "eagle3", tmp_path / "e")
+    config = json.loads((tmp_path / "e" / "config.json").read_text())
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 6]
+    assert config["eagle_config"] == {"eagle_aux_hidden_state_layer_ids": [0, 2, 5], "use_aux_hidden_state": True}
+    assert config["draft_vocab_size"] == len(files.weights["draft_ids"]) and config["norm_before_residual"] is True
+
+
+def test_scaled_positions_come_back(tmp_path: Path) -> None:
+    files = load_head(published("eagle3", tmp_path), target_config())
+    scaled = replace(files, shape=replace(files.shape, rope_scaling=scaling_from_hf(LLAMA3, 512), max_positions=512))
+    write_head(scaled, checkpoint(), "speculators", tmp_path / "s")
+    assert_same(load_head(tmp_path / "s", target_config()), scaled)
+
+
+def test_what_a_layout_has_no_words_for_is_refused(tmp_path: Path) -> None:
+    two = load_head(published("speculators, two layers", tmp_path), target_config())
+    with pytest.raises(ModelError, match="2 layers, and 'eagle3' one only"):
+        write_head(two, checkpoint(), "eagle3", tmp_path / "x")
+    with pytest.raises(ModelError, match="it takes one"):
+        form_of(two)
+    one = load_head(published("eagle1", tmp_path), target_config())
+    with pytest.raises(ModelError, match="an EAGLE-1/2 head"):
+        check_layout(one, "eagle3")
+    with pytest.raises(ConfigError, match="unknown layout 'gguf'"):
+        check_layout(one, "gguf")
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    with pytest.raises(ModelError, match="fc_norm"):
+        write_head(load_head(ours(folder), target_config()), checkpoint(), "eagle3", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "two" not in name])
+def test_training_starts_from_a_published_head(name: str, tmp_path: Path) -> None:
+    """In training it says what the conventions say, and unchanged it is written as it was read."""
+    config, tensors, _, entries, theta = LAYOUTS[name]
+    files = load_head(published(name, tmp_path), target_config())
+    head = TrainableHead(form_of(files))
+    head.start_at(files.weights)
+    expected = Expected(config, tensors, entries, theta)
+    with torch.no_grad():
+        model = target_model()
+        states = model(torch.tensor([expected.prompt[:-1]]), output_hidden_states=True).hidden_states
+        g = head.features(torch.cat([states[i] for i in entries], dim=-1))
+        out = head(g, expected.embedding[expected.prompt[1:]][None], [])[0, -1]
+        if files.fused:
+            logits = model.get_output_embeddings().weight @ out
+        else:
+            assert head.lm_head is not None
+            logits = head.lm_head(head.norm(out))
+    probs = torch.zeros(VOCAB)
+    probs[files.weights["draft_ids"]] = logits.softmax(-1)
+    torch.testing.assert_close(probs, expected.probs([]), rtol=1e-4, atol=1e-6)
+    for tensor, weight in head.exported().items():
+        assert torch.equal(weight, files.weights[tensor].bfloat16()), tensor
+    written = {*head.exported(), "draft_ids"}
+    assert written == files.weights.keys() - {"embed_tokens.weight"}
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("target", "head", "two"):
+        (tmp_path / name).mkdir()
+    target_model().save_pretrained(tmp_path / "target")
+    head, two = published("speculators", tmp_path / "head"), published("speculators, two layers", tmp_path / "two")
+    assert shipped_head(str(head)) is shipped_head(str(tmp_path / "target")) is None  # only built-in names have one
+    model, out = ["--model", str(tmp_path / "target")], ["--output", str(tmp_path / "out")]
+    assert main(["export", str(head), *model, "--layout", "eagle3", *out]) == 0
+    assert layout_of(load_head(tmp_path / "out", target_config())) == "eagle3"
+    assert_same_proposals(tmp_path / "out", head)
+    refused = {
+        "give the head's target": ["export", str(head), "--layout", "eagle3", *out],
+        "is the head itself": ["export", str(head), *model, "--layout", "eagle3", "--output", str(head)],
+        "and 'eagle3' one only": ["export", str(two), *model, "--layout", "eagle3", *out],
+        "cannot be chosen with --init": ["train", "--init", str(head), "--taps", "2", *model, *out],
+        "it takes one": ["train", "--init", str(two), *model, *out],
+        "an EAGLE-3 head, not one of": ["train", "--init", str(head), "--export", "eagle", *model, *out],
+        "needs an EAGLE-1/2 head": ["train", "--export", "eagle", *model, *out],
+        "holds no training data": ["train", "--init", str(head), "--skip-generation", *model, *out],
+    }
+    capsys.readouterr()
+    for reason, arguments in refused.items():
+        assert main(arguments) == 2
+        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.model
+def test_the_shipped_head_proposes_the_same_through_smart_export(tmp_path: Path) -> None:
+    from smart_decoding import LLM, SamplingParams
+
+    assert main(["export", "smollm2-135m", "--layout", "speculators", "--output", str(tmp_path / "head")]) == 0
+    outputs = []
+    for options in ({"method": "eagle"}, {"method": "eagle", "model": str(tmp_path / "head")}):
+        llm = LLM("smollm2-135m", speculative_config={**options, "policy": "likelihood"}, max_num_seqs=1)
+        (output,) = llm.generate("Write a story about a dog.", SamplingParams(temperature=0.0, max_tokens=16))
+        metrics = output.outputs[0].metrics
+        outputs.append((output.outputs[0].token_ids, metrics.rounds, metrics.drafted, metrics.accepted))
+    assert outputs[0] == outputs[1]
