@@ -16,6 +16,7 @@ from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import Decode
 from smart_decoding.errors import ConfigError
+from smart_decoding.grammars import Grammars
 from smart_decoding.models import DEFAULT_MODEL
 from smart_decoding.speculation import Speculation, build_speculation, check_speculation
 from smart_decoding.tokenizer import Tokenizer
@@ -103,7 +104,8 @@ class LLM:
         config = EngineConfig(
             pages, limit, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, seed, stop_at_loops
         )
-        self.engine = Engine(self.target, self.speculation.policy, self.speculation.drafter, config, self._decoder)
+        self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
+        self.engine = self._engine(self.speculation, config)
         self._count = 0
 
     def sharing_weights(self, speculative_config: Mapping[str, Any] | bool | None) -> LLM:
@@ -119,8 +121,12 @@ class LLM:
         other.speculation = build_speculation(
             speculative_config, self._checkpoint, self.target, config.pages, config.max_num_seqs
         )
-        other.engine = Engine(self.target, other.speculation.policy, other.speculation.drafter, config, self._decoder)
+        other.engine = self._engine(other.speculation, config)
         return other
+
+    def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
+        return Engine(self.target, speculation.policy, speculation.drafter, config, self._decoder,
+                      constrain=self.grammars)  # fmt: skip
 
     @property
     def policy(self) -> Policy:
