@@ -70,6 +70,7 @@ class LLM:
         smart_paper, smart), and either's options.
     dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens. kv_cache_tokens: KV memory, in tokens over all requests.
+    trust_pickle: load a draft head's pytorch_model.bin too, of which only tensors are read; safetensors only without.
     Raises ModelError, DownloadError, ConfigError or CapacityError, each in one line.
     """
 
@@ -87,6 +88,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         seed: int = 0,
         stop_at_loops: bool = False,
+        trust_pickle: bool = False,
     ) -> None:
         dtype_of(dtype)
         _positive(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
@@ -98,8 +100,9 @@ class LLM:
         tokens = kv_cache_tokens or min(limit, 2048) * min(max_num_seqs, 16)
         pages = pages_for(max(tokens, limit), max_num_seqs)
         self.target = TorchTarget(checkpoint, dtype, _device(device), pages, limit)
+        self._trust_pickle = trust_pickle
         self.speculation: Speculation = build_speculation(
-            speculative_config, checkpoint, self.target, pages, max_num_seqs
+            speculative_config, checkpoint, self.target, pages, max_num_seqs, trust_pickle
         )
         config = EngineConfig(
             pages, limit, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, seed, stop_at_loops
@@ -119,7 +122,7 @@ class LLM:
         check_speculation(speculative_config, self._checkpoint, config.max_model_len)
         other = copy.copy(self)
         other.speculation = build_speculation(
-            speculative_config, self._checkpoint, self.target, config.pages, config.max_num_seqs
+            speculative_config, self._checkpoint, self.target, config.pages, config.max_num_seqs, self._trust_pickle
         )
         other.engine = self._engine(other.speculation, config)
         return other

@@ -63,14 +63,15 @@ def build_speculation(
     target: TorchTarget,
     pages: int,
     max_num_seqs: int,
+    trust_pickle: bool = False,
 ) -> Speculation:
-    """Builds what `config` asks for. Raises ConfigError for unknown methods, policies and options, ModelError for a
-    head or draft model that does not fit."""
+    """Builds what `config` asks for; trust_pickle: a head may be a pickle. Raises ConfigError for unknown methods,
+    policies and options, ModelError for a head or draft model that does not fit."""
     method, policy_name, given = _asked(config, checkpoint)
     if method == "none":
         return Speculation(make_policy("off"), None)
     default_head = shipped_head(checkpoint.provenance["model"])
-    builder = _Builder(checkpoint, target, pages, max_num_seqs, given, default_head)
+    builder = _Builder(checkpoint, target, pages, max_num_seqs, given, default_head, trust_pickle)
     drafter = builder.drafter(method)
     cost = builder.cost() if "cost" in policy_options(policy_name) else None
     offered = {**builder.prior(), "cost": cost, "eos_token_ids": target.eos_token_ids}
@@ -135,9 +136,10 @@ class _Builder:
         max_num_seqs: int,
         given: dict[str, Any],
         default_head: Path | None,
+        trust_pickle: bool,
     ) -> None:
         self._checkpoint, self._target, self._pages, self._seqs = checkpoint, target, pages, max_num_seqs
-        self._given, self._default_head = given, default_head
+        self._given, self._default_head, self._trust_pickle = given, default_head, trust_pickle
         self.model: EagleHead | DraftModel | None = None
         self._folder: Path | None = None
         self.description = ""
@@ -179,8 +181,8 @@ class _Builder:
         folder = self._given.pop("model", None) or self._default_head
         if folder is None:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
-        self._folder = head_folder(folder)
-        files = load_head(self._folder, self._checkpoint.config)
+        self._folder = head_folder(folder, self._trust_pickle)
+        files = load_head(self._folder, self._checkpoint.config, self._trust_pickle)
         self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
         self.description = f"eagle head {self._folder.name}"
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)

@@ -1,0 +1,53 @@
+"""schemathesis on the server's own document: whatever a body holds, it is never the server that fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from serving import NAME, Running, serving
+
+schemathesis = pytest.importorskip("schemathesis")
+EXAMPLES = 15  # an operation
+
+
+@pytest.fixture(scope="module")
+def small(load: Any) -> Iterator[Running]:
+    """Answers are short here: the context is."""
+    with serving(lambda: load(max_model_len=48), max_queue=64) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def document(small: Running) -> Any:
+    return schemathesis.openapi.from_url(f"{small.url}/openapi.json")
+
+
+schema = schemathesis.pytest.from_fixture("document")
+
+
+@schema.parametrize()
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_no_request_makes_the_server_fail(case: Any, small: Running) -> None:
+    if isinstance(case.body, dict) and "model" in case.body:
+        case.body["model"] = NAME  # any other is a 404
+    response = case.call(timeout=20)
+    assert response.status_code < 500, response.text
+    if response.status_code >= 400:
+        assert set(json.loads(response.text)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_server_is_well_after_that(small: Running) -> None:
+    assert small.idle()
+    small.llm.engine.check_integrity()
+
+
+def test_the_document_tells_of_what_is_served(document: Any) -> None:
+    paths = document.raw_schema["paths"]
+    assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/health",
+            "/health/ready", "/version", "/metrics"} <= set(paths)  # fmt: skip
+    fields = document.raw_schema["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"tools", "tool_choice", "response_format", "structured_outputs", "messages"} <= set(fields)
