@@ -14,7 +14,7 @@ from smart_decoding.server.structure import ResponseFormat, StructuredOutputs, s
 from smart_decoding.server.tools import MAX_TOOLS, NamedTool, Offer, Tool, ToolCall
 
 MAX_STOPS, MAX_LOGPROBS = 16, 20
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -65,7 +65,7 @@ class Sampling(Body):
     structured_outputs: StructuredOutputs | None = None
     speculate: bool | None = Field(None, description="false decodes this request plainly; its tokens are the same.")
 
-    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = _ASKS_FOR_NOTHING
 
     _AS_THEY_ARE: ClassVar[tuple[str, ...]] = (
         "n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p",
