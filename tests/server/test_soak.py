@@ -45,7 +45,7 @@ def test_a_short_soak_finds_nothing_wrong(tool: Any, load: Any, monkeypatch: pyt
 
 def test_it_notices_what_is_wrong(tool: Any, running: Any, load: Any) -> None:
     """An answer that is not the one alone, a page that is not given back, a server that is broken."""
-    figures = tool.Figures(memory=[100] * 20 + [200] * 20)
+    figures = tool.Figures(memory=[100] * 100 + [200] * 100)
     body = {"model": "tiny", "prompt": "abc", "max_tokens": 5, "stream": True, "temperature": 0,
             "stream_options": {"include_usage": True}}  # fmt: skip
     figures.answers = [(tool.Plan(0, body, "read", 1, True), "not that")]

@@ -4,6 +4,7 @@ decoding's under the same grammar, and what cannot be kept to is a 400."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -235,6 +236,7 @@ def test_a_template_that_knows_tools_is_given_them(running: Running, monkeypatch
 NESTED: dict[str, Any] = {}
 for _ in range(400):
     NESTED = {"type": "array", "items": NESTED}
+NESTED_OBJECT = {"type": "object", "properties": {"a": NESTED}}
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,9 @@ for _ in range(400):
         ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]}, "object"),
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"propertyNames": {}}}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": NESTED_OBJECT}}]}, "deep"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"title": "\ud800"}}}]}, "surrogate"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"x": math.nan}}}]}, "float"),
         ({"tools": TOOLS, "structured_outputs": {"regex": "a"}}, "exclude each other"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "b"}}}, "no tool"),
@@ -269,6 +274,10 @@ for _ in range(400):
         ({"messages": [{"role": "assistant", "refusal": "no"}]}, "refusal"),
         ({"messages": [{"role": "assistant", "tool_calls": [
             {"id": "c", "type": "function", "function": {"name": "f", "arguments": "[]"}}]}]}, "JSON object"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {
+            "name": "f", "arguments": '{"a":' + 400 * "[" + 400 * "]" + "}"}}]}]}, "deep"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {
+            "name": "f", "arguments": '{"a": "\\ud800"}'}}]}]}, "surrogate"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_kept_to_is_refused(running: Running, change: dict[str, Any], words: str) -> None:

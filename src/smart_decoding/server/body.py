@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -17,8 +18,21 @@ def _whole_characters(text: str) -> str:
     return text
 
 
+MAX_DEPTH = 64
 Token = Annotated[int, Field(ge=0)]
 Text = Annotated[str, AfterValidator(_whole_characters)]
+
+
+def check_json(value: Any) -> None:
+    """Raises ValueError for JSON that cannot be written out again: too deep, not finite, or no text."""
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        below = [each for each in level if isinstance(each, dict | list)]
+        level = [child for each in below for child in (each.values() if isinstance(each, dict) else each)]
+        depth += 1
+    _whole_characters(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 class Body(BaseModel):

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from smart_decoding.grammars import json_grammar
-from smart_decoding.server.body import Body, Text
+from smart_decoding.server.body import Body, Text, check_json
 
 Json = dict[str, Any]
 OPENING, CLOSING = "<tool_call>", "}\n</tool_call>"
@@ -44,6 +44,7 @@ class Function(Body):
     def _takes_an_object(self) -> Function:
         if (self.parameters or {}).get("type", "object") != "object":
             raise ValueError("parameters must be the schema of an object")
+        check_json(self.parameters)
         return self
 
     @property
@@ -83,6 +84,7 @@ class CalledFunction(Body):
             raise ValueError(f"arguments are not JSON: {error}") from None
         if not isinstance(found, dict):
             raise ValueError("arguments must be a JSON object")
+        check_json(found)
         return found
 
 
