@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -43,8 +44,25 @@ def read_all(client: socket.socket) -> bytes:
     return data
 
 
+def first_answer(client: socket.socket) -> tuple[int, bytes]:
+    """Status and body of the first response; (0, b"") if the server closes without one."""
+    data = b""
+    while True:
+        head, found, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        if found and length and len(body) >= int(length[1]):
+            return int(head.split(b" ")[1]), body[: int(length[1])]
+        try:
+            piece = client.recv(65536)
+        except ConnectionError:
+            piece = b""
+        if not piece:
+            return 0, b""
+        data += piece
+
+
 def said(running: Running, *pieces: bytes, pause: float = 0.0) -> tuple[int, dict[str, Any] | None, float]:
-    """Status, error and seconds until the server closed, after it was sent `pieces`."""
+    """Status, error and seconds until the server answered or closed, after it was sent `pieces`."""
     with connected(running) as client:
         started = time.monotonic()
         try:
@@ -53,8 +71,7 @@ def said(running: Running, *pieces: bytes, pause: float = 0.0) -> tuple[int, dic
                 time.sleep(pause)
         except ConnectionError:
             pass
-        head, _, body = read_all(client).partition(b"\r\n\r\n")
-        status = int(head.split(b" ")[1]) if head else 0
+        status, body = first_answer(client)
         return status, json.loads(body)["error"] if body.startswith(b'{"error"') else None, time.monotonic() - started
 
 
@@ -85,7 +102,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: appli
 )
 def test_what_is_no_request(impatient: Running, data: bytes) -> None:
     status, error, seconds = said(impatient, data)
-    assert 400 <= status < 500 and seconds < 3
+    assert (status == 0 or 400 <= status < 500) and seconds < 3
     assert error is None or set(error) == {"message", "type", "param", "code"}
     goes_on(impatient)
 
