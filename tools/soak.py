@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import re
 import subprocess
@@ -68,6 +69,7 @@ class Figures:
     answers: list[tuple[Plan, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
+    busy: tuple[float, float] = (0.0, 0.0)  # processor seconds of the server's process, and seconds of the blocks
     late: int = 0  # requests that began after their time: their client still had the one before
     tokens: int = 0
 
@@ -145,13 +147,22 @@ async def play(url: str, args: argparse.Namespace, block: int, figures: Figures,
     """One block of load on one server, to its last answer."""
     limits = httpx.Limits(max_connections=args.clients)
     async with httpx.AsyncClient(base_url=url, timeout=HANGS, limits=limits) as client:
+        started, used = time.monotonic(), processor_seconds(pid)
         watch = asyncio.create_task(watch_memory(pid, figures))
         names = [f"{block}-{i}" for i in range(args.clients)]
         await asyncio.gather(*(one_client(client, name, plans(args, name), figures) for name in names))
         watch.cancel()
+        busy, whole = figures.busy
+        figures.busy = busy + processor_seconds(pid) - used, whole + time.monotonic() - started
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process, all its threads, has used so far."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 async def watch_memory(pid: int, figures: Figures) -> None:
@@ -203,6 +214,9 @@ def summary(figures: Figures, counted: dict[str, float]) -> dict[str, Any]:
         "memory_mib": [m // 1024 for m in (figures.memory[len(figures.memory) // 5], figures.memory[-1])],
         "rounds_off": round(1 - counted["drafting_rounds_total"] / rounds, 4) if rounds else None,
         "tokens_per_round": round(counted["generation_tokens_total"] / rounds, 3) if rounds else None,
+        "round_ms": round(1000 * counted["round_seconds_total"] / rounds, 2) if rounds else None,
+        "controller_share": round(counted["controller_seconds_total"] / (counted["round_seconds_total"] or 1), 4),
+        "cores_busy": round(figures.busy[0] / figures.busy[1], 3) if figures.busy[1] else None,
     }  # fmt: skip
 
 
