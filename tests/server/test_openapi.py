@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from serving import NAME, Running, serving
 
 schemathesis = pytest.importorskip("schemathesis")
-EXAMPLES = 15  # an operation
+EXAMPLES = 40  # an operation
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def tool() -> Any:
 def test_a_short_soak_finds_nothing_wrong(tool: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "SLOW", 0.02)
     size = {"max_num_seqs": 16, "max_model_len": 2048}
-    args = argparse.Namespace(seed=0, seconds=4.0, blocks=2, clients=64, pause=2.5)
+    args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5)
     with (
         serving(lambda: load(**size), model_name="soak") as ours,
         serving(lambda: load(**size, speculative_config=False), model_name="soak") as off,
