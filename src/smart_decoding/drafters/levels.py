@@ -193,12 +193,20 @@ class LevelDrafter(ABC, Generic[S]):
         if state is None:
             state = self._states[id(request)] = self._admit(request, first)
         self._receive(request, state, features, first)
-        end = first + len(tokens)
-        if end - state.length > WINDOW:  # keep the younger half, from a page's start on
+        self._bound(state, first + len(tokens))
+
+    def _bound(self, state: S, end: int) -> None:
+        """Of the rows that wait before position `end`, keeps no more than the window, from a page's start on."""
+        if end - state.length > WINDOW:  # keep the younger half
             start = -(-(end - WINDOW // 2) // PAGE) * PAGE
             self._drop(state, start - state.length)
             state.start = state.length = start
             state.again = []
+
+    def extend_each(self, requests: Sequence[Request], features: Any) -> None:
+        for i, request in enumerate(requests):
+            first = request.table.length - 1
+            self.extend(request, None if features is None else features[i : i + 1], first, request.tokens[first:][:1])
 
     def observe_logits(self, tokens: IntArray, logits: Any) -> None:
         """Not wanted."""

@@ -21,10 +21,12 @@ Logits: TypeAlias = Any
 
 @dataclass(slots=True)
 class TargetScores:
-    """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' tapped states, or None."""
+    """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' tapped states, or None; greedy:
+    what `argmax` says of the wanted rows, where the backend knows it anyway."""
 
     logits: Logits
     features: Features
+    greedy: IntArray | None = None
 
 
 class Target(Protocol):
@@ -46,7 +48,7 @@ class Target(Protocol):
         """[which] greedy tokens of the rows `which`, ties to the lowest id."""
         ...
 
-    def logprobs(self, logits: Logits, which: IntArray, tokens: IntArray, k: int) -> list[Any]:
+    def logprobs(self, logits: Logits, which: IntArray, tokens: Sequence[int], k: int) -> list[Any]:
         """Log probabilities of drawn tokens and of the k most likely ones."""
         ...
 
@@ -78,6 +80,11 @@ class Drafter(Protocol):
 
     def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
         """The target processed `tokens` at the positions first, first + 1, ...; features: [tokens, ...] or None."""
+        ...
+
+    def extend_each(self, requests: Sequence[Request], features: Features) -> None:
+        """The target processed one more token of each request, and that was all of the round: plain decoding, whose
+        rounds must not pay for a drafter that rests. features: [requests, ...] or None."""
         ...
 
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:

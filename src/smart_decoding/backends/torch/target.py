@@ -10,7 +10,7 @@ import torch
 
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.loading import Checkpoint
-from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs
+from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs, require_finite
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE, Ints
@@ -58,7 +58,9 @@ class TorchTarget:
 
     def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
         out = self.decoder.forward(rows, taps)
-        return TargetScores(out.logits, out.taps)
+        if out.best is not None:
+            require_finite(out.best)
+        return TargetScores(out.logits, out.taps, out.best)
 
     def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
         return self.sampler.argmax(logits, which)
@@ -66,7 +68,7 @@ class TorchTarget:
     def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
         return self.sampler.sample(logits, which, specs)
 
-    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: IntArray, k: int) -> list[TokenLogprobs]:
+    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
         return self.sampler.logprobs(logits, which, tokens, k)
 
     def move(self, source: Ints, target: Ints) -> None:

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -237,9 +238,7 @@ __attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, co
 // One layer's KV cache. k: [kv_heads, pages, head_dim, PAGE], so that a page's 16 keys are one vector per dimension;
 // v: [kv_heads, pages, PAGE, head_dim].
 struct Rows {                    // what attention must know of the rows of a forward
-    int32_t rows, blocks;        // blocks: pieces of groups, shared out among the threads
-    const int32_t* block_group;  // [blocks] the group of each block; groups are runs of consecutive rows of one request
-    const int32_t* block_row;    // [blocks] its first row
+    int32_t rows, groups;        // groups: runs of consecutive rows of one request
     const int32_t* group_row;    // [groups + 1] first row of each group
     const int32_t* group_pages;  // [groups] offset of the request's block table in `pages`
     const int32_t* pages;        // block tables, one after another
@@ -252,7 +251,16 @@ struct Rows {                    // what attention must know of the rows of a fo
     const float* sine;
 };
 
-static inline int row_block_of(int per) { return std::max(1, std::min(4, 32 / per)); }  // rows of a block, for heads per KV head
+struct Block { int32_t group, row, count; };  // rows of one group that attention works on at a time
+
+static std::vector<Block> blocks_of(const Rows& in, int heads_per_key) {
+    int size = std::max(1, std::min(4, 32 / heads_per_key));
+    std::vector<Block> blocks;
+    for (int g = 0; g < in.groups; g++)
+        for (int row = in.group_row[g]; row < in.group_row[g + 1]; row += size)
+            blocks.push_back({g, row, std::min(size, in.group_row[g + 1] - row)});
+    return blocks;
+}
 
 template <int HD> struct Query {  // running softmax of one query head
     float q[HD], best, sum;
@@ -450,10 +458,10 @@ struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, max(hidden
 
 // One layer, run by a whole team.
 template <class W, class T, int HD>
-static void layer_run(const Layer& l, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages, const Scratch& s) {
+static void layer_run(const Layer& l, const Rows& in, const std::vector<Block>& blocks, const float* input, float* x, T* kc, T* vc,
+                      int64_t pages, const Scratch& s) {
     int rows = in.rows, heads = l.heads, kv = l.kv_heads, per = heads / kv;
     int64_t d = l.hidden, qkv_width = int64_t(heads + 2 * kv) * HD, attention_width = int64_t(heads) * HD;
-    int row_block = row_block_of(per);
     Input<W> *room = (Input<W>*)s.normed, *attention = (Input<W>*)s.attention, *ffn = (Input<W>*)s.ffn;
     const Input<W>* normed = room;
     if (input) normed = rounded(input, rows, l.input, room);
@@ -467,11 +475,11 @@ static void layer_run(const Layer& l, const Rows& in, const float* input, float*
     for (int r = 0; r < rows; r++)
         rope_and_store<T, HD>(in, r, s.qkv + r * qkv_width, heads, kv, l.q_norm, l.k_norm, l.eps, kc, vc, pages);
     #pragma omp for schedule(dynamic, 1) collapse(2)
-    for (int b = 0; b < in.blocks; b++)
+    for (size_t b = 0; b < blocks.size(); b++)
         for (int h = 0; h < kv; h++) {
-            int g = in.block_group[b], r = in.block_row[b];
-            attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
-                                    std::min(row_block, in.group_row[g + 1] - r), per, s.qkv, qkv_width,
+            const Block& block = blocks[b];
+            attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE,
+                                    in.pages + in.group_pages[block.group], block.row, block.count, per, s.qkv, qkv_width,
                                     int64_t(h) * per * HD, attention, attention_width);
         }
     linear_rows(attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
@@ -489,9 +497,10 @@ template <class W, class T, int HD>
 static void layers_run(const Layer* layers, int count, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages,
                        const Scratch& s, const int32_t* taps, int tap_count, float* tapped, int threads) {
     int64_t plane = layers[0].kv_heads * pages * HD * PAGE, d = layers[0].hidden;
+    const std::vector<Block> blocks = blocks_of(in, layers[0].heads / layers[0].kv_heads);
     #pragma omp parallel num_threads(threads)
     for (int i = 0, tap = 0; i < count; i++) {
-        layer_run<W, T, HD>(layers[i], in, i ? nullptr : input, x, kc + i * plane, vc + i * plane, pages, s);
+        layer_run<W, T, HD>(layers[i], in, blocks, i ? nullptr : input, x, kc + i * plane, vc + i * plane, pages, s);
         if (tap == tap_count || taps[tap] != i + 1) continue;
         #pragma omp for schedule(static) nowait
         for (int r = 0; r < in.rows; r++) memcpy(tapped + (int64_t(r) * tap_count + tap) * d, x + r * d, d * sizeof(float));
@@ -499,10 +508,50 @@ static void layers_run(const Layer* layers, int count, const Rows& in, const flo
     }
 }
 
+// First index in [first, last) of the largest entry that is no NaN, or -1.
+static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
+    vf best = vf{} - INFINITY;
+    int64_t i = first;
+    for (; i + VW <= last; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
+    float top = best[0];
+    for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
+    for (; i < last; i++) top = row[i] > top ? row[i] : top;
+    for (i = first; i + VW <= last; i += VW) {
+        vi same = loadu<vf>(row + i) == top;
+        int any = 0;
+        for (int j = 0; j < VW; j++) any |= same[j];
+        if (any) break;
+    }
+    while (i < last && row[i] != top) i++;
+    return i < last ? i : -1;
+}
+
+// First index of the maximum of each of `rows` rows of n, -1 where there is none or it is infinite; by a whole team.
+// Each thread scans the columns that it has written as output layer: they are in its own cache. which: null for all rows;
+// found: [rows, threads].
+static void maxima(const float* x, const int64_t* which, int rows, int64_t n, int64_t* found, int64_t* out) {
+    int me = omp_get_thread_num(), team = omp_get_num_threads();
+    int64_t panels = (n + PANEL - 1) / PANEL;
+    int64_t first = std::min(n, panels * me / team * PANEL), last = std::min(n, panels * (me + 1) / team * PANEL);
+    for (int r = 0; r < rows; r++) found[r * team + me] = first_maximum(x + (which ? which[r] : r) * n, first, last);
+    #pragma omp barrier
+    #pragma omp single
+    for (int r = 0; r < rows; r++) {
+        const float* row = x + (which ? which[r] : r) * n;
+        int64_t best = n;
+        for (int t = 0; t < team; t++) {
+            int64_t at = found[r * team + t];
+            if (at >= 0 && (best == n || row[at] > row[best])) best = at;
+        }
+        out[r] = best < n && std::isfinite(row[best]) ? best : -1;
+    }
+}
+
 template <class W>
 static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k, const float* norm, float eps,
-                       const float* bias, float* scratch, float* y, int64_t ldy, int add, int threads) {
+                       const float* bias, float* scratch, float* y, int64_t ldy, int add, int64_t* best, int threads) {
     Input<W>* room = (Input<W>*)scratch;
+    std::vector<int64_t> found(best ? size_t(rows) * threads : 0);
     #pragma omp parallel num_threads(threads)
     {
         const Input<W>* input = room;
@@ -511,6 +560,7 @@ static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t 
             #pragma omp barrier
         } else input = rounded(x, rows, k, room);
         linear_rows(input, k, rows, w, n, k, bias, y, ldy, add);
+        if (best) maxima(y, nullptr, rows, n, found.data(), best);
     }
 }
 
@@ -617,29 +667,10 @@ static void noisy_largest(const float* row, int64_t n, float scale, uint64_t key
     }
 }
 
-// First index in [first, last) of the largest entry that is no NaN, or -1.
-static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
-    vf best = vf{} - INFINITY;
-    int64_t i = first;
-    for (; i + VW <= last; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
-    float top = best[0];
-    for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
-    for (; i < last; i++) top = row[i] > top ? row[i] : top;
-    for (i = first; i + VW <= last; i += VW) {
-        vi same = loadu<vf>(row + i) == top;
-        int any = 0;
-        for (int j = 0; j < VW; j++) any |= same[j];
-        if (any) break;
-    }
-    while (i < last && row[i] != top) i++;
-    return i < last ? i : -1;
-}
-
 extern "C" {
 
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
-int smart_row_block(int heads_per_key) { return row_block_of(heads_per_key); }
 int smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }  // does bf16 mean bf16 inputs of linear layers, too?
 int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
@@ -648,11 +679,12 @@ void smart_pack(const void* w, int64_t n, int64_t k, void* out, int is_bf16) {
     else pack_panels((const float*)w, n, k, (float*)out);
 }
 
-// y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]
+// y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best [rows], if not null: the first
+// index of each row's maximum, as in smart_argmax (then ldy is n).
 void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k, int is_bf16, const float* norm, float eps,
-                  const float* bias, float* scratch, float* y, int64_t ldy, int add, int threads) {
-    if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, threads);
-    else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, threads);
+                  const float* bias, float* scratch, float* y, int64_t ldy, int add, int64_t* best, int threads) {
+    if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, best, threads);
+    else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, best, threads);
 }
 
 // Rows `index` of a packed weight [n, k] as fp32 [count, k].
@@ -757,30 +789,9 @@ void smart_rms_norm(const float* x, const float* weight, float eps, int rows, in
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * ldo);
 }
 
-// First index of the maximum of each of the rows `which`; -1 where there is none (nothing but NaN).
 void smart_argmax(const float* x, const int64_t* which, int rows, int64_t n, int64_t* out, int threads) {
-    // Each thread scans the columns that it has just written as output layer: they are in its own cache.
-    constexpr int MAX_THREADS = 64;
-    threads = std::min(threads, MAX_THREADS);
-    int64_t panels = (n + PANEL - 1) / PANEL;
-    auto* found = new int64_t[rows * MAX_THREADS];
+    std::vector<int64_t> found(size_t(rows) * threads);
     #pragma omp parallel num_threads(threads)
-    {
-        int me = omp_get_thread_num(), team = omp_get_num_threads();
-        int64_t first = std::min(n, panels * me / team * PANEL), last = std::min(n, panels * (me + 1) / team * PANEL);
-        for (int r = 0; r < rows; r++) found[r * MAX_THREADS + me] = first_maximum(x + which[r] * n, first, last);
-        #pragma omp barrier
-        #pragma omp single
-        for (int r = 0; r < rows; r++) {
-            const float* row = x + which[r] * n;
-            int64_t best = n;
-            for (int t = 0; t < team; t++) {
-                int64_t at = found[r * MAX_THREADS + t];
-                if (at >= 0 && (best == n || row[at] > row[best])) best = at;
-            }
-            out[r] = best < n ? best : -1;
-        }
-    }
-    delete[] found;
+    maxima(x, which, rows, n, found.data(), out);
 }
 }
