@@ -5,7 +5,7 @@
 Two servers run side by side, `smart` and speculation off; blocks of load go to one, then the other, with the same
 requests at the same times, so that a change of the machine's speed hits both. It looks for requests that fail or hang,
 for leaked slots, pages and memory, and for answers that differ from the same request served alone without speculation
-(in float32, 5 % of them). Prints a table, then one JSON line; exits with 1 if something is wrong.
+(5 % of them; in float32 unless --dtype says bf16). Prints a table, then one JSON line; exits with 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def show(result: dict[str, Any]) -> None:
 def server(args: argparse.Namespace, policy: str, port: int) -> Iterator[tuple[str, int]]:
     """`smart serve` in a process of its own; (url, pid)."""
     url = f"http://127.0.0.1:{port}"
-    options = ["--served-model-name", "soak", "--dtype", "fp32", "--port", str(port), "--policy", policy,
+    options = ["--served-model-name", "soak", "--dtype", args.dtype, "--port", str(port), "--policy", policy,
                "--log-level", "warning", *args.option]  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "smart_decoding.cli", "serve", args.model, *options])
     try:
@@ -292,6 +292,9 @@ def soak(args: argparse.Namespace, servers: dict[str, tuple[str, int]]) -> dict[
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument(
+        "--dtype", default="fp32", help="fp32, where answers must be the same everywhere, or bf16 (fp32)"
+    )
     parser.add_argument("--policy", default="smart", help="what runs beside speculation off (smart)")
     parser.add_argument("--seconds", type=float, default=600, help="of load on each of the two servers (600)")
     parser.add_argument("--blocks", type=int, default=0, help="parts of that, in turn (one a minute)")
