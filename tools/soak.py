@@ -5,7 +5,7 @@
 Two servers run side by side, `smart` and speculation off; blocks of load go to one, then the other, with the same
 requests at the same times, so that a change of the machine's speed hits both. It looks for requests that fail or hang,
 for leaked slots, pages and memory, and for answers that differ from the same request served alone without speculation
-(5 % of them; in float32 unless --dtype says bf16). Prints a table, then one JSON line; exits with 1 if something is wrong.
+(5 % of them, in float32). Prints a table, then one JSON line; exits with 1 if something is wrong.
 """
 
 from __future__ import annotations
