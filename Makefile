@@ -27,7 +27,7 @@ quality: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# A server under load with faults, for ten minutes (SECONDS_=60 is the short form).
+# Ten minutes of load with faults on a server, and ten without speculation; SECONDS_=30 is the short form (2 minutes).
 soak: env
 	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
 

@@ -1,9 +1,11 @@
-"""Load with faults on a server of its own, on this machine: many clients, cancellations, slow readers, mixed requests.
+"""Load with faults on servers of its own: many clients, cancellations, slow readers, mixed requests and grammars.
 
-    python tools/soak.py --seconds 600 --clients 64                  # smart, then off, at the same arrival times
+    python tools/soak.py --seconds 600 --clients 64 --json soak.json
 
-It looks for leaked slots, pages and memory, for requests that hang or fail, and for answers that differ from the same
-request served alone (in float32). Prints a table, then one JSON line; exits with 1 if something is wrong.
+Two servers run side by side, `smart` and speculation off; blocks of load go to one, then the other, with the same
+requests at the same times, so that a change of the machine's speed hits both. It looks for requests that fail or hang,
+for leaked slots, pages and memory, and for answers that differ from the same request served alone without speculation
+(5 % of them, in float32). Prints a table, then one JSON line; exits with 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -12,40 +14,36 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 
-WORDS = (
-    "the",
-    "sea",
-    "carries",
-    "ships",
-    "and",
-    "wind",
-    "stories",
-    "of",
-    "cities",
-    "rivers",
-    "numbers",
-    "people",
-    "count",
-)
+WORDS = ("the", "sea", "carries", "ships", "and", "wind", "stories", "of", "cities", "rivers", "numbers", "people",
+         "count")  # fmt: skip
+FORMS: list[dict[str, Any]] = [
+    {"regex": r"[a-z]{3,9}( [a-z]{3,9}){5,20}\."},
+    {"json": {"type": "object", "properties": {"name": {"type": "string", "maxLength": 30}, "age": {"type": "integer"}},
+              "required": ["name", "age"], "additionalProperties": False}},
+]  # fmt: skip
 HANGS = 300.0  # seconds without a byte
+SLOW = 0.1  # seconds that a slow reader sleeps after each piece
+GROWTH = 1.1  # times the memory after the first fifth of the run
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One request. kind: read to its end, cancel after some chunks, or slow (a pause after each chunk)."""
+    """One request, `at` seconds into its block. kind: read to its end, cancel after some pieces, or slow."""
 
     at: float
     body: dict[str, Any]
@@ -55,30 +53,45 @@ class Plan:
 
 
 @dataclass
+class Times:
+    """Seconds of one answer: to its first text; per token after it; from its first text to its end."""
+
+    ttft: float
+    tpot: float | None
+
+
+@dataclass
 class Figures:
-    """What one run came to. Seconds."""
+    """What the load on one server came to. times: by request; answers: texts to be checked; memory: KiB."""
 
     ends: Counter[str] = field(default_factory=Counter)
-    ttft: list[float] = field(default_factory=list)
-    tpot: list[float] = field(default_factory=list)
+    times: dict[str, Times] = field(default_factory=dict)
     answers: list[tuple[Plan, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)  # KiB
+    memory: list[int] = field(default_factory=list)
+    busy: tuple[float, float] = (0.0, 0.0)  # processor seconds of the server's process, and seconds of the blocks
+    late: int = 0  # requests that began after their time: their client still had the one before
+    tokens: int = 0
 
 
-def plans(args: argparse.Namespace, client: int) -> list[Plan]:
-    """The same for every policy: a function of the seed."""
+def plans(args: argparse.Namespace, client: str) -> list[Plan]:
+    """One client's requests in one block: a function of the seed, the same for every server."""
     rng, at, found = random.Random(f"{args.seed}-{client}"), 0.0, []
-    while (at := at + rng.expovariate(1 / args.pause)) < args.seconds:
+    while (at := at + rng.expovariate(1 / args.pause)) < args.seconds / args.blocks:
         prompt = " ".join(rng.choices(WORDS, k=rng.choice([3, 12, 60, 150])))
         body = {
-            "model": args.model, "prompt": prompt, "max_tokens": rng.choice([8, 32, 96, 200]),
+            "model": "soak", "prompt": prompt, "max_tokens": rng.choice([8, 32, 96, 200]),
             "stream": True, "stream_options": {"include_usage": True},
             "temperature": rng.choice([0.0, 0.7, 1.0]), "seed": rng.randrange(2**31),
         }  # fmt: skip
+        if rng.random() < 0.1:
+            body["structured_outputs"] = rng.choice(FORMS)
         kind = rng.choices(["read", "cancel", "slow"], [0.75, 0.15, 0.1])[0]
         found.append(Plan(at, body, kind, rng.randrange(1, 20), kind != "cancel" and rng.random() < 0.05))
     return found
+
+
+# ------------------------------------------------------------------------------------------------------------- clients
 
 
 async def pieces(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[tuple[str, int], None]:
@@ -90,12 +103,12 @@ async def pieces(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenera
             if line.startswith("data: {"):
                 event = json.loads(line[6:])
                 if "error" in event:
-                    raise RuntimeError("error in the stream")
+                    raise RuntimeError(f"in the stream: {event['error']['message']}")
                 usage = event["usage"]
                 yield "".join(c["text"] for c in event["choices"]), usage["completion_tokens"] if usage else 0
 
 
-async def ask(client: httpx.AsyncClient, plan: Plan, figures: Figures) -> None:
+async def ask(client: httpx.AsyncClient, plan: Plan, name: str, figures: Figures) -> None:
     started, first, text, count, tokens = time.monotonic(), 0.0, "", 0, 0
     try:
         async with contextlib.aclosing(pieces(client, plan.body)) as stream:
@@ -105,26 +118,51 @@ async def ask(client: httpx.AsyncClient, plan: Plan, figures: Figures) -> None:
                     figures.ends["cancelled"] += 1
                     return
                 if plan.kind == "slow":
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(SLOW)
     except (RuntimeError, httpx.HTTPError) as error:
         reason = str(error) if isinstance(error, RuntimeError) else type(error).__name__
         figures.ends[reason] += 1
         if reason not in ("429", "503"):
-            figures.wrong.append(reason)
+            figures.wrong.append(f"{reason}: seed {plan.body['seed']}")
         return
     figures.ends["read"] += 1
+    figures.tokens += tokens
     if plan.kind == "read" and first:
-        figures.ttft.append(first - started)
-        if tokens > 1:
-            figures.tpot.append((time.monotonic() - first) / (tokens - 1))
+        each = (time.monotonic() - first) / (tokens - 1) if tokens > 1 else None
+        figures.times[name] = Times(first - started, each)
     if plan.checked:
         figures.answers.append((plan, text))
 
 
-async def one_client(client: httpx.AsyncClient, mine: Sequence[Plan], start: float, figures: Figures) -> None:
-    for plan in mine:
-        await asyncio.sleep(max(0.0, start + plan.at - time.monotonic()))
-        await ask(client, plan, figures)
+async def one_client(client: httpx.AsyncClient, name: str, mine: Sequence[Plan], figures: Figures) -> None:
+    start = time.monotonic()
+    for i, plan in enumerate(mine):
+        wait = start + plan.at - time.monotonic()
+        figures.late += wait < -0.05
+        await asyncio.sleep(max(0.0, wait))
+        await ask(client, plan, f"{name}-{i}", figures)
+
+
+async def play(url: str, args: argparse.Namespace, block: int, figures: Figures, pid: int) -> None:
+    """One block of load on one server, to its last answer."""
+    limits = httpx.Limits(max_connections=args.clients)
+    async with httpx.AsyncClient(base_url=url, timeout=HANGS, limits=limits) as client:
+        started, used = time.monotonic(), processor_seconds(pid)
+        watch = asyncio.create_task(watch_memory(pid, figures))
+        names = [f"{block}-{i}" for i in range(args.clients)]
+        await asyncio.gather(*(one_client(client, name, plans(args, name), figures) for name in names))
+        watch.cancel()
+        busy, whole = figures.busy
+        figures.busy = busy + processor_seconds(pid) - used, whole + time.monotonic() - started
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process, all its threads, has used so far."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 async def watch_memory(pid: int, figures: Figures) -> None:
@@ -134,40 +172,90 @@ async def watch_memory(pid: int, figures: Figures) -> None:
         await asyncio.sleep(2.0)
 
 
-async def run(url: str, pid: int, args: argparse.Namespace) -> Figures:
-    figures, limits = Figures(), httpx.Limits(max_connections=args.clients + 1)
-    async with httpx.AsyncClient(base_url=url, timeout=HANGS, limits=limits) as client:
-        memory = asyncio.create_task(watch_memory(pid, figures))
-        start = time.monotonic()
-        work = [one_client(client, plans(args, i), start, figures) for i in range(args.clients)]
-        await asyncio.gather(*work)
-        memory.cancel()
+async def check_answers(plain_url: str, figures: Figures) -> None:
+    """Each answer again, alone, on the server without speculation."""
+    async with httpx.AsyncClient(base_url=plain_url, timeout=HANGS) as client:
         for plan, text in figures.answers:
             alone = "".join([piece async for piece, _ in pieces(client, plan.body)])
             if alone != text:
-                figures.wrong.append(f"differs from alone: seed {plan.body['seed']}")
-        await check_leaks(client, figures)
-    return figures
+                figures.wrong.append(f"differs from alone: {json.dumps(plan.body)}")
 
 
-async def check_leaks(client: httpx.AsyncClient, figures: Figures) -> None:
-    """No slots and pages may be taken once all is quiet; memory must not have grown after the first fifth."""
-    await asyncio.sleep(0.5)
-    text = (await client.get("/metrics")).text
+def check_leaks(url: str, figures: Figures) -> dict[str, float]:
+    """No slots and pages may be taken once all is quiet. Returns what the server counted.
+
+    Nor may memory have grown; before some minutes are over it does, since KV pages are touched for the first time."""
+    time.sleep(0.5)
+    text = httpx.get(f"{url}/metrics").text
+    values = {name: float(value) for name, value in re.findall(r"^smart:(\w+){[^}]*} (\S+)$", text, re.MULTILINE)}
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
-        value = float(re.search(rf"^smart:{name}{{.*}} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
-        if value:
-            figures.wrong.append(f"leak: {name} is {value:g}")
+        if values[name]:
+            figures.wrong.append(f"leak: {name} is {values[name]:g}")
     settled = figures.memory[len(figures.memory) // 5 :]
-    if len(settled) > 10 and settled[-1] > 1.2 * settled[0]:
+    if len(settled) > 100 and settled[-1] > GROWTH * settled[0]:
         figures.wrong.append(f"memory grew from {settled[0]} to {settled[-1]} KiB")
+    return values
+
+
+# -------------------------------------------------------------------------------------------------------------- result
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Milliseconds."""
+    return {f"p{q}": round(1000 * float(np.percentile(values, q)), 2) for q in (50, 95, 99)} if len(values) else {}
+
+
+def summary(figures: Figures, counted: dict[str, float]) -> dict[str, Any]:
+    times, rounds = figures.times.values(), counted["rounds_total"]
+    return {
+        "ends": dict(figures.ends), "late": figures.late, "checked": len(figures.answers), "wrong": figures.wrong,
+        "tokens": figures.tokens, "ttft_ms": quantiles([t.ttft for t in times]),
+        "tpot_ms": quantiles([t.tpot for t in times if t.tpot is not None]),
+        "memory_mib": [m // 1024 for m in (figures.memory[len(figures.memory) // 5], figures.memory[-1])],
+        "rounds_off": round(1 - counted["drafting_rounds_total"] / rounds, 4) if rounds else None,
+        "tokens_per_round": round(counted["generation_tokens_total"] / rounds, 3) if rounds else None,
+        "round_ms": round(1000 * counted["round_seconds_total"] / rounds, 2) if rounds else None,
+        "controller_share": round(counted["controller_seconds_total"] / (counted["round_seconds_total"] or 1), 4),
+        "cores_busy": round(figures.busy[0] / figures.busy[1], 3) if figures.busy[1] else None,
+    }  # fmt: skip
+
+
+def ratio(ours: dict[str, Times], base: dict[str, Times], name: str) -> dict[str, Any]:
+    """Our median over the baseline's, on the requests that both answered, with a bootstrap 95 % interval."""
+    both = [(getattr(ours[k], name), getattr(base[k], name)) for k in sorted(ours.keys() & base.keys())]
+    pairs = np.array([pair for pair in both if None not in pair], np.float64)
+    if len(pairs) < 2:
+        return {"value": None, "low": None, "high": None, "pairs": len(pairs)}
+    which = np.random.default_rng(0).integers(0, len(pairs), (2000, len(pairs)))
+    medians = np.median(pairs[which], axis=1)
+    value = np.median(pairs, axis=0)
+    low, high = np.percentile(medians[:, 0] / medians[:, 1], [2.5, 97.5])
+    return {"value": round(float(value[0] / value[1]), 4), "low": round(float(low), 4), "high": round(float(high), 4),
+            "pairs": len(pairs)}  # fmt: skip
+
+
+def show(result: dict[str, Any]) -> None:
+    for policy, found in result["policies"].items():
+        for name in ("ttft_ms", "tpot_ms"):
+            print(f"{policy:12} {name}  " + "  ".join(f"{k} {v:9.1f}" for k, v in found[name].items()))
+        print(f"{policy:12} ends {found['ends']}, {found['checked']} checked, memory {found['memory_mib']} MiB, "
+              f"rounds off {found['rounds_off']}")  # fmt: skip
+        for wrong in found["wrong"]:
+            print(f"{policy:12} WRONG {wrong}")
+    for policy, found in result["over_off"].items():
+        for name, r in found.items():
+            print(f"{policy} / off, median {name}: {r['value']} ({r['low']} to {r['high']}, {r['pairs']} pairs)")
+    print(json.dumps(result))
+
+
+# ------------------------------------------------------------------------------------------------------------- servers
 
 
 @contextlib.contextmanager
-def server(args: argparse.Namespace, policy: str) -> Any:
+def server(args: argparse.Namespace, policy: str, port: int) -> Iterator[tuple[str, int]]:
     """`smart serve` in a process of its own; (url, pid)."""
-    url = f"http://127.0.0.1:{args.port}"
-    options = ["--served-model-name", args.model, "--dtype", "fp32", "--port", str(args.port), "--policy", policy,
+    url = f"http://127.0.0.1:{port}"
+    options = ["--served-model-name", "soak", "--dtype", args.dtype, "--port", str(port), "--policy", policy,
                "--log-level", "warning", *args.option]  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "smart_decoding.cli", "serve", args.model, *options])
     try:
@@ -184,37 +272,51 @@ def server(args: argparse.Namespace, policy: str) -> Any:
         process.wait(60)
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {f"p{q}": ordered[min(len(ordered) - 1, q * len(ordered) // 100)] for q in (50, 95, 99)} if ordered else {}
+def soak(args: argparse.Namespace, servers: dict[str, tuple[str, int]]) -> dict[str, Any]:
+    """Blocks of load on each server in turn, the checks, and what came out. `off` must be among the servers."""
+    figures = {policy: Figures() for policy in servers}
+    for block in range(args.blocks):
+        for policy in list(servers)[:: 1 if block % 2 == 0 else -1]:
+            url, pid = servers[policy]
+            asyncio.run(play(url, args, block, figures[policy], pid))
+    for each in figures.values():
+        asyncio.run(check_answers(servers["off"][0], each))
+    counted = {policy: check_leaks(url, figures[policy]) for policy, (url, _) in servers.items()}
+    over_off = {
+        policy: {name: ratio(figures[policy].times, figures["off"].times, name) for name in ("ttft", "tpot")}
+        for policy in servers if policy != "off"
+    }  # fmt: skip
+    return {"policies": {policy: summary(figures[policy], counted[policy]) for policy in servers}, "over_off": over_off}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--policies", default="smart,off", help="one run each (smart,off)")
-    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument(
+        "--dtype", default="fp32", help="fp32, where answers must be the same everywhere, or bf16 (fp32)"
+    )
+    parser.add_argument("--policy", default="smart", help="what runs beside speculation off (smart)")
+    parser.add_argument("--seconds", type=float, default=600, help="of load on each of the two servers (600)")
+    parser.add_argument("--blocks", type=int, default=0, help="parts of that, in turn (one a minute)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--pause", type=float, default=20.0, help="mean seconds between a client's requests (20)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--port", type=int, default=8077)
+    parser.add_argument("--port", type=int, default=8077, help="and the next one (8077)")
+    parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--option", action="append", default=[], help="passed on to smart serve; may be repeated")
     args = parser.parse_args()
-    wrong: list[str] = []
-    for policy in args.policies.split(","):
-        with server(args, policy) as (url, pid):
-            figures = asyncio.run(run(url, pid, args))
-        result = {
-            "policy": policy, "ends": dict(figures.ends), "compared": len(figures.answers), "wrong": figures.wrong,
-            "ttft": percentiles(figures.ttft), "tpot": percentiles(figures.tpot),
-            "memory_kib": [min(figures.memory, default=0), max(figures.memory, default=0)],
-        }  # fmt: skip
-        for name in ("ttft", "tpot"):
-            shown = "  ".join(f"{k} {1000 * v:8.1f} ms" for k, v in result[name].items())
-            print(f"{policy:12} {name}  {shown}")
-        print(json.dumps(result))
-        wrong += figures.wrong
-    return 1 if wrong else 0
+    args.blocks = args.blocks or max(1, round(args.seconds / 60))
+    with server(args, args.policy, args.port) as ours, server(args, "off", args.port + 1) as off:
+        result = soak(args, {args.policy: ours, "off": off})
+    from smart_decoding.bench.provenance import provenance, write_json
+
+    command = "python tools/soak.py " + " ".join(sys.argv[1:])
+    result |= {"clients": args.clients, "seconds": args.seconds, "blocks": args.blocks, "pause": args.pause}
+    result |= {"provenance": provenance(command, args.seed, {"model": args.model}, "the model's own")}
+    if args.json:
+        write_json(args.json, result)
+    show(result)
+    return 1 if any(found["wrong"] for found in result["policies"].values()) else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.engine.structured import StructuredOutputsParams
     from smart_decoding.errors import CapacityError, ConfigError, DownloadError, ModelError, SmartError
     from smart_decoding.llm import LLM
 
@@ -20,10 +21,12 @@ __all__ = [
     "ModelError",
     "SamplingParams",
     "SmartError",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
-_HOMES = {"LLM": "smart_decoding.llm", "SamplingParams": "smart_decoding.engine.sampling_params"}
+_HOMES = {"LLM": "smart_decoding.llm", "SamplingParams": "smart_decoding.engine.sampling_params",
+          "StructuredOutputsParams": "smart_decoding.engine.structured"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

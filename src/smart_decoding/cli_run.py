@@ -55,6 +55,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--method", choices=METHODS, help="what drafts (the model's own head, if it has one)")
     group.add_argument("--draft", metavar="MODEL", help="what the method drafts with: a head's folder, or for "
                        "draft_model any smaller model of the same vocabulary")  # fmt: skip
+    group.add_argument("--trust-pickle", action="store_true", help="load a draft head that is pickled, tensors only "
+                       "(off: safetensors only)")  # fmt: skip
     group.add_argument("--policy", type=policy_name, metavar="POLICY", help="what sizes the trees: off, chain, static, "
                        "likelihood, smart_paper, smart (default)")  # fmt: skip
     for kind in ("policy", "method"):
@@ -118,7 +120,8 @@ def main(args: argparse.Namespace) -> None:
     text = read_prompt(args.prompt)
     from smart_decoding.llm import LLM
 
-    llm = LLM(args.model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1)
+    llm = LLM(args.model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1,
+              trust_pickle=args.trust_pickle)  # fmt: skip
     answer = stream_answer(llm, text if args.raw else chat_tokens(llm, text), params)
     if args.stats:
         print(stats_line(answer), file=sys.stderr)

@@ -45,6 +45,8 @@ OPTIONS = {
                shown="smart"),
         Option("policy-option", key_value, [], "K=V for the policy; may be repeated", many=True, shown="none"),
         Option("method-option", key_value, [], "K=V for the method; may be repeated", many=True, shown="none"),
+        Option("trust-pickle", bool, False, "load draft heads that are pickled (pytorch_model.bin), tensors only",
+               shown="off"),
         Option("max-num-seqs", int, 32, "answers that run at a time"),
         Option("max-num-batched-tokens", int, 256, "prompt tokens in a round"),
         Option("max-model-len", int, None, "longest prompt plus answer, in tokens", shown="the model's, 4096 at most"),
@@ -65,6 +67,8 @@ OPTIONS = {
         Option("queue-timeout", float, 60.0, "seconds that an answer may wait; then 503"),
         Option("max-body", int, 4 * 2**20, "bytes of a request's body; then 413"),
         Option("body-timeout", float, 30.0, "seconds that a body may take to arrive; then 408"),
+        Option("head-timeout", float, 10.0, "seconds that a request's head may take to arrive; then 408"),
+        Option("max-connections", int, 512, "connections that may be open at a time; then 503"),
         Option("max-n", int, 8, "answers to one prompt"),
     ),
 }  # fmt: skip
@@ -84,10 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for option in options:
             shown = option.shown or option.default
+            words = f"{option.help} ({shown})"
+            if option.kind is bool:
+                group.add_argument(f"--{option.name}", action="store_true", default=None, help=words)
+                continue
             action: dict[str, Any] = {"action": "append"} if option.many else {}
             metavar = option.name.rpartition("-")[2].upper() if option.choices is None else None
             group.add_argument(f"--{option.name}", type=option.kind, choices=option.choices, metavar=metavar,
-                               help=f"{option.help} ({shown})", **action)  # fmt: skip
+                               help=words, **action)  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -100,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ConfigError(f"smart serve needs {error.name}: pip install 'smart-decoding[serve]'") from error
     names = ("host", "port", "max_queue", "queue_timeout", "max_body", "body_timeout", "max_n", "shutdown_timeout",
-             "log_level")  # fmt: skip
+             "log_level", "head_timeout", "max_connections")  # fmt: skip
     from_environment = os.environ.get(KEY_VARIABLE) if not args.no_api_key else None
     keys = args.api_key or ([from_environment] if from_environment else [])
     settings = ServerSettings(
@@ -114,6 +122,7 @@ def main(args: argparse.Namespace) -> int:
             args.model, speculative_config=config, dtype=args.dtype, device=args.device,
             max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens, kv_cache_tokens=args.kv_cache_tokens,
+            trust_pickle=args.trust_pickle,
         ),
         settings,
     )  # fmt: skip
@@ -138,6 +147,8 @@ def _checked(path: Path, name: str, value: Any) -> Any:
     option = _ALL[name]
     if option.kind is key_value:
         return list(value.items()) if isinstance(value, Mapping) else _refuse(path, name, value)
+    if option.kind is bool:
+        return value if isinstance(value, bool) else _refuse(path, name, value)
     values = value if option.many and isinstance(value, list) else [value]
     wanted: tuple[type, ...] = {int: (int,), float: (int, float)}.get(option.kind, (str,))  # type: ignore[call-overload]
     for each in values:

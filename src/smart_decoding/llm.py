@@ -16,6 +16,7 @@ from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import Decode
 from smart_decoding.errors import ConfigError
+from smart_decoding.grammars import Grammars
 from smart_decoding.models import DEFAULT_MODEL
 from smart_decoding.speculation import Speculation, build_speculation, check_speculation
 from smart_decoding.tokenizer import Tokenizer
@@ -69,6 +70,7 @@ class LLM:
         smart_paper, smart), and either's options.
     dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens. kv_cache_tokens: KV memory, in tokens over all requests.
+    trust_pickle: load a draft head's pytorch_model.bin too, of which only tensors are read; safetensors only without.
     Raises ModelError, DownloadError, ConfigError or CapacityError, each in one line.
     """
 
@@ -86,6 +88,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         seed: int = 0,
         stop_at_loops: bool = False,
+        trust_pickle: bool = False,
     ) -> None:
         dtype_of(dtype)
         _positive(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
@@ -97,11 +100,15 @@ class LLM:
         tokens = kv_cache_tokens or min(limit, 2048) * min(max_num_seqs, 16)
         pages = pages_for(max(tokens, limit), max_num_seqs)
         self.target = TorchTarget(checkpoint, dtype, _device(device), pages, limit)
-        self.speculation: Speculation = build_speculation(asked, checkpoint, self.target, pages, max_num_seqs)
+        self._trust_pickle = trust_pickle
+        self.speculation: Speculation = build_speculation(
+            asked, checkpoint, self.target, pages, max_num_seqs, trust_pickle
+        )
         config = EngineConfig(
             pages, limit, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, seed, stop_at_loops
         )
-        self.engine = Engine(self.target, self.speculation.policy, self.speculation.drafter, config, self._decoder)
+        self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
+        self.engine = self._engine(self.speculation, config)
         self._count = 0
 
     def sharing_weights(self, speculative_config: Mapping[str, Any] | bool | None) -> LLM:
@@ -114,9 +121,15 @@ class LLM:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
         asked = check_speculation(speculative_config, self._checkpoint, self.tokenizer, config.max_model_len)
         other = copy.copy(self)
-        other.speculation = build_speculation(asked, self._checkpoint, self.target, config.pages, config.max_num_seqs)
-        other.engine = Engine(self.target, other.speculation.policy, other.speculation.drafter, config, self._decoder)
+        other.speculation = build_speculation(
+            asked, self._checkpoint, self.target, config.pages, config.max_num_seqs, self._trust_pickle
+        )
+        other.engine = self._engine(other.speculation, config)
         return other
+
+    def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
+        return Engine(self.target, speculation.policy, speculation.drafter, config, self._decoder,
+                      constrain=self.grammars)  # fmt: skip
 
     @property
     def policy(self) -> Policy:

@@ -91,13 +91,18 @@ def check_speculation(
 
 
 def build_speculation(
-    asked: Asked, checkpoint: Checkpoint, target: TorchTarget, pages: int, max_num_seqs: int
+    asked: Asked,
+    checkpoint: Checkpoint,
+    target: TorchTarget,
+    pages: int,
+    max_num_seqs: int,
+    trust_pickle: bool = False,
 ) -> Speculation:
-    """Builds what was asked for. Raises ConfigError for unknown options, ModelError for a head that does not fit."""
+    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for unknown options, ModelError for a head that does not fit."""
     if asked.method == "none":
         return Speculation(make_policy("off"), None)
     default_head = shipped_head(checkpoint.provenance["model"])
-    builder = _Builder(checkpoint, target, pages, max_num_seqs, asked, default_head)
+    builder = _Builder(checkpoint, target, pages, max_num_seqs, asked, default_head, trust_pickle)
     drafter = builder.drafter(asked.method)
     cost = builder.cost() if "cost" in policy_options(asked.policy) else None
     offered = {
@@ -161,9 +166,11 @@ class _Builder:
         max_num_seqs: int,
         asked: Asked,
         default_head: Path | None,
+        trust_pickle: bool,
     ) -> None:
         self._checkpoint, self._target, self._pages, self._seqs = checkpoint, target, pages, max_num_seqs
         self.left, self._draft, self._default_head = dict(asked.options), asked.draft, default_head
+        self._trust_pickle = trust_pickle
         self.model: EagleHead | DraftModel | None = None
         self.folder: Path | None = None
         self.description = ""
@@ -196,8 +203,8 @@ class _Builder:
         folder = self.left.pop("model", None) or self._default_head
         if folder is None:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
-        self.folder = head_folder(folder)
-        files = load_head(self.folder, self._checkpoint.config)
+        self.folder = head_folder(folder, self._trust_pickle)
+        files = load_head(self.folder, self._checkpoint.config, self._trust_pickle)
         self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
         self.description = f"eagle head {self.folder.name}"
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)

@@ -142,6 +142,13 @@ def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> Non
     assert [a == b for a, b in zip(ids[:, 0].tolist(), drawn, strict=True)].count(False) <= 1
 
 
+def test_candidates_hold_the_best_after_many_that_tie() -> None:
+    row = np.full(600, -np.inf, np.float32)
+    row[200] = 30.0
+    candidates = kernels.noisy_candidates(row, 30.0, 1.0, -math.inf, 7)
+    assert candidates is None or 200 in candidates.tolist()
+
+
 @pytest.mark.parametrize("temperature", [0.3, 0.8, 2.0])
 @pytest.mark.parametrize("spread", [0.0, 1e-4, 1.0, 5.0])
 def test_draws_are_the_same_without_the_kernels(
@@ -151,6 +158,8 @@ def test_draws_are_the_same_without_the_kernels(
     rng = np.random.default_rng(3)
     rows = (rng.normal(size=(40, 3001)) * spread).astype(np.float32)
     rows[5, ::2] = -np.inf
+    rows[6:8, :2990] = -np.inf  # as a grammar leaves few tokens
+    rows[8:10, 1:3000] = -np.inf
     specs = [SampleSpec(SamplingParams(temperature=temperature, min_p=0.01 * (i % 2)), seed=i) for i in range(40)]
     fast = [draw(row, spec) for row, spec in zip(rows, specs, strict=True)]
     monkeypatch.setattr(build, "unavailable", lambda: "for this test")

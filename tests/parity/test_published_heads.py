@@ -234,7 +234,7 @@ def drafted(folder: Path, native: bool) -> DraftTrees:
     """Three levels after PROMPT: all of the first level expanded, then one node of the second."""
     config = target_config()
     decoder = Decoder(config, target_model().state_dict(), torch.float32, torch.device("cpu"), PAGES, 128, native)
-    head = EagleHead(load_head(folder, config), decoder, PAGES, SCRATCH, 128)
+    head = EagleHead(load_head(folder, config, trust_pickle=True), decoder, PAGES, SCRATCH, 128)
     drafter = EagleDrafter(head, PAGES, SCRATCH)
     params = SamplingParams(temperature=0.0)
     table, n = BlockTable(PagePool(PAGES)), len(PROMPT) - 1
@@ -316,11 +316,13 @@ class Harmful:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, EAGLE3, {**TENSORS, "x": Harmful()}, pickled=True)  # type: ignore[dict-item]
-    with pytest.raises(ModelError, match="more than tensors"):
+    with pytest.raises(ModelError, match=r"pickles are refused: .* --trust-pickle"):
         load_head(tmp_path, target_config())
+    with pytest.raises(ModelError, match="more than tensors"):
+        load_head(tmp_path, target_config(), trust_pickle=True)
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps([1, 2])[:-1])
     with pytest.raises(ModelError, match="corrupt"):
-        load_head(tmp_path, target_config())
+        load_head(tmp_path, target_config(), trust_pickle=True)
     assert not Path("harm-was-done").exists()
 
 
@@ -343,10 +345,13 @@ def test_a_head_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert head_folder(tmp_path) == tmp_path and not asked
-    assert head_folder("owner/head") == tmp_path
+    with pytest.raises(ModelError, match="pickles are refused"):
+        head_folder("owner/head")
+    del asked[:]
+    assert head_folder("owner/head", trust_pickle=True) == tmp_path
     assert asked == [["config.json", "*.safetensors"], ["config.json", "pytorch_model.bin"]]
     write(tmp_path, EAGLE3, TENSORS)
-    assert head_folder("owner/head") == tmp_path and len(asked) == 3
+    assert head_folder("owner/head") == tmp_path and len(asked) == 3  # no pickle is asked for
     with pytest.raises(DownloadError, match="404"):
         head_folder("nobody/nothing")
     with pytest.raises(ModelError, match="no draft head"):

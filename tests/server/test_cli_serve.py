@@ -33,17 +33,19 @@ def test_defaults(served: Any) -> None:
     assert settings == ServerSettings("smollm2-135m")
     assert options["model"] == "smollm2-135m" and options["max_num_seqs"] == 32
     assert options["speculative_config"] is None and options["max_model_len"] is None
+    assert options["trust_pickle"] is False
 
 
 def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> None:
     file = tmp_path / "smart.toml"
     file.write_text(
         'model = "m"\nport = 9000\nmax_queue = 3\npolicy = "likelihood"\nmethod = "ngram"\napi-key = ["a", "b"]\n'
-        "queue-timeout = 5\n[policy-option]\ndepth = 2\n"
+        "queue-timeout = 5\ntrust-pickle = true\n[policy-option]\ndepth = 2\n"
     )
     assert cli.main(["serve", "--port", "8000", "--config", str(file), "--max-n", "2"]) == 0
     ((settings, options),) = served
     assert (settings.port, settings.max_queue, settings.max_n, settings.queue_timeout) == (8000, 3, 2, 5)
+    assert options["trust_pickle"] is True
     assert settings.api_keys == ("a", "b") and settings.model_name == options["model"] == "m"
     assert options["speculative_config"] == {"method": "ngram", "policy": "likelihood", "depth": 2}
 
@@ -60,6 +62,7 @@ def test_a_key_from_the_environment(served: Any, monkeypatch: pytest.MonkeyPatch
     ("content", "words"),
     [("prot = 1", "prot"), ("port = 'x'", "port"), ("port = true", "port"), ("port =", "cannot read"),
      ("log-level = 'loud'", "choose one of"), ("policy = 'none'", "unknown policy"), ("model = 3", "model"),
+     ("trust-pickle = 1", "trust-pickle"),
      ("policy-option = 3", "policy-option"), ("port = 99999", "port=99999"), ("max-queue = -1", "max_queue=-1")],
 )  # fmt: skip
 def test_bad_files(served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str) -> None:
@@ -69,6 +72,11 @@ def test_bad_files(served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[st
     error = capsys.readouterr().err
     assert error.startswith("smart: error: ") and error.count("\n") == 1 and words in error
     assert served == []
+
+
+def test_a_switch_on_the_command_line(served: Any) -> None:
+    assert cli.main(["serve", "--trust-pickle", "--head-timeout", "3"]) == 0
+    assert served[0][1]["trust_pickle"] is True and served[0][0].head_timeout == 3
 
 
 def test_bad_command_lines(served: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,8 +161,10 @@ def test_a_full_queue_and_a_long_wait_are_refused(load: Any) -> None:
         error_of(too_many, 400)
 
 
-def test_a_request_that_breaks_the_model_does_not_break_the_others(load: Any, plain: LLM) -> None:
-    """Its token makes the forward raise, whoever is in the batch."""
+def test_a_request_that_breaks_the_model_does_not_break_the_others(
+    load: Any, plain: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its token makes the forward raise, whoever is in the batch; the log says why."""
 
     def poisoned() -> LLM:
         llm = slow(load(enable_prefix_caching=False), 0.002)
@@ -181,8 +183,11 @@ def test_a_request_that_breaks_the_model_does_not_break_the_others(load: Any, pl
         jobs = [pool.submit(post, running, "/v1/completions", json={"model": NAME, "prompt": p, **params})
                 for p in ("ab", "cd")]  # fmt: skip
         assert wait_for(lambda: running.worker.active == 2)
-        bad = post(running, "/v1/completions", json={"model": NAME, "prompt": [1, 7, 2], "max_tokens": 5})
+        bad = post(running, "/v1/completions", json={"model": NAME, "prompt": [1, 7, 2], "max_tokens": 5},
+                   headers={"x-request-id": "the-bad-one"})  # fmt: skip
         assert "poison" in error_of(bad, 500)["message"]
+        (entry,) = [r for r in caplog.records if r.message == "request failed"]
+        assert entry.request_id == "the-bad-one" and "poison" in str(entry.exc_info[1])
         llm_params = SamplingParams(temperature=0, max_tokens=60, logit_bias={7: -100})
         for prompt, job in zip(("ab", "cd"), jobs, strict=True):
             assert job.result().json()["choices"][0]["text"] == plain.generate(prompt, llm_params)[0].outputs[0].text

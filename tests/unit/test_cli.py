@@ -423,7 +423,7 @@ def test_divergence_refuses_more_prompts_than_there_are(
 def test_public_names() -> None:
     assert smart_decoding.__all__ == [
         "LLM", "CapacityError", "ConfigError", "DownloadError", "ModelError", "SamplingParams", "SmartError",
-        "__version__",
+        "StructuredOutputsParams", "__version__",
     ]  # fmt: skip
     assert set(smart_decoding.__all__) <= set(dir(smart_decoding))
     assert smart_decoding.SamplingParams is SamplingParams and smart_decoding.ConfigError is ConfigError

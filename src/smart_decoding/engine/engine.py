@@ -19,6 +19,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.scheduler import Batch, Scheduler
 from smart_decoding.engine.specs import new_history, specs_of
 from smart_decoding.engine.stopping import Decode, StopChecker
+from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
 from smart_decoding.errors import CapacityError, ConfigError
 
 Clock = Callable[[], float]
@@ -72,6 +73,7 @@ class Engine:
         config: EngineConfig,
         decode: Callable[[bool], Decode],
         clock: Clock = time.perf_counter,
+        constrain: Callable[[StructuredOutputsParams], Constraint] | None = None,
     ) -> None:
         if config.max_model_len > config.pages * PAGE:
             raise CapacityError(
@@ -84,7 +86,7 @@ class Engine:
         self.last_round: RoundRecord | None = None
         self._taps = drafter.taps if drafter else ()
         self._learning_seconds = 0.0  # of the round before: a policy cannot be told what being told takes
-        self._decode, self._clock = decode, clock
+        self._decode, self._clock, self._constrain = decode, clock, constrain
         self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
         self._requests: dict[str, Request] = {}
 
@@ -103,6 +105,7 @@ class Engine:
             name = request_id if params.n == 1 else f"{request_id}#{sample}"
             request = Request(name, list(prompt), params, seed, BlockTable(self.pool), stop, sample, limit)
             request.history = new_history(prompt, params)
+            request.constraint = self._new_constraint(params)
             request.logprobs = None if params.logprobs is None else []
             request.metrics = RequestMetrics(arrival=self._clock())
             requests.append(request)
@@ -157,6 +160,8 @@ class Engine:
         plan = self.policy.plan(state) if batch.decode and self.drafter else OFF
         trees, widths, seconds, drafting = self._draft(batch, state, plan)
         kept = self.policy.select(plan, state, trees) if len(trees) else _NONE
+        if any(r.constraint is not None for r in batch.decode):
+            kept = grammatical([r.constraint for r in batch.decode], trees, kept)
         kept, spans, asking = self._spans(batch, trees, kept)
         nodes = trees.take(kept) if len(trees) else trees
         nodes.batch = len(asking)
@@ -321,6 +326,8 @@ class Engine:
             request.tokens.extend(tokens)
             if request.history is not None:
                 request.history.append(tokens)
+            if request.constraint is not None:
+                request.constraint.append(tokens)
             total += len(tokens)
             if metrics.first_token is None:
                 metrics.first_token = now
@@ -382,6 +389,13 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, but prompt and answer must fit into max_model_len="
                 f"{self.config.max_model_len}: shorten it or raise max_model_len"
             )
+
+    def _new_constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.structured_outputs is None:
+            return None
+        if self._constrain is None:
+            raise ConfigError("structured_outputs is not supported here: this engine knows no grammars")
+        return self._constrain(params.structured_outputs)
 
     def _next_seed(self) -> int:
         return int(self._seeds.spawn(1)[0].generate_state(1, np.uint64)[0] >> np.uint64(1))

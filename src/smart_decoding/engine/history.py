@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.structured import Constraint
 
 
 class TokenHistory:
@@ -65,6 +66,7 @@ class SampleSpec:
     history: the request's committed tokens; needed only if `params.needs_history`.
     path: tree tokens from the first level to this row; () at the root.
     eos_ids: end-of-sequence ids, which `min_tokens` forbids.
+    constraint: the request's grammar, if it has one.
     """
 
     params: SamplingParams
@@ -74,3 +76,4 @@ class SampleSpec:
     history: TokenHistory | None = None
     path: Sequence[int] = ()
     eos_ids: Sequence[int] = ()
+    constraint: Constraint | None = None

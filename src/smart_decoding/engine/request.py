@@ -8,6 +8,7 @@ from typing import Any
 from smart_decoding.engine.kv import BlockTable
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
+from smart_decoding.engine.structured import Constraint
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class Request:
     sample: int = 0
     max_tokens: int = 0
     history: Any = None
+    constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Any] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)

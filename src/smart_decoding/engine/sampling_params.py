@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
 
 GREEDY_BELOW = 1e-5  # vLLM's threshold: colder than this is argmax
@@ -28,6 +29,7 @@ class SamplingParams:
     max_tokens: None means up to the context's end.
     seed: 64-bit signed; None (or -1) lets the engine draw one.
     logprobs: return the log probability of each token and of so many most likely ones; -1 means all.
+    structured_outputs: what the text must be, such as JSON under a schema; it decides alone when the answer may end.
     speculate: false refuses speculation for this request; its tokens are the same either way.
     """
 
@@ -49,6 +51,7 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
     speculate: bool = True
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class SamplingParams:
         self._check_lengths()
         self._check_stops()
         self._check_logit_bias()
+        self._check_structure()
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "speculate"):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, value, "True or False")
@@ -97,6 +101,14 @@ class SamplingParams:
             good = _token_ids([token]) and isinstance(bias, Real) and -100 <= bias <= 100
             _require(good, "logit_bias", {token: bias}, allowed)
 
+    def _check_structure(self) -> None:
+        given = self.structured_outputs
+        good = given is None or isinstance(given, StructuredOutputsParams)
+        _require(good, "structured_outputs", given, "StructuredOutputsParams or None")
+        if given is not None:
+            _require(not self.ignore_eos, "ignore_eos", self.ignore_eos, "False with structured_outputs")
+            _require(not self.min_tokens, "min_tokens", self.min_tokens, "0 with structured_outputs")
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ConfigError if a token id or `logprobs` does not fit a model of `vocab_size` tokens."""
         allowed = f"less than the model's vocabulary of {vocab_size}"
@@ -118,7 +130,8 @@ class SamplingParams:
     @property
     def changes_logits(self) -> bool:
         """Whether logits are processed at all before temperature; a greedy request without it is a plain argmax."""
-        return self.needs_history or bool(self.logit_bias) or self.min_tokens > 0
+        structured = self.structured_outputs is not None
+        return self.needs_history or bool(self.logit_bias) or self.min_tokens > 0 or structured
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -28,4 +28,5 @@ def _spec(row: int, asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[
         row = int(nodes.owner[node])
     request = asking[row]
     position = len(request.output) + len(path)
-    return SampleSpec(request.params, request.seed, request.sample, position, request.history, path, eos_ids=eos)
+    return SampleSpec(request.params, request.seed, request.sample, position, request.history, path, eos,
+                      request.constraint)  # fmt: skip

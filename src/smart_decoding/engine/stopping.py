@@ -156,10 +156,10 @@ class StopChecker:
         """Length of the longest end of the text that begins a stop string, while the answer goes on."""
         if self.finish_reason or self._params.include_stop_str_in_output:
             return 0
-        return max((_overlap(self._text, string) for string in self._strings), default=0)
+        return max((overlap(self._text, string) for string in self._strings), default=0)
 
 
-def _overlap(text: str, string: str) -> int:
+def overlap(text: str, string: str) -> int:
     """Length of the longest proper prefix of `string` that ends `text`."""
     longest = min(len(string) - 1, len(text))
     return next((k for k in range(longest, 0, -1) if text.endswith(string[:k])), 0)

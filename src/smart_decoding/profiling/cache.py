@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +15,8 @@ from smart_decoding.backends.torch.native import build
 from smart_decoding.core.cost import CostModel
 from smart_decoding.downloads import cache_dir
 from smart_decoding.files import whole
+
+log = logging.getLogger("smart.profile")
 
 VERSION = 2  # raise when the engine's speed changes
 
@@ -33,16 +35,21 @@ def load_profile(path: Path) -> CostModel | None:
     """The stored cost model, or None if there is none that can be read."""
     try:
         return CostModel.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        log.warning(f"the profile {path} cannot be used, costs are measured again: {type(error).__name__}: {error}")
         return None
 
 
 def save_profile(path: Path, cost: CostModel) -> None:
     """Stores a cost model, all of it or nothing; a full disk only means measuring again next time."""
-    with contextlib.suppress(OSError):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as scratch:
             scratch.write_text(json.dumps(cost.to_dict()))
+    except OSError as error:
+        log.warning(f"the profile {path} cannot be kept, costs will be measured again next time: {error.strerror}")
 
 
 def _cpu() -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from smart_decoding.server.tool_text import ToolText, whole_calls
 from smart_decoding.server.worker import Chunk
 
 TokenText = Callable[[int], str]
@@ -37,32 +38,45 @@ class Usage:
 
 
 class ChatForm:
-    """The shape of /v1/chat/completions. top: alternatives a token, or None without log probabilities."""
+    """The shape of /v1/chat/completions. top: alternatives a token, or None without log probabilities.
+
+    calls: whether the text may hold tool calls."""
 
     prefix, whole, piece = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, text_of: TokenText, top: int | None) -> None:
-        self._text_of, self._top = text_of, top
+    def __init__(self, text_of: TokenText, top: int | None, calls: bool = False) -> None:
+        self._text_of, self._top, self._calls = text_of, top, calls
+        self._texts: dict[int, ToolText] = {}
 
     def opening(self, index: int) -> Json | None:
         """The first delta of an answer."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def delta(self, chunk: Chunk) -> Json:
-        return {
-            "index": chunk.index,
-            "delta": {"content": chunk.text} if chunk.text else {},
-            "logprobs": self._logprobs(chunk),
-            "finish_reason": chunk.finish_reason,
-        }
+    def delta(self, chunk: Chunk) -> Json | None:
+        """What a chunk adds, or None if there is nothing to tell."""
+        content, calls, reason = self._read(chunk)
+        if not (content or calls or reason or chunk.logprobs):
+            return None
+        delta = ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
+        return self._choice(chunk, "delta", delta, reason)
 
     def choice(self, chunk: Chunk) -> Json:
-        return {
-            "index": chunk.index,
-            "message": {"role": "assistant", "content": chunk.text, "refusal": None},
-            "logprobs": self._logprobs(chunk),
-            "finish_reason": chunk.finish_reason,
-        }
+        content, calls, reason = self._read(chunk)
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": whole_calls(calls)}
+        return self._choice(chunk, "message", message, reason)
+
+    def _choice(self, chunk: Chunk, kind: str, what: Json, reason: str | None) -> Json:
+        return {"index": chunk.index, kind: what, "logprobs": self._logprobs(chunk), "finish_reason": reason}
+
+    def _read(self, chunk: Chunk) -> tuple[str, list[Json], str | None]:
+        """Content, pieces of tool calls, and why the answer ended."""
+        if not self._calls:
+            return chunk.text, [], chunk.finish_reason
+        text = self._texts.setdefault(chunk.index, ToolText())
+        content, calls = text.feed(chunk.text, chunk.finish_reason is not None)
+        return content, calls, "tool_calls" if chunk.finish_reason == "stop" and text.complete else chunk.finish_reason
 
     def _logprobs(self, chunk: Chunk) -> Json | None:
         if chunk.logprobs is None:
@@ -92,8 +106,8 @@ class CompletionForm:
     def opening(self, index: int) -> Json | None:
         return None
 
-    def delta(self, chunk: Chunk) -> Json:
-        return self.choice(chunk)
+    def delta(self, chunk: Chunk) -> Json | None:
+        return self.choice(chunk) if chunk.text or chunk.finish_reason or chunk.logprobs else None
 
     def choice(self, chunk: Chunk) -> Json:
         return {

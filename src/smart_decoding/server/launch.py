@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.llm import LLM
 from smart_decoding.server.app import create_app
+from smart_decoding.server.connections import MAX_HEAD, Connection
 from smart_decoding.server.live import Live
 from smart_decoding.server.metrics import Metrics
 from smart_decoding.server.settings import ServerSettings
@@ -63,9 +65,11 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
     """A server that has not been started."""
     metrics, live = Metrics(settings.model_name), Live()
     worker = Worker(load, settings.max_queue, settings.queue_timeout, (metrics, live))
+    limits = {"head_timeout": settings.head_timeout, "max_connections": settings.max_connections}
     config = uvicorn.Config(
         create_app(worker, settings, metrics, live), log_config=None, access_log=False, server_header=False,
         proxy_headers=False, timeout_graceful_shutdown=int(settings.shutdown_timeout), lifespan="on", ws="none",
+        http=cast(type[Connection], functools.partial(Connection, **limits)), h11_max_incomplete_event_size=MAX_HEAD,
     )  # fmt: skip
     server = Server(config, worker.drain)
 

@@ -12,14 +12,16 @@ from typing import TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError
 from smart_decoding.llm import LLM
 from smart_decoding.server.answers import ChatForm, CompletionForm, Form, Json, Usage, envelope, in_order
+from smart_decoding.server.chat import chat_tokens
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Message,
     Sampling,
     TokenizeRequest,
 )
@@ -58,9 +60,10 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
     @api.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
         llm = worker.check_room()
-        prompt = await _in_thread(lambda: _chat_tokens(llm, body.messages))
+        offer = body.offer
+        prompt = await _in_thread(lambda: chat_tokens(llm, body.messages, offer.tools if offer else ()))
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return await _answer(request, body, [prompt], ChatForm(_token_text(llm), top), top)
+        return await _answer(request, body, [prompt], ChatForm(_token_text(llm), top, offer is not None), top)
 
     @api.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Json:
@@ -69,7 +72,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
 
         def tokens() -> list[int]:
             if body.messages:
-                return _chat_tokens(llm, body.messages)
+                return chat_tokens(llm, body.messages)
             return llm.tokenizer.encode(body.prompt or "", body.add_special_tokens)
 
         found = await _in_thread(tokens)
@@ -94,6 +97,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
         _check_length(prompts, body.limit, worker.ready())
         limit = COMPLETION_TOKENS if body.limit is None and isinstance(form, CompletionForm) else body.limit
         params, name = body.params(limit, logprobs), request.state.request_id
+        await _check_structure(body, params, worker.ready())
         job = Job(uuid.uuid4().hex, prompts, params, bool(body.stream), name)
         worker.submit(job)
         watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
@@ -145,8 +149,9 @@ async def _stream(
             opened.add(chunk.index)
             if opening is not None:
                 yield _event({**frame, "choices": [opening], **more})
-            if chunk.text or chunk.finish_reason or chunk.logprobs:
-                yield _event({**frame, "choices": [form.delta(chunk)], **more})
+            delta = form.delta(chunk)
+            if delta is not None:
+                yield _event({**frame, "choices": [delta], **more})
         if include_usage:
             yield _event({**frame, "choices": [], "usage": usage.json()})
         yield "data: [DONE]\n\n"
@@ -200,6 +205,17 @@ def _check_length(prompts: Sequence[list[int]], limit: int | None, llm: LLM) -> 
         raise ApiError(400, message, "context_length_exceeded", "messages" if limit is None else "max_tokens")
 
 
+async def _check_structure(body: Sampling, params: SamplingParams, llm: LLM) -> None:
+    """Compiles the request's grammar, not in the engine's time: the engine then finds it ready."""
+    structure = params.structured_outputs
+    if structure is not None:
+        try:
+            await _in_thread(lambda: llm.grammars(structure))
+        except ConfigError as error:
+            field, message = body.structured_by, str(error).removeprefix("structured_outputs: ")
+            raise ApiError(400, f"{field}: {message}", "invalid_value", field) from error
+
+
 def _prompt_tokens(llm: LLM, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
     """Token ids of one prompt or several."""
     if isinstance(prompt, str):
@@ -209,10 +225,6 @@ def _prompt_tokens(llm: LLM, prompt: str | list[str] | list[int] | list[list[int
     if isinstance(prompt[0], int):
         return [[int(token) for token in prompt]]
     return [llm.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompt]
-
-
-def _chat_tokens(llm: LLM, messages: Sequence[Message]) -> list[int]:
-    return llm.tokenizer.encode_chat([message.plain() for message in messages])
 
 
 def _token_text(llm: LLM) -> Callable[[int], str]:

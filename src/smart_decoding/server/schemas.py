@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.structured import StructuredOutputsParams
+from smart_decoding.server.body import Body, Text, Token
+from smart_decoding.server.structure import ResponseFormat, StructuredOutputs, schema_of
+from smart_decoding.server.tools import MAX_TOOLS, NamedTool, Offer, Tool, ToolCall
 
 MAX_STOPS, MAX_LOGPROBS = 16, 20
-_NEUTRAL: dict[str, tuple[Any, ...]] = {  # values of unsupported fields that change nothing
+_ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -18,35 +22,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # values of unsupported fields that ch
     "functions": (None, []),
     "metadata": (None, {}),
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
     "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
-
-
-def _whole_characters(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds a lone surrogate, which is no character") from None
-    return text
-
-
-Token = Annotated[int, Field(ge=0)]
-Text = Annotated[str, AfterValidator(_whole_characters)]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Body):
@@ -69,6 +52,7 @@ class Sampling(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     user: str | None = Field(None, description="Names your end user; it goes nowhere.")
+    response_format: ResponseFormat | None = None
     # Beyond OpenAI's, in vLLM's names:
     top_k: int | None = None
     min_p: float | None = None
@@ -78,7 +62,10 @@ class Sampling(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
     speculate: bool | None = Field(None, description="false decodes this request plainly; its tokens are the same.")
+
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = _ASKS_FOR_NOTHING
 
     _AS_THEY_ARE: ClassVar[tuple[str, ...]] = (
         "n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p",
@@ -86,17 +73,16 @@ class Sampling(Body):
         "include_stop_str_in_output", "speculate",
     )  # fmt: skip
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        return {k: v for k, v in data.items() if k in cls.model_fields or k not in _NEUTRAL or v not in _NEUTRAL[k]}
-
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed with stream=true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> Sampling:
+        if self.structured_outputs is not None and schema_of(self.response_format) is not None:
+            raise ValueError("response_format and structured_outputs exclude each other: give one of them")
         return self
 
     @property
@@ -112,7 +98,20 @@ class Sampling(Body):
         """The engine's parameters. Raises ConfigError for a value out of range."""
         given = {name: getattr(self, name) for name in self._AS_THEY_ARE if getattr(self, name) is not None}
         bias = {int(token): value for token, value in self.logit_bias.items()} if self.logit_bias else None
-        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias, **given)
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias,
+                              structured_outputs=self.structure(), **given)  # fmt: skip
+
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the text must be, if anything. Raises ConfigError."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.params()
+        schema = schema_of(self.response_format)
+        return None if schema is None else StructuredOutputsParams(json=schema)
+
+    @property
+    def structured_by(self) -> str:
+        """The field that says what the text must be."""
+        return "structured_outputs" if self.structured_outputs is not None else "response_format"
 
     @model_validator(mode="after")
     def _bias_keys_are_token_ids(self) -> Sampling:
@@ -132,16 +131,53 @@ class TextPart(Body):
     text: Text
 
 
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: Text | None = None
+class ImageUrl(Body):
+    url: Text
+    detail: Literal["auto", "low", "high"] | None = None
 
-    def plain(self) -> dict[str, str]:
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[Part] | None = None
+    name: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = None
+
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {  # what answers have, and clients send back
+        "annotations": (None, []), "audio": (None,), "function_call": (None,), "refusal": (None,)}  # fmt: skip
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only an assistant's message may have tool_calls")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id belongs to messages of the role 'tool', and these need it")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        return self.content if isinstance(self.content, list) else []
+
+    def plain(self) -> dict[str, Any]:
         """As chat templates know it: text content; `developer` is the newer word for `system`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        text = self.content
+        if isinstance(text, list):
+            text = "".join(part.text for part in text if isinstance(part, TextPart))
+        calls = [call.plain() for call in self.tool_calls] if self.tool_calls else None
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+        found = {"role": role, "content": text, "name": self.name, "tool_calls": calls,
+                 "tool_call_id": self.tool_call_id}  # fmt: skip
+        return {key: value for key, value in found.items() if value is not None}
 
 
 class ChatRequest(Sampling):
@@ -149,10 +185,32 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def offer(self) -> Offer | None:
+        """What the model may call, if anything."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        many, choice = self.parallel_tool_calls is not False, self.tool_choice
+        if isinstance(choice, NamedTool):
+            return Offer([tool for tool in self.tools if tool.function.name == choice.function.name], True, many)
+        return Offer(self.tools, choice == "required", many)
+
+    def structure(self) -> StructuredOutputsParams | None:
+        if self.offer is None:
+            return super().structure()
+        return StructuredOutputsParams(grammar=self.offer.grammar(schema_of(self.response_format)))
+
+    @property
+    def structured_by(self) -> str:
+        return super().structured_by if self.offer is None else "tools"
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
@@ -160,6 +218,19 @@ class ChatRequest(Sampling):
             raise ValueError("top_logprobs is only allowed with logprobs=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two functions have the same name")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: no tool is called {self.tool_choice.function.name!r}")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice: a call is required, but there are no tools")
+        if self.offer is not None and self.structured_outputs is not None:
+            raise ValueError("tools and structured_outputs exclude each other: give one of them")
         return self
 
 

@@ -25,14 +25,22 @@ class ServerSettings:
     max_body: int = 4 * 2**20
     body_timeout: float = 30.0
     max_n: int = 8
+    head_timeout: float = 10.0
+    max_connections: int = 512
     shutdown_timeout: float = 30.0
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        for name, low in (("max_queue", 0), ("max_body", 1), ("max_n", 1), ("shutdown_timeout", 0)):
+        for name, low in (
+            ("max_queue", 0),
+            ("max_body", 1),
+            ("max_n", 1),
+            ("shutdown_timeout", 0),
+            ("max_connections", 1),
+        ):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name}={getattr(self, name)} is not allowed: it must be at least {low}")
-        for name in ("queue_timeout", "body_timeout"):
+        for name in ("queue_timeout", "body_timeout", "head_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not allowed: it must be more than 0 seconds")
         if not 0 <= self.port <= 65535:

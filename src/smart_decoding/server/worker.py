@@ -366,7 +366,8 @@ class Worker:
         engine.abort(request.id)
         if job is not None:
             message = f"the model failed on this request: {type(error).__name__}: {error}"
-            self._end(engine, job, ApiError(500, message, "request_failed"))
+            own = of_smart_error(error) if isinstance(error, SmartError) else ApiError(500, message, "request_failed")
+            self._end(engine, job, own)
 
     def _run_alone(self, engine: Engine, request: Request) -> None:
         """Until it has taken part in a round of each kind: its prompt's, and a decoding one."""

@@ -47,12 +47,20 @@ class TimedTarget(FakeTarget):
 def true_token(target: FakeTarget, request: Request, path: Sequence[int]) -> int:
     """What the target will draw after the request's tokens and `path`."""
     row = target.logits_of([*request.tokens, *path])
-    if request.params.greedy and not request.params.changes_logits:
+    forbidden = path and request.constraint is not None and not request.constraint.accepts(path)
+    if forbidden or (request.params.greedy and not request.params.changes_logits):
         return int(row.argmax())
     logits = torch.from_numpy(row)[None]
     position = len(request.output) + len(path)
     spec = SampleSpec(
-        request.params, request.seed, request.sample, position, request.history, list(path), target.eos_token_ids
+        request.params,
+        request.seed,
+        request.sample,
+        position,
+        request.history,
+        list(path),
+        target.eos_token_ids,
+        request.constraint,
     )
     return int(target.sample(logits, np.array([0]), [spec])[0])
 
@@ -131,7 +139,9 @@ def text_of(tokens: Sequence[int]) -> str:
     return "".join(chr(ord("a") + token) for token in tokens)
 
 
-def make_engine(policy: str = "off", pages: int = 256, drafter: dict[str, Any] | None = None, **config: Any) -> Engine:
+def make_engine(
+    policy: str = "off", pages: int = 256, drafter: dict[str, Any] | None = None, constrain: Any = None, **config: Any
+) -> Engine:
     """An engine on the fakes; `drafter` holds FakeDrafter's options, `config` EngineConfig's."""
     clock = Clock()
     target = TimedTarget(clock, pages)
@@ -139,7 +149,7 @@ def make_engine(policy: str = "off", pages: int = 256, drafter: dict[str, Any] |
     limits = {"max_model_len": min(1024, 16 * pages), **config}
     return Engine(
         target, make_policy(policy, offered), FakeDrafter(target, **(drafter or {})), EngineConfig(pages, **limits),
-        lambda skip_special: text_of, clock,
+        lambda skip_special: text_of, clock, constrain,
     )  # fmt: skip
 
 
@@ -167,9 +177,9 @@ def random_requests(count: int, seed: int, **params: Any) -> list[tuple[list[int
     return made
 
 
-def alone(prompt: Sequence[int], params: SamplingParams) -> list[Request]:
+def alone(prompt: Sequence[int], params: SamplingParams, constrain: Any = None) -> list[Request]:
     """The answers of policy off to one request with nothing else around."""
-    engine = make_engine()
+    engine = make_engine(constrain=constrain)
     requests = engine.add_request("alone", prompt, params)
     finish(engine)
     return requests

@@ -25,6 +25,7 @@ from smart_decoding.errors import DownloadError, ModelError
 ARCHITECTURE = "SmartEagle3Head"
 FIRST = "midlayer."  # EAGLE-3's name for the layer
 _ATTENTION = f"{FIRST}self_attn."
+_TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
 _IGNORED = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")  # what they say is known already
 _UNSUPPORTED = {"norm_before_fc": "input_norm", "norm_output": "norm_output"}  # speculators options, and what they add
 
@@ -48,7 +49,7 @@ class HeadFiles:
     norm_before_residual: bool = False
 
 
-def head_folder(name: str | Path) -> Path:
+def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
     """The folder of a head: a local one, or OWNER/NAME from the hub, pickled weights only if there are no others.
 
     Raises ModelError or DownloadError."""
@@ -59,12 +60,16 @@ def head_folder(name: str | Path) -> Path:
         raise ModelError(f"no draft head {str(name)!r}: no such folder, nor a hub id such as OWNER/NAME")
     folder = _snapshot(str(name), ["config.json", "*.safetensors"])
     if not any(folder.glob("*.safetensors")):
+        if not trust_pickle:
+            raise ModelError(f"the head {name} has no safetensors, and pickles are refused: {_TRUST}")
         folder = _snapshot(str(name), ["config.json", "pytorch_model.bin"])
     return folder
 
 
-def load_head(folder: Path, target: ModelConfig) -> HeadFiles:
-    """Reads a head and checks that it fits the target. Raises ModelError naming what does not."""
+def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> HeadFiles:
+    """Reads a head and checks that it fits the target. Raises ModelError naming what does not.
+
+    trust_pickle: whether its weights may be a pickle, where there are no others."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError as error:
@@ -72,26 +77,26 @@ def load_head(folder: Path, target: ModelConfig) -> HeadFiles:
     except ValueError as error:
         raise ModelError(f"config.json in {folder} is corrupt: {error}") from error
     ours = config.get("architectures") == [ARCHITECTURE]
-    return _load_ours(folder, config, target) if ours else _load_published(folder, config, target)
+    return (_load_ours if ours else _load_published)(folder, config, target, trust_pickle)
 
 
-def _load_ours(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> HeadFiles:
+def _load_ours(folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool) -> HeadFiles:
     wanted = {"hidden_size": target.hidden, "vocab_size": target.vocab, "target_num_hidden_layers": target.layers}
     for name, value in wanted.items():
         if config.get(name) != value:
             raise ModelError(f"the head in {folder} has {name} {config.get(name)}, but the model has {value}")
     taps = tuple(int(tap) for tap in config["taps"])
     shape = replace(target, layers=1, qkv_bias=False, o_bias=False, qk_norm=False)
-    weights = _read(folder)
+    weights = _read(folder, trust_pickle)
     fc_norms = {f"fc_norm.{i}.weight": (shape.hidden,) for i in range(len(taps))}
     _check(folder, weights, _layer_shapes(shape, target.hidden, taps) | fc_norms, ("draft_ids",))
     _check_ids(folder, weights.get("draft_ids"), target.vocab)
     return HeadFiles(config, weights, taps, shape)
 
 
-def _load_published(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> HeadFiles:
+def _load_published(folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool) -> HeadFiles:
     shape = _shape(folder, config, target)
-    weights = {_plain_name(name): tensor for name, tensor in _read(folder).items()}
+    weights = {_plain_name(name): tensor for name, tensor in _read(folder, trust_pickle).items()}
     fused = "midlayer.hidden_norm.weight" not in weights and "d2t" not in weights and "norm.weight" not in weights
     shape = replace(shape, qkv_bias=f"{_ATTENTION}q_proj.bias" in weights, o_bias=f"{_ATTENTION}o_proj.bias" in weights)
     more = _further_shapes(shape)
@@ -254,11 +259,13 @@ def _plain_name(name: str) -> str:
     return FIRST + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
+def _read(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
     """All tensors of the folder; safetensors first."""
     files = sorted(folder.glob("model*.safetensors"))
     pickled = folder / "pytorch_model.bin"
     if not files and pickled.is_file():
+        if not trust_pickle:
+            raise ModelError(f"{pickled} is a pickle, and pickles are refused: {_TRUST}")
         return _unpickle(pickled)
     tensors: dict[str, Tensor] = {}
     for path in files or [folder / "model.safetensors"]:

@@ -1,4 +1,4 @@
-"""Logit processors: bias, minimum length and penalties on one row, with that row's own history."""
+"""Logit processors: bias, minimum length, penalties and grammar on one row, with that row's own history."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FloatRow = NDArray[np.float32]
 
 
 def process(row: FloatRow, spec: SampleSpec) -> FloatRow:
-    """[vocab] logits with bias, minimum length and penalties applied in vLLM's order; `row` itself is not changed."""
+    """[vocab] logits with bias, minimum length, penalties and grammar applied; `row` itself is not changed."""
     params = spec.params
     if not params.changes_logits:
         return row
@@ -22,6 +22,8 @@ def process(row: FloatRow, spec: SampleSpec) -> FloatRow:
         row[[*spec.eos_ids, *params.stop_ids]] = -np.inf
     if params.needs_history:
         _penalise(row, spec)
+    if spec.constraint is not None:
+        row[~spec.constraint.allowed(spec.path)] = -np.inf
     return row
 
 

@@ -24,6 +24,7 @@ from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
 
+LOWEST = float(np.finfo(np.float32).min)  # forbidden tokens, at -inf, are below every floor
 NEAR = 5.0  # nats below the maximum within which noise is evaluated at once; a matter of speed only
 
 
@@ -122,8 +123,8 @@ def survivors(row: FloatRow, params: SamplingParams) -> NDArray[np.int64]:
 def _top_k_floor(row: FloatRow, k: int) -> float:
     """The k-th largest score: tokens below are cut, all that tie with it stay (as in transformers and vLLM)."""
     if not 0 < k < len(row):
-        return -math.inf
-    return float(np.partition(row, len(row) - k)[len(row) - k])
+        return LOWEST
+    return max(LOWEST, float(np.partition(row, len(row) - k)[len(row) - k]))
 
 
 def _min_p_floor(best: np.float32, params: SamplingParams) -> float:

@@ -772,13 +772,14 @@ int64_t smart_noisy_candidates(const float* row, int64_t n, float best, float sc
             double score = double(row[first + i] - best) * scale - std::log(-std::log(uniform(key, first + i)));
             if (score < bound - 1e-3) continue;
             bound = std::max(bound, score);
+            if (found == room) {  // full: drop what the bound has overtaken
+                int64_t kept = 0;
+                for (int64_t j = 0; j < room; j++)
+                    if (scores[j] >= bound - 1e-3) { scores[kept] = scores[j]; out[kept++] = out[j]; }
+                found = kept;
+            }
             if (found < room) { out[found] = first + i; scores[found] = float(score); }
             found++;
-            if (found < room) continue;
-            int64_t kept = 0;  // full: drop what the bound has overtaken
-            for (int64_t j = 0; j < room; j++)
-                if (scores[j] >= bound - 1e-3) { scores[kept] = scores[j]; out[kept++] = out[j]; }
-            found = kept == room ? found : kept;
         }
     }
     return found;

@@ -1,0 +1,86 @@
+"""uvicorn's HTTP/1.1 for strangers: who connects must send a whole head, and read, within a time, or is cut off."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from smart_decoding.server.errors import ApiError
+
+MAX_HEAD = 64 * 1024  # bytes
+STALLED = 60.0  # seconds without reading a byte of what is to be sent
+
+
+class Connection(H11Protocol):
+    """One connection. head_timeout: seconds for a request's head, from the connection's or its first byte on.
+
+    max_connections: those that are open at a time; more get a 503."""
+
+    def __init__(self, *args: Any, head_timeout: float, max_connections: int, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._head_timeout, self._max_connections = head_timeout, max_connections
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            self._refuse(ApiError(503, "too many connections are open: try again later", "too_many_connections",
+                                  retry_after=5))  # fmt: skip
+        else:
+            self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timer = self._stall_timer or self._later(STALLED, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP, in the shape of all other errors."""
+        self._refuse(ApiError(400, msg, "invalid_http"))
+
+    def _watch(self) -> None:
+        """The clock runs from the first byte of a head to its last, and while no request is being answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+        elif self._head_timer is None and not self.transport.is_closing():
+            self._head_timer = self._later(self._head_timeout, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._refuse(ApiError(408, f"the request's head took longer than {self._head_timeout:g} s"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Sends an error, if nothing was sent yet, and closes."""
+        if self.conn.our_state is h11.IDLE:
+            body = json.dumps(error.body).encode()
+            lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", "content-type: application/json",
+                     f"content-length: {len(body)}", "connection: close",
+                     *(f"{name}: {value}" for name, value in error.headers.items())]  # fmt: skip
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()
+
+    def _later(self, seconds: float, then: Callable[[], None]) -> asyncio.TimerHandle:
+        return self.loop.call_later(seconds, then)

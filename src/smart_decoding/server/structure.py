@@ -1,0 +1,54 @@
+"""`response_format` (OpenAI's) and `structured_outputs` (vLLM's): what the text of an answer must be."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from smart_decoding.engine.structured import StructuredOutputsParams
+from smart_decoding.server.body import Body, Text
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    name: Annotated[Text, Field(min_length=1, max_length=64)]
+    description: Text | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="The schema is kept to in any case.")
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+def schema_of(given: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> dict[str, Any] | None:
+    """The JSON schema that a response format means, or None for plain text."""
+    if isinstance(given, JsonSchemaFormat):
+        return given.json_schema.schema_
+    return {"type": "object"} if isinstance(given, JsonObjectFormat) else None
+
+
+class StructuredOutputs(Body):
+    """Exactly one of these."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: list[Text] | None = None
+    grammar: Text | None = Field(None, description="In llguidance's dialect of Lark, from `start`.")
+
+    def params(self) -> StructuredOutputsParams:
+        """Raises ConfigError."""
+        return StructuredOutputsParams(self.json_, self.json_object, self.regex, self.choice, self.grammar)

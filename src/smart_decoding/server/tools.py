@@ -1,0 +1,152 @@
+"""Tools: what a request may offer, how the model is told of them, and the grammar its calls follow.
+
+All models call in one form, Hermes', which Qwen2.5 and Qwen3 were taught:
+
+    <tool_call>
+    {"name": "f", "arguments": {...}}
+    </tool_call>
+
+A chat template that explains this form is given the tools; for any other, a plain text goes into the system message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from smart_decoding.grammars import json_grammar
+from smart_decoding.server.body import Body, Text, check_json
+
+Json = dict[str, Any]
+OPENING, CLOSING = "<tool_call>", "}\n</tool_call>"
+MAX_CALLS, MAX_TOOLS = 16, 128
+_NOTHING: Json = {"type": "object", "properties": {}, "additionalProperties": False}
+_EXPLANATION = """You can call functions. These are described in JSON, one a line:
+{tools}
+
+To call a function, answer in this form, once for each call:
+<tool_call>
+{{"name": <name of the function>, "arguments": <arguments as a JSON object>}}
+</tool_call>"""
+
+
+class Function(Body):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Text | None = None
+    parameters: Json | None = Field(None, description="A JSON schema of an object; none without it.")
+    strict: bool | None = Field(None, description="The schema is kept to in any case.")
+
+    @model_validator(mode="after")
+    def _takes_an_object(self) -> Function:
+        if (self.parameters or {}).get("type", "object") != "object":
+            raise ValueError("parameters must be the schema of an object")
+        check_json(self.parameters)
+        return self
+
+    @property
+    def takes(self) -> Json:
+        """The schema of its arguments."""
+        return _NOTHING if self.parameters is None else {"type": "object", **self.parameters}
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: Text
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class CalledFunction(Body):
+    name: Text
+    arguments: Text = Field(description="A JSON object, as text.")
+
+    @model_validator(mode="after")
+    def _arguments_are_an_object(self) -> CalledFunction:
+        self.parsed()
+        return self
+
+    def parsed(self) -> Json:
+        """The arguments. Raises ValueError if they are no JSON object."""
+        try:
+            found = json.loads(self.arguments)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"arguments are not JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError("arguments must be a JSON object")
+        check_json(found)
+        return found
+
+
+class ToolCall(Body):
+    id: Text
+    type: Literal["function"]
+    function: CalledFunction
+
+    def plain(self) -> Json:
+        """As chat templates know it: the arguments are an object."""
+        return {"id": self.id, "type": "function",
+                "function": {"name": self.function.name, "arguments": self.function.parsed()}}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the model may call. must: it has to call; many: more than once."""
+
+    tools: Sequence[Tool]
+    must: bool
+    many: bool
+
+    def grammar(self, schema: Json | None) -> str:
+        """Lark for calls and, unless they are a must, for text instead of them or before them.
+
+        schema: the text is JSON under it, and then nothing but text or calls."""
+        more = f'("\\n{OPENING}" body){{0,{MAX_CALLS - 1}}}' if self.many else ""
+        functions = " | ".join(
+            f'{json.dumps(json.dumps(tool.function.name) + ", ")} "\\"arguments\\": " %json '
+            + json_grammar(json.dumps(tool.function.takes))
+            for tool in self.tools
+        )  # fmt: skip
+        body = f'body: "\\n{{\\"name\\": " ({functions}) {json.dumps(CLOSING)}\n'
+        if self.must:
+            return f'start: "{OPENING}" body {more}\n{body}'
+        if schema is not None:
+            return f'start: answer | "{OPENING}" body {more}\nanswer: %json {json_grammar(json.dumps(schema))}\n{body}'
+        return f'start: TEXT | opening body {more}\nTEXT: /(.|\\n)*/\nopening[lazy]: TEXT "{OPENING}"\n{body}'
+
+
+def speaks_our_form(template: str | None) -> bool:
+    """Whether a chat template itself tells of tools, and in the form that is parsed here."""
+    return template is not None and "tools" in template and OPENING in template and "<function=" not in template
+
+
+def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> list[Json]:
+    """The conversation for a template that knows no tools: they, their calls and results become plain text."""
+    plain = [_as_text(message) for message in messages]
+    if not tools:
+        return plain
+    text = _EXPLANATION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    if plain and plain[0]["role"] == "system":
+        return [{**plain[0], "content": f"{plain[0]['content']}\n\n{text}"}, *plain[1:]]
+    return [{"role": "system", "content": text}, *plain]
+
+
+def _as_text(message: Mapping[str, Any]) -> Json:
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+    calls = [
+        f"{OPENING}\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+        for call in message.get("tool_calls", ())
+    ]
+    content = "\n".join(filter(None, [message.get("content"), *calls]))
+    return {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}

@@ -1,0 +1,205 @@
+"""What goes wrong on a machine: a full disk, a damaged profile, a killed process. The server goes on, and says why."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from serving import NAME, post, serving, wait_for
+
+from smart_decoding import speculation
+from smart_decoding.core.cost import CostModel
+from smart_decoding.downloads import cache_dir
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ModelError
+from smart_decoding.llm import LLM
+from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
+from smart_decoding.profiling.measure import measure
+
+SMART = {"method": "recycling"}  # under the policy `smart`, which needs a profile
+BODY = {"model": NAME, "prompt": "abcabc", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+COST = CostModel.from_table({1: {1: 0.001, 8: 0.002}}, {1: 0.001})
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, but for the compiled kernels; profiles are measured in a tenth of a second."""
+    kernels = cache_dir() / "kernels"
+    if kernels.is_dir():
+        (tmp_path / "kernels").symlink_to(kernels)
+    monkeypatch.setenv("SMART_CACHE", str(tmp_path))
+    monkeypatch.setattr(speculation, "measure", functools.partial(measure, seconds=0.1))
+    return tmp_path
+
+
+def profile_of(llm: LLM) -> Path:
+    return profile_path(llm.provenance, llm.target.dtype, llm.target.device, "None")
+
+
+def answer_of(running: Any) -> str:
+    response = post(running, "/v1/completions", json=BODY)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def wanted(plain: LLM) -> str:
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    return plain.generate("abcabc", params)[0].outputs[0].text
+
+
+def test_a_full_disk_for_the_profile(cache: Path, load: Any, plain: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    """Real ENOSPC: the profile's scratch file is /dev/full."""
+    path = profile_of(plain)
+    path.parent.mkdir(parents=True)
+    path.with_name(f"{path.name}.{os.getpid()}.partial").symlink_to("/dev/full")
+    with serving(lambda: load(speculative_config=SMART)) as running:
+        assert answer_of(running) == wanted(plain)
+    assert "cannot be kept" in caplog.text and "No space left on device" in caplog.text
+    assert list(path.parent.iterdir()) == []
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A tmpfs of one page at `folder`, filled up."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        (folder / "filler").write_bytes(b"x" * 4096)
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mount")
+def test_a_file_system_that_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with small_disk(tmp_path / "disk"):
+        save_profile(tmp_path / "disk" / "p.json", COST)
+        assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["filler"]
+        save_profile(tmp_path / "disk" / "more" / "p.json", COST)
+    assert caplog.text.count("No space left on device") == 2
+
+
+def good() -> str:
+    return json.dumps(COST.to_dict())
+
+
+DAMAGE: dict[str, Callable[[], bytes]] = {
+    "empty": lambda: b"",
+    "cut": lambda: good().encode()[:-20],
+    "zeros": lambda: bytes(4096),
+    "not utf-8": lambda: b"\xff\xfe{}",
+    "no object": lambda: b"[1, 2]",
+    "no curves": lambda: json.dumps({**COST.to_dict(), "verify": {}}).encode(),
+    "a text for a number": lambda: json.dumps({**COST.to_dict(), "row_token": "much"}).encode(),
+    "not a number": lambda: good().replace("0.002", "NaN").encode(),
+    "below zero": lambda: good().replace("0.002", "-0.002").encode(),
+    "infinite": lambda: good().replace("0.002", "1e999").encode(),
+    "too deep": lambda: b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_profile_is_not_believed(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "p.json"
+    save_profile(path, COST)
+    assert load_profile(path) is not None and not caplog.text
+    path.write_bytes(DAMAGE[name]())
+    assert load_profile(path) is None
+    assert "cannot be used" in caplog.text and str(path) in caplog.text
+
+
+def test_a_folder_in_the_profiles_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "p.json").mkdir()
+    assert load_profile(tmp_path / "p.json") is None
+    save_profile(tmp_path / "p.json", COST)
+    assert "cannot be used" in caplog.text and "cannot be kept" in caplog.text
+
+
+def test_a_server_with_a_damaged_profile_measures_again(
+    cache: Path, load: Any, plain: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = profile_of(plain)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(DAMAGE["cut"]())
+    with serving(lambda: load(speculative_config=SMART)) as running:
+        assert answer_of(running) == wanted(plain)
+    assert "measured again" in caplog.text and load_profile(path) is not None
+
+
+def test_a_pickled_head_is_refused_unless_trusted(load: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({
+        "num_attention_heads": 6, "hidden_size": 96, "intermediate_size": 200, "vocab_size": 258}))  # fmt: skip
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    head = {"method": "eagle", "model": str(tmp_path), "policy": "static"}
+    with pytest.raises(ModelError, match="pickles are refused") as error:
+        load(speculative_config=head)
+    assert "--trust-pickle" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ModelError, match="lacks the tensor"):
+        load(speculative_config=head, trust_pickle=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(folder: str, port: int) -> subprocess.Popen[bytes]:
+    """`smart serve` as a user starts it, until it is ready."""
+    line = ["serve", folder, "--served-model-name", NAME, "--port", str(port), "--dtype", "fp32",
+            "--method", "recycling", "--max-model-len", "1024", "--max-num-seqs", "4"]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "smart_decoding.cli", *line], stderr=subprocess.PIPE)
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    assert wait_for(ready, 60), process.kill()
+    return process
+
+
+def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: LLM) -> None:
+    """With SIGKILL while an answer streams: the next start takes the same port and the same profile."""
+    llm = load(speculative_config=SMART)  # measures the profile
+    path, folder = profile_of(plain), str(llm.provenance["model"])
+    before = path.read_bytes()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    process = start(folder, port)
+    with (
+        pytest.raises(httpx.HTTPError),
+        httpx.stream("POST", url, json={**BODY, "max_tokens": 1000, "stream": True}, timeout=10) as stream,
+    ):
+        for _ in stream.iter_lines():
+            process.send_signal(signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    (path.parent / f"{path.name}.{process.pid}.partial").write_bytes(before[:30])  # as if killed while it wrote
+    process = start(folder, port)
+    try:
+        answer = httpx.post(url, json=BODY, timeout=10).json()["choices"][0]["text"]
+        assert answer == wanted(plain) and path.read_bytes() == before
+    finally:
+        process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.wait(20) in (0, -signal.SIGTERM) and time.monotonic() - started < 10
+    assert process.stderr is not None
+    lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, lines))
+    assert any(line["message"] == "ready" for line in lines)

@@ -1,0 +1,201 @@
+"""Real sockets against a real uvicorn: what is no HTTP, floods, and clients that take their time. The others go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from serving import NAME, Running, post, serving, wait_for
+
+from smart_decoding.server import connections
+
+BODY = {"model": NAME, "prompt": "abc", "max_tokens": 4, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def impatient(load: Any) -> Iterator[Running]:
+    """Waits half a second for heads and bodies."""
+    with serving(load, head_timeout=0.5, body_timeout=0.5, max_body=100_000) as running:
+        yield running
+
+
+@contextmanager
+def connected(running: Running) -> Iterator[socket.socket]:
+    host, _, port = running.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=5) as client:
+        yield client
+
+
+def read_all(client: socket.socket) -> bytes:
+    """Until the server closes."""
+    data = b""
+    try:
+        while piece := client.recv(65536):
+            data += piece
+    except ConnectionError:
+        pass
+    return data
+
+
+def first_answer(client: socket.socket) -> tuple[int, bytes]:
+    """Status and body of the first response; (0, b"") if the server closes without one."""
+    data = b""
+    while True:
+        head, found, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        if found and length and len(body) >= int(length[1]):
+            return int(head.split(b" ")[1]), body[: int(length[1])]
+        try:
+            piece = client.recv(65536)
+        except ConnectionError:
+            piece = b""
+        if not piece:
+            return 0, b""
+        data += piece
+
+
+def said(running: Running, *pieces: bytes, pause: float = 0.0) -> tuple[int, dict[str, Any] | None, float]:
+    """Status, error and seconds until the server answered or closed, after it was sent `pieces`."""
+    with connected(running) as client:
+        started = time.monotonic()
+        try:
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(pause)
+        except ConnectionError:
+            pass
+        status, body = first_answer(client)
+        return status, json.loads(body)["error"] if body.startswith(b'{"error"') else None, time.monotonic() - started
+
+
+def goes_on(running: Running) -> None:
+    assert post(running, "/v1/completions", json=BODY).status_code == 200
+    assert running.idle()
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),  # TLS
+        b"\x00" * 1000,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",  # no host
+        HEAD + b"content-length: 3\r\ncontent-length: 5\r\n\r\nabc",
+        HEAD + b"content-length: -1\r\n\r\n",
+        HEAD + b"content-length: 99999999999999999999999\r\n\r\n",
+        HEAD + b"transfer-encoding: chunked\r\n\r\nZZ\r\n",
+        HEAD + b"x: a\x00b\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+)
+def test_what_is_no_request(impatient: Running, data: bytes) -> None:
+    status, error, seconds = said(impatient, data)
+    assert (status == 0 or 400 <= status < 500) and seconds < 3
+    assert error is None or set(error) == {"message", "type", "param", "code"}
+    goes_on(impatient)
+
+
+def test_a_flood_of_headers(impatient: Running) -> None:
+    flood = b"".join(b"x-%d: %s\r\n" % (i, b"y" * 100) for i in range(2000))
+    status, error, _ = said(impatient, b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + flood + b"\r\n")
+    assert status == 400 and error is not None and error["code"] == "invalid_http"
+    status, _, _ = said(impatient, b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    assert status == 400
+    goes_on(impatient)
+
+
+@pytest.mark.parametrize(
+    "path", [b"/%ff%fe", b"/v1/models/%ff", b"/v1/models/%00", b"/?q=%ff", b"/v1/models/" + b"a" * 9000]
+)
+def test_paths_that_are_no_utf8(impatient: Running, path: bytes) -> None:
+    status, _, _ = said(impatient, b"GET " + path + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    assert status in (200, 404)
+    goes_on(impatient)
+
+
+def test_headers_that_are_no_utf8(impatient: Running) -> None:
+    head = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+    for line in (b"authorization: Bearer \xff\xfe\r\n", b"x-request-id: \xe9\r\n", b"upgrade: websocket\r\n"):
+        assert said(impatient, head + line + b"\r\n")[0] == 200
+    assert said(impatient, b"GET /v1/models HTTP/1.1\r\nhost: \xff\r\nconnection: close\r\n\r\n")[0] == 403
+
+
+def test_bodies_that_are_giant_or_lie_about_their_size(impatient: Running) -> None:
+    assert said(impatient, HEAD + b"content-length: 100001\r\n\r\n" + b" " * 1000)[0] == 413
+    chunk = b"%x\r\n%s\r\n" % (50_000, b" " * 50_000)
+    assert said(impatient, HEAD + b"transfer-encoding: chunked\r\n\r\n", *[chunk] * 4)[0] == 413
+    assert said(impatient, HEAD + b"content-length: 50\r\n\r\n{")[0] == 408  # the rest never comes
+    goes_on(impatient)
+
+
+def test_slow_loris_is_cut_off_and_the_others_do_not_notice(impatient: Running) -> None:
+    """Heads that come a line at a time, or never; after an answer, too."""
+    lines = [b"x-%d: y\r\n" % i for i in range(15)]
+    with ThreadPoolExecutor() as pool:
+        slow = [pool.submit(said, impatient, b"GET /health HTTP/1.1\r\n", *lines, pause=0.1) for _ in range(3)]
+        silent = pool.submit(said, impatient)
+        for _ in range(5):
+            assert post(impatient, "/v1/completions", json=BODY).status_code == 200
+        for each in slow:
+            status, error, _ = each.result()
+            assert status in (0, 408) and (error is None or error["code"] == "request_timeout")
+        status, _, seconds = silent.result()
+        assert status == 408 and seconds < 2
+    again = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with connected(impatient) as client:
+        client.sendall(again)
+        assert b"200 OK" in client.recv(65536)
+        client.sendall(again[:30])  # the second head never ends
+        started = time.monotonic()
+        read_all(client)
+        assert time.monotonic() - started < 2
+    assert wait_for(lambda: not impatient.server.server_state.connections)
+
+
+def test_more_connections_than_are_allowed(load: Any) -> None:
+    with serving(load, max_connections=4) as running, ExitStack() as stack:
+        connections = running.server.server_state.connections
+        first, *_ = [stack.enter_context(connected(running)) for _ in range(4)]
+        assert wait_for(lambda: len(connections) == 4)
+        status, error, _ = said(running, b"")
+        assert status == 503 and error is not None and error["code"] == "too_many_connections"
+        first.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        assert b"200 OK" in read_all(first)
+        assert wait_for(lambda: len(connections) == 3)
+        goes_on(running)
+
+
+def test_a_reader_that_stops_reading_is_cut_off(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "STALLED", 0.3)
+    body = json.dumps({"prompt": "a" * 3_000_000}).encode()
+    with serving(load) as running, connected(running) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(
+            HEAD.replace(b"/v1/completions", b"/tokenize") + b"content-length: %d\r\n\r\n" % len(body) + body
+        )
+        state = running.server.server_state
+        assert wait_for(lambda: len(state.connections) == 1)
+        assert wait_for(lambda: not state.connections, 15)
+        goes_on(running)
+
+
+def test_garbage_while_an_answer_streams(running: Running) -> None:
+    body = json.dumps({**BODY, "max_tokens": 300, "stream": True, "ignore_eos": True}).encode()
+    with connected(running) as client:
+        client.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+        assert b"200 OK" in client.recv(1000)
+        client.sendall(b"\x00\x01\x02 garbage\r\n\r\n" * 10)
+        read_all(client)
+    goes_on(running)

@@ -1,0 +1,58 @@
+"""The short form of `make soak`: 64 clients on the tiny model for some seconds, with and without speculation."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import serving
+
+pytest.importorskip("llguidance")
+
+PATH = Path(__file__).parents[2] / "tools" / "soak.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("soak", PATH)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["soak"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_short_soak_finds_nothing_wrong(tool: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "SLOW", 0.02)
+    size = {"max_num_seqs": 16, "max_model_len": 2048}
+    args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5)
+    with (
+        serving(lambda: load(**size), model_name="soak") as ours,
+        serving(lambda: load(**size, speculative_config=False), model_name="soak") as off,
+    ):
+        result = tool.soak(args, {"static": (ours.url, os.getpid()), "off": (off.url, os.getpid())})
+        ours.llm.engine.check_integrity()
+    for policy, found in result["policies"].items():
+        assert found["wrong"] == []
+        assert found["ends"]["read"] > 50 and found["ends"]["cancelled"] > 2 and found["checked"] > 2
+        assert (found["rounds_off"] == 1.0) == (policy == "off")
+    assert result["over_off"]["static"]["tpot"]["pairs"] > 20
+
+
+def test_it_notices_what_is_wrong(tool: Any, running: Any, load: Any) -> None:
+    """An answer that is not the one alone, a page that is not given back, a server that is broken."""
+    figures = tool.Figures(memory=[100] * 100 + [200] * 100)
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 5, "stream": True, "temperature": 0,
+            "stream_options": {"include_usage": True}}  # fmt: skip
+    figures.answers = [(tool.Plan(0, body, "read", 1, True), "not that")]
+    tool.asyncio.run(tool.check_answers(running.url, figures))
+    assert len(figures.wrong) == 1 and "differs from alone" in figures.wrong[0]
+    page = running.llm.engine.pool.take(1)
+    tool.check_leaks(running.url, figures)
+    running.llm.engine.pool.give(page)
+    assert "leak: kv_cache_usage_perc" in figures.wrong[1] and "memory grew" in figures.wrong[2]

@@ -1,0 +1,172 @@
+"""Grammars per tree node: the tokens are those of plain decoding under the grammar, whatever the tree was."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from smart_decoding.core.policies import POLICIES
+from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.structured import StructuredOutputsParams, grammatical
+from smart_decoding.errors import ConfigError
+from smart_decoding.grammars import Grammars
+from smart_decoding.tokenizer import Tokenizer
+
+from .fakes import EOS, VOCAB, alone, finish, make_engine, random_requests, text_of
+
+pytest.importorskip("llguidance")
+
+PATTERNS = [r"([abce]{2}[f-k]{1,3})+", r"(abc|abe|ace)*w?", r"[a-w]{5,30}", r"(v[ab]+u){2,4}"]  # d is end of sequence
+# name -> (requests, sampling, engine)
+SCENARIOS = {
+    "greedy": (4, {"temperature": 0.0, "max_tokens": 30}, {}),
+    "drawn": (4, {"temperature": 0.9, "top_p": 0.9, "max_tokens": 30}, {"max_num_batched_tokens": 16}),
+    "penalties": (4, {"temperature": 0.8, "repetition_penalty": 1.3, "logit_bias": {5: 2.0}, "max_tokens": 30}, {}),
+    "tight memory": (4, {"temperature": 0.0, "max_tokens": 40}, {"pages": 8}),
+}
+
+
+@functools.cache
+def grammars() -> Grammars:
+    """On the fakes' vocabulary: one letter a token, EOS is special."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab={text_of([i]): i for i in range(VOCAB)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text_of([EOS]), special=True)])
+    return Grammars(Tokenizer(backend), VOCAB, (EOS,))
+
+
+def requests_of(name: str) -> list[tuple[list[int], SamplingParams]]:
+    """A pattern each; the last request has none."""
+    count, sampling, _ = SCENARIOS[name]
+    structures = [*(StructuredOutputsParams(regex=pattern) for pattern in PATTERNS), None]
+    return [random_requests(1, i, **sampling, structured_outputs=structures[i])[0] for i in range(count + 1)]
+
+
+@functools.cache
+def expected(name: str) -> list[list[int]]:
+    return [alone(prompt, params, grammars())[0].output for prompt, params in requests_of(name)]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_tokens_are_those_of_plain_decoding_under_the_grammar(policy: str, name: str) -> None:
+    engine = make_engine(policy, constrain=grammars(), **SCENARIOS[name][2])
+    requests = []
+    for i, (prompt, params) in enumerate(requests_of(name)):
+        requests += engine.add_request(str(i), prompt, params)
+        if i % 2:
+            engine.step()  # later requests join a running batch
+    finish(engine)
+    assert [request.output for request in requests] == expected(name)
+    bound = requests[:-1]
+    for pattern, request in zip(PATTERNS, bound, strict=True):
+        text = text_of([token for token in request.output if token != EOS])
+        assert request.stop.finish_reason == "length" or re.fullmatch(pattern, text)
+        assert set(text) <= set("abcefghijkluvw") or "a-w" in pattern
+    assert any(request.stop.finish_reason == "stop" for request in bound)
+    if policy == "off":
+        assert sum(r.metrics.verified for r in bound) == 0
+    else:
+        assert sum(r.metrics.accepted for r in bound) > 0
+
+
+def test_forbidden_nodes_are_not_verified() -> None:
+    """Nothing but abc may be said: of all the drafted nodes only those are verified."""
+    engine = make_engine("static", constrain=grammars())
+    (request,) = engine.add_request("x", [1, 2], SamplingParams(
+        temperature=0, max_tokens=20, structured_outputs=StructuredOutputsParams(regex="(abc){5}")))  # fmt: skip
+    while engine.has_unfinished_requests:
+        engine.step()
+        record = engine.last_round
+        assert record is not None
+        nodes = record.round.trees.take(record.round.kept)
+        before = text_of(request.tokens[: -len(record.acceptance.emitted[0])])[2:]
+        for node in range(len(nodes)):
+            path = text_of(nodes.token[nodes.path(node)].tolist()).removesuffix("d")
+            assert ("abc" * 5).startswith(before + path)
+    assert text_of(request.output) == "abc" * 5 + "d"
+    assert request.metrics.accepted > 0 and request.metrics.verified < request.metrics.drafted
+
+
+def constraint(**what: Any) -> Any:
+    return grammars()(StructuredOutputsParams(**what))
+
+
+def ids(text: str) -> list[int]:
+    return [ord(letter) - ord("a") for letter in text]
+
+
+def allowed(of: Any, path: str = "") -> str:
+    return text_of(np.flatnonzero(of.allowed(ids(path))).tolist())
+
+
+def test_masks_follow_paths_and_forget_them() -> None:
+    one = constraint(regex="ab?(c|e)")
+    assert allowed(one) == "a" and allowed(one, "a") == "bce" and allowed(one, "ab") == "ce"
+    assert allowed(one, "abc") == "d" and allowed(one, "abcd") == "d"  # only the end; after it nothing counts
+    assert allowed(one) == "a"
+    assert [one.accepts(ids(path)) for path in ("a", "ac", "acd", "b", "acc", "ad", "acda", "d")] == [
+        True, True, True, False, False, False, False, False]  # fmt: skip
+    one.append(ids("ac"))
+    assert allowed(one) == "d" and one.accepts(ids("d")) and not one.accepts(ids("a"))
+    one.append(ids("d"))
+    assert allowed(one) == "d" and not one.accepts(ids("d"))
+
+
+def test_answers_to_one_prompt_do_not_share_their_place() -> None:
+    engine = make_engine("likelihood", constrain=grammars())
+    params = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=20,
+                            structured_outputs=StructuredOutputsParams(choice=["abab", "cece", "ukuk"]))  # fmt: skip
+    answers = engine.add_request("x", [1], params)
+    finish(engine)
+    assert all(text_of(answer.output) in ("ababd", "ceced", "ukukd") for answer in answers)
+
+
+def test_pruning_takes_what_is_below_a_forbidden_node() -> None:
+    trees = DraftTrees.empty(2)
+    trees.append([0, 0, 1], ids("abz"), [ROOT, ROOT, ROOT], [0.5, 0.3, 0.5])
+    trees.append([0, 0, 1], ids("bcz"), [0, 1, 2], [0.5, 0.5, 0.5])
+    trees.append([0, 0], ids("ed"), [3, 3], [0.5, 0.5])
+    kept = grammatical([constraint(regex="abe+"), None], trees, np.array([0, 1, 2, 3, 4, 5, 6]))
+    assert kept.tolist() == [0, 2, 3, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: StructuredOutputsParams(), "exactly one"),
+        (lambda: StructuredOutputsParams(regex="a", choice=["b"]), "exactly one"),
+        (lambda: StructuredOutputsParams(json="{"), "no JSON schema"),
+        (lambda: StructuredOutputsParams(json="[]"), "no JSON schema"),
+        (lambda: StructuredOutputsParams(json={"const": float("nan")}), "no JSON schema"),
+        (lambda: StructuredOutputsParams(choice=[]), "choice"),
+        (lambda: StructuredOutputsParams(choice=["a", ""]), "choice"),
+        (lambda: StructuredOutputsParams(regex=3), "text"),
+        (lambda: SamplingParams(structured_outputs={"regex": "a"}), "StructuredOutputsParams"),
+        (lambda: SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), ignore_eos=True), "ignore_eos"),
+        (lambda: SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), min_tokens=2), "min_tokens"),
+        (lambda: constraint(regex="("), "regex"),
+        (lambda: constraint(regex="a(?=b)"), "look-around"),
+        (lambda: constraint(grammar="start: x"), "x"),
+        (lambda: constraint(json={"type": "nope"}), "Invalid type"),
+        (lambda: constraint(json={"not": {}}), "Unimplemented"),
+        (lambda: constraint(json={"enum": []}), "Unsatisfiable"),
+        (lambda: constraint(json={"not": {}, "x-guidance": {"lenient": True}}), "Unimplemented"),
+        (lambda: Grammars(Tokenizer(tokenizers.Tokenizer(models.BPE())), 9, ())(
+            StructuredOutputsParams(regex="a")), "no end-of-sequence"),
+        (lambda: make_engine().add_request("x", [1], SamplingParams(
+            structured_outputs=StructuredOutputsParams(regex="a"))), "no grammars"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_fulfilled_is_refused_in_one_line(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as error:
+        make()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
