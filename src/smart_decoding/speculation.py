@@ -53,8 +53,10 @@ class Speculation:
 
 def shipped_head(model: str) -> Path | None:
     """The folder of the head that comes with this package for a built-in model, if there is one."""
-    folder = HEADS / model.partition("@")[0]
-    return folder if (folder / "model.safetensors").is_file() else None
+    name = model.partition("@")[0]
+    folder = HEADS / name
+    is_name = Path(name).name == name  # a path of its own would lead out of HEADS
+    return folder if is_name and (folder / "model.safetensors").is_file() else None
 
 
 def build_speculation(

@@ -20,7 +20,7 @@ from smart_decoding.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")  # MPO: what some phones call their JPEG
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MODALITIES = ("image", "video")
 
 
@@ -54,7 +54,7 @@ def open_image(source: Any, limits: Limits) -> Image:
         return _upright(source, limits)
     content = source if isinstance(source, bytes) else _read(source, limits)
     if len(content) > limits.bytes:
-        raise ConfigError(f"an image of {len(content)} bytes exceeds the limit of {limits.bytes}")
+        raise ConfigError(f"an image of {len(content)} bytes exceeds the limit of {limits.bytes} bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures: ours is the limit
@@ -62,7 +62,7 @@ def open_image(source: Any, limits: Limits) -> Image:
     except pil.DecompressionBombError as error:
         raise ConfigError(f"an image exceeds the limit of {limits.pixels} pixels (max_image_pixels)") from error
     except OSError as error:  # UnidentifiedImageError among them
-        known = ", ".join(name for name in FORMATS if name != "MPO")
+        known = ", ".join(FORMATS)
         raise ConfigError(f"an image is corrupt or of an unsupported type; supported: {known}") from error
 
 
