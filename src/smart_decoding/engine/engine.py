@@ -226,6 +226,7 @@ class Engine:
             catch_up_rows=max(0, pending),
             has_model=bool(drafter and drafter.max_levels),
             has_free=bool(drafter and drafter.free),
+            pictures=np.array([r.media is not None for r in requests]) if any(r.media for r in requests) else None,
         )
 
     def _draft(

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.calibration import Calibration
+from smart_decoding.core.calibration import KINDS, Calibration
 from smart_decoding.core.choice import best_rates, best_size, ranked
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.forecast import Forecast, grow
@@ -26,7 +26,7 @@ from smart_decoding.core.policies.common import (
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.probing import Prober
-from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
@@ -95,7 +95,7 @@ class _Scratch:
     """What one round's calls share."""
 
     limits: IntArray
-    greedy: BoolArray
+    kind: IntArray
     drafting: int  # requests that may draft
     context: float
     outlook: Outlook | None = None
@@ -203,7 +203,7 @@ class Smart:
     def _open(self, batch: BatchState) -> _Scratch:
         limits = depth_limits(batch)
         context = float(batch.context.sum()) / batch.size
-        return _Scratch(limits, batch.temperature <= 0, int(np.count_nonzero(limits > 0)), context)
+        return _Scratch(limits, batch.kind, int(np.count_nonzero(limits > 0)), context)
 
     def _current_outlook(self, batch: BatchState, scratch: _Scratch) -> Outlook:
         """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
@@ -233,7 +233,7 @@ class Smart:
         widths: tuple[int, ...] = WIDTHS
         if drafting > SMALL:
             levels, widths = min(levels, FEW_LEVELS), WIDTHS[:2]
-        children = self.forecast.children(float(np.mean(scratch.greedy)))
+        children = self.forecast.children(np.bincount(scratch.kind, minlength=KINDS) / size)
         columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free))
         verify = self._verify(batch, scratch, columns + 1)
         rows = np.arange(1 + max(WIDTHS[-1] * drafting, _first_rows(batch)))
@@ -362,7 +362,7 @@ class Smart:
         if len(trees):
             self._score(scratch, trees)
             nodes, chosen = round.observed()
-            self.calibration.observe(trees, nodes, chosen, scratch.greedy)
+            self.calibration.observe(trees, nodes, chosen, scratch.kind)
             if round.level_widths and not seldom:
                 self.forecast.observe(trees)
             accepted = int(np.count_nonzero(round.next_token >= 0))
@@ -391,7 +391,7 @@ class Smart:
 
     def _score(self, scratch: _Scratch, trees: DraftTrees) -> None:
         if scratch.scored != len(trees):
-            self.calibration.score(trees, scratch.greedy)
+            self.calibration.score(trees, scratch.kind)
             scratch.scored = len(trees)
 
     def _curve(self, batch: BatchState, scratch: _Scratch, nodes: int) -> FloatArray:
