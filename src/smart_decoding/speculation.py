@@ -14,6 +14,7 @@ from smart_decoding.backends.torch.draft_model import DraftModel
 from smart_decoding.backends.torch.eagle_head import EagleHead
 from smart_decoding.backends.torch.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.backends.torch.loading import Checkpoint, load_checkpoint
+from smart_decoding.backends.torch.native.chooser import native_chooser
 from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
@@ -78,7 +79,7 @@ def build_speculation(
     builder = _Builder(checkpoint, target, pages, max_num_seqs, given, default_head)
     drafter = builder.drafter(method)
     cost = builder.cost() if "cost" in policy_options(policy_name) else None
-    offered = {**builder.prior(), "cost": cost, "eos_token_ids": target.eos_token_ids}
+    offered = {**builder.prior(), "cost": cost, "eos_token_ids": target.eos_token_ids, "chooser": native_chooser()}
     policy = make_policy(policy_name, offered, **given)
     return Speculation(policy, drafter, cost, builder.model, builder.description)
 

@@ -242,6 +242,9 @@ class FakeModel:
             self.trees.append([owner] * 2, tokens, [parent] * 2, self.rng.uniform(0.05, 0.5, 2))
         self.length = len(self.trees)
 
+    def extend_each(self, requests: list[Request], features: object) -> None:
+        self.calls.append("extend_each")
+
     def extend(self, request: Request, features: object, first: int, tokens: list[int]) -> None:
         self.calls.append("extend")
 

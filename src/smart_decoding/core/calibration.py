@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.core.drift import DriftDetector
-from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray, KindArray
 
 BINS, FINE, DEPTHS = 16, 64, 6
 KINDS = 4  # of requests: 1 if greedy, and 2 more with pictures
@@ -26,11 +26,10 @@ MAX_PROB = 0.999
 MEMORY = 3000.0  # each curve remembers about its last 3000 observed children
 AFTER_CHANGE = 40.0  # and this many once the drafter has visibly changed
 SHRINK_CURVE, SHRINK_POOL = 8.0, 1.0  # pseudo-observations of a curve; pseudo-hits of the pool over depths
-EARLY, REFRESH = 32, 4  # the first rounds are learned from at once, later ones four at a time
 
 _RESOLUTION = 4096
 _ANGLE: FloatArray = np.arcsin(np.sqrt(np.arange(_RESOLUTION + 1) / _RESOLUTION)) * (2 / math.pi)
-_FINE_OF: IntArray = np.rint(_ANGLE * (FINE - 1)).astype(np.int64)
+FINE_OF: IntArray = np.rint(_ANGLE * (FINE - 1)).astype(np.int64)
 _BIN_OF_FINE: IntArray = np.minimum(np.arange(FINE) * BINS // (FINE - 1), BINS - 1)
 _CENTRES: FloatArray = (np.arange(BINS) + 0.5) / BINS
 _INTERPOLATE: FloatArray = np.stack([np.interp(np.arange(FINE) / (FINE - 1), _CENTRES, row) for row in np.eye(BINS)])
@@ -57,11 +56,9 @@ class Calibration:
         self.drift = DriftDetector(len(self.prior))
         self.changes = 0  # how often a drafter was found to have changed
         self._before: dict[int, tuple[FloatArray, FloatArray, FloatArray]] = {}
-        self._rounds = 0
-        self._waiting: list[tuple[IntArray, IntArray, BoolArray]] = []  # cells, drafters and outcomes not learned yet
         self._refresh()
 
-    def score(self, trees: DraftTrees, kind: IntArray) -> FloatArray:
+    def score(self, trees: DraftTrees, kind: KindArray) -> FloatArray:
         """Sets `trees.accept_prob` and returns the conditional probabilities, both [nodes]; `kind` is [batch].
 
         Siblings sum to at most 1 (scaled down where they do not), so π(child) <= π(parent)."""
@@ -73,19 +70,11 @@ class Calibration:
         trees.accept_prob = path_products(trees.parent, conditional, int(trees.depth.max()))
         return conditional
 
-    def observe(self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, kind: IntArray) -> None:
+    def observe(self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, kind: KindArray) -> None:
         """Learns from uncensored `nodes` [observed] and whether the target chose them (`Round.observed()`)."""
         if not len(nodes):
             return
-        self._waiting.append((self._cells(trees, kind, nodes), trees.source.take(nodes), chosen))
-        self._rounds += 1
-        if self._rounds < EARLY or len(self._waiting) >= REFRESH:
-            self._learn()
-
-    def _learn(self) -> None:
-        """Learns from all that was observed since the last time: in one go, since every numpy call has its price."""
-        cells, source, chosen = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
-        self._waiting.clear()
+        cells, source = self._cells(trees, kind, nodes), trees.source.take(nodes)
         expected = self._lookup(cells)
         group, fine = np.divmod(cells, FINE)
         flat = group * BINS + _BIN_OF_FINE.take(fine)
@@ -102,7 +91,7 @@ class Calibration:
 
     def curve(self, source: int, shares: FloatArray) -> FloatArray:
         """[DEPTHS, BINS] conditional probabilities of one drafter, mixed over the kinds' shares [KINDS] of a batch."""
-        self._reserve(source)
+        self.reserve(source)
         result: FloatArray = shares @ self._coarse[source]
         return result
 
@@ -128,26 +117,27 @@ class Calibration:
 
     def bins(self, prob: FloatArray) -> IntArray:
         """[n] bin of each draft probability."""
-        return _BIN_OF_FINE.take(_FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64)))
+        return _BIN_OF_FINE.take(FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64)))
 
-    def _cells(self, trees: DraftTrees, kind: IntArray, nodes: IntArray | None = None) -> IntArray:
+    def _cells(self, trees: DraftTrees, kind: KindArray, nodes: IntArray | None = None) -> IntArray:
         """Flat index of each node's fine bin: ((source * DEPTHS + depth) * KINDS + kind) * FINE + fine."""
         prob, depth, source, owner = trees.draft_prob, trees.depth, trees.source, trees.owner
         if nodes is not None:
             prob, depth, source, owner = prob.take(nodes), depth.take(nodes), source.take(nodes), owner.take(nodes)
-        fine = _FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64))
+        fine = FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64))
         cells: IntArray = source * DEPTHS + (np.minimum(depth, DEPTHS) - 1)
         cells = (cells * KINDS + kind.take(owner)) * FINE + fine
         return cells
 
     def _lookup(self, cells: IntArray) -> FloatArray:
         try:
-            return self._table.take(cells)
+            return self.table.take(cells)
         except IndexError:  # a drafter not seen before
-            self._reserve(int(cells.max()) // (DEPTHS * KINDS * FINE))
-            return self._table.take(cells)
+            self.reserve(int(cells.max()) // (DEPTHS * KINDS * FINE))
+            return self.table.take(cells)
 
-    def _reserve(self, source: int) -> None:
+    def reserve(self, source: int) -> None:
+        """Makes room for drafters up to index `source`."""
         missing = source + 1 - len(self.prior)
         if missing > 0:
             self.prior = np.concatenate((self.prior, default_prior(missing)))
@@ -185,7 +175,7 @@ class Calibration:
         rising = np.maximum.accumulate(raw, axis=3)
         falling = np.minimum.accumulate(raw[..., ::-1], axis=3)[..., ::-1]
         self._coarse = np.minimum(0.5 * (rising + falling), MAX_PROB)  # both are monotone, hence their mean
-        self._table = (self._coarse @ _INTERPOLATE).ravel()
+        self.table = (self._coarse @ _INTERPOLATE).ravel()
 
 
 def _better(prob: FloatArray, ratio: float) -> FloatArray:

@@ -21,7 +21,8 @@ class LookAhead:
 
     def __init__(self, children: FloatArray) -> None:
         self.children = children
-        self._below: dict[tuple[int, int, tuple[int, ...]], FloatArray] = {}
+        self._below: dict[tuple[int, int], FloatArray] = {}
+        self._forecast: dict[tuple[int, int, tuple[int, ...]], FloatArray] = {}
 
     def width(
         self,
@@ -52,6 +53,13 @@ class LookAhead:
         best = int(rates.argmax())
         return widths[best % len(widths)] if rates[best] > rates[-1] else 0
 
+    def below(self, level: int, ahead: int) -> FloatArray:
+        """[ahead * RANKS] forecast probabilities of the descendants of a node of `level`, given that node."""
+        tree = self._below.get((level, ahead))
+        if tree is None:
+            tree = self._below[level, ahead] = subtree(self.children, level + 1, ahead, RANKS)
+        return tree
+
     @staticmethod
     def columns(present: int, frontier: int, ahead: int) -> int:
         """Candidates that a look-ahead scans."""
@@ -61,12 +69,12 @@ class LookAhead:
         """[ahead * widths, frontier, ahead * RANKS] minus the forecast probability of each candidate below each
         frontier node, given that node; NONE where an option does not reach."""
         key = (level, ahead, widths)
-        options = self._below.get(key)
+        options = self._forecast.get(key)
         if options is None:
-            tree = subtree(self.children, level + 1, ahead, RANKS)
+            tree = self.below(level, ahead)
             reached = np.arange(len(tree)) // RANKS < np.arange(1, ahead + 1)[:, None]
             expanded = np.arange(widths[-1]) < np.array(widths)[:, None]
             inside = reached[:, None, None, :] & expanded[None, :, :, None]
             options = np.where(inside, -tree, NONE).reshape(-1, widths[-1], len(tree))
-            self._below[key] = options
+            self._forecast[key] = options
         return options

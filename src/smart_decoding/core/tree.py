@@ -7,8 +7,9 @@ depth 1 has parent -1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
+KindArray: TypeAlias = NDArray[np.uint8]  # kinds of requests that calibration tells apart
 
 ROOT = -1
 
@@ -117,3 +119,19 @@ class DraftTrees:
             if parent != ROOT:
                 mask[node] |= mask[parent]
         return mask
+
+
+def join(many: Sequence[DraftTrees]) -> DraftTrees:
+    """The trees of several batches side by side, as those of one batch."""
+    first_owner = np.cumsum([0] + [trees.batch for trees in many])
+    first_node = np.cumsum([0] + [len(trees) for trees in many])
+    shift = np.diff(first_node)
+    parent = np.concatenate([trees.parent for trees in many])
+    parent += np.where(parent == ROOT, 0, np.repeat(first_node[:-1], shift))
+    owner = np.concatenate([trees.owner for trees in many]) + np.repeat(first_owner[:-1], shift)
+
+    def column(name: str) -> Any:
+        return np.concatenate([getattr(trees, name) for trees in many])
+
+    return DraftTrees(int(first_owner[-1]), owner, column("token"), parent, column("depth"), column("draft_prob"),
+                      column("path_prob"), column("accept_prob"), column("source"))  # fmt: skip

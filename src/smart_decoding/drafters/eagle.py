@@ -15,11 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from smart_decoding.core.tree import FloatArray, IntArray
+from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 from smart_decoding.drafters.levels import Draw, LevelDrafter, State
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows
+
+LOG = 64  # rounds of plain decoding that are shared out together
 
 
 class Head(Protocol):
@@ -44,14 +47,30 @@ class Head(Protocol):
         """Rows of the concatenation of earlier outputs, or of features, as a copy."""
         ...
 
+    def columns(self, rounds: Sequence[Any]) -> Sequence[Any]:
+        """Features [requests, width] of several rounds -> those of each request, [rounds, width]."""
+        ...
+
     def copy_page(self, source: int, target: int) -> None:
         """Copies the keys of a page."""
         ...
 
 
+@dataclass(eq=False, slots=True)
+class Log:
+    """Features of rounds of plain decoding of the same requests, shared out only when they are wanted.
+
+    first: position of each request's first row. rounds: [requests, width] each."""
+
+    requests: list[Request]
+    first: list[int]
+    rounds: list[Any] = field(default_factory=list)
+    columns: Sequence[Any] | None = None
+
+
 @dataclass(slots=True)
 class Pairs(State):
-    """parts: the features of the waiting pairs. copies: scratch pages in the place of the request's, by index, each
+    """parts: the features of the waiting pairs, or a log and a request's place in it. copies: scratch pages in the place of the request's, by index, each
     with the features of its last pair, which is run again."""
 
     parts: list[Any] = field(default_factory=list)
@@ -68,6 +87,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         super().__init__(pool_pages, scratch_pages - len(self._spare), max_levels)
         self._head, self.taps, self.sees = head, head.taps, head.sees
         self._outs: list[Any] = []  # of this round
+        self._log: Log | None = None
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read
         self._ends: dict[int, tuple[int, Any]] = {}  # page -> key of its content, features of its last position
 
@@ -89,7 +109,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
     def _first(self, rows: Rows, last: IntArray, states: Sequence[Pairs]) -> Any:
         parts: list[Any] = []
         for state in states:
-            parts += [state.copies[t // PAGE][1] for t in state.again] + state.parts
+            parts += [state.copies[t // PAGE][1] for t in state.again] + [self._features(p) for p in state.parts]
             state.parts = []
         g = self._head.project(parts)
         self._outs = [self._head.take([self._head.run(rows, g)], last)]
@@ -105,15 +125,61 @@ class EagleDrafter(LevelDrafter[Pairs]):
     def _receive(self, request: Request, state: Pairs, features: Any, first: int) -> None:
         state.parts.append(features)
         for end in range(-(first + 1) % PAGE, len(features), PAGE):
-            page = (first + end) // PAGE
-            key = self._keys(request, state, page + 1)[-1]
-            self._ends[request.table.pages[page]] = key, self._head.take([features], np.array([end]))
+            self._keep_end(request, state, first + end, features, end)
+
+    def _keep_end(self, request: Request, state: Pairs, position: int, features: Any, row: int) -> None:
+        """Keeps the features of the last position of a page: `row` of `features`."""
+        page = position // PAGE
+        key = self._keys(request, state, page + 1)[-1]
+        self._ends[request.table.pages[page]] = key, self._head.take([features], np.array([row]))
+
+    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+        self._share_out()
+        return super().start(requests, plan)
+
+    def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
+        self._share_out()
+        super().extend(request, features, first, tokens)
+
+    def extend_each(self, requests: Sequence[Request], features: Any) -> None:
+        if self._log is None or self._log.requests != requests:
+            self._share_out()
+            self._log = Log(list(requests), [request.table.length - 1 for request in requests])
+        self._log.rounds.append(features)
+        if len(self._log.rounds) == LOG:
+            self._share_out()
+
+    def _share_out(self) -> None:
+        """Gives the requests of the log what is in it."""
+        log, self._log = self._log, None
+        for i, request in enumerate(log.requests if log else ()):
+            state = self._states.get(id(request))
+            if log is None or state is None:  # released since
+                continue
+            state.parts.append((log, i))
+            first, rounds = log.first[i], len(log.rounds)
+            for end in range(-(first + 1) % PAGE, rounds, PAGE):
+                if (first + end) // PAGE < len(request.table.pages):  # not about to be released
+                    self._keep_end(request, state, first + end, log.rounds[end], i)
+            self._bound(request, state, first + rounds)
+
+    def _features(self, part: Any) -> Any:
+        """A part's features [rows, width]."""
+        if not isinstance(part, tuple):
+            return part
+        log, i = part
+        if log.columns is None:
+            log.columns = self._head.columns(log.rounds)
+        return log.columns[i]
 
     def _drop(self, state: Pairs, rows: int) -> None:
-        while rows and len(state.parts[0]) <= rows:
-            rows -= len(state.parts.pop(0))
-        if rows:
-            state.parts[0] = state.parts[0][rows:]
+        while rows:
+            part = state.parts.pop(0)
+            size = len(part[0].rounds) if isinstance(part, tuple) else len(part)
+            if size > rows:
+                state.parts.insert(0, self._features(part)[rows:])
+                return
+            rows -= size
 
     def _advance(self, request: Request, state: Pairs) -> None:
         first = state.length // PAGE

@@ -204,12 +204,15 @@ class LevelDrafter(ABC, Generic[S]):
         if state is None:
             state = self._states[id(request)] = self._admit(request, first)
         self._receive(request, state, features, first)
-        end, window = first + len(tokens), WINDOW
-        if request.media is not None and self.sees:
-            window += request.media.length
-        elif request.media is not None:
+        end = first + len(tokens)
+        if request.media is not None and not self.sees:
             self._begin(state, request.media.visual(end) // PAGE * PAGE)
-        if end - state.length > window:  # keep the younger half, from a page's start on
+        self._bound(request, state, end)
+
+    def _bound(self, request: Request, state: S, end: int) -> None:
+        """Of the rows that wait before position `end`, keeps no more than the window, from a page's start on."""
+        window = WINDOW + (request.media.length if request.media is not None and self.sees else 0)
+        if end - state.length > window:  # keep the younger half
             self._begin(state, -(-(end - window // 2) // PAGE) * PAGE)
 
     def _begin(self, state: S, start: int) -> None:
@@ -218,6 +221,11 @@ class LevelDrafter(ABC, Generic[S]):
             self._drop(state, start - state.length)
             state.start = state.length = start
             state.again = []
+
+    def extend_each(self, requests: Sequence[Request], features: Any) -> None:
+        for i, request in enumerate(requests):
+            first = request.table.length - 1
+            self.extend(request, None if features is None else features[i : i + 1], first, request.tokens[first:][:1])
 
     def observe_logits(self, tokens: IntArray, logits: Any) -> None:
         """Not wanted."""

@@ -151,6 +151,10 @@ class NgramDrafter:
     def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
         self._indexed(request)  # request.tokens holds these tokens, those found in the prefix cache, and the root
 
+    def extend_each(self, requests: Sequence[Request], features: Features) -> None:
+        for request in requests:
+            self._indexed(request)
+
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
         """Not wanted."""
 

@@ -78,6 +78,9 @@ class RecyclingDrafter:
     def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
         """Nothing to learn: what it learns comes through observe_logits."""
 
+    def extend_each(self, requests: Sequence[Request], features: Features) -> None:
+        """Nothing to learn here either."""
+
     def release(self, request: Request) -> None:
         """Nothing to forget: the table belongs to no request."""
 

@@ -126,6 +126,10 @@ class UnionDrafter:
         for drafter in self.drafters:
             drafter.extend(request, features, first, tokens)
 
+    def extend_each(self, requests: Sequence[Request], features: Features) -> None:
+        for drafter in self.drafters:
+            drafter.extend_each(requests, features)
+
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
         """Hands the verified rows' tokens [rows] and logits [rows, vocab] to the drafters that want them."""
         for drafter in self._listeners:

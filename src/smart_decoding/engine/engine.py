@@ -328,8 +328,7 @@ class Engine:
         """Appends the new tokens, commits the KV lengths and hands the target's features to the drafter."""
         now, total = self._clock(), 0
         chunks = {id(request): count for request, count in batch.prefill}
-        first_rows = last.tolist()
-        single = scores.features.split(1) if scores.features is not None and not chunks else None
+        first_rows, plain = last.tolist(), not chunks and not len(node_row)
         for i, request in enumerate(asking):
             chunk, path, metrics = chunks.get(id(request)), acceptance.path[i], request.metrics
             tokens = request.stop.push(acceptance.emitted[i])
@@ -347,15 +346,15 @@ class Engine:
                 metrics.accepted += min(len(tokens), len(path))
             # An end may cut the path short.
             request.table.commit(request.tokens, min(start + count + len(path), len(request.tokens)))
-            if self.drafter is not None and not request.finished:
-                end = first_rows[i] + 1
-                if path:
-                    committed = np.concatenate((np.arange(end - count, end), node_row[path]))
-                    self._extend(request, scores, committed, start, count + len(path))
-                elif single is not None:
-                    self.drafter.extend(request, single[end - 1], start, request.tokens[start : start + 1])
-                else:
-                    self._extend(request, scores, slice(end - count, end), start, count)
+            if plain or request.finished:
+                continue
+            end = first_rows[i] + 1
+            committed: slice | IntArray = slice(end - count, end)
+            if path:
+                committed = np.concatenate((np.arange(end - count, end), node_row[path]))
+            self._extend(request, scores, committed, start, count + len(path))
+        if plain and self.drafter is not None:
+            self._extend_each(asking, scores)
         for j, (request, count) in enumerate((r, n) for r, n in batch.prefill if n < r.pending and r not in asking):
             start = request.table.length
             first = first_rows[len(asking) + j] - count + 1
@@ -368,6 +367,16 @@ class Engine:
         if self.drafter is not None:
             features = None if scores.features is None else scores.features[rows]
             self.drafter.extend(request, features, first, request.tokens[first : first + count])
+
+    def _extend_each(self, asking: list[Request], scores: TargetScores) -> None:
+        """The same after a round of one row for each request."""
+        assert self.drafter is not None
+        going_on = [i for i, request in enumerate(asking) if not request.finished]
+        if len(going_on) == len(asking):
+            self.drafter.extend_each(asking, scores.features)
+        elif going_on:
+            features = None if scores.features is None else scores.features[going_on]
+            self.drafter.extend_each([asking[i] for i in going_on], features)
 
     @staticmethod
     def _next_tokens(trees: DraftTrees, kept: IntArray, acceptance: Acceptance) -> IntArray:

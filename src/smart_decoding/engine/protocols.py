@@ -84,6 +84,11 @@ class Drafter(Protocol):
         """The target processed `tokens` at the positions first, first + 1, ...; features: [tokens, ...] or None."""
         ...
 
+    def extend_each(self, requests: Sequence[Request], features: Features) -> None:
+        """The target processed one more token of each request, and that was all of the round: plain decoding, whose
+        rounds must not pay for a drafter that rests. features: [requests, ...] or None."""
+        ...
+
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
         """The target's logits [rows, vocab] after `tokens`; called only if `wants_logits`."""
         ...

@@ -55,6 +55,10 @@ class Recorder:
         if request.id in self.wanted:
             self.features.setdefault(request.id, []).append(features.to(torch.bfloat16))
 
+    def extend_each(self, requests: Sequence[Request], features: Any) -> None:
+        for i, request in enumerate(requests):
+            self.extend(request, features[i : i + 1], request.table.length - 1, [])
+
     def observe_logits(self, tokens: IntArray, logits: Any) -> None:
         """Not wanted."""
 

@@ -80,6 +80,10 @@ class RuleDrafter:
             wrong = rank if self.good else rank + 1
             trees.append(owner, successor(np.asarray(last) + wrong), parent, np.full(len(owner), 0.6 - 0.3 * rank))
 
+    def extend_each(self, requests, features):
+        for request in requests:
+            self.pending[request.id] = self.pending.get(request.id, 0) + 1
+
     def extend(self, request, features, first, tokens):
         self.pending[request.id] = self.pending.get(request.id, 0) + len(tokens)
 

@@ -86,6 +86,11 @@ class FakeDrafter:
     def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan) -> None:
         self._propose(requests, trees, nodes.tolist(), trees.owner[nodes].tolist(), plan.children)
 
+    def extend_each(self, requests: Sequence[Request], features: Any) -> None:
+        for i, request in enumerate(requests):
+            first = request.table.length - 1
+            self.extend(request, features[i : i + 1], first, request.tokens[first : first + 1])
+
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         assert self.known.get(request, first) == first
         assert list(tokens) == request.tokens[first : first + len(tokens)] and len(tokens) == len(features)

@@ -124,6 +124,10 @@ class EagleHead:
         all_rows = outs[0] if len(outs) == 1 else torch.cat(list(outs))
         return all_rows[torch.from_numpy(rows).to(all_rows.device)]
 
+    def columns(self, rounds: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Features [requests, width] of several rounds -> those of each request, [rounds, width]."""
+        return torch.stack(list(rounds), dim=1).unbind()
+
     def copy_page(self, source: int, target: int) -> None:
         """Copies the keys of page `source` to a later page `target`."""
         slots = torch.arange(PAGE, dtype=torch.int32)

@@ -52,7 +52,7 @@ class Sampler:
         indices = np.arange(len(logits)) if which is None else np.ascontiguousarray(which, np.int64)
         if logits.device.type == "cpu" and self._kernels and logits.dtype == torch.float32:
             tokens = kernels.argmax(logits.contiguous(), indices)
-            _require_finite(logits.numpy()[indices, tokens])
+            _require(not len(tokens) or int(tokens.min()) >= 0)
             return tokens
         if which is not None:
             logits = logits[torch.from_numpy(indices).to(logits.device)]
@@ -207,5 +207,9 @@ def _rows(logits: torch.Tensor, indices: NDArray[np.int64]) -> Sequence[FloatRow
 
 
 def _require_finite(best: ArrayLike) -> None:
-    if not np.isfinite(best).all():
+    _require(bool(np.isfinite(best).all()))
+
+
+def _require(finite: bool) -> None:
+    if not finite:
         raise ModelError("the model's logits are NaN or infinite: check the weights, or use dtype float32")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, KindArray, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,10 @@ class BatchState:
         return len(self.context)
 
     @property
-    def kind(self) -> IntArray:
-        """[batch] the kinds of requests that calibration tells apart."""
-        greedy = (self.temperature <= 0).astype(np.int64)
-        return greedy if self.pictures is None else greedy + 2 * self.pictures
+    def kind(self) -> KindArray:
+        """[batch] 1 if greedy, and 2 more with pictures."""
+        greedy = (self.temperature <= 0).astype(np.uint8)
+        return greedy if self.pictures is None else greedy + 2 * self.pictures.astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +97,23 @@ class Round:
         """Nodes whose parent was accepted, and whether the target chose them: uncensored observations.
 
         Children of a rejected node were never tested and do not appear (theory: calibration from verified rounds)."""
-        parent = self.trees.parent
-        after = np.where(parent < 0, self.root_next[self.trees.owner], self.next_token[parent])
-        nodes = np.flatnonzero(after >= 0)
-        return nodes, self.trees.token[nodes] == after[nodes]
+        return _observed(self.trees, self.root_next, self.next_token)
+
+
+def merged(rounds: Sequence[Round]) -> tuple[DraftTrees, IntArray, BoolArray]:
+    """The trees of several rounds as those of one, and what `observed()` says of them."""
+    if len(rounds) == 1:
+        return (rounds[0].trees, *rounds[0].observed())
+    trees = join([r.trees for r in rounds])
+    next_token = np.concatenate([r.next_token for r in rounds])
+    root_next = np.concatenate([r.root_next for r in rounds])
+    return (trees, *_observed(trees, root_next, next_token))
+
+
+def _observed(trees: DraftTrees, root_next: IntArray, next_token: IntArray) -> tuple[IntArray, BoolArray]:
+    after = np.where(trees.parent < 0, root_next[trees.owner], next_token[trees.parent])
+    nodes = np.flatnonzero(after >= 0)
+    return nodes, trees.token[nodes] == after[nodes]
 
 
 class Policy(Protocol):

@@ -11,22 +11,16 @@ from typing import TypeAlias
 import numpy as np
 
 from smart_decoding.core.calibration import KINDS, Calibration
-from smart_decoding.core.choice import best_rates, best_size, ranked
+from smart_decoding.core.choice import best_rates, best_size
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.forecast import Forecast, grow
 from smart_decoding.core.lookahead import LookAhead
-from smart_decoding.core.policies.common import (
-    TokenIds,
-    depth_limits,
-    expandable,
-    require_int,
-    require_number,
-    useful,
-)
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
+from smart_decoding.core.policies.chooser import Chooser, Drafted, NumpyChooser
+from smart_decoding.core.policies.common import TokenIds, depth_limits, require_int, require_number
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, merged
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.probing import Prober
-from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
@@ -38,7 +32,7 @@ MARGIN = 1.03  # what drafting must promise over plain decoding: costs are known
 PROBE_SHARE = 4  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
 PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
-BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, slow-moving beliefs are updated every fourth round
+BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, beliefs are updated every fourth round, in one go
 REST = 8  # rounds of plain decoding at most between two times that the policy asks itself whether to draft
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
@@ -95,7 +89,7 @@ class _Scratch:
     """What one round's calls share."""
 
     limits: IntArray
-    kind: IntArray
+    kind: KindArray
     drafting: int  # requests that may draft
     context: float
     outlook: Outlook | None = None
@@ -130,7 +124,8 @@ class Overhead:
 class Smart:
     """The cost-aware policy.
 
-    cost: measured costs (None: a guess that real rounds correct). calibration, forecast: stored priors.
+    cost: measured costs (None: a guess that real rounds correct). calibration, forecast: stored priors. chooser: the
+    choice over drafted trees, as the backend computes it (None: numpy).
     max_levels, children: the deepest tree and the proposals per node that are considered.
     max_round_slowdown: with several requests, no round is planned to last longer than this multiple of a plain one.
     probe_budget: share of the time that may go into checking the mode that is believed worse.
@@ -148,6 +143,7 @@ class Smart:
         max_round_slowdown: float = 2.0,
         probe_budget: float = 0.005,
         eos_token_ids: TokenIds = (),
+        chooser: Chooser | None = None,
     ) -> None:
         self.cost = cost or CostModel.default()
         self.calibration = calibration or Calibration()
@@ -156,7 +152,8 @@ class Smart:
         self.children = require_int("children", children, 1, 256)
         self.max_round_slowdown = require_number("max_round_slowdown", max_round_slowdown, 1.0, math.inf)
         self.prober = Prober(require_number("probe_budget", probe_budget, 0.0, 0.5))
-        self.eos = frozenset(eos_token_ids)
+        self.chooser: Chooser = chooser or NumpyChooser()
+        self._ends = np.array(sorted(eos_token_ids), np.int64)
         self.statistics = Statistics()
         self._overhead = Overhead(self.cost.overhead_seconds)
         self._foresight = 0.0  # log of what drafting rounds really reached over their forecast
@@ -164,6 +161,7 @@ class Smart:
         self._rounds = 0
         self._drafting = True
         self._scratch: _Scratch | None = None
+        self._unlearned: list[tuple[Round, KindArray]] = []  # rounds that drafted, and the kinds of their requests
         self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
 
     # --- before drafting ---
@@ -297,54 +295,38 @@ class Smart:
         scratch, outlook = self._prepared(batch)
         if level >= plan.levels or not len(trees):
             return None
-        self._score(scratch, trees)
-        nodes = expandable(trees, level, scratch.limits, self.eos)
+        widths, ahead = _widths(scratch.drafting), min(AHEAD, plan.levels - level)
+        candidates = LookAhead.columns(len(trees), int(widths[-1]), ahead)
+        drafted = self._drafted(batch, scratch, trees, candidates)
+        nodes = self.chooser.frontier(drafted, outlook.ahead, level, ahead, widths, outlook.levels)
+        scratch.scored = len(trees)
         if not len(nodes):
             return None
-        widths = _widths(scratch.drafting, len(nodes))
-        accept_prob = trees.accept_prob.take(nodes)
-        order = ranked(accept_prob)[: widths[-1]]
-        present = trees.accept_prob[useful(trees, scratch.limits, self.eos)]
-        ahead = min(AHEAD, plan.levels - level)
-        curve = self._curve(batch, scratch, LookAhead.columns(len(present), widths[-1], ahead))
-        width = outlook.ahead.width(
-            present,
-            accept_prob.take(order),
-            widths,
-            level,
-            ahead,
-            batch.size,
-            scratch.sunk,
-            outlook.levels.take(widths),
-            curve,
-            self._limit(batch.size, outlook.plain),
-        )
-        if not width:
-            return None
-        scratch.sunk += float(outlook.levels[width])
-        return np.sort(nodes.take(order[:width]))
+        scratch.sunk += float(outlook.levels[len(nodes)])
+        return nodes
 
     # --- after drafting ---
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        scratch, outlook = self._prepared(batch)
+        scratch, _ = self._prepared(batch)
         if not plan.speculate or not len(trees):
             return np.zeros(0, np.int64)
-        self._score(scratch, trees)
-        nodes = np.flatnonzero(useful(trees, scratch.limits, self.eos))
-        accept_prob = trees.accept_prob.take(nodes)
-        order = ranked(accept_prob)
-        gains = accept_prob.take(order)
-        curve = self._curve(batch, scratch, len(nodes))[: len(nodes) + 1]
         # A probe verifies at least one node: otherwise a cost believed too high would never be measured again.
-        least = 1 if scratch.probe and len(nodes) else 0
-        limit = self._limit(batch.size, outlook.plain)
-        size, value = best_size(gains, batch.size, scratch.sunk, curve, limit, least)
-        scratch.expected = float(gains[:size].sum())
+        kept, value, scratch.expected = self.chooser.select(
+            self._drafted(batch, scratch, trees, len(trees)), int(scratch.probe)
+        )
+        scratch.scored = len(trees)
         if plan.levels and scratch.forecast > 0 and value > 0:
             error = math.log(value / scratch.forecast) - self._foresight
             self._foresight += min(max(error, -0.3), 0.3) / 16
-        return np.sort(nodes.take(order[:size]))
+        return kept
+
+    def _drafted(self, batch: BatchState, scratch: _Scratch, trees: DraftTrees, candidates: int) -> Drafted:
+        """The trees with what they are judged by; as many as `candidates` nodes may be verified."""
+        assert scratch.outlook is not None
+        curve, limit = self._curve(batch, scratch, candidates), self._limit(batch.size, scratch.outlook.plain)
+        return Drafted(trees, self.calibration, scratch.limits, scratch.kind, self._ends, batch.size, scratch.sunk,
+                       curve, limit, scratch.scored)  # fmt: skip
 
     def observe(self, round: Round) -> None:
         self._rounds += 1
@@ -360,12 +342,12 @@ class Smart:
             self._overhead.observe(round.plan.speculate, round.other_seconds)
         accepted = 0
         if len(trees):
-            self._score(scratch, trees)
-            nodes, chosen = round.observed()
-            self.calibration.observe(trees, nodes, chosen, scratch.kind)
-            if round.level_widths and not seldom:
-                self.forecast.observe(trees)
+            if scratch.scored != len(trees):  # nothing was selected: the caller skipped it
+                self.calibration.score(trees, scratch.kind)
+            self._unlearned.append((round, scratch.kind))
             accepted = int(np.count_nonzero(round.next_token >= 0))
+        if self._unlearned and not seldom:
+            self._learn()
         if round.plan.speculate and round.plan.levels == 0:
             self.forecast.observe_free(trees, scratch.drafting)
         seconds = round.verify_seconds + sum(round.level_seconds)
@@ -389,10 +371,14 @@ class Smart:
             scratch.outlook = self._current_outlook(batch, scratch)
         return scratch, scratch.outlook
 
-    def _score(self, scratch: _Scratch, trees: DraftTrees) -> None:
-        if scratch.scored != len(trees):
-            self.calibration.score(trees, scratch.kind)
-            scratch.scored = len(trees)
+    def _learn(self) -> None:
+        """Learns from the last rounds in one go, since every numpy call has its price."""
+        rounds, kinds = zip(*self._unlearned, strict=True)
+        self._unlearned.clear()
+        trees, nodes, chosen = merged(rounds)
+        self.calibration.observe(trees, nodes, chosen, np.concatenate(kinds))
+        if trees.source.min() == 0:  # nodes of the model drafter
+            self.forecast.observe(trees)
 
     def _curve(self, batch: BatchState, scratch: _Scratch, nodes: int) -> FloatArray:
         """Seconds of a verification of 0, 1, ... nodes, at least up to `nodes`."""
@@ -418,12 +404,13 @@ class Smart:
         return self.max_round_slowdown * plain if size > 1 else math.inf
 
     def _learn_costs(self, round: Round, scratch: _Scratch, seldom: bool) -> None:
-        if round.verify_rows and not (seldom and not round.plan.speculate):
+        if seldom:
+            return
+        if round.verify_rows:
             sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
             self.cost = self.cost.corrected(sample)
         for width, seconds in zip(round.level_widths, round.level_seconds, strict=True):
-            if not seldom:
-                self.cost = self.cost.corrected(DraftSample(width, scratch.context, seconds))
+            self.cost = self.cost.corrected(DraftSample(width, scratch.context, seconds))
 
 
 def _first_rows(batch: BatchState) -> int:
@@ -435,7 +422,6 @@ def _first_rows(batch: BatchState) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _widths(drafting: int, nodes: int) -> tuple[int, ...]:
-    """Frontier widths to consider: multiples of the drafting requests, as far as there are nodes."""
-    factors = WIDTHS if drafting <= SMALL else WIDTHS[:3]
-    return tuple(sorted({min(factor * drafting, nodes) for factor in factors}))
+def _widths(drafting: int) -> IntArray:
+    """Frontier widths to consider: multiples of the drafting requests."""
+    return np.array(WIDTHS if drafting <= SMALL else WIDTHS[:3], np.int64) * drafting

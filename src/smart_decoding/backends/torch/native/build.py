@@ -1,4 +1,4 @@
-"""Compiles and loads the CPU kernels: one C++ file, one shared library per machine, cached by content.
+"""Compiles and loads the CPU kernels: a few C++ files, one shared library per machine, cached by content.
 
 No Python headers and no build system are needed, only a C++ compiler (Debian: g++). Without one the torch path runs."""
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from smart_decoding.downloads import cache_dir
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "controller.cpp")]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
 
 
@@ -48,18 +48,22 @@ def compiler() -> str | None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded kernels, compiled if this source was not compiled on this machine before. OSError if that fails."""
+    """The loaded kernels, compiled if these sources were not compiled on this machine before. OSError if that fails."""
     cxx = compiler()
     if cxx is None:
         raise OSError("no C++ compiler")
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\n".join((SOURCE.read_text(), *FLAGS, version, _cpu_flags())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        "\n".join((*(source.read_text() for source in SOURCES), *FLAGS, version, _cpu_flags())).encode()
+    ).hexdigest()[:16]
     folder = cache_dir() / "kernels"
     target = folder / f"kernels-{key}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / "kernels.so"
-            subprocess.run([cxx, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [cxx, *FLAGS, *map(str, SOURCES), "-o", str(built)], check=True, capture_output=True, text=True
+            )
             os.replace(built, target)  # atomic: another process sees all of it or nothing
     return ctypes.CDLL(str(target))

@@ -764,7 +764,7 @@ void smart_rms_norm(const float* x, const float* weight, float eps, int rows, in
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * ldo);
 }
 
-// First index of the maximum of each of the rows `which`; -1 where there is none (nothing but NaN).
+// First index of the maximum of each of the rows `which`; -1 where there is none or it is infinite.
 void smart_argmax(const float* x, const int64_t* which, int rows, int64_t n, int64_t* out, int threads) {
     // Each thread scans the columns that it has just written as output layer: they are in its own cache.
     constexpr int MAX_THREADS = 64;
@@ -785,7 +785,7 @@ void smart_argmax(const float* x, const int64_t* which, int rows, int64_t n, int
                 int64_t at = found[r * MAX_THREADS + t];
                 if (at >= 0 && (best == n || row[at] > row[best])) best = at;
             }
-            out[r] = best < n ? best : -1;
+            out[r] = best < n && std::isfinite(row[best]) ? best : -1;
         }
     }
     delete[] found;

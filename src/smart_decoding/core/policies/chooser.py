@@ -1,0 +1,93 @@
+"""What becomes of the trees drafted so far: which nodes are expanded next, and which are verified.
+
+The numpy form here is the reference. A backend may offer the same in one call (`Chooser`): dozens of array operations
+on a few dozen nodes take longer than a level of the drafter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from smart_decoding.core.calibration import Calibration
+from smart_decoding.core.choice import best_size, ranked
+from smart_decoding.core.lookahead import LookAhead
+from smart_decoding.core.policies.common import expandable, useful
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
+
+
+@dataclass(slots=True)
+class Drafted:
+    """The trees of a round and what they are judged by.
+
+    limits, kind: [batch] deepest useful node, and the request's `BatchState.kind`. ends: tokens that end an answer.
+    tokens: of a plain round. sunk: seconds of drafting so far. verify: seconds of verifying 0, 1, ... nodes, of every
+    number that may be asked for. limit: seconds that the round may last. scored: how many nodes have their
+    accept_prob already."""
+
+    trees: DraftTrees
+    calibration: Calibration
+    limits: IntArray
+    kind: KindArray
+    ends: IntArray
+    tokens: float
+    sunk: float
+    verify: FloatArray
+    limit: float
+    scored: int = 0
+
+
+class Chooser(Protocol):
+    """Both calls score the trees (sets accept_prob) unless that is done."""
+
+    def frontier(
+        self, drafted: Drafted, ahead: LookAhead, level: int, levels: int, widths: IntArray, level_seconds: FloatArray
+    ) -> IntArray:
+        """Ascending indices of the nodes of `level` to expand next; none where no deeper tree beats stopping.
+
+        levels: how many further ones to look ahead. widths: ascending numbers of nodes that may be expanded (no more
+        than there are). level_seconds: seconds of a level of 0, 1, ... nodes."""
+        ...
+
+    def select(self, drafted: Drafted, least: int) -> tuple[IntArray, float, float]:
+        """Ascending indices of the nodes to verify, at least `least` of those there are; tokens per second expected
+        then; and accepted nodes expected."""
+        ...
+
+
+class NumpyChooser:
+    """The reference."""
+
+    def frontier(
+        self, drafted: Drafted, ahead: LookAhead, level: int, levels: int, widths: IntArray, level_seconds: FloatArray
+    ) -> IntArray:
+        d, trees = drafted, drafted.trees
+        _score(d)
+        nodes = expandable(trees, level, d.limits, d.ends)
+        if not len(nodes):
+            return nodes
+        few = tuple(sorted({min(width, len(nodes)) for width in widths.tolist()}))
+        accept_prob = trees.accept_prob.take(nodes)
+        order = ranked(accept_prob)[: few[-1]]
+        present = trees.accept_prob[useful(trees, d.limits, d.ends)]
+        seconds = level_seconds.take(few)
+        best = accept_prob.take(order)
+        width = ahead.width(present, best, few, level, levels, d.tokens, d.sunk, seconds, d.verify, d.limit)
+        return np.sort(nodes.take(order[:width]))
+
+    def select(self, drafted: Drafted, least: int) -> tuple[IntArray, float, float]:
+        d, trees = drafted, drafted.trees
+        _score(d)
+        nodes = np.flatnonzero(useful(trees, d.limits, d.ends))
+        accept_prob = trees.accept_prob.take(nodes)
+        order = ranked(accept_prob)
+        gains = accept_prob.take(order)
+        size, rate = best_size(gains, d.tokens, d.sunk, d.verify[: len(nodes) + 1], d.limit, min(least, len(nodes)))
+        return np.sort(nodes.take(order[:size])), rate, float(gains[:size].sum())
+
+
+def _score(drafted: Drafted) -> None:
+    if drafted.scored != len(drafted.trees):
+        drafted.calibration.score(drafted.trees, drafted.kind)
