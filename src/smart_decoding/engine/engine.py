@@ -201,15 +201,12 @@ class Engine:
         """Runs the vision tower on pictures that the round's rows reach for the first time; its seconds."""
         total = 0.0
         for request, count in (*batch.prefill, *((request, 1) for request in batch.decode)):
-            if request.media is None:
-                continue
-            began = self._clock()
-            for picture in request.media.within(request.table.length, count):
-                if picture.embeddings is None:
-                    picture.embeddings = self.target.see(picture.pixels)
-            spent = self._clock() - began
-            request.metrics.vision_seconds += spent
-            total += spent
+            for picture in request.media.unseen(request.table.length, count) if request.media else ():
+                began = self._clock()
+                picture.embeddings = self.target.see(picture.pixels)
+                spent = self._clock() - began
+                request.metrics.vision_seconds += spent
+                total += spent
         return total
 
     def _state(self, batch: Batch) -> BatchState:

@@ -66,6 +66,10 @@ class Media:
         """The pictures that have positions in [start, start + count)."""
         return [p for p in self.pictures if p.first < start + count and start < p.first + p.length]
 
+    def unseen(self, start: int, count: int) -> list[Picture]:
+        """Those among them whose embeddings are still to be computed."""
+        return [picture for picture in self.within(start, count) if picture.embeddings is None]
+
     def inserts(self, start: int, count: int) -> Inserts:
         """The embeddings of the positions [start, start + count), each with its offset from `start`."""
         parts = []

@@ -87,7 +87,7 @@ def test_siblings_sum_to_at_most_one_and_paths_never_grow(seed: int) -> None:
         trees.append(rng.integers(0, 2, size), rng.integers(0, 9, size), np.full(size, -1), rng.random(size), source)
         parent = rng.integers(first, len(trees), 20)
         trees.append(trees.owner[parent], rng.integers(0, 9, 20), parent, rng.random(20), source)
-    conditional = Calibration(np.full((1, DEPTHS, 2, BINS), 0.9)).score(trees, np.array([True, False]))
+    conditional = Calibration(np.full((1, DEPTHS, KINDS, BINS), 0.9)).score(trees, np.array([1, 2]))
     slot = np.where(trees.parent < 0, trees.owner, trees.parent + 2)
     assert np.bincount(slot, conditional).max() <= 1 + 1e-12
     above = np.where(trees.parent < 0, 1.0, trees.accept_prob[trees.parent])
@@ -139,15 +139,17 @@ def test_fresh_state_starts_from_the_default_or_the_stored_prior() -> None:
 def test_requests_with_pictures_are_learned_apart() -> None:
     rng = np.random.default_rng(4)
     calibration = Calibration()
-    for _ in range(200):
-        trees = DraftTrees.empty(2)  # of the same confidence; behind a picture it is accepted rarely
-        trees.append([0, 1], [1, 1], [-1, -1], [0.8, 0.8])
+    for prob in rng.random(800):  # of the same confidence, but behind a picture it is accepted rarely
+        trees = DraftTrees.empty(2)
+        trees.append([0, 1], [1, 1], [-1, -1], [prob, prob])
         kind = BatchState(
             *np.ones((2, 2), np.int64), np.zeros(2), np.ones(2, bool), pictures=np.array([False, True])
         ).kind
-        calibration.observe(trees, np.arange(2), rng.random(2) < [0.9, 0.2], kind)
+        calibration.observe(trees, np.arange(2), rng.random(2) < prob * np.array([0.9, 0.2]), kind)
+    trees = DraftTrees.empty(2)
+    trees.append([0, 1], [1, 1], [-1, -1], [0.8, 0.8])
     text, picture = calibration.score(trees, kind)
-    assert text > 0.8 and picture < 0.35
+    assert text > 0.6 and picture < 0.3
     both = calibration.curve(0, np.bincount(kind, minlength=KINDS) / 2)
     np.testing.assert_allclose(both, (calibration.curve(0, np.eye(4)[1]) + calibration.curve(0, np.eye(4)[3])) / 2)
 
