@@ -205,6 +205,8 @@ class _Builder:
     def _draft_model(self) -> Drafter:
         checkpoint = _draft_checkpoint(self._given)
         del self._given["model"]
+        if self._checkpoint.vision is not None:
+            log.warning("the draft model does not see: it drafts from the text behind the pictures")
         self.model = DraftModel(checkpoint, self._target, self._pages, DRAFT_SCRATCH_PAGES)
         self.description = f"draft model {checkpoint.provenance['model']}"
         return DraftModelDrafter(self.model, self._pages, DRAFT_SCRATCH_PAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.multimodal.images import FORMATS, Limits, open_image
 from smart_decoding.multimodal.messages import as_text, has_pictures, split
+from smart_decoding.multimodal.pixels import quiet_transformers
 
 SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
 
@@ -142,3 +144,14 @@ def test_content_parts_are_split_in_order() -> None:
 def test_malformed_parts_are_refused(part: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         split(user(part))
+
+
+def test_what_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("PIL", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(ModelError, match=r"pip install 'smart-decoding\[vision\]'"), quiet_transformers():
+                pass
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ConfigError, match=r"images need pillow: pip install 'smart-decoding\[vision\]'"):
+        open_image(b"", Limits())
