@@ -70,8 +70,8 @@ class Log:
 
 @dataclass(slots=True)
 class Pairs(State):
-    """parts: the features of the waiting pairs, or a log and a request's place in it. copies: scratch pages in the place of the request's, by index, each
-    with the features of its last pair, which is run again."""
+    """parts: the features of the waiting pairs, or a log and the place in it. copies: scratch pages in the place of the
+    request's, by index, each with the features of its last pair, which is run again."""
 
     parts: list[Any] = field(default_factory=list)
     copies: dict[int, tuple[int, Any]] = field(default_factory=dict)

@@ -286,7 +286,10 @@ class Engine:
         if rows.logit_rows is None:
             at = np.concatenate((last[: len(asking)], node_row))
         if all(r.takes_argmax for r in asking):
-            acceptance = accept(nodes, lambda wanted: self.target.argmax(scores.logits, at[wanted]))
+            if scores.greedy is None:
+                acceptance = accept(nodes, lambda wanted: self.target.argmax(scores.logits, at[wanted]))
+            else:
+                acceptance = accept(nodes, scores.greedy[at].take)
         else:
             eos = self.target.eos_token_ids
             acceptance = accept(

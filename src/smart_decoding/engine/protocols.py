@@ -21,10 +21,12 @@ Logits: TypeAlias = Any
 
 @dataclass(slots=True)
 class TargetScores:
-    """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' tapped states, or None."""
+    """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' tapped states, or None; greedy:
+    what `argmax` says of the wanted rows, where the backend knows it anyway."""
 
     logits: Logits
     features: Features
+    greedy: IntArray | None = None
 
 
 class Target(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.backends.torch import kernels
@@ -30,10 +31,12 @@ from smart_decoding.engine.rows import Rows
 @dataclass
 class ForwardOutput:
     """logits: [wanted rows, vocab], valid until the next forward; taps: [rows, taps * hidden], the residual streams
-    after the tapped layers, or None."""
+    after the tapped layers, or None; best: [wanted rows] first maximum of the logits (-1: not finite), where the
+    kernels find it in passing."""
 
     logits: Tensor
     taps: Tensor | None
+    best: NDArray[np.int64] | None = None
 
 
 def use_native(config: ModelConfig, device: torch.device) -> bool:
@@ -138,7 +141,8 @@ class Decoder:
         if not self.native:
             return ForwardOutput(self.head(wanted).float(), tapped)
         logits = self.workspace.take("logits", len(wanted) * self.config.vocab).view(len(wanted), self.config.vocab)
-        return ForwardOutput(self.head(wanted, logits), tapped)
+        best = np.empty(len(wanted), np.int64)
+        return ForwardOutput(self.head(wanted, logits, best), tapped, best)
 
     def _context(self, rows: Rows, taps: tuple[int, ...], tapped: Tensor | None) -> Context:
         """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position i."""

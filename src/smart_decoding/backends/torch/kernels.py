@@ -52,7 +52,7 @@ def _lib() -> ctypes.CDLL:
         lib.smart_pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int32]
         lib.smart_linear.argtypes = [
             *(c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_float),
-            *(c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32),
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32),
         ]
         lib.smart_unpack.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_void_p]
         lib.smart_layers.argtypes = [
@@ -134,14 +134,18 @@ def linear(
     eps: float = 0.0,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    best: NDArray[np.int64] | None = None,
 ) -> Tensor:
-    """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns [rows, n]."""
+    """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns [rows, n].
+
+    `best` [rows], if given, receives what `argmax` says of the result."""
     rows, k = x.shape
     y = torch.empty(rows, n) if out is None else out
     scratch = torch.empty(rows, k)
     _lib().smart_linear(
         x.data_ptr(), rows, packed.data_ptr(), n, k, packed.dtype == torch.bfloat16, pointer(norm), eps,
-        pointer(bias), scratch.data_ptr(), y.data_ptr(), n, 0, torch.get_num_threads(),
+        pointer(bias), scratch.data_ptr(), y.data_ptr(), n, 0, None if best is None else best.ctypes.data,
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -181,7 +185,7 @@ def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Non
 
 
 def argmax(x: Tensor, which: NDArray[np.int64]) -> NDArray[np.int64]:
-    """First index of the largest entry of the rows `which` of x [rows, n]: [which]."""
+    """First index of the largest entry of the rows `which` of x [rows, n]: [which]; -1 where it is not finite."""
     out = np.empty(len(which), np.int64)
     _lib().smart_argmax(
         x.data_ptr(), which.ctypes.data, len(which), x.shape[1], out.ctypes.data, torch.get_num_threads()

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -274,10 +276,11 @@ class Linear:
         self._norm = None if norm is None else norm.float().contiguous()
         self._bias = None if bias is None else bias.float().contiguous()
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """[rows, in] -> [rows, out]; float32 on the CPU kernels (into `out`, if given), else in the weight's dtype."""
+    def __call__(self, x: Tensor, out: Tensor | None = None, best: NDArray[np.int64] | None = None) -> Tensor:
+        """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype. The kernels write to `out`
+        and the rows' first maxima to `best` [rows], if given."""
         if self._native:
-            return kernels.linear(x, self._weight, self.rows, self._norm, self._eps, self._bias, out)
+            return kernels.linear(x, self._weight, self.rows, self._norm, self._eps, self._bias, out, best)
         return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self._bias)
 
     def without_norm(self) -> Linear:

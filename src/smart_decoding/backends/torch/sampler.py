@@ -52,7 +52,7 @@ class Sampler:
         indices = np.arange(len(logits)) if which is None else np.ascontiguousarray(which, np.int64)
         if logits.device.type == "cpu" and self._kernels and logits.dtype == torch.float32:
             tokens = kernels.argmax(logits.contiguous(), indices)
-            _require(not len(tokens) or int(tokens.min()) >= 0)
+            require_finite(tokens)
             return tokens
         if which is not None:
             logits = logits[torch.from_numpy(indices).to(logits.device)]
@@ -206,10 +206,11 @@ def _rows(logits: torch.Tensor, indices: NDArray[np.int64]) -> Sequence[FloatRow
     return list(logits[torch.from_numpy(indices).to(logits.device)].float().cpu().numpy())
 
 
-def _require_finite(best: ArrayLike) -> None:
-    _require(bool(np.isfinite(best).all()))
-
-
-def _require(finite: bool) -> None:
-    if not finite:
+def require_finite(tokens: NDArray[np.int64]) -> None:
+    """Raises ModelError where a row had no finite maximum: its token is -1."""
+    if len(tokens) and int(tokens.min()) < 0:
         raise ModelError("the model's logits are NaN or infinite: check the weights, or use dtype float32")
+
+
+def _require_finite(best: ArrayLike) -> None:
+    require_finite(np.where(np.isfinite(best), 0, -1).reshape(-1))

@@ -10,7 +10,7 @@ import torch
 
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.loading import Checkpoint
-from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs
+from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs, require_finite
 from smart_decoding.backends.torch.vision import VisionTower
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
@@ -61,7 +61,9 @@ class TorchTarget:
 
     def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
         out = self.decoder.forward(rows, taps)
-        return TargetScores(out.logits, out.taps)
+        if out.best is not None:
+            require_finite(out.best)
+        return TargetScores(out.logits, out.taps, out.best)
 
     def see(self, pixels: Pixels) -> torch.Tensor:
         """[length, hidden] the embeddings of a picture, for rows to be inserted."""

@@ -25,15 +25,15 @@ from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
 AHEAD = 3  # levels of look-ahead while drafting
-KEEP_OUTLOOK = 64  # rounds that forecasts and prices are reused for while nothing changes
+KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
 CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up, if the answers go on for as long
 MARGIN = 1.03  # what drafting must promise over plain decoding: costs are known to a few per cent, not better
 PROBE_SHARE = 4  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
 PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
-BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, beliefs are updated every fourth round, in one go
-REST = 8  # rounds of plain decoding at most between two times that the policy asks itself whether to draft
+BUSY_ROUNDS, SELDOM = 32, 8  # after the first rounds, beliefs are updated every eighth round, in one go
+REST = 32  # rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
 FREE_ONLY: Option = (0, 0)
@@ -163,6 +163,7 @@ class Smart:
         self._scratch: _Scratch | None = None
         self._unlearned: list[tuple[Round, KindArray]] = []  # rounds that drafted, and the kinds of their requests
         self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
+        self._last_rest = 1
 
     # --- before drafting ---
 
@@ -189,8 +190,11 @@ class Smart:
             and self.prober.due(outlook.price(other, believed) + self._catch_up(batch, scratch, other))
         ):
             option, scratch.probe = other, True
-        if option is None and not scratch.probe and self._rounds > BUSY_ROUNDS:
-            self._rest, self._rest_size = min(REST, self.prober.patience), batch.size
+        if option is not None or scratch.probe or self._rounds <= BUSY_ROUNDS:
+            self._last_rest = 1
+        else:
+            self._last_rest = min(2 * self._last_rest, REST)
+            self._rest, self._rest_size = min(self._last_rest, self.prober.patience), batch.size
         return self._start(batch, scratch, outlook, option)
 
     def outlook(self, batch: BatchState) -> Outlook:
@@ -216,7 +220,8 @@ class Smart:
 
     def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
         """The shape of a batch; what barely changes the costs is taken coarsely."""
-        coarse = (batch.prefill_rows.bit_length(), _first_rows(batch).bit_length(), int(scratch.context) // 128)
+        first = (_first_rows(batch) // (4 * batch.size)).bit_length()
+        coarse = (batch.prefill_rows.bit_length(), first, int(scratch.context) // 128)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
         return (*sizes, batch.has_free, *coarse, self.calibration.changes)
 

@@ -508,10 +508,50 @@ static void layers_run(const Layer* layers, int count, const Rows& in, const flo
     }
 }
 
+// First index in [first, last) of the largest entry that is no NaN, or -1.
+static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
+    vf best = vf{} - INFINITY;
+    int64_t i = first;
+    for (; i + VW <= last; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
+    float top = best[0];
+    for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
+    for (; i < last; i++) top = row[i] > top ? row[i] : top;
+    for (i = first; i + VW <= last; i += VW) {
+        vi same = loadu<vf>(row + i) == top;
+        int any = 0;
+        for (int j = 0; j < VW; j++) any |= same[j];
+        if (any) break;
+    }
+    while (i < last && row[i] != top) i++;
+    return i < last ? i : -1;
+}
+
+// First index of the maximum of each of `rows` rows of n, -1 where there is none or it is infinite; by a whole team.
+// Each thread scans the columns that it has written as output layer: they are in its own cache. which: null for all rows;
+// found: [rows, threads].
+static void maxima(const float* x, const int64_t* which, int rows, int64_t n, int64_t* found, int64_t* out) {
+    int me = omp_get_thread_num(), team = omp_get_num_threads();
+    int64_t panels = (n + PANEL - 1) / PANEL;
+    int64_t first = std::min(n, panels * me / team * PANEL), last = std::min(n, panels * (me + 1) / team * PANEL);
+    for (int r = 0; r < rows; r++) found[r * team + me] = first_maximum(x + (which ? which[r] : r) * n, first, last);
+    #pragma omp barrier
+    #pragma omp single
+    for (int r = 0; r < rows; r++) {
+        const float* row = x + (which ? which[r] : r) * n;
+        int64_t best = n;
+        for (int t = 0; t < team; t++) {
+            int64_t at = found[r * team + t];
+            if (at >= 0 && (best == n || row[at] > row[best])) best = at;
+        }
+        out[r] = best < n && std::isfinite(row[best]) ? best : -1;
+    }
+}
+
 template <class W>
 static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k, const float* norm, float eps,
-                       const float* bias, float* scratch, float* y, int64_t ldy, int add, int threads) {
+                       const float* bias, float* scratch, float* y, int64_t ldy, int add, int64_t* best, int threads) {
     Input<W>* room = (Input<W>*)scratch;
+    std::vector<int64_t> found(best ? size_t(rows) * threads : 0);
     #pragma omp parallel num_threads(threads)
     {
         const Input<W>* input = room;
@@ -520,6 +560,7 @@ static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t 
             #pragma omp barrier
         } else input = rounded(x, rows, k, room);
         linear_rows(input, k, rows, w, n, k, bias, y, ldy, add);
+        if (best) maxima(y, nullptr, rows, n, found.data(), best);
     }
 }
 
@@ -626,24 +667,6 @@ static void noisy_largest(const float* row, int64_t n, float scale, uint64_t key
     }
 }
 
-// First index in [first, last) of the largest entry that is no NaN, or -1.
-static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
-    vf best = vf{} - INFINITY;
-    int64_t i = first;
-    for (; i + VW <= last; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
-    float top = best[0];
-    for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
-    for (; i < last; i++) top = row[i] > top ? row[i] : top;
-    for (i = first; i + VW <= last; i += VW) {
-        vi same = loadu<vf>(row + i) == top;
-        int any = 0;
-        for (int j = 0; j < VW; j++) any |= same[j];
-        if (any) break;
-    }
-    while (i < last && row[i] != top) i++;
-    return i < last ? i : -1;
-}
-
 extern "C" {
 
 int smart_vector_width() { return VW; }
@@ -656,11 +679,12 @@ void smart_pack(const void* w, int64_t n, int64_t k, void* out, int is_bf16) {
     else pack_panels((const float*)w, n, k, (float*)out);
 }
 
-// y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]
+// y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best [rows], if not null: the first
+// index of each row's maximum, as in smart_argmax (then ldy is n).
 void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k, int is_bf16, const float* norm, float eps,
-                  const float* bias, float* scratch, float* y, int64_t ldy, int add, int threads) {
-    if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, threads);
-    else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, threads);
+                  const float* bias, float* scratch, float* y, int64_t ldy, int add, int64_t* best, int threads) {
+    if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, best, threads);
+    else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, best, threads);
 }
 
 // Rows `index` of a packed weight [n, k] as fp32 [count, k].
@@ -764,30 +788,9 @@ void smart_rms_norm(const float* x, const float* weight, float eps, int rows, in
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * ldo);
 }
 
-// First index of the maximum of each of the rows `which`; -1 where there is none or it is infinite.
 void smart_argmax(const float* x, const int64_t* which, int rows, int64_t n, int64_t* out, int threads) {
-    // Each thread scans the columns that it has just written as output layer: they are in its own cache.
-    constexpr int MAX_THREADS = 64;
-    threads = std::min(threads, MAX_THREADS);
-    int64_t panels = (n + PANEL - 1) / PANEL;
-    auto* found = new int64_t[rows * MAX_THREADS];
+    std::vector<int64_t> found(size_t(rows) * threads);
     #pragma omp parallel num_threads(threads)
-    {
-        int me = omp_get_thread_num(), team = omp_get_num_threads();
-        int64_t first = std::min(n, panels * me / team * PANEL), last = std::min(n, panels * (me + 1) / team * PANEL);
-        for (int r = 0; r < rows; r++) found[r * MAX_THREADS + me] = first_maximum(x + which[r] * n, first, last);
-        #pragma omp barrier
-        #pragma omp single
-        for (int r = 0; r < rows; r++) {
-            const float* row = x + which[r] * n;
-            int64_t best = n;
-            for (int t = 0; t < team; t++) {
-                int64_t at = found[r * MAX_THREADS + t];
-                if (at >= 0 && (best == n || row[at] > row[best])) best = at;
-            }
-            out[r] = best < n && std::isfinite(row[best]) ? best : -1;
-        }
-    }
-    delete[] found;
+    maxima(x, which, rows, n, found.data(), out);
 }
 }
