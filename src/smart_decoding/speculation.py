@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from smart_decoding.backends.torch.draft_model import DraftModel
 from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.head_files import head_folder, load_head
+from smart_decoding.backends.torch.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.backends.torch.loading import Checkpoint, load_checkpoint
 from smart_decoding.backends.torch.native.chooser import native_chooser
 from smart_decoding.backends.torch.target import TorchTarget
@@ -31,6 +32,8 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import measure
 from smart_decoding.tokenizer import Tokenizer
+
+log = logging.getLogger("smart.speculation")
 
 HEADS = Path(__file__).with_name("heads")
 ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
@@ -56,7 +59,8 @@ def shipped_head(model: str) -> Path | None:
     """The folder of the head that comes with this package for a built-in model, if there is one."""
     name = model.partition("@")[0]
     folder = HEADS / name
-    return folder if Path(name).name == name and (folder / "model.safetensors").is_file() else None
+    is_name = Path(name).name == name  # a path of its own would lead out of HEADS
+    return folder if is_name and (folder / "model.safetensors").is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,8 @@ def build_speculation(
     max_num_seqs: int,
     trust_pickle: bool = False,
 ) -> Speculation:
-    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for unknown options, ModelError for a head that does not fit."""
+    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for unknown options, ModelError
+    for a head that does not fit."""
     if asked.method == "none":
         return Speculation(make_policy("off"), None)
     default_head = shipped_head(checkpoint.provenance["model"])
@@ -204,13 +209,26 @@ class _Builder:
         if folder is None:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
         self.folder = head_folder(folder, self._trust_pickle)
-        files = load_head(self.folder, self._checkpoint.config, self._trust_pickle)
+        files = self._seeing(load_head(self.folder, self._checkpoint.config, self._trust_pickle))
         self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
         self.description = f"eagle head {self.folder.name}"
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
 
+    def _seeing(self, files: HeadFiles) -> HeadFiles:
+        """As the option `visual_positions` says, for heads whose files do not: MSD's are laid out as EAGLE-1's."""
+        how = self.left.pop("visual_positions", None)
+        if how not in (None, *VISUAL_POSITIONS):
+            raise ConfigError(f"visual_positions={how!r} is not supported: use {' or '.join(VISUAL_POSITIONS)}")
+        if how is not None:
+            files = replace(files, sees=how == "decoupled")
+        if self._checkpoint.vision is not None and not files.sees:
+            log.warning("the head %s does not see: it drafts from the text behind the pictures", self.folder)
+        return files
+
     def _draft_model(self) -> Drafter:
         assert self._draft is not None
+        if self._checkpoint.vision is not None:
+            log.warning("the draft model does not see: it drafts from the text behind the pictures")
         self.model = DraftModel(self._draft, self._target, self._pages, DRAFT_SCRATCH_PAGES)
         self.description = f"draft model {self._draft.provenance['model']}"
         return DraftModelDrafter(self.model, self._pages, DRAFT_SCRATCH_PAGES)

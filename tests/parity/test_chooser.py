@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smart_decoding.backends.torch.native.chooser import native_chooser
-from smart_decoding.core.calibration import DEPTHS, Calibration
+from smart_decoding.core.calibration import DEPTHS, KINDS, Calibration
 from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.policies.chooser import Drafted, NumpyChooser
 from smart_decoding.core.tree import DraftTrees
@@ -41,12 +41,12 @@ def drafted(seed: int, batch: int, sources: int) -> Drafted:
     calibration = Calibration()
     for _ in range(3):
         nodes = np.flatnonzero(rng.random(len(trees)) < 0.5)
-        calibration.observe(trees, nodes, rng.random(len(nodes)) < 0.5, np.ones(batch, np.bool_))
+        calibration.observe(trees, nodes, rng.random(len(nodes)) < 0.5, np.ones(batch, np.uint8))
     verify = 1.0 + np.cumsum(rng.random(VERIFY) * rng.choice([0.0, 0.05, 0.3], VERIFY))
     limit = float(rng.choice([math.inf, 1.5, 3.0]))
     limits = rng.integers(0, 7, batch)
-    greedy = rng.random(batch) < 0.5
-    return Drafted(trees, calibration, limits, greedy, ENDS, float(batch), float(rng.random()), verify, limit)
+    kind = rng.integers(0, KINDS, batch).astype(np.uint8)
+    return Drafted(trees, calibration, limits, kind, ENDS, float(batch), float(rng.random()), verify, limit)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 3))

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
+KindArray: TypeAlias = NDArray[np.uint8]  # kinds of requests that calibration tells apart
 
 ROOT = -1
 

@@ -29,6 +29,7 @@ class Head(Protocol):
     """What the drafter needs of a head; arrays of the backend are opaque."""
 
     taps: tuple[int, ...]
+    sees: bool  # whether its rows take the embeddings of pictures, `Rows.inserts`
 
     def project(self, parts: Sequence[Any]) -> Any:
         """Tapped states [n_i, taps * hidden] of several requests -> features [sum n_i, hidden]."""
@@ -84,7 +85,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
     def __init__(self, head: Head, pool_pages: int, scratch_pages: int, max_levels: int = 8) -> None:
         self._spare = list(range(pool_pages + scratch_pages - scratch_pages // 8, pool_pages + scratch_pages))
         super().__init__(pool_pages, scratch_pages - len(self._spare), max_levels)
-        self._head, self.taps = head, head.taps
+        self._head, self.taps, self.sees = head, head.taps, head.sees
         self._outs: list[Any] = []  # of this round
         self._log: Log | None = None
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read
@@ -160,7 +161,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
             for end in range(-(first + 1) % PAGE, rounds, PAGE):
                 if (first + end) // PAGE < len(request.table.pages):  # not about to be released
                     self._keep_end(request, state, first + end, log.rounds[end], i)
-            self._bound(state, first + rounds)
+            self._bound(request, state, first + rounds)
 
     def _features(self, part: Any) -> Any:
         """A part's features [rows, width]."""

@@ -103,7 +103,7 @@ class RecyclingDrafter:
         keep = np.zeros(path.shape, np.bool_)
         np.put_along_axis(keep, best, True, axis=1)
         keep &= path > 0
-        owner, column = (np.ascontiguousarray(index) for index in np.nonzero(keep))  # native code reads them by address
+        owner, column = map(np.ascontiguousarray, np.nonzero(keep))  # native code reads the trees' arrays as they lie
         number = np.cumsum(keep).reshape(keep.shape) - 1
         above = parent[owner, column]
         above = np.where(above == ROOT, ROOT, number[owner, above])

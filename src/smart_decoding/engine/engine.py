@@ -12,6 +12,7 @@ from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.kv import PAGE, BlockTable, OutOfPages, PagePool
+from smart_decoding.engine.media import Media
 from smart_decoding.engine.protocols import Drafter, Target, TargetScores
 from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.rows import Rows, Span, build_rows
@@ -92,7 +93,9 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------ requests
 
-    def add_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
+    def add_request(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, media: Media | None = None
+    ) -> list[Request]:
         """Queues the prompt's `params.n` answers. Raises ConfigError or CapacityError for what can never run."""
         self._check(prompt, params)
         room = self.config.max_model_len - len(prompt)
@@ -103,7 +106,9 @@ class Engine:
             decode = self._decode(params.skip_special_tokens)
             stop = StopChecker(params, decode, self.target.eos_token_ids, limit, self.config.stop_at_loops)
             name = request_id if params.n == 1 else f"{request_id}#{sample}"
-            request = Request(name, list(prompt), params, seed, BlockTable(self.pool), stop, sample, limit)
+            table = BlockTable(self.pool, media.marks if media else {})
+            request = Request(name, list(prompt), params, seed, table, stop, sample, limit)
+            request.media = media.copy() if media else None
             request.history = new_history(prompt, params)
             request.constraint = self._new_constraint(params)
             request.logprobs = None if params.logprobs is None else []
@@ -156,6 +161,7 @@ class Engine:
         self._forget(self.scheduler.preempted)
         if not batch:
             return []
+        started += self._see(batch)  # once a picture, so no part of what a round costs
         state = self._state(batch)
         plan = self.policy.plan(state) if batch.decode and self.drafter else OFF
         trees, widths, seconds, drafting = self._draft(batch, state, plan)
@@ -196,6 +202,18 @@ class Engine:
                 self._finish(request)
         return asking
 
+    def _see(self, batch: Batch) -> float:
+        """Runs the vision tower on pictures that the round's rows reach for the first time; its seconds."""
+        total = 0.0
+        for request, count in (*batch.prefill, *((request, 1) for request in batch.decode)):
+            for picture in request.media.unseen(request.table.length, count) if request.media else ():
+                began = self._clock()
+                picture.embeddings = self.target.see(picture.pixels)
+                spent = self._clock() - began
+                request.metrics.vision_seconds += spent
+                total += spent
+        return total
+
     def _state(self, batch: Batch) -> BatchState:
         requests, drafter = batch.decode, self.drafter
         pending = drafter.pending_rows(requests) - len(requests) if drafter and drafter.max_levels else 0
@@ -210,6 +228,7 @@ class Engine:
             catch_up_rows=max(0, pending),
             has_model=bool(drafter and drafter.max_levels),
             has_free=bool(drafter and drafter.free),
+            pictures=np.array([r.media is not None for r in requests]) if any(r.media for r in requests) else None,
         )
 
     def _draft(
@@ -249,7 +268,7 @@ class Engine:
             except OutOfPages:
                 kept = kept[trees.owner[kept] != i]
                 slots = request.table.reserve(1)
-            spans.append(Span(request.tokens[-1:], request.table.length, slots, request.table.array))
+            spans.append(_span(request, request.table.length, 1, slots))
         if not batch.prefill:
             return kept, spans, batch.decode
         ending = [(r, n) for r, n in batch.prefill if n == r.pending]
@@ -257,7 +276,7 @@ class Engine:
         for request, count in ending + unfinished:
             start = request.table.length
             slots = request.table.reserve(count)
-            spans.append(Span(request.tokens[start : start + count], start, slots, request.table.array))
+            spans.append(_span(request, start, count, slots))
         return kept, spans, batch.decode + [request for request, _ in ending]
 
     def _accept(
@@ -404,6 +423,8 @@ class Engine:
         for request in requests:
             if self.drafter is not None:
                 self.drafter.release(request)
+            if request.media is not None:
+                request.media.forget()
 
     def _finish(self, request: Request) -> None:
         request.metrics.finished = self._clock()
@@ -422,3 +443,10 @@ def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray) -> None:
     for i, request in enumerate(batch.decode):
         request.metrics.drafted += int(drafted[i])
         request.metrics.verified += int(verified[i])
+
+
+def _span(request: Request, start: int, count: int, slots: Sequence[int]) -> Span:
+    span = Span(request.tokens[start : start + count], start, slots, request.table.array)
+    if request.media is not None:
+        span.inserts, span.rotary = request.media.inserts(start, count), request.media.positions(start, count)
+    return span

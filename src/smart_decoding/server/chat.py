@@ -1,4 +1,4 @@
-"""From a conversation to the prompt's tokens."""
+"""From a conversation to the prompt."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from smart_decoding.llm import LLM
+from smart_decoding.multimodal.messages import has_pictures
+from smart_decoding.multimodal.prompts import MediaPrompt
 from smart_decoding.server import tools
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.schemas import ImagePart, Message
+from smart_decoding.server.schemas import Message
 
 
-def chat_tokens(llm: LLM, messages: Sequence[Message], offered: Sequence[tools.Tool] = ()) -> list[int]:
-    """Token ids of a conversation, with the tools that the model may call. Raises ApiError, ConfigError."""
-    _refuse_images(messages)
+def chat_prompt(llm: LLM, messages: Sequence[Message], offered: Sequence[tools.Tool] = ()) -> MediaPrompt:
+    """The prompt of a conversation, with the tools that the model may call. Raises ApiError, ConfigError."""
     plain = [message.plain() for message in messages]
+    if has_pictures(plain):
+        if offered or any("tool_calls" in message or message["role"] == "tool" for message in plain):
+            raise ApiError(400, "tools and pictures are not supported in one conversation", "invalid_value", "messages")
+        return llm.chat_prompt(plain)
     described = [tool.model_dump(exclude_none=True) for tool in offered]
     variables: dict[str, Any] = {}
     if tools.speaks_our_form(llm.tokenizer.template):
@@ -22,10 +27,4 @@ def chat_tokens(llm: LLM, messages: Sequence[Message], offered: Sequence[tools.T
     else:
         plain = tools.explained(plain, described)
     text = llm.tokenizer.apply_chat_template(plain, **variables)
-    return llm.tokenizer.encode(text, add_special_tokens=False)
-
-
-def _refuse_images(messages: Sequence[Message]) -> None:
-    """Pictures have their place here once a served model takes them."""
-    if any(isinstance(part, ImagePart) for message in messages for part in message.parts):
-        raise ApiError(400, "this model takes no images", "invalid_value", "messages")
+    return MediaPrompt(llm.tokenizer.encode(text, add_special_tokens=False))

@@ -12,11 +12,12 @@ from typing import TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from smart_decoding.engine.media import Media
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.llm import LLM
 from smart_decoding.server.answers import ChatForm, CompletionForm, Form, Json, Usage, envelope, in_order
-from smart_decoding.server.chat import chat_tokens
+from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.schemas import (
     ChatRequest,
@@ -61,9 +62,10 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
     async def chat(request: Request, body: ChatRequest) -> Response:
         llm = worker.check_room()
         offer = body.offer
-        prompt = await _in_thread(lambda: chat_tokens(llm, body.messages, offer.tools if offer else ()))
+        prompt = await _in_thread(lambda: chat_prompt(llm, body.messages, offer.tools if offer else ()))
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return await _answer(request, body, [prompt], ChatForm(_token_text(llm), top, offer is not None), top)
+        form = ChatForm(_token_text(llm), top, offer is not None)
+        return await _answer(request, body, [list(prompt.tokens)], form, top, prompt.media)
 
     @api.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Json:
@@ -72,7 +74,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
 
         def tokens() -> list[int]:
             if body.messages:
-                return chat_tokens(llm, body.messages)
+                return list(chat_prompt(llm, body.messages).tokens)
             return llm.tokenizer.encode(body.prompt or "", body.add_special_tokens)
 
         found = await _in_thread(tokens)
@@ -89,7 +91,12 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
         return {"prompt": await _in_thread(lambda: llm.tokenizer.decode(body.tokens, False))}
 
     async def _answer(
-        request: Request, body: Sampling, prompts: list[list[int]], form: Form, logprobs: int | None
+        request: Request,
+        body: Sampling,
+        prompts: list[list[int]],
+        form: Form,
+        logprobs: int | None,
+        media: Media | None = None,
     ) -> Response:
         _check_model(body.model, settings)
         if (body.n or 1) > settings.max_n:
@@ -98,7 +105,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
         limit = COMPLETION_TOKENS if body.limit is None and isinstance(form, CompletionForm) else body.limit
         params, name = body.params(limit, logprobs), request.state.request_id
         await _check_structure(body, params, worker.ready())
-        job = Job(uuid.uuid4().hex, prompts, params, bool(body.stream), name)
+        job = Job(uuid.uuid4().hex, prompts, params, bool(body.stream), name, media)
         worker.submit(job)
         watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
         usage = Usage(sum(map(len, prompts)))

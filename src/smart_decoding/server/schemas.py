@@ -133,7 +133,7 @@ class TextPart(Body):
 
 class ImageUrl(Body):
     url: Text
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high"] | None = Field(None, description="Changes nothing.")
 
 
 class ImagePart(Body):
@@ -164,18 +164,16 @@ class Message(Body):
             raise ValueError("content is missing")
         return self
 
-    @property
-    def parts(self) -> list[TextPart | ImagePart]:
-        return self.content if isinstance(self.content, list) else []
-
     def plain(self) -> dict[str, Any]:
-        """As chat templates know it: text content; `developer` is the newer word for `system`."""
-        text = self.content
-        if isinstance(text, list):
-            text = "".join(part.text for part in text if isinstance(part, TextPart))
+        """As `LLM.chat` takes it: content of text only is one text; `developer` is the newer word for `system`."""
+        content: Any = self.content
+        if isinstance(content, list):
+            content = [part.model_dump(exclude_none=True) for part in content]
+            if all(part["type"] == "text" for part in content):
+                content = "".join(part["text"] for part in content)
         calls = [call.plain() for call in self.tool_calls] if self.tool_calls else None
         role = "system" if self.role == "developer" else self.role
-        found = {"role": role, "content": text, "name": self.name, "tool_calls": calls,
+        found = {"role": role, "content": content, "name": self.name, "tool_calls": calls,
                  "tool_call_id": self.tool_call_id}  # fmt: skip
         return {key: value for key, value in found.items() if value is not None}
 

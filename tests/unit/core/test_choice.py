@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart_decoding.core.calibration import DEPTHS
+from smart_decoding.core.calibration import DEPTHS, KINDS
 from smart_decoding.core.choice import best_rates, best_size, ranked
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import FREE, RANKS
@@ -87,7 +87,7 @@ def test_select_is_the_brute_force_optimum(seed: int, batch: int, nodes: int) ->
 
 def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
     """Each option's value by the definition: grow one request's tree, repeat it, try every size."""
-    children = policy.forecast.children(float((now.temperature <= 0).mean()))
+    children = policy.forecast.children(np.bincount(now.kind, minlength=KINDS) / now.size)
     price = policy.cost.draft_seconds
     regular = min(now.catch_up_rows, 2 * now.size)  # what is beyond is shared by 16 rounds
     first_rows = now.size + regular + (now.catch_up_rows - regular) // 16

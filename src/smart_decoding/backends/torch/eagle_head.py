@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.decoder import rotary_table, use_native
+from smart_decoding.backends.torch.decoder import put, rotary_table, use_native
 from smart_decoding.backends.torch.head_files import FIRST, HeadFiles, layer_prefixes
 from smart_decoding.backends.torch.kernels import Arena, packed_rows
 from smart_decoding.backends.torch.layers import (
@@ -92,6 +92,7 @@ class EagleHead:
         self.draft_ids = weights["draft_ids"].long()
         self.shape = (c.layers, c.hidden, c.ffn, len(self.draft_ids), self._tap_count)  # what a level's cost depends on
         layers = [_layer(c, weights, prefix, dtype) for prefix in layer_prefixes(c.layers)]
+        self.sees = files.sees
         self._fused, self._norm_before_residual = files.fused, files.norm_before_residual
         self._normed_taps = "fc_norm.0.weight" in weights
         fc = _fc_with_norms(weights, self._tap_count) if self._normed_taps else weights["fc.weight"]
@@ -139,8 +140,10 @@ class EagleHead:
     def run(self, rows: Rows, g: Tensor) -> Tensor:
         """One pass over pairs (g [rows, hidden], rows.token): the outputs [rows, hidden], fed back as g."""
         embedded = self._embed(torch.from_numpy(rows.token).to(self._target.device))
+        put(embedded, rows.inserts)
         if self._fused:
             x = self._fc(torch.cat((embedded, g), dim=-1))
+            put(x, rows.inserts)  # MSD: of a visual position the layer reads the embedding alone
             inputs = x.clone()
         else:
             x = self._norm(g, self._hidden_norm) if self._norm_before_residual else g.clone()

@@ -23,6 +23,7 @@ from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.errors import DownloadError, ModelError
 
 ARCHITECTURE = "SmartEagle3Head"
+VISUAL_POSITIONS = ("dropped", "decoupled")  # what a head reads of pictures: nothing, or their embeddings
 FIRST = "midlayer."  # EAGLE-3's name for the layer
 _ATTENTION = f"{FIRST}self_attn."
 _TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
@@ -39,7 +40,8 @@ class HeadFiles:
         The first layer is `midlayer.*`; further ones, ordinary Llama layers, are `layers.1.*`, `layers.2.*`, ...
     taps: layers of the target whose outputs the head reads. shape: of the head's layers.
     fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
-    norm_before_residual: the layer's residual is the normed features, not the features."""
+    norm_before_residual: the layer's residual is the normed features, not the features.
+    sees: it was trained with pictures: `visual_positions` is "decoupled" in its config."""
 
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor]
@@ -47,6 +49,7 @@ class HeadFiles:
     shape: ModelConfig
     fused: bool = False
     norm_before_residual: bool = False
+    sees: bool = False
 
 
 def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
@@ -91,7 +94,7 @@ def _load_ours(folder: Path, config: Mapping[str, Any], target: ModelConfig, tru
     fc_norms = {f"fc_norm.{i}.weight": (shape.hidden,) for i in range(len(taps))}
     _check(folder, weights, _layer_shapes(shape, target.hidden, taps) | fc_norms, ("draft_ids",))
     _check_ids(folder, weights.get("draft_ids"), target.vocab)
-    return HeadFiles(config, weights, taps, shape)
+    return HeadFiles(config, weights, taps, shape, sees=_sees(folder, config))
 
 
 def _load_published(folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool) -> HeadFiles:
@@ -117,7 +120,15 @@ def _load_published(folder: Path, config: Mapping[str, Any], target: ModelConfig
     _check_embedding(folder, weights, target)
     weights = {name: tensor for name, tensor in weights.items() if name not in ("d2t", *_IGNORED)}
     residual = bool(config.get("norm_before_residual", False))
-    return HeadFiles(config, weights | {"draft_ids": ids}, taps, shape, fused, residual)
+    return HeadFiles(config, weights | {"draft_ids": ids}, taps, shape, fused, residual, _sees(folder, config))
+
+
+def _sees(folder: Path, config: Mapping[str, Any]) -> bool:
+    how = config.get("visual_positions", VISUAL_POSITIONS[0])
+    if how not in VISUAL_POSITIONS:
+        known = ", ".join(VISUAL_POSITIONS)
+        raise ModelError(f"the head in {folder} has visual_positions {how!r}; supported: {known}")
+    return bool(how == VISUAL_POSITIONS[1])
 
 
 def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> ModelConfig:

@@ -15,14 +15,14 @@ from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.choice import best_size, ranked
 from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.policies.common import expandable, useful
-from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 
 
 @dataclass(slots=True)
 class Drafted:
     """The trees of a round and what they are judged by.
 
-    limits, greedy: [batch] deepest useful node, and whether its tokens are greedy. ends: tokens that end an answer.
+    limits, kind: [batch] deepest useful node, and the request's `BatchState.kind`. ends: tokens that end an answer.
     tokens: of a plain round. sunk: seconds of drafting so far. verify: seconds of verifying 0, 1, ... nodes, of every
     number that may be asked for. limit: seconds that the round may last. scored: how many nodes have their
     accept_prob already."""
@@ -30,7 +30,7 @@ class Drafted:
     trees: DraftTrees
     calibration: Calibration
     limits: IntArray
-    greedy: BoolArray
+    kind: KindArray
     ends: IntArray
     tokens: float
     sunk: float
@@ -90,4 +90,4 @@ class NumpyChooser:
 
 def _score(drafted: Drafted) -> None:
     if drafted.scored != len(drafted.trees):
-        drafted.calibration.score(drafted.trees, drafted.greedy)
+        drafted.calibration.score(drafted.trees, drafted.kind)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, join
+from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, KindArray, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class BatchState:
     catch_up_rows: pairs the model drafter must process before its first level, beyond one per request.
     has_model: whether a drafter with a model (head, draft model) is loaded, and how many levels deep it may go.
     has_free: whether a drafter without model cost (n-gram, recycling) is loaded.
+    pictures: whether the request's prompt has any, or None where none has.
     """
 
     context: IntArray
@@ -33,10 +34,17 @@ class BatchState:
     catch_up_rows: int = 0
     has_model: bool = True
     has_free: bool = False
+    pictures: BoolArray | None = None
 
     @property
     def size(self) -> int:
         return len(self.context)
+
+    @property
+    def kind(self) -> KindArray:
+        """[batch] 1 if greedy, and 2 more with pictures."""
+        greedy = (self.temperature <= 0).astype(np.uint8)
+        return greedy if self.pictures is None else greedy + 2 * self.pictures.astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.calibration import Calibration
+from smart_decoding.core.calibration import KINDS, Calibration
 from smart_decoding.core.choice import best_rates, best_size
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.forecast import Forecast, grow
@@ -20,7 +20,7 @@ from smart_decoding.core.policies.common import TokenIds, depth_limits, require_
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, merged
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.probing import Prober
-from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
@@ -90,7 +90,7 @@ class _Scratch:
     """What one round's calls share."""
 
     limits: IntArray
-    greedy: BoolArray
+    kind: KindArray
     drafting: int  # requests that may draft
     context: float
     outlook: Outlook | None = None
@@ -162,9 +162,7 @@ class Smart:
         self._rounds = 0
         self._drafting = True
         self._scratch: _Scratch | None = None
-        self._unlearned: list[
-            tuple[Round, BoolArray]
-        ] = []  # rounds that drafted, and which of their requests are greedy
+        self._unlearned: list[tuple[Round, KindArray]] = []  # rounds that drafted, and the kinds of their requests
         self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
         self._last_rest = 1
 
@@ -208,7 +206,7 @@ class Smart:
     def _open(self, batch: BatchState) -> _Scratch:
         limits = depth_limits(batch)
         context = float(batch.context.sum()) / batch.size
-        return _Scratch(limits, batch.temperature <= 0, int(np.count_nonzero(limits > 0)), context)
+        return _Scratch(limits, batch.kind, int(np.count_nonzero(limits > 0)), context)
 
     def _current_outlook(self, batch: BatchState, scratch: _Scratch) -> Outlook:
         """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
@@ -239,7 +237,7 @@ class Smart:
         widths: tuple[int, ...] = WIDTHS
         if drafting > SMALL:
             levels, widths = min(levels, FEW_LEVELS), WIDTHS[:2]
-        children = self.forecast.children(float(np.mean(scratch.greedy)))
+        children = self.forecast.children(np.bincount(scratch.kind, minlength=KINDS) / size)
         columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free))
         verify = self._verify(batch, scratch, columns + 1)
         rows = np.arange(1 + max(WIDTHS[-1] * drafting, _first_rows(batch)))
@@ -333,7 +331,7 @@ class Smart:
         """The trees with what they are judged by; as many as `candidates` nodes may be verified."""
         assert scratch.outlook is not None
         curve, limit = self._curve(batch, scratch, candidates), self._limit(batch.size, scratch.outlook.plain)
-        return Drafted(trees, self.calibration, scratch.limits, scratch.greedy, self._ends, batch.size, scratch.sunk,
+        return Drafted(trees, self.calibration, scratch.limits, scratch.kind, self._ends, batch.size, scratch.sunk,
                        curve, limit, scratch.scored)  # fmt: skip
 
     def observe(self, round: Round) -> None:
@@ -351,8 +349,8 @@ class Smart:
         accepted = 0
         if len(trees):
             if scratch.scored != len(trees):  # nothing was selected: the caller skipped it
-                self.calibration.score(trees, scratch.greedy)
-            self._unlearned.append((round, scratch.greedy))
+                self.calibration.score(trees, scratch.kind)
+            self._unlearned.append((round, scratch.kind))
             accepted = int(np.count_nonzero(round.next_token >= 0))
         if self._unlearned and not seldom:
             self._learn()
@@ -381,10 +379,10 @@ class Smart:
 
     def _learn(self) -> None:
         """Learns from the last rounds in one go, since every numpy call has its price."""
-        rounds, greedy = zip(*self._unlearned, strict=True)
+        rounds, kinds = zip(*self._unlearned, strict=True)
         self._unlearned.clear()
         trees, nodes, chosen = merged(rounds)
-        self.calibration.observe(trees, nodes, chosen, np.concatenate(greedy))
+        self.calibration.observe(trees, nodes, chosen, np.concatenate(kinds))
         if trees.source.min() == 0:  # nodes of the model drafter
             self.forecast.observe(trees)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.backends.torch.native import build
-from smart_decoding.core.calibration import DEPTHS, FINE, FINE_OF
+from smart_decoding.core.calibration import DEPTHS, FINE, FINE_OF, KINDS
 from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.policies.chooser import Drafted
 from smart_decoding.core.tree import FloatArray, IntArray
@@ -23,7 +23,7 @@ class TreesStruct(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("nodes", "batch")),
         *((name, c_void_p) for name in ("owner", "token", "parent", "depth", "source", "draft_prob", "accept_prob")),
-        *((name, c_void_p) for name in ("limits", "greedy", "ends")),
+        *((name, c_void_p) for name in ("limits", "kind", "ends")),
         ("end_count", c_int64),
     ]
 
@@ -33,7 +33,7 @@ class BeliefsStruct(Structure):
 
     _fields_ = [
         *(("table", c_void_p), ("cells", c_int64), ("fine", c_void_p)),
-        *((name, c_int64) for name in ("resolution", "bins", "depths")),
+        *((name, c_int64) for name in ("resolution", "bins", "depths", "kinds")),
     ]
 
 
@@ -60,7 +60,7 @@ class NativeChooser:
         ]
         self._select.argtypes = [*structs, c_int, c_int64, c_void_p, POINTER(c_double), POINTER(c_double)]
         self._trees = TreesStruct()
-        self._beliefs = BeliefsStruct(fine=_at(FINE_OF), resolution=len(FINE_OF) - 1, bins=FINE, depths=DEPTHS)
+        self._beliefs = BeliefsStruct(None, 0, _at(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
         self._prices = PricesStruct()
         self._rate, self._expected = c_double(), c_double()
 
@@ -83,7 +83,7 @@ class NativeChooser:
         t.nodes, t.batch, t.owner, t.token = len(trees), trees.batch, _at(trees.owner), _at(trees.token)
         t.parent, t.depth, t.source = _at(trees.parent), _at(trees.depth), _at(trees.source)
         t.draft_prob, t.accept_prob = _at(trees.draft_prob), _at(trees.accept_prob)
-        t.limits, t.greedy, t.ends, t.end_count = _at(d.limits), _at(d.greedy), _at(d.ends), len(d.ends)
+        t.limits, t.kind, t.ends, t.end_count = _at(d.limits), _at(d.kind), _at(d.ends), len(d.ends)
         p.tokens, p.sunk, p.limit = d.tokens, d.sunk, d.limit
         p.verify, p.verify_count = _at(d.verify), len(d.verify)
         scored = d.scored == len(trees)

@@ -17,15 +17,15 @@ struct Trees {  // core/tree.py, and what the batch says of their owners
     const double* draft_prob;
     double* accept_prob;
     const int64_t* limits;   // [batch] deepest useful node
-    const uint8_t* greedy;   // [batch]
+    const uint8_t* kind;     // [batch]
     const int64_t* ends;     // [end_count] tokens that end an answer
     int64_t end_count;
 };
 struct Beliefs {  // core/calibration.py
-    const double* table;  // [source, depth, greedy, fine bin]
+    const double* table;  // [source, depth, kind, fine bin]
     int64_t cells;        // of the table
     const int64_t* fine;  // [resolution + 1] bin of a draft probability
-    int64_t resolution, bins, depths;
+    int64_t resolution, bins, depths, kinds;
 };
 struct Prices {
     double tokens, sunk, limit;  // tokens of a plain round; seconds spent; seconds that the round may last
@@ -53,7 +53,7 @@ static bool score(const Trees& t, const Beliefs& b) {
     for (int64_t i = 0; i < t.nodes; i++) {
         double p = std::fmin(std::fmax(t.draft_prob[i], 0.0), 1.0);
         int64_t cell = t.source[i] * b.depths + std::min(t.depth[i], b.depths) - 1;
-        cell = (cell * 2 + t.greedy[t.owner[i]]) * b.bins + b.fine[int64_t(p * double(b.resolution))];
+        cell = (cell * b.kinds + t.kind[t.owner[i]]) * b.bins + b.fine[int64_t(p * double(b.resolution))];
         if (cell >= b.cells) return false;
         sum[slot_of(t, i)] += given[i] = b.table[cell];
     }
