@@ -14,12 +14,17 @@ from typing import Any
 import torch
 
 from smart_decoding.backends.torch.loading import load_checkpoint
+from smart_decoding.pictures.captions import VOCABULARY
 from smart_decoding.pictures.questions import HELD_OUT, TRAIN
 from smart_decoding.tokenizer import Tokenizer
 from smart_decoding.training.pictures.answering import AnsweringLoss
 from smart_decoding.training.pictures.model import BASE, IMAGE_ID, WIDTH, build, export, prompt_of
 from smart_decoding.training.pictures.schedule import Stage, Workers
-from smart_decoding.training.pictures.tower import Namer, NamingLoss, word_embeddings
+from smart_decoding.training.pictures.tower import CaptionLoss, Namer, NamingLoss, word_embeddings
+
+
+RATES = {"tower": 1e-3, "projector": 1.5e-3, "namer": 1e-3}
+LATE_RATES = {"tower": 4e-4, "projector": 6e-4, "namer": 4e-4, "decoder": 1.5e-3}
 
 
 def main() -> int:
@@ -29,20 +34,21 @@ def main() -> int:
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     model, namer = build(checkpoint), Namer(WIDTH)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    words = word_embeddings(checkpoint.weights["model.embed_tokens.weight"], tokenizer)
+    words = word_embeddings(checkpoint.weights["model.embed_tokens.weight"], tokenizer, VOCABULARY)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    seeing = {"tower": tower, "projector": projector, "namer": namer}
     args.output.mkdir(parents=True, exist_ok=True)
-    naming = NamingLoss(tower, projector, namer, words, args.pictures)
-    Stage("naming", args.naming_steps, seeing, dict.fromkeys(seeing, 1e-3), naming).run(args.output)
-
-    answering = AnsweringLoss(model, prompt_of(tokenizer), encode, IMAGE_ID, naming, args.rows)
+    naming = NamingLoss(tower, namer, args.pictures)
+    Stage("naming", args.naming_steps, {"tower": tower, "namer": namer}, RATES, naming).run(args.output)
+    seeing = {"tower": tower, "projector": projector, "namer": namer}
+    captions = CaptionLoss(tower, projector, namer, words, args.pictures)
+    Stage("captions", args.caption_steps, seeing, RATES, captions).run(args.output)
+    captions.batch = args.pictures // 2
+    answering = AnsweringLoss(model, prompt_of(tokenizer), encode, IMAGE_ID, captions, args.rows)
     modules = {**seeing, "decoder": model.model.language_model}
-    rates = {"tower": 4e-4, "projector": 4e-4, "namer": 4e-4, "decoder": 1e-3}
-    Stage("answering", args.steps, modules, rates, answering).run(args.output)
+    Stage("answering", args.steps, modules, LATE_RATES, answering, warm_up=20).run(args.output)
     if Workers().rank == 0:
         record = {"arguments": {key: str(value) for key, value in vars(args).items() if key != "output"}}
         record["word_for_word"] = _figures(answering, args.held_out)
@@ -55,9 +61,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m smart_decoding.training.pictures", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and, at the end, of the parts")
     parser.add_argument("--naming-steps", type=int, default=1000, help="first stage: the tower names what patches show")
-    parser.add_argument("--steps", type=int, default=800, help="second stage: the language model answers questions")
-    parser.add_argument("--pictures", type=int, default=64, help="pictures of a step of the first stage, per process")
-    parser.add_argument("--rows", type=int, default=4, help="pictures of a step of the second stage, per process")
+    parser.add_argument("--caption-steps", type=int, default=1000, help="second stage: tower and projector say captions")
+    parser.add_argument("--steps", type=int, default=800, help="last stage: the language model answers questions")
+    parser.add_argument("--pictures", type=int, default=64, help="pictures of a step of the first stages, per process")
+    parser.add_argument("--rows", type=int, default=2, help="pictures of a step of the last stage, per process")
     parser.add_argument("--held-out", type=int, default=100, help="held-out pictures of the closing measurement")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -1,5 +1,5 @@
-"""Second stage: the language model learns to read the projected patches, by low-rank changes; tower and projector
-go on learning, from the answers and from the first stage's labels."""
+"""The last stage: the language model learns, by low-rank changes, to answer from what tower and projector say; those go
+on learning from captions of other pictures."""
 
 from __future__ import annotations
 
@@ -9,51 +9,56 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from smart_decoding.pictures.facts import Picture
 from smart_decoding.training.pictures.packing import Batch, Encode, Prompt, Row, batch_of, fill
-from smart_decoding.training.pictures.tower import HELD_OUT, TRAIN, NamingLoss, features, pixels, random_pictures
+from smart_decoding.training.pictures.tower import HELD_OUT, TRAIN, CaptionLoss, features, pixels, random_pictures
 
 ROOM = 352  # tokens of a row
+CANDIDATES = 4096
 
 
 class AnsweringLoss:
-    """Cross-entropy of the answers' tokens for `rows` pictures, plus the first stage's loss on other pictures."""
+    """Cross-entropy of the answers' tokens for `rows` pictures, plus the caption stage's loss.
+
+    It is over the tokens of the step's answers and CANDIDATES others, drawn anew for each step."""
 
     def __init__(
-        self, llava: nn.Module, prompt: Prompt, encode: Encode, image_token: int, naming: NamingLoss, rows: int
+        self, llava: Any, prompt: Prompt, encode: Encode, image_token: int, captions: CaptionLoss, rows: int
     ) -> None:
-        self._model: Any = llava
-        self._prompt, self._encode, self._image, self._naming, self._rows = prompt, encode, image_token, naming, rows
+        self._model, self._prompt, self._encode, self._image = llava, prompt, encode, image_token
+        self._captions, self._rows = captions, rows
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
         pictures = random_pictures(TRAIN, 1_000_000 + step, self._rows)
         batch = batch_of(self._rows_of(pictures, (TRAIN, step), TRAIN), self._prompt.end)
-        logits = self._logits(batch, pixels(pictures))
-        answering = F.cross_entropy(logits.float(), batch.wanted)
-        naming, figures = self._naming(2_000_000 + step)
-        figures = {"answering": float(answering.detach()), "patches": figures["patches"]}
-        return answering + 0.02 * naming, figures
+        head = self._model.lm_head.weight
+        others = torch.from_numpy(np.random.default_rng(step).integers(0, len(head), CANDIDATES))
+        tokens = torch.cat([batch.wanted, others]).unique()
+        logits = F.linear(self._hidden(batch, pixels(pictures)), head[tokens]).float()
+        answering = F.cross_entropy(logits, torch.searchsorted(tokens, batch.wanted))
+        captioning, figures = self._captions(2_000_000 + step)
+        figures = {"answering": float(answering.detach()), "words": figures["words"]}
+        return answering + captioning, figures
 
     def _rows_of(self, pictures: Sequence[Picture], seed: tuple[int, ...], wordings: int) -> list[Row]:
         rng = np.random.default_rng(seed)
         return [fill(self._prompt, picture, rng, self._encode, ROOM, wordings) for picture in pictures]
 
-    def _logits(self, batch: Batch, images: Tensor) -> Tensor:
-        """At the positions that predict an answer's token: [answer tokens, vocabulary]."""
+    def _hidden(self, batch: Batch, images: Tensor) -> Tensor:
+        """At the positions that predict an answer's token: [answer tokens, hidden]."""
         model = self._model.model
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             seen = model.multi_modal_projector(features(model.vision_tower, images)).to(torch.bfloat16)
         embedded = model.language_model.embed_tokens(batch.tokens)
         shown = (batch.tokens == self._image)[..., None].expand(embedded.shape)
-        embedded = embedded.masked_scatter(shown, seen)
-        hidden = model.language_model(
-            inputs_embeds=embedded, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-        ).last_hidden_state
-        logits: Tensor = self._model.lm_head(hidden.flatten(0, 1).index_select(0, batch.at))
-        return logits
+        hidden: Tensor = model.language_model(
+            inputs_embeds=embedded.masked_scatter(shown, seen),
+            attention_mask=batch.mask, position_ids=batch.positions, use_cache=False,
+        ).last_hidden_state  # fmt: skip
+        return hidden.flatten(0, 1).index_select(0, batch.at)
 
     @torch.no_grad()
     def exact(self, pictures: int, wordings: int, blank: bool = False, seed: int = 0) -> dict[str, list[int]]:
@@ -64,7 +69,7 @@ class AnsweringLoss:
             rows = self._rows_of(shown, (HELD_OUT, seed, start), wordings)
             batch = batch_of(rows, self._prompt.end)
             images = torch.ones_like(pixels(shown)) if blank else pixels(shown)
-            said = self._logits(batch, images).argmax(-1) == batch.wanted
+            said = self._model.lm_head(self._hidden(batch, images)).argmax(-1) == batch.wanted
             parts = said.split([part.stop - part.start for row in rows for part in row.answers])
             for question, part in zip((q for row in rows for q in row.asked), parts, strict=True):
                 right[question.kind][0] += bool(part.all())

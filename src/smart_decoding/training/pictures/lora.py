@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,10 +27,11 @@ class LowRank(nn.Module):
         return out
 
 
-def attach(decoder: nn.Module, rank: int) -> None:
-    """Freezes a decoder and puts a low-rank change beside each linear layer of its blocks."""
+def attach(decoder: Any, rank: int, first: int, kinds: Collection[str]) -> None:
+    """Freezes a decoder and puts a low-rank change beside the linear layers of these kinds from block `first` on."""
     decoder.requires_grad_(False)
-    for parent in list(decoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, LowRank(child, rank))
+    for block in decoder.layers[first:]:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if name in kinds and isinstance(child, nn.Linear):
+                    setattr(parent, name, LowRank(child, rank))

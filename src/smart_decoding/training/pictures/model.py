@@ -19,7 +19,8 @@ from smart_decoding.training.pictures.tower import GRID, MEAN, PATCH, SIDE, STD
 
 BASE = "smollm2-135m"
 IMAGE_ID = 16  # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder
-RANK = 16
+RANK = 16  # of the changes to the base, which begin after block FIRST: what is below is not differentiated, either
+FIRST, KINDS = 8, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WIDTH, LAYERS, HEADS = 192, 6, 3  # of the tower
 
 
@@ -44,7 +45,7 @@ def build(checkpoint: Checkpoint) -> Any:
     model.model.language_model.to(torch.bfloat16)
     model.tie_weights()
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
-    attach(model.model.language_model, RANK)
+    attach(model.model.language_model, RANK, FIRST, KINDS)
     return model
 
 

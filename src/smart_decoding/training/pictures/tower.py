@@ -1,8 +1,9 @@
-"""First stage: the vision tower learns to name what each patch shows, and the projector to say it in the language
-model's own word embeddings, so that the second stage starts from pictures that already read like text."""
+"""The vision tower's two stages. It learns to name what each patch shows; then tower and projector learn to say the
+picture's caption in the language model's own word embeddings, so that pictures read like text from the start."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smart_decoding.pictures.captions import QUIET, VOCABULARY, caption
 from smart_decoding.pictures.draw import draw
 from smart_decoding.pictures.facts import Picture, random_picture
 from smart_decoding.pictures.regions import WORDS, fact_labels, fact_names, patch_labels
@@ -38,14 +40,14 @@ def features(tower: Any, images: Tensor) -> Tensor:
     return states[:, 1:]
 
 
-def word_embeddings(embedding: Tensor, tokenizer: Any) -> Tensor:
-    """The language model's rows for WORDS (mean over a word's tokens): [words, hidden]."""
-    ids = [tokenizer.encode(word if word.isdigit() else f" {word}", add_special_tokens=False) for word in WORDS]
+def word_embeddings(embedding: Tensor, tokenizer: Any, words: Sequence[str]) -> Tensor:
+    """The language model's rows for some words (mean over a word's tokens): [words, hidden]."""
+    ids = [tokenizer.encode(word if word.isdigit() else f" {word}", add_special_tokens=False) for word in words]
     return torch.stack([embedding[tokens].float().mean(0) for tokens in ids])
 
 
 class Namer(nn.Module):
-    """The linear heads of the first stage, thrown away after it: words of each patch, facts of the whole picture."""
+    """The linear heads of the first stage: words of each patch, facts of the whole picture."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -53,27 +55,61 @@ class Namer(nn.Module):
 
 
 class NamingLoss:
-    """Binary cross-entropy of words and facts at every patch, and the distance between each projected patch and the
-    sum of the embeddings of its words, scaled to the length of one."""
+    """Binary cross-entropy of the words and of the facts, at every patch."""
+
+    def __init__(self, tower: nn.Module, namer: Namer, batch: int) -> None:
+        self.tower, self.namer, self.batch = tower, namer, batch
+
+    def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        pictures = random_pictures(TRAIN, step, self.batch)
+        labels = torch.from_numpy(np.stack([patch_labels(picture, GRID) for picture in pictures]))
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = features(self.tower, pixels(pictures))
+            named, stated = self.namer.words(seen), self.namer.facts(seen)
+        naming, stating = _cross_entropy(named, labels), _stating(stated, pictures)
+        right = ((named > 0) == (labels > 0)).all(-1).float().mean()
+        return naming + stating, {"naming": float(naming.detach()), "patches": float(right)}
+
+
+class CaptionLoss:
+    """What the projected patches say, against the caption: the distance to the words' embeddings, and cross-entropy over
+    the words by that distance; the facts at every patch, too."""
 
     def __init__(self, tower: nn.Module, projector: nn.Module, namer: Namer, words: Tensor, batch: int) -> None:
         self.tower, self.projector, self.namer, self.words, self.batch = tower, projector, namer, words, batch
+        self._index = {word: i for i, word in enumerate(VOCABULARY)}
 
     def __call__(self, step: int, split: int = TRAIN) -> tuple[Tensor, dict[str, float]]:
         pictures = random_pictures(split, step, self.batch)
-        labels = torch.from_numpy(np.stack([patch_labels(picture, GRID) for picture in pictures]))
-        facts = torch.from_numpy(np.stack([fact_labels(picture) for picture in pictures]))
-        wanted = labels @ self.words / labels.sum(-1, keepdim=True).sqrt()
+        loud, quiet = self._labels(pictures)
         with torch.autocast("cpu", torch.bfloat16):
             seen = features(self.tower, pixels(pictures))
-            named, stated, said = self.namer.words(seen), self.namer.facts(seen), self.projector(seen)
-        naming = _cross_entropy(named, labels)
-        stating = _cross_entropy(stated, facts[:, None].expand(stated.shape))
-        saying = F.mse_loss(said.float(), wanted) / wanted.var()
-        words = ((named > 0) == (labels > 0)).all(-1).float().mean()
-        true = ((stated.float().mean(1) > 0) == (facts > 0)).all(-1).float().mean()
-        figures = {"naming": naming, "stating": stating, "saying": saying, "patches": words, "pictures": true}
-        return naming + stating + 0.5 * saying, {key: float(value.detach()) for key, value in figures.items()}
+            said, stated = self.projector(seen).float(), self.namer.facts(seen)
+        wanted = self.words[loud] + QUIET * self.words[quiet.clamp(min=0)] * (quiet >= 0)[..., None]
+        distance = F.mse_loss(said, wanted) / self.words.var()
+        logits = said @ self.words.T - self.words.square().sum(-1) / 2
+        choosing = F.cross_entropy(logits.flatten(0, 1), loud.flatten())
+        right = logits.argmax(-1) == loud
+        rest = said.detach() - self.words[loud]
+        counted = (rest @ self.words.T - QUIET * self.words.square().sum(-1) / 2).argmax(-1) == quiet
+        figures = {
+            "distance": distance, "choosing": choosing, "words": right.float().mean(),
+            "captions": right.all(-1).float().mean(), "counts": counted[quiet >= 0].float().mean(),
+        }  # fmt: skip
+        loss = 2 * distance + 2 * choosing + 0.3 * _stating(stated, pictures)
+        return loss, {key: float(value.detach()) for key, value in figures.items()}
+
+    def _labels(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
+        """Indices of the words, and of those said quietly with them (-1: none): [pictures, words of a caption]."""
+        captions = [caption(picture) for picture in pictures]
+        loud = torch.tensor([[self._index[word] for word, _ in said] for said in captions])
+        quiet = torch.tensor([[self._index[more] if more else -1 for _, more in said] for said in captions])
+        return loud, quiet
+
+
+def _stating(stated: Tensor, pictures: list[Picture]) -> Tensor:
+    facts = torch.from_numpy(np.stack([fact_labels(picture) for picture in pictures]))
+    return _cross_entropy(stated, facts[:, None].expand(stated.shape))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
