@@ -27,6 +27,7 @@ from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.protocols import Drafter
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.models import VISION_PARTS, base_of, seeing_names
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import measure
 from smart_decoding.tokenizer import Tokenizer
@@ -54,6 +55,8 @@ class Speculation:
 def shipped_head(model: str) -> Path | None:
     """The folder of the head that comes with this package for a built-in model, if there is one."""
     folder = HEADS / model.partition("@")[0]
+    if not folder.is_dir() and model in seeing_names():
+        folder = HEADS / base_of(VISION_PARTS / model).partition("@")[0]  # its base's head, which knows text only
     return folder if (folder / "model.safetensors").is_file() else None
 
 

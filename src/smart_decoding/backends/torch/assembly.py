@@ -17,20 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from smart_decoding.backends.torch.gguf_import import is_whole, move_into_place
 from smart_decoding.downloads import cache_dir, scratch
+from smart_decoding.models import PARTS
 
-PARTS, PARTS_WEIGHTS = "parts.json", "parts.safetensors"
+PARTS_WEIGHTS = "parts.safetensors"
 IMAGE_TOKEN = "<image>"
 _RECORD = "converted.json"
-
-
-def is_parts(folder: Path) -> bool:
-    """Whether a folder holds parts that go with another model."""
-    return (folder / PARTS).is_file()
-
-
-def base_of(parts: Path) -> str:
-    """The name of the text model that the parts belong to."""
-    return str(_read(parts / PARTS)["base"])
 
 
 def assembled_folder(parts: Path, base: Path) -> Path:

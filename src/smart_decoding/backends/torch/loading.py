@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.errors import ModelError
-from smart_decoding.models import Source, resolve
+from smart_decoding.models import PARTS, Source, base_of, resolve
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("BF16", "F16", "F32")
@@ -55,6 +55,10 @@ def load_checkpoint(path_or_name: str | Path) -> Checkpoint:
 
 
 def _folder_of(source: Source) -> Path:
+    if (source.path / PARTS).is_file():
+        from smart_decoding.backends.torch.assembly import assembled_folder
+
+        return assembled_folder(source.path, _folder_of(resolve(base_of(source.path))))
     if source.path.is_dir():
         return source.path
     from smart_decoding.backends.torch.gguf_import import converted_folder  # GGUF files only

