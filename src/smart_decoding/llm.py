@@ -17,10 +17,14 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import Decode
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL
+from smart_decoding.multimodal.images import Limits
+from smart_decoding.multimodal.messages import as_text, has_pictures, split
+from smart_decoding.multimodal.pixels import load_reader
+from smart_decoding.multimodal.prompts import MediaPrompt, PromptBuilder
 from smart_decoding.speculation import Speculation, build_speculation, check_speculation
 from smart_decoding.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | MediaPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 
@@ -56,7 +60,7 @@ class RequestOutput:
 @dataclass(slots=True)
 class _Job:
     prompt: str | None
-    tokens: list[int]
+    tokens: Sequence[int]
     answers: list[Request] = field(default_factory=list)
 
 
@@ -69,6 +73,9 @@ class LLM:
         smart_paper, smart), and either's options.
     dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens. kv_cache_tokens: KV memory, in tokens over all requests.
+    Of vision-language models: limit_mm_per_prompt: pictures of a prompt by modality (image 16, video 1).
+        allowed_local_media_path: the folder that messages may name files in (none). mm_processor_kwargs: options of the
+        image processor, such as max_pixels. max_image_pixels: of one picture as it is sent.
     Raises ModelError, DownloadError, ConfigError or CapacityError, each in one line.
     """
 
@@ -86,12 +93,21 @@ class LLM:
         enable_prefix_caching: bool = True,
         seed: int = 0,
         stop_at_loops: bool = False,
+        limit_mm_per_prompt: Mapping[str, int] | None = None,
+        allowed_local_media_path: str | Path | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        max_image_pixels: int = Limits().pixels,
     ) -> None:
         dtype_of(dtype)
+        limits = _limits(limit_mm_per_prompt, allowed_local_media_path, max_image_pixels)
         _positive(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         checkpoint = load_checkpoint(model)
         self._checkpoint, self.provenance = checkpoint, dict(checkpoint.provenance)
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
+        self._vision: PromptBuilder | None = None
+        if checkpoint.vision is not None:
+            reader = load_reader(checkpoint.vision.folder, checkpoint.vision.config, mm_processor_kwargs)
+            self._vision = PromptBuilder(self.tokenizer, reader, limits, bool(checkpoint.config.mrope))
         limit = max_model_len or min(4096, checkpoint.config.max_positions)
         check_speculation(speculative_config, checkpoint, limit)
         tokens = kv_cache_tokens or min(limit, 2048) * min(max_num_seqs, 16)
@@ -132,10 +148,13 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_step: Callable[[list[Request]], None] | None = None,
     ) -> list[RequestOutput]:
-        """Answers all prompts (texts or token ids), in order. `on_step` is called after every round."""
+        """Answers all prompts, in order. `on_step` is called after every round.
+
+        A prompt is a text, token ids, what `chat_prompt` returns, or vLLM's {"prompt": …, "multi_modal_data": …}."""
         many = _as_list(prompts)
         params = _params_for(many, sampling_params)
-        jobs = [self._submit(prompt, p) for prompt, p in zip(many, params, strict=True)]
+        ready = [self._ready(prompt) for prompt in many]  # what is wrong is found before anything is queued
+        jobs = [self._submit(prompt, p) for prompt, p in zip(ready, params, strict=True)]
         try:
             while self.engine.has_unfinished_requests:
                 touched = self.engine.step()
@@ -155,15 +174,27 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one conversation, or several, through the model's own chat template."""
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        return self.generate([self.tokenizer.encode_chat(m) for m in many], sampling_params)  # type: ignore[arg-type]
+        return self.generate([self.chat_prompt(m) for m in many], sampling_params)  # type: ignore[arg-type]
+
+    def chat_prompt(self, messages: Sequence[Message]) -> MediaPrompt:
+        """The prompt of one conversation. Contents may be lists of OpenAI's parts, and hold pictures if the model sees.
+
+        Raises ConfigError for messages or pictures that cannot be used."""
+        if self._vision is not None:
+            return self._vision.chat(messages)
+        if has_pictures(messages):
+            raise ConfigError(f"the model {self.provenance['model']} reads text only: take one that sees")
+        if any(not isinstance(message.get("content"), str) for message in messages):
+            messages = as_text(split(messages)[0], {})
+        return MediaPrompt(self.tokenizer.encode_chat(messages))
 
     def stream(
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[str]:
         """The text of one answer to a prompt or a conversation, piece by piece as rounds yield it."""
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
-        job = self._submit(prompt, sampling_params or SamplingParams(max_tokens=256))  # type: ignore[arg-type]
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
+        job = self._submit(self._ready(prompt), sampling_params or SamplingParams(max_tokens=256))  # type: ignore[arg-type]
         (request,) = job.answers
         try:
             while not request.finished:
@@ -175,11 +206,28 @@ class LLM:
             if not request.finished:
                 self.engine.abort(request.id)
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> _Job:
-        text = prompt if isinstance(prompt, str) else None
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+    def _submit(self, ready: MediaPrompt, params: SamplingParams) -> _Job:
         self._count += 1
-        return _Job(text, tokens, self.engine.add_request(str(self._count), tokens, params))
+        answers = self.engine.add_request(str(self._count), ready.tokens, params, ready.media)
+        return _Job(ready.text, ready.tokens, answers)
+
+    def _ready(self, prompt: Prompt) -> MediaPrompt:
+        if isinstance(prompt, MediaPrompt):
+            return prompt
+        given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        if not given.keys() <= {"prompt", "prompt_token_ids", "multi_modal_data"}:
+            raise ConfigError("a prompt's keys are prompt or prompt_token_ids, and multi_modal_data")
+        wanted: Any = given.get("prompt", given.get("prompt_token_ids"))
+        if not isinstance(wanted, str | Sequence):
+            raise ConfigError("a prompt must be a text or token ids")
+        pictures: Any = given.get("multi_modal_data") or {}
+        if self._vision is not None:
+            return self._vision.prompt(wanted, pictures)
+        if pictures:
+            raise ConfigError(f"the model {self.provenance['model']} reads text only: take one that sees")
+        text = wanted if isinstance(wanted, str) else None
+        tokens = self.tokenizer.encode(wanted) if isinstance(wanted, str) else [int(token) for token in wanted]
+        return MediaPrompt(tokens, None, text)
 
     @staticmethod
     def _output(job: _Job) -> RequestOutput:
@@ -195,14 +243,14 @@ class LLM:
             )
             for r in job.answers
         ]
-        return RequestOutput(job.answers[0].id.partition("#")[0], job.prompt, job.tokens, outputs)
+        return RequestOutput(job.answers[0].id.partition("#")[0], job.prompt, list(job.tokens), outputs)
 
     def _decoder(self, skip_special_tokens: bool) -> Decode:
         return lambda ids: self.tokenizer.decode(ids, skip_special_tokens)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+    if isinstance(prompts, str | Mapping | MediaPrompt) or (len(prompts) and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
@@ -215,6 +263,11 @@ def _params_for(
     if len(params) != len(prompts):
         raise ConfigError(f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one for each")
     return list(params)
+
+
+def _limits(per_prompt: Mapping[str, int] | None, folder: str | Path | None, pixels: int) -> Limits:
+    counts = {**Limits().per_prompt, **(per_prompt or {})}
+    return Limits(counts, None if folder is None else Path(folder).expanduser(), pixels)
 
 
 def _device(name: str) -> str:

@@ -54,10 +54,12 @@ class Speculation:
 
 def shipped_head(model: str) -> Path | None:
     """The folder of the head that comes with this package for a built-in model, if there is one."""
-    folder = HEADS / model.partition("@")[0]
-    if not folder.is_dir() and model in seeing_names():
-        folder = HEADS / base_of(VISION_PARTS / model).partition("@")[0]  # its base's head, which knows text only
-    return folder if (folder / "model.safetensors").is_file() else None
+    name = model.partition("@")[0]
+    if name in seeing_names() and not (HEADS / name).is_dir():
+        name = base_of(VISION_PARTS / name).partition("@")[0]  # its base's head, which knows text only
+    folder = HEADS / name
+    is_name = Path(name).name == name  # a path of its own would lead out of HEADS
+    return folder if is_name and (folder / "model.safetensors").is_file() else None
 
 
 def build_speculation(

@@ -225,7 +225,8 @@ class LevelDrafter(ABC, Generic[S]):
         """For each of the request's first pages a number that stands for its tokens and all before them."""
         for page in range(len(state.keys), pages):
             before = state.keys[-1] if page else 0
-            state.keys.append(hash((before, *request.tokens[page * PAGE : (page + 1) * PAGE])))
+            mark = request.table.marks.get(page, b"")
+            state.keys.append(hash((before, mark, *request.tokens[page * PAGE : (page + 1) * PAGE])))
         return state.keys[:pages]
 
 

@@ -13,6 +13,7 @@ from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.kv import PAGE, BlockTable, Ints, OutOfPages, PagePool
+from smart_decoding.engine.media import Media
 from smart_decoding.engine.protocols import Drafter, Target, TargetScores
 from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.rows import Rows, Span, build_rows
@@ -102,7 +103,9 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------ requests
 
-    def add_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
+    def add_request(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, media: Media | None = None
+    ) -> list[Request]:
         """Queues the prompt's `params.n` answers. Raises ConfigError or CapacityError for what can never run."""
         self._check(prompt, params)
         room = self.config.max_model_len - len(prompt)
@@ -113,7 +116,8 @@ class Engine:
             decode = self._decode(params.skip_special_tokens)
             stop = StopChecker(params, decode, self.target.eos_token_ids, limit, self.config.stop_at_loops)
             name = request_id if params.n == 1 else f"{request_id}#{sample}"
-            request = Request(name, list(prompt), params, seed, BlockTable(self.pool), stop, sample, limit)
+            table = BlockTable(self.pool, media.marks if media else {})
+            request = Request(name, list(prompt), params, seed, table, stop, sample, limit, media=media)
             request.history = new_history(prompt, params)
             request.logprobs = None if params.logprobs is None else []
             request.metrics = RequestMetrics(arrival=self._clock())
@@ -165,6 +169,7 @@ class Engine:
         self._forget(self.scheduler.preempted)
         if not batch:
             return []
+        started += self._see(batch)  # once a picture, so no part of what a round costs
         state = self._state(batch)
         plan = self.policy.plan(state) if batch.decode and self.drafter else OFF
         trees, widths, seconds = self._draft(batch, state, plan, watch)
@@ -201,6 +206,19 @@ class Engine:
             if request.finished:
                 self._finish(request)
         return asking
+
+    def _see(self, batch: Batch) -> float:
+        """Runs the vision tower on pictures that the round's rows reach for the first time; its seconds."""
+        total = 0.0
+        for request, count in (*batch.prefill, *((request, 1) for request in batch.decode)):
+            for picture in request.media.within(request.table.length, count) if request.media else ():
+                if picture.embeddings is None:
+                    began = self._clock()
+                    picture.embeddings = self.target.see(picture.pixels)
+                    spent = self._clock() - began
+                    request.metrics.vision_seconds += spent
+                    total += spent
+        return total
 
     def _state(self, batch: Batch) -> BatchState:
         requests, drafter = batch.decode, self.drafter
@@ -248,13 +266,13 @@ class Engine:
             except OutOfPages:
                 kept = kept[trees.owner[kept] != i]
                 slots = request.table.reserve(1)
-            spans.append(Span(request.tokens[-1:], request.table.length, slots, _pages(request)))
+            spans.append(_span(request, request.table.length, 1, slots))
         ending = [(r, n) for r, n in batch.prefill if n == r.pending]
         unfinished = [(r, n) for r, n in batch.prefill if n < r.pending]
         for request, count in ending + unfinished:
             start = request.table.length
             slots = request.table.reserve(count)
-            spans.append(Span(request.tokens[start : start + count], start, slots, _pages(request)))
+            spans.append(_span(request, start, count, slots))
         return kept, spans, batch.decode + [request for request, _ in ending]
 
     def _accept(
@@ -373,6 +391,8 @@ class Engine:
         for request in requests:
             if self.drafter is not None:
                 self.drafter.release(request)
+            if request.media is not None:
+                request.media.forget()
 
     def _finish(self, request: Request) -> None:
         request.metrics.finished = self._clock()
@@ -393,5 +413,8 @@ def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray) -> None:
         request.metrics.verified += int(verified[i])
 
 
-def _pages(request: Request) -> Ints:
-    return np.array(request.table.pages, np.int32)
+def _span(request: Request, start: int, count: int, slots: Ints) -> Span:
+    tokens, pages, media = request.tokens[start : start + count], np.array(request.table.pages, np.int32), request.media
+    if media is None:
+        return Span(tokens, start, slots, pages)
+    return Span(tokens, start, slots, pages, media.inserts(start, count), media.positions(start, count))

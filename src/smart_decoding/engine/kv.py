@@ -7,17 +7,19 @@ stay findable by their content (prefix caching) until their memory is needed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints: TypeAlias = NDArray[np.int32]
-Key: TypeAlias = tuple[int, bytes]  # the preceding page's content id, and this page's tokens
+Key: TypeAlias = tuple[int, bytes]  # the preceding page's content id, and this page's tokens and marks
+Marks: TypeAlias = Mapping[int, bytes]  # a request's page, by index -> what it holds beside its tokens (pictures)
 
 PAGE = 16
 _ROOT_CONTENT = 0
+_NO_MARKS: Marks = {}
 
 
 class OutOfPages(Exception):
@@ -60,14 +62,14 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def find(self, tokens: Sequence[int], limit: int) -> list[int]:
+    def find(self, tokens: Sequence[int], limit: int, marks: Marks = _NO_MARKS) -> list[int]:
         """Cached pages that hold the first tokens of `tokens` (at most `limit` tokens), each with a new reference."""
         found: list[int] = []
         if not self.prefix_caching:
             return found
         content = _ROOT_CONTENT
         for start in range(0, limit - PAGE + 1, PAGE):
-            page = self._page_of.get((content, _bytes(tokens[start : start + PAGE])))
+            page = self._page_of.get((content, _bytes(tokens[start : start + PAGE]) + marks.get(start // PAGE, b"")))
             if page is None:
                 break
             content = self._content[page]
@@ -77,14 +79,14 @@ class PagePool:
             self._idle.pop(page, None)
         return found
 
-    def remember(self, page: int, before: int | None, tokens: Sequence[int]) -> None:
+    def remember(self, page: int, before: int | None, tokens: Sequence[int], mark: bytes = b"") -> None:
         """Makes a full page findable; `before` is the request's preceding page, which must be findable itself."""
         if not self.prefix_caching or page in self._key_of:
             return
         content = _ROOT_CONTENT if before is None else self._content.get(before)
         if content is None:
             return
-        key = (content, _bytes(tokens))
+        key = (content, _bytes(tokens) + mark)
         if key in self._page_of:
             return  # the same content is cached in another page
         self._page_of[key], self._key_of[page] = page, key
@@ -111,8 +113,8 @@ class PagePool:
 class BlockTable:
     """One request's pages; `length` positions of them are committed."""
 
-    def __init__(self, pool: PagePool) -> None:
-        self._pool = pool
+    def __init__(self, pool: PagePool, marks: Marks = _NO_MARKS) -> None:
+        self._pool, self.marks = pool, marks
         self.pages: list[int] = []
         self.length = 0
         self._remembered = 0  # pages already offered to the prefix cache
@@ -120,7 +122,7 @@ class BlockTable:
     def reuse(self, tokens: Sequence[int]) -> int:
         """Starts from cached pages, leaving at least one token to compute. Returns the positions found."""
         assert not self.pages
-        self.pages = self._pool.find(tokens, len(tokens) - 1)
+        self.pages = self._pool.find(tokens, len(tokens) - 1, self.marks)
         self.length = len(self.pages) * PAGE
         self._remembered = len(self.pages)
         return self.length
@@ -145,7 +147,8 @@ class BlockTable:
         if self._pool.prefix_caching:
             for i in range(self._remembered, length // PAGE):
                 before = self.pages[i - 1] if i else None
-                self._pool.remember(self.pages[i], before, tokens[i * PAGE : (i + 1) * PAGE])
+                mark = self.marks.get(i, b"")
+                self._pool.remember(self.pages[i], before, tokens[i * PAGE : (i + 1) * PAGE], mark)
             self._remembered = length // PAGE
 
     def release(self) -> None:

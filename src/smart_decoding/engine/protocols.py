@@ -50,6 +50,10 @@ class Target(Protocol):
         """Log probabilities of drawn tokens and of the k most likely ones."""
         ...
 
+    def see(self, pixels: Any) -> Any:
+        """[length, hidden] the embeddings of a picture; of text models never called."""
+        ...
+
     def move(self, source: Ints, target: Ints) -> None:
         """Copies KV slots source[i] -> target[i], in order."""
         ...

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smart_decoding.engine.kv import BlockTable
+from smart_decoding.engine.media import Media
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 
@@ -14,6 +15,7 @@ from smart_decoding.engine.stopping import StopChecker
 class RequestMetrics:
     """Counts and times of one request. Seconds are on the engine's clock.
 
+    vision_seconds: of the vision tower, within the time to the first token;
     rounds: decoding rounds; drafted / verified: tree nodes proposed for it and verified; accepted: of those accepted.
     """
 
@@ -26,6 +28,7 @@ class RequestMetrics:
     accepted: int = 0
     preemptions: int = 0
     cached_tokens: int = 0
+    vision_seconds: float = 0.0
 
     @property
     def wasted_rows(self) -> int:
@@ -56,6 +59,7 @@ class Request:
     logprobs: list[Any] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     aborted: bool = False
+    media: Media | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

@@ -7,13 +7,14 @@ through the block table, then the `extra` slots: its ancestors in the draft tree
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.engine.media import Inserts
 
 Ints: TypeAlias = NDArray[np.int32]
 
@@ -28,6 +29,8 @@ class Rows:
     extra_at: [rows + 1] offsets into `extra`, slots that follow the directly read positions in order.
     group_row: [groups + 1] first row of each group; group_pages: [groups] offset of its block table in `pages`.
     logit_rows: rows whose logits are wanted, or None for all.
+    inserts: embeddings that stand in for the tokens' own, from a row on: those of pictures.
+    rotary: [rows, 3] rotary positions (time, height, width) where they are not `position`, or None.
     """
 
     token: IntArray
@@ -40,6 +43,8 @@ class Rows:
     group_pages: Ints
     pages: Ints
     logit_rows: IntArray | None = None
+    inserts: Inserts = field(default_factory=list)
+    rotary: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.token)
@@ -50,12 +55,14 @@ class Span:
     """Consecutive committed tokens of one request: a root, or a chunk of a prompt.
 
     tokens: token ids from position `start` on; slots: [>= tokens] where their keys go (tree nodes follow the root);
-    pages: the request's block table."""
+    pages: the request's block table. inserts, rotary: as in Rows, inserts from the span's first row on."""
 
     tokens: Sequence[int]
     start: int
     slots: Ints
     pages: Ints
+    inserts: Inserts = field(default_factory=list)
+    rotary: IntArray | None = None
 
 
 def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool]) -> tuple[Rows, IntArray, IntArray]:
@@ -91,10 +98,31 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
         np.concatenate(([0], np.cumsum([len(pages) for pages in table])[:-1])).astype(np.int32),
         np.concatenate(table).astype(np.int32),
     )  # fmt: skip
+    rows.inserts = [(int(group_row[i]) + at, part) for i, span in enumerate(spans) for at, part in span.inserts]
+    if any(span.rotary is not None for span in spans):
+        rows.rotary = _rotary(spans, trees, position, group_row, last, node_row)
     wanted = last[np.asarray(want_all, np.bool_)]
     if len(wanted) + len(node_row) < total:
         rows.logit_rows = np.concatenate((wanted, node_row))
     return rows, last, node_row
+
+
+def _rotary(
+    spans: Sequence[Span],
+    trees: DraftTrees,
+    position: IntArray,
+    group_row: IntArray,
+    last: IntArray,
+    node_row: IntArray,
+) -> IntArray:
+    """[rows, 3] the spans' own rotary positions, else the plain ones; a node lies its depth behind its root."""
+    rotary = np.repeat(position[:, None], 3, axis=1)
+    for i, span in enumerate(spans):
+        if span.rotary is not None:
+            rotary[int(group_row[i]) : int(last[i]) + 1] = span.rotary
+    if len(trees):
+        rotary[node_row] = rotary[last[trees.owner]] + trees.depth[:, None]
+    return rotary
 
 
 def _node_rows(trees: DraftTrees, last: IntArray) -> IntArray:

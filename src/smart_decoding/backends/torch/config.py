@@ -30,7 +30,9 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_interme
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder of the Llama family. Sizes are counts; `max_positions` is the longest context in tokens."""
+    """A decoder of the Llama family. Sizes are counts; `max_positions` is the longest context in tokens.
+
+    mrope: how many rotary frequencies follow time, height and width (M-RoPE); () where all follow the position."""
 
     family: str
     layers: int
@@ -48,6 +50,7 @@ class ModelConfig:
     o_bias: bool = False
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
+    mrope: tuple[int, ...] = ()
     sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -210,10 +213,19 @@ def _from_hf(
         o_bias=has_bias,
         qk_norm=family == "qwen3",
         rope_scaling=scaling,
+        mrope=_mrope_of(options, config),
         sliding_window=_window_of(family, config),
         eos_token_ids=_ids(config.get("eos_token_id"), generation.get("eos_token_id")),
         bos_token_id=next(iter(_ids(config.get("bos_token_id"))), None),
     )
+
+
+def _mrope_of(options: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:
+    sections = tuple(int(n) for n in options.get("mrope_section") or ())
+    half = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+    if sections and (len(sections) != 3 or sum(sections) != half):
+        raise ValueError(f"mrope_section {sections} does not fill the {half} rotary frequencies")
+    return sections
 
 
 def _window_of(family: str, config: Mapping[str, Any]) -> int | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,6 +112,7 @@ class Decoder:
         self._embedding = None if config.tie_embeddings else embedding
         self.final_norm = norm
         self.rotary = rotary_table(config, positions, device)
+        self._axis = torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device) if config.mrope else None
         self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device)
 
     def embed(self, token: Tensor) -> Tensor:
@@ -122,10 +124,20 @@ class Decoder:
     def forward(self, rows: Rows, taps: tuple[int, ...] = ()) -> ForwardOutput:
         """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
+        for first, part in rows.inserts:
+            x[first : first + len(part)] = part
         tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
-        self._layers(x, Context(rows, *self.rotary, taps=taps, tapped=tapped), self.kv)
+        self._layers(x, self._context(rows, taps, tapped), self.kv)
         wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]
         if not self.native:
             return ForwardOutput(self.head(wanted).float(), tapped)
         logits = self.workspace.take("logits", len(wanted) * self.config.vocab).view(len(wanted), self.config.vocab)
         return ForwardOutput(self.head(wanted, logits), tapped)
+
+    def _context(self, rows: Rows, taps: tuple[int, ...], tapped: Tensor | None) -> Context:
+        """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position i."""
+        if rows.rotary is None:
+            return Context(rows, *self.rotary, taps=taps, tapped=tapped)
+        at = torch.from_numpy(rows.rotary).to(self.device)[:, self._axis]  # [rows, head_dim / 2]
+        cosine, sine = (table.gather(0, at) for table in self.rotary)
+        return Context(replace(rows, position=np.arange(len(rows))), cosine, sine, taps=taps, tapped=tapped)

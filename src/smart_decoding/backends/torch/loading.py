@@ -16,7 +16,9 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 
+from smart_decoding.backends.torch import vision
 from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.vision import RenamedWeights, VisionFiles
 from smart_decoding.errors import ModelError
 from smart_decoding.models import PARTS, Source, base_of, resolve
 
@@ -27,12 +29,13 @@ _FLOATS = ("BF16", "F16", "F32")
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`: a folder for
-    Tokenizer.load; `provenance`: strings that say which weights these are."""
+    Tokenizer.load; `provenance`: strings that say which weights these are; `vision`: how it sees, if it does."""
 
     config: ModelConfig
     weights: Mapping[str, torch.Tensor]
     tokenizer_source: Path
     provenance: Mapping[str, str]
+    vision: VisionFiles | None = None
 
 
 def load_checkpoint(path_or_name: str | Path) -> Checkpoint:
@@ -41,17 +44,29 @@ def load_checkpoint(path_or_name: str | Path) -> Checkpoint:
     Raises ModelError, in one line that names the file or tensor; DownloadError if it cannot be fetched."""
     source = resolve(path_or_name)
     folder = _folder_of(source)
+    raw = _read_json(folder / "config.json")
+    architecture = vision.architecture_of(raw)
+    if architecture is not None:
+        return _load_vision(source, folder, raw, architecture)
     config = read_config(folder)
     weights = SafetensorsWeights(folder)
     config.check_tensors(weights.shapes, folder.name if source.path == folder else source.path.name)
-    provenance = {
-        "model": source.name,
-        "weights": source.weights,
-        "dtype": weights.dtype_of("model.embed_tokens.weight"),
-    }
-    if source.sha256:
-        provenance["sha256"] = source.sha256
-    return Checkpoint(config, weights, folder, provenance)
+    return Checkpoint(config, weights, folder, _provenance(source, weights.dtype_of("model.embed_tokens.weight")))
+
+
+def _load_vision(source: Source, folder: Path, raw: dict[str, Any], architecture: str) -> Checkpoint:
+    config, whole = vision.read_configs(folder, raw, _generation(folder))
+    weights = SafetensorsWeights(folder)
+    ours, seeing = vision.split_names(weights, architecture)
+    config.check_tensors({name: weights.shapes[theirs] for name, theirs in ours.items()}, folder.name)
+    provenance = _provenance(source, weights.dtype_of(ours["model.embed_tokens.weight"]))
+    files = VisionFiles(folder, whole, seeing, weights)
+    return Checkpoint(config, RenamedWeights(weights, ours), folder, provenance, files)
+
+
+def _provenance(source: Source, dtype: str) -> dict[str, str]:
+    known = {"model": source.name, "weights": source.weights, "dtype": dtype}
+    return known | ({"sha256": source.sha256} if source.sha256 else {})
 
 
 def _folder_of(source: Source) -> Path:
@@ -68,9 +83,12 @@ def _folder_of(source: Source) -> Path:
 
 def read_config(folder: Path) -> ModelConfig:
     """The configuration in a folder; ModelError if it is missing, corrupt or not supported."""
-    generation = folder / "generation_config.json"
-    ends = _read_json(generation) if generation.is_file() else None
-    return ModelConfig.from_hf(_read_json(folder / "config.json"), ends)
+    return ModelConfig.from_hf(_read_json(folder / "config.json"), _generation(folder))
+
+
+def _generation(folder: Path) -> dict[str, Any] | None:
+    path = folder / "generation_config.json"
+    return _read_json(path) if path.is_file() else None
 
 
 class SafetensorsWeights(Mapping[str, torch.Tensor]):

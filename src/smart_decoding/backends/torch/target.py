@@ -11,12 +11,14 @@ import torch
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs
+from smart_decoding.backends.torch.vision import VisionTower
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.multimodal.pixels import Pixels
 
 DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
 
@@ -40,13 +42,14 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
 
 
 class TorchTarget:
-    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens."""
+    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens; with eyes if it has some."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: str, pages: int, max_model_len: int) -> None:
         config = checkpoint.config
         config.check_context(max_model_len)
         self.dtype, self.device = dtype_of(dtype), torch.device(device)
         with fitting_memory("model", pages):
+            self._tower = VisionTower(checkpoint.vision, self.dtype, self.device) if checkpoint.vision else None
             self.decoder = Decoder(config, checkpoint.weights, self.dtype, self.device, pages, max_model_len + 64)
         self.vocab, self.max_positions = config.vocab, max_model_len
         self.eos_token_ids = config.eos_token_ids
@@ -59,6 +62,12 @@ class TorchTarget:
     def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
         out = self.decoder.forward(rows, taps)
         return TargetScores(out.logits, out.taps)
+
+    def see(self, pixels: Pixels) -> torch.Tensor:
+        """[length, hidden] the embeddings of a picture, for rows to be inserted."""
+        if self._tower is None:
+            raise ConfigError("this model reads text only")
+        return self._tower.see(pixels)
 
     def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
         return self.sampler.argmax(logits, which)

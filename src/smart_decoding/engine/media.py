@@ -1,0 +1,77 @@
+"""What fills positions of a prompt that no token id describes: pictures, as the engine sees them.
+
+A picture stands for `length` consecutive positions. The engine knows what identifies its content, and gives the target
+the rows of its embeddings with the rows of the prompt's chunks; what it looks like is the backend's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from smart_decoding.core.tree import IntArray
+from smart_decoding.engine.kv import PAGE
+
+Inserts: TypeAlias = list[tuple[int, Any]]  # (first row, embeddings [rows, hidden])
+
+
+@dataclass(eq=False, slots=True)
+class Picture:
+    """An image, or the frames of a video. key: digest of its content; pixels: what the target's `see` reads;
+    embeddings: [length, hidden] on the backend, there from the prompt's prefill until its request ends."""
+
+    first: int
+    length: int
+    key: bytes
+    pixels: Any
+    embeddings: Any = None
+
+
+@dataclass(slots=True)
+class Media:
+    """The pictures of one prompt, in order.
+
+    rotary: [prompt, 3] rotary positions (time, height, width) of models that have three, else None; behind the prompt
+    all three are the plain position plus `shift`."""
+
+    pictures: Sequence[Picture]
+    rotary: IntArray | None = None
+    shift: int = 0
+    marks: dict[int, bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.marks = {}  # page -> what it holds beside its token ids: prefix caching must tell pictures apart
+        for picture in self.pictures:
+            for page in range(picture.first // PAGE, (picture.first + picture.length - 1) // PAGE + 1):
+                mark = picture.key + (picture.first - page * PAGE).to_bytes(8, "little", signed=True)
+                self.marks[page] = self.marks.get(page, b"") + mark
+
+    def within(self, start: int, count: int) -> list[Picture]:
+        """The pictures that have positions in [start, start + count)."""
+        return [p for p in self.pictures if p.first < start + count and start < p.first + p.length]
+
+    def inserts(self, start: int, count: int) -> Inserts:
+        """The embeddings of the positions [start, start + count), each with its offset from `start`."""
+        parts = []
+        for picture in self.within(start, count):
+            first, end = max(start, picture.first), min(start + count, picture.first + picture.length)
+            parts.append((first - start, picture.embeddings[first - picture.first : end - picture.first]))
+        return parts
+
+    def positions(self, start: int, count: int) -> IntArray | None:
+        """[count, 3] rotary positions from position `start` on, or None if they are the plain ones."""
+        if self.rotary is None:
+            return None
+        plain = np.arange(start, start + count)
+        behind = np.repeat(plain[:, None] + self.shift, 3, axis=1)
+        inside = plain < len(self.rotary)
+        behind[inside] = self.rotary[plain[inside]]
+        return behind
+
+    def forget(self) -> None:
+        """Drops the embeddings: the target computes them again, or still has them, if they are needed again."""
+        for picture in self.pictures:
+            picture.embeddings = None

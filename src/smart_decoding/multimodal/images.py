@@ -1,0 +1,133 @@
+"""Pictures as people send them: data URLs, files within an allowed folder, bytes, PIL images. Limits come first.
+
+What is decoded is checked before it is: its size in bytes, its format, and the pixels that its header promises.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from smart_decoding.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MODALITIES = ("image", "video")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a prompt may hold. per_prompt: pictures by modality; folder: where local files may lie, None for nowhere;
+    pixels, bytes: of one picture; frames: of one video."""
+
+    per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 16, "video": 1})
+    folder: Path | None = None
+    pixels: int = 50_000_000
+    bytes: int = 32 * 2**20
+    frames: int = 64
+
+    def __post_init__(self) -> None:
+        for name, count in self.per_prompt.items():
+            if name not in MODALITIES or not isinstance(count, int) or count < 0:
+                raise ConfigError(f"limit_mm_per_prompt: {name!r}: {count!r} is not allowed; it maps image, video to "
+                                  "counts")  # fmt: skip
+        if self.pixels < 1:
+            raise ConfigError(f"max_image_pixels={self.pixels} is not allowed: it must be at least 1")
+        if self.folder is not None and not self.folder.is_dir():
+            raise ConfigError(f"allowed_local_media_path: {self.folder} is not a folder")
+
+
+def open_image(source: Any, limits: Limits) -> Image:
+    """The picture in RGB, upright. source: URL, bytes or PIL image. Raises ConfigError in one line for any other,
+    for what cannot be decoded, and for what exceeds the limits."""
+    pil = _pil()
+    if isinstance(source, pil.Image):
+        return _upright(source, limits)
+    content = source if isinstance(source, bytes) else _read(source, limits)
+    if len(content) > limits.bytes:
+        raise ConfigError(f"an image of {len(content)} bytes exceeds the limit of {limits.bytes} bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures: ours is the limit
+            return _upright(pil.open(io.BytesIO(content), formats=FORMATS), limits)
+    except pil.DecompressionBombError as error:
+        raise ConfigError(f"an image exceeds the limit of {limits.pixels} pixels (max_image_pixels)") from error
+    except OSError as error:  # UnidentifiedImageError among them
+        known = ", ".join(FORMATS)
+        raise ConfigError(f"an image is corrupt or of an unsupported type; supported: {known}") from error
+
+
+def _upright(image: Image, limits: Limits) -> Image:
+    from PIL import ImageOps
+
+    width, height = image.size
+    if width * height > limits.pixels:
+        raise ConfigError(f"an image of {width} x {height} pixels exceeds the limit of {limits.pixels} "
+                          "(max_image_pixels)")  # fmt: skip
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"an image is corrupt or truncated: {reason}") from error
+
+
+def _read(source: Any, limits: Limits) -> bytes:
+    if not isinstance(source, str | Path):
+        raise ConfigError(f"an image must be a URL, bytes or a PIL image, not {type(source).__name__}")
+    text = str(source)
+    scheme = text.partition(":")[0].lower() if ":" in text else ""
+    if scheme == "data":
+        return _from_data_url(text, limits)
+    if scheme in ("http", "https"):
+        raise ConfigError("image URLs of http and https are not fetched: send the picture itself as a data URL")
+    if scheme not in ("", "file"):
+        raise ConfigError(f"image URLs of {scheme} are not supported: send a data URL")
+    return _from_file(Path(unquote(urlsplit(text).path)) if scheme else Path(text), limits)
+
+
+def _from_data_url(url: str, limits: Limits) -> bytes:
+    header, comma, data = url.partition(",")
+    if not comma or not header.endswith(";base64") or not header.startswith("data:image/"):
+        raise ConfigError("an image's data URL must begin with data:image/TYPE;base64,")
+    if len(data) > limits.bytes * 4 // 3 + 4:
+        raise ConfigError(f"an image's data URL of {len(data)} characters exceeds the limit of {limits.bytes} bytes")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ConfigError(f"an image's data URL is not valid base64: {error}") from error
+
+
+def _from_file(path: Path, limits: Limits) -> bytes:
+    """Links are followed before the folder is checked."""
+    if limits.folder is None:
+        raise ConfigError("local image files are not allowed here: set allowed_local_media_path to their folder")
+    try:
+        path = path.expanduser().resolve()
+        if not path.is_relative_to(limits.folder.resolve()):
+            raise ConfigError(f"the image {path.name} does not lie within allowed_local_media_path")
+        if not path.is_file():
+            raise ConfigError(f"there is no image file {path}")
+        if path.stat().st_size > limits.bytes:
+            raise ConfigError(f"the image {path.name} exceeds the limit of {limits.bytes} bytes")
+        return path.read_bytes()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"cannot read an image: {error}") from error
+
+
+def _pil() -> Any:
+    """PIL.Image, or an error that names the extra."""
+    try:
+        import PIL.Image
+    except ModuleNotFoundError as error:
+        raise ConfigError("images need pillow: pip install 'smart-decoding[vision]'") from error
+    return PIL.Image

@@ -1,0 +1,81 @@
+"""OpenAI's content parts: what a conversation says, in the form its template reads, and the pictures in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from smart_decoding.errors import ConfigError
+
+Message = Mapping[str, Any]
+_IMAGE_KEYS = {"image_url": "image_url", "image": "image", "image_pil": "image_pil"}  # type -> where its source is
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSource:
+    """modality: image or video. source: of an image as `open_image` reads it, of a video a list of such frames."""
+
+    modality: str
+    source: Any
+
+
+def has_pictures(messages: Sequence[Message]) -> bool:
+    """Whether any part of any message is not text."""
+    parts = (part for message in messages for part in _parts(message.get("content")))
+    return any(not isinstance(part, str) and part.get("type") != "text" for part in parts)
+
+
+def split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[PictureSource]]:
+    """The messages with every content as a list of {type: text, text}, {type: image} and {type: video}, and the
+    pictures. Raises ConfigError for parts that are malformed or of another type."""
+    pictures: list[PictureSource] = []
+    plain = []
+    for message in messages:
+        parts = [_plain(part, pictures) for part in _parts(message.get("content"))]
+        plain.append({**message, "content": parts})
+    return plain, pictures
+
+
+def as_text(messages: Sequence[Message], placeholders: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Split messages with each content as one string, a placeholder and a new line for every picture."""
+    texts = {modality: f"{token}\n" for modality, token in placeholders.items()}
+    return [
+        {**m, "content": "".join(part.get("text", texts.get(part["type"], "")) for part in m["content"])}
+        for m in messages
+    ]
+
+
+def _parts(content: Any) -> list[Any]:
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping | str) for part in content):
+        raise ConfigError("a message's content must be a text or a list of parts such as {'type': 'text', 'text': …}")
+    return list(content)
+
+
+def _plain(part: Any, pictures: list[PictureSource]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ConfigError("a content part of type 'text' needs a text")
+        return {"type": "text", "text": part["text"]}
+    if kind == "video":
+        frames = part.get("video")
+        if not isinstance(frames, Sequence) or isinstance(frames, str | bytes) or not frames:
+            raise ConfigError("a content part of type 'video' needs its frames: a list of images")
+        pictures.append(PictureSource("video", list(frames)))
+        return {"type": "video"}
+    if kind not in _IMAGE_KEYS:
+        known = ", ".join(("text", *_IMAGE_KEYS, "video"))
+        raise ConfigError(f"a content part of type {kind!r} is not supported; supported: {known}")
+    source = part.get(_IMAGE_KEYS[kind])
+    source = source.get("url") if isinstance(source, Mapping) else source
+    if source is None:
+        raise ConfigError(f"a content part of type {kind!r} needs its {_IMAGE_KEYS[kind]}")
+    pictures.append(PictureSource("image", source))
+    return {"type": "image"}

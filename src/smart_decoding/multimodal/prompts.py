@@ -1,0 +1,163 @@
+"""Prompts with pictures: placeholders expanded to the positions that each picture takes, pictures with their places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from smart_decoding.core.tree import IntArray
+from smart_decoding.engine.media import Media, Picture
+from smart_decoding.errors import ConfigError
+from smart_decoding.multimodal import messages as parts
+from smart_decoding.multimodal.images import MODALITIES, Limits, open_image
+from smart_decoding.multimodal.messages import Message, PictureSource
+from smart_decoding.multimodal.pixels import PixelReader, Pixels
+from smart_decoding.tokenizer import Tokenizer
+
+_PROBE = "smart-probe"
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPrompt:
+    """Token ids, each picture's positions filled with its placeholder, and the pictures (None: there are none)."""
+
+    tokens: list[int]
+    media: Media | None = None
+    text: str | None = None
+
+
+class PromptBuilder:
+    """Builds prompts for one vision-language model. mrope: whether it has three rotary positions."""
+
+    def __init__(self, tokenizer: Tokenizer, reader: PixelReader, limits: Limits, mrope: bool) -> None:
+        self._tokenizer, self._reader, self._limits, self._mrope = tokenizer, reader, limits, mrope
+        self._reads_lists: bool | None = None
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> MediaPrompt:
+        """A conversation with content parts, through the model's template. Raises ConfigError."""
+        given, pictures = parts.split(messages)
+        self._check_counts(pictures)
+        if not self._takes_lists():
+            given = parts.as_text(given, self._placeholder_texts())
+        text = self._tokenizer.apply_chat_template(given, add_generation_prompt)
+        return self._build(self._encode(text), pictures, text)
+
+    def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
+        """A text or token ids with one placeholder a picture. media: image and video, each one or a list.
+
+        Raises ConfigError, too, if there are more pictures than placeholders or the other way round."""
+        unknown = [name for name in media if name not in MODALITIES]
+        if unknown:
+            raise ConfigError(f"multi_modal_data has {unknown[0]!r}; supported: {', '.join(MODALITIES)}")
+        tokens = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        lists = {name: _as_list(name, given) for name, given in media.items() if given is not None}
+        self._check_counts([PictureSource(name, source) for name, given in lists.items() for source in given])
+        wanted = {name: sum(token == self._reader.placeholders.get(name) for token in tokens) for name in MODALITIES}
+        for name in MODALITIES:
+            _check_places(name, wanted[name], len(lists.get(name, [])))
+        left, kinds = {name: iter(given) for name, given in lists.items()}, self._kinds()
+        pictures = [PictureSource(kinds[t], next(left[kinds[t]])) for t in tokens if t in kinds]
+        return self._build(tokens, pictures, prompt if isinstance(prompt, str) else None)
+
+    def _build(self, tokens: Sequence[int], sources: Sequence[PictureSource], text: str | None) -> MediaPrompt:
+        """Expands the placeholders, which must be as many as the pictures, in the same order."""
+        kinds = self._kinds()
+        places = [kinds[token] for token in tokens if token in kinds]
+        for name in MODALITIES:
+            _check_places(name, places.count(name), sum(source.modality == name for source in sources))
+        by_kind = {name: iter([s for s in sources if s.modality == name]) for name in MODALITIES}
+        expanded: list[int] = []
+        pictures: list[Picture] = []
+        grids = []
+        for token in tokens:
+            if token not in kinds:
+                expanded.append(token)
+                continue
+            pixels = self._pixels(next(by_kind[kinds[token]]))
+            pictures.append(Picture(len(expanded), pixels.length, pixels.key, pixels))
+            grids.append(pixels.grid)
+            expanded += [token] * pixels.length
+        if not pictures:
+            return MediaPrompt(expanded, None, text)
+        if not self._mrope:
+            return MediaPrompt(expanded, Media(pictures), text)
+        rotary, shift = rotary_positions(len(expanded), pictures, grids, self._reader.merge)
+        return MediaPrompt(expanded, Media(pictures, rotary, shift), text)
+
+    def _pixels(self, source: PictureSource) -> Pixels:
+        if source.modality == "image":
+            return self._reader.image(open_image(source.source, self._limits))
+        if len(source.source) > self._limits.frames:
+            raise ConfigError(f"a video of {len(source.source)} frames exceeds the limit of {self._limits.frames}")
+        return self._reader.video([open_image(frame, self._limits) for frame in source.source])
+
+    def _check_counts(self, pictures: Sequence[PictureSource]) -> None:
+        for name in MODALITIES:
+            count, limit = sum(p.modality == name for p in pictures), self._limits.per_prompt.get(name, 0)
+            if count and name not in self._reader.placeholders:
+                raise ConfigError(f"this model does not read a {name}")
+            if count > limit:
+                raise ConfigError(f"{count} {name}s in one prompt: at most {limit} are allowed (limit_mm_per_prompt)")
+
+    def _kinds(self) -> dict[int, str]:
+        return {token: name for name, token in self._reader.placeholders.items()}
+
+    def _placeholder_texts(self) -> dict[str, str]:
+        return {name: self._tokenizer.decode([token], False) for name, token in self._reader.placeholders.items()}
+
+    def _encode(self, text: str) -> list[int]:
+        """As transformers' processors do: the beginning token is added where the template has not written it."""
+        bos = self._tokenizer.specials.get("bos_token")
+        return self._tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+
+    def _takes_lists(self) -> bool:
+        """Whether the template reads content as a list of parts; some know texts only."""
+        if self._reads_lists is None:
+            probe = [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
+            try:
+                text = self._tokenizer.apply_chat_template(probe)
+                self._reads_lists = _PROBE in text and "'type'" not in text and '"type"' not in text
+            except ConfigError:
+                if self._tokenizer.template is None:
+                    raise
+                self._reads_lists = False
+        return self._reads_lists
+
+
+def rotary_positions(
+    length: int, pictures: Sequence[Picture], grids: Sequence[tuple[int, int, int]], merge: int
+) -> tuple[IntArray, int]:
+    """M-RoPE (Qwen2-VL): [length, 3] positions in time, height and width, and what they lag behind afterwards.
+
+    A text's three positions are equal. A picture's follow its grid from the next position on, and the text behind it
+    goes on after the largest of them, as in the paper (arXiv 2409.12191); transformers 5 leaves a video's time out of
+    that, which only differs for videos of more time steps than rows and columns."""
+    rotary = np.empty((length, 3), np.int64)
+    at = now = 0
+    for picture, grid in zip(pictures, grids, strict=True):
+        text = picture.first - at
+        rotary[at : picture.first] = now + np.arange(text)[:, None]
+        now += text
+        time, height, width = grid[0], grid[1] // merge, grid[2] // merge
+        at = picture.first + picture.length
+        rotary[picture.first : at] = now + np.indices((time, height, width)).reshape(3, -1).T
+        now += max(time, height, width)
+    rotary[at:] = now + np.arange(length - at)[:, None]
+    return rotary, int(rotary.max()) + 1 - length
+
+
+def _check_places(modality: str, places: int, pictures: int) -> None:
+    if places != pictures:
+        few = "many" if pictures > places else "few"
+        raise ConfigError(f"{pictures} {modality}s for a prompt of {places} {modality} placeholders: too {few}")
+
+
+def _as_list(modality: str, given: Any) -> list[Any]:
+    """One picture or several; a video is a list of frames."""
+    if modality == "image":
+        return list(given) if isinstance(given, list | tuple) else [given]
+    is_one = isinstance(given, list | tuple) and given and not isinstance(given[0], list | tuple)
+    return [given] if is_one else list(given)

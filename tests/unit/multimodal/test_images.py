@@ -1,0 +1,144 @@
+"""Pictures in and errors out: every kind of source, every limit, one line each."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smart_decoding.errors import ConfigError
+from smart_decoding.multimodal.images import FORMATS, Limits, open_image
+from smart_decoding.multimodal.messages import as_text, has_pictures, split
+
+SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+
+
+def encoded(image: Image.Image = SMALL, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def data_url(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_all_formats_open_as_rgb(kind: str) -> None:
+    image = open_image(encoded(kind=kind), Limits())
+    assert (image.mode, image.size) == ("RGB", (30, 20))
+    if kind in ("PNG", "BMP"):
+        assert np.array_equal(np.asarray(image), np.asarray(SMALL))
+
+
+def test_data_urls_files_and_pil_images_are_the_same_picture(tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(encoded())
+    limits, path = Limits(folder=tmp_path), tmp_path / "a b.png"
+    for source in (data_url(encoded()), path, str(path), path.as_uri(), encoded(), SMALL, SMALL.convert("RGBA")):
+        assert np.array_equal(np.asarray(open_image(source, limits)), np.asarray(SMALL))
+
+
+def test_pictures_are_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    assert open_image(encoded(kind="JPEG", exif=exif), Limits()).size == (20, 30)
+
+
+def bomb() -> bytes:
+    """A file of a few kilobytes that unpacks to 400 million pixels."""
+    content = bytearray(encoded(Image.new("1", (64, 64))))
+    content[16:24] = (20_000).to_bytes(4, "big") * 2  # the header's width and height
+    import zlib
+
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+BAD = {
+    "not an image": (b"hello", "corrupt or of an unsupported type"),
+    "unsupported type": (encoded(kind="TIFF"), "unsupported type; supported: PNG, JPEG"),
+    "truncated": (encoded(kind="PNG")[:-900], "corrupt or truncated"),
+    "bomb": (bomb(), "exceeds the limit"),
+    "many bytes": (bytes(2000), "exceeds the limit of 1500 bytes"),
+    "empty": (b"", "corrupt"),
+    "many pixels": (Image.new("RGB", (200, 100)), "200 x 100 pixels exceeds the limit of 10000"),
+    "http": ("http://127.0.0.1/a.png", "are not fetched"),
+    "https": ("HTTPS://example.com/a.png", "are not fetched"),
+    "ftp": ("ftp://example.com/a.png", "ftp are not supported"),
+    "no base64": ("data:image/png;base64,???", "not valid base64"),
+    "no image": ("data:text/plain;base64,aGk=", "must begin with data:image/"),
+    "long data": ("data:image/png;base64," + "A" * 4000, "limit of 1500 bytes"),
+    "number": (7, "must be a URL, bytes or a PIL image, not int"),
+    "no folder": ("/etc/passwd", "set allowed_local_media_path"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_picture_is_one_clear_error(name: str) -> None:
+    source, message = BAD[name]
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_image(source, Limits(pixels=10_000, bytes=1500 if "long" in name or "bytes" in name else 10**6))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_outside_the_allowed_folder_are_refused(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "a.png").write_bytes(encoded())
+    (inside / "link.png").symlink_to(outside / "a.png")
+    limits = Limits(folder=inside)
+    for path in (outside / "a.png", inside / "link.png", inside / ".." / "out" / "a.png", "file:///etc/hostname"):
+        with pytest.raises(ConfigError, match="does not lie within"):
+            open_image(str(path), limits)
+    with pytest.raises(ConfigError, match="there is no image file"):
+        open_image(inside / "none.png", limits)
+
+
+@pytest.mark.parametrize("given", [{"audio": 1}, {"image": -1}, {"image": "x"}])
+def test_limits_that_make_no_sense_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="limit_mm_per_prompt"):
+        Limits(given)
+
+
+def test_allowed_folder_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        Limits(folder=tmp_path / "none")
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": list(parts)}]
+
+
+def test_content_parts_are_split_in_order() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:1", "detail": "low"}}
+    rest = {"type": "image_pil", "image_pil": SMALL}, {"type": "video", "video": [SMALL, SMALL]}
+    messages, pictures = split(user({"type": "text", "text": "a"}, image, "b", *rest))
+    assert [part["type"] for part in messages[1]["content"]] == ["text", "image", "text", "image", "video"]
+    assert [(p.modality, p.source) for p in pictures] == [
+        ("image", "data:1"), ("image", SMALL), ("video", [SMALL, SMALL])
+    ]  # fmt: skip
+    texts = as_text(messages, {"image": "<image>", "video": "<video>"})
+    assert [m["content"] for m in texts] == ["Be brief.", "a<image>\nb<image>\n<video>\n"]
+    assert has_pictures(user(image)) and not has_pictures(user({"type": "text", "text": "a"}, "b"))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "input_audio"}, "type 'input_audio' is not supported; supported: text, image_url"),
+        ({"type": "text"}, "needs a text"),
+        ({"type": "image_url", "image_url": {}}, "needs its image_url"),
+        ({"type": "video", "video": []}, "needs its frames"),
+        ({}, "type None is not supported"),
+        (3, "must be a text or a list of parts"),
+    ],
+)
+def test_malformed_parts_are_refused(part: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split(user(part))
