@@ -19,7 +19,6 @@ from torch import distributed, nn
 from smart_decoding.files import whole
 from smart_decoding.training.interrupt import DeferredInterrupt
 
-SAVE_EVERY = 60.0  # seconds
 
 
 class Workers:
@@ -55,9 +54,11 @@ class Stage:
     loss: Callable[[int], tuple[torch.Tensor, dict[str, float]]]
     warm_up: int = 100
     weight_decay: float = 0.01
+    save_every: float = 60.0  # seconds
 
     def run(self, folder: Path) -> None:
         """Trains from the checkpoint in `folder` on, if there is one; raises KeyboardInterrupt after saving."""
+        folder.mkdir(parents=True, exist_ok=True)
         groups = [
             {"params": [p for p in module.parameters() if p.requires_grad], "peak": self.rates[name]}
             for name, module in self.modules.items()
@@ -78,7 +79,7 @@ class Stage:
                     said = " ".join(f"{key} {value:.4f}" for key, value in figures.items())
                     print(f"{self.name} step {step} of {self.steps}, {seconds:.0f} s: {said}", flush=True)
                     last_said = time.monotonic()
-                if stop or step == self.steps or time.monotonic() - last_saved > SAVE_EVERY:
+                if stop or step == self.steps or time.monotonic() - last_saved > self.save_every:
                     self._save(folder, optimiser, step, seconds)
                     last_saved = time.monotonic()
         if stop:
