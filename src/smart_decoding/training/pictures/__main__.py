@@ -26,6 +26,8 @@ from smart_decoding.training.pictures.tower import CaptionLoss, Namer, NamingLos
 RATES = {"tower": 1e-3, "projector": 1.5e-3, "namer": 1e-3}
 LATE_RATES = {"tower": 4e-4, "projector": 6e-4, "namer": 4e-4, "decoder": 1.5e-3}
 
+TAUGHT = 0.5  # of the last stage's steps, in which true captions are shown, too
+
 
 def main() -> int:
     args = _arguments()
@@ -46,7 +48,8 @@ def main() -> int:
     captions = CaptionLoss(tower, projector, namer, words, args.pictures)
     Stage("captions", args.caption_steps, seeing, RATES, captions).run(args.output)
     captions.batch = args.pictures // 2
-    answering = AnsweringLoss(model, prompt_of(tokenizer), encode, IMAGE_ID, captions, args.rows)
+    taught = int(TAUGHT * args.steps * Workers().count)
+    answering = AnsweringLoss(model, prompt_of(tokenizer), encode, IMAGE_ID, captions, args.rows, taught)
     modules = {**seeing, "decoder": model.model.language_model}
     Stage("answering", args.steps, modules, LATE_RATES, answering, warm_up=20).run(args.output)
     if Workers().rank == 0:

@@ -114,7 +114,8 @@ class Stage:
         state: dict[str, Any] = torch.load(self._path(folder), weights_only=True)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name], strict=False)
-        optimiser.load_state_dict(state["optimiser"])
+        if state["step"] < self.steps:
+            optimiser.load_state_dict(state["optimiser"])
         return int(state["step"]), float(state["seconds"])
 
 

@@ -82,10 +82,10 @@ class CaptionLoss:
     def __call__(self, step: int, split: int = TRAIN) -> tuple[Tensor, dict[str, float]]:
         pictures = random_pictures(split, step, self.batch)
         loud, quiet = self._labels(pictures)
+        wanted = self._spoken(loud, quiet)
         with torch.autocast("cpu", torch.bfloat16):
             seen = features(self.tower, pixels(pictures))
             said, stated = self.projector(seen).float(), self.namer.facts(seen)
-        wanted = self.words[loud] + QUIET * self.words[quiet.clamp(min=0)] * (quiet >= 0)[..., None]
         distance = F.mse_loss(said, wanted) / self.words.var()
         logits = said @ self.words.T - self.words.square().sum(-1) / 2
         choosing = F.cross_entropy(logits.flatten(0, 1), loud.flatten())
@@ -98,6 +98,13 @@ class CaptionLoss:
         }  # fmt: skip
         loss = 2 * distance + 2 * choosing + 0.3 * _stating(stated, pictures)
         return loss, {key: float(value.detach()) for key, value in figures.items()}
+
+    def spoken(self, pictures: list[Picture]) -> Tensor:
+        """The captions as they should be said: [pictures, words of a caption, hidden]."""
+        return self._spoken(*self._labels(pictures))
+
+    def _spoken(self, loud: Tensor, quiet: Tensor) -> Tensor:
+        return self.words[loud] + QUIET * self.words[quiet.clamp(min=0)] * (quiet >= 0)[..., None]
 
     def _labels(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
         """Indices of the words, and of those said quietly with them (-1: none): [pictures, words of a caption]."""
