@@ -109,8 +109,8 @@ def show_trees(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
         assert accepted is not None  # a round with nodes has verified them
         print()
         print(draw_tree(
-            drafted, 0, accepted.path[0].tolist(), lambda token: llm.tokenizer.decode([token], False),
-            root=llm.tokenizer.decode(tree.before, False), own_token=int(accepted.emitted[0][-1]), colour=colour,
+            drafted, 0, accepted.path[0], lambda token: llm.tokenizer.decode([token], False),
+            root=llm.tokenizer.decode(tree.before, False), own_token=accepted.emitted[0][-1], colour=colour,
         ))  # fmt: skip
 
 

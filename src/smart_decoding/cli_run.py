@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.drafters import METHODS
@@ -15,6 +16,7 @@ from smart_decoding.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM, CompletionOutput, Prompt
+    from smart_decoding.multimodal.prompts import MediaPrompt
 
 DTYPES = ("bf16", "bfloat16", "fp32", "float32")
 _FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids")  # not a user's to give
@@ -23,6 +25,8 @@ _FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids")  # not a
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `smart run`."""
     parser.add_argument("prompt", help="the user's message; - reads it from standard input")
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE",
+                        help="a picture the message is about, for models that see; may be repeated")  # fmt: skip
     add_model_arguments(parser)
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -116,10 +120,12 @@ def main(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
     )  # fmt: skip
     text = read_prompt(args.prompt)
+    images = read_images(args.image)
     from smart_decoding.llm import LLM
 
     llm = LLM(args.model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1)
-    answer = stream_answer(llm, text if args.raw else chat_tokens(llm, text), params)
+    raw: Prompt = {"prompt": text, "multi_modal_data": {"image": images}} if images else text
+    answer = stream_answer(llm, raw if args.raw else chat_prompt(llm, text, images), params)
     if args.stats:
         print(stats_line(answer), file=sys.stderr)
 
@@ -136,9 +142,30 @@ def read_prompt(text: str) -> str:
     return text
 
 
+def read_images(paths: Sequence[Path]) -> list[Any]:
+    """The pictures of some files. Raises ConfigError for the first that cannot be used, naming it."""
+    from smart_decoding.multimodal.images import Limits, open_image
+
+    images = []
+    for path in paths:
+        try:
+            images.append(open_image(path.read_bytes(), Limits()))
+        except (OSError, ConfigError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError(f"{path}: {reason}") from error
+    return images
+
+
 def chat_tokens(llm: LLM, text: str) -> list[int]:
     """Token ids of a conversation that consists of one message."""
-    return llm.tokenizer.encode_chat([{"role": "user", "content": text}])
+    return list(chat_prompt(llm, text).tokens)
+
+
+def chat_prompt(llm: LLM, text: str, images: Sequence[Any] = ()) -> MediaPrompt:
+    """The prompt of a conversation that consists of one message, its pictures first."""
+    parts = [{"type": "image", "image": image} for image in images]
+    content = [*parts, {"type": "text", "text": text}] if parts else text
+    return llm.chat_prompt([{"role": "user", "content": content}])
 
 
 def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
@@ -161,7 +188,8 @@ def stats_line(answer: CompletionOutput) -> str:
     ttft = metrics.ttft or 0.0
     seconds = (metrics.finished or 0.0) - (metrics.first_token or 0.0)
     speed = f"{(count - 1) / seconds:.1f}" if count > 1 and seconds > 0 else "-"
+    vision = f" (vision {1000 * metrics.vision_seconds:.0f} ms)" if metrics.vision_seconds else ""
     return (
         f"{count} tokens, {speed} tokens/s, {answer.tokens_per_round:.2f} tokens per round, "
-        f"{metrics.verified} drafted rows verified ({metrics.wasted_rows} wasted), TTFT {1000 * ttft:.0f} ms"
+        f"{metrics.verified} drafted rows verified ({metrics.wasted_rows} wasted), TTFT {1000 * ttft:.0f} ms{vision}"
     )

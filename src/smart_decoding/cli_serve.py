@@ -51,6 +51,14 @@ OPTIONS = {
         Option("kv-cache-tokens", int, None, "KV memory, in tokens over all requests",
                shown="16 requests of 2048 tokens"),
     ),
+    "pictures": (
+        Option("allowed-local-media-path", str, None, "folder of files that messages may name", shown="none"),
+        Option("limit-mm-per-prompt", key_value, [], "MODALITY=N of a prompt at most; may be repeated", many=True,
+               shown="image=16, video=1"),
+        Option("mm-processor-option", key_value, [], "K=V for the image processor, such as max_pixels; may be repeated",
+               many=True, shown="none"),
+        Option("max-image-pixels", int, 50_000_000, "of one picture as it is sent; more are refused"),
+    ),
     "server": (
         Option("host", str, "127.0.0.1", "address to listen on; any but loopback needs an API key"),
         Option("port", int, 8000, "port to listen on; 0 takes a free one"),
@@ -114,6 +122,8 @@ def main(args: argparse.Namespace) -> int:
             args.model, speculative_config=config, dtype=args.dtype, device=args.device,
             max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens, kv_cache_tokens=args.kv_cache_tokens,
+            allowed_local_media_path=args.allowed_local_media_path, max_image_pixels=args.max_image_pixels,
+            limit_mm_per_prompt=dict(args.limit_mm_per_prompt), mm_processor_kwargs=dict(args.mm_processor_option),
         ),
         settings,
     )  # fmt: skip

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from smart_decoding.backends.torch.draft_model import DraftModel
 from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.head_files import head_folder, load_head
+from smart_decoding.backends.torch.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.backends.torch.loading import Checkpoint, load_checkpoint
 from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.calibration import Calibration
@@ -31,6 +32,8 @@ from smart_decoding.models import VISION_PARTS, base_of, seeing_names
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import measure
 from smart_decoding.tokenizer import Tokenizer
+
+log = logging.getLogger("smart.speculation")
 
 HEADS = Path(__file__).with_name("heads")
 ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
@@ -185,10 +188,21 @@ class _Builder:
         if folder is None:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
         self._folder = head_folder(folder)
-        files = load_head(self._folder, self._checkpoint.config)
+        files = self._seeing(load_head(self._folder, self._checkpoint.config))
         self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
         self.description = f"eagle head {self._folder.name}"
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
+
+    def _seeing(self, files: HeadFiles) -> HeadFiles:
+        """As the option `visual_positions` says, for heads whose files do not: MSD's are laid out as EAGLE-1's."""
+        how = self._given.pop("visual_positions", None)
+        if how not in (None, *VISUAL_POSITIONS):
+            raise ConfigError(f"visual_positions={how!r} is not supported: use {' or '.join(VISUAL_POSITIONS)}")
+        if how is not None:
+            files = replace(files, sees=how == "decoupled")
+        if self._checkpoint.vision is not None and not files.sees:
+            log.warning("the head %s does not see: it drafts from the text behind the pictures", self._folder)
+        return files
 
     def _draft_model(self) -> Drafter:
         checkpoint = _draft_checkpoint(self._given)

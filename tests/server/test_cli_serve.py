@@ -48,6 +48,14 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
     assert options["speculative_config"] == {"method": "ngram", "policy": "likelihood", "depth": 2}
 
 
+def test_limits_of_pictures_reach_the_model(served: Any, tmp_path: Path) -> None:
+    more = ["--limit-mm-per-prompt", "image=2", "--mm-processor-option", "max_pixels=1000", "--max-image-pixels", "9"]
+    assert cli.main(["serve", "--allowed-local-media-path", str(tmp_path), *more]) == 0
+    options = served[0][1]
+    assert options["allowed_local_media_path"] == str(tmp_path) and options["limit_mm_per_prompt"] == {"image": 2}
+    assert options["mm_processor_kwargs"] == {"max_pixels": 1000} and options["max_image_pixels"] == 9
+
+
 def test_a_key_from_the_environment(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMART_API_KEY", "secret")
     assert cli.main(["serve", "--host", "0.0.0.0"]) == 0

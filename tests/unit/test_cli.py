@@ -48,6 +48,11 @@ class FakeLLM:
         self.drafts = options["speculative_config"] is not False
         FakeLLM.made.append(self)
 
+    def chat_prompt(self, messages: list[dict[str, Any]]) -> Any:
+        (message,) = messages
+        is_text = isinstance(message["content"], str)
+        return SimpleNamespace(tokens=self.tokenizer.encode_chat(messages)) if is_text else message["content"]
+
     def generate(self, prompt: Any, params: SamplingParams, on_step: Callable[..., None] | None = None) -> list[Any]:
         self.asked.append((prompt, params))
         if FakeLLM.failure is not None:
@@ -113,7 +118,7 @@ def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixtu
     assert llm.model == "smollm2-135m" and llm.options["speculative_config"] is None
     assert llm.options["dtype"] == "bf16" and llm.options["device"] == "auto"
     prompt, params = llm.asked[0]
-    assert prompt == [1, ord("h"), ord("i")] and params == SamplingParams(temperature=0.0, max_tokens=256)
+    assert prompt.tokens == [1, ord("h"), ord("i")] and params == SamplingParams(temperature=0.0, max_tokens=256)
 
 
 def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
@@ -128,6 +133,30 @@ def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
     assert (llm.model, llm.options["dtype"], llm.options["device"]) == ("m", "fp32", "cpu")
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, min_p=0.05, seed=7, max_tokens=9)
     assert llm.asked == [("once upon", params)]
+
+
+def test_run_shows_the_model_a_picture(fake: type[FakeLLM], tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name, colour in (("a.png", "red"), ("b.jpg", "blue")):
+        Image.new("RGB", (9, 7), colour).save(tmp_path / name)
+    images = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / "b.jpg")]
+    assert cli.main(["run", *images, "what?"]) == 0
+    *pictures, text = fake.made[0].asked[0][0]
+    assert text == {"type": "text", "text": "what?"} and [part["type"] for part in pictures] == ["image", "image"]
+    assert [part["image"].size for part in pictures] == [(9, 7), (9, 7)]
+    assert cli.main(["run", "--raw", *images, "<image>what?<image>"]) == 0
+    prompt = fake.made[1].asked[0][0]
+    assert prompt["prompt"] == "<image>what?<image>" and len(prompt["multi_modal_data"]["image"]) == 2
+
+
+def test_run_refuses_a_bad_picture_before_loading(
+    fake: type[FakeLLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    assert "bad.png: an image is corrupt" in fails(capsys, "run", "--image", str(tmp_path / "bad.png"), "what?")
+    assert "none.png: No such file" in fails(capsys, "run", "--image", str(tmp_path / "none.png"), "what?")
+    assert not fake.made
 
 
 def test_run_names_the_draft_model(fake: type[FakeLLM]) -> None:

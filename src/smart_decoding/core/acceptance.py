@@ -22,6 +22,7 @@ Target: TypeAlias = Callable[[int, tuple[int, ...]], FloatArray]
 
 
 _NONE = np.zeros(0, np.int64)
+_NO_PATH: list[int] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class Acceptance:
 
     root_next: IntArray
     next_token: IntArray
-    emitted: list[IntArray]
-    path: list[IntArray]
+    emitted: list[list[int]]
+    path: list[list[int]]
 
 
 def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
@@ -45,27 +46,27 @@ def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
     batch = trees.batch
     if not len(trees):  # plain decoding, as cheap as can be
         tokens = sample(np.arange(batch))
-        return Acceptance(tokens, _NONE, [tokens[i : i + 1] for i in range(batch)], [_NONE] * batch)
+        return Acceptance(tokens, _NONE, [[token] for token in tokens.tolist()], [_NO_PATH] * batch)
     above = np.where(trees.parent == ROOT, trees.owner, trees.parent + batch)
     children: dict[tuple[int, int], int] = {}  # (row, token) -> node; of equal siblings the first one counts
     for node, child in enumerate(zip(above.tolist(), trees.token.tolist(), strict=True)):
         children.setdefault(child, node)
     after = np.full(batch + len(trees), -1, np.int64)  # the target's token after each visited row
     paths: list[list[int]] = [[] for _ in range(batch)]
+    emitted: list[list[int]] = [[] for _ in range(batch)]
     walkers = [(owner, owner) for owner in range(batch)]  # (owner, row)
     while walkers:
         rows = np.array([row for _, row in walkers], np.int64)
         tokens = after[rows] = sample(rows)
-        steps = [
-            (owner, children.get((row, token))) for (owner, row), token in zip(walkers, tokens.tolist(), strict=True)
-        ]
-        walkers = [(owner, node + batch) for owner, node in steps if node is not None]
-        for owner, row in walkers:
-            paths[owner].append(row - batch)
-    path = [np.array(p, np.int64) for p in paths]
-    last = [p[-1] + batch if len(p) else owner for owner, p in enumerate(path)]
-    emitted = [np.append(trees.token[p], after[row]) for p, row in zip(path, last, strict=True)]
-    return Acceptance(after[:batch], after[batch:], emitted, path)
+        ahead = []
+        for (owner, row), token in zip(walkers, tokens.tolist(), strict=True):
+            emitted[owner].append(token)
+            below = children.get((row, token))
+            if below is not None:
+                paths[owner].append(below)
+                ahead.append((owner, below + batch))
+        walkers = ahead
+    return Acceptance(after[:batch], after[batch:], emitted, paths)
 
 
 def expected_tokens(trees: DraftTrees, target: Target) -> FloatArray:

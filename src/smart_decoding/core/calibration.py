@@ -1,7 +1,8 @@
 """From a drafter's confidence to the probability that its token is accepted, learned from verified rounds.
 
-Learned is P(child accepted | parent accepted), by drafter, depth (6 and beyond together) and greedy or not, on bins of
-the arcsine of sqrt(draft_prob), which are finer near 0 and 1. Few observations are no knowledge: each curve is shrunk
+Learned is P(child accepted | parent accepted), by drafter, depth (6 and beyond together) and kind of request (greedy or
+not, with pictures in its prompt or not: confidence means something else there), on bins of the arcsine of
+sqrt(draft_prob), which are finer near 0 and 1. Few observations are no knowledge: each curve is shrunk
 towards its prior times what all depths together say about the prior, and made monotone in confidence.
 
 Only children of accepted nodes are observed (the others are censored), pruned ones too: since whether a child is
@@ -20,6 +21,7 @@ from smart_decoding.core.drift import DriftDetector
 from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
 
 BINS, FINE, DEPTHS = 16, 64, 6
+KINDS = 4  # of requests: 1 if greedy, and 2 more with pictures
 MAX_PROB = 0.999
 MEMORY = 3000.0  # each curve remembers about its last 3000 observed children
 AFTER_CHANGE = 40.0  # and this many once the drafter has visibly changed
@@ -39,13 +41,13 @@ BIN_PROBS: FloatArray = np.sin(_CENTRES * (math.pi / 2)) ** 2  # [BINS] draft_pr
 
 
 def default_prior(sources: int) -> FloatArray:
-    """[sources, DEPTHS, 2, BINS] conditional acceptance probabilities where nothing is stored."""
+    """[sources, DEPTHS, KINDS, BINS] conditional acceptance probabilities where nothing is stored."""
     curve = _DEFAULT_TRUST[:, None] * BIN_PROBS
-    return np.broadcast_to(curve[None, :, None, :], (sources, DEPTHS, 2, BINS)).copy()
+    return np.broadcast_to(curve[None, :, None, :], (sources, DEPTHS, KINDS, BINS)).copy()
 
 
 class Calibration:
-    """Online calibration. Arrays of state have shape [sources, DEPTHS, greedy (0 or 1), BINS]."""
+    """Online calibration. Arrays of state have shape [sources, DEPTHS, KINDS, BINS]."""
 
     def __init__(self, prior: FloatArray | None = None, counts: FloatArray | None = None) -> None:
         """Starts from conditional probabilities `prior`, worth `counts` observations (none where not given)."""
@@ -59,23 +61,23 @@ class Calibration:
         self._waiting: list[tuple[IntArray, IntArray, BoolArray]] = []  # cells, drafters and outcomes not learned yet
         self._refresh()
 
-    def score(self, trees: DraftTrees, greedy: BoolArray) -> FloatArray:
-        """Sets `trees.accept_prob` and returns the conditional probabilities, both [nodes]; `greedy` is [batch].
+    def score(self, trees: DraftTrees, kind: IntArray) -> FloatArray:
+        """Sets `trees.accept_prob` and returns the conditional probabilities, both [nodes]; `kind` is [batch].
 
         Siblings sum to at most 1 (scaled down where they do not), so π(child) <= π(parent)."""
         if not len(trees):
             return np.zeros(0)
-        conditional = self._lookup(self._cells(trees, greedy))
+        conditional = self._lookup(self._cells(trees, kind))
         slot = slots(trees)
         conditional /= np.maximum(np.bincount(slot, conditional), 1.0).take(slot)
         trees.accept_prob = path_products(trees.parent, conditional, int(trees.depth.max()))
         return conditional
 
-    def observe(self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, greedy: BoolArray) -> None:
+    def observe(self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, kind: IntArray) -> None:
         """Learns from uncensored `nodes` [observed] and whether the target chose them (`Round.observed()`)."""
         if not len(nodes):
             return
-        self._waiting.append((self._cells(trees, greedy, nodes), trees.source.take(nodes), chosen))
+        self._waiting.append((self._cells(trees, kind, nodes), trees.source.take(nodes), chosen))
         self._rounds += 1
         if self._rounds < EARLY or len(self._waiting) >= REFRESH:
             self._learn()
@@ -98,11 +100,10 @@ class Calibration:
         self.changes += len(changed)
         self._refresh()
 
-    def curve(self, source: int, greedy_share: float) -> FloatArray:
-        """[DEPTHS, BINS] conditional probabilities of one drafter, mixed over a batch's share of greedy requests."""
+    def curve(self, source: int, shares: FloatArray) -> FloatArray:
+        """[DEPTHS, BINS] conditional probabilities of one drafter, mixed over the kinds' shares [KINDS] of a batch."""
         self._reserve(source)
-        both = self._coarse[source]
-        result: FloatArray = both[:, 0] + greedy_share * (both[:, 1] - both[:, 0])
+        result: FloatArray = shares @ self._coarse[source]
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,11 +112,15 @@ class Calibration:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], weight: float = 40.0) -> Calibration:
-        """Starts from a stored state as prior, each bin worth at most `weight` observations.
+        """Starts from a stored state as prior, each bin worth at most `weight` observations. What was learned from text
+        alone is the prior for requests with pictures, too, and worth none.
 
         Raises KeyError or ValueError if `state` is not one."""
         prior, counts = np.asarray(state["curve"], np.float64), np.asarray(state["counts"], np.float64)
-        if prior.ndim != 4 or prior.shape[1:] != (DEPTHS, 2, BINS) or counts.shape != prior.shape:
+        if prior.ndim == 4 and prior.shape[2] == 2 and counts.shape == prior.shape:
+            prior = np.concatenate((prior, prior), axis=2)
+            counts = np.concatenate((counts, np.zeros_like(counts)), axis=2)
+        if prior.ndim != 4 or prior.shape[1:] != (DEPTHS, KINDS, BINS) or counts.shape != prior.shape:
             raise ValueError("not a calibration state")
         if not (np.isfinite(counts).all() and (prior >= 0).all() and (prior <= 1).all()):
             raise ValueError("not a calibration state: values out of range")
@@ -125,21 +130,21 @@ class Calibration:
         """[n] bin of each draft probability."""
         return _BIN_OF_FINE.take(_FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64)))
 
-    def _cells(self, trees: DraftTrees, greedy: BoolArray, nodes: IntArray | None = None) -> IntArray:
-        """Flat index of each node's fine bin: ((source * DEPTHS + depth) * 2 + greedy) * FINE + fine."""
+    def _cells(self, trees: DraftTrees, kind: IntArray, nodes: IntArray | None = None) -> IntArray:
+        """Flat index of each node's fine bin: ((source * DEPTHS + depth) * KINDS + kind) * FINE + fine."""
         prob, depth, source, owner = trees.draft_prob, trees.depth, trees.source, trees.owner
         if nodes is not None:
             prob, depth, source, owner = prob.take(nodes), depth.take(nodes), source.take(nodes), owner.take(nodes)
         fine = _FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64))
         cells: IntArray = source * DEPTHS + (np.minimum(depth, DEPTHS) - 1)
-        cells = (cells * 2 + greedy.take(owner)) * FINE + fine
+        cells = (cells * KINDS + kind.take(owner)) * FINE + fine
         return cells
 
     def _lookup(self, cells: IntArray) -> FloatArray:
         try:
             return self._table.take(cells)
         except IndexError:  # a drafter not seen before
-            self._reserve(int(cells.max()) // (DEPTHS * 2 * FINE))
+            self._reserve(int(cells.max()) // (DEPTHS * KINDS * FINE))
             return self._table.take(cells)
 
     def _reserve(self, source: int) -> None:

@@ -36,9 +36,11 @@ class Forecast:
         # and what is verified is still only what pays; a sceptic would wait for a rare probe.
         self.free: FloatArray = HOPE ** np.arange(1.0, FREE + 1)
 
-    def children(self, greedy_share: float) -> FloatArray:
-        """[DEPTHS, RANKS] mean acceptance probability, given its parent's, of the k-th child at depth 1, 2, ..."""
-        curve = self.calibration.curve(0, greedy_share)
+    def children(self, shares: FloatArray) -> FloatArray:
+        """[DEPTHS, RANKS] mean acceptance probability, given its parent's, of the k-th child at depth 1, 2, ...
+
+        shares: [KINDS] of the kinds of requests."""
+        curve = self.calibration.curve(0, shares)
         mean = (self.histogram @ curve[:, :, None])[:, :, 0] / self.weight[:, None]
         result: FloatArray = mean / np.maximum(mean.sum(axis=1, keepdims=True), 1.0)
         return result

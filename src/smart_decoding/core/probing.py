@@ -22,6 +22,11 @@ class Prober:
         self.waited = 0
         self.count = 0
 
+    @property
+    def patience(self) -> int:
+        """Rounds before a probe can be due at all, as far as that is known."""
+        return max(0, self.gap - self.waited - 1) if self.waited < self.gap else LAST_GAP
+
     def due(self, price: float) -> bool:
         """Whether this round may probe, for about `price` seconds."""
         self.price = price

@@ -26,6 +26,7 @@ class Head(Protocol):
     """What the drafter needs of a head; arrays of the backend are opaque."""
 
     taps: tuple[int, ...]
+    sees: bool  # whether its rows take the embeddings of pictures, `Rows.inserts`
 
     def project(self, parts: Sequence[Any]) -> Any:
         """Tapped states [n_i, taps * hidden] of several requests -> features [sum n_i, hidden]."""
@@ -65,7 +66,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
     def __init__(self, head: Head, pool_pages: int, scratch_pages: int, max_levels: int = 8) -> None:
         self._spare = list(range(pool_pages + scratch_pages - scratch_pages // 8, pool_pages + scratch_pages))
         super().__init__(pool_pages, scratch_pages - len(self._spare), max_levels)
-        self._head, self.taps = head, head.taps
+        self._head, self.taps, self.sees = head, head.taps, head.sees
         self._outs: list[Any] = []  # of this round
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read
         self._ends: dict[int, tuple[int, Any]] = {}  # page -> key of its content, features of its last position

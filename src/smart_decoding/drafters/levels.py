@@ -5,6 +5,9 @@ pairs each token with the target's features of the position before it (1). Befor
 processed every row of the committed tokens: the next first level catches up in one pass. While speculation is off, rows
 wait in a bounded window: what is older is dropped, and the model then sees only the context from there on.
 
+Positions of pictures have no tokens. A model that sees reads their embeddings instead; for any other its context begins
+behind the last picture, at that page's start.
+
 Keys lie in pages with the target's numbers, those of tree nodes in scratch pages behind them. A page whose rows are all
 there is remembered by its tokens and all tokens before them, so that prefix caching serves the drafter too.
 """
@@ -52,6 +55,7 @@ class LevelDrafter(ABC, Generic[S]):
     ahead: ClassVar[int]
     free, wants_logits = False, False
     taps: tuple[int, ...] = ()
+    sees = False  # whether the model reads the embeddings of pictures; else it drafts from the text behind them
 
     def __init__(self, pool_pages: int, scratch_pages: int, max_levels: int = 8) -> None:
         self.max_levels = max_levels
@@ -149,6 +153,8 @@ class LevelDrafter(ABC, Generic[S]):
     def _waiting_rows(self, requests: Sequence[Request], states: Sequence[S]) -> tuple[Rows, IntArray]:
         """All waiting rows, and each request's last one."""
         token, position, slot, direct, tables = [], [], [], [], []
+        inserts: list[tuple[int, Any]] = []
+        count = 0
         for request, state in zip(requests, states, strict=True):
             end = self._end(request)
             at, pages = np.array([*state.again, *range(state.length, end)], np.int64), self._table(request, state)
@@ -157,10 +163,15 @@ class LevelDrafter(ABC, Generic[S]):
             slot.append(pages[at // PAGE] * PAGE + at % PAGE)
             direct.append(at + 1 - state.start)
             tables.append(pages[state.start // PAGE :])
+            if request.media is not None and self.sees:
+                parts = request.media.inserts(state.length + self.ahead, end - state.length)
+                inserts += [(count + len(state.again) + first, part) for first, part in parts]
+            count += len(at)
         edges = np.cumsum([0] + [len(x) for x in position])
         none = np.zeros(0, np.int32)
         rows = _rows(np.concatenate(token), np.concatenate(position), np.concatenate(slot), np.concatenate(direct),
                      np.zeros(int(edges[-1]) + 1, np.int32), none, edges, tables)  # fmt: skip
+        rows.inserts = inserts
         return rows, edges[1:] - 1
 
     def _node_rows(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray) -> Rows:
@@ -193,9 +204,17 @@ class LevelDrafter(ABC, Generic[S]):
         if state is None:
             state = self._states[id(request)] = self._admit(request, first)
         self._receive(request, state, features, first)
-        end = first + len(tokens)
-        if end - state.length > WINDOW:  # keep the younger half, from a page's start on
-            start = -(-(end - WINDOW // 2) // PAGE) * PAGE
+        end, window = first + len(tokens), WINDOW
+        if request.media is not None and self.sees:
+            window += request.media.length
+        elif request.media is not None:
+            self._begin(state, request.media.visual(end) // PAGE * PAGE)
+        if end - state.length > window:  # keep the younger half, from a page's start on
+            self._begin(state, -(-(end - window // 2) // PAGE) * PAGE)
+
+    def _begin(self, state: S, start: int) -> None:
+        """Rows before `start`, a page's, will not be run."""
+        if start > state.length:
             self._drop(state, start - state.length)
             state.start = state.length = start
             state.again = []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
 from smart_decoding.core.tree import DraftTrees, IntArray
-from smart_decoding.engine.kv import PAGE, BlockTable, Ints, OutOfPages, PagePool
+from smart_decoding.engine.kv import PAGE, BlockTable, OutOfPages, PagePool
 from smart_decoding.engine.media import Media
 from smart_decoding.engine.protocols import Drafter, Target, TargetScores
 from smart_decoding.engine.request import Request, RequestMetrics
@@ -24,6 +23,8 @@ from smart_decoding.engine.stopping import Decode, StopChecker
 from smart_decoding.errors import CapacityError, ConfigError
 
 Clock = Callable[[], float]
+
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +60,6 @@ class RoundRecord:
     def controller_seconds(self) -> float:
         """All but forwards, sampling and KV."""
         return self.seconds - self.draft_seconds - self.verify_seconds - self.sample_seconds - self.kv_seconds
-
-
-class Stopwatch:
-    """Adds up the seconds of named stretches of one round."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.seconds = clock, {"draft": 0.0, "verify": 0.0, "sample": 0.0, "kv": 0.0}
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        start = self.clock()
-        yield
-        self.seconds[name] += self.clock() - start
 
 
 class Engine:
@@ -117,7 +105,8 @@ class Engine:
             stop = StopChecker(params, decode, self.target.eos_token_ids, limit, self.config.stop_at_loops)
             name = request_id if params.n == 1 else f"{request_id}#{sample}"
             table = BlockTable(self.pool, media.marks if media else {})
-            request = Request(name, list(prompt), params, seed, table, stop, sample, limit, media=media)
+            request = Request(name, list(prompt), params, seed, table, stop, sample, limit)
+            request.media = media.copy() if media else None
             request.history = new_history(prompt, params)
             request.logprobs = None if params.logprobs is None else []
             request.metrics = RequestMetrics(arrival=self._clock())
@@ -164,7 +153,7 @@ class Engine:
 
     def step(self) -> list[Request]:
         """One round. Returns the requests that got tokens, finished ones included."""
-        watch, started = Stopwatch(self._clock), self._clock()
+        clock, started = self._clock, self._clock()
         batch = self.scheduler.next_batch()
         self._forget(self.scheduler.preempted)
         if not batch:
@@ -172,36 +161,37 @@ class Engine:
         started += self._see(batch)  # once a picture, so no part of what a round costs
         state = self._state(batch)
         plan = self.policy.plan(state) if batch.decode and self.drafter else OFF
-        trees, widths, seconds = self._draft(batch, state, plan, watch)
-        kept = self.policy.select(plan, state, trees) if len(trees) else np.zeros(0, np.int64)
+        trees, widths, seconds, drafting = self._draft(batch, state, plan)
+        kept = self.policy.select(plan, state, trees) if len(trees) else _NONE
         kept, spans, asking = self._spans(batch, trees, kept)
-        nodes = trees.take(kept)
+        nodes = trees.take(kept) if len(trees) else trees
         nodes.batch = len(asking)
         rows, last, node_row = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
-        verify_start = self._clock()
-        with watch.time("verify"):
-            scores = self.target.verify(rows, self._taps)
+        verify_start = clock()
+        scores = self.target.verify(rows, self._taps)
+        verified = clock()
         if self.drafter is not None and self.drafter.wants_logits:
             seen = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
             self.drafter.observe_logits(seen, scores.logits)
-        with watch.time("sample"):
-            acceptance = self._accept(asking, nodes, rows, last, node_row, scores)
-        verify_seconds = self._clock() - verify_start
-        with watch.time("kv"):
+        sample_start = clock()
+        acceptance = self._accept(asking, nodes, rows, last, node_row, scores)
+        sampled = clock()
+        if len(nodes):
             self._commit_keys(acceptance, rows, last, node_row)
+        committed = clock()
         emitted = self._update(batch, asking, acceptance, scores, last, node_row)
         if len(trees):
             _count_nodes(batch, trees, kept)
-        done = Round(state, plan, trees, kept, self._next_tokens(trees, kept, acceptance),
-                     acceptance.root_next[: len(batch.decode)], widths, seconds, len(rows), verify_seconds)  # fmt: skip
+        after, root_next = self._next_tokens(trees, kept, acceptance), acceptance.root_next[: len(batch.decode)]
+        verifying = sampled - verify_start
+        done = Round(state, plan, trees, kept, after, root_next, widths, seconds, len(rows), verifying)
         if batch.decode:
-            learning = self._clock()
-            done.other_seconds = learning - started - verify_seconds - watch.seconds["draft"] + self._learning_seconds
+            learning = clock()
+            done.other_seconds = learning - started - verifying - drafting + self._learning_seconds
             self.policy.observe(done)
-            self._learning_seconds = self._clock() - learning
-        now, spent = self._clock(), watch.seconds
-        self.last_round = RoundRecord(done, emitted, now - started, spent["draft"], spent["verify"], spent["sample"],
-                                      spent["kv"], asking, acceptance)  # fmt: skip
+            self._learning_seconds = clock() - learning
+        self.last_round = RoundRecord(done, emitted, clock() - started, drafting, verified - verify_start,
+                                      sampled - sample_start, committed - sampled, asking, acceptance)  # fmt: skip
         for request in asking:
             if request.finished:
                 self._finish(request)
@@ -211,40 +201,46 @@ class Engine:
         """Runs the vision tower on pictures that the round's rows reach for the first time; its seconds."""
         total = 0.0
         for request, count in (*batch.prefill, *((request, 1) for request in batch.decode)):
-            for picture in request.media.within(request.table.length, count) if request.media else ():
+            if request.media is None:
+                continue
+            began = self._clock()
+            for picture in request.media.within(request.table.length, count):
                 if picture.embeddings is None:
-                    began = self._clock()
                     picture.embeddings = self.target.see(picture.pixels)
-                    spent = self._clock() - began
-                    request.metrics.vision_seconds += spent
-                    total += spent
+            spent = self._clock() - began
+            request.metrics.vision_seconds += spent
+            total += spent
         return total
 
     def _state(self, batch: Batch) -> BatchState:
         requests, drafter = batch.decode, self.drafter
         pending = drafter.pending_rows(requests) - len(requests) if drafter and drafter.max_levels else 0
+        columns = [(r.table.length, r.remaining, r.params.temperature, r.params.speculate) for r in requests]
+        context, remaining, temperature, may_speculate = np.array(columns, np.float64).reshape(-1, 4).T
         return BatchState(
-            context=np.array([r.table.length for r in requests], np.int64),
-            remaining=np.array([r.remaining for r in requests], np.int64),
-            temperature=np.array([r.params.temperature for r in requests], np.float64),
-            may_speculate=np.array([r.params.speculate for r in requests], np.bool_),
+            context=context.astype(np.int64),
+            remaining=remaining.astype(np.int64),
+            temperature=temperature,
+            may_speculate=may_speculate.astype(np.bool_),
             prefill_rows=sum(rows for _, rows in batch.prefill),
             catch_up_rows=max(0, pending),
             has_model=bool(drafter and drafter.max_levels),
             has_free=bool(drafter and drafter.free),
+            pictures=np.array([r.media is not None for r in requests]) if any(r.media for r in requests) else None,
         )
 
     def _draft(
-        self, batch: Batch, state: BatchState, plan: DraftPlan, watch: Stopwatch
-    ) -> tuple[DraftTrees, list[int], list[float]]:
-        """Drafts level by level, asking the policy after each; returns widths and seconds of the model's levels."""
+        self, batch: Batch, state: BatchState, plan: DraftPlan
+    ) -> tuple[DraftTrees, list[int], list[float], float]:
+        """Drafts level by level, asking the policy after each; returns the trees, widths and seconds of the model's
+        levels, and the drafter's seconds in all."""
         if not plan.speculate or self.drafter is None:
-            return DraftTrees.empty(len(batch.decode)), [], []
-        widths, seconds = [], []
-        nodes: IntArray | None = None
+            return DraftTrees.empty(len(batch.decode)), [], [], 0.0
+        widths: list[int] = []
+        seconds: list[float] = []
         width, start = len(batch.decode) + state.catch_up_rows, self._clock()
-        with watch.time("draft"):
-            trees = self.drafter.start(batch.decode, plan)
+        trees = self.drafter.start(batch.decode, plan)
+        drafting = self._clock() - start
         for level in range(1, plan.levels + 1):
             widths.append(width)
             seconds.append(self._clock() - start)
@@ -252,21 +248,25 @@ class Engine:
             if nodes is None or not len(nodes):
                 break
             width, start = len(nodes), self._clock()
-            with watch.time("draft"):
-                self.drafter.expand(batch.decode, trees, nodes, plan)
-        return trees, widths, seconds
+            self.drafter.expand(batch.decode, trees, nodes, plan)
+            drafting += self._clock() - start
+        return trees, widths, seconds, drafting
 
     def _spans(self, batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[IntArray, list[Span], list[Request]]:
         """Committed tokens of the round, requests that get a token first; tree nodes yield where memory is short."""
-        counts = np.bincount(trees.owner[kept], minlength=len(batch.decode))
+        counts = [0] * len(batch.decode)
+        if len(kept):
+            counts = np.bincount(trees.owner[kept], minlength=len(batch.decode)).tolist()
         spans = []
         for i, request in enumerate(batch.decode):
             try:
-                slots = request.table.reserve(1 + int(counts[i]))
+                slots = request.table.reserve(1 + counts[i])
             except OutOfPages:
                 kept = kept[trees.owner[kept] != i]
                 slots = request.table.reserve(1)
             spans.append(_span(request, request.table.length, 1, slots))
+        if not batch.prefill:
+            return kept, spans, batch.decode
         ending = [(r, n) for r, n in batch.prefill if n == r.pending]
         unfinished = [(r, n) for r, n in batch.prefill if n < r.pending]
         for request, count in ending + unfinished:
@@ -285,10 +285,10 @@ class Engine:
         scores: TargetScores,
     ) -> Acceptance:
         """Draws the target's tokens down the trees; the roots are the last committed rows of `asking`."""
-        at = np.concatenate((last[: len(asking)], node_row))  # row numbers of accept() -> rows
-        if rows.logit_rows is not None:
-            at = np.arange(len(at))
-        if all(r.params.greedy and not r.params.changes_logits for r in asking):
+        at = np.arange(len(asking) + len(nodes))  # row numbers of accept() -> rows of the logits
+        if rows.logit_rows is None:
+            at = np.concatenate((last[: len(asking)], node_row))
+        if all(r.takes_argmax for r in asking):
             acceptance = accept(nodes, lambda wanted: self.target.argmax(scores.logits, at[wanted]))
         else:
             eos = self.target.eos_token_ids
@@ -298,7 +298,7 @@ class Engine:
             )
         for i, request in enumerate(asking):
             if request.logprobs is not None:
-                which = at[np.concatenate(([i], acceptance.path[i] + len(asking)))]
+                which = at[[i, *(node + len(asking) for node in acceptance.path[i])]]
                 k = request.params.logprobs or 0
                 request.logprobs += self.target.logprobs(scores.logits, which, acceptance.emitted[i], k)
         return acceptance
@@ -328,32 +328,37 @@ class Engine:
         """Appends the new tokens, commits the KV lengths and hands the target's features to the drafter."""
         now, total = self._clock(), 0
         chunks = {id(request): count for request, count in batch.prefill}
+        first_rows = last.tolist()
+        single = scores.features.split(1) if scores.features is not None and not chunks else None
         for i, request in enumerate(asking):
-            tokens = request.stop.push(acceptance.emitted[i].tolist())
+            chunk, path, metrics = chunks.get(id(request)), acceptance.path[i], request.metrics
+            tokens = request.stop.push(acceptance.emitted[i])
             if request.logprobs is not None:
                 del request.logprobs[len(request.output) :]
-            start, path = request.table.length, acceptance.path[i]
-            length = start + chunks.get(id(request), 1) + len(path)
+            start, count = request.table.length, chunk or 1
             request.tokens.extend(tokens)
             if request.history is not None:
                 request.history.append(tokens)
             total += len(tokens)
-            metrics = request.metrics
-            metrics.first_token = now if metrics.first_token is None else metrics.first_token
-            if id(request) not in chunks:
+            if metrics.first_token is None:
+                metrics.first_token = now
+            if chunk is None:
                 metrics.rounds += 1
                 metrics.accepted += min(len(tokens), len(path))
-            request.table.commit(request.tokens, min(length, len(request.tokens)))  # an end may cut the path short
-            if not request.finished and self.drafter is not None:
-                count = chunks.get(id(request), 1)
-                first, end = int(last[i]) - count + 1, int(last[i]) + 1
-                committed: slice | IntArray = slice(first, end)
-                if len(path):
-                    committed = np.concatenate((np.arange(first, end), node_row[path]))
-                self._extend(request, scores, committed, start, count + len(path))
+            # An end may cut the path short.
+            request.table.commit(request.tokens, min(start + count + len(path), len(request.tokens)))
+            if self.drafter is not None and not request.finished:
+                end = first_rows[i] + 1
+                if path:
+                    committed = np.concatenate((np.arange(end - count, end), node_row[path]))
+                    self._extend(request, scores, committed, start, count + len(path))
+                elif single is not None:
+                    self.drafter.extend(request, single[end - 1], start, request.tokens[start : start + 1])
+                else:
+                    self._extend(request, scores, slice(end - count, end), start, count)
         for j, (request, count) in enumerate((r, n) for r, n in batch.prefill if n < r.pending and r not in asking):
             start = request.table.length
-            first = int(last[len(asking) + j]) - count + 1
+            first = first_rows[len(asking) + j] - count + 1
             request.table.commit(request.tokens, start + count)
             self._extend(request, scores, slice(first, first + count), start, count)
         return total
@@ -366,6 +371,8 @@ class Engine:
 
     @staticmethod
     def _next_tokens(trees: DraftTrees, kept: IntArray, acceptance: Acceptance) -> IntArray:
+        if not len(trees):
+            return _NONE
         after = np.full(len(trees), -1, np.int64)
         after[kept] = acceptance.next_token
         return after
@@ -413,8 +420,8 @@ def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray) -> None:
         request.metrics.verified += int(verified[i])
 
 
-def _span(request: Request, start: int, count: int, slots: Ints) -> Span:
-    tokens, pages, media = request.tokens[start : start + count], np.array(request.table.pages, np.int32), request.media
-    if media is None:
-        return Span(tokens, start, slots, pages)
-    return Span(tokens, start, slots, pages, media.inserts(start, count), media.positions(start, count))
+def _span(request: Request, start: int, count: int, slots: Sequence[int]) -> Span:
+    span = Span(request.tokens[start : start + count], start, slots, request.table.array)
+    if request.media is not None:
+        span.inserts, span.rotary = request.media.inserts(start, count), request.media.positions(start, count)
+    return span

@@ -118,24 +118,35 @@ class BlockTable:
         self.pages: list[int] = []
         self.length = 0
         self._remembered = 0  # pages already offered to the prefix cache
+        self._array: Ints = np.zeros(0, np.int32)
+
+    @property
+    def array(self) -> Ints:
+        """[pages] the page numbers, to be read only."""
+        return self._array[: len(self.pages)]
 
     def reuse(self, tokens: Sequence[int]) -> int:
         """Starts from cached pages, leaving at least one token to compute. Returns the positions found."""
         assert not self.pages
         self.pages = self._pool.find(tokens, len(tokens) - 1, self.marks)
+        self._array = np.array(self.pages, np.int32)
         self.length = len(self.pages) * PAGE
         self._remembered = len(self.pages)
         return self.length
 
-    def reserve(self, rows: int) -> Ints:
-        """Slots [rows] of the positions length, length + 1, ... Raises OutOfPages, changing nothing."""
+    def cover(self, rows: int) -> None:
+        """Takes the pages of the positions length, length + 1, ... length + rows - 1 that are missing. Raises
+        OutOfPages, changing nothing."""
         missing = (self.length + rows + PAGE - 1) // PAGE - len(self.pages)
         if missing > 0:
             self.pages.extend(self._pool.take(missing))
-        position = np.arange(self.length, self.length + rows)
-        pages = np.array(self.pages[self.length // PAGE :], np.int32)
-        slots: Ints = pages[position // PAGE - self.length // PAGE] * PAGE + (position % PAGE).astype(np.int32)
-        return slots
+            self._array = np.array(self.pages, np.int32)
+
+    def reserve(self, rows: int) -> list[int]:
+        """Slots [rows] of the positions length, length + 1, ... Raises OutOfPages, changing nothing."""
+        self.cover(rows)
+        pages = self.pages
+        return [pages[t // PAGE] * PAGE + t % PAGE for t in range(self.length, self.length + rows)]
 
     def commit(self, tokens: Sequence[int], length: int) -> None:
         """The first `length` positions now hold the keys of tokens[:length]; pages beyond are given back."""

@@ -13,23 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-
 MAX_PERIOD = 128
 MIN_REPETITIONS = 3
 MIN_TOKENS = 24
 
 
 class LoopDetector:
-    """Finds a loop as tokens arrive: O(MAX_PERIOD), one small array operation, per token."""
+    """Finds a loop as tokens arrive. Per token only the places of the same token among the last MAX_PERIOD count."""
 
     def __init__(self) -> None:
-        periods = np.arange(1, MAX_PERIOD + 1)
-        # A tail of `run` tokens that each equal the one a period earlier is a block of run + period tokens.
-        self._needed = np.maximum(MIN_REPETITIONS * periods, MIN_TOKENS) - periods
-        self._run = np.zeros(MAX_PERIOD, np.int64)
-        self._recent = np.full(MAX_PERIOD, -1, np.int64)  # [i] is the token i + 1 places back
-        self._count = 0
+        self._last: dict[int, int] = {}  # token -> index of its last occurrence
+        self._before: list[int] = []  # index -> index of the same token's occurrence before it, or -1
+        self._runs: dict[int, int] = {}  # period -> how many tokens up to now equal the one a period earlier
         self.start: int | None = None
 
     def push(self, token: int) -> bool:
@@ -37,14 +32,19 @@ class LoopDetector:
         the start of the block's second repetition, from where on the answer only repeats itself."""
         if self.start is not None:
             return True
-        self._run = np.where(self._recent == token, self._run + 1, 0)
-        self._recent[1:] = self._recent[:-1]
-        self._recent[0] = token
-        self._count += 1
-        looping = self._run >= self._needed
-        if looping.any():
-            self.start = self._count - int(self._run[np.argmax(looping)])  # argmax: the shortest period
-        return self.start is not None
+        now, runs = len(self._before), {}
+        earlier = before = self._last.get(token, -1)
+        while earlier >= 0 and now - earlier <= MAX_PERIOD:
+            period = now - earlier
+            run = runs[period] = self._runs.get(period, 0) + 1
+            # A tail of `run` tokens that each equal the one a period earlier is a block of run + period tokens.
+            if run + period >= max(MIN_REPETITIONS * period, MIN_TOKENS):
+                self.start = now + 1 - run
+                return True  # the shortest period: the latest occurrences come first
+            earlier = self._before[earlier]
+        self._last[token], self._runs = now, runs
+        self._before.append(before)
+        return False
 
 
 def loop_start(tokens: Iterable[int]) -> int | None:

@@ -7,7 +7,7 @@ the rows of its embeddings with the rows of the prompt's chunks; what it looks l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.kv import PAGE
 
-Inserts: TypeAlias = list[tuple[int, Any]]  # (first row, embeddings [rows, hidden])
+Inserts: TypeAlias = Sequence[tuple[int, Any]]  # (first row, embeddings [rows, hidden])
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +48,19 @@ class Media:
             for page in range(picture.first // PAGE, (picture.first + picture.length - 1) // PAGE + 1):
                 mark = picture.key + (picture.first - page * PAGE).to_bytes(8, "little", signed=True)
                 self.marks[page] = self.marks.get(page, b"") + mark
+
+    def copy(self) -> Media:
+        """The same pictures, to be seen and forgotten on their own."""
+        return Media([replace(picture, embeddings=None) for picture in self.pictures], self.rotary, self.shift)
+
+    def visual(self, end: int) -> int:
+        """Where the last picture's positions end that begins before `end`, or `end` if that lies within it; 0: none."""
+        return max((min(end, p.first + p.length) for p in self.pictures if p.first < end), default=0)
+
+    @property
+    def length(self) -> int:
+        """Positions of all pictures."""
+        return sum(picture.length for picture in self.pictures)
 
     def within(self, start: int, count: int) -> list[Picture]:
         """The pictures that have positions in [start, start + count)."""

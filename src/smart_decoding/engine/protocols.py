@@ -46,7 +46,7 @@ class Target(Protocol):
         """[which] greedy tokens of the rows `which`, ties to the lowest id."""
         ...
 
-    def logprobs(self, logits: Logits, which: IntArray, tokens: IntArray, k: int) -> list[Any]:
+    def logprobs(self, logits: Logits, which: IntArray, tokens: Sequence[int], k: int) -> list[Any]:
         """Log probabilities of drawn tokens and of the k most likely ones."""
         ...
 

@@ -59,10 +59,12 @@ class Request:
     logprobs: list[Any] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     aborted: bool = False
+    takes_argmax: bool = False  # its token is the largest logit, as it comes from the model
     media: Media | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+        self.takes_argmax = self.params.greedy and not self.params.changes_logits
 
     @property
     def pending(self) -> int:

@@ -7,7 +7,7 @@ through the block table, then the `extra` slots: its ancestors in the draft tree
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -43,7 +43,7 @@ class Rows:
     group_pages: Ints
     pages: Ints
     logit_rows: IntArray | None = None
-    inserts: Inserts = field(default_factory=list)
+    inserts: Inserts = ()
     rotary: IntArray | None = None
 
     def __len__(self) -> int:
@@ -59,9 +59,9 @@ class Span:
 
     tokens: Sequence[int]
     start: int
-    slots: Ints
+    slots: Sequence[int]
     pages: Ints
-    inserts: Inserts = field(default_factory=list)
+    inserts: Inserts = ()
     rotary: IntArray | None = None
 
 
@@ -71,19 +71,24 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
     trees: nodes of the first `trees.batch` spans, each of which then holds one token, the root.
     want_all: per span, whether the last row's logits are wanted (false: none, an unfinished prompt).
     Returns the rows, each span's last committed row [spans], and each node's row [nodes]."""
-    lengths = np.array([len(span.tokens) for span in spans])
-    nodes = np.bincount(trees.owner, minlength=len(spans)) if len(trees) else np.zeros(len(spans), np.int64)
-    group_row = np.concatenate(([0], np.cumsum(lengths + nodes)))
-    last = group_row[:-1] + lengths - 1
-    total = int(group_row[-1])
-    token, position = np.empty(total, np.int64), np.empty(total, np.int64)
-    slot, direct = np.empty(total, np.int32), np.empty(total, np.int32)
-    for i, span in enumerate(spans):
-        first, end = int(group_row[i]), int(last[i]) + 1
-        token[first:end] = span.tokens
-        position[first:end] = np.arange(span.start, span.start + end - first)
-        slot[first : int(group_row[i + 1])] = span.slots[: int(group_row[i + 1]) - first]
-    direct[:] = position + 1
+    nodes = np.bincount(trees.owner, minlength=len(spans)).tolist() if len(trees) else [0] * len(spans)
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    group_row, last_row, group_pages = [0], [], [0]
+    for span, below in zip(spans, nodes, strict=True):
+        count = len(span.tokens)
+        last_row.append(len(tokens) + count - 1)
+        tokens.extend(span.tokens)
+        tokens.extend([0] * below)  # filled in below, like their positions
+        positions.extend(range(span.start, span.start + count + below))
+        slots.extend(span.slots[: count + below])
+        group_row.append(len(tokens))
+        group_pages.append(group_pages[-1] + len(span.pages))
+    total = len(tokens)
+    token, position, last = np.array(tokens, np.int64), np.array(positions, np.int64), np.array(last_row, np.int64)
+    slot, direct = np.array(slots, np.int32), position.astype(np.int32)
+    direct += 1
     extra_at, extra, node_row = np.zeros(total + 1, np.int32), _NONE, np.zeros(0, np.int64)
     if len(trees):
         node_row = _node_rows(trees, last)
@@ -92,16 +97,14 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
         position[node_row] = position[root] + trees.depth
         direct[node_row] = position[root] + 1
         extra_at, extra = _ancestors(trees, node_row, slot, total)
-    table = [span.pages for span in spans]
-    rows = Rows(
-        token, position, slot, direct, extra_at, extra, group_row.astype(np.int32),
-        np.concatenate(([0], np.cumsum([len(pages) for pages in table])[:-1])).astype(np.int32),
-        np.concatenate(table).astype(np.int32),
-    )  # fmt: skip
-    rows.inserts = [(int(group_row[i]) + at, part) for i, span in enumerate(spans) for at, part in span.inserts]
+    pages = np.concatenate([span.pages for span in spans])
+    rows = Rows(token, position, slot, direct, extra_at, extra, np.array(group_row, np.int32),
+                np.array(group_pages[:-1], np.int32), pages)  # fmt: skip
+    if any(span.inserts for span in spans):
+        rows.inserts = [(group_row[i] + at, part) for i, span in enumerate(spans) for at, part in span.inserts]
     if any(span.rotary is not None for span in spans):
         rows.rotary = _rotary(spans, trees, position, group_row, last, node_row)
-    wanted = last[np.asarray(want_all, np.bool_)]
+    wanted = last if all(want_all) else last[np.asarray(want_all, np.bool_)]
     if len(wanted) + len(node_row) < total:
         rows.logit_rows = np.concatenate((wanted, node_row))
     return rows, last, node_row
@@ -111,7 +114,7 @@ def _rotary(
     spans: Sequence[Span],
     trees: DraftTrees,
     position: IntArray,
-    group_row: IntArray,
+    group_row: Sequence[int],
     last: IntArray,
     node_row: IntArray,
 ) -> IntArray:
@@ -119,7 +122,7 @@ def _rotary(
     rotary = np.repeat(position[:, None], 3, axis=1)
     for i, span in enumerate(spans):
         if span.rotary is not None:
-            rotary[int(group_row[i]) : int(last[i]) + 1] = span.rotary
+            rotary[group_row[i] : int(last[i]) + 1] = span.rotary
     if len(trees):
         rotary[node_row] = rotary[last[trees.owner]] + trees.depth[:, None]
     return rotary

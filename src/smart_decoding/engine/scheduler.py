@@ -51,10 +51,11 @@ class Scheduler:
         self.preempted = []
         decode, prefill, budget = [], [], self.chunk
         for request in list(self.running):
-            rows = min(request.pending, budget) if request.pending > 1 else 1
+            pending = request.pending
+            rows = min(pending, budget) if pending > 1 else 1
             if rows == 0 or request in self.preempted or not self._reserve(request, rows):
                 continue
-            if request.pending == 1:
+            if pending == 1:
                 decode.append(request)
             else:
                 prefill.append((request, rows))
@@ -66,15 +67,16 @@ class Scheduler:
             rows = min(request.pending, budget)
             prefill.append((request, rows))
             budget -= rows
-        decode = [request for request in decode if request not in self.preempted]
-        prefill = [(request, rows) for request, rows in prefill if request not in self.preempted]
+        if self.preempted:
+            decode = [request for request in decode if request not in self.preempted]
+            prefill = [(request, rows) for request, rows in prefill if request not in self.preempted]
         return Batch(decode, prefill)
 
     def _reserve(self, request: Request, rows: int) -> bool:
         """Makes room for the request's rows, preempting the youngest others; false if it was preempted itself."""
         while True:
             try:
-                request.table.reserve(rows)
+                request.table.cover(rows)
                 return True
             except OutOfPages:
                 youngest = self.running[-1]
@@ -92,7 +94,7 @@ class Scheduler:
         if (rows + slack + PAGE - 1) // PAGE > self.pool.available:
             request.table.release()
             return False
-        request.table.reserve(rows)
+        request.table.cover(rows)
         self.running.append(self.waiting.popleft())
         return True
 

@@ -136,7 +136,7 @@ def _tree(llm: LLM, record: RoundRecord, owner: int, end: int) -> dict[str, Any]
     trees = record.round.trees.take(record.round.kept)
     mine = trees.nodes_of(owner).tolist()
     place = {node: i for i, node in enumerate(mine)}
-    accepted = set(acceptance.path[owner].tolist())
+    accepted = set(acceptance.path[owner])
     prob = np.where(np.isnan(trees.accept_prob), trees.path_prob, trees.accept_prob)
     nodes = [
         [place.get(int(trees.parent[node]), -1), _text(llm, [int(trees.token[node])]), round(float(prob[node]), 3),
@@ -147,7 +147,7 @@ def _tree(llm: LLM, record: RoundRecord, owner: int, end: int) -> dict[str, Any]
     before = request.tokens[max(0, root - BEFORE) : root]
     return {
         "id": request.id[-12:], "before": _text(llm, before), "nodes": nodes,
-        "own": _text(llm, [int(acceptance.emitted[owner][-1])]), "tokens": len(request.output),
+        "own": _text(llm, [acceptance.emitted[owner][-1]]), "tokens": len(request.output),
     }  # fmt: skip
 
 

@@ -12,7 +12,9 @@ from typing import TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from smart_decoding.engine.media import Media
 from smart_decoding.llm import LLM
+from smart_decoding.multimodal.prompts import MediaPrompt
 from smart_decoding.server.answers import ChatForm, CompletionForm, Form, Json, Usage, envelope, in_order
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.schemas import (
@@ -58,9 +60,10 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
     @api.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
         llm = worker.check_room()
-        prompt = await _in_thread(lambda: _chat_tokens(llm, body.messages))
+        prompt = await _in_thread(lambda: _chat_prompt(llm, body.messages))
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return await _answer(request, body, [prompt], ChatForm(_token_text(llm), top), top)
+        form = ChatForm(_token_text(llm), top)
+        return await _answer(request, body, [list(prompt.tokens)], form, top, prompt.media)
 
     @api.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Json:
@@ -69,7 +72,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
 
         def tokens() -> list[int]:
             if body.messages:
-                return _chat_tokens(llm, body.messages)
+                return list(_chat_prompt(llm, body.messages).tokens)
             return llm.tokenizer.encode(body.prompt or "", body.add_special_tokens)
 
         found = await _in_thread(tokens)
@@ -86,7 +89,12 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
         return {"prompt": await _in_thread(lambda: llm.tokenizer.decode(body.tokens, False))}
 
     async def _answer(
-        request: Request, body: Sampling, prompts: list[list[int]], form: Form, logprobs: int | None
+        request: Request,
+        body: Sampling,
+        prompts: list[list[int]],
+        form: Form,
+        logprobs: int | None,
+        media: Media | None = None,
     ) -> Response:
         _check_model(body.model, settings)
         if (body.n or 1) > settings.max_n:
@@ -94,7 +102,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
         _check_length(prompts, body.limit, worker.ready())
         limit = COMPLETION_TOKENS if body.limit is None and isinstance(form, CompletionForm) else body.limit
         params, name = body.params(limit, logprobs), request.state.request_id
-        job = Job(uuid.uuid4().hex, prompts, params, bool(body.stream), name)
+        job = Job(uuid.uuid4().hex, prompts, params, bool(body.stream), name, media)
         worker.submit(job)
         watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
         usage = Usage(sum(map(len, prompts)))
@@ -211,8 +219,8 @@ def _prompt_tokens(llm: LLM, prompt: str | list[str] | list[int] | list[list[int
     return [llm.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompt]
 
 
-def _chat_tokens(llm: LLM, messages: Sequence[Message]) -> list[int]:
-    return llm.tokenizer.encode_chat([message.plain() for message in messages])
+def _chat_prompt(llm: LLM, messages: Sequence[Message]) -> MediaPrompt:
+    return llm.chat_prompt([message.plain() for message in messages])
 
 
 def _token_text(llm: LLM) -> Callable[[int], str]:

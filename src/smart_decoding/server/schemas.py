@@ -132,16 +132,30 @@ class TextPart(Body):
     text: Text
 
 
+class ImageUrl(Body):
+    url: Text
+    detail: Literal["auto", "low", "high"] | None = Field(None, description="Changes nothing.")
+
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     name: Text | None = None
 
-    def plain(self) -> dict[str, str]:
-        """As chat templates know it: text content; `developer` is the newer word for `system`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def plain(self) -> dict[str, Any]:
+        """As `LLM.chat` takes it: content of text only is one text; `developer` is the newer word for `system`."""
+        content: Any = self.content
+        if not isinstance(content, str):
+            content = [part.model_dump(exclude_none=True) for part in content]
+            if all(part["type"] == "text" for part in content):
+                content = "".join(part["text"] for part in content)
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+        return {"role": role, "content": content} | ({"name": self.name} if self.name else {})
 
 
 class ChatRequest(Sampling):

@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeAlias
 
 from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.media import Media
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import SmartError
@@ -67,13 +68,14 @@ class Chunk:
 class Job:
     """One HTTP request: its prompts, each with `params.n` answers. Answer i of prompt p has index p * n + i.
 
-    id: unique, ours; request_id: for the log, may be the client's."""
+    id: unique, ours; request_id: for the log, may be the client's; media: the pictures of its one prompt."""
 
     id: str
     prompts: Sequence[list[int]]
     params: SamplingParams
     stream: bool
     request_id: str = ""
+    media: Media | None = None
     chunks: asyncio.Queue[Chunk | ApiError] = field(default_factory=asyncio.Queue)
     submitted: float = 0.0
     closed: bool = False  # the event loop's: no more chunks are wanted
@@ -267,7 +269,7 @@ class Worker:
     def _add(self, engine: Engine, job: Job) -> None:
         try:
             for place, prompt in enumerate(job.prompts):
-                for request in engine.add_request(f"{job.id}-{place}", prompt, job.params):
+                for request in engine.add_request(f"{job.id}-{place}", prompt, job.params, job.media):
                     job.answers[request] = place * job.params.n + request.sample
                     job.sent[request] = 0
                     self._owners[request] = job

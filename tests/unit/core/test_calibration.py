@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart_decoding.core.calibration import BINS, DEPTHS, Calibration, default_prior, path_products
+from smart_decoding.core.calibration import BINS, DEPTHS, KINDS, Calibration, default_prior, path_products
+from smart_decoding.core.policies.protocol import BatchState
 from smart_decoding.core.tree import DraftTrees, FloatArray
 
-GREEDY = np.array([True])
+GREEDY = np.array([1])
+SHARES = np.eye(KINDS)[1]  # all requests are greedy, without pictures
 QUALITY = np.array([0.0, 0.8, 0.55, 0.4])  # true acceptance = QUALITY[depth] * draft_prob ** 1.5
 
 
@@ -116,11 +118,11 @@ def test_monotone_in_confidence_whatever_was_observed() -> None:
         trees = DraftTrees.empty(1)
         trees.append(np.zeros(8), np.arange(8), np.full(8, -1), rng.random(8))
         calibration.observe(trees, np.arange(8), rng.random(8) < 0.5, GREEDY)
-    assert (np.diff(calibration.curve(0, 1.0), axis=1) >= -1e-12).all()
+    assert (np.diff(calibration.curve(0, SHARES), axis=1) >= -1e-12).all()
 
 
 def test_fresh_state_starts_from_the_default_or_the_stored_prior() -> None:
-    np.testing.assert_allclose(Calibration().curve(1, 0.5), default_prior(1)[0, :, 0], atol=1e-12)
+    np.testing.assert_allclose(Calibration().curve(1, np.full(KINDS, 0.25)), default_prior(1)[0, :, 0], atol=1e-12)
     trained = Calibration()
     rng = np.random.default_rng(2)
     for _ in range(300):
@@ -128,10 +130,33 @@ def test_fresh_state_starts_from_the_default_or_the_stored_prior() -> None:
         trees.append(np.zeros(4), np.arange(4), np.full(4, -1), rng.random(4))
         trained.observe(trees, np.arange(4), np.array([True, False, False, False]), GREEDY)
     fresh = Calibration.from_state(trained.state_dict())
-    np.testing.assert_allclose(fresh.curve(0, 1.0), trained.curve(0, 1.0), atol=1e-3)
+    np.testing.assert_allclose(fresh.curve(0, SHARES), trained.curve(0, SHARES), atol=1e-3)
     assert (fresh.counts <= 40).all()
     with pytest.raises(ValueError, match="calibration"):
         Calibration.from_state({"curve": [1.0], "counts": [1.0]})
+
+
+def test_requests_with_pictures_are_learned_apart() -> None:
+    rng = np.random.default_rng(4)
+    calibration = Calibration()
+    for _ in range(200):
+        trees = DraftTrees.empty(2)  # of the same confidence; behind a picture it is accepted rarely
+        trees.append([0, 1], [1, 1], [-1, -1], [0.8, 0.8])
+        kind = BatchState(
+            *np.ones((2, 2), np.int64), np.zeros(2), np.ones(2, bool), pictures=np.array([False, True])
+        ).kind
+        calibration.observe(trees, np.arange(2), rng.random(2) < [0.9, 0.2], kind)
+    text, picture = calibration.score(trees, kind)
+    assert text > 0.8 and picture < 0.35
+    both = calibration.curve(0, np.bincount(kind, minlength=KINDS) / 2)
+    np.testing.assert_allclose(both, (calibration.curve(0, np.eye(4)[1]) + calibration.curve(0, np.eye(4)[3])) / 2)
+
+
+def test_what_was_learned_from_text_alone_is_a_prior_for_pictures() -> None:
+    old = {"curve": np.full((1, DEPTHS, 2, BINS), 0.3), "counts": np.full((1, DEPTHS, 2, BINS), 9.0)}
+    calibration = Calibration.from_state(old)
+    assert (calibration.prior == 0.3).all() and calibration.prior.shape == (1, DEPTHS, KINDS, BINS)
+    assert (calibration.counts[:, :, :2] == 9).all() and (calibration.counts[:, :, 2:] == 0).all()
 
 
 def test_a_drafter_gone_bad_is_noticed_within_rounds_and_so_is_its_recovery() -> None:

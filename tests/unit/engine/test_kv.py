@@ -42,8 +42,8 @@ class Tables(RuleBasedStateMachine):
             assert (table.pages, table.length) == before
             assert self.pool.available < -(-(table.length + rows) // PAGE) - len(table.pages)
             return
-        assert len(slots) == rows == len(set(slots.tolist()))
-        assert slots.tolist() == [table.pages[p // PAGE] * PAGE + p % PAGE for p in range(before[1], before[1] + rows)]
+        assert len(slots) == rows == len(set(slots))
+        assert slots == [table.pages[p // PAGE] * PAGE + p % PAGE for p in range(before[1], before[1] + rows)]
         used = min(used, rows)
         tokens.extend([1] * max(0, table.length + used + 1 - len(tokens)))
         self.content[slots] = -1  # rejected nodes leave rubbish

@@ -23,6 +23,7 @@ from smart_decoding.backends.torch.layers import (
     Workspace,
 )
 from smart_decoding.backends.torch.native import build
+from smart_decoding.engine.media import Inserts
 from smart_decoding.engine.rows import Rows
 
 
@@ -77,6 +78,12 @@ def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> t
     return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
 
 
+def put(x: Tensor, inserts: Inserts) -> None:
+    """Writes the embeddings of pictures over those of their placeholders, x [rows, hidden]."""
+    for first, part in inserts:
+        x[first : first + len(part)] = part
+
+
 class Decoder:
     """A Llama-family model with its KV cache.
 
@@ -124,8 +131,7 @@ class Decoder:
     def forward(self, rows: Rows, taps: tuple[int, ...] = ()) -> ForwardOutput:
         """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
-        for first, part in rows.inserts:
-            x[first : first + len(part)] = part
+        put(x, rows.inserts)
         tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
         self._layers(x, self._context(rows, taps, tapped), self.kv)
         wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.backends.torch import kernels
-from smart_decoding.backends.torch.decoder import Decoder, rotary_table, use_native
+from smart_decoding.backends.torch.decoder import Decoder, put, rotary_table, use_native
 from smart_decoding.backends.torch.head_files import HeadFiles
 from smart_decoding.backends.torch.kernels import Arena, packed_rows
 from smart_decoding.backends.torch.layers import (
@@ -68,6 +68,7 @@ class EagleHead:
             qkv_bias=torch.cat([get(f"midlayer.self_attn.{n}_proj.bias") for n in "qkv"]) if c.qkv_bias else None,
             output_bias=get("midlayer.self_attn.o_proj.bias") if c.o_bias else None,
         )
+        self.sees = files.sees
         self._fused, self._norm_before_residual = files.fused, files.norm_before_residual
         self._normed_taps = "fc_norm.0.weight" in weights
         fc = _fc_with_norms(weights, self._tap_count) if self._normed_taps else weights["fc.weight"]
@@ -107,8 +108,10 @@ class EagleHead:
     def run(self, rows: Rows, g: Tensor) -> Tensor:
         """One pass over pairs (g [rows, hidden], rows.token): the outputs [rows, hidden], fed back as g."""
         embedded = self._embed(torch.from_numpy(rows.token).to(self._target.device))
+        put(embedded, rows.inserts)
         if self._fused:
             x = self._fc(torch.cat((embedded, g), dim=-1))
+            put(x, rows.inserts)  # MSD: of a visual position the layer reads the embedding alone
             inputs = x.clone()
         else:
             x = self._norm(g, self._hidden_norm) if self._norm_before_residual else g.clone()

@@ -23,6 +23,7 @@ from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.errors import DownloadError, ModelError
 
 ARCHITECTURE = "SmartEagle3Head"
+VISUAL_POSITIONS = ("dropped", "decoupled")  # what a head reads of pictures: nothing, or their embeddings
 _ATTENTION = "midlayer.self_attn."
 _IGNORED = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")  # what they say is known already
 _UNSUPPORTED = {"norm_before_fc": "input_norm", "norm_output": "norm_output"}  # speculators options, and what they add
@@ -36,7 +37,8 @@ class HeadFiles:
         `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight`. EAGLE-1/2 has only fc and the layer.
     taps: layers of the target whose outputs the head reads. shape: of the head's one layer.
     fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
-    norm_before_residual: the layer's residual is the normed features, not the features."""
+    norm_before_residual: the layer's residual is the normed features, not the features.
+    sees: it was trained with pictures: `visual_positions` is "decoupled" in its config."""
 
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor]
@@ -44,6 +46,7 @@ class HeadFiles:
     shape: ModelConfig
     fused: bool = False
     norm_before_residual: bool = False
+    sees: bool = False
 
 
 def head_folder(name: str | Path) -> Path:
@@ -84,7 +87,7 @@ def _load_ours(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> 
     fc_norms = {f"fc_norm.{i}.weight": (shape.hidden,) for i in range(len(taps))}
     _check(folder, weights, _layer_shapes(shape, target.hidden, taps) | fc_norms, ("draft_ids",))
     _check_ids(folder, weights.get("draft_ids"), target.vocab)
-    return HeadFiles(config, weights, taps, shape)
+    return HeadFiles(config, weights, taps, shape, sees=_sees(folder, config))
 
 
 def _load_published(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> HeadFiles:
@@ -109,7 +112,15 @@ def _load_published(folder: Path, config: Mapping[str, Any], target: ModelConfig
     _check_embedding(folder, weights, target)
     weights = {name: tensor for name, tensor in weights.items() if name not in ("d2t", *_IGNORED)}
     residual = bool(config.get("norm_before_residual", False))
-    return HeadFiles(config, weights | {"draft_ids": ids}, taps, shape, fused, residual)
+    return HeadFiles(config, weights | {"draft_ids": ids}, taps, shape, fused, residual, _sees(folder, config))
+
+
+def _sees(folder: Path, config: Mapping[str, Any]) -> bool:
+    how = config.get("visual_positions", VISUAL_POSITIONS[0])
+    if how not in VISUAL_POSITIONS:
+        known = ", ".join(VISUAL_POSITIONS)
+        raise ModelError(f"the head in {folder} has visual_positions {how!r}; supported: {known}")
+    return bool(how == VISUAL_POSITIONS[1])
 
 
 def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> ModelConfig:

@@ -23,8 +23,8 @@ class RowsStruct(Structure):
 
     _fields_ = [
         ("rows", c_int32),
-        ("blocks", c_int32),
-        *((name, c_void_p) for name in ("block_group", "block_row", "group_row", "group_pages", "pages", "slot")),
+        ("groups", c_int32),
+        *((name, c_void_p) for name in ("group_row", "group_pages", "pages", "slot")),
         *((name, c_void_p) for name in ("direct", "extra_at", "extra", "position", "cosine", "sine")),
     ]
 
@@ -124,11 +124,6 @@ def unpack(packed: Tensor, k: int, index: Tensor) -> Tensor:
         packed.data_ptr(), k, packed.dtype == torch.bfloat16, index.data_ptr(), len(index), out.data_ptr()
     )
     return out
-
-
-def row_block(heads_per_key: int) -> int:
-    """Rows of one request that attention works on at a time."""
-    return int(_lib().smart_row_block(heads_per_key))
 
 
 def linear(

@@ -142,11 +142,10 @@ class NativeLayers:
         self._keep: list[Tensor | None] = []
         self._structs = (LayerStruct * len(layers))(*(self._struct(w, arena) for w in layers))
         self._workspace = workspace
-        self._row_block = kernels.row_block(layers[0].heads // layers[0].kv_heads)
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         c, scratch = context, self._scratch(len(x))
-        rows = native_rows(c.rows, c.cosine, c.sine, self._row_block)
+        rows = native_rows(c.rows, c.cosine, c.sine)
         both = (cache.keys, cache.values)
         kernels.layers(self._structs, rows.struct, c.inputs, x, both, scratch, self._bf16, c.taps, c.tapped)
 

@@ -22,18 +22,12 @@ class NativeRows:
     keep: tuple[object, ...]
 
 
-def native_rows(rows: Rows, cosine: Tensor, sine: Tensor, row_block: int) -> NativeRows:
-    """The rows as the kernels see them. cosine, sine: tables [positions, head_dim / 2]; row_block: rows of a group that
-    attention works on at a time."""
-    first = rows.group_row[:-1]
-    pieces = -(-(rows.group_row[1:] - first) // row_block)
-    group = np.repeat(np.arange(len(first), dtype=np.int32), pieces)
-    block_row = first[group] + row_block * (np.arange(len(group), dtype=np.int32) - (np.cumsum(pieces) - pieces)[group])
-    arrays = (group, block_row.astype(np.int32), rows.group_row, rows.group_pages, rows.pages, rows.slot)
-    arrays += (rows.direct, rows.extra_at, rows.extra, rows.position)
-    pointers = [array.__array_interface__["data"][0] for array in arrays]
-    struct = RowsStruct(len(rows), len(group), *pointers, cosine.data_ptr(), sine.data_ptr())
-    return NativeRows(struct, (*arrays, cosine, sine))
+def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
+    """The rows as the kernels see them. cosine, sine: tables [positions, head_dim / 2]."""
+    arrays = (rows.group_row, rows.group_pages, rows.pages, rows.slot, rows.direct, rows.extra_at, rows.extra)
+    pointers = [array.__array_interface__["data"][0] for array in (*arrays, rows.position)]
+    struct = RowsStruct(len(rows), len(rows.group_row) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
+    return NativeRows(struct, (*arrays, rows.position, cosine, sine))
 
 
 class GatheredRows:

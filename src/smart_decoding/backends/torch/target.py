@@ -75,7 +75,7 @@ class TorchTarget:
     def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
         return self.sampler.sample(logits, which, specs)
 
-    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: IntArray, k: int) -> list[TokenLogprobs]:
+    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
         return self.sampler.logprobs(logits, which, tokens, k)
 
     def move(self, source: Ints, target: Ints) -> None:

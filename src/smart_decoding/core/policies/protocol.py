@@ -22,6 +22,7 @@ class BatchState:
     catch_up_rows: pairs the model drafter must process before its first level, beyond one per request.
     has_model: whether a drafter with a model (head, draft model) is loaded, and how many levels deep it may go.
     has_free: whether a drafter without model cost (n-gram, recycling) is loaded.
+    pictures: whether the request's prompt has any, or None where none has.
     """
 
     context: IntArray
@@ -32,10 +33,17 @@ class BatchState:
     catch_up_rows: int = 0
     has_model: bool = True
     has_free: bool = False
+    pictures: BoolArray | None = None
 
     @property
     def size(self) -> int:
         return len(self.context)
+
+    @property
+    def kind(self) -> IntArray:
+        """[batch] the kinds of requests that calibration tells apart."""
+        greedy = (self.temperature <= 0).astype(np.int64)
+        return greedy if self.pictures is None else greedy + 2 * self.pictures
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.calibration import Calibration
+from smart_decoding.core.calibration import KINDS, Calibration
 from smart_decoding.core.choice import best_rates, best_size, ranked
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.forecast import Forecast, grow
@@ -26,12 +26,12 @@ from smart_decoding.core.policies.common import (
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.probing import Prober
-from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
 AHEAD = 3  # levels of look-ahead while drafting
-KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
+KEEP_OUTLOOK = 64  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
 CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up, if the answers go on for as long
 MARGIN = 1.03  # what drafting must promise over plain decoding: costs are known to a few per cent, not better
@@ -39,6 +39,7 @@ PROBE_SHARE = 4  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
 PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
 BUSY_ROUNDS, SELDOM = 32, 4  # after the first rounds, slow-moving beliefs are updated every fourth round
+REST = 8  # rounds of plain decoding at most between two times that the policy asks itself whether to draft
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
 FREE_ONLY: Option = (0, 0)
@@ -94,7 +95,7 @@ class _Scratch:
     """What one round's calls share."""
 
     limits: IntArray
-    greedy: BoolArray
+    kind: IntArray
     drafting: int  # requests that may draft
     context: float
     outlook: Outlook | None = None
@@ -163,10 +164,17 @@ class Smart:
         self._rounds = 0
         self._drafting = True
         self._scratch: _Scratch | None = None
+        self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
 
     # --- before drafting ---
 
     def plan(self, batch: BatchState) -> DraftPlan:
+        if self._rest and batch.size == self._rest_size and not batch.prefill_rows:
+            self._rest -= 1
+            self._scratch = None
+            self._foresight *= 1.0 - FADE
+            return OFF
+        self._rest = 0
         scratch = self._scratch = self._open(batch)
         if not scratch.drafting or not (batch.has_model or batch.has_free) or batch.prefill_rows > PREFILL:
             return OFF
@@ -183,6 +191,8 @@ class Smart:
             and self.prober.due(outlook.price(other, believed) + self._catch_up(batch, scratch, other))
         ):
             option, scratch.probe = other, True
+        if option is None and not scratch.probe and self._rounds > BUSY_ROUNDS:
+            self._rest, self._rest_size = min(REST, self.prober.patience), batch.size
         return self._start(batch, scratch, outlook, option)
 
     def outlook(self, batch: BatchState) -> Outlook:
@@ -193,7 +203,7 @@ class Smart:
     def _open(self, batch: BatchState) -> _Scratch:
         limits = depth_limits(batch)
         context = float(batch.context.sum()) / batch.size
-        return _Scratch(limits, batch.temperature <= 0, int(np.count_nonzero(limits > 0)), context)
+        return _Scratch(limits, batch.kind, int(np.count_nonzero(limits > 0)), context)
 
     def _current_outlook(self, batch: BatchState, scratch: _Scratch) -> Outlook:
         """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
@@ -213,14 +223,17 @@ class Smart:
         return (*sizes, batch.has_free, *coarse, self.calibration.changes)
 
     def _max_levels(self, batch: BatchState, scratch: _Scratch) -> int:
-        return min(self.max_levels, int(scratch.limits.max())) if batch.has_model else 0
+        """Levels to look out for, rounded up to a power of two: every answer comes to its end, one token after another,
+        and a new outlook for each would be work for little."""
+        longest = int(scratch.limits.max())
+        return min(self.max_levels, 1 << (longest - 1).bit_length()) if batch.has_model and longest > 0 else 0
 
     def _look_out(self, batch: BatchState, scratch: _Scratch, key: tuple[object, ...]) -> Outlook:
         size, drafting, levels = batch.size, scratch.drafting, self._max_levels(batch, scratch)
         widths: tuple[int, ...] = WIDTHS
         if drafting > SMALL:
             levels, widths = min(levels, FEW_LEVELS), WIDTHS[:2]
-        children = self.forecast.children(float(np.mean(scratch.greedy)))
+        children = self.forecast.children(np.bincount(scratch.kind, minlength=KINDS) / size)
         columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free))
         verify = self._verify(batch, scratch, columns + 1)
         rows = np.arange(1 + max(WIDTHS[-1] * drafting, _first_rows(batch)))
@@ -275,7 +288,8 @@ class Smart:
             return DraftPlan(True, 0, self.children)
         scratch.sunk += float(outlook.levels[outlook.first])
         # How deep to go is decided level by level, by frontier(): the plan only bounds it.
-        return DraftPlan(True, self._max_levels(batch, scratch), self.children, wide * scratch.drafting)
+        deepest = min(self.max_levels, int(scratch.limits.max()))
+        return DraftPlan(True, deepest, self.children, wide * scratch.drafting)
 
     # --- while drafting ---
 
@@ -333,8 +347,13 @@ class Smart:
         return np.sort(nodes.take(order[:size]))
 
     def observe(self, round: Round) -> None:
-        trees, batch, scratch = round.trees, round.batch, self._scratch or self._open(round.batch)
         self._rounds += 1
+        if self._scratch is None and not round.plan.speculate:  # resting
+            self._overhead.observe(False, round.other_seconds)
+            self.prober.ordinary_round(round.verify_seconds)
+            self.statistics.record_plain(round.batch.size, round.verify_seconds)
+            return
+        trees, batch, scratch = round.trees, round.batch, self._scratch or self._open(round.batch)
         seldom = self._rounds > BUSY_ROUNDS and self._rounds % SELDOM != 0
         self._learn_costs(round, scratch, seldom)
         if not batch.prefill_rows:
@@ -343,7 +362,7 @@ class Smart:
         if len(trees):
             self._score(scratch, trees)
             nodes, chosen = round.observed()
-            self.calibration.observe(trees, nodes, chosen, scratch.greedy)
+            self.calibration.observe(trees, nodes, chosen, scratch.kind)
             if round.level_widths and not seldom:
                 self.forecast.observe(trees)
             accepted = int(np.count_nonzero(round.next_token >= 0))
@@ -372,7 +391,7 @@ class Smart:
 
     def _score(self, scratch: _Scratch, trees: DraftTrees) -> None:
         if scratch.scored != len(trees):
-            self.calibration.score(trees, scratch.greedy)
+            self.calibration.score(trees, scratch.kind)
             scratch.scored = len(trees)
 
     def _curve(self, batch: BatchState, scratch: _Scratch, nodes: int) -> FloatArray:

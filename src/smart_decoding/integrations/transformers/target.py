@@ -98,7 +98,7 @@ class HostTarget:
         assert self.host is not None
         return self.host.draw(logits[torch.from_numpy(which).to(logits.device)], specs, self.sampler)
 
-    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: IntArray, k: int) -> list[TokenLogprobs]:
+    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
         return self.sampler.logprobs(logits, which, tokens, k)
 
     def move(self, source: Ints, target: Ints) -> None:

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -237,9 +238,7 @@ __attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, co
 // One layer's KV cache. k: [kv_heads, pages, head_dim, PAGE], so that a page's 16 keys are one vector per dimension;
 // v: [kv_heads, pages, PAGE, head_dim].
 struct Rows {                    // what attention must know of the rows of a forward
-    int32_t rows, blocks;        // blocks: pieces of groups, shared out among the threads
-    const int32_t* block_group;  // [blocks] the group of each block; groups are runs of consecutive rows of one request
-    const int32_t* block_row;    // [blocks] its first row
+    int32_t rows, groups;        // groups: runs of consecutive rows of one request
     const int32_t* group_row;    // [groups + 1] first row of each group
     const int32_t* group_pages;  // [groups] offset of the request's block table in `pages`
     const int32_t* pages;        // block tables, one after another
@@ -252,7 +251,16 @@ struct Rows {                    // what attention must know of the rows of a fo
     const float* sine;
 };
 
-static inline int row_block_of(int per) { return std::max(1, std::min(4, 32 / per)); }  // rows of a block, for heads per KV head
+struct Block { int32_t group, row, count; };  // rows of one group that attention works on at a time
+
+static std::vector<Block> blocks_of(const Rows& in, int heads_per_key) {
+    int size = std::max(1, std::min(4, 32 / heads_per_key));
+    std::vector<Block> blocks;
+    for (int g = 0; g < in.groups; g++)
+        for (int row = in.group_row[g]; row < in.group_row[g + 1]; row += size)
+            blocks.push_back({g, row, std::min(size, in.group_row[g + 1] - row)});
+    return blocks;
+}
 
 template <int HD> struct Query {  // running softmax of one query head
     float q[HD], best, sum;
@@ -450,10 +458,10 @@ struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, max(hidden
 
 // One layer, run by a whole team.
 template <class W, class T, int HD>
-static void layer_run(const Layer& l, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages, const Scratch& s) {
+static void layer_run(const Layer& l, const Rows& in, const std::vector<Block>& blocks, const float* input, float* x, T* kc, T* vc,
+                      int64_t pages, const Scratch& s) {
     int rows = in.rows, heads = l.heads, kv = l.kv_heads, per = heads / kv;
     int64_t d = l.hidden, qkv_width = int64_t(heads + 2 * kv) * HD, attention_width = int64_t(heads) * HD;
-    int row_block = row_block_of(per);
     Input<W> *room = (Input<W>*)s.normed, *attention = (Input<W>*)s.attention, *ffn = (Input<W>*)s.ffn;
     const Input<W>* normed = room;
     if (input) normed = rounded(input, rows, l.input, room);
@@ -467,11 +475,11 @@ static void layer_run(const Layer& l, const Rows& in, const float* input, float*
     for (int r = 0; r < rows; r++)
         rope_and_store<T, HD>(in, r, s.qkv + r * qkv_width, heads, kv, l.q_norm, l.k_norm, l.eps, kc, vc, pages);
     #pragma omp for schedule(dynamic, 1) collapse(2)
-    for (int b = 0; b < in.blocks; b++)
+    for (size_t b = 0; b < blocks.size(); b++)
         for (int h = 0; h < kv; h++) {
-            int g = in.block_group[b], r = in.block_row[b];
-            attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[g], r,
-                                    std::min(row_block, in.group_row[g + 1] - r), per, s.qkv, qkv_width,
+            const Block& block = blocks[b];
+            attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE,
+                                    in.pages + in.group_pages[block.group], block.row, block.count, per, s.qkv, qkv_width,
                                     int64_t(h) * per * HD, attention, attention_width);
         }
     linear_rows(attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
@@ -489,9 +497,10 @@ template <class W, class T, int HD>
 static void layers_run(const Layer* layers, int count, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages,
                        const Scratch& s, const int32_t* taps, int tap_count, float* tapped, int threads) {
     int64_t plane = layers[0].kv_heads * pages * HD * PAGE, d = layers[0].hidden;
+    const std::vector<Block> blocks = blocks_of(in, layers[0].heads / layers[0].kv_heads);
     #pragma omp parallel num_threads(threads)
     for (int i = 0, tap = 0; i < count; i++) {
-        layer_run<W, T, HD>(layers[i], in, i ? nullptr : input, x, kc + i * plane, vc + i * plane, pages, s);
+        layer_run<W, T, HD>(layers[i], in, blocks, i ? nullptr : input, x, kc + i * plane, vc + i * plane, pages, s);
         if (tap == tap_count || taps[tap] != i + 1) continue;
         #pragma omp for schedule(static) nowait
         for (int r = 0; r < in.rows; r++) memcpy(tapped + (int64_t(r) * tap_count + tap) * d, x + r * d, d * sizeof(float));
@@ -639,7 +648,6 @@ extern "C" {
 
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
-int smart_row_block(int heads_per_key) { return row_block_of(heads_per_key); }
 int smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }  // does bf16 mean bf16 inputs of linear layers, too?
 int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
