@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test quality soak env clean
+.PHONY: demo test quality soak pictures env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -21,6 +21,10 @@ quality: env
 # A server under load with faults, for ten minutes (SECONDS_=60 is the short form).
 soak: env
 	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
+
+# Trains smart-pictures-135m anew (hours on two cores; stopped, it goes on where it was).
+pictures: env
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m smart_decoding.training.pictures --output build/pictures
 
 env: .venv/.installed-dev
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.data import TASKS
+from smart_decoding.bench.data import DEFAULT_TASKS, TASKS
 from smart_decoding.core.policies import make_policy
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
@@ -44,7 +44,7 @@ class BenchOptions:
 
     policies: Sequence[str] = (BASELINE, "smart")
     batch_sizes: Sequence[int] = (1, 4)
-    tasks: Sequence[str] = tuple(TASKS)
+    tasks: Sequence[str] = DEFAULT_TASKS
     dtype: str = "bf16"
     temperature: float = 0.0
     limit: int = 40
