@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     llm = LLM(
-        args.model, dtype=args.dtype, speculative_config=True if args.speculative else False, max_num_seqs=32,
+        args.model, dtype=args.dtype, speculative_config=bool(args.speculative), max_num_seqs=32,
         max_model_len=512,
     )  # fmt: skip
     found = {name: measure(llm, args.pictures, *condition) for name, condition in CONDITIONS.items()}

@@ -19,5 +19,5 @@ def main(args: argparse.Namespace) -> None:
         print(f"  {name}@hub   {model.repository}")
         print(f"  {name}@pypi  {model.pinned.requirement}, {model.quantisation}, {here}")
     for name in seeing_names():
-        print(f"{name}: {base_of(VISION_PARTS / name)} with a vision part (a demonstration, trained on generated pictures)")
+        print(f"{name}: {base_of(VISION_PARTS / name)} that sees (a demonstration, trained on generated pictures)")
     print("also: a hub id (owner/name), a folder with config.json and safetensors, or a GGUF file")

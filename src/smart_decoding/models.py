@@ -71,7 +71,9 @@ def resolve(name: str | Path) -> Source:
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
         return _resolve_named(text, NAMED_MODELS[base], origin)
     if text in seeing_names():
-        return Source(text, VISION_PARTS / text, f"parts of {text} that come with this package, trained on generated pictures")
+        return Source(
+            text, VISION_PARTS / text, f"parts of {text} that come with this package, trained on generated pictures"
+        )
     if path.suffix in _PICKLES:
         raise ModelError(f"{text} holds pickled weights, which can run code when loaded; convert it to safetensors")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):

@@ -65,9 +65,7 @@ def _scene(scene: Scene) -> list[list[Said]]:
 def _number(number: Number) -> list[list[Said]]:
     """A group per digit: colour, digit, its place; the others say how many there are."""
     total = COUNT_WORDS[len(number.digits)]
-    digits = [
-        _plain(number.colour, digit, ORDER[i], "digit") for i, digit in enumerate(number.digits)
-    ]
+    digits = [_plain(number.colour, digit, ORDER[i], "digit") for i, digit in enumerate(number.digits)]
     return digits + [_plain("nothing", total, "digits", "number")] * (GROUPS - len(digits))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.pictures.facts import MAX_HEIGHT, Bar, Chart, Number, Picture, Scene
+from smart_decoding.pictures.facts import COLOURS, MAX_HEIGHT, Bar, Chart, Number, Picture, Scene
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -118,6 +118,4 @@ _SHAPES: dict[str, Callable[..., None]] = {
 def example_chart() -> Chart:
     """The chart of the README's command."""
     colours = {"blue": 4, "red": 8, "green": 6, "orange": 3}
-    from smart_decoding.pictures.facts import COLOURS
-
     return Chart(tuple(Bar(name, height, COLOURS[name]) for name, height in colours.items()), (255, 255, 255), 0.7)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smart_decoding.pictures.facts import COLOURS, COUNT_WORDS, ROWS, SHAPES, Chart, Number, Picture, Scene, Thing
+from smart_decoding.pictures.facts import COLOURS, COUNT_WORDS, SHAPES, Chart, Number, Picture, Scene, Thing
 
 TRAIN, HELD_OUT = 0, 1  # wordings
 
@@ -235,7 +235,9 @@ def _ask_number(ask: _Asker, number: Number) -> None:
     ask("number", f"The number is {digits}.", [digits])
     ask("number colour", f"The number is {colour}.", [colour])
     ask("digits", _count_sentence(len(digits), "digit", "It has"), [COUNT_WORDS[len(digits)]])
-    places = [f"the {place} digit is {digit}" for place, digit in zip(("first", "second", "third"), digits, strict=False)]
+    places = [
+        f"the {place} digit is {digit}" for place, digit in zip(("first", "second", "third"), digits, strict=False)
+    ]
     sentence = f"The picture shows the number {digits}, which is drawn in {colour} on a light background."
     counted = _count_sentence(len(digits), "digit", "The number has")
     ask("description", f"{sentence} {counted[:-1]}: {_joined(places)}.", [digits, colour, *places])
@@ -253,7 +255,9 @@ def _ask_chart(ask: _Asker, chart: Chart, rng: np.random.Generator) -> None:
     first, second = rng.choice(len(bars), 2, replace=False).tolist()
     a, b = bars[first], bars[second]
     true = a.height > b.height
-    answer = f"{'Yes' if true else 'No'}, the {a.colour} bar is {'taller' if true else 'shorter'} than the {b.colour} one."
+    answer = (
+        f"{'Yes' if true else 'No'}, the {a.colour} bar is {'taller' if true else 'shorter'} than the {b.colour} one."
+    )
     ask("taller", answer, ["yes" if true else "no"], colour=a.colour, other=b.colour)
     items = [f"a {bar.colour} bar with a height of {bar.height}" for bar in bars]
     sentence = f"The picture shows a chart with {_count_sentence(len(bars), 'bar', '')[1:]} From left to right there is"

@@ -141,10 +141,12 @@ def test_a_caption_has_36_known_words_and_tells_pictures_apart() -> None:
     assert {len(said) for said in captions} == {36}
     said = set(chain.from_iterable(chain.from_iterable(captions))) - {None}
     assert said <= {*VOCABULARY}
-    facts_of = {c: p for c, p in zip(captions, pictures, strict=True)}
+    facts_of = dict(zip(captions, pictures, strict=True))
     for kind in (Number, Chart):
         same = [p for p in pictures if isinstance(p, kind) and facts_of[tuple(caption(p))] != p]
-        assert all(asked(p)["description"].answer == asked(facts_of[tuple(caption(p))])["description"].answer for p in same)
+        assert all(
+            asked(p)["description"].answer == asked(facts_of[tuple(caption(p))])["description"].answer for p in same
+        )
 
 
 def test_patches_are_labelled_with_what_they_show() -> None:

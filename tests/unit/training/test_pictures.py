@@ -1,4 +1,4 @@
-"""Training on pictures: rows whose questions do not see one another, low-rank changes, checkpoints, the assembled model."""
+"""Training on pictures: questions that do not see one another, low-rank changes, checkpoints, the assembled model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from smart_decoding.pictures.questions import TRAIN, Question
 from smart_decoding.training.pictures.lora import SCALE, LowRank
 from smart_decoding.training.pictures.packing import Prompt, batch_of, fill, pack
 from smart_decoding.training.pictures.schedule import Stage
+
+from .tiny_text import save_tiny_text
 
 PROMPT = Prompt((1, 2, 3), (7, 8), 9)
 
@@ -110,7 +112,6 @@ def test_the_assembled_folder_is_the_model_that_was_trained(tmp_path: Path, monk
     from smart_decoding.tokenizer import Tokenizer
     from smart_decoding.training.pictures.model import IMAGE_ID, build, export, prompt_of
     from smart_decoding.training.pictures.tower import features, pixels
-    from tests.unit.training.tiny_text import save_tiny_text
 
     monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
     checkpoint = load_checkpoint(save_tiny_text(tmp_path / "base"))

@@ -1,5 +1,6 @@
-"""A vision-language model put together from a text model's weights and a folder of parts: tower, projector, and low-rank
-changes of the text model's linear layers. The result is a LLaVA folder in the cache, which transformers can read, too.
+"""A vision-language model put together from a text model's weights and a folder of parts: tower, projector, and
+low-rank changes of the text model's linear layers. The result is a LLaVA folder in the cache, which transformers can
+read, too.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from smart_decoding.training.pictures.model import BASE, IMAGE_ID, WIDTH, build,
 from smart_decoding.training.pictures.schedule import Stage, Workers
 from smart_decoding.training.pictures.tower import CaptionLoss, Namer, NamingLoss, word_embeddings
 
-
 RATES = {"tower": 1e-3, "projector": 1.5e-3, "namer": 1e-3}
 LATE_RATES = {"tower": 4e-4, "projector": 6e-4, "namer": 4e-4, "decoder": 1.5e-3}
 
@@ -62,9 +61,13 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m smart_decoding.training.pictures", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and, at the end, of the parts")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of checkpoints and, at the end, of the parts"
+    )
     parser.add_argument("--naming-steps", type=int, default=1000, help="first stage: the tower names what patches show")
-    parser.add_argument("--caption-steps", type=int, default=1000, help="second stage: tower and projector say captions")
+    parser.add_argument(
+        "--caption-steps", type=int, default=1000, help="second stage: tower and projector say captions"
+    )
     parser.add_argument("--steps", type=int, default=800, help="last stage: the language model answers questions")
     parser.add_argument("--pictures", type=int, default=64, help="pictures of a step of the first stages, per process")
     parser.add_argument("--rows", type=int, default=2, help="pictures of a step of the last stage, per process")

@@ -26,7 +26,14 @@ class AnsweringLoss:
     It is over the tokens of the step's answers and CANDIDATES others, drawn anew for each step."""
 
     def __init__(
-        self, llava: Any, prompt: Prompt, encode: Encode, image_token: int, captions: CaptionLoss, rows: int, taught: int
+        self,
+        llava: Any,
+        prompt: Prompt,
+        encode: Encode,
+        image_token: int,
+        captions: CaptionLoss,
+        rows: int,
+        taught: int,
     ) -> None:
         """taught: the index from which on no true caption is shown any more."""
         self._model, self._prompt, self._encode, self._image = llava, prompt, encode, image_token

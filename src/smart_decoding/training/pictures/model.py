@@ -26,8 +26,8 @@ WIDTH, LAYERS, HEADS = 192, 6, 3  # of the tower
 
 
 def build(checkpoint: Checkpoint) -> Any:
-    """transformers' LlavaForConditionalGeneration: a new tower and projector in float32, and the base in bfloat16, frozen
-    but for low-rank changes."""
+    """transformers' LlavaForConditionalGeneration: a new tower and projector in float32, and the base in bfloat16,
+    frozen but for low-rank changes."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = LlamaConfig(**checkpoint.config.to_hf())

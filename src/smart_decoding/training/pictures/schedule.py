@@ -1,5 +1,6 @@
-"""What both stages of the training share: a rate by step, checkpoints that it goes on from, and several processes that
-each take a part of every step (`torchrun`): on a busy machine they lose less time than threads that wait for one another.
+"""What the stages of the training share: a rate by step, checkpoints that it goes on from, and several processes that
+each take a part of every step (`torchrun`): on a busy machine they lose less time than threads that wait for one
+another.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import distributed, nn
 
 from smart_decoding.files import whole
 from smart_decoding.training.interrupt import DeferredInterrupt
-
 
 
 class Workers:

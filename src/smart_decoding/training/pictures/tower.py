@@ -72,8 +72,8 @@ class NamingLoss:
 
 
 class CaptionLoss:
-    """What the projected patches say, against the caption: the distance to the words' embeddings, and cross-entropy over
-    the words by that distance; the facts at every patch, too."""
+    """What the projected patches say, against the caption: the distance to the words' embeddings, and cross-entropy
+    over the words by that distance; the facts at every patch, too."""
 
     def __init__(self, tower: nn.Module, projector: nn.Module, namer: Namer, words: Tensor, batch: int) -> None:
         self.tower, self.projector, self.namer, self.words, self.batch = tower, projector, namer, words, batch
