@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-heads test-transformers quality soak env clean
+.PHONY: demo test test-heads test-transformers quality soak pictures env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -30,6 +30,10 @@ quality: env
 # Ten minutes of load with faults on a server, and ten without speculation; SECONDS_=30 is the short form (2 minutes).
 soak: env
 	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
+
+# Trains smart-pictures-135m anew (hours on two cores; stopped, it goes on where it was).
+pictures: env
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m smart_decoding.training.pictures --output build/pictures
 
 env: .venv/.installed-dev
 

@@ -29,6 +29,7 @@ from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.protocols import Drafter
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.models import VISION_PARTS, base_of, seeing_names
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import measure
 from smart_decoding.tokenizer import Tokenizer
@@ -58,6 +59,8 @@ class Speculation:
 def shipped_head(model: str) -> Path | None:
     """The folder of the head that comes with this package for a built-in model, if there is one."""
     name = model.partition("@")[0]
+    if name in seeing_names() and not (HEADS / name).is_dir():
+        name = base_of(VISION_PARTS / name).partition("@")[0]  # its base's head, which knows text only
     folder = HEADS / name
     is_name = Path(name).name == name  # a path of its own would lead out of HEADS
     return folder if is_name and (folder / "model.safetensors").is_file() else None
@@ -102,8 +105,8 @@ def build_speculation(
     max_num_seqs: int,
     trust_pickle: bool = False,
 ) -> Speculation:
-    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for unknown options, ModelError
-    for a head that does not fit."""
+    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for unknown options,
+    ModelError for a head that does not fit."""
     if asked.method == "none":
         return Speculation(make_policy("off"), None)
     default_head = shipped_head(checkpoint.provenance["model"])

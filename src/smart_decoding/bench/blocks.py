@@ -16,18 +16,20 @@ from dataclasses import dataclass, field
 
 from smart_decoding.bench.reliability import Reliability
 from smart_decoding.engine.engine import Engine, RoundRecord
+from smart_decoding.engine.media import Media
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt of a task. index: its place among all prompts of the run."""
+    """A prompt of a task. index: its place among all prompts of the run; media: its pictures, if it has any."""
 
     index: int
     task: str
     tokens: Sequence[int]
     params: SamplingParams
+    media: Media | None = None
 
 
 @dataclass(slots=True)
@@ -114,7 +116,7 @@ def run_block(
         while len(measured) < len(prompts) or not all(r.finished for r in measured.values()):
             while len(running) < batch_size:
                 prompt = next(queue)
-                (request,) = engine.add_request(f"bench-{next(names)}", prompt.tokens, prompt.params)
+                (request,) = engine.add_request(f"bench-{next(names)}", prompt.tokens, prompt.params, prompt.media)
                 running.append(request)
                 if len(measured) < len(prompts):
                     measured[prompt.index] = request

@@ -11,6 +11,7 @@ import gzip
 import json
 from collections.abc import Callable
 from importlib import resources
+from typing import Any
 
 from smart_decoding.bench.suites import edits, long_contexts
 from smart_decoding.downloads import PinnedFile, fetch_pinned
@@ -32,8 +33,8 @@ GSM8K = PinnedFile(
 )
 
 
-def load_task(task: str, limit: int | None = None) -> list[str]:
-    """The first `limit` user messages of a task (all by default), fetched if need be.
+def load_task(task: str, limit: int | None = None) -> list[Any]:
+    """The first `limit` user messages of a task (all by default), fetched if need be: texts, or content parts.
 
     Raises ConfigError for an unknown task or a limit below 1, DownloadError if the data cannot be had."""
     if task not in TASKS:
@@ -80,11 +81,19 @@ def _gsm8k() -> list[dict[str, str]]:
     return _rows(fetch_pinned(GSM8K).read_text(encoding="utf-8"))
 
 
+def _pictures() -> list[list[dict[str, Any]]]:
+    """60 requests to describe generated pictures, for models that see."""
+    from smart_decoding.bench.pictures import picture_prompts  # needs the extra `vision`
+
+    return picture_prompts()
+
+
 def _rows(lines: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines.splitlines() if line.strip()]
 
 
-TASKS: dict[str, Callable[[], list[str]]] = {
+TASKS: dict[str, Callable[[], list[Any]]] = {
     "code": _code, "maths": _maths, "general": _general, "long": _long, "edit": _edit,
+    "pictures": _pictures,
 }  # fmt: skip
 DEFAULT_TASKS = ("code", "maths", "general")

@@ -129,7 +129,7 @@ def serve(
             now = clock() - started
             while coming and coming[0][1][0] <= now:
                 number, (at, prompt) = coming.popleft()
-                (request,) = engine.add_request(f"load-{number}", prompt.tokens, prompt.params)
+                (request,) = engine.add_request(f"load-{number}", prompt.tokens, prompt.params, prompt.media)
                 taken.append((at, prompt, request))
             if not engine.has_unfinished_requests:
                 sleep(coming[0][1][0] - now)

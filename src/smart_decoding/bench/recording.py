@@ -173,7 +173,7 @@ def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Drawn]:
     requests: list[Request] = []
     try:
         for prompt in prompts:
-            requests += engine.add_request(f"record-{prompt.index}", prompt.tokens, prompt.params)
+            requests += engine.add_request(f"record-{prompt.index}", prompt.tokens, prompt.params, prompt.media)
         while engine.has_unfinished_requests:
             engine.step()
             if engine.last_round is not None:

@@ -292,7 +292,7 @@ class _Tuner:
             self.sweep = Sweep(recording, eos=self.llm.target.eos_token_ids)
         return best_likelihood(self.sweep, cost, batch_size, options.tune_likelihood)
 
-    def _other_texts(self) -> dict[str, list[str]]:
+    def _other_texts(self) -> dict[str, list[Any]]:
         """Prompts after those that are measured. Raises ConfigError if a task has no others."""
         options = self.options
         count, used = prompts_needed(options), options.skip + options.limit
@@ -315,14 +315,14 @@ def load(options: BenchOptions) -> LLM:
     )  # fmt: skip
 
 
-def encode(llm: LLM, texts: Mapping[str, Sequence[str]], options: BenchOptions) -> dict[str, list[Prompt]]:
+def encode(llm: LLM, texts: Mapping[str, Sequence[Any]], options: BenchOptions) -> dict[str, list[Prompt]]:
     prompts: dict[str, list[Prompt]] = {}
     count = 0
     for task, of_task in texts.items():
         prompts[task] = []
         for text in of_task:
-            tokens = llm.tokenizer.encode_chat([{"role": "user", "content": text}])
-            prompts[task].append(Prompt(count, task, tokens, options.sampling(count)))
+            ready = llm.chat_prompt([{"role": "user", "content": text}])
+            prompts[task].append(Prompt(count, task, ready.tokens, options.sampling(count), ready.media))
             count += 1
     return prompts
 
@@ -331,7 +331,7 @@ def _warm_up(engine: Engine, prompts: Mapping[str, Sequence[Prompt]], batch_size
     """A few rounds at this batch size, so that no block pays for first calls."""
     first = next(iter(prompts.values()))[0]
     short = [Prompt(i, first.task, first.tokens, SamplingParams(temperature=first.params.temperature,
-             max_tokens=WARM_UP_TOKENS, seed=i)) for i in range(batch_size)]  # fmt: skip
+             max_tokens=WARM_UP_TOKENS, seed=i), first.media) for i in range(batch_size)]  # fmt: skip
     run_block(engine, short, short, batch_size)
 
 

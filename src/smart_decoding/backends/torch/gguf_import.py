@@ -58,7 +58,7 @@ def converted_folder(source: Source) -> Path:
 
     Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no room."""
     target = cache_dir() / "converted" / _key(source)
-    if not _is_whole(target):
+    if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
         _convert(source, target)
     return target
@@ -73,7 +73,7 @@ def _key(source: Source) -> str:
     return f"v{_VERSION}-{hashlib.sha256(seen.encode()).hexdigest()[:16]}"
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / _RECORD).read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -96,15 +96,15 @@ def _convert(source: Source, target: Path) -> None:
         (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
         sizes = {path.name: path.stat().st_size for path in part.iterdir()}
         (part / _RECORD).write_text(json.dumps({**record, "files": sizes}, indent=1))
-        _move_into_place(part, target)
+        move_into_place(part, target)
 
 
-def _move_into_place(part: Path, target: Path) -> None:
+def move_into_place(part: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     try:
         os.rename(part, target)
     except OSError as error:
-        if not _is_whole(target):  # else another process was faster
+        if not is_whole(target):  # else another process was faster
             raise DownloadError(f"cannot write {target}: {error.strerror}") from error
 
 

@@ -20,7 +20,7 @@ from smart_decoding.backends.torch import vision
 from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.vision import RenamedWeights, VisionFiles
 from smart_decoding.errors import ModelError
-from smart_decoding.models import Source, resolve
+from smart_decoding.models import PARTS, Source, base_of, resolve
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("BF16", "F16", "F32")
@@ -70,6 +70,10 @@ def _provenance(source: Source, dtype: str) -> dict[str, str]:
 
 
 def _folder_of(source: Source) -> Path:
+    if (source.path / PARTS).is_file():
+        from smart_decoding.backends.torch.assembly import assembled_folder
+
+        return assembled_folder(source.path, _folder_of(resolve(base_of(source.path))))
     if source.path.is_dir():
         return source.path
     from smart_decoding.backends.torch.gguf_import import converted_folder  # GGUF files only

@@ -1,0 +1,26 @@
+"""The benchmark's task for models that see: long answers about generated pictures that were not trained on, asked for
+in wordings that were not trained on, either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from smart_decoding.pictures.draw import draw
+from smart_decoding.pictures.facts import Picture, random_chart, random_scene
+from smart_decoding.pictures.questions import HELD_OUT, LONG_KINDS, questions
+
+SEEDS, COUNT = 99, 60  # training's seeds are 0 and 1
+
+
+def picture_prompts() -> list[list[dict[str, Any]]]:
+    """60 user messages as content parts. The true answers have 40 tokens or more."""
+    prompts = []
+    for i in range(COUNT):
+        rng = np.random.default_rng((SEEDS, i))
+        picture: Picture = random_chart(rng, 4 + i // 2 % 2) if i % 2 else random_scene(rng, 5 + i // 2 % 2)
+        asked = {question.kind: question.prompt for question in questions(picture, rng, HELD_OUT)}
+        text = asked[LONG_KINDS[i // 4 % 2]]
+        prompts.append([{"type": "image_pil", "image_pil": draw(picture)}, {"type": "text", "text": text}])
+    return prompts

@@ -1,0 +1,283 @@
+"""Questions about a generated picture with the answers that a picture's facts give, and who is right.
+
+Each kind of question has wordings to train on and others that are kept for measurements.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smart_decoding.pictures.facts import COLOURS, COUNT_WORDS, SHAPES, Chart, Number, Picture, Scene, Thing
+
+TRAIN, HELD_OUT = 0, 1  # wordings
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """`answer` is what is trained on; an answer is right if it holds all the `keys` as words."""
+
+    kind: str
+    prompt: str
+    answer: str
+    keys: tuple[str, ...]
+
+    def is_right(self, text: str) -> bool:
+        return all(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", text, re.IGNORECASE) for key in self.keys)
+
+
+WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "colour": (
+        ("What colour is the {shape}?", "What color is the {shape}?", "Which colour does the {shape} have?"),
+        ("Tell me the colour of the {shape}.",),
+    ),
+    "shape": (
+        ("What shape is {colour}?", "Which shape is the {colour} one?", "What is the {colour} thing?"),
+        ("Name the shape that is {colour}.",),
+    ),
+    "position": (
+        ("Where is the {thing}?", "In which place is the {thing}?", "Where in the picture is the {thing}?"),
+        ("Tell me where the {thing} is.",),
+    ),
+    "cell": (
+        ("What is at the {place}?", "Which shape is at the {place}?", "What can be seen at the {place}?"),
+        ("Tell me what is at the {place}.",),
+    ),
+    "count": (
+        ("How many {things} are there?", "How many {things} do you see?", "Count the {things}."),
+        ("What is the number of {things} in the picture?",),
+    ),
+    "exists": (
+        ("Is there a {thing}?", "Does the picture show a {thing}?", "Do you see a {thing}?"),
+        ("Can a {thing} be seen?",),
+    ),
+    "relation": (
+        ("Is the {thing} {side} the {other}?", "Does the {thing} lie {side} the {other}?"),
+        ("Would you say that the {thing} is {side} the {other}?",),
+    ),
+    "number": (
+        ("What number is this?", "Which number is shown?", "Read the number.", "What number do you see?"),
+        ("Tell me the number in the picture.",),
+    ),
+    "number colour": (
+        ("What colour is the number?", "What color is the number?", "Which colour do the digits have?"),
+        ("Tell me the colour of the number.",),
+    ),
+    "digits": (
+        ("How many digits does the number have?", "How many digits are there?", "Count the digits."),
+        ("What is the number of digits?",),
+    ),
+    "tallest": (
+        ("What is the tallest bar?", "Which bar is the tallest?", "Which colour has the tallest bar?"),
+        ("Name the bar that is taller than all others.", "Which bar is the highest?"),
+    ),
+    "shortest": (
+        ("What is the shortest bar?", "Which bar is the shortest?", "Which colour has the shortest bar?"),
+        ("Name the bar that is shorter than all others.", "Which bar is the lowest?"),
+    ),
+    "bars": (
+        ("How many bars are there?", "How many bars does the chart have?", "Count the bars."),
+        ("What is the number of bars?",),
+    ),
+    "height": (
+        ("How tall is the {colour} bar?", "What is the height of the {colour} bar?", "How high is the {colour} bar?"),
+        ("Tell me the value of the {colour} bar.",),
+    ),
+    "taller": (
+        ("Is the {colour} bar taller than the {other} one?", "Is the {colour} bar taller than the {other} bar?"),
+        ("Does the {colour} bar rise above the {other} one?",),
+    ),
+    "description": (
+        (
+            "Describe the picture.",
+            "Describe this image in detail.",
+            "What do you see in the picture?",
+            "What does the picture show?",
+            "Please describe what is shown here.",
+            "Write a description of this picture.",
+        ),
+        (
+            "Give a full account of this image.",
+            "Tell me everything that you can see here.",
+            "Explain this picture to somebody who cannot see it.",
+            "Report what is in the image, with all details.",
+        ),
+    ),
+    "list": (
+        (
+            "List what is in the picture, one item per line.",
+            "Make a list of what the picture shows.",
+            "List everything in this image.",
+        ),
+        ("Give me a list of all that is to be seen in this picture.", "Put what the image shows into a list."),
+    ),
+}
+KINDS = tuple(WORDINGS)
+LONG_KINDS = ("description", "list")  # their answers take 40 tokens and more on pictures that hold enough
+
+
+def questions(picture: Picture, rng: np.random.Generator, wordings: int = TRAIN) -> list[Question]:
+    """One question of every kind that suits the picture, in random order; the wordings are TRAIN or HELD_OUT."""
+    ask = _Asker(rng, wordings)
+    if isinstance(picture, Scene):
+        _ask_scene(ask, picture, rng)
+    elif isinstance(picture, Number):
+        _ask_number(ask, picture)
+    else:
+        _ask_chart(ask, picture, rng)
+    return [ask.found[i] for i in rng.permutation(len(ask.found))]
+
+
+class _Asker:
+    def __init__(self, rng: np.random.Generator, wordings: int) -> None:
+        self._rng, self._wordings = rng, wordings
+        self.found: list[Question] = []
+
+    def __call__(self, kind: str, answer: str, keys: Sequence[str], **parts: str) -> None:
+        wording = str(self._rng.choice(WORDINGS[kind][self._wordings]))
+        self.found.append(Question(kind, wording.format(**parts), answer, tuple(keys)))
+
+
+def _ask_scene(ask: _Asker, scene: Scene, rng: np.random.Generator) -> None:
+    things = scene.things
+    names = Counter(thing.name for thing in things)
+    shapes, colours = Counter(thing.shape for thing in things), Counter(thing.colour for thing in things)
+    unique = [thing for thing in things if names[thing.name] == 1]
+    if lone := [thing for thing in things if shapes[thing.shape] == 1]:
+        thing = _pick(rng, lone)
+        ask("colour", f"The {thing.shape} is {thing.colour}.", [thing.colour], shape=thing.shape)
+    if lone := [thing for thing in things if colours[thing.colour] == 1]:
+        thing = _pick(rng, lone)
+        ask("shape", f"The {thing.colour} shape is a {thing.shape}.", [thing.shape], colour=thing.colour)
+    if unique:
+        thing = _pick(rng, unique)
+        ask("position", f"The {thing.name} is at the {thing.place}.", [thing.place], thing=thing.name)
+    _ask_cell(ask, scene, rng)
+    for what in _countable(rng, shapes, colours):
+        count = {**shapes, **colours, "shapes": len(things)}.get(what, 0)
+        _ask_count(ask, what, count)
+    _ask_exists(ask, scene, rng)
+    if len(unique) > 1:
+        _ask_relation(ask, unique, rng)
+    sentence = _count_sentence(len(things), "shape", "The picture shows")
+    items = [f"a {thing.name} at the {thing.place}" for thing in things]
+    ask("description", f"{sentence} There is {_joined(items)}.", _description_keys(scene))
+    lines = [f"{i}. {thing.colour.capitalize()} {thing.shape}, {thing.place}" for i, thing in enumerate(things, 1)]
+    ask("list", "\n".join([sentence, *lines]), [sentence[:-1], *(line for line in lines)])
+
+
+def _description_keys(scene: Scene) -> list[str]:
+    return [COUNT_WORDS[len(scene.things)], *(f"{thing.name} at the {thing.place}" for thing in scene.things)]
+
+
+def _ask_cell(ask: _Asker, scene: Scene, rng: np.random.Generator) -> None:
+    taken = {thing.cell: thing for thing in scene.things}
+    if rng.random() < 0.15:
+        cell = int(rng.choice([cell for cell in range(9) if cell not in taken]))
+        place = Thing("", "", cell, (0, 0, 0), (0, 0), 0).place
+        ask("cell", f"Nothing is at the {place}.", ["nothing"], place=place)
+        return
+    thing = _pick(rng, list(scene.things))
+    ask("cell", f"A {thing.name} is at the {thing.place}.", [thing.name], place=thing.place)
+
+
+def _countable(rng: np.random.Generator, shapes: Counter[str], colours: Counter[str]) -> list[str]:
+    """What to count: mostly what is there, and most often what is there more than once."""
+    there = [*shapes, *colours]
+    weights = np.array([{**shapes, **colours}[name] for name in there], float)
+    if rng.random() < 0.15:
+        return [str(rng.choice([*SHAPES, *COLOURS]))]
+    return ["shapes"] if rng.random() < 0.3 else [str(rng.choice(there, p=weights / weights.sum()))]
+
+
+def _ask_count(ask: _Asker, what: str, count: int) -> None:
+    noun = what.removesuffix("s") if what in ("shapes", "cross") else what
+    noun = "cross" if what == "cross" else f"{what} shape" if what in COLOURS else noun
+    answer = _count_sentence(count, noun, "There are" if count != 1 else "There is")
+    ask("count", answer, [COUNT_WORDS[count]], things=_plural(noun))
+
+
+def _ask_exists(ask: _Asker, scene: Scene, rng: np.random.Generator) -> None:
+    names = {thing.name for thing in scene.things}
+    if rng.random() < 0.5:
+        name = str(rng.choice(sorted(names)))
+        ask("exists", f"Yes, there is a {name}.", ["yes"], thing=name)
+        return
+    near = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    if rng.random() < 0.5:  # right colour or right shape
+        thing = _pick(rng, list(scene.things))
+        near = [name for name in near if thing.colour in name or thing.shape in name]
+    name = str(rng.choice([name for name in near if name not in names]))
+    ask("exists", f"No, there is no {name}.", ["no"], thing=name)
+
+
+def _ask_relation(ask: _Asker, unique: list[Thing], rng: np.random.Generator) -> None:
+    first, second = rng.choice(len(unique), 2, replace=False).tolist()
+    a, b = unique[first], unique[second]
+    across, down = b.cell % 3 - a.cell % 3, b.cell // 3 - a.cell // 3
+    choices = []
+    if across:
+        choices += [("left of", across > 0), ("right of", across < 0)]
+    if down:
+        choices += [("above", down > 0), ("below", down < 0)]
+    side, true = choices[int(rng.integers(len(choices)))]
+    word = {"left of": "to the left of", "right of": "to the right of"}.get(side, side)
+    answer = f"{'Yes' if true else 'No'}, the {a.name} is {'' if true else 'not '}{word} the {b.name}."
+    ask("relation", answer, ["yes" if true else "no"], thing=a.name, side=word, other=b.name)
+
+
+def _ask_number(ask: _Asker, number: Number) -> None:
+    digits, colour = number.digits, number.colour
+    ask("number", f"The number is {digits}.", [digits])
+    ask("number colour", f"The number is {colour}.", [colour])
+    ask("digits", _count_sentence(len(digits), "digit", "It has"), [COUNT_WORDS[len(digits)]])
+    places = [
+        f"the {place} digit is {digit}" for place, digit in zip(("first", "second", "third"), digits, strict=False)
+    ]
+    sentence = f"The picture shows the number {digits}, which is drawn in {colour} on a light background."
+    counted = _count_sentence(len(digits), "digit", "The number has")
+    ask("description", f"{sentence} {counted[:-1]}: {_joined(places)}.", [digits, colour, *places])
+    lines = [f"{i}. {colour.capitalize()} {digit}" for i, digit in enumerate(digits, 1)]
+    ask("list", "\n".join([_count_sentence(len(digits), "digit", "The picture shows"), *lines]), lines)
+
+
+def _ask_chart(ask: _Asker, chart: Chart, rng: np.random.Generator) -> None:
+    bars, tall, short = chart.bars, chart.tallest.colour, chart.shortest.colour
+    ask("tallest", f"The tallest bar is the {tall} one.", [tall])
+    ask("shortest", f"The shortest bar is the {short} one.", [short])
+    ask("bars", _count_sentence(len(bars), "bar", "There are"), [COUNT_WORDS[len(bars)]])
+    bar = bars[int(rng.integers(len(bars)))]
+    ask("height", f"The {bar.colour} bar has a height of {bar.height}.", [str(bar.height)], colour=bar.colour)
+    first, second = rng.choice(len(bars), 2, replace=False).tolist()
+    a, b = bars[first], bars[second]
+    true = a.height > b.height
+    answer = (
+        f"{'Yes' if true else 'No'}, the {a.colour} bar is {'taller' if true else 'shorter'} than the {b.colour} one."
+    )
+    ask("taller", answer, ["yes" if true else "no"], colour=a.colour, other=b.colour)
+    items = [f"a {bar.colour} bar with a height of {bar.height}" for bar in bars]
+    sentence = f"The picture shows a chart with {_count_sentence(len(bars), 'bar', '')[1:]} From left to right there is"
+    ends = f"The tallest bar is the {tall} one and the shortest bar is the {short} one."
+    ask("description", f"{sentence} {_joined(items)}. {ends}", [COUNT_WORDS[len(bars)], *items, ends[:-1]])
+    lines = [f"{i}. {bar.colour.capitalize()} bar, {bar.height}" for i, bar in enumerate(bars, 1)]
+    ask("list", "\n".join([_count_sentence(len(bars), "bar", "The picture shows"), *lines]), lines)
+
+
+def _pick(rng: np.random.Generator, things: list[Thing]) -> Thing:
+    return things[int(rng.integers(len(things)))]
+
+
+def _plural(noun: str) -> str:
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def _count_sentence(count: int, noun: str, start: str) -> str:
+    return f"{start} {COUNT_WORDS[count]} {noun if count == 1 else _plural(noun)}."
+
+
+def _joined(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

