@@ -1,0 +1,160 @@
+"""vLLM with SMART's scheduler against stock vLLM, plain and with speculation: run it with the Python of an environment
+that has vLLM (and this package on PYTHONPATH).
+
+    python benchmarks/vllm_smart.py MODEL_FOLDER [--method ngram] [--draft FOLDER] [--batches 1,2,4,8,16] [--json FILE]
+
+The engines live in processes of their own and take turns on the same prompts, block by block, so that ratios are between
+neighbours in time. Prints tokens per second (prefill included), ratios with 95 % intervals, and what SMART did."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections import Counter
+from importlib import resources
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+ARMS = ("plain", "spec", "smart")
+
+
+def main() -> None:
+    args = arguments()
+    context = multiprocessing.get_context("spawn")
+    engines = {arm: Arm(context, args, arm) for arm in ARMS}
+    batches = [int(b) for b in args.batches.split(",")]
+    prompts = load_prompts()
+    rates: dict[int, dict[str, list[float]]] = {b: {arm: [] for arm in ARMS} for b in batches}
+    same, answers = dict.fromkeys(batches, 0), dict.fromkeys(batches, 0)
+    done: dict[int, Counter[str]] = {b: Counter() for b in batches}
+    chooser = random.Random(0)
+    for arm in engines.values():
+        arm.ready()
+        for batch in (2, 4):
+            arm.run(prompts[:batch])
+    start, block = time.perf_counter(), 0
+    while time.perf_counter() - start < args.seconds:
+        batch = batches[block % len(batches)]
+        chosen, order, tokens = chooser.sample(prompts, batch), list(ARMS), {}
+        chooser.shuffle(order)
+        for arm in order:
+            rate, tokens[arm], counted = engines[arm].run(chosen)
+            rates[batch][arm].append(rate)
+            done[batch].update(counted)
+        same[batch] += sum(a == b for a, b in zip(tokens["plain"], tokens["smart"], strict=True))
+        answers[batch] += batch
+        block += 1
+    report = {}
+    for batch in batches:
+        if not rates[batch]["plain"]:
+            continue
+        row: dict[str, Any] = {arm: round(statistics.median(rates[batch][arm]), 1) for arm in ARMS}
+        for arm in ("spec", "smart"):
+            row[f"{arm}_speedup"] = interval(rates[batch][arm], rates[batch]["plain"])
+        row |= {"blocks": len(rates[batch]["plain"]), "same": f"{same[batch]}/{answers[batch]}", **done[batch]}
+        report[batch] = row
+        print(batch, json.dumps(row), flush=True)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"arguments": vars(args), "results": report}, file, indent=1)
+    for arm in engines.values():
+        arm.close()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--method", default="ngram")
+    parser.add_argument("--draft", help="folder of the draft model")
+    parser.add_argument("--tokens", type=int, default=4, help="num_speculative_tokens of both speculating engines")
+    parser.add_argument("--batches", default="1,2,4,8,16")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile: starts sooner, runs slower")
+    parser.add_argument("--seconds", type=float, default=200.0, help="time for all blocks")
+    parser.add_argument("--json")
+    return parser.parse_args()
+
+
+class Arm:
+    """One engine in a process of its own; it sleeps while it is not asked."""
+
+    def __init__(self, context: Any, args: argparse.Namespace, arm: str) -> None:
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, args, arm), daemon=True)
+        self._process.start()
+
+    def ready(self) -> None:
+        self._pipe.recv()
+
+    def run(self, prompts: list[str]) -> tuple[float, list[list[int]], dict[str, float]]:
+        self._pipe.send(prompts)
+        answer: tuple[float, list[list[int]], dict[str, float]] = self._pipe.recv()
+        return answer
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join(20)
+
+
+def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
+    from vllm import LLM, SamplingParams
+
+    speculative: dict[str, Any] | None = None
+    if arm != "plain":
+        speculative = {"method": args.method, "num_speculative_tokens": args.tokens}
+        ngram = {"prompt_lookup_max": 3, "prompt_lookup_min": 2}
+        speculative |= ngram if args.method == "ngram" else {"model": args.draft}
+    more = {"scheduler_cls": "smart_decoding.integrations.vllm.SmartScheduler"} if arm == "smart" else {}
+    llm = LLM(
+        args.model, dtype=args.dtype, max_model_len=1024, enable_prefix_caching=False, max_num_seqs=32,
+        speculative_config=speculative, enforce_eager=args.eager, **more,
+    )  # fmt: skip
+    controller = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "controller", None)
+    params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
+    pipe.send("ready")
+    while (prompts := pipe.recv()) is not None:
+        before = counted(controller)
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        start = time.perf_counter()
+        outputs = llm.chat(messages, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        after = counted(controller)
+        pipe.send((sum(map(len, tokens)) / seconds, tokens, {name: after[name] - before[name] for name in after}))
+        if controller is not None and os.environ.get("SHOW_COSTS"):
+            batch, costs = len(prompts), controller.policy.costs
+            print(batch, f"plain {1e3 * costs.plain(batch):.2f} ms", 1e3 * costs.extra(batch), flush=True)
+
+
+def counted(controller: Any) -> dict[str, float]:
+    if controller is None:
+        return {}
+    return {name: value for name, value in vars(controller.policy.counters).items() if not isinstance(value, dict)}
+
+
+def interval(ours: list[float], plain: list[float]) -> list[float]:
+    """Ratio of total times for equal tokens, with its bootstrap 95 % interval over blocks."""
+    pairs = [(1 / a, 1 / b) for a, b in zip(ours, plain, strict=True)]
+    ratio = lambda sample: sum(b for _, b in sample) / sum(a for a, _ in sample)  # noqa: E731
+    chooser = random.Random(1)
+    draws = sorted(ratio(chooser.choices(pairs, k=len(pairs))) for _ in range(2000))
+    return [round(x, 3) for x in (ratio(pairs), draws[50], draws[1949])]
+
+
+def load_prompts() -> list[str]:
+    """The requests to a general assistant of this package."""
+    lines = (resources.files("smart_decoding.bench") / "prompts_general.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines if line.strip()]
+
+
+if __name__ == "__main__":
+    main()
