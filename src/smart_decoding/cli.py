@@ -29,6 +29,7 @@ COMMANDS = {
     "train": ("train a draft head for a model", "smart_decoding.training.cli"),
     "divergence": ("how often bf16 output differs under speculation, and why", "smart_decoding.bench.divergence"),
     "models": ("list the built-in models", "smart_decoding.cli_models"),
+    "vllm-config": ("measure your vLLM and write the schedule that its option takes", "smart_decoding.cli_vllm"),
 }
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as the shell reports SIGINT and SIGPIPE
 

@@ -18,7 +18,7 @@ import numpy as np
 from smart_decoding.core.tree import FloatArray
 
 KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # batch sizes
-GUESS = (0.0, 0.01, 0.03)  # fixed, per draft, per level, in plain steps
+GUESS = (0.0, 0.002, 0.03)  # fixed, per draft, per level, in plain steps
 PRIOR = 4.0  # observations that a starting guess is worth
 MEMORY = 0.995  # per observation of the same range
 GAIN, CLIP = 0.05, 0.3  # of a running mean; one odd step counts as at most 30 % off

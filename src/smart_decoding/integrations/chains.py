@@ -8,7 +8,7 @@ ids, uses numpy only and reads no clock, so that every rank that were to run it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,9 @@ from smart_decoding.integrations.chain_costs import StepCosts
 
 MARGIN = 1.02  # what verifying drafts must promise over a plain step
 CONFIDENCE = 0.5  # of a request that has not verified anything, at first
-GAIN = 0.3  # of a request's running share of accepted drafts
+GAIN = 0.2  # of a request's running share of accepted drafts
+RELAX = 0.02  # per step that a request's drafts are left out: what is known of it fades to what is usual
+FIRST_PROBES = 3.0  # plain steps' worth of time that may go into probes at once, at the start
 KEEP_LENGTH = 8  # steps that a chosen K is kept for while the batch stays the same
 FAILED, PARTLY, WHOLE = range(3)  # how a request's last draft went: calibrated apart
 
@@ -45,7 +47,7 @@ class Step:
     """One step of the engine. verified, accepted: draft tokens by request id (requests without drafts may be left out).
 
     batch: sequences in it. levels: passes of a draft model after it. clean: it prefilled nothing. greedy: request ids
-    at temperature 0, None for all."""
+    at temperature 0, None for all. probe: what `Chains.take_probe` said before it was scheduled."""
 
     batch: int
     levels: int
@@ -53,6 +55,7 @@ class Step:
     accepted: Mapping[str, int] = field(default_factory=dict)
     clean: bool = True
     greedy: frozenset[str] | None = None
+    probe: bool = False
 
 
 @dataclass(slots=True)
@@ -77,7 +80,8 @@ class Chains:
         self._requests: dict[str, _Request] = {}
         self._start = CONFIDENCE
         self._on = True  # the mode that is believed best
-        self._probe = False  # whether the coming step goes against it
+        self._ask = False  # whether a draft model that is off drafts, to see
+        self._probe = False  # whether the coming step goes against the believed mode
         self._rate = 0.0  # tokens per second of the believed mode
         self._length = (0, 0, 0)  # batch, K, steps left
         self._pause = 0  # steps that a draft model which is on still pauses for
@@ -115,14 +119,15 @@ class Chains:
         return best
 
     def _probed(self, length: int, batch: int) -> int:
-        """`length`, or now and then the other mode: a draft model that is off drafts once, to see whether it has become
-        better; one that is on pauses for two steps, so that the second is a plain one and tells what plain costs."""
+        """`length`, or now and then the other mode: a draft model that is off drafts one token, to see whether it has
+        become better; one that is on pauses for two steps, so that the second is a plain one and tells what plain costs."""
+        plain, (fixed, per_draft, per_level) = self.costs.plain(batch), self.costs.extra(batch)
         if length == 0:
-            _, per_draft, per_level = self.costs.extra(batch)
-            return self.lengths[-1] if self.prober.due((per_level + per_draft * batch) * self.lengths[-1]) else 0
-        loss = 2.0 * (self.costs.plain(batch) - batch / max(self._rate, 1e-9))
-        if self._rate and self.prober.due(max(loss, 0.0)):
-            self.prober.probe_round(max(loss, 0.0))
+            self._ask = self.prober.due(fixed + per_level + per_draft * batch)
+            return self.lengths[1] if self._ask else 0
+        loss = max(2.0 * (plain - batch / self._rate), 0.0) if self._rate else 0.0
+        if self._rate and self.prober.due(loss):
+            self.prober.probe_round(loss)
             self._pause = 1
             return 0
         return length
@@ -136,7 +141,6 @@ class Chains:
         drafts = [max(min(d, r), 0) for d, r in zip(drafted, room, strict=True)]
         total, batch = sum(drafts), len(ids)
         self.counters.drafted += sum(drafted)
-        self._probe = False
         if not total or not self.costs.known:
             return [0] * batch
         trees = self._score(ids, drafts, greedy)
@@ -146,21 +150,41 @@ class Chains:
         count, value = best_size(trees.accept_prob[order], batch, 0.0, seconds, least=1)
         believed = value > MARGIN * batch / plain
         self._rate = max(value, batch / plain)
-        if believed != self._on:
-            self._on = believed
-            self.prober.mode_changed()
-        kept, other = order[:count], order[:0]
-        if not believed:
-            kept, other = order[:0], self._one_request(trees, order)
-        if not (believed and self.model):  # a draft model that is on is paused before it drafts
-            price = float(seconds[len(other)]) - batch / self._rate
-            self._probe = self.prober.due(max(price, 0.0))
-        return np.bincount(trees.owner[other if self._probe else kept], minlength=batch).tolist()
+        kept = order[:count] if believed else order[:0]
+        if self.model:
+            self._probe, self._ask = self._ask, False
+            if self._probe and not believed:
+                kept = np.flatnonzero(trees.depth == 1)
+        else:
+            kept = self._probed_free(trees, order, seconds, kept)
+        lengths: list[int] = np.bincount(trees.owner[kept], minlength=batch).tolist()
+        self._relax(id_ for id_, had, has in zip(ids, drafts, lengths, strict=True) if had and not has)
+        return lengths
 
-    @staticmethod
-    def _one_request(trees: DraftTrees, order: IntArray) -> IntArray:
-        """All drafts of the request whose first one is likeliest: what a probe verifies."""
-        return trees.nodes_of(int(trees.owner[order[0]]))
+    def _probed_free(self, trees: DraftTrees, order: IntArray, seconds: FloatArray, kept: IntArray) -> IntArray:
+        """`kept`, or now and then what tells about the other mode: nothing, or the drafts of one request."""
+        if (len(kept) > 0) != self._on:
+            self._on = not self._on
+            self.prober.mode_changed()
+        other = order[:0] if self._on else self._one_request(trees, order)
+        self._probe = self.prober.due(max(float(seconds[len(other)]) - trees.batch / self._rate, 0.0))
+        return other if self._probe else kept
+
+    def take_probe(self) -> bool:
+        """Whether the step that is about to be scheduled is a probe; asked once per step, before it is."""
+        probe, self._probe = self._probe, False
+        return probe
+
+    def _one_request(self, trees: DraftTrees, order: IntArray) -> IntArray:
+        """What a probe of free drafts verifies: the likeliest first token, and all behind it once that went well."""
+        nodes = trees.nodes_of(int(trees.owner[order[0]]))
+        return nodes if self.prober.hope > 0 else nodes[:1]
+
+    def _relax(self, ids: Iterable[str]) -> None:
+        for id_ in ids:
+            if id_ in self._requests:
+                state = self._requests[id_]
+                state.confidence += RELAX * (self._start - state.confidence)
 
     def _score(self, ids: Sequence[str], drafts: Sequence[int], greedy: BoolArray) -> DraftTrees:
         """The drafts as trees with accept_prob; a draft's confidence is its request's recent share of accepted ones."""
@@ -185,14 +209,21 @@ class Chains:
             self.counters.lengths[step.levels] = self.counters.lengths.get(step.levels, 0) + 1
         if seconds is None or not step.clean or not step.batch:
             return
-        if self._probe:
-            self.counters.probes += 1
-            tokens = step.batch + sum(step.accepted.values())
-            self.prober.probe_round(seconds - tokens / self._rate)
-            self._probe = False
+        if step.probe:
+            self._probed_round(step, verified, seconds)
         else:
             self.prober.ordinary_round(seconds)
+        started = self.costs.known
         self.costs.observe(step.batch, verified, step.levels if self.model else 0, seconds)
+        if self.costs.known and not started:
+            self.prober.credit = FIRST_PROBES * self.costs.plain(step.batch)
+
+    def _probed_round(self, step: Step, verified: int, seconds: float) -> None:
+        """Accounts for a probe. One step is too noisy to tell that plain decoding is better: only its costs are noted."""
+        self.counters.probes += 1
+        tokens = step.batch + sum(step.accepted.values())
+        loss = seconds - tokens / self._rate
+        self.prober.probe_round(loss if verified else max(loss, 0.0))
 
     def _learn(self, step: Step) -> None:
         ids = [id_ for id_, count in step.verified.items() if count]

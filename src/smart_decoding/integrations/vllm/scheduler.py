@@ -54,14 +54,14 @@ class Controller:
         self.policy.counters.seconds += time.perf_counter() - start
         return length
 
-    def scheduled(self, output: SchedulerOutput, start: float) -> None:
-        """A step was scheduled, from `start` on."""
+    def scheduled(self, output: SchedulerOutput, start: float, probe: bool) -> None:
+        """A step was scheduled, from `start` on. probe: what the policy said before that."""
         drafts = {id_: len(tokens) for id_, tokens in output.scheduled_spec_decode_tokens.items()}
         batch = len(output.num_scheduled_tokens)
         clean = output.total_num_scheduled_tokens == batch + sum(drafts.values())
         requests = self.scheduler.requests
         greedy = frozenset(id_ for id_ in drafts if _greedy(requests[id_]))
-        step = Step(batch, output.num_spec_tokens_to_schedule, drafts, clean=clean, greedy=greedy)
+        step = Step(batch, output.num_spec_tokens_to_schedule, drafts, clean=clean, greedy=greedy, probe=probe)
         self._under_way[id(output)] = (step, start)
 
     def trim(self, ids: Sequence[str], drafted: Sequence[int]) -> list[int]:
@@ -121,9 +121,10 @@ class _Smart:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         start = time.perf_counter()
+        probe = self.controller is not None and self.controller.policy.take_probe()
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if self.controller is not None:
-            self.controller.scheduled(output, start)
+            self.controller.scheduled(output, start, probe)
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
