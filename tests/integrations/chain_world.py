@@ -50,7 +50,7 @@ class World:
             if policy:
                 step = Step(batch, levels, {i: n for i, n in verified.items() if n}, accepted, probe=probe)
                 policy.observe(step, true * float(np.exp(self.noise * random.standard_normal())))
-                drafts = policy.trim(ids, proposed, np.ones(batch, np.bool_), [100] * batch)
+                drafts = policy.trim(ids, proposed, [True] * batch, [100] * batch)
         return self.tokens / self.seconds
 
 

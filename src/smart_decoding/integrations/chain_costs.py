@@ -22,6 +22,7 @@ GUESS = (0.0, 0.002, 0.03)  # fixed, per draft, per level, in plain steps
 PRIOR = 4.0  # observations that a starting guess is worth
 MEMORY = 0.995  # per observation of the same range
 GAIN, CLIP = 0.05, 0.3  # of a running mean; one odd step counts as at most 30 % off
+EARLY, SOLVE_EVERY = 32, 4  # observations of a range: later ones are solved for four at a time
 ENOUGH = 4  # plain steps without which nothing is known
 
 
@@ -54,12 +55,12 @@ class StepCosts:
         low, share = _place(batch)
         return float(self._at(low) * (1.0 - share) + (self._at(low + 1) * share if share else 0.0))
 
-    def extra(self, batch: int) -> FloatArray:
+    def extra(self, batch: int) -> tuple[float, float, float]:
         """(fixed, per draft, per level) seconds beyond a plain step."""
         found = self._ranges.get(_place(batch)[0])
-        if found is not None and found.seen:
-            return found.coefficients
-        return self._guess(batch)
+        coefficients = found.coefficients if found is not None and found.seen else self._guess(batch)
+        fixed, per_draft, per_level = coefficients.tolist()
+        return fixed, per_draft, per_level
 
     def observe(self, batch: int, drafts: int, levels: int, seconds: float) -> None:
         """After one real step that prefilled nothing. Unusable times change nothing."""
@@ -94,6 +95,8 @@ class StepCosts:
         known.moments = known.moments * MEMORY + np.outer(features, features)
         known.products = known.products * MEMORY + extra * features
         known.seen += 1
+        if known.seen > EARLY and known.seen % SOLVE_EVERY:
+            return
         ridge = PRIOR * np.array([1.0, float(batch * batch), 4.0])
         solved = np.linalg.solve(known.moments + np.diag(ridge), known.products + ridge * guess)
         known.coefficients = np.maximum(solved, 0.0)

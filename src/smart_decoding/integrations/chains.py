@@ -1,22 +1,27 @@
 """SMART for engines that verify chains: how many tokens to draft, and how many of each request's drafts to verify.
 
 Such an engine drafts up to K tokens a request and verifies them in its next step. What is chosen here is K, before a
-draft model runs, and then, over the whole batch, which drafts are worth their rows: the exact scan of `core.choice`
-over probabilities from `core.calibration`, at costs from `chain_costs`. Everything is keyed by the engine's request
-ids, uses numpy only and reads no clock, so that every rank that were to run it would decide alike.
+draft model runs, and then, over the whole batch, which drafts are worth their rows: the exact choice of `core.choice`,
+by probabilities from `core.calibration` and costs from `chain_costs`. Everything is keyed by the engine's request ids
+and reads no clock, so that every rank that were to run it would decide alike.
+
+A draft's confidence is its request's recent share of accepted drafts, and requests of equal confidence are one class:
+the choice is made over classes and depths, in plain Python, since an engine's step leaves no room for more.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.choice import best_size, ranked
+from smart_decoding.core.calibration import BINS, DEPTHS, Calibration
 from smart_decoding.core.probing import Prober
-from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 from smart_decoding.integrations.chain_costs import StepCosts
 
 MARGIN = 1.02  # what verifying drafts must promise over a plain step
@@ -25,7 +30,12 @@ GAIN = 0.2  # of a request's running share of accepted drafts
 RELAX = 0.02  # per step that a request's drafts are left out: what is known of it fades to what is usual
 FIRST_PROBES = 3.0  # plain steps' worth of time that may go into probes at once, at the start
 KEEP_LENGTH = 8  # steps that a chosen K is kept for while the batch stays the same
+LEARN_EVERY = 8  # steps, after the first EARLY ones: numpy has its price per call
+EARLY = 32
 FAILED, PARTLY, WHOLE = range(3)  # how a request's last draft went: calibrated apart
+
+Class: TypeAlias = tuple[int, int, bool]  # how the last draft went, bin of the confidence, greedy
+Cuts: TypeAlias = dict[Class, int]  # deepest draft that is verified
 
 
 @dataclass
@@ -60,8 +70,15 @@ class Step:
 
 @dataclass(slots=True)
 class _Request:
-    confidence: float
+    """share: running share of accepted drafts. bin: its calibration bin. last: how the last draft went."""
+
+    share: float
+    bin: int
     last: int = PARTLY
+
+    def move(self, gain: float, towards: float) -> None:
+        self.share += gain * (towards - self.share)
+        self.bin = _bin(self.share)
 
 
 class Chains:
@@ -78,13 +95,16 @@ class Chains:
         self.counters = Counters()
         self.prober = Prober(probe_budget)
         self._requests: dict[str, _Request] = {}
-        self._start = CONFIDENCE
+        self._usual = _Request(CONFIDENCE, _bin(CONFIDENCE))  # a request that is new
         self._on = True  # the mode that is believed best
         self._ask = False  # whether a draft model that is off drafts, to see
         self._probe = False  # whether the coming step goes against the believed mode
         self._rate = 0.0  # tokens per second of the believed mode
         self._length = (0, 0, 0)  # batch, K, steps left
         self._pause = 0  # steps that a draft model which is on still pauses for
+        self._waiting: list[tuple[float, int, bool, int, int]] = []  # share, last, greedy, verified, accepted
+        self._learned = 0  # steps
+        self._paths: dict[Class, list[float]] = {}  # P(first 1, 2, ... drafts are accepted)
 
     # --- before drafting ---
 
@@ -101,28 +121,27 @@ class Chains:
         if self._pause:
             self._pause -= 1
             return 0
-        return self._probed(length, len(ids))
+        return self._probed(length, ids)
 
     def _best_length(self, ids: Sequence[str]) -> int:
         """The K with the most tokens per second, if what it will draft is then verified as far as it pays."""
         batch, longest = len(ids), self.lengths[-1]
-        trees = self._score(ids, [longest] * batch, np.ones(batch, np.bool_))
-        plain, (fixed, per_draft, per_level) = self.costs.plain(batch), self.costs.extra(batch)
-        best, best_value = 0, MARGIN * batch / plain
+        classes = self._classes(ids, [longest] * batch, [True] * batch)
+        per_level = float(self.costs.extra(batch)[2])
+        best, best_value = 0, MARGIN * batch / self.costs.plain(batch)
         for length in self.lengths[1:]:
-            gains = -np.sort(-trees.accept_prob[trees.depth <= length])
-            _, value = best_size(
-                gains, batch, per_level * length, _seconds(plain, fixed, per_draft, len(gains)), least=1
-            )
+            _, value, _ = self._cuts(classes, batch, length, per_level * length)
             if value > best_value:
                 best, best_value = length, value
         return best
 
-    def _probed(self, length: int, batch: int) -> int:
+    def _probed(self, length: int, ids: Sequence[str]) -> int:
         """`length`, or now and then the other mode: a draft model that is off drafts one token, to see whether it has
         become better; one that is on pauses for two steps, so that the second is a plain one and tells what plain costs."""
+        batch = len(ids)
         plain, (fixed, per_draft, per_level) = self.costs.plain(batch), self.costs.extra(batch)
         if length == 0:
+            self._relax(ids)
             self._ask = self.prober.due(fixed + per_level + per_draft * batch)
             return self.lengths[1] if self._ask else 0
         loss = max(2.0 * (plain - batch / self._rate), 0.0) if self._rate else 0.0
@@ -134,66 +153,107 @@ class Chains:
 
     # --- after drafting ---
 
-    def trim(self, ids: Sequence[str], drafted: Sequence[int], greedy: BoolArray, room: Sequence[int]) -> list[int]:
+    def trim(self, ids: Sequence[str], drafted: Sequence[int], greedy: Sequence[bool], room: Sequence[int]) -> list[int]:
         """How many of each request's `drafted` tokens to verify in the coming step: [requests].
 
         greedy: [requests] whether it samples at temperature 0. room: tokens that can still be of use."""
         drafts = [max(min(d, r), 0) for d, r in zip(drafted, room, strict=True)]
-        total, batch = sum(drafts), len(ids)
         self.counters.drafted += sum(drafted)
-        if not total or not self.costs.known:
-            return [0] * batch
-        trees = self._score(ids, drafts, greedy)
-        order = ranked(trees.accept_prob)
-        plain, (fixed, per_draft, _) = self.costs.plain(batch), self.costs.extra(batch)
-        seconds = _seconds(plain, fixed, per_draft, total)
-        count, value = best_size(trees.accept_prob[order], batch, 0.0, seconds, least=1)
-        believed = value > MARGIN * batch / plain
-        self._rate = max(value, batch / plain)
-        kept = order[:count] if believed else order[:0]
+        if not self.costs.known or not any(drafts):
+            return [0] * len(ids)
+        batch = len(ids)
+        plain = batch / self.costs.plain(batch)
+        cuts, value, likeliest = self._cuts(self._classes(ids, drafts, greedy), batch, max(drafts), 0.0)
+        on = value > MARGIN * plain
+        self._rate = max(value, plain)
         if self.model:
             self._probe, self._ask = self._ask, False
-            if self._probe and not believed:
-                kept = np.flatnonzero(trees.depth == 1)
-        else:
-            kept = self._probed_free(trees, order, seconds, kept)
-        lengths: list[int] = np.bincount(trees.owner[kept], minlength=batch).tolist()
-        self._relax(id_ for id_, had, has in zip(ids, drafts, lengths, strict=True) if had and not has)
-        return lengths
-
-    def _probed_free(self, trees: DraftTrees, order: IntArray, seconds: FloatArray, kept: IntArray) -> IntArray:
-        """`kept`, or now and then what tells about the other mode: nothing, or the drafts of one request."""
-        if (len(kept) > 0) != self._on:
-            self._on = not self._on
+            if not on:
+                cuts = dict.fromkeys(cuts, int(self._probe))
+        elif on != self._on:
+            self._on = on
             self.prober.mode_changed()
-        other = order[:0] if self._on else self._one_request(trees, order)
-        self._probe = self.prober.due(max(float(seconds[len(other)]) - trees.batch / self._rate, 0.0))
-        return other if self._probe else kept
+        keys = [self._class(id_, g) for id_, g in zip(ids, greedy, strict=True)]
+        kept = [min(d, cuts.get(key, 0)) if d else 0 for key, d in zip(keys, drafts, strict=True)]
+        if not self.model:
+            kept = self._probed_free(kept, keys, drafts, likeliest) if not on else self._probed_plain(kept, plain)
+        self._relax(id_ for id_, had, has in zip(ids, drafts, kept, strict=True) if had and not has)
+        return kept
+
+    def _probed_free(self, kept: list[int], keys: list[Class], drafts: list[int], likeliest: Class) -> list[int]:
+        """Off: nothing, or now and then the likeliest request's first token, and all behind it once that went well."""
+        none = [0] * len(kept)
+        chosen = next(i for i, (key, d) in enumerate(zip(keys, drafts, strict=True)) if d and key == likeliest)
+        count = drafts[chosen] if self.prober.hope > 0 else 1
+        fixed, per_draft, _ = self.costs.extra(len(kept))
+        self._probe = self.prober.due(fixed + per_draft * count)
+        if self._probe:
+            none[chosen] = count
+        return none
+
+    def _probed_plain(self, kept: list[int], plain: float) -> list[int]:
+        """On: what was chosen, or now and then nothing, to see what a plain step costs."""
+        self._probe = self.prober.due(max(len(kept) / plain - len(kept) / self._rate, 0.0))
+        return [0] * len(kept) if self._probe else kept
+
+    def _relax(self, ids: Iterable[str]) -> None:
+        for id_ in ids:
+            if id_ in self._requests:
+                self._requests[id_].move(RELAX, self._usual.share)
 
     def take_probe(self) -> bool:
         """Whether the step that is about to be scheduled is a probe; asked once per step, before it is."""
         probe, self._probe = self._probe, False
         return probe
 
-    def _one_request(self, trees: DraftTrees, order: IntArray) -> IntArray:
-        """What a probe of free drafts verifies: the likeliest first token, and all behind it once that went well."""
-        nodes = trees.nodes_of(int(trees.owner[order[0]]))
-        return nodes if self.prober.hope > 0 else nodes[:1]
+    # --- the choice ---
 
-    def _relax(self, ids: Iterable[str]) -> None:
-        for id_ in ids:
-            if id_ in self._requests:
-                state = self._requests[id_]
-                state.confidence += RELAX * (self._start - state.confidence)
+    def _class(self, id_: str, greedy: bool) -> Class:
+        state = self._requests.get(id_, self._usual)
+        return state.last, state.bin, greedy
 
-    def _score(self, ids: Sequence[str], drafts: Sequence[int], greedy: BoolArray) -> DraftTrees:
-        """The drafts as trees with accept_prob; a draft's confidence is its request's recent share of accepted ones."""
-        states = [self._requests.get(id_) for id_ in ids]
-        confidence = np.array([self._start if s is None else s.confidence for s in states])
-        source = np.array([PARTLY if s is None else s.last for s in states])
-        trees = _chains(np.asarray(drafts, np.int64), confidence, source)
-        self.calibration.score(trees, greedy)
-        return trees
+    def _classes(self, ids: Sequence[str], drafts: Sequence[int], greedy: Sequence[bool]) -> dict[Class, list[int]]:
+        """Class -> its requests' numbers of drafts, of those that have any."""
+        classes: dict[Class, list[int]] = defaultdict(list)
+        for id_, count, sure in zip(ids, drafts, greedy, strict=True):
+            if count:
+                classes[self._class(id_, sure)].append(count)
+        return classes
+
+    def _cuts(self, classes: Mapping[Class, list[int]], batch: int, most: int, sunk: float) -> tuple[Cuts, float, Class]:
+        """(deepest draft to verify by class, tokens per second with it, the likeliest class), at least one draft verified.
+
+        Drafts of a class at one depth are worth the same and cost the same, so the best set never splits them."""
+        entries = []
+        for key, counts in classes.items():
+            path = self._path(key)
+            for depth in range(1, min(max(counts), most) + 1):
+                entries.append((-path[depth - 1], depth, key, sum(count >= depth for count in counts)))
+        entries.sort(key=lambda entry: entry[:2])
+        fixed, per_draft, _ = self.costs.extra(batch)
+        seconds = self.costs.plain(batch) + fixed + sunk
+        tokens, cuts, best, best_value = float(batch), dict.fromkeys(classes, 0), 0, 0.0
+        for index, (gain, _, _, count) in enumerate(entries, start=1):
+            tokens -= gain * count
+            seconds += per_draft * count
+            if tokens / seconds > best_value:
+                best, best_value = index, tokens / seconds
+        for _, depth, key, _ in entries[:best]:
+            cuts[key] = depth
+        return cuts, best_value, entries[0][2]
+
+    def _path(self, key: Class) -> list[float]:
+        """Calibrated probabilities that a request's first 1, 2, ... drafts are all accepted."""
+        path = self._paths.get(key)
+        if path is None:
+            last, bin_, greedy = key
+            steps = self.calibration.curve(last, float(greedy))[:, bin_].tolist()
+            path, reached = [], 1.0
+            for depth in range(self.lengths[-1]):
+                reached *= steps[min(depth, DEPTHS - 1)]
+                path.append(reached)
+            self._paths[key] = path
+        return path
 
     # --- after the step ---
 
@@ -226,21 +286,34 @@ class Chains:
         self.prober.probe_round(loss if verified else max(loss, 0.0))
 
     def _learn(self, step: Step) -> None:
-        ids = [id_ for id_, count in step.verified.items() if count]
-        drafts = np.array([step.verified[id_] for id_ in ids])
-        accepted = np.array([min(step.accepted.get(id_, 0), step.verified[id_]) for id_ in ids])
-        greedy = np.array([step.greedy is None or id_ in step.greedy for id_ in ids])
-        trees = self._score(ids, drafts.tolist(), greedy)
-        seen = np.flatnonzero(trees.depth <= accepted[trees.owner] + 1)  # beyond the first rejection all is censored
-        self.calibration.observe(trees, seen, trees.depth[seen] <= accepted[trees.owner[seen]], greedy)
-        self.counters.verified += int(drafts.sum())
-        self.counters.accepted += int(accepted.sum())
-        for id_, drafted, right in zip(ids, drafts.tolist(), accepted.tolist(), strict=True):
-            state = self._requests.setdefault(id_, _Request(self._start))
+        for id_, drafted in step.verified.items():
+            if not drafted:
+                continue
+            right = min(step.accepted.get(id_, 0), drafted)
+            state = self._requests.get(id_)
+            if state is None:
+                state = self._requests[id_] = _Request(self._usual.share, self._usual.bin)
+            greedy = step.greedy is None or id_ in step.greedy
+            self._waiting.append((state.share, state.last, greedy, drafted, right))
             share = right / (right + 1) if right < drafted else 1.0
-            state.confidence += GAIN * (share - state.confidence)
+            state.move(GAIN, share)
             state.last = WHOLE if right == drafted else PARTLY if right else FAILED
-            self._start += 0.01 * (share - self._start)
+            self._usual.move(0.01, share)
+            self.counters.verified += drafted
+            self.counters.accepted += right
+        self._learned += 1
+        if self._learned <= EARLY or self._learned % LEARN_EVERY == 0:
+            self._calibrate()
+
+    def _calibrate(self) -> None:
+        """What was verified since the last time: beyond the first rejection all is censored."""
+        share, last, greedy, verified, accepted = (np.array(column) for column in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        tested = np.minimum(verified, accepted + 1)
+        trees = _chains(tested, share, last)
+        every = np.arange(len(trees))
+        self.calibration.observe(trees, every, trees.depth <= accepted[trees.owner], greedy)
+        self._paths.clear()
 
     def forget(self, alive: Mapping[str, object]) -> None:
         """Drops what is known of requests that are not in `alive`."""
@@ -251,9 +324,8 @@ def _chains(drafts: IntArray, confidence: FloatArray, source: IntArray) -> Draft
     """Chains of drafts[i] nodes for request i, each node with its request's confidence."""
     total = int(drafts.sum())
     owner = np.repeat(np.arange(len(drafts)), drafts)
-    first = np.repeat(np.cumsum(drafts) - drafts, drafts)
     index = np.arange(total)
-    depth = index - first + 1
+    depth = index - np.repeat(np.cumsum(drafts) - drafts, drafts) + 1
     prob = confidence[owner]
     return DraftTrees(
         len(drafts), owner, np.zeros(total, np.int64), np.where(depth == 1, -1, index - 1), depth,
@@ -261,8 +333,6 @@ def _chains(drafts: IntArray, confidence: FloatArray, source: IntArray) -> Draft
     )  # fmt: skip
 
 
-def _seconds(plain: float, fixed: float, per_draft: float, most: int) -> FloatArray:
-    """[most + 1] seconds of a step that verifies 0, 1, ... drafts."""
-    seconds: FloatArray = plain + fixed + per_draft * np.arange(most + 1)
-    seconds[0] = plain
-    return seconds
+def _bin(share: float) -> int:
+    """The calibration's bin of a confidence in [0, 1]: uniform in the arcsine of its root."""
+    return min(int(math.asin(math.sqrt(min(max(share, 0.0), 1.0))) * (2.0 / math.pi) * BINS), BINS - 1)

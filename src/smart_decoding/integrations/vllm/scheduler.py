@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import vllm
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -67,9 +66,11 @@ class Controller:
     def trim(self, ids: Sequence[str], drafted: Sequence[int]) -> list[int]:
         """How many drafts of each request to verify."""
         start = time.perf_counter()
+        if not any(drafted):
+            return [0] * len(ids)
         requests = [self.scheduler.requests[id_] for id_ in ids]
         room = [request.max_tokens - request.num_output_tokens - 1 for request in requests]
-        kept = self.policy.trim(ids, drafted, np.array([_greedy(request) for request in requests]), room)
+        kept = self.policy.trim(ids, drafted, [_greedy(request) for request in requests], room)
         self.policy.counters.seconds += time.perf_counter() - start
         return kept
 
