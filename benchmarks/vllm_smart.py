@@ -3,8 +3,10 @@ that has vLLM (and this package on PYTHONPATH).
 
     python benchmarks/vllm_smart.py MODEL_FOLDER [--method ngram] [--draft FOLDER] [--batches 1,2,4,8,16] [--json FILE]
 
-The engines live in processes of their own and take turns on the same prompts, block by block, so that ratios are between
-neighbours in time. Prints tokens per second (prefill included), ratios with 95 % intervals, and what SMART did."""
+The engines live in processes of their own and take turns on the same prompts, block by block, so that ratios are
+between neighbours in time. At batch size n, n requests run at a time and each that ends makes way for the next, as in a
+server; a block ends when the last request has started, so that no engine is judged by its slowest answer alone. Prints tokens
+per second (prefill included), ratios with 95 % intervals, and what SMART did."""
 
 from __future__ import annotations
 
@@ -40,19 +42,19 @@ def main() -> None:
     for arm in engines.values():
         arm.ready()
         for batch in (2, 4):
-            arm.run(prompts[:batch])
+            arm.run(prompts[: batch + 1], batch)
     print(f"loaded after {time.perf_counter() - start:.0f} s", flush=True)
     block = 0
     while time.perf_counter() - start < args.seconds:
         batch = batches[block % len(batches)]
-        chosen, order, tokens = chooser.sample(prompts, batch), list(ARMS), {}
+        chosen, order, tokens = chooser.sample(prompts, batch + max(batch, 4)), list(ARMS), {}
         chooser.shuffle(order)
         for arm in order:
-            rate, tokens[arm], counted = engines[arm].run(chosen)
+            rate, tokens[arm], counted = engines[arm].run(chosen, batch)
             rates[batch][arm].append(rate)
             done[batch].update(counted)
         same[batch] += sum(a == b for a, b in zip(tokens["plain"], tokens["smart"], strict=True))
-        answers[batch] += batch
+        answers[batch] += len(chosen)
         block += 1
     report = {}
     for batch in batches:
@@ -97,8 +99,8 @@ class Arm:
     def ready(self) -> None:
         self._pipe.recv()
 
-    def run(self, prompts: list[str]) -> tuple[float, list[list[int]], dict[str, float]]:
-        self._pipe.send(prompts)
+    def run(self, prompts: list[str], batch: int) -> tuple[float, list[list[int]], dict[str, float]]:
+        self._pipe.send((prompts, batch))
         answer: tuple[float, list[list[int]], dict[str, float]] = self._pipe.recv()
         return answer
 
@@ -123,18 +125,42 @@ def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
     controller = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "controller", None)
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
     pipe.send("ready")
-    while (prompts := pipe.recv()) is not None:
+    while (job := pipe.recv()) is not None:
         before = counted(controller)
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        start = time.perf_counter()
-        outputs = llm.chat(messages, params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        rate, tokens = stream(llm, *job, params)
         after = counted(controller)
-        pipe.send((sum(map(len, tokens)) / seconds, tokens, {name: after[name] - before[name] for name in after}))
+        pipe.send((rate, tokens, {name: after[name] - before[name] for name in after}))
         if controller is not None and os.environ.get("SHOW_COSTS"):
-            batch, costs = len(prompts), controller.policy.costs
-            print(batch, f"plain {1e3 * costs.plain(batch):.2f} ms", [round(1e3 * x, 3) for x in costs.extra(batch)], flush=True)
+            batch, costs = job[1], controller.policy.costs
+            extra = [round(1e3 * seconds, 3) for seconds in costs.extra(batch)]
+            print(batch, f"plain {1e3 * costs.plain(batch):.2f} ms", extra, flush=True)
+
+
+def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> tuple[float, list[list[int]]]:
+    """(tokens per second while `batch` requests ran and more waited, all answers' tokens)."""
+    engine = llm.llm_engine
+    waiting = [(str(i), prompt) for i, prompt in enumerate(prompts)][::-1]
+    tokens: dict[str, list[int]] = {}
+    tokenizer = llm.get_tokenizer()
+    start, counted_tokens, seconds = time.perf_counter(), 0, 0.0
+
+    def add() -> None:
+        id_, prompt = waiting.pop()
+        message = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+        engine.add_request(id_, {"prompt_token_ids": list(ids)}, params)
+
+    for _ in range(batch):
+        add()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens[output.request_id] = list(output.outputs[0].token_ids)
+            if output.finished and waiting:
+                add()
+                if not waiting:
+                    seconds = time.perf_counter() - start
+                    counted_tokens = sum(map(len, tokens.values()))
+    return counted_tokens / seconds, [tokens[str(i)] for i in range(len(prompts))]
 
 
 def counted(controller: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Prints the folder of a model's weights and tokenizer in Hugging Face's layout, fetched if need be: for other engines."""
+"""Prints the folder of a model in Hugging Face's layout, fetched if need be: for other engines."""
 
 from __future__ import annotations
 

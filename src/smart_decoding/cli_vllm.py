@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=128, help="of each answer (128)")
     parser.add_argument("--blocks", type=int, default=4, help="measurements of each batch size and length (4)")
     parser.add_argument("--together", action="store_true",
-                        help="load one engine per length at once and let them take turns: steadier, if memory allows")  # fmt: skip
+                        help="load all engines at once and let them take turns: steadier, if they fit")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("vllm-speculative.json"), help="(vllm-speculative.json)")
 
 
@@ -50,7 +50,9 @@ def main(args: argparse.Namespace) -> int:
     if max(args.batch_sizes) > len(prompts):
         raise ConfigError(f"{len(prompts)} prompts are too few for a batch of {max(args.batch_sizes)}")
     if find_spec("vllm") is None:
-        raise ConfigError("vLLM is not installed here: install smart-decoding in vLLM's environment (docs/integrations.md)")
+        raise ConfigError(
+            "vLLM is not installed here: install smart-decoding in vLLM's environment (docs/integrations.md)"
+        )
     measured, version = measure(args, prompts)
     choices = [schedule.choose(batch, timings) for batch, timings in sorted(measured.items())]
     lines = schedule.schedule(choices)
@@ -63,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
         print("Speculation did not pay at any batch size: start vLLM without --speculative-config.")
         return 0
     _write(args.output, config)
-    print(f"Written: {args.output}. Start vLLM with --speculative-config \"$(cat {args.output})\"")
+    print(f'Written: {args.output}. Start vLLM with --speculative-config "$(cat {args.output})"')
     return 0
 
 

@@ -38,9 +38,7 @@ class World:
             probe = policy.take_probe() if policy else False
             levels = policy.length(ids) if policy else fixed
             verified = dict(zip(ids, drafts, strict=True))
-            accepted = {
-                id_: _run_length(random, p, verified[id_]) for id_, p in zip(ids, self.accept, strict=True)
-            }
+            accepted = {id_: _run_length(random, p, verified[id_]) for id_, p in zip(ids, self.accept, strict=True)}
             true = self.cost(batch, sum(drafts), levels if self.model else 0)
             self.seconds += true
             self.tokens += batch + sum(accepted.values())

@@ -11,7 +11,6 @@ from chain_world import World
 from smart_decoding.integrations.chain_costs import StepCosts
 from smart_decoding.integrations.chains import Chains, Step
 
-
 STEPS = 700
 
 
@@ -93,7 +92,9 @@ def test_step_costs_are_found_within_a_few_per_cent() -> None:
     for _ in range(400):
         batch = int(random.choice([1, 4, 16]))
         drafts, levels = (0, 0) if random.random() < 0.3 else (int(random.integers(0, 4 * batch + 1)), 2)
-        costs.observe(batch, drafts, levels, cpu(batch, drafts, levels) * float(np.exp(0.05 * random.standard_normal())))
+        costs.observe(
+            batch, drafts, levels, cpu(batch, drafts, levels) * float(np.exp(0.05 * random.standard_normal()))
+        )
     for batch in (1, 4, 16):
         assert costs.plain(batch) == pytest.approx(cpu(batch, 0, 0), rel=0.05)
         predicted = costs.plain(batch) + float(np.dot(costs.extra(batch), [1, 2 * batch, 2]))

@@ -82,7 +82,9 @@ def test_an_unknown_version_is_stock_with_one_warning(plain) -> None:
 
 
 def test_the_async_class_is_refused_where_scheduling_is_not_async() -> None:
-    output = engine({"speculative_config": NGRAM, "scheduler_cls": SCHEDULER.replace("Smart", "SmartAsync")}, fails=True)
+    output = engine(
+        {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER.replace("Smart", "SmartAsync")}, fails=True
+    )
     assert "use --scheduler-cls smart_decoding.integrations.vllm.SmartScheduler" in output
 
 
@@ -100,7 +102,9 @@ def test_the_openai_server_speculates_and_serves_the_counters(plain) -> None:
         answer, _ = engine({}, batches=[1], text=True)
         body = {"model": "m", "max_tokens": 96, "temperature": 0, "ignore_eos": True, "messages": answer["messages"][0]}
         request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=600) as reply:
             assert json.load(reply)["choices"][0]["message"]["content"] == answer["texts"][0]
@@ -116,9 +120,10 @@ def test_the_openai_server_speculates_and_serves_the_counters(plain) -> None:
 
 def test_smart_vllm_config_measures_and_vllm_takes_what_it_writes(tmp_path) -> None:
     output = tmp_path / "schedule.json"
-    arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
-    command = [sys.executable, "-m", "smart_decoding.cli", "vllm-config", MODEL, "--lengths", "3", "--batch-sizes", "1,4",
-               "--blocks", "2", "--max-tokens", "48", "--engine-args", json.dumps(arguments), "--output", str(output)]  # fmt: skip
+    arguments = json.dumps({"dtype": "float32", "enforce_eager": True, "max_model_len": 512})
+    command = [sys.executable, "-m", "smart_decoding.cli", "vllm-config", MODEL, "--lengths", "3"]
+    command += ["--batch-sizes", "1,4", "--blocks", "2", "--max-tokens", "48", "--engine-args", arguments]
+    command += ["--output", str(output)]
     run = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=1800)
     assert run.returncode == 0, run.stderr
     reasons = json.loads(output.with_suffix(".reasons.json").read_text())

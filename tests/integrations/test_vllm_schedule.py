@@ -47,7 +47,9 @@ def test_sizes_between_two_measured_ones_go_to_the_nearer_and_equal_lines_are_on
 def test_the_option_is_the_one_that_vllm_takes() -> None:
     lines = [Line(1, 3, 4, ""), Line(4, 16, 0, "")]
     assert speculative_config({"method": "ngram"}, lines) == {
-        "method": "ngram", "num_speculative_tokens": 4, "num_speculative_tokens_per_batch_size": [[1, 3, 4], [4, 16, 0]],
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "num_speculative_tokens_per_batch_size": [[1, 3, 4], [4, 16, 0]],
     }  # fmt: skip
     assert speculative_config({"method": "ngram"}, [Line(1, 16, 0, "")]) is None
 
@@ -95,7 +97,10 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'], "without num_speculative_tokens"),
+        (
+            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'],
+            "without num_speculative_tokens",
+        ),
         (["--batch-sizes", "1,100"], "too few"),
         (["--blocks", "0"], "--blocks"),
     ],
@@ -132,8 +137,7 @@ def test_importing_the_integration_imports_no_vllm() -> None:
 class Stock:
     dynamic_sd_lookup = None
     num_spec_tokens = 4
-    requests: dict[str, object] = {}
-    running: list[object] = []
+    requests = running = None
     schedule = update_from_output = update_draft_token_ids = _update_after_schedule = shutdown = lambda self: None
 
 
@@ -177,7 +181,8 @@ def test_data_parallel_and_the_wrong_class_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"smart": {"unknown": 1}}, {"smart": 3}, {"smart": {"metrics_port": True}}, {"smart": {"probe_budget": 2}}]
+    "given",
+    [{"smart": {"unknown": 1}}, {"smart": 3}, {"smart": {"metrics_port": True}}, {"smart": {"probe_budget": 2}}],
 )
 def test_unknown_and_wrong_options_are_refused(given) -> None:
     with pytest.raises(ConfigError):

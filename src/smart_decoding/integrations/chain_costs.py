@@ -37,11 +37,11 @@ class _Range:
 
 
 class StepCosts:
-    """Seconds of a step. `batch`: sequences; `drafts`: draft tokens verified in all; `levels`: passes of a draft model."""
+    """Seconds of a step. batch: sequences. drafts: draft tokens verified in all. levels: passes of a draft model."""
 
     def __init__(self) -> None:
-        self._plain = np.zeros(len(KNOTS))
-        self._weight = np.zeros(len(KNOTS))
+        self._plain = [0.0] * len(KNOTS)
+        self._weight = [0.0] * len(KNOTS)
         self._ranges: dict[int, _Range] = {}
         self.plain_steps = 0
 
@@ -53,7 +53,7 @@ class StepCosts:
     def plain(self, batch: int) -> float:
         """Seconds of a step that verifies no draft and drafts nothing."""
         low, share = _place(batch)
-        return float(self._at(low) * (1.0 - share) + (self._at(low + 1) * share if share else 0.0))
+        return self._at(low) * (1.0 - share) + (self._at(low + 1) * share if share else 0.0)
 
     def extra(self, batch: int) -> tuple[float, float, float]:
         """(fixed, per draft, per level) seconds beyond a plain step."""
@@ -75,7 +75,7 @@ class StepCosts:
     def _observe_plain(self, batch: int, seconds: float) -> None:
         self.plain_steps += 1
         low, share = _place(batch)
-        expected = self.plain(batch) if self._weight.any() else seconds
+        expected = self.plain(batch) if self.plain_steps > 1 else seconds
         for knot, part in ((low, 1.0 - share), (low + 1, share)):
             if part <= 0:
                 continue
@@ -112,9 +112,9 @@ class StepCosts:
     def _at(self, knot: int) -> float:
         """Plain seconds at a knot, interpolated between those that were met (flat outside)."""
         if self._weight[knot] > 0:
-            return float(self._plain[knot])
-        met = np.flatnonzero(self._weight)
-        return float(np.interp(knot, met, self._plain[met])) if len(met) else 0.0
+            return self._plain[knot]
+        met = [index for index, weight in enumerate(self._weight) if weight > 0]
+        return float(np.interp(knot, met, [self._plain[index] for index in met])) if met else 0.0
 
 
 def _place(batch: int) -> tuple[int, float]:

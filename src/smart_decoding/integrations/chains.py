@@ -137,7 +137,7 @@ class Chains:
 
     def _probed(self, length: int, ids: Sequence[str]) -> int:
         """`length`, or now and then the other mode: a draft model that is off drafts one token, to see whether it has
-        become better; one that is on pauses for two steps, so that the second is a plain one and tells what plain costs."""
+        become better; one that is on pauses for two steps, of which the second is plain and tells what that costs."""
         batch = len(ids)
         plain, (fixed, per_draft, per_level) = self.costs.plain(batch), self.costs.extra(batch)
         if length == 0:
@@ -153,7 +153,9 @@ class Chains:
 
     # --- after drafting ---
 
-    def trim(self, ids: Sequence[str], drafted: Sequence[int], greedy: Sequence[bool], room: Sequence[int]) -> list[int]:
+    def trim(
+        self, ids: Sequence[str], drafted: Sequence[int], greedy: Sequence[bool], room: Sequence[int]
+    ) -> list[int]:
         """How many of each request's `drafted` tokens to verify in the coming step: [requests].
 
         greedy: [requests] whether it samples at temperature 0. room: tokens that can still be of use."""
@@ -220,8 +222,10 @@ class Chains:
                 classes[self._class(id_, sure)].append(count)
         return classes
 
-    def _cuts(self, classes: Mapping[Class, list[int]], batch: int, most: int, sunk: float) -> tuple[Cuts, float, Class]:
-        """(deepest draft to verify by class, tokens per second with it, the likeliest class), at least one draft verified.
+    def _cuts(
+        self, classes: Mapping[Class, list[int]], batch: int, most: int, sunk: float
+    ) -> tuple[Cuts, float, Class]:
+        """(deepest draft to verify by class, tokens per second with it, the likeliest class); at least one is verified.
 
         Drafts of a class at one depth are worth the same and cost the same, so the best set never splits them."""
         entries = []
@@ -279,7 +283,7 @@ class Chains:
             self.prober.credit = FIRST_PROBES * self.costs.plain(step.batch)
 
     def _probed_round(self, step: Step, verified: int, seconds: float) -> None:
-        """Accounts for a probe. One step is too noisy to tell that plain decoding is better: only its costs are noted."""
+        """Accounts for a probe. One step is too noisy to tell that plain decoding is better: only its loss counts."""
         self.counters.probes += 1
         tokens = step.batch + sum(step.accepted.values())
         loss = seconds - tokens / self._rate
