@@ -31,11 +31,12 @@ DRAFT = {"method": "draft_model", "model": MODEL, "num_speculative_tokens": 3}
 SCHEDULER = "smart_decoding.integrations.vllm.SmartScheduler"
 
 
-def engine(arguments: dict[str, Any], *, fails: bool = False, **job: Any) -> Any:
+def engine(arguments: dict[str, Any], *, fails: bool = False, binding: str | None = None, **job: Any) -> Any:
     """What an engine with these arguments of vllm.LLM answers to a job; its whole output if it is to fail."""
     arguments = {"model": MODEL, "dtype": "float32", "enforce_eager": True, "max_model_len": 512, **arguments}
+    environment = {**ENVIRONMENT, **({"VLLM_CPU_OMP_THREADS_BIND": binding, "OMP_NUM_THREADS": "1"} if binding else {})}
     run = subprocess.run(
-        [sys.executable, str(ENGINE), json.dumps(arguments), json.dumps(job)], env=ENVIRONMENT, text=True,
+        [sys.executable, str(ENGINE), json.dumps(arguments), json.dumps(job)], env=environment, text=True,
         capture_output=True, timeout=1800,
     )  # fmt: skip
     if fails:
@@ -64,6 +65,27 @@ def test_draft_model_tokens_are_those_of_plain_vllm_at_several_lengths(plain) ->
     answer, _ = engine({"speculative_config": DRAFT, "scheduler_cls": SCHEDULER}, batches=[1, 4, 16])
     assert answer["tokens"] == plain
     assert answer["counters"]["accepted"] > 0 and len(answer["counters"]["lengths"]) > 1
+
+
+def test_tensor_parallel_ranks_agree(tmp_path) -> None:
+    """On a tiny random model (SmolLM2 has nine heads): two ranks, the tokens of one."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, head_dim=32, intermediate_size=256, vocab_size=len(tokenizer), initializer_range=0.2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    one = engine({"model": str(tmp_path)}, batches=[1, 4])[0]
+    two, _ = engine(
+        {"model": str(tmp_path), "tensor_parallel_size": 2, "speculative_config": NGRAM, "scheduler_cls": SCHEDULER},
+        batches=[1, 4],
+        binding="0|1",
+    )
+    assert two["tokens"] == one["tokens"]
+    assert two["counters"]["accepted"] > 0
 
 
 def test_every_name_that_is_relied_on_is_there() -> None:
