@@ -56,21 +56,34 @@ def main() -> None:
         same[batch] += sum(a == b for a, b in zip(tokens["plain"], tokens["smart"], strict=True))
         answers[batch] += len(chosen)
         block += 1
+        if block % len(batches) == 0:
+            table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(
+                {
+                    "arguments": vars(args),
+                    "results": table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done),
+                },
+                file,
+                indent=1,
+            )
+    for arm in engines.values():
+        arm.close()
+
+
+def table(rates: Any, same: dict[int, str], done: Any) -> dict[int, dict[str, Any]]:
+    """Prints and returns a row for each batch size."""
     report = {}
-    for batch in batches:
+    for batch in rates:
         if not rates[batch]["plain"]:
             continue
         row: dict[str, Any] = {arm: round(statistics.median(rates[batch][arm]), 1) for arm in ARMS}
         for arm in ("spec", "smart"):
             row[f"{arm}_speedup"] = interval(rates[batch][arm], rates[batch]["plain"])
-        row |= {"blocks": len(rates[batch]["plain"]), "same": f"{same[batch]}/{answers[batch]}", **done[batch]}
-        report[batch] = row
-        print(batch, json.dumps(row), flush=True)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"arguments": vars(args), "results": report}, file, indent=1)
-    for arm in engines.values():
-        arm.close()
+        report[batch] = row | {"blocks": len(rates[batch]["plain"]), "same": same[batch], **done[batch]}
+        print(batch, json.dumps(report[batch]), flush=True)
+    return report
 
 
 def arguments() -> argparse.Namespace:

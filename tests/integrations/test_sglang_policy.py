@@ -57,7 +57,7 @@ def test_it_settles_on_the_steps_with_the_most_tokens_per_second(policy, accept,
 def test_while_off_it_looks_now_and_then_and_comes_back(policy) -> None:
     assert serve(policy, 1, 800, 0.0)[-1] == 0
     off = serve(policy, 1, 2 * PROBE_EVERY + 2, 0.0)
-    assert set(off) == {0, 1} and off.count(1) == 2
+    assert set(off) == {0, 1} and off.count(1) <= 4
     assert max(serve(policy, 1, 40 * PROBE_EVERY, 1.0)) == 5
 
 

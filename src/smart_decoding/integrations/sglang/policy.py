@@ -21,8 +21,8 @@ from smart_decoding.integrations.sglang import COSTS
 
 MARGIN = 1.02  # what another number of steps must promise over the present one
 MEMORY = 0.995  # per batch: older counts fade
-PRIOR_HITS, PRIOR_TRIALS = 2.8, 4.0  # per depth, before anything was verified
-PROBE_EVERY = 64  # batches without drafting, after which one drafts the fewest steps
+PRIOR, PRIOR_TRIALS = 0.7, 4.0  # of all depths together; of one depth, what all say together is worth as much
+PROBE_EVERY = 64  # batches without drafting, after which two draft the fewest steps
 
 
 class StepCosts:
@@ -66,8 +66,8 @@ class SmartSpecPolicy:
         self._candidates = _candidates(cfg_path, initial_steps)
         self._initial = initial_steps
         longest = max(max(steps) for steps in self._candidates.values())
-        self._hits = [PRIOR_HITS] * longest
-        self._trials = [PRIOR_TRIALS] * longest
+        self._hits = [0.0] * longest
+        self._trials = [0.0] * longest
         self._graph_sizes: list[int] | None = None
         self._steps: dict[int, int] = {}  # chosen, by batch size, until new counts arrive
         self._recent: deque[int] = deque(
@@ -117,8 +117,10 @@ class SmartSpecPolicy:
         return steps
 
     def acceptance(self) -> list[float]:
-        """P(draft at depth 1, 2, ... is accepted | the one before it was)."""
-        return [hits / trials for hits, trials in zip(self._hits, self._trials, strict=True)]
+        """P(draft at depth 1, 2, ... is accepted | the one before it was); depths seldom seen are as all together."""
+        every = (sum(self._hits) + PRIOR * PRIOR_TRIALS) / (sum(self._trials) + PRIOR_TRIALS)
+        counts = zip(self._hits, self._trials, strict=True)
+        return [(hits + every * PRIOR_TRIALS) / (trials + PRIOR_TRIALS) for hits, trials in counts]
 
     def _best(self, batch: int) -> int:
         allowed = self._allowed(batch)
@@ -133,8 +135,8 @@ class SmartSpecPolicy:
 
     def _count(self, correct: Sequence[int], drafted: int) -> None:
         depths = min(drafted, len(self._hits))
-        self._hits = [PRIOR_HITS + MEMORY * (hits - PRIOR_HITS) for hits in self._hits]
-        self._trials = [PRIOR_TRIALS + MEMORY * (trials - PRIOR_TRIALS) for trials in self._trials]
+        self._hits = [MEMORY * hits for hits in self._hits]
+        self._trials = [MEMORY * trials for trials in self._trials]
         for count in correct:
             for depth in range(min(count + 1, depths)):  # beyond the first rejection all is censored
                 self._trials[depth] += 1
