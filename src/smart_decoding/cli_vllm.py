@@ -1,0 +1,146 @@
+"""`smart vllm-config`: measures your vLLM with and without speculation, and writes the option that vLLM takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from smart_decoding.errors import ConfigError
+from smart_decoding.files import whole
+from smart_decoding.integrations.vllm import schedule
+from smart_decoding.integrations.vllm.measure import Measured
+from smart_decoding.integrations.vllm.schedule import Timing
+
+NGRAM = '{"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 2}'
+CHOSEN = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")  # what is found out here
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="as vLLM takes it: a hub id or a folder")
+    parser.add_argument("--speculative-config", type=_json, default=json.loads(NGRAM), metavar="JSON",
+                        help=f"vLLM's, without lengths ({NGRAM})")  # fmt: skip
+    parser.add_argument("--engine-args", type=_json, default={}, metavar="JSON",
+                        help='other arguments of vllm.LLM, such as {"tensor_parallel_size": 2} (none)')  # fmt: skip
+    parser.add_argument("--lengths", type=_counts, default=[1, 2, 4], help="draft lengths to try (1,2,4)")
+    parser.add_argument("--batch-sizes", type=_counts, default=[1, 2, 4, 8, 16], help="to measure (1,2,4,8,16)")
+    parser.add_argument("--prompts", type=Path, help="a prompt a line, text or JSON with 'prompt' (60 of ours)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="of each answer (128)")
+    parser.add_argument("--blocks", type=int, default=4, help="measurements of each batch size and length (4)")
+    parser.add_argument("--together", action="store_true",
+                        help="load all engines at once and let them take turns: steadier, if they fit")  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("vllm-speculative.json"), help="(vllm-speculative.json)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures, prints the schedule with its reasons, writes it and, beside it, all that was measured."""
+    given = sorted(set(CHOSEN) & set(args.speculative_config))
+    if given:
+        raise ConfigError(f"--speculative-config is to be given without {' and '.join(given)}: that is measured here")
+    if args.blocks < 1 or args.max_tokens < 2:
+        raise ConfigError("--blocks must be at least 1 and --max-tokens at least 2")
+    prompts = read_prompts(args.prompts)
+    if max(args.batch_sizes) > len(prompts):
+        raise ConfigError(f"{len(prompts)} prompts are too few for a batch of {max(args.batch_sizes)}")
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed here: install smart-decoding in vLLM's environment (docs/integrations.md)"
+        )
+    measured, version = measure(args, prompts)
+    choices = [schedule.choose(batch, timings) for batch, timings in sorted(measured.items())]
+    lines = schedule.schedule(choices)
+    for line in lines:
+        print(f"batch {line.first} to {line.last}: {line.length or 'no'} tokens  <- {line.reason}")
+    _write(args.output.with_suffix(".reasons.json"), {"vllm": version, "model": args.model,
+           "engine_args": args.engine_args, **schedule.report(lines, choices, measured)})  # fmt: skip
+    config = schedule.speculative_config(args.speculative_config, lines)
+    if config is None:
+        print("Speculation did not pay at any batch size: start vLLM without --speculative-config.")
+        return 0
+    _write(args.output, config)
+    print(f'Written: {args.output}. Start vLLM with --speculative-config "$(cat {args.output})"')
+    return 0
+
+
+def measure(args: argparse.Namespace, prompts: Sequence[str]) -> tuple[dict[int, dict[int, Timing]], str]:
+    """({batch size: {length: timing}}, vLLM's version); length 0 is plain vLLM."""
+    lengths = [0, *sorted(set(args.lengths))]
+    groups = [lengths] if args.together else [[length] for length in lengths]
+    answers: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    version = ""
+    for group in groups:
+        with ExitStack() as stack:
+            engines = {k: stack.enter_context(Measured(engine_arguments(args, k))) for k in group}
+            for length, engine in engines.items():
+                version = engine.ready()
+                engine.run(prompts[:1], 8)  # the first run compiles
+                print(f"measuring {f'{length} tokens' if length else 'plain'}", flush=True)
+            for batch, chosen in blocks(args, prompts):
+                for length, engine in engines.items():
+                    answers[batch, length].append(engine.run(chosen, args.max_tokens))
+    return {b: {k: _timing(answers[b, k]) for k in lengths} for b in sorted(set(args.batch_sizes))}, version
+
+
+def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """(batch size, prompts): the same for every length."""
+    chooser = random.Random(0)
+    for _ in range(args.blocks):
+        for batch in sorted(set(args.batch_sizes)):
+            yield batch, chooser.sample(list(prompts), batch)
+
+
+def engine_arguments(args: argparse.Namespace, length: int) -> dict[str, Any]:
+    speculative = {**args.speculative_config, "num_speculative_tokens": length} if length else None
+    return {"model": args.model, **args.engine_args, "speculative_config": speculative}
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """One per line that is not empty. Raises ConfigError for lines that look like JSON and have no 'prompt'."""
+    source = path if path is not None else resources.files("smart_decoding.bench") / "prompts_general.jsonl"
+    prompts = []
+    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip().startswith("{"):
+            try:
+                prompts.append(str(json.loads(line)["prompt"]))
+            except (ValueError, KeyError) as error:
+                raise ConfigError(f"{path}, line {number}: no JSON object with 'prompt'") from error
+        elif line.strip():
+            prompts.append(line.strip())
+    return prompts
+
+
+def _timing(answers: Sequence[Mapping[str, Any]]) -> Timing:
+    drafted, accepted = (sum(answer[name] for answer in answers) for name in ("drafted", "accepted"))
+    return Timing([answer["seconds"] for answer in answers], answers[0]["tokens"], drafted, accepted)
+
+
+def _write(path: Path, content: Any) -> None:
+    with whole(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"not positive numbers separated by commas: {text!r}")
+    return values
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("not a JSON object")
+    return value

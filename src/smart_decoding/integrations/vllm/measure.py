@@ -1,0 +1,97 @@
+"""One vLLM engine in a process of its own, timed through its public offline API.
+
+    python -m smart_decoding.integrations.vllm.measure '{"model": ..., "speculative_config": ...}'
+
+reads lines of JSON, {"prompts": [...], "max_tokens": n}, and answers each with {"seconds", "tokens", "drafted",
+"accepted"}; before the first it says {"ready": vLLM's version}. `Measured` is the other end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from smart_decoding.errors import ConfigError
+
+COUNTERS = {"vllm:spec_decode_num_draft_tokens": "drafted", "vllm:spec_decode_num_accepted_tokens": "accepted"}
+
+
+class Measured:
+    """An engine with these arguments of `vllm.LLM`, started in a process; use it as a context manager."""
+
+    def __init__(self, arguments: Mapping[str, Any], python: str = sys.executable) -> None:
+        self._name = f"vLLM with speculative_config={arguments.get('speculative_config')}"
+        self._process = subprocess.Popen(
+            [python, "-m", __spec__.name, json.dumps(dict(arguments))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def ready(self) -> str:
+        """Waits until the engine has started; returns vLLM's version. Raises ConfigError if it did not start."""
+        return str(self._answer()["ready"])
+
+    def run(self, prompts: Sequence[str], max_tokens: int) -> dict[str, Any]:
+        """Generates for all prompts at once, `max_tokens` each."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"prompts": list(prompts), "max_tokens": max_tokens}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ConfigError(f"{self._name} ended with code {self._process.wait()}: its own message stands above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Measured:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # the other end stops then
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def main(arguments: dict[str, Any]) -> None:
+    """The process: answers on the real stdout, which everything else of it is kept off."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import vllm
+
+    llm = vllm.LLM(**{"disable_log_stats": False, **arguments})
+    print(json.dumps({"ready": vllm.__version__}), file=answers, flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        params = vllm.SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True)
+        before = _counts(llm)
+        start = time.perf_counter()
+        outputs = llm.chat([[{"role": "user", "content": p}] for p in job["prompts"]], params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        counts = {name: count - before[name] for name, count in _counts(llm).items()}
+        print(json.dumps({"seconds": seconds, "tokens": tokens, **counts}), file=answers, flush=True)
+
+
+def _counts(llm: Any) -> dict[str, int]:
+    counts = dict.fromkeys(COUNTERS.values(), 0)
+    for metric in llm.get_metrics():
+        if metric.name in COUNTERS:
+            counts[COUNTERS[metric.name]] += int(metric.value)
+    return counts
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,44 @@
+"""The scheduler's counters for Prometheus, from the process that it runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from smart_decoding.integrations.chains import Counters
+
+HELP = {
+    "steps_on": "Steps that verified drafts",
+    "steps_off": "Decoding steps that verified none",
+    "drafted": "Tokens that the drafter proposed",
+    "verified": "Draft tokens that were verified",
+    "accepted": "Draft tokens that were accepted",
+    "probes": "Steps in the mode believed worse",
+    "seconds": "Seconds spent on choosing and learning",
+}
+
+
+class CounterCollector:
+    """What prometheus_client asks at each scrape."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily
+
+        for name, text in HELP.items():
+            yield CounterMetricFamily(f"smart_vllm_{name}", text, value=getattr(self._counters, name))
+        lengths = CounterMetricFamily("smart_vllm_length", "Steps by draft length", labels=["tokens"])
+        for length, steps in sorted(dict(self._counters.lengths).items()):
+            lengths.add_metric([str(length)], steps)
+        yield lengths
+
+
+def serve_metrics(counters: Counters, port: int) -> None:
+    """Answers on http://127.0.0.1:`port`/metrics from a thread, as long as it lives. Raises OSError if it is taken."""
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    registry = CollectorRegistry()
+    registry.register(CounterCollector(counters))
+    start_http_server(port, "127.0.0.1", registry)

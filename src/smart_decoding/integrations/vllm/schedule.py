@@ -1,0 +1,121 @@
+"""From measured times to vLLM's `num_speculative_tokens_per_batch_size`, with the reason for each line. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from smart_decoding.errors import ConfigError
+
+MARGIN = 1.02  # what speculation must measure over plain decoding to be switched on
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One setting at one batch size: seconds of each block, of the same prompts in all settings, and tokens a block."""
+
+    seconds: Sequence[float]
+    tokens: int
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens * len(self.seconds) / sum(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Batch sizes `first` to `last` draft `length` tokens; `reason` says what was measured."""
+
+    first: int
+    last: int
+    length: int
+    reason: str
+
+    def entry(self) -> list[int]:
+        """As vLLM takes it."""
+        return [self.first, self.last, self.length]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The best length at one measured batch size. ratios: length -> (speedup over plain, its standard error)."""
+
+    batch: int
+    length: int
+    ratios: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    reason: str = ""
+
+
+def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) -> Choice:
+    """The fastest of the measured lengths; 0, which must be among them, unless another one is `margin` faster."""
+    plain = timings[0]
+    ratios = {length: _ratio(plain, timing) for length, timing in timings.items() if length}
+    best = max(ratios, key=lambda length: ratios[length][0], default=0)
+    length = best if best and ratios[best][0] > margin else 0
+    parts = [f"batch {batch}: plain {plain.rate:.1f} tok/s"]
+    for k, (ratio, error) in sorted(ratios.items()):
+        share = timings[k].accepted / timings[k].drafted if timings[k].drafted else 0.0
+        parts.append(f"{k} tokens {ratio:.2f} ± {error:.2f} × ({100 * share:.0f} % accepted)")
+    return Choice(batch, length, ratios, ", ".join(parts))
+
+
+def schedule(choices: Sequence[Choice]) -> list[Line]:
+    """One line per run of equal lengths; sizes between two measured ones go to the nearer one (by ratio)."""
+    if not choices:
+        raise ConfigError("no batch size was measured")
+    ordered = sorted(choices, key=lambda choice: choice.batch)
+    lines: list[Line] = []
+    first = 1
+    for index, choice in enumerate(ordered):
+        last = choice.batch
+        if index + 1 < len(ordered):
+            last = max(last, math.ceil(math.sqrt(choice.batch * ordered[index + 1].batch)) - 1)
+        if lines and lines[-1].length == choice.length:
+            before = lines.pop()
+            lines.append(Line(before.first, last, choice.length, f"{before.reason}; {choice.reason}"))
+        else:
+            lines.append(Line(first, last, choice.length, choice.reason))
+        first = last + 1
+    return lines
+
+
+def speculative_config(base: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, Any] | None:
+    """The value of vLLM's --speculative-config; None where plain decoding was best at every batch size.
+
+    vLLM carries the last line's length on to larger batches."""
+    longest = max(line.length for line in lines)
+    if not longest:
+        return None
+    entries = [line.entry() for line in lines]
+    return {**base, "num_speculative_tokens": longest, "num_speculative_tokens_per_batch_size": entries}
+
+
+def report(lines: Sequence[Line], choices: Sequence[Choice], measured: Mapping[int, Mapping[int, Timing]]) -> Any:
+    """All that was measured, as plain lists and numbers."""
+    return {
+        "lines": [asdict(line) for line in lines],
+        "measured": {
+            str(choice.batch): {
+                str(length): {**asdict(timing), "seconds": list(timing.seconds), "tokens_per_second": timing.rate}
+                for length, timing in measured[choice.batch].items()
+            }
+            for choice in choices
+        },
+    }
+
+
+def _ratio(plain: Timing, other: Timing) -> tuple[float, float]:
+    """(speedup over plain, standard error over the blocks, which are pairs)."""
+    pairs = list(zip(plain.seconds, other.seconds, strict=True))
+    ratio = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+    logs = [math.log(a / b) for a, b in pairs]
+    if len(logs) < 2:
+        return ratio, math.inf
+    mean = sum(logs) / len(logs)
+    variance = sum((x - mean) ** 2 for x in logs) / (len(logs) - 1)
+    return ratio, ratio * math.sqrt(variance / len(logs))

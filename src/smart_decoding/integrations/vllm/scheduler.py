@@ -1,0 +1,181 @@
+"""vLLM schedulers that choose draft lengths: K before each step, and each request's share of what was drafted.
+
+They run in the engine's own process alone and hand their choice to the workers in the step's SchedulerOutput, so that
+tensor-parallel ranks cannot disagree. Tokens are verified by vLLM, and are its own whatever is chosen here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import vllm
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+from smart_decoding.integrations.chains import Chains, Step
+from smart_decoding.integrations.vllm.metrics import serve_metrics
+from smart_decoding.integrations.vllm.seams import FREE, read_options, reason_for_stock, refuse
+
+logger = init_logger("vllm.smart_decoding")  # below vLLM's logger: its format and level
+SHORT_GAP = 0.002  # seconds between two steps that still belong to the work of a step
+FORGET_EVERY = 256  # steps
+
+
+class Lengths:
+    """Stands for vLLM's table of K by batch size; the policy is asked instead."""
+
+    def __init__(self, owner: Controller) -> None:
+        self._owner = owner
+
+    def __getitem__(self, batch: int) -> int:
+        return self._owner.length(batch)
+
+
+class Controller:
+    """Between one vLLM scheduler and the policy: request ids, counts and the clock."""
+
+    def __init__(self, scheduler: Any, lengths: Sequence[int], model: bool, probe_budget: float) -> None:
+        self.scheduler = scheduler
+        self.policy = Chains(lengths, model, probe_budget)
+        self._under_way: dict[int, tuple[Step, float]] = {}  # by the identity of the step's SchedulerOutput
+        self._done = 0.0  # when the last step's output was processed
+        self._steps = 0
+
+    def length(self, batch: int) -> int:
+        """K of the step that is being scheduled."""
+        start = time.perf_counter()
+        length = self.policy.length([request.request_id for request in self.scheduler.running[:batch]])
+        self.policy.counters.seconds += time.perf_counter() - start
+        return length
+
+    def scheduled(self, output: SchedulerOutput, start: float, probe: bool) -> None:
+        """A step was scheduled, from `start` on. probe: what the policy said before that."""
+        drafts = {id_: len(tokens) for id_, tokens in output.scheduled_spec_decode_tokens.items()}
+        batch = len(output.num_scheduled_tokens)
+        clean = output.total_num_scheduled_tokens == batch + sum(drafts.values())
+        requests = self.scheduler.requests
+        greedy = frozenset(id_ for id_ in drafts if _greedy(requests[id_]))
+        step = Step(batch, output.num_spec_tokens_to_schedule, drafts, clean=clean, greedy=greedy, probe=probe)
+        self._under_way[id(output)] = (step, start)
+
+    def trim(self, ids: Sequence[str], drafted: Sequence[int]) -> list[int]:
+        """How many drafts of each request to verify."""
+        start = time.perf_counter()
+        if not any(drafted):
+            return [0] * len(ids)
+        requests = [self.scheduler.requests[id_] for id_ in ids]
+        room = [request.max_tokens - request.num_output_tokens - 1 for request in requests]
+        kept = self.policy.trim(ids, drafted, [_greedy(request) for request in requests], room)
+        self.policy.counters.seconds += time.perf_counter() - start
+        return kept
+
+    def outcome(self, output: SchedulerOutput, ran: ModelRunnerOutput) -> tuple[Step, float] | None:
+        """The step behind `output`, with what was accepted in it; None if it was not scheduled here."""
+        found = self._under_way.pop(id(output), None)
+        if found is not None and ran.sampled_token_ids:
+            step, sampled = found[0], ran.sampled_token_ids
+            index = ran.req_id_to_index
+            step.accepted = {id_: max(len(sampled[index[id_]]) - 1, 0) for id_ in step.verified if id_ in index}
+        return found
+
+    def finished(self, step: Step, start: float) -> None:
+        """The step's output was processed just now."""
+        now = time.perf_counter()
+        since = self._done if start - self._done < SHORT_GAP else start
+        self._done = now
+        self.policy.observe(step, now - since if since > 0 else None)
+        self._steps += 1
+        if self._steps % FORGET_EVERY == 0:
+            self.policy.forget(self.scheduler.requests)
+        self.policy.counters.seconds += time.perf_counter() - now
+
+
+class _Smart:
+    """What both schedulers share; `Scheduler` or `AsyncScheduler` follows in the order of methods."""
+
+    ASYNC = False
+    controller: Controller | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.controller = None
+        config = self.vllm_config  # type: ignore[attr-defined]
+        options, speculative = read_options(config.additional_config), config.speculative_config
+        refuse(config.parallel_config.data_parallel_size, config.scheduler_config.async_scheduling, self.ASYNC)
+        reason = reason_for_stock(vllm.__version__, speculative, self, options)
+        if reason is not None:
+            logger.warning("SMART leaves draft lengths to vLLM: %s", reason)
+            return
+        schedule = speculative.num_speculative_tokens_per_batch_size
+        longest = self.num_spec_tokens  # type: ignore[attr-defined]
+        lengths = [min(k, longest) for _, _, k in schedule] if schedule else range(longest + 1)
+        self.controller = Controller(self, lengths, speculative.method not in FREE, options.probe_budget)
+        self.dynamic_sd_lookup = Lengths(self.controller)
+        if options.metrics_port:
+            serve_metrics(self.controller.policy.counters, options.metrics_port)
+        logger.info("SMART chooses draft lengths: up to %d tokens by %s", longest, speculative.method)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        start = time.perf_counter()
+        probe = self.controller is not None and self.controller.policy.take_probe()
+        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if self.controller is not None:
+            self.controller.scheduled(output, start, probe)
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        controller = self.controller
+        found = controller.outcome(scheduler_output, model_runner_output) if controller else None
+        result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if controller is not None and found is not None:
+            controller.finished(*found)
+        return result
+
+    def shutdown(self) -> None:
+        if self.controller is not None:
+            logger.info("SMART: %s", self.controller.policy.counters)
+        super().shutdown()  # type: ignore[misc]
+
+
+class SmartScheduler(_Smart, Scheduler):
+    """For synchronous scheduling: the drafts are there when their number is chosen."""
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        super().update_draft_token_ids(draft_token_ids)
+        if self.controller is None:
+            return
+        found = [self.requests.get(id_) for id_ in draft_token_ids.req_ids]
+        requests = [r for r in found if r is not None and not r.is_finished() and not r.is_prefill_chunk]
+        drafted = [len(request.spec_token_ids) for request in requests]
+        kept = self.controller.trim([request.request_id for request in requests], drafted)
+        for request, count in zip(requests, kept, strict=True):
+            if count < len(request.spec_token_ids):
+                request.spec_token_ids = request.spec_token_ids[:count]
+
+
+class SmartAsyncScheduler(_Smart, AsyncScheduler):
+    """For asynchronous scheduling: the drafts of a step are still being made when the next one is scheduled, so places
+    are kept for as many of them as are worth verifying."""
+
+    ASYNC = True
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        if self.controller is None:
+            return
+        requests = [self.requests[id_] for id_ in scheduler_output.num_scheduled_tokens]
+        requests = [request for request in requests if not request.is_prefill_chunk]
+        drafted = [len(request.spec_token_ids) for request in requests]
+        kept = self.controller.trim([request.request_id for request in requests], drafted)
+        for request, count in zip(requests, kept, strict=True):
+            if count < len(request.spec_token_ids):
+                request.spec_token_ids = request.spec_token_ids[:count]
+
+
+def _greedy(request: Any) -> bool:
+    return request.sampling_params is None or request.sampling_params.temperature <= 0

@@ -1,0 +1,57 @@
+"""A simulated engine that drafts chains and verifies them a step later: the world that the policy must cope with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from smart_decoding.integrations.chains import Chains, Step
+
+
+@dataclass
+class World:
+    """Each request accepts a draft token with its own probability; seconds are what `cost` says, with some noise.
+
+    cost(batch, drafts, levels): true seconds of a step. hits: probability that the drafter has a proposal at all."""
+
+    accept: Sequence[float]
+    cost: Callable[[int, int, int], float]
+    longest: int = 4
+    model: bool = False
+    hits: float = 1.0
+    noise: float = 0.03
+    seed: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    verified_by: list[int] = field(default_factory=list)
+
+    def run(self, steps: int, policy: Chains | None, fixed: int = 0) -> float:
+        """Tokens per second of `steps` steps, under a policy or at a fixed length."""
+        random = np.random.default_rng(self.seed)
+        batch = len(self.accept)
+        ids = [f"r{i}" for i in range(batch)]
+        self.verified_by = [0] * batch
+        self.seconds, self.tokens, drafts = 0.0, 0, [0] * batch
+        for _ in range(steps):
+            probe = policy.take_probe() if policy else False
+            levels = policy.length(ids) if policy else fixed
+            verified = dict(zip(ids, drafts, strict=True))
+            accepted = {id_: _run_length(random, p, verified[id_]) for id_, p in zip(ids, self.accept, strict=True)}
+            true = self.cost(batch, sum(drafts), levels if self.model else 0)
+            self.seconds += true
+            self.tokens += batch + sum(accepted.values())
+            self.verified_by = [a + b for a, b in zip(self.verified_by, drafts, strict=True)]
+            proposed = [levels if self.model or random.random() < self.hits else 0 for _ in ids]
+            drafts = proposed
+            if policy:
+                step = Step(batch, levels, {i: n for i, n in verified.items() if n}, accepted, probe=probe)
+                policy.observe(step, true * float(np.exp(self.noise * random.standard_normal())))
+                drafts = policy.trim(ids, proposed, [True] * batch, [100] * batch)
+        return self.tokens / self.seconds
+
+
+def _run_length(random: np.random.Generator, probability: float, most: int) -> int:
+    outcomes = random.random(most) < probability
+    return most if outcomes.all() else int(outcomes.argmin())

@@ -1,0 +1,181 @@
+"""The policy for SGLang's adaptive speculation: by itself, and under SGLang's real controller with a fake worker.
+
+The controller is loaded from the installed wheel's own file: importing SGLang as a whole needs a GPU build."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from smart_decoding.errors import ConfigError
+from smart_decoding.integrations import sglang as integration
+from smart_decoding.integrations.sglang.policy import PROBE_EVERY, SmartSpecPolicy, StepCosts
+
+SECONDS = {"1": {"0": 0.010, "1": 0.012, "3": 0.014, "5": 0.018}, "32": {"0": 0.020, "1": 0.030, "3": 0.060, "5": 0.1}}
+
+
+@pytest.fixture
+def policy(tmp_path, monkeypatch) -> SmartSpecPolicy:
+    costs, candidates = tmp_path / "costs.json", tmp_path / "adaptive.json"
+    costs.write_text(json.dumps({"seconds": SECONDS}))
+    candidates.write_text(
+        json.dumps({"ema_alpha": 0.2, "1": {"candidate_steps": [0, 1, 3, 5]}, "16": {"candidate_steps": [0, 1]}})
+    )
+    monkeypatch.setenv(integration.COSTS, str(costs))
+    return SmartSpecPolicy(3, str(candidates))
+
+
+def serve(policy: Any, batch: int, rounds: int, accept: float, seed: int = 0) -> list[int]:
+    """Steps used at each round when every draft is accepted with probability `accept` after the one before it."""
+    random, used = np.random.default_rng(seed), []
+    for _ in range(rounds):
+        steps = policy.get_steps_for_batch(batch)
+        outcomes = random.random((batch, steps)) < accept
+        correct = np.cumprod(outcomes, axis=1).sum(axis=1).tolist() if steps else [0] * batch
+        policy.on_verify_complete(correct, batch)
+        used.append(steps)
+    return used
+
+
+@pytest.mark.parametrize(("accept", "batch"), [(0.05, 1), (0.5, 1), (0.95, 1), (0.3, 32), (0.9, 32)])
+def test_it_settles_on_the_steps_with_the_most_tokens_per_second(policy, accept, batch) -> None:
+    allowed = [0, 1, 3, 5] if batch == 1 else [0, 1]
+    rates = {k: sum(accept**d for d in range(k + 1)) / SECONDS[str(batch)][str(k)] for k in allowed}
+    used = serve(policy, batch, 1500, accept)[-500:]
+    assert sum(rates[k] for k in used) / len(used) > 0.97 * max(rates.values())
+
+
+def test_while_off_it_looks_now_and_then_and_comes_back(policy) -> None:
+    assert serve(policy, 1, 800, 0.0)[-1] == 0
+    off = serve(policy, 1, 2 * PROBE_EVERY + 2, 0.0)
+    assert set(off) == {0, 1} and off.count(1) <= 4
+    assert max(serve(policy, 1, 40 * PROBE_EVERY, 1.0)) == 5
+
+
+def test_ranks_that_see_the_same_counts_choose_the_same(tmp_path, policy) -> None:
+    other = SmartSpecPolicy(3, str(tmp_path / "adaptive.json"))
+    assert serve(policy, 8, 300, 0.6) == serve(other, 8, 300, 0.6)
+
+
+def test_captured_graphs_are_those_that_can_be_reached(policy) -> None:
+    assert policy.cuda_graph_bs_for_step(3) is None
+    policy.set_cuda_graph_bs([8, 1, 16, 32])
+    assert policy.cuda_graph_bs_for_step(3) == [1, 8] and policy.cuda_graph_bs_for_step(1) == [1, 8, 16, 32]
+    assert max(serve(policy, 12, 200, 1.0)) == 1  # padded to 16
+
+
+def test_costs_are_linear_between_entries() -> None:
+    costs = StepCosts({1: {0: 1.0, 2: 3.0}, 4: {0: 2.0, 2: 4.0}})
+    assert costs.seconds(1, 1) == pytest.approx(2.0) and costs.seconds(2, 1) == pytest.approx(2.5)
+    assert costs.seconds(64, 9) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"seconds": {}}', '{"seconds": {"1": {"1": 1.0}}}', '{"seconds": {"1": {"0": -1}}}']
+)
+def test_files_that_are_none_are_refused(tmp_path, text) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="costs"):
+        StepCosts.load(path)
+
+
+def test_the_plugin_does_nothing_unless_it_is_asked_to(monkeypatch) -> None:
+    monkeypatch.delenv(integration.COSTS, raising=False)
+    integration.register()
+    assert not any(name.startswith("sglang.") for name in sys.modules)
+
+
+# --- against the installed wheel ---
+
+
+def module_of(name: str) -> ModuleType:
+    """One module of SGLang, from its file alone."""
+    path = source_of(name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return module
+
+
+def source_of(name: str) -> Path:
+    found = importlib.util.find_spec("sglang")
+    if found is None or found.origin is None:
+        pytest.skip("SGLang is not installed here: make test-sglang")
+    return Path(found.origin).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
+
+
+class Worker:
+    """What SGLang's controller needs of a worker."""
+
+    def __init__(self, steps: int) -> None:
+        self.speculative_num_steps = steps
+        self.built: list[tuple[int, int, list[int] | None]] = []
+
+    def build_adaptive_runtime_state(self, speculative_num_steps, speculative_num_draft_tokens, cuda_graph_bs=None):
+        self.built.append((speculative_num_steps, speculative_num_draft_tokens, cuda_graph_bs))
+        return speculative_num_steps
+
+    def apply_runtime_state(self, state: int) -> None:
+        self.speculative_num_steps = state
+
+
+def test_the_real_controller_follows_the_policy(policy) -> None:
+    controller_module = module_of("sglang.srt.speculative.adaptive_runtime_state")
+    worker = Worker(3)
+    controller = controller_module.AdaptiveController(worker, policy)
+    controller.init_states([1, 8, 32])
+    assert {steps: sizes for steps, _, sizes in worker.built} == {0: [1, 8, 32], 1: [1, 8, 32], 3: [1, 8], 5: [1, 8]}
+    assert all(tokens == steps + 1 for steps, tokens, _ in worker.built)
+    random = np.random.default_rng(0)
+    seen: dict[float, list[int]] = {}
+    for accept in (0.95, 0.0, 0.95):
+        used = []
+        for _ in range(2500):
+            controller.activate_step_by_batch(1)
+            steps = worker.speculative_num_steps
+            correct = int(np.cumprod(random.random(steps) < accept).sum()) if steps else 0
+            controller.on_verify_complete([correct], 1)
+            used.append(steps)
+        seen[accept] = used[-50:]
+        assert (np.mean(used[-50:]) > 4) == (accept > 0.5)
+    assert set(seen[0.0]) <= {0, 1}
+
+
+def test_the_names_that_are_relied_on_are_there() -> None:
+    """The class that is replaced, its constructor, who constructs it, and the hook that replaces it."""
+    name, _, kind = integration.TARGET.rpartition(".")
+    tree = ast.parse(source_of(name).read_text())
+    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind)
+    methods = {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
+    assert [a.arg for a in methods["__init__"].args.args] == ["self", "initial_steps", "cfg_path"]
+    public = {method for method in methods if not method.startswith("_")}
+    assert public == {n for n in vars(SmartSpecPolicy) if not n.startswith("_")} - {"acceptance"}
+    assert f"{kind}(" in source_of("sglang.srt.speculative.eagle_worker_v2").read_text()
+    registry = module_of("sglang.srt.plugins.hook_registry")
+    registry.HookRegistry.register(integration.TARGET, SmartSpecPolicy, registry.HookType.REPLACE)
+    assert integration.TARGET in registry.HookRegistry._hooks
+
+
+def test_the_entry_point_is_the_one_that_sglang_looks_for() -> None:
+    import tomllib
+
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    (group,) = [g for g in pyproject["project"]["entry-points"] if g.startswith("sglang")]
+    assert pyproject["project"]["entry-points"][group] == {"smart": "smart_decoding.integrations.sglang:register"}
+    assert f'"{group}"' in source_of("sglang.srt.plugins.__init__").read_text()
+    assert os.environ.get(integration.COSTS) is None

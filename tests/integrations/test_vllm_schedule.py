@@ -1,0 +1,194 @@
+"""`smart vllm-config` and the scheduler's options, without vLLM: schedules from times, files, refusals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from smart_decoding import cli, cli_vllm
+from smart_decoding.errors import ConfigError
+from smart_decoding.integrations.vllm import seams
+from smart_decoding.integrations.vllm.schedule import Line, Timing, choose, schedule, speculative_config
+
+
+def timings(plain: float, **others: float) -> dict[int, Timing]:
+    """Three blocks of 100 tokens, each a little slower than the one before; others by length, as k1, k2, ..."""
+    drift = (1.0, 1.1, 1.2)
+    found = {0: Timing([plain * d for d in drift], 100)}
+    for name, seconds in others.items():
+        found[int(name[1:])] = Timing([seconds * d for d in drift], 100, drafted=50, accepted=20)
+    return found
+
+
+def test_the_fastest_length_is_chosen_and_the_reason_says_by_how_much() -> None:
+    choice = choose(1, timings(1.0, k1=0.95, k4=0.8, k2=0.85))
+    assert choice.length == 4
+    assert choice.ratios[4][0] == pytest.approx(1.25) and choice.ratios[4][1] == pytest.approx(0.0, abs=1e-9)
+    assert "batch 1" in choice.reason and "4 tokens 1.25" in choice.reason and "40 % accepted" in choice.reason
+
+
+def test_what_does_not_pay_is_off() -> None:
+    assert choose(8, timings(1.0, k1=0.99, k4=1.5)).length == 0  # 1 % is no gain: it is within the error of any run
+
+
+def test_sizes_between_two_measured_ones_go_to_the_nearer_and_equal_lines_are_one() -> None:
+    found = [
+        choose(1, timings(1.0, k4=0.7)), choose(4, timings(1.0, k4=0.8)), choose(16, timings(1.0, k4=0.95, k1=0.9)),
+        choose(64, timings(1.0, k4=1.9)),
+    ]  # fmt: skip
+    lines = schedule(found)
+    assert [line.entry() for line in lines] == [[1, 7, 4], [8, 31, 1], [32, 64, 0]]
+    assert lines[0].reason.count("plain") == 2
+
+
+def test_the_option_is_the_one_that_vllm_takes() -> None:
+    lines = [Line(1, 3, 4, ""), Line(4, 16, 0, "")]
+    assert speculative_config({"method": "ngram"}, lines) == {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "num_speculative_tokens_per_batch_size": [[1, 3, 4], [4, 16, 0]],
+    }  # fmt: skip
+    assert speculative_config({"method": "ngram"}, [Line(1, 16, 0, "")]) is None
+
+
+def test_the_command_measures_each_length_and_writes_schedule_and_reasons(tmp_path, monkeypatch, capsys) -> None:
+    """With a stand-in for the engine's process: three tokens are the best at batch 1, none at batch 4."""
+    seen = []
+
+    class Engine:
+        def __init__(self, arguments) -> None:
+            speculative = arguments["speculative_config"]
+            self.length = speculative["num_speculative_tokens"] if speculative else 0
+            seen.append(arguments)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error) -> None:
+            pass
+
+        def ready(self) -> str:
+            return "0.32.0"
+
+        def run(self, prompts, max_tokens):
+            seconds = 1.0 - 0.1 * self.length if len(prompts) == 1 else 1.0 + 0.1 * self.length
+            return {"seconds": seconds, "tokens": max_tokens * len(prompts), "drafted": 10, "accepted": 5}
+
+    monkeypatch.setattr(cli_vllm, "Measured", Engine)
+    monkeypatch.setattr(cli_vllm, "find_spec", lambda name: object())
+    output = tmp_path / "schedule.json"
+    command = ["vllm-config", "a-model", "--lengths", "1,3", "--batch-sizes", "1,4", "--blocks", "2",
+               "--engine-args", '{"dtype": "float32"}', "--output", str(output)]  # fmt: skip
+    assert cli.main(command) == 0
+    written = json.loads(output.read_text())
+    assert written["num_speculative_tokens_per_batch_size"] == [[1, 1, 3], [2, 4, 0]]
+    assert written["num_speculative_tokens"] == 3 and written["method"] == "ngram"
+    assert [a["speculative_config"] and a["speculative_config"]["num_speculative_tokens"] for a in seen] == [None, 1, 3]
+    assert all(a["dtype"] == "float32" for a in seen)
+    reasons = json.loads((tmp_path / "schedule.reasons.json").read_text())
+    assert reasons["measured"]["4"]["3"]["seconds"] == pytest.approx([1.3, 1.3])
+    assert "batch 1: plain" in reasons["lines"][0]["reason"]
+    assert "2 to 4: no tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'],
+            "without num_speculative_tokens",
+        ),
+        (["--batch-sizes", "1,100"], "too few"),
+        (["--blocks", "0"], "--blocks"),
+    ],
+)
+def test_wrong_arguments_are_one_line_before_anything_is_loaded(arguments, message, capsys) -> None:
+    assert cli.main(["vllm-config", "m", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_vllm_it_says_where_to_install_it(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cli_vllm, "find_spec", lambda name: None)
+    assert cli.main(["vllm-config", "m"]) == 2
+    assert "vLLM's environment" in capsys.readouterr().err
+
+
+def test_prompts_are_lines_of_text_or_json(tmp_path) -> None:
+    path = tmp_path / "prompts"
+    path.write_text('one\n\n{"prompt": "two"}\n')
+    assert cli_vllm.read_prompts(path) == ["one", "two"]
+    path.write_text('{"text": "two"}\n')
+    with pytest.raises(ConfigError, match="line 1"):
+        cli_vllm.read_prompts(path)
+
+
+def test_importing_the_integration_imports_no_vllm() -> None:
+    import smart_decoding.integrations.vllm as integration
+
+    assert "vllm" not in sys.modules and set(integration.__all__) == {"SmartScheduler", "SmartAsyncScheduler"}
+
+
+# --- the scheduler's refusals ---
+
+
+class Stock:
+    dynamic_sd_lookup = None
+    num_spec_tokens = 4
+    requests = running = None
+    schedule = update_from_output = update_draft_token_ids = _update_after_schedule = shutdown = lambda self: None
+
+
+NGRAM = SimpleNamespace(method="ngram", parallel_drafting=False)
+
+
+def test_it_acts_in_tested_versions_only() -> None:
+    options = seams.Options()
+    assert seams.reason_for_stock("0.32.0", NGRAM, Stock(), options) is None
+    assert "0.99" in str(seams.reason_for_stock("0.99.0", NGRAM, Stock(), options))
+    assert seams.reason_for_stock("0.99.0", NGRAM, Stock(), seams.Options(allow_untested=True)) is None
+
+
+@pytest.mark.parametrize("name", ["update_draft_token_ids", "_update_after_schedule"])
+def test_a_name_that_is_gone_means_stock_behaviour(name) -> None:
+    gone = type("Gone", (Stock,), {name: None})
+    assert name in str(seams.reason_for_stock("0.32.0", NGRAM, gone(), seams.Options(allow_untested=True)))
+
+
+def test_a_lookup_that_is_gone_means_stock_behaviour() -> None:
+    attributes = {name: value for name, value in vars(Stock).items() if name != "dynamic_sd_lookup"}
+    reason = seams.reason_for_stock("0.32.0", NGRAM, type("Gone", (), attributes)(), seams.Options())
+    assert "dynamic_sd_lookup" in str(reason)
+
+
+def test_nothing_to_choose_means_stock_behaviour() -> None:
+    assert "speculative-config" in str(seams.reason_for_stock("0.32.0", None, Stock(), seams.Options()))
+    medusa = SimpleNamespace(method="medusa", parallel_drafting=False)
+    assert "medusa" in str(seams.reason_for_stock("0.32.0", medusa, Stock(), seams.Options()))
+    assert "off" in str(seams.reason_for_stock("0.32.0", NGRAM, Stock(), seams.Options(enabled=False)))
+
+
+def test_data_parallel_and_the_wrong_class_are_refused() -> None:
+    seams.refuse(1, False, False)
+    with pytest.raises(ConfigError, match="data_parallel_size=2"):
+        seams.refuse(2, False, False)
+    with pytest.raises(ConfigError, match="SmartAsyncScheduler"):
+        seams.refuse(1, True, False)
+    with pytest.raises(ConfigError, match=r"vllm\.SmartScheduler"):
+        seams.refuse(1, False, True)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"smart": {"unknown": 1}}, {"smart": 3}, {"smart": {"metrics_port": True}}, {"smart": {"probe_budget": 2}}],
+)
+def test_unknown_and_wrong_options_are_refused(given) -> None:
+    with pytest.raises(ConfigError):
+        seams.read_options(given)
+
+
+def test_options_are_read_and_other_plugins_left_alone() -> None:
+    assert seams.read_options({"other": 1}) == seams.Options()
+    assert seams.read_options({"smart": {"metrics_port": 9400, "probe_budget": 0}}).metrics_port == 9400

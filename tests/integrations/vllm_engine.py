@@ -1,0 +1,74 @@
+"""A process with one vLLM engine: python vllm_engine.py LLM_ARGUMENTS JOB, both JSON; answers with a last line of JSON.
+
+Job: batches (sizes to generate for), text (texts and messages too), contract (compare names), pretend_version."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+PROMPTS = [
+    "Repeat this line five times: the quick brown fox jumps over the lazy dog.",
+    "Write a Python function that returns the sum of a list, then write it again with a comment on every line.",
+    "Why is the sky blue?",
+    "List the days of the week, then list them again in reverse.",
+]
+
+
+def main(arguments: dict[str, Any], job: dict[str, Any]) -> None:
+    import vllm
+
+    if "pretend_version" in job:
+        vllm.__version__ = job["pretend_version"]
+    llm = vllm.LLM(**{"disable_log_stats": False, "enable_prefix_caching": False, **arguments})
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=96, ignore_eos=True)
+    tokens: list[Any] = []
+    texts: list[str] = []
+    messages: list[Any] = []
+    for batch in job["batches"]:
+        messages = [[{"role": "user", "content": f"{PROMPTS[i % 4]} {i // 4 or ''}"}] for i in range(batch)]
+        outputs = llm.chat(messages, params, use_tqdm=False)
+        tokens.append([list(output.outputs[0].token_ids) for output in outputs])
+        texts += [output.outputs[0].text for output in outputs]
+    found = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    counts = {n: found.get(f"vllm:spec_decode_num_{n}_tokens", 0) for n in ("draft", "accepted")}
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    controller = getattr(scheduler, "controller", None)
+    answer: dict[str, Any] = {
+        "tokens": tokens,
+        "vllm": {"drafted": counts["draft"], "accepted": counts["accepted"]},
+        "counters": vars(controller.policy.counters) if controller else None,
+    }
+    if job.get("text"):
+        answer |= {"texts": texts, "messages": messages}
+    if job.get("contract"):
+        answer |= {"missing": missing(scheduler), "lookup": type(scheduler.dynamic_sd_lookup).__name__}
+    print("\n" + json.dumps(answer), flush=True)
+
+
+def missing(scheduler: Any) -> list[str]:
+    """Names in seams.py that vLLM's own classes, or the live scheduler, have not."""
+    import dataclasses
+
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+    from smart_decoding.integrations.vllm import seams
+
+    gone = [f"Scheduler.{name}" for name in seams.METHODS if not hasattr(Scheduler, name)]
+    gone += ["AsyncScheduler._update_after_schedule"] * ("_update_after_schedule" not in vars(AsyncScheduler))
+    gone += [f"scheduler.{name}" for name in seams.ATTRIBUTES if not hasattr(scheduler, name)]
+    for kind, names in ((SchedulerOutput, seams.SCHEDULER_OUTPUT), (ModelRunnerOutput, seams.RUNNER_OUTPUT)):
+        known = {field.name for field in dataclasses.fields(kind)}
+        gone += [f"{kind.__name__}.{name}" for name in names if name not in known]
+    request = Request("r", [1, 2], __import__("vllm").SamplingParams(max_tokens=3), None)
+    gone += [f"Request.{name}" for name in seams.REQUEST if not hasattr(request, name)]
+    return gone
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]))

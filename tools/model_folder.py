@@ -1,0 +1,9 @@
+"""Prints the folder of a model in Hugging Face's layout, fetched if need be: for other engines."""
+
+from __future__ import annotations
+
+import sys
+
+from smart_decoding.backends.torch.loading import load_checkpoint
+
+print(load_checkpoint(sys.argv[1]).tokenizer_source)
