@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,9 +113,9 @@ class GrammarConstraint:
             raise CapacityError(f"structured_outputs: {_one_line(self._matcher.get_error())}")
 
 
-def json_grammar(schema: str) -> str:
-    """A JSON schema's text with our options in it, as a Lark grammar takes it after %json."""
-    return json.dumps({**json.loads(schema), "x-guidance": JSON_OPTIONS})
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """A JSON schema with our options in it, as a Lark grammar takes it after %json."""
+    return json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
 
 def _source(llguidance: Any, params: StructuredOutputsParams) -> str:

@@ -177,6 +177,7 @@ def test_what_the_grammar_lets_pass(running: Running) -> None:
     assert takes(running, CALL, **one) and not takes(running, f"{CALL}\n{CALL}", **one)
     named = {"tool_choice": {"type": "function", "function": {"name": "weather"}}}
     assert takes(running, weather, **named) and not takes(running, CALL, **named)
+    assert not takes(running, f"{weather}\n{weather}", **named)
     form = {"response_format": {"type": "json_object"}}
     assert takes(running, '{"a": 1}', **form) and takes(running, CALL, **form) and not takes(running, "a", **form)
     assert not takes(running, "{" + " " * 41 + "}", **form)  # blanks are bounded
@@ -246,7 +247,7 @@ NESTED_OBJECT = {"type": "object", "properties": {"a": NESTED}}
         ({"response_format": {"type": "json_schema"}}, "json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "no"}}}}, "no"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}}, "not"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": NESTED}}}, "recursion"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": NESTED}}}, "deep"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "\ud800"}}}}, ""),
         ({"response_format": JSON_SCHEMA, "structured_outputs": {"regex": "a"}}, "exclude each other"),
         ({"response_format": JSON_SCHEMA, "min_tokens": 3}, "min_tokens"),

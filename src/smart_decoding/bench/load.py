@@ -27,6 +27,7 @@ SECONDS = 45.0  # of arrivals, for each policy and load
 SEGMENTS = 3  # in which they come
 CAPACITY_BLOCKS = 2  # blocks of as many prompts as run at once
 PERCENTILES = (50, 95, 99)
+RESOLUTION = 1e-6  # seconds: who comes that soon is here
 
 Clock = Callable[[], float]
 
@@ -127,7 +128,7 @@ def serve(
     try:
         while coming or engine.has_unfinished_requests:
             now = clock() - started
-            while coming and coming[0][1][0] <= now:
+            while coming and coming[0][1][0] <= now + RESOLUTION:
                 number, (at, prompt) = coming.popleft()
                 (request,) = engine.add_request(f"load-{number}", prompt.tokens, prompt.params, prompt.media)
                 taken.append((at, prompt, request))

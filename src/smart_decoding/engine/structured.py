@@ -42,6 +42,8 @@ class StructuredOutputsParams:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"structured_outputs={{{name!r}: {value!r}}} is not allowed: it must be a text")
+        if self.json_object is not None and self.json_object is not True:
+            raise ConfigError(f"structured_outputs={{'json_object': {self.json_object!r}}} is not allowed: give True")
         if self.choice is not None:
             good = isinstance(self.choice, list | tuple) and all(isinstance(each, str) and each for each in self.choice)
             if not good or not self.choice:

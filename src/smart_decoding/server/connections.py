@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -48,7 +47,7 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall_timer = self._stall_timer or self._later(STALLED, self.transport.abort)
+        self._stall_timer = self._stall_timer or self.loop.call_later(STALLED, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -67,7 +66,7 @@ class Connection(H11Protocol):
                 self._head_timer.cancel()
                 self._head_timer = None
         elif self._head_timer is None and not self.transport.is_closing():
-            self._head_timer = self._later(self._head_timeout, self._head_is_late)
+            self._head_timer = self.loop.call_later(self._head_timeout, self._head_is_late)
 
     def _head_is_late(self) -> None:
         self._refuse(ApiError(408, f"the request's head took longer than {self._head_timeout:g} s"))
@@ -81,6 +80,3 @@ class Connection(H11Protocol):
                      *(f"{name}: {value}" for name, value in error.headers.items())]  # fmt: skip
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
-
-    def _later(self, seconds: float, then: Callable[[], None]) -> asyncio.TimerHandle:
-        return self.loop.call_later(seconds, then)

@@ -196,10 +196,10 @@ class ChatRequest(Sampling):
         """What the model may call, if anything."""
         if not self.tools or self.tool_choice == "none":
             return None
-        many, choice = self.parallel_tool_calls is not False, self.tool_choice
-        if isinstance(choice, NamedTool):
-            return Offer([tool for tool in self.tools if tool.function.name == choice.function.name], True, many)
-        return Offer(self.tools, choice == "required", many)
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool):  # called once, as OpenAI does
+            return Offer([tool for tool in self.tools if tool.function.name == choice.function.name], True, False)
+        return Offer(self.tools, choice == "required", self.parallel_tool_calls is not False)
 
     def structure(self) -> StructuredOutputsParams | None:
         if self.offer is None:

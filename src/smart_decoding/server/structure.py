@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.server.body import Body, Text
+from smart_decoding.server.body import Body, Text, check_json
 
 
 class TextFormat(Body):
@@ -23,6 +23,11 @@ class NamedSchema(Body):
     description: Text | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = Field(None, description="The schema is kept to in any case.")
+
+    @model_validator(mode="after")
+    def _can_be_written_out(self) -> NamedSchema:
+        check_json(self.schema_)
+        return self
 
 
 class JsonSchemaFormat(Body):

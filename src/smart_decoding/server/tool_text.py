@@ -20,6 +20,7 @@ class ToolText:
     def __init__(self) -> None:
         self._place: Literal["content", "head", "arguments", "after"] = "content"
         self._rest = ""
+        self._found = False  # whether the last marker looked for was there
         self._calls = -1  # index of the present call
 
     @property

@@ -114,14 +114,14 @@ class Offer:
         more = f'("\\n{OPENING}" body){{0,{MAX_CALLS - 1}}}' if self.many else ""
         functions = " | ".join(
             f'{json.dumps(json.dumps(tool.function.name) + ", ")} "\\"arguments\\": " %json '
-            + json_grammar(json.dumps(tool.function.takes))
+            + json_grammar(tool.function.takes)
             for tool in self.tools
         )  # fmt: skip
         body = f'body: "\\n{{\\"name\\": " ({functions}) {json.dumps(CLOSING)}\n'
         if self.must:
             return f'start: "{OPENING}" body {more}\n{body}'
         if schema is not None:
-            return f'start: answer | "{OPENING}" body {more}\nanswer: %json {json_grammar(json.dumps(schema))}\n{body}'
+            return f'start: answer | "{OPENING}" body {more}\nanswer: %json {json_grammar(schema)}\n{body}'
         return f'start: TEXT | opening body {more}\nTEXT: /(.|\\n)*/\nopening[lazy]: TEXT "{OPENING}"\n{body}'
 
 

@@ -57,7 +57,8 @@ def test_arrivals_are_poisson_and_repeatable() -> None:
     assert len(arrivals(prompts, 1e-9, 1.0, (0, 0))) == 1
 
 
-def test_policies_are_served_alike_and_a_cut_run_goes_on(tmp_path: Path) -> None:
+def test_policies_are_served_alike_and_a_cut_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smart_decoding.bench.load.SECONDS", 900.0)
     clock = worlds.Clock()
     engines = {
         "off": worlds.engine(clock, batch=4),

@@ -150,6 +150,7 @@ def test_pruning_takes_what_is_below_a_forbidden_node() -> None:
         (lambda: StructuredOutputsParams(choice=[]), "choice"),
         (lambda: StructuredOutputsParams(choice=["a", ""]), "choice"),
         (lambda: StructuredOutputsParams(regex=3), "text"),
+        (lambda: StructuredOutputsParams(json_object=""), "json_object"),
         (lambda: SamplingParams(structured_outputs={"regex": "a"}), "StructuredOutputsParams"),
         (lambda: SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), ignore_eos=True), "ignore_eos"),
         (lambda: SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), min_tokens=2), "min_tokens"),
