@@ -47,7 +47,8 @@ class PricesStruct(Structure):
 
 
 class NativeChooser:
-    """Implements `core.policies.chooser.Chooser`. Raises OSError where the kernels cannot be built."""
+    """Implements `core.policies.chooser.Chooser`. Raises OSError where the kernels cannot be built; its methods raise
+    ValueError for trees whose arrays it cannot read."""
 
     def __init__(self) -> None:
         lib = build.library()
@@ -87,13 +88,14 @@ class NativeChooser:
         p.tokens, p.sunk, p.limit = d.tokens, d.sunk, d.limit
         p.verify, p.verify_count = _at(d.verify), len(d.verify)
         scored = d.scored == len(trees)
-        while True:
+        for _ in range(2):
             table = d.calibration.table
             b.table, b.cells = _at(table), len(table)
             count: int = function(byref(t), byref(b), byref(p), scored, *asked)
             if count != _UNSEEN:
                 return count
             d.calibration.reserve(int(trees.source.max()))
+        raise ValueError("the trees' depths or sources are out of range")
 
 
 def native_chooser() -> NativeChooser | None:
@@ -102,5 +104,9 @@ def native_chooser() -> NativeChooser | None:
 
 
 def _at(array: Any) -> int:
-    address: int = array.__array_interface__["data"][0]
+    """Where an array lies. Raises ValueError if its elements do not lie next to each other."""
+    interface = array.__array_interface__
+    if interface["strides"] is not None:
+        raise ValueError("the arrays of trees must be contiguous")
+    address: int = interface["data"][0]
     return address
