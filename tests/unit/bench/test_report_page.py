@@ -13,11 +13,11 @@ import pytest
 
 from smart_decoding import cli
 from smart_decoding.bench import plots
+from smart_decoding.bench.command import command_of
 from smart_decoding.bench.figures import NEUTRAL, figures
 from smart_decoding.bench.html_report import page
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, verdict
-from smart_decoding.bench.runner import command_of
 from smart_decoding.bench.svg import round_numbers, ticks
 from smart_decoding.errors import ConfigError
 
@@ -270,8 +270,10 @@ def test_the_committed_results_can_be_drawn() -> None:
     files = sorted((Path(__file__).parents[3] / "docs").glob("results-*.json"))
     assert files
     for file in files:
-        document = ElementTree.fromstring(page(Results.read(file)))
-        assert [s for s in section(document, "speedup").iter("svg") if s.get("role") == "img"]
+        read = Results.read(file)
+        document = ElementTree.fromstring(page(read))
+        part = "speedup" if read.runs else "load" if read.load else "peers"
+        assert list(section(document, part).iter("svg" if part != "peers" else "td"))
 
 
 def test_ticks_are_round_and_cover_the_values() -> None:

@@ -173,7 +173,7 @@ def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, 
         (["likelihood(depth=7,top_k=10,total_tokens=60)"], ["likelihood 7/10/60"]),
         (["smart(method=draft_model,model=small)", "smart(method=union,model=some-head)"],
          ["smart#1", "smart#2"]),
-        (["static(a=1,b=2,c=345678,d=9)", "static(a=1,c=345678)", "off"], ["static#1", "static a=1,c=345678", "off"]),
+        (["static(a=1,b=2,c=345678,d=9)", "static(a=1,c=3456789)", "off"], ["static#1", "static a=1,c=3456789", "off"]),
     ],
 )  # fmt: skip
 def test_names_say_what_differs(labels, names):
