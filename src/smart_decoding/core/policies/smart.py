@@ -28,13 +28,16 @@ AHEAD = 3  # levels of look-ahead while drafting
 KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
 CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up, if the answers go on for as long
-MARGIN = 1.03  # what drafting must promise over plain decoding: costs are known to a few per cent, not better
+MARGIN, STAY = 1.03, 1.0  # what drafting must promise over plain decoding, to begin and to go on: costs are known to a
+# few per cent, not better, and each return to drafting pays for the rows that have waited
+CLEARLY = 0.9  # of plain decoding: what drafting promises where no further look is needed soon
 PROBE_SHARE = 4  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
 PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
 BUSY_ROUNDS, SELDOM = 32, 8  # after the first rounds, beliefs are updated every eighth round, in one go
 OFTEN = 2  # and the seconds of verification every second one: a machine's state lasts for seconds only
-REST = 32  # rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no
+# Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no.
+REST, SHORT_REST = 32, 4
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
 FREE_ONLY: Option = (0, 0)
@@ -61,10 +64,13 @@ class Outlook:
     born: int = 0  # the round it was made in
 
     @cached_property
-    def best(self) -> Option | None:
-        """The best way to draft, or None where plain decoding is at least as good."""
-        option = max(self.values, key=self.value, default=None)
-        return option if option is not None and self.value(option) > MARGIN * self.value(None) else None
+    def promise(self) -> float:
+        """What the best way to draft promises over plain decoding."""
+        return max(map(self.value, self.values), default=0.0) / self.value(None)
+
+    def best(self, margin: float) -> Option | None:
+        """The best way to draft, or None where that does not promise `margin` times plain decoding."""
+        return max(self.values, key=self.value) if self.promise > margin else None
 
     @cached_property
     def best_with_model(self) -> Option | None:
@@ -160,7 +166,7 @@ class Smart:
         self._foresight = 0.0  # log of what drafting rounds really reached over their forecast
         self._outlooks: dict[tuple[object, ...], Outlook] = {}  # by the batch's shape
         self._rounds = 0
-        self._drafting = True
+        self._drafting = False
         self._scratch: _Scratch | None = None
         self._unlearned: list[tuple[Round, KindArray]] = []  # rounds that drafted, and the kinds of their requests
         self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
@@ -179,7 +185,7 @@ class Smart:
         if not scratch.drafting or not (batch.has_model or batch.has_free) or batch.prefill_rows > PREFILL:
             return OFF
         outlook = scratch.outlook = self._current_outlook(batch, scratch)
-        believed = option = outlook.best
+        believed = option = outlook.best(STAY if self._drafting else MARGIN)
         scratch.believed = outlook.value(believed)
         if (believed is not None) != self._drafting:
             self._drafting = believed is not None
@@ -194,7 +200,7 @@ class Smart:
         if option is not None or scratch.probe or self._rounds <= BUSY_ROUNDS:
             self._last_rest = 1
         else:
-            self._last_rest = min(2 * self._last_rest, REST)
+            self._last_rest = min(2 * self._last_rest, REST if outlook.promise < CLEARLY else SHORT_REST)
             self._rest, self._rest_size = min(self._last_rest, self.prober.patience), batch.size
         return self._start(batch, scratch, outlook, option)
 
