@@ -77,7 +77,7 @@ def assert_same_proposals(mine: Path, theirs: Path) -> None:
 def test_published_heads_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     config, tensors, *_ = LAYOUTS[name]
     before = published(name, tmp_path)
-    files = load_head(before, target_config())
+    files = load_head(before, target_config(), trust_pickle=True)
     layout = layout_of(files)
     write_head(files, checkpoint(), layout, tmp_path / "again")
     assert_same(load_head(tmp_path / "again", target_config()), files)
@@ -89,7 +89,7 @@ def test_published_heads_come_back_as_they_were(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(("name", "layout"), [("eagle3", "speculators"), ("speculators", "eagle3")])
 def test_from_one_layout_to_the_other(name: str, layout: str, tmp_path: Path) -> None:
     before = published(name, tmp_path)
-    write_head(load_head(before, target_config()), checkpoint(), layout, tmp_path / "other")
+    write_head(load_head(before, target_config(), trust_pickle=True), checkpoint(), layout, tmp_path / "other")
     assert layout_of(load_head(tmp_path / "other", target_config())) == layout
     assert_same_proposals(tmp_path / "other", before)
 
@@ -97,7 +97,7 @@ def test_from_one_layout_to_the_other(name: str, layout: str, tmp_path: Path) ->
 def test_our_head_as_a_speculators_one(tmp_path: Path) -> None:
     """Its output rows are the target's: they become its own."""
     before = ours(tmp_path)
-    write_head(load_head(before, target_config()), checkpoint(), "speculators", tmp_path / "s")
+    write_head(load_head(before, target_config(), trust_pickle=True), checkpoint(), "speculators", tmp_path / "s")
     tensors = load_file(tmp_path / "s" / "model.safetensors")
     config = json.loads((tmp_path / "s" / "config.json").read_text())
     assert {name for name in tensors if not name.startswith("layers.0.")} == {
@@ -153,7 +153,7 @@ def test_what_a_layout_has_no_words_for_is_refused(tmp_path: Path) -> None:
 def test_training_starts_from_a_published_head(name: str, tmp_path: Path) -> None:
     """In training it says what the conventions say, and unchanged it is written as it was read."""
     config, tensors, _, entries, theta = LAYOUTS[name]
-    files = load_head(published(name, tmp_path), target_config())
+    files = load_head(published(name, tmp_path), target_config(), trust_pickle=True)
     head = TrainableHead(form_of(files))
     head.start_at(files.weights)
     expected = Expected(config, tensors, entries, theta)

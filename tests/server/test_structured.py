@@ -17,7 +17,7 @@ from serving import NAME, Running, post
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.llm import LLM
-from smart_decoding.server.chat import chat_tokens
+from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.schemas import ChatRequest, Message
 from smart_decoding.server.tool_text import ToolText
 from smart_decoding.server.tools import Tool, speaks_our_form
@@ -218,7 +218,9 @@ def test_calls_and_results_go_back_to_the_model(running: Running, client: openai
     history = [*MESSAGES, answer, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
     assert client.chat.completions.create(model=NAME, messages=history, tools=TOOLS, max_tokens=2).choices
     messages = [Message.model_validate(m if isinstance(m, dict) else m.model_dump(exclude_unset=True)) for m in history]
-    prompt = running.llm.tokenizer.decode(chat_tokens(running.llm, messages, [Tool.model_validate(TOOLS[1])]), False)
+    prompt = running.llm.tokenizer.decode(
+        chat_prompt(running.llm, messages, [Tool.model_validate(TOOLS[1])]).tokens, False
+    )
     assert prompt.startswith("system: You can call functions.") and '"name": "now"' in prompt
     assert "<tool_response>\nsunny\n</tool_response>" in prompt and f'{{"name": "{call.function.name}", ' in prompt
 
@@ -229,7 +231,9 @@ def test_a_template_that_knows_tools_is_given_them(running: Running, monkeypatch
     call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}}
     history = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "5"}]
     messages = [Message.model_validate(message) for message in history]
-    prompt = running.llm.tokenizer.decode(chat_tokens(running.llm, messages, [Tool.model_validate(TOOLS[1])]), False)
+    prompt = running.llm.tokenizer.decode(
+        chat_prompt(running.llm, messages, [Tool.model_validate(TOOLS[1])]).tokens, False
+    )
     assert prompt == ('<tools>{"type": "function", "function": {"name": "now"}}</tools> as <tool_call>'
                       '[assistant]<tool_call>{"a": 1}</tool_call>[tool]5')  # fmt: skip
 

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--taps", help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)"
     )
     parser.add_argument("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
+    parser.add_argument("--trust-pickle", action="store_true", help="the head of --init may be pickled")
     parser.add_argument(
         "--export", choices=("eagle3", "speculators", "eagle"), help="write the head in this layout (default: --init's)"
     )
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(args.model)
     keep = _without(checkpoint.tokenizer_source, args.without_tasks.split(",")) if args.without_tasks else None
     layers = checkpoint.config.layers
-    init = _initial(args.init, args.taps, args.export, checkpoint.config) if args.init else None
+    init = _initial(args, checkpoint.config) if args.init else None
     taps = init.taps if init else _taps(args.taps, layers)
     layout = args.export or (layout_of(init) if init else "smart")
     if layout == "eagle" and not init:
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _initial(name: str, taps: str | None, layout: str | None, target: ModelConfig) -> HeadFiles:
+def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
     """The head to start from, once it is known that it can be trained and written."""
     from smart_decoding.backends.torch.head_export import check_layout, layout_of
     from smart_decoding.backends.torch.head_files import head_folder, load_head
@@ -75,11 +76,11 @@ def _initial(name: str, taps: str | None, layout: str | None, target: ModelConfi
     from smart_decoding.speculation import shipped_head
     from smart_decoding.training.head import form_of
 
-    if taps:
+    if args.taps:
         raise ConfigError("--taps cannot be chosen with --init: the head reads the layers that it was trained on")
-    files = load_head(shipped_head(name) or head_folder(name), target)
+    files = load_head(shipped_head(args.init) or head_folder(args.init, args.trust_pickle), target, args.trust_pickle)
     form_of(files)
-    check_layout(files, layout or layout_of(files))
+    check_layout(files, args.export or layout_of(files))
     return files
 
 

@@ -110,6 +110,7 @@ def _new(
         return Drafting(method, make_policy("off"), [])
     if source:
         del options["model"]
+        options.pop("trust_pickle", None)
     chain = {} if target.tree else CHAIN
     makers: dict[str, Callable[[], Drafter]] = {
         "ngram": lambda: _made(NgramDrafter, options, chain.get("ngram", {})),

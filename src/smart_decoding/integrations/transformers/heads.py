@@ -84,14 +84,14 @@ class HostOutput:
         return rows
 
 
-def load_host_head(model: PreTrainedModel, name: Any) -> HostHead:
+def load_host_head(model: PreTrainedModel, name: Any, trust_pickle: bool = False) -> HostHead:
     """The head in a folder, on the hub, or of a built-in model. Raises ConfigError, ModelError or DownloadError."""
     if not name:
         raise ConfigError("method 'eagle' needs a head: give model=FOLDER, a hub id, or a built-in model such as "
                           "'smollm2-135m'")  # fmt: skip
     config, exact = host_config(model)
-    folder = shipped_head(str(name)) or head_folder(name)
-    files = load_head(folder, config)
+    folder = shipped_head(str(name)) or head_folder(name, trust_pickle)
+    files = load_head(folder, config, trust_pickle)
     if layout_of(files) == "smart" and not exact:
         raise ModelError(f"the head in {folder} has the shape of its target's layers, which {type(model).__name__} "
                          "has not: it was made for another model")  # fmt: skip

@@ -48,7 +48,7 @@ def key_of(options: Mapping[str, Any]) -> str | None:
 def load_source(target: PreTrainedModel, options: Mapping[str, Any], max_length: int) -> Source:
     """What `key_of` stands for. Raises SmartError, before any forward of either model where it does not fit."""
     if options["method"] != "draft_model":
-        return load_host_head(target, options.get("model"))
+        return load_host_head(target, options.get("model"), bool(options.get("trust_pickle")))
     model = load_draft_model(target, options.get("model"), max_length)
     layers = layers_of(model)
     vocab = int(target.config.get_text_config(decoder=True).vocab_size)
