@@ -4,8 +4,8 @@ that has vLLM (and this package on PYTHONPATH).
     python benchmarks/vllm_smart.py MODEL_FOLDER [--method ngram] [--draft FOLDER] [--batches 1,2,4,8,16] [--json FILE]
 
 The engines live in processes of their own and take turns on the same prompts, block by block, so that ratios are
-between neighbours in time. At batch size n, n requests run at a time and each that ends makes way for the next, as in a
-server; a block ends when the last request has started, so that no engine is judged by its slowest answer alone. Prints
+between neighbours in time. At batch size n, 3 n requests are answered, n at a time: each that
+ends makes way for the next, as in a server, so that no engine is judged by its slowest answer alone. Prints
 tokens per second (prefill included), ratios with 95 % intervals, and what SMART did."""
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 ARMS = ("plain", "spec", "smart")
+WAVES = 3  # requests of a block, in batches
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     block = 0
     while time.perf_counter() - start < args.seconds:
         batch = batches[block % len(batches)]
-        chosen, order, tokens = chooser.sample(prompts, batch + max(batch, 4)), list(ARMS), {}
+        chosen, order, tokens = chooser.sample(prompts, WAVES * batch), list(ARMS), {}
         chooser.shuffle(order)
         for arm in order:
             rate, tokens[arm], counted = engines[arm].run(chosen, batch)
@@ -150,19 +151,18 @@ def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
 
 
 def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> tuple[float, list[list[int]]]:
-    """(tokens per second while `batch` requests ran and more waited, all answers' tokens)."""
-    engine = llm.llm_engine
-    waiting = [(str(i), prompt) for i, prompt in enumerate(prompts)][::-1]
+    """(tokens per second of all requests, `batch` at a time; their tokens)."""
+    engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
+    waiting = list(enumerate(prompts))[::-1]
     tokens: dict[str, list[int]] = {}
-    tokenizer = llm.get_tokenizer()
-    start, counted_tokens, seconds = time.perf_counter(), 0, 0.0
 
     def add() -> None:
         id_, prompt = waiting.pop()
         message = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
-        engine.add_request(id_, {"prompt_token_ids": list(ids)}, params)
+        engine.add_request(str(id_), {"prompt_token_ids": list(ids)}, params)
 
+    start = time.perf_counter()
     for _ in range(batch):
         add()
     while engine.has_unfinished_requests():
@@ -170,10 +170,8 @@ def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> tuple[float
             tokens[output.request_id] = list(output.outputs[0].token_ids)
             if output.finished and waiting:
                 add()
-                if not waiting:
-                    seconds = time.perf_counter() - start
-                    counted_tokens = sum(map(len, tokens.values()))
-    return counted_tokens / seconds, [tokens[str(i)] for i in range(len(prompts))]
+    seconds = time.perf_counter() - start
+    return sum(map(len, tokens.values())) / seconds, [tokens[str(i)] for i in range(len(prompts))]
 
 
 def counted(controller: Any) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from chain_world import World
 from smart_decoding.integrations.chain_costs import StepCosts
 from smart_decoding.integrations.chains import Chains, Step
 
-STEPS = 700
+STEPS = 1000
 
 
 def cpu(batch: int, drafts: int, levels: int) -> float:
@@ -24,20 +24,26 @@ def gpu(batch: int, drafts: int, levels: int) -> float:
     return 0.010 + 0.0002 * max(batch + drafts - 64, 0) + 0.001 * levels
 
 
+def ratio(worlds: list[World], policy: Callable[[], Chains], lengths: Iterable[int]) -> float:
+    """Mean over worlds: the policy's tokens per second over those of the best fixed length, known by hindsight."""
+    found = [w.run(STEPS, policy()) / max(w.run(STEPS, None, fixed=k) for k in lengths) for w in worlds]
+    return sum(found) / len(found)
+
+
 @pytest.mark.parametrize("cost", [cpu, gpu])
 @pytest.mark.parametrize("accept", [0.1, 0.4, 0.9])
-@pytest.mark.parametrize("batch", [1, 4, 16])
-def test_never_far_below_the_better_of_plain_and_fixed(cost: Callable[..., float], accept: float, batch: int) -> None:
-    world = World([accept] * batch, cost, hits=0.7)
-    best = max(world.run(STEPS, None), world.run(STEPS, None, fixed=4))
-    assert world.run(STEPS, Chains(range(5), model=False)) > 0.97 * best
+@pytest.mark.parametrize(("batch", "least"), [(1, 0.955), (4, 0.97), (16, 0.98)])
+def test_never_far_below_the_better_of_plain_and_fixed(
+    cost: Callable[..., float], accept: float, batch: int, least: float
+) -> None:
+    worlds = [World([accept] * batch, cost, hits=0.7, seed=seed) for seed in (0, 1)]
+    assert ratio(worlds, lambda: Chains(range(5), model=False), (0, 4)) > least
 
 
 @pytest.mark.parametrize(("accept", "batch"), [(0.1, 4), (0.8, 1), (0.8, 4), (0.8, 16), (0.5, 16)])
 def test_a_draft_model_is_given_the_best_length(accept: float, batch: int) -> None:
-    world = World([accept] * batch, cpu, longest=6, model=True)
-    best = max(world.run(STEPS, None, fixed=k) for k in range(7))
-    assert world.run(STEPS, Chains(range(7), model=True)) > 0.96 * best
+    worlds = [World([accept] * batch, cpu, longest=6, model=True, seed=seed) for seed in (0, 1)]
+    assert ratio(worlds, lambda: Chains(range(7), model=True), range(5)) > 0.95
 
 
 def test_only_the_requests_whose_drafts_are_good_get_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -126,9 +127,12 @@ def test_prompts_are_lines_of_text_or_json(tmp_path) -> None:
 
 
 def test_importing_the_integration_imports_no_vllm() -> None:
-    import smart_decoding.integrations.vllm as integration
-
-    assert "vllm" not in sys.modules and set(integration.__all__) == {"SmartScheduler", "SmartAsyncScheduler"}
+    code = (
+        "import sys, smart_decoding.integrations.vllm as ours, smart_decoding.cli_vllm; "
+        "assert not {'vllm', 'torch'} & set(sys.modules); print(*sorted(ours.__all__))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["SmartAsyncScheduler", "SmartScheduler"], run.stderr
 
 
 # --- the scheduler's refusals ---

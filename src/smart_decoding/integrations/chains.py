@@ -24,7 +24,7 @@ from smart_decoding.core.probing import Prober
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 from smart_decoding.integrations.chain_costs import StepCosts
 
-MARGIN = 1.02  # what verifying drafts must promise over a plain step
+MARGIN = 1.01  # what verifying drafts must promise over a plain step
 CONFIDENCE = 0.5  # of a request that has not verified anything, at first
 GAIN = 0.2  # of a request's running share of accepted drafts
 RELAX = 0.02  # per step that a request's drafts are left out: what is known of it fades to what is usual

@@ -72,13 +72,20 @@ def main(arguments: dict[str, Any]) -> None:
     import vllm
 
     llm = vllm.LLM(**{"disable_log_stats": False, **arguments})
+    chats = bool(llm.get_tokenizer().chat_template)
+
+    def ask(prompts: list[str], *arguments: Any, **options: Any) -> Any:
+        if not chats:
+            return llm.generate(prompts, *arguments, **options)
+        return llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], *arguments, **options)
+
     print(json.dumps({"ready": vllm.__version__}), file=answers, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         params = vllm.SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True)
         before = _counts(llm)
         start = time.perf_counter()
-        outputs = llm.chat([[{"role": "user", "content": p}] for p in job["prompts"]], params, use_tqdm=False)
+        outputs = ask(job["prompts"], params, use_tqdm=False)
         seconds = time.perf_counter() - start
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         counts = {name: count - before[name] for name, count in _counts(llm).items()}
