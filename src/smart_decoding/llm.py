@@ -185,6 +185,11 @@ class LLM:
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return self.generate([self.chat_prompt(m) for m in many], sampling_params)  # type: ignore[arg-type]
 
+    @property
+    def sees(self) -> bool:
+        """Whether the model reads pictures, too."""
+        return self._vision is not None
+
     def chat_prompt(self, messages: Sequence[Message]) -> MediaPrompt:
         """The prompt of one conversation. Contents may be lists of OpenAI's parts, and hold pictures if the model sees.
 

@@ -131,7 +131,7 @@ def test_what_is_not_supported_is_refused(client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as error:
             client.chat.completions.create(**{"model": NAME, "messages": MESSAGES, "max_tokens": 1, **options})
         assert error.value.body["message"] and error.value.body["type"] == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match="this model takes no images"):
+    with pytest.raises(openai.BadRequestError, match="reads text only"):
         client.chat.completions.create(model=NAME, messages=picture)
     neutral = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "user": "u", "store": False}
     client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=1, **neutral)

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.calibration import BINS, DEPTHS, Calibration
+from smart_decoding.core.calibration import BINS, DEPTHS, KINDS, Calibration
 from smart_decoding.core.probing import Prober
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 from smart_decoding.integrations.chain_costs import StepCosts
@@ -32,6 +32,7 @@ FIRST_PROBES = 3.0  # plain steps' worth of time that may go into probes at once
 KEEP_LENGTH = 8  # steps that a chosen K is kept for while the batch stays the same
 LEARN_EVERY = 8  # steps, after the first EARLY ones: numpy has its price per call
 EARLY = 32
+_SAMPLED, _GREEDY = np.eye(KINDS)[:2]  # shares of the kinds of requests in a batch of one kind
 FAILED, PARTLY, WHOLE = range(3)  # how a request's last draft went: calibrated apart
 
 Class: TypeAlias = tuple[int, int, bool]  # how the last draft went, bin of the confidence, greedy
@@ -251,7 +252,7 @@ class Chains:
         path = self._paths.get(key)
         if path is None:
             last, bin_, greedy = key
-            steps = self.calibration.curve(last, float(greedy))[:, bin_].tolist()
+            steps = self.calibration.curve(last, _GREEDY if greedy else _SAMPLED)[:, bin_].tolist()
             path, reached = [], 1.0
             for depth in range(self.lengths[-1]):
                 reached *= steps[min(depth, DEPTHS - 1)]

@@ -33,8 +33,16 @@ from .test_transformers import CONFIGS, EIGHT, NEW, PAD, PROMPTS, SIZES, TOKENS,
 D = 32
 
 
-def with_drafts(model: PreTrainedModel, method: str, source: Any, policy: str = "static", **arguments: Any) -> Any:
+def with_drafts(
+    model: PreTrainedModel,
+    method: str,
+    source: Any,
+    policy: str = "static",
+    trust_pickle: bool = False,
+    **arguments: Any,
+) -> Any:
     config = {"method": method, "model": source, "policy": policy, "profile_seconds": 0}
+    config |= {"trust_pickle": True} if trust_pickle else {}
     return model.generate(**arguments, custom_generate=generate, speculative_config=config)
 
 
@@ -139,7 +147,9 @@ def test_heads_draft_as_in_our_own_engine(layout: str, tmp_path: Path, monkeypat
     prompts = [heads.PROMPT, heads.PROMPT[5:20], heads.PROMPT[3:6]]
     weights = Checkpoint(heads.target_config(), model.state_dict(), tmp_path, {"model": "tiny"})
     target = TorchTarget(weights, "float32", "cpu", 64, limit)
-    drafter = EagleDrafter(EagleHead(load_head(folder, weights.config), target.decoder, 64, 16, limit), 64, 16)
+    drafter = EagleDrafter(
+        EagleHead(load_head(folder, weights.config, trust_pickle=True), target.decoder, 64, 16, limit), 64, 16
+    )
     engine = Engine(target, make_policy("static"), drafter, EngineConfig(64, limit), lambda skip: lambda ids: "")
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     requests = [engine.add_request(str(i), prompt, params)[0] for i, prompt in enumerate(prompts)]
@@ -150,7 +160,7 @@ def test_heads_draft_as_in_our_own_engine(layout: str, tmp_path: Path, monkeypat
     ids = torch.tensor([[0] * (24 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (24 - len(p)) + [1] * len(p) for p in prompts])
     given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    found = with_drafts(model, "eagle", folder, eos_token_id=None, **given)
+    found = with_drafts(model, "eagle", folder, trust_pickle=True, eos_token_id=None, **given)
     assert found[:, 24:].tolist() == [request.output for request in requests]
     assert proposals == expected and len(proposals) > 20
     report, metrics = last_report(model), [request.metrics for request in requests]

@@ -160,7 +160,8 @@ class Smart:
         self.max_round_slowdown = require_number("max_round_slowdown", max_round_slowdown, 1.0, math.inf)
         self.prober = Prober(require_number("probe_budget", probe_budget, 0.0, 0.5))
         self.chooser: Chooser = chooser or NumpyChooser()
-        self._ends = np.array(sorted(eos_token_ids), np.int64)
+        self.eos = frozenset(eos_token_ids)
+        self._ends = np.array(sorted(self.eos), np.int64)
         self.statistics = Statistics()
         self._overhead = Overhead(self.cost.overhead_seconds)
         self._foresight = 0.0  # log of what drafting rounds really reached over their forecast
