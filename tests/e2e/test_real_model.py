@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from smart_decoding.backends.torch.loading import load_checkpoint
+from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
 
@@ -90,3 +91,13 @@ def test_a_request_alone_and_in_a_batch_gets_the_same_tokens(
         assert alone.outputs[0].token_ids == together[i].outputs[0].token_ids
         mine, batched = ([e.logprob for e in answer.outputs[0].logprobs] for answer in (alone, together[i]))
         assert mine == batched  # to the last bit
+
+
+def test_smart_drafts_for_32_requests_where_rows_are_cheap() -> None:
+    """With a table in which further rows cost next to nothing, as on a large GPU, until real rounds have corrected it."""
+    cheap = CostModel.from_table({1: {1: 5.0, 512: 5.1}}, {1: 0.01, 512: 0.01})
+    llm = LLM(MODEL, speculative_config={"policy": "smart", "cost": cheap}, max_model_len=128, max_num_seqs=32)
+    prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": f"Count to {i}."}]) for i in range(2, 34)]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    metrics = [output.outputs[0].metrics for output in outputs]
+    assert sum(m.verified for m in metrics) > 64 and sum(m.accepted for m in metrics) > 8
