@@ -1,5 +1,7 @@
 """Recordings on disk: what comes back is what went in; anything else is refused in one line."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 import worlds
@@ -79,6 +81,6 @@ def test_host_costs_are_measured_and_fitted():
     clock = worlds.Clock()
     plain, drafting = worlds.engine(clock), worlds.drafting_engine(clock)
     policy = drafting.policy
-    # Time passes in forwards only.
-    assert measure_host(plain, drafting, worlds.prompts(count=3, tokens=30)) == HostCosts(0.0, 0.0, 0.0, 0.0)
+    # The engines' time passes in forwards only; the policy's own, which is taken off, is real, and next to nothing.
+    assert max(astuple(measure_host(plain, drafting, worlds.prompts(count=3, tokens=30)))) < 1e-3
     assert drafting.policy is policy
