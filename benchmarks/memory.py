@@ -24,7 +24,8 @@ def main() -> None:
     before = peak_gib() or 0.0
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True))
     verified = sum(output.outputs[0].metrics.verified for output in outputs)
-    print(f"loaded {before:.2f} GiB, peak {peak_gib() or 0.0:.2f} GiB, above {(peak_gib() or 0.0) - before:.2f} GiB; "
+    kv = llm.target.kv_bytes / 2**30  # resident from the start
+    print(f"loaded {before:.2f} GiB with {kv:.2f} of KV memory, peak {peak_gib() or 0.0:.2f} GiB; "
           f"{verified} nodes verified")  # fmt: skip
 
 
