@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli_run import chat_tokens
+from smart_decoding.cli_run import chat_prompt
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models import DEFAULT_MODEL
 from smart_decoding.tree_picture import draw_tree, legend, scored, wants_colour
@@ -90,7 +90,7 @@ def show_answers(llm: LLM, params: SamplingParams) -> list[VerifiedTree]:
 
     for prompt in PROMPTS:
         print(f"> {prompt}", flush=True)
-        llm.generate(chat_tokens(llm, prompt), params, on_step=after_round)
+        llm.generate(chat_prompt(llm, prompt), params, on_step=after_round)
         print("\n")
     return list(trees)
 
@@ -117,7 +117,7 @@ def show_trees(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
 def measure(plain: LLM, smart: LLM, params: SamplingParams) -> tuple[list[Timing], list[Timing]]:
     """Passes of both over the same prompts, taking turns, the order reversed each time."""
     timings: dict[int, list[Timing]] = {id(plain): [], id(smart): []}
-    plain.generate(chat_tokens(plain, PROMPTS[0]), _WARM_UP)  # smart is warm from streaming
+    plain.generate(chat_prompt(plain, PROMPTS[0]), _WARM_UP)  # smart is warm from streaming
     for turn in range(ALTERNATIONS):
         for llm in (plain, smart) if turn % 2 == 0 else (smart, plain):
             timings[id(llm)].append(_timed(llm, params))
@@ -135,5 +135,5 @@ def summary(plain: Sequence[Timing], smart: Sequence[Timing]) -> str:
 
 def _timed(llm: LLM, params: SamplingParams) -> Timing:
     start = time.perf_counter()
-    answers = [llm.generate(chat_tokens(llm, prompt), params)[0].outputs[0].token_ids for prompt in PROMPTS]
+    answers = [llm.generate(chat_prompt(llm, prompt), params)[0].outputs[0].token_ids for prompt in PROMPTS]
     return Timing(sum(map(len, answers)) / (time.perf_counter() - start), answers)

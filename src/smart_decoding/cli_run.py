@@ -159,11 +159,6 @@ def read_images(paths: Sequence[Path]) -> list[Any]:
     return images
 
 
-def chat_tokens(llm: LLM, text: str) -> list[int]:
-    """Token ids of a conversation that consists of one message."""
-    return list(chat_prompt(llm, text).tokens)
-
-
 def chat_prompt(llm: LLM, text: str, images: Sequence[Any] = ()) -> MediaPrompt:
     """The prompt of a conversation that consists of one message, its pictures first."""
     parts = [{"type": "image", "image": image} for image in images]

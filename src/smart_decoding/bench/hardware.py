@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.bench.traffic import layer_elements
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.tree import FloatArray, IntArray
 from smart_decoding.errors import ConfigError, ModelError
@@ -62,8 +63,7 @@ class Dimensions:
     @property
     def layer(self) -> int:
         """Elements of a layer's matrices."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.hidden * self.ffn
+        return layer_elements(self.hidden, self.heads, self.kv_heads, self.head_dim, self.ffn)
 
     @property
     def weights(self) -> int:

@@ -21,10 +21,14 @@ class Sizes:
     @classmethod
     def of(cls, config: ModelConfig, item: int) -> Sizes:
         """The sizes of a decoder of the Llama family."""
-        attention = config.hidden * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-        layer = attention + 3 * config.hidden * config.ffn
+        layer = layer_elements(config.hidden, config.heads, config.kv_heads, config.head_dim, config.ffn)
         kv = 2 * config.layers * config.kv_heads * config.head_dim
         return cls(config.layers * layer + config.vocab * config.hidden, kv, item)
+
+
+def layer_elements(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int) -> int:
+    """Elements of the matrices of one layer."""
+    return hidden * (2 * head_dim * (heads + kv_heads) + 3 * ffn)
 
 
 def achieved(run: Mapping[str, Any], sizes: Sizes) -> dict[str, float]:

@@ -159,8 +159,14 @@ class CostModel:
     def _corrected(self, rows: IntArray | slice, table: FloatArray) -> FloatArray:
         """A verification's seconds by the table, as they are now."""
         at = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        return self.verify_correction.seconds(rows, table, self._waiting_seconds(at))
+
+    def _waiting_seconds(self, rows: IntArray | int) -> FloatArray:
+        """Seconds of a verification in which its arithmetic waits for the weights: all of the smallest one's, fewer
+        with every further row."""
         weights, most = self._waiting
-        return self.verify_correction.seconds(rows, table, weights * np.maximum(0.0, 1.0 - (at - 1) / most))
+        result: FloatArray = weights * np.maximum(0.0, 1.0 - (rows - 1) / most)
+        return result
 
     @property
     def _waiting(self) -> tuple[float, float]:
@@ -189,9 +195,7 @@ class CostModel:
             rows, context = observed.rows, observed.context
             attention = context * (self.row_token * rows + self.sequence_token * observed.batch)
             base = float(self._table(observed.batch, rows + 1)[rows]) + attention
-            weights, most = self._waiting
-            weights *= max(0.0, 1.0 - (rows - 1) / most)
-            verify = self.verify_correction.updated(rows, base, weights, observed.seconds)
+            verify = self.verify_correction.updated(rows, base, float(self._waiting_seconds(rows)), observed.seconds)
             return self._with(verify, self.draft_correction)
         width = observed.width
         base = float(self._table(0, width + 1)[width]) + self.draft_token * width * observed.context

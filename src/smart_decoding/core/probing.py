@@ -25,7 +25,7 @@ class Prober:
     @property
     def patience(self) -> int:
         """Rounds before a probe can be due at all, as far as that is known."""
-        return max(0, self.gap - self.waited - 1) if self.waited < self.gap else LAST_GAP
+        return self.gap - self.waited - 1 if self.waited < self.gap else LAST_GAP
 
     def due(self, price: float) -> bool:
         """Whether this round may probe, for about `price` seconds."""

@@ -53,7 +53,7 @@ class Sampler:
         indices = np.arange(len(logits)) if which is None else np.ascontiguousarray(which, np.int64)
         if logits.device.type == "cpu" and self._kernels and logits.dtype == torch.float32:
             tokens = kernels.argmax(logits.contiguous(), indices)
-            require_finite(tokens)
+            require_finite(tokens >= 0)
             return tokens
         if which is not None:
             logits = logits[torch.from_numpy(indices).to(logits.device)]
@@ -63,7 +63,7 @@ class Sampler:
             best = np.take_along_axis(rows, tokens[:, None], -1)
         else:
             tokens, best = (t.cpu().numpy() for t in first_maximum(logits))
-        _require_finite(best)
+        require_finite(np.isfinite(best))
         return np.asarray(tokens, np.int64)
 
     def sample(self, logits: torch.Tensor, which: ArrayLike, specs: Sequence[SampleSpec]) -> NDArray[np.int64]:
@@ -96,7 +96,7 @@ def draw(row: FloatRow, spec: SampleSpec) -> int:
     """The token of one row [vocab] float32 of raw logits."""
     row, params = process(row, spec), spec.params
     top = int(row.argmax())
-    _require_finite(row[top])
+    require_finite(np.isfinite(row[top]))
     if params.greedy:
         return top
     floor = _top_k_floor(row, params.top_k)
@@ -189,7 +189,7 @@ def _best(row: FloatRow, tokens: NDArray[np.int64], noise: FloatRow, temperature
 
 def _row_logprobs(row: FloatRow, token: int, k: int) -> TokenLogprobs:
     top = row.max()
-    _require_finite(top)
+    require_finite(np.isfinite(top))
     normaliser = float(top) + math.log(float(np.exp(row - top).sum(dtype=np.float64)))
     ids = np.flatnonzero(row >= _top_k_floor(row, k)) if k else np.zeros(0, np.int64)
     ids = ids[np.lexsort((ids, -row[ids]))][:k]
@@ -207,11 +207,7 @@ def _rows(logits: torch.Tensor, indices: NDArray[np.int64]) -> Sequence[FloatRow
     return list(logits[torch.from_numpy(indices).to(logits.device)].float().cpu().numpy())
 
 
-def require_finite(tokens: NDArray[np.int64]) -> None:
-    """Raises ModelError where a row had no finite maximum: its token is -1."""
-    if len(tokens) and int(tokens.min()) < 0:
+def require_finite(finite: ArrayLike) -> None:
+    """Raises ModelError unless all the rows' maxima are: `finite` says so of each."""
+    if not np.all(finite):
         raise ModelError("the model's logits are NaN or infinite: check the weights, or use dtype float32")
-
-
-def _require_finite(best: ArrayLike) -> None:
-    require_finite(np.where(np.isfinite(best), 0, -1).reshape(-1))

@@ -62,7 +62,7 @@ class TorchTarget:
     def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
         out = self.decoder.forward(rows, taps)
         if out.best is not None:
-            require_finite(out.best)
+            require_finite(out.best >= 0)
         return TargetScores(out.logits, out.taps, out.best)
 
     def see(self, pixels: Pixels) -> torch.Tensor:

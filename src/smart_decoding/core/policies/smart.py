@@ -52,7 +52,6 @@ class Outlook:
     ... nodes. levels: seconds at 0, 1, ... expanded rows.
     """
 
-    key: tuple[object, ...]
     size: int
     first: int
     plain: float
@@ -208,7 +207,7 @@ class Smart:
     def outlook(self, batch: BatchState) -> Outlook:
         """Forecasts plain decoding and every way to draft for a batch, as `plan` chooses among them."""
         scratch = self._open(batch)
-        return self._look_out(batch, scratch, self._key(batch, scratch))
+        return self._look_out(batch, scratch)
 
     def _open(self, batch: BatchState) -> _Scratch:
         limits = depth_limits(batch)
@@ -222,7 +221,7 @@ class Smart:
         if outlook is None or self._rounds - outlook.born >= min(KEEP_OUTLOOK, 2 + self._rounds // 2):
             if len(self._outlooks) >= MAX_OUTLOOKS:
                 self._outlooks.clear()
-            outlook = self._outlooks[key] = self._look_out(batch, scratch, key)
+            outlook = self._outlooks[key] = self._look_out(batch, scratch)
             outlook.born = self._rounds
         return outlook
 
@@ -239,7 +238,7 @@ class Smart:
         longest = int(scratch.limits.max())
         return min(self.max_levels, 1 << (longest - 1).bit_length()) if batch.has_model and longest > 0 else 0
 
-    def _look_out(self, batch: BatchState, scratch: _Scratch, key: tuple[object, ...]) -> Outlook:
+    def _look_out(self, batch: BatchState, scratch: _Scratch) -> Outlook:
         size, drafting, levels = batch.size, scratch.drafting, self._max_levels(batch, scratch)
         widths: tuple[int, ...] = WIDTHS
         if drafting > SMALL:
@@ -262,7 +261,6 @@ class Smart:
             values.update({(level, wide): float(rates[level - 1]) for level in range(1, levels + 1)})
         foresight = math.exp(self._foresight)
         return Outlook(
-            key,
             size,
             _first_rows(batch),
             float(verify[0]),
@@ -345,8 +343,9 @@ class Smart:
         self._rounds += 1
         if self._scratch is None and not round.plan.speculate:  # resting
             self._overhead.observe(False, round.other_seconds)
-            self.prober.ordinary_round(round.verify_seconds)
-            self.statistics.record_plain(round.batch.size, round.verify_seconds)
+            seconds = round.verify_seconds
+            self.prober.ordinary_round(seconds)
+            self.statistics.record(round.batch.size, 0, 0.0, seconds, seconds, False)
             return
         trees, batch, scratch = round.trees, round.batch, self._scratch or self._open(round.batch)
         seldom = self._rounds > BUSY_ROUNDS and self._rounds % SELDOM != 0

@@ -27,10 +27,6 @@ class Statistics:
         self.accepted = self.accepted * KEEP + accepted
         self.expected = self.expected * KEEP + expected
 
-    def record_plain(self, batch: int, seconds: float) -> None:
-        """After a round without drafting that took what such a round takes."""
-        self.record(batch, 0, 0.0, seconds, seconds, False)
-
     def summary(self) -> dict[str, float]:
         """Estimated speedup over plain decoding, share of rounds without drafting, accepted over expected nodes - 1."""
         speedup = 1.0
