@@ -122,7 +122,7 @@ def test_tree_rows_equal_plain_rows_and_can_be_committed(name: str, native: bool
         assert_same(logits[3 + node], full(fresh, sequence(int(trees.owner[node]), path))[-1], native)
     for owner, table in enumerate(tables):
         path = max((paths[node] for node in trees.nodes_of(owner)), key=len)
-        source, target = rows.slot[node_row[path]], rows.slot[last[owner] + 1 : last[owner] + 1 + len(path)]
+        source, target = rows.slot[np.array(node_row)[path]], rows.slot[last[owner] + 1 : last[owner] + 1 + len(path)]
         model.kv.move(torch.from_numpy(source), torch.from_numpy(target.copy()))
         tokens = np.append(sequence(owner, path), 7)
         after = model.forward(plain_rows(span(tokens[-1:], len(tokens) - 1, table))).logits.clone()

@@ -7,7 +7,7 @@ whatever rule chose the nodes (theory: verification).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 
-# Rows of the verifying forward: roots are 0 .. batch - 1, node i is row batch + i.
-Sampler: TypeAlias = Callable[[IntArray], IntArray]
+# Rows of the verifying forward: roots are 0 .. batch - 1, node i is row batch + i. The target's token at each.
+Sampler: TypeAlias = Callable[[list[int]], Iterable[int]]
 # (owner, tokens after the root) -> the target's next-token distribution, [vocabulary].
 Target: TypeAlias = Callable[[int, tuple[int, ...]], FloatArray]
 
@@ -45,28 +45,29 @@ def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
     """Walks down all trees at once, level by level; `sample` is asked once per level, only for visited rows."""
     batch = trees.batch
     if not len(trees):  # plain decoding, as cheap as can be
-        tokens = sample(np.arange(batch))
-        return Acceptance(tokens, _NONE, [[token] for token in tokens.tolist()], [_NO_PATH] * batch)
-    above = np.where(trees.parent == ROOT, trees.owner, trees.parent + batch)
+        first = [int(token) for token in sample(list(range(batch)))]
+        return Acceptance(np.array(first, np.int64), _NONE, [[token] for token in first], [_NO_PATH] * batch)
     children: dict[tuple[int, int], int] = {}  # (row, token) -> node; of equal siblings the first one counts
-    for node, child in enumerate(zip(above.tolist(), trees.token.tolist(), strict=True)):
-        children.setdefault(child, node)
-    after = np.full(batch + len(trees), -1, np.int64)  # the target's token after each visited row
+    nodes = zip(trees.owner.tolist(), trees.parent.tolist(), trees.token.tolist(), strict=True)
+    for node, (owner, parent, token) in enumerate(nodes):
+        children.setdefault((owner if parent == ROOT else batch + parent, token), node)
+    after = [-1] * (batch + len(trees))  # the target's token after each visited row
     paths: list[list[int]] = [[] for _ in range(batch)]
     emitted: list[list[int]] = [[] for _ in range(batch)]
-    walkers = [(owner, owner) for owner in range(batch)]  # (owner, row)
-    while walkers:
-        rows = np.array([row for _, row in walkers], np.int64)
-        tokens = after[rows] = sample(rows)
-        ahead = []
-        for (owner, row), token in zip(walkers, tokens.tolist(), strict=True):
+    owners = rows = list(range(batch))
+    while rows:
+        ahead, following = [], []
+        for owner, row, token in zip(owners, rows, map(int, sample(rows)), strict=True):
+            after[row] = token
             emitted[owner].append(token)
             below = children.get((row, token))
             if below is not None:
                 paths[owner].append(below)
-                ahead.append((owner, below + batch))
-        walkers = ahead
-    return Acceptance(after[:batch], after[batch:], emitted, paths)
+                ahead.append(owner)
+                following.append(batch + below)
+        owners, rows = ahead, following
+    all_after = np.array(after, np.int64)
+    return Acceptance(all_after[:batch], all_after[batch:], emitted, paths)
 
 
 def expected_tokens(trees: DraftTrees, target: Target) -> FloatArray:

@@ -87,7 +87,7 @@ class World:
         pruned = trees.take(kept)
         draws = rng.random(self.batch + len(trees))
 
-        def sample(rows: IntArray) -> IntArray:
+        def sample(rows: list[int]) -> list[int]:
             tokens = []
             for row in rows:
                 node = -1 if row < self.batch else int(kept[row - self.batch])
@@ -98,7 +98,7 @@ class World:
                 edge = np.cumsum(true[children])
                 hit = np.flatnonzero(draws[row if node < 0 else self.batch + node] < edge)
                 tokens.append(int(trees.token[children[hit[0]]]) if len(hit) else CHILDREN + 1)
-            return np.array(tokens, np.int64)
+            return tokens
 
         result = accept(pruned, sample)
         next_token = np.full(len(trees), -1, np.int64)

@@ -8,8 +8,7 @@ depth 1 has parent -1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,84 +20,150 @@ KindArray: TypeAlias = NDArray[np.uint8]  # kinds of requests that calibration t
 
 ROOT = -1
 
-_NO_INTS = np.zeros(0, dtype=np.int64)
-_NO_FLOATS = np.zeros(0, dtype=np.float64)
+_INTS, _FLOATS = 5, 3  # columns of each kind
+ROOM = 32  # nodes that new trees have room for
+_NO_INTS, _NO_FLOATS = np.zeros((_INTS, 0), np.int64), np.zeros((_FLOATS, 0))
 
 
-@dataclass(slots=True)
 class DraftTrees:
     """The nodes of all requests of one round, parents before children.
 
-    Arrays all have shape [nodes]:
+    Columns all have shape [nodes]:
         owner: index of the request in the batch, in [0, batch).
         token: proposed token id.
         parent: index of the parent node in these arrays, or ROOT.
         depth: 1 for a child of the root.
+        source: index of the drafter that proposed the node.
         draft_prob: the drafter's probability of `token` given its parent, in [0, 1].
         path_prob: product of `draft_prob` from the root to the node (uncalibrated).
         accept_prob: calibrated probability that the whole path is accepted; NaN until a policy has scored the node.
-        source: index of the drafter that proposed the node.
+
+    They lie in two blocks with room to grow, `ints` [5, room] and `floats` [3, room], in the order above: a new level
+    is a few copies, and native code finds everything by two addresses.
     """
 
-    batch: int
-    owner: IntArray
-    token: IntArray
-    parent: IntArray
-    depth: IntArray
-    draft_prob: FloatArray
-    path_prob: FloatArray
-    accept_prob: FloatArray
-    source: IntArray
+    __slots__ = ("_count", "batch", "floats", "ints")
+    _count: int
+
+    def __init__(
+        self,
+        batch: int,
+        owner: ArrayLike,
+        token: ArrayLike,
+        parent: ArrayLike,
+        depth: ArrayLike,
+        draft_prob: ArrayLike,
+        path_prob: ArrayLike,
+        accept_prob: ArrayLike,
+        source: ArrayLike,
+    ) -> None:
+        self.batch = batch
+        self.ints: IntArray = np.array((owner, token, parent, depth, source), np.int64)
+        self.floats: FloatArray = np.array((draft_prob, path_prob, accept_prob), np.float64)
+        self._count = self.ints.shape[1]
 
     @classmethod
     def empty(cls, batch: int) -> DraftTrees:
         """Trees without nodes for `batch` requests: plain decoding."""
-        return cls(batch, _NO_INTS, _NO_INTS, _NO_INTS, _NO_INTS, _NO_FLOATS, _NO_FLOATS, _NO_FLOATS, _NO_INTS)
+        return cls._of(batch, _NO_INTS, _NO_FLOATS, 0)
+
+    @classmethod
+    def _of(cls, batch: int, ints: IntArray, floats: FloatArray, count: int) -> DraftTrees:
+        trees = cls.__new__(cls)
+        trees.batch, trees.ints, trees.floats, trees._count = batch, ints, floats, count
+        return trees
 
     def __len__(self) -> int:
-        return len(self.token)
+        return self._count
+
+    @property
+    def owner(self) -> IntArray:
+        return self.ints[0, : self._count]
+
+    @property
+    def token(self) -> IntArray:
+        return self.ints[1, : self._count]
+
+    @property
+    def parent(self) -> IntArray:
+        return self.ints[2, : self._count]
+
+    @property
+    def depth(self) -> IntArray:
+        return self.ints[3, : self._count]
+
+    @property
+    def source(self) -> IntArray:
+        return self.ints[4, : self._count]
+
+    @property
+    def draft_prob(self) -> FloatArray:
+        return self.floats[0, : self._count]
+
+    @property
+    def path_prob(self) -> FloatArray:
+        return self.floats[1, : self._count]
+
+    @path_prob.setter
+    def path_prob(self, value: ArrayLike) -> None:
+        self.floats[1, : self._count] = value
+
+    @property
+    def accept_prob(self) -> FloatArray:
+        return self.floats[2, : self._count]
+
+    @accept_prob.setter
+    def accept_prob(self, value: ArrayLike) -> None:
+        self.floats[2, : self._count] = value
 
     def append(
         self, owner: ArrayLike, token: ArrayLike, parent: ArrayLike, draft_prob: ArrayLike, source: int = 0
     ) -> None:
         """Adds nodes below existing ones (or ROOT). All arguments have shape [new nodes]; owners of children must be
         their parents' owners."""
-        owner_, token_ = np.asarray(owner, np.int64), np.asarray(token, np.int64)
         parent_, prob = np.asarray(parent, np.int64), np.asarray(draft_prob, np.float64)
-        at_root = parent_ == ROOT
-        if len(self):
-            depth = np.where(at_root, 1, self.depth[parent_] + 1)
-            path = np.where(at_root, prob, self.path_prob[parent_] * prob)
+        start, end = self._count, self._count + len(parent_)
+        self._make_room(end)
+        ints, floats = self.ints, self.floats
+        ints[0, start:end], ints[1, start:end], ints[2, start:end], ints[4, start:end] = owner, token, parent_, source
+        floats[0, start:end], floats[2, start:end] = prob, np.nan
+        if start:
+            at_root = parent_ == ROOT
+            ints[3, start:end] = np.where(at_root, 0, ints[3].take(parent_)) + 1
+            floats[1, start:end] = np.where(at_root, 1.0, floats[1].take(parent_)) * prob
         else:
-            depth, path = np.ones_like(parent_), prob
-        self.owner = np.concatenate((self.owner, owner_))
-        self.token = np.concatenate((self.token, token_))
-        self.parent = np.concatenate((self.parent, parent_))
-        self.depth = np.concatenate((self.depth, depth))
-        self.draft_prob = np.concatenate((self.draft_prob, prob))
-        self.path_prob = np.concatenate((self.path_prob, path))
-        self.accept_prob = np.concatenate((self.accept_prob, np.full(len(token_), np.nan)))
-        self.source = np.concatenate((self.source, np.full(len(token_), source, np.int64)))
+            ints[3, :end], floats[1, :end] = 1, prob
+        self._count = end
 
-    def take(self, keep: IntArray) -> DraftTrees:
-        """The trees pruned to the nodes `keep` (ascending indices, prefix-closed; ValueError if not)."""
-        renumber = np.full(len(self) + 1, -2, np.int64)  # the last entry serves parent == ROOT (-1)
-        renumber[keep] = np.arange(len(keep))
+    def adopt(self, other: DraftTrees, nodes: Sequence[int], parents: Sequence[int], source: int) -> None:
+        """Adds copies of `nodes` of other trees below `parents` of these: as deep as they were, not scored yet."""
+        start, end = self._count, self._count + len(nodes)
+        self._make_room(end)
+        self.ints[:, start:end], self.floats[:, start:end] = other.ints[:, nodes], other.floats[:, nodes]
+        self.ints[2, start:end], self.ints[4, start:end], self.floats[2, start:end] = parents, source, np.nan
+        self._count = end
+
+    def _make_room(self, nodes: int) -> None:
+        if nodes <= self.ints.shape[1]:
+            return
+        ints, floats = np.empty((_INTS, max(2 * nodes, ROOM)), np.int64), np.empty((_FLOATS, max(2 * nodes, ROOM)))
+        ints[:, : self._count], floats[:, : self._count] = self.ints[:, : self._count], self.floats[:, : self._count]
+        self.ints, self.floats = ints, floats
+
+    def take(self, keep: IntArray, batch: int | None = None) -> DraftTrees:
+        """The trees pruned to the nodes `keep` (ascending indices, prefix-closed; ValueError if not), as those of the
+        first requests of a batch of `batch`, if given."""
+        batch, count = self.batch if batch is None else batch, len(keep)
+        if count == self._count:
+            return self._of(batch, self.ints, self.floats, count)
+        ints, floats = self.ints.take(keep, axis=1), self.floats.take(keep, axis=1)
+        renumber = np.full(self._count + 1, -2, np.int64)  # the last entry serves parent == ROOT (-1)
+        renumber[keep] = np.arange(count)
         renumber[ROOT] = ROOT
-        parent = renumber[self.parent[keep]]
-        if len(parent) and parent.min() < ROOT:
+        ints[2] = renumber[ints[2]]
+        if count and ints[2].min() < ROOT:
             raise ValueError("a kept node has lost its parent: the selection is not prefix-closed")
-        return DraftTrees(
-            self.batch,
-            self.owner[keep],
-            self.token[keep],
-            parent,
-            self.depth[keep],
-            self.draft_prob[keep],
-            self.path_prob[keep],
-            self.accept_prob[keep],
-            self.source[keep],
-        )
+        return self._of(batch, ints, floats, count)
 
     def nodes_of(self, owner: int) -> IntArray:
         """Indices of one request's nodes, ascending."""
@@ -126,12 +191,8 @@ def join(many: Sequence[DraftTrees]) -> DraftTrees:
     first_owner = np.cumsum([0] + [trees.batch for trees in many])
     first_node = np.cumsum([0] + [len(trees) for trees in many])
     shift = np.diff(first_node)
-    parent = np.concatenate([trees.parent for trees in many])
-    parent += np.where(parent == ROOT, 0, np.repeat(first_node[:-1], shift))
-    owner = np.concatenate([trees.owner for trees in many]) + np.repeat(first_owner[:-1], shift)
-
-    def column(name: str) -> Any:
-        return np.concatenate([getattr(trees, name) for trees in many])
-
-    return DraftTrees(int(first_owner[-1]), owner, column("token"), parent, column("depth"), column("draft_prob"),
-                      column("path_prob"), column("accept_prob"), column("source"))  # fmt: skip
+    ints = np.concatenate([trees.ints[:, : len(trees)] for trees in many], axis=1)
+    floats = np.concatenate([trees.floats[:, : len(trees)] for trees in many], axis=1)
+    ints[0] += np.repeat(first_owner[:-1], shift)
+    ints[2] += np.where(ints[2] == ROOT, 0, np.repeat(first_node[:-1], shift))
+    return DraftTrees._of(int(first_owner[-1]), ints, floats, int(first_node[-1]))

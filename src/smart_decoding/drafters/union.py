@@ -25,7 +25,6 @@ from smart_decoding.engine.request import Request
 from smart_decoding.errors import ConfigError
 
 MODEL = 0
-_COLUMNS = ("owner", "token", "parent", "depth", "draft_prob", "path_prob", "accept_prob", "source")
 
 
 @dataclass(slots=True)
@@ -68,10 +67,7 @@ class Merged:
                 trees.draft_prob[node] = max(trees.draft_prob[node], prob)
                 trees.source[node] = min(trees.source[node], source)
         if new:
-            added = len(trees)
-            for name in _COLUMNS:
-                setattr(trees, name, np.concatenate((getattr(trees, name), getattr(other, name)[new])))
-            trees.parent[added:], trees.source[added:], trees.accept_prob[added:] = parents, source, np.nan
+            trees.adopt(other, new, parents, source)
 
     def _refresh(self) -> None:
         trees = self.trees

@@ -10,7 +10,7 @@ import numpy as np
 
 from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.kv import PAGE, BlockTable, OutOfPages, PagePool
 from smart_decoding.engine.media import Media
 from smart_decoding.engine.protocols import Drafter, Target, TargetScores
@@ -90,6 +90,8 @@ class Engine:
         self._decode, self._clock, self._constrain = decode, clock, constrain
         self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
         self._requests: dict[str, Request] = {}
+        self._batched: list[Request] = []  # the last round's decoding requests
+        self._traits = _traits([])
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -169,8 +171,7 @@ class Engine:
         if any(r.constraint is not None for r in batch.decode):
             kept = grammatical([r.constraint for r in batch.decode], trees, kept)
         kept, spans, asking = self._spans(batch, trees, kept)
-        nodes = trees.take(kept) if len(trees) else trees
-        nodes.batch = len(asking)
+        nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
         rows, last, node_row = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
         verify_start = clock()
         scores = self.target.verify(rows, self._taps)
@@ -187,7 +188,7 @@ class Engine:
         emitted = self._update(batch, asking, acceptance, scores, last, node_row)
         if len(trees):
             _count_nodes(batch, trees, kept)
-        after, root_next = self._next_tokens(trees, kept, acceptance), acceptance.root_next[: len(batch.decode)]
+        after, root_next = _next_tokens(trees, kept, acceptance), acceptance.root_next[: len(batch.decode)]
         verifying = sampled - verify_start
         done = Round(state, plan, trees, kept, after, root_next, widths, seconds, len(rows), verifying)
         if batch.decode:
@@ -217,18 +218,19 @@ class Engine:
     def _state(self, batch: Batch) -> BatchState:
         requests, drafter = batch.decode, self.drafter
         pending = drafter.pending_rows(requests) - len(requests) if drafter and drafter.max_levels else 0
-        columns = [(r.table.length, r.remaining, r.params.temperature, r.params.speculate) for r in requests]
-        context, remaining, temperature, may_speculate = np.array(columns, np.float64).reshape(-1, 4).T
+        if requests != self._batched:
+            self._batched, self._traits = requests, _traits(requests)
+        temperature, may_speculate, pictures = self._traits
         return BatchState(
-            context=context.astype(np.int64),
-            remaining=remaining.astype(np.int64),
+            context=np.array([r.table.length for r in requests], np.int64),
+            remaining=np.array([r.remaining for r in requests], np.int64),
             temperature=temperature,
-            may_speculate=may_speculate.astype(np.bool_),
+            may_speculate=may_speculate,
             prefill_rows=sum(rows for _, rows in batch.prefill),
             catch_up_rows=max(0, pending),
             has_model=bool(drafter and drafter.max_levels),
             has_free=bool(drafter and drafter.free),
-            pictures=np.array([r.media is not None for r in requests]) if any(r.media for r in requests) else None,
+            pictures=pictures,
         )
 
     def _draft(
@@ -284,44 +286,43 @@ class Engine:
         asking: list[Request],
         nodes: DraftTrees,
         rows: Rows,
-        last: IntArray,
-        node_row: IntArray,
+        last: list[int],
+        node_row: list[int],
         scores: TargetScores,
     ) -> Acceptance:
         """Draws the target's tokens down the trees; the roots are the last committed rows of `asking`."""
-        at = np.arange(len(asking) + len(nodes))  # row numbers of accept() -> rows of the logits
-        if rows.logit_rows is None:
-            at = np.concatenate((last[: len(asking)], node_row))
+        # Row numbers of accept() -> rows of the logits.
+        at = list(range(len(asking) + len(nodes))) if rows.logit_rows is not None else last[: len(asking)] + node_row
         if all(r.takes_argmax for r in asking):
-            if scores.greedy is None:
-                acceptance = accept(nodes, lambda wanted: self.target.argmax(scores.logits, at[wanted]))
-            else:
-                acceptance = accept(nodes, scores.greedy[at].take)
+            greedy = self.target.argmax(scores.logits, np.array(at)) if scores.greedy is None else scores.greedy[at]
+            tokens = greedy.tolist()
+            acceptance = accept(nodes, lambda wanted: [tokens[row] for row in wanted])
         else:
             eos = self.target.eos_token_ids
             acceptance = accept(
                 nodes,
-                lambda wanted: self.target.sample(scores.logits, at[wanted], specs_of(wanted, asking, nodes, eos)),
+                lambda wanted: self.target.sample(
+                    scores.logits, np.array([at[row] for row in wanted]), specs_of(wanted, asking, nodes, eos)
+                ),
             )
         for i, request in enumerate(asking):
             if request.logprobs is not None:
-                which = at[[i, *(node + len(asking) for node in acceptance.path[i])]]
+                which = np.array([at[row] for row in (i, *(node + len(asking) for node in acceptance.path[i]))])
                 k = request.params.logprobs or 0
                 request.logprobs += self.target.logprobs(scores.logits, which, acceptance.emitted[i], k)
         return acceptance
 
-    def _commit_keys(self, acceptance: Acceptance, rows: Rows, last: IntArray, node_row: IntArray) -> None:
+    def _commit_keys(self, acceptance: Acceptance, rows: Rows, last: list[int], node_row: list[int]) -> None:
         """Moves accepted nodes' keys to their final positions, which follow the root's in the reserved slots."""
-        source: list[int] = []
-        target: list[int] = []
-        for i, path in enumerate(acceptance.path):
-            for depth, node in enumerate(path, start=1):
-                slot, final = int(rows.slot[node_row[node]]), int(rows.slot[last[i] + depth])
-                if slot != final:
-                    source.append(slot)
-                    target.append(final)
-        if source:
-            self.target.move(np.array(source, np.int32), np.array(target, np.int32))
+        moves = [
+            (node_row[node], last[i] + depth)
+            for i, path in enumerate(acceptance.path)
+            for depth, node in enumerate(path, start=1)
+            if node_row[node] != last[i] + depth
+        ]
+        if moves:
+            source, target = rows.slot[np.array(moves).T]
+            self.target.move(source, target)
 
     def _update(
         self,
@@ -329,13 +330,13 @@ class Engine:
         asking: list[Request],
         acceptance: Acceptance,
         scores: TargetScores,
-        last: IntArray,
-        node_row: IntArray,
+        last: list[int],
+        node_row: list[int],
     ) -> int:
         """Appends the new tokens, commits the KV lengths and hands the target's features to the drafter."""
         now, total = self._clock(), 0
         chunks = {id(request): count for request, count in batch.prefill}
-        first_rows, plain = last.tolist(), not chunks and not len(node_row)
+        plain = not chunks and not node_row
         for i, request in enumerate(asking):
             chunk, path, metrics = chunks.get(id(request)), acceptance.path[i], request.metrics
             tokens = request.stop.push(acceptance.emitted[i])
@@ -357,21 +358,21 @@ class Engine:
             request.table.commit(request.tokens, min(start + count + len(path), len(request.tokens)))
             if plain or request.finished:
                 continue
-            end = first_rows[i] + 1
-            committed: slice | IntArray = slice(end - count, end)
+            end = last[i] + 1
+            committed: slice | list[int] = slice(end - count, end)
             if path:
-                committed = np.concatenate((np.arange(end - count, end), node_row[path]))
+                committed = [*range(end - count, end), *(node_row[node] for node in path)]
             self._extend(request, scores, committed, start, count + len(path))
         if plain and self.drafter is not None:
             self._extend_each(asking, scores)
         for j, (request, count) in enumerate((r, n) for r, n in batch.prefill if n < r.pending and r not in asking):
             start = request.table.length
-            first = first_rows[len(asking) + j] - count + 1
+            first = last[len(asking) + j] - count + 1
             request.table.commit(request.tokens, start + count)
             self._extend(request, scores, slice(first, first + count), start, count)
         return total
 
-    def _extend(self, request: Request, scores: TargetScores, rows: slice | IntArray, first: int, count: int) -> None:
+    def _extend(self, request: Request, scores: TargetScores, rows: slice | list[int], first: int, count: int) -> None:
         """Hands the drafter what the target computed at `count` committed positions from `first` on."""
         if self.drafter is not None:
             features = None if scores.features is None else scores.features[rows]
@@ -386,14 +387,6 @@ class Engine:
         elif going_on:
             features = None if scores.features is None else scores.features[going_on]
             self.drafter.extend_each([asking[i] for i in going_on], features)
-
-    @staticmethod
-    def _next_tokens(trees: DraftTrees, kept: IntArray, acceptance: Acceptance) -> IntArray:
-        if not len(trees):
-            return _NONE
-        after = np.full(len(trees), -1, np.int64)
-        after[kept] = acceptance.next_token
-        return after
 
     # ------------------------------------------------------------------------------------------------- helpers
 
@@ -435,6 +428,22 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises AssertionError if KV pages are lost or doubly used."""
         self.pool.check_integrity(r.table for r in self._requests.values())
+
+
+def _traits(requests: Sequence[Request]) -> tuple[FloatArray, BoolArray, BoolArray | None]:
+    """What stays as it is as long as the batch is the same: temperature, may_speculate and pictures of BatchState."""
+    pictures = np.array([r.media is not None for r in requests]) if any(r.media for r in requests) else None
+    temperature = np.array([r.params.temperature for r in requests], np.float64)
+    return temperature, np.array([r.params.speculate for r in requests], np.bool_), pictures
+
+
+def _next_tokens(trees: DraftTrees, kept: IntArray, acceptance: Acceptance) -> IntArray:
+    """[nodes] the target's token after each node of `trees` that the walk accepted, else -1."""
+    if len(kept) == len(trees):
+        return acceptance.next_token
+    after = np.full(len(trees), -1, np.int64)
+    after[kept] = acceptance.next_token
+    return after
 
 
 def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray) -> None:

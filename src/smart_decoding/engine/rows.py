@@ -6,6 +6,7 @@ through the block table, then the `extra` slots: its ancestors in the draft tree
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -17,8 +18,6 @@ from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.media import Inserts
 
 Ints: TypeAlias = NDArray[np.int32]
-
-_NONE = np.zeros(0, np.int32)
 
 
 @dataclass(slots=True)
@@ -65,48 +64,67 @@ class Span:
     rotary: IntArray | None = None
 
 
-def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool]) -> tuple[Rows, IntArray, IntArray]:
+def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool]) -> tuple[Rows, list[int], list[int]]:
     """Rows of a batch: one group per span, followed in its group by the request's tree nodes.
 
     trees: nodes of the first `trees.batch` spans, each of which then holds one token, the root.
     want_all: per span, whether the last row's logits are wanted (false: none, an unfinished prompt).
-    Returns the rows, each span's last committed row [spans], and each node's row [nodes]."""
-    nodes = np.bincount(trees.owner, minlength=len(spans)).tolist() if len(trees) else [0] * len(spans)
+    Returns the rows, each span's last committed row [spans], and each node's row [nodes].
+
+    Plain lists: between two forwards caches are cold, and each numpy call takes as long as several nodes do here."""
+    owners = trees.owner.tolist()
+    below = [0] * len(spans)
+    for owner in owners:
+        below[owner] += 1
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    group_row, last_row, group_pages = [0], [], [0]
-    for span, below in zip(spans, nodes, strict=True):
+    group_row, last, group_pages = [0], [], [0]
+    for span, nodes in zip(spans, below, strict=True):
         count = len(span.tokens)
-        last_row.append(len(tokens) + count - 1)
+        last.append(len(tokens) + count - 1)
         tokens.extend(span.tokens)
-        tokens.extend([0] * below)  # filled in below, like their positions
-        positions.extend(range(span.start, span.start + count + below))
-        slots.extend(span.slots[: count + below])
+        positions.extend(range(span.start, span.start + count))
+        slots.extend(span.slots[: count + nodes])
+        if nodes:  # filled in below
+            tokens += [0] * nodes
+            positions += [0] * nodes
         group_row.append(len(tokens))
         group_pages.append(group_pages[-1] + len(span.pages))
     total = len(tokens)
-    token, position, last = np.array(tokens, np.int64), np.array(positions, np.int64), np.array(last_row, np.int64)
-    slot, direct = np.array(slots, np.int32), position.astype(np.int32)
-    direct += 1
-    extra_at, extra, node_row = np.zeros(total + 1, np.int32), _NONE, np.zeros(0, np.int64)
-    if len(trees):
-        node_row = _node_rows(trees, last)
-        root = last[trees.owner]
-        token[node_row] = trees.token
-        position[node_row] = position[root] + trees.depth
-        direct[node_row] = position[root] + 1
-        extra_at, extra = _ancestors(trees, node_row, slot, total)
-    pages = np.concatenate([span.pages for span in spans])
-    rows = Rows(token, position, slot, direct, extra_at, extra, np.array(group_row, np.int32),
-                np.array(group_pages[:-1], np.int32), pages)  # fmt: skip
+    direct = [position + 1 for position in positions]
+    node_row: list[int] = []
+    extra_at, extra = [0] * (total + 1), list[int]()
+    if owners:
+        seen: list[list[int]] = []  # by each node: its ancestors' slots from the first level down, and its own
+        of_row: dict[int, list[int]] = {}
+        free = [row + 1 for row in last]
+        nodes_ = zip(owners, trees.parent.tolist(), trees.depth.tolist(), trees.token.tolist(), strict=True)
+        for owner, parent, depth, token in nodes_:
+            row, root = free[owner], last[owner]
+            free[owner] = row + 1
+            tokens[row], positions[row], direct[row] = token, positions[root] + depth, direct[root]
+            path = [*seen[parent], slots[row]] if parent >= 0 else [slots[row]]
+            node_row.append(row)
+            seen.append(path)
+            of_row[row] = path
+        for row in range(total):
+            extra += of_row.get(row, ())
+            extra_at[row + 1] = len(extra)
+    small = np.array([*slots, *direct, *extra_at, *group_row, *group_pages[:-1], *extra], np.int32)
+    edges = itertools.accumulate((total, total, total + 1, len(group_row), len(spans)), initial=0)
+    slot, direct_, at, group, first = (small[i:j] for i, j in itertools.pairwise(edges))
+    pages = spans[0].pages if len(spans) == 1 else np.concatenate([span.pages for span in spans])
+    position = np.array(positions, np.int64)
+    rows = Rows(np.array(tokens, np.int64), position, slot, direct_, at, small[len(small) - len(extra) :], group,
+                first, pages)  # fmt: skip
     if any(span.inserts for span in spans):
         rows.inserts = [(group_row[i] + at, part) for i, span in enumerate(spans) for at, part in span.inserts]
     if any(span.rotary is not None for span in spans):
         rows.rotary = _rotary(spans, trees, position, group_row, last, node_row)
-    wanted = last if all(want_all) else last[np.asarray(want_all, np.bool_)]
+    wanted = [row for row, want in zip(last, want_all, strict=True) if want]
     if len(wanted) + len(node_row) < total:
-        rows.logit_rows = np.concatenate((wanted, node_row))
+        rows.logit_rows = np.array(wanted + node_row, np.int64)
     return rows, last, node_row
 
 
@@ -115,40 +133,14 @@ def _rotary(
     trees: DraftTrees,
     position: IntArray,
     group_row: Sequence[int],
-    last: IntArray,
-    node_row: IntArray,
+    last: Sequence[int],
+    node_row: Sequence[int],
 ) -> IntArray:
     """[rows, 3] the spans' own rotary positions, else the plain ones; a node lies its depth behind its root."""
     rotary = np.repeat(position[:, None], 3, axis=1)
     for i, span in enumerate(spans):
         if span.rotary is not None:
-            rotary[group_row[i] : int(last[i]) + 1] = span.rotary
+            rotary[group_row[i] : last[i] + 1] = span.rotary
     if len(trees):
-        rotary[node_row] = rotary[last[trees.owner]] + trees.depth[:, None]
+        rotary[node_row] = rotary[np.array(last)[trees.owner]] + trees.depth[:, None]
     return rotary
-
-
-def _node_rows(trees: DraftTrees, last: IntArray) -> IntArray:
-    """[nodes] a request's nodes follow its root, in their order."""
-    order = np.argsort(trees.owner, kind="stable")
-    owner = trees.owner[order]
-    rank = np.arange(len(order)) - np.searchsorted(owner, owner)
-    rows = np.empty(len(order), np.int64)
-    rows[order] = last[owner] + 1 + rank
-    return rows
-
-
-def _ancestors(trees: DraftTrees, node_row: IntArray, slot: Ints, total: int) -> tuple[Ints, Ints]:
-    """`extra_at` and `extra`: for each node row the slots of its ancestors from the first level down, and its own."""
-    deepest = int(trees.depth.max())
-    paths = np.zeros((len(trees), deepest), np.int32)
-    own = slot[node_row]
-    paths[np.arange(len(trees)), trees.depth - 1] = own
-    for depth in range(2, deepest + 1):
-        nodes = np.flatnonzero(trees.depth == depth)
-        paths[nodes, : depth - 1] = paths[trees.parent[nodes], : depth - 1]
-    sizes = np.zeros(total, np.int64)
-    sizes[node_row] = trees.depth
-    order = np.argsort(node_row)
-    extra = paths[order][np.arange(deepest) < trees.depth[order, None]]
-    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int32), extra

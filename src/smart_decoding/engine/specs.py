@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.tree import DraftTrees
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -15,9 +15,9 @@ def new_history(prompt: Sequence[int], params: SamplingParams) -> TokenHistory |
     return TokenHistory(prompt) if params.needs_history else None
 
 
-def specs_of(rows: IntArray, asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]) -> list[SampleSpec]:
+def specs_of(rows: Sequence[int], asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]) -> list[SampleSpec]:
     """One spec per row, in the numbering of core.acceptance: roots first, then nodes."""
-    return [_spec(int(row), asking, nodes, eos) for row in rows]
+    return [_spec(row, asking, nodes, eos) for row in rows]
 
 
 def _spec(row: int, asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]) -> SampleSpec:

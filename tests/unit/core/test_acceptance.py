@@ -82,7 +82,7 @@ def test_only_visited_rows_are_sampled_level_by_level() -> None:
     asked = []
 
     def sample(rows):
-        asked.append(rows.tolist())
+        asked.append(list(rows))
         return np.array([{0: 6, 1: 3, 3: 8, 5: 4}[int(r)] for r in rows])
 
     result = accept(trees, sample)
@@ -94,7 +94,7 @@ def test_only_visited_rows_are_sampled_level_by_level() -> None:
 
 
 def test_no_nodes_is_plain_decoding() -> None:
-    result = accept(DraftTrees.empty(2), lambda rows: rows + 40)
+    result = accept(DraftTrees.empty(2), lambda rows: np.array(rows) + 40)
     assert result.emitted == [[40], [41]]
 
 

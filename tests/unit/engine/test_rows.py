@@ -45,7 +45,8 @@ def random_batch(seed: int) -> tuple[list[Span], DraftTrees, list[bool], list[li
 @settings(max_examples=150, deadline=None)
 def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> None:
     spans, trees, want, slots, _ = random_batch(seed)
-    rows, last, node_row = build_rows(spans, trees, want)
+    rows, last, at = build_rows(spans, trees, want)
+    node_row = np.array(at, np.int64)
     assert sorted([*range(len(rows))]) == sorted(
         [int(last[i]) - k for i, span in enumerate(spans) for k in range(len(span.tokens))] + node_row.tolist()
     )

@@ -24,8 +24,10 @@ class Drafted:
 
     limits, kind: [batch] deepest useful node, and the request's `BatchState.kind`. ends: tokens that end an answer.
     tokens: of a plain round. sunk: seconds of drafting so far. verify: seconds of verifying 0, 1, ... nodes, of every
-    number that may be asked for. limit: seconds that the round may last. scored: how many nodes have their
-    accept_prob already."""
+    number that may be asked for. limit: seconds that the round may last. least: verify at least so many nodes, as far
+    as there are. scored: how many nodes have their accept_prob already.
+
+    One object serves a whole round: trees, sunk, verify and scored go on, the rest stays as it is."""
 
     trees: DraftTrees
     calibration: Calibration
@@ -36,6 +38,7 @@ class Drafted:
     sunk: float
     verify: FloatArray
     limit: float
+    least: int = 0
     scored: int = 0
 
 
@@ -51,9 +54,8 @@ class Chooser(Protocol):
         than there are). level_seconds: seconds of a level of 0, 1, ... nodes."""
         ...
 
-    def select(self, drafted: Drafted, least: int) -> tuple[IntArray, float, float]:
-        """Ascending indices of the nodes to verify, at least `least` of those there are; tokens per second expected
-        then; and accepted nodes expected."""
+    def select(self, drafted: Drafted) -> tuple[IntArray, float, float]:
+        """Ascending indices of the nodes to verify; tokens per second expected then; and accepted nodes expected."""
         ...
 
 
@@ -77,14 +79,14 @@ class NumpyChooser:
         width = ahead.width(present, best, few, level, levels, d.tokens, d.sunk, seconds, d.verify, d.limit)
         return np.sort(nodes.take(order[:width]))
 
-    def select(self, drafted: Drafted, least: int) -> tuple[IntArray, float, float]:
+    def select(self, drafted: Drafted) -> tuple[IntArray, float, float]:
         d, trees = drafted, drafted.trees
         _score(d)
         nodes = np.flatnonzero(useful(trees, d.limits, d.ends))
         accept_prob = trees.accept_prob.take(nodes)
         order = ranked(accept_prob)
         gains = accept_prob.take(order)
-        size, rate = best_size(gains, d.tokens, d.sunk, d.verify[: len(nodes) + 1], d.limit, min(least, len(nodes)))
+        size, rate = best_size(gains, d.tokens, d.sunk, d.verify[: len(nodes) + 1], d.limit, min(d.least, len(nodes)))
         return np.sort(nodes.take(order[:size])), rate, float(gains[:size].sum())
 
 

@@ -34,8 +34,9 @@ CLEARLY = 0.9  # of plain decoding: what drafting promises where no further look
 PROBE_SHARE = 4  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
 PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
-BUSY_ROUNDS, SELDOM = 32, 8  # after the first rounds, beliefs are updated every eighth round, in one go
-OFTEN = 2  # and the seconds of verification every second one: a machine's state lasts for seconds only
+BUSY_ROUNDS, SELDOM = 32, 16  # after the first rounds, beliefs are updated every sixteenth round, in one go,
+SURPRISE = 2.0  # or once the accepted nodes are this many standard deviations (as if Poisson) off what was expected
+OFTEN = 4  # and the seconds of verification every fourth one: a machine's state lasts for seconds only
 # Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no.
 REST, SHORT_REST = 32, 4
 
@@ -69,7 +70,11 @@ class Outlook:
 
     def best(self, margin: float) -> Option | None:
         """The best way to draft, or None where that does not promise `margin` times plain decoding."""
-        return max(self.values, key=self.value) if self.promise > margin else None
+        return self._best if self.promise > margin else None
+
+    @cached_property
+    def _best(self) -> Option:
+        return max(self.values, key=self.value)
 
     @cached_property
     def best_with_model(self) -> Option | None:
@@ -98,9 +103,10 @@ class _Scratch:
     kind: KindArray
     drafting: int  # requests that may draft
     context: float
+    deepest: int  # of the limits
     outlook: Outlook | None = None
     sunk: float = 0.0  # seconds of drafting, predicted
-    scored: int = -1  # nodes when the trees were last scored
+    drafted: Drafted | None = None
     probe: bool = False
     believed: float = 0.0  # tokens per second of the believed mode
     forecast: float = 0.0  # tokens per second forecast for this round, uncorrected
@@ -169,6 +175,7 @@ class Smart:
         self._drafting = False
         self._scratch: _Scratch | None = None
         self._unlearned: list[tuple[Round, KindArray]] = []  # rounds that drafted, and the kinds of their requests
+        self._expected = self._surprise = 0.0  # nodes that these should have accepted, and that they accepted less
         self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
         self._last_rest = 1
 
@@ -211,8 +218,9 @@ class Smart:
 
     def _open(self, batch: BatchState) -> _Scratch:
         limits = depth_limits(batch)
-        context = float(batch.context.sum()) / batch.size
-        return _Scratch(limits, batch.kind, int(np.count_nonzero(limits > 0)), context)
+        deepest = limits.tolist()
+        drafting, context = sum(limit > 0 for limit in deepest), sum(batch.context.tolist()) / batch.size
+        return _Scratch(limits, batch.kind, drafting, context, max(deepest))
 
     def _current_outlook(self, batch: BatchState, scratch: _Scratch) -> Outlook:
         """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
@@ -235,7 +243,7 @@ class Smart:
     def _max_levels(self, batch: BatchState, scratch: _Scratch) -> int:
         """Levels to look out for, rounded up to a power of two: every answer comes to its end, one token after another,
         and a new outlook for each would be work for little."""
-        longest = int(scratch.limits.max())
+        longest = scratch.deepest
         return min(self.max_levels, 1 << (longest - 1).bit_length()) if batch.has_model and longest > 0 else 0
 
     def _look_out(self, batch: BatchState, scratch: _Scratch) -> Outlook:
@@ -297,7 +305,7 @@ class Smart:
             return DraftPlan(True, 0, self.children)
         scratch.sunk += float(outlook.levels[outlook.first])
         # How deep to go is decided level by level, by frontier(): the plan only bounds it.
-        deepest = min(self.max_levels, int(scratch.limits.max()))
+        deepest = min(self.max_levels, scratch.deepest)
         return DraftPlan(True, deepest, self.children, wide * scratch.drafting)
 
     # --- while drafting ---
@@ -307,10 +315,10 @@ class Smart:
         if level >= plan.levels or not len(trees):
             return None
         widths, ahead = _widths(scratch.drafting), min(AHEAD, plan.levels - level)
-        candidates = LookAhead.columns(len(trees), int(widths[-1]), ahead)
+        candidates = LookAhead.columns(len(trees), WIDTHS[-1] * scratch.drafting, ahead)
         drafted = self._drafted(batch, scratch, trees, candidates)
         nodes = self.chooser.frontier(drafted, outlook.ahead, level, ahead, widths, outlook.levels)
-        scratch.scored = len(trees)
+        drafted.scored = len(trees)
         if not len(nodes):
             return None
         scratch.sunk += float(outlook.levels[len(nodes)])
@@ -322,11 +330,9 @@ class Smart:
         scratch, _ = self._prepared(batch)
         if not plan.speculate or not len(trees):
             return np.zeros(0, np.int64)
-        # A probe verifies at least one node: otherwise a cost believed too high would never be measured again.
-        kept, value, scratch.expected = self.chooser.select(
-            self._drafted(batch, scratch, trees, len(trees)), int(scratch.probe)
-        )
-        scratch.scored = len(trees)
+        drafted = self._drafted(batch, scratch, trees, len(trees))
+        kept, value, scratch.expected = self.chooser.select(drafted)
+        drafted.scored = len(trees)
         if plan.levels and scratch.forecast > 0 and value > 0:
             error = math.log(value / scratch.forecast) - self._foresight
             self._foresight += min(max(error, -0.3), 0.3) / 16
@@ -335,9 +341,14 @@ class Smart:
     def _drafted(self, batch: BatchState, scratch: _Scratch, trees: DraftTrees, candidates: int) -> Drafted:
         """The trees with what they are judged by; as many as `candidates` nodes may be verified."""
         assert scratch.outlook is not None
-        curve, limit = self._curve(batch, scratch, candidates), self._limit(batch.size, scratch.outlook.plain)
-        return Drafted(trees, self.calibration, scratch.limits, scratch.kind, self._ends, batch.size, scratch.sunk,
-                       curve, limit, scratch.scored)  # fmt: skip
+        curve, drafted = self._curve(batch, scratch, candidates), scratch.drafted
+        if drafted is None or drafted.trees is not trees:
+            limit = self._limit(batch.size, scratch.outlook.plain)
+            # A probe verifies at least one node: otherwise a cost believed too high would never be measured again.
+            drafted = scratch.drafted = Drafted(trees, self.calibration, scratch.limits, scratch.kind, self._ends,
+                                                batch.size, scratch.sunk, curve, limit, int(scratch.probe))  # fmt: skip
+        drafted.sunk, drafted.verify = scratch.sunk, curve
+        return drafted
 
     def observe(self, round: Round) -> None:
         self._rounds += 1
@@ -354,11 +365,13 @@ class Smart:
             self._overhead.observe(round.plan.speculate, round.other_seconds)
         accepted = 0
         if len(trees):
-            if scratch.scored != len(trees):  # nothing was selected: the caller skipped it
+            if scratch.drafted is None or scratch.drafted.scored != len(trees):  # the caller did not ask what to verify
                 self.calibration.score(trees, scratch.kind)
             self._unlearned.append((round, scratch.kind))
             accepted = int(np.count_nonzero(round.next_token >= 0))
-        if self._unlearned and not seldom:
+            self._expected += scratch.expected
+            self._surprise += scratch.expected - accepted
+        if self._unlearned and (not seldom or self._surprise**2 > SURPRISE**2 * self._expected):
             self._learn()
         if round.plan.speculate and round.plan.levels == 0:
             self.forecast.observe_free(trees, scratch.drafting)
@@ -387,6 +400,7 @@ class Smart:
         """Learns from the last rounds in one go, since every numpy call has its price."""
         rounds, kinds = zip(*self._unlearned, strict=True)
         self._unlearned.clear()
+        self._expected = self._surprise = 0.0
         trees, nodes, chosen = merged(rounds)
         self.calibration.observe(trees, nodes, chosen, np.concatenate(kinds))
         if trees.source.min() == 0:  # nodes of the model drafter

@@ -21,9 +21,8 @@ class TreesStruct(Structure):
     """`Trees` of controller.cpp."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("nodes", "batch")),
-        *((name, c_void_p) for name in ("owner", "token", "parent", "depth", "source", "draft_prob", "accept_prob")),
-        *((name, c_void_p) for name in ("limits", "kind", "ends")),
+        *((name, c_int64) for name in ("nodes", "batch", "room")),
+        *((name, c_void_p) for name in ("ints", "floats", "limits", "kind", "ends")),
         ("end_count", c_int64),
     ]
 
@@ -46,9 +45,18 @@ class PricesStruct(Structure):
     ]
 
 
+class ChoiceStruct(Structure):
+    """`Choice`."""
+
+    _fields_ = [("count", c_int64), ("rate", c_double), ("expected", c_double)]
+
+
 class NativeChooser:
     """Implements `core.policies.chooser.Chooser`. Raises OSError where the kernels cannot be built; its methods raise
-    ValueError for trees whose arrays it cannot read."""
+    ValueError for trees whose arrays it cannot read.
+
+    A frontier that is empty is followed by the choice of what to verify, so both come of one call. What stays as it is
+    during a round is handed over once."""
 
     def __init__(self) -> None:
         lib = build.library()
@@ -56,45 +64,59 @@ class NativeChooser:
         self._frontier, self._select = lib.smart_frontier, lib.smart_select
         self._frontier.restype = self._select.restype = c_int64
         self._frontier.argtypes = [
-            *(*structs, c_int, c_int64, c_void_p, c_int64),
-            *(c_void_p, c_int64, c_void_p, c_void_p),
-        ]
-        self._select.argtypes = [*structs, c_int, c_int64, c_void_p, POINTER(c_double), POINTER(c_double)]
-        self._trees = TreesStruct()
+            *structs, c_int, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p,
+            POINTER(ChoiceStruct),
+        ]  # fmt: skip
+        self._select.argtypes = [*structs, c_int, c_int64, c_void_p, POINTER(ChoiceStruct)]
+        self._trees, self._prices, self._choice = TreesStruct(), PricesStruct(), ChoiceStruct()
         self._beliefs = BeliefsStruct(None, 0, _at(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
-        self._prices = PricesStruct()
-        self._rate, self._expected = c_double(), c_double()
+        self._structs = byref(self._trees), byref(self._beliefs), byref(self._prices)
+        self._kept, self._expanded = np.zeros((2, 256), np.int64)
+        self._round: Drafted | None = None
+        self._stopped = -1  # nodes of the trees at which the frontier was empty
 
     def frontier(
         self, drafted: Drafted, ahead: LookAhead, level: int, levels: int, widths: IntArray, level_seconds: FloatArray
     ) -> IntArray:
-        below, out = ahead.below(level, levels), np.empty(len(drafted.trees), np.int64)
-        asked = (level, _at(below), levels, _at(widths), len(widths), _at(level_seconds), _at(out))
-        count = self._asked(self._frontier, drafted, asked)
-        return out[:count] if count else _NONE
+        self._hand_over(drafted)
+        asked = (level, _at(ahead.below(level, levels)), levels, _at(widths), len(widths), _at(level_seconds))
+        found = self._asked(self._frontier, drafted, *asked, _at(self._expanded), drafted.least, _at(self._kept))
+        self._stopped = -1 if found else len(drafted.trees)
+        return self._expanded[:found].copy() if found else _NONE
 
-    def select(self, drafted: Drafted, least: int) -> tuple[IntArray, float, float]:
-        out = np.empty(len(drafted.trees), np.int64)
-        count = self._asked(self._select, drafted, (least, _at(out), byref(self._rate), byref(self._expected)))
-        return out[:count], self._rate.value, self._expected.value
+    def select(self, drafted: Drafted) -> tuple[IntArray, float, float]:
+        if drafted is not self._round or self._stopped != len(drafted.trees):
+            self._hand_over(drafted)
+            self._asked(self._select, drafted, drafted.least, _at(self._kept))
+        choice = self._choice
+        return self._kept[: choice.count].copy(), choice.rate, choice.expected
 
-    def _asked(self, function: Any, drafted: Drafted, asked: tuple[Any, ...]) -> int:
-        d, trees = drafted, drafted.trees
-        t, p, b = self._trees, self._prices, self._beliefs
-        t.nodes, t.batch, t.owner, t.token = len(trees), trees.batch, _at(trees.owner), _at(trees.token)
-        t.parent, t.depth, t.source = _at(trees.parent), _at(trees.depth), _at(trees.source)
-        t.draft_prob, t.accept_prob = _at(trees.draft_prob), _at(trees.accept_prob)
-        t.limits, t.kind, t.ends, t.end_count = _at(d.limits), _at(d.kind), _at(d.ends), len(d.ends)
-        p.tokens, p.sunk, p.limit = d.tokens, d.sunk, d.limit
-        p.verify, p.verify_count = _at(d.verify), len(d.verify)
-        scored = d.scored == len(trees)
+    def _hand_over(self, drafted: Drafted) -> None:
+        d, trees, t, p = drafted, drafted.trees, self._trees, self._prices
+        if d is not self._round:
+            self._round, self._stopped = d, -1
+            t.batch, t.limits, t.kind, t.ends, t.end_count = (
+                trees.batch,
+                _at(d.limits),
+                _at(d.kind),
+                _at(d.ends),
+                len(d.ends),
+            )
+            p.tokens, p.limit = d.tokens, d.limit
+        t.nodes, t.room, t.ints, t.floats = len(trees), trees.ints.shape[1], _at(trees.ints), _at(trees.floats)
+        p.sunk, p.verify, p.verify_count = d.sunk, _at(d.verify), len(d.verify)
+        if len(trees) > len(self._kept):
+            self._kept, self._expanded = np.zeros((2, 2 * len(trees)), np.int64)
+
+    def _asked(self, function: Any, drafted: Drafted, *asked: Any) -> int:
+        scored = drafted.scored == len(drafted.trees)
         for _ in range(2):
-            table = d.calibration.table
-            b.table, b.cells = _at(table), len(table)
-            count: int = function(byref(t), byref(b), byref(p), scored, *asked)
+            table = drafted.calibration.table
+            self._beliefs.table, self._beliefs.cells = _at(table), len(table)
+            count: int = function(*self._structs, scored, *asked, byref(self._choice))
             if count != _UNSEEN:
                 return count
-            d.calibration.reserve(int(trees.source.max()))
+            drafted.calibration.reserve(int(drafted.trees.source.max()))
         raise ValueError("the trees' depths or sources are out of range")
 
 

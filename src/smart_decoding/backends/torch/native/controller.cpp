@@ -11,21 +11,32 @@
 
 constexpr int RANKS = 4;  // forecast children of a node (core/lookahead.py)
 
-struct Trees {  // core/tree.py, and what the batch says of their owners
-    int64_t nodes, batch;
-    const int64_t *owner, *token, *parent, *depth, *source;
-    const double* draft_prob;
-    double* accept_prob;
+struct Trees {  // core/tree.py: its two blocks, and what the batch says of the nodes' owners
+    int64_t nodes, batch, room;
+    const int64_t* ints;     // [5, room]
+    double* floats;          // [3, room]
     const int64_t* limits;   // [batch] deepest useful node
     const uint8_t* kind;     // [batch]
     const int64_t* ends;     // [end_count] tokens that end an answer
     int64_t end_count;
+
+    int64_t owner(int64_t i) const { return ints[i]; }
+    int64_t token(int64_t i) const { return ints[room + i]; }
+    int64_t parent(int64_t i) const { return ints[2 * room + i]; }
+    int64_t depth(int64_t i) const { return ints[3 * room + i]; }
+    int64_t source(int64_t i) const { return ints[4 * room + i]; }
+    double draft_prob(int64_t i) const { return floats[i]; }
+    double& accept_prob(int64_t i) const { return floats[2 * room + i]; }
 };
 struct Beliefs {  // core/calibration.py
     const double* table;  // [source, depth, kind, fine bin]
     int64_t cells;        // of the table
     const int64_t* fine;  // [resolution + 1] bin of a draft probability
     int64_t resolution, bins, depths, kinds;
+};
+struct Choice {  // of nodes to verify
+    int64_t count;
+    double rate, expected;  // tokens per second then expected; accepted nodes
 };
 struct Prices {
     double tokens, sunk, limit;  // tokens of a plain round; seconds spent; seconds that the round may last
@@ -34,32 +45,32 @@ struct Prices {
 };
 
 static bool ends_answer(const Trees& t, int64_t node) {
-    return std::find(t.ends, t.ends + t.end_count, t.token[node]) != t.ends + t.end_count;
+    return std::find(t.ends, t.ends + t.end_count, t.token(node)) != t.ends + t.end_count;
 }
 
 // Whether a node lies below an end token, for all nodes; parents come before their children.
 static std::vector<char> behind_ends(const Trees& t) {
     std::vector<char> behind(t.nodes, 0);
     for (int64_t i = 0; i < t.nodes; i++)
-        if (t.parent[i] >= 0) behind[i] = behind[t.parent[i]] || ends_answer(t, t.parent[i]);
+        if (t.parent(i) >= 0) behind[i] = behind[t.parent(i)] || ends_answer(t, t.parent(i));
     return behind;
 }
 
-static int64_t slot_of(const Trees& t, int64_t node) { return t.parent[node] < 0 ? t.owner[node] : t.batch + t.parent[node]; }
+static int64_t slot_of(const Trees& t, int64_t node) { return t.parent(node) < 0 ? t.owner(node) : t.batch + t.parent(node); }
 
 // Sets accept_prob; false if there are nodes of a drafter that the table does not know.
 static bool score(const Trees& t, const Beliefs& b) {
     std::vector<double> given(t.nodes), sum(t.batch + t.nodes, 0.0);
     for (int64_t i = 0; i < t.nodes; i++) {
-        double p = std::fmin(std::fmax(t.draft_prob[i], 0.0), 1.0);
-        int64_t cell = t.source[i] * b.depths + std::min(t.depth[i], b.depths) - 1;
-        cell = (cell * b.kinds + t.kind[t.owner[i]]) * b.bins + b.fine[int64_t(p * double(b.resolution))];
+        double p = std::fmin(std::fmax(t.draft_prob(i), 0.0), 1.0);
+        int64_t cell = t.source(i) * b.depths + std::min(t.depth(i), b.depths) - 1;
+        cell = (cell * b.kinds + t.kind[t.owner(i)]) * b.bins + b.fine[int64_t(p * double(b.resolution))];
         if (cell >= b.cells) return false;
         sum[slot_of(t, i)] += given[i] = b.table[cell];
     }
     for (int64_t i = 0; i < t.nodes; i++) {
         double conditional = given[i] / std::max(sum[slot_of(t, i)], 1.0);
-        t.accept_prob[i] = t.parent[i] < 0 ? conditional : t.accept_prob[t.parent[i]] * conditional;
+        t.accept_prob(i) = t.parent(i) < 0 ? conditional : t.accept_prob(t.parent(i)) * conditional;
     }
     return true;
 }
@@ -67,24 +78,24 @@ static bool score(const Trees& t, const Beliefs& b) {
 static std::vector<int64_t> useful(const Trees& t, const std::vector<char>& behind) {
     std::vector<int64_t> nodes;
     for (int64_t i = 0; i < t.nodes; i++)
-        if (t.depth[i] <= t.limits[t.owner[i]] && !behind[i]) nodes.push_back(i);
+        if (t.depth(i) <= t.limits[t.owner(i)] && !behind[i]) nodes.push_back(i);
     return nodes;
 }
 
 static std::vector<int64_t> expandable(const Trees& t, const std::vector<char>& behind, int64_t level) {
     std::vector<char> by_model(t.batch + t.nodes, 0);  // a head has a state above children of its own only
     for (int64_t i = 0; i < t.nodes; i++)
-        if (t.source[i] == 0) by_model[slot_of(t, i)] = 1;
+        if (t.source(i) == 0) by_model[slot_of(t, i)] = 1;
     std::vector<int64_t> nodes;
     for (int64_t i = 0; i < t.nodes; i++)
-        if (t.depth[i] == level && level < t.limits[t.owner[i]] && !behind[i] && !ends_answer(t, i) && by_model[slot_of(t, i)])
+        if (t.depth(i) == level && level < t.limits[t.owner(i)] && !behind[i] && !ends_answer(t, i) && by_model[slot_of(t, i)])
             nodes.push_back(i);
     return nodes;
 }
 
 // By falling probability, ties to the lower index: parents come before their children.
 static void rank(const Trees& t, std::vector<int64_t>& nodes) {
-    std::stable_sort(nodes.begin(), nodes.end(), [&](int64_t a, int64_t b) { return t.accept_prob[a] > t.accept_prob[b]; });
+    std::stable_sort(nodes.begin(), nodes.end(), [&](int64_t a, int64_t b) { return t.accept_prob(a) > t.accept_prob(b); });
 }
 
 // The most tokens per second over the sizes of a tree; `gains` are sorted. Returns the size.
@@ -99,26 +110,36 @@ static int64_t best_size(const std::vector<double>& gains, const Prices& p, doub
     return best;
 }
 
+
+// The nodes to verify, ascending, into `out` [nodes] (`least` of them at least, as far as there are), of ranked ones.
+static Choice choose(const Prices& p, const std::vector<int64_t>& nodes, const std::vector<double>& gains, int64_t least, int64_t* out) {
+    Choice choice{0, 0.0, 0.0};
+    choice.count = best_size(gains, p, p.sunk, std::min(least, int64_t(nodes.size())), &choice.rate);
+    choice.expected = std::accumulate(gains.begin(), gains.begin() + choice.count, 0.0);
+    std::copy(nodes.begin(), nodes.begin() + choice.count, out);
+    std::sort(out, out + choice.count);
+    return choice;
+}
+
 extern "C" {
 
 // The nodes of `level` to expand next, ascending, into `out` [nodes]; returns how many: 0 where no deeper tree beats
-// stopping, -1 where the table of beliefs is too small. `below` [reach * RANKS]: forecast descendants of a frontier node, given that node, level by level.
+// stopping (then `choice` and `kept` [nodes] say what to verify), -1 where the table of beliefs is too small. `below` [reach * RANKS]: forecast descendants of a frontier node, given that node, level by level.
 // `widths` [width_count], ascending: how many nodes may be expanded (cut to those there are); level_seconds by width.
 int64_t smart_frontier(const Trees* t, const Beliefs* b, const Prices* p, int scored, int64_t level, const double* below, int64_t reach,
-                       const int64_t* widths, int64_t width_count, const double* level_seconds, int64_t* out) {
+                       const int64_t* widths, int64_t width_count, const double* level_seconds, int64_t* out, int64_t least,
+                       int64_t* kept, Choice* choice) {
     if (!scored && !score(*t, *b)) return -1;
     std::vector<char> behind = behind_ends(*t);
     std::vector<int64_t> frontier = expandable(*t, behind, level), candidates = useful(*t, behind);
-    if (frontier.empty()) return 0;
     rank(*t, frontier);
+    rank(*t, candidates);
     std::vector<double> present, forecast, merged, all;
-    for (int64_t i : candidates) present.push_back(t->accept_prob[i]);
-    std::sort(present.begin(), present.end(), std::greater<double>());
-    double stop = 0;
-    best_size(present, *p, p->sunk, 0, &stop);
-    double best = stop;
+    for (int64_t i : candidates) present.push_back(t->accept_prob(i));
+    double best = 0;
+    best_size(present, *p, p->sunk, 0, &best);
     int64_t width = 0;
-    for (int64_t ahead = 1; ahead <= reach; ahead++) {
+    for (int64_t ahead = 1; ahead <= reach && !frontier.empty(); ahead++) {
         std::vector<double> tree(below, below + ahead * RANKS), node(tree.size());
         std::sort(tree.begin(), tree.end(), std::greater<double>());
         forecast.clear();
@@ -127,7 +148,7 @@ int64_t smart_frontier(const Trees* t, const Beliefs* b, const Prices* p, int sc
             int64_t wanted = std::min(widths[w], int64_t(frontier.size()));
             if (wanted == before) break;
             for (; expanded < wanted; expanded++) {
-                for (size_t j = 0; j < tree.size(); j++) node[j] = tree[j] * t->accept_prob[frontier[expanded]];
+                for (size_t j = 0; j < tree.size(); j++) node[j] = tree[j] * t->accept_prob(frontier[expanded]);
                 merged.resize(forecast.size() + node.size());
                 std::merge(forecast.begin(), forecast.end(), node.begin(), node.end(), merged.begin(), std::greater<double>());
                 forecast.swap(merged);
@@ -140,24 +161,20 @@ int64_t smart_frontier(const Trees* t, const Beliefs* b, const Prices* p, int sc
             before = wanted;
         }
     }
+    if (!width) *choice = choose(*p, candidates, present, least, kept);
     std::copy(frontier.begin(), frontier.begin() + width, out);
     std::sort(out, out + width);
     return width;
 }
 
-// The nodes to verify, ascending, into `out` [nodes]; returns how many (`least` of them at least, as far as there are).
-// rate: tokens per second then expected; expected: accepted nodes.
-int64_t smart_select(const Trees* t, const Beliefs* b, const Prices* p, int scored, int64_t least, int64_t* out, double* rate,
-                     double* expected) {
+// What to verify of the trees as they are, into `out` [nodes]; returns 0, or -1 where the table of beliefs is too small.
+int64_t smart_select(const Trees* t, const Beliefs* b, const Prices* p, int scored, int64_t least, int64_t* out, Choice* choice) {
     if (!scored && !score(*t, *b)) return -1;
     std::vector<int64_t> nodes = useful(*t, behind_ends(*t));
     rank(*t, nodes);
     std::vector<double> gains;
-    for (int64_t i : nodes) gains.push_back(t->accept_prob[i]);
-    int64_t size = best_size(gains, *p, p->sunk, std::min(least, int64_t(nodes.size())), rate);
-    *expected = std::accumulate(gains.begin(), gains.begin() + size, 0.0);
-    std::copy(nodes.begin(), nodes.begin() + size, out);
-    std::sort(out, out + size);
-    return size;
+    for (int64_t i : nodes) gains.push_back(t->accept_prob(i));
+    *choice = choose(*p, nodes, gains, least, out);
+    return 0;
 }
 }
