@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.engine.media import Inserts
 
 Ints: TypeAlias = NDArray[np.int32]
@@ -65,7 +65,7 @@ class Span:
 
 
 def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool]) -> tuple[Rows, list[int], list[int]]:
-    """Rows of a batch: one group per span, followed in its group by the request's tree nodes.
+    """Rows of a batch: one group per span, followed in its group by the request's tree nodes, the best chain first.
 
     trees: nodes of the first `trees.batch` spans, each of which then holds one token, the root.
     want_all: per span, whether the last row's logits are wanted (false: none, an unfinished prompt).
@@ -98,11 +98,17 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
     if owners:
         seen: list[list[int]] = []  # by each node: its ancestors' slots from the first level down, and its own
         of_row: dict[int, list[int]] = {}
-        free = [row + 1 for row in last]
-        nodes_ = zip(owners, trees.parent.tolist(), trees.depth.tolist(), trees.token.tolist(), strict=True)
-        for owner, parent, depth, token in nodes_:
-            row, root = free[owner], last[owner]
-            free[owner] = row + 1
+        parents = trees.parent.tolist()
+        chain, ends = _best_chains(owners, parents, len(spans))
+        free = [row + 1 + count for row, count in zip(last, ends, strict=True)]
+        nodes_ = zip(owners, parents, trees.depth.tolist(), trees.token.tolist(), chain, strict=True)
+        for owner, parent, depth, token, best in nodes_:
+            row = root = last[owner]
+            if best:
+                row += depth
+            else:
+                row = free[owner]
+                free[owner] = row + 1
             tokens[row], positions[row], direct[row] = token, positions[root] + depth, direct[root]
             path = [*seen[parent], slots[row]] if parent >= 0 else [slots[row]]
             node_row.append(row)
@@ -126,6 +132,22 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
     if len(wanted) + len(node_row) < total:
         rows.logit_rows = np.array(wanted + node_row, np.int64)
     return rows, last, node_row
+
+
+def _best_chains(owners: Sequence[int], parents: Sequence[int], spans: int) -> tuple[list[bool], list[int]]:
+    """Which nodes are their request's first child of the first child of ..., and how many those are for each request.
+
+    Drafters list the best child first. These nodes take the rows, and so the slots, right behind their root: where they
+    are accepted their keys lie where they belong, and need not be moved."""
+    tips, lengths = [ROOT] * spans, [0] * spans
+    chain = []
+    for node, (owner, parent) in enumerate(zip(owners, parents, strict=True)):
+        best = parent == tips[owner]
+        chain.append(best)
+        if best:
+            tips[owner] = node
+            lengths[owner] += 1
+    return chain, lengths
 
 
 def _rotary(

@@ -60,11 +60,16 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
             assert visible_slots(rows, first + k).tolist() == slots[i][: position + 1]
         nodes = trees.nodes_of(i)
         assert rows.group_row[i + 1] == first + len(span.tokens) + len(nodes)
-        assert node_row[nodes].tolist() == list(range(last[i] + 1, last[i] + 1 + len(nodes)))
-        for rank, node in enumerate(nodes):
+        assert sorted(node_row[nodes].tolist()) == list(range(last[i] + 1, last[i] + 1 + len(nodes)))
+        best, parent = [], -1
+        while len(below := nodes[trees.parent[nodes] == parent]):
+            parent = below[0]
+            best.append(parent)
+        assert node_row[best].tolist() == [last[i] + 1 + k for k in range(len(best))]
+        for node in nodes:
             row, path = int(node_row[node]), trees.path(int(node))
             assert (rows.token[row], rows.position[row]) == (trees.token[node], span.start + trees.depth[node])
-            assert rows.slot[row] == slots[i][span.start + 1 + rank]
+            assert rows.slot[row] == slots[i][span.start + row - last[i]]
             seen = slots[i][: span.start + 1] + [int(rows.slot[node_row[n]]) for n in path]
             assert visible_slots(rows, row).tolist() == seen
     wanted = [int(last[i]) for i in range(len(spans)) if want[i]] + node_row.tolist()
