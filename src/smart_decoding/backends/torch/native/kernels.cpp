@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <utility>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -148,18 +149,25 @@ template <> struct Panel<float> {
 // in the lanes of floats.
 constexpr bool BYTES = true;
 template <> struct InputOf<int8_t> { typedef uint8_t type; };
+__attribute__((always_inline)) static inline void add_products(__m512i& sum, __m512i x, __m512i w) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));  // around the intrinsic GCC 12 copies every sum
+}
 template <> struct Panel<int8_t> {
     template <int R> static inline void run(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, vf (&acc)[R][2]) {
+        run(x, ld, w, k, acc, std::make_integer_sequence<int, R>());
+    }
+    template <int R, int... I>
+    __attribute__((always_inline)) static inline void run(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, vf (&acc)[R][2],
+                                                          std::integer_sequence<int, I...>) {
+        __m512i left[R] = {}, right[R] = {}, four[R];
         for (int64_t i = 0; i < k; i += 4, w += 4 * PANEL) {
             __builtin_prefetch(w + AHEAD, 0, 3);
             __builtin_prefetch(w + AHEAD + 2 * PANEL, 0, 3);
             __m512i a = (__m512i)loadu<vu>(w), b = (__m512i)loadu<vu>(w + 2 * PANEL);
-            for (int r = 0; r < R; r++) {
-                __m512i four = _mm512_set1_epi32(loadu<int32_t>(x + r * ld + i));
-                acc[r][0] = (vf)_mm512_dpbusd_epi32((__m512i)acc[r][0], four, a);
-                acc[r][1] = (vf)_mm512_dpbusd_epi32((__m512i)acc[r][1], four, b);
-            }
+            ((four[I] = _mm512_set1_epi32(loadu<int32_t>(x + I * ld + i)), add_products(left[I], four[I], a),
+              add_products(right[I], four[I], b)), ...);
         }
+        ((acc[I][0] = (vf)left[I], acc[I][1] = (vf)right[I]), ...);
     }
 };
 #else
@@ -761,6 +769,22 @@ struct Pool {
     }
 };
 
+#if defined(__AVX512VNNI__)
+// y = x w^T for pairs of rows, the high and the low halves of 16 bits with 32768 added, times `step` of each pair and `scale`.
+__attribute__((noinline)) static void byte_rows(const uint8_t* x, int rows, const int8_t* w, int64_t n, int64_t k, const float* scale,
+                        const int32_t* sums, const float* step, float* y) {
+    gemm(x, k, rows, w, n, k, [=](int row, int64_t column, vf left, vf right) {
+        vi a = (vi)left, b = (vi)right;
+        bool low = row & 1;  // comes after the high half
+        if (!low) { a -= 128 * loadu<vi>(sums + column); b -= 128 * loadu<vi>(sums + column + VW); }
+        float factor = low ? step[row / 2] : 256 * step[row / 2];
+        vf first = __builtin_convertvector(a, vf) * loadu<vf>(scale + column) * factor;
+        vf second = __builtin_convertvector(b, vf) * loadu<vf>(scale + column + VW) * factor;
+        store_columns(y + row / 2 * n, nullptr, column, n, first, second, low);
+    });
+}
+#endif
+
 // [wanted, count] logits of x [wanted, hidden] with 8-bit weights. x is rounded to 16 bits, whose halves are two rows of
 // 8 bits. normed [hidden] is this thread's.
 static void byte_outputs(const Head& h, const float* x, int wanted, float* normed, uint8_t* room, float* step, float* logits) {
@@ -779,15 +803,7 @@ static void byte_outputs(const Head& h, const float* x, int wanted, float* norme
             low[i] = value;
         }
     }
-    gemm(room, d, 2 * wanted, (const int8_t*)h.outputs, n, d, [=](int row, int64_t column, vf left, vf right) {
-        vi a = (vi)left, b = (vi)right;
-        bool low = row & 1;  // comes after the high half
-        if (!low) { a -= 128 * loadu<vi>(h.sums + column); b -= 128 * loadu<vi>(h.sums + column + VW); }
-        float factor = low ? step[row / 2] : 256 * step[row / 2];
-        vf first = __builtin_convertvector(a, vf) * loadu<vf>(h.scale + column) * factor;
-        vf second = __builtin_convertvector(b, vf) * loadu<vf>(h.scale + column + VW) * factor;
-        store_columns(logits + row / 2 * n, nullptr, column, n, first, second, low);
-    });
+    byte_rows(room, 2 * wanted, (const int8_t*)h.outputs, n, d, h.scale, h.sums, step, logits);
 #endif
 }
 
