@@ -40,6 +40,10 @@ class Head(Protocol):
         """Runs nodes below the outputs `above` of this round (the first level's come first), the best children."""
         ...
 
+    def blank(self, rows: int) -> Any:
+        """Features of `rows` rows, of arbitrary content."""
+        ...
+
     def take(self, features: Any, rows: IntArray) -> Any:
         """Rows of features, as a copy."""
         ...
@@ -106,6 +110,9 @@ class EagleDrafter(LevelDrafter[Pairs]):
 
     def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         return self._head.deeper(rows, above, asked)
+
+    def blank(self, rows: int) -> Any:
+        return self._head.blank(rows)
 
     def _receive(self, request: Request, state: Pairs, features: Any, first: int) -> None:
         state.parts.append(features)

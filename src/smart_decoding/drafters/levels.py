@@ -93,6 +93,10 @@ class LevelDrafter(ABC, Generic[S]):
     def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         """Runs nodes; the best children of all. above: numbers of the outputs that they are children of."""
 
+    def blank(self, rows: int) -> Any:
+        """Features of `rows` rows of arbitrary content, to be timed with."""
+        return None
+
     def _receive(self, request: Request, state: S, features: Any, first: int) -> None:
         """Features of the target that arrived with committed rows."""
 
@@ -278,5 +282,5 @@ def _rows(
     for table in tables[:-1]:
         starts.append(starts[-1] + len(table))
     pages = tables[0] if len(tables) == 1 else np.concatenate(tables)
-    arrays = [np.array(x, np.int32) for x in (slot, direct, extra_at, extra, edges, starts)]
-    return Rows(token, np.array(position, np.int64), *arrays, pages)
+    a, b, c, d, e, f = (np.array(x, np.int32) for x in (slot, direct, extra_at, extra, edges, starts))
+    return Rows(token, np.array(position, np.int64), a, b, c, d, e, f, pages)

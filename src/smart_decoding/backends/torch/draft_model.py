@@ -43,7 +43,3 @@ class DraftModel:
     def rank(self, logits: Tensor, asked: Asked) -> Ranked:
         """The most likely next tokens of each row and their probabilities: [rows, k]; see `ranked`."""
         return ranked(logits, self._tokens, asked, self._decoder.native)
-
-    def rehearse(self, rows: Rows) -> None:
-        """A level of arbitrary tokens, to be timed."""
-        self.rank(self.run(rows), Asked(8, np.zeros(len(rows))))

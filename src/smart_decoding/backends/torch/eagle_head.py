@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -209,10 +208,9 @@ class EagleHead:
         """The most likely next tokens after every output and their probabilities: [rows, k]; see `ranked`."""
         return ranked(self._head(out), self.draft_ids, asked, self.native)
 
-    def rehearse(self, rows: Rows) -> None:
-        """A level on arbitrary features, to be timed."""
-        g = torch.ones(len(rows), self._tap_count * self.config.hidden, dtype=self.work_dtype, device=self.device)
-        self.first(rows, [g], np.arange(len(rows)), Asked(8, np.zeros(len(rows))))
+    def blank(self, rows: int) -> Tensor:
+        """Taps of `rows` rows, of arbitrary content."""
+        return torch.ones(rows, self._tap_count * self._target.config.hidden, dtype=self.work_dtype, device=self.device)
 
     def _embed(self, token: Tensor) -> Tensor:
         return self._target.embed(token) if self._embedding is None else self._embedding[token].to(self.work_dtype)
