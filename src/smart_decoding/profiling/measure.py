@@ -135,7 +135,7 @@ def _draft_points(
         points += [_first_point(requests, waiting) for waiting in (waits if alone else (0,))]
         points += [_deeper_point(requests, width) for width in (widths if alone else (batch,))]
     longer = None if coarse else rehearsal(1, CONTEXTS[1])
-    return points + [_deeper_point(longer, width) for width in (LONG_WIDTHS if longer else ())]
+    return points + ([_deeper_point(longer, width) for width in LONG_WIDTHS] if longer else [])
 
 
 def _verify_point(target: TorchTarget, rows: Rows, batch: int, context: int) -> Point:
