@@ -31,7 +31,7 @@ class Rehearsal:
 
     @staticmethod
     def fits(pages: int, batch: int, context: int) -> bool:
-        return batch * -(-(context + MORE) // PAGE) <= pages
+        return batch * -(-(context + MORE + 1) // PAGE) <= pages
 
     def commit(self, waiting: int) -> None:
         """Every request gets a token, and the first one `waiting` more."""
@@ -83,6 +83,7 @@ class Rehearsal:
         request.table.reserve(count)
         request.tokens += self._tokens(count)
         request.table.commit(request.tokens, first + count)
+        request.table.cover(1)  # as the scheduler does for the round to come
         self._drafter.extend(request, self._drafter.blank(count), first, request.tokens[first : first + count])
 
     def _tokens(self, count: int) -> list[int]:

@@ -58,7 +58,8 @@ class NativeLevel:
         """Runs pairs of tokens and taps; the best children of each group's last one."""
         self._count = 0
         features: list[int] = []
-        for part in parts:
+        kept = [_readable(part) for part in parts]
+        for part in kept:
             features += _pointers(part)
         return self._run(True, rows, np.array(features, np.int64), len(rows.group_row) - 1, rotary, kv, asked)
 
@@ -97,13 +98,22 @@ class NativeLevel:
             self._outs = outs
 
 
-def _pointers(part: Part) -> Sequence[int]:
-    """The addresses of a part's rows, float32 each."""
+def _readable(part: Part) -> Part:
+    """The part in float32, as taps of our own targets are."""
+    first = part if isinstance(part, Tensor) else part[0][0]
+    if first.dtype == torch.float32 and first.stride(1) == 1:
+        return part
     if isinstance(part, Tensor):
-        assert part.dtype == torch.float32 and part.stride(1) == 1
+        return part.float().contiguous()
+    return torch.stack([r[part[1]] for r in part[0]]).float()
+
+
+def _pointers(part: Part) -> Sequence[int]:
+    """The addresses of a part's rows."""
+    if isinstance(part, Tensor):
         return range(part.data_ptr(), part.data_ptr() + 4 * part.stride(0) * len(part), 4 * part.stride(0))
     rounds, place = part
-    return [r.data_ptr() + 4 * place * r.shape[1] for r in rounds]
+    return [r.data_ptr() + 4 * place * r.stride(0) for r in rounds]
 
 
 def _inserts(rows: Rows) -> tuple[IntArray | None, list[Tensor]]:

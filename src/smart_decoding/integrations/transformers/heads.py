@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from smart_decoding.backends.torch.eagle_head import EagleHead
 from smart_decoding.backends.torch.head_export import layout_of
 from smart_decoding.backends.torch.head_files import HeadFiles, head_folder, load_head
 from smart_decoding.backends.torch.layers import Workspace
+from smart_decoding.backends.torch.native_level import Part
+from smart_decoding.core.tree import IntArray
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.protocols import Drafter
+from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
 
@@ -38,8 +42,11 @@ class HostHead(EagleHead):
         self.allocate(pages + SCRATCH_PAGES, positions + 64)
         return EagleDrafter(self, pages, SCRATCH_PAGES)
 
-    def rank(self, out: torch.Tensor, asked: Asked) -> Ranked:
-        return super().rank(out, replace(asked, k=min(asked.k, self.widest)))
+    def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
+        return super().first(rows, parts, last, replace(asked, k=min(asked.k, self.widest)))
+
+    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+        return super().deeper(rows, above, replace(asked, k=min(asked.k, self.widest)))
 
 
 class HostLender:
