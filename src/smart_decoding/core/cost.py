@@ -4,7 +4,8 @@
             + verify_seconds(batch, rows, context)
 
 The first level is a thing of its own: it finds the caches full of the target's weights, and catches up with `waiting`
-rows, of which nothing but keys is wanted. Deeper ones find the drafter's weights where the first has left them.
+rows, of which nothing but keys is wanted. Deeper ones find the drafter's weights where the first has left them. So
+either has a speed of its own, which is not the target's.
 
 `context` is always the mean number of KV tokens per sequence. Attention adds `row_token` seconds per row and context
 token (arithmetic) and `sequence_token` per sequence and context token (reading the cache); the tables hold the rest.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -205,16 +206,14 @@ class CostModel:
         """Seconds of one level of the model drafter, not the first, that expands `width` rows."""
         width_: IntArray = np.asarray(width, np.int64)
         base = self._table(_DRAFT, int(width_.max()) + 1)[width_]
-        correction = replace(self.draft_correction, speed=self.verify_correction.reading)
-        return correction.seconds(width_, base + width_ * (self.draft_token * context), 0.0)
+        return self.draft_correction.seconds(width_, base + width_ * (self.draft_token * context), 0.0)
 
     def first_seconds(self, roots: int, waiting: ArrayLike, context: float) -> FloatArray:
         """Seconds of the first level for `roots` requests, which catches up with `waiting` rows beside one of each."""
         waiting_: IntArray = np.asarray(waiting, np.int64)
         if self.first is None or self.waiting is None:
             return self.draft_seconds(roots + waiting_, context)
-        correction = replace(self.first_correction, speed=self.verify_correction.reading)
-        return correction.seconds(roots + waiting_, self._first_level(roots, waiting_, context), 0.0)
+        return self.first_correction.seconds(roots + waiting_, self._first_level(roots, waiting_, context), 0.0)
 
     def levels_seconds(self, roots: int, widths: Sequence[int], context: float) -> list[float]:
         """Seconds of each level of a round, of which the first one's width is the roots and all that waits."""
@@ -239,14 +238,14 @@ class CostModel:
             base = float(self._table(observed.batch, rows + 1)[rows]) + attention
             verify = self.verify_correction.updated(rows, base, float(self._waiting_seconds(rows)), observed.seconds)
             return self._with(verify, self.draft_correction, self.first_correction)
-        width, speed = observed.width, self.verify_correction.reading
+        width = observed.width
         if observed.waiting is not None and self.first is not None and self.waiting is not None:
             base = float(self._first_level(width, np.array(observed.waiting), observed.context))
-            first = self.first_correction.updated(width + observed.waiting, base, 0.0, observed.seconds, speed)
+            first = self.first_correction.updated(width + observed.waiting, base, 0.0, observed.seconds)
             return self._with(self.verify_correction, self.draft_correction, first)
         width += observed.waiting or 0
         base = float(self._table(_DRAFT, width + 1)[width]) + self.draft_token * width * observed.context
-        draft = self.draft_correction.updated(width, base, 0.0, observed.seconds, speed)
+        draft = self.draft_correction.updated(width, base, 0.0, observed.seconds)
         return self._with(self.verify_correction, draft, self.first_correction)
 
     def to_dict(self) -> dict[str, Any]:
