@@ -31,9 +31,9 @@ def errors(batch: int, prompts: int) -> dict[str, list[float]]:
             for name, cost in (("verify", policy.cost), ("verify, bare profile", bare)):
                 predicted = float(cost.verify_seconds(done.batch.size, done.verify_rows, context))
                 found[name].append(predicted / done.verify_seconds - 1)
-            for width, seconds in zip(done.level_widths, done.level_seconds, strict=True):
-                for name, cost in (("draft", policy.cost), ("draft, bare profile", bare)):
-                    found[name].append(float(cost.draft_seconds(width, context)) / seconds - 1)
+            for name, cost in (("draft", policy.cost), ("draft, bare profile", bare)):
+                predicted = cost.levels_seconds(done.batch.size, done.level_widths, context)
+                found[name] += [p / s - 1 for p, s in zip(predicted, done.level_seconds, strict=True)]
         observe(done)
 
     policy.observe = watch

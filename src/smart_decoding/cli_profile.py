@@ -22,12 +22,18 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.llm import LLM
     from smart_decoding.profiling.cache import profile_path, save_profile
     from smart_decoding.profiling.measure import held_out_error, measure
-    from smart_decoding.speculation import ROUND_OVERHEAD
+    from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 
     config = {"policy": "likelihood", **({"method": "draft_model", "model": args.draft} if args.draft else {})}
     llm = LLM(args.model, dtype=args.dtype, device=args.device, speculative_config=config)
     model, target = llm.speculation.model, llm.target
-    samples = measure(target, model, llm.engine.config.pages, llm.engine.config.max_num_seqs, args.seconds)
+    samples = measure(
+        target,
+        level_drafter(llm.speculation.drafter),
+        llm.engine.config.pages,
+        llm.engine.config.max_num_seqs,
+        args.seconds,
+    )
     cost = CostModel.fit(samples, ROUND_OVERHEAD)
     rows = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96]
     print(f"seconds of a forward in ms, context 128, {len(samples)} samples; rows of the whole batch across")
@@ -41,8 +47,11 @@ def main(args: argparse.Namespace) -> int:
         print(f"{batch:>5} " + "".join(cells))
     if model is not None:
         widths = [1, 2, 4, 8, 16, 32, 64]
-        print("draft " + "".join(f"{1e3 * cost.draft_seconds(np.array([w]), 128.0)[0]:8.2f}" for w in widths))
+        print("level " + "".join(f"{1e3 * cost.draft_seconds(np.array([w]), 128.0)[0]:8.2f}" for w in widths))
         print("width " + "".join(f"{w:>8}" for w in widths))
+        waiting = [0, 1, 2, 4, 8, 16, 64]
+        print("first " + "".join(f"{1e3 * cost.first_seconds(1, w, 128.0):8.2f}" for w in waiting))
+        print("waits " + "".join(f"{w:>8}" for w in waiting))
     _draw(np.arange(1, 65), 1e3 * cost.verify_seconds(1, np.arange(1, 65), 128.0))
     median, high = held_out_error(samples)
     print(f"held-out error of the fit: median {100 * median:.1f} %, p90 {100 * high:.1f} %")

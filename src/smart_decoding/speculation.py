@@ -24,6 +24,7 @@ from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.drafters import METHODS
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.eagle import EagleDrafter
+from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
 from smart_decoding.drafters.union import UnionDrafter
@@ -54,6 +55,12 @@ class Speculation:
     cost: CostModel | None = None
     model: EagleHead | DraftModel | None = None
     description: str = "none"
+
+
+def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
+    """The drafter with a model that this one is, or has."""
+    model = drafter.model if isinstance(drafter, UnionDrafter) else drafter
+    return model if isinstance(model, LevelDrafter) else None
 
 
 def shipped_head(model: str) -> Path | None:
@@ -112,7 +119,7 @@ def build_speculation(
     default_head = shipped_head(checkpoint.provenance["model"])
     builder = _Builder(checkpoint, target, pages, max_num_seqs, asked, default_head, trust_pickle)
     drafter = builder.drafter(asked.method)
-    cost = builder.cost() if "cost" in policy_options(asked.policy) else None
+    cost = builder.cost(drafter) if "cost" in policy_options(asked.policy) else None
     offered = {
         **stored_prior(builder.folder), "cost": cost, "eos_token_ids": target.eos_token_ids, "chooser": native_chooser()
     }  # fmt: skip
@@ -196,14 +203,15 @@ class _Builder:
             return UnionDrafter([*parts, self._ngram()] if parts else [self._ngram(), self._recycling()])
         return self._ngram() if method == "ngram" else self._recycling()
 
-    def cost(self) -> CostModel:
+    def cost(self, drafter: Drafter) -> CostModel:
         """The cached profile of this machine, else a new one (a few seconds)."""
         path = profile_path(
             self._checkpoint.provenance, self._target.dtype, self._target.device, str(self.model and self.model.shape)
         )
         cost = load_profile(path)
         if cost is None:
-            cost = CostModel.fit(measure(self._target, self.model, self._pages, self._seqs), ROUND_OVERHEAD)
+            samples = measure(self._target, level_drafter(drafter), self._pages, self._seqs)
+            cost = CostModel.fit(samples, ROUND_OVERHEAD)
             save_profile(path, cost)
         return cost
 

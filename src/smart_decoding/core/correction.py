@@ -39,11 +39,6 @@ class Correction:
     log_factor: FloatArray = field(default_factory=lambda: np.zeros(BINS))
     weight: FloatArray = field(default_factory=lambda: np.zeros(BINS))
 
-    @property
-    def reading(self) -> float:
-        """Log factor on a step that does nothing but read weights."""
-        return self.speed + math.log1p(self.memory)
-
     def seconds(self, rows: IntArray | slice, table: FloatArray, weights: FloatArray | float) -> FloatArray:
         """What the table's seconds are now, for `rows` or a slice of row counts; `weights`: those of them in which the
         step does nothing but wait for the weights. Bins are interpolated, linear in log rows."""
@@ -57,28 +52,25 @@ class Correction:
         factor *= table + self.memory * weights
         return factor
 
-    def updated(
-        self, rows: int, table: float, weights: float, seconds: float, shared: float | None = None
-    ) -> Correction:
+    def updated(self, rows: int, table: float, weights: float, seconds: float) -> Correction:
         """After a step of `rows` rows that took `seconds`; `table` and `weights` as in `seconds()`.
 
-        A clipped step towards the observed log ratio, like a running median. `shared` takes the speed from another
-        correction instead of learning it here. Unusable times (NaN, zero, negative) change nothing."""
+        A clipped step towards the observed log ratio, like a running median. Unusable times (NaN, zero, negative)
+        change nothing."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
             return self
         row = min(max(rows, 0), MAX_ROWS)
         low, right = int(_LOW[row]), float(_FRACTION[row])
         left = 1.0 - right
         present = left * float(self.log_factor[low]) + right * float(self.log_factor[low + 1])
-        speed, memory = self.speed if shared is None else shared, self.memory
+        speed, memory = self.speed, self.memory
         now = table + memory * weights
         clip = max(CLIP, 2.0 / (self.seen + 1))
         error = min(max(math.log(seconds / now) - speed - present, -clip), clip)
-        if shared is None:
-            gain, slope = max(SPEED_GAIN, 0.5 / (self.seen + 1)), weights / now  # slope: of log seconds over `memory`
-            step = gain * error / (SPEED_SHARE + slope**2)
-            speed, error = speed + SPEED_SHARE * step, (1 - gain) * error
-            memory = min(max(memory + slope * step, -MOST_MEMORY), MOST_MEMORY)
+        gain, slope = max(SPEED_GAIN, 0.5 / (self.seen + 1)), weights / now  # slope: of log seconds over `memory`
+        step = gain * error / (SPEED_SHARE + slope**2)
+        speed, error = speed + SPEED_SHARE * step, (1 - gain) * error
+        memory = min(max(memory + slope * step, -MOST_MEMORY), MOST_MEMORY)
         log_factor, weight = self.log_factor * FORGET, self.weight * FORGET
         for index, part in ((low, left), (low + 1, right)):
             if part > 0:

@@ -1,6 +1,11 @@
 """What a round costs: measured tables of seconds, interpolated, and corrected by the times of real rounds.
 
-    round = overhead + sum over levels of draft_seconds(width) + verify_seconds(batch, rows, context)
+    round = overhead + first_seconds(roots, waiting) + sum over deeper levels of draft_seconds(width)
+            + verify_seconds(batch, rows, context)
+
+The first level is a thing of its own: it finds the caches full of the target's weights, and catches up with `waiting`
+rows, of which nothing but keys is wanted. Deeper ones find the drafter's weights where the first has left them. So
+either has a speed of its own, which is not the target's.
 
 `context` is always the mean number of KV tokens per sequence. Attention adds `row_token` seconds per row and context
 token (arithmetic) and `sequence_token` per sequence and context token (reading the cache); the tables hold the rest.
@@ -10,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,7 +27,7 @@ from smart_decoding.core.correction import Correction
 from smart_decoding.core.tree import FloatArray, IntArray
 
 RISEN = 1.6  # a forward that takes this multiple of the smallest one is bound by arithmetic, not by reading weights
-_WAITING = -1  # a key of `_dense`
+_DRAFT, _WAITING, _FIRST, _CAUGHT_UP = 0, -1, -2, -3  # keys of `_dense` beside batch sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +42,14 @@ class VerifySample:
 
 @dataclass(frozen=True, slots=True)
 class DraftSample:
-    """One timed level of the model drafter: expanded rows, mean KV tokens per sequence, seconds."""
+    """One timed level of the model drafter: expanded rows, mean KV tokens per sequence, seconds.
+
+    waiting: of a first level, whose `width` rows are the roots, the rows that it caught up with beside them."""
 
     width: int
     context: float
     seconds: float
+    waiting: int | None = None
 
 
 Sample: TypeAlias = VerifySample | DraftSample
@@ -81,7 +89,8 @@ class CostModel:
     """Predicts seconds. Immutable: `corrected` returns the next model, sharing the tables.
 
     verify: batch size -> curve over rows at context 0; between batch sizes linear in log batch, constant outside.
-    draft: curve over expanded rows of one level of the model drafter at context 0.
+    draft: curve over expanded rows of one level of the model drafter at context 0, first: over the roots of a first
+    level (None: as any other). waiting: what rows that wait add to it, over their number.
     overhead_seconds: fixed cost of a round that speculates, beyond its forwards.
     """
 
@@ -93,6 +102,9 @@ class CostModel:
     overhead_seconds: float = 0.0
     verify_correction: Correction = field(default_factory=Correction)
     draft_correction: Correction = field(default_factory=Correction)
+    first: Curve | None = None
+    waiting: Curve | None = None
+    first_correction: Correction = field(default_factory=Correction)
     _dense: dict[int, FloatArray] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -120,7 +132,8 @@ class CostModel:
         Unusable samples are ignored; what nothing remains for falls back to the default curves."""
         usable = [s for s in samples if _usable(s)]
         verify = [s for s in usable if isinstance(s, VerifySample)]
-        draft = [s for s in usable if isinstance(s, DraftSample)]
+        levels = [s for s in usable if isinstance(s, DraftSample)]
+        draft = [s for s in levels if s.waiting is None]
         row_token, sequence_token = _attention(verify)
         cells: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for v in verify:
@@ -130,6 +143,13 @@ class CostModel:
         widths: dict[int, list[float]] = defaultdict(list)
         for d in draft:
             widths[d.width].append(max(d.seconds - draft_token * d.width * d.context, 0.05 * d.seconds))
+        roots: dict[int, list[float]] = defaultdict(list)
+        caught_up: dict[int, list[float]] = defaultdict(list)
+        for d in (s for s in levels if s.waiting is not None):
+            if not d.waiting:
+                roots[d.width].append(max(d.seconds - draft_token * d.width * d.context, 0.05 * d.seconds))
+            if d.width == 1:
+                caught_up[d.waiting or 0].append(d.seconds)
         overhead = overhead_seconds if math.isfinite(overhead_seconds) and overhead_seconds > 0 else 0.0
         return cls(
             {batch: _monotone(cell) for batch, cell in sorted(cells.items())} or DEFAULT_VERIFY,
@@ -138,6 +158,8 @@ class CostModel:
             sequence_token,
             draft_token,
             overhead,
+            first=_monotone(roots) if roots else None,
+            waiting=_beyond_the_first(_monotone(caught_up)) if len(caught_up) > 1 and 0 in caught_up else None,
         )
 
     def verify_seconds(self, batch: int, rows: ArrayLike, context: float) -> FloatArray:
@@ -181,11 +203,30 @@ class CostModel:
         return float(known[0]), float(known[1])
 
     def draft_seconds(self, width: ArrayLike, context: float) -> FloatArray:
-        """Seconds of one level of the model drafter that expands `width` rows, catch-up rows included."""
+        """Seconds of one level of the model drafter, not the first, that expands `width` rows."""
         width_: IntArray = np.asarray(width, np.int64)
-        base = self._table(0, int(width_.max()) + 1)[width_]
-        correction = replace(self.draft_correction, speed=self.verify_correction.reading)
-        return correction.seconds(width_, base + width_ * (self.draft_token * context), 0.0)
+        base = self._table(_DRAFT, int(width_.max()) + 1)[width_]
+        return self.draft_correction.seconds(width_, base + width_ * (self.draft_token * context), 0.0)
+
+    def first_seconds(self, roots: int, waiting: ArrayLike, context: float) -> FloatArray:
+        """Seconds of the first level for `roots` requests, which catches up with `waiting` rows beside one of each."""
+        waiting_: IntArray = np.asarray(waiting, np.int64)
+        if self.first is None or self.waiting is None:
+            return self.draft_seconds(roots + waiting_, context)
+        return self.first_correction.seconds(roots + waiting_, self._first_level(roots, waiting_, context), 0.0)
+
+    def levels_seconds(self, roots: int, widths: Sequence[int], context: float) -> list[float]:
+        """Seconds of each level of a round, of which the first one's width is the roots and all that waits."""
+        if not widths:
+            return []
+        first = float(self.first_seconds(roots, widths[0] - roots, context))
+        return [first, *self.draft_seconds(list(widths[1:]), context).tolist()] if len(widths) > 1 else [first]
+
+    def _first_level(self, roots: int, waiting: IntArray, context: float) -> FloatArray:
+        """The table's seconds of a first level."""
+        roots_ = float(self._table(_FIRST, roots + 1)[roots]) + roots * self.draft_token * context
+        caught_up: FloatArray = self._table(_CAUGHT_UP, int(waiting.max()) + 1)[waiting]
+        return caught_up + roots_
 
     def corrected(self, observed: Sample) -> CostModel:
         """The model after one real step; absurd times count little, unusable ones nothing."""
@@ -196,18 +237,27 @@ class CostModel:
             attention = context * (self.row_token * rows + self.sequence_token * observed.batch)
             base = float(self._table(observed.batch, rows + 1)[rows]) + attention
             verify = self.verify_correction.updated(rows, base, float(self._waiting_seconds(rows)), observed.seconds)
-            return self._with(verify, self.draft_correction)
+            return self._with(verify, self.draft_correction, self.first_correction)
         width = observed.width
-        base = float(self._table(0, width + 1)[width]) + self.draft_token * width * observed.context
-        speed = self.verify_correction.reading
-        draft = self.draft_correction.updated(width, base, 0.0, observed.seconds, speed)
-        return self._with(self.verify_correction, draft)
+        if observed.waiting is not None and self.first is not None and self.waiting is not None:
+            base = float(self._first_level(width, np.array(observed.waiting), observed.context))
+            first = self.first_correction.updated(width + observed.waiting, base, 0.0, observed.seconds)
+            return self._with(self.verify_correction, self.draft_correction, first)
+        width += observed.waiting or 0
+        base = float(self._table(_DRAFT, width + 1)[width]) + self.draft_token * width * observed.context
+        draft = self.draft_correction.updated(width, base, 0.0, observed.seconds)
+        return self._with(self.verify_correction, draft, self.first_correction)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers; corrections belong to the running machine and are left out."""
         return {
             "verify": {str(batch): [list(c.rows), list(c.seconds)] for batch, c in self.verify.items()},
             "draft": [list(self.draft.rows), list(self.draft.seconds)],
+            **{
+                name: [list(c.rows), list(c.seconds)]
+                for name, c in (("first", self.first), ("waiting", self.waiting))
+                if c is not None
+            },
             "row_token": self.row_token,
             "sequence_token": self.sequence_token,
             "draft_token": self.draft_token,
@@ -219,23 +269,27 @@ class CostModel:
         """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for anything else."""
         curves = {int(b): _curve(dict(zip(*c, strict=True))) for b, c in state["verify"].items()}
         draft = _curve(dict(zip(*state["draft"], strict=True)))
+        first, waiting = (
+            _curve(dict(zip(*state[name], strict=True))) if name in state else None for name in ("first", "waiting")
+        )
         row, sequence, level, overhead = (
             float(state[name]) for name in ("row_token", "sequence_token", "draft_token", "overhead_seconds")
         )
         if not curves or not all(math.isfinite(x) and x >= 0 for x in (row, sequence, level, overhead)):
             raise ValueError("not a cost profile")
-        return cls(curves, draft, row, sequence, level, overhead)
+        return cls(curves, draft, row, sequence, level, overhead, first=first, waiting=waiting)
 
-    def _with(self, verify: Correction, draft: Correction) -> CostModel:
+    def _with(self, verify: Correction, draft: Correction, first: Correction) -> CostModel:
         tables = (self.verify, self.draft, self.row_token, self.sequence_token, self.draft_token)
-        return CostModel(*tables, self.overhead_seconds, verify, draft, self._dense)
+        return CostModel(*tables, self.overhead_seconds, verify, draft, self.first, self.waiting, first, self._dense)
 
     def _table(self, batch: int, size: int) -> FloatArray:
-        """Dense seconds over rows at `batch` (0: the draft curve), computed once and grown on demand."""
+        """Dense seconds over rows at `batch`, or of another curve, computed once and grown on demand."""
         table = self._dense.get(batch)
         if table is None or len(table) < size:
             length = 512 if size <= 512 else 2 * size
-            table = self.draft.dense(length) if batch == 0 else self._at_batch(batch, length)
+            curve = {_DRAFT: self.draft, _FIRST: self.first, _CAUGHT_UP: self.waiting}.get(batch)
+            table = self._at_batch(batch, length) if curve is None else curve.dense(length)
             self._dense[batch] = table
         return table
 
@@ -270,6 +324,11 @@ def _monotone(cells: Mapping[int, list[float]]) -> Curve:
     logs = np.log([float(np.median(cells[r])) for r in rows])
     fitted = isotonic_regression(logs, weights=np.array([len(cells[r]) for r in rows], np.float64)).x
     return Curve(tuple(rows), tuple(float(s) for s in np.exp(fitted)))
+
+
+def _beyond_the_first(curve: Curve) -> Curve:
+    """What further rows add; no curve holds a zero."""
+    return Curve(curve.rows, tuple(max(s - curve.seconds[0], 1e-9) for s in curve.seconds))
 
 
 def _attention(samples: list[VerifySample]) -> tuple[float, float]:

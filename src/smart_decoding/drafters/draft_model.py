@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from smart_decoding.core.tree import FloatArray, IntArray
-from smart_decoding.drafters.levels import Draw, LevelDrafter, State
+from smart_decoding.core.tree import IntArray
+from smart_decoding.drafters.levels import Asked, LevelDrafter, Ranked, State
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows
@@ -19,8 +19,8 @@ class SmallModel(Protocol):
         """One forward: the logits [wanted rows, vocab] of the next tokens, valid until the next one."""
         ...
 
-    def rank(self, logits: Any, k: int, temperature: FloatArray, draws: Sequence[Draw]) -> tuple[IntArray, FloatArray]:
-        """As `LevelDrafter._rank`."""
+    def rank(self, logits: Any, asked: Asked) -> Ranked:
+        """The best children after each row of logits."""
         ...
 
 
@@ -42,15 +42,12 @@ class DraftModelDrafter(LevelDrafter[State]):
             state.length += PAGE
         return state
 
-    def _first(self, rows: Rows, last: IntArray, states: Sequence[State]) -> Any:
+    def _first(self, rows: Rows, last: IntArray, states: Sequence[State], asked: Asked) -> Ranked:
         rows.logit_rows = last
-        return self._model.run(rows)
+        return self._model.rank(self._model.run(rows), asked)
 
-    def _deeper(self, rows: Rows, above: IntArray) -> Any:
-        return self._model.run(rows)
-
-    def _rank(self, out: Any, k: int, temperature: FloatArray, draws: Sequence[Draw]) -> tuple[IntArray, FloatArray]:
-        return self._model.rank(out, k, temperature, draws)
+    def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+        return self._model.rank(self._model.run(rows), asked)
 
     def _advance(self, request: Request, state: State) -> None:
         """Keys of a cut context (unlike a head's, they depend on it) serve no other request."""

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from smart_decoding.core.policies.protocol import DraftPlan
-from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
-from smart_decoding.drafters.levels import Draw, LevelDrafter, State
+from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.drafters.levels import Asked, LevelDrafter, Ranked, State
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows
@@ -26,29 +26,26 @@ LOG = 64  # rounds of plain decoding that are shared out together
 
 
 class Head(Protocol):
-    """What the drafter needs of a head; arrays of the backend are opaque."""
+    """What the drafter needs of a head; arrays of the backend are opaque. A part of a request's features is an array
+    [rows, width], or several rounds' features [requests, width] and the request's place in them."""
 
     taps: tuple[int, ...]
     sees: bool  # whether its rows take the embeddings of pictures, `Rows.inserts`
 
-    def project(self, parts: Sequence[Any]) -> Any:
-        """Tapped states [n_i, taps * hidden] of several requests -> features [sum n_i, hidden]."""
+    def first(self, rows: Rows, parts: Sequence[Any], last: IntArray, asked: Asked) -> Ranked:
+        """Begins a round: runs pairs of tokens and features, the best children after the `last` ones."""
         ...
 
-    def run(self, rows: Rows, g: Any) -> Any:
-        """One pass: outputs [rows, hidden]."""
+    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+        """Runs nodes below the outputs `above` of this round (the first level's come first), the best children."""
         ...
 
-    def rank(self, out: Any, k: int, temperature: FloatArray, draws: Sequence[Draw]) -> tuple[IntArray, FloatArray]:
-        """As `LevelDrafter._rank`."""
+    def blank(self, rows: int) -> Any:
+        """Features of `rows` rows, of arbitrary content."""
         ...
 
-    def take(self, outs: Sequence[Any], rows: IntArray) -> Any:
-        """Rows of the concatenation of earlier outputs, or of features, as a copy."""
-        ...
-
-    def columns(self, rounds: Sequence[Any]) -> Sequence[Any]:
-        """Features [requests, width] of several rounds -> those of each request, [rounds, width]."""
+    def take(self, features: Any, rows: IntArray) -> Any:
+        """Rows of features, as a copy."""
         ...
 
     def copy_page(self, source: int, target: int) -> None:
@@ -65,12 +62,11 @@ class Log:
     requests: list[Request]
     first: list[int]
     rounds: list[Any] = field(default_factory=list)
-    columns: Sequence[Any] | None = None
 
 
 @dataclass(slots=True)
 class Pairs(State):
-    """parts: the features of the waiting pairs, or a log and the place in it. copies: scratch pages in the place of the
+    """parts: the features of the waiting pairs, as `Head` has them. copies: scratch pages in the place of the
     request's, by index, each with the features of its last pair, which is run again."""
 
     parts: list[Any] = field(default_factory=list)
@@ -86,7 +82,6 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._spare = list(range(pool_pages + scratch_pages - scratch_pages // 8, pool_pages + scratch_pages))
         super().__init__(pool_pages, scratch_pages - len(self._spare), max_levels)
         self._head, self.taps, self.sees = head, head.taps, head.sees
-        self._outs: list[Any] = []  # of this round
         self._log: Log | None = None
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read
         self._ends: dict[int, tuple[int, Any]] = {}  # page -> key of its content, features of its last position
@@ -106,21 +101,18 @@ class EagleDrafter(LevelDrafter[Pairs]):
         state.start = page * PAGE
         return state
 
-    def _first(self, rows: Rows, last: IntArray, states: Sequence[Pairs]) -> Any:
+    def _first(self, rows: Rows, last: IntArray, states: Sequence[Pairs], asked: Asked) -> Ranked:
         parts: list[Any] = []
         for state in states:
-            parts += [state.copies[t // PAGE][1] for t in state.again] + [self._features(p) for p in state.parts]
+            parts += [state.copies[t // PAGE][1] for t in state.again] + state.parts
             state.parts = []
-        g = self._head.project(parts)
-        self._outs = [self._head.take([self._head.run(rows, g)], last)]
-        return self._outs[0]
+        return self._head.first(rows, parts, last, asked)
 
-    def _deeper(self, rows: Rows, above: IntArray) -> Any:
-        self._outs.append(self._head.run(rows, self._head.take(self._outs, above)))
-        return self._outs[-1]
+    def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+        return self._head.deeper(rows, above, asked)
 
-    def _rank(self, out: Any, k: int, temperature: FloatArray, draws: Sequence[Draw]) -> tuple[IntArray, FloatArray]:
-        return self._head.rank(out, k, temperature, draws)
+    def blank(self, rows: int) -> Any:
+        return self._head.blank(rows)
 
     def _receive(self, request: Request, state: Pairs, features: Any, first: int) -> None:
         state.parts.append(features)
@@ -131,7 +123,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         """Keeps the features of the last position of a page: `row` of `features`."""
         page = position // PAGE
         key = self._keys(request, state, page + 1)[-1]
-        self._ends[request.table.pages[page]] = key, self._head.take([features], np.array([row]))
+        self._ends[request.table.pages[page]] = key, self._head.take(features, np.array([row]))
 
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
         self._share_out()
@@ -156,28 +148,19 @@ class EagleDrafter(LevelDrafter[Pairs]):
             state = self._states.get(id(request))
             if log is None or state is None:  # released since
                 continue
-            state.parts.append((log, i))
+            state.parts.append((log.rounds, i))
             first, rounds = log.first[i], len(log.rounds)
             for end in range(-(first + 1) % PAGE, rounds, PAGE):
                 if (first + end) // PAGE < len(request.table.pages):  # not about to be released
                     self._keep_end(request, state, first + end, log.rounds[end], i)
             self._bound(request, state, first + rounds)
 
-    def _features(self, part: Any) -> Any:
-        """A part's features [rows, width]."""
-        if not isinstance(part, tuple):
-            return part
-        log, i = part
-        if log.columns is None:
-            log.columns = self._head.columns(log.rounds)
-        return log.columns[i]
-
     def _drop(self, state: Pairs, rows: int) -> None:
         while rows:
             part = state.parts.pop(0)
-            size = len(part[0].rounds) if isinstance(part, tuple) else len(part)
+            size = len(part[0] if isinstance(part, tuple) else part)
             if size > rows:
-                state.parts.insert(0, self._features(part)[rows:])
+                state.parts.insert(0, (part[0][rows:], part[1]) if isinstance(part, tuple) else part[rows:])
                 return
             rows -= size
 
@@ -189,8 +172,10 @@ class EagleDrafter(LevelDrafter[Pairs]):
 
     def _table(self, request: Request, state: Pairs) -> Ints:
         pages = super()._table(request, state)
-        for page, (copy, _) in state.copies.items():
-            pages[page] = copy
+        if state.copies:
+            pages = pages.copy()
+            for page, (copy, _) in state.copies.items():
+                pages[page] = copy
         return pages
 
     def release(self, request: Request) -> None:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
@@ -31,6 +30,18 @@ from smart_decoding.engine.rows import Rows
 WINDOW = 512  # rows that may wait for a request
 
 Draw: TypeAlias = tuple[int, int, int]  # a request's seed and sample, and the output position of a token
+Ranked: TypeAlias = tuple[IntArray, FloatArray]  # children of each row, best first, and their probabilities: [rows, k]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The children that are wanted of every row. k: how many at most. temperature: [rows]. draws: which noise the
+    target will draw the child with, where the temperature is not 0: the model can guess with the same; empty if all
+    are 0."""
+
+    k: int
+    temperature: FloatArray
+    draws: Sequence[Draw] = ()
 
 
 @dataclass(slots=True)
@@ -62,7 +73,7 @@ class LevelDrafter(ABC, Generic[S]):
         self._scratch_slot, self._scratch_size = pool_pages * PAGE, scratch_pages * PAGE
         self._kept = np.zeros(pool_pages + scratch_pages, np.int64)  # page -> key of the content it holds, or 0
         self._states: dict[int, S] = {}
-        self._row_of = np.zeros(0, np.int64)  # node -> row of its own output, once it was expanded
+        self._paths: dict[int, list[int]] = {}  # expanded node -> slots of its ancestors and its own
         self._rows = 0  # outputs so far: one for each root, then one for each expanded node
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
@@ -75,18 +86,16 @@ class LevelDrafter(ABC, Generic[S]):
         """The state of a request of which the target has processed [0, first), found in the prefix cache."""
 
     @abstractmethod
-    def _first(self, rows: Rows, last: IntArray, states: Sequence[S]) -> Any:
-        """Runs all waiting rows; the outputs of each request's `last` row."""
+    def _first(self, rows: Rows, last: IntArray, states: Sequence[S], asked: Asked) -> Ranked:
+        """Runs all waiting rows; the best children of each request's `last` row."""
 
     @abstractmethod
-    def _deeper(self, rows: Rows, above: IntArray) -> Any:
-        """Runs nodes; the outputs of all rows. above: numbers of the outputs that they are children of."""
+    def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+        """Runs nodes; the best children of all. above: numbers of the outputs that they are children of."""
 
-    @abstractmethod
-    def _rank(self, out: Any, k: int, temperature: FloatArray, draws: Sequence[Draw]) -> tuple[IntArray, FloatArray]:
-        """The k best children of every row of `out`, best first, and their probabilities: [rows, k]. `draws` tells
-        which noise the target will draw the child with, where the temperature [rows] is not 0: the model can guess
-        with the same."""
+    def blank(self, rows: int) -> Any:
+        """Features of `rows` rows of arbitrary content, to be timed with."""
+        return None
 
     def _receive(self, request: Request, state: S, features: Any, first: int) -> None:
         """Features of the target that arrived with committed rows."""
@@ -95,22 +104,23 @@ class LevelDrafter(ABC, Generic[S]):
         """The `rows` oldest of the waiting rows will never be run."""
 
     def _table(self, request: Request, state: S) -> Ints:
-        """The request's pages in the model's cache."""
-        return np.array(request.table.pages, np.int32)
+        """The request's pages in the model's cache, to be read only."""
+        return request.table.array
 
     # ------------------------------------------------------------------------------------------------ drafting
 
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
         """Catches up and proposes the first level's children of every root."""
-        trees = DraftTrees.empty(len(requests))
-        self._row_of, self._rows = np.zeros(0, np.int64), len(requests)
+        trees, batch = DraftTrees.empty(len(requests)), len(requests)
+        self._paths, self._rows = {}, batch
         if not plan.levels:
             return trees
         states = [self._states[id(r)] for r in requests]
-        out = self._first(*self._waiting_rows(requests, states), states)
+        rows, last = self._waiting_rows(requests, states)
+        ranked = self._first(rows, last, states, _asked(requests, range(batch), [0] * batch, plan.children))
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
-        self._append(requests, trees, out, np.full(len(requests), ROOT), np.arange(len(requests)), plan.children)
+        _append(trees, np.arange(batch), np.full(batch, ROOT), ranked)
         return trees
 
     def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
@@ -118,85 +128,68 @@ class LevelDrafter(ABC, Generic[S]):
         nodes = nodes[: max(0, self._scratch_size + len(requests) - self._rows)]
         if not len(nodes):
             return 0
-        self._row_of = np.append(self._row_of, np.full(len(trees) - len(self._row_of), -1, np.int64))
-        nodes = nodes[np.argsort(trees.owner[nodes], kind="stable")]
-        parent = trees.parent[nodes]
-        above = np.where(parent == ROOT, trees.owner[nodes], self._row_of[parent])
-        self._row_of[nodes] = self._rows + np.arange(len(nodes))
-        out = self._deeper(self._node_rows(requests, trees, nodes), above)
-        self._rows += len(nodes)
-        self._append(requests, trees, out, nodes, trees.owner[nodes], plan.children)
+        owner = trees.owner[nodes]
+        if len(requests) > 1:
+            order = np.argsort(owner, kind="stable")
+            nodes, owner = nodes[order], owner[order]
+        owners, roots = owner.tolist(), self._scratch_slot - len(requests)  # output 0 would lie at slot `roots`
+        above = []
+        for node, parent, i in zip(nodes.tolist(), trees.parent[nodes].tolist(), owners, strict=True):
+            path = [] if parent == ROOT else self._paths[parent]
+            above.append(path[-1] - roots if path else i)
+            self._paths[node] = [*path, roots + self._rows]
+            self._rows += 1
+        paths = [self._paths[node] for node in nodes.tolist()]
+        rows = self._node_rows(requests, owners, trees.token[nodes], paths)
+        asked = _asked(requests, owners, [len(path) for path in paths], plan.children)
+        _append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
         return len(nodes)
-
-    def _append(
-        self,
-        requests: Sequence[Request],
-        trees: DraftTrees,
-        out: Any,
-        parents: IntArray,
-        owner: IntArray,
-        children: int,
-    ) -> None:
-        temperature = np.array([requests[i].params.temperature for i in owner], np.float64)
-        draws: list[Draw] = []
-        if temperature.any():
-            depth = np.where(parents == ROOT, 0, trees.depth[parents] if len(trees) else 0)
-            draws = [
-                (r.seed, r.sample, len(r.output) + below)
-                for r, below in zip((requests[i] for i in owner), depth.tolist(), strict=True)
-            ]
-        ids, probs = self._rank(out, children, temperature, draws)
-        k = ids.shape[1]
-        trees.append(np.repeat(owner, k), ids.reshape(-1), np.repeat(parents, k), probs.reshape(-1))
 
     # ---------------------------------------------------------------------------------------------------- rows
 
     def _waiting_rows(self, requests: Sequence[Request], states: Sequence[S]) -> tuple[Rows, IntArray]:
         """All waiting rows, and each request's last one."""
-        token, position, slot, direct, tables = [], [], [], [], []
+        token: list[int] = []
+        position: list[int] = []
+        slot: list[int] = []
+        edges, tables, direct = [0], [], []
         inserts: list[tuple[int, Any]] = []
-        count = 0
         for request, state in zip(requests, states, strict=True):
-            end = self._end(request)
-            at, pages = np.array([*state.again, *range(state.length, end)], np.int64), self._table(request, state)
-            token.append([request.tokens[t + self.ahead] for t in at])
-            position.append(at)
-            slot.append(pages[at // PAGE] * PAGE + at % PAGE)
-            direct.append(at + 1 - state.start)
-            tables.append(pages[state.start // PAGE :])
+            end, table = self._end(request), self._table(request, state)
             if request.media is not None and self.sees:
                 parts = request.media.inserts(state.length + self.ahead, end - state.length)
-                inserts += [(count + len(state.again) + first, part) for first, part in parts]
-            count += len(at)
-        edges = np.cumsum([0] + [len(x) for x in position])
-        none = np.zeros(0, np.int32)
-        rows = _rows(np.concatenate(token), np.concatenate(position), np.concatenate(slot), np.concatenate(direct),
-                     np.zeros(int(edges[-1]) + 1, np.int32), none, edges, tables)  # fmt: skip
+                inserts += [(len(token) + len(state.again) + first, part) for first, part in parts]
+            at = [*state.again, *range(state.length, end)]
+            token += [request.tokens[t + self.ahead] for t in at]
+            position += at
+            first = at[0] // PAGE
+            pages = table[first : (end - 1) // PAGE + 1].tolist()
+            slot += [pages[t // PAGE - first] * PAGE + t % PAGE for t in at]
+            direct += [t + 1 - state.start for t in at]
+            edges.append(len(token))
+            tables.append(table[state.start // PAGE :])
+        rows = _rows(np.array(token, np.int64), position, slot, direct, [0] * (len(token) + 1), [], edges, tables)
         rows.inserts = inserts
-        return rows, edges[1:] - 1
+        return rows, np.array(edges[1:], np.int64) - 1
 
-    def _node_rows(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray) -> Rows:
+    def _node_rows(
+        self, requests: Sequence[Request], owners: Sequence[int], token: IntArray, paths: Sequence[Sequence[int]]
+    ) -> Rows:
         """Rows of expanded nodes (sorted by owner), which see all true rows, the expanded ancestors and themselves."""
-        owner, depth = trees.owner[nodes], trees.depth[nodes]
-        present = owner[np.flatnonzero(np.diff(owner, prepend=-1))]  # sorted already
-        states = [self._states[id(r)] for r in requests]
-        length, start = np.array([s.length for s in states]), np.array([s.start for s in states])
-        slot = self._scratch(self._row_of[nodes], len(requests))
-        deepest = int(depth.max())
-        paths = np.zeros((len(nodes), deepest), np.int64)
-        node = nodes.copy()
-        for step in range(deepest):
-            alive = node != ROOT
-            paths[alive, depth[alive] - 1 - step] = self._scratch(self._row_of[node[alive]], len(requests))
-            node = np.where(alive, trees.parent[node], ROOT)
-        extra = paths[np.arange(deepest) < depth[:, None]]
-        tables = [self._table(requests[i], states[i])[start[i] // PAGE :] for i in present]
-        edges = np.append(np.searchsorted(owner, present), len(nodes))
-        return _rows(trees.token[nodes], length[owner] - 1 + depth, slot, length[owner] - start[owner],
-                     np.concatenate(([0], np.cumsum(depth))), extra, edges, tables)  # fmt: skip
-
-    def _scratch(self, row: IntArray, roots: int) -> IntArray:
-        return self._scratch_slot + row - roots
+        position, slot, direct, extra, extra_at = [], [], [], [], [0]
+        edges, tables, before = [], [], -1
+        for row, (owner, path) in enumerate(zip(owners, paths, strict=True)):
+            if owner != before:
+                before, request = owner, requests[owner]
+                state = self._states[id(request)]
+                edges.append(row)
+                tables.append(self._table(request, state)[state.start // PAGE :])
+            position.append(state.length - 1 + len(path))
+            slot.append(path[-1])
+            direct.append(state.length - state.start)
+            extra += path
+            extra_at.append(len(extra))
+        return _rows(token, position, slot, direct, extra_at, extra, [*edges, len(paths)], tables)
 
     # --------------------------------------------------------------------------------------------------- state
 
@@ -258,19 +251,36 @@ class LevelDrafter(ABC, Generic[S]):
         return state.keys[:pages]
 
 
+def _asked(requests: Sequence[Request], owners: Sequence[int], depths: Sequence[int], k: int) -> Asked:
+    """`k` children of rows of these owners at these depths (a root's is 0)."""
+    of_each = [r.params.temperature for r in requests]
+    temperature = np.array([of_each[i] for i in owners], np.float64)
+    draws: list[Draw] = []
+    if any(of_each):
+        rows = zip((requests[i] for i in owners), depths, strict=True)
+        draws = [(r.seed, r.sample, len(r.output) + depth) for r, depth in rows]
+    return Asked(k, temperature, draws)
+
+
+def _append(trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked) -> None:
+    ids, probs = ranked
+    k = ids.shape[1]
+    trees.append(owner.repeat(k), ids.reshape(-1), parents.repeat(k), probs.reshape(-1))
+
+
 def _rows(
-    token: ArrayLike,
-    position: ArrayLike,
-    slot: ArrayLike,
-    direct: ArrayLike,
-    extra_at: ArrayLike,
-    extra: ArrayLike,
-    edges: ArrayLike,
+    token: IntArray,
+    position: Sequence[int],
+    slot: Sequence[int],
+    direct: Sequence[int],
+    extra_at: Sequence[int],
+    extra: Sequence[int],
+    edges: Sequence[int],
     tables: Sequence[Ints],
 ) -> Rows:
-    def i32(x: ArrayLike) -> Ints:
-        return np.ascontiguousarray(x, np.int32)
-
-    starts = np.cumsum([0] + [len(t) for t in tables[:-1]])
-    return Rows(np.asarray(token, np.int64), np.asarray(position, np.int64), i32(slot), i32(direct), i32(extra_at),
-                i32(extra), i32(edges), i32(starts), i32(np.concatenate(tables)))  # fmt: skip
+    starts = [0]
+    for table in tables[:-1]:
+        starts.append(starts[-1] + len(table))
+    pages = tables[0] if len(tables) == 1 else np.concatenate(tables)
+    a, b, c, d, e, f = (np.array(x, np.int32) for x in (slot, direct, extra_at, extra, edges, starts))
+    return Rows(token, np.array(position, np.int64), a, b, c, d, e, f, pages)

@@ -1,50 +1,45 @@
-"""Measures what forwards cost: rows x batch x context for the target, width for a level of the drafter's model."""
+"""Measures what forwards cost: rows x batch x context for the target, and for the levels of a drafter with a model:
+roots and rows that wait for the first one, width for those below it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.cost import CostModel, DraftSample, Sample, VerifySample
 from smart_decoding.core.tree import DraftTrees
+from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, Span, build_rows
+from smart_decoding.profiling.rehearsal import MORE, Rehearsal
 
 PER_SEQUENCE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 COARSE = (1, 4, 16, 48)
 BATCHES = (1, 2, 4, 8, 16, 32)
-WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+WIDTHS, LONG_WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 8)
+WAITING, COARSE_WAITING = (0, 1, 2, 4, 8, 24, 64), (0, 16)
+RANDOM_TOKENS = 1024
 MAX_ROWS = 96
 CONTEXTS = (128, 768)
 
 
-class Drafting(Protocol):
-    """A drafter's model; `shape` is what the cost of a level depends on."""
-
-    @property
-    def shape(self) -> tuple[object, ...]: ...
-
-    def rehearse(self, rows: Rows) -> None:
-        """A level of as many nodes, with arbitrary results."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One thing to time: `run` performs it once, `sample` wraps the seconds."""
+    """One thing to time: `run` performs it once, after `prepare`; `sample` wraps the seconds."""
 
     run: Callable[[], object]
     sample: Callable[[float], Sample]
+    prepare: Callable[[], object] = lambda: None
 
 
 def measure(
     target: TorchTarget,
-    model: Drafting | None,
+    drafter: LevelDrafter[Any] | None,
     pages: int,
     max_num_seqs: int,
     seconds: float = 6.0,
@@ -57,10 +52,11 @@ def measure(
 
     A shared machine changes its speed from second to second. So the first point, one row, is timed before every
     other one, and the ratio to it counts: neighbours then shift no point against another. It also leaves the caches as
-    a real round does. The KV cache must be idle: its contents are overwritten."""
-    points = _points(target, model, pages, max_num_seqs, coarse)
+    a real round does (before a deeper level of the drafter the first one runs, too). The KV cache must be idle: its
+    contents are overwritten."""
+    points = _points(target, drafter, pages, max_num_seqs, coarse)
     for point in points[: 1 if coarse else 3]:
-        point.run()
+        _timed(point, clock)
     timed: list[tuple[Point, float, float]] = []
     started, turn = clock(), 0
     while turn < 2 or clock() - started < seconds:
@@ -74,6 +70,7 @@ def measure(
 
 
 def _timed(point: Point, clock: Callable[[], float]) -> float:
+    point.prepare()
     start = clock()
     point.run()
     return clock() - start
@@ -101,7 +98,7 @@ def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
 
 
 def _points(
-    target: TorchTarget, model: Drafting | None, pages: int, max_num_seqs: int, coarse: bool = False
+    target: TorchTarget, drafter: LevelDrafter[Any] | None, pages: int, max_num_seqs: int, coarse: bool = False
 ) -> list[Point]:
     points, sizes = [], COARSE if coarse else PER_SEQUENCE
     for context in CONTEXTS[: 1 if coarse else None]:
@@ -112,12 +109,33 @@ def _points(
                 rows = fake_rows(batch, per, context, pages)
                 if rows is not None and context + per <= target.max_positions:
                     points.append(_verify_point(target, rows, batch, context))
-    for width in (COARSE if coarse else WIDTHS) if model is not None else ():
-        assert model is not None
-        rows = fake_rows(1, width, CONTEXTS[0], pages)
-        if rows is not None:
-            points.append(_draft_point(model, rows, width))
+    if drafter is not None and target.max_positions > MORE:
+        points += _draft_points(target, drafter, pages, max_num_seqs, coarse)
     return points
+
+
+def _draft_points(
+    target: TorchTarget, drafter: LevelDrafter[Any], pages: int, max_num_seqs: int, coarse: bool
+) -> list[Point]:
+    """First levels over roots, and over rows that wait; deeper ones over their width, and over the context."""
+    widths, waits = (COARSE, COARSE_WAITING) if coarse else (WIDTHS, WAITING)
+
+    def rehearsal(batch: int, context: int) -> Rehearsal | None:
+        context = min(context, target.max_positions - MORE)
+        if not Rehearsal.fits(pages, batch, context):
+            return None
+        return Rehearsal(drafter, pages, batch, context, min(target.vocab, RANDOM_TOKENS))
+
+    points: list[Point] = []
+    for batch in (b for b in BATCHES if b <= max_num_seqs and (b == 1 or not coarse)):
+        requests = rehearsal(batch, CONTEXTS[0])
+        if requests is None:
+            break
+        alone = batch == 1
+        points += [_first_point(requests, waiting) for waiting in (waits if alone else (0,))]
+        points += [_deeper_point(requests, width) for width in (widths if alone else (batch,))]
+    longer = None if coarse else rehearsal(1, CONTEXTS[1])
+    return points + ([_deeper_point(longer, width) for width in LONG_WIDTHS] if longer else [])
 
 
 def _verify_point(target: TorchTarget, rows: Rows, batch: int, context: int) -> Point:
@@ -127,8 +145,23 @@ def _verify_point(target: TorchTarget, rows: Rows, batch: int, context: int) -> 
     return Point(run, lambda s: VerifySample(batch, len(rows), float(context), s))
 
 
-def _draft_point(model: Drafting, rows: Rows, width: int) -> Point:
-    return Point(lambda: model.rehearse(rows), lambda s: DraftSample(width, float(CONTEXTS[0]), s))
+def _first_point(requests: Rehearsal, waiting: int) -> Point:
+    def sample(seconds: float) -> Sample:
+        return DraftSample(requests.batch, float(requests.context), seconds, waiting)
+
+    return Point(requests.first, sample, lambda: requests.commit(waiting))
+
+
+def _deeper_point(requests: Rehearsal, width: int) -> Point:
+    expanded = [width]  # fewer where the drafter proposes chains
+
+    def run() -> None:
+        expanded[0] = requests.expand()
+
+    def sample(seconds: float) -> Sample:
+        return DraftSample(expanded[0], float(requests.context), seconds)
+
+    return Point(run, sample, lambda: requests.reach(width))
 
 
 def fake_rows(batch: int, per: int, context: int, pages: int) -> Rows | None:

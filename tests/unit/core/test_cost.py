@@ -103,8 +103,32 @@ def test_a_state_of_the_memory_is_told_from_rounds_of_few_sizes() -> None:
     assert float(cost.verify_seconds(1, 24, 0)) == pytest.approx(9.6, rel=0.06)
 
 
+def levels() -> list[DraftSample]:
+    first = [DraftSample(roots, 100, 4e-4 + 2e-5 * roots, 0) for roots in (1, 2, 8)]
+    waiting = [DraftSample(1, 100, 4.2e-4 + 1e-5 * n, n) for n in (1, 8, 64)]
+    return [*first, *waiting, *(DraftSample(width, 100, 2e-4 + 3e-5 * width) for width in (1, 2, 8, 16))]
+
+
+def test_the_first_level_and_what_waits_for_it_are_apart_from_deeper_levels() -> None:
+    cost = CostModel.fit([*samples(), *levels()])
+    assert cost.levels_seconds(2, [6, 4, 8], 100) == pytest.approx([4.8e-4, 3.2e-4, 4.4e-4], rel=0.01)
+    np.testing.assert_allclose(cost.first_seconds(1, [0, 30], 100), [4.2e-4, 7.2e-4], rtol=0.01)
+    for _ in range(300):
+        cost = cost.corrected(DraftSample(1, 100, 6e-4, 2))
+    assert float(cost.first_seconds(1, 2, 100)) == pytest.approx(6e-4, rel=0.03)
+    assert float(cost.draft_seconds(4, 100)) == pytest.approx(3.2e-4, rel=0.01)
+
+
+def test_without_first_levels_rows_are_rows() -> None:
+    cost = CostModel.from_table({1: STAIRCASE}, {1: 1.0, 2: 3.0, 4: 5.0})
+    assert cost.levels_seconds(1, [4, 2], 0) == [5.0, 3.0]
+    for _ in range(300):
+        cost = cost.corrected(DraftSample(1, 0, 6.0, 1))
+    assert float(cost.draft_seconds(2, 0)) == pytest.approx(6.0, rel=0.03)
+
+
 def test_dict_round_trip() -> None:
-    cost = CostModel.fit([*samples(), DraftSample(1, 10, 0.001), DraftSample(8, 10, 0.002)], overhead_seconds=1e-4)
+    cost = CostModel.fit([*samples(), *levels()], overhead_seconds=1e-4)
     again = CostModel.from_dict(cost.to_dict())
     assert again.to_dict() == cost.to_dict()
     assert again.overhead_seconds == 1e-4

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from smart_decoding import speculation
 from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.draft_model import DraftModel
-from smart_decoding.core.cost import DraftSample
+from smart_decoding.core.cost import CostModel, DraftSample
 from smart_decoding.drafters import levels
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.engine.engine import Engine
@@ -24,7 +24,7 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.llm import LLM
-from smart_decoding.profiling.measure import measure
+from smart_decoding.profiling.measure import WAITING, WIDTHS, measure
 from smart_decoding.tokenizer import Tokenizer
 
 from .tiny import (
@@ -187,11 +187,14 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_draft(drafting, [*prompt, 1])[1] <= 64 and not drafting.drafter._kept.any()  # type: ignore[union-attr]
 
 
-def test_the_level_that_is_profiled_is_a_forward_of_the_small_model() -> None:
+def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
     target = target_of()
-    model = DraftModel(checkpoint(SMALL, 1), target, PAGES, SCRATCH)
-    samples = measure(target, model, PAGES, 2, seconds=0.0)
-    assert {s.width for s in samples if isinstance(s, DraftSample)} == {1, 2, 4, 8, 16, 32, 64}
+    drafter = DraftModelDrafter(DraftModel(checkpoint(SMALL, 1), target, PAGES, SCRATCH), PAGES, SCRATCH)
+    levels = [s for s in measure(target, drafter, PAGES, 2, seconds=0.0) if isinstance(s, DraftSample)]
+    assert {(s.width, s.waiting) for s in levels if s.waiting is not None} == {*((1, w) for w in WAITING), (2, 0)}
+    assert {s.width for s in levels if s.waiting is None} == set(WIDTHS)
+    cost = CostModel.fit(levels)
+    assert float(cost.first_seconds(1, 64, 128.0)) > float(cost.first_seconds(1, 0, 128.0)) > 0
 
 
 # ------------------------------------------------------------------------------------------------------- vocabularies

@@ -133,14 +133,17 @@ def test_draws_are_the_same_whatever_drafts(head: Path) -> None:
 def test_heads_draft_as_in_our_own_engine(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batched and padded: the same proposals in every round, and so the same features, pairs and positions."""
     proposals: list[Any] = []
-    rank = EagleHead.rank
 
-    def recorded(*given: Any) -> Any:
-        ids, probs = rank(*given)
-        proposals.append(ids.tolist())
-        return ids, probs
+    def recorded(level: Any) -> Any:
+        def run(*given: Any) -> Any:
+            ids, probs = level(*given)
+            proposals.append(ids.tolist())
+            return ids, probs
 
-    monkeypatch.setattr(EagleHead, "rank", recorded)
+        return run
+
+    for name in ("first", "deeper"):
+        monkeypatch.setattr(EagleHead, name, recorded(getattr(EagleHead, name)))
     config, tensors, pickled, *_ = heads.LAYOUTS[layout]
     folder = heads.write(tmp_path, config, tensors, pickled)
     model, limit, new = heads.target_model(), 64, 24

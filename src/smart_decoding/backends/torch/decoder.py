@@ -125,6 +125,11 @@ class Decoder:
         self._axis = torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device) if config.mrope else None
         self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device)
 
+    @property
+    def embedding(self) -> Linear | Tensor:
+        """The embeddings: the table, or the output matrix where that is the same."""
+        return self.head if self._embedding is None else self._embedding
+
     def embed(self, token: Tensor) -> Tensor:
         """Token embeddings [n, hidden] in the working dtype."""
         rows = self.head.rows_of(token) if self._embedding is None else self._embedding[token]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +13,7 @@ from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.backends.torch.ranking import ranked
 from smart_decoding.backends.torch.target import TorchTarget, fitting_memory
-from smart_decoding.core.tree import FloatArray, IntArray
-from smart_decoding.drafters.levels import Draw
+from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.rows import Rows
 
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
@@ -42,12 +40,6 @@ class DraftModel:
         rows.token = np.minimum(rows.token, self.config.vocab - 1)
         return self._decoder.forward(rows).logits
 
-    def rank(
-        self, logits: Tensor, k: int, temperature: FloatArray, draws: Sequence[Draw]
-    ) -> tuple[IntArray, FloatArray]:
-        """The k most likely next tokens of each row and their probabilities: [rows, k]; see `ranked`."""
-        return ranked(logits, self._tokens, k, temperature, draws, self._decoder.native)
-
-    def rehearse(self, rows: Rows) -> None:
-        """A level of arbitrary tokens, to be timed."""
-        self.rank(self.run(rows), 8, np.zeros(len(rows)), [])
+    def rank(self, logits: Tensor, asked: Asked) -> Ranked:
+        """The most likely next tokens of each row and their probabilities: [rows, k]; see `ranked`."""
+        return ranked(logits, self._tokens, asked, self._decoder.native)

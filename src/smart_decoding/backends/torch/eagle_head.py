@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +30,10 @@ from smart_decoding.backends.torch.layers import (
     Workspace,
     rms_norm,
 )
+from smart_decoding.backends.torch.native_level import NativeLevel, Part
 from smart_decoding.backends.torch.ranking import ranked
-from smart_decoding.core.tree import FloatArray, IntArray
-from smart_decoding.drafters.levels import Draw
+from smart_decoding.core.tree import IntArray
+from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ModelError
@@ -55,7 +55,8 @@ class OutputMatrix(Protocol):
 
 class Lender(Protocol):
     """What a head borrows of its target. native: whether the head runs on the CPU kernels; work_dtype: of activations.
-    final_norm: None if the taps of an EAGLE-1/2 head come through it already."""
+    final_norm: None if the taps of an EAGLE-1/2 head come through it already. embedding: packed or as a table, None if
+    only `embed` knows."""
 
     config: ModelConfig
     native: bool
@@ -67,6 +68,9 @@ class Lender(Protocol):
 
     @property
     def head(self) -> OutputMatrix: ...
+
+    @property
+    def embedding(self) -> Linear | Tensor | None: ...
 
     def embed(self, token: Tensor) -> Tensor:
         """[n, hidden] in the working dtype."""
@@ -97,32 +101,71 @@ class EagleHead:
         self._normed_taps = "fc_norm.0.weight" in weights
         fc = _fc_with_norms(weights, self._tap_count) if self._normed_taps else weights["fc.weight"]
         rows = None if self._fused else self._output_rows(weights).to(dtype)
+        own = weights.get("embed_tokens.weight")
+        self._embedding = None if own is None else own.to(dtype).contiguous()
+        whole = self._runs_whole_levels(fc)
         arena = None
         if self.native:
             size = sum(layer.elements() for layer in layers) + packed_rows(len(fc)) * fc.shape[1]
-            arena = Arena(size + (0 if rows is None else packed_rows(len(rows)) * c.hidden), dtype)
+            arena = Arena(size + (0 if rows is None or whole else packed_rows(len(rows)) * c.hidden), dtype)
         self._layers: Layers = NativeLayers(layers, arena, target.workspace) if arena else TorchLayers(layers)
         bias = get("fc.bias") if "fc.bias" in weights else None
         self._fc = Linear(fc.to(dtype), self.native, arena, bias=bias)
-        own = weights.get("embed_tokens.weight")
-        self._embedding = None if own is None else own.to(dtype)
         wide = torch.float32 if self.native else dtype
+        self._ones = torch.ones(c.hidden, dtype=wide, device=device)
+        self._level: NativeLevel | None = None
         if rows is None:
             norm = target.final_norm
             self._head: OutputMatrix = target.head.without_norm()
             self._final_norm = None if norm is None else norm.to(wide)
         else:
-            self._head = Linear(rows, self.native, arena, get("norm.weight"), c.rms_eps)
             self._input_norm = get("midlayer.input_layernorm.weight").to(wide)
             self._hidden_norm = get("midlayer.hidden_norm.weight").to(wide)
-        self._ones = torch.ones(c.hidden, dtype=wide, device=device)
+            if whole:
+                self._level = self._whole_level(rows, get("norm.weight").to(wide))
+            else:
+                self._head = Linear(rows, self.native, arena, get("norm.weight"), c.rms_eps)
+        self._outs: list[Tensor] = []  # of a round, where levels are no single call
         self.allocate(pages + scratch_pages, positions)
+
+    def _runs_whole_levels(self, fc: Tensor) -> bool:
+        """Whether a level is one call of the CPU kernels."""
+        c = self.config
+        fits = not self._fused and c.layers == 1 and fc.shape[1] == self._tap_count * c.hidden
+        return self.native and fits and (self._embedding is not None or self._target.embedding is not None)
+
+    def _whole_level(self, outputs: Tensor, final_norm: Tensor) -> NativeLevel:
+        assert isinstance(self._layers, NativeLayers)
+        norms = (self._ones if self._normed_taps else None, self._input_norm, self._hidden_norm, final_norm)
+        embedding = self._target.embedding if self._embedding is None else self._embedding
+        assert embedding is not None
+        return NativeLevel(self._layers, self._fc, outputs, self.draft_ids, norms, embedding, self._tap_count,
+                           self._norm_before_residual)  # fmt: skip
 
     def allocate(self, pages: int, positions: int) -> None:
         """Makes room for keys, anew, and for positions below `positions`."""
         c = self.config
         self._rotary = rotary_table(c, positions, self.device)
         self.kv = KVCache.empty(c.layers, c.kv_heads, pages, c.head_dim, self._target.dtype, self.device)
+
+    def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
+        """Begins a round: runs pairs of tokens and features, and ranks children after the `last` ones."""
+        if self._level is not None:
+            return self._level.first(rows, parts, self._rotary, self.kv, asked)
+        whole = [part if isinstance(part, Tensor) else torch.stack([r[part[1]] for r in part[0]]) for part in parts]
+        self._outs = [self.take(self.run(rows, self.project(whole)), last)]
+        return self.rank(self._outs[0], asked)
+
+    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+        """Runs nodes below earlier outputs of this round, and ranks their children."""
+        if self._level is not None:
+            return self._level.deeper(rows, above, self._rotary, self.kv, asked)
+        self._outs.append(self.run(rows, self.take(torch.cat(self._outs), above)))
+        return self.rank(self._outs[-1], asked)
+
+    def outputs(self) -> Tensor:
+        """[outputs, hidden] of this round so far."""
+        return torch.cat(self._outs) if self._level is None else self._level.outputs()
 
     @torch.inference_mode()
     def project(self, parts: Sequence[Tensor]) -> Tensor:
@@ -151,14 +194,9 @@ class EagleHead:
         self._layers(x, Context(rows, *self._rotary, inputs=inputs), self.kv)
         return x
 
-    def take(self, outs: Sequence[Tensor], rows: IntArray) -> Tensor:
-        """Rows of the concatenation of earlier outputs, or of features: [rows, width], a copy."""
-        all_rows = outs[0] if len(outs) == 1 else torch.cat(list(outs))
-        return all_rows[torch.from_numpy(rows).to(all_rows.device)]
-
-    def columns(self, rounds: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Features [requests, width] of several rounds -> those of each request, [rounds, width]."""
-        return torch.stack(list(rounds), dim=1).unbind()
+    def take(self, features: Tensor, rows: IntArray) -> Tensor:
+        """Rows of features or outputs: [rows, width], a copy."""
+        return features[torch.from_numpy(rows).to(features.device)]
 
     def copy_page(self, source: int, target: int) -> None:
         """Copies the keys of page `source` to a later page `target`."""
@@ -166,14 +204,13 @@ class EagleHead:
         self.kv.move(source * PAGE + slots, target * PAGE + slots)
 
     @torch.inference_mode()
-    def rank(self, out: Tensor, k: int, temperature: FloatArray, draws: Sequence[Draw]) -> tuple[IntArray, FloatArray]:
-        """The k most likely next tokens after every output and their probabilities: [rows, k]; see `ranked`."""
-        return ranked(self._head(out), self.draft_ids, k, temperature, draws, self.native)
+    def rank(self, out: Tensor, asked: Asked) -> Ranked:
+        """The most likely next tokens after every output and their probabilities: [rows, k]; see `ranked`."""
+        return ranked(self._head(out), self.draft_ids, asked, self.native)
 
-    def rehearse(self, rows: Rows) -> None:
-        """A level on arbitrary features, to be timed."""
-        g = torch.ones(len(rows), self.config.hidden, dtype=self.work_dtype, device=self.device)
-        self.rank(self.run(rows, g), 8, np.zeros(len(rows)), [])
+    def blank(self, rows: int) -> Tensor:
+        """Taps of `rows` rows, of arbitrary content."""
+        return torch.ones(rows, self._tap_count * self._target.config.hidden, dtype=self.work_dtype, device=self.device)
 
     def _embed(self, token: Tensor) -> Tensor:
         return self._target.embed(token) if self._embedding is None else self._embedding[token].to(self.work_dtype)

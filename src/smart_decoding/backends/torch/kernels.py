@@ -44,6 +44,28 @@ class ScratchStruct(Structure):
     _fields_ = [(name, c_void_p) for name in ("normed", "qkv", "attention", "ffn")]
 
 
+class HeadStruct(Structure):
+    """`Head` of kernels.cpp."""
+
+    _fields_ = [
+        ("layer", LayerStruct),
+        *((name, c_void_p) for name in ("tap_norm", "fc_bias", "input_norm", "hidden_norm", "final_norm")),
+        *((name, c_void_p) for name in ("fc", "embedding", "table", "outputs", "scale", "sums", "tokens")),
+        ("outputs_count", c_int64),
+        ("taps", c_int32),
+        ("norm_before_residual", c_int32),
+    ]
+
+
+class LevelStruct(Structure):
+    """`Level` of kernels.cpp."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("first", "k")),
+        *((name, c_void_p) for name in ("token", "features", "inserts", "out", "scale", "keys", "tokens", "probs")),
+    ]
+
+
 def _lib() -> ctypes.CDLL:
     lib = build.library()
     if not getattr(lib, "_typed", False):
@@ -59,6 +81,11 @@ def _lib() -> ctypes.CDLL:
             *(POINTER(LayerStruct), c_int32, POINTER(RowsStruct), c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
             *(POINTER(ScratchStruct), c_void_p, c_int32, c_void_p, c_int32, c_int32, c_int32),
         ]
+        lib.smart_draft.argtypes = [
+            *(POINTER(HeadStruct), POINTER(RowsStruct), POINTER(LevelStruct), c_void_p, c_void_p, c_int64),
+            *(c_int32, c_int32, c_int32),
+        ]
+        lib.smart_pack_bytes.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
         lib.smart_move_kv.argtypes = [
             *(c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int32),
         ]
@@ -172,6 +199,33 @@ def layers(
     )  # fmt: skip
     if status:
         raise RuntimeError("the CPU kernels do not support this layer")
+
+
+def multiplies_bytes() -> bool:
+    """Has this CPU instructions for 8-bit weights?"""
+    return bool(_lib().smart_multiplies_bytes())
+
+
+def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """weight [n, k] (k a multiple of 4) in 8 bits, one scale for each row: packed [packed_rows(n) * k], scales, and
+    sums of the integers, [packed_rows(n)] each."""
+    n, k = weight.shape
+    weight, size = weight.float().contiguous(), packed_rows(n)
+    packed, scale = Arena(size * k, torch.int8).take(size * k), torch.empty(size)
+    sums = torch.empty(size, dtype=torch.int32)
+    _lib().smart_pack_bytes(weight.data_ptr(), n, k, packed.data_ptr(), scale.data_ptr(), sums.data_ptr())
+    return packed, scale, sums
+
+
+def draft(head: HeadStruct, rows: RowsStruct, level: LevelStruct, cache: tuple[Tensor, Tensor], bf16: bool) -> None:
+    """One level of a draft head: writes the rows' keys and values to the caches [1, ...], and what `level` names."""
+    keys, values = cache
+    status = _lib().smart_draft(
+        byref(head), byref(rows), byref(level), keys.data_ptr(), values.data_ptr(), keys.shape[-3], bf16,
+        keys.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        raise RuntimeError("the CPU kernels do not support this head")
 
 
 def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:

@@ -142,18 +142,18 @@ class NativeLayers:
     def __init__(self, layers: Sequence[LayerWeights], arena: Arena, workspace: Workspace) -> None:
         self._bf16 = layers[0].qkv.dtype == torch.bfloat16
         self._keep: list[Tensor | None] = []
-        self._structs = (LayerStruct * len(layers))(*(self._struct(w, arena) for w in layers))
+        self.structs = (LayerStruct * len(layers))(*(self._struct(w, arena) for w in layers))
         self._workspace = workspace
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         c, scratch = context, self._scratch(len(x))
         rows = native_rows(c.rows, c.cosine, c.sine)
         both = (cache.keys, cache.values)
-        kernels.layers(self._structs, rows.struct, c.inputs, x, both, scratch, self._bf16, c.taps, c.tapped)
+        kernels.layers(self.structs, rows.struct, c.inputs, x, both, scratch, self._bf16, c.taps, c.tapped)
 
     def _scratch(self, rows: int) -> ScratchStruct:
         """Working memory for `rows` rows."""
-        w = self._structs[0]
+        w = self.structs[0]
         width = (w.heads + 2 * w.kv_heads) * w.head_dim
         sizes = (max(w.hidden, w.input), width, w.heads * w.head_dim, w.ffn)
         return ScratchStruct(
@@ -267,21 +267,26 @@ class Linear:
         bias: Tensor | None = None,
     ) -> None:
         self.rows, self._native, self._eps = len(weight), native, eps
-        self._norm, self._bias = norm, bias
+        self._norm, self.bias = norm, bias
         if not native:
             self._weight = weight
             return
         size = kernels.packed_rows(len(weight)) * weight.shape[1]
         self._weight = kernels.pack(weight, (arena or Arena(size, weight.dtype)).take(size))
         self._norm = None if norm is None else norm.float().contiguous()
-        self._bias = None if bias is None else bias.float().contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
 
     def __call__(self, x: Tensor, out: Tensor | None = None, best: NDArray[np.int64] | None = None) -> Tensor:
         """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype. The kernels write to `out`
         and the rows' first maxima to `best` [rows], if given."""
         if self._native:
-            return kernels.linear(x, self._weight, self.rows, self._norm, self._eps, self._bias, out, best)
-        return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self._bias)
+            return kernels.linear(x, self._weight, self.rows, self._norm, self._eps, self.bias, out, best)
+        return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self.bias)
+
+    @property
+    def packed(self) -> Tensor:
+        """The packed weight on the CPU kernels."""
+        return self._weight
 
     def without_norm(self) -> Linear:
         """The same map without the norm before it, sharing the weight."""

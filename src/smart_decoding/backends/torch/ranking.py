@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,24 +10,26 @@ from torch import Tensor
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.noise import gumbel, noise_key
 from smart_decoding.backends.torch.processors import FloatRow
-from smart_decoding.core.tree import FloatArray, IntArray
-from smart_decoding.drafters.levels import Draw
+from smart_decoding.drafters.levels import Asked, Ranked
 
 
-def ranked(
-    logits: Tensor, tokens: Tensor, k: int, temperature: FloatArray, draws: Sequence[Draw], native: bool
-) -> tuple[IntArray, FloatArray]:
-    """The k most likely of `tokens` [n] after each row of logits [rows, n], best first, and probabilities: [rows, k].
+def noise_of(asked: Asked) -> tuple[FloatRow, NDArray[np.uint64] | None]:
+    """Factors on the logits [rows], and keys of the noise [rows] (0: none), or None if no row has any."""
+    sampled = asked.temperature > 0
+    scale = np.where(sampled, 1.0 / np.maximum(asked.temperature, 1e-3), 1.0).astype(np.float32)
+    if not sampled.any():
+        return scale, None
+    seed, sample, position = (np.array(column) for column in zip(*asked.draws, strict=True))
+    return scale, np.where(sampled, noise_key(seed, sample, position), np.uint64(0))
+
+
+def ranked(logits: Tensor, tokens: Tensor, asked: Asked, native: bool) -> Ranked:
+    """The most likely of `tokens` [n] after each row of logits [rows, n], best first, and probabilities: [rows, k].
 
     Greedy rows: softmax over `tokens`. Others: what the drafter would draw at the row's temperature [rows] with the
-    noise that the target will draw with (`draws`): the target most often draws the same."""
-    k = min(k, len(tokens))
-    sampled = temperature > 0
-    scale = np.where(sampled, 1.0 / np.maximum(temperature, 1e-3), 1.0).astype(np.float32)
-    keys = None
-    if sampled.any():
-        seed, sample, position = (np.array(column) for column in zip(*draws, strict=True))
-        keys = np.where(sampled, noise_key(seed, sample, position), np.uint64(0))
+    noise that the target will draw with: the target most often draws the same."""
+    k = min(asked.k, len(tokens))
+    scale, keys = noise_of(asked)
     if native:
         wanted = None if keys is None else torch.from_numpy(keys.view(np.int64))
         ids, probs = kernels.top_k(logits.contiguous(), k, torch.from_numpy(scale), wanted, tokens)

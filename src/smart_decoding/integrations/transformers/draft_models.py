@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from transformers import (
 
 from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.ranking import ranked
-from smart_decoding.core.tree import FloatArray, IntArray
 from smart_decoding.drafters.draft_model import DraftModelDrafter
-from smart_decoding.drafters.levels import Draw
+from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import Drafter
 from smart_decoding.engine.rows import Rows
@@ -59,15 +58,9 @@ class HostDraftModel:
         rows.pages = self._moved(rows.pages, 1)
         return self._target.verify(rows, ()).logits[:, : self._vocab]
 
-    def rank(
-        self, logits: torch.Tensor, k: int, temperature: FloatArray, draws: Sequence[Draw]
-    ) -> tuple[IntArray, FloatArray]:
-        """The k most likely next tokens of each row and their probabilities: [rows, k]; see `ranked`."""
-        return ranked(logits, self._tokens, min(k, self.widest), temperature, draws, self._native)
-
-    def rehearse(self, rows: Rows) -> None:
-        """A level of arbitrary tokens, to be timed."""
-        self.rank(self.run(rows), 8, np.zeros(len(rows)), [])
+    def rank(self, logits: torch.Tensor, asked: Asked) -> Ranked:
+        """The most likely next tokens of each row and their probabilities: [rows, k]; see `ranked`."""
+        return ranked(logits, self._tokens, replace(asked, k=min(asked.k, self.widest)), self._native)
 
     def _moved(self, places: Ints, unit: int) -> Ints:
         """Pages or slots: those of tree nodes before the others."""

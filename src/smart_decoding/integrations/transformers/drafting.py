@@ -33,7 +33,7 @@ from smart_decoding.integrations.transformers.state import setting_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import CONTEXTS, MAX_ROWS, fake_rows, measure
-from smart_decoding.speculation import ROUND_OVERHEAD, stored_prior
+from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter, stored_prior
 
 METHODS = ("ngram", "recycling", "eagle", "draft_model", "union", "none")
 PROFILE_SECONDS = 2.0
@@ -166,9 +166,8 @@ def _measured(
     row = _one_row(probe)
     widest = _bucket(batch) if row < seconds / SLOW else 1
     pages = max(pages_for((CONTEXTS[0] + MAX_ROWS) * widest, 1), pages_for(CONTEXTS[1] + MAX_ROWS, 1))
-    if source:
-        source.drafter(pages, CONTEXTS[1] + MAX_ROWS)
-    samples = measure(probe, source, pages, widest, seconds, coarse=row > seconds / VERY_SLOW)  # type: ignore[arg-type]
+    drafter = level_drafter(source.drafter(pages, CONTEXTS[1] + MAX_ROWS) if source else None)
+    samples = measure(probe, drafter, pages, widest, seconds, coarse=row > seconds / VERY_SLOW)  # type: ignore[arg-type]
     return CostModel.fit(samples, ROUND_OVERHEAD if source else 0.0)
 
 

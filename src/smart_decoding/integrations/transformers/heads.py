@@ -16,10 +16,12 @@ from smart_decoding.backends.torch.eagle_head import EagleHead
 from smart_decoding.backends.torch.head_export import layout_of
 from smart_decoding.backends.torch.head_files import HeadFiles, head_folder, load_head
 from smart_decoding.backends.torch.layers import Workspace
-from smart_decoding.core.tree import FloatArray, IntArray
+from smart_decoding.backends.torch.native_level import Part
+from smart_decoding.core.tree import IntArray
 from smart_decoding.drafters.eagle import EagleDrafter
-from smart_decoding.drafters.levels import Draw
+from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.protocols import Drafter
+from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
 
@@ -40,16 +42,17 @@ class HostHead(EagleHead):
         self.allocate(pages + SCRATCH_PAGES, positions + 64)
         return EagleDrafter(self, pages, SCRATCH_PAGES)
 
-    def rank(
-        self, out: torch.Tensor, k: int, temperature: FloatArray, draws: Sequence[Draw]
-    ) -> tuple[IntArray, FloatArray]:
-        return super().rank(out, min(k, self.widest), temperature, draws)
+    def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
+        return super().first(rows, parts, last, replace(asked, k=min(asked.k, self.widest)))
+
+    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+        return super().deeper(rows, above, replace(asked, k=min(asked.k, self.widest)))
 
 
 class HostLender:
     """What a head borrows of a transformers model."""
 
-    final_norm = None
+    final_norm, embedding = None, None
 
     def __init__(self, files: HeadFiles, model: PreTrainedModel) -> None:
         self.config, self.dtype, self.workspace = host_config(model)[0], model.dtype, Workspace()

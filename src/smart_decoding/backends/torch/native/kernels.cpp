@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <utility>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -142,6 +143,36 @@ template <> struct Panel<float> {
         }
     }
 };
+
+#if defined(__AVX512VNNI__)
+// 8-bit weights, read by inputs of 8 bits with 128 added: for each four of k, PANEL columns of four. The sums are integers
+// in the lanes of floats.
+constexpr bool BYTES = true;
+template <> struct InputOf<int8_t> { typedef uint8_t type; };
+__attribute__((always_inline)) static inline void add_products(__m512i& sum, __m512i x, __m512i w) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));  // around the intrinsic GCC 12 copies every sum
+}
+template <> struct Panel<int8_t> {
+    template <int R> static inline void run(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, vf (&acc)[R][2]) {
+        run(x, ld, w, k, acc, std::make_integer_sequence<int, R>());
+    }
+    template <int R, int... I>
+    __attribute__((always_inline)) static inline void run(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, vf (&acc)[R][2],
+                                                          std::integer_sequence<int, I...>) {
+        __m512i left[R] = {}, right[R] = {}, four[R];
+        for (int64_t i = 0; i < k; i += 4, w += 4 * PANEL) {
+            __builtin_prefetch(w + AHEAD, 0, 3);
+            __builtin_prefetch(w + AHEAD + 2 * PANEL, 0, 3);
+            __m512i a = (__m512i)loadu<vu>(w), b = (__m512i)loadu<vu>(w + 2 * PANEL);
+            ((four[I] = _mm512_set1_epi32(loadu<int32_t>(x + I * ld + i)), add_products(left[I], four[I], a),
+              add_products(right[I], four[I], b)), ...);
+        }
+        ((acc[I][0] = (vf)left[I], acc[I][1] = (vf)right[I]), ...);
+    }
+};
+#else
+constexpr bool BYTES = false;
+#endif
 
 template <int R, class W, class Epilogue>
 static inline void block(const Input<W>* x, int64_t ld, const W* w, int64_t k, int64_t column, int row, Epilogue&& done) {
@@ -456,12 +487,40 @@ struct Layer {
 };
 struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, max(hidden, input)], [rows, (h + 2 kv) hd], [rows, h hd], [rows, ffn]
 
+// Attention of all rows over the keys and values of one layer, by a whole team. q: [rows, ldq].
+template <class T, int HD, class O>
+static void attend_blocks(const Layer& l, const Rows& in, const std::vector<Block>& blocks, const float* q, int64_t ldq, const T* kc,
+                          const T* vc, int64_t pages, O* out) {
+    int kv = l.kv_heads, per = l.heads / kv;
+    #pragma omp for schedule(dynamic, 1) collapse(2)
+    for (size_t b = 0; b < blocks.size(); b++)
+        for (int h = 0; h < kv; h++) {
+            const Block& block = blocks[b];
+            attend<T, HD, O>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[block.group],
+                             block.row, block.count, per, q, ldq, int64_t(h) * per * HD, out, int64_t(l.heads) * HD);
+        }
+}
+
+// What follows attention in a layer: x += attention w^T, then the gated part. `room` and `ffn` are scratch.
+template <class W>
+static void finish_layer(const Layer& l, int rows, const Input<W>* attention, float* x, Input<W>* room, Input<W>* ffn) {
+    int64_t d = l.hidden, width = int64_t(l.heads) * l.head_dim;
+    linear_rows(attention, width, rows, (const W*)l.output, d, width, l.output_bias, x, d, true);
+    #pragma omp barrier
+    rms_norm_rows(x, l.post_norm, l.eps, rows, d, room);
+    #pragma omp barrier
+    gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn);
+    #pragma omp barrier
+    linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
+    #pragma omp barrier
+}
+
 // One layer, run by a whole team.
 template <class W, class T, int HD>
 static void layer_run(const Layer& l, const Rows& in, const std::vector<Block>& blocks, const float* input, float* x, T* kc, T* vc,
                       int64_t pages, const Scratch& s) {
-    int rows = in.rows, heads = l.heads, kv = l.kv_heads, per = heads / kv;
-    int64_t d = l.hidden, qkv_width = int64_t(heads + 2 * kv) * HD, attention_width = int64_t(heads) * HD;
+    int rows = in.rows, heads = l.heads, kv = l.kv_heads;
+    int64_t d = l.hidden, qkv_width = int64_t(heads + 2 * kv) * HD;
     Input<W> *room = (Input<W>*)s.normed, *attention = (Input<W>*)s.attention, *ffn = (Input<W>*)s.ffn;
     const Input<W>* normed = room;
     if (input) normed = rounded(input, rows, l.input, room);
@@ -474,22 +533,8 @@ static void layer_run(const Layer& l, const Rows& in, const std::vector<Block>& 
     #pragma omp for schedule(static)
     for (int r = 0; r < rows; r++)
         rope_and_store<T, HD>(in, r, s.qkv + r * qkv_width, heads, kv, l.q_norm, l.k_norm, l.eps, kc, vc, pages);
-    #pragma omp for schedule(dynamic, 1) collapse(2)
-    for (size_t b = 0; b < blocks.size(); b++)
-        for (int h = 0; h < kv; h++) {
-            const Block& block = blocks[b];
-            attend<T, HD, Input<W>>(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE,
-                                    in.pages + in.group_pages[block.group], block.row, block.count, per, s.qkv, qkv_width,
-                                    int64_t(h) * per * HD, attention, attention_width);
-        }
-    linear_rows(attention, attention_width, rows, (const W*)l.output, d, attention_width, l.output_bias, x, d, true);
-    #pragma omp barrier
-    rms_norm_rows(x, l.post_norm, l.eps, rows, d, room);
-    #pragma omp barrier
-    gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn);
-    #pragma omp barrier
-    linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
-    #pragma omp barrier
+    attend_blocks<T, HD>(l, in, blocks, s.qkv, qkv_width, kc, vc, pages, attention);
+    finish_layer<W>(l, rows, attention, x, room, ffn);
 }
 
 // `count` layers one after another; after taps[0], taps[1], ... of them, x is copied next to each other into `tapped`.
@@ -574,6 +619,13 @@ static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
             for (int j = 0; j < PANEL; j++)
                 for (int s = 0; s < STEP; s++)
                     out[p * PANEL * k + i * PANEL + j * STEP + s] = p * PANEL + j < n ? w[(p * PANEL + j) * k + i + s] : W(0);
+}
+
+// Row `row` of a packed weight of row length k, as fp32.
+template <class W> static void unpack_row(const W* w, int64_t k, int64_t row, float* out) {
+    constexpr int STEP = sizeof(W) == 2 ? 2 : 1;
+    const W* panel = w + row / PANEL * PANEL * k + row % PANEL * STEP;
+    for (int64_t i = 0; i < k; i++) out[i] = to_f32(panel[i / STEP * STEP * PANEL + i % STEP]);
 }
 
 // The best entries found so far, best first.
@@ -667,16 +719,211 @@ static void noisy_largest(const float* row, int64_t n, float scale, uint64_t key
     }
 }
 
+static void top_row(const float* row, int64_t n, int k, float scale, uint64_t key, const int64_t* tokens, int64_t* ids,
+                    float* probs) {
+    Top top{ids, probs, k, 0};
+    largest(row, n, top);
+    if (key) noisy_largest(row, n, scale, key, tokens, top);
+    else softmax_of(row, n, scale, top);
+}
+
+// ------------------------------------------------------------------------------------------------------------ draft head
+
+// An EAGLE-3 head of one layer, which reads [norm(embedding) ; norm(features)], and what it borrows of its target.
+struct Head {
+    Layer layer;
+    const float *tap_norm, *fc_bias, *input_norm, *hidden_norm, *final_norm;  // the first two may be null
+    const void *fc, *embedding, *table;  // fc packed; embeddings either packed or as a plain table, the other is null
+    const void* outputs;                 // [outputs_count, hidden] packed: bytes where `scale` is not null
+    const float* scale;                  // of smart_pack_bytes
+    const int32_t* sums;
+    const int64_t* tokens;  // [outputs_count]
+    int64_t outputs_count;
+    int32_t taps;  // states that fc reads
+    int32_t norm_before_residual;
+};
+
+// One level. The first one reads taps and is wanted for the last row of each group only; other rows leave nothing but
+// their keys and values. Deeper ones read earlier outputs, all rows are wanted.
+struct Level {
+    int32_t first, k;
+    const int64_t* token;          // [rows]
+    const float* const* features;  // [rows]
+    const float* const* inserts;   // null, or [rows] the embedding in place of the token's, where not null
+    float* out;                    // [wanted, hidden] what deeper levels read
+    const float* scale;            // [wanted] on the logits, and the keys of the noise: see smart_top_k
+    const uint64_t* keys;
+    int64_t* tokens;  // [wanted, k] the best children, best first
+    double* probs;
+};
+
+// Scratch memory that is kept, since large blocks are costly to allocate anew.
+struct Pool {
+    std::vector<float> block;
+    size_t used = 0;
+    explicit Pool(size_t floats) : block(floats) {}
+    template <class V> V* take(int64_t count) {
+        V* p = (V*)(block.data() + used);
+        used += (count * sizeof(V) + 63) / 64 * 16;
+        return p;
+    }
+};
+
+#if defined(__AVX512VNNI__)
+// y = x w^T for pairs of rows, the high and the low halves of 16 bits with 32768 added, times `step` of each pair and `scale`.
+__attribute__((noinline)) static void byte_rows(const uint8_t* x, int rows, const int8_t* w, int64_t n, int64_t k, const float* scale,
+                        const int32_t* sums, const float* step, float* y) {
+    gemm(x, k, rows, w, n, k, [=](int row, int64_t column, vf left, vf right) {
+        vi a = (vi)left, b = (vi)right;
+        bool low = row & 1;  // comes after the high half
+        if (!low) { a -= 128 * loadu<vi>(sums + column); b -= 128 * loadu<vi>(sums + column + VW); }
+        float factor = low ? step[row / 2] : 256 * step[row / 2];
+        vf first = __builtin_convertvector(a, vf) * loadu<vf>(scale + column) * factor;
+        vf second = __builtin_convertvector(b, vf) * loadu<vf>(scale + column + VW) * factor;
+        store_columns(y + row / 2 * n, nullptr, column, n, first, second, low);
+    });
+}
+#endif
+
+// [wanted, count] logits of x [wanted, hidden] with 8-bit weights. x is rounded to 16 bits, whose halves are two rows of
+// 8 bits. normed [hidden] is this thread's.
+static void byte_outputs(const Head& h, const float* x, int wanted, float* normed, uint8_t* room, float* step, float* logits) {
+#if defined(__AVX512VNNI__)
+    int64_t d = h.layer.hidden, n = h.outputs_count;
+    #pragma omp for schedule(static)
+    for (int r = 0; r < wanted; r++) {
+        rms_norm_row(x + r * d, h.final_norm, h.layer.eps, d, normed);
+        float top = 1e-30f;
+        for (int64_t i = 0; i < d; i++) top = std::max(top, std::fabs(normed[i]));
+        step[r] = top / 32767;
+        uint8_t *high = room + 2 * r * d, *low = high + d;
+        for (int64_t i = 0; i < d; i++) {
+            int32_t value = int32_t(normed[i] * (32767 / top) + 32768.5f);
+            high[i] = value >> 8;
+            low[i] = value;
+        }
+    }
+    byte_rows(room, 2 * wanted, (const int8_t*)h.outputs, n, d, h.scale, h.sums, step, logits);
+#endif
+}
+
+template <class W, class T, int HD>
+static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* vc, int64_t pages, int threads) {
+    const Layer& l = h.layer;
+    int rows = in.rows, wanted = v.first ? in.groups : rows;
+    int64_t d = l.hidden, q_width = int64_t(l.heads) * HD, qkv_width = q_width + 2 * l.kv_heads * HD, n = h.outputs_count;
+    int64_t read = v.first ? h.taps * d : 0, wide = std::max(read, 2 * d);
+    static thread_local Pool kept(0);
+    size_t needed = size_t(rows) * (wide + d + qkv_width) + size_t(wanted) * (2 * q_width + l.ffn + n + d + 1) + 256;
+    if (kept.block.size() < needed) kept = Pool(needed + needed / 4);
+    Pool& pool = kept;
+    pool.used = 0;
+    Input<W>* room = pool.take<Input<W>>(rows * wide);
+    float *g = pool.take<float>(rows * d), *qkv = pool.take<float>(rows * qkv_width), *q = pool.take<float>(wanted * q_width);
+    Input<W>*attention = pool.take<Input<W>>(wanted * q_width), *ffn = pool.take<Input<W>>(int64_t(wanted) * l.ffn);
+    float *logits = pool.take<float>(wanted * n), *step = pool.take<float>(wanted);
+    uint8_t* bytes = pool.take<uint8_t>(2 * wanted * d);
+    // What attends: the wanted rows only.
+    std::vector<int32_t> place(rows), group_row(in.groups + 1), direct(wanted), extra_at(in.groups + 1);
+    Rows asking = in;
+    for (int r = 0; r < rows; r++) place[r] = v.first ? -1 : r;
+    if (v.first) {
+        for (int i = 0; i < in.groups; i++) {
+            int last = in.group_row[i + 1] - 1;
+            place[last] = group_row[i] = i;
+            direct[i] = in.direct[last];
+        }
+        group_row[in.groups] = asking.rows = in.groups;
+        asking.group_row = group_row.data();
+        asking.direct = direct.data();
+        asking.extra_at = extra_at.data();
+    }
+    const std::vector<Block> blocks = blocks_of(asking, l.heads / l.kv_heads);
+    #pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> line(std::max<int64_t>(d, v.k));
+        if (v.first) {
+            #pragma omp for schedule(static)
+            for (int r = 0; r < rows; r++)
+                for (int t = 0; t < h.taps; t++) {
+                    const float* tap = v.features[r] + t * d;
+                    Input<W>* to = room + r * read + t * d;
+                    if (h.tap_norm) rms_norm_row(tap, h.tap_norm, l.eps, d, to);
+                    else for (int64_t i = 0; i < d; i++) from_f32(tap[i], to + i);
+                }
+            linear_rows(room, read, rows, (const W*)h.fc, d, read, h.fc_bias, g, d, false);
+            #pragma omp barrier
+        }
+        #pragma omp for schedule(static)
+        for (int r = 0; r < rows; r++) {
+            const float* features = v.first ? g + r * d : v.features[r];
+            const float* embedding = line.data();
+            if (v.inserts && v.inserts[r]) embedding = v.inserts[r];
+            else if (h.embedding) unpack_row((const W*)h.embedding, d, v.token[r], line.data());
+            else for (int64_t i = 0; i < d; i++) line[i] = to_f32(((const W*)h.table)[v.token[r] * d + i]);
+            rms_norm_row(embedding, h.input_norm, l.eps, d, room + r * 2 * d);
+            rms_norm_row(features, h.hidden_norm, l.eps, d, room + r * 2 * d + d);
+            if (place[r] < 0) continue;
+            float* x = v.out + place[r] * d;
+            if (h.norm_before_residual) rms_norm_row(features, h.hidden_norm, l.eps, d, x);
+            else memcpy(x, features, d * sizeof(float));
+        }
+        linear_rows(room, 2 * d, rows, (const W*)l.qkv, qkv_width, 2 * d, l.qkv_bias, qkv, qkv_width, false);
+        #pragma omp barrier
+        #pragma omp for schedule(static)
+        for (int r = 0; r < rows; r++) {
+            rope_and_store<T, HD>(in, r, qkv + r * qkv_width, l.heads, l.kv_heads, l.q_norm, l.k_norm, l.eps, kc, vc, pages);
+            if (place[r] >= 0) memcpy(q + place[r] * q_width, qkv + r * qkv_width, q_width * sizeof(float));
+        }
+        attend_blocks<T, HD>(l, asking, blocks, q, q_width, kc, vc, pages, attention);
+        finish_layer<W>(l, wanted, attention, v.out, room, ffn);
+        if (h.scale) byte_outputs(h, v.out, wanted, line.data(), bytes, step, logits);
+        else {
+            rms_norm_rows(v.out, h.final_norm, l.eps, wanted, d, room);
+            #pragma omp barrier
+            linear_rows(room, d, wanted, (const W*)h.outputs, n, d, nullptr, logits, n, false);
+        }
+        #pragma omp barrier
+        #pragma omp for schedule(static)
+        for (int r = 0; r < wanted; r++) {
+            int64_t* ids = v.tokens + int64_t(r) * v.k;
+            top_row(logits + r * n, n, v.k, v.scale ? v.scale[r] : 1.0f, v.keys ? v.keys[r] : 0, h.tokens, ids, line.data());
+            for (int j = 0; j < v.k; j++) {
+                ids[j] = h.tokens[ids[j]];
+                v.probs[int64_t(r) * v.k + j] = line[j];
+            }
+        }
+    }
+}
+
 extern "C" {
 
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
 int smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }  // does bf16 mean bf16 inputs of linear layers, too?
+int smart_multiplies_bytes() { return BYTES; }  // is there a `smart_pack_bytes` for the outputs of a head?
 int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 void smart_pack(const void* w, int64_t n, int64_t k, void* out, int is_bf16) {
     if (is_bf16) pack_panels((const bf16*)w, n, k, (bf16*)out);
     else pack_panels((const float*)w, n, k, (float*)out);
+}
+
+// w [n, k] in 8 bits, k a multiple of 4: w[i] is about scale[i] * its integers, whose sum is sums[i]. All three have
+// packed_rows(n) rows.
+void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* scale, int32_t* sums) {
+    for (int64_t p = 0; p < smart_packed_rows(n); p++) {
+        float top = 0;
+        for (int64_t i = 0; p < n && i < k; i++) top = std::max(top, std::fabs(w[p * k + i]));
+        scale[p] = top / 127;
+        sums[p] = 0;
+        int8_t* panel = out + p / PANEL * PANEL * k + p % PANEL * 4;
+        for (int64_t i = 0; i < k; i++) {
+            int value = top > 0 ? int(std::lrint(w[p * k + i] / top * 127)) : 0;
+            sums[p] += value;
+            panel[i / 4 * 4 * PANEL + i % 4] = int8_t(value);
+        }
+    }
 }
 
 // y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best [rows], if not null: the first
@@ -690,10 +937,8 @@ void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k,
 // Rows `index` of a packed weight [n, k] as fp32 [count, k].
 void smart_unpack(const void* w, int64_t k, int is_bf16, const int64_t* index, int count, float* out) {
     for (int r = 0; r < count; r++) {
-        int64_t panel = index[r] / PANEL * PANEL * k, j = index[r] % PANEL;
-        for (int64_t i = 0; i < k; i++)
-            out[r * k + i] = is_bf16 ? to_f32(((const bf16*)w)[panel + i / 2 * 2 * PANEL + 2 * j + i % 2])
-                                     : ((const float*)w)[panel + i * PANEL + j];
+        if (is_bf16) unpack_row((const bf16*)w, k, index[r], out + r * k);
+        else unpack_row((const float*)w, k, index[r], out + r * k);
     }
 }
 
@@ -709,6 +954,20 @@ int smart_layers(const Layer* l, int count, const Rows* in, const float* input, 
         else return 2;                                                                                              \
         return 0;
     switch (l->head_dim) { RUN(16) RUN(32) RUN(64) RUN(96) RUN(128) }
+#undef RUN
+    return 1;
+}
+
+// See `draft_run`. Returns nonzero where the kernels do not serve the head.
+int smart_draft(const Head* h, const Rows* in, const Level* v, void* kc, void* vc, int64_t pages, int w_bf16, int kv_bf16,
+                int threads) {
+#define RUN(HD)                                                                                                     \
+    case HD:                                                                                                        \
+        if (w_bf16 && kv_bf16) draft_run<bf16, bf16, HD>(*h, *in, *v, (bf16*)kc, (bf16*)vc, pages, threads);              \
+        else if (!w_bf16 && !kv_bf16) draft_run<float, float, HD>(*h, *in, *v, (float*)kc, (float*)vc, pages, threads);   \
+        else return 2;                                                                                              \
+        return 0;
+    switch (h->layer.head_dim) { RUN(16) RUN(32) RUN(64) RUN(96) RUN(128) }
 #undef RUN
     return 1;
 }
@@ -733,13 +992,8 @@ void smart_move_kv(void* kc, void* vc, int64_t planes, int64_t pages, int head_d
 void smart_top_k(const float* x, int rows, int64_t n, int k, const float* scale, const uint64_t* keys, const int64_t* tokens,
                  int64_t* ids, float* probs, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int r = 0; r < rows; r++) {
-        Top top{ids + int64_t(r) * k, probs + int64_t(r) * k, k, 0};
-        const float* row = x + r * n;
-        largest(row, n, top);
-        if (keys && keys[r]) noisy_largest(row, n, scale[r], keys[r], tokens, top);
-        else softmax_of(row, n, scale[r], top);
-    }
+    for (int r = 0; r < rows; r++)
+        top_row(x + r * n, n, k, scale[r], keys ? keys[r] : 0, tokens, ids + int64_t(r) * k, probs + int64_t(r) * k);
 }
 
 // Tokens that may be the argmax of row * scale + noise among those with row >= floor: all that come within 1e-3 of it.

@@ -1,0 +1,131 @@
+"""A level of an EAGLE-3 head of one layer as one call of the CPU kernels: features and tokens in, ranked children out.
+
+Where the CPU multiplies bytes, a head in bf16 has its output matrix in 8 bits (a scale for each token): it is more than
+half of what a level reads, and proposals may be off by a little, since no answer depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smart_decoding.backends.torch import kernels
+from smart_decoding.backends.torch.kernels import HeadStruct, LevelStruct
+from smart_decoding.backends.torch.layers import KVCache, Linear, NativeLayers
+from smart_decoding.backends.torch.ranking import noise_of
+from smart_decoding.backends.torch.rows import native_rows
+from smart_decoding.core.tree import IntArray
+from smart_decoding.drafters.levels import Asked, Ranked
+from smart_decoding.engine.rows import Rows
+
+Part: TypeAlias = Tensor | tuple[Sequence[Tensor], int]  # see drafters.eagle.Head
+Rotary: TypeAlias = tuple[Tensor, Tensor]
+
+
+class NativeLevel:
+    """layer: the head's one. outputs: its output matrix, for `tokens` [draft]. norms: of the taps (or None), of the
+    embeddings, of the features, the final one. embedding: a packed matrix, as the target's, or a table. It keeps the
+    head's outputs of a round, which deeper levels read."""
+
+    def __init__(
+        self,
+        layer: NativeLayers,
+        fc: Linear,
+        outputs: Tensor,
+        tokens: Tensor,
+        norms: Sequence[Tensor | None],
+        embedding: Linear | Tensor,
+        taps: int,
+        norm_before_residual: bool,
+    ) -> None:
+        self._bf16, self._children = outputs.dtype == torch.bfloat16, len(tokens)
+        if self._bf16 and outputs.shape[1] % 4 == 0 and kernels.multiplies_bytes():
+            matrix: tuple[Tensor | None, ...] = kernels.pack_bytes(outputs)
+        else:
+            matrix = (Linear(outputs, native=True).packed, None, None)
+        vectors = [None if v is None else v.float().contiguous() for v in (norms[0], fc.bias, *norms[1:])]
+        embeddings = (None, embedding) if isinstance(embedding, Tensor) else (embedding.packed, None)
+        self._keep = (layer, *vectors, fc.packed, *embeddings, *matrix, tokens)
+        pointers = map(kernels.pointer, self._keep[1:])
+        self._head = HeadStruct(layer.structs[0], *pointers, len(tokens), taps, norm_before_residual)
+        self._outs, self._count = torch.empty(64, outputs.shape[1]), 0
+
+    def first(self, rows: Rows, parts: Sequence[Part], rotary: Rotary, kv: KVCache, asked: Asked) -> Ranked:
+        """Runs pairs of tokens and taps; the best children of each group's last one."""
+        self._count = 0
+        features: list[int] = []
+        kept = [_readable(part) for part in parts]
+        for part in kept:
+            features += _pointers(part)
+        return self._run(True, rows, np.array(features, np.int64), len(rows.group_row) - 1, rotary, kv, asked)
+
+    def deeper(self, rows: Rows, above: IntArray, rotary: Rotary, kv: KVCache, asked: Asked) -> Ranked:
+        """Runs nodes below the outputs `above` of this round; the best children of all."""
+        self._reserve(len(rows))
+        features = above * (4 * self._outs.shape[1]) + self._outs.data_ptr()
+        return self._run(False, rows, features, len(rows), rotary, kv, asked)
+
+    def outputs(self) -> Tensor:
+        """[outputs, hidden] of this round so far."""
+        return self._outs[: self._count]
+
+    def _run(
+        self, first: bool, rows: Rows, features: IntArray, wanted: int, rotary: Rotary, kv: KVCache, asked: Asked
+    ) -> Ranked:
+        self._reserve(wanted)
+        k = min(asked.k, self._children)
+        ids, probs = np.empty((wanted, k), np.int64), np.empty((wanted, k))
+        scale, keys = noise_of(asked) if len(asked.draws) else (None, None)
+        inserted, parts = _inserts(rows)
+        at = map(_at, (rows.token, features, inserted))
+        out = self._outs.data_ptr() + 4 * self._count * self._outs.shape[1]
+        level = LevelStruct(first, k, *at, out, *map(_at, (scale, keys, ids, probs)))
+        native = native_rows(rows, *rotary)
+        kernels.draft(self._head, native.struct, level, (kv.keys, kv.values), self._bf16)
+        del parts  # alive until here
+        self._count += wanted
+        return ids, probs
+
+    def _reserve(self, more: int) -> None:
+        """Makes room for more outputs."""
+        if self._count + more > len(self._outs):
+            outs = torch.empty(2 * (self._count + more), self._outs.shape[1])
+            outs[: self._count] = self._outs[: self._count]
+            self._outs = outs
+
+
+def _readable(part: Part) -> Part:
+    """The part in float32, as taps of our own targets are."""
+    first = part if isinstance(part, Tensor) else part[0][0]
+    if first.dtype == torch.float32 and first.stride(1) == 1:
+        return part
+    if isinstance(part, Tensor):
+        return part.float().contiguous()
+    return torch.stack([r[part[1]] for r in part[0]]).float()
+
+
+def _pointers(part: Part) -> Sequence[int]:
+    """The addresses of a part's rows."""
+    if isinstance(part, Tensor):
+        return range(part.data_ptr(), part.data_ptr() + 4 * part.stride(0) * len(part), 4 * part.stride(0))
+    rounds, place = part
+    return [r.data_ptr() + 4 * place * r.stride(0) for r in rounds]
+
+
+def _inserts(rows: Rows) -> tuple[IntArray | None, list[Tensor]]:
+    """For each row the address of the embedding to be read in place of its token's, or 0; and what must stay alive."""
+    if not rows.inserts:
+        return None, []
+    found, kept = np.zeros(len(rows), np.int64), []
+    for first, part in rows.inserts:
+        kept.append(part.float().contiguous())
+        found[first : first + len(part)] = _pointers(kept[-1])
+    return found, kept
+
+
+def _at(array: NDArray[np.generic] | None) -> int | None:
+    return None if array is None else int(array.__array_interface__["data"][0])

@@ -1,0 +1,114 @@
+"""A level as one call of the CPU kernels is the level that torch computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from smart_decoding.backends.torch import kernels
+from smart_decoding.backends.torch.decoder import Decoder
+from smart_decoding.backends.torch.eagle_head import EagleHead
+from smart_decoding.backends.torch.head_files import HeadFiles
+from smart_decoding.backends.torch.native import build
+from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.tree import DraftTrees
+from smart_decoding.drafters.eagle import EagleDrafter
+from smart_decoding.drafters.levels import Asked
+from smart_decoding.engine.kv import BlockTable, PagePool
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.stopping import StopChecker
+from smart_decoding.profiling.measure import fake_rows
+from smart_decoding.training.head import Form, TrainableHead
+
+from .tiny import PAGES, SCRATCH, TARGET, VOCAB, checkpoint
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+TAPS = (1, 2, 4)
+WIDTH = len(TAPS) * TARGET.hidden
+
+
+@pytest.fixture(scope="module")
+def files() -> HeadFiles:
+    torch.manual_seed(1)
+    trained = TrainableHead(Form(TARGET, len(TAPS)))
+    weights = {name: tensor + torch.randn_like(tensor) * 0.1 for name, tensor in trained.exported().items()}
+    return HeadFiles({}, weights | {"draft_ids": torch.arange(0, VOCAB, 2)}, TAPS, replace(TARGET, layers=1))
+
+
+def head_of(files: HeadFiles, native: bool, dtype: torch.dtype = torch.float32) -> EagleHead:
+    weights = checkpoint(TARGET).weights
+    decoder = Decoder(TARGET, weights, dtype, torch.device("cpu"), PAGES, 128, native)
+    head = EagleHead(files, decoder, PAGES, SCRATCH, 128)
+    assert (head._level is not None) == native
+    return head
+
+
+def drafted(head: EagleHead, temperatures: tuple[float, ...]) -> DraftTrees:
+    """Two levels below the roots of several requests, some of whose features come from rounds that were logged."""
+    drafter, pool = EagleDrafter(head, PAGES, SCRATCH), PagePool(PAGES)
+    rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    requests = []
+    for i, temperature in enumerate(temperatures):
+        params = SamplingParams(temperature=temperature)
+        tokens = rng.integers(0, VOCAB, 20 + 9 * i).tolist()
+        request = Request(str(i), tokens, params, i, BlockTable(pool), StopChecker(params, lambda ids: ""))
+        count = len(tokens) - 1
+        request.table.reserve(count)
+        request.table.commit(tokens, count)
+        drafter.extend(request, torch.randn(count, WIDTH, generator=torch_rng).to(head.work_dtype), 0, tokens[:count])
+        requests.append(request)
+    for _ in range(3):  # plain rounds
+        for request in requests:
+            request.table.reserve(1)
+            request.tokens += rng.integers(0, VOCAB, 1).tolist()
+            request.table.commit(request.tokens, len(request.tokens) - 1)
+        drafter.extend_each(requests, torch.randn(len(requests), WIDTH, generator=torch_rng).to(head.work_dtype))
+    plan = DraftPlan(True, levels=3, children=4)
+    trees = drafter.start(requests, plan)
+    drafter.expand(requests, trees, np.arange(0, len(trees), 2), plan)
+    drafter.expand(requests, trees, np.flatnonzero(trees.depth == 2)[::3], plan)
+    return trees
+
+
+@pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 0.8, 1.2)])
+def test_as_torch(files: HeadFiles, temperatures: tuple[float, ...]) -> None:
+    found, expected = (drafted(head_of(files, native), temperatures) for native in (True, False))
+    for column in ("owner", "parent", "token"):
+        assert getattr(found, column).tolist() == getattr(expected, column).tolist()
+    np.testing.assert_allclose(found.draft_prob, expected.draft_prob, atol=2e-4)
+
+
+def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
+    torch.manual_seed(0)
+    features, part = torch.randn(6, WIDTH), torch.randn(2, TARGET.hidden)
+    found = []
+    for native in (True, False):
+        for inserts in ([(2, part)], []):
+            rows = fake_rows(1, 6, 0, PAGES)
+            assert rows is not None
+            rows.inserts = inserts
+            found.append(head_of(files, native).first(rows, [features], np.array([5]), Asked(4, np.zeros(1)))[1])
+    np.testing.assert_allclose(found[:2], found[2:], atol=2e-4)
+    assert not np.allclose(found[0], found[1], atol=1e-3)
+
+
+@pytest.mark.skipif(build.unavailable() is not None or not kernels.multiplies_bytes(), reason="no 8-bit products")
+def test_8_bits_change_probabilities_little(files: HeadFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = fake_rows(3, 5, 0, PAGES)
+    assert rows is not None
+    torch.manual_seed(0)
+    features, asked = torch.randn(15, WIDTH), Asked(len(files.weights["draft_ids"]), np.zeros(3))
+    found = []
+    for in_bytes in (True, False):
+        monkeypatch.setattr(kernels, "multiplies_bytes", lambda in_bytes=in_bytes: in_bytes)
+        head = head_of(files, True, torch.bfloat16)
+        ids, probs = head.first(rows, [features], np.array([4, 9, 14]), asked)
+        order = np.argsort(ids, axis=1)
+        found.append((head.outputs(), np.take_along_axis(probs, order, axis=1)))
+    assert torch.equal(found[0][0], found[1][0])
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=0.1, atol=1e-4)
+    assert not np.array_equal(found[0][1], found[1][1])
