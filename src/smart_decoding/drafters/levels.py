@@ -176,7 +176,8 @@ class LevelDrafter(ABC, Generic[S]):
         self, requests: Sequence[Request], owners: Sequence[int], token: IntArray, paths: Sequence[Sequence[int]]
     ) -> Rows:
         """Rows of expanded nodes (sorted by owner), which see all true rows, the expanded ancestors and themselves."""
-        position, slot, direct, extra, extra_at = [], [], [], [], [0]
+        position, slot, direct, extra_at = [], [], [], [0]
+        extra: list[int] = []
         edges, tables, before = [], [], -1
         for row, (owner, path) in enumerate(zip(owners, paths, strict=True)):
             if owner != before:

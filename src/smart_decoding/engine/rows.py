@@ -58,7 +58,7 @@ class Span:
 
     tokens: Sequence[int]
     start: int
-    slots: Sequence[int]
+    slots: Sequence[int] | Ints
     pages: Ints
     inserts: Inserts = ()
     rotary: IntArray | None = None

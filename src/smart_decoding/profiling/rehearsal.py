@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.core.policies.protocol import DraftPlan
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.tree import DraftTrees
 from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.request import Request
@@ -87,5 +87,5 @@ class Rehearsal:
         self._drafter.extend(request, self._drafter.blank(count), first, request.tokens[first : first + count])
 
     def _tokens(self, count: int) -> list[int]:
-        tokens: IntArray = self._random.integers(0, self._vocab, count)
-        return tokens.tolist()
+        tokens: list[int] = self._random.integers(0, self._vocab, count).tolist()
+        return tokens

@@ -48,13 +48,13 @@ FREE_ONLY: Option = (0, 0)
 class Outlook:
     """Forecasts and prices for batches of one shape, reused for some rounds.
 
-    size: requests. first: rows of the first drafted level. plain: seconds of a plain round. values: tokens per second
-    forecast for each way to draft. foresight: what drafting really reached over its forecast. verify: seconds at 0, 1,
-    ... nodes. levels: seconds at 0, 1, ... expanded rows.
+    size: requests. first: seconds of the first drafted level. plain: seconds of a plain round. values: tokens per
+    second forecast for each way to draft. foresight: what drafting really reached over its forecast. verify: seconds
+    at 0, 1, ... nodes. levels: seconds at 0, 1, ... expanded rows.
     """
 
     size: int
-    first: int
+    first: float
     plain: float
     values: dict[Option, float]
     foresight: float
@@ -85,7 +85,7 @@ class Outlook:
         """Seconds that a round in the mode `other` loses against `believed` if its drafts bring nothing."""
         seconds = self.plain
         if other is not None:
-            seconds = float(self.verify[1]) + (float(self.levels[self.first]) if other[0] else 0.0)
+            seconds = float(self.verify[1]) + (self.first if other[0] else 0.0)
         return seconds - self.size / self.value(believed)
 
     def value(self, option: Option | None) -> float:
@@ -235,7 +235,7 @@ class Smart:
 
     def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
         """The shape of a batch; what barely changes the costs is taken coarsely."""
-        first = (_first_rows(batch) // (4 * batch.size)).bit_length()
+        first = ((batch.size + _charged_rows(batch)) // (4 * batch.size)).bit_length()
         coarse = (batch.prefill_rows.bit_length(), first, int(scratch.context) // 128)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
         return (*sizes, batch.has_free, *coarse, self.calibration.changes)
@@ -254,8 +254,8 @@ class Smart:
         children = self.forecast.children(np.bincount(scratch.kind, minlength=KINDS) / size)
         columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free))
         verify = self._verify(batch, scratch, columns + 1)
-        rows = np.arange(1 + max(WIDTHS[-1] * drafting, _first_rows(batch)))
-        prices = self.cost.draft_seconds(rows, scratch.context)
+        prices = self.cost.draft_seconds(np.arange(1 + WIDTHS[-1] * drafting), scratch.context)
+        first = float(self.cost.first_seconds(size, _charged_rows(batch), scratch.context))
         limit, overhead = self._limit(size, float(verify[0])), self._overhead.seconds
         values: dict[Option, float] = {}
         if batch.has_free:
@@ -263,14 +263,13 @@ class Smart:
             values[FREE_ONLY] = best_size(gains, size, overhead, verify[: len(gains) + 1], limit)[1]
         for wide in widths if levels else ():
             losses = np.repeat(np.sort(-grow(children, levels, wide), axis=1), drafting, axis=1)
-            first = overhead + float(prices[_first_rows(batch)])
-            sunk: FloatArray = first + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
+            sunk: FloatArray = overhead + first + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
             rates = best_rates(losses, size, sunk, verify[: losses.shape[1] + 1], limit)
             values.update({(level, wide): float(rates[level - 1]) for level in range(1, levels + 1)})
         foresight = math.exp(self._foresight)
         return Outlook(
             size,
-            _first_rows(batch),
+            first,
             float(verify[0]),
             values,
             foresight,
@@ -289,10 +288,10 @@ class Smart:
     def _catch_up(self, batch: BatchState, scratch: _Scratch, option: Option | None) -> float:
         """Seconds of catching up that a plan does not charge to a single round, but a probe partly: where it turns out
         well, further rounds share them. (What a probe really loses is taken from the budget afterwards, in full.)"""
-        charged, rows = _first_rows(batch), batch.size + batch.catch_up_rows
-        if option is None or not option[0] or rows == charged:
+        charged, waiting = _charged_rows(batch), batch.catch_up_rows
+        if option is None or not option[0] or waiting == charged:
             return 0.0
-        first, whole = self.cost.draft_seconds([charged, rows], scratch.context)
+        first, whole = self.cost.first_seconds(batch.size, [charged, waiting], scratch.context)
         return float(whole - first) / PROBE_SHARE
 
     def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:
@@ -303,7 +302,7 @@ class Smart:
         scratch.forecast, scratch.sunk = outlook.values[option], self._overhead.seconds
         if levels == 0:
             return DraftPlan(True, 0, self.children)
-        scratch.sunk += float(outlook.levels[outlook.first])
+        scratch.sunk += outlook.first
         # How deep to go is decided level by level, by frontier(): the plan only bounds it.
         deepest = min(self.max_levels, scratch.deepest)
         return DraftPlan(True, deepest, self.children, wide * scratch.drafting)
@@ -433,16 +432,19 @@ class Smart:
         if round.verify_rows and not (seldom and self._rounds % OFTEN):
             sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
             self.cost = self.cost.corrected(sample)
+        waiting: int | None = round.batch.catch_up_rows  # of the first level
         for width, seconds in () if seldom else zip(round.level_widths, round.level_seconds, strict=True):
-            self.cost = self.cost.corrected(DraftSample(width, scratch.context, seconds))
+            width -= waiting or 0
+            self.cost = self.cost.corrected(DraftSample(width, scratch.context, seconds, waiting))
+            waiting = None
 
 
-def _first_rows(batch: BatchState) -> int:
-    """Rows that the first drafted level is charged. A long catch-up (a prompt, a stretch of plain decoding) is an
-    investment: charged in full to one round it would never be made, and grow."""
+def _charged_rows(batch: BatchState) -> int:
+    """Waiting rows that the first drafted level is charged. A long catch-up (a prompt, a stretch of plain decoding) is
+    an investment: charged in full to one round it would never be made, and grow."""
     regular = min(batch.catch_up_rows, 2 * batch.size)
     rounds = max(1, min(CATCH_UP_ROUNDS, int(batch.remaining.sum()) // (2 * batch.size)))
-    return batch.size + regular + (batch.catch_up_rows - regular) // rounds
+    return regular + (batch.catch_up_rows - regular) // rounds
 
 
 @lru_cache(maxsize=1024)

@@ -60,7 +60,7 @@ class NativeChooser:
 
     def __init__(self) -> None:
         lib = build.library()
-        structs = [POINTER(TreesStruct), POINTER(BeliefsStruct), POINTER(PricesStruct)]
+        structs: list[Any] = [POINTER(TreesStruct), POINTER(BeliefsStruct), POINTER(PricesStruct)]
         self._frontier, self._select = lib.smart_frontier, lib.smart_select
         self._frontier.restype = self._select.restype = c_int64
         self._frontier.argtypes = [
