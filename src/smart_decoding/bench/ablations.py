@@ -189,7 +189,7 @@ class Foreseeing(FrozenCosts):
         best, self._steps = batch.size / float(self._seconds_of(batch, 0.0, 0)[0]), []
         levels, inner = 0, self.inner
         for wide in WIDTHS:
-            trees, source, steps = DraftTrees.empty(batch.size), Source(self._walk), []
+            trees, source, steps = DraftTrees.empty(batch.size), Source(self._walk.recording, self._walk.position), []
             sunk = inner.cost.overhead_seconds + self._level(
                 batch, batch.size + min(batch.catch_up_rows, 2 * batch.size)
             )

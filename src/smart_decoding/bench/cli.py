@@ -65,6 +65,9 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--peer-env", action="append", metavar="NAME=FOLDER", help="an environment to use for a peer as it is")
     add("--record", type=Path, metavar="FILE",
         help="record the prompts' drafts there, for smart simulate, instead of measuring")  # fmt: skip
+    add("--random-weights", metavar="CONFIG", help="time a model of these dimensions (llama-3.1-8b, ..., or a "
+        "config.json) with random weights: all compute is real, acceptance comes from --replay")  # fmt: skip
+    add("--replay", type=Path, metavar="TRACE", help="the recording whose acceptance --random-weights takes")
     add("--blocks", action="store_true", help="compare policies in blocks beside --load or --peers")
 
 
@@ -81,8 +84,10 @@ def main(args: argparse.Namespace) -> int:
     options = options_of(args)
     if options.record is not None:
         return _record(options, options.record)
-    from smart_decoding.bench.runner import run  # torch is slow to import: bad options are refused first
-
+    if options.replay is not None:  # torch is slow to import: bad options are refused first
+        from smart_decoding.bench.replayed_run import run
+    else:
+        from smart_decoding.bench.runner import run
     result = run(options)
     if options.json is not None:
         write_json(options.json, result)

@@ -54,7 +54,8 @@ class BenchOptions:
     `sampled_batch_sizes`. load: shares of the measured capacity at which requests arrive; peers: other engines on the
     same prompts; peer_env: 'name=folder', environments to use as they are. Either of these two replaces the
     comparison of policies in blocks unless `blocks` asks for it, too. skip: prompts of each task to pass over first.
-    record: instead of measuring, record the prompts' drafts there, for replay.
+    record: instead of measuring, record the prompts' drafts there, for replay. random_weights, replay: measure a model
+    of this config with random weights, its acceptance taken from this recording.
     Raises ConfigError for anything that cannot be run."""
 
     policies: Sequence[str] = (BASELINE, "smart")
@@ -85,6 +86,8 @@ class BenchOptions:
     blocks: bool = False
     skip: int = 0
     record: Path | None = None
+    random_weights: str | None = None
+    replay: Path | None = None
 
     def __post_init__(self) -> None:
         _at_least_one("batch_sizes", self.batch_sizes)
@@ -102,6 +105,10 @@ class BenchOptions:
             raise ConfigError(f"load must be shares of the capacity such as 0.3,0.6,0.9, not {list(self.load)}")
         if self.temperature and self.sampled:
             raise ConfigError("--sampled adds a second temperature to a greedy run: leave out --temperature")
+        if (self.random_weights is None) != (self.replay is None):
+            raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
+        if self.replay is not None and (self.temperature or self.sampled or self.load or self.peers):
+            raise ConfigError("a replayed run is greedy and in blocks: leave out temperatures, --load and --peers")
         check_outputs((self.json, self.html, self.resume, self.record), self.plots)
         check_peers(self.peers, self.peer_env)
         self.sampling(0)

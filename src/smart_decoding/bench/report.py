@@ -16,6 +16,9 @@ _HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/r
 def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
     """All tables of a result, each part under its name."""
     parts = []
+    if result.get("acceptance"):
+        model = result["provenance"]["weights"]["model"]
+        parts.append(f"{str(result['acceptance']).upper()}: compute is real, tokens are a recording's ({model})")
     for name, title in (("runs", ""), ("sampled_runs", "at temperature {:g}\n")):
         runs = result.get(name) or []
         if runs:
