@@ -46,7 +46,7 @@ def drawn(figure: Figure) -> Any:
     canvas = Canvas(figsize=size, layout="constrained")
     canvas.suptitle(figure.title, fontsize=13)
     for i, panel in enumerate(figure.panels):
-        _axes(canvas.add_subplot(lines, columns, i + 1), panel, legend=i == 0 or panel.diagonal)
+        _axes(canvas.add_subplot(lines, columns, i + 1), panel, legend=i == 0 or figure.apart)
     return canvas
 
 
