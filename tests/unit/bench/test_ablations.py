@@ -107,6 +107,5 @@ def test_variants_wrap_a_running_policy(trace):
     for name, wrap in VARIANTS.items():
         found = replay(wrap(smart(trace, FLAT)), trace.recording, FLAT, 4, rounds=60)
         assert found.tokens >= 4 * found.rounds, name
-    corrected, kept = (VARIANTS[name](smart(trace, FLAT)) for name in ("cheap_profile", "cheap_profile_kept"))
-    rates = [replay(policy, trace.recording, FLAT, 4).tokens_per_s for policy in (corrected, kept)]
-    assert rates[0] > 0.98 * rates[1]
+        if name.startswith("dear"):  # drafting seems not to pay: plain decoding, and no slower
+            assert found.off > 0.9 * found.rounds and found.rows == 4 * found.rounds

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.bench import replayed_run
+from smart_decoding.bench import replayed_run, runner
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.recording import Recording
 from smart_decoding.bench.replay import replay
@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(replayed_run, "PROFILE_SECONDS", 0.05)
+    monkeypatch.setattr(runner, "SLOW", 1e9)  # on a tiny model everything but the baseline is slow
 
 
 def options(folder, **given):
