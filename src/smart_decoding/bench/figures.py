@@ -15,6 +15,7 @@ from smart_decoding.bench.results import Results, histogram, interval, number
 from smart_decoding.core.cost import CostModel
 
 NEUTRAL = -1  # the colour of what is no policy
+FAR = 24  # rows per request beyond which a policy would push all others to the left of the cost figure
 DEFAULT_CONTEXT = 128.0  # tokens, for results that do not say theirs
 _UNDER_LOAD = (
     ("time per token, median", "tpot_ms", "p50"),
@@ -117,7 +118,8 @@ def cost(results: Results) -> Figure:
     caption = (
         "Grey: the measured profile, milliseconds of one verifying forward over its rows (one per request, and every "
         "verified draft token). Markers: each policy's mean rows and its measured mean time; the bar covers the middle "
-        "80 % of its rounds. A marker off the curve means that the machine was faster or slower than when profiled."
+        "80 % of its rounds. A marker off the curve means that the machine was faster or slower than when profiled. "
+        f"Trees of more than {FAR} rows per request would lie far to the right."
     )
     if not panels:
         return Figure("cost", title, "", missing=f"These results do not say how many rows a round had: {AGAIN}.")
@@ -219,11 +221,12 @@ def under_load(results: Results) -> Figure:
     """Latency percentiles against load, one line per policy."""
     runs = results.load["runs"]
     names = {run["policy"]: results.names.get(run["policy"], run["policy"]) for run in runs}
+    order = list(dict.fromkeys([*results.names, *(policy for policy in names if policy != BASELINE)]))
     panels = []
     for title, kind, percentile in _UNDER_LOAD:
         series = []
         for policy, name in names.items():
-            colour = NEUTRAL if policy == BASELINE else list(results.names or names).index(policy)
+            colour = NEUTRAL if policy == BASELINE else order.index(policy)
             points = [_load_point(run, kind, percentile) for run in runs if run["policy"] == policy]
             series.append(Series("plain decoding" if policy == BASELINE else name, colour, [p for p in points if p]))
         if any(one.points for one in series):
@@ -265,7 +268,7 @@ def _cost_panel(results: Results, cost: CostModel, size: int) -> Panel | None:
     for colour, policy in ((NEUTRAL, BASELINE), *enumerate(results.names)):
         run = results.find(policy, size)
         rows = number(run, "rows_per_round") if run is not None else None
-        if run is None or rows is None:
+        if run is None or rows is None or rows > FAR * size:
             continue
         context = number(run, "context_tokens") or DEFAULT_CONTEXT
         expected = 1e3 * float(cost.verify_seconds(size, np.array([round(rows)]), context)[0])
