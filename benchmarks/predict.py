@@ -96,15 +96,16 @@ def against(trace: Trace, path: Path) -> list[dict[str, Any]]:
     for size in results.batch_sizes:
         plain = predicted(trace, "off", {}, results.cost, host, size)
         for run in [run for run in results.contestants if run["batch_size"] == size]:
-            policy, given = parsed(run["policy"])
+            policy, given = parsed(run)
             rate = predicted(trace, policy, given, results.cost, host, size)
             rows.append(row_of(run["policy"], size, rate / plain, run))
     return rows
 
 
-def parsed(label: str) -> tuple[str, dict[str, Any]]:
-    """likelihood(depth=2,top_k=3) as a policy and its options."""
-    arm = parse_setting(label.rstrip(")").replace("(", ":", 1))
+def parsed(run: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A run's policy and its options: of likelihood(depth=2,top_k=3), or of a tuned one from its `setting`."""
+    label = run["policy"].rstrip(")").replace("(", ":", 1)
+    arm = parse_setting(f"{label.split()[0]}:{run['setting']}" if run.get("setting") else label)
     return arm.policy, dict(arm.options)
 
 

@@ -1,104 +1,288 @@
-"""Drafters that are no good: what do they cost, and how soon is that noticed?
+"""Never slower than plain decoding? Bad heads, adversarial prompts, a noisy neighbour, wrong profiles: all in one go.
 
-    python benchmarks/robustness.py untrained [batch ...]    a head with random weights against plain decoding
-    python benchmarks/robustness.py shuffled                 a good head spoilt in mid-run, then good again
+    python benchmarks/robustness.py [--seconds 30] [--batch-sizes 1,8] [--cases A,B] [--time-limit 480]
+        [--resume FILE] [--json FILE]
 
-`untrained`: both engines answer the same prompts in turn; printed is the ratio of tokens per second, end to end, median
-and range over the repetitions. `shuffled`: the head's tokens are permuted, so that all its proposals are wrong.
+Every case: `smart` and plain decoding of one process answer the same prompts in turn, block by block; printed is the
+paired ratio with its 95 % interval (0.97 or more is wanted), decode-only and end to end. `smart` starts afresh in each
+case and batch size, so that the ratio includes what noticing costs. How long it takes to notice is measured apart, in
+rounds at batch 1: until three quarters of 16 rounds are off (bad drafts), or until the median of 16 rounds is predicted
+to within a quarter (wrong profiles).
 """
 
+from __future__ import annotations
+
+import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from smart_decoding import LLM, SamplingParams
+from smart_decoding import LLM
+from smart_decoding.backends.torch.head_files import load_head
+from smart_decoding.backends.torch.loading import load_checkpoint
+from smart_decoding.bench.ablations import VARIANTS
+from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.data import load_task
+from smart_decoding.bench.options import BenchOptions
+from smart_decoding.bench.provenance import provenance, write_json
+from smart_decoding.bench.resume import Progress
+from smart_decoding.bench.runner import encode, load, measure
+from smart_decoding.bench.summary import decode_speedup, end_to_end_speedup
+from smart_decoding.engine.engine import Engine
 from smart_decoding.speculation import shipped_head
+from smart_decoding.training.head import TrainableHead, form_of
 
-GREEDY = SamplingParams(temperature=0, max_tokens=96)
+MODEL, WINDOW, MOST_ROUNDS = "smollm2-135m", 16, 160
+STEPS, LENGTH = 60, 128  # of training the other head
+LANGUAGES = (
+    "Écris une courte histoire sur un phare, en français.", "Schreibe drei Sätze über den Regen, auf Deutsch.",
+    "Escribe un poema breve sobre el mar, en español.", "Scrivi tre frasi sulla neve, in italiano.",
+    "请用中文写一段关于茶的文字。", "雨の日について日本語で短い文章を書いてください。",
+    "اكتب فقرة قصيرة عن القمر بالعربية.", "한국어로 산에 대한 짧은 글을 써 주세요.",
+    "हिंदी में नदी पर एक छोटा अनुच्छेद लिखिए।", "Kirjoita lyhyt tarina metsästä, suomeksi.",
+    "Viết một đoạn ngắn về biển bằng tiếng Việt.", "Napisz krótką historię o kocie, po polsku.",
+)  # fmt: skip
+Make = Callable[[LLM], LLM]
 
 
-def prompts(llm: LLM, each: int) -> list[list[int]]:
-    texts = [text for task in ("code", "maths", "general") for text in load_task(task, each)]
-    return [llm.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
-
-
-def random_head(folder: Path) -> Path:
-    """The shipped head's shape with random weights, and no prior."""
-    source = shipped_head("smollm2-135m")
-    assert source is not None
-    weights = load_file(source / "model.safetensors")
+def untrained_head(folder: Path) -> None:
+    """The shipped head's shapes with random weights."""
+    weights = _shipped()
     torch.manual_seed(0)
     for name, tensor in weights.items():
         if name.endswith("weight") and tensor.ndim == 2:
             weights[name] = (torch.randn(tensor.shape) * 0.02).bfloat16()
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text())))
-    return folder
+    _write(folder, weights)
 
 
-def untrained(batches: list[int]) -> None:
+def other_head(folder: Path) -> None:
+    """A head of another model: the shipped head's shapes from another seed, trained for a minute on reversed text, with
+    the token embeddings in the place of the target's states. It proposes with some confidence what does not come."""
+    checkpoint, source = load_checkpoint(MODEL), shipped_head(MODEL)
+    assert source is not None
+    files = load_head(source, checkpoint.config)
+    torch.manual_seed(7)
+    head = TrainableHead(form_of(files))
+    embedding, ids = checkpoint.weights["model.embed_tokens.weight"].float(), files.weights["draft_ids"].long()
+    place = torch.full((checkpoint.config.vocab,), -100)
+    place[ids] = torch.arange(len(ids))
+    output = head.lm_head.weight if head.lm_head is not None else embedding[ids]
+    llm_tokens = _tokens(STEPS * LENGTH * 4)[::-1].copy()
+    batches = torch.from_numpy(llm_tokens).long().view(STEPS, 4, LENGTH)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=5e-4)
+    for tokens in batches:
+        embedded = embedding[tokens]
+        g = head.features(embedded.repeat(1, 1, len(files.taps)))
+        out = head(g[:, :-2], embedded[:, 1:-1], [])
+        loss = torch.nn.functional.cross_entropy(
+            (head.norm(out) @ output.T).flatten(0, 1), place[tokens[:, 2:]].flatten()
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    _write(folder, {**head.exported(), "draft_ids": files.weights["draft_ids"]})
+
+
+def _shipped() -> dict[str, torch.Tensor]:
+    source = shipped_head(MODEL)
+    assert source is not None
+    return dict(load_file(source / "model.safetensors"))
+
+
+def _write(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    source = shipped_head(MODEL)
+    assert source is not None
+    save_file(dict(weights), folder / "model.safetensors")
+    (folder / "config.json").write_text((source / "config.json").read_text())
+
+
+def _tokens(count: int) -> np.ndarray:
+    """Tokens of the benchmark's prompts, one after the other, again and again."""
+    from smart_decoding.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(load_checkpoint(MODEL).tokenizer_source)
+    text = [
+        token for task in ("code", "maths", "general") for t in load_task(task, 60) for token in tokenizer.encode(t)
+    ]
+    return np.resize(np.array(text), count)
+
+
+def adversarial(llm: LLM, options: BenchOptions) -> dict[str, list[Prompt]]:
+    """Random tokens, many languages, digits: drafts are bad on all of them."""
+    rng = np.random.default_rng(5)
+    digits = [f"Go on with these numbers: {', '.join(map(str, rng.integers(0, 10**6, 20)))}," for _ in range(12)]
+    chats = {"languages": list(LANGUAGES), "digits": digits}
+    found = encode(llm, chats, options)
+    start = sum(map(len, found.values()))
+    noise = rng.integers(0, llm.target.vocab, (12, 60)).tolist()
+    found["noise"] = [Prompt(start + i, "noise", tokens, options.sampling(start + i)) for i, tokens in enumerate(noise)]
+    return found
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Another process that keeps one core busy."""
+    worker = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(worker.pid, {max(os.sched_getaffinity(0))})
+    try:
+        yield
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+class Bench:
+    """One model, its plain engine, and the cases."""
+
+    def __init__(self, sizes: Sequence[int], scratch: Path) -> None:
+        self.options = BenchOptions(batch_sizes=sizes, limit=40, max_tokens=96, model=MODEL)
+        self.llm = load(self.options)
+        self.usual = encode(self.llm, {task: load_task(task, 40) for task in self.options.tasks}, self.options)
+        self.bad = adversarial(self.llm, self.options)
+        self._scratch = scratch
+
+    def case(
+        self, name: str
+    ) -> tuple[Make, Mapping[str, Sequence[Prompt]], Any, Callable[[Engine], int | None] | None]:
+        """How `smart` is made, the prompts, what goes on beside it, and how it is seen to notice."""
+        return {
+            "the shipped head": (_head(None), self.usual, None, None),
+            "an untrained head": (_head(self._made(untrained_head)), self.usual, None, rests),
+            "a head of another model": (_head(self._made(other_head)), self.usual, None, rests),
+            "adversarial prompts": (_head(None), self.bad, None, rests),
+            "a noisy neighbour": (_head(None), self.usual, busy_core, None),
+            "a profile far too cheap": (_variant("cheap_profile"), self.usual, None, predicts),
+            "a profile far too dear": (_variant("dear_profile"), self.usual, None, predicts),
+        }[name]
+
+    def _made(self, make: Callable[[Path], None]) -> str:
+        folder = self._scratch / make.__name__
+        if not folder.is_dir():
+            folder.mkdir()
+            make(folder)
+        return str(folder)
+
+    def run(self, name: str, size: int, seconds: float) -> dict[str, Any]:
+        make, prompts, beside, notices = self.case(name)
+        engines = {"off": self.llm.sharing_weights(False).engine, "smart": make(self.llm).engine}
+        with beside() if beside else _nothing():
+            found = measure(engines, prompts, size, time.perf_counter() + seconds, least_blocks=8)
+        pairs = [(cycle["smart"], cycle["off"]) for cycle in found.cycles]
+        result: dict[str, Any] = {"case": name, "batch_size": size, "blocks": len(pairs)}
+        for key, ratio in (("speedup", decode_speedup(pairs)), ("end_to_end", end_to_end_speedup(pairs))):
+            result |= {key: ratio.value, f"{key}_low": ratio.low, f"{key}_high": ratio.high}
+        counts = [ours.counts for ours, _ in pairs]
+        rounds = sum(count.rounds for count in counts)
+        result["off_share"] = sum(count.off for count in counts) / rounds if rounds else float("nan")
+        result["identical"] = all(a.tokens == b.answers[i].tokens for o, b in pairs for i, a in o.answers.items())
+        if notices is not None and size == min(self.options.batch_sizes):
+            engine = make(self.llm).engine
+            result["rounds_until_noticed"] = notices(self._answering(engine, prompts))
+        return result
+
+    def _answering(self, engine: Engine, prompts: Mapping[str, Sequence[Prompt]]) -> list[tuple[bool, float]]:
+        """(drafted, seconds of a verification over what was predicted) of the first rounds at batch 1."""
+        mixed = [prompt for of_task in zip(*prompts.values(), strict=False) for prompt in of_task]
+        seen: list[tuple[bool, float]] = []
+        for prompt in mixed:
+            engine.add_request(f"notice-{prompt.index}", prompt.tokens, prompt.params)
+            while engine.has_unfinished_requests:
+                cost = engine.policy.cost
+                engine.step()
+                done = engine.last_round.round
+                if done.batch.size and not done.batch.prefill_rows:
+                    expected = float(cost.verify_seconds(1, done.verify_rows, float(done.batch.context[0])))
+                    seen.append((bool(done.plan.speculate), done.verify_seconds / expected))
+            if len(seen) >= MOST_ROUNDS + WINDOW:
+                break
+        return seen
+
+
+def rests(seen: Sequence[tuple[bool, float]]) -> int | None:
+    """The round from which on three quarters of a window are off; None if that never comes."""
+    off = np.array([not drafted for drafted, _ in seen])
+    return next((i for i in range(len(off) - WINDOW) if off[i : i + WINDOW].mean() >= 0.75), None)
+
+
+def predicts(seen: Sequence[tuple[bool, float]]) -> int | None:
+    """The round from which on the median of a window is predicted to within a quarter."""
+    ratio = np.array([found for _, found in seen])
+    return next((i for i in range(len(ratio) - WINDOW) if 0.8 < np.median(ratio[i : i + WINDOW]) < 1.25), None)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _head(folder: str | None) -> Make:
+    model = {} if folder is None else {"model": folder}
+    return lambda llm: llm.sharing_weights({"method": "eagle", **model})
+
+
+def _variant(name: str) -> Make:
+    def make(llm: LLM) -> LLM:
+        arm = llm.sharing_weights(None)
+        arm.engine.policy = VARIANTS[name](arm.engine.policy)
+        return arm
+
+    return make
+
+
+CASES = ("the shipped head", "an untrained head", "a head of another model", "adversarial prompts", "a noisy neighbour",
+         "a profile far too cheap", "a profile far too dear")  # fmt: skip
+
+
+def told(row: Mapping[str, Any]) -> str:
+    verdict = "ok" if row["speedup"] >= 0.97 else "BELOW 0.97"
+    noticed = f", noticed after {row['rounds_until_noticed']} rounds" if "rounds_until_noticed" in row else ""
+    return (
+        f"{row['case']:26} batch {row['batch_size']:2}: {row['speedup']:.3f} ({row['speedup_low']:.3f}-"
+        f"{row['speedup_high']:.3f}), end to end {row['end_to_end']:.3f}, {row['blocks']} blocks, "
+        f"{row['off_share']:.0%} of rounds off{noticed}  {verdict}{'' if row['identical'] else ', OTHER TOKENS'}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=28.0, help="of each case and batch size")
+    parser.add_argument("--batch-sizes", default="1,8")
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--time-limit", type=float, default=480.0, help="seconds; what is missing then is left out")
+    parser.add_argument("--resume", type=Path, help="keep what is measured there, and go on from it")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    started, sizes = time.perf_counter(), [int(word) for word in args.batch_sizes.split(",")]
+    progress = Progress(args.resume, {"seconds": args.seconds, "batch_sizes": sizes})
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        head = random_head(Path(scratch))
-        for batch in batches:
-            plain = LLM("smollm2-135m", speculative_config=False, max_num_seqs=batch, enable_prefix_caching=False)
-            smart = LLM("smollm2-135m", speculative_config={"method": "eagle", "model": str(head)},
-                        max_num_seqs=batch, enable_prefix_caching=False)  # fmt: skip
-            chats = prompts(plain, max(2, batch // 2))
-            ratios = []
-            for repetition in range(7):
-                rates = {}
-                for name, llm in (("plain", plain), ("smart", smart))[:: 1 if repetition % 2 else -1]:
-                    start = time.perf_counter()
-                    outputs = llm.generate(chats, GREEDY)
-                    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-                    rates[name] = tokens / (time.perf_counter() - start)
-                if repetition:  # the first one warms up
-                    ratios.append(rates["smart"] / rates["plain"])
-            print(f"batch {batch:2}: {np.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
-
-
-def shuffled(rounds: int = 500) -> None:
-    llm = LLM("smollm2-135m", speculative_config={"method": "eagle"}, max_num_seqs=1, enable_prefix_caching=False)
-    head, engine = llm.speculation.model, llm.engine
-    good = head.draft_ids
-    spoilt = good[torch.randperm(len(good), generator=torch.Generator().manual_seed(0))]
-    chats, used, log = prompts(llm, 40), 0, {}
-    for phase, ids in (("good", good), ("shuffled", spoilt), ("good again", good)):
-        head.draft_ids = ids
-        seen = log[phase] = []
-        while len(seen) < rounds:
-            if not engine.has_unfinished_requests:
-                engine.add_request(f"r{used}", chats[(7 * used) % len(chats)], GREEDY)
-                used += 1
-            engine.step()
-            last = engine.last_round
-            if not last.round.batch.prefill_rows:
-                seen.append((last.emitted, last.seconds, bool(last.round.plan.speculate)))
-    before = np.array(log["good"])
-    usual = before[:, 0].sum() / before[:, 1].sum()
-    off = ~np.array(log["shuffled"])[:, 2].astype(bool)
-    noticed = next((i for i in range(len(off) - 16) if off[i : i + 16].mean() > 0.75), None)
-    spoilt_rate = np.array(log["shuffled"])
-    again = np.array(log["good again"])
-    rates = [again[i : i + 96, 0].sum() / again[i : i + 96, 1].sum() for i in range(len(again) - 96)]
-    back = next((i for i, rate in enumerate(rates) if rate >= 0.95 * usual), None)
-    print(f"good: {usual:.0f} tok/s, {before[:, 2].mean():.0%} of rounds drafted")
-    print(f"shuffled: {spoilt_rate[:, 0].sum() / spoilt_rate[:, 1].sum():.0f} tok/s; mostly off after {noticed} rounds")
-    print(f"good again: 95 % of the earlier speed (over 96 rounds) from round {back} on; "
-          f"last 200 rounds {again[-200:, 0].sum() / again[-200:, 1].sum():.0f} tok/s")  # fmt: skip
+        bench = Bench(sizes, Path(scratch))
+        for name in (case for case in CASES if case in args.cases.split(",")):
+            for size in sizes:
+                unit = f"{name}, batch {size}"
+                if not progress.units(unit):
+                    if time.perf_counter() - started + args.seconds > args.time_limit:
+                        print(f"{unit}: left out, the time limit came first; go on with --resume")
+                        continue
+                    progress.add(unit, bench.run(name, size, args.seconds))
+                rows.append(progress.units(unit)[0])
+                print(told(rows[-1]), flush=True)
+        origin = provenance("python benchmarks/robustness.py", 0, bench.llm.provenance, "as each case says")
+    if args.json is not None:
+        write_json(args.json, json.loads(json.dumps({"provenance": origin, "robustness": rows})))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["shuffled"]:
-        shuffled()
-    elif sys.argv[1:2] == ["untrained"]:
-        untrained([int(batch) for batch in sys.argv[2:]] or [1, 4, 16, 32])
-    else:
-        sys.exit(__doc__)
+    main()

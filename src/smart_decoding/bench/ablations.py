@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, In
 FLAT_CONTEXT = 128.0
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # that keep their own curve
 CERTAIN = 1e6  # observations behind a curve that is not to move
+CHEAP, DEAR = (0.2, 0.25), (5.0, 4.0)  # wrong profiles: rows and levels, as multiples of what they take
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per request that a foreseeing policy considers
 
 
@@ -189,7 +191,7 @@ class Foreseeing(FrozenCosts):
         best, self._steps = batch.size / float(self._seconds_of(batch, 0.0, 0)[0]), []
         levels, inner = 0, self.inner
         for wide in WIDTHS:
-            trees, source, steps = DraftTrees.empty(batch.size), Source(self._walk), []
+            trees, source, steps = DraftTrees.empty(batch.size), Source(self._walk.recording, self._walk.position), []
             sunk = inner.cost.overhead_seconds + self._level(
                 batch, batch.size + min(batch.catch_up_rows, 2 * batch.size)
             )
@@ -272,6 +274,18 @@ def flat(cost: CostModel, context: float = FLAT_CONTEXT, rows: int = 2048) -> Co
     return CostModel.from_table(tables, draft, cost.overhead_seconds)
 
 
+def askew(cost: CostModel, rows: float, levels: float) -> CostModel:
+    """A wrong profile, as if taken elsewhere: what rows add to the smallest forward is `rows` times as dear, a drafted
+    level `levels` times."""
+    verify = {}
+    for batch, curve in cost.verify.items():
+        least = curve.seconds[0]
+        verify[batch] = {r: least + rows * (s - least) for r, s in zip(curve.rows, curve.seconds, strict=True)}
+    draft = {r: levels * s for r, s in zip(cost.draft.rows, cost.draft.seconds, strict=True)}
+    wrong = CostModel.from_table(verify, draft, cost.overhead_seconds)
+    return replace(wrong, row_token=cost.row_token, sequence_token=cost.sequence_token, draft_token=cost.draft_token)
+
+
 def smart(trace: Trace, cost: CostModel, calibration: Calibration | None = None, **options: object) -> Smart:
     """`smart` as it starts in the recorded engine, with another calibration if one is given."""
     given = {} if calibration is None else {"calibration": calibration}
@@ -297,6 +311,24 @@ ABLATIONS: Mapping[str, Make] = {
     "no probing": lambda t, c: smart(t, c, probe_budget=0.0),
     "no context in the cost": lambda t, c: smart(t, flat(c)),
     "no round limit": lambda t, c: smart(t, c, max_round_slowdown=math.inf),
+}
+
+
+def with_costs(inner: Smart, cost: CostModel) -> Smart:
+    inner.cost = cost
+    return inner
+
+
+# By live contestants: `--policy-options smart:variant=all_levels`.
+VARIANTS: Mapping[str, Callable[[Smart], Policy]] = {
+    "all_levels": lambda p: AllLevels(p, 8),
+    "two_levels": lambda p: AllLevels(p, 2),
+    "even_budget": EvenBudget,
+    "greedy_rule": GreedyRule,
+    "cheap_profile": lambda p: with_costs(p, askew(p.cost, *CHEAP)),
+    "cheap_profile_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *CHEAP))),
+    "dear_profile": lambda p: with_costs(p, askew(p.cost, *DEAR)),
+    "dear_profile_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *DEAR))),
 }
 
 

@@ -40,6 +40,15 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
         help="one setting of a policy; may be repeated. method= and model= give it a drafter of its own")  # fmt: skip
     add("--tune-likelihood", type=int, metavar="N",
         help="also run the N best settings of likelihood, found by replay on other prompts")  # fmt: skip
+    add("--tune-paper", action="store_true", help="also run the best setting of smart_paper, found in the same way")
+    add(
+        "--variants",
+        type=_words,
+        metavar="A,B",
+        help="measure smart with one ingredient exchanged, in a part of its own",
+    )
+    add("--suites", type=_words, metavar="A,B", help="also measure these tasks (long, edit) at batch 1, by themselves")
+    add("--questions", action="store_true", help="also answer by replay: hindsight, ablations, sweeps")
     add("--method", help="drafter (default: the model's own)")
     add("--draft", metavar="MODEL", help="what the method drafts with: a head's folder, or for draft_model any "
         "smaller model of the same vocabulary")  # fmt: skip
@@ -53,6 +62,8 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--batch-sizes", type=_numbers, metavar="1,4")
     add("--tasks", type=_words, metavar="A,B", help="code, maths, general (these three by default), long, edit")
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
+    add("--least-blocks", type=int, metavar="N", help="measure at least so many blocks of each task, used again "
+        "where a batch needs more than there are (default: 1)")  # fmt: skip
     add("--skip", type=int, metavar="N", help="pass over the first N prompts of each task")
     add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
     add("--temperature", type=float, help="0, the default, is greedy")
@@ -65,6 +76,9 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--peer-env", action="append", metavar="NAME=FOLDER", help="an environment to use for a peer as it is")
     add("--record", type=Path, metavar="FILE",
         help="record the prompts' drafts there, for smart simulate, instead of measuring")  # fmt: skip
+    add("--random-weights", metavar="CONFIG", help="time a model of these dimensions (llama-3.1-8b, ..., or a "
+        "config.json) with random weights: all compute is real, acceptance comes from --replay")  # fmt: skip
+    add("--replay", type=Path, metavar="TRACE", help="the recording whose acceptance --random-weights takes")
     add("--blocks", action="store_true", help="compare policies in blocks beside --load or --peers")
 
 
@@ -81,8 +95,10 @@ def main(args: argparse.Namespace) -> int:
     options = options_of(args)
     if options.record is not None:
         return _record(options, options.record)
-    from smart_decoding.bench.runner import run  # torch is slow to import: bad options are refused first
-
+    if options.replay is not None:  # torch is slow to import: bad options are refused first
+        from smart_decoding.bench.replayed_run import run
+    else:
+        from smart_decoding.bench.runner import run
     result = run(options)
     if options.json is not None:
         write_json(options.json, result)

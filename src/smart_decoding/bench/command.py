@@ -10,9 +10,16 @@ from smart_decoding.bench.options import BenchOptions
 
 def command_of(options: BenchOptions) -> str:
     """The command line that asks for this run."""
-    words = ["smart", "bench", "--model", options.model, "--policies", ",".join(options.policies)]
+    model = ["--random-weights", Path(options.random_weights).name] if options.random_weights else []
+    model += ["--replay", options.replay.name] if options.replay else []
+    words = ["smart", "bench", *(model or ["--model", options.model]), "--policies", ",".join(options.policies)]
     words += [word for setting in options.policy_options for word in ("--policy-options", setting)]
     words += ["--tune-likelihood", str(options.tune_likelihood)] if options.tune_likelihood else []
+    words += ["--suites", ",".join(options.suites)] if options.suites else []
+    words += ["--variants", ",".join(options.variants)] if options.variants else []
+    words += ["--questions"] if options.questions else []
+    words += ["--tune-paper"] if options.tune_paper else []
+    words += ["--least-blocks", str(options.least_blocks)] if options.least_blocks > 1 else []
     words += ["--method", options.method] if options.method else []
     words += ["--draft", Path(options.draft).name] if options.draft else []
     words += [word for name, value in options.method_options.items() for word in ("--method-option", f"{name}={value}")]

@@ -15,6 +15,7 @@ from smart_decoding.bench.results import Results, histogram, interval, number
 from smart_decoding.core.cost import CostModel
 
 NEUTRAL = -1  # the colour of what is no policy
+FAR = 24  # rows per request beyond which a policy would push all others to the left of the cost figure
 DEFAULT_CONTEXT = 128.0  # tokens, for results that do not say theirs
 _UNDER_LOAD = (
     ("time per token, median", "tpot_ms", "p50"),
@@ -68,19 +69,21 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """caption: how to read it. missing: why there are no panels."""
+    """caption: how to read it. missing: why there are no panels. apart: each panel has series of its own."""
 
     key: str
     title: str
     caption: str
     panels: Sequence[Panel] = ()
     missing: str = ""
+    apart: bool = False
 
 
 def figures(results: Results) -> list[Figure]:
     """All figures, those without data too."""
     found = [speedup(results), cost(results), tokens(results), reliability(results)] if results.runs else []
-    return [*found, *([under_load(results)] if results.load else [])]
+    found += [under_load(results)] if results.load else []
+    return [*found, *([hindsight(results.replayed), ablations(results.replayed)] if results.replayed else [])]
 
 
 def speedup(results: Results) -> Figure:
@@ -115,7 +118,8 @@ def cost(results: Results) -> Figure:
     caption = (
         "Grey: the measured profile, milliseconds of one verifying forward over its rows (one per request, and every "
         "verified draft token). Markers: each policy's mean rows and its measured mean time; the bar covers the middle "
-        "80 % of its rounds. A marker off the curve means that the machine was faster or slower than when profiled."
+        "80 % of its rounds. A marker off the curve means that the machine was faster or slower than when profiled. "
+        f"Trees of more than {FAR} rows per request would lie far to the right."
     )
     if not panels:
         return Figure("cost", title, "", missing=f"These results do not say how many rows a round had: {AGAIN}.")
@@ -169,18 +173,60 @@ def reliability(results: Results) -> Figure:
         "chose, over all batch sizes; on the diagonal predictions are right. Larger markers hold more tokens; 'off by' "
         "is the mean distance from the diagonal, over tokens. Only tokens whose predecessors were accepted are tested."
     )
-    return Figure("reliability", title, caption, panels)
+    return Figure("reliability", title, caption, panels, apart=True)
+
+
+def hindsight(replayed: Mapping[str, Any]) -> Figure:
+    """Policies by replay against the best that knowing acceptance would give."""
+    shown = ("smart", "best fixed", "smart_paper", "likelihood, EAGLE-2's size", "hindsight, a plan")
+    steps = ("smart", "+ calibration fitted to these answers", "+ deeper levels foreseen", "hindsight, a plan")
+    caption = (
+        "By replay of recorded drafts of other prompts, not live. 'Best fixed' is chosen afterwards, for each batch "
+        "size, on the very answers that it is judged by. Hindsight knows which drafts come true: a plan that exists."
+    )
+    panels = [
+        _replayed_panel("policies", replayed, "gap", shown),
+        _replayed_panel("what smart lacks", replayed, "gap", steps),
+    ]
+    return Figure("replay-gap", "How far from hindsight?", caption, panels, apart=True)
+
+
+def ablations(replayed: Mapping[str, Any]) -> Figure:
+    """`smart` with one ingredient exchanged."""
+    rule = ("smart", "stop rule: look back", "stop rule: always 2 levels", "stop rule: always 8 levels", "greedy rule")
+    costs = ("smart", "a wrong profile, corrected", "a wrong profile, no correction", "no calibration", "even budget")
+    caption = (
+        "By replay of recorded drafts of other prompts, not live: smart, and smart with one decision taken in another "
+        "way. Lines that lie on one another are ingredients that make no difference here."
+    )
+    panels = [_replayed_panel("when to stop, what to keep", replayed, "ablations", rule),
+              _replayed_panel("costs, calibration, budget", replayed, "ablations", costs)]  # fmt: skip
+    return Figure("replay-ablations", "What does each ingredient give?", caption, panels, apart=True)
+
+
+def _replayed_panel(title: str, replayed: Mapping[str, Any], part: str, names: Iterable[str]) -> Panel:
+    sizes = sorted(map(int, replayed))
+    series = []
+    for colour, name in enumerate(names):
+        values = [(size, number(replayed[str(size)][part], name)) for size in sizes]
+        points = [Point(size, y, note=f"{name}, batch {size}: {y:.2f}×") for size, y in values if y is not None]
+        if points:
+            series.append(Series(name, NEUTRAL if "hindsight" in name else colour, points))
+    return Panel(
+        title, "batch size", "speedup, by replay", series, [float(size) for size in sizes], True, level=(1.0, "1×")
+    )
 
 
 def under_load(results: Results) -> Figure:
     """Latency percentiles against load, one line per policy."""
     runs = results.load["runs"]
     names = {run["policy"]: results.names.get(run["policy"], run["policy"]) for run in runs}
+    order = list(dict.fromkeys([*results.names, *(policy for policy in names if policy != BASELINE)]))
     panels = []
     for title, kind, percentile in _UNDER_LOAD:
         series = []
         for policy, name in names.items():
-            colour = NEUTRAL if policy == BASELINE else list(results.names or names).index(policy)
+            colour = NEUTRAL if policy == BASELINE else order.index(policy)
             points = [_load_point(run, kind, percentile) for run in runs if run["policy"] == policy]
             series.append(Series("plain decoding" if policy == BASELINE else name, colour, [p for p in points if p]))
         if any(one.points for one in series):
@@ -222,7 +268,7 @@ def _cost_panel(results: Results, cost: CostModel, size: int) -> Panel | None:
     for colour, policy in ((NEUTRAL, BASELINE), *enumerate(results.names)):
         run = results.find(policy, size)
         rows = number(run, "rows_per_round") if run is not None else None
-        if run is None or rows is None:
+        if run is None or rows is None or rows > FAR * size:
             continue
         context = number(run, "context_tokens") or DEFAULT_CONTEXT
         expected = 1e3 * float(cost.verify_seconds(size, np.array([round(rows)]), context)[0])

@@ -4,7 +4,8 @@
     products(rows) = max(weights / memory rate, 2 * weights * rows in whole tiles / (efficiency * peak))
 
 Keys are read once per sequence, scores are computed once per row. A drafted level is the same for one layer, a fusing
-matrix and the drafter's output matrix. The parameters are in hardware.json; one efficiency serves all cards.
+matrix and the drafter's output matrix; a cost model knows its rows only, so that each of them pays a part of its
+sequence's keys. The parameters are in hardware.json; one efficiency serves all cards.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from smart_decoding.errors import ConfigError, ModelError
 ITEM = 2  # bytes: bf16
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 MOST_ROWS = 96  # per request
+LEVEL_ROWS = 4  # of a request in a drafted level, about: smart expands 1 or 2, EAGLE-2 ten
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def roofline(card: Card, model: Dimensions) -> CostModel:
         _curve(rows, level),
         row_token=model.layers * scores,
         sequence_token=model.layers * keys,
-        draft_token=scores + keys,
+        draft_token=scores + keys / LEVEL_ROWS,
         overhead_seconds=card.round_seconds,
     )
 

@@ -14,16 +14,69 @@ from smart_decoding.bench.summary import POOLED
 
 def sampled_section(results: Results) -> str:
     """Speedups at the second temperature."""
-    runs = [run for run in results.sampled if run["task"] == POOLED and run["policy"] != BASELINE]
+    heat = number(results.sampled[0], "temperature") if results.sampled else None
+    title = f"At temperature {heat:g}" if heat is not None else "At another temperature"
+    return _speedups("sampled", title, [run for run in results.sampled if run["task"] == POOLED])
+
+
+def suites_section(results: Results) -> str:
+    """Long contexts and edits, task by task."""
+    return _speedups("suites", "Long contexts and edits", [run for run in results.suites if run["task"] != POOLED])
+
+
+def _speedups(key: str, title: str, all_runs: Sequence[Run]) -> str:
+    runs = [run for run in all_runs if run["policy"] != BASELINE]
     if not runs:
         return ""
     names = short_names(runs)
-    rows = [(names[run["policy"]], str(run["batch_size"]), _ratio(run), "yes" if run.get("identical") else "NO")
-            for run in runs]  # fmt: skip
-    heat = number(runs[0], "temperature")
-    title = f"At temperature {heat:g}" if heat is not None else "At another temperature"
-    return _section("sampled", title, ("policy", "batch", "speedup", "same tokens"), rows,
-                    [(2, [verdict(run) for run in runs])])  # fmt: skip
+    rows = [(names[run["policy"]], str(run["batch_size"]), str(run["task"]), _ratio(run),
+             "yes" if run.get("identical") else "NO") for run in runs]  # fmt: skip
+    return _section(key, title, ("policy", "batch", "task", "speedup", "same tokens"), rows,
+                    [(3, [verdict(run) for run in runs])])  # fmt: skip
+
+
+def variants_section(results: Results) -> str:
+    """`smart` with one ingredient exchanged, live."""
+    runs = [run for run in results.variants if run["task"] == POOLED and run["policy"] != BASELINE]
+    if not runs:
+        return ""
+    names = short_names(runs)
+    rows = [(names[run["policy"]], str(run["batch_size"]), _ratio(run), _shown(run, "levels_per_round", 2),
+             _shown(run, "rows_per_round", 1)) for run in runs]  # fmt: skip
+    told = (
+        "Measured live, not by replay. all_levels: never stops before eight levels; cheap_profile: starts from a "
+        "profile in which rows cost a fifth and levels a quarter of what they do; kept: and never corrects it."
+    )
+    return _section("variants", "Ablations confirmed live", ("policy", "batch", "speedup", "levels", "rows"), rows,
+                    [(2, [verdict(run) for run in runs])], told)  # fmt: skip
+
+
+def replayed_section(results: Results) -> str:
+    """The replay's numbers, and the published rule's sweep."""
+    if not results.replayed:
+        return ""
+    sizes = sorted(results.replayed, key=int)
+    rows = []
+    for part in ("gap", "ablations"):
+        names = [name for name, value in results.replayed[sizes[0]][part].items() if isinstance(value, float)]
+        for name in names if part == "gap" else names[1:]:
+            rows.append((name, *(_shown(results.replayed[size][part], name, 2) for size in sizes)))
+    best = [f"batch {size}: {results.replayed[size]['gap'].get('best fixed is', '?')}" for size in sizes]
+    paper = [f"batch {size}: {_paper(results.replayed[size].get('paper'))}" for size in sizes]
+    told = (
+        f"Best fixed setting: {'; '.join(best)}. smart_paper's best of 60, its default's neighbour, its worst: "
+        f"{'; '.join(paper)}."
+    )
+    return _section("replayed", "By replay, in numbers", ("speedup at batch", *sizes), rows, caption=told)
+
+
+def _paper(rows: Any) -> str:
+    try:
+        best, near, worst = rows
+        return (f"{best['speedup']:.2f} (alpha {best['alpha']:g}, budget {best['budget']}, {best['family']} costs), "
+                f"{near['speedup']:.2f}, {worst['speedup']:.2f}")  # fmt: skip
+    except (TypeError, ValueError, KeyError):
+        return "unknown"
 
 
 def load_section(results: Results) -> str:

@@ -10,7 +10,14 @@ from typing import Any
 
 from smart_decoding.bench import svg
 from smart_decoding.bench.figures import Figure, Series, figures
-from smart_decoding.bench.html_parts import load_section, peer_section, sampled_section
+from smart_decoding.bench.html_parts import (
+    load_section,
+    peer_section,
+    replayed_section,
+    sampled_section,
+    suites_section,
+    variants_section,
+)
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.report import Run
 from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, interval, number, verdict
@@ -39,7 +46,14 @@ def page(results: Results) -> str:
     parts = [f"<header><h1>Speculative decoding of {escape(name)}, measured</h1>{_setting(results)}</header>"]
     if results.runs:
         parts += [_tiles(results), drawn.pop("speedup"), _losses(results), _by_task(results), sampled_section(results)]
-    parts += [peer_section(results), *drawn.values(), load_section(results)]
+    parts += [
+        suites_section(results),
+        variants_section(results),
+        peer_section(results),
+        *drawn.values(),
+        load_section(results),
+    ]
+    parts.append(replayed_section(results))
     parts += [_metrics(results), _noise(results)] if results.runs else []
     parts.append(_origin(results))
     return document(f"{name}: speculative decoding, measured", parts)
@@ -114,14 +128,13 @@ def section(figure: Figure) -> str:
                  f'<div class="narrow">{svg.draw(panel, 400, 320)}</div>')  # fmt: skip
         legend = _legend(panel.series)
     else:
-        own = any(panel.diagonal for panel in figure.panels)  # then each panel explains its own series
         drawn = "".join(
             f'<div class="panel"><h3>{escape(panel.title)}</h3>{svg.draw(panel, 400, 300)}'
-            f"{_legend(panel.series) if own else ''}</div>"
+            f"{_legend(panel.series) if figure.apart else ''}</div>"
             for panel in figure.panels
         )
         drawn = f'<div class="panels">{drawn}</div>'
-        legend = "" if own else _legend([s for panel in figure.panels for s in panel.series])
+        legend = "" if figure.apart else _legend([s for panel in figure.panels for s in panel.series])
     return f'<section id="{figure.key}">{title}{legend}{drawn}<p class="caption">{escape(figure.caption)}</p></section>'
 
 

@@ -16,7 +16,8 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL
 
 BASELINE = "off"
-_DRAFTING = ("method", "model")  # options of an arm that say what drafts; the others are the policy's
+VARIANT_SIZES = (1, 4)  # where variants of smart are measured
+_NOT_POLICY = ("method", "model", "variant")  # options of an arm that say what drafts, or what is exchanged in smart
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +28,20 @@ class Arm:
 
     policy: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""  # instead of the options, where they differ from batch size to batch size
 
     @property
     def label(self) -> str:
         """As tables print it: likelihood(depth=2,top_k=3)."""
+        if self.name:
+            return self.name
         shown = {name: Path(str(value)).name if name == "model" else value for name, value in self.options.items()}
         given = ",".join(f"{name}={value}" for name, value in shown.items())
         return f"{self.policy}({given})" if given else self.policy
 
     @property
     def policy_options(self) -> dict[str, Any]:
-        return {name: value for name, value in self.options.items() if name not in _DRAFTING}
+        return {name: value for name, value in self.options.items() if name not in _NOT_POLICY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +52,19 @@ class BenchOptions:
     method: drafter, or None for the model's default. limit: prompts per task. time_limit: seconds over the whole run;
     what is measured by then is reported, marked as partial. json, html: files for the results and for the report;
     plots: folder for pictures, made if need be. tune_likelihood: also run so
-    many of the best `likelihood` settings of each batch size, found by replay on other prompts. draft: what `method`
+    many of the best `likelihood` settings of each batch size, found by replay on other prompts; tune_paper: and the
+    best setting of `smart_paper`. least_blocks: of each task and batch size; prompts are used again where they are too
+    few. draft: what `method`
     drafts with, a head's folder or a smaller model; method_options: its other options. resume: a file that keeps what
     is measured, so that the same command goes on after a cut. sampled: measure again at this temperature, at
     `sampled_batch_sizes`. load: shares of the measured capacity at which requests arrive; peers: other engines on the
     same prompts; peer_env: 'name=folder', environments to use as they are. Either of these two replaces the
     comparison of policies in blocks unless `blocks` asks for it, too. skip: prompts of each task to pass over first.
-    record: instead of measuring, record the prompts' drafts there, for replay.
+    questions: also answer by replay how far policies are from hindsight and what each ingredient gives. suites: tasks
+    such as long and edit, measured at batch 1 in a part of their own, smart with n-grams too. variants: of `smart`,
+    measured beside it in a part of their own, at VARIANT_SIZES. record: instead of measuring, record the drafts
+    of the prompts there. random_weights, replay: measure a model of this config with random weights, its acceptance
+    taken from this recording.
     Raises ConfigError for anything that cannot be run."""
 
     policies: Sequence[str] = (BASELINE, "smart")
@@ -72,6 +82,8 @@ class BenchOptions:
     json: Path | None = None
     device: str = "auto"
     tune_likelihood: int = 0
+    tune_paper: bool = False
+    least_blocks: int = 1
     html: Path | None = None
     plots: Path | None = None
     draft: str | None = None
@@ -85,11 +97,16 @@ class BenchOptions:
     blocks: bool = False
     skip: int = 0
     record: Path | None = None
+    suites: Sequence[str] = ()
+    questions: bool = False
+    variants: Sequence[str] = ()
+    random_weights: str | None = None
+    replay: Path | None = None
 
     def __post_init__(self) -> None:
         _at_least_one("batch_sizes", self.batch_sizes)
-        _at_least_one("limit, max_tokens", (self.limit, self.max_tokens))
-        unknown = [task for task in self.tasks if task not in TASKS]
+        _at_least_one("limit, max_tokens, least_blocks", (self.limit, self.max_tokens, self.least_blocks))
+        unknown = [task for task in (*self.tasks, *self.suites) if task not in TASKS]
         if unknown or not self.tasks:
             raise ConfigError(f"unknown task {''.join(unknown[:1])!r}; known: {', '.join(TASKS)}")
         if self.tune_likelihood < 0:
@@ -102,14 +119,21 @@ class BenchOptions:
             raise ConfigError(f"load must be shares of the capacity such as 0.3,0.6,0.9, not {list(self.load)}")
         if self.temperature and self.sampled:
             raise ConfigError("--sampled adds a second temperature to a greedy run: leave out --temperature")
+        if (self.random_weights is None) != (self.replay is None):
+            raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
+        if self.replay is not None and (self.temperature or self.sampled or self.load or self.peers):
+            raise ConfigError("a replayed run is greedy and in blocks: leave out temperatures, --load and --peers")
         check_outputs((self.json, self.html, self.resume, self.record), self.plots)
         check_peers(self.peers, self.peer_env)
         self.sampling(0)
+        for variant in self.variants:
+            check_variant(Arm("smart", {"variant": variant}))
         self._check_arms()
 
     def _check_arms(self) -> None:
         for arm in self.arms:
             make_policy(arm.policy, **arm.policy_options)
+            check_variant(arm)
             method = arm.options.get("method", self.method)
             if method is not None and method not in METHODS:
                 raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
@@ -151,16 +175,26 @@ class BenchOptions:
         """The `speculative_config` of an arm."""
         if arm.policy == BASELINE:
             return False
-        named = {"method": self.method, "model": self.draft}
+        named, asked = {"method": self.method, "model": self.draft}, dict(arm.options)
+        asked.pop("variant", None)
         common = {name: value for name, value in named.items() if value is not None}
-        if "method" in arm.options:  # a drafter of its own: the other's model and options are not for it
-            return {"policy": arm.policy, **arm.options}
-        return {**common, **self.method_options, "policy": arm.policy, **arm.options}
+        if "method" in asked:  # a drafter of its own: the other's model and options are not for it
+            return {"policy": arm.policy, **asked}
+        return {**common, **self.method_options, "policy": arm.policy, **asked}
 
     def sampling(self, index: int, temperature: float | None = None) -> SamplingParams:
         """Parameters of prompt `index`: its seed is the same under every policy and batch size."""
         heat = self.temperature if temperature is None else temperature
         return SamplingParams(temperature=heat, max_tokens=self.max_tokens, seed=self.seed + index)
+
+
+def check_variant(arm: Arm) -> None:
+    """Raises ConfigError for a variant that nobody knows, or that is not of `smart`."""
+    if "variant" in arm.options:
+        from smart_decoding.bench.ablations import VARIANTS
+
+        if arm.policy != "smart" or arm.options["variant"] not in VARIANTS:
+            raise ConfigError(f"unknown variant {arm.options['variant']!r}; smart has: {', '.join(VARIANTS)}")
 
 
 def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:

@@ -40,13 +40,13 @@ def drawn(figure: Figure) -> Any:
     """The figure on a canvas of matplotlib's."""
     from matplotlib.figure import Figure as Canvas
 
-    columns = min(2, len(figure.panels))
+    columns = len(figure.panels) if len(figure.panels) <= 3 else 2
     lines = math.ceil(len(figure.panels) / columns)
     size = (8.0, 5.0) if columns == 1 and not figure.panels[0].diagonal else (5.0 * columns, 4.2 * lines)
     canvas = Canvas(figsize=size, layout="constrained")
     canvas.suptitle(figure.title, fontsize=13)
     for i, panel in enumerate(figure.panels):
-        _axes(canvas.add_subplot(lines, columns, i + 1), panel, legend=i == 0 or panel.diagonal)
+        _axes(canvas.add_subplot(lines, columns, i + 1), panel, legend=i == 0 or figure.apart)
     return canvas
 
 

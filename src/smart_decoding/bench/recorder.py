@@ -40,8 +40,7 @@ def record_trace(options: BenchOptions) -> Trace:
     policy = arm.policy
     if arm.engine.drafter is None or not arm.engine.drafter.max_levels or not isinstance(policy, Smart):
         raise ConfigError("--record needs a drafter with a model: a head or a draft model (--method eagle)")
-    prior = {"calibration": policy.calibration.state_dict(), "forecast": policy.forecast.state_dict()}
-    prompts = encode(llm, texts, options)
+    prior, prompts = prior_of(policy), encode(llm, texts, options)
     recording = record_wide(arm, prompts)
     plain = llm.sharing_weights(False)
     host = measure_host(plain.engine, arm.engine, [p for of_task in prompts.values() for p in of_task][:8])
@@ -51,6 +50,13 @@ def record_trace(options: BenchOptions) -> Trace:
         "temperature": options.temperature,
     }
     return Trace(recording, about, tuple(llm.target.eos_token_ids), arm.speculation.cost, host, prior)
+
+
+def prior_of(policy: Any) -> dict[str, Any] | None:
+    """What `smart` starts from, as a recording keeps it; None for another policy."""
+    if not isinstance(policy, Smart):
+        return None
+    return {"calibration": policy.calibration.state_dict(), "forecast": policy.forecast.state_dict()}
 
 
 def record_wide(arm: LLM, prompts: Mapping[str, Sequence[Prompt]]) -> Recording:

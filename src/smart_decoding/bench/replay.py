@@ -187,10 +187,10 @@ class Walk:
 
 
 class Source:
-    """The running answers' trees as a drafter."""
+    """Recorded trees as a drafter. roots: [batch] the positions whose trees are drafted."""
 
-    def __init__(self, walk: Walk) -> None:
-        self._recording, self._root = walk.recording, walk.position
+    def __init__(self, recording: Recording, roots: IntArray) -> None:
+        self._recording, self._root = recording, roots
         self._where = np.zeros(0, np.int64)  # [live nodes] their number in the recording
         self.missing = np.zeros(len(self._root), np.int64)  # [batch]
 
@@ -235,7 +235,7 @@ class Drafted:
 
 def draft(policy: Policy, walk: Walk) -> Drafted:
     """Lets the policy draft and select, level by level."""
-    batch, source = walk.state(), Source(walk)
+    batch, source = walk.state(), Source(walk.recording, walk.position)
     if hasattr(policy, "foresee"):
         policy.foresee(walk)
     done = Drafted(batch, policy.plan(batch), DraftTrees.empty(batch.size), np.zeros(0, np.int64), source.missing)

@@ -16,13 +16,19 @@ _HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/r
 def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
     """All tables of a result, each part under its name."""
     parts = []
-    for name, title in (("runs", ""), ("sampled_runs", "at temperature {:g}\n")):
+    if result.get("acceptance"):
+        model = result["provenance"]["weights"]["model"]
+        parts.append(f"{str(result['acceptance']).upper()}: compute is real, tokens are a recording's ({model})")
+    titles = {"runs": "", "sampled_runs": "at temperature {:g}\n", "variant_runs": "one ingredient exchanged\n",
+              "suite_runs": "long contexts and edits\n"}  # fmt: skip
+    for name, title in titles.items():
         runs = result.get(name) or []
         if runs:
             title = title.format(runs[0]["temperature"])
             table = markdown(runs) if in_markdown else terminal(runs)
             parts.append(f"{title}{table}\n\nspeedup by task\n{by_task(runs)}")
     parts += [load_table(result["load"])] if result.get("load") else []
+    parts += [replay_table(result["replayed"])] if result.get("replayed") else []
     parts += [peer_table(result["peers"])] if result.get("peers") else []
     return "\n\n".join(parts)
 
@@ -37,6 +43,16 @@ def load_table(load: Mapping[str, Any]) -> str:
         f"({load['capacity_tokens_per_s']:.0f} tok/s), what plain decoding answers at {load['slots']} at once; ms"
     )
     return "\n".join([told, *_aligned(rows)])
+
+
+def replay_table(replayed: Mapping[str, Any]) -> str:
+    """Speedups by replay at every batch size."""
+    sizes = list(replayed)
+    rows: list[Sequence[str]] = [("by replay, not live", *sizes)]
+    for part in ("gap", "ablations"):
+        names = [name for name, value in replayed[sizes[0]][part].items() if isinstance(value, float)]
+        rows += [(name, *(_number(replayed[size][part][name], 2) for size in sizes)) for name in names]
+    return "\n".join(_aligned(rows))
 
 
 def _load_cells(run: Run, name: str) -> Sequence[str]:
@@ -72,6 +88,7 @@ def terminal(runs: Sequence[Run]) -> str:
     names = short_names(pooled)
     rows = [_cells(run, runs, names[run["policy"]]) for run in pooled]
     legend = [f"{short} = {full}" for full, short in names.items() if full != short]
+    legend += [f"{run['policy']}, batch {run['batch_size']} = {run['setting']}" for run in pooled if run.get("setting")]
     return "\n".join([*_aligned([_HEADER, *rows]), *legend, "", *notes(runs)])
 
 

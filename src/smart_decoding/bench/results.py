@@ -22,7 +22,7 @@ FASTER, SLOWER, UNDECIDED = "faster", "slower", "undecided"
 class Results:
     """runs: as in the JSON. names: policy -> short name. cost: the measured profile, if the file has one.
 
-    sampled, load, peers: the further parts, empty where they were not measured."""
+    sampled, variants, suites, load, replayed, peers: the further parts, empty where they were not measured."""
 
     provenance: Mapping[str, Any]
     runs: Sequence[Run]
@@ -32,6 +32,9 @@ class Results:
     load: Mapping[str, Any] = field(default_factory=dict)
     peers: Sequence[Mapping[str, Any]] = ()
     limits: Mapping[str, Any] = field(default_factory=dict)
+    variants: Sequence[Run] = ()
+    replayed: Mapping[str, Any] = field(default_factory=dict)
+    suites: Sequence[Run] = ()
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "the results") -> Results:
@@ -41,8 +44,8 @@ class Results:
         load, peers = _load(data.get("load")), _peers(data.get("peers"))
         if not data["runs"] and not load and not peers:
             raise ConfigError(f"{source} has no 'runs': give a file that smart bench --json wrote")
-        sampled = data.get("sampled_runs") or []
-        for run in [*data["runs"], *(sampled if isinstance(sampled, Sequence) else [])]:
+        sampled, variants, suites = (_list(data.get(f"{name}_runs")) for name in ("sampled", "variant", "suite"))
+        for run in [*data["runs"], *sampled, *variants, *suites]:
             if not isinstance(run, Mapping):
                 raise ConfigError(f"{source}: each of 'runs' must be an object")
             for name, kind in (("policy", str), ("task", str), ("batch_size", int)):
@@ -54,7 +57,8 @@ class Results:
             raise ConfigError(f"{source} has no runs of the task {POOLED!r}, which pools the others")
         return cls(
             _mapping(data.get("provenance")), data["runs"], _cost(data.get("cost")), _mapping(data.get("memory")),
-            sampled, load, peers, _mapping(data.get("limits")),
+            sampled, load, peers, _mapping(data.get("limits")), variants, _replayed(data.get("replayed")),
+            suites,
         )  # fmt: skip
 
     @classmethod
@@ -68,6 +72,9 @@ class Results:
         origin = {**main.provenance, **({"command": "\n".join(commands)} if commands else {})}
         return replace(
             main, provenance=origin, sampled=next((each.sampled for each in found if each.sampled), ()),
+            variants=next((each.variants for each in found if each.variants), ()),
+            replayed=next((each.replayed for each in found if each.replayed), {}),
+            suites=next((each.suites for each in found if each.suites), ()),
             load=next((each.load for each in found if each.load), {}), peers=[p for each in found for p in each.peers],
         )  # fmt: skip
 
@@ -147,6 +154,17 @@ def _load(value: Any) -> Mapping[str, Any]:
         isinstance(run, Mapping) and isinstance(run.get("policy"), str) and number(run, "load") is not None
         for run in runs)  # fmt: skip
     return found if usable else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+
+
+def _replayed(value: Any) -> Mapping[str, Any]:
+    """Batch size -> what replay answers; empty if that cannot be read."""
+    found = _mapping(value)
+    parts = [_mapping(_mapping(of_size).get(name)) for of_size in found.values() for name in ("gap", "ablations")]
+    return found if parts and all(parts) and all(size.isdigit() for size in found) else {}
 
 
 def _peers(value: Any) -> Sequence[Mapping[str, Any]]:

@@ -16,29 +16,32 @@ from typing import Any
 
 from tqdm import tqdm
 
+from smart_decoding.bench.ablations import VARIANTS
 from smart_decoding.bench.blocks import Block, Prompt, run_block
 from smart_decoding.bench.command import command_of
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.limits import measure_limits
 from smart_decoding.bench.limits import shares as limit_shares
-from smart_decoding.bench.options import BASELINE, Arm, BenchOptions
+from smart_decoding.bench.options import BASELINE, VARIANT_SIZES, Arm, BenchOptions
 from smart_decoding.bench.peak import forget_peak, peak_gib
 from smart_decoding.bench.provenance import memory, provenance
 from smart_decoding.bench.resume import Progress, block_of, key_of, plain_block
 from smart_decoding.bench.summary import noise, summarise
-from smart_decoding.bench.sweep import Sweep
 from smart_decoding.bench.traffic import Sizes, achieved
-from smart_decoding.bench.tuning import best_likelihood, cost_of, prompts_needed
+from smart_decoding.bench.tuning import Tuner
 from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.errors import CapacityError
 from smart_decoding.llm import LLM
 
 NOISE_EVERY = 3  # cycles
+SLOW = 4  # a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8: 3rd, ...
 SLOTS = 16  # requests at once under load
 LONG_PROMPT = 4096  # the longest of the task `long`, for which memory is then made
-_PART_SHARES = {"runs": 0.65, "sampled_runs": 0.15, "load": 0.2}  # of the time limit
+_PART_SHARES = {
+    "runs": 0.56, "sampled_runs": 0.11, "suite_runs": 0.06, "variant_runs": 0.07, "load": 0.1, "replayed": 0.1
+}  # of the time limit  # fmt: skip
 WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
 LONGEST_PROMPT = 1024  # KV memory is made for prompts up to this on average; longer ones may be preempted
 
@@ -62,7 +65,10 @@ def run(options: BenchOptions) -> dict[str, Any]:
     Raises CapacityError if the time limit was too short for a single cycle, ConfigError for a file of --resume that is
     of another run, and what LLM raises."""
     progress = Progress(options.resume, key_of(options) if options.resume else {})
-    texts = {task: load_task(task, options.skip + options.limit)[options.skip :] for task in options.tasks}
+    texts = {
+        task: load_task(task, options.skip + options.limit)[options.skip :]
+        for task in (*options.tasks, *options.suites)
+    }
     llm = load(options)
     progress.agree("weights", llm.provenance)
     bench = _Bench(options, llm, encode(llm, texts, options), progress)
@@ -88,7 +94,7 @@ class _Bench:
         self.options, self.llm, self.prompts, self.progress = options, llm, prompts, progress
         self.head: str | None = None
         self.cost: CostModel | None = None
-        self.tuner = _Tuner(llm, options)
+        self.tuner = Tuner(llm, options)
         self.sizes = Sizes.of(llm.target.decoder.config, llm.target.dtype.itemsize)
         self.limits = measure_limits(llm.target.dtype, llm.target.device)
 
@@ -99,46 +105,70 @@ class _Bench:
         heats = dict(
             zip(("runs", "sampled_runs"), options.temperatures if options.compares_policies else (), strict=False)
         )
-        asked = [*heats, *(["load"] if options.load else [])]
+        more = {
+            "suite_runs": (options.suites, self._suites), "variant_runs": (options.variants, self._variants),
+            "load": (options.load, self._load), "replayed": (options.questions, self._questions),
+        }  # fmt: skip
+        asked = [*heats, *(part for part, (wanted, _) in more.items() if wanted)]
         for i, part in enumerate(asked):
             until = _until(stop, _PART_SHARES[part] / sum(_PART_SHARES[each] for each in asked[i:]))
-            result[part] = self._load(until) if part == "load" else self._blocks(*heats[part], until)
+            result[part] = self._blocks(*heats[part], until) if part in heats else more[part][1](until)
         if options.peers:
             result["peers"] = self._peers()
         return result
 
     def engines(self, batch_size: int) -> dict[str, LLM]:
         """Every contestant of a batch size, by label."""
-        chosen = {arm.label: arm for arm in [*self.options.arms, *self.tuner.arms(batch_size, self.progress)]}
-        arms = {label: self.llm.sharing_weights(self.options.speculation(arm)) for label, arm in chosen.items()}
+        return self._made([*self.options.arms, *self.tuner.arms(batch_size, self.progress)])
+
+    def _made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
+        arms = {arm.label: self.llm.sharing_weights(self.options.speculation(arm)) for arm in chosen}
+        for arm in chosen:
+            if "variant" in arm.options:
+                engine = arms[arm.label].engine
+                engine.policy = VARIANTS[arm.options["variant"]](engine.policy)
         found = [arm.speculation for arm in arms.values() if arm.engine.drafter is not None]
         self.head = self.head or ", ".join(dict.fromkeys(each.description for each in found)) or None
         self.cost = self.cost or next((each.cost for each in found if each.cost), None)
         return arms
 
-    def _blocks(self, temperature: float, batch_sizes: Sequence[int], stop: float | None) -> list[dict[str, Any]]:
-        """The runs at a temperature; a batch size for which time was too short is left out."""
+    def _blocks(
+        self,
+        temperature: float,
+        batch_sizes: Sequence[int],
+        stop: float | None,
+        arms: Sequence[Arm] = (),
+        kind: str = "",
+        tasks: Sequence[str] = (),
+    ) -> list[dict[str, Any]]:
+        """The runs at a temperature, of all contestants or of `arms`, on the tasks asked for or on `tasks`; a batch
+        size for which time was too short is left out."""
         runs: list[dict[str, Any]] = []
-        prompts = at_temperature(self.prompts, self.options, temperature)
+        chosen = {task: self.prompts[task] for task in tasks or self.options.tasks}
+        prompts = at_temperature(chosen, self.options, temperature)
         for i, batch_size in enumerate(batch_sizes):
             forget_peak()
-            engines = {label: arm.engine for label, arm in self.engines(batch_size).items()}
-            name = f"T {temperature:g}, batch {batch_size}"
+            made = self._made(arms) if arms else self.engines(batch_size)
+            engines = {label: arm.engine for label, arm in made.items()}
+            name = f"{kind}T {temperature:g}, batch {batch_size}"
+            settings = {} if arms else {arm.label: _setting(arm) for arm in self.tuner.arms(batch_size, self.progress)}
             done = _restored(self.progress.units(name))
             deadline = _until(stop, 1 / (len(batch_sizes) - i))
-            with _bar(prompts, batch_size, len(engines), name, done) as bar:
+            cycles = sum(1 for _ in cycles_of(prompts, batch_size, self.options.least_blocks))
+            with _bar(cycles, len(engines), name, done) as bar:
                 measured = measure(
                     engines, prompts, batch_size, deadline, lambda label, bar=bar: _advance(bar, label), done=done,
                     on_cycle=lambda cycle, again, name=name: self.progress.add(name, _kept(cycle, again)),
+                    least_blocks=self.options.least_blocks,
                 )  # fmt: skip
             if not measured.cycles:
                 print(f"smart: batch {batch_size} is left out: no time was left for one block of every policy",
                       file=sys.stderr)  # fmt: skip
                 continue
             for run in rows_of(measured, batch_size, self.options, temperature):
-                run |= achieved(run, self.sizes)
+                run |= achieved(run, self.sizes) | settings.get(run["policy"], {})
                 runs.append({**run, **limit_shares(run, self.limits), "peak_gib": peak_gib()})
-            del engines
+            del engines, made
             gc.collect()  # drafters hold memory of their own
         return runs
 
@@ -146,8 +176,39 @@ class _Bench:
         from smart_decoding.bench.load import measure_load
 
         seconds = None if stop is None else max(1.0, stop - time.perf_counter())
-        engines = {label: arm.engine for label, arm in self.engines(SLOTS).items()}
-        return measure_load(engines, self.prompts, self.options.load, self.options.seed, seconds, self.progress)
+        arms = list(self.options.arms)
+        if self.options.tune_likelihood:  # the best fixed tree; one that is far too slow would be served for ever
+            fixed = [arm for arm in self.tuner.arms(SLOTS, self.progress) if arm.policy == "likelihood"]
+            arms = [arm for arm in arms if arm.policy in (BASELINE, "smart")] + fixed[:1]
+        engines = {label: arm.engine for label, arm in self._made(arms).items()}
+        prompts = {task: self.prompts[task] for task in self.options.tasks}
+        return measure_load(engines, prompts, self.options.load, self.options.seed, seconds, self.progress)
+
+    def _suites(self, stop: float | None) -> list[dict[str, Any]]:
+        """Tasks of their own at batch 1, where n-grams may help the head."""
+        arms = [Arm(BASELINE), Arm("smart"), Arm("smart", {"method": "union"})]
+        arms += [arm for arm in self.tuner.arms(1, self.progress) if arm.policy == "likelihood"][:1]
+        return self._blocks(self.options.temperature, (1,), stop, arms, "suites, ", self.options.suites)
+
+    def _variants(self, stop: float | None) -> list[dict[str, Any]]:
+        """`smart` with one ingredient exchanged, beside itself."""
+        arms = [Arm(BASELINE), Arm("smart"), *(Arm("smart", {"variant": name}) for name in self.options.variants)]
+        sizes = [size for size in VARIANT_SIZES if size <= self.llm.engine.config.max_num_seqs]
+        return self._blocks(self.options.temperature, sizes, stop, arms, "variants, ")
+
+    def _questions(self, stop: float | None) -> dict[str, Any]:
+        """What replay answers, batch size by batch size, as far as time allows."""
+        from smart_decoding.bench.questions import Asker
+
+        asker, found = Asker(self.tuner.trace), dict[str, Any]()
+        for size in tqdm(self.options.batch_sizes, desc="replaying", unit="batch size", leave=False):
+            name = f"replayed, batch {size}"
+            if not self.progress.units(name):
+                if found and stop is not None and time.perf_counter() > stop:
+                    break
+                self.progress.add(name, asker.answers(size))
+            found[str(size)] = self.progress.units(name)[0]
+        return found
 
     def _peers(self) -> list[dict[str, Any]]:
         from smart_decoding.bench.peers.session import measure_peers
@@ -156,6 +217,10 @@ class _Bench:
         self.head, self.cost = self.head or smart.speculation.description, self.cost or smart.speculation.cost
         engines = {"plain": self.llm.engine, "smart": smart.engine}
         return measure_peers(self.options, engines, self.prompts, self.progress)
+
+
+def _setting(arm: Arm) -> dict[str, str]:
+    return {"setting": ",".join(f"{name}={value}" for name, value in arm.options.items())}
 
 
 def _until(stop: float | None, share: float) -> float | None:
@@ -173,14 +238,16 @@ def measure(
     clock: Clock = time.perf_counter,
     done: Measurement | None = None,
     on_cycle: Callable[[dict[str, Block], Block | None], None] = lambda cycle, again: None,
+    least_blocks: int = 1,
 ) -> Measurement:
     """Runs the engines in turn over all prompts (task -> prompts) until done or past the deadline (on `clock`).
 
-    A cycle that the deadline cuts is dropped: all arms have answered the same prompts. `done`: what an earlier run
+    A cycle that the deadline cuts is dropped: all arms have answered the same prompts. After the first cycle a slow
+    engine runs in few of them: it would use up the time that the others' intervals need. `done`: what an earlier run
     measured of the same, to go on from; `on_cycle` is told each new cycle, with the baseline's second block if it had
     one."""
     result, labels = done or Measurement(), list(engines)
-    cycles = list(cycles_of(prompts, batch_size))
+    cycles = list(cycles_of(prompts, batch_size, least_blocks))
     first = len(result.cycles)
     if first == len(cycles):
         return result
@@ -189,7 +256,8 @@ def measure(
     for number, (chunk, fillers) in enumerate(cycles[first:], first):
         turn = number % len(labels)
         cycle: dict[str, Block] = {}
-        for label in labels[turn:] + labels[:turn]:
+        due = [label for label in labels[turn:] + labels[:turn] if number % _every(result.cycles, label) == 0]
+        for label in due:
             if deadline is not None and clock() > deadline:
                 result.partial = True
                 return result
@@ -204,17 +272,31 @@ def measure(
     return result
 
 
+def _every(cycles: Sequence[Mapping[str, Block]], label: str) -> int:
+    """1 for a contestant that runs in every cycle, 2 in every second one, and so on."""
+    if not cycles:
+        return 1
+    ours, base = (cycles[0][name].total_seconds for name in (label, BASELINE))
+    return 1 + int(ours / base / SLOW) if base > 0 else 1
+
+
 def cycles_of(
-    prompts: Mapping[str, Sequence[Prompt]], batch_size: int
+    prompts: Mapping[str, Sequence[Prompt]], batch_size: int, least: int = 1
 ) -> Iterator[tuple[Sequence[Prompt], Sequence[Prompt]]]:
     """Blocks of `batch_size` prompts (the last of a task may have fewer), tasks in turn, each with its fillers: the
-    prompts of the task that follow it, in circle."""
-    longest = max((len(of_task) for of_task in prompts.values()), default=0)
-    for start in range(0, longest, batch_size):
-        for of_task in prompts.values():
-            chunk = of_task[start : start + batch_size]
-            if chunk:
-                yield chunk, [*of_task[start + batch_size :], *of_task[:start]]
+    prompts of the task that follow it, in circle. Where that makes fewer than `least` blocks of the longest task, its
+    prompts and the others' are used again, in other blocks."""
+    longest, count, turn = max((len(of_task) for of_task in prompts.values()), default=0), 0, 0
+    while longest and (count < least or not turn):
+        for start in range(0, longest, batch_size):
+            for of_task in prompts.values():
+                first = turn * batch_size // 2 % len(of_task)
+                turned = [*of_task[first:], *of_task[:first]]
+                chunk = turned[start : start + batch_size]
+                if chunk:
+                    yield chunk, [*turned[start + batch_size :], *turned[:start]]
+            count += 1
+        turn += 1
 
 
 def rows_of(
@@ -225,7 +307,7 @@ def rows_of(
         raise CapacityError(f"the time limit was too short for one block of every policy at batch size {batch_size}")
     rows, heat = [], options.temperature if temperature is None else temperature
     for label in measured.cycles[0]:
-        pairs = [(cycle[label], cycle[BASELINE]) for cycle in measured.cycles]
+        pairs = [(cycle[label], cycle[BASELINE]) for cycle in measured.cycles if label in cycle]
         extra = noise(measured.again, options.seed) if label == BASELINE else {}
         for figures in summarise(pairs, options.seed):
             shared = {"policy": label, "batch_size": batch_size, "task": figures.pop("task"),
@@ -264,53 +346,15 @@ def _restored(units: Sequence[Any]) -> Measurement:
     return measured
 
 
-class _Tuner:
-    """Finds the best `likelihood` settings of a batch size, if asked to; records once."""
-
-    def __init__(self, llm: LLM, options: BenchOptions) -> None:
-        self.llm, self.options = llm, options
-        self.sweep: Sweep | None = None
-
-    def arms(self, batch_size: int, progress: Progress) -> list[Arm]:
-        """The best settings; the same again when a run goes on."""
-        if not self.options.tune_likelihood:
-            return []
-        name = f"tuned for batch {batch_size}"
-        if not progress.units(name):
-            progress.add(name, [[arm.policy, dict(arm.options)] for arm in self._found(batch_size)])
-        return [Arm(policy, options) for policy, options in progress.units(name)[0]]
-
-    def _found(self, batch_size: int) -> list[Arm]:
-        options = self.options
-        candidates = [self.llm.sharing_weights(options.speculation(arm)) for arm in options.arms]
-        cost = cost_of(candidates)
-        if self.sweep is None:
-            from smart_decoding.bench.recorder import record_wide  # which needs this module
-
-            drafting = next(arm for arm in candidates if arm.engine.drafter is not None)
-            recording = record_wide(drafting, encode(self.llm, self._other_texts(), options))
-            self.sweep = Sweep(recording, eos=self.llm.target.eos_token_ids)
-        return best_likelihood(self.sweep, cost, batch_size, options.tune_likelihood)
-
-    def _other_texts(self) -> dict[str, list[Any]]:
-        """Prompts after those that are measured. Raises ConfigError if a task has no others."""
-        options = self.options
-        count, used = prompts_needed(options), options.skip + options.limit
-        texts = {task: load_task(task, used + count)[used:] for task in options.tasks}
-        for task, others in texts.items():
-            if not others:
-                raise ConfigError(f"--tune-likelihood finds no {task} prompts beyond the first {used}: lower --limit")
-        return texts
-
-
 def load(options: BenchOptions) -> LLM:
     largest = max([*options.batch_sizes, *(options.sampled_batch_sizes if options.sampled else ()),
-                   *([SLOTS] if options.load else ())])  # fmt: skip
+                   *([SLOTS] if options.load else ()), *(VARIANT_SIZES if options.variants else ())])  # fmt: skip
     longest = LONG_PROMPT if "long" in options.tasks else LONGEST_PROMPT
+    long, tokens = "long" in (*options.tasks, *options.suites), largest * (options.max_tokens + longest)
     return LLM(
         options.model, speculative_config=False, dtype=options.dtype, device=options.device, max_num_seqs=largest,
-        kv_cache_tokens=largest * (options.max_tokens + longest), enable_prefix_caching=False,
-        max_model_len=options.max_tokens + LONG_PROMPT if "long" in options.tasks else None,
+        kv_cache_tokens=max(tokens, LONG_PROMPT + options.max_tokens if long else 0), enable_prefix_caching=False,
+        max_model_len=options.max_tokens + LONG_PROMPT if long else None,
         seed=options.seed, stop_at_loops=True,
     )  # fmt: skip
 
@@ -335,9 +379,9 @@ def _warm_up(engine: Engine, prompts: Mapping[str, Sequence[Prompt]], batch_size
     run_block(engine, short, short, batch_size)
 
 
-def _bar(prompts: Mapping[str, Sequence[Prompt]], batch_size: int, arms: int, name: str, done: Measurement) -> Any:
+def _bar(cycles: int, arms: int, name: str, done: Measurement) -> Any:
     """Blocks done and to come, with the time left."""
-    cycles, first = sum(1 for _ in cycles_of(prompts, batch_size)), len(done.cycles)
+    first = len(done.cycles)
     return tqdm(total=cycles * arms, initial=first * arms, desc=name, unit="block", leave=False)
 
 

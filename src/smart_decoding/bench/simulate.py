@@ -86,9 +86,12 @@ class Simulation:
 class Simulator:
     """Replays policies at batch sizes; trees that do not depend on them are drawn once."""
 
-    def __init__(self, trace: Trace, cost: CostModel, host: HostCosts | None = None) -> None:
-        self.trace, self.cost, self.host = trace, cost, host
-        self._eagle = Sweep(trace.recording, [EAGLE_2], trace.eos_token_ids)
+    def __init__(
+        self, trace: Trace, cost: CostModel, host: HostCosts | None = None, tree: Setting | None = None
+    ) -> None:
+        """tree: the setting of `likelihood` that stands for fixed trees of full size; EAGLE-2's by default."""
+        self.trace, self.cost, self.host, self.rounds = trace, cost, host, 0
+        self._eagle = Sweep(trace.recording, [tree or EAGLE_2], trace.eos_token_ids)
         self._fixed = Sweep(trace.recording, SETTINGS, trace.eos_token_ids)
 
     def outlook(self, batch_size: int, on_policy: Callable[[str], object] = lambda name: None) -> Outlook:
@@ -99,16 +102,22 @@ class Simulator:
 
         def of(name: str, most: int = rounds) -> Replayed:
             on_policy(name)
-            return replay(trace.policy(name, cost), recording, cost, batch_size, host, rounds=most)
+            return self._counted(replay(trace.policy(name, cost), recording, cost, batch_size, host, rounds=most))
 
         plain = of("off").tokens_per_s
         smart, paper = of("smart"), of("smart_paper", max(30, PAPER_ROUNDS // batch_size))
         on_policy("likelihood")
         ((_, eagle),) = self._over(self._eagle, recording).rank(cost, batch_size, host)
-        setting, fixed = self._over(self._fixed, recording).rank(cost, batch_size, host)[0]
+        ranked = self._over(self._fixed, recording).rank(cost, batch_size, host)
+        self.rounds += batch_size * sum(found.rounds for _, found in [*ranked, (EAGLE_2, eagle)])
+        setting, fixed = ranked[0]
         speedup = {SMART: smart, PAPER: paper, LIKELIHOOD: eagle, name_of(setting): fixed}
         rates = {name: result.tokens_per_s / plain for name, result in speedup.items()}
         return Outlook(batch_size, plain, rates, setting, smart)
+
+    def _counted(self, found: Replayed) -> Replayed:
+        self.rounds += found.rounds * found.batch_size  # of requests
+        return found
 
     def _over(self, sweep: Sweep, recording: Recording) -> Sweep:
         return sweep if recording is self.trace.recording else sweep.repeated(recording)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from smart_decoding.bench.options import check_outputs
 from smart_decoding.bench.provenance import write_json, write_text
 from smart_decoding.bench.recording import Answer, Recording
 from smart_decoding.bench.replay import HostCosts
-from smart_decoding.bench.simulate import LIKELIHOOD, PAPER, SMART, Simulation, Simulator, name_of
+from smart_decoding.bench.simulate import EAGLE_2, LIKELIHOOD, PAPER, SMART, Simulation, Simulator, name_of
+from smart_decoding.bench.sweep import Setting
 from smart_decoding.bench.trace import Trace, read_trace
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
@@ -48,16 +50,18 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("give either --trace FILE (smart bench --record makes one) or --acceptance NAME")
     if args.context is not None and args.context < 1:
         raise ConfigError(f"--context must be at least 1, not {args.context}")
-    trace, acceptance = _acceptance(args)
+    trace, acceptance, tree = _acceptance(args)
     if args.context is not None:
         trace = replace(trace, recording=_at_context(trace.recording, args.context))
     cost, host, simulation = _costs(args, trace, acceptance, max(sizes))
-    simulator = Simulator(trace, cost, host)
+    simulator, started = Simulator(trace, cost, host, tree), time.perf_counter()
     with tqdm(total=len(sizes), desc="simulating", unit="batch size", leave=False) as bar:
         for size in sizes:
             simulation.outlooks.append(simulator.outlook(size, lambda name: bar.set_postfix_str(name, refresh=True)))
             bar.update()
     print(text(simulation))
+    seconds = time.perf_counter() - started
+    print(f"({simulator.rounds} rounds of requests replayed in {seconds:.1f} s)")
     if args.json is not None:
         write_json(args.json, simulation.to_dict())
     if args.html is not None:
@@ -106,25 +110,26 @@ def _did(off: float) -> str:
     return "drafts always" if off < 0.05 else f"{100 * off:.0f} % of rounds off"
 
 
-def _acceptance(args: argparse.Namespace) -> tuple[Trace, str]:
+def _acceptance(args: argparse.Namespace) -> tuple[Trace, str, Setting]:
+    """Trees to replay, what they are in words, and the setting of `likelihood` that fixed trees of full size have."""
     if args.trace is not None:
         trace = read_trace(args.trace)
         recording, origin = trace.recording, trace.about.get("provenance", {})
         weights = origin.get("weights", {}).get("model", "unknown model")
         said = f"recorded: {args.trace.name}, {weights}, {origin.get('head', 'unknown drafter')}, temperature "
-        return trace, f"{said}{trace.about.get('temperature', '?')}, {len(recording.answers)} answers"
+        return trace, f"{said}{trace.about.get('temperature', '?')}, {len(recording.answers)} answers", EAGLE_2
     from smart_decoding.bench.hardware import acceptances
     from smart_decoding.bench.synthetic import synthetic
 
     known = acceptances()
     if args.acceptance in known:
         level = known[args.acceptance]
-        tokens, context, source = level["tokens_per_round"], level["context"], level["source"]
+        tokens, context, source, tree = (level[name] for name in ("tokens_per_round", "context", "source", "tree"))
     else:
-        tokens, context, source = _tokens(args.acceptance, list(known)), 200, "asked for"
-    recording = synthetic(tokens, context=context)
-    said = f"SYNTHETIC trees, {tokens:g} tokens per round of EAGLE-2's tree, prompts of {context} tokens; {source}"
-    return Trace(recording, {}), said
+        tokens, context, source, tree = _tokens(args.acceptance, list(known)), 200, "asked for", EAGLE_2
+    recording = synthetic(tokens, context=context, tree=tree)
+    said = f"SYNTHETIC trees, {tokens:g} tokens per round of {name_of(tree)}, prompts of {context} tokens; {source}"
+    return Trace(recording, {}), said, tree
 
 
 def _costs(

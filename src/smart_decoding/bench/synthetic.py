@@ -6,6 +6,8 @@ chooses a child with its confidence times a trust that falls with depth. Nothing
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from smart_decoding.bench.recording import Recording
@@ -21,25 +23,31 @@ EASES = (-6.0, 12.0)
 
 
 def synthetic(
-    tokens_per_round: float, answers: int = 32, length: int = 64, context: int = 200, seed: int = 0
+    tokens_per_round: float,
+    answers: int = 24,
+    length: int = 120,
+    context: int = 200,
+    tree: Mapping[str, int] | None = None,
+    seed: int = 0,
 ) -> Recording:
-    """A recording whose rounds under EAGLE-2's default tree yield `tokens_per_round` on average over positions.
+    """A recording whose rounds under a setting of `likelihood` (default: EAGLE-2's tree) yield `tokens_per_round` on
+    average over positions.
 
     Raises ConfigError for a number that such a tree cannot yield."""
     low, high = EASES
-    for _ in range(12):
+    for _ in range(9):
         ease = (low + high) / 2
-        found = _yield(_draw(ease, 8, 40, context, seed))
+        found = _yield(_draw(ease, 8, 40, context, seed), tree or {})
         low, high = (ease, high) if found < tokens_per_round else (low, ease)
     if not EASES[0] + 0.01 < low < EASES[1] - 0.01 or not 1 < tokens_per_round < LEVELS + 1:
         raise ConfigError(f"{tokens_per_round:g} tokens per round cannot be had from a tree of {LEVELS} levels")
     return _draw((low + high) / 2, answers, length, context, seed)
 
 
-def _yield(recording: Recording) -> float:
+def _yield(recording: Recording, tree: Mapping[str, int]) -> float:
     """Tokens per round, over positions that are not cut short by the answer's end."""
     whole = np.concatenate([a.first + np.arange(max(0, a.positions - LEVELS)) for a in recording.answers])
-    return float(Fixed.draw(Likelihood(), recording).emitted[whole].mean())
+    return float(Fixed.draw(Likelihood(**tree), recording).emitted[whole].mean())
 
 
 def _draw(ease: float, answers: int, length: int, context: int, seed: int) -> Recording:

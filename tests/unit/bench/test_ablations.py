@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from smart_decoding.bench.ablations import ABLATIONS, Foreseeing, FrozenCosts, fitted, flat, raw, smart
+from smart_decoding.bench.ablations import ABLATIONS, VARIANTS, Foreseeing, FrozenCosts, askew, fitted, flat, raw, smart
 from smart_decoding.bench.replay import Walk, draft, replay
 from smart_decoding.bench.synthetic import synthetic
 from smart_decoding.bench.trace import Trace
@@ -94,3 +94,18 @@ def test_who_foresees_the_levels_is_not_slower(trace):
     foreseeing = replay(Foreseeing(smart(trace, FLAT, calibration)), trace.recording, FLAT, 2)
     ours = replay(smart(trace, FLAT, fitted(trace.recording)), trace.recording, FLAT, 2)
     assert foreseeing.tokens_per_s > 0.97 * ours.tokens_per_s
+
+
+def test_a_wrong_profile_keeps_the_smallest_forward():
+    wrong = askew(FLAT, 5.0, 4.0)
+    assert float(wrong.verify_seconds(1, 1, 0.0)) == pytest.approx(1.0)
+    assert float(wrong.verify_seconds(1, 64, 0.0)) == pytest.approx(1 + 5 * 2.0)
+    assert float(wrong.draft_seconds(1, 0.0)) == pytest.approx(0.8)
+
+
+def test_variants_wrap_a_running_policy(trace):
+    for name, wrap in VARIANTS.items():
+        found = replay(wrap(smart(trace, FLAT)), trace.recording, FLAT, 4, rounds=60)
+        assert found.tokens >= 4 * found.rounds, name
+        if name.startswith("dear"):  # drafting seems not to pay: plain decoding, and no slower
+            assert found.off > 0.9 * found.rounds and found.rows == 4 * found.rounds

@@ -299,7 +299,9 @@ def test_the_further_parts_have_their_sections() -> None:
         {"name": "absent", "runs": [], "error": "pip could not install it"},
     ]  # fmt: skip
     sampled = [{**run, "temperature": 0.8} for run in results()["runs"]]
-    data = {**results(), "load": load, "peers": peers, "sampled_runs": sampled, "limits": {"gb_per_s": 25.0}}
+    data = {**results(), "load": load, "peers": peers, "sampled_runs": sampled, "limits": {"gb_per_s": 25.0},
+            "suite_runs": [run_of("smart(method=union)", 1, "edit", 2.3, 1.4, 4.1)],
+            "variant_runs": [run_of("smart(variant=all_levels)", 4, "all", 0.8, 0.7, 0.9)]}  # fmt: skip
     document = ElementTree.fromstring(page(Results.from_dict(data)))
     assert len([s for s in section(document, "load").iter("svg") if s.get("role") == "img"]) == 3
     table = text_of(section(document, "load-table"))
@@ -308,11 +310,18 @@ def test_the_further_parts_have_their_sections() -> None:
     assert "other is faster than ours at batch 1: 0.70 (0.60–0.80)" in text_of(other)
     assert "absent: pip could not install it" in text_of(other)
     assert [c.text for c in other.iter("td") if c.get("class") == SLOWER] == ["0.70 (0.60–0.80)"]
+    assert "edit 2.30 (1.40–4.10)" in text_of(section(document, "suites"))
+    assert "all_levels 4 0.80 (0.70–0.90)" in text_of(section(document, "variants"))
     assert "At temperature 0.8" in text_of(section(document, "sampled"))
     assert "best of reading memory 25 GB/s" in text_of(section(document, "origin"))
     alone = {"runs": [], "load": load, "provenance": {"command": "smart bench --load 0.3"}}
     only = ElementTree.fromstring(page(Results.from_dict(alone)))
     assert {s.get("id") for s in only.iter("section")} == {"load", "load-table", "origin"}
+    other = {
+        **load,
+        "runs": [{**run, "policy": "chain" if run["policy"] == "smart" else "off"} for run in load["runs"]],
+    }
+    page(Results.from_dict({**results(), "load": other}))  # a policy that runs under load only
 
 
 def test_parts_of_several_files_make_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

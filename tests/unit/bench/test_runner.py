@@ -215,7 +215,7 @@ def test_presets_fill_in_what_is_not_given():
     quick, full = asked_by("--quick"), asked_by("--full")
     assert quick.time_limit <= 150 and 1 in quick.batch_sizes
     assert full.batch_sizes == (1, 2, 4, 8, 16, 32) and full.temperatures == [(0.0, full.batch_sizes), (0.8, (1, 8))]
-    assert full.load and full.compares_policies and len(full.tasks) == 5 and full.time_limit <= 3600
+    assert full.load and full.compares_policies and len((*full.tasks, *full.suites)) == 5 and full.time_limit <= 3600
     assert asked_by("--limit 3 --full --batch-sizes 1,4").batch_sizes == (1, 4)
     assert asked_by("") == BenchOptions()
     assert asked_by("--method ngram --method-option longest=4").method_options == {"longest": 4}
@@ -240,3 +240,34 @@ def test_limits_are_positive_and_shares_are_shares():
     assert told == {"gb_share": 0.5, "gflop_share": 0.5}
     if forget_peak():
         assert 0.01 < peak_gib() < 1000
+
+
+def test_prompts_are_used_again_where_a_batch_is_large():
+    tasks = {"code": worlds.prompts("code", 6), "maths": worlds.prompts("maths", 4, 6)}
+    blocks = list(cycles_of(tasks, 4, least=5))
+    code = [tuple(p.index for p in chunk) for chunk, _ in blocks if chunk[0].task == "code"]
+    assert len(code) == 6 and len(set(code)) > 3  # three passes of two blocks, in other compositions
+    assert sum(len(chunk) for chunk in code) == 18
+    for chunk, fillers in blocks:
+        assert not {p.index for p in chunk} & {p.index for p in fillers}
+    assert len(list(cycles_of(tasks, 4))) == 3 and not list(cycles_of({}, 4, least=5))
+
+
+def test_a_slow_contestant_runs_in_few_cycles_and_is_paired_with_its_own(world):
+    clock, engines, tasks = world
+    engines["slow"] = worlds.engine(clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=8.0), length=1)
+    measured = measure(engines, tasks, 1, clock=clock)
+    shown = ["slow" in cycle for cycle in measured.cycles]
+    assert shown == [i % 3 == 0 for i in range(9)]  # nine times as slow
+    (run,) = (r for r in rows_of(measured, 1, worlds.options()) if (r["policy"], r["task"]) == ("slow", "all"))
+    assert run["blocks"] == 3 and run["speedup"] == pytest.approx(1 / 9, rel=0.02)
+
+
+def test_a_variant_is_of_smart_and_known():
+    arm = parse_setting("smart:variant=all_levels")
+    assert arm.label == "smart(variant=all_levels)" and arm.policy_options == {}
+    options = BenchOptions(policy_options=("smart:variant=all_levels",))
+    assert options.speculation(arm) == {"policy": "smart"}
+    for wrong in ("smart:variant=nothing", "chain:variant=all_levels"):
+        with pytest.raises(ConfigError, match="unknown variant"):
+            BenchOptions(policies=("off", wrong.split(":")[0]), policy_options=(wrong,))
