@@ -55,7 +55,7 @@ OPTIONS = {
     ),
     "pictures": (
         Option("allowed-local-media-path", str, None, "folder of files that messages may name", shown="none"),
-        Option("limit-mm-per-prompt", key_value, [], "MODALITY=N of a prompt at most; may be repeated", many=True,
+        Option("limit-mm-per-prompt", key_value, [], "image=N or video=N, of one prompt; may be repeated", many=True,
                shown="image=16, video=1"),
         Option("mm-processor-option", key_value, [], "K=V for the image processor, such as max_pixels; may be repeated",
                many=True, shown="none"),
@@ -101,7 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 group.add_argument(f"--{option.name}", action="store_true", default=None, help=words)
                 continue
             action: dict[str, Any] = {"action": "append"} if option.many else {}
-            metavar = option.name.rpartition("-")[2].upper() if option.choices is None else None
+            metavar = "K=V" if option.kind is key_value else option.name.rpartition("-")[2].upper()
+            metavar = None if option.choices else metavar
             group.add_argument(f"--{option.name}", type=option.kind, choices=option.choices, metavar=metavar,
                                help=words, **action)  # fmt: skip
 
