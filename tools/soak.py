@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -350,6 +351,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("build/soak.json"), help="the result (build/soak.json)")
     parser.add_argument("--option", action="append", default=[], help="passed on to smart serve; may be repeated")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers end with it
     args.blocks = args.blocks or max(1, round(args.seconds / BLOCK))
     with server(args, args.policy) as ours, server(args, "off") as off:
         result = soak(args, {args.policy: ours, "off": off})

@@ -16,6 +16,7 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL
 
 KEY_VARIABLE = "SMART_API_KEY"
+SPINS = "1000"  # looks at a barrier before a thread sleeps; libgomp's own 300,000 take milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Checks everything that can be checked without the model, then serves."""
+    share_cores()
     merge(args, read_config(args.config) if args.config else {})
     config = speculative_config(args)
     try:
@@ -137,6 +139,13 @@ def main(args: argparse.Namespace) -> int:
         ),
         settings,
     )  # fmt: skip
+
+
+def share_cores() -> None:
+    """Lets threads that wait for each other sleep soon: beside one other busy process a server on two cores is then
+    twice as fast, and alone as fast as before. Must come before torch, whose OpenMP reads it once."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def read_config(path: Path) -> dict[str, Any]:
