@@ -4,8 +4,9 @@
 
 Two servers run side by side, `smart` and speculation off; blocks of load go to one, then the other, with the same
 requests at the same times, so that a change of the machine's speed hits both. It looks for requests that fail or hang,
-for leaked slots, pages and memory, and for answers that differ from the same request served alone without speculation
-(5 % of them, in float32). Prints a table, then one JSON line; exits with 1 if something is wrong.
+for leaked slots, pages and memory, for answers that differ from the same request served alone without speculation
+(5 % of them, in float32), and for a median that speculation has worsened. Prints a table (Markdown) and PASS or FAIL
+with the reasons, writes everything as JSON, and exits with 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import json
 import os
 import random
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,7 +41,9 @@ FORMS: list[dict[str, Any]] = [
 ]  # fmt: skip
 HANGS = 300.0  # seconds without a byte
 SLOW = 0.1  # seconds that a slow reader sleeps after each piece
+DIFFERS = "differs from alone"
 GROWTH = 1.1  # times the memory after the first fifth of the run
+BLOCK = 30.0  # seconds of load on one server, then on the other: the machine's speed changes within minutes
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def plans(args: argparse.Namespace, client: str) -> list[Plan]:
         if rng.random() < 0.1:
             body["structured_outputs"] = rng.choice(FORMS)
         kind = rng.choices(["read", "cancel", "slow"], [0.75, 0.15, 0.1])[0]
-        found.append(Plan(at, body, kind, rng.randrange(1, 20), kind != "cancel" and rng.random() < 0.05))
+        found.append(Plan(at, body, kind, rng.randrange(1, 20), kind != "cancel" and rng.random() < args.checked))
     return found
 
 
@@ -178,7 +183,7 @@ async def check_answers(plain_url: str, figures: Figures) -> None:
         for plan, text in figures.answers:
             alone = "".join([piece async for piece, _ in pieces(client, plan.body)])
             if alone != text:
-                figures.wrong.append(f"differs from alone: {json.dumps(plan.body)}")
+                figures.wrong.append(f"{DIFFERS}: {json.dumps(plan.body)}")
 
 
 def check_leaks(url: str, figures: Figures) -> dict[str, float]:
@@ -221,39 +226,76 @@ def summary(figures: Figures, counted: dict[str, float]) -> dict[str, Any]:
 
 
 def ratio(ours: dict[str, Times], base: dict[str, Times], name: str) -> dict[str, Any]:
-    """Our median over the baseline's, on the requests that both answered, with a bootstrap 95 % interval."""
-    both = [(getattr(ours[k], name), getattr(base[k], name)) for k in sorted(ours.keys() & base.keys())]
-    pairs = np.array([pair for pair in both if None not in pair], np.float64)
-    if len(pairs) < 2:
-        return {"value": None, "low": None, "high": None, "pairs": len(pairs)}
-    which = np.random.default_rng(0).integers(0, len(pairs), (2000, len(pairs)))
-    medians = np.median(pairs[which], axis=1)
-    value = np.median(pairs, axis=0)
-    low, high = np.percentile(medians[:, 0] / medians[:, 1], [2.5, 97.5])
-    return {"value": round(float(value[0] / value[1]), 4), "low": round(float(low), 4), "high": round(float(high), 4),
-            "pairs": len(pairs)}  # fmt: skip
+    """Our median over the baseline's, on the requests that both answered, with a bootstrap 95 % interval.
+
+    Whole blocks are drawn where there are enough: requests of one block saw the same state of the machine."""
+    pairs: dict[str, list[tuple[float, float]]] = {}  # by block, or by request
+    for key in sorted(ours.keys() & base.keys()):
+        one, other = getattr(ours[key], name), getattr(base[key], name)
+        if one is not None and other is not None:
+            pairs.setdefault(key.partition("-")[0], []).append((one, other))
+    groups = [np.array(group) for group in pairs.values()]
+    every = np.concatenate(groups) if groups else np.zeros((0, 2))
+    if len(every) < 2:
+        return {"value": None, "low": None, "high": None, "pairs": len(every)}
+    units = groups if len(groups) >= 5 else list(every[:, None])
+    rng = np.random.default_rng(0)
+    drawn = [np.concatenate([units[i] for i in rng.integers(0, len(units), len(units))]) for _ in range(2000)]
+    ratios = [a / b for a, b in (np.median(each, axis=0) for each in (every, *drawn))]
+    low, high = np.percentile(ratios[1:], [2.5, 97.5])
+    return {"value": round(float(ratios[0]), 4), "low": round(float(low), 4), "high": round(float(high), 4),
+            "pairs": len(every)}  # fmt: skip
+
+
+def faults(result: dict[str, Any]) -> list[str]:
+    """What is wrong. A median is worse where its whole interval is."""
+    found = [f"{policy}: {wrong}" for policy, each in result["policies"].items() for wrong in each["wrong"]]
+    for policy, ratios in result["over_off"].items():
+        for name, r in ratios.items():
+            if r["low"] is not None and r["low"] > 1:
+                found.append(
+                    f"{policy}: median {name} {r['value']} x that without speculation ({r['low']} to {r['high']})"
+                )
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """As it stands in docs/reliability.md."""
+    heads = ("", "ended, left early", "checked, different", "time to first token, ms: p50 / p95 / p99",
+             "time per token, ms: p50 / p95 / p99", "memory, MiB, after a fifth / at the end")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for policy, found in result["policies"].items():
+        different = sum(wrong.startswith(DIFFERS) for wrong in found["wrong"])
+        times = [" / ".join(f"{ms:.4g}" for ms in found[name].values()) for name in ("ttft_ms", "tpot_ms")]
+        memory = " / ".join(map(str, found["memory_mib"]))
+        lines.append(f"| `{policy}` | {found['ends'].get('read', 0)}, {found['ends'].get('cancelled', 0)} | "
+                     f"{found['checked']}, {different} | {times[0]} | {times[1]} | {memory} |")  # fmt: skip
+    return "\n".join(lines)
 
 
 def show(result: dict[str, Any]) -> None:
+    print(table(result), end="\n\n")
     for policy, found in result["policies"].items():
-        for name in ("ttft_ms", "tpot_ms"):
-            print(f"{policy:12} {name}  " + "  ".join(f"{k} {v:9.1f}" for k, v in found[name].items()))
-        print(f"{policy:12} ends {found['ends']}, {found['checked']} checked, memory {found['memory_mib']} MiB, "
-              f"rounds off {found['rounds_off']}")  # fmt: skip
-        for wrong in found["wrong"]:
-            print(f"{policy:12} WRONG {wrong}")
-    for policy, found in result["over_off"].items():
-        for name, r in found.items():
+        print(f"{policy}: ends {found['ends']}, {found['late']} began late; {found['tokens_per_round']} tokens and "
+              f"{found['round_ms']} ms a round, {found['rounds_off']} of the rounds without drafts, controller "
+              f"{found['controller_share']}, {found['cores_busy']} cores busy")  # fmt: skip
+    for policy, ratios in result["over_off"].items():
+        for name, r in ratios.items():
             print(f"{policy} / off, median {name}: {r['value']} ({r['low']} to {r['high']}, {r['pairs']} pairs)")
-    print(json.dumps(result))
+    wrong = result["faults"]
+    print("\n".join(["FAIL", *wrong]) if wrong else "PASS: no request failed or hung, nothing leaked, every answer "
+          "asked again was the same, no median is worse with speculation")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- servers
 
 
 @contextlib.contextmanager
-def server(args: argparse.Namespace, policy: str, port: int) -> Iterator[tuple[str, int]]:
-    """`smart serve` in a process of its own; (url, pid)."""
+def server(args: argparse.Namespace, policy: str) -> Iterator[tuple[str, int]]:
+    """`smart serve` in a process of its own, once it is ready; (url, pid)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     options = ["--served-model-name", "soak", "--dtype", args.dtype, "--port", str(port), "--policy", policy,
                "--log-level", "warning", *args.option]  # fmt: skip
@@ -266,6 +308,8 @@ def server(args: argparse.Namespace, policy: str, port: int) -> Iterator[tuple[s
             if process.poll() is not None:
                 raise SystemExit(f"the server ended with {process.returncode}")
             time.sleep(0.5)
+        else:
+            raise SystemExit("the server was not ready within five minutes")
         yield url, process.pid
     finally:
         process.terminate()
@@ -286,7 +330,9 @@ def soak(args: argparse.Namespace, servers: dict[str, tuple[str, int]]) -> dict[
         policy: {name: ratio(figures[policy].times, figures["off"].times, name) for name in ("ttft", "tpot")}
         for policy in servers if policy != "off"
     }  # fmt: skip
-    return {"policies": {policy: summary(figures[policy], counted[policy]) for policy in servers}, "over_off": over_off}
+    policies = {policy: summary(figures[policy], counted[policy]) for policy in servers}
+    result = {"policies": policies, "over_off": over_off}
+    return result | {"faults": faults(result)}
 
 
 def main() -> int:
@@ -297,26 +343,27 @@ def main() -> int:
     )
     parser.add_argument("--policy", default="smart", help="what runs beside speculation off (smart)")
     parser.add_argument("--seconds", type=float, default=600, help="of load on each of the two servers (600)")
-    parser.add_argument("--blocks", type=int, default=0, help="parts of that, in turn (one a minute)")
+    parser.add_argument("--blocks", type=int, default=0, help=f"parts of that, in turn (one every {BLOCK:g} s)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--pause", type=float, default=20.0, help="mean seconds between a client's requests (20)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--port", type=int, default=8077, help="and the next one (8077)")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--checked", type=float, default=0.05, help="share of the answers to ask for again (0.05)")
+    parser.add_argument("--json", type=Path, default=Path("build/soak.json"), help="the result (build/soak.json)")
     parser.add_argument("--option", action="append", default=[], help="passed on to smart serve; may be repeated")
     args = parser.parse_args()
-    args.blocks = args.blocks or max(1, round(args.seconds / 60))
-    with server(args, args.policy, args.port) as ours, server(args, "off", args.port + 1) as off:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers end with it
+    args.blocks = args.blocks or max(1, round(args.seconds / BLOCK))
+    with server(args, args.policy) as ours, server(args, "off") as off:
         result = soak(args, {args.policy: ours, "off": off})
     from smart_decoding.bench.provenance import provenance, write_json
 
     command = "python tools/soak.py " + " ".join(sys.argv[1:])
     result |= {"clients": args.clients, "seconds": args.seconds, "blocks": args.blocks, "pause": args.pause}
     result |= {"provenance": provenance(command, args.seed, {"model": args.model}, "the model's own")}
-    if args.json:
-        write_json(args.json, result)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.json, result)
     show(result)
-    return 1 if any(found["wrong"] for found in result["policies"].values()) else 0
+    return 1 if result["faults"] else 0
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ class LLM:
     ) -> None:
         dtype_of(dtype)
         limits = _limits(limit_mm_per_prompt, allowed_local_media_path, max_image_pixels)
-        _positive(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        _positive(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+                  max_model_len=max_model_len, kv_cache_tokens=kv_cache_tokens)  # fmt: skip
         checkpoint = load_checkpoint(model)
         self._checkpoint, self.provenance = checkpoint, dict(checkpoint.provenance)
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
@@ -162,7 +163,7 @@ class LLM:
         A prompt is a text, token ids, what `chat_prompt` returns, or vLLM's {"prompt": …, "multi_modal_data": …}."""
         many = _as_list(prompts)
         params = _params_for(many, sampling_params)
-        ready = [self._ready(prompt) for prompt in many]  # what is wrong is found before anything is queued
+        ready = [self.text_prompt(prompt) for prompt in many]  # what is wrong is found before anything is queued
         jobs = [self._submit(prompt, p) for prompt, p in zip(ready, params, strict=True)]
         try:
             while self.engine.has_unfinished_requests:
@@ -202,30 +203,8 @@ class LLM:
             messages = as_text(split(messages)[0], {})
         return MediaPrompt(self.tokenizer.encode_chat(messages))
 
-    def stream(
-        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
-    ) -> Iterator[str]:
-        """The text of one answer to a prompt or a conversation, piece by piece as rounds yield it."""
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
-        job = self._submit(self._ready(prompt), sampling_params or SamplingParams(max_tokens=256))  # type: ignore[arg-type]
-        (request,) = job.answers
-        try:
-            while not request.finished:
-                self.engine.step()
-                piece = request.stop.new_text()
-                if piece:
-                    yield piece
-        finally:
-            if not request.finished:
-                self.engine.abort(request.id)
-
-    def _submit(self, ready: MediaPrompt, params: SamplingParams) -> _Job:
-        self._count += 1
-        answers = self.engine.add_request(str(self._count), ready.tokens, params, ready.media)
-        return _Job(ready.text, ready.tokens, answers)
-
-    def _ready(self, prompt: Prompt) -> MediaPrompt:
+    def text_prompt(self, prompt: Prompt) -> MediaPrompt:
+        """A prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need their pictures."""
         if isinstance(prompt, MediaPrompt):
             return prompt
         given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
@@ -242,6 +221,29 @@ class LLM:
         text = wanted if isinstance(wanted, str) else None
         tokens = self.tokenizer.encode(wanted) if isinstance(wanted, str) else [int(token) for token in wanted]
         return MediaPrompt(tokens, None, text)
+
+    def stream(
+        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """The text of one answer to a prompt or a conversation, piece by piece as rounds yield it."""
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
+        job = self._submit(self.text_prompt(prompt), sampling_params or SamplingParams(max_tokens=256))  # type: ignore[arg-type]
+        (request,) = job.answers
+        try:
+            while not request.finished:
+                self.engine.step()
+                piece = request.stop.new_text()
+                if piece:
+                    yield piece
+        finally:
+            if not request.finished:
+                self.engine.abort(request.id)
+
+    def _submit(self, ready: MediaPrompt, params: SamplingParams) -> _Job:
+        self._count += 1
+        answers = self.engine.add_request(str(self._count), ready.tokens, params, ready.media)
+        return _Job(ready.text, ready.tokens, answers)
 
     @staticmethod
     def _output(job: _Job) -> RequestOutput:
@@ -296,7 +298,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _positive(**values: int) -> None:
+def _positive(**values: int | None) -> None:
     for name, value in values.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"{name}={value} is not allowed: it must be at least 1")

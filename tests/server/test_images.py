@@ -84,11 +84,25 @@ def test_a_bad_picture_is_a_bad_request(seeing: Running, messages: Any, words: s
 
 
 @pytest.mark.parametrize(
-    "part", [{"type": "input_audio"}, {"type": "image_url"}, {"type": "image_url", "image_url": "x"}]
+    ("part", "words"),
+    [
+        ({"type": "input_audio"}, "messages.0.content.0: Input tag 'input_audio'"),
+        ({"type": "image_url"}, "messages.0.content.0.image_url.image_url: Field required"),
+        ({"type": "image_url", "image_url": "x"}, "messages.0.content.0.image_url.image_url: "),
+    ],
 )
-def test_malformed_parts_are_bad_requests(seeing: Running, part: dict[str, Any]) -> None:
+def test_malformed_parts_are_bad_requests(seeing: Running, part: dict[str, Any], words: str) -> None:
     body = {"model": NAME, "messages": [{"role": "user", "content": [part]}]}
-    assert post(seeing, "/v1/chat/completions", json=body).status_code == 400
+    reply = post(seeing, "/v1/chat/completions", json=body)
+    assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(words)
+
+
+def test_a_completion_cannot_have_pictures(seeing: Running) -> None:
+    placeholder = seeing.llm.tokenizer.encode("<image>", add_special_tokens=False)
+    for prompt in ("<image> What is it?", ["a", "<image>"], placeholder):
+        reply = post(seeing, "/v1/completions", json={"model": NAME, "prompt": prompt})
+        assert reply.status_code == 400 and "0 images for a prompt of 1" in reply.json()["error"]["message"]
+    assert post(seeing, "/v1/completions", json={"model": NAME, "prompt": "a", "max_tokens": 1}).status_code == 200
 
 
 def test_a_text_model_refuses_pictures(running: Running) -> None:

@@ -291,3 +291,9 @@ def test_no_body_makes_the_server_fail(running: Running, path: str, change: dict
     body = json.dumps({"model": NAME, **start, "stop": "e", **change}).encode()
     response = post(running, path, content=body, headers=JSON)
     assert response.status_code in (200, 400, 404), response.text
+
+
+@pytest.mark.parametrize("name", ["max_model_len", "kv_cache_tokens", "max_num_seqs", "max_num_batched_tokens"])
+def test_sizes_of_nothing_are_refused(load: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=0 is not allowed"):
+        load(**{name: 0})

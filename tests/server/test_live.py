@@ -15,6 +15,7 @@ from serving import NAME, Running, post, serving, slow, wait_for
 
 BODY = {"model": NAME, "prompt": "abcabcabc", "max_tokens": 900, "ignore_eos": True, "temperature": 0, "stream": True}
 CHROMIUM = shutil.which("chromium")
+BACKGROUND = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)"
 
 
 @contextmanager
@@ -49,10 +50,11 @@ def events(running: Running, count: int, **options: Any) -> list[dict[str, Any]]
 def test_events_show_the_running_trees(load: Any) -> None:
     with serving(lambda: slow(load(), 0.005)) as running:
         quiet = events(running, 1)[0]
+        assert quiet["name"] == NAME and quiet["yield"] is None
         assert quiet["ready"] and quiet["running"] == 0 and quiet["tps"] == 0 and quiet["trees"] == []
         with busy(running):
             _, *later = events(running, 4)
-        assert all(event["running"] == 1 and event["tps"] > 0 for event in later)
+        assert all(event["running"] == 1 and event["tps"] > 0 and event["yield"] >= 1 for event in later)
         (tree,) = later[-1]["trees"]
         assert tree["nodes"] and tree["own"]
         for i, (parent, text, prob, accepted) in enumerate(tree["nodes"]):
@@ -84,19 +86,28 @@ def test_the_page_in_chromium(load: Any, capsys: pytest.CaptureFixture[str]) -> 
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
         faults: list[str] = []
+        asked: set[str] = set()
         page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda request: asked.add(request.url.partition("/")[2].partition("/")[2].partition(":")[0]))
         with serving(lambda: slow(load(), 0.01)) as running:
             port = int(running.url.rpartition(":")[2])
             page.goto(running.url)
             page.wait_for_selector("#state.live", timeout=5000)
+            assert f'"model": "{NAME}"' in page.text_content("#hint") and page.is_visible("#hint")
             with busy(running):
                 page.wait_for_selector("#trees rect", timeout=5000)
+                page.wait_for_selector("#hint", state="hidden", timeout=5000)
                 before = page.text_content("#trees p i")
                 page.wait_for_function("old => document.querySelector('#trees p i').textContent !== old", arg=before)
                 assert float(page.text_content("#tps")) > 0
+                assert page.evaluate("document.querySelector('#bar').clientWidth") > 20
+                assert page.locator("#trees rect.accepted").count() + page.locator("#trees rect.rejected").count() > 0
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            dark = page.evaluate(BACKGROUND)
+            page.emulate_media(color_scheme="light")
+            assert sum(page.evaluate(BACKGROUND)) > 600 and sum(dark) < 120  # of 3 x 255
         page.wait_for_selector("#state.lost", timeout=5000)
         with serving(load, port=port):
             page.wait_for_selector("#state.live", timeout=8000)
         browser.close()
-    assert faults == []
+    assert faults == [] and asked == {"127.0.0.1"}  # nothing from elsewhere

@@ -32,7 +32,7 @@ def tool() -> Any:
 def test_a_short_soak_finds_nothing_wrong(tool: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "SLOW", 0.02)
     size = {"max_num_seqs": 16, "max_model_len": 2048}
-    args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5)
+    args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5, checked=0.05)
     with (
         serving(lambda: load(**size), model_name="soak") as ours,
         serving(lambda: load(**size, speculative_config=False), model_name="soak") as off,
@@ -58,3 +58,17 @@ def test_it_notices_what_is_wrong(tool: Any, running: Any, load: Any) -> None:
     tool.check_leaks(running.url, figures)
     running.llm.engine.pool.give(page)
     assert "leak: kv_cache_usage_perc" in figures.wrong[1] and "memory grew" in figures.wrong[2]
+
+
+def times(tool: Any, blocks: int, seconds: float) -> Any:
+    return {f"{b}-{i}": tool.Times(0.1, seconds * (1 + b / 10 + i / 100)) for b in range(blocks) for i in range(20)}
+
+
+@pytest.mark.parametrize("blocks", [1, 6])
+def test_a_worse_median_is_a_fault(tool: Any, blocks: int) -> None:
+    base, result = times(tool, blocks, 0.01), {"policies": {"smart": {"wrong": []}}, "over_off": {}}
+    for factor in (0.8, 1.0, 1.5):
+        found = tool.ratio(times(tool, blocks, 0.01 * factor), base, "tpot")
+        assert found["low"] <= found["value"] <= found["high"] and found["value"] == pytest.approx(factor, abs=1e-4)
+        result["over_off"] = {"smart": {"tpot": found, "ttft": tool.ratio({}, base, "ttft")}}
+        assert bool(tool.faults(result)) == (factor > 1)

@@ -84,9 +84,11 @@ def install(app: FastAPI) -> None:
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong, in one line."""
-    first = error.errors()[0]
-    kind, path = first["type"], [str(part) for part in first["loc"] if part != "body"]
+    """The first thing that is wrong, in one line; of a value that may be of several types, the deepest."""
+    field = error.errors()[0]["loc"][:2]
+    first = max((e for e in error.errors() if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
+    kind = first["type"]
+    path = [part for part in map(str, first["loc"]) if part != "body" and "[" not in part]  # "list[...]": a type tried
     if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if kind == "extra_forbidden":

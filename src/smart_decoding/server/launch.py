@@ -63,7 +63,7 @@ def set_up_logging(level: str) -> None:
 
 def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Server, Worker]:
     """A server that has not been started."""
-    metrics, live = Metrics(settings.model_name), Live()
+    metrics, live = Metrics(settings.model_name), Live(settings.model_name)
     worker = Worker(load, settings.max_queue, settings.queue_timeout, (metrics, live))
     limits = {"head_timeout": settings.head_timeout, "max_connections": settings.max_connections}
     config = uvicorn.Config(

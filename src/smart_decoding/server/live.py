@@ -41,8 +41,8 @@ class Pace:
 class Live:
     """An observer of the worker that keeps the last round, and makes events of it on the event loop."""
 
-    def __init__(self) -> None:
-        self.watchers = 0
+    def __init__(self, name: str) -> None:
+        self.name, self.watchers = name, 0  # of the model, as clients ask for it
         self._llm: LLM | None = None
         self._seen: RoundRecord | None = None
         # The last decoding round, and its requests' tokens after it; one value, for it is read by another thread.
@@ -100,15 +100,17 @@ class Live:
         stats: dict[str, float] = getattr(engine.policy, "stats", dict)()
         recent = [pace for pace in self._paces.copy() if pace.at > time.monotonic() - WINDOW]
         seconds, plain = sum(p.seconds for p in recent), sum(p.plain_seconds for p in recent)
-        tps = sum(p.tokens for p in recent) / seconds if recent else 0.0
-        plain_tps = sum(p.plain_tokens for p in recent) / plain if plain else None
+        tokens, plain_tokens = sum(p.tokens for p in recent), sum(p.plain_tokens for p in recent)
+        tps = tokens / seconds if recent else 0.0
+        plain_tps = plain_tokens / plain if plain else None
         return {
-            "ready": True, "model": str(llm.provenance.get("model", "")).rpartition("/")[2],
+            "ready": True, "name": self.name, "model": str(llm.provenance.get("model", "")).rpartition("/")[2],
             "policy": engine.policy.name, "speculation": llm.speculation.description,
             "running": len(scheduler.running), "waiting": len(scheduler.waiting),
             "slots": engine.config.max_num_seqs, "kv": round(1 - pool.available / pool.pages, 4),
             "tps": round(tps, 2), "plain_tps": _rounded(plain_tps),
-            "speedup": _rounded(tps / plain_tps if plain_tps else None), "off": _rounded(stats.get("share_off")),
+            "speedup": _rounded(tps / plain_tps if plain_tps else None),
+            "yield": _rounded(tokens / plain_tokens if plain_tokens else None), "off": _rounded(stats.get("share_off")),
             "calibration": _rounded(stats.get("calibration_error")),
             **self._last_round(llm, getattr(engine.policy, "cost", None), not recent),
         }  # fmt: skip

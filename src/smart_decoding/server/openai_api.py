@@ -224,14 +224,11 @@ async def _check_structure(body: Sampling, params: SamplingParams, llm: LLM) -> 
 
 
 def _prompt_tokens(llm: LLM, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
-    """Token ids of one prompt or several."""
-    if isinstance(prompt, str):
-        return [llm.tokenizer.encode(prompt)]
-    if not prompt:
+    """Token ids of one prompt or several. Raises ConfigError for a placeholder of a picture: none can come with it."""
+    if prompt == []:
         raise ApiError(400, "the prompt is empty", "invalid_value", "prompt")
-    if isinstance(prompt[0], int):
-        return [[int(token) for token in prompt]]
-    return [llm.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompt]
+    one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return [llm.text_prompt(each).tokens for each in ([prompt] if one else prompt)]
 
 
 def _token_text(llm: LLM) -> Callable[[int], str]:
