@@ -16,7 +16,7 @@ from smart_decoding.bench.replay import Source, Walk
 from smart_decoding.bench.trace import Trace
 from smart_decoding.core.calibration import BIN_PROBS, MAX_PROB, Calibration, default_prior
 from smart_decoding.core.choice import best_size, ranked
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.policies.common import best_per_owner, depth_limits, expandable, useful
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
 from smart_decoding.core.policies.smart import Smart
@@ -42,8 +42,7 @@ class Variant:
         plan = self.inner.plan(batch)
         self._sunk = 0.0
         if plan.speculate:
-            rows = batch.size + min(batch.catch_up_rows, 2 * batch.size)
-            self._sunk = self.inner.cost.overhead_seconds + self._level(batch, rows)
+            self._sunk = self.inner.cost.overhead_seconds + self._first(batch)
         return plan
 
     def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
@@ -62,6 +61,10 @@ class Variant:
     def _expand(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray) -> IntArray:
         """What to expand instead of `nodes`."""
         return nodes
+
+    def _first(self, batch: BatchState) -> float:
+        waiting = min(batch.catch_up_rows, 2 * batch.size)
+        return float(self.inner.cost.first_seconds(batch.size, waiting, _context(batch)))
 
     def _level(self, batch: BatchState, width: int) -> float:
         return float(self.inner.cost.draft_seconds(width, _context(batch)))
@@ -192,9 +195,7 @@ class Foreseeing(FrozenCosts):
         levels, inner = 0, self.inner
         for wide in WIDTHS:
             trees, source, steps = DraftTrees.empty(batch.size), Source(self._walk.recording, self._walk.position), []
-            sunk = inner.cost.overhead_seconds + self._level(
-                batch, batch.size + min(batch.catch_up_rows, 2 * batch.size)
-            )
+            sunk = inner.cost.overhead_seconds + self._first(batch)
             source.expand(trees, np.full(batch.size, ROOT), inner.children, np.arange(batch.size))
             for level in range(1, min(inner.max_levels, int(depth_limits(batch).max(initial=0))) + 1):
                 inner.calibration.score(trees, batch.temperature <= 0)
@@ -218,7 +219,7 @@ class Foreseeing(FrozenCosts):
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
         inner = self.inner
         inner.calibration.score(trees, batch.temperature <= 0)
-        sunk = inner.cost.overhead_seconds + self._level(batch, batch.size + min(batch.catch_up_rows, 2 * batch.size))
+        sunk = inner.cost.overhead_seconds + self._first(batch)
         sunk += sum(self._level(batch, len(step)) for step in self._steps)
         nodes = self._candidates(batch, trees)
         size, _ = best_size(trees.accept_prob[nodes], batch.size, 0.0, self._seconds_of(batch, sunk, len(nodes)))
@@ -271,7 +272,10 @@ def flat(cost: CostModel, context: float = FLAT_CONTEXT, rows: int = 2048) -> Co
         for batch in {*cost.verify, *BATCHES}
     }
     draft = dict(enumerate(cost.draft_seconds(np.arange(1, rows), context).tolist(), 1))
-    return CostModel.from_table(tables, draft, cost.overhead_seconds)
+    first = cost.first and Curve(
+        tuple(range(1, rows)), tuple(float(cost.first_seconds(r, 0, context)) for r in range(1, rows))
+    )
+    return replace(CostModel.from_table(tables, draft, cost.overhead_seconds), first=first, waiting=cost.waiting)
 
 
 def askew(cost: CostModel, rows: float, levels: float) -> CostModel:
@@ -282,7 +286,8 @@ def askew(cost: CostModel, rows: float, levels: float) -> CostModel:
         least = curve.seconds[0]
         verify[batch] = {r: least + rows * (s - least) for r, s in zip(curve.rows, curve.seconds, strict=True)}
     draft = {r: levels * s for r, s in zip(cost.draft.rows, cost.draft.seconds, strict=True)}
-    wrong = CostModel.from_table(verify, draft, cost.overhead_seconds)
+    first, waiting = (c and Curve(c.rows, tuple(levels * s for s in c.seconds)) for c in (cost.first, cost.waiting))
+    wrong = replace(CostModel.from_table(verify, draft, cost.overhead_seconds), first=first, waiting=waiting)
     return replace(wrong, row_token=cost.row_token, sequence_token=cost.sequence_token, draft_token=cost.draft_token)
 
 

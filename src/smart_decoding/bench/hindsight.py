@@ -84,9 +84,9 @@ def _exact(answer: Answer, depth: IntArray, prices: Prices, host: HostCosts) -> 
             emitted = min(k + 1, count - t)
             spent = (k - 1) * prices.draft(1, context) + prices.verify(1 + k, context) + draft_host
             drafted = min(drafted, spent + later[t + emitted, emitted])
-        never[t] = min(plain + never[t + 1], drafted + prices.draft(answer.prompt_length + t, context))
+        never[t] = min(plain + never[t + 1], drafted + prices.first(answer.prompt_length + t, context))
         pending = np.arange(1, later.shape[1] - 1)
-        first = np.array([prices.draft(int(p), context) for p in pending]) if np.isfinite(drafted) else np.inf
+        first = np.array([prices.first(int(p), context) for p in pending]) if np.isfinite(drafted) else np.inf
         later[t, 1:-1] = np.minimum(plain + later[t + 1, 2:], drafted + first)
     return float(never[0])
 
@@ -168,7 +168,7 @@ def _walked(recording: Recording, plan: IntArray, prices: Prices, host: HostCost
         widths = [int(np.count_nonzero(levels >= level)) for level in range(2, deepest + 1)]
         seconds += prices.verify(batch_size + int(levels.sum()), context) + host.seconds(batch_size, deepest > 0)
         if deepest:
-            seconds += prices.draft(int(walk.pending.sum()), context) + sum(prices.draft(w, context) for w in widths)
+            seconds += sum(prices.levels([int(walk.pending.sum()), *widths], context))
         emitted = np.minimum(levels + 1, walk.left)
         tokens += int(emitted.sum())
         walk.advance(emitted, deepest > 0)

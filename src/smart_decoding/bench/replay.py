@@ -7,7 +7,7 @@ children; `missing` counts how often a policy wanted some.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,7 +48,7 @@ class Prices:
 
     def __init__(self, cost: CostModel, batch_size: int, rows: int = 128, width: int = 128) -> None:
         self._cost, self._batch = cost, batch_size
-        self._verify = self._draft = (np.zeros(0), np.zeros(0))
+        self._verify = self._draft = self._first = (np.zeros(0), np.zeros(0))
         self._grow(batch_size + rows, width)
 
     def verify(self, rows: int, context: float) -> float:
@@ -57,8 +57,18 @@ class Prices:
             self._grow(2 * rows, 0)
         return float(self._verify[0][rows] + self._verify[1][rows] * context)
 
+    def levels(self, widths: Sequence[int], context: float) -> list[float]:
+        """Seconds of each drafted level of a round, of which the first one's width is the roots and all that waits."""
+        return [self.first(widths[0], context), *(self.draft(w, context) for w in widths[1:])] if widths else []
+
+    def first(self, width: int, context: float) -> float:
+        """Seconds of a first level of `width` rows, roots and what waits."""
+        if width >= len(self._first[0]):
+            self._grow(0, 2 * width)
+        return float(self._first[0][width] + self._first[1][width] * context)
+
     def draft(self, width: int, context: float) -> float:
-        """Seconds of a drafted level of `width` rows."""
+        """Seconds of a further level of `width` rows."""
         if width >= len(self._draft[0]):
             self._grow(0, 2 * width)
         return float(self._draft[0][width] + self._draft[1][width] * context)
@@ -67,7 +77,9 @@ class Prices:
         if rows:
             self._verify = _line(lambda context: self._cost.verify_curve(self._batch, 0, rows + 1, context))
         if width:
+            waiting = np.maximum(np.arange(width + 1) - self._batch, 0)
             self._draft = _line(lambda context: self._cost.draft_seconds(np.arange(width + 1), context))
+            self._first = _line(lambda context: self._cost.first_seconds(self._batch, waiting, context))
 
 
 def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArray]:
@@ -291,7 +303,7 @@ def _round(policy: Policy, walk: Walk, prices: Prices, host: HostCosts, clock: C
     own = clock() - started if clock else 0.0
     size, trees, widths = done.batch.size, done.trees, done.widths
     context = float(done.batch.context.sum()) / size
-    levels = [prices.draft(width, context) for width in widths]
+    levels = prices.levels(widths, context)
     rows = size + len(done.kept)
     verify = prices.verify(rows, context)
     beyond = host.seconds(size, bool(widths)) + own

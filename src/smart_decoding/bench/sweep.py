@@ -69,7 +69,7 @@ def add_up(
         seconds = prices.verify(batch_size + kept, context) + host.seconds(batch_size, bool(widths))
         if widths:
             widths[0] = int(walk.pending.sum())
-            seconds += sum(prices.draft(width, context) for width in widths)
+            seconds += sum(prices.levels(widths, context))
         emitted = fixed.emitted[at]
         walk.advance(emitted, bool(widths))
         result.tokens += int(emitted.sum())

@@ -169,4 +169,4 @@ def predicted_seconds(cost: CostModel, done: Round) -> float:
     batch = done.batch
     context = float(batch.context.mean())
     seconds = float(cost.verify_seconds(batch.size, done.verify_rows, context))
-    return seconds + sum(float(cost.draft_seconds(width, context)) for width in done.level_widths)
+    return seconds + sum(cost.levels_seconds(batch.size, done.level_widths, context))

@@ -138,6 +138,7 @@ class SmartPaper:
             nodes = np.array(FIT_NODES, np.float64)
             verify = self.cost.verify_seconds(batch.size, batch.size * (1 + np.array(FIT_NODES)), context)
             draft = self.cost.draft_seconds(batch.size * np.array(FIT_NODES), context)
+            draft += self.cost.first_seconds(batch.size, 0, context) - self.cost.draft_seconds(batch.size, context)
             plain = float(self.cost.verify_seconds(batch.size, batch.size, context))
             self._fits[key] = (PaperCosts.fit(nodes, draft, verify, self.offsets), plain)
         return self._fits[key]
