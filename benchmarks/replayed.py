@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.figures import NEUTRAL, Figure, Panel, Point, Series
+from smart_decoding.bench.figures import ablations, hindsight
 from smart_decoding.bench.plots import drawn
 from smart_decoding.bench.questions import SHORT, Bench, ablation, gap, paper
 from smart_decoding.bench.replay import HostCosts
@@ -33,33 +33,10 @@ def table(results: Mapping[int, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def pictures(gaps: Mapping[int, Mapping[str, Any]], ablations: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
-    sizes = [float(size) for size in gaps]
-    level = (1.0, "1×, plain decoding")
-
-    def lines(results: Mapping[int, Mapping[str, Any]], names: list[str]) -> list[Series]:
-        return [
-            Series(name, NEUTRAL if "hindsight" in name else i, [Point(s, row[name]) for s, row in results.items()])
-            for i, name in enumerate(names)
-        ]
-
-    shown = ["smart", "best fixed", "smart_paper", "likelihood, EAGLE-2's size", "hindsight, a plan"]
-    steps = ["smart", "+ calibration fitted to these answers", "+ deeper levels foreseen", "hindsight, a plan"]
-    parts = [
-        "smart",
-        "no calibration",
-        "even budget",
-        "greedy rule",
-        "stop rule: look back",
-        "stop rule: always 8 levels",
-    ]
-    for key, title, results, names in (
-        ("gap", "Policies and hindsight, by replay", gaps, shown),
-        ("knowledge", "What knowledge would bring, by replay", gaps, steps),
-        ("ablations", "smart with one ingredient exchanged, by replay", ablations, parts),
-    ):
-        panel = Panel("", "batch size", "speedup", lines(results, names), sizes, True, level=level)
-        drawn(Figure(key, title, "", [panel])).savefig(folder / f"replay-{key}.png", dpi=110)
+def pictures(gaps: Mapping[int, Any], parts: Mapping[int, Any], folder: Path) -> None:
+    replayed = {str(size): {"gap": gaps[size], "ablations": parts[size]} for size in gaps}
+    for figure in (hindsight(replayed), ablations(replayed)):
+        drawn(figure).savefig(folder / f"{figure.key}.png", dpi=110)
 
 
 def main() -> None:

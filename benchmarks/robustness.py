@@ -163,8 +163,8 @@ class Bench:
             "a head of another model": (_head(self._made(other_head)), self.usual, None, rests),
             "adversarial prompts": (_head(None), self.bad, None, rests),
             "a noisy neighbour": (_head(None), self.usual, busy_core, None),
-            "a profile far too cheap": (_variant("cheap_profile"), self.usual, None, predicts),
-            "a profile far too dear": (_variant("dear_profile"), self.usual, None, predicts),
+            "a profile far too cheap": (_variant("cheap_costs"), self.usual, None, predicts),
+            "a profile far too dear": (_variant("dear_costs"), self.usual, None, predicts),
         }[name]
 
     def _made(self, make: Callable[[Path], None]) -> str:

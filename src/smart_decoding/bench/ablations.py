@@ -330,10 +330,10 @@ VARIANTS: Mapping[str, Callable[[Smart], Policy]] = {
     "two_levels": lambda p: AllLevels(p, 2),
     "even_budget": EvenBudget,
     "greedy_rule": GreedyRule,
-    "cheap_profile": lambda p: with_costs(p, askew(p.cost, *CHEAP)),
-    "cheap_profile_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *CHEAP))),
-    "dear_profile": lambda p: with_costs(p, askew(p.cost, *DEAR)),
-    "dear_profile_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *DEAR))),
+    "cheap_costs": lambda p: with_costs(p, askew(p.cost, *CHEAP)),
+    "cheap_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *CHEAP))),
+    "dear_costs": lambda p: with_costs(p, askew(p.cost, *DEAR)),
+    "dear_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *DEAR))),
 }
 
 

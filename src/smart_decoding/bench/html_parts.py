@@ -44,7 +44,7 @@ def variants_section(results: Results) -> str:
     rows = [(names[run["policy"]], str(run["batch_size"]), _ratio(run), _shown(run, "levels_per_round", 2),
              _shown(run, "rows_per_round", 1)) for run in runs]  # fmt: skip
     told = (
-        "Measured live, not by replay. all_levels: never stops before eight levels; cheap_profile: starts from a "
+        "Measured live, not by replay. all_levels: never stops before eight levels; cheap_costs: starts from a "
         "profile in which rows cost a fifth and levels a quarter of what they do; kept: and never corrects it."
     )
     return _section("variants", "Ablations confirmed live", ("policy", "batch", "speedup", "levels", "rows"), rows,

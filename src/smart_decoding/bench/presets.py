@@ -13,7 +13,7 @@ QUICK: dict[str, Any] = {
 FULL: dict[str, Any] = {
     "policies": ("off", "smart", "likelihood"), "policy_options": (_EAGLE_2,), "tune_likelihood": 3, "tune_paper": True,
     "batch_sizes": (1, 2, 4, 8, 16, 32), "limit": 40, "max_tokens": 96, "least_blocks": 8, "sampled": 0.8,
-    "variants": ("all_levels", "cheap_profile_kept", "cheap_profile"), "load": (0.3, 0.6, 0.9), "blocks": True,
+    "variants": ("all_levels", "cheap_kept", "cheap_costs"), "load": (0.3, 0.6, 0.9), "blocks": True,
     "suites": ("long", "edit"), "questions": True, "time_limit": 3300.0,
 }  # fmt: skip
 PRESETS = {"quick": QUICK, "full": FULL}
