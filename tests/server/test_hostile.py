@@ -187,7 +187,7 @@ def test_a_reader_that_stops_reading_is_cut_off(load: Any, monkeypatch: pytest.M
         )
         state = running.server.server_state
         assert wait_for(lambda: len(state.connections) == 1)
-        assert wait_for(lambda: not state.connections, 15)
+        assert wait_for(lambda: not state.connections, 60)  # tokenising comes first
         goes_on(running)
 
 
