@@ -321,8 +321,8 @@ class Engine:
             if node_row[node] != last[i] + depth
         ]
         if moves:
-            source, target = rows.slot[np.array(moves).T]
-            self.target.move(source, target)
+            source, target = zip(*moves, strict=True)
+            self.target.move(rows.slot.take(source), rows.slot.take(target))
 
     def _update(
         self,

@@ -230,6 +230,8 @@ def draft(head: HeadStruct, rows: RowsStruct, level: LevelStruct, cache: tuple[T
 
 def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
     """Copies cache slots source[i] -> target[i] (int32) in every plane of keys/values [..., pages, head_dim, PAGE]."""
+    if not (source.is_contiguous() and target.is_contiguous()):
+        raise ValueError("slots to move must be contiguous")
     pages, head_dim = keys.shape[-3], keys.shape[-2]
     planes = keys.numel() // (pages * head_dim * PAGE)
     _lib().smart_move_kv(
