@@ -3,7 +3,12 @@
 A shared machine changes in two ways. Everything becomes slower or faster: one factor. Or neighbours leave more or less
 memory bandwidth: reading the weights, which is all that a few rows cost, takes another time, while many rows, which are
 bound by arithmetic, cost what they did, so that the *slope* over rows changes, too: one shift, which fades out with the
-rows. What the two do not explain goes into one factor per logarithmic bin of rows."""
+rows. What the two do not explain is the table's own error: a factor that is smooth over the logarithm of the rows.
+
+The three are told apart by a Kalman filter (extended, as the shift acts within a logarithm): speed and memory walk
+quickly, the table's error is a slow Gaussian process over bins. What a step of 24 rows says of 32 rows, of one row, and
+of the machine follows from how uncertain each of them is; a rare probe settles what many steps of one size left open.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +21,40 @@ from smart_decoding.core.tree import FloatArray, IntArray
 
 BINS = 27  # two per octave: centres at 1, 1.4, 2, ... 8192 rows
 MAX_ROWS = 8192
-CLIP = 0.5  # one observation counts as at most exp(0.5) too slow or too fast: outliers move little
-SPEED_GAIN = 0.15
-SPEED_SHARE = 0.03  # of an error that the memory could explain as well
-BIN_GAIN = 0.03
+NOISE = 0.06  # of one step's time: standard deviation of its logarithm
+CLIP = 2.0  # standard deviations that one observation counts as at most: outliers move little
+SPEED, MEMORY, TABLE = 0.2, 0.8, 0.12  # prior standard deviations
+SPEED_WALK, MEMORY_WALK = 0.015, 0.05  # per observation
+SHOCK = 0.1  # what the speed becomes less certain by after an observation beyond CLIP: a lone outlier, or a new state
+REACH = 10.0  # bins over which the table's error is alike
+FORGET = 0.999  # per observation: an unvisited bin drifts back to the table
 MOST_MEMORY = 0.6  # beyond, it is no state of the memory
-FORGET = 0.9995  # per observation: an unvisited bin drifts back to the table
 
 _POSITION = 2.0 * np.log2(np.maximum(np.arange(MAX_ROWS + 1), 1))
 _LOW: IntArray = np.minimum(_POSITION.astype(np.int64), BINS - 2)
 _FRACTION: FloatArray = _POSITION - _LOW
 
 
+_ALIKE: FloatArray = TABLE**2 * np.exp(-np.abs(np.subtract.outer(np.arange(BINS), np.arange(BINS))) / REACH)
+_WALK = np.zeros((BINS + 2, BINS + 2))  # what an observation's time adds to the uncertainty
+_WALK[0, 0], _WALK[1, 1], _WALK[2:, 2:] = SPEED_WALK**2, MEMORY_WALK**2, (1.0 - FORGET**2) * _ALIKE
+_DECAY = np.array([1.0, 1.0, *[FORGET] * BINS])
+_DECAY_BOTH: FloatArray = np.multiply.outer(_DECAY, _DECAY)
+
+
+def _prior() -> FloatArray:
+    covariance = np.zeros_like(_WALK)
+    covariance[0, 0], covariance[1, 1], covariance[2:, 2:] = SPEED**2, MEMORY**2, _ALIKE
+    return covariance
+
+
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """speed: log factor on every step of the machine. memory: what reading the weights takes more or less, as a part of
-    what it takes by the table. log_factor: [BINS]."""
+    """mean: [2 + BINS] speed, the log factor on every step of the machine; memory, what reading the weights takes more
+    or less as a part of what it takes by the table; and the table's log error by bin. covariance: of these."""
 
-    speed: float = 0.0
-    memory: float = 0.0
-    seen: int = 0
-    log_factor: FloatArray = field(default_factory=lambda: np.zeros(BINS))
-    weight: FloatArray = field(default_factory=lambda: np.zeros(BINS))
+    mean: FloatArray = field(default_factory=lambda: np.zeros(BINS + 2))
+    covariance: FloatArray = field(default_factory=_prior)
 
     def seconds(self, rows: IntArray | slice, table: FloatArray, weights: FloatArray | float) -> FloatArray:
         """What the table's seconds are now, for `rows` or a slice of row counts; `weights`: those of them in which the
@@ -47,33 +64,33 @@ class Correction:
         elif rows.stop > MAX_ROWS:
             rows = np.minimum(np.arange(rows.start, rows.stop), MAX_ROWS)
         low, fraction = _LOW[rows], _FRACTION[rows]
-        left = self.log_factor.take(low)
-        factor: FloatArray = np.exp(left + (self.log_factor.take(low + 1) - left) * fraction + self.speed)
-        factor *= table + self.memory * weights
+        error = self.mean[2:]
+        left = error.take(low)
+        factor: FloatArray = np.exp(left + (error.take(low + 1) - left) * fraction + self.mean[0])
+        factor *= table + self.mean[1] * weights
         return factor
 
     def updated(self, rows: int, table: float, weights: float, seconds: float) -> Correction:
         """After a step of `rows` rows that took `seconds`; `table` and `weights` as in `seconds()`.
 
-        A clipped step towards the observed log ratio, like a running median. Unusable times (NaN, zero, negative)
-        change nothing."""
+        Unusable times (NaN, zero, negative) change nothing."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
             return self
         row = min(max(rows, 0), MAX_ROWS)
         low, right = int(_LOW[row]), float(_FRACTION[row])
-        left = 1.0 - right
-        present = left * float(self.log_factor[low]) + right * float(self.log_factor[low + 1])
-        speed, memory = self.speed, self.memory
+        speed, memory, left_error, right_error = self.mean[[0, 1, 2 + low, 3 + low]].tolist()
         now = table + memory * weights
-        clip = max(CLIP, 2.0 / (self.seen + 1))
-        error = min(max(math.log(seconds / now) - speed - present, -clip), clip)
-        gain, slope = max(SPEED_GAIN, 0.5 / (self.seen + 1)), weights / now  # slope: of log seconds over `memory`
-        step = gain * error / (SPEED_SHARE + slope**2)
-        speed, error = speed + SPEED_SHARE * step, (1 - gain) * error
-        memory = min(max(memory + slope * step, -MOST_MEMORY), MOST_MEMORY)
-        log_factor, weight = self.log_factor * FORGET, self.weight * FORGET
-        for index, part in ((low, left), (low + 1, right)):
-            if part > 0:
-                weight[index] += part
-                log_factor[index] += part * error * max(BIN_GAIN, 0.1 / (1.0 + weight[index]))
-        return Correction(speed, memory, self.seen + 1, log_factor, weight)
+        covariance = self.covariance * _DECAY_BOTH + _WALK
+        # Row `row` of the log seconds' derivatives is sparse: speed, memory, and two neighbouring bins.
+        slope, left = weights / now, 1.0 - right
+        along = covariance[0] + slope * covariance[1] + left * covariance[2 + low] + right * covariance[3 + low]
+        variance = float(along[0] + slope * along[1] + left * along[2 + low] + right * along[3 + low])
+        spread = math.sqrt(variance + NOISE**2)
+        error = math.log(seconds / now) - speed - FORGET * (left * left_error + right * right_error)
+        gain = along / spread
+        mean = self.mean * _DECAY + gain * min(max(error / spread, -CLIP), CLIP)
+        mean[1] = min(max(float(mean[1]), -MOST_MEMORY), MOST_MEMORY)
+        covariance -= np.multiply.outer(gain, gain)
+        if abs(error) > CLIP * spread:
+            covariance[0, 0] += SHOCK**2
+        return Correction(mean, covariance)
