@@ -1,6 +1,6 @@
 """A process with one vLLM engine: python vllm_engine.py LLM_ARGUMENTS JOB, both JSON; answers with a last line of JSON.
 
-Job: batches (sizes to generate for), text (texts and messages too), contract (compare names), pretend_version."""
+Job: batches (sizes to generate for), contract (compare names), pretend_version."""
 
 from __future__ import annotations
 
@@ -23,28 +23,26 @@ def main(arguments: dict[str, Any], job: dict[str, Any]) -> None:
         vllm.__version__ = job["pretend_version"]
     llm = vllm.LLM(**{"disable_log_stats": False, "enable_prefix_caching": False, **arguments})
     params = vllm.SamplingParams(temperature=0.0, max_tokens=96, ignore_eos=True)
-    tokens: list[Any] = []
-    texts: list[str] = []
-    messages: list[Any] = []
-    for batch in job["batches"]:
-        messages = [[{"role": "user", "content": f"{PROMPTS[i % 4]} {i // 4 or ''}"}] for i in range(batch)]
-        outputs = llm.chat(messages, params, use_tqdm=False)
-        tokens.append([list(output.outputs[0].token_ids) for output in outputs])
-        texts += [output.outputs[0].text for output in outputs]
+    batches = [messages(batch) for batch in job["batches"]]
+    outputs = [llm.chat(batch, params, use_tqdm=False) for batch in batches]
     found = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     counts = {n: found.get(f"vllm:spec_decode_num_{n}_tokens", 0) for n in ("draft", "accepted")}
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     controller = getattr(scheduler, "controller", None)
     answer: dict[str, Any] = {
-        "tokens": tokens,
+        "tokens": [[list(output.outputs[0].token_ids) for output in batch] for batch in outputs],
+        "texts": [[output.outputs[0].text for output in batch] for batch in outputs],
         "vllm": {"drafted": counts["draft"], "accepted": counts["accepted"]},
         "counters": vars(controller.policy.counters) if controller else None,
     }
-    if job.get("text"):
-        answer |= {"texts": texts, "messages": messages}
     if job.get("contract"):
         answer |= {"missing": missing(scheduler), "lookup": type(scheduler.dynamic_sd_lookup).__name__}
     print("\n" + json.dumps(answer), flush=True)
+
+
+def messages(batch: int) -> list[Any]:
+    """The conversations of a batch of that size."""
+    return [[{"role": "user", "content": f"{PROMPTS[i % 4]} {i // 4 or ''}"}] for i in range(batch)]
 
 
 def missing(scheduler: Any) -> list[str]:
