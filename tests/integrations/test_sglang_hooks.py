@@ -18,11 +18,9 @@ SECONDS = {"1": {"0": 0.010, "2": 0.012, "4": 0.014, "6": 0.018}, "32": {"0": 0.
 NODES = {"2": 6, "4": 14, "6": 30}
 CANDIDATES = {"1": {"candidate_steps": [0, 2, 4, 6]}, "16": {"candidate_steps": [0, 2]}}
 
-# SGLang resolves what it was told in these calls; the arguments are a record of its own class, made without a model.
+# SGLang resolves what it was told in these calls.
 START = """
 import json, sys
-from sglang.srt.plugins import load_plugins_by_group
-import sglang.srt.plugins as plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 from smart_decoding.integrations.sglang import register
 
@@ -34,13 +32,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative import adaptive_runtime_state, adaptive_spec_params
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-args = object.__new__(ServerArgs)
-import dataclasses
-for field in dataclasses.fields(ServerArgs):
-    default = field.default if field.default is not dataclasses.MISSING else None
-    object.__setattr__(args, field.name, default)
-for name, value in json.loads(sys.argv[1]).items():
-    object.__setattr__(args, name, value)
+args = ServerArgs(model_path="none", **json.loads(sys.argv[1]))
 view = resolving_view(args)
 speculative_hook._maybe_disable_adaptive(args)
 if view.speculative_adaptive:
