@@ -47,13 +47,17 @@ $(VLLM_ENV)/.installed:
 	$(VLLM_ENV)/bin/pip uninstall -y torchaudio torchcodec  # built for another torch than this vLLM's
 	@touch $@
 
-# SMART's policy under SGLang's own adaptive controller, whose wheel is unpacked for it (its GPU dependencies are not).
+# SMART inside SGLang as far as CPUs go: its controller, its start-up, and its tree kernels by Triton's interpreter. The
+# wheel is unpacked for it, without its GPU dependencies; what its modules import at the least comes beside it.
 SGLANG_DIR ?= .sglang
-test-sglang: env $(SGLANG_DIR)/sglang
-	PYTHONPATH=$(SGLANG_DIR) $(BIN)/python -m pytest tests/integrations/test_sglang_policy.py
+test-sglang: env $(SGLANG_DIR)/.installed
+	PYTHONPATH=$(SGLANG_DIR):$(SGLANG_DIR)/more TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/integrations/test_sglang_policy.py \
+		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py
 
-$(SGLANG_DIR)/sglang:
-	$(PIP) install --no-deps --target $(SGLANG_DIR) 'sglang==0.5.23'
+$(SGLANG_DIR)/.installed:
+	$(PIP) install --no-deps --target $(SGLANG_DIR) 'sglang==0.5.23' 'triton==3.6.0'
+	$(PIP) install --target $(SGLANG_DIR)/more orjson psutil pybase64 msgspec pyzmq ipython aiohttp
+	@touch $@
 
 env: .venv/.installed-dev
 

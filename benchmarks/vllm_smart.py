@@ -4,9 +4,9 @@ that has vLLM (and this package on PYTHONPATH).
     python benchmarks/vllm_smart.py MODEL_FOLDER [--method ngram] [--draft FOLDER] [--batches 1,2,4,8,16] [--json FILE]
 
 The engines live in processes of their own and take turns on the same prompts, block by block, so that ratios are
-between neighbours in time. At batch size n, 3 n requests are answered, n at a time: each that
-ends makes way for the next, as in a server, so that no engine is judged by its slowest answer alone. Prints
-tokens per second (prefill included), ratios with 95 % intervals, and what SMART did."""
+between neighbours in time. At batch size n, 3 n requests of various lengths are answered, n at a time: each that
+ends makes way for the next, as in a server, and time counts while n are running, so that no engine is judged by its
+slowest answer. Prints tokens per second (prefill included), ratios with 95 % intervals, and what SMART did."""
 
 from __future__ import annotations
 
@@ -151,27 +151,32 @@ def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
 
 
 def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> tuple[float, list[list[int]]]:
-    """(tokens per second of all requests, `batch` at a time; their tokens)."""
+    """(tokens per second while `batch` requests are running, the tokens of all)."""
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
     waiting = list(enumerate(prompts))[::-1]
+    lengths = random.Random(len(prompts))
     tokens: dict[str, list[int]] = {}
 
     def add() -> None:
         id_, prompt = waiting.pop()
         message = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
-        engine.add_request(str(id_), {"prompt_token_ids": list(ids)}, params)
+        mine = params.clone()
+        mine.max_tokens = round(params.max_tokens * lengths.uniform(0.5, 1.5))
+        engine.add_request(str(id_), {"prompt_token_ids": list(ids)}, mine)
 
-    start = time.perf_counter()
+    start, rate = time.perf_counter(), 0.0
     for _ in range(batch):
         add()
     while engine.has_unfinished_requests():
-        for output in engine.step():
-            tokens[output.request_id] = list(output.outputs[0].token_ids)
+        outputs = engine.step()
+        tokens |= {output.request_id: list(output.outputs[0].token_ids) for output in outputs}
+        for output in outputs:
             if output.finished and waiting:
                 add()
-    seconds = time.perf_counter() - start
-    return sum(map(len, tokens.values())) / seconds, [tokens[str(i)] for i in range(len(prompts))]
+            elif output.finished and not rate:
+                rate = sum(map(len, tokens.values())) / (time.perf_counter() - start)
+    return rate, [tokens[str(i)] for i in range(len(prompts))]
 
 
 def counted(controller: Any) -> dict[str, float]:

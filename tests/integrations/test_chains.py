@@ -124,3 +124,16 @@ def test_one_odd_step_moves_little() -> None:
         costs.observe(2, 0, 0, 0.01)
     costs.observe(2, 0, 0, 10.0)
     assert costs.plain(2) < 0.0105
+
+
+def test_a_slow_start_is_forgotten() -> None:
+    """The first steps with drafts compile and allocate: ten times too slow, they must not keep drafting off."""
+    costs = StepCosts()
+    for _ in range(8):
+        costs.observe(4, 0, 0, cpu(4, 0, 0))
+    for _ in range(3):
+        costs.observe(4, 6, 0, 10 * cpu(4, 6, 0))
+    for _ in range(30):
+        costs.observe(4, 6, 0, cpu(4, 6, 0))
+    fixed, per_draft, _ = costs.extra(4)
+    assert costs.plain(4) + fixed + 6 * per_draft < 1.1 * cpu(4, 6, 0)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sglang_wheel import source_of
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations import sglang as integration
@@ -66,6 +67,63 @@ def test_ranks_that_see_the_same_counts_choose_the_same(tmp_path, policy) -> Non
     assert serve(policy, 8, 300, 0.6) == serve(other, 8, 300, 0.6)
 
 
+NODES = {"1": 4, "3": 12, "5": 30}
+
+
+@pytest.fixture
+def tiers(policy, tmp_path) -> SmartSpecPolicy:
+    (tmp_path / "costs.json").write_text(json.dumps({"seconds": SECONDS, "nodes": NODES}))
+    return SmartSpecPolicy(1, str(tmp_path / "adaptive.json"))
+
+
+def serve_trees(policy: SmartSpecPolicy, rounds: int, accept: dict[int, float]) -> list[int]:
+    """Steps used at batch 2 when the tree of so many steps is accepted one level deeper with probability accept[steps];
+    counts come one round late, as with overlapped scheduling."""
+    random, used, late = np.random.default_rng(0), [], None
+    for _ in range(rounds):
+        steps = policy.get_steps_for_batch(2)
+        if late is not None:
+            policy.on_verify_complete(late, 2)
+        late = [int(np.cumprod(random.random(steps) < accept[steps]).sum()) if steps else 0 for _ in range(2)]
+        used.append(steps)
+    return used
+
+
+def test_of_trees_the_tier_of_most_tokens_per_second_is_found(tiers) -> None:
+    """A larger tree is accepted better at each level: that is found out although the search began at the smallest."""
+    accept = {0: 0.0, 1: 0.3, 3: 0.9, 5: 0.92}
+    rates = {k: tiers.costs.seconds(2, k) ** -1 * sum(p**d for d in range(k + 1)) for k, p in accept.items()}
+    used = serve_trees(tiers, 3000, accept)[-500:]
+    assert sum(rates[k] for k in used) / len(used) > 0.97 * max(rates.values())
+    assert used.count(max(rates, key=lambda k: rates[k])) > 400
+
+
+def test_a_tier_that_never_pays_is_left_alone_but_for_probes(tiers) -> None:
+    used = serve_trees(tiers, 1500, dict.fromkeys((0, 1, 3, 5), 0.02))[-660:]
+    assert set(used) == {0, 1} and used.count(1) <= 2 * 660 / (PROBE_EVERY + 2) + 2
+
+
+def test_states_of_tiers_have_their_tokens(tiers) -> None:
+    pytest.importorskip("msgspec", reason="SGLang's light dependencies are not installed here: make test-sglang")
+    source_of("sglang.srt.speculative.adaptive_runtime_state")
+    from smart_decoding.integrations.sglang.trees import TreeController
+
+    worker = Worker(1)
+    controller = TreeController(worker, tiers)
+    controller.init_states([1, 8, 32])
+    assert {steps: tokens for steps, tokens, _ in worker.built} == {0: 1, 1: 5, 3: 13, 5: 31}
+    controller.activate_step_by_batch(1)
+    assert worker.speculative_num_steps == tiers.get_steps_for_batch(1)
+
+
+@pytest.mark.parametrize("nodes", [{"3": 2}, {"0": 4}])
+def test_trees_smaller_than_their_depth_are_refused(tmp_path, nodes) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"seconds": SECONDS, "nodes": nodes}))
+    with pytest.raises(ConfigError, match="nodes"):
+        StepCosts.load(path)
+
+
 def test_captured_graphs_are_those_that_can_be_reached(policy) -> None:
     assert policy.cuda_graph_bs_for_step(3) is None
     policy.set_cuda_graph_bs([8, 1, 16, 32])
@@ -91,8 +149,9 @@ def test_files_that_are_none_are_refused(tmp_path, text) -> None:
 
 def test_the_plugin_does_nothing_unless_it_is_asked_to(monkeypatch) -> None:
     monkeypatch.delenv(integration.COSTS, raising=False)
+    before = set(sys.modules)
     integration.register()
-    assert not any(name.startswith("sglang.") for name in sys.modules)
+    assert not any(name.startswith("sglang") for name in set(sys.modules) - before)
 
 
 # --- against the installed wheel ---
@@ -110,13 +169,6 @@ def module_of(name: str) -> ModuleType:
     finally:
         del sys.modules[name]
     return module
-
-
-def source_of(name: str) -> Path:
-    found = importlib.util.find_spec("sglang")
-    if found is None or found.origin is None:
-        pytest.skip("SGLang is not installed here: make test-sglang")
-    return Path(found.origin).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
 
 
 class Worker:
@@ -164,7 +216,7 @@ def test_the_names_that_are_relied_on_are_there() -> None:
     methods = {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
     assert [a.arg for a in methods["__init__"].args.args] == ["self", "initial_steps", "cfg_path"]
     public = {method for method in methods if not method.startswith("_")}
-    assert public == {n for n in vars(SmartSpecPolicy) if not n.startswith("_")} - {"acceptance"}
+    assert public == {n for n in vars(SmartSpecPolicy) if not n.startswith("_")} - {"acceptance", "expected_tokens"}
     assert f"{kind}(" in source_of("sglang.srt.speculative.eagle_worker_v2").read_text()
     registry = module_of("sglang.srt.plugins.hook_registry")
     registry.HookRegistry.register(integration.TARGET, SmartSpecPolicy, registry.HookType.REPLACE)

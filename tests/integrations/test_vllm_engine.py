@@ -8,12 +8,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_engine import messages
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 MODEL = os.environ.get("SMART_TEST_MODEL", "")
@@ -27,14 +30,15 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ, "PYTHONPATH": str(SOURCE),
 }  # fmt: skip
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
-DRAFT = {"method": "draft_model", "model": MODEL, "num_speculative_tokens": 3}
 SCHEDULER = "smart_decoding.integrations.vllm.SmartScheduler"
+BATCHES = [1, 2, 4, 8, 16]
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
 
 
-def engine(arguments: dict[str, Any], *, fails: bool = False, binding: str | None = None, **job: Any) -> Any:
+def engine(arguments: dict[str, Any], *, fails: bool = False, **job: Any) -> Any:
     """What an engine with these arguments of vllm.LLM answers to a job; its whole output if it is to fail."""
     arguments = {"model": MODEL, "dtype": "float32", "enforce_eager": True, "max_model_len": 512, **arguments}
-    environment = {**ENVIRONMENT, **({"VLLM_CPU_OMP_THREADS_BIND": binding, "OMP_NUM_THREADS": "1"} if binding else {})}
+    environment = {**ENVIRONMENT, **(TWO_RANKS if "tensor_parallel_size" in arguments else {})}
     run = subprocess.run(
         [sys.executable, str(ENGINE), json.dumps(arguments), json.dumps(job)], env=environment, text=True,
         capture_output=True, timeout=1800,
@@ -43,49 +47,64 @@ def engine(arguments: dict[str, Any], *, fails: bool = False, binding: str | Non
         assert run.returncode
         return run.stdout + run.stderr
     assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads(run.stdout.splitlines()[-1]), run.stdout + run.stderr
+    (answer,) = [line for line in run.stdout.splitlines() if line.startswith('{"tokens"')]
+    return json.loads(answer), run.stdout + run.stderr
 
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    return engine({}, batches=[1, 4, 16])[0]["tokens"]
+    return engine({}, batches=BATCHES)[0]
 
 
-def test_ngram_tokens_are_those_of_plain_vllm_on_in_some_steps_and_off_in_others(plain) -> None:
-    answer, _ = engine({"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, batches=[1, 4, 16])
-    assert answer["tokens"] == plain
+@pytest.fixture(scope="module")
+def even(tmp_path_factory) -> str:
+    """SmolLM2 with a fourth group of heads, of zeros: the same function, and two ranks can share its twelve heads."""
+    folder = str(tmp_path_factory.mktemp("even"))
+    variant("with_more_heads", MODEL, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory, even) -> Any:
+    """Drafting by SmolLM2 without its layers 12 to 19, which agrees with it on about every second token."""
+    folder = str(tmp_path_factory.mktemp("draft"))
+    variant("without_layers", even, folder, "12", "20")
+    return {"method": "draft_model", "model": folder, "num_speculative_tokens": 3}
+
+
+def variant(*arguments: str) -> None:
+    script = ENGINE.with_name("smollm_variants.py")
+    run = subprocess.run([sys.executable, str(script), *arguments], text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+
+
+def check(answer: Any, plain: Any) -> None:
+    """Tokens of plain vLLM; on in some steps, off in others; drafts as counted by vLLM's own public metrics."""
+    assert answer["tokens"] == plain["tokens"][: len(answer["tokens"])]
     counters = answer["counters"]
     assert counters["steps_on"] > 10 and counters["steps_off"] > 10
     assert counters["drafted"] >= counters["verified"] > counters["accepted"] > 0
-    assert counters["verified"] == answer["vllm"]["drafted"]  # vLLM's own counters, through its public metrics
+    assert counters["verified"] == answer["vllm"]["drafted"]
     assert counters["accepted"] == answer["vllm"]["accepted"]
 
 
-def test_draft_model_tokens_are_those_of_plain_vllm_at_several_lengths(plain) -> None:
-    answer, _ = engine({"speculative_config": DRAFT, "scheduler_cls": SCHEDULER}, batches=[1, 4, 16])
-    assert answer["tokens"] == plain
-    assert answer["counters"]["accepted"] > 0 and len(answer["counters"]["lengths"]) > 1
+def test_ngram(plain) -> None:
+    answer, _ = engine({"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, batches=BATCHES)
+    check(answer, plain)
 
 
-def test_tensor_parallel_ranks_agree(tmp_path) -> None:
-    """On a tiny random model (SmolLM2 has nine heads): two ranks, the tokens of one."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def test_a_draft_model_at_several_lengths(plain, draft) -> None:
+    answer, _ = engine({"speculative_config": draft, "scheduler_cls": SCHEDULER}, batches=BATCHES)
+    check(answer, plain)
+    assert len(answer["counters"]["lengths"]) > 1
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, head_dim=32, intermediate_size=256, vocab_size=len(tokenizer), initializer_range=0.2)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    one = engine({"model": str(tmp_path)}, batches=[1, 4])[0]
-    two, _ = engine(
-        {"model": str(tmp_path), "tensor_parallel_size": 2, "speculative_config": NGRAM, "scheduler_cls": SCHEDULER},
-        batches=[1, 4],
-        binding="0|1",
-    )
-    assert two["tokens"] == one["tokens"]
-    assert two["counters"]["accepted"] > 0
+
+@pytest.mark.parametrize("drafter", ["ngram", "draft_model"])
+def test_two_tensor_parallel_ranks_agree(plain, draft, even, drafter) -> None:
+    speculative = NGRAM if drafter == "ngram" else draft
+    arguments = {"model": even, "tensor_parallel_size": 2, "speculative_config": speculative}
+    answer, _ = engine({**arguments, "scheduler_cls": SCHEDULER}, batches=[1, 2, 4])
+    check(answer, plain)
 
 
 def test_every_name_that_is_relied_on_is_there() -> None:
@@ -99,7 +118,7 @@ def test_an_unknown_version_is_stock_with_one_warning(plain) -> None:
     answer, output = engine(
         {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, batches=[1], pretend_version="0.99.0"
     )
-    assert answer["tokens"] == plain[:1] and answer["counters"] is None and answer["vllm"]["drafted"] > 0
+    assert answer["tokens"] == plain["tokens"][:1] and answer["counters"] is None and answer["vllm"]["drafted"] > 0
     assert output.count("SMART leaves draft lengths to vLLM") == 1
 
 
@@ -110,34 +129,64 @@ def test_the_async_class_is_refused_where_scheduling_is_not_async() -> None:
     assert "use --scheduler-cls smart_decoding.integrations.vllm.SmartScheduler" in output
 
 
-def test_the_openai_server_speculates_and_serves_the_counters(plain) -> None:
-    port, metrics = 18431, 18432
-    server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--dtype", "float32",
-         "--enforce-eager", "--max-model-len", "512", "--port", str(port), "--served-model-name", "m",
-         "--speculative-config", json.dumps(NGRAM), "--scheduler-cls", SCHEDULER,
-         "--additional-config", json.dumps({"smart": {"metrics_port": metrics}})],
-        env={**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, stdout=subprocess.DEVNULL,
+def serving(arguments: dict[str, Any], port: int, options: dict[str, Any]) -> subprocess.Popen[str]:
+    """vLLM's own OpenAI server with our scheduler."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "512", "--port", str(port), "--served-model-name", "m", "--no-enable-prefix-caching"]
+    command += ["--scheduler-cls", SCHEDULER, "--additional-config", json.dumps({"smart": options})]
+    for name, value in arguments.items():
+        command += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    ranks = TWO_RANKS if "tensor-parallel-size" in arguments else {}
+    return subprocess.Popen(
+        command, env={**ENVIRONMENT, **ranks, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("set_up", ["ngram, one rank", "draft model, two ranks"])
+def test_the_openai_server_speculates_and_serves_the_counters(plain, draft, even, set_up) -> None:
+    port, metrics, batch = 18431, 18432, 4
+    arguments: dict[str, Any] = {"model": MODEL, "speculative-config": NGRAM}
+    if set_up == "draft model, two ranks":
+        arguments = {"model": even, "tensor-parallel-size": 2, "speculative-config": draft}
+    server = serving(arguments, port, {"metrics_port": metrics})
+    log: list[str] = []
+    assert server.stdout is not None
+    threading.Thread(target=log.extend, args=(server.stdout,), daemon=True).start()
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", server)
-        answer, _ = engine({}, batches=[1], text=True)
-        body = {"model": "m", "max_tokens": 96, "temperature": 0, "ignore_eos": True, "messages": answer["messages"][0]}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=600) as reply:
-            assert json.load(reply)["choices"][0]["message"]["content"] == answer["texts"][0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=60) as reply:
-            lines = reply.read().decode().splitlines()
-        found = {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("smart_vllm_")}
-        assert found["smart_vllm_steps_on_total"] > 0 and found["smart_vllm_steps_off_total"] > 0
-        assert found["smart_vllm_verified_total"] >= found["smart_vllm_accepted_total"]
+        wait_for(f"http://127.0.0.1:{port}/health", server, log)
+        with ThreadPoolExecutor(batch) as pool:
+            texts = list(pool.map(lambda conversation: chat(port, conversation), messages(batch)))
+        assert texts == plain["texts"][BATCHES.index(batch)]
+        ours, theirs = scrape(metrics, "smart_vllm_"), scrape(port, "vllm:spec_decode_num_")
+        assert ours["smart_vllm_steps_on_total"] > 0 and ours["smart_vllm_steps_off_total"] > 0
+        for name, stock in (("verified", "draft"), ("accepted", "accepted")):
+            assert ours[f"smart_vllm_{name}_total"] == theirs[f"vllm:spec_decode_num_{stock}_tokens_total"] > 0
     finally:
         server.terminate()
         server.wait(60)
+
+
+def chat(port: int, conversation: list[Any]) -> str:
+    body = {"model": "m", "max_tokens": 96, "temperature": 0, "ignore_eos": True, "messages": conversation}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        return str(json.load(reply)["choices"][0]["message"]["content"])
+
+
+def scrape(port: int, prefix: str) -> dict[str, float]:
+    """Prometheus samples by name, without their labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as reply:
+        lines = [line for line in reply.read().decode().splitlines() if line.startswith(prefix)]
+    return {line.split("{")[0].split()[0]: float(line.split()[-1]) for line in lines}
+
+
+def test_data_parallel_ranks_that_wait_for_each_other_are_refused() -> None:
+    """As an engine of a mixture of experts has it; ranks of dense models run by themselves, each with a size of 1."""
+    output = engine({"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, fails=True, pretend_ranks=2)
+    assert "cannot run with data_parallel_size=2" in output
 
 
 def test_smart_vllm_config_measures_and_vllm_takes_what_it_writes(tmp_path) -> None:
@@ -157,7 +206,7 @@ def test_smart_vllm_config_measures_and_vllm_takes_what_it_writes(tmp_path) -> N
     assert answer["vllm"]["drafted"] > 0
 
 
-def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
+def wait_for(url: str, process: subprocess.Popen[Any], log: list[str]) -> None:
     deadline = time.monotonic() + 1200
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -165,4 +214,4 @@ def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
                 return
         except OSError:
             time.sleep(1)
-    raise AssertionError(f"{url} did not answer")
+    raise AssertionError(f"{url} did not answer: {''.join(log[-50:])}")

@@ -1,6 +1,7 @@
 """A process with one vLLM engine: python vllm_engine.py LLM_ARGUMENTS JOB, both JSON; answers with a last line of JSON.
 
-Job: batches (sizes to generate for), text (texts and messages too), contract (compare names), pretend_version."""
+Job: batches (sizes to generate for), contract (compare names), pretend_version,
+pretend_ranks (data-parallel size that the scheduler is told)."""
 
 from __future__ import annotations
 
@@ -21,30 +22,44 @@ def main(arguments: dict[str, Any], job: dict[str, Any]) -> None:
 
     if "pretend_version" in job:
         vllm.__version__ = job["pretend_version"]
+    if "pretend_ranks" in job:
+        pretend_ranks(job["pretend_ranks"])
     llm = vllm.LLM(**{"disable_log_stats": False, "enable_prefix_caching": False, **arguments})
     params = vllm.SamplingParams(temperature=0.0, max_tokens=96, ignore_eos=True)
-    tokens: list[Any] = []
-    texts: list[str] = []
-    messages: list[Any] = []
-    for batch in job["batches"]:
-        messages = [[{"role": "user", "content": f"{PROMPTS[i % 4]} {i // 4 or ''}"}] for i in range(batch)]
-        outputs = llm.chat(messages, params, use_tqdm=False)
-        tokens.append([list(output.outputs[0].token_ids) for output in outputs])
-        texts += [output.outputs[0].text for output in outputs]
+    batches = [messages(batch) for batch in job["batches"]]
+    outputs = [llm.chat(batch, params, use_tqdm=False) for batch in batches]
     found = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     counts = {n: found.get(f"vllm:spec_decode_num_{n}_tokens", 0) for n in ("draft", "accepted")}
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     controller = getattr(scheduler, "controller", None)
     answer: dict[str, Any] = {
-        "tokens": tokens,
+        "tokens": [[list(output.outputs[0].token_ids) for output in batch] for batch in outputs],
+        "texts": [[output.outputs[0].text for output in batch] for batch in outputs],
         "vllm": {"drafted": counts["draft"], "accepted": counts["accepted"]},
         "counters": vars(controller.policy.counters) if controller else None,
     }
-    if job.get("text"):
-        answer |= {"texts": texts, "messages": messages}
     if job.get("contract"):
         answer |= {"missing": missing(scheduler), "lookup": type(scheduler.dynamic_sd_lookup).__name__}
     print("\n" + json.dumps(answer), flush=True)
+
+
+def pretend_ranks(size: int) -> None:
+    """Sets the data-parallel size after all has been loaded, just before the scheduler is made."""
+    from vllm.v1.engine.core import EngineCore
+
+    original = EngineCore._initialize_kv_caches
+
+    def then(self: Any, vllm_config: Any, *more: Any, **named: Any) -> Any:
+        result = original(self, vllm_config, *more, **named)
+        vllm_config.parallel_config.data_parallel_size = size
+        return result
+
+    EngineCore._initialize_kv_caches = then  # type: ignore[method-assign]
+
+
+def messages(batch: int) -> list[Any]:
+    """The conversations of a batch of that size."""
+    return [[{"role": "user", "content": f"{PROMPTS[i % 4]} {i // 4 or ''}"}] for i in range(batch)]
 
 
 def missing(scheduler: Any) -> list[str]:
@@ -56,15 +71,23 @@ def missing(scheduler: Any) -> list[str]:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
     from smart_decoding.integrations.vllm import seams
 
     gone = [f"Scheduler.{name}" for name in seams.METHODS if not hasattr(Scheduler, name)]
     gone += ["AsyncScheduler._update_after_schedule"] * ("_update_after_schedule" not in vars(AsyncScheduler))
     gone += [f"scheduler.{name}" for name in seams.ATTRIBUTES if not hasattr(scheduler, name)]
-    for kind, names in ((SchedulerOutput, seams.SCHEDULER_OUTPUT), (ModelRunnerOutput, seams.RUNNER_OUTPUT)):
+    records = (
+        (SchedulerOutput, seams.SCHEDULER_OUTPUT), (ModelRunnerOutput, seams.RUNNER_OUTPUT),
+        (SpecDecodeMetadata, seams.SPEC_DECODE_METADATA),
+    )  # fmt: skip
+    for kind, names in records:
         known = {field.name for field in dataclasses.fields(kind)}
         gone += [f"{kind.__name__}.{name}" for name in names if name not in known]
+    gone += [f"RejectionSampler.{name}" for name in seams.REJECTION_SAMPLER if not hasattr(RejectionSampler, name)]
+    gone += ["RejectionSampler.forward, ours"] * (not getattr(RejectionSampler.forward, "_shortcut", False))
     request = Request("r", [1, 2], __import__("vllm").SamplingParams(max_tokens=3), None)
     gone += [f"Request.{name}" for name in seams.REQUEST if not hasattr(request, name)]
     return gone

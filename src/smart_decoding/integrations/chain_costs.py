@@ -20,7 +20,7 @@ from smart_decoding.core.tree import FloatArray
 KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # batch sizes
 GUESS = (0.0, 0.002, 0.03)  # fixed, per draft, per level, in plain steps
 PRIOR = 4.0  # observations that a starting guess is worth
-MEMORY = 0.995  # per observation of the same range
+MEMORY = 0.99  # per observation of the same range: what a slow start taught must go, or drafts stay off
 GAIN, CLIP = 0.05, 0.3  # of a running mean; one odd step counts as at most 30 % off
 EARLY, SOLVE_EVERY = 32, 4  # observations of a range: later ones are solved for four at a time
 ENOUGH = 4  # plain steps without which nothing is known
@@ -90,7 +90,7 @@ class StepCosts:
         known = self._ranges.setdefault(_place(batch)[0], _Range())
         features = np.array([1.0, drafts, levels])
         expected = float((known.coefficients if known.seen else guess) @ features)
-        room = CLIP * (plain + expected) if known.seen > ENOUGH else 4.0 * plain
+        room = CLIP * (plain + expected) if known.seen > ENOUGH else plain
         extra = min(max(seconds - plain, expected - room), expected + room)
         known.moments = known.moments * MEMORY + np.outer(features, features)
         known.products = known.products * MEMORY + extra * features

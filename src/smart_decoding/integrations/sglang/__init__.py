@@ -1,15 +1,20 @@
-"""SMART inside SGLang: how many steps EAGLE drafts, at each batch size, under `--speculative-adaptive` with topk 1.
+"""SMART inside SGLang: how large EAGLE drafts, at each batch size, under `--speculative-adaptive`.
 
-SGLang finds `register` by itself, as a plugin; it does nothing unless SMART_SGLANG_COSTS names a file of measured
-costs (docs/integrations.md). Nothing of SGLang is imported before that.
+Chains: how many steps. Trees (`--speculative-eagle-topk` above 1): which of several pairs (steps, nodes), the tree of
+each being SGLang's own. SGLang finds `register` by itself, as a plugin; it does nothing unless SMART_SGLANG_COSTS names
+a file of measured costs (docs/integrations.md). Nothing of SGLang is imported before that.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 
 COSTS = "SMART_SGLANG_COSTS"
+TESTED = ("0.5.23",)
 TARGET = "sglang.srt.speculative.adaptive_spec_params.AdaptiveSpeculativeParams"  # the class that is replaced
+
+logger = logging.getLogger("sglang.smart_decoding")
 
 
 def register() -> None:
@@ -17,7 +22,20 @@ def register() -> None:
     if not os.environ.get(COSTS):
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.version import __version__ as version
 
-    from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
+    from smart_decoding.integrations.sglang.policy import SmartSpecPolicy, read_costs
 
+    if version not in TESTED:
+        logger.warning(
+            "SMART leaves speculation to SGLang: %s is not a version that it was tested with (%s)",
+            version,
+            ", ".join(TESTED),
+        )
+        return
     HookRegistry.register(TARGET, SmartSpecPolicy, HookType.REPLACE)
+    if read_costs().nodes:
+        from smart_decoding.integrations.sglang.trees import HOOKS
+
+        for target, hook, kind in HOOKS:
+            HookRegistry.register(target, hook, HookType[kind])

@@ -20,6 +20,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from smart_decoding.integrations.chains import Chains, Step
 from smart_decoding.integrations.vllm.metrics import serve_metrics
 from smart_decoding.integrations.vllm.seams import FREE, read_options, reason_for_stock, refuse
+from smart_decoding.integrations.vllm.shortcuts import install as install_shortcuts
 
 logger = init_logger("vllm.smart_decoding")  # below vLLM's logger: its format and level
 SHORT_GAP = 0.002  # seconds between two steps that still belong to the work of a step
@@ -116,6 +117,8 @@ class _Smart:
         lengths = [min(k, longest) for _, _, k in schedule] if schedule else range(longest + 1)
         self.controller = Controller(self, lengths, speculative.method not in FREE, options.probe_budget)
         self.dynamic_sd_lookup = Lengths(self.controller)
+        if options.shortcuts:
+            install_shortcuts()
         if options.metrics_port:
             serve_metrics(self.controller.policy.counters, options.metrics_port)
         logger.info("SMART chooses draft lengths: up to %d tokens by %s", longest, speculative.method)

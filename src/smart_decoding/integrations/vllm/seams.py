@@ -1,6 +1,6 @@
 """What the scheduler relies on in vLLM beyond its public interface, and the reasons not to act. Imports no vLLM.
 
-tests/integrations/test_vllm_contract.py compares these names with the installed vLLM.
+tests/integrations/test_vllm_engine.py compares these names with the installed vLLM.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ REQUEST = ("request_id", "spec_token_ids", "max_tokens", "num_output_tokens", "s
 SCHEDULER_OUTPUT = (
     "num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_spec_decode_tokens", "num_spec_tokens_to_schedule"
 )  # fmt: skip
+REJECTION_SAMPLER = ("forward",)  # replaced by shortcuts.py, which calls its `sampler`
+SPEC_DECODE_METADATA = ("num_draft_tokens",)  # of each request, as a list
 RUNNER_OUTPUT = ("req_ids", "req_id_to_index", "sampled_token_ids")
 
 FREE = ("ngram", "suffix")  # drafters that run no model
@@ -37,9 +39,10 @@ class Options:
 
     enabled: false leaves everything to vLLM. probe_budget: share of the time for checking the mode believed worse.
     metrics_port: port of Prometheus metrics on 127.0.0.1 (0: none). allow_untested: act in other versions too, if they
-    have all names that are relied on."""
+    have all names that are relied on. shortcuts: skip vLLM's work for drafts in steps without any (shortcuts.py)."""
 
     enabled: bool = True
+    shortcuts: bool = True
     probe_budget: float = 0.005
     metrics_port: int = 0
     allow_untested: bool = False
