@@ -43,7 +43,9 @@ def main() -> int:
     if args.stage == "seeing":
         namer = Namer(WIDTH)
         loss = SeeingLoss(seeing["tower"], seeing["projector"], namer, words, args.pictures)
-        Stage("seeing", args.seeing_steps, {**seeing, "namer": namer}, SEEING_RATE, loss).run(args.output)
+        blocks = [p for name, p in seeing["tower"].named_parameters() if ".layers." in name and p.ndim == 2]
+        modules = {**seeing, "namer": namer}
+        Stage("seeing", args.seeing_steps, modules, SEEING_RATE, loss, blocks).run(args.output)
     elif args.stage == "reading":
         Stage("reading", args.reading_steps, reading, READING_RATE, answering(true_captions(words))).run(args.output)
     else:

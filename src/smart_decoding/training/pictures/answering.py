@@ -75,9 +75,10 @@ class AnsweringLoss:
         decoder = self._model.model.language_model
         embedded = decoder.embed_tokens(batch.tokens)
         places = (batch.tokens == self._image)[..., None].expand(embedded.shape)
+        bias = torch.zeros(batch.mask.shape, dtype=embedded.dtype).masked_fill_(~batch.mask, -1e9)
         hidden: Tensor = decoder(
             inputs_embeds=embedded.masked_scatter(places, shown.to(embedded.dtype)),
-            attention_mask=batch.mask, position_ids=batch.positions, use_cache=False,
+            attention_mask=bias, position_ids=batch.positions, use_cache=False,
         ).last_hidden_state  # fmt: skip
         return hidden.flatten(0, 1).index_select(0, batch.at)
 

@@ -39,6 +39,7 @@ def build(checkpoint: Checkpoint) -> Any:
         vision_config=seeing, text_config=text, image_token_index=IMAGE_ID, image_seq_length=GRID * GRID,
         vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=True,
     )  # fmt: skip
+    config._attn_implementation = "eager"  # of short sequences: torch's fused kernel spends half of a step backwards
     model: Any = LlavaForConditionalGeneration(config)
     decoder = {name.removeprefix("model."): weight for name, weight in checkpoint.weights.items()}
     decoder.pop("lm_head.weight", None)
