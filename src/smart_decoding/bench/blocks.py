@@ -35,12 +35,13 @@ class Prompt:
 @dataclass(slots=True)
 class Answer:
     """A finished answer. tokens: ids, a loop cut off; looped: ids that were cut; ttft, tpot: seconds (tpot NaN for
-    an answer of one token)."""
+    an answer of one token); vision: seconds of the vision tower, which are part of ttft."""
 
     tokens: list[int]
     looped: int
     ttft: float
     tpot: float
+    vision: float = 0.0
 
 
 @dataclass(slots=True)
@@ -179,4 +180,4 @@ def _answer(request: Request) -> Answer:
     first = metrics.first_token or metrics.arrival
     spent = (metrics.finished or first) - first
     return Answer(kept, len(ids) - len(kept), first - metrics.arrival,
-                  spent / (len(ids) - 1) if len(ids) > 1 else float("nan"))  # fmt: skip
+                  spent / (len(ids) - 1) if len(ids) > 1 else float("nan"), metrics.vision_seconds)  # fmt: skip

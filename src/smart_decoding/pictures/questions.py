@@ -132,8 +132,15 @@ def _ask_relation(ask: _Asker, unique: list[Thing], rng: np.random.Generator) ->
         choices += [("above", down > 0), ("below", down < 0)]
     side, true = choices[int(rng.integers(len(choices)))]
     word = {"left of": "to the left of", "right of": "to the right of"}.get(side, side)
-    answer = f"{'Yes' if true else 'No'}, the {a.name} is {'' if true else 'not '}{word} the {b.name}."
-    ask("relation", answer, ["yes" if true else "no"], thing=a.name, side=word, other=b.name)
+    places = f"The {a.name} is at the {a.place} and the {b.name} is at the {b.place}"
+    ask(
+        "relation",
+        f"{places}: {'yes' if true else 'no'}, it is {'' if true else 'not '}{side} it.",
+        ["yes" if true else "no"],
+        thing=a.name,
+        side=word,
+        other=b.name,
+    )
 
 
 def _ask_number(ask: _Asker, number: Number) -> None:
@@ -161,10 +168,14 @@ def _ask_chart(ask: _Asker, chart: Chart, rng: np.random.Generator) -> None:
     first, second = rng.choice(len(bars), 2, replace=False).tolist()
     a, b = bars[first], bars[second]
     true = a.height > b.height
-    answer = (
-        f"{'Yes' if true else 'No'}, the {a.colour} bar is {'taller' if true else 'shorter'} than the {b.colour} one."
+    heights = f"The {a.colour} bar has a height of {a.height} and the {b.colour} one of {b.height}"
+    ask(
+        "taller",
+        f"{heights}: {'yes, it is taller' if true else 'no, it is shorter'}.",
+        ["yes" if true else "no"],
+        colour=a.colour,
+        other=b.colour,
     )
-    ask("taller", answer, ["yes" if true else "no"], colour=a.colour, other=b.colour)
     items = [f"a {bar.colour} bar with a height of {bar.height}" for bar in bars]
     sentence = f"The picture shows a chart with {_count_sentence(len(bars), 'bar', '')[1:]} From left to right there is"
     ends = f"The tallest bar is the {tall} one and the shortest bar is the {short} one."

@@ -22,7 +22,7 @@ from smart_decoding.training.pictures.model import BASE, IMAGE_ID, WIDTH, build,
 from smart_decoding.training.pictures.schedule import Stage, load_trained
 from smart_decoding.training.pictures.tower import Namer, SeeingLoss, Words
 
-SEEING_RATE, READING_RATE, ANSWERING_RATE = 1e-3, 2e-3, 5e-4
+SEEING_RATE, READING_RATE, ANSWERING_RATE = 1e-3, 2e-3, 1e-3
 
 
 def main() -> int:
@@ -64,9 +64,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m smart_decoding.training.pictures", description=__doc__)
     parser.add_argument("stage", choices=["seeing", "reading", "answering"])
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and, at the end, the parts")
-    parser.add_argument("--seeing-steps", type=int, default=3000)
-    parser.add_argument("--reading-steps", type=int, default=1500)
-    parser.add_argument("--answering-steps", type=int, default=200)
+    parser.add_argument("--seeing-steps", type=int, default=1600)
+    parser.add_argument("--reading-steps", type=int, default=500)
+    parser.add_argument("--answering-steps", type=int, default=600)
     parser.add_argument("--pictures", type=int, default=64, help="pictures of a step of the tower's stage")
     parser.add_argument("--rows", type=int, default=2, help="pictures of a step of the language model's stages")
     parser.add_argument("--held-out", type=int, default=100, help="held-out pictures of the closing measurement")

@@ -57,11 +57,11 @@ def pack(prompt: Prompt, asked: Sequence[Question], encode: Encode, room: int) -
 
 
 def fill(prompt: Prompt, picture: Picture, rng: np.random.Generator, encode: Encode, room: int, wordings: int) -> Row:
-    """A row of one long answer and, as far as there is room, short ones: of every kind, then the same asked again."""
+    """Mostly a long answer, then, as far as there is room, short ones: of every kind, then the same asked again."""
     asked = [question for _ in range(3) for question in questions(picture, rng, wordings)]
-    long = next(question for question in asked if question.kind in LONG_KINDS)
+    long = [question for question in asked if question.kind in LONG_KINDS][: int(rng.random() < 0.6)]
     short = {question.prompt: question for question in asked if question.kind not in LONG_KINDS}
-    return pack(prompt, [long, *short.values()], encode, room)
+    return pack(prompt, [*long, *short.values()], encode, room)
 
 
 @dataclass(frozen=True, slots=True)
