@@ -65,6 +65,8 @@ def main(args: argparse.Namespace) -> int:
     options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout)
     trainer = Trainer(checkpoint, data, args.output, options, keep, init)
     figures: dict[str, Any] = trainer.run()
+    if args.pictures:
+        _says_that_pictures_are_dropped(args.output / "config.json")
     print(json.dumps(figures, indent=1))
     held_out = picture_turns(args.prior_prompts) if args.pictures else trainer.held_out_prompts()
     learn_prior(args.model, args.output, held_out[: args.prior_prompts])
@@ -102,6 +104,11 @@ def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path) -> No
     if args.pictures and not llm.sees:
         raise ConfigError(f"--pictures needs a model that sees, which {args.model} does not")
     generate(llm, recorder, data, args.tokens, args.seed, args.pictures)
+
+
+def _says_that_pictures_are_dropped(path: Path) -> None:
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"visual_positions": "dropped"}, indent=1) + "\n")
 
 
 def _use_huge_pages() -> None:
