@@ -108,6 +108,8 @@ def run_block(
     """Answers `prompts` at `batch_size` running requests, `fillers` (cycled) taking the places that become free.
 
     The engine is empty before and after. `on_tokens` is told the new tokens of each round."""
+    if any(prompt.media for prompt in prompts):
+        engine.target.forget_pictures()  # so that each arm's times to the first token hold the tower's
     queue = itertools.chain(prompts, itertools.cycle(fillers or prompts))
     measured: dict[int, Request] = {}
     running: list[Request] = []
