@@ -31,9 +31,11 @@ quality: env
 soak: env
 	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
 
-# Trains smart-pictures-135m anew (hours on two cores; stopped, it goes on where it was).
+# Trains smart-pictures-135m anew (two hours on two cores; stopped, it goes on where it was).
 pictures: env
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m smart_decoding.training.pictures --output build/pictures
+	for stage in seeing reading; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m smart_decoding.training.pictures $$stage --output build/pictures & done; wait
+	$(BIN)/python -m smart_decoding.training.pictures answering --output build/pictures
 
 # SMART inside the real vLLM, on its CPU build, in an environment of its own (3.4 GB; not part of `make test`).
 VLLM_ENV ?= .venv-vllm

@@ -25,7 +25,8 @@ from smart_decoding import LLM, SamplingParams
 from smart_decoding.bench.provenance import provenance
 from smart_decoding.pictures.draw import draw
 from smart_decoding.pictures.facts import random_picture
-from smart_decoding.pictures.questions import HELD_OUT, KINDS, TRAIN, Question, questions
+from smart_decoding.pictures.questions import Question, questions
+from smart_decoding.pictures.wordings import HELD_OUT, KINDS, TRAIN
 
 SEEDS = 77  # training uses 0, its own measurements 1
 CONDITIONS = {"trained": (TRAIN, False), "held-out": (HELD_OUT, False), "blank": (TRAIN, True)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.drafters import METHODS
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.models import DEFAULT_MODEL
+from smart_decoding.models import DEFAULT_MODEL, SEEING_MODEL
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM, CompletionOutput, Prompt
@@ -53,7 +53,8 @@ def key_value(text: str) -> tuple[str, Any]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype, --device and what speculates."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=DEFAULT_MODEL, help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})")
+    group.add_argument("--model", help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL}; with --image "
+                       f"{SEEING_MODEL})")  # fmt: skip
     group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and KV cache (bf16)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--method", choices=METHODS, help="what drafts (the model's own head, if it has one)")
@@ -125,7 +126,8 @@ def main(args: argparse.Namespace) -> None:
     images = read_images(args.image)
     from smart_decoding.llm import LLM
 
-    llm = LLM(args.model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1,
+    model = args.model or (SEEING_MODEL if images else DEFAULT_MODEL)
+    llm = LLM(model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1,
               trust_pickle=args.trust_pickle)  # fmt: skip
     raw: Prompt = {"prompt": text, "multi_modal_data": {"image": images}} if images else text
     answer = stream_answer(llm, raw if args.raw else chat_prompt(llm, text, images), params)

@@ -16,6 +16,7 @@ from smart_decoding.downloads import PinnedFile, fetch_pinned
 from smart_decoding.errors import DownloadError, ModelError
 
 DEFAULT_MODEL = "smollm2-135m"
+SEEING_MODEL = "smart-pictures-135m"  # the default for prompts with pictures
 PARTS = "parts.json"  # in a folder that holds parts for another model
 
 VISION_PARTS = Path(__file__).with_name("vision_parts")  # a folder for each: what a text model lacks to see

@@ -232,7 +232,8 @@ class _Builder:
             raise ConfigError(f"visual_positions={how!r} is not supported: use {' or '.join(VISUAL_POSITIONS)}")
         if how is not None:
             files = replace(files, sees=how == "decoupled")
-        if self._checkpoint.vision is not None and not files.sees:
+        known = how or files.config.get("visual_positions")  # it was trained so, or is wanted so
+        if self._checkpoint.vision is not None and known is None:
             log.warning("the head %s does not see: it drafts from the text behind the pictures", self.folder)
         return files
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from smart_decoding.bench.blocks import Prompt, run_block
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.llm import LLM
@@ -198,3 +199,11 @@ def test_a_folder_without_image_processor_is_refused(folder: Path, tmp_path: Pat
     (copy / "preprocessor_config.json").unlink()
     with pytest.raises(ModelError, match="has no usable preprocessor_config"):
         load(copy)
+
+
+def test_each_block_of_a_benchmark_sees_its_pictures_anew(folder: Path) -> None:
+    llm = load(folder, speculative_config=False, enable_prefix_caching=False)
+    ready = llm.chat_prompt(message(picture(1), "What is it?"))
+    prompts = [Prompt(0, "pictures", ready.tokens, SamplingParams(temperature=0, max_tokens=4), ready.media)]
+    blocks = [run_block(llm.engine, prompts, [], 1) for _ in range(2)]
+    assert all(0 < block.answers[0].vision < block.answers[0].ttft for block in blocks)

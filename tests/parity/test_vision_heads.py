@@ -180,6 +180,8 @@ def test_a_head_that_does_not_see_is_noticed(folder: Path, tmp_path: Path, caplo
             f"the head {head} does not see: it drafts from the text behind the pictures"
         ]
         caplog.clear()
+        load(folder, speculative_config={"model": str(head), "policy": "static", "visual_positions": "dropped"})
+        assert not caplog.records
         seeing = {"model": str(head), "policy": "static", "visual_positions": "decoupled"}
         assert load(folder, speculative_config=seeing).engine.drafter.sees
         assert not caplog.records

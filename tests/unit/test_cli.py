@@ -142,6 +142,7 @@ def test_run_shows_the_model_a_picture(fake: type[FakeLLM], tmp_path: Path) -> N
         Image.new("RGB", (9, 7), colour).save(tmp_path / name)
     images = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / "b.jpg")]
     assert cli.main(["run", *images, "what?"]) == 0
+    assert fake.made[0].model == "smart-pictures-135m"
     *pictures, text = fake.made[0].asked[0][0]
     assert text == {"type": "text", "text": "what?"} and [part["type"] for part in pictures] == ["image", "image"]
     assert [part["image"].size for part in pictures] == [(9, 7), (9, 7)]

@@ -35,12 +35,13 @@ class Prompt:
 @dataclass(slots=True)
 class Answer:
     """A finished answer. tokens: ids, a loop cut off; looped: ids that were cut; ttft, tpot: seconds (tpot NaN for
-    an answer of one token)."""
+    an answer of one token); vision: seconds of the vision tower, which are part of ttft."""
 
     tokens: list[int]
     looped: int
     ttft: float
     tpot: float
+    vision: float = 0.0
 
 
 @dataclass(slots=True)
@@ -107,6 +108,8 @@ def run_block(
     """Answers `prompts` at `batch_size` running requests, `fillers` (cycled) taking the places that become free.
 
     The engine is empty before and after. `on_tokens` is told the new tokens of each round."""
+    if any(prompt.media for prompt in prompts):
+        engine.target.forget_pictures()  # so that each arm's times to the first token hold the tower's
     queue = itertools.chain(prompts, itertools.cycle(fillers or prompts))
     measured: dict[int, Request] = {}
     running: list[Request] = []
@@ -179,4 +182,4 @@ def _answer(request: Request) -> Answer:
     first = metrics.first_token or metrics.arrival
     spent = (metrics.finished or first) - first
     return Answer(kept, len(ids) - len(kept), first - metrics.arrival,
-                  spent / (len(ids) - 1) if len(ids) > 1 else float("nan"))  # fmt: skip
+                  spent / (len(ids) - 1) if len(ids) > 1 else float("nan"), metrics.vision_seconds)  # fmt: skip

@@ -9,7 +9,8 @@ import numpy as np
 
 from smart_decoding.pictures.draw import draw
 from smart_decoding.pictures.facts import Picture, random_chart, random_scene
-from smart_decoding.pictures.questions import HELD_OUT, LONG_KINDS, questions
+from smart_decoding.pictures.questions import questions
+from smart_decoding.pictures.wordings import HELD_OUT, LONG_KINDS
 
 SEEDS, COUNT = 99, 60  # training's seeds are 0 and 1
 

@@ -122,8 +122,9 @@ def notes(runs: Sequence[Run]) -> list[str]:
                 "of its tokens were cut"
             )
         else:
+            vision = f", {_number(run['vision_ms'], 0)} ms of it the vision tower," if run.get("vision_ms") else ""
             lines.append(
-                f"{name}: TTFT {_number(run['ttft_ms'], 0)} ms "
+                f"{name}: TTFT {_number(run['ttft_ms'], 0)} ms{vision} "
                 f"({_number(run['ttft_ratio'], 2)} x), TPOT {_number(run['tpot_ms'], 1)} ms, worst request "
                 f"{_number(run['worst_tpot_ratio'], 2)} x;\n  controller {_percent(run['controller_share'])}, "
                 f"{_percent(run['off_share'])} of rounds off, {_number(run['levels_per_round'], 1)} levels, "

@@ -102,6 +102,7 @@ def _latencies(both: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
     ratios = [a.tpot / b.tpot for a, b in both if a.tpot > 0 and b.tpot > 0]
     return {
         "ttft_ms": 1e3 * _median([a.ttft for a, _ in both]),
+        "vision_ms": 1e3 * _median([a.vision for a, _ in both]),
         "ttft_ratio": _per(_median([a.ttft for a, _ in both]), _median([b.ttft for _, b in both])),
         "tpot_ms": 1e3 * _median([a.tpot for a, _ in both]),
         "worst_tpot_ratio": max(ratios, default=math.nan),

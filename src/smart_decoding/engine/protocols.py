@@ -56,6 +56,10 @@ class Target(Protocol):
         """[length, hidden] the embeddings of a picture; of text models never called."""
         ...
 
+    def forget_pictures(self) -> None:
+        """`see` looks anew at all that it has seen; of text models never called."""
+        ...
+
     def move(self, source: Ints, target: Ints) -> None:
         """Copies KV slots source[i] -> target[i], in order."""
         ...

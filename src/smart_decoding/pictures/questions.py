@@ -1,7 +1,4 @@
-"""Questions about a generated picture with the answers that a picture's facts give, and who is right.
-
-Each kind of question has wordings to train on and others that are kept for measurements.
-"""
+"""Questions about a generated picture with the answers that a picture's facts give, and who is right."""
 
 from __future__ import annotations
 
@@ -13,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from smart_decoding.pictures.facts import COLOURS, COUNT_WORDS, SHAPES, Chart, Number, Picture, Scene, Thing
-
-TRAIN, HELD_OUT = 0, 1  # wordings
+from smart_decoding.pictures.wordings import TRAIN, worded
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,96 +24,6 @@ class Question:
 
     def is_right(self, text: str) -> bool:
         return all(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", text, re.IGNORECASE) for key in self.keys)
-
-
-WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "colour": (
-        ("What colour is the {shape}?", "What color is the {shape}?", "Which colour does the {shape} have?"),
-        ("Tell me the colour of the {shape}.",),
-    ),
-    "shape": (
-        ("What shape is {colour}?", "Which shape is the {colour} one?", "What is the {colour} thing?"),
-        ("Name the shape that is {colour}.",),
-    ),
-    "position": (
-        ("Where is the {thing}?", "In which place is the {thing}?", "Where in the picture is the {thing}?"),
-        ("Tell me where the {thing} is.",),
-    ),
-    "cell": (
-        ("What is at the {place}?", "Which shape is at the {place}?", "What can be seen at the {place}?"),
-        ("Tell me what is at the {place}.",),
-    ),
-    "count": (
-        ("How many {things} are there?", "How many {things} do you see?", "Count the {things}."),
-        ("What is the number of {things} in the picture?",),
-    ),
-    "exists": (
-        ("Is there a {thing}?", "Does the picture show a {thing}?", "Do you see a {thing}?"),
-        ("Can a {thing} be seen?",),
-    ),
-    "relation": (
-        ("Is the {thing} {side} the {other}?", "Does the {thing} lie {side} the {other}?"),
-        ("Would you say that the {thing} is {side} the {other}?",),
-    ),
-    "number": (
-        ("What number is this?", "Which number is shown?", "Read the number.", "What number do you see?"),
-        ("Tell me the number in the picture.",),
-    ),
-    "number colour": (
-        ("What colour is the number?", "What color is the number?", "Which colour do the digits have?"),
-        ("Tell me the colour of the number.",),
-    ),
-    "digits": (
-        ("How many digits does the number have?", "How many digits are there?", "Count the digits."),
-        ("What is the number of digits?",),
-    ),
-    "tallest": (
-        ("What is the tallest bar?", "Which bar is the tallest?", "Which colour has the tallest bar?"),
-        ("Name the bar that is taller than all others.", "Which bar is the highest?"),
-    ),
-    "shortest": (
-        ("What is the shortest bar?", "Which bar is the shortest?", "Which colour has the shortest bar?"),
-        ("Name the bar that is shorter than all others.", "Which bar is the lowest?"),
-    ),
-    "bars": (
-        ("How many bars are there?", "How many bars does the chart have?", "Count the bars."),
-        ("What is the number of bars?",),
-    ),
-    "height": (
-        ("How tall is the {colour} bar?", "What is the height of the {colour} bar?", "How high is the {colour} bar?"),
-        ("Tell me the value of the {colour} bar.",),
-    ),
-    "taller": (
-        ("Is the {colour} bar taller than the {other} one?", "Is the {colour} bar taller than the {other} bar?"),
-        ("Does the {colour} bar rise above the {other} one?",),
-    ),
-    "description": (
-        (
-            "Describe the picture.",
-            "Describe this image in detail.",
-            "What do you see in the picture?",
-            "What does the picture show?",
-            "Please describe what is shown here.",
-            "Write a description of this picture.",
-        ),
-        (
-            "Give a full account of this image.",
-            "Tell me everything that you can see here.",
-            "Explain this picture to somebody who cannot see it.",
-            "Report what is in the image, with all details.",
-        ),
-    ),
-    "list": (
-        (
-            "List what is in the picture, one item per line.",
-            "Make a list of what the picture shows.",
-            "List everything in this image.",
-        ),
-        ("Give me a list of all that is to be seen in this picture.", "Put what the image shows into a list."),
-    ),
-}
-KINDS = tuple(WORDINGS)
-LONG_KINDS = ("description", "list")  # their answers take 40 tokens and more on pictures that hold enough
 
 
 def questions(picture: Picture, rng: np.random.Generator, wordings: int = TRAIN) -> list[Question]:
@@ -138,8 +44,8 @@ class _Asker:
         self.found: list[Question] = []
 
     def __call__(self, kind: str, answer: str, keys: Sequence[str], **parts: str) -> None:
-        wording = str(self._rng.choice(WORDINGS[kind][self._wordings]))
-        self.found.append(Question(kind, wording.format(**parts), answer, tuple(keys)))
+        prompt = worded(kind, parts, self._wordings, self._rng)
+        self.found.append(Question(kind, prompt, answer, tuple(keys)))
 
 
 def _ask_scene(ask: _Asker, scene: Scene, rng: np.random.Generator) -> None:
@@ -226,8 +132,15 @@ def _ask_relation(ask: _Asker, unique: list[Thing], rng: np.random.Generator) ->
         choices += [("above", down > 0), ("below", down < 0)]
     side, true = choices[int(rng.integers(len(choices)))]
     word = {"left of": "to the left of", "right of": "to the right of"}.get(side, side)
-    answer = f"{'Yes' if true else 'No'}, the {a.name} is {'' if true else 'not '}{word} the {b.name}."
-    ask("relation", answer, ["yes" if true else "no"], thing=a.name, side=word, other=b.name)
+    places = f"The {a.name} is at the {a.place} and the {b.name} is at the {b.place}"
+    ask(
+        "relation",
+        f"{places}: {'yes' if true else 'no'}, it is {'' if true else 'not '}{side} it.",
+        ["yes" if true else "no"],
+        thing=a.name,
+        side=word,
+        other=b.name,
+    )
 
 
 def _ask_number(ask: _Asker, number: Number) -> None:
@@ -255,10 +168,14 @@ def _ask_chart(ask: _Asker, chart: Chart, rng: np.random.Generator) -> None:
     first, second = rng.choice(len(bars), 2, replace=False).tolist()
     a, b = bars[first], bars[second]
     true = a.height > b.height
-    answer = (
-        f"{'Yes' if true else 'No'}, the {a.colour} bar is {'taller' if true else 'shorter'} than the {b.colour} one."
+    heights = f"The {a.colour} bar has a height of {a.height} and the {b.colour} one of {b.height}"
+    ask(
+        "taller",
+        f"{heights}: {'yes, it is taller' if true else 'no, it is shorter'}.",
+        ["yes" if true else "no"],
+        colour=a.colour,
+        other=b.colour,
     )
-    ask("taller", answer, ["yes" if true else "no"], colour=a.colour, other=b.colour)
     items = [f"a {bar.colour} bar with a height of {bar.height}" for bar in bars]
     sentence = f"The picture shows a chart with {_count_sentence(len(bars), 'bar', '')[1:]} From left to right there is"
     ends = f"The tallest bar is the {tall} one and the shortest bar is the {short} one."

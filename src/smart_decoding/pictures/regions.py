@@ -1,30 +1,17 @@
-"""What the vision tower learns first: words for each patch of a picture, and facts about the whole.
+"""What the lower half of the vision tower learns: words for each patch of a picture.
 
 A patch that shows something is labelled with the words for it, every other patch with words for the whole picture.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.pictures.draw import Box, bar_box
-from smart_decoding.pictures.facts import (
-    COLOURS,
-    COLUMNS,
-    COUNT_WORDS,
-    MAX_HEIGHT,
-    ROWS,
-    SHAPES,
-    Chart,
-    Number,
-    Picture,
-    Scene,
-)
+from smart_decoding.pictures.facts import COLOURS, COLUMNS, COUNT_WORDS, ROWS, SHAPES, Number, Picture, Scene
 
 ORDER = ("first", "second", "third", "fourth", "fifth")
 DIGITS = tuple("0123456789")
@@ -67,30 +54,8 @@ def overall(picture: Picture) -> tuple[str, ...]:
     return COUNT_WORDS[len(picture.bars)], "bars"
 
 
-def facts(picture: Picture) -> list[str]:
-    """What is true of the whole picture: counts, the tallest and shortest bar, heights and digits by place."""
-    if isinstance(picture, Scene):
-        counts = Counter(thing.colour for thing in picture.things) + Counter(thing.shape for thing in picture.things)
-        return [f"{name}={count}" for name, count in counts.items()]
-    if isinstance(picture, Number):
-        return [f"{place}={digit}" for place, digit in zip(ORDER, picture.digits, strict=False)]
-    ranked = sorted(picture.bars, key=lambda bar: bar.height)
-    heights = [f"{place} bar={bar.height}" for place, bar in zip(ORDER, picture.bars, strict=False)]
-    return [f"tallest={ranked[-1].colour}", f"shortest={ranked[0].colour}", *heights]
-
-
 WORDS = (*COLOURS, *SHAPES, *dict.fromkeys((*ROWS, *COLUMNS)), *DIGITS, *ORDER, *COUNT_WORDS[1:])
 WORDS = (*WORDS, "bar", "shapes", "digits", "bars")
-
-
-@cache
-def fact_names() -> dict[str, int]:
-    """Every fact that can be true, with its index."""
-    names = [f"{name}={count}" for name in (*COLOURS, *SHAPES) for count in range(1, len(COUNT_WORDS))]
-    names += [f"{place}={digit}" for place in ORDER[:3] for digit in DIGITS]
-    names += [f"{which}={colour}" for which in ("tallest", "shortest") for colour in COLOURS]
-    names += [f"{place} bar={height}" for place in ORDER for height in range(1, MAX_HEIGHT + 1)]
-    return {name: i for i, name in enumerate(names)}
 
 
 def patch_labels(picture: Picture, grid: int) -> NDArray[np.float32]:
@@ -108,19 +73,9 @@ def patch_labels(picture: Picture, grid: int) -> NDArray[np.float32]:
     return labels
 
 
-def fact_labels(picture: Picture) -> NDArray[np.float32]:
-    """Which facts are true, 0 or 1: [facts]."""
-    labels = np.zeros(len(fact_names()), np.float32)
-    labels[[fact_names()[fact] for fact in facts(picture)]] = 1
-    return labels
-
-
 def _around(centre: tuple[float, float], across: float, down: float) -> Box:
     return centre[0] - across, centre[1] - down, centre[0] + across, centre[1] + down
 
 
 def _overlap(a: Box, b: Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-__all__ = ["WORDS", "Chart", "fact_labels", "fact_names", "facts", "overall", "patch_labels", "regions"]

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip-generation", action="store_true", help="train on the conversations that are there")
+    parser.add_argument(
+        "--pictures", action="store_true", help="converse about generated pictures, with a model that sees"
+    )
     parser.add_argument("--prior-prompts", type=int, default=60, help="held-out prompts that the prior is learned on")
     parser.add_argument(
         "--without-tasks", default="", help="leave out what shares eight words with a prompt of these bench tasks"
@@ -44,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.backends.torch.head_export import layout_of
     from smart_decoding.backends.torch.loading import load_checkpoint
     from smart_decoding.errors import ConfigError
-    from smart_decoding.training.prior import learn_prior
+    from smart_decoding.training.prior import learn_prior, picture_turns
     from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
 
     _use_huge_pages()
@@ -62,8 +65,11 @@ def main(args: argparse.Namespace) -> int:
     options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout)
     trainer = Trainer(checkpoint, data, args.output, options, keep, init)
     figures: dict[str, Any] = trainer.run()
+    if args.pictures:
+        _says_that_pictures_are_dropped(args.output / "config.json")
     print(json.dumps(figures, indent=1))
-    learn_prior(args.model, args.output, trainer.held_out_prompts()[: args.prior_prompts])
+    held_out = picture_turns(args.prior_prompts) if args.pictures else trainer.held_out_prompts()
+    learn_prior(args.model, args.output, held_out[: args.prior_prompts])
     print(f'the head is in {args.output}: LLM(..., speculative_config={{"method": "eagle", "model": "{args.output}"}})')
     return 0
 
@@ -85,6 +91,7 @@ def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
 
 
 def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path) -> None:
+    from smart_decoding.errors import ConfigError
     from smart_decoding.llm import LLM
     from smart_decoding.training.generate import CONCURRENT, Recorder, generate
 
@@ -94,7 +101,14 @@ def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path) -> No
     )  # fmt: skip
     recorder = Recorder(taps)
     llm.engine.listen(recorder)
-    generate(llm, recorder, data, args.tokens, args.seed)
+    if args.pictures and not llm.sees:
+        raise ConfigError(f"--pictures needs a model that sees, which {args.model} does not")
+    generate(llm, recorder, data, args.tokens, args.seed, args.pictures)
+
+
+def _says_that_pictures_are_dropped(path: Path) -> None:
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"visual_positions": "dropped"}, indent=1) + "\n")
 
 
 def _use_huge_pages() -> None:

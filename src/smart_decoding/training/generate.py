@@ -20,11 +20,13 @@ from tqdm import tqdm
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
 from smart_decoding.llm import LLM
-from smart_decoding.training.seeds import user_turn
+from smart_decoding.multimodal.prompts import MediaPrompt
+from smart_decoding.training.seeds import picture_turn, user_turn
 
 SHARD_TOKENS = 50_000
 CONCURRENT = 128
@@ -111,23 +113,27 @@ class Writer:
         self._items, self._tokens = [], 0
 
 
-def generate(llm: LLM, recorder: Recorder, folder: Path, tokens: int, seed: int = 0) -> None:
+def generate(llm: LLM, recorder: Recorder, folder: Path, tokens: int, seed: int = 0, pictures: bool = False) -> None:
     """Writes shards until the folder holds about `tokens` answer tokens; goes on from the shards that are there.
 
-    A tenth of the answers is sampled at temperature 0.7, the others are greedy; an answer ends where it loops."""
+    pictures: each conversation is about a generated picture; it is kept from the page on in which that ends, since a
+    head that does not see begins there. A tenth of the answers is sampled at temperature 0.7, the others are greedy;
+    an answer ends where it loops."""
     writer = Writer(folder)
     have = writer.shards * SHARD_TOKENS
     rng = np.random.default_rng((seed, writer.shards))
     with tqdm(total=tokens, initial=min(have, tokens), unit="tok", desc="writing conversations") as bar:
-        job = _Conversations(llm, recorder, rng, writer.shards, writer.prompts())
+        job = _Conversations(llm, recorder, rng, writer.shards, writer.prompts(), pictures)
         while have < tokens:
             job.fill()
             job.advance(llm.engine)
             for request, taps in recorder.done:
-                rows = len(taps)
-                writer.add(request.tokens[:rows], len(request.prompt), taps)
-                have += rows
-                bar.update(rows)
+                rows, start = len(taps), 0
+                if request.media is not None:
+                    start = request.media.visual(rows) // PAGE * PAGE
+                writer.add(request.tokens[start:rows], len(request.prompt) - start, taps[start:])
+                have += rows - start
+                bar.update(rows - start)
             recorder.done.clear()
     writer.flush()
 
@@ -136,10 +142,17 @@ class _Conversations:
     """Keeps CONCURRENT requests running: user turns that the target completes, then answers."""
 
     def __init__(
-        self, llm: LLM, recorder: Recorder, rng: np.random.Generator, salt: int, asked: set[tuple[int, ...]]
+        self,
+        llm: LLM,
+        recorder: Recorder,
+        rng: np.random.Generator,
+        salt: int,
+        asked: set[tuple[int, ...]],
+        pictures: bool,
     ) -> None:
         self._llm, self._recorder, self._rng, self._salt = llm, recorder, rng, salt
         self._count, self._running = 0, 0
+        self._pictures = pictures
         self._asked = asked  # prompts so far: the same one again would teach nothing new
         marker = "\u241e"
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": marker}])
@@ -148,6 +161,9 @@ class _Conversations:
     def fill(self) -> None:
         while self._running < CONCURRENT:
             self._running += 1
+            if self._pictures:
+                self._record(self._llm.chat_prompt(picture_turn(self._rng)))
+                continue
             text, complete = user_turn(self._rng)
             if complete:
                 self._answer(self._encode(self._before + text + self._after))
@@ -156,7 +172,7 @@ class _Conversations:
             turn_tokens = 100 if "```" in text else 50
             seed = int(self._rng.integers(2**62))
             params = SamplingParams(temperature=1.0, top_k=64, max_tokens=turn_tokens, seed=seed)
-            self._add(prompt, params, record=False)
+            self._add(MediaPrompt(prompt), params, record=False)
 
     def advance(self, engine: Engine) -> None:
         for request in engine.step():
@@ -174,17 +190,20 @@ class _Conversations:
             self._running -= 1
             return
         self._asked.add(tuple(prompt))
+        self._record(MediaPrompt(prompt))
+
+    def _record(self, prompt: MediaPrompt) -> None:
         sampled = self._rng.random() < 0.1
         seed = int(self._rng.integers(2**62))
         params = SamplingParams(temperature=0.7 if sampled else 0.0, top_k=64, max_tokens=ANSWER_TOKENS, seed=seed)
         self._add(prompt, params, record=True)
 
-    def _add(self, prompt: list[int], params: SamplingParams, record: bool) -> None:
+    def _add(self, prompt: MediaPrompt, params: SamplingParams, record: bool) -> None:
         self._count += 1
         name = f"{'answer' if record else 'turn'}-{self._salt}-{self._count}"
         if record:
             self._recorder.wanted.add(name)
-        self._llm.engine.add_request(name, prompt, params)
+        self._llm.engine.add_request(name, prompt.tokens, params, prompt.media)
 
     def _encode(self, text: str) -> list[int]:
         return self._llm.tokenizer.encode(text, add_special_tokens=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.core.policies.likelihood import Likelihood
@@ -13,7 +15,10 @@ from smart_decoding.core.policies.protocol import Round
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
-from smart_decoding.llm import LLM
+from smart_decoding.llm import LLM, Prompt
+from smart_decoding.training.seeds import picture_turn
+
+PICTURES = 55  # seeds
 
 
 class Exploring:
@@ -29,8 +34,17 @@ class Exploring:
         self._learner.observe(round)
 
 
-def learn_prior(model: str, head: Path, prompts: Sequence[Sequence[int]], max_tokens: int = 100) -> None:
-    """Answers `prompts` (token ids) with wide trees, three greedy and one sampled in turn; writes head/prior.json."""
+Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+def picture_turns(count: int) -> list[Conversation]:
+    """Conversations about pictures of seeds that no training uses."""
+    return [picture_turn(np.random.default_rng((PICTURES, i))) for i in range(count)]
+
+
+def learn_prior(model: str, head: Path, prompts: Sequence[Sequence[int] | Conversation], max_tokens: int = 100) -> None:
+    """Answers `prompts` (token ids or messages) with wide trees, three greedy and one sampled in turn; writes
+    head/prior.json."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
     (head / "prior.json").unlink(missing_ok=True)
     llm = LLM(model, speculative_config=options, max_num_seqs=1, stop_at_loops=True)
@@ -38,7 +52,8 @@ def learn_prior(model: str, head: Path, prompts: Sequence[Sequence[int]], max_to
     assert isinstance(policy, Smart)
     llm.engine.policy = Exploring(policy)
     for i, prompt in enumerate(tqdm(prompts, desc="learning the prior")):
-        llm.generate(list(prompt), SamplingParams(temperature=0.8 * (i % 4 == 3), max_tokens=max_tokens, seed=i))
+        ready: Prompt = llm.chat_prompt(prompt) if isinstance(prompt[0], Mapping) else list(prompt)
+        llm.generate(ready, SamplingParams(temperature=0.8 * (i % 4 == 3), max_tokens=max_tokens, seed=i))
     state = {"calibration": policy.calibration.state_dict(), "forecast": policy.forecast.state_dict()}
     with whole(head / "prior.json") as path:
         path.write_text(json.dumps(state) + "\n")

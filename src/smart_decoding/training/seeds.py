@@ -4,7 +4,14 @@ turns built from a task and a topic. Written for this project; none of it comes 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from smart_decoding.pictures.draw import draw
+from smart_decoding.pictures.facts import random_picture
+from smart_decoding.pictures.questions import questions
+from smart_decoding.pictures.wordings import LONG_KINDS
 
 # {name}, {n}, {thing}, {verb}, {noun} and {topic} are drawn anew each time.
 OPENINGS = (
@@ -120,6 +127,15 @@ def user_turn(rng: np.random.Generator) -> tuple[str, bool]:
     if rng.random() < 0.55:
         return _filled(str(rng.choice(OPENINGS)), rng), False
     return str(rng.choice(TASKS)).format(rng.choice(TOPICS)), True
+
+
+def picture_turn(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """A conversation that begins with a generated picture and, mostly, the wish for a long answer about it."""
+    picture = random_picture(rng)
+    asked = questions(picture, rng)
+    wanted = [q for q in asked if q.kind in LONG_KINDS] if rng.random() < 0.75 else asked
+    parts = [{"type": "image_pil", "image_pil": draw(picture)}, {"type": "text", "text": wanted[0].prompt}]
+    return [{"role": "user", "content": parts}]
 
 
 def _filled(opening: str, rng: np.random.Generator) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from smart_decoding.bench.data import DEFAULT_TASKS, load_task
 from smart_decoding.bench.pictures import SEEDS
-from smart_decoding.pictures.questions import LONG_KINDS, WORDINGS
+from smart_decoding.pictures.wordings import LONG_KINDS, WORDINGS
 from smart_decoding.training.pictures import tower
 
 

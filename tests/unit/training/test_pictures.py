@@ -12,7 +12,8 @@ from torch import nn
 from smart_decoding.backends.torch.assembly import assembled_folder
 from smart_decoding.models import seeing_names
 from smart_decoding.pictures.facts import random_picture
-from smart_decoding.pictures.questions import TRAIN, Question
+from smart_decoding.pictures.questions import Question
+from smart_decoding.pictures.wordings import TRAIN
 from smart_decoding.training.pictures.lora import SCALE, LowRank
 from smart_decoding.training.pictures.packing import Prompt, batch_of, fill, pack
 from smart_decoding.training.pictures.schedule import Stage
@@ -88,7 +89,7 @@ def test_a_training_that_was_cut_ends_as_if_it_had_not_been(tmp_path: Path) -> N
             torch.manual_seed(step)
             return module(torch.randn(8, 4)).square().mean(), {}
 
-        return Stage("tiny", 6, {"module": module}, {"module": 0.1}, loss), module
+        return Stage("tiny", 6, {"module": module}, 0.1, loss), module
 
     whole, expected = stage(None)
     whole.run(tmp_path / "whole")

@@ -71,6 +71,10 @@ class TorchTarget:
             raise ConfigError("this model reads text only")
         return self._tower.see(pixels)
 
+    def forget_pictures(self) -> None:
+        if self._tower is not None:
+            self._tower.forget()
+
     def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
         return self.sampler.argmax(logits, which)
 

@@ -130,6 +130,9 @@ class VisionTower:
             self._kept.popitem(last=False)
         return found
 
+    def forget(self) -> None:
+        self._kept.clear()
+
     def _run(self, pixels: Pixels) -> Tensor:
         values = torch.from_numpy(pixels.values).to(self._device, self._dtype)
         if hasattr(self._model, "visual"):

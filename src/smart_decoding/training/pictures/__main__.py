@@ -1,6 +1,7 @@
-"""`python -m smart_decoding.training.pictures --output FOLDER`: trains the demonstration model, or goes on with it.
+"""`python -m smart_decoding.training.pictures STAGE --output FOLDER`: trains the demonstration model, or goes on.
 
-Several processes: `torchrun --nproc-per-node 2 -m smart_decoding.training.pictures --output FOLDER`.
+STAGE is `seeing` (tower and projector), `reading` (the language model, from true captions; both can run side by side),
+or, when they are done, `answering`: the language model goes on with what the tower sees, and the parts are written.
 """
 
 from __future__ import annotations
@@ -14,18 +15,14 @@ from typing import Any
 import torch
 
 from smart_decoding.backends.torch.loading import load_checkpoint
-from smart_decoding.pictures.captions import VOCABULARY
-from smart_decoding.pictures.questions import HELD_OUT, TRAIN
+from smart_decoding.pictures.wordings import HELD_OUT, TRAIN
 from smart_decoding.tokenizer import Tokenizer
-from smart_decoding.training.pictures.answering import AnsweringLoss
+from smart_decoding.training.pictures.answering import AnsweringLoss, Show, true_captions, what_is_seen
 from smart_decoding.training.pictures.model import BASE, IMAGE_ID, WIDTH, build, export, prompt_of
-from smart_decoding.training.pictures.schedule import Stage, Workers
-from smart_decoding.training.pictures.tower import CaptionLoss, Namer, NamingLoss, word_embeddings
+from smart_decoding.training.pictures.schedule import Stage, load_trained
+from smart_decoding.training.pictures.tower import Namer, SeeingLoss, Words
 
-RATES = {"tower": 1e-3, "projector": 1.5e-3, "namer": 1e-3}
-LATE_RATES = {"tower": 4e-4, "projector": 6e-4, "namer": 4e-4, "decoder": 1.5e-3}
-
-TAUGHT = 0.5  # of the last stage's steps, in which true captions are shown, too
+SEEING_RATE, READING_RATE, ANSWERING_RATE = 1e-3, 2e-3, 1e-3
 
 
 def main() -> int:
@@ -33,27 +30,31 @@ def main() -> int:
     torch.manual_seed(args.seed)
     checkpoint = load_checkpoint(BASE)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
-    model, namer = build(checkpoint), Namer(WIDTH)
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    words = word_embeddings(checkpoint.weights["model.embed_tokens.weight"], tokenizer, VOCABULARY)
+    model, words = build(checkpoint), Words(checkpoint.weights["model.embed_tokens.weight"], tokenizer)
+    seeing = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
+    reading = {"decoder": model.model.language_model}
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
+    def answering(show: Show) -> AnsweringLoss:
+        return AnsweringLoss(
+            model, prompt_of(tokenizer), lambda text: tokenizer.encode(text, add_special_tokens=False), IMAGE_ID, show,
+            args.rows,
+        )  # fmt: skip
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    naming = NamingLoss(tower, namer, args.pictures)
-    Stage("naming", args.naming_steps, {"tower": tower, "namer": namer}, RATES, naming).run(args.output)
-    seeing = {"tower": tower, "projector": projector, "namer": namer}
-    captions = CaptionLoss(tower, projector, namer, words, args.pictures)
-    Stage("captions", args.caption_steps, seeing, RATES, captions).run(args.output)
-    captions.batch = args.pictures // 2
-    taught = int(TAUGHT * args.steps * Workers().count)
-    answering = AnsweringLoss(model, prompt_of(tokenizer), encode, IMAGE_ID, captions, args.rows, taught)
-    modules = {**seeing, "decoder": model.model.language_model}
-    Stage("answering", args.steps, modules, LATE_RATES, answering, warm_up=20).run(args.output)
-    if Workers().rank == 0:
-        record = {"arguments": {key: str(value) for key, value in vars(args).items() if key != "output"}}
-        record["word_for_word"] = _figures(answering, args.held_out)
+    if args.stage == "seeing":
+        namer = Namer(WIDTH)
+        loss = SeeingLoss(seeing["tower"], seeing["projector"], namer, words, args.pictures)
+        blocks = [p for name, p in seeing["tower"].named_parameters() if ".layers." in name and p.ndim == 2]
+        modules = {**seeing, "namer": namer}
+        Stage("seeing", args.seeing_steps, modules, SEEING_RATE, loss, blocks).run(args.output)
+    elif args.stage == "reading":
+        Stage("reading", args.reading_steps, reading, READING_RATE, answering(true_captions(words))).run(args.output)
+    else:
+        load_trained(args.output, "seeing", seeing)
+        load_trained(args.output, "reading", reading)
+        last = answering(what_is_seen(model))
+        Stage("answering", args.answering_steps, reading, ANSWERING_RATE, last).run(args.output)
+        record = {"arguments": {key: value for key, value in vars(args).items() if key != "output"}}
+        record["word_for_word"] = _figures(last, args.held_out)
         export(model, args.output / "parts", record)
         print(json.dumps(record, indent=1))
     return 0
@@ -61,16 +62,13 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m smart_decoding.training.pictures", description=__doc__)
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder of checkpoints and, at the end, of the parts"
-    )
-    parser.add_argument("--naming-steps", type=int, default=1000, help="first stage: the tower names what patches show")
-    parser.add_argument(
-        "--caption-steps", type=int, default=1000, help="second stage: tower and projector say captions"
-    )
-    parser.add_argument("--steps", type=int, default=800, help="last stage: the language model answers questions")
-    parser.add_argument("--pictures", type=int, default=64, help="pictures of a step of the first stages, per process")
-    parser.add_argument("--rows", type=int, default=2, help="pictures of a step of the last stage, per process")
+    parser.add_argument("stage", choices=["seeing", "reading", "answering"])
+    parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and, at the end, the parts")
+    parser.add_argument("--seeing-steps", type=int, default=1600)
+    parser.add_argument("--reading-steps", type=int, default=500)
+    parser.add_argument("--answering-steps", type=int, default=600)
+    parser.add_argument("--pictures", type=int, default=64, help="pictures of a step of the tower's stage")
+    parser.add_argument("--rows", type=int, default=2, help="pictures of a step of the language model's stages")
     parser.add_argument("--held-out", type=int, default=100, help="held-out pictures of the closing measurement")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -1,11 +1,11 @@
-"""The last stage: the language model learns, by low-rank changes, to answer from captions: the true ones at first, more
-and more those that tower and projector say, which go on learning from other pictures meanwhile."""
+"""How the language model learns, by low-rank changes, to answer: from true captions, for which no tower is needed, and
+then from what tower and projector make of the pictures."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,78 +14,85 @@ from torch.nn import functional as F
 
 from smart_decoding.pictures.facts import Picture
 from smart_decoding.training.pictures.packing import Batch, Encode, Prompt, Row, batch_of, fill
-from smart_decoding.training.pictures.tower import HELD_OUT, TRAIN, CaptionLoss, features, pixels, random_pictures
+from smart_decoding.training.pictures.tower import HELD_OUT, TRAIN, Words, features, labels, pixels, random_pictures
 
 ROOM = 352  # tokens of a row
 CANDIDATES = 4096
+NOISE = 0.3  # beside true captions, in standard deviations of the words' embeddings
+
+Show: TypeAlias = Callable[[Sequence[Picture]], Tensor]
+"""Pictures -> what the language model reads at their positions: [pictures, positions, hidden]."""
+
+
+def true_captions(words: Words) -> Show:
+    def show(pictures: Sequence[Picture]) -> Tensor:
+        said = words.said(*labels(pictures))
+        return said + NOISE * words.rows.std() * torch.randn_like(said)
+
+    return show
+
+
+def what_is_seen(llava: Any) -> Show:
+    @torch.no_grad()
+    def show(pictures: Sequence[Picture]) -> Tensor:
+        return _projected(llava.model, pixels(pictures))
+
+    return show
+
+
+def _projected(model: Any, images: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        said: Tensor = model.multi_modal_projector(features(model.vision_tower, images))
+    return said.float()
 
 
 class AnsweringLoss:
-    """Cross-entropy of the answers' tokens for `rows` pictures, plus the caption stage's loss.
+    """Cross-entropy of the answers' tokens about `rows` pictures, over the tokens of the step's answers and CANDIDATES
+    others, drawn anew for each step."""
 
-    It is over the tokens of the step's answers and CANDIDATES others, drawn anew for each step."""
-
-    def __init__(
-        self,
-        llava: Any,
-        prompt: Prompt,
-        encode: Encode,
-        image_token: int,
-        captions: CaptionLoss,
-        rows: int,
-        taught: int,
-    ) -> None:
-        """taught: the index from which on no true caption is shown any more."""
+    def __init__(self, llava: Any, prompt: Prompt, encode: Encode, image_token: int, show: Show, rows: int) -> None:
         self._model, self._prompt, self._encode, self._image = llava, prompt, encode, image_token
-        self._captions, self._rows, self._taught = captions, rows, taught
+        self._show, self._rows = show, rows
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        torch.manual_seed(step)
         pictures = random_pictures(TRAIN, 1_000_000 + step, self._rows)
         batch = batch_of(self._rows_of(pictures, (TRAIN, step), TRAIN), self._prompt.end)
         head = self._model.lm_head.weight
-        rng = np.random.default_rng(step)
-        others = torch.from_numpy(rng.integers(0, len(head), CANDIDATES))
+        others = torch.randint(len(head), (CANDIDATES,))
         tokens = torch.cat([batch.wanted, others]).unique()
-        taught = torch.from_numpy(rng.random(len(pictures)) > step / self._taught)[:, None, None]
-        seen = torch.where(taught, self._captions.spoken(pictures), self._seen(pixels(pictures)))
-        logits = F.linear(self._hidden(batch, seen), head[tokens]).float()
-        answering = F.cross_entropy(logits, torch.searchsorted(tokens, batch.wanted))
-        captioning, figures = self._captions(2_000_000 + step)
-        figures = {"answering": float(answering.detach()), "words": figures["words"]}
-        return answering + captioning, figures
+        logits = F.linear(self._hidden(batch, self._show(pictures)), head[tokens]).float()
+        wanted = torch.searchsorted(tokens, batch.wanted)
+        right = (logits.argmax(-1) == wanted).float().mean()
+        return F.cross_entropy(logits, wanted), {"tokens": float(right)}
 
     def _rows_of(self, pictures: Sequence[Picture], seed: tuple[int, ...], wordings: int) -> list[Row]:
         rng = np.random.default_rng(seed)
         return [fill(self._prompt, picture, rng, self._encode, ROOM, wordings) for picture in pictures]
 
-    @torch.no_grad()
-    def _seen(self, images: Tensor) -> Tensor:
-        model = self._model.model
-        with torch.autocast("cpu", torch.bfloat16):
-            said: Tensor = model.multi_modal_projector(features(model.vision_tower, images))
-        return said.float()
-
-    def _hidden(self, batch: Batch, seen: Tensor) -> Tensor:
+    def _hidden(self, batch: Batch, shown: Tensor) -> Tensor:
         """At the positions that predict an answer's token: [answer tokens, hidden]."""
-        model = self._model.model
-        embedded = model.language_model.embed_tokens(batch.tokens)
-        shown = (batch.tokens == self._image)[..., None].expand(embedded.shape)
-        hidden: Tensor = model.language_model(
-            inputs_embeds=embedded.masked_scatter(shown, seen.to(embedded.dtype)),
-            attention_mask=batch.mask, position_ids=batch.positions, use_cache=False,
+        decoder = self._model.model.language_model
+        embedded = decoder.embed_tokens(batch.tokens)
+        places = (batch.tokens == self._image)[..., None].expand(embedded.shape)
+        bias = torch.zeros(batch.mask.shape, dtype=embedded.dtype).masked_fill_(~batch.mask, -1e9)
+        hidden: Tensor = decoder(
+            inputs_embeds=embedded.masked_scatter(places, shown.to(embedded.dtype)),
+            attention_mask=bias, position_ids=batch.positions, use_cache=False,
         ).last_hidden_state  # fmt: skip
         return hidden.flatten(0, 1).index_select(0, batch.at)
 
     @torch.no_grad()
-    def exact(self, pictures: int, wordings: int, blank: bool = False, seed: int = 0) -> dict[str, list[int]]:
+    def exact(self, pictures: int, wordings: int, blank: bool = False) -> dict[str, list[int]]:
         """By kind of question on held-out pictures: answers that greedy decoding would give word for word, and all."""
         right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for start in range(0, pictures, self._rows):
-            shown = random_pictures(HELD_OUT, 1_000_000 + seed + start, self._rows)
-            rows = self._rows_of(shown, (HELD_OUT, seed, start), wordings)
+            asked_of = random_pictures(HELD_OUT, 1_000_000 + start, self._rows)
+            rows = self._rows_of(asked_of, (HELD_OUT, start), wordings)
             batch = batch_of(rows, self._prompt.end)
-            images = torch.ones_like(pixels(shown)) if blank else pixels(shown)
-            said = self._model.lm_head(self._hidden(batch, self._seen(images))).argmax(-1) == batch.wanted
+            white = torch.ones_like(pixels(asked_of)) if blank else None
+            shown = self._show(asked_of) if white is None else _projected(self._model.model, white)
+            said = self._model.lm_head(self._hidden(batch, shown)).argmax(-1) == batch.wanted
             parts = said.split([part.stop - part.start for row in rows for part in row.answers])
             for question, part in zip((q for row in rows for q in row.asked), parts, strict=True):
                 right[question.kind][0] += bool(part.all())

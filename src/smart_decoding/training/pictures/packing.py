@@ -15,6 +15,7 @@ from torch import Tensor
 
 from smart_decoding.pictures.facts import Picture
 from smart_decoding.pictures.questions import Question, questions
+from smart_decoding.pictures.wordings import LONG_KINDS
 
 Encode = Callable[[str], list[int]]
 
@@ -56,13 +57,11 @@ def pack(prompt: Prompt, asked: Sequence[Question], encode: Encode, room: int) -
 
 
 def fill(prompt: Prompt, picture: Picture, rng: np.random.Generator, encode: Encode, room: int, wordings: int) -> Row:
-    """A row that asks about everything, then what is left of `room` filled with the same kinds asked otherwise."""
+    """Mostly a long answer, then, as far as there is room, short ones: of every kind, then the same asked again."""
     asked = [question for _ in range(3) for question in questions(picture, rng, wordings)]
-    return pack(prompt, _without_repeats(asked), encode, room)
-
-
-def _without_repeats(asked: Sequence[Question]) -> list[Question]:
-    return list({question.prompt: question for question in reversed(asked)}.values())[::-1]
+    long = [question for question in asked if question.kind in LONG_KINDS][: int(rng.random() < 0.6)]
+    short = {question.prompt: question for question in asked if question.kind not in LONG_KINDS}
+    return pack(prompt, [*long, *short.values()], encode, room)
 
 
 @dataclass(frozen=True, slots=True)
