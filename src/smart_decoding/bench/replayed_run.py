@@ -43,6 +43,7 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.drafters.eagle import EagleDrafter
+from smart_decoding.drafters.levels import Ranked
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.request import Request
@@ -131,16 +132,8 @@ class ReplayedDrafter(EagleDrafter):
         self._source = Source(self._recording, np.array(roots, np.int64))
         return super().start(requests, plan)
 
-    def _append(
-        self,
-        requests: Sequence[Request],
-        trees: DraftTrees,
-        out: Any,
-        parents: IntArray,
-        owner: IntArray,
-        children: int,
-    ) -> None:
-        self._rank(out, children, np.zeros(len(owner)), [])
+    def _append(self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked) -> None:
+        children = ranked[0].shape[1]
         self._source.expand(trees, parents, children, owner if (parents < 0).all() else None)
 
 

@@ -120,7 +120,7 @@ class LevelDrafter(ABC, Generic[S]):
         ranked = self._first(rows, last, states, _asked(requests, range(batch), [0] * batch, plan.children))
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
-        _append(trees, np.arange(batch), np.full(batch, ROOT), ranked)
+        self._append(trees, np.arange(batch), np.full(batch, ROOT), ranked)
         return trees
 
     def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
@@ -142,8 +142,13 @@ class LevelDrafter(ABC, Generic[S]):
         paths = [self._paths[node] for node in nodes.tolist()]
         rows = self._node_rows(requests, owners, trees.token[nodes], paths)
         asked = _asked(requests, owners, [len(path) for path in paths], plan.children)
-        _append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
+        self._append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
         return len(nodes)
+
+    def _append(self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked) -> None:
+        ids, probs = ranked
+        k = ids.shape[1]
+        trees.append(owner.repeat(k), ids.reshape(-1), parents.repeat(k), probs.reshape(-1))
 
     # ---------------------------------------------------------------------------------------------------- rows
 
@@ -261,12 +266,6 @@ def _asked(requests: Sequence[Request], owners: Sequence[int], depths: Sequence[
         rows = zip((requests[i] for i in owners), depths, strict=True)
         draws = [(r.seed, r.sample, len(r.output) + depth) for r, depth in rows]
     return Asked(k, temperature, draws)
-
-
-def _append(trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked) -> None:
-    ids, probs = ranked
-    k = ids.shape[1]
-    trees.append(owner.repeat(k), ids.reshape(-1), parents.repeat(k), probs.reshape(-1))
 
 
 def _rows(
