@@ -31,7 +31,7 @@ quality: env
 soak: env
 	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
 
-# Trains smart-pictures-135m anew (two hours on two cores; stopped, it goes on where it was).
+# Trains smart-pictures-135m anew (36 minutes of a Zen 5 core; stopped, it goes on where it was).
 pictures: env
 	for stage in seeing reading; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m smart_decoding.training.pictures $$stage --output build/pictures & done; wait
