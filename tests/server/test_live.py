@@ -101,7 +101,7 @@ def test_the_page_in_chromium(load: Any, capsys: pytest.CaptureFixture[str]) -> 
                 page.wait_for_function("old => document.querySelector('#trees p i').textContent !== old", arg=before)
                 assert float(page.text_content("#tps")) > 0
                 assert page.evaluate("document.querySelector('#bar').clientWidth") > 20
-                assert page.locator("#trees rect.accepted").count() + page.locator("#trees rect.rejected").count() > 0
+                page.wait_for_selector("#trees rect.accepted, #trees rect.rejected", timeout=5000)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
             dark = page.evaluate(BACKGROUND)
             page.emulate_media(color_scheme="light")

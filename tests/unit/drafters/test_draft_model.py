@@ -194,7 +194,8 @@ def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
     assert {(s.width, s.waiting) for s in levels if s.waiting is not None} == {*((1, w) for w in WAITING), (2, 0)}
     assert {s.width for s in levels if s.waiting is None} == set(WIDTHS)
     cost = CostModel.fit(levels)
-    assert float(cost.first_seconds(1, 64, 128.0)) > float(cost.first_seconds(1, 0, 128.0)) > 0
+    assert cost.first is not None and cost.first.rows == (1, 2)
+    assert cost.waiting is not None and cost.waiting.rows[-1] == max(WAITING)
 
 
 # ------------------------------------------------------------------------------------------------------- vocabularies
