@@ -30,11 +30,12 @@ CONTEXTS = (128, 768)
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One thing to time: `run` performs it once, after `prepare`; `sample` wraps the seconds."""
+    """One thing to time: `run` performs it once, after `prepare`; `sample` wraps the seconds; `end` tidies up."""
 
     run: Callable[[], object]
     sample: Callable[[float], Sample]
     prepare: Callable[[], object] = lambda: None
+    end: Callable[[], object] = lambda: None
 
 
 def measure(
@@ -55,7 +56,18 @@ def measure(
     a real round does (before a deeper level of the drafter the first one runs, too). The KV cache must be idle: its
     contents are overwritten."""
     points = _points(target, drafter, pages, max_num_seqs, coarse)
-    for point in points[: 1 if coarse else 3]:
+    try:
+        return _relative(_measured(points, seconds, clock, 1 if coarse else 3))
+    finally:
+        for point in points:
+            point.end()
+
+
+def _measured(
+    points: Sequence[Point], seconds: float, clock: Callable[[], float], warm_up: int
+) -> list[tuple[Point, float, float]]:
+    """Each point timed, with the reference's time just before it."""
+    for point in points[:warm_up]:
         _timed(point, clock)
     timed: list[tuple[Point, float, float]] = []
     started, turn = clock(), 0
@@ -64,9 +76,9 @@ def measure(
             reference = _timed(points[0], clock)
             timed.append((point, reference, _timed(point, clock)))
             if turn >= 1 and clock() - started > seconds:
-                return _relative(timed)
+                return timed
         turn += 1
-    return _relative(timed)
+    return timed
 
 
 def _timed(point: Point, clock: Callable[[], float]) -> float:
@@ -149,7 +161,7 @@ def _first_point(requests: Rehearsal, waiting: int) -> Point:
     def sample(seconds: float) -> Sample:
         return DraftSample(requests.batch, float(requests.context), seconds, waiting)
 
-    return Point(requests.first, sample, lambda: requests.commit(waiting))
+    return Point(requests.first, sample, lambda: requests.commit(waiting), requests.end)
 
 
 def _deeper_point(requests: Rehearsal, width: int) -> Point:
@@ -161,7 +173,7 @@ def _deeper_point(requests: Rehearsal, width: int) -> Point:
     def sample(seconds: float) -> Sample:
         return DraftSample(expanded[0], float(requests.context), seconds)
 
-    return Point(run, sample, lambda: requests.reach(width))
+    return Point(run, sample, lambda: requests.reach(width), requests.end)
 
 
 def fake_rows(batch: int, per: int, context: int, pages: int) -> Rows | None:

@@ -191,6 +191,7 @@ def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
     target = target_of()
     drafter = DraftModelDrafter(DraftModel(checkpoint(SMALL, 1), target, PAGES, SCRATCH), PAGES, SCRATCH)
     levels = [s for s in measure(target, drafter, PAGES, 2, seconds=0.0) if isinstance(s, DraftSample)]
+    assert not drafter._states  # a request to come could be taken for one of the rehearsal's
     assert {(s.width, s.waiting) for s in levels if s.waiting is not None} == {*((1, w) for w in WAITING), (2, 0)}
     assert {s.width for s in levels if s.waiting is None} == set(WIDTHS)
     cost = CostModel.fit(levels)
