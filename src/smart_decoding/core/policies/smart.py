@@ -27,7 +27,9 @@ SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep t
 AHEAD = 3  # levels of look-ahead while drafting
 KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
-CATCH_UP_ROUNDS = 16  # rounds that share the price of a long catch-up, if the answers go on for as long
+CATCH_UP_ROUNDS = (
+    16  # rounds at most that share the price of a long catch-up: if drafting, and the answers, last so long
+)
 MARGIN, STAY = 1.03, 1.0  # what drafting must promise over plain decoding, to begin and to go on: costs are known to a
 # few per cent, not better, and each return to drafting pays for the rows that have waited
 CLEARLY = 0.9  # of plain decoding: what drafting promises where no further look is needed soon
@@ -173,6 +175,7 @@ class Smart:
         self._outlooks: dict[tuple[object, ...], Outlook] = {}  # by the batch's shape
         self._rounds = 0
         self._drafting = False
+        self._began, self._lasts = 0, float(CATCH_UP_ROUNDS)  # the round that drafting began in; rounds that it lasts
         self._scratch: _Scratch | None = None
         self._unlearned: list[tuple[Round, KindArray]] = []  # rounds that drafted, and the kinds of their requests
         self._expected = self._surprise = 0.0  # nodes that these should have accepted, and that they accepted less
@@ -195,8 +198,7 @@ class Smart:
         believed = option = outlook.best(STAY if self._drafting else MARGIN)
         scratch.believed = outlook.value(believed)
         if (believed is not None) != self._drafting:
-            self._drafting = believed is not None
-            self.prober.mode_changed()
+            self._change_mode(believed is not None)
         other = self._probe(outlook, believed)
         if (
             other != believed
@@ -210,6 +212,15 @@ class Smart:
             self._last_rest = min(2 * self._last_rest, REST if outlook.promise < CLEARLY else SHORT_REST)
             self._rest, self._rest_size = min(self._last_rest, self.prober.patience), batch.size
         return self._start(batch, scratch, outlook, option)
+
+    def _change_mode(self, drafting: bool) -> None:
+        """Remembers how long drafting lasts: near break-even it may end before its catch-up has paid."""
+        if drafting:
+            self._began = self._rounds
+        else:
+            self._lasts += (min(self._rounds - self._began, CATCH_UP_ROUNDS) - self._lasts) / 4
+        self._drafting = drafting
+        self.prober.mode_changed()
 
     def outlook(self, batch: BatchState) -> Outlook:
         """Forecasts plain decoding and every way to draft for a batch, as `plan` chooses among them."""
@@ -235,7 +246,7 @@ class Smart:
 
     def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
         """The shape of a batch; what barely changes the costs is taken coarsely."""
-        first = ((batch.size + _charged_rows(batch)) // (4 * batch.size)).bit_length()
+        first = ((batch.size + self._charged_rows(batch)) // (4 * batch.size)).bit_length()
         coarse = (batch.prefill_rows.bit_length(), first, int(scratch.context) // 128)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
         return (*sizes, batch.has_free, *coarse, self.calibration.changes)
@@ -255,7 +266,7 @@ class Smart:
         columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free))
         verify = self._verify(batch, scratch, columns + 1)
         prices = self.cost.draft_seconds(np.arange(1 + WIDTHS[-1] * drafting), scratch.context)
-        first = float(self.cost.first_seconds(size, _charged_rows(batch), scratch.context))
+        first = float(self.cost.first_seconds(size, self._charged_rows(batch), scratch.context))
         limit, overhead = self._limit(size, float(verify[0])), self._overhead.seconds
         values: dict[Option, float] = {}
         if batch.has_free:
@@ -288,11 +299,18 @@ class Smart:
     def _catch_up(self, batch: BatchState, scratch: _Scratch, option: Option | None) -> float:
         """Seconds of catching up that a plan does not charge to a single round, but a probe partly: where it turns out
         well, further rounds share them. (What a probe really loses is taken from the budget afterwards, in full.)"""
-        charged, waiting = _charged_rows(batch), batch.catch_up_rows
+        charged, waiting = self._charged_rows(batch), batch.catch_up_rows
         if option is None or not option[0] or waiting == charged:
             return 0.0
         first, whole = self.cost.first_seconds(batch.size, [charged, waiting], scratch.context)
         return float(whole - first) / PROBE_SHARE
+
+    def _charged_rows(self, batch: BatchState) -> int:
+        """Waiting rows that the first drafted level is charged. A long catch-up (a prompt, a stretch of plain decoding)
+        is an investment: charged in full to one round it would never be made, and grow."""
+        regular = min(batch.catch_up_rows, 2 * batch.size)
+        rounds = max(1, min(round(self._lasts), int(batch.remaining.sum()) // (2 * batch.size)))
+        return regular + (batch.catch_up_rows - regular) // rounds
 
     def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:
         if option is None:
@@ -437,14 +455,6 @@ class Smart:
             width -= waiting or 0
             self.cost = self.cost.corrected(DraftSample(width, scratch.context, seconds, waiting))
             waiting = None
-
-
-def _charged_rows(batch: BatchState) -> int:
-    """Waiting rows that the first drafted level is charged. A long catch-up (a prompt, a stretch of plain decoding) is
-    an investment: charged in full to one round it would never be made, and grow."""
-    regular = min(batch.catch_up_rows, 2 * batch.size)
-    rounds = max(1, min(CATCH_UP_ROUNDS, int(batch.remaining.sum()) // (2 * batch.size)))
-    return regular + (batch.catch_up_rows - regular) // rounds
 
 
 @lru_cache(maxsize=1024)
