@@ -95,14 +95,8 @@ class NativeChooser:
         d, trees, t, p = drafted, drafted.trees, self._trees, self._prices
         if d is not self._round:
             self._round, self._stopped = d, -1
-            t.batch, t.limits, t.kind, t.ends, t.end_count = (
-                trees.batch,
-                _at(d.limits),
-                _at(d.kind),
-                _at(d.ends),
-                len(d.ends),
-            )
-            p.tokens, p.limit = d.tokens, d.limit
+            t.batch, t.limits, t.kind = trees.batch, _at(d.limits), _at(d.kind)
+            t.ends, t.end_count, p.tokens, p.limit = _at(d.ends), len(d.ends), d.tokens, d.limit
         t.nodes, t.room, t.ints, t.floats = len(trees), trees.ints.shape[1], _at(trees.ints), _at(trees.floats)
         p.sunk, p.verify, p.verify_count = d.sunk, _at(d.verify), len(d.verify)
         if len(trees) > len(self._kept):
