@@ -33,7 +33,7 @@ class LayerStruct(Structure):
     """`Layer` of kernels.cpp."""
 
     _fields_ = [
-        *((name, c_int32) for name in ("hidden", "input", "heads", "kv_heads", "head_dim", "ffn")),
+        *((name, c_int32) for name in ("hidden", "input", "heads", "kv_heads", "head_dim", "ffn", "streamed")),
         ("eps", c_float),
         *((n, c_void_p) for n in ("input_norm", "q_norm", "k_norm", "qkv_bias", "output_bias", "post_norm")),
         *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down")),
@@ -74,7 +74,7 @@ def _lib() -> ctypes.CDLL:
         lib.smart_pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int32]
         lib.smart_linear.argtypes = [
             *(c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_float),
-            *(c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32),
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_int32),
         ]
         lib.smart_unpack.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_void_p]
         lib.smart_layers.argtypes = [
@@ -112,12 +112,15 @@ def rounds_inputs() -> bool:
 
 
 class Arena:
-    """One block of memory for all packed weights, on huge pages where the kernel grants them (TLB misses cost 20 %)."""
+    """One block of memory for all packed weights, on huge pages where the kernel grants them (TLB misses cost 20 %).
 
-    HUGE = 2 << 20
+    streamed: it does not fit into caches, so forwards read it past them, and other weights and Python stay there."""
+
+    HUGE, CACHES = 2 << 20, 32 << 20
 
     def __init__(self, elements: int, dtype: torch.dtype) -> None:
         size = torch.empty((), dtype=dtype).element_size()
+        self.streamed = elements * size > self.CACHES
         block = torch.empty(elements + 2 * self.HUGE // size, dtype=dtype)
         start = (-block.data_ptr() % self.HUGE) // size
         self._free = block[start : start + elements]
@@ -162,16 +165,17 @@ def linear(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     best: NDArray[np.int64] | None = None,
+    streamed: bool = False,
 ) -> Tensor:
     """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns [rows, n].
 
-    `best` [rows], if given, receives what `argmax` says of the result."""
+    `best` [rows], if given, receives what `argmax` says of the result. streamed: see Arena."""
     rows, k = x.shape
     y = torch.empty(rows, n) if out is None else out
     scratch = torch.empty(rows, k)
     _lib().smart_linear(
         x.data_ptr(), rows, packed.data_ptr(), n, k, packed.dtype == torch.bfloat16, pointer(norm), eps,
-        pointer(bias), scratch.data_ptr(), y.data_ptr(), n, 0, None if best is None else best.ctypes.data,
+        pointer(bias), scratch.data_ptr(), y.data_ptr(), n, 0, streamed, None if best is None else best.ctypes.data,
         torch.get_num_threads(),
     )  # fmt: skip
     return y

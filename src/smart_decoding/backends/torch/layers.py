@@ -168,7 +168,7 @@ class NativeLayers:
         matrices = [self._pack(m, arena) for m in (w.qkv, w.output, self._interleaved(w.gate, w.up), w.down)]
         self._keep += [*vectors, *matrices]
         return LayerStruct(
-            *(w.hidden, w.qkv.shape[1], w.heads, w.kv_heads, w.head_dim, len(w.gate), w.eps),
+            *(w.hidden, w.qkv.shape[1], w.heads, w.kv_heads, w.head_dim, len(w.gate), arena.streamed, w.eps),
             *(kernels.pointer(v) for v in vectors),
             *(m.data_ptr() for m in matrices),
         )
@@ -272,7 +272,8 @@ class Linear:
             self._weight = weight
             return
         size = kernels.packed_rows(len(weight)) * weight.shape[1]
-        self._weight = kernels.pack(weight, (arena or Arena(size, weight.dtype)).take(size))
+        arena = arena or Arena(size, weight.dtype)
+        self._weight, self._streamed = kernels.pack(weight, arena.take(size)), arena.streamed
         self._norm = None if norm is None else norm.float().contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
 
@@ -280,7 +281,9 @@ class Linear:
         """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype. The kernels write to `out`
         and the rows' first maxima to `best` [rows], if given."""
         if self._native:
-            return kernels.linear(x, self._weight, self.rows, self._norm, self._eps, self.bias, out, best)
+            return kernels.linear(
+                x, self._weight, self.rows, self._norm, self._eps, self.bias, out, best, self._streamed
+            )
         return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self.bias)
 
     @property

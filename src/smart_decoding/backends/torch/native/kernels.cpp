@@ -30,6 +30,9 @@ constexpr int VW = 4, MAX_ROWS = 8;
 constexpr int PANEL = 2 * VW;  // output columns of a packed panel
 constexpr int PAGE = 16;       // positions of a KV page
 constexpr int CHUNK = 64;      // positions per step of the online softmax
+// How weights are prefetched. What does not fit into the caches anyway goes past them: they then still hold a draft head,
+// and the code and data between two forwards, when these come next.
+constexpr int PAST_CACHES = 0, INTO_CACHES = 3;
 constexpr int AHEAD = 6144;    // bytes of weights to prefetch ahead: hardware prefetch alone leaves a third of the bandwidth
 
 typedef float vf __attribute__((vector_size(4 * VW)));
@@ -93,10 +96,10 @@ template <class F, class I> static inline F vexp(F x) {
 template <class W> struct Panel;
 #if defined(__AVX512BF16__)
 template <> struct Panel<bf16> {
-    template <int R> static inline void run(const bf16* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
+    template <int R, int HINT> static inline void run(const bf16* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
         for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
-            __builtin_prefetch(w + AHEAD / 2, 0, 3);
-            __builtin_prefetch(w + AHEAD / 2 + PANEL, 0, 3);
+            __builtin_prefetch(w + AHEAD / 2, 0, HINT);
+            __builtin_prefetch(w + AHEAD / 2 + PANEL, 0, HINT);
             __m512bh a = (__m512bh)loadu<vu>(w), b = (__m512bh)loadu<vu>(w + PANEL);
             for (int r = 0; r < R; r++) {
                 __m512bh pair = (__m512bh)_mm512_set1_epi32(loadu<int32_t>(x + r * ld + i));
@@ -108,10 +111,10 @@ template <> struct Panel<bf16> {
 };
 #else
 template <> struct Panel<bf16> {
-    template <int R> static inline void run(const float* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
+    template <int R, int HINT> static inline void run(const float* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
         for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
-            __builtin_prefetch(w + AHEAD / 2, 0, 3);
-            if (PANEL > 16) __builtin_prefetch(w + AHEAD / 2 + PANEL, 0, 3);
+            __builtin_prefetch(w + AHEAD / 2, 0, HINT);
+            if (PANEL > 16) __builtin_prefetch(w + AHEAD / 2 + PANEL, 0, HINT);
             vu a = loadu<vu>(w), b = loadu<vu>(w + PANEL);
             vf a0 = (vf)(a << 16), b0 = (vf)(b << 16);
             vf a1 = (vf)(a & 0xffff0000u), b1 = (vf)(b & 0xffff0000u);
@@ -130,10 +133,10 @@ template <> struct Panel<bf16> {
 };
 #endif
 template <> struct Panel<float> {
-    template <int R> static inline void run(const float* x, int64_t ld, const float* w, int64_t k, vf (&acc)[R][2]) {
+    template <int R, int HINT> static inline void run(const float* x, int64_t ld, const float* w, int64_t k, vf (&acc)[R][2]) {
         for (int64_t i = 0; i < k; i++, w += PANEL) {
-            __builtin_prefetch(w + AHEAD / 4, 0, 3);
-            if (PANEL > 16) __builtin_prefetch(w + AHEAD / 4 + VW, 0, 3);
+            __builtin_prefetch(w + AHEAD / 4, 0, HINT);
+            if (PANEL > 16) __builtin_prefetch(w + AHEAD / 4 + VW, 0, HINT);
             vf a = loadu<vf>(w), b = loadu<vf>(w + VW);
             for (int r = 0; r < R; r++) {
                 float xi = x[r * ld + i];
@@ -153,11 +156,11 @@ __attribute__((always_inline)) static inline void add_products(__m512i& sum, __m
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));  // around the intrinsic GCC 12 copies every sum
 }
 template <> struct Panel<int8_t> {
-    template <int R> static inline void run(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, vf (&acc)[R][2]) {
-        run(x, ld, w, k, acc, std::make_integer_sequence<int, R>());
+    template <int R, int HINT> static inline void run(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, vf (&acc)[R][2]) {
+        all(x, ld, w, k, acc, std::make_integer_sequence<int, R>());
     }
     template <int R, int... I>
-    __attribute__((always_inline)) static inline void run(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, vf (&acc)[R][2],
+    __attribute__((always_inline)) static inline void all(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, vf (&acc)[R][2],
                                                           std::integer_sequence<int, I...>) {
         __m512i left[R] = {}, right[R] = {}, four[R];
         for (int64_t i = 0; i < k; i += 4, w += 4 * PANEL) {
@@ -174,15 +177,15 @@ template <> struct Panel<int8_t> {
 constexpr bool BYTES = false;
 #endif
 
-template <int R, class W, class Epilogue>
+template <int R, int HINT, class W, class Epilogue>
 static inline void block(const Input<W>* x, int64_t ld, const W* w, int64_t k, int64_t column, int row, Epilogue&& done) {
     vf acc[R][2] = {};
-    Panel<W>::template run<R>(x + row * ld, ld, w, k, acc);
+    Panel<W>::template run<R, HINT>(x + row * ld, ld, w, k, acc);
     for (int r = 0; r < R; r++) done(row + r, column, acc[r][0], acc[r][1]);
 }
 
 // y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives each result.
-template <class W, class Epilogue>
+template <int HINT, class W, class Epilogue>
 static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
     int64_t panels = (n + PANEL - 1) / PANEL;
     int threads = omp_get_num_threads(), me = omp_get_thread_num();
@@ -194,7 +197,7 @@ static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n,
         for (int b = 0; b < blocks; b++) {
             int row = int(int64_t(rows) * b / blocks), size = int(int64_t(rows) * (b + 1) / blocks) - row;
             switch (size) {
-#define CASE(R) case R: if constexpr (R <= MAX_ROWS) block<R>(x, ld, wp, k, column, row, done); break;
+#define CASE(R) case R: if constexpr (R <= MAX_ROWS) block<R, HINT>(x, ld, wp, k, column, row, done); break;
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
             }
@@ -246,22 +249,27 @@ static inline void store_columns(float* y, const float* bias, int64_t column, in
 
 template <class W>
 __attribute__((noinline)) static void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, const float* bias,
-                        float* y, int64_t ldy, bool add) {
-    gemm(x, ld, rows, w, n, k, [=](int row, int64_t column, vf low, vf high) {
+                        float* y, int64_t ldy, bool add, bool streamed = false) {
+    auto store = [=](int row, int64_t column, vf low, vf high) {
         store_columns(y + row * ldy, bias, column, n, low, high, add);
-    });
+    };
+    if (streamed) gemm<PAST_CACHES>(x, ld, rows, w, n, k, store);
+    else gemm<INTO_CACHES>(x, ld, rows, w, n, k, store);
 }
 
 // out = silu(x gate^T) * (x up^T); gate and up are interleaved by VW columns: one panel yields VW finished values.
 template <class W>
-__attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn, int64_t k, Input<W>* out) {
-    gemm(x, k, rows, w, 2 * ((ffn + VW - 1) / VW * VW), k, [=](int row, int64_t column, vf gate, vf up) {
+__attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn, int64_t k, Input<W>* out, bool streamed) {
+    auto store = [=](int row, int64_t column, vf gate, vf up) {
         vf value = gate / (1.0f + vexp<vf, vi>(-gate)) * up;
         int64_t first = column / 2;
         Input<W>* dst = out + row * ffn + first;
         if (first + VW <= ffn) put(dst, value);
         else for (int j = 0; first + j < ffn; j++) from_f32(value[j], dst + j);
-    });
+    };
+    int64_t n = 2 * ((ffn + VW - 1) / VW * VW);
+    if (streamed) gemm<PAST_CACHES>(x, k, rows, w, n, k, store);
+    else gemm<INTO_CACHES>(x, k, rows, w, n, k, store);
 }
 
 // ------------------------------------------------------------------------------------------------------------- attention
@@ -481,6 +489,7 @@ static void rope_and_store(const Rows& in, int row, float* qkv, int heads, int k
 
 struct Layer {
     int32_t hidden, input, heads, kv_heads, head_dim, ffn;  // input: width that q, k and v read (2 hidden in EAGLE-3)
+    int32_t streamed;  // are the weights read past the caches?
     float eps;
     const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;  // those but post_norm may be null
     const void *qkv, *output, *gate_up, *down;  // packed
@@ -505,13 +514,13 @@ static void attend_blocks(const Layer& l, const Rows& in, const std::vector<Bloc
 template <class W>
 static void finish_layer(const Layer& l, int rows, const Input<W>* attention, float* x, Input<W>* room, Input<W>* ffn) {
     int64_t d = l.hidden, width = int64_t(l.heads) * l.head_dim;
-    linear_rows(attention, width, rows, (const W*)l.output, d, width, l.output_bias, x, d, true);
+    linear_rows(attention, width, rows, (const W*)l.output, d, width, l.output_bias, x, d, true, l.streamed);
     #pragma omp barrier
     rms_norm_rows(x, l.post_norm, l.eps, rows, d, room);
     #pragma omp barrier
-    gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn);
+    gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn, l.streamed);
     #pragma omp barrier
-    linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true);
+    linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true, l.streamed);
     #pragma omp barrier
 }
 
@@ -528,7 +537,7 @@ static void layer_run(const Layer& l, const Rows& in, const std::vector<Block>& 
         rms_norm_rows(x, l.input_norm, l.eps, rows, d, room);
         #pragma omp barrier
     }
-    linear_rows(normed, l.input, rows, (const W*)l.qkv, qkv_width, l.input, l.qkv_bias, s.qkv, qkv_width, false);
+    linear_rows(normed, l.input, rows, (const W*)l.qkv, qkv_width, l.input, l.qkv_bias, s.qkv, qkv_width, false, l.streamed);
     #pragma omp barrier
     #pragma omp for schedule(static)
     for (int r = 0; r < rows; r++)
@@ -594,7 +603,7 @@ static void maxima(const float* x, const int64_t* which, int rows, int64_t n, in
 
 template <class W>
 static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k, const float* norm, float eps,
-                       const float* bias, float* scratch, float* y, int64_t ldy, int add, int64_t* best, int threads) {
+                       const float* bias, float* scratch, float* y, int64_t ldy, int add, int streamed, int64_t* best, int threads) {
     Input<W>* room = (Input<W>*)scratch;
     std::vector<int64_t> found(best ? size_t(rows) * threads : 0);
     #pragma omp parallel num_threads(threads)
@@ -604,7 +613,7 @@ static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t 
             rms_norm_rows(x, norm, eps, rows, k, room);
             #pragma omp barrier
         } else input = rounded(x, rows, k, room);
-        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add);
+        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, streamed);
         if (best) maxima(y, nullptr, rows, n, found.data(), best);
     }
 }
@@ -773,7 +782,7 @@ struct Pool {
 // y = x w^T for pairs of rows, the high and the low halves of 16 bits with 32768 added, times `step` of each pair and `scale`.
 __attribute__((noinline)) static void byte_rows(const uint8_t* x, int rows, const int8_t* w, int64_t n, int64_t k, const float* scale,
                         const int32_t* sums, const float* step, float* y) {
-    gemm(x, k, rows, w, n, k, [=](int row, int64_t column, vf left, vf right) {
+    gemm<INTO_CACHES>(x, k, rows, w, n, k, [=](int row, int64_t column, vf left, vf right) {
         vi a = (vi)left, b = (vi)right;
         bool low = row & 1;  // comes after the high half
         if (!low) { a -= 128 * loadu<vi>(sums + column); b -= 128 * loadu<vi>(sums + column + VW); }
@@ -929,9 +938,9 @@ void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* 
 // y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best [rows], if not null: the first
 // index of each row's maximum, as in smart_argmax (then ldy is n).
 void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k, int is_bf16, const float* norm, float eps,
-                  const float* bias, float* scratch, float* y, int64_t ldy, int add, int64_t* best, int threads) {
-    if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, best, threads);
-    else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, best, threads);
+                  const float* bias, float* scratch, float* y, int64_t ldy, int add, int streamed, int64_t* best, int threads) {
+    if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, streamed, best, threads);
+    else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, streamed, best, threads);
 }
 
 // Rows `index` of a packed weight [n, k] as fp32 [count, k].
