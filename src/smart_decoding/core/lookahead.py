@@ -21,6 +21,7 @@ class LookAhead:
 
     def __init__(self, children: FloatArray) -> None:
         self.children = children
+        self._tables: dict[tuple[int, int], FloatArray] = {}
         self._below: dict[tuple[int, int], FloatArray] = {}
         self._forecast: dict[tuple[int, int, tuple[int, ...]], FloatArray] = {}
 
@@ -59,6 +60,13 @@ class LookAhead:
         if tree is None:
             tree = self._below[level, ahead] = subtree(self.children, level + 1, ahead, RANKS)
         return tree
+
+    def table(self, levels: int, reach: int) -> FloatArray:
+        """[levels, reach * RANKS] `below` of levels 1, 2, ...; what looks less far ahead is the beginning of a row."""
+        table = self._tables.get((levels, reach))
+        if table is None:
+            table = self._tables[levels, reach] = np.stack([self.below(level + 1, reach) for level in range(levels)])
+        return table
 
     @staticmethod
     def columns(present: int, frontier: int, ahead: int) -> int:

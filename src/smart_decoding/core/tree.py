@@ -68,6 +68,15 @@ class DraftTrees:
         return cls._of(batch, _NO_INTS, _NO_FLOATS, 0)
 
     @classmethod
+    def with_room(cls, batch: int, room: int) -> DraftTrees:
+        """Trees without nodes, for native code that fills in the first ones of `room`; `grown` says how many."""
+        return cls._of(batch, np.empty((_INTS, room), np.int64), np.empty((_FLOATS, room)), 0)
+
+    def grown(self, nodes: int) -> None:
+        """As many nodes have been filled in."""
+        self._count = nodes
+
+    @classmethod
     def _of(cls, batch: int, ints: IntArray, floats: FloatArray, count: int) -> DraftTrees:
         trees = cls.__new__(cls)
         trees.batch, trees.ints, trees.floats, trees._count = batch, ints, floats, count

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from smart_decoding.core.policies.chooser import Growth
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees, IntArray
-from smart_decoding.drafters.levels import Asked, LevelDrafter, Ranked, State
+from smart_decoding.drafters.levels import Asked, LevelDrafter, Ranked, State, asked_of
 from smart_decoding.engine.kv import PAGE, Ints
+from smart_decoding.engine.protocols import Grown
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows
 
@@ -31,6 +33,7 @@ class Head(Protocol):
 
     taps: tuple[int, ...]
     sees: bool  # whether its rows take the embeddings of pictures, `Rows.inserts`
+    grows: bool
 
     def first(self, rows: Rows, parts: Sequence[Any], last: IntArray, asked: Asked) -> Ranked:
         """Begins a round: runs pairs of tokens and features, the best children after the `last` ones."""
@@ -38,6 +41,11 @@ class Head(Protocol):
 
     def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         """Runs nodes below the outputs `above` of this round (the first level's come first), the best children."""
+        ...
+
+    def grow(self, rows: Rows, parts: Sequence[Any], asked: Asked, slots: range, growth: Growth) -> Grown:
+        """All levels of a round in one call, nodes chosen as `growth` says; only if the head `grows`. asked: for the
+        children of each request's root at levels 1, 2, ... slots: where nodes' keys go."""
         ...
 
     def blank(self, rows: int) -> Any:
@@ -82,6 +90,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._spare = list(range(pool_pages + scratch_pages - scratch_pages // 8, pool_pages + scratch_pages))
         super().__init__(pool_pages, scratch_pages - len(self._spare), max_levels)
         self._head, self.taps, self.sees = head, head.taps, head.sees
+        self.grow = self._grow if head.grows else None
         self._log: Log | None = None
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read
         self._ends: dict[int, tuple[int, Any]] = {}  # page -> key of its content, features of its last position
@@ -102,11 +111,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return state
 
     def _first(self, rows: Rows, last: IntArray, states: Sequence[Pairs], asked: Asked) -> Ranked:
-        parts: list[Any] = []
-        for state in states:
-            parts += [state.copies[t // PAGE][1] for t in state.again] + state.parts
-            state.parts = []
-        return self._head.first(rows, parts, last, asked)
+        return self._head.first(rows, _parts(states), last, asked)
 
     def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         return self._head.deeper(rows, above, asked)
@@ -128,6 +133,21 @@ class EagleDrafter(LevelDrafter[Pairs]):
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
         self._share_out()
         return super().start(requests, plan)
+
+    def _grow(self, requests: Sequence[Request], plan: DraftPlan) -> Grown:
+        """`start`, and `expand` as `plan.growth` says, in one call."""
+        growth = plan.growth
+        assert growth is not None
+        self._share_out()
+        states = [self._states[id(r)] for r in requests]
+        rows, _ = self._waiting_rows(requests, states)
+        every, levels = range(len(requests)), range(growth.levels)
+        asked = asked_of(requests, [i for i in every for _ in levels], [*levels] * len(requests), plan.children)
+        slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
+        grown = self._head.grow(rows, _parts(states), asked, slots, growth)
+        for request, state in zip(requests, states, strict=True):
+            self._advance(request, state)
+        return grown
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         self._share_out()
@@ -182,3 +202,12 @@ class EagleDrafter(LevelDrafter[Pairs]):
         state = self._states.get(id(request))
         self._spare += [copy for copy, _ in state.copies.values()] if state else []
         super().release(request)
+
+
+def _parts(states: Sequence[Pairs]) -> list[Any]:
+    """The features of all waiting pairs, which are then run."""
+    parts: list[Any] = []
+    for state in states:
+        parts += [state.copies[t // PAGE][1] for t in state.again] + state.parts
+        state.parts = []
+    return parts

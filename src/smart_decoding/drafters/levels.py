@@ -24,6 +24,7 @@ import numpy as np
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.kv import PAGE, Ints
+from smart_decoding.engine.protocols import Grow
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows
 
@@ -65,6 +66,7 @@ class LevelDrafter(ABC, Generic[S]):
     name: str
     ahead: ClassVar[int]
     free, wants_logits = False, False
+    grow: Grow | None = None
     taps: tuple[int, ...] = ()
     sees = False  # whether the model reads the embeddings of pictures; else it drafts from the text behind them
 
@@ -117,7 +119,7 @@ class LevelDrafter(ABC, Generic[S]):
             return trees
         states = [self._states[id(r)] for r in requests]
         rows, last = self._waiting_rows(requests, states)
-        ranked = self._first(rows, last, states, _asked(requests, range(batch), [0] * batch, plan.children))
+        ranked = self._first(rows, last, states, asked_of(requests, range(batch), [0] * batch, plan.children))
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
         self._append(trees, np.arange(batch), np.full(batch, ROOT), ranked)
@@ -141,7 +143,7 @@ class LevelDrafter(ABC, Generic[S]):
             self._rows += 1
         paths = [self._paths[node] for node in nodes.tolist()]
         rows = self._node_rows(requests, owners, trees.token[nodes], paths)
-        asked = _asked(requests, owners, [len(path) for path in paths], plan.children)
+        asked = asked_of(requests, owners, [len(path) for path in paths], plan.children)
         self._append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
         return len(nodes)
 
@@ -257,7 +259,7 @@ class LevelDrafter(ABC, Generic[S]):
         return state.keys[:pages]
 
 
-def _asked(requests: Sequence[Request], owners: Sequence[int], depths: Sequence[int], k: int) -> Asked:
+def asked_of(requests: Sequence[Request], owners: Sequence[int], depths: Sequence[int], k: int) -> Asked:
     """`k` children of rows of these owners at these depths (a root's is 0)."""
     of_each = [r.params.temperature for r in requests]
     temperature = np.array([of_each[i] for i in owners], np.float64)

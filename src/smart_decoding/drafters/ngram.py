@@ -14,7 +14,7 @@ import numpy as np
 from smart_decoding.core.policies.common import require_int
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
-from smart_decoding.engine.protocols import Features, Logits
+from smart_decoding.engine.protocols import Features, Grow, Logits
 from smart_decoding.engine.request import Request
 from smart_decoding.errors import ConfigError
 
@@ -114,6 +114,7 @@ class NgramDrafter:
     max_levels = 0
     free = True
     taps: tuple[int, ...] = ()
+    grow: Grow | None = None
     wants_logits = False
 
     def __init__(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from smart_decoding.core.policies.common import require_int
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
-from smart_decoding.engine.protocols import Features, Logits
+from smart_decoding.engine.protocols import Features, Grow, Logits
 from smart_decoding.engine.request import Request
 
 # (logits [rows, vocab], k) -> ids [rows, k] and softmax probabilities [rows, k], largest first.
@@ -32,6 +32,7 @@ class RecyclingDrafter:
     max_levels = 0
     free = True
     taps: tuple[int, ...] = ()
+    grow: Grow | None = None
     wants_logits = True
 
     def __init__(self, vocab: int, top_k: TopK, successors: int = 8, max_nodes: int = 16, max_depth: int = 6) -> None:

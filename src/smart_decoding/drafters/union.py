@@ -20,7 +20,7 @@ import numpy as np
 from smart_decoding.core.calibration import path_products
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
-from smart_decoding.engine.protocols import Drafter, Features, Logits
+from smart_decoding.engine.protocols import Drafter, Features, Grow, Logits
 from smart_decoding.engine.request import Request
 from smart_decoding.errors import ConfigError
 
@@ -94,6 +94,7 @@ class UnionDrafter:
         self.taps: tuple[int, ...] = self.model.taps if self.model else ()
         self.free = bool(self.free_drafters)
         self._listeners = [drafter for drafter in self.drafters if getattr(drafter, "wants_logits", False)]
+        self.grow: Grow | None = None
         self.wants_logits = bool(self._listeners)
         self._round: Merged | None = None
 

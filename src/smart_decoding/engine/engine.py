@@ -243,6 +243,9 @@ class Engine:
         widths: list[int] = []
         seconds: list[float] = []
         width, start = len(batch.decode) + state.catch_up_rows, self._clock()
+        if plan.growth is not None and self.drafter.grow is not None:
+            trees, expanded, seconds = self.drafter.grow(batch.decode, plan)
+            return trees, [width, *expanded], seconds, sum(seconds)
         trees = self.drafter.start(batch.decode, plan)
         drafting = self._clock() - start
         for level in range(1, plan.levels + 1):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -17,6 +17,11 @@ from smart_decoding.engine.rows import Rows
 
 Features: TypeAlias = Any
 Logits: TypeAlias = Any
+
+
+# Trees, the nodes that a model ran at levels 2, 3, ..., and the seconds of levels 1, 2, ...
+Grown: TypeAlias = tuple[DraftTrees, list[int], list[float]]
+Grow: TypeAlias = Callable[[Sequence[Request], DraftPlan], Grown]
 
 
 @dataclass(slots=True)
@@ -66,11 +71,13 @@ class Target(Protocol):
 
 
 class Drafter(Protocol):
-    """Whatever proposes tokens. `max_levels` is 0 for a drafter without model cost."""
+    """Whatever proposes tokens. `max_levels` is 0 for a drafter without model cost. grow: `start`, and then `expand` as
+    `plan.growth` says, in one call, where the drafter can do that."""
 
     name: str
     max_levels: int
     free: bool
+    grow: Grow | None
     taps: tuple[int, ...]
     wants_logits: bool
 

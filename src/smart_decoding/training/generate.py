@@ -36,7 +36,7 @@ ANSWER_TOKENS = 256
 class Recorder:
     """A drafter that never drafts: it keeps the target's features of every token of the requests it is told to."""
 
-    name, max_levels, free, wants_logits = "recorder", 0, False, False
+    name, max_levels, free, grow, wants_logits = "recorder", 0, False, None, False
 
     def __init__(self, taps: tuple[int, ...]) -> None:
         self.taps = taps

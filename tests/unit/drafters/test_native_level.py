@@ -13,7 +13,10 @@ from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.eagle_head import EagleHead
 from smart_decoding.backends.torch.head_files import HeadFiles
 from smart_decoding.backends.torch.native import build
-from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.backends.torch.native.chooser import NativeChooser
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies.protocol import BatchState, DraftPlan
+from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.levels import Asked
@@ -47,8 +50,8 @@ def head_of(files: HeadFiles, native: bool, dtype: torch.dtype = torch.float32) 
     return head
 
 
-def drafted(head: EagleHead, temperatures: tuple[float, ...]) -> DraftTrees:
-    """Two levels below the roots of several requests, some of whose features come from rounds that were logged."""
+def waiting(head: EagleHead, temperatures: tuple[float, ...]) -> tuple[EagleDrafter, list[Request]]:
+    """Requests of which pairs wait, some with features from rounds that were logged."""
     drafter, pool = EagleDrafter(head, PAGES, SCRATCH), PagePool(PAGES)
     rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
     requests = []
@@ -67,6 +70,17 @@ def drafted(head: EagleHead, temperatures: tuple[float, ...]) -> DraftTrees:
             request.tokens += rng.integers(0, VOCAB, 1).tolist()
             request.table.commit(request.tokens, len(request.tokens) - 1)
         drafter.extend_each(requests, torch.randn(len(requests), WIDTH, generator=torch_rng).to(head.work_dtype))
+    return drafter, requests
+
+
+def cost_of(row: float) -> CostModel:
+    verify = {batch: {rows: 1.0 + row * rows for rows in (1, 2, 100, 1000)} for batch in (1, 8)}
+    return CostModel.from_table(verify, {rows: row * rows / 5 for rows in (1, 2, 1000)})
+
+
+def drafted(head: EagleHead, temperatures: tuple[float, ...]) -> DraftTrees:
+    """Two levels below the roots of several requests."""
+    drafter, requests = waiting(head, temperatures)
     plan = DraftPlan(True, levels=3, children=4)
     trees = drafter.start(requests, plan)
     drafter.expand(requests, trees, np.arange(0, len(trees), 2), plan)
@@ -80,6 +94,47 @@ def test_as_torch(files: HeadFiles, temperatures: tuple[float, ...]) -> None:
     for column in ("owner", "parent", "token"):
         assert getattr(found, column).tolist() == getattr(expected, column).tolist()
     np.testing.assert_allclose(found.draft_prob, expected.draft_prob, atol=2e-4)
+
+
+@pytest.mark.parametrize("temperatures", [(0.0,), (0.8,), (0.0, 0.8, 1.2), (0.0,) * 5])
+@pytest.mark.parametrize("row", [1e-9, 0.01, 0.2])
+@pytest.mark.parametrize("slots", [None, 7])
+def test_trees_grown_in_one_call_are_those_grown_by_level(
+    files: HeadFiles, temperatures: tuple[float, ...], row: float, slots: int | None
+) -> None:
+    """row: what a verified row costs, over a forward; a drafted one costs a fifth. slots: room for expanded nodes."""
+    found = []
+    for whole in (True, False):
+        drafter, requests = waiting(head_of(files, True), temperatures)
+        drafter._scratch_size = drafter._scratch_size if slots is None else slots
+        policy = Smart(cost_of(row), max_levels=5, children=4, eos_token_ids=(3, 8), chooser=NativeChooser())
+        state = BatchState(
+            context=np.array([r.table.length for r in requests]),
+            remaining=np.array([3, 30, 30, 2, 30][: len(requests)]) if len(requests) > 1 else np.array([30]),
+            temperature=np.array(temperatures),
+            may_speculate=np.ones(len(requests), np.bool_),
+        )
+        plan = policy.plan(state)
+        if not plan.speculate:
+            plan = policy._start(state, policy._scratch, policy._scratch.outlook, (3, 1))
+        assert plan.growth is not None and drafter.grow is not None
+        if whole:
+            trees, expanded, seconds = drafter.grow(requests, plan)
+            assert len(seconds) == 1 + len(expanded) and min(seconds) > 0
+        else:
+            trees, expanded = drafter.start(requests, plan), []
+            for level in range(1, plan.levels):
+                nodes = policy.frontier(plan, state, trees, level)
+                width = drafter.expand(requests, trees, nodes, plan) if nodes is not None else 0
+                if not width:
+                    break
+                expanded.append(width)
+        found.append((expanded, trees, policy.select(plan, state, trees).tolist()))
+    (expanded, trees, kept), (expanded_, trees_, kept_) = found
+    assert expanded == expanded_ and kept == kept_ and len(trees) == len(trees_)
+    assert np.array_equal(trees.ints[:, : len(trees)], trees_.ints[:, : len(trees)])
+    assert np.array_equal(trees.floats[:, : len(trees)], trees_.floats[:, : len(trees)])
+    assert row > 1e-6 or (len(expanded) == 4 if slots is None else sum(expanded) <= slots)
 
 
 def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:

@@ -32,9 +32,11 @@ from smart_decoding.backends.torch.layers import (
 )
 from smart_decoding.backends.torch.native_level import NativeLevel, Part
 from smart_decoding.backends.torch.ranking import ranked
+from smart_decoding.core.policies.chooser import Growth
 from smart_decoding.core.tree import IntArray
 from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.protocols import Grown
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ModelError
 
@@ -125,6 +127,7 @@ class EagleHead:
                 self._level = self._whole_level(rows, get("norm.weight").to(wide))
             else:
                 self._head = Linear(rows, self.native, arena, get("norm.weight"), c.rms_eps)
+        self.grows = self._level is not None
         self._outs: list[Tensor] = []  # of a round, where levels are no single call
         self.allocate(pages + scratch_pages, positions)
 
@@ -162,6 +165,11 @@ class EagleHead:
             return self._level.deeper(rows, above, self._rotary, self.kv, asked)
         self._outs.append(self.run(rows, self.take(torch.cat(self._outs), above)))
         return self.rank(self._outs[-1], asked)
+
+    def grow(self, rows: Rows, parts: Sequence[Part], asked: Asked, slots: range, growth: Growth) -> Grown:
+        """All levels of a round in one call."""
+        assert self._level is not None
+        return self._level.grow(rows, parts, self._rotary, self.kv, asked, slots, growth)
 
     def outputs(self) -> Tensor:
         """[outputs, hidden] of this round so far."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from ctypes import POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
 
 import numpy as np
@@ -84,6 +86,11 @@ def _lib() -> ctypes.CDLL:
         lib.smart_draft.argtypes = [
             *(POINTER(HeadStruct), POINTER(RowsStruct), POINTER(LevelStruct), c_void_p, c_void_p, c_int64),
             *(c_int32, c_int32, c_int32),
+        ]
+        lib.smart_grow.restype = c_int64
+        lib.smart_grow.argtypes = [
+            *(POINTER(HeadStruct), POINTER(RowsStruct), POINTER(LevelStruct), c_void_p, c_void_p, c_void_p, c_void_p),
+            *(c_void_p, c_void_p, c_void_p),
         ]
         lib.smart_pack_bytes.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
         lib.smart_move_kv.argtypes = [
@@ -230,6 +237,11 @@ def draft(head: HeadStruct, rows: RowsStruct, level: LevelStruct, cache: tuple[T
     )  # fmt: skip
     if status:
         raise RuntimeError("the CPU kernels do not support this head")
+
+
+def growing(head: HeadStruct, rows: RowsStruct, level: LevelStruct) -> Callable[..., int]:
+    """smart_grow with its first level (controller.cpp), to be called with the other arguments."""
+    return functools.partial(_lib().smart_grow, byref(head), byref(rows), byref(level))
 
 
 def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:

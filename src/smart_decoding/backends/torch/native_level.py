@@ -16,10 +16,13 @@ from torch import Tensor
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.kernels import HeadStruct, LevelStruct
 from smart_decoding.backends.torch.layers import KVCache, Linear, NativeLayers
+from smart_decoding.backends.torch.native.chooser import GrowthStruct, NativeChooser
 from smart_decoding.backends.torch.ranking import noise_of
 from smart_decoding.backends.torch.rows import native_rows
+from smart_decoding.core.policies.chooser import Growth
 from smart_decoding.core.tree import IntArray
 from smart_decoding.drafters.levels import Asked, Ranked
+from smart_decoding.engine.protocols import Grown
 from smart_decoding.engine.rows import Rows
 
 Part: TypeAlias = Tensor | tuple[Sequence[Tensor], int]  # see drafters.eagle.Head
@@ -62,6 +65,35 @@ class NativeLevel:
         for part in kept:
             features += _pointers(part)
         return self._run(True, rows, np.array(features, np.int64), len(rows.group_row) - 1, rotary, kv, asked)
+
+    def grow(
+        self, rows: Rows, parts: Sequence[Part], rotary: Rotary, kv: KVCache, asked: Asked, slots: range, growth: Growth
+    ) -> Grown:
+        """All levels of a round, nodes chosen as `growth` says. asked: for the children of the roots' rows at levels
+        1, 2, ..., request by request. slots: where nodes' keys go."""
+        batch, kept = len(rows.group_row) - 1, [_readable(part) for part in parts]
+        features = np.array([address for part in kept for address in _pointers(part)], np.int64)
+        self._count = 0
+        self._reserve(batch + min(len(slots), int(growth.widths[-1]) * (growth.levels - 1)))
+        k, scale, noise = min(asked.k, self._children), None, None
+        if len(asked.draws):
+            factors, noise = noise_of(asked)
+            scale = np.ascontiguousarray(factors[:: growth.levels])
+        ids, probs = np.empty((batch, k), np.int64), np.empty((batch, k))
+        inserted, alive = _inserts(rows)
+        at = map(_at, (rows.token, features, inserted))
+        level = LevelStruct(True, k, *at, self._outs.data_ptr(), None, None, _at(ids), _at(probs))
+        how = GrowthStruct(hidden=self._outs.shape[1], first_slot=slots.start, slots=len(slots), scale=_at(scale),
+                           noise=_at(noise), keys=kv.keys.data_ptr(), values=kv.values.data_ptr(),
+                           pages=kv.keys.shape[-3], w_bf16=self._bf16, kv_bf16=kv.keys.dtype == torch.bfloat16,
+                           threads=torch.get_num_threads())  # fmt: skip
+        native = native_rows(rows, *rotary)
+        run = kernels.growing(self._head, native.struct, level)
+        assert isinstance(growth.chooser, NativeChooser)
+        grown = growth.chooser.grow(growth, how, k, run)
+        del alive  # until here
+        self._count = batch + sum(grown[1])
+        return grown
 
     def deeper(self, rows: Rows, above: IntArray, rotary: Rotary, kv: KVCache, asked: Asked) -> Ranked:
         """Runs nodes below the outputs `above` of this round; the best children of all."""

@@ -42,8 +42,27 @@ class Drafted:
     scored: int = 0
 
 
+@dataclass(slots=True)
+class Growth:
+    """A round's whole drafting as data: what `frontier` would answer after each level, and then `select`.
+
+    drafted: its trees are still empty. levels: at most. reach: levels to look ahead. widths, level_seconds: as for
+    `frontier`. chooser: which will be asked to `select`, and grows the trees if it can."""
+
+    chooser: Chooser
+    drafted: Drafted
+    ahead: LookAhead
+    levels: int
+    reach: int
+    widths: IntArray
+    level_seconds: FloatArray
+
+
 class Chooser(Protocol):
-    """Both calls score the trees (sets accept_prob) unless that is done."""
+    """Both calls score the trees (sets accept_prob) unless that is done. grows: whether a backend can have it follow a
+    `Growth`, level by level, in one call."""
+
+    grows: bool
 
     def frontier(
         self, drafted: Drafted, ahead: LookAhead, level: int, levels: int, widths: IntArray, level_seconds: FloatArray
@@ -61,6 +80,8 @@ class Chooser(Protocol):
 
 class NumpyChooser:
     """The reference."""
+
+    grows = False
 
     def frontier(
         self, drafted: Drafted, ahead: LookAhead, level: int, levels: int, widths: IntArray, level_seconds: FloatArray

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, KindArray, join
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.chooser import Growth
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +57,14 @@ class DraftPlan:
     levels: at most this many levels by the model drafter; 0 leaves only the free drafters.
     children: proposals per expanded node (the drafter's top-k).
     width: frontier width of levels 2, 3, ... over the whole batch, as planned (frontier() may differ).
+    growth: what frontier() and select() will answer, for drafters that grow whole trees in one call; or None.
     """
 
     speculate: bool
     levels: int = 0
     children: int = 8
     width: int = 0
+    growth: Growth | None = None
 
 
 OFF = DraftPlan(speculate=False)

@@ -15,7 +15,7 @@ from smart_decoding.core.choice import best_rates, best_size
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.forecast import Forecast, grow
 from smart_decoding.core.lookahead import LookAhead
-from smart_decoding.core.policies.chooser import Chooser, Drafted, NumpyChooser
+from smart_decoding.core.policies.chooser import Chooser, Drafted, Growth, NumpyChooser
 from smart_decoding.core.policies.common import TokenIds, depth_limits, require_int, require_number
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, merged
 from smart_decoding.core.policies.statistics import Statistics
@@ -323,7 +323,15 @@ class Smart:
         scratch.sunk += outlook.first
         # How deep to go is decided level by level, by frontier(): the plan only bounds it.
         deepest = min(self.max_levels, scratch.deepest)
-        return DraftPlan(True, deepest, self.children, wide * scratch.drafting)
+        growth = self._growth(batch, scratch, outlook, deepest) if self.chooser.grows else None
+        return DraftPlan(True, deepest, self.children, wide * scratch.drafting, growth)
+
+    def _growth(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, levels: int) -> Growth:
+        """What `frontier` would answer, as data."""
+        widths, roots = _widths(scratch.drafting), batch.size * self.children
+        candidates = LookAhead.columns(roots, WIDTHS[-1] * scratch.drafting, AHEAD)
+        drafted = self._drafted(batch, scratch, DraftTrees.empty(batch.size), candidates)
+        return Growth(self.chooser, drafted, outlook.ahead, levels, AHEAD, widths, outlook.levels)
 
     # --- while drafting ---
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from smart_decoding.downloads import cache_dir
 
 SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "controller.cpp")]
+HEADERS = [Path(__file__).with_name("forward.h")]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
 
 
@@ -54,7 +55,7 @@ def library() -> ctypes.CDLL:
         raise OSError("no C++ compiler")
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256(
-        "\n".join((*(source.read_text() for source in SOURCES), *FLAGS, version, _cpu_flags())).encode()
+        "\n".join((*(source.read_text() for source in (*SOURCES, *HEADERS)), *FLAGS, version, _cpu_flags())).encode()
     ).hexdigest()[:16]
     folder = cache_dir() / "kernels"
     target = folder / f"kernels-{key}.so"

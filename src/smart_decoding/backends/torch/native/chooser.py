@@ -1,8 +1,9 @@
-"""`core.policies.chooser` in C++ (controller.cpp): one call where numpy needs dozens."""
+"""`core.policies.chooser` in C++ (controller.cpp): one call where numpy needs dozens, or for a whole drafting."""
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import POINTER, Structure, byref, c_double, c_int, c_int32, c_int64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import numpy as np
 from smart_decoding.backends.torch.native import build
 from smart_decoding.core.calibration import DEPTHS, FINE, FINE_OF, KINDS
 from smart_decoding.core.lookahead import LookAhead
-from smart_decoding.core.policies.chooser import Drafted
-from smart_decoding.core.tree import FloatArray, IntArray
+from smart_decoding.core.policies.chooser import Drafted, Growth
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 
 _NONE = np.zeros(0, np.int64)
 _UNSEEN = -1  # the trees hold nodes of a drafter that the calibration has not seen yet
@@ -51,12 +52,27 @@ class ChoiceStruct(Structure):
     _fields_ = [("count", c_int64), ("rate", c_double), ("expected", c_double)]
 
 
+class GrowthStruct(Structure):
+    """`Growth`: the policy's part, which `NativeChooser.grow` fills in, and the head's, from `hidden` to `threads`."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("levels", "reach", "widths_count", "least")),
+        *((name, c_void_p) for name in ("widths", "level_seconds", "below")),
+        *((name, c_int64) for name in ("hidden", "first_slot", "slots")),
+        *((name, c_void_p) for name in ("scale", "noise", "keys", "values")),
+        *(("pages", c_int64), ("w_bf16", c_int32), ("kv_bf16", c_int32), ("threads", c_int32)),
+        *((name, c_void_p) for name in ("expanded", "seconds")),
+    ]
+
+
 class NativeChooser:
     """Implements `core.policies.chooser.Chooser`. Raises OSError where the kernels cannot be built; its methods raise
     ValueError for trees whose arrays it cannot read.
 
     A frontier that is empty is followed by the choice of what to verify, so both come of one call. What stays as it is
     during a round is handed over once."""
+
+    grows = True
 
     def __init__(self) -> None:
         lib = build.library()
@@ -91,6 +107,35 @@ class NativeChooser:
         choice = self._choice
         return self._kept[: choice.count].copy(), choice.rate, choice.expected
 
+    def grow(
+        self, growth: Growth, how: GrowthStruct, children: int, run: Callable[..., int]
+    ) -> tuple[DraftTrees, list[int], list[float]]:
+        """Grows a round's trees and chooses what to verify, by `run`: smart_grow with the head and its first level.
+
+        children: of a node. Returns the trees, the nodes run at levels 2, 3, ... and the seconds of levels 1, 2, ...
+        Raises RuntimeError where the kernels do not serve the head."""
+        d, levels = growth.drafted, growth.levels
+        room = (d.trees.batch + min(how.slots, int(growth.widths[-1]) * (levels - 1))) * children
+        d.trees = trees = DraftTrees.with_room(d.trees.batch, room)
+        if not len(d.calibration.table):
+            d.calibration.reserve(0)
+        self._hand_over(d)
+        below, expanded, seconds = (
+            growth.ahead.table(levels, growth.reach),
+            np.zeros(levels, np.int64),
+            np.zeros(levels),
+        )
+        how.levels, how.reach, how.widths_count, how.least = levels, growth.reach, len(growth.widths), d.least
+        how.widths, how.level_seconds, how.below = _at(growth.widths), _at(growth.level_seconds), _at(below)
+        how.expanded, how.seconds = _at(expanded), _at(seconds)
+        self._beliefs.table, self._beliefs.cells = _at(d.calibration.table), len(d.calibration.table)
+        done = run(byref(how), *self._structs, _at(self._expanded), _at(self._kept), byref(self._choice))
+        if done < 0:
+            raise RuntimeError("the CPU kernels do not support this head")
+        trees.grown(self._trees.nodes)
+        d.scored = self._stopped = len(trees)
+        return trees, expanded[1:done].tolist(), seconds[:done].tolist()
+
     def _hand_over(self, drafted: Drafted) -> None:
         d, trees, t, p = drafted, drafted.trees, self._trees, self._prices
         if d is not self._round:
@@ -99,8 +144,8 @@ class NativeChooser:
             t.ends, t.end_count, p.tokens, p.limit = _at(d.ends), len(d.ends), d.tokens, d.limit
         t.nodes, t.room, t.ints, t.floats = len(trees), trees.ints.shape[1], _at(trees.ints), _at(trees.floats)
         p.sunk, p.verify, p.verify_count = d.sunk, _at(d.verify), len(d.verify)
-        if len(trees) > len(self._kept):
-            self._kept, self._expanded = np.zeros((2, 2 * len(trees)), np.int64)
+        if t.room > len(self._kept):
+            self._kept, self._expanded = np.zeros((2, 2 * t.room), np.int64)
 
     def _asked(self, function: Any, drafted: Drafted, *asked: Any) -> int:
         scored = drafted.scored == len(drafted.trees)

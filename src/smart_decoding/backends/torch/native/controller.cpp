@@ -1,31 +1,34 @@
-// What the policy `smart` asks of every round, as two functions: which nodes to expand next, and which to verify. The same
-// mathematics in numpy (core/policies/chooser.py) is the reference and runs without a compiler; as dozens of numpy calls on a few
-// dozen nodes it takes as long as a level of the drafter.
+// What the policy `smart` asks of every round: which nodes to expand next, and which to verify. The same mathematics in numpy
+// (core/policies/chooser.py) is the reference and runs without a compiler; as dozens of numpy calls on a few dozen nodes it
+// takes as long as a level of the drafter. And, where a head runs on the kernels, a round's whole drafting in one call.
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
-#include <cstdint>
 #include <functional>
 #include <numeric>
 #include <vector>
+
+#include "forward.h"
 
 constexpr int RANKS = 4;  // forecast children of a node (core/lookahead.py)
 
 struct Trees {  // core/tree.py: its two blocks, and what the batch says of the nodes' owners
     int64_t nodes, batch, room;
-    const int64_t* ints;     // [5, room]
+    int64_t* ints;           // [5, room]
     double* floats;          // [3, room]
     const int64_t* limits;   // [batch] deepest useful node
     const uint8_t* kind;     // [batch]
     const int64_t* ends;     // [end_count] tokens that end an answer
     int64_t end_count;
 
-    int64_t owner(int64_t i) const { return ints[i]; }
-    int64_t token(int64_t i) const { return ints[room + i]; }
-    int64_t parent(int64_t i) const { return ints[2 * room + i]; }
-    int64_t depth(int64_t i) const { return ints[3 * room + i]; }
-    int64_t source(int64_t i) const { return ints[4 * room + i]; }
-    double draft_prob(int64_t i) const { return floats[i]; }
+    int64_t& owner(int64_t i) const { return ints[i]; }
+    int64_t& token(int64_t i) const { return ints[room + i]; }
+    int64_t& parent(int64_t i) const { return ints[2 * room + i]; }
+    int64_t& depth(int64_t i) const { return ints[3 * room + i]; }
+    int64_t& source(int64_t i) const { return ints[4 * room + i]; }
+    double& draft_prob(int64_t i) const { return floats[i]; }
+    double& path_prob(int64_t i) const { return floats[room + i]; }
     double& accept_prob(int64_t i) const { return floats[2 * room + i]; }
 };
 struct Beliefs {  // core/calibration.py
@@ -121,6 +124,79 @@ static Choice choose(const Prices& p, const std::vector<int64_t>& nodes, const s
     return choice;
 }
 
+// How `smart_grow` drafts. The head's outputs of the round lie in `out`: those of the roots, then those of the expanded nodes.
+struct Growth {
+    int64_t levels, reach;  // at most; levels to look ahead
+    int64_t widths_count, least;
+    const int64_t* widths;        // as for smart_frontier
+    const double* level_seconds;
+    const double* below;          // [levels, reach * RANKS] for a frontier at level 1, 2, ...
+    int64_t hidden, first_slot, slots;  // where expanded nodes' keys go, and how many there can be
+    const float* scale;           // [batch] on the logits, or null, and [batch, levels] keys of the noise: see smart_top_k
+    const uint64_t* noise;
+    void *keys, *values;          // the head's
+    int64_t pages;
+    int32_t w_bf16, kv_bf16, threads;
+    int64_t* expanded;  // [levels] out: nodes run at each level,
+    double* seconds;    // and its duration
+};
+
+// Appends the children that `v` found below `parents` (ROOT: -1), k of each.
+static void append(Trees& t, const Level& v, const std::vector<int64_t>& owners, const std::vector<int64_t>& parents) {
+    for (size_t r = 0; r < owners.size(); r++)
+        for (int j = 0; j < v.k; j++) {
+            int64_t i = t.nodes++, above = parents[r];
+            t.owner(i) = owners[r];
+            t.token(i) = v.tokens[r * v.k + j];
+            t.parent(i) = above;
+            t.depth(i) = above < 0 ? 1 : t.depth(above) + 1;
+            t.source(i) = 0;
+            t.draft_prob(i) = v.probs[r * v.k + j];
+            t.path_prob(i) = (above < 0 ? 1.0 : t.path_prob(above)) * t.draft_prob(i);
+            t.accept_prob(i) = NAN;
+        }
+}
+
+// The rows of a level: nodes, sorted by owner, see all true rows of their request, their expanded ancestors and themselves.
+struct NodeRows {
+    std::vector<int32_t> group_row{0}, group_pages, slot, direct, extra_at{0}, extra;
+    std::vector<int64_t> position, token, owners;
+    std::vector<const float*> features;
+    std::vector<float> scale;
+    std::vector<uint64_t> noise;
+};
+
+// `first`: the rows of the first level. place: for each node, which of the expanded ones it is.
+static NodeRows rows_of(const Trees& t, const Growth& g, const Rows& first, const float* out, const std::vector<int64_t>& nodes,
+                        const std::vector<int64_t>& place) {
+    NodeRows rows;
+    for (int64_t node : nodes) {
+        int64_t owner = t.owner(node), depth = t.depth(node), above = t.parent(node), root = first.group_row[owner + 1] - 1;
+        if (rows.owners.empty() || rows.owners.back() != owner) {
+            if (!rows.owners.empty()) rows.group_row.push_back(int32_t(rows.owners.size()));
+            rows.group_pages.push_back(first.group_pages[owner]);
+        }
+        size_t own = rows.extra.size();
+        for (int64_t n = node; n >= 0; n = t.parent(n)) rows.extra.push_back(int32_t(g.first_slot + place[n]));
+        rows.slot.push_back(rows.extra[own]);
+        std::reverse(rows.extra.begin() + own, rows.extra.end());
+        rows.extra_at.push_back(int32_t(rows.extra.size()));
+        rows.owners.push_back(owner);
+        rows.token.push_back(t.token(node));
+        rows.position.push_back(first.position[root] + depth);
+        rows.direct.push_back(first.direct[root]);
+        rows.features.push_back(out + g.hidden * (above < 0 ? owner : t.batch + place[above]));
+        if (g.scale) rows.scale.push_back(g.scale[owner]);
+        if (g.noise) rows.noise.push_back(g.noise[owner * g.levels + depth]);
+    }
+    rows.group_row.push_back(int32_t(nodes.size()));
+    return rows;
+}
+
+static double since(std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 extern "C" {
 
 // The nodes of `level` to expand next, ascending, into `out` [nodes]; returns how many: 0 where no deeper tree beats
@@ -176,5 +252,58 @@ int64_t smart_select(const Trees* t, const Beliefs* b, const Prices* p, int scor
     for (int64_t i : nodes) gains.push_back(t->accept_prob(i));
     *choice = choose(*p, nodes, gains, least, out);
     return 0;
+}
+
+// Drafts a round: the first level of a head (`first` and `v`, whose tokens and probs are [batch, k]), then what smart_frontier
+// says, level by level, into the empty trees `t`; then what to verify, as smart_select. `out` [nodes] is scratch. p->sunk is
+// what the first level costs. Returns the levels run, or -1 where the table of beliefs is too small, -2 where the kernels do not
+// serve the head.
+int64_t smart_grow(const Head* head, const Rows* first, const Level* v, const Growth* g, Trees* t, const Beliefs* b, Prices* p,
+                   int64_t* out, int64_t* kept, Choice* choice) {
+    auto start = std::chrono::steady_clock::now();
+    Level level = *v;
+    std::vector<float> scale(t->batch, 1.0f);
+    std::vector<uint64_t> noise(g->noise ? t->batch : 0);
+    for (int64_t i = 0; i < t->batch; i++) {
+        if (g->scale) scale[i] = g->scale[i];
+        if (g->noise) noise[i] = g->noise[i * g->levels];
+    }
+    level.scale = scale.data();
+    level.keys = g->noise ? noise.data() : nullptr;
+    if (smart_draft(head, first, &level, g->keys, g->values, g->pages, g->w_bf16, g->kv_bf16, g->threads)) return -2;
+    std::vector<int64_t> owners(t->batch), parents(t->batch, -1), place(t->room, -1), tokens;
+    std::vector<double> probs;
+    std::iota(owners.begin(), owners.end(), 0);
+    append(*t, level, owners, parents);
+    g->seconds[0] = since(start);
+    int64_t done = 1, expanded = 0;
+    for (; done < g->levels; done++) {
+        int64_t ahead = std::min(g->reach, g->levels - done), count;
+        count = smart_frontier(t, b, p, 0, done, g->below + (done - 1) * g->reach * RANKS, ahead, g->widths, g->widths_count,
+                               g->level_seconds, out, g->least, kept, choice);
+        if (count <= 0) return count < 0 ? count : done;  // the choice is made
+        p->sunk += g->level_seconds[count];
+        count = std::min({count, g->slots - expanded, (t->room - t->nodes) / level.k});
+        if (count <= 0) break;
+        start = std::chrono::steady_clock::now();
+        std::vector<int64_t> nodes(out, out + count);
+        for (int64_t node : nodes) place[node] = expanded++;
+        NodeRows rows = rows_of(*t, *g, *first, v->out, nodes, place);
+        Rows in = *first;
+        in.rows = int32_t(count);
+        in.groups = int32_t(rows.group_pages.size());
+        in.group_row = rows.group_row.data(), in.group_pages = rows.group_pages.data(), in.slot = rows.slot.data();
+        in.direct = rows.direct.data(), in.extra_at = rows.extra_at.data(), in.extra = rows.extra.data();
+        in.position = rows.position.data();
+        tokens.resize(count * level.k);
+        probs.resize(count * level.k);
+        level = {0, v->k, rows.token.data(), rows.features.data(), nullptr, v->out + g->hidden * (t->batch + expanded - count),
+                 g->scale ? rows.scale.data() : nullptr, g->noise ? rows.noise.data() : nullptr, tokens.data(), probs.data()};
+        if (smart_draft(head, &in, &level, g->keys, g->values, g->pages, g->w_bf16, g->kv_bf16, g->threads)) return -2;
+        append(*t, level, rows.owners, nodes);
+        g->expanded[done] = count;
+        g->seconds[done] = since(start);
+    }
+    return smart_select(t, b, p, 0, g->least, kept, choice) < 0 ? -1 : done;
 }
 }

@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <alloca.h>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <omp.h>
 #include <utility>
@@ -19,6 +18,8 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+
+#include "forward.h"
 
 #if defined(__AVX512F__)
 constexpr int VW = 16, MAX_ROWS = 12;  // lanes of a vector; rows that share one pass over a panel of weights
@@ -276,19 +277,6 @@ __attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, co
 
 // One layer's KV cache. k: [kv_heads, pages, head_dim, PAGE], so that a page's 16 keys are one vector per dimension;
 // v: [kv_heads, pages, PAGE, head_dim].
-struct Rows {                    // what attention must know of the rows of a forward
-    int32_t rows, groups;        // groups: runs of consecutive rows of one request
-    const int32_t* group_row;    // [groups + 1] first row of each group
-    const int32_t* group_pages;  // [groups] offset of the request's block table in `pages`
-    const int32_t* pages;        // block tables, one after another
-    const int32_t* slot;         // [rows] page * PAGE + offset where the row's own key and value are stored
-    const int32_t* direct;       // [rows] positions 0 .. direct-1 are read through the block table
-    const int32_t* extra_at;     // [rows + 1] offsets into `extra`
-    const int32_t* extra;        // slots of the positions direct, direct + 1, ... (ancestors in the tree, then itself)
-    const int64_t* position;     // [rows]
-    const float* cosine;         // [positions, head_dim / 2]
-    const float* sine;
-};
 
 struct Block { int32_t group, row, count; };  // rows of one group that attention works on at a time
 
@@ -750,20 +738,6 @@ struct Head {
     int64_t outputs_count;
     int32_t taps;  // states that fc reads
     int32_t norm_before_residual;
-};
-
-// One level. The first one reads taps and is wanted for the last row of each group only; other rows leave nothing but
-// their keys and values. Deeper ones read earlier outputs, all rows are wanted.
-struct Level {
-    int32_t first, k;
-    const int64_t* token;          // [rows]
-    const float* const* features;  // [rows]
-    const float* const* inserts;   // null, or [rows] the embedding in place of the token's, where not null
-    float* out;                    // [wanted, hidden] what deeper levels read
-    const float* scale;            // [wanted] on the logits, and the keys of the noise: see smart_top_k
-    const uint64_t* keys;
-    int64_t* tokens;  // [wanted, k] the best children, best first
-    double* probs;
 };
 
 // Scratch memory that is kept, since large blocks are costly to allocate anew.
