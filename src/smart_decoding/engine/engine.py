@@ -244,8 +244,10 @@ class Engine:
         seconds: list[float] = []
         width, start = len(batch.decode) + state.catch_up_rows, self._clock()
         if plan.growth is not None and self.drafter.grow is not None:
-            trees, expanded, seconds = self.drafter.grow(batch.decode, plan)
-            return trees, [width, *expanded], seconds, sum(seconds)
+            trees, expanded, seconds, choosing = self.drafter.grow(batch.decode, plan)
+            drafting = self._clock() - start - choosing
+            seconds[0] = drafting - sum(seconds[1:])
+            return trees, [width, *expanded], seconds, drafting
         trees = self.drafter.start(batch.decode, plan)
         drafting = self._clock() - start
         for level in range(1, plan.levels + 1):
@@ -362,9 +364,10 @@ class Engine:
             if plain or request.finished:
                 continue
             end = last[i] + 1
-            committed: slice | list[int] = slice(end - count, end)
-            if path:
-                committed = [*range(end - count, end), *(node_row[node] for node in path)]
+            nodes = [node_row[node] for node in path]
+            committed: slice | list[int] = slice(end - count, end + len(nodes))
+            if nodes and nodes[-1] != end + len(nodes) - 1:  # else the best chain: no copy (its rows ascend from `end`)
+                committed = [*range(end - count, end), *nodes]
             self._extend(request, scores, committed, start, count + len(path))
         if plain and self.drafter is not None:
             self._extend_each(asking, scores)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees, IntArray
@@ -19,8 +19,16 @@ Features: TypeAlias = Any
 Logits: TypeAlias = Any
 
 
-# Trees, the nodes that a model ran at levels 2, 3, ..., and the seconds of levels 1, 2, ...
-Grown: TypeAlias = tuple[DraftTrees, list[int], list[float]]
+class Grown(NamedTuple):
+    """A round's trees, the nodes that a model ran at levels 2, 3, ..., the seconds of levels 1, 2, ..., and those that
+    choosing took."""
+
+    trees: DraftTrees
+    expanded: list[int]
+    seconds: list[float]
+    choosing: float
+
+
 Grow: TypeAlias = Callable[[Sequence[Request], DraftPlan], Grown]
 
 

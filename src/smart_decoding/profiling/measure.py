@@ -30,9 +30,10 @@ CONTEXTS = (128, 768)
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One thing to time: `run` performs it once, after `prepare`; `sample` wraps the seconds; `end` tidies up."""
+    """One thing to time: `run` performs it once, after `prepare`, and may say itself how many seconds count; `sample`
+    wraps the seconds; `end` tidies up."""
 
-    run: Callable[[], object]
+    run: Callable[[], float | None]
     sample: Callable[[float], Sample]
     prepare: Callable[[], object] = lambda: None
     end: Callable[[], object] = lambda: None
@@ -84,8 +85,8 @@ def _measured(
 def _timed(point: Point, clock: Callable[[], float]) -> float:
     point.prepare()
     start = clock()
-    point.run()
-    return clock() - start
+    seconds = point.run()
+    return clock() - start if seconds is None else seconds
 
 
 def _relative(timed: Sequence[tuple[Point, float, float]]) -> list[Sample]:
@@ -151,8 +152,8 @@ def _draft_points(
 
 
 def _verify_point(target: TorchTarget, rows: Rows, batch: int, context: int) -> Point:
-    def run() -> object:
-        return target.argmax(target.verify(rows, ()).logits, np.arange(batch))
+    def run() -> None:
+        target.argmax(target.verify(rows, ()).logits, np.arange(batch))
 
     return Point(run, lambda s: VerifySample(batch, len(rows), float(context), s))
 
@@ -167,8 +168,9 @@ def _first_point(requests: Rehearsal, waiting: int) -> Point:
 def _deeper_point(requests: Rehearsal, width: int) -> Point:
     expanded = [width]  # fewer where the drafter proposes chains
 
-    def run() -> None:
-        expanded[0] = requests.expand()
+    def run() -> float | None:
+        expanded[0], seconds = requests.expand(width)
+        return seconds
 
     def sample(seconds: float) -> Sample:
         return DraftSample(expanded[0], float(requests.context), seconds)

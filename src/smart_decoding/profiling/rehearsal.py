@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
+from smart_decoding.backends.torch.native.chooser import native_chooser
+from smart_decoding.core.calibration import DEPTHS, Calibration
+from smart_decoding.core.lookahead import RANKS, LookAhead
+from smart_decoding.core.policies.chooser import Drafted, Growth
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.drafters.levels import LevelDrafter
@@ -16,6 +21,7 @@ from smart_decoding.engine.stopping import StopChecker
 
 PLAN = DraftPlan(speculate=True, levels=8, children=8)
 AT_ONCE = 256  # rows that are caught up with together
+FREE = np.ones(1 << 14)  # seconds of verifying any number of nodes
 MORE = 96  # tokens that requests grow by before they begin anew
 
 
@@ -27,6 +33,8 @@ class Rehearsal:
         self.batch, self.context, self._vocab = batch, context, vocab
         self._random = np.random.default_rng(0)
         self._requests: list[Request] = []
+        self._chooser = native_chooser()
+        self._grow = drafter.grow if self._chooser is not None else None
         self._trees, self._frontier = DraftTrees.empty(batch), np.zeros(0, np.int64)
 
     @staticmethod
@@ -38,16 +46,21 @@ class Rehearsal:
         if not self._requests or self._requests[0].table.length + 1 + waiting > self.context + MORE:
             self._begin()
         for request in self._requests:
-            self._grow(request, 1)
+            self._lengthen(request, 1)
         if waiting:
-            self._grow(self._requests[0], waiting)
+            self._lengthen(self._requests[0], waiting)
 
     def first(self) -> None:
-        self._trees = self._drafter.start(self._requests, PLAN)
+        if self._grow is not None:
+            self._grow(self._requests, self._forced(1, 1))
+        else:
+            self._trees = self._drafter.start(self._requests, PLAN)
 
     def reach(self, width: int) -> None:
         """Drafts until a level has `width` nodes, or no more than the one before; these are expanded next."""
         self.commit(0)
+        if self._grow is not None:  # `expand` drafts the levels before it, too
+            return
         self.first()
         before, level = 0, np.arange(len(self._trees))
         while before < len(level) < width:
@@ -56,9 +69,25 @@ class Rehearsal:
             level = np.arange(known, len(self._trees))
         self._frontier = level[:width]
 
-    def expand(self) -> int:
-        """Expands those; returns how many they were."""
-        return self._drafter.expand(self._requests, self._trees, self._frontier, PLAN)
+    def expand(self, width: int) -> tuple[int, float | None]:
+        """Expands those; returns how many they were, and the level's seconds if it knows them."""
+        if self._grow is None:
+            return self._drafter.expand(self._requests, self._trees, self._frontier, PLAN), None
+        levels, reached = 2, self.batch * PLAN.children
+        while reached < width:
+            levels, reached = levels + 1, reached * PLAN.children
+        grown = self._grow(self._requests, self._forced(width, levels))
+        return grown.expanded[-1], grown.seconds[-1]
+
+    def _forced(self, width: int, levels: int) -> DraftPlan:
+        """A plan by which `width` nodes of each level are expanded: further levels and nodes cost nothing in it."""
+        assert self._chooser is not None
+        batch, none = self.batch, np.zeros(0, np.int64)
+        limits, kind = np.full(batch, levels + 1), np.ones(batch, np.uint8)
+        drafted = Drafted(DraftTrees.empty(batch), Calibration(), limits, kind, none, batch, 0.0, FREE, math.inf)
+        ahead = LookAhead(np.full((DEPTHS, RANKS), 0.5))
+        growth = Growth(self._chooser, drafted, ahead, levels, 1, np.array([width]), np.zeros(width + 1))
+        return DraftPlan(True, levels, PLAN.children, growth=growth)
 
     def end(self) -> None:
         for request in self._requests:
@@ -74,10 +103,10 @@ class Rehearsal:
             request = Request("rehearsal", self._tokens(1), params, 0, BlockTable(self._pool), stop)
             self._requests.append(request)
             for start in range(0, self.context, AT_ONCE):
-                self._grow(request, min(AT_ONCE, self.context - start))
+                self._lengthen(request, min(AT_ONCE, self.context - start))
                 self._drafter.start([request], PLAN)
 
-    def _grow(self, request: Request, count: int) -> None:
+    def _lengthen(self, request: Request, count: int) -> None:
         """The target has processed `count` more tokens."""
         first = request.table.length
         request.table.reserve(count)

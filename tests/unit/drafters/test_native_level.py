@@ -119,8 +119,8 @@ def test_trees_grown_in_one_call_are_those_grown_by_level(
             plan = policy._start(state, policy._scratch, policy._scratch.outlook, (3, 1))
         assert plan.growth is not None and drafter.grow is not None
         if whole:
-            trees, expanded, seconds = drafter.grow(requests, plan)
-            assert len(seconds) == 1 + len(expanded) and min(seconds) > 0
+            trees, expanded, seconds, choosing = drafter.grow(requests, plan)
+            assert len(seconds) == 1 + len(expanded) and min(seconds) > 0 and choosing > 0
         else:
             trees, expanded = drafter.start(requests, plan), []
             for level in range(1, plan.levels):

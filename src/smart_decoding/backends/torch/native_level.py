@@ -92,7 +92,7 @@ class NativeLevel:
         assert isinstance(growth.chooser, NativeChooser)
         grown = growth.chooser.grow(growth, how, k, run)
         del alive  # until here
-        self._count = batch + sum(grown[1])
+        self._count = batch + sum(grown.expanded)
         return grown
 
     def deeper(self, rows: Rows, above: IntArray, rotary: Rotary, kv: KVCache, asked: Asked) -> Ranked:

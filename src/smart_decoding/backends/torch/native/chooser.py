@@ -13,6 +13,7 @@ from smart_decoding.core.calibration import DEPTHS, FINE, FINE_OF, KINDS
 from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.policies.chooser import Drafted, Growth
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
+from smart_decoding.engine.protocols import Grown
 
 _NONE = np.zeros(0, np.int64)
 _UNSEEN = -1  # the trees hold nodes of a drafter that the calibration has not seen yet
@@ -61,7 +62,7 @@ class GrowthStruct(Structure):
         *((name, c_int64) for name in ("hidden", "first_slot", "slots")),
         *((name, c_void_p) for name in ("scale", "noise", "keys", "values")),
         *(("pages", c_int64), ("w_bf16", c_int32), ("kv_bf16", c_int32), ("threads", c_int32)),
-        *((name, c_void_p) for name in ("expanded", "seconds")),
+        *((name, c_void_p) for name in ("expanded", "seconds", "choosing")),
     ]
 
 
@@ -107,34 +108,28 @@ class NativeChooser:
         choice = self._choice
         return self._kept[: choice.count].copy(), choice.rate, choice.expected
 
-    def grow(
-        self, growth: Growth, how: GrowthStruct, children: int, run: Callable[..., int]
-    ) -> tuple[DraftTrees, list[int], list[float]]:
+    def grow(self, growth: Growth, how: GrowthStruct, children: int, run: Callable[..., int]) -> Grown:
         """Grows a round's trees and chooses what to verify, by `run`: smart_grow with the head and its first level.
 
-        children: of a node. Returns the trees, the nodes run at levels 2, 3, ... and the seconds of levels 1, 2, ...
-        Raises RuntimeError where the kernels do not serve the head."""
+        children: of a node. Raises RuntimeError where the kernels do not serve the head."""
         d, levels = growth.drafted, growth.levels
         room = (d.trees.batch + min(how.slots, int(growth.widths[-1]) * (levels - 1))) * children
         d.trees = trees = DraftTrees.with_room(d.trees.batch, room)
         if not len(d.calibration.table):
             d.calibration.reserve(0)
         self._hand_over(d)
-        below, expanded, seconds = (
-            growth.ahead.table(levels, growth.reach),
-            np.zeros(levels, np.int64),
-            np.zeros(levels),
-        )
+        below, expanded = growth.ahead.table(levels, growth.reach), np.zeros(levels, np.int64)
+        seconds = np.zeros(levels + 1)
         how.levels, how.reach, how.widths_count, how.least = levels, growth.reach, len(growth.widths), d.least
         how.widths, how.level_seconds, how.below = _at(growth.widths), _at(growth.level_seconds), _at(below)
-        how.expanded, how.seconds = _at(expanded), _at(seconds)
+        how.expanded, how.seconds, how.choosing = _at(expanded), _at(seconds), _at(seconds) + 8 * levels
         self._beliefs.table, self._beliefs.cells = _at(d.calibration.table), len(d.calibration.table)
         done = run(byref(how), *self._structs, _at(self._expanded), _at(self._kept), byref(self._choice))
         if done < 0:
             raise RuntimeError("the CPU kernels do not support this head")
         trees.grown(self._trees.nodes)
         d.scored = self._stopped = len(trees)
-        return trees, expanded[1:done].tolist(), seconds[:done].tolist()
+        return Grown(trees, expanded[1:done].tolist(), seconds[:done].tolist(), float(seconds[levels]))
 
     def _hand_over(self, drafted: Drafted) -> None:
         d, trees, t, p = drafted, drafted.trees, self._trees, self._prices

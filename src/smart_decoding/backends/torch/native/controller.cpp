@@ -139,6 +139,7 @@ struct Growth {
     int32_t w_bf16, kv_bf16, threads;
     int64_t* expanded;  // [levels] out: nodes run at each level,
     double* seconds;    // and its duration
+    double* choosing;   // out: seconds of all the rest
 };
 
 // Appends the children that `v` found below `parents` (ROOT: -1), k of each.
@@ -196,6 +197,11 @@ static NodeRows rows_of(const Trees& t, const Growth& g, const Rows& first, cons
 static double since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
+struct Stopwatch {  // notes how long all but the levels took, on leaving
+    std::chrono::steady_clock::time_point start;
+    const Growth* g;
+    ~Stopwatch() { *g->choosing = since(start) - std::accumulate(g->seconds, g->seconds + g->levels, 0.0); }
+};
 
 extern "C" {
 
@@ -261,6 +267,7 @@ int64_t smart_select(const Trees* t, const Beliefs* b, const Prices* p, int scor
 int64_t smart_grow(const Head* head, const Rows* first, const Level* v, const Growth* g, Trees* t, const Beliefs* b, Prices* p,
                    int64_t* out, int64_t* kept, Choice* choice) {
     auto start = std::chrono::steady_clock::now();
+    const Stopwatch stopwatch{start, g};
     Level level = *v;
     std::vector<float> scale(t->batch, 1.0f);
     std::vector<uint64_t> noise(g->noise ? t->batch : 0);
