@@ -165,7 +165,8 @@ class Engine:
             return []
         started += self._see(batch)  # once a picture, so no part of what a round costs
         state = self._state(batch)
-        plan = self.policy.plan(state) if batch.decode and self.drafter else OFF
+        # Rounds that carry prompts do not draft, whatever the policy: others wait for their first token.
+        plan = self.policy.plan(state) if batch.decode and self.drafter and not batch.prefill else OFF
         trees, widths, seconds, drafting = self._draft(batch, state, plan)
         kept = self.policy.select(plan, state, trees) if len(trees) else _NONE
         if any(r.constraint is not None for r in batch.decode):

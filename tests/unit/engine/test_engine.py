@@ -50,6 +50,22 @@ def test_a_long_prompt_goes_in_chunks_while_others_decode() -> None:
     assert long.output == alone(long.prompt, greedy(3))[0].output
 
 
+@pytest.mark.parametrize("policy", ["chain", "static", "likelihood", "smart_paper", "smart"])
+def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
+    """Others wait for their first token. Rounds without prompts do draft, and nobody's tokens change."""
+    engine = make_engine(policy, max_num_batched_tokens=4, prefix_caching=False)
+    requests, drafted = [add(engine, "0", [1, 2], greedy(40))], {True: 0, False: 0}
+    for i in range(1, 60):
+        if i % 12 == 0 and i < 40:
+            requests.append(add(engine, str(i), [i % VOCAB] * 6, greedy(20)))
+        engine.step()
+        batch = engine.last_round.round.batch
+        drafted[batch.prefill_rows > 0] += len(engine.last_round.round.trees)
+    finish(engine)
+    assert drafted[True] == 0 < drafted[False]
+    assert [r.output for r in requests] == [alone(r.prompt, r.params)[0].output for r in requests]
+
+
 @pytest.mark.parametrize("length", range(14, 20))
 @pytest.mark.parametrize("chunk", [1, 2, 16])
 def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:
