@@ -100,6 +100,7 @@ class Outlook:
 class _Scratch:
     """What one round's calls share."""
 
+    batch: BatchState
     limits: IntArray
     kind: KindArray
     drafting: int  # requests that may draft
@@ -228,7 +229,7 @@ class Smart:
         limits = depth_limits(batch)
         deepest = limits.tolist()
         drafting, context = sum(limit > 0 for limit in deepest), sum(batch.context.tolist()) / batch.size
-        return _Scratch(limits, batch.kind, drafting, context, max(deepest))
+        return _Scratch(batch, limits, batch.kind, drafting, context, max(deepest))
 
     def _current_outlook(self, batch: BatchState, scratch: _Scratch) -> Outlook:
         """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
@@ -366,7 +367,7 @@ class Smart:
 
     def observe(self, round: Round) -> None:
         self._rounds += 1
-        scratch, self._scratch = self._scratch, None
+        scratch = self._planned(round.batch)
         if scratch is None and not (round.plan.speculate or round.batch.prefill_rows):  # resting
             self._overhead.observe(False, round.other_seconds)
             seconds = round.verify_seconds
@@ -404,9 +405,13 @@ class Smart:
 
     # --- shared ---
 
+    def _planned(self, batch: BatchState) -> _Scratch | None:
+        """The scratch of a round that was planned and did not rest."""
+        return self._scratch if self._scratch is not None and self._scratch.batch is batch else None
+
     def _prepared(self, batch: BatchState) -> tuple[_Scratch, Outlook]:
         """This round's scratch; made here for a caller that forces drafting without a plan."""
-        scratch = self._scratch = self._scratch or self._open(batch)
+        scratch = self._scratch = self._planned(batch) or self._open(batch)
         if scratch.outlook is None:
             scratch.outlook = self._current_outlook(batch, scratch)
         return scratch, scratch.outlook
