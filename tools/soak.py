@@ -83,7 +83,7 @@ def plans(args: argparse.Namespace, client: str) -> list[Plan]:
     """One client's requests in one block: a function of the seed, the same for every server."""
     rng, at, found = random.Random(f"{args.seed}-{client}"), 0.0, []
     while (at := at + rng.expovariate(1 / args.pause)) < args.seconds / args.blocks:
-        prompt = " ".join(rng.choices(WORDS, k=rng.choice([3, 12, 60, 150])))
+        prompt = " ".join(rng.choices(WORDS, k=round(3 * 50 ** rng.random())))  # no gap where a median would lie
         body = {
             "model": "soak", "prompt": prompt, "max_tokens": rng.choice([8, 32, 96, 200]),
             "stream": True, "stream_options": {"include_usage": True},
@@ -177,13 +177,17 @@ async def watch_memory(pid: int, figures: Figures) -> None:
         await asyncio.sleep(2.0)
 
 
-async def check_answers(plain_url: str, figures: Figures) -> None:
-    """Each answer again, alone, on the server without speculation."""
+async def check_answers(plain_url: str, *every: Figures) -> None:
+    """Each answer again, alone, on the server without speculation: once, for all servers got the same requests."""
+    alone: dict[str, str] = {}
     async with httpx.AsyncClient(base_url=plain_url, timeout=HANGS) as client:
-        for plan, text in figures.answers:
-            alone = "".join([piece async for piece, _ in pieces(client, plan.body)])
-            if alone != text:
-                figures.wrong.append(f"{DIFFERS}: {json.dumps(plan.body)}")
+        for figures in every:
+            for plan, text in figures.answers:
+                asked = json.dumps(plan.body)
+                if asked not in alone:
+                    alone[asked] = "".join([piece async for piece, _ in pieces(client, plan.body)])
+                if alone[asked] != text:
+                    figures.wrong.append(f"{DIFFERS}: {asked}")
 
 
 def check_leaks(url: str, figures: Figures) -> dict[str, float]:
@@ -323,8 +327,7 @@ def soak(args: argparse.Namespace, servers: dict[str, tuple[str, int]]) -> dict[
         for policy in list(servers)[:: 1 if block % 2 == 0 else -1]:
             url, pid = servers[policy]
             asyncio.run(play(url, args, block, figures[policy], pid))
-    for each in figures.values():
-        asyncio.run(check_answers(servers["off"][0], each))
+    asyncio.run(check_answers(servers["off"][0], *figures.values()))
     counted = {policy: check_leaks(url, figures[policy]) for policy, (url, _) in servers.items()}
     over_off = {
         policy: {name: ratio(figures[policy].times, figures["off"].times, name) for name in ("ttft", "tpot")}

@@ -98,9 +98,9 @@ def slow(llm: LLM, seconds: float) -> LLM:
     """The same model, whose every round takes a little longer."""
     step = llm.engine.step
 
-    def slower() -> Any:
+    def slower(*given: Any) -> Any:
         time.sleep(seconds)
-        return step()
+        return step(*given)
 
     llm.engine.step = slower  # type: ignore[method-assign]
     return llm

@@ -197,7 +197,7 @@ def test_a_request_that_breaks_the_model_does_not_break_the_others(
 
 def test_a_broken_engine_is_told(load: Any) -> None:
     with serving(load) as running, ThreadPoolExecutor() as pool:
-        running.llm.engine.step = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+        running.llm.engine.step = lambda arrived: 1 / 0  # type: ignore[method-assign, assignment, return-value]
         answers = [pool.submit(post, running, "/v1/completions", json=LONG) for _ in range(5)]
         assert {answer.result().status_code for answer in answers} <= {500, 503}
         for _ in range(3):

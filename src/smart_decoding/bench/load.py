@@ -135,8 +135,8 @@ def serve(
             if not engine.has_unfinished_requests:
                 sleep(coming[0][1][0] - now)
                 continue
-            engine.step()
-            if engine.last_round is not None and engine.last_round.round.batch.size:
+            touched = engine.step(lambda: bool(coming) and coming[0][1][0] <= clock() - started)
+            if touched and engine.last_round is not None and engine.last_round.round.batch.size:
                 decoding.append(engine.last_round.round.batch.size)
         seconds = clock() - started
     finally:

@@ -171,7 +171,10 @@ def record(
 def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Drawn]:
     trees: dict[str, list[DraftTrees]] = {f"record-{p.index}": [] for p in prompts}
     requests: list[Request] = []
+    chunk = engine.scheduler.chunk
     try:
+        # All prompts in one round: where some still came while others decode already, those would not draft.
+        engine.scheduler.chunk = max(chunk, sum(len(prompt.tokens) for prompt in prompts))
         for prompt in prompts:
             requests += engine.add_request(f"record-{prompt.index}", prompt.tokens, prompt.params, prompt.media)
         while engine.has_unfinished_requests:
@@ -182,6 +185,7 @@ def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Drawn]:
                     mine = drafted.take(np.flatnonzero((drafted.owner == owner) & (drafted.source == 0)))
                     trees[engine.last_round.requests[owner].id].append(mine)
     finally:
+        engine.scheduler.chunk = chunk
         for request in requests:
             engine.abort(request.id)
     return [

@@ -87,6 +87,7 @@ class Engine:
         self.last_round: RoundRecord | None = None
         self._taps = drafter.taps if drafter else ()
         self._learning_seconds = 0.0  # of the round before: a policy cannot be told what being told takes
+        self._cut = False  # whether the last step dropped its drafts for a newcomer: its drafter awaits a plain round
         self._decode, self._clock, self._constrain = decode, clock, constrain
         self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
         self._requests: dict[str, Request] = {}
@@ -156,8 +157,11 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------- step
 
-    def step(self) -> list[Request]:
-        """One round. Returns the requests that got tokens, finished ones included."""
+    def step(self, arrived: Callable[[], bool] = lambda: False) -> list[Request]:
+        """One round. Returns the requests that got tokens, finished ones included.
+
+        arrived: whether somebody waits to be added. If a slot is free, drafting stops for it, and nothing is returned:
+        a forward cannot be cut short, so who came would wait for all of it."""
         clock, started = self._clock, self._clock()
         batch = self.scheduler.next_batch()
         self._forget(self.scheduler.preempted)
@@ -165,8 +169,13 @@ class Engine:
             return []
         started += self._see(batch)  # once a picture, so no part of what a round costs
         state = self._state(batch)
-        plan = self.policy.plan(state) if batch.decode and self.drafter else OFF
-        trees, widths, seconds, drafting = self._draft(batch, state, plan)
+        # Rounds that carry prompts do not draft, whatever the policy: others wait for their first token.
+        plan = self.policy.plan(state) if batch.decode and self.drafter and not (batch.prefill or self._cut) else OFF
+        drafted = self._draft(batch, state, plan, arrived)
+        self._cut = drafted is None
+        if drafted is None:
+            return []
+        trees, widths, seconds, drafting = drafted
         kept = self.policy.select(plan, state, trees) if len(trees) else _NONE
         if any(r.constraint is not None for r in batch.decode):
             kept = grammatical([r.constraint for r in batch.decode], trees, kept)
@@ -234,10 +243,10 @@ class Engine:
         )
 
     def _draft(
-        self, batch: Batch, state: BatchState, plan: DraftPlan
-    ) -> tuple[DraftTrees, list[int], list[float], float]:
+        self, batch: Batch, state: BatchState, plan: DraftPlan, arrived: Callable[[], bool]
+    ) -> tuple[DraftTrees, list[int], list[float], float] | None:
         """Drafts level by level, asking the policy after each; returns the trees, widths and seconds of the model's
-        levels, and the drafter's seconds in all."""
+        levels, and the drafter's seconds in all. None if somebody has arrived meanwhile who can begin at once."""
         if not plan.speculate or self.drafter is None:
             return DraftTrees.empty(len(batch.decode)), [], [], 0.0
         widths: list[int] = []
@@ -253,6 +262,8 @@ class Engine:
         for level in range(1, plan.levels + 1):
             widths.append(width)
             seconds.append(self._clock() - start)
+            if self.scheduler.has_room and arrived():
+                return None
             nodes = self.policy.frontier(plan, state, trees, level) if level < plan.levels else None
             if nodes is None or not len(nodes):
                 break

@@ -46,6 +46,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a new request would join the next round, as far as slots go."""
+        return not self.waiting and len(self.running) < self.max_num_seqs
+
     def next_batch(self) -> Batch:
         """The next round's requests, with KV memory for their committed rows reserved."""
         self.preempted = []

@@ -229,15 +229,15 @@ class Worker:
         self._drop_overdue(engine)
         if engine.has_unfinished_requests:
             try:
-                self._step(engine)
+                self._step(engine, lambda: not self._inbox.empty())
                 self._failures = 0
             except Exception as error:
                 self._isolate(engine, error)
         self._flush()
 
-    def _step(self, engine: Engine) -> None:
+    def _step(self, engine: Engine, arrived: Callable[[], bool] = lambda: False) -> None:
         self._tell(lambda observer: observer.before(engine))
-        touched = engine.step()
+        touched = engine.step(arrived)
         while self._waiting and any(r.table.pages or r.finished for r in self._waiting[0].answers):
             self._waiting.popleft()  # first come, first served: the others have not begun either
         self._tell(lambda observer: observer.after(engine, touched))

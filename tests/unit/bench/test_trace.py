@@ -35,6 +35,16 @@ def file(trace, tmp_path):
     return tmp_path / "t.smart"
 
 
+def test_every_position_has_its_tree_however_long_the_prompts_are():
+    """Rounds that carry prompts do not draft; a recording must have none beside decoding requests."""
+    clock = worlds.Clock()
+    engine = worlds.engine(clock, drafter=worlds.RuleDrafter(clock))
+    engine.policy, chunk = Wide(levels=1, children=2, width=4), engine.scheduler.chunk
+    recording = record(engine, worlds.prompts(count=3, tokens=12, length=chunk - 1))
+    assert recording.sizes.tolist() == [2] * (11 + 12 + 13)
+    assert engine.scheduler.chunk == chunk
+
+
 def test_a_recording_comes_back_as_it_was(trace, file):
     read = read_trace(file)
     for name in ("token", "prob", "count", "child"):

@@ -61,7 +61,7 @@ def test_select_is_the_brute_force_optimum(seed: int, batch: int, nodes: int) ->
     cost = CostModel.from_table({b: any_table(rng, 40) for b in (1, 2, 3)}, {1: float(rng.random()), 9: 2.0})
     slowdown = float(rng.choice([1.0, 1.5, 3.0, math.inf]))
     policy = make_policy("smart", cost=cost, max_round_slowdown=slowdown, probe_budget=0.0)
-    now = state(batch, rng, prefill_rows=int(rng.integers(3)))
+    now = state(batch, rng)
     policy.plan(now)
     scratch, outlook = policy._prepared(now)
     scratch.sunk = float(rng.choice([0.0, rng.random()]))
@@ -73,10 +73,7 @@ def test_select_is_the_brute_force_optimum(seed: int, batch: int, nodes: int) ->
     most = math.inf if batch == 1 else slowdown * plain
 
     def value(subset: list[int]) -> float:
-        rows = batch + now.prefill_rows + np.array([0, len(subset)])
-        without, with_nodes = cost.verify_seconds(batch, rows, 40)  # what the prefill rows cost counts for nothing
-        more = float(with_nodes - without)
-        seconds = scratch.sunk + plain + (max(0.0, more) if now.prefill_rows else more)
+        seconds = scratch.sunk + float(cost.verify_seconds(batch, batch + len(subset), 40))
         return -1.0 if subset and seconds > most else (batch + trees.accept_prob[subset].sum()) / seconds
 
     best = max(value(subset) for subset in prefix_closed_subsets(trees, trees.depth <= limits[trees.owner]))
@@ -96,13 +93,10 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
     def best(gains: list[float], sunk: float) -> float:
         gains = sorted(gains * drafting, reverse=True)
         plain = float(policy.cost.verify_seconds(now.size, now.size, 40))
-        without = float(policy.cost.verify_seconds(now.size, now.size + now.prefill_rows, 40))
         most = math.inf if now.size == 1 else policy.max_round_slowdown * plain
         found = [now.size / (sunk + plain)]
         for n in range(1, len(gains) + 1):
-            rows = now.size + now.prefill_rows + n
-            seconds = float(policy.cost.verify_seconds(now.size, rows, 40))
-            seconds = sunk + (max(plain, plain + seconds - without) if now.prefill_rows else seconds)
+            seconds = sunk + float(policy.cost.verify_seconds(now.size, now.size + n, 40))
             found += [(now.size + sum(gains[:n])) / seconds] if seconds <= most else []
         return max(found)
 
@@ -133,7 +127,7 @@ def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int)
         "has_model": bool(rng.integers(4)),
         "catch_up_rows": int(rng.integers(60)),
     }
-    now = state(batch, prefill_rows=int(rng.integers(3)), **extras)
+    now = state(batch, **extras)
     outlook = policy.outlook(now)
     expected = naive_forecast(policy, now, batch)
     assert outlook.values == pytest.approx(expected, rel=1e-9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -53,24 +53,39 @@ def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.Mon
     return make
 
 
-def same(found: list[Any], expected: list[Any]) -> bool:
-    """Whether all rounds' trees have the same tokens, and their probabilities agree to 1e-4."""
-    return [tokens for tokens, _ in found] == [tokens for tokens, _ in expected] and all(
-        np.allclose(a, b, atol=1e-4) for (_, a), (_, b) in zip(found, expected, strict=True)
+Drafts: TypeAlias = dict[int, tuple[list[int], Any]]  # a tree's tokens and probabilities, by the length of its text
+
+
+def same(found: Drafts, expected: Drafts) -> bool:
+    """Whether all trees have the same tokens, and their probabilities agree to 1e-4."""
+    return found.keys() == expected.keys() and all(
+        tokens == expected[at][0] and np.allclose(probs, expected[at][1], atol=1e-4)
+        for at, (tokens, probs) in found.items()
     )
 
 
-def drafts(engine: Engine, prompt: list[int], tokens: int = 24) -> tuple[list[Any], Request]:
-    """The trees of all rounds of one request: tokens and probabilities."""
+def drafts(engine: Engine, prompt: list[int], tokens: int = 24, cut_every: int = 0) -> tuple[Drafts, Request]:
+    """The trees of all rounds of one request. Where its length divides by `cut_every`, drafting stops for somebody."""
     (request,) = ask(engine, [prompt], tokens=tokens, first_seed=len(prompt))
-    trees = []
+    trees: Drafts = {}
     while engine.has_unfinished_requests:
-        engine.step()
+        length = len(request.tokens)
+        comes = cut_every > 0 and length % cut_every == 0
+        touched = engine.step(lambda comes=comes: comes)
         done = engine.last_round.round  # type: ignore[union-attr]
-        if len(done.trees):
-            trees.append((done.trees.token.tolist(), done.trees.draft_prob))
+        if touched and len(done.trees):
+            trees[length] = done.trees.token.tolist(), done.trees.draft_prob
     finish(engine)
     return trees, request
+
+
+def test_a_draft_that_is_dropped_for_a_newcomer_changes_no_later_one(engine: Any) -> None:
+    prompt = prompts(1, seed=2)[0]
+    expected, _ = drafts(engine(), prompt, tokens=40)
+    found, request = drafts(engine(), prompt, tokens=40, cut_every=3)
+    assert request.output == plain([prompt])[0] and not any(length % 3 == 0 for length in found)
+    common = found.keys() & expected.keys()
+    assert len(common) > 15 and same({at: found[at] for at in common}, {at: expected[at] for at in common})
 
 
 @pytest.mark.parametrize("common", [52, 48, 64, 33])
@@ -105,22 +120,23 @@ def test_requests_that_share_pages_at_the_same_time(engine: Any) -> None:
     first, second = prompts(2, seed=1, common=48)
     expected = [drafts(engine(prefix_caching=False), prompt)[0] for prompt in (first, second)]
     caching = engine()
-    found: list[list[Any]] = [[], []]
+    found: list[Drafts] = [{}, {}]
     requests = ask(caching, [first], tokens=24)
     while caching.has_unfinished_requests:
+        lengths = [len(request.tokens) for request in requests]
         caching.step()
         trees = caching.last_round.round.trees
         running = caching.last_round.requests
         for owner in range(trees.batch if len(trees) else 0):
             nodes = trees.nodes_of(owner)
             which = requests.index(running[owner])
-            found[which].append((trees.token[nodes].tolist(), trees.draft_prob[nodes]))
+            found[which][lengths[which]] = trees.token[nodes].tolist(), trees.draft_prob[nodes]
         if len(found[0]) == 3 and len(requests) == 1:
             requests += ask(caching, [second], tokens=24, first_seed=9)
     assert requests[1].metrics.cached_tokens == 48
     for mine, alone in zip(found, expected, strict=True):
-        early = len(alone) - 4  # towards its end a request alone drafts fewer levels
-        assert early > 4 and same(mine[:early], alone[:early])
+        early = sorted(mine.keys() & alone.keys())[:-4]  # towards its end a request alone drafts fewer levels
+        assert len(early) > 10 and same({at: mine[at] for at in early}, {at: alone[at] for at in early})
 
 
 def test_keys_of_other_text_are_never_taken_for_the_prefix(engine: Any) -> None:

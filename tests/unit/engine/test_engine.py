@@ -50,6 +50,51 @@ def test_a_long_prompt_goes_in_chunks_while_others_decode() -> None:
     assert long.output == alone(long.prompt, greedy(3))[0].output
 
 
+@pytest.mark.parametrize("policy", ["chain", "static", "likelihood", "smart_paper", "smart"])
+def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
+    """Others wait for their first token. Rounds without prompts do draft, and nobody's tokens change."""
+    engine = make_engine(policy, max_num_batched_tokens=4, prefix_caching=False)
+    requests, drafted = [add(engine, "0", [1, 2], greedy(40))], {True: 0, False: 0}
+    for i in range(1, 60):
+        if i % 12 == 0 and i < 40:
+            requests.append(add(engine, str(i), [i % VOCAB] * 6, greedy(20)))
+        engine.step()
+        batch = engine.last_round.round.batch
+        drafted[batch.prefill_rows > 0] += len(engine.last_round.round.trees)
+    finish(engine)
+    assert drafted[True] == 0 < drafted[False]
+    assert [r.output for r in requests] == [alone(r.prompt, r.params)[0].output for r in requests]
+
+
+@pytest.mark.parametrize("policy", ["chain", "static", "likelihood", "smart_paper", "smart"])
+@pytest.mark.parametrize("stays", [False, True])
+def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(policy: str, stays: bool) -> None:
+    """Its prompt is in the next forward, if it has not left again; drafting goes on, and nobody's tokens change."""
+    engine = make_engine(policy, max_num_seqs=3)
+    requests = [add(engine, str(i), [i + 1, 2], greedy(200)) for i in range(2)]
+    cuts = 0
+    for _ in range(30):
+        before = engine.last_round
+        if not engine.step(lambda: True):
+            cuts += 1
+            if stays:
+                requests.append(add(engine, f"new {cuts}", [cuts % VOCAB] * 6, greedy(2)))
+            assert engine.last_round is before
+            assert engine.step(lambda: True)  # never twice in a row: the others go on
+            assert not len(engine.last_round.round.trees) and requests[-1].output
+        engine.step()
+    finish(engine)
+    assert cuts > 5 and sum(r.metrics.accepted for r in requests) > 10
+    assert [r.output for r in requests] == [alone(r.prompt, r.params)[0].output for r in requests]
+
+
+def test_drafting_goes_on_where_nobody_could_begin() -> None:
+    engine = make_engine("static", max_num_seqs=1)
+    add(engine, "0", [1, 2], greedy(40))
+    engine.step()
+    assert engine.step(lambda: True) and len(engine.last_round.round.trees)
+
+
 @pytest.mark.parametrize("length", range(14, 20))
 @pytest.mark.parametrize("chunk", [1, 2, 16])
 def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:

@@ -127,7 +127,7 @@ class Policy(Protocol):
     name: str
 
     def plan(self, batch: BatchState) -> DraftPlan:
-        """Before drafting: whether, and how."""
+        """Before drafting: whether, and how. Not called for rounds with prompt rows, which do not draft."""
         ...
 
     def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:

@@ -35,7 +35,6 @@ MARGIN, STAY = 1.03, 1.0  # what drafting must promise over plain decoding, to b
 CLEARLY = 0.9  # of plain decoding: what drafting promises where no further look is needed soon
 PROBE_SHARE = 4  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
-PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
 BUSY_ROUNDS, SELDOM = 32, 16  # after the first rounds, beliefs are updated every sixteenth round, in one go,
 SURPRISE = 2.0  # or once the accepted nodes are this many standard deviations (as if Poisson) off what was expected
 OFTEN = 4  # and the seconds of verification every fourth one: a machine's state lasts for seconds only
@@ -101,6 +100,7 @@ class Outlook:
 class _Scratch:
     """What one round's calls share."""
 
+    batch: BatchState
     limits: IntArray
     kind: KindArray
     drafting: int  # requests that may draft
@@ -185,14 +185,14 @@ class Smart:
     # --- before drafting ---
 
     def plan(self, batch: BatchState) -> DraftPlan:
-        if self._rest and batch.size == self._rest_size and not batch.prefill_rows:
+        if self._rest and batch.size == self._rest_size:
             self._rest -= 1
             self._scratch = None
             self._foresight *= 1.0 - FADE
             return OFF
         self._rest = 0
         scratch = self._scratch = self._open(batch)
-        if not scratch.drafting or not (batch.has_model or batch.has_free) or batch.prefill_rows > PREFILL:
+        if not scratch.drafting or not (batch.has_model or batch.has_free):
             return OFF
         outlook = scratch.outlook = self._current_outlook(batch, scratch)
         believed = option = outlook.best(STAY if self._drafting else MARGIN)
@@ -200,10 +200,8 @@ class Smart:
         if (believed is not None) != self._drafting:
             self._change_mode(believed is not None)
         other = self._probe(outlook, believed)
-        if (
-            other != believed
-            and not batch.prefill_rows
-            and self.prober.due(outlook.price(other, believed) + self._catch_up(batch, scratch, other))
+        if other != believed and self.prober.due(
+            outlook.price(other, believed) + self._catch_up(batch, scratch, other)
         ):
             option, scratch.probe = other, True
         if option is not None or scratch.probe or self._rounds <= BUSY_ROUNDS:
@@ -231,7 +229,7 @@ class Smart:
         limits = depth_limits(batch)
         deepest = limits.tolist()
         drafting, context = sum(limit > 0 for limit in deepest), sum(batch.context.tolist()) / batch.size
-        return _Scratch(limits, batch.kind, drafting, context, max(deepest))
+        return _Scratch(batch, limits, batch.kind, drafting, context, max(deepest))
 
     def _current_outlook(self, batch: BatchState, scratch: _Scratch) -> Outlook:
         """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
@@ -247,7 +245,7 @@ class Smart:
     def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
         """The shape of a batch; what barely changes the costs is taken coarsely."""
         first = ((batch.size + self._charged_rows(batch)) // (4 * batch.size)).bit_length()
-        coarse = (batch.prefill_rows.bit_length(), first, int(scratch.context) // 128)
+        coarse = (first, int(scratch.context) // 128)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
         return (*sizes, batch.has_free, *coarse, self.calibration.changes)
 
@@ -377,13 +375,14 @@ class Smart:
 
     def observe(self, round: Round) -> None:
         self._rounds += 1
-        if self._scratch is None and not round.plan.speculate:  # resting
+        scratch = self._planned(round.batch)
+        if scratch is None and not (round.plan.speculate or round.batch.prefill_rows):  # resting
             self._overhead.observe(False, round.other_seconds)
             seconds = round.verify_seconds
             self.prober.ordinary_round(seconds)
             self.statistics.record(round.batch.size, 0, 0.0, seconds, seconds, False)
             return
-        trees, batch, scratch = round.trees, round.batch, self._scratch or self._open(round.batch)
+        trees, batch, scratch = round.trees, round.batch, scratch or self._open(round.batch)
         seldom = self._rounds > BUSY_ROUNDS and self._rounds % SELDOM != 0
         self._learn_costs(round, scratch, seldom)
         if not batch.prefill_rows:
@@ -414,9 +413,13 @@ class Smart:
 
     # --- shared ---
 
+    def _planned(self, batch: BatchState) -> _Scratch | None:
+        """The scratch of a round that was planned and did not rest."""
+        return self._scratch if self._scratch is not None and self._scratch.batch is batch else None
+
     def _prepared(self, batch: BatchState) -> tuple[_Scratch, Outlook]:
         """This round's scratch; made here for a caller that forces drafting without a plan."""
-        scratch = self._scratch = self._scratch or self._open(batch)
+        scratch = self._scratch = self._planned(batch) or self._open(batch)
         if scratch.outlook is None:
             scratch.outlook = self._current_outlook(batch, scratch)
         return scratch, scratch.outlook
@@ -439,16 +442,8 @@ class Smart:
         return scratch.outlook.verify
 
     def _verify(self, batch: BatchState, scratch: _Scratch, count: int) -> FloatArray:
-        """Seconds of a verification of 0, 1, ... count - 1 nodes, what prefill rows cost apart.
-
-        Those must be computed anyway and bring no token now: counted in, they would make time look cheap and drafting
-        worthwhile, in a round whose further rows cost as much as ever."""
-        size = batch.size
-        seconds = self.cost.verify_curve(size, size + batch.prefill_rows, count, scratch.context)
-        if batch.prefill_rows:
-            plain = float(self.cost.verify_curve(size, size, 1, scratch.context)[0])
-            seconds = np.maximum(seconds + (plain - float(seconds[0])), plain)
-        return seconds
+        """Seconds of a verification of 0, 1, ... count - 1 nodes."""
+        return self.cost.verify_curve(batch.size, batch.size, count, scratch.context)
 
     def _limit(self, size: int, plain: float) -> float:
         """Seconds that a round may last: no bound for a lone request, which gets all the nodes itself."""
