@@ -46,9 +46,11 @@ def main() -> None:
     chooser = random.Random(0)
     for arm in engines.values():
         arm.ready()
+    if args.wait:
+        input(f"loaded after {time.perf_counter() - start:.0f} s; a line on stdin begins: ")
     for batch in batches:
         block(engines, list(ARMS), chooser.sample(prompts, batch), batch)
-    print(f"loaded and warm after {time.perf_counter() - start:.0f} s", flush=True)
+    print("warm", flush=True)
     start = time.perf_counter()
     while time.perf_counter() - start < args.seconds:
         for batch in batches:
@@ -63,7 +65,7 @@ def main() -> None:
         results = table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"arguments": vars(args), "results": results}, file, indent=1)
+            json.dump({"arguments": vars(args), "results": results, "tokens_per_second": rates}, file, indent=1)
     for arm in engines.values():
         arm.close()
 
@@ -114,6 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true", help="without torch.compile: starts sooner, runs slower")
     parser.add_argument("--seconds", type=float, default=200.0, help="time for the measured blocks")
+    parser.add_argument("--wait", action="store_true", help="wait for a line on stdin when all are loaded")
     parser.add_argument("--json")
     return parser.parse_args()
 

@@ -283,10 +283,11 @@ class Chains:
             self.prober.credit = FIRST_PROBES * self.costs.plain(step.batch)
 
     def _probed_round(self, step: Step, verified: int, seconds: float) -> None:
-        """Accounts for a probe. One step is too noisy to tell that plain decoding is better: only its loss counts."""
+        """Accounts for a probe. One step is too noisy to tell that plain decoding is better: only its loss counts, and
+        a process that was stopped meanwhile must not lose its probes of hours to come."""
         self.counters.probes += 1
         tokens = step.batch + sum(step.accepted.values())
-        loss = seconds - tokens / self._rate
+        loss = min(seconds - tokens / self._rate, self.costs.plain(step.batch))
         self.prober.probe_round(loss if verified else max(loss, 0.0))
 
     def _learn(self, step: Step) -> None:
