@@ -9,8 +9,8 @@ TESTED = ("0.5.23",)  # versions that the tests were run on: in others the plugi
 
 Parameters = tuple[str, ...] | None  # of a function, `self` left out; None: no function, or whatever it takes
 
-# module -> name (Class.member) -> parameters. Replaced: AdaptiveSpeculativeParams and, for trees, AdaptiveController,
-# each by a class that is constructed and called alike. Wrapped, for trees: the three functions after REPLACED.
+# module -> name (Class.member) -> parameters. REPLACED: AdaptiveSpeculativeParams and, for trees, AdaptiveController,
+# each by a class that is constructed and called alike. WRAPPED: for trees. USED: called or read.
 REPLACED: dict[str, dict[str, Parameters]] = {
     "sglang.srt.speculative.adaptive_spec_params": {
         "AdaptiveSpeculativeParams.__init__": ("initial_steps", "cfg_path"),
