@@ -53,7 +53,7 @@ $(VLLM_ENV)/.installed:
 # wheel is unpacked for it, without its GPU dependencies; what its modules import at the least comes beside it.
 SGLANG_DIR ?= .sglang
 test-sglang: env $(SGLANG_DIR)/.installed
-	PYTHONPATH=$(SGLANG_DIR):$(SGLANG_DIR)/more TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/integrations/test_sglang_policy.py \
+	PYTHONPATH=$(SGLANG_DIR):$(SGLANG_DIR)/more TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/integrations/test_sglang_policy.py tests/integrations/test_sglang_seams.py \
 		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py
 
 $(SGLANG_DIR)/.installed:

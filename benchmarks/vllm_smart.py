@@ -3,10 +3,11 @@ that has vLLM (and this package on PYTHONPATH).
 
     python benchmarks/vllm_smart.py MODEL_FOLDER [--method ngram] [--draft FOLDER] [--batches 1,2,4,8,16] [--json FILE]
 
-The engines live in processes of their own and take turns on the same prompts, block by block, so that ratios are
-between neighbours in time. At batch size n, 3 n requests of various lengths are answered, n at a time: each that
+The engines live in processes of their own and answer the same prompts, taking turns every half second, so that all see
+the machine at the same speed. At batch size n, 3 n requests of various lengths are answered, n at a time: each that
 ends makes way for the next, as in a server, and time counts while n are running, so that no engine is judged by its
-slowest answer. Prints tokens per second (prefill included), ratios with 95 % intervals, and what SMART did."""
+slowest answer. Before that each batch size is run once, uncounted, by all engines. Prints tokens per second (prefill
+included), ratios with 95 % intervals, and what SMART did."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import Generator
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -27,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 ARMS = ("plain", "spec", "smart")
 WAVES = 3  # requests of a block, in batches
+TURN = 0.5  # seconds that an engine runs before the next one does
 
 
 def main() -> None:
@@ -42,47 +46,61 @@ def main() -> None:
     chooser = random.Random(0)
     for arm in engines.values():
         arm.ready()
-        for batch in (2, 4):
-            arm.run(prompts[: batch + 1], batch)
-    print(f"loaded after {time.perf_counter() - start:.0f} s", flush=True)
-    block = 0
+    if args.wait:
+        input(f"loaded after {time.perf_counter() - start:.0f} s; a line on stdin begins: ")
+    for batch in batches:
+        block(engines, list(ARMS), chooser.sample(prompts, batch), batch)
+    print("warm", flush=True)
+    start = time.perf_counter()
     while time.perf_counter() - start < args.seconds:
-        batch = batches[block % len(batches)]
-        chosen, order, tokens = chooser.sample(prompts, WAVES * batch), list(ARMS), {}
-        chooser.shuffle(order)
-        for arm in order:
-            rate, tokens[arm], counted = engines[arm].run(chosen, batch)
-            rates[batch][arm].append(rate)
-            done[batch].update(counted)
-        same[batch] += sum(a == b for a, b in zip(tokens["plain"], tokens["smart"], strict=True))
-        answers[batch] += len(chosen)
-        block += 1
-        if block % len(batches) == 0:
-            table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done)
+        for batch in batches:
+            chosen, order = chooser.sample(prompts, WAVES * batch), list(ARMS)
+            chooser.shuffle(order)
+            found = block(engines, order, chosen, batch)
+            for arm in ARMS:
+                rates[batch][arm].append(found[arm].rate)
+            done[batch].update(found["smart"].counters)
+            same[batch] += sum(a == b for a, b in zip(found["plain"].tokens, found["smart"].tokens, strict=True))
+            answers[batch] += len(chosen)
+        results = table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(
-                {
-                    "arguments": vars(args),
-                    "results": table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done),
-                },
-                file,
-                indent=1,
-            )
+            json.dump({"arguments": vars(args), "results": results, "tokens_per_second": rates}, file, indent=1)
     for arm in engines.values():
         arm.close()
+
+
+@dataclass
+class Answers:
+    """rate: tokens per second while the batch was full; tokens: of each request; counters: what SMART did."""
+
+    rate: float
+    tokens: list[list[int]]
+    counters: dict[str, float]
+
+
+def block(engines: dict[str, Arm], order: list[str], prompts: list[str], batch: int) -> dict[str, Answers]:
+    """All engines answer these prompts, a turn of each after the other."""
+    found: dict[str, Answers] = {}
+    for arm in order:
+        engines[arm].begin(prompts, batch)
+    while len(found) < len(order):
+        for arm in order:
+            if arm not in found and (answers := engines[arm].turn()) is not None:
+                found[arm] = answers
+    return found
 
 
 def table(rates: Any, same: dict[int, str], done: Any) -> dict[int, dict[str, Any]]:
     """Prints and returns a row for each batch size."""
     report = {}
-    for batch in rates:
-        if not rates[batch]["plain"]:
-            continue
-        row: dict[str, Any] = {arm: round(statistics.median(rates[batch][arm]), 1) for arm in ARMS}
+    for batch, of in rates.items():
+        row: dict[str, Any] = {arm: round(statistics.median(of[arm]), 1) for arm in ARMS}
         for arm in ("spec", "smart"):
-            row[f"{arm}_speedup"] = interval(rates[batch][arm], rates[batch]["plain"])
-        report[batch] = row | {"blocks": len(rates[batch]["plain"]), "same": same[batch], **done[batch]}
+            row[f"{arm}_speedup"] = interval(of[arm], of["plain"])
+        better = "spec" if row["spec_speedup"][0] > 1 else "plain"
+        row["smart_over_better"] = interval(of["smart"], of[better])
+        report[batch] = row | {"blocks": len(of["plain"]), "same": same[batch], **done[batch]}
         print(batch, json.dumps(report[batch]), flush=True)
     return report
 
@@ -97,13 +115,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true", help="without torch.compile: starts sooner, runs slower")
-    parser.add_argument("--seconds", type=float, default=200.0, help="time for everything, loading included")
+    parser.add_argument("--seconds", type=float, default=200.0, help="time for the measured blocks")
+    parser.add_argument("--wait", action="store_true", help="wait for a line on stdin when all are loaded")
     parser.add_argument("--json")
     return parser.parse_args()
 
 
 class Arm:
-    """One engine in a process of its own; it sleeps while it is not asked."""
+    """One engine in a process of its own; it sleeps while it is not its turn."""
 
     def __init__(self, context: Any, args: argparse.Namespace, arm: str) -> None:
         self._pipe, theirs = context.Pipe()
@@ -113,10 +132,14 @@ class Arm:
     def ready(self) -> None:
         self._pipe.recv()
 
-    def run(self, prompts: list[str], batch: int) -> tuple[float, list[list[int]], dict[str, float]]:
+    def begin(self, prompts: list[str], batch: int) -> None:
         self._pipe.send((prompts, batch))
-        answer: tuple[float, list[list[int]], dict[str, float]] = self._pipe.recv()
-        return answer
+
+    def turn(self) -> Answers | None:
+        """Runs for a turn; returns the answers if they are complete then."""
+        self._pipe.send("go on")
+        answers: Answers | None = self._pipe.recv()
+        return answers
 
     def close(self) -> None:
         self._pipe.send(None)
@@ -141,17 +164,18 @@ def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
     pipe.send("ready")
     while (job := pipe.recv()) is not None:
         before = counted(controller)
-        rate, tokens = stream(llm, *job, params)
-        after = counted(controller)
-        pipe.send((rate, tokens, {name: after[name] - before[name] for name in after}))
-        if controller is not None and os.environ.get("SHOW_COSTS"):
-            batch, costs = job[1], controller.policy.costs
-            extra = [round(1e3 * seconds, 3) for seconds in costs.extra(batch)]
-            print(batch, f"plain {1e3 * costs.plain(batch):.2f} ms", extra, flush=True)
+        work = stream(llm, *job, params)
+        try:
+            while pipe.recv():
+                next(work)
+                pipe.send(None)
+        except StopIteration as end:
+            after = counted(controller)
+            pipe.send(Answers(*end.value, {name: after[name] - before[name] for name in after}))
 
 
-def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> tuple[float, list[list[int]]]:
-    """(tokens per second while `batch` requests are running, the tokens of all)."""
+def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> Generator[None, None, tuple[float, Any]]:
+    """Yields after each turn; returns (tokens per second while `batch` requests are running, the tokens of all)."""
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
     waiting = list(enumerate(prompts))[::-1]
     lengths = random.Random(len(prompts))
@@ -165,17 +189,21 @@ def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> tuple[float
         mine.max_tokens = round(params.max_tokens * lengths.uniform(0.5, 1.5))
         engine.add_request(str(id_), {"prompt_token_ids": list(ids)}, mine)
 
-    start, rate = time.perf_counter(), 0.0
+    rate, before, start = 0.0, 0.0, time.perf_counter()  # before: seconds of earlier turns
     for _ in range(batch):
         add()
     while engine.has_unfinished_requests():
         outputs = engine.step()
         tokens |= {output.request_id: list(output.outputs[0].token_ids) for output in outputs}
+        seconds = time.perf_counter() - start
         for output in outputs:
             if output.finished and waiting:
                 add()
             elif output.finished and not rate:
-                rate = sum(map(len, tokens.values())) / (time.perf_counter() - start)
+                rate = sum(map(len, tokens.values())) / (before + seconds)
+        if seconds > TURN:
+            yield
+            before, start = before + seconds, time.perf_counter()
     return rate, [tokens[str(i)] for i in range(len(prompts))]
 
 

@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, default=4, help="measurements of each batch size and length (4)")
     parser.add_argument("--together", action="store_true",
                         help="load all engines at once and let them take turns: steadier, if they fit")  # fmt: skip
+    parser.add_argument("--check", action="store_true",
+                        help="then measure vLLM with the schedule against plain vLLM")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("vllm-speculative.json"), help="(vllm-speculative.json)")
 
 
@@ -58,34 +60,62 @@ def main(args: argparse.Namespace) -> int:
     lines = schedule.schedule(choices)
     for line in lines:
         print(f"batch {line.first} to {line.last}: {line.length or 'no'} tokens  <- {line.reason}")
-    _write(args.output.with_suffix(".reasons.json"), {"vllm": version, "model": args.model,
-           "engine_args": args.engine_args, **schedule.report(lines, choices, measured)})  # fmt: skip
+    reasons = {"vllm": version, "model": args.model, "engine_args": args.engine_args,
+               **schedule.report(lines, choices, measured)}  # fmt: skip
+    path = args.output.with_suffix(".reasons.json")
+    _write(path, reasons)
     config = schedule.speculative_config(args.speculative_config, lines)
     if config is None:
         print("Speculation did not pay at any batch size: start vLLM without --speculative-config.")
         return 0
     _write(args.output, config)
     print(f'Written: {args.output}. Start vLLM with --speculative-config "$(cat {args.output})"')
+    if args.check:
+        _write(path, {**reasons, "checked": check(args, prompts, config)})
     return 0
 
 
 def measure(args: argparse.Namespace, prompts: Sequence[str]) -> tuple[dict[int, dict[int, Timing]], str]:
     """({batch size: {length: timing}}, vLLM's version); length 0 is plain vLLM."""
     lengths = [0, *sorted(set(args.lengths))]
-    groups = [lengths] if args.together else [[length] for length in lengths]
+    configs = {k: {**args.speculative_config, "num_speculative_tokens": k} if k else None for k in lengths}
+    measured: dict[int, dict[int, Timing]] = defaultdict(dict)
+    version = ""
+    for group in [lengths] if args.together else [[length] for length in lengths]:
+        found, version = run({k: configs[k] for k in group}, args, prompts)
+        for batch, timings in found.items():
+            measured[batch] |= timings
+    return measured, version
+
+
+def check(args: argparse.Namespace, prompts: Sequence[str], config: Mapping[str, Any]) -> dict[int, list[float]]:
+    """Prints and returns, by batch size, the speedup of vLLM with this config over plain vLLM and its standard error:
+    a drafter costs vLLM something in every step, also where the schedule says that none are drafted."""
+    found, _ = run({0: None, int(config["num_speculative_tokens"]): config}, args, prompts)
+    speedups = {batch: schedule.speedup(*timings.values()) for batch, timings in found.items()}
+    for batch, (ratio, error) in speedups.items():
+        print(f"batch {batch}, with the schedule: {ratio:.2f} ± {error:.2f} × plain")
+    return {batch: list(speedup) for batch, speedup in speedups.items()}
+
+
+def run(
+    configs: Mapping[int, Mapping[str, Any] | None], args: argparse.Namespace, prompts: Sequence[str]
+) -> tuple[dict[int, dict[int, Timing]], str]:
+    """({batch size: {length: timing}}, vLLM's version) of engines with these speculative configs, by length; loaded
+    at once, they take turns."""
     answers: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     version = ""
-    for group in groups:
-        with ExitStack() as stack:
-            engines = {k: stack.enter_context(Measured(engine_arguments(args, k))) for k in group}
+    with ExitStack() as stack:
+        given = {"model": args.model, **args.engine_args}
+        engines = {k: stack.enter_context(Measured({**given, "speculative_config": c})) for k, c in configs.items()}
+        for length, engine in engines.items():
+            version = engine.ready()
+            engine.run(prompts[:1], 8)  # the first run compiles
+            print(f"measuring {f'up to {length} tokens' if length else 'plain'}", flush=True)
+        for batch, chosen in blocks(args, prompts):
             for length, engine in engines.items():
-                version = engine.ready()
-                engine.run(prompts[:1], 8)  # the first run compiles
-                print(f"measuring {f'{length} tokens' if length else 'plain'}", flush=True)
-            for batch, chosen in blocks(args, prompts):
-                for length, engine in engines.items():
-                    answers[batch, length].append(engine.run(chosen, args.max_tokens))
-    return {b: {k: _timing(answers[b, k]) for k in lengths} for b in sorted(set(args.batch_sizes))}, version
+                answers[batch, length].append(engine.run(chosen, args.max_tokens))
+    return {b: {k: _timing(answers[b, k]) for k in configs} for b in sorted(set(args.batch_sizes))}, version
 
 
 def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -94,11 +124,6 @@ def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[i
     for _ in range(args.blocks):
         for batch in sorted(set(args.batch_sizes)):
             yield batch, chooser.sample(list(prompts), batch)
-
-
-def engine_arguments(args: argparse.Namespace, length: int) -> dict[str, Any]:
-    speculative = {**args.speculative_config, "num_speculative_tokens": length} if length else None
-    return {"model": args.model, **args.engine_args, "speculative_config": speculative}
 
 
 def read_prompts(path: Path | None) -> list[str]:

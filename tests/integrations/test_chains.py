@@ -64,6 +64,17 @@ def test_it_comes_back_when_the_drafter_becomes_good_again() -> None:
     assert policy.counters.steps_on - on_before > 300
 
 
+def test_a_stopped_process_goes_on_probing() -> None:
+    policy = Chains(range(5), model=False)
+    world = World([0.9] * 4, cpu)
+    world.run(300, policy)
+    policy.take_probe()
+    policy.observe(Step(4, 0, {}, probe=True), 60.0)
+    before = policy.counters.probes
+    world.run(1000, policy)
+    assert policy.counters.probes > before
+
+
 def test_nothing_is_verified_beyond_what_a_request_may_still_say() -> None:
     policy = Chains(range(5), model=False)
     for _ in range(8):

@@ -26,7 +26,7 @@ from smart_decoding.core.acceptance import accept  # noqa: E402
 from smart_decoding.core.choice import best_size, ranked  # noqa: E402
 from smart_decoding.core.policies.likelihood import Likelihood  # noqa: E402
 from smart_decoding.core.policies.protocol import BatchState  # noqa: E402
-from smart_decoding.core.tree import ROOT, DraftTrees, IntArray  # noqa: E402
+from smart_decoding.core.tree import ROOT, DraftTrees  # noqa: E402
 
 VOCABULARY = 50
 CONTEXT = (7, 12, 3)  # tokens before the root, by request
@@ -187,10 +187,10 @@ def assert_same_tree(trees: DraftTrees, built: Built) -> None:
 def assert_same_walk(sglang: SimpleNamespace, world: World, trees: DraftTrees, built: Built, steps: int) -> int:
     """Accepted paths and emitted tokens; returns how many drafts were accepted."""
 
-    def sample(rows: IntArray) -> IntArray:
-        owners = [row if row < trees.batch else int(trees.owner[row - trees.batch]) for row in rows.tolist()]
-        nodes = [ROOT if row < trees.batch else row - trees.batch for row in rows.tolist()]
-        return np.array([world.target(o, tokens_to(trees, n)) for o, n in zip(owners, nodes, strict=True)])
+    def sample(rows: list[int]) -> list[int]:
+        owners = [row if row < trees.batch else int(trees.owner[row - trees.batch]) for row in rows]
+        nodes = [ROOT if row < trees.batch else row - trees.batch for row in rows]
+        return [world.target(o, tokens_to(trees, n)) for o, n in zip(owners, nodes, strict=True)]
 
     ours = accept(trees, sample)
     batch, width = built.tokens.shape

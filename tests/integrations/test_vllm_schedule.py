@@ -63,6 +63,7 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(tmp_pa
         def __init__(self, arguments) -> None:
             speculative = arguments["speculative_config"]
             self.length = speculative["num_speculative_tokens"] if speculative else 0
+            self.scheduled = "num_speculative_tokens_per_batch_size" in (speculative or {})
             seen.append(arguments)
 
         def __enter__(self):
@@ -76,23 +77,32 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(tmp_pa
 
         def run(self, prompts, max_tokens):
             seconds = 1.0 - 0.1 * self.length if len(prompts) == 1 else 1.0 + 0.1 * self.length
+            if self.scheduled and len(prompts) == 4:  # nothing is drafted, but the drafter is there
+                seconds = 1.02
             return {"seconds": seconds, "tokens": max_tokens * len(prompts), "drafted": 10, "accepted": 5}
 
     monkeypatch.setattr(cli_vllm, "Measured", Engine)
     monkeypatch.setattr(cli_vllm, "find_spec", lambda name: object())
     output = tmp_path / "schedule.json"
     command = ["vllm-config", "a-model", "--lengths", "1,3", "--batch-sizes", "1,4", "--blocks", "2",
-               "--engine-args", '{"dtype": "float32"}', "--output", str(output)]  # fmt: skip
+               "--engine-args", '{"dtype": "float32"}', "--output", str(output), "--check"]  # fmt: skip
     assert cli.main(command) == 0
     written = json.loads(output.read_text())
     assert written["num_speculative_tokens_per_batch_size"] == [[1, 1, 3], [2, 4, 0]]
     assert written["num_speculative_tokens"] == 3 and written["method"] == "ngram"
-    assert [a["speculative_config"] and a["speculative_config"]["num_speculative_tokens"] for a in seen] == [None, 1, 3]
+    assert [a["speculative_config"] and a["speculative_config"]["num_speculative_tokens"] for a in seen] == [
+        None, 1, 3, None, 3
+    ]  # fmt: skip
+    assert seen[-1]["speculative_config"] == written
     assert all(a["dtype"] == "float32" for a in seen)
     reasons = json.loads((tmp_path / "schedule.reasons.json").read_text())
     assert reasons["measured"]["4"]["3"]["seconds"] == pytest.approx([1.3, 1.3])
     assert "batch 1: plain" in reasons["lines"][0]["reason"]
-    assert "2 to 4: no tokens" in capsys.readouterr().out
+    assert reasons["checked"]["1"][0] == pytest.approx(1 / 0.7) and reasons["checked"]["4"][0] == pytest.approx(
+        1 / 1.02
+    )
+    shown = capsys.readouterr().out
+    assert "2 to 4: no tokens" in shown and "batch 4, with the schedule: 0.98 ± 0.00 × plain" in shown
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -22,8 +23,10 @@ GUESS = (0.0, 0.002, 0.03)  # fixed, per draft, per level, in plain steps
 PRIOR = 4.0  # observations that a starting guess is worth
 MEMORY = 0.99  # per observation of the same range: what a slow start taught must go, or drafts stay off
 GAIN, CLIP = 0.05, 0.3  # of a running mean; one odd step counts as at most 30 % off
-EARLY, SOLVE_EVERY = 32, 4  # observations of a range: later ones are solved for four at a time
+EARLY, SOLVE_EVERY = 8, 4  # observations of a range: later ones are solved for four at a time, as numpy has its price
 ENOUGH = 4  # plain steps without which nothing is known
+
+Extra: TypeAlias = tuple[float, float, float]  # fixed, per draft, per level: seconds
 
 
 @dataclass
@@ -32,8 +35,22 @@ class _Range:
 
     moments: FloatArray = field(default_factory=lambda: np.zeros((3, 3)))
     products: FloatArray = field(default_factory=lambda: np.zeros(3))
-    coefficients: FloatArray = field(default_factory=lambda: np.zeros(3))
+    coefficients: Extra = (0.0, 0.0, 0.0)
     seen: int = 0
+    waiting: list[tuple[int, int, float]] = field(default_factory=list)  # drafts, levels, extra seconds: not solved for
+
+    def solve(self, guess: Extra, batch: int) -> None:
+        """Coefficients from all that was observed, `guess` being worth PRIOR observations."""
+        columns = np.array(self.waiting)
+        self.waiting.clear()
+        features = np.column_stack((np.ones(len(columns)), columns[:, :2]))
+        fade = MEMORY ** len(columns)
+        self.moments = self.moments * fade + features.T @ features
+        self.products = self.products * fade + columns[:, 2] @ features
+        ridge = PRIOR * np.array([1.0, float(batch * batch), 4.0])
+        solved = np.linalg.solve(self.moments + np.diag(ridge), self.products + ridge * np.array(guess))
+        fixed, per_draft, per_level = np.maximum(solved, 0.0).tolist()
+        self.coefficients = (fixed, per_draft, per_level)
 
 
 class StepCosts:
@@ -55,12 +72,10 @@ class StepCosts:
         low, share = _place(batch)
         return self._at(low) * (1.0 - share) + (self._at(low + 1) * share if share else 0.0)
 
-    def extra(self, batch: int) -> tuple[float, float, float]:
+    def extra(self, batch: int) -> Extra:
         """(fixed, per draft, per level) seconds beyond a plain step."""
         found = self._ranges.get(_place(batch)[0])
-        coefficients = found.coefficients if found is not None and found.seen else self._guess(batch)
-        fixed, per_draft, per_level = coefficients.tolist()
-        return fixed, per_draft, per_level
+        return found.coefficients if found is not None and found.seen else self._guess(batch)
 
     def observe(self, batch: int, drafts: int, levels: int, seconds: float) -> None:
         """After one real step that prefilled nothing. Unusable times change nothing."""
@@ -88,26 +103,22 @@ class StepCosts:
     def _observe_extra(self, batch: int, drafts: int, levels: int, seconds: float) -> None:
         plain, guess = self.plain(batch), self._guess(batch)
         known = self._ranges.setdefault(_place(batch)[0], _Range())
-        features = np.array([1.0, drafts, levels])
-        expected = float((known.coefficients if known.seen else guess) @ features)
+        fixed, per_draft, per_level = known.coefficients if known.seen else guess
+        expected = fixed + per_draft * drafts + per_level * levels
         room = CLIP * (plain + expected) if known.seen > ENOUGH else plain
-        extra = min(max(seconds - plain, expected - room), expected + room)
-        known.moments = known.moments * MEMORY + np.outer(features, features)
-        known.products = known.products * MEMORY + extra * features
+        known.waiting.append((drafts, levels, min(max(seconds - plain, expected - room), expected + room)))
         known.seen += 1
-        if known.seen > EARLY and known.seen % SOLVE_EVERY:
-            return
-        ridge = PRIOR * np.array([1.0, float(batch * batch), 4.0])
-        solved = np.linalg.solve(known.moments + np.diag(ridge), known.products + ridge * guess)
-        known.coefficients = np.maximum(solved, 0.0)
+        if known.seen <= EARLY or len(known.waiting) >= SOLVE_EVERY:
+            known.solve(guess, batch)
 
-    def _guess(self, batch: int) -> FloatArray:
+    def _guess(self, batch: int) -> Extra:
         """What a range is believed to cost before it is seen: the nearest one that was seen, else GUESS."""
         own = _place(batch)[0]
         seen = [knot for knot, known in self._ranges.items() if known.seen > ENOUGH and knot != own]
         if seen:
             return self._ranges[min(seen, key=lambda knot: abs(knot - own))].coefficients
-        return np.array(GUESS) * self.plain(batch)
+        plain = self.plain(batch)
+        return GUESS[0] * plain, GUESS[1] * plain, GUESS[2] * plain
 
     def _at(self, knot: int) -> float:
         """Plain seconds at a knot, interpolated between those that were met (flat outside)."""

@@ -30,8 +30,7 @@ GAIN = 0.2  # of a request's running share of accepted drafts
 RELAX = 0.02  # per step that a request's drafts are left out: what is known of it fades to what is usual
 FIRST_PROBES = 3.0  # plain steps' worth of time that may go into probes at once, at the start
 KEEP_LENGTH = 8  # steps that a chosen K is kept for while the batch stays the same
-LEARN_EVERY = 8  # steps, after the first EARLY ones: numpy has its price per call
-EARLY = 32
+EARLY, LEARN_EVERY = 8, 16  # steps: after the first EARLY ones it learns from many at once: a millisecond each time
 _SAMPLED, _GREEDY = np.eye(KINDS)[:2]  # shares of the kinds of requests in a batch of one kind
 FAILED, PARTLY, WHOLE = range(3)  # how a request's last draft went: calibrated apart
 
@@ -128,7 +127,7 @@ class Chains:
         """The K with the most tokens per second, if what it will draft is then verified as far as it pays."""
         batch, longest = len(ids), self.lengths[-1]
         classes = self._classes(ids, [longest] * batch, [True] * batch)
-        per_level = float(self.costs.extra(batch)[2])
+        per_level = self.costs.extra(batch)[2]
         best, best_value = 0, MARGIN * batch / self.costs.plain(batch)
         for length in self.lengths[1:]:
             _, value, _ = self._cuts(classes, batch, length, per_level * length)
@@ -284,10 +283,11 @@ class Chains:
             self.prober.credit = FIRST_PROBES * self.costs.plain(step.batch)
 
     def _probed_round(self, step: Step, verified: int, seconds: float) -> None:
-        """Accounts for a probe. One step is too noisy to tell that plain decoding is better: only its loss counts."""
+        """Accounts for a probe. One step is too noisy to tell that plain decoding is better: only its loss counts, and
+        a process that was stopped meanwhile must not lose its probes of hours to come."""
         self.counters.probes += 1
         tokens = step.batch + sum(step.accepted.values())
-        loss = seconds - tokens / self._rate
+        loss = min(seconds - tokens / self._rate, self.costs.plain(step.batch))
         self.prober.probe_round(loss if verified else max(loss, 0.0))
 
     def _learn(self, step: Step) -> None:

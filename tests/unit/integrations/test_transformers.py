@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 import smart_decoding.integrations
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.integrations.transformers import drafting, generate, last_report
+from smart_decoding.integrations.transformers import checks, drafting, generate, last_report, sequences
 from smart_decoding.integrations.transformers.checks import cache_of
 
 VOCAB, PAD, EOS, NEW = 13, 0, 2, 48
@@ -313,10 +313,13 @@ def test_names_of_transformers_that_we_rely_on() -> None:
         "lazy_initialization", "update", "get_mask_sizes", "get_seq_length", "get_max_length", "get_max_cache_shape"
     }  # fmt: skip
     assert hasattr(Cache, "is_compileable") and DynamicCache().offloading is False
-    for name in ("PrefixConstrainedLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor",
-                 "SynthIDTextWatermarkLogitsProcessor"):  # fmt: skip
-        assert hasattr(logits_process, name)
+    for name in (*checks.STATEFUL, *sequences.BY_PLACE):
+        assert getattr(logits_process, name).__module__ == "transformers.generation.logits_process"
     assert stopping_criteria.EosTokenCriteria.__module__ == "transformers.generation.stopping_criteria"
+    assert hasattr(stopping_criteria.EosTokenCriteria(EOS), "eos_token_id")
+    assert inspect.signature(model_of("llama").forward).parameters.keys() & {"cache", "past_key_values"}
+    rope = model_of("llama").config.rope_parameters
+    assert isinstance(rope, dict) and "rope_type" in rope
     model, seen = model_of("llama"), []
     model.generate(**inputs(1), custom_generate=lambda model, input_ids, **kw: seen.append(kw) or input_ids)
     assert int(seen[0]["generation_config"]._pad_token_tensor) == PAD

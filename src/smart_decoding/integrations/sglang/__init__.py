@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 
+from smart_decoding.integrations.sglang.seams import TESTED
+
 COSTS = "SMART_SGLANG_COSTS"
-TESTED = ("0.5.23",)
 TARGET = "sglang.srt.speculative.adaptive_spec_params.AdaptiveSpeculativeParams"  # the class that is replaced
 
 logger = logging.getLogger("sglang.smart_decoding")

@@ -15,6 +15,7 @@ from sglang.srt.speculative.adaptive_runtime_state import AdaptiveController
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.sglang.policy import SmartSpecPolicy, read_costs
+from smart_decoding.integrations.sglang.seams import RECORD
 
 OURS = "smart_decoding"  # under which SGLang notes what was decided here
 
@@ -25,7 +26,7 @@ def unsupported_reason(original: Callable[[Any], str | None], server_args: Any) 
     if given.speculative_eagle_topk not in (None, 1) and given.page_size not in (None, 1):
         return f"page_size={given.page_size} (trees of several sizes need 1)"
     chain = copy.copy(server_args)
-    chain._resolved_overrides = list(getattr(server_args, "_resolved_overrides", None) or [])
+    setattr(chain, RECORD, list(getattr(server_args, RECORD, None) or []))  # not the original's: it is only asked
     declare_resolution(chain, OURS, speculative_eagle_topk=1)
     return original(chain)
 

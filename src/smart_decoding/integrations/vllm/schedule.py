@@ -54,7 +54,7 @@ class Choice:
 def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) -> Choice:
     """The fastest of the measured lengths; 0, which must be among them, unless another one is `margin` faster."""
     plain = timings[0]
-    ratios = {length: _ratio(plain, timing) for length, timing in timings.items() if length}
+    ratios = {length: speedup(plain, timing) for length, timing in timings.items() if length}
     best = max(ratios, key=lambda length: ratios[length][0], default=0)
     length = best if best and ratios[best][0] > margin else 0
     parts = [f"batch {batch}: plain {plain.rate:.1f} tok/s"]
@@ -109,7 +109,7 @@ def report(lines: Sequence[Line], choices: Sequence[Choice], measured: Mapping[i
     }
 
 
-def _ratio(plain: Timing, other: Timing) -> tuple[float, float]:
+def speedup(plain: Timing, other: Timing) -> tuple[float, float]:
     """(speedup over plain, standard error over the blocks, which are pairs)."""
     pairs = list(zip(plain.seconds, other.seconds, strict=True))
     ratio = sum(a for a, _ in pairs) / sum(b for _, b in pairs)

@@ -21,11 +21,15 @@ ATTRIBUTES = {
     "requests": "request id -> Request",
     "running": "the running Requests, those of the step that is being scheduled included",
 }
-REQUEST = ("request_id", "spec_token_ids", "max_tokens", "num_output_tokens", "sampling_params", "is_prefill_chunk")
+REQUEST = (
+    "request_id", "spec_token_ids", "max_tokens", "num_output_tokens", "sampling_params", "is_prefill_chunk",
+    "is_finished",
+)  # fmt: skip
+DRAFT_TOKEN_IDS = ("req_ids",)
 SCHEDULER_OUTPUT = (
     "num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_spec_decode_tokens", "num_spec_tokens_to_schedule"
 )  # fmt: skip
-REJECTION_SAMPLER = ("forward",)  # replaced by shortcuts.py, which calls its `sampler`
+REJECTION_SAMPLER = ("forward",)  # replaced by shortcuts.py, which calls the `sampler` that it is made with
 SPEC_DECODE_METADATA = ("num_draft_tokens",)  # of each request, as a list
 RUNNER_OUTPUT = ("req_ids", "req_id_to_index", "sampled_token_ids")
 
