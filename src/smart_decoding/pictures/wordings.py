@@ -250,6 +250,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 KINDS = tuple(WORDINGS)
+COMPARISONS = ("relation", "taller")
 LONG_KINDS = ("description", "list")  # their answers take 40 tokens and more on pictures that hold enough
 
 

@@ -37,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures", action="store_true", help="converse about generated pictures, with a model that sees"
     )
+    parser.add_argument(
+        "--visual-positions", choices=("dropped", "decoupled"),
+        help="what the head reads of pictures: nothing, or their embeddings in place of tokens' (default: as --init)",
+    )  # fmt: skip
     parser.add_argument("--prior-prompts", type=int, default=60, help="held-out prompts that the prior is learned on")
     parser.add_argument(
         "--without-tasks", default="", help="leave out what shares eight words with a prompt of these bench tasks"
@@ -62,11 +66,12 @@ def main(args: argparse.Namespace) -> int:
     data = args.data or args.output / "data"
     if not args.skip_generation:
         _generate(args, recorded_taps(taps, layers), data)
-    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout)
+    sees = args.visual_positions == "decoupled" if args.visual_positions else init is not None and init.sees
+    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout, sees=sees)
     trainer = Trainer(checkpoint, data, args.output, options, keep, init)
     figures: dict[str, Any] = trainer.run()
     if args.pictures:
-        _says_that_pictures_are_dropped(args.output / "config.json")
+        _says_what_is_read_of_pictures(args.output / "config.json", sees)
     print(json.dumps(figures, indent=1))
     held_out = picture_turns(args.prior_prompts) if args.pictures else trainer.held_out_prompts()
     learn_prior(args.model, args.output, held_out[: args.prior_prompts])
@@ -106,9 +111,11 @@ def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path) -> No
     generate(llm, recorder, data, args.tokens, args.seed, args.pictures)
 
 
-def _says_that_pictures_are_dropped(path: Path) -> None:
+def _says_what_is_read_of_pictures(path: Path, sees: bool) -> None:
+    from smart_decoding.backends.torch.head_files import VISUAL_POSITIONS
+
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"visual_positions": "dropped"}, indent=1) + "\n")
+    path.write_text(json.dumps(config | {"visual_positions": VISUAL_POSITIONS[sees]}, indent=1) + "\n")
 
 
 def _use_huge_pages() -> None:
