@@ -8,9 +8,9 @@ are theirs, and `embeddings` bf16 [m, hidden], what the target read there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,11 +27,13 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
 from smart_decoding.llm import LLM
 from smart_decoding.multimodal.prompts import MediaPrompt
-from smart_decoding.training.seeds import picture_turn, user_turn
+from smart_decoding.training.seeds import user_turn
 
 SHARD_TOKENS = 50_000
 CONCURRENT = 128
 ANSWER_TOKENS = 256
+
+PictureTurn: TypeAlias = Callable[[np.random.Generator], Sequence[Mapping[str, Any]]]
 
 
 class Recorder:
@@ -123,16 +125,18 @@ class Writer:
         self._items, self._tokens = [], 0
 
 
-def generate(llm: LLM, recorder: Recorder, folder: Path, tokens: int, seed: int = 0, pictures: bool = False) -> None:
+def generate(
+    llm: LLM, recorder: Recorder, folder: Path, tokens: int, seed: int = 0, turn: PictureTurn | None = None
+) -> None:
     """Writes shards until the folder holds about `tokens` answer tokens; goes on from the shards that are there.
 
-    pictures: each conversation is about a generated picture. A tenth of the answers is sampled at temperature 0.7, the
-    others are greedy; an answer ends where it loops."""
+    turn: draws the messages that each conversation begins with, for models that see. A tenth of the answers is sampled
+    at temperature 0.7, the others are greedy; an answer ends where it loops."""
     writer = Writer(folder)
     have = writer.shards * SHARD_TOKENS
     rng = np.random.default_rng((seed, writer.shards))
     with tqdm(total=tokens, initial=min(have, tokens), unit="tok", desc="writing conversations") as bar:
-        job = _Conversations(llm, recorder, rng, writer.shards, writer.prompts(), pictures)
+        job = _Conversations(llm, recorder, rng, writer.shards, writer.prompts(), turn)
         while have < tokens:
             job.fill()
             job.advance(llm.engine)
@@ -155,11 +159,11 @@ class _Conversations:
         rng: np.random.Generator,
         salt: int,
         asked: set[tuple[int, ...]],
-        pictures: bool,
+        turn: PictureTurn | None,
     ) -> None:
         self._llm, self._recorder, self._rng, self._salt = llm, recorder, rng, salt
         self._count, self._running = 0, 0
-        self._pictures = pictures
+        self._turn = turn
         self._asked = asked  # prompts so far: the same one again would teach nothing new
         marker = "\u241e"
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": marker}])
@@ -168,8 +172,8 @@ class _Conversations:
     def fill(self) -> None:
         while self._running < CONCURRENT:
             self._running += 1
-            if self._pictures:
-                self._record(self._llm.chat_prompt(picture_turn(self._rng)))
+            if self._turn is not None:
+                self._record(self._llm.chat_prompt(self._turn(self._rng)))
                 continue
             text, complete = user_turn(self._rng)
             if complete:

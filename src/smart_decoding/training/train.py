@@ -105,14 +105,17 @@ def recorded_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
     return taps if taps[-1] == layers else (*taps, layers)
 
 
-def frequent_tokens(conversations: list[Conversation], vocab: int, size: int) -> Tensor:
-    """Ids of the `size` most frequent tokens, ascending; prompts count a little, ties and the rest by low id."""
+def frequent_tokens(conversations: list[Conversation], vocab: int, size: int, known: Tensor | None = None) -> Tensor:
+    """Ids of the `size` most frequent tokens, ascending; prompts count a little, ties and the rest by low id, but after
+    the `known` ones."""
     counts = np.zeros(vocab)
     for item in conversations:
         tokens = item.tokens.numpy()
         counts += np.bincount(tokens[item.answer :], minlength=vocab)
         counts += 0.3 * np.bincount(tokens[: item.answer], minlength=vocab)
     counts += 0.5 / (1 + np.arange(vocab) / 2000)  # byte-pair ids are roughly in order of frequency
+    if known is not None:
+        counts[known.numpy()] += 0.5
     return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
 
@@ -155,9 +158,7 @@ class Trainer:
         _check_taps(data, folder, recorded_taps(options.taps, self.config.layers), self.config.hidden)
         held = max(8, int(len(data) * HELD_OUT))
         self._held, self._train = data[:held], data[held:]
-        size = min(options.draft_vocab, self.config.vocab)
-        own = None if init is None else init.weights["draft_ids"].long()
-        self.draft_ids = frequent_tokens(self._train, self.config.vocab, size) if own is None else own
+        self.draft_ids = self._draft_vocabulary(init)
         self._frozen = _frozen(checkpoint, self.draft_ids, init)
         self._draft_of = torch.full((self.config.vocab,), -1)
         self._draft_of[self.draft_ids] = torch.arange(len(self.draft_ids))
@@ -172,6 +173,16 @@ class Trainer:
         self.elapsed, self.steps, self.seen = 0.0, 0, 0  # seen: conversations, over all epochs
         self._fast_bf16 = bf16_is_faster()
         self._resume()
+
+    def _draft_vocabulary(self, init: HeadFiles | None) -> Tensor:
+        """That of the head to start from, if its output rows are its own. Rows that are the target's can be exchanged
+        for those of tokens that the conversations hold."""
+        if init is None:
+            return frequent_tokens(self._train, self.config.vocab, min(self.options.draft_vocab, self.config.vocab))
+        known = init.weights["draft_ids"].long()
+        if "lm_head.weight" in init.weights:
+            return known
+        return frequent_tokens(self._train, self.config.vocab, len(known), known)
 
     @property
     def epochs(self) -> float:

@@ -24,7 +24,7 @@ from smart_decoding.training.pictures.schedule import Stage, load_trained
 from smart_decoding.training.pictures.tower import Namer, SeeingLoss, Words
 
 SEEING_RATE, READING_RATE, ANSWERING_RATE, COMPARING_RATE = 1e-3, 2e-3, 1e-3, 1e-3
-COMPARISONS = 6  # how often a picture's things are compared, in the last stage
+COMPARISONS = 3  # how often a picture's things are compared, in the last stage
 
 
 def main() -> int:
@@ -75,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeing-steps", type=int, default=1600)
     parser.add_argument("--reading-steps", type=int, default=500)
     parser.add_argument("--answering-steps", type=int, default=600)
-    parser.add_argument("--comparing-steps", type=int, default=400)
+    parser.add_argument("--comparing-steps", type=int, default=240)
     parser.add_argument("--pictures", type=int, default=64, help="pictures of a step of the tower's stage")
     parser.add_argument("--rows", type=int, default=2, help="pictures of a step of the language model's stages")
     parser.add_argument("--held-out", type=int, default=100, help="held-out pictures of the closing measurement")
