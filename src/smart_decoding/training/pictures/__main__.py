@@ -75,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeing-steps", type=int, default=1600)
     parser.add_argument("--reading-steps", type=int, default=500)
     parser.add_argument("--answering-steps", type=int, default=600)
-    parser.add_argument("--comparing-steps", type=int, default=240)
+    parser.add_argument("--comparing-steps", type=int, default=140)
     parser.add_argument("--pictures", type=int, default=64, help="pictures of a step of the tower's stage")
     parser.add_argument("--rows", type=int, default=2, help="pictures of a step of the language model's stages")
     parser.add_argument("--held-out", type=int, default=100, help="held-out pictures of the closing measurement")
