@@ -31,11 +31,12 @@ quality: env
 soak: env
 	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
 
-# Trains smart-pictures-135m anew (36 minutes of a Zen 5 core; stopped, it goes on where it was).
+# Trains smart-pictures-135m anew (40 minutes of a Zen 5 core; stopped, it goes on where it was).
 pictures: env
 	for stage in seeing reading; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m smart_decoding.training.pictures $$stage --output build/pictures & done; wait
-	$(BIN)/python -m smart_decoding.training.pictures answering --output build/pictures
+	for stage in answering comparing; do \
+	  $(BIN)/python -m smart_decoding.training.pictures $$stage --output build/pictures || exit 1; done
 
 # SMART inside the real vLLM, on its CPU build, in an environment of its own (3.4 GB; not part of `make test`).
 VLLM_ENV ?= .venv-vllm

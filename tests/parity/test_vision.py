@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,31 @@ def test_tied_qwen2_vl_loads(tmp_path: Path) -> None:
     prompt = llm.chat_prompt(message(picture(1), "?"))
     expected = wanted(model, of_qwen(prompt))
     torch.testing.assert_close(logits(llm, prompt, llm.target.decoder.native), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", save_llava),
+        ("llava-hf/llava-1.5-13b-hf", save_llava),
+        ("Qwen/Qwen2-VL-7B-Instruct", save_qwen2_vl),
+    ],
+)
+def test_models_load_by_their_names_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, save: Any
+) -> None:
+    """The hub is played by a function; the class, the layout and the files are the published ones, only tiny."""
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str], **options: Any) -> str:
+        asked.append((repository, allow_patterns))
+        return str(tmp_path / "snapshot")
+
+    save(tmp_path / "snapshot")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    llm = load(name)
+    needed = {path.name for path in (tmp_path / "snapshot").iterdir()}
+    ((repository, patterns),) = asked
+    assert repository == name and needed == {n for n in needed if any(fnmatch(n, p) for p in patterns)}
+    (answer,) = llm.chat(message(picture(1), "What is it?"), GREEDY)
+    assert len(answer.outputs[0].token_ids) == 12 and name in llm.provenance["weights"]

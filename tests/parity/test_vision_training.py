@@ -1,41 +1,175 @@
-"""Conversations about pictures, as a draft head is trained on: each begins where a head that does not see begins."""
+"""Conversations about pictures, as a draft head is trained on, and what it reads of them: MSD's input, or the text
+behind them only."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from torch.nn import functional as F
 
-from smart_decoding.backends.torch.loading import load_checkpoint
+from smart_decoding import cli
+from smart_decoding.backends.torch.head_files import load_head
+from smart_decoding.backends.torch.loading import Checkpoint, load_checkpoint
+from smart_decoding.core.tree import ROOT
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.llm import LLM
 from smart_decoding.training import generate
-from smart_decoding.training.train import load_conversations
+from smart_decoding.training.seeds import image_turn, picture_turn
+from smart_decoding.training.train import Conversation, Trainer, TrainOptions, load_conversations
 
-from .vision import IMAGE, save_llava
+from .test_vision_heads import first_trees, outputs, reference_layer, save_head
+from .vision import IMAGE, picture, save_llava
+
+CHAT = [{"role": "user", "content": [{"type": "image", "image": picture(3)}, {"type": "text", "text": "What?"}]}]
 
 
-def test_pictures_are_left_out_and_the_features_are_those_of_the_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generate, "CONCURRENT", 4)
-    monkeypatch.setattr(generate, "ANSWER_TOKENS", 24)
-    save_llava(tmp_path / "llava")
-    llm = LLM(tmp_path / "llava", speculative_config=False, max_model_len=512, dtype="float32",
-              enable_prefix_caching=False)  # fmt: skip
-    recorder = generate.Recorder((3,))
-    llm.engine.listen(recorder)
-    generate.generate(llm, recorder, tmp_path / "data", 800, pictures=True)
-    found, _ = load_conversations(tmp_path / "data")
-    weights = load_checkpoint(tmp_path / "llava").weights
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA model, and in `data` conversations that it wrote."""
+    made = tmp_path_factory.mktemp("llava")
+    save_llava(made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "CONCURRENT", 4)
+        patch.setattr(generate, "ANSWER_TOKENS", 24)
+        for name, taps in (("data", (3,)), ("taps", (1, 2, 3))):
+            llm = LLM(made, speculative_config=False, max_model_len=512, dtype="float32", enable_prefix_caching=False)
+            recorder = generate.Recorder(taps)
+            llm.engine.listen(recorder)
+            generate.generate(llm, recorder, made / name, 1200, turn=picture_turn)
+    return made
+
+
+def said(checkpoint: Checkpoint, item: Conversation) -> torch.Tensor:
+    """What the target's output matrix reads: [n, hidden]."""
+    return F.rms_norm(item.taps.float(), (96,), checkpoint.weights["model.norm.weight"].float(), 1e-5)
+
+
+def test_the_features_are_those_of_the_tokens(folder: Path) -> None:
+    checkpoint = load_checkpoint(folder)
+    found, _ = load_conversations(folder / "data", sees=True)
     right = total = 0
     for item in found:
-        tokens = item.tokens[: item.answer].tolist()
-        assert tokens.count(IMAGE) < PAGE and IMAGE not in tokens[PAGE:]
-        assert llm.tokenizer.decode(tokens).endswith(">")
-        said = F.rms_norm(item.taps.float(), (96,), weights["model.norm.weight"].float(), 1e-5)
-        best = (said @ weights["lm_head.weight"].float().T).argmax(-1)
+        best = (said(checkpoint, item) @ checkpoint.weights["lm_head.weight"].float().T).argmax(-1)
         right += int((best[item.answer - 1 : -1] == item.tokens[item.answer :]).sum())
         total += len(item.tokens) - item.answer
+        assert (item.tokens == IMAGE).nonzero()[:, 0].tolist() == item.visual.tolist()
+        assert item.embeddings.shape == (len(item.visual), 96)
     assert len(found) > 5 and right > 0.75 * total  # a tenth is sampled; features are kept in bfloat16
+
+
+def test_without_sight_a_conversation_begins_where_the_picture_ends(folder: Path) -> None:
+    whole, _ = load_conversations(folder / "data", sees=True)
+    found, _ = load_conversations(folder / "data")
+    for item, all_of_it in zip(found, whole, strict=True):
+        start = len(all_of_it.tokens) - len(item.tokens)
+        assert start % PAGE == 0 and start <= int(all_of_it.visual[-1]) + 1 < start + PAGE
+        assert item.tokens.equal(all_of_it.tokens[start:]) and item.taps.equal(all_of_it.taps[start:])
+        assert item.answer == all_of_it.answer - start and not len(item.visual)
+
+
+def test_what_is_recorded_of_pictures_is_what_the_target_read(folder: Path) -> None:
+    llm = LLM(folder, speculative_config=False, max_model_len=512, dtype="float32")
+    recorder = generate.Recorder((3,))
+    llm.engine.listen(recorder)
+    prompt = llm.chat_prompt(CHAT)
+    recorder.wanted.add("it")
+    llm.engine.add_request("it", prompt.tokens, generate.SamplingParams(max_tokens=4, ignore_eos=True), prompt.media)
+    while not recorder.done:
+        llm.engine.step()
+    ((_, features, ((first, shown),)),) = recorder.done
+    (image,) = prompt.media.pictures
+    assert first == image.first and len(features) >= len(prompt.tokens)
+    torch.testing.assert_close(shown, llm.target.see(image.pixels))
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_head_is_trained_on_what_it_reads_when_it_drafts(folder: Path, tmp_path: Path, sees: bool) -> None:
+    """A fused head's first step, against transformers' layer on inputs written out here: of a visual position MSD's
+    head reads the embedding alone."""
+    checkpoint = load_checkpoint(folder)
+    head = save_head(tmp_path / "head", visual_positions="decoupled" if sees else "dropped")
+    init = load_head(head, checkpoint.config)
+    options = TrainOptions((3,), layout="eagle", sees=sees)
+    trainer = Trainer(checkpoint, folder / "data", tmp_path / "out", options, init=init)
+    trainer._fast_bf16 = False
+    item = load_conversations(folder / "data", sees=sees)[0][0]
+    layer = reference_layer(head)
+    with torch.no_grad():
+        student, _, _ = next(trainer._unrolled([item], 1))
+        embedded = checkpoint.weights["model.embed_tokens.weight"].float()[item.tokens[1:-1]]
+        x = layer.fc(torch.cat((embedded, said(checkpoint, item)[:-2]), -1))
+        if sees:
+            x[item.visual - 1] = item.embeddings.float()
+        out = outputs(layer, x, 0)[item.answer - 2 :]
+        wanted = out @ checkpoint.weights["lm_head.weight"].float().T
+    torch.testing.assert_close(student, wanted, rtol=1e-3, atol=1e-4)
+    assert trainer.files().sees == sees
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_an_eagle3_head_proposes_what_it_was_trained_to(folder: Path, tmp_path: Path, sees: bool) -> None:
+    """The engine's first children behind a picture, and what the trainer's head says of the same conversation."""
+    head = save_head(tmp_path / "head", eagle3=True, visual_positions="decoupled" if sees else "dropped")
+    config = {"model": str(head), "policy": "static"}
+    drafting = LLM(folder, speculative_config=config, max_model_len=256, dtype="float32")
+    root, trees = first_trees(drafting, drafting.chat_prompt(CHAT))
+    llm = LLM(folder, speculative_config=False, max_model_len=512, dtype="float32")
+    recorder = generate.Recorder((1, 2, 3))
+    llm.engine.listen(recorder)
+    prompt = llm.chat_prompt(CHAT)
+    recorder.wanted.add("it")
+    llm.engine.add_request(
+        "it", prompt.tokens, generate.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), prompt.media
+    )
+    while not recorder.done:
+        llm.engine.step()
+    ((request, taps, ((first, shown),)),) = recorder.done
+    end = len(prompt.tokens)
+    assert request.tokens[end] == root
+    visual = first + torch.arange(len(shown))
+    item = Conversation(torch.tensor(request.tokens[: end + 2]), taps[: end + 2], end, visual, shown)
+    checkpoint = load_checkpoint(folder)
+    options = TrainOptions((1, 2, 3), layout="eagle3", sees=sees)
+    trainer = Trainer(checkpoint, folder / "taps", tmp_path / "out", options, init=load_head(head, checkpoint.config))
+    trainer._fast_bf16 = False
+    with torch.no_grad():
+        student, _, _ = next(trainer._unrolled([item if sees else item.behind_pictures()], 1))
+    best = student[-1].softmax(-1).topk(4)
+    firsts = [i for i in range(len(trees)) if trees.parent[i] == ROOT]
+    assert trees.token[firsts].tolist() == best.indices.tolist()
+    torch.testing.assert_close(torch.tensor(trees.draft_prob[firsts]).float(), best.values, rtol=0.03, atol=1e-3)
+
+
+def test_smart_train_makes_a_head_that_sees(folder: Path, tmp_path: Path) -> None:
+    """From a head in MSD's layout, which is EAGLE-1's; it drafts, and no token changes."""
+    (tmp_path / "images").mkdir()
+    for seed in range(3):
+        picture(seed).save(tmp_path / "images" / f"{seed}.png")
+    about = ["--images", str(tmp_path / "images"), "--skip-generation", "--data", str(folder / "data")]
+    head = [
+        "--init",
+        str(save_head(tmp_path / "msd", visual_positions="decoupled")),
+        "--output",
+        str(tmp_path / "head"),
+    ]
+    assert cli.main(["train", "--model", str(folder), *about, *head, "--seconds", "1", "--prior-prompts", "2"]) == 0
+    params = generate.SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    config = {"model": str(tmp_path / "head"), "policy": "static"}
+    drafting = LLM(folder, speculative_config=config, max_model_len=256, dtype="float32")
+    plain = LLM(folder, speculative_config=False, max_model_len=256, dtype="float32")
+    assert drafting.engine.drafter.sees and (tmp_path / "head" / "prior.json").is_file()
+    (ours,), (wanted,) = drafting.chat(CHAT, params), plain.chat(CHAT, params)
+    assert ours.outputs[0].token_ids == wanted.outputs[0].token_ids and ours.outputs[0].metrics.verified
+
+
+def test_conversations_about_images_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(1).save(tmp_path / "one.png")
+    turns = [image_turn([tmp_path / "one.png"], np.random.default_rng(i))[0]["content"] for i in range(20)]
+    assert {image["image"] for image, _ in turns} == {(tmp_path / "one.png").read_bytes()}
+    assert len({text["text"] for _, text in turns}) > 5
+    (tmp_path / "none").mkdir()
+    words = ["train", "--images", str(tmp_path / "none"), "--output", str(tmp_path / "head")]
+    assert cli.main(words) == 2 and "holds no images" in capsys.readouterr().err

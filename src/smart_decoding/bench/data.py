@@ -82,7 +82,7 @@ def _gsm8k() -> list[dict[str, str]]:
 
 
 def _pictures() -> list[list[dict[str, Any]]]:
-    """60 requests to describe generated pictures, for models that see."""
+    """Requests to describe generated pictures, for models that see."""
     from smart_decoding.bench.pictures import picture_prompts  # needs the extra `vision`
 
     return picture_prompts()

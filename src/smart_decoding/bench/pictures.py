@@ -12,11 +12,11 @@ from smart_decoding.pictures.facts import Picture, random_chart, random_scene
 from smart_decoding.pictures.questions import questions
 from smart_decoding.pictures.wordings import HELD_OUT, LONG_KINDS
 
-SEEDS, COUNT = 99, 60  # training's seeds are 0 and 1
+SEEDS, COUNT = 99, 100  # training's seeds are 0 and 1
 
 
 def picture_prompts() -> list[list[dict[str, Any]]]:
-    """60 user messages as content parts. The true answers have 40 tokens or more."""
+    """User messages as content parts. The true answers have 40 tokens or more."""
     prompts = []
     for i in range(COUNT):
         rng = np.random.default_rng((SEEDS, i))

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smart_decoding.pictures.facts import COLOURS, COUNT_WORDS, SHAPES, Chart, Number, Picture, Scene, Thing
+from smart_decoding.pictures.facts import (
+    COLOURS,
+    COLUMNS,
+    COUNT_WORDS,
+    ROWS,
+    SHAPES,
+    Chart,
+    Number,
+    Picture,
+    Scene,
+    Thing,
+)
 from smart_decoding.pictures.wordings import TRAIN, worded
 
 
@@ -127,15 +138,18 @@ def _ask_relation(ask: _Asker, unique: list[Thing], rng: np.random.Generator) ->
     across, down = b.cell % 3 - a.cell % 3, b.cell // 3 - a.cell // 3
     choices = []
     if across:
-        choices += [("left of", across > 0), ("right of", across < 0)]
+        choices += [("left of", "right of", across > 0), ("right of", "left of", across < 0)]
     if down:
-        choices += [("above", down > 0), ("below", down < 0)]
-    side, true = choices[int(rng.integers(len(choices)))]
+        choices += [("above", "below", down > 0), ("below", "above", down < 0)]
+    side, other, true = choices[int(rng.integers(len(choices)))]
     word = {"left of": "to the left of", "right of": "to the right of"}.get(side, side)
-    places = f"The {a.name} is at the {a.place} and the {b.name} is at the {b.place}"
+    lines = (ROWS[a.cell // 3], "row", ROWS[b.cell // 3])
+    if "of" in side:
+        lines = (COLUMNS[a.cell % 3], "column", COLUMNS[b.cell % 3])
+    places = f"The {a.name} is in the {lines[0]} {lines[1]} and the {b.name} in the {lines[2]} one"
     ask(
         "relation",
-        f"{places}: {'yes' if true else 'no'}, it is {'' if true else 'not '}{side} it.",
+        f"{places}, so it is {side if true else other} it: {'yes' if true else 'no'}.",
         ["yes" if true else "no"],
         thing=a.name,
         side=word,

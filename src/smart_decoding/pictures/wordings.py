@@ -208,6 +208,11 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Tell me whether the {colour} bar is taller than the {other} one.",
             "Is it true that the {colour} bar is higher than the {other} bar?",
             "Does the {colour} bar reach higher than the {other} one?",
+            "Does the {colour} bar end higher up than the {other} bar?",
+            "Compare the {colour} bar with the {other} one: is it taller?",
+            "Is the value of the {colour} bar greater than that of the {other} one?",
+            "Does the {colour} bar surpass the {other} one?",
+            "Of the {colour} bar and the {other} bar, is the first the taller?",
         ),
         ("Does the {colour} bar rise above the {other} one?",),
     ),
@@ -250,6 +255,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 KINDS = tuple(WORDINGS)
+COMPARISONS = ("relation", "taller")
 LONG_KINDS = ("description", "list")  # their answers take 40 tokens and more on pictures that hold enough
 
 

@@ -7,13 +7,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smart_decoding.backends.torch.config import ModelConfig
     from smart_decoding.backends.torch.head_files import HeadFiles
+    from smart_decoding.training.generate import PictureTurn
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 
 
@@ -37,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures", action="store_true", help="converse about generated pictures, with a model that sees"
     )
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="converse about the images there instead")
+    parser.add_argument(
+        "--visual-positions", choices=("dropped", "decoupled"),
+        help="what the head reads of pictures: nothing, or their embeddings in place of tokens' (default: as --init)",
+    )  # fmt: skip
     parser.add_argument("--prior-prompts", type=int, default=60, help="held-out prompts that the prior is learned on")
     parser.add_argument(
         "--without-tasks", default="", help="leave out what shares eight words with a prompt of these bench tasks"
@@ -51,6 +59,7 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
 
     _use_huge_pages()
+    turn = _turn(args)
     checkpoint = load_checkpoint(args.model)
     keep = _without(checkpoint.tokenizer_source, args.without_tasks.split(",")) if args.without_tasks else None
     layers = checkpoint.config.layers
@@ -61,17 +70,31 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("--export eagle needs an EAGLE-1/2 head to start from: give --init")
     data = args.data or args.output / "data"
     if not args.skip_generation:
-        _generate(args, recorded_taps(taps, layers), data)
-    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout)
+        _generate(args, recorded_taps(taps, layers), data, turn)
+    sees = args.visual_positions == "decoupled" if args.visual_positions else init is not None and init.sees
+    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout, sees=sees)
     trainer = Trainer(checkpoint, data, args.output, options, keep, init)
     figures: dict[str, Any] = trainer.run()
-    if args.pictures:
-        _says_that_pictures_are_dropped(args.output / "config.json")
+    if turn is not None:
+        _says_what_is_read_of_pictures(args.output / "config.json", sees)
     print(json.dumps(figures, indent=1))
-    held_out = picture_turns(args.prior_prompts) if args.pictures else trainer.held_out_prompts()
+    held_out = picture_turns(turn, args.prior_prompts) if turn is not None else trainer.held_out_prompts()
     learn_prior(args.model, args.output, held_out[: args.prior_prompts])
     print(f'the head is in {args.output}: LLM(..., speculative_config={{"method": "eagle", "model": "{args.output}"}})')
     return 0
+
+
+def _turn(args: argparse.Namespace) -> PictureTurn | None:
+    """What draws a conversation about a picture, if pictures are wanted."""
+    from smart_decoding.errors import ConfigError
+    from smart_decoding.training.seeds import image_turn, picture_turn
+
+    if args.images is None:
+        return picture_turn if args.pictures else None
+    images = sorted(path for path in args.images.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise ConfigError(f"{args.images} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return partial(image_turn, images)
 
 
 def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
@@ -90,7 +113,7 @@ def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
     return files
 
 
-def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path) -> None:
+def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path, turn: PictureTurn | None) -> None:
     from smart_decoding.errors import ConfigError
     from smart_decoding.llm import LLM
     from smart_decoding.training.generate import CONCURRENT, Recorder, generate
@@ -101,14 +124,16 @@ def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path) -> No
     )  # fmt: skip
     recorder = Recorder(taps)
     llm.engine.listen(recorder)
-    if args.pictures and not llm.sees:
-        raise ConfigError(f"--pictures needs a model that sees, which {args.model} does not")
-    generate(llm, recorder, data, args.tokens, args.seed, args.pictures)
+    if turn is not None and not llm.sees:
+        raise ConfigError(f"--pictures and --images need a model that sees, which {args.model} does not")
+    generate(llm, recorder, data, args.tokens, args.seed, turn)
 
 
-def _says_that_pictures_are_dropped(path: Path) -> None:
+def _says_what_is_read_of_pictures(path: Path, sees: bool) -> None:
+    from smart_decoding.backends.torch.head_files import VISUAL_POSITIONS
+
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"visual_positions": "dropped"}, indent=1) + "\n")
+    path.write_text(json.dumps(config | {"visual_positions": VISUAL_POSITIONS[sees]}, indent=1) + "\n")
 
 
 def _use_huge_pages() -> None:

@@ -2,14 +2,15 @@
 
 Shards of safetensors hold, for many conversations after one another: `tokens` int32 [n], `taps` bf16 [n, taps * hidden]
 (the residual streams that a head reads), `starts` int64 [conversations + 1] and `answers` int64 [conversations], the
-offset of each answer's first token within its conversation.
+offset of each answer's first token within its conversation; of pictures `visual` int64 [m], the rows among the n that
+are theirs, and `embeddings` bf16 [m, hidden], what the target read there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,17 +21,19 @@ from tqdm import tqdm
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.engine import Engine
-from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.media import Inserts
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
 from smart_decoding.llm import LLM
 from smart_decoding.multimodal.prompts import MediaPrompt
-from smart_decoding.training.seeds import picture_turn, user_turn
+from smart_decoding.training.seeds import user_turn
 
 SHARD_TOKENS = 50_000
 CONCURRENT = 128
 ANSWER_TOKENS = 256
+
+PictureTurn: TypeAlias = Callable[[np.random.Generator], Sequence[Mapping[str, Any]]]
 
 
 class Recorder:
@@ -42,7 +45,7 @@ class Recorder:
         self.taps = taps
         self.wanted: set[str] = set()
         self.features: dict[str, list[torch.Tensor]] = {}
-        self.done: list[tuple[Request, torch.Tensor]] = []
+        self.done: list[tuple[Request, torch.Tensor, Inserts]] = []  # with its features and its pictures' embeddings
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
         return len(requests)
@@ -68,7 +71,8 @@ class Recorder:
         parts = self.features.pop(request.id, [])
         if request.finished and parts:
             self.wanted.discard(request.id)
-            self.done.append((request, torch.cat(parts)))
+            shown = request.media.inserts(0, len(request.prompt)) if request.media is not None else []
+            self.done.append((request, torch.cat(parts), shown))
 
 
 class Writer:
@@ -78,11 +82,11 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.shards = len(list(folder.glob("shard-*.safetensors")))
-        self._items: list[tuple[list[int], int, torch.Tensor]] = []
+        self._items: list[tuple[list[int], int, torch.Tensor, Inserts]] = []
         self._tokens = 0
 
-    def add(self, tokens: list[int], answer: int, taps: torch.Tensor) -> None:
-        self._items.append((tokens, answer, taps))
+    def add(self, tokens: list[int], answer: int, taps: torch.Tensor, shown: Inserts) -> None:
+        self._items.append((tokens, answer, taps, shown))
         self._tokens += len(tokens)
         if self._tokens >= SHARD_TOKENS:
             self.flush()
@@ -100,40 +104,47 @@ class Writer:
     def flush(self) -> None:
         if not self._items:
             return
-        lengths = [len(tokens) for tokens, _, _ in self._items]
+        starts = np.concatenate(([0], np.cumsum([len(item[0]) for item in self._items])))
+        shown = [
+            (start + first + torch.arange(len(part)), part)
+            for start, item in zip(starts.tolist(), self._items, strict=False)
+            for first, part in item[3]
+        ]
         tensors = {
-            "tokens": torch.tensor([t for tokens, _, _ in self._items for t in tokens], dtype=torch.int32),
-            "taps": torch.cat([taps for _, _, taps in self._items]),
-            "starts": torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))),
-            "answers": torch.tensor([answer for _, answer, _ in self._items]),
+            "tokens": torch.tensor([token for item in self._items for token in item[0]], dtype=torch.int32),
+            "taps": torch.cat([item[2] for item in self._items]),
+            "starts": torch.from_numpy(starts),
+            "answers": torch.tensor([item[1] for item in self._items]),
         }
+        if shown:
+            tensors["visual"] = torch.cat([rows for rows, _ in shown])
+            tensors["embeddings"] = torch.cat([part for _, part in shown]).to(torch.bfloat16)
         with whole(self.folder / f"shard-{self.shards:04d}.safetensors") as path:
             save_file(tensors, path)
         self.shards += 1
         self._items, self._tokens = [], 0
 
 
-def generate(llm: LLM, recorder: Recorder, folder: Path, tokens: int, seed: int = 0, pictures: bool = False) -> None:
+def generate(
+    llm: LLM, recorder: Recorder, folder: Path, tokens: int, seed: int = 0, turn: PictureTurn | None = None
+) -> None:
     """Writes shards until the folder holds about `tokens` answer tokens; goes on from the shards that are there.
 
-    pictures: each conversation is about a generated picture; it is kept from the page on in which that ends, since a
-    head that does not see begins there. A tenth of the answers is sampled at temperature 0.7, the others are greedy;
-    an answer ends where it loops."""
+    turn: draws the messages that each conversation begins with, for models that see. A tenth of the answers is sampled
+    at temperature 0.7, the others are greedy; an answer ends where it loops."""
     writer = Writer(folder)
     have = writer.shards * SHARD_TOKENS
     rng = np.random.default_rng((seed, writer.shards))
     with tqdm(total=tokens, initial=min(have, tokens), unit="tok", desc="writing conversations") as bar:
-        job = _Conversations(llm, recorder, rng, writer.shards, writer.prompts(), pictures)
+        job = _Conversations(llm, recorder, rng, writer.shards, writer.prompts(), turn)
         while have < tokens:
             job.fill()
             job.advance(llm.engine)
-            for request, taps in recorder.done:
-                rows, start = len(taps), 0
-                if request.media is not None:
-                    start = request.media.visual(rows) // PAGE * PAGE
-                writer.add(request.tokens[start:rows], len(request.prompt) - start, taps[start:])
-                have += rows - start
-                bar.update(rows - start)
+            for request, taps, shown in recorder.done:
+                rows = len(taps)
+                writer.add(request.tokens[:rows], len(request.prompt), taps, shown)
+                have += rows
+                bar.update(rows)
             recorder.done.clear()
     writer.flush()
 
@@ -148,11 +159,11 @@ class _Conversations:
         rng: np.random.Generator,
         salt: int,
         asked: set[tuple[int, ...]],
-        pictures: bool,
+        turn: PictureTurn | None,
     ) -> None:
         self._llm, self._recorder, self._rng, self._salt = llm, recorder, rng, salt
         self._count, self._running = 0, 0
-        self._pictures = pictures
+        self._turn = turn
         self._asked = asked  # prompts so far: the same one again would teach nothing new
         marker = "\u241e"
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": marker}])
@@ -161,8 +172,8 @@ class _Conversations:
     def fill(self) -> None:
         while self._running < CONCURRENT:
             self._running += 1
-            if self._pictures:
-                self._record(self._llm.chat_prompt(picture_turn(self._rng)))
+            if self._turn is not None:
+                self._record(self._llm.chat_prompt(self._turn(self._rng)))
                 continue
             text, complete = user_turn(self._rng)
             if complete:

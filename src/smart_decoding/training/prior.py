@@ -16,7 +16,7 @@ from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
 from smart_decoding.llm import LLM, Prompt
-from smart_decoding.training.seeds import picture_turn
+from smart_decoding.training.generate import PictureTurn
 
 PICTURES = 55  # seeds
 
@@ -37,9 +37,9 @@ class Exploring:
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 
 
-def picture_turns(count: int) -> list[Conversation]:
-    """Conversations about pictures of seeds that no training uses."""
-    return [picture_turn(np.random.default_rng((PICTURES, i))) for i in range(count)]
+def picture_turns(turn: PictureTurn, count: int) -> list[Conversation]:
+    """Conversations drawn from seeds that no training uses."""
+    return [turn(np.random.default_rng((PICTURES, i))) for i in range(count)]
 
 
 def learn_prior(model: str, head: Path, prompts: Sequence[Sequence[int] | Conversation], max_tokens: int = 100) -> None:

@@ -4,6 +4,8 @@ turns built from a task and a topic. Written for this project; none of it comes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,6 +102,14 @@ waves, public parks, list comprehensions, flags, first aid, graphic design, evap
 checker, the Aztecs, language learning, airport queues, discounts, honey, spiders, candles, avalanches, neighbourhood
 festivals, file systems, money transfers, hand washing, songwriting, density, cycling, seeds
 """
+IMAGE_TASKS = (
+    "Describe the picture.", "Describe this image in detail.", "What do you see?", "What is happening here?",
+    "What is in the foreground, and what behind it?", "Which colours and shapes stand out?",
+    "Is there any text? Read it.",
+    "List everything in this image.", "How many things of each kind are there?", "Where and when may this be?",
+    "Write a caption for this picture.", "Tell a short story that begins with this scene.", "What is unusual here?",
+    "What might happen next?", "Explain this picture to somebody who cannot see it.", "Ask three questions about it.",
+)  # fmt: skip
 _NAMES = """
 Anna Ben Carla David Elena Farid Grace Hugo Iris Jonas Karim Lena Marco Nadia Oscar Priya Quinn Rosa Samir Tara Umar
 Vera Will Xenia Yusuf Zoe Maria Tom Sofia Leo Emma Noah Mia Lucas Amir Julia Peter Sara Daniel Ruth
@@ -135,6 +145,13 @@ def picture_turn(rng: np.random.Generator) -> list[dict[str, Any]]:
     asked = questions(picture, rng)
     wanted = [q for q in asked if q.kind in LONG_KINDS] if rng.random() < 0.75 else asked
     parts = [{"type": "image_pil", "image_pil": draw(picture)}, {"type": "text", "text": wanted[0].prompt}]
+    return [{"role": "user", "content": parts}]
+
+
+def image_turn(images: Sequence[Path], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """A conversation that begins with one of the images and a wish that suits any."""
+    image = images[int(rng.integers(len(images)))].read_bytes()
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": str(rng.choice(IMAGE_TASKS))}]
     return [{"role": "user", "content": parts}]
 
 

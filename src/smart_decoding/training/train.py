@@ -21,6 +21,7 @@ from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.head_export import output_rows, write_head
 from smart_decoding.backends.torch.head_files import HeadFiles
 from smart_decoding.backends.torch.loading import Checkpoint
+from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import ModelError
 from smart_decoding.files import whole
 from smart_decoding.training.head import Form, Frozen, TrainableHead, form_of
@@ -36,7 +37,8 @@ UNROLL_STARTS = (0.15, 0.4, 0.7)  # shares of the time at which one more step is
 class TrainOptions:
     """seconds: training time in all, over resumed runs; draft_vocab: output rows of the head (frequent tokens).
 
-    layout: in which the head is written (`head_export.LAYOUTS`)."""
+    layout: in which the head is written (`head_export.LAYOUTS`). sees: the head reads pictures' embeddings in place of
+    their tokens'; else its conversations begin on the page in which the last picture ends, as in drafting."""
 
     taps: tuple[int, ...]
     seconds: float = 2400.0
@@ -47,25 +49,41 @@ class TrainOptions:
     max_unroll: int = 4
     seed: int = 0
     layout: str = "smart"
+    sees: bool = False
 
 
 @dataclass(slots=True)
 class Conversation:
+    """tokens [n], taps [n, width]; answer: where the answer begins. visual [m]: positions of pictures, whose embeddings
+    [m, hidden] the target read."""
+
     tokens: Tensor
     taps: Tensor
     answer: int
+    visual: Tensor
+    embeddings: Tensor
+
+    def behind_pictures(self) -> Conversation:
+        """What is left for a head that does not see."""
+        start = (int(self.visual[-1]) + 1) // PAGE * PAGE if len(self.visual) else 0
+        none = slice(0, 0)
+        return Conversation(
+            self.tokens[start:], self.taps[start:], self.answer - start, self.visual[none], self.embeddings[none]
+        )
 
 
 Keep: TypeAlias = Callable[[Sequence[int]], bool]  # whether a conversation's tokens may be trained on
 
 
-def load_conversations(folder: Path, keep: Keep | None = None) -> tuple[list[Conversation], int]:
-    """The conversations of a data folder that `keep` lets pass, and how many it did not. Raises ModelError if none
-    are left."""
+def load_conversations(folder: Path, keep: Keep | None = None, sees: bool = False) -> tuple[list[Conversation], int]:
+    """The conversations of a data folder that `keep` lets pass, and how many it did not; unless the head `sees`, what
+    lies behind their pictures. Raises ModelError if none are left."""
     found, dropped = [], 0
     for path in sorted(folder.glob("shard-*.safetensors")):
         shard = load_file(path)
         starts = shard["starts"].tolist()
+        visual = shard.get("visual", torch.zeros(0, dtype=torch.long))
+        embeddings = shard.get("embeddings", torch.zeros(0, 0))
         for i, answer in enumerate(shard["answers"].tolist()):
             part = slice(starts[i], starts[i + 1])
             if starts[i + 1] - starts[i] <= answer + 8:
@@ -73,7 +91,10 @@ def load_conversations(folder: Path, keep: Keep | None = None) -> tuple[list[Con
             if keep is not None and not keep(shard["tokens"][part].tolist()):
                 dropped += 1
                 continue
-            found.append(Conversation(shard["tokens"][part].long(), shard["taps"][part], answer))
+            first, end = torch.searchsorted(visual, torch.tensor(starts[i : i + 2])).tolist()
+            shown = visual[first:end] - starts[i], embeddings[first:end]
+            item = Conversation(shard["tokens"][part].long(), shard["taps"][part], answer, *shown)
+            found.append(item if sees else item.behind_pictures())
     if not found:
         raise ModelError(f"{folder} holds no training data: run smart train without --skip-generation first")
     return found, dropped
@@ -84,14 +105,17 @@ def recorded_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
     return taps if taps[-1] == layers else (*taps, layers)
 
 
-def frequent_tokens(conversations: list[Conversation], vocab: int, size: int) -> Tensor:
-    """Ids of the `size` most frequent tokens, ascending; prompts count a little, ties and the rest by low id."""
+def frequent_tokens(conversations: list[Conversation], vocab: int, size: int, known: Tensor | None = None) -> Tensor:
+    """Ids of the `size` most frequent tokens, ascending; prompts count a little, ties and the rest by low id, but after
+    the `known` ones."""
     counts = np.zeros(vocab)
     for item in conversations:
         tokens = item.tokens.numpy()
         counts += np.bincount(tokens[item.answer :], minlength=vocab)
         counts += 0.3 * np.bincount(tokens[: item.answer], minlength=vocab)
     counts += 0.5 / (1 + np.arange(vocab) / 2000)  # byte-pair ids are roughly in order of frequency
+    if known is not None:
+        counts[known.numpy()] += 0.5
     return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
 
@@ -129,14 +153,12 @@ class Trainer:
         self.options, self.output, self.config = options, output, checkpoint.config
         self._checkpoint, self._init = checkpoint, init
         form = form_of(init) if init else Form(_shape(self.config), len(options.taps), options.layout != "eagle3")
-        data, self._dropped = load_conversations(folder, keep)
+        data, self._dropped = load_conversations(folder, keep, options.sees)
         np.random.default_rng(options.seed).shuffle(data)  # type: ignore[arg-type]
         _check_taps(data, folder, recorded_taps(options.taps, self.config.layers), self.config.hidden)
         held = max(8, int(len(data) * HELD_OUT))
         self._held, self._train = data[:held], data[held:]
-        size = min(options.draft_vocab, self.config.vocab)
-        own = None if init is None else init.weights["draft_ids"].long()
-        self.draft_ids = frequent_tokens(self._train, self.config.vocab, size) if own is None else own
+        self.draft_ids = self._draft_vocabulary(init)
         self._frozen = _frozen(checkpoint, self.draft_ids, init)
         self._draft_of = torch.full((self.config.vocab,), -1)
         self._draft_of[self.draft_ids] = torch.arange(len(self.draft_ids))
@@ -151,6 +173,16 @@ class Trainer:
         self.elapsed, self.steps, self.seen = 0.0, 0, 0  # seen: conversations, over all epochs
         self._fast_bf16 = bf16_is_faster()
         self._resume()
+
+    def _draft_vocabulary(self, init: HeadFiles | None) -> Tensor:
+        """That of the head to start from, if its output rows are its own. Rows that are the target's can be exchanged
+        for those of tokens that the conversations hold."""
+        if init is None:
+            return frequent_tokens(self._train, self.config.vocab, min(self.options.draft_vocab, self.config.vocab))
+        known = init.weights["draft_ids"].long()
+        if "lm_head.weight" in init.weights:
+            return known
+        return frequent_tokens(self._train, self.config.vocab, len(known), known)
 
     @property
     def epochs(self) -> float:
@@ -214,10 +246,11 @@ class Trainer:
             last = taps[:, 1 : pairs + 1, -self.config.hidden :].flatten(0, 1).index_select(0, first)
             wanted = self._wanted(last, chosen[first])
             embedded = F.embedding(tokens[:, 1 : pairs + 1], self._frozen.embedding)
+            visual = _put_pictures(embedded, batch)
             g = self.head.features(self._read(taps[:, :pairs]))
             chain: list[tuple[Tensor, Tensor]] = []
             for j in range(unroll):
-                out = self.head(g, embedded, chain)
+                out = self.head(g, embedded, chain, visual)
                 use = asked.clone()
                 use[:, :j] = False
                 at = use.flatten().nonzero()[:, 0]
@@ -334,7 +367,8 @@ class Trainer:
         if self._init and "embed_tokens.weight" in self._init.weights:
             weights["embed_tokens.weight"] = self._init.weights["embed_tokens.weight"]
         weights["draft_ids"] = self.draft_ids
-        return HeadFiles({}, weights, self.options.taps, form.shape, form.fused, form.norm_before_residual)
+        shape, sees = form.shape, self.options.sees
+        return HeadFiles({}, weights, self.options.taps, shape, form.fused, form.norm_before_residual, sees)
 
 
 def bf16_is_faster() -> bool:
@@ -378,6 +412,18 @@ def _padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
         tokens[i, :size], taps[i, :size] = item.tokens, item.taps.float()
         answer[i, item.answer : size] = True
     return tokens, taps, answer
+
+
+def _put_pictures(embedded: Tensor, batch: list[Conversation]) -> Tensor:
+    """Puts pictures' embeddings into [b, pairs, hidden], pair t of which reads token t + 1; returns where they are."""
+    visual = torch.zeros(embedded.shape[:2], dtype=torch.bool)
+    for i, item in enumerate(batch):
+        read = item.visual > 0
+        if read.any():
+            at = item.visual[read] - 1
+            embedded[i, at] = item.embeddings[read].to(embedded.dtype)
+            visual[i, at] = True
+    return visual
 
 
 def _bucketed(items: list[Conversation], batch_tokens: int, rng: np.random.Generator) -> list[list[Conversation]]:

@@ -10,7 +10,7 @@ from smart_decoding.training.pictures import tower
 
 def test_its_prompts_are_pictures_with_wordings_that_are_not_trained_on() -> None:
     prompts = load_task("pictures", 12)
-    assert prompts == load_task("pictures")[:12] and len(load_task("pictures")) == 60
+    assert prompts == load_task("pictures")[:12] and len(load_task("pictures")) == 100
     trained = {wording for kind in LONG_KINDS for wording in WORDINGS[kind][0]}
     asked = set()
     for image, text in prompts:

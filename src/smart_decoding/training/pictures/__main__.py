@@ -1,7 +1,8 @@
 """`python -m smart_decoding.training.pictures STAGE --output FOLDER`: trains the demonstration model, or goes on.
 
 STAGE is `seeing` (tower and projector), `reading` (the language model, from true captions; both can run side by side),
-or, when they are done, `answering`: the language model goes on with what the tower sees, and the parts are written.
+when they are done, `answering` (the language model goes on with what the tower sees), and last `comparing`, which goes
+on with more questions that compare two things, and writes the parts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from smart_decoding.training.pictures.model import BASE, IMAGE_ID, WIDTH, build,
 from smart_decoding.training.pictures.schedule import Stage, load_trained
 from smart_decoding.training.pictures.tower import Namer, SeeingLoss, Words
 
-SEEING_RATE, READING_RATE, ANSWERING_RATE = 1e-3, 2e-3, 1e-3
+SEEING_RATE, READING_RATE, ANSWERING_RATE, COMPARING_RATE = 1e-3, 2e-3, 1e-3, 1e-3
+COMPARISONS = 3  # how often a picture's things are compared, in the last stage
 
 
 def main() -> int:
@@ -34,10 +36,10 @@ def main() -> int:
     seeing = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
     reading = {"decoder": model.model.language_model}
 
-    def answering(show: Show) -> AnsweringLoss:
+    def answering(show: Show, *comparing: int) -> AnsweringLoss:
         return AnsweringLoss(
             model, prompt_of(tokenizer), lambda text: tokenizer.encode(text, add_special_tokens=False), IMAGE_ID, show,
-            args.rows,
+            args.rows, *comparing,
         )  # fmt: skip
 
     if args.stage == "seeing":
@@ -48,11 +50,17 @@ def main() -> int:
         Stage("seeing", args.seeing_steps, modules, SEEING_RATE, loss, blocks).run(args.output)
     elif args.stage == "reading":
         Stage("reading", args.reading_steps, reading, READING_RATE, answering(true_captions(words))).run(args.output)
-    else:
+    elif args.stage == "answering":
         load_trained(args.output, "seeing", seeing)
         load_trained(args.output, "reading", reading)
-        last = answering(what_is_seen(model))
-        Stage("answering", args.answering_steps, reading, ANSWERING_RATE, last).run(args.output)
+        Stage("answering", args.answering_steps, reading, ANSWERING_RATE, answering(what_is_seen(model))).run(
+            args.output
+        )
+    else:
+        load_trained(args.output, "seeing", seeing)
+        load_trained(args.output, "answering", reading)
+        last = answering(what_is_seen(model), 2_000_000, COMPARISONS)
+        Stage("comparing", args.comparing_steps, reading, COMPARING_RATE, last).run(args.output)
         record = {"arguments": {key: value for key, value in vars(args).items() if key != "output"}}
         record["word_for_word"] = _figures(last, args.held_out)
         export(model, args.output / "parts", record)
@@ -62,11 +70,12 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m smart_decoding.training.pictures", description=__doc__)
-    parser.add_argument("stage", choices=["seeing", "reading", "answering"])
+    parser.add_argument("stage", choices=["seeing", "reading", "answering", "comparing"])
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and, at the end, the parts")
     parser.add_argument("--seeing-steps", type=int, default=1600)
     parser.add_argument("--reading-steps", type=int, default=500)
     parser.add_argument("--answering-steps", type=int, default=600)
+    parser.add_argument("--comparing-steps", type=int, default=140)
     parser.add_argument("--pictures", type=int, default=64, help="pictures of a step of the tower's stage")
     parser.add_argument("--rows", type=int, default=2, help="pictures of a step of the language model's stages")
     parser.add_argument("--held-out", type=int, default=100, help="held-out pictures of the closing measurement")

@@ -50,14 +50,27 @@ class AnsweringLoss:
     """Cross-entropy of the answers' tokens about `rows` pictures, over the tokens of the step's answers and CANDIDATES
     others, drawn anew for each step."""
 
-    def __init__(self, llava: Any, prompt: Prompt, encode: Encode, image_token: int, show: Show, rows: int) -> None:
+    def __init__(
+        self,
+        llava: Any,
+        prompt: Prompt,
+        encode: Encode,
+        image_token: int,
+        show: Show,
+        rows: int,
+        first: int = 1_000_000,
+        comparisons: int = 0,
+    ) -> None:
+        """first: seed of the first step's pictures; comparisons: see `fill`."""
         self._model, self._prompt, self._encode, self._image = llava, prompt, encode, image_token
-        self._show, self._rows = show, rows
+        self._show, self._rows, self._first, self._comparisons = show, rows, first, comparisons
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
         torch.manual_seed(step)
-        pictures = random_pictures(TRAIN, 1_000_000 + step, self._rows)
-        batch = batch_of(self._rows_of(pictures, (TRAIN, step), TRAIN), self._prompt.end)
+        pictures = random_pictures(TRAIN, self._first + step, self._rows)
+        batch = batch_of(
+            self._rows_of(pictures, (TRAIN, self._first + step), TRAIN, self._comparisons), self._prompt.end
+        )
         head = self._model.lm_head.weight
         others = torch.randint(len(head), (CANDIDATES,))
         tokens = torch.cat([batch.wanted, others]).unique()
@@ -66,9 +79,11 @@ class AnsweringLoss:
         right = (logits.argmax(-1) == wanted).float().mean()
         return F.cross_entropy(logits, wanted), {"tokens": float(right)}
 
-    def _rows_of(self, pictures: Sequence[Picture], seed: tuple[int, ...], wordings: int) -> list[Row]:
+    def _rows_of(
+        self, pictures: Sequence[Picture], seed: tuple[int, ...], wordings: int, comparisons: int = 0
+    ) -> list[Row]:
         rng = np.random.default_rng(seed)
-        return [fill(self._prompt, picture, rng, self._encode, ROOM, wordings) for picture in pictures]
+        return [fill(self._prompt, picture, rng, self._encode, ROOM, wordings, comparisons) for picture in pictures]
 
     def _hidden(self, batch: Batch, shown: Tensor) -> Tensor:
         """At the positions that predict an answer's token: [answer tokens, hidden]."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smart_decoding.pictures.facts import Picture
 from smart_decoding.pictures.questions import Question, questions
-from smart_decoding.pictures.wordings import LONG_KINDS
+from smart_decoding.pictures.wordings import COMPARISONS, LONG_KINDS
 
 Encode = Callable[[str], list[int]]
 
@@ -56,9 +56,21 @@ def pack(prompt: Prompt, asked: Sequence[Question], encode: Encode, room: int) -
     return row
 
 
-def fill(prompt: Prompt, picture: Picture, rng: np.random.Generator, encode: Encode, room: int, wordings: int) -> Row:
-    """Mostly a long answer, then, as far as there is room, short ones: of every kind, then the same asked again."""
-    asked = [question for _ in range(3) for question in questions(picture, rng, wordings)]
+def fill(
+    prompt: Prompt,
+    picture: Picture,
+    rng: np.random.Generator,
+    encode: Encode,
+    room: int,
+    wordings: int,
+    comparisons: int = 0,
+) -> Row:
+    """Mostly a long answer, then, as far as there is room, short ones: of every kind, then the same asked again.
+
+    comparisons: how often the questions are drawn whose comparisons come before the other short ones."""
+    asked = [question for _ in range(comparisons) for question in questions(picture, rng, wordings)]
+    asked = [question for question in asked if question.kind in COMPARISONS]
+    asked += [question for _ in range(3) for question in questions(picture, rng, wordings)]
     long = [question for question in asked if question.kind in LONG_KINDS][: int(rng.random() < 0.6)]
     short = {question.prompt: question for question in asked if question.kind not in LONG_KINDS}
     return pack(prompt, [*long, *short.values()], encode, room)
