@@ -256,6 +256,8 @@ class Engine:
             trees, expanded, seconds, choosing = self.drafter.grow(batch.decode, plan)
             drafting = self._clock() - start - choosing
             seconds[0] = drafting - sum(seconds[1:])
+            if self.scheduler.has_room and arrived():
+                return None
             return trees, [width, *expanded], seconds, drafting
         trees = self.drafter.start(batch.decode, plan)
         drafting = self._clock() - start
