@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smart_decoding.bench.report import strongest
+
 Run = Mapping[str, Any]
 
 
@@ -55,6 +57,12 @@ def tuned(runs: Sequence[Run]) -> str:
     rows = [(str(run["batch_size"]), run["policy"], run["setting"], ratio(run)) for run in runs
             if run["task"] == "all" and run.get("setting")]  # fmt: skip
     return table(("batch", "contestant", "setting", "speedup"), rows) if rows else ""
+
+
+def over(runs: Sequence[Run]) -> str:
+    """`smart` beside the strongest setting of each other policy."""
+    rows = [(str(run["batch_size"]), run["policy"], ratio(run, "smart_over")) for run in strongest(runs)]
+    return table(("batch", "the best of another policy", "`smart` / it"), rows) if rows else ""
 
 
 def replayed(of_sizes: Mapping[str, Mapping[str, Any]], part: str) -> str:
@@ -106,7 +114,8 @@ def main() -> None:
     for path in sys.argv[1:]:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         if data.get("runs"):
-            print(f"\n## Speedup by batch size\n\n{by_batch(data['runs'])}\n\n{tuned(data['runs'])}")
+            parts = (by_batch(data["runs"]), over(data["runs"]), tuned(data["runs"]))
+            print("\n## Speedup by batch size", *parts, sep="\n\n")
         for part, title in (("sampled_runs", "Sampled"), ("variant_runs", "One ingredient exchanged, live")):
             if data.get(part):
                 print(f"\n## {title}\n\n{by_batch(data[part])}")

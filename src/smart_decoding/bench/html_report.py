@@ -19,7 +19,7 @@ from smart_decoding.bench.html_parts import (
     variants_section,
 )
 from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.report import Run
+from smart_decoding.bench.report import Run, strongest
 from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, interval, number, verdict
 from smart_decoding.bench.style import CSS
 from smart_decoding.bench.summary import POOLED
@@ -45,7 +45,8 @@ def page(results: Results) -> str:
     drawn = {figure.key: section(figure) for figure in figures(results)}
     parts = [f"<header><h1>Speculative decoding of {escape(name)}, measured</h1>{_setting(results)}</header>"]
     if results.runs:
-        parts += [_tiles(results), drawn.pop("speedup"), _losses(results), _by_task(results), sampled_section(results)]
+        parts += [_tiles(results), drawn.pop("speedup"), _losses(results), _over(results), _by_task(results),
+                  sampled_section(results)]  # fmt: skip
     parts += [
         suites_section(results),
         variants_section(results),
@@ -179,6 +180,22 @@ def _beaten(results: Results) -> list[str]:
             lines.append(f"batch {size}: {results.names[best['policy']]} has {best['speedup']:.2f}×, "
                          f"more than {results.names[ours['policy']]}'s {ours['speedup']:.2f}×")  # fmt: skip
     return lines
+
+
+def _over(results: Results) -> str:
+    """`smart` beside the strongest setting of each other policy, block by block."""
+    rows = []
+    known = [r for r in results.runs if number(r, "speedup") is not None and number(r, "smart_over") is not None]
+    for run in strongest(known):
+        bounds = interval(run, "smart_over")
+        kind = "" if bounds is None else FASTER if bounds[0] > 1 else SLOWER if bounds[1] < 1 else UNDECIDED
+        told = f"({bounds[0]:.2f}–{bounds[1]:.2f})" if bounds else "(one block)"
+        rows.append(f"<tr><th>{escape(results.names[run['policy']])}</th><td>{run['batch_size']}</td>"
+                    f'<td class="{kind}"><b>{run["smart_over"]:.2f}</b> <small>{told}</small></td></tr>')  # fmt: skip
+    heads = "<thead><tr><th>policy</th><th>batch</th><th>smart / it</th></tr></thead>"
+    table = f'<div class="scroll"><table>{heads}<tbody>{"".join(rows)}</tbody></table></div>'
+    title = "<h2>Beside the best of every other policy</h2>"
+    return f'<section id="over">{title}{table}</section>' if rows else ""
 
 
 def _by_task(results: Results) -> str:

@@ -15,7 +15,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL
 
-BASELINE = "off"
+BASELINE, OURS = "off", "smart"
 VARIANT_SIZES = (1, 4)  # where variants of smart are measured
 _NOT_POLICY = ("method", "model", "variant")  # options of an arm that say what drafts, or what is exchanged in smart
 

@@ -89,7 +89,27 @@ def terminal(runs: Sequence[Run]) -> str:
     rows = [_cells(run, runs, names[run["policy"]]) for run in pooled]
     legend = [f"{short} = {full}" for full, short in names.items() if full != short]
     legend += [f"{run['policy']}, batch {run['batch_size']} = {run['setting']}" for run in pooled if run.get("setting")]
-    return "\n".join([*_aligned([_HEADER, *rows]), *legend, "", *notes(runs)])
+    return "\n".join([*_aligned([_HEADER, *rows]), *legend, *over_table(runs, names), "", *notes(runs)])
+
+
+def over_table(runs: Sequence[Run], names: Mapping[str, str]) -> list[str]:
+    """`smart` beside the strongest setting of each other policy."""
+    rows = [
+        (names[r["policy"]], str(r["batch_size"]), _interval(r, "smart_over"), _worst(r, runs, "smart_over"))
+        for r in strongest(runs)
+    ]
+    head = ("smart over the best", "b", "smart / it (95 %)", "worst task")
+    return ["", *_aligned([head, *rows])] if rows else []
+
+
+def strongest(runs: Sequence[Run]) -> list[Run]:
+    """The fastest setting of each other policy at each batch size, of those that were measured beside `smart`."""
+    best: dict[tuple[int, str], Run] = {}
+    for run in _pooled(runs):
+        key = run["batch_size"], run["policy"].split("(")[0].split(" ")[0]
+        if _known(run.get("smart_over")) and (key not in best or run["speedup"] > best[key]["speedup"]):
+            best[key] = run
+    return list(best.values())
 
 
 def markdown(runs: Sequence[Run]) -> str:
@@ -148,13 +168,13 @@ def _cells(run: Run, runs: Sequence[Run], name: str) -> Sequence[str]:
     )  # fmt: skip
 
 
-def _worst(run: Run, runs: Sequence[Run]) -> str:
-    """The task with the least speedup."""
-    tasks = [r for r in runs if _key(r) == _key(run) and r["task"] != POOLED and _known(r["speedup"])]
+def _worst(run: Run, runs: Sequence[Run], name: str = "speedup") -> str:
+    """The task with the least ratio."""
+    tasks = [r for r in runs if _key(r) == _key(run) and r["task"] != POOLED and _known(r.get(name))]
     if not tasks or run.get("noise_pairs") is not None:
         return "-"
-    worst = min(tasks, key=lambda r: r["speedup"])
-    return f"{_number(worst['speedup'], 2)} {worst['task']}"
+    worst = min(tasks, key=lambda r: r[name])
+    return f"{_number(worst[name], 2)} {worst['task']}"
 
 
 def _pooled(runs: Sequence[Run]) -> list[Run]:
@@ -165,12 +185,12 @@ def _key(run: Run) -> tuple[str, int]:
     return run["policy"], run["batch_size"]
 
 
-def _interval(run: Run | None) -> str:
-    if run is None or not _known(run["speedup"]):
+def _interval(run: Run | None, name: str = "speedup") -> str:
+    if run is None or not _known(run.get(name)):
         return "-"
-    if not _known(run["speedup_high"]):
-        return f"{run['speedup']:.2f} (1 block)"
-    return f"{run['speedup']:.2f} ({_number(run['speedup_low'], 2)}-{_number(run['speedup_high'], 2)})"
+    if not _known(run[f"{name}_high"]):
+        return f"{run[name]:.2f} (1 block)"
+    return f"{run[name]:.2f} ({_number(run[f'{name}_low'], 2)}-{_number(run[f'{name}_high'], 2)})"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

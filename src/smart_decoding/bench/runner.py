@@ -22,11 +22,11 @@ from smart_decoding.bench.command import command_of
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.limits import measure_limits
 from smart_decoding.bench.limits import shares as limit_shares
-from smart_decoding.bench.options import BASELINE, VARIANT_SIZES, Arm, BenchOptions
+from smart_decoding.bench.options import BASELINE, OURS, VARIANT_SIZES, Arm, BenchOptions
 from smart_decoding.bench.peak import forget_peak, peak_gib
 from smart_decoding.bench.provenance import memory, provenance
 from smart_decoding.bench.resume import Progress, block_of, key_of, plain_block
-from smart_decoding.bench.summary import noise, summarise
+from smart_decoding.bench.summary import noise, smart_over, summarise
 from smart_decoding.bench.traffic import Sizes, achieved
 from smart_decoding.bench.tuning import Tuner
 from smart_decoding.core.cost import CostModel
@@ -309,10 +309,13 @@ def rows_of(
     for label in measured.cycles[0]:
         pairs = [(cycle[label], cycle[BASELINE]) for cycle in measured.cycles if label in cycle]
         extra = noise(measured.again, options.seed) if label == BASELINE else {}
+        both = [(cycle[OURS], cycle[label]) for cycle in measured.cycles if {OURS, label} <= cycle.keys()]
+        ours = smart_over(both, options.seed) if both and label not in (OURS, BASELINE) else {}
         for figures in summarise(pairs, options.seed):
+            compared = ours.get(figures["task"], {})
             shared = {"policy": label, "batch_size": batch_size, "task": figures.pop("task"),
                       "dtype": options.dtype, "temperature": heat}  # fmt: skip
-            rows.append({**shared, **figures, "partial": measured.partial, **extra})
+            rows.append({**shared, **figures, **compared, "partial": measured.partial, **extra})
     return rows
 
 

@@ -31,6 +31,14 @@ def noise(again: Sequence[Paired], seed: int = 0) -> dict[str, Any]:
     return {"noise": ratio.value, "noise_low": ratio.low, "noise_high": ratio.high, "noise_pairs": ratio.pairs}
 
 
+def smart_over(both: Sequence[Paired], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """How much faster `smart` decodes than another contestant, on the blocks that both ran: by task, and over all."""
+    tasks = {task: [p for p in both if p[0].task == task] for task in dict.fromkeys(ours.task for ours, _ in both)}
+    found = {task: decode_speedup(pairs, seed) for task, pairs in {**tasks, POOLED: both}.items()}
+    return {task: {"smart_over": ratio.value, "smart_over_low": ratio.low, "smart_over_high": ratio.high}
+            for task, ratio in found.items()}  # fmt: skip
+
+
 def decode_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
     """The ratio of decode-only throughputs."""
     return paired_ratio(

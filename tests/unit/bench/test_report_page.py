@@ -50,7 +50,8 @@ def results() -> dict[str, Any]:
     reliability = {"draft": BINS, "calibrated": {**BINS, "chosen": [0.05, 0.55]}}
     for task in ("code", "all"):
         more = {"row_counts": {"1": 2, "4": 10, "9": 3}, "reliability": reliability} if task == "all" else {}
-        runs.append(run_of(FIXED_LONG, 1, task, 1.31, 1.2, 1.4))
+        over = {"smart_over": 0.95, "smart_over_low": 0.91, "smart_over_high": 0.99}
+        runs.append(run_of(FIXED_LONG, 1, task, 1.31, 1.2, 1.4, **over))
         runs.append(run_of(FIXED_LONG, 4, task, 0.62, 0.58, 0.66))
         runs.append(run_of("smart", 1, task, 1.25, 1.15, 1.35, **more))
     runs.append(run_of("smart", 4, "code", 0.9, 0.0, None))
@@ -113,6 +114,11 @@ def test_losses_are_listed_and_who_beats_smart(document: ElementTree.Element) ->
     assert slow == ["0.62 (0.58–0.66)"] * 2
     assert f"likelihood 5/10/60 = {FIXED_LONG}" in text_of(section(document, "tasks"))
     assert "Partial: the time limit" in text_of(document)
+
+
+def test_smart_stands_beside_the_best_of_each_other_policy(document: ElementTree.Element) -> None:
+    (row,) = document.findall(".//section[@id='over']//tbody/tr")
+    assert "0.95 (0.91–0.99)" in text_of(row) and row.find(f"td[@class='{SLOWER}']") is not None
 
 
 def test_a_task_that_is_slower_counts_though_the_policy_is_not() -> None:

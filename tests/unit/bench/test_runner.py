@@ -51,6 +51,22 @@ def test_speedups_tokens_and_identity(world):
     assert good["blocks"] == 5 and good["prompts"] == 9
 
 
+def test_smart_is_compared_with_the_strongest_of_each_other_policy(world):
+    clock, engines, tasks = world
+    tuned = worlds.engine(clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=0.5), length=1)
+    runs = runs_of((clock, {"off": engines["off"], "smart": engines["chain"],
+                            "chain(length=1)": engines["chain(length=1)"], "chain tuned": tuned}, tasks))  # fmt: skip
+    (best,) = report.strongest(runs)
+    assert best["policy"] == "chain(length=1)" and best["smart_over"] == pytest.approx(2 * 1.25, rel=0.03)
+    assert best["smart_over_low"] <= best["smart_over"] <= best["smart_over_high"]
+    slow = {r["task"]: r["smart_over"] for r in runs if r["policy"] == "chain tuned"}
+    assert set(slow) == {"code", "maths", "all"} and min(slow.values()) > 2.8
+    assert not any("smart_over" in r for r in runs if r["policy"] in ("off", "smart"))
+    told = report.terminal(runs).split("smart over the best")[1].splitlines()[1].split()
+    assert told[:2] == ["chain(length=1)", "2"] and told[2] == f"{best['smart_over']:.2f}"
+    assert told[3] == f"({best['smart_over_low']:.2f}-{best['smart_over_high']:.2f})"
+
+
 def test_another_token_is_reported():
     clock = worlds.Clock()
     other = worlds.RuleTarget(clock, rule=lambda t: worlds.successor(t) + (t == 30))
