@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -73,6 +74,9 @@ class Prices:
             self._grow(0, 2 * width)
         return float(self._draft[0][width] + self._draft[1][width] * context)
 
+    def advance(self, tokens: int) -> None:
+        """After a round of so many tokens: these costs stay."""
+
     def _grow(self, rows: int, width: int) -> None:
         if rows:
             self._verify = _line(lambda context: self._cost.verify_curve(self._batch, 0, rows + 1, context))
@@ -86,6 +90,16 @@ def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArra
     """(at context 0, per token of context): costs are linear in it."""
     at_zero = seconds(0.0)
     return at_zero, (seconds(1024.0) - at_zero) / 1024.0
+
+
+class Pricing(Protocol):
+    """What steps take, in seconds."""
+
+    def verify(self, rows: int, context: float) -> float: ...
+
+    def levels(self, widths: Sequence[int], context: float) -> list[float]: ...
+
+    def advance(self, tokens: int) -> None: ...
 
 
 @dataclass(slots=True)
@@ -284,20 +298,22 @@ def replay(
     host: HostCosts | None = None,
     own_time: Clock | None = None,
     rounds: int | None = None,
+    prices: Pricing | None = None,
 ) -> Replayed:
     """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled until it runs dry, and
     then rounds of smaller batches are left out, as in the live benchmark.
 
     host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the policy itself,
-    whose seconds then count, too. rounds: stop after so many."""
-    walk, prices, result = Walk(recording, batch_size), Prices(cost, batch_size), Replayed(batch_size)
+    whose seconds then count, too. rounds: stop after so many. prices: what steps really take (default: by `cost`)."""
+    walk, result = Walk(recording, batch_size), Replayed(batch_size)
+    prices = prices or Prices(cost, batch_size)
     host = host or HostCosts.of(cost)
     while walk.running and result.rounds != rounds:
         _round(policy, walk, prices, host, own_time, result)
     return result
 
 
-def _round(policy: Policy, walk: Walk, prices: Prices, host: HostCosts, clock: Clock | None, result: Replayed) -> None:
+def _round(policy: Policy, walk: Walk, prices: Pricing, host: HostCosts, clock: Clock | None, result: Replayed) -> None:
     started = clock() if clock else 0.0
     done = draft(policy, walk)
     own = clock() - started if clock else 0.0
@@ -316,6 +332,7 @@ def _round(policy: Policy, walk: Walk, prices: Prices, host: HostCosts, clock: C
     policy.observe(round_)
     learning = clock() - started if clock else 0.0
     walk.advance(emitted, bool(widths))
+    prices.advance(int(emitted.sum()))
     result.tokens += int(emitted.sum())
     result.seconds += verify + sum(levels) + beyond + learning
     result.rounds += 1
