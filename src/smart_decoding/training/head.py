@@ -130,15 +130,17 @@ class TrainableHead(nn.Module):
         normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
         return cast(Tensor, self.fc(torch.cat(normed, dim=-1)))
 
-    def forward(self, g: Tensor, embedded: Tensor, chain: list[tuple[Tensor, Tensor]], visual: Tensor) -> Tensor:
+    def forward(
+        self, g: Tensor, embedded: Tensor, chain: list[tuple[Tensor, Tensor]], visual: Tensor | None = None
+    ) -> Tensor:
         """One unrolled step on g, embedded [batch, n, hidden]; `chain` holds the keys and values of earlier steps and
-        gets this step's; visual [batch, n]: where `embedded` is a picture's, all that a fused head reads there (MSD).
-        Returns the output [batch, n, hidden], to be fed back shifted by one position."""
+        gets this step's; visual [batch, n]: where `embedded` is a picture's (None: nowhere), all that a fused head reads
+        there (MSD). Returns the output [batch, n, hidden], to be fed back shifted by one position."""
         batch, n, _ = g.shape
         c = self.config
         if self.form.fused:
             fused = self.fc(torch.cat((embedded, g.to(embedded.dtype)), dim=-1))
-            x = g = torch.where(visual[..., None], embedded.to(fused.dtype), fused)
+            x = g = fused if visual is None else torch.where(visual[..., None], embedded.to(fused.dtype), fused)
         else:
             normed = self.hidden_norm(g)
             x = torch.cat((self.input_layernorm(embedded), normed), dim=-1)

@@ -114,7 +114,7 @@ def _chain(
     embedded = embedding[tokens]
     padded = torch.cat((g, torch.zeros(1, total - n, g.shape[2])), dim=1)
     for j in range(len(drafted) + 1):
-        out = head(padded, embedded, chain, torch.zeros(1, total, dtype=torch.bool))
+        out = head(padded, embedded, chain)
         outs.append(out[0, n - 1 + j])
         padded = torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :total]
     return outs
