@@ -134,7 +134,7 @@ class TrainableHead(nn.Module):
         self, g: Tensor, embedded: Tensor, chain: list[tuple[Tensor, Tensor]], visual: Tensor | None = None
     ) -> Tensor:
         """One unrolled step on g, embedded [batch, n, hidden]; `chain` holds the keys and values of earlier steps and
-        gets this step's; visual [batch, n]: where `embedded` is a picture's (None: nowhere), all that a fused head reads
+        gets this step's; visual [batch, n]: where `embedded` is a picture's (None: nowhere), all a fused head reads
         there (MSD). Returns the output [batch, n, hidden], to be fed back shifted by one position."""
         batch, n, _ = g.shape
         c = self.config
