@@ -18,7 +18,7 @@ from smart_decoding.files import whole
 
 log = logging.getLogger("smart.profile")
 
-VERSION = 3  # raise when the engine's speed changes
+VERSION = 4  # raise when the engine's speed changes
 
 
 def profile_path(weights: Mapping[str, str], dtype: torch.dtype, device: torch.device, head: str) -> Path:

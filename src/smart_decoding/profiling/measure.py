@@ -23,6 +23,7 @@ COARSE = (1, 4, 16, 48)
 BATCHES = (1, 2, 4, 8, 16, 32)
 WIDTHS, LONG_WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 8)
 WAITING, COARSE_WAITING = (0, 1, 2, 4, 8, 24, 64), (0, 16)
+LONG_WAITING = 384  # a prompt, or what several requests have waiting; one row of it costs more than one of a few
 RANDOM_TOKENS = 1024
 MAX_ROWS = 96
 CONTEXTS = (128, 768)
@@ -133,11 +134,11 @@ def _draft_points(
     """First levels over roots, and over rows that wait; deeper ones over their width, and over the context."""
     widths, waits = (COARSE, COARSE_WAITING) if coarse else (WIDTHS, WAITING)
 
-    def rehearsal(batch: int, context: int) -> Rehearsal | None:
-        context = min(context, target.max_positions - MORE)
-        if not Rehearsal.fits(pages, batch, context):
+    def rehearsal(batch: int, context: int, more: int = MORE) -> Rehearsal | None:
+        context = min(context, target.max_positions - more)
+        if context < 1 or not Rehearsal.fits(pages, batch, context, more):
             return None
-        return Rehearsal(drafter, pages, batch, context, min(target.vocab, RANDOM_TOKENS))
+        return Rehearsal(drafter, pages, batch, context, min(target.vocab, RANDOM_TOKENS), more)
 
     points: list[Point] = []
     for batch in (b for b in BATCHES if b <= max_num_seqs and (b == 1 or not coarse)):
@@ -147,6 +148,8 @@ def _draft_points(
         alone = batch == 1
         points += [_first_point(requests, waiting) for waiting in (waits if alone else (0,))]
         points += [_deeper_point(requests, width) for width in (widths if alone else (batch,))]
+    late = None if coarse else rehearsal(1, CONTEXTS[0], LONG_WAITING + MORE)
+    points += [_first_point(late, LONG_WAITING)] if late else []
     longer = None if coarse else rehearsal(1, CONTEXTS[1])
     return points + ([_deeper_point(longer, width) for width in LONG_WIDTHS] if longer else [])
 

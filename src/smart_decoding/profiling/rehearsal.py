@@ -22,14 +22,16 @@ from smart_decoding.engine.stopping import StopChecker
 PLAN = DraftPlan(speculate=True, levels=8, children=8)
 AT_ONCE = 256  # rows that are caught up with together
 FREE = np.ones(1 << 14)  # seconds of verifying any number of nodes
-MORE = 96  # tokens that requests grow by before they begin anew
+MORE = 96  # tokens that requests grow by before they begin anew, if nothing else is said
 
 
 class Rehearsal:
-    """`batch` requests of `context` random tokens, and up to MORE more. The drafter's keys are overwritten."""
+    """`batch` requests of `context` random tokens, and up to `more`. The drafter's keys are overwritten."""
 
-    def __init__(self, drafter: LevelDrafter[Any], pages: int, batch: int, context: int, vocab: int) -> None:
-        self._drafter, self._pool = drafter, PagePool(pages)
+    def __init__(
+        self, drafter: LevelDrafter[Any], pages: int, batch: int, context: int, vocab: int, more: int = MORE
+    ) -> None:
+        self._drafter, self._pool, self._more = drafter, PagePool(pages), more
         self.batch, self.context, self._vocab = batch, context, vocab
         self._random = np.random.default_rng(0)
         self._requests: list[Request] = []
@@ -38,12 +40,12 @@ class Rehearsal:
         self._trees, self._frontier = DraftTrees.empty(batch), np.zeros(0, np.int64)
 
     @staticmethod
-    def fits(pages: int, batch: int, context: int) -> bool:
-        return batch * -(-(context + MORE + 1) // PAGE) <= pages
+    def fits(pages: int, batch: int, context: int, more: int = MORE) -> bool:
+        return batch * -(-(context + more + 1) // PAGE) <= pages
 
     def commit(self, waiting: int) -> None:
         """Every request gets a token, and the first one `waiting` more."""
-        if not self._requests or self._requests[0].table.length + 1 + waiting > self.context + MORE:
+        if not self._requests or self._requests[0].table.length + 1 + waiting > self.context + self._more:
             self._begin()
         for request in self._requests:
             self._lengthen(request, 1)
