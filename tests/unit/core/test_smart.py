@@ -1,12 +1,15 @@
 """The whole controller in the simulated world: regret, when it drafts, a drafter that goes bad and recovers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.protocol import DraftPlan, Round
+from smart_decoding.core.policies.smart import CATCH_UP_ROUNDS
 from smart_decoding.core.simulation import World, full_knowledge, run
 from smart_decoding.core.tree import DraftTrees
 
@@ -53,6 +56,29 @@ def test_a_wrong_cost_table_is_corrected() -> None:
     run(policy, world, range(400))
     later = run(policy, world, range(400, 600))
     assert later.rate > 1.4 * run(make_policy("off"), world, range(400, 600)).rate
+
+
+def test_rounds_that_rest_tell_what_the_machine_has_become() -> None:
+    policy, now = make_policy("smart", cost=STEEP, probe_budget=0.0), World(5, 4, STEEP).state()
+    none = (DraftTrees.empty(4), np.zeros(0, np.int64), np.zeros(0, np.int64), np.ones(4, np.int64), [], [], 4)
+    asked = policy._open
+    plain, planned = float(STEEP.verify_seconds(4, 4, 200)), []
+    policy._open = lambda batch: planned.append(1) or asked(batch)
+    for index in range(300):
+        plan = policy.plan(now)
+        assert not plan.speculate
+        policy.observe(Round(now, plan, *none, plain if index < 200 else 1.5 * plain))
+    assert len(planned) < 0.4 * 300  # it rests
+    assert float(policy.cost.verify_seconds(4, 4, 200)) == pytest.approx(1.5 * plain, rel=0.05)
+
+
+def test_a_return_is_charged_its_share_of_what_catching_up_takes() -> None:
+    waiting = {0: 1e-9, 64: 1.0, 512: 8.0, 1024: 100.0}  # a table that rises ever faster, as caches overflow
+    table = CostModel.from_table({1: {1: 20.0, 64: 60.0}}, DRAFT)
+    cost = replace(table, first=table.draft, waiting=Curve(tuple(waiting), tuple(waiting.values())))
+    policy = make_policy("smart", cost=cost)
+    first = {rows: policy.outlook(World(5, 1, cost).state(rows)).first for rows in (0, 1024)}
+    assert first[1024] - first[0] == pytest.approx(100.0 / CATCH_UP_ROUNDS, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", [5, 6, 7])

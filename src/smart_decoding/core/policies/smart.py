@@ -33,7 +33,7 @@ CATCH_UP_ROUNDS = (
 MARGIN, STAY = 1.03, 1.0  # what drafting must promise over plain decoding, to begin and to go on: costs are known to a
 # few per cent, not better, and each return to drafting pays for the rows that have waited
 CLEARLY = 0.9  # of plain decoding: what drafting promises where no further look is needed soon
-PROBE_SHARE = 4  # a probe must afford this part of a long catch-up
+PROBE_SHARE = 2  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
 PREFILL = 16  # rounds that prefill more rows than this do not draft: others wait for their first token
 BUSY_ROUNDS, SELDOM = 32, 16  # after the first rounds, beliefs are updated every sixteenth round, in one go,
@@ -181,6 +181,7 @@ class Smart:
         self._expected = self._surprise = 0.0  # nodes that these should have accepted, and that they accepted less
         self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
         self._last_rest = 1
+        self._rested: list[float] = []  # seconds of these rounds' verifications
 
     # --- before drafting ---
 
@@ -246,8 +247,8 @@ class Smart:
 
     def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
         """The shape of a batch; what barely changes the costs is taken coarsely."""
-        first = ((batch.size + self._charged_rows(batch)) // (4 * batch.size)).bit_length()
-        coarse = (batch.prefill_rows.bit_length(), first, int(scratch.context) // 128)
+        first = (batch.catch_up_rows // (3 * batch.size)).bit_length(), self._sharing(batch).bit_length()
+        coarse = (batch.prefill_rows.bit_length(), *first, int(scratch.context) // 128)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
         return (*sizes, batch.has_free, *coarse, self.calibration.changes)
 
@@ -266,7 +267,7 @@ class Smart:
         columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free))
         verify = self._verify(batch, scratch, columns + 1)
         prices = self.cost.draft_seconds(np.arange(1 + WIDTHS[-1] * drafting), scratch.context)
-        first = float(self.cost.first_seconds(size, self._charged_rows(batch), scratch.context))
+        first = self._first_level(batch, scratch.context)[0]
         limit, overhead = self._limit(size, float(verify[0])), self._overhead.seconds
         values: dict[Option, float] = {}
         if batch.has_free:
@@ -299,18 +300,23 @@ class Smart:
     def _catch_up(self, batch: BatchState, scratch: _Scratch, option: Option | None) -> float:
         """Seconds of catching up that a plan does not charge to a single round, but a probe partly: where it turns out
         well, further rounds share them. (What a probe really loses is taken from the budget afterwards, in full.)"""
-        charged, waiting = self._charged_rows(batch), batch.catch_up_rows
-        if option is None or not option[0] or waiting == charged:
+        if option is None or not option[0]:
             return 0.0
-        first, whole = self.cost.first_seconds(batch.size, [charged, waiting], scratch.context)
-        return float(whole - first) / PROBE_SHARE
+        charged, whole = self._first_level(batch, scratch.context)
+        return (whole - charged) / PROBE_SHARE
 
-    def _charged_rows(self, batch: BatchState) -> int:
-        """Waiting rows that the first drafted level is charged. A long catch-up (a prompt, a stretch of plain decoding)
-        is an investment: charged in full to one round it would never be made, and grow."""
-        regular = min(batch.catch_up_rows, 2 * batch.size)
-        rounds = max(1, min(round(self._lasts), int(batch.remaining.sum()) // (2 * batch.size)))
-        return regular + (batch.catch_up_rows - regular) // rounds
+    def _first_level(self, batch: BatchState, context: float) -> tuple[float, float]:
+        """Seconds of the first drafted level: those that it is charged, and all of them.
+
+        A long catch-up (a prompt, a stretch of plain decoding) is an investment: charged in full to one round it would
+        never be made, and grow. So each of the rounds that drafting will probably last is charged a part."""
+        waiting = batch.catch_up_rows
+        now, whole = self.cost.first_seconds(batch.size, [min(waiting, 2 * batch.size), waiting], context).tolist()
+        return now + (whole - now) / self._sharing(batch), whole
+
+    def _sharing(self, batch: BatchState) -> int:
+        """Rounds that share the price of a catch-up."""
+        return max(1, min(round(self._lasts), int(batch.remaining.sum()) // (2 * batch.size)))
 
     def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:
         if option is None:
@@ -372,6 +378,7 @@ class Smart:
         if self._scratch is None and not round.plan.speculate:  # resting
             self._overhead.observe(False, round.other_seconds)
             seconds = round.verify_seconds
+            self._rested.append(seconds)
             self.prober.ordinary_round(seconds)
             self.statistics.record(round.batch.size, 0, 0.0, seconds, seconds, False)
             return
@@ -447,6 +454,10 @@ class Smart:
         return self.max_round_slowdown * plain if size > 1 else math.inf
 
     def _learn_costs(self, round: Round, scratch: _Scratch, seldom: bool) -> None:
+        if self._rested:  # what the machine has become meanwhile may make drafting pay: one step, almost without noise
+            size, seconds = self._rest_size, sum(self._rested) / len(self._rested)
+            self.cost = self.cost.corrected(VerifySample(size, size, scratch.context, seconds))
+            self._rested.clear()
         if round.verify_rows and not (seldom and self._rounds % OFTEN):
             sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
             self.cost = self.cost.corrected(sample)
