@@ -86,8 +86,8 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
     """Each option's value by the definition: grow one request's tree, repeat it, try every size."""
     children = policy.forecast.children(np.bincount(now.kind, minlength=KINDS) / now.size)
     price = policy.cost.draft_seconds
-    regular = min(now.catch_up_rows, 2 * now.size)  # what is beyond is shared by 16 rounds
-    first_rows = now.size + regular + (now.catch_up_rows - regular) // 16
+    regular, whole = (float(price(now.size + n, 40)) for n in (min(now.catch_up_rows, 2 * now.size), now.catch_up_rows))
+    first = regular + (whole - regular) / 16  # what is beyond two rows each is shared by 16 rounds
     values = {}
 
     def best(gains: list[float], sunk: float) -> float:
@@ -104,7 +104,7 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
         values[0, 0] = best(policy.forecast.free.tolist(), policy.cost.overhead_seconds)
     for wide in WIDTHS if now.has_model else ():
         frontier, gains = [1.0], []
-        sunk = policy.cost.overhead_seconds + float(price(first_rows, 40))
+        sunk = policy.cost.overhead_seconds + first
         for level in range(1, policy.max_levels + 1):
             new = [p * float(c) for p in frontier for c in children[min(level, DEPTHS) - 1]]
             gains += new
