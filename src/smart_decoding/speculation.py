@@ -32,7 +32,7 @@ from smart_decoding.engine.protocols import Drafter
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models import VISION_PARTS, base_of, seeing_names
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import measure
+from smart_decoding.profiling.measure import largest_batch, measure
 from smart_decoding.tokenizer import Tokenizer
 
 log = logging.getLogger("smart.speculation")
@@ -204,12 +204,13 @@ class _Builder:
         return self._ngram() if method == "ngram" else self._recycling()
 
     def cost(self, drafter: Drafter) -> CostModel:
-        """The cached profile of this machine, else a new one (a few seconds)."""
+        """The cached profile of this machine, else a new one (a few seconds): also if that was taken of an engine for
+        smaller batches."""
         path = profile_path(
             self._checkpoint.provenance, self._target.dtype, self._target.device, str(self.model and self.model.shape)
         )
         cost = load_profile(path)
-        if cost is None:
+        if cost is None or max(cost.verify) < largest_batch(self._pages, self._seqs):
             samples = measure(self._target, level_drafter(drafter), self._pages, self._seqs)
             cost = CostModel.fit(samples, ROUND_OVERHEAD)
             save_profile(path, cost)

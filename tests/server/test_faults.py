@@ -141,6 +141,21 @@ def test_a_server_with_a_damaged_profile_measures_again(
     assert "measured again" in caplog.text and load_profile(path) is not None
 
 
+def test_a_profile_of_an_engine_for_smaller_batches_is_taken_again(cache: Path, load: Any, plain: LLM) -> None:
+    """`smart run` serves one request; what it measured says nothing of the batches of a server."""
+    path = profile_of(plain)
+
+    def largest(seqs: int) -> int:
+        load(speculative_config=SMART, max_num_seqs=seqs)
+        cost = load_profile(path)
+        assert cost is not None
+        return max(cost.verify)
+
+    assert [largest(1), largest(4)] == [1, 4]
+    measured = path.stat().st_mtime_ns
+    assert largest(2) == 4 and path.stat().st_mtime_ns == measured
+
+
 def test_a_pickled_head_is_refused_unless_trusted(load: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({
         "num_attention_heads": 6, "hidden_size": 96, "intermediate_size": 200, "vocab_size": 258}))  # fmt: skip

@@ -65,6 +65,12 @@ def measure(
             point.end()
 
 
+def largest_batch(pages: int, max_num_seqs: int) -> int:
+    """The largest batch that is measured, in a cache of `pages`: what a profile says of larger ones is a guess."""
+    each = -(-(CONTEXTS[0] + 1) // PAGE)
+    return max(batch for batch in BATCHES if batch == 1 or (batch <= max_num_seqs and batch * each <= pages))
+
+
 def _measured(
     points: Sequence[Point], seconds: float, clock: Callable[[], float], warm_up: int
 ) -> list[tuple[Point, float, float]]:
