@@ -12,6 +12,7 @@ from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.eagle_head import EagleHead
 from smart_decoding.backends.torch.head_files import HeadFiles
+from smart_decoding.backends.torch.layers import Linear
 from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.native.chooser import NativeChooser
 from smart_decoding.core.cost import CostModel
@@ -151,7 +152,7 @@ def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
     assert not np.allclose(found[0], found[1], atol=1e-3)
 
 
-@pytest.mark.skipif(build.unavailable() is not None or not kernels.multiplies_bytes(), reason="no 8-bit products")
+@pytest.mark.skipif(build.unavailable() is not None, reason="no compiler")
 def test_8_bits_change_probabilities_little(files: HeadFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = fake_rows(3, 5, 0, PAGES)
     assert rows is not None
@@ -159,7 +160,8 @@ def test_8_bits_change_probabilities_little(files: HeadFiles, monkeypatch: pytes
     features, asked = torch.randn(15, WIDTH), Asked(len(files.weights["draft_ids"]), np.zeros(3))
     found = []
     for in_bytes in (True, False):
-        monkeypatch.setattr(kernels, "multiplies_bytes", lambda in_bytes=in_bytes: in_bytes)
+        if not in_bytes:
+            monkeypatch.setattr(kernels, "pack_bytes", lambda w: (Linear(w, native=True).packed, None, None))
         head = head_of(files, True, torch.bfloat16)
         ids, probs = head.first(rows, [features], np.array([4, 9, 14]), asked)
         order = np.argsort(ids, axis=1)

@@ -212,11 +212,6 @@ def layers(
         raise RuntimeError("the CPU kernels do not support this layer")
 
 
-def multiplies_bytes() -> bool:
-    """Has this CPU instructions for 8-bit weights?"""
-    return bool(_lib().smart_multiplies_bytes())
-
-
 def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """weight [n, k] (k a multiple of 4) in 8 bits, one scale for each row: packed [packed_rows(n) * k], scales, and
     sums of the integers, [packed_rows(n)] each."""

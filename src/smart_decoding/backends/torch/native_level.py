@@ -1,7 +1,7 @@
 """A level of an EAGLE-3 head of one layer as one call of the CPU kernels: features and tokens in, ranked children out.
 
-Where the CPU multiplies bytes, a head in bf16 has its output matrix in 8 bits (a scale for each token): it is more than
-half of what a level reads, and proposals may be off by a little, since no answer depends on them."""
+A head in bf16 has its output matrix in 8 bits (a scale for each token): it is half of what a level reads, and proposals
+may be off by a little, since no answer depends on them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class NativeLevel:
         norm_before_residual: bool,
     ) -> None:
         self._bf16, self._children = outputs.dtype == torch.bfloat16, len(tokens)
-        if self._bf16 and outputs.shape[1] % 4 == 0 and kernels.multiplies_bytes():
+        if self._bf16 and outputs.shape[1] % 4 == 0:
             matrix: tuple[Tensor | None, ...] = kernels.pack_bytes(outputs)
         else:
             matrix = (Linear(outputs, native=True).packed, None, None)

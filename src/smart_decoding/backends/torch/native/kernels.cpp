@@ -36,6 +36,14 @@ constexpr int CHUNK = 64;      // positions per step of the online softmax
 constexpr int PAST_CACHES = 0, INTO_CACHES = 3;
 constexpr int AHEAD = 6144;    // bytes of weights to prefetch ahead: hardware prefetch alone leaves a third of the bandwidth
 
+// What a pass over weights prefetches: from `at` on, `stride` bytes for each of its steps.
+struct Ahead { const char* at; int64_t stride; };
+template <int HINT, int BYTES> static inline void prefetch(Ahead& ahead) {  // BYTES: of weights that a step reads
+    __builtin_prefetch(ahead.at, 0, HINT);
+    if (BYTES > 64) __builtin_prefetch(ahead.at + ahead.stride / 2, 0, HINT);
+    ahead.at += ahead.stride;
+}
+
 typedef float vf __attribute__((vector_size(4 * VW)));
 typedef uint32_t vu __attribute__((vector_size(4 * VW)));
 typedef int32_t vi __attribute__((vector_size(4 * VW)));
@@ -44,6 +52,7 @@ typedef int32_t pi __attribute__((vector_size(4 * PAGE)));
 typedef uint32_t pu __attribute__((vector_size(4 * PAGE)));
 typedef uint16_t ph __attribute__((vector_size(2 * PAGE)));
 typedef uint16_t vh __attribute__((vector_size(2 * VW)));
+typedef int8_t vb __attribute__((vector_size(VW)));
 typedef uint16_t bf16;
 
 static inline float to_f32(float v) { return v; }
@@ -60,6 +69,12 @@ template <class W> struct InputOf { typedef float type; };
 template <> struct InputOf<bf16> { typedef bf16 type; };
 #endif
 template <class W> using Input = typename InputOf<W>::type;
+
+static inline void hold(vf& v) {  // in a register: GCC would load it anew for each use
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#endif
+}
 
 template <class V> static inline V loadu(const void* p) { V v; memcpy(&v, p, sizeof v); return v; }
 template <class V> static inline void storeu(void* p, V v) { memcpy(p, &v, sizeof v); }
@@ -93,14 +108,15 @@ template <class F, class I> static inline F vexp(F x) {
 // ---------------------------------------------------------------------------------------------------------------- linear
 
 // A packed weight [n, k]: panels of PANEL columns. bf16: for each pair of k, PANEL columns of (even, odd); fp32: for
-// each k, PANEL columns.
+// each k, PANEL columns. `run` adds to sums; it takes STEP of k at a time.
 template <class W> struct Panel;
 #if defined(__AVX512BF16__)
 template <> struct Panel<bf16> {
-    template <int R, int HINT> static inline void run(const bf16* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
+    static constexpr int STEP = 2;
+    template <int R, int HINT>
+    static inline void run(const bf16* x, int64_t ld, const bf16* w, int64_t k, Ahead ahead, vf (&acc)[R][2]) {
         for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
-            __builtin_prefetch(w + AHEAD / 2, 0, HINT);
-            __builtin_prefetch(w + AHEAD / 2 + PANEL, 0, HINT);
+            prefetch<HINT, 4 * PANEL>(ahead);
             __m512bh a = (__m512bh)loadu<vu>(w), b = (__m512bh)loadu<vu>(w + PANEL);
             for (int r = 0; r < R; r++) {
                 __m512bh pair = (__m512bh)_mm512_set1_epi32(loadu<int32_t>(x + r * ld + i));
@@ -112,33 +128,36 @@ template <> struct Panel<bf16> {
 };
 #else
 template <> struct Panel<bf16> {
-    template <int R, int HINT> static inline void run(const float* x, int64_t ld, const bf16* w, int64_t k, vf (&acc)[R][2]) {
+    static constexpr int STEP = 2;
+    template <int R, int HINT>
+    static inline void run(const float* x, int64_t ld, const bf16* w, int64_t k, Ahead ahead, vf (&acc)[R][2]) {
         for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
-            __builtin_prefetch(w + AHEAD / 2, 0, HINT);
-            if (PANEL > 16) __builtin_prefetch(w + AHEAD / 2 + PANEL, 0, HINT);
-            vu a = loadu<vu>(w), b = loadu<vu>(w + PANEL);
-            vf a0 = (vf)(a << 16), b0 = (vf)(b << 16);
-            vf a1 = (vf)(a & 0xffff0000u), b1 = (vf)(b & 0xffff0000u);
+            prefetch<HINT, 4 * PANEL>(ahead);
+            vf a = (vf)(loadu<vu>(w) << 16), b = (vf)(loadu<vu>(w + PANEL) << 16);
             for (int r = 0; r < R; r++) {
-                float x0 = x[r * ld + i];
-                acc[r][0] += a0 * x0;
-                acc[r][1] += b0 * x0;
+                float even = x[r * ld + i];
+                acc[r][0] += a * even;
+                acc[r][1] += b * even;
             }
+            asm volatile("" : "+r"(w));  // keeps GCC from widening the odd ones already, for which sums would lose registers
+            a = (vf)(loadu<vu>(w) & 0xffff0000u), b = (vf)(loadu<vu>(w + PANEL) & 0xffff0000u);
             for (int r = 0; r < R; r++) {
-                float x1 = x[r * ld + i + 1];
-                acc[r][0] += a1 * x1;
-                acc[r][1] += b1 * x1;
+                float odd = x[r * ld + i + 1];
+                acc[r][0] += a * odd;
+                acc[r][1] += b * odd;
             }
         }
     }
 };
 #endif
 template <> struct Panel<float> {
-    template <int R, int HINT> static inline void run(const float* x, int64_t ld, const float* w, int64_t k, vf (&acc)[R][2]) {
+    static constexpr int STEP = 1;
+    template <int R, int HINT>
+    static inline void run(const float* x, int64_t ld, const float* w, int64_t k, Ahead ahead, vf (&acc)[R][2]) {
         for (int64_t i = 0; i < k; i++, w += PANEL) {
-            __builtin_prefetch(w + AHEAD / 4, 0, HINT);
-            if (PANEL > 16) __builtin_prefetch(w + AHEAD / 4 + VW, 0, HINT);
+            prefetch<HINT, 4 * PANEL>(ahead);
             vf a = loadu<vf>(w), b = loadu<vf>(w + VW);
+            hold(a), hold(b);
             for (int r = 0; r < R; r++) {
                 float xi = x[r * ld + i];
                 acc[r][0] += a * xi;
@@ -148,25 +167,25 @@ template <> struct Panel<float> {
     }
 };
 
+// 8-bit weights, for the outputs of a head: for each four of k, PANEL columns of four.
 #if defined(__AVX512VNNI__)
-// 8-bit weights, read by inputs of 8 bits with 128 added: for each four of k, PANEL columns of four. The sums are integers
-// in the lanes of floats.
-constexpr bool BYTES = true;
+// They are read by inputs of 8 bits with 128 added. The sums are integers in the lanes of floats.
 template <> struct InputOf<int8_t> { typedef uint8_t type; };
 __attribute__((always_inline)) static inline void add_products(__m512i& sum, __m512i x, __m512i w) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));  // around the intrinsic GCC 12 copies every sum
 }
 template <> struct Panel<int8_t> {
-    template <int R, int HINT> static inline void run(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, vf (&acc)[R][2]) {
-        all(x, ld, w, k, acc, std::make_integer_sequence<int, R>());
+    static constexpr int STEP = 4;
+    template <int R, int HINT>
+    static inline void run(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, Ahead ahead, vf (&acc)[R][2]) {
+        all<HINT>(x, ld, w, k, ahead, acc, std::make_integer_sequence<int, R>());
     }
-    template <int R, int... I>
-    __attribute__((always_inline)) static inline void all(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, vf (&acc)[R][2],
-                                                          std::integer_sequence<int, I...>) {
-        __m512i left[R] = {}, right[R] = {}, four[R];
+    template <int HINT, int R, int... I>
+    __attribute__((always_inline)) static inline void all(const uint8_t* x, int64_t ld, const int8_t* w, int64_t k, Ahead ahead,
+                                                          vf (&acc)[R][2], std::integer_sequence<int, I...>) {
+        __m512i left[R] = {(__m512i)acc[I][0]...}, right[R] = {(__m512i)acc[I][1]...}, four[R];
         for (int64_t i = 0; i < k; i += 4, w += 4 * PANEL) {
-            __builtin_prefetch(w + AHEAD, 0, 3);
-            __builtin_prefetch(w + AHEAD + 2 * PANEL, 0, 3);
+            prefetch<HINT, 4 * PANEL>(ahead);
             __m512i a = (__m512i)loadu<vu>(w), b = (__m512i)loadu<vu>(w + 2 * PANEL);
             ((four[I] = _mm512_set1_epi32(loadu<int32_t>(x + I * ld + i)), add_products(left[I], four[I], a),
               add_products(right[I], four[I], b)), ...);
@@ -175,34 +194,66 @@ template <> struct Panel<int8_t> {
     }
 };
 #else
-constexpr bool BYTES = false;
+// They are widened, which reads half of what bf16 would.
+template <> struct Panel<int8_t> {
+    static constexpr int STEP = 4;
+    template <int R, int HINT>
+    static inline void run(const float* x, int64_t ld, const int8_t* w, int64_t k, Ahead ahead, vf (&acc)[R][2]) {
+        for (int64_t i = 0; i < k; i += 4, w += 4 * PANEL) {
+            prefetch<HINT, 4 * PANEL>(ahead);
+            for (int j = 0; j < 4; j++) {
+                vf a = __builtin_convertvector(loadu<vi>(w) << (24 - 8 * j) >> 24, vf);
+                vf b = __builtin_convertvector(loadu<vi>(w + 2 * PANEL) << (24 - 8 * j) >> 24, vf);
+                for (int r = 0; r < R; r++) {
+                    acc[r][0] += a * x[r * ld + i + j];
+                    acc[r][1] += b * x[r * ld + i + j];
+                }
+            }
+        }
+    }
+};
 #endif
 
-template <int R, int HINT, class W, class Epilogue>
-static inline void block(const Input<W>* x, int64_t ld, const W* w, int64_t k, int64_t column, int row, Epilogue&& done) {
+// Adds the products of R rows with a bite of a panel to `sums` [R, PANEL], or begins them.
+template <int R, int HINT, class W>
+static inline void pass(const Input<W>* x, int64_t ld, const W* w, int64_t k, Ahead ahead, float* sums, bool begin) {
     vf acc[R][2] = {};
-    Panel<W>::template run<R, HINT>(x + row * ld, ld, w, k, acc);
-    for (int r = 0; r < R; r++) done(row + r, column, acc[r][0], acc[r][1]);
+    if (!begin) for (int r = 0; r < R; r++) acc[r][0] = loadu<vf>(sums + r * PANEL), acc[r][1] = loadu<vf>(sums + r * PANEL + VW);
+    Panel<W>::template run<R, HINT>(x, ld, w, k, ahead, acc);
+    for (int r = 0; r < R; r++) storeu(sums + r * PANEL, acc[r][0]), storeu(sums + r * PANEL + VW, acc[r][1]);
 }
 
 // y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives each result.
+//
+// More rows than have room in registers go over a panel in several passes. Those after the first would find it in the caches
+// and leave memory idle: so a panel is taken in bites, which all rows go over, and each pass prefetches its share of the next.
 template <int HINT, class W, class Epilogue>
 static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
+    if (!rows) return;
     int64_t panels = (n + PANEL - 1) / PANEL;
     int threads = omp_get_num_threads(), me = omp_get_thread_num();
     int64_t first = panels * me / threads, last = panels * (me + 1) / threads;
     int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    int64_t bite = blocks > 1 ? AHEAD / (PANEL * sizeof(W)) : k;
+    int64_t stride = (Panel<W>::STEP * PANEL * sizeof(W) + blocks - 1) / blocks;
+    static thread_local std::vector<float> kept;
+    if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(rows * PANEL);
+    float* sums = kept.data();
     for (int64_t p = first; p < last; p++) {
-        const W* wp = w + p * PANEL * k;
-        int64_t column = p * PANEL;
-        for (int b = 0; b < blocks; b++) {
-            int row = int(int64_t(rows) * b / blocks), size = int(int64_t(rows) * (b + 1) / blocks) - row;
-            switch (size) {
-#define CASE(R) case R: if constexpr (R <= MAX_ROWS) block<R, HINT>(x, ld, wp, k, column, row, done); break;
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        for (int64_t i = 0; i < k; i += bite) {
+            const W* wp = w + (p * k + i) * PANEL;
+            Ahead ahead = {(const char*)wp + AHEAD, stride};
+            int64_t depth = std::min(bite, k - i);
+            for (int b = 0; b < blocks; b++, ahead.at += depth / Panel<W>::STEP * stride) {
+                int row = int(int64_t(rows) * b / blocks), size = int(int64_t(rows) * (b + 1) / blocks) - row;
+                switch (size) {
+#define CASE(R) case R: if constexpr (R <= MAX_ROWS) pass<R, HINT>(x + row * ld + i, ld, wp, depth, ahead, sums + row * PANEL, !i); break;
+                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
+                }
             }
         }
+        for (int r = 0; r < rows; r++) done(r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
     }
 }
 
@@ -766,12 +817,10 @@ __attribute__((noinline)) static void byte_rows(const uint8_t* x, int rows, cons
         store_columns(y + row / 2 * n, nullptr, column, n, first, second, low);
     });
 }
-#endif
 
 // [wanted, count] logits of x [wanted, hidden] with 8-bit weights. x is rounded to 16 bits, whose halves are two rows of
 // 8 bits. normed [hidden] is this thread's.
-static void byte_outputs(const Head& h, const float* x, int wanted, float* normed, uint8_t* room, float* step, float* logits) {
-#if defined(__AVX512VNNI__)
+static void byte_outputs(const Head& h, const float* x, int wanted, float* normed, void* room, float* step, float* logits) {
     int64_t d = h.layer.hidden, n = h.outputs_count;
     #pragma omp for schedule(static)
     for (int r = 0; r < wanted; r++) {
@@ -779,16 +828,29 @@ static void byte_outputs(const Head& h, const float* x, int wanted, float* norme
         float top = 1e-30f;
         for (int64_t i = 0; i < d; i++) top = std::max(top, std::fabs(normed[i]));
         step[r] = top / 32767;
-        uint8_t *high = room + 2 * r * d, *low = high + d;
+        uint8_t *high = (uint8_t*)room + 2 * r * d, *low = high + d;
         for (int64_t i = 0; i < d; i++) {
             int32_t value = int32_t(normed[i] * (32767 / top) + 32768.5f);
             high[i] = value >> 8;
             low[i] = value;
         }
     }
-    byte_rows(room, 2 * wanted, (const int8_t*)h.outputs, n, d, h.scale, h.sums, step, logits);
-#endif
+    byte_rows((const uint8_t*)room, 2 * wanted, (const int8_t*)h.outputs, n, d, h.scale, h.sums, step, logits);
 }
+#else
+// [wanted, count] logits of x [wanted, hidden] with 8-bit weights.
+static void byte_outputs(const Head& h, const float* x, int wanted, float*, void* room, float*, float* logits) {
+    int64_t d = h.layer.hidden, n = h.outputs_count;
+    float* normed = (float*)room;
+    rms_norm_rows(x, h.final_norm, h.layer.eps, wanted, d, normed);
+    #pragma omp barrier
+    gemm<INTO_CACHES>(normed, d, wanted, (const int8_t*)h.outputs, n, d, [=, &h](int row, int64_t column, vf left, vf right) {
+        left *= loadu<vf>(h.scale + column);
+        right *= loadu<vf>(h.scale + column + VW);
+        store_columns(logits + row * n, nullptr, column, n, left, right, false);
+    });
+}
+#endif
 
 template <class W, class T, int HD>
 static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* vc, int64_t pages, int threads) {
@@ -805,7 +867,7 @@ static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* v
     float *g = pool.take<float>(rows * d), *qkv = pool.take<float>(rows * qkv_width), *q = pool.take<float>(wanted * q_width);
     Input<W>*attention = pool.take<Input<W>>(wanted * q_width), *ffn = pool.take<Input<W>>(int64_t(wanted) * l.ffn);
     float *logits = pool.take<float>(wanted * n), *step = pool.take<float>(wanted);
-    uint8_t* bytes = pool.take<uint8_t>(2 * wanted * d);
+    float* normed = pool.take<float>(wanted * d);
     // What attends: the wanted rows only.
     std::vector<int32_t> place(rows), group_row(in.groups + 1), direct(wanted), extra_at(in.groups + 1);
     Rows asking = in;
@@ -860,7 +922,7 @@ static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* v
         }
         attend_blocks<T, HD>(l, asking, blocks, q, q_width, kc, vc, pages, attention);
         finish_layer<W>(l, wanted, attention, v.out, room, ffn);
-        if (h.scale) byte_outputs(h, v.out, wanted, line.data(), bytes, step, logits);
+        if (h.scale) byte_outputs(h, v.out, wanted, line.data(), normed, step, logits);
         else {
             rms_norm_rows(v.out, h.final_norm, l.eps, wanted, d, room);
             #pragma omp barrier
@@ -884,7 +946,6 @@ extern "C" {
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
 int smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }  // does bf16 mean bf16 inputs of linear layers, too?
-int smart_multiplies_bytes() { return BYTES; }  // is there a `smart_pack_bytes` for the outputs of a head?
 int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 void smart_pack(const void* w, int64_t n, int64_t k, void* out, int is_bf16) {
