@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,10 @@ sys.path.append(str(Path(__file__).parent))
 
 from serving import Running, save_tiny_model, serving
 
+from smart_decoding import speculation
+from smart_decoding.downloads import cache_dir
 from smart_decoding.llm import LLM
+from smart_decoding.profiling.measure import measure
 
 Load = Callable[..., LLM]
 
@@ -41,3 +45,14 @@ def plain(load: Load) -> LLM:
 def running(load: Load) -> Iterator[Running]:
     with serving(load) as server:
         yield server
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, but for the compiled kernels; profiles are measured in a tenth of a second."""
+    kernels = cache_dir() / "kernels"
+    if kernels.is_dir():
+        (tmp_path / "kernels").symlink_to(kernels)
+    monkeypatch.setenv("SMART_CACHE", str(tmp_path))
+    monkeypatch.setattr(speculation, "measure", functools.partial(measure, seconds=0.1))
+    return tmp_path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -20,29 +19,15 @@ import pytest
 import torch
 from serving import NAME, post, serving, wait_for
 
-from smart_decoding import speculation
 from smart_decoding.core.cost import CostModel
-from smart_decoding.downloads import cache_dir
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
 from smart_decoding.llm import LLM
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import measure
 
 SMART = {"method": "recycling"}  # under the policy `smart`, which needs a profile
 BODY = {"model": NAME, "prompt": "abcabc", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
 COST = CostModel.from_table({1: {1: 0.001, 8: 0.002}}, {1: 0.001})
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, but for the compiled kernels; profiles are measured in a tenth of a second."""
-    kernels = cache_dir() / "kernels"
-    if kernels.is_dir():
-        (tmp_path / "kernels").symlink_to(kernels)
-    monkeypatch.setenv("SMART_CACHE", str(tmp_path))
-    monkeypatch.setattr(speculation, "measure", functools.partial(measure, seconds=0.1))
-    return tmp_path
 
 
 def profile_of(llm: LLM) -> Path:

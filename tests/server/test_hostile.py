@@ -171,6 +171,7 @@ def test_more_connections_than_are_allowed(load: Any) -> None:
         assert wait_for(lambda: len(connections) == 4)
         status, error, _ = said(running, b"")
         assert status == 503 and error is not None and error["code"] == "too_many_connections"
+        assert b"retry-after: 5\r\n" in read_all(stack.enter_context(connected(running))).lower()
         first.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         assert b"200 OK" in read_all(first)
         assert wait_for(lambda: len(connections) == 3)

@@ -30,8 +30,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._max_connections:
-            self._refuse(ApiError(503, "too many connections are open: try again later", "too_many_connections",
-                                  retry_after=5))  # fmt: skip
+            self._refuse(ApiError(503, "too many connections are open: try again later", "too_many_connections"))
         else:
             self._watch()
 

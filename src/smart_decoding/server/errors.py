@@ -16,10 +16,11 @@ log = logging.getLogger("smart.server")
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
+RETRY_AFTER = 5  # seconds, where nobody knows better
 
 
 class ApiError(Exception):
-    """An answer other than 200. retry_after: seconds, for errors that go away by themselves."""
+    """An answer other than 200. retry_after: seconds; every 429 and 503 has some, for it may go away by itself."""
 
     def __init__(
         self,
@@ -31,7 +32,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code or _CODES.get(status), param
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        self.headers = {"Retry-After": str(retry_after or RETRY_AFTER)} if status in (429, 503) else {}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
 

@@ -140,11 +140,11 @@ class Worker:
     def ready(self) -> LLM:
         """The loaded model. Raises ApiError (503) while there is none."""
         if self.draining or self._stopping:
-            raise ApiError(503, "the server is shutting down", "shutting_down", retry_after=5)
+            raise ApiError(503, "the server is shutting down", "shutting_down")
         if not self.alive:
             raise ApiError(503, "the engine has stopped; the server's log says why", "engine_stopped")
         if self.llm is None:
-            raise ApiError(503, "the model is still loading", "not_ready", retry_after=5)
+            raise ApiError(503, "the model is still loading", "not_ready")
         return self.llm
 
     def check_room(self, answers: int = 1) -> LLM:
@@ -211,7 +211,7 @@ class Worker:
         log.info(
             "ready", extra={"model": str(llm.provenance.get("model", "")), "speculation": llm.speculation.description}
         )
-        end = ApiError(503, "the server is shutting down", "shutting_down", retry_after=5)
+        end = ApiError(503, "the server is shutting down", "shutting_down")
         try:
             while not self._stopping:
                 self._round(llm.engine)
