@@ -18,7 +18,7 @@ from smart_decoding.downloads import cache_dir
 
 SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "controller.cpp")]
 HEADERS = [Path(__file__).with_name("forward.h")]
-FLAGS = ("-std=c++17", "-O3", "-fno-tree-slp-vectorize", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
 
 
 def _cpu_flags() -> str:
