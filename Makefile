@@ -38,11 +38,13 @@ pictures: env
 	for stage in answering comparing; do \
 	  $(BIN)/python -m smart_decoding.training.pictures $$stage --output build/pictures || exit 1; done
 
-# SMART inside the real vLLM, on its CPU build, in an environment of its own (3.4 GB; not part of `make test`).
+# SMART inside the real vLLM, on its CPU build, in an environment of its own (3.4 GB; not part of `make test`); before
+# that what needs no vLLM: the rule for lengths, `smart vllm-config`, options. A test that is skipped fails the target.
 VLLM_ENV ?= .venv-vllm
-test-vllm: .venv/.installed $(VLLM_ENV)/.installed
-	SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)" \
-		$(VLLM_ENV)/bin/python -m pytest tests/integrations/test_vllm_engine.py
+test-vllm: env $(VLLM_ENV)/.installed
+	SMART_NO_SKIPS=1 $(BIN)/python -m pytest -rs tests/integrations/test_chains.py tests/integrations/test_vllm_schedule.py
+	SMART_NO_SKIPS=1 SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)" \
+		$(VLLM_ENV)/bin/python -m pytest -rs tests/integrations/test_vllm_engine.py
 
 $(VLLM_ENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_ENV)
@@ -51,10 +53,12 @@ $(VLLM_ENV)/.installed:
 	@touch $@
 
 # SMART inside SGLang as far as CPUs go: its controller, its start-up, and its tree kernels by Triton's interpreter. The
-# wheel is unpacked for it, without its GPU dependencies; what its modules import at the least comes beside it.
+# wheel is unpacked for it, without its GPU dependencies; what its modules import at the least comes beside it. A test
+# that is skipped fails the target.
 SGLANG_DIR ?= .sglang
 test-sglang: env $(SGLANG_DIR)/.installed
-	PYTHONPATH=$(SGLANG_DIR):$(SGLANG_DIR)/more TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/integrations/test_sglang_policy.py tests/integrations/test_sglang_seams.py \
+	SMART_NO_SKIPS=1 PYTHONPATH=$(SGLANG_DIR):$(SGLANG_DIR)/more$(if $(PYTHONPATH),:$(PYTHONPATH)) TRITON_INTERPRET=1 \
+		$(BIN)/python -m pytest -rs tests/integrations/test_sglang_policy.py tests/integrations/test_sglang_seams.py \
 		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py
 
 $(SGLANG_DIR)/.installed:
