@@ -295,6 +295,11 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
     ({**EAGLE3, "hidden_act": "gelu"}, TENSORS, "hidden_act 'gelu'"),
     ({**SPECULATORS, "norm_before_fc": True}, eagle3_tensors("layers.0."), "norm_before_fc"),
     ({**SPECULATORS, "eagle_aux_hidden_state_layer_ids": [2, 2, 5]}, eagle3_tensors("layers.0."), "distinct"),
+    (
+        {**SPECULATORS, "architectures": ["EagleSpeculator"], "speculators_model_type": "eagle"},
+        {"fusion_fc.weight": random(D, 2 * D), "pre_lm_head_layernorm.weight": random(D)},
+        "speculators' layout of EAGLE-1, which is not supported",
+    ),
     ({"architectures": ["Other"]}, TENSORS, "lacks 'num_attention_heads'"),
     ({**EAGLE1, "bias": True}, eagle1_tensors(False), "lacks the tensor fc.bias"),
 ]  # fmt: skip

@@ -134,6 +134,8 @@ def _sees(folder: Path, config: Mapping[str, Any]) -> bool:
 def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> ModelConfig:
     """The head's own layer. What is not said is as in the public code: rope_theta 10000, rms_norm_eps 1e-6."""
     layer = config.get("transformer_layer_config") or config
+    if config.get("speculators_model_type") == "eagle":
+        raise ModelError(f"the head in {folder} is speculators' layout of EAGLE-1, which is not supported")
     for name, adds in _UNSUPPORTED.items():
         if config.get(name):
             raise ModelError(f"the head in {folder} has {name}, which is not supported (it adds {adds})")
