@@ -157,15 +157,18 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], pick
 
 
 class Expected:
-    """What a head proposes after PROMPT and further tokens, from the conventions alone."""
+    """What a head proposes after a prompt and further tokens, from the conventions alone."""
 
-    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], entries: tuple[int, ...], theta: float):
+    def __init__(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], entries: tuple[int, ...], theta: float,
+        prompt: list[int] = PROMPT,
+    ) -> None:  # fmt: skip
         self.w = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
-        self.prompt, self.theta, self.one = PROMPT, theta, entries == (-1,)
+        self.prompt, self.theta, self.one = prompt, theta, entries == (-1,)
         self.normed_residual = config.get("norm_before_residual", False)
         model = target_model()
         with torch.no_grad():
-            states = model(torch.tensor([PROMPT[:-1]]), output_hidden_states=True).hidden_states
+            states = model(torch.tensor([prompt[:-1]]), output_hidden_states=True).hidden_states
         # hidden_states[-1] is taken after the final norm, the others are residual streams.
         taps = torch.cat([states[i][0] for i in entries], dim=-1)
         self.true = taps if self.one else taps @ self.w["fc.weight"].T
@@ -174,7 +177,7 @@ class Expected:
 
     def probs(self, drafted: list[int]) -> Tensor:
         """[vocab] over target ids, after the drafted tokens."""
-        features, tokens = self.true, PROMPT[1:]
+        features, tokens = self.true, self.prompt[1:]
         out = self.layer(features, tokens)
         for token in drafted:
             features, tokens = torch.cat((features, out[-1:])), [*tokens, token]
@@ -230,33 +233,43 @@ class Expected:
         return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
 
+class Drafting:
+    """A target, a head and one request, driven as the engine drives them."""
+
+    def __init__(self, folder: Path, native: bool) -> None:
+        config = target_config()
+        weights, device = target_model().state_dict(), torch.device("cpu")
+        self.decoder = Decoder(config, weights, torch.float32, device, PAGES, 128, native)
+        head = EagleHead(load_head(folder, config, trust_pickle=True), self.decoder, PAGES, SCRATCH, 128)
+        self.drafter = EagleDrafter(head, PAGES, SCRATCH)
+        params = SamplingParams(temperature=0.0)
+        table = BlockTable(PagePool(PAGES))
+        self.request = Request("r", PROMPT, params, 0, table, StopChecker(params, lambda ids: ""))
+
+    def round(self) -> DraftTrees:
+        """The target reads what it has not read yet, but for the root; then three levels are drafted: all of the first
+        one expanded, then one node of the second."""
+        request, table = self.request, self.request.table
+        first, new = table.length, request.tokens[table.length : -1]
+        slots = table.reserve(len(new))
+        span = Span(new, first, slots, np.array(table.pages, np.int32))
+        rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
+        taps = self.decoder.forward(rows, self.drafter.taps).taps
+        table.commit(request.tokens, first + len(new))
+        self.drafter.extend(request, taps, first, new)
+        plan = DraftPlan(True, levels=3, children=3)
+        trees = self.drafter.start([request], plan)
+        self.drafter.expand([request], trees, np.arange(3), plan)
+        self.drafter.expand([request], trees, np.array([4, 9]), plan)
+        return trees
+
+
 def drafted(folder: Path, native: bool) -> DraftTrees:
-    """Three levels after PROMPT: all of the first level expanded, then one node of the second."""
-    config = target_config()
-    decoder = Decoder(config, target_model().state_dict(), torch.float32, torch.device("cpu"), PAGES, 128, native)
-    head = EagleHead(load_head(folder, config, trust_pickle=True), decoder, PAGES, SCRATCH, 128)
-    drafter = EagleDrafter(head, PAGES, SCRATCH)
-    params = SamplingParams(temperature=0.0)
-    table, n = BlockTable(PagePool(PAGES)), len(PROMPT) - 1
-    request = Request("r", PROMPT, params, 0, table, StopChecker(params, lambda ids: ""))
-    slots = table.reserve(n)
-    rows, _, _ = build_rows([Span(PROMPT[:n], 0, slots, np.array(table.pages, np.int32))], DraftTrees.empty(1), [True])
-    taps = decoder.forward(rows, drafter.taps).taps
-    table.commit(PROMPT, n)
-    drafter.extend(request, taps, 0, PROMPT[:n])
-    plan = DraftPlan(True, levels=3, children=3)
-    trees = drafter.start([request], plan)
-    drafter.expand([request], trees, np.arange(3), plan)
-    drafter.expand([request], trees, np.array([4, 9]), plan)
-    return trees
+    return Drafting(folder, native).round()
 
 
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_proposals_are_those_of_the_conventions(name: str, native: bool, tmp_path: Path) -> None:
-    config, tensors, pickled, entries, theta = LAYOUTS[name]
-    trees = drafted(write(tmp_path, config, tensors, pickled), native)
-    expected = Expected(config, tensors, entries, theta)
+def check(trees: DraftTrees, expected: Expected) -> None:
+    """The three best of each expanded node with their probabilities, and the products of these along all paths."""
     parents = [ROOT, 0, 1, 2, 4, 9]
     assert sorted(set(trees.parent.tolist())) == sorted(parents)
     for parent in parents:
@@ -266,6 +279,20 @@ def test_proposals_are_those_of_the_conventions(name: str, native: bool, tmp_pat
         best = probs.topk(3)
         assert trees.token[children].tolist() == best.indices.tolist()
         np.testing.assert_allclose(trees.draft_prob[children], best.values.numpy(), rtol=2e-3, atol=1e-5)
+    products = [trees.draft_prob[trees.path(node)].prod() for node in range(len(trees))]
+    np.testing.assert_allclose(trees.path_prob, products, rtol=1e-12)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_proposals_are_those_of_the_conventions(name: str, native: bool, tmp_path: Path) -> None:
+    """After the prompt, and again two tokens later: one that was drafted, one that was not."""
+    config, tensors, pickled, entries, theta = LAYOUTS[name]
+    drafting = Drafting(write(tmp_path, config, tensors, pickled), native)
+    trees = drafting.round()
+    check(trees, Expected(config, tensors, entries, theta))
+    drafting.request.tokens.extend([int(trees.token[1]), 7])
+    check(drafting.round(), Expected(config, tensors, entries, theta, drafting.request.tokens))
 
 
 def test_what_a_config_leaves_out_is_as_in_the_public_code(tmp_path: Path) -> None:
