@@ -148,50 +148,93 @@ def test_importing_the_integration_imports_no_vllm() -> None:
 # --- the scheduler's refusals ---
 
 
-class Stock:
-    dynamic_sd_lookup = None
-    num_spec_tokens = 4
-    requests = running = None
-    schedule = update_from_output = update_draft_token_ids = _update_after_schedule = shutdown = lambda self: None
+def stock(**speculative: object) -> SimpleNamespace:
+    """A scheduler of vLLM's, as far as it is read before it runs."""
+    method = {"method": "ngram", "parallel_drafting": False, "num_speculative_tokens_per_batch_size": None}
+    config = SimpleNamespace(
+        additional_config={}, parallel_config=SimpleNamespace(data_parallel_size=1),
+        scheduler_config=SimpleNamespace(async_scheduling=False),
+        speculative_config=SimpleNamespace(**method | speculative),
+    )  # fmt: skip
+    return SimpleNamespace(vllm_config=config, dynamic_sd_lookup=None, num_spec_tokens=4, requests={}, running=[])
 
 
-NGRAM = SimpleNamespace(method="ngram", parallel_drafting=False)
+def reason(version: str, scheduler: object, **options: bool) -> str | None:
+    """Of its classes there are none without vLLM: `make test-vllm` compares those."""
+    return seams.reason_for_stock(
+        version, scheduler, seams.Options(**options), lambda live: list(seams.missing_attributes(live))
+    )
 
 
 def test_it_acts_in_tested_versions_only() -> None:
-    options = seams.Options()
-    assert seams.reason_for_stock("0.32.0", NGRAM, Stock(), options) is None
-    assert "0.99" in str(seams.reason_for_stock("0.99.0", NGRAM, Stock(), options))
-    assert seams.reason_for_stock("0.99.0", NGRAM, Stock(), seams.Options(allow_untested=True)) is None
+    assert reason("0.32.0", stock()) is None
+    assert "0.99" in str(reason("0.99.0", stock()))
+    assert reason("0.99.0", stock(), allow_untested=True) is None
 
 
-@pytest.mark.parametrize("name", ["update_draft_token_ids", "_update_after_schedule"])
-def test_a_name_that_is_gone_means_stock_behaviour(name) -> None:
-    gone = type("Gone", (Stock,), {name: None})
-    assert name in str(seams.reason_for_stock("0.32.0", NGRAM, gone(), seams.Options(allow_untested=True)))
+NAMES = [*seams.ATTRIBUTES, *(f"vllm_config.speculative_config.{name}" for name in seams.SPECULATIVE), "vllm_config"]
 
 
-def test_a_lookup_that_is_gone_means_stock_behaviour() -> None:
-    attributes = {name: value for name, value in vars(Stock).items() if name != "dynamic_sd_lookup"}
-    reason = seams.reason_for_stock("0.32.0", NGRAM, type("Gone", (), attributes)(), seams.Options())
-    assert "dynamic_sd_lookup" in str(reason)
+@pytest.mark.parametrize("allow_untested", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_gone_means_stock_behaviour(name: str, allow_untested: bool) -> None:
+    scheduler = stock()
+    owner, _, last = name.rpartition(".")
+    delattr(seams.find(scheduler, owner) if owner else scheduler, last)
+    found = reason("0.99.0" if allow_untested else "0.32.0", scheduler, allow_untested=allow_untested)
+    assert found is not None and f"scheduler.{name}" in found
+    assert reason("0.99.0", scheduler) is not None  # and raises nothing
+
+
+def test_classes_that_are_gone_are_named() -> None:
+    """Without vLLM that is all of them."""
+    gone = [*seams.missing_members(), *seams.missing_parameters()]
+    assert len(gone) == sum(map(len, seams.CLASSES.values())) + len(seams.REPLACED) + len(seams.CALLED)
+    assert "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler" in gone
+    assert "vllm.v1.sample.sampler:Sampler.forward(logits, sampling_metadata)" in gone
+    assert "Sampler" in str(seams.reason_for_stock("0.32.0", stock(), seams.Options()))
+
+
+def test_members_and_parameters_are_found_where_they_are(monkeypatch) -> None:
+    class Sampler:
+        def __init__(self, sampler: object) -> None:
+            self.sampler = sampler
+
+        def forward(self, logits: object, more: object = None) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(Sampler=Sampler))
+    monkeypatch.setattr(seams, "CLASSES", {"stand_in:Sampler": ("forward", "sampler", "other")})
+    assert list(seams.missing_members()) == ["stand_in:Sampler.other"]
+    for called, replaced, gone in (
+        (("logits",), (), []),
+        ((), ("logits", "more"), []),
+        (("other",), (), ["stand_in:Sampler.forward(other)"]),
+        ((), ("logits",), ["stand_in:Sampler.forward(logits)"]),  # vLLM may give it more than ours takes
+    ):
+        monkeypatch.setattr(seams, "CALLED", {"stand_in:Sampler.forward": called} if called else {})
+        monkeypatch.setattr(seams, "REPLACED", {"stand_in:Sampler.forward": replaced} if replaced else {})
+        assert list(seams.missing_parameters()) == gone
 
 
 def test_nothing_to_choose_means_stock_behaviour() -> None:
-    assert "speculative-config" in str(seams.reason_for_stock("0.32.0", None, Stock(), seams.Options()))
-    medusa = SimpleNamespace(method="medusa", parallel_drafting=False)
-    assert "medusa" in str(seams.reason_for_stock("0.32.0", medusa, Stock(), seams.Options()))
-    assert "off" in str(seams.reason_for_stock("0.32.0", NGRAM, Stock(), seams.Options(enabled=False)))
+    plain = stock()
+    plain.vllm_config.speculative_config = None
+    assert "speculative-config" in str(reason("0.32.0", plain))
+    assert "medusa" in str(reason("0.32.0", stock(method="medusa")))
+    assert "at once" in str(reason("0.32.0", stock(parallel_drafting=True)))
+    assert "off" in str(reason("0.32.0", stock(), enabled=False))
 
 
 def test_data_parallel_and_the_wrong_class_are_refused() -> None:
-    seams.refuse(1, False, False)
+    seams.refuse_data_parallel(1)
     with pytest.raises(ConfigError, match="data_parallel_size=2"):
-        seams.refuse(2, False, False)
+        seams.refuse_data_parallel(2)
+    seams.refuse_class(False, False)
+    seams.refuse_class(None, True)  # a version that does not say
     with pytest.raises(ConfigError, match="SmartAsyncScheduler"):
-        seams.refuse(1, True, False)
+        seams.refuse_class(True, False)
     with pytest.raises(ConfigError, match=r"vllm\.SmartScheduler"):
-        seams.refuse(1, False, True)
+        seams.refuse_class(False, True)
 
 
 @pytest.mark.parametrize(

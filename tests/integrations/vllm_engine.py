@@ -63,35 +63,15 @@ def messages(batch: int) -> list[Any]:
 
 
 def missing(scheduler: Any) -> list[str]:
-    """Names in seams.py that vLLM's own classes, or the live scheduler, have not."""
-    import dataclasses
-    import inspect
-
+    """Names in seams.py that vLLM's own classes, or the live scheduler, have not; and whether our shortcut is in."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
-    from vllm.v1.request import Request
     from vllm.v1.sample.rejection_sampler import RejectionSampler
-    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
     from smart_decoding.integrations.vllm import seams
 
-    gone = [f"Scheduler.{name}" for name in seams.METHODS if not hasattr(Scheduler, name)]
-    gone += ["AsyncScheduler._update_after_schedule"] * ("_update_after_schedule" not in vars(AsyncScheduler))
-    gone += [f"scheduler.{name}" for name in seams.ATTRIBUTES if not hasattr(scheduler, name)]
-    records = (
-        (SchedulerOutput, seams.SCHEDULER_OUTPUT), (ModelRunnerOutput, seams.RUNNER_OUTPUT),
-        (SpecDecodeMetadata, seams.SPEC_DECODE_METADATA), (DraftTokenIds, seams.DRAFT_TOKEN_IDS),
-    )  # fmt: skip
-    for kind, names in records:
-        known = {field.name for field in dataclasses.fields(kind)}
-        gone += [f"{kind.__name__}.{name}" for name in names if name not in known]
-    gone += [f"RejectionSampler.{name}" for name in seams.REJECTION_SAMPLER if not hasattr(RejectionSampler, name)]
-    gone += ["RejectionSampler(sampler)"] * ("sampler" not in inspect.signature(RejectionSampler).parameters)
+    gone = seams.missing(scheduler)
+    gone += ["AsyncScheduler._update_after_schedule, its own"] * ("_update_after_schedule" not in vars(AsyncScheduler))
     gone += ["RejectionSampler.forward, ours"] * (not getattr(RejectionSampler.forward, "_shortcut", False))
-    request = Request("r", [1, 2], __import__("vllm").SamplingParams(max_tokens=3), None)
-    gone += [f"Request.{name}" for name in seams.REQUEST if not hasattr(request, name)]
     return gone
 
 

@@ -19,7 +19,14 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from smart_decoding.integrations.chains import Chains, Step
 from smart_decoding.integrations.vllm.metrics import serve_metrics
-from smart_decoding.integrations.vllm.seams import FREE, read_options, reason_for_stock, refuse
+from smart_decoding.integrations.vllm.seams import (
+    FREE,
+    find,
+    read_options,
+    reason_for_stock,
+    refuse_class,
+    refuse_data_parallel,
+)
 from smart_decoding.integrations.vllm.shortcuts import install as install_shortcuts
 
 logger = init_logger("vllm.smart_decoding")  # below vLLM's logger: its format and level
@@ -105,13 +112,15 @@ class _Smart:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.controller = None
-        config = self.vllm_config  # type: ignore[attr-defined]
-        options, speculative = read_options(config.additional_config), config.speculative_config
-        refuse(config.parallel_config.data_parallel_size, config.scheduler_config.async_scheduling, self.ASYNC)
-        reason = reason_for_stock(vllm.__version__, speculative, self, options)
+        options = read_options(find(self, "vllm_config.additional_config"))
+        refuse_class(find(self, "vllm_config.scheduler_config.async_scheduling"), self.ASYNC)
+        reason = reason_for_stock(vllm.__version__, self, options)
         if reason is not None:
             logger.warning("SMART leaves draft lengths to vLLM: %s", reason)
             return
+        config = self.vllm_config  # type: ignore[attr-defined]
+        refuse_data_parallel(config.parallel_config.data_parallel_size)
+        speculative = config.speculative_config
         schedule = speculative.num_speculative_tokens_per_batch_size
         longest = self.num_spec_tokens  # type: ignore[attr-defined]
         lengths = [min(k, longest) for _, _, k in schedule] if schedule else range(longest + 1)

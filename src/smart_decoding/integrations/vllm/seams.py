@@ -1,37 +1,63 @@
 """What the scheduler relies on in vLLM beyond its public interface, and the reasons not to act. Imports no vLLM.
 
-tests/integrations/test_vllm_engine.py compares these names with the installed vLLM.
+`missing` compares these names with the installed vLLM: at every start, and in tests/integrations/test_vllm_engine.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dis
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
 from smart_decoding.errors import ConfigError
 
 TESTED = ("0.32",)  # minor versions that the tests were run on
 
-# Of vllm.v1.core.sched.scheduler.Scheduler: methods that are overridden, and attributes.
-METHODS = ("schedule", "update_from_output", "update_draft_token_ids", "_update_after_schedule", "shutdown")
+# Of a live scheduler: attributes, and what is read of its configuration.
 ATTRIBUTES = {
     "dynamic_sd_lookup": "K by batch size, looked up once a step: replaced by ours",
     "num_spec_tokens": "the longest K",
     "requests": "request id -> Request",
     "running": "the running Requests, those of the step that is being scheduled included",
+    "vllm_config.additional_config": "our options",
+    "vllm_config.parallel_config.data_parallel_size": "refused above 1",
+    "vllm_config.scheduler_config.async_scheduling": "which of our classes is the right one",
+    "vllm_config.speculative_config": "None: nothing is drafted",
 }
-REQUEST = (
-    "request_id", "spec_token_ids", "max_tokens", "num_output_tokens", "sampling_params", "is_prefill_chunk",
-    "is_finished",
-)  # fmt: skip
-DRAFT_TOKEN_IDS = ("req_ids",)
-SCHEDULER_OUTPUT = (
-    "num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_spec_decode_tokens", "num_spec_tokens_to_schedule"
-)  # fmt: skip
-REJECTION_SAMPLER = ("forward",)  # replaced by shortcuts.py, which calls the `sampler` that it is made with
-SPEC_DECODE_METADATA = ("num_draft_tokens",)  # of each request, as a list
-RUNNER_OUTPUT = ("req_ids", "req_id_to_index", "sampled_token_ids")
+SPECULATIVE = ("method", "parallel_drafting", "num_speculative_tokens_per_batch_size")  # of that, where there is one
+
+# Of vLLM's classes (module:class): methods that are overridden or replaced, attributes that are read.
+CLASSES = {
+    "vllm.v1.core.sched.scheduler:Scheduler": (
+        "schedule", "update_from_output", "update_draft_token_ids", "_update_after_schedule", "shutdown"
+    ),
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler": ("_update_after_schedule",),
+    "vllm.v1.core.sched.output:SchedulerOutput": (
+        "num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_spec_decode_tokens",
+        "num_spec_tokens_to_schedule",
+    ),
+    "vllm.v1.outputs:ModelRunnerOutput": ("req_ids", "req_id_to_index", "sampled_token_ids"),
+    "vllm.v1.outputs:DraftTokenIds": ("req_ids",),
+    "vllm.v1.request:Request": (
+        "request_id", "spec_token_ids", "max_tokens", "num_output_tokens", "sampling_params", "is_prefill_chunk",
+        "is_finished",
+    ),
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": ("num_draft_tokens",),  # of each request, as a list
+    "vllm.v1.sample.rejection_sampler:RejectionSampler": ("forward", "sampler"),  # shortcuts.py
+}  # fmt: skip
+# All parameters of methods that ours take the place of; of those that are called, the keywords that are given.
+REPLACED = {
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": ("scheduler_output", "model_runner_output"),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids": ("draft_token_ids",),
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule": ("scheduler_output",),
+    "vllm.v1.sample.rejection_sampler:RejectionSampler.forward": (
+        "metadata", "draft_probs", "logits", "sampling_metadata"
+    ),
+}  # fmt: skip
+CALLED = {"vllm.v1.sample.sampler:Sampler.forward": ("logits", "sampling_metadata")}
 
 FREE = ("ngram", "suffix")  # drafters that run no model
 MODEL = ("draft_model", "eagle", "eagle3", "mtp")
@@ -70,14 +96,9 @@ def read_options(additional_config: Any) -> Options:
     return options
 
 
-def refuse(data_parallel_size: int, async_scheduling: bool, is_async: bool) -> None:
-    """Raises ConfigError for set-ups in which the scheduler would do harm."""
-    if data_parallel_size > 1:
-        raise ConfigError(
-            f"SMART's scheduler cannot run with data_parallel_size={data_parallel_size}: ranks that choose different "
-            "draft lengths would wait for each other for ever; use tensor parallelism, or several servers"
-        )
-    if async_scheduling != is_async:
+def refuse_class(async_scheduling: Any, is_async: bool) -> None:
+    """Raises ConfigError for the wrong one of the two classes, which would do harm whether it acts or not."""
+    if async_scheduling in (True, False) and async_scheduling != is_async:
         wanted = "SmartAsyncScheduler" if async_scheduling else "SmartScheduler"
         raise ConfigError(
             f"async_scheduling is {'on' if async_scheduling else 'off'} here: use --scheduler-cls "
@@ -85,18 +106,78 @@ def refuse(data_parallel_size: int, async_scheduling: bool, is_async: bool) -> N
         )
 
 
-def reason_for_stock(version: str, speculative: Any, scheduler: object, options: Options) -> str | None:
-    """Why the scheduler should leave everything to vLLM, or None."""
+def refuse_data_parallel(size: int) -> None:
+    """Raises ConfigError where the scheduler would act and do harm."""
+    if size > 1:
+        raise ConfigError(
+            f"SMART's scheduler cannot run with data_parallel_size={size}: ranks that choose different "
+            "draft lengths would wait for each other for ever; use tensor parallelism, or several servers"
+        )
+
+
+def find(thing: object, path: str, default: Any = None) -> Any:
+    """thing.a.b for the path "a.b"; `default` where there is no such name."""
+    for name in path.split("."):
+        if not hasattr(thing, name):
+            return default
+        thing = getattr(thing, name)
+    return thing
+
+
+def missing(scheduler: object) -> list[str]:
+    """Names listed above that this scheduler, its configuration or the installed vLLM's classes have not."""
+    return [*missing_attributes(scheduler), *missing_members(), *missing_parameters()]
+
+
+def missing_attributes(scheduler: object) -> Iterable[str]:
+    speculative = "vllm_config.speculative_config"
+    paths = [*ATTRIBUTES]
+    if find(scheduler, speculative) is not None:
+        paths += [f"{speculative}.{name}" for name in SPECULATIVE]
+    nothing = object()
+    return (f"scheduler.{path}" for path in paths if find(scheduler, path, nothing) is nothing)
+
+
+def missing_members() -> Iterable[str]:
+    for place, names in CLASSES.items():
+        kind = _imported(place)
+        init = getattr(getattr(kind, "__init__", None), "__code__", None)
+        stored = {i.argval for i in dis.get_instructions(init) if i.opname == "STORE_ATTR"} if init else set()
+        known = stored | set(getattr(kind, "__dataclass_fields__", ()))
+        yield from (f"{place}.{name}" for name in names if name not in known and not hasattr(kind, name))
+
+
+def missing_parameters() -> Iterable[str]:
+    for place, names in (REPLACED | CALLED).items():
+        method = _imported(place)
+        taken = list(inspect.signature(method).parameters)[1:] if callable(method) else []
+        if taken != list(names) if place in REPLACED else not set(names) <= set(taken):
+            yield f"{place}({', '.join(names)})"
+
+
+def _imported(place: str) -> Any:
+    """What "module:Class.method" names, or None."""
+    module, _, path = place.partition(":")
+    try:
+        return find(import_module(module), path)
+    except ImportError:
+        return None
+
+
+def reason_for_stock(
+    version: str, scheduler: object, options: Options, missing: Callable[[object], list[str]] = missing
+) -> str | None:
+    """Why the scheduler should leave everything to vLLM, or None. Raises nothing, whatever that vLLM has."""
     if not options.enabled:
         return "it is switched off (additional_config)"
-    if speculative is None:
-        return "there is no --speculative-config, hence nothing to choose"
     if not options.allow_untested and ".".join(version.split(".")[:2]) not in TESTED:
         return f"vLLM {version} is not a version that it was tested with ({', '.join(TESTED)}; allow_untested to try)"
-    missing = [n for n in METHODS if not callable(getattr(type(scheduler), n, None))]
-    missing += [n for n in ATTRIBUTES if not hasattr(scheduler, n)]
-    if missing:
-        return f"vLLM {version} has no {', '.join(missing)}"
-    if speculative.method not in (*FREE, *MODEL) or getattr(speculative, "parallel_drafting", False):
+    gone = missing(scheduler)
+    if gone:
+        return f"vLLM {version} has no {', '.join(gone)}"
+    speculative = find(scheduler, "vllm_config.speculative_config")
+    if speculative is None:
+        return "there is no --speculative-config, hence nothing to choose"
+    if speculative.method not in (*FREE, *MODEL) or speculative.parallel_drafting:
         return f"the drafting method {speculative.method!r} drafts all tokens at once, or is not known"
     return None
