@@ -103,7 +103,7 @@ def test_a_draft_model_at_several_lengths(plain, draft) -> None:
 def test_two_tensor_parallel_ranks_agree(plain, draft, even, drafter) -> None:
     speculative = NGRAM if drafter == "ngram" else draft
     arguments = {"model": even, "tensor_parallel_size": 2, "speculative_config": speculative}
-    answer, _ = engine({**arguments, "scheduler_cls": SCHEDULER}, batches=[1, 2, 4])
+    answer, _ = engine({**arguments, "scheduler_cls": SCHEDULER}, batches=BATCHES)
     check(answer, plain)
 
 
@@ -145,7 +145,7 @@ def serving(arguments: dict[str, Any], port: int, options: dict[str, Any]) -> su
 
 @pytest.mark.parametrize("set_up", ["ngram, one rank", "draft model, two ranks"])
 def test_the_openai_server_speculates_and_serves_the_counters(plain, draft, even, set_up) -> None:
-    port, metrics, batch = 18431, 18432, 4
+    port, metrics = 18431, 18432
     arguments: dict[str, Any] = {"model": MODEL, "speculative-config": NGRAM}
     if set_up == "draft model, two ranks":
         arguments = {"model": even, "tensor-parallel-size": 2, "speculative-config": draft}
@@ -155,9 +155,10 @@ def test_the_openai_server_speculates_and_serves_the_counters(plain, draft, even
     threading.Thread(target=log.extend, args=(server.stdout,), daemon=True).start()
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, log)
-        with ThreadPoolExecutor(batch) as pool:
-            texts = list(pool.map(lambda conversation: chat(port, conversation), messages(batch)))
-        assert texts == plain["texts"][BATCHES.index(batch)]
+        for batch in (1, 4, 16):
+            with ThreadPoolExecutor(batch) as pool:
+                texts = list(pool.map(lambda conversation: chat(port, conversation), messages(batch)))
+            assert texts == plain["texts"][BATCHES.index(batch)], batch
         ours, theirs = scrape(metrics, "smart_vllm_"), scrape(port, "vllm:spec_decode_num_")
         assert ours["smart_vllm_steps_on_total"] > 0 and ours["smart_vllm_steps_off_total"] > 0
         for name, stock in (("verified", "draft"), ("accepted", "accepted")):
