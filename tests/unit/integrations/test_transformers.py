@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import smart_decoding.integrations
@@ -179,6 +179,29 @@ def test_streamers_get_what_generate_gives_them(batch: int) -> None:
     smart(model, **given, streamer=ours)
     assert len(plain.values) > 20
     assert ours.values == plain.values and ours.ended == plain.ended == 1
+
+
+SETTINGS: dict[str, Any] = {
+    "max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.4, "eos_token_id": [EOS, 7], "pad_token_id": 11
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["an argument", "the model's own", "both"])
+def test_generation_configs_are_respected(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The object that is given, the one that the model has, and arguments, each before the next one."""
+    model, prompts = model_of("llama"), {name: inputs()[name] for name in ("input_ids", "attention_mask")}
+    config, other = GenerationConfig(**SETTINGS), GenerationConfig(**{**SETTINGS, "max_new_tokens": 3})
+    own = {"an argument": model.generation_config, "the model's own": config, "both": other}[where]
+    monkeypatch.setattr(model, "generation_config", own)
+    given = {} if where == "the model's own" else {"generation_config": config}
+    expected = model.generate(**prompts, **given)
+    assert torch.equal(smart(model, **prompts, **given), expected)
+    short = smart(model, **prompts, **given, max_new_tokens=5)
+    assert torch.equal(short, model.generate(**prompts, **given, max_new_tokens=5)) and short.shape[1] == 15
+    for name, value in (("repetition_penalty", 1.0), ("eos_token_id", EOS), ("pad_token_id", PAD)):
+        changed = {**given, name: value}
+        answer = smart(model, **prompts, **changed)
+        assert torch.equal(answer, model.generate(**prompts, **changed)) and not torch.equal(answer, expected), name
 
 
 def test_scores_and_logits() -> None:
