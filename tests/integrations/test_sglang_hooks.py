@@ -21,11 +21,9 @@ CANDIDATES = {"1": {"candidate_steps": [0, 2, 4, 6]}, "16": {"candidate_steps": 
 # SGLang resolves what it was told in these calls.
 START = """
 import json, sys
-from sglang.srt.plugins.hook_registry import HookRegistry
-from smart_decoding.integrations.sglang import register
+from sglang.srt.plugins import load_plugins
 
-register()
-HookRegistry.apply_hooks()
+load_plugins()  # finds our entry point, calls it, applies the hooks
 from sglang.srt.arg_groups import speculative_hook
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.server_args import ServerArgs

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -126,6 +127,16 @@ def test_captured_graphs_are_those_that_can_be_reached(policy) -> None:
     policy.set_cuda_graph_bs([8, 1, 16, 32])
     assert policy.cuda_graph_bs_for_step(3) == [1, 8] and policy.cuda_graph_bs_for_step(1) == [1, 8, 16, 32]
     assert max(serve(policy, 12, 200, 1.0)) == 1  # padded to 16
+
+
+def test_the_files_in_the_docs_are_taken(tmp_path, monkeypatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    for name in ("costs.json", "steps.json"):
+        (tmp_path / name).write_text(text.split(f"cat > {name} <<'END'\n")[1].split("END")[0])
+    monkeypatch.setenv(integration.COSTS, str(tmp_path / "costs.json"))
+    policy = SmartSpecPolicy(3, str(tmp_path / "steps.json"))
+    assert policy.candidate_steps == [0, 1, 3, 5]
+    assert max(serve(policy, 1, 500, 1.0)) == 5 and max(serve(policy, 16, 500, 1.0)) == 1
 
 
 def test_costs_are_linear_between_entries() -> None:
