@@ -6,7 +6,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.6"
 COPY pyproject.toml LICENSE /smart/
 COPY src /smart/src
-RUN pip install --no-cache-dir "/smart[serve]" && rm -r /smart \
+RUN pip install --no-cache-dir "/smart[serve,vision]" && rm -r /smart \
     && useradd --create-home smart && install -d -o smart /cache
 USER smart
 ENV SMART_CACHE=/cache HF_HOME=/cache/huggingface

@@ -152,9 +152,14 @@ def read_images(paths: Sequence[Path]) -> list[Any]:
     from smart_decoding.multimodal.images import Limits, open_image
 
     images = []
+    limits = Limits()
     for path in paths:
         try:
-            images.append(open_image(path.read_bytes(), Limits()))
+            if path.exists() and not path.is_file():
+                raise ConfigError("an image must be a file")
+            if path.stat().st_size > limits.bytes:
+                raise ConfigError(f"an image of {path.stat().st_size} bytes exceeds the limit of {limits.bytes} bytes")
+            images.append(open_image(path.read_bytes(), limits))
         except (OSError, ConfigError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(f"{path}: {reason}") from error

@@ -464,3 +464,8 @@ def test_public_names() -> None:
 
 def test_llm_is_exported(fake: type[FakeLLM]) -> None:
     assert smart_decoding.LLM is fake
+
+
+def test_what_is_no_file_is_not_read_as_a_picture() -> None:
+    with pytest.raises(ConfigError, match="/dev/zero: an image must be a file"):
+        cli_run.read_images([Path("/dev/zero")])

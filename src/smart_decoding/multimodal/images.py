@@ -61,7 +61,9 @@ def open_image(source: Any, limits: Limits) -> Image:
             return _upright(pil.open(io.BytesIO(content), formats=FORMATS), limits)
     except pil.DecompressionBombError as error:
         raise ConfigError(f"an image exceeds the limit of {limits.pixels} pixels (max_image_pixels)") from error
-    except OSError as error:  # UnidentifiedImageError among them
+    except ConfigError:
+        raise
+    except Exception as error:  # UnidentifiedImageError, and whatever a decoder raises for a damaged header
         known = ", ".join(FORMATS)
         raise ConfigError(f"an image is corrupt or of an unsupported type; supported: {known}") from error
 

@@ -68,10 +68,12 @@ def main(args: argparse.Namespace) -> int:
     layout = args.export or (layout_of(init) if init else "smart")
     if layout == "eagle" and not init:
         raise ConfigError("--export eagle needs an EAGLE-1/2 head to start from: give --init")
+    sees = args.visual_positions == "decoupled" if args.visual_positions else init is not None and init.sees
+    if sees and turn is None:  # what is read of pictures would not be written down
+        raise ConfigError("a head that sees needs conversations about pictures: give --pictures or --images")
     data = args.data or args.output / "data"
     if not args.skip_generation:
         _generate(args, recorded_taps(taps, layers), data, turn)
-    sees = args.visual_positions == "decoupled" if args.visual_positions else init is not None and init.sees
     options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout, sees=sees)
     trainer = Trainer(checkpoint, data, args.output, options, keep, init)
     figures: dict[str, Any] = trainer.run()

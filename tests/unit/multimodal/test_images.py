@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,15 @@ def bomb() -> bytes:
     """A file of a few kilobytes that unpacks to 400 million pixels."""
     content = bytearray(encoded(Image.new("1", (64, 64))))
     content[16:24] = (20_000).to_bytes(4, "big") * 2  # the header's width and height
-    import zlib
-
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     return bytes(content)
+
+
+def damaged(kind: bytes, body: bytes) -> bytes:
+    """A PNG with one more chunk behind its header, which Pillow reads as it opens the file."""
+    whole = encoded(kind="PNG")
+    chunk = len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    return whole[:33] + chunk + whole[33:]
 
 
 BAD = {
@@ -66,6 +72,8 @@ BAD = {
     "unsupported type": (encoded(kind="TIFF"), "unsupported type; supported: PNG, JPEG"),
     "truncated": (encoded(kind="PNG")[:-900], "corrupt or truncated"),
     "bomb": (bomb(), "exceeds the limit"),
+    "short animation chunk": (damaged(b"acTL", b"\0"), "corrupt or of an unsupported type"),
+    "text bomb": (damaged(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**8))), "corrupt or of an unsupported type"),
     "many bytes": (bytes(2000), "exceeds the limit of 1500 bytes"),
     "empty": (b"", "corrupt"),
     "many pixels": (Image.new("RGB", (200, 100)), "200 x 100 pixels exceeds the limit of 10000"),
