@@ -28,8 +28,11 @@ quality: env
 	$(BIN)/lint-imports
 
 # Ten minutes of load with faults on a server, and ten without speculation; SECONDS_=30 is the short form (2 minutes).
+# Then faults, hostile clients and limits, and ten times as many random requests by the OpenAPI document as in `test`.
 soak: env
 	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
+	SMART_EXAMPLES=$(or $(SMART_EXAMPLES),400) $(BIN)/python -m pytest tests/server/test_faults.py \
+		tests/server/test_hostile.py tests/server/test_limits.py tests/server/test_openapi.py
 
 # Trains smart-pictures-135m anew (40 minutes of a Zen 5 core; stopped, it goes on where it was).
 pictures: env

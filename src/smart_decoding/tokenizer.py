@@ -137,7 +137,8 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        backend: tokenizers.Tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, it would ask
+        backend: tokenizers.Tokenizer = found.backend_tokenizer
     except Exception as error:  # not installed, or one of its own optional parts is not
         needed = "pip install 'smart-decoding[sentencepiece]'"
         raise ModelError(f"{folder} holds only tokenizer.model, which needs transformers: {needed}") from error

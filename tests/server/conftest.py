@@ -47,6 +47,16 @@ def running(load: Load) -> Iterator[Running]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def short_profile() -> Iterator[None]:
+    """Profiles of a tenth of a second, which are not kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculation, "measure", functools.partial(measure, seconds=0.1))
+        patch.setattr(speculation, "load_profile", lambda path: None)
+        patch.setattr(speculation, "save_profile", lambda path, cost: None)
+        yield
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, but for the compiled kernels; profiles are measured in a tenth of a second."""

@@ -22,6 +22,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.llm import LLM
 from smart_decoding.server import live, worker
+from smart_decoding.server.launch import make_server
 from smart_decoding.server.schemas import ChatRequest, CompletionRequest
 from smart_decoding.server.settings import ServerSettings
 
@@ -68,9 +69,10 @@ def test_errors_name_what_is_wrong(running: Running) -> None:
     assert long["code"] == "context_length_exceeded"
     missing = error_of(post(running, "/v1/completions", json={"model": "other", "prompt": "a"}), 404)
     assert missing["code"] == "model_not_found" and missing["param"] == "model"
+    assert missing["type"] == "invalid_request_error"
     unknown = error_of(post(running, "/v1/completions", json={"model": NAME, "prompt": "a", "beams": 2}), 400)
     assert unknown["param"] == "beams" and unknown["code"] == "unsupported_parameter"
-    error_of(post(running, "/v1/nothing"), 404)
+    assert error_of(post(running, "/v1/nothing"), 404)["type"] == "invalid_request_error"
     error_of(httpx.get(f"{running.url}/v1/completions"), 405)
     form = {"content": b'{"model": "tiny", "prompt": "a"}', "headers": {"content-type": "text/plain"}}
     error_of(post(running, "/v1/completions", **form), 400)
@@ -111,7 +113,8 @@ def test_keys(load: Any) -> None:
     with serving(load, api_keys=("first", "second")) as running:
         url = f"{running.url}/v1/models"
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "first"}):
-            assert error_of(httpx.get(url, headers=headers), 401)["code"] == "invalid_api_key"
+            error = error_of(httpx.get(url, headers=headers), 401)
+            assert error["code"] == "invalid_api_key" and error["type"] == "invalid_request_error"
         for key in ("first", "second"):
             assert httpx.get(url, headers={"authorization": f"Bearer {key}"}).status_code == 200
         assert httpx.get(f"{running.url}/health").status_code == 200
@@ -330,7 +333,14 @@ def test_other_refusals_for_now_say_when_to_come_again_too(load: Any) -> None:
         assert error_of(post(running, "/v1/completions", json=LONG), 503)["code"] == "shutting_down"
 
 
-@pytest.mark.parametrize("deadline", [10, 0.2])
+def test_a_deadline_below_a_second_is_not_none(load: Any) -> None:
+    """uvicorn takes whole seconds."""
+    for asked, seconds in ((0.9, 1), (0, 0), (30.0, 30)):
+        server, _ = make_server(load, ServerSettings(NAME, shutdown_timeout=asked))
+        assert server.config.timeout_graceful_shutdown == seconds
+
+
+@pytest.mark.parametrize("deadline", [10, 0])
 def test_the_end_drains_up_to_the_deadline(load: Any, deadline: float) -> None:
     body = {**LONG, "max_tokens": 80}
     with ThreadPoolExecutor() as pool:

@@ -66,6 +66,24 @@ def test_events_show_the_running_trees(load: Any) -> None:
         assert running.idle()
 
 
+def test_a_policy_with_costs_shows_its_curve_and_the_point_moves(load: Any, short_profile: None) -> None:
+    with serving(lambda: slow(load(speculative_config={"method": "recycling"}), 0.02)) as running:
+        with busy(running):
+            _, *alone = events(running, 3)
+            with busy(running):
+                _, *both = events(running, 3)
+        for event in (*alone, *both):
+            assert event["policy"] == "smart" and event["plain_tps"] > 0 and event["speedup"] > 0
+            curve, point = event["curve"], event["point"]
+            assert curve["batch"] == event["running"] and len(curve["ms"]) == len(curve["rows"]) > 1
+            assert curve["rows"] == sorted(curve["rows"]) and min(curve["ms"]) > 0
+            assert curve["rows"][0] <= point["rows"] <= curve["rows"][-1] and point["ms"] > 0
+        assert {event["curve"]["batch"] for event in alone} == {1}
+        assert {event["curve"]["batch"] for event in both} == {2}
+        assert len({(event["point"]["rows"], event["point"]["ms"]) for event in (*alone, *both)}) > 1
+        assert running.idle()
+
+
 def test_nobody_watching_costs_nothing_and_a_key_guards_the_events(load: Any) -> None:
     with serving(load, api_keys=("k",)) as running:
         headers = {"authorization": "Bearer k"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,21 +10,14 @@ import httpx
 import pytest
 from serving import NAME, Running, post, serving
 
-from smart_decoding import speculation
-from smart_decoding.profiling.measure import measure
-
 _LINE = re.compile(r'(smart:[a-z0-9_]+)\{([a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*)\} (-?[0-9.e+-]+)')
 
 
 @pytest.fixture(scope="module")
-def smart_server(load: Any) -> Iterator[Running]:
-    """With the policy `smart` on a profile of a tenth of a second, which is not kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculation, "measure", functools.partial(measure, seconds=0.1))
-        patch.setattr(speculation, "load_profile", lambda path: None)
-        patch.setattr(speculation, "save_profile", lambda path, cost: None)
-        with serving(lambda: load(speculative_config={"method": "recycling"})) as running:
-            yield running
+def smart_server(load: Any, short_profile: None) -> Iterator[Running]:
+    """With the policy `smart`."""
+    with serving(lambda: load(speculative_config={"method": "recycling"})) as running:
+        yield running
 
 
 def read(running: Running) -> dict[str, float]:

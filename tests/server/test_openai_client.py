@@ -124,6 +124,23 @@ def test_async_streams_run_side_by_side(running: Running, plain: LLM) -> None:
     assert running.idle()
 
 
+def test_async_chats_whole_and_streamed(running: Running, plain: LLM) -> None:
+    async def one(client: openai.AsyncOpenAI, stream: bool) -> str:
+        asked = {"model": NAME, "messages": MESSAGES, "temperature": 0, "max_tokens": 30}
+        if not stream:
+            return (await client.chat.completions.create(**asked)).choices[0].message.content or ""
+        chunks = await client.chat.completions.create(**asked, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+    async def everyone() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(one(client, stream) for stream in (False, True) * 2))
+
+    (wanted,) = plain.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=30))
+    assert asyncio.run(everyone()) == [wanted.outputs[0].text] * 4
+    assert running.idle()
+
+
 def test_what_is_not_supported_is_refused(client: openai.OpenAI) -> None:
     picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
     refused = [{"messages": picture}, {"reasoning_effort": "low"}, {"extra_body": {"beam_width": 3}}]

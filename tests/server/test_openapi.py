@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from serving import NAME, Running, serving
 
 schemathesis = pytest.importorskip("schemathesis")
-EXAMPLES = 40  # an operation
+EXAMPLES = int(os.environ.get("SMART_EXAMPLES", "40"))  # an operation; `make soak` tries more
 
 
 @pytest.fixture(scope="module")

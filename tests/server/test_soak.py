@@ -70,5 +70,30 @@ def test_a_worse_median_is_a_fault(tool: Any, blocks: int) -> None:
     for factor in (0.8, 1.0, 1.5):
         found = tool.ratio(times(tool, blocks, 0.01 * factor), base, "tpot")
         assert found["low"] <= found["value"] <= found["high"] and found["value"] == pytest.approx(factor, abs=1e-4)
-        result["over_off"] = {"smart": {"tpot": found, "ttft": tool.ratio({}, base, "ttft")}}
+        result["over_off"] = {"smart": {"tpot": found, "ttft": tool.ratio(base, base, "ttft")}}
         assert bool(tool.faults(result)) == (factor > 1)
+
+
+def test_refused_requests_are_faults_and_nothing_to_compare_is_one(tool: Any) -> None:
+    """A server that refuses everything must not pass."""
+    figures, body = tool.Figures(), {"seed": 1}
+    refuse = tool.httpx.MockTransport(lambda request: tool.httpx.Response(int(request.url.host[1:])))
+
+    async def ask_all() -> None:
+        for status in (429, 503):
+            async with tool.httpx.AsyncClient(transport=refuse, base_url=f"http://s{status}") as client:
+                await tool.ask(client, tool.Plan(0, body, "read", 1, False), "0-0", figures)
+
+    tool.asyncio.run(ask_all())
+    assert figures.wrong == ["429: seed 1", "503: seed 1"] and figures.times == {}
+    result = {"policies": {"smart": {"wrong": []}}, "over_off": {"smart": {"tpot": tool.ratio({}, {}, "tpot")}}}
+    assert tool.faults(result) == ["smart: median tpot: too few answers to compare (0)"]
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_pass_says_what_was_looked_at(tool: Any, judged: bool) -> None:
+    each = {"checked": 3, "memory_judged": judged}
+    line = tool.verdict({"faults": [], "policies": {"smart": each, "off": each}})
+    assert line.startswith("PASS") and "all 6 answers" in line and "significantly" in line
+    assert ("memory did not grow" in line) == judged != ("not judged" in line)
+    assert tool.verdict({"faults": ["a leak"]}) == "FAIL\na leak"

@@ -124,7 +124,7 @@ def load_reader(folder: Path, config: Any, options: Mapping[str, Any] | None = N
 
         try:
             load: Any = AutoImageProcessor.from_pretrained
-            processor = load(folder, backend="pil", local_files_only=True)
+            processor = load(folder, backend="pil", local_files_only=True, trust_remote_code=False)
             processor = _with_options(processor, options or {})
         except ConfigError:
             raise

@@ -14,7 +14,7 @@ from smart_decoding.errors import CapacityError, SmartError
 
 log = logging.getLogger("smart.server")
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {429: "rate_limit_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 RETRY_AFTER = 5  # seconds, where nobody knows better
 

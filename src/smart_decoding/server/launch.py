@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
     limits = {"head_timeout": settings.head_timeout, "max_connections": settings.max_connections}
     config = uvicorn.Config(
         create_app(worker, settings, metrics, live), log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=int(settings.shutdown_timeout), lifespan="on", ws="none",
+        proxy_headers=False, timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout), lifespan="on", ws="none",
         http=cast(type[Connection], functools.partial(Connection, **limits)), h11_max_incomplete_event_size=MAX_HEAD,
     )  # fmt: skip
     server = Server(config, worker.drain)

@@ -1,4 +1,6 @@
-"""Request bodies. Nothing is ignored: a field that is not supported is refused, unless its value asks for nothing."""
+"""Request bodies. A field that is not supported is refused, unless its value asks for nothing.
+
+docs/serving.md lists the few that are accepted without effect."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def read_configs(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, 
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(f"config.json in {folder} is incomplete or malformed: {reason}") from error
