@@ -3,7 +3,9 @@ FROM python:3.12-slim-trixie
 
 # g++ compiles the CPU kernels at first use, for the machine that they run on; the cache keeps them.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.6"
+# pip's default torch on Linux is the CUDA build; --build-arg TORCH_INDEX=URL takes it from another index, such as PyTorch's of CPU builds.
+ARG TORCH_INDEX=
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch>=2.6"
 COPY pyproject.toml LICENSE /smart/
 COPY src /smart/src
 RUN pip install --no-cache-dir "/smart[serve,vision]" && rm -r /smart \

@@ -107,6 +107,15 @@ template <class F, class I> static inline F vexp(F x) {
 
 // ---------------------------------------------------------------------------------------------------------------- linear
 
+// Adds the products of R rows' inputs x[0], x[ld], ... with the two vectors of a panel.
+template <int R> __attribute__((always_inline)) static inline void multiply_add(vf (&acc)[R][2], vf a, vf b, const float* x, int64_t ld) {
+    for (int r = 0; r < R; r++) {
+        float xr = x[r * ld];
+        acc[r][0] += a * xr;
+        acc[r][1] += b * xr;
+    }
+}
+
 // A packed weight [n, k]: panels of PANEL columns. bf16: for each pair of k, PANEL columns of (even, odd); fp32: for
 // each k, PANEL columns. `run` adds to sums; it takes STEP of k at a time.
 template <class W> struct Panel;
@@ -134,18 +143,10 @@ template <> struct Panel<bf16> {
         for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
             prefetch<HINT, 4 * PANEL>(ahead);
             vf a = (vf)(loadu<vu>(w) << 16), b = (vf)(loadu<vu>(w + PANEL) << 16);
-            for (int r = 0; r < R; r++) {
-                float even = x[r * ld + i];
-                acc[r][0] += a * even;
-                acc[r][1] += b * even;
-            }
+            multiply_add(acc, a, b, x + i, ld);
             asm volatile("" : "+r"(w));  // keeps GCC from widening the odd ones already, for which sums would lose registers
             a = (vf)(loadu<vu>(w) & 0xffff0000u), b = (vf)(loadu<vu>(w + PANEL) & 0xffff0000u);
-            for (int r = 0; r < R; r++) {
-                float odd = x[r * ld + i + 1];
-                acc[r][0] += a * odd;
-                acc[r][1] += b * odd;
-            }
+            multiply_add(acc, a, b, x + i + 1, ld);
         }
     }
 };
@@ -158,11 +159,7 @@ template <> struct Panel<float> {
             prefetch<HINT, 4 * PANEL>(ahead);
             vf a = loadu<vf>(w), b = loadu<vf>(w + VW);
             hold(a), hold(b);
-            for (int r = 0; r < R; r++) {
-                float xi = x[r * ld + i];
-                acc[r][0] += a * xi;
-                acc[r][1] += b * xi;
-            }
+            multiply_add(acc, a, b, x + i, ld);
         }
     }
 };
@@ -204,10 +201,7 @@ template <> struct Panel<int8_t> {
             for (int j = 0; j < 4; j++) {
                 vf a = __builtin_convertvector(loadu<vi>(w) << (24 - 8 * j) >> 24, vf);
                 vf b = __builtin_convertvector(loadu<vi>(w + 2 * PANEL) << (24 - 8 * j) >> 24, vf);
-                for (int r = 0; r < R; r++) {
-                    acc[r][0] += a * x[r * ld + i + j];
-                    acc[r][1] += b * x[r * ld + i + j];
-                }
+                multiply_add(acc, a, b, x + i + j, ld);
             }
         }
     }
