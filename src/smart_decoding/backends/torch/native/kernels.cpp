@@ -18,6 +18,10 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "forward.h"
 
@@ -33,7 +37,7 @@ constexpr int PAGE = 16;       // positions of a KV page
 constexpr int CHUNK = 64;      // positions per step of the online softmax
 // How weights are prefetched. What does not fit into the caches anyway goes past them: they then still hold a draft head,
 // and the code and data between two forwards, when these come next.
-constexpr int PAST_CACHES = 0, INTO_CACHES = 3;
+constexpr int PAST_CACHES = 0, INTO_L2 = 2, INTO_CACHES = 3;
 constexpr int AHEAD = 6144;    // bytes of weights to prefetch ahead: hardware prefetch alone leaves a third of the bandwidth
 
 // What a pass over weights prefetches: from `at` on, `stride` bytes for each of its steps.
@@ -217,6 +221,86 @@ static inline void pass(const Input<W>* x, int64_t ld, const W* w, int64_t k, Ah
     for (int r = 0; r < R; r++) storeu(sums + r * PANEL, acc[r][0]), storeu(sums + r * PANEL + VW, acc[r][1]);
 }
 
+#if defined(__AMX_BF16__)
+// Tiles of AMX: 16 rows of inputs by 32 columns of a panel, 64 bytes deep, in two instructions. A weight is read by tiles
+// for any number of rows or for none, so that results do not depend on how many there are.
+static const bool TILES = !syscall(SYS_arch_prctl, 0x1023, 18);  // Linux must be asked for the registers: ARCH_REQ_XCOMP_PERM
+constexpr int TILE = 16, TILE_DEPTH = 64, TILE_BYTES = TILE * 4 * PANEL;  // rows; bytes of an input; of a panel, for one step
+
+template <class W> static bool tiled(int64_t k) {
+    return TILES && sizeof(W) < 4 && k * sizeof(Input<W>) % TILE_DEPTH == 0;
+}
+
+// Tiles 0 to 3: sums, 4 and 5: weights, 6 and 7: inputs of the first 16 rows and of those after them.
+static void shape_tiles(int rows) {
+    struct { uint8_t palette = 1, start = 0, reserved[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } config;
+    for (int t = 0; t < 8; t++) {
+        bool upper = t == 0 || t == 1 || t == 6;
+        config.bytes[t] = 64;
+        config.rows[t] = t == 4 || t == 5 ? TILE : upper ? std::min(rows, TILE) : std::max(rows - TILE, 1);
+    }
+    _tile_loadconfig(&config);
+}
+
+// sums [rows, PANEL] of up to 32 rows (`both`: of more than 16). ld: bytes between rows.
+template <int HINT, class W, bool both>
+static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t depth, Ahead ahead, float* sums) {
+#define MULTIPLY(SUM, X, W_) if constexpr (sizeof(W) == 2) _tile_dpbf16ps(SUM, X, W_); else _tile_dpbusd(SUM, X, W_)
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < depth; i += TILE_DEPTH, w += TILE_BYTES, ahead.at += ahead.stride) {
+        for (int64_t b = 0; b < ahead.stride; b += 64) __builtin_prefetch(ahead.at + b, 0, HINT);
+        _tile_loadd(6, x + i, ld);
+        _tile_loadd(4, w, 4 * PANEL);
+        MULTIPLY(0, 6, 4);
+        _tile_loadd(5, w + 64, 4 * PANEL);
+        MULTIPLY(1, 6, 5);
+        if (!both) continue;
+        _tile_loadd(7, x + TILE * ld + i, ld);
+        MULTIPLY(2, 7, 4);
+        MULTIPLY(3, 7, 5);
+    }
+#undef MULTIPLY
+    _tile_stored(0, sums, 4 * PANEL);
+    _tile_stored(1, sums + TILE, 4 * PANEL);
+    if (!both) return;
+    _tile_stored(2, sums + TILE * PANEL, 4 * PANEL);
+    _tile_stored(3, sums + TILE * PANEL + TILE, 4 * PANEL);
+}
+
+// `gemm` by tiles, 32 rows at a time; each pass over a panel prefetches its share of the next.
+template <int HINT, class W, class Epilogue>
+static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
+    constexpr int PASS = 2 * TILE;
+    int64_t panels = (n + PANEL - 1) / PANEL, depth = k * sizeof(Input<W>), size = k * PANEL * sizeof(W);
+    int threads = omp_get_num_threads(), me = omp_get_thread_num(), shaped = 0;
+    int64_t first = panels * me / threads, last = panels * (me + 1) / threads;
+    int passes = (rows + PASS - 1) / PASS;
+    int64_t stride = (TILE_BYTES / passes + 63) / 64 * 64;
+    alignas(64) float sums[PASS * PANEL];
+    for (int64_t p = first; p < last; p++) {
+        const char* panel = (const char*)w + p * size;
+        Ahead ahead = {panel + (passes > 1 ? size : AHEAD), stride};
+        for (int row = 0; row < rows; row += PASS, ahead.at += depth / TILE_DEPTH * stride) {
+            int count = std::min(PASS, rows - row);
+            const char* from = (const char*)(x + row * ld);
+            if (count != shaped) shape_tiles(shaped = count);
+            auto* run = passes > 1 ? count > TILE ? tile_pass<INTO_L2, W, true> : tile_pass<INTO_L2, W, false>
+                                   : count > TILE ? tile_pass<HINT, W, true> : tile_pass<HINT, W, false>;
+            run(from, ld * sizeof(*x), panel, depth, ahead, sums);
+            for (int r = 0; r < count; r++) done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
+        }
+    }
+    if (shaped) _tile_release();
+}
+#else
+template <class W> static bool tiled(int64_t) { return false; }
+template <int HINT, class W, class Epilogue>
+static void tile_gemm(const Input<W>*, int64_t, int, const W*, int64_t, int64_t, Epilogue&&) {}
+#endif
+
 // y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives each result.
 //
 // More rows than have room in registers go over a panel in several passes. Those after the first would find it in the caches
@@ -224,6 +308,7 @@ static inline void pass(const Input<W>* x, int64_t ld, const W* w, int64_t k, Ah
 template <int HINT, class W, class Epilogue>
 static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
     if (!rows) return;
+    if (tiled<W>(k)) return tile_gemm<HINT>(x, ld, rows, w, n, k, done);
     int64_t panels = (n + PANEL - 1) / PANEL;
     int threads = omp_get_num_threads(), me = omp_get_thread_num();
     int64_t first = panels * me / threads, last = panels * (me + 1) / threads;
@@ -939,6 +1024,27 @@ extern "C" {
 
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
+
+// Reads memory as weights are read, past the caches or into them.
+float smart_read(const float* x, int64_t bytes, int past, int threads) {
+    float total = 0;
+    #pragma omp parallel num_threads(threads) reduction(+ : total)
+    {
+        int64_t count = bytes / sizeof(float) / PANEL, team = omp_get_num_threads(), me = omp_get_thread_num();
+        vf low = {}, high = {};
+        for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) {
+            Ahead ahead = {(const char*)(x + i * PANEL) + AHEAD, 4 * PANEL};
+            if (past) prefetch<PAST_CACHES, 4 * PANEL>(ahead);
+            else prefetch<INTO_CACHES, 4 * PANEL>(ahead);
+            low += loadu<vf>(x + i * PANEL);
+            high += loadu<vf>(x + i * PANEL + VW);
+        }
+        low += high;
+        for (int j = 0; j < VW; j++) total += low[j];
+    }
+    return total;
+}
+
 int smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }  // does bf16 mean bf16 inputs of linear layers, too?
 int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
