@@ -1,0 +1,144 @@
+// The largest entries of rows of logits, with sampling noise where asked.
+
+#pragma once
+#include <alloca.h>
+
+#include "vectors.h"
+
+// First index in [first, last) of the largest entry that is no NaN, or -1.
+static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
+    vf best = vf{} - INFINITY;
+    int64_t i = first;
+    for (; i + VW <= last; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
+    float top = best[0];
+    for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
+    for (; i < last; i++) top = row[i] > top ? row[i] : top;
+    for (i = first; i + VW <= last; i += VW) {
+        vi same = loadu<vf>(row + i) == top;
+        int any = 0;
+        for (int j = 0; j < VW; j++) any |= same[j];
+        if (any) break;
+    }
+    while (i < last && row[i] != top) i++;
+    return i < last ? i : -1;
+}
+
+// First index of the maximum of each of `rows` rows of n, -1 where there is none or it is infinite; by a whole team.
+// Each thread scans the columns that it has written as output layer: they are in its own cache. which: null for all rows;
+// found: [rows, threads].
+static void maxima(const float* x, const int64_t* which, int rows, int64_t n, int64_t* found, int64_t* out) {
+    int me = omp_get_thread_num(), team = omp_get_num_threads();
+    int64_t panels = (n + PANEL - 1) / PANEL;
+    int64_t first = std::min(n, panels * me / team * PANEL), last = std::min(n, panels * (me + 1) / team * PANEL);
+    for (int r = 0; r < rows; r++) found[r * team + me] = first_maximum(x + (which ? which[r] : r) * n, first, last);
+    #pragma omp barrier
+    #pragma omp single
+    for (int r = 0; r < rows; r++) {
+        const float* row = x + (which ? which[r] : r) * n;
+        int64_t best = n;
+        for (int t = 0; t < team; t++) {
+            int64_t at = found[r * team + t];
+            if (at >= 0 && (best == n || row[at] > row[best])) best = at;
+        }
+        out[r] = best < n && std::isfinite(row[best]) ? best : -1;
+    }
+}
+
+// The best entries found so far, best first.
+struct Top {
+    int64_t* id;
+    float* score;
+    int k, found;
+    void add(float value, int64_t index) {
+        if (found == k && !(value > score[k - 1])) return;
+        int at = found < k ? found++ : k - 1;
+        for (; at > 0 && value > score[at - 1]; at--) { score[at] = score[at - 1]; id[at] = id[at - 1]; }
+        score[at] = value;
+        id[at] = index;
+    }
+};
+
+static void largest(const float* row, int64_t n, Top& top) {
+    for (int64_t i = 0; i < n; i += VW) {
+        if (top.found == top.k && i + VW <= n) {
+            vi above = loadu<vf>(row + i) > top.score[top.k - 1];
+            int any = 0;
+            for (int j = 0; j < VW; j++) any |= above[j];
+            if (!any) continue;
+        }
+        for (int64_t j = i; j < std::min(n, i + VW); j++) top.add(row[j], j);
+    }
+}
+
+// Scores become probabilities of softmax(row * scale).
+static void softmax_of(const float* row, int64_t n, float scale, Top& top) {
+    float best = top.score[0], sum = 0;
+    vf sums = {};
+    int64_t i = 0;
+    for (; i + VW <= n; i += VW) sums += vexp<vf, vi>((loadu<vf>(row + i) - best) * scale);
+    for (int j = 0; j < VW; j++) sum += sums[j];
+    for (; i < n; i++) sum += std::exp((row[i] - best) * scale);
+    for (int j = 0; j < top.k; j++) top.score[j] = std::exp((top.score[j] - best) * scale) / sum;
+}
+
+// The random bits of backends/torch/noise.py for one key and token.
+static inline uint32_t noise_bits(uint64_t key, uint64_t token) {
+    constexpr uint64_t STEP = 0x9E3779B97F4A7C15u;
+    uint64_t z = token * STEP + key + STEP;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    return z >> 32;
+}
+static inline double uniform(uint64_t key, uint64_t token) { return (double(noise_bits(key, token)) + 0.5) * 0x1p-32; }
+static inline float uniform_tail(uint64_t key, uint64_t token) {  // 1 - uniform, rounded
+    return (float(~noise_bits(key, token)) + 0.5f) * 0x1p-32f;
+}
+
+// Replaces the largest entries by the largest of row * scale + noise. A token can only be among them if
+// 1 - uniform < exp(its score - the last one's), which spares the others their logarithms.
+static void noisy_largest(const float* row, int64_t n, float scale, uint64_t key, const int64_t* tokens, Top& top) {
+    float best = top.score[0];
+    Top noisy{(int64_t*)alloca(top.k * sizeof(int64_t)), (float*)alloca(top.k * sizeof(float)), top.k, 0};
+    auto consider = [&](int64_t i, double u) {
+        noisy.add(float((row[i] - best) * scale - std::log(-std::log(u))), i);
+    };
+    for (int j = 0; j < top.k; j++) consider(top.id[j], uniform(key, tokens[top.id[j]]));
+    double last = std::exp(double(noisy.score[top.k - 1]));
+    constexpr float FAR = -16.0f;  // beyond it a token wins once in ten million times
+    for (int64_t i = 0; i < n; i += VW) {
+        int64_t end = std::min(n, i + VW);
+        float weight[VW] = {};
+        if (end == i + VW) {
+            vf score = (loadu<vf>(row + i) - best) * scale;
+            vi near = score > FAR;
+            int any = 0;
+            for (int j = 0; j < VW; j++) any |= near[j];
+            if (!any) continue;
+            storeu(weight, vexp<vf, vi>(score));
+        } else for (int64_t j = i; j < end; j++) weight[j - i] = std::exp((row[j] - best) * scale);
+        for (int64_t j = i; j < end; j++) {
+            double u = uniform(key, tokens[j]);
+            if ((1.0 - u) * last > 1.0001 * weight[j - i]) continue;
+            bool known = false;  // it is one of those that were considered first
+            for (int t = 0; t < top.k; t++) known |= top.id[t] == j;
+            if (known) continue;
+            consider(j, u);
+            last = std::exp(double(noisy.score[top.k - 1]));
+        }
+    }
+    float sum = 0;
+    for (int j = 0; j < top.k; j++) sum += std::exp(noisy.score[j] - noisy.score[0]);
+    for (int j = 0; j < top.k; j++) {
+        top.id[j] = noisy.id[j];
+        top.score[j] = std::exp(noisy.score[j] - noisy.score[0]) / sum;
+    }
+}
+
+static void top_row(const float* row, int64_t n, int k, float scale, uint64_t key, const int64_t* tokens, int64_t* ids,
+                    float* probs) {
+    Top top{ids, probs, k, 0};
+    largest(row, n, top);
+    if (key) noisy_largest(row, n, scale, key, tokens, top);
+    else softmax_of(row, n, scale, top);
+}
