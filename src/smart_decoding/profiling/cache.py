@@ -18,14 +18,14 @@ from smart_decoding.files import whole
 
 log = logging.getLogger("smart.profile")
 
-VERSION = 4  # raise when the engine's speed changes
+VERSION = 5  # raise when the engine's speed changes; other kernels are other costs anyway
 
 
 def profile_path(weights: Mapping[str, str], dtype: torch.dtype, device: torch.device, head: str) -> Path:
     """Where the profile of this model on this machine lies."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-    native = build.unavailable() is None
-    parts = [str(VERSION), json.dumps(dict(weights), sort_keys=True), str(dtype), machine, head, str(native)]
+    native = build.sources() if build.unavailable() is None else ""
+    parts = [str(VERSION), json.dumps(dict(weights), sort_keys=True), str(dtype), machine, head, native]
     parts.append(str(torch.get_num_threads()))
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return cache_dir() / "profiles" / f"{key}.json"

@@ -123,11 +123,12 @@ def _points(
     points, sizes = [], COARSE if coarse else PER_SEQUENCE
     for context in CONTEXTS[: 1 if coarse else None]:
         for batch in (b for b in BATCHES if b <= max_num_seqs):
-            for per in sizes if context == CONTEXTS[0] else (1, 4, 16):
-                if batch * per > MAX_ROWS and per > 1:
-                    break
-                rows = fake_rows(batch, per, context, pages)
-                if rows is not None and context + per <= target.max_positions:
+            totals = [batch * per for per in (sizes if context == CONTEXTS[0] else (1, 4, 16))]
+            if context == CONTEXTS[0] and not coarse:  # what shares a pass over the weights ends in a step
+                totals += [total for total in (target.pass_rows, target.pass_rows + 1) if total > batch]
+            for total in sorted({t for t in totals if t <= MAX_ROWS or t == batch}):
+                rows = fake_rows(batch, total, context, pages)
+                if rows is not None and context + -(-total // batch) <= target.max_positions:
                     points.append(_verify_point(target, rows, batch, context))
     if drafter is not None and target.max_positions > MORE:
         points += _draft_points(target, drafter, pages, max_num_seqs, coarse)
@@ -187,15 +188,15 @@ def _deeper_point(requests: Rehearsal, width: int) -> Point:
     return Point(run, sample, lambda: requests.reach(width), requests.end)
 
 
-def fake_rows(batch: int, per: int, context: int, pages: int) -> Rows | None:
-    """`per` rows in each of `batch` sequences at `context`, all logits wanted; None if the cache is too small."""
-    each = (context + per + PAGE - 1) // PAGE
+def fake_rows(batch: int, total: int, context: int, pages: int) -> Rows | None:
+    """`total` rows of `batch` sequences at `context`, all logits wanted; None if the cache is too small."""
+    each = (context + -(-total // batch) + PAGE - 1) // PAGE
     if batch * each > pages:
         return None
     spans = []
     for i in range(batch):
         table = np.arange(i * each, (i + 1) * each, dtype=np.int32)
-        at = np.arange(context, context + per)
+        at = np.arange(context, context + total // batch + (i < total % batch))
         slots = (table[at // PAGE] * PAGE + at % PAGE).astype(np.int32)
         spans.append(Span(((7 * at + i) % 32).tolist(), context, slots, table))
     rows, _, _ = build_rows(spans, DraftTrees.empty(batch), [True] * batch)

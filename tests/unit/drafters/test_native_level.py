@@ -154,7 +154,7 @@ def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
 
 @pytest.mark.skipif(build.unavailable() is not None, reason="no compiler")
 def test_8_bits_change_probabilities_little(files: HeadFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = fake_rows(3, 5, 0, PAGES)
+    rows = fake_rows(3, 15, 0, PAGES)
     assert rows is not None
     torch.manual_seed(0)
     features, asked = torch.randn(15, WIDTH), Asked(len(files.weights["draft_ids"]), np.zeros(3))

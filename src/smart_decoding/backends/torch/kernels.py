@@ -116,6 +116,11 @@ def vector_width() -> int:
     return int(_lib().smart_vector_width())
 
 
+def pass_rows(bf16: bool) -> int:
+    """Rows that share a pass over the weights of a linear layer: one more costs a step."""
+    return int(_lib().smart_pass_rows(bf16))
+
+
 def rounds_inputs() -> bool:
     """Do linear layers with bf16 weights round what they read to bf16? (True on CPUs with bf16 instructions.)"""
     return bool(_lib().smart_rounds_inputs())

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs, require_finite
@@ -54,6 +55,11 @@ class TorchTarget:
         self.vocab, self.max_positions = config.vocab, max_model_len
         self.eos_token_ids = config.eos_token_ids
         self.sampler = Sampler(config.vocab)
+
+    @property
+    def pass_rows(self) -> int:
+        """Rows that one pass over the weights serves: one more costs a step (0: not known)."""
+        return kernels.pass_rows(self.dtype == torch.bfloat16) if self.decoder.native else 0
 
     @property
     def kv_bytes(self) -> int:

@@ -43,6 +43,10 @@ def unavailable() -> str | None:
     return None
 
 
+def sources() -> str:
+    return "\n".join(source.read_text() for source in (*SOURCES, *HEADERS))
+
+
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
 
@@ -54,9 +58,7 @@ def library() -> ctypes.CDLL:
     if cxx is None:
         raise OSError("no C++ compiler")
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(
-        "\n".join((*(source.read_text() for source in (*SOURCES, *HEADERS)), *FLAGS, version, _cpu_flags())).encode()
-    ).hexdigest()[:16]
+    key = hashlib.sha256("\n".join((sources(), *FLAGS, version, _cpu_flags())).encode()).hexdigest()[:16]
     folder = cache_dir() / "kernels"
     target = folder / f"kernels-{key}.so"
     if not target.exists():

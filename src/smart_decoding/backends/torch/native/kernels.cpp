@@ -276,6 +276,7 @@ extern "C" {
 
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
+int smart_pass_rows(int is_bf16) { return TILES && is_bf16 ? PASS : MAX_ROWS; }
 
 // Reads memory as weights are read, past the caches or into them.
 float smart_read(const float* x, int64_t bytes, int past, int threads) {

@@ -121,7 +121,7 @@ static inline void pass(const Input<W>* x, int64_t ld, const W* w, int64_t k, Ah
 template <int HINT, class W, class Epilogue>
 static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
     if (!rows) return;
-    if (tiled<W>(k)) return tile_gemm<HINT>(x, ld, rows, w, n, k, done);
+    if (tiled<W>(k)) return tile_gemm(x, ld, rows, w, n, k, done);
     int64_t panels = (n + PANEL - 1) / PANEL;
     int threads = omp_get_num_threads(), me = omp_get_thread_num();
     int64_t first = panels * me / threads, last = panels * (me + 1) / threads;

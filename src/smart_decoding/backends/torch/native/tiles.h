@@ -5,13 +5,14 @@
 #include "forward.h"
 #include "vectors.h"
 
-constexpr int TILE = 16;  // rows
+constexpr int TILE = 16, PASS = 2 * TILE;  // rows of a tile, and of those that share a pass over a panel of weights
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
 static const bool TILES = !syscall(SYS_arch_prctl, 0x1023, 18);  // Linux must be asked for the registers: ARCH_REQ_XCOMP_PERM
 constexpr int TILE_DEPTH = 64, TILE_BYTES = TILE * 4 * PANEL;  // bytes of an input, and of a panel, for one step
+constexpr int FAR = 8192, NEAR = 2048;  // bytes of weights ahead that are prefetched into the second cache and into the first
 
 template <class W> static bool tiled(int64_t k) {
     return TILES && sizeof(W) < 4 && k * sizeof(Input<W>) % TILE_DEPTH == 0;
@@ -26,7 +27,7 @@ static void shape_tiles(int first, int second) {
 }
 
 // sums [rows, PANEL] of up to 32 rows (`both`: of more than 16). ld: bytes between rows.
-template <int HINT, class W, bool both>
+template <class W, bool both>
 static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t depth, Ahead ahead, float* sums) {
 #define MULTIPLY(SUM, X, W_) if constexpr (sizeof(W) == 2) _tile_dpbf16ps(SUM, X, W_); else _tile_dpbusd(SUM, X, W_)
     _tile_zero(0);
@@ -34,7 +35,10 @@ static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t d
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t i = 0; i < depth; i += TILE_DEPTH, w += TILE_BYTES, ahead.at += ahead.stride) {
-        for (int64_t b = 0; b < ahead.stride; b += 64) __builtin_prefetch(ahead.at + b, 0, HINT);
+        for (int64_t b = 0; b < ahead.stride; b += 64) {  // in turn: in two runs they gain half as much
+            __builtin_prefetch(ahead.at + b, 0, INTO_L2);
+            __builtin_prefetch(w + NEAR + b, 0, INTO_CACHES);
+        }
         _tile_loadd(6, x + i, ld);
         _tile_loadd(4, w, 4 * PANEL);
         MULTIPLY(0, 6, 4);
@@ -54,9 +58,8 @@ static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t d
 }
 
 // `gemm` by tiles, 32 rows at a time; each pass over a panel prefetches its share of the next.
-template <int HINT, class W, class Epilogue>
+template <class W, class Epilogue>
 static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
-    constexpr int PASS = 2 * TILE;
     int64_t panels = (n + PANEL - 1) / PANEL, depth = k * sizeof(Input<W>), size = k * PANEL * sizeof(W);
     int threads = omp_get_num_threads(), me = omp_get_thread_num(), shaped = 0;
     int64_t first = panels * me / threads, last = panels * (me + 1) / threads;
@@ -65,14 +68,13 @@ static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64
     alignas(64) float sums[PASS * PANEL];
     for (int64_t p = first; p < last; p++) {
         const char* panel = (const char*)w + p * size;
-        Ahead ahead = {panel + (passes > 1 ? size : AHEAD), stride};
+        Ahead ahead = {panel + (passes > 1 ? size : FAR), stride};
         for (int row = 0; row < rows; row += PASS, ahead.at += depth / TILE_DEPTH * stride) {
             int count = std::min(PASS, rows - row);
             const char* from = (const char*)(x + row * ld);
             if (count != shaped) shape_tiles(std::min(shaped = count, TILE), std::max(count - TILE, 1));
-            auto* run = passes > 1 ? count > TILE ? tile_pass<INTO_L2, W, true> : tile_pass<INTO_L2, W, false>
-                                   : count > TILE ? tile_pass<HINT, W, true> : tile_pass<HINT, W, false>;
-            run(from, ld * sizeof(*x), panel, depth, ahead, sums);
+            if (count > TILE) tile_pass<W, true>(from, ld * sizeof(*x), panel, depth, ahead, sums);
+            else tile_pass<W, false>(from, ld * sizeof(*x), panel, depth, ahead, sums);
             for (int r = 0; r < count; r++) done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
         }
     }
@@ -239,7 +241,7 @@ static void attend_tiles(const Rows& in, const T* kc, const T* vc, const int32_t
 #else
 constexpr bool TILES = false;
 template <class W> static bool tiled(int64_t) { return false; }
-template <int HINT, class W, class Epilogue>
+template <class W, class Epilogue>
 static void tile_gemm(const Input<W>*, int64_t, int, const W*, int64_t, int64_t, Epilogue&&) {}
 template <class T, int HD> constexpr bool TILED_HEADS = false;
 template <class T, int HD, class O>
