@@ -62,7 +62,7 @@ SGLANG_DIR ?= .sglang
 test-sglang: env $(SGLANG_DIR)/.installed
 	SMART_NO_SKIPS=1 PYTHONPATH=$(SGLANG_DIR):$(SGLANG_DIR)/more$(if $(PYTHONPATH),:$(PYTHONPATH)) TRITON_INTERPRET=1 \
 		$(BIN)/python -m pytest -rs tests/integrations/test_sglang_policy.py tests/integrations/test_sglang_seams.py \
-		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py
+		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py tests/integrations/test_sglang_costs.py
 
 $(SGLANG_DIR)/.installed:
 	$(PIP) install --no-deps --target $(SGLANG_DIR) 'sglang==0.5.23' 'triton==3.6.0'
