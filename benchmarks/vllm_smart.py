@@ -186,6 +186,7 @@ def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
             signal_ranks(signal.SIGSTOP)
             pipe.send(answers)
     signal_ranks(signal.SIGCONT)
+    llm.llm_engine.engine_core.shutdown()
 
 
 def signal_ranks(number: int) -> None:

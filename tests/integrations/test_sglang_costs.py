@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 
 from smart_decoding import cli
-from smart_decoding.integrations import sglang as integration
-from smart_decoding.integrations.sglang.policy import SmartSpecPolicy, StepCosts
-
-EXAMPLES = Path(__file__).parents[2] / "docs" / "sglang"
+from smart_decoding.integrations.sglang.policy import StepCosts
 
 
 def measured(path: Path, *loads: tuple[float, float, float | None]) -> str:
@@ -58,11 +55,3 @@ def test_what_the_policy_could_not_use_is_refused(tmp_path, runs, capsys, lines,
     output = tmp_path / "costs.json"
     assert cli.main(["sglang-costs", *runs, *more, "--output", str(output)]) == 2
     assert wrong in capsys.readouterr().err and not output.exists()
-
-
-@pytest.mark.parametrize(("kind", "start"), [("chain", 3), ("tree", 4)])
-def test_the_documented_examples_are_taken(kind, start, monkeypatch) -> None:
-    monkeypatch.setenv(integration.COSTS, str(EXAMPLES / f"{kind}-costs.json"))
-    policy = SmartSpecPolicy(start, str(EXAMPLES / f"{kind}-steps.json"))
-    assert policy.get_steps_for_batch(1) in policy.candidate_steps
-    assert bool(policy.costs.nodes) == (kind == "tree")

@@ -15,7 +15,7 @@ from smart_decoding.integrations.chain_costs import StepCosts
 REST = -1  # stands for a length: no token is drafted, and the pass is left out
 TRIAL = 6  # steps that tell at first what a step without the pass costs
 LISTEN, AT_ONCE = 96, 4  # drafts that are heard before it is judged (one of each newcomer and step, of so many at most)
-SURE = 8  # times in a row that drafting must promise less before it sleeps: promises waver
+SURE = 8  # times more that drafting must promise less than that it promises more, before it sleeps: promises waver
 BACK = 1.03  # what drafting must promise over resting to be taken up again, as what rests have lost cannot be used
 
 
@@ -29,7 +29,7 @@ class Rests:
         self._prober = Prober(budget)
         self._missed: set[str] = set()  # requests that have lost tokens to a rest
         self._trial = TRIAL
-        self._doubts = 0  # times in a row that drafting promised less than resting
+        self._doubts = 0  # how much oftener of late drafting promised less than resting, not more
 
     # --- what it costs ---
 
@@ -72,7 +72,7 @@ class Rests:
         if self.listening:
             return
         worse = drafting < resting * (BACK if self.asleep else 1.0)
-        self._doubts = self._doubts + 1 if worse else 0
+        self._doubts = max(self._doubts + (1 if worse else -1), 0)
         self.asleep = worse and (self.asleep or self._doubts >= SURE)
 
     def listens(self, ids: Sequence[str], price: float) -> bool:
