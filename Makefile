@@ -47,7 +47,7 @@ VLLM_ENV ?= .venv-vllm
 test-vllm: env $(VLLM_ENV)/.installed
 	SMART_NO_SKIPS=1 $(BIN)/python -m pytest -rs tests/integrations/test_chains.py tests/integrations/test_vllm_schedule.py
 	SMART_NO_SKIPS=1 SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)" \
-		$(VLLM_ENV)/bin/python -m pytest -rs tests/integrations/test_vllm_async.py tests/integrations/test_vllm_engine.py
+		PYTHONPATH=src $(VLLM_ENV)/bin/python -m pytest -rs tests/integrations/test_vllm_async.py tests/integrations/test_vllm_engine.py
 
 $(VLLM_ENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_ENV)

@@ -17,10 +17,10 @@ FIELDS = ("concurrency", "output_throughput", "accept_length")  # of a line of b
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="STEPS=FILE", help="bench_serving's --output-file of a server with so "
-                        "many fixed --speculative-num-steps (0: without speculation), a line for each load")  # fmt: skip
-    parser.add_argument("--nodes", default="", metavar="STEPS=NODES,...",
-                        help="for trees: each server's --speculative-num-draft-tokens less 1 (none: chains)")  # fmt: skip
+    runs = "bench_serving's --output-file of a server with so many fixed steps (0: no speculation), a line for each load"
+    nodes = "for trees: each server's --speculative-num-draft-tokens less 1 (none: chains)"
+    parser.add_argument("runs", nargs="+", metavar="STEPS=FILE", help=runs)
+    parser.add_argument("--nodes", default="", metavar="STEPS=NODES,...", help=nodes)
     parser.add_argument("--output", type=Path, default=Path("costs.json"), help="(costs.json)")
 
 

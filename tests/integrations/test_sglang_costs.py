@@ -12,10 +12,8 @@ from smart_decoding.integrations.sglang.policy import StepCosts
 
 
 def measured(path: Path, *loads: tuple[float, float, float | None]) -> str:
-    lines = [
-        json.dumps({"concurrency": concurrency, "output_throughput": rate, "accept_length": length, "backend": "sglang"})
-        for concurrency, rate, length in loads
-    ]
+    names = ("concurrency", "output_throughput", "accept_length")
+    lines = [json.dumps({"backend": "sglang", **dict(zip(names, load, strict=True))}) for load in loads]
     path.write_text("\n".join(lines) + "\n")
     return str(path)
 
@@ -45,7 +43,7 @@ def test_a_round_takes_what_its_tokens_took(tmp_path, runs, capsys) -> None:
         ('{"concurrency": 1.0, "output_throughput": 9.0, "accept_length": 1.0}', [], "no draft was accepted"),
         ("", [], "no measurement"),
         ("nonsense", [], "no line of sglang.bench_serving"),
-        ('{"concurrency": 1.0, "output_throughput": 9.0, "accept_length": 2.0}', ["--nodes", "4=6"], "says nothing of 2"),
+        ('{"concurrency": 1.0, "output_throughput": 9.0, "accept_length": 2.0}', ["--nodes", "4=6"], "nothing of 2"),
         ('{"concurrency": 1.0, "output_throughput": 9.0, "accept_length": 2.0}', ["--nodes", "2"], "STEPS=NODES"),
         ('{"concurrency": 8.0, "output_throughput": 9.0, "accept_length": 2.0}', [], "plain decoding"),
     ],

@@ -58,8 +58,9 @@ class Counters:
 class Step:
     """One step of the engine. verified, accepted: draft tokens by request id (requests without drafts may be left out).
 
-    batch: sequences in it. levels: passes of a draft model after it (REST: not even the first). clean: it prefilled nothing. greedy: request ids
-    at temperature 0, None for all. probe: what `Chains.take_probe` said before it was scheduled."""
+    batch: sequences in it. levels: passes of a draft model after it (REST: not even the first). clean: it prefilled
+    nothing. greedy: request ids at temperature 0, None for all. probe: what `Chains.take_probe` said before it was
+    scheduled."""
 
     batch: int
     levels: int

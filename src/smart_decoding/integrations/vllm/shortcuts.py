@@ -1,9 +1,10 @@
 """Steps without drafts, without what vLLM does for drafts in every step once a drafter is configured.
 
-A draft model or head runs its first pass at every step, also where no token is to be drafted. Where the scheduler asks
-for REST tokens, it runs none. With a --speculative-config vLLM sends all logits through its rejection sampler, drafts or none: it copies them and runs
-some twenty small operations. Without drafts its plain sampler gives the same tokens; that is what is called then. It
-holds in the process that the scheduler runs in, which is the worker's, too, where there is one rank.
+With a --speculative-config vLLM sends all logits through its rejection sampler, drafts or none: it copies them and runs
+some twenty small operations. Without drafts its plain sampler gives the same tokens; that is what is called then. And a
+draft model or head runs its first pass at every step, also where no token is to be drafted; where the scheduler asks
+for REST tokens, it runs none. Both hold in the process that the scheduler runs in, which is the worker's, too, where
+there is one rank.
 """
 
 from __future__ import annotations
