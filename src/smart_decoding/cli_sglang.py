@@ -17,7 +17,7 @@ FIELDS = ("concurrency", "output_throughput", "accept_length")  # of a line of b
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    runs = "bench_serving's --output-file of a server with so many fixed steps (0: no speculation), a line for each load"
+    runs = "bench_serving's --output-file of a server with so many steps (0: no speculation), a line for each load"
     nodes = "for trees: each server's --speculative-num-draft-tokens less 1 (none: chains)"
     parser.add_argument("runs", nargs="+", metavar="STEPS=FILE", help=runs)
     parser.add_argument("--nodes", default="", metavar="STEPS=NODES,...", help=nodes)
