@@ -47,7 +47,7 @@ VLLM_ENV ?= .venv-vllm
 test-vllm: env $(VLLM_ENV)/.installed
 	SMART_NO_SKIPS=1 $(BIN)/python -m pytest -rs tests/integrations/test_chains.py tests/integrations/test_vllm_schedule.py
 	SMART_NO_SKIPS=1 SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)" \
-		$(VLLM_ENV)/bin/python -m pytest -rs tests/integrations/test_vllm_async.py tests/integrations/test_vllm_engine.py
+		PYTHONPATH=src $(VLLM_ENV)/bin/python -m pytest -rs tests/integrations/test_vllm_async.py tests/integrations/test_vllm_engine.py
 
 $(VLLM_ENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_ENV)
@@ -62,7 +62,7 @@ SGLANG_DIR ?= .sglang
 test-sglang: env $(SGLANG_DIR)/.installed
 	SMART_NO_SKIPS=1 PYTHONPATH=$(SGLANG_DIR):$(SGLANG_DIR)/more$(if $(PYTHONPATH),:$(PYTHONPATH)) TRITON_INTERPRET=1 \
 		$(BIN)/python -m pytest -rs tests/integrations/test_sglang_policy.py tests/integrations/test_sglang_seams.py \
-		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py
+		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py tests/integrations/test_sglang_costs.py
 
 $(SGLANG_DIR)/.installed:
 	$(PIP) install --no-deps --target $(SGLANG_DIR) 'sglang==0.5.23' 'triton==3.6.0'

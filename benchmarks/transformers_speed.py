@@ -39,6 +39,7 @@ def methods(batch: int, assistant: Any) -> dict[str, dict[str, Any]]:
         found["prompt lookup, 10 tokens"] = {"prompt_lookup_num_tokens": 10}
         if assistant is not None:
             found["assisted"] = {"assistant_model": assistant}
+    found["SMART off"] = {"custom_generate": generate, "speculative_config": False}
     found["SMART ngram"] = smart("ngram")
     found["SMART ngram + recycling"] = smart("union")
     found["SMART eagle"] = smart("eagle", model="smollm2-135m")
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--assistant")
+    parser.add_argument("--only", nargs="+", help="names of methods beside generate, such as 'SMART ngram' (all)")
     args = parser.parse_args()
     folder, dtype = load_checkpoint("smollm2-135m").tokenizer_source, getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -75,7 +77,8 @@ def main() -> None:
         texts = [load_task(task, args.each * batch) for task in TASKS]
         chunks = [task[at : at + batch] for task in texts for at in range(0, len(task), batch)]
         tokenizer = Tokenizer.load(folder)
-        results[batch] = compare(model, methods(batch, assistant), [padded(tokenizer, chunk) for chunk in chunks], args)
+        ways = {k: v for k, v in methods(batch, assistant).items() if not args.only or k in ("generate", *args.only)}
+        results[batch] = compare(model, ways, [padded(tokenizer, chunk) for chunk in chunks], args)
     about = {"commit": commit(), "transformers": transformers.__version__, "torch": torch.__version__, **hardware()}
     print(json.dumps({"dtype": args.dtype, "threads": torch.get_num_threads(), "batch": results, "about": about}))
 

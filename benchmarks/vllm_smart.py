@@ -1,13 +1,16 @@
 """vLLM with SMART's scheduler against stock vLLM, plain and with speculation: run it with the Python of an environment
 that has vLLM (and this package on PYTHONPATH).
 
-    python benchmarks/vllm_smart.py MODEL_FOLDER [--method ngram] [--draft FOLDER] [--batches 1,2,4,8,16] [--json FILE]
+    python benchmarks/vllm_smart.py MODEL_FOLDER [--batches 1,2,4,8,16] [--ranks 2] [--json FILE]
+    python benchmarks/vllm_smart.py MODEL_FOLDER --method draft_model --draft FOLDER --tokens 3
 
 The engines live in processes of their own and answer the same prompts, taking turns every half second, so that all see
 the machine at the same speed. At batch size n, 3 n requests of various lengths are answered, n at a time: each that
 ends makes way for the next, as in a server, and time counts while n are running, so that no engine is judged by its
 slowest answer. Before that each batch size is run once, uncounted, by all engines. Prints tokens per second (prefill
-included), ratios with 95 % intervals, and what SMART did."""
+included), ratios with 95 % intervals, and what SMART did. With --ranks 2 an engine's ranks have a core each, and are
+stopped while it is not their turn, as they would wait by spinning. tests/integrations/smollm_variants.py makes draft
+models, and a SmolLM2 whose heads two ranks can share."""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import statistics
 import time
 from collections import Counter
@@ -36,6 +40,8 @@ TURN = 0.5  # seconds that an engine runs before the next one does
 def main() -> None:
     start = time.perf_counter()
     args = arguments()
+    if args.ranks > 1:
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(args.ranks))), "OMP_NUM_THREADS": "1"}
     context = multiprocessing.get_context("spawn")
     engines = {arm: Arm(context, args, arm) for arm in ARMS}
     batches = [int(b) for b in args.batches.split(",")]
@@ -111,6 +117,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--method", default="ngram")
     parser.add_argument("--draft", help="folder of the draft model")
     parser.add_argument("--tokens", type=int, default=4, help="num_speculative_tokens of both speculating engines")
+    parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks of every engine")
     parser.add_argument("--batches", default="1,2,4,8,16")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
@@ -126,8 +133,9 @@ class Arm:
 
     def __init__(self, context: Any, args: argparse.Namespace, arm: str) -> None:
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, args, arm), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, args, arm), daemon=args.ranks == 1)
         self._process.start()
+        theirs.close()  # so that it sees our end
 
     def ready(self) -> None:
         self._pipe.recv()
@@ -157,21 +165,35 @@ def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
     more = {"scheduler_cls": "smart_decoding.integrations.vllm.SmartScheduler"} if arm == "smart" else {}
     llm = LLM(
         args.model, dtype=args.dtype, max_model_len=1024, enable_prefix_caching=False, max_num_seqs=32,
-        speculative_config=speculative, enforce_eager=args.eager, **more,
+        speculative_config=speculative, enforce_eager=args.eager, tensor_parallel_size=args.ranks, **more,
     )  # fmt: skip
     controller = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "controller", None)
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
+    signal_ranks(signal.SIGSTOP)
     pipe.send("ready")
     while (job := pipe.recv()) is not None:
         before = counted(controller)
         work = stream(llm, *job, params)
-        try:
-            while pipe.recv():
+        answers = None
+        while answers is None:
+            pipe.recv()
+            signal_ranks(signal.SIGCONT)
+            try:
                 next(work)
-                pipe.send(None)
-        except StopIteration as end:
-            after = counted(controller)
-            pipe.send(Answers(*end.value, {name: after[name] - before[name] for name in after}))
+            except StopIteration as end:
+                after = counted(controller)
+                answers = Answers(*end.value, {name: after[name] - before[name] for name in after})
+            signal_ranks(signal.SIGSTOP)
+            pipe.send(answers)
+    signal_ranks(signal.SIGCONT)
+    llm.llm_engine.engine_core.shutdown()
+
+
+def signal_ranks(number: int) -> None:
+    """To the processes of this engine's ranks, where it has several."""
+    for process in multiprocessing.active_children():
+        if process.pid is not None:
+            os.kill(process.pid, number)
 
 
 def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> Generator[None, None, tuple[float, Any]]:
@@ -210,7 +232,9 @@ def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> Generator[N
 def counted(controller: Any) -> dict[str, float]:
     if controller is None:
         return {}
-    return {name: value for name, value in vars(controller.policy.counters).items() if not isinstance(value, dict)}
+    counters = dict(vars(controller.policy.counters))
+    lengths = counters.pop("lengths")
+    return counters | {f"length_{k}": lengths.get(k, 0) for k in controller.policy.lengths if controller.policy.model}
 
 
 def interval(ours: list[float], plain: list[float]) -> list[float]:

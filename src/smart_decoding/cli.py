@@ -31,6 +31,7 @@ COMMANDS = {
     "export": ("write a draft head in another engine's layout", "smart_decoding.training.export_cli"),
     "divergence": ("how often bf16 output differs under speculation, and why", "smart_decoding.bench.divergence"),
     "models": ("list the built-in models", "smart_decoding.cli_models"),
+    "sglang-costs": ("turn what sglang.bench_serving measured into SMART's costs", "smart_decoding.cli_sglang"),
     "vllm-config": ("measure your vLLM and write the schedule that its option takes", "smart_decoding.cli_vllm"),
 }
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as the shell reports SIGINT and SIGPIPE

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from smart_decoding.integrations.chains import Chains, Step
+from smart_decoding.integrations.resting import REST, TRIAL
+
+FEW = TRIAL + 20  # lost tokens that still do no harm
 
 
 @dataclass
 class World:
     """Each request accepts a draft token with its own probability; seconds are what `cost` says, with some noise.
 
-    cost(batch, drafts, levels): true seconds of a step. hits: probability that the drafter has a proposal at all."""
+    cost(batch, drafts, levels): true seconds of a step. hits: probability that the drafter has a proposal at all.
+    life: steps after which a request makes way for a new one. rests: the policy may let the draft model rest, for which
+    cost is asked with levels = REST; requests that lose more than a few tokens so have no draft accepted any more."""
 
     accept: Sequence[float]
     cost: Callable[[int, int, int], float]
@@ -23,6 +29,8 @@ class World:
     hits: float = 1.0
     noise: float = 0.03
     seed: int = 0
+    life: int = 10**9
+    rests: bool = False
     seconds: float = 0.0
     tokens: int = 0
     verified_by: list[int] = field(default_factory=list)
@@ -31,19 +39,25 @@ class World:
         """Tokens per second of `steps` steps, under a policy or at a fixed length."""
         random = np.random.default_rng(self.seed)
         batch = len(self.accept)
-        ids = [f"r{i}" for i in range(batch)]
+        lost: Counter[str] = Counter()
         self.verified_by = [0] * batch
         self.seconds, self.tokens, drafts = 0.0, 0, [0] * batch
-        for _ in range(steps):
+        if policy:
+            policy.may_rest = self.rests
+        for now in range(steps):
+            ids = [f"r{i}.{(now + i * self.life // batch) // self.life}" for i in range(batch)]
+            drafts = [d if id_ in lost or not self.rests else 0 for id_, d in zip(ids, drafts, strict=True)]
             probe = policy.take_probe() if policy else False
             levels = policy.length(ids) if policy else fixed
             verified = dict(zip(ids, drafts, strict=True))
-            accepted = {id_: _run_length(random, p, verified[id_]) for id_, p in zip(ids, self.accept, strict=True)}
+            good = [p if lost[id_] <= FEW else 0.0 for id_, p in zip(ids, self.accept, strict=True)]
+            accepted = {id_: _run_length(random, p, verified[id_]) for id_, p in zip(ids, good, strict=True)}
+            lost.update({id_: int(levels == REST) for id_ in ids})
             true = self.cost(batch, sum(drafts), levels if self.model else 0)
             self.seconds += true
             self.tokens += batch + sum(accepted.values())
             self.verified_by = [a + b for a, b in zip(self.verified_by, drafts, strict=True)]
-            proposed = [levels if self.model or random.random() < self.hits else 0 for _ in ids]
+            proposed = [max(levels, 0) if self.model or random.random() < self.hits else 0 for _ in ids]
             drafts = proposed
             if policy:
                 step = Step(batch, levels, {i: n for i, n in verified.items() if n}, accepted, probe=probe)

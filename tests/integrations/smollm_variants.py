@@ -1,8 +1,9 @@
-"""Checkpoints made from SmolLM2's: python smollm_variants.py without_layers SOURCE TARGET FIRST END | with_more_heads
-SOURCE TARGET."""
+"""Checkpoints made from SmolLM2's: python smollm_variants.py without_layers SOURCE TARGET FIRST END |
+with_idle_layers SOURCE TARGET | with_more_heads SOURCE TARGET."""
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import torch
@@ -12,12 +13,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def without_layers(source: str, target: str, first: str, end: str) -> None:
     """Leaves out the layers `first` to `end` - 1."""
     model = AutoModelForCausalLM.from_pretrained(source)
-    layers = model.model.layers
-    model.model.layers = torch.nn.ModuleList([*layers[: int(first)], *layers[int(end) :]])
-    model.config.num_hidden_layers = len(model.model.layers)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[: len(model.model.layers)]
+    layers = [*model.model.layers]
+    replace_layers(model, layers[: int(first)] + layers[int(end) :])
     save(model, source, target)
+
+
+def with_idle_layers(source: str, target: str) -> None:
+    """Puts behind every layer one that adds zeros: the same function at twice the cost."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    layers = []
+    for layer in model.model.layers:
+        idle = copy.deepcopy(layer)
+        torch.nn.init.zeros_(idle.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(idle.mlp.down_proj.weight)
+        layers += [layer, idle]
+    replace_layers(model, layers)
+    save(model, source, target)
+
+
+def replace_layers(model: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
+    model.model.layers = torch.nn.ModuleList(layers)
+    model.config.num_hidden_layers = len(layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:1] * len(layers)
 
 
 def with_more_heads(source: str, target: str) -> None:

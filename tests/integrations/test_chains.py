@@ -100,8 +100,8 @@ def test_two_policies_that_see_the_same_choose_the_same() -> None:
 def test_requests_that_are_gone_are_forgotten() -> None:
     policy = Chains(range(5), model=False)
     World([0.9] * 3, gpu).run(50, policy)
-    policy.forget({"r1": None})
-    assert list(policy._requests) == ["r1"]
+    policy.forget({"r1.0": None})
+    assert list(policy._requests) == ["r1.0"]
 
 
 def test_step_costs_are_found_within_a_few_per_cent() -> None:

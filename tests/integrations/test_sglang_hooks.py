@@ -97,3 +97,17 @@ def test_chains_are_sized_as_sglang_sizes_them(files) -> None:
     found = start(files["chains"], speculative_eagle_topk=1, speculative_adaptive_config=files["steps"])
     assert found["policy"] == f"{OURS}policy" and found["controller"] == "sglang.srt.speculative.adaptive_runtime_state"
     assert found["adaptive"] and found["tokens"] == 5 and found["widest"] == 7
+
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "sglang"
+
+
+@pytest.mark.parametrize(("kind", "topk", "tokens", "widest"), [("chain", 1, 4, 6), ("tree", 4, 15, 31)])
+def test_the_documented_examples_start(kind, topk, tokens, widest) -> None:
+    """With the options of docs/integrations.md."""
+    found = start(
+        EXAMPLES / f"{kind}-costs.json", speculative_eagle_topk=topk, speculative_num_steps=3 if kind == "chain" else 4,
+        speculative_num_draft_tokens=tokens, speculative_adaptive_config=str(EXAMPLES / f"{kind}-steps.json"),
+    )  # fmt: skip
+    assert found["policy"] == f"{OURS}policy" and found["adaptive"]
+    assert (found["tokens"], found["widest"]) == (tokens, widest)

@@ -129,14 +129,21 @@ def test_captured_graphs_are_those_that_can_be_reached(policy) -> None:
     assert max(serve(policy, 12, 200, 1.0)) == 1  # padded to 16
 
 
-def test_the_files_in_the_docs_are_taken(tmp_path, monkeypatch) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
-    for name in ("costs.json", "steps.json"):
-        (tmp_path / name).write_text(text.split(f"cat > {name} <<'END'\n")[1].split("END")[0])
-    monkeypatch.setenv(integration.COSTS, str(tmp_path / "costs.json"))
-    policy = SmartSpecPolicy(3, str(tmp_path / "steps.json"))
+EXAMPLES = Path(__file__).parents[2] / "docs" / "sglang"
+
+
+def test_the_chains_in_the_docs_are_taken(monkeypatch) -> None:
+    monkeypatch.setenv(integration.COSTS, str(EXAMPLES / "chain-costs.json"))
+    policy = SmartSpecPolicy(3, str(EXAMPLES / "chain-steps.json"))
     assert policy.candidate_steps == [0, 1, 3, 5]
     assert max(serve(policy, 1, 500, 1.0)) == 5 and max(serve(policy, 16, 500, 1.0)) == 1
+
+
+def test_the_trees_in_the_docs_are_taken(monkeypatch) -> None:
+    monkeypatch.setenv(integration.COSTS, str(EXAMPLES / "tree-costs.json"))
+    policy = SmartSpecPolicy(4, str(EXAMPLES / "tree-steps.json"))
+    assert policy.candidate_steps == [0, 2, 4, 6] and policy.costs.tokens(4) == 15
+    assert max(serve_trees(policy, 500, dict.fromkeys((0, 2, 4, 6), 1.0))) == 6
 
 
 def test_costs_are_linear_between_entries() -> None:

@@ -23,6 +23,7 @@ from smart_decoding.core.calibration import BINS, DEPTHS, KINDS, Calibration
 from smart_decoding.core.probing import Prober
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 from smart_decoding.integrations.chain_costs import StepCosts
+from smart_decoding.integrations.resting import REST, Rests
 
 MARGIN = 1.01  # what verifying drafts must promise over a plain step
 CONFIDENCE = 0.5  # of a request that has not verified anything, at first
@@ -48,6 +49,7 @@ class Counters:
     verified: int = 0
     accepted: int = 0
     probes: int = 0
+    rests: int = 0  # steps in which the draft model ran no pass at all
     seconds: float = 0.0  # spent on deciding and learning
     lengths: dict[int, int] = field(default_factory=dict)  # K -> steps drafted with it
 
@@ -56,8 +58,9 @@ class Counters:
 class Step:
     """One step of the engine. verified, accepted: draft tokens by request id (requests without drafts may be left out).
 
-    batch: sequences in it. levels: passes of a draft model after it. clean: it prefilled nothing. greedy: request ids
-    at temperature 0, None for all. probe: what `Chains.take_probe` said before it was scheduled."""
+    batch: sequences in it. levels: passes of a draft model after it (REST: not even the first). clean: it prefilled
+    nothing. greedy: request ids at temperature 0, None for all. probe: what `Chains.take_probe` said before it was
+    scheduled."""
 
     batch: int
     levels: int
@@ -94,6 +97,8 @@ class Chains:
         self.calibration = Calibration()
         self.counters = Counters()
         self.prober = Prober(probe_budget)
+        self.rests = Rests(probe_budget)
+        self.may_rest = False  # whether REST may be answered, which the engine must know to obey
         self._requests: dict[str, _Request] = {}
         self._usual = _Request(CONFIDENCE, _bin(CONFIDENCE))  # a request that is new
         self._on = True  # the mode that is believed best
@@ -109,19 +114,37 @@ class Chains:
     # --- before drafting ---
 
     def length(self, ids: Sequence[str]) -> int:
-        """K: how many tokens to draft for each of the requests `ids`, to be verified in the step after this one."""
+        """K: how many tokens to draft for each of the requests `ids`, to be verified in the step after this one; REST:
+        none, and the draft model runs no pass."""
         if not self.model:
             return self.lengths[-1]
         if not self.costs.known:
             return 0
+        if self.may_rest and self.rests.trial():
+            return REST
         batch, length, left = self._length
         if batch != len(ids) or left <= 0:
             length, left = self._best_length(ids), KEEP_LENGTH
         self._length = (len(ids), length, left - 1)
+        if self.may_rest and (self.rests.listening or self.rests.asleep):
+            return self._heard(ids, length)
         if self._pause:
             self._pause -= 1
-            return 0
+            return REST if self.may_rest else 0
         return self._probed(length, ids)
+
+    def _heard(self, ids: Sequence[str], length: int) -> int:
+        """At least one token while the draft model is listened to, else REST if it is asleep."""
+        batch = len(ids)
+        plain, (fixed, per_draft, per_level) = self.costs.plain(batch), self.costs.extra(batch)
+        price = plain + fixed + per_level + per_draft * batch - batch / self.rests.rate(plain, batch)
+        self._ask = self.rests.listens(ids, max(price, 0.0))
+        if self._ask:
+            return max(length, self.lengths[1])
+        if self.rests.asleep:
+            self.rests.miss(ids)
+            return REST
+        return length
 
     def _best_length(self, ids: Sequence[str]) -> int:
         """The K with the most tokens per second, if what it will draft is then verified as far as it pays."""
@@ -133,6 +156,8 @@ class Chains:
             _, value, _ = self._cuts(classes, batch, length, per_level * length)
             if value > best_value:
                 best, best_value = length, value
+        if self.may_rest:
+            self.rests.decide(best_value, self.rests.rate(self.costs.plain(batch), batch))
         return best
 
     def _probed(self, length: int, ids: Sequence[str]) -> int:
@@ -148,7 +173,7 @@ class Chains:
         if self._rate and self.prober.due(loss):
             self.prober.probe_round(loss)
             self._pause = 1
-            return 0
+            return REST if self.may_rest else 0
         return length
 
     # --- after drafting ---
@@ -160,6 +185,8 @@ class Chains:
 
         greedy: [requests] whether it samples at temperature 0. room: tokens that can still be of use."""
         drafts = [max(min(d, r), 0) for d, r in zip(drafted, room, strict=True)]
+        if self.may_rest:
+            drafts = [d if self.rests.whole(id_) else 0 for id_, d in zip(ids, drafts, strict=True)]
         self.counters.drafted += sum(drafted)
         if not self.costs.known or not any(drafts):
             return [0] * len(ids)
@@ -269,9 +296,15 @@ class Chains:
             self._learn(step)
         elif step.batch:
             self.counters.steps_off += 1
-        if self.model:
+        if step.levels == REST:
+            self.counters.rests += 1
+        elif self.model:
             self.counters.lengths[step.levels] = self.counters.lengths.get(step.levels, 0) + 1
         if seconds is None or not step.clean or not step.batch:
+            return
+        if step.levels == REST:
+            if not verified:
+                self.rests.observe(self.costs, step.batch, seconds)
             return
         if step.probe:
             self._probed_round(step, verified, seconds)
@@ -323,6 +356,7 @@ class Chains:
     def forget(self, alive: Mapping[str, object]) -> None:
         """Drops what is known of requests that are not in `alive`."""
         self._requests = {id_: state for id_, state in self._requests.items() if id_ in alive}
+        self.rests.forget(alive)
 
 
 def _chains(drafts: IntArray, confidence: FloatArray, source: IntArray) -> DraftTrees:

@@ -14,6 +14,7 @@ HELP = {
     "verified": "Draft tokens that were verified",
     "accepted": "Draft tokens that were accepted",
     "probes": "Steps in the mode believed worse",
+    "rests": "Steps in which the draft model ran no pass",
     "seconds": "Seconds spent on choosing and learning",
 }
 

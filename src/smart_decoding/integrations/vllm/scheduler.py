@@ -27,6 +27,7 @@ from smart_decoding.integrations.vllm.seams import (
     refuse_class,
     refuse_data_parallel,
 )
+from smart_decoding.integrations.vllm.shortcuts import drafter_seen
 from smart_decoding.integrations.vllm.shortcuts import install as install_shortcuts
 
 logger = init_logger("vllm.smart_decoding")  # below vLLM's logger: its format and level
@@ -57,6 +58,7 @@ class Controller:
     def length(self, batch: int) -> int:
         """K of the step that is being scheduled."""
         start = time.perf_counter()
+        self.policy.may_rest = self.policy.model and drafter_seen()
         length = self.policy.length([request.request_id for request in self.scheduler.running[:batch]])
         self.policy.counters.seconds += time.perf_counter() - start
         return length

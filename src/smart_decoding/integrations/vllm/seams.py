@@ -47,6 +47,7 @@ CLASSES = {
     ),
     "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": ("num_draft_tokens",),  # of each request, as a list
     "vllm.v1.sample.rejection_sampler:RejectionSampler": ("forward", "sampler"),  # shortcuts.py
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer": ("propose", "_last_draft_probs"),  # shortcuts.py
 }  # fmt: skip
 # All parameters of methods that ours take the place of; of those that are called, the keywords that are given.
 REPLACED = {
@@ -57,7 +58,12 @@ REPLACED = {
         "metadata", "draft_probs", "logits", "sampling_metadata"
     ),
 }  # fmt: skip
-CALLED = {"vllm.v1.sample.sampler:Sampler.forward": ("logits", "sampling_metadata")}
+CALLED = {
+    "vllm.v1.sample.sampler:Sampler.forward": ("logits", "sampling_metadata"),
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.propose": (
+        "num_speculative_tokens", "next_token_ids"
+    ),
+}  # fmt: skip
 
 FREE = ("ngram", "suffix")  # drafters that run no model
 MODEL = ("draft_model", "eagle", "eagle3", "mtp")
@@ -69,7 +75,8 @@ class Options:
 
     enabled: false leaves everything to vLLM. probe_budget: share of the time for checking the mode believed worse.
     metrics_port: port of Prometheus metrics on 127.0.0.1 (0: none). allow_untested: act in other versions too, if they
-    have all names that are relied on. shortcuts: skip vLLM's work for drafts in steps without any (shortcuts.py)."""
+    have all names that are relied on. shortcuts: skip vLLM's work for drafts in steps without any, a draft model's pass
+    included where it does not pay (shortcuts.py)."""
 
     enabled: bool = True
     shortcuts: bool = True

@@ -1,8 +1,10 @@
-"""Steps that verify no drafts, without what vLLM does for drafts in every step once a drafter is configured.
+"""Steps without drafts, without what vLLM does for drafts in every step once a drafter is configured.
 
 With a --speculative-config vLLM sends all logits through its rejection sampler, drafts or none: it copies them and runs
-some twenty small operations. Without drafts its plain sampler gives the same tokens; that is what is called then. It
-holds in the process that the scheduler runs in, which is the worker's, too, where there is one rank.
+some twenty small operations. Without drafts its plain sampler gives the same tokens; that is what is called then. And a
+draft model or head runs its first pass at every step, also where no token is to be drafted; where the scheduler asks
+for REST tokens, it runs none. Both hold in the process that the scheduler runs in, which is the worker's, too, where
+there is one rank.
 """
 
 from __future__ import annotations
@@ -10,9 +12,23 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from smart_decoding.integrations.resting import REST
+
+_seen: list[bool] = []
+
+
+def drafter_seen() -> bool:
+    """Whether a draft model has run in this process through what is installed here: only then is REST understood."""
+    return bool(_seen)
+
 
 def install() -> None:
     """Once per process."""
+    _shorten_sampling()
+    _shorten_drafting()
+
+
+def _shorten_sampling() -> None:
     from vllm.v1.sample.rejection_sampler import RejectionSampler
 
     original = RejectionSampler.forward
@@ -27,3 +43,24 @@ def install() -> None:
 
     forward._shortcut = True  # type: ignore[attr-defined]
     RejectionSampler.forward = forward
+
+
+def _shorten_drafting() -> None:
+    import torch
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    original = SpecDecodeBaseProposer.propose
+    if getattr(original, "_shortcut", False):
+        return
+
+    @functools.wraps(original)
+    def propose(self: Any, num_speculative_tokens: int, *args: Any, **named: Any) -> Any:
+        if num_speculative_tokens != REST:
+            _seen[:] = [True]
+            return original(self, num_speculative_tokens, *args, **named)
+        self._last_draft_probs = None
+        sequences = named["next_token_ids"]
+        return sequences.new_empty((len(sequences), 0), dtype=torch.int64)
+
+    propose._shortcut = True  # type: ignore[attr-defined]
+    SpecDecodeBaseProposer.propose = propose

@@ -1,0 +1,85 @@
+"""`smart sglang-costs`: the costs that SMART's policy for SGLang reads, from what `sglang.bench_serving` measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smart_decoding.errors import ConfigError
+from smart_decoding.files import whole
+from smart_decoding.integrations.sglang.policy import StepCosts
+
+FIELDS = ("concurrency", "output_throughput", "accept_length")  # of a line of bench_serving's --output-file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    runs = "bench_serving's --output-file of a server with so many steps (0: no speculation), a line for each load"
+    nodes = "for trees: each server's --speculative-num-draft-tokens less 1 (none: chains)"
+    parser.add_argument("runs", nargs="+", metavar="STEPS=FILE", help=runs)
+    parser.add_argument("--nodes", default="", metavar="STEPS=NODES,...", help=nodes)
+    parser.add_argument("--output", type=Path, default=Path("costs.json"), help="(costs.json)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints and writes the table; what the policy would refuse is refused here."""
+    seconds: dict[int, dict[int, float]] = {}
+    for steps, path in (pair(run, "STEPS=FILE") for run in args.runs):
+        for batch, round_ in rounds(Path(path), steps).items():
+            seconds.setdefault(batch, {})[steps] = round_
+    table: dict[str, Any] = {"seconds": dict(sorted(seconds.items()))}
+    if args.nodes:
+        pairs = [pair(text, "STEPS=NODES") for text in args.nodes.split(",")]
+        table["nodes"] = {steps: count(nodes) for steps, nodes in pairs}
+        lacking = {k for row in seconds.values() for k in row} - {0, *table["nodes"]}
+        if lacking:
+            raise ConfigError(f"--nodes says nothing of {', '.join(map(str, sorted(lacking)))} steps")
+    with whole(args.output) as part:
+        part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        StepCosts.load(part)
+    for batch, row in table["seconds"].items():
+        print(f"batch {batch}: " + ", ".join(f"{k} steps {1e3 * row[k]:.2f} ms" for k in sorted(row)))
+
+
+def pair(text: str, form: str) -> tuple[int, str]:
+    """A number, and what it stands for."""
+    key, equals, value = text.partition("=")
+    if not equals or not value:
+        raise ConfigError(f"{text!r} is not of the form {form}")
+    return count(key), value
+
+
+def count(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ConfigError(f"{text!r} is no number of steps or nodes")
+    return int(text)
+
+
+def rounds(path: Path, steps: int) -> dict[int, float]:
+    """Batch size -> seconds of a round, from the lines of one file. A later line takes the place of an earlier one."""
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            batch, seconds = round_of(line, f"{path}:{number}", steps)
+            found[batch] = seconds
+    if not found:
+        raise ConfigError(f"{path} has no measurement")
+    return found
+
+
+def round_of(line: str, place: str, steps: int) -> tuple[int, float]:
+    """(requests under way on average, rounded; seconds of a round) of one load."""
+    try:
+        measured: Mapping[str, Any] = json.loads(line)
+        concurrency, throughput = float(measured["concurrency"]), float(measured["output_throughput"])
+        length = float(measured["accept_length"] or 1.0) if steps else 1.0
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{place} is no line of sglang.bench_serving with {', '.join(FIELDS)}: {error}") from error
+    if not all(math.isfinite(x) and x > 0 for x in (concurrency, throughput, length)) or concurrency < 0.5:
+        raise ConfigError(f"{place}: {', '.join(FIELDS)} must be positive")
+    if steps and length <= 1.0:
+        raise ConfigError(f"{place}: no draft was accepted, as if the server did not speculate")
+    return round(concurrency), concurrency * length / throughput
