@@ -22,7 +22,7 @@ MAX_QUERIES = 32  # query heads per key head
 
 
 class RowsStruct(Structure):
-    """`Rows` of kernels.cpp; filled by rows.native_rows()."""
+    """`Rows` of forward.h; filled by rows.native_rows()."""
 
     _fields_ = [
         ("rows", c_int32),
@@ -61,7 +61,7 @@ class HeadStruct(Structure):
 
 
 class LevelStruct(Structure):
-    """`Level` of kernels.cpp."""
+    """`Level` of forward.h."""
 
     _fields_ = [
         *((name, c_int32) for name in ("first", "k")),

@@ -149,8 +149,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert self.indices is not None
         layout = self.indices.layout
         group, column, write, read = self.indices.on(states.device)
-        store[write] = states[group, :, column]
-        return store[read].view(layout.groups, layout.width, *store.shape[1:]).transpose(1, 2)
+        new = states[:, :, 0] if layout.queries == 1 else states[group, :, column]
+        store.index_copy_(0, write, new)  # this and index_select cost less than general indices, at every layer
+        return store.index_select(0, read).view(layout.groups, layout.width, *store.shape[1:]).transpose(1, 2)
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies slots source[i] -> target[i]."""

@@ -26,10 +26,14 @@ static void shape_tiles(int first, int second) {
     _tile_loadconfig(&config);
 }
 
+// The intrinsics that load tiles do not tell the compiler that they read memory.
+static inline void written() { asm volatile("" ::: "memory"); }
+
 // sums [rows, PANEL] of up to 32 rows (`both`: of more than 16). ld: bytes between rows.
 template <class W, bool both>
 static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t depth, Ahead ahead, float* sums) {
 #define MULTIPLY(SUM, X, W_) if constexpr (sizeof(W) == 2) _tile_dpbf16ps(SUM, X, W_); else _tile_dpbusd(SUM, X, W_)
+    written();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -142,6 +146,7 @@ template <int HD> struct alignas(64) TileQueries {
 
     // Folds the chunk into the running softmax of queries [first, first + count).
     void fold(int first, int count, float scale) {
+        written();
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -157,6 +162,7 @@ template <int HD> struct alignas(64) TileQueries {
         _tile_stored(2, scores[0] + 2 * PAGE, 4 * CHUNK);
         _tile_stored(3, scores[0] + 3 * PAGE, 4 * CHUNK);
         for (int r = 0; r < count; r++) weigh(first + r, r, scale);
+        written();
         _tile_loadd(6, weights[0], 2 * CHUNK);
         _tile_loadd(7, weights[0] + 32, 2 * CHUNK);
         for (int c = 0; c < HD; c += 32) {
