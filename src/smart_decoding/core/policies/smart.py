@@ -38,8 +38,9 @@ FADE = 1 / 48  # per round without drafting: what drafting last brought says les
 BUSY_ROUNDS, SELDOM = 32, 16  # after the first rounds, beliefs are updated every sixteenth round, in one go,
 SURPRISE = 2.0  # or once the accepted nodes are this many standard deviations (as if Poisson) off what was expected
 OFTEN = 4  # and the seconds of verification every fourth one: a machine's state lasts for seconds only
-# Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no.
-REST, SHORT_REST = 32, 4
+# Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no. A bad head
+# is drafted from until it promises no more than plain decoding, and stays there: asked often, it costs 1 % of the time.
+REST, SHORT_REST = 32, 16
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
 FREE_ONLY: Option = (0, 0)
