@@ -82,7 +82,7 @@ def decoder(name: str, native: bool | None, dtype: torch.dtype = torch.float32) 
     """A fresh decoder, its cache full of rubbish that no row may read."""
     model = Decoder(config_of(name), reference(name).state_dict(), dtype, torch.device("cpu"), PAGES, 512, native)
     for cache in (model.kv.keys, model.kv.values):
-        cache.uniform_(-1000, 1000)
+        cache.fill_(torch.nan) if model.native else cache.uniform_(-1000, 1000)
     return model
 
 
