@@ -122,7 +122,8 @@ def predicted(
 
 def row_of(policy: str, size: int, value: float, measured: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the comparison, printed."""
-    speedup, low, high = (float(measured[name]) for name in ("speedup", "speedup_low", "speedup_high"))
+    speedup = float(measured["speedup"])
+    low, high = (float(measured[name] or "nan") for name in ("speedup_low", "speedup_high"))  # none of a single block
     row = {"policy": policy, "batch_size": size, "predicted": value, "measured": speedup, "low": low, "high": high,
            "blocks": measured["blocks"], "error": value / speedup - 1}  # fmt: skip
     print(f"batch {size:2}  {policy[:44]:44} predicted {value:.3f}  measured {speedup:.3f} ({low:.3f}-{high:.3f}) "
