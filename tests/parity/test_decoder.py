@@ -3,6 +3,7 @@
 On the CPU kernels "the same" is bitwise, in torch within rounding."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -36,6 +37,14 @@ def assert_same(got: torch.Tensor, wanted: torch.Tensor, native: bool) -> None:
 def full(model: Decoder, tokens: np.ndarray, seed: int = 1) -> torch.Tensor:
     """[tokens, vocab] in one forward."""
     return model.forward(plain_rows(span(tokens, 0, Memory(seed).pages(len(tokens))))).logits.clone()
+
+
+@pytest.mark.skipif(
+    build.compiler() is None or bool(os.environ.get("SMART_NO_KERNELS")), reason="no compiler, or kernels not wanted"
+)
+def test_the_kernels_compile_where_there_is_a_compiler() -> None:
+    """Otherwise every test of them would be skipped."""
+    assert build.unavailable() is None
 
 
 @pytest.mark.parametrize("native", BOTH)
