@@ -129,7 +129,7 @@ def rounds_inputs() -> bool:
 @functools.cache
 def reads_past_caches() -> bool:
     """Is memory read past the caches as fast as through them? Intel's prefetchnta was seen at a third of the speed."""
-    memory = torch.zeros(32 << 20, dtype=torch.uint8)
+    memory = torch.ones(32 << 20, dtype=torch.uint8)  # not zeros: untouched pages would all be one page, in the caches
     seconds = {True: float("inf"), False: float("inf")}
     for past in (True, False) * 4:
         start = time.perf_counter()
