@@ -149,17 +149,13 @@ def read_prompt(text: str) -> str:
 
 def read_images(paths: Sequence[Path]) -> list[Any]:
     """The pictures of some files. Raises ConfigError for the first that cannot be used, naming it."""
-    from smart_decoding.multimodal.images import Limits, open_image
+    from smart_decoding.multimodal.images import Limits, open_image, read_file
 
     images = []
     limits = Limits()
     for path in paths:
         try:
-            if path.exists() and not path.is_file():
-                raise ConfigError("an image must be a file")
-            if path.stat().st_size > limits.bytes:
-                raise ConfigError(f"an image of {path.stat().st_size} bytes exceeds the limit of {limits.bytes} bytes")
-            images.append(open_image(path.read_bytes(), limits))
+            images.append(open_image(read_file(path, limits), limits))
         except (OSError, ConfigError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(f"{path}: {reason}") from error

@@ -130,8 +130,13 @@ class Chains:
             return self._heard(ids, length)
         if self._pause:
             self._pause -= 1
-            return REST if self.may_rest else 0
+            return self._nothing
         return self._probed(length, ids)
+
+    @property
+    def _nothing(self) -> int:
+        """K of a step that drafts no token, as cheaply as the engine can."""
+        return REST if self.may_rest else 0
 
     def _heard(self, ids: Sequence[str], length: int) -> int:
         """At least one token while the draft model is listened to, else REST if it is asleep."""
@@ -173,7 +178,7 @@ class Chains:
         if self._rate and self.prober.due(loss):
             self.prober.probe_round(loss)
             self._pause = 1
-            return REST if self.may_rest else 0
+            return self._nothing
         return length
 
     # --- after drafting ---

@@ -109,6 +109,16 @@ def _from_data_url(url: str, limits: Limits) -> bytes:
         raise ConfigError(f"an image's data URL is not valid base64: {error}") from error
 
 
+def read_file(path: Path, limits: Limits) -> bytes:
+    """Raises ConfigError for devices and for more than `limits.bytes`, OSError for what cannot be read."""
+    if path.exists() and not path.is_file():
+        raise ConfigError("an image must be a file")
+    size = path.stat().st_size
+    if size > limits.bytes:
+        raise ConfigError(f"an image of {size} bytes exceeds the limit of {limits.bytes} bytes")
+    return path.read_bytes()
+
+
 def _from_file(path: Path, limits: Limits) -> bytes:
     """Links are followed before the folder is checked."""
     if limits.folder is None:
@@ -119,9 +129,7 @@ def _from_file(path: Path, limits: Limits) -> bytes:
             raise ConfigError(f"the image {path.name} does not lie within allowed_local_media_path")
         if not path.is_file():
             raise ConfigError(f"there is no image file {path}")
-        if path.stat().st_size > limits.bytes:
-            raise ConfigError(f"the image {path.name} exceeds the limit of {limits.bytes} bytes")
-        return path.read_bytes()
+        return read_file(path, limits)
     except (OSError, RuntimeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"cannot read an image: {error}") from error
 

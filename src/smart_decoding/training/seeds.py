@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from smart_decoding.multimodal.images import Limits, read_file
 from smart_decoding.pictures.draw import draw
 from smart_decoding.pictures.facts import random_picture
 from smart_decoding.pictures.questions import questions
@@ -150,7 +151,7 @@ def picture_turn(rng: np.random.Generator) -> list[dict[str, Any]]:
 
 def image_turn(images: Sequence[Path], rng: np.random.Generator) -> list[dict[str, Any]]:
     """A conversation that begins with one of the images and a wish that suits any."""
-    image = images[int(rng.integers(len(images)))].read_bytes()
+    image = read_file(images[int(rng.integers(len(images)))], Limits())
     parts = [{"type": "image", "image": image}, {"type": "text", "text": str(rng.choice(IMAGE_TASKS))}]
     return [{"role": "user", "content": parts}]
 

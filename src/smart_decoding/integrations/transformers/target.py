@@ -29,6 +29,8 @@ class HostTarget:
 
     host: the processors of a `generate` call, or None where only forwards are wanted."""
 
+    pass_rows = 0  # of one pass over the weights: not known here
+
     def __init__(
         self, model: PreTrainedModel, layers: int, tree: bool, eos_token_ids: tuple[int, ...] = (),
         host: Host | None = None,
@@ -36,7 +38,7 @@ class HostTarget:
         self.model, self.tree, self.eos_token_ids, self.host = model, tree, eos_token_ids, host
         config = model.config.get_text_config(decoder=True)
         embedding: Any = model.get_input_embeddings()
-        self.vocab, self.pass_rows = int(embedding.num_embeddings), 0
+        self.vocab = int(embedding.num_embeddings)
         self.max_positions = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         self.device: torch.device = embedding.weight.device
         self.cache = SlotCache(layers)

@@ -122,16 +122,14 @@ template <int HINT, class W, class Epilogue>
 static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
     if (!rows) return;
     if (tiled<W>(k)) return tile_gemm(x, ld, rows, w, n, k, done);
-    int64_t panels = (n + PANEL - 1) / PANEL;
-    int threads = omp_get_num_threads(), me = omp_get_thread_num();
-    int64_t first = panels * me / threads, last = panels * (me + 1) / threads;
+    const Panels mine(n);
     int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
     int64_t bite = blocks > 1 ? AHEAD / (PANEL * sizeof(W)) : k;
     int64_t stride = (Panel<W>::STEP * PANEL * sizeof(W) + blocks - 1) / blocks;
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(rows * PANEL);
     float* sums = kept.data();
-    for (int64_t p = first; p < last; p++) {
+    for (int64_t p = mine.first; p < mine.last; p++) {
         for (int64_t i = 0; i < k; i += bite) {
             const W* wp = w + (p * k + i) * PANEL;
             Ahead ahead = {(const char*)wp + AHEAD, stride};

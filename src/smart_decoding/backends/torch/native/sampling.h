@@ -28,8 +28,8 @@ static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
 // found: [rows, threads].
 static void maxima(const float* x, const int64_t* which, int rows, int64_t n, int64_t* found, int64_t* out) {
     int me = omp_get_thread_num(), team = omp_get_num_threads();
-    int64_t panels = (n + PANEL - 1) / PANEL;
-    int64_t first = std::min(n, panels * me / team * PANEL), last = std::min(n, panels * (me + 1) / team * PANEL);
+    const Panels mine(n);
+    int64_t first = std::min(n, mine.first * PANEL), last = std::min(n, mine.last * PANEL);
     for (int r = 0; r < rows; r++) found[r * team + me] = first_maximum(x + (which ? which[r] : r) * n, first, last);
     #pragma omp barrier
     #pragma omp single

@@ -64,13 +64,12 @@ static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t d
 // `gemm` by tiles, 32 rows at a time; each pass over a panel prefetches its share of the next.
 template <class W, class Epilogue>
 static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
-    int64_t panels = (n + PANEL - 1) / PANEL, depth = k * sizeof(Input<W>), size = k * PANEL * sizeof(W);
-    int threads = omp_get_num_threads(), me = omp_get_thread_num(), shaped = 0;
-    int64_t first = panels * me / threads, last = panels * (me + 1) / threads;
-    int passes = (rows + PASS - 1) / PASS;
+    const Panels mine(n);
+    int64_t depth = k * sizeof(Input<W>), size = k * PANEL * sizeof(W);
+    int passes = (rows + PASS - 1) / PASS, shaped = 0;
     int64_t stride = (TILE_BYTES / passes + 63) / 64 * 64;
     alignas(64) float sums[PASS * PANEL];
-    for (int64_t p = first; p < last; p++) {
+    for (int64_t p = mine.first; p < mine.last; p++) {
         const char* panel = (const char*)w + p * size;
         Ahead ahead = {panel + (passes > 1 ? size : FAR), stride};
         for (int row = 0; row < rows; row += PASS, ahead.at += depth / TILE_DEPTH * stride) {
@@ -219,13 +218,14 @@ static void attend_tiles(const Rows& in, const T* kc, const T* vc, const int32_t
             next = r + 1;
             bool shared = in_place(r, start);
             if (shared) while (next < count && in_place(next, start)) next++;
-            int end = 0;
+            int end = 0, most = 0;
             for (int i = r; i < next; i++) {
-                int direct = in.direct[row + i], valid = std::min(CHUNK, direct + extras(i) - start);
+                int direct = in.direct[row + i], valid = std::max(0, std::min(CHUNK, direct + extras(i) - start));
                 end = std::max(end, std::min(direct, start + CHUNK));
-                for (int h = 0; h < heads; h++) t.valid[i * heads + h] = std::max(valid, 0);
+                most = std::max(most, valid);
+                for (int h = 0; h < heads; h++) t.valid[i * heads + h] = valid;
             }
-            if (in.direct[row + r] + extras(r) <= start && next == r + 1) continue;
+            if (!most) continue;
             if (end != laid) lay_out(start, laid = end);
             for (int e = 0; !shared && e < extras(r); e++) {
                 int at = in.direct[row + r] + e - start;

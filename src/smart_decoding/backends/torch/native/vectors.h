@@ -27,6 +27,15 @@ constexpr int CHUNK = 64;      // positions per step of the online softmax
 constexpr int PAST_CACHES = 0, INTO_L2 = 2, INTO_CACHES = 3;
 constexpr int AHEAD = 6144;    // bytes of weights to prefetch ahead: hardware prefetch alone leaves a third of the bandwidth
 
+// The panels of this thread, of those that n columns make.
+struct Panels {
+    int64_t first, last;
+    explicit Panels(int64_t n) {
+        int64_t all = (n + PANEL - 1) / PANEL, threads = omp_get_num_threads(), me = omp_get_thread_num();
+        first = all * me / threads, last = all * (me + 1) / threads;
+    }
+};
+
 // What a pass over weights prefetches: from `at` on, `stride` bytes for each of its steps.
 struct Ahead { const char* at; int64_t stride; };
 template <int HINT, int BYTES> static inline void prefetch(Ahead& ahead) {  // BYTES: of weights that a step reads
