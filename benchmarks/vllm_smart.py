@@ -69,9 +69,9 @@ def main() -> None:
             same[batch] += sum(a == b for a, b in zip(found["plain"].tokens, found["smart"].tokens, strict=True))
             answers[batch] += len(chosen)
         results = table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"arguments": vars(args), "results": results, "tokens_per_second": rates}, file, indent=1)
+        if args.json:  # after every cycle: a run that is cut leaves what it has
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump({"arguments": vars(args), "results": results, "tokens_per_second": rates}, file, indent=1)
     for arm in engines.values():
         arm.close()
 
