@@ -155,6 +155,8 @@ class _Bench:
             done = _restored(self.progress.units(name))
             deadline = _until(stop, 1 / (len(batch_sizes) - i))
             cycles = sum(1 for _ in cycles_of(prompts, batch_size, self.options.least_blocks))
+            gc.collect()
+            gc.freeze()  # else what was loaded is searched for garbage in the midst of a round
             with _bar(cycles, len(engines), name, done) as bar:
                 measured = measure(
                     engines, prompts, batch_size, deadline, lambda label, bar=bar: _advance(bar, label), done=done,
@@ -169,6 +171,7 @@ class _Bench:
                 run |= achieved(run, self.sizes) | settings.get(run["policy"], {})
                 runs.append({**run, **limit_shares(run, self.limits), "peak_gib": peak_gib()})
             del engines, made
+            gc.unfreeze()
             gc.collect()  # drafters hold memory of their own
         return runs
 

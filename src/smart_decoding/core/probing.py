@@ -27,10 +27,15 @@ class Prober:
         """Rounds before a probe can be due at all, as far as that is known."""
         return self.gap - self.waited - 1 if self.waited < self.gap else LAST_GAP
 
+    @property
+    def waits(self) -> bool:
+        """Whether no probe can be due now, whatever its price."""
+        return self.budget <= 0 or self.waited < self.gap
+
     def due(self, price: float) -> bool:
         """Whether this round may probe, for about `price` seconds."""
         self.price = price
-        return self.budget > 0 and self.waited >= self.gap and self.credit >= price
+        return not self.waits and self.credit >= price
 
     def ordinary_round(self, seconds: float) -> None:
         """After a round in the believed mode."""

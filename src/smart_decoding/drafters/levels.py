@@ -245,10 +245,12 @@ class LevelDrafter(ABC, Generic[S]):
     def _advance(self, request: Request, state: S) -> None:
         """All waiting rows were run: their pages hold other content now, and whole ones can serve again."""
         first, state.length, state.again = state.length // PAGE, self._end(request), []
-        pages = self._table(request, state)[first : -(-state.length // PAGE)]
         whole = state.length // PAGE
-        self._kept[pages] = 0
-        self._kept[pages[: whole - first]] = self._keys(request, state, whole)[first:]
+        keys = self._keys(request, state, whole) if whole > first else []
+        for page, where in enumerate(
+            self._table(request, state)[first : -(-state.length // PAGE)].tolist(), start=first
+        ):
+            self._kept[where] = keys[page] if page < whole else 0
 
     def _keys(self, request: Request, state: S, pages: int) -> list[int]:
         """For each of the request's first pages a number that stands for its tokens and all before them."""
@@ -262,11 +264,11 @@ class LevelDrafter(ABC, Generic[S]):
 def asked_of(requests: Sequence[Request], owners: Sequence[int], depths: Sequence[int], k: int) -> Asked:
     """`k` children of rows of these owners at these depths (a root's is 0)."""
     of_each = [r.params.temperature for r in requests]
+    if not any(of_each):
+        return Asked(k, np.zeros(len(owners)))
     temperature = np.array([of_each[i] for i in owners], np.float64)
-    draws: list[Draw] = []
-    if any(of_each):
-        rows = zip((requests[i] for i in owners), depths, strict=True)
-        draws = [(r.seed, r.sample, len(r.output) + depth) for r, depth in rows]
+    rows = zip((requests[i] for i in owners), depths, strict=True)
+    draws = [(r.seed, r.sample, len(r.output) + depth) for r, depth in rows]
     return Asked(k, temperature, draws)
 
 
@@ -284,5 +286,9 @@ def _rows(
     for table in tables[:-1]:
         starts.append(starts[-1] + len(table))
     pages = tables[0] if len(tables) == 1 else np.concatenate(tables)
-    a, b, c, d, e, f = (np.array(x, np.int32) for x in (slot, direct, extra_at, extra, edges, starts))
+    rows, groups = len(slot), len(tables)
+    small = np.array([*slot, *direct, *extra_at, *edges, *starts, *extra], np.int32)  # one call in place of six
+    at = rows + rows
+    a, b, c, at = small[:rows], small[rows:at], small[at : at + rows + 1], at + rows + 1
+    e, f, d = small[at : at + groups + 1], small[at + groups + 1 : at + 2 * groups + 1], small[at + 2 * groups + 1 :]
     return Rows(token, np.array(position, np.int64), a, b, c, d, e, f, pages)

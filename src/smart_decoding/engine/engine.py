@@ -8,22 +8,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from smart_decoding.core.acceptance import Acceptance, accept
+from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
-from smart_decoding.engine.kv import PAGE, BlockTable, OutOfPages, PagePool
+from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.media import Media
-from smart_decoding.engine.protocols import Drafter, Target, TargetScores
+from smart_decoding.engine.protocols import Drafter, Features, Target
 from smart_decoding.engine.request import Request, RequestMetrics
-from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.scheduler import Batch, Scheduler
-from smart_decoding.engine.specs import new_history, specs_of
+from smart_decoding.engine.specs import new_history
 from smart_decoding.engine.stopping import Decode, StopChecker
 from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
+from smart_decoding.engine.verification import Clock, Verified, make_room, verify
 from smart_decoding.errors import CapacityError, ConfigError
-
-Clock = Callable[[], float]
 
 _NONE = np.zeros(0, np.int64)
 
@@ -179,34 +177,21 @@ class Engine:
         kept = self.policy.select(plan, state, trees) if len(trees) else _NONE
         if any(r.constraint is not None for r in batch.decode):
             kept = grammatical([r.constraint for r in batch.decode], trees, kept)
-        kept, spans, asking = self._spans(batch, trees, kept)
-        nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
-        rows, last, node_row = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
-        verify_start = clock()
-        scores = self.target.verify(rows, self._taps)
-        verified = clock()
-        if self.drafter is not None and self.drafter.wants_logits:
-            seen = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
-            self.drafter.observe_logits(seen, scores.logits)
-        sample_start = clock()
-        acceptance = self._accept(asking, nodes, rows, last, node_row, scores)
-        sampled = clock()
-        if len(nodes):
-            self._commit_keys(acceptance, rows, last, node_row)
-        committed = clock()
-        emitted = self._update(batch, asking, acceptance, scores, last, node_row)
+        kept = make_room(batch, trees, kept)
+        verified = verify(self.target, self.drafter, self._taps, batch, trees, kept, clock)
+        emitted = self._update(batch, verified)
         if len(trees):
             _count_nodes(batch, trees, kept)
+        asking, acceptance = verified.requests, verified.acceptance
         after, root_next = _next_tokens(trees, kept, acceptance), acceptance.root_next[: len(batch.decode)]
-        verifying = sampled - verify_start
-        done = Round(state, plan, trees, kept, after, root_next, widths, seconds, len(rows), verifying)
+        done = Round(state, plan, trees, kept, after, root_next, widths, seconds, verified.rows, verified.seconds)
         if batch.decode:
             learning = clock()
-            done.other_seconds = learning - started - verifying - drafting + self._learning_seconds
+            done.other_seconds = learning - started - verified.seconds - drafting + self._learning_seconds
             self.policy.observe(done)
             self._learning_seconds = clock() - learning
-        self.last_round = RoundRecord(done, emitted, clock() - started, drafting, verified - verify_start,
-                                      sampled - sample_start, committed - sampled, asking, acceptance)  # fmt: skip
+        self.last_round = RoundRecord(done, emitted, clock() - started, drafting, verified.forward_seconds,
+                                      verified.sample_seconds, verified.kv_seconds, asking, acceptance)  # fmt: skip
         for request in asking:
             if request.finished:
                 self._finish(request)
@@ -276,86 +261,12 @@ class Engine:
                 break
         return trees, widths, seconds, drafting
 
-    def _spans(self, batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[IntArray, list[Span], list[Request]]:
-        """Committed tokens of the round, requests that get a token first; tree nodes yield where memory is short."""
-        counts = [0] * len(batch.decode)
-        if len(kept):
-            counts = np.bincount(trees.owner[kept], minlength=len(batch.decode)).tolist()
-        spans = []
-        for i, request in enumerate(batch.decode):
-            try:
-                slots = request.table.reserve(1 + counts[i])
-            except OutOfPages:
-                kept = kept[trees.owner[kept] != i]
-                slots = request.table.reserve(1)
-            spans.append(_span(request, request.table.length, 1, slots))
-        if not batch.prefill:
-            return kept, spans, batch.decode
-        ending = [(r, n) for r, n in batch.prefill if n == r.pending]
-        unfinished = [(r, n) for r, n in batch.prefill if n < r.pending]
-        for request, count in ending + unfinished:
-            start = request.table.length
-            slots = request.table.reserve(count)
-            spans.append(_span(request, start, count, slots))
-        return kept, spans, batch.decode + [request for request, _ in ending]
-
-    def _accept(
-        self,
-        asking: list[Request],
-        nodes: DraftTrees,
-        rows: Rows,
-        last: list[int],
-        node_row: list[int],
-        scores: TargetScores,
-    ) -> Acceptance:
-        """Draws the target's tokens down the trees; the roots are the last committed rows of `asking`."""
-        # Row numbers of accept() -> rows of the logits.
-        at = list(range(len(asking) + len(nodes))) if rows.logit_rows is not None else last[: len(asking)] + node_row
-        if all(r.takes_argmax for r in asking):
-            greedy = self.target.argmax(scores.logits, np.array(at)) if scores.greedy is None else scores.greedy[at]
-            tokens = greedy.tolist()
-            acceptance = accept(nodes, lambda wanted: [tokens[row] for row in wanted])
-        else:
-            eos = self.target.eos_token_ids
-            acceptance = accept(
-                nodes,
-                lambda wanted: self.target.sample(
-                    scores.logits, np.array([at[row] for row in wanted]), specs_of(wanted, asking, nodes, eos)
-                ),
-            )
-        for i, request in enumerate(asking):
-            if request.logprobs is not None:
-                which = np.array([at[row] for row in (i, *(node + len(asking) for node in acceptance.path[i]))])
-                k = request.params.logprobs or 0
-                request.logprobs += self.target.logprobs(scores.logits, which, acceptance.emitted[i], k)
-        return acceptance
-
-    def _commit_keys(self, acceptance: Acceptance, rows: Rows, last: list[int], node_row: list[int]) -> None:
-        """Moves accepted nodes' keys to their final positions, which follow the root's in the reserved slots."""
-        moves = [
-            (node_row[node], last[i] + depth)
-            for i, path in enumerate(acceptance.path)
-            for depth, node in enumerate(path, start=1)
-            if node_row[node] != last[i] + depth
-        ]
-        if moves:
-            source, target = zip(*moves, strict=True)
-            self.target.move(rows.slot.take(source), rows.slot.take(target))
-
-    def _update(
-        self,
-        batch: Batch,
-        asking: list[Request],
-        acceptance: Acceptance,
-        scores: TargetScores,
-        last: list[int],
-        node_row: list[int],
-    ) -> int:
+    def _update(self, batch: Batch, verified: Verified) -> int:
         """Appends the new tokens, commits the KV lengths and hands the target's features to the drafter."""
-        now, total = self._clock(), 0
+        now, total, acceptance = self._clock(), 0, verified.acceptance
         chunks = {id(request): count for request, count in batch.prefill}
-        plain = not chunks and not node_row
-        for i, request in enumerate(asking):
+        plain = not chunks and not len(acceptance.next_token)
+        for i, request in enumerate(verified.requests):
             chunk, path, metrics = chunks.get(id(request)), acceptance.path[i], request.metrics
             tokens = request.stop.push(acceptance.emitted[i])
             if request.logprobs is not None:
@@ -374,37 +285,31 @@ class Engine:
                 metrics.accepted += min(len(tokens), len(path))
             # An end may cut the path short.
             request.table.commit(request.tokens, min(start + count + len(path), len(request.tokens)))
-            if plain or request.finished:
-                continue
-            end = last[i] + 1
-            nodes = [node_row[node] for node in path]
-            committed: slice | list[int] = slice(end - count, end + len(nodes))
-            if nodes and nodes[-1] != end + len(nodes) - 1:  # else the best chain: no copy (its rows ascend from `end`)
-                committed = [*range(end - count, end), *nodes]
-            self._extend(request, scores, committed, start, count + len(path))
+            if not plain and not request.finished:
+                self._extend(request, verified, i, start, count + len(path))
         if plain and self.drafter is not None:
-            self._extend_each(asking, scores)
-        for j, (request, count) in enumerate((r, n) for r, n in batch.prefill if n < r.pending and r not in asking):
+            self._extend_each(verified.requests, verified.features)
+        going_on = ((r, n) for r, n in batch.prefill if n < r.pending and r not in verified.requests)
+        for i, (request, count) in enumerate(going_on, start=len(verified.requests)):
             start = request.table.length
-            first = last[len(asking) + j] - count + 1
             request.table.commit(request.tokens, start + count)
-            self._extend(request, scores, slice(first, first + count), start, count)
+            self._extend(request, verified, i, start, count)
         return total
 
-    def _extend(self, request: Request, scores: TargetScores, rows: slice | list[int], first: int, count: int) -> None:
+    def _extend(self, request: Request, verified: Verified, i: int, first: int, count: int) -> None:
         """Hands the drafter what the target computed at `count` committed positions from `first` on."""
         if self.drafter is not None:
-            features = None if scores.features is None else scores.features[rows]
+            features = None if verified.features is None else verified.features[verified.committed[i]]
             self.drafter.extend(request, features, first, request.tokens[first : first + count])
 
-    def _extend_each(self, asking: list[Request], scores: TargetScores) -> None:
+    def _extend_each(self, asking: list[Request], features: Features) -> None:
         """The same after a round of one row for each request."""
         assert self.drafter is not None
         going_on = [i for i, request in enumerate(asking) if not request.finished]
         if len(going_on) == len(asking):
-            self.drafter.extend_each(asking, scores.features)
+            self.drafter.extend_each(asking, features)
         elif going_on:
-            features = None if scores.features is None else scores.features[going_on]
+            features = None if features is None else features[going_on]
             self.drafter.extend_each([asking[i] for i in going_on], features)
 
     # ------------------------------------------------------------------------------------------------- helpers
@@ -471,10 +376,3 @@ def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray) -> None:
     for i, request in enumerate(batch.decode):
         request.metrics.drafted += int(drafted[i])
         request.metrics.verified += int(verified[i])
-
-
-def _span(request: Request, start: int, count: int, slots: Sequence[int]) -> Span:
-    span = Span(request.tokens[start : start + count], start, slots, request.table.array)
-    if request.media is not None:
-        span.inserts, span.rotary = request.media.inserts(start, count), request.media.positions(start, count)
-    return span

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.kv import Ints
@@ -42,12 +43,43 @@ class TargetScores:
     greedy: IntArray | None = None
 
 
+class GreedyRound(NamedTuple):
+    """What came of a round in which every request takes the target's first maximum.
+
+    features: as in TargetScores; first: the row of each request's root there, which those of its accepted nodes follow.
+    forward_seconds, kv_seconds: of the forward, and of moving keys."""
+
+    acceptance: Acceptance
+    features: Features
+    first: list[int]
+    forward_seconds: float
+    kv_seconds: float
+
+
+class VerifyGreedy(Protocol):
+    def __call__(
+        self,
+        roots: Sequence[int],
+        lengths: Sequence[int],
+        tables: Sequence[int],
+        trees: DraftTrees,
+        kept: IntArray,
+        taps: tuple[int, ...],
+    ) -> GreedyRound:
+        """A whole round in one call: `verify`, `argmax`, the walk down the trees, and `move` of what was accepted.
+
+        roots: each request's last token; lengths: its position; tables: the addresses of the block tables, which have
+        room for the nodes; kept: which of the trees' nodes are verified."""
+
+
 class Target(Protocol):
     """The model whose output is wanted."""
 
     vocab: int
     max_positions: int
     eos_token_ids: tuple[int, ...]
+
+    verify_greedy: VerifyGreedy | None
 
     def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
         """One forward of the rows; their keys and values are written to their slots."""

@@ -70,6 +70,7 @@ class StopChecker:
         self._max_tokens = min(limits) if limits else None
         self._params, self._strings, self._ids = params, params.stop_strings, frozenset(params.stop_ids)
         self._eos_ids: frozenset[int] = frozenset() if params.ignore_eos else frozenset(eos_ids)
+        self._ends = self._eos_ids | self._ids
         self._detokenizer = Detokenizer(decode)
         self._loops = LoopDetector() if detect_loops else None
         self._text, self._shown, self._unchecked = "", 0, 0
@@ -86,11 +87,22 @@ class StopChecker:
     def push(self, tokens: Sequence[int]) -> list[int]:
         """Takes the tokens of a round; returns those that belong to the answer (tokens after its end are dropped)."""
         before = len(self.token_ids)
+        if self._goes_on(tokens):
+            self.token_ids += tokens
+            self._undecoded += tokens
+            return list(tokens)
         for token in tokens:
             if self.finish_reason:
                 break
             self._push_one(int(token))
         return self.token_ids[before:]
+
+    def _goes_on(self, tokens: Sequence[int]) -> bool:
+        """Whether none of these tokens can end the answer: so it is nearly always."""
+        if self.finish_reason or self._strings or self._loops:
+            return False
+        room = self._max_tokens is None or len(self.token_ids) + len(tokens) < self._max_tokens
+        return room and self._ends.isdisjoint(tokens)
 
     @property
     def text(self) -> str:
@@ -107,7 +119,7 @@ class StopChecker:
     def _push_one(self, token: int) -> None:
         self.token_ids.append(token)
         may_stop = len(self.token_ids) >= self._params.min_tokens
-        if may_stop and (token in self._eos_ids or token in self._ids):
+        if may_stop and token in self._ends:
             self._finish_at_id(token)
             return
         self._undecoded.append(token)

@@ -58,7 +58,7 @@ class Recorder:
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         if request.id in self.wanted:
-            self.features.setdefault(request.id, []).append(features.to(torch.bfloat16))
+            self.features.setdefault(request.id, []).append(torch.as_tensor(features).to(torch.bfloat16))
 
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:
         for i, request in enumerate(requests):

@@ -26,6 +26,8 @@ EMPTY = -1  # token and position of a slot that was never written
 class FakeTarget:
     """`pages` KV pages; `spread`: difference between the largest and smallest logit. Features are (token, position)."""
 
+    verify_greedy = None
+
     def __init__(
         self,
         pages: int,

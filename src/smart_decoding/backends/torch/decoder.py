@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,11 @@ from smart_decoding.backends.torch.layers import (
     Workspace,
 )
 from smart_decoding.backends.torch.native import build
+from smart_decoding.backends.torch.native_model import NativeModel
+from smart_decoding.backends.torch.rows import native_rows
+from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.media import Inserts
+from smart_decoding.engine.protocols import GreedyRound
 from smart_decoding.engine.rows import Rows
 
 
@@ -108,13 +112,11 @@ class Decoder:
         self.workspace = Workspace()
         layers = [layer_weights(config, weights, f"model.layers.{i}.", dtype, device) for i in range(config.layers)]
         arena = None
-        self._layers: Layers
         if self.native:
             output = packed_rows(config.vocab) * config.hidden
             arena = Arena(layers[0].elements() * config.layers + output, dtype)
-            self._layers = NativeLayers(layers, arena, self.workspace)
-        else:
-            self._layers = TorchLayers(layers)
+        own = NativeLayers(layers, arena, self.workspace) if arena else TorchLayers(layers)
+        self._layers: Layers = own
         embedding = weights["model.embed_tokens.weight"].to(device=device, dtype=dtype)
         head = embedding if config.tie_embeddings else weights["lm_head.weight"].to(device=device, dtype=dtype)
         norm = weights["model.norm.weight"].to(device=device, dtype=dtype)
@@ -124,6 +126,9 @@ class Decoder:
         self.rotary = rotary_table(config, positions, device)
         self._axis = torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device) if config.mrope else None
         self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device)
+        self._model: NativeModel | None = None
+        if isinstance(own, NativeLayers):
+            self._model = NativeModel(own, self._embedding, self.head, norm, self.kv, self.rotary)
 
     @property
     def embedding(self) -> Linear | Tensor:
@@ -138,18 +143,32 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, rows: Rows, taps: tuple[int, ...] = ()) -> ForwardOutput:
         """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
+        if self._model is not None:
+            context = self._context(rows)
+            native = native_rows(context.rows, context.cosine, context.sine)
+            logits, states, best = self._model.forward(native.struct, rows.token, rows.inserts, rows.logit_rows, taps)
+            return ForwardOutput(logits, states, best)
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
         put(x, rows.inserts)
         tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
         self._layers(x, self._context(rows, taps, tapped), self.kv)
         wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]
-        if not self.native:
-            return ForwardOutput(self.head(wanted).float(), tapped)
-        logits = self.workspace.take("logits", len(wanted) * self.config.vocab).view(len(wanted), self.config.vocab)
-        best = np.empty(len(wanted), np.int64)
-        return ForwardOutput(self.head(wanted, logits, best), tapped, best)
+        return ForwardOutput(self.head(wanted).float(), tapped)
 
-    def _context(self, rows: Rows, taps: tuple[int, ...], tapped: Tensor | None) -> Context:
+    def verify_greedy(
+        self,
+        roots: Sequence[int],
+        lengths: Sequence[int],
+        tables: Sequence[int],
+        trees: DraftTrees,
+        kept: IntArray,
+        taps: tuple[int, ...],
+    ) -> GreedyRound:
+        """See VerifyGreedy; on the CPU kernels only, for models without M-RoPE."""
+        assert self._model is not None
+        return self._model.verify(roots, lengths, tables, trees, kept, taps)
+
+    def _context(self, rows: Rows, taps: tuple[int, ...] = (), tapped: Tensor | None = None) -> Context:
         """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position i."""
         if rows.rotary is None:
             return Context(rows, *self.rotary, taps=taps, tapped=tapped)

@@ -30,7 +30,7 @@ from smart_decoding.backends.torch.layers import (
     Workspace,
     rms_norm,
 )
-from smart_decoding.backends.torch.native_level import NativeLevel, Part
+from smart_decoding.backends.torch.native_level import Features, NativeLevel, Part, as_tensor
 from smart_decoding.backends.torch.ranking import ranked
 from smart_decoding.core.policies.chooser import Growth
 from smart_decoding.core.tree import IntArray
@@ -155,8 +155,7 @@ class EagleHead:
         """Begins a round: runs pairs of tokens and features, and ranks children after the `last` ones."""
         if self._level is not None:
             return self._level.first(rows, parts, self._rotary, self.kv, asked)
-        whole = [part if isinstance(part, Tensor) else torch.stack([r[part[1]] for r in part[0]]) for part in parts]
-        self._outs = [self.take(self.run(rows, self.project(whole)), last)]
+        self._outs = [self.take(self.run(rows, self.project([as_tensor(part) for part in parts])), last)]
         return self.rank(self._outs[0], asked)
 
     def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
@@ -202,8 +201,9 @@ class EagleHead:
         self._layers(x, Context(rows, *self._rotary, inputs=inputs), self.kv)
         return x
 
-    def take(self, features: Tensor, rows: IntArray) -> Tensor:
+    def take(self, features: Features, rows: IntArray) -> Tensor:
         """Rows of features or outputs: [rows, width], a copy."""
+        features = torch.as_tensor(features)
         return features[torch.from_numpy(rows).to(features.device)]
 
     def copy_page(self, source: int, target: int) -> None:

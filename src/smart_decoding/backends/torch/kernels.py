@@ -60,6 +60,39 @@ class HeadStruct(Structure):
     ]
 
 
+class ModelStruct(Structure):
+    """`Model` of forward.h."""
+
+    _fields_ = [
+        ("layers", POINTER(LayerStruct)),
+        *((name, c_void_p) for name in ("embedding", "table", "output", "final_norm", "keys", "values")),
+        *((name, c_int64) for name in ("vocab", "pages")),
+        *((name, c_int32) for name in ("count", "streamed", "w_bf16", "kv_bf16")),
+        ("eps", c_float),
+    ]
+
+
+class PassStruct(Structure):
+    """`Pass` of forward.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("token", "inserts", "wanted", "taps", "tapped", "logits", "best")),
+        *((name, c_int32) for name in ("wanted_count", "tap_count")),
+    ]
+
+
+class RoundStruct(Structure):
+    """`Round` of round.cpp."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("requests", "nodes", "room")),
+        *((name, c_void_p) for name in ("root", "length", "pages", "trees", "kept")),
+        *((name, c_int64) for name in ("hidden", "heads", "head_dim")),
+        *((name, c_void_p) for name in ("cosine", "sine")),
+        *((name, c_void_p) for name in ("after", "emitted", "path", "accepted", "first", "seconds")),
+    ]
+
+
 class LevelStruct(Structure):
     """`Level` of forward.h."""
 
@@ -86,6 +119,8 @@ def _lib() -> ctypes.CDLL:
             *(POINTER(LayerStruct), c_int32, POINTER(RowsStruct), c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
             *(POINTER(ScratchStruct), c_void_p, c_int32, c_void_p, c_int32, c_int32, c_int32),
         ]
+        lib.smart_forward.argtypes = [POINTER(ModelStruct), POINTER(RowsStruct), POINTER(PassStruct), c_int32]
+        lib.smart_round.argtypes = [POINTER(ModelStruct), POINTER(RoundStruct), POINTER(PassStruct), c_int32]
         lib.smart_draft.argtypes = [
             *(POINTER(HeadStruct), POINTER(RowsStruct), POINTER(LevelStruct), c_void_p, c_void_p, c_int64),
             *(c_int32, c_int32, c_int32),
@@ -230,6 +265,18 @@ def layers(
     )  # fmt: skip
     if status:
         raise RuntimeError("the CPU kernels do not support this layer")
+
+
+def forward(model: ModelStruct, rows: RowsStruct, what: PassStruct) -> None:
+    """A whole model, from token ids to logits and their maxima."""
+    if _lib().smart_forward(byref(model), byref(rows), byref(what), torch.get_num_threads()):
+        raise RuntimeError("the CPU kernels do not support this model")
+
+
+def verify_round(model: ModelStruct, round: RoundStruct, what: PassStruct) -> None:
+    """The verification of a round in which every request takes the target's first maximum (round.cpp)."""
+    if _lib().smart_round(byref(model), byref(round), byref(what), torch.get_num_threads()):
+        raise RuntimeError("the CPU kernels do not support this model")
 
 
 def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

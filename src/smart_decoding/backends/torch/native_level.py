@@ -17,6 +17,8 @@ from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.kernels import HeadStruct, LevelStruct
 from smart_decoding.backends.torch.layers import KVCache, Linear, NativeLayers
 from smart_decoding.backends.torch.native.chooser import GrowthStruct, NativeChooser
+from smart_decoding.backends.torch.native.memory import address
+from smart_decoding.backends.torch.native_model import inserted
 from smart_decoding.backends.torch.ranking import noise_of
 from smart_decoding.backends.torch.rows import native_rows
 from smart_decoding.core.policies.chooser import Growth
@@ -25,7 +27,8 @@ from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.protocols import Grown
 from smart_decoding.engine.rows import Rows
 
-Part: TypeAlias = Tensor | tuple[Sequence[Tensor], int]  # see drafters.eagle.Head
+Features: TypeAlias = Tensor | NDArray[np.float32]
+Part: TypeAlias = Features | tuple[Sequence[Features], int]  # see drafters.eagle.Head
 Rotary: TypeAlias = tuple[Tensor, Tensor]
 
 
@@ -56,6 +59,7 @@ class NativeLevel:
         pointers = map(kernels.pointer, self._keep[1:])
         self._head = HeadStruct(layer.structs[0], *pointers, len(tokens), taps, norm_before_residual)
         self._outs, self._count = torch.empty(64, outputs.shape[1]), 0
+        self._growth = GrowthStruct(hidden=outputs.shape[1], w_bf16=self._bf16)
 
     def first(self, rows: Rows, parts: Sequence[Part], rotary: Rotary, kv: KVCache, asked: Asked) -> Ranked:
         """Runs pairs of tokens and taps; the best children of each group's last one."""
@@ -80,13 +84,13 @@ class NativeLevel:
             factors, noise = noise_of(asked)
             scale = np.ascontiguousarray(factors[:: growth.levels])
         ids, probs = np.empty((batch, k), np.int64), np.empty((batch, k))
-        inserted, alive = _inserts(rows)
-        at = map(_at, (rows.token, features, inserted))
+        pictures, alive = inserted(rows.inserts, len(rows))
+        at = map(_at, (rows.token, features, pictures))
         level = LevelStruct(True, k, *at, self._outs.data_ptr(), None, None, _at(ids), _at(probs))
-        how = GrowthStruct(hidden=self._outs.shape[1], first_slot=slots.start, slots=len(slots), scale=_at(scale),
-                           noise=_at(noise), keys=kv.keys.data_ptr(), values=kv.values.data_ptr(),
-                           pages=kv.keys.shape[-3], w_bf16=self._bf16, kv_bf16=kv.keys.dtype == torch.bfloat16,
-                           threads=torch.get_num_threads())  # fmt: skip
+        how = self._growth
+        how.first_slot, how.slots, how.scale, how.noise = slots.start, len(slots), _at(scale), _at(noise)
+        how.keys, how.values, how.pages = kv.keys.data_ptr(), kv.values.data_ptr(), kv.keys.shape[-3]
+        how.kv_bf16, how.threads = kv.keys.dtype == torch.bfloat16, torch.get_num_threads()
         native = native_rows(rows, *rotary)
         run = kernels.growing(self._head, native.struct, level)
         assert isinstance(growth.chooser, NativeChooser)
@@ -112,8 +116,8 @@ class NativeLevel:
         k = min(asked.k, self._children)
         ids, probs = np.empty((wanted, k), np.int64), np.empty((wanted, k))
         scale, keys = noise_of(asked) if len(asked.draws) else (None, None)
-        inserted, parts = _inserts(rows)
-        at = map(_at, (rows.token, features, inserted))
+        pictures, parts = inserted(rows.inserts, len(rows))
+        at = map(_at, (rows.token, features, pictures))
         out = self._outs.data_ptr() + 4 * self._count * self._outs.shape[1]
         level = LevelStruct(first, k, *at, out, *map(_at, (scale, keys, ids, probs)))
         native = native_rows(rows, *rotary)
@@ -131,33 +135,35 @@ class NativeLevel:
 
 
 def _readable(part: Part) -> Part:
-    """The part in float32, as taps of our own targets are."""
-    first = part if isinstance(part, Tensor) else part[0][0]
-    if first.dtype == torch.float32 and first.stride(1) == 1:
+    """The part in float32, as features of our own targets are."""
+    first = part if isinstance(part, Tensor | np.ndarray) else part[0][0]
+    if isinstance(first, np.ndarray) or (first.dtype == torch.float32 and first.stride(1) == 1):
         return part
-    if isinstance(part, Tensor):
-        return part.float().contiguous()
-    return torch.stack([r[part[1]] for r in part[0]]).float()
+    return as_tensor(part).float().contiguous()
+
+
+def as_tensor(part: Part) -> Tensor:
+    """[rows, width] a part as one tensor."""
+    if isinstance(part, Tensor | np.ndarray):
+        return torch.as_tensor(part)
+    return torch.stack([torch.as_tensor(r[part[1]]) for r in part[0]])
 
 
 def _pointers(part: Part) -> Sequence[int]:
     """The addresses of a part's rows."""
-    if isinstance(part, Tensor):
-        return range(part.data_ptr(), part.data_ptr() + 4 * part.stride(0) * len(part), 4 * part.stride(0))
+    if isinstance(part, Tensor | np.ndarray):
+        start, step = _row(part)
+        return range(start, start + step * len(part), step)
     rounds, place = part
-    return [r.data_ptr() + 4 * place * r.stride(0) for r in rounds]
+    return [start + step * place for start, step in map(_row, rounds)]
 
 
-def _inserts(rows: Rows) -> tuple[IntArray | None, list[Tensor]]:
-    """For each row the address of the embedding to be read in place of its token's, or 0; and what must stay alive."""
-    if not rows.inserts:
-        return None, []
-    found, kept = np.zeros(len(rows), np.int64), []
-    for first, part in rows.inserts:
-        kept.append(part.float().contiguous())
-        found[first : first + len(part)] = _pointers(kept[-1])
-    return found, kept
+def _row(rows: Features) -> tuple[int, int]:
+    """The address of the first row, and the bytes from one to the next."""
+    if isinstance(rows, Tensor):
+        return rows.data_ptr(), 4 * rows.stride(0)
+    return address(rows), rows.strides[0]
 
 
 def _at(array: NDArray[np.generic] | None) -> int | None:
-    return None if array is None else int(array.__array_interface__["data"][0])
+    return None if array is None else address(array)

@@ -25,7 +25,7 @@ from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
 AHEAD = 3  # levels of look-ahead while drafting
-KEEP_OUTLOOK = 48  # rounds that forecasts and prices are reused for while nothing changes
+KEEP_OUTLOOK = 128  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
 CATCH_UP_ROUNDS = (
     16  # rounds at most that share the price of a long catch-up: if drafting, and the answers, last so long
@@ -35,7 +35,7 @@ MARGIN, STAY = 1.03, 1.0  # what drafting must promise over plain decoding, to b
 CLEARLY = 0.9  # of plain decoding: what drafting promises where no further look is needed soon
 PROBE_SHARE = 2  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
-BUSY_ROUNDS, SELDOM = 32, 16  # after the first rounds, beliefs are updated every sixteenth round, in one go,
+BUSY_ROUNDS, SELDOM = 32, 32  # after the first rounds, beliefs are updated every 32nd round, in one go,
 SURPRISE = 2.0  # or once the accepted nodes are this many standard deviations (as if Poisson) off what was expected
 OFTEN = 4  # and the seconds of verification every fourth one: a machine's state lasts for seconds only
 # Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no. A bad head
@@ -201,11 +201,11 @@ class Smart:
         scratch.believed = outlook.value(believed)
         if (believed is not None) != self._drafting:
             self._change_mode(believed is not None)
-        other = self._probe(outlook, believed)
-        if other != believed and self.prober.due(
-            outlook.price(other, believed) + self._catch_up(batch, scratch, other)
-        ):
-            option, scratch.probe = other, True
+        if not self.prober.waits:
+            other = self._probe(outlook, believed)
+            price = outlook.price(other, believed) + self._catch_up(batch, scratch, other)
+            if other != believed and self.prober.due(price):
+                option, scratch.probe = other, True
         if option is not None or scratch.probe or self._rounds <= BUSY_ROUNDS:
             self._last_rest = 1
         else:
@@ -246,7 +246,7 @@ class Smart:
 
     def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
         """The shape of a batch; what barely changes the costs is taken coarsely."""
-        first = (batch.catch_up_rows // (3 * batch.size)).bit_length(), self._sharing(batch).bit_length()
+        first = (batch.catch_up_rows // (4 * batch.size)).bit_length(), self._sharing(batch).bit_length()
         coarse = (*first, int(scratch.context) // 128)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
         return (*sizes, batch.has_free, *coarse, self.calibration.changes)

@@ -29,6 +29,7 @@ class HostTarget:
 
     host: the processors of a `generate` call, or None where only forwards are wanted."""
 
+    verify_greedy = None
     pass_rows = 0  # of one pass over the weights: not known here
 
     def __init__(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from smart_decoding.downloads import cache_dir
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "controller.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "controller.cpp", "round.cpp")]
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.backends.torch.native import build
+from smart_decoding.backends.torch.native.memory import address
 from smart_decoding.core.calibration import DEPTHS, FINE, FINE_OF, KINDS
 from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.policies.chooser import Drafted, Growth
@@ -86,7 +87,7 @@ class NativeChooser:
         ]  # fmt: skip
         self._select.argtypes = [*structs, c_int, c_int64, c_void_p, POINTER(ChoiceStruct)]
         self._trees, self._prices, self._choice = TreesStruct(), PricesStruct(), ChoiceStruct()
-        self._beliefs = BeliefsStruct(None, 0, _at(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
+        self._beliefs = BeliefsStruct(None, 0, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
         self._structs = byref(self._trees), byref(self._beliefs), byref(self._prices)
         self._kept, self._expanded = np.zeros((2, 256), np.int64)
         self._round: Drafted | None = None
@@ -96,15 +97,24 @@ class NativeChooser:
         self, drafted: Drafted, ahead: LookAhead, level: int, levels: int, widths: IntArray, level_seconds: FloatArray
     ) -> IntArray:
         self._hand_over(drafted)
-        asked = (level, _at(ahead.below(level, levels)), levels, _at(widths), len(widths), _at(level_seconds))
-        found = self._asked(self._frontier, drafted, *asked, _at(self._expanded), drafted.least, _at(self._kept))
+        asked = (
+            level,
+            address(ahead.below(level, levels)),
+            levels,
+            address(widths),
+            len(widths),
+            address(level_seconds),
+        )
+        found = self._asked(
+            self._frontier, drafted, *asked, address(self._expanded), drafted.least, address(self._kept)
+        )
         self._stopped = -1 if found else len(drafted.trees)
         return self._expanded[:found].copy() if found else _NONE
 
     def select(self, drafted: Drafted) -> tuple[IntArray, float, float]:
         if drafted is not self._round or self._stopped != len(drafted.trees):
             self._hand_over(drafted)
-            self._asked(self._select, drafted, drafted.least, _at(self._kept))
+            self._asked(self._select, drafted, drafted.least, address(self._kept))
         choice = self._choice
         return self._kept[: choice.count].copy(), choice.rate, choice.expected
 
@@ -121,10 +131,10 @@ class NativeChooser:
         below, expanded = growth.ahead.table(levels, growth.reach), np.zeros(levels, np.int64)
         seconds = np.zeros(levels + 1)
         how.levels, how.reach, how.widths_count, how.least = levels, growth.reach, len(growth.widths), d.least
-        how.widths, how.level_seconds, how.below = _at(growth.widths), _at(growth.level_seconds), _at(below)
-        how.expanded, how.seconds, how.choosing = _at(expanded), _at(seconds), _at(seconds) + 8 * levels
-        self._beliefs.table, self._beliefs.cells = _at(d.calibration.table), len(d.calibration.table)
-        done = run(byref(how), *self._structs, _at(self._expanded), _at(self._kept), byref(self._choice))
+        how.widths, how.level_seconds, how.below = address(growth.widths), address(growth.level_seconds), address(below)
+        how.expanded, how.seconds, how.choosing = address(expanded), address(seconds), address(seconds) + 8 * levels
+        self._beliefs.table, self._beliefs.cells = address(d.calibration.table), len(d.calibration.table)
+        done = run(byref(how), *self._structs, address(self._expanded), address(self._kept), byref(self._choice))
         if done < 0:
             raise RuntimeError("the CPU kernels do not support this head")
         trees.grown(self._trees.nodes)
@@ -135,10 +145,10 @@ class NativeChooser:
         d, trees, t, p = drafted, drafted.trees, self._trees, self._prices
         if d is not self._round:
             self._round, self._stopped = d, -1
-            t.batch, t.limits, t.kind = trees.batch, _at(d.limits), _at(d.kind)
-            t.ends, t.end_count, p.tokens, p.limit = _at(d.ends), len(d.ends), d.tokens, d.limit
-        t.nodes, t.room, t.ints, t.floats = len(trees), trees.ints.shape[1], _at(trees.ints), _at(trees.floats)
-        p.sunk, p.verify, p.verify_count = d.sunk, _at(d.verify), len(d.verify)
+            t.batch, t.limits, t.kind = trees.batch, address(d.limits), address(d.kind)
+            t.ends, t.end_count, p.tokens, p.limit = address(d.ends), len(d.ends), d.tokens, d.limit
+        t.nodes, t.room, t.ints, t.floats = len(trees), trees.ints.shape[1], address(trees.ints), address(trees.floats)
+        p.sunk, p.verify, p.verify_count = d.sunk, address(d.verify), len(d.verify)
         if t.room > len(self._kept):
             self._kept, self._expanded = np.zeros((2, 2 * t.room), np.int64)
 
@@ -146,7 +156,7 @@ class NativeChooser:
         scored = drafted.scored == len(drafted.trees)
         for _ in range(2):
             table = drafted.calibration.table
-            self._beliefs.table, self._beliefs.cells = _at(table), len(table)
+            self._beliefs.table, self._beliefs.cells = address(table), len(table)
             count: int = function(*self._structs, scored, *asked, byref(self._choice))
             if count != _UNSEEN:
                 return count
@@ -157,12 +167,3 @@ class NativeChooser:
 def native_chooser() -> NativeChooser | None:
     """The native chooser, or None where there is no compiler."""
     return NativeChooser() if build.unavailable() is None else None
-
-
-def _at(array: Any) -> int:
-    """Where an array lies. Raises ValueError if its elements do not lie next to each other."""
-    interface = array.__array_interface__
-    if interface["strides"] is not None:
-        raise ValueError("the arrays of trees must be contiguous")
-    address: int = interface["data"][0]
-    return address

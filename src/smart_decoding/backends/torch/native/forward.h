@@ -17,7 +17,38 @@ struct Rows {                    // what attention must know of the rows of a fo
     const float* sine;
 };
 
-struct Head;  // kernels.cpp
+struct Layer;  // kernels.cpp
+struct Head;
+
+// A whole target, from token ids to logits.
+struct Model {
+    const Layer* layers;
+    const void *embedding, *table;  // packed or plain, the other is null
+    const void* output;             // packed
+    const float* final_norm;
+    void *keys, *values;
+    int64_t vocab, pages;
+    int32_t count, streamed, w_bf16, kv_bf16;  // count: of layers
+    float eps;
+};
+
+// One forward: what it reads beside its rows, and what it leaves.
+struct Pass {
+    const int64_t* token;          // [rows]
+    const float* const* inserts;   // null, or [rows] the embedding in place of the token's, where not null
+    const int64_t* wanted;         // [wanted_count] rows whose logits are wanted, or null: all
+    const int32_t* taps;           // after taps[0], taps[1], ... layers the states are copied to `tapped`
+    float* tapped;                 // [rows, tap_count, hidden]
+    float* logits;                 // [wanted_count, vocab]
+    int64_t* best;                 // [wanted_count] their first maxima, -1 where that is not finite
+    int32_t wanted_count, tap_count;
+};
+
+// Runs a model. Returns nonzero where the kernels do not serve it.
+extern "C" int smart_forward(const Model* m, const Rows* in, const Pass* pass, int threads);
+
+extern "C" void smart_move_kv(void* kc, void* vc, int64_t planes, int64_t pages, int head_dim, int bytes, const int32_t* from,
+                              const int32_t* to, int count);
 
 // One level. The first one reads taps and is wanted for the last row of each group only; other rows leave nothing but
 // their keys and values. Deeper ones read earlier outputs, all rows are wanted.

@@ -73,13 +73,12 @@ static void layer_run(const Layer& l, const Rows& in, const std::vector<Block>& 
     finish_layer<W>(l, rows, attention, x, room, ffn);
 }
 
-// `count` layers one after another; after taps[0], taps[1], ... of them, x is copied next to each other into `tapped`.
+// `count` layers one after another, by a whole team; after taps[0], taps[1], ... of them, x is copied next to each other into
+// `tapped`.
 template <class W, class T, int HD>
-static void layers_run(const Layer* layers, int count, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages,
-                       const Scratch& s, const int32_t* taps, int tap_count, float* tapped, int threads) {
+static void run_layers(const Layer* layers, int count, const Rows& in, const std::vector<Block>& blocks, const float* input, float* x,
+                       T* kc, T* vc, int64_t pages, const Scratch& s, const int32_t* taps, int tap_count, float* tapped) {
     int64_t plane = layers[0].kv_heads * pages * HD * PAGE, d = layers[0].hidden;
-    const std::vector<Block> blocks = blocks_of<T, HD>(in, layers[0].heads / layers[0].kv_heads);
-    #pragma omp parallel num_threads(threads)
     for (int i = 0, tap = 0; i < count; i++) {
         layer_run<W, T, HD>(layers[i], in, blocks, i ? nullptr : input, x, kc + i * plane, vc + i * plane, pages, s);
         if (tap == tap_count || taps[tap] != i + 1) continue;
@@ -87,6 +86,19 @@ static void layers_run(const Layer* layers, int count, const Rows& in, const flo
         for (int r = 0; r < in.rows; r++) memcpy(tapped + (int64_t(r) * tap_count + tap) * d, x + r * d, d * sizeof(float));
         tap++;
     }
+}
+
+template <class W, class T, int HD>
+static void layers_run(const Layer* layers, int count, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages,
+                       const Scratch& s, const int32_t* taps, int tap_count, float* tapped, int threads) {
+    const std::vector<Block> blocks = blocks_of<T, HD>(in, layers[0].heads / layers[0].kv_heads);
+    #pragma omp parallel num_threads(threads)
+    run_layers<W, T, HD>(layers, count, in, blocks, input, x, kc, vc, pages, s, taps, tap_count, tapped);
+}
+
+template <class W> static void embedding_row(const void* packed, const void* table, int64_t d, int64_t token, float* out) {
+    if (packed) unpack_row((const W*)packed, d, token, out);
+    else for (int64_t i = 0; i < d; i++) out[i] = to_f32(((const W*)table)[token * d + i]);
 }
 
 template <class W>
@@ -127,12 +139,47 @@ struct Pool {
     std::vector<float> block;
     size_t used = 0;
     explicit Pool(size_t floats) : block(floats) {}
+    void begin(size_t floats) {  // anew, with room for as many
+        if (block.size() < floats) *this = Pool(floats + floats / 4);
+        used = 0;
+    }
     template <class V> V* take(int64_t count) {
         V* p = (V*)(block.data() + used);
         used += (count * sizeof(V) + 63) / 64 * 16;
         return p;
     }
 };
+
+template <class W, class T, int HD>
+static void forward_run(const Model& m, const Rows& in, const Pass& p, int threads) {
+    const Layer& l = m.layers[0];
+    int64_t rows = in.rows, wanted = p.wanted ? p.wanted_count : rows, d = l.hidden, width = int64_t(l.heads) * HD;
+    int64_t qkv_width = width + 2 * int64_t(l.kv_heads) * HD;
+    static thread_local Pool kept(0);
+    Pool& pool = kept;
+    pool.begin(rows * (2 * d + qkv_width + width + l.ffn) + wanted * d + 256);
+    float* x = pool.take<float>(rows * d);
+    Scratch s{pool.take<float>(rows * d), pool.take<float>(rows * qkv_width), pool.take<float>(rows * width),
+              pool.take<float>(rows * l.ffn)};
+    Input<W>* normed = pool.take<Input<W>>(wanted * d);
+    std::vector<int64_t> found(wanted * threads);
+    const std::vector<Block> blocks = blocks_of<T, HD>(in, l.heads / l.kv_heads);
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            if (p.inserts && p.inserts[r]) memcpy(x + r * d, p.inserts[r], d * sizeof(float));
+            else embedding_row<W>(m.embedding, m.table, d, p.token[r], x + r * d);
+        }
+        run_layers<W, T, HD>(m.layers, m.count, in, blocks, nullptr, x, (T*)m.keys, (T*)m.values, m.pages, s, p.taps, p.tap_count,
+                             p.tapped);
+        #pragma omp for schedule(static)
+        for (int64_t r = 0; r < wanted; r++)
+            rms_norm_row(x + (p.wanted ? p.wanted[r] : r) * d, m.final_norm, m.eps, d, normed + r * d);
+        linear_rows(normed, d, wanted, (const W*)m.output, m.vocab, d, nullptr, p.logits, m.vocab, false, m.streamed);
+        maxima(p.logits, nullptr, wanted, m.vocab, found.data(), p.best);
+    }
+}
 
 #if defined(__AVX512VNNI__)
 // y = x w^T for pairs of rows, the high and the low halves of 16 bits with 32768 added, times `step` of each pair and `scale`.
@@ -191,9 +238,8 @@ static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* v
     int64_t read = v.first ? h.taps * d : 0, wide = std::max(read, 2 * d);
     static thread_local Pool kept(0);
     size_t needed = size_t(rows) * (wide + d + qkv_width) + size_t(wanted) * (2 * q_width + l.ffn + n + d + 1) + 256;
-    if (kept.block.size() < needed) kept = Pool(needed + needed / 4);
     Pool& pool = kept;
-    pool.used = 0;
+    pool.begin(needed);
     Input<W>* room = pool.take<Input<W>>(rows * wide);
     float *g = pool.take<float>(rows * d), *qkv = pool.take<float>(rows * qkv_width), *q = pool.take<float>(wanted * q_width);
     Input<W>*attention = pool.take<Input<W>>(wanted * q_width), *ffn = pool.take<Input<W>>(int64_t(wanted) * l.ffn);
@@ -235,8 +281,7 @@ static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* v
             const float* features = v.first ? g + r * d : v.features[r];
             const float* embedding = line.data();
             if (v.inserts && v.inserts[r]) embedding = v.inserts[r];
-            else if (h.embedding) unpack_row((const W*)h.embedding, d, v.token[r], line.data());
-            else for (int64_t i = 0; i < d; i++) line[i] = to_f32(((const W*)h.table)[v.token[r] * d + i]);
+            else embedding_row<W>(h.embedding, h.table, d, v.token[r], line.data());
             rms_norm_row(embedding, h.input_norm, l.eps, d, room + r * 2 * d);
             rms_norm_row(features, h.hidden_norm, l.eps, d, room + r * 2 * d + d);
             if (place[r] < 0) continue;
@@ -351,6 +396,18 @@ int smart_layers(const Layer* l, int count, const Rows* in, const float* input, 
         else return 2;                                                                                              \
         return 0;
     switch (l->head_dim) { RUN(16) RUN(32) RUN(64) RUN(96) RUN(128) }
+#undef RUN
+    return 1;
+}
+
+int smart_forward(const Model* m, const Rows* in, const Pass* pass, int threads) {
+#define RUN(HD)                                                                                     \
+    case HD:                                                                                        \
+        if (m->w_bf16 && m->kv_bf16) forward_run<bf16, bf16, HD>(*m, *in, *pass, threads);          \
+        else if (!m->w_bf16 && !m->kv_bf16) forward_run<float, float, HD>(*m, *in, *pass, threads); \
+        else return 2;                                                                              \
+        return 0;
+    switch (m->layers->head_dim) { RUN(16) RUN(32) RUN(64) RUN(96) RUN(128) }
 #undef RUN
     return 1;
 }

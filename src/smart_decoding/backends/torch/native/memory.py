@@ -1,0 +1,14 @@
+"""Where arrays lie, for native code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def address(array: Any) -> int:
+    """The address of a numpy array's first element. Raises ValueError if its elements do not lie next to each other."""
+    interface = array.__array_interface__
+    if interface["strides"] is not None:
+        raise ValueError("arrays for native code must be contiguous")
+    at: int = interface["data"][0]
+    return at
