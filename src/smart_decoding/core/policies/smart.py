@@ -25,7 +25,7 @@ from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
 AHEAD = 3  # levels of look-ahead while drafting
-KEEP_OUTLOOK = 128  # rounds that forecasts and prices are reused for while nothing changes
+KEEP_OUTLOOK = 64  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
 CATCH_UP_ROUNDS = (
     16  # rounds at most that share the price of a long catch-up: if drafting, and the answers, last so long
@@ -403,8 +403,11 @@ class Smart:
             accepted = int(np.count_nonzero(round.next_token >= 0))
             self._expected += scratch.expected
             self._surprise += scratch.expected - accepted
-        if self._unlearned and (not seldom or self._surprise**2 > SURPRISE**2 * self._expected):
+        surprised = self._surprise**2 > SURPRISE**2 * self._expected
+        if self._unlearned and (not seldom or surprised):
             self._learn()
+        if surprised:
+            self._outlooks.clear()
         if round.plan.speculate and round.plan.levels == 0:
             self.forecast.observe_free(trees, scratch.drafting)
         seconds = round.verify_seconds + sum(round.level_seconds)

@@ -144,6 +144,9 @@ class HostStop(StopChecker):
         super().__init__(params, lambda _: "")
         self._host, self._sequence = host, sequence
 
+    def _goes_on(self, tokens: Sequence[int]) -> bool:
+        return False  # the criteria want to see each token
+
     def _push_one(self, token: int) -> None:
         self.token_ids.append(token)
         self._sequence.push(token)
