@@ -92,29 +92,31 @@ def test_rms_norm_into_columns(d: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_move_kv(dtype: torch.dtype) -> None:
-    """In order: a slot may be a source after the slot before it was a target."""
-    cache = KVCache.empty(2, 3, 5, 16, dtype, torch.device("cpu"))
-    for tensor in (cache.keys, cache.values):
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
+    """In order: a slot may be a source after the slot before it was a target. The kernel moves what plain torch does."""
+    torch.manual_seed(0)
+    plain = KVCache.empty(2, 3, 5, head_dim, dtype, torch.device("cpu"), native=False)
+    for tensor in (plain.keys, plain.values):
         tensor.copy_(torch.randn_like(tensor))
-    keys, values = cache.keys.clone(), cache.values.clone()
+    native = KVCache(in_pairs(plain.keys), in_pairs(plain.values), native=True)
+    keys, values = plain.keys.clone(), plain.values.clone()
     source, target = [20, 21, 79], [19, 20, 33]
-    cache.move(torch.tensor(source, dtype=torch.int32), torch.tensor(target, dtype=torch.int32))
     for s, t in zip(source, target, strict=True):
         keys[:, :, t // PAGE, :, t % PAGE] = keys[:, :, s // PAGE, :, s % PAGE]
         values[:, :, t // PAGE, t % PAGE] = values[:, :, s // PAGE, s % PAGE]
-    assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
+    for cache in (plain, native):
+        cache.move(torch.tensor(source, dtype=torch.int32), torch.tensor(target, dtype=torch.int32))
+    assert torch.equal(plain.keys, keys) and torch.equal(plain.values, values)
+    assert torch.equal(native.keys, in_pairs(keys)) and torch.equal(native.values, in_pairs(values))
 
 
-def test_move_in_torch_equals_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    native = KVCache(torch.randn(2, 3, 5, 16, PAGE), torch.randn(2, 3, 5, PAGE, 16))
-    plain = KVCache(native.keys.clone(), native.values.clone())
-    source, target = (torch.tensor(slots, dtype=torch.int32) for slots in ([20, 21, 79], [19, 20, 33]))
-    native.move(source, target)
-    monkeypatch.setattr(build, "unavailable", lambda: "switched off")
-    plain.move(source, target)
-    assert torch.equal(native.keys, plain.keys) and torch.equal(native.values, plain.values)
+def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
+    """Pages as the kernels' tiles read them, where tiles attend: rows of their matrices interleaved in pairs."""
+    rows, columns = matrices.shape[-2:]
+    if not kernels.attends_by_tiles(matrices.dtype == torch.bfloat16, rows * columns // PAGE):
+        return matrices.clone()
+    return matrices.unflatten(-2, (-1, 2)).transpose(-2, -1).reshape(matrices.shape)
 
 
 @pytest.mark.parametrize("n", [40, 8192])

@@ -123,7 +123,7 @@ class Decoder:
         self.final_norm: Tensor | None = norm
         self.rotary = rotary_table(config, positions, device)
         self._axis = torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device) if config.mrope else None
-        self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device)
+        self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native)
 
     @property
     def embedding(self) -> Linear | Tensor:

@@ -126,6 +126,11 @@ def rounds_inputs() -> bool:
     return bool(_lib().smart_rounds_inputs())
 
 
+def attends_by_tiles(bf16: bool, head_dim: int) -> bool:
+    """Do keys and values of a page lie as tiles read them?"""
+    return bool(_lib().smart_attends_by_tiles(bf16, head_dim))
+
+
 @functools.cache
 def reads_past_caches() -> bool:
     """Is memory read past the caches as fast as through them? Intel's prefetchnta was seen at a third of the speed."""

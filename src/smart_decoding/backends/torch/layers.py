@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.kernels import Arena, LayerStruct, ScratchStruct
-from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.rows import GatheredRows, native_rows
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
@@ -61,19 +60,29 @@ class LayerWeights:
 class KVCache:
     """Keys [layers, kv_heads, pages, head_dim, PAGE] and values [layers, kv_heads, pages, PAGE, head_dim].
 
-    A page's 16 keys lie next to each other for each dimension, so that one vector load serves 16 positions."""
+    A page's 16 keys lie next to each other for each dimension, so that one vector load serves 16 positions.
+    native: the CPU kernels write it, and may order the elements of a page as their tiles read them (pages.h)."""
 
     keys: Tensor
     values: Tensor
+    native: bool = False
 
     @classmethod
     def empty(
-        cls, layers: int, kv_heads: int, pages: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        cls,
+        layers: int,
+        kv_heads: int,
+        pages: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        native: bool,
     ) -> KVCache:
         shape = (layers, kv_heads, pages)
         return cls(
             torch.zeros(*shape, head_dim, PAGE, dtype=dtype, device=device),
             torch.zeros(*shape, PAGE, head_dim, dtype=dtype, device=device),
+            native,
         )
 
     @property
@@ -82,7 +91,7 @@ class KVCache:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copies slots source[i] -> target[i] (int32, on the CPU) in every layer; targets never precede sources."""
-        if self.keys.device.type == "cpu" and build.unavailable() is None:
+        if self.native:
             kernels.move_kv(self.keys, self.values, source, target)
             return
         s, t = source.long().to(self.keys.device), target.long().to(self.keys.device)

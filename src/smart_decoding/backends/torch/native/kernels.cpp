@@ -25,16 +25,22 @@ struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, max(hidden
 template <class T, int HD, class O>
 static void attend_blocks(const Layer& l, const Rows& in, const std::vector<Block>& blocks, const float* q, int64_t ldq, const T* kc,
                           const T* vc, int64_t pages, O* out) {
-    int kv = l.kv_heads, per = l.heads / kv;
-    #pragma omp for schedule(dynamic, 1) collapse(2)
-    for (size_t b = 0; b < blocks.size(); b++)
-        for (int h = 0; h < kv; h++) {
-            const Block& block = blocks[b];
-            auto* run = attend<T, HD, O>;
-            if constexpr (TILED_HEADS<T, HD>) if (TILES) run = attend_tiles<T, HD, O>;
-            run(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[block.group],
-                block.row, block.count, per, q, ldq, int64_t(h) * per * HD, out, int64_t(l.heads) * HD);
-        }
+    const int kv = l.kv_heads, heads = l.heads / kv, items = int(blocks.size()) * kv, team = omp_get_num_threads();
+    const int64_t plane = pages * HD * PAGE, ldo = int64_t(l.heads) * HD;
+    auto item = [&](int i) {
+        const Block& block = blocks[i / kv];
+        int64_t h = i % kv;
+        return Item<T>{block, kc + h * plane, vc + h * plane, in.pages + in.group_pages[block.group], h * heads * HD};
+    };
+    #pragma omp for schedule(static, 1)
+    for (int i = 0; i < items; i++) {
+        if constexpr (TILED_HEADS<T, HD>)
+            if (TILES) {
+                attend_tiles<HD>(in, item(i), item(std::min(i + team, items - 1)), heads, q, ldq, out, ldo);
+                continue;
+            }
+        attend<T, HD>(in, item(i), heads, q, ldq, out, ldo);
+    }
 }
 
 // What follows attention in a layer: x += attention w^T, then the gated part. `room` and `ffn` are scratch.
@@ -104,6 +110,17 @@ static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t 
         linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, streamed);
         if (best) maxima(y, nullptr, rows, n, found.data(), best);
     }
+}
+
+template <class T>
+static void move_kv(T* k, T* v, int64_t planes, int64_t pages, int head_dim, const int32_t* from, const int32_t* to, int count) {
+    const Order order(sizeof(T), head_dim);
+    for (int64_t p = 0; p < planes; p++, k += pages * PAGE * head_dim, v += pages * PAGE * head_dim)
+        for (int i = 0; i < count; i++)
+            for (int d = 0; d < head_dim; d++) {
+                k[order.key(to[i], d)] = k[order.key(from[i], d)];
+                v[order.value(to[i], d)] = v[order.value(from[i], d)];
+            }
 }
 
 // ------------------------------------------------------------------------------------------------------------ draft head
@@ -277,6 +294,7 @@ extern "C" {
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
 int smart_pass_rows(int is_bf16) { return TILES && is_bf16 ? PASS : MAX_ROWS; }
+int smart_attends_by_tiles(int is_bf16, int head_dim) { return Order(is_bf16 ? sizeof(bf16) : sizeof(float), head_dim).pairs; }
 
 // Reads memory as weights are read, past the caches or into them.
 float smart_read(const float* x, int64_t bytes, int past, int threads) {
@@ -372,15 +390,8 @@ int smart_draft(const Head* h, const Rows* in, const Level* v, void* kc, void* v
 // Moves committed tree nodes to their final places: for every layer and head, slot from[i] -> to[i], in order.
 void smart_move_kv(void* kc, void* vc, int64_t planes, int64_t pages, int head_dim, int bytes, const int32_t* from,
                    const int32_t* to, int count) {
-    for (int64_t p = 0; p < planes; p++)
-        for (int i = 0; i < count; i++) {
-            char* v = (char*)vc + p * pages * PAGE * head_dim * bytes;
-            memmove(v + int64_t(to[i]) * head_dim * bytes, v + int64_t(from[i]) * head_dim * bytes, int64_t(head_dim) * bytes);
-            char* k = (char*)kc + p * pages * PAGE * head_dim * bytes;
-            const char* src = k + (int64_t(from[i]) / PAGE * head_dim * PAGE + from[i] % PAGE) * bytes;
-            char* dst = k + (int64_t(to[i]) / PAGE * head_dim * PAGE + to[i] % PAGE) * bytes;
-            for (int d = 0; d < head_dim; d++) memcpy(dst + int64_t(d) * PAGE * bytes, src + int64_t(d) * PAGE * bytes, bytes);
-        }
+    if (bytes == 2) move_kv((uint16_t*)kc, (uint16_t*)vc, planes, pages, head_dim, from, to, count);
+    else move_kv((float*)kc, (float*)vc, planes, pages, head_dim, from, to, count);
 }
 
 // The k largest scores x * scale of each row, largest first, ties by index, and what each weighs in the softmax.
