@@ -82,6 +82,22 @@ def test_argmax_is_the_first_maximum(n: int) -> None:
     assert kernels.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 31, 64, 1000])
+def test_first_maxima_need_no_logits(n: int, dtype: torch.dtype) -> None:
+    """Ties, NaN and infinity included: what `argmax` says of the logits."""
+    torch.manual_seed(n)
+    x, bias = torch.randint(-2, 3, (40, 32)).float(), torch.randint(-2, 3, (n,)).float()
+    x[7], x[8], x[9] = torch.nan, torch.inf, 0.0
+    w = packed(torch.randint(-1, 2, (n, 32)).to(dtype))
+    for b in (None, bias, bias - 1000):  # the last one: what pads the weight would be larger
+        best, alone = np.empty(40, np.int64), np.empty(40, np.int64)
+        logits = kernels.linear(x, w, n, bias=b, best=best)
+        assert best.tolist() == kernels.argmax(logits, np.arange(40)).tolist()
+        assert not kernels.linear(x, w, n, bias=b, best=alone, out=torch.empty(40, 0)).numel()
+        assert alone.tolist() == best.tolist()
+
+
 @pytest.mark.parametrize("d", [1, 16, 50, 96])
 def test_rms_norm_into_columns(d: int) -> None:
     x, weight, out = torch.randn(5, d), torch.randn(d), torch.full((5, d + 9), 7.0)

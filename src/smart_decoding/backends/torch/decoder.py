@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,7 @@ from smart_decoding.engine.rows import Rows
 
 @dataclass
 class ForwardOutput:
-    """logits: [wanted rows, vocab], valid until the next forward; taps: [rows, taps * hidden], the residual streams
+    """logits: [wanted rows, vocab], valid until the next forward, or [wanted rows, 0]: see forward; taps: [rows, taps * hidden], the residual streams
     after the tapped layers, or None; best: [wanted rows] first maximum of the logits (-1: not finite), where the
     kernels find it in passing."""
 
@@ -136,8 +137,10 @@ class Decoder:
         return rows.to(self.work_dtype)
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, taps: tuple[int, ...] = ()) -> ForwardOutput:
-        """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
+    def forward(self, rows: Rows, taps: tuple[int, ...] = (), want_logits: bool = True) -> ForwardOutput:
+        """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending.
+
+        want_logits: false where `best` will do. Where the kernels find it, they then store no logits."""
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
         put(x, rows.inserts)
         tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
@@ -145,7 +148,8 @@ class Decoder:
         wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]
         if not self.native:
             return ForwardOutput(self.head(wanted).float(), tapped)
-        logits = self.workspace.take("logits", len(wanted) * self.config.vocab).view(len(wanted), self.config.vocab)
+        shape = len(wanted), self.config.vocab if want_logits else 0
+        logits = self.workspace.take("logits", math.prod(shape)).view(shape)
         best = np.empty(len(wanted), np.int64)
         return ForwardOutput(self.head(wanted, logits, best), tapped, best)
 

@@ -288,7 +288,7 @@ class Linear:
 
     def __call__(self, x: Tensor, out: Tensor | None = None, best: NDArray[np.int64] | None = None) -> Tensor:
         """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype. The kernels write to `out`
-        and the rows' first maxima to `best` [rows], if given."""
+        (unless it is empty) and the rows' first maxima to `best` [rows], if given."""
         if self._native:
             return kernels.linear(
                 x, self._weight, self.rows, self._norm, self._eps, self.bias, out, best, self._streamed

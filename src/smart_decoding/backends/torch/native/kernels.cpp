@@ -99,7 +99,7 @@ template <class W>
 static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k, const float* norm, float eps,
                        const float* bias, float* scratch, float* y, int64_t ldy, int add, int streamed, int64_t* best, int threads) {
     Input<W>* room = (Input<W>*)scratch;
-    std::vector<int64_t> found(best ? size_t(rows) * threads : 0);
+    std::vector<Maxima> found(best ? size_t(rows) * threads : 0);
     #pragma omp parallel num_threads(threads)
     {
         const Input<W>* input = room;
@@ -107,9 +107,10 @@ static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t 
             rms_norm_rows(x, norm, eps, rows, k, room);
             #pragma omp barrier
         } else input = rounded(x, rows, k, room);
-        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, streamed);
-        if (best) maxima(y, nullptr, rows, n, found.data(), best);
+        Maxima* mine = best ? &found[omp_get_thread_num() * rows] : nullptr;
+        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, streamed, mine);
     }
+    for (int r = 0; best && r < rows; r++) best[r] = first_of(&found[r], threads, rows);
 }
 
 template <class T>
@@ -162,7 +163,7 @@ __attribute__((noinline)) static void byte_rows(const uint8_t* x, int rows, cons
         float factor = low ? step[row / 2] : 256 * step[row / 2];
         vf first = __builtin_convertvector(a, vf) * loadu<vf>(scale + column) * factor;
         vf second = __builtin_convertvector(b, vf) * loadu<vf>(scale + column + VW) * factor;
-        store_columns(y + row / 2 * n, nullptr, column, n, first, second, low);
+        store_columns(y + row / 2 * n, column, n, first, second, low);
     });
 }
 
@@ -195,7 +196,7 @@ static void byte_outputs(const Head& h, const float* x, int wanted, float*, void
     gemm<INTO_CACHES>(normed, d, wanted, (const int8_t*)h.outputs, n, d, [=, &h](int row, int64_t column, vf left, vf right) {
         left *= loadu<vf>(h.scale + column);
         right *= loadu<vf>(h.scale + column + VW);
-        store_columns(logits + row * n, nullptr, column, n, left, right, false);
+        store_columns(logits + row * n, column, n, left, right, false);
     });
 }
 #endif
@@ -342,7 +343,7 @@ void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* 
 }
 
 // y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best [rows], if not null: the first
-// index of each row's maximum, as in smart_argmax (then ldy is n).
+// index of each row's maximum, as in smart_argmax, of what is not added to y; y may be null then.
 void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k, int is_bf16, const float* norm, float eps,
                   const float* bias, float* scratch, float* y, int64_t ldy, int add, int streamed, int64_t* best, int threads) {
     if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, streamed, best, threads);

@@ -28,11 +28,12 @@ template <int HD> struct Chunk {
     }
 };
 
-// In turn, 16 lines that the next chunk needs into the first cache, and 16 that are needed after those into the second.
+// Of 16 lines each, in turn: what the next chunk needs into the first cache, and the first of what is needed after it into the
+// second (of a run that has begun, hardware fetches the others).
 static inline void prefetch_lines(const bf16* next, const bf16* later) {
-    for (int i = 0; i < 16 * 32; i += 32) {
-        __builtin_prefetch(later + i, 0, INTO_L2);
-        __builtin_prefetch(next + i, 0, INTO_CACHES);
+    for (int i = 0; i < 16; i++) {
+        if (i < 6) __builtin_prefetch(later + 32 * i, 0, INTO_L2);
+        __builtin_prefetch(next + 32 * i, 0, INTO_CACHES);
     }
 }
 
