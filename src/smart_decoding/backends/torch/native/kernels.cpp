@@ -32,7 +32,7 @@ static void attend_blocks(const Layer& l, const Rows& in, const std::vector<Bloc
         int64_t h = i % kv;
         return Item<T>{block, kc + h * plane, vc + h * plane, in.pages + in.group_pages[block.group], h * heads * HD};
     };
-    #pragma omp for schedule(static, 1)
+    #pragma omp for schedule(dynamic, 1)  // contexts differ; a thread's next item is most likely the one a team further
     for (int i = 0; i < items; i++) {
         if constexpr (TILED_HEADS<T, HD>)
             if (TILES) {

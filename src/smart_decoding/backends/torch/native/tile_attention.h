@@ -174,7 +174,7 @@ template <int HD> struct alignas(64) TileAttention {
     }
 };
 
-// `attend` by tiles; the first pages of the thread's next item are prefetched.
+// `attend` by tiles; at the end of an item the first pages of `after`, which the thread is likely to take next, are prefetched.
 template <int HD, class O>
 static void attend_tiles(const Rows& in, const Item<bf16>& item, const Item<bf16>& after, int heads, const float* q, int64_t ldq, O* out,
                          int64_t ldo) {
