@@ -110,7 +110,7 @@ def test_rms_norm_into_columns(d: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
-    """In order: a slot may be a source after the slot before it was a target. The kernel moves what plain torch does."""
+    """In order: a slot may be a source after the slot before it was a target. Kernels move what torch does."""
     torch.manual_seed(0)
     plain = KVCache.empty(2, 3, 5, head_dim, dtype, torch.device("cpu"), native=False)
     for tensor in (plain.keys, plain.values):

@@ -31,9 +31,9 @@ from smart_decoding.engine.rows import Rows
 
 @dataclass
 class ForwardOutput:
-    """logits: [wanted rows, vocab], valid until the next forward, or [wanted rows, 0]: see forward; taps: [rows, taps * hidden], the residual streams
-    after the tapped layers, or None; best: [wanted rows] first maximum of the logits (-1: not finite), where the
-    kernels find it in passing."""
+    """logits: [wanted rows, vocab], valid until the next forward ([wanted rows, 0] where nobody wants them); taps:
+    [rows, taps * hidden], the residual streams after the tapped layers, or None; best: [wanted rows] first maximum of
+    the logits (-1: not finite), where the kernels find it in passing."""
 
     logits: Tensor
     taps: Tensor | None

@@ -343,7 +343,7 @@ void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* 
 }
 
 // y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best [rows], if not null: the first
-// index of each row's maximum, as in smart_argmax, of what is not added to y; y may be null then.
+// index of each row's maximum, as in smart_argmax (without y, if `add`); y may be null then.
 void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k, int is_bf16, const float* norm, float eps,
                   const float* bias, float* scratch, float* y, int64_t ldy, int add, int streamed, int64_t* best, int threads) {
     if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, streamed, best, threads);

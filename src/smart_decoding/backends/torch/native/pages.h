@@ -8,12 +8,13 @@
 #include "forward.h"
 #include "tiles.h"
 
-template <class T, int HD> constexpr bool TILED_HEADS = sizeof(T) == 2 && HD % 32 == 0;  // may tiles attend?
+constexpr bool fit_tiles(int bytes, int head_dim) { return bytes == 2 && head_dim % 32 == 0; }
+template <class T, int HD> constexpr bool TILED_HEADS = fit_tiles(sizeof(T), HD);
 
 struct Order {
     int64_t head_dim;
     bool pairs;
-    Order(int bytes, int head_dim) : head_dim(head_dim), pairs(TILES && bytes == 2 && head_dim % 32 == 0) {}
+    Order(int bytes, int head_dim) : head_dim(head_dim), pairs(TILES && fit_tiles(bytes, head_dim)) {}
 
     int64_t key(int64_t slot, int d) const { return page(slot) + element(d, slot % PAGE, PAGE); }
     int64_t value(int64_t slot, int d) const { return page(slot) + element(slot % PAGE, d, head_dim); }
