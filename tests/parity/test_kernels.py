@@ -82,6 +82,22 @@ def test_argmax_is_the_first_maximum(n: int) -> None:
     assert kernels.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 31, 64, 1000])
+def test_first_maxima_need_no_logits(n: int, dtype: torch.dtype) -> None:
+    """Ties, NaN and infinity included: what `argmax` says of the logits."""
+    torch.manual_seed(n)
+    x, bias = torch.randint(-2, 3, (40, 32)).float(), torch.randint(-2, 3, (n,)).float()
+    x[7], x[8], x[9] = torch.nan, torch.inf, 0.0
+    w = packed(torch.randint(-1, 2, (n, 32)).to(dtype))
+    for b in (None, bias, bias - 1000):  # the last one: what pads the weight would be larger
+        best, alone = np.empty(40, np.int64), np.empty(40, np.int64)
+        logits = kernels.linear(x, w, n, bias=b, best=best)
+        assert best.tolist() == kernels.argmax(logits, np.arange(40)).tolist()
+        assert not kernels.linear(x, w, n, bias=b, best=alone, out=torch.empty(40, 0)).numel()
+        assert alone.tolist() == best.tolist()
+
+
 @pytest.mark.parametrize("d", [1, 16, 50, 96])
 def test_rms_norm_into_columns(d: int) -> None:
     x, weight, out = torch.randn(5, d), torch.randn(d), torch.full((5, d + 9), 7.0)
@@ -92,29 +108,31 @@ def test_rms_norm_into_columns(d: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_move_kv(dtype: torch.dtype) -> None:
-    """In order: a slot may be a source after the slot before it was a target."""
-    cache = KVCache.empty(2, 3, 5, 16, dtype, torch.device("cpu"))
-    for tensor in (cache.keys, cache.values):
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
+    """In order: a slot may be a source after the slot before it was a target. Kernels move what torch does."""
+    torch.manual_seed(0)
+    plain = KVCache.empty(2, 3, 5, head_dim, dtype, torch.device("cpu"), native=False)
+    for tensor in (plain.keys, plain.values):
         tensor.copy_(torch.randn_like(tensor))
-    keys, values = cache.keys.clone(), cache.values.clone()
+    native = KVCache(in_pairs(plain.keys), in_pairs(plain.values), native=True)
+    keys, values = plain.keys.clone(), plain.values.clone()
     source, target = [20, 21, 79], [19, 20, 33]
-    cache.move(torch.tensor(source, dtype=torch.int32), torch.tensor(target, dtype=torch.int32))
     for s, t in zip(source, target, strict=True):
         keys[:, :, t // PAGE, :, t % PAGE] = keys[:, :, s // PAGE, :, s % PAGE]
         values[:, :, t // PAGE, t % PAGE] = values[:, :, s // PAGE, s % PAGE]
-    assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
+    for cache in (plain, native):
+        cache.move(torch.tensor(source, dtype=torch.int32), torch.tensor(target, dtype=torch.int32))
+    assert torch.equal(plain.keys, keys) and torch.equal(plain.values, values)
+    assert torch.equal(native.keys, in_pairs(keys)) and torch.equal(native.values, in_pairs(values))
 
 
-def test_move_in_torch_equals_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    native = KVCache(torch.randn(2, 3, 5, 16, PAGE), torch.randn(2, 3, 5, PAGE, 16))
-    plain = KVCache(native.keys.clone(), native.values.clone())
-    source, target = (torch.tensor(slots, dtype=torch.int32) for slots in ([20, 21, 79], [19, 20, 33]))
-    native.move(source, target)
-    monkeypatch.setattr(build, "unavailable", lambda: "switched off")
-    plain.move(source, target)
-    assert torch.equal(native.keys, plain.keys) and torch.equal(native.values, plain.values)
+def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
+    """Pages as the kernels' tiles read them, where tiles attend: rows of their matrices interleaved in pairs."""
+    rows, columns = matrices.shape[-2:]
+    if not kernels.attends_by_tiles(matrices.dtype == torch.bfloat16, rows * columns // PAGE):
+        return matrices.clone()
+    return matrices.unflatten(-2, (-1, 2)).transpose(-2, -1).reshape(matrices.shape)
 
 
 @pytest.mark.parametrize("n", [40, 8192])

@@ -34,9 +34,9 @@ from smart_decoding.engine.rows import Rows
 
 @dataclass
 class ForwardOutput:
-    """logits: [wanted rows, vocab], valid until the next forward; taps: [rows, taps * hidden], the residual streams
-    after the tapped layers, or None; best: [wanted rows] first maximum of the logits (-1: not finite), where the
-    kernels find it in passing."""
+    """logits: [wanted rows, vocab], valid until the next forward ([wanted rows, 0] where nobody wants them); taps:
+    [rows, taps * hidden], the residual streams after the tapped layers, or None; best: [wanted rows] first maximum of
+    the logits (-1: not finite), where the kernels find it in passing."""
 
     logits: Tensor
     taps: Tensor | None
@@ -125,7 +125,7 @@ class Decoder:
         self.final_norm: Tensor | None = norm
         self.rotary = rotary_table(config, positions, device)
         self._axis = torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device) if config.mrope else None
-        self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device)
+        self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native)
         self._model: NativeModel | None = None
         if isinstance(own, NativeLayers):
             self._model = NativeModel(own, self._embedding, self.head, norm, self.kv, self.rotary)

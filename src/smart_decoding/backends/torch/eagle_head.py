@@ -149,7 +149,8 @@ class EagleHead:
         """Makes room for keys, anew, and for positions below `positions`."""
         c = self.config
         self._rotary = rotary_table(c, positions, self.device)
-        self.kv = KVCache.empty(c.layers, c.kv_heads, pages, c.head_dim, self._target.dtype, self.device)
+        dtype = self._target.dtype
+        self.kv = KVCache.empty(c.layers, c.kv_heads, pages, c.head_dim, dtype, self.device, self.native)
 
     def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
         """Begins a round: runs pairs of tokens and features, and ranks children after the `last` ones."""

@@ -161,6 +161,11 @@ def rounds_inputs() -> bool:
     return bool(_lib().smart_rounds_inputs())
 
 
+def attends_by_tiles(bf16: bool, head_dim: int) -> bool:
+    """Do keys and values of a page lie as tiles read them?"""
+    return bool(_lib().smart_attends_by_tiles(bf16, head_dim))
+
+
 @functools.cache
 def reads_past_caches() -> bool:
     """Is memory read past the caches as fast as through them? Intel's prefetchnta was seen at a third of the speed."""
@@ -231,14 +236,15 @@ def linear(
 ) -> Tensor:
     """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns [rows, n].
 
-    `best` [rows], if given, receives what `argmax` says of the result. streamed: see Arena."""
+    `best` [rows], if given, receives what `argmax` says of the result. An empty `out` is left so: `best` alone is
+    wanted. streamed: see Arena."""
     rows, k = x.shape
     y = torch.empty(rows, n) if out is None else out
     scratch = torch.empty(rows, k)
     _lib().smart_linear(
         x.data_ptr(), rows, packed.data_ptr(), n, k, packed.dtype == torch.bfloat16, pointer(norm), eps,
-        pointer(bias), scratch.data_ptr(), y.data_ptr(), n, 0, streamed, None if best is None else best.ctypes.data,
-        torch.get_num_threads(),
+        pointer(bias), scratch.data_ptr(), y.data_ptr() if y.numel() else None, n, 0, streamed,
+        None if best is None else best.ctypes.data, torch.get_num_threads(),
     )  # fmt: skip
     return y
 

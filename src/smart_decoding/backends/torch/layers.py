@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.kernels import Arena, LayerStruct, ScratchStruct
-from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.rows import GatheredRows, native_rows
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
@@ -61,19 +58,29 @@ class LayerWeights:
 class KVCache:
     """Keys [layers, kv_heads, pages, head_dim, PAGE] and values [layers, kv_heads, pages, PAGE, head_dim].
 
-    A page's 16 keys lie next to each other for each dimension, so that one vector load serves 16 positions."""
+    A page's 16 keys lie next to each other for each dimension, so that one vector load serves 16 positions.
+    native: the CPU kernels write it, and may order the elements of a page as their tiles read them (pages.h)."""
 
     keys: Tensor
     values: Tensor
+    native: bool = False
 
     @classmethod
     def empty(
-        cls, layers: int, kv_heads: int, pages: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        cls,
+        layers: int,
+        kv_heads: int,
+        pages: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        native: bool,
     ) -> KVCache:
         shape = (layers, kv_heads, pages)
         return cls(
             torch.zeros(*shape, head_dim, PAGE, dtype=dtype, device=device),
             torch.zeros(*shape, PAGE, head_dim, dtype=dtype, device=device),
+            native,
         )
 
     @property
@@ -82,7 +89,7 @@ class KVCache:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copies slots source[i] -> target[i] (int32, on the CPU) in every layer; targets never precede sources."""
-        if self.keys.device.type == "cpu" and build.unavailable() is None:
+        if self.native:
             kernels.move_kv(self.keys, self.values, source, target)
             return
         s, t = source.long().to(self.keys.device), target.long().to(self.keys.device)
@@ -277,13 +284,11 @@ class Linear:
         self._norm = None if norm is None else norm.float().contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
 
-    def __call__(self, x: Tensor, out: Tensor | None = None, best: NDArray[np.int64] | None = None) -> Tensor:
-        """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype. The kernels write to `out`
-        and the rows' first maxima to `best` [rows], if given."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype."""
         if self._native:
-            return kernels.linear(
-                x, self._weight, self.rows, self._norm, self._eps, self.bias, out, best, self._streamed
-            )
+            norm, eps = self._norm, self._eps
+            return kernels.linear(x, self._weight, self.rows, norm, eps, self.bias, streamed=self._streamed)
         return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self.bias)
 
     @property

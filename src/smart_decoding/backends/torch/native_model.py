@@ -58,7 +58,10 @@ class NativeModel:
         """Logits of the `wanted` rows (None: of all), valid until the next forward; all rows' states after `taps`
         layers; and the wanted rows' first maxima, -1 where that is not finite."""
         count = rows.rows if wanted is None else len(wanted)
-        tapped, best, what = self._prepare(rows.rows, count, taps), np.empty(count, np.int64), self._pass
+        if len(self._logits) < count:
+            self._logits = torch.empty(count + count // 4, self._vocab)
+        tapped, best, what = self._prepare(rows.rows, taps), np.empty(count, np.int64), self._pass
+        what.logits = self._logits.data_ptr()
         what.token, what.best, what.wanted_count = address(token), address(best), count
         what.wanted = None if wanted is None else address(wanted)
         pictures, alive = inserted(inserts, rows.rows)
@@ -91,8 +94,8 @@ class NativeModel:
         r.root, r.length, r.pages = at, at + step, at + 2 * step
         at, step = address(found), 8 * rows
         r.after, r.emitted, r.path, r.accepted, r.first = range(at, at + 5 * step, step)
-        tapped = self._prepare(rows, rows, taps)
-        self._pass.wanted = self._pass.inserts = None
+        tapped = self._prepare(rows, taps)
+        self._pass.wanted = self._pass.inserts = self._pass.logits = None
         kernels.verify_round(self._model, r, self._pass)
         emitted, path, accepted, first = found[1:].tolist()
         emitted_of, path_of, token, node = [], [], 0, 0
@@ -103,12 +106,9 @@ class NativeModel:
         acceptance = Acceptance(found[0, :requests], found[0, requests:], emitted_of, path_of)
         return GreedyRound(acceptance, tapped, first[:requests], *self._seconds.tolist())
 
-    def _prepare(self, rows: int, wanted: int, taps: tuple[int, ...]) -> NDArray[np.float32] | None:
-        """Makes room for logits, and for the states after `taps` layers, which it returns: an array, since a tensor
-        takes ten times as long to cut."""
-        if len(self._logits) < wanted:
-            self._logits = torch.empty(wanted + wanted // 4, self._vocab)
-            self._pass.logits = self._logits.data_ptr()
+    def _prepare(self, rows: int, taps: tuple[int, ...]) -> NDArray[np.float32] | None:
+        """Makes room for the states after `taps` layers, which it returns: an array, since a tensor takes ten times as
+        long to cut."""
         if taps not in self._taps:
             self._taps[taps] = np.array(taps, np.int32)
         tapped = np.empty((rows, len(taps) * self._hidden), np.float32) if taps else None

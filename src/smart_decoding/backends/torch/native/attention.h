@@ -3,18 +3,21 @@
 #pragma once
 #include "forward.h"
 #include "linear.h"
-
-// One layer's KV cache. k: [kv_heads, pages, head_dim, PAGE], so that a page's 16 keys are one vector per dimension;
-// v: [kv_heads, pages, PAGE, head_dim].
-
-struct Block { int32_t group, row, count; };  // rows of one group that attention works on at a time
+#include "pages.h"
+#include "tile_attention.h"
 
 template <class T, int HD> static std::vector<Block> blocks_of(const Rows& in, int heads_per_key) {
     int size = std::max(1, TILES && TILED_HEADS<T, HD> ? TILE / heads_per_key : std::min(4, 32 / heads_per_key));
     std::vector<Block> blocks;
     for (int g = 0; g < in.groups; g++)
-        for (int row = in.group_row[g]; row < in.group_row[g + 1]; row += size)
-            blocks.push_back({g, row, std::min(size, in.group_row[g + 1] - row)});
+        for (int row = in.group_row[g]; row < in.group_row[g + 1]; row += size) {
+            Block block = {g, row, std::min(size, in.group_row[g + 1] - row)};
+            for (int r = row; r < row + block.count; r++) {
+                block.direct = std::max(block.direct, in.direct[r]);
+                block.longest = std::max(block.longest, in.direct[r] + in.extra_at[r + 1] - in.extra_at[r]);
+            }
+            blocks.push_back(block);
+        }
     return blocks;
 }
 
@@ -104,16 +107,18 @@ static inline void row_fold(Query<HD>* queries, int heads, const pf (*scores)[CH
     for (; i < heads; i++) fold<T, HD, 1>(queries + i, scores + i, v, valid);
 }
 
-// Attention of the rows [row, row + count) of one request for one KV head; they share passes over common pages.
+// Attention of an item's rows, which share passes over common pages.
 template <class T, int HD, class O>
-static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* table, int row, int count, int heads,
-                   const float* q, int64_t ldq, int64_t column, O* out, int64_t ldo) {
+static void attend(const Rows& in, const Item<T>& item, int heads, const float* q, int64_t ldq, O* out, int64_t ldo) {
     constexpr int MAX_QUERIES = 32;
     static thread_local Query<HD> queries[MAX_QUERIES];
     static thread_local T copy_k[CHUNK / PAGE][HD * PAGE], copy_v[CHUNK / PAGE][HD * PAGE];
     pf scores[MAX_QUERIES][CHUNK / PAGE];
     float scale = 1.0f / std::sqrt(float(HD));
-    int longest = 0;
+    const T *kc = item.k, *vc = item.v;
+    const int32_t* table = item.table;
+    const int64_t column = item.column;
+    const int row = item.block.row, count = item.block.count;
     for (int r = 0; r < count; r++) {
         for (int h = 0; h < heads; h++) {
             Query<HD>& query = queries[r * heads + h];
@@ -123,10 +128,8 @@ static void attend(const Rows& in, const T* kc, const T* vc, const int32_t* tabl
             query.sum = 0;
             memset(query.acc, 0, sizeof query.acc);
         }
-        int extra = in.extra_at[row + r + 1] - in.extra_at[row + r];
-        longest = std::max(longest, in.direct[row + r] + extra);
     }
-    for (int start = 0; start < longest; start += CHUNK) {
+    for (int start = 0; start < item.block.longest; start += CHUNK) {
         int shared = CHUNK / PAGE;  // pages of this chunk that every row may read in place
         for (int r = 0; r < count; r++) {
             int i = row + r, extra = in.extra_at[i + 1] - in.extra_at[i];
@@ -193,11 +196,10 @@ static void rope_and_store(const Rows& in, int row, float* qkv, int heads, int k
             x[d + HD / 2] = b * cs[d] + a * sn[d];
         }
     }
-    int64_t slot = in.slot[row];
-    for (int h = 0; h < kv_heads; h++) {
-        const float *k = qkv + (heads + h) * HD, *v = qkv + (heads + kv_heads + h) * HD;
-        T* kd = kc + (h * pages + slot / PAGE) * HD * PAGE + slot % PAGE;
-        T* vd = vc + (h * pages * PAGE + slot) * HD;
-        for (int d = 0; d < HD; d++) { from_f32(k[d], kd + d * PAGE); from_f32(v[d], vd + d); }
+    const Order order(sizeof(T), HD);
+    for (int h = 0; h < kv_heads; h++, kc += pages * PAGE * HD, vc += pages * PAGE * HD) {
+        const float *k = qkv + (heads + h) * HD, *v = k + kv_heads * HD;
+        for (int d = 0; d < HD; d++) from_f32(k[d], kc + order.key(in.slot[row], d));
+        for (int d = 0; d < HD; d++) from_f32(v[d], vc + order.value(in.slot[row], d));
     }
 }

@@ -39,7 +39,7 @@ struct Pass {
     const int64_t* wanted;         // [wanted_count] rows whose logits are wanted, or null: all
     const int32_t* taps;           // after taps[0], taps[1], ... layers the states are copied to `tapped`
     float* tapped;                 // [rows, tap_count, hidden]
-    float* logits;                 // [wanted_count, vocab]
+    float* logits;                 // [wanted_count, vocab], or null
     int64_t* best;                 // [wanted_count] their first maxima, -1 where that is not finite
     int32_t wanted_count, tap_count;
 };

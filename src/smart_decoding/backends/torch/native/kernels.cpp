@@ -25,16 +25,22 @@ struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, max(hidden
 template <class T, int HD, class O>
 static void attend_blocks(const Layer& l, const Rows& in, const std::vector<Block>& blocks, const float* q, int64_t ldq, const T* kc,
                           const T* vc, int64_t pages, O* out) {
-    int kv = l.kv_heads, per = l.heads / kv;
-    #pragma omp for schedule(dynamic, 1) collapse(2)
-    for (size_t b = 0; b < blocks.size(); b++)
-        for (int h = 0; h < kv; h++) {
-            const Block& block = blocks[b];
-            auto* run = attend<T, HD, O>;
-            if constexpr (TILED_HEADS<T, HD>) if (TILES) run = attend_tiles<T, HD, O>;
-            run(in, kc + h * pages * HD * PAGE, vc + h * pages * HD * PAGE, in.pages + in.group_pages[block.group],
-                block.row, block.count, per, q, ldq, int64_t(h) * per * HD, out, int64_t(l.heads) * HD);
-        }
+    const int kv = l.kv_heads, heads = l.heads / kv, items = int(blocks.size()) * kv, team = omp_get_num_threads();
+    const int64_t plane = pages * HD * PAGE, ldo = int64_t(l.heads) * HD;
+    auto item = [&](int i) {
+        const Block& block = blocks[i / kv];
+        int64_t h = i % kv;
+        return Item<T>{block, kc + h * plane, vc + h * plane, in.pages + in.group_pages[block.group], h * heads * HD};
+    };
+    #pragma omp for schedule(dynamic, 1)  // contexts differ; a thread's next item is most likely the one a team further
+    for (int i = 0; i < items; i++) {
+        if constexpr (TILED_HEADS<T, HD>)
+            if (TILES) {
+                attend_tiles<HD>(in, item(i), item(std::min(i + team, items - 1)), heads, q, ldq, out, ldo);
+                continue;
+            }
+        attend<T, HD>(in, item(i), heads, q, ldq, out, ldo);
+    }
 }
 
 // What follows attention in a layer: x += attention w^T, then the gated part. `room` and `ffn` are scratch.
@@ -105,7 +111,7 @@ template <class W>
 static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k, const float* norm, float eps,
                        const float* bias, float* scratch, float* y, int64_t ldy, int add, int streamed, int64_t* best, int threads) {
     Input<W>* room = (Input<W>*)scratch;
-    std::vector<int64_t> found(best ? size_t(rows) * threads : 0);
+    std::vector<Maxima> found(best ? size_t(rows) * threads : 0);
     #pragma omp parallel num_threads(threads)
     {
         const Input<W>* input = room;
@@ -113,9 +119,21 @@ static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t 
             rms_norm_rows(x, norm, eps, rows, k, room);
             #pragma omp barrier
         } else input = rounded(x, rows, k, room);
-        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, streamed);
-        if (best) maxima(y, nullptr, rows, n, found.data(), best);
+        Maxima* mine = best ? &found[omp_get_thread_num() * rows] : nullptr;
+        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, streamed, mine);
     }
+    for (int r = 0; best && r < rows; r++) best[r] = first_of(&found[r], threads, rows);
+}
+
+template <class T>
+static void move_kv(T* k, T* v, int64_t planes, int64_t pages, int head_dim, const int32_t* from, const int32_t* to, int count) {
+    const Order order(sizeof(T), head_dim);
+    for (int64_t p = 0; p < planes; p++, k += pages * PAGE * head_dim, v += pages * PAGE * head_dim)
+        for (int i = 0; i < count; i++)
+            for (int d = 0; d < head_dim; d++) {
+                k[order.key(to[i], d)] = k[order.key(from[i], d)];
+                v[order.value(to[i], d)] = v[order.value(from[i], d)];
+            }
 }
 
 // ------------------------------------------------------------------------------------------------------------ draft head
@@ -162,7 +180,7 @@ static void forward_run(const Model& m, const Rows& in, const Pass& p, int threa
     Scratch s{pool.take<float>(rows * d), pool.take<float>(rows * qkv_width), pool.take<float>(rows * width),
               pool.take<float>(rows * l.ffn)};
     Input<W>* normed = pool.take<Input<W>>(wanted * d);
-    std::vector<int64_t> found(wanted * threads);
+    std::vector<Maxima> found(wanted * threads);
     const std::vector<Block> blocks = blocks_of<T, HD>(in, l.heads / l.kv_heads);
     #pragma omp parallel num_threads(threads)
     {
@@ -176,9 +194,10 @@ static void forward_run(const Model& m, const Rows& in, const Pass& p, int threa
         #pragma omp for schedule(static)
         for (int64_t r = 0; r < wanted; r++)
             rms_norm_row(x + (p.wanted ? p.wanted[r] : r) * d, m.final_norm, m.eps, d, normed + r * d);
-        linear_rows(normed, d, wanted, (const W*)m.output, m.vocab, d, nullptr, p.logits, m.vocab, false, m.streamed);
-        maxima(p.logits, nullptr, wanted, m.vocab, found.data(), p.best);
+        linear_rows(normed, d, wanted, (const W*)m.output, m.vocab, d, nullptr, p.logits, m.vocab, false, m.streamed,
+                    &found[omp_get_thread_num() * wanted]);
     }
+    for (int64_t r = 0; r < wanted; r++) p.best[r] = first_of(&found[r], threads, wanted);
 }
 
 #if defined(__AVX512VNNI__)
@@ -192,7 +211,7 @@ __attribute__((noinline)) static void byte_rows(const uint8_t* x, int rows, cons
         float factor = low ? step[row / 2] : 256 * step[row / 2];
         vf first = __builtin_convertvector(a, vf) * loadu<vf>(scale + column) * factor;
         vf second = __builtin_convertvector(b, vf) * loadu<vf>(scale + column + VW) * factor;
-        store_columns(y + row / 2 * n, nullptr, column, n, first, second, low);
+        store_columns(y + row / 2 * n, column, n, first, second, low);
     });
 }
 
@@ -225,7 +244,7 @@ static void byte_outputs(const Head& h, const float* x, int wanted, float*, void
     gemm<INTO_CACHES>(normed, d, wanted, (const int8_t*)h.outputs, n, d, [=, &h](int row, int64_t column, vf left, vf right) {
         left *= loadu<vf>(h.scale + column);
         right *= loadu<vf>(h.scale + column + VW);
-        store_columns(logits + row * n, nullptr, column, n, left, right, false);
+        store_columns(logits + row * n, column, n, left, right, false);
     });
 }
 #endif
@@ -322,6 +341,7 @@ extern "C" {
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
 int smart_pass_rows(int is_bf16) { return TILES && is_bf16 ? PASS : MAX_ROWS; }
+int smart_attends_by_tiles(int is_bf16, int head_dim) { return Order(is_bf16 ? sizeof(bf16) : sizeof(float), head_dim).pairs; }
 
 // Reads memory as weights are read, past the caches or into them.
 float smart_read(const float* x, int64_t bytes, int past, int threads) {
@@ -369,7 +389,7 @@ void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* 
 }
 
 // y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best [rows], if not null: the first
-// index of each row's maximum, as in smart_argmax (then ldy is n).
+// index of each row's maximum, as in smart_argmax (without y, if `add`); y may be null then.
 void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k, int is_bf16, const float* norm, float eps,
                   const float* bias, float* scratch, float* y, int64_t ldy, int add, int streamed, int64_t* best, int threads) {
     if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, streamed, best, threads);
@@ -429,15 +449,8 @@ int smart_draft(const Head* h, const Rows* in, const Level* v, void* kc, void* v
 // Moves committed tree nodes to their final places: for every layer and head, slot from[i] -> to[i], in order.
 void smart_move_kv(void* kc, void* vc, int64_t planes, int64_t pages, int head_dim, int bytes, const int32_t* from,
                    const int32_t* to, int count) {
-    for (int64_t p = 0; p < planes; p++)
-        for (int i = 0; i < count; i++) {
-            char* v = (char*)vc + p * pages * PAGE * head_dim * bytes;
-            memmove(v + int64_t(to[i]) * head_dim * bytes, v + int64_t(from[i]) * head_dim * bytes, int64_t(head_dim) * bytes);
-            char* k = (char*)kc + p * pages * PAGE * head_dim * bytes;
-            const char* src = k + (int64_t(from[i]) / PAGE * head_dim * PAGE + from[i] % PAGE) * bytes;
-            char* dst = k + (int64_t(to[i]) / PAGE * head_dim * PAGE + to[i] % PAGE) * bytes;
-            for (int d = 0; d < head_dim; d++) memcpy(dst + int64_t(d) * PAGE * bytes, src + int64_t(d) * PAGE * bytes, bytes);
-        }
+    if (bytes == 2) move_kv((uint16_t*)kc, (uint16_t*)vc, planes, pages, head_dim, from, to, count);
+    else move_kv((float*)kc, (float*)vc, planes, pages, head_dim, from, to, count);
 }
 
 // The k largest scores x * scale of each row, largest first, ties by index, and what each weighs in the softmax.

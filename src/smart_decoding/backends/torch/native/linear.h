@@ -1,6 +1,7 @@
 // Linear layers over packed weights: panels of columns, in one fixed order of sums; and the norms in front of them.
 
 #pragma once
+#include "maxima.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -174,26 +175,29 @@ static inline const bf16* rounded(const float* x, int rows, int64_t d, bf16* roo
     return room;
 }
 
-static inline void store_columns(float* y, const float* bias, int64_t column, int64_t n, vf low, vf high, bool add) {
+static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf high, bool add) {
     if (column + PANEL <= n) {
-        if (bias) { low += loadu<vf>(bias + column); high += loadu<vf>(bias + column + VW); }
         if (add) { low += loadu<vf>(y + column); high += loadu<vf>(y + column + VW); }
         storeu(y + column, low);
         storeu(y + column + VW, high);
         return;
     }
-    for (int j = 0; j < PANEL && column + j < n; j++) {
-        float v = j < VW ? low[j] : high[j - VW];
-        if (bias) v += bias[column + j];
-        y[column + j] = add ? y[column + j] + v : v;
-    }
+    for (int j = 0; column + j < n; j++) y[column + j] = (j < VW ? low[j] : high[j - VW]) + (add ? y[column + j] : 0.0f);
 }
 
+static inline void add_bias(const float* bias, int64_t column, int64_t n, vf& low, vf& high) {
+    if (column + PANEL <= n) { low += loadu<vf>(bias + column); high += loadu<vf>(bias + column + VW); }
+    else for (int j = 0; column + j < n; j++) (j < VW ? low[j] : high[j - VW]) += bias[column + j];
+}
+
+// y (+)= x w^T + bias. maxima: null, or those of each row, to be updated; y may be null then.
 template <class W>
 __attribute__((noinline)) static void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, const float* bias,
-                        float* y, int64_t ldy, bool add, bool streamed = false) {
+                        float* y, int64_t ldy, bool add, bool streamed = false, Maxima* maxima = nullptr) {
     auto store = [=](int row, int64_t column, vf low, vf high) {
-        store_columns(y + row * ldy, bias, column, n, low, high, add);
+        if (bias) add_bias(bias, column, n, low, high);
+        if (maxima) maxima[row].add(column, n, low, high);
+        if (y) store_columns(y + row * ldy, column, n, low, high, add);
     };
     if (streamed) gemm<PAST_CACHES>(x, ld, rows, w, n, k, store);
     else gemm<INTO_CACHES>(x, ld, rows, w, n, k, store);

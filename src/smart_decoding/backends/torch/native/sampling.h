@@ -24,7 +24,7 @@ static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
 }
 
 // First index of the maximum of each of `rows` rows of n, -1 where there is none or it is infinite; by a whole team.
-// Each thread scans the columns that it has written as output layer: they are in its own cache. which: null for all rows;
+// Each thread scans the columns that it has written as output layer: some are in its own cache. which: null for all rows;
 // found: [rows, threads].
 static void maxima(const float* x, const int64_t* which, int rows, int64_t n, int64_t* found, int64_t* out) {
     int me = omp_get_thread_num(), team = omp_get_num_threads();

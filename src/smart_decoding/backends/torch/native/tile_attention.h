@@ -1,0 +1,190 @@
+// Attention by the tiles of AMX: 16 queries at a time read pages of keys and values where these lie in the cache.
+
+#pragma once
+#include "pages.h"
+
+#if defined(__AMX_BF16__)
+// Tiles 0 and 1 hold sums, 4 keys of a page, 5 its values, 6 queries, 7 their weights of a page.
+static void shape_attention(int queries) {
+    TileShapes shapes;
+    shapes.set({0, 1, 6}, queries, 64);
+    shapes.set({4}, TILE, 64);
+    shapes.set({5}, PAGE / 2, 64);
+    shapes.set({7}, queries, 2 * PAGE);
+    shapes.load();
+}
+
+// The pages of a chunk, `count` of which hold what a row may see.
+template <int HD> struct Chunk {
+    static constexpr int PAGES = CHUNK / PAGE;
+    const bf16 *k[PAGES], *v[PAGES];
+    int count = PAGES;
+    Chunk(const Item<bf16>& item, int start) {  // where the block table ends, its last page
+        for (int p = 0; p < PAGES; p++) {
+            int position = std::min(start + p * PAGE, item.block.direct - 1);
+            int64_t at = int64_t(item.table[std::max(position, 0) / PAGE]) * HD * PAGE;
+            k[p] = item.k + at, v[p] = item.v + at;
+        }
+    }
+};
+
+// Of 16 lines each, in turn: what the next chunk needs into the first cache, and the first of what is needed after it into the
+// second (of a run that has begun, hardware fetches the others).
+static inline void prefetch_lines(const bf16* next, const bf16* later) {
+    for (int i = 0; i < 16; i++) {
+        if (i < 6) __builtin_prefetch(later + 32 * i, 0, INTO_L2);
+        __builtin_prefetch(next + 32 * i, 0, INTO_CACHES);
+    }
+}
+
+template <int HD> struct alignas(64) TileAttention {
+    static constexpr int PAGES = CHUNK / PAGE;
+    bf16 q[32][HD], weights[TILE][CHUNK], own_k[PAGES][HD * PAGE], own_v[PAGES][HD * PAGE];
+    float scores[TILE][CHUNK], acc[32][HD], best[32], sum[32];
+    int valid[32];    // positions of the chunk that a query may see
+    int laid[PAGES];  // where the block table ends in pages of `own_k` and `own_v`, -1: they are of another chunk
+    int shaped;
+
+    void begin(const Block& block, int heads, const float* from, int64_t ld) {
+        for (int i = 0; i < block.count * heads; i++) {
+            const float* src = from + (block.row + i / heads) * ld + i % heads * HD;
+            for (int d = 0; d < HD; d += VW) put(q[i] + d, loadu<vf>(src + d));
+            memset(acc[i], 0, sizeof acc[i]);
+            best[i] = -INFINITY;
+            sum[i] = 0;
+        }
+        shaped = 0;
+    }
+    template <class O> void finish(const Block& block, int heads, O* out, int64_t ld) {
+        if (shaped) _tile_release();
+        for (int i = 0; i < block.count * heads; i++) {
+            O* dst = out + (block.row + i / heads) * ld + i % heads * HD;
+            for (int d = 0; d < HD; d += VW) put(dst + d, loadu<vf>(acc[i] + d) * (1.0f / sum[i]));
+        }
+    }
+
+    // Copies those pages that the block table's positions, below `end` of the chunk, do not fill. What else is in memory gets no
+    // weight, but values must be finite.
+    void complete(Chunk<HD>& chunk, int end) {
+        for (int p = std::max(0, end) / PAGE; p < chunk.count; p++) {
+            if (laid[p] != end) {
+                memcpy(own_k[p], chunk.k[p], sizeof own_k[p]);
+                for (int j = 0; j < PAGE; j += 2) {
+                    int left = end - p * PAGE - j;
+                    vu keep = vu{} + (left > 1 ? ~0u : left > 0 ? 0xffffu : 0u);
+                    for (int c = j * HD; c < (j + 2) * HD; c += 2 * VW) storeu(own_v[p] + c, loadu<vu>(chunk.v[p] + c) & keep);
+                }
+                laid[p] = end;
+            }
+            chunk.k[p] = own_k[p], chunk.v[p] = own_v[p];
+        }
+    }
+    // Adds the ancestors of a row to those pages, from position `at` of the chunk on.
+    void add_ancestors(const Item<bf16>& item, const int32_t* slots, int count, int at) {
+        const Order order(sizeof(bf16), HD);
+        for (int i = std::max(0, -at); i < std::min(count, CHUNK - at); i++) {
+            int p = (at + i) / PAGE, j = (at + i) % PAGE;
+            for (int d = 0; d < HD; d++) own_k[p][order.key(j, d)] = item.k[order.key(slots[i], d)];
+            for (int d = 0; d < HD; d++) own_v[p][order.value(j, d)] = item.v[order.value(slots[i], d)];
+        }
+    }
+
+    // Softmax of query `i`, row `r` of the tiles, over the chunk's scores.
+    void weigh(int i, int r) {
+        const float scale = 1.0f / std::sqrt(float(HD));
+        pf lane, s[PAGES], top = pf{} - INFINITY, sums = {};
+        for (int j = 0; j < PAGE; j++) lane[j] = j;
+        for (int p = 0; p < PAGES; p++) {
+            s[p] = lane + float(p * PAGE) < float(valid[i]) ? loadu<pf>(scores[r] + p * PAGE) * scale : pf{} - INFINITY;
+            top = s[p] > top ? s[p] : top;
+        }
+        float now = std::max(best[i], _mm512_reduce_max_ps((__m512)top));
+        for (int p = 0; p < PAGES; p++) {
+            s[p] = vexp<pf, pi>(s[p] - now);
+            sums += s[p];
+            storeu(weights[r] + p * PAGE, _mm512_cvtneps_pbh((__m512)s[p]));
+        }
+        float rescale = 1;
+        if (now != best[i]) {
+            rescale = best[i] == -INFINITY ? 0.0f : std::exp(best[i] - now);
+            for (int d = 0; d < HD; d += VW) storeu(acc[i] + d, loadu<vf>(acc[i] + d) * rescale);
+        }
+        sum[i] = sum[i] * rescale + _mm512_reduce_add_ps((__m512)sums);
+        best[i] = now;
+    }
+
+    // Folds a chunk into the running softmax of queries [first, first + count).
+    void fold(int first, int count, const Chunk<HD>& chunk, const Chunk<HD>& next, const Chunk<HD>& later) {
+        if (count != shaped) shape_attention(shaped = count);
+        written();
+        for (int p = 0; p < chunk.count; p++) {
+            _tile_zero(0);
+            for (int d = 0; d < HD; d += 32) {
+                prefetch_lines(next.k[p] + d * PAGE, later.k[p] + d * PAGE);
+                _tile_loadd(6, q[first] + d, 2 * HD);
+                _tile_loadd(4, chunk.k[p] + d * PAGE, 4 * PAGE);
+                _tile_dpbf16ps(0, 6, 4);
+            }
+            _tile_stored(0, scores[0] + p * PAGE, 4 * CHUNK);
+        }
+        for (int r = 0; r < count; r++) weigh(first + r, r);
+        written();
+        for (int c = 0; c < HD; c += 32) {
+            _tile_loadd(0, acc[first] + c, 4 * HD);
+            _tile_loadd(1, acc[first] + c + 16, 4 * HD);
+            for (int p = 0; p < chunk.count; p++) {
+                prefetch_lines(next.v[p] + c * PAGE, later.v[p] + c * PAGE);
+                _tile_loadd(7, weights[0] + p * PAGE, 2 * CHUNK);
+                _tile_loadd(5, chunk.v[p] + 2 * c, 4 * HD);
+                _tile_dpbf16ps(0, 7, 5);
+                _tile_loadd(5, chunk.v[p] + 2 * c + 32, 4 * HD);
+                _tile_dpbf16ps(1, 7, 5);
+            }
+            _tile_stored(0, acc[first] + c, 4 * HD);
+            _tile_stored(1, acc[first] + c + 16, 4 * HD);
+        }
+    }
+
+    // Positions from `start` on of all rows. Those that see the same pages share them; a row of a tree completes its own.
+    void run(const Rows& in, const Item<bf16>& item, const Item<bf16>& after, int heads, int start) {
+        const Block& block = item.block;
+        const int row = block.row, ends = (block.direct + CHUNK - 1) / CHUNK * CHUNK;
+        auto extras = [&](int r) { return in.extra_at[row + r + 1] - in.extra_at[row + r]; };
+        auto shares = [&](int r) { return !extras(r) || in.direct[row + r] >= start + CHUNK; };
+        auto ahead = [&](int at) { return at < ends ? Chunk<HD>(item, at) : Chunk<HD>(after, at - ends); };
+        const Chunk<HD> next = ahead(start + CHUNK), later = ahead(start + 2 * CHUNK);
+        std::fill_n(laid, PAGES, -1);
+        for (int r = 0, to; r < block.count; r = to) {
+            to = r + 1;
+            if (shares(r)) while (to < block.count && shares(to)) to++;
+            int end = 0, most = 0;
+            for (int i = r; i < to; i++) {
+                int direct = in.direct[row + i], sees = std::max(0, std::min(CHUNK, direct + extras(i) - start));
+                end = std::max(end, std::min(direct - start, CHUNK));
+                most = std::max(most, sees);
+                std::fill_n(valid + i * heads, heads, sees);
+            }
+            if (!most) continue;
+            Chunk<HD> chunk(item, start);
+            chunk.count = (most + PAGE - 1) / PAGE;
+            complete(chunk, end);
+            if (!shares(r)) add_ancestors(item, in.extra + in.extra_at[row + r], extras(r), in.direct[row + r] - start);
+            for (int i = r * heads; i < to * heads; i += TILE) fold(i, std::min(TILE, to * heads - i), chunk, next, later);
+        }
+    }
+};
+
+// `attend` by tiles; at the end of an item the first pages of `after`, which the thread is likely to take next, are prefetched.
+template <int HD, class O>
+static void attend_tiles(const Rows& in, const Item<bf16>& item, const Item<bf16>& after, int heads, const float* q, int64_t ldq, O* out,
+                         int64_t ldo) {
+    static thread_local TileAttention<HD> kept;
+    TileAttention<HD>& t = kept;  // found once: looking a thread's own up takes a call
+    t.begin(item.block, heads, q + item.column, ldq);
+    for (int start = 0; start < item.block.longest; start += CHUNK) t.run(in, item, after, heads, start);
+    t.finish(item.block, heads, out + item.column, ldo);
+}
+#else
+template <int HD, class O>
+static void attend_tiles(const Rows&, const Item<bf16>&, const Item<bf16>&, int, const float*, int64_t, O*, int64_t) {}
+#endif
