@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 FIRST_GAP, LAST_GAP = 8, 32  # rounds between probes of the other mode: doubled by each that shows nothing
+CLEAR, CLEAR_GAP = 0.15, 128  # or of this many, where a plain round has lost more than this part of its time
 HOPE = 4  # probes in a row after one that turned out well
 CREDIT_ROUNDS = 400  # unspent budget is kept for this many rounds
 
@@ -43,8 +44,10 @@ class Prober:
         most = max(self.budget * seconds * CREDIT_ROUNDS, self.price)
         self.credit = min(self.credit + self.budget * seconds, most)
 
-    def probe_round(self, loss: float) -> None:
-        """After a probe that cost `loss` seconds more than the believed mode would have (negative: it was better)."""
+    def probe_round(self, loss: float, clear: bool = False) -> None:
+        """After a probe that cost `loss` seconds more than the believed mode would have (negative: it was better).
+
+        clear: whether that leaves little doubt."""
         self.count += 1
         self.waited = 0
         self.credit -= loss
@@ -53,7 +56,7 @@ class Prober:
         if self.hope > 0:
             self.gap = 0
         else:
-            self.gap = min(max(2 * self.gap, FIRST_GAP), LAST_GAP)
+            self.gap = min(max(2 * self.gap, FIRST_GAP), CLEAR_GAP if clear else LAST_GAP)
 
     def mode_changed(self) -> None:
         """The believed mode is another one now: soon check again."""

@@ -19,7 +19,7 @@ from smart_decoding.core.policies.chooser import Chooser, Drafted, Growth, Numpy
 from smart_decoding.core.policies.common import TokenIds, depth_limits, require_int, require_number
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, merged
 from smart_decoding.core.policies.statistics import Statistics
-from smart_decoding.core.probing import Prober
+from smart_decoding.core.probing import CLEAR, Prober
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
@@ -412,7 +412,9 @@ class Smart:
             self.forecast.observe_free(trees, scratch.drafting)
         seconds = round.verify_seconds + sum(round.level_seconds)
         if scratch.probe:
-            self.prober.probe_round(seconds - (batch.size + accepted) / scratch.believed)
+            loss = seconds - (batch.size + accepted) / scratch.believed
+            # A plain round is a measurement; a drafted one is luck, and its head may be good again soon.
+            self.prober.probe_round(loss, not round.plan.speculate and loss > CLEAR * seconds)
         else:
             self.prober.ordinary_round(seconds)
         plain = scratch.outlook.plain if scratch.outlook else seconds
