@@ -37,7 +37,7 @@ PROBE_SHARE = 2  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
 BUSY_ROUNDS, SELDOM = 32, 32  # after the first rounds, beliefs are updated every 32nd round, in one go,
 SURPRISE = 2.0  # or once the accepted nodes are this many standard deviations (as if Poisson) off what was expected
-OFTEN = 4  # and the seconds of verification every fourth one: a machine's state lasts for seconds only
+OFTEN = 8  # and the seconds of verification every eighth one: a machine's state lasts for seconds only
 # Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no. A bad head
 # is drafted from until it promises no more than plain decoding, and stays there: asked often, it costs 1 % of the time.
 REST, SHORT_REST = 32, 16
@@ -246,7 +246,8 @@ class Smart:
 
     def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
         """The shape of a batch; what barely changes the costs is taken coarsely."""
-        first = (batch.catch_up_rows // (4 * batch.size)).bit_length(), self._sharing(batch).bit_length()
+        waiting = (batch.catch_up_rows // (4 * batch.size)).bit_length()
+        first = waiting, self._sharing(batch).bit_length() if waiting else 0
         coarse = (*first, int(scratch.context) // 128)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
         return (*sizes, batch.has_free, *coarse, self.calibration.changes)
