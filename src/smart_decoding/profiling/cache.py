@@ -18,7 +18,7 @@ from smart_decoding.files import whole
 
 log = logging.getLogger("smart.profile")
 
-VERSION = 5  # raise when the engine's speed changes; other kernels are other costs anyway
+VERSION = 6  # raise when the engine's speed changes; other kernels are other costs anyway
 
 
 def profile_path(weights: Mapping[str, str], dtype: torch.dtype, device: torch.device, head: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import logging
 import math
@@ -86,7 +87,7 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
 
     Raises ConfigError for an address that cannot be had, SmartError if the model cannot be loaded."""
     set_up_logging(settings.log_level)
-    server, worker = make_server(load, settings)
+    server, worker = make_server(lambda: _kept_for_good(load()), settings)
     with bind(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
         log.info(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
@@ -94,6 +95,13 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
     if isinstance(worker.error, SmartError):
         raise worker.error
     return 1 if worker.error is not None else 0
+
+
+def _kept_for_good(llm: LLM) -> LLM:
+    """What is loaded stays: it need not be searched for garbage again, which would hold up rounds."""
+    gc.collect()
+    gc.freeze()
+    return llm
 
 
 def bind(host: str, port: int) -> socket.socket:
