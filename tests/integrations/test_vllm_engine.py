@@ -178,6 +178,7 @@ def test_the_openai_server_speculates_and_serves_the_counters(plain, draft, even
             assert texts == plain["texts"][BATCHES.index(batch)], batch
         ours, theirs = scrape(metrics, "smart_vllm_"), scrape(port, "vllm:spec_decode_num_")
         assert ours["smart_vllm_steps_on_total"] > 0 and ours["smart_vllm_steps_off_total"] > 0
+        assert (ours["smart_vllm_rests_total"] > 0) == ("draft model" in set_up)
         for name, stock in (("verified", "draft"), ("accepted", "accepted")):
             assert ours[f"smart_vllm_{name}_total"] == theirs[f"vllm:spec_decode_num_{stock}_tokens_total"] > 0
     finally:
