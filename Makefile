@@ -45,7 +45,8 @@ pictures: env
 # that what needs no vLLM: the rule for lengths, `smart vllm-config`, options. A test that is skipped fails the target.
 VLLM_ENV ?= .venv-vllm
 test-vllm: env $(VLLM_ENV)/.installed
-	SMART_NO_SKIPS=1 $(BIN)/python -m pytest -rs tests/integrations/test_chains.py tests/integrations/test_vllm_schedule.py
+	SMART_NO_SKIPS=1 $(BIN)/python -m pytest -rs tests/integrations/test_chains.py \
+		tests/integrations/test_vllm_schedule.py tests/integrations/test_vllm_ranks.py
 	SMART_NO_SKIPS=1 SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)" \
 		PYTHONPATH=src $(VLLM_ENV)/bin/python -m pytest -rs tests/integrations/test_vllm_async.py tests/integrations/test_vllm_engine.py
 

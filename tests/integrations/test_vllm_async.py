@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from smart_decoding.integrations.vllm.ranks import MARK
+
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 MODEL = os.environ.get("SMART_TEST_MODEL", "")
 if not MODEL:
@@ -51,8 +53,9 @@ def add(scheduler: Any, *names: str, max_tokens: int = 100) -> None:
         scheduler.add_request(Request(name, PROMPT, params, None))
 
 
-def answer(scheduler: Any, output: Any, accepted: dict[str, int]) -> None:
-    """The model's answer to a step: so many of its drafts were right, and one token of its own."""
+def answer(scheduler: Any, output: Any, accepted: dict[str, int], drafter_seen: bool = False) -> None:
+    """The model's answer to a step: so many of its drafts were right, and one token of its own. drafter_seen: what a
+    rank in another process says with it."""
     from vllm.v1.outputs import ModelRunnerOutput
 
     names = list(output.num_scheduled_tokens)
@@ -60,6 +63,7 @@ def answer(scheduler: Any, output: Any, accepted: dict[str, int]) -> None:
     ran = ModelRunnerOutput(
         req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled
     )
+    setattr(ran, MARK, drafter_seen)
     scheduler.update_from_output(output, ran)
 
 
@@ -106,3 +110,12 @@ def test_requests_run_to_their_end_with_speculation_on_and_off(scheduler: Any) -
     assert {name: request.num_output_tokens for name, request in requests.items()} == dict.fromkeys(chances, 300)
     counters = scheduler.controller.policy.counters
     assert counters.drafted >= counters.verified > counters.accepted > 0
+
+
+def test_the_draft_model_rests_only_once_a_rank_says_that_it_is_understood(scheduler: Any) -> None:
+    policy = scheduler.controller.policy
+    add(scheduler, "a")
+    for says, may_rest in ((False, False), (True, False), (False, True), (False, True)):
+        step = scheduler.schedule()
+        assert policy.may_rest == may_rest
+        answer(scheduler, step, {}, says)

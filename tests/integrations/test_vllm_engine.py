@@ -72,6 +72,14 @@ def draft(tmp_path_factory, even) -> Any:
     return {"method": "draft_model", "model": folder, "num_speculative_tokens": 3}
 
 
+@pytest.fixture(scope="module")
+def useless(tmp_path_factory, even) -> Any:
+    """Drafting by SmolLM2's first and last four layers: next to nothing is accepted."""
+    folder = str(tmp_path_factory.mktemp("useless"))
+    variant("without_layers", even, folder, "4", "26")
+    return {"method": "draft_model", "model": folder, "num_speculative_tokens": 3}
+
+
 def variant(*arguments: str) -> None:
     script = ENGINE.with_name("smollm_variants.py")
     run = subprocess.run([sys.executable, str(script), *arguments], text=True, capture_output=True)
@@ -105,6 +113,15 @@ def test_two_tensor_parallel_ranks_agree(plain, draft, even, drafter) -> None:
     arguments = {"model": even, "tensor_parallel_size": 2, "speculative_config": speculative}
     answer, _ = engine({**arguments, "scheduler_cls": SCHEDULER}, batches=BATCHES)
     check(answer, plain)
+    assert (answer["counters"]["rests"] > 0) == (drafter == "draft_model")
+
+
+def test_two_ranks_leave_out_the_passes_of_a_draft_model_of_no_use(plain, useless, even) -> None:
+    arguments = {"model": even, "tensor_parallel_size": 2, "speculative_config": useless, "scheduler_cls": SCHEDULER}
+    answer, _ = engine(arguments, batches=BATCHES)
+    assert answer["tokens"] == plain["tokens"]
+    counters = answer["counters"]
+    assert counters["rests"] > counters["steps_off"] / 2 and counters["steps_on"] > 0
 
 
 def test_every_name_that_is_relied_on_is_there() -> None:
@@ -161,6 +178,7 @@ def test_the_openai_server_speculates_and_serves_the_counters(plain, draft, even
             assert texts == plain["texts"][BATCHES.index(batch)], batch
         ours, theirs = scrape(metrics, "smart_vllm_"), scrape(port, "vllm:spec_decode_num_")
         assert ours["smart_vllm_steps_on_total"] > 0 and ours["smart_vllm_steps_off_total"] > 0
+        assert (ours["smart_vllm_rests_total"] > 0) == ("draft model" in set_up)
         for name, stock in (("verified", "draft"), ("accepted", "accepted")):
             assert ours[f"smart_vllm_{name}_total"] == theirs[f"vllm:spec_decode_num_{stock}_tokens_total"] > 0
     finally:

@@ -152,7 +152,8 @@ def stock(**speculative: object) -> SimpleNamespace:
     """A scheduler of vLLM's, as far as it is read before it runs."""
     method = {"method": "ngram", "parallel_drafting": False, "num_speculative_tokens_per_batch_size": None}
     config = SimpleNamespace(
-        additional_config={}, parallel_config=SimpleNamespace(data_parallel_size=1),
+        additional_config={},
+        parallel_config=SimpleNamespace(data_parallel_size=1, distributed_executor_backend="mp", nnodes=1),
         scheduler_config=SimpleNamespace(async_scheduling=False),
         speculative_config=SimpleNamespace(**method | speculative),
     )  # fmt: skip
@@ -214,6 +215,18 @@ def test_members_and_parameters_are_found_where_they_are(monkeypatch) -> None:
         monkeypatch.setattr(seams, "CALLED", {"stand_in:Sampler.forward": called} if called else {})
         monkeypatch.setattr(seams, "REPLACED", {"stand_in:Sampler.forward": replaced} if replaced else {})
         assert list(seams.missing_parameters()) == gone
+
+
+def test_pickles_of_another_form_are_found(monkeypatch) -> None:
+    class Plain:
+        pass
+
+    class Slots(Plain):
+        __slots__ = ("a",)
+
+    monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(Plain=Plain, Slots=Slots))
+    monkeypatch.setattr(seams, "PICKLED", ("stand_in:Plain", "stand_in:Slots", "stand_in:Gone"))
+    assert list(seams.missing_pickles()) == ["stand_in:Slots without a __slots__ of its own"]
 
 
 def test_nothing_to_choose_means_stock_behaviour() -> None:

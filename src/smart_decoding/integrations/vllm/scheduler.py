@@ -19,6 +19,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from smart_decoding.integrations.chains import Chains, Step
 from smart_decoding.integrations.vllm.metrics import serve_metrics
+from smart_decoding.integrations.vllm.ranks import Length, marked, same_machine
 from smart_decoding.integrations.vllm.seams import (
     FREE,
     find,
@@ -36,13 +37,15 @@ FORGET_EVERY = 256  # steps
 
 
 class Lengths:
-    """Stands for vLLM's table of K by batch size; the policy is asked instead."""
+    """Stands for vLLM's table of K by batch size; the policy is asked instead. kind: `Length` where K is to install
+    the shortcuts in the processes of other ranks."""
 
-    def __init__(self, owner: Controller) -> None:
+    def __init__(self, owner: Controller, kind: type[int]) -> None:
         self._owner = owner
+        self._kind = kind
 
     def __getitem__(self, batch: int) -> int:
-        return self._owner.length(batch)
+        return self._kind(self._owner.length(batch))
 
 
 class Controller:
@@ -52,13 +55,14 @@ class Controller:
         self.scheduler = scheduler
         self.policy = Chains(lengths, model, probe_budget)
         self._under_way: dict[int, tuple[Step, float]] = {}  # by the identity of the step's SchedulerOutput
+        self._ranks_rest = False  # whether ranks in other processes have said that they understand REST
         self._done = 0.0  # when the last step's output was processed
         self._steps = 0
 
     def length(self, batch: int) -> int:
         """K of the step that is being scheduled."""
         start = time.perf_counter()
-        self.policy.may_rest = self.policy.model and drafter_seen()
+        self.policy.may_rest = self.policy.model and (self._ranks_rest or drafter_seen())
         length = self.policy.length([request.request_id for request in self.scheduler.running[:batch]])
         self.policy.counters.seconds += time.perf_counter() - start
         return length
@@ -70,7 +74,8 @@ class Controller:
         clean = output.total_num_scheduled_tokens == batch + sum(drafts.values())
         requests = self.scheduler.requests
         greedy = frozenset(id_ for id_ in drafts if _greedy(requests[id_]))
-        step = Step(batch, output.num_spec_tokens_to_schedule, drafts, clean=clean, greedy=greedy, probe=probe)
+        levels = int(output.num_spec_tokens_to_schedule)
+        step = Step(batch, levels, drafts, clean=clean, greedy=greedy, probe=probe)
         self._under_way[id(output)] = (step, start)
 
     def trim(self, ids: Sequence[str], drafted: Sequence[int]) -> list[int]:
@@ -86,6 +91,7 @@ class Controller:
 
     def outcome(self, output: SchedulerOutput, ran: ModelRunnerOutput) -> tuple[Step, float] | None:
         """The step behind `output`, with what was accepted in it; None if it was not scheduled here."""
+        self._ranks_rest = self._ranks_rest or marked(ran)
         found = self._under_way.pop(id(output), None)
         if found is not None and ran.sampled_token_ids:
             step, sampled = found[0], ran.sampled_token_ids
@@ -127,7 +133,9 @@ class _Smart:
         longest = self.num_spec_tokens  # type: ignore[attr-defined]
         lengths = [min(k, longest) for _, _, k in schedule] if schedule else range(longest + 1)
         self.controller = Controller(self, lengths, speculative.method not in FREE, options.probe_budget)
-        self.dynamic_sd_lookup = Lengths(self.controller)
+        parallel = config.parallel_config
+        far = options.shortcuts and same_machine(parallel.distributed_executor_backend, parallel.nnodes)
+        self.dynamic_sd_lookup = Lengths(self.controller, Length if far else int)
         if options.shortcuts:
             install_shortcuts()
         if options.metrics_port:

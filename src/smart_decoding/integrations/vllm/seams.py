@@ -24,6 +24,8 @@ ATTRIBUTES = {
     "running": "the running Requests, those of the step that is being scheduled included",
     "vllm_config.additional_config": "our options",
     "vllm_config.parallel_config.data_parallel_size": "refused above 1",
+    "vllm_config.parallel_config.distributed_executor_backend": "mp: ranks in processes of their own (ranks.py)",
+    "vllm_config.parallel_config.nnodes": "machines that they are on",
     "vllm_config.scheduler_config.async_scheduling": "which of our classes is the right one",
     "vllm_config.speculative_config": "None: nothing is drafted",
 }
@@ -64,6 +66,8 @@ CALLED = {
         "num_speculative_tokens", "next_token_ids"
     ),
 }  # fmt: skip
+# Classes whose objects are pickled by their attributes, to which one is added (ranks.py).
+PICKLED = ("vllm.v1.outputs:ModelRunnerOutput",)
 
 FREE = ("ngram", "suffix")  # drafters that run no model
 MODEL = ("draft_model", "eagle", "eagle3", "mtp")
@@ -133,7 +137,7 @@ def find(thing: object, path: str, default: Any = None) -> Any:
 
 def missing(scheduler: object) -> list[str]:
     """Names listed above that this scheduler, its configuration or the installed vLLM's classes have not."""
-    return [*missing_attributes(scheduler), *missing_members(), *missing_parameters()]
+    return [*missing_attributes(scheduler), *missing_members(), *missing_parameters(), *missing_pickles()]
 
 
 def missing_attributes(scheduler: object) -> Iterable[str]:
@@ -160,6 +164,13 @@ def missing_parameters() -> Iterable[str]:
         taken = list(inspect.signature(method).parameters)[1:] if callable(method) else []
         if taken != list(names) if place in REPLACED else not set(names) <= set(taken):
             yield f"{place}({', '.join(names)})"
+
+
+def missing_pickles() -> Iterable[str]:
+    ways = ("__slots__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
+    for place in PICKLED:
+        bases = getattr(_imported(place), "__mro__", ())[:-1]  # without object
+        yield from (f"{place} without a {way} of its own" for way in ways if any(way in vars(base) for base in bases))
 
 
 def _imported(place: str) -> Any:

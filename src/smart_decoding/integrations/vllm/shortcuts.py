@@ -3,8 +3,8 @@
 With a --speculative-config vLLM sends all logits through its rejection sampler, drafts or none: it copies them and runs
 some twenty small operations. Without drafts its plain sampler gives the same tokens; that is what is called then. And a
 draft model or head runs its first pass at every step, also where no token is to be drafted; where the scheduler asks
-for REST tokens, it runs none. Both hold in the process that the scheduler runs in, which is the worker's, too, where
-there is one rank.
+for REST tokens, it runs none. Both hold in the process that `install` is called in: the scheduler's, which is the
+worker's, too, where there is one rank; ranks.py calls it in those of several.
 """
 
 from __future__ import annotations

@@ -1,0 +1,50 @@
+"""The shortcuts on several ranks, whose processes are not the scheduler's: two marks on what is pickled anyway.
+
+There: a step's K is a `Length`, and to unpickle one installs the shortcuts, in every rank before the step runs. Back:
+the rank that answers says in each output whether a draft model has run through them. Before that the scheduler sends no
+REST, as another model runner would not understand it. Where nothing is pickled, the one process knows by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smart_decoding.integrations.vllm.shortcuts import drafter_seen, install
+
+MARK = "_smart_drafter_seen"
+
+
+class Length(int):
+    """K on its way to other processes, where it arrives as a plain int."""
+
+    def __reduce__(self) -> Any:
+        return arrive, (int(self),)
+
+
+def same_machine(backend: Any, nodes: Any) -> bool:
+    """Whether ranks are processes of this machine, with this one's Python: elsewhere a `Length` might not be known, and
+    its step would fail."""
+    return backend == "mp" and nodes == 1
+
+
+def arrive(length: int) -> int:
+    """What a `Length` is unpickled by."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    install()
+    mark(ModelRunnerOutput)
+    return length
+
+
+def mark(kind: Any) -> None:
+    """From now on objects of this class tell, when they are pickled, whether a draft model has run."""
+    kind.__getstate__ = _state
+
+
+def _state(output: Any) -> dict[str, Any]:
+    return {**vars(output), MARK: drafter_seen()}
+
+
+def marked(output: Any) -> bool:
+    """Whether the process that `output` came from has run a draft model through the shortcuts."""
+    return bool(getattr(output, MARK, False))

@@ -1,0 +1,58 @@
+"""Marks on what travels between the scheduler's process and its ranks', without vLLM."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from smart_decoding.integrations.vllm import ranks, shortcuts
+from smart_decoding.integrations.vllm.ranks import Length
+
+
+@dataclass
+class Output:
+    """Stands for vLLM's ModelRunnerOutput."""
+
+    tokens: list[int]
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """This process as a rank with a stand-in for vLLM; holds what was installed."""
+    installed: list[str] = []
+    monkeypatch.setitem(sys.modules, "vllm.v1.outputs", SimpleNamespace(ModelRunnerOutput=Output))  # type: ignore[arg-type]
+    monkeypatch.setattr(ranks, "install", lambda: installed.append("shortcuts"))
+    monkeypatch.setattr(shortcuts, "_seen", [])
+    monkeypatch.setattr(Output, "__getstate__", Output.__getstate__)  # put back afterwards
+    return installed
+
+
+@pytest.mark.parametrize("k", [-1, 0, 3])
+def test_a_length_installs_the_shortcuts_where_it_arrives_as_a_plain_int(rank: list[str], k: int) -> None:
+    sent = pickle.dumps({"step": Length(k)}, protocol=pickle.HIGHEST_PROTOCOL)
+    assert not rank and Length(k) == k and hash(Length(k)) == hash(k) and repr(Length(k)) == repr(k)
+    got = pickle.loads(sent)["step"]
+    assert type(got) is int and got == k and rank == ["shortcuts"]
+
+
+def test_outputs_of_a_rank_tell_once_a_draft_model_has_run_there(rank: list[str]) -> None:
+    assert not ranks.marked(there_and_back(Output([1])))
+    pickle.loads(pickle.dumps(Length(2)))
+    assert not ranks.marked(there_and_back(Output([1])))  # the shortcuts are there, but what calls them?
+    shortcuts._seen.append(True)
+    back = there_and_back(Output([1, 2]))
+    assert ranks.marked(back) and back == Output([1, 2])
+
+
+def there_and_back(output: Any) -> Any:
+    return pickle.loads(pickle.dumps(output, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def test_only_ranks_of_this_machine_are_told() -> None:
+    assert ranks.same_machine("mp", 1)
+    assert not ranks.same_machine("mp", 2) and not ranks.same_machine("ray", 1) and not ranks.same_machine("uni", 1)
