@@ -56,3 +56,22 @@ def there_and_back(output: Any) -> Any:
 def test_only_ranks_of_this_machine_are_told() -> None:
     assert ranks.same_machine("mp", 1)
     assert not ranks.same_machine("mp", 2) and not ranks.same_machine("ray", 1) and not ranks.same_machine("uni", 1)
+
+
+def test_drafts_are_not_fetched_after_a_step_that_drafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Executor:
+        def take_draft_token_ids(self) -> str:
+            return "drafts"
+
+    place = "vllm.v1.executor.multiproc_executor"
+    monkeypatch.setitem(sys.modules, place, SimpleNamespace(MultiprocExecutor=Executor))  # type: ignore[arg-type]
+    ranks.shorten_fetching()
+    ranks.shorten_fetching()  # once
+    executor = Executor()
+    assert executor.take_draft_token_ids() == "drafts"
+    ranks.drafts_nothing(True)
+    assert executor.take_draft_token_ids() is None
+    assert executor.take_draft_token_ids() == "drafts"  # of an engine whose scheduler says nothing
+    ranks.drafts_nothing(True)
+    ranks.drafts_nothing(False)
+    assert executor.take_draft_token_ids() == "drafts"

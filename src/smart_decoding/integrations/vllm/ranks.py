@@ -7,11 +7,13 @@ REST, as another model runner would not understand it. Where nothing is pickled,
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from smart_decoding.integrations.vllm.shortcuts import drafter_seen, install
 
 MARK = "_smart_drafter_seen"
+_nothing = [False]  # whether the step that was scheduled last drafts nothing
 
 
 class Length(int):
@@ -48,3 +50,25 @@ def _state(output: Any) -> dict[str, Any]:
 def marked(output: Any) -> bool:
     """Whether the process that `output` came from has run a draft model through the shortcuts."""
     return bool(getattr(output, MARK, False))
+
+
+def drafts_nothing(nothing: bool) -> None:
+    """Said of each step when it is scheduled; one that drafts nothing needs no call to the ranks for its drafts."""
+    _nothing[:] = [nothing]
+
+
+def shorten_fetching() -> None:
+    """Leaves that call out; once per process, and only where a step ends before the next one is scheduled."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    original = MultiprocExecutor.take_draft_token_ids
+    if getattr(original, "_shortcut", False):
+        return
+
+    @functools.wraps(original)
+    def take_draft_token_ids(self: Any) -> Any:
+        nothing, _nothing[:] = _nothing[0], [False]
+        return None if nothing else original(self)
+
+    take_draft_token_ids._shortcut = True  # type: ignore[attr-defined]
+    MultiprocExecutor.take_draft_token_ids = take_draft_token_ids

@@ -19,7 +19,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from smart_decoding.integrations.chains import Chains, Step
 from smart_decoding.integrations.vllm.metrics import serve_metrics
-from smart_decoding.integrations.vllm.ranks import Length, marked, same_machine
+from smart_decoding.integrations.vllm.ranks import Length, drafts_nothing, marked, same_machine, shorten_fetching
 from smart_decoding.integrations.vllm.seams import (
     FREE,
     find,
@@ -75,6 +75,7 @@ class Controller:
         requests = self.scheduler.requests
         greedy = frozenset(id_ for id_ in drafts if _greedy(requests[id_]))
         levels = int(output.num_spec_tokens_to_schedule)
+        drafts_nothing(levels <= 0)
         step = Step(batch, levels, drafts, clean=clean, greedy=greedy, probe=probe)
         self._under_way[id(output)] = (step, start)
 
@@ -138,6 +139,8 @@ class _Smart:
         self.dynamic_sd_lookup = Lengths(self.controller, Length if far else int)
         if options.shortcuts:
             install_shortcuts()
+        if far and not self.ASYNC:
+            shorten_fetching()
         if options.metrics_port:
             serve_metrics(self.controller.policy.counters, options.metrics_port)
         logger.info("SMART chooses draft lengths: up to %d tokens by %s", longest, speculative.method)

@@ -50,6 +50,7 @@ CLASSES = {
     "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": ("num_draft_tokens",),  # of each request, as a list
     "vllm.v1.sample.rejection_sampler:RejectionSampler": ("forward", "sampler"),  # shortcuts.py
     "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer": ("propose", "_last_draft_probs"),  # shortcuts.py
+    "vllm.v1.executor.multiproc_executor:MultiprocExecutor": ("take_draft_token_ids",),  # ranks.py
 }  # fmt: skip
 # All parameters of methods that ours take the place of; of those that are called, the keywords that are given.
 REPLACED = {
@@ -59,6 +60,7 @@ REPLACED = {
     "vllm.v1.sample.rejection_sampler:RejectionSampler.forward": (
         "metadata", "draft_probs", "logits", "sampling_metadata"
     ),
+    "vllm.v1.executor.multiproc_executor:MultiprocExecutor.take_draft_token_ids": (),
 }  # fmt: skip
 CALLED = {
     "vllm.v1.sample.sampler:Sampler.forward": ("logits", "sampling_metadata"),
@@ -161,8 +163,8 @@ def missing_members() -> Iterable[str]:
 def missing_parameters() -> Iterable[str]:
     for place, names in (REPLACED | CALLED).items():
         method = _imported(place)
-        taken = list(inspect.signature(method).parameters)[1:] if callable(method) else []
-        if taken != list(names) if place in REPLACED else not set(names) <= set(taken):
+        taken = list(inspect.signature(method).parameters)[1:] if callable(method) else None
+        if taken is None or (taken != list(names) if place in REPLACED else not set(names) <= set(taken)):
             yield f"{place}({', '.join(names)})"
 
 
