@@ -7,10 +7,9 @@ REST, as another model runner would not understand it. Where nothing is pickled,
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from smart_decoding.integrations.vllm.shortcuts import drafter_seen, install
+from smart_decoding.integrations.vllm.shortcuts import drafter_seen, install, replace
 
 MARK = "_smart_drafter_seen"
 _nothing = [False]  # whether the step that was scheduled last drafts nothing
@@ -61,14 +60,8 @@ def shorten_fetching() -> None:
     """Leaves that call out; once per process, and only where a step ends before the next one is scheduled."""
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-    original = MultiprocExecutor.take_draft_token_ids
-    if getattr(original, "_shortcut", False):
-        return
-
-    @functools.wraps(original)
-    def take_draft_token_ids(self: Any) -> Any:
+    def take_draft_token_ids(original: Any, self: Any) -> Any:
         nothing, _nothing[:] = _nothing[0], [False]
         return None if nothing else original(self)
 
-    take_draft_token_ids._shortcut = True  # type: ignore[attr-defined]
-    MultiprocExecutor.take_draft_token_ids = take_draft_token_ids
+    replace(MultiprocExecutor, "take_draft_token_ids", take_draft_token_ids)

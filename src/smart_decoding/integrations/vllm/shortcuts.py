@@ -10,6 +10,7 @@ worker's, too, where there is one rank; ranks.py calls it in those of several.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from smart_decoding.integrations.resting import REST
@@ -28,33 +29,36 @@ def install() -> None:
     _shorten_drafting()
 
 
-def _shorten_sampling() -> None:
-    from vllm.v1.sample.rejection_sampler import RejectionSampler
-
-    original = RejectionSampler.forward
+def replace(owner: Any, name: str, ours: Callable[..., Any]) -> None:
+    """Puts `ours`, which gets the original first, in the place of a method; once per process."""
+    original = getattr(owner, name)
     if getattr(original, "_shortcut", False):
         return
 
     @functools.wraps(original)
-    def forward(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+    def shortcut(*args: Any, **named: Any) -> Any:
+        return ours(original, *args, **named)
+
+    shortcut._shortcut = True  # type: ignore[attr-defined]
+    setattr(owner, name, shortcut)
+
+
+def _shorten_sampling() -> None:
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+    def forward(original: Any, self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
         if any(metadata.num_draft_tokens) or len(logits) != len(metadata.num_draft_tokens):
             return original(self, metadata, draft_probs, logits, sampling_metadata)
         return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
 
-    forward._shortcut = True  # type: ignore[attr-defined]
-    RejectionSampler.forward = forward
+    replace(RejectionSampler, "forward", forward)
 
 
 def _shorten_drafting() -> None:
     import torch
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-    original = SpecDecodeBaseProposer.propose
-    if getattr(original, "_shortcut", False):
-        return
-
-    @functools.wraps(original)
-    def propose(self: Any, num_speculative_tokens: int, *args: Any, **named: Any) -> Any:
+    def propose(original: Any, self: Any, num_speculative_tokens: int, *args: Any, **named: Any) -> Any:
         if num_speculative_tokens != REST:
             _seen[:] = [True]
             return original(self, num_speculative_tokens, *args, **named)
@@ -62,5 +66,4 @@ def _shorten_drafting() -> None:
         sequences = named["next_token_ids"]
         return sequences.new_empty((len(sequences), 0), dtype=torch.int64)
 
-    propose._shortcut = True  # type: ignore[attr-defined]
-    SpecDecodeBaseProposer.propose = propose
+    replace(SpecDecodeBaseProposer, "propose", propose)
