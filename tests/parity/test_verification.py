@@ -1,6 +1,7 @@
 """A round's verification in one call of the kernels against the same step by step: tokens, paths, features and keys."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from smart_decoding.engine.verification import Verified, make_room, verify
 from .checkpoints import MODELS, PAGES, VOCAB, decoder
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no CPU kernels")
-CONTEXTS, TAPS = (5, 15, 63, 126), (1, 2)
+CONTEXTS = (5, 15, 63, 126)
+DRAFTER = SimpleNamespace(taps=(1, 2), wants_logits=False)
 PROMPT = np.random.default_rng(8).integers(VOCAB, size=200).tolist()
 
 
@@ -46,7 +48,7 @@ class World:
         for request in batch.decode:
             request.table.cover(1)
         kept = make_room(batch, trees, kept)
-        return verify(self, None, TAPS, batch, trees, kept, lambda: 0.0)  # type: ignore[arg-type]
+        return verify(self, DRAFTER, batch, trees, kept, lambda: 0.0)  # type: ignore[arg-type]
 
     def round(self, trees: DraftTrees | None = None, kept: np.ndarray | None = None) -> Verified:
         trees = DraftTrees.empty(len(self.requests)) if trees is None else trees

@@ -26,7 +26,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import Grow
 from smart_decoding.engine.request import Request
-from smart_decoding.engine.rows import Rows
+from smart_decoding.engine.rows import Rows, arrays
 
 WINDOW = 512  # rows that may wait for a request
 
@@ -286,9 +286,5 @@ def _rows(
     for table in tables[:-1]:
         starts.append(starts[-1] + len(table))
     pages = tables[0] if len(tables) == 1 else np.concatenate(tables)
-    rows, groups = len(slot), len(tables)
-    small = np.array([*slot, *direct, *extra_at, *edges, *starts, *extra], np.int32)  # one call in place of six
-    at = rows + rows
-    a, b, c, at = small[:rows], small[rows:at], small[at : at + rows + 1], at + rows + 1
-    e, f, d = small[at : at + groups + 1], small[at + groups + 1 : at + 2 * groups + 1], small[at + 2 * groups + 1 :]
+    a, b, c, d, e, f = arrays(slot, direct, extra_at, extra, edges, starts)
     return Rows(token, np.array(position, np.int64), a, b, c, d, e, f, pages)

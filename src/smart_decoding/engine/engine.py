@@ -83,7 +83,6 @@ class Engine:
         self.pool = PagePool(config.pages, config.prefix_caching)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
         self.last_round: RoundRecord | None = None
-        self._taps = drafter.taps if drafter else ()
         self._learning_seconds = 0.0  # of the round before: a policy cannot be told what being told takes
         self._cut = False  # whether the last step dropped its drafts for a newcomer: its drafter awaits a plain round
         self._decode, self._clock, self._constrain = decode, clock, constrain
@@ -147,7 +146,7 @@ class Engine:
         """Puts a drafter in place before the first request, such as one that records the target's features."""
         if self._requests:
             raise ConfigError("a drafter can only be changed while no request is running")
-        self.drafter, self._taps = drafter, drafter.taps
+        self.drafter = drafter
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -178,7 +177,7 @@ class Engine:
         if any(r.constraint is not None for r in batch.decode):
             kept = grammatical([r.constraint for r in batch.decode], trees, kept)
         kept = make_room(batch, trees, kept)
-        verified = verify(self.target, self.drafter, self._taps, batch, trees, kept, clock)
+        verified = verify(self.target, self.drafter, batch, trees, kept, clock)
         emitted = self._update(batch, verified)
         if len(trees):
             _count_nodes(batch, trees, kept)

@@ -118,15 +118,11 @@ class BlockTable:
         self.pages: list[int] = []
         self.length = 0
         self._remembered = 0  # pages already offered to the prefix cache
-        self._array: Ints = np.zeros(0, np.int32)
-        self._address: int | None = None
+        self._lay_out()
 
-    @property
-    def address(self) -> int:
-        """Where `array` lies, for native code."""
-        if self._address is None:
-            self._address = self._array.ctypes.data
-        return self._address
+    def _lay_out(self) -> None:
+        self._array: Ints = np.array(self.pages, np.int32)
+        self.address = self._array.ctypes.data  # where `array` lies, for native code
 
     @property
     def array(self) -> Ints:
@@ -137,7 +133,7 @@ class BlockTable:
         """Starts from cached pages, leaving at least one token to compute. Returns the positions found."""
         assert not self.pages
         self.pages = self._pool.find(tokens, len(tokens) - 1, self.marks)
-        self._array, self._address = np.array(self.pages, np.int32), None
+        self._lay_out()
         self.length = len(self.pages) * PAGE
         self._remembered = len(self.pages)
         return self.length
@@ -148,7 +144,7 @@ class BlockTable:
         missing = (self.length + rows + PAGE - 1) // PAGE - len(self.pages)
         if missing > 0:
             self.pages.extend(self._pool.take(missing))
-            self._array, self._address = np.array(self.pages, np.int32), None
+            self._lay_out()
 
     def reserve(self, rows: int) -> list[int]:
         """Slots [rows] of the positions length, length + 1, ... Raises OutOfPages, changing nothing."""

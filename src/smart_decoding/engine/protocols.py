@@ -43,8 +43,22 @@ class TargetScores:
     greedy: IntArray | None = None
 
 
+class GreedyBatch(NamedTuple):
+    """A round in which every request takes the target's first maximum.
+
+    roots: each request's last token; lengths: its position; tables: the addresses of the block tables, which have room
+    for the nodes; kept: which of the trees' nodes are verified; taps: as in Target.verify."""
+
+    roots: Sequence[int]
+    lengths: Sequence[int]
+    tables: Sequence[int]
+    trees: DraftTrees
+    kept: IntArray
+    taps: tuple[int, ...]
+
+
 class GreedyRound(NamedTuple):
-    """What came of a round in which every request takes the target's first maximum.
+    """What came of it.
 
     features: as in TargetScores; first: the row of each request's root there, which those of its accepted nodes follow.
     forward_seconds, kv_seconds: of the forward, and of moving keys."""
@@ -56,20 +70,8 @@ class GreedyRound(NamedTuple):
     kv_seconds: float
 
 
-class VerifyGreedy(Protocol):
-    def __call__(
-        self,
-        roots: Sequence[int],
-        lengths: Sequence[int],
-        tables: Sequence[int],
-        trees: DraftTrees,
-        kept: IntArray,
-        taps: tuple[int, ...],
-    ) -> GreedyRound:
-        """A whole round in one call: `verify`, `argmax`, the walk down the trees, and `move` of what was accepted.
-
-        roots: each request's last token; lengths: its position; tables: the addresses of the block tables, which have
-        room for the nodes; kept: which of the trees' nodes are verified."""
+# A whole round in one call: `verify`, `argmax`, the walk down the trees, and `move` of what was accepted.
+VerifyGreedy: TypeAlias = Callable[[GreedyBatch], GreedyRound]
 
 
 class Target(Protocol):

@@ -117,12 +117,10 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
         for row in range(total):
             extra += of_row.get(row, ())
             extra_at[row + 1] = len(extra)
-    small = np.array([*slots, *direct, *extra_at, *group_row, *group_pages[:-1], *extra], np.int32)
-    edges = itertools.accumulate((total, total, total + 1, len(group_row), len(spans)), initial=0)
-    slot, direct_, at, group, first = (small[i:j] for i, j in itertools.pairwise(edges))
+    slot, direct_, at, more, group, first = arrays(slots, direct, extra_at, extra, group_row, group_pages[:-1])
     pages = spans[0].pages if len(spans) == 1 else np.concatenate([span.pages for span in spans])
     position = np.array(positions, np.int64)
-    rows = Rows(np.array(tokens, np.int64), position, slot, direct_, at, small[len(small) - len(extra) :], group,
+    rows = Rows(np.array(tokens, np.int64), position, slot, direct_, at, more, group,
                 first, pages)  # fmt: skip
     if any(span.inserts for span in spans):
         rows.inserts = [(group_row[i] + at, part) for i, span in enumerate(spans) for at, part in span.inserts]
@@ -132,6 +130,13 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
     if len(wanted) + len(node_row) < total:
         rows.logit_rows = np.array(wanted + node_row, np.int64)
     return rows, last, node_row
+
+
+def arrays(*lists: Sequence[int]) -> list[Ints]:
+    """The lists as parts of one array: one call of numpy in place of many."""
+    edges = itertools.accumulate(map(len, lists), initial=0)
+    joined = np.array(list(itertools.chain(*lists)), np.int32)
+    return [joined[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def _best_chains(owners: Sequence[int], parents: Sequence[int], spans: int) -> tuple[list[bool], list[int]]:

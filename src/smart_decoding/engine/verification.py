@@ -10,7 +10,7 @@ import numpy as np
 from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.kv import OutOfPages
-from smart_decoding.engine.protocols import Drafter, Features, Target, TargetScores, VerifyGreedy
+from smart_decoding.engine.protocols import Drafter, Features, GreedyBatch, Target, TargetScores, VerifyGreedy
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.engine.scheduler import Batch
@@ -51,19 +51,32 @@ def make_room(batch: Batch, trees: DraftTrees, kept: IntArray) -> IntArray:
 
 
 def verify(
-    target: Target,
-    drafter: Drafter | None,
-    taps: tuple[int, ...],
-    batch: Batch,
-    trees: DraftTrees,
-    kept: IntArray,
-    clock: Clock,
+    target: Target, drafter: Drafter | None, batch: Batch, trees: DraftTrees, kept: IntArray, clock: Clock
 ) -> Verified:
     """Runs the batch's rows and the nodes `kept`, for which there is memory."""
-    whole = not batch.prefill and not (drafter is not None and drafter.wants_logits)
-    if target.verify_greedy is not None and whole and all(map(_is_plain, batch.decode)):
+    taps, sees_logits = (drafter.taps, drafter.wants_logits) if drafter is not None else ((), False)
+    if target.verify_greedy is not None and not (batch.prefill or sees_logits) and all(map(_is_plain, batch.decode)):
         return _in_one_call(target.verify_greedy, taps, batch.decode, trees, kept, clock)
-    return _step_by_step(target, drafter, taps, batch, trees, kept, clock)
+    spans, asking = _spans(batch, trees, kept)
+    nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
+    rows, last, node_row = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
+    start = clock()
+    scores = target.verify(rows, taps)
+    verified = clock()
+    if drafter is not None and sees_logits:
+        seen = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
+        drafter.observe_logits(seen, scores.logits)
+    sample_start = clock()
+    # Row numbers of accept() -> rows of the logits.
+    at = list(range(len(asking) + len(nodes))) if rows.logit_rows is not None else last[: len(asking)] + node_row
+    acceptance = _accept(target, asking, nodes, at, scores)
+    sampled = clock()
+    if len(nodes):
+        _commit_keys(target, acceptance, rows, last, node_row)
+    moved = clock()
+    committed = _committed(spans, acceptance, last, node_row)
+    return Verified(asking, acceptance, len(rows), scores.features, committed, verified - start, sampled - sample_start,
+                    moved - sampled, sampled - start)  # fmt: skip
 
 
 def _is_plain(request: Request) -> bool:
@@ -81,7 +94,7 @@ def _in_one_call(
 ) -> Verified:
     start = clock()
     roots, lengths = [r.tokens[-1] for r in requests], [r.table.length for r in requests]
-    done = verify_greedy(roots, lengths, [r.table.address for r in requests], trees, kept, taps)
+    done = verify_greedy(GreedyBatch(roots, lengths, [r.table.address for r in requests], trees, kept, taps))
     paths = done.acceptance.path
     committed: list[slice | list[int]] = [
         slice(row, row + 1 + len(path)) for row, path in zip(done.first, paths, strict=True)
@@ -89,38 +102,6 @@ def _in_one_call(
     rows, forward = len(requests) + len(kept), done.forward_seconds
     seconds = clock() - start
     return Verified(requests, done.acceptance, rows, done.features, committed, forward, 0.0, done.kv_seconds, seconds)
-
-
-def _step_by_step(
-    target: Target,
-    drafter: Drafter | None,
-    taps: tuple[int, ...],
-    batch: Batch,
-    trees: DraftTrees,
-    kept: IntArray,
-    clock: Clock,
-) -> Verified:
-    """The same for any round: with prompts, sampled tokens, log probabilities or pictures."""
-    spans, asking = _spans(batch, trees, kept)
-    nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
-    rows, last, node_row = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
-    start = clock()
-    scores = target.verify(rows, taps)
-    verified = clock()
-    if drafter is not None and drafter.wants_logits:
-        seen = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
-        drafter.observe_logits(seen, scores.logits)
-    sample_start = clock()
-    # Row numbers of accept() -> rows of the logits.
-    at = list(range(len(asking) + len(nodes))) if rows.logit_rows is not None else last[: len(asking)] + node_row
-    acceptance = _accept(target, asking, nodes, at, scores)
-    sampled = clock()
-    if len(nodes):
-        _commit_keys(target, acceptance, rows, last, node_row)
-    moved = clock()
-    committed = _committed(spans, acceptance, last, node_row)
-    return Verified(asking, acceptance, len(rows), scores.features, committed, verified - start, sampled - sample_start,
-                    moved - sampled, sampled - start)  # fmt: skip
 
 
 def _spans(batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[list[Span], list[Request]]:

@@ -15,6 +15,7 @@ from smart_decoding.core.cost import CostModel, DraftSample, Sample, VerifySampl
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.engine.kv import PAGE, Ints
+from smart_decoding.engine.protocols import GreedyBatch
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
 
@@ -174,11 +175,12 @@ def _verification(target: TorchTarget, batch: int, total: int, context: int, pag
     if tables is None:
         return None
     trees, verify = fake_trees(batch, total - batch), target.verify_greedy
-    every, addresses = np.arange(len(trees)), [table.ctypes.data for table in tables]
+    addresses = [table.ctypes.data for table in tables]
+    asked = GreedyBatch([1] * batch, [context] * batch, addresses, trees, np.arange(len(trees)), ())
 
     def run() -> None:
         assert len(tables)  # which must live as long as their addresses
-        verify([1] * batch, [context] * batch, addresses, trees, every, ())
+        verify(asked)
 
     return run
 

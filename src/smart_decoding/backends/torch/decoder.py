@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,17 +26,15 @@ from smart_decoding.backends.torch.layers import (
 from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.native_model import NativeModel
 from smart_decoding.backends.torch.rows import native_rows
-from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.media import Inserts
-from smart_decoding.engine.protocols import GreedyRound
 from smart_decoding.engine.rows import Rows
 
 
 @dataclass
 class ForwardOutput:
-    """logits: [wanted rows, vocab], valid until the next forward ([wanted rows, 0] where nobody wants them); taps:
-    [rows, taps * hidden], the residual streams after the tapped layers, or None; best: [wanted rows] first maximum of
-    the logits (-1: not finite), where the kernels find it in passing."""
+    """logits: [wanted rows, vocab], valid until the next forward; taps: [rows, taps * hidden], the residual streams
+    after the tapped layers, or None; best: [wanted rows] first maximum of the logits (-1: not finite), where the
+    kernels find it in passing."""
 
     logits: Tensor
     taps: Tensor | None
@@ -126,9 +124,9 @@ class Decoder:
         self.rotary = rotary_table(config, positions, device)
         self._axis = torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device) if config.mrope else None
         self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native)
-        self._model: NativeModel | None = None
+        self.model: NativeModel | None = None  # all of it, where the CPU kernels run it
         if isinstance(own, NativeLayers):
-            self._model = NativeModel(own, self._embedding, self.head, norm, self.kv, self.rotary)
+            self.model = NativeModel(own, self._embedding, self.head, norm, self.kv, self.rotary)
 
     @property
     def embedding(self) -> Linear | Tensor:
@@ -143,10 +141,10 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, rows: Rows, taps: tuple[int, ...] = ()) -> ForwardOutput:
         """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
-        if self._model is not None:
+        if self.model is not None:
             context = self._context(rows)
             native = native_rows(context.rows, context.cosine, context.sine)
-            logits, states, best = self._model.forward(native.struct, rows.token, rows.inserts, rows.logit_rows, taps)
+            logits, states, best = self.model.forward(native.struct, rows.token, rows.inserts, rows.logit_rows, taps)
             return ForwardOutput(logits, states, best)
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
         put(x, rows.inserts)
@@ -154,19 +152,6 @@ class Decoder:
         self._layers(x, self._context(rows, taps, tapped), self.kv)
         wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]
         return ForwardOutput(self.head(wanted).float(), tapped)
-
-    def verify_greedy(
-        self,
-        roots: Sequence[int],
-        lengths: Sequence[int],
-        tables: Sequence[int],
-        trees: DraftTrees,
-        kept: IntArray,
-        taps: tuple[int, ...],
-    ) -> GreedyRound:
-        """See VerifyGreedy; on the CPU kernels only, for models without M-RoPE."""
-        assert self._model is not None
-        return self._model.verify(roots, lengths, tables, trees, kept, taps)
 
     def _context(self, rows: Rows, taps: tuple[int, ...] = (), tapped: Tensor | None = None) -> Context:
         """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position i."""

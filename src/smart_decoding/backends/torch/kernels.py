@@ -117,7 +117,7 @@ def _lib() -> ctypes.CDLL:
         lib.smart_unpack.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_void_p]
         lib.smart_layers.argtypes = [
             *(POINTER(LayerStruct), c_int32, POINTER(RowsStruct), c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
-            *(POINTER(ScratchStruct), c_void_p, c_int32, c_void_p, c_int32, c_int32, c_int32),
+            *(POINTER(ScratchStruct), c_int32, c_int32, c_int32),
         ]
         lib.smart_forward.argtypes = [POINTER(ModelStruct), POINTER(RowsStruct), POINTER(PassStruct), c_int32]
         lib.smart_round.argtypes = [POINTER(ModelStruct), POINTER(RoundStruct), POINTER(PassStruct), c_int32]
@@ -257,17 +257,14 @@ def layers(
     cache: tuple[Tensor, Tensor],
     scratch: ScratchStruct,
     bf16: bool,
-    taps: tuple[int, ...] = (),
-    tapped: Tensor | None = None,
 ) -> None:
     """Decoder layers in place on x [rows, hidden], writing the rows' keys and values to the caches [layers, ...].
 
-    After `taps` layers x is copied to `tapped` [rows, taps * hidden]. Layer one reads `inputs` where given."""
+    Layer one reads `inputs` where given."""
     keys, values = cache
     status = _lib().smart_layers(
         weights, len(weights), byref(rows), pointer(inputs), x.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        keys.shape[-3], byref(scratch), (c_int32 * len(taps))(*taps), len(taps), pointer(tapped), bf16,
-        keys.dtype == torch.bfloat16, torch.get_num_threads(),
+        keys.shape[-3], byref(scratch), bf16, keys.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     if status:
         raise RuntimeError("the CPU kernels do not support this layer")

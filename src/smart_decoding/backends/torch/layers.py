@@ -156,7 +156,7 @@ class NativeLayers:
         c, scratch = context, self._scratch(len(x))
         rows = native_rows(c.rows, c.cosine, c.sine)
         both = (cache.keys, cache.values)
-        kernels.layers(self.structs, rows.struct, c.inputs, x, both, scratch, self._bf16, c.taps, c.tapped)
+        kernels.layers(self.structs, rows.struct, c.inputs, x, both, scratch, self._bf16)
 
     def _scratch(self, rows: int) -> ScratchStruct:
         """Working memory for `rows` rows."""

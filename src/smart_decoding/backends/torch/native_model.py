@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,9 +12,9 @@ from smart_decoding.backends.torch.kernels import ModelStruct, PassStruct, Round
 from smart_decoding.backends.torch.layers import KVCache, Linear, NativeLayers
 from smart_decoding.backends.torch.native.memory import address
 from smart_decoding.core.acceptance import Acceptance
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.media import Inserts
-from smart_decoding.engine.protocols import GreedyRound
+from smart_decoding.engine.protocols import GreedyBatch, GreedyRound
 
 
 class NativeModel:
@@ -70,31 +68,19 @@ class NativeModel:
         del alive  # until here
         return self._logits[:count], None if tapped is None else torch.from_numpy(tapped), best
 
-    def verify(
-        self,
-        roots: Sequence[int],
-        lengths: Sequence[int],
-        tables: Sequence[int],
-        trees: DraftTrees,
-        kept: IntArray,
-        taps: tuple[int, ...],
-    ) -> GreedyRound:
+    def verify(self, batch: GreedyBatch) -> GreedyRound:
         """See VerifyGreedy."""
-        requests, nodes, r = len(roots), len(kept), self._round
+        trees, kept, r = batch.trees, batch.kept, self._round
+        requests, nodes = len(batch.roots), len(kept)
         rows = requests + nodes
-        given, found = np.array((roots, lengths, tables), np.int64), np.empty((5, rows), np.int64)
+        given, found = np.array(batch[:3], np.int64), np.empty((5, rows), np.int64)
         at, step = address(given), 8 * requests
-        r.requests, r.nodes, r.room, r.trees, r.kept = (
-            requests,
-            nodes,
-            trees.ints.shape[1],
-            address(trees.ints),
-            address(kept),
-        )
+        r.requests, r.nodes, r.room = requests, nodes, trees.ints.shape[1]
+        r.trees, r.kept = address(trees.ints), address(kept)
         r.root, r.length, r.pages = at, at + step, at + 2 * step
         at, step = address(found), 8 * rows
         r.after, r.emitted, r.path, r.accepted, r.first = range(at, at + 5 * step, step)
-        tapped = self._prepare(rows, taps)
+        tapped = self._prepare(rows, batch.taps)
         self._pass.wanted = self._pass.inserts = self._pass.logits = None
         kernels.verify_round(self._model, r, self._pass)
         emitted, path, accepted, first = found[1:].tolist()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.backends.torch.kernels import RowsStruct
+from smart_decoding.backends.torch.native.memory import address
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
 
@@ -25,7 +26,7 @@ class NativeRows:
 def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
     """The rows as the kernels see them. cosine, sine: tables [positions, head_dim / 2]."""
     arrays = (rows.group_row, rows.group_pages, rows.pages, rows.slot, rows.direct, rows.extra_at, rows.extra)
-    pointers = [array.__array_interface__["data"][0] for array in (*arrays, rows.position)]
+    pointers = map(address, (*arrays, rows.position))
     struct = RowsStruct(len(rows), len(rows.group_row) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
     return NativeRows(struct, (*arrays, rows.position, cosine, sine))
 

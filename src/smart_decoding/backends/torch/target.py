@@ -13,10 +13,10 @@ from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs, require_finite
 from smart_decoding.backends.torch.vision import VisionTower
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.engine.protocols import GreedyRound, TargetScores, VerifyGreedy
+from smart_decoding.engine.protocols import GreedyBatch, GreedyRound, TargetScores, VerifyGreedy
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.multimodal.pixels import Pixels
@@ -55,7 +55,7 @@ class TorchTarget:
         self.vocab, self.max_positions = config.vocab, max_model_len
         self.eos_token_ids = config.eos_token_ids
         self.sampler = Sampler(config.vocab)
-        whole = self.decoder.native and not config.mrope
+        whole = self.decoder.model is not None and not config.mrope  # M-RoPE is not laid out there
         self.verify_greedy: VerifyGreedy | None = self._verify_greedy if whole else None
 
     @property
@@ -73,16 +73,9 @@ class TorchTarget:
             require_finite(out.best >= 0)
         return TargetScores(out.logits, out.taps, out.best)
 
-    def _verify_greedy(
-        self,
-        roots: Sequence[int],
-        lengths: Sequence[int],
-        tables: Sequence[int],
-        trees: DraftTrees,
-        kept: IntArray,
-        taps: tuple[int, ...],
-    ) -> GreedyRound:
-        done = self.decoder.verify_greedy(roots, lengths, tables, trees, kept, taps)
+    def _verify_greedy(self, batch: GreedyBatch) -> GreedyRound:
+        assert self.decoder.model is not None
+        done = self.decoder.model.verify(batch)
         if min(map(min, done.acceptance.emitted)) < 0:
             require_finite(False)
         return done

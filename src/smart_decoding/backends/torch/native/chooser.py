@@ -97,17 +97,9 @@ class NativeChooser:
         self, drafted: Drafted, ahead: LookAhead, level: int, levels: int, widths: IntArray, level_seconds: FloatArray
     ) -> IntArray:
         self._hand_over(drafted)
-        asked = (
-            level,
-            address(ahead.below(level, levels)),
-            levels,
-            address(widths),
-            len(widths),
-            address(level_seconds),
-        )
-        found = self._asked(
-            self._frontier, drafted, *asked, address(self._expanded), drafted.least, address(self._kept)
-        )
+        asked = level, address(ahead.below(level, levels)), levels, address(widths), len(widths), address(level_seconds)
+        room = address(self._expanded), drafted.least, address(self._kept)
+        found = self._asked(self._frontier, drafted, *asked, *room)
         self._stopped = -1 if found else len(drafted.trees)
         return self._expanded[:found].copy() if found else _NONE
 

@@ -96,10 +96,10 @@ static void run_layers(const Layer* layers, int count, const Rows& in, const std
 
 template <class W, class T, int HD>
 static void layers_run(const Layer* layers, int count, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages,
-                       const Scratch& s, const int32_t* taps, int tap_count, float* tapped, int threads) {
+                       const Scratch& s, int threads) {
     const std::vector<Block> blocks = blocks_of<T, HD>(in, layers[0].heads / layers[0].kv_heads);
     #pragma omp parallel num_threads(threads)
-    run_layers<W, T, HD>(layers, count, in, blocks, input, x, kc, vc, pages, s, taps, tap_count, tapped);
+    run_layers<W, T, HD>(layers, count, in, blocks, input, x, kc, vc, pages, s, nullptr, 0, nullptr);
 }
 
 template <class W> static void embedding_row(const void* packed, const void* table, int64_t d, int64_t token, float* out) {
@@ -406,13 +406,13 @@ void smart_unpack(const void* w, int64_t k, int is_bf16, const int64_t* index, i
 
 // Layers in place on x [rows, hidden]. q, k and v read rms_norm(x), the first one's `input` [rows, input] if given.
 int smart_layers(const Layer* l, int count, const Rows* in, const float* input, float* x, void* kc, void* vc, int64_t pages,
-                 const Scratch* s, const int32_t* taps, int tap_count, float* tapped, int w_bf16, int kv_bf16, int threads) {
+                 const Scratch* s, int w_bf16, int kv_bf16, int threads) {
 #define RUN(HD)                                                                                                     \
     case HD:                                                                                                        \
         if (w_bf16 && kv_bf16)                                                                                      \
-            layers_run<bf16, bf16, HD>(l, count, *in, input, x, (bf16*)kc, (bf16*)vc, pages, *s, taps, tap_count, tapped, threads);     \
+            layers_run<bf16, bf16, HD>(l, count, *in, input, x, (bf16*)kc, (bf16*)vc, pages, *s, threads);              \
         else if (!w_bf16 && !kv_bf16)                                                                               \
-            layers_run<float, float, HD>(l, count, *in, input, x, (float*)kc, (float*)vc, pages, *s, taps, tap_count, tapped, threads); \
+            layers_run<float, float, HD>(l, count, *in, input, x, (float*)kc, (float*)vc, pages, *s, threads);          \
         else return 2;                                                                                              \
         return 0;
     switch (l->head_dim) { RUN(16) RUN(32) RUN(64) RUN(96) RUN(128) }
@@ -511,8 +511,7 @@ void smart_rms_norm(const float* x, const float* weight, float eps, int rows, in
 }
 
 void smart_argmax(const float* x, const int64_t* which, int rows, int64_t n, int64_t* out, int threads) {
-    std::vector<int64_t> found(size_t(rows) * threads);
-    #pragma omp parallel num_threads(threads)
-    maxima(x, which, rows, n, found.data(), out);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int r = 0; r < rows; r++) out[r] = first_maximum(x + which[r] * n, n);
 }
 }

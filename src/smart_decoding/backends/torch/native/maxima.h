@@ -28,3 +28,14 @@ static int64_t first_of(const Maxima* row, int parts, int64_t stride) {
         }
     return std::isfinite(best) ? first : -1;
 }
+
+// The first index of the largest entry of a row of n that is no NaN; -1 if there is none or it is infinite.
+static int64_t first_maximum(const float* row, int64_t n) {
+    Maxima found;
+    float tail[PANEL];
+    for (int64_t i = 0; i < n; i += PANEL, row += PANEL) {
+        const float* at = i + PANEL <= n ? row : (const float*)memcpy(tail, row, (n - i) * sizeof(float));
+        found.add(i, n, loadu<vf>(at), loadu<vf>(at + VW));
+    }
+    return first_of(&found, 1, 1);
+}

@@ -5,45 +5,6 @@
 
 #include "vectors.h"
 
-// First index in [first, last) of the largest entry that is no NaN, or -1.
-static int64_t first_maximum(const float* row, int64_t first, int64_t last) {
-    vf best = vf{} - INFINITY;
-    int64_t i = first;
-    for (; i + VW <= last; i += VW) { vf v = loadu<vf>(row + i); best = v > best ? v : best; }
-    float top = best[0];
-    for (int j = 1; j < VW; j++) top = std::max(top, best[j]);
-    for (; i < last; i++) top = row[i] > top ? row[i] : top;
-    for (i = first; i + VW <= last; i += VW) {
-        vi same = loadu<vf>(row + i) == top;
-        int any = 0;
-        for (int j = 0; j < VW; j++) any |= same[j];
-        if (any) break;
-    }
-    while (i < last && row[i] != top) i++;
-    return i < last ? i : -1;
-}
-
-// First index of the maximum of each of `rows` rows of n, -1 where there is none or it is infinite; by a whole team.
-// Each thread scans the columns that it has written as output layer: some are in its own cache. which: null for all rows;
-// found: [rows, threads].
-static void maxima(const float* x, const int64_t* which, int rows, int64_t n, int64_t* found, int64_t* out) {
-    int me = omp_get_thread_num(), team = omp_get_num_threads();
-    const Panels mine(n);
-    int64_t first = std::min(n, mine.first * PANEL), last = std::min(n, mine.last * PANEL);
-    for (int r = 0; r < rows; r++) found[r * team + me] = first_maximum(x + (which ? which[r] : r) * n, first, last);
-    #pragma omp barrier
-    #pragma omp single
-    for (int r = 0; r < rows; r++) {
-        const float* row = x + (which ? which[r] : r) * n;
-        int64_t best = n;
-        for (int t = 0; t < team; t++) {
-            int64_t at = found[r * team + t];
-            if (at >= 0 && (best == n || row[at] > row[best])) best = at;
-        }
-        out[r] = best < n && std::isfinite(row[best]) ? best : -1;
-    }
-}
-
 // The best entries found so far, best first.
 struct Top {
     int64_t* id;
