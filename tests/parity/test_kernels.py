@@ -130,7 +130,7 @@ def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
 def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
     """Pages as the kernels' tiles read them, where tiles attend: rows of their matrices interleaved in pairs."""
     rows, columns = matrices.shape[-2:]
-    if not kernels.attends_by_tiles(matrices.dtype == torch.bfloat16, rows * columns // PAGE):
+    if not kernels.attends_by_pairs(matrices.dtype == torch.bfloat16, rows * columns // PAGE):
         return matrices.clone()
     return matrices.unflatten(-2, (-1, 2)).transpose(-2, -1).reshape(matrices.shape)
 

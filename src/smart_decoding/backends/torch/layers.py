@@ -175,7 +175,7 @@ class NativeLayers:
         matrices = [self._pack(m, arena) for m in (w.qkv, w.output, self._interleaved(w.gate, w.up), w.down)]
         self._keep += [*vectors, *matrices]
         return LayerStruct(
-            *(w.hidden, w.qkv.shape[1], w.heads, w.kv_heads, w.head_dim, len(w.gate), arena.streamed, w.eps),
+            *(w.hidden, w.qkv.shape[1], w.heads, w.kv_heads, w.head_dim, len(w.gate), arena.hint, w.eps),
             *(kernels.pointer(v) for v in vectors),
             *(m.data_ptr() for m in matrices),
         )
@@ -280,7 +280,7 @@ class Linear:
             return
         size = kernels.packed_rows(len(weight)) * weight.shape[1]
         arena = arena or Arena(size, weight.dtype)
-        self._weight, self._streamed = kernels.pack(weight, arena.take(size)), arena.streamed
+        self._weight, self._hint = kernels.pack(weight, arena.take(size)), arena.hint
         self._norm = None if norm is None else norm.float().contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
 
@@ -288,7 +288,7 @@ class Linear:
         """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype."""
         if self._native:
             norm, eps = self._norm, self._eps
-            return kernels.linear(x, self._weight, self.rows, norm, eps, self.bias, streamed=self._streamed)
+            return kernels.linear(x, self._weight, self.rows, norm, eps, self.bias, hint=self._hint)
         return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self.bias)
 
     @property

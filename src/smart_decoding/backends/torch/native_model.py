@@ -40,7 +40,7 @@ class NativeModel:
         self._model = ModelStruct(
             layers.structs, None if table is not None else packed.data_ptr(), pointer(table), packed.data_ptr(),
             norm.data_ptr(), kv.keys.data_ptr(), kv.values.data_ptr(), output.rows, kv.keys.shape[-3],
-            len(layers.structs), first.streamed, bf16, bf16, first.eps,
+            len(layers.structs), first.hint, bf16, bf16, first.eps,
         )  # fmt: skip
         self._hidden, self._vocab = first.hidden, output.rows
         self._taps: dict[tuple[int, ...], NDArray[np.int32]] = {}

@@ -4,10 +4,10 @@
 #include "forward.h"
 #include "linear.h"
 #include "pages.h"
-#include "tile_attention.h"
+#include "pair_attention.h"
 
 template <class T, int HD> static std::vector<Block> blocks_of(const Rows& in, int heads_per_key) {
-    int size = std::max(1, TILES && TILED_HEADS<T, HD> ? TILE / heads_per_key : std::min(4, 32 / heads_per_key));
+    int size = std::max(1, PAIRED<T, HD> ? TILE / heads_per_key : std::min(4, 32 / heads_per_key));
     std::vector<Block> blocks;
     for (int g = 0; g < in.groups; g++)
         for (int row = in.group_row[g]; row < in.group_row[g + 1]; row += size) {

@@ -28,7 +28,7 @@ struct Model {
     const float* final_norm;
     void *keys, *values;
     int64_t vocab, pages;
-    int32_t count, streamed, w_bf16, kv_bf16;  // count: of layers
+    int32_t count, hint, w_bf16, kv_bf16;  // count: of layers
     float eps;
 };
 

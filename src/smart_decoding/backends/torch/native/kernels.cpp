@@ -14,7 +14,7 @@
 
 struct Layer {
     int32_t hidden, input, heads, kv_heads, head_dim, ffn;  // input: width that q, k and v read (2 hidden in EAGLE-3)
-    int32_t streamed;  // are the weights read past the caches?
+    int32_t hint;  // where weights are prefetched to
     float eps;
     const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;  // those but post_norm may be null
     const void *qkv, *output, *gate_up, *down;  // packed
@@ -34,12 +34,8 @@ static void attend_blocks(const Layer& l, const Rows& in, const std::vector<Bloc
     };
     #pragma omp for schedule(dynamic, 1)  // contexts differ; a thread's next item is most likely the one a team further
     for (int i = 0; i < items; i++) {
-        if constexpr (TILED_HEADS<T, HD>)
-            if (TILES) {
-                attend_tiles<HD>(in, item(i), item(std::min(i + team, items - 1)), heads, q, ldq, out, ldo);
-                continue;
-            }
-        attend<T, HD>(in, item(i), heads, q, ldq, out, ldo);
+        if constexpr (PAIRED<T, HD>) attend_pairs<HD>(in, item(i), item(std::min(i + team, items - 1)), heads, q, ldq, out, ldo);
+        else attend<T, HD>(in, item(i), heads, q, ldq, out, ldo);
     }
 }
 
@@ -47,13 +43,13 @@ static void attend_blocks(const Layer& l, const Rows& in, const std::vector<Bloc
 template <class W>
 static void finish_layer(const Layer& l, int rows, const Input<W>* attention, float* x, Input<W>* room, Input<W>* ffn) {
     int64_t d = l.hidden, width = int64_t(l.heads) * l.head_dim;
-    linear_rows(attention, width, rows, (const W*)l.output, d, width, l.output_bias, x, d, true, l.streamed);
+    linear_rows(attention, width, rows, (const W*)l.output, d, width, l.output_bias, x, d, true, l.hint);
     #pragma omp barrier
     rms_norm_rows(x, l.post_norm, l.eps, rows, d, room);
     #pragma omp barrier
-    gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn, l.streamed);
+    gated_rows(room, rows, (const W*)l.gate_up, l.ffn, d, ffn, l.hint);
     #pragma omp barrier
-    linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true, l.streamed);
+    linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true, l.hint);
     #pragma omp barrier
 }
 
@@ -70,7 +66,7 @@ static void layer_run(const Layer& l, const Rows& in, const std::vector<Block>& 
         rms_norm_rows(x, l.input_norm, l.eps, rows, d, room);
         #pragma omp barrier
     }
-    linear_rows(normed, l.input, rows, (const W*)l.qkv, qkv_width, l.input, l.qkv_bias, s.qkv, qkv_width, false, l.streamed);
+    linear_rows(normed, l.input, rows, (const W*)l.qkv, qkv_width, l.input, l.qkv_bias, s.qkv, qkv_width, false, l.hint);
     #pragma omp barrier
     #pragma omp for schedule(static)
     for (int r = 0; r < rows; r++)
@@ -109,7 +105,7 @@ template <class W> static void embedding_row(const void* packed, const void* tab
 
 template <class W>
 static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k, const float* norm, float eps,
-                       const float* bias, float* scratch, float* y, int64_t ldy, int add, int streamed, int64_t* best, int threads) {
+                       const float* bias, float* scratch, float* y, int64_t ldy, int add, int hint, int64_t* best, int threads) {
     Input<W>* room = (Input<W>*)scratch;
     std::vector<Maxima> found(best ? size_t(rows) * threads : 0);
     #pragma omp parallel num_threads(threads)
@@ -120,7 +116,7 @@ static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t 
             #pragma omp barrier
         } else input = rounded(x, rows, k, room);
         Maxima* mine = best ? &found[omp_get_thread_num() * rows] : nullptr;
-        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, streamed, mine);
+        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, hint, mine);
     }
     for (int r = 0; best && r < rows; r++) best[r] = first_of(&found[r], threads, rows);
 }
@@ -194,7 +190,7 @@ static void forward_run(const Model& m, const Rows& in, const Pass& p, int threa
         #pragma omp for schedule(static)
         for (int64_t r = 0; r < wanted; r++)
             rms_norm_row(x + (p.wanted ? p.wanted[r] : r) * d, m.final_norm, m.eps, d, normed + r * d);
-        linear_rows(normed, d, wanted, (const W*)m.output, m.vocab, d, nullptr, p.logits, m.vocab, false, m.streamed,
+        linear_rows(normed, d, wanted, (const W*)m.output, m.vocab, d, nullptr, p.logits, m.vocab, false, m.hint,
                     &found[omp_get_thread_num() * wanted]);
     }
     for (int64_t r = 0; r < wanted; r++) p.best[r] = first_of(&found[r], threads, wanted);
@@ -341,22 +337,23 @@ extern "C" {
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
 int smart_pass_rows(int is_bf16) { return TILES && is_bf16 ? PASS : MAX_ROWS; }
-int smart_attends_by_tiles(int is_bf16, int head_dim) { return Order(is_bf16 ? sizeof(bf16) : sizeof(float), head_dim).pairs; }
+int smart_attends_by_pairs(int is_bf16, int head_dim) { return Order(is_bf16 ? sizeof(bf16) : sizeof(float), head_dim).pairs; }
 
-// Reads memory as weights are read, past the caches or into them.
-float smart_read(const float* x, int64_t bytes, int past, int threads) {
+// Reads memory as weights are read, prefetched to `hint`.
+float smart_read(const float* x, int64_t bytes, int hint, int threads) {
     float total = 0;
     #pragma omp parallel num_threads(threads) reduction(+ : total)
     {
         int64_t count = bytes / sizeof(float) / PANEL, team = omp_get_num_threads(), me = omp_get_thread_num();
         vf low = {}, high = {};
-        for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) {
-            Ahead ahead = {(const char*)(x + i * PANEL) + AHEAD, 4 * PANEL};
-            if (past) prefetch<PAST_CACHES, 4 * PANEL>(ahead);
-            else prefetch<INTO_CACHES, 4 * PANEL>(ahead);
-            low += loadu<vf>(x + i * PANEL);
-            high += loadu<vf>(x + i * PANEL + VW);
-        }
+        with_hint(hint, [&](auto to) {
+            for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) {
+                Ahead ahead = {(const char*)(x + i * PANEL) + AHEAD, 4 * PANEL};
+                prefetch<to, 4 * PANEL>(ahead);
+                low += loadu<vf>(x + i * PANEL);
+                high += loadu<vf>(x + i * PANEL + VW);
+            }
+        });
         low += high;
         for (int j = 0; j < VW; j++) total += low[j];
     }
@@ -391,9 +388,9 @@ void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* 
 // y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best [rows], if not null: the first
 // index of each row's maximum, as in smart_argmax (without y, if `add`); y may be null then.
 void smart_linear(const float* x, int rows, const void* w, int64_t n, int64_t k, int is_bf16, const float* norm, float eps,
-                  const float* bias, float* scratch, float* y, int64_t ldy, int add, int streamed, int64_t* best, int threads) {
-    if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, streamed, best, threads);
-    else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, streamed, best, threads);
+                  const float* bias, float* scratch, float* y, int64_t ldy, int add, int hint, int64_t* best, int threads) {
+    if (is_bf16) linear_run(x, rows, (const bf16*)w, n, k, norm, eps, bias, scratch, y, ldy, add, hint, best, threads);
+    else linear_run(x, rows, (const float*)w, n, k, norm, eps, bias, scratch, y, ldy, add, hint, best, threads);
 }
 
 // Rows `index` of a packed weight [n, k] as fp32 [count, k].

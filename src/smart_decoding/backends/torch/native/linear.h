@@ -106,45 +106,39 @@ template <> struct Panel<int8_t> {
 };
 #endif
 
-// Adds the products of R rows with a bite of a panel to `sums` [R, PANEL], or begins them.
+// The products of R rows with a panel: `sums` [R, PANEL].
 template <int R, int HINT, class W>
-static inline void pass(const Input<W>* x, int64_t ld, const W* w, int64_t k, Ahead ahead, float* sums, bool begin) {
+static inline void pass(const Input<W>* x, int64_t ld, const W* w, int64_t k, Ahead ahead, float* sums) {
     vf acc[R][2] = {};
-    if (!begin) for (int r = 0; r < R; r++) acc[r][0] = loadu<vf>(sums + r * PANEL), acc[r][1] = loadu<vf>(sums + r * PANEL + VW);
     Panel<W>::template run<R, HINT>(x, ld, w, k, ahead, acc);
     for (int r = 0; r < R; r++) storeu(sums + r * PANEL, acc[r][0]), storeu(sums + r * PANEL + VW, acc[r][1]);
 }
 
 // y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives each result.
 //
-// More rows than have room in registers go over a panel in several passes. Those after the first would find it in the caches
-// and leave memory idle: so a panel is taken in bites, which all rows go over, and each pass prefetches its share of the next.
+// More rows than have room in registers go over a panel in several passes. Those after the first find it in the second cache
+// and would leave memory idle: so each of them prefetches its share of the next panel.
 template <int HINT, class W, class Epilogue>
 static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
     if (!rows) return;
     if (tiled<W>(k)) return tile_gemm(x, ld, rows, w, n, k, done);
     const Panels mine(n);
-    int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    int64_t bite = blocks > 1 ? AHEAD / (PANEL * sizeof(W)) : k;
-    int64_t stride = (Panel<W>::STEP * PANEL * sizeof(W) + blocks - 1) / blocks;
-    static thread_local std::vector<float> kept;
-    if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(rows * PANEL);
-    float* sums = kept.data();
+    const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    const int64_t steps = k / Panel<W>::STEP, line = Panel<W>::STEP * PANEL * sizeof(W), stride = (line + blocks - 1) / blocks;
+    float sums[MAX_ROWS * PANEL];
     for (int64_t p = mine.first; p < mine.last; p++) {
-        for (int64_t i = 0; i < k; i += bite) {
-            const W* wp = w + (p * k + i) * PANEL;
-            Ahead ahead = {(const char*)wp + AHEAD, stride};
-            int64_t depth = std::min(bite, k - i);
-            for (int b = 0; b < blocks; b++, ahead.at += depth / Panel<W>::STEP * stride) {
-                int row = int(int64_t(rows) * b / blocks), size = int(int64_t(rows) * (b + 1) / blocks) - row;
-                switch (size) {
-#define CASE(R) case R: if constexpr (R <= MAX_ROWS) pass<R, HINT>(x + row * ld + i, ld, wp, depth, ahead, sums + row * PANEL, !i); break;
-                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        const W* panel = w + p * k * PANEL;
+        Ahead ahead = {(const char*)panel + (blocks > 1 ? steps * line : AHEAD), stride};
+        for (int b = 0; b < blocks; b++, ahead.at += steps * stride) {
+            int row = int(int64_t(rows) * b / blocks), size = int(int64_t(rows) * (b + 1) / blocks) - row;
+            switch (size) {
+#define CASE(R) case R: if constexpr (R <= MAX_ROWS) pass<R, HINT>(x + row * ld, ld, panel, k, ahead, sums); break;
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+                CASE(13) CASE(14)
 #undef CASE
-                }
             }
+            for (int r = 0; r < size; r++) done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
         }
-        for (int r = 0; r < rows; r++) done(r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
     }
 }
 
@@ -193,19 +187,18 @@ static inline void add_bias(const float* bias, int64_t column, int64_t n, vf& lo
 // y (+)= x w^T + bias. maxima: null, or those of each row, to be updated; y may be null then.
 template <class W>
 __attribute__((noinline)) static void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, const float* bias,
-                        float* y, int64_t ldy, bool add, bool streamed = false, Maxima* maxima = nullptr) {
+                        float* y, int64_t ldy, bool add, int hint = INTO_CACHES, Maxima* maxima = nullptr) {
     auto store = [=](int row, int64_t column, vf low, vf high) {
         if (bias) add_bias(bias, column, n, low, high);
         if (maxima) maxima[row].add(column, n, low, high);
         if (y) store_columns(y + row * ldy, column, n, low, high, add);
     };
-    if (streamed) gemm<PAST_CACHES>(x, ld, rows, w, n, k, store);
-    else gemm<INTO_CACHES>(x, ld, rows, w, n, k, store);
+    with_hint(hint, [&](auto to) { gemm<to>(x, ld, rows, w, n, k, store); });
 }
 
 // out = silu(x gate^T) * (x up^T); gate and up are interleaved by VW columns: one panel yields VW finished values.
 template <class W>
-__attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn, int64_t k, Input<W>* out, bool streamed) {
+__attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn, int64_t k, Input<W>* out, int hint) {
     auto store = [=](int row, int64_t column, vf gate, vf up) {
         vf value = gate / (1.0f + vexp<vf, vi>(-gate)) * up;
         int64_t first = column / 2;
@@ -214,8 +207,7 @@ __attribute__((noinline)) static void gated_rows(const Input<W>* x, int rows, co
         else for (int j = 0; first + j < ffn; j++) from_f32(value[j], dst + j);
     };
     int64_t n = 2 * ((ffn + VW - 1) / VW * VW);
-    if (streamed) gemm<PAST_CACHES>(x, k, rows, w, n, k, store);
-    else gemm<INTO_CACHES>(x, k, rows, w, n, k, store);
+    with_hint(hint, [&](auto to) { gemm<to>(x, k, rows, w, n, k, store); });
 }
 
 template <class W>

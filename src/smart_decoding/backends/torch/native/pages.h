@@ -1,20 +1,24 @@
 // Where keys and values lie in a layer's cache, and what of it attention works on at a time.
 //
 // k and v: [kv_heads, pages, head_dim * PAGE]. A page's keys are a matrix [head_dim, PAGE], so that one vector holds a
-// dimension of all of them; its values are one [PAGE, head_dim]. Tiles read pairs of rows, interleaved: where they attend,
-// both matrices lie so.
+// dimension of all of them; its values are one [PAGE, head_dim]. Products of pairs of bf16 read pairs of rows,
+// interleaved: where CPUs have them, both matrices lie so.
 
 #pragma once
 #include "forward.h"
 #include "tiles.h"
 
-constexpr bool fit_tiles(int bytes, int head_dim) { return bytes == 2 && head_dim % 32 == 0; }
-template <class T, int HD> constexpr bool TILED_HEADS = fit_tiles(sizeof(T), HD);
+#if defined(__AVX512BF16__)
+constexpr bool paired(int bytes, int head_dim) { return bytes == 2 && head_dim % 32 == 0; }
+#else
+constexpr bool paired(int, int) { return false; }
+#endif
+template <class T, int HD> constexpr bool PAIRED = paired(sizeof(T), HD);
 
 struct Order {
     int64_t head_dim;
     bool pairs;
-    Order(int bytes, int head_dim) : head_dim(head_dim), pairs(TILES && fit_tiles(bytes, head_dim)) {}
+    Order(int bytes, int head_dim) : head_dim(head_dim), pairs(paired(bytes, head_dim)) {}
 
     int64_t key(int64_t slot, int d) const { return page(slot) + element(d, slot % PAGE, PAGE); }
     int64_t value(int64_t slot, int d) const { return page(slot) + element(slot % PAGE, d, head_dim); }

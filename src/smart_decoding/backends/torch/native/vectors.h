@@ -22,8 +22,8 @@ constexpr int VW = 4, MAX_ROWS = 8;
 constexpr int PANEL = 2 * VW;  // output columns of a packed panel
 constexpr int PAGE = 16;       // positions of a KV page
 constexpr int CHUNK = 64;      // positions per step of the online softmax
-// How weights are prefetched. What does not fit into the caches anyway goes past them: they then still hold a draft head,
-// and the code and data between two forwards, when these come next.
+// Where weights are prefetched to. Past the caches, these still hold a draft head, and the code and data between two
+// forwards, when these come next; which of them reads memory fastest depends on the CPU (smart_read).
 constexpr int PAST_CACHES = 0, INTO_L2 = 2, INTO_CACHES = 3;
 constexpr int AHEAD = 6144;    // bytes of weights to prefetch ahead: hardware prefetch alone leaves a third of the bandwidth
 
@@ -38,6 +38,11 @@ struct Panels {
 
 // What a pass over weights prefetches: from `at` on, `stride` bytes for each of its steps.
 struct Ahead { const char* at; int64_t stride; };
+template <class F> static inline void with_hint(int hint, F&& run) {  // as a constant of the compiler
+    if (hint == PAST_CACHES) run(std::integral_constant<int, PAST_CACHES>());
+    else if (hint == INTO_L2) run(std::integral_constant<int, INTO_L2>());
+    else run(std::integral_constant<int, INTO_CACHES>());
+}
 template <int HINT, int BYTES> static inline void prefetch(Ahead& ahead) {  // BYTES: of weights that a step reads
     __builtin_prefetch(ahead.at, 0, HINT);
     if (BYTES > 64) __builtin_prefetch(ahead.at + ahead.stride / 2, 0, HINT);

@@ -1,8 +1,10 @@
-// Attention by the tiles of AMX: 16 queries at a time read pages of keys and values where these lie in the cache.
+// Attention by products of pairs of bf16, in the tiles of AMX or in vectors: up to 16 queries at a time read pages of keys and
+// values where these lie in the cache.
 
 #pragma once
 #include "pages.h"
 
+#if defined(__AVX512BF16__)
 #if defined(__AMX_BF16__)
 // Tiles 0 and 1 hold sums, 4 keys of a page, 5 its values, 6 queries, 7 their weights of a page.
 static void shape_attention(int queries) {
@@ -13,6 +15,7 @@ static void shape_attention(int queries) {
     shapes.set({7}, queries, 2 * PAGE);
     shapes.load();
 }
+#endif
 
 // The pages of a chunk, `count` of which hold what a row may see.
 template <int HD> struct Chunk {
@@ -28,16 +31,18 @@ template <int HD> struct Chunk {
     }
 };
 
-// Of 16 lines each, in turn: what the next chunk needs into the first cache, and the first of what is needed after it into the
-// second (of a run that has begun, hardware fetches the others).
-static inline void prefetch_lines(const bf16* next, const bf16* later) {
-    for (int i = 0; i < 16; i++) {
-        if (i < 6) __builtin_prefetch(later + 32 * i, 0, INTO_L2);
-        __builtin_prefetch(next + 32 * i, 0, INTO_CACHES);
-    }
+// Line `i` of two runs: what the next chunk needs into the first cache, and the first of what is needed after it into the second
+// (of a run that has begun, hardware fetches the others).
+static inline void prefetch_line(int i, const bf16* next, const bf16* later) {
+    if (i % 16 < 6) __builtin_prefetch(later + 32 * i, 0, INTO_L2);
+    __builtin_prefetch(next + 32 * i, 0, INTO_CACHES);
 }
 
-template <int HD> struct alignas(64) TileAttention {
+static inline vf add_pairs(vf sum, const bf16* pairs, const bf16* pair) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)loadu<vu>(pairs), (__m512bh)_mm512_set1_epi32(loadu<int32_t>(pair)));
+}
+
+template <int HD> struct alignas(64) PairAttention {
     static constexpr int PAGES = CHUNK / PAGE;
     bf16 q[32][HD], weights[TILE][CHUNK], own_k[PAGES][HD * PAGE], own_v[PAGES][HD * PAGE];
     float scores[TILE][CHUNK], acc[32][HD], best[32], sum[32];
@@ -56,7 +61,9 @@ template <int HD> struct alignas(64) TileAttention {
         shaped = 0;
     }
     template <class O> void finish(const Block& block, int heads, O* out, int64_t ld) {
+#if defined(__AMX_BF16__)
         if (shaped) _tile_release();
+#endif
         for (int i = 0; i < block.count * heads; i++) {
             O* dst = out + (block.row + i / heads) * ld + i % heads * HD;
             for (int d = 0; d < HD; d += VW) put(dst + d, loadu<vf>(acc[i] + d) * (1.0f / sum[i]));
@@ -113,27 +120,27 @@ template <int HD> struct alignas(64) TileAttention {
         best[i] = now;
     }
 
-    // Folds a chunk into the running softmax of queries [first, first + count).
-    void fold(int first, int count, const Chunk<HD>& chunk, const Chunk<HD>& next, const Chunk<HD>& later) {
-        if (count != shaped) shape_attention(shaped = count);
+#if defined(__AMX_BF16__)
+    void tile_scores(int first, const Chunk<HD>& chunk, const Chunk<HD>& next, const Chunk<HD>& later) {
         written();
         for (int p = 0; p < chunk.count; p++) {
             _tile_zero(0);
             for (int d = 0; d < HD; d += 32) {
-                prefetch_lines(next.k[p] + d * PAGE, later.k[p] + d * PAGE);
+                for (int i = d / 2; i < d / 2 + 16; i++) prefetch_line(i, next.k[p], later.k[p]);
                 _tile_loadd(6, q[first] + d, 2 * HD);
                 _tile_loadd(4, chunk.k[p] + d * PAGE, 4 * PAGE);
                 _tile_dpbf16ps(0, 6, 4);
             }
             _tile_stored(0, scores[0] + p * PAGE, 4 * CHUNK);
         }
-        for (int r = 0; r < count; r++) weigh(first + r, r);
+    }
+    void tile_values(int first, const Chunk<HD>& chunk, const Chunk<HD>& next, const Chunk<HD>& later) {
         written();
         for (int c = 0; c < HD; c += 32) {
             _tile_loadd(0, acc[first] + c, 4 * HD);
             _tile_loadd(1, acc[first] + c + 16, 4 * HD);
             for (int p = 0; p < chunk.count; p++) {
-                prefetch_lines(next.v[p] + c * PAGE, later.v[p] + c * PAGE);
+                for (int i = c / 2; i < c / 2 + 16; i++) prefetch_line(i, next.v[p], later.v[p]);
                 _tile_loadd(7, weights[0] + p * PAGE, 2 * CHUNK);
                 _tile_loadd(5, chunk.v[p] + 2 * c, 4 * HD);
                 _tile_dpbf16ps(0, 7, 5);
@@ -143,6 +150,65 @@ template <int HD> struct alignas(64) TileAttention {
             _tile_stored(0, acc[first] + c, 4 * HD);
             _tile_stored(1, acc[first] + c + 16, 4 * HD);
         }
+    }
+#endif
+
+    // Scores of N queries, from row `r` on, with P pages, from `page` on: sums over pairs of dimensions in order.
+    template <int N, int P>
+    void scores_of(int first, int r, int page, const Chunk<HD>& chunk, const Chunk<HD>& next, const Chunk<HD>& later) {
+        vf s[N][P] = {};
+        for (int d = 0; d < HD; d += 2)
+            for (int p = 0; p < P; p++) {
+                if (!r) prefetch_line(d / 2, next.k[page + p], later.k[page + p]);
+                for (int i = 0; i < N; i++) s[i][p] = add_pairs(s[i][p], chunk.k[page + p] + d * PAGE, q[first + r + i] + d);
+            }
+        for (int i = 0; i < N; i++)
+            for (int p = 0; p < P; p++) storeu(scores[r + i] + (page + p) * PAGE, s[i][p]);
+    }
+    // Adds the chunk's values to the sums of N queries, by pairs of positions in order.
+    template <int N> void values_of(int first, int r, const Chunk<HD>& chunk, const Chunk<HD>& next, const Chunk<HD>& later) {
+        constexpr int V = HD % 64 ? 2 : 4;  // vectors of a query at a time
+        for (int c = 0; c < HD; c += V * VW) {
+            vf s[N][V];
+            for (int i = 0; i < N; i++) for (int v = 0; v < V; v++) s[i][v] = loadu<vf>(acc[first + r + i] + c + v * VW);
+            for (int p = 0; p < chunk.count; p++)
+                for (int j = 0; j < PAGE; j += 2)
+                    for (int v = 0; v < V; v++) {
+                        const int at = j * HD + 2 * (c + v * VW);
+                        if (!r) prefetch_line(at / 32, next.v[p], later.v[p]);
+                        for (int i = 0; i < N; i++) s[i][v] = add_pairs(s[i][v], chunk.v[p] + at, weights[r + i] + p * PAGE + j);
+                    }
+            for (int i = 0; i < N; i++) for (int v = 0; v < V; v++) storeu(acc[first + r + i] + c + v * VW, s[i][v]);
+        }
+    }
+    // Runs both for groups of queries that leave room in registers.
+    template <class F> static void in_groups(int count, F&& run) {
+        for (int groups = (count + 4) / 5, g = 0; g < groups; g++) {
+            int r = count * g / groups;
+            switch (count * (g + 1) / groups - r) {
+#define CASE(N) case N: run(std::integral_constant<int, N>(), r); break;
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+#undef CASE
+            }
+        }
+    }
+
+    // Folds a chunk into the running softmax of queries [first, first + count).
+    void fold(int first, int count, const Chunk<HD>& chunk, const Chunk<HD>& next, const Chunk<HD>& later) {
+#if defined(__AMX_BF16__)
+        if (TILES) {
+            if (count != shaped) shape_attention(shaped = count);
+            tile_scores(first, chunk, next, later);
+            for (int r = 0; r < count; r++) weigh(first + r, r);
+            return tile_values(first, chunk, next, later);
+        }
+#endif
+        in_groups(count, [&](auto n, int r) {
+            if (chunk.count == PAGES) scores_of<n, PAGES>(first, r, 0, chunk, next, later);
+            else for (int p = 0; p < chunk.count; p++) scores_of<n, 1>(first, r, p, chunk, next, later);
+        });
+        for (int r = 0; r < count; r++) weigh(first + r, r);
+        in_groups(count, [&](auto n, int r) { values_of<n>(first, r, chunk, next, later); });
     }
 
     // Positions from `start` on of all rows. Those that see the same pages share them; a row of a tree completes its own.
@@ -174,17 +240,17 @@ template <int HD> struct alignas(64) TileAttention {
     }
 };
 
-// `attend` by tiles; at the end of an item the first pages of `after`, which the thread is likely to take next, are prefetched.
+// `attend` by pairs; at the end of an item the first pages of `after`, which the thread is likely to take next, are prefetched.
 template <int HD, class O>
-static void attend_tiles(const Rows& in, const Item<bf16>& item, const Item<bf16>& after, int heads, const float* q, int64_t ldq, O* out,
+static void attend_pairs(const Rows& in, const Item<bf16>& item, const Item<bf16>& after, int heads, const float* q, int64_t ldq, O* out,
                          int64_t ldo) {
-    static thread_local TileAttention<HD> kept;
-    TileAttention<HD>& t = kept;  // found once: looking a thread's own up takes a call
+    static thread_local PairAttention<HD> kept;
+    PairAttention<HD>& t = kept;  // found once: looking a thread's own up takes a call
     t.begin(item.block, heads, q + item.column, ldq);
     for (int start = 0; start < item.block.longest; start += CHUNK) t.run(in, item, after, heads, start);
     t.finish(item.block, heads, out + item.column, ldo);
 }
 #else
 template <int HD, class O>
-static void attend_tiles(const Rows&, const Item<bf16>&, const Item<bf16>&, int, const float*, int64_t, O*, int64_t) {}
+static void attend_pairs(const Rows&, const Item<bf16>&, const Item<bf16>&, int, const float*, int64_t, O*, int64_t) {}
 #endif
