@@ -245,18 +245,25 @@ static void byte_outputs(const Head& h, const float* x, int wanted, float*, void
 }
 #endif
 
+// Rows that wait are taken in parts, as thousands may: the scratch memory of all of them would be new to the process, and
+// the first use of a page costs more than all work on it. Rows that nobody asks leave keys and values only.
 template <class W, class T, int HD>
 static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* vc, int64_t pages, int threads) {
+    constexpr int PART = 256;
     const Layer& l = h.layer;
-    int rows = in.rows, wanted = v.first ? in.groups : rows;
-    int64_t d = l.hidden, q_width = int64_t(l.heads) * HD, qkv_width = q_width + 2 * l.kv_heads * HD, n = h.outputs_count;
-    int64_t read = v.first ? h.taps * d : 0, wide = std::max(read, 2 * d);
+    const int rows = in.rows, wanted = v.first ? in.groups : rows, part = std::min(rows, PART);
+    int64_t d = l.hidden, q_width = int64_t(l.heads) * HD, n = h.outputs_count;
+    int64_t read = v.first ? h.taps * d : 0, wide = std::max(read, 2 * d), room_rows = std::max(part, wanted);
+    // Keys and values are the columns behind those of queries, from a panel's first one on.
+    const int64_t kv_first = q_width / PANEL * PANEL, kv_width = q_width + 2 * l.kv_heads * HD - kv_first;
+    const W* kv_weight = (const W*)l.qkv + kv_first * 2 * d;
+    const float* kv_bias = l.qkv_bias ? l.qkv_bias + kv_first : nullptr;
     static thread_local Pool kept(0);
-    size_t needed = size_t(rows) * (wide + d + qkv_width) + size_t(wanted) * (2 * q_width + l.ffn + n + d + 1) + 256;
+    size_t needed = size_t(room_rows) * (wide + d + kv_width) + size_t(wanted) * (2 * q_width + l.ffn + n + 3 * d + 1) + 256;
     Pool& pool = kept;
     pool.begin(needed);
-    Input<W>* room = pool.take<Input<W>>(rows * wide);
-    float *g = pool.take<float>(rows * d), *qkv = pool.take<float>(rows * qkv_width), *q = pool.take<float>(wanted * q_width);
+    Input<W> *room = pool.take<Input<W>>(room_rows * wide), *asked = pool.take<Input<W>>(wanted * 2 * d);
+    float *g = pool.take<float>(part * d), *kv = pool.take<float>(part * kv_width), *q = pool.take<float>(wanted * q_width);
     Input<W>*attention = pool.take<Input<W>>(wanted * q_width), *ffn = pool.take<Input<W>>(int64_t(wanted) * l.ffn);
     float *logits = pool.take<float>(wanted * n), *step = pool.take<float>(wanted);
     float* normed = pool.take<float>(wanted * d);
@@ -279,38 +286,48 @@ static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* v
     #pragma omp parallel num_threads(threads)
     {
         std::vector<float> line(std::max<int64_t>(d, v.k));
-        if (v.first) {
+        for (int first = 0; first < rows; first += part) {
+            const int end = std::min(first + part, rows);
+            if (v.first) {
+                #pragma omp for schedule(static)
+                for (int r = first; r < end; r++)
+                    for (int t = 0; t < h.taps; t++) {
+                        const float* tap = v.features[r] + t * d;
+                        Input<W>* to = room + (r - first) * read + t * d;
+                        if (h.tap_norm) rms_norm_row(tap, h.tap_norm, l.eps, d, to);
+                        else for (int64_t i = 0; i < d; i++) from_f32(tap[i], to + i);
+                    }
+                linear_rows(room, read, end - first, (const W*)h.fc, d, read, h.fc_bias, g, d, false);
+                #pragma omp barrier
+            }
             #pragma omp for schedule(static)
-            for (int r = 0; r < rows; r++)
-                for (int t = 0; t < h.taps; t++) {
-                    const float* tap = v.features[r] + t * d;
-                    Input<W>* to = room + r * read + t * d;
-                    if (h.tap_norm) rms_norm_row(tap, h.tap_norm, l.eps, d, to);
-                    else for (int64_t i = 0; i < d; i++) from_f32(tap[i], to + i);
-                }
-            linear_rows(room, read, rows, (const W*)h.fc, d, read, h.fc_bias, g, d, false);
+            for (int r = first; r < end; r++) {
+                const float* features = v.first ? g + (r - first) * d : v.features[r];
+                const float* embedding = line.data();
+                if (v.inserts && v.inserts[r]) embedding = v.inserts[r];
+                else embedding_row<W>(h.embedding, h.table, d, v.token[r], line.data());
+                Input<W>* to = room + (r - first) * 2 * d;
+                rms_norm_row(embedding, h.input_norm, l.eps, d, to);
+                rms_norm_row(features, h.hidden_norm, l.eps, d, to + d);
+                if (place[r] < 0) continue;
+                memcpy(asked + place[r] * 2 * d, to, 2 * d * sizeof(*to));
+                float* x = v.out + place[r] * d;
+                if (h.norm_before_residual) rms_norm_row(features, h.hidden_norm, l.eps, d, x);
+                else memcpy(x, features, d * sizeof(float));
+            }
+            linear_rows(room, 2 * d, end - first, kv_weight, kv_width, 2 * d, kv_bias, kv, kv_width, false);
             #pragma omp barrier
+            #pragma omp for schedule(static)
+            for (int r = first; r < end; r++)
+                rope_and_store<T, HD>(in, r, kv + (r - first) * kv_width + q_width - kv_first, 0, l.kv_heads, nullptr, l.k_norm, l.eps, kc,
+                                      vc, pages);
         }
-        #pragma omp for schedule(static)
-        for (int r = 0; r < rows; r++) {
-            const float* features = v.first ? g + r * d : v.features[r];
-            const float* embedding = line.data();
-            if (v.inserts && v.inserts[r]) embedding = v.inserts[r];
-            else embedding_row<W>(h.embedding, h.table, d, v.token[r], line.data());
-            rms_norm_row(embedding, h.input_norm, l.eps, d, room + r * 2 * d);
-            rms_norm_row(features, h.hidden_norm, l.eps, d, room + r * 2 * d + d);
-            if (place[r] < 0) continue;
-            float* x = v.out + place[r] * d;
-            if (h.norm_before_residual) rms_norm_row(features, h.hidden_norm, l.eps, d, x);
-            else memcpy(x, features, d * sizeof(float));
-        }
-        linear_rows(room, 2 * d, rows, (const W*)l.qkv, qkv_width, 2 * d, l.qkv_bias, qkv, qkv_width, false);
+        linear_rows(asked, 2 * d, wanted, (const W*)l.qkv, q_width, 2 * d, l.qkv_bias, q, q_width, false);
         #pragma omp barrier
         #pragma omp for schedule(static)
-        for (int r = 0; r < rows; r++) {
-            rope_and_store<T, HD>(in, r, qkv + r * qkv_width, l.heads, l.kv_heads, l.q_norm, l.k_norm, l.eps, kc, vc, pages);
-            if (place[r] >= 0) memcpy(q + place[r] * q_width, qkv + r * qkv_width, q_width * sizeof(float));
-        }
+        for (int r = 0; r < rows; r++)
+            if (place[r] >= 0)
+                rope_and_store<T, HD>(in, r, q + place[r] * q_width, l.heads, 0, l.q_norm, nullptr, l.eps, (T*)nullptr, (T*)nullptr, 0);
         attend_blocks<T, HD>(l, asking, blocks, q, q_width, kc, vc, pages, attention);
         finish_layer<W>(l, wanted, attention, v.out, room, ffn);
         if (h.scale) byte_outputs(h, v.out, wanted, line.data(), normed, step, logits);
