@@ -43,7 +43,9 @@ template <> struct Panel<bf16> {
             vf a = (vf)(loadu<vu>(w) << 16), b = (vf)(loadu<vu>(w + PANEL) << 16);
             multiply_add(acc, a, b, x + i, ld);
             asm volatile("" : "+r"(w));  // keeps GCC from widening the odd ones already, for which sums would lose registers
-            a = (vf)(loadu<vu>(w) & 0xffff0000u), b = (vf)(loadu<vu>(w + PANEL) & 0xffff0000u);
+            vu c = loadu<vu>(w) >> 16, d = loadu<vu>(w + PANEL) >> 16;
+            hold(c), hold(d);  // else a mask, which takes a register
+            a = (vf)(c << 16), b = (vf)(d << 16);
             multiply_add(acc, a, b, x + i + 1, ld);
         }
     }
@@ -106,40 +108,56 @@ template <> struct Panel<int8_t> {
 };
 #endif
 
-// The products of R rows with a panel: `sums` [R, PANEL].
+#if defined(__AVX512F__)
+#define PASS __attribute__((always_inline)) inline  // 5 % faster
+#else
+#define PASS __attribute__((noinline))  // with 16 registers GCC 12 keeps sums in them only so
+#endif
+// Adds the products of R rows with a bite of a panel to `sums` [R, PANEL], or begins them.
 template <int R, int HINT, class W>
-static inline void pass(const Input<W>* x, int64_t ld, const W* w, int64_t k, Ahead ahead, float* sums) {
+PASS static void pass(const Input<W>* x, int64_t ld, const W* w, int64_t k, Ahead ahead, float* sums, bool begin) {
     vf acc[R][2] = {};
+    if (!begin) for (int r = 0; r < R; r++) acc[r][0] = loadu<vf>(sums + r * PANEL), acc[r][1] = loadu<vf>(sums + r * PANEL + VW);
     Panel<W>::template run<R, HINT>(x, ld, w, k, ahead, acc);
     for (int r = 0; r < R; r++) storeu(sums + r * PANEL, acc[r][0]), storeu(sums + r * PANEL + VW, acc[r][1]);
 }
 
+#undef PASS
+
 // y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives each result.
 //
 // More rows than have room in registers go over a panel in several passes. Those after the first find it in the second cache
-// and would leave memory idle: so each of them prefetches its share of the next panel.
+// and would leave memory idle: so each pass prefetches its share of what comes next. A panel too large to stay there is taken
+// in bites, which all rows go over.
 template <int HINT, class W, class Epilogue>
 static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k, Epilogue&& done) {
     if (!rows) return;
     if (tiled<W>(k)) return tile_gemm(x, ld, rows, w, n, k, done);
     const Panels mine(n);
     const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    const int64_t steps = k / Panel<W>::STEP, line = Panel<W>::STEP * PANEL * sizeof(W), stride = (line + blocks - 1) / blocks;
-    float sums[MAX_ROWS * PANEL];
-    for (int64_t p = mine.first; p < mine.last; p++) {
-        const W* panel = w + p * k * PANEL;
-        Ahead ahead = {(const char*)panel + (blocks > 1 ? steps * line : AHEAD), stride};
-        for (int b = 0; b < blocks; b++, ahead.at += steps * stride) {
-            int row = int(int64_t(rows) * b / blocks), size = int(int64_t(rows) * (b + 1) / blocks) - row;
-            switch (size) {
-#define CASE(R) case R: if constexpr (R <= MAX_ROWS) pass<R, HINT>(x + row * ld, ld, panel, k, ahead, sums); break;
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-                CASE(13) CASE(14)
+    if constexpr (HINT != INTO_L2)  // two passes wait for memory still, and what is that far ahead leaves the first cache
+        if (blocks == 2) return gemm<INTO_L2>(x, ld, rows, w, n, k, done);
+    const int64_t line = Panel<W>::STEP * PANEL * sizeof(W), stride = (line + blocks - 1) / blocks;
+    const int64_t bite = blocks > 1 ? std::min(k, BITE / line * Panel<W>::STEP) : k;
+    static thread_local std::vector<float> kept;
+    if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(rows * PANEL);
+    for (int64_t p = mine.first; p < mine.last; p++)
+        for (int64_t i = 0; i < k; i += bite) {
+            const W* wp = w + (p * k + i) * PANEL;
+            const int64_t depth = std::min(bite, k - i), steps = depth / Panel<W>::STEP;
+            Ahead ahead = {(const char*)wp + (blocks > 1 ? steps * line : AHEAD), stride};
+            for (int b = 0; b < blocks; b++, ahead.at += steps * stride) {
+                int row = int(int64_t(rows) * b / blocks), size = int(int64_t(rows) * (b + 1) / blocks) - row;
+                float* sums = kept.data() + row * PANEL;
+                switch (size) {
+#define CASE(R) case R: if constexpr (R <= MAX_ROWS) pass<R, HINT>(x + row * ld + i, ld, wp, depth, ahead, sums, !i); break;
+                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
+                }
+                if (i + bite < k) continue;
+                for (int r = 0; r < size; r++) done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
             }
-            for (int r = 0; r < size; r++) done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
         }
-    }
 }
 
 template <class T> static void rms_norm_row(const float* x, const float* weight, float eps, int64_t d, T* out) {

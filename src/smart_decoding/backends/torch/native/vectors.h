@@ -26,6 +26,7 @@ constexpr int CHUNK = 64;      // positions per step of the online softmax
 // forwards, when these come next; which of them reads memory fastest depends on the CPU (smart_read).
 constexpr int PAST_CACHES = 0, INTO_L2 = 2, INTO_CACHES = 3;
 constexpr int AHEAD = 6144;    // bytes of weights to prefetch ahead: hardware prefetch alone leaves a third of the bandwidth
+constexpr int64_t BITE = 96 << 10;  // bytes of weights that several passes share: twice that has room in the second cache
 
 // The panels of this thread, of those that n columns make.
 struct Panels {
@@ -75,7 +76,7 @@ template <> struct InputOf<bf16> { typedef bf16 type; };
 #endif
 template <class W> using Input = typename InputOf<W>::type;
 
-static inline void hold(vf& v) {  // in a register: GCC would load it anew for each use
+template <class V> static inline void hold(V& v) {  // in a register: GCC would load it anew for each use
 #if defined(__x86_64__)
     asm("" : "+v"(v));
 #endif
