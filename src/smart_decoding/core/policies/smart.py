@@ -416,7 +416,7 @@ class Smart:
             loss = seconds - (batch.size + accepted) / scratch.believed
             # A plain round is a measurement; a drafted one is luck, and its head may be good again soon.
             self.prober.probe_round(loss, not round.plan.speculate and loss > CLEAR * seconds)
-        else:
+        elif not batch.prefill_rows:  # the time of prompts pays for no probes, which slow down decoding
             self.prober.ordinary_round(seconds)
         plain = scratch.outlook.plain if scratch.outlook else seconds
         self.statistics.record(batch.size, accepted, scratch.expected, seconds, plain, round.plan.speculate)

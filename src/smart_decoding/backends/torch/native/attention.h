@@ -199,7 +199,10 @@ static void rope_and_store(const Rows& in, int row, float* qkv, int heads, int k
     const Order order(sizeof(T), HD);
     for (int h = 0; h < kv_heads; h++, kc += pages * PAGE * HD, vc += pages * PAGE * HD) {
         const float *k = qkv + (heads + h) * HD, *v = k + kv_heads * HD;
-        for (int d = 0; d < HD; d++) from_f32(k[d], kc + order.key(in.slot[row], d));
-        for (int d = 0; d < HD; d++) from_f32(v[d], vc + order.value(in.slot[row], d));
+        T key[HD], value[HD];
+        for (int d = 0; d < HD; d++) from_f32(k[d], key + d);
+        for (int d = 0; d < HD; d++) from_f32(v[d], value + d);
+        order.put_key(kc, in.slot[row], key);
+        order.put_value(vc, in.slot[row], value);
     }
 }

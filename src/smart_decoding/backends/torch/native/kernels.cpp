@@ -125,11 +125,10 @@ template <class T>
 static void move_kv(T* k, T* v, int64_t planes, int64_t pages, int head_dim, const int32_t* from, const int32_t* to, int count) {
     const Order order(sizeof(T), head_dim);
     for (int64_t p = 0; p < planes; p++, k += pages * PAGE * head_dim, v += pages * PAGE * head_dim)
-        for (int i = 0; i < count; i++)
-            for (int d = 0; d < head_dim; d++) {
-                k[order.key(to[i], d)] = k[order.key(from[i], d)];
-                v[order.value(to[i], d)] = v[order.value(from[i], d)];
-            }
+        for (int i = 0; i < count; i++) {
+            order.copy_key(k, to[i], k, from[i]);
+            order.copy_value(v, to[i], v, from[i]);
+        }
 }
 
 // ------------------------------------------------------------------------------------------------------------ draft head

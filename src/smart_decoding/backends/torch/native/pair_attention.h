@@ -91,8 +91,8 @@ template <int HD> struct alignas(64) PairAttention {
         const Order order(sizeof(bf16), HD);
         for (int i = std::max(0, -at); i < std::min(count, CHUNK - at); i++) {
             int p = (at + i) / PAGE, j = (at + i) % PAGE;
-            for (int d = 0; d < HD; d++) own_k[p][order.key(j, d)] = item.k[order.key(slots[i], d)];
-            for (int d = 0; d < HD; d++) own_v[p][order.value(j, d)] = item.v[order.value(slots[i], d)];
+            order.copy_key(own_k[p], j, item.k, slots[i]);
+            order.copy_value(own_v[p], j, item.v, slots[i]);
         }
     }
 
