@@ -46,6 +46,20 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(plain.double(), read.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("hint", [kernels.PAST_CACHES, kernels.INTO_L2, kernels.INTO_CACHES])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_over_panels_that_are_taken_in_bites(dtype: torch.dtype, hint: int) -> None:
+    n, k = 40, 6500  # two bites and a part of one in bf16 without AVX-512, more elsewhere
+    torch.manual_seed(0)
+    weight, x = torch.randn(n, k).to(dtype), torch.randn(40, k)
+    w = packed(weight)
+    alone = torch.cat([kernels.linear(x[i : i + 1], w, n, hint=hint) for i in range(40)])
+    read = x.bfloat16() if dtype == torch.bfloat16 and kernels.rounds_inputs() else x
+    torch.testing.assert_close(alone.double(), read.double() @ weight.double().T, rtol=1e-4, atol=1e-3)
+    for rows in (7, 13, 24, 40):
+        assert torch.equal(kernels.linear(x[:rows].contiguous(), w, n, hint=hint), alone[:rows])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [31, 64, 100])
 def test_a_packed_weights_rows_can_be_read_back(n: int, dtype: torch.dtype) -> None:
@@ -128,7 +142,7 @@ def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
 
 
 def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
-    """Pages as the kernels' tiles read them, where tiles attend: rows of their matrices interleaved in pairs."""
+    """Pages as products of pairs read them, where these attend: rows of their matrices interleaved in pairs."""
     rows, columns = matrices.shape[-2:]
     if not kernels.attends_by_pairs(matrices.dtype == torch.bfloat16, rows * columns // PAGE):
         return matrices.clone()

@@ -128,7 +128,7 @@ def _points(
             if context == CONTEXTS[0] and not coarse:  # what shares a pass over the weights ends in a step
                 totals += [total for total in (target.pass_rows, target.pass_rows + 1) if total > batch]
             for total in sorted({t for t in totals if t <= MAX_ROWS or t == batch}):
-                run = _verification(target, batch, total, context, pages)
+                run = verification(target, batch, total, context, pages)
                 if run is not None and context + -(-total // batch) <= target.max_positions:
                     points.append(_verify_point(run, batch, total, context))
     if drafter is not None and target.max_positions > MORE:
@@ -166,7 +166,7 @@ def _verify_point(run: Callable[[], None], batch: int, total: int, context: int)
     return Point(run, lambda s: VerifySample(batch, total, float(context), s))
 
 
-def _verification(target: TorchTarget, batch: int, total: int, context: int, pages: int) -> Callable[[], None] | None:
+def verification(target: TorchTarget, batch: int, total: int, context: int, pages: int) -> Callable[[], None] | None:
     """What verifies `total` rows of `batch` sequences at `context`, as rounds do; None if the cache is too small."""
     if target.verify_greedy is None:
         rows = fake_rows(batch, total, context, pages)

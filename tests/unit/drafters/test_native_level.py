@@ -138,6 +138,16 @@ def test_trees_grown_in_one_call_are_those_grown_by_level(
     assert row > 1e-6 or (len(expanded) == 4 if slots is None else sum(expanded) <= slots)
 
 
+def test_hundreds_of_waiting_rows_are_run_in_parts(files: HeadFiles) -> None:
+    rows = fake_rows(6, 600, 0, PAGES)
+    assert rows is not None
+    torch.manual_seed(0)
+    features, last, asked = torch.randn(600, WIDTH), np.arange(99, 600, 100), Asked(4, np.zeros(6))
+    ours, plain = (head_of(files, native).first(rows, [features], last, asked) for native in (True, False))
+    assert np.array_equal(ours[0], plain[0])
+    np.testing.assert_allclose(ours[1], plain[1], atol=2e-4)
+
+
 def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
     torch.manual_seed(0)
     features, part = torch.randn(6, WIDTH), torch.randn(2, TARGET.hidden)

@@ -109,20 +109,19 @@ template <> struct Panel<int8_t> {
 #endif
 
 #if defined(__AVX512F__)
-#define PASS __attribute__((always_inline)) inline  // 5 % faster
+#define INLINED __attribute__((always_inline)) inline  // 5 % faster
 #else
-#define PASS __attribute__((noinline))  // with 16 registers GCC 12 keeps sums in them only so
+#define INLINED __attribute__((noinline))  // with 16 registers GCC 12 keeps sums in them only so
 #endif
 // Adds the products of R rows with a bite of a panel to `sums` [R, PANEL], or begins them.
 template <int R, int HINT, class W>
-PASS static void pass(const Input<W>* x, int64_t ld, const W* w, int64_t k, Ahead ahead, float* sums, bool begin) {
+INLINED static void pass(const Input<W>* x, int64_t ld, const W* w, int64_t k, Ahead ahead, float* sums, bool begin) {
     vf acc[R][2] = {};
     if (!begin) for (int r = 0; r < R; r++) acc[r][0] = loadu<vf>(sums + r * PANEL), acc[r][1] = loadu<vf>(sums + r * PANEL + VW);
     Panel<W>::template run<R, HINT>(x, ld, w, k, ahead, acc);
     for (int r = 0; r < R; r++) storeu(sums + r * PANEL, acc[r][0]), storeu(sums + r * PANEL + VW, acc[r][1]);
 }
-
-#undef PASS
+#undef INLINED
 
 // y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives each result.
 //
