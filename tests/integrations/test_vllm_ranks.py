@@ -75,3 +75,18 @@ def test_drafts_are_not_fetched_after_a_step_that_drafts_nothing(monkeypatch: py
     ranks.drafts_nothing(True)
     ranks.drafts_nothing(False)
     assert executor.take_draft_token_ids() == "drafts"
+
+
+@pytest.mark.parametrize(
+    ("length", "drafts", "is_async", "plain"),
+    [(-1, {}, False, True), (0, {}, False, False), (-1, {"a": [5]}, False, False), (-1, {}, True, False)],
+)
+def test_a_step_that_neither_verifies_nor_drafts_is_taken_without_the_speculative_config(
+    length: int, drafts: dict[str, list[int]], is_async: bool, plain: bool
+) -> None:
+    runner = SimpleNamespace(speculative_config="config", use_async_scheduling=is_async)
+    step = SimpleNamespace(num_spec_tokens_to_schedule=length, scheduled_spec_decode_tokens=drafts)
+    with pytest.raises(RuntimeError), shortcuts._plain(runner, step):
+        assert runner.speculative_config == (None if plain else "config")
+        raise RuntimeError("a step that fails")
+    assert runner.speculative_config == "config"

@@ -51,6 +51,10 @@ CLASSES = {
     "vllm.v1.sample.rejection_sampler:RejectionSampler": ("forward", "sampler"),  # shortcuts.py
     "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer": ("propose", "_last_draft_probs"),  # shortcuts.py
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor": ("take_draft_token_ids",),  # ranks.py
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (  # shortcuts.py
+        "execute_model", "sample_tokens", "execute_model_state", "speculative_config", "use_async_scheduling",
+    ),
+    "vllm.v1.worker.gpu_model_runner:ExecuteModelState": ("scheduler_output",),
 }  # fmt: skip
 # All parameters of methods that ours take the place of; of those that are called, the keywords that are given.
 REPLACED = {
@@ -67,6 +71,7 @@ CALLED = {
     "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.propose": (
         "num_speculative_tokens", "next_token_ids"
     ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": ("scheduler_output",),
 }  # fmt: skip
 # Classes whose objects are pickled by their attributes, to which one is added (ranks.py).
 PICKLED = ("vllm.v1.outputs:ModelRunnerOutput",)
