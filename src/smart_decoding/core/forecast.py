@@ -13,7 +13,7 @@ import numpy as np
 
 from smart_decoding.core.calibration import BINS, DEPTHS, Calibration, slots
 from smart_decoding.core.choice import NONE
-from smart_decoding.core.tree import DraftTrees, FloatArray
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 
 RANKS = 8  # children beyond the eighth bring next to nothing
 FREE = 16  # best candidates of the drafters without model, per request
@@ -70,13 +70,14 @@ class Forecast:
         self.histogram = self.histogram * keep[:, None, None] + new / trees.batch
         self.weight = self.weight * keep + parents / trees.batch
 
-    def observe_free(self, trees: DraftTrees, size: int) -> None:
-        """Learns what drafters without a model propose, from a round that used nothing else, over `size` requests."""
-        best = np.zeros(FREE)
-        for owner in range(trees.batch):
+    def observe_free(self, trees: DraftTrees, limits: IntArray) -> None:
+        """Learns what drafters without a model propose, from a round that used nothing else. limits: [batch] the nodes
+        below each other that a request may still use; those of requests that may use none do not count."""
+        asking, best = np.flatnonzero(limits > 0).tolist(), np.zeros(FREE)
+        for owner in asking:
             mine = np.sort(trees.accept_prob[trees.owner == owner])[::-1][:FREE]
             best[: len(mine)] += mine
-        self.free += (best / max(size, 1) - self.free) / 16
+        self.free += (best / max(len(asking), 1) - self.free) / 16
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain lists."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 FIRST_GAP, LAST_GAP = 8, 32  # rounds between probes of the other mode: doubled by each that shows nothing
 CLEAR, CLEAR_GAP = 0.15, 128  # or of this many, where a plain round has lost more than this part of its time
 HOPE = 4  # probes in a row after one that turned out well
+RARELY = 0.25  # of the budget, once probes have shown nothing and a change for the better is unlikely
 CREDIT_ROUNDS = 400  # unspent budget is kept for this many rounds
 
 
@@ -22,11 +23,12 @@ class Prober:
         self.gap = FIRST_GAP
         self.waited = 0
         self.count = 0
+        self.unlikely = False  # whether the other mode is believed to be far worse
 
     @property
     def patience(self) -> int:
         """Rounds before a probe can be due at all, as far as that is known."""
-        return self.gap - self.waited - 1 if self.waited < self.gap else LAST_GAP
+        return self.gap - self.waited - 1 if self.waited < self.gap else 2 * LAST_GAP
 
     @property
     def waits(self) -> bool:
@@ -41,8 +43,11 @@ class Prober:
     def ordinary_round(self, seconds: float) -> None:
         """After a round in the believed mode."""
         self.waited += 1
-        most = max(self.budget * seconds * CREDIT_ROUNDS, self.price)
-        self.credit = min(self.credit + self.budget * seconds, most)
+        earned = self.budget * seconds
+        most = max(earned * CREDIT_ROUNDS, self.price)
+        if self.unlikely and self.gap >= LAST_GAP:
+            earned *= RARELY
+        self.credit = min(self.credit + earned, most)
 
     def probe_round(self, loss: float, clear: bool = False) -> None:
         """After a probe that cost `loss` seconds more than the believed mode would have (negative: it was better).

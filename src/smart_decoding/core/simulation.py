@@ -40,12 +40,19 @@ class Totals:
 
 class World:
     """`batch` requests for ever. `good(round)` says whether the drafter is in order (else it is shuffled: as confident,
-    never right). `costs` is the truth about time."""
+    never right). `costs` is the truth about time, and `overhead` the seconds that a speculating round takes beyond."""
 
     def __init__(
-        self, seed: int, batch: int, costs: CostModel, good: Callable[[int], bool] = lambda _: True, ease: float = 0.7
+        self,
+        seed: int,
+        batch: int,
+        costs: CostModel,
+        good: Callable[[int], bool] = lambda _: True,
+        ease: float = 0.7,
+        overhead: float = 0.0,
     ) -> None:
         self.seed, self.batch, self.costs, self.good, self.ease = seed, batch, costs, good, ease
+        self.overhead = overhead
         rng = np.random.default_rng(seed)
         steps = rng.normal(size=(4096, batch))
         self.noise = rng.normal(size=NOISE)
@@ -113,7 +120,7 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
     for index in rounds:
         batch = world.state(catch_up)
         plan = policy.plan(batch)
-        trees, round_ = DraftTrees.empty(world.batch), None
+        trees = DraftTrees.empty(world.batch)
         widths: list[int] = []
         times: list[float] = []
         if plan.speculate and plan.levels:
@@ -121,10 +128,10 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
         kept = policy.select(plan, batch, trees) if plan.speculate else np.zeros(0, np.int64)
         root_next, next_token = world.walk(trees, index, kept)
         verify = float(world.costs.verify_seconds(world.batch, world.batch + len(kept), CONTEXT))
-        round_ = Round(batch, plan, trees, kept, next_token, root_next, widths, times, world.batch + len(kept), verify)
-        policy.observe(round_)
+        rows, beyond = world.batch + len(kept), world.overhead if plan.speculate else 0.0
+        policy.observe(Round(batch, plan, trees, kept, next_token, root_next, widths, times, rows, verify, beyond))
         tokens += world.batch + _path_gain(trees, world.true_prob(trees, index))[kept].sum()
-        seconds += verify + sum(times)
+        seconds += verify + sum(times) + beyond
         nodes, off = nodes + len(kept), off + (not plan.speculate)
         catch_up = 0 if widths else min(catch_up + world.batch, 64)
     return Totals(float(tokens), seconds, nodes, off)

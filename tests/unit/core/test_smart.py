@@ -9,7 +9,7 @@ from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.protocol import DraftPlan, Round
-from smart_decoding.core.policies.smart import CATCH_UP_ROUNDS
+from smart_decoding.core.policies.smart import CATCH_UP_ROUNDS, Overhead
 from smart_decoding.core.simulation import World, full_knowledge, run
 from smart_decoding.core.tree import DraftTrees
 
@@ -104,6 +104,70 @@ def test_an_untrained_head_costs_little_from_the_first_round() -> None:
     totals = run(make_policy("smart", cost=FLAT), world, range(400))
     plain = run(make_policy("off"), world, range(400))
     assert totals.rate > 0.97 * plain.rate
+
+
+@pytest.mark.parametrize("overhead", [2.0, 6.0])
+def test_what_a_drafting_round_takes_beyond_its_forwards_counts_in_probes_too(overhead: float) -> None:
+    """Drafts that would pay if deciding about them took no time."""
+    costs = CostModel.from_table({1: {1: 10.0, 2: 10.2, 64: 640.0}}, DRAFT)
+    world = World(5, 1, costs, ease=-0.6, overhead=overhead)
+    policy = make_policy("smart", cost=costs)
+    run(policy, world, range(300))  # while it learns the overhead, of which it knew nothing
+    assert policy._overhead.of(1) == pytest.approx(overhead, rel=0.05)
+    totals, plain = (run(each, world, range(300, 1500)) for each in (policy, make_policy("off")))
+    assert totals.rate > 0.985 * plain.rate
+    assert (totals.off > 0.95 * 1200) == (overhead > 3.0)
+
+
+def test_overhead_is_learned_even_if_it_never_rests_and_apart_for_small_and_large_batches() -> None:
+    overhead = Overhead(0.4)
+    for _ in range(8):
+        overhead.observe(2, 1.5, speculated=True, planned=True)
+        overhead.observe(2, 0.5, speculated=False, planned=True)  # a plain round that was planned stands in
+    assert overhead.of(2) == pytest.approx(1.0)
+    for _ in range(300):
+        overhead.observe(2, 0.2, speculated=False, planned=False)
+        overhead.observe(2, 9.9, speculated=False, planned=True)  # no longer counted
+    assert overhead.of(2) == pytest.approx(1.3, rel=0.01)
+    for _ in range(8):
+        overhead.observe(16, 6.0, speculated=True, planned=True)
+        overhead.observe(16, 2.0, speculated=False, planned=False)
+    assert overhead.of(16) == pytest.approx(4.0) and overhead.of(3) == pytest.approx(1.3, rel=0.01)
+    assert overhead.of(64) == overhead.of(3)  # nothing is known: as learned last
+
+
+def test_rests_of_batches_of_different_sizes_are_learned_from_apart() -> None:
+    policy, table = make_policy("smart", cost=STEEP, probe_budget=0.0), {}
+    for size in (16, 1):
+        world = World(5, size, STEEP)
+        plain = table[size] = float(STEEP.verify_seconds(size, size, 200))
+        none = (DraftTrees.empty(size), np.zeros(0, np.int64), np.zeros(0, np.int64), np.ones(size, np.int64), [], [])
+        for _ in range(60):
+            policy.observe(Round(now := world.state(), policy.plan(now), *none, size, plain))
+        if size == 16:
+            policy._rest, policy._rest_size = 8, 16
+            for _ in range(4):  # it rests, and then fifteen requests end at once
+                policy.observe(Round(now := world.state(), policy.plan(now), *none, size, plain))
+    for size, plain in table.items():
+        assert float(policy.cost.verify_seconds(size, size, 200)) == pytest.approx(plain, rel=0.02)
+
+
+def test_greedy_and_sampled_requests_have_outlooks_of_their_own() -> None:
+    policy = make_policy("smart", cost=FLAT)
+    state = World(5, 1, FLAT).state()
+    greedy, sampled = (replace(state, temperature=np.array([t])) for t in (0.0, 1.0))
+    outlooks = [policy._current_outlook(batch, policy._open(batch)) for batch in (greedy, sampled, greedy)]
+    assert outlooks[0] is outlooks[2] is not outlooks[1]
+
+
+def test_what_free_drafters_propose_to_requests_that_may_not_use_it_promises_nothing() -> None:
+    forecast = make_policy("smart", cost=FLAT).forecast
+    trees = DraftTrees.empty(8)
+    trees.append(np.arange(8), np.zeros(8, np.int64), np.full(8, -1), np.full(8, 0.3))
+    trees.accept_prob = np.full(8, 0.3)
+    for _ in range(200):
+        forecast.observe_free(trees, np.array([4, 0, 0, 0, 0, 0, 0, 0]))
+    assert forecast.free[0] == pytest.approx(0.3, rel=0.01)
 
 
 def test_probing_keeps_to_its_budget() -> None:

@@ -1,5 +1,5 @@
 """SMART: drafts, stops and prunes for the most tokens per second of the whole batch, by measured costs and calibrated
-probabilities (DESIGN.md, the controller)."""
+probabilities. How it works: docs/structures.md."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SURPRISE = 2.0  # or once the accepted nodes are this many standard deviations (
 OFTEN = 8  # and the seconds of verification every eighth one: a machine's state lasts for seconds only
 # Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no. A bad head
 # is drafted from until it promises no more than plain decoding, and stays there: asked often, it costs 1 % of the time.
-REST, SHORT_REST = 32, 16
+REST, SHORT_REST = 64, 16
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
 FREE_ONLY: Option = (0, 0)
@@ -50,14 +50,16 @@ FREE_ONLY: Option = (0, 0)
 class Outlook:
     """Forecasts and prices for batches of one shape, reused for some rounds.
 
-    size: requests. first: seconds of the first drafted level. plain: seconds of a plain round. values: tokens per
-    second forecast for each way to draft. foresight: what drafting really reached over its forecast. verify: seconds
-    at 0, 1, ... nodes. levels: seconds at 0, 1, ... expanded rows.
+    size: requests. first: seconds of the first drafted level. plain: seconds of a plain round. overhead: seconds that
+    a speculating one takes beyond its forwards. values: tokens per second forecast for each way to draft. foresight:
+    what drafting really reached over its forecast. verify: seconds at 0, 1, ... nodes. levels: seconds at 0, 1, ...
+    expanded rows.
     """
 
     size: int
     first: float
     plain: float
+    overhead: float
     values: dict[Option, float]
     foresight: float
     verify: FloatArray
@@ -87,7 +89,7 @@ class Outlook:
         """Seconds that a round in the mode `other` loses against `believed` if its drafts bring nothing."""
         seconds = self.plain
         if other is not None:
-            seconds = float(self.verify[1]) + (self.first if other[0] else 0.0)
+            seconds = self.overhead + float(self.verify[1]) + (self.first if other[0] else 0.0)
         return seconds - self.size / self.value(believed)
 
     def value(self, option: Option | None) -> float:
@@ -117,23 +119,34 @@ class _Scratch:
 
 
 class Overhead:
-    """Seconds that a speculating round takes beyond its forwards and beyond what a plain round takes, learned."""
+    """Seconds that a speculating round takes beyond its forwards and beyond what a plain round takes, learned, apart
+    for batches of one request, two or three, four to seven, ...
+
+    Plain decoding rests, so resting rounds are its measure. Plain rounds that were planned take longer: they stand in
+    only until there are enough others."""
 
     GAIN, ENOUGH, CLIP = 1 / 32, 4, 2.0  # one slow round counts as at most twice the usual
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._mean = {False: 0.0, True: 0.0}  # by whether the round speculated
-        self._seen = {False: 0, True: 0}
+        self._usual = seconds  # what was learned last, of any size
+        self._mean: dict[tuple[int, bool], float] = {}  # by size, and whether the round speculated
+        self._seen: dict[tuple[int, bool], int] = {}
 
-    def observe(self, speculated: bool, seconds: float) -> None:
+    def of(self, size: int) -> float:
+        """For a batch of `size` requests."""
+        plain, drafting = ((size.bit_length(), speculated) for speculated in (False, True))
+        if min(self._seen.get(plain, 0), self._seen.get(drafting, 0)) >= self.ENOUGH:
+            self._usual = max(0.0, self._mean[drafting] - self._mean[plain])
+        return self._usual
+
+    def observe(self, size: int, seconds: float, speculated: bool, planned: bool) -> None:
         """After a round that prefilled nothing."""
-        seen, mean = self._seen[speculated], self._mean[speculated]
-        seconds = min(seconds, self.CLIP * mean) if seen else seconds
-        self._mean[speculated] = mean + max(self.GAIN, 1 / (seen + 1)) * (seconds - mean)
-        self._seen[speculated] = seen + 1
-        if min(self._seen.values()) >= self.ENOUGH:
-            self.seconds = max(0.0, self._mean[True] - self._mean[False])
+        key = size.bit_length(), speculated
+        seen, mean = self._seen.get(key, 0), self._mean.get(key, seconds)
+        if planned and not speculated and seen >= self.ENOUGH:
+            return
+        self._mean[key] = mean + max(self.GAIN, 1 / (seen + 1)) * (min(seconds, self.CLIP * mean) - mean)
+        self._seen[key] = seen + 1
 
 
 class Smart:
@@ -182,7 +195,7 @@ class Smart:
         self._expected = self._surprise = 0.0  # nodes that these should have accepted, and that they accepted less
         self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
         self._last_rest = 1
-        self._rested: list[float] = []  # seconds of these rounds' verifications
+        self._rested: list[tuple[int, IntArray, float]] = []  # size, contexts, seconds of these rounds' verifications
 
     # --- before drafting ---
 
@@ -201,6 +214,7 @@ class Smart:
         scratch.believed = outlook.value(believed)
         if (believed is not None) != self._drafting:
             self._change_mode(believed is not None)
+        self.prober.unlikely = believed is None and outlook.promise < CLEARLY
         if not self.prober.waits:
             other = self._probe(outlook, believed)
             price = outlook.price(other, believed) + self._catch_up(batch, scratch, other)
@@ -250,7 +264,8 @@ class Smart:
         first = waiting, self._sharing(batch).bit_length() if waiting else 0
         coarse = (*first, int(scratch.context) // 128)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
-        return (*sizes, batch.has_free, *coarse, self.calibration.changes)
+        kinds = tuple(np.bincount(scratch.kind, minlength=KINDS).tolist())
+        return (*sizes, *kinds, batch.has_free, *coarse, self.calibration.changes)
 
     def _max_levels(self, batch: BatchState, scratch: _Scratch) -> int:
         """Levels to look out for, rounded up to a power of two: every answer comes to its end, one token after another,
@@ -268,7 +283,7 @@ class Smart:
         verify = self._verify(batch, scratch, columns + 1)
         prices = self.cost.draft_seconds(np.arange(1 + WIDTHS[-1] * drafting), scratch.context)
         first = self._first_level(batch, scratch.context)[0]
-        limit, overhead = self._limit(size, float(verify[0])), self._overhead.seconds
+        limit, overhead = self._limit(size, float(verify[0])), self._overhead.of(size)
         values: dict[Option, float] = {}
         if batch.has_free:
             gains = np.repeat(-np.sort(-self.forecast.free), drafting)
@@ -283,6 +298,7 @@ class Smart:
             size,
             first,
             float(verify[0]),
+            overhead,
             values,
             foresight,
             verify,
@@ -323,7 +339,7 @@ class Smart:
             self._foresight *= 1.0 - FADE
             return OFF
         levels, wide = option
-        scratch.forecast, scratch.sunk = outlook.values[option], self._overhead.seconds
+        scratch.forecast, scratch.sunk = outlook.values[option], outlook.overhead
         if levels == 0:
             return DraftPlan(True, 0, self.children)
         scratch.sunk += outlook.first
@@ -385,17 +401,17 @@ class Smart:
         self._rounds += 1
         scratch = self._planned(round.batch)
         if scratch is None and not (round.plan.speculate or round.batch.prefill_rows):  # resting
-            self._overhead.observe(False, round.other_seconds)
-            seconds = round.verify_seconds
-            self._rested.append(seconds)
+            size, seconds = round.batch.size, round.verify_seconds
+            self._overhead.observe(size, round.other_seconds, speculated=False, planned=False)
+            self._rested.append((size, round.batch.context, seconds))
             self.prober.ordinary_round(seconds)
-            self.statistics.record(round.batch.size, 0, 0.0, seconds, seconds, False)
+            self.statistics.record(size, 0, 0.0, seconds, seconds, False)
             return
         trees, batch, scratch = round.trees, round.batch, scratch or self._open(round.batch)
         seldom = self._rounds > BUSY_ROUNDS and self._rounds % SELDOM != 0
         self._learn_costs(round, scratch, seldom)
         if not batch.prefill_rows:
-            self._overhead.observe(round.plan.speculate, round.other_seconds)
+            self._overhead.observe(batch.size, round.other_seconds, round.plan.speculate, planned=True)
         accepted = 0
         if len(trees):
             if scratch.drafted is None or scratch.drafted.scored != len(trees):  # the caller did not ask what to verify
@@ -410,10 +426,11 @@ class Smart:
         if surprised:
             self._outlooks.clear()
         if round.plan.speculate and round.plan.levels == 0:
-            self.forecast.observe_free(trees, scratch.drafting)
+            self.forecast.observe_free(trees, scratch.limits)
         seconds = round.verify_seconds + sum(round.level_seconds)
         if scratch.probe:
-            loss = seconds - (batch.size + accepted) / scratch.believed
+            beyond = scratch.outlook.overhead if round.plan.speculate and scratch.outlook else 0.0
+            loss = seconds + beyond - (batch.size + accepted) / scratch.believed
             # A plain round is a measurement; a drafted one is luck, and its head may be good again soon.
             self.prober.probe_round(loss, not round.plan.speculate and loss > CLEAR * seconds)
         elif not batch.prefill_rows:  # the time of prompts pays for no probes, which slow down decoding
@@ -465,8 +482,9 @@ class Smart:
 
     def _learn_costs(self, round: Round, scratch: _Scratch, seldom: bool) -> None:
         if self._rested:  # what the machine has become meanwhile may make drafting pay: one step, almost without noise
-            size, seconds = self._rest_size, sum(self._rested) / len(self._rested)
-            self.cost = self.cost.corrected(VerifySample(size, size, scratch.context, seconds))
+            for size in {size for size, _, _ in self._rested}:
+                means = np.mean([(context.mean(), each) for of, context, each in self._rested if of == size], axis=0)
+                self.cost = self.cost.corrected(VerifySample(size, size, *means.tolist()))
             self._rested.clear()
         if round.verify_rows and not (seldom and self._rounds % OFTEN):
             sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
