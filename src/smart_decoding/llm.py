@@ -164,8 +164,10 @@ class LLM:
         many = _as_list(prompts)
         params = _params_for(many, sampling_params)
         ready = [self.text_prompt(prompt) for prompt in many]  # what is wrong is found before anything is queued
-        jobs = [self._submit(prompt, p) for prompt, p in zip(ready, params, strict=True)]
+        jobs: list[_Job] = []
         try:
+            for text, p in zip(ready, params, strict=True):
+                jobs.append(self._submit(text, p))
             while self.engine.has_unfinished_requests:
                 touched = self.engine.step()
                 if on_step is not None:
@@ -228,14 +230,17 @@ class LLM:
         """The text of one answer to a prompt or a conversation, piece by piece as rounds yield it."""
         if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
-        job = self._submit(self.text_prompt(prompt), sampling_params or SamplingParams(max_tokens=256))  # type: ignore[arg-type]
-        (request,) = job.answers
+        params = sampling_params or SamplingParams(max_tokens=256)
+        if params.n != 1:
+            raise ConfigError(f"stream gives one answer, so n={params.n} cannot be: use generate")
+        (request,) = self._submit(self.text_prompt(prompt), params).answers  # type: ignore[arg-type]
         try:
             while not request.finished:
                 self.engine.step()
-                piece = request.stop.new_text()
-                if piece:
+                if piece := request.stop.new_text():
                     yield piece
+            if piece := request.stop.new_text():  # it may have ended in a step that another call made
+                yield piece
         finally:
             if not request.finished:
                 self.engine.abort(request.id)

@@ -160,6 +160,20 @@ def test_tokens_are_those_of_plain_decoding(folder: Path, tmp_path: Path, name: 
         assert not llm.engine.drafter._states
 
 
+@pytest.mark.parametrize("name", ["EAGLE-1", "MSD"])
+def test_a_picture_may_end_the_text_and_a_page(folder: Path, tmp_path: Path, name: str) -> None:
+    head = save_head(tmp_path / "head", **CASES[name])
+    llm, plain = load(folder, speculative_config={"model": str(head), "policy": "static"}), load(folder)
+    chat = llm.chat_prompt(message(picture(1)))
+    (image,) = chat.media.pictures
+    given = {"prompt_token_ids": [3] * (-image.length % PAGE) + [chat.tokens[image.first]]}
+    prompt = llm.text_prompt({**given, "multi_modal_data": {"image": [picture(1)]}})
+    assert len(prompt.tokens) % PAGE == 0 and prompt.media.visual(10**6) == len(prompt.tokens)
+    outs, wanted = (each.generate([prompt], sampling(0.0)[:1]) for each in (llm, plain))
+    assert outs[0].outputs[0].token_ids == wanted[0].outputs[0].token_ids
+    assert outs[0].outputs[0].metrics.verified
+
+
 def test_a_text_model_drafts_for_one_that_sees(folder: Path, tmp_path: Path) -> None:
     small = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, vocab_size=VOCAB))
     small.save_pretrained(tmp_path / "small")

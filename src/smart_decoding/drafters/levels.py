@@ -208,7 +208,8 @@ class LevelDrafter(ABC, Generic[S]):
         self._receive(request, state, features, first)
         end = first + len(tokens)
         if request.media is not None and not self.sees:
-            self._begin(state, request.media.visual(end) // PAGE * PAGE)
+            behind = min(request.media.visual(end), end - self.ahead)  # where a picture ends the text, one row is left
+            self._begin(state, behind // PAGE * PAGE)
         self._bound(request, state, end)
 
     def _bound(self, request: Request, state: S, end: int) -> None:

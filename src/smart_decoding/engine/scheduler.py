@@ -91,14 +91,14 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Moves a waiting request to the running ones if its first chunk and a page of room to grow fit."""
-        if not request.table.pages:
-            cached = request.table.reuse(request.tokens)
-            request.metrics.cached_tokens = max(request.metrics.cached_tokens, cached)
+        cached = request.table.length if request.table.pages else request.table.reuse(request.tokens)
         rows = min(request.pending, self.chunk)
         slack = PAGE * (1 + len(self.running)) if self.running else 0
         if (rows + slack + PAGE - 1) // PAGE > self.pool.available:
             request.table.release()
             return False
+        if not request.metrics.preemptions:  # afterwards it may find pages of its own answer
+            request.metrics.cached_tokens = cached
         request.table.cover(rows)
         self.running.append(self.waiting.popleft())
         return True

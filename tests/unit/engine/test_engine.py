@@ -125,6 +125,7 @@ def test_the_youngest_is_preempted_and_finishes_with_the_same_tokens(caching: bo
     assert old.metrics.finished < young.metrics.finished
     for request in (old, young):
         assert request.output == alone(request.prompt, greedy(64))[0].output
+        assert request.metrics.cached_tokens == 0  # what it finds again of its own answer is not the prompt's
 
 
 def test_cached_prefixes_are_not_computed_again() -> None:
