@@ -185,3 +185,12 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_it_says_once_why_there_are_no_kernels(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(build, "unavailable", lambda: "for this test")
+    with caplog.at_level("WARNING", "smart.kernels"):
+        for _ in range(2):
+            assert not use_native(config_of("llama"), torch.device("cpu"))
+        assert not use_native(config_of("llama"), torch.device("cuda"))
+    assert [record.getMessage()[:28] for record in caplog.records] == ["no CPU kernels: for this tes"]

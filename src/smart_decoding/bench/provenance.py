@@ -57,8 +57,11 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, torch's threads, memory, the instruction sets that matter, and any GPU."""
+    """Processor, cores this process may use, torch's threads, memory, the instruction sets that matter, any GPU, and
+    whether the CPU kernels run."""
     import torch
+
+    from smart_decoding.backends.torch.native import build
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = _cpu_info()
@@ -72,6 +75,7 @@ def hardware() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "flags": [flag for flag in _FLAGS if flag in flags],
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "cpu_kernels": build.unavailable() or "native",
     }
 
 

@@ -105,7 +105,7 @@ def test_json_has_the_documented_form(world, tmp_path):
     read = json.loads(file.read_text())
     assert set(read) == {"provenance", "runs"}
     assert set(read["provenance"]) == {"command", "commit", "time", "versions", "hardware", "weights", "head", "seed"}
-    assert {"cpu", "cores", "flags"} <= set(read["provenance"]["hardware"])
+    assert {"cpu", "cores", "flags", "cpu_kernels"} <= set(read["provenance"]["hardware"])
     assert read["runs"][0]["speedup"] == 1.0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -29,6 +31,8 @@ from smart_decoding.backends.torch.rows import native_rows
 from smart_decoding.engine.media import Inserts
 from smart_decoding.engine.rows import Rows
 
+log = logging.getLogger("smart.kernels")
+
 
 @dataclass
 class ForwardOutput:
@@ -42,10 +46,20 @@ class ForwardOutput:
 
 
 def use_native(config: ModelConfig, device: torch.device) -> bool:
-    """Whether the CPU kernels serve this model."""
+    """Whether the CPU kernels serve this model. Says once why, where they do not serve one on a CPU."""
+    if device.type != "cpu":
+        return False
     fits = config.head_dim in kernels.HEAD_DIMS and config.hidden % 2 == 0 and config.ffn % 2 == 0
     fits = fits and config.heads <= kernels.MAX_QUERIES * config.kv_heads
-    return device.type == "cpu" and fits and build.unavailable() is None
+    reason = build.unavailable() if fits else "there are none for this model's shape"
+    if reason is not None:
+        _warn(reason)
+    return reason is None
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    log.warning("no CPU kernels: %s. Plain torch decodes: slower, and in bf16 near-ties can fall the other way", reason)
 
 
 def layer_weights(
