@@ -244,30 +244,129 @@ static void byte_outputs(const Head& h, const float* x, int wanted, float*, void
 }
 #endif
 
+// What a draft head's rows pass through. Of `part` rows at a time: their inputs, features and keys beside values; of the
+// `wanted` ones, in order of `place` [rows] (-1: nobody asks): inputs, queries and what follows them.
+template <class W>
+struct DraftRoom {
+    Input<W> *room, *asked, *attention, *ffn;
+    float *g, *kv, *q, *normed, *step, *logits;
+    const int32_t* place;
+};
+
+// Keys and values are the columns behind those of queries, from a panel's first one on.
+template <int HD>
+struct DraftColumns {
+    int64_t q_width, first, width;
+
+    explicit DraftColumns(const Layer& l)
+        : q_width(int64_t(l.heads) * HD), first(q_width / PANEL * PANEL), width(q_width + 2 * l.kv_heads * HD - first) {}
+};
+
+// Rows [first, end) from features and tokens to keys and values; of the wanted ones inputs and residuals are left.
+template <class W, class T, int HD>
+static void draft_part(const Head& h, const Rows& in, const Level& v, const DraftRoom<W>& b, int first, int end, float* line,
+                       T* kc, T* vc, int64_t pages) {
+    const Layer& l = h.layer;
+    const DraftColumns<HD> columns(l);
+    int64_t d = l.hidden, read = h.taps * d;
+    if (v.first) {
+        #pragma omp for schedule(static)
+        for (int r = first; r < end; r++)
+            for (int t = 0; t < h.taps; t++) {
+                const float* tap = v.features[r] + t * d;
+                Input<W>* to = b.room + (r - first) * read + t * d;
+                if (h.tap_norm) rms_norm_row(tap, h.tap_norm, l.eps, d, to);
+                else for (int64_t i = 0; i < d; i++) from_f32(tap[i], to + i);
+            }
+        linear_rows(b.room, read, end - first, (const W*)h.fc, d, read, h.fc_bias, b.g, d, false);
+        #pragma omp barrier
+    }
+    #pragma omp for schedule(static)
+    for (int r = first; r < end; r++) {
+        const float* features = v.first ? b.g + (r - first) * d : v.features[r];
+        const float* embedding = line;
+        if (v.inserts && v.inserts[r]) embedding = v.inserts[r];
+        else embedding_row<W>(h.embedding, h.table, d, v.token[r], line);
+        Input<W>* to = b.room + (r - first) * 2 * d;
+        rms_norm_row(embedding, h.input_norm, l.eps, d, to);
+        rms_norm_row(features, h.hidden_norm, l.eps, d, to + d);
+        if (b.place[r] < 0) continue;
+        memcpy(b.asked + b.place[r] * 2 * d, to, 2 * d * sizeof(*to));
+        float* x = v.out + b.place[r] * d;
+        if (h.norm_before_residual) rms_norm_row(features, h.hidden_norm, l.eps, d, x);
+        else memcpy(x, features, d * sizeof(float));
+    }
+    const W* weight = (const W*)l.qkv + columns.first * 2 * d;
+    const float* bias = l.qkv_bias ? l.qkv_bias + columns.first : nullptr;
+    linear_rows(b.room, 2 * d, end - first, weight, columns.width, 2 * d, bias, b.kv, columns.width, false);
+    #pragma omp barrier
+    #pragma omp for schedule(static)
+    for (int r = first; r < end; r++) {
+        float* keys = b.kv + (r - first) * columns.width + columns.q_width - columns.first;
+        rope_and_store<T, HD>(in, r, keys, 0, l.kv_heads, nullptr, l.k_norm, l.eps, kc, vc, pages);
+    }
+}
+
+// The wanted rows, from inputs to the best children. `asking`, `blocks`: as attention sees them.
+template <class W, class T, int HD>
+static void draft_asked(const Head& h, const Rows& in, const Level& v, const DraftRoom<W>& b, const Rows& asking,
+                        const std::vector<Block>& blocks, float* line, T* kc, T* vc, int64_t pages) {
+    const Layer& l = h.layer;
+    int wanted = asking.rows;
+    int64_t d = l.hidden, q_width = int64_t(l.heads) * HD, n = h.outputs_count;
+    linear_rows(b.asked, 2 * d, wanted, (const W*)l.qkv, q_width, 2 * d, l.qkv_bias, b.q, q_width, false);
+    #pragma omp barrier
+    #pragma omp for schedule(static)
+    for (int r = 0; r < in.rows; r++)
+        if (b.place[r] >= 0)
+            rope_and_store<T, HD>(in, r, b.q + b.place[r] * q_width, l.heads, 0, l.q_norm, nullptr, l.eps, (T*)nullptr, (T*)nullptr, 0);
+    attend_blocks<T, HD>(l, asking, blocks, b.q, q_width, kc, vc, pages, b.attention);
+    finish_layer<W>(l, wanted, b.attention, v.out, b.room, b.ffn);
+    if (h.scale) byte_outputs(h, v.out, wanted, line, b.normed, b.step, b.logits);
+    else {
+        rms_norm_rows(v.out, h.final_norm, l.eps, wanted, d, b.room);
+        #pragma omp barrier
+        linear_rows(b.room, d, wanted, (const W*)h.outputs, n, d, nullptr, b.logits, n, false);
+    }
+    #pragma omp barrier
+    #pragma omp for schedule(static)
+    for (int r = 0; r < wanted; r++) {
+        int64_t* ids = v.tokens + int64_t(r) * v.k;
+        top_row(b.logits + r * n, n, v.k, v.scale ? v.scale[r] : 1.0f, v.keys ? v.keys[r] : 0, h.tokens, ids, line);
+        for (int j = 0; j < v.k; j++) {
+            ids[j] = h.tokens[ids[j]];
+            v.probs[int64_t(r) * v.k + j] = line[j];
+        }
+    }
+}
+
 // Rows that wait are taken in parts, as thousands may: the scratch memory of all of them would be new to the process, and
 // the first use of a page costs more than all work on it. Rows that nobody asks leave keys and values only.
 template <class W, class T, int HD>
 static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* vc, int64_t pages, int threads) {
     constexpr int PART = 256;
     const Layer& l = h.layer;
+    const DraftColumns<HD> columns(l);
     const int rows = in.rows, wanted = v.first ? in.groups : rows, part = std::min(rows, PART);
-    int64_t d = l.hidden, q_width = int64_t(l.heads) * HD, n = h.outputs_count;
-    int64_t read = v.first ? h.taps * d : 0, wide = std::max(read, 2 * d), room_rows = std::max(part, wanted);
-    // Keys and values are the columns behind those of queries, from a panel's first one on.
-    const int64_t kv_first = q_width / PANEL * PANEL, kv_width = q_width + 2 * l.kv_heads * HD - kv_first;
-    const W* kv_weight = (const W*)l.qkv + kv_first * 2 * d;
-    const float* kv_bias = l.qkv_bias ? l.qkv_bias + kv_first : nullptr;
-    static thread_local Pool kept(0);
-    size_t needed = size_t(room_rows) * (wide + d + kv_width) + size_t(wanted) * (2 * q_width + l.ffn + n + 3 * d + 1) + 256;
-    Pool& pool = kept;
-    pool.begin(needed);
-    Input<W> *room = pool.take<Input<W>>(room_rows * wide), *asked = pool.take<Input<W>>(wanted * 2 * d);
-    float *g = pool.take<float>(part * d), *kv = pool.take<float>(part * kv_width), *q = pool.take<float>(wanted * q_width);
-    Input<W>*attention = pool.take<Input<W>>(wanted * q_width), *ffn = pool.take<Input<W>>(int64_t(wanted) * l.ffn);
-    float *logits = pool.take<float>(wanted * n), *step = pool.take<float>(wanted);
-    float* normed = pool.take<float>(wanted * d);
-    // What attends: the wanted rows only.
+    int64_t d = l.hidden, q_width = columns.q_width, n = h.outputs_count;
+    int64_t wide = std::max(v.first ? h.taps * d : 0, 2 * d), room_rows = std::max(part, wanted);
+    static thread_local Pool pool(0);
+    pool.begin(size_t(room_rows) * (wide + d + columns.width) + size_t(wanted) * (2 * q_width + l.ffn + n + 3 * d + 1) + 256);
     std::vector<int32_t> place(rows), group_row(in.groups + 1), direct(wanted), extra_at(in.groups + 1);
+    DraftRoom<W> b = {
+        .room = pool.take<Input<W>>(room_rows * wide),
+        .asked = pool.take<Input<W>>(wanted * 2 * d),
+        .attention = pool.take<Input<W>>(wanted * q_width),
+        .ffn = pool.take<Input<W>>(int64_t(wanted) * l.ffn),
+        .g = pool.take<float>(part * d),
+        .kv = pool.take<float>(part * columns.width),
+        .q = pool.take<float>(wanted * q_width),
+        .normed = pool.take<float>(wanted * d),
+        .step = pool.take<float>(wanted),
+        .logits = pool.take<float>(wanted * n),
+        .place = place.data(),
+    };
+    // What attends: the wanted rows only.
     Rows asking = in;
     for (int r = 0; r < rows; r++) place[r] = v.first ? -1 : r;
     if (v.first) {
@@ -285,66 +384,9 @@ static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* v
     #pragma omp parallel num_threads(threads)
     {
         std::vector<float> line(std::max<int64_t>(d, v.k));
-        for (int first = 0; first < rows; first += part) {
-            const int end = std::min(first + part, rows);
-            if (v.first) {
-                #pragma omp for schedule(static)
-                for (int r = first; r < end; r++)
-                    for (int t = 0; t < h.taps; t++) {
-                        const float* tap = v.features[r] + t * d;
-                        Input<W>* to = room + (r - first) * read + t * d;
-                        if (h.tap_norm) rms_norm_row(tap, h.tap_norm, l.eps, d, to);
-                        else for (int64_t i = 0; i < d; i++) from_f32(tap[i], to + i);
-                    }
-                linear_rows(room, read, end - first, (const W*)h.fc, d, read, h.fc_bias, g, d, false);
-                #pragma omp barrier
-            }
-            #pragma omp for schedule(static)
-            for (int r = first; r < end; r++) {
-                const float* features = v.first ? g + (r - first) * d : v.features[r];
-                const float* embedding = line.data();
-                if (v.inserts && v.inserts[r]) embedding = v.inserts[r];
-                else embedding_row<W>(h.embedding, h.table, d, v.token[r], line.data());
-                Input<W>* to = room + (r - first) * 2 * d;
-                rms_norm_row(embedding, h.input_norm, l.eps, d, to);
-                rms_norm_row(features, h.hidden_norm, l.eps, d, to + d);
-                if (place[r] < 0) continue;
-                memcpy(asked + place[r] * 2 * d, to, 2 * d * sizeof(*to));
-                float* x = v.out + place[r] * d;
-                if (h.norm_before_residual) rms_norm_row(features, h.hidden_norm, l.eps, d, x);
-                else memcpy(x, features, d * sizeof(float));
-            }
-            linear_rows(room, 2 * d, end - first, kv_weight, kv_width, 2 * d, kv_bias, kv, kv_width, false);
-            #pragma omp barrier
-            #pragma omp for schedule(static)
-            for (int r = first; r < end; r++)
-                rope_and_store<T, HD>(in, r, kv + (r - first) * kv_width + q_width - kv_first, 0, l.kv_heads, nullptr, l.k_norm, l.eps, kc,
-                                      vc, pages);
-        }
-        linear_rows(asked, 2 * d, wanted, (const W*)l.qkv, q_width, 2 * d, l.qkv_bias, q, q_width, false);
-        #pragma omp barrier
-        #pragma omp for schedule(static)
-        for (int r = 0; r < rows; r++)
-            if (place[r] >= 0)
-                rope_and_store<T, HD>(in, r, q + place[r] * q_width, l.heads, 0, l.q_norm, nullptr, l.eps, (T*)nullptr, (T*)nullptr, 0);
-        attend_blocks<T, HD>(l, asking, blocks, q, q_width, kc, vc, pages, attention);
-        finish_layer<W>(l, wanted, attention, v.out, room, ffn);
-        if (h.scale) byte_outputs(h, v.out, wanted, line.data(), normed, step, logits);
-        else {
-            rms_norm_rows(v.out, h.final_norm, l.eps, wanted, d, room);
-            #pragma omp barrier
-            linear_rows(room, d, wanted, (const W*)h.outputs, n, d, nullptr, logits, n, false);
-        }
-        #pragma omp barrier
-        #pragma omp for schedule(static)
-        for (int r = 0; r < wanted; r++) {
-            int64_t* ids = v.tokens + int64_t(r) * v.k;
-            top_row(logits + r * n, n, v.k, v.scale ? v.scale[r] : 1.0f, v.keys ? v.keys[r] : 0, h.tokens, ids, line.data());
-            for (int j = 0; j < v.k; j++) {
-                ids[j] = h.tokens[ids[j]];
-                v.probs[int64_t(r) * v.k + j] = line[j];
-            }
-        }
+        for (int first = 0; first < rows; first += part)
+            draft_part<W, T, HD>(h, in, v, b, first, std::min(first + part, rows), line.data(), kc, vc, pages);
+        draft_asked<W, T, HD>(h, in, v, b, asking, blocks, line.data(), kc, vc, pages);
     }
 }
 
