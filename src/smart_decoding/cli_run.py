@@ -30,9 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    group.add_argument("--top-p", type=float, default=1.0)
-    group.add_argument("--top-k", type=int, default=0)
-    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass")
+    group.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens (0: all)")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, help="draw from tokens this likely, relative to the likeliest"
+    )
     group.add_argument("--seed", type=int, help="the same seed gives the same answer under every policy")
     group.add_argument("--max-tokens", type=int, default=256, help="default 256")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
