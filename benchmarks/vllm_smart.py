@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from smart_decoding.bench.statistics import Pair, paired_ratio
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -239,11 +241,8 @@ def counted(controller: Any) -> dict[str, float]:
 
 def interval(ours: list[float], plain: list[float]) -> list[float]:
     """Ratio of total times for equal tokens, with its bootstrap 95 % interval over blocks."""
-    pairs = [(1 / a, 1 / b) for a, b in zip(ours, plain, strict=True)]
-    ratio = lambda sample: sum(b for _, b in sample) / sum(a for a, _ in sample)  # noqa: E731
-    chooser = random.Random(1)
-    draws = sorted(ratio(chooser.choices(pairs, k=len(pairs))) for _ in range(2000))
-    return [round(x, 3) for x in (ratio(pairs), draws[50], draws[1949])]
+    found = paired_ratio([Pair(a, b) for a, b in zip(ours, plain, strict=True)])
+    return [round(x, 3) for x in (found.value, found.low, found.high)]
 
 
 def load_prompts() -> list[str]:

@@ -43,6 +43,8 @@ class Variant:
         self._sunk = 0.0
         if plan.speculate:
             self._sunk = self.inner.cost.overhead_seconds + self._first(batch)
+        if type(self).frontier is not Variant.frontier or type(self)._expand is not Variant._expand:
+            return replace(plan, growth=None)  # a drafter that grows whole trees in one call would not ask us
         return plan
 
     def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:

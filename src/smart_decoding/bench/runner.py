@@ -257,9 +257,11 @@ def measure(
     for engine in engines.values():
         _warm_up(engine, prompts, batch_size)
     for number, (chunk, fillers) in enumerate(cycles[first:], first):
-        turn = number % len(labels)
+        # Turns over all tasks: what happens every third time would else meet one task only.
+        turn, task = divmod(number, len(prompts))
+        start = (turn + task) % len(labels)
         cycle: dict[str, Block] = {}
-        due = [label for label in labels[turn:] + labels[:turn] if number % _every(result.cycles, label) == 0]
+        due = [label for label in labels[start:] + labels[:start] if turn % _every(result.cycles, label) == 0]
         for label in due:
             if deadline is not None and clock() > deadline:
                 result.partial = True
@@ -268,7 +270,7 @@ def measure(
             on_block(label)
         result.cycles.append(cycle)
         again = None
-        if number % NOISE_EVERY == 0:
+        if (turn + task) % NOISE_EVERY == 0:
             again = run_block(engines[BASELINE], chunk, fillers, batch_size, clock)
             result.again.append((again, cycle[BASELINE]))
         on_cycle(cycle, again)
@@ -276,7 +278,7 @@ def measure(
 
 
 def _every(cycles: Sequence[Mapping[str, Block]], label: str) -> int:
-    """1 for a contestant that runs in every cycle, 2 in every second one, and so on."""
+    """1 for a contestant that runs in every turn over the tasks, 2 in every second one, and so on."""
     if not cycles:
         return 1
     ours, base = (cycles[0][name].total_seconds for name in (label, BASELINE))

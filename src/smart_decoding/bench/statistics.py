@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm, t
 
 Floats = NDArray[np.float64]
 RESAMPLES = 4000
@@ -40,8 +41,9 @@ class Ratio:
 def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLES) -> Ratio:
     """The speedup over `pairs` and its bootstrap interval (percentiles of resampled pairs, stratum by stratum).
 
-    The percentiles are widened by sqrt(n / (n - 1)) about the value, since resampling n values understates their
-    variance by that much. Pairs without a finite positive rate on both sides are left out."""
+    The percentiles are widened about the value: by sqrt(n / df), since resampling n values understates their variance
+    by that much, and by Student's t over the normal quantile, df being n less the strata. Pairs without a finite
+    positive rate on both sides are left out."""
     usable = [p for p in pairs if p.policy > 0 and p.baseline > 0 and np.isfinite([p.policy, p.baseline]).all()]
     if not usable:
         return Ratio(float("nan"), float("nan"), float("nan"), 0)
@@ -52,8 +54,9 @@ def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLE
         return Ratio(value, 0.0, float("inf"), 1)
     which = _resample([p.stratum for p in usable], resamples, np.random.default_rng(seed))
     logs = np.log(base[which].sum(axis=1) / ours[which].sum(axis=1)) - np.log(value)
-    strata = len({p.stratum for p in usable})
-    widen = np.sqrt(len(usable) / max(1, len(usable) - strata))
+    count, strata = len(usable), len({p.stratum for p in usable})
+    df = count - strata if count > strata else count - 1
+    widen = np.sqrt(count / df) * float(t.ppf(0.975, df) / norm.ppf(0.975))
     low, high = np.exp(np.log(value) + widen * np.percentile(logs, [2.5, 97.5]))
     return Ratio(value, min(value, float(low)), max(value, float(high)), len(usable))
 

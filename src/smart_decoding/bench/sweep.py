@@ -28,7 +28,7 @@ def likelihood_settings() -> list[Setting]:
         {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
         for depth in range(7)
         for top_k in (1, 2, 3, 4, 6, 10)
-        for nodes in (2, 4, 6, 8, 12, 16, 24, 40, 59)
+        for nodes in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 59)
     ]
     return [s for s in grid if _sensible(s["depth"] + 1, s["top_k"], s["total_tokens"] - 1)]
 

@@ -45,7 +45,7 @@ def paper_settings(batch_size: int) -> list[dict[str, Any]]:
     return [
         {"alpha": alpha, "budget": each * batch_size, "family": family, "l_tree": l_tree}
         for family, l_tree in PAPER_FORMS
-        for alpha in (0.8, 0.5)
+        for alpha in (1.0, 0.8, 0.5)
         for each in PAPER_BUDGETS
     ]
 

@@ -109,11 +109,10 @@ def _relative(timed: Sequence[tuple[Point, float, float]]) -> list[Sample]:
 def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
     """Median and 90th percentile of |predicted / measured - 1|: odd verify samples under a fit of the even ones."""
     verify = [s for s in samples if isinstance(s, VerifySample)]
-    model = CostModel.fit([s for i, s in enumerate(samples) if i % 2 == 0])
+    model = CostModel.fit(verify[::2])
     errors = [
         abs(float(model.verify_seconds(s.batch, np.array([s.rows]), s.context)[0]) / s.seconds - 1)
-        for i, s in enumerate(verify)
-        if i % 2
+        for s in verify[1::2]
     ]
     return (float(np.median(errors)), float(np.percentile(errors, 90))) if errors else (0.0, 0.0)
 

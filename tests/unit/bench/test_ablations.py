@@ -8,6 +8,9 @@ from smart_decoding.bench.replay import Walk, draft, replay
 from smart_decoding.bench.synthetic import synthetic
 from smart_decoding.bench.trace import Trace
 from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies.chooser import NumpyChooser
+from smart_decoding.core.policies.smart import Smart
+from smart_decoding.core.simulation import World
 from smart_decoding.core.tree import DraftTrees
 
 FLAT = CostModel.from_table({1: {1: 1.0, 8: 1.05, 64: 3.0}, 8: {8: 1.1, 64: 3.1}}, {1: 0.2, 64: 0.3}, 0.01)
@@ -109,3 +112,20 @@ def test_variants_wrap_a_running_policy(trace):
         assert found.tokens >= 4 * found.rounds, name
         if name.startswith("dear"):  # drafting seems not to pay: plain decoding, and no slower
             assert found.off > 0.9 * found.rounds and found.rows == 4 * found.rounds
+
+
+def test_a_drafter_that_grows_whole_trees_asks_variants_what_to_expand(trace):
+    """A plan that holds `smart`'s own answers as data would leave the variant out, live."""
+
+    class Grows(NumpyChooser):
+        grows = True
+
+    def plan(variant):
+        policy = VARIANTS[variant](Smart(FLAT, chooser=Grows())) if variant else Smart(FLAT, chooser=Grows())
+        found = policy.plan(World(5, 2, FLAT).state())
+        assert found.speculate
+        return found
+
+    assert plan(None).growth is not None
+    assert plan("all_levels").growth is None and plan("even_budget").growth is None
+    assert plan("cheap_costs").growth is not None

@@ -68,6 +68,15 @@ def test_answers_are_the_recorded_ones_under_every_policy(folder):
         engine.check_integrity()
 
 
+def test_answers_may_be_longer_than_what_a_rehearsal_of_the_profile_adds(folder, tmp_path):
+    write_trace(
+        tmp_path / "long", Trace(synthetic(2.0, answers=2, length=110, context=20), {"temperature": 0.0}, (299,))
+    )
+    result = replayed_run.run(options(folder, replay=tmp_path / "long", policies=("off", "smart"), policy_options=(),
+                                      max_tokens=110))  # fmt: skip
+    assert {run["policy"] for run in result["runs"]} == {"off", "smart"}
+
+
 def test_random_weights_are_the_same_every_time():
     weights = replayed_run.RandomWeights({"a.weight": (30, 40), "n.weight": (4,), "n.bias": (4,)})
     assert torch.equal(weights["a.weight"], weights["a.weight"]) and float(weights["a.weight"].std()) < 0.03

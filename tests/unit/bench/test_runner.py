@@ -274,9 +274,17 @@ def test_a_slow_contestant_runs_in_few_cycles_and_is_paired_with_its_own(world):
     engines["slow"] = worlds.engine(clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=8.0), length=1)
     measured = measure(engines, tasks, 1, clock=clock)
     shown = ["slow" in cycle for cycle in measured.cycles]
-    assert shown == [i % 3 == 0 for i in range(9)]  # nine times as slow
+    assert shown == [i // len(tasks) % 3 == 0 for i in range(9)]  # nine times as slow: every third turn over the tasks
     (run,) = (r for r in rows_of(measured, 1, worlds.options()) if (r["policy"], r["task"]) == ("slow", "all"))
-    assert run["blocks"] == 3 and run["speedup"] == pytest.approx(1 / 9, rel=0.02)
+    assert run["blocks"] == sum(shown) and run["speedup"] == pytest.approx(1 / 9, rel=0.02)
+
+
+def test_noise_and_slow_contestants_meet_every_task(world):
+    clock, engines, tasks = world
+    engines["slow"] = worlds.engine(clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=8.0), length=1)
+    measured = measure(engines, tasks, 1, clock=clock)
+    slow = {block.task for cycle in measured.cycles for label, block in cycle.items() if label == "slow"}
+    assert slow == {again.task for again, _ in measured.again} == set(tasks)
 
 
 def test_a_variant_is_of_smart_and_known():
