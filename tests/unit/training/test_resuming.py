@@ -276,6 +276,11 @@ def test_a_head_may_leave_out_the_last_layer_but_its_data_may_not(
     assert early.head.fc.in_features == CONFIG.hidden
     assert early.run()["steps"] == STEPS
     assert load_head(tmp_path / "head", CONFIG).taps == (1,)
+    config = json.loads((tmp_path / "head" / "config.json").read_text())
+    for wrong in ([CONFIG.layers + 1], [0], []):
+        (tmp_path / "head" / "config.json").write_text(json.dumps({**config, "taps": wrong}))
+        with pytest.raises(ModelError, match="reads layers"):
+            load_head(tmp_path / "head", CONFIG)
     tensors = load_file(data / "shard-0000.safetensors")
     (tmp_path / "other").mkdir()
     save_file({**tensors, "taps": tensors["taps"][:, :32].contiguous()}, tmp_path / "other" / "shard-0000.safetensors")
@@ -299,3 +304,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trainer: Callable[..., Traine
     assert trainer().steps == 1
     with pytest.raises(ModelError, match="other --taps"):
         trainer(taps=(2,))
+
+
+def test_what_is_held_out_shares_no_prompt_with_what_is_trained_on(data: Path) -> None:
+    found, _ = train.load_conversations(data)
+    twin = replace(found[3], tokens=torch.cat((found[3].tokens[: found[3].answer], torch.tensor([1, 2, 3]))))
+    held, trained_on = train._apart([found[0], twin, found[1]], found[2:])
+    assert [id(item) for item in held] == [id(found[0]), id(found[1])] and len(trained_on) == len(found) - 2
