@@ -63,6 +63,13 @@ class Prober:
         else:
             self.gap = min(max(2 * self.gap, FIRST_GAP), CLEAR_GAP if clear else LAST_GAP)
 
+    def lost(self) -> None:
+        """After a probe that told nothing: it is paid for as was expected, and the next one waits as after any."""
+        self.count += 1
+        self.waited = 0
+        self.credit -= self.price
+        self.spent += self.price
+
     def mode_changed(self) -> None:
         """The believed mode is another one now: soon check again."""
         self.gap, self.waited = FIRST_GAP, 0

@@ -128,15 +128,12 @@ class Chains:
         self._length = (len(ids), length, left - 1)
         if self.may_rest and (self.rests.listening or self.rests.asleep):
             return self._heard(ids, length)
+        if self.may_rest and not any(map(self.rests.whole, ids)):
+            return REST  # there is nobody that it could draft for
         if self._pause:
             self._pause -= 1
-            return self._nothing
+            return 0
         return self._probed(length, ids)
-
-    @property
-    def _nothing(self) -> int:
-        """K of a step that drafts no token, as cheaply as the engine can."""
-        return REST if self.may_rest else 0
 
     def _heard(self, ids: Sequence[str], length: int) -> int:
         """At least one token while the draft model is listened to, else REST if it is asleep."""
@@ -152,18 +149,29 @@ class Chains:
         return length
 
     def _best_length(self, ids: Sequence[str]) -> int:
-        """The K with the most tokens per second, if what it will draft is then verified as far as it pays."""
+        """The K with the most tokens per second, if what it will draft is then verified as far as it pays.
+
+        Whether the draft model rests is decided by what it could do for requests that have missed nothing; K by those
+        that it can draft for."""
         batch, longest = len(ids), self.lengths[-1]
-        classes = self._classes(ids, [longest] * batch, [True] * batch)
+        best, value = self._best(ids, [longest] * batch)
+        if not self.may_rest:
+            return best
+        self.rests.decide(value, self.rests.rate(self.costs.plain(batch), batch))
+        heard = [longest if self.rests.whole(id_) else 0 for id_ in ids]
+        return best if all(heard) else self._best(ids, heard)[0]
+
+    def _best(self, ids: Sequence[str], drafts: Sequence[int]) -> tuple[int, float]:
+        """The best K and its tokens per second, with at most so many `drafts` of each request."""
+        batch = len(ids)
+        classes = self._classes(ids, drafts, [True] * batch)
         per_level = self.costs.extra(batch)[2]
         best, best_value = 0, MARGIN * batch / self.costs.plain(batch)
-        for length in self.lengths[1:]:
+        for length in self.lengths[1:] if classes else ():
             _, value, _ = self._cuts(classes, batch, length, per_level * length)
             if value > best_value:
                 best, best_value = length, value
-        if self.may_rest:
-            self.rests.decide(best_value, self.rests.rate(self.costs.plain(batch), batch))
-        return best
+        return best, best_value
 
     def _probed(self, length: int, ids: Sequence[str]) -> int:
         """`length`, or now and then the other mode: a draft model that is off drafts one token, to see whether it has
@@ -178,7 +186,7 @@ class Chains:
         if self._rate and self.prober.due(loss):
             self.prober.probe_round(loss)
             self._pause = 1
-            return self._nothing
+            return 0
         return length
 
     # --- after drafting ---
@@ -201,9 +209,11 @@ class Chains:
         on = value > MARGIN * plain
         self._rate = max(value, plain)
         if self.model:
-            self._probe, self._ask = self._ask, False
+            asked, self._ask = self._ask, False
+            listens = self.may_rest and bool(self.rests.listening or self.rests.asleep)
+            self._probe = asked and not listens  # which is paid for already
             if not on:
-                cuts = dict.fromkeys(cuts, int(self._probe))
+                cuts = dict.fromkeys(cuts, int(asked))
         elif on != self._on:
             self._on = on
             self.prober.mode_changed()
@@ -306,8 +316,13 @@ class Chains:
         elif self.model:
             self.counters.lengths[step.levels] = self.counters.lengths.get(step.levels, 0) + 1
         if seconds is None or not step.clean or not step.batch:
+            if step.probe:
+                self.counters.probes += 1
+                self.prober.lost()
             return
         if step.levels == REST:
+            if step.probe:
+                self._probed_round(step, verified, seconds)
             if not verified:
                 self.rests.observe(self.costs, step.batch, seconds)
             return

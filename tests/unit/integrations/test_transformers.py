@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 import smart_decoding.integrations
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.integrations.hub.custom_generate.generate import generate as hub_generate
 from smart_decoding.integrations.transformers import checks, drafting, generate, last_report, sequences
 from smart_decoding.integrations.transformers.checks import cache_of
 
@@ -171,6 +172,22 @@ def test_stopping_criteria(name: str, eos: int | None) -> None:
     assert torch.equal(smart(model, **given, stopping_criteria=[RowStops()]), expected)
 
 
+def test_criteria_see_the_scores_of_tokens_so_far_only() -> None:
+    """As ConfidenceCriteria of transformers reads them."""
+    seen: list[tuple[int, int]] = []
+
+    class Confidence(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            seen.append((input_ids.shape[1] - PROMPTS.shape[1], len(scores)))
+            assert int(scores[-1][0].argmax()) == int(input_ids[0, -1])
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    model, given = model_of("llama"), {**inputs(1), "return_dict_in_generate": True, "output_scores": True}
+    smart(model, **given, stopping_criteria=[Confidence()])
+    assert (report := last_report(model)) is not None and report.accepted > 0
+    assert seen == [(n, n) for n in range(1, len(seen) + 1)]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_streamers_get_what_generate_gives_them(batch: int) -> None:
     model, given = model_of("phi3"), inputs(batch)
@@ -320,6 +337,15 @@ def test_the_hub_folder_is_what_transformers_loads() -> None:
     assert torch.equal(found, model.generate(**given))
     report = last_report(model)
     assert report is not None and report.drafter == "ngram" and report.policy == "static"
+
+
+def test_the_hub_folder_works_where_it_lies_beside_weights() -> None:
+    """transformers then makes `model.generate` a partial of that very function."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval()
+    expected = model.generate(**inputs())
+    model.generate = functools.partial(hub_generate, model=model)
+    assert torch.equal(model.generate(**inputs(), speculative_config=EAGER), expected)
 
 
 def test_names_of_transformers_that_we_rely_on() -> None:

@@ -239,6 +239,17 @@ def test_draft_models_that_do_not_fit_are_refused_before_loading(
         with_drafts(model, "draft_model", folder_of(config, tmp_path), **inputs())
 
 
+def test_a_draft_model_that_is_kept_is_checked_for_each_call() -> None:
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval()
+    draft = small("llama", max_position_embeddings=40)
+    short = {**inputs(1), "max_new_tokens": 8}
+    first = with_drafts(model, "draft_model", draft, **short)
+    with pytest.raises(ModelError, match=r"40 positions, but .* may reach 58"):
+        with_drafts(model, "draft_model", draft, **inputs(1))
+    assert torch.equal(with_drafts(model, "draft_model", draft, **short), first)
+
+
 def test_a_tokenizer_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     monkeypatch.setattr(model.config, "_name_or_path", "the target")

@@ -79,7 +79,19 @@ def load_draft_model(target: PreTrainedModel, draft: Any, max_length: int) -> Pr
     if config.is_encoder_decoder:
         raise ModelError(f"the draft model {name} is an encoder-decoder model: take a decoder")
     _check_vocabulary(target, config, name)
-    text = config.get_text_config(decoder=True)
+    check_length(config, max_length)
+    if isinstance(draft, PreTrainedModel):
+        return draft
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(draft, dtype=target.dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the draft model {name} cannot be loaded: {_first_line(error)}") from error
+    return model.to(target.device).eval()  # type: ignore[arg-type]
+
+
+def check_length(config: Any, max_length: int) -> None:
+    """Raises ModelError if the draft model cannot follow a text to this length."""
+    name, text = config.name_or_path or type(config).__name__, config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
     if positions and positions < max_length:
         raise ModelError(
@@ -90,13 +102,6 @@ def load_draft_model(target: PreTrainedModel, draft: Any, max_length: int) -> Pr
     reason = unsupported_cache(f"the draft model {name}", GenerationConfig(max_length=max_length), caches)
     if reason:
         raise ModelError(reason)
-    if isinstance(draft, PreTrainedModel):
-        return draft
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(draft, dtype=target.dtype)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the draft model {name} cannot be loaded: {_first_line(error)}") from error
-    return model.to(target.device).eval()  # type: ignore[arg-type]
 
 
 def _config(name: Any) -> Any:

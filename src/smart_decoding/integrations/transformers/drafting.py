@@ -26,6 +26,7 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.protocols import Drafter, TargetScores
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ConfigError
+from smart_decoding.integrations.transformers.draft_models import HostDraftModel, check_length
 from smart_decoding.integrations.transformers.heads import HostHead
 from smart_decoding.integrations.transformers.report import Report
 from smart_decoding.integrations.transformers.sources import Source, key_of, load_source
@@ -75,7 +76,12 @@ def source_for(model: PreTrainedModel, options: Mapping[str, Any], max_length: i
     key = key_of(options)
     if key is None:
         return None
-    return state_of(model).sources.pop(key, None) or load_source(model, options, max_length)
+    kept = state_of(model).sources.get(key)
+    if kept is None:
+        return load_source(model, options, max_length)
+    if isinstance(kept, HostDraftModel):
+        check_length(kept.model.config, max_length)  # of this call, which may be longer
+    return state_of(model).sources.pop(key)
 
 
 def borrow(

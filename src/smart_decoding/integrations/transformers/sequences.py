@@ -110,11 +110,12 @@ class Host:
         keyed = [SampleSpec(whole, spec.seed, spec.sample, spec.position) for spec in specs]
         return sampler.sample(scores, np.arange(len(specs)), keyed)
 
-    def ended(self, sequence: HostSequence) -> bool:
-        """Whether the sequence ends at its last token."""
+    def ended(self, sequence: HostSequence, count: int) -> bool:
+        """Whether the sequence ends at its last token, the answer's `count`-th."""
         ids = sequence.tokens[: sequence.length][None]
         rows = 1 if self._criteria_by_row else self.batch
-        scores = tuple(row.expand(rows, -1) for row in sequence.scores) if self.keep_scores else None
+        known = sequence.scores[:count]  # a round has scores of all its tokens before the first of them is asked about
+        scores = tuple(row.expand(rows, -1) for row in known) if self.keep_scores else None
         done = self.criteria(ids.repeat(rows, 1), scores)
         if not bool(done[0 if rows == 1 else sequence.index]):
             return self.length is not None and sequence.length >= self.length
@@ -150,7 +151,7 @@ class HostStop(StopChecker):
     def _push_one(self, token: int) -> None:
         self.token_ids.append(token)
         self._sequence.push(token)
-        if self._host.ended(self._sequence):
+        if self._host.ended(self._sequence, len(self.token_ids)):
             self.finish_reason = "stop"
 
 

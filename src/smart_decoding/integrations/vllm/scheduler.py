@@ -18,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from smart_decoding.integrations.chains import Chains, Step
+from smart_decoding.integrations.resting import REST
 from smart_decoding.integrations.vllm.metrics import serve_metrics
 from smart_decoding.integrations.vllm.ranks import Length, drafts_nothing, marked, same_machine, shorten_fetching
 from smart_decoding.integrations.vllm.seams import (
@@ -75,6 +76,9 @@ class Controller:
         requests = self.scheduler.requests
         greedy = frozenset(id_ for id_ in drafts if _greedy(requests[id_]))
         levels = int(output.num_spec_tokens_to_schedule)
+        if levels == REST:  # a prompt that the draft model does not see cannot be drafted for
+            scheduled = output.num_scheduled_tokens.items()
+            self.policy.rests.miss(id_ for id_, count in scheduled if count > 1 + drafts.get(id_, 0))
         drafts_nothing(levels <= 0)
         step = Step(batch, levels, drafts, clean=clean, greedy=greedy, probe=probe)
         self._under_way[id(output)] = (step, start)
@@ -133,6 +137,9 @@ class _Smart:
         schedule = speculative.num_speculative_tokens_per_batch_size
         longest = self.num_spec_tokens  # type: ignore[attr-defined]
         lengths = [min(k, longest) for _, _, k in schedule] if schedule else range(longest + 1)
+        if not any(lengths):
+            logger.warning("SMART leaves draft lengths to vLLM: its schedule drafts nothing at any batch size")
+            return
         self.controller = Controller(self, lengths, speculative.method not in FREE, options.probe_budget)
         parallel = config.parallel_config
         far = options.shortcuts and same_machine(parallel.distributed_executor_backend, parallel.nnodes)

@@ -53,6 +53,7 @@ CLASSES = {
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor": ("take_draft_token_ids",),  # ranks.py
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (  # shortcuts.py
         "execute_model", "sample_tokens", "execute_model_state", "speculative_config", "use_async_scheduling",
+        "model_config",
     ),
     "vllm.v1.worker.gpu_model_runner:ExecuteModelState": ("scheduler_output",),
 }  # fmt: skip

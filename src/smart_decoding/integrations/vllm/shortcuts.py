@@ -93,9 +93,11 @@ def _shorten_steps() -> None:
 @contextmanager
 def _plain(runner: Any, step: Any) -> Iterator[None]:
     """The model runner without its speculative config, if `step` neither verifies nor drafts. (In asynchronous
-    scheduling the next step's inputs are made from what is prepared for drafts, so there all stays as it is.)"""
+    scheduling the next step's inputs are made from what is prepared for drafts, and recurrent layers find their state
+    by how many drafts were accepted before, so there all stays as it is.)"""
     rests = step is not None and step.num_spec_tokens_to_schedule == REST
-    if not rests or step.scheduled_spec_decode_tokens or runner.use_async_scheduling:
+    special = runner.use_async_scheduling or runner.model_config.is_hybrid
+    if not rests or step.scheduled_spec_decode_tokens or special:
         yield
         return
     config, runner.speculative_config = runner.speculative_config, None

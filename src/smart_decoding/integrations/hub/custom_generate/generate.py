@@ -9,4 +9,5 @@ from smart_decoding.integrations.transformers import generate as smart_generate
 
 def generate(model: Any, **arguments: Any) -> Any:
     """All arguments of `model.generate`, and speculative_config."""
-    return model.generate(custom_generate=smart_generate, **arguments)
+    # Where this folder lies beside weights, `model.generate` is a partial of this very function.
+    return type(model).generate(model, custom_generate=smart_generate, **arguments)
