@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.errors import ConfigError
 from smart_decoding.tokenizer import Tokenizer
 
 # Unbounded blanks are how small models fill an answer to its end. `lenient` would ignore keywords that are not known.
@@ -110,7 +110,7 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise CapacityError(f"structured_outputs: {_one_line(self._matcher.get_error())}")
+            raise ConfigError(f"structured_outputs: {_one_line(self._matcher.get_error())}")
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:

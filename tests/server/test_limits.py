@@ -15,6 +15,7 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from serving import NAME, Running, post, serving, slow, wait_for
 
 from smart_decoding import speculation
@@ -53,6 +54,7 @@ def test_malformed_bodies(running: Running, content: bytes) -> None:
         {"temperature": 3.0}, {"temperature": "0"}, {"temperature": float("nan")}, {"top_p": 0}, {"n": 0}, {"n": 99},
         {"max_tokens": 0}, {"max_tokens": 10**30}, {"seed": 2**70}, {"logit_bias": {"x": 1}}, {"logprobs": 21},
         {"logit_bias": {"999": 1.0}}, {"stop": ["a"] * 17}, {"stop": [""]}, {"echo": True}, {"suffix": "x"},
+        {"repetition_penalty": 1e-300}, {"stop[]": ["x"]}, {"body": {}},
         {"best_of": 2}, {"stream_options": {"include_usage": True}}, {"top_k": -2}, {"n": 2, "temperature": 0},
     ],
 )  # fmt: skip
@@ -260,6 +262,38 @@ def test_a_request_that_breaks_the_model_does_not_break_the_others(
             assert job.result().json()["choices"][0]["text"] == plain.generate(prompt, llm_params)[0].outputs[0].text
         assert running.idle() and httpx.get(f"{running.url}/health").status_code == 200
         running.llm.engine.check_integrity()
+
+
+def test_failures_in_a_row_that_are_the_requests_own_do_not_stop_the_engine(load: Any) -> None:
+    """Nothing else runs that would show that the model works. What the model does wrong is no bad request."""
+
+    def poisoned() -> LLM:
+        llm = load(enable_prefix_caching=False)
+        verify = llm.target.verify
+
+        def raising(rows: Any, taps: Any) -> Any:
+            if (rows.token == 7).any():
+                raise ModelError("logits that are not finite")
+            return verify(rows, taps)
+
+        llm.target.verify = raising  # type: ignore[method-assign]
+        return llm
+
+    with serving(poisoned) as running:
+        for _ in range(5):
+            bad = post(running, "/v1/completions", json={"model": NAME, "prompt": [1, 7, 2], "max_tokens": 5})
+            assert error_of(bad, 500)["code"] == "request_failed"
+        good = {"model": NAME, "prompt": "ab", "max_tokens": 2, "logit_bias": {"7": -100}}
+        assert post(running, "/v1/completions", json=good).status_code == 200
+        assert httpx.get(f"{running.url}/health").status_code == 200
+
+
+def test_a_long_list_of_nonsense_makes_few_errors() -> None:
+    """Each would be told of in a record of its own: gigabytes for a body of a few megabytes."""
+    for wrong in ({"prompt": [None] * 5000}, {"prompt": [[-1] * 5000]}, {"prompt": "a", "stop_token_ids": [-1] * 5000}):
+        with pytest.raises(ValidationError) as error:
+            CompletionRequest.model_validate({"model": "m", **wrong})
+        assert error.value.error_count() < 10
 
 
 def test_a_broken_engine_is_told(load: Any) -> None:

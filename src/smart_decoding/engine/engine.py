@@ -315,6 +315,8 @@ class Engine:
 
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         params.check_vocabulary(self.target.vocab)
+        if params.min_tokens and len({*params.stop_ids, *self.target.eos_token_ids}) >= self.target.vocab:
+            raise ConfigError("min_tokens forbids the end before it, and all tokens are ends: shorten stop_token_ids")
         if not len(prompt):
             raise ConfigError("the prompt is empty: give at least one token")
         if min(prompt) < 0 or max(prompt) >= self.target.vocab:

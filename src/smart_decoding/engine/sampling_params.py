@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 
 from smart_decoding.engine.structured import StructuredOutputsParams
@@ -70,7 +71,7 @@ class SamplingParams:
         _real("temperature", self.temperature, "in [0, 2]", lambda x: 0 <= x <= 2)
         _real("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
         _real("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
-        _real("repetition_penalty", self.repetition_penalty, "greater than 0 and finite", lambda x: x > 0)
+        _real("repetition_penalty", self.repetition_penalty, "in [0.01, 100]", lambda x: 0.01 <= x <= 100)
         _real("presence_penalty", self.presence_penalty, "in [-2, 2]", lambda x: -2 <= x <= 2)
         _real("frequency_penalty", self.frequency_penalty, "in [-2, 2]", lambda x: -2 <= x <= 2)
         _integer("top_k", self.top_k, -1, "0 or -1 (all tokens) or an integer >= 1")
@@ -139,7 +140,7 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(dict.fromkeys(self.stop))
 
-    @property
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(self.stop_token_ids or ()))
 

@@ -173,5 +173,9 @@ class StopChecker:
 
 def overlap(text: str, string: str) -> int:
     """Length of the longest proper prefix of `string` that ends `text`."""
-    longest = min(len(string) - 1, len(text))
-    return next((k for k in range(longest, 0, -1) if text.endswith(string[:k])), 0)
+    at = max(0, len(text) - len(string) + 1)
+    while (at := text.find(string[0], at)) >= 0:
+        if string.startswith(text[at:]):
+            return len(text) - at
+        at += 1
+    return 0

@@ -15,6 +15,7 @@ from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.engine.scheduler import Batch
 from smart_decoding.engine.specs import specs_of
+from smart_decoding.errors import ModelError
 
 Clock = Callable[[], float]
 
@@ -131,7 +132,7 @@ def _accept(
     if all(r.takes_argmax for r in asking):
         greedy = target.argmax(scores.logits, np.array(at)) if scores.greedy is None else scores.greedy[at]
         tokens = greedy.tolist()
-        acceptance = accept(nodes, lambda wanted: [tokens[row] for row in wanted])
+        acceptance = accept(nodes, lambda wanted: _finite([tokens[row] for row in wanted]))
     else:
         eos = target.eos_token_ids
         acceptance = accept(
@@ -146,6 +147,13 @@ def _accept(
             k = request.params.logprobs or 0
             request.logprobs += target.logprobs(scores.logits, which, acceptance.emitted[i], k)
     return acceptance
+
+
+def _finite(tokens: list[int]) -> list[int]:
+    """The same tokens. Raises ModelError for one of a row without a maximum; rows that the walk leaves out may be."""
+    if min(tokens, default=0) < 0:
+        raise ModelError("the model's logits are NaN or infinite: check the weights, or use dtype float32")
+    return tokens
 
 
 def _commit_keys(target: Target, acceptance: Acceptance, rows: Rows, last: list[int], node_row: list[int]) -> None:

@@ -20,6 +20,7 @@ def _whole_characters(text: str) -> str:
 
 MAX_DEPTH = 64
 Token = Annotated[int, Field(ge=0)]
+FAST = Field(fail_fast=True)  # of lists: one error is enough, and a body of nulls would make a million
 Text = Annotated[str, AfterValidator(_whole_characters)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from http import HTTPStatus
 from typing import Any
 
@@ -13,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from smart_decoding.server.errors import ApiError
 
 MAX_HEAD = 64 * 1024  # bytes
-STALLED = 60.0  # seconds without reading a byte of what is to be sent
+STALLED = 60.0  # seconds in which a client has read nothing of what is to be sent
 
 
 class Connection(H11Protocol):
@@ -29,6 +30,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # whatever is left unsent is to be known of
         if len(self.connections) > self._max_connections:
             self._refuse(ApiError(503, "too many connections are open: try again later", "too_many_connections"))
         else:
@@ -46,7 +48,16 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall_timer = self._stall_timer or self.loop.call_later(STALLED, self.transport.abort)
+        if self._stall_timer is None:
+            self._watch_reader(math.inf)
+
+    def _watch_reader(self, unsent: float) -> None:
+        """Cuts off who has read nothing since `unsent` bytes were left; else looks again later."""
+        left = self.transport.get_write_buffer_size()
+        if left >= unsent:
+            self.transport.abort()
+        else:
+            self._stall_timer = self.loop.call_later(STALLED, self._watch_reader, left)
 
     def resume_writing(self) -> None:
         super().resume_writing()

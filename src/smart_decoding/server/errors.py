@@ -89,10 +89,11 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     field = error.errors()[0]["loc"][:2]
     first = max((e for e in error.errors() if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
     kind = first["type"]
-    path = [part for part in map(str, first["loc"]) if part != "body" and "[" not in part]  # "list[...]": a type tried
+    # Behind "body" and the field's name "list[...]" is a type that was tried.
+    path = [part for i, part in enumerate(map(str, first["loc"])) if i and (i == 1 or "[" not in part)]
+    param = path[0] if path else None
     if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if kind == "extra_forbidden":
-        return ApiError(400, f"{'.'.join(path)} is not supported", "unsupported_parameter", path[0])
-    param = path[0] if path else None
+        return ApiError(400, f"{'.'.join(path)} is not supported", "unsupported_parameter", param)
     return ApiError(400, f"{'.'.join(path) or 'the body'}: {first['msg']}", "invalid_value", param)

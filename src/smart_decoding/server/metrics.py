@@ -83,7 +83,8 @@ class Metrics:
             self.seconds["checked_round"] += done.verify_seconds + sum(done.level_seconds)
             self.seconds["predicted_round"] += predicted_seconds(self._cost, done)
         for request in touched:
-            if request.metrics.rounds == 0:
+            if not request.metrics.counted:
+                request.metrics.counted = True
                 self.ttft.observe(request.metrics.ttft or 0.0)
                 counts["prompt_tokens"] += len(request.prompt)
 

@@ -53,7 +53,8 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
 
     @api.post("/v1/completions", response_model=None)
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        llm = worker.check_room()
+        several = isinstance(body.prompt, list) and bool(body.prompt) and not isinstance(body.prompt[0], int)
+        llm = worker.check_room((len(body.prompt) if several else 1) * (body.n or 1))
         prompts = await _in_thread(lambda: _prompt_tokens(llm, body.prompt))
         form = CompletionForm(_token_text(llm), body.logprobs)
         return await _answer(request, body, prompts, form, body.logprobs)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.server.body import Body, Text, Token
+from smart_decoding.server.body import FAST, Body, Text, Token
 from smart_decoding.server.structure import ResponseFormat, StructuredOutputs, schema_of
 from smart_decoding.server.tools import MAX_TOOLS, NamedTool, Offer, Tool, ToolCall
 
@@ -60,7 +60,7 @@ class Sampling(Body):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[Token] | None = None
+    stop_token_ids: Annotated[list[Token], FAST] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -124,7 +124,12 @@ class Sampling(Body):
 
 
 class CompletionRequest(Sampling):
-    prompt: Text | list[Text] | list[Token] | list[list[Token]]
+    prompt: (
+        Text
+        | Annotated[list[Text], FAST]
+        | Annotated[list[Token], FAST]
+        | Annotated[list[Annotated[list[Token], FAST]], FAST]
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
@@ -148,9 +153,9 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Text | Annotated[list[Part], FAST] | None = None
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FAST] | None = None
     tool_call_id: Text | None = None
 
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {  # what answers have, and clients send back
@@ -181,7 +186,7 @@ class Message(Body):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -237,7 +242,7 @@ class ChatRequest(Sampling):
 class TokenizeRequest(Body):
     model: str | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], FAST] | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -249,4 +254,4 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[Token]
+    tokens: Annotated[list[Token], FAST]

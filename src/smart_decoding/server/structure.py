@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.server.body import Body, Text, check_json
+from smart_decoding.server.body import FAST, Body, Text, check_json
 
 
 class TextFormat(Body):
@@ -51,7 +51,7 @@ class StructuredOutputs(Body):
     json_: str | dict[str, Any] | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: Text | None = None
-    choice: list[Text] | None = None
+    choice: Annotated[list[Text], FAST] | None = None
     grammar: Text | None = Field(None, description="In llguidance's dialect of Lark, from `start`.")
 
     def params(self) -> StructuredOutputsParams:

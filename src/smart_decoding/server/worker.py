@@ -21,7 +21,7 @@ from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.media import Media
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import SmartError
+from smart_decoding.errors import CapacityError, ConfigError, SmartError
 from smart_decoding.llm import LLM
 from smart_decoding.server.errors import ApiError, of_smart_error
 
@@ -242,10 +242,7 @@ class Worker:
             self._waiting.popleft()  # first come, first served: the others have not begun either
         self._tell(lambda observer: observer.after(engine, touched))
         for request in touched:
-            try:
-                self._emit(request)
-            except Exception as error:  # of its text: the others have nothing to do with it
-                self._condemn(engine, request, error)
+            self._emit_or_end(engine, request)
 
     def _tell(self, call: Callable[[Observer], None]) -> None:
         """An observer that raises is not asked again: watching must not hurt the watched."""
@@ -301,6 +298,12 @@ class Worker:
             error = ApiError(503, message, "queue_timeout", retry_after=self.retry_after)
             self._end(engine, self._waiting[0], error)
 
+    def _emit_or_end(self, engine: Engine, request: Request) -> None:
+        try:
+            self._emit(request)
+        except Exception as error:  # of its text: the others have nothing to do with it
+            self._condemn(engine, request, error)
+
     def _emit(self, request: Request) -> None:
         """Puts out what a request has gained; for a job that does not stream, only at its end."""
         job = self._owners.get(request)
@@ -345,7 +348,7 @@ class Worker:
         for suspect in suspects:
             queue.clear()
             if suspect.finished:  # in the very round that failed, or with another answer of its job
-                self._emit(suspect)
+                self._emit_or_end(engine, suspect)
                 continue
             queue.append(suspect)
             try:
@@ -355,12 +358,21 @@ class Worker:
                 self._condemn(engine, suspect, own)
             engine.suspend()
         for request in [request for request in self._owners if request.finished]:
-            self._emit(request)
+            self._emit_or_end(engine, request)
         queue.clear()
-        queue.extend(request for request in (*survivors, *others) if not request.finished)
         self._failures = 0 if survivors else self._failures + 1
         if self._failures >= GIVE_UP:
-            raise error
+            self._try_what_must_work(error)
+        queue.extend(request for request in (*survivors, *others) if not request.finished)
+
+    def _try_what_must_work(self, error: Exception) -> None:
+        """After failures in a row, which may have been the requests' own. Raises `error` if the engine is to blame."""
+        assert self.llm is not None
+        try:
+            warm_up(self.llm)
+        except Exception:
+            raise error from None
+        self._failures = 0
 
     def _condemn(self, engine: Engine, request: Request, error: Exception) -> None:
         job = self._owners.get(request)
@@ -368,7 +380,8 @@ class Worker:
         engine.abort(request.id)
         if job is not None:
             message = f"the model failed on this request: {type(error).__name__}: {error}"
-            own = of_smart_error(error) if isinstance(error, SmartError) else ApiError(500, message, "request_failed")
+            asked_too_much = isinstance(error, ConfigError | CapacityError)  # a ModelError is nobody's request's fault
+            own = of_smart_error(error) if asked_too_much else ApiError(500, message, "request_failed")
             self._end(engine, job, own)
 
     def _run_alone(self, engine: Engine, request: Request) -> None:

@@ -13,7 +13,7 @@ BAD = {
     "top_p": [0.0, -0.5, 1.01, math.nan],
     "top_k": [-2, 1.5, None],
     "min_p": [-0.1, 1.1, math.nan],
-    "repetition_penalty": [0.0, -1.0, math.inf, math.nan],
+    "repetition_penalty": [0.0, -1.0, 1e-300, 101.0, math.inf, math.nan],
     "presence_penalty": [-2.1, 2.1],
     "frequency_penalty": [-2.1, 2.1],
     "logit_bias": [{1: 101.0}, {1: -math.inf}, {-1: 1.0}, {"a": 1.0}, {1: "x"}, [1]],

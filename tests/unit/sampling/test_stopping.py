@@ -3,9 +3,11 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.engine.stopping import LOOP, Detokenizer, StopChecker
+from smart_decoding.engine.stopping import LOOP, Detokenizer, StopChecker, overlap
 
 EOS = 0
 
@@ -163,3 +165,9 @@ def test_a_loop_ends_the_answer_only_where_asked():
     assert decode(check.token_ids[: check.loop_start]) == "The sum is ten and"
     check = checker()
     assert check.push(tokens) == tokens and check.loop_start is None
+
+
+@given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=6))
+def test_overlap_is_the_longest_proper_prefix_that_ends_the_text(text: str, string: str) -> None:
+    fitting = [k for k in range(len(string)) if text.endswith(string[:k])]
+    assert overlap(text, string) == max(fitting, default=0)
