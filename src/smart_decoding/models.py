@@ -173,13 +173,13 @@ def _snapshot(repository: str, timeout: float, *, local_only: bool) -> Path:
 
 def is_complete(folder: Path) -> bool:
     """Whether a snapshot holds a configuration, a tokenizer and all weights (an interrupted download does not)."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file() and not single.is_file():
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError):
             return False
     else:
-        shards = {"model.safetensors"}
+        shards = {single.name}
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     return has_tokenizer and all((folder / name).is_file() for name in ("config.json", *shards))

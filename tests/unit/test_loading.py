@@ -18,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.loading import load_checkpoint
 from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.models import is_complete
 from smart_decoding.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {
@@ -183,6 +184,7 @@ def test_context_is_limited_by_positions_and_by_the_window(tmp_path: Path) -> No
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ["longrope"]),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["llama3", "low_freq_factor"]),
         ({"hidden_size": None}, ["config.json"]),
+        ({"num_key_value_heads": 3}, ["4 query heads", "3 key heads"]),
         ({"intermediate_size": 48}, ["mlp.gate_proj.weight", "(64, 32)", "(48, 32)"]),
         ({"num_hidden_layers": 3}, ["model.layers.2.input_layernorm.weight"]),
         ({"num_hidden_layers": 1}, ["model.layers.1."]),
@@ -235,6 +237,18 @@ def test_refuses_a_missing_shard_and_a_lying_index(tmp_path: Path) -> None:
     index.write_text(json.dumps(content))
     (tmp_path / "model" / first).unlink()
     assert_refused(tmp_path / "model", first, "missing")
+
+
+def test_one_file_comes_before_an_older_index(tmp_path: Path) -> None:
+    """As in transformers, which leaves the index of earlier shards behind."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3.0)
+    model.save_pretrained(tmp_path / "one")
+    (tmp_path / "one" / "model.safetensors").rename(tmp_path / "model" / "model.safetensors")
+    assert bool((load_checkpoint(tmp_path / "model").weights["model.norm.weight"] == 3.0).all())
+    assert is_complete(tmp_path / "model") == (tmp_path / "model" / "tokenizer.json").is_file()
 
 
 # GGUF --------------------------------------------------------------------------------------------------------------
@@ -370,6 +384,7 @@ def test_gguf_is_converted_once_and_again_when_damaged(
     assert load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source == folder
     assert (folder / "converted.json").stat().st_mtime_ns == written
     assert [path.name for path in own_cache.iterdir()] == ["converted"]
+    assert folder.stat().st_mode & 0o077 == 0o055  # others may share the cache
 
     (folder / "model-00000.safetensors").write_bytes(b"cut")
     assert torch.equal(

@@ -101,6 +101,7 @@ def _convert(source: Source, target: Path) -> None:
 
 def move_into_place(part: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
+    part.chmod(0o755)  # a temporary folder is its owner's alone, and a cache may be shared
     try:
         os.rename(part, target)
     except OSError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def _load_ours(folder: Path, config: Mapping[str, Any], target: ModelConfig, tru
     for name, value in wanted.items():
         if config.get(name) != value:
             raise ModelError(f"the head in {folder} has {name} {config.get(name)}, but the model has {value}")
-    taps = tuple(int(tap) for tap in config["taps"])
+    taps = _within(folder, config.get("taps") or (), target)
     shape = replace(target, layers=1, qkv_bias=False, o_bias=False, qk_norm=False)
     weights = _read(folder, trust_pickle)
     fc_norms = {f"fc_norm.{i}.weight": (shape.hidden,) for i in range(len(taps))}
@@ -178,8 +178,13 @@ def _taps(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> tuple
     nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     if listed is None and nested is not None:
         listed = [int(i) + 1 for i in nested]
-    taps = tuple(int(i) for i in listed or (2, target.layers // 2, target.layers - 3))
-    if sorted(set(taps)) != list(taps) or taps[0] < 1 or taps[-1] > target.layers:
+    return _within(folder, listed or (2, target.layers // 2, target.layers - 3), target)
+
+
+def _within(folder: Path, listed: Sequence[Any], target: ModelConfig) -> tuple[int, ...]:
+    """The layers a head reads. Raises ModelError unless they are the target's, and in order."""
+    taps = tuple(int(i) for i in listed)
+    if not taps or sorted(set(taps)) != list(taps) or taps[0] < 1 or taps[-1] > target.layers:
         raise ModelError(
             f"the head in {folder} reads layers {taps} of a model of {target.layers}: they must be distinct, ascending "
             "and within it"

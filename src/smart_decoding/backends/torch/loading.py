@@ -125,7 +125,12 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
 
 
 def _weight_files(folder: Path) -> Mapping[Path, list[str] | None]:
-    """The files to open, with the tensors the index promises in each (None: whatever is in it)."""
+    """The files to open, with the tensors the index promises in each (None: whatever is in it).
+
+    One file comes before an index, as in transformers, which leaves an older index behind when it saves anew."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return {single: None}
     if (folder / _INDEX).is_file():
         try:
             weight_map: dict[str, str] = dict(_read_json(folder / _INDEX)["weight_map"])
@@ -137,8 +142,7 @@ def _weight_files(folder: Path) -> Mapping[Path, list[str] | None]:
                 raise ModelError(f"{_INDEX} in {folder} names {shard}, which is outside the folder")
             files[folder / shard].append(name)
         return dict(files)
-    single = folder / "model.safetensors"
-    found = [single] if single.is_file() else sorted(folder.glob("model-*.safetensors"))
+    found = sorted(folder.glob("model-*.safetensors"))
     if not found:
         _refuse(folder)
     return dict.fromkeys(found)
