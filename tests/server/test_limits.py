@@ -230,25 +230,28 @@ def test_a_full_queue_and_a_long_wait_are_refused(load: Any) -> None:
         error_of(too_many, 400)
 
 
+def poisoned(llm: LLM, error: Exception) -> LLM:
+    """Token 7 makes its forward raise, whoever else is in the batch."""
+    verify = llm.target.verify
+
+    def raising(rows: Any, taps: Any) -> Any:
+        if (rows.token == 7).any():
+            raise error
+        return verify(rows, taps)
+
+    llm.target.verify = raising  # type: ignore[method-assign]
+    return llm
+
+
 def test_a_request_that_breaks_the_model_does_not_break_the_others(
     load: Any, plain: LLM, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its token makes the forward raise, whoever is in the batch; the log says why."""
 
-    def poisoned() -> LLM:
-        llm = slow(load(enable_prefix_caching=False), 0.002)
-        verify = llm.target.verify
-
-        def raising(rows: Any, taps: Any) -> Any:
-            if (rows.token == 7).any():
-                raise RuntimeError("poison")
-            return verify(rows, taps)
-
-        llm.target.verify = raising  # type: ignore[method-assign]
-        return llm
-
     params = {"temperature": 0, "max_tokens": 60, "logit_bias": {"7": -100}}
-    with serving(poisoned) as running, ThreadPoolExecutor() as pool:
+    poison = RuntimeError("poison")
+    with serving(lambda: poisoned(slow(load(enable_prefix_caching=False), 0.002), poison)) as running, \
+            ThreadPoolExecutor() as pool:  # fmt: skip
         jobs = [pool.submit(post, running, "/v1/completions", json={"model": NAME, "prompt": p, **params})
                 for p in ("ab", "cd")]  # fmt: skip
         assert wait_for(lambda: running.worker.active == 2)
@@ -266,20 +269,8 @@ def test_a_request_that_breaks_the_model_does_not_break_the_others(
 
 def test_failures_in_a_row_that_are_the_requests_own_do_not_stop_the_engine(load: Any) -> None:
     """Nothing else runs that would show that the model works. What the model does wrong is no bad request."""
-
-    def poisoned() -> LLM:
-        llm = load(enable_prefix_caching=False)
-        verify = llm.target.verify
-
-        def raising(rows: Any, taps: Any) -> Any:
-            if (rows.token == 7).any():
-                raise ModelError("logits that are not finite")
-            return verify(rows, taps)
-
-        llm.target.verify = raising  # type: ignore[method-assign]
-        return llm
-
-    with serving(poisoned) as running:
+    wrong = ModelError("logits that are not finite")
+    with serving(lambda: poisoned(load(enable_prefix_caching=False), wrong)) as running:
         for _ in range(5):
             bad = post(running, "/v1/completions", json={"model": NAME, "prompt": [1, 7, 2], "max_tokens": 5})
             assert error_of(bad, 500)["code"] == "request_failed"

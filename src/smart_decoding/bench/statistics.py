@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit
 
 Floats = NDArray[np.float64]
 RESAMPLES = 4000
@@ -56,7 +56,7 @@ def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLE
     logs = np.log(base[which].sum(axis=1) / ours[which].sum(axis=1)) - np.log(value)
     count, strata = len(usable), len({p.stratum for p in usable})
     df = count - strata if count > strata else count - 1
-    widen = np.sqrt(count / df) * float(t.ppf(0.975, df) / norm.ppf(0.975))
+    widen = np.sqrt(count / df) * float(stdtrit(df, 0.975) / ndtri(0.975))
     low, high = np.exp(np.log(value) + widen * np.percentile(logs, [2.5, 97.5]))
     return Ratio(value, min(value, float(low)), max(value, float(high)), len(usable))
 

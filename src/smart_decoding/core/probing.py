@@ -53,10 +53,7 @@ class Prober:
         """After a probe that cost `loss` seconds more than the believed mode would have (negative: it was better).
 
         clear: whether that leaves little doubt."""
-        self.count += 1
-        self.waited = 0
-        self.credit -= loss
-        self.spent += max(loss, 0.0)
+        self._pay(loss)
         self.hope = HOPE if loss < 0 else self.hope - 1
         if self.hope > 0:
             self.gap = 0
@@ -65,10 +62,13 @@ class Prober:
 
     def lost(self) -> None:
         """After a probe that told nothing: it is paid for as was expected, and the next one waits as after any."""
+        self._pay(self.price)
+
+    def _pay(self, loss: float) -> None:
         self.count += 1
         self.waited = 0
-        self.credit -= self.price
-        self.spent += self.price
+        self.credit -= loss
+        self.spent += max(loss, 0.0)
 
     def mode_changed(self) -> None:
         """The believed mode is another one now: soon check again."""

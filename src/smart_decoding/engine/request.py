@@ -29,7 +29,6 @@ class RequestMetrics:
     accepted: int = 0
     preemptions: int = 0
     cached_tokens: int = 0
-    counted: bool = False  # whether metrics have its first token: it is drawn again after a preemption
     vision_seconds: float = 0.0
 
     @property

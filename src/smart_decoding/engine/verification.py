@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.tree import DraftTrees, IntArray
@@ -151,9 +152,14 @@ def _accept(
 
 def _finite(tokens: list[int]) -> list[int]:
     """The same tokens. Raises ModelError for one of a row without a maximum; rows that the walk leaves out may be."""
-    if min(tokens, default=0) < 0:
-        raise ModelError("the model's logits are NaN or infinite: check the weights, or use dtype float32")
+    require_finite(min(tokens, default=0) >= 0)
     return tokens
+
+
+def require_finite(finite: ArrayLike) -> None:
+    """Raises ModelError unless all the rows' maxima are: `finite` says so of each."""
+    if not np.all(finite):
+        raise ModelError("the model's logits are NaN or infinite: check the weights, or use dtype float32")
 
 
 def _commit_keys(target: Target, acceptance: Acceptance, rows: Rows, last: list[int], node_row: list[int]) -> None:

@@ -83,8 +83,7 @@ class Metrics:
             self.seconds["checked_round"] += done.verify_seconds + sum(done.level_seconds)
             self.seconds["predicted_round"] += predicted_seconds(self._cost, done)
         for request in touched:
-            if not request.metrics.counted:
-                request.metrics.counted = True
+            if request.metrics.rounds == 0 and len(request.output) <= 1:  # more: a prompt run again after a preemption
                 self.ttft.observe(request.metrics.ttft or 0.0)
                 counts["prompt_tokens"] += len(request.prompt)
 

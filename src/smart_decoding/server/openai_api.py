@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -53,9 +53,9 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
 
     @api.post("/v1/completions", response_model=None)
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        several = isinstance(body.prompt, list) and bool(body.prompt) and not isinstance(body.prompt[0], int)
-        llm = worker.check_room((len(body.prompt) if several else 1) * (body.n or 1))
-        prompts = await _in_thread(lambda: _prompt_tokens(llm, body.prompt))
+        given = _prompts(body.prompt)
+        llm = worker.check_room(len(given) * (body.n or 1))
+        prompts = await _in_thread(lambda: [llm.text_prompt(each).tokens for each in given])
         form = CompletionForm(_token_text(llm), body.logprobs)
         return await _answer(request, body, prompts, form, body.logprobs)
 
@@ -224,12 +224,11 @@ async def _check_structure(body: Sampling, params: SamplingParams, llm: LLM) -> 
             raise ApiError(400, f"{field}: {message}", "invalid_value", field) from error
 
 
-def _prompt_tokens(llm: LLM, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
-    """Token ids of one prompt or several. Raises ConfigError for a placeholder of a picture: none can come with it."""
-    if prompt == []:
+def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
+    """One prompt, or several, as a list: texts or token ids. Raises ApiError if there is none."""
+    if given == []:
         raise ApiError(400, "the prompt is empty", "invalid_value", "prompt")
-    one = isinstance(prompt, str) or isinstance(prompt[0], int)
-    return [llm.text_prompt(each).tokens for each in ([prompt] if one else prompt)]
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
 
 
 def _token_text(llm: LLM) -> Callable[[int], str]:

@@ -100,11 +100,10 @@ def load_conversations(folder: Path, keep: Keep | None = None, sees: bool = Fals
     return found, dropped
 
 
-def _apart(held: list[Conversation], train: list[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-    """The same, without held-out conversations whose prompt is trained on: processes that write side by side repeat
-    prompts."""
+def _unseen(held: list[Conversation], train: list[Conversation]) -> list[Conversation]:
+    """Those of `held` whose prompt is not trained on: processes that write side by side repeat prompts."""
     known = {tuple(item.tokens[: item.answer].tolist()) for item in train}
-    return [item for item in held if tuple(item.tokens[: item.answer].tolist()) not in known], train
+    return [item for item in held if tuple(item.tokens[: item.answer].tolist()) not in known]
 
 
 def recorded_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
@@ -164,7 +163,8 @@ class Trainer:
         np.random.default_rng(options.seed).shuffle(data)  # type: ignore[arg-type]
         _check_taps(data, folder, recorded_taps(options.taps, self.config.layers), self.config.hidden)
         held = max(8, int(len(data) * HELD_OUT))
-        self._held, self._train = _apart(data[:held], data[held:])
+        self._train = data[held:]
+        self._held = _unseen(data[:held], self._train)
         self.draft_ids = self._draft_vocabulary(init)
         self._frozen = _frozen(checkpoint, self.draft_ids, init)
         self._draft_of = torch.full((self.config.vocab,), -1)

@@ -309,5 +309,5 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trainer: Callable[..., Traine
 def test_what_is_held_out_shares_no_prompt_with_what_is_trained_on(data: Path) -> None:
     found, _ = train.load_conversations(data)
     twin = replace(found[3], tokens=torch.cat((found[3].tokens[: found[3].answer], torch.tensor([1, 2, 3]))))
-    held, trained_on = train._apart([found[0], twin, found[1]], found[2:])
-    assert [id(item) for item in held] == [id(found[0]), id(found[1])] and len(trained_on) == len(found) - 2
+    held = train._unseen([found[0], twin, found[1]], found[2:])
+    assert [id(item) for item in held] == [id(found[0]), id(found[1])]

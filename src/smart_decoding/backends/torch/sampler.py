@@ -22,7 +22,7 @@ from smart_decoding.backends.torch.noise import G_MAX, fewest_bits, gumbel, gumb
 from smart_decoding.backends.torch.processors import FloatRow, process
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import ModelError
+from smart_decoding.engine.verification import require_finite
 
 LOWEST = float(np.finfo(np.float32).min)  # forbidden tokens, at -inf, are below every floor
 NEAR = 5.0  # nats below the maximum within which noise is evaluated at once; a matter of speed only
@@ -205,9 +205,3 @@ def _rows(logits: torch.Tensor, indices: NDArray[np.int64]) -> Sequence[FloatRow
         rows = logits.float().contiguous().numpy()
         return [rows[i] for i in indices]
     return list(logits[torch.from_numpy(indices).to(logits.device)].float().cpu().numpy())
-
-
-def require_finite(finite: ArrayLike) -> None:
-    """Raises ModelError unless all the rows' maxima are: `finite` says so of each."""
-    if not np.all(finite):
-        raise ModelError("the model's logits are NaN or infinite: check the weights, or use dtype float32")

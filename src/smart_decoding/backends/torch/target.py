@@ -11,13 +11,14 @@ import torch
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.loading import Checkpoint
-from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs, require_finite
+from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs
 from smart_decoding.backends.torch.vision import VisionTower
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import GreedyBatch, GreedyRound, TargetScores, VerifyGreedy
 from smart_decoding.engine.rows import Rows
+from smart_decoding.engine.verification import require_finite
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.multimodal.pixels import Pixels
 

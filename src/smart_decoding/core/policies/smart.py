@@ -106,6 +106,7 @@ class _Scratch:
     batch: BatchState
     limits: IntArray
     kind: KindArray
+    kinds: list[int]  # [KINDS] requests of each
     drafting: int  # requests that may draft
     context: float
     deepest: int  # of the limits
@@ -245,7 +246,8 @@ class Smart:
         limits = depth_limits(batch)
         deepest = limits.tolist()
         drafting, context = sum(limit > 0 for limit in deepest), sum(batch.context.tolist()) / batch.size
-        return _Scratch(batch, limits, batch.kind, drafting, context, max(deepest))
+        kinds = np.bincount(batch.kind, minlength=KINDS).tolist()
+        return _Scratch(batch, limits, batch.kind, kinds, drafting, context, max(deepest))
 
     def _current_outlook(self, batch: BatchState, scratch: _Scratch) -> Outlook:
         """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
@@ -264,8 +266,7 @@ class Smart:
         first = waiting, self._sharing(batch).bit_length() if waiting else 0
         coarse = (*first, int(scratch.context) // 128)
         sizes = (batch.size, scratch.drafting, self._max_levels(batch, scratch))
-        kinds = tuple(np.bincount(scratch.kind, minlength=KINDS).tolist())
-        return (*sizes, *kinds, batch.has_free, *coarse, self.calibration.changes)
+        return (*sizes, *scratch.kinds, batch.has_free, *coarse, self.calibration.changes)
 
     def _max_levels(self, batch: BatchState, scratch: _Scratch) -> int:
         """Levels to look out for, rounded up to a power of two: every answer comes to its end, one token after another,
@@ -278,7 +279,7 @@ class Smart:
         widths: tuple[int, ...] = WIDTHS
         if drafting > SMALL:
             levels, widths = min(levels, FEW_LEVELS), WIDTHS[:2]
-        children = self.forecast.children(np.bincount(scratch.kind, minlength=KINDS) / size)
+        children = self.forecast.children(np.array(scratch.kinds) / size)
         columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free))
         verify = self._verify(batch, scratch, columns + 1)
         prices = self.cost.draft_seconds(np.arange(1 + WIDTHS[-1] * drafting), scratch.context)

@@ -160,7 +160,7 @@ def missing_attributes(scheduler: object) -> Iterable[str]:
 def missing_members() -> Iterable[str]:
     for place, names in CLASSES.items():
         kind = _imported(place)
-        init = getattr(inspect.unwrap(getattr(kind, "__init__", len)), "__code__", None)  # it may be decorated
+        init = getattr(inspect.unwrap(kind.__init__), "__code__", None)  # it may be decorated
         stored = {i.argval for i in dis.get_instructions(init) if i.opname == "STORE_ATTR"} if init else set()
         known = stored | set(getattr(kind, "__dataclass_fields__", ()))
         yield from (f"{place}.{name}" for name in names if name not in known and not hasattr(kind, name))
