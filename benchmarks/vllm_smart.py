@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from smart_decoding.bench.provenance import plain
 from smart_decoding.bench.statistics import Pair, paired_ratio
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -239,10 +240,10 @@ def counted(controller: Any) -> dict[str, float]:
     return counters | {f"length_{k}": lengths.get(k, 0) for k in controller.policy.lengths if controller.policy.model}
 
 
-def interval(ours: list[float], plain: list[float]) -> list[float]:
+def interval(ours: list[float], base: list[float]) -> Any:
     """Ratio of total times for equal tokens, with its bootstrap 95 % interval over blocks."""
-    found = paired_ratio([Pair(a, b) for a, b in zip(ours, plain, strict=True)])
-    return [round(x, 3) for x in (found.value, found.low, found.high)]
+    found = paired_ratio([Pair(a, b) for a, b in zip(ours, base, strict=True)])
+    return plain([round(x, 3) for x in (found.value, found.low, found.high)])  # no bounds of a single block: None
 
 
 def load_prompts() -> list[str]:
