@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,36 @@ class Grammars:
     def _tokens(self, llguidance: Any) -> Any:
         with self._lock:
             if self._ready is None:
-                text = self._tokenizer.backend.to_str()
-                self._ready = llguidance.LLTokenizer(text, n_vocab=self._vocab, eos_token=list(self._eos_ids))
+                self._ready = self._new_tokens(llguidance)
             return self._ready
+
+    def _new_tokens(self, llguidance: Any) -> Any:
+        """llguidance takes every added token for a special one, which no text may contain. Some are text: Qwen's
+        <tool_call> and <think>. Where a model has such tokens, it is told all tokens' bytes and which are special."""
+        ends, backend = list(self._eos_ids), self._tokenizer.backend
+        found = llguidance.LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=ends)
+        added = backend.get_added_tokens_decoder()
+        text = {id_ for id_, token in added.items() if not token.special and id_ not in ends}
+        if not text:
+            return found
+        everything = range(self._vocab)
+        special = [id_ for id_ in everything if found.is_special_token(id_) and id_ not in text]
+        told = _Tokens(ends[0], None, [found.decode_bytes([id_]) for id_ in everything], special, found.tokenize_bytes)
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(told), n_vocab=self._vocab, eos_token=ends)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A tokenizer as llguidance's wrapper asks for it."""
+
+    eos_token_id: int
+    bos_token_id: int | None
+    tokens: list[bytes]
+    special_token_ids: list[int]
+    encode: Callable[[bytes], list[int]]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self.encode(text)
 
 
 class GrammarConstraint:

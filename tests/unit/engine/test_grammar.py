@@ -18,6 +18,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams, grammatical
 from smart_decoding.errors import ConfigError
 from smart_decoding.grammars import Grammars
+from smart_decoding.server.tools import Offer, Tool
 from smart_decoding.tokenizer import Tokenizer
 
 from .fakes import EOS, VOCAB, alone, finish, make_engine, random_requests, text_of
@@ -119,6 +120,31 @@ def test_masks_follow_paths_and_forget_them() -> None:
     assert allowed(one) == "d" and one.accepts(ids("d")) and not one.accepts(ids("a"))
     one.append(ids("d"))
     assert allowed(one) == "d" and not one.accepts(ids("d"))
+
+
+CALLS = [Tool.model_validate({"type": "function", "function": {"name": "now"}})]
+CALL = '\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("must", [True, False])
+def test_added_tokens_that_are_text_may_be_said(must: bool) -> None:
+    """As Qwen's <think> and <tool_call>, which its tokenizer adds without calling them special."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_tokens([AddedToken(text, special=text == "<end>") for text in ("<end>", "<tool_call>", "<think>")])
+    end, call, think = (backend.token_to_id(text) for text in ("<end>", "<tool_call>", "<think>"))
+    vocab = backend.get_vocab_size() + 5  # the model's columns are padded, as they often are
+    make = Grammars(Tokenizer(backend), vocab, (end,))
+    one = make(StructuredOutputsParams(grammar=Offer(CALLS, must, many=False).grammar(None)))
+    spelt = backend.encode(CALL).ids[:4]
+    assert one.allowed([])[think] == (not must) and one.allowed([])[call]
+    assert not one.allowed([])[vocab - 5 :].any() and one.accepts([call, *spelt])
+    if not must:
+        one.append([think, call])
+        assert np.flatnonzero(one.allowed([])).tolist() == spelt[:1]
+    else:
+        assert not one.accepts([end]) and np.flatnonzero(one.allowed([])).tolist() == [call]
 
 
 def test_answers_to_one_prompt_do_not_share_their_place() -> None:
