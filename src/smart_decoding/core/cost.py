@@ -27,7 +27,7 @@ from smart_decoding.core.correction import Correction
 from smart_decoding.core.tree import FloatArray, IntArray
 
 RISEN = 1.6  # a forward that takes this multiple of the smallest one is bound by arithmetic, not by reading weights
-_DRAFT, _WAITING, _FIRST, _CAUGHT_UP = 0, -1, -2, -3  # keys of `_dense` beside batch sizes
+_DRAFT, _FIRST, _CAUGHT_UP = 0, -1, -2  # keys of `_dense` beside batch sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,11 @@ class CostModel:
     waiting: Curve | None = None
     first_correction: Correction = field(default_factory=Correction)
     _dense: dict[int, FloatArray] = field(default_factory=dict, repr=False, compare=False)
+    _stall: tuple[float, ...] = field(default=(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self._stall:  # a corrected model gets it from the one before
+            object.__setattr__(self, "_stall", _stall_of(next(iter(self.verify.values()))))
 
     @classmethod
     def default(cls) -> CostModel:
@@ -181,26 +186,14 @@ class CostModel:
     def _corrected(self, rows: IntArray | slice, table: FloatArray) -> FloatArray:
         """A verification's seconds by the table, as they are now."""
         at = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        return self.verify_correction.seconds(rows, table, self._waiting_seconds(at))
+        return self.verify_correction.seconds(rows, table, self._stall_seconds(at))
 
-    def _waiting_seconds(self, rows: IntArray | int) -> FloatArray:
+    def _stall_seconds(self, rows: IntArray | int) -> FloatArray:
         """Seconds of a verification in which its arithmetic waits for the weights: all of the smallest one's, fewer
         with every further row."""
-        weights, most = self._waiting
+        weights, most = self._stall
         result: FloatArray = weights * np.maximum(0.0, 1.0 - (rows - 1) / most)
         return result
-
-    @property
-    def _waiting(self) -> tuple[float, float]:
-        """Seconds of the smallest forward, in which the arithmetic waits for the weights, and the rows whose arithmetic
-        takes about as long: where the curve has risen well above that."""
-        curve = next(iter(self.verify.values()))
-        known = self._dense.get(_WAITING)
-        if known is None:
-            dense = curve.dense(512)
-            risen = np.flatnonzero(dense > RISEN * curve.seconds[0])
-            known = self._dense[_WAITING] = np.array([curve.seconds[0], max(float(risen[0]) if len(risen) else 512, 2)])
-        return float(known[0]), float(known[1])
 
     def draft_seconds(self, width: ArrayLike, context: float) -> FloatArray:
         """Seconds of one level of the model drafter, not the first, that expands `width` rows."""
@@ -236,7 +229,7 @@ class CostModel:
             rows, context = observed.rows, observed.context
             attention = context * (self.row_token * rows + self.sequence_token * observed.batch)
             base = float(self._table(observed.batch, rows + 1)[rows]) + attention
-            verify = self.verify_correction.updated(rows, base, float(self._waiting_seconds(rows)), observed.seconds)
+            verify = self.verify_correction.updated(rows, base, float(self._stall_seconds(rows)), observed.seconds)
             return self._with(verify, self.draft_correction, self.first_correction)
         width = observed.width
         if observed.waiting is not None and self.first is not None and self.waiting is not None:
@@ -281,7 +274,8 @@ class CostModel:
 
     def _with(self, verify: Correction, draft: Correction, first: Correction) -> CostModel:
         tables = (self.verify, self.draft, self.row_token, self.sequence_token, self.draft_token)
-        return CostModel(*tables, self.overhead_seconds, verify, draft, self.first, self.waiting, first, self._dense)
+        levels = (self.first, self.waiting, first)
+        return CostModel(*tables, self.overhead_seconds, verify, draft, *levels, self._dense, self._stall)
 
     def _table(self, batch: int, size: int) -> FloatArray:
         """Dense seconds over rows at `batch`, or of another curve, computed once and grown on demand."""
@@ -302,6 +296,13 @@ class CostModel:
             share = math.log(batch / below) / math.log(above / below)
             table += share * (self.verify[above].dense(length) - table)
         return table
+
+
+def _stall_of(curve: Curve) -> tuple[float, float]:
+    """Seconds of the smallest forward, in which the arithmetic waits for the weights, and the rows whose arithmetic
+    takes about as long: where the curve has risen well above that."""
+    risen = np.flatnonzero(curve.dense(512) > RISEN * curve.seconds[0])
+    return float(curve.seconds[0]), max(float(risen[0]) if len(risen) else 512.0, 2.0)
 
 
 def _usable(sample: Sample) -> bool:
