@@ -216,8 +216,8 @@ class FakeModel:
 
     name, max_levels, free, taps = "fake", 4, False, (1, 2)
 
-    def __init__(self, seed: int, foreign: bool = False) -> None:
-        self.rng, self.foreign = np.random.default_rng(seed), foreign
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
         self.calls: list[str] = []
 
     def pending_rows(self, requests: list[Request]) -> int:
@@ -231,7 +231,7 @@ class FakeModel:
         return self.trees
 
     def expand(self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan) -> int:
-        assert trees is self.trees and (self.foreign or len(trees) == self.length)
+        assert trees is self.trees and len(trees) == self.length
         assert not np.isin(nodes, trees.parent).any() and len(set(nodes.tolist())) == len(nodes)
         above = trees.parent[nodes]
         assert (np.isin(above, trees.parent) | (above == ROOT)).all()
@@ -286,12 +286,12 @@ def proposals(all_trees: list[DraftTrees], owner: int) -> dict[tuple[int, ...], 
     return result
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 12), st.integers(0, 12), st.booleans())
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 12), st.integers(0, 12))
 @settings(max_examples=80, deadline=None)
-def test_union_is_the_union(seed: int, batch: int, one: int, two: int, foreign: bool) -> None:
+def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
     rng = np.random.default_rng(seed)
-    model, free = FakeModel(seed, foreign), [random_trees(rng, batch, one), random_trees(rng, batch, two)]
-    union = UnionDrafter([model, *map(Replay, free)], expand_foreign=foreign)
+    model, free = FakeModel(seed), [random_trees(rng, batch, one), random_trees(rng, batch, two)]
+    union = UnionDrafter([model, *map(Replay, free)])
     requests, plan, limits = [request([0]) for _ in range(batch)], DraftPlan(True, 3), np.full(batch, 9)
     trees = union.start(requests, plan)
     for level in (1, 2, 3):
@@ -304,14 +304,12 @@ def test_union_is_the_union(seed: int, batch: int, one: int, two: int, foreign: 
             assert found.keys() == expected.keys()
             for path, (prob, source) in found.items():
                 assert prob == pytest.approx(expected[path][0])
-                assert foreign or source == expected[path][1]
+                assert source == expected[path][1]
         nodes = expandable(trees, level, limits, ())
         nodes = nodes[rng.random(len(nodes)) < 0.6]
         asked, before = trees.source[nodes] == 0, len(model.trees)
         union.expand(requests, trees, nodes, plan)
-        assert foreign or len(np.unique(model.trees.parent[before:])) == asked.sum()
-        if foreign:  # the others' nodes were expanded too
-            assert np.isin(nodes, trees.parent).all()
+        assert len(np.unique(model.trees.parent[before:])) == asked.sum()
 
 
 def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None:

@@ -5,9 +5,8 @@ all others, and gets the largest of their draft probabilities. Sources: 0 is the
 (without a model too).
 
 What is asked of the model drafter: nothing but the protocol. It works on trees of its own, `view`, in which its nodes
-have the indices at which it appended them, whatever the others proposed; `expand` gets view indices. By default it only
-expands its own nodes. With `expand_foreign`, nodes of others below a parent that it expanded are appended to the view
-before it is asked to expand them: a head needs their parent's state and their token, both of which it can read there.
+have the indices at which it appended them, whatever the others proposed; `expand` gets view indices. It expands its own
+nodes only.
 """
 
 from __future__ import annotations
@@ -49,6 +48,11 @@ class Merged:
         self._merge(self.view, self.of_view, MODEL)
         self._refresh()
 
+    def view_nodes(self, nodes: IntArray) -> IntArray:
+        """The view's indices of those of `nodes` that the model drafter proposed."""
+        in_view = {node: i for i, node in enumerate(self.of_view)}
+        return np.array([in_view[node] for node in nodes.tolist() if node in in_view], np.int64)
+
     def _merge(self, other: DraftTrees, place: list[int], source: int) -> None:
         """Adds other's nodes from len(place) on, noting in `place` the node that each becomes."""
         trees, first = self.trees, len(place)
@@ -76,18 +80,16 @@ class Merged:
 
 
 class UnionDrafter:
-    """Drafts with all of `drafters`: at most one of them has a model, and then it is the first.
-
-    expand_foreign: whether the model drafter can expand others' nodes (see above). Raises ConfigError."""
+    """Drafts with all of `drafters`: at most one of them has a model, and then it is the first. Raises ConfigError."""
 
     name = "union"
 
-    def __init__(self, drafters: Sequence[Drafter], expand_foreign: bool = False) -> None:
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
         if not drafters:
             raise ConfigError("a union needs at least one drafter")
         if any(drafter.max_levels for drafter in drafters[1:]):
             raise ConfigError("a union takes at most one drafter with a model, and it must be the first")
-        self.drafters, self.expand_foreign = list(drafters), expand_foreign
+        self.drafters = list(drafters)
         self.model = drafters[0] if drafters[0].max_levels else None
         self.free_drafters = self.drafters[1:] if self.model else self.drafters
         self.max_levels = self.model.max_levels if self.model else 0
@@ -114,7 +116,7 @@ class UnionDrafter:
         merged = self._round
         if self.model is None or merged is None or merged.trees is not trees:
             raise ValueError("expand() wants the trees of the last start(), and a drafter with a model")
-        wanted = self._view_nodes(merged, nodes)
+        wanted = merged.view_nodes(nodes)
         if not len(wanted):
             return 0
         width = self.model.expand(requests, merged.view, wanted, plan)
@@ -137,20 +139,3 @@ class UnionDrafter:
     def release(self, request: Request) -> None:
         for drafter in self.drafters:
             drafter.release(request)
-
-    def _view_nodes(self, merged: Merged, nodes: IntArray) -> IntArray:
-        """The view's indices of those of `nodes` that the model drafter can expand."""
-        trees, view = merged.trees, merged.view
-        in_view = {node: i for i, node in enumerate(merged.of_view)}
-        in_view[ROOT] = ROOT
-        expanded = set(zip(view.owner.tolist(), view.parent.tolist(), strict=True)) if self.expand_foreign else set()
-        wanted = []
-        for node in nodes.tolist():
-            owner, parent = int(trees.owner[node]), int(trees.parent[node])
-            if node not in in_view and (owner, in_view.get(parent)) in expanded:
-                in_view[node] = len(view)
-                merged.of_view.append(node)
-                view.append([owner], trees.token[[node]], [in_view[parent]], trees.draft_prob[[node]])
-            if node in in_view:
-                wanted.append(in_view[node])
-        return np.array(wanted, np.int64)
