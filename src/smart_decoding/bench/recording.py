@@ -105,10 +105,6 @@ class Recording:
         sizes: IntArray = np.diff(start, append=len(self.token))
         return sizes
 
-    @property
-    def output_tokens(self) -> int:
-        return sum(len(answer.tokens) for answer in self.answers)
-
     def repeated(self, times: int) -> Recording:
         """Every answer `times` times, over the same trees."""
         return Recording([*self.answers] * times, self.token, self.prob, self.count, self.child)

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from smart_decoding.engine.protocols import Drafter
-from smart_decoding.engine.rows import Rows
 from smart_decoding.integrations.transformers.draft_models import HostDraftModel, load_draft_model
 from smart_decoding.integrations.transformers.heads import load_host_head
 from smart_decoding.integrations.transformers.state import layers_of, layout_of
@@ -28,10 +27,6 @@ class Source(Protocol):
 
     def drafter(self, pages: int, positions: int) -> Drafter:
         """For one call, with room for keys in so many pages and positions."""
-        ...
-
-    def rehearse(self, rows: Rows) -> None:
-        """A level of as many nodes, to be timed."""
         ...
 
 
