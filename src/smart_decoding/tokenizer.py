@@ -77,10 +77,6 @@ class Tokenizer:
         """The tokenizer's own end token; a model's configuration may know more."""
         return self._ids_of("eos_token")
 
-    @property
-    def bos_id(self) -> int | None:
-        return next(iter(self._ids_of("bos_token")), None)
-
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text, special tokens included; None if there is none."""
         return self.backend.token_to_id(token)

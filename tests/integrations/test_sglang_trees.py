@@ -152,6 +152,15 @@ def sglang_tree(sglang: SimpleNamespace, world: World, topk: int, steps: int, no
 # --- the same ---
 
 
+def ancestor_mask(trees: DraftTrees) -> np.ndarray:
+    """[nodes, nodes]: entry (i, j) is true iff j is i or an ancestor of i."""
+    mask = np.eye(len(trees), dtype=np.bool_)
+    for node, parent in enumerate(trees.parent):
+        if parent != ROOT:
+            mask[node] |= mask[parent]
+    return mask
+
+
 def assert_same_tree(trees: DraftTrees, built: Built) -> None:
     """Tokens, parents, links, positions and mask."""
     width, first = built.tokens.shape[1], 0
@@ -176,7 +185,7 @@ def assert_same_tree(trees: DraftTrees, built: Built) -> None:
         size = width * (context + width)
         mask = built.mask[first : first + size].reshape(width, context + width)
         first += size
-        seen = trees.ancestor_mask()[np.ix_(order, order)]
+        seen = ancestor_mask(trees)[np.ix_(order, order)]
         assert (
             mask[:, : context + 1].all()
             and (mask[1:, context + 1 :] == seen).all()

@@ -186,14 +186,6 @@ class DraftTrees:
             node = int(self.parent[node])
         return nodes[::-1]
 
-    def ancestor_mask(self) -> BoolArray:
-        """[nodes, nodes]: entry (i, j) is true iff j is i or an ancestor of i."""
-        mask = np.eye(len(self), dtype=np.bool_)
-        for node, parent in enumerate(self.parent):
-            if parent != ROOT:
-                mask[node] |= mask[parent]
-        return mask
-
 
 def join(many: Sequence[DraftTrees]) -> DraftTrees:
     """The trees of several batches side by side, as those of one batch."""

@@ -25,6 +25,8 @@ from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.errors import ModelError
 from smart_decoding.training.head import Form, TrainableHead
 
+from .tiny import outputs_of
+
 CONFIG = ModelConfig("llama", 4, 32, 4, 2, 16, 48, 97, 10_000.0, 1e-5, 256, tie_embeddings=True)
 TAPS = (1, 2, 4)
 PAGES, SCRATCH = 16, 8
@@ -89,7 +91,7 @@ def test_drafting_equals_the_unrolled_training_forward(
     g = trained.features(taps[None])
     with torch.no_grad():
         expected = _chain(trained, g, weights["model.embed_tokens.weight"], tokens[1:], drafted)
-    produced = head.outputs()
+    produced = outputs_of(head)
     torch.testing.assert_close(produced[0], expected[0], atol=2e-4, rtol=2e-4)
     row = 0 if path[0] == min(first, (first + 1) % 4) else 1
     torch.testing.assert_close(produced[1 + row], expected[1], atol=2e-4, rtol=2e-4)

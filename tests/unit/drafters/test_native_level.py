@@ -28,7 +28,7 @@ from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.profiling.measure import fake_rows
 from smart_decoding.training.head import Form, TrainableHead
 
-from .tiny import PAGES, SCRATCH, TARGET, VOCAB, checkpoint
+from .tiny import PAGES, SCRATCH, TARGET, VOCAB, checkpoint, outputs_of
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 TAPS = (1, 2, 4)
@@ -175,7 +175,7 @@ def test_8_bits_change_probabilities_little(files: HeadFiles, monkeypatch: pytes
         head = head_of(files, True, torch.bfloat16)
         ids, probs = head.first(rows, [features], np.array([4, 9, 14]), asked)
         order = np.argsort(ids, axis=1)
-        found.append((head.outputs(), np.take_along_axis(probs, order, axis=1)))
+        found.append((outputs_of(head), np.take_along_axis(probs, order, axis=1)))
     assert torch.equal(found[0][0], found[1][0])
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=0.1, atol=1e-4)
     assert not np.array_equal(found[0][1], found[1][1])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.eagle_head import EagleHead
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.policies import make_policy
@@ -31,6 +32,12 @@ def checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
 
 def target_of(pages: int = PAGES) -> TorchTarget:
     return TorchTarget(checkpoint(TARGET), "float32", "cpu", pages, min(LIMIT, 16 * pages))
+
+
+def outputs_of(head: EagleHead) -> torch.Tensor:
+    """[outputs, hidden] of the round so far."""
+    level = head._level
+    return torch.cat(head._outs) if level is None else level._outs[: level._count]
 
 
 def engine_of(target: TorchTarget, drafter: Drafter | None, policy: str, pages: int = PAGES, **more: Any) -> Engine:

@@ -171,10 +171,6 @@ class EagleHead:
         assert self._level is not None
         return self._level.grow(rows, parts, self._rotary, self.kv, asked, slots, growth)
 
-    def outputs(self) -> Tensor:
-        """[outputs, hidden] of this round so far."""
-        return torch.cat(self._outs) if self._level is None else self._level.outputs()
-
     @torch.inference_mode()
     def project(self, parts: Sequence[Tensor]) -> Tensor:
         """Projects tapped states [n_i, taps * hidden] of several requests to features [sum n_i, hidden]."""

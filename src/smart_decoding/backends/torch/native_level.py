@@ -105,10 +105,6 @@ class NativeLevel:
         features = above * (4 * self._outs.shape[1]) + self._outs.data_ptr()
         return self._run(False, rows, features, len(rows), rotary, kv, asked)
 
-    def outputs(self) -> Tensor:
-        """[outputs, hidden] of this round so far."""
-        return self._outs[: self._count]
-
     def _run(
         self, first: bool, rows: Rows, features: IntArray, wanted: int, rotary: Rotary, kv: KVCache, asked: Asked
     ) -> Ranked:
