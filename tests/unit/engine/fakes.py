@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from smart_decoding.backends.fake.target import FakeTarget
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.protocol import DraftPlan
@@ -17,6 +16,8 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
+
+from .fake_target import FakeTarget
 
 VOCAB, EOS = 23, 3
 CHEAP_ROWS = CostModel.from_table({1: {1: 1.0, 512: 1.1}}, {1: 0.01, 512: 0.02})

@@ -4,11 +4,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart_decoding.backends.fake.target import visible_slots
 from smart_decoding.backends.torch.rows import GatheredRows
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.rows import Rows, Span, build_rows
+
+from .fake_target import visible_slots
 
 
 def random_trees(rng: np.random.Generator, batch: int) -> DraftTrees:
