@@ -63,9 +63,16 @@ def _warn(reason: str) -> None:
 
 
 def layer_weights(
-    config: ModelConfig, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    input_norm: bool = True,
 ) -> LayerWeights:
-    """Collects and stacks one layer's tensors from a checkpoint in Hugging Face's names."""
+    """Collects and stacks one layer's tensors from a checkpoint in Hugging Face's names.
+
+    input_norm: whether the layer has a norm of its own at its input; the first one of a head has none."""
 
     def get(name: str) -> Tensor:
         return weights[prefix + name].to(device=device, dtype=dtype)
@@ -81,7 +88,7 @@ def layer_weights(
         gate=get("mlp.gate_proj.weight"),
         up=get("mlp.up_proj.weight"),
         down=get("mlp.down_proj.weight"),
-        input_norm=get("input_layernorm.weight"),
+        input_norm=get("input_layernorm.weight") if input_norm else None,
         post_norm=get("post_attention_layernorm.weight"),
         qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
         output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.decoder import put, rotary_table, use_native
+from smart_decoding.backends.torch.decoder import layer_weights, put, rotary_table, use_native
 from smart_decoding.backends.torch.head_files import FIRST, HeadFiles, layer_prefixes
 from smart_decoding.backends.torch.kernels import Arena, packed_rows
 from smart_decoding.backends.torch.layers import (
     Context,
     KVCache,
     Layers,
-    LayerWeights,
     Linear,
     NativeLayers,
     TorchLayers,
@@ -97,7 +96,7 @@ class EagleHead:
         self.taps, self._tap_count = files.taps, len(files.taps)
         self.draft_ids = weights["draft_ids"].long()
         self.shape = (c.layers, c.hidden, c.ffn, len(self.draft_ids), self._tap_count)  # what a level's cost depends on
-        layers = [_layer(c, weights, prefix, dtype) for prefix in layer_prefixes(c.layers)]
+        layers = [layer_weights(c, weights, at, dtype, device, at != FIRST) for at in layer_prefixes(c.layers)]
         self.sees = files.sees
         self._fused, self._norm_before_residual = files.fused, files.norm_before_residual
         self._normed_taps = "fc_norm.0.weight" in weights
@@ -240,29 +239,6 @@ class EagleHead:
         out = torch.empty_like(x)
         kernels.rms_norm(x.contiguous(), weight, eps, out)
         return out
-
-
-def _layer(c: ModelConfig, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> LayerWeights:
-    """One of the head's layers; the first has no norm of its own at the input."""
-
-    def get(name: str) -> Tensor:
-        return weights[prefix + name].to(dtype)
-
-    return LayerWeights(
-        heads=c.heads,
-        kv_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        eps=c.rms_eps,
-        qkv=torch.cat([get(f"self_attn.{n}_proj.weight") for n in "qkv"]),
-        output=get("self_attn.o_proj.weight"),
-        gate=get("mlp.gate_proj.weight"),
-        up=get("mlp.up_proj.weight"),
-        down=get("mlp.down_proj.weight"),
-        input_norm=None if prefix == FIRST else get("input_layernorm.weight"),
-        post_norm=get("post_attention_layernorm.weight"),
-        qkv_bias=torch.cat([get(f"self_attn.{n}_proj.bias") for n in "qkv"]) if c.qkv_bias else None,
-        output_bias=get("self_attn.o_proj.bias") if c.o_bias else None,
-    )
 
 
 def _fc_with_norms(weights: Mapping[str, Tensor], taps: int) -> Tensor:
