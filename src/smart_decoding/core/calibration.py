@@ -117,16 +117,15 @@ class Calibration:
 
     def bins(self, prob: FloatArray) -> IntArray:
         """[n] bin of each draft probability."""
-        return _BIN_OF_FINE.take(FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64)))
+        return _BIN_OF_FINE.take(_fine(prob))
 
     def _cells(self, trees: DraftTrees, kind: KindArray, nodes: IntArray | None = None) -> IntArray:
         """Flat index of each node's fine bin: ((source * DEPTHS + depth) * KINDS + kind) * FINE + fine."""
         prob, depth, source, owner = trees.draft_prob, trees.depth, trees.source, trees.owner
         if nodes is not None:
             prob, depth, source, owner = prob.take(nodes), depth.take(nodes), source.take(nodes), owner.take(nodes)
-        fine = FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64))
         cells: IntArray = source * DEPTHS + (np.minimum(depth, DEPTHS) - 1)
-        cells = (cells * KINDS + kind.take(owner)) * FINE + fine
+        cells = (cells * KINDS + kind.take(owner)) * FINE + _fine(prob)
         return cells
 
     def _lookup(self, cells: IntArray) -> FloatArray:
@@ -176,6 +175,11 @@ class Calibration:
         falling = np.minimum.accumulate(raw[..., ::-1], axis=3)[..., ::-1]
         self._coarse = np.minimum(0.5 * (rising + falling), MAX_PROB)  # both are monotone, hence their mean
         self.table = (self._coarse @ _INTERPOLATE).ravel()
+
+
+def _fine(prob: FloatArray) -> IntArray:
+    """[n] fine bin of each draft probability, whatever it is."""
+    return FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64))
 
 
 def _better(prob: FloatArray, ratio: float) -> FloatArray:
