@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.core.drift import DriftDetector
-from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray, KindArray
+from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray, KindArray, slots
 
 BINS, FINE, DEPTHS = 16, 64, 6
 KINDS = 4  # of requests: 1 if greedy, and 2 more with pictures
@@ -185,13 +185,6 @@ def _fine(prob: FloatArray) -> IntArray:
 def _better(prob: FloatArray, ratio: float) -> FloatArray:
     """Probabilities with odds `ratio` times higher: high ones stay below 1."""
     return prob * ratio / (1.0 + prob * (ratio - 1.0))
-
-
-def slots(trees: DraftTrees) -> IntArray:
-    """[nodes] row of each node's parent: roots are 0 .. batch - 1, node i is batch + i. Siblings share a slot."""
-    slot: IntArray = trees.parent + trees.batch
-    np.copyto(slot, trees.owner, where=trees.parent < 0)
-    return slot
 
 
 def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> FloatArray:

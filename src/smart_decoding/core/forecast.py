@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from smart_decoding.core.calibration import BINS, DEPTHS, Calibration, slots
+from smart_decoding.core.calibration import BINS, DEPTHS, Calibration
 from smart_decoding.core.choice import NONE
-from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, of_expanded, slots
 
 RANKS = 8  # children beyond the eighth bring next to nothing
 FREE = 16  # best candidates of the drafters without model, per request
@@ -58,9 +58,7 @@ class Forecast:
         weight_of = np.append(trees.accept_prob, 1.0)  # the root's, reached by index -1
         weight = weight_of[trees.parent[order]]
         if trees.source.any():  # only nodes that the model drafter expanded tell what it proposes
-            by_model = np.zeros(trees.batch + len(trees), np.bool_)
-            by_model[slot[trees.source == 0]] = True
-            weight = weight * by_model[slot[order]]
+            weight = weight * of_expanded(trees, slot)[order]
         depth = np.minimum(trees.depth[order], DEPTHS) - 1
         cell = (depth * RANKS + np.minimum(rank, RANKS - 1)) * BINS + self.calibration.bins(trees.draft_prob[order])
         kept = np.where(rank < RANKS, weight, 0.0)

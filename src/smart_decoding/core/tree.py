@@ -187,6 +187,21 @@ class DraftTrees:
         return nodes[::-1]
 
 
+def slots(trees: DraftTrees) -> IntArray:
+    """[nodes] row of each node's parent: roots are 0 .. batch - 1, node i is batch + i. Siblings share a slot."""
+    slot: IntArray = trees.parent + trees.batch
+    np.copyto(slot, trees.owner, where=trees.parent < 0)
+    return slot
+
+
+def of_expanded(trees: DraftTrees, slot: IntArray) -> BoolArray:
+    """[nodes] whether the model drafter has expanded a node's parent: whether it proposed the node or a sibling of it.
+    slot: `slots(trees)`."""
+    expanded = np.zeros(trees.batch + len(trees), np.bool_)
+    expanded[slot[trees.source == 0]] = True
+    return expanded[slot]
+
+
 def join(many: Sequence[DraftTrees]) -> DraftTrees:
     """The trees of several batches side by side, as those of one batch."""
     first_owner = np.cumsum([0] + [trees.batch for trees in many])

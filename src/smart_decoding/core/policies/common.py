@@ -7,9 +7,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.calibration import slots
 from smart_decoding.core.policies.protocol import BatchState
-from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, of_expanded, slots
 from smart_decoding.errors import ConfigError
 
 TokenIds: TypeAlias = Collection[int]
@@ -39,10 +38,7 @@ def expandable(trees: DraftTrees, level: int, limits: IntArray, eos: TokenIds) -
     if ends.any():
         mask &= ~(ends | _has_marked_ancestor(trees, ends))
     if trees.source.any():
-        slot = slots(trees)
-        by_model = np.zeros(trees.batch + len(trees), np.bool_)
-        by_model[slot[trees.source == 0]] = True
-        mask &= by_model[slot]
+        mask &= of_expanded(trees, slots(trees))
     return np.flatnonzero(mask)
 
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from smart_decoding.core.calibration import slots
 from smart_decoding.core.policies.common import TokenIds, depth_limits, expandable, useful
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
 from smart_decoding.core.policies.topologies import TOPOLOGIES
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.tree import DraftTrees, IntArray, slots
 from smart_decoding.errors import ConfigError
 
 _OUTSIDE = -1
