@@ -247,11 +247,13 @@ class _Builder:
         return DraftModelDrafter(self.model, self._pages, DRAFT_SCRATCH_PAGES)
 
     def _ngram(self) -> Drafter:
-        return self._made(NgramDrafter)
+        return made(NgramDrafter, self.left)
 
     def _recycling(self) -> Drafter:
-        return self._made(RecyclingDrafter, vocab=self._target.vocab, top_k=torch_top_k)
+        return made(RecyclingDrafter, self.left, vocab=self._target.vocab, top_k=torch_top_k)
 
-    def _made(self, cls: Callable[..., Drafter], **fixed: Any) -> Drafter:
-        names = [name for name in inspect.signature(cls).parameters if name not in fixed]
-        return cls(**fixed, **{name: self.left.pop(name) for name in names if name in self.left})
+
+def made(cls: Callable[..., Drafter], options: dict[str, Any], **fixed: Any) -> Drafter:
+    """The drafter, with those of the options that it has; they are taken out of `options`."""
+    names = [name for name in inspect.signature(cls).parameters if name in options and name not in fixed]
+    return cls(**fixed, **{name: options.pop(name) for name in names})

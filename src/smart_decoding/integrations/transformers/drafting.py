@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -34,7 +33,7 @@ from smart_decoding.integrations.transformers.state import setting_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import CONTEXTS, MAX_ROWS, fake_rows, measure
-from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter, stored_prior
+from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter, made, stored_prior
 
 METHODS = ("ngram", "recycling", "eagle", "draft_model", "union", "none")
 PROFILE_SECONDS = 2.0
@@ -119,9 +118,9 @@ def _new(
         options.pop("trust_pickle", None)
     chain = {} if target.tree else CHAIN
     makers: dict[str, Callable[[], Drafter]] = {
-        "ngram": lambda: _made(NgramDrafter, options, chain.get("ngram", {})),
-        "recycling": lambda: _made(
-            RecyclingDrafter, options, {"vocab": target.vocab, "top_k": torch_top_k, **chain.get("recycling", {})}
+        "ngram": lambda: made(NgramDrafter, options, **chain.get("ngram", {})),
+        "recycling": lambda: made(
+            RecyclingDrafter, options, vocab=target.vocab, top_k=torch_top_k, **chain.get("recycling", {})
         ),
     }
     if method == "union" and not target.tree:
@@ -137,12 +136,6 @@ def _new(
     if "cost" in policy_options(policy):
         offered["cost"] = _cost(model, target, batch, float(seconds), source)
     return Drafting(method, make_policy(policy, offered, **options), free)
-
-
-def _made(cls: Callable[..., Drafter], options: dict[str, Any], fixed: Mapping[str, Any]) -> Drafter:
-    """The drafter, with those of the options that it has; they are taken out of `options`."""
-    names = [name for name in inspect.signature(cls).parameters if name in options and name not in fixed]
-    return cls(**fixed, **{name: options.pop(name) for name in names})
 
 
 def _cost(model: PreTrainedModel, target: HostTarget, batch: int, seconds: float, source: Source | None) -> CostModel:
