@@ -15,6 +15,7 @@ from smart_decoding.backends.torch.eagle_head import EagleHead
 from smart_decoding.backends.torch.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.backends.torch.loading import Checkpoint, load_checkpoint
 from smart_decoding.backends.torch.native.chooser import native_chooser
+from smart_decoding.backends.torch.ranking import torch_top_k
 from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
@@ -26,7 +27,7 @@ from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
-from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
+from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.protocols import Drafter
 from smart_decoding.errors import ConfigError, ModelError

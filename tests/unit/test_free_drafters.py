@@ -11,7 +11,7 @@ from smart_decoding.core.policies.common import expandable
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.ngram import SHORTER, NgramDrafter
-from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
+from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -198,6 +198,7 @@ def test_recycling_keeps_exactly_the_likeliest(seed: int, max_nodes: int, max_de
 def test_torch_top_k_is_softmax_of_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     from smart_decoding.backends.torch.native import build
+    from smart_decoding.backends.torch.ranking import torch_top_k
 
     logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
     expected = torch.softmax(logits.double(), -1).sort(-1, descending=True)

@@ -112,21 +112,3 @@ class RecyclingDrafter:
         # Source 0 is kept for the drafter with a model, the one whose nodes can be expanded.
         source = np.ones(len(owner), np.int64)
         return DraftTrees(len(token), owner, token[at], above, depth[at], draft[at], path[at], blank, source)
-
-
-def torch_top_k(logits: Logits, k: int) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
-    """`TopK` on torch tensors: by the CPU kernel where it runs, else by torch.topk."""
-    import torch
-
-    from smart_decoding.backends.torch import kernels
-    from smart_decoding.backends.torch.native import build
-
-    logits = logits.detach()
-    on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
-    if on_cpu and build.unavailable() is None:
-        ids, probs = kernels.top_k(logits, k)
-    else:
-        logits = logits.float()
-        values, ids = logits.topk(k, dim=-1)
-        probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
-    return ids.cpu().numpy(), probs.cpu().numpy()

@@ -1,4 +1,5 @@
-"""A drafter's best children, guessed with the noise that the target will draw with."""
+"""The best tokens of logits: a drafter's children, guessed with the noise that the target will draw with, and what
+recycling remembers."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.backends.torch import kernels
+from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.noise import gumbel, noise_key
 from smart_decoding.backends.torch.processors import FloatRow
 from smart_decoding.drafters.levels import Asked, Ranked
@@ -36,6 +38,19 @@ def ranked(logits: Tensor, tokens: Tensor, asked: Asked, native: bool) -> Ranked
     else:
         ids, probs = _top(logits, tokens, k, scale, keys)
     return tokens[ids].cpu().numpy(), probs.double().cpu().numpy()
+
+
+def torch_top_k(logits: Tensor, k: int) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
+    """The recycling drafter's `TopK`: by the CPU kernel where it runs, else by torch.topk."""
+    logits = logits.detach()
+    on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
+    if on_cpu and build.unavailable() is None:
+        ids, probs = kernels.top_k(logits, k)
+    else:
+        logits = logits.float()
+        values, ids = logits.topk(k, dim=-1)
+        probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
+    return ids.cpu().numpy(), probs.cpu().numpy()
 
 
 def _top(

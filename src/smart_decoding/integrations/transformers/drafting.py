@@ -14,12 +14,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from smart_decoding.backends.torch.ranking import torch_top_k
 from smart_decoding.backends.torch.target import pages_for
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy, policy_options
 from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.drafters.ngram import NgramDrafter
-from smart_decoding.drafters.recycling import RecyclingDrafter, torch_top_k
+from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.protocols import Drafter, TargetScores
