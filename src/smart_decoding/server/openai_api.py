@@ -57,7 +57,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
         llm = worker.check_room(len(given) * (body.n or 1))
         prompts = await _in_thread(lambda: [llm.text_prompt(each).tokens for each in given])
         form = CompletionForm(_token_text(llm), body.logprobs)
-        return await _answer(request, body, prompts, form, body.logprobs)
+        return await _answer(worker, settings, request, body, prompts, form, body.logprobs)
 
     @api.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
@@ -66,7 +66,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
         prompt = await _in_thread(lambda: chat_prompt(llm, body.messages, offer.tools if offer else ()))
         top = (body.top_logprobs or 0) if body.logprobs else None
         form = ChatForm(_token_text(llm), top, offer is not None)
-        return await _answer(request, body, [list(prompt.tokens)], form, top, prompt.media)
+        return await _answer(worker, settings, request, body, [list(prompt.tokens)], form, top, prompt.media)
 
     @api.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Json:
@@ -91,48 +91,56 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
             )
         return {"prompt": await _in_thread(lambda: llm.tokenizer.decode(body.tokens, False))}
 
-    async def _answer(
-        request: Request,
-        body: Sampling,
-        prompts: list[list[int]],
-        form: Form,
-        logprobs: int | None,
-        media: Media | None = None,
-    ) -> Response:
-        _check_model(body.model, settings)
-        if (body.n or 1) > settings.max_n:
-            raise ApiError(400, f"n={body.n}: at most {settings.max_n} answers to one prompt", "invalid_value", "n")
-        _check_length(prompts, body.limit, worker.ready())
-        limit = COMPLETION_TOKENS if body.limit is None and isinstance(form, CompletionForm) else body.limit
-        params, name = body.params(limit, logprobs), request.state.request_id
-        await _check_structure(body, params, worker.ready())
-        job = Job(uuid.uuid4().hex, prompts, params, bool(body.stream), name, media)
-        worker.submit(job)
-        watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
-        usage = Usage(sum(map(len, prompts)))
-        try:
-            first = await _next(job)  # before the headers: until here an error has a status of its own
-            if not body.stream:
-                return JSONResponse(await _whole(job, first, form, usage, settings.model_name))
-        except BaseException:
-            worker.cancel(job)
-            raise
-        finally:
-            if not body.stream or job.closed:
-                watch.cancel()
-
-        async def events() -> AsyncIterator[str]:
-            try:
-                async for event in _stream(job, first, form, usage, settings.model_name, body.include_usage):
-                    yield event
-            finally:
-                worker.cancel(job)  # of no effect if it is over
-                watch.cancel()
-
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
-
     return api
+
+
+async def _answer(
+    worker: Worker,
+    settings: ServerSettings,
+    request: Request,
+    body: Sampling,
+    prompts: list[list[int]],
+    form: Form,
+    logprobs: int | None,
+    media: Media | None = None,
+) -> Response:
+    """Checks what is asked for, has it done, and answers as `form` says: whole, or as a stream."""
+    _check_model(body.model, settings)
+    if (body.n or 1) > settings.max_n:
+        raise ApiError(400, f"n={body.n}: at most {settings.max_n} answers to one prompt", "invalid_value", "n")
+    _check_length(prompts, body.limit, worker.ready())
+    limit = COMPLETION_TOKENS if body.limit is None and isinstance(form, CompletionForm) else body.limit
+    params, name = body.params(limit, logprobs), request.state.request_id
+    await _check_structure(body, params, worker.ready())
+    job = Job(uuid.uuid4().hex, prompts, params, bool(body.stream), name, media)
+    worker.submit(job)
+    watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
+    usage = Usage(sum(map(len, prompts)))
+    try:
+        first = await _next(job)  # before the headers: until here an error has a status of its own
+        if not body.stream:
+            return JSONResponse(await _whole(job, first, form, usage, settings.model_name))
+    except BaseException:
+        worker.cancel(job)
+        raise
+    finally:
+        if not body.stream or job.closed:
+            watch.cancel()
+    events = _stream(job, first, form, usage, settings.model_name, body.include_usage)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_to_the_end(events, job, worker, watch), media_type="text/event-stream", headers=headers)
+
+
+async def _to_the_end(
+    events: AsyncIterator[str], job: Job, worker: Worker, watch: asyncio.Task[None]
+) -> AsyncIterator[str]:
+    """The events. However they end, nobody waits for the job any more."""
+    try:
+        async for event in events:
+            yield event
+    finally:
+        worker.cancel(job)  # of no effect if it is over
+        watch.cancel()
 
 
 async def _whole(job: Job, first: Chunk, form: Form, usage: Usage, model: str) -> Json:
