@@ -73,8 +73,8 @@ class Metrics:
             counts["drafting_rounds"] += 1
             counts["levels"] += len(done.level_widths)
             counts["drafts"] += done.batch.size
-            counts["drafted"] += len(done.kept)
-            counts["proposed"] += len(done.trees)
+            counts["verified"] += len(done.kept)
+            counts["drafted"] += len(done.trees)
         if record.acceptance is not None and len(done.kept):
             counts["accepted"] += sum(map(len, record.acceptance.path))
         self.seconds["round"] += record.seconds
@@ -146,9 +146,9 @@ class Metrics:
             "time_per_output_token_seconds": ("histogram", "Mean per answer, first token excluded.", self.tpot),
             "e2e_request_latency_seconds": ("histogram", "Arrival to end.", self.e2e),
             "spec_decode_num_drafts_total": ("counter", "Trees drafted.", c["drafts"]),
-            "spec_decode_num_draft_tokens_total": ("counter", "Tree nodes verified.", c["drafted"]),
+            "spec_decode_num_draft_tokens_total": ("counter", "Tree nodes verified.", c["verified"]),
             "spec_decode_num_accepted_tokens_total": ("counter", "Tree nodes accepted.", c["accepted"]),
-            "spec_decode_num_proposed_tokens_total": ("counter", "Tree nodes drafted, pruned ones too.", c["proposed"]),
+            "spec_decode_num_proposed_tokens_total": ("counter", "Tree nodes drafted, pruned ones too.", c["drafted"]),
             "rounds_total": ("counter", "Rounds of the engine.", c["rounds"]),
             "drafting_rounds_total": ("counter", "Rounds that speculated; the others had speculation off.",
                                       c["drafting_rounds"]),
