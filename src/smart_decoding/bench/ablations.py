@@ -18,7 +18,7 @@ from smart_decoding.core.calibration import BIN_PROBS, MAX_PROB, Calibration, de
 from smart_decoding.core.choice import best_size, ranked
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.policies.common import best_per_owner, depth_limits, expandable, useful
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Quiet, Round
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
 
@@ -29,7 +29,7 @@ CHEAP, DEAR = (0.2, 0.25), (5.0, 4.0)  # wrong profiles: rows and levels, as mul
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per request that a foreseeing policy considers
 
 
-class Variant:
+class Variant(Quiet):
     """`smart`, followed in every decision. Keeps account of what drafting has cost so far in the round."""
 
     name = "smart"

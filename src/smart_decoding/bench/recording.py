@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.core.policies.common import best_per_owner
-from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Round
+from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Quiet, Round
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.request import Request
@@ -124,7 +124,7 @@ class Recording:
         return Recording.from_flat(renumbered, self.token[nodes].astype(np.int64), self.prob[nodes], count, sizes)
 
 
-class Wide:
+class Wide(Quiet):
     """The recording policy: `levels` levels, `children` per node, a beam of `width` nodes a level; verifies nothing."""
 
     name = "wide"

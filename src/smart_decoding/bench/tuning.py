@@ -66,8 +66,8 @@ def best_paper(trace: Trace, batch_size: int) -> Arm:
 
 def cost_of(arms: Sequence[LLM]) -> CostModel:
     """The profile that the arms' policies use. Raises ConfigError if none has one."""
-    found: Any = next((arm.policy.cost for arm in arms if hasattr(arm.policy, "cost")), None)
-    if not isinstance(found, CostModel):
+    found = next((arm.policy.cost for arm in arms if arm.policy.cost is not None), None)
+    if found is None:
         raise ConfigError("tuning needs a policy with a cost model: add smart to the policies")
     return found
 

@@ -64,7 +64,7 @@ class Live:
         self._seen = record
         if record.round.batch.size:
             self._last = record, [len(request.tokens) for request in record.requests]
-        batch, cost = record.round.batch, getattr(engine.policy, "cost", None)
+        batch, cost = record.round.batch, engine.policy.cost
         plain = 0.0
         if cost is not None and batch.size:
             context = float(batch.context.mean())
@@ -97,7 +97,7 @@ class Live:
         if llm is None:
             return {"ready": False}
         engine, pool, scheduler = llm.engine, llm.engine.pool, llm.engine.scheduler
-        stats: dict[str, float] = getattr(engine.policy, "stats", dict)()
+        stats = engine.policy.stats()
         recent = [pace for pace in self._paces.copy() if pace.at > time.monotonic() - WINDOW]
         seconds, plain = sum(p.seconds for p in recent), sum(p.plain_seconds for p in recent)
         tokens, plain_tokens = sum(p.tokens for p in recent), sum(p.plain_tokens for p in recent)
@@ -112,7 +112,7 @@ class Live:
             "speedup": _rounded(tps / plain_tps if plain_tps else None),
             "yield": _rounded(tokens / plain_tokens if plain_tokens else None), "off": _rounded(stats.get("share_off")),
             "calibration": _rounded(stats.get("calibration_error")),
-            **self._last_round(llm, getattr(engine.policy, "cost", None), not recent),
+            **self._last_round(llm, engine.policy.cost, not recent),
         }  # fmt: skip
 
     def _last_round(self, llm: LLM, cost: CostModel | None, idle: bool) -> dict[str, Any]:

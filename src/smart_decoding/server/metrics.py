@@ -59,7 +59,7 @@ class Metrics:
         self._engine, self._last = llm.engine, llm.engine.last_round
 
     def before(self, engine: Engine) -> None:
-        self._cost = getattr(engine.policy, "cost", None)  # as believed before the round corrects it; immutable
+        self._cost = engine.policy.cost  # as believed before the round corrects it; immutable
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
         record = engine.last_round
@@ -128,7 +128,7 @@ class Metrics:
                     1 - pool.available / pool.pages,
                 ),
             }
-            stats: dict[str, float] = getattr(self._engine.policy, "stats", dict)()
+            stats = self._engine.policy.stats()
             for key, name, text in (
                 ("estimated_speedup", "speedup_estimate", "Tokens per second over plain decoding's, as estimated."),
                 ("calibration_error", "calibration_error", "Accepted over expected nodes, minus 1."),

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.core.policies.likelihood import Likelihood
-from smart_decoding.core.policies.protocol import Round
+from smart_decoding.core.policies.protocol import Quiet, Round
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
@@ -21,7 +21,7 @@ from smart_decoding.training.generate import PictureTurn
 PICTURES = 55  # seeds
 
 
-class Exploring:
+class Exploring(Quiet):
     """Drafts and verifies wide trees whatever they cost, so that `smart` sees all depths and confidences."""
 
     name = "exploring"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from smart_decoding.core.policies.common import TokenIds, depth_limits, expandable, require_int, useful
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Quiet, Round
 from smart_decoding.core.tree import DraftTrees, IntArray
 
 
-class Chain:
+class Chain(Quiet):
     """Drafts and verifies the drafter's first choice, `length` levels deep, for every request."""
 
     name = "chain"

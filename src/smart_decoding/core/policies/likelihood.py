@@ -12,11 +12,11 @@ from smart_decoding.core.policies.common import (
     require_int,
     useful,
 )
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Quiet, Round
 from smart_decoding.core.tree import DraftTrees, IntArray
 
 
-class Likelihood:
+class Likelihood(Quiet):
     """Per request: `top_k` children per node, a beam of `top_k` nodes per level, the best `total_tokens` - 1 verified.
 
     As in the public code `depth` counts the levels after the first (depth 7: 8 levels) and `total_tokens` the root."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Quiet, Round
 from smart_decoding.core.tree import DraftTrees, IntArray
 
 
-class Off:
+class Off(Quiet):
     """Never drafts."""
 
     name = "off"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from smart_decoding.core.cost import CostModel
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, KindArray, join
 
 if TYPE_CHECKING:
@@ -126,6 +127,11 @@ class Policy(Protocol):
 
     name: str
 
+    @property
+    def cost(self) -> CostModel | None:
+        """What it believes forwards to take, or None if it does not care."""
+        ...
+
     def plan(self, batch: BatchState) -> DraftPlan:
         """Before drafting: whether, and how. Not called for rounds with prompt rows, which do not draft."""
         ...
@@ -141,3 +147,16 @@ class Policy(Protocol):
     def observe(self, round: Round) -> None:
         """Learns from what happened."""
         ...
+
+    def stats(self) -> dict[str, float]:
+        """Running figures, for metrics."""
+        ...
+
+
+class Quiet:
+    """What a policy says that does not care what forwards take, and keeps no figures."""
+
+    cost: CostModel | None = None
+
+    def stats(self) -> dict[str, float]:
+        return {}

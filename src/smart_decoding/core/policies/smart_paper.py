@@ -26,7 +26,7 @@ from smart_decoding.core.policies.common import (
     require_number,
     useful,
 )
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Quiet, Round
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.errors import ConfigError
 
@@ -45,7 +45,7 @@ class _Growth:
         self.inner: set[int] = set()
 
 
-class SmartPaper:
+class SmartPaper(Quiet):
     """The published rule. alpha: trust in the drafter. budget: nodes over the whole batch. family: cost functions
     through the origin ('published') or with offsets ('offset'). l_tree: mean over paths, or sum over nodes."""
 
@@ -66,7 +66,7 @@ class SmartPaper:
             raise ConfigError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
         if l_tree not in L_TREES:
             raise ConfigError(f"l_tree must be one of {', '.join(L_TREES)}, not {l_tree!r}")
-        self.cost = cost or CostModel.default()
+        self.cost: CostModel = cost or CostModel.default()
         self.alpha = require_number("alpha", alpha, 0.0, 1.0)
         self.budget = require_int("budget", budget, 1, 100_000)
         self.offsets = FAMILIES[family]

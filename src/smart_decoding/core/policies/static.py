@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from smart_decoding.core.policies.common import TokenIds, depth_limits, expandable, useful
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Quiet, Round
 from smart_decoding.core.policies.topologies import TOPOLOGIES
 from smart_decoding.core.tree import DraftTrees, IntArray, slots
 from smart_decoding.errors import ConfigError
@@ -15,7 +15,7 @@ from smart_decoding.errors import ConfigError
 _OUTSIDE = -1
 
 
-class Static:
+class Static(Quiet):
     """Drafts and verifies the nodes whose path of child ranks (by draft_prob) lies in `topology`.
 
     `topology` is a name ('eagle_1', 'medusa') or a list of rank paths, each node's parent included.
