@@ -2,7 +2,7 @@
 
 Drafts are deterministic children (point masses): the target's own token is drawn at each row of the walk; the walk goes
 down if that token is a child and stops otherwise, emitting it. The output is distributed exactly as the target's,
-whatever rule chose the nodes (theory: verification).
+whatever rule chose the nodes.
 """
 
 from __future__ import annotations

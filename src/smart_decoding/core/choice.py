@@ -1,5 +1,5 @@
 """The exact choice: with the cost of a forward given for every number of rows, the best set of nodes is a prefix of the
-candidates sorted by accept_prob, and one scan over the prefix sums finds it (theory: fixed size, ratio, batch)."""
+candidates sorted by accept_prob, and one scan over the prefix sums finds it."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from smart_decoding.core.tree import FloatArray, IntArray
 BINS = 27  # two per octave: centres at 1, 1.4, 2, ... 8192 rows
 MAX_ROWS = 8192
 NOISE = 0.06  # of one step's time: standard deviation of its logarithm
+COMMON_NOISE = 0.015  # of steps one after another
 CLIP = 2.0  # standard deviations that one observation counts as at most: outliers move little
 SPEED, MEMORY, TABLE = 0.2, 0.8, 0.12  # prior standard deviations
 SPEED_WALK, MEMORY_WALK = 0.015, 0.05  # per observation
@@ -70,8 +71,9 @@ class Correction:
         factor *= table + self.mean[1] * weights
         return factor
 
-    def updated(self, rows: int, table: float, weights: float, seconds: float) -> Correction:
-        """After a step of `rows` rows that took `seconds`; `table` and `weights` as in `seconds()`.
+    def updated(self, rows: int, table: float, weights: float, seconds: float, steps: int = 1) -> Correction:
+        """After a step of `rows` rows that took `seconds`, or the mean of `steps`; `table` and `weights` as in
+        `seconds()`.
 
         Unusable times (NaN, zero, negative) change nothing."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
@@ -85,7 +87,7 @@ class Correction:
         slope, left = weights / now, 1.0 - right
         along = covariance[0] + slope * covariance[1] + left * covariance[2 + low] + right * covariance[3 + low]
         variance = float(along[0] + slope * along[1] + left * along[2 + low] + right * along[3 + low])
-        spread = math.sqrt(variance + NOISE**2)
+        spread = math.sqrt(variance + NOISE**2 / steps + COMMON_NOISE**2)
         error = math.log(seconds / now) - speed - FORGET * (left * left_error + right * right_error)
         gain = along / spread
         mean = self.mean * _DECAY + gain * min(max(error / spread, -CLIP), CLIP)

@@ -32,12 +32,14 @@ _DRAFT, _FIRST, _CAUGHT_UP = 0, -1, -2  # keys of `_dense` beside batch sizes
 
 @dataclass(frozen=True, slots=True)
 class VerifySample:
-    """One timed target forward: sequences, rows in all (roots included), mean KV tokens per sequence, seconds."""
+    """One timed target forward: sequences, rows in all (roots included), mean KV tokens per sequence, seconds; or the
+    means of several `rounds`."""
 
     batch: int
     rows: int
     context: float
     seconds: float
+    rounds: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,8 @@ class CostModel:
             rows, context = observed.rows, observed.context
             attention = context * (self.row_token * rows + self.sequence_token * observed.batch)
             base = float(self._table(observed.batch, rows + 1)[rows]) + attention
-            verify = self.verify_correction.updated(rows, base, float(self._stall_seconds(rows)), observed.seconds)
+            stalled, rounds = float(self._stall_seconds(rows)), observed.rounds
+            verify = self.verify_correction.updated(rows, base, stalled, observed.seconds, rounds)
             return self._with(verify, self.draft_correction, self.first_correction)
         width = observed.width
         if observed.waiting is not None and self.first is not None and self.waiting is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 FIRST_GAP, LAST_GAP = 8, 32  # rounds between probes of the other mode: doubled by each that shows nothing
 CLEAR, CLEAR_GAP = 0.15, 128  # or of this many, where a plain round has lost more than this part of its time
 HOPE = 4  # probes in a row after one that turned out well
+RUN = 12  # probes in a row at most: what they have shown is believed by then
 RARELY = 0.25  # of the budget, once probes have shown nothing and a change for the better is unlikely
 CREDIT_ROUNDS = 400  # unspent budget is kept for this many rounds
 
@@ -21,6 +22,7 @@ class Prober:
         self.spent = 0.0  # seconds lost to probes in all, gains not counted
         self.hope = 0  # failures in a row that a success still excuses
         self.gap = FIRST_GAP
+        self.run = 0  # probes in a row
         self.waited = 0
         self.count = 0
         self.unlikely = False  # whether the other mode is believed to be far worse
@@ -49,15 +51,18 @@ class Prober:
             earned *= RARELY
         self.credit = min(self.credit + earned, most)
 
-    def probe_round(self, loss: float, clear: bool = False) -> None:
+    def probe_round(self, loss: float, hopeful: bool | None = None, clear: bool = False) -> None:
         """After a probe that cost `loss` seconds more than the believed mode would have (negative: it was better).
 
-        clear: whether that leaves little doubt."""
+        hopeful: whether more of them shall follow at once (None: if it was better). clear: whether it leaves little
+        doubt."""
         self._pay(loss)
-        self.hope = HOPE if loss < 0 else self.hope - 1
-        if self.hope > 0:
+        self.run += 1
+        self.hope = HOPE if (loss < 0 if hopeful is None else hopeful) else self.hope - 1
+        if self.hope > 0 and self.run < RUN:
             self.gap = 0
         else:
+            self.hope, self.run = min(self.hope, 0), 0
             self.gap = min(max(2 * self.gap, FIRST_GAP), CLEAR_GAP if clear else LAST_GAP)
 
     def lost(self) -> None:
@@ -72,4 +77,4 @@ class Prober:
 
     def mode_changed(self) -> None:
         """The believed mode is another one now: soon check again."""
-        self.gap, self.waited = FIRST_GAP, 0
+        self.gap, self.waited, self.hope, self.run = FIRST_GAP, 0, 0, 0

@@ -21,6 +21,7 @@ CHILDREN = 8
 TRUST = np.array([0.0, 0.9, 0.82, 0.7, 0.62, 0.55, 0.5])  # true acceptance over draft_prob, by depth
 CONTEXT = 200
 NOISE = 65536
+WAITING = 256  # rows at most that wait for a request while nothing is drafted
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
         tokens += world.batch + _path_gain(trees, world.true_prob(trees, index))[kept].sum()
         seconds += verify + sum(times) + beyond
         nodes, off = nodes + len(kept), off + (not plan.speculate)
-        catch_up = 0 if widths else min(catch_up + world.batch, 64)
+        catch_up = 0 if widths else min(catch_up + world.batch, WAITING * world.batch)
     return Totals(float(tokens), seconds, nodes, off)
 
 

@@ -15,7 +15,7 @@ from smart_decoding.core.forecast import FREE, RANKS
 from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.protocol import BatchState, DraftPlan
-from smart_decoding.core.policies.smart import MARGIN, WIDTHS
+from smart_decoding.core.policies.smart import CATCH_UP_ROUNDS, CLEARLY, MARGIN, WIDTHS
 from smart_decoding.core.tree import DraftTrees
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -87,7 +87,7 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
     children = policy.forecast.children(np.bincount(now.kind, minlength=KINDS) / now.size)
     price = policy.cost.draft_seconds
     regular, whole = (float(price(now.size + n, 40)) for n in (min(now.catch_up_rows, 2 * now.size), now.catch_up_rows))
-    first = regular + (whole - regular) / 16  # what is beyond two rows each is shared by 16 rounds
+    first = regular + (whole - regular) / min(CATCH_UP_ROUNDS, 50 // 2)  # what is beyond two rows is shared
     values = {}
 
     def best(gains: list[float], sunk: float) -> float:
@@ -121,7 +121,7 @@ def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int)
     cost = CostModel.from_table({1: any_table(rng, 30)}, {1: 0.1 * rng.random(), 9: 0.3}, overhead_seconds=0.01)
     policy = make_policy("smart", cost=cost, max_levels=3, probe_budget=0.0, max_round_slowdown=2.0)
     policy.forecast.free = np.sort(rng.random(FREE))[::-1] * 0.5
-    policy._foresight = float(rng.normal() * 0.1)
+    policy._foresight[batch.bit_length()] = float(rng.normal() * 0.1)
     extras = {
         "has_free": bool(rng.integers(2)),
         "has_model": bool(rng.integers(4)),
@@ -132,10 +132,10 @@ def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int)
     expected = naive_forecast(policy, now, batch)
     assert outlook.values == pytest.approx(expected, rel=1e-9)
     plain = batch / float(cost.verify_seconds(batch, batch, 40))
-    worth = {o: v * (math.exp(policy._foresight) if o[0] else 1.0) for o, v in expected.items()}
+    worth = {o: v * (math.exp(policy._foresight[batch.bit_length()]) if o[0] else 1.0) for o, v in expected.items()}
     plan = policy.plan(now)
     best = max(worth, key=worth.get, default=None)
-    if best is None or worth[best] <= MARGIN * plain:
+    if best is None or worth[best] <= (CLEARLY if now.has_model else MARGIN) * plain:  # nothing was tried yet
         assert not plan.speculate
     else:
         assert plan.speculate

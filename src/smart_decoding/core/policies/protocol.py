@@ -102,7 +102,7 @@ class Round:
     def observed(self) -> tuple[IntArray, BoolArray]:
         """Nodes whose parent was accepted, and whether the target chose them: uncensored observations.
 
-        Children of a rejected node were never tested and do not appear (theory: calibration from verified rounds)."""
+        Children of a rejected node were never tested and do not appear."""
         return _observed(self.trees, self.root_next, self.next_token)
 
 

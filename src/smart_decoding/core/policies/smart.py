@@ -1,12 +1,11 @@
 """SMART: drafts, stops and prunes for the most tokens per second of the whole batch, by measured costs and calibrated
-probabilities. How it works: docs/structures.md."""
+probabilities. How it works: docs/controller.md."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import TypeAlias
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,8 +14,10 @@ from smart_decoding.core.choice import best_rates, best_size
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.forecast import Forecast, grow
 from smart_decoding.core.lookahead import LookAhead
+from smart_decoding.core.overhead import Overhead
 from smart_decoding.core.policies.chooser import Chooser, Drafted, Growth, NumpyChooser
 from smart_decoding.core.policies.common import TokenIds, depth_limits, require_int, require_number
+from smart_decoding.core.policies.outlook import FREE_ONLY, Option, Outlook
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, merged
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.probing import CLEAR, Prober
@@ -27,76 +28,26 @@ SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep t
 AHEAD = 3  # levels of look-ahead while drafting
 KEEP_OUTLOOK = 64  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
-CATCH_UP_ROUNDS = (
-    16  # rounds at most that share the price of a long catch-up: if drafting, and the answers, last so long
-)
-MARGIN, STAY = 1.03, 1.0  # what drafting must promise over plain decoding, to begin and to go on: costs are known to a
-# few per cent, not better, and each return to drafting pays for the rows that have waited
+MOVED = 0.03  # of plain decoding's seconds: what rests must show for forecasts to be made anew
+# Rounds at most that share the price of a long catch-up, if drafting and the answers last so long.
+CATCH_UP_ROUNDS = 32
+# What drafting must promise over plain decoding, to begin and to go on: costs are known to a few per cent, not better,
+# and each return to drafting pays for the rows that have waited.
+MARGIN, STAY = 1.03, 1.0
 CLEARLY = 0.9  # of plain decoding: what drafting promises where no further look is needed soon
+TRIED = 16  # rounds that a batch size is drafted for, if it promises no less than that: what was measured decides then
+# Where drafting gains less than that, a probe of plain decoding goes on for so many resting rounds: they are what plain
+# decoding is, their mean is nearly free of noise, and costs at drafting's sizes say too little of it.
+NEAR, RESTS = 1.2, 3
 PROBE_SHARE = 2  # a probe must afford this part of a long catch-up
-FADE = 1 / 48  # per round without drafting: what drafting last brought says less and less
-BUSY_ROUNDS, SELDOM = 32, 32  # after the first rounds, beliefs are updated every 32nd round, in one go,
-SURPRISE = 2.0  # or once the accepted nodes are this many standard deviations (as if Poisson) off what was expected
-OFTEN = 8  # and the seconds of verification every eighth one: a machine's state lasts for seconds only
+FADE = 1 / 48  # per round without drafting: what drafting fell short of counts less and less
+# After the first rounds, of all and of drafting, beliefs are updated every 32nd round, in one go, or after a probe, or
+# once the accepted nodes are SURPRISE standard deviations (as if Poisson) off what was expected; and the seconds of
+# verification every eighth round: a machine's state lasts for seconds only.
+BUSY_ROUNDS, BEGINNING, SELDOM, SURPRISE, OFTEN = 32, 16, 32, 2.0, 8
 # Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no. A bad head
 # is drafted from until it promises no more than plain decoding, and stays there: asked often, it costs 1 % of the time.
 REST, SHORT_REST = 64, 16
-
-Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
-FREE_ONLY: Option = (0, 0)
-
-
-@dataclass
-class Outlook:
-    """Forecasts and prices for batches of one shape, reused for some rounds.
-
-    size: requests. first: seconds of the first drafted level. plain: seconds of a plain round. overhead: seconds that
-    a speculating one takes beyond its forwards. values: tokens per second forecast for each way to draft. foresight:
-    what drafting really reached over its forecast. verify: seconds at 0, 1, ... nodes. levels: seconds at 0, 1, ...
-    expanded rows.
-    """
-
-    size: int
-    first: float
-    plain: float
-    overhead: float
-    values: dict[Option, float]
-    foresight: float
-    verify: FloatArray
-    levels: FloatArray
-    ahead: LookAhead
-    born: int = 0  # the round it was made in
-
-    @cached_property
-    def promise(self) -> float:
-        """What the best way to draft promises over plain decoding."""
-        return max(map(self.value, self.values), default=0.0) / self.value(None)
-
-    def best(self, margin: float) -> Option | None:
-        """The best way to draft, or None where that does not promise `margin` times plain decoding."""
-        return self._best if self.promise > margin else None
-
-    @cached_property
-    def _best(self) -> Option:
-        return max(self.values, key=self.value)
-
-    @cached_property
-    def best_with_model(self) -> Option | None:
-        """The best way to draft with the model drafter."""
-        return max((option for option in self.values if option[0]), key=self.value, default=None)
-
-    def price(self, other: Option | None, believed: Option | None) -> float:
-        """Seconds that a round in the mode `other` loses against `believed` if its drafts bring nothing."""
-        seconds = self.plain
-        if other is not None:
-            seconds = self.overhead + float(self.verify[1]) + (self.first if other[0] else 0.0)
-        return seconds - self.size / self.value(believed)
-
-    def value(self, option: Option | None) -> float:
-        """Tokens per second expected of an option (None: plain decoding)."""
-        if option is None:
-            return self.size / self.plain
-        return self.values[option] * (self.foresight if option[0] else 1.0)
 
 
 @dataclass(slots=True)
@@ -117,37 +68,6 @@ class _Scratch:
     believed: float = 0.0  # tokens per second of the believed mode
     forecast: float = 0.0  # tokens per second forecast for this round, uncorrected
     expected: float = 0.0  # sum of accept_prob of the selected nodes
-
-
-class Overhead:
-    """Seconds that a speculating round takes beyond its forwards and beyond what a plain round takes, learned, apart
-    for batches of one request, two or three, four to seven, ...
-
-    Plain decoding rests, so resting rounds are its measure. Plain rounds that were planned take longer: they stand in
-    only until there are enough others."""
-
-    GAIN, ENOUGH, CLIP = 1 / 32, 4, 2.0  # one slow round counts as at most twice the usual
-
-    def __init__(self, seconds: float) -> None:
-        self._usual = seconds  # what was learned last, of any size
-        self._mean: dict[tuple[int, bool], float] = {}  # by size, and whether the round speculated
-        self._seen: dict[tuple[int, bool], int] = {}
-
-    def of(self, size: int) -> float:
-        """For a batch of `size` requests."""
-        plain, drafting = ((size.bit_length(), speculated) for speculated in (False, True))
-        if min(self._seen.get(plain, 0), self._seen.get(drafting, 0)) >= self.ENOUGH:
-            self._usual = max(0.0, self._mean[drafting] - self._mean[plain])
-        return self._usual
-
-    def observe(self, size: int, seconds: float, speculated: bool, planned: bool) -> None:
-        """After a round that prefilled nothing."""
-        key = size.bit_length(), speculated
-        seen, mean = self._seen.get(key, 0), self._mean.get(key, seconds)
-        if planned and not speculated and seen >= self.ENOUGH:
-            return
-        self._mean[key] = mean + max(self.GAIN, 1 / (seen + 1)) * (min(seconds, self.CLIP * mean) - mean)
-        self._seen[key] = seen + 1
 
 
 class Smart:
@@ -186,7 +106,8 @@ class Smart:
         self._ends = np.array(sorted(self.eos), np.int64)
         self.statistics = Statistics()
         self._overhead = Overhead(self.cost.overhead_seconds)
-        self._foresight = 0.0  # log of what drafting rounds really reached over their forecast
+        self._foresight: dict[int, float] = {}  # by size: log of what drafting rounds reached over their forecast
+        self._tried: dict[int, int] = {}  # by size: rounds with a model's drafts
         self._outlooks: dict[tuple[object, ...], Outlook] = {}  # by the batch's shape
         self._rounds = 0
         self._drafting = False
@@ -197,6 +118,8 @@ class Smart:
         self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
         self._last_rest = 1
         self._rested: list[tuple[int, IntArray, float]] = []  # size, contexts, seconds of these rounds' verifications
+        self._learned_rests = False  # whether costs have learned from them since the last outlook
+        self._busy = False  # whether this round's time beside its forwards has looked out, or learned, too
 
     # --- before drafting ---
 
@@ -204,14 +127,15 @@ class Smart:
         if self._rest and batch.size == self._rest_size:
             self._rest -= 1
             self._scratch = None
-            self._foresight *= 1.0 - FADE
+            self._fade(batch.size)
             return OFF
         self._rest = 0
+        self._learn_rests()
         scratch = self._scratch = self._open(batch)
         if not scratch.drafting or not (batch.has_model or batch.has_free):
             return OFF
         outlook = scratch.outlook = self._current_outlook(batch, scratch)
-        believed = option = outlook.best(STAY if self._drafting else MARGIN)
+        believed = option = outlook.best(self._margin(batch))
         scratch.believed = outlook.value(believed)
         if (believed is not None) != self._drafting:
             self._change_mode(believed is not None)
@@ -219,14 +143,28 @@ class Smart:
         if not self.prober.waits:
             other = self._probe(outlook, believed)
             price = outlook.price(other, believed) + self._catch_up(batch, scratch, other)
-            if other != believed and self.prober.due(price):
+            rests = RESTS if other is None and outlook.promise < NEAR else 0
+            if other != believed and (self.prober.hope > 0 or self.prober.due((1 + rests) * price)):
                 option, scratch.probe = other, True
+                self._rest, self._rest_size = rests, batch.size
         if option is not None or scratch.probe or self._rounds <= BUSY_ROUNDS:
             self._last_rest = 1
         else:
             self._last_rest = min(2 * self._last_rest, REST if outlook.promise < CLEARLY else SHORT_REST)
             self._rest, self._rest_size = min(self._last_rest, self.prober.patience), batch.size
         return self._start(batch, scratch, outlook, option)
+
+    def _margin(self, batch: BatchState) -> float:
+        """What drafting must promise over plain decoding."""
+        if batch.has_model and self._tried.get(_about(batch.size), 0) < TRIED:
+            return CLEARLY
+        return STAY if self._drafting else MARGIN
+
+    def _fade(self, size: int) -> None:
+        """After a round without drafting: the head may be good again. What was gained stays: selection brings it."""
+        about = _about(size)
+        if self._foresight.get(about, 0.0) < 0.0:
+            self._foresight[about] *= 1.0 - FADE
 
     def _change_mode(self, drafting: bool) -> None:
         """Remembers how long drafting lasts: near break-even it may end before its catch-up has paid."""
@@ -253,12 +191,22 @@ class Smart:
         """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
         key = self._key(batch, scratch)
         outlook = self._outlooks.get(key)
-        if outlook is None or self._rounds - outlook.born >= min(KEEP_OUTLOOK, 2 + self._rounds // 2):
+        if outlook is None or self._is_stale(outlook, batch, scratch):
+            self._busy = True
             if len(self._outlooks) >= MAX_OUTLOOKS:
                 self._outlooks.clear()
             outlook = self._outlooks[key] = self._look_out(batch, scratch)
             outlook.born = self._rounds
         return outlook
+
+    def _is_stale(self, outlook: Outlook, batch: BatchState, scratch: _Scratch) -> bool:
+        if self._rounds - outlook.born >= min(KEEP_OUTLOOK, 2 + self._rounds // 2):
+            return True
+        if not self._learned_rests:
+            return False
+        self._learned_rests = False
+        now = float(self.cost.verify_seconds(batch.size, batch.size, scratch.context))
+        return abs(now / float(outlook.verify[0]) - 1.0) > MOVED
 
     def _key(self, batch: BatchState, scratch: _Scratch) -> tuple[object, ...]:
         """The shape of a batch; what barely changes the costs is taken coarsely."""
@@ -284,7 +232,9 @@ class Smart:
         verify = self._verify(batch, scratch, columns + 1)
         prices = self.cost.draft_seconds(np.arange(1 + WIDTHS[-1] * drafting), scratch.context)
         first = self._first_level(batch, scratch.context)[0]
-        limit, overhead = self._limit(size, float(verify[0])), self._overhead.of(size)
+        beside, more = self._overhead.of(size)
+        overhead, plain = beside + more, beside + float(verify[0])
+        limit = self._limit(size, plain)
         values: dict[Option, float] = {}
         if batch.has_free:
             gains = np.repeat(-np.sort(-self.forecast.free), drafting)
@@ -294,11 +244,11 @@ class Smart:
             sunk: FloatArray = overhead + first + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
             rates = best_rates(losses, size, sunk, verify[: losses.shape[1] + 1], limit)
             values.update({(level, wide): float(rates[level - 1]) for level in range(1, levels + 1)})
-        foresight = math.exp(self._foresight)
+        foresight = math.exp(self._foresight.get(_about(size), 0.0))
         return Outlook(
             size,
             first,
-            float(verify[0]),
+            plain,
             overhead,
             values,
             foresight,
@@ -337,7 +287,7 @@ class Smart:
 
     def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:
         if option is None:
-            self._foresight *= 1.0 - FADE
+            self._fade(batch.size)
             return OFF
         levels, wide = option
         scratch.forecast, scratch.sunk = outlook.values[option], outlook.overhead
@@ -382,8 +332,10 @@ class Smart:
         kept, value, scratch.expected = self.chooser.select(drafted)
         drafted.scored = len(trees)
         if plan.levels and scratch.forecast > 0 and value > 0:
-            error = math.log(value / scratch.forecast) - self._foresight
-            self._foresight += min(max(error, -0.3), 0.3) / 16
+            about = _about(batch.size)
+            before = self._foresight.get(about, 0.0)
+            error = math.log(value / scratch.forecast) - before
+            self._foresight[about] = before + min(max(error, -0.3), 0.3) / 16
         return kept
 
     def _drafted(self, batch: BatchState, scratch: _Scratch, trees: DraftTrees, candidates: int) -> Drafted:
@@ -402,18 +354,39 @@ class Smart:
         self._rounds += 1
         scratch = self._planned(round.batch)
         if scratch is None and not (round.plan.speculate or round.batch.prefill_rows):  # resting
-            size, seconds = round.batch.size, round.verify_seconds
-            self._overhead.observe(size, round.other_seconds, speculated=False, planned=False)
-            self._rested.append((size, round.batch.context, seconds))
-            self.prober.ordinary_round(seconds)
-            self.statistics.record(size, 0, 0.0, seconds, seconds, False)
+            self._observe_rest(round)
             return
-        trees, batch, scratch = round.trees, round.batch, scratch or self._open(round.batch)
-        seldom = self._rounds > BUSY_ROUNDS and self._rounds % SELDOM != 0
-        self._learn_costs(round, scratch, seldom)
-        if not batch.prefill_rows:
-            self._overhead.observe(batch.size, round.other_seconds, round.plan.speculate, planned=True)
-        accepted = 0
+        batch, scratch = round.batch, scratch or self._open(round.batch)
+        speculated = round.plan.speculate
+        early = self._rounds <= BUSY_ROUNDS or (speculated and self._rounds - self._began <= BEGINNING)
+        seldom = self._rounds % (2 if early else SELDOM) != 0
+        self._learn_costs(round, scratch, seldom and not scratch.probe)
+        if speculated and not (batch.prefill_rows or self._busy):
+            self._overhead.observe(batch.size, round.other_seconds, speculated=True)
+        self._busy = False
+        if round.level_widths:
+            about = _about(batch.size)
+            self._tried[about] = self._tried.get(about, 0) + 1
+        accepted = self._observe_trees(round, scratch, seldom)
+        seconds = round.verify_seconds + sum(round.level_seconds)
+        if scratch.probe:
+            self._observe_probe(round, scratch, accepted)
+        elif not batch.prefill_rows:  # the time of prompts pays for no probes, which slow down decoding
+            self.prober.ordinary_round(seconds)
+        plain = float(scratch.outlook.verify[0]) if scratch.outlook else seconds
+        self.statistics.record(batch.size, accepted, scratch.expected, seconds, plain, speculated)
+
+    def _observe_rest(self, round: Round) -> None:
+        size, seconds = round.batch.size, round.verify_seconds
+        self._overhead.observe(size, round.other_seconds, speculated=False)
+        self._rested.append((size, round.batch.context, seconds))
+        if not self._drafting:  # else it belongs to a probe
+            self.prober.ordinary_round(seconds)
+        self.statistics.record(size, 0, 0.0, seconds, seconds, False)
+
+    def _observe_trees(self, round: Round, scratch: _Scratch, seldom: bool) -> int:
+        """Learns from what was drafted, now or later; how many nodes were accepted."""
+        trees, accepted = round.trees, 0
         if len(trees):
             if scratch.drafted is None or scratch.drafted.scored != len(trees):  # the caller did not ask what to verify
                 self.calibration.score(trees, scratch.kind)
@@ -428,16 +401,32 @@ class Smart:
             self._outlooks.clear()
         if round.plan.speculate and round.plan.levels == 0:
             self.forecast.observe_free(trees, scratch.limits)
+        return accepted
+
+    def _observe_probe(self, round: Round, scratch: _Scratch, accepted: int) -> None:
+        """Pays for a probe. Whether others follow is another question than what it cost: rows that had waited are an
+        investment, and where they were most of the price, the next rounds are there to use it. A plain round that did
+        well was luck, or the costs know by now."""
+        batch, outlook, drafted = round.batch, scratch.outlook, round.plan.speculate
+        assert outlook is not None
         seconds = round.verify_seconds + sum(round.level_seconds)
-        if scratch.probe:
-            beyond = scratch.outlook.overhead if round.plan.speculate and scratch.outlook else 0.0
-            loss = seconds + beyond - (batch.size + accepted) / scratch.believed
-            # A plain round is a measurement; a drafted one is luck, and its head may be good again soon.
-            self.prober.probe_round(loss, not round.plan.speculate and loss > CLEAR * seconds)
-        elif not batch.prefill_rows:  # the time of prompts pays for no probes, which slow down decoding
-            self.prober.ordinary_round(seconds)
-        plain = scratch.outlook.plain if scratch.outlook else seconds
-        self.statistics.record(batch.size, accepted, scratch.expected, seconds, plain, round.plan.speculate)
+        beside = outlook.overhead if drafted else outlook.plain - float(outlook.verify[0])
+        loss = seconds + beside - (batch.size + accepted) / scratch.believed
+        if not drafted:
+            self.prober.probe_round((1 + self._rest) * loss, hopeful=False, clear=loss > CLEAR * seconds)
+            self._end_probes()
+            return
+        few = min(batch.catch_up_rows, 2 * batch.size)
+        usual = float(self.cost.first_seconds(batch.size, few, scratch.context)) if round.level_widths else 0.0
+        invested = max(0.0, round.level_seconds[0] - usual) if round.level_widths else 0.0
+        self.prober.probe_round(loss, hopeful=loss < 2 * invested or loss < 0)
+        if self.prober.hope <= 0:  # the last one for now: what they have shown is what the next rounds believe
+            self._end_probes()
+
+    def _end_probes(self) -> None:
+        if self._unlearned:
+            self._learn()
+        self._outlooks.clear()
 
     def stats(self) -> dict[str, float]:
         """Running figures for metrics: estimated speedup, share of rounds off, calibration error, probing."""
@@ -458,6 +447,7 @@ class Smart:
 
     def _learn(self) -> None:
         """Learns from the last rounds in one go, since every numpy call has its price."""
+        self._busy = True  # the next round's time has this in it
         rounds, kinds = zip(*self._unlearned, strict=True)
         self._unlearned.clear()
         self._expected = self._surprise = 0.0
@@ -481,12 +471,16 @@ class Smart:
         """Seconds that a round may last: no bound for a lone request, which gets all the nodes itself."""
         return self.max_round_slowdown * plain if size > 1 else math.inf
 
+    def _learn_rests(self) -> None:
+        """What the machine has become meanwhile may make drafting pay: one step for each size, almost without noise."""
+        for size in {size for size, _, _ in self._rested}:
+            mine = [(context.mean(), seconds) for of, context, seconds in self._rested if of == size]
+            context, seconds = np.mean(mine, axis=0).tolist()
+            self.cost = self.cost.corrected(VerifySample(size, size, context, seconds, rounds=len(mine)))
+            self._learned_rests = True
+        self._rested.clear()
+
     def _learn_costs(self, round: Round, scratch: _Scratch, seldom: bool) -> None:
-        if self._rested:  # what the machine has become meanwhile may make drafting pay: one step, almost without noise
-            for size in {size for size, _, _ in self._rested}:
-                means = np.mean([(context.mean(), each) for of, context, each in self._rested if of == size], axis=0)
-                self.cost = self.cost.corrected(VerifySample(size, size, *means.tolist()))
-            self._rested.clear()
         if round.verify_rows and not (seldom and self._rounds % OFTEN):
             sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
             self.cost = self.cost.corrected(sample)
@@ -495,6 +489,11 @@ class Smart:
             width -= waiting or 0
             self.cost = self.cost.corrected(DraftSample(width, scratch.context, seconds, waiting))
             waiting = None
+
+
+def _about(size: int) -> int:
+    """Batches of one request, of two or three, of four to seven, ... are thought of together."""
+    return size.bit_length()
 
 
 @lru_cache(maxsize=1024)
