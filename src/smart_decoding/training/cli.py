@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from smart_decoding.backends.torch.head_export import layout_of
     from smart_decoding.backends.torch.loading import load_checkpoint
+    from smart_decoding.core.policies.common import require_int
     from smart_decoding.errors import ConfigError
     from smart_decoding.training.prior import learn_prior, picture_turns
     from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
@@ -71,10 +72,12 @@ def main(args: argparse.Namespace) -> int:
     sees = args.visual_positions == "decoupled" if args.visual_positions else init is not None and init.sees
     if sees and turn is None:  # what is read of pictures would not be written down
         raise ConfigError("a head that sees needs conversations about pictures: give --pictures or --images")
+    require_int("tokens", args.tokens, 1, 1 << 40)
+    require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
+    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout, sees=sees)
     data = args.data or args.output / "data"
     if not args.skip_generation:
         _generate(args, recorded_taps(taps, layers), data, turn)
-    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout, sees=sees)
     trainer = Trainer(checkpoint, data, args.output, options, keep, init)
     figures: dict[str, Any] = trainer.run()
     if turn is not None:

@@ -21,7 +21,9 @@ from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.head_export import output_rows, write_head
 from smart_decoding.backends.torch.head_files import HeadFiles
 from smart_decoding.backends.torch.loading import Checkpoint
+from smart_decoding.core.policies.common import require_int, require_number
 from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.loops import loop_start
 from smart_decoding.errors import ModelError
 from smart_decoding.files import whole
 from smart_decoding.training.head import Form, Frozen, TrainableHead, form_of
@@ -51,11 +53,16 @@ class TrainOptions:
     layout: str = "smart"
     sees: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        require_number("seconds", self.seconds, 0.0, 1e9)
+        require_int("draft_vocab", self.draft_vocab, 1, 1 << 20)
+
 
 @dataclass(slots=True)
 class Conversation:
-    """tokens [n], taps [n, width]; answer: where the answer begins. visual [m]: positions of pictures, whose embeddings
-    [m, hidden] the target read."""
+    """tokens, taps [n, width]: of the first n tokens; the one behind them, once known, nothing was recorded of. answer:
+    where the answer begins. visual [m]: positions of pictures, whose embeddings [m, hidden] the target read."""
 
     tokens: Tensor
     taps: Tensor
@@ -76,8 +83,8 @@ Keep: TypeAlias = Callable[[Sequence[int]], bool]  # whether a conversation's to
 
 
 def load_conversations(folder: Path, keep: Keep | None = None, sees: bool = False) -> tuple[list[Conversation], int]:
-    """The conversations of a data folder that `keep` lets pass, and how many it did not; unless the head `sees`, what
-    lies behind their pictures. Raises ModelError if none are left."""
+    """The conversations of a data folder that `keep` lets pass, up to where they loop, and how many it did not; unless
+    the head `sees`, what lies behind their pictures. Raises ModelError if none are left."""
     found, dropped = [], 0
     for path in sorted(folder.glob("shard-*.safetensors")):
         shard = load_file(path)
@@ -85,14 +92,16 @@ def load_conversations(folder: Path, keep: Keep | None = None, sees: bool = Fals
         visual = shard.get("visual", torch.zeros(0, dtype=torch.long))
         embeddings = shard.get("embeddings", torch.zeros(0, 0))
         for i, answer in enumerate(shard["answers"].tolist()):
-            part = slice(starts[i], starts[i + 1])
-            if starts[i + 1] - starts[i] <= answer + 8:
+            begins, end = starts[i], starts[i + 1]
+            looping = loop_start(shard["tokens"][begins + answer : end].tolist())
+            part = slice(begins, end if looping is None else begins + answer + looping)
+            if part.stop - begins <= answer + 8:
                 continue
             if keep is not None and not keep(shard["tokens"][part].tolist()):
                 dropped += 1
                 continue
-            first, end = torch.searchsorted(visual, torch.tensor(starts[i : i + 2])).tolist()
-            shown = visual[first:end] - starts[i], embeddings[first:end]
+            first, last = torch.searchsorted(visual, torch.tensor([begins, end])).tolist()
+            shown = visual[first:last] - begins, embeddings[first:last]
             item = Conversation(shard["tokens"][part].long(), shard["taps"][part], answer, *shown)
             found.append(item if sees else item.behind_pictures())
     if not found:
@@ -162,9 +171,12 @@ class Trainer:
         data, self._dropped = load_conversations(folder, keep, options.sees)
         np.random.default_rng(options.seed).shuffle(data)  # type: ignore[arg-type]
         _check_taps(data, folder, recorded_taps(options.taps, self.config.layers), self.config.hidden)
+        self._complete(data)
         held = max(8, int(len(data) * HELD_OUT))
         self._train = data[held:]
-        self._held = _unseen(data[:held], self._train)
+        if not self._train:
+            raise ModelError(f"{folder} holds {len(data)} conversations: too few to train on; write more (--tokens)")
+        self._held = _unseen(data[:held], self._train) or data[:held]
         self.draft_ids = self._draft_vocabulary(init)
         self._frozen = _frozen(checkpoint, self.draft_ids, init)
         self._draft_of = torch.full((self.config.vocab,), -1)
@@ -180,6 +192,18 @@ class Trainer:
         self.elapsed, self.steps, self.seen = 0.0, 0, 0  # seen: conversations, over all epochs
         self._fast_bf16 = bf16_is_faster()
         self._resume()
+
+    @torch.no_grad()
+    def _complete(self, data: list[Conversation]) -> None:
+        """Appends what the target chose behind the last recorded token. Mostly it is the answer's end, of which nothing
+        is recorded, since the target never reads it; a head that is to propose ends must have seen them."""
+        output, norm = output_rows(self._checkpoint).float(), self._checkpoint.weights["model.norm.weight"].float()
+        for start in range(0, len(data), 256):
+            part = data[start : start + 256]
+            last = torch.stack([item.taps[-1, -self.config.hidden :] for item in part]).float()
+            normed = F.rms_norm(last, last.shape[-1:], norm, self.config.rms_eps)
+            for item, token in zip(part, F.linear(normed, output).argmax(-1), strict=True):
+                item.tokens = torch.cat((item.tokens, token[None]))
 
     def _draft_vocabulary(self, init: HeadFiles | None) -> Tensor:
         """That of the head to start from, if its output rows are its own. Rows that are the target's can be exchanged
@@ -311,6 +335,7 @@ class Trainer:
             "training_answer_tokens": answers,
             "training_conversations": len(self._train),
             "held_out_conversations": len(self._held),
+            "held_out_prompts_are_new": bool(_unseen(self._held, self._train)),
             "conversations_dropped_for_overlap": self._dropped,
             "steps": self.steps,
             "epochs": round(self.epochs, 2),
@@ -416,7 +441,7 @@ def _padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
     answer = torch.zeros(len(batch), n, dtype=torch.bool)
     for i, item in enumerate(batch):
         size = len(item.tokens)
-        tokens[i, :size], taps[i, :size] = item.tokens, item.taps.float()
+        tokens[i, :size], taps[i, : len(item.taps)] = item.tokens, item.taps.float()
         answer[i, item.answer : size] = True
     return tokens, taps, answer
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smart_decoding.backends.torch.config import ModelConfig
@@ -311,3 +312,29 @@ def test_what_is_held_out_shares_no_prompt_with_what_is_trained_on(data: Path) -
     twin = replace(found[3], tokens=torch.cat((found[3].tokens[: found[3].answer], torch.tensor([1, 2, 3]))))
     held = train._unseen([found[0], twin, found[1]], found[2:])
     assert [id(item) for item in held] == [id(found[0]), id(found[1])]
+
+
+def test_an_answers_end_is_a_target_too(trainer: Callable[..., Trainer]) -> None:
+    """The target never reads the last token, so that nothing is recorded of it but what the row before it says."""
+    made = trainer()
+    weights = made._checkpoint.weights
+    output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    for item in made._train:
+        last = item.taps[-1, -CONFIG.hidden :].float()
+        normed = last / (last.pow(2).mean() + CONFIG.rms_eps).sqrt() * weights["model.norm.weight"]
+        assert len(item.tokens) == len(item.taps) + 1 and item.tokens[-1] == int((output @ normed).argmax())
+    batch = made._train[:5]
+    _, _, chosen = next(made._unrolled(batch, 1))
+    assert chosen.tolist() == [int(made._draft_of[token]) for item in batch for token in item.tokens[item.answer :]]
+
+
+def test_answers_are_trained_on_up_to_where_they_loop(data: Path, tmp_path: Path) -> None:
+    with safe_open(data / "shard-0000.safetensors", "pt") as shard:
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    starts, answer = tensors["starts"].tolist(), int(tensors["answers"][0])
+    longest = max(range(40), key=lambda i: starts[i + 1] - starts[i])
+    tensors["tokens"][starts[longest] + answer + 9 : starts[longest + 1]] = 7  # 30 times, of which one is kept
+    save_file(tensors, tmp_path / "shard-0000.safetensors")
+    before, after = (train.load_conversations(folder)[0] for folder in (data, tmp_path))
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        assert len(new.tokens) == len(new.taps) == (answer + 10 if i == longest else len(old.tokens))
