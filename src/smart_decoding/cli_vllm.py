@@ -21,6 +21,7 @@ from smart_decoding.integrations.vllm.schedule import Timing
 
 NGRAM = '{"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 2}'
 CHOSEN = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")  # what is found out here
+ONE_LENGTH = ("suffix", "medusa", "ngram_gpu")  # drafters that end vLLM if another length is scheduled than the longest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,9 @@ def main(args: argparse.Namespace) -> int:
     given = sorted(set(CHOSEN) & set(args.speculative_config))
     if given:
         raise ConfigError(f"--speculative-config is to be given without {' and '.join(given)}: that is measured here")
+    method = args.speculative_config.get("method")
+    if method in ONE_LENGTH:
+        raise ConfigError(f"vLLM's {method} drafting takes no schedule of several lengths: use SmartScheduler instead")
     if args.blocks < 1 or args.max_tokens < 2:
         raise ConfigError("--blocks must be at least 1 and --max-tokens at least 2")
     prompts = read_prompts(args.prompts)

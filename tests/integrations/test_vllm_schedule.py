@@ -112,6 +112,7 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(tmp_pa
             ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'],
             "without num_speculative_tokens",
         ),
+        (["--speculative-config", '{"method": "suffix"}'], "no schedule of several lengths"),
         (["--batch-sizes", "1,100"], "too few"),
         (["--blocks", "0"], "--blocks"),
     ],
@@ -192,7 +193,7 @@ def test_classes_that_are_gone_are_named() -> None:
     gone = [*seams.missing_members(), *seams.missing_parameters()]
     assert len(gone) == sum(map(len, seams.CLASSES.values())) + len(seams.REPLACED) + len(seams.CALLED)
     assert "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler" in gone
-    assert "vllm.v1.sample.sampler:Sampler.forward(logits, sampling_metadata)" in gone
+    assert "vllm.v1.sample.sampler:Sampler.forward(logits, sampling_metadata, predict_bonus_token)" in gone
     assert "Sampler" in str(seams.reason_for_stock("0.32.0", stock(), seams.Options()))
 
 
@@ -239,9 +240,11 @@ def test_nothing_to_choose_means_stock_behaviour() -> None:
 
 
 def test_data_parallel_and_the_wrong_class_are_refused() -> None:
-    seams.refuse_data_parallel(1)
+    seams.refuse_layout(1, "mp")
     with pytest.raises(ConfigError, match="data_parallel_size=2"):
-        seams.refuse_data_parallel(2)
+        seams.refuse_layout(2, None)
+    with pytest.raises(ConfigError, match="external_launcher"):
+        seams.refuse_layout(1, "external_launcher")
     seams.refuse_class(False, False)
     seams.refuse_class(None, True)  # a version that does not say
     with pytest.raises(ConfigError, match="SmartAsyncScheduler"):

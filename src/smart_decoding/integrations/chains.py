@@ -313,7 +313,7 @@ class Chains:
             self.counters.steps_off += 1
         if step.levels == REST:
             self.counters.rests += 1
-        elif self.model:
+        elif self.model and step.batch:
             self.counters.lengths[step.levels] = self.counters.lengths.get(step.levels, 0) + 1
         if seconds is None or not step.clean or not step.batch:
             if step.probe:

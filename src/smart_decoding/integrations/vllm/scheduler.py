@@ -27,7 +27,7 @@ from smart_decoding.integrations.vllm.seams import (
     read_options,
     reason_for_stock,
     refuse_class,
-    refuse_data_parallel,
+    refuse_layout,
 )
 from smart_decoding.integrations.vllm.shortcuts import drafter_seen
 from smart_decoding.integrations.vllm.shortcuts import install as install_shortcuts
@@ -132,7 +132,8 @@ class _Smart:
             logger.warning("SMART leaves draft lengths to vLLM: %s", reason)
             return
         config = self.vllm_config  # type: ignore[attr-defined]
-        refuse_data_parallel(config.parallel_config.data_parallel_size)
+        parallel = config.parallel_config
+        refuse_layout(parallel.data_parallel_size, parallel.distributed_executor_backend)
         speculative = config.speculative_config
         schedule = speculative.num_speculative_tokens_per_batch_size
         longest = self.num_spec_tokens  # type: ignore[attr-defined]
@@ -141,7 +142,6 @@ class _Smart:
             logger.warning("SMART leaves draft lengths to vLLM: its schedule drafts nothing at any batch size")
             return
         self.controller = Controller(self, lengths, speculative.method not in FREE, options.probe_budget)
-        parallel = config.parallel_config
         far = options.shortcuts and same_machine(parallel.distributed_executor_backend, parallel.nnodes)
         self.dynamic_sd_lookup = Lengths(self.controller, Length if far else int)
         if options.shortcuts:
@@ -149,7 +149,10 @@ class _Smart:
         if far and not self.ASYNC:
             shorten_fetching()
         if options.metrics_port:
-            serve_metrics(self.controller.policy.counters, options.metrics_port)
+            try:
+                serve_metrics(self.controller.policy.counters, options.metrics_port)
+            except OSError as error:  # another engine on this machine, such as another data-parallel rank, has it
+                logger.warning("SMART's metrics are not served on port %d: %s", options.metrics_port, error)
         logger.info("SMART chooses draft lengths: up to %d tokens by %s", longest, speculative.method)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:

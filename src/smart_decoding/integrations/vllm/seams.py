@@ -53,8 +53,9 @@ CLASSES = {
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor": ("take_draft_token_ids",),  # ranks.py
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (  # shortcuts.py
         "execute_model", "sample_tokens", "execute_model_state", "speculative_config", "use_async_scheduling",
-        "model_config",
+        "model_config", "input_batch",
     ),
+    "vllm.v1.worker.gpu_input_batch:InputBatch": ("thinking_budget_state_holder",),  # shortcuts.py
     "vllm.v1.worker.gpu_model_runner:ExecuteModelState": ("scheduler_output",),
 }  # fmt: skip
 # All parameters of methods that ours take the place of; of those that are called, the keywords that are given.
@@ -68,7 +69,7 @@ REPLACED = {
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor.take_draft_token_ids": (),
 }  # fmt: skip
 CALLED = {
-    "vllm.v1.sample.sampler:Sampler.forward": ("logits", "sampling_metadata"),
+    "vllm.v1.sample.sampler:Sampler.forward": ("logits", "sampling_metadata", "predict_bonus_token"),
     "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.propose": (
         "num_speculative_tokens", "next_token_ids"
     ),
@@ -125,8 +126,13 @@ def refuse_class(async_scheduling: Any, is_async: bool) -> None:
         )
 
 
-def refuse_data_parallel(size: int) -> None:
-    """Raises ConfigError where the scheduler would act and do harm."""
+def refuse_layout(size: int, executor: Any) -> None:
+    """Raises ConfigError where the scheduler would act and do harm. size: of data parallelism."""
+    if executor == "external_launcher":
+        raise ConfigError(
+            "SMART's scheduler cannot run with distributed_executor_backend='external_launcher': every rank has a "
+            "scheduler of its own there, and they would choose by their own clocks"
+        )
     if size > 1:
         raise ConfigError(
             f"SMART's scheduler cannot run with data_parallel_size={size}: ranks that choose different "

@@ -54,7 +54,8 @@ def _shorten_sampling() -> None:
     def forward(original: Any, self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
         if any(metadata.num_draft_tokens) or len(logits) != len(metadata.num_draft_tokens):
             return original(self, metadata, draft_probs, logits, sampling_metadata)
-        return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        # As the rejection sampler calls it: a thinking budget finds its row by that.
+        return self.sampler(logits=logits, sampling_metadata=sampling_metadata, predict_bonus_token=True)
 
     replace(RejectionSampler, "forward", forward)
 
@@ -93,10 +94,12 @@ def _shorten_steps() -> None:
 @contextmanager
 def _plain(runner: Any, step: Any) -> Iterator[None]:
     """The model runner without its speculative config, if `step` neither verifies nor drafts. (In asynchronous
-    scheduling the next step's inputs are made from what is prepared for drafts, and recurrent layers find their state
-    by how many drafts were accepted before, so there all stays as it is.)"""
+    scheduling the next step's inputs are made from what is prepared for drafts, recurrent layers find their state by
+    how many drafts were accepted before, and a thinking budget counts rows as the rejection sampler has them: there
+    all stays as it is.)"""
     rests = step is not None and step.num_spec_tokens_to_schedule == REST
-    special = runner.use_async_scheduling or runner.model_config.is_hybrid
+    budgets = runner.input_batch.thinking_budget_state_holder is not None
+    special = runner.use_async_scheduling or runner.model_config.is_hybrid or budgets
     if not rests or step.scheduled_spec_decode_tokens or special:
         yield
         return
