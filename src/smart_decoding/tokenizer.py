@@ -117,6 +117,14 @@ class Tokenizer:
 
 
 def _backend_of(folder: Path) -> tokenizers.Tokenizer:
+    """Without the truncation and padding that some files have kept from training: a prompt is all of it, no more."""
+    backend = _stored_backend(folder)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _stored_backend(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
         try:
@@ -136,7 +144,7 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, it would ask
         backend: tokenizers.Tokenizer = found.backend_tokenizer
     except Exception as error:  # not installed, or one of its own optional parts is not
-        needed = "pip install 'smart-decoding[sentencepiece]'"
+        needed = "in the clone, pip install -e '.[sentencepiece]'"
         raise ModelError(f"{folder} holds only tokenizer.model, which needs transformers: {needed}") from error
     return backend
 

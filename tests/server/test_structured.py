@@ -20,7 +20,7 @@ from smart_decoding.llm import LLM
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.schemas import ChatRequest, Message
 from smart_decoding.server.tool_text import ToolText
-from smart_decoding.server.tools import Tool, speaks_our_form
+from smart_decoding.server.tools import Tool, explained, speaks_our_form
 
 pytest.importorskip("llguidance")
 
@@ -223,6 +223,18 @@ def test_calls_and_results_go_back_to_the_model(running: Running, client: openai
     )
     assert prompt.startswith("system: You can call functions.") and '"name": "now"' in prompt
     assert "<tool_response>\nsunny\n</tool_response>" in prompt and f'{{"name": "{call.function.name}", ' in prompt
+
+
+def test_results_of_tools_and_what_is_said_then_are_one_turn() -> None:
+    """Many templates refuse two turns of the user in a row."""
+    calls = [{"type": "function", "function": {"name": "now", "arguments": {}}}] * 2
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"},
+                {"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "5"},
+                {"role": "tool", "content": "6"}, {"role": "user", "content": "And?"}]  # fmt: skip
+    plain = explained(messages, [])
+    assert [message["role"] for message in plain] == ["user", "user", "assistant", "user"]
+    answers = ("<tool_response>\n5\n</tool_response>", "<tool_response>\n6\n</tool_response>", "And?")
+    assert plain[-1]["content"] == "\n".join(answers)
 
 
 def test_a_template_that_knows_tools_is_given_them(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
@@ -133,7 +134,7 @@ def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Tokenizer.load(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(ModelError, match=re.escape("smart-decoding[sentencepiece]")):
+    with pytest.raises(ModelError, match=re.escape("-e '.[sentencepiece]'")):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
@@ -191,6 +192,17 @@ def test_templates_that_fail_are_one_clear_error() -> None:
 def test_templates_are_confined(attack: str) -> None:
     with pytest.raises(ConfigError, match="chat template"):
         render(attack)
+
+
+def test_a_prompt_is_all_of_it_and_no_more(tmp_path: Path) -> None:
+    """Some files have kept from training where texts were cut, or how they were filled up."""
+    TINY.save(tmp_path)
+    trained = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    trained.enable_truncation(3)
+    trained.enable_padding(length=9)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    for text in ("h", "hello hello hello"):
+        assert Tokenizer.load(tmp_path).encode(text) == TINY.encode(text)
 
 
 # Streaming ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from smart_decoding.engine.verification import Clock, Verified, make_room, verif
 from smart_decoding.errors import CapacityError, ConfigError
 
 _NONE = np.zeros(0, np.int64)
+BEFORE = 6  # tokens of the prompt's end that the text of an answer's first token may depend on
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,8 @@ class Engine:
         requests = []
         for sample in range(params.n):
             decode = self._decode(params.skip_special_tokens)
-            stop = StopChecker(params, decode, self.target.eos_token_ids, limit, self.config.stop_at_loops)
+            eos, before = self.target.eos_token_ids, prompt[-BEFORE:]
+            stop = StopChecker(params, decode, eos, limit, self.config.stop_at_loops, before)
             name = request_id if params.n == 1 else f"{request_id}#{sample}"
             table = BlockTable(self.pool, media.marks if media else {})
             request = Request(name, list(prompt), params, seed, table, stop, sample, limit)

@@ -57,10 +57,11 @@ class Scheduler:
         decode, prefill, budget = [], [], self.chunk
         for request in list(self.running):
             pending = request.pending
-            rows = min(pending, budget) if pending > 1 else 1
+            decodes = pending == 1 and bool(request.output)
+            rows = 1 if decodes else min(pending, budget)
             if rows == 0 or request in self.preempted or not self._reserve(request, rows):
                 continue
-            if pending == 1:
+            if decodes:
                 decode.append(request)
             else:
                 prefill.append((request, rows))

@@ -19,12 +19,13 @@ class Detokenizer:
     """Text of a growing token list, in pieces that never change later.
 
     Decodes a window from the last piece's start, since a token's text may depend on its left neighbour (leading spaces)
-    and a character may span tokens (then nothing is given out until it is complete)."""
+    and a character may span tokens (then nothing is given out until it is complete). before: tokens that the list
+    follows, a prompt's last ones."""
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window: list[int] = []
-        self._read = 0  # tokens of the window whose text was given out
+        self._window = [] if before and decode(before).endswith(UNFINISHED) else list(before)
+        self._read = len(self._window)  # tokens of the window whose text was given out
 
     def push(self, tokens: Sequence[int]) -> str:
         """The new text up to the last complete character."""
@@ -63,15 +64,17 @@ class StopChecker:
         eos_ids: Sequence[int] = (),
         max_tokens: int | None = None,
         detect_loops: bool = False,
+        before: Sequence[int] = (),
     ) -> None:
         """decode: token ids to text (special tokens skipped or not, as the request wishes). max_tokens: at most this
-        many where the context leaves less room than `params.max_tokens`."""
+        many where the context leaves less room than `params.max_tokens`. before: the prompt's last tokens, on which the
+        first one's text may depend."""
         limits = [limit for limit in (params.max_tokens, max_tokens) if limit is not None]
         self._max_tokens = min(limits) if limits else None
         self._params, self._strings, self._ids = params, params.stop_strings, frozenset(params.stop_ids)
         self._eos_ids: frozenset[int] = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self._ends = self._eos_ids | self._ids
-        self._detokenizer = Detokenizer(decode)
+        self._detokenizer = Detokenizer(decode, before)
         self._loops = LoopDetector() if detect_loops else None
         self._text, self._shown, self._unchecked = "", 0, 0
         self._undecoded: list[int] = []

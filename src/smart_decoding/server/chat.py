@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from smart_decoding.llm import LLM
 from smart_decoding.multimodal.messages import has_pictures
@@ -22,10 +21,7 @@ def chat_prompt(llm: LLM, messages: Sequence[Message], offered: Sequence[tools.T
             raise ApiError(400, "tools and pictures are not supported in one conversation", "invalid_value", "messages")
         return llm.chat_prompt(plain)
     described = [tool.model_dump(exclude_none=True) for tool in offered]
-    variables: dict[str, Any] = {}
-    if tools.speaks_our_form(llm.tokenizer.template):
-        variables = {"tools": described} if described else {}
-    else:
-        plain = tools.explained(plain, described)
-    text = llm.tokenizer.apply_chat_template(plain, **variables)
+    if not tools.speaks_our_form(llm.tokenizer.template):
+        return llm.chat_prompt(tools.explained(plain, described))
+    text = llm.tokenizer.apply_chat_template(plain, **({"tools": described} if described else {}))
     return MediaPrompt(llm.tokenizer.encode(text, add_special_tokens=False))

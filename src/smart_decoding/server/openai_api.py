@@ -240,7 +240,10 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
 
 
 def _token_text(llm: LLM) -> Callable[[int], str]:
-    return lambda token: llm.tokenizer.decode([token], False)
+    """Decodes a token as it reads behind another one: some tokenizers drop the space that a text begins with."""
+    decode, anchor = llm.tokenizer.decode, llm.tokenizer.encode("a", add_special_tokens=False)
+    known = len(decode(anchor, False))
+    return lambda token: decode([*anchor, token], False)[known:]
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

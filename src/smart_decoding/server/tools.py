@@ -132,13 +132,26 @@ def speaks_our_form(template: str | None) -> bool:
 
 def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> list[Json]:
     """The conversation for a template that knows no tools: they, their calls and results become plain text."""
-    plain = [_as_text(message) for message in messages]
+    plain = _as_texts(messages)
     if not tools:
         return plain
     text = _EXPLANATION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     if plain and plain[0]["role"] == "system":
         return [{**plain[0], "content": f"{plain[0]['content']}\n\n{text}"}, *plain[1:]]
     return [{"role": "system", "content": text}, *plain]
+
+
+def _as_texts(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
+    """Results of tools, and what the user says then, as one turn: many templates want user and assistant in turns."""
+    texts: list[Json] = []
+    before = ""
+    for message in messages:
+        text = _as_text(message)
+        if before == "tool" and text["role"] == "user":
+            text["content"] = f"{texts.pop()['content']}\n{text['content']}"
+        texts.append(text)
+        before = message["role"]
+    return texts
 
 
 def _as_text(message: Mapping[str, Any]) -> Json:

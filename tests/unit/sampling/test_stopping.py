@@ -155,6 +155,10 @@ def test_a_token_whose_text_depends_on_its_neighbour():
     words = [" the", " old", " man"]
     detokenizer = Detokenizer(lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
     assert [detokenizer.push([i]) for i in (0, 1, 2, 0)] == ["the", " old", " man", " the"]
+    behind_a_prompt = Detokenizer(detokenizer._decode, before=[0, 1])
+    assert [behind_a_prompt.push([i]) for i in (2, 0)] == [" man", " the"]
+    behind_half_a_character = Detokenizer(decode, before=encode("🙂")[:2])
+    assert [behind_half_a_character.push([i]) for i in encode("ab")] == ["a", "b"]
 
 
 def test_a_loop_ends_the_answer_only_where_asked():
