@@ -21,7 +21,7 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.core.cost import CostModel
     from smart_decoding.llm import LLM
     from smart_decoding.profiling.cache import profile_path, save_profile
-    from smart_decoding.profiling.measure import held_out_error, measure
+    from smart_decoding.profiling.measure import held_out_error, longest_context, measure
     from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 
     config = {"policy": "likelihood", **({"method": "draft_model", "model": args.draft} if args.draft else {})}
@@ -56,7 +56,8 @@ def main(args: argparse.Namespace) -> int:
     median, high = held_out_error(samples)
     print(f"held-out error of the fit: median {100 * median:.1f} %, p90 {100 * high:.1f} %")
     shape = str(model and model.shape)
-    save_profile(profile_path(llm.provenance, target.dtype, target.device, shape), cost)
+    longest = longest_context(target.max_positions)
+    save_profile(profile_path(llm.provenance, target.dtype, target.device, shape, longest), cost)
     return 0
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from smart_decoding.multimodal.prompts import MediaPrompt
 
 DTYPES = ("bf16", "bfloat16", "fp32", "float32")
-_FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids", "chooser")  # not a user's to give
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +83,8 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
     """What `LLM` takes, or None if nothing was asked for. Raises ConfigError for unknown options and bad values."""
     policy_options, method_options = _once_each(args.policy_option), _once_each(args.method_option)
     if args.policy or policy_options:
+        from smart_decoding.core.policies import check_policy  # imported late: scipy is slow
+
         check_policy(args.policy or "smart", policy_options)
     both = sorted(set(policy_options) & set(method_options))
     if both:
@@ -103,18 +104,6 @@ def _once_each(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in options]
         raise ConfigError(f"option {max(names, key=names.count)!r} is given more than once")
     return given
-
-
-def check_policy(name: str, options: dict[str, Any]) -> None:
-    """Raises ConfigError if policy `name` cannot be built with the user's `options`."""
-    from smart_decoding.core.policies import make_policy, policy_options
-
-    known = [option for option in policy_options(name) if option not in _FROM_THE_ENGINE]
-    for option in options:
-        if option not in known:
-            valid = ", ".join(known) or "none"
-            raise ConfigError(f"policy {name!r} has no option {option!r}; its options: {valid}")
-    make_policy(name, **options)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> int:
         from smart_decoding.server.launch import serve
         from smart_decoding.server.settings import ServerSettings
     except ModuleNotFoundError as error:
-        raise ConfigError(f"smart serve needs {error.name}: pip install 'smart-decoding[serve]'") from error
+        raise ConfigError(f"smart serve needs {error.name}: in the clone, pip install -e '.[serve]'") from error
     names = ("host", "port", "max_queue", "queue_timeout", "max_body", "body_timeout", "max_n", "shutdown_timeout",
              "log_level", "head_timeout", "max_connections")  # fmt: skip
     from_environment = os.environ.get(KEY_VARIABLE) if not args.no_api_key else None

@@ -164,7 +164,7 @@ def _library() -> Any:
     try:
         import llguidance
     except ModuleNotFoundError as error:
-        raise ConfigError("structured_outputs needs llguidance: pip install 'smart-decoding[grammar]'") from error
+        raise ConfigError("structured_outputs needs llguidance: in the clone, pip install -e '.[grammar]'") from error
     return llguidance
 
 

@@ -20,7 +20,7 @@ from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import Forecast
-from smart_decoding.core.policies import make_policy, policy_options
+from smart_decoding.core.policies import check_policy, make_policy, policy_options, user_options
 from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.drafters import METHODS
 from smart_decoding.drafters.draft_model import DraftModelDrafter
@@ -33,7 +33,7 @@ from smart_decoding.engine.protocols import Drafter
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models import VISION_PARTS, base_of, seeing_names
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import largest_batch, measure
+from smart_decoding.profiling.measure import largest_batch, longest_context, measure
 from smart_decoding.tokenizer import Tokenizer
 
 log = logging.getLogger("smart.speculation")
@@ -89,8 +89,8 @@ class Asked:
 def check_speculation(
     config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int
 ) -> Asked:
-    """checkpoint, tokenizer: the target's. Raises ConfigError for an unknown method or policy, ModelError for a draft
-    model with another vocabulary or too short a context."""
+    """checkpoint, tokenizer: the target's. Raises ConfigError for an unknown method, policy or option, ModelError for a
+    draft model with another vocabulary or too short a context."""
     if config is False:
         return Asked("none", "off", {})
     given = dict(config) if isinstance(config, Mapping) else {}
@@ -98,11 +98,30 @@ def check_speculation(
     method, policy = given.pop("method", "eagle" if has_head else "ngram"), given.pop("policy", "smart")
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
-    policy_options(policy)
+    ours, theirs = user_options(policy) if method != "none" else [], _method_options(method, bool(has_head))
+    unknown = [option for option in given if option not in (*ours, *theirs)]
+    if unknown:
+        raise ConfigError(
+            f"unknown option {unknown[0]!r}; method {method!r} takes: {', '.join(theirs) or 'none'}; "
+            f"policy {policy!r}: {', '.join(ours) or 'none'}"
+        )
+    check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
     draft = None
     if method == "draft_model":
         draft = _draft_checkpoint(given.pop("model", None), tokenizer, max_model_len)
     return Asked(method, policy, given, draft)
+
+
+def _method_options(method: str, has_head: bool) -> list[str]:
+    head, ngram = ["model", "visual_positions"], _parameters(NgramDrafter)
+    recycling = [name for name in _parameters(RecyclingDrafter) if name not in ("vocab", "top_k")]
+    union = [*head, *ngram] if has_head else [*ngram, *recycling]
+    known = {"eagle": head, "draft_model": ["model"], "ngram": ngram, "recycling": recycling, "union": union}
+    return known.get(method, [])
+
+
+def _parameters(cls: type) -> list[str]:
+    return list(inspect.signature(cls).parameters)
 
 
 def build_speculation(
@@ -207,14 +226,15 @@ class _Builder:
     def cost(self, drafter: Drafter) -> CostModel:
         """The cached profile of this machine, else a new one (a few seconds): also if that was taken of an engine for
         smaller batches."""
-        path = profile_path(
-            self._checkpoint.provenance, self._target.dtype, self._target.device, str(self.model and self.model.shape)
-        )
+        target, head = self._target, str(self.model and self.model.shape)
+        longest = longest_context(target.max_positions)
+        path = profile_path(self._checkpoint.provenance, target.dtype, target.device, head, longest)
         cost = load_profile(path)
         if cost is None or max(cost.verify) < largest_batch(self._pages, self._seqs):
-            samples = measure(self._target, level_drafter(drafter), self._pages, self._seqs)
+            samples = measure(target, level_drafter(drafter), self._pages, self._seqs)
             cost = CostModel.fit(samples, ROUND_OVERHEAD)
-            save_profile(path, cost)
+            if longest:
+                save_profile(path, cost)
         return cost
 
     def _eagle(self) -> Drafter:

@@ -207,7 +207,7 @@ def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
     if not plots.parent.is_dir() or (plots.exists() and not plots.is_dir()):
         raise ConfigError(f"{plots} cannot be made: it must be a folder in an existing folder")
     if find_spec("matplotlib") is None:
-        raise ConfigError("plots need matplotlib: pip install 'smart-decoding[bench]'")
+        raise ConfigError("plots need matplotlib: in the clone, pip install -e '.[bench]'")
 
 
 def check_peers(peers: Sequence[str], environments: Sequence[str]) -> None:

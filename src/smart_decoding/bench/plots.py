@@ -22,7 +22,7 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'smart-decoding[bench]'") from error
+        raise ConfigError("plots need matplotlib: in the clone, pip install -e '.[bench]'") from error
     paths = []
     try:
         folder.mkdir(exist_ok=True)

@@ -139,5 +139,5 @@ def _pil() -> Any:
     try:
         import PIL.Image
     except ModuleNotFoundError as error:
-        raise ConfigError("images need pillow: pip install 'smart-decoding[vision]'") from error
+        raise ConfigError("images need pillow: in the clone, pip install -e '.[vision]'") from error
     return PIL.Image

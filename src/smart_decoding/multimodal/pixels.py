@@ -22,7 +22,7 @@ from smart_decoding.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NEEDED = "vision-language models need transformers and pillow: pip install 'smart-decoding[vision]'"
+NEEDED = "vision-language models need transformers and pillow: in the clone, pip install -e '.[vision]'"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def draw(picture: Picture, size: int = 96) -> Image.Image:
     try:
         from PIL import Image, ImageDraw
     except ImportError as error:
-        raise ConfigError("pictures need Pillow: pip install 'smart-decoding[vision]'") from error
+        raise ConfigError("pictures need Pillow: in the clone, pip install -e '.[vision]'") from error
     side = size * _OVERSAMPLING
     image = Image.new("RGB", (side, side), picture.background)
     canvas = ImageDraw.Draw(image)

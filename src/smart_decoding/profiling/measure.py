@@ -59,11 +59,18 @@ def measure(
     a real round does (before a deeper level of the drafter the first one runs, too). The KV cache must be idle: its
     contents are overwritten."""
     points = _points(target, drafter, pages, max_num_seqs, coarse)
+    if not points:  # the context is too short for any
+        return []
     try:
         return _relative(_measured(points, seconds, clock, 1 if coarse else 3))
     finally:
         for point in points:
             point.end()
+
+
+def longest_context(max_positions: int) -> int:
+    """What a profile of a model of so many positions knows of contexts: up to that length."""
+    return max((context for context in CONTEXTS if context < max_positions), default=0)
 
 
 def largest_batch(pages: int, max_num_seqs: int) -> int:

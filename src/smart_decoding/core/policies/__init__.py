@@ -15,6 +15,7 @@ from smart_decoding.core.policies.smart_paper import SmartPaper
 from smart_decoding.core.policies.static import Static
 from smart_decoding.errors import ConfigError
 
+FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids", "chooser")  # options that are no user's to give
 POLICIES: dict[str, type[Any]] = {cls.name: cls for cls in (Off, Chain, Static, Likelihood, SmartPaper, Smart)}
 
 
@@ -25,6 +26,21 @@ def policy_options(name: str) -> list[str]:
     if POLICIES[name].__init__ is object.__init__:
         return []
     return list(inspect.signature(POLICIES[name]).parameters)
+
+
+def user_options(name: str) -> list[str]:
+    """Those of them that a user can give."""
+    return [option for option in policy_options(name) if option not in FROM_THE_ENGINE]
+
+
+def check_policy(name: str, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError if policy `name` cannot be built with a user's `options`."""
+    known = user_options(name)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        valid = ", ".join(known) or "none"
+        raise ConfigError(f"policy {name!r} has no option {unknown[0]!r}; its options: {valid}")
+    make_policy(name, **options)
 
 
 def make_policy(name: str, offered: Mapping[str, Any] | None = None, **options: Any) -> Policy:

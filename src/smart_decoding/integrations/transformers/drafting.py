@@ -175,7 +175,7 @@ def _profile_path(model: PreTrainedModel, key: tuple[object, ...]) -> Path:
     """Where the profile of a model of this shape lies, whatever its weights are."""
     shape = hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest()
     engine = {"engine": f"transformers {transformers.__version__}", "model": shape}
-    return profile_path(engine, model.dtype, model.device, str(key))
+    return profile_path(engine, model.dtype, model.device, str(key), CONTEXTS[-1])
 
 
 def _one_row(target: HostTarget) -> float:
