@@ -49,7 +49,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--speculative-config is to be given without {' and '.join(given)}: that is measured here")
     method = args.speculative_config.get("method")
     if method in ONE_LENGTH:
-        raise ConfigError(f"vLLM's {method} drafting takes no schedule of several lengths: use SmartScheduler instead")
+        instead = ": use SmartScheduler instead" if method == "suffix" else ""
+        raise ConfigError(f"vLLM's {method} drafting takes no schedule of several lengths{instead}")
     if args.blocks < 1 or args.max_tokens < 2:
         raise ConfigError("--blocks must be at least 1 and --max-tokens at least 2")
     prompts = read_prompts(args.prompts)

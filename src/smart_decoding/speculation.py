@@ -100,6 +100,8 @@ def check_speculation(
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     ours, theirs = user_options(policy) if method != "none" else [], _method_options(method, bool(has_head))
     unknown = [option for option in given if option not in (*ours, *theirs)]
+    if unknown and method == "none":
+        raise ConfigError(f"method 'none' takes no options, but {unknown[0]!r} is given")
     if unknown:
         raise ConfigError(
             f"unknown option {unknown[0]!r}; method {method!r} takes: {', '.join(theirs) or 'none'}; "
@@ -132,8 +134,8 @@ def build_speculation(
     max_num_seqs: int,
     trust_pickle: bool = False,
 ) -> Speculation:
-    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for unknown options,
-    ModelError for a head that does not fit."""
+    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for bad values of a drafter's
+    options, ModelError for a head that does not fit."""
     if asked.method == "none":
         return Speculation(make_policy("off"), None)
     default_head = shipped_head(checkpoint.provenance["model"])

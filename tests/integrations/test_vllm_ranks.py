@@ -78,17 +78,18 @@ def test_drafts_are_not_fetched_after_a_step_that_drafts_nothing(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("length", "drafts", "is_async", "hybrid", "plain"),
-    [
-        (-1, {}, False, False, True), (0, {}, False, False, False), (-1, {"a": [5]}, False, False, False),
-        (-1, {}, True, False, False), (-1, {}, False, True, False),
-    ],
+    ("length", "drafts", "special", "plain"),
+    [(-1, {}, "", True), (0, {}, "", False), (-1, {"a": [5]}, "", False), (-1, {}, "async", False),
+     (-1, {}, "hybrid", False), (-1, {}, "thinking", False)],
 )  # fmt: skip
 def test_a_step_that_neither_verifies_nor_drafts_is_taken_without_the_speculative_config(
-    length: int, drafts: dict[str, list[int]], is_async: bool, hybrid: bool, plain: bool
+    length: int, drafts: dict[str, list[int]], special: str, plain: bool
 ) -> None:
-    model = SimpleNamespace(is_hybrid=hybrid)
-    runner = SimpleNamespace(speculative_config="config", use_async_scheduling=is_async, model_config=model)
+    model = SimpleNamespace(is_hybrid=special == "hybrid")
+    batch = SimpleNamespace(thinking_budget_state_holder=object() if special == "thinking" else None)
+    runner = SimpleNamespace(
+        speculative_config="config", use_async_scheduling=special == "async", model_config=model, input_batch=batch
+    )
     step = SimpleNamespace(num_spec_tokens_to_schedule=length, scheduled_spec_decode_tokens=drafts)
     with pytest.raises(RuntimeError), shortcuts._plain(runner, step):
         assert runner.speculative_config == (None if plain else "config")

@@ -23,6 +23,10 @@ class Overhead:
             self._usual = self._mean[plain], max(0.0, self._mean[drafting] - self._mean[plain])
         return self._usual
 
+    def has_rested(self, size: int) -> bool:
+        """Whether enough resting rounds of such batches were seen."""
+        return self._seen.get((size.bit_length(), False), 0) >= self.ENOUGH
+
     def observe(self, size: int, seconds: float, speculated: bool) -> None:
         """After a round that speculated, or rested, and prefilled nothing."""
         key = size.bit_length(), speculated

@@ -5,13 +5,13 @@ from __future__ import annotations
 FIRST_GAP, LAST_GAP = 8, 32  # rounds between probes of the other mode: doubled by each that shows nothing
 CLEAR, CLEAR_GAP = 0.15, 128  # or of this many, where a plain round has lost more than this part of its time
 HOPE = 4  # probes in a row after one that turned out well
-RUN = 12  # probes in a row at most: what they have shown is believed by then
+RUN = 12  # probes in a row at most: what they have shown is then learned from
 RARELY = 0.25  # of the budget, once probes have shown nothing and a change for the better is unlikely
 CREDIT_ROUNDS = 400  # unspent budget is kept for this many rounds
 
 
 class Prober:
-    """Spends at most `budget` of the time (plus one probe) on rounds in the mode that is not believed best.
+    """Spends at most `budget` of the time (plus one run of probes) on rounds in the mode that is not believed best.
 
     Probes that turn out well earn their gain and are repeated at once: a drafter that has recovered is back soon."""
 
@@ -22,7 +22,7 @@ class Prober:
         self.spent = 0.0  # seconds lost to probes in all, gains not counted
         self.hope = 0  # failures in a row that a success still excuses
         self.gap = FIRST_GAP
-        self.run = 0  # probes in a row
+        self.run, self.gained = 0, False  # probes in a row, and whether one of them was better
         self.waited = 0
         self.count = 0
         self.unlikely = False  # whether the other mode is believed to be far worse
@@ -30,12 +30,14 @@ class Prober:
     @property
     def patience(self) -> int:
         """Rounds before a probe can be due at all, as far as that is known."""
+        if self.hope > 0:
+            return 0
         return self.gap - self.waited - 1 if self.waited < self.gap else 2 * LAST_GAP
 
     @property
     def waits(self) -> bool:
         """Whether no probe can be due now, whatever its price."""
-        return self.budget <= 0 or self.waited < self.gap
+        return self.budget <= 0 or (self.hope <= 0 and self.waited < self.gap)
 
     def due(self, price: float) -> bool:
         """Whether this round may probe, for about `price` seconds."""
@@ -57,13 +59,12 @@ class Prober:
         hopeful: whether more of them shall follow at once (None: if it was better). clear: whether it leaves little
         doubt."""
         self._pay(loss)
-        self.run += 1
+        self.run, self.gained = self.run + 1, self.gained or loss < 0
         self.hope = HOPE if (loss < 0 if hopeful is None else hopeful) else self.hope - 1
-        if self.hope > 0 and self.run < RUN:
-            self.gap = 0
-        else:
-            self.hope, self.run = min(self.hope, 0), 0
-            self.gap = min(max(2 * self.gap, FIRST_GAP), CLEAR_GAP if clear else LAST_GAP)
+        if self.hope <= 0 or self.run >= RUN:
+            wider = FIRST_GAP if self.gained else max(2 * self.gap, FIRST_GAP)
+            self.gap = min(wider, CLEAR_GAP if clear else LAST_GAP)
+            self.hope, self.run, self.gained = min(self.hope, 0), 0, False
 
     def lost(self) -> None:
         """After a probe that told nothing: it is paid for as was expected, and the next one waits as after any."""
@@ -77,4 +78,5 @@ class Prober:
 
     def mode_changed(self) -> None:
         """The believed mode is another one now: soon check again."""
-        self.gap, self.waited, self.hope, self.run = FIRST_GAP, 0, 0, 0
+        self.gap, self.waited = FIRST_GAP, 0
+        self.hope, self.run, self.gained = 0, 0, False

@@ -65,7 +65,7 @@ class LevelDrafter(ABC, Generic[S]):
 
     name: str
     ahead: ClassVar[int]
-    free, wants_logits = False, False
+    free, wants_logits, wants_ends = False, False, False
     grow: Grow | None = None
     taps: tuple[int, ...] = ()
     sees = False  # whether the model reads the embeddings of pictures; else it drafts from the text behind them

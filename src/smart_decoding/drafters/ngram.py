@@ -115,7 +115,7 @@ class NgramDrafter:
     free = True
     taps: tuple[int, ...] = ()
     grow: Grow | None = None
-    wants_logits = False
+    wants_logits, wants_ends = False, False
 
     def __init__(
         self, min_n: int = 2, max_n: int = 4, max_nodes: int = 16, max_depth: int = 8, occurrences: int = 16

@@ -33,7 +33,7 @@ class RecyclingDrafter:
     free = True
     taps: tuple[int, ...] = ()
     grow: Grow | None = None
-    wants_logits = True
+    wants_logits, wants_ends = True, False
 
     def __init__(self, vocab: int, top_k: TopK, successors: int = 8, max_nodes: int = 16, max_depth: int = 6) -> None:
         self.successors = require_int("successors", successors, 1, min(64, vocab))

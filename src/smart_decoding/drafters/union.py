@@ -97,7 +97,7 @@ class UnionDrafter:
         self.free = bool(self.free_drafters)
         self._listeners = [drafter for drafter in self.drafters if getattr(drafter, "wants_logits", False)]
         self.grow: Grow | None = None
-        self.wants_logits = bool(self._listeners)
+        self.wants_logits, self.wants_ends = bool(self._listeners), False
         self._round: Merged | None = None
 
     def pending_rows(self, requests: Sequence[Request]) -> int:

@@ -267,6 +267,7 @@ class Engine:
         now, total, acceptance = self._clock(), 0, verified.acceptance
         chunks = {id(request): count for request, count in batch.prefill}
         plain = not chunks and not len(acceptance.next_token)
+        ends = self.drafter is not None and self.drafter.wants_ends
         for i, request in enumerate(verified.requests):
             chunk, path, metrics = chunks.get(id(request)), acceptance.path[i], request.metrics
             tokens = request.stop.push(acceptance.emitted[i])
@@ -286,7 +287,7 @@ class Engine:
                 metrics.accepted += min(len(tokens), len(path))
             # An end may cut the path short.
             request.table.commit(request.tokens, min(start + count + len(path), len(request.tokens)))
-            if not plain and not request.finished:
+            if not plain and (ends or not request.finished):
                 self._extend(request, verified, i, start, count + len(path))
         if plain and self.drafter is not None:
             self._extend_each(verified.requests, verified.features)
@@ -306,7 +307,7 @@ class Engine:
     def _extend_each(self, asking: list[Request], features: Features) -> None:
         """The same after a round of one row for each request."""
         assert self.drafter is not None
-        going_on = [i for i, request in enumerate(asking) if not request.finished]
+        going_on = [i for i, request in enumerate(asking) if self.drafter.wants_ends or not request.finished]
         if len(going_on) == len(asking):
             self.drafter.extend_each(asking, features)
         elif going_on:

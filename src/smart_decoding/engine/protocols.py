@@ -122,6 +122,7 @@ class Drafter(Protocol):
     grow: Grow | None
     taps: tuple[int, ...]
     wants_logits: bool
+    wants_ends: bool  # whether features of the round that ended an answer are wanted, too
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
         """Rows the first level must process for these requests."""

@@ -59,7 +59,9 @@ def measure(
     a real round does (before a deeper level of the drafter the first one runs, too). The KV cache must be idle: its
     contents are overwritten."""
     points = _points(target, drafter, pages, max_num_seqs, coarse)
-    if not points:  # the context is too short for any
+    if not longest_context(target.max_positions):  # too short for any verification
+        for point in points:
+            point.end()
         return []
     try:
         return _relative(_measured(points, seconds, clock, 1 if coarse else 3))

@@ -39,7 +39,7 @@ PictureTurn: TypeAlias = Callable[[np.random.Generator], Sequence[Mapping[str, A
 class Recorder:
     """A drafter that never drafts: it keeps the target's features of every token of the requests it is told to."""
 
-    name, max_levels, free, grow, wants_logits = "recorder", 0, False, None, False
+    name, max_levels, free, grow, wants_logits, wants_ends = "recorder", 0, False, None, False, True
 
     def __init__(self, taps: tuple[int, ...]) -> None:
         self.taps = taps

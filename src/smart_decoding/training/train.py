@@ -195,8 +195,8 @@ class Trainer:
 
     @torch.no_grad()
     def _complete(self, data: list[Conversation]) -> None:
-        """Appends what the target chose behind the last recorded token. Mostly it is the answer's end, of which nothing
-        is recorded, since the target never reads it; a head that is to propose ends must have seen them."""
+        """Appends the target's choice behind the last recorded token. Mostly it is the answer's end, which the target
+        never reads; a head that is to propose ends must have seen them."""
         output, norm = output_rows(self._checkpoint).float(), self._checkpoint.weights["model.norm.weight"].float()
         for start in range(0, len(data), 256):
             part = data[start : start + 256]

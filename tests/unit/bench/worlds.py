@@ -54,7 +54,7 @@ class RuleDrafter:
     """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`, and each of its rows
     `row_seconds`, the rows of tokens that it has not seen yet included."""
 
-    name, max_levels, free, grow, taps, wants_logits = "rule", 8, False, None, (), False
+    name, max_levels, free, grow, taps, wants_logits, wants_ends = "rule", 8, False, None, (), False, False
 
     def __init__(self, clock: Clock, good: bool = True, seconds: float = 0.0, row_seconds: float = 0.0) -> None:
         self.clock, self.good, self.seconds, self.row_seconds = clock, good, seconds, row_seconds

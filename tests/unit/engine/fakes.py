@@ -71,7 +71,7 @@ class FakeDrafter:
 
     It also checks what the engine tells it: positions without gaps, the right tokens, each row's own features."""
 
-    name, taps, grow, wants_logits = "fake", (1,), None, True
+    name, taps, grow, wants_logits, wants_ends = "fake", (1,), None, True, False
 
     def __init__(self, target: TimedTarget, max_levels: int = 4, free: bool = False, skill: float = 0.8, seed: int = 0):
         self.target, self.max_levels, self.free, self.skill = target, max_levels, free, skill

@@ -6,6 +6,7 @@ from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.training.generate import Recorder
 
 from .fakes import VOCAB, alone, finish, make_engine
 
@@ -106,6 +107,22 @@ def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:
     assert request.metrics.rounds == 0  # a prompt's rounds are not its answer's, however few rows were left
     finish(engine)
     assert request.output == alone(prompt, greedy())[0].output
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_a_recorder_is_told_of_the_round_that_ends_an_answer(stop: int | None) -> None:
+    """Of all tokens but the last, which no round reads: so that a draft head learns what an answer ends with."""
+    engine, recorder = make_engine("off"), Recorder((1,))
+    engine.listen(recorder)
+    params = SamplingParams(temperature=0.0, max_tokens=60 if stop else 10, ignore_eos=not stop)
+    recorder.wanted = {"0", "1"}
+    requests = [add(engine, str(i), [i + 1, 5, 7], params) for i in range(2)]
+    while engine.has_unfinished_requests:
+        engine.step()
+    for request, features, _ in recorder.done:
+        assert len(features) == len(request.tokens) - 1
+        assert features[:, 0].tolist() == request.tokens[:-1]
+    assert len(recorder.done) == 2 and all(request.finished for request in requests)
 
 
 def test_tree_nodes_yield_before_any_request_does() -> None:

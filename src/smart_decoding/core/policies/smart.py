@@ -41,9 +41,9 @@ TRIED = 16  # rounds that a batch size is drafted for, if it promises no less th
 NEAR, RESTS = 1.2, 3
 PROBE_SHARE = 2  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting fell short of counts less and less
-# After the first rounds, of all and of drafting, beliefs are updated every 32nd round, in one go, or after a probe, or
-# once the accepted nodes are SURPRISE standard deviations (as if Poisson) off what was expected; and the seconds of
-# verification every eighth round: a machine's state lasts for seconds only.
+# Beliefs are updated in one go: in every second one of the first rounds, of all and of drafting, later in each 32nd, at
+# the end of a run of probes, and once the accepted nodes are SURPRISE standard deviations (as if Poisson) off what was
+# expected. The seconds of verification are learned every eighth round: a machine's state lasts for seconds only.
 BUSY_ROUNDS, BEGINNING, SELDOM, SURPRISE, OFTEN = 32, 16, 32, 2.0, 8
 # Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no. A bad head
 # is drafted from until it promises no more than plain decoding, and stays there: asked often, it costs 1 % of the time.
@@ -118,8 +118,9 @@ class Smart:
         self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
         self._last_rest = 1
         self._rested: list[tuple[int, IntArray, float]] = []  # size, contexts, seconds of these rounds' verifications
-        self._learned_rests = False  # whether costs have learned from them since the last outlook
-        self._busy = False  # whether this round's time beside its forwards has looked out, or learned, too
+        self._learned_rests: set[int] = set()  # sizes whose rests costs have learned from since they were looked at
+        self._busy = False  # whether an outlook or what was learned is in this round's `other_seconds`
+        self._runs = 0  # of probes
 
     # --- before drafting ---
 
@@ -135,7 +136,7 @@ class Smart:
         if not scratch.drafting or not (batch.has_model or batch.has_free):
             return OFF
         outlook = scratch.outlook = self._current_outlook(batch, scratch)
-        believed = option = outlook.best(self._margin(batch))
+        believed = option = outlook.best(STAY if self._drafting else MARGIN) or self._trial(batch, outlook)
         scratch.believed = outlook.value(believed)
         if (believed is not None) != self._drafting:
             self._change_mode(believed is not None)
@@ -143,8 +144,10 @@ class Smart:
         if not self.prober.waits:
             other = self._probe(outlook, believed)
             price = outlook.price(other, believed) + self._catch_up(batch, scratch, other)
-            rests = RESTS if other is None and outlook.promise < NEAR else 0
-            if other != believed and (self.prober.hope > 0 or self.prober.due((1 + rests) * price)):
+            near = outlook.promise < NEAR or not self._overhead.has_rested(batch.size)
+            rests = RESTS if other is None and near else 0
+            warm = self.prober.hope > 0 and batch.catch_up_rows <= self.max_levels * batch.size  # no newcomers
+            if other != believed and (warm or self.prober.due((1 + rests) * price)):
                 option, scratch.probe = other, True
                 self._rest, self._rest_size = rests, batch.size
         if option is not None or scratch.probe or self._rounds <= BUSY_ROUNDS:
@@ -154,14 +157,19 @@ class Smart:
             self._rest, self._rest_size = min(self._last_rest, self.prober.patience), batch.size
         return self._start(batch, scratch, outlook, option)
 
-    def _margin(self, batch: BatchState) -> float:
-        """What drafting must promise over plain decoding."""
-        if batch.has_model and self._tried.get(_about(batch.size), 0) < TRIED:
-            return CLEARLY
-        return STAY if self._drafting else MARGIN
+    def _trial(self, batch: BatchState, outlook: Outlook) -> Option | None:
+        """The best way to draft with the model where it nearly promises to pay and has hardly been tried yet."""
+        option = outlook.best_with_model
+        if option is None or not self._on_trial(batch.size) or outlook.value(option) <= CLEARLY * outlook.value(None):
+            return None
+        return option
+
+    def _on_trial(self, size: int) -> bool:
+        return self._tried.get(_about(size), 0) < TRIED
 
     def _fade(self, size: int) -> None:
-        """After a round without drafting: the head may be good again. What was gained stays: selection brings it."""
+        """After a round without drafting: the head may be good again. A gain over the forecast stays: it comes of
+        choosing among real nodes, which a mean cannot foresee."""
         about = _about(size)
         if self._foresight.get(about, 0.0) < 0.0:
             self._foresight[about] *= 1.0 - FADE
@@ -202,9 +210,11 @@ class Smart:
     def _is_stale(self, outlook: Outlook, batch: BatchState, scratch: _Scratch) -> bool:
         if self._rounds - outlook.born >= min(KEEP_OUTLOOK, 2 + self._rounds // 2):
             return True
-        if not self._learned_rests:
+        if abs(math.exp(self._foresight.get(_about(batch.size), 0.0)) / outlook.foresight - 1.0) > MOVED:
+            return True
+        if batch.size not in self._learned_rests:
             return False
-        self._learned_rests = False
+        self._learned_rests.discard(batch.size)
         now = float(self.cost.verify_seconds(batch.size, batch.size, scratch.context))
         return abs(now / float(outlook.verify[0]) - 1.0) > MOVED
 
@@ -262,7 +272,7 @@ class Smart:
         free = FREE_ONLY if FREE_ONLY in outlook.values else None
         model = None if believed is not None and believed[0] else outlook.best_with_model
         others = [o for o in dict.fromkeys((None, free, model)) if o != believed] or [believed]
-        return others[self.prober.count % len(others)]
+        return others[self._runs % len(others)]
 
     def _catch_up(self, batch: BatchState, scratch: _Scratch, option: Option | None) -> float:
         """Seconds of catching up that a plan does not charge to a single round, but a probe partly: where it turns out
@@ -358,30 +368,37 @@ class Smart:
             return
         batch, scratch = round.batch, scratch or self._open(round.batch)
         speculated = round.plan.speculate
-        early = self._rounds <= BUSY_ROUNDS or (speculated and self._rounds - self._began <= BEGINNING)
+        beginning = self._rounds - self._began <= BEGINNING or self._on_trial(batch.size)
+        early = self._rounds <= BUSY_ROUNDS or (speculated and beginning)
         seldom = self._rounds % (2 if early else SELDOM) != 0
         self._learn_costs(round, scratch, seldom and not scratch.probe)
         if speculated and not (batch.prefill_rows or self._busy):
             self._overhead.observe(batch.size, round.other_seconds, speculated=True)
         self._busy = False
-        if round.level_widths:
+        accepted = self._observe_trees(round, scratch, seldom)
+        if round.level_widths and self._on_trial(batch.size):
             about = _about(batch.size)
             self._tried[about] = self._tried.get(about, 0) + 1
-        accepted = self._observe_trees(round, scratch, seldom)
+            if not self._on_trial(batch.size):
+                self._learn_now()  # what was measured decides
         seconds = round.verify_seconds + sum(round.level_seconds)
         if scratch.probe:
             self._observe_probe(round, scratch, accepted)
         elif not batch.prefill_rows:  # the time of prompts pays for no probes, which slow down decoding
             self.prober.ordinary_round(seconds)
-        plain = float(scratch.outlook.verify[0]) if scratch.outlook else seconds
+        seconds += round.other_seconds
+        plain = scratch.outlook.plain if scratch.outlook else seconds
         self.statistics.record(batch.size, accepted, scratch.expected, seconds, plain, speculated)
 
     def _observe_rest(self, round: Round) -> None:
         size, seconds = round.batch.size, round.verify_seconds
-        self._overhead.observe(size, round.other_seconds, speculated=False)
+        if not self._busy:
+            self._overhead.observe(size, round.other_seconds, speculated=False)
+        self._busy = False
         self._rested.append((size, round.batch.context, seconds))
-        if not self._drafting:  # else it belongs to a probe
+        if not self._drafting:  # else it belongs to a probe, or was not planned
             self.prober.ordinary_round(seconds)
+        seconds += round.other_seconds
         self.statistics.record(size, 0, 0.0, seconds, seconds, False)
 
     def _observe_trees(self, round: Round, scratch: _Scratch, seldom: bool) -> int:
@@ -413,17 +430,24 @@ class Smart:
         beside = outlook.overhead if drafted else outlook.plain - float(outlook.verify[0])
         loss = seconds + beside - (batch.size + accepted) / scratch.believed
         if not drafted:
+            loss = min(loss, outlook.plain)  # a process that was stopped meanwhile must not lose the probes of hours
             self.prober.probe_round((1 + self._rest) * loss, hopeful=False, clear=loss > CLEAR * seconds)
-            self._end_probes()
+            self._end_run()
             return
         few = min(batch.catch_up_rows, 2 * batch.size)
         usual = float(self.cost.first_seconds(batch.size, few, scratch.context)) if round.level_widths else 0.0
         invested = max(0.0, round.level_seconds[0] - usual) if round.level_widths else 0.0
         self.prober.probe_round(loss, hopeful=loss < 2 * invested or loss < 0)
-        if self.prober.hope <= 0:  # the last one for now: what they have shown is what the next rounds believe
-            self._end_probes()
+        if self.prober.hope <= 0:
+            self._end_run()
 
-    def _end_probes(self) -> None:
+    def _end_run(self) -> None:
+        """After the last of some probes."""
+        self._runs += 1
+        self._learn_now()
+
+    def _learn_now(self) -> None:
+        """What was measured is what the next rounds believe."""
         if self._unlearned:
             self._learn()
         self._outlooks.clear()
@@ -477,7 +501,7 @@ class Smart:
             mine = [(context.mean(), seconds) for of, context, seconds in self._rested if of == size]
             context, seconds = np.mean(mine, axis=0).tolist()
             self.cost = self.cost.corrected(VerifySample(size, size, context, seconds, rounds=len(mine)))
-            self._learned_rests = True
+            self._learned_rests.add(size)
         self._rested.clear()
 
     def _learn_costs(self, round: Round, scratch: _Scratch, seldom: bool) -> None:
