@@ -86,8 +86,8 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
     """Each option's value by the definition: grow one request's tree, repeat it, try every size."""
     children = policy.forecast.children(np.bincount(now.kind, minlength=KINDS) / now.size)
     price = policy.cost.draft_seconds
-    regular, whole = (float(price(now.size + n, 40)) for n in (min(now.catch_up_rows, 2 * now.size), now.catch_up_rows))
-    first = regular + (whole - regular) / min(CATCH_UP_ROUNDS, 50 // 2)  # what is beyond two rows is shared
+    regular, whole = (float(price(now.size + n, 40)) for n in (min(now.catch_up_rows, now.size), now.catch_up_rows))
+    first = regular + (whole - regular) / min(CATCH_UP_ROUNDS, 50 // 2)  # what is beyond one row each is shared
     values = {}
 
     def best(gains: list[float], sunk: float) -> float:

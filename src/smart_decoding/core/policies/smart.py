@@ -210,8 +210,6 @@ class Smart:
     def _is_stale(self, outlook: Outlook, batch: BatchState, scratch: _Scratch) -> bool:
         if self._rounds - outlook.born >= min(KEEP_OUTLOOK, 2 + self._rounds // 2):
             return True
-        if abs(math.exp(self._foresight.get(_about(batch.size), 0.0)) / outlook.foresight - 1.0) > MOVED:
-            return True
         if batch.size not in self._learned_rests:
             return False
         self._learned_rests.discard(batch.size)
@@ -288,7 +286,7 @@ class Smart:
         A long catch-up (a prompt, a stretch of plain decoding) is an investment: charged in full to one round it would
         never be made, and grow. So each of the rounds that drafting will probably last is charged a part."""
         waiting = batch.catch_up_rows
-        now, whole = self.cost.first_seconds(batch.size, [min(waiting, 2 * batch.size), waiting], context).tolist()
+        now, whole = self.cost.first_seconds(batch.size, [min(waiting, batch.size), waiting], context).tolist()
         return now + (whole - now) / self._sharing(batch), whole
 
     def _sharing(self, batch: BatchState) -> int:
@@ -434,7 +432,7 @@ class Smart:
             self.prober.probe_round((1 + self._rest) * loss, hopeful=False, clear=loss > CLEAR * seconds)
             self._end_run()
             return
-        few = min(batch.catch_up_rows, 2 * batch.size)
+        few = min(batch.catch_up_rows, batch.size)
         usual = float(self.cost.first_seconds(batch.size, few, scratch.context)) if round.level_widths else 0.0
         invested = max(0.0, round.level_seconds[0] - usual) if round.level_widths else 0.0
         self.prober.probe_round(loss, hopeful=loss < 2 * invested or loss < 0)
@@ -522,5 +520,6 @@ def _about(size: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _widths(drafting: int) -> IntArray:
-    """Frontier widths to consider: multiples of the drafting requests."""
-    return np.array(WIDTHS if drafting <= SMALL else WIDTHS[:3], np.int64) * drafting
+    """Frontier widths to consider: a quarter of the drafting requests, the surest ones, half of them, and multiples."""
+    multiples = [width * drafting for width in (WIDTHS if drafting <= SMALL else WIDTHS[:3])]
+    return np.array(sorted({max(1, drafting // 4), max(1, drafting // 2), *multiples}), np.int64)

@@ -113,6 +113,19 @@ static int64_t best_size(const std::vector<double>& gains, const Prices& p, doub
     return best;
 }
 
+// How many nodes a round may verify at all: best_size looks at no more gains, so no more need be sorted.
+static int64_t most_nodes(const Prices& p) {
+    int64_t n = p.verify_count - 1;
+    while (n > 0 && p.sunk + p.verify[n] > p.limit) n--;
+    return n;
+}
+
+// The `most` largest of two sorted lists, into `out`.
+static void merge(const std::vector<double>& a, const std::vector<double>& b, int64_t most, std::vector<double>& out) {
+    out.clear();
+    for (size_t i = 0, j = 0; int64_t(out.size()) < most && (i < a.size() || j < b.size());)
+        out.push_back(j == b.size() || (i < a.size() && a[i] >= b[j]) ? a[i++] : b[j++]);
+}
 
 // The nodes to verify, ascending, into `out` [nodes] (`least` of them at least, as far as there are), of ranked ones.
 static Choice choose(const Prices& p, const std::vector<int64_t>& nodes, const std::vector<double>& gains, int64_t least, int64_t* out) {
@@ -220,7 +233,7 @@ int64_t smart_frontier(const Trees* t, const Beliefs* b, const Prices* p, int sc
     for (int64_t i : candidates) present.push_back(t->accept_prob(i));
     double best = 0;
     best_size(present, *p, p->sunk, 0, &best);
-    int64_t width = 0;
+    int64_t width = 0, most = most_nodes(*p);
     for (int64_t ahead = 1; ahead <= reach && !frontier.empty(); ahead++) {
         std::vector<double> tree(below, below + ahead * RANKS), node(tree.size());
         std::sort(tree.begin(), tree.end(), std::greater<double>());
@@ -231,12 +244,10 @@ int64_t smart_frontier(const Trees* t, const Beliefs* b, const Prices* p, int sc
             if (wanted == before) break;
             for (; expanded < wanted; expanded++) {
                 for (size_t j = 0; j < tree.size(); j++) node[j] = tree[j] * t->accept_prob(frontier[expanded]);
-                merged.resize(forecast.size() + node.size());
-                std::merge(forecast.begin(), forecast.end(), node.begin(), node.end(), merged.begin(), std::greater<double>());
+                merge(forecast, node, most, merged);
                 forecast.swap(merged);
             }
-            all.resize(present.size() + forecast.size());
-            std::merge(present.begin(), present.end(), forecast.begin(), forecast.end(), all.begin(), std::greater<double>());
+            merge(present, forecast, most, all);
             double rate = 0;
             best_size(all, *p, p->sunk + double(ahead) * level_seconds[wanted], 0, &rate);
             if (rate > best) { best = rate; width = wanted; }
