@@ -172,6 +172,10 @@ class LookBack(AllLevels):
 class FrozenCosts(Variant):
     """Never corrects its costs."""
 
+    def __init__(self, inner: Smart) -> None:
+        super().__init__(inner)
+        inner._learn_rests = inner._rested.clear  # type: ignore[method-assign]
+
     def observe(self, round: Round) -> None:
         before = self.inner.cost
         self.inner.observe(round)

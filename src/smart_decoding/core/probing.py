@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 FIRST_GAP, LAST_GAP = 8, 32  # rounds between probes of the other mode: doubled by each that shows nothing
 CLEAR, CLEAR_GAP = 0.15, 128  # or of this many, where a plain round has lost more than this part of its time
 HOPE = 4  # probes in a row after one that turned out well
-RUN = 12  # probes in a row at most: what they have shown is then learned from
+RUN = 12  # probes in a row at most, for who learns from them only then
 RARELY = 0.25  # of the budget, once probes have shown nothing and a change for the better is unlikely
 CREDIT_ROUNDS = 400  # unspent budget is kept for this many rounds
 
@@ -15,8 +17,9 @@ class Prober:
 
     Probes that turn out well earn their gain and are repeated at once: a drafter that has recovered is back soon."""
 
-    def __init__(self, budget: float) -> None:
-        self.budget = budget
+    def __init__(self, budget: float, most: float = math.inf) -> None:
+        """most: probes in a row."""
+        self.budget, self.most = budget, most
         self.credit = 0.0  # seconds
         self.price = 0.0  # seconds that the next probe will cost
         self.spent = 0.0  # seconds lost to probes in all, gains not counted
@@ -61,7 +64,7 @@ class Prober:
         self._pay(loss)
         self.run, self.gained = self.run + 1, self.gained or loss < 0
         self.hope = HOPE if (loss < 0 if hopeful is None else hopeful) else self.hope - 1
-        if self.hope <= 0 or self.run >= RUN:
+        if self.hope <= 0 or self.run >= self.most:
             wider = FIRST_GAP if self.gained else max(2 * self.gap, FIRST_GAP)
             self.gap = min(wider, CLEAR_GAP if clear else LAST_GAP)
             self.hope, self.run, self.gained = min(self.hope, 0), 0, False

@@ -239,10 +239,10 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Ca
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"smart-decoding\[bench\]"):
+    with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
         plots.write_plots(Results.from_dict(results()), tmp_path / "plots")
     monkeypatch.setattr("smart_decoding.bench.options.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"smart-decoding\[bench\]"):
+    with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
         BenchOptions(plots=tmp_path / "plots")
     assert list(tmp_path.iterdir()) == []
 

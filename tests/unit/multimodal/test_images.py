@@ -158,8 +158,8 @@ def test_what_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch
     for module in ("PIL", "transformers"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            with pytest.raises(ModelError, match=r"pip install 'smart-decoding\[vision\]'"), quiet_transformers():
+            with pytest.raises(ModelError, match=r"pip install -e '\.\[vision\]'"), quiet_transformers():
                 pass
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ConfigError, match=r"images need pillow: pip install 'smart-decoding\[vision\]'"):
+    with pytest.raises(ConfigError, match=r"images need pillow: in the clone, pip install -e '\.\[vision\]'"):
         open_image(b"", Limits())

@@ -20,7 +20,7 @@ from smart_decoding.core.policies.common import TokenIds, depth_limits, require_
 from smart_decoding.core.policies.outlook import FREE_ONLY, Option, Outlook
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, merged
 from smart_decoding.core.policies.statistics import Statistics
-from smart_decoding.core.probing import CLEAR, Prober
+from smart_decoding.core.probing import CLEAR, RUN, Prober
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
@@ -100,7 +100,7 @@ class Smart:
         self.max_levels = require_int("max_levels", max_levels, 1, 64)
         self.children = require_int("children", children, 1, 256)
         self.max_round_slowdown = require_number("max_round_slowdown", max_round_slowdown, 1.0, math.inf)
-        self.prober = Prober(require_number("probe_budget", probe_budget, 0.0, 0.5))
+        self.prober = Prober(require_number("probe_budget", probe_budget, 0.0, 0.5), RUN)
         self.chooser: Chooser = chooser or NumpyChooser()
         self.eos = frozenset(eos_token_ids)
         self._ends = np.array(sorted(self.eos), np.int64)
