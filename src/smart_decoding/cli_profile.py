@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"held-out error of the fit: median {100 * median:.1f} %, p90 {100 * high:.1f} %")
     shape = str(model and model.shape)
     longest = longest_context(target.max_positions)
-    if longest:
+    if samples:
         save_profile(profile_path(llm.provenance, target.dtype, target.device, shape, longest), cost)
     return 0
 

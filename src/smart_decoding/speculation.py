@@ -122,7 +122,7 @@ def _method_options(method: str, has_head: bool) -> list[str]:
     return known.get(method, [])
 
 
-def _parameters(cls: type) -> list[str]:
+def _parameters(cls: Callable[..., Drafter]) -> list[str]:
     return list(inspect.signature(cls).parameters)
 
 
@@ -229,13 +229,13 @@ class _Builder:
         """The cached profile of this machine, else a new one (a few seconds): also if that was taken of an engine for
         smaller batches."""
         target, head = self._target, str(self.model and self.model.shape)
-        longest = longest_context(target.max_positions)
-        path = profile_path(self._checkpoint.provenance, target.dtype, target.device, head, longest)
+        weights, longest = self._checkpoint.provenance, longest_context(target.max_positions)
+        path = profile_path(weights, target.dtype, target.device, head, longest)
         cost = load_profile(path)
         if cost is None or max(cost.verify) < largest_batch(self._pages, self._seqs):
             samples = measure(target, level_drafter(drafter), self._pages, self._seqs)
             cost = CostModel.fit(samples, ROUND_OVERHEAD)
-            if longest:
+            if samples:
                 save_profile(path, cost)
         return cost
 
@@ -278,5 +278,5 @@ class _Builder:
 
 def made(cls: Callable[..., Drafter], options: dict[str, Any], **fixed: Any) -> Drafter:
     """The drafter, with those of the options that it has; they are taken out of `options`."""
-    names = [name for name in inspect.signature(cls).parameters if name in options and name not in fixed]
+    names = [name for name in _parameters(cls) if name in options and name not in fixed]
     return cls(**fixed, **{name: options.pop(name) for name in names})

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 
+def about(size: int) -> int:
+    """Batches of one request, of two or three, of four to seven, ... are thought of together."""
+    return size.bit_length()
+
+
 class Overhead:
-    """Seconds that a plain round takes beside its forward, and what a speculating one takes beyond that, apart for
-    batches of one request, two or three, four to seven, ...
+    """Seconds that a plain round takes beside its forward, and what a speculating one takes beyond that, by size.
 
     Plain decoding rests, so resting rounds are its measure: plain rounds that were planned take longer."""
 
@@ -13,23 +17,23 @@ class Overhead:
 
     def __init__(self, seconds: float) -> None:
         self._usual = 0.0, seconds  # what was learned last, of any size
-        self._mean: dict[tuple[int, bool], float] = {}  # by size, and whether the round speculated
+        self._mean: dict[tuple[int, bool], float] = {}  # by `about` the size, and whether the round speculated
         self._seen: dict[tuple[int, bool], int] = {}
 
     def of(self, size: int) -> tuple[float, float]:
         """For a batch of `size` requests: of a plain round, and how much more a speculating one takes."""
-        plain, drafting = ((size.bit_length(), speculated) for speculated in (False, True))
+        plain, drafting = ((about(size), speculated) for speculated in (False, True))
         if min(self._seen.get(plain, 0), self._seen.get(drafting, 0)) >= self.ENOUGH:
             self._usual = self._mean[plain], max(0.0, self._mean[drafting] - self._mean[plain])
         return self._usual
 
     def has_rested(self, size: int) -> bool:
         """Whether enough resting rounds of such batches were seen."""
-        return self._seen.get((size.bit_length(), False), 0) >= self.ENOUGH
+        return self._seen.get((about(size), False), 0) >= self.ENOUGH
 
     def observe(self, size: int, seconds: float, speculated: bool) -> None:
         """After a round that speculated, or rested, and prefilled nothing."""
-        key = size.bit_length(), speculated
+        key = about(size), speculated
         seen, mean = self._seen.get(key, 0), self._mean.get(key, seconds)
         self._mean[key] = mean + max(self.GAIN, 1 / (seen + 1)) * (min(seconds, self.CLIP * mean) - mean)
         self._seen[key] = seen + 1

@@ -58,11 +58,9 @@ def measure(
     other one, and the ratio to it counts: neighbours then shift no point against another. It also leaves the caches as
     a real round does (before a deeper level of the drafter the first one runs, too). The KV cache must be idle: its
     contents are overwritten."""
-    points = _points(target, drafter, pages, max_num_seqs, coarse)
     if not longest_context(target.max_positions):  # too short for any verification
-        for point in points:
-            point.end()
         return []
+    points = _points(target, drafter, pages, max_num_seqs, coarse)
     try:
         return _relative(_measured(points, seconds, clock, 1 if coarse else 3))
     finally:

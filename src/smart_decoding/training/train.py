@@ -176,7 +176,8 @@ class Trainer:
         self._train = data[held:]
         if not self._train:
             raise ModelError(f"{folder} holds {len(data)} conversations: too few to train on; write more (--tokens)")
-        self._held = _unseen(data[:held], self._train) or data[:held]
+        unseen = _unseen(data[:held], self._train)
+        self._held, self._held_is_new = unseen or data[:held], bool(unseen)
         self.draft_ids = self._draft_vocabulary(init)
         self._frozen = _frozen(checkpoint, self.draft_ids, init)
         self._draft_of = torch.full((self.config.vocab,), -1)
@@ -335,7 +336,7 @@ class Trainer:
             "training_answer_tokens": answers,
             "training_conversations": len(self._train),
             "held_out_conversations": len(self._held),
-            "held_out_prompts_are_new": bool(_unseen(self._held, self._train)),
+            "held_out_prompts_are_new": self._held_is_new,
             "conversations_dropped_for_overlap": self._dropped,
             "steps": self.steps,
             "epochs": round(self.epochs, 2),

@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from smart_decoding.backends.torch.noise import uniform_bits
-from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs
+from smart_decoding.backends.torch.sampler import Sampled, Sampler
 from smart_decoding.core.tree import IntArray
-from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.rows import Rows
@@ -23,7 +22,7 @@ from smart_decoding.engine.rows import Rows
 EMPTY = -1  # token and position of a slot that was never written
 
 
-class FakeTarget:
+class FakeTarget(Sampled):
     """`pages` KV pages; `spread`: difference between the largest and smallest logit. Features are (token, position)."""
 
     verify_greedy = None
@@ -52,15 +51,6 @@ class FakeTarget:
     def logits_of(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """[vocab] the logits after `tokens`, without any cache: what `verify` must come to."""
         return self._logits(np.stack((np.asarray(tokens), np.arange(len(tokens))), axis=1))
-
-    def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
-        return self.sampler.argmax(logits, which)
-
-    def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
-        return self.sampler.sample(logits, which, specs)
-
-    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
-        return self.sampler.logprobs(logits, which, tokens, k)
 
     def move(self, source: Ints, target: Ints) -> None:
         for i, j in zip(source, target, strict=True):

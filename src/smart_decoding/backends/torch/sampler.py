@@ -20,6 +20,7 @@ from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.noise import G_MAX, fewest_bits, gumbel, gumbel_of_bits, noise_key, uniform_bits
 from smart_decoding.backends.torch.processors import FloatRow, process
+from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.verification import require_finite
@@ -130,6 +131,21 @@ def _top_k_floor(row: FloatRow, k: int) -> float:
 def _min_p_floor(best: np.float32, params: SamplingParams) -> float:
     """The score whose probability is min_p times the most likely token's."""
     return float(best) + params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
+
+
+class Sampled:
+    """What a target answers by its sampler."""
+
+    sampler: Sampler
+
+    def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
+        return self.sampler.argmax(logits, which)
+
+    def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
+        return self.sampler.sample(logits, which, specs)
+
+    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
+        return self.sampler.logprobs(logits, which, tokens, k)
 
 
 class _Nucleus:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,10 +11,8 @@ import torch
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.loading import Checkpoint
-from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs
+from smart_decoding.backends.torch.sampler import Sampled, Sampler
 from smart_decoding.backends.torch.vision import VisionTower
-from smart_decoding.core.tree import IntArray
-from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import GreedyBatch, GreedyRound, TargetScores, VerifyGreedy
 from smart_decoding.engine.rows import Rows
@@ -43,7 +41,7 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
         raise CapacityError(f"no memory for the {what} and {pages} KV pages: lower kv_cache_tokens") from error
 
 
-class TorchTarget:
+class TorchTarget(Sampled):
     """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens; with eyes if it has some."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: str, pages: int, max_model_len: int) -> None:
@@ -88,15 +86,6 @@ class TorchTarget:
     def forget_pictures(self) -> None:
         if self._tower is not None:
             self._tower.forget()
-
-    def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
-        return self.sampler.argmax(logits, which)
-
-    def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
-        return self.sampler.sample(logits, which, specs)
-
-    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
-        return self.sampler.logprobs(logits, which, tokens, k)
 
     def move(self, source: Ints, target: Ints) -> None:
         self.decoder.kv.move(torch.from_numpy(source), torch.from_numpy(target))

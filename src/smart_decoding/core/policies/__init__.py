@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smart_decoding.core.policies.chain import Chain
@@ -35,11 +35,7 @@ def user_options(name: str) -> list[str]:
 
 def check_policy(name: str, options: Mapping[str, Any]) -> None:
     """Raises ConfigError if policy `name` cannot be built with a user's `options`."""
-    known = user_options(name)
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        valid = ", ".join(known) or "none"
-        raise ConfigError(f"policy {name!r} has no option {unknown[0]!r}; its options: {valid}")
+    _refuse_unknown(name, options, user_options(name))
     make_policy(name, **options)
 
 
@@ -47,10 +43,14 @@ def make_policy(name: str, offered: Mapping[str, Any] | None = None, **options: 
     """Builds policy `name` with the user's `options`; what the engine has `offered` (cost model, calibration, end
     tokens) goes to policies that take it. Raises ConfigError for unknown names and options and for bad values."""
     known = policy_options(name)
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        valid = ", ".join(known) if known else "none"
-        raise ConfigError(f"policy {name!r} has no option {unknown[0]!r}; its options: {valid}")
+    _refuse_unknown(name, options, known)
     given = {option: value for option, value in (offered or {}).items() if option in known}
     policy: Policy = POLICIES[name](**{**given, **options})
     return policy
+
+
+def _refuse_unknown(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        valid = ", ".join(known) or "none"
+        raise ConfigError(f"policy {name!r} has no option {unknown[0]!r}; its options: {valid}")

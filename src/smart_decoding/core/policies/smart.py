@@ -4,6 +4,7 @@ probabilities. How it works: docs/controller.md."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,7 +15,7 @@ from smart_decoding.core.choice import best_rates, best_size
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.forecast import Forecast, grow
 from smart_decoding.core.lookahead import LookAhead
-from smart_decoding.core.overhead import Overhead
+from smart_decoding.core.overhead import Overhead, about
 from smart_decoding.core.policies.chooser import Chooser, Drafted, Growth, NumpyChooser
 from smart_decoding.core.policies.common import TokenIds, depth_limits, require_int, require_number
 from smart_decoding.core.policies.outlook import FREE_ONLY, Option, Outlook
@@ -107,7 +108,7 @@ class Smart:
         self.statistics = Statistics()
         self._overhead = Overhead(self.cost.overhead_seconds)
         self._foresight: dict[int, float] = {}  # by size: log of what drafting rounds reached over their forecast
-        self._tried: dict[int, int] = {}  # by size: rounds with a model's drafts
+        self._tried: Counter[int] = Counter()  # by size: rounds with a model's drafts
         self._outlooks: dict[tuple[object, ...], Outlook] = {}  # by the batch's shape
         self._rounds = 0
         self._drafting = False
@@ -165,14 +166,14 @@ class Smart:
         return option
 
     def _on_trial(self, size: int) -> bool:
-        return self._tried.get(_about(size), 0) < TRIED
+        return self._tried[about(size)] < TRIED
 
     def _fade(self, size: int) -> None:
         """After a round without drafting: the head may be good again. A gain over the forecast stays: it comes of
         choosing among real nodes, which a mean cannot foresee."""
-        about = _about(size)
-        if self._foresight.get(about, 0.0) < 0.0:
-            self._foresight[about] *= 1.0 - FADE
+        key = about(size)
+        if self._foresight.get(key, 0.0) < 0.0:
+            self._foresight[key] *= 1.0 - FADE
 
     def _change_mode(self, drafting: bool) -> None:
         """Remembers how long drafting lasts: near break-even it may end before its catch-up has paid."""
@@ -252,7 +253,7 @@ class Smart:
             sunk: FloatArray = overhead + first + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
             rates = best_rates(losses, size, sunk, verify[: losses.shape[1] + 1], limit)
             values.update({(level, wide): float(rates[level - 1]) for level in range(1, levels + 1)})
-        foresight = math.exp(self._foresight.get(_about(size), 0.0))
+        foresight = math.exp(self._foresight.get(about(size), 0.0))
         return Outlook(
             size,
             first,
@@ -285,9 +286,14 @@ class Smart:
 
         A long catch-up (a prompt, a stretch of plain decoding) is an investment: charged in full to one round it would
         never be made, and grow. So each of the rounds that drafting will probably last is charged a part."""
+        now, whole = self._first_seconds(batch, context)
+        return now + (whole - now) / self._sharing(batch), whole
+
+    def _first_seconds(self, batch: BatchState, context: float) -> tuple[float, float]:
+        """Seconds of the first drafted level with what any round has to catch up with, and with all that waits."""
         waiting = batch.catch_up_rows
         now, whole = self.cost.first_seconds(batch.size, [min(waiting, batch.size), waiting], context).tolist()
-        return now + (whole - now) / self._sharing(batch), whole
+        return now, whole
 
     def _sharing(self, batch: BatchState) -> int:
         """Rounds that share the price of a catch-up."""
@@ -340,10 +346,10 @@ class Smart:
         kept, value, scratch.expected = self.chooser.select(drafted)
         drafted.scored = len(trees)
         if plan.levels and scratch.forecast > 0 and value > 0:
-            about = _about(batch.size)
-            before = self._foresight.get(about, 0.0)
+            key = about(batch.size)
+            before = self._foresight.get(key, 0.0)
             error = math.log(value / scratch.forecast) - before
-            self._foresight[about] = before + min(max(error, -0.3), 0.3) / 16
+            self._foresight[key] = before + min(max(error, -0.3), 0.3) / 16
         return kept
 
     def _drafted(self, batch: BatchState, scratch: _Scratch, trees: DraftTrees, candidates: int) -> Drafted:
@@ -375,13 +381,12 @@ class Smart:
         self._busy = False
         accepted = self._observe_trees(round, scratch, seldom)
         if round.level_widths and self._on_trial(batch.size):
-            about = _about(batch.size)
-            self._tried[about] = self._tried.get(about, 0) + 1
+            self._tried[about(batch.size)] += 1
             if not self._on_trial(batch.size):
                 self._learn_now()  # what was measured decides
         seconds = round.verify_seconds + sum(round.level_seconds)
         if scratch.probe:
-            self._observe_probe(round, scratch, accepted)
+            self._observe_probe(round, scratch, accepted, seconds)
         elif not batch.prefill_rows:  # the time of prompts pays for no probes, which slow down decoding
             self.prober.ordinary_round(seconds)
         seconds += round.other_seconds
@@ -418,13 +423,12 @@ class Smart:
             self.forecast.observe_free(trees, scratch.limits)
         return accepted
 
-    def _observe_probe(self, round: Round, scratch: _Scratch, accepted: int) -> None:
+    def _observe_probe(self, round: Round, scratch: _Scratch, accepted: int, seconds: float) -> None:
         """Pays for a probe. Whether others follow is another question than what it cost: rows that had waited are an
         investment, and where they were most of the price, the next rounds are there to use it. A plain round that did
         well was luck, or the costs know by now."""
         batch, outlook, drafted = round.batch, scratch.outlook, round.plan.speculate
         assert outlook is not None
-        seconds = round.verify_seconds + sum(round.level_seconds)
         beside = outlook.overhead if drafted else outlook.plain - float(outlook.verify[0])
         loss = seconds + beside - (batch.size + accepted) / scratch.believed
         if not drafted:
@@ -432,10 +436,10 @@ class Smart:
             self.prober.probe_round((1 + self._rest) * loss, hopeful=False, clear=loss > CLEAR * seconds)
             self._end_run()
             return
-        few = min(batch.catch_up_rows, batch.size)
-        usual = float(self.cost.first_seconds(batch.size, few, scratch.context)) if round.level_widths else 0.0
-        invested = max(0.0, round.level_seconds[0] - usual) if round.level_widths else 0.0
-        self.prober.probe_round(loss, hopeful=loss < 2 * invested or loss < 0)
+        invested = 0.0
+        if round.level_widths:
+            invested = max(0.0, round.level_seconds[0] - self._first_seconds(batch, scratch.context)[0])
+        self.prober.probe_round(loss, hopeful=loss < 2 * invested)
         if self.prober.hope <= 0:
             self._end_run()
 
@@ -511,11 +515,6 @@ class Smart:
             width -= waiting or 0
             self.cost = self.cost.corrected(DraftSample(width, scratch.context, seconds, waiting))
             waiting = None
-
-
-def _about(size: int) -> int:
-    """Batches of one request, of two or three, of four to seven, ... are thought of together."""
-    return size.bit_length()
 
 
 @lru_cache(maxsize=1024)

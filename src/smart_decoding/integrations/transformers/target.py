@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from smart_decoding.backends.torch.sampler import Sampler, TokenLogprobs
+from smart_decoding.backends.torch.sampler import Sampled, Sampler
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import Ints
@@ -24,7 +24,7 @@ from smart_decoding.integrations.transformers.taps import Taps
 UNEVEN = 4  # groups with so many times more rows than the smallest go into another forward
 
 
-class HostTarget:
+class HostTarget(Sampled):
     """tree: whether the model takes a mask [groups, 1, queries, keys]; else rows must be chains, under a padding mask.
 
     host: the processors of a `generate` call, or None where only forwards are wanted."""
@@ -98,15 +98,9 @@ class HostTarget:
         dtype = self.model.dtype
         return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, torch.finfo(dtype).min)
 
-    def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
-        return self.sampler.argmax(logits, which)
-
     def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
         assert self.host is not None
         return self.host.draw(logits[torch.from_numpy(which).to(logits.device)], specs, self.sampler)
-
-    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
-        return self.sampler.logprobs(logits, which, tokens, k)
 
     def move(self, source: Ints, target: Ints) -> None:
         self.cache.move(torch.from_numpy(source.astype(np.int64)), torch.from_numpy(target.astype(np.int64)))
