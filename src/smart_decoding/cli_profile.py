@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     shape = str(model and model.shape)
     longest = longest_context(target.max_positions)
     if samples:
-        save_profile(profile_path(llm.provenance, target.dtype, target.device, shape, longest), cost)
+        save_profile(profile_path(llm.provenance, target.dtype, target.device, shape, longest, target.steps), cost)
     return 0
 
 

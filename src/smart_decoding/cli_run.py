@@ -58,6 +58,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        f"{SEEING_MODEL})")  # fmt: skip
     group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and KV cache (bf16)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs (off)")
     group.add_argument("--method", choices=METHODS, help="what drafts (the model's own head, if it has one)")
     group.add_argument("--draft", metavar="MODEL", help="what the method drafts with: a head's folder, or for "
                        "draft_model any smaller model of the same vocabulary")  # fmt: skip
@@ -119,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
 
     model = args.model or (SEEING_MODEL if images else DEFAULT_MODEL)
     llm = LLM(model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1,
-              trust_pickle=args.trust_pickle)  # fmt: skip
+              trust_pickle=args.trust_pickle, enforce_eager=args.enforce_eager)  # fmt: skip
     raw: Prompt = {"prompt": text, "multi_modal_data": {"image": images}} if images else text
     answer = stream_answer(llm, raw if args.raw else chat_prompt(llm, text, images), params)
     if args.stats:

@@ -40,6 +40,7 @@ OPTIONS = {
     "model": (
         Option("dtype", str, "bf16", "of weights and KV cache", DTYPES),
         Option("device", str, "auto", "auto, cpu or cuda"),
+        Option("enforce-eager", bool, False, "no CUDA graphs", shown="off"),
         Option("method", str, None, "what drafts", METHODS, shown="the model's own head if it has one, else ngram"),
         Option("draft", str, None, "the head's folder or the draft model", shown="the model's own head"),
         Option("policy", policy_name, None, "what sizes the trees: off, chain, static, likelihood, smart_paper, smart",
@@ -134,6 +135,7 @@ def main(args: argparse.Namespace) -> int:
             max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens, kv_cache_tokens=args.kv_cache_tokens,
             trust_pickle=args.trust_pickle,
+            enforce_eager=args.enforce_eager,
             allowed_local_media_path=args.allowed_local_media_path, max_image_pixels=args.max_image_pixels,
             limit_mm_per_prompt=dict(args.limit_mm_per_prompt), mm_processor_kwargs=dict(args.mm_processor_option),
         ),

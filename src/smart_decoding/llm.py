@@ -73,6 +73,7 @@ class LLM:
         or a dict: method (eagle, draft_model, ngram, recycling, union, none), policy (off, chain, static, likelihood,
         smart_paper, smart), and either's options.
     dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
+    enforce_eager: no CUDA graphs.
     max_model_len: longest prompt plus answer, in tokens. kv_cache_tokens: KV memory, in tokens over all requests.
     trust_pickle: load a draft head's pytorch_model.bin too, of which only tensors are read; safetensors only without.
     Of vision-language models: limit_mm_per_prompt: pictures of a prompt by modality (image 16, video 1).
@@ -96,6 +97,7 @@ class LLM:
         seed: int = 0,
         stop_at_loops: bool = False,
         trust_pickle: bool = False,
+        enforce_eager: bool = False,
         limit_mm_per_prompt: Mapping[str, int] | None = None,
         allowed_local_media_path: str | Path | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
@@ -116,7 +118,7 @@ class LLM:
         asked = check_speculation(speculative_config, checkpoint, self.tokenizer, limit)
         tokens = kv_cache_tokens or min(limit, 2048) * min(max_num_seqs, 16)
         pages = pages_for(max(tokens, limit), max_num_seqs)
-        self.target = TorchTarget(checkpoint, dtype, _device(device), pages, limit)
+        self.target = TorchTarget(checkpoint, dtype, _device(device), pages, limit, enforce_eager)
         self._trust_pickle = trust_pickle
         self.speculation: Speculation = build_speculation(
             asked, checkpoint, self.target, pages, max_num_seqs, trust_pickle

@@ -230,7 +230,7 @@ class _Builder:
         smaller batches."""
         target, head = self._target, str(self.model and self.model.shape)
         weights, longest = self._checkpoint.provenance, longest_context(target.max_positions)
-        path = profile_path(weights, target.dtype, target.device, head, longest)
+        path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
         cost = load_profile(path)
         if cost is None or max(cost.verify) < largest_batch(self._pages, self._seqs):
             samples = measure(target, level_drafter(drafter), self._pages, self._seqs)

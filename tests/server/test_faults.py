@@ -31,7 +31,7 @@ COST = CostModel.from_table({1: {1: 0.001, 8: 0.002}}, {1: 0.001})
 
 
 def profile_of(llm: LLM) -> Path:
-    return profile_path(llm.provenance, llm.target.dtype, llm.target.device, "None", 768)
+    return profile_path(llm.provenance, llm.target.dtype, llm.target.device, "None", 768, llm.target.steps)
 
 
 def answer_of(running: Any) -> str:

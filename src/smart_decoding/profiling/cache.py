@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,12 +21,20 @@ log = logging.getLogger("smart.profile")
 VERSION = 6  # raise when the engine's speed changes; other kernels are other costs anyway
 
 
-def profile_path(weights: Mapping[str, str], dtype: torch.dtype, device: torch.device, head: str, longest: int) -> Path:
-    """Where the profile of this model on this machine lies. longest: the longest context that it knows."""
+def profile_path(
+    weights: Mapping[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    head: str,
+    longest: int,
+    steps: Sequence[int] = (),
+) -> Path:
+    """Where the profile of this model on this machine lies. longest: the longest context that it knows; steps: of its
+    costs over rows."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     native = build.sources() if build.unavailable() is None else ""
     parts = [str(VERSION), json.dumps(dict(weights), sort_keys=True), str(dtype), machine, head, native]
-    parts += [str(torch.get_num_threads()), str(longest)]
+    parts += [str(torch.get_num_threads()), str(longest), str(tuple(steps))]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return cache_dir() / "profiles" / f"{key}.json"
 

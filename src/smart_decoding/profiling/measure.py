@@ -131,8 +131,8 @@ def _points(
     for context in CONTEXTS[: 1 if coarse else None]:
         for batch in (b for b in BATCHES if b <= max_num_seqs):
             totals = [batch * per for per in (sizes if context == CONTEXTS[0] else (1, 4, 16))]
-            if context == CONTEXTS[0] and not coarse:  # what shares a pass over the weights ends in a step
-                totals += [total for total in (target.pass_rows, target.pass_rows + 1) if total > batch]
+            if context == CONTEXTS[0] and not coarse:  # both sides of a step: what lies between them is flat
+                totals += [total for step in target.steps for total in (step, step + 1) if total > batch]
             for total in sorted({t for t in totals if t <= MAX_ROWS or t == batch}):
                 run = verification(target, batch, total, context, pages)
                 if run is not None and context + -(-total // batch) <= target.max_positions:

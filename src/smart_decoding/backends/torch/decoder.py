@@ -14,6 +14,7 @@ from torch import Tensor
 
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.backends.torch.graphs import BUCKETS, GraphedLayers, graphed
 from smart_decoding.backends.torch.kernels import Arena, packed_rows
 from smart_decoding.backends.torch.layers import (
     Context,
@@ -113,7 +114,8 @@ def put(x: Tensor, inserts: Inserts) -> None:
 class Decoder:
     """A Llama-family model with its KV cache.
 
-    dtype is that of weights and cache. On the CPU kernels activations and sums are float32 whatever the dtype."""
+    dtype is that of weights and cache. On the CPU kernels activations and sums are float32 whatever the dtype.
+    native: whether the CPU kernels run it (None: if they can). graphs: whether CUDA graphs do, on a CUDA device."""
 
     def __init__(
         self,
@@ -124,6 +126,7 @@ class Decoder:
         pages: int,
         positions: int,
         native: bool | None = None,
+        graphs: bool = True,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.native = use_native(config, device) if native is None else native
@@ -134,8 +137,11 @@ class Decoder:
         if self.native:
             output = packed_rows(config.vocab) * config.hidden
             arena = Arena(layers[0].elements() * config.layers + output, dtype)
-        own = NativeLayers(layers, arena, self.workspace) if arena else TorchLayers(layers)
-        self._layers: Layers = own
+        self._layers: Layers
+        if arena:
+            self._layers = NativeLayers(layers, arena, self.workspace)
+        else:
+            self._layers = graphed(layers) if graphs and device.type == "cuda" else TorchLayers(layers)
         embedding = weights["model.embed_tokens.weight"].to(device=device, dtype=dtype)
         head = embedding if config.tie_embeddings else weights["lm_head.weight"].to(device=device, dtype=dtype)
         norm = weights["model.norm.weight"].to(device=device, dtype=dtype)
@@ -146,8 +152,15 @@ class Decoder:
         self._axis = torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device) if config.mrope else None
         self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native)
         self.model: NativeModel | None = None  # all of it, where the CPU kernels run it
-        if isinstance(own, NativeLayers):
-            self.model = NativeModel(own, self._embedding, self.head, norm, self.kv, self.rotary)
+        if isinstance(self._layers, NativeLayers):
+            self.model = NativeModel(self._layers, self._embedding, self.head, norm, self.kv, self.rotary)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Row counts beyond which one more row costs a step: what a pass over the weights serves, or a CUDA graph."""
+        if self.native:
+            return (kernels.pass_rows(self.dtype == torch.bfloat16),)
+        return BUCKETS if isinstance(self._layers, GraphedLayers) else ()
 
     @property
     def embedding(self) -> Linear | Tensor:

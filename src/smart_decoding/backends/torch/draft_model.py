@@ -31,7 +31,8 @@ class DraftModel:
         positions = target.max_positions + 64
         weights: ChainMap[str, Tensor] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
         with fitting_memory("draft model", pages):
-            self._decoder = Decoder(c, weights, target.dtype, target.device, pages + scratch_pages, positions)
+            self._decoder = Decoder(c, weights, target.dtype, target.device, pages + scratch_pages, positions,
+                                    graphs=target.graphs)  # fmt: skip
         self._tokens = torch.arange(vocab, device=target.device)
         self.shape = ("draft_model", c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, vocab)
 

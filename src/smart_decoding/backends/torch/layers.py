@@ -128,13 +128,19 @@ class Context:
 
     @cached_property
     def gathered(self) -> GatheredRows:
-        return GatheredRows(self.rows)
+        return GatheredRows(self.rows, self.cosine.device)
 
     @cached_property
     def rotation(self) -> tuple[Tensor, Tensor]:
         """cos and sin of each row: [rows, head_dim / 2]."""
         position = torch.from_numpy(self.rows.position).to(self.cosine.device)
         return self.cosine[position], self.sine[position]
+
+    def keep_tap(self, layers: int, x: Tensor) -> None:
+        """Keeps x [rows, hidden] as it is after so many layers, if that is wanted."""
+        if self.tapped is not None and layers in self.taps:
+            at = self.taps.index(layers) * x.shape[1]
+            self.tapped[:, at : at + x.shape[1]] = x
 
 
 class Layers(Protocol):
@@ -197,52 +203,58 @@ class TorchLayers:
     """The same in plain torch: the reference, and the path for CUDA. Works in the weights' dtype."""
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
-        self._layers = [TorchLayer(w) for w in layers]
+        self.each = [TorchLayer(w) for w in layers]
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
-        for i, layer in enumerate(self._layers):
-            layer(x, context, cache.keys[i], cache.values[i], context.inputs if i == 0 else None)
-            if context.tapped is not None and i + 1 in context.taps:
-                at = context.taps.index(i + 1) * x.shape[1]
-                context.tapped[:, at : at + x.shape[1]] = x
+        for i, layer in enumerate(self.each):
+            q, k, v = layer.before(x, *context.rotation, context.inputs if i == 0 else None)
+            layer.after(x, attend(q, k, v, context, cache.keys[i], cache.values[i]))
+            context.keep_tap(i + 1, x)
 
 
 class TorchLayer:
+    """A layer's two halves, before and after attention: what of it depends on nothing but its rows."""
+
     def __init__(self, w: LayerWeights) -> None:
-        self._w = w
+        self.weights = w
         self._gate_up = torch.cat((w.gate, w.up))
 
-    def __call__(self, x: Tensor, context: Context, keys: Tensor, values: Tensor, inputs: Tensor | None = None) -> None:
-        w = self._w
+    def before(
+        self, x: Tensor, cosine: Tensor, sine: Tensor, inputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [rows, heads, head_dim], and keys and values [rows, kv_heads, head_dim], for x [rows, hidden]."""
+        w = self.weights
         normed = inputs if inputs is not None else rms_norm(x, w.input_norm, w.eps)
-        attended = self._attend(F.linear(normed, w.qkv, w.qkv_bias), context, keys, values)
+        qkv = F.linear(normed, w.qkv, w.qkv_bias).view(len(x), -1, w.head_dim)
+        q, k, v = torch.split(qkv, [w.heads, w.kv_heads, w.kv_heads], dim=1)
+        if w.q_norm is not None:
+            q, k = rms_norm(q, w.q_norm, w.eps), rms_norm(k, w.k_norm, w.eps)
+        return rotate(q, cosine, sine), rotate(k, cosine, sine), v
+
+    def after(self, x: Tensor, attended: Tensor) -> None:
+        """Adds to x what was attended to, [rows, heads * head_dim], and the feed-forward network."""
+        w = self.weights
         x += F.linear(attended, w.output, w.output_bias)
         gate, up = F.linear(rms_norm(x, w.post_norm, w.eps), self._gate_up).chunk(2, dim=-1)
         x += F.linear(F.silu(gate) * up, w.down)
 
-    def _attend(self, qkv: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of all rows over the cache, their own keys and values included: [rows, heads * head_dim]."""
-        w, rows = self._w, len(qkv)
-        q, k, v = torch.split(qkv.view(rows, -1, w.head_dim), [w.heads, w.kv_heads, w.kv_heads], dim=1)
-        if w.q_norm is not None:
-            q, k = rms_norm(q, w.q_norm, w.eps), rms_norm(k, w.k_norm, w.eps)
-        q, k = rotate(q, context), rotate(k, context)
-        slot = torch.from_numpy(context.rows.slot).long().to(qkv.device)
-        keys[:, slot // PAGE, :, slot % PAGE] = k.to(keys.dtype)
-        values[:, slot // PAGE, slot % PAGE] = v.transpose(0, 1).to(values.dtype)
-        gathered = context.gathered
-        at, query = gathered.keys.to(qkv.device), gathered.query.to(qkv.device)
-        groups, longest = gathered.shape
-        padded = q.new_zeros(groups * longest, w.heads, w.head_dim)
-        padded[query] = q
-        out = F.scaled_dot_product_attention(
-            padded.view(groups, longest, w.heads, w.head_dim).transpose(1, 2),
-            keys[:, at // PAGE, :, at % PAGE].permute(0, 2, 1, 3).to(q.dtype),  # [groups, k, kv, hd] -> below
-            values[:, at // PAGE, at % PAGE].transpose(0, 1).to(q.dtype),
-            attn_mask=gathered.mask.to(qkv.device)[:, None],
-            enable_gqa=True,
-        )
-        return out.transpose(1, 2).reshape(groups * longest, -1)[query]
+
+def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of all rows over the cache, their own keys and values included: [rows, heads * head_dim]."""
+    rows = context.gathered
+    keys[:, rows.page, :, rows.offset] = k.to(keys.dtype)
+    values[:, rows.page, rows.offset] = v.transpose(0, 1).to(values.dtype)
+    groups, longest = rows.shape
+    padded = q.new_zeros(groups * longest, *q.shape[1:])
+    padded[rows.query] = q
+    out = F.scaled_dot_product_attention(
+        padded.view(groups, longest, *q.shape[1:]).transpose(1, 2),
+        keys[:, rows.key_page, :, rows.key_offset].permute(0, 2, 1, 3).to(q.dtype),  # [groups, kv_heads, k, head_dim]
+        values[:, rows.key_page, rows.key_offset].transpose(0, 1).to(q.dtype),
+        attn_mask=rows.mask,
+        enable_gqa=True,
+    )
+    return out.transpose(1, 2).reshape(groups * longest, -1)[rows.query]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -254,9 +266,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
-def rotate(x: Tensor, context: Context) -> Tensor:
-    """Rotary embedding of x [rows, heads, head_dim], half-split layout."""
-    cosine, sine = (part[:, None].to(x.dtype) for part in context.rotation)
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding of x [rows, heads, head_dim], half-split layout; cosine, sine [rows, head_dim / 2]."""
+    cosine, sine = (part[:, None].to(x.dtype) for part in (cosine, sine))
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
 

@@ -32,12 +32,13 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
 
 
 class GatheredRows:
-    """The same rows for backends without ragged attention: padded to [groups, longest] with a mask.
+    """The same rows for backends without ragged attention, on a device: padded to `shape` = (groups, q) with a mask.
 
-    keys: [groups, k] slots, mask: [groups, q, k], query: [rows] flat index of each row in [groups, q].
+    page, offset: [rows] where each row's own key goes; key_page, key_offset: [groups, k] where the keys that a group
+    reads lie; mask: [groups, 1, q, k]; query: [rows] flat index of each row in [groups, q].
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, device: torch.device) -> None:
         sizes = np.diff(rows.group_row)
         groups, q = len(sizes), int(sizes.max())
         group_of = np.repeat(np.arange(groups), sizes)
@@ -49,8 +50,10 @@ class GatheredRows:
         for g, (slots, seen) in enumerate(lists):
             keys[g, : len(slots)] = slots
             mask[g, : len(seen), : len(slots)] = seen
-        self.keys, self.mask = torch.from_numpy(keys), torch.from_numpy(mask)
-        self.query = torch.from_numpy(group_of * q + within)
+        slot = rows.slot.astype(np.int64)
+        parts = (slot // PAGE, slot % PAGE, keys // PAGE, keys % PAGE, mask[:, None], group_of * q + within)
+        on_device = (torch.from_numpy(part).to(device) for part in parts)
+        self.page, self.offset, self.key_page, self.key_offset, self.mask, self.query = on_device
         self.shape = (groups, q)
 
     @staticmethod

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.backends.torch.sampler import Sampled, Sampler
@@ -42,15 +41,27 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
 
 
 class TorchTarget(Sampled):
-    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens; with eyes if it has some."""
+    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens; with eyes if it has some.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str, pages: int, max_model_len: int) -> None:
+    enforce_eager: no CUDA graphs."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        device: str,
+        pages: int,
+        max_model_len: int,
+        enforce_eager: bool = False,
+    ) -> None:
         config = checkpoint.config
         config.check_context(max_model_len)
-        self.dtype, self.device = dtype_of(dtype), torch.device(device)
+        self.dtype, self.device, self.graphs = dtype_of(dtype), torch.device(device), not enforce_eager
         with fitting_memory("model", pages):
             self._tower = VisionTower(checkpoint.vision, self.dtype, self.device) if checkpoint.vision else None
-            self.decoder = Decoder(config, checkpoint.weights, self.dtype, self.device, pages, max_model_len + 64)
+            positions = max_model_len + 64
+            self.decoder = Decoder(config, checkpoint.weights, self.dtype, self.device, pages, positions,
+                                   graphs=self.graphs)  # fmt: skip
         self.vocab, self.max_positions = config.vocab, max_model_len
         self.eos_token_ids = config.eos_token_ids
         self.sampler = Sampler(config.vocab)
@@ -58,9 +69,9 @@ class TorchTarget(Sampled):
         self.verify_greedy: VerifyGreedy | None = self._verify_greedy if whole else None
 
     @property
-    def pass_rows(self) -> int:
-        """Rows that one pass over the weights serves: one more costs a step (0: not known)."""
-        return kernels.pass_rows(self.dtype == torch.bfloat16) if self.decoder.native else 0
+    def steps(self) -> tuple[int, ...]:
+        """Row counts beyond which one more row costs a step, where they are known."""
+        return self.decoder.steps
 
     @property
     def kv_bytes(self) -> int:

@@ -30,7 +30,7 @@ class HostTarget(Sampled):
     host: the processors of a `generate` call, or None where only forwards are wanted."""
 
     verify_greedy = None
-    pass_rows = 0  # of one pass over the weights: not known here
+    steps = ()  # of costs over rows: not known here
 
     def __init__(
         self, model: PreTrainedModel, layers: int, tree: bool, eos_token_ids: tuple[int, ...] = (),
