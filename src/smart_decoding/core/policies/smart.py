@@ -36,7 +36,8 @@ CATCH_UP_ROUNDS = 32
 # and each return to drafting pays for the rows that have waited.
 MARGIN, STAY = 1.03, 1.0
 CLEARLY = 0.9  # of plain decoding: what drafting promises where no further look is needed soon
-TRIED = 16  # rounds that a batch size is drafted for, if it promises no less than that: what was measured decides then
+# Rounds that a batch size is drafted for, if it promises no less than that, and between looks at what was measured.
+TRIED, LOOK = 16, 4
 # Where drafting gains less than that, a probe of plain decoding goes on for so many resting rounds: they are what plain
 # decoding is, their mean is nearly free of noise, and costs at drafting's sizes say too little of it.
 NEAR, RESTS = 1.2, 3
@@ -116,7 +117,7 @@ class Smart:
         self._scratch: _Scratch | None = None
         self._unlearned: list[tuple[Round, KindArray]] = []  # rounds that drafted, and the kinds of their requests
         self._expected = self._surprise = 0.0  # nodes that these should have accepted, and that they accepted less
-        self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has this size
+        self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has about this size
         self._last_rest = 1
         self._rested: list[tuple[int, IntArray, float]] = []  # size, contexts, seconds of these rounds' verifications
         self._learned_rests: set[int] = set()  # sizes whose rests costs have learned from since they were looked at
@@ -126,7 +127,7 @@ class Smart:
     # --- before drafting ---
 
     def plan(self, batch: BatchState) -> DraftPlan:
-        if self._rest and batch.size == self._rest_size:
+        if self._rest and 4 * abs(batch.size - self._rest_size) <= self._rest_size:
             self._rest -= 1
             self._scratch = None
             self._fade(batch.size)
@@ -382,7 +383,7 @@ class Smart:
         accepted = self._observe_trees(round, scratch, seldom)
         if round.level_widths and self._on_trial(batch.size):
             self._tried[about(batch.size)] += 1
-            if not self._on_trial(batch.size):
+            if self._tried[about(batch.size)] % LOOK == 0:
                 self._learn_now()  # what was measured decides
         seconds = round.verify_seconds + sum(round.level_seconds)
         if scratch.probe:
