@@ -10,8 +10,9 @@ from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.kernels import Arena
 from smart_decoding.backends.torch.layers import KVCache, Linear
 from smart_decoding.backends.torch.native import build
+from smart_decoding.backends.torch.native.memory import address
 from smart_decoding.backends.torch.noise import gumbel, noise_key
-from smart_decoding.backends.torch.sampler import draw
+from smart_decoding.backends.torch.sampler import LOWEST, draw
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -168,17 +169,26 @@ def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> Non
         torch.arange(12)[:, None] == 3, scores, torch.full_like(scores, -math.inf).scatter(1, order, wanted)
     )
     torch.testing.assert_close(probs.double(), among.softmax(-1).gather(1, order), rtol=1e-4, atol=1e-6)
-    drawn = [
-        draw(x[i].numpy(), SampleSpec(SamplingParams(temperature=temperature), int(i) + 5, 0, int(7 * i))) for i in rows
-    ]
+    params = SamplingParams(temperature=temperature)
+    drawn = draw([x[i].numpy() for i in rows], [SampleSpec(params, int(i) + 5, 0, int(7 * i)) for i in rows])
     assert [a == b for a, b in zip(ids[:, 0].tolist(), drawn, strict=True)].count(False) <= 1
 
 
-def test_candidates_hold_the_best_after_many_that_tie() -> None:
-    row = np.full(600, -np.inf, np.float32)
-    row[200] = 30.0
-    candidates = kernels.noisy_candidates(row, 30.0, 1.0, -math.inf, 7)
-    assert candidates is None or 200 in candidates.tolist()
+def test_what_rounding_decides_is_left_to_numpy() -> None:
+    row = np.zeros(600, np.float32)
+    row[200:202] = 30.0, 30.0005
+    asked = [(address(row), seed, 0, 0, 0, 1.0, LOWEST, -math.inf) for seed in range(20000)]
+    drawn = kernels.draw(asked, len(row))
+    assert (drawn.best == 201).all() and 0 < (drawn.token < 0).sum() < 40
+    noise = gumbel(noise_key(np.arange(20000), 0, 0)[:, None], [200, 201]) + row[200:202]
+    wanted = np.where(np.abs(np.subtract(*noise.T)) < 1e-3, -1, 200 + noise.argmax(1))
+    assert np.count_nonzero(drawn.token != wanted) <= 1  # the border itself is rounded, too
+
+
+OPTIONS: list[dict[str, float]] = [
+    {}, {"min_p": 0.01}, {"top_k": 5}, {"top_k": 64, "top_p": 0.9}, {"top_k": 70}, {"top_k": 3001}, {"top_p": 0.5},
+    {"top_p": 0.95, "min_p": 0.001}, {"temperature": 0.0},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.8, 2.0])
@@ -186,13 +196,15 @@ def test_candidates_hold_the_best_after_many_that_tie() -> None:
 def test_draws_are_the_same_without_the_kernels(
     temperature: float, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels only name candidates: the token drawn is the same, ties and excluded tokens included."""
+    """Ties and excluded tokens included; together as one by one."""
     rng = np.random.default_rng(3)
-    rows = (rng.normal(size=(40, 3001)) * spread).astype(np.float32)
+    rows = (rng.normal(size=(45, 3001)) * spread).astype(np.float32)
     rows[5, ::2] = -np.inf
     rows[6:8, :2990] = -np.inf  # as a grammar leaves few tokens
     rows[8:10, 1:3000] = -np.inf
-    specs = [SampleSpec(SamplingParams(temperature=temperature, min_p=0.01 * (i % 2)), seed=i) for i in range(40)]
-    fast = [draw(row, spec) for row, spec in zip(rows, specs, strict=True)]
+    options = [{"temperature": temperature, **OPTIONS[i % len(OPTIONS)]} for i in range(45)]
+    specs = [SampleSpec(SamplingParams(**o), seed=i - 20, sample=i % 3, position=7 * i) for i, o in enumerate(options)]
+    together = draw(list(rows), specs)
+    assert together == [draw([row], [spec])[0] for row, spec in zip(rows, specs, strict=True)]
     monkeypatch.setattr(build, "unavailable", lambda: "for this test")
-    assert fast == [draw(row, spec) for row, spec in zip(rows, specs, strict=True)]
+    assert together == draw(list(rows), specs)

@@ -16,9 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from smart_decoding.backends.torch import sampler
 from smart_decoding.backends.torch.noise import gumbel, noise_key
 from smart_decoding.backends.torch.processors import process
-from smart_decoding.backends.torch.sampler import NEAR, Sampler, draw, first_maximum, survivors
+from smart_decoding.backends.torch.sampler import NEAR, Sampler, first_maximum, survivors
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
@@ -84,6 +85,10 @@ def transformers_scores(logits: torch.Tensor, params: SamplingParams) -> np.ndar
         chain.extend([TopPLogitsWarper(params.top_p)] if params.top_p < 1 else [])
         chain.extend([MinPLogitsWarper(params.min_p)] if params.min_p > 0 else [])
     return chain(torch.tensor([PROMPT + OUTPUT]), logits[None])[0].numpy()
+
+
+def draw(row: np.ndarray, spec: SampleSpec) -> int:
+    return sampler.draw([row], [spec])[0]
 
 
 def spec_for(params: SamplingParams, **changes: object) -> SampleSpec:

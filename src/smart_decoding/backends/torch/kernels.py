@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.backends.torch.native import build
+from smart_decoding.backends.torch.native.memory import address
 from smart_decoding.engine.kv import PAGE
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
-CANDIDATES = 64
+MOST_K = 64
 PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in vectors.h
 MAX_QUERIES = 32  # query heads per key head
+_DRAW = np.dtype([(name, np.int64) for name in ("row", "seed", "sample", "position", "k")]
+                 + [(name, np.float64) for name in ("scale", "floor", "below")])  # fmt: skip
 
 
 class RowsStruct(Structure):
@@ -139,10 +143,8 @@ def _lib() -> ctypes.CDLL:
         lib.smart_top_k.argtypes = [
             *(c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
         ]
-        lib.smart_noisy_candidates.restype = c_int64
-        lib.smart_noisy_candidates.argtypes = [
-            *(c_void_p, c_int64, c_float, c_float, c_float, ctypes.c_uint64, c_void_p, c_int64),
-        ]
+        lib.smart_draw.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int32]
+        lib.smart_mass.argtypes = [c_void_p, c_int64, c_float, c_float, c_float, c_float, c_void_p]
         lib.smart_rms_norm.argtypes = [c_void_p, c_void_p, c_float, c_int32, c_int64, c_void_p, c_int64]
         lib._typed = True  # type: ignore[attr-defined]
     return lib
@@ -350,16 +352,33 @@ def top_k(
     return ids, probs
 
 
-def noisy_candidates(
-    row: NDArray[np.float32], best: float, scale: float, floor: float, key: int
-) -> NDArray[np.int64] | None:
-    """Ascending ids that may be the argmax of row * scale + noise among row >= floor (float32 [n], contiguous; `best`
-    is its largest entry): a superset of a few. None if too many tie."""
-    out = np.empty(CANDIDATES, np.int64)
-    found = _lib().smart_noisy_candidates(
-        row.ctypes.data, len(row), best, scale, floor, key, out.ctypes.data, CANDIDATES
-    )
-    return out[:found] if found <= CANDIDATES else None
+class Drawn(NamedTuple):
+    """best: [rows] first maximum, -1 where it is not finite. kept: [rows] the score below which top-k cuts. token:
+    [rows] the token, -1 where the choice is too close for the kernels."""
+
+    best: NDArray[np.int64]
+    kept: NDArray[np.float64]
+    token: NDArray[np.int64]
+
+
+def draw(draws: Sequence[tuple[int, int, int, int, int, float, float, float]], n: int) -> Drawn:
+    """The argmax of row * scale + noise for rows of n float32, each given as (its address, seed, sample, position, k,
+    scale, floor, below).
+
+    Only among the k largest (0: all; at most MOST_K), those of at least `floor`, and of at least the maximum +
+    `below`."""
+    count, what = len(draws), np.array(draws, _DRAW)
+    drawn = Drawn(np.empty(count, np.int64), np.empty(count), np.empty(count, np.int64))
+    _lib().smart_draw(address(what), count, n, *map(address, drawn), torch.get_num_threads())
+    return drawn
+
+
+def mass(row: NDArray[np.float32], best: float, scale: float, floor: float, value: float) -> tuple[float, float]:
+    """The sum of exp((row - best) * scale) over the entries of at least `floor`, and over those of them beyond `value`,
+    to about 1e-6."""
+    out = np.empty(2)
+    _lib().smart_mass(address(row), len(row), best, scale, floor, value, address(out))
+    return float(out[0]), float(out[1])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, column: int = 0) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from smart_decoding.backends.torch import kernels
 from smart_decoding.backends.torch.native import build
+from smart_decoding.backends.torch.native.memory import address
 from smart_decoding.backends.torch.noise import G_MAX, fewest_bits, gumbel, gumbel_of_bits, noise_key, uniform_bits
 from smart_decoding.backends.torch.processors import FloatRow, process
 from smart_decoding.core.tree import IntArray
@@ -26,6 +27,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.verification import require_finite
 
 LOWEST = float(np.finfo(np.float32).min)  # forbidden tokens, at -inf, are below every floor
+MARGIN = 1e-4  # of a probability: nearer to top_p the kernels' sums are not exact enough to say what is in the nucleus
 NEAR = 5.0  # nats below the maximum within which noise is evaluated at once; a matter of speed only
 
 
@@ -75,8 +77,7 @@ class Sampler:
         plain = [spec.params.greedy and not spec.params.changes_logits for spec in specs]
         if all(plain):
             return self.argmax(logits, indices)
-        tokens = [draw(row, spec) for row, spec in zip(_rows(logits, indices), specs, strict=True)]
-        return np.array(tokens, np.int64)
+        return np.array(draw(_rows(logits, indices), specs), np.int64)
 
     def logprobs(self, logits: torch.Tensor, which: ArrayLike, tokens: ArrayLike, k: int) -> list[TokenLogprobs]:
         """Log-softmax of the raw logits at the drawn `tokens` of rows `which`, and of the `k` most likely (-1: all)."""
@@ -93,22 +94,49 @@ def first_maximum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(logits == best, ids, logits.shape[-1]).amin(-1), best[:, 0].float()
 
 
-def draw(row: FloatRow, spec: SampleSpec) -> int:
-    """The token of one row [vocab] float32 of raw logits."""
-    row, params = process(row, spec), spec.params
-    top = int(row.argmax())
+def draw(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
+    """The tokens of rows [vocab] float32 of raw logits, each by its own spec."""
+    processed = [process(row, spec) for row, spec in zip(rows, specs, strict=True)]
+    if build.unavailable() is None:
+        return _draw_by_kernels(processed, specs)
+    return [_draw_alone(row, spec) for row, spec in zip(processed, specs, strict=True)]
+
+
+def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
+    """The token of one processed row, in numpy."""
+    params, top = spec.params, int(row.argmax())
     require_finite(np.isfinite(row[top]))
     if params.greedy:
         return top
     floor = _top_k_floor(row, params.top_k)
     nucleus = _Nucleus(row, top, floor, params)
-    floor = max(floor, _min_p_floor(row[top], params))
+    floor = max(floor, float(row[top]) + _min_p_distance(params))
     key = noise_key(spec.seed, spec.sample, spec.position)
     token = _gumbel_max(row, top, floor, params.temperature, key)
     while token not in nucleus:  # then nothing that scores no better is in it either: draw again above
-        floor = float(np.nextafter(row[token], np.float32(np.inf)))
+        floor = _next_above(row[token])
         token = _gumbel_max(row, top, floor, params.temperature, key)
     return token
+
+
+def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
+    """The same tokens in one call of the kernels, but for those that top-p cuts or that rounding decides."""
+    drawn = kernels.draw([_asked(row, spec) for row, spec in zip(rows, specs, strict=True)], len(rows[0]))
+    require_finite(drawn.best >= 0)
+    tokens = drawn.token.tolist()
+    for i, (row, spec, best) in enumerate(zip(rows, specs, drawn.best.tolist(), strict=True)):
+        if spec.params.greedy:
+            tokens[i] = best
+        elif tokens[i] < 0 or tokens[i] not in _Nucleus(row, best, float(drawn.kept[i]), spec.params):
+            tokens[i] = _draw_alone(row, spec)
+    return tokens
+
+
+def _asked(row: FloatRow, spec: SampleSpec) -> tuple[int, int, int, int, int, float, float, float]:
+    p, few = spec.params, spec.params.top_k <= kernels.MOST_K
+    return (address(row), spec.seed, spec.sample, spec.position, p.top_k if few else 0,
+            1.0 if p.greedy else 1.0 / p.temperature, LOWEST if few else _top_k_floor(row, p.top_k),
+            0.0 if p.greedy else _min_p_distance(p))  # fmt: skip
 
 
 def survivors(row: FloatRow, params: SamplingParams) -> NDArray[np.int64]:
@@ -117,7 +145,7 @@ def survivors(row: FloatRow, params: SamplingParams) -> NDArray[np.int64]:
     top = int(row.argmax())
     floor = _top_k_floor(row, params.top_k)
     nucleus = _Nucleus(row, top, floor, params)
-    tokens = np.flatnonzero(row >= max(floor, _min_p_floor(row[top], params)))
+    tokens = np.flatnonzero(row >= max(floor, float(row[top]) + _min_p_distance(params)))
     return np.array([token for token in tokens if int(token) in nucleus], np.int64)
 
 
@@ -128,9 +156,13 @@ def _top_k_floor(row: FloatRow, k: int) -> float:
     return max(LOWEST, float(np.partition(row, len(row) - k)[len(row) - k]))
 
 
-def _min_p_floor(best: np.float32, params: SamplingParams) -> float:
-    """The score whose probability is min_p times the most likely token's."""
-    return float(best) + params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
+def _min_p_distance(params: SamplingParams) -> float:
+    """How far below the best score min_p cuts: where a token has that part of the most likely one's probability."""
+    return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
+
+
+def _next_above(score: np.float32) -> float:
+    return float(np.nextafter(score, np.float32(np.inf)))
 
 
 class Sampled:
@@ -162,6 +194,11 @@ class _Nucleus:
     def __contains__(self, token: int) -> bool:
         if self.params.top_p >= 1 or token == self.top:
             return True
+        if build.unavailable() is None:
+            best, scale = float(self.row[self.top]), 1.0 / self.params.temperature
+            total, above = kernels.mass(self.row, best, scale, self.floor, float(self.row[token]))
+            if abs(above / total - self.params.top_p) > MARGIN:
+                return above < self.params.top_p * total
         if self._mass is None:
             self._mass = np.exp((self.row - self.row[self.top]) / np.float32(self.params.temperature))
             self._mass[self.row < self.floor] = 0
@@ -171,15 +208,10 @@ class _Nucleus:
 
 
 def _gumbel_max(row: FloatRow, top: int, floor: float, temperature: float, key: NDArray[np.uint64]) -> int:
-    """argmax of row / temperature + noise over the scores >= floor, evaluating the noise of few tokens: those that the
-    CPU kernels name, or, without them:
+    """argmax of row / temperature + noise over the scores >= floor, evaluating the noise of few tokens.
 
     After the tokens near the maximum, a token can win only within G_MAX of the best so far, and only if its bits are
     high enough for the distance; both bounds are exact, slack covers the rounding of the comparison."""
-    if build.unavailable() is None:
-        candidates = kernels.noisy_candidates(row, float(row[top]), 1.0 / temperature, floor, int(key))
-        if candidates is not None:
-            return _best(row, candidates, gumbel(key, candidates), temperature)[0]
     near_floor = max(floor, float(row[top]) - NEAR * temperature)
     near = np.flatnonzero(row >= near_floor)
     token, best = _best(row, near, gumbel(key, near), temperature)
@@ -216,8 +248,8 @@ def _row_logprobs(row: FloatRow, token: int, k: int) -> TokenLogprobs:
 
 def _rows(logits: torch.Tensor, indices: NDArray[np.int64]) -> Sequence[FloatRow]:
     """The rows as float32 arrays [vocab]: views on a CPU, one transfer elsewhere."""
-    logits = logits.detach()
     if logits.device.type == "cpu":
-        rows = logits.float().contiguous().numpy()
-        return [rows[i] for i in indices]
+        plain = logits.dtype == torch.float32 and not logits.requires_grad
+        rows = np.ascontiguousarray((logits if plain else logits.detach().float()).numpy())
+        return [rows[i] for i in indices.tolist()]
     return list(logits[torch.from_numpy(indices).to(logits.device)].float().cpu().numpy())

@@ -518,47 +518,54 @@ void smart_top_k(const float* x, int rows, int64_t n, int k, const float* scale,
         top_row(x + r * n, n, k, scale[r], keys ? keys[r] : 0, tokens, ids + int64_t(r) * k, probs + int64_t(r) * k);
 }
 
-// Tokens that may be the argmax of row * scale + noise among those with row >= floor: all that come within 1e-3 of it.
-// Writes at most `room` of them and returns how many there are.
-int64_t smart_noisy_candidates(const float* row, int64_t n, float best, float scale, float floor, uint64_t key, int64_t* out,
-                               int64_t room) {
-    constexpr int64_t BLOCK = 256;
-    double bound = -INFINITY;  // the best noisy score so far
-    int64_t found = 0;
-    float weight[BLOCK], tail[BLOCK], scores[64];
-    for (int64_t first = 0; first < n; first += BLOCK) {
-        int64_t size = std::min(BLOCK, n - first), i = 0;
-        vi above = {};
-        for (; i + VW <= size; i += VW) above |= loadu<vf>(row + first + i) >= floor;
-        int any = size % VW;
-        for (int j = 0; j < VW; j++) any |= above[j];
-        if (!any) continue;
-        for (i = 0; i + VW <= size; i += VW) storeu(weight + i, vexp<vf, vi>((loadu<vf>(row + first + i) - best) * scale));
-        for (; i < size; i++) weight[i] = std::exp((row[first + i] - best) * scale);
-        for (i = 0; i < size; i++) tail[i] = uniform_tail(key, first + i);
-        float last = bound < -80 ? 0.0f : float(std::exp(bound - 1e-3));
-        int32_t hits = 0, hit[BLOCK];
-        for (i = 0; i < size; i++) {
-            hit[i] = (tail[i] * last <= 1.001f * weight[i]) & (row[first + i] >= floor);
-            hits += hit[i];
+// Draws a token for each of `count` rows of n logits. Its argmax of row * scale + noise is sought among entries of at least `kept`, which
+// top-k raises (k of 1 to n - 1; any other cuts nothing), and of at least the maximum + `below`. best: the first maximum, -1 if it is
+// not finite. drawn: the token, -1 where others come so near that rounding decides.
+void smart_draw(const Draw* draws, int64_t count, int64_t n, int64_t* best, double* kept, int64_t* drawn, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t r = 0; r < count; r++) {
+        const Draw& d = draws[r];
+        best[r] = first_maximum(d.row, n);
+        kept[r] = best[r] >= 0 && d.k > 0 && d.k < n ? std::max(d.floor, double(kth_largest(d.row, n, d.k))) : d.floor;
+    }
+    int64_t parts = (threads + count - 1) / count, size = (n + parts - 1) / parts;
+    std::vector<Noisy> found(count * parts);
+    #pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t part = 0; part < count * parts; part++) {
+        int64_t r = part / parts, first = part % parts * size;
+        if (best[r] < 0) continue;
+        const Draw& d = draws[r];
+        float floor = std::max(kept[r], d.row[best[r]] + d.below);
+        uint64_t key = noise_key(d.seed, d.sample, d.position);
+        found[part] = noisy_best(d.row, first, std::min(n, first + size), best[r], d.scale, floor, key);
+    }
+    for (int64_t r = 0; r < count; r++) {
+        Noisy all;
+        for (int64_t part = r * parts; part < (r + 1) * parts; part++) all.add(found[part]);
+        drawn[r] = all.score - all.second > NEAR ? all.token : -1;
+    }
+}
+
+// The sum of exp((entry - best) * scale) over the entries of at least `floor`, and over those of them beyond `value`.
+void smart_mass(const float* row, int64_t n, float best, float scale, float floor, float value, double* all_and_above) {
+    double all = 0, above = 0;
+    for (int64_t first = 0; first < n; first += 4096) {  // floats sum up to so many well enough
+        vf sums = {}, higher = {};
+        int64_t i = first, end = std::min(n, first + 4096);
+        for (; i + VW <= end; i += VW) {
+            vf x = loadu<vf>(row + i), weight = vexp<vf, vi>((x - best) * scale);
+            weight = x >= floor ? weight : vf{};
+            sums += weight;
+            higher += x > value ? weight : vf{};
         }
-        if (!hits) continue;
-        for (i = 0; i < size; i++) {
-            if (!hit[i]) continue;
-            double score = double(row[first + i] - best) * scale - std::log(-std::log(uniform(key, first + i)));
-            if (score < bound - 1e-3) continue;
-            bound = std::max(bound, score);
-            if (found == room) {  // full: drop what the bound has overtaken
-                int64_t kept = 0;
-                for (int64_t j = 0; j < room; j++)
-                    if (scores[j] >= bound - 1e-3) { scores[kept] = scores[j]; out[kept++] = out[j]; }
-                found = kept;
-            }
-            if (found < room) { out[found] = first + i; scores[found] = float(score); }
-            found++;
+        for (int j = 0; j < VW; j++) all += sums[j], above += higher[j];
+        for (; i < end; i++) {
+            double weight = row[i] >= floor ? std::exp((row[i] - best) * scale) : 0.0;
+            all += weight;
+            if (row[i] > value) above += weight;
         }
     }
-    return found;
+    all_and_above[0] = all, all_and_above[1] = above;
 }
 
 void smart_rms_norm(const float* x, const float* weight, float eps, int rows, int64_t d, float* out, int64_t ldo) {

@@ -42,15 +42,14 @@ static void softmax_of(const float* row, int64_t n, float scale, Top& top) {
     for (int j = 0; j < top.k; j++) top.score[j] = std::exp((top.score[j] - best) * scale) / sum;
 }
 
-// The random bits of backends/torch/noise.py for one key and token.
-static inline uint32_t noise_bits(uint64_t key, uint64_t token) {
-    constexpr uint64_t STEP = 0x9E3779B97F4A7C15u;
-    uint64_t z = token * STEP + key + STEP;
+constexpr uint64_t STEP = 0x9E3779B97F4A7C15u;
+static inline uint64_t mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    z ^= z >> 31;
-    return z >> 32;
+    return z ^ (z >> 31);
 }
+// The random bits of backends/torch/noise.py for one key and token.
+static inline uint32_t noise_bits(uint64_t key, uint64_t token) { return mix(token * STEP + key + STEP) >> 32; }
 static inline double uniform(uint64_t key, uint64_t token) { return (double(noise_bits(key, token)) + 0.5) * 0x1p-32; }
 static inline float uniform_tail(uint64_t key, uint64_t token) {  // 1 - uniform, rounded
     return (float(~noise_bits(key, token)) + 0.5f) * 0x1p-32f;
@@ -102,4 +101,70 @@ static void top_row(const float* row, int64_t n, int k, float scale, uint64_t ke
     largest(row, n, top);
     if (key) noisy_largest(row, n, scale, key, tokens, top);
     else softmax_of(row, n, scale, top);
+}
+
+static float kth_largest(const float* row, int64_t n, int k) {
+    Top top{(int64_t*)alloca(k * sizeof(int64_t)), (float*)alloca(k * sizeof(float)), k, 0};
+    largest(row, n, top);
+    return top.score[k - 1];
+}
+
+struct Draw {  // of a token; see smart_draw
+    const float* row;
+    int64_t seed, sample, position, k;
+    double scale, floor, below;
+};
+
+// noise_key of backends/torch/noise.py.
+static inline uint64_t noise_key(uint64_t seed, uint64_t sample, uint64_t position) {
+    return mix((mix((mix(seed + STEP) ^ sample) + STEP) ^ position) + STEP);
+}
+
+constexpr double NEAR = 1e-3;  // scores this far apart are told apart whatever the rounding
+
+struct Noisy {  // the best noisy score, and the second best as far as it is near
+    double score = -INFINITY, second = -INFINITY;
+    int64_t token = -1;
+    void add(double other, int64_t at) {
+        second = std::max(second, std::min(score, other));
+        if (other > score) score = other, token = at;
+    }
+    void add(const Noisy& other) {
+        add(other.score, other.token);
+        second = std::max(second, other.second);
+    }
+};
+
+// The argmax of row * scale + noise from `first` to `end`, among the entries of at least `floor`, where it may be that of the whole row,
+// whose largest entry is the one at `top`.
+static Noisy noisy_best(const float* row, int64_t first, int64_t end, int64_t top, float scale, float floor, uint64_t key) {
+    constexpr int64_t BLOCK = 256;
+    constexpr double MOST = 23;  // no noise exceeds it
+    Noisy found;
+    float best = row[top];
+    double bound = -std::log(-std::log(uniform(key, top)));
+    float weight[BLOCK], tail[BLOCK];
+    for (; first < end; first += BLOCK) {
+        int64_t size = std::min(BLOCK, end - first), i = 0;
+        vi above = {};
+        float reach = std::max(double(floor), best + (bound - MOST) / scale);
+        for (; i + VW <= size; i += VW) above |= loadu<vf>(row + first + i) >= reach;
+        int any = size % VW;
+        for (int j = 0; j < VW; j++) any |= above[j];
+        if (!any) continue;
+        for (i = 0; i + VW <= size; i += VW) storeu(weight + i, vexp<vf, vi>((loadu<vf>(row + first + i) - best) * scale));
+        for (; i < size; i++) weight[i] = std::exp((row[first + i] - best) * scale);
+        for (i = 0; i < size; i++) tail[i] = uniform_tail(key, first + i);
+        float last = std::exp(bound - NEAR);
+        int32_t hits = 0, hit[BLOCK];
+        for (i = 0; i < size; i++) {
+            hit[i] = (tail[i] * last <= 1.001f * weight[i]) & (row[first + i] >= floor);
+            hits += hit[i];
+        }
+        if (!hits) continue;
+        for (i = 0; i < size; i++)
+            if (hit[i]) found.add(double(row[first + i] - best) * scale - std::log(-std::log(uniform(key, first + i))), first + i);
+        bound = std::max(bound, found.score);
+    }
+    return found;
 }
