@@ -18,7 +18,7 @@ from smart_decoding.engine.rows import Rows, build_rows
 
 from .checkpoints import MODELS, PAGES, VOCAB, Memory, config_of, decoder, plain_rows, reference, span
 
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, 300)
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, 400)
 
 
 class Replays:
@@ -88,7 +88,8 @@ def test_linear_layers_see_the_bucket_and_attention_the_rows(monkeypatch: pytest
     rows = plain_rows(span(TOKENS[:11], 0, Memory(1).pages(11)))
     rows.logit_rows = np.array([3])
     model.forward(rows)
-    assert seen == {("linear", 16), ("attention", 11), ("linear", 1)}  # the last: the output matrix
+    # Three query heads share one of keys; the last: the output matrix.
+    assert seen == {("linear", 16), ("attention", 3 * 11), ("linear", 1)}
 
 
 def test_more_rows_than_the_largest_bucket_are_run_eagerly() -> None:

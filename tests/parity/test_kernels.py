@@ -1,6 +1,7 @@
 """The CPU kernels one by one against torch."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from smart_decoding.backends.torch.sampler import LOWEST, draw
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ModelError
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 DTYPES = [torch.float32, torch.bfloat16]
@@ -130,23 +132,23 @@ def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
     plain = KVCache.empty(2, 3, 5, head_dim, dtype, torch.device("cpu"), native=False)
     for tensor in (plain.keys, plain.values):
         tensor.copy_(torch.randn_like(tensor))
-    native = KVCache(in_pairs(plain.keys), in_pairs(plain.values), native=True)
+    native = KVCache(in_pairs(plain.keys.mT), in_pairs(plain.values), native=True)
     keys, values = plain.keys.clone(), plain.values.clone()
     source, target = [20, 21, 79], [19, 20, 33]
     for s, t in zip(source, target, strict=True):
-        keys[:, :, t // PAGE, :, t % PAGE] = keys[:, :, s // PAGE, :, s % PAGE]
-        values[:, :, t // PAGE, t % PAGE] = values[:, :, s // PAGE, s % PAGE]
+        for part in (keys, values):
+            part[:, :, t // PAGE, t % PAGE] = part[:, :, s // PAGE, s % PAGE]
     for cache in (plain, native):
         cache.move(torch.tensor(source, dtype=torch.int32), torch.tensor(target, dtype=torch.int32))
     assert torch.equal(plain.keys, keys) and torch.equal(plain.values, values)
-    assert torch.equal(native.keys, in_pairs(keys)) and torch.equal(native.values, in_pairs(values))
+    assert torch.equal(native.keys, in_pairs(keys.mT)) and torch.equal(native.values, in_pairs(values))
 
 
 def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
     """Pages as products of pairs read them, where these attend: rows of their matrices interleaved in pairs."""
     rows, columns = matrices.shape[-2:]
     if not kernels.attends_by_pairs(matrices.dtype == torch.bfloat16, rows * columns // PAGE):
-        return matrices.clone()
+        return matrices.clone(memory_format=torch.contiguous_format)
     return matrices.unflatten(-2, (-1, 2)).transpose(-2, -1).reshape(matrices.shape)
 
 
@@ -208,3 +210,23 @@ def test_draws_are_the_same_without_the_kernels(
     assert together == [draw([row], [spec])[0] for row, spec in zip(rows, specs, strict=True)]
     monkeypatch.setattr(build, "unavailable", lambda: "for this test")
     assert together == draw(list(rows), specs)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_k": 40, "top_p": 0.9}, {"logit_bias": {5: 1.0}}])
+def test_a_row_with_a_nan_is_refused(options: dict[str, Any]) -> None:
+    row = np.linspace(0, 1, 100, dtype=np.float32)
+    for at in (0, 50, 99):
+        broken = row.copy()
+        broken[at] = np.nan
+        with pytest.raises(ModelError):
+            draw([row, broken], [SampleSpec(SamplingParams(**options))] * 2)
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-4, 1e-3])
+def test_scores_too_large_to_tell_apart_are_left_to_numpy(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = np.array([25.0, 25.0 + 0.4 * temperature, *[0.0] * 98], np.float32)
+    specs = [SampleSpec(SamplingParams(temperature=temperature), seed=seed) for seed in range(3000)]
+    drawn = draw([row] * len(specs), specs)
+    assert len({*drawn}) == 2
+    monkeypatch.setattr(build, "unavailable", lambda: "for this test")
+    assert drawn == draw([row] * len(specs), specs)

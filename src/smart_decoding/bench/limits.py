@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 
-READ_BYTES = 1 << 28  # far more than any cache
-SIDE = 1024  # of the square matrices that are multiplied
+READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # far more than any cache, and on a GPU than a launch takes
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied
 SECONDS = 0.4  # for each limit
 
 
 def measure_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The best of repeated tries: GB/s of a sum over 256 MB, GFLOP/s of torch's matrix product in `dtype`."""
-    numbers = torch.ones(READ_BYTES // 4, device=device)
-    left, right = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    """The best of repeated tries: GB/s of a sum, GFLOP/s of torch's matrix product in `dtype`."""
+    size, side = READ_BYTES[device.type], SIDE[device.type]
+    numbers = torch.ones(size // 4, device=device)
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
     read = _best(lambda: numbers.sum(), wait)
     product = _best(lambda: left @ right, wait)
-    return {"gb_per_s": 1e-9 * READ_BYTES / read, "gflop_per_s": 1e-9 * 2 * SIDE**3 / product}
+    return {"gb_per_s": 1e-9 * size / read, "gflop_per_s": 1e-9 * 2 * side**3 / product}
 
 
 def shares(run: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, float]:

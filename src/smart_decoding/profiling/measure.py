@@ -62,7 +62,8 @@ def measure(
         return []
     points = _points(target, drafter, pages, max_num_seqs, coarse)
     try:
-        return _relative(_measured(points, seconds, clock, 1 if coarse else 3))
+        cold = len(points) if target.device.type == "cuda" else 1 if coarse else 3  # a GPU loads kernels at first use
+        return _relative(_measured(points, seconds, clock, cold))
     finally:
         for point in points:
             point.end()
@@ -131,7 +132,8 @@ def _points(
     for context in CONTEXTS[: 1 if coarse else None]:
         for batch in (b for b in BATCHES if b <= max_num_seqs):
             totals = [batch * per for per in (sizes if context == CONTEXTS[0] else (1, 4, 16))]
-            if context == CONTEXTS[0] and not coarse:  # both sides of a step: what lies between them is flat
+            many = len(target.steps) > 1  # then most of the totals end one, and two batches show what a step is
+            if context == CONTEXTS[0] and not coarse and (batch in (1, 8) or not many):  # both sides: all else is flat
                 totals += [total for step in target.steps for total in (step, step + 1) if total > batch]
             for total in sorted({t for t in totals if t <= MAX_ROWS or t == batch}):
                 run = verification(target, batch, total, context, pages)

@@ -138,6 +138,8 @@ class Decoder:
             output = packed_rows(config.vocab) * config.hidden
             arena = Arena(layers[0].elements() * config.layers + output, dtype)
         self._layers: Layers
+        if device.type == "cuda":  # cuDNN's attention makes a plan for each shape, and here shapes change every round
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if arena:
             self._layers = NativeLayers(layers, arena, self.workspace)
         else:
@@ -183,9 +185,9 @@ class Decoder:
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
         put(x, rows.inserts)
         tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
+        wanted = None if rows.logit_rows is None else torch.from_numpy(rows.logit_rows).to(self.device)
         self._layers(x, self._context(rows, taps, tapped), self.kv)
-        wanted = x if rows.logit_rows is None else x[torch.from_numpy(rows.logit_rows).to(self.device)]
-        return ForwardOutput(self.head(wanted).float(), tapped)
+        return ForwardOutput(self.head(x if wanted is None else x[wanted]).float(), tapped)
 
     def _context(self, rows: Rows, taps: tuple[int, ...] = (), tapped: Tensor | None = None) -> Context:
         """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position i."""

@@ -8,6 +8,7 @@ half of the next layer before it.
 from __future__ import annotations
 
 import bisect
+import gc
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -21,26 +22,29 @@ from smart_decoding.backends.torch.layers import Context, KVCache, Layers, Layer
 log = logging.getLogger("smart.graphs")
 
 # Rows: as many as tensor cores multiply at once anyway. More are run eagerly: prompts, which launches do not slow.
-BUCKETS = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
+BUCKETS = (1, 2, 4, *range(8, 64, 8), *range(64, 321, 16))
 Record = Callable[[Callable[[], None]], Callable[[], None]]  # from what is done to what does it again
 
 
 class CudaRecorder:
-    """Records what a function launches on a device. Recordings share their memory: they run one after another."""
+    """Records what a function launches on a device. Recordings share a stream, and with it the libraries' working
+    memory, and their own memory: they run one after another."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        with torch.cuda.device(self._device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries set themselves up at their first call, which cannot be recorded
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            run()  # libraries set themselves up at their first call, which cannot be recorded
+            graph.capture_begin(pool=self._pool)
+            try:
                 run()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                run()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
         replay: Callable[[], None] = graph.replay
         return replay
 
@@ -98,9 +102,13 @@ class GraphedLayers:
 
 def graphed(layers: Sequence[LayerWeights]) -> Layers:
     """The layers in CUDA graphs; without, and saying so, where recording fails."""
-    eager = TorchLayers(layers)
+    eager, collecting = TorchLayers(layers), gc.isenabled()
+    gc.disable()  # freeing a tensor in the middle of a recording would spoil it
     try:
         return GraphedLayers(eager, CudaRecorder(layers[0].qkv.device))
     except RuntimeError as error:
         log.warning("no CUDA graphs, so every kernel is launched by itself: %s", error)
         return eager
+    finally:
+        if collecting:
+            gc.enable()

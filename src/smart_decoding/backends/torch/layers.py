@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -56,10 +56,10 @@ class LayerWeights:
 
 @dataclass
 class KVCache:
-    """Keys [layers, kv_heads, pages, head_dim, PAGE] and values [layers, kv_heads, pages, PAGE, head_dim].
+    """Keys and values [layers, kv_heads, pages, PAGE, head_dim].
 
-    A page's 16 keys lie next to each other for each dimension, so that one vector load serves 16 positions.
-    native: the CPU kernels write it, and may order the elements of a page as their tiles read them (pages.h)."""
+    native: the CPU kernels write it. There a page's 16 keys lie next to each other for each dimension, [..., head_dim,
+    PAGE], so that one vector load serves 16 positions; or its elements lie as tiles read them (pages.h)."""
 
     keys: Tensor
     values: Tensor
@@ -76,12 +76,9 @@ class KVCache:
         device: torch.device,
         native: bool,
     ) -> KVCache:
-        shape = (layers, kv_heads, pages)
-        return cls(
-            torch.zeros(*shape, head_dim, PAGE, dtype=dtype, device=device),
-            torch.zeros(*shape, PAGE, head_dim, dtype=dtype, device=device),
-            native,
-        )
+        shape, last = (layers, kv_heads, pages), (PAGE, head_dim)
+        keys = torch.zeros(*shape, *(reversed(last) if native else last), dtype=dtype, device=device)
+        return cls(keys, torch.zeros(*shape, *last, dtype=dtype, device=device), native)
 
     @property
     def bytes(self) -> int:
@@ -93,8 +90,8 @@ class KVCache:
             kernels.move_kv(self.keys, self.values, source, target)
             return
         s, t = source.long().to(self.keys.device), target.long().to(self.keys.device)
-        self.keys[..., t // PAGE, :, t % PAGE] = self.keys[..., s // PAGE, :, s % PAGE]
-        self.values[..., t // PAGE, t % PAGE, :] = self.values[..., s // PAGE, s % PAGE, :]
+        for part in (self.keys, self.values):
+            part[..., t // PAGE, t % PAGE, :] = part[..., s // PAGE, s % PAGE, :]
 
 
 class Workspace:
@@ -216,8 +213,9 @@ class TorchLayer:
     """A layer's two halves, before and after attention: what of it depends on nothing but its rows."""
 
     def __init__(self, w: LayerWeights) -> None:
-        self.weights = w
         self._gate_up = torch.cat((w.gate, w.up))
+        gate, up = self._gate_up.chunk(2)
+        self.weights = replace(w, gate=gate, up=up)
 
     def before(
         self, x: Tensor, cosine: Tensor, sine: Tensor, inputs: Tensor | None = None
@@ -240,21 +238,26 @@ class TorchLayer:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of all rows over the cache, their own keys and values included: [rows, heads * head_dim]."""
+    """Attention of all rows over the cache, their own keys and values included: [rows, heads * head_dim].
+
+    Query heads that share keys are more queries of one head: so torch's memory-saving kernel takes it, which knows
+    neither flash attention's lack of masks nor a grouping of heads."""
     rows = context.gathered
-    keys[:, rows.page, :, rows.offset] = k.to(keys.dtype)
-    values[:, rows.page, rows.offset] = v.transpose(0, 1).to(values.dtype)
-    groups, longest = rows.shape
-    padded = q.new_zeros(groups * longest, *q.shape[1:])
-    padded[rows.query] = q
-    out = F.scaled_dot_product_attention(
-        padded.view(groups, longest, *q.shape[1:]).transpose(1, 2),
-        keys[:, rows.key_page, :, rows.key_offset].permute(0, 2, 1, 3).to(q.dtype),  # [groups, kv_heads, k, head_dim]
-        values[:, rows.key_page, rows.key_offset].transpose(0, 1).to(q.dtype),
-        attn_mask=rows.mask,
-        enable_gqa=True,
+    for cache, new in ((keys, k), (values, v)):
+        cache[:, rows.page, rows.offset] = new.transpose(0, 1).to(cache.dtype)
+    (groups, longest), (heads, width), kv_heads = rows.shape, q.shape[1:], k.shape[1]
+    if not rows.even:
+        padded = q.new_zeros(groups * longest, heads, width)
+        padded[rows.query] = q
+        q = padded
+    seen = (
+        cache[:, rows.key_page, rows.key_offset].transpose(0, 1).to(q.dtype)  # [groups, kv_heads, k, head_dim]
+        for cache in (keys, values)
     )
-    return out.transpose(1, 2).reshape(groups * longest, -1)[rows.query]
+    folded = q.view(groups, longest, kv_heads, -1, width).permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, -1, width)
+    out = F.scaled_dot_product_attention(folded, *seen, attn_mask=rows.bias(heads // kv_heads, q.dtype))
+    out = out.view(groups, kv_heads, -1, longest, width).permute(0, 3, 1, 2, 4).reshape(groups * longest, -1)
+    return out if rows.even else out[rows.query]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -35,7 +35,8 @@ class GatheredRows:
     """The same rows for backends without ragged attention, on a device: padded to `shape` = (groups, q) with a mask.
 
     page, offset: [rows] where each row's own key goes; key_page, key_offset: [groups, k] where the keys that a group
-    reads lie; mask: [groups, 1, q, k]; query: [rows] flat index of each row in [groups, q].
+    reads lie; mask: [groups, q, k]; query: [rows] flat index of each row in [groups, q], or, if those are `even`, its
+    own number.
     """
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
@@ -45,16 +46,25 @@ class GatheredRows:
         within = np.arange(len(rows)) - rows.group_row[group_of]
         lists = [self._keys(rows, g) for g in range(groups)]
         k = max(len(slots) for slots, _ in lists)
+        k += -k % 8  # as torch's kernels want the rows of a mask aligned
         keys, mask = np.zeros((groups, k), np.int64), np.zeros((groups, q, k), np.bool_)
         mask[:, :, 0] = True  # padded queries must see something, or softmax gives NaN
         for g, (slots, seen) in enumerate(lists):
             keys[g, : len(slots)] = slots
             mask[g, : len(seen), : len(slots)] = seen
         slot = rows.slot.astype(np.int64)
-        parts = (slot // PAGE, slot % PAGE, keys // PAGE, keys % PAGE, mask[:, None], group_of * q + within)
+        parts = (slot // PAGE, slot % PAGE, keys // PAGE, keys % PAGE, mask, group_of * q + within)
         on_device = (torch.from_numpy(part).to(device) for part in parts)
         self.page, self.offset, self.key_page, self.key_offset, self.mask, self.query = on_device
-        self.shape = (groups, q)
+        self.shape, self.even = (groups, q), groups * q == len(rows)
+        self._bias: dict[int, Tensor] = {}
+
+    def bias(self, heads: int, dtype: torch.dtype) -> Tensor:
+        """[groups, 1, heads * q, k] the mask as what is added to scores, the same for so many heads."""
+        if heads not in self._bias:
+            bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self._bias[heads] = bias.masked_fill_(~self.mask, -torch.inf).repeat(1, heads, 1)[:, None]
+        return self._bias[heads]
 
     @staticmethod
     def _keys(rows: Rows, g: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -2,8 +2,9 @@
 history and its keyed noise alone, never of the other rows: greedy rows by argmax, others by Gumbel-max over the tokens
 that top-k, top-p and min-p leave.
 
-Rows are worked on in numpy, one by one (on a CPU without a copy): the same code and the same bits for every device, and
-row independence by construction. Ties go to the lowest token id everywhere.
+The reference works on rows in numpy, one by one (on a CPU without a copy), so that all devices draw the same; the CPU
+kernels draw for many rows in one call, and leave to it what its rounding would decide. Ties go to the lowest token id
+everywhere.
 """
 
 from __future__ import annotations
@@ -120,14 +121,22 @@ def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
 
 
 def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
-    """The same tokens in one call of the kernels, but for those that top-p cuts or that rounding decides."""
-    drawn = kernels.draw([_asked(row, spec) for row, spec in zip(rows, specs, strict=True)], len(rows[0]))
+    """The same tokens in one call of the kernels, and another one where top-p cuts what was drawn. What rounding
+    decides, the kernels leave to numpy."""
+    asked = [_asked(row, spec) for row, spec in zip(rows, specs, strict=True)]
+    drawn = kernels.draw(asked, len(rows[0]))
     require_finite(drawn.best >= 0)
     tokens = drawn.token.tolist()
     for i, (row, spec, best) in enumerate(zip(rows, specs, drawn.best.tolist(), strict=True)):
         if spec.params.greedy:
             tokens[i] = best
-        elif tokens[i] < 0 or tokens[i] not in _Nucleus(row, best, float(drawn.kept[i]), spec.params):
+            continue
+        nucleus = _Nucleus(row, best, float(drawn.kept[i]), spec.params)
+        while tokens[i] >= 0 and tokens[i] not in nucleus:
+            where, seed, sample, position, _, scale, *_ = asked[i]
+            again = (where, seed, sample, position, 0, scale, _next_above(row[tokens[i]]), -math.inf)
+            tokens[i] = int(kernels.draw([again], len(row)).token[0])
+        if tokens[i] < 0:
             tokens[i] = _draw_alone(row, spec)
     return tokens
 

@@ -79,6 +79,7 @@ class TorchTarget(Sampled):
 
     def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
         out = self.decoder.forward(rows, taps)
+        _wait(out.logits.device)
         return TargetScores(out.logits, out.taps, out.best)
 
     def _verify_greedy(self, batch: GreedyBatch) -> GreedyRound:
@@ -92,7 +93,9 @@ class TorchTarget(Sampled):
         """[length, hidden] the embeddings of a picture, for rows to be inserted."""
         if self._tower is None:
             raise ConfigError("this model reads text only")
-        return self._tower.see(pixels)
+        seen = self._tower.see(pixels)
+        _wait(self.device)
+        return seen
 
     def forget_pictures(self) -> None:
         if self._tower is not None:
@@ -100,6 +103,12 @@ class TorchTarget(Sampled):
 
     def move(self, source: Ints, target: Ints) -> None:
         self.decoder.kv.move(torch.from_numpy(source), torch.from_numpy(target))
+
+
+def _wait(device: torch.device) -> None:
+    """Until a GPU has done it: what is timed is not its launch."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def pages_for(tokens: int, max_num_seqs: int) -> int:

@@ -171,7 +171,9 @@ def _module(files: VisionFiles, dtype: torch.dtype, device: torch.device) -> Any
     if unknown:
         raise ModelError(f"{files.folder} holds the tensor {unknown[0]}, which its vision part does not use")
     model.load_state_dict({name: files.weights[names[name]] for name in wanted})
-    return model.to(device, dtype).eval().requires_grad_(False)
+    for weight in model.parameters():  # rotary frequencies, which are none, stay in float32
+        weight.data = weight.data.to(dtype)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _fitted(names: Mapping[str, str], wanted: Iterable[str]) -> dict[str, str]:

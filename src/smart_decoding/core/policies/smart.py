@@ -36,8 +36,7 @@ CATCH_UP_ROUNDS = 32
 # and each return to drafting pays for the rows that have waited.
 MARGIN, STAY = 1.03, 1.0
 CLEARLY = 0.9  # of plain decoding: what drafting promises where no further look is needed soon
-# Rounds that a batch size is drafted for, if it promises no less than that, and between looks at what was measured.
-TRIED, LOOK = 16, 4
+TRIED = 16  # rounds that a batch size is drafted for, if it promises no less than that: what was measured decides then
 # Where drafting gains less than that, a probe of plain decoding goes on for so many resting rounds: they are what plain
 # decoding is, their mean is nearly free of noise, and costs at drafting's sizes say too little of it.
 NEAR, RESTS = 1.2, 3
@@ -127,7 +126,7 @@ class Smart:
     # --- before drafting ---
 
     def plan(self, batch: BatchState) -> DraftPlan:
-        if self._rest and 4 * abs(batch.size - self._rest_size) <= self._rest_size:
+        if self._rest and 7 * self._rest_size <= 8 * batch.size <= 10 * self._rest_size:
             self._rest -= 1
             self._scratch = None
             self._fade(batch.size)
@@ -383,7 +382,7 @@ class Smart:
         accepted = self._observe_trees(round, scratch, seldom)
         if round.level_widths and self._on_trial(batch.size):
             self._tried[about(batch.size)] += 1
-            if self._tried[about(batch.size)] % LOOK == 0:
+            if not self._on_trial(batch.size):
                 self._learn_now()  # what was measured decides
         seconds = round.verify_seconds + sum(round.level_seconds)
         if scratch.probe:

@@ -109,6 +109,19 @@ static float kth_largest(const float* row, int64_t n, int k) {
     return top.score[k - 1];
 }
 
+static bool has_nan(const float* row, int64_t n) {
+    vi found = {};
+    int64_t i = 0;
+    for (; i + VW <= n; i += VW) {
+        vf x = loadu<vf>(row + i);
+        found |= x != x;
+    }
+    bool any = false;
+    for (int j = 0; j < VW; j++) any |= found[j] != 0;
+    for (; i < n; i++) any |= std::isnan(row[i]);
+    return any;
+}
+
 struct Draw {  // of a token; see smart_draw
     const float* row;
     int64_t seed, sample, position, k;
@@ -120,7 +133,8 @@ static inline uint64_t noise_key(uint64_t seed, uint64_t sample, uint64_t positi
     return mix((mix((mix(seed + STEP) ^ sample) + STEP) ^ position) + STEP);
 }
 
-constexpr double NEAR = 1e-3;  // scores this far apart are told apart whatever the rounding
+constexpr double NEAR = 1e-3;    // scores this far apart are told apart whatever the rounding,
+constexpr double LARGE = 2048;  // unless they are larger than this
 
 struct Noisy {  // the best noisy score, and the second best as far as it is near
     double score = -INFINITY, second = -INFINITY;
