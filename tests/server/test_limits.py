@@ -11,6 +11,7 @@ from http.client import HTTPConnection
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,12 +21,13 @@ from serving import NAME, Running, post, serving, slow, wait_for
 
 from smart_decoding import speculation
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.llm import LLM
 from smart_decoding.server import live, worker
 from smart_decoding.server.launch import make_server
 from smart_decoding.server.schemas import ChatRequest, CompletionRequest
 from smart_decoding.server.settings import ServerSettings
+from smart_decoding.server.worker import Job
 
 JSON = {"content-type": "application/json"}
 LONG = {"model": NAME, "prompt": "a", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -66,9 +68,7 @@ def test_values_that_cannot_be_honoured(running: Running, change: dict[str, Any]
 
 def test_errors_name_what_is_wrong(running: Running) -> None:
     long = error_of(post(running, "/v1/completions", json={"model": NAME, "prompt": "a" * 2000}), 400)
-    assert long["code"] == "context_length_exceeded"
-    long = error_of(post(running, "/v1/completions", json={"model": NAME, "prompt": "a", "max_tokens": 1024}), 400)
-    assert long["code"] == "context_length_exceeded"
+    assert long["code"] == "context_length_exceeded" and long["param"] == "prompt"
     missing = error_of(post(running, "/v1/completions", json={"model": "other", "prompt": "a"}), 404)
     assert missing["code"] == "model_not_found" and missing["param"] == "model"
     assert missing["type"] == "invalid_request_error"
@@ -78,6 +78,23 @@ def test_errors_name_what_is_wrong(running: Running) -> None:
     error_of(httpx.get(f"{running.url}/v1/completions"), 405)
     form = {"content": b'{"model": "tiny", "prompt": "a"}', "headers": {"content-type": "text/plain"}}
     error_of(post(running, "/v1/completions", **form), 400)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "limit", "param"),
+    [
+        ("a", {"max_tokens": 1024}, "max_tokens"), ("a", {"max_completion_tokens": 1024}, "max_completion_tokens"),
+        ("a", {"max_completion_tokens": 0}, "max_completion_tokens"), ("a", {"max_tokens": 0}, "max_tokens"),
+        ("a" * 2000, {}, ""), ("a" * 2000, {"max_tokens": 1}, ""),
+    ],
+)  # fmt: skip
+def test_errors_name_a_field_that_was_sent(running: Running, prompt: str, limit: dict[str, int], param: str) -> None:
+    bodies = {"/v1/chat/completions": {"messages": [{"role": "user", "content": prompt}]}}
+    if "max_completion_tokens" not in limit:
+        bodies["/v1/completions"] = {"prompt": prompt}  # type: ignore[dict-item]
+    for path, body in bodies.items():
+        error = error_of(post(running, path, json={"model": NAME, **body, **limit}), 400)
+        assert error["param"] == (param or next(iter(body)))
 
 
 def test_bodies_too_big(load: Any) -> None:
@@ -181,6 +198,51 @@ def test_a_client_that_leaves_frees_its_slot(load: Any) -> None:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{running.url}/v1/completions", json=LONG, timeout=0.3)
         assert running.idle(1.0)
+
+
+def in_its_first_round(running: Running, act: Any) -> None:
+    """Has the engine's thread call `act` with what tells the engine of arrivals."""
+    step, done = running.llm.engine.step, []
+
+    def watched(arrived: Any) -> Any:
+        if not done:
+            done.append(act(arrived))
+        return step()
+
+    running.llm.engine.step = watched  # type: ignore[method-assign]
+
+
+def test_only_who_waits_stops_the_drafting(load: Any) -> None:
+    """Neither who leaves, nor who came and has left again."""
+    with serving(load) as running:
+        gone, stays = (Job(name, [[1]], SamplingParams(max_tokens=2), False) for name in ("gone", "stays"))
+        heard: list[bool] = []
+
+        def act(arrived: Any) -> None:
+            running.worker.submit(gone)
+            running.worker.cancel(gone)
+            heard.append(arrived())
+            running.worker.submit(stays)
+            heard.extend((arrived(), arrived()))
+
+        in_its_first_round(running, act)
+        assert post(running, "/v1/completions", json={**LONG, "max_tokens": 9}).status_code == 200
+        assert heard == [False, True, True] and running.idle()
+        assert stays.chunks.get_nowait().tokens and gone.chunks.empty()
+
+
+def test_who_arrives_in_the_last_round_is_told(load: Any) -> None:
+    with serving(load) as running:
+        late = Job("late", [[1]], SamplingParams(max_tokens=2), False)
+
+        def act(arrived: Any) -> None:
+            running.worker.submit(late)
+            running.worker._stopping = arrived()
+
+        in_its_first_round(running, act)
+        error_of(post(running, "/v1/completions", json=LONG), 503)
+        assert wait_for(lambda: running.worker.active == 0)
+        assert late.chunks.get_nowait().code == "shutting_down"
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -308,6 +370,15 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
         assert not running.thread.is_alive() and isinstance(running.worker.error, ModelError)
 
 
+def test_a_context_too_small_to_serve_ends_the_server(load: Any) -> None:
+    with serving(lambda: load(max_model_len=2), ready=False) as running:
+        running.thread.join(5)
+        assert not running.thread.is_alive() and isinstance(running.worker.error, ConfigError)
+        assert "max_model_len=2 is not allowed" in str(running.worker.error)
+    with serving(lambda: load(max_model_len=3)) as running:
+        assert post(running, "/v1/completions", json={**LONG, "max_tokens": 2}).status_code == 200
+
+
 def test_not_ready_while_loading(load: Any) -> None:
     go = threading.Event()
 
@@ -430,3 +501,44 @@ def test_no_body_makes_the_server_fail(running: Running, path: str, change: dict
 def test_sizes_of_nothing_are_refused(load: Any, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}=0 is not allowed"):
         load(**{name: 0})
+
+
+def test_a_negative_seed_is_refused(load: Any) -> None:
+    with pytest.raises(ConfigError, match="seed=-1 is not allowed"):
+        load(seed=-1)
+
+
+def test_the_context_is_what_the_memory_holds(load: Any) -> None:
+    llm = load(max_model_len=None, kv_cache_tokens=512)
+    assert llm.engine.config.max_model_len == llm.target.max_positions == 512
+    assert load(max_model_len=None).engine.config.max_model_len == 4096
+    assert load(max_model_len=512, kv_cache_tokens=512).engine.config.max_model_len == 512
+
+
+def test_a_context_beyond_the_memory_is_refused_before_weights_are_loaded(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smart_decoding.backends.torch.loading.SafetensorsWeights.__getitem__", None)
+    with pytest.raises(CapacityError, match="max_model_len=1024 exceeds the KV memory of 512 tokens"):
+        load(max_model_len=1024, kv_cache_tokens=512)
+
+
+def test_prompts_may_be_arrays(plain: LLM) -> None:
+    ids, params = [70, 71, 72], SamplingParams(temperature=0.0, max_tokens=4)
+    for prompts in (np.array(ids), [np.array(ids)], np.array([ids]), [{"prompt_token_ids": np.array(ids)}]):
+        (output,) = plain.generate(prompts, params)  # type: ignore[arg-type]
+        assert output.prompt_token_ids == ids and type(output.prompt_token_ids[0]) is int
+        assert output.outputs[0].token_ids == plain.generate(ids, params)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("prompt", [np.array([0.5]), [1, "a"], [[1, 2.5]], [3.5], [None], {"prompt": 7}])
+def test_what_is_no_prompt_is_refused(plain: LLM, prompt: Any) -> None:
+    with pytest.raises(ConfigError, match="a prompt must be a text or token ids"):
+        plain.generate(prompt)
+
+
+def test_a_conversations_output_holds_its_text(plain: LLM) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    (output,) = plain.chat(chat, SamplingParams(temperature=0.0, max_tokens=1))
+    assert output.prompt == plain.tokenizer.apply_chat_template(chat)
+    assert output.prompt_token_ids == plain.tokenizer.encode_chat(chat)

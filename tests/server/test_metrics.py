@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from serving import NAME, Running, post, serving
+
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.server.metrics import Metrics
 
 _LINE = re.compile(r'(smart:[a-z0-9_]+)\{([a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*)\} (-?[0-9.e+-]+)')
 
@@ -58,6 +62,27 @@ def test_counts_are_those_of_the_answers(smart_server: Running) -> None:
     assert 0 < grew("controller_seconds_total") < grew("round_seconds_total")
     assert 0.02 < grew("predicted_round_seconds_total") / grew("checked_round_seconds_total") < 50
     assert after["speedup_estimate"] > 0 and 0 <= after["speculation_off_share"] <= 1
+
+
+def test_drafts_are_the_requests_whose_nodes_are_verified(load: Any) -> None:
+    """And nodes beyond the end of an answer are not accepted."""
+    llm, metrics = load(speculative_config={"method": "ngram", "policy": "static"}), Metrics(NAME)
+    engine, drafts, walked, requests = llm.engine, 0, 0, []
+    metrics.start(llm)
+    for end in range(20, 30):  # all tokens are the same, and the next one after `end` of them is the last
+        more = {"logit_bias": {65: 100}, "min_tokens": end, "stop": llm.tokenizer.decode([65])}
+        for speculate in (True, False):
+            params = SamplingParams(temperature=0, max_tokens=60, speculate=speculate, **more)
+            requests += engine.add_request(f"{end} {speculate}", list(b"abcdefgh"), params)
+        while engine.has_unfinished_requests:
+            metrics.before(engine)
+            metrics.after(engine, engine.step())
+            record = engine.last_round
+            drafts += np.count_nonzero(np.bincount(record.round.trees.owner[record.round.kept]))
+            walked += sum(map(len, record.acceptance.path))
+    assert metrics.counts["drafts"] == drafts < sum(request.metrics.rounds for request in requests) / 2
+    assert metrics.counts["accepted"] == sum(request.metrics.accepted for request in requests)
+    assert 0 < metrics.counts["accepted"] < walked
 
 
 def test_every_metric_says_what_it_is(smart_server: Running) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -108,6 +109,36 @@ def test_logprobs_of_chat_and_completions(client: openai.OpenAI, plain: LLM) -> 
     for entry in entries:  # greedy: the drawn token is the likeliest
         assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob, abs=1e-5) and entry.logprob <= 0
         assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
+
+
+@pytest.mark.parametrize("top", [0, 1])
+def test_the_drawn_token_is_always_among_the_top_logprobs(client: openai.OpenAI, top: int) -> None:
+    answer = client.completions.create(model=NAME, prompt="abc", logprobs=top, temperature=2, seed=1, max_tokens=20)
+    got = answer.choices[0].logprobs
+    for token, value, likely in zip(got.tokens, got.token_logprobs, got.top_logprobs, strict=True):
+        assert likely[token] == value and len(likely) <= top + 1
+    assert top == 0 or any(len(likely) == 2 for likely in got.top_logprobs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_offsets_are_positions_in_the_text(client: openai.OpenAI, stream: bool) -> None:
+    """A token is a byte here: those of one character are where it begins. The end token is not shown."""
+
+    def offsets(**more: Any) -> tuple[str, list[int]]:
+        answer = client.completions.create(model=NAME, prompt="abc", logprobs=1, stream=stream, **more)
+        choices = [each.choices[0] for each in (answer if stream else [answer])]
+        return "".join(choice.text for choice in choices), [
+            at for choice in choices if choice.logprobs for at in choice.logprobs.text_offset
+        ]
+
+    text = "é€ 😀!"
+    assert offsets(max_tokens=20, extra_body={"structured_outputs": {"choice": [text]}}) == (
+        text, [at for at, character in enumerate(text) for _ in character.encode()] + [len(text)]
+    )  # fmt: skip
+    only_ends = {"logit_bias": {"257": 100}, "max_tokens": 3}
+    assert offsets(**only_ends, extra_body={"ignore_eos": True}) == ("", [0, 0, 0])
+    shown = {"ignore_eos": True, "skip_special_tokens": False}
+    assert offsets(**only_ends, extra_body=shown) == ("<eos>" * 3, [0, 5, 10])
 
 
 def test_async_streams_run_side_by_side(running: Running, plain: LLM) -> None:

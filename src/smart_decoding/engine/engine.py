@@ -44,7 +44,7 @@ class EngineConfig:
 class RoundRecord:
     """One finished round, for benchmarks, metrics and pictures. Seconds; `seconds` is the whole round.
 
-    `emitted`: tokens that entered answers; `kept`: verified nodes of `round.trees`."""
+    `emitted`: tokens that entered answers; `accepted`: of those the drafted ones."""
 
     round: Round
     emitted: int
@@ -55,6 +55,7 @@ class RoundRecord:
     kv_seconds: float
     requests: list[Request] = field(default_factory=list)
     acceptance: Acceptance | None = None
+    accepted: int = 0
 
     @property
     def controller_seconds(self) -> float:
@@ -140,7 +141,7 @@ class Engine:
             if request.finished:
                 self._finish(request)
         for request in reversed(self.scheduler.running[:]):
-            self.scheduler.preempt(request)
+            self.scheduler.put_back(request)
         self._forget(suspended)
         return suspended
 
@@ -180,7 +181,7 @@ class Engine:
             kept = grammatical([r.constraint for r in batch.decode], trees, kept)
         kept = make_room(batch, trees, kept)
         verified = verify(self.target, self.drafter, batch, trees, kept, clock)
-        emitted = self._update(batch, verified)
+        emitted, accepted = self._update(batch, verified)
         if len(trees):
             _count_nodes(batch, trees, kept)
         asking, acceptance = verified.requests, verified.acceptance
@@ -192,7 +193,8 @@ class Engine:
             self.policy.observe(done)
             self._learning_seconds = clock() - learning
         self.last_round = RoundRecord(done, emitted, clock() - started, drafting, verified.forward_seconds,
-                                      verified.sample_seconds, verified.kv_seconds, asking, acceptance)  # fmt: skip
+                                      verified.sample_seconds, verified.kv_seconds, asking, acceptance,
+                                      accepted)  # fmt: skip
         for request in asking:
             if request.finished:
                 self._finish(request)
@@ -262,9 +264,11 @@ class Engine:
                 break
         return trees, widths, seconds, drafting
 
-    def _update(self, batch: Batch, verified: Verified) -> int:
-        """Appends the new tokens, commits the KV lengths and hands the target's features to the drafter."""
-        now, total, acceptance = self._clock(), 0, verified.acceptance
+    def _update(self, batch: Batch, verified: Verified) -> tuple[int, int]:
+        """Appends the new tokens, commits the KV lengths and hands the target's features to the drafter.
+
+        Returns the tokens that entered answers, and how many of them had been drafted."""
+        now, total, accepted, acceptance = self._clock(), 0, 0, verified.acceptance
         chunks = {id(request): count for request, count in batch.prefill}
         plain = not chunks and not len(acceptance.next_token)
         ends = self.drafter is not None and self.drafter.wants_ends
@@ -285,6 +289,7 @@ class Engine:
             if chunk is None:
                 metrics.rounds += 1
                 metrics.accepted += min(len(tokens), len(path))
+                accepted += min(len(tokens), len(path))
             # An end may cut the path short.
             request.table.commit(request.tokens, min(start + count + len(path), len(request.tokens)))
             if not plain and (ends or not request.finished):
@@ -296,7 +301,7 @@ class Engine:
             start = request.table.length
             request.table.commit(request.tokens, start + count)
             self._extend(request, verified, i, start, count)
-        return total
+        return total, accepted
 
     def _extend(self, request: Request, verified: Verified, i: int, first: int, count: int) -> None:
         """Hands the drafter what the target computed at `count` committed positions from `first` on."""

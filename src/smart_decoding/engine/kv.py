@@ -33,7 +33,7 @@ class PagePool:
         self.pages, self.prefix_caching = pages, prefix_caching
         self._free = list(range(pages - 1, -1, -1))
         self._references = np.zeros(pages, np.int32)
-        self._page_of: dict[Key, int] = {}
+        self._pages_of: dict[Key, list[int]] = {}  # the first is found; requests that ran at once hold the others
         self._key_of: dict[int, Key] = {}
         self._content: dict[int, int] = {}  # page -> content id, unique for ever: a key never means other tokens
         self._next_content = _ROOT_CONTENT + 1
@@ -57,10 +57,10 @@ class PagePool:
         for page in pages:
             self._references[page] -= 1
             if self._references[page] == 0:
-                if page in self._key_of:
+                if page in self._key_of and len(self._pages_of[self._key_of[page]]) == 1:
                     self._idle[page] = None
                 else:
-                    self._free.append(page)
+                    self._drop(page)
 
     def find(self, tokens: Sequence[int], limit: int, marks: Marks = _NO_MARKS) -> list[int]:
         """Cached pages that hold the first tokens of `tokens` (at most `limit` tokens), each with a new reference."""
@@ -69,9 +69,10 @@ class PagePool:
             return found
         content = _ROOT_CONTENT
         for start in range(0, limit - PAGE + 1, PAGE):
-            page = self._page_of.get((content, _bytes(tokens[start : start + PAGE]) + marks.get(start // PAGE, b"")))
-            if page is None:
+            key = (content, _bytes(tokens[start : start + PAGE]) + marks.get(start // PAGE, b""))
+            if key not in self._pages_of:
                 break
+            page = self._pages_of[key][0]
             content = self._content[page]
             found.append(page)
         for page in found:
@@ -87,10 +88,16 @@ class PagePool:
         if content is None:
             return
         key = (content, _bytes(tokens) + mark)
-        if key in self._page_of:
-            return  # the same content is cached in another page
-        self._page_of[key], self._key_of[page] = page, key
-        self._content[page], self._next_content = self._next_content, self._next_content + 1
+        same = self._pages_of.setdefault(key, [])
+        if same:  # what follows it is found through either page
+            self._content[page] = self._content[same[0]]
+        else:
+            self._content[page], self._next_content = self._next_content, self._next_content + 1
+        same.append(page)
+        self._key_of[page] = key
+        if same[0] in self._idle:  # this one stays longer
+            del self._idle[same[0]]
+            self._drop(same[0])
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Raises AssertionError unless every page is free, idle, or held exactly as often as the tables say."""
@@ -102,12 +109,29 @@ class PagePool:
         free = set(self._free) | set(self._idle)
         assert len(free) == self.available, "a page is listed as free twice"
         assert free == set(np.flatnonzero(held == 0).tolist()), "a page is lost, or free and held"
+        listed = {page: key for key, pages in self._pages_of.items() for page in pages}
+        assert listed == self._key_of and listed.keys() == self._content.keys(), "the index of content is not sound"
+        assert listed.keys().isdisjoint(self._free), "a page is free and cached"
+        for page in self._idle:
+            assert self._pages_of[listed[page]] == [page], "an idle page holds what another one holds too"
 
     def _evict(self) -> int:
-        page, _ = self._idle.popitem(last=False)
-        del self._page_of[self._key_of.pop(page)]
-        del self._content[page]
+        self._forget(page := self._idle.popitem(last=False)[0])
         return page
+
+    def _drop(self, page: int) -> None:
+        """Frees a page that nobody holds."""
+        if page in self._key_of:
+            self._forget(page)
+        self._free.append(page)
+
+    def _forget(self, page: int) -> None:
+        """Its content is not found in it any more."""
+        key = self._key_of.pop(page)
+        del self._content[page]
+        self._pages_of[key].remove(page)
+        if not self._pages_of[key]:
+            del self._pages_of[key]
 
 
 class BlockTable:

@@ -17,7 +17,8 @@ class RequestMetrics:
     """Counts and times of one request. Seconds are on the engine's clock.
 
     vision_seconds: of the vision tower, within the time to the first token;
-    rounds: decoding rounds; drafted / verified: tree nodes proposed for it and verified; accepted: of those accepted.
+    rounds: decoding rounds; drafted / verified: tree nodes proposed for it and verified; accepted: of those accepted;
+    preemptions: how often it was put back for lack of KV memory.
     """
 
     arrival: float = 0.0
@@ -61,6 +62,7 @@ class Request:
     logprobs: list[Any] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     aborted: bool = False
+    admitted: bool = False  # it has run, if only a part of its prompt
     takes_argmax: bool = False  # its token is the largest logit, as it comes from the model
     media: Media | None = None
 

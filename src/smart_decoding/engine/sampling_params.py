@@ -1,4 +1,8 @@
-"""`SamplingParams`: what a user may ask of one request, in vLLM's names, defaults and ranges."""
+"""`SamplingParams`: what a user may ask of one request, in vLLM's names and defaults.
+
+Some ranges are narrower than vLLM's: those of temperature and repetition_penalty; a logit_bias out of range is refused,
+not clamped.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,8 @@ class SamplingParams:
     temperature: in [0, 2]; below 1e-5 is greedy and then top_p, top_k and min_p have no effect.
     top_p / top_k / min_p: nucleus mass in (0, 1] / most likely tokens kept (0 or -1: all) / least probability relative
         to the most likely token, in [0, 1]. Applied in the order top_k, top_p, min_p, after temperature.
-    repetition_penalty: > 0, on prompt and output tokens; presence_penalty, frequency_penalty: in [-2, 2], on output.
+    repetition_penalty: in [0.01, 100], on prompt and output tokens; presence_penalty, frequency_penalty: in [-2, 2], on
+        output.
     logit_bias: token id -> bias in [-100, 100], added to the logits before anything else.
     stop / stop_token_ids: strings and token ids that end the answer; text before a stop string is kept.
     min_tokens: end-of-sequence and stop ids cannot be drawn before so many tokens.

@@ -86,28 +86,29 @@ class Scheduler:
                 return True
             except OutOfPages:
                 youngest = self.running[-1]
-                self.preempt(youngest)
+                youngest.metrics.preemptions += 1
+                self.put_back(youngest)
                 if youngest is request:
                     return False
 
     def _admit(self, request: Request) -> bool:
         """Moves a waiting request to the running ones if its first chunk and a page of room to grow fit."""
-        cached = request.table.length if request.table.pages else request.table.reuse(request.tokens)
+        cached = request.table.reuse(request.tokens)
         rows = min(request.pending, self.chunk)
         slack = PAGE * (1 + len(self.running)) if self.running else 0
         if (rows + slack + PAGE - 1) // PAGE > self.pool.available:
             request.table.release()
             return False
-        if not request.metrics.preemptions:  # afterwards it may find pages of its own answer
+        if not request.admitted:  # afterwards it may find pages of its own answer
             request.metrics.cached_tokens = cached
+            request.admitted = True
         request.table.cover(rows)
         self.running.append(self.waiting.popleft())
         return True
 
-    def preempt(self, request: Request) -> None:
+    def put_back(self, request: Request) -> None:
         """Puts a running request back to the front of the queue; its keys are computed again later."""
         request.table.release()
-        request.metrics.preemptions += 1
         self.running.remove(request)
         self.waiting.appendleft(request)
         self.preempted.append(request)

@@ -42,8 +42,18 @@ class Detokenizer:
         """The rest at the end of an answer, an incomplete character included."""
         return self._give_out(self._decode(self._window)) if self._read < len(self._window) else ""
 
+    @property
+    def held(self) -> str:
+        """Complete characters that are not given out yet, as an incomplete one follows."""
+        if self._read == len(self._window):
+            return ""
+        return self._decode(self._window)[len(self._old()) :].rstrip(UNFINISHED)
+
+    def _old(self) -> str:
+        return self._decode(self._window[: self._read]) if self._read else ""
+
     def _give_out(self, text: str) -> str:
-        old = self._decode(self._window[: self._read]) if self._read else ""
+        old = self._old()
         del self._window[: self._read]
         self._read = len(self._window)
         return text[len(old) :]

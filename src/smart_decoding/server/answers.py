@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.server.tool_text import ToolText, whole_calls
 from smart_decoding.server.worker import Chunk
 
@@ -94,14 +95,30 @@ class ChatForm:
         return {"token": text, "logprob": _finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
+class Offsets:
+    """Where the tokens of one answer begin in its text. reader: turns them into that text.
+
+    A token inside a character begins where the character does; one that is not shown, where the next one does."""
+
+    def __init__(self, reader: Detokenizer) -> None:
+        self._reader, self._length = reader, 0
+
+    def push(self, token: int) -> int:
+        """The next token's offset."""
+        offset = self._length + len(self._reader.held)
+        self._length += len(self._reader.push([token]))
+        return offset
+
+
 class CompletionForm:
-    """The shape of /v1/completions."""
+    """The shape of /v1/completions. top: alternatives a token; reader: makes what turns an answer's tokens into text,
+    by its index."""
 
     prefix, whole, piece = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, text_of: TokenText, top: int | None) -> None:
-        self._text_of, self._top = text_of, top
-        self._offset: dict[int, int] = {}
+    def __init__(self, text_of: TokenText, top: int | None, reader: Callable[[int], Detokenizer]) -> None:
+        self._text_of, self._top, self._reader = text_of, top, reader
+        self._offsets: dict[int, Offsets] = {}
 
     def opening(self, index: int) -> Json | None:
         return None
@@ -120,14 +137,16 @@ class CompletionForm:
     def _logprobs(self, chunk: Chunk) -> Json | None:
         if chunk.logprobs is None:
             return None
-        texts, tops, offsets = [], [], []
-        for entry in chunk.logprobs:
-            texts.append(self._text_of(entry.token))
-            top = zip(entry.top_tokens[: self._top], entry.top_logprobs[: self._top], strict=True)
-            tops.append({self._text_of(int(token)): _finite(float(value)) for token, value in top})
-            offsets.append(self._offset.get(chunk.index, 0))
-            self._offset[chunk.index] = offsets[-1] + len(texts[-1])
+        if chunk.index not in self._offsets:
+            self._offsets[chunk.index] = Offsets(self._reader(chunk.index))
+        texts = [self._text_of(entry.token) for entry in chunk.logprobs]
         values = [_finite(float(entry.logprob)) for entry in chunk.logprobs]
+        offsets = [self._offsets[chunk.index].push(entry.token) for entry in chunk.logprobs]
+        tops = []
+        for entry, text, value in zip(chunk.logprobs, texts, values, strict=True):
+            top = zip(entry.top_tokens[: self._top], entry.top_logprobs[: self._top], strict=True)
+            likely = {self._text_of(int(token)): _finite(float(logprob)) for token, logprob in top}
+            tops.append(likely | {text: value})  # the drawn token is told of however unlikely it was
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 

@@ -68,15 +68,14 @@ class Metrics:
         self._last, counts, done = record, self.counts, record.round
         counts["rounds"] += 1
         counts["tokens"] += record.emitted
+        counts["accepted"] += record.accepted
         counts["rows"] += done.verify_rows
         if done.plan.speculate:
             counts["drafting_rounds"] += 1
             counts["levels"] += len(done.level_widths)
-            counts["drafts"] += done.batch.size
+            counts["drafts"] += len(set(done.trees.owner[done.kept].tolist()))
             counts["verified"] += len(done.kept)
             counts["drafted"] += len(done.trees)
-        if record.acceptance is not None and len(done.kept):
-            counts["accepted"] += sum(map(len, record.acceptance.path))
         self.seconds["round"] += record.seconds
         self.seconds["controller"] += record.controller_seconds
         if self._cost is not None and done.batch.size and counts["rounds"] % CHECK_EVERY == 0:
@@ -145,7 +144,7 @@ class Metrics:
             "time_to_first_token_seconds": ("histogram", "Arrival to first token.", self.ttft),
             "time_per_output_token_seconds": ("histogram", "Mean per answer, first token excluded.", self.tpot),
             "e2e_request_latency_seconds": ("histogram", "Arrival to end.", self.e2e),
-            "spec_decode_num_drafts_total": ("counter", "Trees drafted.", c["drafts"]),
+            "spec_decode_num_drafts_total": ("counter", "Trees of which nodes were verified.", c["drafts"]),
             "spec_decode_num_draft_tokens_total": ("counter", "Tree nodes verified.", c["verified"]),
             "spec_decode_num_accepted_tokens_total": ("counter", "Tree nodes accepted.", c["accepted"]),
             "spec_decode_num_proposed_tokens_total": ("counter", "Tree nodes drafted, pruned ones too.", c["drafted"]),

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from smart_decoding.engine.engine import BEFORE
 from smart_decoding.engine.media import Media
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.errors import ConfigError
 from smart_decoding.llm import LLM
 from smart_decoding.server.answers import ChatForm, CompletionForm, Form, Json, Usage, envelope, in_order
@@ -56,7 +58,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
         given = _prompts(body.prompt)
         llm = worker.check_room(len(given) * (body.n or 1))
         prompts = await _in_thread(lambda: [llm.text_prompt(each).tokens for each in given])
-        form = CompletionForm(_token_text(llm), body.logprobs)
+        form = CompletionForm(_token_text(llm), body.logprobs, _readers(llm, body, prompts))
         return await _answer(worker, settings, request, body, prompts, form, body.logprobs)
 
     @api.post("/v1/chat/completions", response_model=None)
@@ -108,7 +110,7 @@ async def _answer(
     _check_model(body.model, settings)
     if (body.n or 1) > settings.max_n:
         raise ApiError(400, f"n={body.n}: at most {settings.max_n} answers to one prompt", "invalid_value", "n")
-    _check_length(prompts, body.limit, worker.ready())
+    _check_length(prompts, body, worker.ready())
     limit = COMPLETION_TOKENS if body.limit is None and isinstance(form, CompletionForm) else body.limit
     params, name = body.params(limit, logprobs), request.state.request_id
     await _check_structure(body, params, worker.ready())
@@ -212,13 +214,14 @@ def _check_model(name: str, settings: ServerSettings) -> None:
         raise ApiError(404, message, "model_not_found", "model")
 
 
-def _check_length(prompts: Sequence[list[int]], limit: int | None, llm: LLM) -> None:
+def _check_length(prompts: Sequence[list[int]], body: Sampling, llm: LLM) -> None:
     """Prompt and all tokens asked for must fit into the context."""
-    longest, room = max(map(len, prompts), default=0), llm.engine.config.max_model_len
+    longest, room, limit = max(map(len, prompts), default=0), llm.engine.config.max_model_len, body.limit
     if longest + max(1, limit or 1) > room:
         wish = f" and {limit} more were asked for" if limit else ""
         message = f"this model's maximum context length is {room} tokens; the prompt has {longest}{wish}"
-        raise ApiError(400, message, "context_length_exceeded", "messages" if limit is None else "max_tokens")
+        at_fault = body.limit_field if limit and longest < room else body.prompt_field
+        raise ApiError(400, message, "context_length_exceeded", at_fault)
 
 
 async def _check_structure(body: Sampling, params: SamplingParams, llm: LLM) -> None:
@@ -244,6 +247,12 @@ def _token_text(llm: LLM) -> Callable[[int], str]:
     decode, anchor = llm.tokenizer.decode, llm.tokenizer.encode("a", add_special_tokens=False)
     known = len(decode(anchor, False))
     return lambda token: decode([*anchor, token], False)[known:]
+
+
+def _readers(llm: LLM, body: CompletionRequest, prompts: Sequence[list[int]]) -> Callable[[int], Detokenizer]:
+    """Makes detokenizers as the engine uses them, for answers by their index."""
+    skip, n = body.skip_special_tokens is not False, body.n or 1
+    return lambda index: Detokenizer(lambda ids: llm.tokenizer.decode(ids, skip), prompts[index // n][-BEFORE:])
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

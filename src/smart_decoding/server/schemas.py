@@ -68,6 +68,7 @@ class Sampling(Body):
     speculate: bool | None = Field(None, description="false decodes this request plainly; its tokens are the same.")
 
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = _ASKS_FOR_NOTHING
+    prompt_field: ClassVar[str]
 
     _AS_THEY_ARE: ClassVar[tuple[str, ...]] = (
         "n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p",
@@ -95,6 +96,11 @@ class Sampling(Body):
     def limit(self) -> int | None:
         """The most tokens the request itself asks for, if it does."""
         return self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        """The field that says so."""
+        return "max_tokens"
 
     def params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The engine's parameters. Raises ConfigError for a value out of range."""
@@ -124,6 +130,8 @@ class Sampling(Body):
 
 
 class CompletionRequest(Sampling):
+    prompt_field: ClassVar[str] = "prompt"
+
     prompt: (
         Text
         | Annotated[list[Text], FAST]
@@ -186,8 +194,10 @@ class Message(Body):
 
 
 class ChatRequest(Sampling):
+    prompt_field: ClassVar[str] = "messages"
+
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # the engine's own check calls it max_tokens
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
@@ -197,6 +207,10 @@ class ChatRequest(Sampling):
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def offer(self) -> Offer | None:

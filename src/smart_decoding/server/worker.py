@@ -110,6 +110,7 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="smart-engine", daemon=True)
         self.draining = self._stopping = False
+        self._read: deque[tuple[Command, Job | None]] = deque()  # out of the inbox, but not carried out yet
         self._owners: dict[Request, Job] = {}
         self._waiting: deque[Job] = deque()  # jobs of which no answer has begun
         self._outbox: list[tuple[Job, Chunk | ApiError | int]] = []
@@ -187,9 +188,9 @@ class Worker:
                 job.chunks.put_nowait(item)
 
     def _refuse_latecomers(self, error: ApiError) -> None:
-        """Jobs that were put into the inbox while the thread was ending."""
-        while not self._inbox.empty():
-            command, job = self._inbox.get_nowait()
+        """Jobs that were put into the inbox while the thread was ending, or read from it in its last round."""
+        while self._read or not self._inbox.empty():
+            command, job = self._next_command()
             if command == "add" and job is not None:
                 self._deliver([(job, job.left), (job, error)])
 
@@ -229,7 +230,7 @@ class Worker:
         self._drop_overdue(engine)
         if engine.has_unfinished_requests:
             try:
-                self._step(engine, lambda: not self._inbox.empty())
+                self._step(engine, self._somebody_came)
                 self._failures = 0
             except Exception as error:
                 self._isolate(engine, error)
@@ -255,13 +256,23 @@ class Worker:
 
     def _take(self, engine: Engine, wait: bool) -> None:
         """Carries out what has come in; waits for it if there is nothing else to do."""
-        while wait or not self._inbox.empty():
-            command, job = self._inbox.get()
+        while wait or self._read or not self._inbox.empty():
+            command, job = self._next_command()
             wait = False
             if command == "add" and job is not None:
                 self._add(engine, job)
             elif command == "abort" and job is not None:
                 self._end(engine, job)
+
+    def _next_command(self) -> tuple[Command, Job | None]:
+        return self._read.popleft() if self._read else self._inbox.get()
+
+    def _somebody_came(self) -> bool:
+        """Whether a job has come in since the round began, and has not left again."""
+        while not self._inbox.empty():
+            self._read.append(self._inbox.get())
+        left = [job for command, job in self._read if command == "abort"]
+        return any(command == "add" and job not in left for command, job in self._read)
 
     def _add(self, engine: Engine, job: Job) -> None:
         try:
@@ -395,5 +406,10 @@ class Worker:
 
 
 def warm_up(llm: LLM) -> None:
-    """One short answer, so that the first client does not pay for compilation and first touches of memory."""
-    llm.generate([[0] * min(8, llm.engine.config.max_model_len - 2)], SamplingParams(temperature=0, max_tokens=2))
+    """One short answer, so that the first client does not pay for compilation and first touches of memory.
+
+    Raises ConfigError if not even that fits in."""
+    room = llm.engine.config.max_model_len
+    if room < 3:
+        raise ConfigError(f"max_model_len={room} is not allowed for a server: it must be at least 3")
+    llm.generate([[0] * min(8, room - 2)], SamplingParams(temperature=0, max_tokens=2))

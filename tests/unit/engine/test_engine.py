@@ -148,6 +148,21 @@ def test_the_youngest_is_preempted_and_finishes_with_the_same_tokens(caching: bo
         assert request.metrics.cached_tokens == 0  # what it finds again of its own answer is not the prompt's
 
 
+@pytest.mark.parametrize("steps", [1, 20])
+def test_only_a_lack_of_memory_is_counted_as_a_preemption(steps: int) -> None:
+    """Who is put back since a step raised is not; what it finds again of its own answer is not the prompt's either."""
+    engine = make_engine("chain", max_num_batched_tokens=16)
+    requests = [add(engine, str(i), [i + 1] * 20, greedy(64)) for i in range(2)]
+    for _ in range(steps):
+        engine.step()
+    assert engine.suspend()
+    engine.check_integrity()
+    finish(engine)
+    for request in requests:
+        assert (request.metrics.preemptions, request.metrics.cached_tokens) == (0, 0)
+        assert request.output == alone(request.prompt, greedy(64))[0].output
+
+
 def test_cached_prefixes_are_not_computed_again() -> None:
     engine = make_engine()
     prompt = [i % VOCAB for i in range(40)]
@@ -159,6 +174,19 @@ def test_cached_prefixes_are_not_computed_again() -> None:
     assert (first.metrics.cached_tokens, second.metrics.cached_tokens) == (0, 32)
     assert engine.target.rows - rows == 8
     assert first.output == second.output
+
+
+def test_a_conversation_goes_on_from_any_answer_of_a_prompt() -> None:
+    """Also from one whose prompt is in the cache by another answer's pages."""
+    engine, prompt = make_engine("likelihood"), [i % VOCAB for i in range(40)]
+    answers = engine.add_request("a", prompt, SamplingParams(n=3, temperature=1.0, max_tokens=30, ignore_eos=True))
+    finish(engine)
+    assert len({tuple(answer.output) for answer in answers}) == 3
+    for i, answer in enumerate(answers):
+        following = add(engine, f"b{i}", [*answer.tokens, 7], greedy(3))
+        finish(engine)
+        assert following.metrics.cached_tokens == 64
+        assert following.output == alone([*answer.tokens, 7], greedy(3))[0].output
 
 
 def test_a_conversation_goes_on_from_its_cached_answer() -> None:
@@ -283,6 +311,21 @@ def test_metrics_count_nodes_and_times() -> None:
     assert 0 < metrics.accepted < metrics.verified and metrics.wasted_rows == metrics.verified - metrics.accepted
     assert metrics.accepted + metrics.rounds + 1 >= 30 > metrics.rounds + 1
     assert 0 < metrics.ttft < metrics.finished
+
+
+def test_nodes_beyond_the_end_of_an_answer_are_not_accepted() -> None:
+    accepted = walked = 0
+    for stop in range(VOCAB):
+        engine = make_engine("static", drafter={"skill": 1.0})
+        params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, stop_token_ids=[stop])
+        requests = [add(engine, str(i), [i + 1, 2], params) for i in range(2)]
+        before = accepted
+        while engine.has_unfinished_requests:
+            engine.step()
+            accepted += engine.last_round.accepted
+            walked += sum(map(len, engine.last_round.acceptance.path))
+        assert accepted - before == sum(r.metrics.accepted for r in requests)
+    assert 0 < accepted < walked
 
 
 def test_a_drafter_cannot_be_changed_under_a_running_request() -> None:

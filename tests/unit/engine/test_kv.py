@@ -115,6 +115,45 @@ def test_the_end_of_the_oldest_prefix_is_evicted_first() -> None:
         table.reserve(3 * PAGE)
 
 
+def together(pool: PagePool, *prompts: list[int]) -> list[BlockTable]:
+    """Requests that are admitted before any of them has computed anything."""
+    tables = [BlockTable(pool) for _ in prompts]
+    for table, tokens in zip(tables, prompts, strict=True):
+        assert table.reuse(tokens) == 0
+        table.reserve(len(tokens))
+    for table, tokens in zip(tables, prompts, strict=True):
+        table.commit(tokens, len(tokens))
+    return tables
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_what_follows_a_prefix_that_another_request_computed_too_is_found(order: tuple[int, int]) -> None:
+    """Whichever of them ends first. The prefix is kept once."""
+    pool = PagePool(12, prefix_caching=True)
+    prompts = [[*range(32), *[end] * 20] for end in (50, 60)]
+    tables = together(pool, *prompts)
+    for i in order:
+        for tokens in prompts:
+            found = pool.find(tokens, 51)
+            assert len(found) == 3
+            pool.give(found)
+        tables[i].release()
+        pool.check_integrity(tables)
+    assert len(pool._idle) == 4 and [len(pool.find(tokens, 51)) for tokens in prompts] == [3, 3]
+
+
+def test_a_page_that_is_held_outlives_an_idle_one_of_the_same_content() -> None:
+    """Else the idle one, which is older, would be evicted before what the other's request has put behind it."""
+    pool = PagePool(6, prefix_caching=True)
+    tokens, late = list(range(48)), BlockTable(pool)
+    late.reserve(48)
+    filled(pool, tokens[:33]).release()
+    late.commit(tokens, 48)
+    pool.check_integrity([late])
+    pool.give(pool.take(3))  # all others
+    assert len(pool.find(tokens, 48)) == 3
+
+
 def test_integrity_notices_a_lost_page_and_a_double_use() -> None:
     pool = PagePool(3)
     table = filled(pool, [1] * 20)

@@ -26,6 +26,13 @@ def checker(max_tokens=None, detect_loops=False, **options):
     return StopChecker(SamplingParams(**options), decode, (EOS,), max_tokens, detect_loops)
 
 
+def test_what_a_detokenizer_holds_back_are_complete_characters():
+    words = [b" \xe2", b"\x82", b"\xac\xf0", b"\x9f\x98", b"\x80.", b"x"]
+    reader = Detokenizer(lambda ids: b"".join(words[i] for i in ids).decode("utf-8", errors="replace"))
+    seen = [(reader.push([i]), reader.held) for i in range(6)]
+    assert seen == [("", " "), ("", " "), ("", " €"), ("", " €"), (" €😀.", ""), ("x", "")]
+
+
 def test_a_stop_string_over_several_tokens_ends_the_answer_before_it():
     check = checker(stop=["END", "###"])
     assert check.push(encode("one two E")) == encode("one two E") and check.finish_reason is None
