@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 
+from smart_decoding.cli_run import speculative_config
+from smart_decoding.drafters import METHODS
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="name, hub id, folder or GGUF file")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (bf16) or float32 (fp32)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--draft", metavar="MODEL", help="a draft model whose levels are measured instead of the head's"
-    )
+    parser.add_argument("--method", choices=[method for method in METHODS if method != "none"],
+                        help="what drafts (the model's own head, if it has one)")  # fmt: skip
+    parser.add_argument("--draft", metavar="MODEL", help="whose levels are measured: a head's folder, or for "
+                        "draft_model any smaller model of the same vocabulary")  # fmt: skip
+    parser.set_defaults(policy="likelihood", policy_option=[], method_option=[])  # a policy that needs no profile
     parser.add_argument("--seconds", type=float, default=6.0, help="time to measure for")
 
 
@@ -24,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.profiling.measure import held_out_error, longest_context, measure
     from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 
-    config = {"policy": "likelihood", **({"method": "draft_model", "model": args.draft} if args.draft else {})}
+    config = speculative_config(args)
     llm = LLM(args.model, dtype=args.dtype, device=args.device, speculative_config=config)
     model, target = llm.speculation.model, llm.target
     samples = measure(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import secrets
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.drafters import METHODS
+from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL, SEEING_MODEL
@@ -34,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--min-p", type=float, default=0.0, help="draw from tokens this likely, relative to the likeliest"
     )
-    group.add_argument("--seed", type=int, help="the same seed gives the same answer under every policy")
+    group.add_argument("--seed", type=int, help="the same seed gives the same answer under every policy (a new one "
+                       "each time, which --stats tells)")  # fmt: skip
     group.add_argument("--max-tokens", type=int, default=256, help="default 256")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     parser.add_argument("--stats", action="store_true", help="one line of speed and rows on standard error")
@@ -52,12 +55,14 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --device and what speculates."""
+    """--model, how it is loaded, and what speculates."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL}; with --image "
                        f"{SEEING_MODEL})")  # fmt: skip
     group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and KV cache (bf16)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt plus answer (the model's, "
+                       "4096 at most)")  # fmt: skip
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs (off)")
     group.add_argument("--method", choices=METHODS, help="what drafts (the model's own head, if it has one)")
     group.add_argument("--draft", metavar="MODEL", help="what the method drafts with: a head's folder, or for "
@@ -92,8 +97,8 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ConfigError(f"option {both[0]!r} is given for the policy and for the method: give it once")
     if args.draft and "model" in method_options:
         raise ConfigError("the model to draft with is given by --draft and by --method-option: give it once")
-    if args.method == "draft_model" and not (args.draft or "model" in method_options):
-        raise ConfigError("method 'draft_model' needs a smaller model of the same vocabulary: give --draft MODEL")
+    check_plain(args.method, args.policy)
+    check_draft(args.method, args.draft or method_options.get("model"), "--draft MODEL")
     named = {"method": args.method, "policy": args.policy, "model": args.draft}
     config = {**{k: v for k, v in named.items() if v is not None}, **policy_options, **method_options}
     return config or None
@@ -114,17 +119,21 @@ def main(args: argparse.Namespace) -> None:
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p, seed=args.seed,
         max_tokens=args.max_tokens,
     )  # fmt: skip
+    drawn = params.seed is None and not params.greedy
+    if drawn:  # the engine's own draws are the same in every process
+        params = replace(params, seed=secrets.randbits(32))
     text = read_prompt(args.prompt)
     images = read_images(args.image)
     from smart_decoding.llm import LLM
 
     model = args.model or (SEEING_MODEL if images else DEFAULT_MODEL)
     llm = LLM(model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1,
-              trust_pickle=args.trust_pickle, enforce_eager=args.enforce_eager)  # fmt: skip
+              max_model_len=args.max_model_len, trust_pickle=args.trust_pickle,
+              enforce_eager=args.enforce_eager)  # fmt: skip
     raw: Prompt = {"prompt": text, "multi_modal_data": {"image": images}} if images else text
     answer = stream_answer(llm, raw if args.raw else chat_prompt(llm, text, images), params)
     if args.stats:
-        print(stats_line(answer), file=sys.stderr)
+        print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
 
 
 def read_prompt(text: str) -> str:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from smart_decoding.bench.arguments import whole_numbers
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import whole
 from smart_decoding.integrations.vllm import schedule
@@ -30,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"vLLM's, without lengths ({NGRAM})")  # fmt: skip
     parser.add_argument("--engine-args", type=_json, default={}, metavar="JSON",
                         help='other arguments of vllm.LLM, such as {"tensor_parallel_size": 2} (none)')  # fmt: skip
-    parser.add_argument("--lengths", type=_counts, default=[1, 2, 4], help="draft lengths to try (1,2,4)")
-    parser.add_argument("--batch-sizes", type=_counts, default=[1, 2, 4, 8, 16], help="to measure (1,2,4,8,16)")
+    parser.add_argument("--lengths", type=whole_numbers, default=(1, 2, 4), help="draft lengths to try (1,2,4)")
+    parser.add_argument("--batch-sizes", type=whole_numbers, default=(1, 2, 4, 8, 16), help="to measure (1,2,4,8,16)")
     parser.add_argument("--prompts", type=Path, help="a prompt a line, text or JSON with 'prompt' (60 of ours)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of each answer (128)")
     parser.add_argument("--blocks", type=int, default=4, help="measurements of each batch size and length (4)")
@@ -154,16 +155,6 @@ def _timing(answers: Sequence[Mapping[str, Any]]) -> Timing:
 def _write(path: Path, content: Any) -> None:
     with whole(path) as scratch:
         scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"not positive numbers separated by commas: {text!r}")
-    return values
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import Decode
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.grammars import Grammars
 from smart_decoding.models import DEFAULT_MODEL
 from smart_decoding.multimodal.images import Limits
@@ -27,11 +28,15 @@ from smart_decoding.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | MediaPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
+DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One answer. finish_reason: 'stop', 'length' or 'abort'; metrics: rounds, rows and times of this answer."""
+    """One answer. finish_reason: 'stop', 'length' or 'abort'; metrics: rounds, rows and times of this answer.
+
+    logprobs: None unless asked for; else a `TokenLogprobs` (backends/torch/sampler.py) for each of token_ids: token,
+    logprob, rank (from 1), and the most likely tokens as the arrays top_tokens and top_logprobs."""
 
     index: int
     text: str
@@ -74,7 +79,9 @@ class LLM:
         smart_paper, smart), and either's options.
     dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
     enforce_eager: no CUDA graphs.
-    max_model_len: longest prompt plus answer, in tokens. kv_cache_tokens: KV memory, in tokens over all requests.
+    max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or kv_cache_tokens allows if that is
+        less). kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048); at least max_model_len.
+    seed: what the seeds of requests without their own are drawn from.
     trust_pickle: load a draft head's pytorch_model.bin too, of which only tensors are read; safetensors only without.
     Of vision-language models: limit_mm_per_prompt: pictures of a prompt by modality (image 16, video 1).
         allowed_local_media_path: the folder that messages may name files in (none). mm_processor_kwargs: options of the
@@ -105,8 +112,9 @@ class LLM:
     ) -> None:
         dtype_of(dtype)
         limits = _limits(limit_mm_per_prompt, allowed_local_media_path, max_image_pixels)
-        _positive(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        _at_least(1, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
                   max_model_len=max_model_len, kv_cache_tokens=kv_cache_tokens)  # fmt: skip
+        _at_least(0, seed=seed)
         checkpoint = load_checkpoint(model)
         self._checkpoint, self.provenance = checkpoint, dict(checkpoint.provenance)
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
@@ -114,10 +122,10 @@ class LLM:
         if checkpoint.vision is not None:
             reader = load_reader(checkpoint.vision.folder, checkpoint.vision.config, mm_processor_kwargs)
             self._vision = PromptBuilder(self.tokenizer, reader, limits, bool(checkpoint.config.mrope))
-        limit = max_model_len or min(4096, checkpoint.config.max_positions)
+        limit = _model_len(max_model_len, kv_cache_tokens, checkpoint.config.max_positions)
         asked = check_speculation(speculative_config, checkpoint, self.tokenizer, limit)
-        tokens = kv_cache_tokens or min(limit, 2048) * min(max_num_seqs, 16)
-        pages = pages_for(max(tokens, limit), max_num_seqs)
+        tokens = kv_cache_tokens or max(limit, min(limit, 2048) * min(max_num_seqs, 16))
+        pages = pages_for(tokens, max_num_seqs)
         self.target = TorchTarget(checkpoint, dtype, _device(device), pages, limit, enforce_eager)
         self._trust_pickle = trust_pickle
         self.speculation: Speculation = build_speculation(
@@ -205,7 +213,8 @@ class LLM:
             raise ConfigError(f"the model {self.provenance['model']} reads text only: take one that sees")
         if any(not isinstance(message.get("content"), str) for message in messages):
             messages = as_text(split(messages)[0], {})
-        return MediaPrompt(self.tokenizer.encode_chat(messages))
+        text = self.tokenizer.apply_chat_template(messages)
+        return MediaPrompt(self.tokenizer.encode(text, add_special_tokens=False), None, text)
 
     def text_prompt(self, prompt: Prompt) -> MediaPrompt:
         """A prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need their pictures."""
@@ -215,16 +224,14 @@ class LLM:
         if not given.keys() <= {"prompt", "prompt_token_ids", "multi_modal_data"}:
             raise ConfigError("a prompt's keys are prompt or prompt_token_ids, and multi_modal_data")
         wanted: Any = given.get("prompt", given.get("prompt_token_ids"))
-        if not isinstance(wanted, str | Sequence):
-            raise ConfigError("a prompt must be a text or token ids")
+        text = wanted if isinstance(wanted, str) else None
+        tokens = _token_ids(wanted) if text is None else []
         pictures: Any = given.get("multi_modal_data") or {}
         if self._vision is not None:
-            return self._vision.prompt(wanted, pictures)
+            return self._vision.prompt(tokens if text is None else text, pictures)
         if pictures:
             raise ConfigError(f"the model {self.provenance['model']} reads text only: take one that sees")
-        text = wanted if isinstance(wanted, str) else None
-        tokens = self.tokenizer.encode(wanted) if isinstance(wanted, str) else [int(token) for token in wanted]
-        return MediaPrompt(tokens, None, text)
+        return MediaPrompt(tokens if text is None else self.tokenizer.encode(text), None, text)
 
     def stream(
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
@@ -273,9 +280,17 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping | MediaPrompt) or (len(prompts) and isinstance(prompts[0], int)):
+    if isinstance(prompts, str | Mapping | MediaPrompt) or (len(prompts) and isinstance(prompts[0], Integral)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _token_ids(given: Any) -> list[int]:
+    """As ints, whatever kind of sequence or array they are in. Raises ConfigError for anything else."""
+    ids = list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(token, Integral) for token in ids):
+        raise ConfigError("a prompt must be a text or token ids")
+    return [int(token) for token in ids]
 
 
 def _params_for(
@@ -305,7 +320,19 @@ def _device(name: str) -> str:
     return name
 
 
-def _positive(**values: int | None) -> None:
+def _model_len(asked: int | None, kv_cache_tokens: int | None, positions: int) -> int:
+    """The longest prompt plus answer. Raises CapacityError if the one asked for can never be held."""
+    if asked is None:
+        return min(DEFAULT_MODEL_LEN, positions, kv_cache_tokens or positions)
+    if kv_cache_tokens is not None and asked > kv_cache_tokens:
+        raise CapacityError(
+            f"max_model_len={asked} exceeds the KV memory of {kv_cache_tokens} tokens: "
+            "lower it or raise kv_cache_tokens"
+        )
+    return asked
+
+
+def _at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value} is not allowed: it must be at least 1")
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value} is not allowed: it must be at least {least}")

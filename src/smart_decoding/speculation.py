@@ -16,13 +16,13 @@ from smart_decoding.backends.torch.head_files import VISUAL_POSITIONS, HeadFiles
 from smart_decoding.backends.torch.loading import Checkpoint, load_checkpoint
 from smart_decoding.backends.torch.native.chooser import native_chooser
 from smart_decoding.backends.torch.ranking import torch_top_k
-from smart_decoding.backends.torch.target import TorchTarget
+from smart_decoding.backends.torch.target import TorchTarget, fitting_memory
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import Forecast
 from smart_decoding.core.policies import check_policy, make_policy, policy_options, user_options
 from smart_decoding.core.policies.protocol import Policy
-from smart_decoding.drafters import METHODS
+from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.levels import LevelDrafter
@@ -89,15 +89,17 @@ class Asked:
 def check_speculation(
     config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int
 ) -> Asked:
-    """checkpoint, tokenizer: the target's. Raises ConfigError for an unknown method, policy or option, ModelError for a
-    draft model with another vocabulary or too short a context."""
+    """checkpoint, tokenizer: the target's. Raises ConfigError for what is no config and for an unknown method, policy
+    or option, ModelError for a draft model with another vocabulary or too short a context."""
     if config is False:
         return Asked("none", "off", {})
-    given = dict(config) if isinstance(config, Mapping) else {}
+    given = _as_dict(config)
     has_head = "model" in given or shipped_head(checkpoint.provenance["model"])
-    method, policy = given.pop("method", "eagle" if has_head else "ngram"), given.pop("policy", "smart")
+    method = given.pop("method", "eagle" if has_head else "ngram")
+    policy = given.pop("policy", "off" if method == "none" else "smart")
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
+    check_plain(method, policy)
     ours, theirs = user_options(policy) if method != "none" else [], _method_options(method, bool(has_head))
     unknown = [option for option in given if option not in (*ours, *theirs)]
     if unknown and method == "none":
@@ -112,6 +114,15 @@ def check_speculation(
     if method == "draft_model":
         draft = _draft_checkpoint(given.pop("model", None), tokenizer, max_model_len)
     return Asked(method, policy, given, draft)
+
+
+def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        return dict(config)
+    if config is not None and not isinstance(config, bool):
+        form = "a dict such as {'method': 'ngram', 'policy': 'smart'}, False (plain decoding) or None (the default)"
+        raise ConfigError(f"speculative_config={config!r} is not allowed: give {form}")
+    return {}
 
 
 def _method_options(method: str, has_head: bool) -> list[str]:
@@ -150,8 +161,7 @@ def build_speculation(
 
 
 def _draft_checkpoint(name: Any, tokenizer: Tokenizer, max_model_len: int) -> Checkpoint:
-    if not name:
-        raise ConfigError("method 'draft_model' needs a smaller model of the same vocabulary: give model=NAME")
+    check_draft("draft_model", name, "model=NAME")
     draft = load_checkpoint(name)
     called = draft.provenance["model"]
     check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), tokenizer, called)
@@ -245,7 +255,9 @@ class _Builder:
             raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
         self.folder = head_folder(folder, self._trust_pickle)
         files = self._seeing(load_head(self.folder, self._checkpoint.config, self._trust_pickle))
-        self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, self._target.max_positions + 64)
+        positions = self._target.max_positions + 64
+        with fitting_memory("draft head", self._pages):
+            self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, positions)
         self.description = f"eagle head {self.folder.name}"
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
 

@@ -102,7 +102,10 @@ class Tokenizer:
         tokens: the template writes them."""
         chosen = template or self.template
         if chosen is None:
-            raise ConfigError("this model has no chat template: use generate, or give a template")
+            raise ConfigError(
+                "this model has no chat template: give it a text to continue "
+                "(smart run --raw; LLM.generate in Python; /v1/completions)"
+            )
         given = {**self.specials, **variables, "add_generation_prompt": add_generation_prompt}
         return chat_template.render(chosen, messages, given)
 

@@ -38,7 +38,7 @@ def test_defaults(served: Any) -> None:
     assert settings == ServerSettings("smollm2-135m")
     assert options["model"] == "smollm2-135m" and options["max_num_seqs"] == 32
     assert options["speculative_config"] is None and options["max_model_len"] is None
-    assert options["trust_pickle"] is False
+    assert options["trust_pickle"] is False and options["seed"] == 0
 
 
 def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> None:
@@ -47,10 +47,10 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
         'model = "m"\nport = 9000\nmax_queue = 3\npolicy = "likelihood"\nmethod = "ngram"\napi-key = ["a", "b"]\n'
         "queue-timeout = 5\ntrust-pickle = true\n[policy-option]\ndepth = 2\n"
     )
-    assert cli.main(["serve", "--port", "8000", "--config", str(file), "--max-n", "2"]) == 0
+    assert cli.main(["serve", "--port", "8000", "--config", str(file), "--max-n", "2", "--seed", "5"]) == 0
     ((settings, options),) = served
     assert (settings.port, settings.max_queue, settings.max_n, settings.queue_timeout) == (8000, 3, 2, 5)
-    assert options["trust_pickle"] is True
+    assert options["trust_pickle"] is True and options["seed"] == 5
     assert settings.api_keys == ("a", "b") and settings.model_name == options["model"] == "m"
     assert options["speculative_config"] == {"method": "ngram", "policy": "likelihood", "depth": 2}
 

@@ -124,13 +124,14 @@ def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixtu
 def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
     options = "--model m --method ngram --policy likelihood --policy-option depth=3 --policy-option top_k=4"
     sampling = "--temperature 0.8 --top-p 0.9 --top-k 40 --min-p 0.05 --seed 7 --max-tokens 9"
-    other = "--method-option longest=5 --dtype fp32 --device cpu --raw"
+    other = "--method-option longest=5 --dtype fp32 --device cpu --raw --max-model-len 99"
     assert cli.main(["run", *f"{options} {sampling} {other}".split(), "once upon"]) == 0
     (llm,) = fake.made
     assert llm.options["speculative_config"] == {
         "method": "ngram", "policy": "likelihood", "depth": 3, "top_k": 4, "longest": 5,
     }  # fmt: skip
     assert (llm.model, llm.options["dtype"], llm.options["device"]) == ("m", "fp32", "cpu")
+    assert llm.options["max_model_len"] == 99
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, min_p=0.05, seed=7, max_tokens=9)
     assert llm.asked == [("once upon", params)]
 
@@ -172,6 +173,15 @@ def test_run_reports_statistics_on_stderr(fake: type[FakeLLM], capsys: pytest.Ca
     )
 
 
+def test_run_draws_another_seed_each_time_and_tells_it(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in ([], [], ["--seed", "7"]):
+        assert cli.main(["run", "--temperature", "0.8", "--stats", *seed, "hi"]) == 0
+    first, second, given = (llm.asked[0][1].seed for llm in fake.made)
+    assert isinstance(first, int) and isinstance(second, int) and first != second and given == 7
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(f", seed {first}") and lines[1].endswith(f", seed {second}") and "seed" not in lines[2]
+
+
 def test_run_reads_standard_input(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
     assert cli.main(["run", "--raw", "-"]) == 0
@@ -192,6 +202,7 @@ def test_standard_input_must_be_text(
         ("--policy greedy", "choose one of: off, chain, static, likelihood, smart_paper, smart"),
         ("--method telepathy", "choose from"),
         ("--method draft_model", "give --draft MODEL"),
+        ("--method none --policy chain", "policy 'chain' is given: leave out one of them"),
         ("--draft small --method-option model=other", "give it once"),
         ("--dtype int4", "'bf16', 'bfloat16', 'fp32', 'float32'"),
         ("--policy chain --policy-option depth=3", "policy 'chain' has no option 'depth'; its options: length"),
@@ -242,6 +253,23 @@ def test_every_policy_is_accepted_by_name_and_named_in_the_help() -> None:
 )
 def test_option_values(text: str, value: object) -> None:
     assert cli_run.key_value(text) == ("a", value)
+
+
+def test_profile_takes_what_run_takes_to_draft() -> None:
+    parser = cli.build_parser("profile")
+    for words, drafts in (
+        ("", {}),
+        ("--draft folder", {"model": "folder"}),
+        ("--method draft_model --draft small", {"method": "draft_model", "model": "small"}),
+        ("--method ngram", {"method": "ngram"}),
+    ):
+        config = cli_run.speculative_config(parser.parse_args(["profile", *words.split()]))
+        assert config == {"policy": "likelihood", **drafts}
+
+
+def test_profile_needs_a_draft_model_for_that_method(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give --draft MODEL" in fails(capsys, "profile", "--method", "draft_model")
+    assert not fake.made
 
 
 # ---------------------------------------------------------------------------------------------- errors and exits

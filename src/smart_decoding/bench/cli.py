@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.bench import report
+from smart_decoding.bench.arguments import shares, whole_numbers, words
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.presets import PRESETS
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.bench.report_cli import add_output_arguments, write_outputs
 from smart_decoding.bench.results import Results
-from smart_decoding.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add = parser.add_argument_group("what runs").add_argument
     add("--model", help=f"built-in name, hub id, folder or GGUF file (default: {default.model})")
-    add("--policies", type=_words, metavar="A,B", help="'off', the baseline, always runs")
+    add("--policies", type=words, metavar="A,B", help="'off', the baseline, always runs")
     add("--policy-options", action="append", metavar="POLICY:K=V,...",
         help="one setting of a policy; may be repeated. method= and model= give it a drafter of its own")  # fmt: skip
     add("--tune-likelihood", type=int, metavar="N",
@@ -43,11 +43,11 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add("--tune-paper", action="store_true", help="also run the best setting of smart_paper, found in the same way")
     add(
         "--variants",
-        type=_words,
+        type=words,
         metavar="A,B",
         help="measure smart with one ingredient exchanged, in a part of its own",
     )
-    add("--suites", type=_words, metavar="A,B", help="also measure these tasks (long, edit) at batch 1, by themselves")
+    add("--suites", type=words, metavar="A,B", help="also measure these tasks (long, edit) at batch 1, by themselves")
     add("--questions", action="store_true", help="also answer by replay: hindsight, ablations, sweeps")
     add("--method", help="drafter (default: the model's own)")
     add("--draft", metavar="MODEL", help="what the method drafts with: a head's folder, or for draft_model any "
@@ -59,8 +59,8 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
 
 def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add = parser.add_argument_group("what is measured").add_argument
-    add("--batch-sizes", type=_numbers, metavar="1,4")
-    add("--tasks", type=_words, metavar="A,B", help="code, maths, general (these by default), long, edit, pictures")
+    add("--batch-sizes", type=whole_numbers, metavar="1,4")
+    add("--tasks", type=words, metavar="A,B", help="code, maths, general (these by default), long, edit, pictures")
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
     add("--least-blocks", type=int, metavar="N", help="measure at least so many blocks of each task, used again "
         "where a batch needs more than there are (default: 1)")  # fmt: skip
@@ -69,9 +69,9 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--temperature", type=float, help="0, the default, is greedy")
     add("--sampled", type=float, metavar="T", help="measure once more at this temperature, at fewer batch sizes")
     add("--seed", type=int)
-    add("--load", type=_shares, metavar="0.3,0.6,0.9", help="requests that arrive at random, at these shares of the "
+    add("--load", type=shares, metavar="0.3,0.6,0.9", help="requests that arrive at random, at these shares of the "
         "measured capacity; alone it replaces the comparison in blocks")  # fmt: skip
-    add("--peers", type=_words, nargs="?", const=("all",), metavar="A,B", help="other engines on the same prompts "
+    add("--peers", type=words, nargs="?", const=("all",), metavar="A,B", help="other engines on the same prompts "
         "(default: all), in environments made for them; alone it replaces the comparison in blocks")  # fmt: skip
     add("--peer-env", action="append", metavar="NAME=FOLDER", help="an environment to use for a peer as it is")
     add("--record", type=Path, metavar="FILE",
@@ -123,24 +123,6 @@ def _record(options: BenchOptions, path: Path) -> int:
 
 
 _FIELDS = tuple(BenchOptions.__dataclass_fields__)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in _words(text))
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is not a list of whole numbers such as 1,4") from error
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in _words(text))
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is not a list of shares such as 0.3,0.6,0.9") from error
 
 
 def _named(texts: list[str]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError
-from smart_decoding.llm import LLM
+from smart_decoding.llm import DEFAULT_MODEL_LEN, LLM
 
 NOISE_EVERY = 3  # cycles
 SLOW = 4  # a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8: 3rd, ...
@@ -361,8 +361,8 @@ def load(options: BenchOptions) -> LLM:
     long, tokens = "long" in (*options.tasks, *options.suites), largest * (options.max_tokens + longest)
     return LLM(
         options.model, speculative_config=False, dtype=options.dtype, device=options.device, max_num_seqs=largest,
-        kv_cache_tokens=max(tokens, LONG_PROMPT + options.max_tokens if long else 0), enable_prefix_caching=False,
-        max_model_len=options.max_tokens + LONG_PROMPT if long else None,
+        kv_cache_tokens=max(tokens, LONG_PROMPT + options.max_tokens if long else DEFAULT_MODEL_LEN),
+        enable_prefix_caching=False, max_model_len=options.max_tokens + LONG_PROMPT if long else None,
         seed=options.seed, stop_at_loops=True,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from smart_decoding.bench.arguments import whole_numbers
 from smart_decoding.bench.options import check_outputs
 from smart_decoding.bench.provenance import write_json, write_text
 from smart_decoding.bench.recording import Answer, Recording
@@ -20,7 +21,8 @@ from smart_decoding.bench.trace import Trace, read_trace
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
 
-MEASURED = "measured"
+MEASURED, MODEL = "measured", "llama-3.1-8b"
+LARGEST = 256  # batch size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,28 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hardware", default=MEASURED, metavar="NAME",
         help="a card (rtx-pro-6000, l40s, a100, h100, h200, cpu-zen5-2c), the JSON of a profile, or 'measured': the "
              "recording machine (default)")  # fmt: skip
-    add(
-        "--model",
-        default="llama-3.1-8b",
-        help="whose dimensions a card is given, or a config.json (default: %(default)s)",
-    )
+    add("--model", help=f"whose dimensions a card is given, or a config.json (default: {MODEL})")
     add("--trace", type=Path, metavar="FILE", help="a recording by smart bench --record: acceptance as it was")
     add("--acceptance", metavar="NAME", help="instead of a recording: msd, eagle3, or tokens per round such as 3.5")
-    add("--batch-sizes", default="1,2,4,8,16,32", metavar="1,4")
+    add("--batch-sizes", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,4")
     add("--context", type=int, metavar="TOKENS", help="length that every prompt is given")
-    add("--eager", action="store_true", help="an engine that launches every kernel from Python, without CUDA graphs")
+    add("--eager", action="store_true", help="a card's engine launches every kernel from Python, without CUDA graphs")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--html", type=Path, metavar="FILE", help="write a self-contained page there")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints the table. Raises SmartError for what a user can mend."""
-    sizes = _sizes(args.batch_sizes)
+    sizes = sorted(set(args.batch_sizes))
+    if sizes[-1] > LARGEST:
+        raise ConfigError(f"batch sizes must lie between 1 and {LARGEST}, not {sizes[-1]}")
     check_outputs((args.json, args.html), None)
     if (args.trace is None) == (args.acceptance is None):
         raise ConfigError("give either --trace FILE (smart bench --record makes one) or --acceptance NAME")
     if args.context is not None and args.context < 1:
         raise ConfigError(f"--context must be at least 1, not {args.context}")
+    if (args.model or args.eager) and not _is_card(args.hardware):
+        raise ConfigError("--model and --eager change a card's costs, not measured ones: give --hardware NAME")
     trace, acceptance, tree = _acceptance(args)
     if args.context is not None:
         trace = replace(trace, recording=_at_context(trace.recording, args.context))
@@ -142,11 +144,11 @@ def _costs(
         hardware = trace.about.get("provenance", {}).get("hardware", {})
         told = f"measured profile of {hardware.get('gpu') or hardware.get('cpu', 'an unknown machine')}"
         return trace.cost, trace.host, Simulation(told, "the recorded one", acceptance)
-    if Path(name).suffix == ".json":
+    if not _is_card(name):
         return _profile(Path(name)), trace.host, Simulation(f"profile {Path(name).name}", "as profiled", acceptance)
     from smart_decoding.bench.hardware import card, dimensions, roofline
 
-    sheet, model = card(name, args.eager), dimensions(args.model)
+    sheet, model = card(name, args.eager), dimensions(args.model or MODEL)
     how = "every kernel launched from Python" if args.eager else "CUDA graphs"
     simulation = Simulation(
         f"roofline of {sheet.name}: {sheet.bytes_s / 1e9:.0f} GB/s, {sheet.flop_s / 1e12:g} TFLOP/s bf16 at "
@@ -159,6 +161,10 @@ def _costs(
         needed = model.memory(largest, longest) / 1e9
         simulation.notes.append(f"batch {largest} needs {needed:.0f} GB, more than its {sheet.memory / 1e9:.0f} GB")
     return roofline(sheet, model), None, simulation
+
+
+def _is_card(hardware: str) -> bool:
+    return hardware != MEASURED and Path(hardware).suffix != ".json"
 
 
 def _profile(path: Path) -> CostModel:
@@ -180,13 +186,3 @@ def _tokens(said: str, known: list[str]) -> float:
         return float(said)
     except ValueError as error:
         raise ConfigError(f"unknown acceptance {said!r}; known: {', '.join(known)}, or tokens per round") from error
-
-
-def _sizes(said: str) -> list[int]:
-    try:
-        sizes = sorted({int(word) for word in said.split(",") if word.strip()})
-    except ValueError as error:
-        raise ConfigError(f"{said!r} is not a list of whole numbers such as 1,4") from error
-    if not sizes or sizes[0] < 1 or sizes[-1] > 256:
-        raise ConfigError("batch sizes must lie between 1 and 256")
-    return sizes

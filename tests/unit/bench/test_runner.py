@@ -211,6 +211,7 @@ def test_an_arm_may_have_a_drafter_of_its_own(tmp_path):
     assert "--draft small" in command_of(draft) and "--method-option longest=4" in command_of(options)
     for given, message in (
         ({"method": "draft_model"}, "give --draft"),
+        ({"method": "none"}, "policy 'smart' is given: leave out one of them"),
         ({"method": "magic"}, "unknown method"),
         ({"policy_options": ("smart:method=magic",)}, "unknown method"),
         ({"draft": "a", "method_options": {"model": "b"}}, "give it once"),
@@ -225,6 +226,21 @@ def asked_by(words):
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     return cli.options_of(parser.parse_args(words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--batch-sizes 1,x", "'1,x' is not a list of positive whole numbers such as 1,4"),
+        ("--batch-sizes 0", "'0' is not a list of positive whole numbers"),
+        ("--batch-sizes ,", "',' is not a list of positive whole numbers"),
+        ("--load much", "'much' is not a list of shares such as 0.3,0.6,0.9"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_said(words, message, capsys):
+    with pytest.raises(SystemExit):
+        asked_by(words)
+    assert message in capsys.readouterr().err
 
 
 def test_presets_fill_in_what_is_not_given():

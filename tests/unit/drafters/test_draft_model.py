@@ -279,3 +279,25 @@ def test_what_is_missing_or_too_short_is_refused(tmp_path: Path, target_folder: 
     draft = saved(tmp_path / "draft", replace(SMALL, max_positions=64), WORDS, 1)
     with pytest.raises(ModelError, match=r"cannot follow the target: .* 128 tokens exceeds the model's 64"):
         LLM(target_folder, speculative_config={"method": "draft_model", "model": draft}, max_model_len=128)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("ngram", r"speculative_config='ngram' is not allowed: give a dict"),
+        (["ngram"], "give a dict"),
+        (1, "give a dict"),
+        ({"method": "none", "policy": "smart"}, "policy 'smart' is given: leave out one of them"),
+        ({"method": "none", "length": 2}, "'none' takes no options, but 'length' is given"),
+        ({"method": "none", "policy": "off", "model": "small"}, "'none' takes no options, but 'model' is given"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(target_folder: Path, config: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLM(target_folder, speculative_config=config, dtype="fp32")
+
+
+@pytest.mark.parametrize("config", [False, {"method": "none"}, {"method": "none", "policy": "off"}])
+def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
+    llm = LLM(target_folder, speculative_config=config, dtype="fp32")
+    assert llm.speculation.drafter is None and llm.policy.name == "off"
