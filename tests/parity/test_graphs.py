@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from smart_decoding.backends.torch.decoder import Decoder
-from smart_decoding.backends.torch.graphs import BUCKETS, GraphedLayers, graphed
+from smart_decoding.backends.torch.graphs import BUCKETS, CudaRecorder, GraphedLayers, graphed
 from smart_decoding.backends.torch.layers import TorchLayers
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.rows import Rows, build_rows
@@ -101,7 +101,13 @@ def test_more_rows_than_the_largest_bucket_are_run_eagerly() -> None:
     assert model.steps == BUCKETS
 
 
-def test_where_recording_fails_kernels_are_launched_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_recording_fails_kernels_are_launched_one_by_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: CudaRecorder, device: torch.device) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(CudaRecorder, "__init__", fail)
     layers = decoder("llama", False)._layers
     assert isinstance(layers, TorchLayers)
     with caplog.at_level(logging.WARNING, "smart.graphs"):

@@ -220,6 +220,8 @@ def test_a_row_with_a_nan_is_refused(options: dict[str, Any]) -> None:
         broken[at] = np.nan
         with pytest.raises(ModelError):
             draw([row, broken], [SampleSpec(SamplingParams(**options))] * 2)
+        greedy = SampleSpec(SamplingParams(temperature=0.0))
+        assert draw([broken, row], [greedy, SampleSpec(SamplingParams(**options))])[0] == int(np.nanargmax(broken))
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-4, 1e-3])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # far more than any cache, and on a GPU than a launch takes
+READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far more than any cache, and on a GPU than a launch takes
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied
 SECONDS = 0.4  # for each limit
 

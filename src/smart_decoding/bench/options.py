@@ -10,7 +10,7 @@ from typing import Any
 
 from smart_decoding.bench.data import DEFAULT_TASKS, TASKS
 from smart_decoding.core.policies import make_policy
-from smart_decoding.drafters import METHODS, check_draft, check_plain
+from smart_decoding.drafters import METHODS, check_draft
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import DEFAULT_MODEL
@@ -137,7 +137,8 @@ class BenchOptions:
             method = arm.options.get("method", self.method)
             if method is not None and method not in METHODS:
                 raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
-            check_plain(method, arm.policy)
+            if method == "none":
+                raise ConfigError("method 'none' leaves nothing to compare with plain decoding: choose one that drafts")
             check_draft(method, self.draft or arm.options.get("model"), "--draft MODEL")
         if "model" in self.method_options and self.draft:
             raise ConfigError("the model to draft with is given by --draft and by --method-option: give it once")

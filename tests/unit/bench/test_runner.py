@@ -211,7 +211,7 @@ def test_an_arm_may_have_a_drafter_of_its_own(tmp_path):
     assert "--draft small" in command_of(draft) and "--method-option longest=4" in command_of(options)
     for given, message in (
         ({"method": "draft_model"}, "give --draft"),
-        ({"method": "none"}, "policy 'smart' is given: leave out one of them"),
+        ({"method": "none"}, "leaves nothing to compare"),
         ({"method": "magic"}, "unknown method"),
         ({"policy_options": ("smart:method=magic",)}, "unknown method"),
         ({"draft": "a", "method_options": {"model": "b"}}, "give it once"),

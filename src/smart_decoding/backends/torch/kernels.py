@@ -19,7 +19,7 @@ from smart_decoding.backends.torch.native.memory import address
 from smart_decoding.engine.kv import PAGE
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
-MOST_K = 64
+MOST_K, NOT_DRAWN = 64, -1
 PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in vectors.h
 MAX_QUERIES = 32  # query heads per key head
 _DRAW = np.dtype([(name, np.int64) for name in ("row", "seed", "sample", "position", "k")]
@@ -365,8 +365,8 @@ def draw(draws: Sequence[tuple[int, int, int, int, int, float, float, float]], n
     """The argmax of row * scale + noise for rows of n float32, each given as (its address, seed, sample, position, k,
     scale, floor, below).
 
-    Only among the k largest (0: all; at most MOST_K), those of at least `floor`, and of at least the maximum +
-    `below`."""
+    Only among the k largest (0: all; at most MOST_K; NOT_DRAWN: the maximum is all that is wanted), those of at least
+    `floor`, and of at least the maximum + `below`."""
     count, what = len(draws), np.array(draws, _DRAW)
     drawn = Drawn(np.empty(count, np.int64), np.empty(count), np.empty(count, np.int64))
     _lib().smart_draw(address(what), count, n, *map(address, drawn), torch.get_num_threads())

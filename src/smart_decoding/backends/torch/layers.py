@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -214,8 +214,8 @@ class TorchLayer:
 
     def __init__(self, w: LayerWeights) -> None:
         self._gate_up = torch.cat((w.gate, w.up))
-        gate, up = self._gate_up.chunk(2)
-        self.weights = replace(w, gate=gate, up=up)
+        w.gate, w.up = self._gate_up.chunk(2)  # which frees those that were given
+        self.weights = w
 
     def before(
         self, x: Tensor, cosine: Tensor, sine: Tensor, inputs: Tensor | None = None

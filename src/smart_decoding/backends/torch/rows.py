@@ -50,6 +50,7 @@ class GatheredRows:
         keys, mask = np.zeros((groups, k), np.int64), np.zeros((groups, q, k), np.bool_)
         mask[:, :, 0] = True  # padded queries must see something, or softmax gives NaN
         for g, (slots, seen) in enumerate(lists):
+            keys[g] = slots[0]  # what is masked must be of the group itself: another one's NaN would get through
             keys[g, : len(slots)] = slots
             mask[g, : len(seen), : len(slots)] = seen
         slot = rows.slot.astype(np.int64)

@@ -143,9 +143,11 @@ def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> l
 
 def _asked(row: FloatRow, spec: SampleSpec) -> tuple[int, int, int, int, int, float, float, float]:
     p, few = spec.params, spec.params.top_k <= kernels.MOST_K
-    return (address(row), spec.seed, spec.sample, spec.position, p.top_k if few else 0,
-            1.0 if p.greedy else 1.0 / p.temperature, LOWEST if few else _top_k_floor(row, p.top_k),
-            0.0 if p.greedy else _min_p_distance(p))  # fmt: skip
+    where = address(row), spec.seed, spec.sample, spec.position
+    if p.greedy:
+        return (*where, kernels.NOT_DRAWN, 1.0, LOWEST, 0.0)
+    floor = LOWEST if few else _top_k_floor(row, p.top_k)
+    return (*where, max(p.top_k, 0) if few else 0, 1.0 / p.temperature, floor, _min_p_distance(p))
 
 
 def survivors(row: FloatRow, params: SamplingParams) -> NDArray[np.int64]:

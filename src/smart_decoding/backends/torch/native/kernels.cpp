@@ -520,12 +520,12 @@ void smart_top_k(const float* x, int rows, int64_t n, int k, const float* scale,
 
 // Draws a token for each of `count` rows of n logits. Its argmax of row * scale + noise is sought among entries of at least `kept`, which
 // top-k raises (k of 1 to n - 1; any other cuts nothing), and of at least the maximum + `below`. best: the first maximum, -1 if it is
-// not finite or the row has a NaN. drawn: the token, -1 where others come so near that rounding decides.
+// not finite, or if the row has a NaN and is drawn from at all: a negative k asks for no more than `best`. drawn: the token, -1 where others come so near that rounding decides.
 void smart_draw(const Draw* draws, int64_t count, int64_t n, int64_t* best, double* kept, int64_t* drawn, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t r = 0; r < count; r++) {
         const Draw& d = draws[r];
-        best[r] = has_nan(d.row, n) ? -1 : first_maximum(d.row, n);
+        best[r] = d.k >= 0 && has_nan(d.row, n) ? -1 : first_maximum(d.row, n);
         kept[r] = best[r] >= 0 && d.k > 0 && d.k < n ? std::max(d.floor, double(kth_largest(d.row, n, d.k))) : d.floor;
     }
     int64_t parts = (threads + count - 1) / count, size = (n + parts - 1) / parts;
@@ -533,8 +533,8 @@ void smart_draw(const Draw* draws, int64_t count, int64_t n, int64_t* best, doub
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t part = 0; part < count * parts; part++) {
         int64_t r = part / parts, first = part % parts * size;
-        if (best[r] < 0) continue;
         const Draw& d = draws[r];
+        if (best[r] < 0 || d.k < 0) continue;
         float floor = std::max(kept[r], d.row[best[r]] + d.below);
         uint64_t key = noise_key(d.seed, d.sample, d.position);
         found[part] = noisy_best(d.row, first, std::min(n, first + size), best[r], d.scale, floor, key);
