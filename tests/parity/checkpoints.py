@@ -12,7 +12,7 @@ import transformers
 
 from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.backends.torch.decoder import Decoder
-from smart_decoding.core.tree import DraftTrees
+from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, Span, build_rows
 
@@ -108,3 +108,12 @@ def plain_rows(*spans: Span) -> Rows:
     rows = build_rows(spans, DraftTrees.empty(len(spans)), [True] * len(spans))[0]
     rows.logit_rows = None
     return rows
+
+
+def random_trees(seed: int, batch: int, nodes: int) -> DraftTrees:
+    rng, trees = np.random.default_rng(seed), DraftTrees.empty(batch)
+    for _ in range(nodes):
+        owner = int(rng.integers(batch))
+        parent = int(rng.choice([ROOT, *trees.nodes_of(owner)[-4:]]))
+        trees.append([owner], [int(rng.integers(VOCAB))], [parent], [0.5])
+    return trees

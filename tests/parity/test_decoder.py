@@ -11,10 +11,9 @@ import torch
 
 from smart_decoding.backends.torch.decoder import Decoder, use_native
 from smart_decoding.backends.torch.native import build
-from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.rows import build_rows
 
-from .checkpoints import MODELS, OTHERS, VOCAB, Memory, config_of, decoder, plain_rows, reference, span
+from .checkpoints import MODELS, OTHERS, VOCAB, Memory, config_of, decoder, plain_rows, random_trees, reference, span
 
 TOLERANCE = 1e-4
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 150)
@@ -106,15 +105,6 @@ def test_chunks_and_single_tokens_equal_the_full_forward(name: str, native: bool
             starts[i] += len(part.tokens)
     for rows in got:
         assert_same(torch.cat(rows), wanted, native)
-
-
-def random_trees(seed: int, batch: int, nodes: int) -> DraftTrees:
-    rng, trees = np.random.default_rng(seed), DraftTrees.empty(batch)
-    for _ in range(nodes):
-        owner = int(rng.integers(batch))
-        parent = int(rng.choice([ROOT, *trees.nodes_of(owner)[-4:]]))
-        trees.append([owner], [int(rng.integers(VOCAB))], [parent], [0.5])
-    return trees
 
 
 @pytest.mark.parametrize(("native", "dtype"), FORMS)

@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.backends.torch.graphs import BUCKETS, CudaRecorder, GraphedLayers, graphed
 from smart_decoding.backends.torch.layers import TorchLayers
-from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.rows import Rows, build_rows
 
-from .checkpoints import MODELS, PAGES, VOCAB, Memory, config_of, decoder, plain_rows, reference, span
+from .checkpoints import MODELS, PAGES, VOCAB, Memory, config_of, decoder, plain_rows, random_trees, reference, span
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 400)
 
@@ -42,14 +41,6 @@ def with_graphs(model: Decoder) -> Replays:
     return replays
 
 
-def some_trees() -> DraftTrees:
-    trees, rng = DraftTrees.empty(2), np.random.default_rng(1)
-    for _ in range(9):
-        owner = int(rng.integers(2))
-        trees.append([owner], [int(rng.integers(VOCAB))], [int(rng.choice([ROOT, *trees.nodes_of(owner)]))], [0.5])
-    return trees
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_graphs_compute_the_same(name: str) -> None:
     """A prompt's rows, then trees of two requests beside another prompt, then single rows: twice, so that what forwards
@@ -60,7 +51,7 @@ def test_graphs_compute_the_same(name: str) -> None:
         memory = Memory(4)
         tables = [memory.pages(60), memory.pages(60)]
         prompts = plain_rows(*(span(TOKENS[:30], 0, table) for table in tables))
-        trees = some_trees()
+        trees = random_trees(1, 2, 9)
         spans = [span(TOKENS[30:31], 30, t, len(trees.nodes_of(i))) for i, t in enumerate(tables)]
         spans.append(span(TOKENS[:7], 0, memory.pages(7)))
         for rows in (prompts, build_rows(spans, trees, [True, True, False])[0], plain_rows(*spans[:1])):
@@ -124,7 +115,7 @@ def test_every_tensor_is_on_the_models_device(name: str, graphs: bool) -> None:
         model = Decoder(config_of(name), weights, torch.bfloat16, torch.device("meta"), PAGES, 512, False)
         if graphs:
             with_graphs(model)
-        trees = some_trees()
+        trees = random_trees(1, 2, 9)
         spans = [span(TOKENS[30:31], 30, np.arange(4, dtype=np.int32), len(trees.nodes_of(i))) for i in range(2)]
         rows: Rows = build_rows([*spans, span(TOKENS[:7], 0, np.arange(1, dtype=np.int32))], trees, [True] * 3)[0]
         out = model.forward(rows, (1, 2))

@@ -287,9 +287,10 @@ class Engine:
             if metrics.first_token is None:
                 metrics.first_token = now
             if chunk is None:
+                drafted = min(len(tokens), len(path))
                 metrics.rounds += 1
-                metrics.accepted += min(len(tokens), len(path))
-                accepted += min(len(tokens), len(path))
+                metrics.accepted += drafted
+                accepted += drafted
             # An end may cut the path short.
             request.table.commit(request.tokens, min(start + count + len(path), len(request.tokens)))
             if not plain and (ends or not request.finished):

@@ -33,16 +33,8 @@ def profile_path(
     costs over rows."""
     machine = _cpu() + (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
     native = build.sources() if build.unavailable() is None else ""
-    parts = [
-        str(VERSION),
-        torch.__version__,
-        json.dumps(dict(weights), sort_keys=True),
-        str(dtype),
-        machine,
-        head,
-        native,
-    ]
-    parts += [str(torch.get_num_threads()), str(longest), str(tuple(steps))]
+    parts = [str(VERSION), torch.__version__, json.dumps(dict(weights), sort_keys=True), str(dtype), machine]
+    parts += [head, native, str(torch.get_num_threads()), str(longest), str(tuple(steps))]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return cache_dir() / "profiles" / f"{key}.json"
 

@@ -129,11 +129,12 @@ def _points(
     target: TorchTarget, drafter: LevelDrafter[Any] | None, pages: int, max_num_seqs: int, coarse: bool = False
 ) -> list[Point]:
     points, sizes = [], COARSE if coarse else PER_SEQUENCE
+    # Both sides of a step, between which costs are flat. Of many steps two batches show enough: most totals end one.
+    stepped = () if coarse else BATCHES if len(target.steps) <= 1 else (1, 8)
     for context in CONTEXTS[: 1 if coarse else None]:
         for batch in (b for b in BATCHES if b <= max_num_seqs):
             totals = [batch * per for per in (sizes if context == CONTEXTS[0] else (1, 4, 16))]
-            many = len(target.steps) > 1  # then most of the totals end one, and two batches show what a step is
-            if context == CONTEXTS[0] and not coarse and (batch in (1, 8) or not many):  # both sides: all else is flat
+            if context == CONTEXTS[0] and batch in stepped:
                 totals += [total for step in target.steps for total in (step, step + 1) if total > batch]
             for total in sorted({t for t in totals if t <= MAX_ROWS or t == batch}):
                 run = verification(target, batch, total, context, pages)

@@ -137,13 +137,14 @@ class Decoder:
         if self.native:
             output = packed_rows(config.vocab) * config.hidden
             arena = Arena(layers[0].elements() * config.layers + output, dtype)
-        self._layers: Layers
-        if device.type == "cuda":  # cuDNN's attention makes a plan for each shape, and here shapes change every round
+        on_cuda = device.type == "cuda"
+        if on_cuda:  # cuDNN's attention makes a plan for each shape, and here shapes change every round
             torch.backends.cuda.enable_cudnn_sdp(False)
+        self._layers: Layers
         if arena:
             self._layers = NativeLayers(layers, arena, self.workspace)
         else:
-            self._layers = graphed(layers) if graphs and device.type == "cuda" else TorchLayers(layers)
+            self._layers = graphed(layers) if on_cuda and graphs else TorchLayers(layers)
         embedding = weights["model.embed_tokens.weight"].to(device=device, dtype=dtype)
         head = embedding if config.tie_embeddings else weights["lm_head.weight"].to(device=device, dtype=dtype)
         norm = weights["model.norm.weight"].to(device=device, dtype=dtype)

@@ -53,7 +53,7 @@ class GraphedLayers:
     """TorchLayers whose halves are recorded."""
 
     def __init__(self, layers: TorchLayers, record: Record, buckets: Sequence[int] = BUCKETS) -> None:
-        self._eager, self._layers, self._buckets = layers, layers.each, buckets
+        self._eager, self._buckets = layers, buckets
         w, most = layers.each[0].weights, buckets[-1]
 
         def rows(*shape: int) -> Tensor:

@@ -263,4 +263,4 @@ def _rows(logits: torch.Tensor, indices: NDArray[np.int64]) -> Sequence[FloatRow
         plain = logits.dtype == torch.float32 and not logits.requires_grad
         rows = np.ascontiguousarray((logits if plain else logits.detach().float()).numpy())
         return [rows[i] for i in indices.tolist()]
-    return list(logits[torch.from_numpy(indices).to(logits.device)].float().cpu().numpy())
+    return list(logits.detach()[torch.from_numpy(indices).to(logits.device)].float().cpu().numpy())

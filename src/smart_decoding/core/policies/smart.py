@@ -126,6 +126,7 @@ class Smart:
     # --- before drafting ---
 
     def plan(self, batch: BatchState) -> DraftPlan:
+        # Requests come and go: up to an eighth fewer or a quarter more are about the same batch.
         if self._rest and 7 * self._rest_size <= 8 * batch.size <= 10 * self._rest_size:
             self._rest -= 1
             self._scratch = None

@@ -19,12 +19,13 @@ from transformers import (
 
 from smart_decoding.backends.torch.native import build
 from smart_decoding.backends.torch.ranking import ranked
+from smart_decoding.drafters import check_draft
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import Drafter
 from smart_decoding.engine.rows import Rows
-from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.errors import ModelError
 from smart_decoding.integrations.transformers.checks import unsupported_cache
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.speculation import DRAFT_SCRATCH_PAGES, vocabulary_difference
@@ -72,8 +73,7 @@ def load_draft_model(target: PreTrainedModel, draft: Any, max_length: int) -> Pr
     """The model, loaded in the target's dtype to its device if it is a folder or hub id.
 
     Raises ConfigError or ModelError, before it is loaded, if it does not fit the target or the call's longest text."""
-    if not draft:
-        raise ConfigError("method 'draft_model' needs a smaller model of the same vocabulary: give model=NAME")
+    check_draft("draft_model", draft, "model=NAME")
     config = draft.config if isinstance(draft, PreTrainedModel) else _config(draft)
     name = config.name_or_path or type(draft).__name__
     if config.is_encoder_decoder:

@@ -518,9 +518,10 @@ void smart_top_k(const float* x, int rows, int64_t n, int k, const float* scale,
         top_row(x + r * n, n, k, scale[r], keys ? keys[r] : 0, tokens, ids + int64_t(r) * k, probs + int64_t(r) * k);
 }
 
-// Draws a token for each of `count` rows of n logits. Its argmax of row * scale + noise is sought among entries of at least `kept`, which
-// top-k raises (k of 1 to n - 1; any other cuts nothing), and of at least the maximum + `below`. best: the first maximum, -1 if it is
-// not finite, or if the row has a NaN and is drawn from at all: a negative k asks for no more than `best`. drawn: the token, -1 where others come so near that rounding decides.
+// Draws a token for each of `count` rows of n logits: the argmax of row * scale + noise among entries of at least `kept`, which top-k
+// raises (k of 1 to n - 1; 0 or more than that cuts nothing), and of at least the maximum + `below`. A negative k asks for no more
+// than `best`. best: the first maximum, -1 if it is not finite, or if a row that is drawn from has a NaN. drawn: the token, -1 where
+// others come so near that rounding decides.
 void smart_draw(const Draw* draws, int64_t count, int64_t n, int64_t* best, double* kept, int64_t* drawn, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t r = 0; r < count; r++) {

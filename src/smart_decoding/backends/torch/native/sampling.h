@@ -133,7 +133,7 @@ static inline uint64_t noise_key(uint64_t seed, uint64_t sample, uint64_t positi
     return mix((mix((mix(seed + STEP) ^ sample) + STEP) ^ position) + STEP);
 }
 
-constexpr double NEAR = 1e-3;    // scores this far apart are told apart whatever the rounding,
+constexpr double NEAR = 1e-3;   // scores this far apart are told apart whatever the rounding,
 constexpr double LARGE = 2048;  // unless they are larger than this
 
 struct Noisy {  // the best noisy score, and the second best as far as it is near
@@ -149,8 +149,8 @@ struct Noisy {  // the best noisy score, and the second best as far as it is nea
     }
 };
 
-// The argmax of row * scale + noise from `first` to `end`, among the entries of at least `floor`, where it may be that of the whole row,
-// whose largest entry is the one at `top`.
+// The argmax of row * scale + noise from `first` to `end`, among the entries of at least `floor`, where it may be that of the whole
+// row, whose largest entry is the one at `top`.
 static Noisy noisy_best(const float* row, int64_t first, int64_t end, int64_t top, float scale, float floor, uint64_t key) {
     constexpr int64_t BLOCK = 256;
     constexpr double MOST = 23;  // no noise exceeds it
