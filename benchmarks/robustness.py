@@ -29,8 +29,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smart_decoding import LLM
-from smart_decoding.backends.torch.head_files import load_head
-from smart_decoding.backends.torch.loading import load_checkpoint
 from smart_decoding.bench.ablations import VARIANTS
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.data import load_task
@@ -40,6 +38,8 @@ from smart_decoding.bench.resume import Progress
 from smart_decoding.bench.runner import encode, load, measure
 from smart_decoding.bench.summary import decode_speedup, end_to_end_speedup
 from smart_decoding.engine.engine import Engine
+from smart_decoding.models.head_files import load_head
+from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import TrainableHead, form_of
 
@@ -109,7 +109,7 @@ def _write(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
 
 def _tokens(count: int) -> np.ndarray:
     """Tokens of the benchmark's prompts, one after the other, again and again."""
-    from smart_decoding.tokenizer import Tokenizer
+    from smart_decoding.models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(load_checkpoint(MODEL).tokenizer_source)
     text = [

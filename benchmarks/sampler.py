@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from smart_decoding.backends.torch.sampler import Sampler
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.models.sampler import Sampler
 
 VOCAB, ROWS = 49152, 16
 

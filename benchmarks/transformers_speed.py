@@ -18,11 +18,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from smart_decoding.backends.torch.loading import load_checkpoint
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.provenance import commit, hardware
 from smart_decoding.integrations.transformers import generate, last_report
-from smart_decoding.tokenizer import Tokenizer
+from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.tokenizer import Tokenizer
 
 TASKS = ("code", "maths", "general")
 PAD = 2

@@ -315,7 +315,7 @@ def server(args: argparse.Namespace, policy: str) -> Iterator[tuple[str, int]]:
     url = f"http://127.0.0.1:{port}"
     options = ["--served-model-name", "soak", "--dtype", args.dtype, "--port", str(port), "--policy", policy,
                "--log-level", "warning", *args.option]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "smart_decoding.cli", "serve", args.model, *options])
+    process = subprocess.Popen([sys.executable, "-m", "smart_decoding.cli.main", "serve", args.model, *options])
     try:
         for _ in range(600):
             with contextlib.suppress(httpx.HTTPError):

@@ -9,22 +9,22 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.backends.torch.loading import load_checkpoint
-from smart_decoding.backends.torch.target import TorchTarget, dtype_of, pages_for
 from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import Decode
 from smart_decoding.errors import CapacityError, ConfigError
-from smart_decoding.grammars import Grammars
-from smart_decoding.models import DEFAULT_MODEL
+from smart_decoding.models.grammars import Grammars
+from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.registry import DEFAULT_MODEL
+from smart_decoding.models.target import TorchTarget, dtype_of, pages_for
+from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.multimodal.images import Limits
 from smart_decoding.multimodal.messages import as_text, has_pictures, split
 from smart_decoding.multimodal.pixels import load_reader
 from smart_decoding.multimodal.prompts import MediaPrompt, PromptBuilder
 from smart_decoding.speculation import Speculation, build_speculation, check_speculation
-from smart_decoding.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | MediaPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -35,7 +35,7 @@ DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
 class CompletionOutput:
     """One answer. finish_reason: 'stop', 'length' or 'abort'; metrics: rounds, rows and times of this answer.
 
-    logprobs: None unless asked for; else a `TokenLogprobs` (backends/torch/sampler.py) for each of token_ids: token,
+    logprobs: None unless asked for; else a `TokenLogprobs` (models/sampler.py) for each of token_ids: token,
     logprob, rank (from 1), and the most likely tokens as the arrays top_tokens and top_logprobs."""
 
     index: int

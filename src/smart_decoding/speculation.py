@@ -10,13 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.backends.torch.draft_model import DraftModel
-from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
-from smart_decoding.backends.torch.loading import Checkpoint, load_checkpoint
-from smart_decoding.backends.torch.native.chooser import native_chooser
-from smart_decoding.backends.torch.ranking import torch_top_k
-from smart_decoding.backends.torch.target import TorchTarget, fitting_memory
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import Forecast
@@ -31,10 +24,17 @@ from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.protocols import Drafter
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.models import VISION_PARTS, base_of, seeing_names
+from smart_decoding.kernels.chooser import native_chooser
+from smart_decoding.models.draft_model import DraftModel
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
+from smart_decoding.models.loading import Checkpoint, load_checkpoint
+from smart_decoding.models.ranking import torch_top_k
+from smart_decoding.models.registry import VISION_PARTS, base_of, seeing_names
+from smart_decoding.models.target import TorchTarget, fitting_memory
+from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import largest_batch, longest_context, measure
-from smart_decoding.tokenizer import Tokenizer
 
 log = logging.getLogger("smart.speculation")
 

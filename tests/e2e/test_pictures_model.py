@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smart_decoding import cli
+from smart_decoding.cli import main as cli
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
 from smart_decoding.pictures.draw import draw, example_chart

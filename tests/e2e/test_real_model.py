@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 
-from smart_decoding.backends.torch.loading import load_checkpoint
 from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.llm import LLM
+from smart_decoding.models.loading import load_checkpoint
 
 pytestmark = pytest.mark.model
 

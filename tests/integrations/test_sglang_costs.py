@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smart_decoding import cli
+from smart_decoding.cli import main as cli
 from smart_decoding.integrations.sglang.policy import StepCosts
 
 

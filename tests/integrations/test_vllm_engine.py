@@ -211,7 +211,7 @@ def test_data_parallel_ranks_that_wait_for_each_other_are_refused() -> None:
 def test_smart_vllm_config_measures_and_vllm_takes_what_it_writes(tmp_path) -> None:
     output = tmp_path / "schedule.json"
     arguments = json.dumps({"dtype": "float32", "enforce_eager": True, "max_model_len": 512})
-    command = [sys.executable, "-m", "smart_decoding.cli", "vllm-config", MODEL, "--lengths", "3"]
+    command = [sys.executable, "-m", "smart_decoding.cli.main", "vllm-config", MODEL, "--lengths", "3"]
     command += ["--batch-sizes", "1,4", "--blocks", "2", "--max-tokens", "48", "--engine-args", arguments]
     command += ["--output", str(output)]
     run = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=1800)

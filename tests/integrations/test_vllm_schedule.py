@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from smart_decoding import cli, cli_vllm
+from smart_decoding.cli import main as cli
+from smart_decoding.cli import vllm_config as cli_vllm
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.vllm import seams
 from smart_decoding.integrations.vllm.schedule import Line, Timing, choose, schedule, speculative_config
@@ -139,7 +140,7 @@ def test_prompts_are_lines_of_text_or_json(tmp_path) -> None:
 
 def test_importing_the_integration_imports_no_vllm() -> None:
     code = (
-        "import sys, smart_decoding.integrations.vllm as ours, smart_decoding.cli_vllm; "
+        "import sys, smart_decoding.integrations.vllm as ours, smart_decoding.cli.vllm_config; "
         "assert not {'vllm', 'torch'} & set(sys.modules); print(*sorted(ours.__all__))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import transformers
 
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, Span, build_rows
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.decoder import Decoder
 
 VOCAB, PAGES = 331, 40
 SIZES: dict[str, Any] = {

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart_decoding.backends.torch.native.chooser import native_chooser
 from smart_decoding.core.calibration import DEPTHS, KINDS, Calibration
 from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.policies.chooser import Drafted, NumpyChooser
 from smart_decoding.core.tree import DraftTrees
+from smart_decoding.kernels.chooser import native_chooser
 
 NATIVE = native_chooser()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="no C++ compiler")

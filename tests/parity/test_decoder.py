@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.backends.torch.decoder import Decoder, use_native
-from smart_decoding.backends.torch.native import build
 from smart_decoding.engine.rows import build_rows
+from smart_decoding.kernels import library
+from smart_decoding.models.decoder import Decoder, use_native
 
 from .checkpoints import MODELS, OTHERS, VOCAB, Memory, config_of, decoder, plain_rows, random_trees, reference, span
 
 TOLERANCE = 1e-4
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 150)
 NATIVE = pytest.param(
-    True, id="native", marks=pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+    True, id="native", marks=pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 )
 BOTH = [NATIVE, pytest.param(False, id="torch")]
 FORMS = [pytest.param(True, torch.float32, id="native"), pytest.param(True, torch.bfloat16, id="native bf16")]
@@ -39,11 +39,11 @@ def full(model: Decoder, tokens: np.ndarray, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.skipif(
-    build.compiler() is None or bool(os.environ.get("SMART_NO_KERNELS")), reason="no compiler, or kernels not wanted"
+    library.compiler() is None or bool(os.environ.get("SMART_NO_KERNELS")), reason="no compiler, or kernels not wanted"
 )
 def test_the_kernels_compile_where_there_is_a_compiler() -> None:
     """Otherwise every test of them would be skipped."""
-    assert build.unavailable() is None
+    assert library.unavailable() is None
 
 
 @pytest.mark.parametrize("native", BOTH)
@@ -178,7 +178,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 def test_it_says_once_why_there_are_no_kernels(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(build, "unavailable", lambda: "for this test")
+    monkeypatch.setattr(library, "unavailable", lambda: "for this test")
     with caplog.at_level("WARNING", "smart.kernels"):
         for _ in range(2):
             assert not use_native(config_of("llama"), torch.device("cpu"))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from smart_decoding.backends.torch.decoder import Decoder
-from smart_decoding.backends.torch.graphs import BUCKETS, CudaRecorder, GraphedLayers, graphed
-from smart_decoding.backends.torch.layers import TorchLayers
 from smart_decoding.engine.rows import Rows, build_rows
+from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.graphs import BUCKETS, CudaRecorder, GraphedLayers, graphed
+from smart_decoding.models.layers import TorchLayers
 
 from .checkpoints import MODELS, PAGES, VOCAB, Memory, config_of, decoder, plain_rows, random_trees, reference, span
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smart_decoding.backends.torch.head_export import check_layout, layout_of, smart_config, write_head
-from smart_decoding.backends.torch.head_files import HeadFiles, load_head
-from smart_decoding.backends.torch.loading import Checkpoint
-from smart_decoding.backends.torch.rope import scaling_from_hf
-from smart_decoding.cli import main
+from smart_decoding.cli.main import main
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.models.head_export import check_layout, layout_of, smart_config, write_head
+from smart_decoding.models.head_files import HeadFiles, load_head
+from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.rope import scaling_from_hf
 from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import Form, TrainableHead, form_of
 

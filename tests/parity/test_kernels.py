@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.backends.torch import kernels
-from smart_decoding.backends.torch.kernels import Arena
-from smart_decoding.backends.torch.layers import KVCache, Linear
-from smart_decoding.backends.torch.native import build
-from smart_decoding.backends.torch.native.memory import address
-from smart_decoding.backends.torch.noise import gumbel, noise_key
-from smart_decoding.backends.torch.sampler import LOWEST, draw
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
+from smart_decoding.kernels import library
+from smart_decoding.kernels import ops as kernels
+from smart_decoding.kernels.memory import address
+from smart_decoding.kernels.ops import Arena
+from smart_decoding.models.layers import KVCache, Linear
+from smart_decoding.models.noise import gumbel, noise_key
+from smart_decoding.models.sampler import LOWEST, draw
 
-pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -208,7 +208,7 @@ def test_draws_are_the_same_without_the_kernels(
     specs = [SampleSpec(SamplingParams(**o), seed=i - 20, sample=i % 3, position=7 * i) for i, o in enumerate(options)]
     together = draw(list(rows), specs)
     assert together == [draw([row], [spec])[0] for row, spec in zip(rows, specs, strict=True)]
-    monkeypatch.setattr(build, "unavailable", lambda: "for this test")
+    monkeypatch.setattr(library, "unavailable", lambda: "for this test")
     assert together == draw(list(rows), specs)
 
 
@@ -230,5 +230,5 @@ def test_scores_too_large_to_tell_apart_are_left_to_numpy(temperature: float, mo
     specs = [SampleSpec(SamplingParams(temperature=temperature), seed=seed) for seed in range(3000)]
     drawn = draw([row] * len(specs), specs)
     assert len({*drawn}) == 2
-    monkeypatch.setattr(build, "unavailable", lambda: "for this test")
+    monkeypatch.setattr(library, "unavailable", lambda: "for this test")
     assert drawn == draw([row] * len(specs), specs)

@@ -20,10 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.decoder import Decoder
-from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.head_files import head_folder, load_head
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter
@@ -33,6 +29,10 @@ from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.head_files import head_folder, load_head
 
 LAYERS, D, VOCAB, DRAFT, EPS, PAGES, SCRATCH = 8, 64, 97, 40, 1e-5, 16, 8
 HEADS, KV, HEAD_DIM, FFN = 4, 2, 32, 48  # the head's own: the target has heads of 16 dimensions and another theta

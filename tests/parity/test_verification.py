@@ -7,9 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.backends.torch.native import build
-from smart_decoding.backends.torch.sampler import Sampler
-from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.request import Request
@@ -17,10 +14,13 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.scheduler import Batch
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.engine.verification import Verified, make_room, verify
+from smart_decoding.kernels import library
+from smart_decoding.models.sampler import Sampler
+from smart_decoding.models.target import TorchTarget
 
 from .checkpoints import MODELS, PAGES, VOCAB, decoder
 
-pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no CPU kernels")
+pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="no CPU kernels")
 CONTEXTS = (5, 15, 63, 126)
 DRAFTER = SimpleNamespace(taps=(1, 2), wants_logits=False)
 PROMPT = np.random.default_rng(8).integers(VOCAB, size=200).tolist()

@@ -12,12 +12,12 @@ import torch
 import transformers
 from PIL import Image
 
-from smart_decoding.backends.torch.decoder import Decoder
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
+from smart_decoding.models.decoder import Decoder
 from smart_decoding.multimodal.pixels import load_reader
 from smart_decoding.multimodal.prompts import MediaPrompt
 

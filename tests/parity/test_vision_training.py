@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from smart_decoding import cli
-from smart_decoding.backends.torch.head_files import load_head
-from smart_decoding.backends.torch.loading import Checkpoint, load_checkpoint
+from smart_decoding.cli import main as cli
 from smart_decoding.core.tree import ROOT
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.llm import LLM
+from smart_decoding.models.head_files import load_head
+from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.training import generate
 from smart_decoding.training.seeds import image_turn, picture_turn
 from smart_decoding.training.train import Conversation, Trainer, TrainOptions, load_conversations

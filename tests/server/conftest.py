@@ -15,8 +15,8 @@ sys.path.append(str(Path(__file__).parent))
 from serving import Running, save_tiny_model, serving
 
 from smart_decoding import speculation
-from smart_decoding.downloads import cache_dir
 from smart_decoding.llm import LLM
+from smart_decoding.models.hub import cache_dir
 from smart_decoding.profiling.measure import measure
 
 Load = Callable[..., LLM]

@@ -17,10 +17,10 @@ import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from smart_decoding.llm import LLM
+from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.server.launch import Server, bind, make_server
 from smart_decoding.server.settings import ServerSettings
 from smart_decoding.server.worker import Worker
-from smart_decoding.tokenizer import Tokenizer
 
 NAME = "tiny"
 TEMPLATE = (

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from smart_decoding import cli, cli_serve, llm
+from smart_decoding import llm
+from smart_decoding.cli import main as cli
+from smart_decoding.cli import serve as cli_serve
 from smart_decoding.server import launch
 from smart_decoding.server.settings import ServerSettings
 
@@ -67,7 +69,7 @@ def test_limits_of_pictures_reach_the_model(served: Any, tmp_path: Path) -> None
 def test_waiting_threads_sleep_soon(tmp_path: Path, own: str | None, spins: str) -> None:
     """As OpenMP itself says once it is loaded."""
     environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose", **({"GOMP_SPINCOUNT": own} if own else {})}
-    line = [sys.executable, "-m", "smart_decoding.cli", "serve", str(tmp_path), "--port", "0"]  # no model is there
+    line = [sys.executable, "-m", "smart_decoding.cli.main", "serve", str(tmp_path), "--port", "0"]  # no model is there
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     if "GOMP_SPINCOUNT" not in done.stderr:

@@ -163,7 +163,7 @@ def start(folder: str, port: int) -> subprocess.Popen[bytes]:
     """`smart serve` as a user starts it, until it is ready."""
     line = ["serve", folder, "--served-model-name", NAME, "--port", str(port), "--dtype", "fp32",
             "--method", "recycling", "--max-model-len", "1024", "--max-num-seqs", "4"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "smart_decoding.cli", *line], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "smart_decoding.cli.main", *line], stderr=subprocess.PIPE)
 
     def ready() -> bool:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smart_decoding import cli_serve
+from smart_decoding.cli import serve as cli_serve
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 if not PAGE.is_file():

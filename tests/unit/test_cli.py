@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 
 import smart_decoding
-from smart_decoding import cli, cli_demo, cli_run
 from smart_decoding.bench import divergence
+from smart_decoding.cli import demo as cli_demo
+from smart_decoding.cli import main as cli
+from smart_decoding.cli import run as cli_run
 from smart_decoding.core.acceptance import accept
 from smart_decoding.core.policies import POLICIES
 from smart_decoding.core.tree import ROOT, DraftTrees
@@ -346,15 +348,15 @@ def smart(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_imports_nothing_slow() -> None:
-    show = "import sys; from smart_decoding import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    show = "import sys; from smart_decoding.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     done = smart("-c", show + "print(sorted({'torch', 'numpy', 'scipy', 'tokenizers', 'tqdm'} & set(sys.modules)))")
     assert done.returncode == 0 and done.stdout.endswith("[]\n")
     assert set(cli.COMMANDS) <= set(done.stdout.split())
 
 
 def test_as_a_program() -> None:
-    assert smart("-m", "smart_decoding.cli", "--version").stdout == "smart 0.1.0\n"
-    wrong = smart("-m", "smart_decoding.cli", "run", "--temperature", "9", "hi")
+    assert smart("-m", "smart_decoding.cli.main", "--version").stdout == "smart 0.1.0\n"
+    wrong = smart("-m", "smart_decoding.cli.main", "run", "--temperature", "9", "hi")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "smart: error: temperature=9.0 is not allowed: it must be in [0, 2]\n"
 
@@ -363,7 +365,7 @@ def test_a_closed_pipe_is_quiet() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     env = {**os.environ, "PYTHONPATH": str(Path(smart_decoding.__file__).parents[1])}
-    command = [sys.executable, "-m", "smart_decoding.cli", "models"]
+    command = [sys.executable, "-m", "smart_decoding.cli.main", "models"]
     done = subprocess.run(command, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

@@ -197,13 +197,13 @@ def test_recycling_keeps_exactly_the_likeliest(seed: int, max_nodes: int, max_de
 
 def test_torch_top_k_is_softmax_of_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from smart_decoding.backends.torch.native import build
-    from smart_decoding.backends.torch.ranking import torch_top_k
+    from smart_decoding.kernels import library
+    from smart_decoding.models.ranking import torch_top_k
 
     logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
     expected = torch.softmax(logits.double(), -1).sort(-1, descending=True)
-    for reason in {build.unavailable(), "switched off"}:
-        monkeypatch.setattr(build, "unavailable", lambda reason=reason: reason)
+    for reason in {library.unavailable(), "switched off"}:
+        monkeypatch.setattr(library, "unavailable", lambda reason=reason: reason)
         ids, probs = torch_top_k(logits, 8)
         assert ids.tolist() == expected.indices[:, :8].tolist()
         np.testing.assert_allclose(probs, expected.values[:, :8].numpy(), rtol=1e-5)

@@ -15,11 +15,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.loading import load_checkpoint
 from smart_decoding.errors import DownloadError, ModelError
-from smart_decoding.models import is_complete
-from smart_decoding.tokenizer import Tokenizer
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.registry import is_complete
+from smart_decoding.models.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -390,7 +390,7 @@ def test_gguf_is_converted_once_and_again_when_damaged(
     assert torch.equal(
         load_checkpoint(tmp_path / "tiny.gguf").weights["model.norm.weight"], expected["model.norm.weight"]
     )
-    monkeypatch.setattr("smart_decoding.backends.torch.gguf_import._SHARD", 20_000)
+    monkeypatch.setattr("smart_decoding.models.gguf._SHARD", 20_000)
     write_gguf(tmp_path / "sharded.gguf", "llama")
     sharded = load_checkpoint(tmp_path / "sharded.gguf")
     assert len(list(sharded.tokenizer_source.glob("*.safetensors"))) > 2
@@ -424,7 +424,7 @@ def test_no_room_for_converted_weights(tmp_path: Path, own_cache: Path, monkeypa
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("smart_decoding.backends.torch.gguf_import.save_file", full)
+    monkeypatch.setattr("smart_decoding.models.gguf.save_file", full)
     assert_refused(tmp_path / "tiny.gguf", "No space left on device", "SMART_CACHE", error=DownloadError)
     assert list(own_cache.iterdir()) == []
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from smart_decoding import downloads, models
 from smart_decoding.bench.data import HUMAN_EVAL, TASKS, load_task
-from smart_decoding.downloads import PinnedFile, cache_dir, fetch_pinned
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
-from smart_decoding.models import DEFAULT_MODEL, NAMED_MODELS, Source, resolve
+from smart_decoding.models import hub as downloads
+from smart_decoding.models import registry as models
+from smart_decoding.models.hub import PinnedFile, cache_dir, fetch_pinned
+from smart_decoding.models.registry import DEFAULT_MODEL, NAMED_MODELS, Source, resolve
 
 CONTENT = b"weights " * 1000
 

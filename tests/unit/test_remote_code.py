@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from smart_decoding.backends.torch.vision import read_configs
 from smart_decoding.errors import ModelError
+from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.vision import read_configs
 from smart_decoding.multimodal.pixels import load_reader
-from smart_decoding.tokenizer import Tokenizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")

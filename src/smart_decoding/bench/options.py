@@ -13,7 +13,7 @@ from smart_decoding.core.policies import make_policy
 from smart_decoding.drafters import METHODS, check_draft
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.models import DEFAULT_MODEL
+from smart_decoding.models.registry import DEFAULT_MODEL
 
 BASELINE, OURS = "off", "smart"
 VARIANT_SIZES = (1, 4)  # where variants of smart are measured

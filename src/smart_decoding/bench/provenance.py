@@ -61,7 +61,7 @@ def hardware() -> dict[str, Any]:
     whether the CPU kernels run."""
     import torch
 
-    from smart_decoding.backends.torch.native import build
+    from smart_decoding.kernels import library
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = _cpu_info()
@@ -75,7 +75,7 @@ def hardware() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "flags": [flag for flag in _FLAGS if flag in flags],
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "cpu_kernels": build.unavailable() or "native",
+        "cpu_kernels": library.unavailable() or "native",
     }
 
 

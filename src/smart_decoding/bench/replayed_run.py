@@ -22,11 +22,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.head_files import HeadFiles
-from smart_decoding.backends.torch.loading import Checkpoint
-from smart_decoding.backends.torch.target import TorchTarget, pages_for
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.command import command_of
 from smart_decoding.bench.hardware import dimensions
@@ -50,6 +45,11 @@ from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.head_files import HeadFiles
+from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.target import TorchTarget, pages_for
 from smart_decoding.profiling.measure import measure as profile
 from smart_decoding.speculation import ROUND_OVERHEAD, SCRATCH_PAGES
 

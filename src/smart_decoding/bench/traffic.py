@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smart_decoding.backends.torch.config import ModelConfig
+from smart_decoding.models.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

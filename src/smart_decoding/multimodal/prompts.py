@@ -11,11 +11,11 @@ import numpy as np
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.media import Media, Picture
 from smart_decoding.errors import ConfigError
+from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.multimodal import messages as parts
 from smart_decoding.multimodal.images import MODALITIES, Limits, open_image
 from smart_decoding.multimodal.messages import Message, PictureSource
 from smart_decoding.multimodal.pixels import PixelReader, Pixels
-from smart_decoding.tokenizer import Tokenizer
 
 _PROBE = "smart-probe"
 

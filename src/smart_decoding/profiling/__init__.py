@@ -1,0 +1,1 @@
+"""What a forward costs on this machine: measuring, rehearsing and caching it."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from smart_decoding.backends.torch.native import build
 from smart_decoding.core.cost import CostModel
-from smart_decoding.downloads import cache_dir
 from smart_decoding.files import whole
+from smart_decoding.kernels import library
+from smart_decoding.models.hub import cache_dir
 
 log = logging.getLogger("smart.profile")
 
@@ -32,7 +32,7 @@ def profile_path(
     """Where the profile of this model on this machine lies. longest: the longest context that it knows; steps: of its
     costs over rows."""
     machine = _cpu() + (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
-    native = build.sources() if build.unavailable() is None else ""
+    native = library.sources() if library.unavailable() is None else ""
     parts = [str(VERSION), torch.__version__, json.dumps(dict(weights), sort_keys=True), str(dtype), machine]
     parts += [head, native, str(torch.get_num_threads()), str(longest), str(tuple(steps))]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

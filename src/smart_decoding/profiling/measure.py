@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.cost import CostModel, DraftSample, Sample, VerifySample
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import GreedyBatch
 from smart_decoding.engine.rows import Rows, Span, build_rows
+from smart_decoding.models.target import TorchTarget
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
 
 PER_SEQUENCE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)

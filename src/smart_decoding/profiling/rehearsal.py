@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from smart_decoding.backends.torch.native.chooser import native_chooser
 from smart_decoding.core.calibration import DEPTHS, Calibration
 from smart_decoding.core.lookahead import RANKS, LookAhead
 from smart_decoding.core.policies.chooser import Drafted, Growth
@@ -18,6 +17,7 @@ from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
+from smart_decoding.kernels.chooser import native_chooser
 
 PLAN = DraftPlan(speculate=True, levels=8, children=8)
 AT_ONCE = 256  # rows that are caught up with together

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.head_files import FIRST, HeadFiles
 from smart_decoding.errors import ModelError
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.head_files import FIRST, HeadFiles
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.head_export import output_rows, write_head
-from smart_decoding.backends.torch.head_files import HeadFiles
-from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.core.policies.common import require_int, require_number
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.loops import loop_start
 from smart_decoding.errors import ModelError
 from smart_decoding.files import whole
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.head_export import output_rows, write_head
+from smart_decoding.models.head_files import HeadFiles
+from smart_decoding.models.loading import Checkpoint
 from smart_decoding.training.head import Form, Frozen, TrainableHead, form_of
 from smart_decoding.training.interrupt import DeferredInterrupt
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import worlds
 
-from smart_decoding.backends.torch.config import ModelConfig
 from smart_decoding.bench.blocks import run_block
 from smart_decoding.bench.provenance import memory
 from smart_decoding.bench.reliability import BINS, Reliability
@@ -14,6 +13,7 @@ from smart_decoding.bench.runner import measure, rows_of
 from smart_decoding.bench.traffic import Sizes, achieved
 from smart_decoding.core.policies.protocol import DraftPlan, Round
 from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.models.config import ModelConfig
 
 
 def round_of(accept_prob):

@@ -12,7 +12,7 @@ from smart_decoding.bench.recording import Recording
 from smart_decoding.bench.replay import replay
 from smart_decoding.bench.synthetic import synthetic
 from smart_decoding.bench.trace import Trace, write_trace
-from smart_decoding.cli import main
+from smart_decoding.cli.main import main
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
 

@@ -11,7 +11,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from smart_decoding import cli
 from smart_decoding.bench import plots
 from smart_decoding.bench.command import command_of
 from smart_decoding.bench.figures import NEUTRAL, figures
@@ -19,6 +18,7 @@ from smart_decoding.bench.html_report import page
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, verdict
 from smart_decoding.bench.svg import round_numbers, ticks
+from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError
 
 COST = {

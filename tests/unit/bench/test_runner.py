@@ -5,10 +5,11 @@ import json
 import pytest
 import worlds
 
-from smart_decoding.bench import cli, report
+from smart_decoding.bench import report
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.bench.runner import command_of, cycles_of, measure, rows_of
+from smart_decoding.cli import bench as cli
 from smart_decoding.errors import CapacityError, ConfigError
 
 FIELDS = {

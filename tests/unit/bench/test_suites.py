@@ -77,8 +77,8 @@ def test_the_default_is_what_it_was() -> None:
 
 @pytest.mark.model
 def test_the_real_suites() -> None:
-    from smart_decoding.backends.torch.loading import load_checkpoint
-    from smart_decoding.tokenizer import Tokenizer
+    from smart_decoding.models.loading import load_checkpoint
+    from smart_decoding.models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(load_checkpoint("smollm2-135m").tokenizer_source)
     lengths = [len(tokenizer.encode(prompt)) for prompt in load_task("long")]

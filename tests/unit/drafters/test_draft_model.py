@@ -14,8 +14,6 @@ import tokenizers
 from safetensors.torch import save_file
 
 from smart_decoding import speculation
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.draft_model import DraftModel
 from smart_decoding.core.cost import CostModel, DraftSample
 from smart_decoding.drafters import levels
 from smart_decoding.drafters.draft_model import DraftModelDrafter
@@ -24,8 +22,10 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.llm import LLM
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.draft_model import DraftModel
+from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.measure import LONG_WAITING, WAITING, WIDTHS, measure
-from smart_decoding.tokenizer import Tokenizer
 
 from .tiny import (
     PAGES,
@@ -54,7 +54,7 @@ DEPTH = {"chain": 4, "static": 5}
 @pytest.fixture(params=["kernels", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr("smart_decoding.backends.torch.decoder.use_native", lambda *given: False)
+        monkeypatch.setattr("smart_decoding.models.decoder.use_native", lambda *given: False)
 
 
 def engine(
@@ -117,7 +117,7 @@ def test_drafts_are_the_small_models_own_sequence(cut: bool) -> None:
 
 def alone(config: ModelConfig, tokens: list[int], count: int) -> list[int]:
     """`count` greedy tokens of the small model after `tokens`, by an engine whose target it is."""
-    from smart_decoding.backends.torch.target import TorchTarget
+    from smart_decoding.models.target import TorchTarget
 
     target = TorchTarget(checkpoint(config, 1), "float32", "cpu", PAGES, 512)
     return answer(engine_of(target, None, "off"), [tokens], tokens=count)[0].output
@@ -267,7 +267,7 @@ def test_another_vocabulary_is_refused_before_weights_are_loaded(
     tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     draft = saved(tmp_path / "draft", SMALL, words, 1)
-    monkeypatch.setattr("smart_decoding.backends.torch.loading.SafetensorsWeights.__getitem__", None)
+    monkeypatch.setattr("smart_decoding.models.loading.SafetensorsWeights.__getitem__", None)
     with pytest.raises(ModelError, match="another vocabulary") as caught:
         LLM(target_folder, speculative_config={"method": "draft_model", "model": draft}, dtype="fp32")
     assert message in str(caught.value) and "\n" not in str(caught.value)

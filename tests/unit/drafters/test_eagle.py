@@ -9,11 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.decoder import Decoder
-from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.head_export import smart_config
-from smart_decoding.backends.torch.head_files import load_head
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter
@@ -23,6 +18,11 @@ from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.errors import ModelError
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.head_export import smart_config
+from smart_decoding.models.head_files import load_head
 from smart_decoding.training.head import Form, TrainableHead
 
 from .tiny import outputs_of

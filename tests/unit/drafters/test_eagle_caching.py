@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.head_export import smart_config
-from smart_decoding.backends.torch.head_files import load_head
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.request import Request
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.head_export import smart_config
+from smart_decoding.models.head_files import load_head
 from smart_decoding.training.head import Form, TrainableHead
 
 from .tiny import PAGES, SCRATCH, TARGET, VOCAB, answer, ask, engine_of, finish, plain, prompts, target_of
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["kernels", "torch"])
 def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.param == "torch":
-        monkeypatch.setattr("smart_decoding.backends.torch.decoder.use_native", lambda *given: False)
+        monkeypatch.setattr("smart_decoding.models.decoder.use_native", lambda *given: False)
 
     def make(pages: int = PAGES, policy: str = "likelihood", **more: Any) -> Engine:
         target = target_of(pages)

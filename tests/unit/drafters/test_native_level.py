@@ -8,13 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.backends.torch import kernels
-from smart_decoding.backends.torch.decoder import Decoder
-from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.head_files import HeadFiles
-from smart_decoding.backends.torch.layers import Linear
-from smart_decoding.backends.torch.native import build
-from smart_decoding.backends.torch.native.chooser import NativeChooser
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies.protocol import BatchState, DraftPlan
 from smart_decoding.core.policies.smart import Smart
@@ -25,12 +18,19 @@ from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
+from smart_decoding.kernels import library
+from smart_decoding.kernels import ops as kernels
+from smart_decoding.kernels.chooser import NativeChooser
+from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.head_files import HeadFiles
+from smart_decoding.models.layers import Linear
 from smart_decoding.profiling.measure import fake_rows
 from smart_decoding.training.head import Form, TrainableHead
 
 from .tiny import PAGES, SCRATCH, TARGET, VOCAB, checkpoint, outputs_of
 
-pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 TAPS = (1, 2, 4)
 WIDTH = len(TAPS) * TARGET.hidden
 
@@ -162,7 +162,7 @@ def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
     assert not np.allclose(found[0], found[1], atol=1e-3)
 
 
-@pytest.mark.skipif(build.unavailable() is not None, reason="no compiler")
+@pytest.mark.skipif(library.unavailable() is not None, reason="no compiler")
 def test_8_bits_change_probabilities_little(files: HeadFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = fake_rows(3, 15, 0, PAGES)
     assert rows is not None

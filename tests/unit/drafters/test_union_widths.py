@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from smart_decoding.backends.torch.draft_model import DraftModel
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.rows import Rows
+from smart_decoding.models.draft_model import DraftModel
 
 from .tiny import PAGES, SCRATCH, SMALL, ask, checkpoint, engine_of, target_of
 

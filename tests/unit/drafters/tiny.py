@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.loading import Checkpoint
-from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.policies import make_policy
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.protocols import Drafter
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.target import TorchTarget
 
 VOCAB, PAGES, SCRATCH, LIMIT = 97, 64, 16, 512
 TARGET = ModelConfig("llama", 4, 32, 4, 2, 16, 48, VOCAB, 10_000.0, 1e-5, 1024, tie_embeddings=True)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smart_decoding.backends.torch.noise import uniform_bits
-from smart_decoding.backends.torch.sampler import Sampled, Sampler
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.rows import Rows
+from smart_decoding.models.noise import uniform_bits
+from smart_decoding.models.sampler import Sampled, Sampler
 
 EMPTY = -1  # token and position of a slot that was never written
 

@@ -17,9 +17,9 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams, grammatical
 from smart_decoding.errors import ConfigError
-from smart_decoding.grammars import Grammars
+from smart_decoding.models.grammars import Grammars
+from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.server.tools import Offer, Tool
-from smart_decoding.tokenizer import Tokenizer
 
 from .fakes import EOS, VOCAB, alone, finish, make_engine, random_requests, text_of
 

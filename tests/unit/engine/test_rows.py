@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart_decoding.backends.torch.rows import GatheredRows
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.rows import Rows, Span, build_rows
+from smart_decoding.models.rows import GatheredRows
 
 from .fake_target import visible_slots
 

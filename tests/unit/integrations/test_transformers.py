@@ -379,8 +379,8 @@ def test_names_of_transformers_that_we_rely_on() -> None:
 
 @pytest.mark.model
 def test_smollm2_answers_as_generate_does() -> None:
-    from smart_decoding.backends.torch.loading import load_checkpoint
-    from smart_decoding.tokenizer import Tokenizer
+    from smart_decoding.models.loading import load_checkpoint
+    from smart_decoding.models.tokenizer import Tokenizer
 
     folder = load_checkpoint("smollm2-135m").tokenizer_source
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -14,10 +14,6 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.head_files import load_head
-from smart_decoding.backends.torch.loading import Checkpoint
-from smart_decoding.backends.torch.target import TorchTarget
 from smart_decoding.core.policies import make_policy
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig
@@ -26,6 +22,10 @@ from smart_decoding.errors import ConfigError, ModelError, SmartError
 from smart_decoding.integrations.transformers import draft_models, generate, last_report
 from smart_decoding.integrations.transformers.state import state_of
 from smart_decoding.integrations.transformers.taps import Taps
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.head_files import load_head
+from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.target import TorchTarget
 
 from ...parity import test_published_heads as heads
 from .test_transformers import CONFIGS, EIGHT, NEW, PAD, PROMPTS, SIZES, TOKENS, VOCAB, inputs, model_of
@@ -313,8 +313,8 @@ def test_names_of_transformers_that_drafters_with_a_model_rely_on() -> None:
 
 @pytest.mark.model
 def test_the_shipped_head_on_smollm2() -> None:
-    from smart_decoding.backends.torch.loading import load_checkpoint
-    from smart_decoding.tokenizer import Tokenizer
+    from smart_decoding.models.loading import load_checkpoint
+    from smart_decoding.models.tokenizer import Tokenizer
 
     folder = load_checkpoint("smollm2-135m").tokenizer_source
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from smart_decoding import chat_template
-from smart_decoding.backends.torch.vision import read_configs, split_names
+from smart_decoding.models import chat_template
+from smart_decoding.models.vision import read_configs, split_names
 
 CLIP = {
     "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from smart_decoding.backends.torch.noise import (
+from smart_decoding.models.noise import (
     BITS,
     G_MAX,
     G_MIN,

@@ -16,13 +16,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from smart_decoding.backends.torch import sampler
-from smart_decoding.backends.torch.noise import gumbel, noise_key
-from smart_decoding.backends.torch.processors import process
-from smart_decoding.backends.torch.sampler import NEAR, Sampler, first_maximum, survivors
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
+from smart_decoding.models import sampler
+from smart_decoding.models.noise import gumbel, noise_key
+from smart_decoding.models.processors import process
+from smart_decoding.models.sampler import NEAR, Sampler, first_maximum, survivors
 
 VOCAB, SEEDS = 50, 2000
 PROMPT, OUTPUT, EOS = [3, 7, 7, 12, 30], [5, 7, 5, 5, 41], 9

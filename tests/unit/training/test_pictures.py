@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from smart_decoding.backends.torch.assembly import assembled_folder
-from smart_decoding.models import seeing_names
+from smart_decoding.models.assembly import assembled_folder
+from smart_decoding.models.registry import seeing_names
 from smart_decoding.pictures.facts import random_picture
 from smart_decoding.pictures.questions import Question
 from smart_decoding.pictures.wordings import TRAIN
@@ -108,9 +108,9 @@ def test_a_training_that_was_cut_ends_as_if_it_had_not_been(tmp_path: Path) -> N
 def test_the_assembled_folder_is_the_model_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-    from smart_decoding.backends.torch.loading import load_checkpoint
+    from smart_decoding.models.loading import load_checkpoint
+    from smart_decoding.models.tokenizer import Tokenizer
     from smart_decoding.pictures.draw import draw
-    from smart_decoding.tokenizer import Tokenizer
     from smart_decoding.training.pictures.model import IMAGE_ID, build, export, prompt_of
     from smart_decoding.training.pictures.tower import features, pixels
 
@@ -145,7 +145,7 @@ def test_the_assembled_folder_is_the_model_that_was_trained(tmp_path: Path, monk
 
 @pytest.mark.parametrize("name", seeing_names())
 def test_what_is_shipped_is_small_and_says_what_it_is(name: str) -> None:
-    from smart_decoding.models import VISION_PARTS, base_of
+    from smart_decoding.models.registry import VISION_PARTS, base_of
 
     files = [path for path in (VISION_PARTS / name).iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 30_000_000

@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.head_export import write_head
-from smart_decoding.backends.torch.head_files import HeadFiles, load_head
-from smart_decoding.backends.torch.loading import Checkpoint
 from smart_decoding.errors import ModelError
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.head_export import write_head
+from smart_decoding.models.head_files import HeadFiles, load_head
+from smart_decoding.models.loading import Checkpoint
 from smart_decoding.training import train
 from smart_decoding.training.head import Form, TrainableHead
 from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
@@ -184,7 +184,7 @@ def until(batches: Iterator[list[Any]], size: int, trainer: Trainer) -> list[lis
 
 
 @pytest.mark.parametrize(
-    "writer", ["torch.save", "smart_decoding.backends.torch.head_export.save_file", "pathlib.Path.write_text"]
+    "writer", ["torch.save", "smart_decoding.models.head_export.save_file", "pathlib.Path.write_text"]
 )
 def test_ctrl_c_while_writing_keeps_the_older_file(
     trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str

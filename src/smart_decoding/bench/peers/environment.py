@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from smart_decoding.bench.peers.catalogue import Environment, python_in
-from smart_decoding.downloads import cache_dir
 from smart_decoding.errors import DownloadError
+from smart_decoding.models.hub import cache_dir
 
 MADE = "made.json"  # written last: what is in a finished environment
 Call = Callable[[Sequence[str], Mapping[str, str], Path], int]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.backends.torch.loading import load_checkpoint
-from smart_decoding.downloads import cache_dir, sha256_of
 from smart_decoding.errors import ModelError
 from smart_decoding.files import whole
-from smart_decoding.models import resolve
+from smart_decoding.models.hub import cache_dir, sha256_of
+from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.registry import resolve
 
 _BF16_FILE = 32  # llama.cpp's number for a file of bf16 tensors
 

@@ -17,8 +17,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from smart_decoding.backends.torch.native import build
-from smart_decoding.backends.torch.ranking import ranked
 from smart_decoding.drafters import check_draft
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.levels import Asked, Ranked
@@ -28,6 +26,8 @@ from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ModelError
 from smart_decoding.integrations.transformers.checks import unsupported_cache
 from smart_decoding.integrations.transformers.target import HostTarget
+from smart_decoding.kernels import library
+from smart_decoding.models.ranking import ranked
 from smart_decoding.speculation import DRAFT_SCRATCH_PAGES, vocabulary_difference
 
 
@@ -42,7 +42,7 @@ class HostDraftModel:
         self._target = HostTarget(model, layers, tree)
         self._vocab = min(target_vocab, int(model.config.get_text_config(decoder=True).vocab_size))
         self._tokens = torch.arange(self._vocab, device=self._target.device)
-        self._native = self._target.device.type == "cpu" and build.unavailable() is None
+        self._native = self._target.device.type == "cpu" and library.unavailable() is None
         self._pages, self.widest = 0, 1 << 30 if tree else 1
         self.shape = (type(model).__name__, layers, model.config.get_text_config(decoder=True).hidden_size, self._vocab)
 

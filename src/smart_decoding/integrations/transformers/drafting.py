@@ -14,8 +14,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from smart_decoding.backends.torch.ranking import torch_top_k
-from smart_decoding.backends.torch.target import pages_for
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy, policy_options
 from smart_decoding.core.policies.protocol import Policy
@@ -32,6 +30,8 @@ from smart_decoding.integrations.transformers.report import Report
 from smart_decoding.integrations.transformers.sources import Source, key_of, load_source
 from smart_decoding.integrations.transformers.state import setting_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
+from smart_decoding.models.ranking import torch_top_k
+from smart_decoding.models.target import pages_for
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import CONTEXTS, MAX_ROWS, fake_rows, measure
 from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter, made, stored_prior

@@ -14,7 +14,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from smart_decoding.backends.torch.target import pages_for
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -37,6 +36,7 @@ from smart_decoding.integrations.transformers.sequences import (
 )
 from smart_decoding.integrations.transformers.state import layers_of, layout_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
+from smart_decoding.models.target import pages_for
 
 PREFILL_ROWS = 4096  # prompt tokens of one forward
 

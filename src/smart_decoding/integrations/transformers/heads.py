@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from smart_decoding.backends.torch.config import ModelConfig
-from smart_decoding.backends.torch.decoder import use_native
-from smart_decoding.backends.torch.eagle_head import EagleHead
-from smart_decoding.backends.torch.head_export import layout_of
-from smart_decoding.backends.torch.head_files import HeadFiles, head_folder, load_head
-from smart_decoding.backends.torch.layers import Workspace
-from smart_decoding.backends.torch.native_level import Part
 from smart_decoding.core.tree import IntArray
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.protocols import Drafter
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.decoder import use_native
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.head_export import layout_of
+from smart_decoding.models.head_files import HeadFiles, head_folder, load_head
+from smart_decoding.models.layers import Workspace
+from smart_decoding.models.native_level import Part
 from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)

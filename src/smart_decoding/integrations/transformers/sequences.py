@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from smart_decoding.backends.torch.sampler import Sampler
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
+from smart_decoding.models.sampler import Sampler
 
 BY_PLACE = (  # of transformers' own, those that depend on a row's place in the batch
     "PrefixConstrainedLogitsProcessor",

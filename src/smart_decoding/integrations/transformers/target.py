@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from smart_decoding.backends.torch.sampler import Sampled, Sampler
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import Ints
@@ -20,6 +19,7 @@ from smart_decoding.engine.rows import Rows
 from smart_decoding.integrations.transformers.cache import Layout, SlotCache, lay_out
 from smart_decoding.integrations.transformers.sequences import Host
 from smart_decoding.integrations.transformers.taps import Taps
+from smart_decoding.models.sampler import Sampled, Sampler
 
 UNEVEN = 4  # groups with so many times more rows than the smallest go into another forward
 

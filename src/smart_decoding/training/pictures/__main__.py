@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from smart_decoding.backends.torch.loading import load_checkpoint
+from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.pictures.wordings import HELD_OUT, TRAIN
-from smart_decoding.tokenizer import Tokenizer
 from smart_decoding.training.pictures.answering import AnsweringLoss, Show, true_captions, what_is_seen
 from smart_decoding.training.pictures.model import BASE, IMAGE_ID, WIDTH, build, export, prompt_of
 from smart_decoding.training.pictures.schedule import Stage, load_trained

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from smart_decoding.backends.torch.assembly import IMAGE_TOKEN, PARTS_WEIGHTS
-from smart_decoding.backends.torch.loading import Checkpoint
-from smart_decoding.models import PARTS
-from smart_decoding.tokenizer import Tokenizer
+from smart_decoding.models.assembly import IMAGE_TOKEN, PARTS_WEIGHTS
+from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.registry import PARTS
+from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.training.pictures.lora import SCALE, LowRank, attach
 from smart_decoding.training.pictures.packing import Prompt
 from smart_decoding.training.pictures.tower import GRID, MEAN, PATCH, SIDE, STD

@@ -1,0 +1,1 @@
+"""The command `smart`: one file a subcommand, with add_arguments(parser) and main(args)."""

@@ -1,0 +1,118 @@
+"""The command `smart`. Each subcommand's module is imported only when it is asked for, so `smart --help` is quick.
+
+Exit codes: 0; 2 for an error of the user's (one line on stderr); 130 after Ctrl-C; 1 for a defect of ours or a check
+that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from smart_decoding import __version__
+from smart_decoding.errors import ConfigError, SmartError
+
+# Subcommand: (what it does, the module with its `add_arguments(parser)` and `main(args) -> exit code or None`).
+COMMANDS = {
+    "run": ("answer one prompt", "smart_decoding.cli.run"),
+    "serve": ("serve a model to OpenAI's clients", "smart_decoding.cli.serve"),
+    "demo": ("see the default model speculate, its trees, and the speedup", "smart_decoding.cli.demo"),
+    "bench": ("compare policies on natural prompts", "smart_decoding.cli.bench"),
+    "report": ("draw what a benchmark measured", "smart_decoding.cli.report"),
+    "simulate": ("what speculation would bring on other hardware", "smart_decoding.cli.simulate"),
+    "profile": ("measure what a forward costs on this machine", "smart_decoding.cli.profile"),
+    "train": ("train a draft head for a model", "smart_decoding.cli.train"),
+    "export": ("write a draft head in another engine's layout", "smart_decoding.cli.export"),
+    "divergence": ("how often bf16 output differs under speculation, and why", "smart_decoding.bench.divergence"),
+    "models": ("list the built-in models", "smart_decoding.cli.models"),
+    "sglang-costs": ("turn what sglang.bench_serving measured into SMART's costs", "smart_decoding.cli.sglang_costs"),
+    "vllm-config": ("measure your vLLM and write the schedule that its option takes", "smart_decoding.cli.vllm_config"),
+}
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as the shell reports SIGINT and SIGPIPE
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in the same one line as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"smart: error: {_one_line(message)} (see: {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns its exit code. Wrong arguments, --help and --version raise SystemExit."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments[: arguments.index("--")] if "--" in arguments else "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):  # a model may write what the terminal's encoding lacks
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # without it the interpreter complains at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("\nsmart: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SmartError as error:
+        return _failed(error, debug, 2, str(error))
+    except OSError as error:  # a full disk, a file that cannot be read
+        return _failed(error, debug, 2, str(error))
+    except Exception as error:
+        hint = "" if debug else "; this is a defect: run again with --debug and report the traceback"
+        return _failed(error, debug, 1, f"{type(error).__name__}: {error}{hint}")
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of `command` filled in."""
+    parser = Parser(prog="smart", description="Speculative decoding with draft trees sized by their cost.")
+    parser.add_argument("--version", action="version", version=f"smart {__version__}")
+    common = Parser(add_help=False)
+    for each in (parser, common):
+        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (summary, module) in COMMANDS.items():
+        sentence = f"{summary[0].upper()}{summary[1:]}."
+        sub = commands.add_parser(name, help=summary, description=sentence, parents=[common])
+        if name == command:
+            _import(name, module).add_arguments(sub)
+    return parser
+
+
+def _run(arguments: Sequence[str]) -> int:
+    command = next((word for word in arguments if word in COMMANDS), None)  # options before it take no values
+    args = build_parser(command).parse_args(arguments)
+    return _import(args.command, COMMANDS[args.command][1]).main(args) or 0
+
+
+def _import(command: str, name: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and name.startswith(error.name):
+            raise ConfigError(f"'smart {command}' is not part of this installation ({name} is missing)") from error
+        raise
+
+
+def _failed(error: Exception, debug: bool, code: int, message: str) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"smart: error: {_one_line(message)}", file=sys.stderr)
+    return code
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

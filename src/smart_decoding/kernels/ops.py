@@ -1,0 +1,392 @@
+"""The CPU kernels as Python functions. Tensors are contiguous, on the CPU, and float32 where not said otherwise."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.kernels import library
+from smart_decoding.kernels.memory import address
+
+HEAD_DIMS = (16, 32, 64, 96, 128)
+MOST_K, NOT_DRAWN = 64, -1
+PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in vectors.h
+MAX_QUERIES = 32  # query heads per key head
+_DRAW = np.dtype([(name, np.int64) for name in ("row", "seed", "sample", "position", "k")]
+                 + [(name, np.float64) for name in ("scale", "floor", "below")])  # fmt: skip
+
+
+class RowsStruct(Structure):
+    """`Rows` of forward.h; filled by rows.native_rows()."""
+
+    _fields_ = [
+        ("rows", c_int32),
+        ("groups", c_int32),
+        *((name, c_void_p) for name in ("group_row", "group_pages", "pages", "slot")),
+        *((name, c_void_p) for name in ("direct", "extra_at", "extra", "position", "cosine", "sine")),
+    ]
+
+
+class LayerStruct(Structure):
+    """`Layer` of kernels.cpp."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("hidden", "input", "heads", "kv_heads", "head_dim", "ffn", "hint")),
+        ("eps", c_float),
+        *((n, c_void_p) for n in ("input_norm", "q_norm", "k_norm", "qkv_bias", "output_bias", "post_norm")),
+        *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down")),
+    ]
+
+
+class ScratchStruct(Structure):
+    _fields_ = [(name, c_void_p) for name in ("normed", "qkv", "attention", "ffn")]
+
+
+class HeadStruct(Structure):
+    """`Head` of kernels.cpp."""
+
+    _fields_ = [
+        ("layer", LayerStruct),
+        *((name, c_void_p) for name in ("tap_norm", "fc_bias", "input_norm", "hidden_norm", "final_norm")),
+        *((name, c_void_p) for name in ("fc", "embedding", "table", "outputs", "scale", "sums", "tokens")),
+        ("outputs_count", c_int64),
+        ("taps", c_int32),
+        ("norm_before_residual", c_int32),
+    ]
+
+
+class ModelStruct(Structure):
+    """`Model` of forward.h."""
+
+    _fields_ = [
+        ("layers", POINTER(LayerStruct)),
+        *((name, c_void_p) for name in ("embedding", "table", "output", "final_norm", "keys", "values")),
+        *((name, c_int64) for name in ("vocab", "pages")),
+        *((name, c_int32) for name in ("count", "hint", "w_bf16", "kv_bf16")),
+        ("eps", c_float),
+    ]
+
+
+class PassStruct(Structure):
+    """`Pass` of forward.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("token", "inserts", "wanted", "taps", "tapped", "logits", "best")),
+        *((name, c_int32) for name in ("wanted_count", "tap_count")),
+    ]
+
+
+class RoundStruct(Structure):
+    """`Round` of round.cpp."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("requests", "nodes", "room")),
+        *((name, c_void_p) for name in ("root", "length", "pages", "trees", "kept")),
+        *((name, c_int64) for name in ("hidden", "heads", "head_dim")),
+        *((name, c_void_p) for name in ("cosine", "sine")),
+        *((name, c_void_p) for name in ("after", "emitted", "path", "accepted", "first", "seconds")),
+    ]
+
+
+class LevelStruct(Structure):
+    """`Level` of forward.h."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("first", "k")),
+        *((name, c_void_p) for name in ("token", "features", "inserts", "out", "scale", "keys", "tokens", "probs")),
+    ]
+
+
+def _lib() -> ctypes.CDLL:
+    lib = library.library()
+    if not getattr(lib, "_typed", False):
+        lib.smart_read.restype = c_float
+        lib.smart_read.argtypes = [c_void_p, c_int64, c_int32, c_int32]
+        lib.smart_packed_rows.restype = c_int64
+        lib.smart_packed_rows.argtypes = [c_int64]
+        lib.smart_pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int32]
+        lib.smart_linear.argtypes = [
+            *(c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_float),
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_int32),
+        ]
+        lib.smart_unpack.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_void_p]
+        lib.smart_layers.argtypes = [
+            *(POINTER(LayerStruct), c_int32, POINTER(RowsStruct), c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
+            *(POINTER(ScratchStruct), c_int32, c_int32, c_int32),
+        ]
+        lib.smart_forward.argtypes = [POINTER(ModelStruct), POINTER(RowsStruct), POINTER(PassStruct), c_int32]
+        lib.smart_round.argtypes = [POINTER(ModelStruct), POINTER(RoundStruct), POINTER(PassStruct), c_int32]
+        lib.smart_draft.argtypes = [
+            *(POINTER(HeadStruct), POINTER(RowsStruct), POINTER(LevelStruct), c_void_p, c_void_p, c_int64),
+            *(c_int32, c_int32, c_int32),
+        ]
+        lib.smart_grow.restype = c_int64
+        lib.smart_grow.argtypes = [
+            *(POINTER(HeadStruct), POINTER(RowsStruct), POINTER(LevelStruct), c_void_p, c_void_p, c_void_p, c_void_p),
+            *(c_void_p, c_void_p, c_void_p),
+        ]
+        lib.smart_pack_bytes.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
+        lib.smart_move_kv.argtypes = [
+            *(c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int32),
+        ]
+        lib.smart_argmax.argtypes = [c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_int32]
+        lib.smart_top_k.argtypes = [
+            *(c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
+        ]
+        lib.smart_draw.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int32]
+        lib.smart_mass.argtypes = [c_void_p, c_int64, c_float, c_float, c_float, c_float, c_void_p]
+        lib.smart_rms_norm.argtypes = [c_void_p, c_void_p, c_float, c_int32, c_int64, c_void_p, c_int64]
+        lib._typed = True  # type: ignore[attr-defined]
+    return lib
+
+
+def vector_width() -> int:
+    return int(_lib().smart_vector_width())
+
+
+def pass_rows(bf16: bool) -> int:
+    """Rows that share a pass over the weights of a linear layer: one more costs a step."""
+    return int(_lib().smart_pass_rows(bf16))
+
+
+def rounds_inputs() -> bool:
+    """Do linear layers with bf16 weights round what they read to bf16? (True on CPUs with bf16 instructions.)"""
+    return bool(_lib().smart_rounds_inputs())
+
+
+def attends_by_pairs(bf16: bool, head_dim: int) -> bool:
+    """Do keys and values of a page lie in pairs?"""
+    return bool(_lib().smart_attends_by_pairs(bf16, head_dim))
+
+
+@functools.cache
+def fastest_hint() -> int:
+    """Where memory is best prefetched to, by trial. Intel's prefetchnta, past the caches, was seen at a third of the
+    speed of the others; Zen 4 reads a tenth faster into its second cache than into the first."""
+    memory = torch.ones(64 << 20, dtype=torch.uint8)  # not zeros: untouched pages would all be one page, in the caches
+    seconds = dict.fromkeys((PAST_CACHES, INTO_L2, INTO_CACHES), float("inf"))
+    for hint in tuple(seconds) * 6:
+        start = time.perf_counter()
+        _lib().smart_read(memory.data_ptr(), len(memory), hint, torch.get_num_threads())
+        seconds[hint] = min(seconds[hint], time.perf_counter() - start)
+    within_noise = 1.03 * min(seconds.values())
+    return next(hint for hint, taken in seconds.items() if taken <= within_noise)
+
+
+class Arena:
+    """One block of memory for all packed weights, on huge pages where the kernel grants them (TLB misses cost 20 %).
+
+    hint: where forwards prefetch them to. What does not fit into caches anyway had better go past them, where that is
+    as fast: other weights and Python then stay there."""
+
+    HUGE, CACHES = 2 << 20, 32 << 20
+
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+        size = torch.empty((), dtype=dtype).element_size()
+        self.hint = fastest_hint() if elements * size > self.CACHES else INTO_CACHES
+        block = torch.empty(elements + 2 * self.HUGE // size, dtype=dtype)
+        start = (-block.data_ptr() % self.HUGE) // size
+        self._free = block[start : start + elements]
+        length = elements * size // self.HUGE * self.HUGE
+        if length:
+            madvise = ctypes.CDLL(None).madvise  # 14 = MADV_HUGEPAGE; only advice, so the result does not matter
+            madvise(c_void_p(self._free.data_ptr()), ctypes.c_size_t(length), 14)
+
+    def take(self, elements: int) -> Tensor:
+        tensor, self._free = self._free[:elements], self._free[elements:]
+        return tensor
+
+
+def packed_rows(n: int) -> int:
+    """Rows of a packed weight: n rounded up to whole panels."""
+    return int(_lib().smart_packed_rows(n))
+
+
+def pack(weight: Tensor, out: Tensor) -> Tensor:
+    """Packs weight [n, k] (bf16 or fp32, k even) into `out` [packed_rows(n) * k]."""
+    n, k = weight.shape
+    weight = weight.contiguous()
+    _lib().smart_pack(weight.data_ptr(), n, k, out.data_ptr(), weight.dtype == torch.bfloat16)
+    return out
+
+
+def unpack(packed: Tensor, k: int, index: Tensor) -> Tensor:
+    """Rows `index` (int64 [n]) of a packed weight of row length k: float32 [n, k]."""
+    out = torch.empty(len(index), k)
+    _lib().smart_unpack(
+        packed.data_ptr(), k, packed.dtype == torch.bfloat16, index.data_ptr(), len(index), out.data_ptr()
+    )
+    return out
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    n: int,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    best: NDArray[np.int64] | None = None,
+    hint: int = INTO_CACHES,
+) -> Tensor:
+    """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns [rows, n].
+
+    `best` [rows], if given, receives what `argmax` says of the result. An empty `out` is left so: `best` alone is
+    wanted. hint: see Arena."""
+    rows, k = x.shape
+    y = torch.empty(rows, n) if out is None else out
+    scratch = torch.empty(rows, k)
+    _lib().smart_linear(
+        x.data_ptr(), rows, packed.data_ptr(), n, k, packed.dtype == torch.bfloat16, pointer(norm), eps,
+        pointer(bias), scratch.data_ptr(), y.data_ptr() if y.numel() else None, n, 0, hint,
+        None if best is None else best.ctypes.data, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def layers(
+    weights: Array[LayerStruct],
+    rows: RowsStruct,
+    inputs: Tensor | None,
+    x: Tensor,
+    cache: tuple[Tensor, Tensor],
+    scratch: ScratchStruct,
+    bf16: bool,
+) -> None:
+    """Decoder layers in place on x [rows, hidden], writing the rows' keys and values to the caches [layers, ...].
+
+    Layer one reads `inputs` where given."""
+    keys, values = cache
+    status = _lib().smart_layers(
+        weights, len(weights), byref(rows), pointer(inputs), x.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        keys.shape[-3], byref(scratch), bf16, keys.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        raise RuntimeError("the CPU kernels do not support this layer")
+
+
+def forward(model: ModelStruct, rows: RowsStruct, what: PassStruct) -> None:
+    """A whole model, from token ids to logits and their maxima."""
+    if _lib().smart_forward(byref(model), byref(rows), byref(what), torch.get_num_threads()):
+        raise RuntimeError("the CPU kernels do not support this model")
+
+
+def verify_round(model: ModelStruct, round: RoundStruct, what: PassStruct) -> None:
+    """The verification of a round in which every request takes the target's first maximum (round.cpp)."""
+    if _lib().smart_round(byref(model), byref(round), byref(what), torch.get_num_threads()):
+        raise RuntimeError("the CPU kernels do not support this model")
+
+
+def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """weight [n, k] (k a multiple of 4) in 8 bits, one scale for each row: packed [packed_rows(n) * k], scales, and
+    sums of the integers, [packed_rows(n)] each."""
+    n, k = weight.shape
+    weight, size = weight.float().contiguous(), packed_rows(n)
+    packed, scale = Arena(size * k, torch.int8).take(size * k), torch.empty(size)
+    sums = torch.empty(size, dtype=torch.int32)
+    _lib().smart_pack_bytes(weight.data_ptr(), n, k, packed.data_ptr(), scale.data_ptr(), sums.data_ptr())
+    return packed, scale, sums
+
+
+def draft(head: HeadStruct, rows: RowsStruct, level: LevelStruct, cache: tuple[Tensor, Tensor], bf16: bool) -> None:
+    """One level of a draft head: writes the rows' keys and values to the caches [1, ...], and what `level` names."""
+    keys, values = cache
+    status = _lib().smart_draft(
+        byref(head), byref(rows), byref(level), keys.data_ptr(), values.data_ptr(), keys.shape[-3], bf16,
+        keys.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        raise RuntimeError("the CPU kernels do not support this head")
+
+
+def growing(head: HeadStruct, rows: RowsStruct, level: LevelStruct) -> Callable[..., int]:
+    """smart_grow with its first level (controller.cpp), to be called with the other arguments."""
+    return functools.partial(_lib().smart_grow, byref(head), byref(rows), byref(level))
+
+
+def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copies cache slots source[i] -> target[i] (int32) in every plane of keys/values [..., pages, head_dim, PAGE]."""
+    if not (source.is_contiguous() and target.is_contiguous()):
+        raise ValueError("slots to move must be contiguous")
+    pages, head_dim = keys.shape[-3], keys.shape[-2]
+    planes = keys.numel() // (pages * head_dim * PAGE)
+    _lib().smart_move_kv(
+        keys.data_ptr(), values.data_ptr(), planes, pages, head_dim, keys.element_size(), source.data_ptr(),
+        target.data_ptr(), len(source),
+    )  # fmt: skip
+
+
+def argmax(x: Tensor, which: NDArray[np.int64]) -> NDArray[np.int64]:
+    """First index of the largest entry of the rows `which` of x [rows, n]: [which]; -1 where it is not finite."""
+    out = np.empty(len(which), np.int64)
+    _lib().smart_argmax(
+        x.data_ptr(), which.ctypes.data, len(which), x.shape[1], out.ctypes.data, torch.get_num_threads()
+    )
+    return out
+
+
+def top_k(
+    x: Tensor, k: int, scale: Tensor | None = None, keys: Tensor | None = None, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ids (int64) and softmax probabilities of the k largest entries of x * scale (float32 [rows], default 1).
+
+    Both are [rows, k]. keys (uint64 bits as int64 [rows]; 0: none): the noise of noise.py for `tokens` [n] is added to
+    these rows' scores; their probabilities are the softmax of the k noisy scores."""
+    scale = torch.ones(len(x)) if scale is None else scale
+    ids, probs = torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k)
+    _lib().smart_top_k(
+        x.data_ptr(), len(x), x.shape[1], k, scale.data_ptr(), pointer(keys), pointer(tokens), ids.data_ptr(),
+        probs.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return ids, probs
+
+
+class Drawn(NamedTuple):
+    """best: [rows] first maximum, -1 where it is not finite. kept: [rows] the score below which top-k cuts. token:
+    [rows] the token, -1 where the choice is too close for the kernels."""
+
+    best: NDArray[np.int64]
+    kept: NDArray[np.float64]
+    token: NDArray[np.int64]
+
+
+def draw(draws: Sequence[tuple[int, int, int, int, int, float, float, float]], n: int) -> Drawn:
+    """The argmax of row * scale + noise for rows of n float32, each given as (its address, seed, sample, position, k,
+    scale, floor, below).
+
+    Only among the k largest (0: all; at most MOST_K; NOT_DRAWN: the maximum is all that is wanted), those of at least
+    `floor`, and of at least the maximum + `below`."""
+    count, what = len(draws), np.array(draws, _DRAW)
+    drawn = Drawn(np.empty(count, np.int64), np.empty(count), np.empty(count, np.int64))
+    _lib().smart_draw(address(what), count, n, *map(address, drawn), torch.get_num_threads())
+    return drawn
+
+
+def mass(row: NDArray[np.float32], best: float, scale: float, floor: float, value: float) -> tuple[float, float]:
+    """The sum of exp((row - best) * scale) over the entries of at least `floor`, and over those of them beyond `value`,
+    to about 1e-6."""
+    out = np.empty(2)
+    _lib().smart_mass(address(row), len(row), best, scale, floor, value, address(out))
+    return float(out[0]), float(out[1])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, column: int = 0) -> None:
+    """rms_norm of x [rows, d] into columns column .. column + d of out [rows, width]."""
+    _lib().smart_rms_norm(
+        x.data_ptr(), weight.data_ptr(), eps, len(x), x.shape[1], out.data_ptr() + 4 * column, out.shape[1]
+    )
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

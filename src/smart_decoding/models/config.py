@@ -1,0 +1,286 @@
+"""The shape of a supported model, read from a Hugging Face `config.json` or from GGUF metadata.
+
+Whatever this project does not compute (other architectures, mixtures of experts, quantised weights, other kinds of
+RoPE, ...) is refused here by name, before any weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smart_decoding.errors import ModelError
+from smart_decoding.models import rope
+from smart_decoding.models.rope import RopeScaling
+
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_ARCHITECTURES = {family: name for name, family in FAMILIES.items()}
+_GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder of the Llama family. Sizes are counts; `max_positions` is the longest context in tokens.
+
+    mrope: how many rotary frequencies follow time, height and width (M-RoPE); () where all follow the position."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    rope_theta: float
+    rms_eps: float
+    max_positions: int
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    mrope: tuple[int, ...] = ()
+    sliding_window: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ModelError(f"{self.heads} query heads cannot share {self.kv_heads} key heads: the config is wrong")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+        """From the contents of config.json and, for further end tokens, generation_config.json.
+
+        Raises ModelError, naming what is not supported or missing."""
+        family = _family_of(config)
+        _refuse_options(config, family)
+        try:
+            return _from_hf(cls, family, config, generation or {})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"config.json is incomplete or malformed: {type(error).__name__} {error}") from error
+
+    @classmethod
+    def from_gguf(
+        cls, metadata: Mapping[str, Any], tensor_names: Collection[str], rope_factors: NDArray[np.float32] | None = None
+    ) -> ModelConfig:
+        """From a GGUF file's metadata, the names of its tensors, and its `rope_freqs.weight` if there is one.
+
+        Raises ModelError, naming what is not supported or missing."""
+        family = metadata.get("general.architecture")
+        if family not in _GGUF_FAMILIES:
+            raise ModelError(f"GGUF architecture {family!r} is not supported; supported: {', '.join(_GGUF_FAMILIES)}")
+        try:
+            return _from_gguf(cls, str(family), metadata, tensor_names, rope_factors)
+        except KeyError as error:
+            raise ModelError(f"the GGUF file lacks the metadata {error}; it is incomplete") from error
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json that `from_hf` (and transformers, but for `factors` scaling) reads back."""
+        return {
+            "architectures": [_ARCHITECTURES[self.family]],
+            "model_type": self.family,
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.ffn,
+            "vocab_size": self.vocab,
+            "hidden_act": "silu",
+            "rope_theta": self.rope_theta,
+            "rope_scaling": self.rope_scaling.to_hf() if self.rope_scaling else None,
+            "rms_norm_eps": self.rms_eps,
+            "max_position_embeddings": self.max_positions,
+            "tie_word_embeddings": self.tie_embeddings,
+            "attention_bias": self.o_bias,
+            "sliding_window": self.sliding_window,
+            "use_sliding_window": self.sliding_window is not None,
+            "eos_token_id": list(self.eos_token_ids) or None,
+            "bos_token_id": self.bos_token_id,
+            "torch_dtype": "bfloat16",
+        }
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight a checkpoint must hold: Hugging Face name to shape, in the order of use."""
+        q_out, kv_out = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}."
+            attention = prefix + "self_attn."
+            shapes[prefix + "input_layernorm.weight"] = (self.hidden,)
+            for name, rows in (("q_proj", q_out), ("k_proj", kv_out), ("v_proj", kv_out)):
+                shapes[f"{attention}{name}.weight"] = (rows, self.hidden)
+                if self.qkv_bias:
+                    shapes[f"{attention}{name}.bias"] = (rows,)
+            if self.qk_norm:
+                shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (self.head_dim,)
+            shapes[attention + "o_proj.weight"] = (self.hidden, q_out)
+            if self.o_bias:
+                shapes[attention + "o_proj.bias"] = (self.hidden,)
+            shapes[prefix + "post_attention_layernorm.weight"] = (self.hidden,)
+            shapes[prefix + "mlp.gate_proj.weight"] = shapes[prefix + "mlp.up_proj.weight"] = (self.ffn, self.hidden)
+            shapes[prefix + "mlp.down_proj.weight"] = (self.hidden, self.ffn)
+        shapes["model.norm.weight"] = (self.hidden,)
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (self.vocab, self.hidden)
+        return shapes
+
+    def check_tensors(self, found: Mapping[str, Collection[int]], where: str) -> None:
+        """Raises ModelError, naming the tensor, if one is missing, misshapen, or would be ignored.
+
+        found: shape by Hugging Face name; where: the file or folder for the message."""
+        expected = self.expected_shapes()
+        for name, shape in expected.items():
+            if name not in found:
+                raise ModelError(f"{where} lacks the tensor {name}: it is incomplete, or its config does not fit it")
+            if tuple(found[name]) != shape:
+                raise ModelError(f"{where}: the tensor {name} has shape {tuple(found[name])}, the config says {shape}")
+        known = {"lm_head.weight"} if self.tie_embeddings else set()
+        unknown = [name for name in found if name not in expected.keys() | known and not name.endswith("inv_freq")]
+        if unknown:
+            raise ModelError(f"{where} holds the tensor {unknown[0]}, which {_ARCHITECTURES[self.family]} does not use")
+
+    def check_context(self, tokens: int) -> None:
+        """Raises ModelError if `tokens` positions cannot be computed exactly: beyond the model or its window."""
+        if tokens > self.max_positions:
+            raise ModelError(f"a context of {tokens} tokens exceeds the model's {self.max_positions}; lower it")
+        if self.sliding_window is not None and tokens > self.sliding_window:
+            raise ModelError(
+                f"a context of {tokens} tokens exceeds the model's sliding window of {self.sliding_window}, "
+                "which is not supported beyond the window; lower the context"
+            )
+
+    def inverse_frequencies(self) -> tuple[NDArray[np.float64], float]:
+        """RoPE frequencies, shape [head_dim / 2] in radians per position, and the factor on cos and sin."""
+        return rope.inverse_frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
+
+
+def _family_of(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures") or []
+    name = names[0] if names else f"model_type {config.get('model_type')!r}"
+    if name not in FAMILIES:
+        raise ModelError(f"architecture {name} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _refuse_options(config: Mapping[str, Any], family: str) -> None:
+    """Refuses by name every option that would change the computation in a way that is not built."""
+    options = {**rope.options_of(config), **config}
+    refused = {
+        "quantization_config": config.get("quantization_config") is not None,
+        "mlp_bias": bool(config.get("mlp_bias")),
+        "rope_interleaved": bool(config.get("rope_interleaved")),
+        "partial_rotary_factor": options.get("partial_rotary_factor", 1.0) not in (None, 1.0),
+        "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
+        "attention_bias": bool(config.get("attention_bias")) and family in ("mistral", "qwen2"),
+        **{name: bool(config.get(name)) for name in _EXPERTS},
+    }
+    for name, is_refused in refused.items():
+        if is_refused:
+            value = "" if name == "quantization_config" else f" = {options[name]!r}"
+            raise ModelError(f"the config option {name}{value} is not supported for {_ARCHITECTURES[family]}")
+
+
+def _from_hf(
+    cls: type[ModelConfig], family: str, config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> ModelConfig:
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    options = rope.options_of(config)
+    scaling = rope.scaling_from_hf(options, int(config["max_position_embeddings"]))
+    has_bias = bool(config.get("attention_bias", False))
+    return cls(
+        family=family,
+        layers=int(config["num_hidden_layers"]),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        ffn=int(config["intermediate_size"]),
+        vocab=int(config["vocab_size"]),
+        rope_theta=float(options.get("rope_theta", 10_000.0)),
+        rms_eps=float(config["rms_norm_eps"]),
+        max_positions=rope.stretched_positions(scaling, int(config["max_position_embeddings"])),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=has_bias or family == "qwen2",
+        o_bias=has_bias,
+        qk_norm=family == "qwen3",
+        rope_scaling=scaling,
+        mrope=_mrope_of(options, config),
+        sliding_window=_window_of(family, config),
+        eos_token_ids=_ids(config.get("eos_token_id"), generation.get("eos_token_id")),
+        bos_token_id=next(iter(_ids(config.get("bos_token_id"))), None),
+    )
+
+
+def _mrope_of(options: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:
+    sections = tuple(int(n) for n in options.get("mrope_section") or ())
+    half = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+    if sections and (len(sections) != 3 or sum(sections) != half):
+        raise ValueError(f"mrope_section {sections} does not fill the {half} rotary frequencies")
+    return sections
+
+
+def _window_of(family: str, config: Mapping[str, Any]) -> int | None:
+    window = config.get("sliding_window")
+    is_used = family == "mistral" or (family != "llama" and bool(config.get("use_sliding_window")))
+    return int(window) if window and is_used else None
+
+
+def _ids(*values: Any) -> tuple[int, ...]:
+    """Token ids out of None, an id, or a list of ids; each once, in order."""
+    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+    return tuple(dict.fromkeys(int(item) for items in lists for item in items if item is not None))
+
+
+def _from_gguf(
+    cls: type[ModelConfig],
+    family: str,
+    metadata: Mapping[str, Any],
+    tensor_names: Collection[str],
+    rope_factors: NDArray[np.float32] | None,
+) -> ModelConfig:
+    def read(name: str, default: Any = None) -> Any:
+        return metadata[f"{family}.{name}"] if default is None else metadata.get(f"{family}.{name}", default)
+
+    if read("expert_count", 0):
+        raise ModelError("GGUF option expert_count: mixtures of experts are not supported")
+    heads, hidden = int(read("attention.head_count")), int(read("embedding_length"))
+    head_dim = int(read("attention.key_length", hidden // heads))
+    if int(read("rope.dimension_count", head_dim)) != head_dim:
+        raise ModelError("GGUF option rope.dimension_count: partial rotary embeddings are not supported")
+    trained = int(read("context_length"))
+    scaling = rope.scaling_from_gguf(metadata, family, trained, rope_factors)
+    ends = ("eos_token_id", "eot_token_id", "eom_token_id")
+    return cls(
+        family=family,
+        layers=int(read("block_count")),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(read("attention.head_count_kv", heads)),
+        head_dim=head_dim,
+        ffn=int(read("feed_forward_length")),
+        vocab=len(metadata["tokenizer.ggml.tokens"]),
+        rope_theta=float(read("rope.freq_base", 10_000.0)),
+        rms_eps=round(float(read("attention.layer_norm_rms_epsilon")), 12),  # stored as float32
+        max_positions=rope.stretched_positions(scaling, trained),
+        tie_embeddings="output.weight" not in tensor_names,
+        qkv_bias="blk.0.attn_q.bias" in tensor_names,
+        o_bias="blk.0.attn_output.bias" in tensor_names,
+        qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
+        rope_scaling=scaling,
+        sliding_window=metadata.get(f"{family}.attention.sliding_window"),
+        eos_token_ids=_ids(*(metadata.get(f"tokenizer.ggml.{name}") for name in ends)),
+        bos_token_id=next(iter(_ids(metadata.get("tokenizer.ggml.bos_token_id"))), None),
+    )

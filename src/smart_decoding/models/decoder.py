@@ -1,0 +1,199 @@
+"""One decoder for the Llama family: rows in, logits and tapped hidden states out."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smart_decoding.engine.media import Inserts
+from smart_decoding.engine.rows import Rows
+from smart_decoding.kernels import library
+from smart_decoding.kernels import ops as kernels
+from smart_decoding.kernels.ops import Arena, packed_rows
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.graphs import BUCKETS, GraphedLayers, graphed
+from smart_decoding.models.layers import (
+    Context,
+    KVCache,
+    Layers,
+    LayerWeights,
+    Linear,
+    NativeLayers,
+    TorchLayers,
+    Workspace,
+)
+from smart_decoding.models.native_model import NativeModel
+from smart_decoding.models.rows import native_rows
+
+log = logging.getLogger("smart.kernels")
+
+
+@dataclass
+class ForwardOutput:
+    """logits: [wanted rows, vocab], valid until the next forward; taps: [rows, taps * hidden], the residual streams
+    after the tapped layers, or None; best: [wanted rows] first maximum of the logits (-1: not finite), where the
+    kernels find it in passing."""
+
+    logits: Tensor
+    taps: Tensor | None
+    best: NDArray[np.int64] | None = None
+
+
+def use_native(config: ModelConfig, device: torch.device) -> bool:
+    """Whether the CPU kernels serve this model. Says once why, where they do not serve one on a CPU."""
+    if device.type != "cpu":
+        return False
+    fits = config.head_dim in kernels.HEAD_DIMS and config.hidden % 2 == 0 and config.ffn % 2 == 0
+    fits = fits and config.heads <= kernels.MAX_QUERIES * config.kv_heads
+    reason = library.unavailable() if fits else "there are none for this model's shape"
+    if reason is not None:
+        _warn(reason)
+    return reason is None
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    log.warning("no CPU kernels: %s. Plain torch decodes: slower, and in bf16 near-ties can fall the other way", reason)
+
+
+def layer_weights(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    input_norm: bool = True,
+) -> LayerWeights:
+    """Collects and stacks one layer's tensors from a checkpoint in Hugging Face's names.
+
+    input_norm: whether the layer has a norm of its own at its input; the first one of a head has none."""
+
+    def get(name: str) -> Tensor:
+        return weights[prefix + name].to(device=device, dtype=dtype)
+
+    qkv = [f"self_attn.{name}_proj" for name in "qkv"]
+    return LayerWeights(
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_eps,
+        qkv=torch.cat([get(f"{name}.weight") for name in qkv]),
+        output=get("self_attn.o_proj.weight"),
+        gate=get("mlp.gate_proj.weight"),
+        up=get("mlp.up_proj.weight"),
+        down=get("mlp.down_proj.weight"),
+        input_norm=get("input_layernorm.weight") if input_norm else None,
+        post_norm=get("post_attention_layernorm.weight"),
+        qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
+        output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,
+        q_norm=get("self_attn.q_norm.weight") if config.qk_norm else None,
+        k_norm=get("self_attn.k_norm.weight") if config.qk_norm else None,
+    )
+
+
+def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin for every position: [positions, head_dim / 2] float32 each."""
+    inverse, factor = config.inverse_frequencies()
+    angles = torch.arange(positions).float()[:, None] * torch.from_numpy(inverse).float()
+    return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+
+
+def put(x: Tensor, inserts: Inserts) -> None:
+    """Writes the embeddings of pictures over those of their placeholders, x [rows, hidden]."""
+    for first, part in inserts:
+        x[first : first + len(part)] = part
+
+
+class Decoder:
+    """A Llama-family model with its KV cache.
+
+    dtype is that of weights and cache. On the CPU kernels activations and sums are float32 whatever the dtype.
+    native: whether the CPU kernels run it (None: if they can). graphs: whether CUDA graphs do, on a CUDA device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        pages: int,
+        positions: int,
+        native: bool | None = None,
+        graphs: bool = True,
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.native = use_native(config, device) if native is None else native
+        self.work_dtype = torch.float32 if self.native else dtype
+        self.workspace = Workspace()
+        layers = [layer_weights(config, weights, f"model.layers.{i}.", dtype, device) for i in range(config.layers)]
+        arena = None
+        if self.native:
+            output = packed_rows(config.vocab) * config.hidden
+            arena = Arena(layers[0].elements() * config.layers + output, dtype)
+        on_cuda = device.type == "cuda"
+        if on_cuda:  # cuDNN's attention makes a plan for each shape, and here shapes change every round
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        self._layers: Layers
+        if arena:
+            self._layers = NativeLayers(layers, arena, self.workspace)
+        else:
+            self._layers = graphed(layers) if on_cuda and graphs else TorchLayers(layers)
+        embedding = weights["model.embed_tokens.weight"].to(device=device, dtype=dtype)
+        head = embedding if config.tie_embeddings else weights["lm_head.weight"].to(device=device, dtype=dtype)
+        norm = weights["model.norm.weight"].to(device=device, dtype=dtype)
+        self.head = Linear(head, self.native, arena, norm, config.rms_eps)
+        self._embedding = None if config.tie_embeddings else embedding
+        self.final_norm: Tensor | None = norm
+        self.rotary = rotary_table(config, positions, device)
+        self._axis = torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device) if config.mrope else None
+        self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native)
+        self.model: NativeModel | None = None  # all of it, where the CPU kernels run it
+        if isinstance(self._layers, NativeLayers):
+            self.model = NativeModel(self._layers, self._embedding, self.head, norm, self.kv, self.rotary)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Row counts beyond which one more row costs a step: what a pass over the weights serves, or a CUDA graph."""
+        if self.native:
+            return (kernels.pass_rows(self.dtype == torch.bfloat16),)
+        return BUCKETS if isinstance(self._layers, GraphedLayers) else ()
+
+    @property
+    def embedding(self) -> Linear | Tensor:
+        """The embeddings: the table, or the output matrix where that is the same."""
+        return self.head if self._embedding is None else self._embedding
+
+    def embed(self, token: Tensor) -> Tensor:
+        """Token embeddings [n, hidden] in the working dtype."""
+        rows = self.head.rows_of(token) if self._embedding is None else self._embedding[token]
+        return rows.to(self.work_dtype)
+
+    @torch.inference_mode()
+    def forward(self, rows: Rows, taps: tuple[int, ...] = ()) -> ForwardOutput:
+        """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
+        if self.model is not None:
+            context = self._context(rows)
+            native = native_rows(context.rows, context.cosine, context.sine)
+            logits, states, best = self.model.forward(native.struct, rows.token, rows.inserts, rows.logit_rows, taps)
+            return ForwardOutput(logits, states, best)
+        x = self.embed(torch.from_numpy(rows.token).to(self.device))
+        put(x, rows.inserts)
+        tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
+        wanted = None if rows.logit_rows is None else torch.from_numpy(rows.logit_rows).to(self.device)
+        self._layers(x, self._context(rows, taps, tapped), self.kv)
+        return ForwardOutput(self.head(x if wanted is None else x[wanted]).float(), tapped)
+
+    def _context(self, rows: Rows, taps: tuple[int, ...] = (), tapped: Tensor | None = None) -> Context:
+        """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position i."""
+        if rows.rotary is None:
+            return Context(rows, *self.rotary, taps=taps, tapped=tapped)
+        at = torch.from_numpy(rows.rotary).to(self.device)[:, self._axis]  # [rows, head_dim / 2]
+        cosine, sine = (table.gather(0, at) for table in self.rotary)
+        return Context(replace(rows, position=np.arange(len(rows))), cosine, sine, taps=taps, tapped=tapped)

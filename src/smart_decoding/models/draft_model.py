@@ -1,0 +1,46 @@
+"""A smaller model beside the target, with a KV cache of its own."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smart_decoding.drafters.levels import Asked, Ranked
+from smart_decoding.engine.rows import Rows
+from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.ranking import ranked
+from smart_decoding.models.target import TorchTarget, fitting_memory
+
+_BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+class DraftModel:
+    """A Llama-family model in the target's dtype on its device, with pages of its numbers and `scratch_pages` more.
+
+    Models pad their vocabularies differently: tokens that only one of the two has are never proposed."""
+
+    def __init__(self, checkpoint: Checkpoint, target: TorchTarget, pages: int, scratch_pages: int) -> None:
+        vocab = min(checkpoint.config.vocab, target.vocab)
+        cut = {name: checkpoint.weights[name][:vocab] for name in _BY_TOKEN if name in checkpoint.weights}
+        self.config = c = replace(checkpoint.config, vocab=vocab)
+        positions = target.max_positions + 64
+        weights: ChainMap[str, Tensor] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
+        with fitting_memory("draft model", pages):
+            self._decoder = Decoder(c, weights, target.dtype, target.device, pages + scratch_pages, positions,
+                                    graphs=target.graphs)  # fmt: skip
+        self._tokens = torch.arange(vocab, device=target.device)
+        self.shape = ("draft_model", c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, vocab)
+
+    def run(self, rows: Rows) -> Tensor:
+        """One forward: logits [wanted rows, vocab], valid until the next one."""
+        rows.token = np.minimum(rows.token, self.config.vocab - 1)
+        return self._decoder.forward(rows).logits
+
+    def rank(self, logits: Tensor, asked: Asked) -> Ranked:
+        """The most likely next tokens of each row and their probabilities: [rows, k]; see `ranked`."""
+        return ranked(logits, self._tokens, asked, self._decoder.native)

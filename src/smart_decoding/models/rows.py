@@ -1,0 +1,83 @@
+"""The rows of a forward in the two forms that backends read: pointers for the CPU kernels, padded tensors for torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.rows import Rows
+from smart_decoding.kernels.memory import address
+from smart_decoding.kernels.ops import RowsStruct
+
+
+@dataclass(frozen=True, slots=True)
+class NativeRows:
+    """Pointers for the CPU kernels, and the arrays behind them."""
+
+    struct: RowsStruct
+    keep: tuple[object, ...]
+
+
+def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
+    """The rows as the kernels see them. cosine, sine: tables [positions, head_dim / 2]."""
+    arrays = (rows.group_row, rows.group_pages, rows.pages, rows.slot, rows.direct, rows.extra_at, rows.extra)
+    pointers = map(address, (*arrays, rows.position))
+    struct = RowsStruct(len(rows), len(rows.group_row) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
+    return NativeRows(struct, (*arrays, rows.position, cosine, sine))
+
+
+class GatheredRows:
+    """The same rows for backends without ragged attention, on a device: padded to `shape` = (groups, q) with a mask.
+
+    page, offset: [rows] where each row's own key goes; key_page, key_offset: [groups, k] where the keys that a group
+    reads lie; mask: [groups, q, k]; query: [rows] flat index of each row in [groups, q], or, if those are `even`, its
+    own number.
+    """
+
+    def __init__(self, rows: Rows, device: torch.device) -> None:
+        sizes = np.diff(rows.group_row)
+        groups, q = len(sizes), int(sizes.max())
+        group_of = np.repeat(np.arange(groups), sizes)
+        within = np.arange(len(rows)) - rows.group_row[group_of]
+        lists = [self._keys(rows, g) for g in range(groups)]
+        k = max(len(slots) for slots, _ in lists)
+        k += -k % 8  # as torch's kernels want the rows of a mask aligned
+        keys, mask = np.zeros((groups, k), np.int64), np.zeros((groups, q, k), np.bool_)
+        mask[:, :, 0] = True  # padded queries must see something, or softmax gives NaN
+        for g, (slots, seen) in enumerate(lists):
+            keys[g] = slots[0]  # what is masked must be of the group itself: another one's NaN would get through
+            keys[g, : len(slots)] = slots
+            mask[g, : len(seen), : len(slots)] = seen
+        slot = rows.slot.astype(np.int64)
+        parts = (slot // PAGE, slot % PAGE, keys // PAGE, keys % PAGE, mask, group_of * q + within)
+        on_device = (torch.from_numpy(part).to(device) for part in parts)
+        self.page, self.offset, self.key_page, self.key_offset, self.mask, self.query = on_device
+        self.shape, self.even = (groups, q), groups * q == len(rows)
+        self._bias: dict[int, Tensor] = {}
+
+    def bias(self, heads: int, dtype: torch.dtype) -> Tensor:
+        """[groups, 1, heads * q, k] the mask as what is added to scores, the same for so many heads."""
+        if heads not in self._bias:
+            bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self._bias[heads] = bias.masked_fill_(~self.mask, -torch.inf).repeat(1, heads, 1)[:, None]
+        return self._bias[heads]
+
+    @staticmethod
+    def _keys(rows: Rows, g: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        first, last = int(rows.group_row[g]), int(rows.group_row[g + 1])
+        direct = rows.direct[first:last]
+        span = int(direct.max())
+        table = rows.pages[rows.group_pages[g] :][: (span + PAGE - 1) // PAGE].astype(np.int64)
+        slots = (table[:, None] * PAGE + np.arange(PAGE)).reshape(-1)[:span]
+        own = np.unique(rows.extra[rows.extra_at[first] : rows.extra_at[last]]).astype(np.int64)
+        seen = np.zeros((last - first, span + len(own)), np.bool_)
+        seen[:, :span] = np.arange(span) < direct[:, None]
+        for i, row in enumerate(range(first, last)):
+            extra = rows.extra[rows.extra_at[row] : rows.extra_at[row + 1]]
+            seen[i, span + np.searchsorted(own, extra)] = True
+        return np.concatenate((slots, own)), seen

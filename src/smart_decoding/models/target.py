@@ -1,0 +1,116 @@
+"""The target model as the engine sees it: loading, memory limits, forwards, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from smart_decoding.engine.kv import PAGE, Ints
+from smart_decoding.engine.protocols import GreedyBatch, GreedyRound, TargetScores, VerifyGreedy
+from smart_decoding.engine.rows import Rows
+from smart_decoding.engine.verification import require_finite
+from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.sampler import Sampled, Sampler
+from smart_decoding.models.vision import VisionTower
+from smart_decoding.multimodal.pixels import Pixels
+
+DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """bfloat16 or float32 by name. Raises ConfigError for any other."""
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name!r} is not supported: use bfloat16 (bf16) or float32 (fp32)")
+    return DTYPES[name]
+
+
+@contextmanager
+def fitting_memory(what: str, pages: int) -> Iterator[None]:
+    """Raises CapacityError where the block, which allocates a model and its KV pages, runs out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        raise CapacityError(f"no memory for the {what} and {pages} KV pages: lower kv_cache_tokens") from error
+
+
+class TorchTarget(Sampled):
+    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens; with eyes if it has some.
+
+    enforce_eager: no CUDA graphs."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        device: str,
+        pages: int,
+        max_model_len: int,
+        enforce_eager: bool = False,
+    ) -> None:
+        config = checkpoint.config
+        config.check_context(max_model_len)
+        self.dtype, self.device, self.graphs = dtype_of(dtype), torch.device(device), not enforce_eager
+        with fitting_memory("model", pages):
+            self._tower = VisionTower(checkpoint.vision, self.dtype, self.device) if checkpoint.vision else None
+            positions = max_model_len + 64
+            self.decoder = Decoder(config, checkpoint.weights, self.dtype, self.device, pages, positions,
+                                   graphs=self.graphs)  # fmt: skip
+        self.vocab, self.max_positions = config.vocab, max_model_len
+        self.eos_token_ids = config.eos_token_ids
+        self.sampler = Sampler(config.vocab)
+        whole = self.decoder.model is not None and not config.mrope  # M-RoPE is not laid out there
+        self.verify_greedy: VerifyGreedy | None = self._verify_greedy if whole else None
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Row counts beyond which one more row costs a step, where they are known."""
+        return self.decoder.steps
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.decoder.kv.bytes
+
+    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
+        out = self.decoder.forward(rows, taps)
+        _wait(out.logits.device)
+        return TargetScores(out.logits, out.taps, out.best)
+
+    def _verify_greedy(self, batch: GreedyBatch) -> GreedyRound:
+        assert self.decoder.model is not None
+        done = self.decoder.model.verify(batch)
+        if min(map(min, done.acceptance.emitted)) < 0:
+            require_finite(False)
+        return done
+
+    def see(self, pixels: Pixels) -> torch.Tensor:
+        """[length, hidden] the embeddings of a picture, for rows to be inserted."""
+        if self._tower is None:
+            raise ConfigError("this model reads text only")
+        seen = self._tower.see(pixels)
+        _wait(self.device)
+        return seen
+
+    def forget_pictures(self) -> None:
+        if self._tower is not None:
+            self._tower.forget()
+
+    def move(self, source: Ints, target: Ints) -> None:
+        self.decoder.kv.move(torch.from_numpy(source), torch.from_numpy(target))
+
+
+def _wait(device: torch.device) -> None:
+    """Until a GPU has done it: what is timed is not its launch."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def pages_for(tokens: int, max_num_seqs: int) -> int:
+    """Pages for `tokens` committed tokens in `max_num_seqs` requests, each with a last page half full and a tree."""
+    return int(np.ceil(tokens / PAGE)) + 5 * max_num_seqs

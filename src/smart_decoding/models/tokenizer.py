@@ -1,0 +1,201 @@
+"""Text to token ids and back: a thin face on the `tokenizers` library, with chat templates and streaming.
+
+A tokenizer comes from a folder (tokenizer.json, tokenizer_config.json, chat_template.jinja), or from the metadata of a
+GGUF file, which names the kind of byte-pair encoding and lists its tokens and merges.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.models import chat_template
+
+_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # GGUF token types
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+_QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+_PRE_TOKENIZERS = {
+    "smollm": "smollm",
+    "llama-bpe": "llama3",
+    "llama3": "llama3",
+    "llama-v3": "llama3",
+    "qwen2": "qwen2",
+    "deepseek-r1-qwen": "qwen2",
+}
+
+
+@dataclass(slots=True)
+class Tokenizer:
+    """One model's tokenizer. `specials` maps bos_token, eos_token, ... to their text."""
+
+    backend: tokenizers.Tokenizer
+    specials: Mapping[str, str] = field(default_factory=dict)
+    template: str | None = None
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """From a model's folder. Raises ModelError if there is no usable tokenizer in it."""
+        config = _read_json(folder / "tokenizer_config.json")
+        specials = {name: _text_of(config[name]) for name in _SPECIALS if config.get(name) is not None}
+        return cls(_backend_of(folder), specials, chat_template.find(folder, config))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """From GGUF metadata: byte-level BPE of the kinds smollm, llama-bpe and qwen2; ModelError for any other."""
+        tokens = metadata["tokenizer.ggml.tokens"]
+        ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
+        specials = {name: tokens[id_] for name, id_ in zip(_SPECIALS, ids.values(), strict=True) if id_ is not None}
+        return cls(_gguf_backend(metadata, specials), specials, metadata.get("tokenizer.chat_template"))
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json; `load` and transformers read them back."""
+        self.backend.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.specials}
+        if self.template is not None:
+            config["chat_template"] = self.template
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, ensure_ascii=False, indent=1), encoding="utf-8"
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this number (a model's vocabulary may be padded beyond it)."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own end token; a model's configuration may know more."""
+        return self._ids_of("eos_token")
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text, special tokens included; None if there is none."""
+        return self.backend.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. `add_special_tokens` puts the beginning token there if this model uses one."""
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt text of a conversation, by the model's own template or the one given.
+
+        Raises ConfigError without a template or for messages that it refuses. Encode the result without special
+        tokens: the template writes them."""
+        chosen = template or self.template
+        if chosen is None:
+            raise ConfigError(
+                "this model has no chat template: give it a text to continue "
+                "(smart run --raw; LLM.generate in Python; /v1/completions)"
+            )
+        given = {**self.specials, **variables, "add_generation_prompt": add_generation_prompt}
+        return chat_template.render(chosen, messages, given)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation's prompt."""
+        return self.encode(self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False)
+
+    def _ids_of(self, special: str) -> tuple[int, ...]:
+        text = self.specials.get(special)
+        id_ = self.backend.token_to_id(text) if text is not None else None
+        return () if id_ is None else (int(id_),)
+
+
+def _backend_of(folder: Path) -> tokenizers.Tokenizer:
+    """Without the truncation and padding that some files have kept from training: a prompt is all of it, no more."""
+    backend = _stored_backend(folder)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _stored_backend(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"{path.name} in {folder} is corrupt: {error}; fetch it again") from error
+    if (folder / "tokenizer.model").is_file():
+        return _through_transformers(folder)
+    raise ModelError(f"{folder} has neither tokenizer.json nor tokenizer.model")
+
+
+def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
+    """Llama-2 style folders hold a SentencePiece model only, which transformers converts."""
+    try:
+        from transformers import AutoTokenizer
+
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, it would ask
+        backend: tokenizers.Tokenizer = found.backend_tokenizer
+    except Exception as error:  # not installed, or one of its own optional parts is not
+        needed = "in the clone, pip install -e '.[sentencepiece]'"
+        raise ModelError(f"{folder} holds only tokenizer.model, which needs transformers: {needed}") from error
+    return backend
+
+
+def _gguf_backend(metadata: Mapping[str, Any], specials: Mapping[str, str]) -> tokenizers.Tokenizer:
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+        known = ", ".join(_PRE_TOKENIZERS)
+        raise ModelError(f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported (gpt2 with {known} is)")
+    family = _PRE_TOKENIZERS[pre]
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    vocab = {token: id_ for id_, token in enumerate(tokens) if types[id_] != _UNUSED}
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=family == "llama3"))
+    backend.pre_tokenizer = _pre_tokenizer(family)
+    backend.decoder = decoders.ByteLevel()
+    if family == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    for type_, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [token for token, its_type in zip(tokens, types, strict=True) if its_type == type_]
+        backend.add_tokens([AddedToken(token, special=is_special, normalized=False) for token in added])
+    if metadata.get("tokenizer.ggml.add_bos_token", family == "llama3") and "bos_token" in specials:
+        bos = specials["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
+        )
+    return backend
+
+
+def _pre_tokenizer(family: str) -> pre_tokenizers.PreTokenizer:
+    if family == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    pattern = _LLAMA3_SPLIT if family == "llama3" else _QWEN2_SPLIT
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path.name} in {path.parent} is corrupt: {error}; fetch it again") from error
+    return content
+
+
+def _text_of(token: Any) -> str:
+    """A special token is written as a string or as an object with `content`."""
+    return str(token["content"] if isinstance(token, dict) else token)
