@@ -1,7 +1,7 @@
 // Attention over pages of keys and values: positions in order, then a row's ancestors in its tree.
 
 #pragma once
-#include "forward.h"
+#include "abi.h"
 #include "linear.h"
 #include "pages.h"
 #include "pair_attention.h"
@@ -9,12 +9,12 @@
 template <class T, int HD> static std::vector<Block> blocks_of(const Rows& in, int heads_per_key) {
     int size = std::max(1, PAIRED<T, HD> ? TILE / heads_per_key : std::min(4, 32 / heads_per_key));
     std::vector<Block> blocks;
-    for (int g = 0; g < in.groups; g++)
-        for (int row = in.group_row[g]; row < in.group_row[g + 1]; row += size) {
-            Block block = {g, row, std::min(size, in.group_row[g + 1] - row)};
+    for (int g = 0; g < in.requests; g++)
+        for (int row = in.query_start_loc[g]; row < in.query_start_loc[g + 1]; row += size) {
+            Block block = {g, row, std::min(size, in.query_start_loc[g + 1] - row)};
             for (int r = row; r < row + block.count; r++) {
-                block.direct = std::max(block.direct, in.direct[r]);
-                block.longest = std::max(block.longest, in.direct[r] + in.extra_at[r + 1] - in.extra_at[r]);
+                block.context_len = std::max(block.context_len, in.context_len[r]);
+                block.longest = std::max(block.longest, in.context_len[r] + in.ancestors_start[r + 1] - in.ancestors_start[r]);
             }
             blocks.push_back(block);
         }
@@ -132,8 +132,8 @@ static void attend(const Rows& in, const Item<T>& item, int heads, const float* 
     for (int start = 0; start < item.block.longest; start += CHUNK) {
         int shared = CHUNK / PAGE;  // pages of this chunk that every row may read in place
         for (int r = 0; r < count; r++) {
-            int i = row + r, extra = in.extra_at[i + 1] - in.extra_at[i];
-            int end = extra ? (in.direct[i] / PAGE) * PAGE : ((in.direct[i] + PAGE - 1) / PAGE) * PAGE;
+            int i = row + r, ancestors = in.ancestors_start[i + 1] - in.ancestors_start[i];
+            int end = ancestors ? (in.context_len[i] / PAGE) * PAGE : ((in.context_len[i] + PAGE - 1) / PAGE) * PAGE;
             shared = std::min(shared, std::max(0, (end - start)) / PAGE);
         }
         const T *kp[CHUNK / PAGE], *vp[CHUNK / PAGE];
@@ -143,24 +143,24 @@ static void attend(const Rows& in, const Item<T>& item, int heads, const float* 
             vp[p] = vc + page * HD * PAGE;
         }
         for (int r = 0; r < count; r++) {
-            int i = row + r, direct = in.direct[i], extra = in.extra_at[i + 1] - in.extra_at[i];
-            int valid = std::min(CHUNK, direct + extra - start);
+            int i = row + r, context_len = in.context_len[i], ancestors = in.ancestors_start[i + 1] - in.ancestors_start[i];
+            int valid = std::min(CHUNK, context_len + ancestors - start);
             if (valid <= 0) continue;
             for (int p = shared; p * PAGE < valid; p++) {
                 int first = start + p * PAGE;
-                if (first + PAGE <= direct || (!extra && first < direct)) {  // whole page in place
+                if (first + PAGE <= context_len || (!ancestors && first < context_len)) {  // whole page in place
                     int64_t page = table[first / PAGE];
                     kp[p] = kc + page * HD * PAGE;
                     vp[p] = vc + page * HD * PAGE;
                 } else {  // gather: the page mixes committed positions and tree nodes
                     for (int j = 0; j < PAGE; j++) {
                         int position = first + j;
-                        if (position >= direct + extra) {
+                        if (position >= context_len + ancestors) {
                             for (int d = 0; d < HD; d++) copy_k[p][d * PAGE + j] = T(0);
                             continue;
                         }
-                        int64_t slot = position < direct ? int64_t(table[position / PAGE]) * PAGE + position % PAGE
-                                                         : in.extra[in.extra_at[i] + position - direct];
+                        int64_t slot = position < context_len ? int64_t(table[position / PAGE]) * PAGE + position % PAGE
+                                                         : in.ancestors[in.ancestors_start[i] + position - context_len];
                         const T* ks = kc + (slot / PAGE) * HD * PAGE + slot % PAGE;
                         for (int d = 0; d < HD; d++) copy_k[p][d * PAGE + j] = ks[d * PAGE];
                         memcpy(&copy_v[p][j * HD], vc + slot * HD, HD * sizeof(T));
@@ -202,7 +202,7 @@ static void rope_and_store(const Rows& in, int row, float* qkv, int heads, int k
         T key[HD], value[HD];
         for (int d = 0; d < HD; d++) from_f32(k[d], key + d);
         for (int d = 0; d < HD; d++) from_f32(v[d], value + d);
-        order.put_key(kc, in.slot[row], key);
-        order.put_value(vc, in.slot[row], value);
+        order.put_key(kc, in.slot_mapping[row], key);
+        order.put_value(vc, in.slot_mapping[row], value);
     }
 }

@@ -8,18 +8,9 @@
 // Compiled at first use by native/build.py with -O3 -march=native -fopenmp; plain C interface, called through ctypes.
 
 #include "attention.h"
-#include "forward.h"
+#include "abi.h"
 #include "linear.h"
 #include "sampling.h"
-
-struct Layer {
-    int32_t hidden, input, heads, kv_heads, head_dim, ffn;  // input: width that q, k and v read (2 hidden in EAGLE-3)
-    int32_t hint;  // where weights are prefetched to
-    float eps;
-    const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;  // those but post_norm may be null
-    const void *qkv, *output, *gate_up, *down;  // packed
-};
-struct Scratch { float *normed, *qkv, *attention, *ffn; };  // [rows, max(hidden, input)], [rows, (h + 2 kv) hd], [rows, h hd], [rows, ffn]
 
 // Attention of all rows over the keys and values of one layer, by a whole team. q: [rows, ldq].
 template <class T, int HD, class O>
@@ -30,7 +21,7 @@ static void attend_blocks(const Layer& l, const Rows& in, const std::vector<Bloc
     auto item = [&](int i) {
         const Block& block = blocks[i / kv];
         int64_t h = i % kv;
-        return Item<T>{block, kc + h * plane, vc + h * plane, in.pages + in.group_pages[block.group], h * heads * HD};
+        return Item<T>{block, kc + h * plane, vc + h * plane, in.block_tables + in.block_table_start[block.group], h * heads * HD};
     };
     #pragma omp for schedule(dynamic, 1)  // contexts differ; a thread's next item is most likely the one a team further
     for (int i = 0; i < items; i++) {
@@ -56,7 +47,7 @@ static void finish_layer(const Layer& l, int rows, const Input<W>* attention, fl
 // One layer, run by a whole team.
 template <class W, class T, int HD>
 static void layer_run(const Layer& l, const Rows& in, const std::vector<Block>& blocks, const float* input, float* x, T* kc, T* vc,
-                      int64_t pages, const Scratch& s) {
+                      int64_t pages, const Workspace& s) {
     int rows = in.rows, heads = l.heads, kv = l.kv_heads;
     int64_t d = l.hidden, qkv_width = int64_t(heads + 2 * kv) * HD;
     Input<W> *room = (Input<W>*)s.normed, *attention = (Input<W>*)s.attention, *ffn = (Input<W>*)s.ffn;
@@ -75,24 +66,24 @@ static void layer_run(const Layer& l, const Rows& in, const std::vector<Block>& 
     finish_layer<W>(l, rows, attention, x, room, ffn);
 }
 
-// `count` layers one after another, by a whole team; after taps[0], taps[1], ... of them, x is copied next to each other into
-// `tapped`.
+// `count` layers one after another, by a whole team; after aux_layers[0], aux_layers[1], ... of them, x is copied next to each other into
+// `aux_hidden`.
 template <class W, class T, int HD>
 static void run_layers(const Layer* layers, int count, const Rows& in, const std::vector<Block>& blocks, const float* input, float* x,
-                       T* kc, T* vc, int64_t pages, const Scratch& s, const int32_t* taps, int tap_count, float* tapped) {
+                       T* kc, T* vc, int64_t pages, const Workspace& s, const int32_t* aux_layers, int aux_count, float* aux_hidden) {
     int64_t plane = layers[0].kv_heads * pages * HD * PAGE, d = layers[0].hidden;
     for (int i = 0, tap = 0; i < count; i++) {
         layer_run<W, T, HD>(layers[i], in, blocks, i ? nullptr : input, x, kc + i * plane, vc + i * plane, pages, s);
-        if (tap == tap_count || taps[tap] != i + 1) continue;
+        if (tap == aux_count || aux_layers[tap] != i + 1) continue;
         #pragma omp for schedule(static) nowait
-        for (int r = 0; r < in.rows; r++) memcpy(tapped + (int64_t(r) * tap_count + tap) * d, x + r * d, d * sizeof(float));
+        for (int r = 0; r < in.rows; r++) memcpy(aux_hidden + (int64_t(r) * aux_count + tap) * d, x + r * d, d * sizeof(float));
         tap++;
     }
 }
 
 template <class W, class T, int HD>
 static void layers_run(const Layer* layers, int count, const Rows& in, const float* input, float* x, T* kc, T* vc, int64_t pages,
-                       const Scratch& s, int threads) {
+                       const Workspace& s, int threads) {
     const std::vector<Block> blocks = blocks_of<T, HD>(in, layers[0].heads / layers[0].kv_heads);
     #pragma omp parallel num_threads(threads)
     run_layers<W, T, HD>(layers, count, in, blocks, input, x, kc, vc, pages, s, nullptr, 0, nullptr);
@@ -133,21 +124,7 @@ static void move_kv(T* k, T* v, int64_t planes, int64_t pages, int head_dim, con
 
 // ------------------------------------------------------------------------------------------------------------ draft head
 
-// An EAGLE-3 head of one layer, which reads [norm(embedding) ; norm(features)], and what it borrows of its target.
-struct Head {
-    Layer layer;
-    const float *tap_norm, *fc_bias, *input_norm, *hidden_norm, *final_norm;  // the first two may be null
-    const void *fc, *embedding, *table;  // fc packed; embeddings either packed or as a plain table, the other is null
-    const void* outputs;                 // [outputs_count, hidden] packed: bytes where `scale` is not null
-    const float* scale;                  // of smart_pack_bytes
-    const int32_t* sums;
-    const int64_t* tokens;  // [outputs_count]
-    int64_t outputs_count;
-    int32_t taps;  // states that fc reads
-    int32_t norm_before_residual;
-};
-
-// Scratch memory that is kept, since large blocks are costly to allocate anew.
+// Workspace memory that is kept, since large blocks are costly to allocate anew.
 struct Pool {
     std::vector<float> block;
     size_t used = 0;
@@ -172,7 +149,7 @@ static void forward_run(const Model& m, const Rows& in, const Pass& p, int threa
     Pool& pool = kept;
     pool.begin(rows * (2 * d + qkv_width + width + l.ffn) + wanted * d + 256);
     float* x = pool.take<float>(rows * d);
-    Scratch s{pool.take<float>(rows * d), pool.take<float>(rows * qkv_width), pool.take<float>(rows * width),
+    Workspace s{pool.take<float>(rows * d), pool.take<float>(rows * qkv_width), pool.take<float>(rows * width),
               pool.take<float>(rows * l.ffn)};
     Input<W>* normed = pool.take<Input<W>>(wanted * d);
     std::vector<Maxima> found(wanted * threads);
@@ -181,11 +158,11 @@ static void forward_run(const Model& m, const Rows& in, const Pass& p, int threa
     {
         #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
-            if (p.inserts && p.inserts[r]) memcpy(x + r * d, p.inserts[r], d * sizeof(float));
+            if (p.embeddings && p.embeddings[r]) memcpy(x + r * d, p.embeddings[r], d * sizeof(float));
             else embedding_row<W>(m.embedding, m.table, d, p.token[r], x + r * d);
         }
-        run_layers<W, T, HD>(m.layers, m.count, in, blocks, nullptr, x, (T*)m.keys, (T*)m.values, m.pages, s, p.taps, p.tap_count,
-                             p.tapped);
+        run_layers<W, T, HD>(m.layers, m.layer_count, in, blocks, nullptr, x, (T*)m.keys, (T*)m.values, m.pages, s, p.aux_layers, p.aux_count,
+                             p.aux_hidden);
         #pragma omp for schedule(static)
         for (int64_t r = 0; r < wanted; r++)
             rms_norm_row(x + (p.wanted ? p.wanted[r] : r) * d, m.final_norm, m.eps, d, normed + r * d);
@@ -268,14 +245,14 @@ static void draft_part(const Head& h, const Rows& in, const Level& v, const Draf
                        T* kc, T* vc, int64_t pages) {
     const Layer& l = h.layer;
     const DraftColumns<HD> columns(l);
-    int64_t d = l.hidden, read = h.taps * d;
+    int64_t d = l.hidden, read = h.aux_count * d;
     if (v.first) {
         #pragma omp for schedule(static)
         for (int r = first; r < end; r++)
-            for (int t = 0; t < h.taps; t++) {
+            for (int t = 0; t < h.aux_count; t++) {
                 const float* tap = v.features[r] + t * d;
                 Input<W>* to = b.room + (r - first) * read + t * d;
-                if (h.tap_norm) rms_norm_row(tap, h.tap_norm, l.eps, d, to);
+                if (h.aux_norm) rms_norm_row(tap, h.aux_norm, l.eps, d, to);
                 else for (int64_t i = 0; i < d; i++) from_f32(tap[i], to + i);
             }
         linear_rows(b.room, read, end - first, (const W*)h.fc, d, read, h.fc_bias, b.g, d, false);
@@ -285,7 +262,7 @@ static void draft_part(const Head& h, const Rows& in, const Level& v, const Draf
     for (int r = first; r < end; r++) {
         const float* features = v.first ? b.g + (r - first) * d : v.features[r];
         const float* embedding = line;
-        if (v.inserts && v.inserts[r]) embedding = v.inserts[r];
+        if (v.embeddings && v.embeddings[r]) embedding = v.embeddings[r];
         else embedding_row<W>(h.embedding, h.table, d, v.token[r], line);
         Input<W>* to = b.room + (r - first) * 2 * d;
         rms_norm_row(embedding, h.input_norm, l.eps, d, to);
@@ -347,12 +324,12 @@ static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* v
     constexpr int PART = 256;
     const Layer& l = h.layer;
     const DraftColumns<HD> columns(l);
-    const int rows = in.rows, wanted = v.first ? in.groups : rows, part = std::min(rows, PART);
+    const int rows = in.rows, wanted = v.first ? in.requests : rows, part = std::min(rows, PART);
     int64_t d = l.hidden, q_width = columns.q_width, n = h.outputs_count;
-    int64_t wide = std::max(v.first ? h.taps * d : 0, 2 * d), room_rows = std::max(part, wanted);
+    int64_t wide = std::max(v.first ? h.aux_count * d : 0, 2 * d), room_rows = std::max(part, wanted);
     static thread_local Pool pool(0);
     pool.begin(size_t(room_rows) * (wide + d + columns.width) + size_t(wanted) * (2 * q_width + l.ffn + n + 3 * d + 1) + 256);
-    std::vector<int32_t> place(rows), group_row(in.groups + 1), direct(wanted), extra_at(in.groups + 1);
+    std::vector<int32_t> place(rows), query_start_loc(in.requests + 1), context_len(wanted), ancestors_start(in.requests + 1);
     DraftRoom<W> b = {
         .room = pool.take<Input<W>>(room_rows * wide),
         .asked = pool.take<Input<W>>(wanted * 2 * d),
@@ -370,15 +347,15 @@ static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* v
     Rows asking = in;
     for (int r = 0; r < rows; r++) place[r] = v.first ? -1 : r;
     if (v.first) {
-        for (int i = 0; i < in.groups; i++) {
-            int last = in.group_row[i + 1] - 1;
-            place[last] = group_row[i] = i;
-            direct[i] = in.direct[last];
+        for (int i = 0; i < in.requests; i++) {
+            int last = in.query_start_loc[i + 1] - 1;
+            place[last] = query_start_loc[i] = i;
+            context_len[i] = in.context_len[last];
         }
-        group_row[in.groups] = asking.rows = in.groups;
-        asking.group_row = group_row.data();
-        asking.direct = direct.data();
-        asking.extra_at = extra_at.data();
+        query_start_loc[in.requests] = asking.rows = in.requests;
+        asking.query_start_loc = query_start_loc.data();
+        asking.context_len = context_len.data();
+        asking.ancestors_start = ancestors_start.data();
     }
     const std::vector<Block> blocks = blocks_of<T, HD>(asking, l.heads / l.kv_heads);
     #pragma omp parallel num_threads(threads)
@@ -391,6 +368,8 @@ static void draft_run(const Head& h, const Rows& in, const Level& v, T* kc, T* v
 }
 
 extern "C" {
+
+int smart_enable() { return !enable_tiles(); }
 
 int smart_vector_width() { return VW; }
 int smart_page() { return PAGE; }
@@ -461,7 +440,7 @@ void smart_unpack(const void* w, int64_t k, int is_bf16, const int64_t* index, i
 
 // Layers in place on x [rows, hidden]. q, k and v read rms_norm(x), the first one's `input` [rows, input] if given.
 int smart_layers(const Layer* l, int count, const Rows* in, const float* input, float* x, void* kc, void* vc, int64_t pages,
-                 const Scratch* s, int w_bf16, int kv_bf16, int threads) {
+                 const Workspace* s, int w_bf16, int kv_bf16, int threads) {
 #define RUN(HD)                                                                                                     \
     case HD:                                                                                                        \
         if (w_bf16 && kv_bf16)                                                                                      \

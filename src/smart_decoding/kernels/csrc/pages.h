@@ -5,7 +5,7 @@
 // interleaved: where CPUs have them, both matrices lie so.
 
 #pragma once
-#include "forward.h"
+#include "abi.h"
 #include "tiles.h"
 
 #if defined(__AVX512BF16__)
@@ -53,9 +53,9 @@ struct Order {
     }
 };
 
-// Rows of one group that share passes over its pages: `direct` positions of them by its block table, then, up to `longest`,
+// Rows of one group that share passes over its pages: `context_len` positions of them by its block table, then, up to `longest`,
 // ancestors in a tree.
-struct Block { int32_t group, row, count, direct, longest; };
+struct Block { int32_t group, row, count, context_len, longest; };
 
 // What a thread does at a time: a block of rows, over one head's keys and values.
 template <class T> struct Item {

@@ -24,7 +24,7 @@ template <int HD> struct Chunk {
     int count = PAGES;
     Chunk(const Item<bf16>& item, int start) {  // where the block table ends, its last page
         for (int p = 0; p < PAGES; p++) {
-            int position = std::min(start + p * PAGE, item.block.direct - 1);
+            int position = std::min(start + p * PAGE, item.block.context_len - 1);
             int64_t at = int64_t(item.table[std::max(position, 0) / PAGE]) * HD * PAGE;
             k[p] = item.k + at, v[p] = item.v + at;
         }
@@ -214,9 +214,9 @@ template <int HD> struct alignas(64) PairAttention {
     // Positions from `start` on of all rows. Those that see the same pages share them; a row of a tree completes its own.
     void run(const Rows& in, const Item<bf16>& item, const Item<bf16>& after, int heads, int start) {
         const Block& block = item.block;
-        const int row = block.row, ends = (block.direct + CHUNK - 1) / CHUNK * CHUNK;
-        auto extras = [&](int r) { return in.extra_at[row + r + 1] - in.extra_at[row + r]; };
-        auto shares = [&](int r) { return !extras(r) || in.direct[row + r] >= start + CHUNK; };
+        const int row = block.row, ends = (block.context_len + CHUNK - 1) / CHUNK * CHUNK;
+        auto ancestor_count = [&](int r) { return in.ancestors_start[row + r + 1] - in.ancestors_start[row + r]; };
+        auto shares = [&](int r) { return !ancestor_count(r) || in.context_len[row + r] >= start + CHUNK; };
         auto ahead = [&](int at) { return at < ends ? Chunk<HD>(item, at) : Chunk<HD>(after, at - ends); };
         const Chunk<HD> next = ahead(start + CHUNK), later = ahead(start + 2 * CHUNK);
         std::fill_n(laid, PAGES, -1);
@@ -225,8 +225,8 @@ template <int HD> struct alignas(64) PairAttention {
             if (shares(r)) while (to < block.count && shares(to)) to++;
             int end = 0, most = 0;
             for (int i = r; i < to; i++) {
-                int direct = in.direct[row + i], sees = std::max(0, std::min(CHUNK, direct + extras(i) - start));
-                end = std::max(end, std::min(direct - start, CHUNK));
+                int context_len = in.context_len[row + i], sees = std::max(0, std::min(CHUNK, context_len + ancestor_count(i) - start));
+                end = std::max(end, std::min(context_len - start, CHUNK));
                 most = std::max(most, sees);
                 std::fill_n(valid + i * heads, heads, sees);
             }
@@ -234,7 +234,7 @@ template <int HD> struct alignas(64) PairAttention {
             Chunk<HD> chunk(item, start);
             chunk.count = (most + PAGE - 1) / PAGE;
             complete(chunk, end);
-            if (!shares(r)) add_ancestors(item, in.extra + in.extra_at[row + r], extras(r), in.direct[row + r] - start);
+            if (!shares(r)) add_ancestors(item, in.ancestors + in.ancestors_start[row + r], ancestor_count(r), in.context_len[row + r] - start);
             for (int i = r * heads; i < to * heads; i += TILE) fold(i, std::min(TILE, to * heads - i), chunk, next, later);
         }
     }

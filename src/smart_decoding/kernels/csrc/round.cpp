@@ -6,32 +6,14 @@
 #include <numeric>
 #include <vector>
 
-#include "forward.h"
+#include "abi.h"
 #include "vectors.h"
-
-struct Round {
-    int64_t requests, nodes, room;
-    const int64_t* root;            // [requests] their last tokens
-    const int64_t* length;          // [requests] positions of these
-    const int32_t* const* pages;    // [requests] block tables, with room for the nodes
-    const int64_t* trees;           // owner, token, parent, depth: [4, room] (core/tree.py)
-    const int64_t* kept;            // [nodes] which of the trees' nodes are verified, ascending
-    int64_t hidden, heads, head_dim;  // of the model; the latter two of its cache
-    const float *cosine, *sine;     // [positions, head_dim / 2]
-    // What comes of it. Nodes count as they do in `kept`.
-    int64_t* after;     // [requests + nodes] the target's token after each root and each accepted node, else -1
-    int64_t* emitted;   // [requests + nodes] the accepted tokens and the target's own, request after request
-    int64_t* path;      // [nodes] the accepted nodes, request after request
-    int64_t* accepted;  // [requests] how many
-    int64_t* first;     // [requests] row of the root in `tapped`; those of accepted nodes follow it
-    double* seconds;    // of the forward, and of moving keys
-};
 
 namespace {
 
 struct Built {  // the rows of a round, and where in them the nodes are
     std::vector<int64_t> token, position, node_row;
-    std::vector<int32_t> group_row, group_pages, pages, slot, direct, extra_at, extra;
+    std::vector<int32_t> query_start_loc, block_table_start, pages, slot_mapping, context_len, ancestors_start, ancestors;
     std::vector<std::vector<int32_t>> of;  // the nodes of each request
     std::vector<int32_t> parent;           // of each node, among those that are kept, or -1
 };
@@ -58,17 +40,17 @@ void build(const Round& r, Built& b) {
     number(r, b);
     int64_t rows = r.requests + r.nodes;
     b.token.resize(rows), b.position.resize(rows), b.node_row.resize(r.nodes);
-    b.slot.resize(rows), b.direct.resize(rows), b.extra_at.assign(rows + 1, 0);
-    b.group_row = {0};
+    b.slot_mapping.resize(rows), b.context_len.resize(rows), b.ancestors_start.assign(rows + 1, 0);
+    b.query_start_loc = {0};
     for (int64_t i = 0; i < r.requests; i++) {
-        int32_t root = b.group_row.back(), size = 1 + b.of[i].size();
-        b.group_row.push_back(root + size);
-        b.group_pages.push_back(b.pages.size());
+        int32_t root = b.query_start_loc.back(), size = 1 + b.of[i].size();
+        b.query_start_loc.push_back(root + size);
+        b.block_table_start.push_back(b.pages.size());
         b.pages.insert(b.pages.end(), r.pages[i], r.pages[i] + (r.length[i] + size + PAGE - 1) / PAGE);
         for (int32_t j = 0; j < size; j++) {
             int64_t at = r.length[i] + j;
-            b.slot[root + j] = r.pages[i][at / PAGE] * PAGE + at % PAGE;
-            b.direct[root + j] = r.length[i] + 1;
+            b.slot_mapping[root + j] = r.pages[i][at / PAGE] * PAGE + at % PAGE;
+            b.context_len[root + j] = r.length[i] + 1;
         }
         b.token[root] = r.root[i], b.position[root] = r.length[i];
         int32_t tip = -1, chain = 0;
@@ -79,15 +61,15 @@ void build(const Round& r, Built& b) {
             if (b.node_row[k] < 0) b.node_row[k] = root + ++chain;
             int64_t row = b.node_row[k];
             b.token[row] = token_of(r, k), b.position[row] = r.length[i] + depth_of(r, k);
-            b.extra_at[row + 1] = depth_of(r, k);
+            b.ancestors_start[row + 1] = depth_of(r, k);
         }
     }
-    std::partial_sum(b.extra_at.begin(), b.extra_at.end(), b.extra_at.begin());
-    b.extra.resize(b.extra_at[rows]);
+    std::partial_sum(b.ancestors_start.begin(), b.ancestors_start.end(), b.ancestors_start.begin());
+    b.ancestors.resize(b.ancestors_start[rows]);
     for (int64_t k = 0; k < r.nodes; k++) {  // a parent's ancestors are there before its children's
-        int32_t *to = &b.extra[b.extra_at[b.node_row[k]]], above = b.parent[k];
-        if (above >= 0) to = std::copy_n(&b.extra[b.extra_at[b.node_row[above]]], depth_of(r, above), to);
-        *to = b.slot[b.node_row[k]];
+        int32_t *to = &b.ancestors[b.ancestors_start[b.node_row[k]]], above = b.parent[k];
+        if (above >= 0) to = std::copy_n(&b.ancestors[b.ancestors_start[b.node_row[above]]], depth_of(r, above), to);
+        *to = b.slot_mapping[b.node_row[k]];
     }
 }
 
@@ -97,8 +79,8 @@ void walk(const Round& r, const Built& b, const int64_t* best) {
     int64_t *emitted = r.emitted, *path = r.path;
     for (int64_t i = 0; i < r.requests; i++) {
         r.accepted[i] = 0;
-        r.first[i] = b.group_row[i];
-        *emitted++ = r.after[i] = best[b.group_row[i]];
+        r.first[i] = b.query_start_loc[i];
+        *emitted++ = r.after[i] = best[b.query_start_loc[i]];
         int32_t tip = -1;
         for (int32_t k : b.of[i]) {  // children come after their parents; of equal siblings the first one counts
             if (b.parent[k] != tip || token_of(r, k) != emitted[-1]) continue;
@@ -110,29 +92,29 @@ void walk(const Round& r, const Built& b, const int64_t* best) {
 }
 
 // Moves accepted nodes' keys, and features of `width`, to the places that follow their roots'.
-void commit(const Round& r, const Built& b, const Model& m, float* tapped, int64_t width) {
+void commit(const Round& r, const Built& b, const Model& m, float* aux_hidden, int64_t width) {
     std::vector<int32_t> from, to;
     const int64_t* path = r.path;
     for (int64_t i = 0; i < r.requests; i++)
         for (int64_t j = 1; j <= r.accepted[i]; j++) {
-            int64_t source = b.node_row[*path++], target = b.group_row[i] + j;
+            int64_t source = b.node_row[*path++], target = b.query_start_loc[i] + j;
             if (source == target) continue;
-            from.push_back(b.slot[source]), to.push_back(b.slot[target]);
-            if (tapped) memcpy(tapped + target * width, tapped + source * width, width * sizeof(float));
+            from.push_back(b.slot_mapping[source]), to.push_back(b.slot_mapping[target]);
+            if (aux_hidden) memcpy(aux_hidden + target * width, aux_hidden + source * width, width * sizeof(float));
         }
     if (!from.empty())
-        smart_move_kv(m.keys, m.values, m.count * r.heads, m.pages, r.head_dim, m.kv_bf16 ? 2 : 4, from.data(), to.data(), from.size());
+        smart_move_kv(m.keys, m.values, m.layer_count * r.kv_heads, m.pages, r.head_dim, m.kv_bf16 ? 2 : 4, from.data(), to.data(), from.size());
 }
 
 }  // namespace
 
-// pass: its taps, and memory for `tapped` and `logits`. Returns nonzero where the kernels do not serve the model.
+// pass: its aux_layers, and memory for `aux_hidden` and `logits`. Returns nonzero where the kernels do not serve the model.
 extern "C" int smart_round(const Model* m, const Round* r, const Pass* pass, int threads) {
     typedef std::chrono::steady_clock clock;
     Built b;
     build(*r, b);
-    Rows rows{int32_t(b.token.size()), int32_t(r->requests), b.group_row.data(), b.group_pages.data(), b.pages.data(), b.slot.data(),
-              b.direct.data(), b.extra_at.data(), b.extra.data(), b.position.data(), r->cosine, r->sine};
+    Rows rows{int32_t(b.token.size()), int32_t(r->requests), b.query_start_loc.data(), b.block_table_start.data(), b.pages.data(), b.slot_mapping.data(),
+              b.context_len.data(), b.ancestors_start.data(), b.ancestors.data(), b.position.data(), r->cosine, r->sine};
     std::vector<int64_t> best(rows.rows);
     Pass mine = *pass;
     mine.token = b.token.data(), mine.best = best.data();
@@ -141,7 +123,7 @@ extern "C" int smart_round(const Model* m, const Round* r, const Pass* pass, int
     auto computed = clock::now();
     walk(*r, b, best.data());
     auto walked = clock::now();
-    commit(*r, b, *m, mine.tapped, pass->tap_count * r->hidden);
+    commit(*r, b, *m, mine.aux_hidden, pass->aux_count * r->hidden);
     r->seconds[0] = std::chrono::duration<double>(computed - start).count();
     r->seconds[1] = std::chrono::duration<double>(clock::now() - walked).count();
     return 0;

@@ -3,6 +3,7 @@
 #pragma once
 #include <alloca.h>
 
+#include "abi.h"
 #include "vectors.h"
 
 // The best entries found so far, best first.
@@ -121,12 +122,6 @@ static bool has_nan(const float* row, int64_t n) {
     for (; i < n; i++) any |= std::isnan(row[i]);
     return any;
 }
-
-struct Draw {  // of a token; see smart_draw
-    const float* row;
-    int64_t seed, sample, position, k;
-    double scale, floor, below;
-};
 
 // noise_key of models/noise.py.
 static inline uint64_t noise_key(uint64_t seed, uint64_t sample, uint64_t position) {

@@ -10,9 +10,11 @@ constexpr int TILE = 16, PASS = 2 * TILE;  // rows of a tile, and of those that 
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static const bool TILES = !syscall(SYS_arch_prctl, 0x1023, 18);  // Linux must be asked for the registers: ARCH_REQ_XCOMP_PERM
+constexpr bool TILES = true;
+// Linux must be asked for the registers: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
+static bool enable_tiles() { return !syscall(SYS_arch_prctl, 0x1023, 18); }
 constexpr int TILE_DEPTH = 64, TILE_BYTES = TILE * 4 * PANEL;  // bytes of an input, and of a panel, for one step
-constexpr int FAR = 8192, NEAR = 2048;  // bytes of weights ahead that are prefetched into the second cache and into the first
+constexpr int LATER_TILES = 8192, NEXT_TILES = 2048;  // bytes of weights ahead that are prefetched into the second cache and into the first
 
 template <class W> static bool tiled(int64_t k) {
     return TILES && sizeof(W) < 4 && k * sizeof(Input<W>) % TILE_DEPTH == 0;
@@ -50,7 +52,7 @@ static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t d
     for (int64_t i = 0; i < depth; i += TILE_DEPTH, w += TILE_BYTES, ahead.at += ahead.stride) {
         for (int64_t b = 0; b < ahead.stride; b += 64) {  // in turn: in two runs they gain half as much
             __builtin_prefetch(ahead.at + b, 0, INTO_L2);
-            __builtin_prefetch(w + NEAR + b, 0, INTO_CACHES);
+            __builtin_prefetch(w + NEXT_TILES + b, 0, INTO_CACHES);
         }
         _tile_loadd(6, x + i, ld);
         _tile_loadd(4, w, 4 * PANEL);
@@ -80,7 +82,7 @@ static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64
     alignas(64) float sums[PASS * PANEL];
     for (int64_t p = mine.first; p < mine.last; p++) {
         const char* panel = (const char*)w + p * size;
-        Ahead ahead = {panel + (passes > 1 ? size : FAR), stride};
+        Ahead ahead = {panel + (passes > 1 ? size : LATER_TILES), stride};
         for (int row = 0; row < rows; row += PASS, ahead.at += depth / TILE_DEPTH * stride) {
             int count = std::min(PASS, rows - row);
             const char* from = (const char*)(x + row * ld);
@@ -94,6 +96,7 @@ static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64
 }
 #else
 constexpr bool TILES = false;
+static bool enable_tiles() { return true; }
 template <class W> static bool tiled(int64_t) { return false; }
 template <class W, class Epilogue>
 static void tile_gemm(const Input<W>*, int64_t, int, const W*, int64_t, int64_t, Epilogue&&) {}

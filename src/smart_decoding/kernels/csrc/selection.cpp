@@ -9,71 +9,46 @@
 #include <numeric>
 #include <vector>
 
-#include "forward.h"
+#include "abi.h"
 
 constexpr int RANKS = 4;  // forecast children of a node (core/lookahead.py)
 
-struct Trees {  // core/tree.py: its two blocks, and what the batch says of the nodes' owners
-    int64_t nodes, batch, room;
-    int64_t* ints;           // [5, room]
-    double* floats;          // [3, room]
-    const int64_t* limits;   // [batch] deepest useful node
-    const uint8_t* kind;     // [batch]
-    const int64_t* ends;     // [end_count] tokens that end an answer
-    int64_t end_count;
-
-    int64_t& owner(int64_t i) const { return ints[i]; }
-    int64_t& token(int64_t i) const { return ints[room + i]; }
-    int64_t& parent(int64_t i) const { return ints[2 * room + i]; }
-    int64_t& depth(int64_t i) const { return ints[3 * room + i]; }
-    int64_t& source(int64_t i) const { return ints[4 * room + i]; }
-    double& draft_prob(int64_t i) const { return floats[i]; }
-    double& path_prob(int64_t i) const { return floats[room + i]; }
-    double& accept_prob(int64_t i) const { return floats[2 * room + i]; }
-};
-struct Beliefs {  // core/calibration.py
-    const double* table;  // [source, depth, kind, fine bin]
-    int64_t cells;        // of the table
-    const int64_t* fine;  // [resolution + 1] bin of a draft probability
-    int64_t resolution, bins, depths, kinds;
-};
-struct Choice {  // of nodes to verify
-    int64_t count;
-    double rate, expected;  // tokens per second then expected; accepted nodes
-};
-struct Prices {
-    double tokens, sunk, limit;  // tokens of a plain round; seconds spent; seconds that the round may last
-    const double* verify;        // [verify_count] seconds of verifying 0, 1, ... nodes
-    int64_t verify_count;
-};
+static int64_t& owner(const Trees& t, int64_t i) { return t.ints[i]; }
+static int64_t& token(const Trees& t, int64_t i) { return t.ints[t.room + i]; }
+static int64_t& parent(const Trees& t, int64_t i) { return t.ints[2 * t.room + i]; }
+static int64_t& depth(const Trees& t, int64_t i) { return t.ints[3 * t.room + i]; }
+static int64_t& source(const Trees& t, int64_t i) { return t.ints[4 * t.room + i]; }
+static double& draft_prob(const Trees& t, int64_t i) { return t.floats[i]; }
+static double& path_prob(const Trees& t, int64_t i) { return t.floats[t.room + i]; }
+static double& accept_prob(const Trees& t, int64_t i) { return t.floats[2 * t.room + i]; }
 
 static bool ends_answer(const Trees& t, int64_t node) {
-    return std::find(t.ends, t.ends + t.end_count, t.token(node)) != t.ends + t.end_count;
+    return std::find(t.ends, t.ends + t.end_count, token(t, node)) != t.ends + t.end_count;
 }
 
 // Whether a node lies below an end token, for all nodes; parents come before their children.
 static std::vector<char> behind_ends(const Trees& t) {
     std::vector<char> behind(t.nodes, 0);
     for (int64_t i = 0; i < t.nodes; i++)
-        if (t.parent(i) >= 0) behind[i] = behind[t.parent(i)] || ends_answer(t, t.parent(i));
+        if (parent(t, i) >= 0) behind[i] = behind[parent(t, i)] || ends_answer(t, parent(t, i));
     return behind;
 }
 
-static int64_t slot_of(const Trees& t, int64_t node) { return t.parent(node) < 0 ? t.owner(node) : t.batch + t.parent(node); }
+static int64_t slot_of(const Trees& t, int64_t node) { return parent(t, node) < 0 ? owner(t, node) : t.batch + parent(t, node); }
 
 // Sets accept_prob; false if there are nodes of a drafter that the table does not know.
-static bool score(const Trees& t, const Beliefs& b) {
+static bool score(const Trees& t, const Calibration& b) {
     std::vector<double> given(t.nodes), sum(t.batch + t.nodes, 0.0);
     for (int64_t i = 0; i < t.nodes; i++) {
-        double p = std::fmin(std::fmax(t.draft_prob(i), 0.0), 1.0);
-        int64_t cell = t.source(i) * b.depths + std::min(t.depth(i), b.depths) - 1;
-        cell = (cell * b.kinds + t.kind[t.owner(i)]) * b.bins + b.fine[int64_t(p * double(b.resolution))];
+        double p = std::fmin(std::fmax(draft_prob(t, i), 0.0), 1.0);
+        int64_t cell = source(t, i) * b.depths + std::min(depth(t, i), b.depths) - 1;
+        cell = (cell * b.kinds + t.kind[owner(t, i)]) * b.bins + b.bin_of[int64_t(p * double(b.resolution))];
         if (cell >= b.cells) return false;
         sum[slot_of(t, i)] += given[i] = b.table[cell];
     }
     for (int64_t i = 0; i < t.nodes; i++) {
         double conditional = given[i] / std::max(sum[slot_of(t, i)], 1.0);
-        t.accept_prob(i) = t.parent(i) < 0 ? conditional : t.accept_prob(t.parent(i)) * conditional;
+        accept_prob(t, i) = parent(t, i) < 0 ? conditional : accept_prob(t, parent(t, i)) * conditional;
     }
     return true;
 }
@@ -81,28 +56,28 @@ static bool score(const Trees& t, const Beliefs& b) {
 static std::vector<int64_t> useful(const Trees& t, const std::vector<char>& behind) {
     std::vector<int64_t> nodes;
     for (int64_t i = 0; i < t.nodes; i++)
-        if (t.depth(i) <= t.limits[t.owner(i)] && !behind[i]) nodes.push_back(i);
+        if (depth(t, i) <= t.limits[owner(t, i)] && !behind[i]) nodes.push_back(i);
     return nodes;
 }
 
 static std::vector<int64_t> expandable(const Trees& t, const std::vector<char>& behind, int64_t level) {
     std::vector<char> by_model(t.batch + t.nodes, 0);  // a head has a state above children of its own only
     for (int64_t i = 0; i < t.nodes; i++)
-        if (t.source(i) == 0) by_model[slot_of(t, i)] = 1;
+        if (source(t, i) == 0) by_model[slot_of(t, i)] = 1;
     std::vector<int64_t> nodes;
     for (int64_t i = 0; i < t.nodes; i++)
-        if (t.depth(i) == level && level < t.limits[t.owner(i)] && !behind[i] && !ends_answer(t, i) && by_model[slot_of(t, i)])
+        if (depth(t, i) == level && level < t.limits[owner(t, i)] && !behind[i] && !ends_answer(t, i) && by_model[slot_of(t, i)])
             nodes.push_back(i);
     return nodes;
 }
 
 // By falling probability, ties to the lower index: parents come before their children.
 static void rank(const Trees& t, std::vector<int64_t>& nodes) {
-    std::stable_sort(nodes.begin(), nodes.end(), [&](int64_t a, int64_t b) { return t.accept_prob(a) > t.accept_prob(b); });
+    std::stable_sort(nodes.begin(), nodes.end(), [&](int64_t a, int64_t b) { return accept_prob(t, a) > accept_prob(t, b); });
 }
 
 // The most tokens per second over the sizes of a tree; `gains` are sorted. Returns the size.
-static int64_t best_size(const std::vector<double>& gains, const Prices& p, double sunk, int64_t least, double* rate) {
+static int64_t best_size(const std::vector<double>& gains, const Costs& p, double sunk, int64_t least, double* rate) {
     int64_t best = -1;
     double tokens = p.tokens;
     for (int64_t n = 0; n <= int64_t(gains.size()) && n < p.verify_count; n++) {
@@ -114,7 +89,7 @@ static int64_t best_size(const std::vector<double>& gains, const Prices& p, doub
 }
 
 // How many nodes a round may verify at all: best_size looks at no more gains, so no more need be sorted.
-static int64_t most_nodes(const Prices& p) {
+static int64_t most_nodes(const Costs& p) {
     int64_t n = p.verify_count - 1;
     while (n > 0 && p.sunk + p.verify[n] > p.limit) n--;
     return n;
@@ -128,7 +103,7 @@ static void merge(const std::vector<double>& a, const std::vector<double>& b, in
 }
 
 // The nodes to verify, ascending, into `out` [nodes] (`least` of them at least, as far as there are), of ranked ones.
-static Choice choose(const Prices& p, const std::vector<int64_t>& nodes, const std::vector<double>& gains, int64_t least, int64_t* out) {
+static Choice choose(const Costs& p, const std::vector<int64_t>& nodes, const std::vector<double>& gains, int64_t least, int64_t* out) {
     Choice choice{0, 0.0, 0.0};
     choice.count = best_size(gains, p, p.sunk, std::min(least, int64_t(nodes.size())), &choice.rate);
     choice.expected = std::accumulate(gains.begin(), gains.begin() + choice.count, 0.0);
@@ -137,43 +112,25 @@ static Choice choose(const Prices& p, const std::vector<int64_t>& nodes, const s
     return choice;
 }
 
-// How `smart_grow` drafts. The head's outputs of the round lie in `out`: those of the roots, then those of the expanded nodes.
-struct Growth {
-    int64_t levels, reach;  // at most; levels to look ahead
-    int64_t widths_count, least;
-    const int64_t* widths;        // as for smart_frontier
-    const double* level_seconds;
-    const double* below;          // [levels, reach * RANKS] for a frontier at level 1, 2, ...
-    int64_t hidden, first_slot, slots;  // where expanded nodes' keys go, and how many there can be
-    const float* scale;           // [batch] on the logits, or null, and [batch, levels] keys of the noise: see smart_top_k
-    const uint64_t* noise;
-    void *keys, *values;          // the head's
-    int64_t pages;
-    int32_t w_bf16, kv_bf16, threads;
-    int64_t* expanded;  // [levels] out: nodes run at each level,
-    double* seconds;    // and its duration
-    double* choosing;   // out: seconds of all the rest
-};
-
 // Appends the children that `v` found below `parents` (ROOT: -1), k of each.
 static void append(Trees& t, const Level& v, const std::vector<int64_t>& owners, const std::vector<int64_t>& parents) {
     for (size_t r = 0; r < owners.size(); r++)
         for (int j = 0; j < v.k; j++) {
             int64_t i = t.nodes++, above = parents[r];
-            t.owner(i) = owners[r];
-            t.token(i) = v.tokens[r * v.k + j];
-            t.parent(i) = above;
-            t.depth(i) = above < 0 ? 1 : t.depth(above) + 1;
-            t.source(i) = 0;
-            t.draft_prob(i) = v.probs[r * v.k + j];
-            t.path_prob(i) = (above < 0 ? 1.0 : t.path_prob(above)) * t.draft_prob(i);
-            t.accept_prob(i) = NAN;
+            owner(t, i) = owners[r];
+            token(t, i) = v.tokens[r * v.k + j];
+            parent(t, i) = above;
+            depth(t, i) = above < 0 ? 1 : depth(t, above) + 1;
+            source(t, i) = 0;
+            draft_prob(t, i) = v.probs[r * v.k + j];
+            path_prob(t, i) = (above < 0 ? 1.0 : path_prob(t, above)) * draft_prob(t, i);
+            accept_prob(t, i) = NAN;
         }
 }
 
 // The rows of a level: nodes, sorted by owner, see all true rows of their request, their expanded ancestors and themselves.
 struct NodeRows {
-    std::vector<int32_t> group_row{0}, group_pages, slot, direct, extra_at{0}, extra;
+    std::vector<int32_t> query_start_loc{0}, block_table_start, slot_mapping, context_len, ancestors_start{0}, ancestors;
     std::vector<int64_t> position, token, owners;
     std::vector<const float*> features;
     std::vector<float> scale;
@@ -185,25 +142,25 @@ static NodeRows rows_of(const Trees& t, const Growth& g, const Rows& first, cons
                         const std::vector<int64_t>& place) {
     NodeRows rows;
     for (int64_t node : nodes) {
-        int64_t owner = t.owner(node), depth = t.depth(node), above = t.parent(node), root = first.group_row[owner + 1] - 1;
-        if (rows.owners.empty() || rows.owners.back() != owner) {
-            if (!rows.owners.empty()) rows.group_row.push_back(int32_t(rows.owners.size()));
-            rows.group_pages.push_back(first.group_pages[owner]);
+        int64_t request = owner(t, node), level = depth(t, node), above = parent(t, node), root = first.query_start_loc[request + 1] - 1;
+        if (rows.owners.empty() || rows.owners.back() != request) {
+            if (!rows.owners.empty()) rows.query_start_loc.push_back(int32_t(rows.owners.size()));
+            rows.block_table_start.push_back(first.block_table_start[request]);
         }
-        size_t own = rows.extra.size();
-        for (int64_t n = node; n >= 0; n = t.parent(n)) rows.extra.push_back(int32_t(g.first_slot + place[n]));
-        rows.slot.push_back(rows.extra[own]);
-        std::reverse(rows.extra.begin() + own, rows.extra.end());
-        rows.extra_at.push_back(int32_t(rows.extra.size()));
-        rows.owners.push_back(owner);
-        rows.token.push_back(t.token(node));
-        rows.position.push_back(first.position[root] + depth);
-        rows.direct.push_back(first.direct[root]);
-        rows.features.push_back(out + g.hidden * (above < 0 ? owner : t.batch + place[above]));
-        if (g.scale) rows.scale.push_back(g.scale[owner]);
-        if (g.noise) rows.noise.push_back(g.noise[owner * g.levels + depth]);
+        size_t own = rows.ancestors.size();
+        for (int64_t n = node; n >= 0; n = parent(t, n)) rows.ancestors.push_back(int32_t(g.first_slot + place[n]));
+        rows.slot_mapping.push_back(rows.ancestors[own]);
+        std::reverse(rows.ancestors.begin() + own, rows.ancestors.end());
+        rows.ancestors_start.push_back(int32_t(rows.ancestors.size()));
+        rows.owners.push_back(request);
+        rows.token.push_back(token(t, node));
+        rows.position.push_back(first.position[root] + level);
+        rows.context_len.push_back(first.context_len[root]);
+        rows.features.push_back(out + g.hidden * (above < 0 ? request : t.batch + place[above]));
+        if (g.scale) rows.scale.push_back(g.scale[request]);
+        if (g.noise) rows.noise.push_back(g.noise[request * g.levels + level]);
     }
-    rows.group_row.push_back(int32_t(nodes.size()));
+    rows.query_start_loc.push_back(int32_t(nodes.size()));
     return rows;
 }
 
@@ -221,7 +178,7 @@ extern "C" {
 // The nodes of `level` to expand next, ascending, into `out` [nodes]; returns how many: 0 where no deeper tree beats
 // stopping (then `choice` and `kept` [nodes] say what to verify), -1 where the table of beliefs is too small. `below` [reach * RANKS]: forecast descendants of a frontier node, given that node, level by level.
 // `widths` [width_count], ascending: how many nodes may be expanded (cut to those there are); level_seconds by width.
-int64_t smart_frontier(const Trees* t, const Beliefs* b, const Prices* p, int scored, int64_t level, const double* below, int64_t reach,
+int64_t smart_frontier(const Trees* t, const Calibration* b, const Costs* p, int scored, int64_t level, const double* below, int64_t reach,
                        const int64_t* widths, int64_t width_count, const double* level_seconds, int64_t* out, int64_t least,
                        int64_t* kept, Choice* choice) {
     if (!scored && !score(*t, *b)) return -1;
@@ -230,7 +187,7 @@ int64_t smart_frontier(const Trees* t, const Beliefs* b, const Prices* p, int sc
     rank(*t, frontier);
     rank(*t, candidates);
     std::vector<double> present, forecast, merged, all;
-    for (int64_t i : candidates) present.push_back(t->accept_prob(i));
+    for (int64_t i : candidates) present.push_back(accept_prob(*t, i));
     double best = 0;
     best_size(present, *p, p->sunk, 0, &best);
     int64_t width = 0, most = most_nodes(*p);
@@ -243,7 +200,7 @@ int64_t smart_frontier(const Trees* t, const Beliefs* b, const Prices* p, int sc
             int64_t wanted = std::min(widths[w], int64_t(frontier.size()));
             if (wanted == before) break;
             for (; expanded < wanted; expanded++) {
-                for (size_t j = 0; j < tree.size(); j++) node[j] = tree[j] * t->accept_prob(frontier[expanded]);
+                for (size_t j = 0; j < tree.size(); j++) node[j] = tree[j] * accept_prob(*t, frontier[expanded]);
                 merge(forecast, node, most, merged);
                 forecast.swap(merged);
             }
@@ -261,12 +218,12 @@ int64_t smart_frontier(const Trees* t, const Beliefs* b, const Prices* p, int sc
 }
 
 // What to verify of the trees as they are, into `out` [nodes]; returns 0, or -1 where the table of beliefs is too small.
-int64_t smart_select(const Trees* t, const Beliefs* b, const Prices* p, int scored, int64_t least, int64_t* out, Choice* choice) {
+int64_t smart_select(const Trees* t, const Calibration* b, const Costs* p, int scored, int64_t least, int64_t* out, Choice* choice) {
     if (!scored && !score(*t, *b)) return -1;
     std::vector<int64_t> nodes = useful(*t, behind_ends(*t));
     rank(*t, nodes);
     std::vector<double> gains;
-    for (int64_t i : nodes) gains.push_back(t->accept_prob(i));
+    for (int64_t i : nodes) gains.push_back(accept_prob(*t, i));
     *choice = choose(*p, nodes, gains, least, out);
     return 0;
 }
@@ -275,7 +232,7 @@ int64_t smart_select(const Trees* t, const Beliefs* b, const Prices* p, int scor
 // says, level by level, into the empty trees `t`; then what to verify, as smart_select. `out` [nodes] is scratch. p->sunk is
 // what the first level costs. Returns the levels run, or -1 where the table of beliefs is too small, -2 where the kernels do not
 // serve the head.
-int64_t smart_grow(const Head* head, const Rows* first, const Level* v, const Growth* g, Trees* t, const Beliefs* b, Prices* p,
+int64_t smart_grow(const Head* head, const Rows* first, const Level* v, const Growth* g, Trees* t, const Calibration* b, Costs* p,
                    int64_t* out, int64_t* kept, Choice* choice) {
     auto start = std::chrono::steady_clock::now();
     const Stopwatch stopwatch{start, g};
@@ -309,9 +266,9 @@ int64_t smart_grow(const Head* head, const Rows* first, const Level* v, const Gr
         NodeRows rows = rows_of(*t, *g, *first, v->out, nodes, place);
         Rows in = *first;
         in.rows = int32_t(count);
-        in.groups = int32_t(rows.group_pages.size());
-        in.group_row = rows.group_row.data(), in.group_pages = rows.group_pages.data(), in.slot = rows.slot.data();
-        in.direct = rows.direct.data(), in.extra_at = rows.extra_at.data(), in.extra = rows.extra.data();
+        in.requests = int32_t(rows.block_table_start.size());
+        in.query_start_loc = rows.query_start_loc.data(), in.block_table_start = rows.block_table_start.data(), in.slot_mapping = rows.slot_mapping.data();
+        in.context_len = rows.context_len.data(), in.ancestors_start = rows.ancestors_start.data(), in.ancestors = rows.ancestors.data();
         in.position = rows.position.data();
         tokens.resize(count * level.k);
         probs.resize(count * level.k);

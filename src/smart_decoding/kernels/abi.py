@@ -1,0 +1,96 @@
+"""The plain C interface of the kernels as ctypes, read from csrc/abi.h, and compared with what its compiler made of it.
+
+Why not a binding library: a kernel library for each kind of CPU is loaded by name, one wheel serves every Python, and a
+build needs no Python headers."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HEADER = Path(__file__).parent / "csrc" / "abi.h"
+LAYOUT = HEADER.with_name("layout.inc")
+_SCALARS: dict[str, Any] = {
+    "int8_t": ctypes.c_int8,
+    "uint8_t": ctypes.c_uint8,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
+_STRUCT = re.compile(r"^struct (\w+) \{(.*?)^\};", re.MULTILINE | re.DOTALL)
+_FUNCTION = re.compile(r"^([\w ]+?[ *]+)(smart_\w+)\(([^)]*)\);", re.MULTILINE | re.DOTALL)
+
+
+def _text() -> str:
+    return re.sub(r"//.*", "", HEADER.read_text(encoding="utf-8"))
+
+
+def _type(declared: str) -> Any:
+    """The ctypes of a declared type without its name; None of void. Pointers are addresses: c_void_p."""
+    if "*" in declared:
+        return ctypes.c_char_p if declared.split() == ["const", "char*"] else ctypes.c_void_p
+    name = declared.replace("const", "").replace("struct", "").strip()
+    if name == "void":
+        return None
+    return _SCALARS[name] if name in _SCALARS else structure(name)
+
+
+def _fields(body: str) -> Iterator[tuple[str, Any]]:
+    for line in filter(None, map(str.strip, body.split(";"))):
+        base, first = re.fullmatch(r"((?:const |struct )*\w+)(.*)", line, re.DOTALL).groups()  # type: ignore[union-attr]
+        for declared in first.split(","):
+            yield declared.replace("const", "").strip("* \n"), _type(base + "*" * declared.count("*"))
+
+
+@functools.cache
+def _bodies() -> dict[str, str]:
+    return dict(_STRUCT.findall(_text()))
+
+
+@functools.cache
+def structure(name: str) -> type[ctypes.Structure]:
+    """The structure `name` of abi.h."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(_fields(_bodies()[name])), "__doc__": f"`{name}` of abi.h."})
+
+
+def layout() -> str:
+    """Every structure's size and every field's offset as Python lays them out, as smart_layout says it of a library."""
+    return "".join(
+        f"{name} {ctypes.sizeof(structure(name))}:"
+        + "".join(f" {field} {getattr(structure(name), field).offset}" for field in _names(name))
+        + "\n"
+        for name in _bodies()
+    )
+
+
+def layout_source() -> str:
+    """csrc/layout.inc: the same as asked of a compiler."""
+    lines = ["// Made by `python -m smart_decoding.kernels.abi` from abi.h: what layout.cpp says of each structure.\n"]
+    for name in _bodies():
+        lines += [f"STRUCT({name})\n", *(f"FIELD({name}, {field})\n" for field in _names(name)), "END\n"]
+    return "".join(lines)
+
+
+def _names(name: str) -> list[str]:
+    return [field[0] for field in structure(name)._fields_]
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Gives the library's functions their types. Raises ImportError if it lays structures out otherwise than Python."""
+    for result, name, arguments in _FUNCTION.findall(_text()):
+        function = getattr(library, name)
+        function.restype = _type(result)
+        types = [re.sub(r"\w+$", "", argument.strip()) for argument in arguments.split(",") if argument.strip()]
+        function.argtypes = [_type(each) for each in types]
+    if library.smart_layout().decode() != layout():
+        raise ImportError(f"{library._name} was not built from this version's csrc/abi.h: build it again (make env)")
+
+
+if __name__ == "__main__":
+    LAYOUT.write_text(layout_source(), encoding="utf-8")
