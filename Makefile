@@ -76,7 +76,8 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (Debian: apt install python3 python3-venv)"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "venv is missing (Debian: apt install python3-venv)"; exit 1; }
 
-.venv/.installed: pyproject.toml | $(BIN)/python
+# Installing compiles the CPU kernels, all variants of them: half a minute on two cores.
+.venv/.installed: pyproject.toml CMakeLists.txt $(wildcard src/smart_decoding/kernels/csrc/*) | $(BIN)/python
 	$(PIP) install -e .
 	@touch $@
 
@@ -85,4 +86,4 @@ $(BIN)/python:
 	@touch $@
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv build dist src/smart_decoding/kernels/lib .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -287,7 +287,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _token_ids(given: Any) -> list[int]:
     """As ints, whatever kind of sequence or array they are in. Raises ConfigError for anything else."""
-    ids = list(given) if isinstance(given, Iterable) else [None]
+    ids: list[Any] = list(given) if isinstance(given, Iterable) else [None]
     if not all(isinstance(token, Integral) for token in ids):
         raise ConfigError("a prompt must be a text or token ids")
     return [int(token) for token in ids]

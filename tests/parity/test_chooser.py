@@ -11,10 +11,9 @@ from smart_decoding.core.calibration import DEPTHS, KINDS, Calibration
 from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.policies.chooser import Drafted, NumpyChooser
 from smart_decoding.core.tree import DraftTrees
-from smart_decoding.kernels.chooser import native_chooser
+from smart_decoding.kernels.chooser import NativeChooser
 
-NATIVE = native_chooser()
-pytestmark = pytest.mark.skipif(NATIVE is None, reason="no C++ compiler")
+pytestmark = pytest.mark.usefixtures("variant")
 ENDS = np.array([3, 7])
 VERIFY = 400
 
@@ -53,10 +52,10 @@ def drafted(seed: int, batch: int, sources: int) -> Drafted:
 @settings(max_examples=150, deadline=None)
 def test_the_same_nodes_are_selected_and_expanded(seed: int, batch: int, sources: int) -> None:
     one, other, reference = drafted(seed, batch, sources), drafted(seed, batch, sources), NumpyChooser()
+    native = NativeChooser()
     one.least = other.least = seed % 2
     kept, rate, expected = reference.select(one)
-    assert NATIVE is not None
-    kept_, rate_, expected_ = NATIVE.select(other)
+    kept_, rate_, expected_ = native.select(other)
     np.testing.assert_allclose(other.trees.accept_prob, one.trees.accept_prob, rtol=1e-12)
     assert kept_.tolist() == kept.tolist()
     assert (rate_, expected_) == pytest.approx((rate, expected), rel=1e-12)
@@ -66,15 +65,14 @@ def test_the_same_nodes_are_selected_and_expanded(seed: int, batch: int, sources
     widths, level_seconds = np.array([1, 2, 4, 8]) * batch, rng.random() * 0.1 + 0.002 * np.arange(64)
     for level in range(1, int(one.trees.depth.max()) + 1):
         asked = (ahead, level, int(rng.integers(1, 4)), widths, level_seconds)
-        expanded = NATIVE.frontier(other, *asked)
+        expanded = native.frontier(other, *asked)
         assert expanded.tolist() == reference.frontier(one, *asked).tolist()
-        assert NATIVE.select(other)[0].tolist() == kept.tolist()  # after a frontier that is empty: of the same call
+        assert native.select(other)[0].tolist() == kept.tolist()  # after a frontier that is empty: of the same call
 
 
 def test_a_drafter_that_the_calibration_has_not_seen_gets_room() -> None:
     asked = drafted(0, 2, 1)
     asked.trees.source[:] = 5
-    assert NATIVE is not None
-    NATIVE.select(asked)
+    NativeChooser().select(asked)
     assert np.isfinite(asked.trees.accept_prob).all()
     assert len(asked.calibration.prior) == 6

@@ -3,7 +3,6 @@
 On the CPU kernels "the same" is bitwise, in torch within rounding."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -11,19 +10,20 @@ import torch
 
 from smart_decoding.engine.rows import build_rows
 from smart_decoding.kernels import library
+from smart_decoding.models import decoder as decoder_module
 from smart_decoding.models.decoder import Decoder, use_native
 
 from .checkpoints import MODELS, OTHERS, VOCAB, Memory, config_of, decoder, plain_rows, random_trees, reference, span
 
 TOLERANCE = 1e-4
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 150)
-NATIVE = pytest.param(
-    True, id="native", marks=pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
-)
-BOTH = [NATIVE, pytest.param(False, id="torch")]
-FORMS = [pytest.param(True, torch.float32, id="native"), pytest.param(True, torch.bfloat16, id="native bf16")]
-FORMS = [pytest.param(*form.values, id=form.id, marks=NATIVE.marks) for form in FORMS]
-FORMS.append(pytest.param(False, torch.float32, id="torch"))
+BOTH = [pytest.param(True, id="native"), pytest.param(False, id="torch")]
+FORMS = [
+    pytest.param(True, torch.float32, id="native"),
+    pytest.param(True, torch.bfloat16, id="native bf16"),
+    pytest.param(False, torch.float32, id="torch"),
+]
+pytestmark = pytest.mark.usefixtures("variant")
 
 
 def assert_same(got: torch.Tensor, wanted: torch.Tensor, native: bool) -> None:
@@ -38,14 +38,6 @@ def full(model: Decoder, tokens: np.ndarray, seed: int = 1) -> torch.Tensor:
     return model.forward(plain_rows(span(tokens, 0, Memory(seed).pages(len(tokens))))).logits.clone()
 
 
-@pytest.mark.skipif(
-    library.compiler() is None or bool(os.environ.get("SMART_NO_KERNELS")), reason="no compiler, or kernels not wanted"
-)
-def test_the_kernels_compile_where_there_is_a_compiler() -> None:
-    """Otherwise every test of them would be skipped."""
-    assert library.unavailable() is None
-
-
 @pytest.mark.parametrize("native", BOTH)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name: str, native: bool) -> None:
@@ -55,7 +47,6 @@ def test_logits_are_those_of_transformers(name: str, native: bool) -> None:
     torch.testing.assert_close(full(decoder(name, native), TOKENS), wanted, rtol=0, atol=TOLERANCE)
 
 
-@NATIVE.marks[0]
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_in_bf16_are_near(name: str) -> None:
     """Keys and values may lie in another order then."""
@@ -65,7 +56,6 @@ def test_logits_in_bf16_are_near(name: str) -> None:
     assert error.std() < 0.03 * wanted.std()
 
 
-@NATIVE.marks[0]
 def test_the_kernels_find_first_maxima_in_passing() -> None:
     out = decoder("llama", True).forward(plain_rows(span(TOKENS, 0, Memory(1).pages(len(TOKENS)))))
     assert out.best is not None and out.best.tolist() == out.logits.argmax(1).tolist()
@@ -165,7 +155,6 @@ def test_only_wanted_logits_are_computed(native: bool) -> None:
         assert_same(model.forward(rows).logits.clone(), everything[wanted], native)
 
 
-@NATIVE.marks[0]
 def test_the_number_of_threads_changes_no_bit() -> None:
     before, logits = torch.get_num_threads(), []
     try:
@@ -178,6 +167,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 def test_it_says_once_why_there_are_no_kernels(monkeypatch, caplog) -> None:
+    decoder_module._warn.cache_clear()
     monkeypatch.setattr(library, "unavailable", lambda: "for this test")
     with caplog.at_level("WARNING", "smart.kernels"):
         for _ in range(2):

@@ -19,7 +19,7 @@ from smart_decoding.models.layers import KVCache, Linear
 from smart_decoding.models.noise import gumbel, noise_key
 from smart_decoding.models.sampler import LOWEST, draw
 
-pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
+pytestmark = pytest.mark.usefixtures("variant")
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -14,13 +14,12 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.scheduler import Batch
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.engine.verification import Verified, make_room, verify
-from smart_decoding.kernels import library
 from smart_decoding.models.sampler import Sampler
 from smart_decoding.models.target import TorchTarget
 
 from .checkpoints import MODELS, PAGES, VOCAB, decoder
 
-pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="no CPU kernels")
+pytestmark = pytest.mark.usefixtures("variant")
 CONTEXTS = (5, 15, 63, 126)
 DRAFTER = SimpleNamespace(taps=(1, 2), wants_logits=False)
 PROMPT = np.random.default_rng(8).integers(VOCAB, size=200).tolist()

@@ -75,7 +75,7 @@ def hardware() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "flags": [flag for flag in _FLAGS if flag in flags],
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "cpu_kernels": library.unavailable() or "native",
+        "cpu_kernels": f"none: {reason}" if (reason := library.unavailable()) else library.chosen(),
     }
 
 

@@ -56,7 +56,9 @@ def _bodies() -> dict[str, str]:
 @functools.cache
 def structure(name: str) -> type[ctypes.Structure]:
     """The structure `name` of abi.h."""
-    return type(name, (ctypes.Structure,), {"_fields_": list(_fields(_bodies()[name])), "__doc__": f"`{name}` of abi.h."})
+    return type(
+        name, (ctypes.Structure,), {"_fields_": list(_fields(_bodies()[name])), "__doc__": f"`{name}` of abi.h."}
+    )
 
 
 def layout() -> str:

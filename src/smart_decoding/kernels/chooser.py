@@ -1,9 +1,9 @@
-"""`core.policies.chooser` in C++ (controller.cpp): one call where numpy needs dozens, or for a whole drafting."""
+"""`core.policies.chooser` in C++ (selection.cpp): one call where numpy needs dozens, or for a whole drafting."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import POINTER, Structure, byref, c_double, c_int, c_int32, c_int64, c_void_p
+from ctypes import Structure, byref
 from typing import Any
 
 import numpy as np
@@ -13,58 +13,18 @@ from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.policies.chooser import Drafted, Growth
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.protocols import Grown
-from smart_decoding.kernels import library
+from smart_decoding.kernels import abi, library
 from smart_decoding.kernels.memory import address
 
 _NONE = np.zeros(0, np.int64)
 _UNSEEN = -1  # the trees hold nodes of a drafter that the calibration has not seen yet
 
 
-class TreesStruct(Structure):
-    """`Trees` of controller.cpp."""
-
-    _fields_ = [
-        *((name, c_int64) for name in ("nodes", "batch", "room")),
-        *((name, c_void_p) for name in ("ints", "floats", "limits", "kind", "ends")),
-        ("end_count", c_int64),
-    ]
-
-
-class BeliefsStruct(Structure):
-    """`Beliefs`."""
-
-    _fields_ = [
-        *(("table", c_void_p), ("cells", c_int64), ("fine", c_void_p)),
-        *((name, c_int64) for name in ("resolution", "bins", "depths", "kinds")),
-    ]
-
-
-class PricesStruct(Structure):
-    """`Prices`."""
-
-    _fields_ = [
-        *((name, c_double) for name in ("tokens", "sunk", "limit")),
-        *(("verify", c_void_p), ("verify_count", c_int64)),
-    ]
-
-
-class ChoiceStruct(Structure):
-    """`Choice`."""
-
-    _fields_ = [("count", c_int64), ("rate", c_double), ("expected", c_double)]
-
-
-class GrowthStruct(Structure):
-    """`Growth`: the policy's part, which `NativeChooser.grow` fills in, and the head's, from `hidden` to `threads`."""
-
-    _fields_ = [
-        *((name, c_int64) for name in ("levels", "reach", "widths_count", "least")),
-        *((name, c_void_p) for name in ("widths", "level_seconds", "below")),
-        *((name, c_int64) for name in ("hidden", "first_slot", "slots")),
-        *((name, c_void_p) for name in ("scale", "noise", "keys", "values")),
-        *(("pages", c_int64), ("w_bf16", c_int32), ("kv_bf16", c_int32), ("threads", c_int32)),
-        *((name, c_void_p) for name in ("expanded", "seconds", "choosing")),
-    ]
+Trees = abi.structure("Trees")
+Costs = abi.structure("Costs")
+Choice = abi.structure("Choice")
+_Calibration = abi.structure("Calibration")
+GrowthStruct = abi.structure("Growth")
 
 
 class NativeChooser:
@@ -78,16 +38,9 @@ class NativeChooser:
 
     def __init__(self) -> None:
         lib = library.library()
-        structs: list[Any] = [POINTER(TreesStruct), POINTER(BeliefsStruct), POINTER(PricesStruct)]
         self._frontier, self._select = lib.smart_frontier, lib.smart_select
-        self._frontier.restype = self._select.restype = c_int64
-        self._frontier.argtypes = [
-            *structs, c_int, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p,
-            POINTER(ChoiceStruct),
-        ]  # fmt: skip
-        self._select.argtypes = [*structs, c_int, c_int64, c_void_p, POINTER(ChoiceStruct)]
-        self._trees, self._prices, self._choice = TreesStruct(), PricesStruct(), ChoiceStruct()
-        self._beliefs = BeliefsStruct(None, 0, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
+        self._trees, self._prices, self._choice = Trees(), Costs(), Choice()
+        self._beliefs = _Calibration(None, 0, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
         self._structs = byref(self._trees), byref(self._beliefs), byref(self._prices)
         self._kept, self._expanded = np.zeros((2, 256), np.int64)
         self._round: Drafted | None = None
@@ -110,7 +63,7 @@ class NativeChooser:
         choice = self._choice
         return self._kept[: choice.count].copy(), choice.rate, choice.expected
 
-    def grow(self, growth: Growth, how: GrowthStruct, children: int, run: Callable[..., int]) -> Grown:
+    def grow(self, growth: Growth, how: Structure, children: int, run: Callable[..., int]) -> Grown:
         """Grows a round's trees and chooses what to verify, by `run`: smart_grow with the head and its first level.
 
         children: of a node. Raises RuntimeError where the kernels do not serve the head."""

@@ -1,6 +1,4 @@
-"""Compiles and loads the CPU kernels: a few C++ files, one shared library per machine, cached by content.
-
-No Python headers and no build system are needed, only a C++ compiler (Debian: g++). Without one the torch path runs."""
+"""Loads the compiled kernels: of all variants that were built, the best one that this CPU and system can run."""
 
 from __future__ import annotations
 
@@ -9,64 +7,138 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from smart_decoding.models.hub import cache_dir
+from smart_decoding.errors import ConfigError
+from smart_decoding.kernels import abi
 
-SOURCES = [Path(__file__).parent / "csrc" / name for name in ("kernels.cpp", "controller.cpp", "round.cpp")]
-HEADERS = sorted((Path(__file__).parent / "csrc").glob("*.h"))
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
+SOURCES = Path(__file__).parent / "csrc"
+LIBRARIES = Path(__file__).parent / "lib"
+BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
 
-def _cpu_flags() -> str:
+@dataclass(frozen=True)
+class Variant:
+    """The kernels compiled for one kind of CPU. needs: names in /proc/cpuinfo."""
+
+    name: str
+    machine: str
+    needs: frozenset[str]
+
+    @property
+    def path(self) -> Path:
+        return LIBRARIES / f"libsmart_{self.name}.so"
+
+    def refusal(self) -> str | None:
+        """Why it cannot run here, as far as can be told without loading it; None if it can."""
+        if self.machine != platform.machine():
+            return f"is for {self.machine}, this is {platform.machine()}"
+        lacking = sorted(self.needs - cpu_flags())
+        if lacking:
+            return f"needs {', '.join(lacking)}, which this CPU lacks"
+        return None if self.path.exists() else f"is not built ({self.path} is missing)"
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the CPU can do and the system lets it, in the words of /proc/cpuinfo; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        return frozenset()
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+@functools.cache
+def variants() -> tuple[Variant, ...]:
+    """All of them, the best one of a machine first (csrc/variants.txt)."""
+    lines = (SOURCES / "variants.txt").read_text(encoding="utf-8").splitlines()
+    found = []
+    for line in lines:
+        if line and not line.startswith("#"):
+            name, machine, _, needs = (part.strip() for part in line.split("|"))
+            found.append(Variant(name, machine, frozenset(needs.split())))
+    return tuple(reversed(found))
+
+
+@functools.cache
+def load(name: str) -> ctypes.CDLL:
+    """The library of a variant, ready to be called. Raises ConfigError if it cannot run here."""
+    variant = next((v for v in variants() if v.name == name), None)
+    reason = "is no variant" if variant is None else variant.refusal()
+    if variant is None or reason is not None:
+        raise ConfigError(f"the kernels' variant {name!r} {reason}; here run: {', '.join(runnable()) or 'none'}")
+    _check_age(variant)
+    library = ctypes.CDLL(str(variant.path))
+    abi.declare(library)
+    if library.smart_enable():
+        raise ConfigError(f"the system does not let this process use the kernels' variant {name!r}")
+    return library
+
+
+def runnable() -> list[str]:
+    """The variants that this CPU can run, best first. The system may still refuse one (AMX) when it is loaded."""
+    return [variant.name for variant in variants() if variant.refusal() is None]
+
+
+@functools.cache
+def chosen() -> str:
+    """The variant that runs: SMART_ISA, or the best one. Raises ConfigError if SMART_ISA cannot run, or none can."""
+    wanted = os.environ.get("SMART_ISA")
+    if wanted:
+        load(wanted)
+        return wanted
+    refusals = []
+    for name in runnable():
+        try:
+            load(name)
+        except ConfigError as error:
+            refusals.append(str(error))
+        else:
+            return name
+    raise ConfigError("; ".join(refusals) or _nothing())
+
+
+def library() -> ctypes.CDLL:
+    """The kernels that run. Raises ConfigError if there are none."""
+    return load(chosen())
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the kernels cannot run here, or None."""
-    if os.environ.get("SMART_NO_KERNELS"):
-        return "SMART_NO_KERNELS is set"
-    if compiler() is None:
-        return "no C++ compiler was found (Debian: apt-get install g++)"
+    """Why no kernels can run here, or None. Raises ConfigError if SMART_ISA names some that cannot."""
+    if os.environ.get("SMART_ISA"):
+        chosen()
     try:
-        library()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"the kernels did not compile or load: {error}"
+        chosen()
+    except ConfigError as error:
+        return str(error)
     return None
 
 
-def sources() -> str:
-    return "\n".join(source.read_text() for source in (*SOURCES, *HEADERS))
-
-
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-
-
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded kernels, compiled if these sources were not compiled on this machine before. OSError if that fails."""
-    cxx = compiler()
-    if cxx is None:
-        raise OSError("no C++ compiler")
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\n".join((sources(), *FLAGS, version, _cpu_flags())).encode()).hexdigest()[:16]
-    folder = cache_dir() / "kernels"
-    target = folder / f"kernels-{key}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch) / "kernels.so"
-            subprocess.run(
-                [cxx, *FLAGS, *map(str, SOURCES), "-o", str(built)], check=True, capture_output=True, text=True
-            )
-            os.replace(built, target)  # atomic: another process sees all of it or nothing
-    return ctypes.CDLL(str(target))
+def identity() -> str:
+    """Tells these kernels from all others: what was measured with others does not hold for them."""
+    variant = next(v for v in variants() if v.name == chosen())
+    return f"{variant.name} {hashlib.sha256(variant.path.read_bytes()).hexdigest()}"
+
+
+def _nothing() -> str:
+    mine = [variant for variant in reversed(variants()) if variant.machine == platform.machine()]
+    if not mine:
+        return f"there are no CPU kernels for {platform.machine()}"
+    lacking = sorted(mine[0].needs - cpu_flags())
+    if lacking:
+        return f"this CPU lacks {', '.join(lacking)}, which the CPU kernels need"
+    return f"the CPU kernels are not built: {BUILD}"
+
+
+def _check_age(variant: Variant) -> None:
+    """In a clone, kernels that are older than their sources are an error: what was edited must be what runs."""
+    if not (SOURCES.parents[3] / "CMakeLists.txt").exists():
+        return
+    newest = max(source.stat().st_mtime for source in SOURCES.iterdir())
+    if variant.path.stat().st_mtime < newest:
+        raise ConfigError(f"the CPU kernels are older than their sources: {BUILD}")

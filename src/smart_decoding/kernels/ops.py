@@ -6,7 +6,7 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import Array, Structure, byref, c_void_p
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.kernels import library
+from smart_decoding.kernels import abi, library
 from smart_decoding.kernels.memory import address
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
@@ -26,128 +26,15 @@ _DRAW = np.dtype([(name, np.int64) for name in ("row", "seed", "sample", "positi
                  + [(name, np.float64) for name in ("scale", "floor", "below")])  # fmt: skip
 
 
-class RowsStruct(Structure):
-    """`Rows` of forward.h; filled by rows.native_rows()."""
-
-    _fields_ = [
-        ("rows", c_int32),
-        ("groups", c_int32),
-        *((name, c_void_p) for name in ("group_row", "group_pages", "pages", "slot")),
-        *((name, c_void_p) for name in ("direct", "extra_at", "extra", "position", "cosine", "sine")),
-    ]
-
-
-class LayerStruct(Structure):
-    """`Layer` of kernels.cpp."""
-
-    _fields_ = [
-        *((name, c_int32) for name in ("hidden", "input", "heads", "kv_heads", "head_dim", "ffn", "hint")),
-        ("eps", c_float),
-        *((n, c_void_p) for n in ("input_norm", "q_norm", "k_norm", "qkv_bias", "output_bias", "post_norm")),
-        *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down")),
-    ]
-
-
-class ScratchStruct(Structure):
-    _fields_ = [(name, c_void_p) for name in ("normed", "qkv", "attention", "ffn")]
-
-
-class HeadStruct(Structure):
-    """`Head` of kernels.cpp."""
-
-    _fields_ = [
-        ("layer", LayerStruct),
-        *((name, c_void_p) for name in ("tap_norm", "fc_bias", "input_norm", "hidden_norm", "final_norm")),
-        *((name, c_void_p) for name in ("fc", "embedding", "table", "outputs", "scale", "sums", "tokens")),
-        ("outputs_count", c_int64),
-        ("taps", c_int32),
-        ("norm_before_residual", c_int32),
-    ]
-
-
-class ModelStruct(Structure):
-    """`Model` of forward.h."""
-
-    _fields_ = [
-        ("layers", POINTER(LayerStruct)),
-        *((name, c_void_p) for name in ("embedding", "table", "output", "final_norm", "keys", "values")),
-        *((name, c_int64) for name in ("vocab", "pages")),
-        *((name, c_int32) for name in ("count", "hint", "w_bf16", "kv_bf16")),
-        ("eps", c_float),
-    ]
-
-
-class PassStruct(Structure):
-    """`Pass` of forward.h."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("token", "inserts", "wanted", "taps", "tapped", "logits", "best")),
-        *((name, c_int32) for name in ("wanted_count", "tap_count")),
-    ]
-
-
-class RoundStruct(Structure):
-    """`Round` of round.cpp."""
-
-    _fields_ = [
-        *((name, c_int64) for name in ("requests", "nodes", "room")),
-        *((name, c_void_p) for name in ("root", "length", "pages", "trees", "kept")),
-        *((name, c_int64) for name in ("hidden", "heads", "head_dim")),
-        *((name, c_void_p) for name in ("cosine", "sine")),
-        *((name, c_void_p) for name in ("after", "emitted", "path", "accepted", "first", "seconds")),
-    ]
-
-
-class LevelStruct(Structure):
-    """`Level` of forward.h."""
-
-    _fields_ = [
-        *((name, c_int32) for name in ("first", "k")),
-        *((name, c_void_p) for name in ("token", "features", "inserts", "out", "scale", "keys", "tokens", "probs")),
-    ]
-
-
-def _lib() -> ctypes.CDLL:
-    lib = library.library()
-    if not getattr(lib, "_typed", False):
-        lib.smart_read.restype = c_float
-        lib.smart_read.argtypes = [c_void_p, c_int64, c_int32, c_int32]
-        lib.smart_packed_rows.restype = c_int64
-        lib.smart_packed_rows.argtypes = [c_int64]
-        lib.smart_pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int32]
-        lib.smart_linear.argtypes = [
-            *(c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_float),
-            *(c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_int32),
-        ]
-        lib.smart_unpack.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_void_p]
-        lib.smart_layers.argtypes = [
-            *(POINTER(LayerStruct), c_int32, POINTER(RowsStruct), c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
-            *(POINTER(ScratchStruct), c_int32, c_int32, c_int32),
-        ]
-        lib.smart_forward.argtypes = [POINTER(ModelStruct), POINTER(RowsStruct), POINTER(PassStruct), c_int32]
-        lib.smart_round.argtypes = [POINTER(ModelStruct), POINTER(RoundStruct), POINTER(PassStruct), c_int32]
-        lib.smart_draft.argtypes = [
-            *(POINTER(HeadStruct), POINTER(RowsStruct), POINTER(LevelStruct), c_void_p, c_void_p, c_int64),
-            *(c_int32, c_int32, c_int32),
-        ]
-        lib.smart_grow.restype = c_int64
-        lib.smart_grow.argtypes = [
-            *(POINTER(HeadStruct), POINTER(RowsStruct), POINTER(LevelStruct), c_void_p, c_void_p, c_void_p, c_void_p),
-            *(c_void_p, c_void_p, c_void_p),
-        ]
-        lib.smart_pack_bytes.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
-        lib.smart_move_kv.argtypes = [
-            *(c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int32),
-        ]
-        lib.smart_argmax.argtypes = [c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_int32]
-        lib.smart_top_k.argtypes = [
-            *(c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
-        ]
-        lib.smart_draw.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int32]
-        lib.smart_mass.argtypes = [c_void_p, c_int64, c_float, c_float, c_float, c_float, c_void_p]
-        lib.smart_rms_norm.argtypes = [c_void_p, c_void_p, c_float, c_int32, c_int64, c_void_p, c_int64]
-        lib._typed = True  # type: ignore[attr-defined]
-    return lib
+Rows = abi.structure("Rows")
+Layer = abi.structure("Layer")
+Workspace = abi.structure("Workspace")
+Head = abi.structure("Head")
+Model = abi.structure("Model")
+Pass = abi.structure("Pass")
+Round = abi.structure("Round")
+Level = abi.structure("Level")
+_lib = library.library
 
 
 def vector_width() -> int:
@@ -256,12 +143,12 @@ def linear(
 
 
 def layers(
-    weights: Array[LayerStruct],
-    rows: RowsStruct,
+    weights: Array[Structure],
+    rows: Structure,
     inputs: Tensor | None,
     x: Tensor,
     cache: tuple[Tensor, Tensor],
-    scratch: ScratchStruct,
+    workspace: Structure,
     bf16: bool,
 ) -> None:
     """Decoder layers in place on x [rows, hidden], writing the rows' keys and values to the caches [layers, ...].
@@ -270,19 +157,19 @@ def layers(
     keys, values = cache
     status = _lib().smart_layers(
         weights, len(weights), byref(rows), pointer(inputs), x.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        keys.shape[-3], byref(scratch), bf16, keys.dtype == torch.bfloat16, torch.get_num_threads(),
+        keys.shape[-3], byref(workspace), bf16, keys.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     if status:
         raise RuntimeError("the CPU kernels do not support this layer")
 
 
-def forward(model: ModelStruct, rows: RowsStruct, what: PassStruct) -> None:
+def forward(model: Structure, rows: Structure, what: Structure) -> None:
     """A whole model, from token ids to logits and their maxima."""
     if _lib().smart_forward(byref(model), byref(rows), byref(what), torch.get_num_threads()):
         raise RuntimeError("the CPU kernels do not support this model")
 
 
-def verify_round(model: ModelStruct, round: RoundStruct, what: PassStruct) -> None:
+def verify_round(model: Structure, round: Structure, what: Structure) -> None:
     """The verification of a round in which every request takes the target's first maximum (round.cpp)."""
     if _lib().smart_round(byref(model), byref(round), byref(what), torch.get_num_threads()):
         raise RuntimeError("the CPU kernels do not support this model")
@@ -299,7 +186,7 @@ def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return packed, scale, sums
 
 
-def draft(head: HeadStruct, rows: RowsStruct, level: LevelStruct, cache: tuple[Tensor, Tensor], bf16: bool) -> None:
+def draft(head: Structure, rows: Structure, level: Structure, cache: tuple[Tensor, Tensor], bf16: bool) -> None:
     """One level of a draft head: writes the rows' keys and values to the caches [1, ...], and what `level` names."""
     keys, values = cache
     status = _lib().smart_draft(
@@ -310,7 +197,7 @@ def draft(head: HeadStruct, rows: RowsStruct, level: LevelStruct, cache: tuple[T
         raise RuntimeError("the CPU kernels do not support this head")
 
 
-def growing(head: HeadStruct, rows: RowsStruct, level: LevelStruct) -> Callable[..., int]:
+def growing(head: Structure, rows: Structure, level: Structure) -> Callable[..., int]:
     """smart_grow with its first level (controller.cpp), to be called with the other arguments."""
     return functools.partial(_lib().smart_grow, byref(head), byref(rows), byref(level))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from ctypes import Structure
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.ops import Arena, LayerStruct, ScratchStruct
+from smart_decoding.kernels.ops import Arena
 from smart_decoding.models.rows import GatheredRows, native_rows
 
 
@@ -152,7 +153,7 @@ class NativeLayers:
     def __init__(self, layers: Sequence[LayerWeights], arena: Arena, workspace: Workspace) -> None:
         self._bf16 = layers[0].qkv.dtype == torch.bfloat16
         self._keep: list[Tensor | None] = []
-        self.structs = (LayerStruct * len(layers))(*(self._struct(w, arena) for w in layers))
+        self.structs = (kernels.Layer * len(layers))(*(self._struct(w, arena) for w in layers))
         self._workspace = workspace
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
@@ -161,23 +162,23 @@ class NativeLayers:
         both = (cache.keys, cache.values)
         kernels.layers(self.structs, rows.struct, c.inputs, x, both, scratch, self._bf16)
 
-    def _scratch(self, rows: int) -> ScratchStruct:
+    def _scratch(self, rows: int) -> Structure:
         """Working memory for `rows` rows."""
         w = self.structs[0]
         width = (w.heads + 2 * w.kv_heads) * w.head_dim
         sizes = (max(w.hidden, w.input), width, w.heads * w.head_dim, w.ffn)
-        return ScratchStruct(
+        return kernels.Workspace(
             *(self._workspace.take(f"layer{i}", rows * size).data_ptr() for i, size in enumerate(sizes))
         )
 
-    def _struct(self, w: LayerWeights, arena: Arena) -> LayerStruct:
+    def _struct(self, w: LayerWeights, arena: Arena) -> Structure:
         vectors = [
             None if vector is None else vector.float().contiguous()
             for vector in (w.input_norm, w.q_norm, w.k_norm, w.qkv_bias, w.output_bias, w.post_norm)
         ]
         matrices = [self._pack(m, arena) for m in (w.qkv, w.output, self._interleaved(w.gate, w.up), w.down)]
         self._keep += [*vectors, *matrices]
-        return LayerStruct(
+        return kernels.Layer(
             *(w.hidden, w.qkv.shape[1], w.heads, w.kv_heads, w.head_dim, len(w.gate), arena.hint, w.eps),
             *(kernels.pointer(v) for v in vectors),
             *(m.data_ptr() for m in matrices),
@@ -250,12 +251,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, keys: Tensor, valu
         padded = q.new_zeros(groups * longest, heads, width)
         padded[rows.query] = q
         q = padded
-    seen = (
+    k, v = (
         cache[:, rows.key_page, rows.key_offset].transpose(0, 1).to(q.dtype)  # [groups, kv_heads, k, head_dim]
         for cache in (keys, values)
     )
     folded = q.view(groups, longest, kv_heads, -1, width).permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, -1, width)
-    out = F.scaled_dot_product_attention(folded, *seen, attn_mask=rows.bias(heads // kv_heads, q.dtype))
+    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=rows.bias(heads // kv_heads, q.dtype))
     out = out.view(groups, kv_heads, -1, longest, width).permute(0, 3, 1, 2, 4).reshape(groups * longest, -1)
     return out if rows.even else out[rows.query]
 

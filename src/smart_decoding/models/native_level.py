@@ -21,7 +21,6 @@ from smart_decoding.engine.rows import Rows
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.chooser import GrowthStruct, NativeChooser
 from smart_decoding.kernels.memory import address
-from smart_decoding.kernels.ops import HeadStruct, LevelStruct
 from smart_decoding.models.layers import KVCache, Linear, NativeLayers
 from smart_decoding.models.native_model import inserted
 from smart_decoding.models.ranking import noise_of
@@ -57,7 +56,7 @@ class NativeLevel:
         embeddings = (None, embedding) if isinstance(embedding, Tensor) else (embedding.packed, None)
         self._keep = (layer, *vectors, fc.packed, *embeddings, *matrix, tokens)
         pointers = map(kernels.pointer, self._keep[1:])
-        self._head = HeadStruct(layer.structs[0], *pointers, len(tokens), taps, norm_before_residual)
+        self._head = kernels.Head(layer.structs[0], *pointers, len(tokens), taps, norm_before_residual)
         self._outs, self._count = torch.empty(64, outputs.shape[1]), 0
         self._growth = GrowthStruct(hidden=outputs.shape[1], w_bf16=self._bf16)
 
@@ -86,7 +85,7 @@ class NativeLevel:
         ids, probs = np.empty((batch, k), np.int64), np.empty((batch, k))
         pictures, alive = inserted(rows.inserts, len(rows))
         at = map(_at, (rows.token, features, pictures))
-        level = LevelStruct(True, k, *at, self._outs.data_ptr(), None, None, _at(ids), _at(probs))
+        level = kernels.Level(True, k, *at, self._outs.data_ptr(), None, None, _at(ids), _at(probs))
         how = self._growth
         how.first_slot, how.slots, how.scale, how.noise = slots.start, len(slots), _at(scale), _at(noise)
         how.keys, how.values, how.pages = kv.keys.data_ptr(), kv.values.data_ptr(), kv.keys.shape[-3]
@@ -115,7 +114,7 @@ class NativeLevel:
         pictures, parts = inserted(rows.inserts, len(rows))
         at = map(_at, (rows.token, features, pictures))
         out = self._outs.data_ptr() + 4 * self._count * self._outs.shape[1]
-        level = LevelStruct(first, k, *at, out, *map(_at, (scale, keys, ids, probs)))
+        level = kernels.Level(first, k, *at, out, *map(_at, (scale, keys, ids, probs)))
         native = native_rows(rows, *rotary)
         kernels.draft(self._head, native.struct, level, (kv.keys, kv.values), self._bf16)
         del parts  # alive until here

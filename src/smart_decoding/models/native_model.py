@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from ctypes import Structure
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,7 +16,7 @@ from smart_decoding.engine.media import Inserts
 from smart_decoding.engine.protocols import GreedyBatch, GreedyRound
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address
-from smart_decoding.kernels.ops import ModelStruct, PassStruct, RoundStruct, RowsStruct, pointer
+from smart_decoding.kernels.ops import pointer
 from smart_decoding.models.layers import KVCache, Linear, NativeLayers
 
 
@@ -37,21 +40,22 @@ class NativeModel:
         table = None if embedding is None else embedding.contiguous()
         packed = output.packed
         self._keep = (layers, norm, table, packed, kv, rotary)
-        self._model = ModelStruct(
-            layers.structs, None if table is not None else packed.data_ptr(), pointer(table), packed.data_ptr(),
+        self._model = kernels.Model(
+            ctypes.addressof(layers.structs), None if table is not None else packed.data_ptr(), pointer(table),
+            packed.data_ptr(),
             norm.data_ptr(), kv.keys.data_ptr(), kv.values.data_ptr(), output.rows, kv.keys.shape[-3],
             len(layers.structs), first.hint, bf16, bf16, first.eps,
         )  # fmt: skip
         self._hidden, self._vocab = first.hidden, output.rows
         self._taps: dict[tuple[int, ...], NDArray[np.int32]] = {}
-        self._pass, self._logits = PassStruct(), torch.empty(0, self._vocab)
+        self._pass, self._logits = kernels.Pass(), torch.empty(0, self._vocab)
         self._seconds = np.empty(2)
-        self._round = RoundStruct(hidden=self._hidden, heads=first.kv_heads, head_dim=first.head_dim,
+        self._round = kernels.Round(hidden=self._hidden, kv_heads=first.kv_heads, head_dim=first.head_dim,
                                   cosine=rotary[0].data_ptr(), sine=rotary[1].data_ptr(),
                                   seconds=address(self._seconds))  # fmt: skip
 
     def forward(
-        self, rows: RowsStruct, token: IntArray, inserts: Inserts, wanted: IntArray | None, taps: tuple[int, ...]
+        self, rows: Structure, token: IntArray, inserts: Inserts, wanted: IntArray | None, taps: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None, IntArray]:
         """Logits of the `wanted` rows (None: of all), valid until the next forward; all rows' states after `taps`
         layers; and the wanted rows' first maxima, -1 where that is not finite."""
@@ -63,7 +67,7 @@ class NativeModel:
         what.token, what.best, what.wanted_count = address(token), address(best), count
         what.wanted = None if wanted is None else address(wanted)
         pictures, alive = inserted(inserts, rows.rows)
-        what.inserts = None if pictures is None else address(pictures)
+        what.embeddings = None if pictures is None else address(pictures)
         kernels.forward(self._model, rows, what)
         del alive  # until here
         return self._logits[:count], None if tapped is None else torch.from_numpy(tapped), best
@@ -81,7 +85,7 @@ class NativeModel:
         at, step = address(found), 8 * rows
         r.after, r.emitted, r.path, r.accepted, r.first = range(at, at + 5 * step, step)
         tapped = self._prepare(rows, batch.taps)
-        self._pass.wanted = self._pass.inserts = self._pass.logits = None
+        self._pass.wanted = self._pass.embeddings = self._pass.logits = None
         kernels.verify_round(self._model, r, self._pass)
         emitted, path, accepted, first = found[1:].tolist()
         emitted_of, path_of, token, node = [], [], 0, 0
@@ -99,8 +103,8 @@ class NativeModel:
             self._taps[taps] = np.array(taps, np.int32)
         tapped = np.empty((rows, len(taps) * self._hidden), np.float32) if taps else None
         what = self._pass
-        what.taps, what.tap_count = address(self._taps[taps]), len(taps)
-        what.tapped = None if tapped is None else address(tapped)
+        what.aux_layers, what.aux_count = address(self._taps[taps]), len(taps)
+        what.aux_hidden = None if tapped is None else address(tapped)
         return tapped
 
 

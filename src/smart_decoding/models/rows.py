@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import Structure
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,15 +12,15 @@ from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows
+from smart_decoding.kernels import ops
 from smart_decoding.kernels.memory import address
-from smart_decoding.kernels.ops import RowsStruct
 
 
 @dataclass(frozen=True, slots=True)
 class NativeRows:
     """Pointers for the CPU kernels, and the arrays behind them."""
 
-    struct: RowsStruct
+    struct: Structure
     keep: tuple[object, ...]
 
 
@@ -27,7 +28,7 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
     """The rows as the kernels see them. cosine, sine: tables [positions, head_dim / 2]."""
     arrays = (rows.group_row, rows.group_pages, rows.pages, rows.slot, rows.direct, rows.extra_at, rows.extra)
     pointers = map(address, (*arrays, rows.position))
-    struct = RowsStruct(len(rows), len(rows.group_row) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
+    struct = ops.Rows(len(rows), len(rows.group_row) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
     return NativeRows(struct, (*arrays, rows.position, cosine, sine))
 
 

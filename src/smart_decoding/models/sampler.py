@@ -126,7 +126,7 @@ def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> l
     asked = [_asked(row, spec) for row, spec in zip(rows, specs, strict=True)]
     drawn = kernels.draw(asked, len(rows[0]))
     require_finite(drawn.best >= 0)
-    tokens = drawn.token.tolist()
+    tokens: list[int] = drawn.token.tolist()
     for i, (row, spec, best) in enumerate(zip(rows, specs, drawn.best.tolist(), strict=True)):
         if spec.params.greedy:
             tokens[i] = best

@@ -32,7 +32,7 @@ def profile_path(
     """Where the profile of this model on this machine lies. longest: the longest context that it knows; steps: of its
     costs over rows."""
     machine = _cpu() + (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
-    native = library.sources() if library.unavailable() is None else ""
+    native = library.identity() if library.unavailable() is None else ""
     parts = [str(VERSION), torch.__version__, json.dumps(dict(weights), sort_keys=True), str(dtype), machine]
     parts += [head, native, str(torch.get_num_threads()), str(longest), str(tuple(steps))]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -18,7 +18,6 @@ from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
-from smart_decoding.kernels import library
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.chooser import NativeChooser
 from smart_decoding.models.decoder import Decoder
@@ -30,7 +29,7 @@ from smart_decoding.training.head import Form, TrainableHead
 
 from .tiny import PAGES, SCRATCH, TARGET, VOCAB, checkpoint, outputs_of
 
-pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
+pytestmark = pytest.mark.usefixtures("variant")
 TAPS = (1, 2, 4)
 WIDTH = len(TAPS) * TARGET.hidden
 
@@ -162,7 +161,6 @@ def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
     assert not np.allclose(found[0], found[1], atol=1e-3)
 
 
-@pytest.mark.skipif(library.unavailable() is not None, reason="no compiler")
 def test_8_bits_change_probabilities_little(files: HeadFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = fake_rows(3, 15, 0, PAGES)
     assert rows is not None
