@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-heads test-transformers test-vllm test-sglang quality soak pictures env clean
+.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang quality soak pictures env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -20,6 +20,17 @@ test-heads: env
 # SMART inside transformers, with every method; SmolLM2-135M included.
 test-transformers: env
 	$(BIN)/python -m pytest tests/unit/integrations
+
+# A wheel with every variant of the kernels, for any Python from 3.11 on, as far back as this machine's C library allows:
+# into dist/. Then it is installed into empty environments without a compiler, and decodes.
+wheel: env
+	rm -rf dist
+	$(PIP) wheel --no-deps --wheel-dir build/dist .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/smart_decoding-*.whl
+	rm -r build/dist
+
+test-wheel: wheel
+	$(BIN)/python tools/check_wheel.py dist/smart_decoding-*.whl
 
 quality: env
 	$(BIN)/ruff check .

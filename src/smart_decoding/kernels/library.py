@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def load(name: str) -> ctypes.CDLL:
     if variant is None or reason is not None:
         raise ConfigError(f"the kernels' variant {name!r} {reason}; here run: {', '.join(runnable()) or 'none'}")
     _check_age(variant)
+    _load_openmp()
     library = ctypes.CDLL(str(variant.path))
     abi.declare(library)
     if library.smart_enable():
@@ -123,6 +125,20 @@ def identity() -> str:
     """Tells these kernels from all others: what was measured with others does not hold for them."""
     variant = next(v for v in variants() if v.name == chosen())
     return f"{variant.name} {hashlib.sha256(variant.path.read_bytes()).hexdigest()}"
+
+
+@functools.cache
+def _load_openmp() -> None:
+    """Makes an OpenMP runtime known to the kernels: torch's, since two in a process are two teams of threads that spin
+    against each other; the system's where torch has none of its own. Raises ConfigError where there is none."""
+    torch = importlib.util.find_spec("torch")
+    folders = [Path(folder) / "lib" for folder in (torch.submodule_search_locations or [] if torch else [])]
+    folders += [folder.parents[1] / "torch.libs" for folder in folders]
+    mine = [str(path) for folder in folders for path in sorted(folder.glob("libgomp*.so*"))]
+    try:
+        ctypes.CDLL((mine or ["libgomp.so.1"])[0], ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise ConfigError(f"the CPU kernels need OpenMP (Debian: apt-get install libgomp1): {error}") from error
 
 
 def _nothing() -> str:
