@@ -179,6 +179,7 @@ def test_run_says_what_to_do_for_a_model_that_does_not_see(
     tiny = vision_checkpoints()
     tiny.picture(1).save(tmp_path / "a.png")
     tiny.save_text(tmp_path / "text")
+    capsys.readouterr()  # transformers shows its progress
     model = ["--model", str(tmp_path / "text")] if given else []
     said = fails(capsys, "run", *model, "--image", str(tmp_path / "a.png"), "what?")
     name = model[-1] if given else "smollm2-135m"

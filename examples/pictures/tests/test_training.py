@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from pictures_model.training.lora import SCALE, LowRank
 from pictures_model.training.packing import Prompt, batch_of, fill, pack
 from pictures_model.training.schedule import Stage
 
-from .tiny_text import save_tiny_text
+sys.path.append(str(Path(__file__).parent))
+from tiny_text import save_tiny_text
 
 PROMPT = Prompt((1, 2, 3), (7, 8), 9)
 
