@@ -45,12 +45,14 @@ soak: env
 	SMART_EXAMPLES=$(or $(SMART_EXAMPLES),400) $(BIN)/python -m pytest tests/server/test_faults.py \
 		tests/server/test_hostile.py tests/server/test_limits.py tests/server/test_openapi.py
 
-# Trains smart-pictures-135m anew (40 minutes of a Zen 5 core; stopped, it goes on where it was).
+# Trains the example's model anew (40 minutes of a Zen 5 core; stopped, it goes on where it was).
 pictures: env
 	for stage in seeing reading; do \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m smart_decoding.training.pictures $$stage --output build/pictures & done; wait
+	  OMP_NUM_THREADS=1 PYTHONPATH=examples/pictures $(BIN)/python -m pictures_model train $$stage \
+	    --output build/pictures & done; wait
 	for stage in answering comparing; do \
-	  $(BIN)/python -m smart_decoding.training.pictures $$stage --output build/pictures || exit 1; done
+	  PYTHONPATH=examples/pictures $(BIN)/python -m pictures_model train $$stage \
+	    --output build/pictures || exit 1; done
 
 # SMART inside the real vLLM, on its CPU build, in an environment of its own (3.4 GB; not part of `make test`); before
 # that what needs no vLLM: the rule for lengths, `smart vllm-config`, options. A test that is skipped fails the target.

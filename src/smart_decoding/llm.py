@@ -210,11 +210,17 @@ class LLM:
         if self._vision is not None:
             return self._vision.chat(messages)
         if has_pictures(messages):
-            raise ConfigError(f"the model {self.provenance['model']} reads text only: take one that sees")
+            raise ConfigError(
+                f"the model {self.provenance['model']} reads text only: take one that sees (docs/vision.md)"
+            )
         if any(not isinstance(message.get("content"), str) for message in messages):
             messages = as_text(split(messages)[0], {})
         text = self.tokenizer.apply_chat_template(messages)
         return MediaPrompt(self.tokenizer.encode(text, add_special_tokens=False), None, text)
+
+    def _blind(self) -> ConfigError:
+        name = self.provenance["model"]
+        return ConfigError(f"the model {name} reads text only: take one that sees (docs/vision.md)")
 
     def text_prompt(self, prompt: Prompt) -> MediaPrompt:
         """A prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need their pictures."""
@@ -230,7 +236,9 @@ class LLM:
         if self._vision is not None:
             return self._vision.prompt(tokens if text is None else text, pictures)
         if pictures:
-            raise ConfigError(f"the model {self.provenance['model']} reads text only: take one that sees")
+            raise ConfigError(
+                f"the model {self.provenance['model']} reads text only: take one that sees (docs/vision.md)"
+            )
         return MediaPrompt(tokens if text is None else self.tokenizer.encode(text), None, text)
 
     def stream(

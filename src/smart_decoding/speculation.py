@@ -30,7 +30,6 @@ from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.ranking import torch_top_k
-from smart_decoding.models.registry import VISION_PARTS, base_of, seeing_names
 from smart_decoding.models.target import TorchTarget, fitting_memory
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
@@ -67,8 +66,6 @@ def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
 def shipped_head(model: str) -> Path | None:
     """The folder of the head that comes with this package for a built-in model, if there is one."""
     name = model.partition("@")[0]
-    if name in seeing_names() and not (HEADS / name).is_dir():
-        name = base_of(VISION_PARTS / name).partition("@")[0]  # its base's head, which knows text only
     folder = HEADS / name
     is_name = Path(name).name == name  # a path of its own would lead out of HEADS
     return folder if is_name and (folder / "model.safetensors").is_file() else None

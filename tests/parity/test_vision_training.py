@@ -3,6 +3,8 @@ behind them only."""
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +15,26 @@ from torch.nn import functional as F
 from smart_decoding.cli import main as cli
 from smart_decoding.core.tree import ROOT
 from smart_decoding.engine.kv import PAGE
+from smart_decoding.errors import ConfigError
 from smart_decoding.llm import LLM
 from smart_decoding.models.head_files import load_head
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.training import generate
-from smart_decoding.training.seeds import image_turn, picture_turn
+from smart_decoding.training.seeds import held_out, image_turn, read_questions
 from smart_decoding.training.train import Conversation, Trainer, TrainOptions, load_conversations
 
 from .test_vision_heads import first_trees, outputs, reference_layer, save_head
-from .vision import IMAGE, picture, save_llava
+from .vision import IMAGE, picture, save_llava, save_text
 
 CHAT = [{"role": "user", "content": [{"type": "image", "image": picture(3)}, {"type": "text", "text": "What?"}]}]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA model, and in `data` conversations that it wrote."""
+    """A LLaVA model, and in `data` conversations that it wrote about `questions.jsonl`."""
     made = tmp_path_factory.mktemp("llava")
     save_llava(made)
+    turn = partial(image_turn, read_questions(save_questions(made, 40)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "CONCURRENT", 4)
         patch.setattr(generate, "ANSWER_TOKENS", 24)
@@ -38,8 +42,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             llm = LLM(made, speculative_config=False, max_model_len=512, dtype="float32", enable_prefix_caching=False)
             recorder = generate.Recorder(taps)
             llm.engine.listen(recorder)
-            generate.generate(llm, recorder, made / name, 1200, turn=picture_turn)
+            generate.generate(llm, recorder, made / name, 1200, turn=turn)
     return made
+
+
+def save_questions(folder: Path, count: int) -> Path:
+    """Pictures, with two questions about each."""
+    lines = []
+    for seed in range(count):
+        picture(seed).save(folder / f"{seed:02d}.png")
+        for question in ("What is it?", f"Which of {seed + 2} colours is the most frequent?"):
+            lines.append(json.dumps({"image": f"{seed:02d}.png", "question": question}))
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def said(checkpoint: Checkpoint, item: Conversation) -> torch.Tensor:
@@ -167,9 +183,58 @@ def test_smart_train_makes_a_head_that_sees(folder: Path, tmp_path: Path) -> Non
 
 def test_conversations_about_images_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture(1).save(tmp_path / "one.png")
-    turns = [image_turn([tmp_path / "one.png"], np.random.default_rng(i))[0]["content"] for i in range(20)]
+    asked = read_questions(tmp_path)
+    turns = [image_turn(asked, np.random.default_rng(i))[0]["content"] for i in range(20)]
     assert {image["image"] for image, _ in turns} == {(tmp_path / "one.png").read_bytes()}
     assert len({text["text"] for _, text in turns}) > 5
     (tmp_path / "none").mkdir()
     words = ["train", "--images", str(tmp_path / "none"), "--output", str(tmp_path / "head")]
     assert cli.main(words) == 2 and "holds no images" in capsys.readouterr().err
+
+
+def test_conversations_about_questions_of_a_file(tmp_path: Path) -> None:
+    asked = read_questions(save_questions(tmp_path, 20))
+    assert asked[2] == (tmp_path / "01.png", "What is it?") and len(asked) == 40
+    (image, text) = image_turn(asked[3:4], np.random.default_rng(0))[0]["content"]
+    assert image["image"] == (tmp_path / "01.png").read_bytes()
+    assert text["text"] == "Which of 3 colours is the most frequent?"
+
+
+def test_every_tenth_image_is_kept_for_the_prior(tmp_path: Path) -> None:
+    asked = read_questions(save_questions(tmp_path, 20))
+    train, kept = held_out(asked)
+    assert sorted({image.name for image, _ in kept}) == ["09.png", "19.png"] and len(kept) == 4
+    assert sorted(train + kept) == sorted(asked)
+    assert held_out(asked[:8]) == (asked[:8], asked[:8])  # too few to keep any
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("what?", "line 2 is not of the form"),
+        ('["a.png"]', "line 2 is not of the form"),
+        ('{"image": "one.png"}', "line 2 is not of the form"),
+        ('{"image": 3, "question": "What?"}', "line 2 is not of the form"),
+        ('{"image": "one.png", "question": " "}', "line 2 asks nothing"),
+        ('{"image": "two.png", "question": "What?"}', "there is no image"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: str, words: str) -> None:
+    picture(1).save(tmp_path / "one.png")
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"image": "one.png", "question": "What?"}\n' + line + "\n")
+    with pytest.raises(ConfigError, match=words):
+        read_questions(path)
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no questions"):
+        read_questions(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_questions(tmp_path / "none.jsonl")
+
+
+def test_images_are_for_models_that_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_text(tmp_path / "text")
+    picture(1).save(tmp_path / "one.png")
+    words = ["train", "--model", str(tmp_path / "text"), "--images", str(tmp_path)]
+    assert cli.main([*words, "--output", str(tmp_path / "head")]) == 2
+    assert "reads text only" in capsys.readouterr().err

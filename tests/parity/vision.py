@@ -56,6 +56,12 @@ def save_llava(folder: Path, template: str = STRINGS, **more: Any) -> transforme
     return _save(folder, transformers.LlavaForConditionalGeneration, config, processor, template)
 
 
+def save_text(folder: Path) -> None:
+    """A text model, without a tokenizer."""
+    config = transformers.LlamaConfig(**TEXT, vocab_size=VOCAB, rms_norm_eps=1e-5)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
 def save_qwen2_vl(folder: Path, template: str = LISTS, **text: Any) -> transformers.PreTrainedModel:
     """Qwen2-VL's layout: a position for each 14 x 14 pixels. Returns transformers' model."""
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}

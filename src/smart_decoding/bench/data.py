@@ -81,19 +81,15 @@ def _gsm8k() -> list[dict[str, str]]:
     return _rows(fetch_pinned(GSM8K).read_text(encoding="utf-8"))
 
 
-def _pictures() -> list[list[dict[str, Any]]]:
-    """Requests to describe generated pictures, for models that see."""
-    from smart_decoding.bench.pictures import picture_prompts  # needs the extra `vision`
-
-    return picture_prompts()
-
-
 def _rows(lines: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines.splitlines() if line.strip()]
 
 
 TASKS: dict[str, Callable[[], list[Any]]] = {
-    "code": _code, "maths": _maths, "general": _general, "long": _long, "edit": _edit,
-    "pictures": _pictures,
-}  # fmt: skip
+    "code": _code,
+    "maths": _maths,
+    "general": _general,
+    "long": _long,
+    "edit": _edit,
+}
 DEFAULT_TASKS = ("code", "maths", "general")

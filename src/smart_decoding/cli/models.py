@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from smart_decoding.models.registry import DEFAULT_MODEL, NAMED_MODELS, VISION_PARTS, base_of, seeing_names
+from smart_decoding.models.registry import DEFAULT_MODEL, NAMED_MODELS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,4 @@ def main(args: argparse.Namespace) -> None:
         print(f"{name}{' (default)' if name == DEFAULT_MODEL else ''}: the cached one, else @hub, else @pypi")
         print(f"  {name}@hub   {model.repository}")
         print(f"  {name}@pypi  {model.pinned.requirement}, {model.quantisation}, {here}")
-    for name in seeing_names():
-        print(f"{name}: {base_of(VISION_PARTS / name)} that sees (a demonstration, trained on generated pictures)")
     print("also: a hub id (owner/name), a folder with config.json and safetensors, or a GGUF file")

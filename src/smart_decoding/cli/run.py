@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.registry import DEFAULT_MODEL, SEEING_MODEL
+from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM, CompletionOutput, Prompt
@@ -57,8 +57,7 @@ def key_value(text: str) -> tuple[str, Any]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, how it is loaded, and what speculates."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL}; with --image "
-                       f"{SEEING_MODEL})")  # fmt: skip
+    group.add_argument("--model", help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})")
     group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and KV cache (bf16)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt plus answer (the model's, "
@@ -124,9 +123,11 @@ def main(args: argparse.Namespace) -> None:
         params = replace(params, seed=secrets.randbits(32))
     text = read_prompt(args.prompt)
     images = read_images(args.image)
+    if images:
+        check_sees(args.model)
     from smart_decoding.llm import LLM
 
-    model = args.model or (SEEING_MODEL if images else DEFAULT_MODEL)
+    model = args.model or DEFAULT_MODEL
     llm = LLM(model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1,
               max_model_len=args.max_model_len, trust_pickle=args.trust_pickle,
               enforce_eager=args.enforce_eager)  # fmt: skip
@@ -161,6 +162,14 @@ def read_images(paths: Sequence[Path]) -> list[Any]:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(f"{path}: {reason}") from error
     return images
+
+
+def check_sees(model: str | None) -> None:
+    """Raises ConfigError for a model that takes no images, before any weight is loaded; None: the default model."""
+    from smart_decoding.models.loading import load_checkpoint
+
+    if model is None or load_checkpoint(model).vision is None:
+        raise ConfigError(f"{model or DEFAULT_MODEL} reads text only: give a --model that sees (docs/vision.md)")
 
 
 def chat_prompt(llm: LLM, text: str, images: Sequence[Any] = ()) -> MediaPrompt:

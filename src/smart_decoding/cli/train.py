@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from smart_decoding.models.head_files import HeadFiles
     from smart_decoding.training.generate import PictureTurn
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 
 
@@ -38,9 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip-generation", action="store_true", help="train on the conversations that are there")
     parser.add_argument(
-        "--pictures", action="store_true", help="converse about generated pictures, with a model that sees"
+        "--images",
+        type=Path,
+        metavar="PATH",
+        help="converse about images, with a model that sees: a folder of them, or a JSONL file whose lines are "
+        '{"image": FILE, "question": TEXT}',
     )
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="converse about the images there instead")
     parser.add_argument(
         "--visual-positions", choices=("dropped", "decoupled"),
         help="what the head reads of pictures: nothing, or their embeddings in place of tokens' (default: as --init)",
@@ -60,8 +62,10 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
 
     _use_huge_pages()
-    turn = _turn(args)
+    turns = _turns(args.images) if args.images is not None else None
     checkpoint = load_checkpoint(args.model)
+    if turns is not None and checkpoint.vision is None:
+        raise ConfigError(f"--images needs a model that sees, and {args.model} reads text only (docs/vision.md)")
     keep = _without(checkpoint.tokenizer_source, args.without_tasks.split(",")) if args.without_tasks else None
     layers = checkpoint.config.layers
     init = _initial(args, checkpoint.config) if args.init else None
@@ -70,36 +74,31 @@ def main(args: argparse.Namespace) -> int:
     if layout == "eagle" and not init:
         raise ConfigError("--export eagle needs an EAGLE-1/2 head to start from: give --init")
     sees = args.visual_positions == "decoupled" if args.visual_positions else init is not None and init.sees
-    if sees and turn is None:  # what is read of pictures would not be written down
-        raise ConfigError("a head that sees needs conversations about pictures: give --pictures or --images")
+    if sees and turns is None:  # what is read of pictures would not be written down
+        raise ConfigError("a head that sees needs conversations about pictures: give --images")
     require_int("tokens", args.tokens, 1, 1 << 40)
     require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
     options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout, sees=sees)
     data = args.data or args.output / "data"
     if not args.skip_generation:
-        _generate(args, recorded_taps(taps, layers), data, turn)
+        _generate(args, recorded_taps(taps, layers), data, turns[0] if turns else None)
     trainer = Trainer(checkpoint, data, args.output, options, keep, init)
     figures: dict[str, Any] = trainer.run()
-    if turn is not None:
+    if turns is not None:
         _says_what_is_read_of_pictures(args.output / "config.json", sees)
     print(json.dumps(figures, indent=1))
-    held_out = picture_turns(turn, args.prior_prompts) if turn is not None else trainer.held_out_prompts()
+    held_out = picture_turns(turns[1], args.prior_prompts) if turns is not None else trainer.held_out_prompts()
     learn_prior(args.model, args.output, held_out[: args.prior_prompts])
     print(f'the head is in {args.output}: LLM(..., speculative_config={{"method": "eagle", "model": "{args.output}"}})')
     return 0
 
 
-def _turn(args: argparse.Namespace) -> PictureTurn | None:
-    """What draws a conversation about a picture, if pictures are wanted."""
-    from smart_decoding.errors import ConfigError
-    from smart_decoding.training.seeds import image_turn, picture_turn
+def _turns(images: Path) -> tuple[PictureTurn, PictureTurn]:
+    """What draws a conversation about an image: one to train on, one that the prior is learned on."""
+    from smart_decoding.training.seeds import held_out, image_turn, read_questions
 
-    if args.images is None:
-        return picture_turn if args.pictures else None
-    images = sorted(path for path in args.images.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise ConfigError(f"{args.images} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return partial(image_turn, images)
+    train, kept = held_out(read_questions(images))
+    return partial(image_turn, train), partial(image_turn, kept)
 
 
 def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
@@ -119,7 +118,6 @@ def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
 
 
 def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path, turn: PictureTurn | None) -> None:
-    from smart_decoding.errors import ConfigError
     from smart_decoding.llm import LLM
     from smart_decoding.training.generate import CONCURRENT, Recorder, generate
 
@@ -129,8 +127,6 @@ def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path, turn:
     )  # fmt: skip
     recorder = Recorder(taps)
     llm.engine.listen(recorder)
-    if turn is not None and not llm.sees:
-        raise ConfigError(f"--pictures and --images need a model that sees, which {args.model} does not")
     generate(llm, recorder, data, args.tokens, args.seed, turn)
 
 

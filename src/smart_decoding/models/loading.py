@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from smart_decoding.errors import ModelError
 from smart_decoding.models import vision
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.registry import PARTS, Source, base_of, resolve
+from smart_decoding.models.registry import Source, resolve
 from smart_decoding.models.vision import RenamedWeights, VisionFiles
 
 _INDEX = "model.safetensors.index.json"
@@ -70,10 +70,6 @@ def _provenance(source: Source, dtype: str) -> dict[str, str]:
 
 
 def _folder_of(source: Source) -> Path:
-    if (source.path / PARTS).is_file():
-        from smart_decoding.models.assembly import assembled_folder
-
-        return assembled_folder(source.path, _folder_of(resolve(base_of(source.path))))
     if source.path.is_dir():
         return source.path
     from smart_decoding.models.gguf import converted_folder  # GGUF files only

@@ -16,10 +16,6 @@ from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.models.hub import PinnedFile, fetch_pinned
 
 DEFAULT_MODEL = "smollm2-135m"
-SEEING_MODEL = "smart-pictures-135m"  # the default for prompts with pictures
-PARTS = "parts.json"  # in a folder that holds parts for another model
-
-VISION_PARTS = Path(__file__).parents[1] / "vision_parts"  # a folder for each: what a text model lacks to see
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
@@ -71,10 +67,6 @@ def resolve(name: str | Path) -> Source:
     base, _, origin = text.partition("@")
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
         return _resolve_named(text, NAMED_MODELS[base], origin)
-    if text in seeing_names():
-        return Source(
-            text, VISION_PARTS / text, f"parts of {text} that come with this package, trained on generated pictures"
-        )
     if path.suffix in _PICKLES:
         raise ModelError(f"{text} holds pickled weights, which can run code when loaded; convert it to safetensors")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
@@ -92,20 +84,7 @@ def resolve(name: str | Path) -> Source:
 
 def known_names() -> list[str]:
     """The built-in names."""
-    return [name + origin for name in NAMED_MODELS for origin in ("", "@hub", "@pypi")] + seeing_names()
-
-
-def seeing_names() -> list[str]:
-    """The built-in models that see: parts that come with this package, for a built-in text model."""
-    return sorted(path.parent.name for path in VISION_PARTS.glob(f"*/{PARTS}"))
-
-
-def base_of(parts: Path) -> str:
-    """The name of the text model that parts belong to; ModelError if they are corrupt."""
-    try:
-        return str(json.loads((parts / PARTS).read_text(encoding="utf-8"))["base"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{PARTS} in {parts} is corrupt: it names no base") from error
+    return [name + origin for name in NAMED_MODELS for origin in ("", "@hub", "@pypi")]
 
 
 def _resolve_named(name: str, model: NamedModel, origin: str) -> Source:

@@ -38,7 +38,7 @@ Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 def picture_turns(turn: PictureTurn, count: int) -> list[Conversation]:
-    """Conversations drawn from seeds that no training uses."""
+    """Conversations about pictures, drawn from seeds that no training uses."""
     return [turn(np.random.default_rng((PICTURES, i))) for i in range(count)]
 
 

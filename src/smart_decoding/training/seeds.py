@@ -4,17 +4,20 @@ turns built from a task and a topic. Written for this project; none of it comes 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from smart_decoding.errors import ConfigError
 from smart_decoding.multimodal.images import Limits, read_file
-from smart_decoding.pictures.draw import draw
-from smart_decoding.pictures.facts import random_picture
-from smart_decoding.pictures.questions import questions
-from smart_decoding.pictures.wordings import LONG_KINDS
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+HELD_OUT_EVERY = 10  # of so many images one is never trained on
+
+ImageQuestion: TypeAlias = tuple[Path, str | None]  # None: any of IMAGE_TASKS
 
 # {name}, {n}, {thing}, {verb}, {noun} and {topic} are drawn anew each time.
 OPENINGS = (
@@ -140,19 +143,57 @@ def user_turn(rng: np.random.Generator) -> tuple[str, bool]:
     return str(rng.choice(TASKS)).format(rng.choice(TOPICS)), True
 
 
-def picture_turn(rng: np.random.Generator) -> list[dict[str, Any]]:
-    """A conversation that begins with a generated picture and, mostly, the wish for a long answer about it."""
-    picture = random_picture(rng)
-    asked = questions(picture, rng)
-    wanted = [q for q in asked if q.kind in LONG_KINDS] if rng.random() < 0.75 else asked
-    parts = [{"type": "image_pil", "image_pil": draw(picture)}, {"type": "text", "text": wanted[0].prompt}]
-    return [{"role": "user", "content": parts}]
+def read_questions(path: Path) -> list[ImageQuestion]:
+    """The images of a folder, or those that a JSONL file asks about, named as seen from that file.
+
+    Raises ConfigError if there are none, and for the first line that cannot be used."""
+    if not path.is_dir():
+        return _questions_of_file(path)
+    images = sorted(file for file in path.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise ConfigError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return [(image, None) for image in images]
 
 
-def image_turn(images: Sequence[Path], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """A conversation that begins with one of the images and a wish that suits any."""
-    image = read_file(images[int(rng.integers(len(images)))], Limits())
-    parts = [{"type": "image", "image": image}, {"type": "text", "text": str(rng.choice(IMAGE_TASKS))}]
+def _questions_of_file(path: Path) -> list[ImageQuestion]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    found = [_question(f"{path}, line {i}", path.parent, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise ConfigError(f"{path} holds no questions")
+    return found
+
+
+def _question(where: str, folder: Path, line: str) -> ImageQuestion:
+    try:
+        given = json.loads(line)
+        image = folder / given["image"]
+        question = given["question"]
+    except (ValueError, KeyError, TypeError) as error:
+        form = '{"image": "a.png", "question": "What is it?"}'
+        raise ConfigError(f"{where} is not of the form {form}") from error
+    if not isinstance(question, str) or not question.strip():
+        raise ConfigError(f"{where} asks nothing")
+    if not image.is_file():
+        raise ConfigError(f"{where}: there is no image {image}")
+    return image, question
+
+
+def held_out(asked: Sequence[ImageQuestion]) -> tuple[list[ImageQuestion], list[ImageQuestion]]:
+    """What to train on, and what not: all about every tenth image. Of fewer than ten images both are everything."""
+    images = sorted({image for image, _ in asked})
+    kept = set(images[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]) or set(images)
+    train = [each for each in asked if each[0] not in kept] or list(asked)
+    return train, [each for each in asked if each[0] in kept]
+
+
+def image_turn(asked: Sequence[ImageQuestion], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """A conversation that begins with one of the images and its question, or else a wish that suits any."""
+    path, question = asked[int(rng.integers(len(asked)))]
+    text = question or str(rng.choice(IMAGE_TASKS))
+    parts = [{"type": "image", "image": read_file(path, Limits())}, {"type": "text", "text": text}]
     return [{"role": "user", "content": parts}]
 
 

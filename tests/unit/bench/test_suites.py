@@ -72,7 +72,7 @@ def test_a_function_without_arguments_gets_another_edit() -> None:
 
 
 def test_the_default_is_what_it_was() -> None:
-    assert DEFAULT_TASKS == ("code", "maths", "general") and set(TASKS) == {*DEFAULT_TASKS, "long", "edit", "pictures"}
+    assert DEFAULT_TASKS == ("code", "maths", "general") and set(TASKS) == {*DEFAULT_TASKS, "long", "edit"}
 
 
 @pytest.mark.model

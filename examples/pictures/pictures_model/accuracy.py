@@ -1,6 +1,6 @@
 """How well a vision-language model answers questions about held-out generated pictures, and about blank ones.
 
-    python benchmarks/pictures.py --model smart-pictures-135m --pictures 150 --json pictures.json
+    python -m pictures_model accuracy --pictures 150 --json accuracy.json
 
 The pictures come from seeds of their own, so that none was trained on. Each kind of question is asked in the trained
 wordings, in wordings that were kept for this, and in the trained ones beside a blank picture. An answer is right if it
@@ -21,29 +21,34 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pictures_model.assembly import HEAD, model_folder
+from pictures_model.generated.draw import draw
+from pictures_model.generated.facts import random_picture
+from pictures_model.generated.questions import Question, questions
+from pictures_model.generated.wordings import HELD_OUT, KINDS, TRAIN
 from smart_decoding import LLM, SamplingParams
 from smart_decoding.bench.provenance import provenance
-from smart_decoding.pictures.draw import draw
-from smart_decoding.pictures.facts import random_picture
-from smart_decoding.pictures.questions import Question, questions
-from smart_decoding.pictures.wordings import HELD_OUT, KINDS, TRAIN
 
 SEEDS = 77  # training uses 0, its own measurements 1
 CONDITIONS = {"trained": (TRAIN, False), "held-out": (HELD_OUT, False), "blank": (TRAIN, True)}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smart-pictures-135m")
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pictures_model accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="name, hub id or folder (default: the demonstration model)")
     parser.add_argument("--pictures", type=int, default=150, help="held-out pictures in each condition")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--speculative", action="store_true", help="draft as by default (the answers are the same)")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    ours = args.speculative and args.model is None
     llm = LLM(
-        args.model, dtype=args.dtype, speculative_config=bool(args.speculative), max_num_seqs=32,
+        args.model or model_folder(),
+        dtype=args.dtype,
+        speculative_config={"model": str(HEAD)} if ours else bool(args.speculative),
+        max_num_seqs=32,
         max_model_len=512,
-    )  # fmt: skip
+    )
     found = {name: measure(llm, args.pictures, *condition) for name, condition in CONDITIONS.items()}
     print(table(found))
     if args.json:
@@ -85,7 +90,3 @@ def table(found: dict[str, dict[str, list[int]]]) -> str:
 def _share(counts: list[list[int]]) -> str:
     right, asked = (sum(column) for column in zip(*counts, strict=True))
     return f"{100 * right / asked:.0f} % of {asked}" if asked else "–"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

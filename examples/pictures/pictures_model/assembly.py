@@ -18,11 +18,20 @@ from safetensors.torch import load_file, save_file
 
 from smart_decoding.models.gguf import is_whole, move_into_place
 from smart_decoding.models.hub import cache_dir, scratch
-from smart_decoding.models.registry import PARTS
+from smart_decoding.models.loading import load_checkpoint
 
+PARTS_FOLDER = Path(__file__).parents[1] / "smart-pictures-135m"
+HEAD = PARTS_FOLDER / "head"  # which drafts for it
+PARTS = "parts.json"  # the base, and how the parts go onto it
 PARTS_WEIGHTS = "parts.safetensors"
 IMAGE_TOKEN = "<image>"
 _RECORD = "converted.json"
+
+
+def model_folder(parts: Path = PARTS_FOLDER) -> Path:
+    """The cached folder with the whole model. Its base is fetched first if need be."""
+    base = load_checkpoint(_read(parts / PARTS)["base"])
+    return assembled_folder(parts, base.tokenizer_source)
 
 
 def assembled_folder(parts: Path, base: Path) -> Path:

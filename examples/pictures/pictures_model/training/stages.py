@@ -1,4 +1,4 @@
-"""`python -m smart_decoding.training.pictures STAGE --output FOLDER`: trains the demonstration model, or goes on.
+"""`python -m pictures_model train STAGE --output FOLDER`: trains the demonstration model, or goes on.
 
 STAGE is `seeing` (tower and projector), `reading` (the language model, from true captions; both can run side by side),
 when they are done, `answering` (the language model goes on with what the tower sees), and last `comparing`, which goes
@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pictures_model.generated.wordings import HELD_OUT, TRAIN
+from pictures_model.training.answering import AnsweringLoss, Show, true_captions, what_is_seen
+from pictures_model.training.model import BASE, IMAGE_ID, WIDTH, build, export, prompt_of
+from pictures_model.training.schedule import Stage, load_trained
+from pictures_model.training.tower import Namer, SeeingLoss, Words
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.pictures.wordings import HELD_OUT, TRAIN
-from smart_decoding.training.pictures.answering import AnsweringLoss, Show, true_captions, what_is_seen
-from smart_decoding.training.pictures.model import BASE, IMAGE_ID, WIDTH, build, export, prompt_of
-from smart_decoding.training.pictures.schedule import Stage, load_trained
-from smart_decoding.training.pictures.tower import Namer, SeeingLoss, Words
 
 SEEING_RATE, READING_RATE, ANSWERING_RATE, COMPARING_RATE = 1e-3, 2e-3, 1e-3, 1e-3
 COMPARISONS = 3  # how often a picture's things are compared, in the last stage
 
 
-def main() -> int:
-    args = _arguments()
+def main(argv: list[str]) -> int:
+    args = _arguments(argv)
     torch.manual_seed(args.seed)
     checkpoint = load_checkpoint(BASE)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
@@ -68,8 +67,8 @@ def main() -> int:
     return 0
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m smart_decoding.training.pictures", description=__doc__)
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pictures_model train", description=__doc__)
     parser.add_argument("stage", choices=["seeing", "reading", "answering", "comparing"])
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and, at the end, the parts")
     parser.add_argument("--seeing-steps", type=int, default=1600)
@@ -80,7 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="pictures of a step of the language model's stages")
     parser.add_argument("--held-out", type=int, default=100, help="held-out pictures of the closing measurement")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _figures(answering: AnsweringLoss, pictures: int) -> dict[str, Any]:
@@ -94,7 +93,3 @@ def _figures(answering: AnsweringLoss, pictures: int) -> dict[str, Any]:
         shares = {kind: round(good / count, 3) for kind, (good, count) in sorted(right.items())}
         found[name] = {"all": round(total[0] / total[1], 3), "questions": total[1], **shares}
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

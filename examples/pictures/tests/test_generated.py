@@ -7,9 +7,9 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from smart_decoding.pictures.captions import VOCABULARY, caption
-from smart_decoding.pictures.draw import bar_box, draw, example_chart
-from smart_decoding.pictures.facts import (
+from pictures_model.generated.captions import VOCABULARY, caption
+from pictures_model.generated.draw import bar_box, draw, example_chart
+from pictures_model.generated.facts import (
     COLOURS,
     COUNT_WORDS,
     SHAPES,
@@ -22,9 +22,9 @@ from smart_decoding.pictures.facts import (
     random_picture,
     random_scene,
 )
-from smart_decoding.pictures.questions import Question, questions
-from smart_decoding.pictures.regions import WORDS, patch_labels
-from smart_decoding.pictures.wordings import HELD_OUT, KINDS, LONG_KINDS, TRAIN, WORDINGS
+from pictures_model.generated.questions import Question, questions
+from pictures_model.generated.regions import WORDS, patch_labels
+from pictures_model.generated.wordings import HELD_OUT, KINDS, LONG_KINDS, TRAIN, WORDINGS
 
 
 def some(count: int, kind: str | None = None, seed: int = 0) -> list[Picture]:

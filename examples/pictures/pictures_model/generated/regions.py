@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.pictures.draw import Box, bar_box
-from smart_decoding.pictures.facts import COLOURS, COLUMNS, COUNT_WORDS, ROWS, SHAPES, Number, Picture, Scene
+from pictures_model.generated.draw import Box, bar_box
+from pictures_model.generated.facts import COLOURS, COLUMNS, COUNT_WORDS, ROWS, SHAPES, Number, Picture, Scene
 
 ORDER = ("first", "second", "third", "fourth", "fifth")
 DIGITS = tuple("0123456789")

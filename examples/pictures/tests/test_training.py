@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from smart_decoding.models.assembly import assembled_folder
-from smart_decoding.models.registry import seeing_names
-from smart_decoding.pictures.facts import random_picture
-from smart_decoding.pictures.questions import Question
-from smart_decoding.pictures.wordings import TRAIN
-from smart_decoding.training.pictures.lora import SCALE, LowRank
-from smart_decoding.training.pictures.packing import Prompt, batch_of, fill, pack
-from smart_decoding.training.pictures.schedule import Stage
+from pictures_model.assembly import PARTS, PARTS_FOLDER, assembled_folder
+from pictures_model.generated.facts import random_picture
+from pictures_model.generated.questions import Question
+from pictures_model.generated.wordings import TRAIN
+from pictures_model.training.lora import SCALE, LowRank
+from pictures_model.training.packing import Prompt, batch_of, fill, pack
+from pictures_model.training.schedule import Stage
 
-from .tiny_text import save_tiny_text
+sys.path.append(str(Path(__file__).parent))
+from tiny_text import save_tiny_text
 
 PROMPT = Prompt((1, 2, 3), (7, 8), 9)
 
@@ -108,11 +110,11 @@ def test_a_training_that_was_cut_ends_as_if_it_had_not_been(tmp_path: Path) -> N
 def test_the_assembled_folder_is_the_model_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+    from pictures_model.generated.draw import draw
+    from pictures_model.training.model import IMAGE_ID, build, export, prompt_of
+    from pictures_model.training.tower import features, pixels
     from smart_decoding.models.loading import load_checkpoint
     from smart_decoding.models.tokenizer import Tokenizer
-    from smart_decoding.pictures.draw import draw
-    from smart_decoding.training.pictures.model import IMAGE_ID, build, export, prompt_of
-    from smart_decoding.training.pictures.tower import features, pixels
 
     monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
     checkpoint = load_checkpoint(save_tiny_text(tmp_path / "base"))
@@ -143,12 +145,9 @@ def test_the_assembled_folder_is_the_model_that_was_trained(tmp_path: Path, monk
     assert torch.allclose(logits, model.lm_head(hidden), atol=0.05)  # the parts are stored in bfloat16
 
 
-@pytest.mark.parametrize("name", seeing_names())
-def test_what_is_shipped_is_small_and_says_what_it_is(name: str) -> None:
-    from smart_decoding.models.registry import VISION_PARTS, base_of
-
-    files = [path for path in (VISION_PARTS / name).iterdir() if path.is_file()]
+def test_what_is_shipped_is_small_and_says_what_it_is() -> None:
+    files = [path for path in PARTS_FOLDER.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 30_000_000
-    card = (VISION_PARTS / name / "README.md").read_text()
+    card = (PARTS_FOLDER / "README.md").read_text()
     assert "demonstration" in card and "generated pictures" in card
-    assert base_of(VISION_PARTS / name).startswith("smollm2-135m")
+    assert json.loads((PARTS_FOLDER / PARTS).read_text())["base"].startswith("smollm2-135m")

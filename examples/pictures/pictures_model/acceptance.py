@@ -1,20 +1,20 @@
 """How draft heads do on long answers about pictures: acceptance by depth, and tokens a round.
 
-    python benchmarks/picture_heads.py HEAD[:dropped|:decoupled] ...
+    python -m pictures_model acceptance [HEAD[:dropped|:decoupled] ...]
 
-HEAD is a folder, or the name of a built-in model for the head that comes with it. Greedy, on the prompts of the
-benchmark's task `pictures`, none of which was trained on. Printed: of a chain of six tokens the share accepted at each
-depth, where all before it were, and the tokens that a round gives; and those of MSD's tree of 60 tokens. No figure
-depends on time.
+HEAD is a folder (default: this model's head), or a built-in model's name for the head that comes
+with it. Greedy, on the prompts of the benchmark's task `pictures`, none of which was trained on.
+Printed: of a chain of six tokens the share accepted at each depth, where all before it were, and
+the tokens that a round gives; and those of MSD's tree of 60 tokens. No figure depends on time.
 """
 
 import argparse
-import sys
 
 import numpy as np
 
+from pictures_model.assembly import HEAD, model_folder
+from pictures_model.prompts import picture_prompts
 from smart_decoding import LLM, SamplingParams
-from smart_decoding.bench.data import load_task
 from smart_decoding.core.policies.protocol import Round
 from smart_decoding.speculation import shipped_head
 
@@ -41,15 +41,21 @@ def acceptance(llm: LLM, prompts: list, limit: int) -> tuple[list[float], float]
     return list(accepted[1:] / reached[1:].clip(1)), 1 + float(np.mean(rounds))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("heads", nargs="+", metavar="HEAD")
-    parser.add_argument("--model", default="smart-pictures-135m")
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pictures_model acceptance", description=__doc__.splitlines()[0])
+    parser.add_argument("heads", nargs="*", metavar="HEAD", default=[str(HEAD)])
+    parser.add_argument("--model", help="name, hub id or folder (default: the demonstration model)")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=128)
-    args = parser.parse_args()
-    plain = LLM(args.model, speculative_config=False, max_num_seqs=1, max_model_len=512, enable_prefix_caching=False)
-    texts = load_task("pictures", args.prompts)
+    args = parser.parse_args(argv)
+    plain = LLM(
+        args.model or model_folder(),
+        speculative_config=False,
+        max_num_seqs=1,
+        max_model_len=512,
+        enable_prefix_caching=False,
+    )
+    texts = picture_prompts()[: args.prompts]
     chats = [[{"role": "user", "content": text}] for text in texts]
     names = " | ".join(str(depth) for depth in range(1, DEPTH + 1))
     print(f"| head | {names} | tokens a round, chain of {DEPTH} | tree of 60 |\n|---|{'---:|' * (DEPTH + 2)}")
@@ -63,7 +69,3 @@ def main() -> int:
         shown = " | ".join(f"{share:.3f}" for share in shares)
         print(f"| {given} | {shown} | {tokens:.2f} | {of_tree:.2f} |", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smart_decoding.pictures.facts import (
+from pictures_model.generated.facts import (
     COLOURS,
     COLUMNS,
     COUNT_WORDS,
@@ -21,7 +21,7 @@ from smart_decoding.pictures.facts import (
     Scene,
     Thing,
 )
-from smart_decoding.pictures.wordings import TRAIN, worded
+from pictures_model.generated.wordings import TRAIN, worded
 
 
 @dataclass(frozen=True, slots=True)

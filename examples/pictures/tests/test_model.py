@@ -8,28 +8,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smart_decoding.cli import main as cli
+from pictures_model.__main__ import main
+from pictures_model.assembly import HEAD, model_folder
+from pictures_model.generated.draw import draw, example_chart
+from pictures_model.generated.facts import random_picture
+from pictures_model.generated.questions import questions
+from pictures_model.generated.wordings import HELD_OUT, LONG_KINDS
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
-from smart_decoding.pictures.draw import draw, example_chart
-from smart_decoding.pictures.facts import random_picture
-from smart_decoding.pictures.questions import questions
-from smart_decoding.pictures.wordings import HELD_OUT, LONG_KINDS
 
 pytestmark = pytest.mark.model
 
-MODEL, SEEDS = "smart-pictures-135m", 31  # training and the benchmarks use others
+SEEDS = 31  # training and the benchmarks use others
 LONG = SamplingParams(temperature=0, max_tokens=128)
 
 
 def test_what_is_the_tallest_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(example_chart(), 384).save(tmp_path / "chart.png")
-    assert cli.main(["run", "--image", str(tmp_path / "chart.png"), "What is the tallest bar?"]) == 0
+    assert main(["ask", "--image", str(tmp_path / "chart.png"), "What is the tallest bar?"]) == 0
     assert "red" in capsys.readouterr().out
 
 
 def test_it_answers_from_the_picture() -> None:
-    llm = LLM(MODEL, speculative_config=False, max_model_len=512, max_num_seqs=32)
+    llm = LLM(model_folder(), speculative_config=False, max_model_len=512, max_num_seqs=32)
     pictures = [random_picture(np.random.default_rng((SEEDS, i))) for i in range(16)]
     asked = [[q for q in questions(p, np.random.default_rng(i)) if q.kind not in LONG_KINDS]
              for i, p in enumerate(pictures)]  # fmt: skip
@@ -50,8 +51,9 @@ def test_it_answers_from_the_picture() -> None:
 
 
 def test_drafting_changes_no_word_of_a_long_answer() -> None:
-    plain = LLM(MODEL, speculative_config=False, dtype="float32", max_model_len=256, max_num_seqs=4)
-    drafting = LLM(MODEL, dtype="float32", max_model_len=256, max_num_seqs=4)
+    options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
+    plain = LLM(model_folder(), speculative_config=False, **options)
+    drafting = LLM(model_folder(), speculative_config={"model": str(HEAD)}, **options)
     chats = []
     for i in range(4):
         rng = np.random.default_rng((SEEDS, 100 + i))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smart_decoding.pictures.facts import Picture
-from smart_decoding.training.pictures.packing import Batch, Encode, Prompt, Row, batch_of, fill
-from smart_decoding.training.pictures.tower import HELD_OUT, TRAIN, Words, features, labels, pixels, random_pictures
+from pictures_model.generated.facts import Picture
+from pictures_model.training.packing import Batch, Encode, Prompt, Row, batch_of, fill
+from pictures_model.training.tower import HELD_OUT, TRAIN, Words, features, labels, pixels, random_pictures
 
 ROOM = 352  # tokens of a row
 CANDIDATES = 4096

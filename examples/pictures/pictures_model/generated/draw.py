@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
+from pictures_model.generated.facts import COLOURS, MAX_HEIGHT, Bar, Chart, Number, Picture, Scene
 from smart_decoding.errors import ConfigError
-from smart_decoding.pictures.facts import COLOURS, MAX_HEIGHT, Bar, Chart, Number, Picture, Scene
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw

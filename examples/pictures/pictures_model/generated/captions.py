@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TypeAlias
 
-from smart_decoding.pictures.facts import (
+from pictures_model.generated.facts import (
     COLOURS,
     COLUMNS,
     COUNT_WORDS,
@@ -20,7 +20,7 @@ from smart_decoding.pictures.facts import (
     Picture,
     Scene,
 )
-from smart_decoding.pictures.regions import DIGITS, ORDER
+from pictures_model.generated.regions import DIGITS, ORDER
 
 GROUPS, GROUP = 9, 4
 QUIET = 0.5  # weight of the count that is said together with a word

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smart_decoding.pictures.captions import QUIET, VOCABULARY, caption
-from smart_decoding.pictures.draw import draw
-from smart_decoding.pictures.facts import Picture, random_picture
-from smart_decoding.pictures.regions import WORDS, patch_labels
+from pictures_model.generated.captions import QUIET, VOCABULARY, caption
+from pictures_model.generated.draw import draw
+from pictures_model.generated.facts import Picture, random_picture
+from pictures_model.generated.regions import WORDS, patch_labels
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 SIDE, PATCH = 96, 16

