@@ -16,9 +16,10 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import Decode
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.grammars import Grammars
+from smart_decoding.models.kernel_check import require_kernels, require_served
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.models.registry import DEFAULT_MODEL
-from smart_decoding.models.target import TorchTarget, dtype_of, pages_for
+from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.multimodal.images import Limits
 from smart_decoding.multimodal.messages import as_text, has_pictures, split
@@ -79,6 +80,7 @@ class LLM:
         smart_paper, smart), and either's options.
     dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
     enforce_eager: no CUDA graphs.
+    allow_slow: run plain torch on a CPU where the CPU kernels cannot run; an error without it.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or kv_cache_tokens allows if that is
         less). kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048); at least max_model_len.
     seed: what the seeds of requests without their own are drawn from.
@@ -105,6 +107,7 @@ class LLM:
         stop_at_loops: bool = False,
         trust_pickle: bool = False,
         enforce_eager: bool = False,
+        allow_slow: bool = False,
         limit_mm_per_prompt: Mapping[str, int] | None = None,
         allowed_local_media_path: str | Path | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
@@ -115,7 +118,9 @@ class LLM:
         _at_least(1, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
                   max_model_len=max_model_len, kv_cache_tokens=kv_cache_tokens)  # fmt: skip
         _at_least(0, seed=seed)
-        checkpoint = load_checkpoint(model)
+        on = device_of(device)
+        require_kernels(on, allow_slow)
+        checkpoint = load_checkpoint(model, lambda config: require_served(config, on, allow_slow))
         self._checkpoint, self.provenance = checkpoint, dict(checkpoint.provenance)
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
         self._vision: PromptBuilder | None = None
@@ -124,9 +129,11 @@ class LLM:
             self._vision = PromptBuilder(self.tokenizer, reader, limits, bool(checkpoint.config.mrope))
         limit = _model_len(max_model_len, kv_cache_tokens, checkpoint.config.max_positions)
         asked = check_speculation(speculative_config, checkpoint, self.tokenizer, limit)
+        if asked.draft is not None:
+            require_served(asked.draft.config, on, allow_slow, "the draft model")
         tokens = kv_cache_tokens or max(limit, min(limit, 2048) * min(max_num_seqs, 16))
         pages = pages_for(tokens, max_num_seqs)
-        self.target = TorchTarget(checkpoint, dtype, _device(device), pages, limit, enforce_eager)
+        self.target = TorchTarget(checkpoint, dtype, on, pages, limit, enforce_eager, allow_slow)
         self._trust_pickle = trust_pickle
         self.speculation: Speculation = build_speculation(
             asked, checkpoint, self.target, pages, max_num_seqs, trust_pickle
@@ -314,18 +321,6 @@ def _params_for(
 def _limits(per_prompt: Mapping[str, int] | None, folder: str | Path | None, pixels: int) -> Limits:
     counts = {**Limits().per_prompt, **(per_prompt or {})}
     return Limits(counts, None if folder is None else Path(folder).expanduser(), pixels)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}, but this torch sees no CUDA device: use cpu")
-    if name != "cpu" and not name.startswith("cuda"):
-        raise ConfigError(f"device={name!r} is not supported: use auto, cpu or cuda")
-    return name
 
 
 def _model_len(asked: int | None, kv_cache_tokens: int | None, positions: int) -> int:

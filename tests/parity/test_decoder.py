@@ -2,18 +2,14 @@
 
 On the CPU kernels "the same" is bitwise, in torch within rounding."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 
 from smart_decoding.engine.rows import build_rows
-from smart_decoding.kernels import library
-from smart_decoding.models import decoder as decoder_module
-from smart_decoding.models.decoder import Decoder, use_native
+from smart_decoding.models.decoder import Decoder
 
-from .checkpoints import MODELS, OTHERS, VOCAB, Memory, config_of, decoder, plain_rows, random_trees, reference, span
+from .checkpoints import MODELS, OTHERS, VOCAB, Memory, decoder, plain_rows, random_trees, reference, span
 
 TOLERANCE = 1e-4
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 150)
@@ -62,17 +58,11 @@ def test_the_kernels_find_first_maxima_in_passing() -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_shapes_without_kernels_fall_back_to_torch(name: str) -> None:
-    model = decoder(name, None)
-    assert not model.native
+def test_shapes_without_kernels_run_on_torch(name: str) -> None:
+    model = decoder(name, False)
     with torch.no_grad():
         wanted = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
     torch.testing.assert_close(full(model, TOKENS), wanted, rtol=0, atol=TOLERANCE)
-
-
-def test_many_query_heads_per_key_are_not_for_the_kernels() -> None:
-    config = dataclasses.replace(config_of("llama"), heads=33, kv_heads=1)
-    assert not use_native(config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("native", "dtype"), FORMS)
@@ -164,13 +154,3 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
-
-
-def test_it_says_once_why_there_are_no_kernels(monkeypatch, caplog) -> None:
-    decoder_module._warn.cache_clear()
-    monkeypatch.setattr(library, "unavailable", lambda: "for this test")
-    with caplog.at_level("WARNING", "smart.kernels"):
-        for _ in range(2):
-            assert not use_native(config_of("llama"), torch.device("cpu"))
-        assert not use_native(config_of("llama"), torch.device("cuda"))
-    assert [record.getMessage()[:28] for record in caplog.records] == ["no CPU kernels: for this tes"]

@@ -368,6 +368,21 @@ def test_dequantises_like_the_gguf_package(kind: str, tmp_path: Path) -> None:
         assert torch.equal(weights[key], tensor), key
 
 
+def test_a_gguf_file_that_cannot_be_used_here_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "tiny.gguf", "llama")
+
+    def refuse(config: ModelConfig) -> None:
+        raise ModelError(f"no model of {config.layers} layers")
+
+    with pytest.raises(ModelError, match="no model of 2 layers"):
+        load_checkpoint(tmp_path / "tiny.gguf", refuse)
+    assert not list((tmp_path / "cache").rglob("*"))
+    load_checkpoint(tmp_path / "tiny.gguf")
+    with pytest.raises(ModelError, match="no model of 2 layers"):  # what was converted before is refused, too
+        load_checkpoint(tmp_path / "tiny.gguf", refuse)
+
+
 def test_gguf_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
     factors = np.array([1.0, 1.0, 2.0, 8.0], np.float32)
     write_gguf(tmp_path / "tiny.gguf", "llama", rope_freqs=factors)

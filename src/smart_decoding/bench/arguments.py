@@ -1,8 +1,15 @@
-"""Lists on a command line, such as 1,2,4: types for argparse, whose errors it passes on as they are."""
+"""What several commands take: --allow-slow, and lists such as 1,2,4 as types for argparse, which passes errors on."""
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, _ActionsContainer
+
+ALLOW_SLOW = "run plain torch on a CPU where the CPU kernels cannot run"
+
+
+def add_allow_slow(parser: _ActionsContainer) -> None:
+    """--allow-slow, of every command that loads a model."""
+    parser.add_argument("--allow-slow", action="store_true", help=f"{ALLOW_SLOW} (off: an error)")
 
 
 def words(text: str) -> tuple[str, ...]:

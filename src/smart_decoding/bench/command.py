@@ -27,6 +27,7 @@ def command_of(options: BenchOptions) -> str:
     words += ["--dtype", options.dtype, "--temperature", f"{options.temperature:g}", "--limit", str(options.limit)]
     words += ["--skip", str(options.skip)] if options.skip else []
     words += ["--max-tokens", str(options.max_tokens), "--seed", str(options.seed), "--device", options.device]
+    words += ["--allow-slow"] if options.allow_slow else []
     words += ["--sampled", f"{options.sampled:g}"] if options.sampled else []
     words += ["--load", ",".join(f"{share:g}" for share in options.load)] if options.load else []
     words += ["--peers", ",".join(options.peers)] if options.peers else []

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from smart_decoding.bench.arguments import add_allow_slow
 from smart_decoding.bench.data import load_task
 from smart_decoding.core.tree_picture import quoted
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=128, help="of each answer (128)")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_allow_slow(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -86,6 +88,7 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.llm import LLM
 
     common: dict[str, Any] = {"dtype": "bfloat16", "device": args.device, "max_num_seqs": 1}
+    common["allow_slow"] = args.allow_slow
     plain = LLM(args.model, speculative_config=False, **common)
     spec = LLM(args.model, speculative_config=SPECULATION, **common)
     report = compare(plain, spec, prompts, params)

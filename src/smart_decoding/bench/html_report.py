@@ -19,7 +19,7 @@ from smart_decoding.bench.html_parts import (
     variants_section,
 )
 from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.report import Run, strongest
+from smart_decoding.bench.report import Run, plain_torch, strongest
 from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, interval, number, verdict
 from smart_decoding.bench.style import CSS
 from smart_decoding.bench.summary import POOLED
@@ -79,6 +79,8 @@ def _setting(results: Results) -> str:
              else None, str(results.provenance.get("time", ""))[:10])  # fmt: skip
     line = f'<p class="sub">{escape(f"{device}{cores}")} · {escape(" · ".join(str(k) for k in known if k))}</p>'
     partial = any(run.get("partial") for run in results.runs)
+    slow = plain_torch(results.provenance)
+    line += f'<p class="warn">{escape(slow)}</p>' if slow else ""
     return line + ('<p class="warn">Partial: the time limit came before all blocks had run.</p>' if partial else "")
 
 

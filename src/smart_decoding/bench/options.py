@@ -64,7 +64,7 @@ class BenchOptions:
     such as long and edit, measured at batch 1 in a part of their own, smart with n-grams too. variants: of `smart`,
     measured beside it in a part of their own, at VARIANT_SIZES. record: instead of measuring, record the drafts
     of the prompts there. random_weights, replay: measure a model of this config with random weights, its acceptance
-    taken from this recording.
+    taken from this recording. allow_slow: run plain torch on a CPU where the CPU kernels cannot run.
     Raises ConfigError for anything that cannot be run."""
 
     policies: Sequence[str] = (BASELINE, "smart")
@@ -102,6 +102,7 @@ class BenchOptions:
     variants: Sequence[str] = ()
     random_weights: str | None = None
     replay: Path | None = None
+    allow_slow: bool = False
 
     def __post_init__(self) -> None:
         _at_least_one("batch_sizes", self.batch_sizes)

@@ -22,14 +22,18 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16
 _PACKAGES = ("torch", "numpy", "scipy", "safetensors", "tokenizers")
 
 
-def provenance(command: str, seed: int, weights: Mapping[str, str], head: Any) -> dict[str, Any]:
-    """What every result carries. head: what is known about the drafter's weights, or its name."""
+def provenance(
+    command: str, seed: int, weights: Mapping[str, str], head: Any, plain_torch: str | None = None
+) -> dict[str, Any]:
+    """What every result carries. head: what is known about the drafter's weights, or its name; plain_torch: why the CPU
+    kernels did not run, though this was a CPU."""
     return {
         "command": command,
         "commit": commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "hardware": hardware(),
+        "plain_torch": plain_torch,
         "weights": dict(weights),
         "head": head,
         "seed": seed,
@@ -57,11 +61,16 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, torch's threads, memory, the instruction sets that matter, any GPU, and
-    whether the CPU kernels run."""
-    import torch
-
+    """The machine, and which CPU kernels run."""
     from smart_decoding.kernels import library
+
+    reason = library.unavailable()
+    return {**machine(), "cpu_kernels": library.chosen() if reason is None else f"none: {reason}"}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores this process may use, torch's threads, memory, the instruction sets that matter, any GPU."""
+    import torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = _cpu_info()
@@ -75,7 +84,6 @@ def hardware() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "flags": [flag for flag in _FLAGS if flag in flags],
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "cpu_kernels": f"none: {reason}" if (reason := library.unavailable()) else library.chosen(),
     }
 
 

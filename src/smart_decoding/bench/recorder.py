@@ -44,8 +44,9 @@ def record_trace(options: BenchOptions) -> Trace:
     recording = record_wide(arm, prompts)
     plain = llm.sharing_weights(False)
     host = measure_host(plain.engine, arm.engine, [p for of_task in prompts.values() for p in of_task][:8])
+    origin = (llm.provenance, arm.speculation.description, llm.target.plain_torch)
     about = {
-        "provenance": provenance(command_of(options), options.seed, llm.provenance, arm.speculation.description),
+        "provenance": provenance(command_of(options), options.seed, *origin),
         "dtype": options.dtype,
         "temperature": options.temperature,
     }

@@ -49,7 +49,7 @@ from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
 from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.target import TorchTarget, pages_for
+from smart_decoding.models.target import TorchTarget, device_of, pages_for
 from smart_decoding.profiling.measure import measure as profile
 from smart_decoding.speculation import ROUND_OVERHEAD, SCRATCH_PAGES
 
@@ -161,8 +161,9 @@ def run(options: BenchOptions) -> dict[str, Any]:
             row |= achieved(row, bench.sizes)
             runs.append({**row, **limit_shares(row, bench.limits)})
     weights = {"model": f"{name}, random weights, {LABEL}", "trace": options.replay.name, "dtype": options.dtype}
+    head = "random head, recorded candidates"
     return {
-        "provenance": provenance(command_of(options), options.seed, weights, "random head, recorded candidates"),
+        "provenance": provenance(command_of(options), options.seed, weights, head, bench.target.plain_torch),
         "acceptance": LABEL, "runs": runs, "cost": bench.cost.to_dict(), "limits": bench.limits,
         "memory": memory(bench.sizes.weights * bench.sizes.item, bench.target.kv_bytes),
     }  # fmt: skip
@@ -176,9 +177,10 @@ class _Replay:
         largest, answers = max(options.batch_sizes), trace.recording.answers
         longest = max(a.prompt_length + max(len(a.tokens) + 1, a.limit) for a in answers)
         self.pages, self.length, self.slots = pages_for(largest * longest, largest), longest + 1, largest
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
         checkpoint = Checkpoint(config, RandomWeights(config.expected_shapes()), Path(), {})
-        self.target = TorchTarget(checkpoint, options.dtype, device, self.pages, self.length)
+        self.target = TorchTarget(
+            checkpoint, options.dtype, device_of(options.device), self.pages, self.length, allow_slow=options.allow_slow
+        )
         files = random_head(config, min(DRAFT_VOCAB, config.vocab))
         self.head = EagleHead(files, self.target.decoder, self.pages, SCRATCH_PAGES, self.length + 64)
         drafter = EagleDrafter(self.head, self.pages, SCRATCH_PAGES)

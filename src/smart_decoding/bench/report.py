@@ -15,7 +15,7 @@ _HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/r
 
 def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
     """All tables of a result, each part under its name."""
-    parts = []
+    parts = [told] if (told := plain_torch(result.get("provenance") or {})) else []
     if result.get("acceptance"):
         model = result["provenance"]["weights"]["model"]
         parts.append(f"{str(result['acceptance']).upper()}: compute is real, tokens are a recording's ({model})")
@@ -31,6 +31,12 @@ def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
     parts += [replay_table(result["replayed"])] if result.get("replayed") else []
     parts += [peer_table(result["peers"])] if result.get("peers") else []
     return "\n\n".join(parts)
+
+
+def plain_torch(provenance: Mapping[str, Any]) -> str:
+    """That a CPU's figures are not those of the CPU kernels, and why; empty where they are."""
+    reason = provenance.get("plain_torch")
+    return f"plain torch, not the CPU kernels: {reason}" if reason else ""
 
 
 def load_table(load: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from smart_decoding.bench.provenance import commit, hardware, versions, write_te
 from smart_decoding.bench.reliability import Reliability
 from smart_decoding.errors import ConfigError
 
-_MACHINE = ("machine", "cpu", "cores", "threads", "gpu")
+_MACHINE = ("machine", "cpu", "cores", "threads", "gpu", "cpu_kernels")
 _NOT_PART = ("json", "html", "plots", "time_limit", "resume", "peer_env")  # may change from call to call
 
 

@@ -77,7 +77,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
         raise CapacityError("the time limit was too short for one block of every policy: raise --time-limit")
     sizes = bench.sizes
     return {
-        "provenance": provenance(command_of(options), options.seed, llm.provenance, bench.head),
+        "provenance": provenance(command_of(options), options.seed, llm.provenance, bench.head, llm.target.plain_torch),
         **result,
         "cost": bench.cost.to_dict() if bench.cost else None,
         "limits": bench.limits,
@@ -363,7 +363,7 @@ def load(options: BenchOptions) -> LLM:
         options.model, speculative_config=False, dtype=options.dtype, device=options.device, max_num_seqs=largest,
         kv_cache_tokens=max(tokens, LONG_PROMPT + options.max_tokens if long else DEFAULT_MODEL_LEN),
         enable_prefix_caching=False, max_model_len=options.max_tokens + LONG_PROMPT if long else None,
-        seed=options.seed, stop_at_loops=True,
+        seed=options.seed, stop_at_loops=True, allow_slow=options.allow_slow,
     )  # fmt: skip
 
 

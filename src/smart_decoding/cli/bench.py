@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.bench import report
-from smart_decoding.bench.arguments import shares, whole_numbers, words
+from smart_decoding.bench.arguments import add_allow_slow, shares, whole_numbers, words
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.presets import PRESETS
 from smart_decoding.bench.provenance import write_json
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
-    add = parser.add_argument_group("what runs").add_argument
+    group = parser.add_argument_group("what runs")
+    add = group.add_argument
     add("--model", help=f"built-in name, hub id, folder or GGUF file (default: {default.model})")
     add("--policies", type=words, metavar="A,B", help="'off', the baseline, always runs")
     add("--policy-options", action="append", metavar="POLICY:K=V,...",
@@ -55,6 +56,7 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add("--method-option", dest="method_options", action="append", metavar="K=V", help="an option of the drafter")
     add("--dtype", help=f"bf16 or fp32 (default: {default.dtype})")
     add("--device", help=f"cpu, cuda or auto (default: {default.device})")
+    add_allow_slow(group)
 
 
 def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
@@ -93,9 +95,13 @@ def options_of(args: argparse.Namespace) -> BenchOptions:
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
     options = options_of(args)
+    from smart_decoding.models.kernel_check import require_kernels  # torch is slow to import: options come first
+    from smart_decoding.models.target import device_of
+
+    require_kernels(device_of(options.device), options.allow_slow)
     if options.record is not None:
         return _record(options, options.record)
-    if options.replay is not None:  # torch is slow to import: bad options are refused first
+    if options.replay is not None:
         from smart_decoding.bench.replayed_run import run
     else:
         from smart_decoding.bench.runner import run

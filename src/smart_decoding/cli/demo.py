@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.bench.arguments import add_allow_slow
 from smart_decoding.cli.run import chat_prompt
 from smart_decoding.core.tree_picture import draw_tree, legend, scored, wants_colour
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -51,29 +52,30 @@ class Timing:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--max-tokens; all else is fixed."""
+    """--max-tokens and --allow-slow; all else is fixed."""
     parser.add_argument("--max-tokens", type=int, default=96, help="of each answer (96)")
+    add_allow_slow(parser)
 
 
 def main(args: argparse.Namespace) -> None:
     """Streams, draws, measures."""
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
-    smart = load({"policy": "smart"})
+    smart = load({"policy": "smart"}, args.allow_slow)
     trees = show_answers(smart, params)
     show_trees(smart, trees)
     print("\nmeasuring plain decoding and smart in turn ...", flush=True)
-    plain = load(False)
+    plain = load(False, args.allow_slow)
     print(summary(*measure(plain, smart, params)))
     weights = smart.provenance
     print(f"model: {weights.get('model', DEFAULT_MODEL)}, weights: {weights.get('weights', 'unknown')}\n\n{NEXT}")
 
 
-def load(speculative_config: dict[str, Any] | bool) -> LLM:
+def load(speculative_config: dict[str, Any] | bool, allow_slow: bool) -> LLM:
     """The default model for one request at a time. No prefix cache: a second pass must cost as much as the first."""
     from smart_decoding.llm import LLM
 
     return LLM(DEFAULT_MODEL, speculative_config=speculative_config, max_model_len=1024, max_num_seqs=1,
-               enable_prefix_caching=False)  # fmt: skip
+               enable_prefix_caching=False, allow_slow=allow_slow)  # fmt: skip
 
 
 def show_answers(llm: LLM, params: SamplingParams) -> list[VerifiedTree]:

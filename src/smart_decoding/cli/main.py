@@ -30,6 +30,7 @@ COMMANDS = {
     "train": ("train a draft head for a model", "smart_decoding.cli.train"),
     "export": ("write a draft head in another engine's layout", "smart_decoding.cli.export"),
     "divergence": ("how often bf16 output differs under speculation, and why", "smart_decoding.bench.divergence"),
+    "info": ("which CPU kernels run here and why, the machine, the cache, versions", "smart_decoding.cli.info"),
     "models": ("list the built-in models", "smart_decoding.cli.models"),
     "sglang-costs": ("turn what sglang.bench_serving measured into SMART's costs", "smart_decoding.cli.sglang_costs"),
     "vllm-config": ("measure your vLLM and write the schedule that its option takes", "smart_decoding.cli.vllm_config"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from smart_decoding.bench.arguments import add_allow_slow
 from smart_decoding.cli.run import speculative_config
 from smart_decoding.drafters import METHODS
 
@@ -12,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="name, hub id, folder or GGUF file")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (bf16) or float32 (fp32)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_allow_slow(parser)
     parser.add_argument("--method", choices=[method for method in METHODS if method != "none"],
                         help="what drafts (the model's own head, if it has one)")  # fmt: skip
     parser.add_argument("--draft", metavar="MODEL", help="whose levels are measured: a head's folder, or for "
@@ -30,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 
     config = speculative_config(args)
-    llm = LLM(args.model, dtype=args.dtype, device=args.device, speculative_config=config)
+    llm = LLM(args.model, dtype=args.dtype, device=args.device, speculative_config=config, allow_slow=args.allow_slow)
     model, target = llm.speculation.model, llm.target
     samples = measure(
         target,

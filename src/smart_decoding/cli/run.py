@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.bench.arguments import add_allow_slow
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
@@ -63,6 +64,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt plus answer (the model's, "
                        "4096 at most)")  # fmt: skip
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs (off)")
+    add_allow_slow(group)
     group.add_argument("--method", choices=METHODS, help="what drafts (the model's own head, if it has one)")
     group.add_argument("--draft", metavar="MODEL", help="what the method drafts with: a head's folder, or for "
                        "draft_model any smaller model of the same vocabulary")  # fmt: skip
@@ -130,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
     model = args.model or DEFAULT_MODEL
     llm = LLM(model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1,
               max_model_len=args.max_model_len, trust_pickle=args.trust_pickle,
-              enforce_eager=args.enforce_eager)  # fmt: skip
+              enforce_eager=args.enforce_eager, allow_slow=args.allow_slow)  # fmt: skip
     raw: Prompt = {"prompt": text, "multi_modal_data": {"image": images}} if images else text
     answer = stream_answer(llm, raw if args.raw else chat_prompt(llm, text, images), params)
     if args.stats:

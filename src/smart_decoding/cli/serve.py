@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smart_decoding.bench.arguments import ALLOW_SLOW
 from smart_decoding.cli.run import DTYPES, key_value, policy_name, speculative_config
 from smart_decoding.drafters import METHODS
 from smart_decoding.errors import ConfigError
@@ -41,6 +42,7 @@ OPTIONS = {
         Option("dtype", str, "bf16", "of weights and KV cache", DTYPES),
         Option("device", str, "auto", "auto, cpu or cuda"),
         Option("enforce-eager", bool, False, "no CUDA graphs", shown="off"),
+        Option("allow-slow", bool, False, ALLOW_SLOW, shown="off: an error"),
         Option("method", str, None, "what drafts", METHODS, shown="the model's own head if it has one, else ngram"),
         Option("draft", str, None, "the head's folder or the draft model", shown="the model's own head"),
         Option("policy", policy_name, None, "what sizes the trees: off, chain, static, likelihood, smart_paper, smart",
@@ -130,13 +132,17 @@ def main(args: argparse.Namespace) -> int:
         no_api_key=bool(args.no_api_key), **{name: getattr(args, name) for name in names},
     )  # fmt: skip
     from smart_decoding.llm import LLM
+    from smart_decoding.models.kernel_check import require_kernels
+    from smart_decoding.models.target import device_of
 
+    require_kernels(device_of(args.device), args.allow_slow)  # the server loads the model later, on another thread
     return serve(
         lambda: LLM(
             args.model, speculative_config=config, dtype=args.dtype, device=args.device,
             max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens, kv_cache_tokens=args.kv_cache_tokens,
             trust_pickle=args.trust_pickle, seed=args.seed, enforce_eager=args.enforce_eager,
+            allow_slow=args.allow_slow,
             allowed_local_media_path=args.allowed_local_media_path, max_image_pixels=args.max_image_pixels,
             limit_mm_per_prompt=dict(args.limit_mm_per_prompt), mm_processor_kwargs=dict(args.mm_processor_option),
         ),

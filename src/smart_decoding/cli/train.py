@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.bench.arguments import add_allow_slow
+
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
     from smart_decoding.models.head_files import HeadFiles
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--export", choices=("eagle3", "speculators", "eagle"), help="write the head in this layout (default: --init's)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    add_allow_slow(parser)
     parser.add_argument("--skip-generation", action="store_true", help="train on the conversations that are there")
     parser.add_argument(
         "--images",
@@ -57,13 +60,17 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.core.policies.common import require_int
     from smart_decoding.errors import ConfigError
     from smart_decoding.models.head_export import layout_of
+    from smart_decoding.models.kernel_check import require_kernels, require_served
     from smart_decoding.models.loading import load_checkpoint
+    from smart_decoding.models.target import device_of
     from smart_decoding.training.prior import learn_prior, picture_turns
     from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
 
     _use_huge_pages()
     turns = _turns(args.images) if args.images is not None else None
-    checkpoint = load_checkpoint(args.model)
+    device = device_of("auto")  # where LLM will run, to write conversations and at the end for the prior
+    require_kernels(device, args.allow_slow)
+    checkpoint = load_checkpoint(args.model, lambda config: require_served(config, device, args.allow_slow))
     if turns is not None and checkpoint.vision is None:
         raise ConfigError(f"--images needs a model that sees, and {args.model} reads text only (docs/vision.md)")
     keep = _without(checkpoint.tokenizer_source, args.without_tasks.split(",")) if args.without_tasks else None
@@ -88,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
         _says_what_is_read_of_pictures(args.output / "config.json", sees)
     print(json.dumps(figures, indent=1))
     held_out = picture_turns(turns[1], args.prior_prompts) if turns is not None else trainer.held_out_prompts()
-    learn_prior(args.model, args.output, held_out[: args.prior_prompts])
+    learn_prior(args.model, args.output, held_out[: args.prior_prompts], allow_slow=args.allow_slow)
     print(f'the head is in {args.output}: LLM(..., speculative_config={{"method": "eagle", "model": "{args.output}"}})')
     return 0
 
@@ -123,7 +130,7 @@ def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path, turn:
 
     llm = LLM(
         args.model, speculative_config=False, max_num_seqs=CONCURRENT, max_model_len=512,
-        kv_cache_tokens=CONCURRENT * 400, enable_prefix_caching=False, stop_at_loops=True,
+        kv_cache_tokens=CONCURRENT * 400, enable_prefix_caching=False, stop_at_loops=True, allow_slow=args.allow_slow,
     )  # fmt: skip
     recorder = Recorder(taps)
     llm.engine.listen(recorder)

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from smart_decoding.errors import ConfigError
+
 HEADER = Path(__file__).parent / "csrc" / "abi.h"
 LAYOUT = HEADER.with_name("layout.inc")
+_STALE = "it was not built from this version's csrc/abi.h; build the CPU kernels again (make env)"
 _SCALARS: dict[str, Any] = {
     "int8_t": ctypes.c_int8,
     "uint8_t": ctypes.c_uint8,
@@ -84,14 +87,16 @@ def _names(name: str) -> list[str]:
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Gives the library's functions their types. Raises ImportError if it lays structures out otherwise than Python."""
+    """Gives the library's functions their types. Raises ConfigError for one that was built from another abi.h."""
     for result, name, arguments in _FUNCTION.findall(_text()):
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise ConfigError(f"{library._name} lacks {name}: {_STALE}")
         function.restype = _type(result)
         types = [re.sub(r"\w+$", "", argument.strip()) for argument in arguments.split(",") if argument.strip()]
         function.argtypes = [_type(each) for each in types]
     if library.smart_layout().decode() != layout():
-        raise ImportError(f"{library._name} was not built from this version's csrc/abi.h: build it again (make env)")
+        raise ConfigError(f"{library._name} lays structures out in another way: {_STALE}")
 
 
 if __name__ == "__main__":

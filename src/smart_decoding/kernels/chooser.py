@@ -110,5 +110,5 @@ class NativeChooser:
 
 
 def native_chooser() -> NativeChooser | None:
-    """The native chooser, or None where there is no compiler."""
+    """The native chooser, or None where there are no kernels."""
     return NativeChooser() if library.unavailable() is None else None

@@ -19,6 +19,10 @@ LIBRARIES = Path(__file__).parent / "lib"
 BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
 
+class Denied(ConfigError):
+    """The system does not let this process use what the CPU has: the next best variant runs."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """The kernels compiled for one kind of CPU. needs: names in /proc/cpuinfo."""
@@ -73,10 +77,13 @@ def load(name: str) -> ctypes.CDLL:
         raise ConfigError(f"the kernels' variant {name!r} {reason}; here run: {', '.join(runnable()) or 'none'}")
     _check_age(variant)
     _load_openmp()
-    library = ctypes.CDLL(str(variant.path))
+    try:
+        library = ctypes.CDLL(str(variant.path))
+    except OSError as error:
+        raise ConfigError(f"the kernels' variant {name!r} cannot be loaded: {error}; {BUILD}") from error
     abi.declare(library)
     if library.smart_enable():
-        raise ConfigError(f"the system does not let this process use the kernels' variant {name!r}")
+        raise Denied(f"the system does not let this process use the kernels' variant {name!r}")
     return library
 
 
@@ -96,7 +103,7 @@ def chosen() -> str:
     for name in runnable():
         try:
             load(name)
-        except ConfigError as error:
+        except Denied as error:
             refusals.append(str(error))
         else:
             return name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,11 +12,11 @@ from torch import Tensor
 
 from smart_decoding.engine.media import Inserts
 from smart_decoding.engine.rows import Rows
-from smart_decoding.kernels import library
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.ops import Arena, packed_rows
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.graphs import BUCKETS, GraphedLayers, graphed
+from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.layers import (
     Context,
     KVCache,
@@ -32,8 +30,6 @@ from smart_decoding.models.layers import (
 from smart_decoding.models.native_model import NativeModel
 from smart_decoding.models.rows import native_rows
 
-log = logging.getLogger("smart.kernels")
-
 
 @dataclass
 class ForwardOutput:
@@ -44,23 +40,6 @@ class ForwardOutput:
     logits: Tensor
     taps: Tensor | None
     best: NDArray[np.int64] | None = None
-
-
-def use_native(config: ModelConfig, device: torch.device) -> bool:
-    """Whether the CPU kernels serve this model. Says once why, where they do not serve one on a CPU."""
-    if device.type != "cpu":
-        return False
-    fits = config.head_dim in kernels.HEAD_DIMS and config.hidden % 2 == 0 and config.ffn % 2 == 0
-    fits = fits and config.heads <= kernels.MAX_QUERIES * config.kv_heads
-    reason = library.unavailable() if fits else "there are none for this model's shape"
-    if reason is not None:
-        _warn(reason)
-    return reason is None
-
-
-@functools.cache
-def _warn(reason: str) -> None:
-    log.warning("no CPU kernels: %s. Plain torch decodes: slower, and in bf16 near-ties can fall the other way", reason)
 
 
 def layer_weights(
@@ -115,7 +94,8 @@ class Decoder:
     """A Llama-family model with its KV cache.
 
     dtype is that of weights and cache. On the CPU kernels activations and sums are float32 whatever the dtype.
-    native: whether the CPU kernels run it (None: if they can). graphs: whether CUDA graphs do, on a CUDA device."""
+    native: whether the CPU kernels run it (None: on every CPU, an error where they cannot). graphs: whether CUDA graphs
+    do, on a CUDA device."""
 
     def __init__(
         self,

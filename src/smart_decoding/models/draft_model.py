@@ -12,6 +12,7 @@ from torch import Tensor
 from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.rows import Rows
 from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.ranking import ranked
 from smart_decoding.models.target import TorchTarget, fitting_memory
@@ -30,9 +31,10 @@ class DraftModel:
         self.config = c = replace(checkpoint.config, vocab=vocab)
         positions = target.max_positions + 64
         weights: ChainMap[str, Tensor] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
+        native = use_native(c, target.device, target.allow_slow)
         with fitting_memory("draft model", pages):
             self._decoder = Decoder(c, weights, target.dtype, target.device, pages + scratch_pages, positions,
-                                    graphs=target.graphs)  # fmt: skip
+                                    native, target.graphs)  # fmt: skip
         self._tokens = torch.arange(vocab, device=target.device)
         self.shape = ("draft_model", c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, vocab)
 

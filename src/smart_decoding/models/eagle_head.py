@@ -24,8 +24,9 @@ from smart_decoding.errors import ModelError
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.ops import Arena, packed_rows
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.decoder import layer_weights, put, rotary_table, use_native
+from smart_decoding.models.decoder import layer_weights, put, rotary_table
 from smart_decoding.models.head_files import FIRST, HeadFiles, layer_prefixes
+from smart_decoding.models.kernel_check import unserved
 from smart_decoding.models.layers import (
     Context,
     KVCache,
@@ -85,8 +86,9 @@ class EagleHead:
         c = files.shape
         self.config, self.native, self._target = c, target.native, target
         dtype, device = target.dtype, target.device
-        if self.native and not use_native(c, device):
-            raise ModelError(f"the CPU kernels do not serve a head of {c.heads} heads of {c.head_dim} dimensions")
+        reason = unserved(c) if self.native else None
+        if reason is not None:
+            raise ModelError(f"the CPU kernels do not serve this head: {reason}; take another head or method")
         self.device, self.work_dtype = device, target.work_dtype
         weights = {name: tensor.to(device) for name, tensor in files.weights.items()}
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,15 @@ _TOP_NAMES = {
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def converted_folder(source: Source) -> Path:
+def converted_folder(source: Source, check: Callable[[ModelConfig], None]) -> Path:
     """The cached folder with the weights of a GGUF file, written first if it is not there or damaged.
 
+    check: raises for a configuration that cannot be used here, before anything is written.
     Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no room."""
     target = cache_dir() / "converted" / _key(source)
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
-        _convert(source, target)
+        _convert(source, target, check)
     return target
 
 
@@ -81,11 +82,12 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _convert(source: Source, target: Path) -> None:
+def _convert(source: Source, target: Path, check: Callable[[ModelConfig], None]) -> None:
     metadata, tensors = read_gguf(source.path)
     rope_factors = tensors.pop("rope_freqs.weight", None)
     factors = None if rope_factors is None else np.asarray(rope_factors.data, np.float32)
     config = ModelConfig.from_gguf(metadata, tensors.keys(), factors)
+    check(config)
     shapes = {hf_name(name): tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}
     config.check_tensors(shapes, source.path.name)
     tokenizer = Tokenizer.from_gguf(metadata)

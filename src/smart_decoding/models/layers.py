@@ -1,4 +1,4 @@
-"""Decoder layers and linear maps, each in two forms: the CPU kernels, and torch (CUDA, or a CPU without a compiler)."""
+"""Decoder layers and linear maps, each in two forms: the CPU kernels, and torch (CUDA, or a CPU without kernels)."""
 
 from __future__ import annotations
 

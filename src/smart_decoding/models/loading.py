@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,24 +38,33 @@ class Checkpoint:
     vision: VisionFiles | None = None
 
 
-def load_checkpoint(path_or_name: str | Path) -> Checkpoint:
+def _accept(config: ModelConfig) -> None:
+    """Takes any."""
+
+
+def load_checkpoint(path_or_name: str | Path, check: Callable[[ModelConfig], None] = _accept) -> Checkpoint:
     """Finds (or fetches) a model and checks its configuration, names and shapes; reads no weight yet.
 
+    check: raises for a configuration that cannot be used here, before GGUF weights are converted.
     Raises ModelError, in one line that names the file or tensor; DownloadError if it cannot be fetched."""
     source = resolve(path_or_name)
-    folder = _folder_of(source)
+    folder = _folder_of(source, check)
     raw = _read_json(folder / "config.json")
     architecture = vision.architecture_of(raw)
     if architecture is not None:
-        return _load_vision(source, folder, raw, architecture)
+        return _load_vision(source, folder, raw, architecture, check)
     config = read_config(folder)
+    check(config)
     weights = SafetensorsWeights(folder)
     config.check_tensors(weights.shapes, folder.name if source.path == folder else source.path.name)
     return Checkpoint(config, weights, folder, _provenance(source, weights.dtype_of("model.embed_tokens.weight")))
 
 
-def _load_vision(source: Source, folder: Path, raw: dict[str, Any], architecture: str) -> Checkpoint:
+def _load_vision(
+    source: Source, folder: Path, raw: dict[str, Any], architecture: str, check: Callable[[ModelConfig], None]
+) -> Checkpoint:
     config, whole = vision.read_configs(folder, raw, _generation(folder))
+    check(config)
     weights = SafetensorsWeights(folder)
     ours, seeing = vision.split_names(weights, architecture)
     config.check_tensors({name: weights.shapes[theirs] for name, theirs in ours.items()}, folder.name)
@@ -69,12 +78,12 @@ def _provenance(source: Source, dtype: str) -> dict[str, str]:
     return known | ({"sha256": source.sha256} if source.sha256 else {})
 
 
-def _folder_of(source: Source) -> Path:
+def _folder_of(source: Source, check: Callable[[ModelConfig], None]) -> Path:
     if source.path.is_dir():
         return source.path
     from smart_decoding.models.gguf import converted_folder  # GGUF files only
 
-    return converted_folder(source)
+    return converted_folder(source, check)
 
 
 def read_config(folder: Path) -> ModelConfig:

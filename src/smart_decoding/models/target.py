@@ -14,6 +14,7 @@ from smart_decoding.engine.rows import Rows
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.kernel_check import use_native, why_slow
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.sampler import Sampled, Sampler
 from smart_decoding.models.vision import VisionTower
@@ -27,6 +28,17 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype={name!r} is not supported: use bfloat16 (bf16) or float32 (fp32)")
     return DTYPES[name]
+
+
+def device_of(name: str) -> torch.device:
+    """The device that auto, cpu or cuda names here. Raises ConfigError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}, but this torch sees no CUDA device: use cpu")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise ConfigError(f"device={name!r} is not supported: use auto, cpu or cuda")
+    return torch.device(name)
 
 
 @contextmanager
@@ -43,25 +55,28 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
 class TorchTarget(Sampled):
     """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens; with eyes if it has some.
 
-    enforce_eager: no CUDA graphs."""
+    enforce_eager: no CUDA graphs. allow_slow: plain torch on a CPU where the kernels cannot run; else an error."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         dtype: str,
-        device: str,
+        device: str | torch.device,
         pages: int,
         max_model_len: int,
         enforce_eager: bool = False,
+        allow_slow: bool = False,
     ) -> None:
         config = checkpoint.config
         config.check_context(max_model_len)
         self.dtype, self.device, self.graphs = dtype_of(dtype), torch.device(device), not enforce_eager
+        self.allow_slow, self.plain_torch = allow_slow, why_slow(config, self.device)
+        native = use_native(config, self.device, allow_slow)
         with fitting_memory("model", pages):
             self._tower = VisionTower(checkpoint.vision, self.dtype, self.device) if checkpoint.vision else None
             positions = max_model_len + 64
             self.decoder = Decoder(config, checkpoint.weights, self.dtype, self.device, pages, positions,
-                                   graphs=self.graphs)  # fmt: skip
+                                   native, self.graphs)  # fmt: skip
         self.vocab, self.max_positions = config.vocab, max_model_len
         self.eos_token_ids = config.eos_token_ids
         self.sampler = Sampler(config.vocab)

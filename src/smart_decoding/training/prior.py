@@ -42,12 +42,18 @@ def picture_turns(turn: PictureTurn, count: int) -> list[Conversation]:
     return [turn(np.random.default_rng((PICTURES, i))) for i in range(count)]
 
 
-def learn_prior(model: str, head: Path, prompts: Sequence[Sequence[int] | Conversation], max_tokens: int = 100) -> None:
+def learn_prior(
+    model: str,
+    head: Path,
+    prompts: Sequence[Sequence[int] | Conversation],
+    max_tokens: int = 100,
+    allow_slow: bool = False,
+) -> None:
     """Answers `prompts` (token ids or messages) with wide trees, three greedy and one sampled in turn; writes
     head/prior.json."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
     (head / "prior.json").unlink(missing_ok=True)
-    llm = LLM(model, speculative_config=options, max_num_seqs=1, stop_at_loops=True)
+    llm = LLM(model, speculative_config=options, max_num_seqs=1, stop_at_loops=True, allow_slow=allow_slow)
     policy = llm.policy
     assert isinstance(policy, Smart)
     llm.engine.policy = Exploring(policy)

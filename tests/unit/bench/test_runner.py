@@ -105,7 +105,8 @@ def test_json_has_the_documented_form(world, tmp_path):
     write_json(file, {"provenance": origin, "runs": runs})
     read = json.loads(file.read_text())
     assert set(read) == {"provenance", "runs"}
-    assert set(read["provenance"]) == {"command", "commit", "time", "versions", "hardware", "weights", "head", "seed"}
+    known = {"command", "commit", "time", "versions", "hardware", "weights", "head", "seed", "plain_torch"}
+    assert set(read["provenance"]) == known
     assert {"cpu", "cores", "flags", "cpu_kernels"} <= set(read["provenance"]["hardware"])
     assert read["runs"][0]["speedup"] == 1.0
 

@@ -54,7 +54,8 @@ DEPTH = {"chain": 4, "static": 5}
 @pytest.fixture(params=["kernels", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr("smart_decoding.models.decoder.use_native", lambda *given: False)
+        for module in ("target", "draft_model"):
+            monkeypatch.setattr(f"smart_decoding.models.{module}.use_native", lambda *given: False)
 
 
 def engine(

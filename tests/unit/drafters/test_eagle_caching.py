@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["kernels", "torch"])
 def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.param == "torch":
-        monkeypatch.setattr("smart_decoding.models.decoder.use_native", lambda *given: False)
+        monkeypatch.setattr("smart_decoding.models.target.use_native", lambda *given: False)
 
     def make(pages: int = PAGES, policy: str = "likelihood", **more: Any) -> Engine:
         target = target_of(pages)

@@ -21,6 +21,8 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.hub.custom_generate.generate import generate as hub_generate
 from smart_decoding.integrations.transformers import checks, drafting, generate, last_report, sequences
 from smart_decoding.integrations.transformers.checks import cache_of
+from smart_decoding.kernels import library
+from smart_decoding.models import kernel_check
 
 VOCAB, PAD, EOS, NEW = 13, 0, 2, 48
 TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
@@ -69,6 +71,18 @@ def smart(model: PreTrainedModel, config: dict[str, Any] | bool = EAGER, **argum
     if isinstance(config, dict):
         config = {key: value for key, value in config.items() if value is not None}
     return model.generate(**arguments, custom_generate=generate, speculative_config=config)
+
+
+def test_missing_kernels_are_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The model is transformers' own and runs as before; only drafting is slower."""
+    kernel_check._warn.cache_clear()
+    monkeypatch.setattr(library, "unavailable", lambda: "for this test")
+    model, given = model_of("llama"), inputs()
+    with caplog.at_level("WARNING", "smart.kernels"):
+        outputs = [smart(model, **given) for _ in range(2)]
+    assert all(torch.equal(output, model.generate(**given)) for output in outputs)
+    told = [record.getMessage() for record in caplog.records if record.name == "smart.kernels"]
+    assert len(told) == 1 and told[0].startswith("no CPU kernels: for this test")
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -36,6 +36,7 @@ from smart_decoding.integrations.transformers.sequences import (
 )
 from smart_decoding.integrations.transformers.state import layers_of, layout_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
+from smart_decoding.models.kernel_check import warn_if_missing
 from smart_decoding.models.target import pages_for
 
 PREFILL_ROWS = 4096  # prompt tokens of one forward
@@ -61,6 +62,7 @@ def generate(
     reason = unsupported(model, generation_config, logits_processor, model_inputs)
     if reason:
         raise ConfigError(reason)
+    warn_if_missing(model.device)
     prompts = _prompts(input_ids, model_inputs.get("attention_mask"), model_inputs.get("position_ids"))
     pad = _pad(generation_config)
     layers = layers_of(model, model_inputs)

@@ -17,10 +17,10 @@ from smart_decoding.engine.protocols import Drafter
 from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.decoder import use_native
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_export import layout_of
 from smart_decoding.models.head_files import HeadFiles, head_folder, load_head
+from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.layers import Workspace
 from smart_decoding.models.native_level import Part
 from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
@@ -58,7 +58,7 @@ class HostLender:
         self.config, self.dtype, self.workspace = host_config(model)[0], model.dtype, Workspace()
         self.head = HostOutput(model.get_output_embeddings())
         self.device: torch.device = self.head.weight.device
-        self.native = model.dtype in KERNEL_DTYPES and use_native(files.shape, self.device)
+        self.native = model.dtype in KERNEL_DTYPES and use_native(files.shape, self.device, allow_slow=True)
         self.work_dtype = torch.float32 if self.native else model.dtype
         self._embedding: Any = model.get_input_embeddings()
 

@@ -1,0 +1,137 @@
+"""`smart info`: which CPU kernels run here and why, the machine, the models in the cache, versions. Loads no model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from smart_decoding.errors import ConfigError
+
+OPTIONAL = (
+    "transformers",
+    "pillow",
+    "llguidance",
+    "fastapi",
+    "uvicorn",
+    "matplotlib",
+    "sentencepiece",
+    "vllm",
+    "sglang",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints what there is."""
+    found = gather()
+    print(json.dumps(found, indent=1) if args.json else "\n".join(lines(found)))
+
+
+def gather() -> dict[str, Any]:
+    """Everything, as --json prints it."""
+    from smart_decoding.bench.provenance import machine, versions
+
+    return {
+        "kernels": kernels(),
+        "machine": {**machine(), "cpus": os.cpu_count()},
+        "cache": cache(),
+        "versions": versions(),
+        "optional": {name: _version(name) for name in OPTIONAL},
+    }
+
+
+def kernels() -> dict[str, Any]:
+    """The variant that runs, why, and what is to say of each variant for this kind of machine."""
+    from smart_decoding.kernels import library
+
+    mine = [variant for variant in library.variants() if variant.machine == platform.machine()]
+    try:
+        chosen: str | None = library.chosen()
+        why = "named by SMART_ISA" if os.environ.get("SMART_ISA") else "the best one that runs here"
+    except ConfigError as error:
+        chosen = None
+        why = str(error)
+    return {"chosen": chosen, "why": why, "variants": {variant.name: _refusal(variant) for variant in mine}}
+
+
+def _refusal(variant: Any) -> str | None:
+    """Why a variant does not run; None if it does. The system may refuse what the CPU has, so it is loaded."""
+    from smart_decoding.kernels import library
+
+    reason: str | None = variant.refusal()
+    if reason is not None:
+        return reason
+    try:
+        library.load(variant.name)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def cache() -> dict[str, Any]:
+    """The cache of models and profiles, and the models in it and in the hub's own cache. Sizes in bytes."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from smart_decoding.models.hub import cache_dir
+
+    root = cache_dir()
+    models = {_name(folder): _size(folder) for folder in sorted((root / "converted").glob("*/"))}
+    models |= {path.name: _size(path) for path in sorted((root / "files").glob("*.gguf"))}
+    hub = Path(HF_HUB_CACHE)
+    of_hub = sorted(path.name.removeprefix("models--").replace("--", "/") for path in hub.glob("models--*"))
+    return {"path": str(root), "bytes": _size(root), "models": models, "hub": {"path": str(hub), "models": of_hub}}
+
+
+def _name(folder: Path) -> str:
+    """A converted model, and what it was made of."""
+    try:
+        record = json.loads((folder / "converted.json").read_text(encoding="utf-8"))
+        return f"{folder.name} (of {record.get('source') or record['base']})"
+    except (OSError, ValueError, KeyError):
+        return f"{folder.name} (incomplete)"
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """The same for people."""
+    of_kernels, machine, kept = found["kernels"], found["machine"], found["cache"]
+    yield f"CPU kernels: {of_kernels['chosen'] or 'none'} ({of_kernels['why']})"
+    for name, reason in of_kernels["variants"].items():
+        yield f"  {name:<12} {reason or 'runs here'}"
+    yield f"CPU: {machine['cpu']} ({machine['machine']}), {machine['cores']} of {machine['cpus']} CPUs usable"
+    yield f"threads: {machine['threads']} (torch's)"
+    yield f"memory: {machine['memory_gib'] or 'unknown'} GiB"
+    yield f"GPU: {machine['gpu'] or 'none'}"
+    yield f"cache: {kept['path']}, {_readable(kept['bytes'])}"
+    for name, size in kept["models"].items():
+        yield f"  {name}, {_readable(size)}"
+    yield f"hub's cache: {kept['hub']['path']}"
+    for name in kept["hub"]["models"]:
+        yield f"  {name}"
+    yield "versions: " + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    yield "optional: " + ", ".join(f"{name} {version or 'absent'}" for name, version in found["optional"].items())
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"

@@ -1,0 +1,127 @@
+"""`smart info`: what it says of the kernels, the machine, the cache and the versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import smart_decoding
+from smart_decoding.cli import info
+from smart_decoding.cli import main as cli
+from smart_decoding.errors import ConfigError
+from smart_decoding.kernels import library
+from smart_decoding.models import loading
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with one converted model, one that was cut short, and one GGUF file."""
+    monkeypatch.setenv("SMART_CACHE", str(tmp_path))
+    for name, content in (
+        ("v1-abc", {"source": "tiny.gguf"}),
+        ("seeing-def", {"base": "smollm2-135m@pypi"}),
+        ("cut", None),
+    ):
+        folder = tmp_path / "converted" / name
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(1000))
+        if content is not None:
+            (folder / "converted.json").write_text(json.dumps(content))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "0123-tiny.gguf").write_bytes(bytes(3_000_000))
+    return tmp_path
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert cli.main(["info", "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_kernels_that_run(capsys: pytest.CaptureFixture[str]) -> None:
+    found = shown(capsys)["kernels"]
+    assert found["chosen"] == library.chosen()
+    mine = [variant for variant in library.variants() if variant.machine == platform.machine()]
+    assert list(found["variants"]) == [variant.name for variant in mine]
+    assert found["variants"][library.chosen()] is None
+    for variant in mine:
+        if variant.refusal() is not None:
+            assert found["variants"][variant.name] == variant.refusal()
+
+
+def test_what_the_system_denies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(name: str) -> None:
+        raise ConfigError(f"{name} is denied")
+
+    best = library.runnable()[0]
+    monkeypatch.setattr(library, "load", denied)
+    assert info.kernels()["variants"][best] == f"{best} is denied"
+
+
+def test_a_choice_that_cannot_run_is_told_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library.chosen.cache_clear()
+    monkeypatch.setenv("SMART_ISA", "nonsense")
+    assert cli.main(["info"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.startswith("CPU kernels: none (the kernels' variant 'nonsense' is no variant; here run: ")
+    assert second.startswith("  ")  # the variants are listed all the same
+
+
+def test_a_choice_of_the_users_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = library.runnable()[-1]
+    library.chosen.cache_clear()
+    monkeypatch.setenv("SMART_ISA", last)
+    found = info.kernels()
+    library.chosen.cache_clear()
+    assert (found["chosen"], found["why"]) == (last, "named by SMART_ISA")
+
+
+def test_machine_and_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    found = shown(capsys)
+    assert found["machine"]["threads"] == torch.get_num_threads() and found["machine"]["cpus"] >= 1
+    assert found["machine"]["machine"] == platform.machine()
+    wanted = {
+        "smart-decoding": smart_decoding.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+    assert wanted.items() <= found["versions"].items()
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["optional"]) == set(info.OPTIONAL)
+
+
+def test_the_models_in_the_cache(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = shown(capsys)["cache"]
+    assert found["path"] == str(own_cache) and found["bytes"] > 3_003_000
+    assert set(found["models"]) == {
+        "v1-abc (of tiny.gguf)",
+        "seeing-def (of smollm2-135m@pypi)",
+        "cut (incomplete)",
+        "0123-tiny.gguf",
+    }
+    assert found["models"]["cut (incomplete)"] == 1000
+
+
+def test_the_text_has_it_all_and_loads_no_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own_cache: Path
+) -> None:
+    monkeypatch.setattr(loading, "load_checkpoint", None)
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"CPU kernels: {library.chosen()} (the best one that runs here)\n")
+    machine = ("threads: ", "memory: ", "GPU: ", "transformers ", f"torch {torch.__version__}")
+    for words in ("runs here\n", f"cache: {own_cache}, 3 MB\n", "0123-tiny.gguf, 3 MB", *machine):
+        assert words in text
+
+
+def test_an_empty_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMART_CACHE", str(tmp_path / "none"))
+    assert info.cache()["models"] == {} and info.cache()["bytes"] == 0

@@ -1,0 +1,288 @@
+"""On a CPU without kernels, or with a model that they do not serve, nothing runs silently on plain torch instead."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import save_file
+
+from smart_decoding import llm as llm_module
+from smart_decoding.bench import recorder, report, runner
+from smart_decoding.bench.html_report import page
+from smart_decoding.bench.options import BenchOptions
+from smart_decoding.bench.provenance import provenance
+from smart_decoding.bench.results import Results
+from smart_decoding.bench.resume import key_of
+from smart_decoding.cli import main as cli
+from smart_decoding.cli import serve as cli_serve
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.kernels import library
+from smart_decoding.llm import LLM
+from smart_decoding.models import kernel_check, loading
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.head_files import HeadFiles
+from smart_decoding.server import launch
+from smart_decoding.training import prior
+
+VOCAB = 61
+SERVED = ModelConfig("llama", 2, 32, 4, 2, 16, 48, VOCAB, 10_000.0, 1e-5, 512, tie_embeddings=True)
+ODD = replace(SERVED, ffn=47)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+PROMPT = [1, 2, 3, 1, 2, 3, 1, 2]
+MISSING = "the CPU kernels are not built: build them"
+COMMANDS = {
+    "run": ["run", "hi"],
+    "demo": ["demo"],
+    "bench": ["bench", "--policies", "off"],
+    "bench --record": ["bench", "--record", "trace"],
+    "serve": ["serve", "--port", "0"],
+    "profile": ["profile"],
+    "train": ["train", "--output", "head"],
+    "divergence": ["divergence"],
+}
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def saved(folder: Path, config: ModelConfig) -> Path:
+    """A random model whose words are w0, w1, ..."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in config.expected_shapes().items()}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    return folder
+
+
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where nothing was compiled."""
+    monkeypatch.setattr(library, "unavailable", lambda: MISSING)
+    kernel_check._warn.cache_clear()
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever looks for a model, fetches prompts or listens fails with another error than the one expected."""
+
+    def fail(*given: Any, **options: Any) -> None:
+        raise AssertionError("nothing is to be loaded")
+
+    for module, name in (
+        (llm_module, "load_checkpoint"),
+        (loading, "resolve"),
+        (runner, "load_task"),
+        (recorder, "load_task"),
+        (launch, "serve"),
+    ):
+        monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(cli_serve, "share_cores", lambda: None)
+    monkeypatch.chdir(tmp_path)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "smart.kernels"]
+
+
+# ------------------------------------------------------------------------------------------------- no kernels at all
+
+
+@pytest.mark.usefixtures("missing", "nothing_loads")
+def test_llm_refuses_before_anything_is_fetched() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLM("no/such-model", device="cpu")
+    assert str(caught.value).startswith(MISSING) and "allow_slow=True" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.usefixtures("missing", "nothing_loads")
+def test_commands_stop_with_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(COMMANDS[command]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"smart: error: {MISSING}") and err.count("\n") == 1
+    assert "--allow-slow" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_allow_slow_reaches_the_model(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def made(*given: Any, allow_slow: bool = False, **options: Any) -> None:
+        asked.append(allow_slow)
+        raise ModelError("no model in this test")
+
+    for module in (llm_module, runner, prior):
+        monkeypatch.setattr(module, "LLM", made)
+    config = saved(tmp_path / "model", SERVED)
+    monkeypatch.setattr(loading, "resolve", lambda name: loading.Source(str(name), config, "random"))
+    monkeypatch.setattr(launch, "serve", lambda load, settings: load())
+    monkeypatch.setattr(cli_serve, "share_cores", lambda: None)
+    for module in (runner, recorder):
+        monkeypatch.setattr(module, "load_task", lambda task, limit: [])
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(COMMANDS[command]) == 2
+    assert cli.main([*COMMANDS[command], "--allow-slow"]) == 2
+    assert asked == [False, True]
+
+
+def test_a_server_may_be_configured_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(llm_module, "LLM", lambda model, allow_slow, **options: asked.append(allow_slow))
+    monkeypatch.setattr(launch, "serve", lambda load, settings: load() or 0)
+    monkeypatch.setattr(cli_serve, "share_cores", lambda: None)
+    file = tmp_path / "smart.toml"
+    file.write_text("allow-slow = true\n")
+    assert cli.main(["serve", "--config", str(file)]) == 0
+    assert asked == [True]
+
+
+def test_plain_torch_runs_where_it_is_asked_for_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved(tmp_path / "model", SERVED)
+    native = answer(folder, False)
+    monkeypatch.setattr(library, "unavailable", lambda: MISSING)
+    kernel_check._warn.cache_clear()
+    with caplog.at_level(logging.WARNING, "smart.kernels"):
+        slow = [answer(folder, speculation, allow_slow=True) for speculation in (False, {"method": "ngram"})]
+    assert slow == [native, native]
+    (line,) = warnings(caplog)
+    assert line.startswith(f"no CPU kernels: {MISSING}. Plain torch runs: slower")
+
+
+def answer(folder: Path, speculation: Any, **options: Any) -> list[int]:
+    if isinstance(speculation, dict):
+        speculation = {"policy": "static", "min_n": 1, **speculation}
+    llm = LLM(folder, speculative_config=speculation, dtype="fp32", device="cpu", max_model_len=128, **options)
+    assert llm.target.decoder.native is (library.unavailable() is None)
+    return llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids
+
+
+def test_a_name_that_is_no_variant_lists_what_runs() -> None:
+    command = [sys.executable, "-m", "smart_decoding.cli.main", "run", "hi"]
+    environment = {**os.environ, "SMART_ISA": "nonsense"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    runs = ", ".join(library.runnable())
+    assert done.stderr == f"smart: error: the kernels' variant 'nonsense' is no variant; here run: {runs}\n"
+
+
+@pytest.mark.usefixtures("missing")
+def test_other_devices_need_none(caplog: pytest.LogCaptureFixture) -> None:
+    kernel_check.require_kernels(CUDA, allow_slow=False)
+    kernel_check.require_served(ODD, CUDA, allow_slow=False)
+    kernel_check.warn_if_missing(CUDA)
+    assert kernel_check.use_native(SERVED, CUDA) is False and kernel_check.why_slow(ODD, CUDA) is None
+    assert warnings(caplog) == []
+
+
+# -------------------------------------------------------------------------------------------- shapes without kernels
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 24}, "head dimension 24 is none of 16, 32, 64, 96, 128"),
+        ({"hidden": 33}, "hidden size 33 is odd"),
+        ({"ffn": 47}, "intermediate size 47 is odd"),
+        ({"heads": 33, "kv_heads": 1}, "33 query heads share a key head, more than 32"),
+    ],
+)
+def test_the_number_that_is_not_served_is_named(change: dict[str, int], message: str) -> None:
+    assert kernel_check.unserved(SERVED) is None and kernel_check.use_native(SERVED, CPU)
+    config = replace(SERVED, **change)
+    assert kernel_check.unserved(config) == message
+    with pytest.raises(ModelError, match="the CPU kernels do not serve this model: ") as caught:
+        kernel_check.use_native(config, CPU)
+    assert message in str(caught.value) and "--allow-slow" in str(caught.value)
+
+
+def test_as_many_query_heads_as_there_is_room_for_are_served() -> None:
+    assert kernel_check.unserved(replace(SERVED, heads=64, kv_heads=2)) is None
+
+
+def test_llm_refuses_a_shape_before_weights_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "model", ODD)
+    monkeypatch.setattr(loading, "SafetensorsWeights", None)
+    with pytest.raises(ModelError, match="intermediate size 47 is odd"):
+        LLM(folder, device="cpu")
+
+
+def test_a_shape_runs_on_plain_torch_where_that_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kernel_check._warn.cache_clear()
+    folder = saved(tmp_path / "model", ODD)
+    llm = LLM(folder, speculative_config=False, dtype="fp32", device="cpu", max_model_len=128, allow_slow=True)
+    assert not llm.target.decoder.native and llm.target.plain_torch == "intermediate size 47 is odd"
+    assert len(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == 24
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_draft_model_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = saved(tmp_path / "target", SERVED)
+    draft = saved(tmp_path / "draft", ODD)
+    config = {"method": "draft_model", "model": str(draft), "policy": "chain"}
+    options: dict[str, Any] = {"speculative_config": config, "dtype": "fp32", "device": "cpu", "max_model_len": 128}
+    with monkeypatch.context() as patch, pytest.raises(ModelError, match=r"do not serve the draft model: .* 47 is odd"):
+        patch.setattr("smart_decoding.models.loading.SafetensorsWeights.__getitem__", None)
+        LLM(target, **options)
+    llm = LLM(target, **options, allow_slow=True)
+    assert llm.target.decoder.native
+    expected = answer(target, False)
+    assert llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids == expected
+
+
+def test_a_head_beside_a_native_target_must_be_served() -> None:
+    lender: Any = SimpleNamespace(native=True, dtype=torch.float32, device=CPU)
+    files = HeadFiles({}, {}, (1,), replace(SERVED, head_dim=24))
+    with pytest.raises(ModelError, match=r"do not serve this head: head dimension 24 is none of .*; take another head"):
+        EagleHead(files, lender, 1, 1, 64)
+
+
+# --------------------------------------------------------------------------------------------- what a benchmark says
+
+LINE = "plain torch, not the CPU kernels: intermediate size 47 is odd"
+
+
+def test_a_benchmark_on_plain_torch_says_so_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(tmp_path / "model", ODD)
+    command = "--policies off --tasks general --limit 2 --max-tokens 4 --batch-sizes 1 --device cpu --dtype fp32"
+    written = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    assert cli.main(["bench", "--model", str(folder), *command.split(), *written, "--allow-slow"]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["provenance"]["plain_torch"] == "intermediate size 47 is odd"
+    assert "--allow-slow" in result["provenance"]["command"]
+    assert capsys.readouterr().out.splitlines()[0] == LINE
+    assert f'<p class="warn">{LINE}</p>' in (tmp_path / "r.html").read_text()
+
+
+def test_a_benchmark_on_the_kernels_does_not() -> None:
+    origin = provenance("smart bench", 0, {"model": "m"}, None)
+    assert origin["plain_torch"] is None and origin["hardware"]["cpu_kernels"] == library.chosen()
+    assert report.plain_torch(origin) == ""
+    run = {"policy": "off", "batch_size": 1, "task": "all", "speedup": 1.0, "temperature": 0.0, "dtype": "fp32"}
+    assert "plain torch" not in page(Results.from_dict({"provenance": origin, "runs": [run]}))
+
+
+def test_a_run_does_not_go_on_with_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = key_of(BenchOptions())["machine"]
+    monkeypatch.setattr(library, "unavailable", lambda: MISSING)
+    assert first["cpu_kernels"] == library.chosen()
+    assert key_of(BenchOptions())["machine"] == {**first, "cpu_kernels": f"none: {MISSING}"}
