@@ -9,103 +9,102 @@
 
 #include "abi.h"
 
-namespace smart __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] smart {
 
-    static inline void add_bias(const float* bias, int64_t column, int64_t n, vf& low, vf& high) {
-        if (column + PANEL <= n) {
-            low += loadu<vf>(bias + column);
-            high += loadu<vf>(bias + column + VW);
-            return;
-        }
-        for (int j = 0; column + j < n; j++) (j < VW ? low[j] : high[j - VW]) += bias[column + j];
+static inline void add_bias(const float* bias, int64_t column, int64_t n, vf& low, vf& high) {
+    if (column + PANEL <= n) {
+        low += loadu<vf>(bias + column);
+        high += loadu<vf>(bias + column + VW);
+        return;
     }
+    for (int j = 0; column + j < n; j++) (j < VW ? low[j] : high[j - VW]) += bias[column + j];
+}
 
-    template <class W>
-    __attribute__((noinline)) void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w,
-                                               int64_t n, int64_t k, const float* bias, float* y,
-                                               int64_t ldy, bool add, int hint, Maxima* maxima) {
-        auto store = [=](int row, int64_t column, vf low, vf high) {
-            if (bias) add_bias(bias, column, n, low, high);
-            if (maxima) maxima[row].add(column, n, low, high);
-            if (y) store_columns(y + row * ldy, column, n, low, high, add);
-        };
-        with_hint(hint, [&](auto to) { gemm<to>(x, ld, rows, w, n, k, store); });
-    }
+template <class W>
+__attribute__((noinline)) void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w,
+                                           int64_t n, int64_t k, const float* bias, float* y,
+                                           int64_t ldy, bool add, int hint, Maxima* maxima) {
+    auto store = [=](int row, int64_t column, vf low, vf high) {
+        if (bias) add_bias(bias, column, n, low, high);
+        if (maxima) maxima[row].add(column, n, low, high);
+        if (y) store_columns(y + row * ldy, column, n, low, high, add);
+    };
+    with_hint(hint, [&](auto to) { gemm<to>(x, ld, rows, w, n, k, store); });
+}
 
-    // One panel yields VW finished values.
-    template <class W>
-    __attribute__((noinline)) void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn,
-                                              int64_t k, Input<W>* out, int hint) {
-        auto store = [=](int row, int64_t column, vf gate, vf up) {
-            vf value = gate / (1.0f + vexp(-gate)) * up;
-            int64_t first = column / 2;
-            Input<W>* to = out + row * ffn + first;
-            if (first + VW <= ffn)
-                put(to, value);
-            else
-                for (int j = 0; first + j < ffn; j++) from_f32(value[j], to + j);
-        };
-        int64_t n = 2 * ((ffn + VW - 1) / VW * VW);
-        with_hint(hint, [&](auto to) { gemm<to>(x, k, rows, w, n, k, store); });
-    }
+// One panel yields VW finished values.
+template <class W>
+__attribute__((noinline)) void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn,
+                                          int64_t k, Input<W>* out, int hint) {
+    auto store = [=](int row, int64_t column, vf gate, vf up) {
+        vf value = gate / (1.0f + vexp(-gate)) * up;
+        int64_t first = column / 2;
+        Input<W>* to = out + row * ffn + first;
+        if (first + VW <= ffn)
+            put(to, value);
+        else
+            for (int j = 0; first + j < ffn; j++) from_f32(value[j], to + j);
+    };
+    int64_t n = 2 * ((ffn + VW - 1) / VW * VW);
+    with_hint(hint, [&](auto to) { gemm<to>(x, k, rows, w, n, k, store); });
+}
 
-    // How many of k lie next to each other in a packed panel.
-    template <class W>
-    constexpr int INTERLEAVED = sizeof(W) == 2 ? 2 : 1;
+// How many of k lie next to each other in a packed panel.
+template <class W>
+constexpr int INTERLEAVED = sizeof(W) == 2 ? 2 : 1;
 
-    template <class W>
-    void unpack_row(const W* w, int64_t k, int64_t row, float* out) {
-        constexpr int STEP = INTERLEAVED<W>;
-        const W* panel = w + row / PANEL * PANEL * k + row % PANEL * STEP;
-        for (int64_t i = 0; i < k; i++) out[i] = to_f32(panel[i / STEP * STEP * PANEL + i % STEP]);
-    }
+template <class W>
+void unpack_row(const W* w, int64_t k, int64_t row, float* out) {
+    constexpr int STEP = INTERLEAVED<W>;
+    const W* panel = w + row / PANEL * PANEL * k + row % PANEL * STEP;
+    for (int64_t i = 0; i < k; i++) out[i] = to_f32(panel[i / STEP * STEP * PANEL + i % STEP]);
+}
 
-    template void linear_rows(const Input<bf16>*, int64_t, int, const bf16*, int64_t, int64_t,
-                              const float*, float*, int64_t, bool, int, Maxima*);
-    template void linear_rows(const Input<float>*, int64_t, int, const float*, int64_t, int64_t,
-                              const float*, float*, int64_t, bool, int, Maxima*);
-    template void gated_rows(const Input<bf16>*, int, const bf16*, int64_t, int64_t, Input<bf16>*,
-                             int);
-    template void gated_rows(const Input<float>*, int, const float*, int64_t, int64_t,
-                             Input<float>*, int);
-    template void unpack_row(const bf16*, int64_t, int64_t, float*);
-    template void unpack_row(const float*, int64_t, int64_t, float*);
+template void linear_rows(const Input<bf16>*, int64_t, int, const bf16*, int64_t, int64_t,
+                          const float*, float*, int64_t, bool, int, Maxima*);
+template void linear_rows(const Input<float>*, int64_t, int, const float*, int64_t, int64_t,
+                          const float*, float*, int64_t, bool, int, Maxima*);
+template void gated_rows(const Input<bf16>*, int, const bf16*, int64_t, int64_t, Input<bf16>*, int);
+template void gated_rows(const Input<float>*, int, const float*, int64_t, int64_t, Input<float>*,
+                         int);
+template void unpack_row(const bf16*, int64_t, int64_t, float*);
+template void unpack_row(const float*, int64_t, int64_t, float*);
 
-    template <class W>
-    static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
-        constexpr int STEP = INTERLEAVED<W>;
-        int64_t panels = (n + PANEL - 1) / PANEL;
+template <class W>
+static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
+    constexpr int STEP = INTERLEAVED<W>;
+    int64_t panels = (n + PANEL - 1) / PANEL;
 #pragma omp parallel for
-        for (int64_t p = 0; p < panels; p++)
-            for (int64_t i = 0; i < k; i += STEP)
-                for (int j = 0; j < PANEL; j++)
-                    for (int s = 0; s < STEP; s++) {
-                        int64_t row = p * PANEL + j;
-                        out[p * PANEL * k + i * PANEL + j * STEP + s] =
-                            row < n ? w[row * k + i + s] : W(0);
-                    }
-    }
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t i = 0; i < k; i += STEP)
+            for (int j = 0; j < PANEL; j++)
+                for (int s = 0; s < STEP; s++) {
+                    int64_t row = p * PANEL + j;
+                    out[p * PANEL * k + i * PANEL + j * STEP + s] =
+                        row < n ? w[row * k + i + s] : W(0);
+                }
+}
 
-    template <class W>
-    static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k,
-                           const float* norm, float eps, const float* bias, float* scratch,
-                           float* y, int64_t ldy, bool add, int hint, int64_t* best, int threads) {
-        Input<W>* workspace = (Input<W>*)scratch;
-        std::vector<Maxima> found(best ? size_t(rows) * threads : 0);
+template <class W>
+static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k,
+                       const float* norm, float eps, const float* bias, float* scratch, float* y,
+                       int64_t ldy, bool add, int hint, int64_t* best, int threads) {
+    Input<W>* workspace = (Input<W>*)scratch;
+    std::vector<Maxima> found(best ? size_t(rows) * threads : 0);
 #pragma omp parallel num_threads(threads)
-        {
-            const Input<W>* input = workspace;
-            if (norm) {
-                rms_norm_rows(x, norm, eps, rows, k, workspace);
+    {
+        const Input<W>* input = workspace;
+        if (norm) {
+            rms_norm_rows(x, norm, eps, rows, k, workspace);
 #pragma omp barrier
-            } else {
-                input = as_input(x, rows, k, workspace);
-            }
-            Maxima* mine = best ? &found[int64_t(omp_get_thread_num()) * rows] : nullptr;
-            linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, hint, mine);
+        } else {
+            input = as_input(x, rows, k, workspace);
         }
-        for (int r = 0; best && r < rows; r++) best[r] = first_of(&found[r], threads, rows);
+        Maxima* mine = best ? &found[int64_t(omp_get_thread_num()) * rows] : nullptr;
+        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, hint, mine);
     }
+    for (int r = 0; best && r < rows; r++) best[r] = first_of(&found[r], threads, rows);
+}
 
 }  // namespace smart
 

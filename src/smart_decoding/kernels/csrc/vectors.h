@@ -8,58 +8,58 @@
 
 #include "isa.h"
 
-namespace smart __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] smart {
 
-    static inline float to_f32(float v) { return v; }
-    static inline float to_f32(bf16 v) {
-        uint32_t bits = uint32_t(v) << 16;
-        return loadu<float>(&bits);
-    }
+static inline float to_f32(float v) { return v; }
+static inline float to_f32(bf16 v) {
+    uint32_t bits = uint32_t(v) << 16;
+    return loadu<float>(&bits);
+}
 
-    static inline void from_f32(float v, float* out) { *out = v; }
-    static inline void from_f32(float v, bf16* out) {  // rounded to the nearest, ties to even
-        uint32_t bits = loadu<uint32_t>(&v);
-        *out = bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    }
+static inline void from_f32(float v, float* out) { *out = v; }
+static inline void from_f32(float v, bf16* out) {  // rounded to the nearest, ties to even
+    uint32_t bits = loadu<uint32_t>(&v);
+    *out = bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
 
-    // The sum of all lanes, the first one first.
-    template <class F>
-    __attribute__((always_inline)) static inline float sum_in_order(const F& v) {
-        float sum = 0;
-        for (int j = 0; j < LANES_OF<F>; j++) sum += v[j];
-        return sum;
-    }
+// The sum of all lanes, the first one first.
+template <class F>
+__attribute__((always_inline)) static inline float sum_in_order(const F& v) {
+    float sum = 0;
+    for (int j = 0; j < LANES_OF<F>; j++) sum += v[j];
+    return sum;
+}
 
-    // Whether a comparison holds in any lane.
-    static inline bool any_of(vi mask) {
-        int any = 0;
-        for (int j = 0; j < VW; j++) any |= mask[j];
-        return any != 0;
-    }
+// Whether a comparison holds in any lane.
+static inline bool any_of(vi mask) {
+    int any = 0;
+    for (int j = 0; j < VW; j++) any |= mask[j];
+    return any != 0;
+}
 
-    // exp(x) for x < 88, relative error about 1e-7; -inf gives 0.
-    template <class F>
-    __attribute__((always_inline)) static inline F vexp(const F& at) {
-        F x = at;
+// exp(x) for x < 88, relative error about 1e-7; -inf gives 0.
+template <class F>
+__attribute__((always_inline)) static inline F vexp(const F& at) {
+    F x = at;
     typedef decltype(x < x) I;
-        const F lowest = F{} - 87.0f, highest = F{} + 88.0f;
-        I below = x < lowest;
-        x = below ? lowest : x;
-        x = x > highest ? highest : x;
-        F n = x * 1.44269504f;
-        F shifted = n + 12582912.0f;  // rounds to an integer in the low mantissa bits
-        F k = shifted - 12582912.0f;
-        F r = x - k * 0.693359375f;
-        r = r + k * 2.12194440e-4f;
-        F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-        p = p * r + 8.3334519073e-3f;
-        p = p * r + 4.1665795894e-2f;
-        p = p * r + 1.6666665459e-1f;
-        p = p * r + 5.0000001201e-1f;
-        p = p * r * r + r + 1.0f;
-        // Multiplies by 2^k in the exponent; the shifted constant has zero low bits.
-        F y = (F)((((I)shifted) << 23) + (I)p);
-        return below ? y - y : y;
-    }
+    const F lowest = F{} - 87.0f, highest = F{} + 88.0f;
+    I below = x < lowest;
+    x = below ? lowest : x;
+    x = x > highest ? highest : x;
+    F n = x * 1.44269504f;
+    F shifted = n + 12582912.0f;  // rounds to an integer in the low mantissa bits
+    F k = shifted - 12582912.0f;
+    F r = x - k * 0.693359375f;
+    r = r + k * 2.12194440e-4f;
+    F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // Multiplies by 2^k in the exponent; the shifted constant has zero low bits.
+    F y = (F)((((I)shifted) << 23) + (I)p);
+    return below ? y - y : y;
+}
 
 }  // namespace smart

@@ -5,26 +5,26 @@
 #include <cstdint>
 #include <vector>
 
-namespace smart __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] smart {
 
-    class WorkspaceMemory {
-    public:
-        // Anew, with room for as many floats; each `take` may add up to 15.
-        void begin(size_t floats) {
-            if (block.size() < floats) block = std::vector<float>(floats + floats / 4);
-            used = 0;
-        }
+class WorkspaceMemory {
+public:
+    // Anew, with room for as many floats; each `take` may add up to 15.
+    void begin(size_t floats) {
+        if (block.size() < floats) block = std::vector<float>(floats + floats / 4);
+        used = 0;
+    }
 
-        template <class T>
-        T* take(int64_t count) {
-            T* p = (T*)(block.data() + used);
-            used += (count * sizeof(T) + 63) / 64 * 16;
-            return p;
-        }
+    template <class T>
+    T* take(int64_t count) {
+        T* p = (T*)(block.data() + used);
+        used += (count * sizeof(T) + 63) / 64 * 16;
+        return p;
+    }
 
-    private:
-        std::vector<float> block;
-        size_t used = 0;
-    };
+private:
+    std::vector<float> block;
+    size_t used = 0;
+};
 
 }  // namespace smart
