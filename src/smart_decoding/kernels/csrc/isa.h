@@ -160,6 +160,7 @@ static inline float max_of(const F& lanes) {
     static_assert(sizeof(F) == sizeof(__m512));
     return _mm512_reduce_max_ps((__m512)lanes);
 #else
+    F v = lanes;
     for (int half = LANES_OF<F> / 2; half; half /= 2)
         for (int j = 0; j < half; j++) v[j] = v[j] > v[j + half] ? v[j] : v[j + half];
     return v[0];
@@ -173,6 +174,7 @@ static inline float sum_of(const F& lanes) {
     static_assert(sizeof(F) == sizeof(__m512));
     return _mm512_reduce_add_ps((__m512)lanes);
 #else
+    F v = lanes;
     for (int half = LANES_OF<F> / 2; half; half /= 2)
         for (int j = 0; j < half; j++) v[j] += v[j + half];
     return v[0];

@@ -19,21 +19,35 @@ struct ChunkPages {
     const T *keys[CHUNK_PAGES], *values[CHUNK_PAGES];
 };
 
-typedef pf ChunkScores[CHUNK_PAGES];
+typedef float ChunkScores[CHUNK];
 
 // Scores of P pages, from `page` on, for N queries. Each score is summed over the dimensions in
 // order.
 template <class T, int HD, int N, int P>
 static inline void page_scores(const T* const* keys, const Query<HD>* queries, ChunkScores* scores,
                                int page) {
-    pf sums[P][N] = {};
+    constexpr int V = PAGE / VW;  // vectors that hold a page's positions
+    vf sums[P][N][V] = {};
     for (int d = 0; d < HD; d++)
-        for (int p = 0; p < P; p++) {
-            pf key = widen<pf>(keys[page + p] + d * PAGE);
-            for (int i = 0; i < N; i++) sums[p][i] += key * queries[i].q[d];
-        }
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < V; v++) {
+                vf key = widen<vf>(keys[page + p] + d * PAGE + v * VW);
+                for (int i = 0; i < N; i++) sums[p][i][v] += key * queries[i].q[d];
+            }
     for (int p = 0; p < P; p++)
-        for (int i = 0; i < N; i++) scores[i][page + p] = sums[p][i];
+        for (int i = 0; i < N; i++)
+            for (int v = 0; v < V; v++)
+                storeu(scores[i] + (page + p) * PAGE + v * VW, sums[p][i][v]);
+}
+
+// The same of the first `count` pages, as many at a time as have room in registers.
+template <class T, int HD, int N>
+static inline void chunk_scores(const T* const* keys, const Query<HD>* queries, ChunkScores* scores,
+                                int count) {
+    constexpr int P = std::clamp(2 * PASS_ROWS * VW / (N * PAGE), 1, CHUNK_PAGES);
+    int page = 0;
+    for (; page + P <= count; page += P) page_scores<T, HD, N, P>(keys, queries, scores, page);
+    for (; page < count; page++) page_scores<T, HD, N, 1>(keys, queries, scores, page);
 }
 
 // Scores become weights of a softmax whose maximum and sum are the query's from now on. Returns
@@ -92,11 +106,7 @@ static inline void attend_chunk(const ChunkPages<T>& pages, Query<HD>* queries, 
     for (int i = 0, n; i < heads; i += n) {
         n = heads - i == 6 ? 3 : std::min(heads - i, 4);
         with_count<4>(n, [&](auto group) {
-            int page = 0;
-            for (; page + 4 <= count; page += 4)
-                page_scores<T, HD, group, 4>(pages.keys, queries + i, scores + i, page);
-            for (; page < count; page++)
-                page_scores<T, HD, group, 1>(pages.keys, queries + i, scores + i, page);
+            chunk_scores<T, HD, group>(pages.keys, queries + i, scores + i, count);
         });
     }
     constexpr int GROUP = HD / VW <= 4 ? 3 : 2;
