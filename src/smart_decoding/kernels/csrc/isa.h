@@ -15,7 +15,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(__ARM_FEATURE_MATMUL_INT8)
@@ -116,6 +116,9 @@ static inline F widen(const bf16* p) {
 #if defined(__AVX512F__)  // GCC 12 splits the generic conversion in two
     static_assert(sizeof(F) == sizeof(__m512));
     return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+    static_assert(sizeof(F) == sizeof(__m256));
+    return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
     typedef Vector<uint16_t, LANES_OF<F>> Halves;
     typedef Vector<uint32_t, LANES_OF<F>> Words;
