@@ -20,8 +20,8 @@ struct QueryBlock {
 template <class T>
 std::vector<QueryBlock> query_blocks(const Rows& in, const Layer& l);
 
-// Attention of all rows over the keys and values of one layer, by a whole team, which may read
-// the result at once. q: [rows, ldq]; out: [rows, heads * head_dim].
+// Attention of all rows over the keys and values of one layer, by a whole team, which may read the
+// result at once. q: [rows, ldq]; out: [rows, heads * head_dim].
 template <class T>
 void attend(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks, const float* q,
             int64_t ldq, const KvCache<T>& cache, Input<T>* out);
@@ -32,8 +32,8 @@ template <class T>
 void rope_and_store(const Layer& l, const Rows& in, int row, float* projected, int heads,
                     int kv_heads, const KvCache<T>& cache);
 
-// Calls `run` with the head dimension as a constant of the compiler; false if the kernels do
-// not serve it.
+// Calls `run` with the head dimension as a constant of the compiler; false if the kernels do not
+// serve it.
 template <class F>
 static inline bool dispatch_head_dim(int head_dim, F&& run) {
     switch (head_dim) {
@@ -57,9 +57,9 @@ static inline bool dispatch_head_dim(int head_dim, F&& run) {
     }
 }
 
-// Calls `run` with a null pointer to the type of weights, keys and values. Otherwise returns
-// why that cannot be, as smart_forward and the others return it: 1 for the head dimension, 2
-// for two types.
+// Calls `run` with a null pointer to the type of weights, keys and values. Otherwise returns why
+// that cannot be, as smart_forward and the others return it: 1 for the head dimension, 2 for two
+// types.
 template <class F>
 static inline int32_t dispatch_types(int head_dim, bool w_bf16, bool kv_bf16, F&& run) {
     if (!dispatch_head_dim(head_dim, [](auto) {})) return 1;

@@ -44,9 +44,8 @@ __attribute__((noinline)) static void byte_rows(const Input<W>* x, int rows, con
     });
 }
 
-// Logits of x [wanted, hidden] with 8-bit weights, by a whole team. Where CPUs multiply bytes,
-// x is rounded to 16 bits, whose halves are two rows of bytes. `line` [hidden] is this
-// thread's.
+// Logits of x [wanted, hidden] with 8-bit weights, by a whole team. Where CPUs multiply bytes, x is
+// rounded to 16 bits, whose halves are two rows of bytes. `line` [hidden] is this thread's.
 template <class W>
 static void byte_logits(const Head& h, const float* x, int wanted, float* line, void* workspace,
                         float* step, float* logits) {
@@ -84,8 +83,8 @@ struct DraftColumns {
     }
 };
 
-// Rows that wait are taken in parts, as thousands may: the workspace of all of them would be
-// new to the process, and the first use of a page costs more than all work on it.
+// Rows that wait are taken in parts, as thousands may: the workspace of all of them would be new to
+// the process, and the first use of a page costs more than all work on it.
 constexpr int PART_ROWS = 256;
 
 // The wanted rows as a forward of their own: they attend, and nothing else does.
@@ -171,8 +170,8 @@ struct DraftLevel {
         run_wanted(line.data());
     }
 
-    // Rows [first, end) to keys and values; of the wanted ones inputs and residuals are left.
-    // Rows that nobody asks for leave keys and values only.
+    // Rows [first, end) to keys and values; of the wanted ones inputs and residuals are left. Rows
+    // that nobody asks for leave keys and values only.
     void run_part(int first, int end, float* line) const {
         if (level.first) fuse_aux_hidden(first, end);
 #pragma omp for schedule(static)

@@ -49,8 +49,7 @@ constexpr int VW = 8, PASS_ROWS = 6;
 constexpr int VW = 4, PASS_ROWS = 8;
 #endif
 
-// GCC's vectors of any number of lanes: the compiler splits those that are wider than
-// registers.
+// GCC's vectors of any number of lanes: the compiler splits those that are wider than registers.
 template <class T, int LANES>
 struct VectorOf {
     typedef T type __attribute__((vector_size(LANES * sizeof(T))));
@@ -268,8 +267,8 @@ static inline void tile_zero() {
     asm volatile("tilezero %%tmm%c0" : : "i"(T));
 }
 
-// Assembly and not GCC's intrinsics: these are macros that take no template arguments, and do
-// not say that they read memory. `stride`: bytes between rows.
+// Assembly and not GCC's intrinsics: these are macros that take no template arguments, and do not
+// say that they read memory. `stride`: bytes between rows.
 template <int T>
 static inline void tile_load(const void* from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
@@ -294,8 +293,8 @@ static inline void tile_dot_u8s8() {
 
 #else
 
-// The same in plain loops, as Intel's manual describes it, but for denormals. What the CPU
-// refuses ends the process.
+// The same in plain loops, as Intel's manual describes it, but for denormals. What the CPU refuses
+// ends the process.
 struct TileFile {
     TileShapes shapes;
     bool configured = false;
@@ -356,8 +355,8 @@ static inline void tile_store(void* to, int64_t stride) {
         memcpy((char*)to + r * stride, file.data[T][r], file.shapes.row_bytes[T]);
 }
 
-// sum [rows, columns] += x [rows, pairs] by w [pairs, columns]; the even and the odd products
-// are summed apart.
+// sum [rows, columns] += x [rows, pairs] by w [pairs, columns]; the even and the odd products are
+// summed apart.
 template <int SUM, int X, int W>
 static inline void tile_dot_bf16() {
     TileFile& file = tile_file();

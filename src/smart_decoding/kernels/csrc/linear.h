@@ -23,8 +23,8 @@ __attribute__((always_inline)) static inline void multiply_add(vf (&sums)[R][2],
     }
 }
 
-// How a panel of weights W is multiplied with inputs X. `run` adds to sums; it takes STEP of k
-// at a time.
+// How a panel of weights W is multiplied with inputs X. `run` adds to sums; it takes STEP of k at a
+// time.
 template <class W, class X>
 struct Panel;
 
@@ -149,13 +149,12 @@ SMART_PASS void panel_pass(const Input<W>* x, int64_t ld, const W* w, int64_t k,
     }
 }
 
-// y = x w^T for the panels of this thread; `done(row, first column, low half, high half)`
-// receives each result.
+// y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives
+// each result.
 //
-// More rows than have room in registers go over a panel in several passes. Those after the
-// first find it in the second cache and would leave memory idle: so each pass prefetches its
-// share of what comes next. A panel too large to stay there is taken in blocks of k, which all
-// rows go over.
+// More rows than have room in registers go over a panel in several passes. Those after the first
+// find it in the second cache and would leave memory idle: so each pass prefetches its share of
+// what comes next. A panel too large to stay there is taken in blocks of k, which all rows go over.
 template <int HINT, class W, class Epilogue>
 static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k,
                  Epilogue&& done) {
@@ -208,8 +207,8 @@ static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf
         y[column + j] = (j < VW ? low[j] : high[j - VW]) + (add ? y[column + j] : 0.0f);
 }
 
-// y (+)= x w^T + bias, by a whole team. maxima: null, or those of each row, to be updated; y
-// may be null then.
+// y (+)= x w^T + bias, by a whole team. maxima: null, or those of each row, to be updated; y may be
+// null then.
 template <class W>
 void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k,
                  const float* bias, float* y, int64_t ldy, bool add, int hint = INTO_CACHES,

@@ -22,12 +22,12 @@ struct Maxima {
     }
 };
 
-// The first column of the largest entry, over `parts` of its columns, `stride` apart; -1 if
-// there is none or it is infinite.
+// The first column of the largest entry, over `parts` of its columns, `stride` apart; -1 if there
+// is none or it is infinite.
 int64_t first_of(const Maxima* row, int parts, int64_t stride);
 
-// The first index of the largest entry of a row of n that is no NaN; -1 if there is none or it
-// is infinite.
+// The first index of the largest entry of a row of n that is no NaN; -1 if there is none or it is
+// infinite.
 int64_t first_maximum(const float* row, int64_t n);
 
 }  // namespace smart

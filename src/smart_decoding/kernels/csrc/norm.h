@@ -29,8 +29,8 @@ static void rms_norm_rows(const float* x, const float* weight, float eps, int ro
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * d);
 }
 
-// x as a linear layer reads it, in `workspace` if it must be rounded; the team may read the
-// result at once.
+// x as a linear layer reads it, in `workspace` if it must be rounded; the team may read the result
+// at once.
 static inline const float* as_input(const float* x, int, int64_t, float*) { return x; }
 static inline const bf16* as_input(const float* x, int rows, int64_t d, bf16* workspace) {
 #pragma omp for schedule(static)

@@ -97,8 +97,8 @@ static inline void fold_chunk(Query<HD>* queries, const ChunkScores* scores, con
         for (int c = 0; c < HD / VW; c++) queries[i].acc[c] = acc[i][c];
 }
 
-// Scores and softmax of the first `valid` positions of a chunk for `heads` queries of one row,
-// in groups that have room in registers.
+// Scores and softmax of the first `valid` positions of a chunk for `heads` queries of one row, in
+// groups that have room in registers.
 template <class T, int HD>
 static inline void attend_chunk(const ChunkPages<T>& pages, Query<HD>* queries, int heads,
                                 ChunkScores* scores, int valid) {
@@ -158,8 +158,8 @@ struct PageAttention {
         pages.values[p] = item.values + at;
     }
 
-    // A page that mixes committed positions and tree nodes, copied from wherever they lie.
-    // Values beyond those are not read, keys are, but their scores are not.
+    // A page that mixes committed positions and tree nodes, copied from wherever they lie. Values
+    // beyond those are not read, keys are, but their scores are not.
     void gather(const Rows& in, const AttentionItem<T>& item, int row, ChunkPages<T>& pages, int p,
                 int first) {
         const int context_len = in.context_len[row], end = context_len + ancestor_count(in, row);

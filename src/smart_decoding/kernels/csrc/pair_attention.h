@@ -23,8 +23,8 @@ struct PairChunk {
     }
 };
 
-// Line `i` of two runs: what the next chunk needs into the first cache, and the first of what
-// is needed after it into the second (of a run that has begun, hardware fetches the others).
+// Line `i` of two runs: what the next chunk needs into the first cache, and the first of what is
+// needed after it into the second (of a run that has begun, hardware fetches the others).
 static inline void prefetch_line(int i, const bf16* next, const bf16* later) {
     if (i % 16 < 6) __builtin_prefetch(later + 32 * i, 0, INTO_L2);
     __builtin_prefetch(next + 32 * i, 0, INTO_CACHES);
@@ -63,8 +63,8 @@ struct alignas(64) PairAttention {
         }
     }
 
-    // Copies those pages that the block table's positions, below `end` of the chunk, do not
-    // fill. What else is in memory gets no weight, but values must be finite.
+    // Copies those pages that the block table's positions, below `end` of the chunk, do not fill.
+    // What else is in memory gets no weight, but values must be finite.
     void complete(Chunk& chunk, int end) {
         for (int p = std::max(0, end) / PAGE; p < chunk.count; p++) {
             if (laid[p] != end) copy_page(chunk, p, end - p * PAGE);
@@ -246,8 +246,8 @@ struct alignas(64) PairAttention {
         }
     }
 
-    // Positions from `start` on of all rows. Those that see the same pages share them; a row of
-    // a tree completes its own.
+    // Positions from `start` on of all rows. Those that see the same pages share them; a row of a
+    // tree completes its own.
     void run(const Rows& in, const AttentionItem<bf16>& item, const AttentionItem<bf16>& after,
              int heads, int start) {
         const QueryBlock& block = item.block;
@@ -285,8 +285,8 @@ struct alignas(64) PairAttention {
     }
 };
 
-// `attend_pages` by pairs; at the end of an item the first pages of `after`, which the thread
-// is likely to take next, are prefetched.
+// `attend_pages` by pairs; at the end of an item the first pages of `after`, which the thread is
+// likely to take next, are prefetched.
 template <int HD, class O>
 static void attend_pairs(const Rows& in, const AttentionItem<bf16>& item,
                          const AttentionItem<bf16>& after, int heads, const float* q, int64_t ldq,

@@ -42,9 +42,9 @@ struct Panels {
     }
 };
 
-// Where weights are prefetched to. Past the caches, these still hold a draft head, and the code
-// and data between two forwards, when these come next; which of them reads memory fastest
-// depends on the CPU (smart_read).
+// Where weights are prefetched to. Past the caches, these still hold a draft head, and the code and
+// data between two forwards, when these come next; which of them reads memory fastest depends on
+// the CPU (smart_read).
 constexpr int PAST_CACHES = 0, INTO_L2 = 2, INTO_CACHES = 3;
 
 // Bytes of weights to prefetch ahead: hardware prefetch alone leaves a third of the bandwidth.
@@ -74,8 +74,8 @@ static inline void with_hint(int hint, F&& run) {
         run(std::integral_constant<int, INTO_CACHES>());
 }
 
-// Calls `run` with `count`, of 1 to MOST, as a constant of the compiler. A switch, and not a recursion:
-// for that GCC 12 keeps what the calls have in common on the stack.
+// Calls `run` with `count`, of 1 to MOST, as a constant of the compiler. A switch, and not a
+// recursion: for that GCC 12 keeps what the calls have in common on the stack.
 template <int MOST, class F>
 __attribute__((always_inline)) static inline void with_count(int count, F&& run) {
     static_assert(MOST <= 12);
@@ -83,18 +83,30 @@ __attribute__((always_inline)) static inline void with_count(int count, F&& run)
         if constexpr (constant <= MOST) run(constant);
     };
     switch (count) {
-        case 1: return run_if_served(std::integral_constant<int, 1>());
-        case 2: return run_if_served(std::integral_constant<int, 2>());
-        case 3: return run_if_served(std::integral_constant<int, 3>());
-        case 4: return run_if_served(std::integral_constant<int, 4>());
-        case 5: return run_if_served(std::integral_constant<int, 5>());
-        case 6: return run_if_served(std::integral_constant<int, 6>());
-        case 7: return run_if_served(std::integral_constant<int, 7>());
-        case 8: return run_if_served(std::integral_constant<int, 8>());
-        case 9: return run_if_served(std::integral_constant<int, 9>());
-        case 10: return run_if_served(std::integral_constant<int, 10>());
-        case 11: return run_if_served(std::integral_constant<int, 11>());
-        case 12: return run_if_served(std::integral_constant<int, 12>());
+        case 1:
+            return run_if_served(std::integral_constant<int, 1>());
+        case 2:
+            return run_if_served(std::integral_constant<int, 2>());
+        case 3:
+            return run_if_served(std::integral_constant<int, 3>());
+        case 4:
+            return run_if_served(std::integral_constant<int, 4>());
+        case 5:
+            return run_if_served(std::integral_constant<int, 5>());
+        case 6:
+            return run_if_served(std::integral_constant<int, 6>());
+        case 7:
+            return run_if_served(std::integral_constant<int, 7>());
+        case 8:
+            return run_if_served(std::integral_constant<int, 8>());
+        case 9:
+            return run_if_served(std::integral_constant<int, 9>());
+        case 10:
+            return run_if_served(std::integral_constant<int, 10>());
+        case 11:
+            return run_if_served(std::integral_constant<int, 11>());
+        case 12:
+            return run_if_served(std::integral_constant<int, 12>());
     }
 }
 

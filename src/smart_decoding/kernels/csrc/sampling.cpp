@@ -125,8 +125,8 @@ static void softmax_of(const float* row, int64_t n, float scale, TopEntries& top
     for (int j = 0; j < top.k; j++) top.score[j] = std::exp((top.score[j] - best) * scale) / sum;
 }
 
-// What row * scale weighs from `first` to `end`, VW entries at most, given the largest entry.
-// False where all are so low that one of them wins once in ten million times.
+// What row * scale weighs from `first` to `end`, VW entries at most, given the largest entry. False
+// where all are so low that one of them wins once in ten million times.
 static bool weights_of(const float* row, int64_t first, int64_t end, float best, float scale,
                        float* weights) {
     constexpr float NEVER_WINS = -16.0f;
@@ -142,8 +142,7 @@ static bool weights_of(const float* row, int64_t first, int64_t end, float best,
 }
 
 // Replaces the largest entries by the largest of row * scale + noise. A token can only be among
-// them if 1 - uniform < exp(its score - the last one's), which spares the others their
-// logarithms.
+// them if 1 - uniform < exp(its score - the last one's), which spares the others their logarithms.
 static void find_noisy_largest(const float* row, int64_t n, float scale, uint64_t key,
                                const int64_t* tokens, TopEntries& top) {
     const float best = top.score[0];
@@ -215,8 +214,8 @@ struct NoisyBest {  // the best noisy score, and the second best as far as it is
     }
 };
 
-// What noisy_best looks at: row * scale + noise among the entries of at least `floor`. best:
-// the row's largest entry.
+// What noisy_best looks at: row * scale + noise among the entries of at least `floor`. best: the
+// row's largest entry.
 struct NoisyRow {
     const float* row;
     float best, scale, floor;
@@ -255,8 +254,8 @@ static void add_block(const NoisyRow& noisy, int64_t first, int64_t size, double
         if (hit[i]) found.add(noisy.score(first + i), first + i);
 }
 
-// The argmax from `first` to `end`, where it may be that of the whole row, whose largest entry
-// is the one at `top`.
+// The argmax from `first` to `end`, where it may be that of the whole row, whose largest entry is
+// the one at `top`.
 static NoisyBest noisy_best(const NoisyRow& noisy, int64_t first, int64_t end, int64_t top) {
     NoisyBest found;
     double bound = noise::gumbel(noise::uniform(noisy.key, top));

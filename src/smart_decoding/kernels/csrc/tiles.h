@@ -17,8 +17,8 @@ static bool fits_tiles(int64_t k) {
     return sizeof(W) < 4 && k * sizeof(Input<W>) % TILE_WIDTH == 0;
 }
 
-// Tiles 4 and 5 hold weights. The others hold sums or inputs: 0, 1 and 6 of the first rows, 2,
-// 3 and 7 of those after them.
+// Tiles 4 and 5 hold weights. The others hold sums or inputs: 0, 1 and 6 of the first rows, 2, 3
+// and 7 of those after them.
 static inline void shape_linear_tiles(int first, int second) {
     TileShapes shapes;
     shapes.set({0, 1, 6}, first, TILE_WIDTH);
