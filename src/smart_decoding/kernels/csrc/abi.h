@@ -1,8 +1,9 @@
 // Everything that Python and the kernels exchange: structures and functions in plain C.
 //
-// This file is the one description of both sides. kernels/abi.py reads it and makes the ctypes of it; when a library is
-// loaded, the sizes and offsets that its compiler chose (smart_layout) are compared with what Python made. So keep to
-// what abi.py reads: `struct NAME { TYPE a, b; TYPE* c; };` and prototypes, with // comments.
+// This file is the one description of both sides. kernels/abi.py reads it and makes the ctypes of
+// it; when a library is loaded, the sizes and offsets that its compiler chose (smart_layout) are
+// compared with what Python made. So keep to what abi.py reads: `struct NAME { TYPE a, b; TYPE* c;
+// };` and prototypes, with // comments.
 
 #pragma once
 #include <stdint.h>
@@ -11,28 +12,34 @@
 extern "C" {
 #endif
 
-// ---------------------------------------------------------------------------------------------------- what a forward reads
+// ---------------------------------------------------------------------------- what a forward reads
 
-struct Rows {                         // the rows (tokens) of a forward, request after request
+struct Rows {  // the rows (tokens) of a forward, request after request
     int32_t rows, requests;
-    const int32_t* query_start_loc;   // [requests + 1] first row of each request
-    const int32_t* block_table_start; // [requests] where the request's block table begins in `block_tables`
-    const int32_t* block_tables;      // one after another
-    const int32_t* slot_mapping;      // [rows] page * PAGE + offset where the row's own key and value are stored
-    const int32_t* context_len;       // [rows] positions 0 .. context_len - 1 are read through the block table
-    const int32_t* ancestors_start;   // [rows + 1] offsets into `ancestors`
-    const int32_t* ancestors;         // slots of the positions from context_len on: ancestors in the tree, then itself
-    const int64_t* position;          // [rows]
-    const float* cosine;              // [positions, head_dim / 2]
+    const int32_t* query_start_loc;  // [requests + 1] first row of each request
+    // [requests] where the request's block table begins in `block_tables`
+    const int32_t* block_table_start;
+    const int32_t* block_tables;  // one after another
+    // [rows] page * PAGE + offset where the row's own key and value are stored
+    const int32_t* slot_mapping;
+    // [rows] positions 0 .. context_len - 1 are read through the block table
+    const int32_t* context_len;
+    const int32_t* ancestors_start;  // [rows + 1] offsets into `ancestors`
+    // slots of the positions from context_len on: ancestors in the tree, then itself
+    const int32_t* ancestors;
+    const int64_t* position;  // [rows]
+    const float* cosine;      // [positions, head_dim / 2]
     const float* sine;
 };
 
 struct Layer {
-    int32_t hidden, input, heads, kv_heads, head_dim, ffn;  // input: width that q, k and v read (2 hidden in EAGLE-3)
-    int32_t hint;                                           // where weights are prefetched to
+    // input: width that q, k and v read (2 hidden in EAGLE-3)
+    int32_t hidden, input, heads, kv_heads, head_dim, ffn;
+    int32_t hint;  // where weights are prefetched to
     float eps;
-    const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;  // all but post_norm may be null
-    const void *qkv, *output, *gate_up, *down;                                       // packed
+    // all but post_norm may be null
+    const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;
+    const void *qkv, *output, *gate_up, *down;  // packed
 };
 
 struct Workspace {
@@ -42,7 +49,7 @@ struct Workspace {
     float* ffn;        // [rows, ffn]
 };
 
-struct Model {                      // a whole target, from token ids to logits
+struct Model {  // a whole target, from token ids to logits
     const struct Layer* layers;
     const void *embedding, *table;  // packed or plain; the other is null
     const void* output;             // packed
@@ -53,113 +60,125 @@ struct Model {                      // a whole target, from token ids to logits
     float eps;
 };
 
-struct Pass {                       // one forward of a target: what it reads beside its rows, and what it leaves
-    const int64_t* token;           // [rows]
-    const float* const* embeddings; // null, or [rows] multimodal embedding in place of the token's, where not null
-    const int64_t* wanted;          // [wanted_count] rows whose logits are wanted, or null: all
-    const int32_t* aux_layers;      // after aux_layers[0], aux_layers[1], ... layers the states are copied to `aux_hidden`
-    float* aux_hidden;              // [rows, aux_count, hidden]
-    float* logits;                  // [wanted_count, vocab], or null
-    int64_t* best;                  // [wanted_count] their first maxima, -1 where that is not finite
+struct Pass {  // one forward of a target: what it reads beside its rows, and what it leaves
+    const int64_t* token;  // [rows]
+    // null, or [rows] multimodal embedding in place of the token's, where not null
+    const float* const* embeddings;
+    const int64_t* wanted;  // [wanted_count] rows whose logits are wanted, or null: all
+    // after aux_layers[0], aux_layers[1], ... layers the states are copied to `aux_hidden`
+    const int32_t* aux_layers;
+    float* aux_hidden;  // [rows, aux_count, hidden]
+    float* logits;      // [wanted_count, vocab], or null
+    int64_t* best;      // [wanted_count] their first maxima, -1 where that is not finite
     int32_t wanted_count, aux_count;
 };
 
-// ------------------------------------------------------------------------------------------------------------ draft heads
+// ------------------------------------------------------------------------------------- draft heads
 
-struct Head {             // an EAGLE-3 head of one layer, which reads [norm(embedding) ; norm(features)]
+struct Head {  // an EAGLE-3 head of one layer, which reads [norm(embedding) ; norm(features)]
     struct Layer layer;
-    const float *aux_norm, *fc_bias, *input_norm, *hidden_norm, *final_norm;  // the first two may be null
-    const void *fc, *embedding, *table;  // fc packed; embeddings packed or as a plain table, the other is null
-    const void* outputs;                 // [outputs_count, hidden] packed: bytes where `scale` is not null
-    const float* scale;                  // of smart_pack_bytes
+    // the first two may be null
+    const float *aux_norm, *fc_bias, *input_norm, *hidden_norm, *final_norm;
+    // fc packed; embeddings packed or as a plain table, the other is null
+    const void *fc, *embedding, *table;
+    const void* outputs;  // [outputs_count, hidden] packed: bytes where `scale` is not null
+    const float* scale;   // of smart_pack_bytes
     const int32_t* sums;
-    const int64_t* tokens;               // [outputs_count]
+    const int64_t* tokens;  // [outputs_count]
     int64_t outputs_count;
-    int32_t aux_count;                   // states that fc reads
+    int32_t aux_count;  // states that fc reads
     int32_t norm_before_residual;
 };
 
-// A level of a head. The first one reads aux hidden states and is wanted for the last row of each request only; other rows
-// leave nothing but their keys and values. Deeper ones read earlier outputs, and all rows are wanted.
+// A level of a head. The first one reads aux hidden states and is wanted for the last row of each
+// request only; other rows leave nothing but their keys and values. Deeper ones read earlier
+// outputs, and all rows are wanted.
 struct Level {
     int32_t first, k;
     const int64_t* token;            // [rows]
     const float* const* features;    // [rows]
     const float* const* embeddings;  // as in Pass
     float* out;                      // [wanted, hidden] what deeper levels read
-    const float* scale;              // [wanted] on the logits, and the keys of the noise: see smart_top_k
+    // [wanted] on the logits, and the keys of the noise: see smart_top_k
+    const float* scale;
     const uint64_t* keys;
-    int64_t* tokens;                 // [wanted, k] the best children, best first
+    int64_t* tokens;  // [wanted, k] the best children, best first
     double* probs;
 };
 
-// ------------------------------------------------------------------------------------------------ verification of a round
+// ------------------------------------------------------------------------- verification of a round
 
 struct Round {
     int64_t requests, nodes, room;
-    const int64_t* root;               // [requests] their last tokens
-    const int64_t* length;             // [requests] positions of these
-    const int32_t* const* pages;       // [requests] block tables, with room for the nodes
-    const int64_t* trees;              // owner, token, parent, depth: [4, room] (core/tree.py)
-    const int64_t* kept;               // [nodes] which of the trees' nodes are verified, ascending
+    const int64_t* root;          // [requests] their last tokens
+    const int64_t* length;        // [requests] positions of these
+    const int32_t* const* pages;  // [requests] block tables, with room for the nodes
+    const int64_t* trees;         // owner, token, parent, depth: [4, room] (core/tree.py)
+    const int64_t* kept;          // [nodes] which of the trees' nodes are verified, ascending
     int64_t hidden, kv_heads, head_dim;
-    const float *cosine, *sine;        // [positions, head_dim / 2]
-    // What comes of it. Nodes count as they do in `kept`.
-    int64_t* after;     // [requests + nodes] the target's token after each root and each accepted node, else -1
-    int64_t* emitted;   // [requests + nodes] the accepted tokens and the bonus token, request after request
+    const float *cosine, *sine;  // [positions, head_dim / 2]
+    // What comes of it. Nodes count as they do in `kept`. [requests + nodes] the target's token
+    // after each root and each accepted node, else -1
+    int64_t* after;
+    // [requests + nodes] the accepted tokens and the bonus token, request after request
+    int64_t* emitted;
     int64_t* path;      // [nodes] the accepted nodes, request after request
     int64_t* accepted;  // [requests] how many
-    int64_t* first;     // [requests] row of the root in `aux_hidden`; those of accepted nodes follow it
-    double* seconds;    // [2] of the forward, and of moving keys
+    // [requests] row of the root in `aux_hidden`; those of accepted nodes follow it
+    int64_t* first;
+    double* seconds;  // [2] of the forward, and of moving keys
 };
 
-// -------------------------------------------------------------------------------------------------------- selecting nodes
+// --------------------------------------------------------------------------------- selecting nodes
 
-struct Trees {               // core/tree.py: its two blocks, and what the batch says of the nodes' owners
+struct Trees {  // core/tree.py: its two blocks, and what the batch says of the nodes' owners
     int64_t nodes, batch, room;
-    int64_t* ints;           // [5, room] owner, token, parent, depth, source
-    double* floats;          // [3, room] draft_prob, path_prob, accept_prob
-    const int64_t* limits;   // [batch] deepest useful node
-    const uint8_t* kind;     // [batch]
-    const int64_t* ends;     // [end_count] tokens that end an answer
+    int64_t* ints;          // [5, room] owner, token, parent, depth, source
+    double* floats;         // [3, room] draft_prob, path_prob, accept_prob
+    const int64_t* limits;  // [batch] deepest useful node
+    const uint8_t* kind;    // [batch]
+    const int64_t* ends;    // [end_count] tokens that end an answer
     int64_t end_count;
 };
 
-struct Calibration {         // core/calibration.py
-    const double* table;     // [source, depth, kind, bin] probability of acceptance given the parent's
-    int64_t cells;           // of the table
-    const int64_t* bin_of;   // [resolution + 1] bin of a draft probability
+struct Calibration {  // core/calibration.py
+    // [source, depth, kind, bin] probability of acceptance given the parent's
+    const double* table;
+    int64_t cells;          // of the table
+    const int64_t* bin_of;  // [resolution + 1] bin of a draft probability
     int64_t resolution, bins, depths, kinds;
 };
 
 struct Costs {
-    double tokens, sunk, limit;  // tokens of a plain round; seconds spent; seconds that the round may last
-    const double* verify;        // [verify_count] seconds of verifying 0, 1, ... nodes
+    // tokens of a plain round; seconds spent; seconds that the round may last
+    double tokens, sunk, limit;
+    const double* verify;  // [verify_count] seconds of verifying 0, 1, ... nodes
     int64_t verify_count;
 };
 
-struct Choice {              // of nodes to verify
+struct Choice {  // of nodes to verify
     int64_t count;
-    double rate, expected;   // tokens per second then expected; accepted nodes
+    double rate, expected;  // tokens per second then expected; accepted nodes
 };
 
-// How smart_grow drafts. The head's outputs of the round lie in `out` of the first level: those of the roots, then those of
-// the expanded nodes.
+// How smart_grow drafts. The head's outputs of the round lie in `out` of the first level: those of
+// the roots, then those of the expanded nodes.
 struct Growth {
     int64_t levels, reach;  // at most; levels to look ahead
     int64_t widths_count, least;
-    const int64_t* widths;               // as for smart_frontier
+    const int64_t* widths;  // as for smart_frontier
     const double* level_seconds;
-    const double* below;                 // [levels, reach * RANKS] for a frontier at level 1, 2, ...
-    int64_t hidden, first_slot, slots;   // where expanded nodes' keys go, and how many there can be
-    const float* scale;                  // [batch] on the logits, or null,
-    const uint64_t* noise;               // and [batch, levels] keys of the noise: see smart_top_k
-    void *keys, *values;                 // the head's
+    const double* below;  // [levels, reach * RANKS] for a frontier at level 1, 2, ...
+    // where expanded nodes' keys go, and how many there can be
+    int64_t hidden, first_slot, slots;
+    const float* scale;     // [batch] on the logits, or null,
+    const uint64_t* noise;  // and [batch, levels] keys of the noise: see smart_top_k
+    void *keys, *values;    // the head's
     int64_t pages;
     int32_t w_bf16, kv_bf16, threads;
-    int64_t* expanded;                   // [levels] out: nodes run at each level,
-    double* seconds;                     // and its duration
-    double* choosing;                    // out: seconds of all the rest
+    int64_t* expanded;  // [levels] out: nodes run at each level,
+    double* seconds;    // and its duration
+    double* choosing;   // out: seconds of all the rest
 };
 
 struct Draw {  // of a token; see smart_draw
@@ -168,79 +187,106 @@ struct Draw {  // of a token; see smart_draw
     double scale, floor, below;
 };
 
-// --------------------------------------------------------------------------------------------------------------- functions
+// --------------------------------------------------------------------------------------- functions
 // Those that return int32_t status: nonzero where the kernels do not serve the model.
 
-// Asks the operating system for what this variant needs (AMX's registers). Nonzero: it cannot be used.
+// Asks the operating system for what this variant needs (AMX's registers). Nonzero: it cannot be
+// used.
 int32_t smart_enable();
 // The layout of the structures as this library's compiler laid them out; see abi.py.
 const char* smart_layout();
 int32_t smart_vector_width();  // lanes of float
 int32_t smart_page();          // positions of a KV page
-int32_t smart_pass_rows(int32_t is_bf16);  // rows that share a pass over weights: one more costs a step
+// Rows that share a pass over weights: one more costs a step.
+int32_t smart_pass_rows(int32_t is_bf16);
 int32_t smart_rounds_inputs();  // does bf16 mean bf16 inputs of linear layers, too?
-int32_t smart_attends_by_pairs(int32_t is_bf16, int32_t head_dim);  // do keys and values of a page lie in pairs?
+// Do keys and values of a page lie in pairs?
+int32_t smart_attends_by_pairs(int32_t is_bf16, int32_t head_dim);
 
 // Reads memory as weights are read, prefetched to `hint`.
 float smart_read(const float* x, int64_t bytes, int32_t hint, int32_t threads);
 
 int64_t smart_packed_rows(int64_t n);
 void smart_pack(const void* w, int64_t n, int64_t k, void* out, int32_t is_bf16);
-// w [n, k] in 8 bits, k a multiple of 4: w[i] is about scale[i] * its integers, whose sum is sums[i]; all have packed_rows(n).
-void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* scale, int32_t* sums);
+// w [n, k] in 8 bits, k a multiple of 4: w[i] is about scale[i] * its integers, whose sum is
+// sums[i]; all have packed_rows(n).
+void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* scale,
+                      int32_t* sums);
 // Rows `index` of a packed weight [n, k] as fp32 [count, k].
-void smart_unpack(const void* w, int64_t k, int32_t is_bf16, const int64_t* index, int32_t count, float* out);
+void smart_unpack(const void* w, int64_t k, int32_t is_bf16, const int64_t* index, int32_t count,
+                  float* out);
 
-// y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best [rows], if not null: the first
-// index of each row's maximum, as in smart_argmax (without y, if `add`); y may be null then.
-void smart_linear(const float* x, int32_t rows, const void* w, int64_t n, int64_t k, int32_t is_bf16, const float* norm, float eps,
-                  const float* bias, float* scratch, float* y, int64_t ldy, int32_t add, int32_t hint, int64_t* best, int32_t threads);
-void smart_rms_norm(const float* x, const float* weight, float eps, int32_t rows, int64_t d, float* out, int64_t ldo);
+// y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best
+// [rows], if not null: the first index of each row's maximum, as in smart_argmax (without y, if
+// `add`); y may be null then.
+void smart_linear(const float* x, int32_t rows, const void* w, int64_t n, int64_t k,
+                  int32_t is_bf16, const float* norm, float eps, const float* bias, float* scratch,
+                  float* y, int64_t ldy, int32_t add, int32_t hint, int64_t* best, int32_t threads);
+void smart_rms_norm(const float* x, const float* weight, float eps, int32_t rows, int64_t d,
+                    float* out, int64_t ldo);
 
-// Layers in place on x [rows, hidden]. q, k and v read rms_norm(x), the first one's `input` [rows, input] if given.
-int32_t smart_layers(const struct Layer* layers, int32_t count, const struct Rows* in, const float* input, float* x, void* keys,
-                     void* values, int64_t pages, const struct Workspace* workspace, int32_t w_bf16, int32_t kv_bf16, int32_t threads);
-int32_t smart_forward(const struct Model* m, const struct Rows* in, const struct Pass* pass, int32_t threads);
+// Layers in place on x [rows, hidden]. q, k and v read rms_norm(x), the first one's `input` [rows,
+// input] if given.
+int32_t smart_layers(const struct Layer* layers, int32_t count, const struct Rows* in,
+                     const float* input, float* x, void* keys, void* values, int64_t pages,
+                     const struct Workspace* workspace, int32_t w_bf16, int32_t kv_bf16,
+                     int32_t threads);
+int32_t smart_forward(const struct Model* m, const struct Rows* in, const struct Pass* pass,
+                      int32_t threads);
 // pass: its aux layers, and memory for `aux_hidden`.
-int32_t smart_round(const struct Model* m, const struct Round* r, const struct Pass* pass, int32_t threads);
+int32_t smart_round(const struct Model* m, const struct Round* r, const struct Pass* pass,
+                    int32_t threads);
 // One level. keys, values: the head's.
-int32_t smart_draft(const struct Head* h, const struct Rows* in, const struct Level* v, void* keys, void* values, int64_t pages,
-                    int32_t w_bf16, int32_t kv_bf16, int32_t threads);
-// Moves committed tree nodes to their final places: for every layer and head, slot from[i] -> to[i], in order.
-void smart_move_kv(void* keys, void* values, int64_t planes, int64_t pages, int32_t head_dim, int32_t bytes, const int32_t* from,
-                   const int32_t* to, int32_t count);
+int32_t smart_draft(const struct Head* h, const struct Rows* in, const struct Level* v, void* keys,
+                    void* values, int64_t pages, int32_t w_bf16, int32_t kv_bf16, int32_t threads);
+// Moves committed tree nodes to their final places: for every layer and head, slot from[i] ->
+// to[i], in order.
+void smart_move_kv(void* keys, void* values, int64_t planes, int64_t pages, int32_t head_dim,
+                   int32_t bytes, const int32_t* from, const int32_t* to, int32_t count);
 
 // First index of the largest entry of the rows `which` of x [rows, n]; -1 where it is not finite.
-void smart_argmax(const float* x, const int64_t* which, int32_t rows, int64_t n, int64_t* out, int32_t threads);
-// The k largest scores x * scale of each row, largest first, ties by index, and what each weighs in the softmax.
-// keys (may be null): sampling noise is added to the scores of the rows whose key is not 0, and their probabilities are
-// the softmax of the k noisy scores. tokens [n]: token ids, which the noise depends on.
-void smart_top_k(const float* x, int32_t rows, int64_t n, int32_t k, const float* scale, const uint64_t* keys, const int64_t* tokens,
-                 int64_t* ids, float* probs, int32_t threads);
-// Draws a token for each of `count` rows of n logits: the argmax of row * scale + noise among entries of at least `kept`, which
-// top-k raises (k of 1 to n - 1; 0 or more than that cuts nothing), and of at least the maximum + `below`. A negative k asks for
-// no more than `best`. best: the first maximum, -1 if it is not finite, or if a row that is drawn from has a NaN. drawn: the
+void smart_argmax(const float* x, const int64_t* which, int32_t rows, int64_t n, int64_t* out,
+                  int32_t threads);
+// The k largest scores x * scale of each row, largest first, ties by index, and what each weighs in
+// the softmax. keys (may be null): sampling noise is added to the scores of the rows whose key is
+// not 0, and their probabilities are the softmax of the k noisy scores. tokens [n]: token ids,
+// which the noise depends on.
+void smart_top_k(const float* x, int32_t rows, int64_t n, int32_t k, const float* scale,
+                 const uint64_t* keys, const int64_t* tokens, int64_t* ids, float* probs,
+                 int32_t threads);
+// Draws a token for each of `count` rows of n logits: the argmax of row * scale + noise among
+// entries of at least `kept`, which top-k raises (k of 1 to n - 1; 0 or more than that cuts
+// nothing), and of at least the maximum + `below`. A negative k asks for no more than `best`. best:
+// the first maximum, -1 if it is not finite, or if a row that is drawn from has a NaN. drawn: the
 // token, -1 where others come so near that rounding decides.
-void smart_draw(const struct Draw* draws, int64_t count, int64_t n, int64_t* best, double* kept, int64_t* drawn, int32_t threads);
-// The sum of exp((entry - best) * scale) over the entries of at least `floor`, and over those of them beyond `value`.
-void smart_mass(const float* row, int64_t n, float best, float scale, float floor, float value, double* all_and_above);
+void smart_draw(const struct Draw* draws, int64_t count, int64_t n, int64_t* best, double* kept,
+                int64_t* drawn, int32_t threads);
+// The sum of exp((entry - best) * scale) over the entries of at least `floor`, and over those of
+// them beyond `value`.
+void smart_mass(const float* row, int64_t n, float best, float scale, float floor, float value,
+                double* all_and_above);
 
-// The nodes of `level` to expand next, ascending, into `out` [nodes]; returns how many: 0 where no deeper tree beats stopping
-// (then `choice` and `kept` [nodes] say what to verify), -1 where the calibration's table is too small. `below` [reach * RANKS]:
-// forecast descendants of a frontier node, given that node, level by level. `widths` [width_count], ascending: how many nodes
-// may be expanded (cut to those there are); level_seconds by width.
-int64_t smart_frontier(const struct Trees* t, const struct Calibration* b, const struct Costs* p, int32_t scored, int64_t level,
-                       const double* below, int64_t reach, const int64_t* widths, int64_t width_count, const double* level_seconds,
+// The nodes of `level` to expand next, ascending, into `out` [nodes]; returns how many: 0 where no
+// deeper tree beats stopping (then `choice` and `kept` [nodes] say what to verify), -1 where the
+// calibration's table is too small. `below` [reach * RANKS]: forecast descendants of a frontier
+// node, given that node, level by level. `widths` [width_count], ascending: how many nodes may be
+// expanded (cut to those there are); level_seconds by width.
+int64_t smart_frontier(const struct Trees* t, const struct Calibration* b, const struct Costs* p,
+                       int32_t scored, int64_t level, const double* below, int64_t reach,
+                       const int64_t* widths, int64_t width_count, const double* level_seconds,
                        int64_t* out, int64_t least, int64_t* kept, struct Choice* choice);
-// What to verify of the trees as they are, into `out` [nodes]; returns 0, or -1 where the calibration's table is too small.
-int64_t smart_select(const struct Trees* t, const struct Calibration* b, const struct Costs* p, int32_t scored, int64_t least,
-                     int64_t* out, struct Choice* choice);
-// Drafts a round: the first level of a head (`first` and `v`, whose tokens and probs are [batch, k]), then what smart_frontier
-// says, level by level, into the empty trees `t`; then what to verify, as smart_select. `out` [nodes] is scratch. p->sunk is
-// what the first level costs. Returns the levels run, or -1 where the calibration's table is too small, -2 where the kernels do
-// not serve the head.
-int64_t smart_grow(const struct Head* head, const struct Rows* first, const struct Level* v, const struct Growth* g, struct Trees* t,
-                   const struct Calibration* b, struct Costs* p, int64_t* out, int64_t* kept, struct Choice* choice);
+// What to verify of the trees as they are, into `out` [nodes]; returns 0, or -1 where the
+// calibration's table is too small.
+int64_t smart_select(const struct Trees* t, const struct Calibration* b, const struct Costs* p,
+                     int32_t scored, int64_t least, int64_t* out, struct Choice* choice);
+// Drafts a round: the first level of a head (`first` and `v`, whose tokens and probs are [batch,
+// k]), then what smart_frontier says, level by level, into the empty trees `t`; then what to
+// verify, as smart_select. `out` [nodes] is scratch. p->sunk is what the first level costs. Returns
+// the levels run, or -1 where the calibration's table is too small, -2 where the kernels do not
+// serve the head.
+int64_t smart_grow(const struct Head* head, const struct Rows* first, const struct Level* v,
+                   const struct Growth* g, struct Trees* t, const struct Calibration* b,
+                   struct Costs* p, int64_t* out, int64_t* kept, struct Choice* choice);
 
 #if defined(__cplusplus)
 }

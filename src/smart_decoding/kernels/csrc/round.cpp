@@ -1,129 +1,189 @@
-// A round's verification in one call, where every request takes the target's first maximum: the rows of all trees, the forward,
-// the walk down the trees, and the keys of what was accepted. engine/verification.py does the same in Python for all other rounds
-// and is the reference; between two forwards caches are cold, and there it takes half a millisecond.
+// A round's verification in one call, where every request takes the target's first maximum: the
+// rows of all trees, the forward, the walk down the trees, and the keys of what was accepted.
+// engine/verification.py does the same in Python for all other rounds and is the reference; between
+// two forwards caches are cold, and there it takes half a millisecond.
 
+#include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
 #include "abi.h"
-#include "vectors.h"
+#include "pages.h"
 
 namespace {
 
-struct Built {  // the rows of a round, and where in them the nodes are
-    std::vector<int64_t> token, position, node_row;
-    std::vector<int32_t> query_start_loc, block_table_start, pages, slot_mapping, context_len, ancestors_start, ancestors;
-    std::vector<std::vector<int32_t>> of;  // the nodes of each request
-    std::vector<int32_t> parent;           // of each node, among those that are kept, or -1
-};
+using smart::PAGE;
 
 int64_t owner_of(const Round& r, int64_t k) { return r.trees[r.kept[k]]; }
 int64_t token_of(const Round& r, int64_t k) { return r.trees[r.room + r.kept[k]]; }
 int64_t depth_of(const Round& r, int64_t k) { return r.trees[3 * r.room + r.kept[k]]; }
 
-// Parents among the kept nodes. `kept` is ascending, and so are parents.
-void number(const Round& r, Built& b) {
-    std::vector<int32_t> place(r.nodes ? r.kept[r.nodes - 1] + 1 : 0, -1);
-    b.parent.resize(r.nodes);
-    b.of.resize(r.requests);
-    for (int64_t k = 0; k < r.nodes; k++) {
-        int64_t node = r.kept[k], above = r.trees[2 * r.room + node];
-        place[node] = k;
-        b.parent[k] = above < 0 ? -1 : place[above];
-        b.of[owner_of(r, k)].push_back(k);
-    }
-}
+// The kept nodes of a round by request.
+struct KeptNodes {
+    std::vector<int32_t> parent;                // of each, among those that are kept, or -1
+    std::vector<std::vector<int32_t>> request;  // the nodes of each request
 
-// A group of rows for each request: its root, its best chain (of first children), its other nodes.
-void build(const Round& r, Built& b) {
-    number(r, b);
-    int64_t rows = r.requests + r.nodes;
-    b.token.resize(rows), b.position.resize(rows), b.node_row.resize(r.nodes);
-    b.slot_mapping.resize(rows), b.context_len.resize(rows), b.ancestors_start.assign(rows + 1, 0);
-    b.query_start_loc = {0};
-    for (int64_t i = 0; i < r.requests; i++) {
-        int32_t root = b.query_start_loc.back(), size = 1 + b.of[i].size();
-        b.query_start_loc.push_back(root + size);
-        b.block_table_start.push_back(b.pages.size());
-        b.pages.insert(b.pages.end(), r.pages[i], r.pages[i] + (r.length[i] + size + PAGE - 1) / PAGE);
+    // `kept` is ascending, and so are parents.
+    explicit KeptNodes(const Round& r) : parent(r.nodes), request(r.requests) {
+        std::vector<int32_t> place(r.nodes ? r.kept[r.nodes - 1] + 1 : 0, -1);
+        for (int64_t k = 0; k < r.nodes; k++) {
+            const int64_t node = r.kept[k], above = r.trees[2 * r.room + node];
+            place[node] = int32_t(k);
+            parent[k] = above < 0 ? -1 : place[above];
+            request[owner_of(r, k)].push_back(int32_t(k));
+        }
+    }
+};
+
+// The rows of a round, and where in them the nodes are. For each request: its root, its best chain
+// (of first children), its other nodes.
+struct RoundRows {
+    std::vector<int64_t> token, position;
+    std::vector<int32_t> node_row;
+    std::vector<int32_t> query_start_loc, block_table_start, block_tables, slot_mapping,
+        context_len, ancestors_start, ancestors;
+
+    RoundRows(const Round& r, const KeptNodes& nodes) : node_row(r.nodes) {
+        const int64_t rows = r.requests + r.nodes;
+        token.resize(rows);
+        position.resize(rows);
+        slot_mapping.resize(rows);
+        context_len.resize(rows);
+        ancestors_start.assign(rows + 1, 0);
+        query_start_loc.assign(1, 0);
+        for (int64_t i = 0; i < r.requests; i++) {
+            add_request(r, i, int32_t(1 + nodes.request[i].size()));
+            add_nodes(r, i, nodes);
+        }
+        std::partial_sum(ancestors_start.begin(), ancestors_start.end(), ancestors_start.begin());
+        add_ancestors(r, nodes);
+    }
+
+    // The root, and what all `size` rows of a request have in common.
+    void add_request(const Round& r, int64_t i, int32_t size) {
+        const int32_t root = query_start_loc.back();
+        query_start_loc.push_back(root + size);
+        block_table_start.push_back(int32_t(block_tables.size()));
+        const int64_t pages = (r.length[i] + size + PAGE - 1) / PAGE;
+        block_tables.insert(block_tables.end(), r.pages[i], r.pages[i] + pages);
         for (int32_t j = 0; j < size; j++) {
-            int64_t at = r.length[i] + j;
-            b.slot_mapping[root + j] = r.pages[i][at / PAGE] * PAGE + at % PAGE;
-            b.context_len[root + j] = r.length[i] + 1;
+            const int64_t at = r.length[i] + j;
+            slot_mapping[root + j] = int32_t(r.pages[i][at / PAGE] * PAGE + at % PAGE);
+            context_len[root + j] = int32_t(r.length[i] + 1);
         }
-        b.token[root] = r.root[i], b.position[root] = r.length[i];
-        int32_t tip = -1, chain = 0;
-        for (int32_t k : b.of[i])
-            if (b.parent[k] == tip) tip = k, b.node_row[k] = root + ++chain;
-            else b.node_row[k] = -1;
-        for (int32_t k : b.of[i]) {
-            if (b.node_row[k] < 0) b.node_row[k] = root + ++chain;
-            int64_t row = b.node_row[k];
-            b.token[row] = token_of(r, k), b.position[row] = r.length[i] + depth_of(r, k);
-            b.ancestors_start[row + 1] = depth_of(r, k);
-        }
+        token[root] = r.root[i];
+        position[root] = r.length[i];
     }
-    std::partial_sum(b.ancestors_start.begin(), b.ancestors_start.end(), b.ancestors_start.begin());
-    b.ancestors.resize(b.ancestors_start[rows]);
-    for (int64_t k = 0; k < r.nodes; k++) {  // a parent's ancestors are there before its children's
-        int32_t *to = &b.ancestors[b.ancestors_start[b.node_row[k]]], above = b.parent[k];
-        if (above >= 0) to = std::copy_n(&b.ancestors[b.ancestors_start[b.node_row[above]]], depth_of(r, above), to);
-        *to = b.slot_mapping[b.node_row[k]];
-    }
-}
 
-// Follows the target's tokens down the trees.
-void walk(const Round& r, const Built& b, const int64_t* best) {
+    void add_nodes(const Round& r, int64_t i, const KeptNodes& nodes) {
+        int32_t last = query_start_loc[i], tip = -1;
+        for (int32_t k : nodes.request[i]) {
+            const bool in_chain = nodes.parent[k] == tip;
+            node_row[k] = in_chain ? ++last : -1;
+            if (in_chain) tip = k;
+        }
+        for (int32_t k : nodes.request[i]) {
+            if (node_row[k] < 0) node_row[k] = ++last;
+            const int32_t row = node_row[k];
+            token[row] = token_of(r, k);
+            position[row] = r.length[i] + depth_of(r, k);
+            ancestors_start[row + 1] = int32_t(depth_of(r, k));
+        }
+    }
+
+    // A parent's ancestors are there before its children's.
+    void add_ancestors(const Round& r, const KeptNodes& nodes) {
+        ancestors.resize(ancestors_start.back());
+        for (int64_t k = 0; k < r.nodes; k++) {
+            const int32_t above = nodes.parent[k];
+            int32_t* to = ancestors.data() + ancestors_start[node_row[k]];
+            if (above >= 0)
+                to = std::copy_n(ancestors.data() + ancestors_start[node_row[above]],
+                                 depth_of(r, above), to);
+            *to = slot_mapping[node_row[k]];
+        }
+    }
+
+    Rows view(const Round& r) const {
+        Rows rows;
+        rows.rows = int32_t(token.size());
+        rows.requests = int32_t(r.requests);
+        rows.query_start_loc = query_start_loc.data();
+        rows.block_table_start = block_table_start.data();
+        rows.block_tables = block_tables.data();
+        rows.slot_mapping = slot_mapping.data();
+        rows.context_len = context_len.data();
+        rows.ancestors_start = ancestors_start.data();
+        rows.ancestors = ancestors.data();
+        rows.position = position.data();
+        rows.cosine = r.cosine;
+        rows.sine = r.sine;
+        return rows;
+    }
+};
+
+// Follows the target's tokens down the trees. What it says after the last accepted node is the
+// bonus token.
+void accept(const Round& r, const KeptNodes& nodes, const RoundRows& rows, const int64_t* best) {
     std::fill(r.after, r.after + r.requests + r.nodes, -1);
     int64_t *emitted = r.emitted, *path = r.path;
     for (int64_t i = 0; i < r.requests; i++) {
+        const int32_t root = rows.query_start_loc[i];
         r.accepted[i] = 0;
-        r.first[i] = b.query_start_loc[i];
-        *emitted++ = r.after[i] = best[b.query_start_loc[i]];
+        r.first[i] = root;
+        *emitted++ = r.after[i] = best[root];
         int32_t tip = -1;
-        for (int32_t k : b.of[i]) {  // children come after their parents; of equal siblings the first one counts
-            if (b.parent[k] != tip || token_of(r, k) != emitted[-1]) continue;
-            tip = *path++ = k;
+        for (int32_t k : nodes.request[i]) {  // children come after their parents; of equal
+                                              // siblings the first one counts
+            if (nodes.parent[k] != tip || token_of(r, k) != emitted[-1]) continue;
+            tip = k;
+            *path++ = k;
             r.accepted[i]++;
-            *emitted++ = r.after[r.requests + k] = best[b.node_row[k]];
+            *emitted++ = r.after[r.requests + k] = best[rows.node_row[k]];
         }
     }
 }
 
-// Moves accepted nodes' keys, and features of `width`, to the places that follow their roots'.
-void commit(const Round& r, const Built& b, const Model& m, float* aux_hidden, int64_t width) {
+// Moves accepted nodes' keys, and aux hidden states of `width`, to the places that follow their
+// roots'.
+void commit(const Round& r, const RoundRows& rows, const Model& m, float* aux_hidden,
+            int64_t width) {
     std::vector<int32_t> from, to;
     const int64_t* path = r.path;
     for (int64_t i = 0; i < r.requests; i++)
         for (int64_t j = 1; j <= r.accepted[i]; j++) {
-            int64_t source = b.node_row[*path++], target = b.query_start_loc[i] + j;
+            const int64_t source = rows.node_row[*path++], target = rows.query_start_loc[i] + j;
             if (source == target) continue;
-            from.push_back(b.slot_mapping[source]), to.push_back(b.slot_mapping[target]);
-            if (aux_hidden) memcpy(aux_hidden + target * width, aux_hidden + source * width, width * sizeof(float));
+            from.push_back(rows.slot_mapping[source]);
+            to.push_back(rows.slot_mapping[target]);
+            if (aux_hidden)
+                memcpy(aux_hidden + target * width, aux_hidden + source * width,
+                       width * sizeof(float));
         }
-    if (!from.empty())
-        smart_move_kv(m.keys, m.values, m.layer_count * r.kv_heads, m.pages, r.head_dim, m.kv_bf16 ? 2 : 4, from.data(), to.data(), from.size());
+    if (from.empty()) return;
+    smart_move_kv(m.keys, m.values, m.layer_count * r.kv_heads, m.pages, int32_t(r.head_dim),
+                  m.kv_bf16 ? 2 : 4, from.data(), to.data(), int32_t(from.size()));
 }
 
 }  // namespace
 
-// pass: its aux_layers, and memory for `aux_hidden` and `logits`. Returns nonzero where the kernels do not serve the model.
-extern "C" int smart_round(const Model* m, const Round* r, const Pass* pass, int threads) {
+extern "C" int32_t smart_round(const Model* m, const Round* r, const Pass* pass, int32_t threads) {
     typedef std::chrono::steady_clock clock;
-    Built b;
-    build(*r, b);
-    Rows rows{int32_t(b.token.size()), int32_t(r->requests), b.query_start_loc.data(), b.block_table_start.data(), b.pages.data(), b.slot_mapping.data(),
-              b.context_len.data(), b.ancestors_start.data(), b.ancestors.data(), b.position.data(), r->cosine, r->sine};
+    const KeptNodes nodes(*r);
+    const RoundRows round_rows(*r, nodes);
+    const Rows rows = round_rows.view(*r);
     std::vector<int64_t> best(rows.rows);
     Pass mine = *pass;
-    mine.token = b.token.data(), mine.best = best.data();
+    mine.token = round_rows.token.data();
+    mine.best = best.data();
     auto start = clock::now();
-    if (int status = smart_forward(m, &rows, &mine, threads)) return status;
+    if (int32_t status = smart_forward(m, &rows, &mine, threads)) return status;
     auto computed = clock::now();
-    walk(*r, b, best.data());
+    accept(*r, nodes, round_rows, best.data());
     auto walked = clock::now();
-    commit(*r, b, *m, mine.aux_hidden, pass->aux_count * r->hidden);
+    commit(*r, round_rows, *m, mine.aux_hidden, pass->aux_count * r->hidden);
     r->seconds[0] = std::chrono::duration<double>(computed - start).count();
     r->seconds[1] = std::chrono::duration<double>(clock::now() - walked).count();
     return 0;

@@ -1,0 +1,142 @@
+// Attention of a layer, rotary positions, and the KV cache. A result does not depend on where in
+// memory a key lies.
+
+#include "attention.h"
+
+#include "norm.h"
+#include "page_attention.h"
+#include "pair_attention.h"
+
+namespace [[gnu::visibility("hidden")]] smart {
+
+template <class T>
+std::vector<QueryBlock> query_blocks(const Rows& in, const Layer& l) {
+    const int heads = l.heads / l.kv_heads;
+    const int size = std::max(
+        1, lies_in_pairs(sizeof(T), l.head_dim) ? TILE / heads : std::min(4, MAX_QUERIES / heads));
+    std::vector<QueryBlock> blocks;
+    for (int g = 0; g < in.requests; g++)
+        for (int row = in.query_start_loc[g]; row < in.query_start_loc[g + 1]; row += size) {
+            QueryBlock block{g, row, std::min(size, in.query_start_loc[g + 1] - row)};
+            for (int r = row; r < row + block.count; r++) {
+                block.context_len = std::max(block.context_len, in.context_len[r]);
+                block.longest = std::max(block.longest, in.context_len[r] + ancestor_count(in, r));
+            }
+            blocks.push_back(block);
+        }
+    return blocks;
+}
+
+template <class T, int HD>
+static void attend_blocks(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks,
+                          const float* q, int64_t ldq, const KvCache<T>& cache, Input<T>* out) {
+    const int kv = l.kv_heads, heads = l.heads / kv, items = int(blocks.size()) * kv,
+              team = omp_get_num_threads();
+    const int64_t plane = cache.pages * HD * PAGE, ldo = int64_t(l.heads) * HD;
+    auto item = [&](int i) {
+        const QueryBlock& block = blocks[i / kv];
+        const int64_t h = i % kv;
+        const int32_t* table = in.block_tables + in.block_table_start[block.request];
+        return AttentionItem<T>{block, cache.keys + h * plane, cache.values + h * plane, table,
+                                h * heads * HD};
+    };
+#pragma omp for schedule( \
+        dynamic, \
+            1)  // contexts differ; a thread's next item is most likely the one a team further
+    for (int i = 0; i < items; i++) {
+        if constexpr (lies_in_pairs(sizeof(T), HD))
+            attend_pairs<HD>(in, item(i), item(std::min(i + team, items - 1)), heads, q, ldq, out,
+                             ldo);
+        else
+            attend_pages<T, HD>(in, item(i), heads, q, ldq, out, ldo);
+    }
+}
+
+template <class T>
+void attend(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks, const float* q,
+            int64_t ldq, const KvCache<T>& cache, Input<T>* out) {
+    dispatch_head_dim(l.head_dim,
+                      [&](auto hd) { attend_blocks<T, hd>(l, in, blocks, q, ldq, cache, out); });
+}
+
+template <int HD>
+static inline void rope(float* x, const float* cosine, const float* sine) {
+    for (int d = 0; d < HD / 2; d++) {
+        float a = x[d], b = x[d + HD / 2];
+        x[d] = a * cosine[d] - b * sine[d];
+        x[d + HD / 2] = b * cosine[d] + a * sine[d];
+    }
+}
+
+template <class T, int HD>
+static void rope_and_store_row(const Layer& l, const Rows& in, int row, float* projected, int heads,
+                               int kv_heads, const KvCache<T>& cache) {
+    const int64_t angle = in.position[row] * (HD / 2), plane = cache.pages * PAGE * HD;
+    for (int h = 0; h < heads + kv_heads; h++) {
+        float* x = projected + h * HD;
+        const float* norm = h < heads ? l.q_norm : l.k_norm;
+        if (norm) rms_norm_row(x, norm, l.eps, HD, x);
+        rope<HD>(x, in.cosine + angle, in.sine + angle);
+    }
+    const PageOrder order(sizeof(T), HD);
+    for (int h = 0; h < kv_heads; h++) {
+        const float *k = projected + (heads + h) * HD, *v = k + kv_heads * HD;
+        T key[HD], value[HD];
+        for (int d = 0; d < HD; d++) from_f32(k[d], key + d);
+        for (int d = 0; d < HD; d++) from_f32(v[d], value + d);
+        order.put_key(cache.keys + h * plane, in.slot_mapping[row], key);
+        order.put_value(cache.values + h * plane, in.slot_mapping[row], value);
+    }
+}
+
+template <class T>
+void rope_and_store(const Layer& l, const Rows& in, int row, float* projected, int heads,
+                    int kv_heads, const KvCache<T>& cache) {
+    dispatch_head_dim(l.head_dim, [&](auto hd) {
+        rope_and_store_row<T, hd>(l, in, row, projected, heads, kv_heads, cache);
+    });
+}
+
+template std::vector<QueryBlock> query_blocks<bf16>(const Rows&, const Layer&);
+template std::vector<QueryBlock> query_blocks<float>(const Rows&, const Layer&);
+template void attend(const Layer&, const Rows&, const std::vector<QueryBlock>&, const float*,
+                     int64_t, const KvCache<bf16>&, Input<bf16>*);
+template void attend(const Layer&, const Rows&, const std::vector<QueryBlock>&, const float*,
+                     int64_t, const KvCache<float>&, Input<float>*);
+template void rope_and_store(const Layer&, const Rows&, int, float*, int, int,
+                             const KvCache<bf16>&);
+template void rope_and_store(const Layer&, const Rows&, int, float*, int, int,
+                             const KvCache<float>&);
+
+template <class T>
+static void move_kv(T* keys, T* values, int64_t planes, int64_t pages, int head_dim,
+                    const int32_t* from, const int32_t* to, int count) {
+    const PageOrder order(sizeof(T), head_dim);
+    const int64_t plane = pages * PAGE * head_dim;
+    for (int64_t p = 0; p < planes; p++, keys += plane, values += plane)
+        for (int i = 0; i < count; i++) {
+            order.copy_key(keys, to[i], keys, from[i]);
+            order.copy_value(values, to[i], values, from[i]);
+        }
+}
+
+}  // namespace smart
+
+using namespace smart;
+
+extern "C" {
+
+int32_t smart_page() { return PAGE; }
+
+int32_t smart_attends_by_pairs(int32_t is_bf16, int32_t head_dim) {
+    return lies_in_pairs(is_bf16 ? sizeof(bf16) : sizeof(float), head_dim);
+}
+
+void smart_move_kv(void* keys, void* values, int64_t planes, int64_t pages, int32_t head_dim,
+                   int32_t bytes, const int32_t* from, const int32_t* to, int32_t count) {
+    if (bytes == 2)
+        move_kv((bf16*)keys, (bf16*)values, planes, pages, head_dim, from, to, count);
+    else
+        move_kv((float*)keys, (float*)values, planes, pages, head_dim, from, to, count);
+}
+}

@@ -1,0 +1,287 @@
+// EAGLE-3 draft heads of one layer: from hidden states and tokens to the best children.
+
+#include <vector>
+
+#include "attention.h"
+#include "layers.h"
+#include "sampling.h"
+#include "workspace.h"
+
+namespace [[gnu::visibility("hidden")]] smart {
+
+// ----------------------------------------------------------------------------------- 8-bit outputs
+
+// x [d] in 16 bits with 32768 added, the high and the low halves apart. Returns what a step is
+// worth.
+static inline float round_to_16_bits(const float* x, int64_t d, uint8_t* high, uint8_t* low) {
+    float top = 1e-30f;
+    for (int64_t i = 0; i < d; i++) top = std::max(top, std::fabs(x[i]));
+    for (int64_t i = 0; i < d; i++) {
+        int32_t value = int32_t(x[i] * (32767 / top) + 32768.5f);
+        high[i] = uint8_t(value >> 8);
+        low[i] = uint8_t(value);
+    }
+    return top / 32767;
+}
+
+// y = x w^T for pairs of rows, the high and the low halves of 16 bits, times the `step` of each
+// pair and `scale`.
+template <class W>
+__attribute__((noinline)) static void byte_rows(const Input<W>* x, int rows, const W* w, int64_t n,
+                                                int64_t k, const float* scale, const int32_t* sums,
+                                                const float* step, float* y) {
+    gemm<INTO_CACHES>(x, k, rows, w, n, k, [=](int row, int64_t column, vf left, vf right) {
+        vi a = (vi)left, b = (vi)right;
+        const bool low = row & 1;  // comes after the high half
+        if (!low) {
+            a -= 128 * loadu<vi>(sums + column);
+            b -= 128 * loadu<vi>(sums + column + VW);
+        }
+        const float factor = low ? step[row / 2] : 256 * step[row / 2];
+        vf first = __builtin_convertvector(a, vf) * loadu<vf>(scale + column) * factor;
+        vf second = __builtin_convertvector(b, vf) * loadu<vf>(scale + column + VW) * factor;
+        store_columns(y + row / 2 * n, column, n, first, second, low);
+    });
+}
+
+// Logits of x [wanted, hidden] with 8-bit weights, by a whole team. Where CPUs multiply bytes, x is
+// rounded to 16 bits, whose halves are two rows of bytes. `line` [hidden] is this thread's.
+template <class W>
+static void byte_logits(const Head& h, const float* x, int wanted, float* line, void* workspace,
+                        float* step, float* logits) {
+    const int64_t d = h.layer.hidden, n = h.outputs_count;
+    Input<W>* inputs = (Input<W>*)workspace;
+    if constexpr (std::is_same_v<Input<W>, uint8_t>) {
+#pragma omp for schedule(static)
+        for (int r = 0; r < wanted; r++) {
+            rms_norm_row(x + r * d, h.final_norm, h.layer.eps, d, line);
+            step[r] = round_to_16_bits(line, d, inputs + 2 * r * d, inputs + (2 * r + 1) * d);
+        }
+        byte_rows(inputs, 2 * wanted, (const W*)h.outputs, n, d, h.scale, h.sums, step, logits);
+    } else {
+        rms_norm_rows(x, h.final_norm, h.layer.eps, wanted, d, inputs);
+#pragma omp barrier
+        gemm<INTO_CACHES>(inputs, d, wanted, (const W*)h.outputs, n, d,
+                          [=, &h](int row, int64_t column, vf left, vf right) {
+                              left *= loadu<vf>(h.scale + column);
+                              right *= loadu<vf>(h.scale + column + VW);
+                              store_columns(logits + row * n, column, n, left, right, false);
+                          });
+    }
+}
+
+// ----------------------------------------------------------------------------------------- a level
+
+// Keys and values are the columns behind those of queries, from a panel's first one on.
+struct DraftColumns {
+    int64_t q_width, first, width;
+
+    explicit DraftColumns(const Layer& l) {
+        q_width = int64_t(l.heads) * l.head_dim;
+        first = q_width / PANEL * PANEL;
+        width = q_width + 2 * l.kv_heads * l.head_dim - first;
+    }
+};
+
+// Rows that wait are taken in parts, as thousands may: the workspace of all of them would be new to
+// the process, and the first use of a page costs more than all work on it.
+constexpr int PART_ROWS = 256;
+
+// The wanted rows as a forward of their own: they attend, and nothing else does.
+struct WantedRows {
+    Rows rows;
+    std::vector<int32_t> place;  // [in.rows] of each row among the wanted ones, or -1
+    std::vector<int32_t> query_start_loc, context_len, ancestors_start;
+
+    WantedRows(const Rows& in, bool only_last) : rows(in), place(in.rows, -1) {
+        if (!only_last) {
+            for (int r = 0; r < in.rows; r++) place[r] = r;
+            return;
+        }
+        for (int i = 0; i < in.requests; i++) {
+            const int last = in.query_start_loc[i + 1] - 1;
+            place[last] = i;
+            query_start_loc.push_back(i);
+            context_len.push_back(in.context_len[last]);
+        }
+        query_start_loc.push_back(in.requests);
+        ancestors_start.assign(in.requests + 1, 0);
+        rows.rows = in.requests;
+        rows.query_start_loc = query_start_loc.data();
+        rows.context_len = context_len.data();
+        rows.ancestors_start = ancestors_start.data();
+    }
+    WantedRows(const WantedRows&) = delete;
+};
+
+// One level of a head, by a whole team: `run` on each thread.
+template <class W>
+struct DraftLevel {
+    const Head& head;
+    const Layer& layer;
+    const Rows& in;
+    const Level& level;
+    const WantedRows& asking;
+    const KvCache<W> cache;
+    const DraftColumns columns;
+    const int64_t d;
+    const std::vector<QueryBlock> blocks;
+
+    // Workspace. Of a part's rows: what linear layers read, features, and keys beside values.
+    Input<W>* inputs;
+    float *features, *kv;
+    // Of the wanted rows: inputs of the layer, queries and what follows them.
+    Input<W>*wanted_inputs, *attention, *ffn;
+    float *q, *normed, *step, *logits;
+
+    DraftLevel(const Head& h, const Rows& in_, const Level& v, const WantedRows& asking_,
+               const KvCache<W>& cache_, WorkspaceMemory& memory)
+        : head(h),
+          layer(h.layer),
+          in(in_),
+          level(v),
+          asking(asking_),
+          cache(cache_),
+          columns(h.layer),
+          d(h.layer.hidden),
+          blocks(query_blocks<W>(asking_.rows, h.layer)) {
+        const int64_t part = std::min(in.rows, PART_ROWS), wanted = asking.rows.rows,
+                      n = h.outputs_count;
+        const int64_t widest = std::max(v.first ? h.aux_count * d : 0, 2 * d),
+                      rows = std::max(part, wanted);
+        memory.begin(rows * (widest + d + columns.width)
+                     + wanted * (2 * columns.q_width + layer.ffn + n + 3 * d + 1) + 256);
+        inputs = memory.take<Input<W>>(rows * widest);
+        wanted_inputs = memory.take<Input<W>>(wanted * 2 * d);
+        attention = memory.take<Input<W>>(wanted * columns.q_width);
+        ffn = memory.take<Input<W>>(wanted * layer.ffn);
+        features = memory.take<float>(part * d);
+        kv = memory.take<float>(part * columns.width);
+        q = memory.take<float>(wanted * columns.q_width);
+        normed = memory.take<float>(wanted * d);
+        step = memory.take<float>(wanted);
+        logits = memory.take<float>(wanted * n);
+    }
+
+    void run() const {
+        std::vector<float> line(std::max<int64_t>(d, level.k));
+        for (int first = 0; first < in.rows; first += PART_ROWS)
+            run_part(first, std::min(first + PART_ROWS, in.rows), line.data());
+        run_wanted(line.data());
+    }
+
+    // Rows [first, end) to keys and values; of the wanted ones inputs and residuals are left. Rows
+    // that nobody asks for leave keys and values only.
+    void run_part(int first, int end, float* line) const {
+        if (level.first) fuse_aux_hidden(first, end);
+#pragma omp for schedule(static)
+        for (int r = first; r < end; r++) prepare_row(r, r - first, line);
+        const W* weight = (const W*)layer.qkv + columns.first * 2 * d;
+        const float* bias = layer.qkv_bias ? layer.qkv_bias + columns.first : nullptr;
+        linear_rows(inputs, 2 * d, end - first, weight, columns.width, 2 * d, bias, kv,
+                    columns.width, false);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int r = first; r < end; r++) {
+            float* keys = kv + (r - first) * columns.width + columns.q_width - columns.first;
+            rope_and_store(layer, in, r, keys, 0, layer.kv_heads, cache);
+        }
+    }
+
+    // The features of the first level: several layers' states side by side through fc.
+    void fuse_aux_hidden(int first, int end) const {
+        const int64_t width = head.aux_count * d;
+#pragma omp for schedule(static)
+        for (int r = first; r < end; r++)
+            for (int t = 0; t < head.aux_count; t++) {
+                const float* from = level.features[r] + t * d;
+                Input<W>* to = inputs + (r - first) * width + t * d;
+                if (head.aux_norm)
+                    rms_norm_row(from, head.aux_norm, layer.eps, d, to);
+                else
+                    for (int64_t i = 0; i < d; i++) from_f32(from[i], to + i);
+            }
+        linear_rows(inputs, width, end - first, (const W*)head.fc, d, width, head.fc_bias, features,
+                    d, false);
+#pragma omp barrier
+    }
+
+    // [norm(embedding) ; norm(features)] of row `r`, the part's `at`-th.
+    void prepare_row(int r, int at, float* line) const {
+        const float* row_features = level.first ? features + at * d : level.features[r];
+        const float* embedding = line;
+        if (level.embeddings && level.embeddings[r])
+            embedding = level.embeddings[r];
+        else
+            embedding_row<W>(head.embedding, head.table, d, level.token[r], line);
+        Input<W>* to = inputs + at * 2 * d;
+        rms_norm_row(embedding, head.input_norm, layer.eps, d, to);
+        rms_norm_row(row_features, head.hidden_norm, layer.eps, d, to + d);
+        const int place = asking.place[r];
+        if (place < 0) return;
+        memcpy(wanted_inputs + place * 2 * d, to, 2 * d * sizeof(*to));
+        float* x = level.out + place * d;
+        if (head.norm_before_residual)
+            rms_norm_row(row_features, head.hidden_norm, layer.eps, d, x);
+        else
+            memcpy(x, row_features, d * sizeof(float));
+    }
+
+    // The wanted rows, from inputs to the best children.
+    void run_wanted(float* line) const {
+        const int wanted = asking.rows.rows;
+        const int64_t q_width = columns.q_width;
+        linear_rows(wanted_inputs, 2 * d, wanted, (const W*)layer.qkv, q_width, 2 * d,
+                    layer.qkv_bias, q, q_width, false);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int r = 0; r < in.rows; r++)
+            if (asking.place[r] >= 0)
+                rope_and_store(layer, in, r, q + asking.place[r] * q_width, layer.heads, 0, cache);
+        attend(layer, asking.rows, blocks, q, q_width, cache, attention);
+        finish_layer<W>(layer, wanted, attention, level.out, inputs, ffn);
+        find_logits(wanted, line);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int r = 0; r < wanted; r++) find_children(r, line);
+    }
+
+    void find_logits(int wanted, float* line) const {
+        const int64_t n = head.outputs_count;
+        if (head.scale)
+            return byte_logits<int8_t>(head, level.out, wanted, line, normed, step, logits);
+        rms_norm_rows(level.out, head.final_norm, layer.eps, wanted, d, inputs);
+#pragma omp barrier
+        linear_rows(inputs, d, wanted, (const W*)head.outputs, n, d, nullptr, logits, n, false);
+    }
+
+    void find_children(int r, float* line) const {
+        const int64_t n = head.outputs_count, first = int64_t(r) * level.k;
+        int64_t* ids = level.tokens + first;
+        const float scale = level.scale ? level.scale[r] : 1.0f;
+        top_k_row(logits + r * n, n, level.k, scale, level.keys ? level.keys[r] : 0, head.tokens,
+                  ids, line);
+        for (int j = 0; j < level.k; j++) {
+            ids[j] = head.tokens[ids[j]];
+            level.probs[first + j] = line[j];
+        }
+    }
+};
+
+}  // namespace smart
+
+using namespace smart;
+
+extern "C" int32_t smart_draft(const Head* h, const Rows* in, const Level* v, void* keys,
+                               void* values, int64_t pages, int32_t w_bf16, int32_t kv_bf16,
+                               int32_t threads) {
+    return dispatch_types(h->layer.head_dim, w_bf16, kv_bf16, [&](auto* type) {
+        typedef std::remove_pointer_t<decltype(type)> W;
+        static thread_local WorkspaceMemory memory;
+        const WantedRows asking(*in, v->first);
+        const DraftLevel<W> level(*h, *in, *v, asking, KvCache<W>{(W*)keys, (W*)values, pages},
+                                  memory);
+#pragma omp parallel num_threads(threads)
+        level.run();
+    });
+}

@@ -1,0 +1,397 @@
+// What differs between CPUs, and nothing else does: the other files are one text for every
+// instruction set.
+//
+// To add an instruction set, edit this file only. Every primitive has a plain version, so that all
+// code compiles everywhere. A HAS_... constant says that the CPU has an instruction for it; only
+// then do callers choose the data layout and the loops that need it.
+//
+// SMART_EMULATE_TILES makes a build for tests: tiles, and what they imply, in plain loops. So the
+// code above them runs on CPUs without AMX. It is slow and must never be shipped.
+
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(__ARM_FEATURE_MATMUL_INT8)
+#include <arm_neon.h>
+#endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// GCC warns that wide vectors are passed in other ways with other flags. Here they never leave a
+// source file.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+// Hidden: several variants may be loaded into one process, and none may call into another.
+namespace [[gnu::visibility("hidden")]] smart {
+
+typedef uint16_t bf16;
+
+// ----------------------------------------------------------------------------------------- vectors
+
+// Lanes of a vector of float, and the rows whose sums stay in registers while they share a pass
+// over weights.
+#if defined(__AVX512F__)
+constexpr int VW = 16, PASS_ROWS = 12;
+#elif defined(SMART_EMULATE_TILES)
+constexpr int VW = 16, PASS_ROWS = 4;  // tiles are laid out for 16 lanes
+#elif defined(__AVX2__)
+constexpr int VW = 8, PASS_ROWS = 6;
+#else
+constexpr int VW = 4, PASS_ROWS = 8;
+#endif
+
+// GCC's vectors of any number of lanes: the compiler splits those that are wider than registers.
+template <class T, int LANES>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(LANES * sizeof(T))));
+};
+template <class T, int LANES>
+using Vector = typename VectorOf<T, LANES>::type;
+template <class V>
+constexpr int LANES_OF = sizeof(V) / 4;
+
+typedef Vector<float, VW> vf;
+typedef Vector<int32_t, VW> vi;
+typedef Vector<uint32_t, VW> vu;
+
+template <class V>
+static inline V loadu(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V>
+static inline void storeu(void* p, const V& v) {
+    memcpy(p, &v, sizeof v);
+}
+
+// Four bytes in every lane: a pair of bf16, or four inputs of 8 bits.
+static inline vu broadcast4(const void* p) {
+#if defined(__AVX512F__)  // of the plain sum GCC 12 makes a load and a broadcast
+    return (vu)_mm512_set1_epi32(loadu<int32_t>(p));
+#else
+    return vu{} + loadu<uint32_t>(p);
+#endif
+}
+
+// Keeps a vector in a register: GCC would load it anew for each use.
+template <class V>
+static inline void keep_in_register([[maybe_unused]] V& v) {
+#if defined(__AVX512F__) || (defined(__AVX2__) && !defined(SMART_EMULATE_TILES))
+    asm("" : "+v"(v));
+#endif
+}
+
+// Hides where `p` comes from, so that what is read through it next is not read, and widened,
+// before.
+template <class T>
+static inline void hide_origin(T*& p) {
+    asm volatile("" : "+r"(p));
+}
+
+// How the loop of one pass is compiled. Inlined it is 5 % faster on AVX-512; with 16 registers GCC
+// 12 keeps the sums in them only in a function of its own.
+#if defined(__AVX512F__)
+#define SMART_PASS __attribute__((always_inline)) static inline
+#else
+#define SMART_PASS __attribute__((noinline)) static
+#endif
+
+// ------------------------------------------------------------------------------------- conversions
+
+// bf16 to float, as many as F has lanes.
+template <class F>
+static inline F widen(const bf16* p) {
+#if defined(__AVX512F__)  // GCC 12 splits the generic conversion in two
+    static_assert(sizeof(F) == sizeof(__m512));
+    return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+    static_assert(sizeof(F) == sizeof(__m256));
+    return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+    typedef Vector<uint16_t, LANES_OF<F>> Halves;
+    typedef Vector<uint32_t, LANES_OF<F>> Words;
+    return (F)(__builtin_convertvector(loadu<Halves>(p), Words) << 16);
+#endif
+}
+
+template <class F>
+static inline F widen(const float* p) {
+    return loadu<F>(p);
+}
+
+// float to bf16, rounded to the nearest, ties to even.
+template <class F>
+static inline void put(bf16* p, F v) {
+#if defined(__AVX512BF16__)
+    static_assert(sizeof(F) == sizeof(__m512));
+    storeu(p, _mm512_cvtneps_pbh((__m512)v));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    for (int i = 0; i < LANES_OF<F>; i += 4) {
+        float32x4_t four = {v[i], v[i + 1], v[i + 2], v[i + 3]};
+        storeu(p + i, vcvt_bf16_f32(four));
+    }
+#else
+    typedef Vector<uint16_t, LANES_OF<F>> Halves;
+    typedef Vector<uint32_t, LANES_OF<F>> Words;
+    Words bits = (Words)v;
+    storeu(p, __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves));
+#endif
+}
+
+template <class F>
+static inline void put(float* p, const F& v) {
+    storeu(p, v);
+}
+
+// -------------------------------------------------------------------------------- across the lanes
+
+template <class F>
+static inline float max_of(const F& lanes) {
+#if defined(__AVX512F__)
+    static_assert(sizeof(F) == sizeof(__m512));
+    return _mm512_reduce_max_ps((__m512)lanes);
+#else
+    F v = lanes;
+    for (int half = LANES_OF<F> / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) v[j] = v[j] > v[j + half] ? v[j] : v[j + half];
+    return v[0];
+#endif
+}
+
+// The sum of all lanes by halves, in the order of AVX-512's reduction. See also sum_in_order.
+template <class F>
+static inline float sum_of(const F& lanes) {
+#if defined(__AVX512F__)
+    static_assert(sizeof(F) == sizeof(__m512));
+    return _mm512_reduce_add_ps((__m512)lanes);
+#else
+    F v = lanes;
+    for (int half = LANES_OF<F> / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) v[j] += v[j + half];
+    return v[0];
+#endif
+}
+
+// ---------------------------------------------------------------------------------------- products
+
+// Products of pairs of bf16, which are added to floats. Inputs of bf16 layers are rounded to bf16
+// then, too.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) \
+    || defined(SMART_EMULATE_TILES)
+constexpr bool HAS_BF16_PAIRS = true;
+#else
+constexpr bool HAS_BF16_PAIRS = false;
+#endif
+
+static inline vf dot_bf16(vf sum, vu a, vu b) {
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(SMART_EMULATE_TILES)
+    return (vf)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else
+    sum += (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
+    return sum + (vf)(a << 16) * (vf)(b << 16);
+#endif
+}
+
+// Products of four unsigned bytes x with four signed ones w, which are added to integers.
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_MATMUL_INT8) || defined(SMART_EMULATE_TILES)
+constexpr bool HAS_BYTE_DOT = true;
+#else
+constexpr bool HAS_BYTE_DOT = false;
+#endif
+
+__attribute__((always_inline)) static inline void dot_u8s8(vi& sum, vi x, vi w) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpbusd %2, %1, %0"
+        : "+v"(sum)
+        : "v"(x), "v"(w));  // around the intrinsic GCC 12 copies every sum
+#elif defined(__ARM_FEATURE_MATMUL_INT8) && !defined(SMART_EMULATE_TILES)
+    sum = (vi)vusdotq_s32((int32x4_t)sum, (uint8x16_t)x, (int8x16_t)w);
+#else
+    for (int shift = 0; shift < 32; shift += 8)
+        sum += (x >> shift & 255) * (w << (24 - shift) >> 24);
+#endif
+}
+
+// ------------------------------------------------------------------------------------ tiles of AMX
+
+constexpr int TILE = 16;        // rows of a tile
+constexpr int TILE_WIDTH = 64;  // bytes of a row
+
+#if defined(__AMX_BF16__) || defined(SMART_EMULATE_TILES)
+constexpr bool HAS_TILES = true;
+#else
+constexpr bool HAS_TILES = false;
+#endif
+static_assert(!HAS_TILES || (HAS_BF16_PAIRS && HAS_BYTE_DOT && VW == 16),
+              "tiles replace vectors for some shapes only");
+
+struct TileShapes {  // as the instruction reads them
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(std::initializer_list<int> tiles, int row_count, int bytes) {
+        for (int tile : tiles) {
+            rows[tile] = uint8_t(row_count);
+            row_bytes[tile] = uint16_t(bytes);
+        }
+    }
+};
+static_assert(sizeof(TileShapes) == 64);
+
+#if defined(__AMX_BF16__) && !defined(SMART_EMULATE_TILES)
+
+// Linux must be asked for the registers: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
+static inline bool enable_tiles() { return !syscall(SYS_arch_prctl, 0x1023, 18); }
+
+static inline void tile_configure(const TileShapes& shapes) {
+    asm volatile("ldtilecfg %0" : : "m"(shapes));
+}
+static inline void tile_release() { asm volatile("tilerelease"); }
+
+template <int T>
+static inline void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" : : "i"(T));
+}
+
+// Assembly and not GCC's intrinsics: these are macros that take no template arguments, and do not
+// say that they read memory. `stride`: bytes between rows.
+template <int T>
+static inline void tile_load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
+                 :
+                 : "r"(from), "r"(stride), "i"(T), "m"(*(const char(*)[])from));
+}
+
+template <int T>
+static inline void tile_store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(T) : "memory");
+}
+
+template <int SUM, int X, int W>
+static inline void tile_dot_bf16() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
+}
+
+template <int SUM, int X, int W>
+static inline void tile_dot_u8s8() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
+}
+
+#else
+
+// The same in plain loops, as Intel's manual describes it, but for denormals. What the CPU refuses
+// ends the process.
+struct TileFile {
+    TileShapes shapes;
+    bool configured = false;
+    uint8_t data[8][TILE][TILE_WIDTH];
+
+    int words(int tile) const { return shapes.row_bytes[tile] / 4; }
+    void clear(int tile) { memset(data[tile], 0, sizeof data[tile]); }
+    void demand(bool allowed) const {
+        if (!configured || !allowed) abort();
+    }
+    void demand_product(int sum, int x, int w) const {
+        demand(sum != x && sum != w && x != w && shapes.rows[sum] == shapes.rows[x]
+               && words(sum) == words(w));
+        demand(words(x) == shapes.rows[w]);
+    }
+};
+
+static inline TileFile& tile_file() {
+    static thread_local TileFile file;
+    return file;
+}
+
+static inline bool enable_tiles() { return true; }
+
+static inline void tile_configure(const TileShapes& shapes) {
+    TileFile& file = tile_file();
+    file.shapes = shapes;
+    file.configured = true;
+    for (int tile = 0; tile < 8; tile++) {
+        file.demand(shapes.rows[tile] <= TILE && shapes.row_bytes[tile] <= TILE_WIDTH);
+        file.demand(!shapes.rows[tile] == !shapes.row_bytes[tile]);
+        file.clear(tile);
+    }
+}
+
+static inline void tile_release() { tile_file().configured = false; }
+
+template <int T>
+static inline void tile_zero() {
+    tile_file().demand(tile_file().shapes.rows[T]);
+    tile_file().clear(T);
+}
+
+template <int T>
+static inline void tile_load(const void* from, int64_t stride) {
+    TileFile& file = tile_file();
+    file.demand(file.shapes.rows[T]);
+    file.clear(T);
+    for (int r = 0; r < file.shapes.rows[T]; r++)
+        memcpy(file.data[T][r], (const char*)from + r * stride, file.shapes.row_bytes[T]);
+}
+
+template <int T>
+static inline void tile_store(void* to, int64_t stride) {
+    TileFile& file = tile_file();
+    file.demand(file.shapes.rows[T]);
+    for (int r = 0; r < file.shapes.rows[T]; r++)
+        memcpy((char*)to + r * stride, file.data[T][r], file.shapes.row_bytes[T]);
+}
+
+// sum [rows, columns] += x [rows, pairs] by w [pairs, columns]; the even and the odd products are
+// summed apart.
+template <int SUM, int X, int W>
+static inline void tile_dot_bf16() {
+    TileFile& file = tile_file();
+    file.demand_product(SUM, X, W);
+    auto element = [&](int tile, int row, int i) {
+        uint32_t bits = uint32_t(loadu<bf16>(file.data[tile][row] + 2 * i)) << 16;
+        return loadu<float>(&bits);
+    };
+    for (int r = 0; r < file.shapes.rows[SUM]; r++)
+        for (int c = 0; c < file.words(SUM); c++) {
+            float even = 0, odd = 0;
+            for (int k = 0; k < file.words(X); k++) {
+                even = std::fma(element(X, r, 2 * k), element(W, k, 2 * c), even);
+                odd = std::fma(element(X, r, 2 * k + 1), element(W, k, 2 * c + 1), odd);
+            }
+            uint8_t* sum = file.data[SUM][r] + 4 * c;
+            storeu(sum, loadu<float>(sum) + (even + odd));
+        }
+}
+
+// The same of four unsigned bytes of x and four signed ones of w, in integers.
+template <int SUM, int X, int W>
+static inline void tile_dot_u8s8() {
+    TileFile& file = tile_file();
+    file.demand_product(SUM, X, W);
+    for (int r = 0; r < file.shapes.rows[SUM]; r++)
+        for (int c = 0; c < file.words(SUM); c++) {
+            uint8_t* sum = file.data[SUM][r] + 4 * c;
+            int32_t total = loadu<int32_t>(sum);
+            for (int k = 0; k < 4 * file.words(X); k++)
+                total += file.data[X][r][k] * int8_t(file.data[W][k / 4][4 * c + k % 4]);
+            storeu(sum, total);
+        }
+}
+
+#endif
+
+}  // namespace smart

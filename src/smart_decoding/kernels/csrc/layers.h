@@ -1,0 +1,34 @@
+// What the layers of a target and of a draft head have in common.
+
+#pragma once
+#include "abi.h"
+#include "linear.h"
+
+namespace [[gnu::visibility("hidden")]] smart {
+
+// What follows attention in a layer, by a whole team: x += attention w^T, then the gated part.
+// `normed` [rows, hidden] and `ffn` [rows, ffn] are workspace.
+template <class W>
+static void finish_layer(const Layer& l, int rows, const Input<W>* attention, float* x,
+                         Input<W>* normed, Input<W>* ffn) {
+    const int64_t d = l.hidden, width = int64_t(l.heads) * l.head_dim;
+    linear_rows(attention, width, rows, (const W*)l.output, d, width, l.output_bias, x, d, true,
+                l.hint);
+#pragma omp barrier
+    rms_norm_rows(x, l.post_norm, l.eps, rows, d, normed);
+#pragma omp barrier
+    gated_rows(normed, rows, (const W*)l.gate_up, l.ffn, d, ffn, l.hint);
+#pragma omp barrier
+    linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true, l.hint);
+#pragma omp barrier
+}
+
+// The embedding of a token, from packed weights or from a plain table.
+template <class W>
+static void embedding_row(const void* packed, const void* table, int64_t d, int64_t token,
+                          float* out) {
+    if (packed) return unpack_row((const W*)packed, d, token, out);
+    for (int64_t i = 0; i < d; i++) out[i] = to_f32(((const W*)table)[token * d + i]);
+}
+
+}  // namespace smart

@@ -1,0 +1,193 @@
+// Linear layers, their weights as they are packed, and what a CPU says of itself.
+//
+// Weights are bf16 (or fp32); sums are fp32. What a linear layer reads is fp32, or bf16 where the
+// CPU multiplies pairs of bf16: half the instructions for a row. Each output is summed in one fixed
+// order that does not depend on how many rows there are. So a row's result is bitwise the same
+// alone, in a batch and as a node of a draft tree.
+
+#include "linear.h"
+
+#include "abi.h"
+
+namespace [[gnu::visibility("hidden")]] smart {
+
+static inline void add_bias(const float* bias, int64_t column, int64_t n, vf& low, vf& high) {
+    if (column + PANEL <= n) {
+        low += loadu<vf>(bias + column);
+        high += loadu<vf>(bias + column + VW);
+        return;
+    }
+    for (int j = 0; column + j < n; j++) (j < VW ? low[j] : high[j - VW]) += bias[column + j];
+}
+
+template <class W>
+__attribute__((noinline)) void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w,
+                                           int64_t n, int64_t k, const float* bias, float* y,
+                                           int64_t ldy, bool add, int hint, Maxima* maxima) {
+    auto store = [=](int row, int64_t column, vf low, vf high) {
+        if (bias) add_bias(bias, column, n, low, high);
+        if (maxima) maxima[row].add(column, n, low, high);
+        if (y) store_columns(y + row * ldy, column, n, low, high, add);
+    };
+    with_hint(hint, [&](auto to) { gemm<to>(x, ld, rows, w, n, k, store); });
+}
+
+// One panel yields VW finished values.
+template <class W>
+__attribute__((noinline)) void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn,
+                                          int64_t k, Input<W>* out, int hint) {
+    auto store = [=](int row, int64_t column, vf gate, vf up) {
+        vf value = gate / (1.0f + vexp(-gate)) * up;
+        int64_t first = column / 2;
+        Input<W>* to = out + row * ffn + first;
+        if (first + VW <= ffn)
+            put(to, value);
+        else
+            for (int j = 0; first + j < ffn; j++) from_f32(value[j], to + j);
+    };
+    int64_t n = 2 * ((ffn + VW - 1) / VW * VW);
+    with_hint(hint, [&](auto to) { gemm<to>(x, k, rows, w, n, k, store); });
+}
+
+// How many of k lie next to each other in a packed panel.
+template <class W>
+constexpr int INTERLEAVED = sizeof(W) == 2 ? 2 : 1;
+
+template <class W>
+void unpack_row(const W* w, int64_t k, int64_t row, float* out) {
+    constexpr int STEP = INTERLEAVED<W>;
+    const W* panel = w + row / PANEL * PANEL * k + row % PANEL * STEP;
+    for (int64_t i = 0; i < k; i++) out[i] = to_f32(panel[i / STEP * STEP * PANEL + i % STEP]);
+}
+
+template void linear_rows(const Input<bf16>*, int64_t, int, const bf16*, int64_t, int64_t,
+                          const float*, float*, int64_t, bool, int, Maxima*);
+template void linear_rows(const Input<float>*, int64_t, int, const float*, int64_t, int64_t,
+                          const float*, float*, int64_t, bool, int, Maxima*);
+template void gated_rows(const Input<bf16>*, int, const bf16*, int64_t, int64_t, Input<bf16>*, int);
+template void gated_rows(const Input<float>*, int, const float*, int64_t, int64_t, Input<float>*,
+                         int);
+template void unpack_row(const bf16*, int64_t, int64_t, float*);
+template void unpack_row(const float*, int64_t, int64_t, float*);
+
+template <class W>
+static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
+    constexpr int STEP = INTERLEAVED<W>;
+    int64_t panels = (n + PANEL - 1) / PANEL;
+#pragma omp parallel for
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t i = 0; i < k; i += STEP)
+            for (int j = 0; j < PANEL; j++)
+                for (int s = 0; s < STEP; s++) {
+                    int64_t row = p * PANEL + j;
+                    out[p * PANEL * k + i * PANEL + j * STEP + s] =
+                        row < n ? w[row * k + i + s] : W(0);
+                }
+}
+
+template <class W>
+static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k,
+                       const float* norm, float eps, const float* bias, float* scratch, float* y,
+                       int64_t ldy, bool add, int hint, int64_t* best, int threads) {
+    Input<W>* workspace = (Input<W>*)scratch;
+    std::vector<Maxima> found(best ? size_t(rows) * threads : 0);
+#pragma omp parallel num_threads(threads)
+    {
+        const Input<W>* input = workspace;
+        if (norm) {
+            rms_norm_rows(x, norm, eps, rows, k, workspace);
+#pragma omp barrier
+        } else {
+            input = as_input(x, rows, k, workspace);
+        }
+        Maxima* mine = best ? &found[int64_t(omp_get_thread_num()) * rows] : nullptr;
+        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, hint, mine);
+    }
+    for (int r = 0; best && r < rows; r++) best[r] = first_of(&found[r], threads, rows);
+}
+
+}  // namespace smart
+
+using namespace smart;
+
+extern "C" {
+
+int32_t smart_enable() { return !enable_tiles(); }
+int32_t smart_vector_width() { return VW; }
+int32_t smart_pass_rows(int32_t is_bf16) { return HAS_TILES && is_bf16 ? TILE_PASS : PASS_ROWS; }
+int32_t smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }
+
+float smart_read(const float* x, int64_t bytes, int32_t hint, int32_t threads) {
+    float total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    {
+        int64_t count = bytes / sizeof(float) / PANEL, team = omp_get_num_threads(),
+                me = omp_get_thread_num();
+        vf low = {}, high = {};
+        with_hint(hint, [&](auto to) {
+            for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) {
+                Prefetch ahead = {(const char*)(x + i * PANEL) + PREFETCH_DISTANCE, 4 * PANEL};
+                ahead.step<to, 4 * PANEL>();
+                low += loadu<vf>(x + i * PANEL);
+                high += loadu<vf>(x + i * PANEL + VW);
+            }
+        });
+        total += sum_in_order(low + high);
+    }
+    return total;
+}
+
+int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+void smart_pack(const void* w, int64_t n, int64_t k, void* out, int32_t is_bf16) {
+    if (is_bf16)
+        pack_panels((const bf16*)w, n, k, (bf16*)out);
+    else
+        pack_panels((const float*)w, n, k, (float*)out);
+}
+
+void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* scale,
+                      int32_t* sums) {
+    for (int64_t p = 0; p < smart_packed_rows(n); p++) {
+        float top = 0;
+        for (int64_t i = 0; p < n && i < k; i++) top = std::max(top, std::fabs(w[p * k + i]));
+        scale[p] = top / 127;
+        sums[p] = 0;
+        int8_t* panel = out + p / PANEL * PANEL * k + p % PANEL * 4;
+        for (int64_t i = 0; i < k; i++) {
+            int value = top > 0 ? int(std::lrint(w[p * k + i] / top * 127)) : 0;
+            sums[p] += value;
+            panel[i / 4 * 4 * PANEL + i % 4] = int8_t(value);
+        }
+    }
+}
+
+void smart_unpack(const void* w, int64_t k, int32_t is_bf16, const int64_t* index, int32_t count,
+                  float* out) {
+    for (int32_t r = 0; r < count; r++) {
+        if (is_bf16)
+            unpack_row((const bf16*)w, k, index[r], out + r * k);
+        else
+            unpack_row((const float*)w, k, index[r], out + r * k);
+    }
+}
+
+void smart_linear(const float* x, int32_t rows, const void* w, int64_t n, int64_t k,
+                  int32_t is_bf16, const float* norm, float eps, const float* bias, float* scratch,
+                  float* y, int64_t ldy, int32_t add, int32_t hint, int64_t* best,
+                  int32_t threads) {
+    auto run = [&](auto* weights) {
+        linear_run(x, rows, weights, n, k, norm, eps, bias, scratch, y, ldy, add, hint, best,
+                   threads);
+    };
+    if (is_bf16)
+        run((const bf16*)w);
+    else
+        run((const float*)w);
+}
+
+void smart_rms_norm(const float* x, const float* weight, float eps, int32_t rows, int64_t d,
+                    float* out, int64_t ldo) {
+    for (int32_t r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * ldo);
+}
+}

@@ -1,0 +1,42 @@
+// RMS norms, and how their results reach a linear layer: as it reads them.
+
+#pragma once
+#include "panels.h"
+
+namespace [[gnu::visibility("hidden")]] smart {
+
+template <class T>
+static void rms_norm_row(const float* x, const float* weight, float eps, int64_t d, T* out) {
+    const int64_t whole = d - d % VW;
+    vf squares = {};
+    for (int64_t i = 0; i < whole; i += VW) {
+        vf v = loadu<vf>(x + i);
+        squares += v * v;
+    }
+    float sum = sum_in_order(squares);
+    for (int64_t i = whole; i < d; i++) sum += x[i] * x[i];
+    float scale = 1.0f / std::sqrt(sum / float(d) + eps);
+    for (int64_t i = 0; i < whole; i += VW)
+        put(out + i, loadu<vf>(x + i) * scale * loadu<vf>(weight + i));
+    for (int64_t i = whole; i < d; i++) from_f32(x[i] * scale * weight[i], out + i);
+}
+
+// Rows are shared out among the threads of the running team; the caller places the barrier.
+template <class T>
+static void rms_norm_rows(const float* x, const float* weight, float eps, int rows, int64_t d,
+                          T* out) {
+#pragma omp for schedule(static) nowait
+    for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * d);
+}
+
+// x as a linear layer reads it, in `workspace` if it must be rounded; the team may read the result
+// at once.
+static inline const float* as_input(const float* x, int, int64_t, float*) { return x; }
+static inline const bf16* as_input(const float* x, int rows, int64_t d, bf16* workspace) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = r * d; i < (r + 1) * d; i++) from_f32(x[i], workspace + i);
+    return workspace;
+}
+
+}  // namespace smart
