@@ -456,7 +456,7 @@ void one_growth(uint64_t seed, bool bf16) {
 
 void test_drafting() {
     uint64_t seed = 0;
-    const uint64_t rounds = check::quick ? 1 : 3;
+    const uint64_t rounds = check::quick ? 1 : 8;
     for (uint64_t round = 0; round < rounds; round++)
         for (int head_dim : {16, 32, 64, 96, 128})
             for (bool bf16 : {false, true})

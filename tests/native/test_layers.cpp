@@ -294,7 +294,7 @@ void moves() {
 }  // namespace
 
 void test_layers() {
-    const uint64_t rounds = check::quick ? 1 : 3;
+    const uint64_t rounds = check::quick ? 1 : 8;
     for (uint64_t seed = 1; seed <= rounds; seed++)
         for (int head_dim : {16, 32, 64, 96, 128})
             for (bool bf16 : {false, true}) {

@@ -144,7 +144,7 @@ void one_round(uint64_t seed, int head_dim, bool bf16) {
 }  // namespace
 
 void test_rounds() {
-    const uint64_t rounds = check::quick ? 1 : 6;
+    const uint64_t rounds = check::quick ? 1 : 20;
     for (uint64_t seed = 1; seed <= rounds; seed++)
         for (int head_dim : {16, 32, 64, 96, 128})
             for (bool bf16 : {false, true}) one_round(1000 * seed + 2 * head_dim + bf16, head_dim, bf16);
