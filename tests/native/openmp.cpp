@@ -21,7 +21,7 @@ struct Team {
     std::condition_variable changed;
     int waiting = 0;
     long barriers = 0;
-    std::vector<std::atomic<long>> next{MOST_LOOPS};  // of each dynamic loop, its next index
+    std::atomic<long> next[MOST_LOOPS];  // of each dynamic loop, its next index
 
     explicit Team(int size_) : size(size_) {
         for (std::atomic<long>& at : next) at.store(UNSET, std::memory_order_relaxed);

@@ -39,8 +39,11 @@ Batch random_trees(Random& random, const std::vector<Request>& requests, int64_t
             if (!paths.empty() && random.chance(0.7)) path = paths[random.below(paths.size())];
             const int64_t slot = slot_of(request.pages, length + 1 + int64_t(paths.size()));
             path.push_back(int32_t(slot));
-            batch.row(random.below(vocab), length + int64_t(path.size()), slot, length + 1, path);
             paths.push_back(path);
+            const int64_t position = length + int64_t(path.size());
+            const bool listed = random.chance(0.3);  // the root: as the first ancestor, not by the block table
+            if (listed) path.insert(path.begin(), int32_t(slot_of(request.pages, length)));
+            batch.row(random.below(vocab), position, slot, listed ? length : length + 1, path);
         }
     }
     return batch;
