@@ -26,24 +26,32 @@ void add_prompt(Batch& batch, const Request& request, int64_t first, int64_t end
     for (int64_t i = first; i < end; i++) batch.row(request.prompt[i], i, slot_of(request.pages, i), i + 1);
 }
 
-// A root and a random tree below it for each request, stored behind the prompt.
+struct Path {  // of a node: how many positions it sees through the block table, then its ancestors and itself
+    int64_t sees;
+    std::vector<int32_t> slots;
+};
+
+// A root and a random tree below it for each request, stored behind the prompt. Some branches leave the prompt earlier.
 Batch random_trees(Random& random, const std::vector<Request>& requests, int64_t vocab, int64_t most) {
     Batch batch;
     for (const Request& request : requests) {
         const int64_t length = int64_t(request.prompt.size());
         batch.request(request.pages);
         batch.row(random.below(vocab), length, slot_of(request.pages, length), length + 1);
-        std::vector<std::vector<int32_t>> paths;
+        std::vector<Path> paths;
         for (int64_t i = random.below(most + 1); i > 0; i--) {
-            std::vector<int32_t> path;
+            Path path{length + 1, {}};
             if (!paths.empty() && random.chance(0.7)) path = paths[random.below(paths.size())];
+            else if (random.chance(0.3)) path.sees = random.between(std::max<int64_t>(1, length - 20), length);
             const int64_t slot = slot_of(request.pages, length + 1 + int64_t(paths.size()));
-            path.push_back(int32_t(slot));
+            path.slots.push_back(int32_t(slot));
             paths.push_back(path);
-            const int64_t position = length + int64_t(path.size());
-            const bool listed = random.chance(0.3);  // the root: as the first ancestor, not by the block table
-            if (listed) path.insert(path.begin(), int32_t(slot_of(request.pages, length)));
-            batch.row(random.below(vocab), position, slot, listed ? length : length + 1, path);
+            const int64_t position = path.sees + int64_t(path.slots.size()) - 1;
+            if (path.sees == length + 1 && random.chance(0.3)) {  // the root is listed among the ancestors
+                path.sees = length;
+                path.slots.insert(path.slots.begin(), int32_t(slot_of(request.pages, length)));
+            }
+            batch.row(random.below(vocab), position, slot, path.sees, path.slots);
         }
     }
     return batch;
