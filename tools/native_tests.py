@@ -1,0 +1,331 @@
+"""Builds the tests of the CPU kernels (tests/native) for every variant of csrc/variants.txt, and
+runs them where it can: on this CPU, else under qemu, else not at all, which the last lines say.
+
+    python tools/native_tests.py                               # all variants
+    python tools/native_tests.py --variant neon --quick        # one, with fewer random cases
+    python tools/native_tests.py --sanitize address,undefined  # this CPU's best, with sanitizers
+    python tools/native_tests.py --sanitize thread
+    python tools/native_tests.py --syntax                      # are there warnings, for any CPU?
+
+Needs g++; for other architectures g++-aarch64-linux-gnu and qemu-user. Objects are kept in
+build/native-tests by a hash of what they are made of. The exit code is 0 if nothing failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "src" / "smart_decoding" / "kernels" / "csrc"
+TESTS = ROOT / "tests" / "native"
+BUILD = ROOT / "build" / "native-tests"
+LANGUAGE = ("-std=c++17",)
+WARNINGS = ("-Wall", "-Wextra", "-Wshadow")
+SANITIZED = ("-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+OPENMP = TESTS / "openmp.cpp"  # only for ThreadSanitizer; see there
+CPUS = {  # of --syntax
+    "x86_64": (
+        "x86-64-v3",
+        "skylake-avx512",
+        "icelake-server",
+        "cooperlake",
+        "sapphirerapids",
+        "znver3",
+        "znver4",
+    ),
+    "aarch64": ("armv8-a", "armv8.2-a+bf16+dotprod"),
+}
+EMULATE = "SMART_EMULATE_TILES"  # AMX's tiles as plain loops, for CPUs without
+COMPILES_AT_ONCE = 2
+CANNOT_RUN = 77  # exit code of a test program that this system cannot run
+LONGEST = 1800  # seconds of a run
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    arch: str
+    flags: tuple[str, ...]
+    needs: frozenset[str]  # of the flags in /proc/cpuinfo
+
+
+@dataclass
+class Outcome:
+    variant: Variant
+    how: str  # "ran", "ran under emulation", "compiled only", "not compiled", "FAILED"
+    why: str = ""
+    compiled: float = 0.0  # seconds
+    ran: float = 0.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("--variant", action="append", metavar="NAME", help="only this one; may be repeated")
+    add("--quick", action="store_true", help="fewer random cases, as always under qemu")
+    add("--sanitize", metavar="LIST", help="address,undefined or thread")
+    add("--syntax", action="store_true", help="only look for warnings, as if for many CPUs")
+    options = parser.parse_args()
+    if options.syntax:
+        return syntax()
+    known = {variant.name: variant for variant in (*variants(), emulated_tiles())}
+    unknown = [name for name in options.variant or () if name not in known]
+    if unknown:
+        parser.error(f"no such variant: {', '.join(unknown)}; there are {', '.join(known)}")
+    if options.sanitize:
+        best = [variant for variant in variants() if runs_here(variant)]
+        if not best and not options.variant:
+            parser.error("none of the variants runs on this CPU")
+        asked = [known[name] for name in options.variant or ()] or best[-1:]
+    else:
+        asked = [known[name] for name in options.variant or known]
+    outcomes = []
+    for variant in asked:
+        print(f"--- {variant.name}", flush=True)
+        outcomes.append(attempt(variant, options.quick, options.sanitize))
+    report(outcomes, options.sanitize)
+    return int(any(outcome.how == "FAILED" for outcome in outcomes))
+
+
+def variants() -> list[Variant]:
+    """Those of variants.txt, in its order: the best ones of an architecture come last."""
+    found = []
+    for line in (CSRC / "variants.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, arch, flags, needs = (field.strip() for field in line.split("|"))
+            found.append(Variant(name, arch, tuple(flags.split()), frozenset(needs.split())))
+    return found
+
+
+def emulated_tiles() -> Variant:
+    """AMX's variant with its tiles as plain loops: for testing only."""
+    named = {variant.name: variant for variant in variants()}
+    base = named["avx512-bf16"]
+    if not runs_here(base):
+        base = named["x86-64-v3"]
+    return Variant("emulated-tiles", base.arch, (*base.flags, f"-D{EMULATE}"), base.needs)
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return frozenset(line.split(":", 1)[1].split())
+
+
+def runs_here(variant: Variant) -> bool:
+    return variant.arch == platform.machine() and variant.needs <= cpu_flags()
+
+
+def triplet(arch: str) -> str:
+    return f"{arch.replace('_', '-')}-linux-gnu"
+
+
+def compiler(arch: str) -> str | None:
+    if arch == platform.machine():
+        return shutil.which(os.environ.get("CXX", "g++"))
+    return shutil.which(f"{triplet(arch)}-g++")
+
+
+def emulator(variant: Variant) -> list[str] | None:
+    """The command that runs a program of another CPU; qemu knows neither AVX-512 nor AMX."""
+    qemu = shutil.which(f"qemu-{variant.arch}")
+    if qemu is None or any(flag.startswith(("avx512", "amx")) for flag in variant.needs):
+        return None
+    if variant.arch == platform.machine():
+        return [qemu, "-cpu", "max"]
+    return [qemu, "-cpu", "max", "-L", f"/usr/{triplet(variant.arch)}"]
+
+
+# --------------------------------------------------------------------------------------- building
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A source and the command that compiles it."""
+
+    source: Path
+    command: tuple[str, ...]
+
+    @property
+    def target(self) -> Path:
+        headers = (
+            *sorted(CSRC.glob("*.h")),
+            *sorted(CSRC.glob("*.inc")),
+            *sorted(TESTS.glob("*.h")),
+        )
+        digest = hashlib.sha256("\n".join((*self.command, version(self.command[0]))).encode())
+        for path in (self.source, *headers):
+            digest.update(path.read_bytes())
+        return BUILD / f"{self.source.stem}-{digest.hexdigest()[:16]}.o"
+
+
+@functools.cache
+def version(cxx: str) -> str:
+    return subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def units(cxx: str, variant: Variant, sanitize: str | None) -> list[Unit]:
+    """The kernels as the variant has them; and the tests, the same for all of an architecture's."""
+    extra: tuple[str, ...] = ("-O2",)
+    if sanitize:
+        extra = ("-O1", "-g", f"-fsanitize={sanitize}", *SANITIZED)
+    kernels = (cxx, *LANGUAGE, *extra, *WARNINGS, "-fopenmp", *variant.flags)
+    tests = (cxx, *LANGUAGE, *extra, *WARNINGS, f"-I{CSRC.relative_to(ROOT)}")
+    found = [Unit(source, kernels) for source in sorted(CSRC.glob("*.cpp"))]
+    found += [Unit(source, tests) for source in sorted(TESTS.glob("*.cpp")) if source != OPENMP]
+    if sanitize == "thread":
+        found.append(Unit(OPENMP, tests))
+    return found
+
+
+def warnings(text: str) -> list[str]:
+    """What a compiler says, without its explanations; each thing once."""
+    lines = [line for line in text.splitlines() if ": warning: " in line or ": error: " in line]
+    return list(dict.fromkeys(lines))
+
+
+def compile_one(unit: Unit) -> subprocess.CompletedProcess[str] | None:
+    """None if it is there already."""
+    target = unit.target
+    if target.exists():
+        return None
+    scratch = target.with_suffix(f".{os.getpid()}.tmp")
+    command = [*unit.command, "-c", str(unit.source.relative_to(ROOT)), "-o", str(scratch)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if not done.returncode:
+        os.replace(scratch, target)
+    return done
+
+
+def build(cxx: str, variant: Variant, sanitize: str | None) -> Path | None:
+    """The test program of a variant, or None if a source does not compile."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    sources = units(cxx, variant, sanitize)
+    with ThreadPoolExecutor(COMPILES_AT_ONCE) as pool:
+        for done in pool.map(compile_one, sources):
+            if done is not None and done.stderr:
+                shown = done.stderr if done.returncode else "\n".join(warnings(done.stderr))
+                print(shown.rstrip(), flush=True)
+    objects = [unit.target for unit in sources]
+    if not all(path.exists() for path in objects):
+        return None
+    names = hashlib.sha256("\n".join((variant.name, *map(str, objects))).encode()).hexdigest()[:16]
+    program = BUILD / f"kernels_test-{variant.name}-{names}"
+    if not program.exists():
+        how = [f"-fsanitize={sanitize}"] if sanitize else []
+        how.append("-pthread" if sanitize == "thread" else "-fopenmp")
+        command = [cxx, *how, *map(str, objects), "-o", str(program)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stderr.rstrip(), flush=True)
+            return None
+    return program
+
+
+# ---------------------------------------------------------------------------------------- running
+
+
+def attempt(variant: Variant, quick: bool, sanitize: str | None) -> Outcome:
+    cxx = compiler(variant.arch)
+    if cxx is None:
+        return Outcome(variant, "not compiled", f"no {triplet(variant.arch)}-g++")
+    if f"-D{EMULATE}" in variant.flags and not known_to_csrc(EMULATE):
+        return Outcome(variant, "not compiled", f"csrc does not know {EMULATE}")
+    start = time.perf_counter()
+    program = build(cxx, variant, sanitize)
+    compiled = time.perf_counter() - start
+    if program is None:
+        return Outcome(variant, "FAILED", "it does not compile", compiled)
+    command, how = [str(program)], "ran"
+    if not runs_here(variant):
+        emulated = emulator(variant)
+        if emulated is None:
+            return Outcome(variant, "compiled only", lacking(variant), compiled)
+        command, how, quick = [*emulated, *command], "ran under emulation", True
+    command += ["--quick"] if quick else []
+    # Threads that wait for one another must not spin: there may be more of them than cores.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    start = time.perf_counter()
+    try:
+        code = subprocess.run(command, timeout=LONGEST, env=environment).returncode
+    except subprocess.TimeoutExpired:
+        return Outcome(variant, "FAILED", f"not done after {LONGEST} s", compiled, LONGEST)
+    ran = time.perf_counter() - start
+    if code == CANNOT_RUN:
+        return Outcome(variant, "compiled only", "the system refuses what it needs", compiled)
+    if code:
+        return Outcome(variant, "FAILED", f"exit code {code}", compiled, ran)
+    return Outcome(variant, how, "", compiled, ran)
+
+
+def known_to_csrc(word: str) -> bool:
+    sources = (*CSRC.glob("*.h"), *CSRC.glob("*.cpp"))
+    return any(word in path.read_text() for path in sources)
+
+
+def lacking(variant: Variant) -> str:
+    if variant.arch != platform.machine():
+        return f"no qemu-{variant.arch}"
+    return "this CPU lacks " + " ".join(sorted(variant.needs - cpu_flags()))
+
+
+def report(outcomes: Sequence[Outcome], sanitize: str | None) -> None:
+    print(f"\n{'variant':<16}{'architecture':<14}{'built, s':>9}{'ran, s':>9}  result")
+    for o in outcomes:
+        result = f"{o.how}: {o.why}" if o.why else o.how
+        seconds = f"{o.compiled:>9.1f}{o.ran:>9.1f}"
+        print(f"{o.variant.name:<16}{o.variant.arch:<14}{seconds}  {result}")
+    print(f"\nsanitizers: {sanitize}" if sanitize else "")
+    for how in ("ran", "ran under emulation", "compiled only", "not compiled", "FAILED"):
+        names = [o.variant.name for o in outcomes if o.how == how]
+        if names or how != "FAILED":
+            print(f"{how}: {', '.join(names) or 'none'}")
+
+
+def syntax() -> int:
+    """Asks the compilers for warnings in the kernels, as if for each of CPUS."""
+    sources = [str(source.relative_to(ROOT)) for source in sorted(CSRC.glob("*.cpp"))]
+    jobs: list[tuple[str, str, list[str]]] = []
+    skipped: list[str] = []
+    for arch, cpus in CPUS.items():
+        cxx = compiler(arch)
+        if cxx is None:
+            skipped += cpus
+            continue
+        for cpu in cpus:
+            command = [cxx, *LANGUAGE, *WARNINGS, "-Werror", "-fopenmp", "-fsyntax-only"]
+            jobs += [(source, cpu, [*command, f"-march={cpu}", source]) for source in sources]
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    failed = []
+    with ThreadPoolExecutor(COMPILES_AT_ONCE) as pool:
+        answers = list(pool.map(run, [command for *_, command in jobs]))
+    for (source, cpu, _), answer in zip(jobs, answers, strict=True):
+        if answer.returncode:
+            failed.append(f"{Path(source).name} ({cpu})")
+            print("\n".join(warnings(answer.stderr)), flush=True)
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} checks without a warning")
+    if skipped:
+        print(f"not checked, as there is no compiler: {', '.join(skipped)}")
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
