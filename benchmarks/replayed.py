@@ -19,11 +19,11 @@ from typing import Any
 
 from smart_decoding.bench.figures import ablations, hindsight
 from smart_decoding.bench.plots import drawn
-from smart_decoding.bench.questions import SHORT, Bench, ablation, gap, paper
-from smart_decoding.bench.replay import HostCosts
-from smart_decoding.bench.sweep import Sweep
-from smart_decoding.bench.trace import Trace, read_trace
 from smart_decoding.core.cost import CostModel
+from smart_lab.questions import SHORT, Bench, ablation, gap, paper
+from smart_lab.replay import HostCosts
+from smart_lab.sweep import Sweep
+from smart_lab.trace import Trace, read_trace
 
 
 def table(results: Mapping[int, Mapping[str, Any]]) -> str:

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.hardware import acceptances, card, dimensions, roofline
-from smart_decoding.bench.simulate import LIKELIHOOD, PAPER, SMART, Outlook, Simulation, Simulator, name_of
 from smart_decoding.bench.style import LIGHT
-from smart_decoding.bench.synthetic import synthetic
-from smart_decoding.bench.trace import Trace
+
+from smart_lab.hardware import acceptances, card, dimensions, roofline
+from smart_lab.simulate import LIKELIHOOD, PAPER, SMART, Outlook, Simulation, Simulator, name_of
+from smart_lab.synthetic import synthetic
+from smart_lab.trace import Trace
 
 CARDS = ("l40s", "rtx-pro-6000")
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32)

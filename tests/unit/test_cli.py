@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 import smart_decoding
-from smart_decoding.bench import divergence
 from smart_decoding.cli import demo as cli_demo
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import run as cli_run
@@ -28,6 +27,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.request import RequestMetrics
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
+from smart_lab import divergence
 
 ANSWER = [10, 11, 12, 13, 14]
 WORDS = {10: "Paris", 11: " is", 12: " the", 13: " capital", 14: ".", 15: " a"}
