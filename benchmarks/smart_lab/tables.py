@@ -1,18 +1,8 @@
-"""The Markdown tables of README.md and docs/results.md from the JSON of a run.
-
-    smart bench --full --json results.json
-    python benchmarks/robustness.py --json robustness.json
-    python benchmarks/tables.py results.json [robustness.json]
-
-A speedup in bold is below 1.
-"""
+"""Markdown tables of what was measured, for the pages of benchmarks/results. A ratio in bold is below 1."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from smart_decoding.bench.report import strongest
@@ -27,7 +17,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def ratio(run: Run | None, key: str = "speedup") -> str:
     """1.35 (1.30–1.40)"""
-    if run is None:
+    if run is None or run.get(key) is None:
         return "–"
     low, high = run.get(f"{key}_low"), run.get(f"{key}_high")
     value = f"{run[key]:.2f}" if run[key] >= 0.995 else f"**{run[key]:.2f}**"
@@ -42,14 +32,27 @@ def by_batch(runs: Sequence[Run]) -> str:
     found = {(run["batch_size"], run["policy"]): run for run in pooled}
     rows = []
     for size in dict.fromkeys(run["batch_size"] for run in pooled):
-        plain, ours = found[size, "off"], found.get((size, "smart"))
-        did = f"{ours['tokens_per_round']:.2f}, {ours['rows_per_round']:.0f}" if ours else "–"
+        plain = found[size, "off"]
         noise = f"{plain['noise']:.2f}" if plain.get("noise") else "–"
         ratios = (ratio(found.get((size, name))) for name in names)
-        rows.append((str(size), f"{plain['tokens_per_s']:.0f}", *ratios, did, noise, str(plain["blocks"])))
-    shown = (f"`{name}`" for name in names)
-    head = ("batch", "plain tok/s", *shown, "`smart`: tokens, rows per round", "noise", "blocks")
+        same = all(run["identical"] for run in pooled if run["batch_size"] == size)
+        ends = (noise, str(plain["blocks"]), "yes" if same else "NO")
+        rows.append((str(size), f"{plain['tokens_per_s']:.0f}", *ratios, *_did(found.get((size, "smart"))), *ends))
+    head = ("batch", "plain tok/s", *(f"`{name}`" for name in names), *DID, "noise", "blocks", "same tokens")
     return table(head, rows)
+
+
+DID = ("`smart`: end to end", "tokens, rows per round", "rounds off", "controller", "worst request")
+
+
+def _did(run: Run | None) -> Sequence[str]:
+    """What `smart` did, as in DID."""
+    if run is None:
+        return ["–"] * len(DID)
+    shares = (f"{100 * run[name]:.{digits}f} %" for name, digits in (("off_share", 0), ("controller_share", 1)))
+    worst = run.get("worst_tpot_ratio")
+    rounds = f"{run['tokens_per_round']:.2f}, {run['rows_per_round']:.0f}"
+    return ratio(run, "end_to_end_speedup"), rounds, *shares, f"{worst:.2f} ×" if worst else "–"
 
 
 def tuned(runs: Sequence[Run]) -> str:
@@ -108,30 +111,56 @@ def robust(rows: Sequence[Run]) -> str:
     return table(("case", "batch", "speedup", "end to end", "rounds off", "noticed after"), cells)
 
 
-def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    for path in sys.argv[1:]:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data.get("runs"):
-            parts = (by_batch(data["runs"]), over(data["runs"]), tuned(data["runs"]))
-            print("\n## Speedup by batch size", *parts, sep="\n\n")
-        for part, title in (("sampled_runs", "Sampled"), ("variant_runs", "One ingredient exchanged, live")):
-            if data.get(part):
-                print(f"\n## {title}\n\n{by_batch(data[part])}")
-        if data.get("suite_runs"):
-            runs = [run for run in data["suite_runs"] if run["task"] != "all" and run["policy"] != "off"]
-            rows = [(r["task"], r["policy"], ratio(r), ratio(r, "end_to_end_speedup")) for r in runs]
-            print(f"\n## Suites\n\n{table(('task', 'policy', 'speedup', 'end to end'), rows)}")
-        if data.get("replayed"):
-            print(f"\n## Hindsight, by replay\n\n{replayed(data['replayed'], 'gap')}")
-            print(f"\n## Ablations, by replay\n\n{replayed(data['replayed'], 'ablations')}")
-            print(f"\n## Sweeps, by replay\n\n{swept(data['replayed'])}")
-        if data.get("load"):
-            print(f"\n## Load\n\n{load(data['load'])}")
-        if data.get("robustness"):
-            print(f"\n## Never slower?\n\n{robust(data['robustness'])}")
+def suites(runs: Sequence[Run]) -> str:
+    """Long contexts and edits."""
+    shown = [run for run in runs if run["task"] != "all" and run["policy"] != "off"]
+    rows = [(run["task"], run["policy"], ratio(run), ratio(run, "end_to_end_speedup")) for run in shown]
+    return table(("task", "policy", "speedup", "end to end"), rows)
 
 
-if __name__ == "__main__":
-    main()
+def peers(found: Sequence[Run]) -> str:
+    """Other engines beside ours, and who failed."""
+    rows = []
+    for peer in found:
+        for run in peer.get("runs", ()):
+            told = (peer["name"], str(peer.get("version", "?")), str(peer.get("precision", "?")))
+            rates = (f"{run[f'{who}tokens_per_s']:.0f}" for who in ("", "plain_", "smart_"))
+            ratios = (ratio(run, "plain_speedup"), ratio(run))
+            rows.append((*told, str(run["batch_size"]), *rates, *ratios, f"{100 * run['same']:.0f} %"))
+    ours = ("ours, plain", "ours, `smart`", "plain ours / it", "`smart` / it")
+    parts = [table(("engine", "version", "precision", "batch", "tok/s", *ours, "same tokens"), rows)]
+    parts += [f"{peer['name']}: {peer['error']}" for peer in found if peer.get("error")]
+    return "\n\n".join(parts)
+
+
+def vllm(run: Mapping[str, Any]) -> str:
+    """SMART inside vLLM: a row for each batch size; ratios are [value, low, high]."""
+    rows = []
+    for size, found in run["results"].items():
+        rates = (f"{found[name]:.0f}" for name in ("plain", "spec", "smart"))
+        names = ("spec_speedup", "smart_speedup", "smart_over_better")
+        rows.append((size, *rates, *(_triple(found[name]) for name in names), found["same"], str(found["blocks"])))
+    rates = ("plain tok/s", "stock speculation", "SMART")
+    ratios = ("stock / plain", "SMART / plain", "SMART / the better")
+    return table(("batch", *rates, *ratios, "same answers", "blocks"), rows)
+
+
+def transformers(run: Mapping[str, Any]) -> str:
+    """SMART inside transformers: a row for each way to generate."""
+    rows = [
+        (
+            size,
+            way,
+            f"{found['tokens_per_second']:.1f}",
+            _triple(found["speedup"]),
+            str(found["answers_unlike_generate"]),
+        )
+        for size, ways in run["batch"].items()
+        for way, found in ways.items()
+    ]
+    return table(("batch", "way", "tok/s", "over `generate` (lowest–highest)", "answers that differ"), rows)
+
+
+def _triple(values: Sequence[float | None]) -> str:
+    value, low, high = values
+    return ratio({"speedup": value, "speedup_low": low, "speedup_high": high})
