@@ -1,6 +1,6 @@
 """Does a replay predict this machine's speedups?
 
-    smart bench --record others.smart --skip 40 --limit 20 --max-tokens 96
+    python -m smart_lab bench --record others.smart --skip 40 --limit 20 --max-tokens 96
     python benchmarks/predict.py others.smart [--seconds 30] [--batch-sizes 1,2,4,8,16,32] [--json FILE]
     python benchmarks/predict.py others.smart --against RESULTS.json
 
