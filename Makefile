@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang quality soak pictures env clean
+.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang quality soak lab pictures env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -44,6 +44,10 @@ soak: env
 	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
 	SMART_EXAMPLES=$(or $(SMART_EXAMPLES),400) $(BIN)/python -m pytest tests/server/test_faults.py \
 		tests/server/test_hostile.py tests/server/test_limits.py tests/server/test_openapi.py
+
+# The laboratory's command line: make lab ARGS="simulate --acceptance 3.5 --hardware h100".
+lab: env
+	PYTHONPATH=benchmarks $(BIN)/python -m smart_lab $(or $(ARGS),--help)
 
 # Trains the example's model anew (40 minutes of a Zen 5 core; stopped, it goes on where it was).
 pictures: env

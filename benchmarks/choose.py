@@ -13,8 +13,8 @@ import numpy as np
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.protocol import DraftPlan
-from smart_decoding.core.simulation import World, run
 from smart_decoding.core.tree import DraftTrees
+from smart_lab.simulation import World, run
 
 COSTS = CostModel.from_table({1: {1: 21.6, 4: 21.9, 8: 24.8, 16: 30.6, 64: 74.2}}, {1: 1.2, 8: 1.7, 64: 5.0})
 CHEAP = CostModel.from_table({1: {1: 30.0, 512: 40.0}}, {1: 1.2, 8: 1.7, 64: 5.0})

@@ -1,6 +1,6 @@
 """Does a replay predict this machine's speedups?
 
-    smart bench --record others.smart --skip 40 --limit 20 --max-tokens 96
+    python -m smart_lab bench --record others.smart --skip 40 --limit 20 --max-tokens 96
     python benchmarks/predict.py others.smart [--seconds 30] [--batch-sizes 1,2,4,8,16,32] [--json FILE]
     python benchmarks/predict.py others.smart --against RESULTS.json
 
@@ -23,16 +23,16 @@ import numpy as np
 
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BenchOptions, parse_setting
-from smart_decoding.bench.recorder import measure_host
-from smart_decoding.bench.replay import HostCosts, replay
 from smart_decoding.bench.results import Results
 from smart_decoding.bench.runner import encode, load, measure
-from smart_decoding.bench.simulate import enough
 from smart_decoding.bench.summary import POOLED, noise, summarise
-from smart_decoding.bench.trace import Trace, read_trace
 from smart_decoding.core.cost import CostModel
 from smart_decoding.profiling.measure import measure as profile
 from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
+from smart_lab.recorder import measure_host
+from smart_lab.replay import HostCosts, replay
+from smart_lab.simulate import enough
+from smart_lab.trace import Trace, read_trace
 
 POLICIES = {
     "off": ("off", {}),

@@ -5,7 +5,7 @@ import sys
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.simulation import World, full_knowledge, run
+from smart_lab.simulation import World, full_knowledge, run
 
 # Shapes of measured machines: seconds of a forward by rows (2 CPU cores in bf16; per-row costs; cheap rows on a GPU).
 CPU_1 = {1: 21.6, 2: 24.1, 4: 21.9, 8: 24.8, 16: 30.6, 32: 45.3, 64: 74.2}

@@ -1,6 +1,6 @@
 """What is left of the gap to hindsight, and what each ingredient of `smart` gives: by replay, nothing runs live.
 
-    smart bench --record answers.smart --limit 40 --max-tokens 96
+    python -m smart_lab bench --record answers.smart --limit 40 --max-tokens 96
     python benchmarks/replayed.py answers.smart [--profile FRESH.json] [--stale OLD.json] [--plots FOLDER] [--json FILE]
 
 FRESH is the truth about costs (default: the recording's own profile); OLD is what a policy believes that starts from a
@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.figures import ablations, hindsight
 from smart_decoding.bench.plots import drawn
-from smart_decoding.bench.questions import SHORT, Bench, ablation, gap, paper
-from smart_decoding.bench.replay import HostCosts
-from smart_decoding.bench.sweep import Sweep
-from smart_decoding.bench.trace import Trace, read_trace
 from smart_decoding.core.cost import CostModel
+from smart_lab.figures import ablations, hindsight
+from smart_lab.questions import SHORT, Bench, ablation, gap, paper
+from smart_lab.replay import HostCosts
+from smart_lab.sweep import Sweep
+from smart_lab.trace import Trace, read_trace
 
 
 def table(results: Mapping[int, Mapping[str, Any]]) -> str:

@@ -29,7 +29,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smart_decoding import LLM
-from smart_decoding.bench.ablations import VARIANTS
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BenchOptions
@@ -42,6 +41,7 @@ from smart_decoding.models.head_files import load_head
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import TrainableHead, form_of
+from smart_lab.ablations import VARIANTS
 
 MODEL, WINDOW, MOST_ROUNDS = "smollm2-135m", 16, 160
 STEPS, LENGTH = 60, 128  # of training the other head

@@ -2,7 +2,7 @@
 
     python benchmarks/simulated.py [--plots FOLDER] [--json FILE]
 
-Nothing is measured: costs are the rooflines of hardware.json, trees are drawn (`smart simulate --acceptance msd`). The
+Nothing is measured: costs are the rooflines of hardware.json, trees are drawn (`simulate --acceptance msd`). The
 published figures are drawn beside the simulated ones; only the one of L40S at batch 1 was used, to choose the number of
 tokens per round.
 """
@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.hardware import acceptances, card, dimensions, roofline
-from smart_decoding.bench.simulate import LIKELIHOOD, PAPER, SMART, Outlook, Simulation, Simulator, name_of
-from smart_decoding.bench.style import LIGHT
-from smart_decoding.bench.synthetic import synthetic
-from smart_decoding.bench.trace import Trace
+from smart_decoding.bench.plots import COLOURS
+from smart_lab.hardware import acceptances, card, dimensions, roofline
+from smart_lab.simulate import LIKELIHOOD, PAPER, SMART, Outlook, Simulation, Simulator, name_of
+from smart_lab.synthetic import synthetic
+from smart_lab.trace import Trace
 
 CARDS = ("l40s", "rtx-pro-6000")
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
@@ -50,7 +50,7 @@ def picture(found: Mapping[str, Simulation], published: Mapping[str, Mapping[str
     canvas = Figure(figsize=(11, 5.2), layout="constrained")
     axes = canvas.subplots(1, len(found), sharey=True)
     for panel, (name, simulation) in zip(axes, found.items(), strict=True):
-        for colour, (policy, (told, marker)) in zip(LIGHT, LINES.items(), strict=False):
+        for colour, (policy, (told, marker)) in zip(COLOURS, LINES.items(), strict=False):
             values = [o.speedup[name_of(o.fixed) if policy == FIXED else policy] for o in simulation.outlooks]
             panel.plot(SIZES, values, color=colour, linewidth=2.2, marker=marker, markersize=5, label=told)
             known = published[name].get(PUBLISHED.get(policy, ""), {})

@@ -1,10 +1,14 @@
 """What tests of several packages share."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from smart_decoding.kernels import library
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # for smart_lab
 
 
 @pytest.fixture(scope="module", params=library.runnable() or ["none"])

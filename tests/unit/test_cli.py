@@ -1,4 +1,4 @@
-"""The command line: arguments, errors, exit codes, and what `run`, `demo` and `divergence` print, on a scripted LLM."""
+"""The command line: arguments, errors, exit codes, and what `run` and `demo` print, on a scripted LLM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 import smart_decoding
-from smart_decoding.bench import divergence
 from smart_decoding.cli import demo as cli_demo
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import run as cli_run
@@ -358,6 +357,11 @@ def test_no_command_and_an_unknown_one_list_the_commands(capsys: pytest.CaptureF
     assert "'bench'" in fails(capsys, "sing")
 
 
+@pytest.mark.parametrize("command", ["simulate", "divergence"])
+def test_a_command_that_moved_is_said_to_be_elsewhere(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"is now python -m smart_lab {command}, in a clone" in fails(capsys, command, "--prompts", "3")
+
+
 def test_models_lists_names_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
@@ -441,64 +445,6 @@ def test_demo_summary_takes_medians_and_compares_answers() -> None:
 def test_demo_without_trees_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     cli_demo.show_trees(FakeLLM("m", speculative_config=None), [])  # type: ignore[arg-type]
     assert "every round was decoded plainly" in capsys.readouterr().out
-
-
-# --------------------------------------------------------------------------------------------- smart divergence
-
-
-def answer(tokens: list[int], gaps: list[float], verified: int = 9) -> Any:
-    """At each position `token` leads by `gap` over token 60 - token; two other tokens follow far behind."""
-    logprobs = [
-        SimpleNamespace(
-            top_tokens=np.array([token, 60 - token, 98, 99]), top_logprobs=np.array([-0.1, -0.1 - gap, -20.0, -20.0])
-        )
-        for token, gap in zip(tokens, gaps, strict=True)
-    ]
-    return SimpleNamespace(token_ids=tokens, logprobs=logprobs, metrics=SimpleNamespace(verified=verified))
-
-
-def test_a_near_tie_is_recognised() -> None:
-    report = divergence.Report()
-    divergence.record(
-        report, 0, answer([1, 2, 29, 4], [3.0, 2.0, 0.01, 1.0]), answer([1, 2, 31, 7], [3.05, 2.0, 0.02, 1])
-    )
-    (difference,) = report.differences
-    assert (difference.position, difference.plain, difference.other) == (2, 29, 31)
-    assert difference.gap == pytest.approx(0.01) and difference.spec_gap == pytest.approx(0.02)
-    assert report.rounding == pytest.approx(0.05) and report.passed
-    llm = FakeLLM("m", speculative_config=None)
-    text = divergence.render(report, llm)  # type: ignore[arg-type]
-    assert "differ under speculation: 1 of 1" in text and text.endswith(": near-tie")
-
-
-def test_a_difference_beyond_rounding_fails_the_check() -> None:
-    report = divergence.Report()
-    divergence.record(report, 3, answer([1, 29], [3.0, 0.4]), answer([1, 31], [3.1, 0.4]))
-    assert not report.passed
-    assert "NOT a near-tie" in divergence.render(report, FakeLLM("m", speculative_config=None))  # type: ignore[arg-type]
-
-
-def test_a_token_that_was_no_rival_is_not_a_near_tie() -> None:
-    report = divergence.Report()
-    divergence.record(report, 0, answer([1, 2], [3.0, 0.0]), answer([1, 70], [9.0, 0.0]))
-    assert report.differences[0].gap == float("inf") and not report.passed
-
-
-def test_equal_answers_pass_only_if_something_was_verified() -> None:
-    report = divergence.Report()
-    divergence.record(report, 0, answer([1, 2], [3.0, 2.0]), answer([1, 2], [3.0, 2.0], verified=0))
-    assert not report.differences and not report.passed
-    assert "nothing was tested" in divergence.render(report, FakeLLM("m", speculative_config=None))  # type: ignore[arg-type]
-    divergence.record(report, 1, answer([1, 2], [3.0, 2.0]), answer([1, 2], [3.0, 2.0]))
-    assert report.passed and (report.answers, report.tokens, report.rounding) == (2, 4, 0.0)
-
-
-def test_divergence_refuses_more_prompts_than_there_are(
-    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "--prompts 1000 is too many" in fails(capsys, "divergence", "--prompts", "1000")
-    assert "at least 1" in fails(capsys, "divergence", "--prompts", "0")
-    assert not fake.made
 
 
 # ------------------------------------------------------------------------------------------------- public names

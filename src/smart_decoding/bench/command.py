@@ -7,18 +7,18 @@ from pathlib import Path
 
 from smart_decoding.bench.options import BenchOptions
 
+OUTPUTS = ("resume", "json", "html", "plots")
+
 
 def command_of(options: BenchOptions) -> str:
     """The command line that asks for this run."""
-    model = ["--random-weights", Path(options.random_weights).name] if options.random_weights else []
-    model += ["--replay", options.replay.name] if options.replay else []
-    words = ["smart", "bench", *(model or ["--model", options.model]), "--policies", ",".join(options.policies)]
+    return shlex.join(["smart", "bench", "--model", options.model, *words_of(options)])
+
+
+def words_of(options: BenchOptions) -> list[str]:
+    """The options, but for the model, as words of a command line."""
+    words = ["--policies", ",".join(options.policies)]
     words += [word for setting in options.policy_options for word in ("--policy-options", setting)]
-    words += ["--tune-likelihood", str(options.tune_likelihood)] if options.tune_likelihood else []
-    words += ["--suites", ",".join(options.suites)] if options.suites else []
-    words += ["--variants", ",".join(options.variants)] if options.variants else []
-    words += ["--questions"] if options.questions else []
-    words += ["--tune-paper"] if options.tune_paper else []
     words += ["--least-blocks", str(options.least_blocks)] if options.least_blocks > 1 else []
     words += ["--method", options.method] if options.method else []
     words += ["--draft", Path(options.draft).name] if options.draft else []
@@ -30,10 +30,9 @@ def command_of(options: BenchOptions) -> str:
     words += ["--allow-slow"] if options.allow_slow else []
     words += ["--sampled", f"{options.sampled:g}"] if options.sampled else []
     words += ["--load", ",".join(f"{share:g}" for share in options.load)] if options.load else []
-    words += ["--peers", ",".join(options.peers)] if options.peers else []
     words += ["--blocks"] if options.blocks else []
     words += ["--time-limit", f"{options.time_limit:g}"] if options.time_limit is not None else []
-    for name in ("resume", "json", "html", "plots", "record"):
+    for name in OUTPUTS:
         path = getattr(options, name)
         words += [f"--{name}", path.name] if path is not None else []
-    return shlex.join(words)
+    return words

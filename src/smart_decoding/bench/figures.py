@@ -1,4 +1,4 @@
-"""The figures of a report as plain data, which `svg` and `plots` draw: what is shown is decided once, here."""
+"""The figures of a report as plain data, which `plots` draws: what is shown is decided here."""
 
 from __future__ import annotations
 
@@ -27,28 +27,26 @@ AGAIN = "measure again with this version of smart bench to have it"
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """y_range: its interval; x_range: where x mostly lies; weight: relative area of the marker; note: in words;
-    label: printed at the marker."""
+    """y_range: its interval; x_range: where x mostly lies; weight: relative area of the marker; label: printed at the
+    marker."""
 
     x: float
     y: float
     y_range: tuple[float, float] | None = None
     x_range: tuple[float, float] | None = None
     weight: float = 1.0
-    note: str = ""
     label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """colour: number of the policy, or NEUTRAL. tag: printed at the last point."""
+    """colour: number of the policy, or NEUTRAL."""
 
     name: str
     colour: int
     points: Sequence[Point]
     line: bool = True
     markers: bool = True
-    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +80,7 @@ class Figure:
 def figures(results: Results) -> list[Figure]:
     """All figures, those without data too."""
     found = [speedup(results), cost(results), tokens(results), reliability(results)] if results.runs else []
-    found += [under_load(results)] if results.load else []
-    return [*found, *([hindsight(results.replayed), ablations(results.replayed)] if results.replayed else [])]
+    return [*found, *([under_load(results)] if results.load else [])]
 
 
 def speedup(results: Results) -> Figure:
@@ -93,7 +90,7 @@ def speedup(results: Results) -> Figure:
     for colour, (policy, name) in enumerate(results.names.items()):
         points = [_speedup_point(run) for run in _runs_of(results, policy) if number(run, "speedup") is not None]
         if points:
-            series.append(Series(name, colour, points, tag=f"{name} {points[-1].y:.2f}×"))
+            series.append(Series(name, colour, points))
     if not series:
         return Figure("speedup", title, "", missing="No policy but plain decoding was measured.")
     caption = (
@@ -135,10 +132,9 @@ def tokens(results: Results) -> Figure:
         for run in _runs_of(results, policy):
             x, y = number(run, "rows_per_round"), number(run, "tokens_per_round")
             if x is not None and y is not None and x > 0:
-                note = f"{name}, batch {run['batch_size']}: {y:.2f} tokens a round, {x:.1f} rows"
-                points.append(Point(x, y, note=note, label=str(run["batch_size"])))
+                points.append(Point(x, y, label=str(run["batch_size"])))
         if points:
-            series.append(Series(name, colour, points, tag=name))
+            series.append(Series(name, colour, points))
     if not series:
         return Figure("tokens", title, "", missing=f"These results do not say how many rows a round had: {AGAIN}.")
     caption = (
@@ -176,47 +172,6 @@ def reliability(results: Results) -> Figure:
     return Figure("reliability", title, caption, panels, apart=True)
 
 
-def hindsight(replayed: Mapping[str, Any]) -> Figure:
-    """Policies by replay against the best that knowing acceptance would give."""
-    shown = ("smart", "best fixed", "smart_paper", "likelihood, EAGLE-2's size", "hindsight, a plan")
-    steps = ("smart", "+ calibration fitted to these answers", "+ deeper levels foreseen", "hindsight, a plan")
-    caption = (
-        "By replay of recorded drafts of other prompts, not live. 'Best fixed' is chosen afterwards, for each batch "
-        "size, on the very answers that it is judged by. Hindsight knows which drafts come true: a plan that exists."
-    )
-    panels = [
-        _replayed_panel("policies", replayed, "gap", shown),
-        _replayed_panel("what smart lacks", replayed, "gap", steps),
-    ]
-    return Figure("replay-gap", "How far from hindsight?", caption, panels, apart=True)
-
-
-def ablations(replayed: Mapping[str, Any]) -> Figure:
-    """`smart` with one ingredient exchanged."""
-    rule = ("smart", "stop rule: look back", "stop rule: always 2 levels", "stop rule: always 8 levels", "greedy rule")
-    costs = ("smart", "a wrong profile, corrected", "a wrong profile, no correction", "no calibration", "even budget")
-    caption = (
-        "By replay of recorded drafts of other prompts, not live: smart, and smart with one decision taken in another "
-        "way. Lines that lie on one another are ingredients that make no difference here."
-    )
-    panels = [_replayed_panel("when to stop, what to keep", replayed, "ablations", rule),
-              _replayed_panel("costs, calibration, budget", replayed, "ablations", costs)]  # fmt: skip
-    return Figure("replay-ablations", "What does each ingredient give?", caption, panels, apart=True)
-
-
-def _replayed_panel(title: str, replayed: Mapping[str, Any], part: str, names: Iterable[str]) -> Panel:
-    sizes = sorted(map(int, replayed))
-    series = []
-    for colour, name in enumerate(names):
-        values = [(size, number(replayed[str(size)][part], name)) for size in sizes]
-        points = [Point(size, y, note=f"{name}, batch {size}: {y:.2f}×") for size, y in values if y is not None]
-        if points:
-            series.append(Series(name, NEUTRAL if "hindsight" in name else colour, points))
-    return Panel(
-        title, "batch size", "speedup, by replay", series, [float(size) for size in sizes], True, level=(1.0, "1×")
-    )
-
-
 def under_load(results: Results) -> Figure:
     """Latency percentiles against load, one line per policy."""
     runs = results.load["runs"]
@@ -248,7 +203,7 @@ def _load_point(run: Run, kind: str, percentile: str) -> Point | None:
     times = run.get(kind)
     value = number(times, percentile) if isinstance(times, Mapping) else None
     at = 100 * float(run["load"])
-    return None if value is None else Point(at, value, note=f"{run['policy']}, {at:.0f} %: {value:.1f} ms")
+    return None if value is None else Point(at, value)
 
 
 def calibration_error(bins: tuple[Floats, Floats, Floats]) -> float:
@@ -258,9 +213,7 @@ def calibration_error(bins: tuple[Floats, Floats, Floats]) -> float:
 
 
 def _speedup_point(run: Run) -> Point:
-    value, bounds = float(run["speedup"]), interval(run)
-    said = f"{bounds[0]:.2f} to {bounds[1]:.2f}" if bounds else "one block, no interval"
-    return Point(run["batch_size"], value, bounds, note=f"batch {run['batch_size']}: {value:.2f}× ({said})")
+    return Point(run["batch_size"], float(run["speedup"]), interval(run))
 
 
 def _cost_panel(results: Results, cost: CostModel, size: int) -> Panel | None:
@@ -275,9 +228,8 @@ def _cost_panel(results: Results, cost: CostModel, size: int) -> Panel | None:
         measured = number(run, "verify_ms")
         name = results.names.get(policy, "plain decoding")
         y = measured if measured is not None else expected
-        note = f"{name}, batch {size}: {rows:.1f} rows, {y:.1f} ms" + ("" if measured else " by the profile")
         spread = _spread(histogram(run, "row_counts"))
-        series.append(Series(name, colour, [Point(rows, y, x_range=spread, note=note)], line=False))
+        series.append(Series(name, colour, [Point(rows, y, x_range=spread)], line=False))
         used += [rows, *(spread or ())]
         contexts.append(context)
     if not series:
@@ -323,7 +275,4 @@ def _pooled_bins(runs: Iterable[Run], part: str) -> tuple[Floats, Floats, Floats
 def _bins(bins: tuple[Floats, Floats, Floats]) -> list[Point]:
     predicted, chosen, count = bins
     share = count / count.max() if len(count) else count
-    return [
-        Point(float(x), float(y), weight=float(w), note=f"predicted {x:.2f}, chosen {y:.2f}, {n:.0f} tokens")
-        for x, y, w, n in zip(predicted, chosen, share, count, strict=True)
-    ]
+    return [Point(float(x), float(y), weight=float(w)) for x, y, w in zip(predicted, chosen, share, strict=True)]

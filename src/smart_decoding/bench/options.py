@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from smart_decoding.bench.data import DEFAULT_TASKS, TASKS
 from smart_decoding.core.policies import make_policy
@@ -16,8 +16,8 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
 BASELINE, OURS = "off", "smart"
-VARIANT_SIZES = (1, 4)  # where variants of smart are measured
-_NOT_POLICY = ("method", "model", "variant")  # options of an arm that say what drafts, or what is exchanged in smart
+SLOTS = 16  # requests at once under load
+EXTRA = "in the clone, pip install -e '.[bench]'"  # how to get matplotlib
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,8 @@ class Arm:
     """One contestant: a policy with its options, `method` and `model` among them where it has a drafter of its own.
 
     The baseline has no drafter."""
+
+    NOT_POLICY: ClassVar[Sequence[str]] = ("method", "model")  # options that say what drafts
 
     policy: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -41,7 +43,7 @@ class Arm:
 
     @property
     def policy_options(self) -> dict[str, Any]:
-        return {name: value for name, value in self.options.items() if name not in _NOT_POLICY}
+        return {name: value for name, value in self.options.items() if name not in self.NOT_POLICY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +51,20 @@ class BenchOptions:
     """The options of `smart bench`.
 
     policies: names; policy_options: 'policy:name=value,...', once for each setting of a policy that is to run.
-    method: drafter, or None for the model's default. limit: prompts per task. time_limit: seconds over the whole run;
-    what is measured by then is reported, marked as partial. json, html: files for the results and for the report;
-    plots: folder for pictures, made if need be. tune_likelihood: also run so
-    many of the best `likelihood` settings of each batch size, found by replay on other prompts; tune_paper: and the
-    best setting of `smart_paper`. least_blocks: of each task and batch size; prompts are used again where they are too
-    few. draft: what `method`
-    drafts with, a head's folder or a smaller model; method_options: its other options. resume: a file that keeps what
-    is measured, so that the same command goes on after a cut. sampled: measure again at this temperature, at
-    `sampled_batch_sizes`. load: shares of the measured capacity at which requests arrive; peers: other engines on the
-    same prompts; peer_env: 'name=folder', environments to use as they are. Either of these two replaces the
-    comparison of policies in blocks unless `blocks` asks for it, too. skip: prompts of each task to pass over first.
-    questions: also answer by replay how far policies are from hindsight and what each ingredient gives. suites: tasks
-    such as long and edit, measured at batch 1 in a part of their own, smart with n-grams too. variants: of `smart`,
-    measured beside it in a part of their own, at VARIANT_SIZES. record: instead of measuring, record the drafts
-    of the prompts there. random_weights, replay: measure a model of this config with random weights, its acceptance
-    taken from this recording. allow_slow: run plain torch on a CPU where the CPU kernels cannot run.
+    method: drafter, or None for the model's default; draft: what it drafts with, a head's folder or a smaller model;
+    method_options: its other options.
+    limit: prompts per task; skip: prompts of each task to pass over first; least_blocks: of each task and batch size,
+    prompts are used again where they are too few.
+    sampled: measure again at this temperature, at `sampled_batch_sizes`.
+    load: shares of the measured capacity at which requests arrive. It replaces the comparison of policies in blocks
+    unless `blocks` asks for that, too.
+    time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
+    json, html: files for the results and for the report; plots: folder for pictures, made if need be.
+    resume: a file that keeps what is measured, so that the same command goes on after a cut.
+    allow_slow: run plain torch on a CPU where the CPU kernels cannot run.
     Raises ConfigError for anything that cannot be run."""
+
+    ARM: ClassVar[type[Arm]] = Arm
 
     policies: Sequence[str] = (BASELINE, "smart")
     batch_sizes: Sequence[int] = (1, 4)
@@ -81,8 +80,6 @@ class BenchOptions:
     seed: int = 0
     json: Path | None = None
     device: str = "auto"
-    tune_likelihood: int = 0
-    tune_paper: bool = False
     least_blocks: int = 1
     html: Path | None = None
     plots: Path | None = None
@@ -92,26 +89,16 @@ class BenchOptions:
     sampled: float = 0.0
     sampled_batch_sizes: Sequence[int] = (1, 8)
     load: Sequence[float] = ()
-    peers: Sequence[str] = ()
-    peer_env: Sequence[str] = ()
     blocks: bool = False
     skip: int = 0
-    record: Path | None = None
-    suites: Sequence[str] = ()
-    questions: bool = False
-    variants: Sequence[str] = ()
-    random_weights: str | None = None
-    replay: Path | None = None
     allow_slow: bool = False
 
     def __post_init__(self) -> None:
         _at_least_one("batch_sizes", self.batch_sizes)
         _at_least_one("limit, max_tokens, least_blocks", (self.limit, self.max_tokens, self.least_blocks))
-        unknown = [task for task in (*self.tasks, *self.suites) if task not in TASKS]
+        unknown = [task for task in self.all_tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise ConfigError(f"unknown task {''.join(unknown[:1])!r}; known: {', '.join(TASKS)}")
-        if self.tune_likelihood < 0:
-            raise ConfigError(f"tune_likelihood must not be negative, but is {self.tune_likelihood}")
         if self.skip < 0:
             raise ConfigError(f"skip must not be negative, but is {self.skip}")
         if self.time_limit is not None and self.time_limit <= 0:
@@ -120,21 +107,13 @@ class BenchOptions:
             raise ConfigError(f"load must be shares of the capacity such as 0.3,0.6,0.9, not {list(self.load)}")
         if self.temperature and self.sampled:
             raise ConfigError("--sampled adds a second temperature to a greedy run: leave out --temperature")
-        if (self.random_weights is None) != (self.replay is None):
-            raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
-        if self.replay is not None and (self.temperature or self.sampled or self.load or self.peers):
-            raise ConfigError("a replayed run is greedy and in blocks: leave out temperatures, --load and --peers")
-        check_outputs((self.json, self.html, self.resume, self.record), self.plots)
-        check_peers(self.peers, self.peer_env)
+        check_outputs((self.json, self.html, self.resume), self.plots)
         self.sampling(0)
-        for variant in self.variants:
-            check_variant(Arm("smart", {"variant": variant}))
         self._check_arms()
 
     def _check_arms(self) -> None:
         for arm in self.arms:
             make_policy(arm.policy, **arm.policy_options)
-            check_variant(arm)
             method = arm.options.get("method", self.method)
             if method is not None and method not in METHODS:
                 raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
@@ -147,25 +126,30 @@ class BenchOptions:
     @property
     def arms(self) -> list[Arm]:
         """All contestants, the baseline first: it runs whether it is named or not."""
-        settings = [parse_setting(text) for text in self.policy_options]
+        settings = [parse_setting(text, self.ARM) for text in self.policy_options]
         idle = [arm.policy for arm in settings if arm.policy not in self.policies]
         if idle:
             raise ConfigError(f"options are given for policy {idle[0]!r}, which is not among the policies: add it")
-        arms = [Arm(BASELINE)]
+        arms = [self.ARM(BASELINE)]
         for policy in self.policies:
-            arms += [arm for arm in settings if arm.policy == policy] or [Arm(policy)]
+            arms += [arm for arm in settings if arm.policy == policy] or [self.ARM(policy)]
         unique = {arm.label: arm for arm in arms}
         return list(unique.values())
 
     @property
-    def peer_arm(self) -> Arm:
-        """Who stands for us beside the peers: the first contestant that drafts, `smart` if none is named."""
-        return next((arm for arm in self.arms if arm.policy != BASELINE), Arm("smart"))
+    def all_tasks(self) -> Sequence[str]:
+        """Every task whose prompts some part of the run needs."""
+        return self.tasks
+
+    def most_requests(self) -> int:
+        """The largest number of requests that some part of the run keeps going at once."""
+        sampled = self.sampled_batch_sizes if self.sampled else ()
+        return max([*self.batch_sizes, *sampled, *([SLOTS] if self.load else ())])
 
     @property
     def compares_policies(self) -> bool:
         """Whether policies are compared in blocks: what `smart bench` does unless asked for something else."""
-        return self.blocks or not (self.load or self.peers)
+        return self.blocks or not self.load
 
     @property
     def temperatures(self) -> list[tuple[float, Sequence[int]]]:
@@ -177,8 +161,8 @@ class BenchOptions:
         """The `speculative_config` of an arm."""
         if arm.policy == BASELINE:
             return False
-        named, asked = {"method": self.method, "model": self.draft}, dict(arm.options)
-        asked.pop("variant", None)
+        named = {"method": self.method, "model": self.draft}
+        asked = dict(arm.options)
         common = {name: value for name, value in named.items() if value is not None}
         if "method" in asked:  # a drafter of its own: the other's model and options are not for it
             return {"policy": arm.policy, **asked}
@@ -188,15 +172,6 @@ class BenchOptions:
         """Parameters of prompt `index`: its seed is the same under every policy and batch size."""
         heat = self.temperature if temperature is None else temperature
         return SamplingParams(temperature=heat, max_tokens=self.max_tokens, seed=self.seed + index)
-
-
-def check_variant(arm: Arm) -> None:
-    """Raises ConfigError for a variant that nobody knows, or that is not of `smart`."""
-    if "variant" in arm.options:
-        from smart_decoding.bench.ablations import VARIANTS
-
-        if arm.policy != "smart" or arm.options["variant"] not in VARIANTS:
-            raise ConfigError(f"unknown variant {arm.options['variant']!r}; smart has: {', '.join(VARIANTS)}")
 
 
 def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
@@ -209,19 +184,10 @@ def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
     if not plots.parent.is_dir() or (plots.exists() and not plots.is_dir()):
         raise ConfigError(f"{plots} cannot be made: it must be a folder in an existing folder")
     if find_spec("matplotlib") is None:
-        raise ConfigError("plots need matplotlib: in the clone, pip install -e '.[bench]'")
+        raise ConfigError(f"plots need matplotlib: {EXTRA}")
 
 
-def check_peers(peers: Sequence[str], environments: Sequence[str]) -> None:
-    """Raises ConfigError for an unknown peer, or an environment that is not name=folder."""
-    if peers or environments:
-        from smart_decoding.bench.peers.catalogue import environments_of, wanted
-
-        wanted(peers)
-        environments_of(environments)
-
-
-def parse_setting(text: str) -> Arm:
+def parse_setting(text: str, kind: type[Arm] = Arm) -> Arm:
     """'likelihood:depth=2,top_k=3' as an arm. Raises ConfigError for another form."""
     policy, _, rest = text.partition(":")
     options = {}
@@ -230,7 +196,7 @@ def parse_setting(text: str) -> Arm:
         if not equals or not name.strip() or not value.strip():
             raise ConfigError(f"policy option {item!r} in {text!r} is not of the form name=value")
         options[name.strip()] = _value(value.strip())
-    return Arm(policy.strip(), options)
+    return kind(policy.strip(), options)
 
 
 def _value(text: str) -> Any:

@@ -15,22 +15,19 @@ _HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/r
 
 def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
     """All tables of a result, each part under its name."""
-    parts = [told] if (told := plain_torch(result.get("provenance") or {})) else []
-    if result.get("acceptance"):
-        model = result["provenance"]["weights"]["model"]
-        parts.append(f"{str(result['acceptance']).upper()}: compute is real, tokens are a recording's ({model})")
-    titles = {"runs": "", "sampled_runs": "at temperature {:g}\n", "variant_runs": "one ingredient exchanged\n",
-              "suite_runs": "long contexts and edits\n"}  # fmt: skip
-    for name, title in titles.items():
-        runs = result.get(name) or []
-        if runs:
-            title = title.format(runs[0]["temperature"])
-            table = markdown(runs) if in_markdown else terminal(runs)
-            parts.append(f"{title}{table}\n\nspeedup by task\n{by_task(runs)}")
+    parts = [plain_torch(result.get("provenance") or {})]
+    parts.append(runs_table(result.get("runs"), "", in_markdown))
+    parts.append(runs_table(result.get("sampled_runs"), "at temperature {:g}\n", in_markdown))
     parts += [load_table(result["load"])] if result.get("load") else []
-    parts += [replay_table(result["replayed"])] if result.get("replayed") else []
-    parts += [peer_table(result["peers"])] if result.get("peers") else []
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
+
+
+def runs_table(runs: Sequence[Run] | None, title: str, in_markdown: bool) -> str:
+    """Runs over all tasks, then task by task, under a title that may name their temperature; '' without runs."""
+    if not runs:
+        return ""
+    table = markdown(runs) if in_markdown else terminal(runs)
+    return f"{title.format(runs[0]['temperature'])}{table}\n\nspeedup by task\n{by_task(runs)}"
 
 
 def plain_torch(provenance: Mapping[str, Any]) -> str:
@@ -48,44 +45,14 @@ def load_table(load: Mapping[str, Any]) -> str:
         f"load: Poisson arrivals at shares of {load['capacity_requests_per_s']:.2f} requests/s "
         f"({load['capacity_tokens_per_s']:.0f} tok/s), what plain decoding answers at {load['slots']} at once; ms"
     )
-    return "\n".join([told, *_aligned(rows)])
-
-
-def replay_table(replayed: Mapping[str, Any]) -> str:
-    """Speedups by replay at every batch size."""
-    sizes = list(replayed)
-    rows: list[Sequence[str]] = [("by replay, not live", *sizes)]
-    for part in ("gap", "ablations"):
-        names = [name for name, value in replayed[sizes[0]][part].items() if isinstance(value, float)]
-        rows += [(name, *(_number(replayed[size][part][name], 2) for size in sizes)) for name in names]
-    return "\n".join(_aligned(rows))
+    return "\n".join([told, *aligned(rows)])
 
 
 def _load_cells(run: Run, name: str) -> Sequence[str]:
-    times = [_number(run[kind][p], digits) for kind, digits in (("ttft_ms", 0), ("tpot_ms", 1))
+    times = [shown(run[kind][p], digits) for kind, digits in (("ttft_ms", 0), ("tpot_ms", 1))
              for p in ("p50", "p95", "p99")]  # fmt: skip
-    return (name, f"{100 * run['load']:.0f} %", f"{run['requests_per_s']:.2f}", _number(run["tokens_per_s"], 0), *times,
-            _number(run["tpot_ratio"], 2), "yes" if run["identical"] else "NO")  # fmt: skip
-
-
-def peer_table(peers: Sequence[Run]) -> str:
-    """Other engines beside ours, both in turn on the same prompts; who failed, and why."""
-    head = ("engine", "precision", "b", "tok/s", "ours plain", "ours smart", "smart / peer (95 %)", "same")
-    rows: list[Sequence[str]] = [head]
-    lines = []
-    for peer in peers:
-        for run in peer.get("runs", ()):
-            rates = [_number(run[f"{who}tokens_per_s"], 1) for who in ("", "plain_", "smart_")]
-            rows.append((f"{peer['name']} {peer['version']}", peer["precision"], str(run["batch_size"]), *rates,
-                         _interval(run), f"{100 * run['same']:.0f} %"))  # fmt: skip
-            if run["speedup"] is not None and run["speedup"] < 1:
-                lines.append(f"{peer['name']} is FASTER than smart at batch {run['batch_size']}")
-        if peer.get("error"):
-            lines.append(f"{peer['name']}: {peer['error']}")
-    told = (
-        "peers: decode-only tokens/s, answers of a fixed length; 'same': of the peer's tokens, those that ours has too"
-    )
-    return "\n".join([told, *_aligned(rows), *lines])
+    return (name, f"{100 * run['load']:.0f} %", f"{run['requests_per_s']:.2f}", shown(run["tokens_per_s"], 0), *times,
+            shown(run["tpot_ratio"], 2), "yes" if run["identical"] else "NO")  # fmt: skip
 
 
 def terminal(runs: Sequence[Run]) -> str:
@@ -95,17 +62,17 @@ def terminal(runs: Sequence[Run]) -> str:
     rows = [_cells(run, runs, names[run["policy"]]) for run in pooled]
     legend = [f"{short} = {full}" for full, short in names.items() if full != short]
     legend += [f"{run['policy']}, batch {run['batch_size']} = {run['setting']}" for run in pooled if run.get("setting")]
-    return "\n".join([*_aligned([_HEADER, *rows]), *legend, *over_table(runs, names), "", *notes(runs)])
+    return "\n".join([*aligned([_HEADER, *rows]), *legend, *over_table(runs, names), "", *notes(runs)])
 
 
 def over_table(runs: Sequence[Run], names: Mapping[str, str]) -> list[str]:
     """`smart` beside the strongest setting of each other policy."""
     rows = [
-        (names[r["policy"]], str(r["batch_size"]), _interval(r, "smart_over"), _worst(r, runs, "smart_over"))
+        (names[r["policy"]], str(r["batch_size"]), ratio(r, "smart_over"), _worst(r, runs, "smart_over"))
         for r in strongest(runs)
     ]
     head = ("smart over the best", "b", "smart / it (95 %)", "worst task")
-    return ["", *_aligned([head, *rows])] if rows else []
+    return ["", *aligned([head, *rows])] if rows else []
 
 
 def strongest(runs: Sequence[Run]) -> list[Run]:
@@ -131,8 +98,8 @@ def by_task(runs: Sequence[Run]) -> str:
     names = short_names(_pooled(runs))
     for run in _pooled(runs):
         same = {r["task"]: r for r in runs if _key(r) == _key(run)}
-        rows.append((names[run["policy"]], str(run["batch_size"]), *(_interval(same.get(t)) for t in tasks)))
-    return "\n".join(_aligned(rows))
+        rows.append((names[run["policy"]], str(run["batch_size"]), *(ratio(same.get(t)) for t in tasks)))
+    return "\n".join(aligned(rows))
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
@@ -142,18 +109,18 @@ def notes(runs: Sequence[Run]) -> list[str]:
         name = f"{names[run['policy']]} b={run['batch_size']}"
         if run.get("noise_pairs"):
             lines.append(
-                f"batch {run['batch_size']}: the baseline against itself gives {_number(run['noise'], 3)} "
-                f"({_number(run['noise_low'], 3)}-{_number(run['noise_high'], 3)});\n  "
+                f"batch {run['batch_size']}: the baseline against itself gives {shown(run['noise'], 3)} "
+                f"({shown(run['noise_low'], 3)}-{shown(run['noise_high'], 3)});\n  "
                 f"{_percent(run['looping_answers'])} of its answers ended in a loop, {_percent(run['looping_tokens'])} "
                 "of its tokens were cut"
             )
         else:
-            vision = f", {_number(run['vision_ms'], 0)} ms of it the vision tower," if run.get("vision_ms") else ""
+            vision = f", {shown(run['vision_ms'], 0)} ms of it the vision tower," if run.get("vision_ms") else ""
             lines.append(
-                f"{name}: TTFT {_number(run['ttft_ms'], 0)} ms{vision} "
-                f"({_number(run['ttft_ratio'], 2)} x), TPOT {_number(run['tpot_ms'], 1)} ms, worst request "
-                f"{_number(run['worst_tpot_ratio'], 2)} x;\n  controller {_percent(run['controller_share'])}, "
-                f"{_percent(run['off_share'])} of rounds off, {_number(run['levels_per_round'], 1)} levels, "
+                f"{name}: TTFT {shown(run['ttft_ms'], 0)} ms{vision} "
+                f"({shown(run['ttft_ratio'], 2)} x), TPOT {shown(run['tpot_ms'], 1)} ms, worst request "
+                f"{shown(run['worst_tpot_ratio'], 2)} x;\n  controller {_percent(run['controller_share'])}, "
+                f"{_percent(run['off_share'])} of rounds off, {shown(run['levels_per_round'], 1)} levels, "
                 f"{run['rounds']} rounds, {run['blocks']} blocks"
             )
         if not run["identical"]:
@@ -168,9 +135,9 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 def _cells(run: Run, runs: Sequence[Run], name: str) -> Sequence[str]:
     return (
-        name, str(run["batch_size"]), _number(run["tokens_per_s"], 1), _interval(run),
-        _number(run["end_to_end_speedup"], 2), _worst(run, runs), _number(run["tokens_per_round"], 2),
-        _number(run["rows_per_round"], 1), _number(run["wasted_rows"], 1), "yes" if run["identical"] else "NO",
+        name, str(run["batch_size"]), shown(run["tokens_per_s"], 1), ratio(run),
+        shown(run["end_to_end_speedup"], 2), _worst(run, runs), shown(run["tokens_per_round"], 2),
+        shown(run["rows_per_round"], 1), shown(run["wasted_rows"], 1), "yes" if run["identical"] else "NO",
     )  # fmt: skip
 
 
@@ -180,7 +147,7 @@ def _worst(run: Run, runs: Sequence[Run], name: str = "speedup") -> str:
     if not tasks or run.get("noise_pairs") is not None:
         return "-"
     worst = min(tasks, key=lambda r: r[name])
-    return f"{_number(worst[name], 2)} {worst['task']}"
+    return f"{shown(worst[name], 2)} {worst['task']}"
 
 
 def _pooled(runs: Sequence[Run]) -> list[Run]:
@@ -191,15 +158,16 @@ def _key(run: Run) -> tuple[str, int]:
     return run["policy"], run["batch_size"]
 
 
-def _interval(run: Run | None, name: str = "speedup") -> str:
+def ratio(run: Run | None, name: str = "speedup") -> str:
+    """1.35 (1.30-1.40)"""
     if run is None or not _known(run.get(name)):
         return "-"
     if not _known(run[f"{name}_high"]):
         return f"{run[name]:.2f} (1 block)"
-    return f"{run[name]:.2f} ({_number(run[f'{name}_low'], 2)}-{_number(run[f'{name}_high'], 2)})"
+    return f"{run[name]:.2f} ({shown(run[f'{name}_low'], 2)}-{shown(run[f'{name}_high'], 2)})"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns two spaces apart, the first to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
@@ -242,7 +210,8 @@ def _known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _number(value: float | None, digits: int) -> str:
+def shown(value: float | None, digits: int) -> str:
+    """A number, or a dash where it is not known."""
     return f"{value:.{digits}f}" if value is not None and math.isfinite(value) else "-"
 
 

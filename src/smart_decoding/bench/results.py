@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.report import Run, short_names
@@ -22,7 +22,9 @@ FASTER, SLOWER, UNDECIDED = "faster", "slower", "undecided"
 class Results:
     """runs: as in the JSON. names: policy -> short name. cost: the measured profile, if the file has one.
 
-    sampled, variants, suites, load, replayed, peers: the further parts, empty where they were not measured."""
+    sampled, load: the further parts, empty where they were not measured. A subclass may read more of them."""
+
+    PARTS: ClassVar[Sequence[str]] = ("sampled", "load")  # that several files may contribute
 
     provenance: Mapping[str, Any]
     runs: Sequence[Run]
@@ -30,39 +32,35 @@ class Results:
     memory: Mapping[str, Any] = field(default_factory=dict)
     sampled: Sequence[Run] = ()
     load: Mapping[str, Any] = field(default_factory=dict)
-    peers: Sequence[Mapping[str, Any]] = ()
     limits: Mapping[str, Any] = field(default_factory=dict)
-    variants: Sequence[Run] = ()
-    replayed: Mapping[str, Any] = field(default_factory=dict)
-    suites: Sequence[Run] = ()
 
     @classmethod
-    def from_dict(cls, data: Any, source: str = "the results") -> Results:
+    def from_dict(cls, data: Any, source: str = "the results") -> Self:
         """Raises ConfigError for what `smart bench` cannot have written."""
         if not isinstance(data, Mapping) or not isinstance(data.get("runs"), Sequence):
             raise ConfigError(f"{source} has no 'runs': give a file that smart bench --json wrote")
-        load, peers = _load(data.get("load")), _peers(data.get("peers"))
-        if not data["runs"] and not load and not peers:
+        parts = cls.parts_of(data, source)
+        runs = checked_runs(data["runs"], source)
+        if not runs and not any(parts.values()):
             raise ConfigError(f"{source} has no 'runs': give a file that smart bench --json wrote")
-        sampled, variants, suites = (_list(data.get(f"{name}_runs")) for name in ("sampled", "variant", "suite"))
-        for run in [*data["runs"], *sampled, *variants, *suites]:
-            if not isinstance(run, Mapping):
-                raise ConfigError(f"{source}: each of 'runs' must be an object")
-            for name, kind in (("policy", str), ("task", str), ("batch_size", int)):
-                if not isinstance(run.get(name), kind):
-                    raise ConfigError(f"{source}: a run has no usable {name!r}")
-            if "speedup" not in run:
-                raise ConfigError(f"{source}: a run has no 'speedup'")
-        if data["runs"] and not any(run["task"] == POOLED for run in data["runs"]):
+        if runs and not any(run["task"] == POOLED for run in runs):
             raise ConfigError(f"{source} has no runs of the task {POOLED!r}, which pools the others")
         return cls(
-            _mapping(data.get("provenance")), data["runs"], _cost(data.get("cost")), _mapping(data.get("memory")),
-            sampled, load, peers, _mapping(data.get("limits")), variants, _replayed(data.get("replayed")),
-            suites,
-        )  # fmt: skip
+            provenance=mapping(data.get("provenance")),
+            runs=runs,
+            cost=_cost(data.get("cost")),
+            memory=mapping(data.get("memory")),
+            limits=mapping(data.get("limits")),
+            **parts,
+        )
 
     @classmethod
-    def read(cls, path: Path, *others: Path) -> Results:
+    def parts_of(cls, data: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """The fields of PARTS."""
+        return {"sampled": checked_runs(data.get("sampled_runs"), source), "load": _load(data.get("load"))}
+
+    @classmethod
+    def read(cls, path: Path, *others: Path) -> Self:
         """One file, or several whose parts are put together: the first that has runs gives them, and the machine.
 
         Raises ConfigError for a file that is missing or not what `smart bench --json` writes."""
@@ -70,13 +68,12 @@ class Results:
         main = next((each for each in found if each.runs), found[0])
         commands = [str(each.provenance.get("command")) for each in found if each.provenance.get("command")]
         origin = {**main.provenance, **({"command": "\n".join(commands)} if commands else {})}
-        return replace(
-            main, provenance=origin, sampled=next((each.sampled for each in found if each.sampled), ()),
-            variants=next((each.variants for each in found if each.variants), ()),
-            replayed=next((each.replayed for each in found if each.replayed), {}),
-            suites=next((each.suites for each in found if each.suites), ()),
-            load=next((each.load for each in found if each.load), {}), peers=[p for each in found for p in each.peers],
-        )  # fmt: skip
+        return replace(main, provenance=origin, **{part: cls.joined(part, found) for part in cls.PARTS})
+
+    @classmethod
+    def joined(cls, part: str, found: Sequence[Self]) -> Any:
+        """A part of several files: the first that has it."""
+        return next((value for each in found if (value := getattr(each, part))), getattr(found[0], part))
 
     @property
     def pooled(self) -> list[Run]:
@@ -130,7 +127,7 @@ def verdict(run: Run) -> str:
 
 def histogram(run: Run, name: str) -> dict[int, float]:
     """{count: rounds} of a run's distribution; empty where there is none."""
-    table = _mapping(run.get(name))
+    table = mapping(run.get(name))
     try:
         return {int(key): float(value) for key, value in table.items() if float(value) > 0}
     except (TypeError, ValueError):
@@ -148,7 +145,7 @@ def _json_in(path: Path) -> Any:
 
 def _load(value: Any) -> Mapping[str, Any]:
     """The part about load, if its runs can be read."""
-    found = _mapping(value)
+    found = mapping(value)
     runs = found.get("runs")
     usable = isinstance(runs, Sequence) and runs and all(
         isinstance(run, Mapping) and isinstance(run.get("policy"), str) and number(run, "load") is not None
@@ -156,24 +153,22 @@ def _load(value: Any) -> Mapping[str, Any]:
     return found if usable else {}
 
 
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+def checked_runs(value: Any, source: str) -> Sequence[Run]:
+    """A list of runs; none if there is no list. Raises ConfigError for a run that cannot be one."""
+    runs = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    for run in runs:
+        if not isinstance(run, Mapping):
+            raise ConfigError(f"{source}: each of 'runs' must be an object")
+        for name, kind in (("policy", str), ("task", str), ("batch_size", int)):
+            if not isinstance(run.get(name), kind):
+                raise ConfigError(f"{source}: a run has no usable {name!r}")
+        if "speedup" not in run:
+            raise ConfigError(f"{source}: a run has no 'speedup'")
+    return runs
 
 
-def _replayed(value: Any) -> Mapping[str, Any]:
-    """Batch size -> what replay answers; empty if that cannot be read."""
-    found = _mapping(value)
-    parts = [_mapping(_mapping(of_size).get(name)) for of_size in found.values() for name in ("gap", "ablations")]
-    return found if parts and all(parts) and all(size.isdigit() for size in found) else {}
-
-
-def _peers(value: Any) -> Sequence[Mapping[str, Any]]:
-    """Peers that have a name."""
-    found = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    return [peer for peer in found if isinstance(peer, Mapping) and isinstance(peer.get("name"), str)]
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 

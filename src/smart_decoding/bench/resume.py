@@ -77,7 +77,8 @@ class Progress:
 
 def key_of(options: BenchOptions) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    given = {name: getattr(options, name) for name in BenchOptions.__dataclass_fields__ if name not in _NOT_PART}
+    names = (field.name for field in fields(options))
+    given = {name: getattr(options, name) for name in names if name not in _NOT_PART}
     here = hardware()
     return {
         "option": given, "machine": {name: here[name] for name in _MACHINE}, "version": versions(),
@@ -85,9 +86,9 @@ def key_of(options: BenchOptions) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def source_digest() -> str:
-    """Of this package's code: a commit says nothing about files that were changed since."""
-    digest, root = hashlib.sha256(), Path(smart_decoding.__file__).parent
+def source_digest(root: Path = Path(smart_decoding.__file__).parent) -> str:
+    """Of the code in a folder, this package's by default: a commit says nothing about files changed since."""
+    digest = hashlib.sha256()
     for path in sorted(p for suffix in ("*.py", "*.cpp") for p in root.rglob(suffix)):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -12,23 +12,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from smart_decoding.bench.ablations import VARIANTS
 from smart_decoding.bench.blocks import Block, Prompt, run_block
 from smart_decoding.bench.command import command_of
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.limits import measure_limits
 from smart_decoding.bench.limits import shares as limit_shares
-from smart_decoding.bench.options import BASELINE, OURS, VARIANT_SIZES, Arm, BenchOptions
+from smart_decoding.bench.options import BASELINE, OURS, Arm, BenchOptions
 from smart_decoding.bench.peak import forget_peak, peak_gib
 from smart_decoding.bench.provenance import memory, provenance
 from smart_decoding.bench.resume import Progress, block_of, key_of, plain_block
 from smart_decoding.bench.summary import noise, smart_over, summarise
 from smart_decoding.bench.traffic import Sizes, achieved
-from smart_decoding.bench.tuning import Tuner
 from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -37,11 +36,7 @@ from smart_decoding.llm import DEFAULT_MODEL_LEN, LLM
 
 NOISE_EVERY = 3  # cycles
 SLOW = 4  # a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8: 3rd, ...
-SLOTS = 16  # requests at once under load
 LONG_PROMPT = 4096  # the longest of the task `long`, for which memory is then made
-_PART_SHARES = {
-    "runs": 0.56, "sampled_runs": 0.11, "suite_runs": 0.06, "variant_runs": 0.07, "load": 0.1, "replayed": 0.1
-}  # of the time limit  # fmt: skip
 WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
 LONGEST_PROMPT = 1024  # KV memory is made for prompts up to this on average; longer ones may be preempted
 
@@ -57,27 +52,32 @@ class Measurement:
     partial: bool = False
 
 
-def run(options: BenchOptions) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a run. share: of the time limit, relative to the other parts'; measure: takes the time to stop at."""
+
+    share: float
+    measure: Callable[[float | None], Any]
+
+
+def run(options: BenchOptions, kind: type[Bench] | None = None) -> dict[str, Any]:
     """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs' (policies in blocks, maybe
-    none), 'sampled_runs' (the same at a second temperature), 'load', 'peers', 'cost' (the measured profile that
-    policies started from, None if none needs one), 'limits' and 'memory'.
+    none), 'sampled_runs' (the same at a second temperature), 'load', 'cost' (the measured profile that policies
+    started from, None if none needs one), 'limits' and 'memory'. kind: a Bench with further parts.
 
     Raises CapacityError if the time limit was too short for a single cycle, ConfigError for a file of --resume that is
     of another run, and what LLM raises."""
     progress = Progress(options.resume, key_of(options) if options.resume else {})
-    texts = {
-        task: load_task(task, options.skip + options.limit)[options.skip :]
-        for task in (*options.tasks, *options.suites)
-    }
+    texts = {task: load_task(task, options.skip + options.limit)[options.skip :] for task in options.all_tasks}
     llm = load(options)
     progress.agree("weights", llm.provenance)
-    bench = _Bench(options, llm, encode(llm, texts, options), progress)
-    result = bench.parts()
-    if not any(result.get(part) for part in ("runs", "load", "peers")):
+    bench = (kind or Bench)(options, llm, encode(llm, texts, options), progress)
+    result = bench.measure()
+    if not any(result.get(part) for part in bench.MAIN_PARTS):
         raise CapacityError("the time limit was too short for one block of every policy: raise --time-limit")
     sizes = bench.sizes
     return {
-        "provenance": provenance(command_of(options), options.seed, llm.provenance, bench.head, llm.target.plain_torch),
+        "provenance": provenance(bench.command, options.seed, llm.provenance, bench.head, llm.target.plain_torch),
         **result,
         "cost": bench.cost.to_dict() if bench.cost else None,
         "limits": bench.limits,
@@ -85,54 +85,68 @@ def run(options: BenchOptions) -> dict[str, Any]:
     }
 
 
-class _Bench:
-    """One run: the model, the prompts, and what its parts share."""
+class Bench:
+    """One run: the model, the prompts, and what its parts share. A subclass may add parts and contestants."""
+
+    MAIN_PARTS: ClassVar[Sequence[str]] = ("runs", "load")  # a run needs one of these
 
     def __init__(
         self, options: BenchOptions, llm: LLM, prompts: Mapping[str, Sequence[Prompt]], progress: Progress
     ) -> None:
-        self.options, self.llm, self.prompts, self.progress = options, llm, prompts, progress
+        self.options = options
+        self.llm = llm
+        self.prompts = prompts
+        self.progress = progress
         self.head: str | None = None
         self.cost: CostModel | None = None
-        self.tuner = Tuner(llm, options)
         self.sizes = Sizes.of(llm.target.decoder.config, llm.target.dtype.itemsize)
         self.limits = measure_limits(llm.target.dtype, llm.target.device)
 
-    def parts(self) -> dict[str, Any]:
-        """The parts that were asked for, each with its share of the time that is left."""
-        options, result = self.options, dict[str, Any]({"runs": []})
-        stop = None if options.time_limit is None else time.perf_counter() + options.time_limit
-        heats = dict(
-            zip(("runs", "sampled_runs"), options.temperatures if options.compares_policies else (), strict=False)
-        )
-        more = {
-            "suite_runs": (options.suites, self._suites), "variant_runs": (options.variants, self._variants),
-            "load": (options.load, self._load), "replayed": (options.questions, self._questions),
-        }  # fmt: skip
-        asked = [*heats, *(part for part, (wanted, _) in more.items() if wanted)]
-        for i, part in enumerate(asked):
-            until = _until(stop, _PART_SHARES[part] / sum(_PART_SHARES[each] for each in asked[i:]))
-            result[part] = self._blocks(*heats[part], until) if part in heats else more[part][1](until)
-        if options.peers:
-            result["peers"] = self._peers()
+    @property
+    def command(self) -> str:
+        """The command line that asks for this run."""
+        return command_of(self.options)
+
+    def parts(self) -> dict[str, Part]:
+        """The parts that were asked for, in order."""
+        found: dict[str, Part] = {}
+        if self.options.compares_policies:
+            first, *second = self.options.temperatures
+            found["runs"] = Part(0.56, partial(self.blocks, *first))
+            if second:
+                found["sampled_runs"] = Part(0.11, partial(self.blocks, *second[0]))
+        if self.options.load:
+            found["load"] = Part(0.1, self.load)
+        return found
+
+    def contestants(self, batch_size: int) -> list[Arm]:
+        """Who is compared in blocks at a batch size."""
+        return self.options.arms
+
+    def served(self) -> list[Arm]:
+        """Who is compared under load."""
+        return self.options.arms
+
+    def measure(self) -> dict[str, Any]:
+        """Each part with its share of the time that is left."""
+        result: dict[str, Any] = {"runs": []}
+        limit = self.options.time_limit
+        stop = None if limit is None else time.perf_counter() + limit
+        parts = list(self.parts().items())
+        for i, (name, part) in enumerate(parts):
+            share = part.share / sum(other.share for _, other in parts[i:])
+            result[name] = part.measure(_until(stop, share))
         return result
 
-    def engines(self, batch_size: int) -> dict[str, LLM]:
-        """Every contestant of a batch size, by label."""
-        return self._made([*self.options.arms, *self.tuner.arms(batch_size, self.progress)])
-
-    def _made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
+    def made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
+        """The chosen contestants, by label; their drafter and cost model are noted."""
         arms = {arm.label: self.llm.sharing_weights(self.options.speculation(arm)) for arm in chosen}
-        for arm in chosen:
-            if "variant" in arm.options:
-                engine = arms[arm.label].engine
-                engine.policy = VARIANTS[arm.options["variant"]](engine.policy)
         found = [arm.speculation for arm in arms.values() if arm.engine.drafter is not None]
         self.head = self.head or ", ".join(dict.fromkeys(each.description for each in found)) or None
         self.cost = self.cost or next((each.cost for each in found if each.cost), None)
         return arms
 
-    def _blocks(
+    def blocks(
         self,
         temperature: float,
         batch_sizes: Sequence[int],
@@ -148,78 +162,57 @@ class _Bench:
         prompts = at_temperature(chosen, self.options, temperature)
         for i, batch_size in enumerate(batch_sizes):
             forget_peak()
-            made = self._made(arms) if arms else self.engines(batch_size)
-            engines = {label: arm.engine for label, arm in made.items()}
+            contestants = arms or self.contestants(batch_size)
             name = f"{kind}T {temperature:g}, batch {batch_size}"
-            settings = {} if arms else {arm.label: _setting(arm) for arm in self.tuner.arms(batch_size, self.progress)}
-            done = _restored(self.progress.units(name))
-            deadline = _until(stop, 1 / (len(batch_sizes) - i))
-            cycles = sum(1 for _ in cycles_of(prompts, batch_size, self.options.least_blocks))
-            gc.collect()
-            gc.freeze()  # else what was loaded is searched for garbage in the midst of a round
-            with _bar(cycles, len(engines), name, done) as bar:
-                measured = measure(
-                    engines, prompts, batch_size, deadline, lambda label, bar=bar: _advance(bar, label), done=done,
-                    on_cycle=lambda cycle, again, name=name: self.progress.add(name, _kept(cycle, again)),
-                    least_blocks=self.options.least_blocks,
-                )  # fmt: skip
-            if not measured.cycles:
-                print(f"smart: batch {batch_size} is left out: no time was left for one block of every policy",
-                      file=sys.stderr)  # fmt: skip
+            found = self._batch(name, contestants, prompts, batch_size, _until(stop, 1 / (len(batch_sizes) - i)))
+            if not found.cycles:
+                left_out = f"batch {batch_size} is left out: no time was left for one block of every policy"
+                print(f"smart: {left_out}", file=sys.stderr)
                 continue
-            for run in rows_of(measured, batch_size, self.options, temperature):
+            settings = {arm.label: _setting(arm) for arm in contestants if arm.name}
+            for run in rows_of(found, batch_size, self.options, temperature):
                 run |= achieved(run, self.sizes) | settings.get(run["policy"], {})
                 runs.append({**run, **limit_shares(run, self.limits), "peak_gib": peak_gib()})
-            del engines, made
-            gc.unfreeze()
-            gc.collect()  # drafters hold memory of their own
         return runs
 
-    def _load(self, stop: float | None) -> dict[str, Any]:
+    def _batch(
+        self,
+        name: str,
+        contestants: Sequence[Arm],
+        prompts: Mapping[str, Sequence[Prompt]],
+        batch_size: int,
+        deadline: float | None,
+    ) -> Measurement:
+        """One batch size measured, from where --resume left it. Engines are gone afterwards."""
+        made = self.made(contestants)
+        done = _restored(self.progress.units(name))
+        cycles = sum(1 for _ in cycles_of(prompts, batch_size, self.options.least_blocks))
+        gc.collect()
+        gc.freeze()  # else what was loaded is searched for garbage in the midst of a round
+        with _bar(cycles, len(made), name, done) as bar:
+            measured = measure(
+                {label: arm.engine for label, arm in made.items()},
+                prompts,
+                batch_size,
+                deadline,
+                lambda label: _advance(bar, label),
+                done=done,
+                on_cycle=lambda cycle, again: self.progress.add(name, _kept(cycle, again)),
+                least_blocks=self.options.least_blocks,
+            )
+        del made
+        gc.unfreeze()
+        gc.collect()  # drafters hold memory of their own
+        return measured
+
+    def load(self, stop: float | None) -> dict[str, Any]:
+        """Requests that arrive at random."""
         from smart_decoding.bench.load import measure_load
 
         seconds = None if stop is None else max(1.0, stop - time.perf_counter())
-        arms = list(self.options.arms)
-        if self.options.tune_likelihood:  # the best fixed tree; one that is far too slow would be served for ever
-            fixed = [arm for arm in self.tuner.arms(SLOTS, self.progress) if arm.policy == "likelihood"]
-            arms = [arm for arm in arms if arm.policy in (BASELINE, "smart")] + fixed[:1]
-        engines = {label: arm.engine for label, arm in self._made(arms).items()}
+        engines = {label: arm.engine for label, arm in self.made(self.served()).items()}
         prompts = {task: self.prompts[task] for task in self.options.tasks}
         return measure_load(engines, prompts, self.options.load, self.options.seed, seconds, self.progress)
-
-    def _suites(self, stop: float | None) -> list[dict[str, Any]]:
-        """Tasks of their own at batch 1, where n-grams may help the head."""
-        arms = [Arm(BASELINE), Arm("smart"), Arm("smart", {"method": "union"})]
-        arms += [arm for arm in self.tuner.arms(1, self.progress) if arm.policy == "likelihood"][:1]
-        return self._blocks(self.options.temperature, (1,), stop, arms, "suites, ", self.options.suites)
-
-    def _variants(self, stop: float | None) -> list[dict[str, Any]]:
-        """`smart` with one ingredient exchanged, beside itself."""
-        arms = [Arm(BASELINE), Arm("smart"), *(Arm("smart", {"variant": name}) for name in self.options.variants)]
-        sizes = [size for size in VARIANT_SIZES if size <= self.llm.engine.config.max_num_seqs]
-        return self._blocks(self.options.temperature, sizes, stop, arms, "variants, ")
-
-    def _questions(self, stop: float | None) -> dict[str, Any]:
-        """What replay answers, batch size by batch size, as far as time allows."""
-        from smart_decoding.bench.questions import Asker
-
-        asker, found = Asker(self.tuner.trace), dict[str, Any]()
-        for size in tqdm(self.options.batch_sizes, desc="replaying", unit="batch size", leave=False):
-            name = f"replayed, batch {size}"
-            if not self.progress.units(name):
-                if found and stop is not None and time.perf_counter() > stop:
-                    break
-                self.progress.add(name, asker.answers(size))
-            found[str(size)] = self.progress.units(name)[0]
-        return found
-
-    def _peers(self) -> list[dict[str, Any]]:
-        from smart_decoding.bench.peers.session import measure_peers
-
-        smart = self.llm.sharing_weights(self.options.speculation(self.options.peer_arm))
-        self.head, self.cost = self.head or smart.speculation.description, self.cost or smart.speculation.cost
-        engines = {"plain": self.llm.engine, "smart": smart.engine}
-        return measure_peers(self.options, engines, self.prompts, self.progress)
 
 
 def _setting(arm: Arm) -> dict[str, str]:
@@ -355,10 +348,10 @@ def _restored(units: Sequence[Any]) -> Measurement:
 
 
 def load(options: BenchOptions) -> LLM:
-    largest = max([*options.batch_sizes, *(options.sampled_batch_sizes if options.sampled else ()),
-                   *([SLOTS] if options.load else ()), *(VARIANT_SIZES if options.variants else ())])  # fmt: skip
+    largest = options.most_requests()
     longest = LONG_PROMPT if "long" in options.tasks else LONGEST_PROMPT
-    long, tokens = "long" in (*options.tasks, *options.suites), largest * (options.max_tokens + longest)
+    long = "long" in options.all_tasks
+    tokens = largest * (options.max_tokens + longest)
     return LLM(
         options.model, speculative_config=False, dtype=options.dtype, device=options.device, max_num_seqs=largest,
         kv_cache_tokens=max(tokens, LONG_PROMPT + options.max_tokens if long else DEFAULT_MODEL_LEN),

@@ -132,7 +132,7 @@ def summary(plain: Sequence[Timing], smart: Sequence[Timing]) -> str:
     speedup = statistics.median(s.tokens_per_s / p.tokens_per_s for p, s in zip(plain, smart, strict=True))
     same = all(timing.answers == plain[0].answers for timing in (*plain, *smart))
     figures = f"plain {speeds[0]:.1f} tok/s, smart {speeds[1]:.1f} tok/s, speedup {speedup:.2f}"
-    return f"{figures} (identical output: {'yes' if same else 'no, see: smart divergence'})"
+    return f"{figures} (identical output: {'yes' if same else 'no, see: python -m smart_lab divergence'})"
 
 
 def _timed(llm: LLM, params: SamplingParams) -> Timing:

@@ -11,7 +11,8 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -25,28 +26,44 @@ COMMANDS = {
     "demo": ("see the default model speculate, its trees, and the speedup", "smart_decoding.cli.demo"),
     "bench": ("compare policies on natural prompts", "smart_decoding.cli.bench"),
     "report": ("draw what a benchmark measured", "smart_decoding.cli.report"),
-    "simulate": ("what speculation would bring on other hardware", "smart_decoding.cli.simulate"),
     "profile": ("measure what a forward costs on this machine", "smart_decoding.cli.profile"),
     "train": ("train a draft head for a model", "smart_decoding.cli.train"),
     "export": ("write a draft head in another engine's layout", "smart_decoding.cli.export"),
-    "divergence": ("how often bf16 output differs under speculation, and why", "smart_decoding.bench.divergence"),
     "info": ("which CPU kernels run here and why, the machine, the cache, versions", "smart_decoding.cli.info"),
     "models": ("list the built-in models", "smart_decoding.cli.models"),
     "sglang-costs": ("turn what sglang.bench_serving measured into SMART's costs", "smart_decoding.cli.sglang_costs"),
     "vllm-config": ("measure your vLLM and write the schedule that its option takes", "smart_decoding.cli.vllm_config"),
 }
+# Subcommand that is gone: who does its work now.
+MOVED = {
+    "simulate": "python -m smart_lab simulate, in a clone (docs/simulate.md)",
+    "divergence": "python -m smart_lab divergence, in a clone (docs/bench.md)",
+}
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as the shell reports SIGINT and SIGPIPE
+
+
+@dataclass(frozen=True)
+class Program:
+    """A command line: its name, what it is, and its subcommands as in COMMANDS and MOVED."""
+
+    name: str
+    description: str
+    commands: Mapping[str, tuple[str, str]]
+    moved: Mapping[str, str] = field(default_factory=dict)
+
+
+SMART = Program("smart", "Speculative decoding with draft trees sized by their cost.", COMMANDS, MOVED)
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in the same one line as every other error."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"smart: error: {_one_line(message)} (see: {self.prog} --help)", file=sys.stderr)
+        print(f"{self.prog.split()[0]}: error: {_one_line(message)} (see: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
     """Runs one command line; returns its exit code. Wrong arguments, --help and --version raise SystemExit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments[: arguments.index("--")] if "--" in arguments else "--debug" in arguments
@@ -54,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        code = _run(arguments)
+        code = _run(arguments, program)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -62,37 +79,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt:
-        print("\nsmart: interrupted", file=sys.stderr)
+        print(f"\n{program.name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except SmartError as error:
-        return _failed(error, debug, 2, str(error))
+        return _failed(error, program.name, debug, 2, str(error))
     except OSError as error:  # a full disk, a file that cannot be read
-        return _failed(error, debug, 2, str(error))
+        return _failed(error, program.name, debug, 2, str(error))
     except Exception as error:
         hint = "" if debug else "; this is a defect: run again with --debug and report the traceback"
-        return _failed(error, debug, 1, f"{type(error).__name__}: {error}{hint}")
+        return _failed(error, program.name, debug, 1, f"{type(error).__name__}: {error}{hint}")
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+def build_parser(command: str | None = None, program: Program = SMART) -> argparse.ArgumentParser:
     """The parser, with the arguments of `command` filled in."""
-    parser = Parser(prog="smart", description="Speculative decoding with draft trees sized by their cost.")
-    parser.add_argument("--version", action="version", version=f"smart {__version__}")
+    parser = Parser(prog=program.name, description=program.description)
+    parser.add_argument("--version", action="version", version=f"{program.name} {__version__}")
     common = Parser(add_help=False)
     for each in (parser, common):
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, (summary, module) in COMMANDS.items():
+    for name, (summary, module) in program.commands.items():
         sentence = f"{summary[0].upper()}{summary[1:]}."
         sub = commands.add_parser(name, help=summary, description=sentence, parents=[common])
         if name == command:
-            _import(name, module).add_arguments(sub)
+            _import(f"{program.name} {name}", module).add_arguments(sub)
     return parser
 
 
-def _run(arguments: Sequence[str]) -> int:
-    command = next((word for word in arguments if word in COMMANDS), None)  # options before it take no values
-    args = build_parser(command).parse_args(arguments)
-    return _import(args.command, COMMANDS[args.command][1]).main(args) or 0
+def _run(arguments: Sequence[str], program: Program) -> int:
+    known = {*program.commands, *program.moved}
+    command = next((word for word in arguments if word in known), None)  # options before it take no values
+    if command in program.moved:
+        raise ConfigError(f"'{program.name} {command}' is now {program.moved[command]}")
+    args = build_parser(command, program).parse_args(arguments)
+    return _import(f"{program.name} {args.command}", program.commands[args.command][1]).main(args) or 0
 
 
 def _import(command: str, name: str) -> Any:
@@ -100,14 +120,14 @@ def _import(command: str, name: str) -> Any:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name and name.startswith(error.name):
-            raise ConfigError(f"'smart {command}' is not part of this installation ({name} is missing)") from error
+            raise ConfigError(f"'{command}' is not part of this installation ({name} is missing)") from error
         raise
 
 
-def _failed(error: Exception, debug: bool, code: int, message: str) -> int:
+def _failed(error: Exception, program: str, debug: bool, code: int, message: str) -> int:
     if debug:
         traceback.print_exception(error)
-    print(f"smart: error: {_one_line(message)}", file=sys.stderr)
+    print(f"{program}: error: {_one_line(message)}", file=sys.stderr)
     return code
 
 

@@ -14,10 +14,9 @@ import pytest
 from smart_decoding.bench import plots
 from smart_decoding.bench.command import command_of
 from smart_decoding.bench.figures import NEUTRAL, figures
-from smart_decoding.bench.html_report import page
 from smart_decoding.bench.options import BenchOptions
+from smart_decoding.bench.page import page
 from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, verdict
-from smart_decoding.bench.svg import round_numbers, ticks
 from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError
 
@@ -79,28 +78,40 @@ def section(document: ElementTree.Element, key: str) -> ElementTree.Element:
 def test_the_page_is_well_formed_and_needs_nothing_from_outside(document: ElementTree.Element) -> None:
     source = page(Results.from_dict(results()))
     assert source.startswith("<!DOCTYPE html>")
-    assert not re.search(r"https?:|//[a-z]|url\(|@import", source)
+    assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import", source)
     assert not {"script", "link", "img", "iframe", "object"} & {e.tag for e in document.iter()}
-    assert not [e for e in document.iter() for name in e.attrib if name in ("src", "href") or name.startswith("on")]
+    assert not [e for e in document.iter() for name in e.attrib if name == "src" or name.startswith("on")]
+    assert all(e.get("href", "#").startswith("#") for e in document.iter())
     assert "prefers-color-scheme:dark" in source and 'name="viewport"' in source
 
 
 def test_every_figure_is_drawn(document: ElementTree.Element) -> None:
     drawn = {key: len([s for s in section(document, key).iter("svg") if s.get("role") == "img"])
              for key in ("speedup", "cost", "tokens", "reliability")}  # fmt: skip
-    assert drawn == {"speedup": 2, "cost": 2, "tokens": 2, "reliability": 1}  # wide and narrow; one per batch; one
+    assert drawn == {"speedup": 1, "cost": 2, "tokens": 1, "reliability": 1}  # cost: one per batch
 
 
-def test_speedups_have_bands_and_the_line_at_one(document: ElementTree.Element) -> None:
-    chart = next(s for s in section(document, "speedup").iter("svg") if s.get("role") == "img")
-    kinds = [e.get("class") for e in chart.iter()]
-    assert kinds.count("line") == 2 and kinds.count("band") == 2 and kinds.count("level") == 1
-    assert kinds.count("mark") == 4 and kinds.count("below") == 1
-    level = next(e for e in chart.iter() if e.get("class") == "level")
-    one = next(e for e in chart.iter("text") if e.text == "1" and e.get("class") == "end")
-    assert float(level.get("y1", "nan")) == pytest.approx(float(one.get("y", "nan")) - 4)
-    titles = {e.text for e in chart.iter("title")}
-    assert "batch 4: 0.62× (0.58 to 0.66)" in titles and "batch 4: 0.99× (0.90 to 1.07)" in titles
+def test_drawings_follow_the_page_and_do_not_share_ids(document: ElementTree.Element) -> None:
+    ids = [e.get("id") for s in document.iter("svg") for e in s.iter() if e.get("id")]
+    assert len(ids) == len(set(ids)) > 10
+    source = page(Results.from_dict(results()))
+    assert "currentColor" in source and plots.INK not in source  # light and dark
+    assert set(re.findall(r"url\(#([^)]*)\)", source)) <= set(ids)
+
+
+def test_speedups_have_bands_and_the_line_at_one() -> None:
+    figure = figures(Results.from_dict(results()))[0]
+    (axes,) = plots.drawn(figure).axes
+    policies = [line for line in axes.lines if line.get_linestyle() == "-"]
+    (level,) = [line for line in axes.lines if line not in policies]
+    assert len(policies) == 2 and list(level.get_ydata()) == [1.0, 1.0]
+    bands = [each for each in axes.collections if type(each).__name__ == "FillBetweenPolyCollection"]
+    marks = [each for each in axes.collections if type(each).__name__ == "PathCollection"]
+    assert len(bands) == 2 and sum(len(each.get_offsets()) for each in marks) == 4
+    (below,) = axes.patches
+    assert below.get_y() + below.get_height() == pytest.approx(1.0)
+    ends = {(p.x, p.y, p.y_range) for series in figure.panels[0].series for p in series.points if p.x == 4}
+    assert ends == {(4, 0.62, (0.58, 0.66)), (4, 0.99, (0.9, 1.07))}
 
 
 def test_losses_are_listed_and_who_beats_smart(document: ElementTree.Element) -> None:
@@ -239,8 +250,12 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Ca
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
-        plots.write_plots(Results.from_dict(results()), tmp_path / "plots")
+        plots.write_plots(figures(Results.from_dict(results())), tmp_path / "plots")
+    document = ElementTree.fromstring(page(Results.from_dict(results())))
+    assert "-e '.[bench]'" in text_of(section(document, "figures")) and not list(document.iter("svg"))
+    assert "0.62" in text_of(section(document, "losses")) and "1.25" in text_of(section(document, "tasks"))
     monkeypatch.setattr("smart_decoding.bench.options.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
         BenchOptions(plots=tmp_path / "plots")
@@ -249,10 +264,13 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
 
 def test_plots_are_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = plots.write_plots(Results.from_dict(results()), tmp_path / "plots")
+    found = figures(Results.from_dict(results()))
+    paths = plots.write_plots(found, tmp_path / "plots")
     assert [p.name for p in paths] == ["speedup.png", "cost.png", "tokens.png", "reliability.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
-    assert plots.write_plots(Results.from_dict(results()), tmp_path / "plots") == paths  # again, into the same folder
+    assert (
+        plots.write_plots(figures(Results.from_dict(results())), tmp_path / "plots") == paths
+    )  # again, into the same folder
 
 
 def test_a_benchmark_can_draw_at_once(
@@ -272,74 +290,41 @@ def test_a_benchmark_can_draw_at_once(
     assert cli.main(["bench", "--html", str(tmp_path)]) == 2 and len(asked) == 1  # refused before measuring
 
 
-def test_the_committed_results_can_be_drawn() -> None:
-    files = sorted((Path(__file__).parents[3] / "docs").glob("results-*.json"))
-    assert files
-    for file in files:
-        read = Results.read(file)
-        document = ElementTree.fromstring(page(read))
-        part = "speedup" if read.runs else "load" if read.load else "peers"
-        assert list(section(document, part).iter("svg" if part != "peers" else "td"))
-
-
-def test_ticks_are_round_and_cover_the_values() -> None:
-    assert round_numbers(0.43, 1.21) == [0.4, 0.6, 0.8, 1.0, 1.2, 1.4]
-    assert round_numbers(0, 54) == [0, 20, 40, 60]
-    for figure in figures(Results.from_dict(results())):
-        for panel in figure.panels:
-            _, marked = ticks(panel)
-            highest = max(p.y for s in panel.series for p in s.points)
-            assert marked[0] <= min(p.y for s in panel.series for p in s.points) and highest <= marked[-1]
+TIMES = {"p50": 4.0, "p95": 9.0, "p99": 12.0}
+LOAD = {"slots": 16, "capacity_requests_per_s": 11.5, "capacity_tokens_per_s": 1000.0, "runs": [
+    {"policy": policy, "load": share, "requests_per_s": 3.0, "tokens_per_s": 300.0, "ttft_ms": TIMES,
+     "tpot_ms": TIMES, "tpot_ratio": ratio, "identical": True}
+    for share in (0.3, 0.9) for policy, ratio in (("off", 1.0), ("smart", 0.8))
+]}  # fmt: skip
 
 
 def test_the_further_parts_have_their_sections() -> None:
-    times = {"p50": 4.0, "p95": 9.0, "p99": 12.0}
-    load = {"slots": 16, "capacity_requests_per_s": 11.5, "capacity_tokens_per_s": 1000.0, "runs": [
-        {"policy": policy, "load": share, "requests_per_s": 3.0, "tokens_per_s": 300.0, "ttft_ms": times,
-         "tpot_ms": times, "tpot_ratio": ratio, "identical": True}
-        for share in (0.3, 0.9) for policy, ratio in (("off", 1.0), ("smart", 0.8))
-    ]}  # fmt: skip
-    ratios = {"speedup": 0.7, "speedup_low": 0.6, "speedup_high": 0.8, "plain_speedup": 1.5}
-    peers = [
-        {"name": "other", "version": "2", "precision": "Q4", "runs": [{"batch_size": 1, "tokens_per_s": 9, **ratios}]},
-        {"name": "absent", "runs": [], "error": "pip could not install it"},
-    ]  # fmt: skip
     sampled = [{**run, "temperature": 0.8} for run in results()["runs"]]
-    data = {**results(), "load": load, "peers": peers, "sampled_runs": sampled, "limits": {"gb_per_s": 25.0},
-            "suite_runs": [run_of("smart(method=union)", 1, "edit", 2.3, 1.4, 4.1)],
-            "variant_runs": [run_of("smart(variant=all_levels)", 4, "all", 0.8, 0.7, 0.9)]}  # fmt: skip
+    data = {**results(), "load": LOAD, "sampled_runs": sampled, "limits": {"gb_per_s": 25.0}}
     document = ElementTree.fromstring(page(Results.from_dict(data)))
     assert len([s for s in section(document, "load").iter("svg") if s.get("role") == "img"]) == 3
     table = text_of(section(document, "load-table"))
     assert "plain decoding 30 %" in table and "smart 90 %" in table and "11.50 requests/s" in table
-    other = section(document, "peers")
-    assert "other is faster than ours at batch 1: 0.70 (0.60–0.80)" in text_of(other)
-    assert "absent: pip could not install it" in text_of(other)
-    assert [c.text for c in other.iter("td") if c.get("class") == SLOWER] == ["0.70 (0.60–0.80)"]
-    assert "edit 2.30 (1.40–4.10)" in text_of(section(document, "suites"))
-    assert "all_levels 4 0.80 (0.70–0.90)" in text_of(section(document, "variants"))
     assert "At temperature 0.8" in text_of(section(document, "sampled"))
     assert "best of reading memory 25 GB/s" in text_of(section(document, "origin"))
-    alone = {"runs": [], "load": load, "provenance": {"command": "smart bench --load 0.3"}}
+    alone = {"runs": [], "load": LOAD, "provenance": {"command": "smart bench --load 0.3"}}
     only = ElementTree.fromstring(page(Results.from_dict(alone)))
     assert {s.get("id") for s in only.iter("section")} == {"load", "load-table", "origin"}
     other = {
-        **load,
-        "runs": [{**run, "policy": "chain" if run["policy"] == "smart" else "off"} for run in load["runs"]],
+        **LOAD,
+        "runs": [{**run, "policy": "chain" if run["policy"] == "smart" else "off"} for run in LOAD["runs"]],
     }
     page(Results.from_dict({**results(), "load": other}))  # a policy that runs under load only
 
 
 def test_parts_of_several_files_make_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.json").write_text(json.dumps(results()))
-    for name in ("b", "c"):
-        peer = {"name": name, "version": "1", "precision": "bf16", "runs": []}
-        other = {"runs": [], "peers": [peer], "provenance": {"command": f"smart bench --peers {name}"}}
-        (tmp_path / f"{name}.json").write_text(json.dumps(other))
-    files = [str(tmp_path / f"{name}.json") for name in "bac"]
+    other = {"runs": [], "load": LOAD, "provenance": {"command": "smart bench --load 0.3"}}
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    files = [str(tmp_path / f"{name}.json") for name in "ba"]
     assert cli.main(["report", *files, "--html", str(tmp_path / "r.html")]) == 0
     read = Results.read(*map(Path, files))
-    assert [peer["name"] for peer in read.peers] == ["b", "c"] and len(read.runs) == len(results()["runs"])
+    assert read.load["slots"] == 16 and len(read.runs) == len(results()["runs"])
     document = ElementTree.fromstring((tmp_path / "r.html").read_text())
     told = text_of(section(document, "origin"))
-    assert "--peers b" in told and "--policies <a&b>" in told and "Some CPU" in told
+    assert "--load 0.3" in told and "--policies <a&b>" in told and "Some CPU" in told

@@ -245,21 +245,25 @@ def test_what_is_no_list_of_numbers_is_said(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_presets_fill_in_what_is_not_given():
-    quick, full = asked_by("--quick"), asked_by("--full")
+def test_the_preset_fills_in_what_is_not_given():
+    quick = asked_by("--quick")
     assert quick.time_limit <= 150 and 1 in quick.batch_sizes
-    assert full.batch_sizes == (1, 2, 4, 8, 16, 32) and full.temperatures == [(0.0, full.batch_sizes), (0.8, (1, 8))]
-    assert full.load and full.compares_policies and len((*full.tasks, *full.suites)) == 5 and full.time_limit <= 3600
-    assert asked_by("--limit 3 --full --batch-sizes 1,4").batch_sizes == (1, 4)
+    assert asked_by("--limit 3 --quick --batch-sizes 1,4").batch_sizes == (1, 4)
     assert asked_by("") == BenchOptions()
     assert asked_by("--method ngram --method-option longest=4").method_options == {"longest": 4}
 
 
-def test_load_or_peers_alone_replace_the_blocks():
+def test_load_alone_replaces_the_blocks():
     assert asked_by("").compares_policies
-    assert not asked_by("--load 0.5").compares_policies and not asked_by("--peers").compares_policies
-    assert asked_by("--load 0.5 --blocks").compares_policies and asked_by("--peers vllm").peers == ("vllm",)
-    assert asked_by("--peers").peers == ("all",)
+    assert not asked_by("--load 0.5").compares_policies
+    assert asked_by("--load 0.5 --blocks").compares_policies
+
+
+@pytest.mark.parametrize("words", ["--full", "--tune-likelihood 3", "--record f", "--peers", "--replay f"])
+def test_what_the_laboratory_has_now_is_named(words, capsys):
+    with pytest.raises(SystemExit):
+        asked_by(words)
+    assert f"{words.split()[0]} is now an option of `python -m smart_lab bench`" in capsys.readouterr().err
 
 
 def test_limits_are_positive_and_shares_are_shares():
@@ -303,13 +307,3 @@ def test_noise_and_slow_contestants_meet_every_task(world):
     measured = measure(engines, tasks, 1, clock=clock)
     slow = {block.task for cycle in measured.cycles for label, block in cycle.items() if label == "slow"}
     assert slow == {again.task for again, _ in measured.again} == set(tasks)
-
-
-def test_a_variant_is_of_smart_and_known():
-    arm = parse_setting("smart:variant=all_levels")
-    assert arm.label == "smart(variant=all_levels)" and arm.policy_options == {}
-    options = BenchOptions(policy_options=("smart:variant=all_levels",))
-    assert options.speculation(arm) == {"policy": "smart"}
-    for wrong in ("smart:variant=nothing", "chain:variant=all_levels"):
-        with pytest.raises(ConfigError, match="unknown variant"):
-            BenchOptions(policies=("off", wrong.split(":")[0]), policy_options=(wrong,))

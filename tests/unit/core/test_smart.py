@@ -11,8 +11,8 @@ from smart_decoding.core.overhead import Overhead
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.protocol import DraftPlan, Round
 from smart_decoding.core.policies.smart import CATCH_UP_ROUNDS, CLEARLY, MARGIN, TRIED
-from smart_decoding.core.simulation import World, full_knowledge, run
 from smart_decoding.core.tree import DraftTrees
+from smart_lab.simulation import World, full_knowledge, run
 
 DRAFT = {1: 1.2, 4: 1.4, 8: 1.7, 16: 2.3, 64: 5.0}
 FLAT = CostModel.from_table({1: {1: 21.6, 8: 24.8, 16: 30.6, 32: 45.3, 64: 74.2}}, DRAFT)

@@ -1,0 +1,1 @@
+"""The laboratory: what develops and questions SMART and is not in the wheel (`python -m smart_lab --help`)."""

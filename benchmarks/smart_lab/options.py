@@ -1,0 +1,137 @@
+"""What the laboratory's `bench` is asked to do beyond `smart bench`, checked before any model is loaded."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from smart_decoding.bench.command import words_of
+from smart_decoding.bench.options import BASELINE, Arm, BenchOptions, check_outputs
+from smart_decoding.bench.presets import EAGLE_2, PRESETS
+from smart_decoding.errors import ConfigError
+from smart_lab.ablations import VARIANTS
+from smart_lab.peers.catalogue import environments_of, wanted
+
+VARIANT_SIZES = (1, 4)  # where variants of smart are measured
+
+FULL: dict[str, Any] = {
+    "policies": ("off", "smart", "likelihood"),
+    "policy_options": (EAGLE_2,),
+    "tune_likelihood": 3,
+    "tune_paper": True,
+    "batch_sizes": (1, 2, 4, 8, 16, 32),
+    "limit": 40,
+    "max_tokens": 96,
+    "least_blocks": 8,
+    "sampled": 0.8,
+    "variants": ("all_levels", "cheap_kept", "cheap_costs"),
+    "load": (0.3, 0.6, 0.9),
+    "blocks": True,
+    "suites": ("long", "edit"),
+    "questions": True,
+    "time_limit": 3300.0,
+}
+LAB_PRESETS = {**PRESETS, "full": FULL}
+
+
+@dataclass(frozen=True, slots=True)
+class LabArm(Arm):
+    """A contestant that may be a variant of `smart`: one ingredient exchanged."""
+
+    NOT_POLICY: ClassVar[Sequence[str]] = (*Arm.NOT_POLICY, "variant")
+
+
+@dataclass(frozen=True, slots=True)
+class LabOptions(BenchOptions):
+    """The options of the laboratory's `bench`: those of `smart bench`, and these.
+
+    tune_likelihood: also run so many of the best `likelihood` settings of each batch size, found by replay on other
+    prompts; tune_paper: and the best setting of `smart_paper`.
+    suites: tasks such as long and edit, measured at batch 1 in a part of their own, smart with n-grams too.
+    variants: of `smart`, measured beside it in a part of their own, at VARIANT_SIZES.
+    questions: also answer by replay how far policies are from hindsight and what each ingredient gives.
+    peers: other engines on the same prompts; peer_env: 'name=folder', environments to use as they are. They replace
+    the comparison of policies in blocks unless `blocks` asks for that, too.
+    record: instead of measuring, record the drafts of the prompts there.
+    random_weights, replay: measure a model of this config with random weights, its acceptance taken from this
+    recording."""
+
+    ARM: ClassVar[type[Arm]] = LabArm
+
+    tune_likelihood: int = 0
+    tune_paper: bool = False
+    suites: Sequence[str] = ()
+    variants: Sequence[str] = ()
+    questions: bool = False
+    peers: Sequence[str] = ()
+    peer_env: Sequence[str] = ()
+    record: Path | None = None
+    random_weights: str | None = None
+    replay: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.tune_likelihood < 0:
+            raise ConfigError(f"tune_likelihood must not be negative, but is {self.tune_likelihood}")
+        if (self.random_weights is None) != (self.replay is None):
+            raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
+        if self.replay is not None and (self.temperature or self.sampled or self.load or self.peers):
+            raise ConfigError("a replayed run is greedy and in blocks: leave out temperatures, --load and --peers")
+        check_outputs((self.record,), None)
+        wanted(self.peers)
+        environments_of(self.peer_env)
+        for arm in [*self.arms, *self.variant_arms]:
+            check_variant(arm)
+        BenchOptions.__post_init__(self)  # super() does not work in a dataclass with slots
+
+    @property
+    def variant_arms(self) -> list[Arm]:
+        """`smart` with one ingredient exchanged each."""
+        return [LabArm("smart", {"variant": name}) for name in self.variants]
+
+    @property
+    def peer_arm(self) -> Arm:
+        """Who stands for us beside the peers: the first contestant that drafts, `smart` if none is named."""
+        return next((arm for arm in self.arms if arm.policy != BASELINE), LabArm("smart"))
+
+    @property
+    def all_tasks(self) -> Sequence[str]:
+        return (*self.tasks, *self.suites)
+
+    def most_requests(self) -> int:
+        return max([BenchOptions.most_requests(self), *(VARIANT_SIZES if self.variants else ())])
+
+    @property
+    def compares_policies(self) -> bool:
+        return self.blocks or not (self.load or self.peers)
+
+    def speculation(self, arm: Arm) -> dict[str, Any] | bool:
+        """The `speculative_config` of an arm; the variant is applied to its policy later."""
+        config = BenchOptions.speculation(self, arm)
+        return config if isinstance(config, bool) else {k: v for k, v in config.items() if k != "variant"}
+
+
+def check_variant(arm: Arm) -> None:
+    """Raises ConfigError for a variant that nobody knows, or that is not of `smart`."""
+    variant = arm.options.get("variant")
+    if variant is not None and (arm.policy != "smart" or variant not in VARIANTS):
+        raise ConfigError(f"unknown variant {variant!r}; smart has: {', '.join(VARIANTS)}")
+
+
+def command_of(options: LabOptions) -> str:
+    """The command line that asks for this run."""
+    words = ["python", "-m", "smart_lab", "bench"]
+    if options.random_weights is not None and options.replay is not None:
+        words += ["--random-weights", Path(options.random_weights).name, "--replay", options.replay.name]
+    else:
+        words += ["--model", options.model]
+    words += ["--tune-likelihood", str(options.tune_likelihood)] if options.tune_likelihood else []
+    words += ["--tune-paper"] if options.tune_paper else []
+    words += ["--suites", ",".join(options.suites)] if options.suites else []
+    words += ["--variants", ",".join(options.variants)] if options.variants else []
+    words += ["--questions"] if options.questions else []
+    words += ["--peers", ",".join(options.peers)] if options.peers else []
+    words += ["--record", options.record.name] if options.record is not None else []
+    return shlex.join([*words, *words_of(options)])

@@ -1,0 +1,352 @@
+"""Policies replayed offline: outputs do not depend on the policy, so one recording serves them all.
+
+A replay walks through the recorded answers as an engine would: the policy drafts from the recorded trees, the recorded
+answer says what is accepted, and a CostModel says how long it takes. A node that the recording did not expand has no
+children; `missing` counts how often a policy wanted some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from smart_decoding.core.calibration import path_products
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Policy, Round
+from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.errors import ConfigError
+from smart_lab.recording import Recording
+
+DEEPEST = 64  # no policy drafts deeper
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class HostCosts:
+    """Seconds that a round takes beyond its forwards and beyond what the policy itself takes: in every round, and more
+    where it drafts; each with a part per request."""
+
+    round: float = 0.0
+    round_request: float = 0.0
+    drafting: float = 0.0
+    drafting_request: float = 0.0
+
+    def seconds(self, batch_size: int, drafts: bool) -> float:
+        plain = self.round + self.round_request * batch_size
+        return plain + (self.drafting + self.drafting_request * batch_size if drafts else 0.0)
+
+    @classmethod
+    def of(cls, cost: CostModel) -> HostCosts:
+        """What a cost model itself knows."""
+        return cls(drafting=cost.overhead_seconds)
+
+
+class Prices:
+    """A cost model's seconds at one batch size as tables, since asking it again and again is what would take long."""
+
+    def __init__(self, cost: CostModel, batch_size: int, rows: int = 128, width: int = 128) -> None:
+        self._cost, self._batch = cost, batch_size
+        self._verify = self._draft = self._first = (np.zeros(0), np.zeros(0))
+        self._grow(batch_size + rows, width)
+
+    def verify(self, rows: int, context: float) -> float:
+        """Seconds of a verification of `rows` rows in all."""
+        if rows >= len(self._verify[0]):
+            self._grow(2 * rows, 0)
+        return float(self._verify[0][rows] + self._verify[1][rows] * context)
+
+    def levels(self, widths: Sequence[int], context: float) -> list[float]:
+        """Seconds of each drafted level of a round, of which the first one's width is the roots and all that waits."""
+        return [self.first(widths[0], context), *(self.draft(w, context) for w in widths[1:])] if widths else []
+
+    def first(self, width: int, context: float) -> float:
+        """Seconds of a first level of `width` rows, roots and what waits."""
+        if width >= len(self._first[0]):
+            self._grow(0, 2 * width)
+        return float(self._first[0][width] + self._first[1][width] * context)
+
+    def draft(self, width: int, context: float) -> float:
+        """Seconds of a further level of `width` rows."""
+        if width >= len(self._draft[0]):
+            self._grow(0, 2 * width)
+        return float(self._draft[0][width] + self._draft[1][width] * context)
+
+    def advance(self, tokens: int) -> None:
+        """After a round of so many tokens: these costs stay."""
+
+    def _grow(self, rows: int, width: int) -> None:
+        if rows:
+            self._verify = _line(lambda context: self._cost.verify_curve(self._batch, 0, rows + 1, context))
+        if width:
+            waiting = np.maximum(np.arange(width + 1) - self._batch, 0)
+            self._draft = _line(lambda context: self._cost.draft_seconds(np.arange(width + 1), context))
+            self._first = _line(lambda context: self._cost.first_seconds(self._batch, waiting, context))
+
+
+def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArray]:
+    """(at context 0, per token of context): costs are linear in it."""
+    at_zero = seconds(0.0)
+    return at_zero, (seconds(1024.0) - at_zero) / 1024.0
+
+
+class Pricing(Protocol):
+    """What steps take, in seconds."""
+
+    def verify(self, rows: int, context: float) -> float: ...
+
+    def levels(self, widths: Sequence[int], context: float) -> list[float]: ...
+
+    def advance(self, tokens: int) -> None: ...
+
+
+@dataclass(slots=True)
+class Replayed:
+    """Sums over the decoding rounds at full batch. rows: of the verifying forwards; kept: verified nodes; off: rounds
+    without drafting; missing: drafts that the recording lacked; own_seconds: the policy's own."""
+
+    batch_size: int
+    tokens: int = 0
+    seconds: float = 0.0
+    rounds: int = 0
+    missing: int = 0
+    rows: int = 0
+    kept: int = 0
+    levels: int = 0
+    off: int = 0
+    own_seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Of one request."""
+        return self.tokens / (self.rounds * self.batch_size)
+
+
+class Walk:
+    """Where each running answer stands in a recording. Arrays have shape [batch].
+
+    at: output tokens that are out, less one; pending: rows that the drafter has not processed yet, at first the
+    prompt's."""
+
+    def __init__(self, recording: Recording, batch_size: int) -> None:
+        answers = recording.answers
+        self.recording = recording
+        self._tokens, self._start = _padded([a.tokens for a in answers])
+        self._length = np.array([len(a.tokens) for a in answers], np.int64)
+        self._limit = np.array([a.limit for a in answers], np.int64)
+        self._prompt = np.array([a.prompt_length for a in answers], np.int64)
+        self._first = np.array([a.first for a in answers], np.int64)
+        self._waiting = [i for i in range(len(answers)) if len(answers[i].tokens) > 1]
+        if len(self._waiting) < batch_size:
+            raise ConfigError(
+                f"a replay at batch size {batch_size} needs that many recorded answers, not {len(self._waiting)}"
+            )
+        self.answer = np.array(self._waiting[:batch_size], np.int64)
+        self._waiting = self._waiting[batch_size:]
+        self.at = np.zeros(batch_size, np.int64)
+        self.pending = self._prompt[self.answer]
+        self.running = True
+
+    @classmethod
+    def everywhere(cls, recording: Recording) -> Walk:
+        """All positions as one batch: for policies that treat each request alone."""
+        walk = cls(recording, 0)
+        positions = np.maximum(walk._length - 1, 0)
+        walk.answer = np.repeat(np.arange(len(positions)), positions)
+        walk.at = np.arange(len(walk.answer)) - (np.cumsum(positions) - positions)[walk.answer]
+        walk.pending = np.ones(len(walk.answer), np.int64)
+        return walk
+
+    def part(self, start: int, stop: int) -> Walk:
+        """Some of the batch."""
+        other = object.__new__(Walk)
+        other.__dict__.update(self.__dict__)
+        other.answer, other.at = self.answer[start:stop], self.at[start:stop]
+        other.pending = self.pending[start:stop]
+        return other
+
+    @property
+    def position(self) -> IntArray:
+        """Of the trees that are drafted next."""
+        return self._first[self.answer] + self.at
+
+    @property
+    def context(self) -> IntArray:
+        """Tokens in the target's cache."""
+        return self._prompt[self.answer] + self.at
+
+    @property
+    def left(self) -> IntArray:
+        """Tokens of the answers that are still to come."""
+        return self._length[self.answer] - self.at - 1
+
+    def state(self) -> BatchState:
+        size = len(self.at)
+        return BatchState(
+            self.context,
+            self._limit[self.answer] - self.at - 1,
+            np.zeros(size),
+            np.ones(size, np.bool_),
+            catch_up_rows=int(self.pending.sum()) - size,
+        )
+
+    def truth(self, owner: IntArray, depth: IntArray) -> IntArray:
+        """The target's token at a depth below an owner's root; -1 behind the answer's end."""
+        return self._tokens.take((self._start[self.answer] + self.at)[owner] + depth)
+
+    def advance(self, emitted: IntArray, drafted: bool) -> None:
+        """After a round; answers that ended make room for the next one, until there is none."""
+        self.at = self.at + emitted
+        self.pending = emitted.copy() if drafted else self.pending + emitted
+        for i in np.flatnonzero(self.left <= 0).tolist():
+            if not self._waiting:
+                self.running = False
+                return
+            self.answer[i] = self._waiting.pop(0)
+            self.at[i], self.pending[i] = 0, self._prompt[self.answer[i]]
+
+
+class Source:
+    """Recorded trees as a drafter. roots: [batch] the positions whose trees are drafted."""
+
+    def __init__(self, recording: Recording, roots: IntArray) -> None:
+        self._recording, self._root = recording, roots
+        self._where = np.zeros(0, np.int64)  # [live nodes] their number in the recording
+        self.missing = np.zeros(len(self._root), np.int64)  # [batch]
+
+    def expand(self, trees: DraftTrees, parents: IntArray, children: int, owners: IntArray | None = None) -> None:
+        """Appends the recorded children of `parents`: live nodes, or the roots of `owners`."""
+        recording = self._recording
+        if owners is None:
+            owners, slot = trees.owner[parents], recording.positions + self._where[parents]
+        else:
+            slot = self._root[owners]
+        known = recording.count.take(slot).astype(np.int64)
+        if not known.all():
+            self.missing += np.bincount(owners[known == 0], minlength=len(self.missing))
+        count = np.minimum(known, children)
+        total = int(count.sum())
+        node = np.repeat(recording.child.take(slot) - np.cumsum(count) + count, count) + np.arange(total)
+        self._where = np.concatenate((self._where, node))
+        if total:
+            trees.append(
+                np.repeat(owners, count), recording.token.take(node), np.repeat(parents, count),
+                recording.prob.take(node),
+            )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Drafted:
+    """What a policy made of one round. expanded: the owners of the nodes that each level expanded; missing: [batch]
+    drafts that the recording lacks."""
+
+    batch: BatchState
+    plan: DraftPlan
+    trees: DraftTrees
+    kept: IntArray
+    missing: IntArray
+    expanded: list[IntArray] = field(default_factory=list)
+
+    @property
+    def widths(self) -> list[int]:
+        """Rows of each drafted level."""
+        return [len(owners) + (self.batch.catch_up_rows if i == 0 else 0) for i, owners in enumerate(self.expanded)]
+
+
+def draft(policy: Policy, walk: Walk) -> Drafted:
+    """Lets the policy draft and select, level by level."""
+    batch, source = walk.state(), Source(walk.recording, walk.position)
+    if hasattr(policy, "foresee"):
+        policy.foresee(walk)
+    done = Drafted(batch, policy.plan(batch), DraftTrees.empty(batch.size), np.zeros(0, np.int64), source.missing)
+    plan, trees = done.plan, done.trees
+    owners: IntArray | None = np.arange(batch.size)
+    parents: IntArray = np.full(batch.size, ROOT)
+    for level in range(1, (plan.levels if plan.speculate else 0) + 1):
+        done.expanded.append(trees.owner[parents] if owners is None else owners)
+        source.expand(trees, parents, plan.children, owners)
+        nodes = policy.frontier(plan, batch, trees, level) if level < plan.levels else None
+        if nodes is None or not len(nodes):
+            break
+        parents, owners = nodes, None
+    if len(trees):
+        done.kept = policy.select(plan, batch, trees)
+    return done
+
+
+def accepted(trees: DraftTrees, kept: IntArray, walk: Walk) -> BoolArray:
+    """[nodes] whether a node is kept and on the recorded answer's path."""
+    if not len(kept):
+        return np.zeros(len(trees), np.bool_)
+    right = np.zeros(len(trees))
+    right[kept] = trees.token[kept] == walk.truth(trees.owner[kept], trees.depth[kept])
+    on_path: BoolArray = path_products(trees.parent, right, int(trees.depth.max())) > 0
+    return on_path
+
+
+def replay(
+    policy: Policy,
+    recording: Recording,
+    cost: CostModel,
+    batch_size: int,
+    host: HostCosts | None = None,
+    own_time: Clock | None = None,
+    rounds: int | None = None,
+    prices: Pricing | None = None,
+) -> Replayed:
+    """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled until it runs dry, and
+    then rounds of smaller batches are left out, as in the live benchmark.
+
+    host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the policy itself,
+    whose seconds then count, too. rounds: stop after so many. prices: what steps really take (default: by `cost`)."""
+    walk, result = Walk(recording, batch_size), Replayed(batch_size)
+    prices = prices or Prices(cost, batch_size)
+    host = host or HostCosts.of(cost)
+    while walk.running and result.rounds != rounds:
+        _round(policy, walk, prices, host, own_time, result)
+    return result
+
+
+def _round(policy: Policy, walk: Walk, prices: Pricing, host: HostCosts, clock: Clock | None, result: Replayed) -> None:
+    started = clock() if clock else 0.0
+    done = draft(policy, walk)
+    own = clock() - started if clock else 0.0
+    size, trees, widths = done.batch.size, done.trees, done.widths
+    context = float(done.batch.context.sum()) / size
+    levels = prices.levels(widths, context)
+    rows = size + len(done.kept)
+    verify = prices.verify(rows, context)
+    beyond = host.seconds(size, bool(widths)) + own
+    on_path = accepted(trees, done.kept, walk)
+    emitted = np.minimum(1 + np.bincount(trees.owner[on_path], minlength=size), walk.left)
+    next_token = np.where(on_path, walk.truth(trees.owner, trees.depth + 1), -1) if len(trees) else trees.token
+    root_next = walk.truth(np.arange(size), np.ones(size, np.int64))
+    round_ = Round(done.batch, done.plan, trees, done.kept, next_token, root_next, widths, levels, rows, verify, beyond)
+    started = clock() if clock else 0.0
+    policy.observe(round_)
+    learning = clock() - started if clock else 0.0
+    walk.advance(emitted, bool(widths))
+    prices.advance(int(emitted.sum()))
+    result.tokens += int(emitted.sum())
+    result.seconds += verify + sum(levels) + beyond + learning
+    result.rounds += 1
+    result.missing += int(done.missing.sum())
+    result.rows += rows
+    result.kept += len(done.kept)
+    result.levels += len(widths)
+    result.off += not widths
+    result.own_seconds += own + learning
+
+
+def _padded(answers: list[IntArray]) -> tuple[IntArray, IntArray]:
+    """All answers' tokens in one array, with -1 behind each end, and where each starts."""
+    gap = np.full(DEEPEST + 2, -1, np.int64)
+    parts = [part for tokens in answers for part in (np.asarray(tokens, np.int64), gap)]
+    sizes = np.array([len(tokens) + len(gap) for tokens in answers], np.int64)
+    return np.concatenate(parts or [gap]), np.cumsum(sizes) - sizes

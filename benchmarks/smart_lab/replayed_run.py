@@ -1,0 +1,254 @@
+"""`bench --random-weights CONFIG --replay TRACE`: a full-size model's compute with a recording's acceptance.
+
+Weights are random, so that any size can be timed where no checkpoint is at hand; every forward, ranking and argmax is
+computed for real. What comes out of them is put aside: a drafter proposes the recorded candidates, and the target says
+what the recorded answer says. The engine knows nothing of it. Results are labelled "replayed acceptance".
+
+A prompt is as long as the recorded one; its first token is the answer's number, by which the target knows whose pages
+it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from smart_decoding.bench.blocks import Prompt
+from smart_decoding.bench.limits import measure_limits
+from smart_decoding.bench.limits import shares as limit_shares
+from smart_decoding.bench.options import BASELINE
+from smart_decoding.bench.provenance import memory, provenance
+from smart_decoding.bench.runner import measure, rows_of
+from smart_decoding.bench.traffic import Sizes, achieved
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.drafters.eagle import EagleDrafter
+from smart_decoding.drafters.levels import Ranked
+from smart_decoding.engine.engine import Engine, EngineConfig
+from smart_decoding.engine.protocols import TargetScores
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.rows import Rows
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.head_files import HeadFiles
+from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.target import TorchTarget, device_of, pages_for
+from smart_decoding.profiling.measure import measure as profile
+from smart_decoding.speculation import ROUND_OVERHEAD, SCRATCH_PAGES
+from smart_lab.hardware import dimensions
+from smart_lab.options import LabOptions, command_of
+from smart_lab.recording import Recording
+from smart_lab.replay import Source
+from smart_lab.trace import Trace, read_trace
+
+SCALE = 0.02  # of random weights: activations stay finite through many layers
+DRAFT_VOCAB = 32000  # rows of the head's output matrix, as EAGLE-3's for Llama-3.1-8B
+PROFILE_SECONDS = 10.0
+LABEL = "replayed acceptance"
+
+
+@dataclass(frozen=True)
+class RandomWeights(Mapping[str, torch.Tensor]):
+    """Tensors by name, drawn when asked for, the same every time: a model of any size takes no disk."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self.shapes[name]
+        if len(shape) == 1:  # norms and biases
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, SCALE, generator=generator)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class ReplayedTarget:
+    """A target that computes everything and then says what the recorded answers say."""
+
+    verify_greedy = None
+
+    def __init__(self, inner: TorchTarget, trace: Trace) -> None:
+        self._inner, answers = inner, trace.recording.answers
+        self.vocab, self.max_positions, self.eos_token_ids = inner.vocab, inner.max_positions, trace.eos_token_ids
+        ends = np.cumsum([len(a.tokens) + 1 for a in answers])
+        end_token = trace.eos_token_ids[0] if trace.eos_token_ids else 0  # behind an answer that was cut
+        self._tokens = np.concatenate([np.append(a.tokens, end_token) for a in answers]).astype(np.int64)
+        self._last, self._first = ends - 1, np.concatenate(([0], ends[:-1]))
+        self._prompt = np.array([a.prompt_length for a in answers], np.int64)
+        self._answer_of: dict[int, int] = {}  # the first page of a request -> its answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
+        scores = self._inner.verify(rows, taps)
+        wanted = np.arange(len(rows)) if rows.logit_rows is None else np.asarray(rows.logit_rows, np.int64)
+        if scores.greedy is None:
+            self._inner.argmax(scores.logits, np.arange(len(wanted)))
+        return TargetScores(scores.logits, scores.features, self._truth(rows, wanted))
+
+    def _truth(self, rows: Rows, wanted: IntArray) -> IntArray:
+        """[wanted] the recorded answer's token behind each row, whatever the row's own token is: where that is not the
+        answer's, nobody asks."""
+        pages = rows.pages[rows.group_pages[: len(rows.group_row) - 1]].tolist()
+        for group, page in enumerate(pages):
+            first = int(rows.group_row[group])
+            if rows.position[first] == 0:
+                self._answer_of[page] = int(rows.token[first])
+        answer = np.array([self._answer_of[page] for page in pages], np.int64)
+        answer = answer[np.searchsorted(rows.group_row, wanted, side="right") - 1]
+        output = np.maximum(rows.position[wanted] + 1 - self._prompt[answer], 0)
+        found: IntArray = self._tokens[np.minimum(self._first[answer] + output, self._last[answer])]
+        return found
+
+
+class ReplayedDrafter(EagleDrafter):
+    """A head's forwards and rankings, and the recorded candidates as their outcome."""
+
+    name = "replayed"
+
+    def __init__(self, head: EagleHead, recording: Recording, pool_pages: int, scratch_pages: int) -> None:
+        super().__init__(head, pool_pages, scratch_pages)
+        self._recording = recording
+
+    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+        answers = [self._recording.answers[request.tokens[0]] for request in requests]
+        roots = [a.first + min(len(r.output), a.positions) - 1 for a, r in zip(answers, requests, strict=True)]
+        self._source = Source(self._recording, np.array(roots, np.int64))
+        return super().start(requests, plan)
+
+    def _append(self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked) -> None:
+        children = ranked[0].shape[1]
+        self._source.expand(trees, parents, children, owner if (parents < 0).all() else None)
+
+
+def run(options: LabOptions) -> dict[str, Any]:
+    """Measures the contestants on a model of random weights; 'acceptance' of the result says what it is.
+
+    Raises ConfigError for a recording that does not fit the model, ModelError for an unusable config.json."""
+    assert options.random_weights is not None and options.replay is not None
+    trace = read_trace(options.replay)
+    name, config = model_config(options.random_weights)
+    usable = [i for i, a in enumerate(trace.recording.answers) if a.positions > 0][: options.limit]
+    _check(trace, config)
+    bench = _Replay(options, trace, config)
+    runs: list[dict[str, Any]] = []
+    for size in options.batch_sizes:
+        prompts = bench.prompts([usable[i % len(usable)] for i in range(max(len(usable), 2 * size))])
+        engines = bench.engines()
+        with tqdm(desc=f"{LABEL}, batch {size}", unit="block", leave=False) as bar:
+            share = None if options.time_limit is None else options.time_limit / len(options.batch_sizes)
+            deadline = None if share is None else time.perf_counter() + share
+            found = measure(engines, prompts, size, deadline, lambda label, bar=bar: bar.update())
+        for row in rows_of(found, size, options):
+            row |= achieved(row, bench.sizes)
+            runs.append({**row, **limit_shares(row, bench.limits)})
+    weights = {"model": f"{name}, random weights, {LABEL}", "trace": options.replay.name, "dtype": options.dtype}
+    head = "random head, recorded candidates"
+    return {
+        "provenance": provenance(command_of(options), options.seed, weights, head, bench.target.plain_torch),
+        "acceptance": LABEL, "runs": runs, "cost": bench.cost.to_dict(), "limits": bench.limits,
+        "memory": memory(bench.sizes.weights * bench.sizes.item, bench.target.kv_bytes),
+    }  # fmt: skip
+
+
+class _Replay:
+    """The model, and engines over it."""
+
+    def __init__(self, options: LabOptions, trace: Trace, config: ModelConfig) -> None:
+        self.options, self.trace = options, trace
+        largest, answers = max(options.batch_sizes), trace.recording.answers
+        longest = max(a.prompt_length + max(len(a.tokens) + 1, a.limit) for a in answers)
+        self.pages, self.length, self.slots = pages_for(largest * longest, largest), longest + 1, largest
+        checkpoint = Checkpoint(config, RandomWeights(config.expected_shapes()), Path(), {})
+        self.target = TorchTarget(
+            checkpoint, options.dtype, device_of(options.device), self.pages, self.length, allow_slow=options.allow_slow
+        )
+        files = random_head(config, min(DRAFT_VOCAB, config.vocab))
+        self.head = EagleHead(files, self.target.decoder, self.pages, SCRATCH_PAGES, self.length + 64)
+        drafter = EagleDrafter(self.head, self.pages, SCRATCH_PAGES)
+        samples = profile(self.target, drafter, self.pages, largest, PROFILE_SECONDS, coarse=True)
+        self.cost = CostModel.fit(samples, ROUND_OVERHEAD)
+        self.sizes = Sizes.of(config, self.target.dtype.itemsize)
+        self.limits = measure_limits(self.target.dtype, self.target.device)
+
+    def engines(self) -> dict[str, Engine]:
+        """Every contestant by label; the baseline has no drafter."""
+        config = EngineConfig(self.pages, self.length, self.slots, 256, prefix_caching=False)
+        target, engines = ReplayedTarget(self.target, self.trace), {}
+        for arm in self.options.arms:
+            policy = self.trace.policy(arm.policy, self.cost, **arm.policy_options)
+            drafter = ReplayedDrafter(self.head, self.trace.recording, self.pages, SCRATCH_PAGES)
+            engines[arm.label] = Engine(target, policy, None if arm.policy == BASELINE else drafter, config,
+                                        lambda skip: lambda ids: " " * len(ids))  # fmt: skip
+        return engines
+
+    def prompts(self, answers: Sequence[int]) -> dict[str, list[Prompt]]:
+        found = []
+        for index, number in enumerate(answers):
+            answer = self.trace.recording.answers[number]
+            filler = np.random.default_rng(number).integers(0, self.target.vocab, answer.prompt_length - 1)
+            params = SamplingParams(temperature=0.0, max_tokens=answer.limit)
+            found.append(Prompt(index, "recorded", [number, *filler.tolist()], params))
+        return {"recorded": found}
+
+
+def model_config(name: str) -> tuple[str, ModelConfig]:
+    """A model of hardware.json, or a config.json, with its name. Raises ConfigError or ModelError."""
+    path = Path(name)
+    if path.is_file():
+        try:
+            return path.parent.name or path.name, ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} is not a readable config.json: {error}") from error
+    d = dimensions(name)
+    return name, ModelConfig("llama", d.layers, d.hidden, d.heads, d.kv_heads, d.head_dim, d.ffn, d.vocab,
+                             rope_theta=500_000.0, rms_eps=1e-5, max_positions=8192)  # fmt: skip
+
+
+def random_head(config: ModelConfig, draft_vocab: int) -> HeadFiles:
+    """An EAGLE-3 head's shapes for a target: one layer over [embedding ; features], three taps, its own output rows."""
+    taps = tuple(sorted({max(1, config.layers // 8), max(1, config.layers // 2), max(1, config.layers - 2)}))
+    shape, d = (
+        replace(config, layers=1, qkv_bias=False, o_bias=False, qk_norm=False, tie_embeddings=True),
+        config.hidden,
+    )
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (d, len(taps) * d), "norm.weight": (d,)}
+    for full, dims in shape.expected_shapes().items():
+        if full.startswith("model.layers.0."):
+            wide = full.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+            shapes[full.replace("model.layers.0.", "midlayer.")] = (dims[0], 2 * d) if wide else dims
+    shapes |= {"midlayer.hidden_norm.weight": (d,), "lm_head.weight": (draft_vocab, d)}
+    weights: dict[str, torch.Tensor] = dict(RandomWeights(shapes))
+    return HeadFiles({}, {**weights, "draft_ids": torch.arange(draft_vocab)}, taps, shape)
+
+
+def _check(trace: Trace, config: ModelConfig) -> None:
+    answers = trace.recording.answers
+    if trace.about.get("temperature"):
+        raise ConfigError("--replay needs a greedy recording: record without --temperature")
+    most = max([*(int(a.tokens.max()) for a in answers if len(a.tokens)), int(trace.recording.token.max(initial=0)),
+                *trace.eos_token_ids, len(answers) - 1])  # fmt: skip
+    if most >= config.vocab:
+        raise ConfigError(
+            f"the recording has token {most}, but the model knows {config.vocab}: take a larger vocabulary"
+        )
+    if any(a.prompt_length < 1 for a in answers):
+        raise ConfigError("the recording has an answer without a prompt")

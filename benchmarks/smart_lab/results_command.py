@@ -1,0 +1,132 @@
+"""`python -m smart_lab results`: one Markdown page a machine, made from the JSON files beside it.
+
+benchmarks/results/MACHINE/DATE-KIND.json is one run: what `bench`, `robustness.py`, `vllm_smart.py` or
+`transformers_speed.py` wrote. A new run of a kind replaces the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smart_decoding.bench.provenance import write_text
+from smart_decoding.bench.results import mapping
+from smart_decoding.errors import ConfigError
+from smart_lab import tables
+
+RESULTS = Path(__file__).parents[1] / "results"
+MADE = "Made by `python -m smart_lab results` from the JSON files of this folder; do not edit."
+RUN_PARTS = {"runs": "", "sampled_runs": "At another temperature", "variant_runs": "One ingredient exchanged, live"}
+# Kind -> title, in the order of the page.
+KINDS = {
+    "bench": "Policies",
+    "batch-16-32": "Large batches",
+    "sampled": "Sampled",
+    "robustness": "Never slower?",
+    "peers": "Other engines",
+    "vllm": "Inside vLLM",
+    "transformers": "Inside transformers",
+    "pictures": "Pictures",
+    "pictures-fp32": "Pictures, fp32",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="whose subfolders are machines")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is not up to date")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Writes or checks the pages. Raises ConfigError for a file that is no run."""
+    stale = []
+    for folder in sorted(path for path in args.folder.iterdir() if path.is_dir()):
+        target = folder / "README.md"
+        text = page(folder)
+        if target.exists() and target.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(target)
+        if not args.check:
+            write_text(target, text)
+            print(f"wrote {target}")
+    if args.check and stale:
+        raise ConfigError(f"not up to date: {', '.join(map(str, stale))}; run python -m smart_lab results")
+    return 0
+
+
+def page(folder: Path) -> str:
+    """The page of one machine."""
+    files = sorted(folder.glob("*.json"), key=lambda path: list(KINDS).index(kind_of(path)))
+    return "\n\n".join([f"# {folder.name}: what was measured", MADE, *(section(path) for path in files)]) + "\n"
+
+
+def kind_of(path: Path) -> str:
+    """The kind in the file's name. Raises ConfigError for another name."""
+    kind = path.stem[len("2026-11-26-") :]
+    if kind not in KINDS:
+        raise ConfigError(f"{path} is not named DATE-KIND.json with a kind of: {', '.join(KINDS)}")
+    return kind
+
+
+def section(path: Path) -> str:
+    """One run: where it comes from, then its tables."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        parts = tables_of(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no run that a page can show: {error!r}") from error
+    origin = mapping(data.get("provenance"))
+    command = f"```sh\n{origin.get('command') or '# not recorded'}\n```"
+    return "\n\n".join([f"## {KINDS[kind_of(path)]}: [{path.name}]({path.name})", command, facts(origin), *parts])
+
+
+def facts(origin: Mapping[str, Any]) -> str:
+    """Date, commit, versions, hardware and weights, a line each."""
+    hardware = mapping(origin.get("hardware"))
+    told = {
+        "date": origin.get("time"),
+        "commit": origin.get("commit"),
+        "hardware": ", ".join(_told(name, value) for name, value in hardware.items() if value not in (None, "", [])),
+        "versions": ", ".join(f"{name} {value}" for name, value in mapping(origin.get("versions")).items()),
+        "weights": ", ".join(f"{name} {value}" for name, value in mapping(origin.get("weights")).items()),
+        "draft head": origin.get("head"),
+    }
+    return "\n".join(f"- {name}: {value or 'not recorded'}" for name, value in told.items())
+
+
+def tables_of(data: Mapping[str, Any]) -> list[str]:
+    """Every part of a run as a table under its title."""
+    found: list[tuple[str, str]] = []
+    for part, title in RUN_PARTS.items():
+        if data.get(part):
+            found.append((title, tables.by_batch(data[part])))
+            found.append(("Tuned settings", tables.tuned(data[part])))
+            found.append(("Beside the best of every other policy", tables.over(data[part])))
+    if data.get("suite_runs"):
+        found.append(("Long contexts and edits", tables.suites(data["suite_runs"])))
+    if data.get("load"):
+        found.append(("Under load (milliseconds)", tables.load(data["load"])))
+    if data.get("replayed"):
+        found.append(("Hindsight, by replay", tables.replayed(data["replayed"], "gap")))
+        found.append(("Ablations, by replay", tables.replayed(data["replayed"], "ablations")))
+        found.append(("Sweeps, by replay", tables.swept(data["replayed"])))
+    if data.get("robustness"):
+        found.append(("", tables.robust(data["robustness"])))
+    if data.get("peers"):
+        found.append(("", tables.peers(data["peers"])))
+    found += [(run["name"], tables.vllm(run)) for run in data.get("vllm", ())]
+    found += [(_way(run), tables.transformers(run)) for run in data.get("transformers", ())]
+    if not found:
+        raise ValueError("nothing of what pages show is in it")
+    return [f"### {title}\n\n{table}" if title else table for title, table in found if table]
+
+
+def _way(run: Mapping[str, Any]) -> str:
+    return f"{run['dtype']}, commit {run['about']['commit'][:7]}"
+
+
+def _told(name: str, value: Any) -> str:
+    shown = " ".join(map(str, value)) if isinstance(value, list) else value
+    return f"{name} {shown}"

@@ -1,0 +1,135 @@
+"""What speculation would bring on other hardware: policies replayed at the costs of a profile or a data sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from smart_decoding.core.cost import CostModel
+from smart_lab.recording import Recording
+from smart_lab.replay import HostCosts, Replayed, replay
+from smart_lab.sweep import Setting, Sweep
+from smart_lab.trace import Trace
+
+# Few settings of `likelihood` that are best somewhere; EAGLE-2's own is apart.
+SETTINGS: Sequence[Setting] = [
+    {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
+    for depth, top_k, nodes in ((0, 1, 1), (0, 3, 3), (1, 1, 2), (1, 3, 4), (1, 4, 8), (2, 1, 3), (2, 3, 5), (2, 4, 8),
+                                (3, 1, 4), (3, 4, 12), (4, 2, 8), (4, 6, 16), (6, 1, 7), (6, 6, 24), (6, 10, 40))
+]  # fmt: skip
+EAGLE_2: Setting = {"depth": 7, "top_k": 10, "total_tokens": 60}
+SMART, PAPER, LIKELIHOOD = "smart", "smart_paper", "likelihood, EAGLE-2's size"
+ROUNDS, LEAST_ROUNDS, PAPER_ROUNDS = 2400, 120, 600  # of requests; of the batch
+PAYS = 1.02  # less is within what costs are known to
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """One batch size. plain: tokens per second without speculation; speedup: per policy; fixed: the best setting of
+    `likelihood`; smart: what `smart` did."""
+
+    batch_size: int
+    plain: float
+    speedup: dict[str, float]
+    fixed: Setting
+    smart: Replayed
+
+    @property
+    def best(self) -> str:
+        """The policy to use: `smart` unless another one is clearly better, `off` where none pays."""
+        if max(self.speedup.values()) < PAYS:
+            return "off"
+        name = max(self.speedup, key=lambda policy: self.speedup[policy])
+        return SMART if self.speedup[SMART] * 1.01 >= self.speedup[name] else name
+
+
+@dataclass(slots=True)
+class Simulation:
+    """What is simulated, in words, and an outlook for each batch size."""
+
+    hardware: str
+    model: str
+    acceptance: str
+    outlooks: list[Outlook] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def crossing(self, policy: str) -> float | None:
+        """The batch size at which a policy's speedup falls below 1, interpolated; None where it never does."""
+        before: tuple[int, float] | None = None
+        for outlook in self.outlooks:
+            value = outlook.speedup[policy]
+            if value < 1.0:
+                if before is None:
+                    return float(outlook.batch_size)
+                size, above = before
+                return size + (outlook.batch_size - size) * (above - 1.0) / (above - value)
+            before = (outlook.batch_size, value)
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "simulated": True,
+            "hardware": self.hardware,
+            "model": self.model,
+            "acceptance": self.acceptance,
+            "notes": self.notes,
+            "outlooks": [
+                {"batch_size": o.batch_size, "plain_tokens_per_s": o.plain, "speedup": o.speedup, "use": o.best,
+                 "fixed": o.fixed, "smart_tokens_per_round": o.smart.tokens_per_round,
+                 "smart_rows_per_round": o.smart.rows / o.smart.rounds, "smart_off_share": o.smart.off / o.smart.rounds}
+                for o in self.outlooks
+            ],
+        }  # fmt: skip
+
+
+class Simulator:
+    """Replays policies at batch sizes; trees that do not depend on them are drawn once."""
+
+    def __init__(
+        self, trace: Trace, cost: CostModel, host: HostCosts | None = None, tree: Setting | None = None
+    ) -> None:
+        """tree: the setting of `likelihood` that stands for fixed trees of full size; EAGLE-2's by default."""
+        self.trace, self.cost, self.host, self.rounds = trace, cost, host, 0
+        self._eagle = Sweep(trace.recording, [tree or EAGLE_2], trace.eos_token_ids)
+        self._fixed = Sweep(trace.recording, SETTINGS, trace.eos_token_ids)
+
+    def outlook(self, batch_size: int, on_policy: Callable[[str], object] = lambda name: None) -> Outlook:
+        """All policies at one batch size."""
+        trace, cost, host = self.trace, self.cost, self.host
+        rounds = max(LEAST_ROUNDS, ROUNDS // batch_size)
+        recording = enough(trace.recording, batch_size)
+
+        def of(name: str, most: int = rounds) -> Replayed:
+            on_policy(name)
+            return self._counted(replay(trace.policy(name, cost), recording, cost, batch_size, host, rounds=most))
+
+        plain = of("off").tokens_per_s
+        smart, paper = of("smart"), of("smart_paper", max(30, PAPER_ROUNDS // batch_size))
+        on_policy("likelihood")
+        ((_, eagle),) = self._over(self._eagle, recording).rank(cost, batch_size, host)
+        ranked = self._over(self._fixed, recording).rank(cost, batch_size, host)
+        self.rounds += batch_size * sum(found.rounds for _, found in [*ranked, (EAGLE_2, eagle)])
+        setting, fixed = ranked[0]
+        speedup = {SMART: smart, PAPER: paper, LIKELIHOOD: eagle, name_of(setting): fixed}
+        rates = {name: result.tokens_per_s / plain for name, result in speedup.items()}
+        return Outlook(batch_size, plain, rates, setting, smart)
+
+    def _counted(self, found: Replayed) -> Replayed:
+        self.rounds += found.rounds * found.batch_size  # of requests
+        return found
+
+    def _over(self, sweep: Sweep, recording: Recording) -> Sweep:
+        return sweep if recording is self.trace.recording else sweep.repeated(recording)
+
+
+def enough(recording: Recording, batch_size: int) -> Recording:
+    """The recording, its answers used several times where a batch would soon run dry."""
+    usable = sum(answer.positions > 0 for answer in recording.answers)
+    times = -(-2 * batch_size // max(usable, 1))
+    return recording if times <= 1 else recording.repeated(times)
+
+
+def name_of(setting: Setting) -> str:
+    """As `smart bench --policy-options` takes it."""
+    return "likelihood:" + ",".join(f"{name}={value}" for name, value in setting.items())

@@ -1,0 +1,133 @@
+"""Many settings of `likelihood` at once.
+
+It treats each request alone, so its tree at a position is the same at every batch size and cost. All positions' trees
+are drawn in a few large batches, once per setting; a replay then only adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies.likelihood import Likelihood
+from smart_decoding.core.policies.protocol import Policy
+from smart_decoding.core.tree import IntArray
+from smart_lab.recording import Recording
+from smart_lab.replay import HostCosts, Prices, Replayed, Walk, accepted, draft
+
+CHUNK = 512  # positions drawn together: memory
+Setting = dict[str, int]
+
+
+def likelihood_settings() -> list[Setting]:
+    """The grid that `likelihood` is tuned over: levels, top-k and nodes, all that make sense."""
+    grid = [
+        {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
+        for depth in range(7)
+        for top_k in (1, 2, 3, 4, 6, 10)
+        for nodes in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 59)
+    ]
+    return [s for s in grid if _sensible(s["depth"] + 1, s["top_k"], s["total_tokens"] - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Each position's tree under one setting, [positions]: tokens that the round emits, nodes verified, and rows that
+    its levels expand, [positions, levels]."""
+
+    emitted: IntArray
+    kept: IntArray
+    expanded: IntArray
+    missing: IntArray
+
+    @classmethod
+    def draw(cls, policy: Policy, recording: Recording) -> Fixed:
+        """The policy must treat each request alone and learn nothing: chain, static or likelihood."""
+        everywhere = Walk.everywhere(recording)
+        parts = [_draw(policy, everywhere.part(start, start + CHUNK)) for start in range(0, recording.positions, CHUNK)]
+        levels = max((part.expanded.shape[1] for part in parts), default=0)
+        padded = [np.pad(part.expanded, ((0, 0), (0, levels - part.expanded.shape[1]))) for part in parts]
+        emitted, kept, missing = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("emitted", "kept", "missing")
+        )
+        return cls(emitted, kept, np.concatenate(padded), missing)
+
+
+def add_up(
+    fixed: Fixed, recording: Recording, cost: CostModel, batch_size: int, host: HostCosts | None = None
+) -> Replayed:
+    """What `replay` gives for the policy of `fixed`."""
+    walk, prices, result = Walk(recording, batch_size), Prices(cost, batch_size), Replayed(batch_size)
+    host = host or HostCosts.of(cost)
+    while walk.running:
+        at, context = walk.position, float(walk.context.sum()) / batch_size
+        widths = [int(width) for width in fixed.expanded[at].sum(axis=0) if width]
+        kept = int(fixed.kept[at].sum())
+        seconds = prices.verify(batch_size + kept, context) + host.seconds(batch_size, bool(widths))
+        if widths:
+            widths[0] = int(walk.pending.sum())
+            seconds += sum(prices.levels(widths, context))
+        emitted = fixed.emitted[at]
+        walk.advance(emitted, bool(widths))
+        result.tokens += int(emitted.sum())
+        result.seconds += seconds
+        result.rounds += 1
+        result.missing += int(fixed.missing[at].sum())
+        result.rows += batch_size + kept
+        result.kept += kept
+        result.levels += len(widths)
+        result.off += not widths
+    return result
+
+
+class Sweep:
+    """A recording with the trees of many `likelihood` settings, drawn when first asked for."""
+
+    def __init__(
+        self, recording: Recording, settings: Sequence[Setting] | None = None, eos: Sequence[int] = ()
+    ) -> None:
+        self.recording, self.eos = recording, tuple(eos)
+        self._source = recording  # whose trees are drawn
+        self.settings = list(settings if settings is not None else likelihood_settings())
+        self._fixed: dict[int, Fixed] = {}
+
+    def repeated(self, recording: Recording) -> Sweep:
+        """The same trees under a recording that uses its answers several times."""
+        other = Sweep(recording, self.settings, self.eos)
+        other._fixed, other._source = self._fixed, self._source
+        return other
+
+    def rank(
+        self,
+        cost: CostModel,
+        batch_size: int,
+        host: HostCosts | None = None,
+        on_setting: Callable[[], object] = lambda: None,
+    ) -> list[tuple[Setting, Replayed]]:
+        """All settings, the fastest first: the best few are then measured live."""
+        results = []
+        for i, setting in enumerate(self.settings):
+            if i not in self._fixed:
+                self._fixed[i] = Fixed.draw(Likelihood(**setting, eos_token_ids=self.eos), self._source)
+            results.append((setting, add_up(self._fixed[i], self.recording, cost, batch_size, host)))
+            on_setting()
+        return sorted(results, key=lambda result: -result[1].tokens_per_s)
+
+
+def _draw(policy: Policy, walk: Walk) -> Fixed:
+    done = draft(policy, walk)
+    size, owner = done.batch.size, done.trees.owner
+    on_path = accepted(done.trees, done.kept, walk)
+    emitted = np.minimum(1 + np.bincount(owner[on_path], minlength=size), walk.left)
+    expanded = np.stack([np.bincount(owners, minlength=size) for owners in done.expanded] or [np.zeros(size)], axis=1)
+    expanded[:, 0] = done.batch.remaining > 1  # a round in which nobody may draft is a plain one
+    return Fixed(emitted, np.bincount(owner[done.kept], minlength=size), expanded.astype(np.int64), done.missing)
+
+
+def _sensible(levels: int, top_k: int, nodes: int) -> bool:
+    """Whether the re-ranking has something to choose from, and every level may keep a node."""
+    drafted = top_k + (levels - 1) * top_k * top_k
+    return levels <= nodes <= drafted

@@ -1,0 +1,143 @@
+"""Recordings as files: a line that names format, version and checksum, a line of JSON about it, compressed arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smart_decoding.bench.provenance import plain
+from smart_decoding.core.calibration import Calibration
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.forecast import Forecast
+from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.protocol import Policy
+from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.files import whole
+from smart_lab.recording import Answer, Recording
+from smart_lab.replay import HostCosts
+
+MAGIC, VERSION = b"smart-recording", b"1"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recording and what is known about it.
+
+    about: provenance, model, drafter, dtype, temperature. cost, host: the recording machine's profile, if it was
+    measured. prior: what `smart` starts from."""
+
+    recording: Recording
+    about: Mapping[str, Any]
+    eos_token_ids: tuple[int, ...] = ()
+    cost: CostModel | None = None
+    host: HostCosts | None = None
+    prior: Mapping[str, Any] | None = None
+
+    def policy(self, name: str, cost: CostModel | None = None, **options: Any) -> Policy:
+        """A policy as it would start in the recorded engine, with its own prior. Raises what make_policy raises."""
+        offered: dict[str, Any] = {"cost": cost or self.cost, "eos_token_ids": self.eos_token_ids}
+        if self.prior is not None:
+            calibration = Calibration.from_state(self.prior["calibration"])
+            offered["calibration"] = calibration
+            offered["forecast"] = Forecast.from_state(self.prior["forecast"], calibration)
+        return make_policy(name, offered, **options)
+
+
+def write_trace(path: Path, trace: Trace) -> None:
+    """Writes the file, whole or not at all. Raises CapacityError if it cannot."""
+    header = {
+        "about": dict(trace.about),
+        "eos_token_ids": list(trace.eos_token_ids),
+        "cost": trace.cost.to_dict() if trace.cost else None,
+        "host": asdict(trace.host) if trace.host else None,
+        "prior": trace.prior,
+        "tasks": [answer.task for answer in trace.recording.answers],
+    }
+    body = json.dumps(plain(header), allow_nan=False).encode() + b"\n" + _arrays(trace.recording)
+    first = b" ".join((MAGIC, VERSION, hashlib.sha256(body).hexdigest().encode())) + b"\n"
+    try:
+        with whole(path) as scratch:
+            scratch.write_bytes(first + body)
+    except OSError as error:
+        raise CapacityError(f"{path} could not be written: {error.strerror}") from error
+
+
+def read_trace(path: Path) -> Trace:
+    """Raises ConfigError for a file that is missing, of another kind or version, or damaged."""
+    try:
+        first, _, body = path.read_bytes().partition(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    words = first.split(b" ")
+    if words[0] != MAGIC or len(words) != 3:
+        raise ConfigError(f"{path} is not a recording: make one with smart bench --record FILE")
+    if words[1] != VERSION:
+        raise ConfigError(
+            f"{path} has format {words[1].decode(errors='replace')}, this version reads {VERSION.decode()}"
+        )
+    if hashlib.sha256(body).hexdigest().encode() != words[2]:
+        raise ConfigError(f"{path} is damaged: its checksum is wrong; record it again")
+    try:
+        return _trace(*body.split(b"\n", 1))
+    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} is not a recording that this version understands: {error}") from error
+
+
+def _trace(header: bytes, arrays: bytes) -> Trace:
+    state = json.loads(header)
+    with np.load(io.BytesIO(arrays), allow_pickle=False) as file:
+        recording = _recording({name: file[name] for name in file.files}, state["tasks"])
+    return Trace(
+        recording,
+        state["about"],
+        tuple(int(token) for token in state["eos_token_ids"]),
+        CostModel.from_dict(state["cost"]) if state["cost"] else None,
+        HostCosts(**state["host"]) if state["host"] else None,
+        state["prior"],
+    )
+
+
+def _arrays(recording: Recording) -> bytes:
+    answers = recording.answers
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        prompt=np.array([a.prompt_length for a in answers], np.int32),
+        limit=np.array([a.limit for a in answers], np.int32),
+        length=np.array([len(a.tokens) for a in answers], np.int32),
+        output=_small(np.concatenate([a.tokens for a in answers] or [np.zeros(0, np.int32)])),
+        sizes=recording.sizes.astype(np.int32),
+        count=recording.count,
+        token=_small(recording.token),
+        prob=recording.prob,
+    )
+    return buffer.getvalue()
+
+
+def _recording(arrays: Mapping[str, Any], tasks: list[str]) -> Recording:
+    length = arrays["length"].astype(np.int64)
+    ends = np.cumsum(length)
+    firsts = np.cumsum(np.maximum(length - 1, 0)) - np.maximum(length - 1, 0)
+    if len(arrays["output"]) != (ends[-1] if len(ends) else 0):
+        raise ValueError("answers are missing")
+    answers = [
+        Answer(int(prompt), int(limit), arrays["output"][end - size : end].astype(np.int32), int(first), str(task))
+        for prompt, limit, size, end, first, task in zip(
+            arrays["prompt"], arrays["limit"], length, ends, firsts, tasks, strict=True
+        )
+    ]
+    token, count, sizes = (arrays[name].astype(np.int64) for name in ("token", "count", "sizes"))
+    return Recording.from_flat(answers, token, arrays["prob"], count, sizes)
+
+
+def _small(tokens: Any) -> Any:
+    """Two bytes a token where the vocabulary allows."""
+    return tokens.astype(np.uint16 if not len(tokens) or 0 <= tokens.min() <= tokens.max() < 65536 else np.int32)

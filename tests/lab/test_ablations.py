@@ -1,0 +1,131 @@
+"""Each variant changes the one thing that it says."""
+
+import numpy as np
+import pytest
+
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies.chooser import NumpyChooser
+from smart_decoding.core.policies.smart import Smart
+from smart_decoding.core.tree import DraftTrees
+from smart_lab.ablations import ABLATIONS, VARIANTS, Foreseeing, FrozenCosts, askew, fitted, flat, raw, smart
+from smart_lab.replay import Walk, draft, replay
+from smart_lab.simulation import World
+from smart_lab.synthetic import synthetic
+from smart_lab.trace import Trace
+
+FLAT = CostModel.from_table({1: {1: 1.0, 8: 1.05, 64: 3.0}, 8: {8: 1.1, 64: 3.1}}, {1: 0.2, 64: 0.3}, 0.01)
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return Trace(synthetic(3.0, answers=16, length=30, context=50), {}, (), FLAT)
+
+
+@pytest.fixture(scope="module")
+def speeds(trace):
+    return {name: replay(make(trace, FLAT), trace.recording, FLAT, 4) for name, make in ABLATIONS.items()}
+
+
+def test_every_variant_decodes_all_answers_and_smart_is_no_worse_than_the_clumsy_ones(speeds):
+    assert all(result.tokens >= 4 * result.rounds and result.missing < result.rounds for result in speeds.values())
+    best = speeds["smart"].tokens_per_s
+    assert best > 1.02 * speeds["stop rule: always 8 levels"].tokens_per_s
+    assert best > 0.93 * max(result.tokens_per_s for result in speeds.values())
+    assert speeds["stop rule: always 8 levels"].levels > 6 * speeds["stop rule: always 8 levels"].rounds
+
+
+def test_an_even_budget_gives_every_request_as_many_nodes(trace):
+    policy = ABLATIONS["even budget"](trace, FLAT)
+    done = draft(policy, Walk(trace.recording, 8))
+    counts = np.bincount(done.trees.owner[done.kept], minlength=8)
+    pooled = draft(smart(trace, FLAT), Walk(trace.recording, 8))
+    others = np.bincount(pooled.trees.owner[pooled.kept], minlength=8)
+    assert counts.min() == counts.max() > 0 and others.min() < others.max()
+
+
+def test_the_greedy_rule_is_caught_by_a_step_that_the_scan_sees_over(trace):
+    steps = {1: {n: 1.0 + 0.6 * (n > 4) + 0.001 * n for n in range(1, 200)}}
+    step = CostModel.from_table(steps, {1: 0.01, 64: 0.02})
+    exact, greedy = (draft(ABLATIONS[name](trace, step), Walk(trace.recording, 4)) for name in ("smart", "greedy rule"))
+    assert len(greedy.kept) == 0 < len(exact.kept)
+
+
+def test_raw_confidence_is_taken_for_the_truth_and_nothing_is_learned():
+    trees = DraftTrees.empty(1)
+    trees.append([0, 0], [1, 2], [-1, -1], [0.6, 0.2])
+    calibration = raw()
+    assert calibration.score(trees, np.array([True])) == pytest.approx([0.6, 0.2], abs=0.03)
+    before = calibration.counts.copy()
+    for _ in range(50):
+        calibration.observe(trees, np.array([0, 1]), np.array([False, False]), np.array([True]))
+    assert (calibration.counts == before).all() and calibration.score(trees, np.array([True]))[0] > 0.5
+
+
+def test_fitted_curves_are_what_the_answers_bear_out(trace):
+    calibration = fitted(trace.recording)
+    done = draft(trace.policy("likelihood", depth=0, top_k=10, total_tokens=11), Walk.everywhere(trace.recording))
+    first = done.trees.depth == 1
+    truth = Walk.everywhere(trace.recording).truth(done.trees.owner[first], np.ones(first.sum(), np.int64))
+    hits = np.count_nonzero(done.trees.token[first] == truth)
+    calibration.score(done.trees, np.ones(done.batch.size, bool))
+    assert done.trees.accept_prob[first].sum() == pytest.approx(hits, rel=0.1)
+
+
+def test_flat_costs_know_no_context():
+    cost = CostModel(FLAT.verify, FLAT.draft, 1e-4, 1e-3, 1e-4)
+    made = flat(cost)
+    assert made.verify_seconds(4, 9, 128.0) == pytest.approx(cost.verify_seconds(4, 9, 128.0))
+    assert made.verify_seconds(4, 9, 5000.0) == made.verify_seconds(4, 9, 128.0) < cost.verify_seconds(4, 9, 5000.0)
+    assert made.draft_seconds(6, 9000.0) == pytest.approx(cost.draft_seconds(6, 128.0))
+
+
+def test_frozen_costs_stay_as_they_were_believed(trace):
+    believed = CostModel.from_table({1: {1: 2.0, 64: 9.0}}, {1: 0.5, 64: 0.9})
+    frozen, learning = FrozenCosts(smart(trace, believed)), smart(trace, believed)
+    replay(frozen, trace.recording, FLAT, 2)
+    replay(learning, trace.recording, FLAT, 2)
+    assert frozen.inner.cost is believed
+    error = [
+        abs(float(c.verify_seconds(2, 4, 60.0)) - float(FLAT.verify_seconds(2, 4, 60.0)))
+        for c in (believed, learning.cost)
+    ]
+    assert error[1] < 0.3 * error[0]
+
+
+def test_who_foresees_the_levels_is_not_slower(trace):
+    calibration = fitted(trace.recording)
+    foreseeing = replay(Foreseeing(smart(trace, FLAT, calibration)), trace.recording, FLAT, 2)
+    ours = replay(smart(trace, FLAT, fitted(trace.recording)), trace.recording, FLAT, 2)
+    assert foreseeing.tokens_per_s > 0.97 * ours.tokens_per_s
+
+
+def test_a_wrong_profile_keeps_the_smallest_forward():
+    wrong = askew(FLAT, 5.0, 4.0)
+    assert float(wrong.verify_seconds(1, 1, 0.0)) == pytest.approx(1.0)
+    assert float(wrong.verify_seconds(1, 64, 0.0)) == pytest.approx(1 + 5 * 2.0)
+    assert float(wrong.draft_seconds(1, 0.0)) == pytest.approx(0.8)
+
+
+def test_variants_wrap_a_running_policy(trace):
+    for name, wrap in VARIANTS.items():
+        found = replay(wrap(smart(trace, FLAT)), trace.recording, FLAT, 4, rounds=60)
+        assert found.tokens >= 4 * found.rounds, name
+        if name.startswith("dear"):  # drafting seems not to pay: plain decoding, and no slower
+            assert found.off > 0.9 * found.rounds and found.rows == 4 * found.rounds
+
+
+def test_a_drafter_that_grows_whole_trees_asks_variants_what_to_expand(trace):
+    """A plan that holds `smart`'s own answers as data would leave the variant out, live."""
+
+    class Grows(NumpyChooser):
+        grows = True
+
+    def plan(variant):
+        policy = VARIANTS[variant](Smart(FLAT, chooser=Grows())) if variant else Smart(FLAT, chooser=Grows())
+        found = policy.plan(World(5, 2, FLAT).state())
+        assert found.speculate
+        return found
+
+    assert plan(None).growth is not None
+    assert plan("all_levels").growth is None and plan("even_budget").growth is None
+    assert plan("cheap_costs").growth is not None

@@ -1,0 +1,150 @@
+"""A replay gives what the live engine gives, rows and tokens, round by round."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import worlds
+
+from smart_decoding.bench.blocks import run_block
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.off import Off
+from smart_decoding.core.tree import DraftTrees
+from smart_decoding.errors import ConfigError
+from smart_lab.recorder import record_wide
+from smart_lab.recording import Recording, Wide, record
+from smart_lab.replay import HostCosts, replay
+from smart_lab.sweep import Fixed, Sweep, add_up, likelihood_settings
+from smart_lab.tuning import best_likelihood, cost_of
+
+ROW, LEVEL, LEVEL_ROW = 0.1, 0.25, 0.01
+COST = CostModel.from_table(
+    {b: {n: 1.0 + ROW * n for n in range(1, 400)} for b in (1, 2)},
+    {n: LEVEL + LEVEL_ROW * n for n in range(1, 400)},
+)
+
+
+@pytest.fixture(scope="module")
+def recording():
+    clock = worlds.Clock()
+    engine = worlds.engine(clock, drafter=worlds.RuleDrafter(clock))
+    engine.policy = Wide(levels=3, children=2, width=4)
+    return record(engine, worlds.prompts(count=4, tokens=30))
+
+
+def test_every_position_has_its_tree(recording):
+    for i, answer in enumerate(recording.answers):
+        assert len(answer.tokens) == answer.limit == 30 + i % 3 and answer.prompt_length == 3
+        for t in range(answer.positions):
+            first = recording.child[answer.first + t]  # the drafter's first choice is right
+            assert recording.token[first] == answer.tokens[t + 1]
+    assert recording.positions == sum(a.positions for a in recording.answers)
+    assert set(recording.sizes.tolist()) == {2 + 4 + 8}
+
+
+def test_trees_are_kept_breadth_first_and_answers_can_be_picked(recording):
+    tree = DraftTrees.empty(1)
+    tree.append([0, 0], [5, 6], [-1, -1], [0.5, 0.25])
+    tree.append([0, 0, 0], [7, 8, 9], [1, 0, 1], [0.5, 0.25, 0.125])  # children of the second node first
+    made = Recording.of([(1, 9, [1, 2], [tree], "code")])
+    assert made.token.tolist() == [5, 6, 8, 7, 9] and made.count.tolist() == [2, 1, 2, 0, 0, 0]
+    assert made.child[[0, 1, 2]].tolist() == [0, 2, 3]
+    picked = recording.take([2, 0])
+    assert [a.tokens.tolist() for a in picked.answers] == [recording.answers[i].tokens.tolist() for i in (2, 0)]
+    alone = [replay(make_policy("likelihood", depth=1, top_k=2), recording.take([i]), COST, 1) for i in (2, 0)]
+    both = replay(make_policy("likelihood", depth=1, top_k=2), picked, COST, 1)
+    assert both.tokens == sum(r.tokens for r in alone) and both.seconds == pytest.approx(sum(r.seconds for r in alone))
+    with pytest.raises(ValueError, match="contradicting"):
+        Recording.from_flat(made.answers, made.token, made.prob, made.count, np.array([4]))
+
+
+@pytest.mark.parametrize("setting", [(0, 1, 2), (1, 2, 5), (2, 2, 4)])
+def test_a_replay_equals_the_live_run(recording, setting):
+    options = dict(zip(("depth", "top_k", "total_tokens"), setting, strict=True))
+    clock = worlds.Clock()
+    target = worlds.RuleTarget(clock, ROW)
+    live = worlds.engine(clock, "likelihood", worlds.RuleDrafter(clock, True, LEVEL, LEVEL_ROW), target, **options)
+    tokens, seconds, rounds, rows, levels = 0.0, 0.0, 0, 0, 0
+    for prompt in worlds.prompts(count=4, tokens=30):
+        counts = run_block(live, [prompt], [], 1, clock).counts
+        tokens, seconds, rounds = tokens + counts.tokens, seconds + counts.seconds, rounds + counts.rounds
+        rows, levels = rows + counts.rows, levels + counts.levels
+    found = replay(make_policy("likelihood", **options), recording, COST, 1)
+    assert (found.tokens, found.rounds, found.missing) == (tokens, rounds, 0)
+    assert (found.rows, found.levels) == (rows, levels)
+    assert found.seconds == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("setting", [(0, 1, 2), (1, 2, 5), (2, 2, 4), (5, 2, 9)])
+def test_trees_drawn_once_give_what_the_replay_gives(recording, batch, setting):
+    policy = make_policy("likelihood", **dict(zip(("depth", "top_k", "total_tokens"), setting, strict=True)))
+    host = HostCosts(0.01, 0.002, 0.03, 0.004)
+    slow = replay(policy, recording, COST, batch, host)
+    fast = add_up(Fixed.draw(policy, recording), recording, COST, batch, host)
+    assert fast.seconds == pytest.approx(slow.seconds)
+    fast.seconds = slow.seconds
+    assert fast == slow
+
+
+def test_plain_decoding_and_batches(recording):
+    found = replay(Off(), recording, COST, 2)
+    assert found.tokens == 2 * found.rounds and found.tokens_per_s == pytest.approx(2 / 1.2)
+    assert found.off == found.rounds and found.tokens_per_round == 1.0
+    with pytest.raises(ConfigError, match="batch size 9"):
+        replay(Off(), recording, COST, 9)
+
+
+def test_host_and_own_time_count(recording):
+    ticks = iter(range(10**6))
+    base = replay(Off(), recording, COST, 2)
+    more = replay(Off(), recording, COST, 2, HostCosts(0.5, 0.25, 7.0), own_time=lambda: float(next(ticks)))
+    # Two stretches of one tick each: deciding and learning. Nothing is drafted.
+    assert more.own_seconds == 2 * more.rounds
+    assert more.seconds == pytest.approx(base.seconds + (0.5 + 2 * 0.25 + 2.0) * base.rounds)
+
+
+def test_smart_drafts_in_a_replay_where_it_pays_and_not_where_it_does_not(recording):
+    cheap = CostModel.from_table({1: {1: 1.0, 400: 1.1}}, {1: 0.01, 400: 0.02})
+    dear = CostModel.from_table({1: {1: 1.0, 2: 9.0, 400: 3000.0}}, {1: 1.0, 400: 9.0})
+    good = replay(make_policy("smart", {"cost": cheap}), recording, cheap, 2)
+    bad = replay(make_policy("smart", {"cost": dear}), recording, dear, 2)
+    assert good.tokens_per_s > 2.5 * replay(Off(), recording, cheap, 2).tokens_per_s
+    assert bad.off == bad.rounds
+
+
+def test_what_the_recording_lacks_is_counted(recording):
+    found = replay(make_policy("likelihood", depth=5, top_k=2), recording, COST, 1)
+    assert found.missing > 0
+
+
+def test_settings_are_ranked_by_throughput(recording):
+    chosen = [{"depth": d, "top_k": 1, "total_tokens": d + 2} for d in range(3)]
+    ranked = Sweep(recording, chosen).rank(COST, 1)
+    # Every draft is right: (d + 2) tokens in 1 + 0.1 (d + 2) + 0.26 (d + 1) seconds and more: the deepest is best.
+    assert [setting["depth"] for setting, _ in ranked] == [2, 1, 0]
+
+
+def test_the_grid_has_at_least_90_distinct_settings():
+    grid = [tuple(s.values()) for s in likelihood_settings()]
+    assert len(grid) == len(set(grid)) >= 90
+
+
+def test_recording_needs_a_drafter():
+    with pytest.raises(ConfigError, match="drafter"):
+        record(worlds.engine(worlds.Clock()), worlds.prompts())
+
+
+def test_tuning_records_once_and_leaves_the_policy_alone():
+    clock = worlds.Clock()
+    engine = worlds.engine(clock, "smart", worlds.RuleDrafter(clock), cost=COST)
+    arm, policy = SimpleNamespace(engine=engine, policy=engine.policy), engine.policy
+    tasks = {"code": worlds.prompts("code", 2, tokens=12), "maths": worlds.prompts("maths", 1, 2, tokens=12)}
+    recording = record_wide(arm, tasks)
+    assert engine.policy is policy and [len(a.tokens) for a in recording.answers] == [12, 14, 13]
+    assert [a.task for a in recording.answers] == ["code", "maths", "code"]
+    arms = best_likelihood(Sweep(recording), cost_of([arm]), 1, 3)
+    assert len({a.label for a in arms}) == 3 and {a.policy for a in arms} == {"likelihood"}
+    with pytest.raises(ConfigError, match="add smart"):
+        cost_of([SimpleNamespace(policy=Off())])

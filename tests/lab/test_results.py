@@ -1,0 +1,56 @@
+"""The pages of benchmarks/results are those of their JSON files, and every file can be read and drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from smart_decoding.cli.main import main
+from smart_lab.__main__ import LAB
+from smart_lab.page import page
+from smart_lab.results import LabResults
+from smart_lab.results_command import KINDS, RESULTS, kind_of
+
+FILES = sorted(RESULTS.glob("*/*.json"))
+DRAWN = [path for path in FILES if "runs" in json.loads(path.read_text())]
+
+
+def test_every_page_is_up_to_date() -> None:
+    assert FILES and main(["results", "--check"], LAB) == 0
+
+
+def test_a_machine_has_one_run_of_each_kind() -> None:
+    kinds = [(path.parent.name, kind_of(path)) for path in FILES]
+    assert len(kinds) == len(set(kinds)) and {kind for _, kind in kinds} <= set(KINDS)
+
+
+@pytest.mark.parametrize("path", DRAWN, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_committed_results_can_be_drawn(path: Path) -> None:
+    read = LabResults.read(path)
+    document = ElementTree.fromstring(page(read))
+    part = "speedup" if read.runs else "load" if read.load else "peers"
+    section = next(s for s in document.iter("section") if s.get("id") == part)
+    assert list(section.iter("svg" if part != "peers" else "td"))
+
+
+def test_a_changed_file_makes_its_page_stale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    case = {"case": "a bad head", "batch_size": 1, "speedup": 0.97, "end_to_end": 0.98, "off_share": 0.9}
+    file = folder / "2026-11-26-robustness.json"
+    file.write_text(json.dumps({"provenance": {"command": "python x.py", "commit": "abc"}, "robustness": [case]}))
+    assert main(["results", "--folder", str(tmp_path)], LAB) == 0
+    text = (folder / "README.md").read_text()
+    assert "| a bad head | 1 | **0.97** | **0.98** | 90 % |" in text and "python x.py" in text and "commit: abc" in text
+    assert main(["results", "--folder", str(tmp_path), "--check"], LAB) == 0
+    file.write_text(json.dumps({"robustness": [{**case, "speedup": 1.5}]}))
+    assert main(["results", "--folder", str(tmp_path), "--check"], LAB) == 2
+    assert "not up to date" in capsys.readouterr().err
+    for name, content in (("2026-11-26-cooking", "{}"), ("2026-11-26-bench", "{"), ("2026-11-26-bench", "{}")):
+        other = folder / f"{name}.json"
+        other.write_text(content)
+        assert main(["results", "--folder", str(tmp_path)], LAB) == 2
+        other.unlink()

@@ -1,0 +1,56 @@
+"""A machine that changes: the same work in the same state for everyone, and `smart` follows it."""
+
+import pytest
+
+from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies.off import Off
+from smart_lab.ablations import askew, smart
+from smart_lab.replay import replay
+from smart_lab.synthetic import synthetic
+from smart_lab.trace import Trace
+from smart_lab.unsteady import Unsteady
+
+DRAFT = {1: 0.3, 64: 1.2}
+# Milliseconds of the two states of one machine: further rows are nearly free where all wait for the memory.
+FAST = CostModel.from_table({8: {8: 6.1, 16: 9.3, 24: 12.0, 48: 20.0}}, DRAFT, 0.6)
+SLOW = CostModel.from_table({8: {8: 8.0, 16: 8.8, 24: 10.5, 48: 19.0}}, DRAFT, 0.6)
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return Trace(synthetic(2.3, answers=80, length=60, context=100), {}, (), FAST)
+
+
+def speedup(trace: Trace, states: list[CostModel], profile: CostModel, seed: int) -> tuple[float, float]:
+    """`smart` over plain decoding, and the share of its rounds without drafting."""
+    ours, plain = (
+        replay(policy, trace.recording, FAST, 8, prices=Unsteady(states, 8, 2000.0, seed=seed))
+        for policy in (smart(trace, profile), Off())
+    )
+    return ours.tokens_per_s / plain.tokens_per_s, ours.off / ours.rounds
+
+
+def test_states_take_turns_at_the_same_tokens_for_everyone():
+    machines = [Unsteady([FAST, SLOW], 8, 100.0, noise=0.0, seed=3) for _ in range(2)]
+    for tokens, machine in zip((8, 24), machines, strict=True):
+        seen = []
+        for _ in range(2400 // tokens):
+            seen.append(min(machine.verify(8, 0.0) for _ in range(9)))  # the least is no outlier
+            machine.advance(tokens)
+        assert {round(seconds, 6) for seconds in seen} == {6.1, 8.0}
+        assert 0.3 < seen.count(min(seen)) / len(seen) < 0.7
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])
+def test_never_slower_where_drafting_does_not_pay_whatever_the_profile_says(trace, factor):
+    found, off = speedup(trace, [FAST], askew(FAST, factor, factor), seed=1)
+    assert found > 0.98 and off > 0.9
+
+
+def test_drafts_in_the_state_where_it_pays(trace):
+    known, off = speedup(trace, [SLOW], SLOW, seed=2)
+    found, later = speedup(trace, [SLOW], FAST, seed=2)  # from the other state's profile: only plain rounds tell
+    turning, _ = speedup(trace, [FAST, SLOW], FAST, seed=2)
+    assert known > 1.08 and off < 0.1
+    assert found > 1.04 and later < 0.5
+    assert turning > 0.985
