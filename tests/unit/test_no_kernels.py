@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from smart_decoding import llm as llm_module
-from smart_decoding.bench import recorder, report, runner
-from smart_decoding.bench.html_report import page
+from smart_decoding.bench import report, runner
 from smart_decoding.bench.options import BenchOptions
+from smart_decoding.bench.page import page
 from smart_decoding.bench.provenance import provenance
 from smart_decoding.bench.results import Results
 from smart_decoding.bench.resume import key_of
@@ -89,7 +89,6 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (llm_module, "load_checkpoint"),
         (loading, "resolve"),
         (runner, "load_task"),
-        (recorder, "load_task"),
         (launch, "serve"),
     ):
         monkeypatch.setattr(module, name, fail)
@@ -135,8 +134,7 @@ def test_allow_slow_reaches_the_model(command: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(loading, "resolve", lambda name: loading.Source(str(name), config, "random"))
     monkeypatch.setattr(launch, "serve", lambda load, settings: load())
     monkeypatch.setattr(cli_serve, "share_cores", lambda: None)
-    for module in (runner, recorder):
-        monkeypatch.setattr(module, "load_task", lambda task, limit: [])
+    monkeypatch.setattr(runner, "load_task", lambda task, limit: [])
     monkeypatch.chdir(tmp_path)
     assert cli.main(COMMANDS[command]) == 2
     assert cli.main([*COMMANDS[command], "--allow-slow"]) == 2

@@ -10,7 +10,7 @@ from typing import Any
 from smart_decoding.bench.figures import Figure, figures
 from smart_decoding.bench.options import BASELINE, EXTRA
 from smart_decoding.bench.plots import can_draw, inline_svgs
-from smart_decoding.bench.report import Run, short_names, strongest
+from smart_decoding.bench.report import Run, plain_torch, short_names, strongest
 from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, interval, mapping, number, verdict
 from smart_decoding.bench.summary import POOLED
 
@@ -75,7 +75,9 @@ def page(results: Results, further: Further | None = None) -> str:
     """The whole document."""
     further = further or Further()
     name = str(mapping(results.provenance.get("weights")).get("model", "a model"))
-    partial = any(run.get("partial") for run in results.runs)
+    warnings = [told] if (told := plain_torch(results.provenance)) else []
+    if any(run.get("partial") for run in results.runs):
+        warnings.append("Partial: the time limit came before all blocks had run.")
     drawn = figure_sections([*figures(results), *further.figures])
     compared = comparisons(results) if results.runs else []
     if results.runs and can_draw():  # the speedups come first
@@ -86,7 +88,7 @@ def page(results: Results, further: Further | None = None) -> str:
         [*compared, *further.comparisons, *drawn, *load_table(results), *further.tables, *rounds, origin(results)],
         heading=f"Speculative decoding of {name}, measured",
         setting=setting(results),
-        warnings=["Partial: the time limit came before all blocks had run."] if partial else [],
+        warnings=warnings,
         tiles=tiles(results),
     )
 
