@@ -55,9 +55,13 @@ def _instead_of_measuring(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
     options = cast(LabOptions, options_of(args, LabOptions, LAB_PRESETS))
+    from smart_decoding.models.kernel_check import require_kernels  # torch is slow to import: options come first
+    from smart_decoding.models.target import device_of
+
+    require_kernels(device_of(options.device), options.allow_slow)
     if options.record is not None:
         return _record(options, options.record)
-    if options.replay is not None:  # torch is slow to import: bad options are refused first
+    if options.replay is not None:
         from smart_lab.replayed_run import run
     else:
         from smart_lab.bench import run

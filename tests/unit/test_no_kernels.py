@@ -47,11 +47,9 @@ COMMANDS = {
     "run": ["run", "hi"],
     "demo": ["demo"],
     "bench": ["bench", "--policies", "off"],
-    "bench --record": ["bench", "--record", "trace"],
     "serve": ["serve", "--port", "0"],
     "profile": ["profile"],
     "train": ["train", "--output", "head"],
-    "divergence": ["divergence"],
 }
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -1,0 +1,22 @@
+"""The laboratory stops with one line where the CPU kernels are missing, before anything is loaded."""
+
+import pytest
+
+from smart_decoding.cli.main import main
+from smart_decoding.kernels import library
+from smart_decoding.models import loading
+from smart_lab.__main__ import LAB
+
+
+@pytest.mark.parametrize("command", [["bench", "--policies", "off"], ["bench", "--record", "trace"], ["divergence"]])
+def test_it_stops_with_one_line(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*given: object) -> None:
+        raise AssertionError("nothing is to be loaded")
+
+    monkeypatch.setattr(library, "unavailable", lambda: "none were built")
+    monkeypatch.setattr(loading, "resolve", fail)
+    assert main(command, LAB) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "none were built" in err and "--allow-slow" in err
