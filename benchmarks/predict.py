@@ -37,8 +37,8 @@ from smart_lab.trace import Trace, read_trace
 POLICIES = {
     "off": ("off", {}),
     "smart": ("smart", {}),
-    "smart_paper": ("smart_paper", {}),
-    "5 nodes": ("likelihood", {"depth": 2, "top_k": 3, "total_tokens": 6}),
+    "paper": ("paper", {}),
+    "5 nodes": ("eagle2", {"depth": 2, "top_k": 3, "total_tokens": 6}),
 }
 LEVEL_BYTES, FORWARD_BYTES = 16 << 20, 256 << 20  # what a drafted level and a verification read, about
 
@@ -103,7 +103,7 @@ def against(trace: Trace, path: Path) -> list[dict[str, Any]]:
 
 
 def parsed(run: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A run's policy and its options: of likelihood(depth=2,top_k=3), or of a tuned one from its `setting`."""
+    """A run's policy and its options: of eagle2(depth=2,top_k=3), or of a tuned one from its `setting`."""
     label = run["policy"].rstrip(")").replace("(", ":", 1)
     arm = parse_setting(f"{label.split()[0]}:{run['setting']}" if run.get("setting") else label)
     return arm.policy, dict(arm.options)
@@ -136,7 +136,7 @@ def live(trace: Trace, sizes: Sequence[int], seconds: float) -> list[dict[str, A
     options = BenchOptions(policies=("off", "smart"), batch_sizes=sizes, limit=40, max_tokens=96)
     llm = load(options)
     prompts = encode(llm, {task: load_task(task, options.limit) for task in options.tasks}, options)
-    arm, plain = llm.sharing_weights({"policy": "likelihood"}), llm.sharing_weights(False)
+    arm, plain = llm.sharing_weights({"policy": "eagle2"}), llm.sharing_weights(False)
     started = time.perf_counter()
     config = llm.engine.config
     drafter = level_drafter(arm.speculation.drafter)

@@ -29,7 +29,7 @@ def main() -> None:
             best = full_knowledge(world, span)
             plain = run(make_policy("off"), world, span)
             rows = {"full knowledge": best}
-            for name in ("smart", "smart_paper", "likelihood", "chain"):
+            for name in ("smart", "paper", "eagle2", "chain"):
                 rows[name] = run(make_policy(name, {"cost": costs}), world, span)
             for name, totals in rows.items():
                 regret = 1 - totals.rate / best.rate

@@ -17,16 +17,16 @@ from typing import Any
 
 from smart_decoding.bench.plots import COLOURS
 from smart_lab.hardware import acceptances, card, dimensions, roofline
-from smart_lab.simulate import LIKELIHOOD, PAPER, SMART, Outlook, Simulation, Simulator, name_of
+from smart_lab.simulate import EAGLE2, PAPER, SMART, Outlook, Simulation, Simulator, name_of
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
 
 CARDS = ("l40s", "rtx-pro-6000")
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
 FIXED = "best fixed"
-LINES = {SMART: ("smart", "o"), FIXED: ("best of 15 fixed trees", "s"), PAPER: ("smart_paper, default budget", "D"),
-         LIKELIHOOD: ("MSD's tree, 59 nodes", "^")}  # fmt: skip
-PUBLISHED = {SMART: "smart", LIKELIHOOD: "msd"}  # the paper's controller, and MSD without it
+LINES = {SMART: ("smart", "o"), FIXED: ("best of 15 fixed trees", "s"), PAPER: ("paper, default budget", "D"),
+         EAGLE2: ("MSD's tree, 59 nodes", "^")}  # fmt: skip
+PUBLISHED = {SMART: "smart", EAGLE2: "msd"}  # the paper's controller, and MSD without it
 
 
 def simulated(name: str, level: Mapping[str, Any]) -> Simulation:
@@ -60,7 +60,7 @@ def picture(found: Mapping[str, Simulation], published: Mapping[str, Mapping[str
                            markerfacecolor="none", markeredgewidth=1.8, label=whose)  # fmt: skip
         panel.axhline(1.0, color="black", linestyle=(0, (4, 4)), linewidth=1)
         panel.axhspan(0.4, 1.0, color="#c0392b", alpha=0.06, linewidth=0)
-        crossing = simulation.crossing(LIKELIHOOD)
+        crossing = simulation.crossing(EAGLE2)
         if crossing:
             panel.annotate(f"below 1× from\nbatch {crossing:.0f}", (crossing, 1.0), xytext=(-74, -44),
                            textcoords="offset points", arrowprops={"arrowstyle": "->"}, fontsize=9)  # fmt: skip
@@ -92,7 +92,7 @@ def main() -> None:
             print(
                 f"  {o.batch_size:5}" + "".join(f"{cell(o, policy, level['published'][name]):>28}" for policy in LINES)
             )
-        print(f"  MSD's tree crosses 1x at {simulation.crossing(LIKELIHOOD)}, smart at {simulation.crossing(SMART)}")
+        print(f"  MSD's tree crosses 1x at {simulation.crossing(EAGLE2)}, smart at {simulation.crossing(SMART)}")
     if args.json is not None:
         args.json.write_text(json.dumps({name: s.to_dict() for name, s in found.items()}, indent=1))
     if args.plots is not None:

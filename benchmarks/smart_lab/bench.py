@@ -72,7 +72,7 @@ class LabBench(Bench):
 
     def served(self) -> list[Arm]:
         """Tuned for load is the best fixed tree alone: one that is far too slow would be served for ever."""
-        if not self.options.tune_likelihood:
+        if not self.options.tune_eagle2:
             return self.options.arms
         ours = [arm for arm in self.options.arms if arm.policy in (BASELINE, "smart")]
         return ours + self._best_fixed(SLOTS)
@@ -119,4 +119,4 @@ class LabBench(Bench):
 
     def _best_fixed(self, batch_size: int) -> list[Arm]:
         """The best tuned tree, if trees are tuned."""
-        return [arm for arm in self.tuner.arms(batch_size, self.progress) if arm.policy == "likelihood"][:1]
+        return [arm for arm in self.tuner.arms(batch_size, self.progress) if arm.policy == "eagle2"][:1]

@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _further_parts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the laboratory: contestants and parts").add_argument
-    tuned = "also run the N best settings of likelihood, found by replay on other prompts"
-    add("--tune-likelihood", type=int, metavar="N", help=tuned)
-    add("--tune-paper", action="store_true", help="also run the best setting of smart_paper, found in the same way")
+    tuned = "also run the N best settings of eagle2, found by replay on other prompts"
+    add("--tune-eagle2", type=int, metavar="N", help=tuned)
+    add("--tune-paper", action="store_true", help="also run the best setting of paper, found in the same way")
     exchanged = "measure smart with one ingredient exchanged, in a part of its own"
     add("--variants", type=words, metavar="A,B", help=exchanged)
     add("--suites", type=words, metavar="A,B", help="also measure these tasks (long, edit) at batch 1, by themselves")

@@ -28,7 +28,7 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM, CompletionOutput
 
-SPECULATION = {"policy": "likelihood"}  # 60 nodes a round: far more rows than plain decoding
+SPECULATION = {"policy": "eagle2"}  # 60 nodes a round: far more rows than plain decoding
 _TOP = 8  # log probabilities kept per position
 
 

@@ -23,7 +23,7 @@ def replay_figures(results: LabResults) -> list[Figure]:
 
 def hindsight(replayed: Mapping[str, Any]) -> Figure:
     """Policies by replay against the best that knowing acceptance would give."""
-    shown = ("smart", "best fixed", "smart_paper", "likelihood, EAGLE-2's size", "hindsight, a plan")
+    shown = ("smart", "best fixed", "paper", "eagle2, EAGLE-2's size", "hindsight, a plan")
     steps = ("smart", "+ calibration fitted to these answers", "+ deeper levels foreseen", "hindsight, a plan")
     caption = (
         "By replay of recorded drafts of other prompts, not live. 'Best fixed' is chosen afterwards, for each batch "

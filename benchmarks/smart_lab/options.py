@@ -18,9 +18,9 @@ from smart_lab.peers.catalogue import environments_of, wanted
 VARIANT_SIZES = (1, 4)  # where variants of smart are measured
 
 FULL: dict[str, Any] = {
-    "policies": ("off", "smart", "likelihood"),
+    "policies": ("off", "smart", "eagle2"),
     "policy_options": (EAGLE_2,),
-    "tune_likelihood": 3,
+    "tune_eagle2": 3,
     "tune_paper": True,
     "batch_sizes": (1, 2, 4, 8, 16, 32),
     "limit": 40,
@@ -48,8 +48,8 @@ class LabArm(Arm):
 class LabOptions(BenchOptions):
     """The options of the laboratory's `bench`: those of `smart bench`, and these.
 
-    tune_likelihood: also run so many of the best `likelihood` settings of each batch size, found by replay on other
-    prompts; tune_paper: and the best setting of `smart_paper`.
+    tune_eagle2: also run so many of the best `eagle2` settings of each batch size, found by replay on other
+    prompts; tune_paper: and the best setting of `paper`.
     suites: tasks such as long and edit, measured at batch 1 in a part of their own, smart with n-grams too.
     variants: of `smart`, measured beside it in a part of their own, at VARIANT_SIZES.
     questions: also answer by replay how far policies are from hindsight and what each ingredient gives.
@@ -61,7 +61,7 @@ class LabOptions(BenchOptions):
 
     ARM: ClassVar[type[Arm]] = LabArm
 
-    tune_likelihood: int = 0
+    tune_eagle2: int = 0
     tune_paper: bool = False
     suites: Sequence[str] = ()
     variants: Sequence[str] = ()
@@ -73,8 +73,8 @@ class LabOptions(BenchOptions):
     replay: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.tune_likelihood < 0:
-            raise ConfigError(f"tune_likelihood must not be negative, but is {self.tune_likelihood}")
+        if self.tune_eagle2 < 0:
+            raise ConfigError(f"tune_eagle2 must not be negative, but is {self.tune_eagle2}")
         if (self.random_weights is None) != (self.replay is None):
             raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
         if self.replay is not None and (self.temperature or self.sampled or self.load or self.peers):
@@ -127,7 +127,7 @@ def command_of(options: LabOptions) -> str:
         words += ["--random-weights", Path(options.random_weights).name, "--replay", options.replay.name]
     else:
         words += ["--model", options.model]
-    words += ["--tune-likelihood", str(options.tune_likelihood)] if options.tune_likelihood else []
+    words += ["--tune-eagle2", str(options.tune_eagle2)] if options.tune_eagle2 else []
     words += ["--tune-paper"] if options.tune_paper else []
     words += ["--suites", ",".join(options.suites)] if options.suites else []
     words += ["--variants", ",".join(options.variants)] if options.variants else []

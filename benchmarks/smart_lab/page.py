@@ -59,7 +59,7 @@ def replayed(results: LabResults) -> list[Section]:
     paper = "; ".join(f"batch {size}: {_paper(found[size].get('paper'))}" for size in sizes)
     captions = [
         f"Best fixed setting: {best}.",
-        f"smart_paper's best of 60, its default's neighbour, its worst: {paper}.",
+        f"paper's best of 60, its default's neighbour, its worst: {paper}.",
     ]
     head = ("speedup at batch", *sizes)
     return [Section("replayed", "By replay, in numbers", head=head, rows=rows, captions=captions)]

@@ -60,10 +60,10 @@ def gap(bench: Bench, stale: CostModel, sweep: Sweep) -> dict[str, Any]:
     fits = bench.speedup(knowing[0])
     few, foreseen = (bench.run(policy, rounds=rounds).tokens_per_s for policy in (knowing[1], Foreseeing(knowing[2])))
     return {
-        "likelihood, EAGLE-2's size": bench.speedup(trace.policy("likelihood", **EAGLE_2)),
+        "eagle2, EAGLE-2's size": bench.speedup(trace.policy("eagle2", **EAGLE_2)),
         "best fixed": ranked[0][1].tokens_per_s / bench.plain,
         "best fixed is": name_of(ranked[0][0]),
-        "smart_paper": bench.speedup(trace.policy("smart_paper", cost)),
+        "paper": bench.speedup(trace.policy("paper", cost)),
         "smart from a wrong profile": bench.speedup(smart(trace, stale)),
         "smart": bench.speedup(smart(trace, cost)),
         "+ calibration fitted to these answers": fits,
@@ -95,7 +95,7 @@ def paper(bench: Bench) -> list[dict[str, Any]]:
             for alpha in ALPHAS:
                 for each in BUDGETS:
                     given = {"alpha": alpha, "budget": each * bench.size, "family": family, "l_tree": l_tree}
-                    found = bench.run(bench.trace.policy("smart_paper", bench.cost, **given), rounds=rounds)
+                    found = bench.run(bench.trace.policy("paper", bench.cost, **given), rounds=rounds)
                     rows.append({**given, "speedup": found.tokens_per_s / plain})
     return sorted(rows, key=lambda row: -row["speedup"])
 

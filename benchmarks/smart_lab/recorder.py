@@ -81,7 +81,7 @@ def measure_host(plain: Engine, drafting: Engine, prompts: Sequence[Prompt]) -> 
         for _ in range(HOST_TURNS):
             for count in counts:
                 found[False, count] += _beyond(plain, prompts[:count], make_policy("off"))
-                found[True, count] += _beyond(drafting, prompts[:count], make_policy("likelihood", depth=1, top_k=2))
+                found[True, count] += _beyond(drafting, prompts[:count], make_policy("eagle2", depth=1, top_k=2))
     finally:
         plain.policy, drafting.policy = policies
     seconds = {key: float(np.median(rounds)) if rounds else 0.0 for key, rounds in found.items()}

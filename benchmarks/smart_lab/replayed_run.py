@@ -107,13 +107,13 @@ class ReplayedTarget:
     def _truth(self, rows: Rows, wanted: IntArray) -> IntArray:
         """[wanted] the recorded answer's token behind each row, whatever the row's own token is: where that is not the
         answer's, nobody asks."""
-        pages = rows.pages[rows.group_pages[: len(rows.group_row) - 1]].tolist()
+        pages = rows.pages[rows.block_table_start[: len(rows.query_start_loc) - 1]].tolist()
         for group, page in enumerate(pages):
-            first = int(rows.group_row[group])
+            first = int(rows.query_start_loc[group])
             if rows.position[first] == 0:
                 self._answer_of[page] = int(rows.token[first])
         answer = np.array([self._answer_of[page] for page in pages], np.int64)
-        answer = answer[np.searchsorted(rows.group_row, wanted, side="right") - 1]
+        answer = answer[np.searchsorted(rows.query_start_loc, wanted, side="right") - 1]
         output = np.maximum(rows.position[wanted] + 1 - self._prompt[answer], 0)
         found: IntArray = self._tokens[np.minimum(self._first[answer] + output, self._last[answer])]
         return found

@@ -12,14 +12,14 @@ from smart_lab.replay import HostCosts, Replayed, replay
 from smart_lab.sweep import Setting, Sweep
 from smart_lab.trace import Trace
 
-# Few settings of `likelihood` that are best somewhere; EAGLE-2's own is apart.
+# Few settings of `eagle2` that are best somewhere; EAGLE-2's own is apart.
 SETTINGS: Sequence[Setting] = [
     {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
     for depth, top_k, nodes in ((0, 1, 1), (0, 3, 3), (1, 1, 2), (1, 3, 4), (1, 4, 8), (2, 1, 3), (2, 3, 5), (2, 4, 8),
                                 (3, 1, 4), (3, 4, 12), (4, 2, 8), (4, 6, 16), (6, 1, 7), (6, 6, 24), (6, 10, 40))
 ]  # fmt: skip
 EAGLE_2: Setting = {"depth": 7, "top_k": 10, "total_tokens": 60}
-SMART, PAPER, LIKELIHOOD = "smart", "smart_paper", "likelihood, EAGLE-2's size"
+SMART, PAPER, EAGLE2 = "smart", "paper", "eagle2, EAGLE-2's size"
 ROUNDS, LEAST_ROUNDS, PAPER_ROUNDS = 2400, 120, 600  # of requests; of the batch
 PAYS = 1.02  # less is within what costs are known to
 
@@ -27,7 +27,7 @@ PAYS = 1.02  # less is within what costs are known to
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """One batch size. plain: tokens per second without speculation; speedup: per policy; fixed: the best setting of
-    `likelihood`; smart: what `smart` did."""
+    `eagle2`; smart: what `smart` did."""
 
     batch_size: int
     plain: float
@@ -89,7 +89,7 @@ class Simulator:
     def __init__(
         self, trace: Trace, cost: CostModel, host: HostCosts | None = None, tree: Setting | None = None
     ) -> None:
-        """tree: the setting of `likelihood` that stands for fixed trees of full size; EAGLE-2's by default."""
+        """tree: the setting of `eagle2` that stands for fixed trees of full size; EAGLE-2's by default."""
         self.trace, self.cost, self.host, self.rounds = trace, cost, host, 0
         self._eagle = Sweep(trace.recording, [tree or EAGLE_2], trace.eos_token_ids)
         self._fixed = Sweep(trace.recording, SETTINGS, trace.eos_token_ids)
@@ -105,13 +105,13 @@ class Simulator:
             return self._counted(replay(trace.policy(name, cost), recording, cost, batch_size, host, rounds=most))
 
         plain = of("off").tokens_per_s
-        smart, paper = of("smart"), of("smart_paper", max(30, PAPER_ROUNDS // batch_size))
-        on_policy("likelihood")
+        smart, paper = of("smart"), of("paper", max(30, PAPER_ROUNDS // batch_size))
+        on_policy("eagle2")
         ((_, eagle),) = self._over(self._eagle, recording).rank(cost, batch_size, host)
         ranked = self._over(self._fixed, recording).rank(cost, batch_size, host)
         self.rounds += batch_size * sum(found.rounds for _, found in [*ranked, (EAGLE_2, eagle)])
         setting, fixed = ranked[0]
-        speedup = {SMART: smart, PAPER: paper, LIKELIHOOD: eagle, name_of(setting): fixed}
+        speedup = {SMART: smart, PAPER: paper, EAGLE2: eagle, name_of(setting): fixed}
         rates = {name: result.tokens_per_s / plain for name, result in speedup.items()}
         return Outlook(batch_size, plain, rates, setting, smart)
 
@@ -132,4 +132,4 @@ def enough(recording: Recording, batch_size: int) -> Recording:
 
 def name_of(setting: Setting) -> str:
     """As `smart bench --policy-options` takes it."""
-    return "likelihood:" + ",".join(f"{name}={value}" for name, value in setting.items())
+    return "eagle2:" + ",".join(f"{name}={value}" for name, value in setting.items())

@@ -17,7 +17,7 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
 from smart_lab.recording import Answer, Recording
 from smart_lab.replay import HostCosts
-from smart_lab.simulate import EAGLE_2, LIKELIHOOD, PAPER, SMART, Simulation, Simulator, name_of
+from smart_lab.simulate import EAGLE2, EAGLE_2, PAPER, SMART, Simulation, Simulator, name_of
 from smart_lab.sweep import Setting
 from smart_lab.trace import Trace, read_trace
 
@@ -92,7 +92,7 @@ def text(simulation: Simulation) -> str:
     ]
     for o in simulation.outlooks:
         fixed = o.speedup[name_of(o.fixed)]
-        values = f"{o.speedup[SMART]:8.2f}{o.speedup[PAPER]:8.2f}{o.speedup[LIKELIHOOD]:9.2f}{fixed:12.2f}"
+        values = f"{o.speedup[SMART]:8.2f}{o.speedup[PAPER]:8.2f}{o.speedup[EAGLE2]:9.2f}{fixed:12.2f}"
         use = f"{o.best} ({_did(o.smart.off / o.smart.rounds)})" if o.best == SMART else o.best
         lines.append(f"{o.batch_size:>5}{o.plain:13.0f}{values}   {use}")
     return "\n".join([*lines, "", *_answers(simulation)])
@@ -100,7 +100,7 @@ def text(simulation: Simulation) -> str:
 
 def _answers(simulation: Simulation) -> list[str]:
     lines = []
-    for policy in (LIKELIHOOD, PAPER, SMART):
+    for policy in (EAGLE2, PAPER, SMART):
         crossing = simulation.crossing(policy)
         where = "stays at or above 1x here" if crossing is None else f"falls below 1x near batch {crossing:.0f}"
         lines.append(f"{policy} {where}")
@@ -118,7 +118,7 @@ def _did(off: float) -> str:
 
 
 def _acceptance(args: argparse.Namespace) -> tuple[Trace, str, Setting]:
-    """Trees to replay, what they are in words, and the setting of `likelihood` that fixed trees of full size have."""
+    """Trees to replay, what they are in words, and the setting of `eagle2` that fixed trees of full size have."""
     if args.trace is not None:
         trace = read_trace(args.trace)
         recording, origin = trace.recording, trace.about.get("provenance", {})

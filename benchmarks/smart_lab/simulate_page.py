@@ -5,12 +5,12 @@ from __future__ import annotations
 from smart_decoding.bench.figures import Figure, Panel, Point, Series
 from smart_decoding.bench.page import Marked, Section, document, figure_sections
 from smart_decoding.bench.results import FASTER, SLOWER
-from smart_lab.simulate import LIKELIHOOD, PAPER, SMART, Simulation, name_of
+from smart_lab.simulate import EAGLE2, PAPER, SMART, Simulation, name_of
 
 WARNING = "Simulated, not measured: policies replayed on recorded or drawn trees at modelled costs."
 CAPTION = (
     "Simulated tokens per second over those of plain decoding on the same hardware. 'Best fixed' is, at each batch "
-    "size, the fastest of fifteen settings of likelihood. Below the line at 1× speculation costs time."
+    "size, the fastest of fifteen settings of eagle2. Below the line at 1× speculation costs time."
 )
 
 
@@ -25,7 +25,7 @@ def page(simulation: Simulation) -> str:
 def figure(simulation: Simulation) -> Figure:
     """Speedup against batch size."""
     series = []
-    for colour, policy in enumerate((SMART, PAPER, LIKELIHOOD, "best fixed")):
+    for colour, policy in enumerate((SMART, PAPER, EAGLE2, "best fixed")):
         points = []
         for o in simulation.outlooks:
             value = o.speedup[name_of(o.fixed) if policy == "best fixed" else policy]
@@ -41,8 +41,8 @@ def _table(simulation: Simulation) -> Section:
     rows = []
     for o in simulation.outlooks:
         fixed = name_of(o.fixed)
-        values = [o.speedup[name] for name in (SMART, PAPER, LIKELIHOOD, fixed)]
+        values = [o.speedup[name] for name in (SMART, PAPER, EAGLE2, fixed)]
         cells = (Marked(f"{value:.2f}", FASTER if value >= 1 else SLOWER) for value in values)
         rows.append((str(o.batch_size), f"{o.plain:.0f}", *cells, fixed, o.best))
-    head = ("batch", "plain tok/s", SMART, PAPER, LIKELIHOOD, "best fixed", "which", "use")
+    head = ("batch", "plain tok/s", SMART, PAPER, EAGLE2, "best fixed", "which", "use")
     return Section("batches", "Batch by batch", head=head, rows=rows)

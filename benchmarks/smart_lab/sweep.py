@@ -1,4 +1,4 @@
-"""Many settings of `likelihood` at once.
+"""Many settings of `eagle2` at once.
 
 It treats each request alone, so its tree at a position is the same at every batch size and cost. All positions' trees
 are drawn in a few large batches, once per setting; a replay then only adds up.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.likelihood import Likelihood
+from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.core.tree import IntArray
 from smart_lab.recording import Recording
@@ -23,7 +23,7 @@ Setting = dict[str, int]
 
 
 def likelihood_settings() -> list[Setting]:
-    """The grid that `likelihood` is tuned over: levels, top-k and nodes, all that make sense."""
+    """The grid that `eagle2` is tuned over: levels, top-k and nodes, all that make sense."""
     grid = [
         {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
         for depth in range(7)
@@ -45,7 +45,7 @@ class Fixed:
 
     @classmethod
     def draw(cls, policy: Policy, recording: Recording) -> Fixed:
-        """The policy must treat each request alone and learn nothing: chain, static or likelihood."""
+        """The policy must treat each request alone and learn nothing: chain, static or eagle2."""
         everywhere = Walk.everywhere(recording)
         parts = [_draw(policy, everywhere.part(start, start + CHUNK)) for start in range(0, recording.positions, CHUNK)]
         levels = max((part.expanded.shape[1] for part in parts), default=0)
@@ -84,7 +84,7 @@ def add_up(
 
 
 class Sweep:
-    """A recording with the trees of many `likelihood` settings, drawn when first asked for."""
+    """A recording with the trees of many `eagle2` settings, drawn when first asked for."""
 
     def __init__(
         self, recording: Recording, settings: Sequence[Setting] | None = None, eos: Sequence[int] = ()
@@ -111,7 +111,7 @@ class Sweep:
         results = []
         for i, setting in enumerate(self.settings):
             if i not in self._fixed:
-                self._fixed[i] = Fixed.draw(Likelihood(**setting, eos_token_ids=self.eos), self._source)
+                self._fixed[i] = Fixed.draw(Eagle2(**setting, eos_token_ids=self.eos), self._source)
             results.append((setting, add_up(self._fixed[i], self.recording, cost, batch_size, host)))
             on_setting()
         return sorted(results, key=lambda result: -result[1].tokens_per_s)

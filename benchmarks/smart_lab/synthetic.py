@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from smart_decoding.core.policies.likelihood import Likelihood
+from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 from smart_decoding.errors import ConfigError
 from smart_lab.recording import Recording
@@ -30,7 +30,7 @@ def synthetic(
     tree: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> Recording:
-    """A recording whose rounds under a setting of `likelihood` (default: EAGLE-2's tree) yield `tokens_per_round` on
+    """A recording whose rounds under a setting of `eagle2` (default: EAGLE-2's tree) yield `tokens_per_round` on
     average over positions.
 
     Raises ConfigError for a number that such a tree cannot yield."""
@@ -47,7 +47,7 @@ def synthetic(
 def _yield(recording: Recording, tree: Mapping[str, int]) -> float:
     """Tokens per round, over positions that are not cut short by the answer's end."""
     whole = np.concatenate([a.first + np.arange(max(0, a.positions - LEVELS)) for a in recording.answers])
-    return float(Fixed.draw(Likelihood(**tree), recording).emitted[whole].mean())
+    return float(Fixed.draw(Eagle2(**tree), recording).emitted[whole].mean())
 
 
 def _draw(ease: float, answers: int, length: int, context: int, seed: int) -> Recording:

@@ -83,7 +83,7 @@ def swept(of_sizes: Mapping[str, Mapping[str, Any]]) -> str:
             f"alpha {best['alpha']:g}, {best['budget'] // int(size)} nodes each, {best['family']}, {best['l_tree']}"
         )
         rows.append((size, f"{best['speedup']:.2f}", setting, f"{near['speedup']:.2f}", f"{worst['speedup']:.2f}",
-                     of_sizes[size]["gap"]["best fixed is"].removeprefix("likelihood:")))  # fmt: skip
+                     of_sizes[size]["gap"]["best fixed is"].removeprefix("eagle2:")))  # fmt: skip
     return table(("batch", "best", "its setting", "alpha 0.8, published", "worst", "best fixed tree"), rows)
 
 

@@ -35,14 +35,14 @@ def prompts_needed(options: LabOptions) -> int:
 def best_likelihood(
     sweep: Sweep, cost: CostModel, batch_size: int, count: int, host: HostCosts | None = None
 ) -> list[Arm]:
-    """The `count` settings of `likelihood` that are fastest in the replay at `batch_size`."""
+    """The `count` settings of `eagle2` that are fastest in the replay at `batch_size`."""
     with tqdm(total=len(sweep.settings), desc="replaying settings", unit="setting", leave=False) as bar:
         ranked = sweep.rank(cost, batch_size, host, on_setting=bar.update)
-    return [Arm("likelihood", setting, f"likelihood tuned {i + 1}") for i, (setting, _) in enumerate(ranked[:count])]
+    return [Arm("eagle2", setting, f"eagle2 tuned {i + 1}") for i, (setting, _) in enumerate(ranked[:count])]
 
 
 def paper_settings(batch_size: int) -> list[dict[str, Any]]:
-    """What `smart_paper` is tuned over: its budget above all, with two families of costs."""
+    """What `paper` is tuned over: its budget above all, with two families of costs."""
     return [
         {"alpha": alpha, "budget": each * batch_size, "family": family, "l_tree": l_tree}
         for family, l_tree in PAPER_FORMS
@@ -52,17 +52,17 @@ def paper_settings(batch_size: int) -> list[dict[str, Any]]:
 
 
 def best_paper(trace: Trace, batch_size: int) -> Arm:
-    """The setting of `smart_paper` that is fastest in the replay."""
+    """The setting of `paper` that is fastest in the replay."""
     assert trace.cost is not None
     recording, cost = enough(trace.recording, batch_size), trace.cost
     rounds = max(PAPER_LEAST, PAPER_ROUNDS // batch_size)
 
     def rate(setting: dict[str, Any]) -> float:
-        policy = trace.policy("smart_paper", cost, **setting)
+        policy = trace.policy("paper", cost, **setting)
         return replay(policy, recording, cost, batch_size, trace.host, rounds=rounds).tokens_per_s
 
-    settings = tqdm(paper_settings(batch_size), desc="replaying smart_paper", unit="setting", leave=False)
-    return Arm("smart_paper", max(settings, key=rate), "smart_paper tuned")
+    settings = tqdm(paper_settings(batch_size), desc="replaying paper", unit="setting", leave=False)
+    return Arm("paper", max(settings, key=rate), "paper tuned")
 
 
 def cost_of(arms: Sequence[LLM]) -> CostModel:
@@ -81,7 +81,7 @@ class Tuner:
 
     def arms(self, batch_size: int, progress: Progress) -> list[Arm]:
         """The best settings for a batch size; the same again when a run goes on."""
-        if not (self._options.tune_likelihood or self._options.tune_paper):
+        if not (self._options.tune_eagle2 or self._options.tune_paper):
             return []
         name = f"tuned for batch {batch_size}"
         if not progress.units(name):
@@ -92,13 +92,13 @@ class Tuner:
         options, trace = self._options, self.trace
         assert trace.cost is not None
         arms = [best_paper(trace, batch_size)] if options.tune_paper else []
-        if options.tune_likelihood:
-            arms += best_likelihood(self.sweep, trace.cost, batch_size, options.tune_likelihood, trace.host)
+        if options.tune_eagle2:
+            arms += best_likelihood(self.sweep, trace.cost, batch_size, options.tune_eagle2, trace.host)
         return arms
 
     @cached_property
     def sweep(self) -> Sweep:
-        """All settings of `likelihood` on the other prompts, repeated where a large batch would soon run dry."""
+        """All settings of `eagle2` on the other prompts, repeated where a large batch would soon run dry."""
         sweep = Sweep(self.trace.recording, eos=self.trace.eos_token_ids)
         return sweep.repeated(enough(self.trace.recording, max(self._options.batch_sizes)))
 

@@ -76,8 +76,8 @@ class LLM:
 
     model: built-in name, hub id, folder of safetensors, or GGUF file.
     speculative_config: None (the model's default head under the policy `smart`, if it has one), False (plain decoding),
-        or a dict: method (eagle, draft_model, ngram, recycling, union, none), policy (off, chain, static, likelihood,
-        smart_paper, smart), and either's options.
+        or a dict: method (eagle, draft_model, ngram, recycling, union, none), policy (off, chain, static, eagle2,
+        paper, smart), and either's options.
     dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
     enforce_eager: no CUDA graphs.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run; an error without it.

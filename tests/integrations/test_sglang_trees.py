@@ -24,7 +24,7 @@ from sglang_wheel import definitions  # noqa: E402
 
 from smart_decoding.core.acceptance import accept  # noqa: E402
 from smart_decoding.core.choice import best_size, ranked  # noqa: E402
-from smart_decoding.core.policies.likelihood import Likelihood  # noqa: E402
+from smart_decoding.core.policies.eagle2 import Eagle2  # noqa: E402
 from smart_decoding.core.policies.protocol import BatchState  # noqa: E402
 from smart_decoding.core.tree import ROOT, DraftTrees  # noqa: E402
 
@@ -78,7 +78,7 @@ class World:
 # --- our core ---
 
 
-def candidates(world: World, policy: Likelihood, children: int) -> tuple[BatchState, Any, DraftTrees]:
+def candidates(world: World, policy: Eagle2, children: int) -> tuple[BatchState, Any, DraftTrees]:
     """All that a policy drafts, level by level, as our engine does."""
     size = world.batch
     batch = BatchState(np.array(CONTEXT[:size]), np.full(size, 99), np.zeros(size), np.ones(size, bool))
@@ -227,7 +227,7 @@ def test_a_tier_is_the_tree_that_our_core_chooses(sglang, topk: int, steps: int,
     accepted = 0
     for seed in range(2):
         world = World(seed, batch=3)
-        policy = Likelihood(depth=steps - 1, top_k=topk, total_tokens=nodes + 1)
+        policy = Eagle2(depth=steps - 1, top_k=topk, total_tokens=nodes + 1)
         batch, plan, drafted = candidates(world, policy, topk)
         trees = drafted.take(policy.select(plan, batch, drafted))
         built = sglang_tree(sglang, world, topk, steps, nodes)
@@ -242,7 +242,7 @@ def test_as_many_nodes_as_the_exact_choice_finds_are_the_same_nodes(sglang, per_
     sizes = set()
     for seed in range(3):
         world = World(seed, batch=1)
-        policy = Likelihood(depth=4, top_k=4, total_tokens=200)
+        policy = Eagle2(depth=4, top_k=4, total_tokens=200)
         _, _, drafted = candidates(world, policy, 4)
         order = ranked(drafted.path_prob)
         count, _ = best_size(drafted.path_prob[order], 1.0, 0.2, 1.0 + per_row * np.arange(len(drafted) + 1))

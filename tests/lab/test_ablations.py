@@ -63,7 +63,7 @@ def test_raw_confidence_is_taken_for_the_truth_and_nothing_is_learned():
 
 def test_fitted_curves_are_what_the_answers_bear_out(trace):
     calibration = fitted(trace.recording)
-    done = draft(trace.policy("likelihood", depth=0, top_k=10, total_tokens=11), Walk.everywhere(trace.recording))
+    done = draft(trace.policy("eagle2", depth=0, top_k=10, total_tokens=11), Walk.everywhere(trace.recording))
     first = done.trees.depth == 1
     truth = Walk.everywhere(trace.recording).truth(done.trees.owner[first], np.ones(first.sum(), np.int64))
     hits = np.count_nonzero(done.trees.token[first] == truth)

@@ -49,9 +49,9 @@ def test_parts_come_in_their_order_with_their_shares() -> None:
 
 
 def test_the_command_says_what_was_asked() -> None:
-    told = command_of(asked_by("--tune-likelihood 3 --tune-paper --suites long,edit --limit 2 --variants all_levels"))
+    told = command_of(asked_by("--tune-eagle2 3 --tune-paper --suites long,edit --limit 2 --variants all_levels"))
     assert told.startswith("python -m smart_lab bench --model ")
-    for words in ("--tune-likelihood 3", "--tune-paper", "--suites long,edit", "--limit 2", "--variants all_levels"):
+    for words in ("--tune-eagle2 3", "--tune-paper", "--suites long,edit", "--limit 2", "--variants all_levels"):
         assert words in told
 
 

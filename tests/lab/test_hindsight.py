@@ -52,7 +52,7 @@ def test_the_programme_finds_what_exhaustive_search_finds(recording):
 
 def test_reachable_is_what_an_unlimited_tree_accepts(recording):
     depth = reachable(recording)
-    policy = make_policy("likelihood", depth=7, top_k=10, total_tokens=4096)
+    policy = make_policy("eagle2", depth=7, top_k=10, total_tokens=4096)
     wide = replay(policy, recording, COST, 1)
     assert depth.max() > 3 and depth.min() == 0
     walked = at = 0
@@ -68,7 +68,7 @@ def test_no_policy_beats_the_bound_and_the_plan_beats_the_policies(recording, ba
     found = hindsight(recording, COST, batch, HOST)
     rates = [
         replay(make_policy(name, {"cost": COST}), recording, COST, batch, HOST).tokens_per_s
-        for name in ("off", "smart", "likelihood", "smart_paper")
+        for name in ("off", "smart", "eagle2", "paper")
     ]
     assert max(rates) < found.reached <= found.bound * (1 + 1e-9)
     assert found.bound < 9 * rates[0]

@@ -31,8 +31,8 @@ def replayed(trace):
 def test_hindsight_is_above_every_policy(replayed):
     for of_size in replayed.values():
         gap = of_size["gap"]
-        assert gap["hindsight, a plan"] >= 0.999 * max(gap["smart"], gap["best fixed"], gap["smart_paper"])
-        assert gap["smart"] > 1 and gap["likelihood, EAGLE-2's size"] < gap["smart"]
+        assert gap["hindsight, a plan"] >= 0.999 * max(gap["smart"], gap["best fixed"], gap["paper"])
+        assert gap["smart"] > 1 and gap["eagle2, EAGLE-2's size"] < gap["smart"]
         best, near, worst = of_size["paper"]
         assert best["speedup"] >= near["speedup"] >= worst["speedup"]
 
@@ -52,4 +52,4 @@ def test_page_and_terminal_show_it(replayed):
 
 def test_the_published_rule_is_tuned_for_the_batch_size(trace):
     found = best_paper(trace, 4)
-    assert found.label == "smart_paper tuned" and dict(found.options) in paper_settings(4)
+    assert found.label == "paper tuned" and dict(found.options) in paper_settings(4)

@@ -52,8 +52,8 @@ def test_trees_are_kept_breadth_first_and_answers_can_be_picked(recording):
     assert made.child[[0, 1, 2]].tolist() == [0, 2, 3]
     picked = recording.take([2, 0])
     assert [a.tokens.tolist() for a in picked.answers] == [recording.answers[i].tokens.tolist() for i in (2, 0)]
-    alone = [replay(make_policy("likelihood", depth=1, top_k=2), recording.take([i]), COST, 1) for i in (2, 0)]
-    both = replay(make_policy("likelihood", depth=1, top_k=2), picked, COST, 1)
+    alone = [replay(make_policy("eagle2", depth=1, top_k=2), recording.take([i]), COST, 1) for i in (2, 0)]
+    both = replay(make_policy("eagle2", depth=1, top_k=2), picked, COST, 1)
     assert both.tokens == sum(r.tokens for r in alone) and both.seconds == pytest.approx(sum(r.seconds for r in alone))
     with pytest.raises(ValueError, match="contradicting"):
         Recording.from_flat(made.answers, made.token, made.prob, made.count, np.array([4]))
@@ -64,13 +64,13 @@ def test_a_replay_equals_the_live_run(recording, setting):
     options = dict(zip(("depth", "top_k", "total_tokens"), setting, strict=True))
     clock = worlds.Clock()
     target = worlds.RuleTarget(clock, ROW)
-    live = worlds.engine(clock, "likelihood", worlds.RuleDrafter(clock, True, LEVEL, LEVEL_ROW), target, **options)
+    live = worlds.engine(clock, "eagle2", worlds.RuleDrafter(clock, True, LEVEL, LEVEL_ROW), target, **options)
     tokens, seconds, rounds, rows, levels = 0.0, 0.0, 0, 0, 0
     for prompt in worlds.prompts(count=4, tokens=30):
         counts = run_block(live, [prompt], [], 1, clock).counts
         tokens, seconds, rounds = tokens + counts.tokens, seconds + counts.seconds, rounds + counts.rounds
         rows, levels = rows + counts.rows, levels + counts.levels
-    found = replay(make_policy("likelihood", **options), recording, COST, 1)
+    found = replay(make_policy("eagle2", **options), recording, COST, 1)
     assert (found.tokens, found.rounds, found.missing) == (tokens, rounds, 0)
     assert (found.rows, found.levels) == (rows, levels)
     assert found.seconds == pytest.approx(seconds)
@@ -79,7 +79,7 @@ def test_a_replay_equals_the_live_run(recording, setting):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("setting", [(0, 1, 2), (1, 2, 5), (2, 2, 4), (5, 2, 9)])
 def test_trees_drawn_once_give_what_the_replay_gives(recording, batch, setting):
-    policy = make_policy("likelihood", **dict(zip(("depth", "top_k", "total_tokens"), setting, strict=True)))
+    policy = make_policy("eagle2", **dict(zip(("depth", "top_k", "total_tokens"), setting, strict=True)))
     host = HostCosts(0.01, 0.002, 0.03, 0.004)
     slow = replay(policy, recording, COST, batch, host)
     fast = add_up(Fixed.draw(policy, recording), recording, COST, batch, host)
@@ -115,7 +115,7 @@ def test_smart_drafts_in_a_replay_where_it_pays_and_not_where_it_does_not(record
 
 
 def test_what_the_recording_lacks_is_counted(recording):
-    found = replay(make_policy("likelihood", depth=5, top_k=2), recording, COST, 1)
+    found = replay(make_policy("eagle2", depth=5, top_k=2), recording, COST, 1)
     assert found.missing > 0
 
 
@@ -145,6 +145,6 @@ def test_tuning_records_once_and_leaves_the_policy_alone():
     assert engine.policy is policy and [len(a.tokens) for a in recording.answers] == [12, 14, 13]
     assert [a.task for a in recording.answers] == ["code", "maths", "code"]
     arms = best_likelihood(Sweep(recording), cost_of([arm]), 1, 3)
-    assert len({a.label for a in arms}) == 3 and {a.policy for a in arms} == {"likelihood"}
+    assert len({a.label for a in arms}) == 3 and {a.policy for a in arms} == {"eagle2"}
     with pytest.raises(ConfigError, match="add smart"):
         cost_of([SimpleNamespace(policy=Off())])

@@ -40,8 +40,8 @@ def _quick(monkeypatch):
 
 def options(folder, **given):
     return LabOptions(**{"random_weights": str(folder / "config.json"), "replay": folder / "t", "dtype": "fp32",
-                           "batch_sizes": (2,), "policies": ("off", "likelihood"),
-                           "policy_options": ("likelihood:depth=2,top_k=3,total_tokens=6",), **given})  # fmt: skip
+                           "batch_sizes": (2,), "policies": ("off", "eagle2"),
+                           "policy_options": ("eagle2:depth=2,top_k=3,total_tokens=6",), **given})  # fmt: skip
 
 
 def test_tokens_and_rounds_are_those_of_a_replay(folder):
@@ -50,7 +50,7 @@ def test_tokens_and_rounds_are_those_of_a_replay(folder):
     (run,) = (r for r in result["runs"] if r["task"] == "all" and r["policy"] != "off")
     assert run["identical"] and run["prompts"] == 6 and result["acceptance"] == "replayed acceptance"
     trace = replayed_run.read_trace(folder / "t")
-    found = replay(trace.policy("likelihood", **SMALL), trace.recording, CostModel.default(), 1)
+    found = replay(trace.policy("eagle2", **SMALL), trace.recording, CostModel.default(), 1)
     assert run["tokens_per_round"] == pytest.approx(found.tokens_per_round, rel=0.03)
     assert run["tokens_per_round"] > 1.3 and run["rows_per_round"] > 4
     assert run["verify_ms"] > 0 and run["draft_ms"] > 0
@@ -58,7 +58,7 @@ def test_tokens_and_rounds_are_those_of_a_replay(folder):
 
 def test_answers_are_the_recorded_ones_under_every_policy(folder):
     trace = replayed_run.read_trace(folder / "t")
-    bench = replayed_run._Replay(options(folder, policies=("off", "smart", "likelihood")), trace,
+    bench = replayed_run._Replay(options(folder, policies=("off", "smart", "eagle2")), trace,
                                  replayed_run.model_config(str(folder / "config.json"))[1])  # fmt: skip
     for label, engine in bench.engines().items():
         prompts = bench.prompts([0, 1, 2])["recorded"]

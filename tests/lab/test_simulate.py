@@ -12,7 +12,7 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_lab.__main__ import LAB
 from smart_lab.hardware import _data, acceptances, card, dimensions, roofline
 from smart_lab.replay import HostCosts
-from smart_lab.simulate import EAGLE_2, LIKELIHOOD, SMART, Outlook, Simulation, Simulator, enough, name_of
+from smart_lab.simulate import EAGLE2, EAGLE_2, SMART, Outlook, Simulation, Simulator, enough, name_of
 from smart_lab.simulate_page import page
 from smart_lab.sweep import Sweep
 from smart_lab.synthetic import synthetic
@@ -92,10 +92,10 @@ def test_an_outlook_compares_the_policies(trace):
     outlook = Simulator(trace, COST, HostCosts()).outlook(8)
     assert outlook.plain == pytest.approx(8 / 1.1) and set(outlook.speedup) >= {
         SMART,
-        LIKELIHOOD,
+        EAGLE2,
         name_of(outlook.fixed),
     }
-    assert outlook.speedup[LIKELIHOOD] < 1 < outlook.speedup[SMART] and outlook.best != "off"
+    assert outlook.speedup[EAGLE2] < 1 < outlook.speedup[SMART] and outlook.best != "off"
     assert len(enough(trace.recording, 8).answers) == 16 and enough(trace.recording, 4) is trace.recording
 
 
@@ -103,10 +103,10 @@ def test_where_it_stops_paying_is_interpolated(trace):
     found = Simulator(trace, COST).outlook(1)
 
     def at(size: int, value: float) -> Outlook:
-        return Outlook(size, 1.0, {SMART: 1.5, LIKELIHOOD: value}, EAGLE_2, found.smart)
+        return Outlook(size, 1.0, {SMART: 1.5, EAGLE2: value}, EAGLE_2, found.smart)
 
     simulation = Simulation("h", "m", "a", [at(4, 1.5), at(8, 1.1), at(16, 0.9)])
-    assert simulation.crossing(LIKELIHOOD) == pytest.approx(12.0) and simulation.crossing(SMART) is None
+    assert simulation.crossing(EAGLE2) == pytest.approx(12.0) and simulation.crossing(SMART) is None
 
 
 def test_the_command_prints_and_writes(trace, tmp_path, capsys):
@@ -182,8 +182,8 @@ def test_the_shape_of_the_published_figures(name, sizes, msd):
     tree = acceptances()["msd"]["tree"]
     simulator = Simulator(msd, roofline(card(name, eager=True), dimensions("vicuna-7b")), tree=tree)
     simulation = Simulation(name, "vicuna-7b", "msd", [simulator.outlook(size) for size in sizes])
-    assert simulation.outlooks[0].speedup[LIKELIHOOD] == pytest.approx(1.82, rel=0.05)
-    crossing = simulation.crossing(LIKELIHOOD)
+    assert simulation.outlooks[0].speedup[EAGLE2] == pytest.approx(1.82, rel=0.05)
+    crossing = simulation.crossing(EAGLE2)
     assert crossing is not None and (10 < crossing < 14 if name == "l40s" else 14 < crossing < 32)
     assert min(o.speedup[SMART] for o in simulation.outlooks) > 1.39
     assert simulator.rounds > 10_000

@@ -209,7 +209,7 @@ def test_the_shipped_head_proposes_the_same_through_smart_export(tmp_path: Path)
     assert main(["export", "smollm2-135m", "--layout", "speculators", "--output", str(tmp_path / "head")]) == 0
     outputs = []
     for options in ({"method": "eagle"}, {"method": "eagle", "model": str(tmp_path / "head")}):
-        llm = LLM("smollm2-135m", speculative_config={**options, "policy": "likelihood"}, max_num_seqs=1)
+        llm = LLM("smollm2-135m", speculative_config={**options, "policy": "eagle2"}, max_num_seqs=1)
         (output,) = llm.generate("Write a story about a dog.", SamplingParams(temperature=0.0, max_tokens=16))
         metrics = output.outputs[0].metrics
         outputs.append((output.outputs[0].token_ids, metrics.rounds, metrics.drafted, metrics.accepted))

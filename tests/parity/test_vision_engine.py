@@ -29,7 +29,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 7,
     },
     "ngram, tight memory": {
-        "speculative_config": {"method": "ngram", "policy": "likelihood", "min_n": 1},
+        "speculative_config": {"method": "ngram", "policy": "eagle2", "min_n": 1},
         "max_model_len": 128,
     },
     "no caching": {"speculative_config": False, "enable_prefix_caching": False, "max_num_batched_tokens": 16},

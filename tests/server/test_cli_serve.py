@@ -46,7 +46,7 @@ def test_defaults(served: Any) -> None:
 def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> None:
     file = tmp_path / "smart.toml"
     file.write_text(
-        'model = "m"\nport = 9000\nmax_queue = 3\npolicy = "likelihood"\nmethod = "ngram"\napi-key = ["a", "b"]\n'
+        'model = "m"\nport = 9000\nmax_queue = 3\npolicy = "eagle2"\nmethod = "ngram"\napi-key = ["a", "b"]\n'
         "queue-timeout = 5\ntrust-pickle = true\n[policy-option]\ndepth = 2\n"
     )
     assert cli.main(["serve", "--port", "8000", "--config", str(file), "--max-n", "2", "--seed", "5"]) == 0
@@ -54,7 +54,7 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
     assert (settings.port, settings.max_queue, settings.max_n, settings.queue_timeout) == (8000, 3, 2, 5)
     assert options["trust_pickle"] is True and options["seed"] == 5
     assert settings.api_keys == ("a", "b") and settings.model_name == options["model"] == "m"
-    assert options["speculative_config"] == {"method": "ngram", "policy": "likelihood", "depth": 2}
+    assert options["speculative_config"] == {"method": "ngram", "policy": "eagle2", "depth": 2}
 
 
 def test_limits_of_pictures_reach_the_model(served: Any, tmp_path: Path) -> None:

@@ -130,13 +130,13 @@ def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixtu
 
 
 def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
-    options = "--model m --method ngram --policy likelihood --policy-option depth=3 --policy-option top_k=4"
+    options = "--model m --method ngram --policy eagle2 --policy-option depth=3 --policy-option top_k=4"
     sampling = "--temperature 0.8 --top-p 0.9 --top-k 40 --min-p 0.05 --seed 7 --max-tokens 9"
     other = "--method-option longest=5 --dtype fp32 --device cpu --raw --max-model-len 99"
     assert cli.main(["run", *f"{options} {sampling} {other}".split(), "once upon"]) == 0
     (llm,) = fake.made
     assert llm.options["speculative_config"] == {
-        "method": "ngram", "policy": "likelihood", "depth": 3, "top_k": 4, "longest": 5,
+        "method": "ngram", "policy": "eagle2", "depth": 3, "top_k": 4, "longest": 5,
     }  # fmt: skip
     assert (llm.model, llm.options["dtype"], llm.options["device"]) == ("m", "fp32", "cpu")
     assert llm.options["max_model_len"] == 99
@@ -224,7 +224,7 @@ def test_standard_input_must_be_text(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--policy greedy", "choose one of: off, chain, static, likelihood, smart_paper, smart"),
+        ("--policy greedy", "choose one of: off, chain, static, eagle2, paper, smart"),
         ("--method telepathy", "choose from"),
         ("--method draft_model", "give --draft MODEL"),
         ("--method none --policy chain", "policy 'chain' is given: leave out one of them"),
@@ -289,7 +289,7 @@ def test_profile_takes_what_run_takes_to_draft() -> None:
         ("--method ngram", {"method": "ngram"}),
     ):
         config = cli_run.speculative_config(parser.parse_args(["profile", *words.split()]))
-        assert config == {"policy": "likelihood", **drafts}
+        assert config == {"policy": "eagle2", **drafts}
 
 
 def test_profile_needs_a_draft_model_for_that_method(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from smart_decoding.drafters.recycling import RecyclingDrafter
 
 TEXT = (Path(__file__).parents[2] / "docs" / "options.md").read_text(encoding="utf-8")
 OFFERED = {"cost", "calibration", "forecast", "eos_token_ids", "chooser", "vocab", "top_k"}  # by the engine
-TAKES_TOP_K = {"likelihood"}
+TAKES_TOP_K = {"eagle2"}
 
 
 def documented(name: str) -> dict[str, str]:

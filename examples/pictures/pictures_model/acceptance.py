@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         config |= {"visual_positions": how} if how else {}
         chain = plain.sharing_weights({**config, "policy": "chain", "length": DEPTH})
         shares, tokens = acceptance(chain, chats, args.max_tokens)
-        _, of_tree = acceptance(plain.sharing_weights({**config, "policy": "likelihood"}), chats, args.max_tokens)
+        _, of_tree = acceptance(plain.sharing_weights({**config, "policy": "eagle2"}), chats, args.max_tokens)
         shown = " | ".join(f"{share:.3f}" for share in shares)
         print(f"| {given} | {shown} | {tokens:.2f} | {of_tree:.2f} |", flush=True)
     return 0

@@ -34,7 +34,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """As tables print it: likelihood(depth=2,top_k=3)."""
+        """As tables print it: eagle2(depth=2,top_k=3)."""
         if self.name:
             return self.name
         shown = {name: Path(str(value)).name if name == "model" else value for name, value in self.options.items()}
@@ -188,7 +188,7 @@ def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
 
 
 def parse_setting(text: str, kind: type[Arm] = Arm) -> Arm:
-    """'likelihood:depth=2,top_k=3' as an arm. Raises ConfigError for another form."""
+    """'eagle2:depth=2,top_k=3' as an arm. Raises ConfigError for another form."""
     policy, _, rest = text.partition(":")
     options = {}
     for item in filter(None, rest.split(",")):

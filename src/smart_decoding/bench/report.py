@@ -179,7 +179,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def short_names(runs: Sequence[Run]) -> dict[str, str]:
     """Short names for tables and plots: of a policy with long options, the values of those that differ between its
-    settings ('likelihood 7/10/60'); numbered where even that is long, or the same for two."""
+    settings ('eagle2 7/10/60'); numbered where even that is long, or the same for two."""
     labels = list(dict.fromkeys(run["policy"] for run in runs))
     long = [label for label in labels if len(label) > NAME_WIDTH]
     names = {label: _values(label, long) if label in long else label for label in labels}
@@ -201,7 +201,7 @@ def _values(label: str, labels: Sequence[str]) -> str:
 
 
 def _options(label: str) -> dict[str, str]:
-    """'likelihood(depth=7,top_k=10)' as {'depth': '7', 'top_k': '10'}."""
+    """'eagle2(depth=7,top_k=10)' as {'depth': '7', 'top_k': '10'}."""
     inside = label.partition("(")[2].removesuffix(")")
     return {name: value for name, _, value in (item.partition("=") for item in inside.split(",")) if name}
 

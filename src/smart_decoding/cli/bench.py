@@ -17,7 +17,7 @@ from smart_decoding.bench.results import Results
 from smart_decoding.cli.report import add_output_arguments, write_outputs
 
 MOVED = (
-    "--full", "--tune-likelihood", "--tune-paper", "--variants", "--suites", "--questions", "--peers", "--peer-env",
+    "--full", "--tune-eagle2", "--tune-paper", "--variants", "--suites", "--questions", "--peers", "--peer-env",
     "--record", "--random-weights", "--replay",
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="what drafts (the model's own head, if it has one)")  # fmt: skip
     parser.add_argument("--draft", metavar="MODEL", help="whose levels are measured: a head's folder, or for "
                         "draft_model any smaller model of the same vocabulary")  # fmt: skip
-    parser.set_defaults(policy="likelihood", policy_option=[], method_option=[])  # a policy that needs no profile
+    parser.set_defaults(policy="eagle2", policy_option=[], method_option=[])  # a policy that needs no profile
     parser.add_argument("--seconds", type=float, default=6.0, help="time to measure for")
 
 

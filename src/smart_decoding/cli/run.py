@@ -71,7 +71,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-pickle", action="store_true", help="load a draft head that is pickled, tensors only "
                        "(off: safetensors only)")  # fmt: skip
     group.add_argument("--policy", type=policy_name, metavar="POLICY", help="what sizes the trees: off, chain, static, "
-                       "likelihood, smart_paper, smart (default)")  # fmt: skip
+                       "eagle2, paper, smart (default)")  # fmt: skip
     for kind in ("policy", "method"):
         group.add_argument(f"--{kind}-option", type=key_value, action="append", default=[], metavar="K=V",
                            help=f"an option of the {kind}; may be repeated")  # fmt: skip

@@ -45,7 +45,7 @@ OPTIONS = {
         Option("allow-slow", bool, False, ALLOW_SLOW, shown="off: an error"),
         Option("method", str, None, "what drafts", METHODS, shown="the model's own head if it has one, else ngram"),
         Option("draft", str, None, "the head's folder or the draft model", shown="the model's own head"),
-        Option("policy", policy_name, None, "what sizes the trees: off, chain, static, likelihood, smart_paper, smart",
+        Option("policy", policy_name, None, "what sizes the trees: off, chain, static, eagle2, paper, smart",
                shown="smart"),
         Option("policy-option", key_value, [], "K=V for the policy; may be repeated", many=True, shown="none"),
         Option("method-option", key_value, [], "K=V for the method; may be repeated", many=True, shown="none"),

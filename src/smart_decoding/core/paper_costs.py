@@ -1,4 +1,4 @@
-"""The cost families of the SMART paper (Wang & Zhou, arXiv 2604.09731), for the policy `smart_paper` only.
+"""The cost families of the SMART paper (Wang & Zhou, arXiv 2604.09731), for the policy `paper` only.
 
     C_draft(n) = lambda n + beta          C_verify(n) = gamma (exp(delta n^rho) - 1) + eta
 

@@ -183,7 +183,7 @@ class LevelDrafter(ABC, Generic[S]):
         self, requests: Sequence[Request], owners: Sequence[int], token: IntArray, paths: Sequence[Sequence[int]]
     ) -> Rows:
         """Rows of expanded nodes (sorted by owner), which see all true rows, the expanded ancestors and themselves."""
-        position, slot, direct, extra_at = [], [], [], [0]
+        position, slot, direct, ancestors_start = [], [], [], [0]
         extra: list[int] = []
         edges, tables, before = [], [], -1
         for row, (owner, path) in enumerate(zip(owners, paths, strict=True)):
@@ -196,8 +196,8 @@ class LevelDrafter(ABC, Generic[S]):
             slot.append(path[-1])
             direct.append(state.length - state.start)
             extra += path
-            extra_at.append(len(extra))
-        return _rows(token, position, slot, direct, extra_at, extra, [*edges, len(paths)], tables)
+            ancestors_start.append(len(extra))
+        return _rows(token, position, slot, direct, ancestors_start, extra, [*edges, len(paths)], tables)
 
     # --------------------------------------------------------------------------------------------------- state
 
@@ -278,7 +278,7 @@ def _rows(
     position: Sequence[int],
     slot: Sequence[int],
     direct: Sequence[int],
-    extra_at: Sequence[int],
+    ancestors_start: Sequence[int],
     extra: Sequence[int],
     edges: Sequence[int],
     tables: Sequence[Ints],
@@ -287,5 +287,5 @@ def _rows(
     for table in tables[:-1]:
         starts.append(starts[-1] + len(table))
     pages = tables[0] if len(tables) == 1 else np.concatenate(tables)
-    a, b, c, d, e, f = arrays(slot, direct, extra_at, extra, edges, starts)
+    a, b, c, d, e, f = arrays(slot, direct, ancestors_start, extra, edges, starts)
     return Rows(token, np.array(position, np.int64), a, b, c, d, e, f, pages)

@@ -25,8 +25,8 @@ class Rows:
     """Rows of a forward, those of one request next to each other (a group).
 
     token, position, slot, direct: [rows]; slot = page * PAGE + offset of the row's own key and value.
-    extra_at: [rows + 1] offsets into `extra`, slots that follow the directly read positions in order.
-    group_row: [groups + 1] first row of each group; group_pages: [groups] offset of its block table in `pages`.
+    ancestors_start: [rows + 1] offsets into `extra`, slots that follow the directly read positions in order.
+    query_start_loc: [groups + 1] first row of each group; block_table_start: [groups] offset of its block table in `pages`.
     logit_rows: rows whose logits are wanted, or None for all.
     inserts: embeddings that stand in for the tokens' own, from a row on: those of pictures.
     rotary: [rows, 3] rotary positions (time, height, width) where they are not `position`, or None.
@@ -36,10 +36,10 @@ class Rows:
     position: IntArray
     slot: Ints
     direct: Ints
-    extra_at: Ints
+    ancestors_start: Ints
     extra: Ints
-    group_row: Ints
-    group_pages: Ints
+    query_start_loc: Ints
+    block_table_start: Ints
     pages: Ints
     logit_rows: IntArray | None = None
     inserts: Inserts = ()
@@ -79,7 +79,7 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    group_row, last, group_pages = [0], [], [0]
+    query_start_loc, last, block_table_start = [0], [], [0]
     for span, nodes in zip(spans, below, strict=True):
         count = len(span.tokens)
         last.append(len(tokens) + count - 1)
@@ -89,12 +89,12 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
         if nodes:  # filled in below
             tokens += [0] * nodes
             positions += [0] * nodes
-        group_row.append(len(tokens))
-        group_pages.append(group_pages[-1] + len(span.pages))
+        query_start_loc.append(len(tokens))
+        block_table_start.append(block_table_start[-1] + len(span.pages))
     total = len(tokens)
     direct = [position + 1 for position in positions]
     node_row: list[int] = []
-    extra_at, extra = [0] * (total + 1), list[int]()
+    ancestors_start, extra = [0] * (total + 1), list[int]()
     if owners:
         seen: list[list[int]] = []  # by each node: its ancestors' slots from the first level down, and its own
         of_row: dict[int, list[int]] = {}
@@ -116,16 +116,18 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
             of_row[row] = path
         for row in range(total):
             extra += of_row.get(row, ())
-            extra_at[row + 1] = len(extra)
-    slot, direct_, at, more, group, first = arrays(slots, direct, extra_at, extra, group_row, group_pages[:-1])
+            ancestors_start[row + 1] = len(extra)
+    slot, direct_, at, more, group, first = arrays(
+        slots, direct, ancestors_start, extra, query_start_loc, block_table_start[:-1]
+    )
     pages = spans[0].pages if len(spans) == 1 else np.concatenate([span.pages for span in spans])
     position = np.array(positions, np.int64)
     rows = Rows(np.array(tokens, np.int64), position, slot, direct_, at, more, group,
                 first, pages)  # fmt: skip
     if any(span.inserts for span in spans):
-        rows.inserts = [(group_row[i] + at, part) for i, span in enumerate(spans) for at, part in span.inserts]
+        rows.inserts = [(query_start_loc[i] + at, part) for i, span in enumerate(spans) for at, part in span.inserts]
     if any(span.rotary is not None for span in spans):
-        rows.rotary = _rotary(spans, trees, position, group_row, last, node_row)
+        rows.rotary = _rotary(spans, trees, position, query_start_loc, last, node_row)
     wanted = [row for row, want in zip(last, want_all, strict=True) if want]
     if len(wanted) + len(node_row) < total:
         rows.logit_rows = np.array(wanted + node_row, np.int64)
@@ -159,7 +161,7 @@ def _rotary(
     spans: Sequence[Span],
     trees: DraftTrees,
     position: IntArray,
-    group_row: Sequence[int],
+    query_start_loc: Sequence[int],
     last: Sequence[int],
     node_row: Sequence[int],
 ) -> IntArray:
@@ -167,7 +169,7 @@ def _rotary(
     rotary = np.repeat(position[:, None], 3, axis=1)
     for i, span in enumerate(spans):
         if span.rotary is not None:
-            rotary[group_row[i] : last[i] + 1] = span.rotary
+            rotary[query_start_loc[i] : last[i] + 1] = span.rotary
     if len(trees):
         rotary[node_row] = rotary[np.array(last)[trees.owner]] + trees.depth[:, None]
     return rotary

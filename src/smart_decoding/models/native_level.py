@@ -67,14 +67,14 @@ class NativeLevel:
         kept = [_readable(part) for part in parts]
         for part in kept:
             features += _pointers(part)
-        return self._run(True, rows, np.array(features, np.int64), len(rows.group_row) - 1, rotary, kv, asked)
+        return self._run(True, rows, np.array(features, np.int64), len(rows.query_start_loc) - 1, rotary, kv, asked)
 
     def grow(
         self, rows: Rows, parts: Sequence[Part], rotary: Rotary, kv: KVCache, asked: Asked, slots: range, growth: Growth
     ) -> Grown:
         """All levels of a round, nodes chosen as `growth` says. asked: for the children of the roots' rows at levels
         1, 2, ..., request by request. slots: where nodes' keys go."""
-        batch, kept = len(rows.group_row) - 1, [_readable(part) for part in parts]
+        batch, kept = len(rows.query_start_loc) - 1, [_readable(part) for part in parts]
         features = np.array([address for part in kept for address in _pointers(part)], np.int64)
         self._count = 0
         self._reserve(batch + min(len(slots), int(growth.widths[-1]) * (growth.levels - 1)))

@@ -26,9 +26,17 @@ class NativeRows:
 
 def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
     """The rows as the kernels see them. cosine, sine: tables [positions, head_dim / 2]."""
-    arrays = (rows.group_row, rows.group_pages, rows.pages, rows.slot, rows.direct, rows.extra_at, rows.extra)
+    arrays = (
+        rows.query_start_loc,
+        rows.block_table_start,
+        rows.pages,
+        rows.slot,
+        rows.direct,
+        rows.ancestors_start,
+        rows.extra,
+    )
     pointers = map(address, (*arrays, rows.position))
-    struct = ops.Rows(len(rows), len(rows.group_row) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
+    struct = ops.Rows(len(rows), len(rows.query_start_loc) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
     return NativeRows(struct, (*arrays, rows.position, cosine, sine))
 
 
@@ -41,10 +49,10 @@ class GatheredRows:
     """
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
-        sizes = np.diff(rows.group_row)
+        sizes = np.diff(rows.query_start_loc)
         groups, q = len(sizes), int(sizes.max())
         group_of = np.repeat(np.arange(groups), sizes)
-        within = np.arange(len(rows)) - rows.group_row[group_of]
+        within = np.arange(len(rows)) - rows.query_start_loc[group_of]
         lists = [self._keys(rows, g) for g in range(groups)]
         k = max(len(slots) for slots, _ in lists)
         k += -k % 8  # as torch's kernels want the rows of a mask aligned
@@ -70,15 +78,15 @@ class GatheredRows:
 
     @staticmethod
     def _keys(rows: Rows, g: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        first, last = int(rows.group_row[g]), int(rows.group_row[g + 1])
+        first, last = int(rows.query_start_loc[g]), int(rows.query_start_loc[g + 1])
         direct = rows.direct[first:last]
         span = int(direct.max())
-        table = rows.pages[rows.group_pages[g] :][: (span + PAGE - 1) // PAGE].astype(np.int64)
+        table = rows.pages[rows.block_table_start[g] :][: (span + PAGE - 1) // PAGE].astype(np.int64)
         slots = (table[:, None] * PAGE + np.arange(PAGE)).reshape(-1)[:span]
-        own = np.unique(rows.extra[rows.extra_at[first] : rows.extra_at[last]]).astype(np.int64)
+        own = np.unique(rows.extra[rows.ancestors_start[first] : rows.ancestors_start[last]]).astype(np.int64)
         seen = np.zeros((last - first, span + len(own)), np.bool_)
         seen[:, :span] = np.arange(span) < direct[:, None]
         for i, row in enumerate(range(first, last)):
-            extra = rows.extra[rows.extra_at[row] : rows.extra_at[row + 1]]
+            extra = rows.extra[rows.ancestors_start[row] : rows.ancestors_start[row + 1]]
             seen[i, span + np.searchsorted(own, extra)] = True
         return np.concatenate((slots, own)), seen

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.core.policies.likelihood import Likelihood
+from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.protocol import Quiet, Round
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -27,7 +27,7 @@ class Exploring(Quiet):
     name = "exploring"
 
     def __init__(self, learner: Smart) -> None:
-        self._wide, self._learner = Likelihood(depth=3, top_k=8, total_tokens=12), learner
+        self._wide, self._learner = Eagle2(depth=3, top_k=8, total_tokens=12), learner
         self.plan, self.frontier, self.select = self._wide.plan, self._wide.frontier, self._wide.select
 
     def observe(self, round: Round) -> None:

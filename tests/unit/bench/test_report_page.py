@@ -26,7 +26,7 @@ COST = {
     "overhead_seconds": 0.0,
 }  # fmt: skip
 BINS = {"predicted": [0.05, 0.55], "chosen": [0.04, 0.36], "count": [300.0, 100.0]}
-FIXED_LONG = "likelihood(depth=5,top_k=10,total_tokens=60)"
+FIXED_LONG = "eagle2(depth=5,top_k=10,total_tokens=60)"
 
 
 def run_of(
@@ -117,13 +117,13 @@ def test_speedups_have_bands_and_the_line_at_one() -> None:
 def test_losses_are_listed_and_who_beats_smart(document: ElementTree.Element) -> None:
     lines = [text_of(item) for item in section(document, "losses").iter("li")]
     assert lines == [
-        "likelihood 5/10/60, batch 4: 0.62× (0.58–0.66), slower",
+        "eagle2 5/10/60, batch 4: 0.62× (0.58–0.66), slower",
         "smart, batch 4: 0.99× (0.90–1.07), not decided",
-        "batch 1: likelihood 5/10/60 has 1.31×, more than smart's 1.25×",
+        "batch 1: eagle2 5/10/60 has 1.31×, more than smart's 1.25×",
     ]
     slow = [text_of(cell) for cell in section(document, "tasks").iter("td") if cell.get("class") == SLOWER]
     assert slow == ["0.62 (0.58–0.66)"] * 2
-    assert f"likelihood 5/10/60 = {FIXED_LONG}" in text_of(section(document, "tasks"))
+    assert f"eagle2 5/10/60 = {FIXED_LONG}" in text_of(section(document, "tasks"))
     assert "Partial: the time limit" in text_of(document)
 
 

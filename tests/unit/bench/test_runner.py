@@ -135,10 +135,10 @@ def test_tables_fit_their_place(world):
 
 
 def test_settings_of_a_policy_run_side_by_side():
-    options = BenchOptions(policies=("off", "likelihood"), policy_options=("likelihood:depth=2,top_k=3", "likelihood:"))
-    assert [arm.label for arm in options.arms] == ["off", "likelihood(depth=2,top_k=3)", "likelihood"]
-    assert parse_setting("smart_paper:alpha=0.5,family=offset").options == {"alpha": 0.5, "family": "offset"}
-    assert "--policy-options likelihood:depth=2,top_k=3" in command_of(options)
+    options = BenchOptions(policies=("off", "eagle2"), policy_options=("eagle2:depth=2,top_k=3", "eagle2:"))
+    assert [arm.label for arm in options.arms] == ["off", "eagle2(depth=2,top_k=3)", "eagle2"]
+    assert parse_setting("paper:alpha=0.5,family=offset").options == {"alpha": 0.5, "family": "offset"}
+    assert "--policy-options eagle2:depth=2,top_k=3" in command_of(options)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,11 @@ def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("labels", "names"),
     [
-        (["likelihood(depth=7,top_k=10,total_tokens=60)", "likelihood(depth=2,top_k=3,total_tokens=6)"],
-         ["likelihood 7/10/60", "likelihood 2/3/6"]),
-        (["likelihood(depth=7,top_k=10,total_tokens=60)", "likelihood(depth=2,top_k=10,total_tokens=60)", "smart"],
-         ["likelihood 7", "likelihood 2", "smart"]),
-        (["likelihood(depth=7,top_k=10,total_tokens=60)"], ["likelihood 7/10/60"]),
+        (["eagle2(depth=7,top_k=10,total_tokens=60)", "eagle2(depth=2,top_k=3,total_tokens=6)"],
+         ["eagle2 7/10/60", "eagle2 2/3/6"]),
+        (["eagle2(depth=7,top_k=10,total_tokens=60)", "eagle2(depth=2,top_k=10,total_tokens=60)", "smart"],
+         ["eagle2 7", "eagle2 2", "smart"]),
+        (["eagle2(depth=7,top_k=10,total_tokens=60)"], ["eagle2 7/10/60"]),
         (["smart(method=draft_model,model=small)", "smart(method=union,model=some-head)"],
          ["smart#1", "smart#2"]),
         (["static(a=1,b=2,c=345678,d=9)", "static(a=1,c=3456789)", "off"], ["static#1", "static a=1,c=3456789", "off"]),
@@ -259,7 +259,7 @@ def test_load_alone_replaces_the_blocks():
     assert asked_by("--load 0.5 --blocks").compares_policies
 
 
-@pytest.mark.parametrize("words", ["--full", "--tune-likelihood 3", "--record f", "--peers", "--replay f"])
+@pytest.mark.parametrize("words", ["--full", "--tune-eagle2 3", "--record f", "--peers", "--replay f"])
 def test_what_the_laboratory_has_now_is_named(words, capsys):
     with pytest.raises(SystemExit):
         asked_by(words)

@@ -103,7 +103,7 @@ def drafting_engine(clock) -> Engine:
     """Draws trees of two levels and four nodes; a row costs 0.1 s, a level 0.25 s."""
     target = RuleTarget(clock, row_seconds=0.1)
     drafter = RuleDrafter(clock, seconds=0.25)
-    return engine(clock, "likelihood", drafter, target, depth=1, top_k=2, total_tokens=5)
+    return engine(clock, "eagle2", drafter, target, depth=1, top_k=2, total_tokens=5)
 
 
 def prompts(task="code", count=4, first=0, tokens=20, length=3):

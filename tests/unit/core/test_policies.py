@@ -99,7 +99,7 @@ def test_static_verifies_exactly_the_topology(name: str, paths: list, size: int)
 
 
 def test_likelihood_is_eagle_2() -> None:
-    policy = make_policy("likelihood", depth=3, top_k=4, total_tokens=12)
+    policy = make_policy("eagle2", depth=3, top_k=4, total_tokens=12)
     batch = state([20, 20])
     plan, trees, asked = draft(policy, batch, np.random.default_rng(2))
     assert plan.levels == 4
@@ -114,7 +114,7 @@ def test_likelihood_is_eagle_2() -> None:
 
 
 def test_a_foreign_node_is_expanded_only_below_a_head_state() -> None:
-    policy = make_policy("likelihood", top_k=4)
+    policy = make_policy("eagle2", top_k=4)
     batch = state([20])
     trees = DraftTrees.empty(1)
     trees.append([0, 0], [1, 2], [-1, 0], [0.9, 0.9], source=1)  # an n-gram path, one token deeper than the head
@@ -125,13 +125,13 @@ def test_a_foreign_node_is_expanded_only_below_a_head_state() -> None:
 
 
 def test_unknown_names_options_and_values_are_refused_with_the_valid_ones() -> None:
-    with pytest.raises(ConfigError, match="off, chain, static, likelihood"):
+    with pytest.raises(ConfigError, match="off, chain, static, eagle2"):
         make_policy("eagle")
     with pytest.raises(ConfigError, match=r"no option 'lenght'; its options: length"):
         make_policy("chain", lenght=3)
     with pytest.raises(ConfigError, match="none"):
         make_policy("off", length=3)
-    for name, options in (("chain", {"length": 0}), ("likelihood", {"top_k": 1.5}), ("static", {"topology": [[0, 0]]})):
+    for name, options in (("chain", {"length": 0}), ("eagle2", {"top_k": 1.5}), ("static", {"topology": [[0, 0]]})):
         with pytest.raises(ConfigError):
             make_policy(name, **options)
-    assert policy_options("likelihood") == ["depth", "top_k", "total_tokens", "eos_token_ids"]
+    assert policy_options("eagle2") == ["depth", "top_k", "total_tokens", "eos_token_ids"]

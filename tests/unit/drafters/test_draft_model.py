@@ -46,7 +46,7 @@ from .tiny import (
 POLICIES: dict[str, dict[str, Any]] = {
     "chain": {"length": 4},
     "static": {},
-    "likelihood": {"depth": 3, "top_k": 4, "total_tokens": 14},
+    "eagle2": {"depth": 3, "top_k": 4, "total_tokens": 14},
 }
 DEPTH = {"chain": 4, "static": 5}
 
@@ -90,7 +90,7 @@ def test_the_target_itself_drafts_what_it_says(policy: str, temperature: float) 
     assert [r.output for r in drafted] == plain(many, temperature)
     for request in drafted:
         metrics = request.metrics
-        if policy == "likelihood":  # its few nodes need not hold the best child of every level
+        if policy == "eagle2":  # its few nodes need not hold the best child of every level
             assert metrics.accepted > metrics.rounds
         else:
             assert metrics.rounds <= -(-39 // (1 + DEPTH[policy])) + 1
@@ -140,7 +140,7 @@ def test_memory_that_runs_out_and_requests_that_vanish() -> None:
 
 def test_few_scratch_pages_only_shrink_the_trees() -> None:
     many = prompts(4)
-    drafted = answer(engine("likelihood", scratch=1), many)
+    drafted = answer(engine("eagle2", scratch=1), many)
     assert [r.output for r in drafted] == plain(many)
 
 
@@ -162,9 +162,9 @@ def first_draft(drafting: Engine, prompt: list[int], tokens: int = 8) -> tuple[l
 
 def test_a_cached_prefix_is_not_run_again_and_drafts_alike() -> None:
     first, second = prompts(2, seed=1, common=50)
-    caching = engine("likelihood")
+    caching = engine("eagle2")
     first_draft(caching, first)
-    fresh, rows = first_draft(engine("likelihood"), second)
+    fresh, rows = first_draft(engine("eagle2"), second)
     cached, fewer = first_draft(caching, second)
     assert cached == fresh
     assert fewer == rows - 3 * PAGE
@@ -173,12 +173,12 @@ def test_a_cached_prefix_is_not_run_again_and_drafts_alike() -> None:
 def test_a_cached_prefix_that_was_never_drafted_on_is_run_then() -> None:
     """The first request ends with its prompt's round, so that only the target has its keys."""
     first, second = prompts(2, seed=1, common=50)
-    caching = engine("likelihood", pages=12, max_model_len=160)
+    caching = engine("eagle2", pages=12, max_model_len=160)
     for seed in range(11, 15):  # the draft model's keys of other text are in all pages
         first_draft(caching, prompts(1, seed=seed)[0][:1] * 138)
     assert caching.drafter._kept[:12].all()  # type: ignore[union-attr]
     answer(caching, [first], tokens=1)
-    assert first_draft(caching, second) == first_draft(engine("likelihood"), second)
+    assert first_draft(caching, second) == first_draft(engine("eagle2"), second)
 
 
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
 def test_vocabularies_may_be_padded_differently() -> None:
     many = prompts(2)
     for vocab in (VOCAB - 7, VOCAB + 9):
-        drafting = engine("likelihood", replace(SMALL, vocab=vocab))
+        drafting = engine("eagle2", replace(SMALL, vocab=vocab))
         assert [r.output for r in answer(drafting, many)] == plain(many)
 
 

@@ -44,10 +44,10 @@ def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.Mon
     if request.param == "torch":
         monkeypatch.setattr("smart_decoding.models.target.use_native", lambda *given: False)
 
-    def make(pages: int = PAGES, policy: str = "likelihood", **more: Any) -> Engine:
+    def make(pages: int = PAGES, policy: str = "eagle2", **more: Any) -> Engine:
         target = target_of(pages)
         head = EagleHead(load_head(folder, TARGET), target.decoder, pages, SCRATCH, 600)
-        more = {"options": WIDE if policy == "likelihood" else {}, **more}
+        more = {"options": WIDE if policy == "eagle2" else {}, **more}
         return engine_of(target, EagleDrafter(head, pages, SCRATCH), policy, pages, **more)
 
     return make
@@ -156,7 +156,7 @@ def test_keys_of_other_text_are_never_taken_for_the_prefix(engine: Any) -> None:
 
 def test_a_preempted_request_goes_on_with_its_keys(engine: Any) -> None:
     many = [prompt + [1] * 30 for prompt in prompts(3, seed=3)]
-    tight = engine(pages=14, max_model_len=112, policy="likelihood")
+    tight = engine(pages=14, max_model_len=112, policy="eagle2")
     requests = answer(tight, many, tokens=40)
     assert sum(r.metrics.preemptions for r in requests) > 0
     assert [r.output for r in requests] == plain(many)

@@ -28,7 +28,7 @@ def test_widths_are_the_rows_that_the_model_ran(scratch: int, monkeypatch: pytes
     target = target_of()
     model = DraftModel(checkpoint(SMALL, 1), target, PAGES, scratch)
     drafter = UnionDrafter([DraftModelDrafter(model, PAGES, scratch), NgramDrafter(min_n=1)])
-    engine = engine_of(target, drafter, "likelihood", options={"depth": 3, "top_k": 6, "total_tokens": 24})
+    engine = engine_of(target, drafter, "eagle2", options={"depth": 3, "top_k": 6, "total_tokens": 24})
     ask(engine, [[5, 6, 7, 5, 6, 8, 5, 6], [9, 9, 9, 9]], tokens=40)
     fewer = 0
     while engine.has_unfinished_requests:

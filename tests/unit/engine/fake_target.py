@@ -65,7 +65,7 @@ class FakeTarget(Sampled):
 
 def visible_slots(rows: Rows, row: int) -> IntArray:
     """The slots whose keys `row` attends to, in the order of their positions."""
-    group = int(np.searchsorted(rows.group_row, row, side="right")) - 1
+    group = int(np.searchsorted(rows.query_start_loc, row, side="right")) - 1
     position = np.arange(rows.direct[row])
-    direct = rows.pages[rows.group_pages[group] + position // PAGE].astype(np.int64) * PAGE + position % PAGE
-    return np.concatenate((direct, rows.extra[rows.extra_at[row] : rows.extra_at[row + 1]]))
+    direct = rows.pages[rows.block_table_start[group] + position // PAGE].astype(np.int64) * PAGE + position % PAGE
+    return np.concatenate((direct, rows.extra[rows.ancestors_start[row] : rows.ancestors_start[row + 1]]))

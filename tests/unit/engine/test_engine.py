@@ -51,7 +51,7 @@ def test_a_long_prompt_goes_in_chunks_while_others_decode() -> None:
     assert long.output == alone(long.prompt, greedy(3))[0].output
 
 
-@pytest.mark.parametrize("policy", ["chain", "static", "likelihood", "smart_paper", "smart"])
+@pytest.mark.parametrize("policy", ["chain", "static", "eagle2", "paper", "smart"])
 def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
     """Others wait for their first token. Rounds without prompts do draft, and nobody's tokens change."""
     engine = make_engine(policy, max_num_batched_tokens=4, prefix_caching=False)
@@ -67,7 +67,7 @@ def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
     assert [r.output for r in requests] == [alone(r.prompt, r.params)[0].output for r in requests]
 
 
-@pytest.mark.parametrize("policy", ["chain", "static", "likelihood", "smart_paper", "smart"])
+@pytest.mark.parametrize("policy", ["chain", "static", "eagle2", "paper", "smart"])
 @pytest.mark.parametrize("stays", [False, True])
 def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(policy: str, stays: bool) -> None:
     """Its prompt is in the next forward, if it has not left again; drafting goes on, and nobody's tokens change."""
@@ -178,7 +178,7 @@ def test_cached_prefixes_are_not_computed_again() -> None:
 
 def test_a_conversation_goes_on_from_any_answer_of_a_prompt() -> None:
     """Also from one whose prompt is in the cache by another answer's pages."""
-    engine, prompt = make_engine("likelihood"), [i % VOCAB for i in range(40)]
+    engine, prompt = make_engine("eagle2"), [i % VOCAB for i in range(40)]
     answers = engine.add_request("a", prompt, SamplingParams(n=3, temperature=1.0, max_tokens=30, ignore_eos=True))
     finish(engine)
     assert len({tuple(answer.output) for answer in answers}) == 3
@@ -190,7 +190,7 @@ def test_a_conversation_goes_on_from_any_answer_of_a_prompt() -> None:
 
 
 def test_a_conversation_goes_on_from_its_cached_answer() -> None:
-    engine = make_engine("likelihood")
+    engine = make_engine("eagle2")
     first = add(engine, "a", [1, 2, 3], greedy(40))
     finish(engine)
     second = add(engine, "b", [*first.tokens, 7, 8], greedy(30))
@@ -247,7 +247,7 @@ def test_an_id_cannot_run_twice_but_can_be_used_again() -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_abort_frees_everything_and_leaves_others_alone(steps: int) -> None:
-    engine = make_engine("likelihood", max_num_batched_tokens=16, max_num_seqs=2)
+    engine = make_engine("eagle2", max_num_batched_tokens=16, max_num_seqs=2)
     gone, stays, waits = (
         add(engine, name, [i + 1] * 20, greedy(12)) for i, name in enumerate(("gone", "stays", "waits"))
     )

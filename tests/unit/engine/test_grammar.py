@@ -148,7 +148,7 @@ def test_added_tokens_that_are_text_may_be_said(must: bool) -> None:
 
 
 def test_answers_to_one_prompt_do_not_share_their_place() -> None:
-    engine = make_engine("likelihood", constrain=grammars())
+    engine = make_engine("eagle2", constrain=grammars())
     params = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=20,
                             structured_outputs=StructuredOutputsParams(choice=["abab", "cece", "ukuk"]))  # fmt: skip
     answers = engine.add_request("x", [1], params)

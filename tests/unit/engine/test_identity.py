@@ -86,7 +86,7 @@ def test_a_request_that_refuses_speculation_gets_no_nodes() -> None:
 def test_logprobs_do_not_depend_on_the_tree() -> None:
     params = SamplingParams(temperature=0.8, max_tokens=20, seed=2, logprobs=3, ignore_eos=True)
     (plain,) = alone([4, 5, 6], params)
-    engine = make_engine("likelihood")
+    engine = make_engine("eagle2")
     (drafted,) = engine.add_request("x", [4, 5, 6], params)
     finish(engine)
     assert drafted.metrics.accepted > 0

@@ -54,14 +54,14 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
     )
     for i, span in enumerate(spans):
         first = int(last[i]) - len(span.tokens) + 1
-        assert rows.group_row[i] == first
+        assert rows.query_start_loc[i] == first
         for k, token in enumerate(span.tokens):
             position = span.start + k
             assert (rows.token[first + k], rows.position[first + k]) == (token, position)
             assert rows.slot[first + k] == slots[i][position]
             assert visible_slots(rows, first + k).tolist() == slots[i][: position + 1]
         nodes = trees.nodes_of(i)
-        assert rows.group_row[i + 1] == first + len(span.tokens) + len(nodes)
+        assert rows.query_start_loc[i + 1] == first + len(span.tokens) + len(nodes)
         assert sorted(node_row[nodes].tolist()) == list(range(last[i] + 1, last[i] + 1 + len(nodes)))
         best, parent = [], -1
         while len(below := nodes[trees.parent[nodes] == parent]):
@@ -79,7 +79,15 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
         assert sorted(wanted) == list(range(len(rows)))
     else:
         assert rows.logit_rows.tolist() == wanted
-    for array in (rows.slot, rows.direct, rows.extra_at, rows.extra, rows.group_row, rows.group_pages, rows.pages):
+    for array in (
+        rows.slot,
+        rows.direct,
+        rows.ancestors_start,
+        rows.extra,
+        rows.query_start_loc,
+        rows.block_table_start,
+        rows.pages,
+    ):
         assert array.dtype == np.int32 and array.flags.c_contiguous  # the kernels read their memory
 
 

@@ -321,7 +321,7 @@ def test_the_shipped_head_on_smollm2() -> None:
     text = "Write a short story about a dog."
     ids = torch.tensor([Tokenizer.load(folder).encode_chat([{"role": "user", "content": text}])])
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "do_sample": False}
-    found = with_drafts(model, "eagle", "smollm2-135m", "likelihood", **given)
+    found = with_drafts(model, "eagle", "smollm2-135m", "eagle2", **given)
     assert torch.equal(found, model.generate(**given))
     report = last_report(model)
     assert report is not None and report.accepted > report.rounds / 2  # it is a trained head

@@ -7,20 +7,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smart_decoding.core.policies.chain import Chain
-from smart_decoding.core.policies.likelihood import Likelihood
+from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.off import Off
+from smart_decoding.core.policies.paper import Paper
 from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.core.policies.smart import Smart
-from smart_decoding.core.policies.smart_paper import SmartPaper
 from smart_decoding.core.policies.static import Static
 from smart_decoding.errors import ConfigError
 
 FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids", "chooser")  # options that are no user's to give
-POLICIES: dict[str, type[Any]] = {cls.name: cls for cls in (Off, Chain, Static, Likelihood, SmartPaper, Smart)}
+RENAMED = {"likelihood": "eagle2", "smart_paper": "paper"}
+POLICIES: dict[str, type[Any]] = {cls.name: cls for cls in (Off, Chain, Static, Eagle2, Paper, Smart)}
 
 
 def policy_options(name: str) -> list[str]:
     """The options that policy `name` takes. Raises ConfigError for an unknown name."""
+    if name in RENAMED:
+        raise ConfigError(f"policy {name!r} is called {RENAMED[name]!r} now")
     if name not in POLICIES:
         raise ConfigError(f"unknown policy {name!r}; choose one of: {', '.join(POLICIES)}")
     if POLICIES[name].__init__ is object.__init__:

@@ -65,7 +65,7 @@ def lay_out(rows: Rows, groups: list[int]) -> Layout:
         valid[i, left:] = True
         seen[i, queries - part.own :, :left] = False
         seen[i, queries - part.own :, left:] = part.seen
-    first = [int(rows.group_row[g]) for g in groups]
+    first = [int(rows.query_start_loc[g]) for g in groups]
     row = np.concatenate([np.arange(a, a + n) for a, n in zip(first, count, strict=True)])
     group = np.repeat(np.arange(len(groups)), count)
     column = np.concatenate([np.arange(queries - n, queries) for n in count])
@@ -82,14 +82,14 @@ class _Keys:
 
 
 def _keys(rows: Rows, group: int) -> _Keys:
-    a, b = int(rows.group_row[group]), int(rows.group_row[group + 1])
+    a, b = int(rows.query_start_loc[group]), int(rows.query_start_loc[group + 1])
     direct, own = rows.direct[a:b], rows.slot[a:b]
-    pages = rows.pages[rows.group_pages[group] :].astype(np.int64)
+    pages = rows.pages[rows.block_table_start[group] :].astype(np.int64)
     position = np.arange(int(direct.max()))
     committed = pages[position // PAGE] * PAGE + position % PAGE
     if committed[direct[0] - 1] == own[0]:  # the first row reads itself through the table, and so do those that follow
         committed = committed[: direct[0] - 1]
-    at = rows.extra_at[a : b + 1]
+    at = rows.ancestors_start[a : b + 1]
     extra, reader = rows.extra[at[0] : at[-1]], np.repeat(np.arange(b - a), np.diff(at))
     ancestors = np.setdiff1d(extra, own)
     slots = np.concatenate((committed, ancestors, own))

@@ -118,7 +118,7 @@ def _in_order(parts: Sequence[torch.Tensor], rows: Sequence[IntArray], wanted: I
 
 def _bundles(rows: Rows) -> list[list[int]]:
     """Groups that share a forward: of similar size, since all are padded to the largest."""
-    counts = np.diff(rows.group_row)
+    counts = np.diff(rows.query_start_loc)
     if counts.max() <= 16 + UNEVEN * counts.min():
         return [list(range(len(counts)))]
     bundles: list[list[int]] = []

@@ -16,12 +16,12 @@ from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Qu
 from smart_decoding.core.tree import DraftTrees, IntArray
 
 
-class Likelihood(Quiet):
+class Eagle2(Quiet):
     """Per request: `top_k` children per node, a beam of `top_k` nodes per level, the best `total_tokens` - 1 verified.
 
     As in the public code `depth` counts the levels after the first (depth 7: 8 levels) and `total_tokens` the root."""
 
-    name = "likelihood"
+    name = "eagle2"
 
     def __init__(self, depth: int = 7, top_k: int = 10, total_tokens: int = 60, eos_token_ids: TokenIds = ()) -> None:
         self.depth = require_int("depth", depth, 0, 64)

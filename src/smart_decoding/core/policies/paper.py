@@ -45,11 +45,11 @@ class _Growth:
         self.inner: set[int] = set()
 
 
-class SmartPaper(Quiet):
+class Paper(Quiet):
     """The published rule. alpha: trust in the drafter. budget: nodes over the whole batch. family: cost functions
     through the origin ('published') or with offsets ('offset'). l_tree: mean over paths, or sum over nodes."""
 
-    name = "smart_paper"
+    name = "paper"
 
     def __init__(
         self,
