@@ -16,7 +16,9 @@ from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.simulation import World, run
 
-COSTS = CostModel.from_table({1: {1: 21.6, 4: 21.9, 8: 24.8, 16: 30.6, 64: 74.2}}, {1: 1.2, 8: 1.7, 64: 5.0})
+COSTS = CostModel.from_table(
+    {1: {1: 21.6, 4: 21.9, 8: 24.8, 16: 30.6, 64: 74.2}}, {1: 1.2, 8: 1.7, 64: 5.0}
+)
 CHEAP = CostModel.from_table({1: {1: 30.0, 512: 40.0}}, {1: 1.2, 8: 1.7, 64: 5.0})
 
 
@@ -83,7 +85,9 @@ def main() -> None:
     figures = {}
     for requests, candidates in ((1, 64), (8, 256), (32, 256)):
         us = figures[f"choose_{requests}x{candidates}_us"] = choosing_us(requests, candidates)
-        print(f"choose {requests:3} requests x {candidates} candidates, scoring included: {us:7.0f} us")
+        print(
+            f"choose {requests:3} requests x {candidates} candidates, scoring included: {us:7.0f} us"
+        )
     for batch, rounds in ((1, 300), (4, 100), (32, 20)):
         calls, _ = round_us(batch, rounds)
         figures[f"round_batch_{batch}_us"] = sum(calls.values())

@@ -20,7 +20,11 @@ from smart_decoding.profiling.measure import fake_rows
 
 
 def errors(batch: int, prompts: int) -> dict[str, list[float]]:
-    llm = LLM("smollm2-135m", speculative_config={"method": "eagle", "policy": "smart"}, max_num_seqs=batch)
+    llm = LLM(
+        "smollm2-135m",
+        speculative_config={"method": "eagle", "policy": "smart"},
+        max_num_seqs=batch,
+    )
     names = ("verify", "verify, bare profile", "draft", "draft, bare profile")
     policy, found = llm.policy, {name: [] for name in names}
     bare, observe = policy.cost, policy.observe
@@ -33,7 +37,9 @@ def errors(batch: int, prompts: int) -> dict[str, list[float]]:
                 found[name].append(predicted / done.verify_seconds - 1)
             for name, cost in (("draft", policy.cost), ("draft, bare profile", bare)):
                 predicted = cost.levels_seconds(done.batch.size, done.level_widths, context)
-                found[name] += [p / s - 1 for p, s in zip(predicted, done.level_seconds, strict=True)]
+                found[name] += [
+                    p / s - 1 for p, s in zip(predicted, done.level_seconds, strict=True)
+                ]
         observe(done)
 
     policy.observe = watch
@@ -63,7 +69,9 @@ def main() -> None:
     pooled["the machine against itself"] = noise()
     for name, values in pooled.items():
         size = np.abs(values)
-        print(f"{name:28} median {np.median(size):6.1%}  p90 {np.percentile(size, 90):6.1%}  n {len(size)}")
+        print(
+            f"{name:28} median {np.median(size):6.1%}  p90 {np.percentile(size, 90):6.1%}  n {len(size)}"
+        )
 
 
 if __name__ == "__main__":

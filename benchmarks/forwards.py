@@ -14,14 +14,19 @@ import numpy as np
 from smart_decoding import LLM
 from smart_decoding.profiling.measure import verification
 
-USUAL = "1,150,0 1,150,10 4,150,0 4,150,2 8,150,0 8,150,1 8,150,3 8,1000,0 16,150,0 16,150,1 32,150,0"
+USUAL = (
+    "1,150,0 1,150,10 4,150,0 4,150,2 8,150,0 8,150,1 8,150,3 8,1000,0 16,150,0 16,150,1 32,150,0"
+)
 
 
 def main() -> None:
     shapes = [tuple(map(int, text.split(","))) for text in sys.argv[1:] or USUAL.split()]
     llm = LLM("smollm2-135m", speculative_config=False, max_num_seqs=32)
     pages = llm.engine.config.pages
-    runs = {shape: verification(llm.target, shape[0], shape[0] * (1 + shape[2]), shape[1], pages) for shape in shapes}
+    runs = {
+        shape: verification(llm.target, shape[0], shape[0] * (1 + shape[2]), shape[1], pages)
+        for shape in shapes
+    }
     found: dict[tuple[int, ...], list[float]] = {shape: [] for shape in shapes}
     for _ in range(3):
         for shape, run in runs.items():

@@ -13,8 +13,13 @@ BATCH, CONTEXT, TOKENS = 16, 2048, 64
 
 
 def main() -> None:
-    llm = LLM("smollm2-135m", max_num_seqs=BATCH, max_model_len=CONTEXT, kv_cache_tokens=BATCH * CONTEXT,
-              enable_prefix_caching=False)  # fmt: skip
+    llm = LLM(
+        "smollm2-135m",
+        max_num_seqs=BATCH,
+        max_model_len=CONTEXT,
+        kv_cache_tokens=BATCH * CONTEXT,
+        enable_prefix_caching=False,
+    )
     stream = [token for text in load_task("code", 160) for token in llm.tokenizer.encode(text)]
     length = CONTEXT - TOKENS
     prompts = [stream[i * 977 : i * 977 + length] for i in range(BATCH)]
@@ -22,11 +27,15 @@ def main() -> None:
     llm.generate([prompts[0][:32]], SamplingParams(temperature=0, max_tokens=4))
     forget_peak()
     before = peak_gib() or 0.0
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True))
+    outputs = llm.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    )
     verified = sum(output.outputs[0].metrics.verified for output in outputs)
     kv = llm.target.kv_bytes / 2**30  # resident from the start
-    print(f"loaded {before:.2f} GiB with {kv:.2f} of KV memory, peak {peak_gib() or 0.0:.2f} GiB; "
-          f"{verified} nodes verified")  # fmt: skip
+    print(
+        f"loaded {before:.2f} GiB with {kv:.2f} of KV memory, peak {peak_gib() or 0.0:.2f} GiB; "
+        f"{verified} nodes verified"
+    )
 
 
 if __name__ == "__main__":

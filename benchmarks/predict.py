@@ -40,7 +40,10 @@ POLICIES = {
     "paper": ("paper", {}),
     "5 nodes": ("eagle2", {"depth": 2, "top_k": 3, "total_tokens": 6}),
 }
-LEVEL_BYTES, FORWARD_BYTES = 16 << 20, 256 << 20  # what a drafted level and a verification read, about
+LEVEL_BYTES, FORWARD_BYTES = (
+    16 << 20,
+    256 << 20,
+)  # what a drafted level and a verification read, about
 
 
 class Cold:
@@ -52,7 +55,9 @@ class Cold:
         self._memory = np.ones(FORWARD_BYTES // 8)
 
     def __getattr__(self, call: str) -> Any:
-        size = {"frontier": LEVEL_BYTES, "select": LEVEL_BYTES, "observe": FORWARD_BYTES}.get(call, 0)
+        size = {"frontier": LEVEL_BYTES, "select": LEVEL_BYTES, "observe": FORWARD_BYTES}.get(
+            call, 0
+        )
 
         def called(*arguments: Any) -> Any:
             started = time.thread_time()
@@ -71,7 +76,9 @@ class Cold:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of live measurement per batch size")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="of live measurement per batch size"
+    )
     parser.add_argument("--batch-sizes", default="1,2,4,8,16,32")
     parser.add_argument("--against", type=Path, metavar="RESULTS.json")
     parser.add_argument("--json", type=Path)
@@ -81,8 +88,10 @@ def main() -> None:
     rows = against(trace, args.against) if args.against else live(trace, sizes, args.seconds)
     worst = max(rows, key=lambda row: abs(row["error"]))
     within = sum(abs(row["error"]) <= 0.1 for row in rows)
-    print(f"{within} of {len(rows)} within 10 %; largest error: {worst['error']:+.1%} "
-          f"({worst['policy']}, batch {worst['batch_size']})")  # fmt: skip
+    print(
+        f"{within} of {len(rows)} within 10 %; largest error: {worst['error']:+.1%} "
+        f"({worst['policy']}, batch {worst['batch_size']})"
+    )
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
 
@@ -123,11 +132,24 @@ def predicted(
 def row_of(policy: str, size: int, value: float, measured: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the comparison, printed."""
     speedup = float(measured["speedup"])
-    low, high = (float(measured[name] or "nan") for name in ("speedup_low", "speedup_high"))  # none of a single block
-    row = {"policy": policy, "batch_size": size, "predicted": value, "measured": speedup, "low": low, "high": high,
-           "blocks": measured["blocks"], "error": value / speedup - 1}  # fmt: skip
-    print(f"batch {size:2}  {policy[:44]:44} predicted {value:.3f}  measured {speedup:.3f} ({low:.3f}-{high:.3f}) "
-          f" error {row['error']:+.1%}", flush=True)  # fmt: skip
+    low, high = (
+        float(measured[name] or "nan") for name in ("speedup_low", "speedup_high")
+    )  # none of a single block
+    row = {
+        "policy": policy,
+        "batch_size": size,
+        "predicted": value,
+        "measured": speedup,
+        "low": low,
+        "high": high,
+        "blocks": measured["blocks"],
+        "error": value / speedup - 1,
+    }
+    print(
+        f"batch {size:2}  {policy[:44]:44} predicted {value:.3f}  measured {speedup:.3f} ({low:.3f}-{high:.3f}) "
+        f" error {row['error']:+.1%}",
+        flush=True,
+    )
     return row
 
 
@@ -141,7 +163,11 @@ def live(trace: Trace, sizes: Sequence[int], seconds: float) -> list[dict[str, A
     config = llm.engine.config
     drafter = level_drafter(arm.speculation.drafter)
     cost = CostModel.fit(profile(llm.target, drafter, config.pages, 32, 15.0), ROUND_OVERHEAD)
-    others = [p for task in options.tasks for p in encode(llm, {task: load_task(task, 48)[40:]}, options)[task]][:8]
+    others = [
+        p
+        for task in options.tasks
+        for p in encode(llm, {task: load_task(task, 48)[40:]}, options)[task]
+    ][:8]
     host = measure_host(plain.engine, arm.engine, others)
     print(f"costs measured in {time.perf_counter() - started:.0f} s; {host}")
     started = time.perf_counter()
@@ -154,7 +180,9 @@ def live(trace: Trace, sizes: Sequence[int], seconds: float) -> list[dict[str, A
     rows = []
     for size in sizes:
         engines = {
-            name: llm.sharing_weights({"policy": policy, **given} if name != "off" else False).engine
+            name: llm.sharing_weights(
+                {"policy": policy, **given} if name != "off" else False
+            ).engine
             for name, (policy, given) in POLICIES.items()
         }
         found = measure(engines, prompts, size, time.perf_counter() + seconds)

@@ -21,7 +21,9 @@ MACHINES = {
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 400
     figures = []
-    print(f"{'machine':22}{'batch':>6}{'policy':>14}{'speedup':>9}{'regret':>8}{'nodes/round':>13}{'off':>6}")
+    print(
+        f"{'machine':22}{'batch':>6}{'policy':>14}{'speedup':>9}{'regret':>8}{'nodes/round':>13}{'off':>6}"
+    )
     for machine, costs in MACHINES.items():
         for batch in (1, 4, 16):
             world = World(1, batch, costs)
@@ -33,7 +35,9 @@ def main() -> None:
                 rows[name] = run(make_policy(name, {"cost": costs}), world, span)
             for name, totals in rows.items():
                 regret = 1 - totals.rate / best.rate
-                figures.append({"machine": machine, "batch": batch, "policy": name, "regret": regret})
+                figures.append(
+                    {"machine": machine, "batch": batch, "policy": name, "regret": regret}
+                )
                 print(
                     f"{machine:22}{batch:6}{name:>15}{totals.rate / plain.rate:8.3f}{regret:8.1%}"
                     f"{totals.nodes / len(span):13.1f}{totals.off / len(span):6.0%}"

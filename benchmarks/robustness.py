@@ -46,13 +46,19 @@ from smart_lab.ablations import VARIANTS
 MODEL, WINDOW, MOST_ROUNDS = "smollm2-135m", 16, 160
 STEPS, LENGTH = 60, 128  # of training the other head
 LANGUAGES = (
-    "Écris une courte histoire sur un phare, en français.", "Schreibe drei Sätze über den Regen, auf Deutsch.",
-    "Escribe un poema breve sobre el mar, en español.", "Scrivi tre frasi sulla neve, in italiano.",
-    "请用中文写一段关于茶的文字。", "雨の日について日本語で短い文章を書いてください。",
-    "اكتب فقرة قصيرة عن القمر بالعربية.", "한국어로 산에 대한 짧은 글을 써 주세요.",
-    "हिंदी में नदी पर एक छोटा अनुच्छेद लिखिए।", "Kirjoita lyhyt tarina metsästä, suomeksi.",
-    "Viết một đoạn ngắn về biển bằng tiếng Việt.", "Napisz krótką historię o kocie, po polsku.",
-)  # fmt: skip
+    "Écris une courte histoire sur un phare, en français.",
+    "Schreibe drei Sätze über den Regen, auf Deutsch.",
+    "Escribe un poema breve sobre el mar, en español.",
+    "Scrivi tre frasi sulla neve, in italiano.",
+    "请用中文写一段关于茶的文字。",
+    "雨の日について日本語で短い文章を書いてください。",
+    "اكتب فقرة قصيرة عن القمر بالعربية.",
+    "한국어로 산에 대한 짧은 글을 써 주세요.",
+    "हिंदी में नदी पर एक छोटा अनुच्छेद लिखिए।",
+    "Kirjoita lyhyt tarina metsästä, suomeksi.",
+    "Viết một đoạn ngắn về biển bằng tiếng Việt.",
+    "Napisz krótką historię o kocie, po polsku.",
+)
 Make = Callable[[LLM], LLM]
 
 
@@ -74,7 +80,10 @@ def other_head(folder: Path) -> None:
     files = load_head(source, checkpoint.config)
     torch.manual_seed(7)
     head = TrainableHead(form_of(files))
-    embedding, ids = checkpoint.weights["model.embed_tokens.weight"].float(), files.weights["draft_ids"].long()
+    embedding, ids = (
+        checkpoint.weights["model.embed_tokens.weight"].float(),
+        files.weights["draft_ids"].long(),
+    )
     place = torch.full((checkpoint.config.vocab,), -100)
     place[ids] = torch.arange(len(ids))
     output = head.lm_head.weight if head.lm_head is not None else embedding[ids]
@@ -83,7 +92,7 @@ def other_head(folder: Path) -> None:
     optimiser = torch.optim.AdamW(head.parameters(), lr=5e-4)
     for tokens in batches:
         embedded = embedding[tokens]
-        g = head.features(embedded.repeat(1, 1, len(files.taps)))
+        g = head.features(embedded.repeat(1, 1, len(files.aux_layers)))
         out = head(g[:, :-2], embedded[:, 1:-1], [])
         loss = torch.nn.functional.cross_entropy(
             (head.norm(out) @ output.T).flatten(0, 1), place[tokens[:, 2:]].flatten()
@@ -113,7 +122,10 @@ def _tokens(count: int) -> np.ndarray:
 
     tokenizer = Tokenizer.load(load_checkpoint(MODEL).tokenizer_source)
     text = [
-        token for task in ("code", "maths", "general") for t in load_task(task, 60) for token in tokenizer.encode(t)
+        token
+        for task in ("code", "maths", "general")
+        for t in load_task(task, 60)
+        for token in tokenizer.encode(t)
     ]
     return np.resize(np.array(text), count)
 
@@ -121,12 +133,18 @@ def _tokens(count: int) -> np.ndarray:
 def adversarial(llm: LLM, options: BenchOptions) -> dict[str, list[Prompt]]:
     """Random tokens, many languages, digits: drafts are bad on all of them."""
     rng = np.random.default_rng(5)
-    digits = [f"Go on with these numbers: {', '.join(map(str, rng.integers(0, 10**6, 20)))}," for _ in range(12)]
+    digits = [
+        f"Go on with these numbers: {', '.join(map(str, rng.integers(0, 10**6, 20)))},"
+        for _ in range(12)
+    ]
     chats = {"languages": list(LANGUAGES), "digits": digits}
     found = encode(llm, chats, options)
     start = sum(map(len, found.values()))
     noise = rng.integers(0, llm.target.vocab, (12, 60)).tolist()
-    found["noise"] = [Prompt(start + i, "noise", tokens, options.sampling(start + i)) for i, tokens in enumerate(noise)]
+    found["noise"] = [
+        Prompt(start + i, "noise", tokens, options.sampling(start + i))
+        for i, tokens in enumerate(noise)
+    ]
     return found
 
 
@@ -149,7 +167,9 @@ class Bench:
     def __init__(self, sizes: Sequence[int], scratch: Path) -> None:
         self.options = BenchOptions(batch_sizes=sizes, limit=40, max_tokens=96, model=MODEL)
         self.llm = load(self.options)
-        self.usual = encode(self.llm, {task: load_task(task, 40) for task in self.options.tasks}, self.options)
+        self.usual = encode(
+            self.llm, {task: load_task(task, 40) for task in self.options.tasks}, self.options
+        )
         self.bad = adversarial(self.llm, self.options)
         self._scratch = scratch
 
@@ -181,18 +201,27 @@ class Bench:
             found = measure(engines, prompts, size, time.perf_counter() + seconds, least_blocks=8)
         pairs = [(cycle["smart"], cycle["off"]) for cycle in found.cycles]
         result: dict[str, Any] = {"case": name, "batch_size": size, "blocks": len(pairs)}
-        for key, ratio in (("speedup", decode_speedup(pairs)), ("end_to_end", end_to_end_speedup(pairs))):
+        for key, ratio in (
+            ("speedup", decode_speedup(pairs)),
+            ("end_to_end", end_to_end_speedup(pairs)),
+        ):
             result |= {key: ratio.value, f"{key}_low": ratio.low, f"{key}_high": ratio.high}
         counts = [ours.counts for ours, _ in pairs]
         rounds = sum(count.rounds for count in counts)
-        result["off_share"] = sum(count.off for count in counts) / rounds if rounds else float("nan")
-        result["identical"] = all(a.tokens == b.answers[i].tokens for o, b in pairs for i, a in o.answers.items())
+        result["off_share"] = (
+            sum(count.off for count in counts) / rounds if rounds else float("nan")
+        )
+        result["identical"] = all(
+            a.tokens == b.answers[i].tokens for o, b in pairs for i, a in o.answers.items()
+        )
         if notices is not None and size == min(self.options.batch_sizes):
             engine = make(self.llm).engine
             result["rounds_until_noticed"] = notices(self._answering(engine, prompts))
         return result
 
-    def _answering(self, engine: Engine, prompts: Mapping[str, Sequence[Prompt]]) -> list[tuple[bool, float]]:
+    def _answering(
+        self, engine: Engine, prompts: Mapping[str, Sequence[Prompt]]
+    ) -> list[tuple[bool, float]]:
         """(drafted, seconds of a verification over what was predicted) of the first rounds at batch 1."""
         mixed = [prompt for of_task in zip(*prompts.values(), strict=False) for prompt in of_task]
         seen: list[tuple[bool, float]] = []
@@ -203,7 +232,9 @@ class Bench:
                 engine.step()
                 done = engine.last_round.round
                 if done.batch.size and not done.batch.prefill_rows:
-                    expected = float(cost.verify_seconds(1, done.verify_rows, float(done.batch.context[0])))
+                    expected = float(
+                        cost.verify_seconds(1, done.verify_rows, float(done.batch.context[0]))
+                    )
                     seen.append((bool(done.plan.speculate), done.verify_seconds / expected))
             if len(seen) >= MOST_ROUNDS + WINDOW:
                 break
@@ -219,7 +250,10 @@ def rests(seen: Sequence[tuple[bool, float]]) -> int | None:
 def predicts(seen: Sequence[tuple[bool, float]]) -> int | None:
     """The round from which on the median of a window is predicted to within a quarter."""
     ratio = np.array([found for _, found in seen])
-    return next((i for i in range(len(ratio) - WINDOW) if 0.8 < np.median(ratio[i : i + WINDOW]) < 1.25), None)
+    return next(
+        (i for i in range(len(ratio) - WINDOW) if 0.8 < np.median(ratio[i : i + WINDOW]) < 1.25),
+        None,
+    )
 
 
 @contextmanager
@@ -241,13 +275,24 @@ def _variant(name: str) -> Make:
     return make
 
 
-CASES = ("the shipped head", "an untrained head", "a head of another model", "adversarial prompts", "a noisy neighbour",
-         "a profile far too cheap", "a profile far too dear")  # fmt: skip
+CASES = (
+    "the shipped head",
+    "an untrained head",
+    "a head of another model",
+    "adversarial prompts",
+    "a noisy neighbour",
+    "a profile far too cheap",
+    "a profile far too dear",
+)
 
 
 def told(row: Mapping[str, Any]) -> str:
     verdict = "ok" if row["speedup"] >= 0.97 else "BELOW 0.97"
-    noticed = f", noticed after {row['rounds_until_noticed']} rounds" if "rounds_until_noticed" in row else ""
+    noticed = (
+        f", noticed after {row['rounds_until_noticed']} rounds"
+        if "rounds_until_noticed" in row
+        else ""
+    )
     return (
         f"{row['case']:26} batch {row['batch_size']:2}: {row['speedup']:.3f} ({row['speedup_low']:.3f}-"
         f"{row['speedup_high']:.3f}), end to end {row['end_to_end']:.3f}, {row['blocks']} blocks, "
@@ -260,8 +305,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=28.0, help="of each case and batch size")
     parser.add_argument("--batch-sizes", default="1,8")
     parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--time-limit", type=float, default=480.0, help="seconds; what is missing then is left out")
-    parser.add_argument("--resume", type=Path, help="keep what is measured there, and go on from it")
+    parser.add_argument(
+        "--time-limit", type=float, default=480.0, help="seconds; what is missing then is left out"
+    )
+    parser.add_argument(
+        "--resume", type=Path, help="keep what is measured there, and go on from it"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     started, sizes = time.perf_counter(), [int(word) for word in args.batch_sizes.split(",")]
@@ -279,7 +328,9 @@ def main() -> None:
                     progress.add(unit, bench.run(name, size, args.seconds))
                 rows.append(progress.units(unit)[0])
                 print(told(rows[-1]), flush=True)
-        origin = provenance("python benchmarks/robustness.py", 0, bench.llm.provenance, "as each case says")
+        origin = provenance(
+            "python benchmarks/robustness.py", 0, bench.llm.provenance, "as each case says"
+        )
     if args.json is not None:
         write_json(args.json, json.loads(json.dumps({"provenance": origin, "robustness": rows})))
 

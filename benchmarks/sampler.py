@@ -50,7 +50,13 @@ def main() -> None:
         "top_k_50": {"top_k": 50},
         "min_p_0.05": {"min_p": 0.05},
         "repetition_1.1": {"repetition_penalty": 1.1},
-        "everything": {"top_p": 0.95, "top_k": 50, "min_p": 0.02, "repetition_penalty": 1.1, "presence_penalty": 0.5},
+        "everything": {
+            "top_p": 0.95,
+            "top_k": 50,
+            "min_p": 0.02,
+            "repetition_penalty": 1.1,
+            "presence_penalty": 0.5,
+        },
     }.items():
         params = SamplingParams(**{"temperature": 0.8, **options})  # type: ignore[arg-type]
 
@@ -61,7 +67,11 @@ def main() -> None:
         results[name + "_1_row"] = median_us(one)
     for name, value in results.items():
         print(f"{name:24s} {value:8.0f} us")
-    print(json.dumps({"benchmark": "sampler", "vocab": VOCAB, **{k: round(v, 1) for k, v in results.items()}}))
+    print(
+        json.dumps(
+            {"benchmark": "sampler", "vocab": VOCAB, **{k: round(v, 1) for k, v in results.items()}}
+        )
+    )
 
 
 if __name__ == "__main__":

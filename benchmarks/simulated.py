@@ -24,17 +24,25 @@ from smart_lab.trace import Trace
 CARDS = ("l40s", "rtx-pro-6000")
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
 FIXED = "best fixed"
-LINES = {SMART: ("smart", "o"), FIXED: ("best of 15 fixed trees", "s"), PAPER: ("paper, default budget", "D"),
-         EAGLE2: ("MSD's tree, 59 nodes", "^")}  # fmt: skip
+LINES = {
+    SMART: ("smart", "o"),
+    FIXED: ("best of 15 fixed trees", "s"),
+    PAPER: ("paper, default budget", "D"),
+    EAGLE2: ("MSD's tree, 59 nodes", "^"),
+}
 PUBLISHED = {SMART: "smart", EAGLE2: "msd"}  # the paper's controller, and MSD without it
 
 
 def simulated(name: str, level: Mapping[str, Any]) -> Simulation:
     """A card's outlooks at the published method's acceptance."""
     sheet, model = card(name, eager=True), dimensions("vicuna-7b")
-    trace = Trace(synthetic(level["tokens_per_round"], context=level["context"], tree=level["tree"]), {})
+    trace = Trace(
+        synthetic(level["tokens_per_round"], context=level["context"], tree=level["tree"]), {}
+    )
     simulator = Simulator(trace, roofline(sheet, model), tree=level["tree"])
-    return Simulation(sheet.name, model.name, level["source"], [simulator.outlook(size) for size in SIZES])
+    return Simulation(
+        sheet.name, model.name, level["source"], [simulator.outlook(size) for size in SIZES]
+    )
 
 
 def cell(outlook: Outlook, policy: str, published: Mapping[str, Mapping[str, float]]) -> str:
@@ -43,7 +51,9 @@ def cell(outlook: Outlook, policy: str, published: Mapping[str, Mapping[str, flo
     return f"{value:.2f}" + (f" ({known:.2f})" if known else "")
 
 
-def picture(found: Mapping[str, Simulation], published: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def picture(
+    found: Mapping[str, Simulation], published: Mapping[str, Mapping[str, Any]], path: Path
+) -> None:
     """One panel per card: simulated lines, published figures as hollow marks."""
     from matplotlib.figure import Figure
 
@@ -51,19 +61,38 @@ def picture(found: Mapping[str, Simulation], published: Mapping[str, Mapping[str
     axes = canvas.subplots(1, len(found), sharey=True)
     for panel, (name, simulation) in zip(axes, found.items(), strict=True):
         for colour, (policy, (told, marker)) in zip(COLOURS, LINES.items(), strict=False):
-            values = [o.speedup[name_of(o.fixed) if policy == FIXED else policy] for o in simulation.outlooks]
-            panel.plot(SIZES, values, color=colour, linewidth=2.2, marker=marker, markersize=5, label=told)
+            values = [
+                o.speedup[name_of(o.fixed) if policy == FIXED else policy]
+                for o in simulation.outlooks
+            ]
+            panel.plot(
+                SIZES, values, color=colour, linewidth=2.2, marker=marker, markersize=5, label=told
+            )
             known = published[name].get(PUBLISHED.get(policy, ""), {})
             if known:
                 whose = "published: MSD with SMART" if policy == SMART else "published: MSD"
-                panel.plot([int(size) for size in known], list(known.values()), marker, color=colour, markersize=10,
-                           markerfacecolor="none", markeredgewidth=1.8, label=whose)  # fmt: skip
+                panel.plot(
+                    [int(size) for size in known],
+                    list(known.values()),
+                    marker,
+                    color=colour,
+                    markersize=10,
+                    markerfacecolor="none",
+                    markeredgewidth=1.8,
+                    label=whose,
+                )
         panel.axhline(1.0, color="black", linestyle=(0, (4, 4)), linewidth=1)
         panel.axhspan(0.4, 1.0, color="#c0392b", alpha=0.06, linewidth=0)
         crossing = simulation.crossing(EAGLE2)
         if crossing:
-            panel.annotate(f"below 1× from\nbatch {crossing:.0f}", (crossing, 1.0), xytext=(-74, -44),
-                           textcoords="offset points", arrowprops={"arrowstyle": "->"}, fontsize=9)  # fmt: skip
+            panel.annotate(
+                f"below 1× from\nbatch {crossing:.0f}",
+                (crossing, 1.0),
+                xytext=(-74, -44),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "->"},
+                fontsize=9,
+            )
         panel.set_xscale("log", base=2)
         panel.set_xticks(SIZES, [str(size) for size in SIZES])
         panel.set_ylim(0.4, 2.3)
@@ -74,7 +103,9 @@ def picture(found: Mapping[str, Simulation], published: Mapping[str, Mapping[str
     axes[0].set_ylabel("speedup over plain decoding")
     handles, names = axes[0].get_legend_handles_labels()
     canvas.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    canvas.suptitle("Simulated from data sheets, not measured: a 7B model with MSD's acceptance", fontsize=13)
+    canvas.suptitle(
+        "Simulated from data sheets, not measured: a 7B model with MSD's acceptance", fontsize=13
+    )
     canvas.savefig(path, dpi=120)
 
 
@@ -87,12 +118,17 @@ def main() -> None:
     found = {name: simulated(name, level) for name in CARDS}
     print("SIMULATED, not measured; speedups over plain decoding (published ones in brackets)")
     for name, simulation in found.items():
-        print(f"{simulation.hardware}\n  batch" + "".join(f"{told:>28}" for told, _ in LINES.values()))
+        print(
+            f"{simulation.hardware}\n  batch" + "".join(f"{told:>28}" for told, _ in LINES.values())
+        )
         for o in simulation.outlooks:
             print(
-                f"  {o.batch_size:5}" + "".join(f"{cell(o, policy, level['published'][name]):>28}" for policy in LINES)
+                f"  {o.batch_size:5}"
+                + "".join(f"{cell(o, policy, level['published'][name]):>28}" for policy in LINES)
             )
-        print(f"  MSD's tree crosses 1x at {simulation.crossing(EAGLE2)}, smart at {simulation.crossing(SMART)}")
+        print(
+            f"  MSD's tree crosses 1x at {simulation.crossing(EAGLE2)}, smart at {simulation.crossing(SMART)}"
+        )
     if args.json is not None:
         args.json.write_text(json.dumps({name: s.to_dict() for name, s in found.items()}, indent=1))
     if args.plots is not None:

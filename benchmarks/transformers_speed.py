@@ -53,19 +53,25 @@ def padded(tokenizer: Tokenizer, texts: list[str]) -> dict[str, torch.Tensor]:
     longest = max(map(len, rows))
     return {
         "input_ids": torch.tensor([[PAD] * (longest - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+        "attention_mask": torch.tensor(
+            [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        ),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--each", type=int, default=2, help="batches of prompts of every task")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--assistant")
-    parser.add_argument("--only", nargs="+", help="names of methods beside generate, such as 'SMART ngram' (all)")
+    parser.add_argument(
+        "--only", nargs="+", help="names of methods beside generate, such as 'SMART ngram' (all)"
+    )
     args = parser.parse_args()
     folder, dtype = load_checkpoint("smollm2-135m").tokenizer_source, getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -77,13 +83,33 @@ def main() -> None:
         texts = [load_task(task, args.each * batch) for task in TASKS]
         chunks = [task[at : at + batch] for task in texts for at in range(0, len(task), batch)]
         tokenizer = Tokenizer.load(folder)
-        ways = {k: v for k, v in methods(batch, assistant).items() if not args.only or k in ("generate", *args.only)}
+        ways = {
+            k: v
+            for k, v in methods(batch, assistant).items()
+            if not args.only or k in ("generate", *args.only)
+        }
         results[batch] = compare(model, ways, [padded(tokenizer, chunk) for chunk in chunks], args)
-    about = {"commit": commit(), "transformers": transformers.__version__, "torch": torch.__version__, **hardware()}
-    print(json.dumps({"dtype": args.dtype, "threads": torch.get_num_threads(), "batch": results, "about": about}))
+    about = {
+        "commit": commit(),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        **hardware(),
+    }
+    print(
+        json.dumps(
+            {
+                "dtype": args.dtype,
+                "threads": torch.get_num_threads(),
+                "batch": results,
+                "about": about,
+            }
+        )
+    )
 
 
-def compare(model: Any, ways: dict[str, dict[str, Any]], prompts: list[Any], args: Any) -> dict[str, Any]:
+def compare(
+    model: Any, ways: dict[str, dict[str, Any]], prompts: list[Any], args: Any
+) -> dict[str, Any]:
     """Name -> speedup over `generate` [median, lowest, highest], tokens/s, and what differed."""
     given = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": PAD}
     batch = len(prompts[0]["input_ids"])
@@ -108,15 +134,22 @@ def compare(model: Any, ways: dict[str, dict[str, Any]], prompts: list[Any], arg
                     accepted[name] = accepted.get(name, 0) + report.accepted
             for name, answer in answers.items():
                 unlike[name] += not torch.equal(answer, answers["generate"])
-    print(f"\nbatch {batch}, {args.dtype}, {len(prompts)} x {args.repetitions} answers of up to {args.tokens} tokens")
+    print(
+        f"\nbatch {batch}, {args.dtype}, {len(prompts)} x {args.repetitions} answers of up to {args.tokens} tokens"
+    )
     found = {}
     for name in ways:
         ratio = seconds["generate"] / seconds[name]
         rate = tokens[name] / seconds[name].sum()
-        low, median, high = (round(float(x), 3) for x in (ratio.min(), np.median(ratio), ratio.max()))
-        found[name] = {"speedup": [median, low, high], "tokens_per_second": round(float(rate), 1),
-                       "accepted_share": round(accepted.get(name, 0) / tokens[name], 3),
-                       "answers_unlike_generate": unlike[name]}  # fmt: skip
+        low, median, high = (
+            round(float(x), 3) for x in (ratio.min(), np.median(ratio), ratio.max())
+        )
+        found[name] = {
+            "speedup": [median, low, high],
+            "tokens_per_second": round(float(rate), 1),
+            "accepted_share": round(accepted.get(name, 0) / tokens[name], 3),
+            "answers_unlike_generate": unlike[name],
+        }
         print(
             f"{name:28} {median:6.2f} x  ({low:.2f} - {high:.2f})  {rate:7.1f} tokens/s   {unlike[name]} answers differ"
         )

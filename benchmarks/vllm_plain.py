@@ -17,18 +17,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def main() -> None:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(sys.argv[1], dtype="bfloat16", max_model_len=1024, enable_prefix_caching=False, max_num_seqs=32)
+    llm = LLM(
+        sys.argv[1],
+        dtype="bfloat16",
+        max_model_len=1024,
+        enable_prefix_caching=False,
+        max_num_seqs=32,
+    )
     params = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)
     for batch in [int(x) for x in sys.argv[2:]] or [1, 4, 8]:
         messages = [
-            [{"role": "user", "content": f"Write a story about a dragon and {i} knights."}] for i in range(batch)
+            [{"role": "user", "content": f"Write a story about a dragon and {i} knights."}]
+            for i in range(batch)
         ]
         rates = []
         for _ in range(6):
             start = time.perf_counter()
             llm.chat(messages, params, use_tqdm=False)
             rates.append(128 * batch / (time.perf_counter() - start))
-        print(f"batch {batch}: {max(rates[1:]):.1f} best, {statistics.median(rates[1:]):.1f} median tok/s", flush=True)
+        print(
+            f"batch {batch}: {max(rates[1:]):.1f} best, {statistics.median(rates[1:]):.1f} median tok/s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

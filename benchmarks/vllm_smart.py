@@ -44,7 +44,10 @@ def main() -> None:
     start = time.perf_counter()
     args = arguments()
     if args.ranks > 1:
-        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(args.ranks))), "OMP_NUM_THREADS": "1"}
+        os.environ |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(args.ranks))),
+            "OMP_NUM_THREADS": "1",
+        }
     context = multiprocessing.get_context("spawn")
     engines = {arm: Arm(context, args, arm) for arm in ARMS}
     batches = [int(b) for b in args.batches.split(",")]
@@ -69,12 +72,18 @@ def main() -> None:
             for arm in ARMS:
                 rates[batch][arm].append(found[arm].rate)
             done[batch].update(found["smart"].counters)
-            same[batch] += sum(a == b for a, b in zip(found["plain"].tokens, found["smart"].tokens, strict=True))
+            same[batch] += sum(
+                a == b for a, b in zip(found["plain"].tokens, found["smart"].tokens, strict=True)
+            )
             answers[batch] += len(chosen)
         results = table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done)
         if args.json:  # after every cycle: a run that is cut leaves what it has
             with open(args.json, "w", encoding="utf-8") as file:
-                json.dump({"arguments": vars(args), "results": results, "tokens_per_second": rates}, file, indent=1)
+                json.dump(
+                    {"arguments": vars(args), "results": results, "tokens_per_second": rates},
+                    file,
+                    indent=1,
+                )
     for arm in engines.values():
         arm.close()
 
@@ -88,7 +97,9 @@ class Answers:
     counters: dict[str, float]
 
 
-def block(engines: dict[str, Arm], order: list[str], prompts: list[str], batch: int) -> dict[str, Answers]:
+def block(
+    engines: dict[str, Arm], order: list[str], prompts: list[str], batch: int
+) -> dict[str, Answers]:
     """All engines answer these prompts, a turn of each after the other."""
     found: dict[str, Answers] = {}
     for arm in order:
@@ -119,14 +130,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--method", default="ngram")
     parser.add_argument("--draft", help="folder of the draft model")
-    parser.add_argument("--tokens", type=int, default=4, help="num_speculative_tokens of both speculating engines")
-    parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks of every engine")
+    parser.add_argument(
+        "--tokens", type=int, default=4, help="num_speculative_tokens of both speculating engines"
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="tensor-parallel ranks of every engine"
+    )
     parser.add_argument("--batches", default="1,2,4,8,16")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile: starts sooner, runs slower")
+    parser.add_argument(
+        "--eager", action="store_true", help="without torch.compile: starts sooner, runs slower"
+    )
     parser.add_argument("--seconds", type=float, default=200.0, help="time for the measured blocks")
-    parser.add_argument("--wait", action="store_true", help="wait for a line on stdin when all are loaded")
+    parser.add_argument(
+        "--wait", action="store_true", help="wait for a line on stdin when all are loaded"
+    )
     parser.add_argument("--json")
     return parser.parse_args()
 
@@ -136,7 +155,9 @@ class Arm:
 
     def __init__(self, context: Any, args: argparse.Namespace, arm: str) -> None:
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, args, arm), daemon=args.ranks == 1)
+        self._process = context.Process(
+            target=serve, args=(theirs, args, arm), daemon=args.ranks == 1
+        )
         self._process.start()
         theirs.close()  # so that it sees our end
 
@@ -165,11 +186,22 @@ def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
         speculative = {"method": args.method, "num_speculative_tokens": args.tokens}
         ngram = {"prompt_lookup_max": 3, "prompt_lookup_min": 2}
         speculative |= ngram if args.method == "ngram" else {"model": args.draft}
-    more = {"scheduler_cls": "smart_decoding.integrations.vllm.SmartScheduler"} if arm == "smart" else {}
+    more = (
+        {"scheduler_cls": "smart_decoding.integrations.vllm.SmartScheduler"}
+        if arm == "smart"
+        else {}
+    )
     llm = LLM(
-        args.model, dtype=args.dtype, max_model_len=1024, enable_prefix_caching=False, max_num_seqs=32,
-        speculative_config=speculative, enforce_eager=args.eager, tensor_parallel_size=args.ranks, **more,
-    )  # fmt: skip
+        args.model,
+        dtype=args.dtype,
+        max_model_len=1024,
+        enable_prefix_caching=False,
+        max_num_seqs=32,
+        speculative_config=speculative,
+        enforce_eager=args.eager,
+        tensor_parallel_size=args.ranks,
+        **more,
+    )
     controller = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "controller", None)
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
     signal_ranks(signal.SIGSTOP)
@@ -199,7 +231,9 @@ def signal_ranks(number: int) -> None:
             os.kill(process.pid, number)
 
 
-def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> Generator[None, None, tuple[float, Any]]:
+def stream(
+    llm: Any, prompts: list[str], batch: int, params: Any
+) -> Generator[None, None, tuple[float, Any]]:
     """Yields after each turn; returns (tokens per second while `batch` requests are running, the tokens of all)."""
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
     waiting = list(enumerate(prompts))[::-1]
@@ -209,7 +243,9 @@ def stream(llm: Any, prompts: list[str], batch: int, params: Any) -> Generator[N
     def add() -> None:
         id_, prompt = waiting.pop()
         message = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
         mine = params.clone()
         mine.max_tokens = round(params.max_tokens * lengths.uniform(0.5, 1.5))
         engine.add_request(str(id_), {"prompt_token_ids": list(ids)}, mine)
@@ -237,18 +273,28 @@ def counted(controller: Any) -> dict[str, float]:
         return {}
     counters = dict(vars(controller.policy.counters))
     lengths = counters.pop("lengths")
-    return counters | {f"length_{k}": lengths.get(k, 0) for k in controller.policy.lengths if controller.policy.model}
+    return counters | {
+        f"length_{k}": lengths.get(k, 0)
+        for k in controller.policy.lengths
+        if controller.policy.model
+    }
 
 
 def interval(ours: list[float], base: list[float]) -> Any:
     """Ratio of total times for equal tokens, with its bootstrap 95 % interval over blocks."""
     found = paired_ratio([Pair(a, b) for a, b in zip(ours, base, strict=True)])
-    return plain([round(x, 3) for x in (found.value, found.low, found.high)])  # no bounds of a single block: None
+    return plain(
+        [round(x, 3) for x in (found.value, found.low, found.high)]
+    )  # no bounds of a single block: None
 
 
 def load_prompts() -> list[str]:
     """The requests to a general assistant of this package."""
-    lines = (resources.files("smart_decoding.bench") / "prompts_general.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (resources.files("smart_decoding.bench") / "prompts_general.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     return [json.loads(line)["prompt"] for line in lines if line.strip()]
 
 

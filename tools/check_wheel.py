@@ -45,7 +45,10 @@ def other_pythons() -> list[str]:
     found = {}
     for minor in range(11, 15):
         python = shutil.which(f"python3.{minor}")
-        works = python and subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0
+        works = (
+            python
+            and subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0
+        )
         if works and minor != sys.version_info.minor:
             found[minor] = python
     return list(found.values())
@@ -54,14 +57,25 @@ def other_pythons() -> list[str]:
 def environment(python: str, folder: Path, arguments: list[str]) -> Path:
     """A new environment with what pip is told to install; returns its Python."""
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+    pip = [
+        str(folder / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "-q",
+    ]
     subprocess.run([*pip, *arguments], check=True)
     return folder / "bin" / "python"
 
 
 def run(python: Path, program: str) -> None:
     """Runs it away from the clone, with nothing on the path."""
-    bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX", "SMART_ISA")}
+    bare = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "CXX", "SMART_ISA")
+    }
     with tempfile.TemporaryDirectory() as empty:
         command = [str(python), "-c", program]
         subprocess.run(command, check=True, cwd=empty, env={**bare, "PATH": empty})

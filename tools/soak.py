@@ -32,18 +32,39 @@ from typing import Any
 import httpx
 import numpy as np
 
-WORDS = ("the", "sea", "carries", "ships", "and", "wind", "stories", "of", "cities", "rivers", "numbers", "people",
-         "count")  # fmt: skip
+WORDS = (
+    "the",
+    "sea",
+    "carries",
+    "ships",
+    "and",
+    "wind",
+    "stories",
+    "of",
+    "cities",
+    "rivers",
+    "numbers",
+    "people",
+    "count",
+)
 FORMS: list[dict[str, Any]] = [
     {"regex": r"[a-z]{3,9}( [a-z]{3,9}){5,20}\."},
-    {"json": {"type": "object", "properties": {"name": {"type": "string", "maxLength": 30}, "age": {"type": "integer"}},
-              "required": ["name", "age"], "additionalProperties": False}},
-]  # fmt: skip
+    {
+        "json": {
+            "type": "object",
+            "properties": {"name": {"type": "string", "maxLength": 30}, "age": {"type": "integer"}},
+            "required": ["name", "age"],
+            "additionalProperties": False,
+        }
+    },
+]
 HANGS = 300.0  # seconds without a byte
 SLOW = 0.1  # seconds that a slow reader sleeps after each piece
 DIFFERS = "differs from alone"
 GROWTH = 1.1  # times the memory after the first fifth of the run
-SETTLED = 100  # looks at the memory after that fifth; a run with fewer (250 s of load) does not judge it
+SETTLED = (
+    100  # looks at the memory after that fifth; a run with fewer (250 s of load) does not judge it
+)
 BLOCK = 30.0  # seconds of load on one server, then on the other: the machine's speed changes within minutes
 
 
@@ -75,7 +96,10 @@ class Figures:
     answers: list[tuple[Plan, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
-    busy: tuple[float, float] = (0.0, 0.0)  # processor seconds of the server's process, and seconds of the blocks
+    busy: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # processor seconds of the server's process, and seconds of the blocks
     late: int = 0  # requests that began after their time: their client still had the one before
     tokens: int = 0
 
@@ -84,23 +108,39 @@ def plans(args: argparse.Namespace, client: str) -> list[Plan]:
     """One client's requests in one block: a function of the seed, the same for every server."""
     rng, at, found = random.Random(f"{args.seed}-{client}"), 0.0, []
     while (at := at + rng.expovariate(1 / args.pause)) < args.seconds / args.blocks:
-        prompt = " ".join(rng.choices(WORDS, k=round(3 * 50 ** rng.random())))  # no gap where a median would lie
+        prompt = " ".join(
+            rng.choices(WORDS, k=round(3 * 50 ** rng.random()))
+        )  # no gap where a median would lie
         body = {
-            "model": "soak", "prompt": prompt, "max_tokens": rng.choice([8, 32, 96, 200]),
-            "stream": True, "stream_options": {"include_usage": True},
-            "temperature": rng.choice([0.0, 0.7, 1.0]), "seed": rng.randrange(2**31),
-        }  # fmt: skip
+            "model": "soak",
+            "prompt": prompt,
+            "max_tokens": rng.choice([8, 32, 96, 200]),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": rng.choice([0.0, 0.7, 1.0]),
+            "seed": rng.randrange(2**31),
+        }
         if rng.random() < 0.1:
             body["structured_outputs"] = rng.choice(FORMS)
         kind = rng.choices(["read", "cancel", "slow"], [0.75, 0.15, 0.1])[0]
-        found.append(Plan(at, body, kind, rng.randrange(1, 20), kind != "cancel" and rng.random() < args.checked))
+        found.append(
+            Plan(
+                at,
+                body,
+                kind,
+                rng.randrange(1, 20),
+                kind != "cancel" and rng.random() < args.checked,
+            )
+        )
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------- clients
 
 
-async def pieces(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[tuple[str, int], None]:
+async def pieces(
+    client: httpx.AsyncClient, body: dict[str, Any]
+) -> AsyncGenerator[tuple[str, int], None]:
     """(text, tokens so far or 0) of a streamed answer. Raises RuntimeError with the status if it fails."""
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
@@ -111,7 +151,10 @@ async def pieces(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenera
                 if "error" in event:
                     raise RuntimeError(f"in the stream: {event['error']['message']}")
                 usage = event["usage"]
-                yield "".join(c["text"] for c in event["choices"]), usage["completion_tokens"] if usage else 0
+                yield (
+                    "".join(c["text"] for c in event["choices"]),
+                    usage["completion_tokens"] if usage else 0,
+                )
 
 
 async def ask(client: httpx.AsyncClient, plan: Plan, name: str, figures: Figures) -> None:
@@ -119,7 +162,12 @@ async def ask(client: httpx.AsyncClient, plan: Plan, name: str, figures: Figures
     try:
         async with contextlib.aclosing(pieces(client, plan.body)) as stream:
             async for piece, total in stream:
-                first, text, count, tokens = first or time.monotonic(), text + piece, count + 1, total
+                first, text, count, tokens = (
+                    first or time.monotonic(),
+                    text + piece,
+                    count + 1,
+                    total,
+                )
                 if plan.kind == "cancel" and count >= plan.patience:
                     figures.ends["cancelled"] += 1
                     return
@@ -139,7 +187,9 @@ async def ask(client: httpx.AsyncClient, plan: Plan, name: str, figures: Figures
         figures.answers.append((plan, text))
 
 
-async def one_client(client: httpx.AsyncClient, name: str, mine: Sequence[Plan], figures: Figures) -> None:
+async def one_client(
+    client: httpx.AsyncClient, name: str, mine: Sequence[Plan], figures: Figures
+) -> None:
     start = time.monotonic()
     for i, plan in enumerate(mine):
         wait = start + plan.at - time.monotonic()
@@ -155,7 +205,9 @@ async def play(url: str, args: argparse.Namespace, block: int, figures: Figures,
         started, used = time.monotonic(), processor_seconds(pid)
         watch = asyncio.create_task(watch_memory(pid, figures))
         names = [f"{block}-{i}" for i in range(args.clients)]
-        await asyncio.gather(*(one_client(client, name, plans(args, name), figures) for name in names))
+        await asyncio.gather(
+            *(one_client(client, name, plans(args, name), figures) for name in names)
+        )
         watch.cancel()
         busy, whole = figures.busy
         figures.busy = busy + processor_seconds(pid) - used, whole + time.monotonic() - started
@@ -196,7 +248,10 @@ def check_leaks(url: str, figures: Figures) -> dict[str, float]:
     Nor may memory have grown; before some minutes are over it does, since KV pages are touched for the first time."""
     time.sleep(0.5)
     text = httpx.get(f"{url}/metrics").text
-    values = {name: float(value) for name, value in re.findall(r"^smart:(\w+){[^}]*} (\S+)$", text, re.MULTILINE)}
+    values = {
+        name: float(value)
+        for name, value in re.findall(r"^smart:(\w+){[^}]*} (\S+)$", text, re.MULTILINE)
+    }
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         if values[name]:
             figures.wrong.append(f"leak: {name} is {values[name]:g}")
@@ -211,23 +266,37 @@ def check_leaks(url: str, figures: Figures) -> dict[str, float]:
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """Milliseconds."""
-    return {f"p{q}": round(1000 * float(np.percentile(values, q)), 2) for q in (50, 95, 99)} if len(values) else {}
+    return (
+        {f"p{q}": round(1000 * float(np.percentile(values, q)), 2) for q in (50, 95, 99)}
+        if len(values)
+        else {}
+    )
 
 
 def summary(figures: Figures, counted: dict[str, float]) -> dict[str, Any]:
     times, rounds = figures.times.values(), counted["rounds_total"]
     return {
-        "ends": dict(figures.ends), "late": figures.late, "checked": len(figures.answers), "wrong": figures.wrong,
-        "tokens": figures.tokens, "ttft_ms": quantiles([t.ttft for t in times]),
+        "ends": dict(figures.ends),
+        "late": figures.late,
+        "checked": len(figures.answers),
+        "wrong": figures.wrong,
+        "tokens": figures.tokens,
+        "ttft_ms": quantiles([t.ttft for t in times]),
         "tpot_ms": quantiles([t.tpot for t in times if t.tpot is not None]),
         "memory_judged": len(figures.memory) - len(figures.memory) // 5 >= SETTLED,
-        "memory_mib": [m // 1024 for m in (figures.memory[len(figures.memory) // 5], figures.memory[-1])],
+        "memory_mib": [
+            m // 1024 for m in (figures.memory[len(figures.memory) // 5], figures.memory[-1])
+        ],
         "rounds_off": round(1 - counted["drafting_rounds_total"] / rounds, 4) if rounds else None,
-        "tokens_per_round": round(counted["generation_tokens_total"] / rounds, 3) if rounds else None,
+        "tokens_per_round": round(counted["generation_tokens_total"] / rounds, 3)
+        if rounds
+        else None,
         "round_ms": round(1000 * counted["round_seconds_total"] / rounds, 2) if rounds else None,
-        "controller_share": round(counted["controller_seconds_total"] / (counted["round_seconds_total"] or 1), 4),
+        "controller_share": round(
+            counted["controller_seconds_total"] / (counted["round_seconds_total"] or 1), 4
+        ),
         "cores_busy": round(figures.busy[0] / figures.busy[1], 3) if figures.busy[1] else None,
-    }  # fmt: skip
+    }
 
 
 def ratio(ours: dict[str, Times], base: dict[str, Times], name: str) -> dict[str, Any]:
@@ -245,16 +314,27 @@ def ratio(ours: dict[str, Times], base: dict[str, Times], name: str) -> dict[str
         return {"value": None, "low": None, "high": None, "pairs": len(every)}
     units = groups if len(groups) >= 5 else list(every[:, None])
     rng = np.random.default_rng(0)
-    drawn = [np.concatenate([units[i] for i in rng.integers(0, len(units), len(units))]) for _ in range(2000)]
+    drawn = [
+        np.concatenate([units[i] for i in rng.integers(0, len(units), len(units))])
+        for _ in range(2000)
+    ]
     ratios = [a / b for a, b in (np.median(each, axis=0) for each in (every, *drawn))]
     low, high = np.percentile(ratios[1:], [2.5, 97.5])
-    return {"value": round(float(ratios[0]), 4), "low": round(float(low), 4), "high": round(float(high), 4),
-            "pairs": len(every)}  # fmt: skip
+    return {
+        "value": round(float(ratios[0]), 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
+        "pairs": len(every),
+    }
 
 
 def faults(result: dict[str, Any]) -> list[str]:
     """What is wrong. A median is worse where its whole interval is; one that cannot be had is wrong as well."""
-    found = [f"{policy}: {wrong}" for policy, each in result["policies"].items() for wrong in each["wrong"]]
+    found = [
+        f"{policy}: {wrong}"
+        for policy, each in result["policies"].items()
+        for wrong in each["wrong"]
+    ]
     for policy, ratios in result["over_off"].items():
         for name, r in ratios.items():
             if r["value"] is None:
@@ -268,27 +348,42 @@ def faults(result: dict[str, Any]) -> list[str]:
 
 def table(result: dict[str, Any]) -> str:
     """As it stands in docs/reliability.md."""
-    heads = ("", "ended, left early", "checked, different", "time to first token, ms: p50 / p95 / p99",
-             "time per token, ms: p50 / p95 / p99", "memory, MiB, after a fifth / at the end")  # fmt: skip
+    heads = (
+        "",
+        "ended, left early",
+        "checked, different",
+        "time to first token, ms: p50 / p95 / p99",
+        "time per token, ms: p50 / p95 / p99",
+        "memory, MiB, after a fifth / at the end",
+    )
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for policy, found in result["policies"].items():
         different = sum(wrong.startswith(DIFFERS) for wrong in found["wrong"])
-        times = [" / ".join(f"{ms:.4g}" for ms in found[name].values()) for name in ("ttft_ms", "tpot_ms")]
+        times = [
+            " / ".join(f"{ms:.4g}" for ms in found[name].values())
+            for name in ("ttft_ms", "tpot_ms")
+        ]
         memory = " / ".join(map(str, found["memory_mib"]))
-        lines.append(f"| `{policy}` | {found['ends'].get('read', 0)}, {found['ends'].get('cancelled', 0)} | "
-                     f"{found['checked']}, {different} | {times[0]} | {times[1]} | {memory} |")  # fmt: skip
+        lines.append(
+            f"| `{policy}` | {found['ends'].get('read', 0)}, {found['ends'].get('cancelled', 0)} | "
+            f"{found['checked']}, {different} | {times[0]} | {times[1]} | {memory} |"
+        )
     return "\n".join(lines)
 
 
 def show(result: dict[str, Any]) -> None:
     print(table(result), end="\n\n")
     for policy, found in result["policies"].items():
-        print(f"{policy}: ends {found['ends']}, {found['late']} began late; {found['tokens_per_round']} tokens and "
-              f"{found['round_ms']} ms a round, {found['rounds_off']} of the rounds without drafts, controller "
-              f"{found['controller_share']}, {found['cores_busy']} cores busy")  # fmt: skip
+        print(
+            f"{policy}: ends {found['ends']}, {found['late']} began late; {found['tokens_per_round']} tokens and "
+            f"{found['round_ms']} ms a round, {found['rounds_off']} of the rounds without drafts, controller "
+            f"{found['controller_share']}, {found['cores_busy']} cores busy"
+        )
     for policy, ratios in result["over_off"].items():
         for name, r in ratios.items():
-            print(f"{policy} / off, median {name}: {r['value']} ({r['low']} to {r['high']}, {r['pairs']} pairs)")
+            print(
+                f"{policy} / off, median {name}: {r['value']} ({r['low']} to {r['high']}, {r['pairs']} pairs)"
+            )
     print(verdict(result))
 
 
@@ -297,10 +392,16 @@ def verdict(result: dict[str, Any]) -> str:
     if result["faults"]:
         return "\n".join(["FAIL", *result["faults"]])
     every = result["policies"].values()
-    memory = "memory did not grow" if all(p["memory_judged"] for p in every) else "memory not judged (run too short)"
-    return (f"PASS: no request failed, was refused or hung; no slot or page leaked; {memory}; all "
-            f"{sum(p['checked'] for p in every)} answers asked again were the same; no median is significantly worse "
-            "with speculation")  # fmt: skip
+    memory = (
+        "memory did not grow"
+        if all(p["memory_judged"] for p in every)
+        else "memory not judged (run too short)"
+    )
+    return (
+        f"PASS: no request failed, was refused or hung; no slot or page leaked; {memory}; all "
+        f"{sum(p['checked'] for p in every)} answers asked again were the same; no median is significantly worse "
+        "with speculation"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- servers
@@ -313,9 +414,22 @@ def server(args: argparse.Namespace, policy: str) -> Iterator[tuple[str, int]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    options = ["--served-model-name", "soak", "--dtype", args.dtype, "--port", str(port), "--policy", policy,
-               "--log-level", "warning", *args.option]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "smart_decoding.cli.main", "serve", args.model, *options])
+    options = [
+        "--served-model-name",
+        "soak",
+        "--dtype",
+        args.dtype,
+        "--port",
+        str(port),
+        "--policy",
+        policy,
+        "--log-level",
+        "warning",
+        *args.option,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "smart_decoding.cli.main", "serve", args.model, *options]
+    )
     try:
         for _ in range(600):
             with contextlib.suppress(httpx.HTTPError):
@@ -342,29 +456,51 @@ def soak(args: argparse.Namespace, servers: dict[str, tuple[str, int]]) -> dict[
     asyncio.run(check_answers(servers["off"][0], *figures.values()))
     counted = {policy: check_leaks(url, figures[policy]) for policy, (url, _) in servers.items()}
     over_off = {
-        policy: {name: ratio(figures[policy].times, figures["off"].times, name) for name in ("ttft", "tpot")}
-        for policy in servers if policy != "off"
-    }  # fmt: skip
+        policy: {
+            name: ratio(figures[policy].times, figures["off"].times, name)
+            for name in ("ttft", "tpot")
+        }
+        for policy in servers
+        if policy != "off"
+    }
     policies = {policy: summary(figures[policy], counted[policy]) for policy in servers}
     result = {"policies": policies, "over_off": over_off}
     return result | {"faults": faults(result)}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument(
-        "--dtype", default="fp32", help="fp32, where answers must be the same everywhere, or bf16 (fp32)"
+        "--dtype",
+        default="fp32",
+        help="fp32, where answers must be the same everywhere, or bf16 (fp32)",
     )
-    parser.add_argument("--policy", default="smart", help="what runs beside speculation off (smart)")
-    parser.add_argument("--seconds", type=float, default=600, help="of load on each of the two servers (600)")
-    parser.add_argument("--blocks", type=int, default=0, help=f"parts of that, in turn (one every {BLOCK:g} s)")
+    parser.add_argument(
+        "--policy", default="smart", help="what runs beside speculation off (smart)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="of load on each of the two servers (600)"
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=0, help=f"parts of that, in turn (one every {BLOCK:g} s)"
+    )
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--pause", type=float, default=20.0, help="mean seconds between a client's requests (20)")
+    parser.add_argument(
+        "--pause", type=float, default=20.0, help="mean seconds between a client's requests (20)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checked", type=float, default=0.05, help="share of the answers to ask for again (0.05)")
-    parser.add_argument("--json", type=Path, default=Path("build/soak.json"), help="the result (build/soak.json)")
-    parser.add_argument("--option", action="append", default=[], help="passed on to smart serve; may be repeated")
+    parser.add_argument(
+        "--checked", type=float, default=0.05, help="share of the answers to ask for again (0.05)"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("build/soak.json"), help="the result (build/soak.json)"
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], help="passed on to smart serve; may be repeated"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers end with it
     args.blocks = args.blocks or max(1, round(args.seconds / BLOCK))
@@ -373,8 +509,15 @@ def main() -> int:
     from smart_decoding.bench.provenance import provenance, write_json
 
     command = "python tools/soak.py " + " ".join(sys.argv[1:])
-    result |= {"clients": args.clients, "seconds": args.seconds, "blocks": args.blocks, "pause": args.pause}
-    result |= {"provenance": provenance(command, args.seed, {"model": args.model}, "the model's own")}
+    result |= {
+        "clients": args.clients,
+        "seconds": args.seconds,
+        "blocks": args.blocks,
+        "pause": args.pause,
+    }
+    result |= {
+        "provenance": provenance(command, args.seed, {"model": args.model}, "the model's own")
+    }
     args.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.json, result)
     show(result)

@@ -13,8 +13,14 @@ LAB = Program(
         "bench": ("smart bench, with what needs the laboratory", "smart_lab.bench_command"),
         "report": ("smart report, with what the laboratory measured", "smart_lab.report_command"),
         "results": ("write the pages of benchmarks/results", "smart_lab.results_command"),
-        "simulate": ("what speculation would bring on other hardware", "smart_lab.simulate_command"),
-        "divergence": ("how often bf16 output differs under speculation, and why", "smart_lab.divergence"),
+        "simulate": (
+            "what speculation would bring on other hardware",
+            "smart_lab.simulate_command",
+        ),
+        "divergence": (
+            "how often bf16 output differs under speculation, and why",
+            "smart_lab.divergence",
+        ),
     },
 )
 

@@ -15,7 +15,14 @@ from smart_decoding.core.calibration import BIN_PROBS, MAX_PROB, Calibration, de
 from smart_decoding.core.choice import best_size, ranked
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.policies.common import best_per_owner, depth_limits, expandable, useful
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Quiet, Round
+from smart_decoding.core.policies.protocol import (
+    OFF,
+    BatchState,
+    DraftPlan,
+    Policy,
+    Round,
+    StatelessPolicy,
+)
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
 from smart_lab.recording import Recording
@@ -25,11 +32,14 @@ from smart_lab.trace import Trace
 FLAT_CONTEXT = 128.0
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # that keep their own curve
 CERTAIN = 1e6  # observations behind a curve that is not to move
-CHEAP, DEAR = (0.2, 0.25), (5.0, 4.0)  # wrong profiles: rows and levels, as multiples of what they take
+CHEAP, DEAR = (
+    (0.2, 0.25),
+    (5.0, 4.0),
+)  # wrong profiles: rows and levels, as multiples of what they take
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per request that a foreseeing policy considers
 
 
-class Variant(Quiet):
+class Variant(StatelessPolicy):
     """`smart`, followed in every decision. Keeps account of what drafting has cost so far in the round."""
 
     name = "smart"
@@ -44,10 +54,14 @@ class Variant(Quiet):
         if plan.speculate:
             self._sunk = self.inner.cost.overhead_seconds + self._first(batch)
         if type(self).frontier is not Variant.frontier or type(self)._expand is not Variant._expand:
-            return replace(plan, growth=None)  # a drafter that grows whole trees in one call would not ask us
+            return replace(
+                plan, growth=None
+            )  # a drafter that grows whole trees in one call would not ask us
         return plan
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         nodes = self.inner.frontier(plan, batch, trees, level)
         if nodes is not None:
             nodes = self._expand(plan, batch, trees, level, nodes)
@@ -60,7 +74,9 @@ class Variant(Quiet):
     def observe(self, round: Round) -> None:
         self.inner.observe(round)
 
-    def _expand(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray) -> IntArray:
+    def _expand(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray
+    ) -> IntArray:
         """What to expand instead of `nodes`."""
         return nodes
 
@@ -73,7 +89,9 @@ class Variant(Quiet):
 
     def _seconds(self, batch: BatchState, nodes: int) -> FloatArray:
         """Of the round so far and a verification of 0, 1, ... nodes."""
-        return self._sunk + self.inner.cost.verify_curve(batch.size, batch.size, nodes + 1, _context(batch))
+        return self._sunk + self.inner.cost.verify_curve(
+            batch.size, batch.size, nodes + 1, _context(batch)
+        )
 
     def _candidates(self, batch: BatchState, trees: DraftTrees) -> IntArray:
         """Nodes that may be verified, by falling accept_prob (which `smart` has set)."""
@@ -85,7 +103,9 @@ class Variant(Quiet):
 class EvenBudget(Variant):
     """Every request expands and verifies as many nodes as every other one."""
 
-    def _expand(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray) -> IntArray:
+    def _expand(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray
+    ) -> IntArray:
         able = expandable(trees, level, depth_limits(batch), self.inner.eos)
         each = max(1, round(len(nodes) / batch.size))
         return best_per_owner(trees, able, trees.accept_prob[able], each)
@@ -96,9 +116,13 @@ class EvenBudget(Variant):
         if not plan.speculate or not len(nodes):
             return np.zeros(0, np.int64)
         most = int(np.bincount(trees.owner[nodes]).max())
-        choices = [best_per_owner(trees, nodes, trees.accept_prob[nodes], each) for each in range(most + 1)]
+        choices = [
+            best_per_owner(trees, nodes, trees.accept_prob[nodes], each) for each in range(most + 1)
+        ]
         seconds = self._seconds(batch, len(nodes))
-        values = [(batch.size + trees.accept_prob[kept].sum()) / seconds[len(kept)] for kept in choices]
+        values = [
+            (batch.size + trees.accept_prob[kept].sum()) / seconds[len(kept)] for kept in choices
+        ]
         return choices[int(np.argmax(values))]
 
 
@@ -127,7 +151,9 @@ class AllLevels(Variant):
         super().__init__(inner)
         self.levels = levels
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         asked = super().frontier(plan, batch, trees, level) if level < self.levels else None
         if asked is not None or level >= min(self.levels, plan.levels):
             return asked
@@ -141,7 +167,10 @@ class AllLevels(Variant):
         self.inner.select(plan, batch, trees)
         nodes = self._candidates(batch, trees)
         size, _ = best_size(
-            trees.accept_prob[nodes], batch.size, self._sunk, self._seconds(batch, len(nodes)) - self._sunk
+            trees.accept_prob[nodes],
+            batch.size,
+            self._sunk,
+            self._seconds(batch, len(nodes)) - self._sunk,
         )
         return np.sort(nodes[:size]) if plan.speculate else np.zeros(0, np.int64)
 
@@ -155,10 +184,14 @@ class LookBack(AllLevels):
 
     def plan(self, batch: BatchState) -> DraftPlan:
         plan = super().plan(batch)
-        self._best = batch.size / float(self.inner.cost.verify_seconds(batch.size, batch.size, _context(batch)))
+        self._best = batch.size / float(
+            self.inner.cost.verify_seconds(batch.size, batch.size, _context(batch))
+        )
         return plan
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         self.inner.calibration.score(trees, batch.temperature <= 0)
         nodes = self._candidates(batch, trees)
         seconds = self._seconds(batch, len(nodes))
@@ -200,14 +233,23 @@ class Foreseeing(FrozenCosts):
         best, self._steps = batch.size / float(self._seconds_of(batch, 0.0, 0)[0]), []
         levels, inner = 0, self.inner
         for wide in WIDTHS:
-            trees, source, steps = DraftTrees.empty(batch.size), Source(self._walk.recording, self._walk.position), []
+            trees, source, steps = (
+                DraftTrees.empty(batch.size),
+                Source(self._walk.recording, self._walk.position),
+                [],
+            )
             sunk = inner.cost.overhead_seconds + self._first(batch)
             source.expand(trees, np.full(batch.size, ROOT), inner.children, np.arange(batch.size))
-            for level in range(1, min(inner.max_levels, int(depth_limits(batch).max(initial=0))) + 1):
+            for level in range(
+                1, min(inner.max_levels, int(depth_limits(batch).max(initial=0))) + 1
+            ):
                 inner.calibration.score(trees, batch.temperature <= 0)
                 nodes = self._candidates(batch, trees)
                 _, value = best_size(
-                    trees.accept_prob[nodes], batch.size, 0.0, self._seconds_of(batch, sunk, len(nodes))
+                    trees.accept_prob[nodes],
+                    batch.size,
+                    0.0,
+                    self._seconds_of(batch, sunk, len(nodes)),
                 )
                 if value > best:
                     best, levels, self._steps = value, level, list(steps)
@@ -219,7 +261,9 @@ class Foreseeing(FrozenCosts):
                 source.expand(trees, steps[-1], inner.children)
         return DraftPlan(True, levels, inner.children) if levels else OFF
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         return self._steps[level - 1] if level <= len(self._steps) else None
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
@@ -228,7 +272,9 @@ class Foreseeing(FrozenCosts):
         sunk = inner.cost.overhead_seconds + self._first(batch)
         sunk += sum(self._level(batch, len(step)) for step in self._steps)
         nodes = self._candidates(batch, trees)
-        size, _ = best_size(trees.accept_prob[nodes], batch.size, 0.0, self._seconds_of(batch, sunk, len(nodes)))
+        size, _ = best_size(
+            trees.accept_prob[nodes], batch.size, 0.0, self._seconds_of(batch, sunk, len(nodes))
+        )
         return np.sort(nodes[:size])
 
     def _seconds_of(self, batch: BatchState, sunk: float, nodes: int) -> FloatArray:
@@ -239,7 +285,9 @@ class Foreseeing(FrozenCosts):
 class Unmoved(Calibration):
     """A calibration that learns nothing."""
 
-    def observe(self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, greedy: BoolArray) -> None:
+    def observe(
+        self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, greedy: BoolArray
+    ) -> None:
         pass
 
 
@@ -258,7 +306,9 @@ def fitted(recording: Recording) -> Calibration:
     slot = position
     while len(slot):
         count = recording.count[slot].astype(np.int64)
-        node = np.repeat(recording.child[slot] - np.cumsum(count) + count, count) + np.arange(int(count.sum()))
+        node = np.repeat(recording.child[slot] - np.cumsum(count) + count, count) + np.arange(
+            int(count.sum())
+        )
         owner = np.repeat(position, count)
         hit = recording.token[node] == walk.truth(owner, np.full(len(owner), depth))
         known = walk.truth(owner, np.full(len(owner), depth)) >= 0
@@ -279,9 +329,14 @@ def flat(cost: CostModel, context: float = FLAT_CONTEXT, rows: int = 2048) -> Co
     }
     draft = dict(enumerate(cost.draft_seconds(np.arange(1, rows), context).tolist(), 1))
     first = cost.first and Curve(
-        tuple(range(1, rows)), tuple(float(cost.first_seconds(r, 0, context)) for r in range(1, rows))
+        tuple(range(1, rows)),
+        tuple(float(cost.first_seconds(r, 0, context)) for r in range(1, rows)),
     )
-    return replace(CostModel.from_table(tables, draft, cost.overhead_seconds), first=first, waiting=cost.waiting)
+    return replace(
+        CostModel.from_table(tables, draft, cost.overhead_seconds),
+        first=first,
+        waiting=cost.waiting,
+    )
 
 
 def askew(cost: CostModel, rows: float, levels: float) -> CostModel:
@@ -290,14 +345,28 @@ def askew(cost: CostModel, rows: float, levels: float) -> CostModel:
     verify = {}
     for batch, curve in cost.verify.items():
         least = curve.seconds[0]
-        verify[batch] = {r: least + rows * (s - least) for r, s in zip(curve.rows, curve.seconds, strict=True)}
+        verify[batch] = {
+            r: least + rows * (s - least) for r, s in zip(curve.rows, curve.seconds, strict=True)
+        }
     draft = {r: levels * s for r, s in zip(cost.draft.rows, cost.draft.seconds, strict=True)}
-    first, waiting = (c and Curve(c.rows, tuple(levels * s for s in c.seconds)) for c in (cost.first, cost.waiting))
-    wrong = replace(CostModel.from_table(verify, draft, cost.overhead_seconds), first=first, waiting=waiting)
-    return replace(wrong, row_token=cost.row_token, sequence_token=cost.sequence_token, draft_token=cost.draft_token)
+    first, waiting = (
+        c and Curve(c.rows, tuple(levels * s for s in c.seconds))
+        for c in (cost.first, cost.waiting)
+    )
+    wrong = replace(
+        CostModel.from_table(verify, draft, cost.overhead_seconds), first=first, waiting=waiting
+    )
+    return replace(
+        wrong,
+        row_token=cost.row_token,
+        sequence_token=cost.sequence_token,
+        draft_token=cost.draft_token,
+    )
 
 
-def smart(trace: Trace, cost: CostModel, calibration: Calibration | None = None, **options: object) -> Smart:
+def smart(
+    trace: Trace, cost: CostModel, calibration: Calibration | None = None, **options: object
+) -> Smart:
     """`smart` as it starts in the recorded engine, with another calibration if one is given."""
     given = {} if calibration is None else {"calibration": calibration}
     policy = trace.policy("smart", cost, **given, **options)

@@ -36,7 +36,11 @@ class LabBench(Bench):
     options: LabOptions
 
     def __init__(
-        self, options: LabOptions, llm: LLM, prompts: Mapping[str, Sequence[Prompt]], progress: Progress
+        self,
+        options: LabOptions,
+        llm: LLM,
+        prompts: Mapping[str, Sequence[Prompt]],
+        progress: Progress,
     ) -> None:
         super().__init__(options, llm, prompts, progress)
         progress.agree("laboratory", source_digest(Path(__file__).parent))
@@ -87,8 +91,15 @@ class LabBench(Bench):
 
     def suites(self, stop: float | None) -> list[dict[str, Any]]:
         """Tasks of their own at batch 1, where n-grams may help the head."""
-        arms = [Arm(BASELINE), Arm("smart"), Arm("smart", {"method": "union"}), *self._best_fixed(1)]
-        return self.blocks(self.options.temperature, (1,), stop, arms, "suites, ", self.options.suites)
+        arms = [
+            Arm(BASELINE),
+            Arm("smart"),
+            Arm("smart", {"method": "union"}),
+            *self._best_fixed(1),
+        ]
+        return self.blocks(
+            self.options.temperature, (1,), stop, arms, "suites, ", self.options.suites
+        )
 
     def variants(self, stop: float | None) -> list[dict[str, Any]]:
         """`smart` with one ingredient exchanged, beside itself."""
@@ -100,7 +111,9 @@ class LabBench(Bench):
         """What replay answers, batch size by batch size, as far as time allows."""
         asker = Asker(self.tuner.trace)
         found: dict[str, Any] = {}
-        for size in tqdm(self.options.batch_sizes, desc="replaying", unit="batch size", leave=False):
+        for size in tqdm(
+            self.options.batch_sizes, desc="replaying", unit="batch size", leave=False
+        ):
             name = f"replayed, batch {size}"
             if not self.progress.units(name):
                 if found and stop is not None and time.perf_counter() > stop:
@@ -119,4 +132,6 @@ class LabBench(Bench):
 
     def _best_fixed(self, batch_size: int) -> list[Arm]:
         """The best tuned tree, if trees are tuned."""
-        return [arm for arm in self.tuner.arms(batch_size, self.progress) if arm.policy == "eagle2"][:1]
+        return [
+            arm for arm in self.tuner.arms(batch_size, self.progress) if arm.policy == "eagle2"
+        ][:1]

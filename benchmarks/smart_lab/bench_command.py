@@ -18,7 +18,13 @@ from smart_lab.results import LabResults
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `smart bench`, and ours."""
     preset = add_common_arguments(parser)
-    preset.add_argument("--full", dest="preset", action="store_const", const="full", help="everything, within an hour")
+    preset.add_argument(
+        "--full",
+        dest="preset",
+        action="store_const",
+        const="full",
+        help="everything, within an hour",
+    )
     _further_parts(parser)
     _instead_of_measuring(parser)
 
@@ -27,17 +33,31 @@ def _further_parts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the laboratory: contestants and parts").add_argument
     tuned = "also run the N best settings of eagle2, found by replay on other prompts"
     add("--tune-eagle2", type=int, metavar="N", help=tuned)
-    add("--tune-paper", action="store_true", help="also run the best setting of paper, found in the same way")
+    add(
+        "--tune-paper",
+        action="store_true",
+        help="also run the best setting of paper, found in the same way",
+    )
     exchanged = "measure smart with one ingredient exchanged, in a part of its own"
     add("--variants", type=words, metavar="A,B", help=exchanged)
-    add("--suites", type=words, metavar="A,B", help="also measure these tasks (long, edit) at batch 1, by themselves")
-    add("--questions", action="store_true", help="also answer by replay: hindsight, ablations, sweeps")
+    add(
+        "--suites",
+        type=words,
+        metavar="A,B",
+        help="also measure these tasks (long, edit) at batch 1, by themselves",
+    )
+    add("--questions", action="store_true", help="also answer by replay: oracle, ablations, sweeps")
     others = (
         "other engines on the same prompts (default: all), in environments made for them; alone it replaces the "
         "comparison in blocks"
     )
     add("--peers", type=words, nargs="?", const=("all",), metavar="A,B", help=others)
-    add("--peer-env", action="append", metavar="NAME=FOLDER", help="an environment to use for a peer as it is")
+    add(
+        "--peer-env",
+        action="append",
+        metavar="NAME=FOLDER",
+        help="an environment to use for a peer as it is",
+    )
 
 
 def _instead_of_measuring(parser: argparse.ArgumentParser) -> None:
@@ -49,13 +69,20 @@ def _instead_of_measuring(parser: argparse.ArgumentParser) -> None:
         "real, acceptance comes from --replay"
     )
     add("--random-weights", metavar="CONFIG", help=timed)
-    add("--replay", type=Path, metavar="TRACE", help="the recording whose acceptance --random-weights takes")
+    add(
+        "--replay",
+        type=Path,
+        metavar="TRACE",
+        help="the recording whose acceptance --random-weights takes",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
     options = cast(LabOptions, options_of(args, LabOptions, LAB_PRESETS))
-    from smart_decoding.models.kernel_check import require_kernels  # torch is slow to import: options come first
+    from smart_decoding.models.kernel_check import (
+        require_kernels,  # torch is slow to import: options come first
+    )
     from smart_decoding.models.target import device_of
 
     require_kernels(device_of(options.device), options.allow_slow)
@@ -81,8 +108,6 @@ def _record(options: LabOptions, path: Path) -> int:
     trace = record_trace(options)
     write_trace(path, trace)
     recording = trace.recording
-    counted = (
-        f"{len(recording.answers)} answers, {recording.positions} positions, {len(recording.token)} drafted tokens"
-    )
+    counted = f"{len(recording.answers)} answers, {recording.positions} positions, {len(recording.token)} drafted tokens"
     print(f"{counted}: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0

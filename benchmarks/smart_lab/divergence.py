@@ -72,7 +72,9 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m smart_lab divergence`."""
-    parser.add_argument("--prompts", type=int, default=20, help="how many of the general prompts (20)")
+    parser.add_argument(
+        "--prompts", type=int, default=20, help="how many of the general prompts (20)"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, help="of each answer (128)")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -84,7 +86,9 @@ def main(args: argparse.Namespace) -> int:
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, logprobs=_TOP)
     prompts = load_task("general", args.prompts)
     if len(prompts) < args.prompts:
-        raise ConfigError(f"there are {len(prompts)} general prompts: --prompts {args.prompts} is too many")
+        raise ConfigError(
+            f"there are {len(prompts)} general prompts: --prompts {args.prompts} is too many"
+        )
     from smart_decoding.llm import LLM
 
     common: dict[str, Any] = {"dtype": "bfloat16", "device": args.device, "max_num_seqs": 1}
@@ -109,7 +113,10 @@ def compare(plain: LLM, spec: LLM, prompts: Sequence[str], params: SamplingParam
 def record(report: Report, prompt: int, plain: CompletionOutput, spec: CompletionOutput) -> None:
     """Adds one pair of answers to the report."""
     ours, theirs = plain.token_ids, spec.token_ids
-    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
     report.answers += 1
     report.tokens += len(ours)
     report.verified += spec.metrics.verified
@@ -122,7 +129,9 @@ def record(report: Report, prompt: int, plain: CompletionOutput, spec: Completio
             report.changes.append(abs(other - gap))
     if same < min(len(ours), len(theirs)):
         a, b = ours[same], theirs[same]
-        report.differences.append(Difference(prompt, same, a, b, _gap(at[same], a, b), _gap(under[same], b, a)))
+        report.differences.append(
+            Difference(prompt, same, a, b, _gap(at[same], a, b), _gap(under[same], b, a))
+        )
 
 
 def render(report: Report, llm: LLM) -> str:
@@ -143,14 +152,18 @@ def render(report: Report, llm: LLM) -> str:
             f"nats plain, {d.spec_gap:.4f} speculative ({_share(report.gaps, d.gap)} of positions as close): {verdict}"
         )
     if not report.verified:
-        lines.append("nothing was tested: no drafted row was verified (is there a drafter for this model?)")
+        lines.append(
+            "nothing was tested: no drafted row was verified (is there a drafter for this model?)"
+        )
     return "\n".join(lines)
 
 
 def _gap(scores: Any, winner: int, loser: int) -> float:
     """log p(winner) - log p(loser), which is the difference of their logits; inf if either is not recorded."""
     known = dict(zip(scores.top_tokens.tolist(), scores.top_logprobs.tolist(), strict=True))
-    return float(known[winner] - known[loser]) if winner in known and loser in known else float("inf")
+    return (
+        float(known[winner] - known[loser]) if winner in known and loser in known else float("inf")
+    )
 
 
 def _share(values: Sequence[float], limit: float) -> str:

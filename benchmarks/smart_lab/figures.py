@@ -18,45 +18,74 @@ def figures(results: LabResults) -> list[Figure]:
 
 def replay_figures(results: LabResults) -> list[Figure]:
     """The two figures of what was replayed, if anything was."""
-    return [hindsight(results.replayed), ablations(results.replayed)] if results.replayed else []
+    return [oracle(results.replayed), ablations(results.replayed)] if results.replayed else []
 
 
-def hindsight(replayed: Mapping[str, Any]) -> Figure:
+def oracle(replayed: Mapping[str, Any]) -> Figure:
     """Policies by replay against the best that knowing acceptance would give."""
-    shown = ("smart", "best fixed", "paper", "eagle2, EAGLE-2's size", "hindsight, a plan")
-    steps = ("smart", "+ calibration fitted to these answers", "+ deeper levels foreseen", "hindsight, a plan")
+    shown = ("smart", "best fixed", "paper", "eagle2, EAGLE-2's size", "oracle, a plan")
+    steps = (
+        "smart",
+        "+ calibration fitted to these answers",
+        "+ deeper levels foreseen",
+        "oracle, a plan",
+    )
     caption = (
         "By replay of recorded drafts of other prompts, not live. 'Best fixed' is chosen afterwards, for each batch "
-        "size, on the very answers that it is judged by. Hindsight knows which drafts come true: a plan that exists."
+        "size, on the very answers that it is judged by. Oracle knows which drafts come true: a plan that exists."
     )
     panels = [
         _replayed_panel("policies", replayed, "gap", shown),
         _replayed_panel("what smart lacks", replayed, "gap", steps),
     ]
-    return Figure("replay-gap", "How far from hindsight?", caption, panels, apart=True)
+    return Figure("replay-gap", "How far from oracle?", caption, panels, apart=True)
 
 
 def ablations(replayed: Mapping[str, Any]) -> Figure:
     """`smart` with one ingredient exchanged."""
-    rule = ("smart", "stop rule: look back", "stop rule: always 2 levels", "stop rule: always 8 levels", "greedy rule")
-    costs = ("smart", "a wrong profile, corrected", "a wrong profile, no correction", "no calibration", "even budget")
+    rule = (
+        "smart",
+        "stop rule: look back",
+        "stop rule: always 2 levels",
+        "stop rule: always 8 levels",
+        "greedy rule",
+    )
+    costs = (
+        "smart",
+        "a wrong profile, corrected",
+        "a wrong profile, no correction",
+        "no calibration",
+        "even budget",
+    )
     caption = (
         "By replay of recorded drafts of other prompts, not live: smart, and smart with one decision taken in another "
         "way. Lines that lie on one another are ingredients that make no difference here."
     )
-    panels = [_replayed_panel("when to stop, what to keep", replayed, "ablations", rule),
-              _replayed_panel("costs, calibration, budget", replayed, "ablations", costs)]  # fmt: skip
-    return Figure("replay-ablations", "What does each ingredient give?", caption, panels, apart=True)
+    panels = [
+        _replayed_panel("when to stop, what to keep", replayed, "ablations", rule),
+        _replayed_panel("costs, calibration, budget", replayed, "ablations", costs),
+    ]
+    return Figure(
+        "replay-ablations", "What does each ingredient give?", caption, panels, apart=True
+    )
 
 
-def _replayed_panel(title: str, replayed: Mapping[str, Any], part: str, names: Iterable[str]) -> Panel:
+def _replayed_panel(
+    title: str, replayed: Mapping[str, Any], part: str, names: Iterable[str]
+) -> Panel:
     sizes = sorted(map(int, replayed))
     series = []
     for colour, name in enumerate(names):
         values = [(size, number(replayed[str(size)][part], name)) for size in sizes]
         points = [Point(size, y) for size, y in values if y is not None]
         if points:
-            series.append(Series(name, NEUTRAL if "hindsight" in name else colour, points))
+            series.append(Series(name, NEUTRAL if "oracle" in name else colour, points))
     return Panel(
-        title, "batch size", "speedup, by replay", series, [float(size) for size in sizes], True, level=(1.0, "1×")
+        title,
+        "batch size",
+        "speedup, by replay",
+        series,
+        [float(size) for size in sizes],
+        True,
+        level=(1.0, "1×"),
     )

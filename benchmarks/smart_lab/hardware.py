@@ -82,7 +82,10 @@ class Dimensions:
 
     def memory(self, batch: int, context: float) -> float:
         """Bytes of weights, head and keys."""
-        return ITEM * (self.weights + self.draft_weights) + batch * context * self.layers * self.kv_bytes
+        return (
+            ITEM * (self.weights + self.draft_weights)
+            + batch * context * self.layers * self.kv_bytes
+        )
 
 
 def roofline(card: Card, model: Dimensions) -> CostModel:
@@ -90,7 +93,10 @@ def roofline(card: Card, model: Dimensions) -> CostModel:
     rows = _grid(MOST_ROWS * BATCHES[-1], card.tile)
     seconds = np.maximum(model.layers * card.layer_seconds, _products(card, model.weights, rows))
     verify = {batch: _curve(rows[rows >= batch], seconds[rows >= batch]) for batch in BATCHES}
-    level = np.maximum(card.layer_seconds, _products(card, model.draft_weights, rows)) + card.level_seconds
+    level = (
+        np.maximum(card.layer_seconds, _products(card, model.draft_weights, rows))
+        + card.level_seconds
+    )
     scores = 4 * model.heads * model.head_dim / (card.efficiency * card.flop_s)
     keys = model.kv_bytes / card.bytes_s
     return CostModel(
@@ -117,10 +123,16 @@ def card(name: str, eager: bool = False) -> Card:
         return float(value[how] if isinstance(value, Mapping) else value)
 
     return Card(
-        sheet["name"], 1e9 * sheet["memory_gb_s"], 1e12 * sheet["bf16_tflop_s"], 1e9 * sheet["memory_gb"],
-        of("efficiency"), int(of("tile_rows")), 1e-6 * of("host_us_per_layer"), 1e-6 * of("host_us_per_level"),
+        sheet["name"],
+        1e9 * sheet["memory_gb_s"],
+        1e12 * sheet["bf16_tflop_s"],
+        1e9 * sheet["memory_gb"],
+        of("efficiency"),
+        int(of("tile_rows")),
+        1e-6 * of("host_us_per_layer"),
+        1e-6 * of("host_us_per_level"),
         1e-6 * of("controller_us"),
-    )  # fmt: skip
+    )
 
 
 def dimensions(name: str) -> Dimensions:
@@ -130,15 +142,24 @@ def dimensions(name: str) -> Dimensions:
         return Dimensions(name=name, **{"draft_vocab": models[name]["vocab"], **models[name]})
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"unknown model {name!r}; known: {', '.join(models)}, or the path of a config.json")
+        raise ConfigError(
+            f"unknown model {name!r}; known: {', '.join(models)}, or the path of a config.json"
+        )
     try:
         config = ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not a readable config.json: {error}") from error
     return Dimensions(
-        path.parent.name or path.name, config.layers, config.hidden, config.heads, config.kv_heads, config.head_dim,
-        config.ffn, config.vocab, min(config.vocab, 32000),
-    )  # fmt: skip
+        path.parent.name or path.name,
+        config.layers,
+        config.hidden,
+        config.heads,
+        config.kv_heads,
+        config.head_dim,
+        config.ffn,
+        config.vocab,
+        min(config.vocab, 32000),
+    )
 
 
 def acceptances() -> Mapping[str, Mapping[str, Any]]:

@@ -52,7 +52,7 @@ class LabOptions(BenchOptions):
     prompts; tune_paper: and the best setting of `paper`.
     suites: tasks such as long and edit, measured at batch 1 in a part of their own, smart with n-grams too.
     variants: of `smart`, measured beside it in a part of their own, at VARIANT_SIZES.
-    questions: also answer by replay how far policies are from hindsight and what each ingredient gives.
+    questions: also answer by replay how far policies are from oracle and what each ingredient gives.
     peers: other engines on the same prompts; peer_env: 'name=folder', environments to use as they are. They replace
     the comparison of policies in blocks unless `blocks` asks for that, too.
     record: instead of measuring, record the drafts of the prompts there.
@@ -77,8 +77,12 @@ class LabOptions(BenchOptions):
             raise ConfigError(f"tune_eagle2 must not be negative, but is {self.tune_eagle2}")
         if (self.random_weights is None) != (self.replay is None):
             raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
-        if self.replay is not None and (self.temperature or self.sampled or self.load or self.peers):
-            raise ConfigError("a replayed run is greedy and in blocks: leave out temperatures, --load and --peers")
+        if self.replay is not None and (
+            self.temperature or self.sampled or self.load or self.peers
+        ):
+            raise ConfigError(
+                "a replayed run is greedy and in blocks: leave out temperatures, --load and --peers"
+            )
         check_outputs((self.record,), None)
         wanted(self.peers)
         environments_of(self.peer_env)
@@ -110,7 +114,11 @@ class LabOptions(BenchOptions):
     def speculation(self, arm: Arm) -> dict[str, Any] | bool:
         """The `speculative_config` of an arm; the variant is applied to its policy later."""
         config = BenchOptions.speculation(self, arm)
-        return config if isinstance(config, bool) else {k: v for k, v in config.items() if k != "variant"}
+        return (
+            config
+            if isinstance(config, bool)
+            else {k: v for k, v in config.items() if k != "variant"}
+        )
 
 
 def check_variant(arm: Arm) -> None:
@@ -124,7 +132,12 @@ def command_of(options: LabOptions) -> str:
     """The command line that asks for this run."""
     words = ["python", "-m", "smart_lab", "bench"]
     if options.random_weights is not None and options.replay is not None:
-        words += ["--random-weights", Path(options.random_weights).name, "--replay", options.replay.name]
+        words += [
+            "--random-weights",
+            Path(options.random_weights).name,
+            "--replay",
+            options.replay.name,
+        ]
     else:
         words += ["--model", options.model]
     words += ["--tune-eagle2", str(options.tune_eagle2)] if options.tune_eagle2 else []

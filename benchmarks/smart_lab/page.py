@@ -18,7 +18,11 @@ from smart_lab.results import LabResults
 def page(results: LabResults) -> str:
     """The whole document."""
     suites = [run for run in results.suites if run["task"] != POOLED]
-    comparisons = [*speedups("suites", "Long contexts and edits", suites), *variants(results), *peers(results)]
+    comparisons = [
+        *speedups("suites", "Long contexts and edits", suites),
+        *variants(results),
+        *peers(results),
+    ]
     return measured.page(results, Further(comparisons, replay_figures(results), replayed(results)))
 
 
@@ -41,7 +45,11 @@ def variants(results: LabResults) -> list[Section]:
         "profile in which rows cost a fifth and levels a quarter of what they do; kept: and never corrects it."
     )
     head = ("policy", "batch", "speedup", "levels", "rows")
-    return [Section("variants", "Ablations confirmed live", head=head, rows=rows, captions=[told])] if rows else []
+    return (
+        [Section("variants", "Ablations confirmed live", head=head, rows=rows, captions=[told])]
+        if rows
+        else []
+    )
 
 
 def replayed(results: LabResults) -> list[Section]:
@@ -55,7 +63,9 @@ def replayed(results: LabResults) -> list[Section]:
         names = [name for name, value in found[sizes[0]][part].items() if isinstance(value, float)]
         for name in names if part == "gap" else names[1:]:
             rows.append((name, *(said(found[size][part], name, 2) for size in sizes)))
-    best = "; ".join(f"batch {size}: {found[size]['gap'].get('best fixed is', '?')}" for size in sizes)
+    best = "; ".join(
+        f"batch {size}: {found[size]['gap'].get('best fixed is', '?')}" for size in sizes
+    )
     paper = "; ".join(f"batch {size}: {_paper(found[size].get('paper'))}" for size in sizes)
     captions = [
         f"Best fixed setting: {best}.",
@@ -75,13 +85,20 @@ def peers(results: LabResults) -> list[Section]:
         told = (str(peer["name"]), str(peer.get("version", "?")), str(peer.get("precision", "?")))
         rates = [said(run, f"{who}tokens_per_s", 0) for who in ("", "plain_", "smart_")]
         ratios = (ratio_cell(run, "plain_speedup"), ratio_cell(run))
-        rows.append((*told, str(run.get("batch_size")), *rates, *ratios, said(run, "same", 0, 100, " %")))
+        rows.append(
+            (*told, str(run.get("batch_size")), *rates, *ratios, said(run, "same", 0, 100, " %"))
+        )
     lines = [
         f"{peer['name']} is faster than ours at batch {run.get('batch_size')}: {_text(ratio_cell(run))}"
         for peer, run in runs
         if (number(run, "speedup") or 1.0) < 1
     ]
-    lines += [f"{peer['name']}: {peer[what]}" for peer in results.peers for what in ("note", "error") if peer.get(what)]
+    lines += [
+        f"{peer['name']}: {peer[what]}"
+        for peer in results.peers
+        for what in ("note", "error")
+        if peer.get(what)
+    ]
     caption = (
         "Decoding alone, answers of a fixed length, engines in turn on the same prompts. Above 1: ours is faster. "
         "Same tokens: the share of its answers before the first token that differs from ours (other kernels round "
@@ -89,7 +106,11 @@ def peers(results: LabResults) -> list[Section]:
     )
     ours = ("ours, plain", "ours, smart", "ours plain / it", "ours smart / it")
     head = ("engine", "version", "precision", "batch", "tokens/s", *ours, "same tokens")
-    return [Section("peers", "Beside other engines", head=head, rows=rows, lines=lines, captions=[caption])]
+    return [
+        Section(
+            "peers", "Beside other engines", head=head, rows=rows, lines=lines, captions=[caption]
+        )
+    ]
 
 
 def _text(cell: str | Marked) -> str:

@@ -1,4 +1,4 @@
-"""Questions that replay answers: how far every policy is from hindsight and why, and what each ingredient gives.
+"""Questions that replay answers: how far every policy is from oracle and why, and what each ingredient gives.
 
 Everything is a speedup over plain decoding at the same costs, on recorded answers; nothing runs live.
 """
@@ -10,8 +10,17 @@ from typing import Any
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies.protocol import Policy
-from smart_lab.ablations import ABLATIONS, CHEAP, Foreseeing, FrozenCosts, askew, fitted, flat, smart
-from smart_lab.hindsight import hindsight
+from smart_lab.ablations import (
+    ABLATIONS,
+    CHEAP,
+    Foreseeing,
+    FrozenCosts,
+    askew,
+    fitted,
+    flat,
+    smart,
+)
+from smart_lab.oracle import oracle
 from smart_lab.recording import Answer, Recording
 from smart_lab.replay import HostCosts, Replayed, replay
 from smart_lab.simulate import EAGLE_2, enough, name_of
@@ -38,8 +47,12 @@ class Bench:
         self.recording = enough(trace.recording, size)
         self.plain = self.run(trace.policy("off")).tokens_per_s
 
-    def run(self, policy: Policy, recording: Recording | None = None, rounds: int | None = None) -> Replayed:
-        return replay(policy, recording or self.recording, self.cost, self.size, self.host, rounds=rounds)
+    def run(
+        self, policy: Policy, recording: Recording | None = None, rounds: int | None = None
+    ) -> Replayed:
+        return replay(
+            policy, recording or self.recording, self.cost, self.size, self.host, rounds=rounds
+        )
 
     def speedup(self, policy: Policy, recording: Recording | None = None) -> float:
         if recording is None:
@@ -49,16 +62,21 @@ class Bench:
 
 
 def gap(bench: Bench, stale: CostModel, sweep: Sweep) -> dict[str, Any]:
-    """Question 2 at one batch size: policies, steps of knowledge, hindsight, all over plain decoding."""
+    """Question 2 at one batch size: policies, steps of knowledge, oracle, all over plain decoding."""
     trace, cost = bench.trace, bench.cost
     ranked = sweep.repeated(bench.recording).rank(cost, bench.size, bench.host)
-    best = hindsight(bench.recording, cost, bench.size, bench.host)
+    best = oracle(bench.recording, cost, bench.size, bench.host)
     rounds = max(100, FORESEEN // bench.size)
     extra = bench.host.seconds(bench.size, True) - bench.host.seconds(bench.size, False)
     known = replace(cost, overhead_seconds=extra)  # what the others learn
-    knowing = [smart(trace, known, fitted(trace.recording)) for _ in range(3)]  # each policy gets its own
+    knowing = [
+        smart(trace, known, fitted(trace.recording)) for _ in range(3)
+    ]  # each policy gets its own
     fits = bench.speedup(knowing[0])
-    few, foreseen = (bench.run(policy, rounds=rounds).tokens_per_s for policy in (knowing[1], Foreseeing(knowing[2])))
+    few, foreseen = (
+        bench.run(policy, rounds=rounds).tokens_per_s
+        for policy in (knowing[1], Foreseeing(knowing[2]))
+    )
     return {
         "eagle2, EAGLE-2's size": bench.speedup(trace.policy("eagle2", **EAGLE_2)),
         "best fixed": ranked[0][1].tokens_per_s / bench.plain,
@@ -68,8 +86,8 @@ def gap(bench: Bench, stale: CostModel, sweep: Sweep) -> dict[str, Any]:
         "smart": bench.speedup(smart(trace, cost)),
         "+ calibration fitted to these answers": fits,
         "+ deeper levels foreseen": fits * foreseen / few,
-        "hindsight, a plan": best.reached / bench.plain,
-        "hindsight, bound": best.bound / bench.plain,
+        "oracle, a plan": best.reached / bench.plain,
+        "oracle, bound": best.bound / bench.plain,
     }
 
 
@@ -81,7 +99,9 @@ def ablation(bench: Bench, stale: CostModel) -> dict[str, Any]:
     rows["a wrong profile, no correction"] = bench.speedup(FrozenCosts(smart(trace, stale)))
     long = at_context(bench.recording, LONG)
     rows[f"at {LONG} tokens of context"] = bench.speedup(smart(trace, cost), long)
-    rows[f"at {LONG} tokens, no context in the cost"] = bench.speedup(FrozenCosts(smart(trace, flat(cost))), long)
+    rows[f"at {LONG} tokens, no context in the cost"] = bench.speedup(
+        FrozenCosts(smart(trace, flat(cost))), long
+    )
     return rows
 
 
@@ -94,8 +114,15 @@ def paper(bench: Bench) -> list[dict[str, Any]]:
         for l_tree in ("published", "node_sum"):
             for alpha in ALPHAS:
                 for each in BUDGETS:
-                    given = {"alpha": alpha, "budget": each * bench.size, "family": family, "l_tree": l_tree}
-                    found = bench.run(bench.trace.policy("paper", bench.cost, **given), rounds=rounds)
+                    given = {
+                        "alpha": alpha,
+                        "budget": each * bench.size,
+                        "family": family,
+                        "l_tree": l_tree,
+                    }
+                    found = bench.run(
+                        bench.trace.policy("paper", bench.cost, **given), rounds=rounds
+                    )
                     rows.append({**given, "speedup": found.tokens_per_s / plain})
     return sorted(rows, key=lambda row: -row["speedup"])
 
@@ -122,6 +149,14 @@ class Asker:
         """{'gap': …, 'ablations': …, 'paper': the sweep's best, the default's neighbour and the worst}."""
         bench = Bench(self.trace, self.cost, self.host, size)
         rows = paper(bench)
-        near = next(r for r in rows if (r["alpha"], r["family"], r["l_tree"]) == (0.8, "published", "published"))
-        return {"gap": gap(bench, self.stale, self.sweep), "ablations": ablation(bench, self.stale),
-                "paper": [rows[0], near, rows[-1]], "settings": len(SHORT)}  # fmt: skip
+        near = next(
+            r
+            for r in rows
+            if (r["alpha"], r["family"], r["l_tree"]) == (0.8, "published", "published")
+        )
+        return {
+            "gap": gap(bench, self.stale, self.sweep),
+            "ablations": ablation(bench, self.stale),
+            "paper": [rows[0], near, rows[-1]],
+            "settings": len(SHORT),
+        }

@@ -32,31 +32,47 @@ def record_trace(options: LabOptions) -> Trace:
     """Records all prompts that `options` names, and what rounds cost here beyond their forwards.
 
     Raises ConfigError if the method drafts without a model, and what LLM raises."""
-    texts = {task: load_task(task, options.skip + options.limit)[options.skip :] for task in options.tasks}
+    texts = {
+        task: load_task(task, options.skip + options.limit)[options.skip :]
+        for task in options.tasks
+    }
     llm = load(options)
     method = {"method": options.method} if options.method else {}
     arm = llm.sharing_weights({**method, "policy": "smart"})
     policy = arm.policy
-    if arm.engine.drafter is None or not arm.engine.drafter.max_levels or not isinstance(policy, Smart):
-        raise ConfigError("--record needs a drafter with a model: a head or a draft model (--method eagle)")
+    if (
+        arm.engine.drafter is None
+        or not arm.engine.drafter.max_levels
+        or not isinstance(policy, Smart)
+    ):
+        raise ConfigError(
+            "--record needs a drafter with a model: a head or a draft model (--method eagle)"
+        )
     prior, prompts = prior_of(policy), encode(llm, texts, options)
     recording = record_wide(arm, prompts)
     plain = llm.sharing_weights(False)
-    host = measure_host(plain.engine, arm.engine, [p for of_task in prompts.values() for p in of_task][:8])
+    host = measure_host(
+        plain.engine, arm.engine, [p for of_task in prompts.values() for p in of_task][:8]
+    )
     origin = (llm.provenance, arm.speculation.description, llm.target.plain_torch)
     about = {
         "provenance": provenance(command_of(options), options.seed, *origin),
         "dtype": options.dtype,
         "temperature": options.temperature,
     }
-    return Trace(recording, about, tuple(llm.target.eos_token_ids), arm.speculation.cost, host, prior)
+    return Trace(
+        recording, about, tuple(llm.target.eos_token_ids), arm.speculation.cost, host, prior
+    )
 
 
 def prior_of(policy: Any) -> dict[str, Any] | None:
     """What `smart` starts from, as a recording keeps it; None for another policy."""
     if not isinstance(policy, Smart):
         return None
-    return {"calibration": policy.calibration.state_dict(), "forecast": policy.forecast.state_dict()}
+    return {
+        "calibration": policy.calibration.state_dict(),
+        "forecast": policy.forecast.state_dict(),
+    }
 
 
 def record_wide(arm: LLM, prompts: Mapping[str, Sequence[Prompt]]) -> Recording:
@@ -65,7 +81,9 @@ def record_wide(arm: LLM, prompts: Mapping[str, Sequence[Prompt]]) -> Recording:
     policy, engine.policy = engine.policy, Wide()
     try:
         longest = max((len(of_task) for of_task in prompts.values()), default=0)
-        mixed = [of_task[i] for i in range(longest) for of_task in prompts.values() if i < len(of_task)]
+        mixed = [
+            of_task[i] for i in range(longest) for of_task in prompts.values() if i < len(of_task)
+        ]
         with tqdm(total=len(mixed), desc="recording for replay", unit="prompt", leave=False) as bar:
             return record(engine, mixed, AT_ONCE, bar.update)
     finally:
@@ -76,12 +94,16 @@ def measure_host(plain: Engine, drafting: Engine, prompts: Sequence[Prompt]) -> 
     """Times rounds of plain decoding and of a small tree, alone and together, in turn; policies stay as they were."""
     policies = plain.policy, drafting.policy
     counts = sorted({1, min(len(prompts), plain.config.max_num_seqs)})
-    found: dict[tuple[bool, int], list[float]] = {(drafts, count): [] for count in counts for drafts in (False, True)}
+    found: dict[tuple[bool, int], list[float]] = {
+        (drafts, count): [] for count in counts for drafts in (False, True)
+    }
     try:
         for _ in range(HOST_TURNS):
             for count in counts:
                 found[False, count] += _beyond(plain, prompts[:count], make_policy("off"))
-                found[True, count] += _beyond(drafting, prompts[:count], make_policy("eagle2", depth=1, top_k=2))
+                found[True, count] += _beyond(
+                    drafting, prompts[:count], make_policy("eagle2", depth=1, top_k=2)
+                )
     finally:
         plain.policy, drafting.policy = policies
     seconds = {key: float(np.median(rounds)) if rounds else 0.0 for key, rounds in found.items()}
@@ -121,11 +143,19 @@ def _beyond(engine: Engine, prompts: Sequence[Prompt], policy: Any) -> list[floa
     found: list[float] = []
     engine.policy = timed = _Timed(policy)
     for prompt in prompts:
-        engine.add_request(f"host-{prompt.index}", prompt.tokens, replace(prompt.params, max_tokens=HOST_TOKENS))
+        engine.add_request(
+            f"host-{prompt.index}", prompt.tokens, replace(prompt.params, max_tokens=HOST_TOKENS)
+        )
     while engine.has_unfinished_requests:
         own = timed.seconds
         engine.step()
         done = engine.last_round
-        if done is not None and done.round.batch.size == len(prompts) and not done.round.batch.prefill_rows:
-            found.append(done.seconds - done.draft_seconds - done.verify_seconds - (timed.seconds - own))
+        if (
+            done is not None
+            and done.round.batch.size == len(prompts)
+            and not done.round.batch.prefill_rows
+        ):
+            found.append(
+                done.seconds - done.draft_seconds - done.verify_seconds - (timed.seconds - own)
+            )
     return found

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.core.policies.common import best_per_owner
-from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Quiet, Round
+from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Round, StatelessPolicy
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.request import Request
@@ -66,7 +66,9 @@ class Recording:
         made: list[Answer] = []
         tokens, probs, roots, counts = [], [], [], []
         for prompt_length, limit, output, trees, task in answers:
-            made.append(Answer(prompt_length, limit, np.asarray(output, np.int32), len(roots), task))
+            made.append(
+                Answer(prompt_length, limit, np.asarray(output, np.int32), len(roots), task)
+            )
             for tree in trees[: len(output) - 1]:
                 order, children = _breadth_first(tree)
                 tokens.append(tree.token[order])
@@ -75,24 +77,39 @@ class Recording:
                 counts.append(children[1:])
         sizes = np.array([len(t) for t in tokens], np.int64)
         count = np.concatenate([np.array(roots, np.int64), *counts])
-        return cls.from_flat(made, np.concatenate(tokens or [[]]), np.concatenate(probs or [[]]), count, sizes)
+        return cls.from_flat(
+            made, np.concatenate(tokens or [[]]), np.concatenate(probs or [[]]), count, sizes
+        )
 
     @classmethod
     def from_flat(
-        cls, answers: Sequence[Answer], token: IntArray, prob: NDArray[np.floating], count: IntArray, sizes: IntArray
+        cls,
+        answers: Sequence[Answer],
+        token: IntArray,
+        prob: NDArray[np.floating],
+        count: IntArray,
+        sizes: IntArray,
     ) -> Recording:
         """From flat arrays; sizes: [positions] nodes of each tree. Raises ValueError where they contradict."""
         positions = sum(max(0, answer.positions) for answer in answers)
-        if len(sizes) != positions or sizes.sum() != len(token) or len(count) != positions + len(token):
+        if (
+            len(sizes) != positions
+            or sizes.sum() != len(token)
+            or len(count) != positions + len(token)
+        ):
             raise ValueError("the arrays of a recording have contradicting lengths")
         start = np.cumsum(sizes) - sizes
-        order = np.argsort(np.concatenate((start - 0.5, np.arange(len(token)))), kind="stable")  # roots before nodes
+        order = np.argsort(
+            np.concatenate((start - 0.5, np.arange(len(token)))), kind="stable"
+        )  # roots before nodes
         below = np.cumsum(count[order]) - count[order]
         child = np.empty(len(count), np.int64)
         child[order] = below
         if count.sum() != len(token) or (len(token) and (child[:positions] != start).any()):
             raise ValueError("the trees of a recording do not fit together")
-        return cls(answers, token.astype(np.int32), prob.astype(np.float32), count.astype(np.uint8), child)
+        return cls(
+            answers, token.astype(np.int32), prob.astype(np.float32), count.astype(np.uint8), child
+        )
 
     @property
     def positions(self) -> int:
@@ -112,7 +129,9 @@ class Recording:
     def take(self, answers: Iterable[int]) -> Recording:
         """Some of the answers, in the order given."""
         chosen = [self.answers[i] for i in answers]
-        at = np.concatenate([np.arange(a.first, a.first + a.positions) for a in chosen] or [np.zeros(0, np.int64)])
+        at = np.concatenate(
+            [np.arange(a.first, a.first + a.positions) for a in chosen] or [np.zeros(0, np.int64)]
+        )
         sizes, start = self.sizes[at], self.child[: self.positions][at]
         nodes = np.repeat(start - np.cumsum(sizes) + sizes, sizes) + np.arange(int(sizes.sum()))
         firsts = np.cumsum([0] + [a.positions for a in chosen])
@@ -120,11 +139,15 @@ class Recording:
             Answer(a.prompt_length, a.limit, a.tokens, int(first), a.task)
             for a, first in zip(chosen, firsts, strict=False)
         ]
-        count = np.concatenate((self.count[at], self.count[self.positions + nodes])).astype(np.int64)
-        return Recording.from_flat(renumbered, self.token[nodes].astype(np.int64), self.prob[nodes], count, sizes)
+        count = np.concatenate((self.count[at], self.count[self.positions + nodes])).astype(
+            np.int64
+        )
+        return Recording.from_flat(
+            renumbered, self.token[nodes].astype(np.int64), self.prob[nodes], count, sizes
+        )
 
 
-class Wide(Quiet):
+class Wide(StatelessPolicy):
     """The recording policy: `levels` levels, `children` per node, a beam of `width` nodes a level; verifies nothing."""
 
     name = "wide"
@@ -135,9 +158,13 @@ class Wide(Quiet):
     def plan(self, batch: BatchState) -> DraftPlan:
         return DraftPlan(True, self.levels, self.children, self.width * batch.size)
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         nodes = np.flatnonzero((trees.depth == level) & (trees.source == 0))
-        return best_per_owner(trees, nodes, trees.path_prob[nodes], self.width) if len(nodes) else None
+        return (
+            best_per_owner(trees, nodes, trees.path_prob[nodes], self.width) if len(nodes) else None
+        )
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
         return np.zeros(0, np.int64)
@@ -172,13 +199,17 @@ def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Drawn]:
         # All prompts in one round: where some still came while others decode already, those would not draft.
         engine.scheduler.chunk = max(chunk, sum(len(prompt.tokens) for prompt in prompts))
         for prompt in prompts:
-            requests += engine.add_request(f"record-{prompt.index}", prompt.tokens, prompt.params, prompt.media)
+            requests += engine.add_request(
+                f"record-{prompt.index}", prompt.tokens, prompt.params, prompt.media
+            )
         while engine.has_unfinished_requests:
             engine.step()
             if engine.last_round is not None:
                 drafted = engine.last_round.round.trees
                 for owner in range(engine.last_round.round.batch.size):
-                    mine = drafted.take(np.flatnonzero((drafted.owner == owner) & (drafted.source == 0)))
+                    mine = drafted.take(
+                        np.flatnonzero((drafted.owner == owner) & (drafted.source == 0))
+                    )
                     trees[engine.last_round.requests[owner].id].append(mine)
     finally:
         engine.scheduler.chunk = chunk

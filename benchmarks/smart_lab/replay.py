@@ -60,7 +60,11 @@ class Prices:
 
     def levels(self, widths: Sequence[int], context: float) -> list[float]:
         """Seconds of each drafted level of a round, of which the first one's width is the roots and all that waits."""
-        return [self.first(widths[0], context), *(self.draft(w, context) for w in widths[1:])] if widths else []
+        return (
+            [self.first(widths[0], context), *(self.draft(w, context) for w in widths[1:])]
+            if widths
+            else []
+        )
 
     def first(self, width: int, context: float) -> float:
         """Seconds of a first level of `width` rows, roots and what waits."""
@@ -79,11 +83,17 @@ class Prices:
 
     def _grow(self, rows: int, width: int) -> None:
         if rows:
-            self._verify = _line(lambda context: self._cost.verify_curve(self._batch, 0, rows + 1, context))
+            self._verify = _line(
+                lambda context: self._cost.verify_curve(self._batch, 0, rows + 1, context)
+            )
         if width:
             waiting = np.maximum(np.arange(width + 1) - self._batch, 0)
-            self._draft = _line(lambda context: self._cost.draft_seconds(np.arange(width + 1), context))
-            self._first = _line(lambda context: self._cost.first_seconds(self._batch, waiting, context))
+            self._draft = _line(
+                lambda context: self._cost.draft_seconds(np.arange(width + 1), context)
+            )
+            self._first = _line(
+                lambda context: self._cost.first_seconds(self._batch, waiting, context)
+            )
 
 
 def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArray]:
@@ -220,7 +230,9 @@ class Source:
         self._where = np.zeros(0, np.int64)  # [live nodes] their number in the recording
         self.missing = np.zeros(len(self._root), np.int64)  # [batch]
 
-    def expand(self, trees: DraftTrees, parents: IntArray, children: int, owners: IntArray | None = None) -> None:
+    def expand(
+        self, trees: DraftTrees, parents: IntArray, children: int, owners: IntArray | None = None
+    ) -> None:
         """Appends the recorded children of `parents`: live nodes, or the roots of `owners`."""
         recording = self._recording
         if owners is None:
@@ -232,13 +244,17 @@ class Source:
             self.missing += np.bincount(owners[known == 0], minlength=len(self.missing))
         count = np.minimum(known, children)
         total = int(count.sum())
-        node = np.repeat(recording.child.take(slot) - np.cumsum(count) + count, count) + np.arange(total)
+        node = np.repeat(recording.child.take(slot) - np.cumsum(count) + count, count) + np.arange(
+            total
+        )
         self._where = np.concatenate((self._where, node))
         if total:
             trees.append(
-                np.repeat(owners, count), recording.token.take(node), np.repeat(parents, count),
+                np.repeat(owners, count),
+                recording.token.take(node),
+                np.repeat(parents, count),
                 recording.prob.take(node),
-            )  # fmt: skip
+            )
 
 
 @dataclass(slots=True)
@@ -256,7 +272,10 @@ class Drafted:
     @property
     def widths(self) -> list[int]:
         """Rows of each drafted level."""
-        return [len(owners) + (self.batch.catch_up_rows if i == 0 else 0) for i, owners in enumerate(self.expanded)]
+        return [
+            len(owners) + (self.batch.catch_up_rows if i == 0 else 0)
+            for i, owners in enumerate(self.expanded)
+        ]
 
 
 def draft(policy: Policy, walk: Walk) -> Drafted:
@@ -264,7 +283,13 @@ def draft(policy: Policy, walk: Walk) -> Drafted:
     batch, source = walk.state(), Source(walk.recording, walk.position)
     if hasattr(policy, "foresee"):
         policy.foresee(walk)
-    done = Drafted(batch, policy.plan(batch), DraftTrees.empty(batch.size), np.zeros(0, np.int64), source.missing)
+    done = Drafted(
+        batch,
+        policy.plan(batch),
+        DraftTrees.empty(batch.size),
+        np.zeros(0, np.int64),
+        source.missing,
+    )
     plan, trees = done.plan, done.trees
     owners: IntArray | None = np.arange(batch.size)
     parents: IntArray = np.full(batch.size, ROOT)
@@ -313,7 +338,14 @@ def replay(
     return result
 
 
-def _round(policy: Policy, walk: Walk, prices: Pricing, host: HostCosts, clock: Clock | None, result: Replayed) -> None:
+def _round(
+    policy: Policy,
+    walk: Walk,
+    prices: Pricing,
+    host: HostCosts,
+    clock: Clock | None,
+    result: Replayed,
+) -> None:
     started = clock() if clock else 0.0
     done = draft(policy, walk)
     own = clock() - started if clock else 0.0
@@ -325,9 +357,25 @@ def _round(policy: Policy, walk: Walk, prices: Pricing, host: HostCosts, clock: 
     beyond = host.seconds(size, bool(widths)) + own
     on_path = accepted(trees, done.kept, walk)
     emitted = np.minimum(1 + np.bincount(trees.owner[on_path], minlength=size), walk.left)
-    next_token = np.where(on_path, walk.truth(trees.owner, trees.depth + 1), -1) if len(trees) else trees.token
+    next_token = (
+        np.where(on_path, walk.truth(trees.owner, trees.depth + 1), -1)
+        if len(trees)
+        else trees.token
+    )
     root_next = walk.truth(np.arange(size), np.ones(size, np.int64))
-    round_ = Round(done.batch, done.plan, trees, done.kept, next_token, root_next, widths, levels, rows, verify, beyond)
+    round_ = Round(
+        done.batch,
+        done.plan,
+        trees,
+        done.kept,
+        next_token,
+        root_next,
+        widths,
+        levels,
+        rows,
+        verify,
+        beyond,
+    )
     started = clock() if clock else 0.0
     policy.observe(round_)
     learning = clock() - started if clock else 0.0

@@ -86,10 +86,18 @@ class ReplayedTarget:
 
     def __init__(self, inner: TorchTarget, trace: Trace) -> None:
         self._inner, answers = inner, trace.recording.answers
-        self.vocab, self.max_positions, self.eos_token_ids = inner.vocab, inner.max_positions, trace.eos_token_ids
+        self.vocab, self.max_positions, self.eos_token_ids = (
+            inner.vocab,
+            inner.max_positions,
+            trace.eos_token_ids,
+        )
         ends = np.cumsum([len(a.tokens) + 1 for a in answers])
-        end_token = trace.eos_token_ids[0] if trace.eos_token_ids else 0  # behind an answer that was cut
-        self._tokens = np.concatenate([np.append(a.tokens, end_token) for a in answers]).astype(np.int64)
+        end_token = (
+            trace.eos_token_ids[0] if trace.eos_token_ids else 0
+        )  # behind an answer that was cut
+        self._tokens = np.concatenate([np.append(a.tokens, end_token) for a in answers]).astype(
+            np.int64
+        )
         self._last, self._first = ends - 1, np.concatenate(([0], ends[:-1]))
         self._prompt = np.array([a.prompt_length for a in answers], np.int64)
         self._answer_of: dict[int, int] = {}  # the first page of a request -> its answer
@@ -97,9 +105,13 @@ class ReplayedTarget:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
-        scores = self._inner.verify(rows, taps)
-        wanted = np.arange(len(rows)) if rows.logit_rows is None else np.asarray(rows.logit_rows, np.int64)
+    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
+        scores = self._inner.verify(rows, aux_layers)
+        wanted = (
+            np.arange(len(rows))
+            if rows.logit_rows is None
+            else np.asarray(rows.logit_rows, np.int64)
+        )
         if scores.greedy is None:
             self._inner.argmax(scores.logits, np.arange(len(wanted)))
         return TargetScores(scores.logits, scores.features, self._truth(rows, wanted))
@@ -124,17 +136,24 @@ class ReplayedDrafter(EagleDrafter):
 
     name = "replayed"
 
-    def __init__(self, head: EagleHead, recording: Recording, pool_pages: int, scratch_pages: int) -> None:
+    def __init__(
+        self, head: EagleHead, recording: Recording, pool_pages: int, scratch_pages: int
+    ) -> None:
         super().__init__(head, pool_pages, scratch_pages)
         self._recording = recording
 
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
         answers = [self._recording.answers[request.tokens[0]] for request in requests]
-        roots = [a.first + min(len(r.output), a.positions) - 1 for a, r in zip(answers, requests, strict=True)]
+        roots = [
+            a.first + min(len(r.output), a.positions) - 1
+            for a, r in zip(answers, requests, strict=True)
+        ]
         self._source = Source(self._recording, np.array(roots, np.int64))
         return super().start(requests, plan)
 
-    def _append(self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked) -> None:
+    def _append(
+        self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked
+    ) -> None:
         children = ranked[0].shape[1]
         self._source.expand(trees, parents, children, owner if (parents < 0).all() else None)
 
@@ -151,22 +170,37 @@ def run(options: LabOptions) -> dict[str, Any]:
     bench = _Replay(options, trace, config)
     runs: list[dict[str, Any]] = []
     for size in options.batch_sizes:
-        prompts = bench.prompts([usable[i % len(usable)] for i in range(max(len(usable), 2 * size))])
+        prompts = bench.prompts(
+            [usable[i % len(usable)] for i in range(max(len(usable), 2 * size))]
+        )
         engines = bench.engines()
         with tqdm(desc=f"{LABEL}, batch {size}", unit="block", leave=False) as bar:
-            share = None if options.time_limit is None else options.time_limit / len(options.batch_sizes)
+            share = (
+                None
+                if options.time_limit is None
+                else options.time_limit / len(options.batch_sizes)
+            )
             deadline = None if share is None else time.perf_counter() + share
             found = measure(engines, prompts, size, deadline, lambda label, bar=bar: bar.update())
         for row in rows_of(found, size, options):
             row |= achieved(row, bench.sizes)
             runs.append({**row, **limit_shares(row, bench.limits)})
-    weights = {"model": f"{name}, random weights, {LABEL}", "trace": options.replay.name, "dtype": options.dtype}
+    weights = {
+        "model": f"{name}, random weights, {LABEL}",
+        "trace": options.replay.name,
+        "dtype": options.dtype,
+    }
     head = "random head, recorded candidates"
     return {
-        "provenance": provenance(command_of(options), options.seed, weights, head, bench.target.plain_torch),
-        "acceptance": LABEL, "runs": runs, "cost": bench.cost.to_dict(), "limits": bench.limits,
+        "provenance": provenance(
+            command_of(options), options.seed, weights, head, bench.target.plain_torch
+        ),
+        "acceptance": LABEL,
+        "runs": runs,
+        "cost": bench.cost.to_dict(),
+        "limits": bench.limits,
         "memory": memory(bench.sizes.weights * bench.sizes.item, bench.target.kv_bytes),
-    }  # fmt: skip
+    }
 
 
 class _Replay:
@@ -176,13 +210,24 @@ class _Replay:
         self.options, self.trace = options, trace
         largest, answers = max(options.batch_sizes), trace.recording.answers
         longest = max(a.prompt_length + max(len(a.tokens) + 1, a.limit) for a in answers)
-        self.pages, self.length, self.slots = pages_for(largest * longest, largest), longest + 1, largest
+        self.pages, self.length, self.slots = (
+            pages_for(largest * longest, largest),
+            longest + 1,
+            largest,
+        )
         checkpoint = Checkpoint(config, RandomWeights(config.expected_shapes()), Path(), {})
         self.target = TorchTarget(
-            checkpoint, options.dtype, device_of(options.device), self.pages, self.length, allow_slow=options.allow_slow
+            checkpoint,
+            options.dtype,
+            device_of(options.device),
+            self.pages,
+            self.length,
+            allow_slow=options.allow_slow,
         )
         files = random_head(config, min(DRAFT_VOCAB, config.vocab))
-        self.head = EagleHead(files, self.target.decoder, self.pages, SCRATCH_PAGES, self.length + 64)
+        self.head = EagleHead(
+            files, self.target.decoder, self.pages, SCRATCH_PAGES, self.length + 64
+        )
         drafter = EagleDrafter(self.head, self.pages, SCRATCH_PAGES)
         samples = profile(self.target, drafter, self.pages, largest, PROFILE_SECONDS, coarse=True)
         self.cost = CostModel.fit(samples, ROUND_OVERHEAD)
@@ -196,15 +241,22 @@ class _Replay:
         for arm in self.options.arms:
             policy = self.trace.policy(arm.policy, self.cost, **arm.policy_options)
             drafter = ReplayedDrafter(self.head, self.trace.recording, self.pages, SCRATCH_PAGES)
-            engines[arm.label] = Engine(target, policy, None if arm.policy == BASELINE else drafter, config,
-                                        lambda skip: lambda ids: " " * len(ids))  # fmt: skip
+            engines[arm.label] = Engine(
+                target,
+                policy,
+                None if arm.policy == BASELINE else drafter,
+                config,
+                lambda skip: lambda ids: " " * len(ids),
+            )
         return engines
 
     def prompts(self, answers: Sequence[int]) -> dict[str, list[Prompt]]:
         found = []
         for index, number in enumerate(answers):
             answer = self.trace.recording.answers[number]
-            filler = np.random.default_rng(number).integers(0, self.target.vocab, answer.prompt_length - 1)
+            filler = np.random.default_rng(number).integers(
+                0, self.target.vocab, answer.prompt_length - 1
+            )
             params = SamplingParams(temperature=0.0, max_tokens=answer.limit)
             found.append(Prompt(index, "recorded", [number, *filler.tolist()], params))
         return {"recorded": found}
@@ -215,37 +267,63 @@ def model_config(name: str) -> tuple[str, ModelConfig]:
     path = Path(name)
     if path.is_file():
         try:
-            return path.parent.name or path.name, ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+            return path.parent.name or path.name, ModelConfig.from_hf(
+                json.loads(path.read_text(encoding="utf-8"))
+            )
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} is not a readable config.json: {error}") from error
     d = dimensions(name)
-    return name, ModelConfig("llama", d.layers, d.hidden, d.heads, d.kv_heads, d.head_dim, d.ffn, d.vocab,
-                             rope_theta=500_000.0, rms_eps=1e-5, max_positions=8192)  # fmt: skip
+    return name, ModelConfig(
+        "llama",
+        d.layers,
+        d.hidden,
+        d.heads,
+        d.kv_heads,
+        d.head_dim,
+        d.ffn,
+        d.vocab,
+        rope_theta=500_000.0,
+        rms_eps=1e-5,
+        max_positions=8192,
+    )
 
 
 def random_head(config: ModelConfig, draft_vocab: int) -> HeadFiles:
-    """An EAGLE-3 head's shapes for a target: one layer over [embedding ; features], three taps, its own output rows."""
-    taps = tuple(sorted({max(1, config.layers // 8), max(1, config.layers // 2), max(1, config.layers - 2)}))
+    """An EAGLE-3 head's shapes for a target: one layer over [embedding ; features], three aux_layers, its own output rows."""
+    aux_layers = tuple(
+        sorted({max(1, config.layers // 8), max(1, config.layers // 2), max(1, config.layers - 2)})
+    )
     shape, d = (
         replace(config, layers=1, qkv_bias=False, o_bias=False, qk_norm=False, tie_embeddings=True),
         config.hidden,
     )
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (d, len(taps) * d), "norm.weight": (d,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (d, len(aux_layers) * d),
+        "norm.weight": (d,),
+    }
     for full, dims in shape.expected_shapes().items():
         if full.startswith("model.layers.0."):
             wide = full.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-            shapes[full.replace("model.layers.0.", "midlayer.")] = (dims[0], 2 * d) if wide else dims
+            shapes[full.replace("model.layers.0.", "midlayer.")] = (
+                (dims[0], 2 * d) if wide else dims
+            )
     shapes |= {"midlayer.hidden_norm.weight": (d,), "lm_head.weight": (draft_vocab, d)}
     weights: dict[str, torch.Tensor] = dict(RandomWeights(shapes))
-    return HeadFiles({}, {**weights, "draft_ids": torch.arange(draft_vocab)}, taps, shape)
+    return HeadFiles({}, {**weights, "draft_ids": torch.arange(draft_vocab)}, aux_layers, shape)
 
 
 def _check(trace: Trace, config: ModelConfig) -> None:
     answers = trace.recording.answers
     if trace.about.get("temperature"):
         raise ConfigError("--replay needs a greedy recording: record without --temperature")
-    most = max([*(int(a.tokens.max()) for a in answers if len(a.tokens)), int(trace.recording.token.max(initial=0)),
-                *trace.eos_token_ids, len(answers) - 1])  # fmt: skip
+    most = max(
+        [
+            *(int(a.tokens.max()) for a in answers if len(a.tokens)),
+            int(trace.recording.token.max(initial=0)),
+            *trace.eos_token_ids,
+            len(answers) - 1,
+        ]
+    )
     if most >= config.vocab:
         raise ConfigError(
             f"the recording has token {most}, but the model knows {config.vocab}: take a larger vocabulary"

@@ -14,7 +14,9 @@ def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
     parts = []
     if result.get("acceptance"):
         model = result["provenance"]["weights"]["model"]
-        parts.append(f"{str(result['acceptance']).upper()}: compute is real, tokens are a recording's ({model})")
+        parts.append(
+            f"{str(result['acceptance']).upper()}: compute is real, tokens are a recording's ({model})"
+        )
     parts.append(report.everything(result, in_markdown))
     parts.append(runs_table(result.get("variant_runs"), "one ingredient exchanged\n", in_markdown))
     parts.append(runs_table(result.get("suite_runs"), "long contexts and edits\n", in_markdown))
@@ -28,26 +30,45 @@ def replay_table(replayed: Mapping[str, Any]) -> str:
     sizes = list(replayed)
     rows: list[Sequence[str]] = [("by replay, not live", *sizes)]
     for part in ("gap", "ablations"):
-        names = [name for name, value in replayed[sizes[0]][part].items() if isinstance(value, float)]
-        rows += [(name, *(shown(replayed[size][part][name], 2) for size in sizes)) for name in names]
+        names = [
+            name for name, value in replayed[sizes[0]][part].items() if isinstance(value, float)
+        ]
+        rows += [
+            (name, *(shown(replayed[size][part][name], 2) for size in sizes)) for name in names
+        ]
     return "\n".join(aligned(rows))
 
 
 def peer_table(peers: Sequence[Run]) -> str:
     """Other engines beside ours, both in turn on the same prompts; who failed, and why."""
-    head = ("engine", "precision", "b", "tok/s", "ours plain", "ours smart", "smart / peer (95 %)", "same")
+    head = (
+        "engine",
+        "precision",
+        "b",
+        "tok/s",
+        "ours plain",
+        "ours smart",
+        "smart / peer (95 %)",
+        "same",
+    )
     rows: list[Sequence[str]] = [head]
     lines = []
     for peer in peers:
         for run in peer.get("runs", ()):
             rates = [shown(run[f"{who}tokens_per_s"], 1) for who in ("", "plain_", "smart_")]
-            rows.append((f"{peer['name']} {peer['version']}", peer["precision"], str(run["batch_size"]), *rates,
-                         ratio(run), f"{100 * run['same']:.0f} %"))  # fmt: skip
+            rows.append(
+                (
+                    f"{peer['name']} {peer['version']}",
+                    peer["precision"],
+                    str(run["batch_size"]),
+                    *rates,
+                    ratio(run),
+                    f"{100 * run['same']:.0f} %",
+                )
+            )
             if run["speedup"] is not None and run["speedup"] < 1:
                 lines.append(f"{peer['name']} is FASTER than smart at batch {run['batch_size']}")
         if peer.get("error"):
             lines.append(f"{peer['name']}: {peer['error']}")
-    told = (
-        "peers: decode-only tokens/s, answers of a fixed length; 'same': of the peer's tokens, those that ours has too"
-    )
+    told = "peers: decode-only tokens/s, answers of a fixed length; 'same': of the peer's tokens, those that ours has too"
     return "\n".join([told, *aligned(rows), *lines])

@@ -42,11 +42,17 @@ class LabResults(Results):
 def _replayed(value: Any) -> Mapping[str, Any]:
     """Batch size -> what replay answers; empty if that cannot be read."""
     found = mapping(value)
-    parts = [mapping(mapping(of_size).get(name)) for of_size in found.values() for name in ("gap", "ablations")]
+    parts = [
+        mapping(mapping(of_size).get(name))
+        for of_size in found.values()
+        for name in ("gap", "ablations")
+    ]
     return found if parts and all(parts) and all(size.isdigit() for size in found) else {}
 
 
 def _peers(value: Any) -> Sequence[Mapping[str, Any]]:
     """Peers that have a name."""
     found = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    return [peer for peer in found if isinstance(peer, Mapping) and isinstance(peer.get("name"), str)]
+    return [
+        peer for peer in found if isinstance(peer, Mapping) and isinstance(peer.get("name"), str)
+    ]

@@ -19,7 +19,11 @@ from smart_lab import tables
 
 RESULTS = Path(__file__).parents[1] / "results"
 MADE = "Made by `python -m smart_lab results` from the JSON files of this folder; do not edit."
-RUN_PARTS = {"runs": "", "sampled_runs": "At another temperature", "variant_runs": "One ingredient exchanged, live"}
+RUN_PARTS = {
+    "runs": "",
+    "sampled_runs": "At another temperature",
+    "variant_runs": "One ingredient exchanged, live",
+}
 # Kind -> title, in the order of the page.
 KINDS = {
     "bench": "Policies",
@@ -35,8 +39,12 @@ KINDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="whose subfolders are machines")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is not up to date")
+    parser.add_argument(
+        "--folder", type=Path, default=RESULTS, help="whose subfolders are machines"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where a page is not up to date"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -52,14 +60,21 @@ def main(args: argparse.Namespace) -> int:
             write_text(target, text)
             print(f"wrote {target}")
     if args.check and stale:
-        raise ConfigError(f"not up to date: {', '.join(map(str, stale))}; run python -m smart_lab results")
+        raise ConfigError(
+            f"not up to date: {', '.join(map(str, stale))}; run python -m smart_lab results"
+        )
     return 0
 
 
 def page(folder: Path) -> str:
     """The page of one machine."""
     files = sorted(folder.glob("*.json"), key=lambda path: list(KINDS).index(kind_of(path)))
-    return "\n\n".join([f"# {folder.name}: what was measured", MADE, *(section(path) for path in files)]) + "\n"
+    return (
+        "\n\n".join(
+            [f"# {folder.name}: what was measured", MADE, *(section(path) for path in files)]
+        )
+        + "\n"
+    )
 
 
 def kind_of(path: Path) -> str:
@@ -79,7 +94,9 @@ def section(path: Path) -> str:
         raise ConfigError(f"{path} is no run that a page can show: {error!r}") from error
     origin = mapping(data.get("provenance"))
     command = f"```sh\n{origin.get('command') or '# not recorded'}\n```"
-    return "\n\n".join([f"## {KINDS[kind_of(path)]}: [{path.name}]({path.name})", command, facts(origin), *parts])
+    return "\n\n".join(
+        [f"## {KINDS[kind_of(path)]}: [{path.name}]({path.name})", command, facts(origin), *parts]
+    )
 
 
 def facts(origin: Mapping[str, Any]) -> str:
@@ -88,9 +105,15 @@ def facts(origin: Mapping[str, Any]) -> str:
     told = {
         "date": origin.get("time"),
         "commit": origin.get("commit"),
-        "hardware": ", ".join(_told(name, value) for name, value in hardware.items() if value not in (None, "", [])),
-        "versions": ", ".join(f"{name} {value}" for name, value in mapping(origin.get("versions")).items()),
-        "weights": ", ".join(f"{name} {value}" for name, value in mapping(origin.get("weights")).items()),
+        "hardware": ", ".join(
+            _told(name, value) for name, value in hardware.items() if value not in (None, "", [])
+        ),
+        "versions": ", ".join(
+            f"{name} {value}" for name, value in mapping(origin.get("versions")).items()
+        ),
+        "weights": ", ".join(
+            f"{name} {value}" for name, value in mapping(origin.get("weights")).items()
+        ),
         "draft head": origin.get("head"),
     }
     return "\n".join(f"- {name}: {value or 'not recorded'}" for name, value in told.items())
@@ -109,7 +132,7 @@ def tables_of(data: Mapping[str, Any]) -> list[str]:
     if data.get("load"):
         found.append(("Under load (milliseconds)", tables.load(data["load"])))
     if data.get("replayed"):
-        found.append(("Hindsight, by replay", tables.replayed(data["replayed"], "gap")))
+        found.append(("Oracle, by replay", tables.replayed(data["replayed"], "gap")))
         found.append(("Ablations, by replay", tables.replayed(data["replayed"], "ablations")))
         found.append(("Sweeps, by replay", tables.swept(data["replayed"])))
     if data.get("robustness"):

@@ -15,9 +15,24 @@ from smart_lab.trace import Trace
 # Few settings of `eagle2` that are best somewhere; EAGLE-2's own is apart.
 SETTINGS: Sequence[Setting] = [
     {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
-    for depth, top_k, nodes in ((0, 1, 1), (0, 3, 3), (1, 1, 2), (1, 3, 4), (1, 4, 8), (2, 1, 3), (2, 3, 5), (2, 4, 8),
-                                (3, 1, 4), (3, 4, 12), (4, 2, 8), (4, 6, 16), (6, 1, 7), (6, 6, 24), (6, 10, 40))
-]  # fmt: skip
+    for depth, top_k, nodes in (
+        (0, 1, 1),
+        (0, 3, 3),
+        (1, 1, 2),
+        (1, 3, 4),
+        (1, 4, 8),
+        (2, 1, 3),
+        (2, 3, 5),
+        (2, 4, 8),
+        (3, 1, 4),
+        (3, 4, 12),
+        (4, 2, 8),
+        (4, 6, 16),
+        (6, 1, 7),
+        (6, 6, 24),
+        (6, 10, 40),
+    )
+]
 EAGLE_2: Setting = {"depth": 7, "top_k": 10, "total_tokens": 60}
 SMART, PAPER, EAGLE2 = "smart", "paper", "eagle2, EAGLE-2's size"
 ROUNDS, LEAST_ROUNDS, PAPER_ROUNDS = 2400, 120, 600  # of requests; of the batch
@@ -75,26 +90,39 @@ class Simulation:
             "acceptance": self.acceptance,
             "notes": self.notes,
             "outlooks": [
-                {"batch_size": o.batch_size, "plain_tokens_per_s": o.plain, "speedup": o.speedup, "use": o.best,
-                 "fixed": o.fixed, "smart_tokens_per_round": o.smart.tokens_per_round,
-                 "smart_rows_per_round": o.smart.rows / o.smart.rounds, "smart_off_share": o.smart.off / o.smart.rounds}
+                {
+                    "batch_size": o.batch_size,
+                    "plain_tokens_per_s": o.plain,
+                    "speedup": o.speedup,
+                    "use": o.best,
+                    "fixed": o.fixed,
+                    "smart_tokens_per_round": o.smart.tokens_per_round,
+                    "smart_rows_per_round": o.smart.rows / o.smart.rounds,
+                    "smart_off_share": o.smart.off / o.smart.rounds,
+                }
                 for o in self.outlooks
             ],
-        }  # fmt: skip
+        }
 
 
 class Simulator:
     """Replays policies at batch sizes; trees that do not depend on them are drawn once."""
 
     def __init__(
-        self, trace: Trace, cost: CostModel, host: HostCosts | None = None, tree: Setting | None = None
+        self,
+        trace: Trace,
+        cost: CostModel,
+        host: HostCosts | None = None,
+        tree: Setting | None = None,
     ) -> None:
         """tree: the setting of `eagle2` that stands for fixed trees of full size; EAGLE-2's by default."""
         self.trace, self.cost, self.host, self.rounds = trace, cost, host, 0
         self._eagle = Sweep(trace.recording, [tree or EAGLE_2], trace.eos_token_ids)
         self._fixed = Sweep(trace.recording, SETTINGS, trace.eos_token_ids)
 
-    def outlook(self, batch_size: int, on_policy: Callable[[str], object] = lambda name: None) -> Outlook:
+    def outlook(
+        self, batch_size: int, on_policy: Callable[[str], object] = lambda name: None
+    ) -> Outlook:
         """All policies at one batch size."""
         trace, cost, host = self.trace, self.cost, self.host
         rounds = max(LEAST_ROUNDS, ROUNDS // batch_size)
@@ -102,7 +130,9 @@ class Simulator:
 
         def of(name: str, most: int = rounds) -> Replayed:
             on_policy(name)
-            return self._counted(replay(trace.policy(name, cost), recording, cost, batch_size, host, rounds=most))
+            return self._counted(
+                replay(trace.policy(name, cost), recording, cost, batch_size, host, rounds=most)
+            )
 
         plain = of("off").tokens_per_s
         smart, paper = of("smart"), of("paper", max(30, PAPER_ROUNDS // batch_size))

@@ -27,9 +27,13 @@ LARGEST = 256  # batch size
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--hardware", default=MEASURED, metavar="NAME",
+    add(
+        "--hardware",
+        default=MEASURED,
+        metavar="NAME",
         help="a card (rtx-pro-6000, l40s, a100, h100, h200, cpu-zen5-2c), the JSON of a profile, or 'measured': the "
-             "recording machine (default)")  # fmt: skip
+        "recording machine (default)",
+    )
     add("--model", help=f"whose dimensions a card is given, or a config.json (default: {MODEL})")
     add(
         "--trace",
@@ -37,10 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a recording by smart_lab bench --record: acceptance as it was",
     )
-    add("--acceptance", metavar="NAME", help="instead of a recording: msd, eagle3, or tokens per round such as 3.5")
+    add(
+        "--acceptance",
+        metavar="NAME",
+        help="instead of a recording: msd, eagle3, or tokens per round such as 3.5",
+    )
     add("--batch-sizes", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,4")
     add("--context", type=int, metavar="TOKENS", help="length that every prompt is given")
-    add("--eager", action="store_true", help="a card's engine launches every kernel from Python, without CUDA graphs")
+    add(
+        "--eager",
+        action="store_true",
+        help="a card's engine launches every kernel from Python, without CUDA graphs",
+    )
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--html", type=Path, metavar="FILE", help="write a self-contained page there")
 
@@ -52,11 +64,15 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"batch sizes must lie between 1 and {LARGEST}, not {sizes[-1]}")
     check_outputs((args.json, args.html), None)
     if (args.trace is None) == (args.acceptance is None):
-        raise ConfigError("give either --trace FILE (smart_lab bench --record makes one) or --acceptance NAME")
+        raise ConfigError(
+            "give either --trace FILE (smart_lab bench --record makes one) or --acceptance NAME"
+        )
     if args.context is not None and args.context < 1:
         raise ConfigError(f"--context must be at least 1, not {args.context}")
     if (args.model or args.eager) and not _is_card(args.hardware):
-        raise ConfigError("--model and --eager change a card's costs, not measured ones: give --hardware NAME")
+        raise ConfigError(
+            "--model and --eager change a card's costs, not measured ones: give --hardware NAME"
+        )
     trace, acceptance, tree = _acceptance(args)
     if args.context is not None:
         trace = replace(trace, recording=_at_context(trace.recording, args.context))
@@ -64,7 +80,9 @@ def main(args: argparse.Namespace) -> int:
     simulator, started = Simulator(trace, cost, host, tree), time.perf_counter()
     with tqdm(total=len(sizes), desc="simulating", unit="batch size", leave=False) as bar:
         for size in sizes:
-            simulation.outlooks.append(simulator.outlook(size, lambda name: bar.set_postfix_str(name, refresh=True)))
+            simulation.outlooks.append(
+                simulator.outlook(size, lambda name: bar.set_postfix_str(name, refresh=True))
+            )
             bar.update()
     print(text(simulation))
     seconds = time.perf_counter() - started
@@ -92,7 +110,9 @@ def text(simulation: Simulation) -> str:
     ]
     for o in simulation.outlooks:
         fixed = o.speedup[name_of(o.fixed)]
-        values = f"{o.speedup[SMART]:8.2f}{o.speedup[PAPER]:8.2f}{o.speedup[EAGLE2]:9.2f}{fixed:12.2f}"
+        values = (
+            f"{o.speedup[SMART]:8.2f}{o.speedup[PAPER]:8.2f}{o.speedup[EAGLE2]:9.2f}{fixed:12.2f}"
+        )
         use = f"{o.best} ({_did(o.smart.off / o.smart.rounds)})" if o.best == SMART else o.best
         lines.append(f"{o.batch_size:>5}{o.plain:13.0f}{values}   {use}")
     return "\n".join([*lines, "", *_answers(simulation)])
@@ -102,15 +122,25 @@ def _answers(simulation: Simulation) -> list[str]:
     lines = []
     for policy in (EAGLE2, PAPER, SMART):
         crossing = simulation.crossing(policy)
-        where = "stays at or above 1x here" if crossing is None else f"falls below 1x near batch {crossing:.0f}"
+        where = (
+            "stays at or above 1x here"
+            if crossing is None
+            else f"falls below 1x near batch {crossing:.0f}"
+        )
         lines.append(f"{policy} {where}")
     paying = [o for o in simulation.outlooks if o.best != "off"]
     if not paying:
         return [*lines, "Speculation does not pay at any of these batch sizes: decode plainly."]
     last = paying[-1]
     if last is simulation.outlooks[-1]:
-        return [*lines, f"Speculation pays at every batch size up to {last.batch_size}: use {last.best}."]
-    return [*lines, f"Speculation stops paying beyond batch {last.batch_size}; smart then decodes plainly by itself."]
+        return [
+            *lines,
+            f"Speculation pays at every batch size up to {last.batch_size}: use {last.best}.",
+        ]
+    return [
+        *lines,
+        f"Speculation stops paying beyond batch {last.batch_size}; smart then decodes plainly by itself.",
+    ]
 
 
 def _did(off: float) -> str:
@@ -124,16 +154,27 @@ def _acceptance(args: argparse.Namespace) -> tuple[Trace, str, Setting]:
         recording, origin = trace.recording, trace.about.get("provenance", {})
         weights = origin.get("weights", {}).get("model", "unknown model")
         said = f"recorded: {args.trace.name}, {weights}, {origin.get('head', 'unknown drafter')}, temperature "
-        return trace, f"{said}{trace.about.get('temperature', '?')}, {len(recording.answers)} answers", EAGLE_2
+        return (
+            trace,
+            f"{said}{trace.about.get('temperature', '?')}, {len(recording.answers)} answers",
+            EAGLE_2,
+        )
     from smart_lab.hardware import acceptances
     from smart_lab.synthetic import synthetic
 
     known = acceptances()
     if args.acceptance in known:
         level = known[args.acceptance]
-        tokens, context, source, tree = (level[name] for name in ("tokens_per_round", "context", "source", "tree"))
+        tokens, context, source, tree = (
+            level[name] for name in ("tokens_per_round", "context", "source", "tree")
+        )
     else:
-        tokens, context, source, tree = _tokens(args.acceptance, list(known)), 200, "asked for", EAGLE_2
+        tokens, context, source, tree = (
+            _tokens(args.acceptance, list(known)),
+            200,
+            "asked for",
+            EAGLE_2,
+        )
     recording = synthetic(tokens, context=context, tree=tree)
     said = f"SYNTHETIC trees, {tokens:g} tokens per round of {name_of(tree)}, prompts of {context} tokens; {source}"
     return Trace(recording, {}), said, tree
@@ -145,12 +186,18 @@ def _costs(
     name = args.hardware
     if name == MEASURED:
         if trace.cost is None:
-            raise ConfigError("there is no measured profile without a recording: give --hardware NAME")
+            raise ConfigError(
+                "there is no measured profile without a recording: give --hardware NAME"
+            )
         hardware = trace.about.get("provenance", {}).get("hardware", {})
         told = f"measured profile of {hardware.get('gpu') or hardware.get('cpu', 'an unknown machine')}"
         return trace.cost, trace.host, Simulation(told, "the recorded one", acceptance)
     if not _is_card(name):
-        return _profile(Path(name)), trace.host, Simulation(f"profile {Path(name).name}", "as profiled", acceptance)
+        return (
+            _profile(Path(name)),
+            trace.host,
+            Simulation(f"profile {Path(name).name}", "as profiled", acceptance),
+        )
     from smart_lab.hardware import card, dimensions, roofline
 
     sheet, model = card(name, args.eager), dimensions(args.model or MODEL)
@@ -164,7 +211,9 @@ def _costs(
     longest = max((a.prompt_length + len(a.tokens) for a in trace.recording.answers), default=0)
     if model.memory(largest, longest) > sheet.memory:
         needed = model.memory(largest, longest) / 1e9
-        simulation.notes.append(f"batch {largest} needs {needed:.0f} GB, more than its {sheet.memory / 1e9:.0f} GB")
+        simulation.notes.append(
+            f"batch {largest} needs {needed:.0f} GB, more than its {sheet.memory / 1e9:.0f} GB"
+        )
     return roofline(sheet, model), None, simulation
 
 
@@ -190,4 +239,6 @@ def _tokens(said: str, known: list[str]) -> float:
     try:
         return float(said)
     except ValueError as error:
-        raise ConfigError(f"unknown acceptance {said!r}; known: {', '.join(known)}, or tokens per round") from error
+        raise ConfigError(
+            f"unknown acceptance {said!r}; known: {', '.join(known)}, or tokens per round"
+        ) from error

@@ -16,7 +16,11 @@ CAPTION = (
 
 def page(simulation: Simulation) -> str:
     """The whole document."""
-    facts = {"costs": simulation.hardware, "model": simulation.model, "acceptance": simulation.acceptance}
+    facts = {
+        "costs": simulation.hardware,
+        "model": simulation.model,
+        "acceptance": simulation.acceptance,
+    }
     about = Section("about", "What is simulated", lines=simulation.notes, facts=facts)
     sections = [about, *figure_sections([figure(simulation)]), _table(simulation)]
     return document(f"{simulation.model}: speculation simulated", sections, warnings=[WARNING])

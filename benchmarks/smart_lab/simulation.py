@@ -18,7 +18,9 @@ from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Policy,
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 
 CHILDREN = 8
-TRUST = np.array([0.0, 0.9, 0.82, 0.7, 0.62, 0.55, 0.5])  # true acceptance over draft_prob, by depth
+TRUST = np.array(
+    [0.0, 0.9, 0.82, 0.7, 0.62, 0.55, 0.5]
+)  # true acceptance over draft_prob, by depth
 CONTEXT = 200
 NOISE = 65536
 WAITING = 256  # rows at most that wait for a request while nothing is drafted
@@ -57,7 +59,9 @@ class World:
         rng = np.random.default_rng(seed)
         steps = rng.normal(size=(4096, batch))
         self.noise = rng.normal(size=NOISE)
-        self.mood = np.zeros((4096, batch))  # how predictable the text is at the moment: a slow wave per request
+        self.mood = np.zeros(
+            (4096, batch)
+        )  # how predictable the text is at the moment: a slow wave per request
         for t in range(1, 4096):
             self.mood[t] = 0.9 * self.mood[t - 1] + 0.45 * steps[t]
 
@@ -65,18 +69,28 @@ class World:
         """The batch before a round."""
         size = self.batch
         return BatchState(
-            np.full(size, CONTEXT), np.full(size, 10_000), np.zeros(size), np.ones(size, bool), catch_up_rows=catch_up
+            np.full(size, CONTEXT),
+            np.full(size, 10_000),
+            np.zeros(size),
+            np.ones(size, bool),
+            catch_up_rows=catch_up,
         )
 
-    def expand(self, round_index: int, trees: DraftTrees, parents: IntArray, children: int, depth: int) -> None:
+    def expand(
+        self, round_index: int, trees: DraftTrees, parents: IntArray, children: int, depth: int
+    ) -> None:
         """Appends `children` nodes below each of `parents`; at depth 1 below each root."""
         owner = np.arange(self.batch) if depth == 1 else trees.owner[parents]
         mood = self.mood[round_index % 4096][owner] + self.ease
         # Looked up by the parent's path, so that the same node is the same in every policy's tree.
-        place = (_places(trees, parents, self.batch) * 40503 + round_index * 7919 + depth * 104729) % NOISE
+        place = (
+            _places(trees, parents, self.batch) * 40503 + round_index * 7919 + depth * 104729
+        ) % NOISE
         top = 1.0 / (1.0 + np.exp(-(mood + 1.6 * self.noise[place])))
         share = 0.55 ** np.arange(1, CHILDREN)
-        prob = np.concatenate((top[:, None], (1 - top)[:, None] * share / share.sum() * 0.85), axis=1)
+        prob = np.concatenate(
+            (top[:, None], (1 - top)[:, None] * share / share.sum() * 0.85), axis=1
+        )
         prob = -np.sort(-prob, axis=1)[:, :children]
         count = prob.shape[1]
         token = np.tile(np.arange(count), len(owner))
@@ -88,7 +102,9 @@ class World:
         result: FloatArray = trees.draft_prob * trust * self.good(round_index)
         return result
 
-    def walk(self, trees: DraftTrees, round_index: int, kept: IntArray) -> tuple[IntArray, IntArray]:
+    def walk(
+        self, trees: DraftTrees, round_index: int, kept: IntArray
+    ) -> tuple[IntArray, IntArray]:
         """(root_next [batch], next_token [nodes]): one verification of `kept`, drawn from the true probabilities."""
         rng = np.random.default_rng([self.seed, round_index, 99])
         true = self.true_prob(trees, round_index)
@@ -130,7 +146,11 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
         root_next, next_token = world.walk(trees, index, kept)
         verify = float(world.costs.verify_seconds(world.batch, world.batch + len(kept), CONTEXT))
         rows, beyond = world.batch + len(kept), world.overhead if plan.speculate else 0.0
-        policy.observe(Round(batch, plan, trees, kept, next_token, root_next, widths, times, rows, verify, beyond))
+        policy.observe(
+            Round(
+                batch, plan, trees, kept, next_token, root_next, widths, times, rows, verify, beyond
+            )
+        )
         tokens += world.batch + _path_gain(trees, world.true_prob(trees, index))[kept].sum()
         seconds += verify + sum(times) + beyond
         nodes, off = nodes + len(kept), off + (not plan.speculate)
@@ -138,7 +158,9 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
     return Totals(float(tokens), seconds, nodes, off)
 
 
-def full_knowledge(world: World, rounds: range, levels: int = 6, widths: tuple[int, ...] = (1, 2, 4, 8)) -> Totals:
+def full_knowledge(
+    world: World, rounds: range, levels: int = 6, widths: tuple[int, ...] = (1, 2, 4, 8)
+) -> Totals:
     """The best of plain decoding and every (levels, width) each round, knowing all true probabilities beforehand."""
     tokens = seconds = 0.0
     nodes = off = 0
@@ -156,7 +178,9 @@ def full_knowledge(world: World, rounds: range, levels: int = 6, widths: tuple[i
                 order = ranked(gain)
                 curve = world.costs.verify_curve(size, size, len(trees) + 1, CONTEXT)
                 n, value = best_size(gain[order], size, sunk, curve)
-                best = max(best, (value, size + float(gain[order[:n]].sum()), sunk + float(curve[n]), n))
+                best = max(
+                    best, (value, size + float(gain[order[:n]].sum()), sunk + float(curve[n]), n)
+                )
                 deepest = np.flatnonzero(trees.depth == level)
                 parents = np.sort(deepest[ranked(gain[deepest])[: width * size]])
         tokens, seconds = tokens + best[1], seconds + best[2]

@@ -47,20 +47,34 @@ class Fixed:
     def draw(cls, policy: Policy, recording: Recording) -> Fixed:
         """The policy must treat each request alone and learn nothing: chain, static or eagle2."""
         everywhere = Walk.everywhere(recording)
-        parts = [_draw(policy, everywhere.part(start, start + CHUNK)) for start in range(0, recording.positions, CHUNK)]
+        parts = [
+            _draw(policy, everywhere.part(start, start + CHUNK))
+            for start in range(0, recording.positions, CHUNK)
+        ]
         levels = max((part.expanded.shape[1] for part in parts), default=0)
-        padded = [np.pad(part.expanded, ((0, 0), (0, levels - part.expanded.shape[1]))) for part in parts]
+        padded = [
+            np.pad(part.expanded, ((0, 0), (0, levels - part.expanded.shape[1]))) for part in parts
+        ]
         emitted, kept, missing = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("emitted", "kept", "missing")
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("emitted", "kept", "missing")
         )
         return cls(emitted, kept, np.concatenate(padded), missing)
 
 
 def add_up(
-    fixed: Fixed, recording: Recording, cost: CostModel, batch_size: int, host: HostCosts | None = None
+    fixed: Fixed,
+    recording: Recording,
+    cost: CostModel,
+    batch_size: int,
+    host: HostCosts | None = None,
 ) -> Replayed:
     """What `replay` gives for the policy of `fixed`."""
-    walk, prices, result = Walk(recording, batch_size), Prices(cost, batch_size), Replayed(batch_size)
+    walk, prices, result = (
+        Walk(recording, batch_size),
+        Prices(cost, batch_size),
+        Replayed(batch_size),
+    )
     host = host or HostCosts.of(cost)
     while walk.running:
         at, context = walk.position, float(walk.context.sum()) / batch_size
@@ -87,7 +101,10 @@ class Sweep:
     """A recording with the trees of many `eagle2` settings, drawn when first asked for."""
 
     def __init__(
-        self, recording: Recording, settings: Sequence[Setting] | None = None, eos: Sequence[int] = ()
+        self,
+        recording: Recording,
+        settings: Sequence[Setting] | None = None,
+        eos: Sequence[int] = (),
     ) -> None:
         self.recording, self.eos = recording, tuple(eos)
         self._source = recording  # whose trees are drawn
@@ -112,7 +129,9 @@ class Sweep:
         for i, setting in enumerate(self.settings):
             if i not in self._fixed:
                 self._fixed[i] = Fixed.draw(Eagle2(**setting, eos_token_ids=self.eos), self._source)
-            results.append((setting, add_up(self._fixed[i], self.recording, cost, batch_size, host)))
+            results.append(
+                (setting, add_up(self._fixed[i], self.recording, cost, batch_size, host))
+            )
             on_setting()
         return sorted(results, key=lambda result: -result[1].tokens_per_s)
 
@@ -122,9 +141,17 @@ def _draw(policy: Policy, walk: Walk) -> Fixed:
     size, owner = done.batch.size, done.trees.owner
     on_path = accepted(done.trees, done.kept, walk)
     emitted = np.minimum(1 + np.bincount(owner[on_path], minlength=size), walk.left)
-    expanded = np.stack([np.bincount(owners, minlength=size) for owners in done.expanded] or [np.zeros(size)], axis=1)
+    expanded = np.stack(
+        [np.bincount(owners, minlength=size) for owners in done.expanded] or [np.zeros(size)],
+        axis=1,
+    )
     expanded[:, 0] = done.batch.remaining > 1  # a round in which nobody may draft is a plain one
-    return Fixed(emitted, np.bincount(owner[done.kept], minlength=size), expanded.astype(np.int64), done.missing)
+    return Fixed(
+        emitted,
+        np.bincount(owner[done.kept], minlength=size),
+        expanded.astype(np.int64),
+        done.missing,
+    )
 
 
 def _sensible(levels: int, top_k: int, nodes: int) -> bool:

@@ -17,7 +17,9 @@ from smart_lab.recording import Recording
 from smart_lab.sweep import Fixed
 
 CHILDREN, WIDTH, LEVELS = 10, 12, 8
-TRUST = np.array([0.95, 0.93, 0.91, 0.9, 0.89, 0.88, 0.87, 0.86])  # chosen over confidence, by depth
+TRUST = np.array(
+    [0.95, 0.93, 0.91, 0.9, 0.89, 0.88, 0.87, 0.86]
+)  # chosen over confidence, by depth
 SHARE = 0.5 ** np.arange(1, CHILDREN)  # of what the first child leaves, for the others
 EASES = (-6.0, 12.0)
 
@@ -40,13 +42,17 @@ def synthetic(
         found = _yield(_draw(ease, 8, 40, context, seed), tree or {})
         low, high = (ease, high) if found < tokens_per_round else (low, ease)
     if not EASES[0] + 0.01 < low < EASES[1] - 0.01 or not 1 < tokens_per_round < LEVELS + 1:
-        raise ConfigError(f"{tokens_per_round:g} tokens per round cannot be had from a tree of {LEVELS} levels")
+        raise ConfigError(
+            f"{tokens_per_round:g} tokens per round cannot be had from a tree of {LEVELS} levels"
+        )
     return _draw((low + high) / 2, answers, length, context, seed)
 
 
 def _yield(recording: Recording, tree: Mapping[str, int]) -> float:
     """Tokens per round, over positions that are not cut short by the answer's end."""
-    whole = np.concatenate([a.first + np.arange(max(0, a.positions - LEVELS)) for a in recording.answers])
+    whole = np.concatenate(
+        [a.first + np.arange(max(0, a.positions - LEVELS)) for a in recording.answers]
+    )
     return float(Fixed.draw(Eagle2(**tree), recording).emitted[whole].mean())
 
 
@@ -60,8 +66,12 @@ def _draw(ease: float, answers: int, length: int, context: int, seed: int) -> Re
         mood = 0.9 * mood + 0.45 * rng.normal(size=answers)
     moods -= moods.mean()  # so that few answers are as hard as many
     for answer in range(answers):
-        output = 100 + np.arange(length)  # every token is another one, so that a wrong child is never right
-        trees = [_tree(rng, ease + float(moods[answer, t]), output[t + 1 :]) for t in range(length - 1)]
+        output = 100 + np.arange(
+            length
+        )  # every token is another one, so that a wrong child is never right
+        trees = [
+            _tree(rng, ease + float(moods[answer, t]), output[t + 1 :]) for t in range(length - 1)
+        ]
         drawn.append((context, length, output.tolist(), trees, "synthetic"))
     return Recording.of(drawn)
 
@@ -81,7 +91,12 @@ def _tree(rng: np.random.Generator, ease: float, truth: IntArray) -> DraftTrees:
             if rank < CHILDREN:
                 token[where[0], rank] = truth[level]
                 right = first + int(where[0]) * CHILDREN + rank
-        trees.append(np.zeros(token.size, np.int64), token.ravel(), np.repeat(parents, CHILDREN), prob.ravel())
+        trees.append(
+            np.zeros(token.size, np.int64),
+            token.ravel(),
+            np.repeat(parents, CHILDREN),
+            prob.ravel(),
+        )
         new = np.arange(first, len(trees))
         parents = np.sort(new[np.argsort(-trees.path_prob[new], kind="stable")[:WIDTH]])
     return trees
@@ -90,6 +105,8 @@ def _tree(rng: np.random.Generator, ease: float, truth: IntArray) -> DraftTrees:
 def _children(rng: np.random.Generator, ease: float, count: int) -> FloatArray:
     """[count, CHILDREN] confidences, falling."""
     first = 1.0 / (1.0 + np.exp(-(ease + 1.6 * rng.normal(size=(count, 1)))))
-    others = (1 - first) * (0.2 + 0.5 * first) * SHARE / SHARE.sum()  # what is unexpected is often among no children
+    others = (
+        (1 - first) * (0.2 + 0.5 * first) * SHARE / SHARE.sum()
+    )  # what is unexpected is often among no children
     prob: FloatArray = -np.sort(-np.concatenate((first, others), axis=1), axis=1)
     return prob

@@ -37,8 +37,24 @@ def by_batch(runs: Sequence[Run]) -> str:
         ratios = (ratio(found.get((size, name))) for name in names)
         same = all(run["identical"] for run in pooled if run["batch_size"] == size)
         ends = (noise, str(plain["blocks"]), "yes" if same else "NO")
-        rows.append((str(size), f"{plain['tokens_per_s']:.0f}", *ratios, *_did(found.get((size, "smart"))), *ends))
-    head = ("batch", "plain tok/s", *(f"`{name}`" for name in names), *DID, "noise", "blocks", "same tokens")
+        rows.append(
+            (
+                str(size),
+                f"{plain['tokens_per_s']:.0f}",
+                *ratios,
+                *_did(found.get((size, "smart"))),
+                *ends,
+            )
+        )
+    head = (
+        "batch",
+        "plain tok/s",
+        *(f"`{name}`" for name in names),
+        *DID,
+        "noise",
+        "blocks",
+        "same tokens",
+    )
     return table(head, rows)
 
 
@@ -49,7 +65,10 @@ def _did(run: Run | None) -> Sequence[str]:
     """What `smart` did, as in DID."""
     if run is None:
         return ["–"] * len(DID)
-    shares = (f"{100 * run[name]:.{digits}f} %" for name, digits in (("off_share", 0), ("controller_share", 1)))
+    shares = (
+        f"{100 * run[name]:.{digits}f} %"
+        for name, digits in (("off_share", 0), ("controller_share", 1))
+    )
     worst = run.get("worst_tpot_ratio")
     rounds = f"{run['tokens_per_round']:.2f}, {run['rows_per_round']:.0f}"
     return ratio(run, "end_to_end_speedup"), rounds, *shares, f"{worst:.2f} ×" if worst else "–"
@@ -57,21 +76,29 @@ def _did(run: Run | None) -> Sequence[str]:
 
 def tuned(runs: Sequence[Run]) -> str:
     """Which settings the tuned contestants had."""
-    rows = [(str(run["batch_size"]), run["policy"], run["setting"], ratio(run)) for run in runs
-            if run["task"] == "all" and run.get("setting")]  # fmt: skip
+    rows = [
+        (str(run["batch_size"]), run["policy"], run["setting"], ratio(run))
+        for run in runs
+        if run["task"] == "all" and run.get("setting")
+    ]
     return table(("batch", "contestant", "setting", "speedup"), rows) if rows else ""
 
 
 def over(runs: Sequence[Run]) -> str:
     """`smart` beside the strongest setting of each other policy."""
-    rows = [(str(run["batch_size"]), run["policy"], ratio(run, "smart_over")) for run in strongest(runs)]
+    rows = [
+        (str(run["batch_size"]), run["policy"], ratio(run, "smart_over")) for run in strongest(runs)
+    ]
     return table(("batch", "the best of another policy", "`smart` / it"), rows) if rows else ""
 
 
 def replayed(of_sizes: Mapping[str, Mapping[str, Any]], part: str) -> str:
     sizes = sorted(of_sizes, key=int)
     names = [name for name, value in of_sizes[sizes[0]][part].items() if isinstance(value, float)]
-    return table(("", *sizes), [(name, *(f"{of_sizes[size][part][name]:.2f}" for size in sizes)) for name in names])
+    return table(
+        ("", *sizes),
+        [(name, *(f"{of_sizes[size][part][name]:.2f}" for size in sizes)) for name in names],
+    )
 
 
 def swept(of_sizes: Mapping[str, Mapping[str, Any]]) -> str:
@@ -79,12 +106,20 @@ def swept(of_sizes: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for size in sorted(of_sizes, key=int):
         best, near, worst = of_sizes[size]["paper"]
-        setting = (
-            f"alpha {best['alpha']:g}, {best['budget'] // int(size)} nodes each, {best['family']}, {best['l_tree']}"
+        setting = f"alpha {best['alpha']:g}, {best['budget'] // int(size)} nodes each, {best['family']}, {best['l_tree']}"
+        rows.append(
+            (
+                size,
+                f"{best['speedup']:.2f}",
+                setting,
+                f"{near['speedup']:.2f}",
+                f"{worst['speedup']:.2f}",
+                of_sizes[size]["gap"]["best fixed is"].removeprefix("eagle2:"),
+            )
         )
-        rows.append((size, f"{best['speedup']:.2f}", setting, f"{near['speedup']:.2f}", f"{worst['speedup']:.2f}",
-                     of_sizes[size]["gap"]["best fixed is"].removeprefix("eagle2:")))  # fmt: skip
-    return table(("batch", "best", "its setting", "alpha 0.8, published", "worst", "best fixed tree"), rows)
+    return table(
+        ("batch", "best", "its setting", "alpha 0.8, published", "worst", "best fixed tree"), rows
+    )
 
 
 def load(part: Mapping[str, Any]) -> str:
@@ -95,9 +130,27 @@ def load(part: Mapping[str, Any]) -> str:
             for kind, digits in (("ttft_ms", 0), ("tpot_ms", 1), ("latency_ms", 0))
             for p in ("p50", "p95")
         ]
-        rows.append((f"{100 * run['load']:.0f} %", run["policy"], f"{run['tokens_per_s']:.0f}", *times,
-                     f"{run['tpot_ratio']:.2f}"))  # fmt: skip
-    head = ("load", "policy", "tok/s", "TTFT p50", "p95", "TPOT p50", "p95", "latency p50", "p95", "TPOT ×")
+        rows.append(
+            (
+                f"{100 * run['load']:.0f} %",
+                run["policy"],
+                f"{run['tokens_per_s']:.0f}",
+                *times,
+                f"{run['tpot_ratio']:.2f}",
+            )
+        )
+    head = (
+        "load",
+        "policy",
+        "tok/s",
+        "TTFT p50",
+        "p95",
+        "TPOT p50",
+        "p95",
+        "latency p50",
+        "p95",
+        "TPOT ×",
+    )
     return table(head, rows)
 
 
@@ -105,16 +158,30 @@ def robust(rows: Sequence[Run]) -> str:
     cells = []
     for row in rows:
         noticed = row.get("rounds_until_noticed")
-        told = "not noticed" if "rounds_until_noticed" in row and noticed is None else f"{noticed} rounds"
-        cells.append((row["case"], str(row["batch_size"]), ratio(row), ratio(row, "end_to_end"),
-                      f"{100 * row['off_share']:.0f} %", told if "rounds_until_noticed" in row else ""))  # fmt: skip
+        told = (
+            "not noticed"
+            if "rounds_until_noticed" in row and noticed is None
+            else f"{noticed} rounds"
+        )
+        cells.append(
+            (
+                row["case"],
+                str(row["batch_size"]),
+                ratio(row),
+                ratio(row, "end_to_end"),
+                f"{100 * row['off_share']:.0f} %",
+                told if "rounds_until_noticed" in row else "",
+            )
+        )
     return table(("case", "batch", "speedup", "end to end", "rounds off", "noticed after"), cells)
 
 
 def suites(runs: Sequence[Run]) -> str:
     """Long contexts and edits."""
     shown = [run for run in runs if run["task"] != "all" and run["policy"] != "off"]
-    rows = [(run["task"], run["policy"], ratio(run), ratio(run, "end_to_end_speedup")) for run in shown]
+    rows = [
+        (run["task"], run["policy"], ratio(run), ratio(run, "end_to_end_speedup")) for run in shown
+    ]
     return table(("task", "policy", "speedup", "end to end"), rows)
 
 
@@ -126,9 +193,13 @@ def peers(found: Sequence[Run]) -> str:
             told = (peer["name"], str(peer.get("version", "?")), str(peer.get("precision", "?")))
             rates = (f"{run[f'{who}tokens_per_s']:.0f}" for who in ("", "plain_", "smart_"))
             ratios = (ratio(run, "plain_speedup"), ratio(run))
-            rows.append((*told, str(run["batch_size"]), *rates, *ratios, f"{100 * run['same']:.0f} %"))
+            rows.append(
+                (*told, str(run["batch_size"]), *rates, *ratios, f"{100 * run['same']:.0f} %")
+            )
     ours = ("ours, plain", "ours, `smart`", "plain ours / it", "`smart` / it")
-    parts = [table(("engine", "version", "precision", "batch", "tok/s", *ours, "same tokens"), rows)]
+    parts = [
+        table(("engine", "version", "precision", "batch", "tok/s", *ours, "same tokens"), rows)
+    ]
     parts += [f"{peer['name']}: {peer['error']}" for peer in found if peer.get("error")]
     return "\n\n".join(parts)
 
@@ -139,7 +210,15 @@ def vllm(run: Mapping[str, Any]) -> str:
     for size, found in run["results"].items():
         rates = (f"{found[name]:.0f}" for name in ("plain", "spec", "smart"))
         names = ("spec_speedup", "smart_speedup", "smart_over_better")
-        rows.append((size, *rates, *(_triple(found[name]) for name in names), found["same"], str(found["blocks"])))
+        rows.append(
+            (
+                size,
+                *rates,
+                *(_triple(found[name]) for name in names),
+                found["same"],
+                str(found["blocks"]),
+            )
+        )
     rates = ("plain tok/s", "stock speculation", "SMART")
     ratios = ("stock / plain", "SMART / plain", "SMART / the better")
     return table(("batch", *rates, *ratios, "same answers", "blocks"), rows)
@@ -158,7 +237,9 @@ def transformers(run: Mapping[str, Any]) -> str:
         for size, ways in run["batch"].items()
         for way, found in ways.items()
     ]
-    return table(("batch", "way", "tok/s", "over `generate` (lowest–highest)", "answers that differ"), rows)
+    return table(
+        ("batch", "way", "tok/s", "over `generate` (lowest–highest)", "answers that differ"), rows
+    )
 
 
 def _triple(values: Sequence[float | None]) -> str:

@@ -88,7 +88,9 @@ def read_trace(path: Path) -> Trace:
     try:
         return _trace(*body.split(b"\n", 1))
     except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path} is not a recording that this version understands: {error}") from error
+        raise ConfigError(
+            f"{path} is not a recording that this version understands: {error}"
+        ) from error
 
 
 def _trace(header: bytes, arrays: bytes) -> Trace:
@@ -129,7 +131,13 @@ def _recording(arrays: Mapping[str, Any], tasks: list[str]) -> Recording:
     if len(arrays["output"]) != (ends[-1] if len(ends) else 0):
         raise ValueError("answers are missing")
     answers = [
-        Answer(int(prompt), int(limit), arrays["output"][end - size : end].astype(np.int32), int(first), str(task))
+        Answer(
+            int(prompt),
+            int(limit),
+            arrays["output"][end - size : end].astype(np.int32),
+            int(first),
+            str(task),
+        )
         for prompt, limit, size, end, first, task in zip(
             arrays["prompt"], arrays["limit"], length, ends, firsts, tasks, strict=True
         )
@@ -140,4 +148,6 @@ def _recording(arrays: Mapping[str, Any], tasks: list[str]) -> Recording:
 
 def _small(tokens: Any) -> Any:
     """Two bytes a token where the vocabulary allows."""
-    return tokens.astype(np.uint16 if not len(tokens) or 0 <= tokens.min() <= tokens.max() < 65536 else np.int32)
+    return tokens.astype(
+        np.uint16 if not len(tokens) or 0 <= tokens.min() <= tokens.max() < 65536 else np.int32
+    )

@@ -24,7 +24,10 @@ from smart_lab.trace import Trace
 PER_TASK = 8  # prompts, or more where large batches need them
 PAPER_ROUNDS, PAPER_LEAST = 240, 24  # of requests; of the batch
 PAPER_BUDGETS = (1, 2, 4, 8, 16, 32)  # nodes per request
-PAPER_FORMS = (("published", "published"), ("offset", "node_sum"))  # as in the paper; with its two mistakes mended
+PAPER_FORMS = (
+    ("published", "published"),
+    ("offset", "node_sum"),
+)  # as in the paper; with its two mistakes mended
 
 
 def prompts_needed(options: LabOptions) -> int:
@@ -36,9 +39,14 @@ def best_likelihood(
     sweep: Sweep, cost: CostModel, batch_size: int, count: int, host: HostCosts | None = None
 ) -> list[Arm]:
     """The `count` settings of `eagle2` that are fastest in the replay at `batch_size`."""
-    with tqdm(total=len(sweep.settings), desc="replaying settings", unit="setting", leave=False) as bar:
+    with tqdm(
+        total=len(sweep.settings), desc="replaying settings", unit="setting", leave=False
+    ) as bar:
         ranked = sweep.rank(cost, batch_size, host, on_setting=bar.update)
-    return [Arm("eagle2", setting, f"eagle2 tuned {i + 1}") for i, (setting, _) in enumerate(ranked[:count])]
+    return [
+        Arm("eagle2", setting, f"eagle2 tuned {i + 1}")
+        for i, (setting, _) in enumerate(ranked[:count])
+    ]
 
 
 def paper_settings(batch_size: int) -> list[dict[str, Any]]:
@@ -85,7 +93,9 @@ class Tuner:
             return []
         name = f"tuned for batch {batch_size}"
         if not progress.units(name):
-            progress.add(name, [[arm.policy, dict(arm.options), arm.name] for arm in self._found(batch_size)])
+            progress.add(
+                name, [[arm.policy, dict(arm.options), arm.name] for arm in self._found(batch_size)]
+            )
         return [Arm(*kept) for kept in progress.units(name)[0]]
 
     def _found(self, batch_size: int) -> list[Arm]:
@@ -93,7 +103,9 @@ class Tuner:
         assert trace.cost is not None
         arms = [best_paper(trace, batch_size)] if options.tune_paper else []
         if options.tune_eagle2:
-            arms += best_likelihood(self.sweep, trace.cost, batch_size, options.tune_eagle2, trace.host)
+            arms += best_likelihood(
+                self.sweep, trace.cost, batch_size, options.tune_eagle2, trace.host
+            )
         return arms
 
     @cached_property
@@ -115,10 +127,17 @@ class Tuner:
         prompts = encode(llm, self._other_texts(), options)
         recording = record_wide(drafting, prompts)
         plain = llm.sharing_weights(False)
-        host = measure_host(plain.engine, drafting.engine, [p for of_task in prompts.values() for p in of_task][:8])
+        host = measure_host(
+            plain.engine, drafting.engine, [p for of_task in prompts.values() for p in of_task][:8]
+        )
         prior = next((found for arm in candidates if (found := prior_of(arm.policy))), None)
         return Trace(
-            recording, {"temperature": options.temperature}, tuple(llm.target.eos_token_ids), cost, host, prior
+            recording,
+            {"temperature": options.temperature},
+            tuple(llm.target.eos_token_ids),
+            cost,
+            host,
+            prior,
         )
 
     def _other_texts(self) -> dict[str, list[Any]]:
@@ -128,5 +147,7 @@ class Tuner:
         texts = {task: load_task(task, used + count)[used:] for task in options.tasks}
         for task, others in texts.items():
             if not others:
-                raise ConfigError(f"tuning finds no {task} prompts beyond the first {used}: lower --limit")
+                raise ConfigError(
+                    f"tuning finds no {task} prompts beyond the first {used}: lower --limit"
+                )
         return texts

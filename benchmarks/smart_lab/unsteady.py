@@ -20,7 +20,12 @@ class Unsteady:
     Turns are counted in tokens, so that every policy does the same work in the same state: ratios are paired."""
 
     def __init__(
-        self, states: Sequence[CostModel], batch_size: int, lasts: float, noise: float = 0.06, seed: int = 0
+        self,
+        states: Sequence[CostModel],
+        batch_size: int,
+        lasts: float,
+        noise: float = 0.06,
+        seed: int = 0,
     ) -> None:
         self._states = [Prices(cost, batch_size) for cost in states]
         self._lasts, self._noise = lasts, noise
@@ -32,7 +37,9 @@ class Unsteady:
         return self._noisy(self._states[self._state].verify(rows, context))
 
     def levels(self, widths: Sequence[int], context: float) -> list[float]:
-        return [self._noisy(seconds) for seconds in self._states[self._state].levels(widths, context)]
+        return [
+            self._noisy(seconds) for seconds in self._states[self._state].levels(widths, context)
+        ]
 
     def advance(self, tokens: int) -> None:
         """After a round of so many tokens."""

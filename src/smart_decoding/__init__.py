@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.engine.structured import StructuredOutputsParams
-    from smart_decoding.errors import CapacityError, ConfigError, DownloadError, ModelError, SmartError
+    from smart_decoding.errors import (
+        CapacityError,
+        ConfigError,
+        DownloadError,
+        ModelError,
+        SmartError,
+    )
     from smart_decoding.llm import LLM
 
 __version__ = "0.1.0"
@@ -25,8 +31,11 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {"LLM": "smart_decoding.llm", "SamplingParams": "smart_decoding.engine.sampling_params",
-          "StructuredOutputsParams": "smart_decoding.engine.structured"}  # fmt: skip
+_HOMES = {
+    "LLM": "smart_decoding.llm",
+    "SamplingParams": "smart_decoding.engine.sampling_params",
+    "StructuredOutputsParams": "smart_decoding.engine.structured",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -115,8 +115,13 @@ class LLM:
     ) -> None:
         dtype_of(dtype)
         limits = _limits(limit_mm_per_prompt, allowed_local_media_path, max_image_pixels)
-        _at_least(1, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-                  max_model_len=max_model_len, kv_cache_tokens=kv_cache_tokens)  # fmt: skip
+        _at_least(
+            1,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            kv_cache_tokens=kv_cache_tokens,
+        )
         _at_least(0, seed=seed)
         on = device_of(device)
         require_kernels(on, allow_slow)
@@ -125,8 +130,12 @@ class LLM:
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
         self._vision: PromptBuilder | None = None
         if checkpoint.vision is not None:
-            reader = load_reader(checkpoint.vision.folder, checkpoint.vision.config, mm_processor_kwargs)
-            self._vision = PromptBuilder(self.tokenizer, reader, limits, bool(checkpoint.config.mrope))
+            reader = load_reader(
+                checkpoint.vision.folder, checkpoint.vision.config, mm_processor_kwargs
+            )
+            self._vision = PromptBuilder(
+                self.tokenizer, reader, limits, bool(checkpoint.config.mrope)
+            )
         limit = _model_len(max_model_len, kv_cache_tokens, checkpoint.config.max_positions)
         asked = check_speculation(speculative_config, checkpoint, self.tokenizer, limit)
         if asked.draft is not None:
@@ -139,7 +148,13 @@ class LLM:
             asked, checkpoint, self.target, pages, max_num_seqs, trust_pickle
         )
         config = EngineConfig(
-            pages, limit, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, seed, stop_at_loops
+            pages,
+            limit,
+            max_num_seqs,
+            max_num_batched_tokens,
+            enable_prefix_caching,
+            seed,
+            stop_at_loops,
         )
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
         self.engine = self._engine(self.speculation, config)
@@ -153,17 +168,30 @@ class LLM:
         config = self.engine.config
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
-        asked = check_speculation(speculative_config, self._checkpoint, self.tokenizer, config.max_model_len)
+        asked = check_speculation(
+            speculative_config, self._checkpoint, self.tokenizer, config.max_model_len
+        )
         other = copy.copy(self)
         other.speculation = build_speculation(
-            asked, self._checkpoint, self.target, config.pages, config.max_num_seqs, self._trust_pickle
+            asked,
+            self._checkpoint,
+            self.target,
+            config.pages,
+            config.max_num_seqs,
+            self._trust_pickle,
         )
         other.engine = self._engine(other.speculation, config)
         return other
 
     def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
-        return Engine(self.target, speculation.policy, speculation.drafter, config, self._decoder,
-                      constrain=self.grammars)  # fmt: skip
+        return Engine(
+            self.target,
+            speculation.policy,
+            speculation.drafter,
+            config,
+            self._decoder,
+            constrain=self.grammars,
+        )
 
     @property
     def policy(self) -> Policy:
@@ -180,7 +208,9 @@ class LLM:
         A prompt is a text, token ids, what `chat_prompt` returns, or vLLM's {"prompt": …, "multi_modal_data": …}."""
         many = _as_list(prompts)
         params = _params_for(many, sampling_params)
-        ready = [self.text_prompt(prompt) for prompt in many]  # what is wrong is found before anything is queued
+        ready = [
+            self.text_prompt(prompt) for prompt in many
+        ]  # what is wrong is found before anything is queued
         jobs: list[_Job] = []
         try:
             for text, p in zip(ready, params, strict=True):
@@ -235,7 +265,9 @@ class LLM:
             return prompt
         given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
         if not given.keys() <= {"prompt", "prompt_token_ids", "multi_modal_data"}:
-            raise ConfigError("a prompt's keys are prompt or prompt_token_ids, and multi_modal_data")
+            raise ConfigError(
+                "a prompt's keys are prompt or prompt_token_ids, and multi_modal_data"
+            )
         wanted: Any = given.get("prompt", given.get("prompt_token_ids"))
         text = wanted if isinstance(wanted, str) else None
         tokens = _token_ids(wanted) if text is None else []
@@ -252,7 +284,12 @@ class LLM:
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[str]:
         """The text of one answer to a prompt or a conversation, piece by piece as rounds yield it."""
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        if (
+            isinstance(prompt, Sequence)
+            and not isinstance(prompt, str)
+            and prompt
+            and isinstance(prompt[0], Mapping)
+        ):
             prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
         params = sampling_params or SamplingParams(max_tokens=256)
         if params.n != 1:
@@ -263,7 +300,9 @@ class LLM:
                 self.engine.step()
                 if piece := request.stop.new_text():
                     yield piece
-            if piece := request.stop.new_text():  # it may have ended in a step that another call made
+            if (
+                piece := request.stop.new_text()
+            ):  # it may have ended in a step that another call made
                 yield piece
         finally:
             if not request.finished:
@@ -288,14 +327,18 @@ class LLM:
             )
             for r in job.answers
         ]
-        return RequestOutput(job.answers[0].id.partition("#")[0], job.prompt, list(job.tokens), outputs)
+        return RequestOutput(
+            job.answers[0].id.partition("#")[0], job.prompt, list(job.tokens), outputs
+        )
 
     def _decoder(self, skip_special_tokens: bool) -> Decode:
         return lambda ids: self.tokenizer.decode(ids, skip_special_tokens)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping | MediaPrompt) or (len(prompts) and isinstance(prompts[0], Integral)):
+    if isinstance(prompts, str | Mapping | MediaPrompt) or (
+        len(prompts) and isinstance(prompts[0], Integral)
+    ):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
@@ -314,7 +357,9 @@ def _params_for(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(prompts)
     if len(params) != len(prompts):
-        raise ConfigError(f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one for each")
+        raise ConfigError(
+            f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one for each"
+        )
     return list(params)
 
 

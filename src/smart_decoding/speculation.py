@@ -84,7 +84,10 @@ class Asked:
 
 
 def check_speculation(
-    config: Mapping[str, Any] | bool | None, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int
+    config: Mapping[str, Any] | bool | None,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    max_model_len: int,
 ) -> Asked:
     """checkpoint, tokenizer: the target's. Raises ConfigError for what is no config and for an unknown method, policy
     or option, ModelError for a draft model with another vocabulary or too short a context."""
@@ -97,7 +100,10 @@ def check_speculation(
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     check_plain(method, policy)
-    ours, theirs = user_options(policy) if method != "none" else [], _method_options(method, bool(has_head))
+    ours, theirs = (
+        user_options(policy) if method != "none" else [],
+        _method_options(method, bool(has_head)),
+    )
     unknown = [option for option in given if option not in (*ours, *theirs)]
     if unknown and method == "none":
         raise ConfigError(f"method 'none' takes no options, but {unknown[0]!r} is given")
@@ -126,7 +132,13 @@ def _method_options(method: str, has_head: bool) -> list[str]:
     head, ngram = ["model", "visual_positions"], _parameters(NgramDrafter)
     recycling = [name for name in _parameters(RecyclingDrafter) if name not in ("vocab", "top_k")]
     union = [*head, *ngram] if has_head else [*ngram, *recycling]
-    known = {"eagle": head, "draft_model": ["model"], "ngram": ngram, "recycling": recycling, "union": union}
+    known = {
+        "eagle": head,
+        "draft_model": ["model"],
+        "ngram": ngram,
+        "recycling": recycling,
+        "union": union,
+    }
     return known.get(method, [])
 
 
@@ -151,8 +163,11 @@ def build_speculation(
     drafter = builder.drafter(asked.method)
     cost = builder.cost(drafter) if "cost" in policy_options(asked.policy) else None
     offered = {
-        **stored_prior(builder.folder), "cost": cost, "eos_token_ids": target.eos_token_ids, "chooser": native_chooser()
-    }  # fmt: skip
+        **stored_prior(builder.folder),
+        "cost": cost,
+        "eos_token_ids": target.eos_token_ids,
+        "chooser": native_chooser(),
+    }
     policy = make_policy(asked.policy, offered, **builder.left)
     return Speculation(policy, drafter, cost, builder.model, builder.description)
 
@@ -165,13 +180,17 @@ def _draft_checkpoint(name: Any, tokenizer: Tokenizer, max_model_len: int) -> Ch
     try:
         draft.config.check_context(max_model_len)
     except ModelError as error:
-        raise ModelError(f"the draft model {called} cannot follow the target: {error} (max_model_len)") from error
+        raise ModelError(
+            f"the draft model {called} cannot follow the target: {error} (max_model_len)"
+        ) from error
     return draft
 
 
 def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str) -> None:
     """Raises ModelError unless both know the same tokens under the same ids."""
-    ours, theirs = (tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (target, draft))
+    ours, theirs = (
+        tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (target, draft)
+    )
     why = vocabulary_difference(ours, theirs)
     if why:
         raise ModelError(
@@ -196,7 +215,10 @@ def stored_prior(folder: Path | None) -> dict[str, Any]:
         return {}
     state = json.loads(path.read_text())
     calibration = Calibration.from_state(state["calibration"])
-    return {"calibration": calibration, "forecast": Forecast.from_state(state["forecast"], calibration)}
+    return {
+        "calibration": calibration,
+        "forecast": Forecast.from_state(state["forecast"], calibration),
+    }
 
 
 class _Builder:
@@ -212,7 +234,12 @@ class _Builder:
         default_head: Path | None,
         trust_pickle: bool,
     ) -> None:
-        self._checkpoint, self._target, self._pages, self._seqs = checkpoint, target, pages, max_num_seqs
+        self._checkpoint, self._target, self._pages, self._seqs = (
+            checkpoint,
+            target,
+            pages,
+            max_num_seqs,
+        )
         self.left, self._draft, self._default_head = dict(asked.options), asked.draft, default_head
         self._trust_pickle = trust_pickle
         self.model: EagleHead | DraftModel | None = None
@@ -226,10 +253,14 @@ class _Builder:
         if method == "draft_model":
             return self._draft_model()
         if method == "union":
-            parts: list[Drafter] = [self._eagle()] if self._default_head or "model" in self.left else []
+            parts: list[Drafter] = (
+                [self._eagle()] if self._default_head or "model" in self.left else []
+            )
             names = "eagle + ngram" if parts else "ngram + recycling"
             self.description = f"union of {names}"
-            return UnionDrafter([*parts, self._ngram()] if parts else [self._ngram(), self._recycling()])
+            return UnionDrafter(
+                [*parts, self._ngram()] if parts else [self._ngram(), self._recycling()]
+            )
         return self._ngram() if method == "ngram" else self._recycling()
 
     def cost(self, drafter: Drafter) -> CostModel:
@@ -249,12 +280,16 @@ class _Builder:
     def _eagle(self) -> Drafter:
         folder = self.left.pop("model", None) or self._default_head
         if folder is None:
-            raise ConfigError("method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram")
+            raise ConfigError(
+                "method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram"
+            )
         self.folder = head_folder(folder, self._trust_pickle)
         files = self._seeing(load_head(self.folder, self._checkpoint.config, self._trust_pickle))
         positions = self._target.max_positions + 64
         with fitting_memory("draft head", self._pages):
-            self.model = EagleHead(files, self._target.decoder, self._pages, SCRATCH_PAGES, positions)
+            self.model = EagleHead(
+                files, self._target.decoder, self._pages, SCRATCH_PAGES, positions
+            )
         self.description = f"eagle head {self.folder.name}"
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
 
@@ -262,12 +297,16 @@ class _Builder:
         """As the option `visual_positions` says, for heads whose files do not: MSD's are laid out as EAGLE-1's."""
         how = self.left.pop("visual_positions", None)
         if how not in (None, *VISUAL_POSITIONS):
-            raise ConfigError(f"visual_positions={how!r} is not supported: use {' or '.join(VISUAL_POSITIONS)}")
+            raise ConfigError(
+                f"visual_positions={how!r} is not supported: use {' or '.join(VISUAL_POSITIONS)}"
+            )
         if how is not None:
             files = replace(files, sees=how == "decoupled")
         known = how or files.config.get("visual_positions")  # it was trained so, or is wanted so
         if self._checkpoint.vision is not None and known is None:
-            log.warning("the head %s does not see: it drafts from the text behind the pictures", self.folder)
+            log.warning(
+                "the head %s does not see: it drafts from the text behind the pictures", self.folder
+            )
         return files
 
     def _draft_model(self) -> Drafter:

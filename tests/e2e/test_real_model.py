@@ -29,12 +29,16 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def llm(request: pytest.FixtureRequest) -> LLM:
-    return LLM(MODEL, speculative_config=False, dtype=request.param, max_model_len=512, max_num_seqs=8)
+    return LLM(
+        MODEL, speculative_config=False, dtype=request.param, max_model_len=512, max_num_seqs=8
+    )
 
 
 @pytest.fixture(scope="module")
 def prompts(llm: LLM) -> list[list[int]]:
-    return [llm.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+    return [
+        llm.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS
+    ]
 
 
 def tokens_of(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
@@ -43,12 +47,16 @@ def tokens_of(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> lis
     return [answer.outputs[0].token_ids for answer in answers]
 
 
-def tied_positions(model: transformers.PreTrainedModel, prompt: list[int], tokens: list[int]) -> list[int]:
+def tied_positions(
+    model: transformers.PreTrainedModel, prompt: list[int], tokens: list[int]
+) -> list[int]:
     """Where the teacher-forced model has another best token: float32 and float64 must both call it a tie."""
     gaps = []
     for precision in (torch.float32, torch.float64):
         with torch.inference_mode():
-            logits = model.to(precision)(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+            logits = model.to(precision)(torch.tensor([prompt + tokens])).logits[
+                0, len(prompt) - 1 : -1
+            ]
         gaps.append(logits.max(-1).values - logits[torch.arange(len(tokens)), torch.tensor(tokens)])
         if not gaps[0].any():
             return []
@@ -65,13 +73,19 @@ def test_greedy_answers_are_those_of_transformers(llm: LLM, prompts: list[list[i
     model = transformers.AutoModelForCausalLM.from_pretrained(
         load_checkpoint(MODEL).tokenizer_source, dtype=torch.float32
     ).eval()
-    ours = tokens_of(llm, prompts[:3], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    ours = tokens_of(
+        llm, prompts[:3], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    )
     assert [len(tokens) for tokens in ours] == [40] * 3
     ties = 0
     for prompt, tokens in zip(prompts, ours, strict=False):
         tied = tied_positions(model, prompt, tokens)
         generated = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=40, min_new_tokens=40, pad_token_id=0
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=40,
+            min_new_tokens=40,
+            pad_token_id=0,
         )
         theirs = generated[0, len(prompt) :].tolist()
         assert len(theirs) == 40
@@ -85,12 +99,16 @@ def test_greedy_answers_are_those_of_transformers(llm: LLM, prompts: list[list[i
 def test_a_request_alone_and_in_a_batch_gets_the_same_tokens(
     llm: LLM, prompts: list[list[int]], temperature: float
 ) -> None:
-    params = SamplingParams(temperature=temperature, max_tokens=16, seed=7, logprobs=1, ignore_eos=True)
+    params = SamplingParams(
+        temperature=temperature, max_tokens=16, seed=7, logprobs=1, ignore_eos=True
+    )
     together = llm.generate(prompts, params)
     for i in (2, 4):
         (alone,) = llm.generate([prompts[i]], params)
         assert alone.outputs[0].token_ids == together[i].outputs[0].token_ids
-        mine, batched = ([e.logprob for e in answer.outputs[0].logprobs] for answer in (alone, together[i]))
+        mine, batched = (
+            [e.logprob for e in answer.outputs[0].logprobs] for answer in (alone, together[i])
+        )
         assert mine == batched  # to the last bit
 
 
@@ -99,7 +117,10 @@ def test_smart_drafts_for_32_requests_where_rows_are_cheap() -> None:
     cheap = CostModel.from_table({1: {1: 5.0, 512: 5.1}}, {1: 0.01, 512: 0.01})
     llm = LLM(MODEL, speculative_config={"policy": "smart"}, max_model_len=128, max_num_seqs=32)
     llm.engine.policy.cost = cheap
-    prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": f"Count to {i}."}]) for i in range(2, 34)]
+    prompts = [
+        llm.tokenizer.encode_chat([{"role": "user", "content": f"Count to {i}."}])
+        for i in range(2, 34)
+    ]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     metrics = [output.outputs[0].metrics for output in outputs]
     assert sum(m.verified for m in metrics) > 64 and sum(m.accepted for m in metrics) > 8

@@ -20,8 +20,12 @@ pytestmark = pytest.mark.model
 
 MODEL = "smollm2-135m"
 MESSAGES = [{"role": "user", "content": "Why is the sky blue?"}]
-SCHEMA = {"type": "object", "properties": {"reason": {"type": "string", "maxLength": 40}, "sure": {"type": "boolean"}},
-          "required": ["reason", "sure"], "additionalProperties": False}  # fmt: skip
+SCHEMA = {
+    "type": "object",
+    "properties": {"reason": {"type": "string", "maxLength": 40}, "sure": {"type": "boolean"}},
+    "required": ["reason", "sure"],
+    "additionalProperties": False,
+}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
 
 
@@ -31,9 +35,13 @@ def test_the_answer_is_generates() -> None:
     plain = LLM(MODEL, speculative_config=False, **options)
     wanted = plain.chat(MESSAGES, SamplingParams(**params))[0].outputs[0]
     structure = StructuredOutputsParams(json=SCHEMA)
-    formed = plain.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=100, structured_outputs=structure))
+    formed = plain.chat(
+        MESSAGES, SamplingParams(temperature=0, max_tokens=100, structured_outputs=structure)
+    )
     smart = {"method": "ngram", "policy": "static"}  # needs no profile of this machine
-    server, worker = make_server(lambda: LLM(MODEL, speculative_config=smart, **options), ServerSettings(MODEL))
+    server, worker = make_server(
+        lambda: LLM(MODEL, speculative_config=smart, **options), ServerSettings(MODEL)
+    )
     listener: socket.socket = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -44,10 +52,17 @@ def test_the_answer_is_generates() -> None:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, **params)
-            stream = client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True, **params)
+            stream = client.chat.completions.create(
+                model=MODEL, messages=MESSAGES, stream=True, **params
+            )
             streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-            shaped = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=100,
-                                                    response_format=FORMAT)  # fmt: skip
+            shaped = client.chat.completions.create(
+                model=MODEL,
+                messages=MESSAGES,
+                temperature=0,
+                max_tokens=100,
+                response_format=FORMAT,
+            )
     finally:
         server.should_exit = True
         thread.join(20)

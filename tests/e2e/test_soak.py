@@ -19,10 +19,28 @@ if not TOOL.is_file():
 
 def test_a_short_soak_of_the_default_model(tmp_path: Path) -> None:
     """Nothing fails, hangs, leaks or differs. How fast it was is for `make soak`: here others may share the machine."""
-    line = [sys.executable, TOOL, "--json", tmp_path / "soak.json", "--seconds", "3", "--blocks", "2", "--pause", "10",
-            "--seed", "3", "--checked", "0.2",
-            "--option=--max-model-len=1024", "--option=--kv-cache-tokens=4096"]  # fmt: skip
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two servers and 64 clients on what may be two cores
+    line = [
+        sys.executable,
+        TOOL,
+        "--json",
+        tmp_path / "soak.json",
+        "--seconds",
+        "3",
+        "--blocks",
+        "2",
+        "--pause",
+        "10",
+        "--seed",
+        "3",
+        "--checked",
+        "0.2",
+        "--option=--max-model-len=1024",
+        "--option=--kv-cache-tokens=4096",
+    ]
+    one_thread = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # two servers and 64 clients on what may be two cores
     done = subprocess.run(line, env=one_thread, capture_output=True, text=True, timeout=240)
     assert done.returncode in (0, 1), done.stderr
     result = json.loads((tmp_path / "soak.json").read_text())

@@ -46,21 +46,30 @@ class World:
             policy.may_rest = self.rests
         for now in range(steps):
             ids = [f"r{i}.{(now + i * self.life // batch) // self.life}" for i in range(batch)]
-            drafts = [d if id_ in lost or not self.rests else 0 for id_, d in zip(ids, drafts, strict=True)]
+            drafts = [
+                d if id_ in lost or not self.rests else 0
+                for id_, d in zip(ids, drafts, strict=True)
+            ]
             probe = policy.take_probe() if policy else False
             levels = policy.length(ids) if policy else fixed
             verified = dict(zip(ids, drafts, strict=True))
             good = [p if lost[id_] <= FEW else 0.0 for id_, p in zip(ids, self.accept, strict=True)]
-            accepted = {id_: _run_length(random, p, verified[id_]) for id_, p in zip(ids, good, strict=True)}
+            accepted = {
+                id_: _run_length(random, p, verified[id_]) for id_, p in zip(ids, good, strict=True)
+            }
             lost.update({id_: int(levels == REST) for id_ in ids})
             true = self.cost(batch, sum(drafts), levels if self.model else 0)
             self.seconds += true
             self.tokens += batch + sum(accepted.values())
             self.verified_by = [a + b for a, b in zip(self.verified_by, drafts, strict=True)]
-            proposed = [max(levels, 0) if self.model or random.random() < self.hits else 0 for _ in ids]
+            proposed = [
+                max(levels, 0) if self.model or random.random() < self.hits else 0 for _ in ids
+            ]
             drafts = proposed
             if policy:
-                step = Step(batch, levels, {i: n for i, n in verified.items() if n}, accepted, probe=probe)
+                step = Step(
+                    batch, levels, {i: n for i, n in verified.items() if n}, accepted, probe=probe
+                )
                 policy.observe(step, true * float(np.exp(self.noise * random.standard_normal())))
                 drafts = policy.trim(ids, proposed, [True] * batch, [100] * batch)
         return self.tokens / self.seconds

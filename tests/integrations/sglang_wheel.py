@@ -22,7 +22,9 @@ def definitions(module: str, names: list[str], given: dict[str, Any]) -> dict[st
     """Functions of one module, compiled from its own file alone; `given` are the globals that they use."""
     path = source_of(module)
     tree = ast.parse(path.read_text())
-    wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    wanted = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names
+    ]
     assert [node.name for node in wanted] == names, f"{module} has not all of {names}"
     future = ast.ImportFrom("__future__", [ast.alias("annotations")], 0)
     space = dict(given)

@@ -42,15 +42,22 @@ def with_more_heads(source: str, target: str) -> None:
     """Adds a key-value head and its query heads, all of zeros: they add nothing to the attention's output."""
     model = AutoModelForCausalLM.from_pretrained(source)
     config = model.config
-    size, group = model.model.layers[0].self_attn.head_dim, config.num_attention_heads // config.num_key_value_heads
+    size, group = (
+        model.model.layers[0].self_attn.head_dim,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
     for layer in model.model.layers:
         attention = layer.self_attn
         for name, heads in (("q_proj", group), ("k_proj", 1), ("v_proj", 1)):
             weight = getattr(attention, name).weight
-            more = torch.cat((weight, torch.zeros(heads * size, weight.shape[1], dtype=weight.dtype)))
+            more = torch.cat(
+                (weight, torch.zeros(heads * size, weight.shape[1], dtype=weight.dtype))
+            )
             getattr(attention, name).weight = torch.nn.Parameter(more)
         weight = attention.o_proj.weight
-        more = torch.cat((weight, torch.zeros(weight.shape[0], group * size, dtype=weight.dtype)), dim=1)
+        more = torch.cat(
+            (weight, torch.zeros(weight.shape[0], group * size, dtype=weight.dtype)), dim=1
+        )
         attention.o_proj.weight = torch.nn.Parameter(more)
     config.head_dim = size
     config.num_attention_heads += group

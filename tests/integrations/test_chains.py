@@ -25,8 +25,10 @@ def gpu(batch: int, drafts: int, levels: int) -> float:
 
 
 def ratio(worlds: list[World], policy: Callable[[], Chains], lengths: Iterable[int]) -> float:
-    """Mean over worlds: the policy's tokens per second over those of the best fixed length, known by hindsight."""
-    found = [w.run(STEPS, policy()) / max(w.run(STEPS, None, fixed=k) for k in lengths) for w in worlds]
+    """Mean over worlds: the policy's tokens per second over those of the best fixed length, known by oracle."""
+    found = [
+        w.run(STEPS, policy()) / max(w.run(STEPS, None, fixed=k) for k in lengths) for w in worlds
+    ]
     return sum(found) / len(found)
 
 
@@ -50,7 +52,10 @@ def test_only_the_requests_whose_drafts_are_good_get_rows() -> None:
     world = World([0.95, 0.05, 0.05, 0.95, 0.05, 0.05, 0.05, 0.05], cpu)
     policy = Chains(range(5), model=False)
     rate = world.run(STEPS, policy)
-    good, bad = sum(world.verified_by[i] for i in (0, 3)) / 2, sum(world.verified_by[i] for i in (1, 2, 4, 5, 6, 7)) / 6
+    good, bad = (
+        sum(world.verified_by[i] for i in (0, 3)) / 2,
+        sum(world.verified_by[i] for i in (1, 2, 4, 5, 6, 7)) / 6,
+    )
     assert good > 8 * bad
     assert rate > 1.1 * max(world.run(STEPS, None), world.run(STEPS, None, fixed=4))
 
@@ -108,9 +113,14 @@ def test_step_costs_are_found_within_a_few_per_cent() -> None:
     costs, random = StepCosts(), np.random.default_rng(0)
     for _ in range(400):
         batch = int(random.choice([1, 4, 16]))
-        drafts, levels = (0, 0) if random.random() < 0.3 else (int(random.integers(0, 4 * batch + 1)), 2)
+        drafts, levels = (
+            (0, 0) if random.random() < 0.3 else (int(random.integers(0, 4 * batch + 1)), 2)
+        )
         costs.observe(
-            batch, drafts, levels, cpu(batch, drafts, levels) * float(np.exp(0.05 * random.standard_normal()))
+            batch,
+            drafts,
+            levels,
+            cpu(batch, drafts, levels) * float(np.exp(0.05 * random.standard_normal())),
         )
     for batch in (1, 4, 16):
         assert costs.plain(batch) == pytest.approx(cpu(batch, 0, 0), rel=0.05)

@@ -20,12 +20,18 @@ def run(accept: float, batch: int, policy: Chains, seed: int) -> tuple[float, fl
     """Tokens per second under the policy, of the best fixed length, and without a draft model."""
     world = World([accept] * batch, dear, longest=3, model=True, life=150, rests=True, seed=seed)
     rate = world.run(STEPS, policy)
-    return rate, max(world.run(STEPS, None, fixed=k) for k in (1, 2, 3)), world.run(STEPS, None, fixed=REST)
+    return (
+        rate,
+        max(world.run(STEPS, None, fixed=k) for k in (1, 2, 3)),
+        world.run(STEPS, None, fixed=REST),
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
 @pytest.mark.parametrize("accept", [0.1, 0.4, 0.9])
-def test_never_far_below_the_better_of_no_draft_model_and_a_fixed_length(accept: float, batch: int) -> None:
+def test_never_far_below_the_better_of_no_draft_model_and_a_fixed_length(
+    accept: float, batch: int
+) -> None:
     found = [run(accept, batch, Chains(range(4), model=True), seed) for seed in (0, 1)]
     assert sum(ours / max(fixed, none) for ours, fixed, none in found) / len(found) > 0.97
 
@@ -76,7 +82,9 @@ def test_long_answers_that_have_missed_something_do_not_keep_it_drafting_for_not
     World([0.1] * 4, dear, longest=3, model=True, life=2000, rests=True).run(STEPS, policy)
     policy.forget({})
     world = World([0.9] * 4, dear, longest=3, model=True, life=2000, rests=True, seed=2)
-    assert world.run(STEPS, policy) > 0.98 * world.run(STEPS, None, fixed=REST)  # it was 0.79 of that
+    assert world.run(STEPS, policy) > 0.98 * world.run(
+        STEPS, None, fixed=REST
+    )  # it was 0.79 of that
 
 
 def test_a_probe_in_a_step_that_prefills_is_paid_for_all_the_same() -> None:

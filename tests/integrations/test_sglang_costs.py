@@ -13,7 +13,9 @@ from smart_decoding.integrations.sglang.policy import StepCosts
 
 def measured(path: Path, *loads: tuple[float, float, float | None]) -> str:
     names = ("concurrency", "output_throughput", "accept_length")
-    lines = [json.dumps({"backend": "sglang", **dict(zip(names, load, strict=True))}) for load in loads]
+    lines = [
+        json.dumps({"backend": "sglang", **dict(zip(names, load, strict=True))}) for load in loads
+    ]
     path.write_text("\n".join(lines) + "\n")
     return str(path)
 
@@ -29,8 +31,12 @@ def test_a_round_takes_what_its_tokens_took(tmp_path, runs, capsys) -> None:
     output = tmp_path / "costs.json"
     assert cli.main(["sglang-costs", *runs, "--nodes", "2=6", "--output", str(output)]) == 0
     costs = StepCosts.load(output)
-    assert costs.seconds(1, 0) == pytest.approx(0.011) and costs.seconds(1, 2) == pytest.approx(0.02)
-    assert costs.seconds(16, 0) == pytest.approx(0.0158) and costs.seconds(16, 2) == pytest.approx(0.04)
+    assert costs.seconds(1, 0) == pytest.approx(0.011) and costs.seconds(1, 2) == pytest.approx(
+        0.02
+    )
+    assert costs.seconds(16, 0) == pytest.approx(0.0158) and costs.seconds(16, 2) == pytest.approx(
+        0.04
+    )
     assert costs.tokens(2) == 7
     assert "batch 16: 0 steps 15.80 ms, 2 steps 40.00 ms" in capsys.readouterr().out
 
@@ -39,16 +45,38 @@ def test_a_round_takes_what_its_tokens_took(tmp_path, runs, capsys) -> None:
     ("lines", "more", "wrong"),
     [
         ('{"concurrency": 1.0, "output_throughput": 90.0}', [], "accept_length"),
-        ('{"concurrency": 1.0, "output_throughput": 0.0, "accept_length": 2.0}', [], "must be positive"),
-        ('{"concurrency": 1.0, "output_throughput": 9.0, "accept_length": 1.0}', [], "no draft was accepted"),
+        (
+            '{"concurrency": 1.0, "output_throughput": 0.0, "accept_length": 2.0}',
+            [],
+            "must be positive",
+        ),
+        (
+            '{"concurrency": 1.0, "output_throughput": 9.0, "accept_length": 1.0}',
+            [],
+            "no draft was accepted",
+        ),
         ("", [], "no measurement"),
         ("nonsense", [], "no line of sglang.bench_serving"),
-        ('{"concurrency": 1.0, "output_throughput": 9.0, "accept_length": 2.0}', ["--nodes", "4=6"], "nothing of 2"),
-        ('{"concurrency": 1.0, "output_throughput": 9.0, "accept_length": 2.0}', ["--nodes", "2"], "STEPS=NODES"),
-        ('{"concurrency": 8.0, "output_throughput": 9.0, "accept_length": 2.0}', [], "plain decoding"),
+        (
+            '{"concurrency": 1.0, "output_throughput": 9.0, "accept_length": 2.0}',
+            ["--nodes", "4=6"],
+            "nothing of 2",
+        ),
+        (
+            '{"concurrency": 1.0, "output_throughput": 9.0, "accept_length": 2.0}',
+            ["--nodes", "2"],
+            "STEPS=NODES",
+        ),
+        (
+            '{"concurrency": 8.0, "output_throughput": 9.0, "accept_length": 2.0}',
+            [],
+            "plain decoding",
+        ),
     ],
 )
-def test_what_the_policy_could_not_use_is_refused(tmp_path, runs, capsys, lines, more, wrong) -> None:
+def test_what_the_policy_could_not_use_is_refused(
+    tmp_path, runs, capsys, lines, more, wrong
+) -> None:
     (tmp_path / "two.jsonl").write_text(lines)
     output = tmp_path / "costs.json"
     assert cli.main(["sglang-costs", *runs, *more, "--output", str(output)]) == 2

@@ -19,7 +19,10 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.integrations import sglang as integration
 from smart_decoding.integrations.sglang.policy import PROBE_EVERY, SmartSpecPolicy, StepCosts
 
-SECONDS = {"1": {"0": 0.010, "1": 0.012, "3": 0.014, "5": 0.018}, "32": {"0": 0.020, "1": 0.030, "3": 0.060, "5": 0.1}}
+SECONDS = {
+    "1": {"0": 0.010, "1": 0.012, "3": 0.014, "5": 0.018},
+    "32": {"0": 0.020, "1": 0.030, "3": 0.060, "5": 0.1},
+}
 
 
 @pytest.fixture
@@ -27,7 +30,13 @@ def policy(tmp_path, monkeypatch) -> SmartSpecPolicy:
     costs, candidates = tmp_path / "costs.json", tmp_path / "adaptive.json"
     costs.write_text(json.dumps({"seconds": SECONDS}))
     candidates.write_text(
-        json.dumps({"ema_alpha": 0.2, "1": {"candidate_steps": [0, 1, 3, 5]}, "16": {"candidate_steps": [0, 1]}})
+        json.dumps(
+            {
+                "ema_alpha": 0.2,
+                "1": {"candidate_steps": [0, 1, 3, 5]},
+                "16": {"candidate_steps": [0, 1]},
+            }
+        )
     )
     monkeypatch.setenv(integration.COSTS, str(costs))
     return SmartSpecPolicy(3, str(candidates))
@@ -45,7 +54,9 @@ def serve(policy: Any, batch: int, rounds: int, accept: float, seed: int = 0) ->
     return used
 
 
-@pytest.mark.parametrize(("accept", "batch"), [(0.05, 1), (0.5, 1), (0.95, 1), (0.3, 32), (0.9, 32)])
+@pytest.mark.parametrize(
+    ("accept", "batch"), [(0.05, 1), (0.5, 1), (0.95, 1), (0.3, 32), (0.9, 32)]
+)
 def test_it_settles_on_the_steps_with_the_most_tokens_per_second(policy, accept, batch) -> None:
     allowed = [0, 1, 3, 5] if batch == 1 else [0, 1]
     rates = {k: sum(accept**d for d in range(k + 1)) / SECONDS[str(batch)][str(k)] for k in allowed}
@@ -82,7 +93,10 @@ def serve_trees(policy: SmartSpecPolicy, rounds: int, accept: dict[int, float]) 
         steps = policy.get_steps_for_batch(2)
         if late is not None:
             policy.on_verify_complete(late, 2)
-        late = [int(np.cumprod(random.random(steps) < accept[steps]).sum()) if steps else 0 for _ in range(2)]
+        late = [
+            int(np.cumprod(random.random(steps) < accept[steps]).sum()) if steps else 0
+            for _ in range(2)
+        ]
         used.append(steps)
     return used
 
@@ -90,7 +104,10 @@ def serve_trees(policy: SmartSpecPolicy, rounds: int, accept: dict[int, float]) 
 def test_of_trees_the_tier_of_most_tokens_per_second_is_found(tiers) -> None:
     """A larger tree is accepted better at each level: that is found out although the search began at the smallest."""
     accept = {0: 0.0, 1: 0.3, 3: 0.9, 5: 0.92}
-    rates = {k: tiers.costs.seconds(2, k) ** -1 * sum(p**d for d in range(k + 1)) for k, p in accept.items()}
+    rates = {
+        k: tiers.costs.seconds(2, k) ** -1 * sum(p**d for d in range(k + 1))
+        for k, p in accept.items()
+    }
     used = serve_trees(tiers, 3000, accept)[-500:]
     assert sum(rates[k] for k in used) / len(used) > 0.97 * max(rates.values())
     assert used.count(max(rates, key=lambda k: rates[k])) > 400
@@ -102,7 +119,9 @@ def test_a_tier_that_never_pays_is_left_alone_but_for_probes(tiers) -> None:
 
 
 def test_states_of_tiers_have_their_tokens(tiers) -> None:
-    pytest.importorskip("msgspec", reason="SGLang's light dependencies are not installed here: make test-sglang")
+    pytest.importorskip(
+        "msgspec", reason="SGLang's light dependencies are not installed here: make test-sglang"
+    )
     source_of("sglang.srt.speculative.adaptive_runtime_state")
     from smart_decoding.integrations.sglang.trees import TreeController
 
@@ -125,7 +144,12 @@ def test_trees_smaller_than_their_depth_are_refused(tmp_path, nodes) -> None:
 def test_captured_graphs_are_those_that_can_be_reached(policy) -> None:
     assert policy.cuda_graph_bs_for_step(3) is None
     policy.set_cuda_graph_bs([8, 1, 16, 32])
-    assert policy.cuda_graph_bs_for_step(3) == [1, 8] and policy.cuda_graph_bs_for_step(1) == [1, 8, 16, 32]
+    assert policy.cuda_graph_bs_for_step(3) == [1, 8] and policy.cuda_graph_bs_for_step(1) == [
+        1,
+        8,
+        16,
+        32,
+    ]
     assert max(serve(policy, 12, 200, 1.0)) == 1  # padded to 16
 
 
@@ -153,7 +177,14 @@ def test_costs_are_linear_between_entries() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '{"seconds": {}}', '{"seconds": {"1": {"1": 1.0}}}', '{"seconds": {"1": {"0": -1}}}']
+    "text",
+    [
+        "",
+        "{}",
+        '{"seconds": {}}',
+        '{"seconds": {"1": {"1": 1.0}}}',
+        '{"seconds": {"1": {"0": -1}}}',
+    ],
 )
 def test_files_that_are_none_are_refused(tmp_path, text) -> None:
     path = tmp_path / "costs.json"
@@ -193,7 +224,9 @@ class Worker:
         self.speculative_num_steps = steps
         self.built: list[tuple[int, int, list[int] | None]] = []
 
-    def build_adaptive_runtime_state(self, speculative_num_steps, speculative_num_draft_tokens, cuda_graph_bs=None):
+    def build_adaptive_runtime_state(
+        self, speculative_num_steps, speculative_num_draft_tokens, cuda_graph_bs=None
+    ):
         self.built.append((speculative_num_steps, speculative_num_draft_tokens, cuda_graph_bs))
         return speculative_num_steps
 
@@ -206,7 +239,12 @@ def test_the_real_controller_follows_the_policy(policy) -> None:
     worker = Worker(3)
     controller = controller_module.AdaptiveController(worker, policy)
     controller.init_states([1, 8, 32])
-    assert {steps: sizes for steps, _, sizes in worker.built} == {0: [1, 8, 32], 1: [1, 8, 32], 3: [1, 8], 5: [1, 8]}
+    assert {steps: sizes for steps, _, sizes in worker.built} == {
+        0: [1, 8, 32],
+        1: [1, 8, 32],
+        3: [1, 8],
+        5: [1, 8],
+    }
     assert all(tokens == steps + 1 for steps, tokens, _ in worker.built)
     random = np.random.default_rng(0)
     seen: dict[float, list[int]] = {}

@@ -34,11 +34,15 @@ def members(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
         elif isinstance(node, ast.ImportFrom):
             yield from ((alias.asname or alias.name, node) for alias in node.names)
         elif isinstance(node, ast.Assign):
-            yield from ((target.id, node) for target in node.targets if isinstance(target, ast.Name))
+            yield from (
+                (target.id, node) for target in node.targets if isinstance(target, ast.Name)
+            )
 
 
 @pytest.mark.parametrize(("module", "name", "parameters"), ALL)
-def test_every_name_that_is_relied_on_is_there(module: str, name: str, parameters: seams.Parameters) -> None:
+def test_every_name_that_is_relied_on_is_there(
+    module: str, name: str, parameters: seams.Parameters
+) -> None:
     body = ast.parse(source_of(module).read_text()).body
     *owners, last = name.split(".")
     for owner in owners:
@@ -48,7 +52,11 @@ def test_every_name_that_is_relied_on_is_there(module: str, name: str, parameter
     node = dict(members(body))[last]
     if parameters is not None:
         assert isinstance(node, ast.FunctionDef)
-        taken = [*node.args.posonlyargs, *node.args.args, *([node.args.kwarg] if node.args.kwarg else [])]
+        taken = [
+            *node.args.posonlyargs,
+            *node.args.args,
+            *([node.args.kwarg] if node.args.kwarg else []),
+        ]
         taken = [argument.arg for argument in taken if argument.arg not in ("self", "cls")]
         assert tuple(taken[: len(parameters)]) == parameters
 
@@ -56,7 +64,11 @@ def test_every_name_that_is_relied_on_is_there(module: str, name: str, parameter
 def test_the_policy_has_all_that_is_public_in_the_class_it_replaces() -> None:
     names = seams.REPLACED["sglang.srt.speculative.adaptive_spec_params"]
     _, _, kind = integration.TARGET.rpartition(".")
-    body = dict(members(ast.parse(source_of("sglang.srt.speculative.adaptive_spec_params").read_text()).body))[kind]
+    body = dict(
+        members(
+            ast.parse(source_of("sglang.srt.speculative.adaptive_spec_params").read_text()).body
+        )
+    )[kind]
     assert isinstance(body, ast.ClassDef)
     public = {name for name, _ in members(body.body) if not name.startswith("_")}
     assert {f"{kind}.{name}" for name in public} == set(names) - {f"{kind}.__init__"}
@@ -68,7 +80,9 @@ def test_the_policy_has_all_that_is_public_in_the_class_it_replaces() -> None:
 
 
 def test_options_are_those_of_its_arguments() -> None:
-    pytest.importorskip("msgspec", reason="SGLang's light dependencies are not installed here: make test-sglang")
+    pytest.importorskip(
+        "msgspec", reason="SGLang's light dependencies are not installed here: make test-sglang"
+    )
     source_of("sglang.srt.server_args")
     from sglang.srt.arg_groups.overrides import declare_resolution
     from sglang.srt.server_args import ServerArgs
@@ -82,6 +96,8 @@ def test_options_are_those_of_its_arguments() -> None:
 def test_the_entry_point_is_the_one_that_sglang_looks_for() -> None:
     pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     (group,) = [g for g in pyproject["project"]["entry-points"] if g.startswith("sglang")]
-    assert pyproject["project"]["entry-points"][group] == {"smart": "smart_decoding.integrations.sglang:register"}
+    assert pyproject["project"]["entry-points"][group] == {
+        "smart": "smart_decoding.integrations.sglang:register"
+    }
     assert f'"{group}"' in source_of("sglang.srt.plugins.__init__").read_text()
     assert os.environ.get(integration.COSTS) is None

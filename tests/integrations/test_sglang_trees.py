@@ -49,9 +49,13 @@ def sglang() -> SimpleNamespace:
     build = definitions(
         "sglang.srt.speculative.eagle_utils",
         ["organize_draft_results", "build_tree_kernel_efficient"],
-        {"torch": torch, "TreeMaskMode": spec_tree.TreeMaskMode, "maybe_detect_oob": lambda *_: None,
-         "build_tree_kernel_efficient_func": spec_tree.build_tree_kernel_efficient_func},
-    )  # fmt: skip
+        {
+            "torch": torch,
+            "TreeMaskMode": spec_tree.TreeMaskMode,
+            "maybe_detect_oob": lambda *_: None,
+            "build_tree_kernel_efficient_func": spec_tree.build_tree_kernel_efficient_func,
+        },
+    )
     yield SimpleNamespace(**{**select, **build, "verify": spec_tree.verify_tree_greedy_func})
     patch.undo()
 
@@ -72,7 +76,13 @@ class World:
     def target(self, owner: int, path: Path_) -> int:
         """The target's greedy token: mostly one of the drafter's best."""
         order = np.argsort(-self.draft(owner, path))
-        return int(order[np.random.default_rng([self.seed, owner, *path, 9]).choice(5, p=[0.5, 0.2, 0.1, 0.1, 0.1])])
+        return int(
+            order[
+                np.random.default_rng([self.seed, owner, *path, 9]).choice(
+                    5, p=[0.5, 0.2, 0.1, 0.1, 0.1]
+                )
+            ]
+        )
 
 
 # --- our core ---
@@ -81,14 +91,18 @@ class World:
 def candidates(world: World, policy: Eagle2, children: int) -> tuple[BatchState, Any, DraftTrees]:
     """All that a policy drafts, level by level, as our engine does."""
     size = world.batch
-    batch = BatchState(np.array(CONTEXT[:size]), np.full(size, 99), np.zeros(size), np.ones(size, bool))
+    batch = BatchState(
+        np.array(CONTEXT[:size]), np.full(size, 99), np.zeros(size), np.ones(size, bool)
+    )
     plan, trees, parents = policy.plan(batch), DraftTrees.empty(size), np.full(size, ROOT)
     owners = np.arange(size)
     for level in range(1, plan.levels + 1):
         for owner, parent in zip(owners.tolist(), parents.tolist(), strict=True):
             probs = world.draft(owner, tokens_to(trees, parent))
             best = np.argsort(-probs)[:children]
-            trees.append(np.full(children, owner), best, np.full(children, parent), probs[best].astype(float))
+            trees.append(
+                np.full(children, owner), best, np.full(children, parent), probs[best].astype(float)
+            )
         chosen = policy.frontier(plan, batch, trees, level)
         if chosen is None:
             break
@@ -124,10 +138,16 @@ def sglang_tree(sglang: SimpleNamespace, world: World, topk: int, steps: int, no
     lists: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
     width = 1
     for step in range(steps):
-        probs = torch.tensor(np.stack([world.draft(row // width, path) for row, path in enumerate(beam)]))
+        probs = torch.tensor(
+            np.stack([world.draft(row // width, path) for row, path in enumerate(beam)])
+        )
         best, index = sglang.fast_topk(probs, topk, dim=-1)
-        marks = torch.arange(len(beam), dtype=torch.float32)[:, None]  # in the hidden states' place: whose row it is
-        ids, hidden, scores, info = sglang.select_top_k_tokens(step, best, index, marks, scores, topk)
+        marks = torch.arange(len(beam), dtype=torch.float32)[
+            :, None
+        ]  # in the hidden states' place: whose row it is
+        ids, hidden, scores, info = sglang.select_top_k_tokens(
+            step, best, index, marks, scores, topk
+        )
         for list_, part in zip(lists, info, strict=True):
             list_.append(part)
         beam = [(*beam[int(row)], int(token)) for row, token in zip(hidden[:, 0], ids, strict=True)]
@@ -135,9 +155,25 @@ def sglang_tree(sglang: SimpleNamespace, world: World, topk: int, steps: int, no
     parents, chosen, drafts = sglang.organize_draft_results(*lists, nodes + 1)
     context = torch.tensor(CONTEXT[:batch])
     mask, positions, index, next_token, next_sibling, tokens = sglang.build_tree_kernel_efficient(
-        torch.full((batch,), 1000), parents, chosen, drafts, context, int(context.sum()), topk, steps, nodes + 1
+        torch.full((batch,), 1000),
+        parents,
+        chosen,
+        drafts,
+        context,
+        int(context.sum()),
+        topk,
+        steps,
+        nodes + 1,
     )
-    built = Built(tokens.view(batch, -1).numpy(), index, next_token, next_sibling, mask.numpy(), positions.numpy(), [])
+    built = Built(
+        tokens.view(batch, -1).numpy(),
+        index,
+        next_token,
+        next_sibling,
+        mask.numpy(),
+        positions.numpy(),
+        [],
+    )
     for owner in range(batch):
         paths: list[Path_] = [()] * (nodes + 1)
         for node in range(nodes + 1):
@@ -168,7 +204,10 @@ def assert_same_tree(trees: DraftTrees, built: Built) -> None:
         mine = trees.nodes_of(owner)
         place = {path: node for node, path in enumerate(built.paths[owner])}  # theirs, by path
         paths = {int(node): tokens_to(trees, int(node)) for node in mine}
-        assert sorted(paths.values()) == sorted(set(built.paths[owner]) - {()}) and len(mine) == width - 1
+        assert (
+            sorted(paths.values()) == sorted(set(built.paths[owner]) - {()})
+            and len(mine) == width - 1
+        )
         order = sorted(paths, key=lambda node: place[paths[node]])  # ours, in SGLang's order
         assert trees.token[order].tolist() == built.tokens[owner, 1:].tolist()
         rows = {node: row for row, node in enumerate(order, start=1)} | {ROOT: 0}
@@ -176,12 +215,18 @@ def assert_same_tree(trees: DraftTrees, built: Built) -> None:
         for node in order:
             children[rows[int(trees.parent[node])]].append(rows[node])
         following = {a: b for below in children.values() for a, b in itertools.pairwise(below)}
-        assert built.next_token[owner].tolist() == [min(children[row], default=-1) for row in range(width)]
-        assert built.next_sibling[owner].tolist() == [following.get(row, -1) for row in range(width)]
+        assert built.next_token[owner].tolist() == [
+            min(children[row], default=-1) for row in range(width)
+        ]
+        assert built.next_sibling[owner].tolist() == [
+            following.get(row, -1) for row in range(width)
+        ]
         assert built.index[owner].tolist() == list(range(owner * width, (owner + 1) * width))
         depths = [0, *trees.depth[order].tolist()]
         context = CONTEXT[owner]
-        assert built.positions[owner * width : (owner + 1) * width].tolist() == [context + d for d in depths]
+        assert built.positions[owner * width : (owner + 1) * width].tolist() == [
+            context + d for d in depths
+        ]
         size = width * (context + width)
         mask = built.mask[first : first + size].reshape(width, context + width)
         first += size
@@ -193,7 +238,9 @@ def assert_same_tree(trees: DraftTrees, built: Built) -> None:
         )
 
 
-def assert_same_walk(sglang: SimpleNamespace, world: World, trees: DraftTrees, built: Built, steps: int) -> int:
+def assert_same_walk(
+    sglang: SimpleNamespace, world: World, trees: DraftTrees, built: Built, steps: int
+) -> int:
     """Accepted paths and emitted tokens; returns how many drafts were accepted."""
 
     def sample(rows: list[int]) -> list[int]:
@@ -203,12 +250,22 @@ def assert_same_walk(sglang: SimpleNamespace, world: World, trees: DraftTrees, b
 
     ours = accept(trees, sample)
     batch, width = built.tokens.shape
-    target = torch.tensor([[world.target(o, path) for path in paths] for o, paths in enumerate(built.paths)])
+    target = torch.tensor(
+        [[world.target(o, path) for path in paths] for o, paths in enumerate(built.paths)]
+    )
     predict = torch.zeros(batch * width, dtype=torch.int32)
     index = torch.full((batch, steps + 1), -1, dtype=torch.int32)
     count = torch.empty(batch, dtype=torch.int32)
-    sglang.verify(predict, index, count, torch.tensor(built.tokens), built.index, built.next_token, built.next_sibling,
-                  target)  # fmt: skip
+    sglang.verify(
+        predict,
+        index,
+        count,
+        torch.tensor(built.tokens),
+        built.index,
+        built.next_token,
+        built.next_sibling,
+        target,
+    )
     for owner in range(batch):
         rows = index[owner, : int(count[owner]) + 1].tolist()
         assert int(count[owner]) == len(ours.path[owner])
@@ -221,9 +278,12 @@ def assert_same_walk(sglang: SimpleNamespace, world: World, trees: DraftTrees, b
 
 
 @pytest.mark.parametrize(
-    ("topk", "steps", "nodes"), [(1, 4, 4), (2, 2, 3), (2, 5, 9), (4, 1, 4), (4, 3, 11), (4, 6, 24), (8, 5, 40)]
+    ("topk", "steps", "nodes"),
+    [(1, 4, 4), (2, 2, 3), (2, 5, 9), (4, 1, 4), (4, 3, 11), (4, 6, 24), (8, 5, 40)],
 )
-def test_a_tier_is_the_tree_that_our_core_chooses(sglang, topk: int, steps: int, nodes: int) -> None:
+def test_a_tier_is_the_tree_that_our_core_chooses(
+    sglang, topk: int, steps: int, nodes: int
+) -> None:
     accepted = 0
     for seed in range(2):
         world = World(seed, batch=3)
@@ -245,7 +305,9 @@ def test_as_many_nodes_as_the_exact_choice_finds_are_the_same_nodes(sglang, per_
         policy = Eagle2(depth=4, top_k=4, total_tokens=200)
         _, _, drafted = candidates(world, policy, 4)
         order = ranked(drafted.path_prob)
-        count, _ = best_size(drafted.path_prob[order], 1.0, 0.2, 1.0 + per_row * np.arange(len(drafted) + 1))
+        count, _ = best_size(
+            drafted.path_prob[order], 1.0, 0.2, 1.0 + per_row * np.arange(len(drafted) + 1)
+        )
         trees = drafted.take(np.sort(order[:count]))
         sizes.add(count)
         built = sglang_tree(sglang, world, 4, 5, count)

@@ -34,9 +34,13 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     drafter = {"method": "draft_model", "model": MODEL, "num_speculative_tokens": LONGEST}
     arguments = EngineArgs(
-        model=MODEL, dtype="float32", max_model_len=512, enable_prefix_caching=False, speculative_config=drafter,
+        model=MODEL,
+        dtype="float32",
+        max_model_len=512,
+        enable_prefix_caching=False,
+        speculative_config=drafter,
         additional_config={"smart": {"shortcuts": False}},
-    )  # fmt: skip
+    )
     config = arguments.create_engine_config()
     config.scheduler_config.async_scheduling = True  # as on a GPU
     config.cache_config.num_gpu_blocks = BLOCKS
@@ -53,7 +57,9 @@ def add(scheduler: Any, *names: str, max_tokens: int = 100) -> None:
         scheduler.add_request(Request(name, PROMPT, params, None))
 
 
-def answer(scheduler: Any, output: Any, accepted: dict[str, int], drafter_seen: bool = False) -> None:
+def answer(
+    scheduler: Any, output: Any, accepted: dict[str, int], drafter_seen: bool = False
+) -> None:
     """The model's answer to a step: so many of its drafts were right, and one token of its own. drafter_seen: what a
     rank in another process says with it."""
     from vllm.v1.outputs import ModelRunnerOutput
@@ -61,31 +67,44 @@ def answer(scheduler: Any, output: Any, accepted: dict[str, int], drafter_seen: 
     names = list(output.num_scheduled_tokens)
     sampled = [[7] * (accepted.get(name, 0) + 1) for name in names]
     ran = ModelRunnerOutput(
-        req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled
+        req_ids=names,
+        req_id_to_index={n: i for i, n in enumerate(names)},
+        sampled_token_ids=sampled,
     )
     setattr(ran, MARK, drafter_seen)
     scheduler.update_from_output(output, ran)
 
 
-def test_places_are_kept_for_the_drafts_that_are_to_be_verified(scheduler: Any, monkeypatch: Any) -> None:
+def test_places_are_kept_for_the_drafts_that_are_to_be_verified(
+    scheduler: Any, monkeypatch: Any
+) -> None:
     policy = scheduler.controller.policy
     monkeypatch.setattr(policy, "length", lambda ids: LONGEST)
     wanted = {"a": 2, "b": 0}
-    monkeypatch.setattr(policy, "trim", lambda ids, drafted, greedy, room: [wanted[id_] for id_ in ids])
+    monkeypatch.setattr(
+        policy, "trim", lambda ids, drafted, greedy, room: [wanted[id_] for id_ in ids]
+    )
     add(scheduler, "a", "b")
     prompts = scheduler.schedule()
     assert prompts.num_scheduled_tokens == {"a": len(PROMPT), "b": len(PROMPT)}
     assert prompts.num_spec_tokens_to_schedule == LONGEST
     wanted.update(a=1, b=3)  # of the step after the next
     step = scheduler.schedule()  # before the prompts' tokens are known
-    assert step.num_scheduled_tokens == {"a": 3, "b": 1} and step.scheduled_spec_decode_tokens == {"a": [-1, -1]}
+    assert step.num_scheduled_tokens == {"a": 3, "b": 1} and step.scheduled_spec_decode_tokens == {
+        "a": [-1, -1]
+    }
     answer(scheduler, prompts, {})
     following = scheduler.schedule()
     assert following.num_scheduled_tokens == {"a": 2, "b": 4}
-    assert {name: len(drafts) for name, drafts in following.scheduled_spec_decode_tokens.items()} == {"a": 1, "b": 3}
+    assert {
+        name: len(drafts) for name, drafts in following.scheduled_spec_decode_tokens.items()
+    } == {"a": 1, "b": 3}
     answer(scheduler, step, {"a": 1})
     assert (policy.counters.verified, policy.counters.accepted) == (2, 1)
-    assert scheduler.requests["a"].num_output_tokens == 3 and scheduler.requests["b"].num_output_tokens == 2
+    assert (
+        scheduler.requests["a"].num_output_tokens == 3
+        and scheduler.requests["b"].num_output_tokens == 2
+    )
 
 
 def test_requests_run_to_their_end_with_speculation_on_and_off(scheduler: Any) -> None:
@@ -107,7 +126,9 @@ def test_requests_run_to_their_end_with_speculation_on_and_off(scheduler: Any) -
             accepted[name] = int(misses[0]) if len(misses) else len(drafts)
             assert len(drafts) <= LONGEST
         answer(scheduler, output, accepted)
-    assert {name: request.num_output_tokens for name, request in requests.items()} == dict.fromkeys(chances, 300)
+    assert {name: request.num_output_tokens for name, request in requests.items()} == dict.fromkeys(
+        chances, 300
+    )
     counters = scheduler.controller.policy.counters
     assert counters.drafted >= counters.verified > counters.accepted > 0
 

@@ -26,10 +26,20 @@ if not MODEL:
 SOURCE = Path(__file__).parents[2] / "src"
 ENGINE = Path(__file__).with_name("vllm_engine.py")
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "VLLM_LOGGING_LEVEL": "INFO",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ, "PYTHONPATH": str(SOURCE),
-}  # fmt: skip
-NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "2",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    **os.environ,
+    "PYTHONPATH": str(SOURCE),
+}
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 2,
+}
 SCHEDULER = "smart_decoding.integrations.vllm.SmartScheduler"
 BATCHES = [1, 2, 4, 8, 16]
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
@@ -37,12 +47,21 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
 
 def engine(arguments: dict[str, Any], *, fails: bool = False, **job: Any) -> Any:
     """What an engine with these arguments of vllm.LLM answers to a job; its whole output if it is to fail."""
-    arguments = {"model": MODEL, "dtype": "float32", "enforce_eager": True, "max_model_len": 512, **arguments}
+    arguments = {
+        "model": MODEL,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        **arguments,
+    }
     environment = {**ENVIRONMENT, **(TWO_RANKS if "tensor_parallel_size" in arguments else {})}
     run = subprocess.run(
-        [sys.executable, str(ENGINE), json.dumps(arguments), json.dumps(job)], env=environment, text=True,
-        capture_output=True, timeout=1800,
-    )  # fmt: skip
+        [sys.executable, str(ENGINE), json.dumps(arguments), json.dumps(job)],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=1800,
+    )
     if fails:
         assert run.returncode
         return run.stdout + run.stderr
@@ -117,7 +136,12 @@ def test_two_tensor_parallel_ranks_agree(plain, draft, even, drafter) -> None:
 
 
 def test_two_ranks_leave_out_the_passes_of_a_draft_model_of_no_use(plain, useless, even) -> None:
-    arguments = {"model": even, "tensor_parallel_size": 2, "speculative_config": useless, "scheduler_cls": SCHEDULER}
+    arguments = {
+        "model": even,
+        "tensor_parallel_size": 2,
+        "speculative_config": useless,
+        "scheduler_cls": SCHEDULER,
+    }
     answer, _ = engine(arguments, batches=BATCHES)
     assert answer["tokens"] == plain["tokens"]
     counters = answer["counters"]
@@ -126,38 +150,65 @@ def test_two_ranks_leave_out_the_passes_of_a_draft_model_of_no_use(plain, useles
 
 def test_every_name_that_is_relied_on_is_there() -> None:
     """The contract: names, and what they mean, on the live objects of one engine."""
-    answer, _ = engine({"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, batches=[2], contract=True)
+    answer, _ = engine(
+        {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, batches=[2], contract=True
+    )
     assert answer["missing"] == []
     assert answer["lookup"] == "Lengths"
 
 
 def test_an_unknown_version_is_stock_with_one_warning(plain) -> None:
     answer, output = engine(
-        {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, batches=[1], pretend_version="0.99.0"
+        {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER},
+        batches=[1],
+        pretend_version="0.99.0",
     )
-    assert answer["tokens"] == plain["tokens"][:1] and answer["counters"] is None and answer["vllm"]["drafted"] > 0
+    assert (
+        answer["tokens"] == plain["tokens"][:1]
+        and answer["counters"] is None
+        and answer["vllm"]["drafted"] > 0
+    )
     assert output.count("SMART leaves draft lengths to vLLM") == 1
 
 
 def test_the_async_class_is_refused_where_scheduling_is_not_async() -> None:
     output = engine(
-        {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER.replace("Smart", "SmartAsync")}, fails=True
+        {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER.replace("Smart", "SmartAsync")},
+        fails=True,
     )
     assert "use --scheduler-cls smart_decoding.integrations.vllm.SmartScheduler" in output
 
 
 def serving(arguments: dict[str, Any], port: int, options: dict[str, Any]) -> subprocess.Popen[str]:
     """vLLM's own OpenAI server with our scheduler."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "512", "--port", str(port), "--served-model-name", "m", "--no-enable-prefix-caching"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
+    command += [
+        "--max-model-len",
+        "512",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "m",
+        "--no-enable-prefix-caching",
+    ]
     command += ["--scheduler-cls", SCHEDULER, "--additional-config", json.dumps({"smart": options})]
     for name, value in arguments.items():
         command += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     ranks = TWO_RANKS if "tensor-parallel-size" in arguments else {}
     return subprocess.Popen(
-        command, env={**ENVIRONMENT, **ranks, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        command,
+        env={**ENVIRONMENT, **ranks, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("set_up", ["ngram, one rank", "draft model, two ranks"])
@@ -174,22 +225,36 @@ def test_the_openai_server_speculates_and_serves_the_counters(plain, draft, even
         wait_for(f"http://127.0.0.1:{port}/health", server, log)
         for batch in (1, 4, 16):
             with ThreadPoolExecutor(batch) as pool:
-                texts = list(pool.map(lambda conversation: chat(port, conversation), messages(batch)))
+                texts = list(
+                    pool.map(lambda conversation: chat(port, conversation), messages(batch))
+                )
             assert texts == plain["texts"][BATCHES.index(batch)], batch
         ours, theirs = scrape(metrics, "smart_vllm_"), scrape(port, "vllm:spec_decode_num_")
         assert ours["smart_vllm_steps_on_total"] > 0 and ours["smart_vllm_steps_off_total"] > 0
         assert (ours["smart_vllm_rests_total"] > 0) == ("draft model" in set_up)
         for name, stock in (("verified", "draft"), ("accepted", "accepted")):
-            assert ours[f"smart_vllm_{name}_total"] == theirs[f"vllm:spec_decode_num_{stock}_tokens_total"] > 0
+            assert (
+                ours[f"smart_vllm_{name}_total"]
+                == theirs[f"vllm:spec_decode_num_{stock}_tokens_total"]
+                > 0
+            )
     finally:
         server.terminate()
         server.wait(60)
 
 
 def chat(port: int, conversation: list[Any]) -> str:
-    body = {"model": "m", "max_tokens": 96, "temperature": 0, "ignore_eos": True, "messages": conversation}
+    body = {
+        "model": "m",
+        "max_tokens": 96,
+        "temperature": 0,
+        "ignore_eos": True,
+        "messages": conversation,
+    }
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=600) as reply:
         return str(json.load(reply)["choices"][0]["message"]["content"])
@@ -204,22 +269,48 @@ def scrape(port: int, prefix: str) -> dict[str, float]:
 
 def test_data_parallel_ranks_that_wait_for_each_other_are_refused() -> None:
     """As an engine of a mixture of experts has it; ranks of dense models run by themselves, each with a size of 1."""
-    output = engine({"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, fails=True, pretend_ranks=2)
+    output = engine(
+        {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, fails=True, pretend_ranks=2
+    )
     assert "cannot run with data_parallel_size=2" in output
 
 
 def test_smart_vllm_config_measures_and_vllm_takes_what_it_writes(tmp_path) -> None:
     output = tmp_path / "schedule.json"
     arguments = json.dumps({"dtype": "float32", "enforce_eager": True, "max_model_len": 512})
-    command = [sys.executable, "-m", "smart_decoding.cli.main", "vllm-config", MODEL, "--lengths", "3"]
-    command += ["--batch-sizes", "1,4", "--blocks", "2", "--max-tokens", "48", "--engine-args", arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "smart_decoding.cli.main",
+        "vllm-config",
+        MODEL,
+        "--lengths",
+        "3",
+    ]
+    command += [
+        "--batch-sizes",
+        "1,4",
+        "--blocks",
+        "2",
+        "--max-tokens",
+        "48",
+        "--engine-args",
+        arguments,
+    ]
     command += ["--output", str(output)]
     run = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=1800)
     assert run.returncode == 0, run.stderr
     reasons = json.loads(output.with_suffix(".reasons.json").read_text())
     assert set(reasons["measured"]) == {"1", "4"} and reasons["measured"]["1"]["3"]["drafted"] > 0
-    schedule = [[1, 1, 3], [2, 4, 0]]  # not what was measured, which is a matter of the machine: the option's form
-    config = json.loads(output.read_text()) if output.exists() else {**NGRAM, "num_speculative_tokens": 3}
+    schedule = [
+        [1, 1, 3],
+        [2, 4, 0],
+    ]  # not what was measured, which is a matter of the machine: the option's form
+    config = (
+        json.loads(output.read_text())
+        if output.exists()
+        else {**NGRAM, "num_speculative_tokens": 3}
+    )
     config |= {"num_speculative_tokens_per_batch_size": schedule}
     answer, _ = engine({"speculative_config": config}, batches=[1, 4])
     assert answer["vllm"]["drafted"] > 0

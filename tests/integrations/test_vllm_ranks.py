@@ -33,7 +33,9 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("k", [-1, 0, 3])
-def test_a_length_installs_the_shortcuts_where_it_arrives_as_a_plain_int(rank: list[str], k: int) -> None:
+def test_a_length_installs_the_shortcuts_where_it_arrives_as_a_plain_int(
+    rank: list[str], k: int
+) -> None:
     sent = pickle.dumps({"step": Length(k)}, protocol=pickle.HIGHEST_PROTOCOL)
     assert not rank and Length(k) == k and hash(Length(k)) == hash(k) and repr(Length(k)) == repr(k)
     got = pickle.loads(sent)["step"]
@@ -43,7 +45,9 @@ def test_a_length_installs_the_shortcuts_where_it_arrives_as_a_plain_int(rank: l
 def test_outputs_of_a_rank_tell_once_a_draft_model_has_run_there(rank: list[str]) -> None:
     assert not ranks.marked(there_and_back(Output([1])))
     pickle.loads(pickle.dumps(Length(2)))
-    assert not ranks.marked(there_and_back(Output([1])))  # the shortcuts are there, but what calls them?
+    assert not ranks.marked(
+        there_and_back(Output([1]))
+    )  # the shortcuts are there, but what calls them?
     shortcuts._seen.append(True)
     back = there_and_back(Output([1, 2]))
     assert ranks.marked(back) and back == Output([1, 2])
@@ -55,10 +59,16 @@ def there_and_back(output: Any) -> Any:
 
 def test_only_ranks_of_this_machine_are_told() -> None:
     assert ranks.same_machine("mp", 1)
-    assert not ranks.same_machine("mp", 2) and not ranks.same_machine("ray", 1) and not ranks.same_machine("uni", 1)
+    assert (
+        not ranks.same_machine("mp", 2)
+        and not ranks.same_machine("ray", 1)
+        and not ranks.same_machine("uni", 1)
+    )
 
 
-def test_drafts_are_not_fetched_after_a_step_that_drafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_are_not_fetched_after_a_step_that_drafts_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Executor:
         def take_draft_token_ids(self) -> str:
             return "drafts"
@@ -79,16 +89,27 @@ def test_drafts_are_not_fetched_after_a_step_that_drafts_nothing(monkeypatch: py
 
 @pytest.mark.parametrize(
     ("length", "drafts", "special", "plain"),
-    [(-1, {}, "", True), (0, {}, "", False), (-1, {"a": [5]}, "", False), (-1, {}, "async", False),
-     (-1, {}, "hybrid", False), (-1, {}, "thinking", False)],
-)  # fmt: skip
+    [
+        (-1, {}, "", True),
+        (0, {}, "", False),
+        (-1, {"a": [5]}, "", False),
+        (-1, {}, "async", False),
+        (-1, {}, "hybrid", False),
+        (-1, {}, "thinking", False),
+    ],
+)
 def test_a_step_that_neither_verifies_nor_drafts_is_taken_without_the_speculative_config(
     length: int, drafts: dict[str, list[int]], special: str, plain: bool
 ) -> None:
     model = SimpleNamespace(is_hybrid=special == "hybrid")
-    batch = SimpleNamespace(thinking_budget_state_holder=object() if special == "thinking" else None)
+    batch = SimpleNamespace(
+        thinking_budget_state_holder=object() if special == "thinking" else None
+    )
     runner = SimpleNamespace(
-        speculative_config="config", use_async_scheduling=special == "async", model_config=model, input_batch=batch
+        speculative_config="config",
+        use_async_scheduling=special == "async",
+        model_config=model,
+        input_batch=batch,
     )
     step = SimpleNamespace(num_spec_tokens_to_schedule=length, scheduled_spec_decode_tokens=drafts)
     with pytest.raises(RuntimeError), shortcuts._plain(runner, step):

@@ -13,7 +13,13 @@ from smart_decoding.cli import main as cli
 from smart_decoding.cli import vllm_config as cli_vllm
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.vllm import seams
-from smart_decoding.integrations.vllm.schedule import Line, Timing, choose, schedule, speculative_config
+from smart_decoding.integrations.vllm.schedule import (
+    Line,
+    Timing,
+    choose,
+    schedule,
+    speculative_config,
+)
 
 
 def timings(plain: float, **others: float) -> dict[int, Timing]:
@@ -28,19 +34,29 @@ def timings(plain: float, **others: float) -> dict[int, Timing]:
 def test_the_fastest_length_is_chosen_and_the_reason_says_by_how_much() -> None:
     choice = choose(1, timings(1.0, k1=0.95, k4=0.8, k2=0.85))
     assert choice.length == 4
-    assert choice.ratios[4][0] == pytest.approx(1.25) and choice.ratios[4][1] == pytest.approx(0.0, abs=1e-9)
-    assert "batch 1" in choice.reason and "4 tokens 1.25" in choice.reason and "40 % accepted" in choice.reason
+    assert choice.ratios[4][0] == pytest.approx(1.25) and choice.ratios[4][1] == pytest.approx(
+        0.0, abs=1e-9
+    )
+    assert (
+        "batch 1" in choice.reason
+        and "4 tokens 1.25" in choice.reason
+        and "40 % accepted" in choice.reason
+    )
 
 
 def test_what_does_not_pay_is_off() -> None:
-    assert choose(8, timings(1.0, k1=0.99, k4=1.5)).length == 0  # 1 % is no gain: it is within the error of any run
+    assert (
+        choose(8, timings(1.0, k1=0.99, k4=1.5)).length == 0
+    )  # 1 % is no gain: it is within the error of any run
 
 
 def test_sizes_between_two_measured_ones_go_to_the_nearer_and_equal_lines_are_one() -> None:
     found = [
-        choose(1, timings(1.0, k4=0.7)), choose(4, timings(1.0, k4=0.8)), choose(16, timings(1.0, k4=0.95, k1=0.9)),
+        choose(1, timings(1.0, k4=0.7)),
+        choose(4, timings(1.0, k4=0.8)),
+        choose(16, timings(1.0, k4=0.95, k1=0.9)),
         choose(64, timings(1.0, k4=1.9)),
-    ]  # fmt: skip
+    ]
     lines = schedule(found)
     assert [line.entry() for line in lines] == [[1, 7, 4], [8, 31, 1], [32, 64, 0]]
     assert lines[0].reason.count("plain") == 2
@@ -52,11 +68,13 @@ def test_the_option_is_the_one_that_vllm_takes() -> None:
         "method": "ngram",
         "num_speculative_tokens": 4,
         "num_speculative_tokens_per_batch_size": [[1, 3, 4], [4, 16, 0]],
-    }  # fmt: skip
+    }
     assert speculative_config({"method": "ngram"}, [Line(1, 16, 0, "")]) is None
 
 
-def test_the_command_measures_each_length_and_writes_schedule_and_reasons(tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
+    tmp_path, monkeypatch, capsys
+) -> None:
     """With a stand-in for the engine's process: three tokens are the best at batch 1, none at batch 4."""
     seen = []
 
@@ -80,30 +98,50 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(tmp_pa
             seconds = 1.0 - 0.1 * self.length if len(prompts) == 1 else 1.0 + 0.1 * self.length
             if self.scheduled and len(prompts) == 4:  # nothing is drafted, but the drafter is there
                 seconds = 1.02
-            return {"seconds": seconds, "tokens": max_tokens * len(prompts), "drafted": 10, "accepted": 5}
+            return {
+                "seconds": seconds,
+                "tokens": max_tokens * len(prompts),
+                "drafted": 10,
+                "accepted": 5,
+            }
 
     monkeypatch.setattr(cli_vllm, "Measured", Engine)
     monkeypatch.setattr(cli_vllm, "find_spec", lambda name: object())
     output = tmp_path / "schedule.json"
-    command = ["vllm-config", "a-model", "--lengths", "1,3", "--batch-sizes", "1,4", "--blocks", "2",
-               "--engine-args", '{"dtype": "float32"}', "--output", str(output), "--check"]  # fmt: skip
+    command = [
+        "vllm-config",
+        "a-model",
+        "--lengths",
+        "1,3",
+        "--batch-sizes",
+        "1,4",
+        "--blocks",
+        "2",
+        "--engine-args",
+        '{"dtype": "float32"}',
+        "--output",
+        str(output),
+        "--check",
+    ]
     assert cli.main(command) == 0
     written = json.loads(output.read_text())
     assert written["num_speculative_tokens_per_batch_size"] == [[1, 1, 3], [2, 4, 0]]
     assert written["num_speculative_tokens"] == 3 and written["method"] == "ngram"
-    assert [a["speculative_config"] and a["speculative_config"]["num_speculative_tokens"] for a in seen] == [
-        None, 1, 3, None, 3
-    ]  # fmt: skip
+    assert [
+        a["speculative_config"] and a["speculative_config"]["num_speculative_tokens"] for a in seen
+    ] == [None, 1, 3, None, 3]
     assert seen[-1]["speculative_config"] == written
     assert all(a["dtype"] == "float32" for a in seen)
     reasons = json.loads((tmp_path / "schedule.reasons.json").read_text())
     assert reasons["measured"]["4"]["3"]["seconds"] == pytest.approx([1.3, 1.3])
     assert "batch 1: plain" in reasons["lines"][0]["reason"]
-    assert reasons["checked"]["1"][0] == pytest.approx(1 / 0.7) and reasons["checked"]["4"][0] == pytest.approx(
-        1 / 1.02
-    )
+    assert reasons["checked"]["1"][0] == pytest.approx(1 / 0.7) and reasons["checked"]["4"][
+        0
+    ] == pytest.approx(1 / 1.02)
     shown = capsys.readouterr().out
-    assert "2 to 4: no tokens" in shown and "batch 4, with the schedule: 0.98 ± 0.00 × plain" in shown
+    assert (
+        "2 to 4: no tokens" in shown and "batch 4, with the schedule: 0.98 ± 0.00 × plain" in shown
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,20 +190,31 @@ def test_importing_the_integration_imports_no_vllm() -> None:
 
 def stock(**speculative: object) -> SimpleNamespace:
     """A scheduler of vLLM's, as far as it is read before it runs."""
-    method = {"method": "ngram", "parallel_drafting": False, "num_speculative_tokens_per_batch_size": None}
+    method = {
+        "method": "ngram",
+        "parallel_drafting": False,
+        "num_speculative_tokens_per_batch_size": None,
+    }
     config = SimpleNamespace(
         additional_config={},
-        parallel_config=SimpleNamespace(data_parallel_size=1, distributed_executor_backend="mp", nnodes=1),
+        parallel_config=SimpleNamespace(
+            data_parallel_size=1, distributed_executor_backend="mp", nnodes=1
+        ),
         scheduler_config=SimpleNamespace(async_scheduling=False),
         speculative_config=SimpleNamespace(**method | speculative),
-    )  # fmt: skip
-    return SimpleNamespace(vllm_config=config, dynamic_sd_lookup=None, num_spec_tokens=4, requests={}, running=[])
+    )
+    return SimpleNamespace(
+        vllm_config=config, dynamic_sd_lookup=None, num_spec_tokens=4, requests={}, running=[]
+    )
 
 
 def reason(version: str, scheduler: object, **options: bool) -> str | None:
     """Of its classes there are none without vLLM: `make test-vllm` compares those."""
     return seams.reason_for_stock(
-        version, scheduler, seams.Options(**options), lambda live: list(seams.missing_attributes(live))
+        version,
+        scheduler,
+        seams.Options(**options),
+        lambda live: list(seams.missing_attributes(live)),
     )
 
 
@@ -175,7 +224,11 @@ def test_it_acts_in_tested_versions_only() -> None:
     assert reason("0.99.0", stock(), allow_untested=True) is None
 
 
-NAMES = [*seams.ATTRIBUTES, *(f"vllm_config.speculative_config.{name}" for name in seams.SPECULATIVE), "vllm_config"]
+NAMES = [
+    *seams.ATTRIBUTES,
+    *(f"vllm_config.speculative_config.{name}" for name in seams.SPECULATIVE),
+    "vllm_config",
+]
 
 
 @pytest.mark.parametrize("allow_untested", [False, True])
@@ -184,7 +237,9 @@ def test_a_name_that_is_gone_means_stock_behaviour(name: str, allow_untested: bo
     scheduler = stock()
     owner, _, last = name.rpartition(".")
     delattr(seams.find(scheduler, owner) if owner else scheduler, last)
-    found = reason("0.99.0" if allow_untested else "0.32.0", scheduler, allow_untested=allow_untested)
+    found = reason(
+        "0.99.0" if allow_untested else "0.32.0", scheduler, allow_untested=allow_untested
+    )
     assert found is not None and f"scheduler.{name}" in found
     assert reason("0.99.0", scheduler) is not None  # and raises nothing
 
@@ -192,9 +247,14 @@ def test_a_name_that_is_gone_means_stock_behaviour(name: str, allow_untested: bo
 def test_classes_that_are_gone_are_named() -> None:
     """Without vLLM that is all of them."""
     gone = [*seams.missing_members(), *seams.missing_parameters()]
-    assert len(gone) == sum(map(len, seams.CLASSES.values())) + len(seams.REPLACED) + len(seams.CALLED)
+    assert len(gone) == sum(map(len, seams.CLASSES.values())) + len(seams.REPLACED) + len(
+        seams.CALLED
+    )
     assert "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler" in gone
-    assert "vllm.v1.sample.sampler:Sampler.forward(logits, sampling_metadata, predict_bonus_token)" in gone
+    assert (
+        "vllm.v1.sample.sampler:Sampler.forward(logits, sampling_metadata, predict_bonus_token)"
+        in gone
+    )
     assert "Sampler" in str(seams.reason_for_stock("0.32.0", stock(), seams.Options()))
 
 
@@ -212,10 +272,16 @@ def test_members_and_parameters_are_found_where_they_are(monkeypatch) -> None:
         (("logits",), (), []),
         ((), ("logits", "more"), []),
         (("other",), (), ["stand_in:Sampler.forward(other)"]),
-        ((), ("logits",), ["stand_in:Sampler.forward(logits)"]),  # vLLM may give it more than ours takes
+        (
+            (),
+            ("logits",),
+            ["stand_in:Sampler.forward(logits)"],
+        ),  # vLLM may give it more than ours takes
     ):
         monkeypatch.setattr(seams, "CALLED", {"stand_in:Sampler.forward": called} if called else {})
-        monkeypatch.setattr(seams, "REPLACED", {"stand_in:Sampler.forward": replaced} if replaced else {})
+        monkeypatch.setattr(
+            seams, "REPLACED", {"stand_in:Sampler.forward": replaced} if replaced else {}
+        )
         assert list(seams.missing_parameters()) == gone
 
 
@@ -256,7 +322,12 @@ def test_data_parallel_and_the_wrong_class_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"smart": {"unknown": 1}}, {"smart": 3}, {"smart": {"metrics_port": True}}, {"smart": {"probe_budget": 2}}],
+    [
+        {"smart": {"unknown": 1}},
+        {"smart": 3},
+        {"smart": {"metrics_port": True}},
+        {"smart": {"probe_budget": 2}},
+    ],
 )
 def test_unknown_and_wrong_options_are_refused(given) -> None:
     with pytest.raises(ConfigError):
@@ -265,4 +336,7 @@ def test_unknown_and_wrong_options_are_refused(given) -> None:
 
 def test_options_are_read_and_other_plugins_left_alone() -> None:
     assert seams.read_options({"other": 1}) == seams.Options()
-    assert seams.read_options({"smart": {"metrics_port": 9400, "probe_budget": 0}}).metrics_port == 9400
+    assert (
+        seams.read_options({"smart": {"metrics_port": 9400, "probe_budget": 0}}).metrics_port
+        == 9400
+    )

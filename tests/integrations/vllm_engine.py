@@ -39,7 +39,10 @@ def main(arguments: dict[str, Any], job: dict[str, Any]) -> None:
         "counters": vars(controller.policy.counters) if controller else None,
     }
     if job.get("contract"):
-        answer |= {"missing": missing(scheduler), "lookup": type(scheduler.dynamic_sd_lookup).__name__}
+        answer |= {
+            "missing": missing(scheduler),
+            "lookup": type(scheduler.dynamic_sd_lookup).__name__,
+        }
     print("\n" + json.dumps(answer), flush=True)
 
 
@@ -70,8 +73,12 @@ def missing(scheduler: Any) -> list[str]:
     from smart_decoding.integrations.vllm import seams
 
     gone = seams.missing(scheduler)
-    gone += ["AsyncScheduler._update_after_schedule, its own"] * ("_update_after_schedule" not in vars(AsyncScheduler))
-    gone += ["RejectionSampler.forward, ours"] * (not getattr(RejectionSampler.forward, "_shortcut", False))
+    gone += ["AsyncScheduler._update_after_schedule, its own"] * (
+        "_update_after_schedule" not in vars(AsyncScheduler)
+    )
+    gone += ["RejectionSampler.forward, ours"] * (
+        not getattr(RejectionSampler.forward, "_shortcut", False)
+    )
     return gone
 
 

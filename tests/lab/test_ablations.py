@@ -7,13 +7,25 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies.chooser import NumpyChooser
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.tree import DraftTrees
-from smart_lab.ablations import ABLATIONS, VARIANTS, Foreseeing, FrozenCosts, askew, fitted, flat, raw, smart
+from smart_lab.ablations import (
+    ABLATIONS,
+    VARIANTS,
+    Foreseeing,
+    FrozenCosts,
+    askew,
+    fitted,
+    flat,
+    raw,
+    smart,
+)
 from smart_lab.replay import Walk, draft, replay
 from smart_lab.simulation import World
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
 
-FLAT = CostModel.from_table({1: {1: 1.0, 8: 1.05, 64: 3.0}, 8: {8: 1.1, 64: 3.1}}, {1: 0.2, 64: 0.3}, 0.01)
+FLAT = CostModel.from_table(
+    {1: {1: 1.0, 8: 1.05, 64: 3.0}, 8: {8: 1.1, 64: 3.1}}, {1: 0.2, 64: 0.3}, 0.01
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +35,24 @@ def trace() -> Trace:
 
 @pytest.fixture(scope="module")
 def speeds(trace):
-    return {name: replay(make(trace, FLAT), trace.recording, FLAT, 4) for name, make in ABLATIONS.items()}
+    return {
+        name: replay(make(trace, FLAT), trace.recording, FLAT, 4)
+        for name, make in ABLATIONS.items()
+    }
 
 
 def test_every_variant_decodes_all_answers_and_smart_is_no_worse_than_the_clumsy_ones(speeds):
-    assert all(result.tokens >= 4 * result.rounds and result.missing < result.rounds for result in speeds.values())
+    assert all(
+        result.tokens >= 4 * result.rounds and result.missing < result.rounds
+        for result in speeds.values()
+    )
     best = speeds["smart"].tokens_per_s
     assert best > 1.02 * speeds["stop rule: always 8 levels"].tokens_per_s
     assert best > 0.93 * max(result.tokens_per_s for result in speeds.values())
-    assert speeds["stop rule: always 8 levels"].levels > 6 * speeds["stop rule: always 8 levels"].rounds
+    assert (
+        speeds["stop rule: always 8 levels"].levels
+        > 6 * speeds["stop rule: always 8 levels"].rounds
+    )
 
 
 def test_an_even_budget_gives_every_request_as_many_nodes(trace):
@@ -46,7 +67,10 @@ def test_an_even_budget_gives_every_request_as_many_nodes(trace):
 def test_the_greedy_rule_is_caught_by_a_step_that_the_scan_sees_over(trace):
     steps = {1: {n: 1.0 + 0.6 * (n > 4) + 0.001 * n for n in range(1, 200)}}
     step = CostModel.from_table(steps, {1: 0.01, 64: 0.02})
-    exact, greedy = (draft(ABLATIONS[name](trace, step), Walk(trace.recording, 4)) for name in ("smart", "greedy rule"))
+    exact, greedy = (
+        draft(ABLATIONS[name](trace, step), Walk(trace.recording, 4))
+        for name in ("smart", "greedy rule")
+    )
     assert len(greedy.kept) == 0 < len(exact.kept)
 
 
@@ -58,14 +82,20 @@ def test_raw_confidence_is_taken_for_the_truth_and_nothing_is_learned():
     before = calibration.counts.copy()
     for _ in range(50):
         calibration.observe(trees, np.array([0, 1]), np.array([False, False]), np.array([True]))
-    assert (calibration.counts == before).all() and calibration.score(trees, np.array([True]))[0] > 0.5
+    assert (calibration.counts == before).all() and calibration.score(trees, np.array([True]))[
+        0
+    ] > 0.5
 
 
 def test_fitted_curves_are_what_the_answers_bear_out(trace):
     calibration = fitted(trace.recording)
-    done = draft(trace.policy("eagle2", depth=0, top_k=10, total_tokens=11), Walk.everywhere(trace.recording))
+    done = draft(
+        trace.policy("eagle2", depth=0, top_k=10, total_tokens=11), Walk.everywhere(trace.recording)
+    )
     first = done.trees.depth == 1
-    truth = Walk.everywhere(trace.recording).truth(done.trees.owner[first], np.ones(first.sum(), np.int64))
+    truth = Walk.everywhere(trace.recording).truth(
+        done.trees.owner[first], np.ones(first.sum(), np.int64)
+    )
     hits = np.count_nonzero(done.trees.token[first] == truth)
     calibration.score(done.trees, np.ones(done.batch.size, bool))
     assert done.trees.accept_prob[first].sum() == pytest.approx(hits, rel=0.1)
@@ -75,7 +105,11 @@ def test_flat_costs_know_no_context():
     cost = CostModel(FLAT.verify, FLAT.draft, 1e-4, 1e-3, 1e-4)
     made = flat(cost)
     assert made.verify_seconds(4, 9, 128.0) == pytest.approx(cost.verify_seconds(4, 9, 128.0))
-    assert made.verify_seconds(4, 9, 5000.0) == made.verify_seconds(4, 9, 128.0) < cost.verify_seconds(4, 9, 5000.0)
+    assert (
+        made.verify_seconds(4, 9, 5000.0)
+        == made.verify_seconds(4, 9, 128.0)
+        < cost.verify_seconds(4, 9, 5000.0)
+    )
     assert made.draft_seconds(6, 9000.0) == pytest.approx(cost.draft_seconds(6, 128.0))
 
 
@@ -121,7 +155,11 @@ def test_a_drafter_that_grows_whole_trees_asks_variants_what_to_expand(trace):
         grows = True
 
     def plan(variant):
-        policy = VARIANTS[variant](Smart(FLAT, chooser=Grows())) if variant else Smart(FLAT, chooser=Grows())
+        policy = (
+            VARIANTS[variant](Smart(FLAT, chooser=Grows()))
+            if variant
+            else Smart(FLAT, chooser=Grows())
+        )
         found = policy.plan(World(5, 2, FLAT).state())
         assert found.speculate
         return found

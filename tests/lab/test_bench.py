@@ -25,7 +25,10 @@ def asked_by(words: str) -> LabOptions:
 def test_presets_fill_in_what_is_not_given() -> None:
     quick, full = asked_by("--quick"), asked_by("--full")
     assert quick.time_limit is not None and quick.time_limit <= 150 and 1 in quick.batch_sizes
-    assert full.batch_sizes == (1, 2, 4, 8, 16, 32) and full.temperatures == [(0.0, full.batch_sizes), (0.8, (1, 8))]
+    assert full.batch_sizes == (1, 2, 4, 8, 16, 32) and full.temperatures == [
+        (0.0, full.batch_sizes),
+        (0.8, (1, 8)),
+    ]
     assert full.load and full.compares_policies and len(full.all_tasks) == 5
     assert full.time_limit is not None and full.time_limit <= 3600
     assert asked_by("--limit 3 --full --batch-sizes 1,4").batch_sizes == (1, 4)
@@ -34,8 +37,12 @@ def test_presets_fill_in_what_is_not_given() -> None:
 
 def test_load_or_peers_alone_replace_the_blocks() -> None:
     assert asked_by("").compares_policies
-    assert not asked_by("--load 0.5").compares_policies and not asked_by("--peers").compares_policies
-    assert asked_by("--load 0.5 --blocks").compares_policies and asked_by("--peers vllm").peers == ("vllm",)
+    assert (
+        not asked_by("--load 0.5").compares_policies and not asked_by("--peers").compares_policies
+    )
+    assert asked_by("--load 0.5 --blocks").compares_policies and asked_by("--peers vllm").peers == (
+        "vllm",
+    )
     assert asked_by("--peers").peers == ("all",)
 
 
@@ -43,15 +50,29 @@ def test_parts_come_in_their_order_with_their_shares() -> None:
     bench = LabBench.__new__(LabBench)
     bench.options = asked_by("--full")
     parts = {name: part.share for name, part in bench.parts().items()}
-    assert parts == {"runs": 0.56, "sampled_runs": 0.11, "suite_runs": 0.06, "variant_runs": 0.07, "load": 0.1,
-                     "replayed": 0.1}  # fmt: skip
+    assert parts == {
+        "runs": 0.56,
+        "sampled_runs": 0.11,
+        "suite_runs": 0.06,
+        "variant_runs": 0.07,
+        "load": 0.1,
+        "replayed": 0.1,
+    }
     assert list(parts) == ["runs", "sampled_runs", "suite_runs", "variant_runs", "load", "replayed"]
 
 
 def test_the_command_says_what_was_asked() -> None:
-    told = command_of(asked_by("--tune-eagle2 3 --tune-paper --suites long,edit --limit 2 --variants all_levels"))
+    told = command_of(
+        asked_by("--tune-eagle2 3 --tune-paper --suites long,edit --limit 2 --variants all_levels")
+    )
     assert told.startswith("python -m smart_lab bench --model ")
-    for words in ("--tune-eagle2 3", "--tune-paper", "--suites long,edit", "--limit 2", "--variants all_levels"):
+    for words in (
+        "--tune-eagle2 3",
+        "--tune-paper",
+        "--suites long,edit",
+        "--limit 2",
+        "--variants all_levels",
+    ):
         assert words in told
 
 

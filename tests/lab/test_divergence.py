@@ -13,7 +13,8 @@ from smart_lab import divergence
 from smart_lab.__main__ import LAB
 
 LLM: Any = SimpleNamespace(
-    provenance={"model": "m", "weights": "fake weights"}, tokenizer=SimpleNamespace(decode=lambda ids, skip=True: "?")
+    provenance={"model": "m", "weights": "fake weights"},
+    tokenizer=SimpleNamespace(decode=lambda ids, skip=True: "?"),
 )
 
 
@@ -21,17 +22,23 @@ def answer(tokens: list[int], gaps: list[float], verified: int = 9) -> Any:
     """At each position `token` leads by `gap` over token 60 - token; two other tokens follow far behind."""
     logprobs = [
         SimpleNamespace(
-            top_tokens=np.array([token, 60 - token, 98, 99]), top_logprobs=np.array([-0.1, -0.1 - gap, -20.0, -20.0])
+            top_tokens=np.array([token, 60 - token, 98, 99]),
+            top_logprobs=np.array([-0.1, -0.1 - gap, -20.0, -20.0]),
         )
         for token, gap in zip(tokens, gaps, strict=True)
     ]
-    return SimpleNamespace(token_ids=tokens, logprobs=logprobs, metrics=SimpleNamespace(verified=verified))
+    return SimpleNamespace(
+        token_ids=tokens, logprobs=logprobs, metrics=SimpleNamespace(verified=verified)
+    )
 
 
 def test_a_near_tie_is_recognised() -> None:
     report = divergence.Report()
     divergence.record(
-        report, 0, answer([1, 2, 29, 4], [3.0, 2.0, 0.01, 1.0]), answer([1, 2, 31, 7], [3.05, 2.0, 0.02, 1])
+        report,
+        0,
+        answer([1, 2, 29, 4], [3.0, 2.0, 0.01, 1.0]),
+        answer([1, 2, 31, 7], [3.05, 2.0, 0.02, 1]),
     )
     (difference,) = report.differences
     assert (difference.position, difference.plain, difference.other) == (2, 29, 31)
@@ -63,7 +70,9 @@ def test_equal_answers_pass_only_if_something_was_verified() -> None:
     assert report.passed and (report.answers, report.tokens, report.rounding) == (2, 4, 0.0)
 
 
-@pytest.mark.parametrize(("prompts", "message"), [("1000", "--prompts 1000 is too many"), ("0", "at least 1")])
+@pytest.mark.parametrize(
+    ("prompts", "message"), [("1000", "--prompts 1000 is too many"), ("0", "at least 1")]
+)
 def test_more_prompts_than_there_are_are_refused_before_a_model_is_loaded(
     prompts: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,5 +80,10 @@ def test_more_prompts_than_there_are_are_refused_before_a_model_is_loaded(
     monkeypatch.setattr("smart_decoding.llm.LLM", made.append)
     assert main(["divergence", "--prompts", prompts], LAB) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("smart_lab: error: ") and message in err
+    assert (
+        out == ""
+        and err.count("\n") == 1
+        and err.startswith("smart_lab: error: ")
+        and message in err
+    )
     assert not made

@@ -8,7 +8,9 @@ from smart_decoding.models import loading
 from smart_lab.__main__ import LAB
 
 
-@pytest.mark.parametrize("command", [["bench", "--policies", "off"], ["bench", "--record", "trace"], ["divergence"]])
+@pytest.mark.parametrize(
+    "command", [["bench", "--policies", "off"], ["bench", "--record", "trace"], ["divergence"]]
+)
 def test_it_stops_with_one_line(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,14 @@ from smart_decoding.bench.resume import Progress
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_lab.options import LabOptions
 from smart_lab.peers import environment, session
-from smart_lab.peers.catalogue import ENVIRONMENTS, PEERS, Environment, Peer, environments_of, wanted
+from smart_lab.peers.catalogue import (
+    ENVIRONMENTS,
+    PEERS,
+    Environment,
+    Peer,
+    environments_of,
+    wanted,
+)
 from smart_lab.peers.environment import MADE, python_for, requirements
 from smart_lab.peers.session import WORKERS, Timed, Worker, answer_ours, lasting, peer_run
 from smart_lab.peers.weights import write_bf16
@@ -58,13 +65,19 @@ def test_a_worker_says_what_it_is_and_answers(script: Path) -> None:
     with Worker(Path(sys.executable), script, SETTINGS) as worker:
         assert worker.about == {"version": "1.2", "precision": "fp32"}
         timed = worker.answer([[5], [7, 8]], 3)
-    assert timed == Timed(0.03, 4, 0.5, [[6, 7, 8], [9, 10, 11]]) and timed.rate == pytest.approx(4 / 0.03)
+    assert timed == Timed(0.03, 4, 0.5, [[6, 7, 8], [9, 10, 11]]) and timed.rate == pytest.approx(
+        4 / 0.03
+    )
     assert worker._process.returncode == 0
 
 
 @pytest.mark.parametrize(
     ("fails", "message"),
-    [("loading", "ValueError: no such weights"), ("dying", "ended with 3: Illegal"), ("answering", "MemoryError")],
+    [
+        ("loading", "ValueError: no such weights"),
+        ("dying", "ended with 3: Illegal"),
+        ("answering", "MemoryError"),
+    ],
 )
 def test_what_a_worker_dies_of_is_told_in_one_line(fails: str, message: str, script: Path) -> None:
     with pytest.raises(ModelError, match=message) as caught:
@@ -97,9 +110,18 @@ def test_rates_ratios_and_agreement_are_exact() -> None:
         return [Timed(seconds, 30, 0.1, [answer])] * 3
 
     run = peer_run(
-        {"peer": chunks(2.0, [1, 2, 9, 4]), "plain": chunks(1.0, [1, 2, 3, 4]), "smart": chunks(0.5, [1, 2, 3, 4])}, 1
+        {
+            "peer": chunks(2.0, [1, 2, 9, 4]),
+            "plain": chunks(1.0, [1, 2, 3, 4]),
+            "smart": chunks(0.5, [1, 2, 3, 4]),
+        },
+        1,
     )
-    assert (run["tokens_per_s"], run["plain_tokens_per_s"], run["smart_tokens_per_s"]) == (15.0, 30.0, 60.0)
+    assert (run["tokens_per_s"], run["plain_tokens_per_s"], run["smart_tokens_per_s"]) == (
+        15.0,
+        30.0,
+        60.0,
+    )
     assert (run["speedup"], run["plain_speedup"]) == (pytest.approx(4.0), pytest.approx(2.0))
     assert run["same"] == 0.5 and run["chunks"] == 3
 
@@ -125,8 +147,13 @@ def world(monkeypatch: pytest.MonkeyPatch, script: Path, tmp_path: Path) -> dict
         raise DownloadError(f"pip could not install {environment.name}")
 
     monkeypatch.setattr(session, "python_for", not_to_be_had)
-    return {"peers": ("all",), "peer_env": (f"here={tmp_path / 'env'}",), "batch_sizes": (1, 2, 4), "max_tokens": 12,
-            "dtype": "fp32"}  # fmt: skip
+    return {
+        "peers": ("all",),
+        "peer_env": (f"here={tmp_path / 'env'}",),
+        "batch_sizes": (1, 2, 4),
+        "max_tokens": 12,
+        "dtype": "fp32",
+    }
 
 
 def test_a_whole_session_reports_failures_beside_figures(
@@ -137,7 +164,9 @@ def test_a_whole_session_reports_failures_beside_figures(
     prompts = {"code": worlds.prompts("code", 8, 0, 12), "maths": worlds.prompts("maths", 6, 8, 12)}
     file = tmp_path / "part"
     good, bad, absent = session.measure_peers(options, ours, prompts, Progress(file, {}))
-    assert [run["batch_size"] for run in good["runs"]] == [1, 2] and good["note"] == "not offered at batch 4"
+    assert [run["batch_size"] for run in good["runs"]] == [1, 2] and good[
+        "note"
+    ] == "not offered at batch 4"
     first = good["runs"][0]
     assert first["same"] == 1.0 and first["tokens_per_s"] == pytest.approx(11 / 0.12)
     assert first["chunks"] == 12 and good["runs"][1]["chunks"] == 6
@@ -152,8 +181,16 @@ def test_a_whole_session_reports_failures_beside_figures(
 
 
 def test_a_faster_peer_is_said() -> None:
-    run = {"batch_size": 4, "tokens_per_s": 90.0, "plain_tokens_per_s": 50.0, "smart_tokens_per_s": 60.0,
-           "speedup": 0.67, "speedup_low": 0.6, "speedup_high": 0.7, "same": 1.0}  # fmt: skip
+    run = {
+        "batch_size": 4,
+        "tokens_per_s": 90.0,
+        "plain_tokens_per_s": 50.0,
+        "smart_tokens_per_s": 60.0,
+        "speedup": 0.67,
+        "speedup_low": 0.6,
+        "speedup_high": 0.7,
+        "same": 1.0,
+    }
     table = peer_table([{"name": "other", "version": "2", "precision": "bf16", "runs": [run]}])
     assert "other is FASTER than smart at batch 4" in table
 
@@ -163,7 +200,9 @@ def test_environments_are_made_once_and_again_when_their_contents_change(
 ) -> None:
     monkeypatch.setenv("SMART_CACHE", str(tmp_path))
     made, calls = [], []
-    monkeypatch.setattr(environment.venv, "create", lambda folder, **_: (made.append(folder), folder.mkdir()))
+    monkeypatch.setattr(
+        environment.venv, "create", lambda folder, **_: (made.append(folder), folder.mkdir())
+    )
 
     def call(command: Any, variables: Any, log: Path) -> int:
         calls.append((list(command[1:]), dict(variables)))
@@ -173,8 +212,10 @@ def test_environments_are_made_once_and_again_when_their_contents_change(
     folder = tmp_path / "peers" / "x"
     assert python_for(one, call) == folder / "bin" / "python" == python_for(one, call)
     pip = ["-m", "pip", "--disable-pip-version-check", "--no-input"]
-    assert calls == [([*pip, "install", "a==1"], {"CMAKE_ARGS": "-DX"}), ([*pip, "uninstall", "--yes", "b"],
-                     {"CMAKE_ARGS": "-DX"})]  # fmt: skip
+    assert calls == [
+        ([*pip, "install", "a==1"], {"CMAKE_ARGS": "-DX"}),
+        ([*pip, "uninstall", "--yes", "b"], {"CMAKE_ARGS": "-DX"}),
+    ]
     python_for(Environment("x", ("a==2",)), call)
     assert made == [folder, folder] and len(calls) == 3
 
@@ -197,11 +238,16 @@ def test_a_failed_installation_names_the_log_and_is_tried_again(
 def test_requirements_take_our_torch() -> None:
     import torch
 
-    assert requirements(ENVIRONMENTS["transformers"])[0] == f"torch=={torch.__version__.partition('+')[0]}"
+    assert (
+        requirements(ENVIRONMENTS["transformers"])[0]
+        == f"torch=={torch.__version__.partition('+')[0]}"
+    )
     assert all("==" in text for each in ENVIRONMENTS.values() for text in requirements(each))
 
 
-def test_unknown_peers_and_environments_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+def test_unknown_peers_and_environments_are_refused_before_a_model_is_loaded(
+    tmp_path: Path,
+) -> None:
     assert wanted(("all",)) == list(PEERS.values())
     for given, message in (
         ({"peers": ("llama",)}, "unknown peer 'llama'"),
@@ -218,8 +264,11 @@ def test_workers_import_nothing_of_ours() -> None:
     assert scripts == {path.name for path in WORKERS.glob("run_*.py")}
     for path in WORKERS.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-                [node.module or ""] if isinstance(node, ast.ImportFrom) else [])  # fmt: skip
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else ([node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+            )
             assert not [name for name in names if name.startswith("smart_decoding")], path
 
 
@@ -244,7 +293,9 @@ def test_a_gguf_file_in_bf16_has_the_same_numbers(tmp_path: Path) -> None:
     old, new = gguf.GGUFReader(tmp_path / "a.gguf"), gguf.GGUFReader(tmp_path / "b.gguf")
     assert [str(t.tensor_type.name) for t in new.tensors] == ["BF16", "F32"]
     exact = dequantize(old.tensors[0].data, q4_1)
-    assert np.allclose(dequantize(new.tensors[0].data, gguf.GGMLQuantizationType.BF16), exact, rtol=2**-8)
+    assert np.allclose(
+        dequantize(new.tensors[0].data, gguf.GGMLQuantizationType.BF16), exact, rtol=2**-8
+    )
     assert np.array_equal(new.tensors[1].data, vector)
     for name in ("llama.block_count", "tokenizer.ggml.tokens", "numbers", "general.architecture"):
         assert new.fields[name].contents() == old.fields[name].contents()

@@ -46,15 +46,24 @@ def test_every_position_has_its_tree(recording):
 def test_trees_are_kept_breadth_first_and_answers_can_be_picked(recording):
     tree = DraftTrees.empty(1)
     tree.append([0, 0], [5, 6], [-1, -1], [0.5, 0.25])
-    tree.append([0, 0, 0], [7, 8, 9], [1, 0, 1], [0.5, 0.25, 0.125])  # children of the second node first
+    tree.append(
+        [0, 0, 0], [7, 8, 9], [1, 0, 1], [0.5, 0.25, 0.125]
+    )  # children of the second node first
     made = Recording.of([(1, 9, [1, 2], [tree], "code")])
     assert made.token.tolist() == [5, 6, 8, 7, 9] and made.count.tolist() == [2, 1, 2, 0, 0, 0]
     assert made.child[[0, 1, 2]].tolist() == [0, 2, 3]
     picked = recording.take([2, 0])
-    assert [a.tokens.tolist() for a in picked.answers] == [recording.answers[i].tokens.tolist() for i in (2, 0)]
-    alone = [replay(make_policy("eagle2", depth=1, top_k=2), recording.take([i]), COST, 1) for i in (2, 0)]
+    assert [a.tokens.tolist() for a in picked.answers] == [
+        recording.answers[i].tokens.tolist() for i in (2, 0)
+    ]
+    alone = [
+        replay(make_policy("eagle2", depth=1, top_k=2), recording.take([i]), COST, 1)
+        for i in (2, 0)
+    ]
     both = replay(make_policy("eagle2", depth=1, top_k=2), picked, COST, 1)
-    assert both.tokens == sum(r.tokens for r in alone) and both.seconds == pytest.approx(sum(r.seconds for r in alone))
+    assert both.tokens == sum(r.tokens for r in alone) and both.seconds == pytest.approx(
+        sum(r.seconds for r in alone)
+    )
     with pytest.raises(ValueError, match="contradicting"):
         Recording.from_flat(made.answers, made.token, made.prob, made.count, np.array([4]))
 
@@ -64,11 +73,17 @@ def test_a_replay_equals_the_live_run(recording, setting):
     options = dict(zip(("depth", "top_k", "total_tokens"), setting, strict=True))
     clock = worlds.Clock()
     target = worlds.RuleTarget(clock, ROW)
-    live = worlds.engine(clock, "eagle2", worlds.RuleDrafter(clock, True, LEVEL, LEVEL_ROW), target, **options)
+    live = worlds.engine(
+        clock, "eagle2", worlds.RuleDrafter(clock, True, LEVEL, LEVEL_ROW), target, **options
+    )
     tokens, seconds, rounds, rows, levels = 0.0, 0.0, 0, 0, 0
     for prompt in worlds.prompts(count=4, tokens=30):
         counts = run_block(live, [prompt], [], 1, clock).counts
-        tokens, seconds, rounds = tokens + counts.tokens, seconds + counts.seconds, rounds + counts.rounds
+        tokens, seconds, rounds = (
+            tokens + counts.tokens,
+            seconds + counts.seconds,
+            rounds + counts.rounds,
+        )
         rows, levels = rows + counts.rows, levels + counts.levels
     found = replay(make_policy("eagle2", **options), recording, COST, 1)
     assert (found.tokens, found.rounds, found.missing) == (tokens, rounds, 0)
@@ -79,7 +94,9 @@ def test_a_replay_equals_the_live_run(recording, setting):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("setting", [(0, 1, 2), (1, 2, 5), (2, 2, 4), (5, 2, 9)])
 def test_trees_drawn_once_give_what_the_replay_gives(recording, batch, setting):
-    policy = make_policy("eagle2", **dict(zip(("depth", "top_k", "total_tokens"), setting, strict=True)))
+    policy = make_policy(
+        "eagle2", **dict(zip(("depth", "top_k", "total_tokens"), setting, strict=True))
+    )
     host = HostCosts(0.01, 0.002, 0.03, 0.004)
     slow = replay(policy, recording, COST, batch, host)
     fast = add_up(Fixed.draw(policy, recording), recording, COST, batch, host)
@@ -99,7 +116,9 @@ def test_plain_decoding_and_batches(recording):
 def test_host_and_own_time_count(recording):
     ticks = iter(range(10**6))
     base = replay(Off(), recording, COST, 2)
-    more = replay(Off(), recording, COST, 2, HostCosts(0.5, 0.25, 7.0), own_time=lambda: float(next(ticks)))
+    more = replay(
+        Off(), recording, COST, 2, HostCosts(0.5, 0.25, 7.0), own_time=lambda: float(next(ticks))
+    )
     # Two stretches of one tick each: deciding and learning. Nothing is drafted.
     assert more.own_seconds == 2 * more.rounds
     assert more.seconds == pytest.approx(base.seconds + (0.5 + 2 * 0.25 + 2.0) * base.rounds)
@@ -140,7 +159,10 @@ def test_tuning_records_once_and_leaves_the_policy_alone():
     clock = worlds.Clock()
     engine = worlds.engine(clock, "smart", worlds.RuleDrafter(clock), cost=COST)
     arm, policy = SimpleNamespace(engine=engine, policy=engine.policy), engine.policy
-    tasks = {"code": worlds.prompts("code", 2, tokens=12), "maths": worlds.prompts("maths", 1, 2, tokens=12)}
+    tasks = {
+        "code": worlds.prompts("code", 2, tokens=12),
+        "maths": worlds.prompts("maths", 1, 2, tokens=12),
+    }
     recording = record_wide(arm, tasks)
     assert engine.policy is policy and [len(a.tokens) for a in recording.answers] == [12, 14, 13]
     assert [a.task for a in recording.answers] == ["code", "maths", "code"]

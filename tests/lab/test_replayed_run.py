@@ -18,9 +18,19 @@ from smart_lab.replay import replay
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace, write_trace
 
-CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3, "hidden_size": 64,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 300,
-          "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 512}  # fmt: skip
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 300,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+}
 SMALL = {"depth": 2, "top_k": 3, "total_tokens": 6}
 
 
@@ -28,7 +38,10 @@ SMALL = {"depth": 2, "top_k": 3, "total_tokens": 6}
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replayed")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    write_trace(folder / "t", Trace(synthetic(2.8, answers=6, length=30, context=20), {"temperature": 0.0}, (299,)))
+    write_trace(
+        folder / "t",
+        Trace(synthetic(2.8, answers=6, length=30, context=20), {"temperature": 0.0}, (299,)),
+    )
     return folder
 
 
@@ -39,16 +52,26 @@ def _quick(monkeypatch):
 
 
 def options(folder, **given):
-    return LabOptions(**{"random_weights": str(folder / "config.json"), "replay": folder / "t", "dtype": "fp32",
-                           "batch_sizes": (2,), "policies": ("off", "eagle2"),
-                           "policy_options": ("eagle2:depth=2,top_k=3,total_tokens=6",), **given})  # fmt: skip
+    return LabOptions(
+        **{
+            "random_weights": str(folder / "config.json"),
+            "replay": folder / "t",
+            "dtype": "fp32",
+            "batch_sizes": (2,),
+            "policies": ("off", "eagle2"),
+            "policy_options": ("eagle2:depth=2,top_k=3,total_tokens=6",),
+            **given,
+        }
+    )
 
 
 def test_tokens_and_rounds_are_those_of_a_replay(folder):
     """The engine, with a real model's forwards, accepts what the replay without one accepts."""
     result = replayed_run.run(options(folder, batch_sizes=(1,)))
     (run,) = (r for r in result["runs"] if r["task"] == "all" and r["policy"] != "off")
-    assert run["identical"] and run["prompts"] == 6 and result["acceptance"] == "replayed acceptance"
+    assert (
+        run["identical"] and run["prompts"] == 6 and result["acceptance"] == "replayed acceptance"
+    )
     trace = replayed_run.read_trace(folder / "t")
     found = replay(trace.policy("eagle2", **SMALL), trace.recording, CostModel.default(), 1)
     assert run["tokens_per_round"] == pytest.approx(found.tokens_per_round, rel=0.03)
@@ -58,8 +81,11 @@ def test_tokens_and_rounds_are_those_of_a_replay(folder):
 
 def test_answers_are_the_recorded_ones_under_every_policy(folder):
     trace = replayed_run.read_trace(folder / "t")
-    bench = replayed_run._Replay(options(folder, policies=("off", "smart", "eagle2")), trace,
-                                 replayed_run.model_config(str(folder / "config.json"))[1])  # fmt: skip
+    bench = replayed_run._Replay(
+        options(folder, policies=("off", "smart", "eagle2")),
+        trace,
+        replayed_run.model_config(str(folder / "config.json"))[1],
+    )
     for label, engine in bench.engines().items():
         prompts = bench.prompts([0, 1, 2])["recorded"]
         requests = [engine.add_request(str(p.index), p.tokens, p.params)[0] for p in prompts]
@@ -72,29 +98,56 @@ def test_answers_are_the_recorded_ones_under_every_policy(folder):
 
 def test_answers_may_be_longer_than_what_a_rehearsal_of_the_profile_adds(folder, tmp_path):
     write_trace(
-        tmp_path / "long", Trace(synthetic(2.0, answers=2, length=110, context=20), {"temperature": 0.0}, (299,))
+        tmp_path / "long",
+        Trace(synthetic(2.0, answers=2, length=110, context=20), {"temperature": 0.0}, (299,)),
     )
-    result = replayed_run.run(options(folder, replay=tmp_path / "long", policies=("off", "smart"), policy_options=(),
-                                      max_tokens=110))  # fmt: skip
+    result = replayed_run.run(
+        options(
+            folder,
+            replay=tmp_path / "long",
+            policies=("off", "smart"),
+            policy_options=(),
+            max_tokens=110,
+        )
+    )
     assert {run["policy"] for run in result["runs"]} == {"off", "smart"}
 
 
 def test_random_weights_are_the_same_every_time():
     weights = replayed_run.RandomWeights({"a.weight": (30, 40), "n.weight": (4,), "n.bias": (4,)})
-    assert torch.equal(weights["a.weight"], weights["a.weight"]) and float(weights["a.weight"].std()) < 0.03
+    assert (
+        torch.equal(weights["a.weight"], weights["a.weight"])
+        and float(weights["a.weight"].std()) < 0.03
+    )
     assert weights["n.weight"].eq(1).all() and weights["n.bias"].eq(0).all() and len(weights) == 3
 
 
 def test_a_model_by_name_has_its_published_size():
     name, config = replayed_run.model_config("llama-3.1-8b")
     assert name == "llama-3.1-8b"
-    assert sum(int(np.prod(shape)) for shape in config.expected_shapes().values()) == pytest.approx(8.03e9, rel=0.01)
+    assert sum(int(np.prod(shape)) for shape in config.expected_shapes().values()) == pytest.approx(
+        8.03e9, rel=0.01
+    )
 
 
 def test_the_command_says_what_it_measured(folder, tmp_path, capsys):
-    arguments = ["bench", "--random-weights", str(folder / "config.json"), "--replay", str(folder / "t"), "--dtype",
-                 "fp32", "--policies", "off,smart", "--batch-sizes", "2", "--html", str(tmp_path / "p.html"), "--json",
-                 str(tmp_path / "r.json")]  # fmt: skip
+    arguments = [
+        "bench",
+        "--random-weights",
+        str(folder / "config.json"),
+        "--replay",
+        str(folder / "t"),
+        "--dtype",
+        "fp32",
+        "--policies",
+        "off,smart",
+        "--batch-sizes",
+        "2",
+        "--html",
+        str(tmp_path / "p.html"),
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
     assert main(arguments, LAB) == 0
     out = capsys.readouterr().out
     assert out.startswith("REPLAYED ACCEPTANCE: compute is real") and "smart" in out
@@ -112,6 +165,8 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
     small.write_text(json.dumps({**CONFIG, "vocab_size": 100}))
     with pytest.raises(ConfigError, match="larger vocabulary"):
         replayed_run.run(options(folder, random_weights=str(small)))
-    write_trace(tmp_path / "warm", Trace(Recording.of([(5, 4, [1, 2], [], "")][:0]), {"temperature": 0.8}))
+    write_trace(
+        tmp_path / "warm", Trace(Recording.of([(5, 4, [1, 2], [], "")][:0]), {"temperature": 0.8})
+    )
     with pytest.raises(ConfigError, match="greedy recording"):
         replayed_run.run(options(folder, replay=tmp_path / "warm"))

@@ -21,7 +21,9 @@ RUNS = [
 ]
 
 
-def run_of(policy: str, batch: int, task: str, speedup: float, low: float, high: float) -> dict[str, Any]:
+def run_of(
+    policy: str, batch: int, task: str, speedup: float, low: float, high: float
+) -> dict[str, Any]:
     ratios = {"speedup": speedup, "speedup_low": low, "speedup_high": high, "identical": True}
     return {"policy": policy, "batch_size": batch, "task": task, **ratios}
 
@@ -37,7 +39,12 @@ def section(document: ElementTree.Element, key: str) -> ElementTree.Element:
 def test_the_further_parts_have_their_sections() -> None:
     ratios = {"speedup": 0.7, "speedup_low": 0.6, "speedup_high": 0.8, "plain_speedup": 1.5}
     peers = [
-        {"name": "other", "version": "2", "precision": "Q4", "runs": [{"batch_size": 1, "tokens_per_s": 9, **ratios}]},
+        {
+            "name": "other",
+            "version": "2",
+            "precision": "Q4",
+            "runs": [{"batch_size": 1, "tokens_per_s": 9, **ratios}],
+        },
         {"name": "absent", "runs": [], "error": "pip could not install it"},
     ]
     data = {
@@ -55,11 +62,19 @@ def test_the_further_parts_have_their_sections() -> None:
     assert "all_levels 4 0.80 (0.70–0.90)" in text_of(section(document, "variants"))
 
 
-def test_parts_of_several_files_make_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"runs": RUNS, "provenance": {"command": "smart bench <a&b>"}}))
+def test_parts_of_several_files_make_one_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(
+        json.dumps({"runs": RUNS, "provenance": {"command": "smart bench <a&b>"}})
+    )
     for name in ("b", "c"):
         peer = {"name": name, "version": "1", "precision": "bf16", "runs": []}
-        other = {"runs": [], "peers": [peer], "provenance": {"command": f"smart_lab bench --peers {name}"}}
+        other = {
+            "runs": [],
+            "peers": [peer],
+            "provenance": {"command": f"smart_lab bench --peers {name}"},
+        }
         (tmp_path / f"{name}.json").write_text(json.dumps(other))
     files = [str(tmp_path / f"{name}.json") for name in "bac"]
     assert cli.main(["report", *files, "--html", str(tmp_path / "r.html")], LAB) == 0

@@ -36,20 +36,40 @@ def test_the_committed_results_can_be_drawn(path: Path) -> None:
     assert list(section.iter("svg" if part != "peers" else "td"))
 
 
-def test_a_changed_file_makes_its_page_stale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_file_makes_its_page_stale(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "machine"
     folder.mkdir()
-    case = {"case": "a bad head", "batch_size": 1, "speedup": 0.97, "end_to_end": 0.98, "off_share": 0.9}
+    case = {
+        "case": "a bad head",
+        "batch_size": 1,
+        "speedup": 0.97,
+        "end_to_end": 0.98,
+        "off_share": 0.9,
+    }
     file = folder / "2026-11-26-robustness.json"
-    file.write_text(json.dumps({"provenance": {"command": "python x.py", "commit": "abc"}, "robustness": [case]}))
+    file.write_text(
+        json.dumps(
+            {"provenance": {"command": "python x.py", "commit": "abc"}, "robustness": [case]}
+        )
+    )
     assert main(["results", "--folder", str(tmp_path)], LAB) == 0
     text = (folder / "README.md").read_text()
-    assert "| a bad head | 1 | **0.97** | **0.98** | 90 % |" in text and "python x.py" in text and "commit: abc" in text
+    assert (
+        "| a bad head | 1 | **0.97** | **0.98** | 90 % |" in text
+        and "python x.py" in text
+        and "commit: abc" in text
+    )
     assert main(["results", "--folder", str(tmp_path), "--check"], LAB) == 0
     file.write_text(json.dumps({"robustness": [{**case, "speedup": 1.5}]}))
     assert main(["results", "--folder", str(tmp_path), "--check"], LAB) == 2
     assert "not up to date" in capsys.readouterr().err
-    for name, content in (("2026-11-26-cooking", "{}"), ("2026-11-26-bench", "{"), ("2026-11-26-bench", "{}")):
+    for name, content in (
+        ("2026-11-26-cooking", "{}"),
+        ("2026-11-26-bench", "{"),
+        ("2026-11-26-bench", "{}"),
+    ):
         other = folder / f"{name}.json"
         other.write_text(content)
         assert main(["results", "--folder", str(tmp_path)], LAB) == 2

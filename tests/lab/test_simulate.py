@@ -12,13 +12,24 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_lab.__main__ import LAB
 from smart_lab.hardware import _data, acceptances, card, dimensions, roofline
 from smart_lab.replay import HostCosts
-from smart_lab.simulate import EAGLE2, EAGLE_2, SMART, Outlook, Simulation, Simulator, enough, name_of
+from smart_lab.simulate import (
+    EAGLE2,
+    EAGLE_2,
+    SMART,
+    Outlook,
+    Simulation,
+    Simulator,
+    enough,
+    name_of,
+)
 from smart_lab.simulate_page import page
 from smart_lab.sweep import Sweep
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace, write_trace
 
-COST = CostModel.from_table({1: {1: 1.0, 8: 1.05, 64: 5.0}, 8: {8: 1.1, 64: 2.6}}, {1: 0.05, 64: 0.1}, 0.01)
+COST = CostModel.from_table(
+    {1: {1: 1.0, 8: 1.05, 64: 5.0}, 8: {8: 1.1, 64: 2.6}}, {1: 0.05, 64: 0.1}, 0.01
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +46,20 @@ def test_a_roofline_is_what_its_formula_says():
     assert cost.verify_seconds(1, 1, 0.0) == pytest.approx(bytes_ / 3.35e12, rel=1e-6)
     keys = 1000 * 4 * 32 * 2 * 8 * 128 * 2 / 3.35e12
     scores = 1000 * 4 * 32 * 4 * 32 * 128 / (sheet.efficiency * 989.5e12)
-    assert cost.verify_seconds(4, 4, 1000.0) == pytest.approx(bytes_ / 3.35e12 + keys + scores, rel=1e-6)
+    assert cost.verify_seconds(4, 4, 1000.0) == pytest.approx(
+        bytes_ / 3.35e12 + keys + scores, rel=1e-6
+    )
     rows = 4 * sheet.tile * 100
-    assert cost.verify_seconds(1, rows, 0.0) == pytest.approx(2 * model.weights * rows / (sheet.efficiency * 989.5e12))
-    assert cost.verify_seconds(1, rows + 1, 0.0) == pytest.approx(cost.verify_seconds(1, rows + sheet.tile, 0.0))
+    assert cost.verify_seconds(1, rows, 0.0) == pytest.approx(
+        2 * model.weights * rows / (sheet.efficiency * 989.5e12)
+    )
+    assert cost.verify_seconds(1, rows + 1, 0.0) == pytest.approx(
+        cost.verify_seconds(1, rows + sheet.tile, 0.0)
+    )
     eager = roofline(card("h100", eager=True), model)
-    assert eager.verify_seconds(1, 1, 0.0) == pytest.approx(32 * 700e-6)  # the host is what it waits for
+    assert eager.verify_seconds(1, 1, 0.0) == pytest.approx(
+        32 * 700e-6
+    )  # the host is what it waits for
 
 
 def test_all_cards_and_models_give_sane_costs():
@@ -55,17 +74,32 @@ def test_all_cards_and_models_give_sane_costs():
         ):
             cost = roofline(card(name), dimensions(model))
             seconds = cost.verify_curve(8, 8, 500, 300.0)
-            assert (np.diff(seconds) >= -1e-12).all() and seconds[0] > float(cost.draft_seconds(8, 300.0)) > 0
+            assert (np.diff(seconds) >= -1e-12).all() and seconds[0] > float(
+                cost.draft_seconds(8, 300.0)
+            ) > 0
     with pytest.raises(ConfigError, match="unknown hardware 'h900'"):
         card("h900")
     assert all("data sheet" in sheet["source"] for sheet in _data()["cards"].values())
-    assert len({card(name).efficiency for name in ("rtx-pro-6000", "l40s", "a100", "h100", "h200")}) == 1
+    assert (
+        len({card(name).efficiency for name in ("rtx-pro-6000", "l40s", "a100", "h100", "h200")})
+        == 1
+    )
 
 
 def test_a_model_from_its_config(tmp_path):
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 500,
-              "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 512}  # fmt: skip
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": 500,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = dimensions(str(tmp_path / "config.json"))
     assert (model.layers, model.head_dim, model.draft_vocab) == (2, 16, 500)
@@ -96,7 +130,10 @@ def test_an_outlook_compares_the_policies(trace):
         name_of(outlook.fixed),
     }
     assert outlook.speedup[EAGLE2] < 1 < outlook.speedup[SMART] and outlook.best != "off"
-    assert len(enough(trace.recording, 8).answers) == 16 and enough(trace.recording, 4) is trace.recording
+    assert (
+        len(enough(trace.recording, 8).answers) == 16
+        and enough(trace.recording, 4) is trace.recording
+    )
 
 
 def test_where_it_stops_paying_is_interpolated(trace):
@@ -125,7 +162,11 @@ def test_the_command_prints_and_writes(trace, tmp_path, capsys):
     ]
     assert main(arguments, LAB) == 0
     out = capsys.readouterr().out
-    assert "SIMULATED, not measured" in out and "recorded: t, a model, a head" in out and "EAGLE-2's size" in out
+    assert (
+        "SIMULATED, not measured" in out
+        and "recorded: t, a model, a head" in out
+        and "EAGLE-2's size" in out
+    )
     read = json.loads(data.read_text())
     assert read["simulated"] is True and [o["batch_size"] for o in read["outlooks"]] == [1, 8]
     assert read["outlooks"][1]["use"] in ("smart", name_of(read["outlooks"][1]["fixed"]))
@@ -133,7 +174,17 @@ def test_the_command_prints_and_writes(trace, tmp_path, capsys):
     assert "Simulated, not measured" in "".join(root.itertext())
     assert (
         main(
-            [*arguments[:3], "--hardware", "l40s", "--model", "vicuna-7b", "--batch-sizes", "2", "--context", "900"],
+            [
+                *arguments[:3],
+                "--hardware",
+                "l40s",
+                "--model",
+                "vicuna-7b",
+                "--batch-sizes",
+                "2",
+                "--context",
+                "900",
+            ],
             LAB,
         )
         == 0
@@ -149,7 +200,10 @@ def test_the_command_prints_and_writes(trace, tmp_path, capsys):
         (["--acceptance", "eagle3"], "no measured profile"),
         (["--acceptance", "3", "--hardware", "h900"], "unknown hardware"),
         (["--acceptance", "3", "--hardware", "h100", "--model", "nope"], "unknown model"),
-        (["--acceptance", "3", "--hardware", "h100", "--batch-sizes", "4,257"], "between 1 and 256"),
+        (
+            ["--acceptance", "3", "--hardware", "h100", "--batch-sizes", "4,257"],
+            "between 1 and 256",
+        ),
         (["--trace", "t", "--model", "vicuna-7b"], "give --hardware NAME"),
         (["--trace", "t", "--hardware", "p.json", "--eager"], "give --hardware NAME"),
         (["--trace", "/nonexistent"], "cannot be read"),
@@ -165,13 +219,18 @@ def test_what_a_user_can_mend_is_said_in_one_line(arguments, message, capsys, mo
 
 
 def test_the_acceptance_levels_name_their_source():
-    assert all({"tokens_per_round", "context", "source", "tree"} <= set(level) for level in acceptances().values())
+    assert all(
+        {"tokens_per_round", "context", "source", "tree"} <= set(level)
+        for level in acceptances().values()
+    )
 
 
 @pytest.fixture(scope="module")
 def msd() -> Trace:
     level = acceptances()["msd"]
-    return Trace(synthetic(level["tokens_per_round"], context=level["context"], tree=level["tree"]), {})
+    return Trace(
+        synthetic(level["tokens_per_round"], context=level["context"], tree=level["tree"]), {}
+    )
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("l40s", (1, 8, 16)), ("rtx-pro-6000", (1, 16, 32))])
@@ -190,9 +249,15 @@ def test_the_shape_of_the_published_figures(name, sizes, msd):
 
 
 def test_keys_of_a_level_are_read_by_a_few_rows_together():
-    cost, model, sheet = roofline(card("l40s"), dimensions("vicuna-7b")), dimensions("vicuna-7b"), card("l40s")
+    cost, model, sheet = (
+        roofline(card("l40s"), dimensions("vicuna-7b")),
+        dimensions("vicuna-7b"),
+        card("l40s"),
+    )
     grown = float(cost.draft_seconds(4, 1000.0) - cost.draft_seconds(4, 0.0))
-    assert model.kv_bytes * 1000 / sheet.bytes_s < grown < 1.1 * model.kv_bytes * 1000 / sheet.bytes_s
+    assert (
+        model.kv_bytes * 1000 / sheet.bytes_s < grown < 1.1 * model.kv_bytes * 1000 / sheet.bytes_s
+    )
 
 
 def test_a_page_without_a_crossing_is_still_a_page(trace):

@@ -25,8 +25,13 @@ def trace():
     engine.policy = Wide(levels=3, children=2, width=4)
     recording = record(engine, worlds.prompts(count=3, tokens=12))
     calibration = Calibration()
-    prior = {"calibration": calibration.state_dict(), "forecast": Forecast(calibration).state_dict()}
-    return Trace(recording, {"dtype": "fp32"}, (worlds.EOS,), COST, HostCosts(1e-3, 1e-4, 2e-3, 0.0), prior)
+    prior = {
+        "calibration": calibration.state_dict(),
+        "forecast": Forecast(calibration).state_dict(),
+    }
+    return Trace(
+        recording, {"dtype": "fp32"}, (worlds.EOS,), COST, HostCosts(1e-3, 1e-4, 2e-3, 0.0), prior
+    )
 
 
 @pytest.fixture
@@ -49,12 +54,21 @@ def test_a_recording_comes_back_as_it_was(trace, file):
     read = read_trace(file)
     for name in ("token", "prob", "count", "child"):
         assert np.array_equal(getattr(read.recording, name), getattr(trace.recording, name)), name
-    assert [a.tokens.tolist() for a in read.recording.answers] == [a.tokens.tolist() for a in trace.recording.answers]
+    assert [a.tokens.tolist() for a in read.recording.answers] == [
+        a.tokens.tolist() for a in trace.recording.answers
+    ]
     assert (
-        read.recording.answers[1].task == "code" and read.recording.answers[2].first == trace.recording.answers[2].first
+        read.recording.answers[1].task == "code"
+        and read.recording.answers[2].first == trace.recording.answers[2].first
     )
-    assert (read.eos_token_ids, read.host, read.about) == ((worlds.EOS,), trace.host, {"dtype": "fp32"})
-    ours, theirs = (replay(t.policy("smart"), t.recording, t.cost, 2, t.host) for t in (trace, read))
+    assert (read.eos_token_ids, read.host, read.about) == (
+        (worlds.EOS,),
+        trace.host,
+        {"dtype": "fp32"},
+    )
+    ours, theirs = (
+        replay(t.policy("smart"), t.recording, t.cost, 2, t.host) for t in (trace, read)
+    )
     assert ours == theirs and ours.tokens > ours.rounds
 
 

@@ -21,7 +21,9 @@ def trace() -> Trace:
     return Trace(synthetic(2.3, answers=80, length=60, context=100), {}, (), FAST)
 
 
-def speedup(trace: Trace, states: list[CostModel], profile: CostModel, seed: int) -> tuple[float, float]:
+def speedup(
+    trace: Trace, states: list[CostModel], profile: CostModel, seed: int
+) -> tuple[float, float]:
     """`smart` over plain decoding, and the share of its rounds without drafting."""
     ours, plain = (
         replay(policy, trace.recording, FAST, 8, prices=Unsteady(states, 8, 2000.0, seed=seed))
@@ -49,7 +51,9 @@ def test_never_slower_where_drafting_does_not_pay_whatever_the_profile_says(trac
 
 def test_drafts_in_the_state_where_it_pays(trace):
     known, off = speedup(trace, [SLOW], SLOW, seed=2)
-    found, later = speedup(trace, [SLOW], FAST, seed=2)  # from the other state's profile: only plain rounds tell
+    found, later = speedup(
+        trace, [SLOW], FAST, seed=2
+    )  # from the other state's profile: only plain rounds tell
     turning, _ = speedup(trace, [FAST, SLOW], FAST, seed=2)
     assert known > 1.08 and off < 0.1
     assert found > 1.04 and later < 0.5

@@ -49,12 +49,18 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mistral": (Mistral, {}),
     "qwen2": (Qwen2, {}),
     "qwen3": (Qwen3, {"head_dim": 32}),
-    "head_dim 64, one query per key": (Llama, {"head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 3}),
+    "head_dim 64, one query per key": (
+        Llama,
+        {"head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 3},
+    ),
     "head_dim 96, five per key": (
         Llama,
         {"head_dim": 96, "hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 1},
     ),
-    "head_dim 128, tied": (Qwen3, {"head_dim": 128, "num_attention_heads": 4, "tie_word_embeddings": True}),
+    "head_dim 128, tied": (
+        Qwen3,
+        {"head_dim": 128, "num_attention_heads": 4, "tie_word_embeddings": True},
+    ),
 }
 OTHERS = {  # shapes without CPU kernels
     "head_dim 24": (Llama, {"head_dim": 24}),
@@ -67,7 +73,11 @@ def reference(name: str) -> transformers.PreTrainedModel:
     """transformers' model, fp32; biases and norms are random too."""
     torch.manual_seed(0)
     config_class, extra = (MODELS | OTHERS)[name]
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**{**SIZES, **extra})).float().eval()
+    model = (
+        transformers.AutoModelForCausalLM.from_config(config_class(**{**SIZES, **extra}))
+        .float()
+        .eval()
+    )
     for weight in model.parameters():
         weight.data += 0.05 * torch.randn_like(weight)
     return model
@@ -80,7 +90,15 @@ def config_of(name: str) -> ModelConfig:
 
 def decoder(name: str, native: bool | None, dtype: torch.dtype = torch.float32) -> Decoder:
     """A fresh decoder, its cache full of rubbish that no row may read."""
-    model = Decoder(config_of(name), reference(name).state_dict(), dtype, torch.device("cpu"), PAGES, 512, native)
+    model = Decoder(
+        config_of(name),
+        reference(name).state_dict(),
+        dtype,
+        torch.device("cpu"),
+        PAGES,
+        512,
+        native,
+    )
     for cache in (model.kv.keys, model.kv.values):
         cache.fill_(torch.nan) if model.native else cache.uniform_(-1000, 1000)
     return model
@@ -100,7 +118,9 @@ class Memory:
 
 def span(tokens: Sequence[int], start: int, pages: np.ndarray, nodes: int = 0) -> Span:
     position = np.arange(start, start + len(tokens) + nodes)
-    return Span(tokens, start, (pages[position // PAGE] * PAGE + position % PAGE).astype(np.int32), pages)
+    return Span(
+        tokens, start, (pages[position // PAGE] * PAGE + position % PAGE).astype(np.int32), pages
+    )
 
 
 def plain_rows(*spans: Span) -> Rows:

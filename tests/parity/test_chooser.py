@@ -26,7 +26,9 @@ def random_trees(rng: np.random.Generator, batch: int, sources: int) -> DraftTre
         for owner, parent in frontier:
             k = int(rng.integers(1, 6))
             prob = np.sort(rng.dirichlet(np.ones(k)) * rng.random())[::-1]
-            trees.append([owner] * k, rng.integers(0, 20, k), [parent] * k, prob, int(rng.integers(sources)))
+            trees.append(
+                [owner] * k, rng.integers(0, 20, k), [parent] * k, prob, int(rng.integers(sources))
+            )
             fresh += [owner] * k
         nodes = np.arange(first, len(trees))
         some = np.sort(rng.choice(nodes, min(len(nodes), 6), replace=False))
@@ -45,13 +47,19 @@ def drafted(seed: int, batch: int, sources: int) -> Drafted:
     limit = float(rng.choice([math.inf, 1.5, 3.0]))
     limits = rng.integers(0, 7, batch)
     kind = rng.integers(0, KINDS, batch).astype(np.uint8)
-    return Drafted(trees, calibration, limits, kind, ENDS, float(batch), float(rng.random()), verify, limit)
+    return Drafted(
+        trees, calibration, limits, kind, ENDS, float(batch), float(rng.random()), verify, limit
+    )
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
 def test_the_same_nodes_are_selected_and_expanded(seed: int, batch: int, sources: int) -> None:
-    one, other, reference = drafted(seed, batch, sources), drafted(seed, batch, sources), NumpyChooser()
+    one, other, reference = (
+        drafted(seed, batch, sources),
+        drafted(seed, batch, sources),
+        NumpyChooser(),
+    )
     native = NativeChooser()
     one.least = other.least = seed % 2
     kept, rate, expected = reference.select(one)
@@ -62,12 +70,17 @@ def test_the_same_nodes_are_selected_and_expanded(seed: int, batch: int, sources
 
     rng = np.random.default_rng(seed)
     ahead = LookAhead(np.sort(rng.dirichlet(np.ones(8), DEPTHS) * 0.9)[:, ::-1].copy())
-    widths, level_seconds = np.array([1, 2, 4, 8]) * batch, rng.random() * 0.1 + 0.002 * np.arange(64)
+    widths, level_seconds = (
+        np.array([1, 2, 4, 8]) * batch,
+        rng.random() * 0.1 + 0.002 * np.arange(64),
+    )
     for level in range(1, int(one.trees.depth.max()) + 1):
         asked = (ahead, level, int(rng.integers(1, 4)), widths, level_seconds)
         expanded = native.frontier(other, *asked)
         assert expanded.tolist() == reference.frontier(one, *asked).tolist()
-        assert native.select(other)[0].tolist() == kept.tolist()  # after a frontier that is empty: of the same call
+        assert (
+            native.select(other)[0].tolist() == kept.tolist()
+        )  # after a frontier that is empty: of the same call
 
 
 def test_a_drafter_that_the_calibration_has_not_seen_gets_room() -> None:

@@ -9,7 +9,17 @@ import torch
 from smart_decoding.engine.rows import build_rows
 from smart_decoding.models.decoder import Decoder
 
-from .checkpoints import MODELS, OTHERS, VOCAB, Memory, decoder, plain_rows, random_trees, reference, span
+from .checkpoints import (
+    MODELS,
+    OTHERS,
+    VOCAB,
+    Memory,
+    decoder,
+    plain_rows,
+    random_trees,
+    reference,
+    span,
+)
 
 TOLERANCE = 1e-4
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 150)
@@ -31,7 +41,9 @@ def assert_same(got: torch.Tensor, wanted: torch.Tensor, native: bool) -> None:
 
 def full(model: Decoder, tokens: np.ndarray, seed: int = 1) -> torch.Tensor:
     """[tokens, vocab] in one forward."""
-    return model.forward(plain_rows(span(tokens, 0, Memory(seed).pages(len(tokens))))).logits.clone()
+    return model.forward(
+        plain_rows(span(tokens, 0, Memory(seed).pages(len(tokens))))
+    ).logits.clone()
 
 
 @pytest.mark.parametrize("native", BOTH)
@@ -67,7 +79,9 @@ def test_shapes_without_kernels_run_on_torch(name: str) -> None:
 
 @pytest.mark.parametrize(("native", "dtype"), FORMS)
 @pytest.mark.parametrize("name", MODELS)
-def test_chunks_and_single_tokens_equal_the_full_forward(name: str, native: bool, dtype: torch.dtype) -> None:
+def test_chunks_and_single_tokens_equal_the_full_forward(
+    name: str, native: bool, dtype: torch.dtype
+) -> None:
     """Two requests in one batch, cut differently: one in chunks of 37, the other token by token after 100."""
     model = decoder(name, native, dtype)
     wanted = full(model, TOKENS)
@@ -77,10 +91,14 @@ def test_chunks_and_single_tokens_equal_the_full_forward(name: str, native: bool
     while min(starts) < len(TOKENS):
         sizes = [37, 100 if starts[1] == 0 else 1]
         parts = [
-            (i, span(TOKENS[starts[i] :][: sizes[i]], starts[i], tables[i])) for i in (0, 1) if starts[i] < len(TOKENS)
+            (i, span(TOKENS[starts[i] :][: sizes[i]], starts[i], tables[i]))
+            for i in (0, 1)
+            if starts[i] < len(TOKENS)
         ]
         logits = model.forward(plain_rows(*(part for _, part in parts))).logits.clone()
-        for (i, part), rows in zip(parts, logits.split([len(part.tokens) for _, part in parts]), strict=True):
+        for (i, part), rows in zip(
+            parts, logits.split([len(part.tokens) for _, part in parts]), strict=True
+        ):
             got[i].append(rows)
             starts[i] += len(part.tokens)
     for rows in got:
@@ -89,14 +107,18 @@ def test_chunks_and_single_tokens_equal_the_full_forward(name: str, native: bool
 
 @pytest.mark.parametrize(("native", "dtype"), FORMS)
 @pytest.mark.parametrize("name", MODELS)
-def test_tree_rows_equal_plain_rows_and_can_be_committed(name: str, native: bool, dtype: torch.dtype) -> None:
+def test_tree_rows_equal_plain_rows_and_can_be_committed(
+    name: str, native: bool, dtype: torch.dtype
+) -> None:
     """Trees of three requests around page and chunk boundaries beside a prompt; then the deepest paths are moved into
     place and decoding goes on from there."""
     model, contexts = decoder(name, native, dtype), (5, 63, 126)
     trees = random_trees(3, len(contexts), 24)
     memory = Memory(4)
     tables = [memory.pages(context + 40) for context in contexts]
-    model.forward(plain_rows(*(span(TOKENS[:c], 0, table) for c, table in zip(contexts, tables, strict=True))))
+    model.forward(
+        plain_rows(*(span(TOKENS[:c], 0, table) for c, table in zip(contexts, tables, strict=True)))
+    )
     spans = [
         span(TOKENS[c : c + 1], c, table, len(trees.nodes_of(i)))
         for i, (c, table) in enumerate(zip(contexts, tables, strict=True))
@@ -114,10 +136,15 @@ def test_tree_rows_equal_plain_rows_and_can_be_committed(name: str, native: bool
     for owner in range(3):
         assert_same(logits[owner], full(fresh, sequence(owner, []))[-1], native)
     for node, path in enumerate(paths):
-        assert_same(logits[3 + node], full(fresh, sequence(int(trees.owner[node]), path))[-1], native)
+        assert_same(
+            logits[3 + node], full(fresh, sequence(int(trees.owner[node]), path))[-1], native
+        )
     for owner, table in enumerate(tables):
         path = max((paths[node] for node in trees.nodes_of(owner)), key=len)
-        source, target = rows.slot[np.array(node_row)[path]], rows.slot[last[owner] + 1 : last[owner] + 1 + len(path)]
+        source, target = (
+            rows.slot_mapping[np.array(node_row)[path]],
+            rows.slot_mapping[last[owner] + 1 : last[owner] + 1 + len(path)],
+        )
         model.kv.move(torch.from_numpy(source), torch.from_numpy(target.copy()))
         tokens = np.append(sequence(owner, path), 7)
         after = model.forward(plain_rows(span(tokens[-1:], len(tokens) - 1, table))).logits.clone()
@@ -127,12 +154,18 @@ def test_tree_rows_equal_plain_rows_and_can_be_committed(name: str, native: bool
 @pytest.mark.parametrize("native", BOTH)
 def test_taps_are_the_residual_streams_after_the_layers(native: bool) -> None:
     model = decoder("qwen3", native)
-    out = model.forward(plain_rows(span(TOKENS[:20], 0, Memory(1).pages(20))), taps=(1, 2))
+    out = model.forward(plain_rows(span(TOKENS[:20], 0, Memory(1).pages(20))), aux_layers=(1, 2))
     with torch.no_grad():
-        states = reference("qwen3").model(torch.from_numpy(TOKENS[:20])[None], output_hidden_states=True).hidden_states
+        states = (
+            reference("qwen3")
+            .model(torch.from_numpy(TOKENS[:20])[None], output_hidden_states=True)
+            .hidden_states
+        )
         final = reference("qwen3").model.norm
-        torch.testing.assert_close(out.taps[:, :96], states[1][0], rtol=0, atol=TOLERANCE)
-        torch.testing.assert_close(final(out.taps[:, 96:]), states[2][0], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(out.aux_hidden[:, :96], states[1][0], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            final(out.aux_hidden[:, 96:]), states[2][0], rtol=0, atol=TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("native", BOTH)

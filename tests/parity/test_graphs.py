@@ -15,7 +15,18 @@ from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.graphs import BUCKETS, CudaRecorder, GraphedLayers, graphed
 from smart_decoding.models.layers import TorchLayers
 
-from .checkpoints import MODELS, PAGES, VOCAB, Memory, config_of, decoder, plain_rows, random_trees, reference, span
+from .checkpoints import (
+    MODELS,
+    PAGES,
+    VOCAB,
+    Memory,
+    config_of,
+    decoder,
+    plain_rows,
+    random_trees,
+    reference,
+    span,
+)
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 400)
 
@@ -54,17 +65,31 @@ def test_graphs_compute_the_same(name: str) -> None:
         trees = random_trees(1, 2, 9)
         spans = [span(TOKENS[30:31], 30, t, len(trees.nodes_of(i))) for i, t in enumerate(tables)]
         spans.append(span(TOKENS[:7], 0, memory.pages(7)))
-        for rows in (prompts, build_rows(spans, trees, [True, True, False])[0], plain_rows(*spans[:1])):
-            before, wanted, got = replays.count, eager.forward(rows, (1, 2)), model.forward(rows, (1, 2))
+        for rows in (
+            prompts,
+            build_rows(spans, trees, [True, True, False])[0],
+            plain_rows(*spans[:1]),
+        ):
+            before, wanted, got = (
+                replays.count,
+                eager.forward(rows, (1, 2)),
+                model.forward(rows, (1, 2)),
+            )
             torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-4)
-            torch.testing.assert_close(got.taps, wanted.taps, rtol=0, atol=1e-4)
+            torch.testing.assert_close(got.aux_layers, wanted.aux_layers, rtol=0, atol=1e-4)
             assert replays.count - before == model.config.layers + 1
 
 
-def test_linear_layers_see_the_bucket_and_attention_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_layers_see_the_bucket_and_attention_the_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = decoder("llama", False)
     with_graphs(model)
-    seen, linear, attend = set(), torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
+    seen, linear, attend = (
+        set(),
+        torch.nn.functional.linear,
+        torch.nn.functional.scaled_dot_product_attention,
+    )
 
     def counting(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         seen.add(("linear", len(x)))
@@ -111,13 +136,25 @@ def test_where_recording_fails_kernels_are_launched_one_by_one(
 def test_every_tensor_is_on_the_models_device(name: str, graphs: bool) -> None:
     """Shapes and devices only, "meta" for a GPU: nothing is computed, but what lies on two devices is refused."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        weights = {key: mode.from_tensor(value) for key, value in reference(name).state_dict().items()}
-        model = Decoder(config_of(name), weights, torch.bfloat16, torch.device("meta"), PAGES, 512, False)
+        weights = {
+            key: mode.from_tensor(value) for key, value in reference(name).state_dict().items()
+        }
+        model = Decoder(
+            config_of(name), weights, torch.bfloat16, torch.device("meta"), PAGES, 512, False
+        )
         if graphs:
             with_graphs(model)
         trees = random_trees(1, 2, 9)
-        spans = [span(TOKENS[30:31], 30, np.arange(4, dtype=np.int32), len(trees.nodes_of(i))) for i in range(2)]
-        rows: Rows = build_rows([*spans, span(TOKENS[:7], 0, np.arange(1, dtype=np.int32))], trees, [True] * 3)[0]
+        spans = [
+            span(TOKENS[30:31], 30, np.arange(4, dtype=np.int32), len(trees.nodes_of(i)))
+            for i in range(2)
+        ]
+        rows: Rows = build_rows(
+            [*spans, span(TOKENS[:7], 0, np.arange(1, dtype=np.int32))], trees, [True] * 3
+        )[0]
         out = model.forward(rows, (1, 2))
-    assert out.logits.device.type == out.taps.device.type == "meta"
-    assert out.logits.shape == (3 + len(trees), VOCAB) and out.taps.shape == (len(rows), 2 * model.config.hidden)
+    assert out.logits.device.type == out.aux_hidden.device.type == "meta"
+    assert out.logits.shape == (3 + len(trees), VOCAB) and out.aux_hidden.shape == (
+        len(rows),
+        2 * model.config.hidden,
+    )

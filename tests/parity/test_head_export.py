@@ -22,17 +22,27 @@ from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import Form, TrainableHead, form_of
 
 from .checkpoints import LLAMA3
-from .test_published_heads import LAYOUTS, VOCAB, Expected, drafted, target_config, target_model, write
+from .test_published_heads import (
+    LAYOUTS,
+    VOCAB,
+    Expected,
+    drafted,
+    target_config,
+    target_model,
+    write,
+)
 
 TAPS = (2, 4, 8)
 
 
 def checkpoint() -> Checkpoint:
-    return Checkpoint(target_config(), target_model().state_dict(), Path("nowhere"), {"model": "tiny"})
+    return Checkpoint(
+        target_config(), target_model().state_dict(), Path("nowhere"), {"model": "tiny"}
+    )
 
 
 def ours(folder: Path) -> Path:
-    """A head as `smart train` writes it: taps normed, output rows the target's."""
+    """A head as `smart train` writes it: aux_layers normed, output rows the target's."""
     torch.manual_seed(7)
     config = target_config()
     head = TrainableHead(Form(replace(config, layers=1), len(TAPS)))
@@ -51,12 +61,23 @@ def assert_same(mine: HeadFiles, theirs: HeadFiles) -> None:
     assert mine.weights.keys() == theirs.weights.keys()
     for name, tensor in theirs.weights.items():
         assert torch.equal(mine.weights[name], tensor), name
-    assert (mine.taps, mine.fused, mine.norm_before_residual) == (
-        theirs.taps,
+    assert (mine.aux_layers, mine.fused, mine.norm_before_residual) == (
+        theirs.aux_layers,
         theirs.fused,
         theirs.norm_before_residual,
     )
-    sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "rms_eps", "qkv_bias", "o_bias")
+    sizes = (
+        "layers",
+        "hidden",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "ffn",
+        "vocab",
+        "rms_eps",
+        "qkv_bias",
+        "o_bias",
+    )
     assert all(getattr(mine.shape, size) == getattr(theirs.shape, size) for size in sizes)
     for mine_part, theirs_part in zip(
         mine.shape.inverse_frequencies(), theirs.shape.inverse_frequencies(), strict=True
@@ -82,14 +103,22 @@ def test_published_heads_come_back_as_they_were(name: str, tmp_path: Path) -> No
     write_head(files, checkpoint(), layout, tmp_path / "again")
     assert_same(load_head(tmp_path / "again", target_config()), files)
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == tensors.keys()
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == config["architectures"]
+    assert (
+        json.loads((tmp_path / "again" / "config.json").read_text())["architectures"]
+        == config["architectures"]
+    )
     assert_same_proposals(tmp_path / "again", before)
 
 
 @pytest.mark.parametrize(("name", "layout"), [("eagle3", "speculators"), ("speculators", "eagle3")])
 def test_from_one_layout_to_the_other(name: str, layout: str, tmp_path: Path) -> None:
     before = published(name, tmp_path)
-    write_head(load_head(before, target_config(), trust_pickle=True), checkpoint(), layout, tmp_path / "other")
+    write_head(
+        load_head(before, target_config(), trust_pickle=True),
+        checkpoint(),
+        layout,
+        tmp_path / "other",
+    )
     assert layout_of(load_head(tmp_path / "other", target_config())) == layout
     assert_same_proposals(tmp_path / "other", before)
 
@@ -97,13 +126,24 @@ def test_from_one_layout_to_the_other(name: str, layout: str, tmp_path: Path) ->
 def test_our_head_as_a_speculators_one(tmp_path: Path) -> None:
     """Its output rows are the target's: they become its own."""
     before = ours(tmp_path)
-    write_head(load_head(before, target_config(), trust_pickle=True), checkpoint(), "speculators", tmp_path / "s")
+    write_head(
+        load_head(before, target_config(), trust_pickle=True),
+        checkpoint(),
+        "speculators",
+        tmp_path / "s",
+    )
     tensors = load_file(tmp_path / "s" / "model.safetensors")
     config = json.loads((tmp_path / "s" / "config.json").read_text())
     assert {name for name in tensors if not name.startswith("layers.0.")} == {
-        "fc.weight", "fc_norm.0.weight", "fc_norm.1.weight", "fc_norm.2.weight", "norm.weight", "lm_head.weight", "d2t",
+        "fc.weight",
+        "fc_norm.0.weight",
+        "fc_norm.1.weight",
+        "fc_norm.2.weight",
+        "norm.weight",
+        "lm_head.weight",
+        "d2t",
         "t2d",
-    }  # fmt: skip
+    }
     assert config["fc_norm"] and config["eagle_aux_hidden_state_layer_ids"] == list(TAPS)
     assert config["norm_before_residual"] is False  # vLLM takes a missing one for true
     assert_same_proposals(tmp_path / "s", before)
@@ -114,19 +154,34 @@ def test_configs_say_what_the_engines_read(tmp_path: Path) -> None:
     files = load_head(published("speculators", tmp_path), target_config())
     write_head(files, checkpoint(), "speculators", tmp_path / "s")
     config: dict[str, Any] = json.loads((tmp_path / "s" / "config.json").read_text())
-    assert config["speculators_model_type"] == "eagle3" and config["transformer_layer_config"]["model_type"] == "llama"
+    assert (
+        config["speculators_model_type"] == "eagle3"
+        and config["transformer_layer_config"]["model_type"] == "llama"
+    )
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] > 0
-    assert config["speculators_config"]["verifier"] == {"name_or_path": "tiny", "architectures": ["LlamaForCausalLM"]}
+    assert config["speculators_config"]["verifier"] == {
+        "name_or_path": "tiny",
+        "architectures": ["LlamaForCausalLM"],
+    }
     write_head(files, checkpoint(), "eagle3", tmp_path / "e")
     config = json.loads((tmp_path / "e" / "config.json").read_text())
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 6]
-    assert config["eagle_config"] == {"eagle_aux_hidden_state_layer_ids": [0, 2, 5], "use_aux_hidden_state": True}
-    assert config["draft_vocab_size"] == len(files.weights["draft_ids"]) and config["norm_before_residual"] is True
+    assert config["eagle_config"] == {
+        "eagle_aux_hidden_state_layer_ids": [0, 2, 5],
+        "use_aux_hidden_state": True,
+    }
+    assert (
+        config["draft_vocab_size"] == len(files.weights["draft_ids"])
+        and config["norm_before_residual"] is True
+    )
 
 
 def test_scaled_positions_come_back(tmp_path: Path) -> None:
     files = load_head(published("eagle3", tmp_path), target_config())
-    scaled = replace(files, shape=replace(files.shape, rope_scaling=scaling_from_hf(LLAMA3, 512), max_positions=512))
+    scaled = replace(
+        files,
+        shape=replace(files.shape, rope_scaling=scaling_from_hf(LLAMA3, 512), max_positions=512),
+    )
     write_head(scaled, checkpoint(), "speculators", tmp_path / "s")
     assert_same(load_head(tmp_path / "s", target_config()), scaled)
 
@@ -159,7 +214,9 @@ def test_training_starts_from_a_published_head(name: str, tmp_path: Path) -> Non
     expected = Expected(config, tensors, entries, theta)
     with torch.no_grad():
         model = target_model()
-        states = model(torch.tensor([expected.prompt[:-1]]), output_hidden_states=True).hidden_states
+        states = model(
+            torch.tensor([expected.prompt[:-1]]), output_hidden_states=True
+        ).hidden_states
         g = head.features(torch.cat([states[i] for i in entries], dim=-1))
         out = head(g, expected.embedding[expected.prompt[1:]][None], [])[0, -1]
         if files.fused:
@@ -180,19 +237,48 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for name in ("target", "head", "two"):
         (tmp_path / name).mkdir()
     target_model().save_pretrained(tmp_path / "target")
-    head, two = published("speculators", tmp_path / "head"), published("speculators, two layers", tmp_path / "two")
-    assert shipped_head(str(head)) is shipped_head(str(tmp_path / "target")) is None  # only built-in names have one
+    head, two = (
+        published("speculators", tmp_path / "head"),
+        published("speculators, two layers", tmp_path / "two"),
+    )
+    assert (
+        shipped_head(str(head)) is shipped_head(str(tmp_path / "target")) is None
+    )  # only built-in names have one
     model, out = ["--model", str(tmp_path / "target")], ["--output", str(tmp_path / "out")]
     assert main(["export", str(head), *model, "--layout", "eagle3", *out]) == 0
     assert layout_of(load_head(tmp_path / "out", target_config())) == "eagle3"
     assert_same_proposals(tmp_path / "out", head)
     refused = {
         "give the head's target": ["export", str(head), "--layout", "eagle3", *out],
-        "is the head itself": ["export", str(head), *model, "--layout", "eagle3", "--output", str(head)],
+        "is the head itself": [
+            "export",
+            str(head),
+            *model,
+            "--layout",
+            "eagle3",
+            "--output",
+            str(head),
+        ],
         "and 'eagle3' one only": ["export", str(two), *model, "--layout", "eagle3", *out],
-        "cannot be chosen with --init": ["train", "--init", str(head), "--taps", "2", *model, *out],
+        "cannot be chosen with --init": [
+            "train",
+            "--init",
+            str(head),
+            "--aux-layers",
+            "2",
+            *model,
+            *out,
+        ],
         "it takes one": ["train", "--init", str(two), *model, *out],
-        "an EAGLE-3 head, not one of": ["train", "--init", str(head), "--export", "eagle", *model, *out],
+        "an EAGLE-3 head, not one of": [
+            "train",
+            "--init",
+            str(head),
+            "--export",
+            "eagle",
+            *model,
+            *out,
+        ],
         "needs an EAGLE-1/2 head": ["train", "--export", "eagle", *model, *out],
         "holds no training data": ["train", "--init", str(head), "--skip-generation", *model, *out],
     }
@@ -206,11 +292,29 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_shipped_head_proposes_the_same_through_smart_export(tmp_path: Path) -> None:
     from smart_decoding import LLM, SamplingParams
 
-    assert main(["export", "smollm2-135m", "--layout", "speculators", "--output", str(tmp_path / "head")]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "smollm2-135m",
+                "--layout",
+                "speculators",
+                "--output",
+                str(tmp_path / "head"),
+            ]
+        )
+        == 0
+    )
     outputs = []
     for options in ({"method": "eagle"}, {"method": "eagle", "model": str(tmp_path / "head")}):
-        llm = LLM("smollm2-135m", speculative_config={**options, "policy": "eagle2"}, max_num_seqs=1)
-        (output,) = llm.generate("Write a story about a dog.", SamplingParams(temperature=0.0, max_tokens=16))
+        llm = LLM(
+            "smollm2-135m", speculative_config={**options, "policy": "eagle2"}, max_num_seqs=1
+        )
+        (output,) = llm.generate(
+            "Write a story about a dog.", SamplingParams(temperature=0.0, max_tokens=16)
+        )
         metrics = output.outputs[0].metrics
-        outputs.append((output.outputs[0].token_ids, metrics.rounds, metrics.drafted, metrics.accepted))
+        outputs.append(
+            (output.outputs[0].token_ids, metrics.rounds, metrics.drafted, metrics.accepted)
+        )
     assert outputs[0] == outputs[1]

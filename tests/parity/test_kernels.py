@@ -44,9 +44,13 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     tolerance = 1e-2 if rounds else 1e-5  # an input near the middle may round the other way
     torch.testing.assert_close(alone.double(), wanted, rtol=tolerance, atol=tolerance)
     for rows in range(1, 41):
-        assert torch.equal(kernels.linear(x[:rows].contiguous(), w, n, norm, 1e-5, bias), alone[:rows])
+        assert torch.equal(
+            kernels.linear(x[:rows].contiguous(), w, n, norm, 1e-5, bias), alone[:rows]
+        )
     plain = kernels.linear(x, w, n)
-    torch.testing.assert_close(plain.double(), read.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        plain.double(), read.double() @ weight.double().T, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("hint", [kernels.PAST_CACHES, kernels.INTO_L2, kernels.INTO_CACHES])
@@ -58,7 +62,9 @@ def test_linear_over_panels_that_are_taken_in_bites(dtype: torch.dtype, hint: in
     w = packed(weight)
     alone = torch.cat([kernels.linear(x[i : i + 1], w, n, hint=hint) for i in range(40)])
     read = x.bfloat16() if dtype == torch.bfloat16 and kernels.rounds_inputs() else x
-    torch.testing.assert_close(alone.double(), read.double() @ weight.double().T, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        alone.double(), read.double() @ weight.double().T, rtol=1e-4, atol=1e-3
+    )
     for rows in (7, 13, 24, 40):
         assert torch.equal(kernels.linear(x[:rows].contiguous(), w, n, hint=hint), alone[:rows])
 
@@ -141,7 +147,9 @@ def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
     for cache in (plain, native):
         cache.move(torch.tensor(source, dtype=torch.int32), torch.tensor(target, dtype=torch.int32))
     assert torch.equal(plain.keys, keys) and torch.equal(plain.values, values)
-    assert torch.equal(native.keys, in_pairs(keys.mT)) and torch.equal(native.values, in_pairs(values))
+    assert torch.equal(native.keys, in_pairs(keys.mT)) and torch.equal(
+        native.values, in_pairs(values)
+    )
 
 
 def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
@@ -168,11 +176,17 @@ def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> Non
     wanted, order = scores.topk(8)
     assert ids.tolist() == order.tolist()
     among = torch.where(
-        torch.arange(12)[:, None] == 3, scores, torch.full_like(scores, -math.inf).scatter(1, order, wanted)
+        torch.arange(12)[:, None] == 3,
+        scores,
+        torch.full_like(scores, -math.inf).scatter(1, order, wanted),
     )
-    torch.testing.assert_close(probs.double(), among.softmax(-1).gather(1, order), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        probs.double(), among.softmax(-1).gather(1, order), rtol=1e-4, atol=1e-6
+    )
     params = SamplingParams(temperature=temperature)
-    drawn = draw([x[i].numpy() for i in rows], [SampleSpec(params, int(i) + 5, 0, int(7 * i)) for i in rows])
+    drawn = draw(
+        [x[i].numpy() for i in rows], [SampleSpec(params, int(i) + 5, 0, int(7 * i)) for i in rows]
+    )
     assert [a == b for a, b in zip(ids[:, 0].tolist(), drawn, strict=True)].count(False) <= 1
 
 
@@ -188,9 +202,16 @@ def test_what_rounding_decides_is_left_to_numpy() -> None:
 
 
 OPTIONS: list[dict[str, float]] = [
-    {}, {"min_p": 0.01}, {"top_k": 5}, {"top_k": 64, "top_p": 0.9}, {"top_k": 70}, {"top_k": 3001}, {"top_p": 0.5},
-    {"top_p": 0.95, "min_p": 0.001}, {"temperature": 0.0},
-]  # fmt: skip
+    {},
+    {"min_p": 0.01},
+    {"top_k": 5},
+    {"top_k": 64, "top_p": 0.9},
+    {"top_k": 70},
+    {"top_k": 3001},
+    {"top_p": 0.5},
+    {"top_p": 0.95, "min_p": 0.001},
+    {"temperature": 0.0},
+]
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.8, 2.0])
@@ -205,14 +226,19 @@ def test_draws_are_the_same_without_the_kernels(
     rows[6:8, :2990] = -np.inf  # as a grammar leaves few tokens
     rows[8:10, 1:3000] = -np.inf
     options = [{"temperature": temperature, **OPTIONS[i % len(OPTIONS)]} for i in range(45)]
-    specs = [SampleSpec(SamplingParams(**o), seed=i - 20, sample=i % 3, position=7 * i) for i, o in enumerate(options)]
+    specs = [
+        SampleSpec(SamplingParams(**o), seed=i - 20, sample=i % 3, position=7 * i)
+        for i, o in enumerate(options)
+    ]
     together = draw(list(rows), specs)
     assert together == [draw([row], [spec])[0] for row, spec in zip(rows, specs, strict=True)]
     monkeypatch.setattr(library, "unavailable", lambda: "for this test")
     assert together == draw(list(rows), specs)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_k": 40, "top_p": 0.9}, {"logit_bias": {5: 1.0}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 1}, {"top_k": 40, "top_p": 0.9}, {"logit_bias": {5: 1.0}}]
+)
 def test_a_row_with_a_nan_is_refused(options: dict[str, Any]) -> None:
     row = np.linspace(0, 1, 100, dtype=np.float32)
     for at in (0, 50, 99):
@@ -221,11 +247,15 @@ def test_a_row_with_a_nan_is_refused(options: dict[str, Any]) -> None:
         with pytest.raises(ModelError):
             draw([row, broken], [SampleSpec(SamplingParams(**options))] * 2)
         greedy = SampleSpec(SamplingParams(temperature=0.0))
-        assert draw([broken, row], [greedy, SampleSpec(SamplingParams(**options))])[0] == int(np.nanargmax(broken))
+        assert draw([broken, row], [greedy, SampleSpec(SamplingParams(**options))])[0] == int(
+            np.nanargmax(broken)
+        )
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-4, 1e-3])
-def test_scores_too_large_to_tell_apart_are_left_to_numpy(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_too_large_to_tell_apart_are_left_to_numpy(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = np.array([25.0, 25.0 + 0.4 * temperature, *[0.0] * 98], np.float32)
     specs = [SampleSpec(SamplingParams(temperature=temperature), seed=seed) for seed in range(3000)]
     drawn = draw([row] * len(specs), specs)

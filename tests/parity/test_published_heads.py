@@ -35,7 +35,12 @@ from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import head_folder, load_head
 
 LAYERS, D, VOCAB, DRAFT, EPS, PAGES, SCRATCH = 8, 64, 97, 40, 1e-5, 16, 8
-HEADS, KV, HEAD_DIM, FFN = 4, 2, 32, 48  # the head's own: the target has heads of 16 dimensions and another theta
+HEADS, KV, HEAD_DIM, FFN = (
+    4,
+    2,
+    32,
+    48,
+)  # the head's own: the target has heads of 16 dimensions and another theta
 PROMPT = np.random.default_rng(3).integers(0, VOCAB, 24).tolist()
 
 
@@ -43,10 +48,18 @@ PROMPT = np.random.default_rng(3).integers(0, VOCAB, 24).tolist()
 def target_model() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=80, vocab_size=VOCAB, initializer_range=0.1, max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, rms_norm_eps=1e-5,
-    )  # fmt: skip
+        hidden_size=D,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=80,
+        vocab_size=VOCAB,
+        initializer_range=0.1,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        rms_norm_eps=1e-5,
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     for weight in model.parameters():
         weight.data += 0.05 * torch.randn_like(weight)
@@ -54,7 +67,9 @@ def target_model() -> transformers.PreTrainedModel:
 
 
 def target_config() -> ModelConfig:
-    return ModelConfig.from_hf({**target_model().config.to_dict(), "architectures": ["LlamaForCausalLM"]})
+    return ModelConfig.from_hf(
+        {**target_model().config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    )
 
 
 def random(*shape: int, scale: float = 0.2) -> Tensor:
@@ -75,7 +90,9 @@ def layer_tensors(prefix: str, width: int, bias: bool = False) -> dict[str, Tens
         "post_attention_layernorm.weight": 1 + random(D),
     }
     if bias:
-        tensors |= {f"self_attn.{n}_proj.bias": random(size) for n, size in (("q", q), ("k", kv), ("v", kv))}
+        tensors |= {
+            f"self_attn.{n}_proj.bias": random(size) for n, size in (("q", q), ("k", kv), ("v", kv))
+        }
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
@@ -104,21 +121,37 @@ def eagle3_tensors(prefix: str, embedding: bool = False, bias: bool = False) -> 
 def eagle1_tensors(bias: bool) -> dict[str, Tensor]:
     torch.manual_seed(2)
     fc = {"fc.weight": random(D, 2 * D), **({"fc.bias": random(D)} if bias else {})}
-    return {**layer_tensors("layers.0.", D), **fc, "embed_tokens.weight": random(VOCAB, D, scale=0.5)}
+    return {
+        **layer_tensors("layers.0.", D),
+        **fc,
+        "embed_tokens.weight": random(VOCAB, D, scale=0.5),
+    }
 
 
 LAYER = {
-    "hidden_size": D, "num_attention_heads": HEADS, "num_key_value_heads": KV, "head_dim": HEAD_DIM,
-    "intermediate_size": FFN, "vocab_size": VOCAB, "num_hidden_layers": 1, "hidden_act": "silu", "model_type": "llama",
-    "max_position_embeddings": 256, "rms_norm_eps": EPS,
-}  # fmt: skip
+    "hidden_size": D,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "head_dim": HEAD_DIM,
+    "intermediate_size": FFN,
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "model_type": "llama",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": EPS,
+}
 EAGLE3 = {**LAYER, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": DRAFT}
 SPECULATORS = {
-    "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "draft_vocab_size": DRAFT,
-    "norm_before_residual": True, "target_hidden_size": None, "eagle_aux_hidden_state_layer_ids": [1, 3, 6],
+    "architectures": ["Eagle3Speculator"],
+    "speculators_model_type": "eagle3",
+    "draft_vocab_size": DRAFT,
+    "norm_before_residual": True,
+    "target_hidden_size": None,
+    "eagle_aux_hidden_state_layer_ids": [1, 3, 6],
     "transformer_layer_config": {**LAYER, "rope_theta": 20_000.0},
     "speculators_config": {"algorithm": "eagle3", "verifier": {"name_or_path": "x"}},
-}  # fmt: skip
+}
 TWO_LAYERS = {
     **SPECULATORS,
     "transformer_layer_config": {**LAYER, "rope_theta": 20_000.0, "num_hidden_layers": 2},
@@ -129,30 +162,56 @@ EAGLE1 = {**LAYER, "architectures": ["LlamaForCausalLM"], "bias": False}
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Tensor], bool, tuple[int, ...], float]] = {
     "eagle3": (EAGLE3, eagle3_tensors("midlayer."), False, (2, 4, 5), 1e4),
     "eagle3 pickled, own embeddings and biases": (
-        EAGLE3, eagle3_tensors("midlayer.", embedding=True, bias=True), True, (2, 4, 5), 1e4
+        EAGLE3,
+        eagle3_tensors("midlayer.", embedding=True, bias=True),
+        True,
+        (2, 4, 5),
+        1e4,
     ),
     "SpecForge": (
         {**EAGLE3, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}},
-        eagle3_tensors("midlayer."), False, (2, 4, 5), 1e4,
+        eagle3_tensors("midlayer."),
+        False,
+        (2, 4, 5),
+        1e4,
     ),
     "speculators": (SPECULATORS, eagle3_tensors("layers.0."), False, (1, 3, 6), 2e4),
     "speculators, two layers": (
-        TWO_LAYERS, {**eagle3_tensors("layers.0."), **second_layer()}, False, (1, 3, 6), 2e4
+        TWO_LAYERS,
+        {**eagle3_tensors("layers.0."), **second_layer()},
+        False,
+        (1, 3, 6),
+        2e4,
     ),
     "eagle1": (EAGLE1, eagle1_tensors(False), False, (-1,), 1e4),
     "eagle1, two layers": (
-        {**EAGLE1, "num_hidden_layers": 2}, {**eagle1_tensors(False), **second_layer()}, False, (-1,), 1e4
+        {**EAGLE1, "num_hidden_layers": 2},
+        {**eagle1_tensors(False), **second_layer()},
+        False,
+        (-1,),
+        1e4,
     ),
-    "eagle2 pickled, with a bias": ({**EAGLE1, "bias": True}, eagle1_tensors(True), True, (-1,), 1e4),
-}  # fmt: skip
+    "eagle2 pickled, with a bias": (
+        {**EAGLE1, "bias": True},
+        eagle1_tensors(True),
+        True,
+        (-1,),
+        1e4,
+    ),
+}
 
 
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], pickled: bool = False) -> Path:
+def write(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], pickled: bool = False
+) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     if pickled:
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            folder / "model.safetensors",
+        )
     return folder
 
 
@@ -160,18 +219,24 @@ class Expected:
     """What a head proposes after a prompt and further tokens, from the conventions alone."""
 
     def __init__(
-        self, config: dict[str, Any], tensors: dict[str, Tensor], entries: tuple[int, ...], theta: float,
+        self,
+        config: dict[str, Any],
+        tensors: dict[str, Tensor],
+        entries: tuple[int, ...],
+        theta: float,
         prompt: list[int] = PROMPT,
-    ) -> None:  # fmt: skip
-        self.w = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
+    ) -> None:
+        self.w = {
+            name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()
+        }
         self.prompt, self.theta, self.one = prompt, theta, entries == (-1,)
         self.normed_residual = config.get("norm_before_residual", False)
         model = target_model()
         with torch.no_grad():
             states = model(torch.tensor([prompt[:-1]]), output_hidden_states=True).hidden_states
         # hidden_states[-1] is taken after the final norm, the others are residual streams.
-        taps = torch.cat([states[i][0] for i in entries], dim=-1)
-        self.true = taps if self.one else taps @ self.w["fc.weight"].T
+        aux_layers = torch.cat([states[i][0] for i in entries], dim=-1)
+        self.true = aux_layers if self.one else aux_layers @ self.w["fc.weight"].T
         own = self.w.get("embed_tokens.weight")
         self.embedding = model.get_input_embeddings().weight.detach() if own is None else own
 
@@ -193,7 +258,9 @@ class Expected:
         """[n, hidden] outputs of the pairs (features[t], tokens[t]) at positions 0 .. n - 1."""
         embedded = self.embedding[tokens]
         if self.one:
-            x = torch.cat((embedded, features), -1) @ self.w["fc.weight"].T + self.w.get("fc.bias", 0.0)
+            x = torch.cat((embedded, features), -1) @ self.w["fc.weight"].T + self.w.get(
+                "fc.bias", 0.0
+            )
             read = x
         else:
             normed = self.norm(features, "midlayer.hidden_norm.weight")
@@ -208,10 +275,14 @@ class Expected:
         """Attention over `read` and the MLP, each added to the residual x."""
         n = len(x)
         q, k, v = (
-            (read @ self.w[f"{prefix}self_attn.{name}_proj.weight"].T + self.w.get(
-                f"{prefix}self_attn.{name}_proj.bias", 0.0)).view(n, -1, HEAD_DIM).transpose(0, 1)
+            (
+                read @ self.w[f"{prefix}self_attn.{name}_proj.weight"].T
+                + self.w.get(f"{prefix}self_attn.{name}_proj.bias", 0.0)
+            )
+            .view(n, -1, HEAD_DIM)
+            .transpose(0, 1)
             for name in "qkv"
-        )  # fmt: skip
+        )
         q, k = self.turn(q), self.turn(k)
         k, v = k.repeat_interleave(HEADS // KV, 0), v.repeat_interleave(HEADS // KV, 0)
         scores = (q @ k.transpose(1, 2)) / HEAD_DIM**0.5
@@ -228,7 +299,9 @@ class Expected:
 
     def turn(self, x: Tensor) -> Tensor:
         """Rotary positions, half-split."""
-        angle = torch.arange(x.shape[1])[:, None] * self.theta ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        angle = torch.arange(x.shape[1])[:, None] * self.theta ** (
+            -torch.arange(0, HEAD_DIM, 2) / HEAD_DIM
+        )
         a, b = x.chunk(2, -1)
         return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
@@ -240,7 +313,9 @@ class Drafting:
         config = target_config()
         weights, device = target_model().state_dict(), torch.device("cpu")
         self.decoder = Decoder(config, weights, torch.float32, device, PAGES, 128, native)
-        head = EagleHead(load_head(folder, config, trust_pickle=True), self.decoder, PAGES, SCRATCH, 128)
+        head = EagleHead(
+            load_head(folder, config, trust_pickle=True), self.decoder, PAGES, SCRATCH, 128
+        )
         self.drafter = EagleDrafter(head, PAGES, SCRATCH)
         params = SamplingParams(temperature=0.0)
         table = BlockTable(PagePool(PAGES))
@@ -254,9 +329,9 @@ class Drafting:
         slots = table.reserve(len(new))
         span = Span(new, first, slots, np.array(table.pages, np.int32))
         rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
-        taps = self.decoder.forward(rows, self.drafter.taps).taps
+        aux_layers = self.decoder.forward(rows, self.drafter.aux_layers).aux_layers
         table.commit(request.tokens, first + len(new))
-        self.drafter.extend(request, taps, first, new)
+        self.drafter.extend(request, aux_layers, first, new)
         plan = DraftPlan(True, levels=3, children=3)
         trees = self.drafter.start([request], plan)
         self.drafter.expand([request], trees, np.arange(3), plan)
@@ -278,7 +353,9 @@ def check(trees: DraftTrees, expected: Expected) -> None:
         children = np.flatnonzero(trees.parent == parent)
         best = probs.topk(3)
         assert trees.token[children].tolist() == best.indices.tolist()
-        np.testing.assert_allclose(trees.draft_prob[children], best.values.numpy(), rtol=2e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            trees.draft_prob[children], best.values.numpy(), rtol=2e-3, atol=1e-5
+        )
     products = [trees.draft_prob[trees.path(node)].prod() for node in range(len(trees))]
     np.testing.assert_allclose(trees.path_prob, products, rtol=1e-12)
 
@@ -297,12 +374,21 @@ def test_proposals_are_those_of_the_conventions(name: str, native: bool, tmp_pat
 
 def test_what_a_config_leaves_out_is_as_in_the_public_code(tmp_path: Path) -> None:
     """Not the target's: its theta is 500,000 and its eps 1e-5."""
-    config = {name: value for name, value in EAGLE3.items() if name not in ("rms_norm_eps", "num_key_value_heads")}
+    config = {
+        name: value
+        for name, value in EAGLE3.items()
+        if name not in ("rms_norm_eps", "num_key_value_heads")
+    }
     tensors = eagle3_tensors("midlayer.")
     for name in "kv":
         tensors[f"midlayer.self_attn.{name}_proj.weight"] = random(HEADS * HEAD_DIM, 2 * D)
     shape = load_head(write(tmp_path, config, tensors), target_config()).shape
-    assert (shape.rms_eps, shape.rope_theta, shape.kv_heads, shape.rope_scaling) == (1e-6, 10_000.0, HEADS, None)
+    assert (shape.rms_eps, shape.rope_theta, shape.kv_heads, shape.rope_scaling) == (
+        1e-6,
+        10_000.0,
+        HEADS,
+        None,
+    )
 
 
 def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -312,16 +398,32 @@ def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 TENSORS = eagle3_tensors("midlayer.")
 BROKEN: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
     (EAGLE3, without(TENSORS, "norm.weight"), "lacks the tensor norm.weight"),
-    (EAGLE3, without(TENSORS, "midlayer.hidden_norm.weight"), "lacks the tensor midlayer.hidden_norm.weight"),
+    (
+        EAGLE3,
+        without(TENSORS, "midlayer.hidden_norm.weight"),
+        "lacks the tensor midlayer.hidden_norm.weight",
+    ),
     (EAGLE3, {**TENSORS, "fc.weight": random(D, 2 * D)}, "fc.weight has shape"),
-    (EAGLE3, {**TENSORS, "layers.1.mlp.up_proj.weight": random(2, 2)}, "holds the tensor layers.1.mlp.up_proj.weight"),
+    (
+        EAGLE3,
+        {**TENSORS, "layers.1.mlp.up_proj.weight": random(2, 2)},
+        "holds the tensor layers.1.mlp.up_proj.weight",
+    ),
     (EAGLE3, {**TENSORS, "d2t": TENSORS["d2t"] + VOCAB}, "within the model's vocabulary"),
     (EAGLE3, {**TENSORS, "t2d": TENSORS["t2d"].logical_not()}, "contradict"),
-    ({**EAGLE3, "num_hidden_layers": 2}, TENSORS, "lacks the tensor layers.1.input_layernorm.weight"),
+    (
+        {**EAGLE3, "num_hidden_layers": 2},
+        TENSORS,
+        "lacks the tensor layers.1.input_layernorm.weight",
+    ),
     ({**EAGLE3, "hidden_size": 32}, TENSORS, "hidden_size 32, but the model has 64"),
     ({**EAGLE3, "hidden_act": "gelu"}, TENSORS, "hidden_act 'gelu'"),
     ({**SPECULATORS, "norm_before_fc": True}, eagle3_tensors("layers.0."), "norm_before_fc"),
-    ({**SPECULATORS, "eagle_aux_hidden_state_layer_ids": [2, 2, 5]}, eagle3_tensors("layers.0."), "distinct"),
+    (
+        {**SPECULATORS, "eagle_aux_hidden_state_layer_ids": [2, 2, 5]},
+        eagle3_tensors("layers.0."),
+        "distinct",
+    ),
     (
         {**SPECULATORS, "architectures": ["EagleSpeculator"], "speculators_model_type": "eagle"},
         {"fusion_fc.weight": random(D, 2 * D), "pre_lm_head_layernorm.weight": random(D)},
@@ -329,10 +431,12 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
     ),
     ({"architectures": ["Other"]}, TENSORS, "lacks 'num_attention_heads'"),
     ({**EAGLE1, "bias": True}, eagle1_tensors(False), "lacks the tensor fc.bias"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("config", "tensors", "reason"), BROKEN, ids=[reason for *_, reason in BROKEN])
+@pytest.mark.parametrize(
+    ("config", "tensors", "reason"), BROKEN, ids=[reason for *_, reason in BROKEN]
+)
 def test_what_does_not_fit_is_named(
     config: dict[str, Any], tensors: dict[str, Tensor], reason: str, tmp_path: Path
 ) -> None:
@@ -345,7 +449,9 @@ class Harmful:
         return (Path.touch, (Path("harm-was-done"),))
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_that_would_run_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, EAGLE3, {**TENSORS, "x": Harmful()}, pickled=True)  # type: ignore[dict-item]
     with pytest.raises(ModelError, match=r"pickles are refused: .* --trust-pickle"):
@@ -360,7 +466,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
 
 def test_safetensors_are_preferred(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
-    assert load_head(write(tmp_path, EAGLE3, TENSORS), target_config()).taps == (2, 4, 5)
+    assert load_head(write(tmp_path, EAGLE3, TENSORS), target_config()).aux_layers == (2, 4, 5)
 
 
 def test_a_head_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

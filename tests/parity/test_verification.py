@@ -21,7 +21,7 @@ from .checkpoints import MODELS, PAGES, VOCAB, decoder
 
 pytestmark = pytest.mark.usefixtures("variant")
 CONTEXTS = (5, 15, 63, 126)
-DRAFTER = SimpleNamespace(taps=(1, 2), wants_logits=False)
+DRAFTER = SimpleNamespace(aux_layers=(1, 2), wants_logits=False)
 PROMPT = np.random.default_rng(8).integers(VOCAB, size=200).tolist()
 
 
@@ -36,11 +36,16 @@ class World:
         self.verify_greedy = self._in_one_call if whole else None
         pool, params = PagePool(PAGES), SamplingParams(temperature=0.0, max_tokens=100)
         self.requests = [
-            Request(str(n), PROMPT[n : n + n], params, 0, BlockTable(pool), StopChecker(params, str)) for n in CONTEXTS
+            Request(
+                str(n), PROMPT[n : n + n], params, 0, BlockTable(pool), StopChecker(params, str)
+            )
+            for n in CONTEXTS
         ]
         for request in self.requests:
             request.table.cover(len(request.tokens))
-        self.after(self.run(Batch([], [(r, len(r.tokens)) for r in self.requests]), DraftTrees.empty(0)))
+        self.after(
+            self.run(Batch([], [(r, len(r.tokens)) for r in self.requests]), DraftTrees.empty(0))
+        )
 
     def run(self, batch: Batch, trees: DraftTrees, kept: np.ndarray | None = None) -> Verified:
         kept = np.arange(len(trees)) if kept is None else kept
@@ -68,14 +73,20 @@ def trees_around(answers: list[list[int]], rng: np.random.Generator, nodes: int)
         owner = int(rng.integers(len(answers)))
         parent = int(rng.choice([ROOT, *trees.nodes_of(owner)[-5:]]))
         depth = 0 if parent == ROOT else int(trees.depth[parent])
-        token = answers[owner][depth] if rng.random() < 0.7 and depth < len(answers[owner]) else int(rng.integers(9))
+        token = (
+            answers[owner][depth]
+            if rng.random() < 0.7 and depth < len(answers[owner])
+            else int(rng.integers(9))
+        )
         trees.append([owner], [token], [parent], [0.5])
     return trees
 
 
 def some_of(trees: DraftTrees, rng: np.random.Generator) -> np.ndarray:
     """Most nodes, with all their ancestors."""
-    wanted = {node for at in np.flatnonzero(rng.random(len(trees)) < 0.5) for node in trees.path(int(at))}
+    wanted = {
+        node for at in np.flatnonzero(rng.random(len(trees)) < 0.5) for node in trees.path(int(at))
+    }
     return np.array(sorted(wanted), np.int64)
 
 
@@ -87,7 +98,11 @@ def test_one_call_equals_step_by_step(name: str, dtype: torch.dtype) -> None:
     for _ in range(30):
         ahead.round()
     answers = [request.tokens[n:] for request, n in zip(ahead.requests, CONTEXTS, strict=True)]
-    worlds, rng, accepted = [World(name, dtype, whole) for whole in (True, False)], np.random.default_rng(4), 0
+    worlds, rng, accepted = (
+        [World(name, dtype, whole) for whole in (True, False)],
+        np.random.default_rng(4),
+        0,
+    )
     for turn in range(12):
         rest = [
             answer[len(request.tokens) - n :]

@@ -29,7 +29,12 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 def load(folder: Path, **options: Any) -> LLM:
-    given = {"speculative_config": False, "dtype": "float32", "max_num_seqs": 4, "max_model_len": 512}
+    given = {
+        "speculative_config": False,
+        "dtype": "float32",
+        "max_num_seqs": 4,
+        "max_model_len": 512,
+    }
     return LLM(folder, **{**given, **options})
 
 
@@ -55,20 +60,22 @@ def message(*parts: str | Image.Image | list[Image.Image]) -> list[dict[str, Any
 
 def decoder_of(llm: LLM, native: bool) -> Decoder:
     checkpoint = llm._checkpoint
-    return Decoder(checkpoint.config, checkpoint.weights, torch.float32, torch.device("cpu"), 40, 600, native)
+    return Decoder(
+        checkpoint.config, checkpoint.weights, torch.float32, torch.device("cpu"), 40, 600, native
+    )
 
 
 def logits(llm: LLM, prompt: MediaPrompt, native: bool, cuts: tuple[int, ...] = ()) -> torch.Tensor:
     """[prompt, vocab] in chunks between `cuts`."""
     model, parts = decoder_of(llm, native), []
     for each in prompt.media.pictures:
-        each.embeddings = llm.target.see(each.pixels)
+        each.embeddings = llm.target.encode_image(each.pixels)
     for start, end in zip((0, *cuts), (*cuts, len(prompt.tokens)), strict=True):
         slots = np.arange(start, end, dtype=np.int32)
         pages = np.arange(-(-end // PAGE), dtype=np.int32)
         rotary = prompt.media.positions(start, end - start)
-        inserts = prompt.media.inserts(start, end - start)
-        span = Span(prompt.tokens[start:end], start, slots, pages, inserts, rotary)
+        mm_embeds = prompt.media.mm_embeds(start, end - start)
+        span = Span(prompt.tokens[start:end], start, slots, pages, mm_embeds, rotary)
         rows = build_rows([span], DraftTrees.empty(1), [True])[0]
         rows.logit_rows = None
         parts.append(model.forward(rows).logits.clone())
@@ -81,15 +88,21 @@ def ids_of(prompt: MediaPrompt) -> dict[str, torch.Tensor]:
 
 def of_llava(prompt: MediaPrompt) -> dict[str, torch.Tensor]:
     return ids_of(prompt) | {
-        "pixel_values": torch.stack([torch.from_numpy(p.pixels.values) for p in prompt.media.pictures])
+        "pixel_values": torch.stack(
+            [torch.from_numpy(p.pixels.values) for p in prompt.media.pictures]
+        )
     }
 
 
 def of_qwen(prompt: MediaPrompt) -> dict[str, torch.Tensor]:
     inputs = ids_of(prompt)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int() + 2 * (inputs["input_ids"] == VIDEO).int()
-    for modality, values, grids in (("image", "pixel_values", "image_grid_thw"),
-                                    ("video", "pixel_values_videos", "video_grid_thw")):  # fmt: skip
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int() + 2 * (
+        inputs["input_ids"] == VIDEO
+    ).int()
+    for modality, values, grids in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
         found = [p.pixels for p in prompt.media.pictures if p.pixels.modality == modality]
         if found:
             inputs[values] = torch.cat([torch.from_numpy(p.values) for p in found])
@@ -105,7 +118,9 @@ def wanted(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor])
 def greedy(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[int]:
     count = inputs["input_ids"].shape[1]
     with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None)
+        out = model.generate(
+            **inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None
+        )
     return out[0, count:].tolist()
 
 
@@ -118,7 +133,9 @@ def test_llava_logits_are_those_of_transformers(llava: Loaded, native: bool) -> 
     blind = wanted(model, of_llava(prompt) | {"pixel_values": torch.zeros(2, 3, 28, 28)})
     assert (blind[-1] - expected[-1]).abs().max() > 0.1  # the pictures matter
     for cuts in ((), (10, 17, 40, 41)):
-        torch.testing.assert_close(logits(llm, prompt, native, cuts), expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            logits(llm, prompt, native, cuts), expected, rtol=0, atol=TOLERANCE
+        )
 
 
 MIXES = {
@@ -137,7 +154,9 @@ def test_qwen2_vl_logits_are_those_of_transformers(qwen: Loaded, mix: str, nativ
     expected = wanted(model, of_qwen(prompt))
     assert expected.std() > 0.5
     for cuts in ((), (9, 16, 19)):
-        torch.testing.assert_close(logits(llm, prompt, native, cuts), expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            logits(llm, prompt, native, cuts), expected, rtol=0, atol=TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -146,8 +165,12 @@ def test_qwen2_vl_rotary_positions_are_those_of_transformers(qwen: Loaded, mix: 
     prompt = llm.chat_prompt(message(*MIXES[mix]))
     inputs = of_qwen(prompt)
     grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-    positions, shift = model.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], **grids)
-    assert np.array_equal(prompt.media.rotary, positions[:, 0].T.numpy()) and prompt.media.shift == int(shift)
+    positions, shift = model.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], **grids
+    )
+    assert np.array_equal(
+        prompt.media.rotary, positions[:, 0].T.numpy()
+    ) and prompt.media.shift == int(shift)
 
 
 def test_text_goes_on_behind_the_last_step_of_a_long_video(qwen: Loaded) -> None:
@@ -160,7 +183,9 @@ def test_text_goes_on_behind_the_last_step_of_a_long_video(qwen: Loaded) -> None
     assert prompt.media.rotary[behind].tolist() == [video.first + 6] * 3
     positions = torch.from_numpy(prompt.media.rotary.T.copy())[:, None]
     expected = wanted(model, of_qwen(prompt) | {"position_ids": positions})
-    torch.testing.assert_close(logits(llm, prompt, llm.target.decoder.native), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(
+        logits(llm, prompt, llm.target.decoder.native), expected, rtol=0, atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -185,13 +210,19 @@ def test_prompts_are_those_of_transformers_processor(llava: Loaded) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     images = transformers.CLIPImageProcessorPil.from_pretrained(folder)
     processor = transformers.LlavaProcessor(
-        images, tokenizer, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        images,
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )
     text = "user: <image>\nWhat is it?\n>"
     expected = processor(images=[picture(1)], text=text, return_tensors="np")
     prompt = llm.chat_prompt(message(picture(1), "What is it?"))
     assert prompt.text == text and prompt.tokens == expected["input_ids"][0].tolist()
-    np.testing.assert_array_equal(prompt.media.pictures[0].pixels.values, expected["pixel_values"][0])
+    np.testing.assert_array_equal(
+        prompt.media.pictures[0].pixels.values, expected["pixel_values"][0]
+    )
 
 
 def test_video_patches_pair_frames(qwen: Loaded) -> None:
@@ -201,8 +232,15 @@ def test_video_patches_pair_frames(qwen: Loaded) -> None:
     reader = load_reader(checkpoint.vision.folder, checkpoint.vision.config)
     frames = [picture(i, 56, 42) for i in range(3)]
     pixels = reader.video(frames)
-    video = np.stack([np.asarray(frame, np.float32).transpose(2, 0, 1) for frame in [*frames, frames[-1]]]) / 255
-    mean, std = (np.array(NORMS[name], np.float32)[:, None, None] for name in ("image_mean", "image_std"))
+    video = (
+        np.stack(
+            [np.asarray(frame, np.float32).transpose(2, 0, 1) for frame in [*frames, frames[-1]]]
+        )
+        / 255
+    )
+    mean, std = (
+        np.array(NORMS[name], np.float32)[:, None, None] for name in ("image_mean", "image_std")
+    )
     cut = ((video - mean) / std).reshape(2, 2, 3, 3, 2, 7, 4, 2, 7)
     expected = cut.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(2 * 6 * 8, -1)
     assert pixels.grid == (2, 6, 8) and pixels.length == 24
@@ -217,19 +255,28 @@ def test_checkpoints_of_older_names_load_too(tmp_path: Path, strategy: str) -> N
     model = save_llava(tmp_path, vision_feature_select_strategy=strategy)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    old = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors.items()}
-    new = {"model." + name: t for name, t in tensors.items() if not name.startswith("language_model.")}
+    old = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for name, tensor in tensors.items()
+    }
+    new = {
+        "model." + name: t for name, t in tensors.items() if not name.startswith("language_model.")
+    }
     for name, tensor in tensors.items():
         if name.startswith("language_model."):
-            new[name.replace("language_model.model", "model.language_model").replace("language_model.lm", "lm")] = (
-                tensor
-            )
+            new[
+                name.replace("language_model.model", "model.language_model").replace(
+                    "language_model.lm", "lm"
+                )
+            ] = tensor
     for names in (old, new):
         save_file(names, file, {"format": "pt"})
         llm = load(tmp_path)
         prompt = llm.chat_prompt(message(picture(1), "?"))
         expected = wanted(model, of_llava(prompt))
-        torch.testing.assert_close(logits(llm, prompt, llm.target.decoder.native), expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            logits(llm, prompt, llm.target.decoder.native), expected, rtol=0, atol=TOLERANCE
+        )
 
 
 def test_tied_qwen2_vl_loads(tmp_path: Path) -> None:
@@ -237,7 +284,9 @@ def test_tied_qwen2_vl_loads(tmp_path: Path) -> None:
     llm = load(tmp_path)
     prompt = llm.chat_prompt(message(picture(1), "?"))
     expected = wanted(model, of_qwen(prompt))
-    torch.testing.assert_close(logits(llm, prompt, llm.target.decoder.native), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(
+        logits(llm, prompt, llm.target.decoder.native), expected, rtol=0, atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -263,6 +312,8 @@ def test_models_load_by_their_names_on_the_hub(
     llm = load(name)
     needed = {path.name for path in (tmp_path / "snapshot").iterdir()}
     ((repository, patterns),) = asked
-    assert repository == name and needed == {n for n in needed if any(fnmatch(n, p) for p in patterns)}
+    assert repository == name and needed == {
+        n for n in needed if any(fnmatch(n, p) for p in patterns)
+    }
     (answer,) = llm.chat(message(picture(1), "What is it?"), GREEDY)
     assert len(answer.outputs[0].token_ids) == 12 and name in llm.provenance["weights"]

@@ -32,13 +32,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "speculative_config": {"method": "ngram", "policy": "eagle2", "min_n": 1},
         "max_model_len": 128,
     },
-    "no caching": {"speculative_config": False, "enable_prefix_caching": False, "max_num_batched_tokens": 16},
+    "no caching": {
+        "speculative_config": False,
+        "enable_prefix_caching": False,
+        "max_num_batched_tokens": 16,
+    },
 }
 
 
 def sampling(temperature: float) -> list[SamplingParams]:
     return [
-        SamplingParams(temperature=temperature, max_tokens=30, seed=i, ignore_eos=True, min_tokens=30)
+        SamplingParams(
+            temperature=temperature, max_tokens=30, seed=i, ignore_eos=True, min_tokens=30
+        )
         for i in range(len(CHATS))
     ]
 
@@ -55,7 +61,8 @@ def alone(folder: Path) -> dict[float, list[list[int]]]:
     """Plain decoding, each chat with nothing else around."""
     llm = load(folder, enable_prefix_caching=False)
     return {
-        t: [llm.chat(c, p)[0].outputs[0].token_ids for c, p in zip(CHATS, sampling(t), strict=True)] for t in (0.0, 0.8)
+        t: [llm.chat(c, p)[0].outputs[0].token_ids for c, p in zip(CHATS, sampling(t), strict=True)]
+        for t in (0.0, 0.8)
     }
 
 
@@ -82,7 +89,9 @@ def test_tokens_are_those_of_plain_decoding_alone(
         assert sum(m.accepted for m in metrics) > 0
 
 
-def test_the_prefix_cache_tells_pictures_apart(folder: Path, alone: dict[float, list[list[int]]]) -> None:
+def test_the_prefix_cache_tells_pictures_apart(
+    folder: Path, alone: dict[float, list[list[int]]]
+) -> None:
     llm = load(folder)
     system = [{"role": "system", "content": "Answer in as few words as you can, please."}]
     seen = {}
@@ -90,7 +99,11 @@ def test_the_prefix_cache_tells_pictures_apart(folder: Path, alone: dict[float, 
         (out,) = llm.chat(system + message(picture(number), "What is it?"), sampling(0.0)[0])
         answer, metrics = out.outputs[0].token_ids, out.outputs[0].metrics
         if number in seen:
-            assert answer == seen[number] and metrics.cached_tokens >= 64 and metrics.vision_seconds == 0
+            assert (
+                answer == seen[number]
+                and metrics.cached_tokens >= 64
+                and metrics.vision_seconds == 0
+            )
         else:
             first = out.prompt_token_ids.index(llm._vision._reader.placeholders["image"])
             assert metrics.cached_tokens <= first and metrics.vision_seconds > 0
@@ -101,15 +114,25 @@ def test_the_prefix_cache_tells_pictures_apart(folder: Path, alone: dict[float, 
 def test_the_tower_runs_once_a_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = load(folder, enable_prefix_caching=False, max_num_batched_tokens=8)
     runs, run = [], llm.target._tower._run
-    monkeypatch.setattr(llm.target._tower, "_run", lambda pixels: runs.append(pixels) or run(pixels))
-    llm.chat([message(picture(1), "a"), message(picture(2), picture(1), "b")], SamplingParams(n=2, max_tokens=3))
+    monkeypatch.setattr(
+        llm.target._tower, "_run", lambda pixels: runs.append(pixels) or run(pixels)
+    )
+    llm.chat(
+        [message(picture(1), "a"), message(picture(2), picture(1), "b")],
+        SamplingParams(n=2, max_tokens=3),
+    )
     assert len(runs) == 2
 
 
 def test_answers_of_n_samples_with_pictures(folder: Path) -> None:
-    llm, params = load(folder), SamplingParams(temperature=0.8, n=3, seed=5, max_tokens=10, ignore_eos=True)
+    llm, params = (
+        load(folder),
+        SamplingParams(temperature=0.8, n=3, seed=5, max_tokens=10, ignore_eos=True),
+    )
     (together,) = llm.chat(message(picture(1), "What?"), params)
-    apart = load(folder, enable_prefix_caching=False, max_num_seqs=1).chat(message(picture(1), "What?"), params)[0]
+    apart = load(folder, enable_prefix_caching=False, max_num_seqs=1).chat(
+        message(picture(1), "What?"), params
+    )[0]
     assert [o.token_ids for o in together.outputs] == [o.token_ids for o in apart.outputs]
     assert len({tuple(o.token_ids) for o in together.outputs}) > 1
 
@@ -117,7 +140,9 @@ def test_answers_of_n_samples_with_pictures(folder: Path) -> None:
 def test_streaming_and_prompts_with_pictures(folder: Path) -> None:
     llm, params = load(folder), SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     (chat,) = llm.chat(message("Look: ", picture(1), "What?"), params)
-    assert "".join(llm.stream(message("Look: ", picture(1), "What?"), params)) == chat.outputs[0].text
+    assert (
+        "".join(llm.stream(message("Look: ", picture(1), "What?"), params)) == chat.outputs[0].text
+    )
     text = llm.chat_prompt(message("Look: ", picture(1), "What?")).text
     for given in ({"prompt": text}, {"prompt_token_ids": llm.tokenizer.encode(text)}):
         (out,) = llm.generate({**given, "multi_modal_data": {"image": picture(1)}}, params)
@@ -130,12 +155,24 @@ def test_what_cannot_be_read_is_one_clear_error(folder: Path) -> None:
     see, is_llava = picture(1), "llava" in folder.name
     for call, text in (
         (lambda: llm.chat(message(see, see, see)), "3 images in one prompt: at most 2 are allowed"),
-        (lambda: llm.chat(message(picture(1, 100, 60))), "100 x 60 pixels exceeds the limit of 5000"),
-        (lambda: llm.chat(message("What is <image>?")), "0 images for a prompt of 1 image placeholders: too few"),
-        (lambda: llm.generate({"prompt": "<image>", "multi_modal_data": {"image": [see, see]}}), "too many"),
-        (lambda: llm.generate({"prompt": "x", "multi_modal_data": {"audio": see}}), "multi_modal_data has 'audio'"),
+        (
+            lambda: llm.chat(message(picture(1, 100, 60))),
+            "100 x 60 pixels exceeds the limit of 5000",
+        ),
+        (
+            lambda: llm.chat(message("What is <image>?")),
+            "0 images for a prompt of 1 image placeholders: too few",
+        ),
+        (
+            lambda: llm.generate({"prompt": "<image>", "multi_modal_data": {"image": [see, see]}}),
+            "too many",
+        ),
+        (
+            lambda: llm.generate({"prompt": "x", "multi_modal_data": {"audio": see}}),
+            "multi_modal_data has 'audio'",
+        ),
         (lambda: llm.generate({"text": "x"}), "a prompt's keys are"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ConfigError, match=text):
             call()
     assert not llm.engine.has_unfinished_requests
@@ -161,7 +198,9 @@ def test_options_of_the_image_processor_change_the_size(folder: Path) -> None:
         with pytest.raises(ConfigError, match="'max_pixels' is unknown; this model has crop_size"):
             load(folder, mm_processor_kwargs={"max_pixels": 28 * 28})
         return
-    small = load(folder, mm_processor_kwargs={"max_pixels": 28 * 28}).chat_prompt(message(picture(1, 80, 80)))
+    small = load(folder, mm_processor_kwargs={"max_pixels": 28 * 28}).chat_prompt(
+        message(picture(1, 80, 80))
+    )
     assert (
         small.media.pictures[0].length
         == 4
@@ -177,18 +216,23 @@ def test_a_text_model_refuses_pictures(tmp_path: Path) -> None:
     from .vision import TEXT, VOCAB
 
     save_llava(tmp_path / "eyes")
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, vocab_size=VOCAB)).save_pretrained(
-        tmp_path / "blind"
-    )
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**TEXT, vocab_size=VOCAB)
+    ).save_pretrained(tmp_path / "blind")
     Tokenizer.load(tmp_path / "eyes").save(tmp_path / "blind")
     llm: LLM = load(tmp_path / "blind")
-    for call in (lambda: llm.chat(message(picture(1), "What?")),
-                 lambda: llm.generate({"prompt": "x", "multi_modal_data": {"image": picture(1)}})):  # fmt: skip
+    for call in (
+        lambda: llm.chat(message(picture(1), "What?")),
+        lambda: llm.generate({"prompt": "x", "multi_modal_data": {"image": picture(1)}}),
+    ):
         with pytest.raises(ConfigError, match="reads text only"):
             call()
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     parts, plain = message("What ", "is it?"), [{"role": "user", "content": "What is it?"}]
-    assert llm.chat(parts, params)[0].outputs[0].token_ids == llm.chat(plain, params)[0].outputs[0].token_ids
+    assert (
+        llm.chat(parts, params)[0].outputs[0].token_ids
+        == llm.chat(plain, params)[0].outputs[0].token_ids
+    )
 
 
 def test_a_folder_without_image_processor_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -204,6 +248,10 @@ def test_a_folder_without_image_processor_is_refused(folder: Path, tmp_path: Pat
 def test_each_block_of_a_benchmark_sees_its_pictures_anew(folder: Path) -> None:
     llm = load(folder, speculative_config=False, enable_prefix_caching=False)
     ready = llm.chat_prompt(message(picture(1), "What is it?"))
-    prompts = [Prompt(0, "pictures", ready.tokens, SamplingParams(temperature=0, max_tokens=4), ready.media)]
+    prompts = [
+        Prompt(
+            0, "pictures", ready.tokens, SamplingParams(temperature=0, max_tokens=4), ready.media
+        )
+    ]
     blocks = [run_block(llm.engine, prompts, [], 1) for _ in range(2)]
     assert all(0 < block.answers[0].vision < block.answers[0].ttft for block in blocks)

@@ -29,10 +29,18 @@ from .vision import TEXT, VOCAB, picture, save_llava, save_qwen2_vl
 
 D, FFN = 96, 64
 HEAD = {
-    "hidden_size": D, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": FFN,
-    "vocab_size": VOCAB, "num_hidden_layers": 1, "hidden_act": "silu", "rms_norm_eps": 1e-6, "bias": False,
+    "hidden_size": D,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": FFN,
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "bias": False,
     "max_position_embeddings": 1024,
-}  # fmt: skip
+}
 
 
 def save_head(folder: Path, eagle3: bool = False, **config: Any) -> Path:
@@ -41,13 +49,17 @@ def save_head(folder: Path, eagle3: bool = False, **config: Any) -> Path:
     torch.manual_seed(3)
     prefix, width = ("midlayer.", 2 * D) if eagle3 else ("layers.0.", D)
     shapes = {"q": (64, width), "k": (32, width), "v": (32, width), "o": (D, 64)}
-    weights = {f"{prefix}self_attn.{n}_proj.weight": torch.randn(s) * 0.2 for n, s in shapes.items()}
+    weights = {
+        f"{prefix}self_attn.{n}_proj.weight": torch.randn(s) * 0.2 for n, s in shapes.items()
+    }
     for name, shape in {"gate": (FFN, D), "up": (FFN, D), "down": (D, FFN)}.items():
         weights[f"{prefix}mlp.{name}_proj.weight"] = torch.randn(shape) * 0.2
     weights[f"{prefix}post_attention_layernorm.weight"] = 1 + 0.1 * torch.randn(D)
     weights["fc.weight"] = torch.randn(D, (3 if eagle3 else 2) * D) * 0.1
     if eagle3:
-        weights |= {f"midlayer.{n}.weight": torch.ones(D) for n in ("input_layernorm", "hidden_norm")}
+        weights |= {
+            f"midlayer.{n}.weight": torch.ones(D) for n in ("input_layernorm", "hidden_norm")
+        }
         weights |= {"norm.weight": torch.ones(D), "lm_head.weight": torch.randn(VOCAB, D) * 0.2}
         config["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
     save_file(weights, folder / "model.safetensors")
@@ -66,9 +78,13 @@ def reference_layer(head: Path) -> nn.Module:
     """transformers' layer with the head's weights; EAGLE-1 has no norm at its input."""
     from safetensors.torch import load_file
 
-    layer = LlamaDecoderLayer(transformers.LlamaConfig(**{**HEAD, "attn_implementation": "eager"}), 0)
+    layer = LlamaDecoderLayer(
+        transformers.LlamaConfig(**{**HEAD, "attn_implementation": "eager"}), 0
+    )
     layer.input_layernorm = nn.Identity()
-    weights = {n.removeprefix("layers.0."): t for n, t in load_file(head / "model.safetensors").items()}
+    weights = {
+        n.removeprefix("layers.0."): t for n, t in load_file(head / "model.safetensors").items()
+    }
     layer.load_state_dict({n: t for n, t in weights.items() if n != "fc.weight"})
     layer.fc = nn.Linear(2 * D, D, bias=False)
     layer.fc.weight.data = weights["fc.weight"]
@@ -103,22 +119,33 @@ def first_trees(llm: LLM, prompt: Any) -> tuple[int, DraftTrees]:
 def test_a_heads_input_at_visual_positions(folder: Path, tmp_path: Path, how: str) -> None:
     """MSD: a visual position is its embedding alone. Dropped: the head's context begins on the picture's last page."""
     head = save_head(tmp_path / "head", visual_positions=how)
-    llm = load(folder, speculative_config={"model": str(head), "policy": "static", "topology": [[0], [1], [0, 0]]})
+    llm = load(
+        folder,
+        speculative_config={"model": str(head), "policy": "static", "topology": [[0], [1], [0, 0]]},
+    )
     prompt = llm.chat_prompt(message("It is about ", picture(1, 84, 84), "What is it then?"))
     (image,) = prompt.media.pictures
     root, trees = first_trees(llm, prompt)
     is_llava = "llava" in folder.name
-    kind = transformers.LlavaForConditionalGeneration if is_llava else transformers.Qwen2VLForConditionalGeneration
+    kind = (
+        transformers.LlavaForConditionalGeneration
+        if is_llava
+        else transformers.Qwen2VLForConditionalGeneration
+    )
     model = kind.from_pretrained(folder).eval()
     with torch.no_grad():
         inputs = (of_llava if is_llava else of_qwen)(prompt)
-        states = model(**inputs, output_hidden_states=True).hidden_states[-1][0]  # after the final norm
+        states = model(**inputs, output_hidden_states=True).hidden_states[-1][
+            0
+        ]  # after the final norm
         embed, layer = model.get_input_embeddings(), reference_layer(head)
         tokens = torch.tensor([*prompt.tokens[1:], root])
         x = layer.fc(torch.cat((embed(tokens), states), -1))
         start = 0
         if how == "decoupled":
-            x[image.first - 1 : image.first - 1 + image.length] = llm.target.see(image.pixels)
+            x[image.first - 1 : image.first - 1 + image.length] = llm.target.encode_image(
+                image.pixels
+            )
         else:
             start = (image.first + image.length) // PAGE * PAGE
             assert start > image.first
@@ -128,13 +155,17 @@ def test_a_heads_input_at_visual_positions(folder: Path, tmp_path: Path, how: st
         parent = firsts[0]
         child = layer.fc(torch.cat((embed(torch.tensor([trees.token[parent]])), out[None]), -1))
         out = outputs(layer, torch.cat((x[start:], child)), start)[-1]
-        check(trees, [i for i in range(len(trees)) if trees.parent[i] == parent], model.lm_head(out))
+        check(
+            trees, [i for i in range(len(trees)) if trees.parent[i] == parent], model.lm_head(out)
+        )
 
 
 def check(trees: DraftTrees, nodes: list[int], logits: Tensor) -> None:
     best = logits.softmax(-1).topk(len(nodes))
     assert nodes and trees.token[nodes].tolist() == best.indices.tolist()
-    torch.testing.assert_close(torch.tensor(trees.draft_prob[nodes]).float(), best.values, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(trees.draft_prob[nodes]).float(), best.values, rtol=2e-3, atol=1e-5
+    )
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -163,7 +194,10 @@ def test_tokens_are_those_of_plain_decoding(folder: Path, tmp_path: Path, name: 
 @pytest.mark.parametrize("name", ["EAGLE-1", "MSD"])
 def test_a_picture_may_end_the_text_and_a_page(folder: Path, tmp_path: Path, name: str) -> None:
     head = save_head(tmp_path / "head", **CASES[name])
-    llm, plain = load(folder, speculative_config={"model": str(head), "policy": "static"}), load(folder)
+    llm, plain = (
+        load(folder, speculative_config={"model": str(head), "policy": "static"}),
+        load(folder),
+    )
     chat = llm.chat_prompt(message(picture(1)))
     (image,) = chat.media.pictures
     given = {"prompt_token_ids": [3] * (-image.length % PAGE) + [chat.tokens[image.first]]}
@@ -186,7 +220,9 @@ def test_a_text_model_drafts_for_one_that_sees(folder: Path, tmp_path: Path) -> 
         assert all(o.outputs[0].metrics.verified for o in outs)
 
 
-def test_a_head_that_does_not_see_is_noticed(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_head_that_does_not_see_is_noticed(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     head = save_head(tmp_path / "head")
     with caplog.at_level(logging.WARNING, "smart.speculation"):
         load(folder, speculative_config={"model": str(head), "policy": "static"})
@@ -194,13 +230,24 @@ def test_a_head_that_does_not_see_is_noticed(folder: Path, tmp_path: Path, caplo
             f"the head {head} does not see: it drafts from the text behind the pictures"
         ]
         caplog.clear()
-        load(folder, speculative_config={"model": str(head), "policy": "static", "visual_positions": "dropped"})
+        load(
+            folder,
+            speculative_config={
+                "model": str(head),
+                "policy": "static",
+                "visual_positions": "dropped",
+            },
+        )
         assert not caplog.records
         seeing = {"model": str(head), "policy": "static", "visual_positions": "decoupled"}
         assert load(folder, speculative_config=seeing).engine.drafter.sees
         assert not caplog.records
-    with pytest.raises(ConfigError, match="visual_positions='pooled' is not supported: use dropped or decoupled"):
+    with pytest.raises(
+        ConfigError, match="visual_positions='pooled' is not supported: use dropped or decoupled"
+    ):
         load(folder, speculative_config={"model": str(head), "visual_positions": "pooled"})
     other = save_head(tmp_path / "other", visual_positions="both")
-    with pytest.raises(ModelError, match="has visual_positions 'both'; supported: dropped, decoupled"):
+    with pytest.raises(
+        ModelError, match="has visual_positions 'both'; supported: dropped, decoupled"
+    ):
         load(folder, speculative_config={"model": str(other)})

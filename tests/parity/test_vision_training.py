@@ -26,7 +26,12 @@ from smart_decoding.training.train import Conversation, Trainer, TrainOptions, l
 from .test_vision_heads import first_trees, outputs, reference_layer, save_head
 from .vision import IMAGE, picture, save_llava, save_text
 
-CHAT = [{"role": "user", "content": [{"type": "image", "image": picture(3)}, {"type": "text", "text": "What?"}]}]
+CHAT = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "image": picture(3)}, {"type": "text", "text": "What?"}],
+    }
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +43,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "CONCURRENT", 4)
         patch.setattr(generate, "ANSWER_TOKENS", 24)
-        for name, taps in (("data", (3,)), ("taps", (1, 2, 3))):
-            llm = LLM(made, speculative_config=False, max_model_len=512, dtype="float32", enable_prefix_caching=False)
-            recorder = generate.Recorder(taps)
+        for name, aux_hidden in (("data", (3,)), ("taps", (1, 2, 3))):
+            llm = LLM(
+                made,
+                speculative_config=False,
+                max_model_len=512,
+                dtype="float32",
+                enable_prefix_caching=False,
+            )
+            recorder = generate.Recorder(aux_hidden)
             llm.engine.listen(recorder)
             generate.generate(llm, recorder, made / name, 1200, turn=turn)
     return made
@@ -60,7 +71,9 @@ def save_questions(folder: Path, count: int) -> Path:
 
 def said(checkpoint: Checkpoint, item: Conversation) -> torch.Tensor:
     """What the target's output matrix reads: [n, hidden]."""
-    return F.rms_norm(item.taps.float(), (96,), checkpoint.weights["model.norm.weight"].float(), 1e-5)
+    return F.rms_norm(
+        item.aux_hidden.float(), (96,), checkpoint.weights["model.norm.weight"].float(), 1e-5
+    )
 
 
 def test_the_features_are_those_of_the_tokens(folder: Path) -> None:
@@ -73,7 +86,9 @@ def test_the_features_are_those_of_the_tokens(folder: Path) -> None:
         total += len(item.tokens) - item.answer
         assert (item.tokens == IMAGE).nonzero()[:, 0].tolist() == item.visual.tolist()
         assert item.embeddings.shape == (len(item.visual), 96)
-    assert len(found) > 5 and right > 0.75 * total  # a tenth is sampled; features are kept in bfloat16
+    assert (
+        len(found) > 5 and right > 0.75 * total
+    )  # a tenth is sampled; features are kept in bfloat16
 
 
 def test_without_sight_a_conversation_begins_where_the_picture_ends(folder: Path) -> None:
@@ -82,7 +97,9 @@ def test_without_sight_a_conversation_begins_where_the_picture_ends(folder: Path
     for item, all_of_it in zip(found, whole, strict=True):
         start = len(all_of_it.tokens) - len(item.tokens)
         assert start % PAGE == 0 and start <= int(all_of_it.visual[-1]) + 1 < start + PAGE
-        assert item.tokens.equal(all_of_it.tokens[start:]) and item.taps.equal(all_of_it.taps[start:])
+        assert item.tokens.equal(all_of_it.tokens[start:]) and item.aux_hidden.equal(
+            all_of_it.aux_hidden[start:]
+        )
         assert item.answer == all_of_it.answer - start and not len(item.visual)
 
 
@@ -92,17 +109,21 @@ def test_what_is_recorded_of_pictures_is_what_the_target_read(folder: Path) -> N
     llm.engine.listen(recorder)
     prompt = llm.chat_prompt(CHAT)
     recorder.wanted.add("it")
-    llm.engine.add_request("it", prompt.tokens, generate.SamplingParams(max_tokens=4, ignore_eos=True), prompt.media)
+    llm.engine.add_request(
+        "it", prompt.tokens, generate.SamplingParams(max_tokens=4, ignore_eos=True), prompt.media
+    )
     while not recorder.done:
         llm.engine.step()
     ((_, features, ((first, shown),)),) = recorder.done
     (image,) = prompt.media.pictures
     assert first == image.first and len(features) >= len(prompt.tokens)
-    torch.testing.assert_close(shown, llm.target.see(image.pixels))
+    torch.testing.assert_close(shown, llm.target.encode_image(image.pixels))
 
 
 @pytest.mark.parametrize("sees", [True, False])
-def test_a_head_is_trained_on_what_it_reads_when_it_drafts(folder: Path, tmp_path: Path, sees: bool) -> None:
+def test_a_head_is_trained_on_what_it_reads_when_it_drafts(
+    folder: Path, tmp_path: Path, sees: bool
+) -> None:
     """A fused head's first step, against transformers' layer on inputs written out here: of a visual position MSD's
     head reads the embedding alone."""
     checkpoint = load_checkpoint(folder)
@@ -126,9 +147,13 @@ def test_a_head_is_trained_on_what_it_reads_when_it_drafts(folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize("sees", [True, False])
-def test_an_eagle3_head_proposes_what_it_was_trained_to(folder: Path, tmp_path: Path, sees: bool) -> None:
+def test_an_eagle3_head_proposes_what_it_was_trained_to(
+    folder: Path, tmp_path: Path, sees: bool
+) -> None:
     """The engine's first children behind a picture, and what the trainer's head says of the same conversation."""
-    head = save_head(tmp_path / "head", eagle3=True, visual_positions="decoupled" if sees else "dropped")
+    head = save_head(
+        tmp_path / "head", eagle3=True, visual_positions="decoupled" if sees else "dropped"
+    )
     config = {"model": str(head), "policy": "static"}
     drafting = LLM(folder, speculative_config=config, max_model_len=256, dtype="float32")
     root, trees = first_trees(drafting, drafting.chat_prompt(CHAT))
@@ -138,25 +163,38 @@ def test_an_eagle3_head_proposes_what_it_was_trained_to(folder: Path, tmp_path: 
     prompt = llm.chat_prompt(CHAT)
     recorder.wanted.add("it")
     llm.engine.add_request(
-        "it", prompt.tokens, generate.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), prompt.media
+        "it",
+        prompt.tokens,
+        generate.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
+        prompt.media,
     )
     while not recorder.done:
         llm.engine.step()
-    ((request, taps, ((first, shown),)),) = recorder.done
+    ((request, aux_hidden, ((first, shown),)),) = recorder.done
     end = len(prompt.tokens)
     assert request.tokens[end] == root
     visual = first + torch.arange(len(shown))
-    item = Conversation(torch.tensor(request.tokens[: end + 2]), taps[: end + 2], end, visual, shown)
+    item = Conversation(
+        torch.tensor(request.tokens[: end + 2]), aux_hidden[: end + 2], end, visual, shown
+    )
     checkpoint = load_checkpoint(folder)
     options = TrainOptions((1, 2, 3), layout="eagle3", sees=sees)
-    trainer = Trainer(checkpoint, folder / "taps", tmp_path / "out", options, init=load_head(head, checkpoint.config))
+    trainer = Trainer(
+        checkpoint,
+        folder / "taps",
+        tmp_path / "out",
+        options,
+        init=load_head(head, checkpoint.config),
+    )
     trainer._fast_bf16 = False
     with torch.no_grad():
         student, _, _ = next(trainer._unrolled([item if sees else item.behind_pictures()], 1))
     best = student[-1].softmax(-1).topk(4)
     firsts = [i for i in range(len(trees)) if trees.parent[i] == ROOT]
     assert trees.token[firsts].tolist() == best.indices.tolist()
-    torch.testing.assert_close(torch.tensor(trees.draft_prob[firsts]).float(), best.values, rtol=0.03, atol=1e-3)
+    torch.testing.assert_close(
+        torch.tensor(trees.draft_prob[firsts]).float(), best.values, rtol=0.03, atol=1e-3
+    )
 
 
 def test_smart_train_makes_a_head_that_sees(folder: Path, tmp_path: Path) -> None:
@@ -164,24 +202,50 @@ def test_smart_train_makes_a_head_that_sees(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "images").mkdir()
     for seed in range(3):
         picture(seed).save(tmp_path / "images" / f"{seed}.png")
-    about = ["--images", str(tmp_path / "images"), "--skip-generation", "--data", str(folder / "data")]
+    about = [
+        "--images",
+        str(tmp_path / "images"),
+        "--skip-generation",
+        "--data",
+        str(folder / "data"),
+    ]
     head = [
         "--init",
         str(save_head(tmp_path / "msd", visual_positions="decoupled")),
         "--output",
         str(tmp_path / "head"),
     ]
-    assert cli.main(["train", "--model", str(folder), *about, *head, "--seconds", "1", "--prior-prompts", "2"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "--model",
+                str(folder),
+                *about,
+                *head,
+                "--seconds",
+                "1",
+                "--prior-prompts",
+                "2",
+            ]
+        )
+        == 0
+    )
     params = generate.SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     config = {"model": str(tmp_path / "head"), "policy": "static"}
     drafting = LLM(folder, speculative_config=config, max_model_len=256, dtype="float32")
     plain = LLM(folder, speculative_config=False, max_model_len=256, dtype="float32")
     assert drafting.engine.drafter.sees and (tmp_path / "head" / "prior.json").is_file()
     (ours,), (wanted,) = drafting.chat(CHAT, params), plain.chat(CHAT, params)
-    assert ours.outputs[0].token_ids == wanted.outputs[0].token_ids and ours.outputs[0].metrics.verified
+    assert (
+        ours.outputs[0].token_ids == wanted.outputs[0].token_ids
+        and ours.outputs[0].metrics.verified
+    )
 
 
-def test_conversations_about_images_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conversations_about_images_of_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture(1).save(tmp_path / "one.png")
     asked = read_questions(tmp_path)
     turns = [image_turn(asked, np.random.default_rng(i))[0]["content"] for i in range(20)]

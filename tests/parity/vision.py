@@ -38,21 +38,37 @@ STRINGS = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}>{% endif %}"
 )
-NORMS = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "do_rescale": True, "do_normalize": True}
+NORMS = {
+    "image_mean": [0.48, 0.46, 0.41],
+    "image_std": [0.27, 0.26, 0.28],
+    "do_rescale": True,
+    "do_normalize": True,
+}
 
 
 def save_llava(folder: Path, template: str = STRINGS, **more: Any) -> transformers.PreTrainedModel:
     """LLaVA-1.5's layout: 16 positions an image. Returns transformers' model."""
     text = transformers.LlamaConfig(**TEXT, vocab_size=VOCAB, rms_norm_eps=1e-5)
     tower = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
         initializer_factor=3.0,
-    )  # fmt: skip
+    )
     config = transformers.LlavaConfig(
         text_config=text, vision_config=tower, image_token_index=IMAGE, image_seq_length=16, **more
     )
-    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "do_resize": True,
-                 "do_center_crop": True, "crop_size": {"height": 28, "width": 28}, "do_convert_rgb": True}  # fmt: skip
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 28},
+        "do_resize": True,
+        "do_center_crop": True,
+        "crop_size": {"height": 28, "width": 28},
+        "do_convert_rgb": True,
+    }
     return _save(folder, transformers.LlavaForConditionalGeneration, config, processor, template)
 
 
@@ -67,13 +83,28 @@ def save_qwen2_vl(folder: Path, template: str = LISTS, **text: Any) -> transform
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
     config = transformers.Qwen2VLConfig(
         text_config={**TEXT, "vocab_size": VOCAB, "rope_parameters": rope, **text},
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 96, "num_heads": 2, "patch_size": 7,
-                       "initializer_range": 0.1},
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=SEE, vision_end_token_id=SEEN,
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 96,
+            "num_heads": 2,
+            "patch_size": 7,
+            "initializer_range": 0.1,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=SEE,
+        vision_end_token_id=SEEN,
         tie_word_embeddings=text.get("tie_word_embeddings", False),
-    )  # fmt: skip
-    processor = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 28 * 28, "max_pixels": 84 * 84,
-                 "patch_size": 7, "temporal_patch_size": 2, "merge_size": 2}  # fmt: skip
+    )
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "min_pixels": 28 * 28,
+        "max_pixels": 84 * 84,
+        "patch_size": 7,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    }
     return _save(folder, transformers.Qwen2VLForConditionalGeneration, config, processor, template)
 
 

@@ -28,8 +28,12 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
     def make(**options: Any) -> LLM:
-        given = {"speculative_config": {"method": "recycling", "policy": "static"}, "dtype": "float32",
-                 "max_model_len": 1024, "max_num_seqs": 4}  # fmt: skip
+        given = {
+            "speculative_config": {"method": "recycling", "policy": "static"},
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "max_num_seqs": 4,
+        }
         return LLM(folder, **{**given, **options})
 
     return make

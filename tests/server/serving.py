@@ -23,25 +23,33 @@ from smart_decoding.server.settings import ServerSettings
 from smart_decoding.server.worker import Worker
 
 NAME = "tiny"
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 
 
 def save_tiny_model(folder: Path) -> Path:
     """Random weights, a token a byte, and a chat template."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
-        intermediate_size=200, vocab_size=258, max_position_embeddings=4096, initializer_range=0.15,
-        bos_token_id=256, eos_token_id=257,
-    )  # fmt: skip
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=200,
+        vocab_size=258,
+        max_position_embeddings=4096,
+        initializer_range=0.15,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<bos>", special=True), AddedToken("<eos>", special=True)])
+    backend.add_special_tokens(
+        [AddedToken("<bos>", special=True), AddedToken("<eos>", special=True)]
+    )
     Tokenizer(backend, {"bos_token": "<bos>", "eos_token": "<eos>"}, TEMPLATE).save(folder)
     return folder
 
@@ -63,7 +71,9 @@ class Running:
     def idle(self, seconds: float = 5.0) -> bool:
         """Whether all slots and pages are free within `seconds`."""
         engine = self.llm.engine
-        return wait_for(lambda: self.worker.active == 0 and engine.pool.available == engine.pool.pages, seconds)
+        return wait_for(
+            lambda: self.worker.active == 0 and engine.pool.available == engine.pool.pages, seconds
+        )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:

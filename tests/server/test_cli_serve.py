@@ -23,7 +23,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerSettings, dict[s
     """What would be served, and with which options of LLM."""
     found: list[tuple[ServerSettings, dict[str, Any]]] = []
     monkeypatch.delenv("SMART_API_KEY", raising=False)
-    monkeypatch.setattr(cli_serve, "share_cores", lambda: None)  # it would change this process's environment
+    monkeypatch.setattr(
+        cli_serve, "share_cores", lambda: None
+    )  # it would change this process's environment
     monkeypatch.setattr(llm, "LLM", lambda model, **options: {"model": model, **options})
 
     def serve(load: Any, settings: ServerSettings) -> int:
@@ -49,27 +51,58 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
         'model = "m"\nport = 9000\nmax_queue = 3\npolicy = "eagle2"\nmethod = "ngram"\napi-key = ["a", "b"]\n'
         "queue-timeout = 5\ntrust-pickle = true\n[policy-option]\ndepth = 2\n"
     )
-    assert cli.main(["serve", "--port", "8000", "--config", str(file), "--max-n", "2", "--seed", "5"]) == 0
+    assert (
+        cli.main(["serve", "--port", "8000", "--config", str(file), "--max-n", "2", "--seed", "5"])
+        == 0
+    )
     ((settings, options),) = served
-    assert (settings.port, settings.max_queue, settings.max_n, settings.queue_timeout) == (8000, 3, 2, 5)
+    assert (settings.port, settings.max_queue, settings.max_n, settings.queue_timeout) == (
+        8000,
+        3,
+        2,
+        5,
+    )
     assert options["trust_pickle"] is True and options["seed"] == 5
     assert settings.api_keys == ("a", "b") and settings.model_name == options["model"] == "m"
     assert options["speculative_config"] == {"method": "ngram", "policy": "eagle2", "depth": 2}
 
 
 def test_limits_of_pictures_reach_the_model(served: Any, tmp_path: Path) -> None:
-    more = ["--limit-mm-per-prompt", "image=2", "--mm-processor-option", "max_pixels=1000", "--max-image-pixels", "9"]
+    more = [
+        "--limit-mm-per-prompt",
+        "image=2",
+        "--mm-processor-option",
+        "max_pixels=1000",
+        "--max-image-pixels",
+        "9",
+    ]
     assert cli.main(["serve", "--allowed-local-media-path", str(tmp_path), *more]) == 0
     options = served[0][1]
-    assert options["allowed_local_media_path"] == str(tmp_path) and options["limit_mm_per_prompt"] == {"image": 2}
-    assert options["mm_processor_kwargs"] == {"max_pixels": 1000} and options["max_image_pixels"] == 9
+    assert options["allowed_local_media_path"] == str(tmp_path) and options[
+        "limit_mm_per_prompt"
+    ] == {"image": 2}
+    assert (
+        options["mm_processor_kwargs"] == {"max_pixels": 1000} and options["max_image_pixels"] == 9
+    )
 
 
 @pytest.mark.parametrize(("own", "spins"), [(None, cli_serve.SPINS), ("77", "77")])
 def test_waiting_threads_sleep_soon(tmp_path: Path, own: str | None, spins: str) -> None:
     """As OpenMP itself says once it is loaded."""
-    environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose", **({"GOMP_SPINCOUNT": own} if own else {})}
-    line = [sys.executable, "-m", "smart_decoding.cli.main", "serve", str(tmp_path), "--port", "0"]  # no model is there
+    environment = {
+        **os.environ,
+        "OMP_DISPLAY_ENV": "verbose",
+        **({"GOMP_SPINCOUNT": own} if own else {}),
+    }
+    line = [
+        sys.executable,
+        "-m",
+        "smart_decoding.cli.main",
+        "serve",
+        str(tmp_path),
+        "--port",
+        "0",
+    ]  # no model is there
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     if "GOMP_SPINCOUNT" not in done.stderr:
@@ -87,12 +120,23 @@ def test_a_key_from_the_environment(served: Any, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("prot = 1", "prot"), ("port = 'x'", "port"), ("port = true", "port"), ("port =", "cannot read"),
-     ("log-level = 'loud'", "choose one of"), ("policy = 'none'", "unknown policy"), ("model = 3", "model"),
-     ("trust-pickle = 1", "trust-pickle"),
-     ("policy-option = 3", "policy-option"), ("port = 99999", "port=99999"), ("max-queue = -1", "max_queue=-1")],
-)  # fmt: skip
-def test_bad_files(served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str) -> None:
+    [
+        ("prot = 1", "prot"),
+        ("port = 'x'", "port"),
+        ("port = true", "port"),
+        ("port =", "cannot read"),
+        ("log-level = 'loud'", "choose one of"),
+        ("policy = 'none'", "unknown policy"),
+        ("model = 3", "model"),
+        ("trust-pickle = 1", "trust-pickle"),
+        ("policy-option = 3", "policy-option"),
+        ("port = 99999", "port=99999"),
+        ("max-queue = -1", "max_queue=-1"),
+    ],
+)
+def test_bad_files(
+    served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str
+) -> None:
     file = tmp_path / "smart.toml"
     file.write_text(content)
     assert cli.main(["serve", "--config", str(file)]) == 2
@@ -107,8 +151,12 @@ def test_a_switch_on_the_command_line(served: Any) -> None:
 
 
 def test_bad_command_lines(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    for line in (["--host", "0.0.0.0"], ["--policy-option", "wrong=1"], ["--config", "missing.toml"],
-                 ["--api-key", "k", "--no-api-key"]):  # fmt: skip
+    for line in (
+        ["--host", "0.0.0.0"],
+        ["--policy-option", "wrong=1"],
+        ["--config", "missing.toml"],
+        ["--api-key", "k", "--no-api-key"],
+    ):
         assert cli.main(["serve", *line]) == 2, line
     assert served == []
 
@@ -119,7 +167,10 @@ def test_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for group in cli_serve.OPTIONS.values():
         for option in group:
-            assert f"--{option.name}" in text and f"({option.shown or option.default})" in text.replace("- ", "-")
+            assert (
+                f"--{option.name}" in text
+                and f"({option.shown or option.default})" in text.replace("- ", "-")
+            )
 
 
 def test_a_taken_port_is_one_line(served: Any) -> None:

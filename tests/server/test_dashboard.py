@@ -41,7 +41,9 @@ def test_it_is_what_the_tool_writes() -> None:
     assert runpy.run_path(str(ROOT / "tools" / "make_dashboard.py"))["dashboard"]() == DASHBOARD
 
 
-@pytest.mark.parametrize(("title", "target"), TARGETS, ids=[f"{t}-{q['refId']}" for t, q in TARGETS])
+@pytest.mark.parametrize(
+    ("title", "target"), TARGETS, ids=[f"{t}-{q['refId']}" for t, q in TARGETS]
+)
 def test_a_query_asks_for_what_there_is(title: str, target: dict[str, Any], exported: Any) -> None:
     query = target["expr"]
     names = _NAME.findall(query)
@@ -58,7 +60,11 @@ def test_a_query_asks_for_what_there_is(title: str, target: dict[str, Any], expo
 
 
 def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
-    cells = [(p["gridPos"]["x"] + dx, p["gridPos"]["y"] + dy) for p in DASHBOARD["panels"]
-             for dx in range(p["gridPos"]["w"]) for dy in range(p["gridPos"]["h"])]  # fmt: skip
+    cells = [
+        (p["gridPos"]["x"] + dx, p["gridPos"]["y"] + dy)
+        for p in DASHBOARD["panels"]
+        for dx in range(p["gridPos"]["w"])
+        for dy in range(p["gridPos"]["h"])
+    ]
     assert len(set(cells)) == len(cells) and max(x for x, _ in cells) < 24
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])

@@ -31,7 +31,9 @@ COST = CostModel.from_table({1: {1: 0.001, 8: 0.002}}, {1: 0.001})
 
 
 def profile_of(llm: LLM) -> Path:
-    return profile_path(llm.provenance, llm.target.dtype, llm.target.device, "None", 768, llm.target.steps)
+    return profile_path(
+        llm.provenance, llm.target.dtype, llm.target.device, "None", 768, llm.target.steps
+    )
 
 
 def answer_of(running: Any) -> str:
@@ -45,7 +47,9 @@ def wanted(plain: LLM) -> str:
     return plain.generate("abcabc", params)[0].outputs[0].text
 
 
-def test_a_full_disk_for_the_profile(cache: Path, load: Any, plain: LLM, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_for_the_profile(
+    cache: Path, load: Any, plain: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
     """Real ENOSPC: the profile's scratch file is /dev/full."""
     path = profile_of(plain)
     path.parent.mkdir(parents=True)
@@ -99,7 +103,9 @@ DAMAGE: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_profile_is_not_believed(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_profile_is_not_believed(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "p.json"
     save_profile(path, COST)
     assert load_profile(path) is not None and not caplog.text
@@ -126,7 +132,9 @@ def test_a_server_with_a_damaged_profile_measures_again(
     assert "measured again" in caplog.text and load_profile(path) is not None
 
 
-def test_a_profile_of_an_engine_for_smaller_batches_is_taken_again(cache: Path, load: Any, plain: LLM) -> None:
+def test_a_profile_of_an_engine_for_smaller_batches_is_taken_again(
+    cache: Path, load: Any, plain: LLM
+) -> None:
     """`smart run` serves one request; what it measured says nothing of the batches of a server."""
     path = profile_of(plain)
 
@@ -142,8 +150,16 @@ def test_a_profile_of_an_engine_for_smaller_batches_is_taken_again(cache: Path, 
 
 
 def test_a_pickled_head_is_refused_unless_trusted(load: Any, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({
-        "num_attention_heads": 6, "hidden_size": 96, "intermediate_size": 200, "vocab_size": 258}))  # fmt: skip
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "num_attention_heads": 6,
+                "hidden_size": 96,
+                "intermediate_size": 200,
+                "vocab_size": 258,
+            }
+        )
+    )
     torch.save({}, tmp_path / "pytorch_model.bin")
     head = {"method": "eagle", "model": str(tmp_path), "policy": "static"}
     with pytest.raises(ModelError, match="pickles are refused") as error:
@@ -161,9 +177,25 @@ def free_port() -> int:
 
 def start(folder: str, port: int) -> subprocess.Popen[bytes]:
     """`smart serve` as a user starts it, until it is ready."""
-    line = ["serve", folder, "--served-model-name", NAME, "--port", str(port), "--dtype", "fp32",
-            "--method", "recycling", "--max-model-len", "1024", "--max-num-seqs", "4"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "smart_decoding.cli.main", *line], stderr=subprocess.PIPE)
+    line = [
+        "serve",
+        folder,
+        "--served-model-name",
+        NAME,
+        "--port",
+        str(port),
+        "--dtype",
+        "fp32",
+        "--method",
+        "recycling",
+        "--max-model-len",
+        "1024",
+        "--max-num-seqs",
+        "4",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "smart_decoding.cli.main", *line], stderr=subprocess.PIPE
+    )
 
     def ready() -> bool:
         try:
@@ -185,12 +217,16 @@ def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: L
     process = start(folder, port)
     with (
         pytest.raises(httpx.HTTPError),
-        httpx.stream("POST", url, json={**BODY, "max_tokens": 1000, "stream": True}, timeout=10) as stream,
+        httpx.stream(
+            "POST", url, json={**BODY, "max_tokens": 1000, "stream": True}, timeout=10
+        ) as stream,
     ):
         for _ in stream.iter_lines():
             process.send_signal(signal.SIGKILL)
     assert process.wait(10) == -signal.SIGKILL
-    (path.parent / f"{path.name}.{process.pid}.partial").write_bytes(before[:30])  # as if killed while it wrote
+    (path.parent / f"{path.name}.{process.pid}.partial").write_bytes(
+        before[:30]
+    )  # as if killed while it wrote
     process = start(folder, port)
     try:
         answer = httpx.post(url, json=BODY, timeout=10).json()["choices"][0]["text"]

@@ -61,7 +61,9 @@ def first_answer(client: socket.socket) -> tuple[int, bytes]:
         data += piece
 
 
-def said(running: Running, *pieces: bytes, pause: float = 0.0) -> tuple[int, dict[str, Any] | None, float]:
+def said(
+    running: Running, *pieces: bytes, pause: float = 0.0
+) -> tuple[int, dict[str, Any] | None, float]:
     """Status, error and seconds until the server answered or closed, after it was sent `pieces`."""
     with connected(running) as client:
         started = time.monotonic()
@@ -72,7 +74,11 @@ def said(running: Running, *pieces: bytes, pause: float = 0.0) -> tuple[int, dic
         except ConnectionError:
             pass
         status, body = first_answer(client)
-        return status, json.loads(body)["error"] if body.startswith(b'{"error"') else None, time.monotonic() - started
+        return (
+            status,
+            json.loads(body)["error"] if body.startswith(b'{"error"') else None,
+            time.monotonic() - started,
+        )
 
 
 def goes_on(running: Running) -> None:
@@ -109,27 +115,41 @@ def test_what_is_no_request(impatient: Running, data: bytes) -> None:
 
 def test_a_flood_of_headers(impatient: Running) -> None:
     flood = b"".join(b"x-%d: %s\r\n" % (i, b"y" * 100) for i in range(2000))
-    status, error, _ = said(impatient, b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + flood + b"\r\n")
+    status, error, _ = said(
+        impatient, b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + flood + b"\r\n"
+    )
     assert status == 400 and error is not None and error["code"] == "invalid_http"
-    status, _, _ = said(impatient, b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    status, _, _ = said(
+        impatient, b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    )
     assert status == 400
     goes_on(impatient)
 
 
 @pytest.mark.parametrize(
-    "path", [b"/%ff%fe", b"/v1/models/%ff", b"/v1/models/%00", b"/?q=%ff", b"/v1/models/" + b"a" * 9000]
+    "path",
+    [b"/%ff%fe", b"/v1/models/%ff", b"/v1/models/%00", b"/?q=%ff", b"/v1/models/" + b"a" * 9000],
 )
 def test_paths_that_are_no_utf8(impatient: Running, path: bytes) -> None:
-    status, _, _ = said(impatient, b"GET " + path + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    status, _, _ = said(
+        impatient, b"GET " + path + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    )
     assert status in (200, 404)
     goes_on(impatient)
 
 
 def test_headers_that_are_no_utf8(impatient: Running) -> None:
     head = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-    for line in (b"authorization: Bearer \xff\xfe\r\n", b"x-request-id: \xe9\r\n", b"upgrade: websocket\r\n"):
+    for line in (
+        b"authorization: Bearer \xff\xfe\r\n",
+        b"x-request-id: \xe9\r\n",
+        b"upgrade: websocket\r\n",
+    ):
         assert said(impatient, head + line + b"\r\n")[0] == 200
-    assert said(impatient, b"GET /v1/models HTTP/1.1\r\nhost: \xff\r\nconnection: close\r\n\r\n")[0] == 403
+    assert (
+        said(impatient, b"GET /v1/models HTTP/1.1\r\nhost: \xff\r\nconnection: close\r\n\r\n")[0]
+        == 403
+    )
 
 
 def test_bodies_that_are_giant_or_lie_about_their_size(impatient: Running) -> None:
@@ -144,7 +164,10 @@ def test_slow_loris_is_cut_off_and_the_others_do_not_notice(impatient: Running) 
     """Heads that come a line at a time, or never; after an answer, too."""
     lines = [b"x-%d: y\r\n" % i for i in range(15)]
     with ThreadPoolExecutor() as pool:
-        slow = [pool.submit(said, impatient, b"GET /health HTTP/1.1\r\n", *lines, pause=0.1) for _ in range(3)]
+        slow = [
+            pool.submit(said, impatient, b"GET /health HTTP/1.1\r\n", *lines, pause=0.1)
+            for _ in range(3)
+        ]
         silent = pool.submit(said, impatient)
         for _ in range(5):
             assert post(impatient, "/v1/completions", json=BODY).status_code == 200
@@ -184,7 +207,9 @@ def test_a_reader_that_stops_reading_is_cut_off(load: Any, monkeypatch: pytest.M
     with serving(load) as running, connected(running) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.sendall(
-            HEAD.replace(b"/v1/completions", b"/tokenize") + b"content-length: %d\r\n\r\n" % len(body) + body
+            HEAD.replace(b"/v1/completions", b"/tokenize")
+            + b"content-length: %d\r\n\r\n" % len(body)
+            + body
         )
         state = running.server.server_state
         assert wait_for(lambda: len(state.connections) == 1)

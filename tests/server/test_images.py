@@ -30,9 +30,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seeing(folder: Path) -> Iterator[Running]:
-    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 4,
-                               "limit_mm_per_prompt": {"image": 2}, "allowed_local_media_path": folder}  # fmt: skip
-    with serving(lambda: LLM(folder, speculative_config={"method": "recycling", "policy": "static"}, **options)) as one:
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 4,
+        "limit_mm_per_prompt": {"image": 2},
+        "allowed_local_media_path": folder,
+    }
+    with serving(
+        lambda: LLM(
+            folder, speculative_config={"method": "recycling", "policy": "static"}, **options
+        )
+    ) as one:
         yield one
 
 
@@ -52,14 +61,27 @@ def test_the_official_client_sends_pictures(seeing: Running, folder: Path) -> No
     with openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none", max_retries=0) as client:
         answers = set()
         for number, url in ((1, data_url(1)), (2, (folder / "two.png").as_uri())):
-            request: dict[str, Any] = {"model": NAME, "messages": ask(url), "temperature": 0, "max_tokens": 12}
-            content = [{"type": "image", "image": picture(number)}, {"type": "text", "text": "What is it?"}]
-            (wanted,) = plain.chat([{"role": "user", "content": content}], SamplingParams(temperature=0, max_tokens=12))
+            request: dict[str, Any] = {
+                "model": NAME,
+                "messages": ask(url),
+                "temperature": 0,
+                "max_tokens": 12,
+            }
+            content = [
+                {"type": "image", "image": picture(number)},
+                {"type": "text", "text": "What is it?"},
+            ]
+            (wanted,) = plain.chat(
+                [{"role": "user", "content": content}], SamplingParams(temperature=0, max_tokens=12)
+            )
             whole = client.chat.completions.create(**request)
             assert whole.choices[0].message.content == wanted.outputs[0].text
             assert whole.usage.prompt_tokens == len(wanted.prompt_token_ids)
             stream = client.chat.completions.create(**request, stream=True)
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted.outputs[0].text
+            assert (
+                "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+                == wanted.outputs[0].text
+            )
             answers.add(wanted.outputs[0].text)
         assert len(answers) == 2
     counted = post(seeing, "/tokenize", json={"messages": ask(data_url(1))}).json()
@@ -91,7 +113,9 @@ def test_a_bad_picture_is_a_bad_request(seeing: Running, messages: Any, words: s
         ({"type": "image_url", "image_url": "x"}, "messages.0.content.0.image_url.image_url: "),
     ],
 )
-def test_malformed_parts_are_bad_requests(seeing: Running, part: dict[str, Any], words: str) -> None:
+def test_malformed_parts_are_bad_requests(
+    seeing: Running, part: dict[str, Any], words: str
+) -> None:
     body = {"model": NAME, "messages": [{"role": "user", "content": [part]}]}
     reply = post(seeing, "/v1/chat/completions", json=body)
     assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(words)
@@ -101,10 +125,20 @@ def test_a_completion_cannot_have_pictures(seeing: Running) -> None:
     placeholder = seeing.llm.tokenizer.encode("<image>", add_special_tokens=False)
     for prompt in ("<image> What is it?", ["a", "<image>"], placeholder):
         reply = post(seeing, "/v1/completions", json={"model": NAME, "prompt": prompt})
-        assert reply.status_code == 400 and "0 images for a prompt of 1" in reply.json()["error"]["message"]
-    assert post(seeing, "/v1/completions", json={"model": NAME, "prompt": "a", "max_tokens": 1}).status_code == 200
+        assert (
+            reply.status_code == 400
+            and "0 images for a prompt of 1" in reply.json()["error"]["message"]
+        )
+    assert (
+        post(
+            seeing, "/v1/completions", json={"model": NAME, "prompt": "a", "max_tokens": 1}
+        ).status_code
+        == 200
+    )
 
 
 def test_a_text_model_refuses_pictures(running: Running) -> None:
-    reply = post(running, "/v1/chat/completions", json={"model": NAME, "messages": ask(data_url(1))})
+    reply = post(
+        running, "/v1/chat/completions", json={"model": NAME, "messages": ask(data_url(1))}
+    )
     assert reply.status_code == 400 and "reads text only" in reply.json()["error"]["message"]

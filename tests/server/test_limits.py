@@ -43,7 +43,8 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b'{"model": "tiny", "prompt": "\xff\xfe"}', b"[]", b"null", b'"x"', b"[" * 100_000]
+    "content",
+    [b"", b"{", b'{"model": "tiny", "prompt": "\xff\xfe"}', b"[]", b"null", b'"x"', b"[" * 100_000],
 )
 def test_malformed_bodies(running: Running, content: bytes) -> None:
     error_of(post(running, "/v1/completions", content=content, headers=JSON), 400)
@@ -52,14 +53,37 @@ def test_malformed_bodies(running: Running, content: bytes) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"prompt": []}, {"prompt": [999]}, {"prompt": [-1]}, {"prompt": ""}, {"prompt": None}, {"prompt": "\ud800"},
-        {"temperature": 3.0}, {"temperature": "0"}, {"temperature": float("nan")}, {"top_p": 0}, {"n": 0}, {"n": 99},
-        {"max_tokens": 0}, {"max_tokens": 10**30}, {"seed": 2**70}, {"logit_bias": {"x": 1}}, {"logprobs": 21},
-        {"logit_bias": {"999": 1.0}}, {"stop": ["a"] * 17}, {"stop": [""]}, {"echo": True}, {"suffix": "x"},
-        {"repetition_penalty": 1e-300}, {"stop[]": ["x"]}, {"body": {}},
-        {"best_of": 2}, {"stream_options": {"include_usage": True}}, {"top_k": -2}, {"n": 2, "temperature": 0},
+        {"prompt": []},
+        {"prompt": [999]},
+        {"prompt": [-1]},
+        {"prompt": ""},
+        {"prompt": None},
+        {"prompt": "\ud800"},
+        {"temperature": 3.0},
+        {"temperature": "0"},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"n": 0},
+        {"n": 99},
+        {"max_tokens": 0},
+        {"max_tokens": 10**30},
+        {"seed": 2**70},
+        {"logit_bias": {"x": 1}},
+        {"logprobs": 21},
+        {"logit_bias": {"999": 1.0}},
+        {"stop": ["a"] * 17},
+        {"stop": [""]},
+        {"echo": True},
+        {"suffix": "x"},
+        {"repetition_penalty": 1e-300},
+        {"stop[]": ["x"]},
+        {"body": {}},
+        {"best_of": 2},
+        {"stream_options": {"include_usage": True}},
+        {"top_k": -2},
+        {"n": 2, "temperature": 0},
     ],
-)  # fmt: skip
+)
 def test_values_that_cannot_be_honoured(running: Running, change: dict[str, Any]) -> None:
     body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1, **change}).encode()
     error_of(post(running, "/v1/completions", content=body, headers=JSON), 400)
@@ -67,28 +91,42 @@ def test_values_that_cannot_be_honoured(running: Running, change: dict[str, Any]
 
 
 def test_errors_name_what_is_wrong(running: Running) -> None:
-    long = error_of(post(running, "/v1/completions", json={"model": NAME, "prompt": "a" * 2000}), 400)
+    long = error_of(
+        post(running, "/v1/completions", json={"model": NAME, "prompt": "a" * 2000}), 400
+    )
     assert long["code"] == "context_length_exceeded" and long["param"] == "prompt"
-    missing = error_of(post(running, "/v1/completions", json={"model": "other", "prompt": "a"}), 404)
+    missing = error_of(
+        post(running, "/v1/completions", json={"model": "other", "prompt": "a"}), 404
+    )
     assert missing["code"] == "model_not_found" and missing["param"] == "model"
     assert missing["type"] == "invalid_request_error"
-    unknown = error_of(post(running, "/v1/completions", json={"model": NAME, "prompt": "a", "beams": 2}), 400)
+    unknown = error_of(
+        post(running, "/v1/completions", json={"model": NAME, "prompt": "a", "beams": 2}), 400
+    )
     assert unknown["param"] == "beams" and unknown["code"] == "unsupported_parameter"
     assert error_of(post(running, "/v1/nothing"), 404)["type"] == "invalid_request_error"
     error_of(httpx.get(f"{running.url}/v1/completions"), 405)
-    form = {"content": b'{"model": "tiny", "prompt": "a"}', "headers": {"content-type": "text/plain"}}
+    form = {
+        "content": b'{"model": "tiny", "prompt": "a"}',
+        "headers": {"content-type": "text/plain"},
+    }
     error_of(post(running, "/v1/completions", **form), 400)
 
 
 @pytest.mark.parametrize(
     ("prompt", "limit", "param"),
     [
-        ("a", {"max_tokens": 1024}, "max_tokens"), ("a", {"max_completion_tokens": 1024}, "max_completion_tokens"),
-        ("a", {"max_completion_tokens": 0}, "max_completion_tokens"), ("a", {"max_tokens": 0}, "max_tokens"),
-        ("a" * 2000, {}, ""), ("a" * 2000, {"max_tokens": 1}, ""),
+        ("a", {"max_tokens": 1024}, "max_tokens"),
+        ("a", {"max_completion_tokens": 1024}, "max_completion_tokens"),
+        ("a", {"max_completion_tokens": 0}, "max_completion_tokens"),
+        ("a", {"max_tokens": 0}, "max_tokens"),
+        ("a" * 2000, {}, ""),
+        ("a" * 2000, {"max_tokens": 1}, ""),
     ],
-)  # fmt: skip
-def test_errors_name_a_field_that_was_sent(running: Running, prompt: str, limit: dict[str, int], param: str) -> None:
+)
+def test_errors_name_a_field_that_was_sent(
+    running: Running, prompt: str, limit: dict[str, int], param: str
+) -> None:
     bodies = {"/v1/chat/completions": {"messages": [{"role": "user", "content": prompt}]}}
     if "max_completion_tokens" not in limit:
         bodies["/v1/completions"] = {"prompt": prompt}  # type: ignore[dict-item]
@@ -100,7 +138,9 @@ def test_errors_name_a_field_that_was_sent(running: Running, prompt: str, limit:
 def test_bodies_too_big(load: Any) -> None:
     with serving(load, max_body=1000, body_timeout=0.3) as running:
         error_of(post(running, "/v1/completions", content=b"x" * 1001, headers=JSON), 413)
-        error_of(post(running, "/v1/completions", content=iter([b"x" * 600] * 2), headers=JSON), 413)
+        error_of(
+            post(running, "/v1/completions", content=iter([b"x" * 600] * 2), headers=JSON), 413
+        )
 
         def drip() -> Any:
             for _ in range(20):
@@ -108,15 +148,21 @@ def test_bodies_too_big(load: Any) -> None:
                 time.sleep(0.05)
 
         error_of(post(running, "/v1/completions", content=drip(), headers=JSON), 408)
-        assert post(running, "/v1/completions", json={"model": NAME, "prompt": "a"}).status_code == 200
+        assert (
+            post(running, "/v1/completions", json={"model": NAME, "prompt": "a"}).status_code == 200
+        )
 
 
 def test_tokenize_and_back(running: Running, plain: LLM) -> None:
     found = post(running, "/tokenize", json={"prompt": "Grüße"}).json()
     assert found == {"count": 7, "max_model_len": 1024, "tokens": plain.tokenizer.encode("Grüße")}
-    assert post(running, "/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "Grüße"}
+    assert post(running, "/detokenize", json={"tokens": found["tokens"]}).json() == {
+        "prompt": "Grüße"
+    }
     chat = [{"role": "user", "content": "hi"}]
-    assert post(running, "/tokenize", json={"messages": chat}).json()["tokens"] == plain.tokenizer.encode_chat(chat)
+    assert post(running, "/tokenize", json={"messages": chat}).json()[
+        "tokens"
+    ] == plain.tokenizer.encode_chat(chat)
     error_of(post(running, "/detokenize", json={"tokens": [258]}), 400)
     error_of(post(running, "/tokenize", json={}), 400)
 
@@ -125,7 +171,13 @@ def test_health_version_and_document(running: Running) -> None:
     for path in ("/health", "/health/ready", "/version"):
         assert httpx.get(running.url + path).status_code == 200
     paths = httpx.get(f"{running.url}/openapi.json").json()["paths"]
-    assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"} <= set(paths)
+    assert {
+        "/v1/models",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/tokenize",
+        "/detokenize",
+    } <= set(paths)
 
 
 def test_keys(load: Any) -> None:
@@ -146,12 +198,18 @@ def test_keys_are_compared_in_constant_time(load: Any, monkeypatch: pytest.Monke
     """compare_digest alone decides, and sees every key, whichever fits; of text it would raise beyond ASCII."""
     with serving(load, api_keys=("first", "second")) as running:
         url, right = f"{running.url}/v1/models", {"authorization": "Bearer first"}
-        for strange in ("Bearer schlüssel".encode(), b"Bearer first\xff", b"Bearer \xf0\x9f\x94\x91"):
+        for strange in (
+            "Bearer schlüssel".encode(),
+            b"Bearer first\xff",
+            b"Bearer \xf0\x9f\x94\x91",
+        ):
             error_of(httpx.get(url, headers={b"authorization": strange}), 401)
         for verdict, status in ((False, 401), (True, 200)):
             seen: list[tuple[bytes, bytes]] = []
 
-            def compare(given: bytes, key: bytes, verdict: bool = verdict, seen: Any = seen) -> bool:
+            def compare(
+                given: bytes, key: bytes, verdict: bool = verdict, seen: Any = seen
+            ) -> bool:
                 seen.append((given, key))
                 return verdict
 
@@ -177,13 +235,20 @@ def test_a_web_page_cannot_reach_an_open_server_by_another_name(running: Running
 def test_a_page_from_elsewhere_may_read_nothing(running: Running) -> None:
     """No CORS headers: on a preflight, an answer or an error."""
     url, origin = f"{running.url}/v1/completions", {"origin": "https://elsewhere.example"}
-    asking = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
-    answers = [httpx.options(url, headers={**origin, **asking}),
-               httpx.post(url, json={**LONG, "max_tokens": 1}, headers=origin),
-               httpx.post(url, content=b"{", headers={**JSON, **origin}),
-               httpx.get(f"{running.url}/health", headers=origin)]  # fmt: skip
+    asking = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, content-type",
+    }
+    answers = [
+        httpx.options(url, headers={**origin, **asking}),
+        httpx.post(url, json={**LONG, "max_tokens": 1}, headers=origin),
+        httpx.post(url, content=b"{", headers={**JSON, **origin}),
+        httpx.get(f"{running.url}/health", headers=origin),
+    ]
     assert [answer.status_code for answer in answers] == [405, 200, 400, 200]
-    assert [name for answer in answers for name in answer.headers if name.startswith("access-control")] == []
+    assert [
+        name for answer in answers for name in answer.headers if name.startswith("access-control")
+    ] == []
 
 
 def test_a_client_that_leaves_frees_its_slot(load: Any) -> None:
@@ -215,7 +280,9 @@ def in_its_first_round(running: Running, act: Any) -> None:
 def test_only_who_waits_stops_the_drafting(load: Any) -> None:
     """Neither who leaves, nor who came and has left again."""
     with serving(load) as running:
-        gone, stays = (Job(name, [[1]], SamplingParams(max_tokens=2), False) for name in ("gone", "stays"))
+        gone, stays = (
+            Job(name, [[1]], SamplingParams(max_tokens=2), False) for name in ("gone", "stays")
+        )
         heard: list[bool] = []
 
         def act(arrived: Any) -> None:
@@ -276,9 +343,14 @@ def test_the_slot_is_free_within_a_round(load: Any, stream: bool) -> None:
 
 
 def test_a_full_queue_and_a_long_wait_are_refused(load: Any) -> None:
-    with serving(
-        lambda: slow(load(max_num_seqs=1, speculative_config=False), 0.005), max_queue=1, queue_timeout=0.3
-    ) as running, ThreadPoolExecutor() as pool:  # fmt: skip
+    with (
+        serving(
+            lambda: slow(load(max_num_seqs=1, speculative_config=False), 0.005),
+            max_queue=1,
+            queue_timeout=0.3,
+        ) as running,
+        ThreadPoolExecutor() as pool,
+    ):
         first = pool.submit(post, running, "/v1/completions", json={**LONG, "max_tokens": 300})
         assert wait_for(lambda: running.worker.active == 1)
         second = pool.submit(post, running, "/v1/completions", json=LONG)
@@ -296,10 +368,10 @@ def poisoned(llm: LLM, error: Exception) -> LLM:
     """Token 7 makes its forward raise, whoever else is in the batch."""
     verify = llm.target.verify
 
-    def raising(rows: Any, taps: Any) -> Any:
+    def raising(rows: Any, aux_layers: Any) -> Any:
         if (rows.token == 7).any():
             raise error
-        return verify(rows, taps)
+        return verify(rows, aux_layers)
 
     llm.target.verify = raising  # type: ignore[method-assign]
     return llm
@@ -312,19 +384,34 @@ def test_a_request_that_breaks_the_model_does_not_break_the_others(
 
     params = {"temperature": 0, "max_tokens": 60, "logit_bias": {"7": -100}}
     poison = RuntimeError("poison")
-    with serving(lambda: poisoned(slow(load(enable_prefix_caching=False), 0.002), poison)) as running, \
-            ThreadPoolExecutor() as pool:  # fmt: skip
-        jobs = [pool.submit(post, running, "/v1/completions", json={"model": NAME, "prompt": p, **params})
-                for p in ("ab", "cd")]  # fmt: skip
+    with (
+        serving(
+            lambda: poisoned(slow(load(enable_prefix_caching=False), 0.002), poison)
+        ) as running,
+        ThreadPoolExecutor() as pool,
+    ):
+        jobs = [
+            pool.submit(
+                post, running, "/v1/completions", json={"model": NAME, "prompt": p, **params}
+            )
+            for p in ("ab", "cd")
+        ]
         assert wait_for(lambda: running.worker.active == 2)
-        bad = post(running, "/v1/completions", json={"model": NAME, "prompt": [1, 7, 2], "max_tokens": 5},
-                   headers={"x-request-id": "the-bad-one"})  # fmt: skip
+        bad = post(
+            running,
+            "/v1/completions",
+            json={"model": NAME, "prompt": [1, 7, 2], "max_tokens": 5},
+            headers={"x-request-id": "the-bad-one"},
+        )
         assert "poison" in error_of(bad, 500)["message"]
         (entry,) = [r for r in caplog.records if r.message == "request failed"]
         assert entry.request_id == "the-bad-one" and "poison" in str(entry.exc_info[1])
         llm_params = SamplingParams(temperature=0, max_tokens=60, logit_bias={7: -100})
         for prompt, job in zip(("ab", "cd"), jobs, strict=True):
-            assert job.result().json()["choices"][0]["text"] == plain.generate(prompt, llm_params)[0].outputs[0].text
+            assert (
+                job.result().json()["choices"][0]["text"]
+                == plain.generate(prompt, llm_params)[0].outputs[0].text
+            )
         assert running.idle() and httpx.get(f"{running.url}/health").status_code == 200
         running.llm.engine.check_integrity()
 
@@ -334,7 +421,11 @@ def test_failures_in_a_row_that_are_the_requests_own_do_not_stop_the_engine(load
     wrong = ModelError("logits that are not finite")
     with serving(lambda: poisoned(load(enable_prefix_caching=False), wrong)) as running:
         for _ in range(5):
-            bad = post(running, "/v1/completions", json={"model": NAME, "prompt": [1, 7, 2], "max_tokens": 5})
+            bad = post(
+                running,
+                "/v1/completions",
+                json={"model": NAME, "prompt": [1, 7, 2], "max_tokens": 5},
+            )
             assert error_of(bad, 500)["code"] == "request_failed"
         good = {"model": NAME, "prompt": "ab", "max_tokens": 2, "logit_bias": {"7": -100}}
         assert post(running, "/v1/completions", json=good).status_code == 200
@@ -343,7 +434,11 @@ def test_failures_in_a_row_that_are_the_requests_own_do_not_stop_the_engine(load
 
 def test_a_long_list_of_nonsense_makes_few_errors() -> None:
     """Each would be told of in a record of its own: gigabytes for a body of a few megabytes."""
-    for wrong in ({"prompt": [None] * 5000}, {"prompt": [[-1] * 5000]}, {"prompt": "a", "stop_token_ids": [-1] * 5000}):
+    for wrong in (
+        {"prompt": [None] * 5000},
+        {"prompt": [[-1] * 5000]},
+        {"prompt": "a", "stop_token_ids": [-1] * 5000},
+    ):
         with pytest.raises(ValidationError) as error:
             CompletionRequest.model_validate({"model": "m", **wrong})
         assert error.value.error_count() < 10
@@ -394,7 +489,9 @@ def test_not_ready_while_loading(load: Any) -> None:
         assert wait_for(lambda: httpx.get(f"{running.url}/health/ready").status_code == 200)
 
 
-def test_ready_only_after_the_profile_and_the_warm_up(cache: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ready_only_after_the_profile_and_the_warm_up(
+    cache: Any, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages: list[tuple[threading.Event, threading.Event]] = []
 
     def held(work: Any) -> Any:
@@ -440,24 +537,32 @@ def test_a_deadline_below_a_second_is_not_none(load: Any) -> None:
 def test_the_end_drains_up_to_the_deadline(load: Any, deadline: float) -> None:
     body = {**LONG, "max_tokens": 80}
     with ThreadPoolExecutor() as pool:
-        with serving(lambda: slow(load(speculative_config=False), 0.01), shutdown_timeout=deadline) as running:
+        with serving(
+            lambda: slow(load(speculative_config=False), 0.01), shutdown_timeout=deadline
+        ) as running:
             answer = pool.submit(post, running, "/v1/completions", json=body)
             assert wait_for(lambda: bool(running.llm.engine.scheduler.running))
         if deadline > 5:
             assert answer.result().json()["usage"]["completion_tokens"] == 80
         else:
-            assert isinstance(answer.exception(), httpx.HTTPError) or answer.result().status_code >= 500
+            assert (
+                isinstance(answer.exception(), httpx.HTTPError)
+                or answer.result().status_code >= 500
+            )
 
 
 def test_two_requests_may_carry_the_same_id(load: Any) -> None:
     with serving(lambda: slow(load(), 0.002)) as running, ThreadPoolExecutor() as pool:
         headers, body = {"x-request-id": "mine"}, {**LONG, "max_tokens": 40}
-        both = [pool.submit(post, running, "/v1/completions", json=body, headers=headers) for _ in range(2)]
+        both = [
+            pool.submit(post, running, "/v1/completions", json=body, headers=headers)
+            for _ in range(2)
+        ]
         assert [answer.result().status_code for answer in both] == [200, 200]
         assert all(answer.result().headers["x-request-id"] == "mine" for answer in both)
-        assert post(running, "/tokenize", json={"prompt": ""}, headers={"x-request-id": "a b"}).headers[
-            "x-request-id"
-        ] not in ("", "a b")
+        assert post(
+            running, "/tokenize", json={"prompt": ""}, headers={"x-request-id": "a b"}
+        ).headers["x-request-id"] not in ("", "a b")
 
 
 def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> None:
@@ -469,9 +574,13 @@ def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> N
         broken = lambda skip: lambda ids: 1 / 0 if not skip else decode(skip)(ids)  # noqa: E731
         running.llm.engine._decode = broken
         running.worker.observers[0].after = lambda engine, touched: 1 / 0  # type: ignore[method-assign]
-        bad = post(running, "/v1/completions", json={**LONG, "max_tokens": 9, "skip_special_tokens": False})
+        bad = post(
+            running, "/v1/completions", json={**LONG, "max_tokens": 9, "skip_special_tokens": False}
+        )
         error_of(bad, 500)
-        (wanted,) = plain.generate("a", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True))
+        (wanted,) = plain.generate(
+            "a", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+        )
         assert good.result().json()["choices"][0]["text"] == wanted.outputs[0].text
         assert running.idle() and len(running.worker.observers) == 1
         running.llm.engine.check_integrity()
@@ -479,25 +588,43 @@ def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> N
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=6,
 )
-FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, "tools", "response_format", "echo"})
+FIELDS = sorted(
+    {*ChatRequest.model_fields, *CompletionRequest.model_fields, "tools", "response_format", "echo"}
+)
 
 
 @settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
-       st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=3), st.booleans())  # fmt: skip
-def test_no_body_makes_the_server_fail(running: Running, path: str, change: dict[str, Any], chat: bool) -> None:
-    start = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a", "max_tokens": 2}
+@given(
+    st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
+    st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=3),
+    st.booleans(),
+)
+def test_no_body_makes_the_server_fail(
+    running: Running, path: str, change: dict[str, Any], chat: bool
+) -> None:
+    start = (
+        {"messages": [{"role": "user", "content": "a"}]}
+        if chat
+        else {"prompt": "a", "max_tokens": 2}
+    )
     body = json.dumps({"model": NAME, **start, "stop": "e", **change}).encode()
     response = post(running, path, content=body, headers=JSON)
     assert response.status_code in (200, 400, 404), response.text
 
 
-@pytest.mark.parametrize("name", ["max_model_len", "kv_cache_tokens", "max_num_seqs", "max_num_batched_tokens"])
+@pytest.mark.parametrize(
+    "name", ["max_model_len", "kv_cache_tokens", "max_num_seqs", "max_num_batched_tokens"]
+)
 def test_sizes_of_nothing_are_refused(load: Any, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}=0 is not allowed"):
         load(**{name: 0})
@@ -519,19 +646,28 @@ def test_a_context_beyond_the_memory_is_refused_before_weights_are_loaded(
     load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("smart_decoding.models.loading.SafetensorsWeights.__getitem__", None)
-    with pytest.raises(CapacityError, match="max_model_len=1024 exceeds the KV memory of 512 tokens"):
+    with pytest.raises(
+        CapacityError, match="max_model_len=1024 exceeds the KV memory of 512 tokens"
+    ):
         load(max_model_len=1024, kv_cache_tokens=512)
 
 
 def test_prompts_may_be_arrays(plain: LLM) -> None:
     ids, params = [70, 71, 72], SamplingParams(temperature=0.0, max_tokens=4)
-    for prompts in (np.array(ids), [np.array(ids)], np.array([ids]), [{"prompt_token_ids": np.array(ids)}]):
+    for prompts in (
+        np.array(ids),
+        [np.array(ids)],
+        np.array([ids]),
+        [{"prompt_token_ids": np.array(ids)}],
+    ):
         (output,) = plain.generate(prompts, params)  # type: ignore[arg-type]
         assert output.prompt_token_ids == ids and type(output.prompt_token_ids[0]) is int
         assert output.outputs[0].token_ids == plain.generate(ids, params)[0].outputs[0].token_ids
 
 
-@pytest.mark.parametrize("prompt", [np.array([0.5]), [1, "a"], [[1, 2.5]], [3.5], [None], {"prompt": 7}])
+@pytest.mark.parametrize(
+    "prompt", [np.array([0.5]), [1, "a"], [[1, 2.5]], [3.5], [None], {"prompt": 7}]
+)
 def test_what_is_no_prompt_is_refused(plain: LLM, prompt: Any) -> None:
     with pytest.raises(ConfigError, match="a prompt must be a text or token ids"):
         plain.generate(prompt)

@@ -13,7 +13,14 @@ import httpx
 import pytest
 from serving import NAME, Running, post, serving, slow, wait_for
 
-BODY = {"model": NAME, "prompt": "abcabcabc", "max_tokens": 900, "ignore_eos": True, "temperature": 0, "stream": True}
+BODY = {
+    "model": NAME,
+    "prompt": "abcabcabc",
+    "max_tokens": 900,
+    "ignore_eos": True,
+    "temperature": 0,
+    "stream": True,
+}
 CHROMIUM = shutil.which("chromium")
 BACKGROUND = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)"
 
@@ -51,22 +58,32 @@ def test_events_show_the_running_trees(load: Any) -> None:
     with serving(lambda: slow(load(), 0.005)) as running:
         quiet = events(running, 1)[0]
         assert quiet["name"] == NAME and quiet["yield"] is None
-        assert quiet["ready"] and quiet["running"] == 0 and quiet["tps"] == 0 and quiet["trees"] == []
+        assert (
+            quiet["ready"] and quiet["running"] == 0 and quiet["tps"] == 0 and quiet["trees"] == []
+        )
         with busy(running):
             _, *later = events(running, 4)
-        assert all(event["running"] == 1 and event["tps"] > 0 and event["yield"] >= 1 for event in later)
+        assert all(
+            event["running"] == 1 and event["tps"] > 0 and event["yield"] >= 1 for event in later
+        )
         # A token that was not seen before has no successors to draft: then a round's tree is empty.
         tree = next(tree for event in later for tree in event["trees"] if tree["nodes"])
         assert tree["own"] and all(len(event["trees"]) == 1 for event in later)
         for i, (parent, text, prob, accepted) in enumerate(tree["nodes"]):
             assert -1 <= parent < i and isinstance(text, str) and 0 <= prob <= 1
-            assert not accepted or parent < 0 or tree["nodes"][parent][3]  # the accepted nodes are a path
+            assert (
+                not accepted or parent < 0 or tree["nodes"][parent][3]
+            )  # the accepted nodes are a path
         assert later[-1]["trees"][0]["tokens"] > later[0]["trees"][0]["tokens"]
-        assert later[-1]["plain_tps"] is None and later[-1]["curve"] is None  # this policy has no costs
+        assert (
+            later[-1]["plain_tps"] is None and later[-1]["curve"] is None
+        )  # this policy has no costs
         assert running.idle()
 
 
-def test_a_policy_with_costs_shows_its_curve_and_the_point_moves(load: Any, short_profile: None) -> None:
+def test_a_policy_with_costs_shows_its_curve_and_the_point_moves(
+    load: Any, short_profile: None
+) -> None:
     with serving(lambda: slow(load(speculative_config={"method": "recycling"}), 0.02)) as running:
         with busy(running):
             _, *alone = events(running, 3)
@@ -80,7 +97,9 @@ def test_a_policy_with_costs_shows_its_curve_and_the_point_moves(load: Any, shor
             assert curve["rows"][0] <= point["rows"] <= curve["rows"][-1] and point["ms"] > 0
         assert {event["curve"]["batch"] for event in alone} == {1}
         assert {event["curve"]["batch"] for event in both} == {2}
-        assert len({(event["point"]["rows"], event["point"]["ms"]) for event in (*alone, *both)}) > 1
+        assert (
+            len({(event["point"]["rows"], event["point"]["ms"]) for event in (*alone, *both)}) > 1
+        )
         assert running.idle()
 
 
@@ -89,9 +108,17 @@ def test_nobody_watching_costs_nothing_and_a_key_guards_the_events(load: Any) ->
         headers = {"authorization": "Bearer k"}
         assert httpx.get(f"{running.url}/events").status_code == 401
         page = httpx.get(running.url)
-        assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+        assert (
+            page.status_code == 200
+            and "default-src 'none'" in page.headers["content-security-policy"]
+        )
         live = running.worker.observers[1]
-        post(running, "/v1/completions", json={**BODY, "max_tokens": 5, "stream": False}, headers=headers)
+        post(
+            running,
+            "/v1/completions",
+            json={**BODY, "max_tokens": 5, "stream": False},
+            headers=headers,
+        )
         assert running.idle() and live._last is None
         assert events(running, 1, headers=headers)[0]["ready"]
         assert wait_for(lambda: live.watchers == 0)
@@ -107,7 +134,12 @@ def test_the_page_in_chromium(load: Any, capsys: pytest.CaptureFixture[str]) -> 
         faults: list[str] = []
         asked: set[str] = set()
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: asked.add(request.url.partition("/")[2].partition("/")[2].partition(":")[0]))
+        page.on(
+            "request",
+            lambda request: asked.add(
+                request.url.partition("/")[2].partition("/")[2].partition(":")[0]
+            ),
+        )
         with serving(lambda: slow(load(), 0.01)) as running:
             port = int(running.url.rpartition(":")[2])
             page.goto(running.url)
@@ -117,7 +149,9 @@ def test_the_page_in_chromium(load: Any, capsys: pytest.CaptureFixture[str]) -> 
                 page.wait_for_selector("#trees rect", timeout=5000)
                 page.wait_for_selector("#hint", state="hidden", timeout=5000)
                 before = page.text_content("#trees p i")
-                page.wait_for_function("old => document.querySelector('#trees p i').textContent !== old", arg=before)
+                page.wait_for_function(
+                    "old => document.querySelector('#trees p i').textContent !== old", arg=before
+                )
                 assert float(page.text_content("#tps")) > 0
                 assert page.evaluate("document.querySelector('#bar').clientWidth") > 20
                 page.wait_for_selector("#trees rect.accepted, #trees rect.rejected", timeout=5000)

@@ -38,7 +38,13 @@ def read(running: Running) -> dict[str, float]:
 
 def test_counts_are_those_of_the_answers(smart_server: Running) -> None:
     before = read(smart_server)
-    body = {"model": NAME, "prompt": "abcdefgh", "max_tokens": 64, "ignore_eos": True, "temperature": 0}
+    body = {
+        "model": NAME,
+        "prompt": "abcdefgh",
+        "max_tokens": 64,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
     for _ in range(3):
         assert post(smart_server, "/v1/completions", json=body).status_code == 200
     assert smart_server.idle()
@@ -49,14 +55,28 @@ def test_counts_are_those_of_the_answers(smart_server: Running) -> None:
 
     assert grew("generation_tokens_total") == 3 * 64 and grew("prompt_tokens_total") == 3 * 8
     assert grew('request_success_total[finished_reason="length"]') == 3
-    for name in ("time_to_first_token_seconds", "time_per_output_token_seconds", "e2e_request_latency_seconds"):
+    for name in (
+        "time_to_first_token_seconds",
+        "time_per_output_token_seconds",
+        "e2e_request_latency_seconds",
+    ):
         assert grew(f"{name}_count") == 3 and grew(f"{name}_sum") > 0
         buckets = [value for key, value in after.items() if key.startswith(f"{name}_bucket")]
         assert buckets == sorted(buckets) and buckets[-1] == after[f"{name}_count"]
-    assert after["num_requests_running"] == after["num_requests_waiting"] == after["kv_cache_usage_perc"] == 0
-    drafted, accepted = grew("spec_decode_num_draft_tokens_total"), grew("spec_decode_num_accepted_tokens_total")
+    assert (
+        after["num_requests_running"]
+        == after["num_requests_waiting"]
+        == after["kv_cache_usage_perc"]
+        == 0
+    )
+    drafted, accepted = (
+        grew("spec_decode_num_draft_tokens_total"),
+        grew("spec_decode_num_accepted_tokens_total"),
+    )
     assert 0 <= accepted <= drafted <= grew("spec_decode_num_proposed_tokens_total")
-    assert grew("rounds_total") + accepted >= 3 * 64  # every round of one request yields its path and a token
+    assert (
+        grew("rounds_total") + accepted >= 3 * 64
+    )  # every round of one request yields its path and a token
     assert grew("rounds_total") <= 3 * 64 and grew("drafting_rounds_total") <= grew("rounds_total")
     assert grew("verify_rows_total") >= grew("rounds_total")
     assert 0 < grew("controller_seconds_total") < grew("round_seconds_total")
@@ -69,7 +89,9 @@ def test_drafts_are_the_requests_whose_nodes_are_verified(load: Any) -> None:
     llm, metrics = load(speculative_config={"method": "ngram", "policy": "static"}), Metrics(NAME)
     engine, drafts, walked, requests = llm.engine, 0, 0, []
     metrics.start(llm)
-    for end in range(20, 30):  # all tokens are the same, and the next one after `end` of them is the last
+    for end in range(
+        20, 30
+    ):  # all tokens are the same, and the next one after `end` of them is the last
         more = {"logit_bias": {65: 100}, "min_tokens": end, "stop": llm.tokenizer.decode([65])}
         for speculate in (True, False):
             params = SamplingParams(temperature=0, max_tokens=60, speculate=speculate, **more)
@@ -80,7 +102,9 @@ def test_drafts_are_the_requests_whose_nodes_are_verified(load: Any) -> None:
             record = engine.last_round
             drafts += np.count_nonzero(np.bincount(record.round.trees.owner[record.round.kept]))
             walked += sum(map(len, record.acceptance.path))
-    assert metrics.counts["drafts"] == drafts < sum(request.metrics.rounds for request in requests) / 2
+    assert (
+        metrics.counts["drafts"] == drafts < sum(request.metrics.rounds for request in requests) / 2
+    )
     assert metrics.counts["accepted"] == sum(request.metrics.accepted for request in requests)
     assert 0 < metrics.counts["accepted"] < walked
 
@@ -94,8 +118,16 @@ def test_every_metric_says_what_it_is(smart_server: Running) -> None:
 
 def test_an_aborted_answer_counts_as_such(smart_server: Running) -> None:
     before = read(smart_server).get('request_success_total[finished_reason="abort"]', 0)
-    body = {"model": NAME, "prompt": "a", "max_tokens": 1000, "ignore_eos": True, "temperature": 1.0}
-    with httpx.stream("POST", f"{smart_server.url}/v1/completions", json={**body, "stream": True}) as stream:
+    body = {
+        "model": NAME,
+        "prompt": "a",
+        "max_tokens": 1000,
+        "ignore_eos": True,
+        "temperature": 1.0,
+    }
+    with httpx.stream(
+        "POST", f"{smart_server.url}/v1/completions", json={**body, "stream": True}
+    ) as stream:
         next(stream.iter_lines())
     assert smart_server.idle()
     assert read(smart_server)['request_success_total[finished_reason="abort"]'] == before + 1

@@ -13,7 +13,10 @@ from serving import NAME, Running
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
 
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"}]
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Why is the sky blue?"},
+]
 
 
 @pytest.fixture
@@ -34,7 +37,9 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_chat_answers_as_generate_does(client: openai.OpenAI, plain: LLM, temperature: float) -> None:
+def test_chat_answers_as_generate_does(
+    client: openai.OpenAI, plain: LLM, temperature: float
+) -> None:
     answer = client.chat.completions.create(
         model=NAME, messages=MESSAGES, temperature=temperature, seed=5, max_completion_tokens=24
     )
@@ -49,12 +54,19 @@ def test_chat_answers_as_generate_does(client: openai.OpenAI, plain: LLM, temper
 
 def test_a_chat_stream_is_the_answer_in_pieces(client: openai.OpenAI, plain: LLM) -> None:
     stream = client.chat.completions.create(
-        model=NAME, messages=MESSAGES, temperature=0, max_tokens=40, stream=True, stream_options={"include_usage": True}
+        model=NAME,
+        messages=MESSAGES,
+        temperature=0,
+        max_tokens=40,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     *chunks, last = list(stream)
     (wanted,) = plain.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=40))
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted.outputs[0].text
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted.outputs[0].text
+    )
     assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"]
     assert len(chunks) > 5 and all(chunk.usage is None for chunk in chunks)
     assert last.choices == [] and last.usage.completion_tokens == len(wanted.outputs[0].token_ids)
@@ -64,7 +76,9 @@ def test_a_chat_stream_is_the_answer_in_pieces(client: openai.OpenAI, plain: LLM
 def test_completions_of_several_prompts_and_samples(client: openai.OpenAI, plain: LLM) -> None:
     prompts, params = ["one two", "three"], {"temperature": 1.0, "seed": 3, "max_tokens": 9, "n": 2}
     answer = client.completions.create(model=NAME, prompt=prompts, **params)
-    wanted = [o.text for out in plain.generate(prompts, SamplingParams(**params)) for o in out.outputs]
+    wanted = [
+        o.text for out in plain.generate(prompts, SamplingParams(**params)) for o in out.outputs
+    ]
     assert [choice.text for choice in answer.choices] == wanted
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     streamed = ["", "", "", ""]
@@ -74,11 +88,17 @@ def test_completions_of_several_prompts_and_samples(client: openai.OpenAI, plain
     assert streamed == wanted
 
 
-def test_completions_take_token_ids_and_default_to_16_tokens(client: openai.OpenAI, plain: LLM) -> None:
+def test_completions_take_token_ids_and_default_to_16_tokens(
+    client: openai.OpenAI, plain: LLM
+) -> None:
     tokens = plain.tokenizer.encode("hello")
-    answer = client.completions.create(model=NAME, prompt=tokens, temperature=0, extra_body={"ignore_eos": True})
+    answer = client.completions.create(
+        model=NAME, prompt=tokens, temperature=0, extra_body={"ignore_eos": True}
+    )
     assert answer.usage.completion_tokens == 16
-    assert answer.choices[0].text == expected(plain, "hello", temperature=0, ignore_eos=True, max_tokens=16)
+    assert answer.choices[0].text == expected(
+        plain, "hello", temperature=0, ignore_eos=True, max_tokens=16
+    )
 
 
 def test_stop_bias_and_penalties_reach_the_engine(client: openai.OpenAI, plain: LLM) -> None:
@@ -86,7 +106,10 @@ def test_stop_bias_and_penalties_reach_the_engine(client: openai.OpenAI, plain: 
     text = expected(plain, "abc", **params)
     stop = text[4:6]
     answer = client.completions.create(model=NAME, prompt="abc", stop=[stop], **params)
-    assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+    assert (
+        answer.choices[0].text == text[: text.index(stop)]
+        and answer.choices[0].finish_reason == "stop"
+    )
     biased = client.completions.create(model=NAME, prompt="abc", logit_bias={"65": 100}, **params)
     assert biased.choices[0].text == plain.tokenizer.decode([65]) * 20
     more = {"presence_penalty": 1.5, "frequency_penalty": 1.0}
@@ -99,21 +122,35 @@ def test_logprobs_of_chat_and_completions(client: openai.OpenAI, plain: LLM) -> 
     (wanted,) = plain.generate("abc", SamplingParams(**params, logprobs=2))
     answer = client.completions.create(model=NAME, prompt="abc", logprobs=2, **params)
     got = answer.choices[0].logprobs
-    assert got.token_logprobs == pytest.approx([e.logprob for e in wanted.outputs[0].logprobs], abs=1e-4)
-    assert len(got.tokens) == len(got.text_offset) == 6 and all(1 <= len(top) <= 2 for top in got.top_logprobs)
+    assert got.token_logprobs == pytest.approx(
+        [e.logprob for e in wanted.outputs[0].logprobs], abs=1e-4
+    )
+    assert len(got.tokens) == len(got.text_offset) == 6 and all(
+        1 <= len(top) <= 2 for top in got.top_logprobs
+    )
     stream = client.chat.completions.create(
         model=NAME, messages=MESSAGES, logprobs=True, top_logprobs=3, stream=True, **params
     )
-    entries = [e for chunk in stream if chunk.choices[0].logprobs for e in chunk.choices[0].logprobs.content]
+    entries = [
+        e
+        for chunk in stream
+        if chunk.choices[0].logprobs
+        for e in chunk.choices[0].logprobs.content
+    ]
     assert len(entries) == 6 and all(len(e.top_logprobs) == 3 for e in entries)
     for entry in entries:  # greedy: the drawn token is the likeliest
-        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob, abs=1e-5) and entry.logprob <= 0
+        assert (
+            entry.logprob == pytest.approx(entry.top_logprobs[0].logprob, abs=1e-5)
+            and entry.logprob <= 0
+        )
         assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
 
 
 @pytest.mark.parametrize("top", [0, 1])
 def test_the_drawn_token_is_always_among_the_top_logprobs(client: openai.OpenAI, top: int) -> None:
-    answer = client.completions.create(model=NAME, prompt="abc", logprobs=top, temperature=2, seed=1, max_tokens=20)
+    answer = client.completions.create(
+        model=NAME, prompt="abc", logprobs=top, temperature=2, seed=1, max_tokens=20
+    )
     got = answer.choices[0].logprobs
     for token, value, likely in zip(got.tokens, got.token_logprobs, got.top_logprobs, strict=True):
         assert likely[token] == value and len(likely) <= top + 1
@@ -125,7 +162,9 @@ def test_text_offsets_are_positions_in_the_text(client: openai.OpenAI, stream: b
     """A token is a byte here: those of one character are where it begins. The end token is not shown."""
 
     def offsets(**more: Any) -> tuple[str, list[int]]:
-        answer = client.completions.create(model=NAME, prompt="abc", logprobs=1, stream=stream, **more)
+        answer = client.completions.create(
+            model=NAME, prompt="abc", logprobs=1, stream=stream, **more
+        )
         choices = [each.choices[0] for each in (answer if stream else [answer])]
         return "".join(choice.text for choice in choices), [
             at for choice in choices if choice.logprobs for at in choice.logprobs.text_offset
@@ -133,8 +172,9 @@ def test_text_offsets_are_positions_in_the_text(client: openai.OpenAI, stream: b
 
     text = "é€ 😀!"
     assert offsets(max_tokens=20, extra_body={"structured_outputs": {"choice": [text]}}) == (
-        text, [at for at, character in enumerate(text) for _ in character.encode()] + [len(text)]
-    )  # fmt: skip
+        text,
+        [at for at, character in enumerate(text) for _ in character.encode()] + [len(text)],
+    )
     only_ends = {"logit_bias": {"257": 100}, "max_tokens": 3}
     assert offsets(**only_ends, extra_body={"ignore_eos": True}) == ("", [0, 0, 0])
     shown = {"ignore_eos": True, "skip_special_tokens": False}
@@ -143,15 +183,21 @@ def test_text_offsets_are_positions_in_the_text(client: openai.OpenAI, stream: b
 
 def test_async_streams_run_side_by_side(running: Running, plain: LLM) -> None:
     async def one(client: openai.AsyncOpenAI, prompt: str) -> str:
-        stream = await client.completions.create(model=NAME, prompt=prompt, temperature=0, max_tokens=30, stream=True)
+        stream = await client.completions.create(
+            model=NAME, prompt=prompt, temperature=0, max_tokens=30, stream=True
+        )
         return "".join([chunk.choices[0].text async for chunk in stream])
 
     async def everyone() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{running.url}/v1", api_key="none", max_retries=0
+        ) as client:
             return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
 
     prompts = [f"prompt number {i}" for i in range(8)]
-    assert asyncio.run(everyone()) == [expected(plain, p, temperature=0, max_tokens=30) for p in prompts]
+    assert asyncio.run(everyone()) == [
+        expected(plain, p, temperature=0, max_tokens=30) for p in prompts
+    ]
     assert running.idle()
 
 
@@ -164,7 +210,9 @@ def test_async_chats_whole_and_streamed(running: Running, plain: LLM) -> None:
         return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
 
     async def everyone() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{running.url}/v1", api_key="none", max_retries=0
+        ) as client:
             return await asyncio.gather(*(one(client, stream) for stream in (False, True) * 2))
 
     (wanted,) = plain.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=30))
@@ -174,12 +222,24 @@ def test_async_chats_whole_and_streamed(running: Running, plain: LLM) -> None:
 
 def test_what_is_not_supported_is_refused(client: openai.OpenAI) -> None:
     picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
-    refused = [{"messages": picture}, {"reasoning_effort": "low"}, {"extra_body": {"beam_width": 3}}]
+    refused = [
+        {"messages": picture},
+        {"reasoning_effort": "low"},
+        {"extra_body": {"beam_width": 3}},
+    ]
     for options in refused:
         with pytest.raises(openai.BadRequestError) as error:
-            client.chat.completions.create(**{"model": NAME, "messages": MESSAGES, "max_tokens": 1, **options})
+            client.chat.completions.create(
+                **{"model": NAME, "messages": MESSAGES, "max_tokens": 1, **options}
+            )
         assert error.value.body["message"] and error.value.body["type"] == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="reads text only"):
         client.chat.completions.create(model=NAME, messages=picture)
-    neutral = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "user": "u", "store": False}
+    neutral = {
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "user": "u",
+        "store": False,
+    }
     client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=1, **neutral)

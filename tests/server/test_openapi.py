@@ -40,8 +40,13 @@ def test_no_request_makes_the_server_fail(document: Any, small: Running) -> None
     operations = [found.ok() for found in document.get_all_operations()]
     assert {operation.path for operation in operations} == set(document.raw_schema["paths"])
     for operation in operations:
-        bounded = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
-                           suppress_health_check=list(HealthCheck))  # fmt: skip
+        bounded = settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
         bounded(given(operation.as_strategy())(try_out))()
     assert small.idle()
     small.llm.engine.check_integrity()
@@ -49,7 +54,18 @@ def test_no_request_makes_the_server_fail(document: Any, small: Running) -> None
 
 def test_the_document_tells_of_what_is_served(document: Any) -> None:
     paths = document.raw_schema["paths"]
-    assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/health",
-            "/health/ready", "/version", "/metrics"} <= set(paths)  # fmt: skip
+    assert {
+        "/v1/models",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+        "/health/ready",
+        "/version",
+        "/metrics",
+    } <= set(paths)
     fields = document.raw_schema["components"]["schemas"]["ChatRequest"]["properties"]
-    assert {"tools", "tool_choice", "response_format", "structured_outputs", "messages"} <= set(fields)
+    assert {"tools", "tool_choice", "response_format", "structured_outputs", "messages"} <= set(
+        fields
+    )

@@ -29,7 +29,9 @@ def tool() -> Any:
     return module
 
 
-def test_a_short_soak_finds_nothing_wrong(tool: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_soak_finds_nothing_wrong(
+    tool: Any, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tool, "SLOW", 0.02)
     size = {"max_num_seqs": 16, "max_model_len": 2048}
     args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5, checked=0.05)
@@ -41,7 +43,9 @@ def test_a_short_soak_finds_nothing_wrong(tool: Any, load: Any, monkeypatch: pyt
         ours.llm.engine.check_integrity()
     for policy, found in result["policies"].items():
         assert found["wrong"] == []
-        assert found["ends"]["read"] > 50 and found["ends"]["cancelled"] > 2 and found["checked"] > 2
+        assert (
+            found["ends"]["read"] > 50 and found["ends"]["cancelled"] > 2 and found["checked"] > 2
+        )
         assert (found["rounds_off"] == 1.0) == (policy == "off")
     assert result["over_off"]["static"]["tpot"]["pairs"] > 20
 
@@ -49,8 +53,14 @@ def test_a_short_soak_finds_nothing_wrong(tool: Any, load: Any, monkeypatch: pyt
 def test_it_notices_what_is_wrong(tool: Any, running: Any, load: Any) -> None:
     """An answer that is not the one alone, a page that is not given back, a server that is broken."""
     figures = tool.Figures(memory=[100] * 100 + [200] * 100)
-    body = {"model": "tiny", "prompt": "abc", "max_tokens": 5, "stream": True, "temperature": 0,
-            "stream_options": {"include_usage": True}}  # fmt: skip
+    body = {
+        "model": "tiny",
+        "prompt": "abc",
+        "max_tokens": 5,
+        "stream": True,
+        "temperature": 0,
+        "stream_options": {"include_usage": True},
+    }
     figures.answers = [(tool.Plan(0, body, "read", 1, True), "not that")]
     tool.asyncio.run(tool.check_answers(running.url, figures))
     assert len(figures.wrong) == 1 and "differs from alone" in figures.wrong[0]
@@ -61,7 +71,11 @@ def test_it_notices_what_is_wrong(tool: Any, running: Any, load: Any) -> None:
 
 
 def times(tool: Any, blocks: int, seconds: float) -> Any:
-    return {f"{b}-{i}": tool.Times(0.1, seconds * (1 + b / 10 + i / 100)) for b in range(blocks) for i in range(20)}
+    return {
+        f"{b}-{i}": tool.Times(0.1, seconds * (1 + b / 10 + i / 100))
+        for b in range(blocks)
+        for i in range(20)
+    }
 
 
 @pytest.mark.parametrize("blocks", [1, 6])
@@ -69,7 +83,9 @@ def test_a_worse_median_is_a_fault(tool: Any, blocks: int) -> None:
     base, result = times(tool, blocks, 0.01), {"policies": {"smart": {"wrong": []}}, "over_off": {}}
     for factor in (0.8, 1.0, 1.5):
         found = tool.ratio(times(tool, blocks, 0.01 * factor), base, "tpot")
-        assert found["low"] <= found["value"] <= found["high"] and found["value"] == pytest.approx(factor, abs=1e-4)
+        assert found["low"] <= found["value"] <= found["high"] and found["value"] == pytest.approx(
+            factor, abs=1e-4
+        )
         result["over_off"] = {"smart": {"tpot": found, "ttft": tool.ratio(base, base, "ttft")}}
         assert bool(tool.faults(result)) == (factor > 1)
 
@@ -77,16 +93,23 @@ def test_a_worse_median_is_a_fault(tool: Any, blocks: int) -> None:
 def test_refused_requests_are_faults_and_nothing_to_compare_is_one(tool: Any) -> None:
     """A server that refuses everything must not pass."""
     figures, body = tool.Figures(), {"seed": 1}
-    refuse = tool.httpx.MockTransport(lambda request: tool.httpx.Response(int(request.url.host[1:])))
+    refuse = tool.httpx.MockTransport(
+        lambda request: tool.httpx.Response(int(request.url.host[1:]))
+    )
 
     async def ask_all() -> None:
         for status in (429, 503):
-            async with tool.httpx.AsyncClient(transport=refuse, base_url=f"http://s{status}") as client:
+            async with tool.httpx.AsyncClient(
+                transport=refuse, base_url=f"http://s{status}"
+            ) as client:
                 await tool.ask(client, tool.Plan(0, body, "read", 1, False), "0-0", figures)
 
     tool.asyncio.run(ask_all())
     assert figures.wrong == ["429: seed 1", "503: seed 1"] and figures.times == {}
-    result = {"policies": {"smart": {"wrong": []}}, "over_off": {"smart": {"tpot": tool.ratio({}, {}, "tpot")}}}
+    result = {
+        "policies": {"smart": {"wrong": []}},
+        "over_off": {"smart": {"tpot": tool.ratio({}, {}, "tpot")}},
+    }
     assert tool.faults(result) == ["smart: median tpot: too few answers to compare (0)"]
 
 

@@ -27,19 +27,31 @@ pytest.importorskip("llguidance")
 MESSAGES = [{"role": "user", "content": "What is the weather in Paris?"}]
 SCHEMA = {
     "type": "object",
-    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 99},
-                   "tags": {"type": "array", "items": {"enum": ["sun", "rain"]}, "minItems": 1, "maxItems": 3}},
-    "required": ["city", "days", "tags"], "additionalProperties": False,
-}  # fmt: skip
-JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": SCHEMA, "strict": True}}
+    "properties": {
+        "city": {"enum": ["Paris", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 99},
+        "tags": {"type": "array", "items": {"enum": ["sun", "rain"]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["city", "days", "tags"],
+    "additionalProperties": False,
+}
+JSON_SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {"name": "forecast", "schema": SCHEMA, "strict": True},
+}
 TOOLS: list[Any] = [
-    {"type": "function", "function": {"name": "weather", "description": "Tells the weather.", "parameters": SCHEMA}},
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "Tells the weather.", "parameters": SCHEMA},
+    },
     {"type": "function", "function": {"name": "now"}},
 ]
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-QWEN = ("{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools> as <tool_call>{% endif %}"
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls %}"
-        "<tool_call>{{ c.function.arguments | tojson }}</tool_call>{% endfor %}{% endfor %}")  # fmt: skip
+QWEN = (
+    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools> as <tool_call>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls %}"
+    "<tool_call>{{ c.function.arguments | tojson }}</tool_call>{% endfor %}{% endfor %}"
+)
 
 
 @pytest.fixture
@@ -57,7 +69,11 @@ def holds(text: str) -> dict[str, Any]:
 
 def accepted(running: Running) -> int:
     metrics = httpx.get(f"{running.url}/metrics").text
-    line = next(line for line in metrics.splitlines() if line.startswith("smart:spec_decode_num_accepted_tokens_total"))
+    line = next(
+        line
+        for line in metrics.splitlines()
+        if line.startswith("smart:spec_decode_num_accepted_tokens_total")
+    )
     return int(float(line.rpartition(" ")[2]))
 
 
@@ -66,16 +82,23 @@ def test_a_schema_is_kept_to_and_the_tokens_are_plain_decodings(
     running: Running, client: openai.OpenAI, plain: LLM, temperature: float
 ) -> None:
     before, params = accepted(running), {"temperature": temperature, "seed": 4, "max_tokens": 400}
-    answer = client.chat.completions.create(model=NAME, messages=MESSAGES, response_format=JSON_SCHEMA, **params)
+    answer = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, response_format=JSON_SCHEMA, **params
+    )
     structure = StructuredOutputsParams(json=SCHEMA)
     (wanted,) = plain.chat(MESSAGES, SamplingParams(**params, structured_outputs=structure))
-    assert answer.choices[0].message.content == wanted.outputs[0].text and answer.choices[0].finish_reason == "stop"
+    assert (
+        answer.choices[0].message.content == wanted.outputs[0].text
+        and answer.choices[0].finish_reason == "stop"
+    )
     assert answer.usage.completion_tokens == len(wanted.outputs[0].token_ids)
     holds(answer.choices[0].message.content)
     stream = client.chat.completions.create(
         model=NAME, messages=MESSAGES, response_format=JSON_SCHEMA, stream=True, **params
     )
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted.outputs[0].text
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted.outputs[0].text
+    )
     assert accepted(running) > before
 
 
@@ -84,7 +107,9 @@ def test_the_clients_own_parser(client: openai.OpenAI) -> None:
         city: Literal["Paris", "Rome"]
         sunny: bool
 
-    answer = client.chat.completions.parse(model=NAME, messages=MESSAGES, response_format=Forecast, max_tokens=300)
+    answer = client.chat.completions.parse(
+        model=NAME, messages=MESSAGES, response_format=Forecast, max_tokens=300
+    )
     assert answer.choices[0].message.parsed.city in ("Paris", "Rome")
 
 
@@ -97,14 +122,24 @@ def test_any_json_object_and_vllms_other_forms(client: openai.OpenAI, plain: LLM
     (wanted,) = plain.chat(MESSAGES, SamplingParams(**params, structured_outputs=structure))
     assert answer.choices[0].message.content == wanted.outputs[0].text
     assert answer.choices[0].message.content.lstrip().startswith("{")
-    forms = {"choice": ['a "b" / \\ \n', "Grüße 😀"], "regex": "[0-9]{3}-[a-f]{2}",
-             "grammar": 'start: "(" start ")" | "x"', "json": {"const": [1, None]}}  # fmt: skip
+    forms = {
+        "choice": ['a "b" / \\ \n', "Grüße 😀"],
+        "regex": "[0-9]{3}-[a-f]{2}",
+        "grammar": 'start: "(" start ")" | "x"',
+        "json": {"const": [1, None]},
+    }
     for name, what in forms.items():
         answer = client.completions.create(
-            model=NAME, prompt="q", extra_body={"structured_outputs": {name: what}}, seed=1, max_tokens=60
+            model=NAME,
+            prompt="q",
+            extra_body={"structured_outputs": {name: what}},
+            seed=1,
+            max_tokens=60,
         )
         structure = StructuredOutputsParams(**{name: what})
-        (wanted,) = plain.generate("q", SamplingParams(seed=1, max_tokens=60, structured_outputs=structure))
+        (wanted,) = plain.generate(
+            "q", SamplingParams(seed=1, max_tokens=60, structured_outputs=structure)
+        )
         assert answer.choices[0].text == wanted.outputs[0].text
         if name == "choice":
             assert answer.choices[0].text in what
@@ -112,10 +147,20 @@ def test_any_json_object_and_vllms_other_forms(client: openai.OpenAI, plain: LLM
             assert json.loads(answer.choices[0].text) == [1, None]
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
 def test_tool_calls_streamed_and_not(client: openai.OpenAI, choice: Any) -> None:
-    ask = {"model": NAME, "messages": MESSAGES, "tools": TOOLS, "tool_choice": choice, "temperature": 1.0,
-           "seed": 3, "max_tokens": 250, "parallel_tool_calls": False}  # fmt: skip
+    ask = {
+        "model": NAME,
+        "messages": MESSAGES,
+        "tools": TOOLS,
+        "tool_choice": choice,
+        "temperature": 1.0,
+        "seed": 3,
+        "max_tokens": 250,
+        "parallel_tool_calls": False,
+    }
     answer = client.chat.completions.create(**ask).choices[0]
     assert answer.finish_reason == "tool_calls" and answer.message.content is None
     (call,) = answer.message.tool_calls
@@ -123,7 +168,10 @@ def test_tool_calls_streamed_and_not(client: openai.OpenAI, choice: Any) -> None
     if call.function.name == "weather":
         holds(call.function.arguments)
     else:
-        assert choice == "required" and (call.function.name, json.loads(call.function.arguments)) == ("now", {})
+        assert choice == "required" and (
+            call.function.name,
+            json.loads(call.function.arguments),
+        ) == ("now", {})
     name, arguments, reasons = "", "", []
     for chunk in client.chat.completions.create(**ask, stream=True):
         (piece,) = chunk.choices
@@ -132,22 +180,40 @@ def test_tool_calls_streamed_and_not(client: openai.OpenAI, choice: Any) -> None
         for part in piece.delta.tool_calls or ():
             assert part.index == 0 and bool(part.id) == bool(part.function.name) == (not name)
             name, arguments = name + (part.function.name or ""), arguments + part.function.arguments
-    assert (name, arguments, reasons) == (call.function.name, call.function.arguments, ["tool_calls"])
+    assert (name, arguments, reasons) == (
+        call.function.name,
+        call.function.arguments,
+        ["tool_calls"],
+    )
 
 
 def test_several_calls_and_several_answers(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model=NAME, messages=MESSAGES, tools=TOOLS, tool_choice="required", temperature=1.0, seed=0, n=4, max_tokens=250
+        model=NAME,
+        messages=MESSAGES,
+        tools=TOOLS,
+        tool_choice="required",
+        temperature=1.0,
+        seed=0,
+        n=4,
+        max_tokens=250,
     )
     counts = [len(choice.message.tool_calls) for choice in answer.choices]
-    assert max(counts) > 1 and len({call.id for c in answer.choices for call in c.message.tool_calls}) == sum(counts)
+    assert max(counts) > 1 and len(
+        {call.id for c in answer.choices for call in c.message.tool_calls}
+    ) == sum(counts)
 
 
 def test_auto_and_none_may_answer_with_text(client: openai.OpenAI, plain: LLM) -> None:
     params = {"temperature": 0, "max_tokens": 20}
-    none = client.chat.completions.create(model=NAME, messages=MESSAGES, tools=TOOLS, tool_choice="none", **params)
+    none = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, tools=TOOLS, tool_choice="none", **params
+    )
     (wanted,) = plain.chat(MESSAGES, SamplingParams(**params))
-    assert none.choices[0].message.content == wanted.outputs[0].text and none.choices[0].message.tool_calls is None
+    assert (
+        none.choices[0].message.content == wanted.outputs[0].text
+        and none.choices[0].message.tool_calls is None
+    )
     auto = client.chat.completions.create(model=NAME, messages=MESSAGES, tools=TOOLS, **params)
     assert auto.choices[0].finish_reason == "length" and auto.choices[0].message.content
     assert auto.usage.prompt_tokens > none.usage.prompt_tokens  # the tools are in it
@@ -157,12 +223,23 @@ def takes(running: Running, text: str, **more: Any) -> bool:
     """Whether the grammar of a request with TOOLS lets `text` be a whole answer."""
     body = ChatRequest.model_validate({"model": NAME, "messages": MESSAGES, "tools": TOOLS, **more})
     tokens = running.llm.tokenizer.encode(text, add_special_tokens=False)
-    return running.llm.grammars(body.structure()).accepts([*tokens, *running.llm.target.eos_token_ids])
+    return running.llm.grammars(body.structure()).accepts(
+        [*tokens, *running.llm.target.eos_token_ids]
+    )
 
 
 def test_what_the_grammar_lets_pass(running: Running) -> None:
-    weather = CALL.replace("now", "weather").replace("{}", json.dumps({"city": "Rome", "days": 2, "tags": ["sun"]}))
-    for text in ("", "Hello <tool> {\n", CALL, f"I look.\n{CALL}", f"{CALL}\n{weather}", "<tool_cal"):
+    weather = CALL.replace("now", "weather").replace(
+        "{}", json.dumps({"city": "Rome", "days": 2, "tags": ["sun"]})
+    )
+    for text in (
+        "",
+        "Hello <tool> {\n",
+        CALL,
+        f"I look.\n{CALL}",
+        f"{CALL}\n{weather}",
+        "<tool_cal",
+    ):
         assert takes(running, text), text
     for text in (
         "<tool_call>",
@@ -172,14 +249,20 @@ def test_what_the_grammar_lets_pass(running: Running) -> None:
         CALL.replace("{}", '{"a":1}'),
     ):
         assert not takes(running, text), text
-    assert takes(running, CALL, tool_choice="required") and not takes(running, "no", tool_choice="required")
+    assert takes(running, CALL, tool_choice="required") and not takes(
+        running, "no", tool_choice="required"
+    )
     one = {"parallel_tool_calls": False}
     assert takes(running, CALL, **one) and not takes(running, f"{CALL}\n{CALL}", **one)
     named = {"tool_choice": {"type": "function", "function": {"name": "weather"}}}
     assert takes(running, weather, **named) and not takes(running, CALL, **named)
     assert not takes(running, f"{weather}\n{weather}", **named)
     form = {"response_format": {"type": "json_object"}}
-    assert takes(running, '{"a": 1}', **form) and takes(running, CALL, **form) and not takes(running, "a", **form)
+    assert (
+        takes(running, '{"a": 1}', **form)
+        and takes(running, CALL, **form)
+        and not takes(running, "a", **form)
+    )
     assert not takes(running, "{" + " " * 41 + "}", **form)  # blanks are bounded
 
 
@@ -206,48 +289,89 @@ def test_an_answer_that_is_cut_keeps_what_it_has() -> None:
     assert reader.feed("a <tool_c", True) == ("a <tool_c", [])
     reader = ToolText()
     content, (call,) = reader.feed(CALL[:-13], True)
-    assert content == "" and call["function"] == {"name": "now", "arguments": "{}}"} and not reader.complete
+    assert (
+        content == ""
+        and call["function"] == {"name": "now", "arguments": "{}}"}
+        and not reader.complete
+    )
 
 
 def test_calls_and_results_go_back_to_the_model(running: Running, client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model=NAME, messages=MESSAGES, tools=TOOLS, tool_choice="required", seed=1, max_tokens=250,
-        parallel_tool_calls=False,
-    ).choices[0].message  # fmt: skip
+    answer = (
+        client.chat.completions.create(
+            model=NAME,
+            messages=MESSAGES,
+            tools=TOOLS,
+            tool_choice="required",
+            seed=1,
+            max_tokens=250,
+            parallel_tool_calls=False,
+        )
+        .choices[0]
+        .message
+    )
     (call,) = answer.tool_calls
     history = [*MESSAGES, answer, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
-    assert client.chat.completions.create(model=NAME, messages=history, tools=TOOLS, max_tokens=2).choices
-    messages = [Message.model_validate(m if isinstance(m, dict) else m.model_dump(exclude_unset=True)) for m in history]
+    assert client.chat.completions.create(
+        model=NAME, messages=history, tools=TOOLS, max_tokens=2
+    ).choices
+    messages = [
+        Message.model_validate(m if isinstance(m, dict) else m.model_dump(exclude_unset=True))
+        for m in history
+    ]
     prompt = running.llm.tokenizer.decode(
         chat_prompt(running.llm, messages, [Tool.model_validate(TOOLS[1])]).tokens, False
     )
     assert prompt.startswith("system: You can call functions.") and '"name": "now"' in prompt
-    assert "<tool_response>\nsunny\n</tool_response>" in prompt and f'{{"name": "{call.function.name}", ' in prompt
+    assert (
+        "<tool_response>\nsunny\n</tool_response>" in prompt
+        and f'{{"name": "{call.function.name}", ' in prompt
+    )
 
 
 def test_results_of_tools_and_what_is_said_then_are_one_turn() -> None:
     """Many templates refuse two turns of the user in a row."""
     calls = [{"type": "function", "function": {"name": "now", "arguments": {}}}] * 2
-    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"},
-                {"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "5"},
-                {"role": "tool", "content": "6"}, {"role": "user", "content": "And?"}]  # fmt: skip
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "5"},
+        {"role": "tool", "content": "6"},
+        {"role": "user", "content": "And?"},
+    ]
     plain = explained(messages, [])
     assert [message["role"] for message in plain] == ["user", "user", "assistant", "user"]
-    answers = ("<tool_response>\n5\n</tool_response>", "<tool_response>\n6\n</tool_response>", "And?")
+    answers = (
+        "<tool_response>\n5\n</tool_response>",
+        "<tool_response>\n6\n</tool_response>",
+        "And?",
+    )
     assert plain[-1]["content"] == "\n".join(answers)
 
 
-def test_a_template_that_knows_tools_is_given_them(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert speaks_our_form(QWEN) and not speaks_our_form(QWEN + "<function=") and not speaks_our_form("{{ messages }}")
+def test_a_template_that_knows_tools_is_given_them(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        speaks_our_form(QWEN)
+        and not speaks_our_form(QWEN + "<function=")
+        and not speaks_our_form("{{ messages }}")
+    )
     monkeypatch.setattr(running.llm.tokenizer, "template", QWEN)
     call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}}
-    history = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "5"}]
+    history = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "5"},
+    ]
     messages = [Message.model_validate(message) for message in history]
     prompt = running.llm.tokenizer.decode(
         chat_prompt(running.llm, messages, [Tool.model_validate(TOOLS[1])]).tokens, False
     )
-    assert prompt == ('<tools>{"type": "function", "function": {"name": "now"}}</tools> as <tool_call>'
-                      '[assistant]<tool_call>{"a": 1}</tool_call>[tool]5')  # fmt: skip
+    assert prompt == (
+        '<tools>{"type": "function", "function": {"name": "now"}}</tools> as <tool_call>'
+        '[assistant]<tool_call>{"a": 1}</tool_call>[tool]5'
+    )
 
 
 NESTED: dict[str, Any] = {}
@@ -261,11 +385,46 @@ NESTED_OBJECT = {"type": "object", "properties": {"a": NESTED}}
     [
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "json_schema"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "no"}}}}, "no"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}}, "not"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": NESTED}}}, "deep"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "\ud800"}}}}, ""),
-        ({"response_format": JSON_SCHEMA, "structured_outputs": {"regex": "a"}}, "exclude each other"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"type": "no"}},
+                }
+            },
+            "no",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"not": {}}},
+                }
+            },
+            "not",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": NESTED},
+                }
+            },
+            "deep",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"const": "\ud800"}},
+                }
+            },
+            "",
+        ),
+        (
+            {"response_format": JSON_SCHEMA, "structured_outputs": {"regex": "a"}},
+            "exclude each other",
+        ),
         ({"response_format": JSON_SCHEMA, "min_tokens": 3}, "min_tokens"),
         ({"response_format": JSON_SCHEMA, "ignore_eos": True}, "ignore_eos"),
         ({"structured_outputs": {}}, "exactly one"),
@@ -275,32 +434,130 @@ NESTED_OBJECT = {"type": "object", "properties": {"a": NESTED}}
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "name"),
         ({"tools": [TOOLS[1], TOOLS[1]]}, "same name"),
         ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]}, "object"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"propertyNames": {}}}}]}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": NESTED_OBJECT}}]}, "deep"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"title": "\ud800"}}}]}, "surrogate"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"x": math.nan}}}]}, "float"),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}
+                ]
+            },
+            "object",
+        ),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "a", "parameters": {"propertyNames": {}}},
+                    }
+                ]
+            },
+            "tools",
+        ),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "a", "parameters": NESTED_OBJECT}}
+                ]
+            },
+            "deep",
+        ),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "a", "parameters": {"title": "\ud800"}},
+                    }
+                ]
+            },
+            "surrogate",
+        ),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "a", "parameters": {"x": math.nan}}}
+                ]
+            },
+            "float",
+        ),
         ({"tools": TOOLS, "structured_outputs": {"regex": "a"}}, "exclude each other"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "b"}}}, "no tool"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "b"}}},
+            "no tool",
+        ),
         ({"tool_choice": "required"}, "no tools"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "tool_call_id"),
         ({"messages": [{"role": "assistant"}]}, "content"),
         ({"messages": [{"role": "assistant", "refusal": "no"}]}, "refusal"),
-        ({"messages": [{"role": "assistant", "tool_calls": [
-            {"id": "c", "type": "function", "function": {"name": "f", "arguments": "[]"}}]}]}, "JSON object"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {
-            "name": "f", "arguments": '{"a":' + 400 * "[" + 400 * "]" + "}"}}]}]}, "deep"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {
-            "name": "f", "arguments": '{"a": "\\ud800"}'}}]}]}, "surrogate"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {
+                                "id": "c",
+                                "type": "function",
+                                "function": {"name": "f", "arguments": "[]"},
+                            }
+                        ],
+                    }
+                ]
+            },
+            "JSON object",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {
+                                "id": "c",
+                                "type": "function",
+                                "function": {
+                                    "name": "f",
+                                    "arguments": '{"a":' + 400 * "[" + 400 * "]" + "}",
+                                },
+                            }
+                        ],
+                    }
+                ]
+            },
+            "deep",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {
+                                "id": "c",
+                                "type": "function",
+                                "function": {"name": "f", "arguments": '{"a": "\\ud800"}'},
+                            }
+                        ],
+                    }
+                ]
+            },
+            "surrogate",
+        ),
     ],
-)  # fmt: skip
-def test_what_cannot_be_kept_to_is_refused(running: Running, change: dict[str, Any], words: str) -> None:
+)
+def test_what_cannot_be_kept_to_is_refused(
+    running: Running, change: dict[str, Any], words: str
+) -> None:
     body = json.dumps({"model": NAME, "messages": MESSAGES, "max_tokens": 2, **change}).encode()
-    response = post(running, "/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    response = post(
+        running, "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
     assert response.status_code == 400, response.text
     error = response.json()["error"]
-    assert words in error["message"] and "\n" not in error["message"] and len(error["message"]) < 500
+    assert (
+        words in error["message"] and "\n" not in error["message"] and len(error["message"]) < 500
+    )
     assert running.idle()

@@ -34,7 +34,9 @@ def check(trees: DraftTrees) -> None:
     assert (trees.depth == np.where(inner, trees.depth[trees.parent] + 1, 1)).all()
     above = np.where(inner, trees.path_prob[trees.parent], 1.0)
     np.testing.assert_allclose(trees.path_prob, above * trees.draft_prob, rtol=1e-12)
-    assert ((trees.draft_prob > 0) & (trees.draft_prob <= 1)).all() and np.isnan(trees.accept_prob).all()
+    assert ((trees.draft_prob > 0) & (trees.draft_prob <= 1)).all() and np.isnan(
+        trees.accept_prob
+    ).all()
     assert len(set(zip(trees.owner, trees.parent, trees.token, strict=True))) == len(trees)
     for column in (trees.owner, trees.token, trees.parent, trees.depth, trees.source):
         assert column.dtype == np.int64 and len(column) == len(trees) and column.flags.c_contiguous
@@ -43,7 +45,10 @@ def check(trees: DraftTrees) -> None:
 
 def paths(trees: DraftTrees, owner: int = 0) -> dict[tuple[int, ...], float]:
     """Tokens from the root down to each node -> its draft_prob."""
-    return {tuple(trees.token[trees.path(n)].tolist()): float(trees.draft_prob[n]) for n in trees.nodes_of(owner)}
+    return {
+        tuple(trees.token[trees.path(n)].tolist()): float(trees.draft_prob[n])
+        for n in trees.nodes_of(owner)
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ n-gram
@@ -52,7 +57,9 @@ def paths(trees: DraftTrees, owner: int = 0) -> dict[tuple[int, ...], float]:
 def test_ngram_proposes_what_followed_before() -> None:
     found = paths(NgramDrafter().start([request([1, 2, 3, 4, 9, 8, 1, 2, 3])], FREE))
     chain = [(4,), (4, 9), (4, 9, 8), (4, 9, 8, 1), (4, 9, 8, 1, 2), (4, 9, 8, 1, 2, 3)]
-    assert found == {path: 1 - 0.5 ** (2 + len(path)) for path in chain}  # three tokens agree, then four, five ...
+    assert found == {
+        path: 1 - 0.5 ** (2 + len(path)) for path in chain
+    }  # three tokens agree, then four, five ...
 
 
 def test_ngram_frequencies_branch() -> None:
@@ -63,7 +70,9 @@ def test_ngram_frequencies_branch() -> None:
 
 def test_ngram_sees_the_root_and_knows_nothing_of_new_text() -> None:
     drafter = NgramDrafter()
-    assert paths(drafter.start([request([3, 3, 3])], FREE)) == {(3,): 0.75}  # the root follows the first pair
+    assert paths(drafter.start([request([3, 3, 3])], FREE)) == {
+        (3,): 0.75
+    }  # the root follows the first pair
     empty = drafter.start([request([1, 2, 3, 4]), request([1])], FREE)
     assert len(empty) == 0 and empty.batch == 2
 
@@ -74,12 +83,19 @@ def test_ngram_index_grows_with_the_text_in_any_pieces() -> None:
     for end in (21, 22, 30, 60):
         growing.tokens = text[:end]
         drafter.extend(growing, None, end - 2, text[end - 2 : end - 1])
-    assert paths(drafter.start([growing], FREE)) == paths(NgramDrafter().start([request(text)], FREE)) != {}
+    assert (
+        paths(drafter.start([growing], FREE))
+        == paths(NgramDrafter().start([request(text)], FREE))
+        != {}
+    )
 
 
 def naive_occurrences(text: list[int], min_n: int, max_n: int) -> dict[int, int]:
     matched = {
-        at: max((n for n in range(min_n, max_n + 1) if n <= at and text[at - n : at] == text[-n:]), default=0)
+        at: max(
+            (n for n in range(min_n, max_n + 1) if n <= at and text[at - n : at] == text[-n:]),
+            default=0,
+        )
         for at in range(1, len(text))
     }
     return {at: n for at, n in matched.items() if n}
@@ -88,7 +104,9 @@ def naive_occurrences(text: list[int], min_n: int, max_n: int) -> dict[int, int]
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_ngram_equals_counting_by_hand(text: list[int]) -> None:
-    trees = NgramDrafter(1, 3, max_nodes=1024, max_depth=4, occurrences=1024).start([request(text)], FREE)
+    trees = NgramDrafter(1, 3, max_nodes=1024, max_depth=4, occurrences=1024).start(
+        [request(text)], FREE
+    )
     check(trees)
     occurrences = naive_occurrences(text, 1, 3)
     longest = max(occurrences.values(), default=0)
@@ -98,10 +116,16 @@ def test_ngram_equals_counting_by_hand(text: list[int]) -> None:
         return sum(SHORTER ** (longest - n) for n in those)
 
     found = paths(trees)
-    assert set(found) == {tuple(text[at : at + d]) for at in occurrences for d in range(1, min(4, len(text) - at) + 1)}
+    assert set(found) == {
+        tuple(text[at : at + d]) for at in occurrences for d in range(1, min(4, len(text) - at) + 1)
+    }
     for path, prob in found.items():
         share = seen(path) / sum(seen((*path[:-1], token)) for token in range(3))
-        context = max(n for at, n in occurrences.items() if tuple(text[at : at + len(path)]) == path) + len(path) - 1
+        context = (
+            max(n for at, n in occurrences.items() if tuple(text[at : at + len(path)]) == path)
+            + len(path)
+            - 1
+        )
         assert prob == pytest.approx(share * (1 - 0.5**context))
 
 
@@ -120,7 +144,9 @@ def test_ngram_bounds_keep_the_likeliest(texts: list[list[int]]) -> None:
 
 def test_ngram_looks_at_few_occurrences_the_newest_first() -> None:
     text = [1, 2, 5] * 30 + [1, 2, 6] * 2 + [1, 2]
-    found = paths(NgramDrafter(min_n=2, max_n=2, max_depth=1, occurrences=4).start([request(text)], FREE))
+    found = paths(
+        NgramDrafter(min_n=2, max_n=2, max_depth=1, occurrences=4).start([request(text)], FREE)
+    )
     assert found == {(6,): pytest.approx(0.375), (5,): pytest.approx(0.375)}
 
 
@@ -134,7 +160,9 @@ def test_ngram_forgets_released_requests() -> None:
     assert paths(drafter.start([old], FREE))[(9,)] == 0.75
 
 
-@pytest.mark.parametrize("options", [{"min_n": 0}, {"min_n": 5}, {"max_nodes": 0}, {"max_depth": 0}])
+@pytest.mark.parametrize(
+    "options", [{"min_n": 0}, {"min_n": 5}, {"max_nodes": 0}, {"max_depth": 0}]
+)
 def test_ngram_refuses_nonsense(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         NgramDrafter(**options)
@@ -158,7 +186,9 @@ def recycler(probs: dict[int, list[float]], **options: int) -> RecyclingDrafter:
 
 
 def test_recycling_multiplies_remembered_probabilities() -> None:
-    drafter = recycler({0: [0, 0.7, 0.2, 0.1, 0], 1: [0, 0, 0.5, 0.3, 0.2]}, max_depth=2, max_nodes=4)
+    drafter = recycler(
+        {0: [0, 0.7, 0.2, 0.1, 0], 1: [0, 0, 0.5, 0.3, 0.2]}, max_depth=2, max_nodes=4
+    )
     trees = drafter.start([request([4, 0]), request([3])], FREE)
     check(trees)
     assert paths(trees) == pytest.approx({(1,): 0.7, (1, 2): 0.5, (1, 3): 0.3, (2,): 0.2})
@@ -179,12 +209,19 @@ def test_recycling_remembers_the_last_row_of_a_token() -> None:
 @settings(max_examples=40, deadline=None)
 def test_recycling_keeps_exactly_the_likeliest(seed: int, max_nodes: int, max_depth: int) -> None:
     rng = np.random.default_rng(seed)
-    table = {t: rng.dirichlet(np.full(VOCABULARY, 0.3)).round(2).tolist() for t in range(VOCABULARY) if t != 3}
+    table = {
+        t: rng.dirichlet(np.full(VOCABULARY, 0.3)).round(2).tolist()
+        for t in range(VOCABULARY)
+        if t != 3
+    }
     drafter = recycler(table, max_nodes=max_nodes, max_depth=max_depth)
     roots = rng.integers(0, VOCABULARY, 2)
     trees = drafter.start([request([int(root)]) for root in roots], FREE)
     check(trees)
-    known = [dict(zip(*row, strict=True)) for row in zip(drafter.table.tolist(), drafter.probs.tolist(), strict=True)]
+    known = [
+        dict(zip(*row, strict=True))
+        for row in zip(drafter.table.tolist(), drafter.probs.tolist(), strict=True)
+    ]
     for owner, root in enumerate(roots.tolist()):
         products = []
         for depth in range(1, max_depth + 1):
@@ -192,7 +229,9 @@ def test_recycling_keeps_exactly_the_likeliest(seed: int, max_nodes: int, max_de
                 steps = [known[a].get(b, 0.0) for a, b in itertools.pairwise((root, *path))]
                 products.append(float(np.prod(steps)))
         best = sorted((p for p in products if p > 0), reverse=True)[:max_nodes]
-        np.testing.assert_allclose(np.sort(trees.path_prob[trees.nodes_of(owner)])[::-1], best, rtol=1e-9)
+        np.testing.assert_allclose(
+            np.sort(trees.path_prob[trees.nodes_of(owner)])[::-1], best, rtol=1e-9
+        )
 
 
 def test_torch_top_k_is_softmax_of_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +255,7 @@ def test_torch_top_k_is_softmax_of_the_largest(monkeypatch: pytest.MonkeyPatch) 
 class FakeModel:
     """A drafter with a model: children drawn by seed; insists on seeing no nodes but its own, and each only once."""
 
-    name, max_levels, free, taps = "fake", 4, False, (1, 2)
+    name, max_levels, free, aux_layers = "fake", 4, False, (1, 2)
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -232,7 +271,9 @@ class FakeModel:
         self._append(range(len(requests)), [ROOT] * len(requests))
         return self.trees
 
-    def expand(self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan) -> int:
+    def expand(
+        self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan
+    ) -> int:
         assert trees is self.trees and len(trees) == self.length
         assert not np.isin(nodes, trees.parent).any() and len(set(nodes.tolist())) == len(nodes)
         above = trees.parent[nodes]
@@ -294,14 +335,22 @@ def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
     rng = np.random.default_rng(seed)
     model, free = FakeModel(seed), [random_trees(rng, batch, one), random_trees(rng, batch, two)]
     union = UnionDrafter([model, *map(Replay, free)])
-    requests, plan, limits = [request([0]) for _ in range(batch)], DraftPlan(True, 3), np.full(batch, 9)
+    requests, plan, limits = (
+        [request([0]) for _ in range(batch)],
+        DraftPlan(True, 3),
+        np.full(batch, 9),
+    )
     trees = union.start(requests, plan)
     for level in (1, 2, 3):
         check(trees)
         everything = [model.trees, *free]
         for owner in range(batch):
-            found = {p: (prob, trees.source[n]) for (p, prob), n in
-                     zip(paths(trees, owner).items(), trees.nodes_of(owner), strict=True)}  # fmt: skip
+            found = {
+                p: (prob, trees.source[n])
+                for (p, prob), n in zip(
+                    paths(trees, owner).items(), trees.nodes_of(owner), strict=True
+                )
+            }
             expected = proposals(everything, owner)
             assert found.keys() == expected.keys()
             for path, (prob, source) in found.items():
@@ -317,17 +366,27 @@ def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
 def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None:
     class Fixed(FakeModel):
         def _append(self, owners: list[int], parents: list[int]) -> None:
-            self.trees.append(owners, [len(self.trees) + 1] * len(owners), parents, [0.4] * len(owners))
+            self.trees.append(
+                owners, [len(self.trees) + 1] * len(owners), parents, [0.4] * len(owners)
+            )
             self.length = len(self.trees)
 
     free = DraftTrees.empty(1)
     free.append([0, 0], [1, 3], [ROOT, ROOT], [0.5, 0.2], source=1)
     free.append([0], [2], [0], [0.9], source=1)
-    union, requests, plan = UnionDrafter([Fixed(0), Replay(free)]), [request([0])], DraftPlan(True, 2)
+    union, requests, plan = (
+        UnionDrafter([Fixed(0), Replay(free)]),
+        [request([0])],
+        DraftPlan(True, 2),
+    )
     trees = union.start(requests, plan)
     assert trees.token.tolist() == [1, 3, 2] and trees.source.tolist() == [0, 1, 1]
-    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9] and trees.path_prob[2] == pytest.approx(0.45)
-    assert union.expand(requests, trees, np.array([0, 1]), plan) == 1  # node 1 is foreign: it stays a leaf
+    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9] and trees.path_prob[2] == pytest.approx(
+        0.45
+    )
+    assert (
+        union.expand(requests, trees, np.array([0, 1]), plan) == 1
+    )  # node 1 is foreign: it stays a leaf
     assert trees.token.tolist() == [1, 3, 2] and trees.source.tolist() == [0, 1, 0]
     assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9]
     assert union.expand(requests, trees, np.array([1]), plan) == 0
@@ -338,7 +397,12 @@ def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None
 def test_union_derives_what_the_engine_asks_for() -> None:
     recycling, model, ngram = recycler({}), FakeModel(0), NgramDrafter()
     union = UnionDrafter([model, recycling, ngram])
-    assert (union.max_levels, union.free, union.taps, union.wants_logits) == (4, True, (1, 2), True)
+    assert (union.max_levels, union.free, union.aux_layers, union.wants_logits) == (
+        4,
+        True,
+        (1, 2),
+        True,
+    )
     assert union.pending_rows([]) == 7
     text = request([1, 2, 3, 1, 2])
     union.extend(text, None, 0, [1, 2, 3, 1])
@@ -348,7 +412,7 @@ def test_union_derives_what_the_engine_asks_for() -> None:
     union.release(text)
     assert model.calls == ["extend", "release"] and not ngram._index
     free = UnionDrafter([ngram, NgramDrafter()])
-    assert (free.max_levels, free.free, free.taps, free.wants_logits) == (0, True, (), False)
+    assert (free.max_levels, free.free, free.aux_layers, free.wants_logits) == (0, True, (), False)
     assert free.pending_rows([text]) == 0
     assert (free.start([text], FREE).source == 1).all()
 

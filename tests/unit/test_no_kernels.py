@@ -58,14 +58,19 @@ def saved(folder: Path, config: ModelConfig) -> Path:
     """A random model whose words are w0, w1, ..."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in config.expected_shapes().items()}
+    weights = {
+        name: torch.randn(shape, generator=generator) * 0.3
+        for name, shape in config.expected_shapes().items()
+    }
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "{{ messages[0].content }}"})
+    )
     return folder
 
 
@@ -119,7 +124,9 @@ def test_commands_stop_with_one_line(command: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_allow_slow_reaches_the_model(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_allow_slow_reaches_the_model(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked: list[bool] = []
 
     def made(*given: Any, allow_slow: bool = False, **options: Any) -> None:
@@ -129,7 +136,9 @@ def test_allow_slow_reaches_the_model(command: str, monkeypatch: pytest.MonkeyPa
     for module in (llm_module, runner, prior):
         monkeypatch.setattr(module, "LLM", made)
     config = saved(tmp_path / "model", SERVED)
-    monkeypatch.setattr(loading, "resolve", lambda name: loading.Source(str(name), config, "random"))
+    monkeypatch.setattr(
+        loading, "resolve", lambda name: loading.Source(str(name), config, "random")
+    )
     monkeypatch.setattr(launch, "serve", lambda load, settings: load())
     monkeypatch.setattr(cli_serve, "share_cores", lambda: None)
     monkeypatch.setattr(runner, "load_task", lambda task, limit: [])
@@ -141,7 +150,9 @@ def test_allow_slow_reaches_the_model(command: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_server_may_be_configured_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(llm_module, "LLM", lambda model, allow_slow, **options: asked.append(allow_slow))
+    monkeypatch.setattr(
+        llm_module, "LLM", lambda model, allow_slow, **options: asked.append(allow_slow)
+    )
     monkeypatch.setattr(launch, "serve", lambda load, settings: load() or 0)
     monkeypatch.setattr(cli_serve, "share_cores", lambda: None)
     file = tmp_path / "smart.toml"
@@ -158,7 +169,10 @@ def test_plain_torch_runs_where_it_is_asked_for_and_says_so_once(
     monkeypatch.setattr(library, "unavailable", lambda: MISSING)
     kernel_check._warn.cache_clear()
     with caplog.at_level(logging.WARNING, "smart.kernels"):
-        slow = [answer(folder, speculation, allow_slow=True) for speculation in (False, {"method": "ngram"})]
+        slow = [
+            answer(folder, speculation, allow_slow=True)
+            for speculation in (False, {"method": "ngram"})
+        ]
     assert slow == [native, native]
     (line,) = warnings(caplog)
     assert line.startswith(f"no CPU kernels: {MISSING}. Plain torch runs: slower")
@@ -167,7 +181,14 @@ def test_plain_torch_runs_where_it_is_asked_for_and_says_so_once(
 def answer(folder: Path, speculation: Any, **options: Any) -> list[int]:
     if isinstance(speculation, dict):
         speculation = {"policy": "static", "min_n": 1, **speculation}
-    llm = LLM(folder, speculative_config=speculation, dtype="fp32", device="cpu", max_model_len=128, **options)
+    llm = LLM(
+        folder,
+        speculative_config=speculation,
+        dtype="fp32",
+        device="cpu",
+        max_model_len=128,
+        **options,
+    )
     assert llm.target.decoder.native is (library.unavailable() is None)
     return llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids
 
@@ -178,7 +199,10 @@ def test_a_name_that_is_no_variant_lists_what_runs() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     runs = ", ".join(library.runnable())
-    assert done.stderr == f"smart: error: the kernels' variant 'nonsense' is no variant; here run: {runs}\n"
+    assert (
+        done.stderr
+        == f"smart: error: the kernels' variant 'nonsense' is no variant; here run: {runs}\n"
+    )
 
 
 @pytest.mark.usefixtures("missing")
@@ -186,7 +210,9 @@ def test_other_devices_need_none(caplog: pytest.LogCaptureFixture) -> None:
     kernel_check.require_kernels(CUDA, allow_slow=False)
     kernel_check.require_served(ODD, CUDA, allow_slow=False)
     kernel_check.warn_if_missing(CUDA)
-    assert kernel_check.use_native(SERVED, CUDA) is False and kernel_check.why_slow(ODD, CUDA) is None
+    assert (
+        kernel_check.use_native(SERVED, CUDA) is False and kernel_check.why_slow(ODD, CUDA) is None
+    )
     assert warnings(caplog) == []
 
 
@@ -215,17 +241,28 @@ def test_as_many_query_heads_as_there_is_room_for_are_served() -> None:
     assert kernel_check.unserved(replace(SERVED, heads=64, kv_heads=2)) is None
 
 
-def test_llm_refuses_a_shape_before_weights_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llm_refuses_a_shape_before_weights_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved(tmp_path / "model", ODD)
     monkeypatch.setattr(loading, "SafetensorsWeights", None)
     with pytest.raises(ModelError, match="intermediate size 47 is odd"):
         LLM(folder, device="cpu")
 
 
-def test_a_shape_runs_on_plain_torch_where_that_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shape_runs_on_plain_torch_where_that_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     kernel_check._warn.cache_clear()
     folder = saved(tmp_path / "model", ODD)
-    llm = LLM(folder, speculative_config=False, dtype="fp32", device="cpu", max_model_len=128, allow_slow=True)
+    llm = LLM(
+        folder,
+        speculative_config=False,
+        dtype="fp32",
+        device="cpu",
+        max_model_len=128,
+        allow_slow=True,
+    )
     assert not llm.target.decoder.native and llm.target.plain_torch == "intermediate size 47 is odd"
     assert len(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == 24
     assert len(warnings(caplog)) == 1
@@ -235,8 +272,16 @@ def test_a_draft_model_is_checked_too(tmp_path: Path, monkeypatch: pytest.Monkey
     target = saved(tmp_path / "target", SERVED)
     draft = saved(tmp_path / "draft", ODD)
     config = {"method": "draft_model", "model": str(draft), "policy": "chain"}
-    options: dict[str, Any] = {"speculative_config": config, "dtype": "fp32", "device": "cpu", "max_model_len": 128}
-    with monkeypatch.context() as patch, pytest.raises(ModelError, match=r"do not serve the draft model: .* 47 is odd"):
+    options: dict[str, Any] = {
+        "speculative_config": config,
+        "dtype": "fp32",
+        "device": "cpu",
+        "max_model_len": 128,
+    }
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ModelError, match=r"do not serve the draft model: .* 47 is odd"),
+    ):
         patch.setattr("smart_decoding.models.loading.SafetensorsWeights.__getitem__", None)
         LLM(target, **options)
     llm = LLM(target, **options, allow_slow=True)
@@ -248,7 +293,10 @@ def test_a_draft_model_is_checked_too(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_head_beside_a_native_target_must_be_served() -> None:
     lender: Any = SimpleNamespace(native=True, dtype=torch.float32, device=CPU)
     files = HeadFiles({}, {}, (1,), replace(SERVED, head_dim=24))
-    with pytest.raises(ModelError, match=r"do not serve this head: head dimension 24 is none of .*; take another head"):
+    with pytest.raises(
+        ModelError,
+        match=r"do not serve this head: head dimension 24 is none of .*; take another head",
+    ):
         EagleHead(files, lender, 1, 1, 64)
 
 
@@ -257,11 +305,15 @@ def test_a_head_beside_a_native_target_must_be_served() -> None:
 LINE = "plain torch, not the CPU kernels: intermediate size 47 is odd"
 
 
-def test_a_benchmark_on_plain_torch_says_so_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_on_plain_torch_says_so_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = saved(tmp_path / "model", ODD)
     command = "--policies off --tasks general --limit 2 --max-tokens 4 --batch-sizes 1 --device cpu --dtype fp32"
     written = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
-    assert cli.main(["bench", "--model", str(folder), *command.split(), *written, "--allow-slow"]) == 0
+    assert (
+        cli.main(["bench", "--model", str(folder), *command.split(), *written, "--allow-slow"]) == 0
+    )
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["provenance"]["plain_torch"] == "intermediate size 47 is odd"
     assert "--allow-slow" in result["provenance"]["command"]
@@ -273,7 +325,14 @@ def test_a_benchmark_on_the_kernels_does_not() -> None:
     origin = provenance("smart bench", 0, {"model": "m"}, None)
     assert origin["plain_torch"] is None and origin["hardware"]["cpu_kernels"] == library.chosen()
     assert report.plain_torch(origin) == ""
-    run = {"policy": "off", "batch_size": 1, "task": "all", "speedup": 1.0, "temperature": 0.0, "dtype": "fp32"}
+    run = {
+        "policy": "off",
+        "batch_size": 1,
+        "task": "all",
+        "speedup": 1.0,
+        "temperature": 0.0,
+        "dtype": "fp32",
+    }
     assert "plain torch" not in page(Results.from_dict({"provenance": origin, "runs": [run]}))
 
 

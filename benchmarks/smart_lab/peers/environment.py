@@ -46,7 +46,11 @@ def _made(folder: Path) -> object:
 
 
 def _make(folder: Path, environment: Environment, wanted: Sequence[str], call: Call) -> None:
-    print(f"smart: making the environment of {environment.name} in {folder} (minutes)", file=sys.stderr, flush=True)
+    print(
+        f"smart: making the environment of {environment.name} in {folder} (minutes)",
+        file=sys.stderr,
+        flush=True,
+    )
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
@@ -59,7 +63,9 @@ def _make(folder: Path, environment: Environment, wanted: Sequence[str], call: C
     steps += [[*pip, "uninstall", "--yes", *environment.remove]] if environment.remove else []
     for step in steps:
         if call(step, environment.variables, log) != 0:
-            raise DownloadError(f"pip could not {step[5]} {' '.join(step[6:])}: {_reason(log)} (see {log})")
+            raise DownloadError(
+                f"pip could not {step[5]} {' '.join(step[6:])}: {_reason(log)} (see {log})"
+            )
 
 
 def _call(command: Sequence[str], variables: Mapping[str, str], log: Path) -> int:
@@ -67,14 +73,19 @@ def _call(command: Sequence[str], variables: Mapping[str, str], log: Path) -> in
     nice = shutil.which("nice")
     with log.open("ab") as output:
         return subprocess.call(
-            [*([nice, "-n", "15"] if nice else []), *command], stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, env={**os.environ, **variables},
-        )  # fmt: skip
+            [*([nice, "-n", "15"] if nice else []), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **variables},
+        )
 
 
 def _reason(log: Path) -> str:
     try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()
+        ]
     except OSError:
         lines = []
     told = [line for line in lines if line.startswith("ERROR")] or lines or ["it said nothing"]

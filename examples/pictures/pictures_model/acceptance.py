@@ -42,7 +42,9 @@ def acceptance(llm: LLM, prompts: list, limit: int) -> tuple[list[float], float]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pictures_model acceptance", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pictures_model acceptance", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("heads", nargs="*", metavar="HEAD", default=[str(HEAD)])
     parser.add_argument("--model", help="name, hub id or folder (default: the demonstration model)")
     parser.add_argument("--prompts", type=int, default=32)
@@ -58,14 +60,18 @@ def main(argv: list[str]) -> int:
     texts = picture_prompts()[: args.prompts]
     chats = [[{"role": "user", "content": text}] for text in texts]
     names = " | ".join(str(depth) for depth in range(1, DEPTH + 1))
-    print(f"| head | {names} | tokens a round, chain of {DEPTH} | tree of 60 |\n|---|{'---:|' * (DEPTH + 2)}")
+    print(
+        f"| head | {names} | tokens a round, chain of {DEPTH} | tree of 60 |\n|---|{'---:|' * (DEPTH + 2)}"
+    )
     for given in args.heads:
         name, _, how = given.partition(":")
         config = {"method": "eagle", "model": str(shipped_head(name) or name)}
         config |= {"visual_positions": how} if how else {}
         chain = plain.sharing_weights({**config, "policy": "chain", "length": DEPTH})
         shares, tokens = acceptance(chain, chats, args.max_tokens)
-        _, of_tree = acceptance(plain.sharing_weights({**config, "policy": "eagle2"}), chats, args.max_tokens)
+        _, of_tree = acceptance(
+            plain.sharing_weights({**config, "policy": "eagle2"}), chats, args.max_tokens
+        )
         shown = " | ".join(f"{share:.3f}" for share in shares)
         print(f"| {given} | {shown} | {tokens:.2f} | {of_tree:.2f} |", flush=True)
     return 0

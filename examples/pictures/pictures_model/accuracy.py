@@ -34,11 +34,17 @@ CONDITIONS = {"trained": (TRAIN, False), "held-out": (HELD_OUT, False), "blank":
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pictures_model accuracy", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pictures_model accuracy", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--model", help="name, hub id or folder (default: the demonstration model)")
-    parser.add_argument("--pictures", type=int, default=150, help="held-out pictures in each condition")
+    parser.add_argument(
+        "--pictures", type=int, default=150, help="held-out pictures in each condition"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--speculative", action="store_true", help="draft as by default (the answers are the same)")
+    parser.add_argument(
+        "--speculative", action="store_true", help="draft as by default (the answers are the same)"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
     ours = args.speculative and args.model is None
@@ -49,7 +55,9 @@ def main(argv: list[str]) -> int:
         max_num_seqs=32,
         max_model_len=512,
     )
-    found = {name: measure(llm, args.pictures, *condition) for name, condition in CONDITIONS.items()}
+    found = {
+        name: measure(llm, args.pictures, *condition) for name, condition in CONDITIONS.items()
+    }
     print(table(found))
     if args.json:
         record: dict[str, Any] = {"pictures": args.pictures, "right and asked, by kind": found}
@@ -67,7 +75,10 @@ def measure(llm: LLM, count: int, wordings: int, blank: bool) -> dict[str, list[
         picture = random_picture(rng)
         image = Image.new("RGB", (96, 96), "white") if blank else draw(picture)
         for question in questions(picture, rng, wordings):
-            parts = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": question.prompt}]
+            parts = [
+                {"type": "image_pil", "image_pil": image},
+                {"type": "text", "text": question.prompt},
+            ]
             asked.append(question)
             chats.append([{"role": "user", "content": parts}])
     outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=128))
@@ -82,8 +93,12 @@ def table(found: dict[str, dict[str, list[int]]]) -> str:
     """Markdown: a row for each kind of question, a column for each condition."""
     lines = [f"| kind | {' | '.join(found)} |", f"|---|{'---:|' * len(found)}"]
     for kind in KINDS:
-        lines.append(f"| {kind} | {' | '.join(_share([right.get(kind, [0, 0])]) for right in found.values())} |")
-    lines.append(f"| **all** | {' | '.join(_share(list(right.values())) for right in found.values())} |")
+        lines.append(
+            f"| {kind} | {' | '.join(_share([right.get(kind, [0, 0])]) for right in found.values())} |"
+        )
+    lines.append(
+        f"| **all** | {' | '.join(_share(list(right.values())) for right in found.values())} |"
+    )
     return "\n".join(lines)
 
 

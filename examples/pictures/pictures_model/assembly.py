@@ -47,14 +47,19 @@ def assembled_folder(parts: Path, base: Path) -> Path:
 
 def _assemble(parts: Path, base: Path, target: Path) -> None:
     told = _read(parts / PARTS)
-    with scratch(2 * sum(path.stat().st_size for path in (*base.glob("*.safetensors"), parts / PARTS_WEIGHTS))) as part:
+    with scratch(
+        2
+        * sum(path.stat().st_size for path in (*base.glob("*.safetensors"), parts / PARTS_WEIGHTS))
+    ) as part:
         added = load_file(parts / PARTS_WEIGHTS)
         weights = {f"model.language_model.{name}": weight for name, weight in _text_weights(base)}
         for name in [name for name in added if name.endswith(".lora_a")]:
             layer = name.removesuffix(".lora_a")
             change = added.pop(f"{layer}.lora_b").float() @ added.pop(name).float()
             weight = weights[f"{layer}.weight"]
-            weights[f"{layer}.weight"] = (weight.float() + told["lora_scale"] * change).to(weight.dtype)
+            weights[f"{layer}.weight"] = (weight.float() + told["lora_scale"] * change).to(
+                weight.dtype
+            )
         save_file(weights | added, part / "model.safetensors", metadata={"format": "pt"})
         for name in ("config.json", "preprocessor_config.json"):
             shutil.copyfile(parts / name, part / name)

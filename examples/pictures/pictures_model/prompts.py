@@ -23,5 +23,7 @@ def picture_prompts() -> list[list[dict[str, Any]]]:
         picture: Picture = random_chart(rng, 5) if i % 2 else random_scene(rng, 5 + i // 2 % 2)
         asked = {question.kind: question.prompt for question in questions(picture, rng, HELD_OUT)}
         text = asked[LONG_KINDS[i // 4 % 2]]
-        prompts.append([{"type": "image_pil", "image_pil": draw(picture)}, {"type": "text", "text": text}])
+        prompts.append(
+            [{"type": "image_pil", "image_pil": draw(picture)}, {"type": "text", "text": text}]
+        )
     return prompts

@@ -33,7 +33,10 @@ def some(count: int, kind: str | None = None, seed: int = 0) -> list[Picture]:
 
 
 def asked(picture: Picture, wordings: int = TRAIN) -> dict[str, Question]:
-    return {question.kind: question for question in questions(picture, np.random.default_rng(0), wordings)}
+    return {
+        question.kind: question
+        for question in questions(picture, np.random.default_rng(0), wordings)
+    }
 
 
 def pixel(picture: Picture, x: float, y: float, size: int = 96) -> tuple[int, ...]:
@@ -64,7 +67,9 @@ def test_shapes_lie_where_the_facts_say_in_their_colours() -> None:
             middle = pixel(scene, *thing.centre)
             assert near(middle, thing.rgb) != (thing.shape == "ring"), thing
             if thing.shape == "ring":
-                assert near(pixel(scene, thing.centre[0] - 0.81 * thing.radius, thing.centre[1]), thing.rgb)
+                assert near(
+                    pixel(scene, thing.centre[0] - 0.81 * thing.radius, thing.centre[1]), thing.rgb
+                )
 
 
 def test_bars_end_at_their_heights() -> None:
@@ -79,7 +84,11 @@ def test_bars_end_at_their_heights() -> None:
 def test_another_digit_is_another_picture() -> None:
     number = random_number(np.random.default_rng(0))
     drawn = {
-        draw(Number(digit, number.colour, number.rgb, number.background, number.centres[:1], number.size)).tobytes()
+        draw(
+            Number(
+                digit, number.colour, number.rgb, number.background, number.centres[:1], number.size
+            )
+        ).tobytes()
         for digit in "0123456789"
     }
     assert len(drawn) == 10
@@ -104,7 +113,9 @@ def test_counts_are_those_of_the_picture() -> None:
     for scene in some(200, "scene"):
         assert isinstance(scene, Scene)
         question = asked(scene)["count"]
-        wanted = next((word for plural, word in plurals.items() if plural in question.prompt), "any")
+        wanted = next(
+            (word for plural, word in plurals.items() if plural in question.prompt), "any"
+        )
         count = sum(wanted in ("any", thing.colour, thing.shape) for thing in scene.things)
         assert question.keys == (COUNT_WORDS[count],), (question, scene)
 
@@ -144,7 +155,9 @@ def test_a_caption_has_36_known_words_and_tells_pictures_apart() -> None:
     for kind in (Number, Chart):
         same = [p for p in pictures if isinstance(p, kind) and facts_of[tuple(caption(p))] != p]
         assert all(
-            asked(p)["description"].answer == asked(facts_of[tuple(caption(p))])["description"].answer for p in same
+            asked(p)["description"].answer
+            == asked(facts_of[tuple(caption(p))])["description"].answer
+            for p in same
         )
 
 

@@ -32,19 +32,26 @@ def test_what_is_the_tallest_bar(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_it_answers_from_the_picture() -> None:
     llm = LLM(model_folder(), speculative_config=False, max_model_len=512, max_num_seqs=32)
     pictures = [random_picture(np.random.default_rng((SEEDS, i))) for i in range(16)]
-    asked = [[q for q in questions(p, np.random.default_rng(i)) if q.kind not in LONG_KINDS]
-             for i, p in enumerate(pictures)]  # fmt: skip
+    asked = [
+        [q for q in questions(p, np.random.default_rng(i)) if q.kind not in LONG_KINDS]
+        for i, p in enumerate(pictures)
+    ]
     shares = []
     for blank in (False, True):
         chats, wanted = [], []
         for picture, about in zip(pictures, asked, strict=True):
             image = Image.new("RGB", (96, 96), "white") if blank else draw(picture)
             for question in about:
-                parts = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": question.prompt}]
+                parts = [
+                    {"type": "image_pil", "image_pil": image},
+                    {"type": "text", "text": question.prompt},
+                ]
                 chats.append([{"role": "user", "content": parts}])
                 wanted.append(question)
         answers = llm.chat(chats, SamplingParams(temperature=0, max_tokens=48))
-        right = [q.is_right(answer.outputs[0].text) for q, answer in zip(wanted, answers, strict=True)]
+        right = [
+            q.is_right(answer.outputs[0].text) for q, answer in zip(wanted, answers, strict=True)
+        ]
         shares.append(sum(right) / len(right))
     seen, unseen = shares
     assert seen >= 0.85 and seen - unseen >= 0.3, shares
@@ -59,8 +66,13 @@ def test_drafting_changes_no_word_of_a_long_answer() -> None:
         rng = np.random.default_rng((SEEDS, 100 + i))
         picture = random_picture(rng, ["scene", "chart"][i % 2])
         asked = {q.kind: q for q in questions(picture, rng, HELD_OUT)}["description"]
-        parts = [{"type": "image_pil", "image_pil": draw(picture)}, {"type": "text", "text": asked.prompt}]
+        parts = [
+            {"type": "image_pil", "image_pil": draw(picture)},
+            {"type": "text", "text": asked.prompt},
+        ]
         chats.append([{"role": "user", "content": parts}])
     ours = [answer.outputs[0] for answer in drafting.chat(chats, LONG)]
-    assert [answer.outputs[0].token_ids for answer in plain.chat(chats, LONG)] == [each.token_ids for each in ours]
+    assert [answer.outputs[0].token_ids for answer in plain.chat(chats, LONG)] == [
+        each.token_ids for each in ours
+    ]
     assert max(each.tokens_per_round for each in ours) > 1.5

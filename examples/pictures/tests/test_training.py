@@ -30,7 +30,9 @@ def encode(text: str) -> list[int]:
 
 
 def test_a_question_sees_the_picture_and_itself_only() -> None:
-    one, two = (Question("kind", prompt, answer, ()) for prompt, answer in (("ab", "c"), ("d", "ef")))
+    one, two = (
+        Question("kind", prompt, answer, ()) for prompt, answer in (("ab", "c"), ("d", "ef"))
+    )
     row = pack(PROMPT, [one, two], encode, 100)
     assert row.tokens == [1, 2, 3, 97, 98, 7, 8, 99, 9, 100, 7, 8, 101, 102, 9]
     assert row.positions == [0, 1, 2, 3, 4, 5, 6, 7, 8, 3, 4, 5, 6, 7, 8]
@@ -55,17 +57,32 @@ def test_packed_questions_get_the_logits_that_each_gets_alone() -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
-        vocab_size=128, head_dim=16,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        vocab_size=128,
+        head_dim=16,
+    )
     model = LlamaModel(config).eval()
-    asked = [Question("kind", prompt, answer, ()) for prompt, answer in (("ab", "c"), ("d", "ef"), ("gh", "ijk"))]
+    asked = [
+        Question("kind", prompt, answer, ())
+        for prompt, answer in (("ab", "c"), ("d", "ef"), ("gh", "ijk"))
+    ]
     batch = batch_of([pack(PROMPT, asked, encode, 100)], 0)
     with torch.no_grad():
-        together = model(batch.tokens, attention_mask=batch.mask, position_ids=batch.positions).last_hidden_state
-        alone = [model(torch.tensor([pack(PROMPT, [q], encode, 100).tokens])).last_hidden_state for q in asked]
+        together = model(
+            batch.tokens, attention_mask=batch.mask, position_ids=batch.positions
+        ).last_hidden_state
+        alone = [
+            model(torch.tensor([pack(PROMPT, [q], encode, 100).tokens])).last_hidden_state
+            for q in asked
+        ]
     start = len(PROMPT.before)
-    assert torch.allclose(together[0, start:], torch.cat([each[0, start:] for each in alone]), atol=1e-5)
+    assert torch.allclose(
+        together[0, start:], torch.cat([each[0, start:] for each in alone]), atol=1e-5
+    )
 
 
 def test_a_low_rank_change_starts_at_nothing_and_can_be_merged() -> None:
@@ -77,7 +94,10 @@ def test_a_low_rank_change_starts_at_nothing_and_can_be_merged() -> None:
         changed.lora_b.normal_()
         merged = layer.weight + SCALE * changed.lora_b @ changed.lora_a
     assert torch.allclose(changed(x), x @ merged.T, atol=1e-5)
-    assert [name for name, p in changed.named_parameters() if p.requires_grad] == ["lora_a", "lora_b"]
+    assert [name for name, p in changed.named_parameters() if p.requires_grad] == [
+        "lora_a",
+        "lora_b",
+    ]
 
 
 def test_a_training_that_was_cut_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
@@ -107,7 +127,9 @@ def test_a_training_that_was_cut_ends_as_if_it_had_not_been(tmp_path: Path) -> N
     assert torch.equal(again.weight, expected.weight)
 
 
-def test_the_assembled_folder_is_the_model_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_assembled_folder_is_the_model_that_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
     from pictures_model.generated.draw import draw
@@ -129,7 +151,9 @@ def test_the_assembled_folder_is_the_model_that_was_trained(tmp_path: Path, monk
 
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     picture = random_picture(np.random.default_rng(0))
-    values = AutoImageProcessor.from_pretrained(folder)(draw(picture), return_tensors="pt")["pixel_values"]
+    values = AutoImageProcessor.from_pretrained(folder)(draw(picture), return_tensors="pt")[
+        "pixel_values"
+    ]
     assert torch.allclose(values, pixels([picture]), atol=1e-5)
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.encode("<image>", add_special_tokens=False) == [IMAGE_ID]
@@ -142,7 +166,9 @@ def test_the_assembled_folder_is_the_model_that_was_trained(tmp_path: Path, monk
         shown = (tokens == IMAGE_ID)[..., None].expand(embedded.shape)
         seen = model.model.multi_modal_projector(features(model.model.vision_tower, values))
         hidden = decoder(inputs_embeds=embedded.masked_scatter(shown, seen)).last_hidden_state
-    assert torch.allclose(logits, model.lm_head(hidden), atol=0.05)  # the parts are stored in bfloat16
+    assert torch.allclose(
+        logits, model.lm_head(hidden), atol=0.05
+    )  # the parts are stored in bfloat16
 
 
 def test_what_is_shipped_is_small_and_says_what_it_is() -> None:

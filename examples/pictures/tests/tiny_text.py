@@ -25,10 +25,18 @@ def save_tiny_text(folder: Path) -> Path:
     for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab[symbol] = len(vocab)
     config = transformers.LlamaConfig(
-        hidden_size=32, num_hidden_layers=10, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        intermediate_size=48, vocab_size=len(vocab), tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        hidden_size=32,
+        num_hidden_layers=10,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=48,
+        vocab_size=len(vocab),
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
         initializer_range=0.1,
-    )  # fmt: skip
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

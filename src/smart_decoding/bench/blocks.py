@@ -119,7 +119,9 @@ def run_block(
         while len(measured) < len(prompts) or not all(r.finished for r in measured.values()):
             while len(running) < batch_size:
                 prompt = next(queue)
-                (request,) = engine.add_request(f"bench-{next(names)}", prompt.tokens, prompt.params, prompt.media)
+                (request,) = engine.add_request(
+                    f"bench-{next(names)}", prompt.tokens, prompt.params, prompt.media
+                )
                 running.append(request)
                 if len(measured) < len(prompts):
                     measured[prompt.index] = request
@@ -129,7 +131,9 @@ def run_block(
             total += new
             if engine.last_round is not None and _counts(engine.last_round, batch_size):
                 record = engine.last_round
-                notes.append(_Note(record, [(r, before[id(r)], len(r.output)) for r in record.requests]))
+                notes.append(
+                    _Note(record, [(r, before[id(r)], len(r.output)) for r in record.requests])
+                )
             running = [r for r in running if not r.finished]
             if on_tokens is not None:
                 on_tokens(new)
@@ -156,11 +160,18 @@ def _figures(record: RoundRecord) -> Counts:
     accepted = sum(len(path) for path in record.acceptance.path) if record.acceptance else 0
     drafted = done.plan.speculate and len(done.trees) > 0
     return Counts(
-        round_seconds=record.seconds, controller_seconds=record.controller_seconds, rounds=1, emitted=record.emitted,
-        rows=done.verify_rows, wasted=len(done.kept) - accepted, off=int(not drafted), levels=len(done.level_widths),
-        verify_seconds=done.verify_seconds, draft_seconds=record.draft_seconds,
+        round_seconds=record.seconds,
+        controller_seconds=record.controller_seconds,
+        rounds=1,
+        emitted=record.emitted,
+        rows=done.verify_rows,
+        wasted=len(done.kept) - accepted,
+        off=int(not drafted),
+        levels=len(done.level_widths),
+        verify_seconds=done.verify_seconds,
+        draft_seconds=record.draft_seconds,
         context=float(done.batch.context.mean()),
-    )  # fmt: skip
+    )
 
 
 def _settled(note: _Note) -> Counts:
@@ -181,5 +192,10 @@ def _answer(request: Request) -> Answer:
     kept = ids if end is None else ids[:end]
     first = metrics.first_token or metrics.arrival
     spent = (metrics.finished or first) - first
-    return Answer(kept, len(ids) - len(kept), first - metrics.arrival,
-                  spent / (len(ids) - 1) if len(ids) > 1 else float("nan"), metrics.vision_seconds)  # fmt: skip
+    return Answer(
+        kept,
+        len(ids) - len(kept),
+        first - metrics.arrival,
+        spent / (len(ids) - 1) if len(ids) > 1 else float("nan"),
+        metrics.vision_seconds,
+    )

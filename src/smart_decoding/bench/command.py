@@ -22,11 +22,34 @@ def words_of(options: BenchOptions) -> list[str]:
     words += ["--least-blocks", str(options.least_blocks)] if options.least_blocks > 1 else []
     words += ["--method", options.method] if options.method else []
     words += ["--draft", Path(options.draft).name] if options.draft else []
-    words += [word for name, value in options.method_options.items() for word in ("--method-option", f"{name}={value}")]
-    words += ["--batch-sizes", ",".join(map(str, options.batch_sizes)), "--tasks", ",".join(options.tasks)]
-    words += ["--dtype", options.dtype, "--temperature", f"{options.temperature:g}", "--limit", str(options.limit)]
+    words += [
+        word
+        for name, value in options.method_options.items()
+        for word in ("--method-option", f"{name}={value}")
+    ]
+    words += [
+        "--batch-sizes",
+        ",".join(map(str, options.batch_sizes)),
+        "--tasks",
+        ",".join(options.tasks),
+    ]
+    words += [
+        "--dtype",
+        options.dtype,
+        "--temperature",
+        f"{options.temperature:g}",
+        "--limit",
+        str(options.limit),
+    ]
     words += ["--skip", str(options.skip)] if options.skip else []
-    words += ["--max-tokens", str(options.max_tokens), "--seed", str(options.seed), "--device", options.device]
+    words += [
+        "--max-tokens",
+        str(options.max_tokens),
+        "--seed",
+        str(options.seed),
+        "--device",
+        options.device,
+    ]
     words += ["--allow-slow"] if options.allow_slow else []
     words += ["--sampled", f"{options.sampled:g}"] if options.sampled else []
     words += ["--load", ",".join(f"{share:g}" for share in options.load)] if options.load else []

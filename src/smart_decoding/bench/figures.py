@@ -79,7 +79,11 @@ class Figure:
 
 def figures(results: Results) -> list[Figure]:
     """All figures, those without data too."""
-    found = [speedup(results), cost(results), tokens(results), reliability(results)] if results.runs else []
+    found = (
+        [speedup(results), cost(results), tokens(results), reliability(results)]
+        if results.runs
+        else []
+    )
     return [*found, *([under_load(results)] if results.load else [])]
 
 
@@ -88,7 +92,11 @@ def speedup(results: Results) -> Figure:
     title = "Speedup against batch size"
     series = []
     for colour, (policy, name) in enumerate(results.names.items()):
-        points = [_speedup_point(run) for run in _runs_of(results, policy) if number(run, "speedup") is not None]
+        points = [
+            _speedup_point(run)
+            for run in _runs_of(results, policy)
+            if number(run, "speedup") is not None
+        ]
         if points:
             series.append(Series(name, colour, points))
     if not series:
@@ -99,7 +107,13 @@ def speedup(results: Results) -> Figure:
     )
     sizes = [float(size) for size in results.batch_sizes]
     panel = Panel(
-        "", "batch size", "speedup", series, sizes, True, level=(1.0, "1×, plain decoding: below it is slower")
+        "",
+        "batch size",
+        "speedup",
+        series,
+        sizes,
+        True,
+        level=(1.0, "1×, plain decoding: below it is slower"),
     )
     return Figure("speedup", title, caption, [panel])
 
@@ -109,9 +123,16 @@ def cost(results: Results) -> Figure:
     title = "What a round costs, and the rows that policies chose"
     if results.cost is None:
         return Figure(
-            "cost", title, "", missing=f"These results hold no cost curve: {AGAIN}, with a policy such as smart."
+            "cost",
+            title,
+            "",
+            missing=f"These results hold no cost curve: {AGAIN}, with a policy such as smart.",
         )
-    panels = [panel for size in results.batch_sizes if (panel := _cost_panel(results, results.cost, size)) is not None]
+    panels = [
+        panel
+        for size in results.batch_sizes
+        if (panel := _cost_panel(results, results.cost, size)) is not None
+    ]
     caption = (
         "Grey: the measured profile, milliseconds of one verifying forward over its rows (one per request, and every "
         "verified draft token). Markers: each policy's mean rows and its measured mean time; the bar covers the middle "
@@ -119,7 +140,12 @@ def cost(results: Results) -> Figure:
         f"Trees of more than {FAR} rows per request would lie far to the right."
     )
     if not panels:
-        return Figure("cost", title, "", missing=f"These results do not say how many rows a round had: {AGAIN}.")
+        return Figure(
+            "cost",
+            title,
+            "",
+            missing=f"These results do not say how many rows a round had: {AGAIN}.",
+        )
     return Figure("cost", title, caption, panels)
 
 
@@ -136,13 +162,25 @@ def tokens(results: Results) -> Figure:
         if points:
             series.append(Series(name, colour, points))
     if not series:
-        return Figure("tokens", title, "", missing=f"These results do not say how many rows a round had: {AGAIN}.")
+        return Figure(
+            "tokens",
+            title,
+            "",
+            missing=f"These results do not say how many rows a round had: {AGAIN}.",
+        )
     caption = (
         "One marker per batch size, which is printed at it. Up is more tokens for each request in a round; right is "
         "more rows to verify for the whole batch. Plain decoding makes one token a round."
     )
-    panel = Panel("", "rows of the batch per round", "tokens per round of a request", series, (), True,
-                  level=(1.0, "plain decoding"))  # fmt: skip
+    panel = Panel(
+        "",
+        "rows of the batch per round",
+        "tokens per round of a request",
+        series,
+        (),
+        True,
+        level=(1.0, "plain decoding"),
+    )
     return Figure("tokens", title, caption, [panel])
 
 
@@ -151,19 +189,41 @@ def reliability(results: Results) -> Figure:
     title = "Do the probabilities come true?"
     panels = []
     for colour, (policy, name) in enumerate(results.names.items()):
-        parts = {part: _pooled_bins(_runs_of(results, policy), part) for part in ("draft", "calibrated")}
+        parts = {
+            part: _pooled_bins(_runs_of(results, policy), part) for part in ("draft", "calibrated")
+        }
         if len(parts["calibrated"][0]):
             before, after = (calibration_error(parts[part]) for part in ("draft", "calibrated"))
             series = [
                 Series(
-                    f"before: the drafter's confidence, off by {100 * before:.1f} %", NEUTRAL, _bins(parts["draft"])
+                    f"before: the drafter's confidence, off by {100 * before:.1f} %",
+                    NEUTRAL,
+                    _bins(parts["draft"]),
                 ),
-                Series(f"after calibration, off by {100 * after:.1f} %", colour, _bins(parts["calibrated"])),
+                Series(
+                    f"after calibration, off by {100 * after:.1f} %",
+                    colour,
+                    _bins(parts["calibrated"]),
+                ),
             ]
-            panels.append(Panel(name, "predicted", "chosen by the target", series, (0, 0.2, 0.4, 0.6, 0.8, 1),
-                                from_zero=True, diagonal=True))  # fmt: skip
+            panels.append(
+                Panel(
+                    name,
+                    "predicted",
+                    "chosen by the target",
+                    series,
+                    (0, 0.2, 0.4, 0.6, 0.8, 1),
+                    from_zero=True,
+                    diagonal=True,
+                )
+            )
     if not panels:
-        return Figure("reliability", title, "", missing=f"These results hold no acceptance probabilities: {AGAIN}.")
+        return Figure(
+            "reliability",
+            title,
+            "",
+            missing=f"These results hold no acceptance probabilities: {AGAIN}.",
+        )
     caption = (
         "Drafted tokens in ten bins of the probability that was predicted for them, against the share that the target "
         "chose, over all batch sizes; on the diagonal predictions are right. Larger markers hold more tokens; 'off by' "
@@ -176,18 +236,33 @@ def under_load(results: Results) -> Figure:
     """Latency percentiles against load, one line per policy."""
     runs = results.load["runs"]
     names = {run["policy"]: results.names.get(run["policy"], run["policy"]) for run in runs}
-    order = list(dict.fromkeys([*results.names, *(policy for policy in names if policy != BASELINE)]))
+    order = list(
+        dict.fromkeys([*results.names, *(policy for policy in names if policy != BASELINE)])
+    )
     panels = []
     for title, kind, percentile in _UNDER_LOAD:
         series = []
         for policy, name in names.items():
             colour = NEUTRAL if policy == BASELINE else order.index(policy)
             points = [_load_point(run, kind, percentile) for run in runs if run["policy"] == policy]
-            series.append(Series("plain decoding" if policy == BASELINE else name, colour, [p for p in points if p]))
+            series.append(
+                Series(
+                    "plain decoding" if policy == BASELINE else name,
+                    colour,
+                    [p for p in points if p],
+                )
+            )
         if any(one.points for one in series):
             loads = sorted({100 * float(run["load"]) for run in runs})
             panels.append(
-                Panel(title, "load, % of capacity", "ms", [s for s in series if s.points], loads, from_zero=True)
+                Panel(
+                    title,
+                    "load, % of capacity",
+                    "ms",
+                    [s for s in series if s.points],
+                    loads,
+                    from_zero=True,
+                )
             )
     title = "Under load"
     if not panels:
@@ -209,7 +284,9 @@ def _load_point(run: Run, kind: str, percentile: str) -> Point | None:
 def calibration_error(bins: tuple[Floats, Floats, Floats]) -> float:
     """Mean |predicted - chosen| over tokens."""
     predicted, chosen, count = bins
-    return float(np.sum(count * np.abs(predicted - chosen)) / np.sum(count)) if np.sum(count) else 0.0
+    return (
+        float(np.sum(count * np.abs(predicted - chosen)) / np.sum(count)) if np.sum(count) else 0.0
+    )
 
 
 def _speedup_point(run: Run) -> Point:
@@ -239,10 +316,14 @@ def _cost_panel(results: Results, cost: CostModel, size: int) -> Panel | None:
     curve = 1e3 * cost.verify_curve(size, size, last - size + 1, context)
     points = [Point(size + i, float(ms)) for i, ms in enumerate(curve)]
     profile = Series("profile", NEUTRAL, points, markers=False)
-    return Panel(f"batch {size}, context {context:.0f}", "rows", "ms", [profile, *series], from_zero=True)
+    return Panel(
+        f"batch {size}, context {context:.0f}", "rows", "ms", [profile, *series], from_zero=True
+    )
 
 
-def _spread(counts: Mapping[int, float], low: float = 0.1, high: float = 0.9) -> tuple[float, float] | None:
+def _spread(
+    counts: Mapping[int, float], low: float = 0.1, high: float = 0.9
+) -> tuple[float, float] | None:
     """The rows between which the middle 80 % of rounds lie."""
     if not counts:
         return None
@@ -253,7 +334,9 @@ def _spread(counts: Mapping[int, float], low: float = 0.1, high: float = 0.9) ->
 
 
 def _runs_of(results: Results, policy: str) -> list[Run]:
-    return sorted((r for r in results.contestants if r["policy"] == policy), key=lambda run: run["batch_size"])
+    return sorted(
+        (r for r in results.contestants if r["policy"] == policy), key=lambda run: run["batch_size"]
+    )
 
 
 def _pooled_bins(runs: Iterable[Run], part: str) -> tuple[Floats, Floats, Floats]:
@@ -262,7 +345,9 @@ def _pooled_bins(runs: Iterable[Run], part: str) -> tuple[Floats, Floats, Floats
     for run in runs:
         bins: Any = run.get("reliability")
         try:
-            predicted, chosen, count = (np.asarray(bins[part][k], float) for k in ("predicted", "chosen", "count"))
+            predicted, chosen, count = (
+                np.asarray(bins[part][k], float) for k in ("predicted", "chosen", "count")
+            )
             which = np.clip((predicted * 10).astype(int), 0, 10)
             for row, values in enumerate((count, count * predicted, count * chosen)):
                 np.add.at(sums[row], which, values)
@@ -275,4 +360,7 @@ def _pooled_bins(runs: Iterable[Run], part: str) -> tuple[Floats, Floats, Floats
 def _bins(bins: tuple[Floats, Floats, Floats]) -> list[Point]:
     predicted, chosen, count = bins
     share = count / count.max() if len(count) else count
-    return [Point(float(x), float(y), weight=float(w)) for x, y, w in zip(predicted, chosen, share, strict=True)]
+    return [
+        Point(float(x), float(y), weight=float(w))
+        for x, y, w in zip(predicted, chosen, share, strict=True)
+    ]

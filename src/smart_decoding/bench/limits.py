@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far more than any cache, and on a GPU than a launch takes
+READ_BYTES = {
+    "cpu": 1 << 28,
+    "cuda": 1 << 30,
+}  # far more than any cache, and on a GPU than a launch takes
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied
 SECONDS = 0.4  # for each limit
 
@@ -26,7 +29,11 @@ def measure_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]
 
 def shares(run: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, float]:
     """A run's achieved rates as shares of the limits."""
-    return {f"{name.split('_')[0]}_share": run[name] / limit for name, limit in limits.items() if limit > 0}
+    return {
+        f"{name.split('_')[0]}_share": run[name] / limit
+        for name, limit in limits.items()
+        if limit > 0
+    }
 
 
 def _best(work: Callable[[], object], wait: Callable[[], object]) -> float:

@@ -74,7 +74,9 @@ def measure_load(
     for engine in engines.values():
         run_block(engine, mixed[:2], mixed[2:], 2, clock)  # a warm-up
     runs, labels = [], list(engines)
-    with tqdm(total=len(shares) * SEGMENTS * len(labels), desc="load", unit="segment", leave=False) as bar:
+    with tqdm(
+        total=len(shares) * SEGMENTS * len(labels), desc="load", unit="segment", leave=False
+    ) as bar:
         for share in shares:
             segments: dict[str, list[Segment]] = {label: [] for label in labels}
             for number in range(SEGMENTS):
@@ -84,24 +86,39 @@ def measure_load(
                 turn = number % len(labels)
                 wave = arrivals(mixed, share * rate, each / SEGMENTS, (seed, number))
                 for label in labels[turn:] + labels[:turn]:
-                    fresh[label] = _restored(kept[0][label]) if label in kept[0] else serve(
-                        engines[label], wave, clock, sleep)  # fmt: skip
+                    fresh[label] = (
+                        _restored(kept[0][label])
+                        if label in kept[0]
+                        else serve(engines[label], wave, clock, sleep)
+                    )
                     bar.update()
                 if not kept[0]:
                     progress.add(name, {label: asdict(segment) for label, segment in fresh.items()})
                 for label, segment in fresh.items():
                     segments[label].append(segment)
-            runs += [load_run(label, share, share * rate, of, segments[BASELINE]) for label, of in segments.items()]
-    return {"slots": slots, "capacity_requests_per_s": rate, "capacity_tokens_per_s": tokens_per_s, "runs": runs}
+            runs += [
+                load_run(label, share, share * rate, of, segments[BASELINE])
+                for label, of in segments.items()
+            ]
+    return {
+        "slots": slots,
+        "capacity_requests_per_s": rate,
+        "capacity_tokens_per_s": tokens_per_s,
+        "runs": runs,
+    }
 
 
-def capacity(engine: Engine, prompts: Sequence[Prompt], slots: int, clock: Clock) -> tuple[float, float]:
+def capacity(
+    engine: Engine, prompts: Sequence[Prompt], slots: int, clock: Clock
+) -> tuple[float, float]:
     """Requests and tokens per second, prompts included, while the queue is never empty."""
     tokens = seconds = answered = length = 0.0
     for number in range(CAPACITY_BLOCKS):
         start = number * slots % len(prompts)
         chunk = [*prompts[start:], *prompts[:start]][:slots]
-        block = run_block(engine, chunk, [*prompts[start + slots :], *prompts[:start]], slots, clock)
+        block = run_block(
+            engine, chunk, [*prompts[start + slots :], *prompts[:start]], slots, clock
+        )
         tokens, seconds = tokens + block.total_tokens, seconds + block.total_seconds
         answered += len(block.answers)
         length += sum(len(a.tokens) + a.looped for a in block.answers.values())
@@ -120,7 +137,10 @@ def arrivals(
 
 
 def serve(
-    engine: Engine, wave: Sequence[tuple[float, Prompt]], clock: Clock, sleep: Callable[[float], object]
+    engine: Engine,
+    wave: Sequence[tuple[float, Prompt]],
+    clock: Clock,
+    sleep: Callable[[float], object],
 ) -> Segment:
     """Answers requests as they arrive, until the last is answered. The engine is empty before and after."""
     started, coming, decoding = clock(), deque(enumerate(wave)), []
@@ -130,7 +150,9 @@ def serve(
             now = clock() - started
             while coming and coming[0][1][0] <= now + RESOLUTION:
                 number, (at, prompt) = coming.popleft()
-                (request,) = engine.add_request(f"load-{number}", prompt.tokens, prompt.params, prompt.media)
+                (request,) = engine.add_request(
+                    f"load-{number}", prompt.tokens, prompt.params, prompt.media
+                )
                 taken.append((at, prompt, request))
             if not engine.has_unfinished_requests:
                 sleep(coming[0][1][0] - now)
@@ -153,10 +175,16 @@ def load_run(
     """The figures of one policy at one load: percentiles over requests, ratios of the same requests' times."""
     served = [one for segment in segments for one in segment.served]
     base = [one for segment in baseline for one in segment.served]
-    ratios = [a.tpot / b.tpot for a, b in zip(served, base, strict=True) if a.tpot > 0 and b.tpot > 0]
+    ratios = [
+        a.tpot / b.tpot for a, b in zip(served, base, strict=True) if a.tpot > 0 and b.tpot > 0
+    ]
     seconds = sum(segment.seconds for segment in segments)
     return {
-        "policy": label, "load": share, "requests_per_s": rate, "requests": len(served), "seconds": seconds,
+        "policy": label,
+        "load": share,
+        "requests_per_s": rate,
+        "requests": len(served),
+        "seconds": seconds,
         "tokens_per_s": sum(len(one.tokens) for one in served) / seconds,
         "running": float(np.mean([segment.running for segment in segments])),
         "ttft_ms": _percentiles([one.ttft for one in served]),
@@ -164,7 +192,7 @@ def load_run(
         "latency_ms": _percentiles([one.latency for one in served]),
         "tpot_ratio": float(np.median(ratios)) if ratios else math.nan,
         "identical": [one.tokens for one in served] == [one.tokens for one in base],
-    }  # fmt: skip
+    }
 
 
 def in_turn(prompts: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
@@ -184,7 +212,9 @@ def _served(prompt: Prompt, request: Request, arrived: float) -> Served:
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """In milliseconds."""
     known = [value for value in seconds if math.isfinite(value)]
-    return {f"p{p}": 1e3 * float(np.percentile(known, p)) if known else math.nan for p in PERCENTILES}
+    return {
+        f"p{p}": 1e3 * float(np.percentile(known, p)) if known else math.nan for p in PERCENTILES
+    }
 
 
 def _restored(kept: Mapping[str, Any]) -> Segment:

@@ -37,7 +37,10 @@ class Arm:
         """As tables print it: eagle2(depth=2,top_k=3)."""
         if self.name:
             return self.name
-        shown = {name: Path(str(value)).name if name == "model" else value for name, value in self.options.items()}
+        shown = {
+            name: Path(str(value)).name if name == "model" else value
+            for name, value in self.options.items()
+        }
         given = ",".join(f"{name}={value}" for name, value in shown.items())
         return f"{self.policy}({given})" if given else self.policy
 
@@ -95,7 +98,9 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         _at_least_one("batch_sizes", self.batch_sizes)
-        _at_least_one("limit, max_tokens, least_blocks", (self.limit, self.max_tokens, self.least_blocks))
+        _at_least_one(
+            "limit, max_tokens, least_blocks", (self.limit, self.max_tokens, self.least_blocks)
+        )
         unknown = [task for task in self.all_tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise ConfigError(f"unknown task {''.join(unknown[:1])!r}; known: {', '.join(TASKS)}")
@@ -104,9 +109,13 @@ class BenchOptions:
         if self.time_limit is not None and self.time_limit <= 0:
             raise ConfigError(f"time_limit must be positive, not {self.time_limit}")
         if any(not 0 < share <= 2 for share in self.load):
-            raise ConfigError(f"load must be shares of the capacity such as 0.3,0.6,0.9, not {list(self.load)}")
+            raise ConfigError(
+                f"load must be shares of the capacity such as 0.3,0.6,0.9, not {list(self.load)}"
+            )
         if self.temperature and self.sampled:
-            raise ConfigError("--sampled adds a second temperature to a greedy run: leave out --temperature")
+            raise ConfigError(
+                "--sampled adds a second temperature to a greedy run: leave out --temperature"
+            )
         check_outputs((self.json, self.html, self.resume), self.plots)
         self.sampling(0)
         self._check_arms()
@@ -118,10 +127,14 @@ class BenchOptions:
             if method is not None and method not in METHODS:
                 raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
             if method == "none":
-                raise ConfigError("method 'none' leaves nothing to compare with plain decoding: choose one that drafts")
+                raise ConfigError(
+                    "method 'none' leaves nothing to compare with plain decoding: choose one that drafts"
+                )
             check_draft(method, self.draft or arm.options.get("model"), "--draft MODEL")
         if "model" in self.method_options and self.draft:
-            raise ConfigError("the model to draft with is given by --draft and by --method-option: give it once")
+            raise ConfigError(
+                "the model to draft with is given by --draft and by --method-option: give it once"
+            )
 
     @property
     def arms(self) -> list[Arm]:
@@ -129,7 +142,9 @@ class BenchOptions:
         settings = [parse_setting(text, self.ARM) for text in self.policy_options]
         idle = [arm.policy for arm in settings if arm.policy not in self.policies]
         if idle:
-            raise ConfigError(f"options are given for policy {idle[0]!r}, which is not among the policies: add it")
+            raise ConfigError(
+                f"options are given for policy {idle[0]!r}, which is not among the policies: add it"
+            )
         arms = [self.ARM(BASELINE)]
         for policy in self.policies:
             arms += [arm for arm in settings if arm.policy == policy] or [self.ARM(policy)]

@@ -11,21 +11,40 @@ from smart_decoding.bench.figures import Figure, figures
 from smart_decoding.bench.options import BASELINE, EXTRA
 from smart_decoding.bench.plots import can_draw, inline_svgs
 from smart_decoding.bench.report import Run, plain_torch, short_names, strongest
-from smart_decoding.bench.results import FASTER, SLOWER, UNDECIDED, Results, interval, mapping, number, verdict
+from smart_decoding.bench.results import (
+    FASTER,
+    SLOWER,
+    UNDECIDED,
+    Results,
+    interval,
+    mapping,
+    number,
+    verdict,
+)
 from smart_decoding.bench.summary import POOLED
 
 WORDS = {FASTER: "faster", SLOWER: "slower", UNDECIDED: "not decided"}
 # Column -> (field, factor, digits): what a round did, per policy and batch size.
 METRICS = {
-    "tokens/s": ("tokens_per_s", 1, 1), "end to end ×": ("end_to_end_speedup", 1, 2),
-    "tokens/round": ("tokens_per_round", 1, 2), "rows/round": ("rows_per_round", 1, 1),
-    "wasted rows": ("wasted_rows", 1, 1), "levels/round": ("levels_per_round", 1, 2),
-    "rounds off %": ("off_share", 100, 0), "controller %": ("controller_share", 100, 1),
-    "verify ms": ("verify_ms", 1, 1), "draft ms": ("draft_ms", 1, 1), "GB/s": ("gb_per_s", 1, 1),
-    "% of limit": ("gb_share", 100, 0), "GFLOP/s": ("gflop_per_s", 1, 0), "% of its limit": ("gflop_share", 100, 0),
-    "peak GiB": ("peak_gib", 1, 2), "TTFT ms": ("ttft_ms", 1, 0), "TPOT ms": ("tpot_ms", 1, 1),
+    "tokens/s": ("tokens_per_s", 1, 1),
+    "end to end ×": ("end_to_end_speedup", 1, 2),
+    "tokens/round": ("tokens_per_round", 1, 2),
+    "rows/round": ("rows_per_round", 1, 1),
+    "wasted rows": ("wasted_rows", 1, 1),
+    "levels/round": ("levels_per_round", 1, 2),
+    "rounds off %": ("off_share", 100, 0),
+    "controller %": ("controller_share", 100, 1),
+    "verify ms": ("verify_ms", 1, 1),
+    "draft ms": ("draft_ms", 1, 1),
+    "GB/s": ("gb_per_s", 1, 1),
+    "% of limit": ("gb_share", 100, 0),
+    "GFLOP/s": ("gflop_per_s", 1, 0),
+    "% of its limit": ("gflop_share", 100, 0),
+    "peak GiB": ("peak_gib", 1, 2),
+    "TTFT ms": ("ttft_ms", 1, 0),
+    "TPOT ms": ("tpot_ms", 1, 1),
     "worst TPOT ×": ("worst_tpot_ratio", 1, 2),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +104,15 @@ def page(results: Results, further: Further | None = None) -> str:
     rounds = [metrics(results), noise(results)] if results.runs else []
     return document(
         f"{name}: speculative decoding, measured",
-        [*compared, *further.comparisons, *drawn, *load_table(results), *further.tables, *rounds, origin(results)],
+        [
+            *compared,
+            *further.comparisons,
+            *drawn,
+            *load_table(results),
+            *further.tables,
+            *rounds,
+            origin(results),
+        ],
         heading=f"Speculative decoding of {name}, measured",
         setting=setting(results),
         warnings=warnings,
@@ -97,8 +124,12 @@ def document(title: str, sections: Sequence[Section], **header: Any) -> str:
     """A page of the given sections. header: heading, setting, warnings, tiles, as the template takes them."""
     import jinja2
 
-    source = (resources.files("smart_decoding.bench") / "report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    source = (resources.files("smart_decoding.bench") / "report.html.jinja").read_text(
+        encoding="utf-8"
+    )
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
     shown = {"heading": title, "setting": "", "warnings": (), "tiles": (), **header}
     return environment.from_string(source).render(title=title, sections=sections, **shown)
 
@@ -130,8 +161,17 @@ def setting(results: Results) -> str:
     hardware = mapping(results.provenance.get("hardware"))
     device = hardware.get("gpu") or hardware.get("cpu") or "unknown processor"
     cores = f", {hardware['cores']} cores" if hardware.get("cores") else ""
-    heat = f"temperature {first['temperature']:g}" if number(first, "temperature") is not None else None
-    known = (f"{device}{cores}", first.get("dtype"), heat, str(results.provenance.get("time", ""))[:10])
+    heat = (
+        f"temperature {first['temperature']:g}"
+        if number(first, "temperature") is not None
+        else None
+    )
+    known = (
+        f"{device}{cores}",
+        first.get("dtype"),
+        heat,
+        str(results.provenance.get("time", ""))[:10],
+    )
     return " · ".join(str(each) for each in known if each)
 
 
@@ -143,10 +183,16 @@ def tiles(results: Results) -> list[Tile]:
     best, worst = (pick(runs, key=lambda run: run["speedup"]) for pick in (max, min))
     found = _smart_tile(runs)
     found.append(Tile(f"{best['speedup']:.2f}×", f"best: {_where(results, best)}", verdict(best)))
-    found.append(Tile(f"{worst['speedup']:.2f}×", f"worst: {_where(results, worst)}", verdict(worst)))
-    noises = {run["batch_size"]: b for run in results.pooled if (b := interval(run, "noise")) is not None}
+    found.append(
+        Tile(f"{worst['speedup']:.2f}×", f"worst: {_where(results, worst)}", verdict(worst))
+    )
+    noises = {
+        run["batch_size"]: b for run in results.pooled if (b := interval(run, "noise")) is not None
+    }
     if noises:
-        size, (low, high) = max(noises.items(), key=lambda item: max(1 - item[1][0], item[1][1] - 1))
+        size, (low, high) = max(
+            noises.items(), key=lambda item: max(1 - item[1][0], item[1][1] - 1)
+        )
         told = f"plain decoding against itself, batch {size}: ratios this near to 1 may be noise"
         found.append(Tile(f"{low:.2f} – {high:.2f}×", told, ""))
     different = [run for run in results.contestants if run.get("identical") is False]
@@ -175,7 +221,9 @@ def losses(results: Results) -> Section:
         kind = verdict(run)
         bounds = interval(run)
         told = f"({bounds[0]:.2f}–{bounds[1]:.2f})" if bounds else "(one block)"
-        lines.append(Marked(f"{_where(results, run)}: {run['speedup']:.2f}× {told}, {WORDS[kind]}", kind))
+        lines.append(
+            Marked(f"{_where(results, run)}: {run['speedup']:.2f}× {told}, {WORDS[kind]}", kind)
+        )
     lines += _beaten(results)
     intro = "" if lines else "No policy was below 1× at any batch size over all tasks."
     return Section("losses", "Where it loses", intro=intro, lines=lines)
@@ -193,24 +241,38 @@ def _beaten(results: Results) -> list[str]:
     """Batch sizes where `smart` is not the fastest of the policies."""
     lines = []
     for size in results.batch_sizes:
-        runs = [r for r in results.contestants if r["batch_size"] == size and number(r, "speedup") is not None]
+        runs = [
+            r
+            for r in results.contestants
+            if r["batch_size"] == size and number(r, "speedup") is not None
+        ]
         ours = next((r for r in runs if r["policy"].split("(")[0] == "smart"), None)
         best = max(runs, key=lambda run: run["speedup"], default=None)
         if ours is not None and best is not None and best["speedup"] > ours["speedup"]:
             other = f"{results.names[best['policy']]} has {best['speedup']:.2f}×"
-            lines.append(f"batch {size}: {other}, more than {results.names[ours['policy']]}'s {ours['speedup']:.2f}×")
+            lines.append(
+                f"batch {size}: {other}, more than {results.names[ours['policy']]}'s {ours['speedup']:.2f}×"
+            )
     return lines
 
 
 def _over(results: Results) -> list[Section]:
     """`smart` beside the strongest setting of each other policy, block by block."""
-    known = [r for r in results.runs if number(r, "speedup") is not None and number(r, "smart_over") is not None]
+    known = [
+        r
+        for r in results.runs
+        if number(r, "speedup") is not None and number(r, "smart_over") is not None
+    ]
     rows = [
         (results.names[run["policy"]], str(run["batch_size"]), ratio_cell(run, "smart_over"))
         for run in strongest(known)
     ]
     head = ("policy", "batch", "smart / it")
-    return [Section("over", "Beside the best of every other policy", head=head, rows=rows)] if rows else []
+    return (
+        [Section("over", "Beside the best of every other policy", head=head, rows=rows)]
+        if rows
+        else []
+    )
 
 
 def by_task(results: Results) -> Section:
@@ -227,7 +289,9 @@ def by_task(results: Results) -> Section:
         "measured and there is none."
     )
     captions = [told, *(["; ".join(long)] if long else [])]
-    return Section("tasks", "Speedup by task", head=("policy", "batch", *tasks), rows=rows, captions=captions)
+    return Section(
+        "tasks", "Speedup by task", head=("policy", "batch", *tasks), rows=rows, captions=captions
+    )
 
 
 def speedups(key: str, title: str, all_runs: Sequence[Run]) -> list[Section]:
@@ -235,7 +299,13 @@ def speedups(key: str, title: str, all_runs: Sequence[Run]) -> list[Section]:
     runs = [run for run in all_runs if run["policy"] != BASELINE]
     names = short_names(runs)
     rows = [
-        (names[run["policy"]], str(run["batch_size"]), str(run["task"]), ratio_cell(run), same_tokens(run))
+        (
+            names[run["policy"]],
+            str(run["batch_size"]),
+            str(run["task"]),
+            ratio_cell(run),
+            same_tokens(run),
+        )
         for run in runs
     ]
     head = ("policy", "batch", "task", "speedup", "same tokens")
@@ -250,12 +320,27 @@ def load_table(results: Results) -> list[Section]:
     names = {**short_names(runs), BASELINE: "plain decoding"}
     rows = []
     for run in runs:
-        times = [said(mapping(run.get(kind)), p, digits) for kind, digits in (("ttft_ms", 0), ("tpot_ms", 1))
-                 for p in ("p50", "p95", "p99")]  # fmt: skip
+        times = [
+            said(mapping(run.get(kind)), p, digits)
+            for kind, digits in (("ttft_ms", 0), ("tpot_ms", 1))
+            for p in ("p50", "p95", "p99")
+        ]
         rates = (said(run, "requests_per_s", 2), said(run, "tokens_per_s", 0))
         load = f"{100 * run['load']:.0f} %"
-        rows.append((names[run["policy"]], load, *rates, *times, said(run, "tpot_ratio", 2), same_tokens(run)))
-    capacity = [said(results.load, f"capacity_{what}_per_s", d) for what, d in (("requests", 2), ("tokens", 0))]
+        rows.append(
+            (
+                names[run["policy"]],
+                load,
+                *rates,
+                *times,
+                said(run, "tpot_ratio", 2),
+                same_tokens(run),
+            )
+        )
+    capacity = [
+        said(results.load, f"capacity_{what}_per_s", d)
+        for what, d in (("requests", 2), ("tokens", 0))
+    ]
     told = (
         f"Milliseconds. Capacity: {capacity[0]} requests/s, {capacity[1]} tokens/s, with "
         f"{results.load.get('slots', '?')} requests at once and a queue that is never empty. TPOT ×: the median "
@@ -268,7 +353,11 @@ def load_table(results: Results) -> list[Section]:
 
 def metrics(results: Results) -> Section:
     """What a round did: only the columns that some run has."""
-    columns = {name: how for name, how in METRICS.items() if any(number(r, how[0]) is not None for r in results.pooled)}
+    columns = {
+        name: how
+        for name, how in METRICS.items()
+        if any(number(r, how[0]) is not None for r in results.pooled)
+    }
     names = {**results.names, BASELINE: "plain decoding"}
     rows = []
     for run in sorted(results.pooled, key=lambda run: run["batch_size"]):
@@ -280,7 +369,9 @@ def metrics(results: Results) -> Section:
         "limits: what this machine reached in a sum and in a matrix product of torch, in their best moment. Peak "
         "memory: of the process, over all policies of a batch size."
     )
-    return Section("rounds", "What a round did", head=("policy", "batch", *columns), rows=rows, captions=[told])
+    return Section(
+        "rounds", "What a round did", head=("policy", "batch", *columns), rows=rows, captions=[told]
+    )
 
 
 def noise(results: Results) -> Section:
@@ -291,7 +382,11 @@ def noise(results: Results) -> Section:
         if value is not None:
             told = f"({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else "(one pair, no interval)"
             odd = bounds is not None and not bounds[0] <= 1 <= bounds[1]
-            told += ": the interval excludes 1×, so other speedups at this batch size may be off as much" if odd else ""
+            told += (
+                ": the interval excludes 1×, so other speedups at this batch size may be off as much"
+                if odd
+                else ""
+            )
             lines.append(f"batch {run['batch_size']}: {value:.3f}× {told}")
     intro = "Plain decoding timed against itself, as a policy would be; without noise this is 1×."
     missing = "" if lines else "The noise was not measured."
@@ -303,7 +398,9 @@ def origin(results: Results) -> Section:
     known, memory = results.provenance, results.memory
     hardware = mapping(known.get("hardware"))
     facts: dict[str, Any] = {
-        "machine": ", ".join(f"{k} {_told(v)}" for k, v in hardware.items() if v not in (None, "", [])),
+        "machine": ", ".join(
+            f"{k} {_told(v)}" for k, v in hardware.items() if v not in (None, "", [])
+        ),
         "weights": _told(known.get("weights")),
         "draft head": known.get("head"),
         "seed": known.get("seed"),
@@ -313,10 +410,15 @@ def origin(results: Results) -> Section:
     }
     peak, gpu = number(memory, "peak_process_gib"), number(memory, "peak_gpu_gib")
     if peak is not None:
-        facts["peak memory"] = f"{peak:.2f} GiB resident, of the whole process: all policies, batch sizes and loading"
+        facts["peak memory"] = (
+            f"{peak:.2f} GiB resident, of the whole process: all policies, batch sizes and loading"
+        )
     if gpu is not None:
         facts["peak GPU memory"] = f"{gpu:.2f} GiB allocated, of the whole process"
-    for key, name, unit in (("gb_per_s", "reading memory", "GB/s"), ("gflop_per_s", "matrix products", "GFLOP/s")):
+    for key, name, unit in (
+        ("gb_per_s", "reading memory", "GB/s"),
+        ("gflop_per_s", "matrix products", "GFLOP/s"),
+    ):
         if (rate := number(results.limits, key)) is not None:
             facts[f"best of {name}"] = f"{rate:.0f} {unit}"
     for key, name in (("weights_gib", "weights"), ("kv_cache_gib", "KV cache")):
@@ -343,7 +445,9 @@ def same_tokens(run: Run) -> str:
     return "yes" if run.get("identical") else "NO"
 
 
-def said(run: Mapping[str, Any], name: str, digits: int, factor: float = 1.0, unit: str = "") -> str:
+def said(
+    run: Mapping[str, Any], name: str, digits: int, factor: float = 1.0, unit: str = ""
+) -> str:
     """A number of a run as a cell."""
     value = number(run, name)
     return "–" if value is None else f"{factor * value:.{digits}f}{unit}"
@@ -352,7 +456,11 @@ def said(run: Mapping[str, Any], name: str, digits: int, factor: float = 1.0, un
 def _told(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {_told(v)}" for k, v in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str("" if value is None else value)
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list | tuple)
+        else str("" if value is None else value)
+    )
 
 
 def _where(results: Results, run: Run) -> str:

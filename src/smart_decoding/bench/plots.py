@@ -23,7 +23,9 @@ INK = "#010203"  # stands for the page's own colour of text, light or dark
 _PAGE_STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "smart",  # the same picture is the same file
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    ),
 }
 
 
@@ -156,10 +158,19 @@ def _series(axes: Any, series: Series) -> None:
     if series.markers:
         area = [20 + 40 * p.weight for p in series.points]
         shape = MARKERS[max(series.colour, 0) % len(MARKERS)]
-        axes.scatter(x, y, s=area, color=colour, marker=shape, edgecolor="white", zorder=3, label=series.name)
+        axes.scatter(
+            x, y, s=area, color=colour, marker=shape, edgecolor="white", zorder=3, label=series.name
+        )
     for p in series.points:
         if p.label:
-            axes.annotate(p.label, (p.x, p.y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                p.label,
+                (p.x, p.y),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
         if p.x_range is not None:
             axes.hlines(p.y, *p.x_range, color=colour, alpha=0.6, linewidth=2)
     bands = [(p.x, *p.y_range) if p.y_range else (p.x, math.nan, math.nan) for p in series.points]

@@ -18,7 +18,18 @@ import smart_decoding
 from smart_decoding.errors import CapacityError
 from smart_decoding.files import whole
 
-_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+    "sve",
+)
 _PACKAGES = ("torch", "numpy", "scipy", "safetensors", "tokenizers")
 
 
@@ -43,7 +54,10 @@ def provenance(
 def commit() -> str:
     """The commit of the source, '-dirty' if tracked files differ from it; the version where there is no repository."""
     folder = Path(smart_decoding.__file__).parent
-    head, changed = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "-uno", ".")
+    head, changed = (
+        _git(folder, "rev-parse", "HEAD"),
+        _git(folder, "status", "--porcelain", "-uno", "."),
+    )
     if head is None or _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return f"smart-decoding {smart_decoding.__version__}, not in a repository"
     return head + ("-dirty" if changed else "")
@@ -129,7 +143,9 @@ def plain(value: Any) -> Any:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

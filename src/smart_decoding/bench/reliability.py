@@ -40,7 +40,9 @@ class Reliability:
         nodes, chosen = done.observed()
         parent = trees.parent[nodes]
         with np.errstate(invalid="ignore", divide="ignore"):
-            conditional = trees.accept_prob[nodes] / np.where(parent == ROOT, 1.0, trees.accept_prob[parent])
+            conditional = trees.accept_prob[nodes] / np.where(
+                parent == ROOT, 1.0, trees.accept_prob[parent]
+            )
         self.draft += _binned(trees.draft_prob[nodes], chosen)
         self.calibrated += _binned(conditional, chosen)
 
@@ -54,9 +56,15 @@ def _binned(predicted: Floats, chosen: NDArray[np.bool_]) -> Floats:
     known = np.isfinite(predicted)
     predicted, chosen = np.clip(predicted[known], 0.0, 1.0), chosen[known]
     which = np.minimum((predicted * BINS).astype(np.int64), BINS - 1)
-    return np.stack([np.bincount(which, weights, BINS) for weights in (np.ones(len(which)), predicted, chosen)])
+    return np.stack(
+        [np.bincount(which, weights, BINS) for weights in (np.ones(len(which)), predicted, chosen)]
+    )
 
 
 def _shares(sums: Floats) -> dict[str, list[float]]:
     count, predicted, chosen = sums[:, sums[0] > 0]
-    return {"predicted": list(predicted / count), "chosen": list(chosen / count), "count": list(count)}
+    return {
+        "predicted": list(predicted / count),
+        "chosen": list(chosen / count),
+        "count": list(count),
+    }

@@ -10,7 +10,18 @@ from smart_decoding.bench.summary import POOLED
 
 Run = Mapping[str, Any]
 NAME_WIDTH = 20
-_HEADER = ("policy", "b", "tok/s", "speedup (95 %)", "e2e", "worst task", "tok/rnd", "rows", "wasted", "same")
+_HEADER = (
+    "policy",
+    "b",
+    "tok/s",
+    "speedup (95 %)",
+    "e2e",
+    "worst task",
+    "tok/rnd",
+    "rows",
+    "wasted",
+    "same",
+)
 
 
 def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
@@ -38,7 +49,20 @@ def plain_torch(provenance: Mapping[str, Any]) -> str:
 
 def load_table(load: Mapping[str, Any]) -> str:
     """Policies under load: throughput and percentiles of latencies."""
-    head = ("policy", "load", "req/s", "tok/s", "TTFT p50", "p95", "p99", "TPOT p50", "p95", "p99", "TPOT x", "same")
+    head = (
+        "policy",
+        "load",
+        "req/s",
+        "tok/s",
+        "TTFT p50",
+        "p95",
+        "p99",
+        "TPOT p50",
+        "p95",
+        "p99",
+        "TPOT x",
+        "same",
+    )
     names = short_names(load["runs"])
     rows = [head, *(_load_cells(run, names[run["policy"]]) for run in load["runs"])]
     told = (
@@ -49,10 +73,20 @@ def load_table(load: Mapping[str, Any]) -> str:
 
 
 def _load_cells(run: Run, name: str) -> Sequence[str]:
-    times = [shown(run[kind][p], digits) for kind, digits in (("ttft_ms", 0), ("tpot_ms", 1))
-             for p in ("p50", "p95", "p99")]  # fmt: skip
-    return (name, f"{100 * run['load']:.0f} %", f"{run['requests_per_s']:.2f}", shown(run["tokens_per_s"], 0), *times,
-            shown(run["tpot_ratio"], 2), "yes" if run["identical"] else "NO")  # fmt: skip
+    times = [
+        shown(run[kind][p], digits)
+        for kind, digits in (("ttft_ms", 0), ("tpot_ms", 1))
+        for p in ("p50", "p95", "p99")
+    ]
+    return (
+        name,
+        f"{100 * run['load']:.0f} %",
+        f"{run['requests_per_s']:.2f}",
+        shown(run["tokens_per_s"], 0),
+        *times,
+        shown(run["tpot_ratio"], 2),
+        "yes" if run["identical"] else "NO",
+    )
 
 
 def terminal(runs: Sequence[Run]) -> str:
@@ -61,14 +95,25 @@ def terminal(runs: Sequence[Run]) -> str:
     names = short_names(pooled)
     rows = [_cells(run, runs, names[run["policy"]]) for run in pooled]
     legend = [f"{short} = {full}" for full, short in names.items() if full != short]
-    legend += [f"{run['policy']}, batch {run['batch_size']} = {run['setting']}" for run in pooled if run.get("setting")]
-    return "\n".join([*aligned([_HEADER, *rows]), *legend, *over_table(runs, names), "", *notes(runs)])
+    legend += [
+        f"{run['policy']}, batch {run['batch_size']} = {run['setting']}"
+        for run in pooled
+        if run.get("setting")
+    ]
+    return "\n".join(
+        [*aligned([_HEADER, *rows]), *legend, *over_table(runs, names), "", *notes(runs)]
+    )
 
 
 def over_table(runs: Sequence[Run], names: Mapping[str, str]) -> list[str]:
     """`smart` beside the strongest setting of each other policy."""
     rows = [
-        (names[r["policy"]], str(r["batch_size"]), ratio(r, "smart_over"), _worst(r, runs, "smart_over"))
+        (
+            names[r["policy"]],
+            str(r["batch_size"]),
+            ratio(r, "smart_over"),
+            _worst(r, runs, "smart_over"),
+        )
         for r in strongest(runs)
     ]
     head = ("smart over the best", "b", "smart / it (95 %)", "worst task")
@@ -80,7 +125,9 @@ def strongest(runs: Sequence[Run]) -> list[Run]:
     best: dict[tuple[int, str], Run] = {}
     for run in _pooled(runs):
         key = run["batch_size"], run["policy"].split("(")[0].split(" ")[0]
-        if _known(run.get("smart_over")) and (key not in best or run["speedup"] > best[key]["speedup"]):
+        if _known(run.get("smart_over")) and (
+            key not in best or run["speedup"] > best[key]["speedup"]
+        ):
             best[key] = run
     return list(best.values())
 
@@ -88,7 +135,10 @@ def strongest(runs: Sequence[Run]) -> list[Run]:
 def markdown(runs: Sequence[Run]) -> str:
     """The pooled runs as a Markdown table."""
     lines = ["| " + " | ".join(_HEADER) + " |", "|---|" + "---:|" * (len(_HEADER) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(_cells(run, runs, run["policy"])) + " |" for run in _pooled(runs)])
+    return "\n".join(
+        lines
+        + ["| " + " | ".join(_cells(run, runs, run["policy"])) + " |" for run in _pooled(runs)]
+    )
 
 
 def by_task(runs: Sequence[Run]) -> str:
@@ -98,7 +148,9 @@ def by_task(runs: Sequence[Run]) -> str:
     names = short_names(_pooled(runs))
     for run in _pooled(runs):
         same = {r["task"]: r for r in runs if _key(r) == _key(run)}
-        rows.append((names[run["policy"]], str(run["batch_size"]), *(ratio(same.get(t)) for t in tasks)))
+        rows.append(
+            (names[run["policy"]], str(run["batch_size"]), *(ratio(same.get(t)) for t in tasks))
+        )
     return "\n".join(aligned(rows))
 
 
@@ -115,7 +167,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
                 "of its tokens were cut"
             )
         else:
-            vision = f", {shown(run['vision_ms'], 0)} ms of it the vision tower," if run.get("vision_ms") else ""
+            vision = (
+                f", {shown(run['vision_ms'], 0)} ms of it the vision tower,"
+                if run.get("vision_ms")
+                else ""
+            )
             lines.append(
                 f"{name}: TTFT {shown(run['ttft_ms'], 0)} ms{vision} "
                 f"({shown(run['ttft_ratio'], 2)} x), TPOT {shown(run['tpot_ms'], 1)} ms, worst request "
@@ -135,15 +191,24 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 def _cells(run: Run, runs: Sequence[Run], name: str) -> Sequence[str]:
     return (
-        name, str(run["batch_size"]), shown(run["tokens_per_s"], 1), ratio(run),
-        shown(run["end_to_end_speedup"], 2), _worst(run, runs), shown(run["tokens_per_round"], 2),
-        shown(run["rows_per_round"], 1), shown(run["wasted_rows"], 1), "yes" if run["identical"] else "NO",
-    )  # fmt: skip
+        name,
+        str(run["batch_size"]),
+        shown(run["tokens_per_s"], 1),
+        ratio(run),
+        shown(run["end_to_end_speedup"], 2),
+        _worst(run, runs),
+        shown(run["tokens_per_round"], 2),
+        shown(run["rows_per_round"], 1),
+        shown(run["wasted_rows"], 1),
+        "yes" if run["identical"] else "NO",
+    )
 
 
 def _worst(run: Run, runs: Sequence[Run], name: str = "speedup") -> str:
     """The task with the least ratio."""
-    tasks = [r for r in runs if _key(r) == _key(run) and r["task"] != POOLED and _known(r.get(name))]
+    tasks = [
+        r for r in runs if _key(r) == _key(run) and r["task"] != POOLED and _known(r.get(name))
+    ]
     if not tasks or run.get("noise_pairs") is not None:
         return "-"
     worst = min(tasks, key=lambda r: r[name])
@@ -196,14 +261,20 @@ def _values(label: str, labels: Sequence[str]) -> str:
     mine = _options(label)
     if any(list(other) != list(mine) for other in options):
         return f"{policy} {','.join(f'{name}={value}' for name, value in mine.items())}"
-    differing = [name for name in mine if len(options) == 1 or len({other[name] for other in options}) > 1]
+    differing = [
+        name for name in mine if len(options) == 1 or len({other[name] for other in options}) > 1
+    ]
     return f"{policy} {'/'.join(mine[name] for name in differing)}"
 
 
 def _options(label: str) -> dict[str, str]:
     """'eagle2(depth=7,top_k=10)' as {'depth': '7', 'top_k': '10'}."""
     inside = label.partition("(")[2].removesuffix(")")
-    return {name: value for name, _, value in (item.partition("=") for item in inside.split(",")) if name}
+    return {
+        name: value
+        for name, _, value in (item.partition("=") for item in inside.split(","))
+        if name
+    }
 
 
 def _known(value: float | None) -> bool:

@@ -44,7 +44,9 @@ class Results:
         if not runs and not any(parts.values()):
             raise ConfigError(f"{source} has no 'runs': give a file that smart bench --json wrote")
         if runs and not any(run["task"] == POOLED for run in runs):
-            raise ConfigError(f"{source} has no runs of the task {POOLED!r}, which pools the others")
+            raise ConfigError(
+                f"{source} has no runs of the task {POOLED!r}, which pools the others"
+            )
         return cls(
             provenance=mapping(data.get("provenance")),
             runs=runs,
@@ -57,7 +59,10 @@ class Results:
     @classmethod
     def parts_of(cls, data: Mapping[str, Any], source: str) -> dict[str, Any]:
         """The fields of PARTS."""
-        return {"sampled": checked_runs(data.get("sampled_runs"), source), "load": _load(data.get("load"))}
+        return {
+            "sampled": checked_runs(data.get("sampled_runs"), source),
+            "load": _load(data.get("load")),
+        }
 
     @classmethod
     def read(cls, path: Path, *others: Path) -> Self:
@@ -66,14 +71,20 @@ class Results:
         Raises ConfigError for a file that is missing or not what `smart bench --json` writes."""
         found = [cls.from_dict(_json_in(each), str(each)) for each in (path, *others)]
         main = next((each for each in found if each.runs), found[0])
-        commands = [str(each.provenance.get("command")) for each in found if each.provenance.get("command")]
+        commands = [
+            str(each.provenance.get("command")) for each in found if each.provenance.get("command")
+        ]
         origin = {**main.provenance, **({"command": "\n".join(commands)} if commands else {})}
-        return replace(main, provenance=origin, **{part: cls.joined(part, found) for part in cls.PARTS})
+        return replace(
+            main, provenance=origin, **{part: cls.joined(part, found) for part in cls.PARTS}
+        )
 
     @classmethod
     def joined(cls, part: str, found: Sequence[Self]) -> Any:
         """A part of several files: the first that has it."""
-        return next((value for each in found if (value := getattr(each, part))), getattr(found[0], part))
+        return next(
+            (value for each in found if (value := getattr(each, part))), getattr(found[0], part)
+        )
 
     @property
     def pooled(self) -> list[Run]:
@@ -101,7 +112,9 @@ class Results:
 
     def find(self, policy: str, batch_size: int, task: str = POOLED) -> Run | None:
         wanted = (policy, batch_size, task)
-        return next((r for r in self.runs if (r["policy"], r["batch_size"], r["task"]) == wanted), None)
+        return next(
+            (r for r in self.runs if (r["policy"], r["batch_size"], r["task"]) == wanted), None
+        )
 
 
 def number(run: Mapping[str, Any], name: str) -> float | None:
@@ -147,9 +160,16 @@ def _load(value: Any) -> Mapping[str, Any]:
     """The part about load, if its runs can be read."""
     found = mapping(value)
     runs = found.get("runs")
-    usable = isinstance(runs, Sequence) and runs and all(
-        isinstance(run, Mapping) and isinstance(run.get("policy"), str) and number(run, "load") is not None
-        for run in runs)  # fmt: skip
+    usable = (
+        isinstance(runs, Sequence)
+        and runs
+        and all(
+            isinstance(run, Mapping)
+            and isinstance(run.get("policy"), str)
+            and number(run, "load") is not None
+            for run in runs
+        )
+    )
     return found if usable else {}
 
 

@@ -25,7 +25,14 @@ from smart_decoding.bench.reliability import Reliability
 from smart_decoding.errors import ConfigError
 
 _MACHINE = ("machine", "cpu", "cores", "threads", "gpu", "cpu_kernels")
-_NOT_PART = ("json", "html", "plots", "time_limit", "resume", "peer_env")  # may change from call to call
+_NOT_PART = (
+    "json",
+    "html",
+    "plots",
+    "time_limit",
+    "resume",
+    "peer_env",
+)  # may change from call to call
 
 
 class Progress:
@@ -58,7 +65,9 @@ class Progress:
             kept = json.loads(path.read_text(encoding="utf-8"))
             found, units = dict(kept["key"]), {name: list(of) for name, of in kept["units"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is not a run to go on with: give a file that --resume wrote, or none") from error
+            raise ConfigError(
+                f"{path} is not a run to go on with: give a file that --resume wrote, or none"
+            ) from error
         for name, value in self._key.items():
             if found.get(name) != value:
                 raise ConfigError(self._refusal(name, found.get(name), value))
@@ -67,11 +76,15 @@ class Progress:
 
     def _refusal(self, name: str, theirs: Any, ours: Any) -> str:
         theirs, ours, name = _difference(theirs, ours, name)
-        return (f"{self._path} is of another run ({name} {theirs} there, {ours} here): give the same options on the "
-                "same machine and source, or another file")  # fmt: skip
+        return (
+            f"{self._path} is of another run ({name} {theirs} there, {ours} here): give the same options on the "
+            "same machine and source, or another file"
+        )
 
     def _text(self) -> str:
-        units = ",\n".join(f"{json.dumps(name)}: [{','.join(of)}]" for name, of in self._units.items())
+        units = ",\n".join(
+            f"{json.dumps(name)}: [{','.join(of)}]" for name, of in self._units.items()
+        )
         return f'{{"key": {json.dumps(self._key)},\n"units": {{{units}}}}}\n'
 
 
@@ -81,9 +94,12 @@ def key_of(options: BenchOptions) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in names if name not in _NOT_PART}
     here = hardware()
     return {
-        "option": given, "machine": {name: here[name] for name in _MACHINE}, "version": versions(),
-        "commit": commit(), "source": source_digest(),
-    }  # fmt: skip
+        "option": given,
+        "machine": {name: here[name] for name in _MACHINE},
+        "version": versions(),
+        "commit": commit(),
+        "source": source_digest(),
+    }
 
 
 def source_digest(root: Path = Path(smart_decoding.__file__).parent) -> str:
@@ -97,26 +113,32 @@ def source_digest(root: Path = Path(smart_decoding.__file__).parent) -> str:
 def plain_block(block: Block) -> dict[str, Any]:
     """A block as JSON can hold it."""
     return {
-        "task": block.task, "batch_size": block.batch_size,
+        "task": block.task,
+        "batch_size": block.batch_size,
         "counts": [getattr(block.counts, field.name) for field in fields(Counts)],
         "answers": {index: asdict(answer) for index, answer in block.answers.items()},
-        "total_tokens": block.total_tokens, "total_seconds": block.total_seconds,
-        "row_counts": dict(block.row_counts), "level_counts": dict(block.level_counts),
+        "total_tokens": block.total_tokens,
+        "total_seconds": block.total_seconds,
+        "row_counts": dict(block.row_counts),
+        "level_counts": dict(block.level_counts),
         "reliability": [block.reliability.draft.tolist(), block.reliability.calibrated.tolist()],
-    }  # fmt: skip
+    }
 
 
 def block_of(kept: Mapping[str, Any]) -> Block:
     """The inverse of `plain_block`."""
     draft, calibrated = (np.array(part) for part in kept["reliability"])
     return Block(
-        kept["task"], kept["batch_size"], Counts(*kept["counts"]),
+        kept["task"],
+        kept["batch_size"],
+        Counts(*kept["counts"]),
         {int(index): Answer(**answer) for index, answer in kept["answers"].items()},
-        kept["total_tokens"], kept["total_seconds"],
+        kept["total_tokens"],
+        kept["total_seconds"],
         Counter({int(n): count for n, count in kept["row_counts"].items()}),
         Counter({int(n): count for n, count in kept["level_counts"].items()}),
         Reliability(draft, calibrated),
-    )  # fmt: skip
+    )
 
 
 def _difference(theirs: Any, ours: Any, name: str) -> tuple[Any, Any, str]:

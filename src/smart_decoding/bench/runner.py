@@ -1,7 +1,7 @@
 """`smart bench`: policies compared with plain decoding, in one process, in short blocks that take turns.
 
 All arms share the target's weights and its KV memory, since an engine is empty between its blocks. The baseline has no
-drafter and keeps no taps. In each cycle every arm answers the same prompts; the order rotates from cycle to cycle, so
+drafter and asks for no aux hidden states. In each cycle every arm answers the same prompts; the order rotates from cycle to cycle, so
 that no arm always runs first. Tasks take turns too. Every third cycle the baseline runs once more: the noise.
 """
 
@@ -38,7 +38,9 @@ NOISE_EVERY = 3  # cycles
 SLOW = 4  # a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8: 3rd, ...
 LONG_PROMPT = 4096  # the longest of the task `long`, for which memory is then made
 WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
-LONGEST_PROMPT = 1024  # KV memory is made for prompts up to this on average; longer ones may be preempted
+LONGEST_PROMPT = (
+    1024  # KV memory is made for prompts up to this on average; longer ones may be preempted
+)
 
 Clock = Callable[[], float]
 
@@ -68,16 +70,23 @@ def run(options: BenchOptions, kind: type[Bench] | None = None) -> dict[str, Any
     Raises CapacityError if the time limit was too short for a single cycle, ConfigError for a file of --resume that is
     of another run, and what LLM raises."""
     progress = Progress(options.resume, key_of(options) if options.resume else {})
-    texts = {task: load_task(task, options.skip + options.limit)[options.skip :] for task in options.all_tasks}
+    texts = {
+        task: load_task(task, options.skip + options.limit)[options.skip :]
+        for task in options.all_tasks
+    }
     llm = load(options)
     progress.agree("weights", llm.provenance)
     bench = (kind or Bench)(options, llm, encode(llm, texts, options), progress)
     result = bench.measure()
     if not any(result.get(part) for part in bench.MAIN_PARTS):
-        raise CapacityError("the time limit was too short for one block of every policy: raise --time-limit")
+        raise CapacityError(
+            "the time limit was too short for one block of every policy: raise --time-limit"
+        )
     sizes = bench.sizes
     return {
-        "provenance": provenance(bench.command, options.seed, llm.provenance, bench.head, llm.target.plain_torch),
+        "provenance": provenance(
+            bench.command, options.seed, llm.provenance, bench.head, llm.target.plain_torch
+        ),
         **result,
         "cost": bench.cost.to_dict() if bench.cost else None,
         "limits": bench.limits,
@@ -91,7 +100,11 @@ class Bench:
     MAIN_PARTS: ClassVar[Sequence[str]] = ("runs", "load")  # a run needs one of these
 
     def __init__(
-        self, options: BenchOptions, llm: LLM, prompts: Mapping[str, Sequence[Prompt]], progress: Progress
+        self,
+        options: BenchOptions,
+        llm: LLM,
+        prompts: Mapping[str, Sequence[Prompt]],
+        progress: Progress,
     ) -> None:
         self.options = options
         self.llm = llm
@@ -140,9 +153,13 @@ class Bench:
 
     def made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
         """The chosen contestants, by label; their drafter and cost model are noted."""
-        arms = {arm.label: self.llm.sharing_weights(self.options.speculation(arm)) for arm in chosen}
+        arms = {
+            arm.label: self.llm.sharing_weights(self.options.speculation(arm)) for arm in chosen
+        }
         found = [arm.speculation for arm in arms.values() if arm.engine.drafter is not None]
-        self.head = self.head or ", ".join(dict.fromkeys(each.description for each in found)) or None
+        self.head = (
+            self.head or ", ".join(dict.fromkeys(each.description for each in found)) or None
+        )
         self.cost = self.cost or next((each.cost for each in found if each.cost), None)
         return arms
 
@@ -164,7 +181,9 @@ class Bench:
             forget_peak()
             contestants = arms or self.contestants(batch_size)
             name = f"{kind}T {temperature:g}, batch {batch_size}"
-            found = self._batch(name, contestants, prompts, batch_size, _until(stop, 1 / (len(batch_sizes) - i)))
+            found = self._batch(
+                name, contestants, prompts, batch_size, _until(stop, 1 / (len(batch_sizes) - i))
+            )
             if not found.cycles:
                 left_out = f"batch {batch_size} is left out: no time was left for one block of every policy"
                 print(f"smart: {left_out}", file=sys.stderr)
@@ -212,7 +231,9 @@ class Bench:
         seconds = None if stop is None else max(1.0, stop - time.perf_counter())
         engines = {label: arm.engine for label, arm in self.made(self.served()).items()}
         prompts = {task: self.prompts[task] for task in self.options.tasks}
-        return measure_load(engines, prompts, self.options.load, self.options.seed, seconds, self.progress)
+        return measure_load(
+            engines, prompts, self.options.load, self.options.seed, seconds, self.progress
+        )
 
 
 def _setting(arm: Arm) -> dict[str, str]:
@@ -254,7 +275,11 @@ def measure(
         turn, task = divmod(number, len(prompts))
         start = (turn + task) % len(labels)
         cycle: dict[str, Block] = {}
-        due = [label for label in labels[start:] + labels[:start] if turn % _every(result.cycles, label) == 0]
+        due = [
+            label
+            for label in labels[start:] + labels[:start]
+            if turn % _every(result.cycles, label) == 0
+        ]
         for label in due:
             if deadline is not None and clock() > deadline:
                 result.partial = True
@@ -302,17 +327,28 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """The runs of one batch size. Raises CapacityError if no cycle was completed."""
     if not measured.cycles:
-        raise CapacityError(f"the time limit was too short for one block of every policy at batch size {batch_size}")
+        raise CapacityError(
+            f"the time limit was too short for one block of every policy at batch size {batch_size}"
+        )
     rows, heat = [], options.temperature if temperature is None else temperature
     for label in measured.cycles[0]:
         pairs = [(cycle[label], cycle[BASELINE]) for cycle in measured.cycles if label in cycle]
         extra = noise(measured.again, options.seed) if label == BASELINE else {}
-        both = [(cycle[OURS], cycle[label]) for cycle in measured.cycles if {OURS, label} <= cycle.keys()]
+        both = [
+            (cycle[OURS], cycle[label])
+            for cycle in measured.cycles
+            if {OURS, label} <= cycle.keys()
+        ]
         ours = smart_over(both, options.seed) if both and label not in (OURS, BASELINE) else {}
         for figures in summarise(pairs, options.seed):
             compared = ours.get(figures["task"], {})
-            shared = {"policy": label, "batch_size": batch_size, "task": figures.pop("task"),
-                      "dtype": options.dtype, "temperature": heat}  # fmt: skip
+            shared = {
+                "policy": label,
+                "batch_size": batch_size,
+                "task": figures.pop("task"),
+                "dtype": options.dtype,
+                "temperature": heat,
+            }
             rows.append({**shared, **figures, **compared, "partial": measured.partial, **extra})
     return rows
 
@@ -324,7 +360,10 @@ def at_temperature(
     if temperature == options.temperature:
         return prompts
     return {
-        task: [replace(prompt, params=options.sampling(prompt.index, temperature)) for prompt in of_task]
+        task: [
+            replace(prompt, params=options.sampling(prompt.index, temperature))
+            for prompt in of_task
+        ]
         for task, of_task in prompts.items()
     }
 
@@ -353,21 +392,34 @@ def load(options: BenchOptions) -> LLM:
     long = "long" in options.all_tasks
     tokens = largest * (options.max_tokens + longest)
     return LLM(
-        options.model, speculative_config=False, dtype=options.dtype, device=options.device, max_num_seqs=largest,
-        kv_cache_tokens=max(tokens, LONG_PROMPT + options.max_tokens if long else DEFAULT_MODEL_LEN),
-        enable_prefix_caching=False, max_model_len=options.max_tokens + LONG_PROMPT if long else None,
-        seed=options.seed, stop_at_loops=True, allow_slow=options.allow_slow,
-    )  # fmt: skip
+        options.model,
+        speculative_config=False,
+        dtype=options.dtype,
+        device=options.device,
+        max_num_seqs=largest,
+        kv_cache_tokens=max(
+            tokens, LONG_PROMPT + options.max_tokens if long else DEFAULT_MODEL_LEN
+        ),
+        enable_prefix_caching=False,
+        max_model_len=options.max_tokens + LONG_PROMPT if long else None,
+        seed=options.seed,
+        stop_at_loops=True,
+        allow_slow=options.allow_slow,
+    )
 
 
-def encode(llm: LLM, texts: Mapping[str, Sequence[Any]], options: BenchOptions) -> dict[str, list[Prompt]]:
+def encode(
+    llm: LLM, texts: Mapping[str, Sequence[Any]], options: BenchOptions
+) -> dict[str, list[Prompt]]:
     prompts: dict[str, list[Prompt]] = {}
     count = 0
     for task, of_task in texts.items():
         prompts[task] = []
         for text in of_task:
             ready = llm.chat_prompt([{"role": "user", "content": text}])
-            prompts[task].append(Prompt(count, task, ready.tokens, options.sampling(count), ready.media))
+            prompts[task].append(
+                Prompt(count, task, ready.tokens, options.sampling(count), ready.media)
+            )
             count += 1
     return prompts
 
@@ -375,8 +427,16 @@ def encode(llm: LLM, texts: Mapping[str, Sequence[Any]], options: BenchOptions) 
 def _warm_up(engine: Engine, prompts: Mapping[str, Sequence[Prompt]], batch_size: int) -> None:
     """A few rounds at this batch size, so that no block pays for first calls."""
     first = next(iter(prompts.values()))[0]
-    short = [Prompt(i, first.task, first.tokens, SamplingParams(temperature=first.params.temperature,
-             max_tokens=WARM_UP_TOKENS, seed=i), first.media) for i in range(batch_size)]  # fmt: skip
+    short = [
+        Prompt(
+            i,
+            first.task,
+            first.tokens,
+            SamplingParams(temperature=first.params.temperature, max_tokens=WARM_UP_TOKENS, seed=i),
+            first.media,
+        )
+        for i in range(batch_size)
+    ]
     run_block(engine, short, short, batch_size)
 
 

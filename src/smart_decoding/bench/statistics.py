@@ -44,7 +44,11 @@ def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLE
     The percentiles are widened about the value: by sqrt(n / df), since resampling n values understates their variance
     by that much, and by Student's t over the normal quantile, df being n less the strata. Pairs without a finite
     positive rate on both sides are left out."""
-    usable = [p for p in pairs if p.policy > 0 and p.baseline > 0 and np.isfinite([p.policy, p.baseline]).all()]
+    usable = [
+        p
+        for p in pairs
+        if p.policy > 0 and p.baseline > 0 and np.isfinite([p.policy, p.baseline]).all()
+    ]
     if not usable:
         return Ratio(float("nan"), float("nan"), float("nan"), 0)
     base = np.array([p.weight / p.baseline for p in usable])  # seconds for the pair's work

@@ -15,15 +15,25 @@ from collections.abc import Mapping, Sequence
 Task = Mapping[str, str]
 LONG_CHARACTERS = (3800, 5000, 6400, 8200, 9800)  # of context, in turn: 1,200 to 3,800 tokens
 STRIDE = 7  # examples of neighbouring long prompts start so far apart
-SWAPS = (("<=", "<"), (">=", ">"), ("<", "<="), (">", ">="), ("==", "!="), ("+", "-"), ("and", "or"))  # right, wrong
+SWAPS = (
+    ("<=", "<"),
+    (">=", ">"),
+    ("<", "<="),
+    (">", ">="),
+    ("==", "!="),
+    ("+", "-"),
+    ("and", "or"),
+)  # right, wrong
 _NOTES = re.compile(r"<<[^>]*>>")  # GSM8K's calculator marks
 
 
 def long_contexts(code: Sequence[Task], maths: Sequence[Task]) -> list[str]:
     """60 prompts of 1k to 4k tokens: code to complete, code to explain and exercises, in turn."""
     kinds = (_complete, _explain, _exercises)
-    return [kinds[i % 3](maths if i % 3 == 2 else code, i, LONG_CHARACTERS[i % len(LONG_CHARACTERS)])
-            for i in range(60)]  # fmt: skip
+    return [
+        kinds[i % 3](maths if i % 3 == 2 else code, i, LONG_CHARACTERS[i % len(LONG_CHARACTERS)])
+        for i in range(60)
+    ]
 
 
 def edits(code: Sequence[Task]) -> list[str]:
@@ -68,17 +78,16 @@ def _explain(code: Sequence[Task], number: int, characters: int) -> str:
     functions = _gather([solution(task) for task in code], at, characters)
     name = code[(at + len(functions) // 2) % len(code)]["entry_point"]
     module = "\n\n\n".join(functions)
-    return (
-        f"Read this Python module:\n```python\n{module}\n```\nExplain step by step how `{name}` works, with an example."
-    )
+    return f"Read this Python module:\n```python\n{module}\n```\nExplain step by step how `{name}` works, with an example."
 
 
 def _exercises(maths: Sequence[Task], number: int, characters: int) -> str:
     at = number * STRIDE % len(maths)
     solved = [
         f"Question: {task['prompt']}\nAnswer: {_worked(task['upstream_answer'])}"
-        for i, task in enumerate(maths) if i != at
-    ]  # fmt: skip
+        for i, task in enumerate(maths)
+        if i != at
+    ]
     sheet = "\n\n".join(_gather(solved, at, characters))
     return (
         f"Here are some worked exercises.\n\n{sheet}\n\nAnswer the last one in the same way.\n\n"
@@ -96,7 +105,9 @@ def _asked(wish: str, source: str) -> str:
 
 def _function(task: Task) -> ast.FunctionDef | None:
     tree = ast.parse(solution(task))
-    found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == task["entry_point"]]
+    found = [
+        n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == task["entry_point"]
+    ]
     return found[0] if found else None
 
 
@@ -105,7 +116,9 @@ def _rename(task: Task) -> str | None:
     if function is None or not function.args.args:
         return None
     old = function.args.args[0].arg
-    return _asked(f"Rename the parameter `{old}` of `{function.name}` to `{old}_value`.", solution(task))
+    return _asked(
+        f"Rename the parameter `{old}` of `{function.name}` to `{old}_value`.", solution(task)
+    )
 
 
 def _repair(task: Task) -> str | None:
@@ -115,7 +128,9 @@ def _repair(task: Task) -> str | None:
         broken, count = re.subn(rf"(?<= ){re.escape(right)}(?= )", wrong, body, count=1)
         if count:
             source = solution({**task, "canonical_solution": broken})
-            return _asked(f"`{task['entry_point']}` has a bug: one operator is wrong. Fix it.", source)
+            return _asked(
+                f"`{task['entry_point']}` has a bug: one operator is wrong. Fix it.", source
+            )
     return None
 
 
@@ -123,9 +138,14 @@ def _hints(task: Task) -> str | None:
     function = _function(task)
     if function is None or not function.args.args or any(a.annotation for a in function.args.args):
         return None
-    return _asked(f"Add type hints to the signature of `{function.name}` and change nothing else.", solution(task))
+    return _asked(
+        f"Add type hints to the signature of `{function.name}` and change nothing else.",
+        solution(task),
+    )
 
 
 def _logging(task: Task) -> str | None:
     name = task["entry_point"]
-    return _asked(f"Print the arguments of `{name}` at its start and change nothing else.", solution(task))
+    return _asked(
+        f"Print the arguments of `{name}` at its start and change nothing else.", solution(task)
+    )

@@ -22,33 +22,53 @@ def summarise(pairs: Sequence[Paired], seed: int = 0) -> list[dict[str, Any]]:
     has the distributions over rounds."""
     tasks = list(dict.fromkeys(ours.task for ours, _ in pairs))
     by_task = [_figures(task, [p for p in pairs if p[0].task == task], seed) for task in tasks]
-    return [*by_task, {**_figures(POOLED, pairs, seed), **_distributions([ours for ours, _ in pairs])}]
+    return [
+        *by_task,
+        {**_figures(POOLED, pairs, seed), **_distributions([ours for ours, _ in pairs])},
+    ]
 
 
 def noise(again: Sequence[Paired], seed: int = 0) -> dict[str, Any]:
     """The baseline against itself: what a ratio of 1 looks like on this machine."""
     ratio = decode_speedup(again, seed)
-    return {"noise": ratio.value, "noise_low": ratio.low, "noise_high": ratio.high, "noise_pairs": ratio.pairs}
+    return {
+        "noise": ratio.value,
+        "noise_low": ratio.low,
+        "noise_high": ratio.high,
+        "noise_pairs": ratio.pairs,
+    }
 
 
 def smart_over(both: Sequence[Paired], seed: int = 0) -> dict[str, dict[str, Any]]:
     """How much faster `smart` decodes than another contestant, on the blocks that both ran: by task, and over all."""
-    tasks = {task: [p for p in both if p[0].task == task] for task in dict.fromkeys(ours.task for ours, _ in both)}
+    tasks = {
+        task: [p for p in both if p[0].task == task]
+        for task in dict.fromkeys(ours.task for ours, _ in both)
+    }
     found = {task: decode_speedup(pairs, seed) for task, pairs in {**tasks, POOLED: both}.items()}
-    return {task: {"smart_over": ratio.value, "smart_over_low": ratio.low, "smart_over_high": ratio.high}
-            for task, ratio in found.items()}  # fmt: skip
+    return {
+        task: {
+            "smart_over": ratio.value,
+            "smart_over_low": ratio.low,
+            "smart_over_high": ratio.high,
+        }
+        for task, ratio in found.items()
+    }
 
 
 def decode_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
     """The ratio of decode-only throughputs."""
     return paired_ratio(
-        [Pair(a.tokens_per_s, b.tokens_per_s, max(1.0, b.counts.tokens), a.task) for a, b in pairs], seed
+        [Pair(a.tokens_per_s, b.tokens_per_s, max(1.0, b.counts.tokens), a.task) for a, b in pairs],
+        seed,
     )
 
 
 def end_to_end_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
     """The ratio of throughputs with prompts and all rounds included."""
-    return paired_ratio([Pair(_overall([a]), _overall([b]), b.total_tokens, a.task) for a, b in pairs], seed)
+    return paired_ratio(
+        [Pair(_overall([a]), _overall([b]), b.total_tokens, a.task) for a, b in pairs], seed
+    )
 
 
 def _figures(task: str, pairs: Sequence[Paired], seed: int) -> dict[str, Any]:
@@ -67,23 +87,34 @@ def _figures(task: str, pairs: Sequence[Paired], seed: int) -> dict[str, Any]:
 
 
 def _throughput(pairs: Sequence[Paired], seed: int) -> dict[str, Any]:
-    ours, decode, overall = [a for a, _ in pairs], decode_speedup(pairs, seed), end_to_end_speedup(pairs, seed)
+    ours, decode, overall = (
+        [a for a, _ in pairs],
+        decode_speedup(pairs, seed),
+        end_to_end_speedup(pairs, seed),
+    )
     counts = sum((block.counts for block in ours), Counts())
     return {
         "tokens_per_s": _per(counts.tokens, counts.seconds),
-        "speedup": decode.value, "speedup_low": decode.low, "speedup_high": decode.high,
+        "speedup": decode.value,
+        "speedup_low": decode.low,
+        "speedup_high": decode.high,
         "end_to_end_tokens_per_s": _overall(ours),
         "end_to_end_speedup": overall.value,
-        "end_to_end_speedup_low": overall.low, "end_to_end_speedup_high": overall.high,
-    }  # fmt: skip
+        "end_to_end_speedup_low": overall.low,
+        "end_to_end_speedup_high": overall.high,
+    }
 
 
 def _round_figures(blocks: Sequence[Block]) -> dict[str, Any]:
     counts = sum((block.counts for block in blocks), Counts())
     return {
-        "tokens_per_round": _per(counts.emitted, counts.rounds * blocks[0].batch_size),  # of one request
+        "tokens_per_round": _per(
+            counts.emitted, counts.rounds * blocks[0].batch_size
+        ),  # of one request
         "rows_per_round": _per(counts.rows, counts.rounds),  # of the batch
-        "wasted_rows": _per(counts.wasted, counts.rounds),  # verified and rejected, per round of the batch
+        "wasted_rows": _per(
+            counts.wasted, counts.rounds
+        ),  # verified and rejected, per round of the batch
         "controller_share": _per(counts.controller_seconds, counts.round_seconds),
         "off_share": _per(counts.off, counts.rounds),
         "levels_per_round": _per(counts.levels, counts.rounds),

@@ -21,7 +21,9 @@ class Sizes:
     @classmethod
     def of(cls, config: ModelConfig, item: int) -> Sizes:
         """The sizes of a decoder of the Llama family."""
-        layer = layer_elements(config.hidden, config.heads, config.kv_heads, config.head_dim, config.ffn)
+        layer = layer_elements(
+            config.hidden, config.heads, config.kv_heads, config.head_dim, config.ffn
+        )
         kv = 2 * config.layers * config.kv_heads * config.head_dim
         return cls(config.layers * layer + config.vocab * config.hidden, kv, item)
 

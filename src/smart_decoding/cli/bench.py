@@ -17,16 +17,29 @@ from smart_decoding.bench.results import Results
 from smart_decoding.cli.report import add_output_arguments, write_outputs
 
 MOVED = (
-    "--full", "--tune-eagle2", "--tune-paper", "--variants", "--suites", "--questions", "--peers", "--peer-env",
-    "--record", "--random-weights", "--replay",
-)  # fmt: skip
+    "--full",
+    "--tune-eagle2",
+    "--tune-paper",
+    "--variants",
+    "--suites",
+    "--questions",
+    "--peers",
+    "--peer-env",
+    "--record",
+    "--random-weights",
+    "--replay",
+)
 
 
 class _Moved(argparse.Action):
     """An option that the laboratory has now."""
 
-    def __call__(self, parser: argparse.ArgumentParser, _: object, __: object, option: str | None = None) -> None:
-        parser.error(f"{option} is now an option of `python -m smart_lab bench`, in a clone (docs/bench.md)")
+    def __call__(
+        self, parser: argparse.ArgumentParser, _: object, __: object, option: str | None = None
+    ) -> None:
+        parser.error(
+            f"{option} is now an option of `python -m smart_lab bench`, in a clone (docs/bench.md)"
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +55,24 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> Any:
     parser.argument_default = argparse.SUPPRESS
     default = BenchOptions()
     preset = parser.add_mutually_exclusive_group()
-    preset.add_argument("--quick", dest="preset", action="store_const", const="quick", help="within three minutes")
+    preset.add_argument(
+        "--quick", dest="preset", action="store_const", const="quick", help="within three minutes"
+    )
     _what_runs(parser, default)
     _what_is_measured(parser, default)
     add = parser.add_argument
-    add("--time-limit", type=float, metavar="SECONDS", help="report what was measured by then, marked as partial")
-    add("--resume", type=Path, metavar="FILE", help="keep what is measured there, and go on from it after a cut")
+    add(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="report what was measured by then, marked as partial",
+    )
+    add(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="keep what is measured there, and go on from it after a cut",
+    )
     add("--json", type=Path, metavar="FILE", help="write the results there, whole or not at all")
     add_output_arguments(parser)
     add("--markdown", action="store_true", help="print the table in Markdown")
@@ -59,12 +84,26 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add = group.add_argument
     add("--model", help=f"built-in name, hub id, folder or GGUF file (default: {default.model})")
     add("--policies", type=words, metavar="A,B", help="'off', the baseline, always runs")
-    add("--policy-options", action="append", metavar="POLICY:K=V,...",
-        help="one setting of a policy; may be repeated. method= and model= give it a drafter of its own")  # fmt: skip
+    add(
+        "--policy-options",
+        action="append",
+        metavar="POLICY:K=V,...",
+        help="one setting of a policy; may be repeated. method= and model= give it a drafter of its own",
+    )
     add("--method", help="drafter (default: the model's own)")
-    add("--draft", metavar="MODEL", help="what the method drafts with: a head's folder, or for draft_model any "
-        "smaller model of the same vocabulary")  # fmt: skip
-    add("--method-option", dest="method_options", action="append", metavar="K=V", help="an option of the drafter")
+    add(
+        "--draft",
+        metavar="MODEL",
+        help="what the method drafts with: a head's folder, or for draft_model any "
+        "smaller model of the same vocabulary",
+    )
+    add(
+        "--method-option",
+        dest="method_options",
+        action="append",
+        metavar="K=V",
+        help="an option of the drafter",
+    )
     add("--dtype", help=f"bf16 or fp32 (default: {default.dtype})")
     add("--device", help=f"cpu, cuda or auto (default: {default.device})")
     add_allow_slow(group)
@@ -73,17 +112,37 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
 def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add = parser.add_argument_group("what is measured").add_argument
     add("--batch-sizes", type=whole_numbers, metavar="1,4")
-    add("--tasks", type=words, metavar="A,B", help="code, maths, general (these by default), long, edit")
+    add(
+        "--tasks",
+        type=words,
+        metavar="A,B",
+        help="code, maths, general (these by default), long, edit",
+    )
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
-    add("--least-blocks", type=int, metavar="N", help="measure at least so many blocks of each task, used again "
-        "where a batch needs more than there are (default: 1)")  # fmt: skip
+    add(
+        "--least-blocks",
+        type=int,
+        metavar="N",
+        help="measure at least so many blocks of each task, used again "
+        "where a batch needs more than there are (default: 1)",
+    )
     add("--skip", type=int, metavar="N", help="pass over the first N prompts of each task")
     add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
     add("--temperature", type=float, help="0, the default, is greedy")
-    add("--sampled", type=float, metavar="T", help="measure once more at this temperature, at fewer batch sizes")
+    add(
+        "--sampled",
+        type=float,
+        metavar="T",
+        help="measure once more at this temperature, at fewer batch sizes",
+    )
     add("--seed", type=int)
-    add("--load", type=shares, metavar="0.3,0.6,0.9", help="requests that arrive at random, at these shares of the "
-        "measured capacity; alone it replaces the comparison in blocks")  # fmt: skip
+    add(
+        "--load",
+        type=shares,
+        metavar="0.3,0.6,0.9",
+        help="requests that arrive at random, at these shares of the "
+        "measured capacity; alone it replaces the comparison in blocks",
+    )
     add("--blocks", action="store_true", help="compare policies in blocks beside --load")
 
 
@@ -103,7 +162,9 @@ def options_of(
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
     options = options_of(args)
-    from smart_decoding.models.kernel_check import require_kernels  # torch is slow to import: options come first
+    from smart_decoding.models.kernel_check import (
+        require_kernels,  # torch is slow to import: options come first
+    )
     from smart_decoding.models.target import device_of
 
     require_kernels(device_of(options.device), options.allow_slow)

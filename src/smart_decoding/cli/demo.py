@@ -67,15 +67,23 @@ def main(args: argparse.Namespace) -> None:
     plain = load(False, args.allow_slow)
     print(summary(*measure(plain, smart, params)))
     weights = smart.provenance
-    print(f"model: {weights.get('model', DEFAULT_MODEL)}, weights: {weights.get('weights', 'unknown')}\n\n{NEXT}")
+    print(
+        f"model: {weights.get('model', DEFAULT_MODEL)}, weights: {weights.get('weights', 'unknown')}\n\n{NEXT}"
+    )
 
 
 def load(speculative_config: dict[str, Any] | bool, allow_slow: bool) -> LLM:
     """The default model for one request at a time. No prefix cache: a second pass must cost as much as the first."""
     from smart_decoding.llm import LLM
 
-    return LLM(DEFAULT_MODEL, speculative_config=speculative_config, max_model_len=1024, max_num_seqs=1,
-               enable_prefix_caching=False, allow_slow=allow_slow)  # fmt: skip
+    return LLM(
+        DEFAULT_MODEL,
+        speculative_config=speculative_config,
+        max_model_len=1024,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+        allow_slow=allow_slow,
+    )
 
 
 def show_answers(llm: LLM, params: SamplingParams) -> list[VerifiedTree]:
@@ -110,10 +118,17 @@ def show_trees(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
         accepted = tree.record.acceptance
         assert accepted is not None  # a round with nodes has verified them
         print()
-        print(draw_tree(
-            drafted, 0, accepted.path[0], lambda token: llm.tokenizer.decode([token], False),
-            root=llm.tokenizer.decode(tree.before, False), own_token=accepted.emitted[0][-1], colour=colour,
-        ))  # fmt: skip
+        print(
+            draw_tree(
+                drafted,
+                0,
+                accepted.path[0],
+                lambda token: llm.tokenizer.decode([token], False),
+                root=llm.tokenizer.decode(tree.before, False),
+                own_token=accepted.emitted[0][-1],
+                colour=colour,
+            )
+        )
 
 
 def measure(plain: LLM, smart: LLM, params: SamplingParams) -> tuple[list[Timing], list[Timing]]:
@@ -129,7 +144,9 @@ def measure(plain: LLM, smart: LLM, params: SamplingParams) -> tuple[list[Timing
 def summary(plain: Sequence[Timing], smart: Sequence[Timing]) -> str:
     """One line: medians, and the median of the turns' ratios."""
     speeds = [statistics.median(t.tokens_per_s for t in timings) for timings in (plain, smart)]
-    speedup = statistics.median(s.tokens_per_s / p.tokens_per_s for p, s in zip(plain, smart, strict=True))
+    speedup = statistics.median(
+        s.tokens_per_s / p.tokens_per_s for p, s in zip(plain, smart, strict=True)
+    )
     same = all(timing.answers == plain[0].answers for timing in (*plain, *smart))
     figures = f"plain {speeds[0]:.1f} tok/s, smart {speeds[1]:.1f} tok/s, speedup {speedup:.2f}"
     return f"{figures} (identical output: {'yes' if same else 'no, see: python -m smart_lab divergence'})"
@@ -137,5 +154,7 @@ def summary(plain: Sequence[Timing], smart: Sequence[Timing]) -> str:
 
 def _timed(llm: LLM, params: SamplingParams) -> Timing:
     start = time.perf_counter()
-    answers = [llm.generate(chat_prompt(llm, prompt), params)[0].outputs[0].token_ids for prompt in PROMPTS]
+    answers = [
+        llm.generate(chat_prompt(llm, prompt), params)[0].outputs[0].token_ids for prompt in PROMPTS
+    ]
     return Timing(sum(map(len, answers)) / (time.perf_counter() - start), answers)

@@ -7,11 +7,17 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("head", help="folder, hub id, or a built-in model whose head comes with this package")
-    parser.add_argument("--model", help="its target: name, hub id, folder or GGUF file (default: HEAD, if built in)")
+    parser.add_argument(
+        "head", help="folder, hub id, or a built-in model whose head comes with this package"
+    )
+    parser.add_argument(
+        "--model", help="its target: name, hub id, folder or GGUF file (default: HEAD, if built in)"
+    )
     parser.add_argument("--layout", required=True, choices=("eagle3", "speculators", "eagle"))
     parser.add_argument(
-        "--trust-pickle", action="store_true", help="read a pickled head, of which only tensors are taken"
+        "--trust-pickle",
+        action="store_true",
+        help="read a pickled head, of which only tensors are taken",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
 
@@ -30,7 +36,9 @@ def main(args: argparse.Namespace) -> int:
     if args.output.exists() and (own or Path(args.head)).resolve() == args.output.resolve():
         raise ConfigError(f"--output {args.output} is the head itself: give another folder")
     checkpoint = load_checkpoint(model)
-    files = load_head(own or head_folder(args.head, args.trust_pickle), checkpoint.config, args.trust_pickle)
+    files = load_head(
+        own or head_folder(args.head, args.trust_pickle), checkpoint.config, args.trust_pickle
+    )
     check_layout(files, args.layout)
     write_head(files, checkpoint, args.layout, args.output)
     print(f"wrote {args.output} ({args.layout} layout, for {checkpoint.provenance['model']})")

@@ -61,7 +61,11 @@ def kernels() -> dict[str, Any]:
     except ConfigError as error:
         chosen = None
         why = str(error)
-    return {"chosen": chosen, "why": why, "variants": {variant.name: _refusal(variant) for variant in mine}}
+    return {
+        "chosen": chosen,
+        "why": why,
+        "variants": {variant.name: _refusal(variant) for variant in mine},
+    }
 
 
 def _refusal(variant: Any) -> str | None:
@@ -88,8 +92,15 @@ def cache() -> dict[str, Any]:
     models = {_name(folder): _size(folder) for folder in sorted((root / "converted").glob("*/"))}
     models |= {path.name: _size(path) for path in sorted((root / "files").glob("*.gguf"))}
     hub = Path(HF_HUB_CACHE)
-    of_hub = sorted(path.name.removeprefix("models--").replace("--", "/") for path in hub.glob("models--*"))
-    return {"path": str(root), "bytes": _size(root), "models": models, "hub": {"path": str(hub), "models": of_hub}}
+    of_hub = sorted(
+        path.name.removeprefix("models--").replace("--", "/") for path in hub.glob("models--*")
+    )
+    return {
+        "path": str(root),
+        "bytes": _size(root),
+        "models": models,
+        "hub": {"path": str(hub), "models": of_hub},
+    }
 
 
 def _name(folder: Path) -> str:
@@ -129,8 +140,12 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"hub's cache: {kept['hub']['path']}"
     for name in kept["hub"]["models"]:
         yield f"  {name}"
-    yield "versions: " + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    yield "optional: " + ", ".join(f"{name} {version or 'absent'}" for name, version in found["optional"].items())
+    yield "versions: " + ", ".join(
+        f"{name} {version}" for name, version in found["versions"].items()
+    )
+    yield "optional: " + ", ".join(
+        f"{name} {version or 'absent'}" for name, version in found["optional"].items()
+    )
 
 
 def _readable(size: int) -> str:

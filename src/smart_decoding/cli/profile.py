@@ -14,11 +14,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (bf16) or float32 (fp32)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     add_allow_slow(parser)
-    parser.add_argument("--method", choices=[method for method in METHODS if method != "none"],
-                        help="what drafts (the model's own head, if it has one)")  # fmt: skip
-    parser.add_argument("--draft", metavar="MODEL", help="whose levels are measured: a head's folder, or for "
-                        "draft_model any smaller model of the same vocabulary")  # fmt: skip
-    parser.set_defaults(policy="eagle2", policy_option=[], method_option=[])  # a policy that needs no profile
+    parser.add_argument(
+        "--method",
+        choices=[method for method in METHODS if method != "none"],
+        help="what drafts (the model's own head, if it has one)",
+    )
+    parser.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="whose levels are measured: a head's folder, or for "
+        "draft_model any smaller model of the same vocabulary",
+    )
+    parser.set_defaults(
+        policy="eagle2", policy_option=[], method_option=[]
+    )  # a policy that needs no profile
     parser.add_argument("--seconds", type=float, default=6.0, help="time to measure for")
 
 
@@ -32,7 +41,13 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 
     config = speculative_config(args)
-    llm = LLM(args.model, dtype=args.dtype, device=args.device, speculative_config=config, allow_slow=args.allow_slow)
+    llm = LLM(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        speculative_config=config,
+        allow_slow=args.allow_slow,
+    )
     model, target = llm.speculation.model, llm.target
     samples = measure(
         target,
@@ -43,18 +58,25 @@ def main(args: argparse.Namespace) -> int:
     )
     cost = CostModel.fit(samples, ROUND_OVERHEAD)
     rows = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96]
-    print(f"seconds of a forward in ms, context 128, {len(samples)} samples; rows of the whole batch across")
+    print(
+        f"seconds of a forward in ms, context 128, {len(samples)} samples; rows of the whole batch across"
+    )
     print("batch " + "".join(f"{r:>8}" for r in rows))
     for batch in cost.verify:
         wanted = [r if r >= batch else None for r in rows]
         cells = [
-            "       ." if r is None else f"{1e3 * cost.verify_seconds(batch, np.array([r]), 128.0)[0]:8.1f}"
+            "       ."
+            if r is None
+            else f"{1e3 * cost.verify_seconds(batch, np.array([r]), 128.0)[0]:8.1f}"
             for r in wanted
         ]
         print(f"{batch:>5} " + "".join(cells))
     if model is not None:
         widths = [1, 2, 4, 8, 16, 32, 64]
-        print("level " + "".join(f"{1e3 * cost.draft_seconds(np.array([w]), 128.0)[0]:8.2f}" for w in widths))
+        print(
+            "level "
+            + "".join(f"{1e3 * cost.draft_seconds(np.array([w]), 128.0)[0]:8.2f}" for w in widths)
+        )
         print("width " + "".join(f"{w:>8}" for w in widths))
         waiting = [0, 1, 2, 4, 8, 16, 64]
         print("first " + "".join(f"{1e3 * cost.first_seconds(1, w, 128.0):8.2f}" for w in waiting))
@@ -65,7 +87,10 @@ def main(args: argparse.Namespace) -> int:
     shape = str(model and model.shape)
     longest = longest_context(target.max_positions)
     if samples:
-        save_profile(profile_path(llm.provenance, target.dtype, target.device, shape, longest, target.steps), cost)
+        save_profile(
+            profile_path(llm.provenance, target.dtype, target.device, shape, longest, target.steps),
+            cost,
+        )
     return 0
 
 

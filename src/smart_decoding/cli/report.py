@@ -18,13 +18,25 @@ if TYPE_CHECKING:
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """The pictures that `smart bench` and `smart report` can make."""
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page there")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNG plots there (needs the extra 'bench')")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a self-contained page there"
+    )
+    parser.add_argument(
+        "--plots",
+        type=Path,
+        metavar="FOLDER",
+        help="write PNG plots there (needs the extra 'bench')",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json", help="written by smart bench --json; "
-                        "parts of several files make one page")  # fmt: skip
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS.json",
+        help="written by smart bench --json; parts of several files make one page",
+    )
     add_output_arguments(parser)
 
 
@@ -50,7 +62,9 @@ def write_outputs(results: Results, html: Path | None, plots: Path | None) -> No
     write_drawings(page(results), figures(results), html, plots)
 
 
-def write_drawings(page: str, figures: Sequence[Figure], html: Path | None, plots: Path | None) -> None:
+def write_drawings(
+    page: str, figures: Sequence[Figure], html: Path | None, plots: Path | None
+) -> None:
     """Writes a page and plots of figures where they are wanted, says so, and which figures lack data."""
     from smart_decoding.bench.plots import write_plots
 

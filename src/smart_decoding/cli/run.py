@@ -27,21 +27,42 @@ DTYPES = ("bf16", "bfloat16", "fp32", "float32")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `smart run`."""
     parser.add_argument("prompt", help="the user's message; - reads it from standard input")
-    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE",
-                        help="a picture the message is about, for models that see; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture the message is about, for models that see; may be repeated",
+    )
     add_model_arguments(parser)
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass")
-    group.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens (0: all)")
     group.add_argument(
-        "--min-p", type=float, default=0.0, help="draw from tokens this likely, relative to the likeliest"
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass"
     )
-    group.add_argument("--seed", type=int, help="the same seed gives the same answer under every policy (a new one "
-                       "each time, which --stats tells)")  # fmt: skip
+    group.add_argument(
+        "--top-k", type=int, default=0, help="draw from so many likeliest tokens (0: all)"
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="draw from tokens this likely, relative to the likeliest",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        help="the same seed gives the same answer under every policy (a new one "
+        "each time, which --stats tells)",
+    )
     group.add_argument("--max-tokens", type=int, default=256, help="default 256")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
-    parser.add_argument("--stats", action="store_true", help="one line of speed and rows on standard error")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
+    )
+    parser.add_argument(
+        "--stats", action="store_true", help="one line of speed and rows on standard error"
+    )
 
 
 def key_value(text: str) -> tuple[str, Any]:
@@ -59,22 +80,47 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, how it is loaded, and what speculates."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})")
-    group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and KV cache (bf16)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="of weights and KV cache (bf16)"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt plus answer (the model's, "
-                       "4096 at most)")  # fmt: skip
+    group.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="TOKENS",
+        help="longest prompt plus answer (the model's, 4096 at most)",
+    )
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs (off)")
     add_allow_slow(group)
-    group.add_argument("--method", choices=METHODS, help="what drafts (the model's own head, if it has one)")
-    group.add_argument("--draft", metavar="MODEL", help="what the method drafts with: a head's folder, or for "
-                       "draft_model any smaller model of the same vocabulary")  # fmt: skip
-    group.add_argument("--trust-pickle", action="store_true", help="load a draft head that is pickled, tensors only "
-                       "(off: safetensors only)")  # fmt: skip
-    group.add_argument("--policy", type=policy_name, metavar="POLICY", help="what sizes the trees: off, chain, static, "
-                       "eagle2, paper, smart (default)")  # fmt: skip
+    group.add_argument(
+        "--method", choices=METHODS, help="what drafts (the model's own head, if it has one)"
+    )
+    group.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="what the method drafts with: a head's folder, or for "
+        "draft_model any smaller model of the same vocabulary",
+    )
+    group.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="load a draft head that is pickled, tensors only (off: safetensors only)",
+    )
+    group.add_argument(
+        "--policy",
+        type=policy_name,
+        metavar="POLICY",
+        help="what sizes the trees: off, chain, static, eagle2, paper, smart (default)",
+    )
     for kind in ("policy", "method"):
-        group.add_argument(f"--{kind}-option", type=key_value, action="append", default=[], metavar="K=V",
-                           help=f"an option of the {kind}; may be repeated")  # fmt: skip
+        group.add_argument(
+            f"--{kind}-option",
+            type=key_value,
+            action="append",
+            default=[],
+            metavar="K=V",
+            help=f"an option of the {kind}; may be repeated",
+        )
 
 
 def policy_name(name: str) -> str:
@@ -82,7 +128,9 @@ def policy_name(name: str) -> str:
     from smart_decoding.core.policies import POLICIES  # imported late: scipy is slow
 
     if name not in POLICIES:
-        raise argparse.ArgumentTypeError(f"unknown policy {name!r}; choose one of: {', '.join(POLICIES)}")
+        raise argparse.ArgumentTypeError(
+            f"unknown policy {name!r}; choose one of: {', '.join(POLICIES)}"
+        )
     return name
 
 
@@ -95,13 +143,21 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
         check_policy(args.policy or "smart", policy_options)
     both = sorted(set(policy_options) & set(method_options))
     if both:
-        raise ConfigError(f"option {both[0]!r} is given for the policy and for the method: give it once")
+        raise ConfigError(
+            f"option {both[0]!r} is given for the policy and for the method: give it once"
+        )
     if args.draft and "model" in method_options:
-        raise ConfigError("the model to draft with is given by --draft and by --method-option: give it once")
+        raise ConfigError(
+            "the model to draft with is given by --draft and by --method-option: give it once"
+        )
     check_plain(args.method, args.policy)
     check_draft(args.method, args.draft or method_options.get("model"), "--draft MODEL")
     named = {"method": args.method, "policy": args.policy, "model": args.draft}
-    config = {**{k: v for k, v in named.items() if v is not None}, **policy_options, **method_options}
+    config = {
+        **{k: v for k, v in named.items() if v is not None},
+        **policy_options,
+        **method_options,
+    }
     return config or None
 
 
@@ -117,9 +173,13 @@ def main(args: argparse.Namespace) -> None:
     """Streams the answer to standard output."""
     config = speculative_config(args)
     params = SamplingParams(
-        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p, seed=args.seed,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        seed=args.seed,
         max_tokens=args.max_tokens,
-    )  # fmt: skip
+    )
     drawn = params.seed is None and not params.greedy
     if drawn:  # the engine's own draws are the same in every process
         params = replace(params, seed=secrets.randbits(32))
@@ -130,9 +190,17 @@ def main(args: argparse.Namespace) -> None:
     from smart_decoding.llm import LLM
 
     model = args.model or DEFAULT_MODEL
-    llm = LLM(model, speculative_config=config, dtype=args.dtype, device=args.device, max_num_seqs=1,
-              max_model_len=args.max_model_len, trust_pickle=args.trust_pickle,
-              enforce_eager=args.enforce_eager, allow_slow=args.allow_slow)  # fmt: skip
+    llm = LLM(
+        model,
+        speculative_config=config,
+        dtype=args.dtype,
+        device=args.device,
+        max_num_seqs=1,
+        max_model_len=args.max_model_len,
+        trust_pickle=args.trust_pickle,
+        enforce_eager=args.enforce_eager,
+        allow_slow=args.allow_slow,
+    )
     raw: Prompt = {"prompt": text, "multi_modal_data": {"image": images}} if images else text
     answer = stream_answer(llm, raw if args.raw else chat_prompt(llm, text, images), params)
     if args.stats:
@@ -171,7 +239,9 @@ def check_sees(model: str | None) -> None:
     from smart_decoding.models.loading import load_checkpoint
 
     if model is None or load_checkpoint(model).vision is None:
-        raise ConfigError(f"{model or DEFAULT_MODEL} reads text only: give a --model that sees (docs/vision.md)")
+        raise ConfigError(
+            f"{model or DEFAULT_MODEL} reads text only: give a --model that sees (docs/vision.md)"
+        )
 
 
 def chat_prompt(llm: LLM, text: str, images: Sequence[Any] = ()) -> MediaPrompt:

@@ -13,7 +13,11 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.files import whole
 from smart_decoding.integrations.sglang.policy import StepCosts
 
-FIELDS = ("concurrency", "output_throughput", "accept_length")  # of a line of bench_serving's --output-file
+FIELDS = (
+    "concurrency",
+    "output_throughput",
+    "accept_length",
+)  # of a line of bench_serving's --output-file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +40,16 @@ def main(args: argparse.Namespace) -> None:
         table["nodes"] = {steps: count(nodes) for steps, nodes in pairs}
         lacking = {k for row in seconds.values() for k in row} - {0, *table["nodes"]}
         if lacking:
-            raise ConfigError(f"--nodes says nothing of {', '.join(map(str, sorted(lacking)))} steps")
+            raise ConfigError(
+                f"--nodes says nothing of {', '.join(map(str, sorted(lacking)))} steps"
+            )
     with whole(args.output) as part:
         part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         StepCosts.load(part)
     for batch, row in table["seconds"].items():
-        print(f"batch {batch}: " + ", ".join(f"{k} steps {1e3 * row[k]:.2f} ms" for k in sorted(row)))
+        print(
+            f"batch {batch}: " + ", ".join(f"{k} steps {1e3 * row[k]:.2f} ms" for k in sorted(row))
+        )
 
 
 def pair(text: str, form: str) -> tuple[int, str]:
@@ -74,11 +82,19 @@ def round_of(line: str, place: str, steps: int) -> tuple[int, float]:
     """(requests under way on average, rounded; seconds of a round) of one load."""
     try:
         measured: Mapping[str, Any] = json.loads(line)
-        concurrency, throughput = float(measured["concurrency"]), float(measured["output_throughput"])
+        concurrency, throughput = (
+            float(measured["concurrency"]),
+            float(measured["output_throughput"]),
+        )
         length = float(measured["accept_length"] or 1.0) if steps else 1.0
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{place} is no line of sglang.bench_serving with {', '.join(FIELDS)}: {error}") from error
-    if not all(math.isfinite(x) and x > 0 for x in (concurrency, throughput, length)) or concurrency < 0.5:
+        raise ConfigError(
+            f"{place} is no line of sglang.bench_serving with {', '.join(FIELDS)}: {error}"
+        ) from error
+    if (
+        not all(math.isfinite(x) and x > 0 for x in (concurrency, throughput, length))
+        or concurrency < 0.5
+    ):
         raise ConfigError(f"{place}: {', '.join(FIELDS)} must be positive")
     if steps and length <= 1.0:
         raise ConfigError(f"{place}: no draft was accepted, as if the server did not speculate")

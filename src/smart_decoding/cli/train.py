@@ -22,23 +22,47 @@ TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="smollm2-135m", help="the target: name, hub id, folder or GGUF file")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the head; an unfinished one is resumed")
-    parser.add_argument("--data", type=Path, help="folder of the conversations (default: OUTPUT/data)")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens that the target writes")
-    parser.add_argument("--seconds", type=float, default=2400, help="training time in all, over resumed runs")
-    parser.add_argument("--draft-vocab", type=int, default=8192, help="output rows of the head: frequent tokens")
     parser.add_argument(
-        "--taps", help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)"
+        "--model", default="smollm2-135m", help="the target: name, hub id, folder or GGUF file"
     )
-    parser.add_argument("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
-    parser.add_argument("--trust-pickle", action="store_true", help="the head of --init may be pickled")
     parser.add_argument(
-        "--export", choices=("eagle3", "speculators", "eagle"), help="write the head in this layout (default: --init's)"
+        "--output",
+        type=Path,
+        required=True,
+        help="folder of the head; an unfinished one is resumed",
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder of the conversations (default: OUTPUT/data)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=1_000_000, help="tokens that the target writes"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=2400, help="training time in all, over resumed runs"
+    )
+    parser.add_argument(
+        "--draft-vocab", type=int, default=8192, help="output rows of the head: frequent tokens"
+    )
+    parser.add_argument(
+        "--aux-layers",
+        help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)",
+    )
+    parser.add_argument(
+        "--init", help="a head to start from, in any layout: folder, hub id, or built-in model"
+    )
+    parser.add_argument(
+        "--trust-pickle", action="store_true", help="the head of --init may be pickled"
+    )
+    parser.add_argument(
+        "--export",
+        choices=("eagle3", "speculators", "eagle"),
+        help="write the head in this layout (default: --init's)",
     )
     parser.add_argument("--seed", type=int, default=0)
     add_allow_slow(parser)
-    parser.add_argument("--skip-generation", action="store_true", help="train on the conversations that are there")
+    parser.add_argument(
+        "--skip-generation", action="store_true", help="train on the conversations that are there"
+    )
     parser.add_argument(
         "--images",
         type=Path,
@@ -47,12 +71,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '{"image": FILE, "question": TEXT}',
     )
     parser.add_argument(
-        "--visual-positions", choices=("dropped", "decoupled"),
+        "--visual-positions",
+        choices=("dropped", "decoupled"),
         help="what the head reads of pictures: nothing, or their embeddings in place of tokens' (default: as --init)",
-    )  # fmt: skip
-    parser.add_argument("--prior-prompts", type=int, default=60, help="held-out prompts that the prior is learned on")
+    )
     parser.add_argument(
-        "--without-tasks", default="", help="leave out what shares eight words with a prompt of these bench tasks"
+        "--prior-prompts",
+        type=int,
+        default=60,
+        help="held-out prompts that the prior is learned on",
+    )
+    parser.add_argument(
+        "--without-tasks",
+        default="",
+        help="leave out what shares eight words with a prompt of these bench tasks",
     )
 
 
@@ -64,39 +96,61 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.models.loading import load_checkpoint
     from smart_decoding.models.target import device_of
     from smart_decoding.training.prior import learn_prior, picture_turns
-    from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
+    from smart_decoding.training.train import Trainer, TrainOptions, recorded_layers
 
     _use_huge_pages()
     turns = _turns(args.images) if args.images is not None else None
-    device = device_of("auto")  # where LLM will run, to write conversations and at the end for the prior
+    device = device_of(
+        "auto"
+    )  # where LLM will run, to write conversations and at the end for the prior
     require_kernels(device, args.allow_slow)
-    checkpoint = load_checkpoint(args.model, lambda config: require_served(config, device, args.allow_slow))
+    checkpoint = load_checkpoint(
+        args.model, lambda config: require_served(config, device, args.allow_slow)
+    )
     if turns is not None and checkpoint.vision is None:
-        raise ConfigError(f"--images needs a model that sees, and {args.model} reads text only (docs/vision.md)")
-    keep = _without(checkpoint.tokenizer_source, args.without_tasks.split(",")) if args.without_tasks else None
+        raise ConfigError(
+            f"--images needs a model that sees, and {args.model} reads text only (docs/vision.md)"
+        )
+    keep = (
+        _without(checkpoint.tokenizer_source, args.without_tasks.split(","))
+        if args.without_tasks
+        else None
+    )
     layers = checkpoint.config.layers
     init = _initial(args, checkpoint.config) if args.init else None
-    taps = init.taps if init else _taps(args.taps, layers)
+    aux_layers = init.aux_layers if init else _aux_layers(args.aux_layers, layers)
     layout = args.export or (layout_of(init) if init else "smart")
     if layout == "eagle" and not init:
         raise ConfigError("--export eagle needs an EAGLE-1/2 head to start from: give --init")
-    sees = args.visual_positions == "decoupled" if args.visual_positions else init is not None and init.sees
+    sees = (
+        args.visual_positions == "decoupled"
+        if args.visual_positions
+        else init is not None and init.sees
+    )
     if sees and turns is None:  # what is read of pictures would not be written down
         raise ConfigError("a head that sees needs conversations about pictures: give --images")
     require_int("tokens", args.tokens, 1, 1 << 40)
     require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
-    options = TrainOptions(taps, args.seconds, args.draft_vocab, seed=args.seed, layout=layout, sees=sees)
+    options = TrainOptions(
+        aux_layers, args.seconds, args.draft_vocab, seed=args.seed, layout=layout, sees=sees
+    )
     data = args.data or args.output / "data"
     if not args.skip_generation:
-        _generate(args, recorded_taps(taps, layers), data, turns[0] if turns else None)
+        _generate(args, recorded_layers(aux_layers, layers), data, turns[0] if turns else None)
     trainer = Trainer(checkpoint, data, args.output, options, keep, init)
     figures: dict[str, Any] = trainer.run()
     if turns is not None:
         _says_what_is_read_of_pictures(args.output / "config.json", sees)
     print(json.dumps(figures, indent=1))
-    held_out = picture_turns(turns[1], args.prior_prompts) if turns is not None else trainer.held_out_prompts()
+    held_out = (
+        picture_turns(turns[1], args.prior_prompts)
+        if turns is not None
+        else trainer.held_out_prompts()
+    )
     learn_prior(args.model, args.output, held_out[: args.prior_prompts], allow_slow=args.allow_slow)
-    print(f'the head is in {args.output}: LLM(..., speculative_config={{"method": "eagle", "model": "{args.output}"}})')
+    print(
+        f'the head is in {args.output}: LLM(..., speculative_config={{"method": "eagle", "model": "{args.output}"}})'
+    )
     return 0
 
 
@@ -116,23 +170,37 @@ def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
     from smart_decoding.speculation import shipped_head
     from smart_decoding.training.head import form_of
 
-    if args.taps:
-        raise ConfigError("--taps cannot be chosen with --init: the head reads the layers that it was trained on")
-    files = load_head(shipped_head(args.init) or head_folder(args.init, args.trust_pickle), target, args.trust_pickle)
+    if args.aux_layers:
+        raise ConfigError(
+            "--aux-layers cannot be chosen with --init: the head reads the layers that it was trained on"
+        )
+    files = load_head(
+        shipped_head(args.init) or head_folder(args.init, args.trust_pickle),
+        target,
+        args.trust_pickle,
+    )
     form_of(files)
     check_layout(files, args.export or layout_of(files))
     return files
 
 
-def _generate(args: argparse.Namespace, taps: tuple[int, ...], data: Path, turn: PictureTurn | None) -> None:
+def _generate(
+    args: argparse.Namespace, aux_layers: tuple[int, ...], data: Path, turn: PictureTurn | None
+) -> None:
     from smart_decoding.llm import LLM
     from smart_decoding.training.generate import CONCURRENT, Recorder, generate
 
     llm = LLM(
-        args.model, speculative_config=False, max_num_seqs=CONCURRENT, max_model_len=512,
-        kv_cache_tokens=CONCURRENT * 400, enable_prefix_caching=False, stop_at_loops=True, allow_slow=args.allow_slow,
-    )  # fmt: skip
-    recorder = Recorder(taps)
+        args.model,
+        speculative_config=False,
+        max_num_seqs=CONCURRENT,
+        max_model_len=512,
+        kv_cache_tokens=CONCURRENT * 400,
+        enable_prefix_caching=False,
+        stop_at_loops=True,
+        allow_slow=args.allow_slow,
+    )
+    recorder = Recorder(aux_layers)
     llm.engine.listen(recorder)
     generate(llm, recorder, data, args.tokens, args.seed, turn)
 
@@ -141,12 +209,18 @@ def _says_what_is_read_of_pictures(path: Path, sees: bool) -> None:
     from smart_decoding.models.head_files import VISUAL_POSITIONS
 
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"visual_positions": VISUAL_POSITIONS[sees]}, indent=1) + "\n")
+    path.write_text(
+        json.dumps(config | {"visual_positions": VISUAL_POSITIONS[sees]}, indent=1) + "\n"
+    )
 
 
 def _use_huge_pages() -> None:
     """Starts the command anew with an allocator that keeps memory on huge pages: page faults take half of a step."""
-    if sys.platform == "linux" and Path(sys.argv[0]).name == "smart" and "GLIBC_TUNABLES" not in os.environ:
+    if (
+        sys.platform == "linux"
+        and Path(sys.argv[0]).name == "smart"
+        and "GLIBC_TUNABLES" not in os.environ
+    ):
         os.environ["GLIBC_TUNABLES"] = TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
@@ -162,15 +236,17 @@ def _without(tokenizer_source: Any, tasks: Sequence[str]) -> Callable[[Sequence[
     return lambda tokens: taken.isdisjoint(ngrams(tokenizer.decode(list(tokens))))
 
 
-def _taps(text: str | None, layers: int) -> tuple[int, ...]:
+def _aux_layers(text: str | None, layers: int) -> tuple[int, ...]:
     from smart_decoding.errors import ConfigError
 
     if text is None:
         return (max(1, layers // 8 + 1), layers // 2, layers)
     try:
-        taps = tuple(sorted({int(part) for part in text.split(",")}))
+        aux_layers = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        taps = ()
-    if not taps or taps[0] < 1 or taps[-1] > layers:
-        raise ConfigError(f"--taps {text!r} must be layer counts from 1 to {layers}, such as 4,15,{layers}")
-    return taps
+        aux_layers = ()
+    if not aux_layers or aux_layers[0] < 1 or aux_layers[-1] > layers:
+        raise ConfigError(
+            f"--aux-layers {text!r} must be layer counts from 1 to {layers}, such as 4,15,{layers}"
+        )
+    return aux_layers

@@ -21,33 +21,71 @@ from smart_decoding.integrations.vllm.measure import Measured
 from smart_decoding.integrations.vllm.schedule import Timing
 
 NGRAM = '{"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 2}'
-CHOSEN = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")  # what is found out here
-ONE_LENGTH = ("suffix", "medusa", "ngram_gpu")  # drafters that end vLLM if another length is scheduled than the longest
+CHOSEN = (
+    "num_speculative_tokens",
+    "num_speculative_tokens_per_batch_size",
+)  # what is found out here
+ONE_LENGTH = (
+    "suffix",
+    "medusa",
+    "ngram_gpu",
+)  # drafters that end vLLM if another length is scheduled than the longest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="as vLLM takes it: a hub id or a folder")
-    parser.add_argument("--speculative-config", type=_json, default=json.loads(NGRAM), metavar="JSON",
-                        help=f"vLLM's, without lengths ({NGRAM})")  # fmt: skip
-    parser.add_argument("--engine-args", type=_json, default={}, metavar="JSON",
-                        help='other arguments of vllm.LLM, such as {"tensor_parallel_size": 2} (none)')  # fmt: skip
-    parser.add_argument("--lengths", type=whole_numbers, default=(1, 2, 4), help="draft lengths to try (1,2,4)")
-    parser.add_argument("--batch-sizes", type=whole_numbers, default=(1, 2, 4, 8, 16), help="to measure (1,2,4,8,16)")
-    parser.add_argument("--prompts", type=Path, help="a prompt a line, text or JSON with 'prompt' (60 of ours)")
+    parser.add_argument(
+        "--speculative-config",
+        type=_json,
+        default=json.loads(NGRAM),
+        metavar="JSON",
+        help=f"vLLM's, without lengths ({NGRAM})",
+    )
+    parser.add_argument(
+        "--engine-args",
+        type=_json,
+        default={},
+        metavar="JSON",
+        help='other arguments of vllm.LLM, such as {"tensor_parallel_size": 2} (none)',
+    )
+    parser.add_argument(
+        "--lengths", type=whole_numbers, default=(1, 2, 4), help="draft lengths to try (1,2,4)"
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        type=whole_numbers,
+        default=(1, 2, 4, 8, 16),
+        help="to measure (1,2,4,8,16)",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, help="a prompt a line, text or JSON with 'prompt' (60 of ours)"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, help="of each answer (128)")
-    parser.add_argument("--blocks", type=int, default=4, help="measurements of each batch size and length (4)")
-    parser.add_argument("--together", action="store_true",
-                        help="load all engines at once and let them take turns: steadier, if they fit")  # fmt: skip
-    parser.add_argument("--check", action="store_true",
-                        help="then measure vLLM with the schedule against plain vLLM")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("vllm-speculative.json"), help="(vllm-speculative.json)")
+    parser.add_argument(
+        "--blocks", type=int, default=4, help="measurements of each batch size and length (4)"
+    )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="load all engines at once and let them take turns: steadier, if they fit",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="then measure vLLM with the schedule against plain vLLM",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("vllm-speculative.json"), help="(vllm-speculative.json)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Measures, prints the schedule with its reasons, writes it and, beside it, all that was measured."""
     given = sorted(set(CHOSEN) & set(args.speculative_config))
     if given:
-        raise ConfigError(f"--speculative-config is to be given without {' and '.join(given)}: that is measured here")
+        raise ConfigError(
+            f"--speculative-config is to be given without {' and '.join(given)}: that is measured here"
+        )
     method = args.speculative_config.get("method")
     if method in ONE_LENGTH:
         instead = ": use SmartScheduler instead" if method == "suffix" else ""
@@ -56,7 +94,9 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("--blocks must be at least 1 and --max-tokens at least 2")
     prompts = read_prompts(args.prompts)
     if max(args.batch_sizes) > len(prompts):
-        raise ConfigError(f"{len(prompts)} prompts are too few for a batch of {max(args.batch_sizes)}")
+        raise ConfigError(
+            f"{len(prompts)} prompts are too few for a batch of {max(args.batch_sizes)}"
+        )
     if find_spec("vllm") is None:
         raise ConfigError(
             "vLLM is not installed here: install smart-decoding in vLLM's environment (docs/integrations.md)"
@@ -66,8 +106,12 @@ def main(args: argparse.Namespace) -> int:
     lines = schedule.schedule(choices)
     for line in lines:
         print(f"batch {line.first} to {line.last}: {line.length or 'no'} tokens  <- {line.reason}")
-    reasons = {"vllm": version, "model": args.model, "engine_args": args.engine_args,
-               **schedule.report(lines, choices, measured)}  # fmt: skip
+    reasons = {
+        "vllm": version,
+        "model": args.model,
+        "engine_args": args.engine_args,
+        **schedule.report(lines, choices, measured),
+    }
     path = args.output.with_suffix(".reasons.json")
     _write(path, reasons)
     config = schedule.speculative_config(args.speculative_config, lines)
@@ -81,10 +125,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace, prompts: Sequence[str]) -> tuple[dict[int, dict[int, Timing]], str]:
+def measure(
+    args: argparse.Namespace, prompts: Sequence[str]
+) -> tuple[dict[int, dict[int, Timing]], str]:
     """({batch size: {length: timing}}, vLLM's version); length 0 is plain vLLM."""
     lengths = [0, *sorted(set(args.lengths))]
-    configs = {k: {**args.speculative_config, "num_speculative_tokens": k} if k else None for k in lengths}
+    configs = {
+        k: {**args.speculative_config, "num_speculative_tokens": k} if k else None for k in lengths
+    }
     measured: dict[int, dict[int, Timing]] = defaultdict(dict)
     version = ""
     for group in [lengths] if args.together else [[length] for length in lengths]:
@@ -94,7 +142,9 @@ def measure(args: argparse.Namespace, prompts: Sequence[str]) -> tuple[dict[int,
     return measured, version
 
 
-def check(args: argparse.Namespace, prompts: Sequence[str], config: Mapping[str, Any]) -> dict[int, list[float]]:
+def check(
+    args: argparse.Namespace, prompts: Sequence[str], config: Mapping[str, Any]
+) -> dict[int, list[float]]:
     """Prints and returns, by batch size, the speedup of vLLM with this config over plain vLLM and its standard error:
     a drafter costs vLLM something in every step, also where the schedule says that none are drafted."""
     found, _ = run({0: None, int(config["num_speculative_tokens"]): config}, args, prompts)
@@ -105,7 +155,9 @@ def check(args: argparse.Namespace, prompts: Sequence[str], config: Mapping[str,
 
 
 def run(
-    configs: Mapping[int, Mapping[str, Any] | None], args: argparse.Namespace, prompts: Sequence[str]
+    configs: Mapping[int, Mapping[str, Any] | None],
+    args: argparse.Namespace,
+    prompts: Sequence[str],
 ) -> tuple[dict[int, dict[int, Timing]], str]:
     """({batch size: {length: timing}}, vLLM's version) of engines with these speculative configs, by length; loaded
     at once, they take turns."""
@@ -113,7 +165,10 @@ def run(
     version = ""
     with ExitStack() as stack:
         given = {"model": args.model, **args.engine_args}
-        engines = {k: stack.enter_context(Measured({**given, "speculative_config": c})) for k, c in configs.items()}
+        engines = {
+            k: stack.enter_context(Measured({**given, "speculative_config": c}))
+            for k, c in configs.items()
+        }
         for length, engine in engines.items():
             version = engine.ready()
             engine.run(prompts[:1], 8)  # the first run compiles
@@ -121,7 +176,9 @@ def run(
         for batch, chosen in blocks(args, prompts):
             for length, engine in engines.items():
                 answers[batch, length].append(engine.run(chosen, args.max_tokens))
-    return {b: {k: _timing(answers[b, k]) for k in configs} for b in sorted(set(args.batch_sizes))}, version
+    return {
+        b: {k: _timing(answers[b, k]) for k in configs} for b in sorted(set(args.batch_sizes))
+    }, version
 
 
 def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -134,7 +191,11 @@ def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[i
 
 def read_prompts(path: Path | None) -> list[str]:
     """One per line that is not empty. Raises ConfigError for lines that look like JSON and have no 'prompt'."""
-    source = path if path is not None else resources.files("smart_decoding.bench") / "prompts_general.jsonl"
+    source = (
+        path
+        if path is not None
+        else resources.files("smart_decoding.bench") / "prompts_general.jsonl"
+    )
     prompts = []
     for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip().startswith("{"):
@@ -148,8 +209,12 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def _timing(answers: Sequence[Mapping[str, Any]]) -> Timing:
-    drafted, accepted = (sum(answer[name] for answer in answers) for name in ("drafted", "accepted"))
-    return Timing([answer["seconds"] for answer in answers], answers[0]["tokens"], drafted, accepted)
+    drafted, accepted = (
+        sum(answer[name] for answer in answers) for name in ("drafted", "accepted")
+    )
+    return Timing(
+        [answer["seconds"] for answer in answers], answers[0]["tokens"], drafted, accepted
+    )
 
 
 def _write(path: Path, content: Any) -> None:

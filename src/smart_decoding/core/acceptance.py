@@ -46,8 +46,12 @@ def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
     batch = trees.batch
     if not len(trees):  # plain decoding, as cheap as can be
         first = [int(token) for token in sample(list(range(batch)))]
-        return Acceptance(np.array(first, np.int64), _NONE, [[token] for token in first], [_NO_PATH] * batch)
-    children: dict[tuple[int, int], int] = {}  # (row, token) -> node; of equal siblings the first one counts
+        return Acceptance(
+            np.array(first, np.int64), _NONE, [[token] for token in first], [_NO_PATH] * batch
+        )
+    children: dict[
+        tuple[int, int], int
+    ] = {}  # (row, token) -> node; of equal siblings the first one counts
     nodes = zip(trees.owner.tolist(), trees.parent.tolist(), trees.token.tolist(), strict=True)
     for node, (owner, parent, token) in enumerate(nodes):
         children.setdefault((owner if parent == ROOT else batch + parent, token), node)
@@ -80,6 +84,8 @@ def expected_tokens(trees: DraftTrees, target: Target) -> FloatArray:
     def below(owner: int, node: int, tokens: tuple[int, ...]) -> float:
         p_target = target(owner, tokens)
         drafted = children.get((owner, node), {})
-        return 1.0 + sum(float(p_target[t]) * below(owner, child, (*tokens, t)) for t, child in drafted.items())
+        return 1.0 + sum(
+            float(p_target[t]) * below(owner, child, (*tokens, t)) for t, child in drafted.items()
+        )
 
     return np.array([below(owner, ROOT, ()) for owner in range(trees.batch)])

@@ -18,25 +18,40 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.core.drift import DriftDetector
-from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray, KindArray, slots
+from smart_decoding.core.tree import (
+    ROOT,
+    BoolArray,
+    DraftTrees,
+    FloatArray,
+    IntArray,
+    KindArray,
+    slots,
+)
 
 BINS, FINE, DEPTHS = 16, 64, 6
 KINDS = 4  # of requests: 1 if greedy, and 2 more with pictures
 MAX_PROB = 0.999
 MEMORY = 3000.0  # each curve remembers about its last 3000 observed children
 AFTER_CHANGE = 40.0  # and this many once the drafter has visibly changed
-SHRINK_CURVE, SHRINK_POOL = 8.0, 1.0  # pseudo-observations of a curve; pseudo-hits of the pool over depths
+SHRINK_CURVE, SHRINK_POOL = (
+    8.0,
+    1.0,
+)  # pseudo-observations of a curve; pseudo-hits of the pool over depths
 
 _RESOLUTION = 4096
 _ANGLE: FloatArray = np.arcsin(np.sqrt(np.arange(_RESOLUTION + 1) / _RESOLUTION)) * (2 / math.pi)
 FINE_OF: IntArray = np.rint(_ANGLE * (FINE - 1)).astype(np.int64)
 _BIN_OF_FINE: IntArray = np.minimum(np.arange(FINE) * BINS // (FINE - 1), BINS - 1)
 _CENTRES: FloatArray = (np.arange(BINS) + 0.5) / BINS
-_INTERPOLATE: FloatArray = np.stack([np.interp(np.arange(FINE) / (FINE - 1), _CENTRES, row) for row in np.eye(BINS)])
+_INTERPOLATE: FloatArray = np.stack(
+    [np.interp(np.arange(FINE) / (FINE - 1), _CENTRES, row) for row in np.eye(BINS)]
+)
 
 # Raw confidence is over-optimistic, more so with depth (a small head on unseen prompts).
 _DEFAULT_TRUST = np.array([0.90, 0.85, 0.76, 0.66, 0.58, 0.52])
-BIN_PROBS: FloatArray = np.sin(_CENTRES * (math.pi / 2)) ** 2  # [BINS] draft_prob at each bin's centre
+BIN_PROBS: FloatArray = (
+    np.sin(_CENTRES * (math.pi / 2)) ** 2
+)  # [BINS] draft_prob at each bin's centre
 
 
 def default_prior(sources: int) -> FloatArray:
@@ -70,7 +85,9 @@ class Calibration:
         trees.accept_prob = path_products(trees.parent, conditional, int(trees.depth.max()))
         return conditional
 
-    def observe(self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, kind: KindArray) -> None:
+    def observe(
+        self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, kind: KindArray
+    ) -> None:
         """Learns from uncensored `nodes` [observed] and whether the target chose them (`Round.observed()`)."""
         if not len(nodes):
             return
@@ -97,7 +114,10 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain lists: `from_state` starts a fresh session from it."""
-        return {"curve": np.round(self._coarse, 5).tolist(), "counts": np.round(self.counts, 2).tolist()}
+        return {
+            "curve": np.round(self._coarse, 5).tolist(),
+            "counts": np.round(self.counts, 2).tolist(),
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], weight: float = 40.0) -> Calibration:
@@ -105,11 +125,18 @@ class Calibration:
         alone is the prior for requests with pictures, too, and worth none.
 
         Raises KeyError or ValueError if `state` is not one."""
-        prior, counts = np.asarray(state["curve"], np.float64), np.asarray(state["counts"], np.float64)
+        prior, counts = (
+            np.asarray(state["curve"], np.float64),
+            np.asarray(state["counts"], np.float64),
+        )
         if prior.ndim == 4 and prior.shape[2] == 2 and counts.shape == prior.shape:
             prior = np.concatenate((prior, prior), axis=2)
             counts = np.concatenate((counts, np.zeros_like(counts)), axis=2)
-        if prior.ndim != 4 or prior.shape[1:] != (DEPTHS, KINDS, BINS) or counts.shape != prior.shape:
+        if (
+            prior.ndim != 4
+            or prior.shape[1:] != (DEPTHS, KINDS, BINS)
+            or counts.shape != prior.shape
+        ):
             raise ValueError("not a calibration state")
         if not (np.isfinite(counts).all() and (prior >= 0).all() and (prior <= 1).all()):
             raise ValueError("not a calibration state: values out of range")
@@ -123,7 +150,12 @@ class Calibration:
         """Flat index of each node's fine bin: ((source * DEPTHS + depth) * KINDS + kind) * FINE + fine."""
         prob, depth, source, owner = trees.draft_prob, trees.depth, trees.source, trees.owner
         if nodes is not None:
-            prob, depth, source, owner = prob.take(nodes), depth.take(nodes), source.take(nodes), owner.take(nodes)
+            prob, depth, source, owner = (
+                prob.take(nodes),
+                depth.take(nodes),
+                source.take(nodes),
+                owner.take(nodes),
+            )
         cells: IntArray = source * DEPTHS + (np.minimum(depth, DEPTHS) - 1)
         cells = (cells * KINDS + kind.take(owner)) * FINE + _fine(prob)
         return cells
@@ -141,7 +173,10 @@ class Calibration:
         if missing > 0:
             self.prior = np.concatenate((self.prior, default_prior(missing)))
             empty = np.zeros_like(self.prior[:missing])
-            self.counts, self.hits = np.concatenate((self.counts, empty)), np.concatenate((self.hits, empty))
+            self.counts, self.hits = (
+                np.concatenate((self.counts, empty)),
+                np.concatenate((self.hits, empty)),
+            )
             self.drift.reserve(source + 1)
             self._refresh()
 
@@ -151,9 +186,12 @@ class Calibration:
         What was known before it became worse is kept, for when it is found to be better again."""
         if ratio < 1:
             self._before.setdefault(
-                source, (self.prior[source].copy(), self.counts[source].copy(), self.hits[source].copy())
+                source,
+                (self.prior[source].copy(), self.counts[source].copy(), self.hits[source].copy()),
             )
-            self._set(source, self.prior[source] * ratio, self.counts[source], self.hits[source] * ratio)
+            self._set(
+                source, self.prior[source] * ratio, self.counts[source], self.hits[source] * ratio
+            )
         elif source in self._before:
             self._set(source, *self._before.pop(source))
         else:
@@ -169,11 +207,15 @@ class Calibration:
     def _refresh(self) -> None:
         pool_hits = self.hits.sum(axis=1, keepdims=True)
         pool_expected = (self.counts * self.prior).sum(axis=1, keepdims=True)
-        centre = np.minimum(self.prior * ((pool_hits + SHRINK_POOL) / (pool_expected + SHRINK_POOL)), MAX_PROB)
+        centre = np.minimum(
+            self.prior * ((pool_hits + SHRINK_POOL) / (pool_expected + SHRINK_POOL)), MAX_PROB
+        )
         raw = (self.hits + SHRINK_CURVE * centre) / (self.counts + SHRINK_CURVE)
         rising = np.maximum.accumulate(raw, axis=3)
         falling = np.minimum.accumulate(raw[..., ::-1], axis=3)[..., ::-1]
-        self._coarse = np.minimum(0.5 * (rising + falling), MAX_PROB)  # both are monotone, hence their mean
+        self._coarse = np.minimum(
+            0.5 * (rising + falling), MAX_PROB
+        )  # both are monotone, hence their mean
         self.table = (self._coarse @ _INTERPOLATE).ravel()
 
 
@@ -191,7 +233,10 @@ def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> Floa
     """Product of `conditional` over each node's path, by pointer doubling: log2(depth) steps whatever the tree."""
     count = len(parent)
     product = np.empty(count + 1)
-    product[:count], product[count] = conditional, 1.0  # the last entry is the root's, reached by index -1
+    product[:count], product[count] = (
+        conditional,
+        1.0,
+    )  # the last entry is the root's, reached by index -1
     if depth > 1:
         above = np.empty(count + 1, np.int64)
         above[:count], above[count] = parent, ROOT

@@ -28,7 +28,12 @@ def ranked(accept_prob: FloatArray) -> IntArray:
 
 
 def best_size(
-    gains: FloatArray, tokens: float, sunk: float, seconds: FloatArray, limit: float = math.inf, least: int = 0
+    gains: FloatArray,
+    tokens: float,
+    sunk: float,
+    seconds: FloatArray,
+    limit: float = math.inf,
+    least: int = 0,
 ) -> tuple[int, float]:
     """(n, value): how many of the sorted `gains` [m] to verify for the most tokens per second, and that rate.
 
@@ -46,7 +51,9 @@ def best_size(
     return n, float(values[n])
 
 
-def best_rates(losses: FloatArray, tokens: float, sunk: FloatArray, seconds: FloatArray, limit: float) -> FloatArray:
+def best_rates(
+    losses: FloatArray, tokens: float, sunk: FloatArray, seconds: FloatArray, limit: float
+) -> FloatArray:
     """[options] what `best_size` reaches with each row of `losses` [options, m]: negated gains, ascending.
 
     NONE in it marks what is no candidate. sunk: [options]; seconds: [m + 1], as there."""

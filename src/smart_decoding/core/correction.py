@@ -36,7 +36,9 @@ _LOW: IntArray = np.minimum(_POSITION.astype(np.int64), BINS - 2)
 _FRACTION: FloatArray = _POSITION - _LOW
 
 
-_ALIKE: FloatArray = TABLE**2 * np.exp(-np.abs(np.subtract.outer(np.arange(BINS), np.arange(BINS))) / REACH)
+_ALIKE: FloatArray = TABLE**2 * np.exp(
+    -np.abs(np.subtract.outer(np.arange(BINS), np.arange(BINS))) / REACH
+)
 _WALK = np.zeros((BINS + 2, BINS + 2))  # what an observation's time adds to the uncertainty
 _WALK[0, 0], _WALK[1, 1], _WALK[2:, 2:] = SPEED_WALK**2, MEMORY_WALK**2, (1.0 - FORGET**2) * _ALIKE
 _DECAY = np.array([1.0, 1.0, *[FORGET] * BINS])
@@ -57,7 +59,9 @@ class Correction:
     mean: FloatArray = field(default_factory=lambda: np.zeros(BINS + 2))
     covariance: FloatArray = field(default_factory=_prior)
 
-    def seconds(self, rows: IntArray | slice, table: FloatArray, weights: FloatArray | float) -> FloatArray:
+    def seconds(
+        self, rows: IntArray | slice, table: FloatArray, weights: FloatArray | float
+    ) -> FloatArray:
         """What the table's seconds are now, for `rows` or a slice of row counts; `weights`: those of them in which the
         step does nothing but wait for the weights. Bins are interpolated, linear in log rows."""
         if not isinstance(rows, slice):
@@ -71,7 +75,9 @@ class Correction:
         factor *= table + self.mean[1] * weights
         return factor
 
-    def updated(self, rows: int, table: float, weights: float, seconds: float, steps: int = 1) -> Correction:
+    def updated(
+        self, rows: int, table: float, weights: float, seconds: float, steps: int = 1
+    ) -> Correction:
         """After a step of `rows` rows that took `seconds`, or the mean of `steps`; `table` and `weights` as in
         `seconds()`.
 
@@ -85,8 +91,15 @@ class Correction:
         covariance = self.covariance * _DECAY_BOTH + _WALK
         # Row `row` of the log seconds' derivatives is sparse: speed, memory, and two neighbouring bins.
         slope, left = weights / now, 1.0 - right
-        along = covariance[0] + slope * covariance[1] + left * covariance[2 + low] + right * covariance[3 + low]
-        variance = float(along[0] + slope * along[1] + left * along[2 + low] + right * along[3 + low])
+        along = (
+            covariance[0]
+            + slope * covariance[1]
+            + left * covariance[2 + low]
+            + right * covariance[3 + low]
+        )
+        variance = float(
+            along[0] + slope * along[1] + left * along[2 + low] + right * along[3 + low]
+        )
         spread = math.sqrt(variance + NOISE**2 / steps + COMMON_NOISE**2)
         error = math.log(seconds / now) - speed - FORGET * (left * left_error + right * right_error)
         gain = along / spread

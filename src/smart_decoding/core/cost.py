@@ -129,7 +129,9 @@ class CostModel:
         """From explicit tables {batch: {rows: seconds}} and {width: seconds}, taken as they are, of any shape."""
         curves = {batch: _curve(table) for batch, table in sorted(verify.items()) if table}
         return cls(
-            curves or DEFAULT_VERIFY, _curve(draft) if draft else DEFAULT_DRAFT, overhead_seconds=overhead_seconds
+            curves or DEFAULT_VERIFY,
+            _curve(draft) if draft else DEFAULT_DRAFT,
+            overhead_seconds=overhead_seconds,
         )
 
     @classmethod
@@ -149,15 +151,21 @@ class CostModel:
         draft_token, _ = _attention([VerifySample(0, d.width, d.context, d.seconds) for d in draft])
         widths: dict[int, list[float]] = defaultdict(list)
         for d in draft:
-            widths[d.width].append(max(d.seconds - draft_token * d.width * d.context, 0.05 * d.seconds))
+            widths[d.width].append(
+                max(d.seconds - draft_token * d.width * d.context, 0.05 * d.seconds)
+            )
         roots: dict[int, list[float]] = defaultdict(list)
         caught_up: dict[int, list[float]] = defaultdict(list)
         for d in (s for s in levels if s.waiting is not None):
             if not d.waiting:
-                roots[d.width].append(max(d.seconds - draft_token * d.width * d.context, 0.05 * d.seconds))
+                roots[d.width].append(
+                    max(d.seconds - draft_token * d.width * d.context, 0.05 * d.seconds)
+                )
             if d.width == 1:
                 caught_up[d.waiting or 0].append(d.seconds)
-        overhead = overhead_seconds if math.isfinite(overhead_seconds) and overhead_seconds > 0 else 0.0
+        overhead = (
+            overhead_seconds if math.isfinite(overhead_seconds) and overhead_seconds > 0 else 0.0
+        )
         return cls(
             {batch: _monotone(cell) for batch, cell in sorted(cells.items())} or DEFAULT_VERIFY,
             _monotone(widths) if widths else DEFAULT_DRAFT,
@@ -166,7 +174,9 @@ class CostModel:
             draft_token,
             overhead,
             first=_monotone(roots) if roots else None,
-            waiting=_beyond_the_first(_monotone(caught_up)) if len(caught_up) > 1 and 0 in caught_up else None,
+            waiting=_beyond_the_first(_monotone(caught_up))
+            if len(caught_up) > 1 and 0 in caught_up
+            else None,
         )
 
     def verify_seconds(self, batch: int, rows: ArrayLike, context: float) -> FloatArray:
@@ -176,7 +186,9 @@ class CostModel:
             base = self._table(batch, 0)[rows_]
         except IndexError:
             base = self._table(batch, int(rows_.max()) + 1)[rows_]
-        return self._corrected(rows_, base + rows_ * (self.row_token * context) + batch * self.sequence_token * context)
+        return self._corrected(
+            rows_, base + rows_ * (self.row_token * context) + batch * self.sequence_token * context
+        )
 
     def verify_curve(self, batch: int, first: int, count: int, context: float) -> FloatArray:
         """Seconds at first, first + 1, ... first + count - 1 rows: `verify_seconds` for a scan over tree sizes."""
@@ -201,21 +213,29 @@ class CostModel:
         """Seconds of one level of the model drafter, not the first, that expands `width` rows."""
         width_: IntArray = np.asarray(width, np.int64)
         base = self._table(_DRAFT, int(width_.max()) + 1)[width_]
-        return self.draft_correction.seconds(width_, base + width_ * (self.draft_token * context), 0.0)
+        return self.draft_correction.seconds(
+            width_, base + width_ * (self.draft_token * context), 0.0
+        )
 
     def first_seconds(self, roots: int, waiting: ArrayLike, context: float) -> FloatArray:
         """Seconds of the first level for `roots` requests, which catches up with `waiting` rows beside one of each."""
         waiting_: IntArray = np.asarray(waiting, np.int64)
         if self.first is None or self.waiting is None:
             return self.draft_seconds(roots + waiting_, context)
-        return self.first_correction.seconds(roots + waiting_, self._first_level(roots, waiting_, context), 0.0)
+        return self.first_correction.seconds(
+            roots + waiting_, self._first_level(roots, waiting_, context), 0.0
+        )
 
     def levels_seconds(self, roots: int, widths: Sequence[int], context: float) -> list[float]:
         """Seconds of each level of a round, of which the first one's width is the roots and all that waits."""
         if not widths:
             return []
         first = float(self.first_seconds(roots, widths[0] - roots, context))
-        return [first, *self.draft_seconds(list(widths[1:]), context).tolist()] if len(widths) > 1 else [first]
+        return (
+            [first, *self.draft_seconds(list(widths[1:]), context).tolist()]
+            if len(widths) > 1
+            else [first]
+        )
 
     def _first_level(self, roots: int, waiting: IntArray, context: float) -> FloatArray:
         """The table's seconds of a first level."""
@@ -237,17 +257,24 @@ class CostModel:
         width = observed.width
         if observed.waiting is not None and self.first is not None and self.waiting is not None:
             base = float(self._first_level(width, np.array(observed.waiting), observed.context))
-            first = self.first_correction.updated(width + observed.waiting, base, 0.0, observed.seconds)
+            first = self.first_correction.updated(
+                width + observed.waiting, base, 0.0, observed.seconds
+            )
             return self._with(self.verify_correction, self.draft_correction, first)
         width += observed.waiting or 0
-        base = float(self._table(_DRAFT, width + 1)[width]) + self.draft_token * width * observed.context
+        base = (
+            float(self._table(_DRAFT, width + 1)[width])
+            + self.draft_token * width * observed.context
+        )
         draft = self.draft_correction.updated(width, base, 0.0, observed.seconds)
         return self._with(self.verify_correction, draft, self.first_correction)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers; corrections belong to the running machine and are left out."""
         return {
-            "verify": {str(batch): [list(c.rows), list(c.seconds)] for batch, c in self.verify.items()},
+            "verify": {
+                str(batch): [list(c.rows), list(c.seconds)] for batch, c in self.verify.items()
+            },
             "draft": [list(self.draft.rows), list(self.draft.seconds)],
             **{
                 name: [list(c.rows), list(c.seconds)]
@@ -266,19 +293,25 @@ class CostModel:
         curves = {int(b): _curve(dict(zip(*c, strict=True))) for b, c in state["verify"].items()}
         draft = _curve(dict(zip(*state["draft"], strict=True)))
         first, waiting = (
-            _curve(dict(zip(*state[name], strict=True))) if name in state else None for name in ("first", "waiting")
+            _curve(dict(zip(*state[name], strict=True))) if name in state else None
+            for name in ("first", "waiting")
         )
         row, sequence, level, overhead = (
-            float(state[name]) for name in ("row_token", "sequence_token", "draft_token", "overhead_seconds")
+            float(state[name])
+            for name in ("row_token", "sequence_token", "draft_token", "overhead_seconds")
         )
-        if not curves or not all(math.isfinite(x) and x >= 0 for x in (row, sequence, level, overhead)):
+        if not curves or not all(
+            math.isfinite(x) and x >= 0 for x in (row, sequence, level, overhead)
+        ):
             raise ValueError("not a cost profile")
         return cls(curves, draft, row, sequence, level, overhead, first=first, waiting=waiting)
 
     def _with(self, verify: Correction, draft: Correction, first: Correction) -> CostModel:
         tables = (self.verify, self.draft, self.row_token, self.sequence_token, self.draft_token)
         levels = (self.first, self.waiting, first)
-        return CostModel(*tables, self.overhead_seconds, verify, draft, *levels, self._dense, self._stall)
+        return CostModel(
+            *tables, self.overhead_seconds, verify, draft, *levels, self._dense, self._stall
+        )
 
     def _table(self, batch: int, size: int) -> FloatArray:
         """Dense seconds over rows at `batch`, or of another curve, computed once and grown on demand."""
@@ -311,7 +344,12 @@ def _stall_of(curve: Curve) -> tuple[float, float]:
 def _usable(sample: Sample) -> bool:
     sizes = (sample.batch, sample.rows) if isinstance(sample, VerifySample) else (sample.width,)
     numbers = (*sizes, sample.context, sample.seconds)
-    return all(math.isfinite(x) for x in numbers) and min(sizes) >= 1 and sample.context >= 0 and sample.seconds > 0
+    return (
+        all(math.isfinite(x) for x in numbers)
+        and min(sizes) >= 1
+        and sample.context >= 0
+        and sample.seconds > 0
+    )
 
 
 def _curve(table: Mapping[int, float]) -> Curve:
@@ -326,7 +364,9 @@ def _monotone(cells: Mapping[int, list[float]]) -> Curve:
     """Medians per row count, made non-decreasing by isotonic regression of their logarithms."""
     rows = sorted(cells)
     logs = np.log([float(np.median(cells[r])) for r in rows])
-    fitted = isotonic_regression(logs, weights=np.array([len(cells[r]) for r in rows], np.float64)).x
+    fitted = isotonic_regression(
+        logs, weights=np.array([len(cells[r]) for r in rows], np.float64)
+    ).x
     return Curve(tuple(rows), tuple(float(s) for s in np.exp(fitted)))
 
 

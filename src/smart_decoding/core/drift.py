@@ -28,7 +28,9 @@ class DriftDetector:
         self.hits = np.concatenate((self.hits, more), axis=1)
         self.expected = np.concatenate((self.expected, more), axis=1)
 
-    def update(self, source: IntArray, expected: FloatArray, hit: BoolArray) -> list[tuple[int, float]]:
+    def update(
+        self, source: IntArray, expected: FloatArray, hit: BoolArray
+    ) -> list[tuple[int, float]]:
         """After observed children (arrays [observed]): the drafters that changed, each with accepted / expected
         since the change began."""
         size = self.evidence.shape[1]
@@ -46,7 +48,10 @@ class DriftDetector:
         self.expected *= alive
         if self.evidence.max() < THRESHOLD:
             return []
-        return [self._alarm(int(way), int(index)) for way, index in np.argwhere(self.evidence >= THRESHOLD)]
+        return [
+            self._alarm(int(way), int(index))
+            for way, index in np.argwhere(self.evidence >= THRESHOLD)
+        ]
 
     def _alarm(self, way: int, index: int) -> tuple[int, float]:
         ratio = (self.hits[way, index] + 0.5) / (self.expected[way, index] + 0.5)

@@ -18,7 +18,9 @@ from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, of_expand
 RANKS = 8  # children beyond the eighth bring next to nothing
 FREE = 16  # best candidates of the drafters without model, per request
 MEMORY = 64.0  # rounds
-HOPE = 0.6  # the free drafters' best candidate before anything is known; the next ones fall off by it
+HOPE = (
+    0.6  # the free drafters' best candidate before anything is known; the next ones fall off by it
+)
 PRIOR_WEIGHT = 8.0
 _PRIOR_PROBS = np.array([0.60, 0.13, 0.06, 0.035, 0.02, 0.015, 0.01, 0.008])
 _KEY_BITS = 20
@@ -48,7 +50,9 @@ class Forecast:
     def observe(self, trees: DraftTrees) -> None:
         """Learns from all drafted nodes (scored), weighted by their parents' accept_prob: the paths that matter."""
         slot = slots(trees)
-        quantised = ((1.0 - np.fmin(np.fmax(trees.draft_prob, 0.0), 1.0)) * ((1 << _KEY_BITS) - 1)).astype(np.int64)
+        quantised = (
+            (1.0 - np.fmin(np.fmax(trees.draft_prob, 0.0), 1.0)) * ((1 << _KEY_BITS) - 1)
+        ).astype(np.int64)
         keys = (slot << (2 * _KEY_BITS)) | (quantised << _KEY_BITS) | np.arange(len(trees))
         keys.sort()
         order = keys & ((1 << _KEY_BITS) - 1)
@@ -60,7 +64,9 @@ class Forecast:
         if trees.source.any():  # only nodes that the model drafter expanded tell what it proposes
             weight = weight * of_expanded(trees, slot)[order]
         depth = np.minimum(trees.depth[order], DEPTHS) - 1
-        cell = (depth * RANKS + np.minimum(rank, RANKS - 1)) * BINS + self.calibration.bins(trees.draft_prob[order])
+        cell = (depth * RANKS + np.minimum(rank, RANKS - 1)) * BINS + self.calibration.bins(
+            trees.draft_prob[order]
+        )
         kept = np.where(rank < RANKS, weight, 0.0)
         new = np.bincount(cell, kept, self.histogram.size).reshape(self.histogram.shape)
         parents = np.bincount(depth[starts], weight[starts], DEPTHS)
@@ -79,13 +85,23 @@ class Forecast:
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain lists."""
-        return {"histogram": np.round(self.histogram, 4).tolist(), "weight": np.round(self.weight, 4).tolist()}
+        return {
+            "histogram": np.round(self.histogram, 4).tolist(),
+            "weight": np.round(self.weight, 4).tolist(),
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], calibration: Calibration) -> Forecast:
         """Starts from a stored state, worth PRIOR_WEIGHT expanded nodes per depth. Raises KeyError or ValueError."""
-        histogram, weight = np.asarray(state["histogram"], np.float64), np.asarray(state["weight"], np.float64)
-        if histogram.shape != (DEPTHS, RANKS, BINS) or weight.shape != (DEPTHS,) or not (weight > 0).all():
+        histogram, weight = (
+            np.asarray(state["histogram"], np.float64),
+            np.asarray(state["weight"], np.float64),
+        )
+        if (
+            histogram.shape != (DEPTHS, RANKS, BINS)
+            or weight.shape != (DEPTHS,)
+            or not (weight > 0).all()
+        ):
             raise ValueError("not a forecast state")
         forecast = cls(calibration)
         forecast.histogram = histogram * (PRIOR_WEIGHT / weight)[:, None, None]
@@ -103,7 +119,9 @@ def grow(children: FloatArray, levels: int, width: int) -> FloatArray:
         grown.append(candidates)
         frontier = -np.sort(-candidates)[:width]
     reached = np.repeat(np.arange(levels), [len(candidates) for candidates in grown])
-    result: FloatArray = np.where(reached <= np.arange(levels)[:, None], np.concatenate(grown), -NONE)
+    result: FloatArray = np.where(
+        reached <= np.arange(levels)[:, None], np.concatenate(grown), -NONE
+    )
     return result
 
 

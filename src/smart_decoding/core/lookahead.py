@@ -44,7 +44,9 @@ class LookAhead:
         0, 1, ... candidates, at least `columns(...) + 1` of them. limit: seconds that the round may last."""
         below = self._options(level, ahead, widths)
         options = len(below)
-        losses = np.full((options + 1, len(present) + below.shape[1] * below.shape[2]), NONE)  # the last option: stop
+        losses = np.full(
+            (options + 1, len(present) + below.shape[1] * below.shape[2]), NONE
+        )  # the last option: stop
         np.negative(present, out=losses[:, : len(present)])
         losses[:options, len(present) :] = (below * frontier[:, None]).reshape(options, -1)
         spent = np.full(options + 1, sunk)
@@ -65,7 +67,9 @@ class LookAhead:
         """[levels, reach * RANKS] `below` of levels 1, 2, ...; what looks less far ahead is the beginning of a row."""
         table = self._tables.get((levels, reach))
         if table is None:
-            table = self._tables[levels, reach] = np.stack([self.below(level + 1, reach) for level in range(levels)])
+            table = self._tables[levels, reach] = np.stack(
+                [self.below(level + 1, reach) for level in range(levels)]
+            )
         return table
 
     @staticmethod

@@ -17,7 +17,9 @@ class Overhead:
 
     def __init__(self, seconds: float) -> None:
         self._usual = 0.0, seconds  # what was learned last, of any size
-        self._mean: dict[tuple[int, bool], float] = {}  # by `about` the size, and whether the round speculated
+        self._mean: dict[
+            tuple[int, bool], float
+        ] = {}  # by `about` the size, and whether the round speculated
         self._seen: dict[tuple[int, bool], int] = {}
 
     def of(self, size: int) -> tuple[float, float]:
@@ -35,5 +37,7 @@ class Overhead:
         """After a round that speculated, or rested, and prefilled nothing."""
         key = about(size), speculated
         seen, mean = self._seen.get(key, 0), self._mean.get(key, seconds)
-        self._mean[key] = mean + max(self.GAIN, 1 / (seen + 1)) * (min(seconds, self.CLIP * mean) - mean)
+        self._mean[key] = mean + max(self.GAIN, 1 / (seen + 1)) * (
+            min(seconds, self.CLIP * mean) - mean
+        )
         self._seen[key] = seen + 1

@@ -40,10 +40,14 @@ class PaperCosts:
         """d C_spec / d n at `nodes` >= 1: lambda + gamma delta rho n^(rho - 1) exp(delta n^rho)."""
         n = max(nodes, 1)
         exponent = min(self.delta * math.pow(n, self.rho), _MAX_EXPONENT)
-        return self.lam + self.gamma * self.delta * self.rho * math.pow(n, self.rho - 1) * math.exp(exponent)
+        return self.lam + self.gamma * self.delta * self.rho * math.pow(n, self.rho - 1) * math.exp(
+            exponent
+        )
 
     @classmethod
-    def fit(cls, nodes: FloatArray, draft: FloatArray, verify: FloatArray, offsets: bool) -> PaperCosts:
+    def fit(
+        cls, nodes: FloatArray, draft: FloatArray, verify: FloatArray, offsets: bool
+    ) -> PaperCosts:
         """Least squares over measured (nodes, draft seconds, verify seconds), arrays of shape [samples], nodes >= 1."""
         n = np.asarray(nodes, np.float64)
         columns = np.stack((n, np.ones_like(n)), axis=1) if offsets else n[:, None]
@@ -53,7 +57,9 @@ class PaperCosts:
         def residual(x: FloatArray) -> FloatArray:
             exponent = np.minimum(np.exp(x[1]) * n ** np.exp(x[2]), _MAX_EXPONENT)
             eta = np.exp(x[3]) if offsets else 0.0
-            result: FloatArray = np.exp(x[0]) * np.expm1(exponent) + eta - np.asarray(verify) / scale
+            result: FloatArray = (
+                np.exp(x[0]) * np.expm1(exponent) + eta - np.asarray(verify) / scale
+            )
             return result
 
         starts = [
@@ -62,8 +68,21 @@ class PaperCosts:
             for d in (-4.0, -1.0)
             for r in (-1.0, 0.0)
         ]
-        bounds = ([-12.0, -12.0, -4.0, -12.0][: len(starts[0])], [6.0, 3.0, 0.7, 3.0][: len(starts[0])])
-        best = min((least_squares(residual, start, bounds=bounds) for start in starts), key=lambda fit: float(fit.cost))
+        bounds = (
+            [-12.0, -12.0, -4.0, -12.0][: len(starts[0])],
+            [6.0, 3.0, 0.7, 3.0][: len(starts[0])],
+        )
+        best = min(
+            (least_squares(residual, start, bounds=bounds) for start in starts),
+            key=lambda fit: float(fit.cost),
+        )
         gamma, delta, rho = (float(v) for v in np.exp(best.x[:3]))
         eta = float(np.exp(best.x[3])) * scale if offsets else 0.0
-        return cls(float(max(line[0], 0.0)), float(line[1]) if offsets else 0.0, gamma * scale, delta, rho, eta)
+        return cls(
+            float(max(line[0], 0.0)),
+            float(line[1]) if offsets else 0.0,
+            gamma * scale,
+            delta,
+            rho,
+            eta,
+        )

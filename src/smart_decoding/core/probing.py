@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 
-FIRST_GAP, LAST_GAP = 8, 32  # rounds between probes of the other mode: doubled by each that shows nothing
-CLEAR, CLEAR_GAP = 0.15, 128  # or of this many, where a plain round has lost more than this part of its time
+FIRST_GAP, LAST_GAP = (
+    8,
+    32,
+)  # rounds between probes of the other mode: doubled by each that shows nothing
+CLEAR, CLEAR_GAP = (
+    0.15,
+    128,
+)  # or of this many, where a plain round has lost more than this part of its time
 HOPE = 4  # probes in a row after one that turned out well
 RUN = 12  # probes in a row at most, for who learns from them only then
-RARELY = 0.25  # of the budget, once probes have shown nothing and a change for the better is unlikely
+RARELY = (
+    0.25  # of the budget, once probes have shown nothing and a change for the better is unlikely
+)
 CREDIT_ROUNDS = 400  # unspent budget is kept for this many rounds
 
 

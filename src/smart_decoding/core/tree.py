@@ -126,7 +126,12 @@ class DraftTrees:
         self.floats[2, : self._count] = value
 
     def append(
-        self, owner: ArrayLike, token: ArrayLike, parent: ArrayLike, draft_prob: ArrayLike, source: int = 0
+        self,
+        owner: ArrayLike,
+        token: ArrayLike,
+        parent: ArrayLike,
+        draft_prob: ArrayLike,
+        source: int = 0,
     ) -> None:
         """Adds nodes below existing ones (or ROOT). All arguments have shape [new nodes]; owners of children must be
         their parents' owners."""
@@ -134,7 +139,12 @@ class DraftTrees:
         start, end = self._count, self._count + len(parent_)
         self._make_room(end)
         ints, floats = self.ints, self.floats
-        ints[0, start:end], ints[1, start:end], ints[2, start:end], ints[4, start:end] = owner, token, parent_, source
+        ints[0, start:end], ints[1, start:end], ints[2, start:end], ints[4, start:end] = (
+            owner,
+            token,
+            parent_,
+            source,
+        )
         floats[0, start:end], floats[2, start:end] = prob, np.nan
         if start:
             at_root = parent_ == ROOT
@@ -144,19 +154,34 @@ class DraftTrees:
             ints[3, :end], floats[1, :end] = 1, prob
         self._count = end
 
-    def adopt(self, other: DraftTrees, nodes: Sequence[int], parents: Sequence[int], source: int) -> None:
+    def adopt(
+        self, other: DraftTrees, nodes: Sequence[int], parents: Sequence[int], source: int
+    ) -> None:
         """Adds copies of `nodes` of other trees below `parents` of these: as deep as they were, not scored yet."""
         start, end = self._count, self._count + len(nodes)
         self._make_room(end)
-        self.ints[:, start:end], self.floats[:, start:end] = other.ints[:, nodes], other.floats[:, nodes]
-        self.ints[2, start:end], self.ints[4, start:end], self.floats[2, start:end] = parents, source, np.nan
+        self.ints[:, start:end], self.floats[:, start:end] = (
+            other.ints[:, nodes],
+            other.floats[:, nodes],
+        )
+        self.ints[2, start:end], self.ints[4, start:end], self.floats[2, start:end] = (
+            parents,
+            source,
+            np.nan,
+        )
         self._count = end
 
     def _make_room(self, nodes: int) -> None:
         if nodes <= self.ints.shape[1]:
             return
-        ints, floats = np.empty((_INTS, max(2 * nodes, ROOM)), np.int64), np.empty((_FLOATS, max(2 * nodes, ROOM)))
-        ints[:, : self._count], floats[:, : self._count] = self.ints[:, : self._count], self.floats[:, : self._count]
+        ints, floats = (
+            np.empty((_INTS, max(2 * nodes, ROOM)), np.int64),
+            np.empty((_FLOATS, max(2 * nodes, ROOM))),
+        )
+        ints[:, : self._count], floats[:, : self._count] = (
+            self.ints[:, : self._count],
+            self.floats[:, : self._count],
+        )
         self.ints, self.floats = ints, floats
 
     def take(self, keep: IntArray, batch: int | None = None) -> DraftTrees:
@@ -166,7 +191,9 @@ class DraftTrees:
         if count == self._count:
             return self._of(batch, self.ints, self.floats, count)
         ints, floats = self.ints.take(keep, axis=1), self.floats.take(keep, axis=1)
-        renumber = np.full(self._count + 1, -2, np.int64)  # the last entry serves parent == ROOT (-1)
+        renumber = np.full(
+            self._count + 1, -2, np.int64
+        )  # the last entry serves parent == ROOT (-1)
         renumber[keep] = np.arange(count)
         renumber[ROOT] = ROOT
         ints[2] = renumber[ints[2]]

@@ -51,7 +51,9 @@ def draw_tree(
         siblings = sorted(children.get(parent, []), key=lambda node: -float(prob[node]))
         for node in siblings:
             last = node == siblings[-1]
-            label = _label(node in accepted, text_of(int(trees.token[node])), float(prob[node]), colour)
+            label = _label(
+                node in accepted, text_of(int(trees.token[node])), float(prob[node]), colour
+            )
             lines.append(f"{indent}{'└─' if last else '├─'}{label}")
             add(node, indent + ("  " if last else "│ "))
 
@@ -73,7 +75,9 @@ def wants_colour(stream: TextIO) -> bool:
 
 def legend(policy_scores: bool = True) -> str:
     """What the signs mean; `policy_scores`: whether the numbers are calibrated."""
-    kind = "calibrated probability of acceptance" if policy_scores else "the drafter's own probability"
+    kind = (
+        "calibrated probability of acceptance" if policy_scores else "the drafter's own probability"
+    )
     return f"● accepted  ○ rejected  => the target's own token; numbers: {kind} of the path"
 
 
@@ -97,4 +101,10 @@ def _printable(char: str) -> str:
     if char.isprintable():
         return char
     point = ord(char)
-    return f"\\x{point:02x}" if point < 0x100 else f"\\u{point:04x}" if point < 0x10000 else f"\\U{point:08x}"
+    return (
+        f"\\x{point:02x}"
+        if point < 0x100
+        else f"\\u{point:04x}"
+        if point < 0x10000
+        else f"\\U{point:08x}"
+    )

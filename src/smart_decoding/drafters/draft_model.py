@@ -29,14 +29,18 @@ class DraftModelDrafter(LevelDrafter[State]):
 
     name, ahead = "draft_model", 0
 
-    def __init__(self, model: SmallModel, pool_pages: int, scratch_pages: int, max_levels: int = 8) -> None:
+    def __init__(
+        self, model: SmallModel, pool_pages: int, scratch_pages: int, max_levels: int = 8
+    ) -> None:
         super().__init__(pool_pages, scratch_pages, max_levels)
         self._model = model
 
     def _admit(self, request: Request, first: int) -> State:
         """Goes on after the cached pages, from the first on, whose keys the model still has."""
         state = State(0, 0)
-        for page, key in zip(request.table.pages, self._keys(request, state, first // PAGE), strict=False):
+        for page, key in zip(
+            request.table.pages, self._keys(request, state, first // PAGE), strict=False
+        ):
             if self._kept[page] != key:
                 break
             state.length += PAGE

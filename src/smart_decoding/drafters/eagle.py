@@ -31,8 +31,8 @@ class Head(Protocol):
     """What the drafter needs of a head; arrays of the backend are opaque. A part of a request's features is an array
     [rows, width], or several rounds' features [requests, width] and the request's place in them."""
 
-    taps: tuple[int, ...]
-    sees: bool  # whether its rows take the embeddings of pictures, `Rows.inserts`
+    aux_layers: tuple[int, ...]
+    sees: bool  # whether its rows take the embeddings of pictures, `Rows.mm_embeds`
     grows: bool
 
     def first(self, rows: Rows, parts: Sequence[Any], last: IntArray, asked: Asked) -> Ranked:
@@ -43,7 +43,9 @@ class Head(Protocol):
         """Runs nodes below the outputs `above` of this round (the first level's come first), the best children."""
         ...
 
-    def grow(self, rows: Rows, parts: Sequence[Any], asked: Asked, slots: range, growth: Growth) -> Grown:
+    def grow(
+        self, rows: Rows, parts: Sequence[Any], asked: Asked, slots: range, growth: Growth
+    ) -> Grown:
         """All levels of a round in one call, nodes chosen as `growth` says; only if the head `grows`. asked: for the
         children of each request's root at levels 1, 2, ... slots: where nodes' keys go."""
         ...
@@ -86,14 +88,20 @@ class EagleDrafter(LevelDrafter[Pairs]):
 
     name, ahead = "eagle", 1
 
-    def __init__(self, head: Head, pool_pages: int, scratch_pages: int, max_levels: int = 8) -> None:
-        self._spare = list(range(pool_pages + scratch_pages - scratch_pages // 8, pool_pages + scratch_pages))
+    def __init__(
+        self, head: Head, pool_pages: int, scratch_pages: int, max_levels: int = 8
+    ) -> None:
+        self._spare = list(
+            range(pool_pages + scratch_pages - scratch_pages // 8, pool_pages + scratch_pages)
+        )
         super().__init__(pool_pages, scratch_pages - len(self._spare), max_levels)
-        self._head, self.taps, self.sees = head, head.taps, head.sees
+        self._head, self.aux_layers, self.sees = head, head.aux_layers, head.sees
         self.grow = self._grow if head.grows else None
         self._log: Log | None = None
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read
-        self._ends: dict[int, tuple[int, Any]] = {}  # page -> key of its content, features of its last position
+        self._ends: dict[
+            int, tuple[int, Any]
+        ] = {}  # page -> key of its content, features of its last position
 
     def _admit(self, request: Request, first: int) -> Pairs:
         """Sees the run of cached pages before `first` whose keys the head still has."""
@@ -124,7 +132,9 @@ class EagleDrafter(LevelDrafter[Pairs]):
         for end in range(-(first + 1) % PAGE, len(features), PAGE):
             self._keep_end(request, state, first + end, features, end)
 
-    def _keep_end(self, request: Request, state: Pairs, position: int, features: Any, row: int) -> None:
+    def _keep_end(
+        self, request: Request, state: Pairs, position: int, features: Any, row: int
+    ) -> None:
         """Keeps the features of the last position of a page: `row` of `features`."""
         page = position // PAGE
         key = self._keys(request, state, page + 1)[-1]
@@ -142,7 +152,9 @@ class EagleDrafter(LevelDrafter[Pairs]):
         states = [self._states[id(r)] for r in requests]
         rows, _ = self._waiting_rows(requests, states)
         every, levels = range(len(requests)), range(growth.levels)
-        asked = asked_of(requests, [i for i in every for _ in levels], [*levels] * len(requests), plan.children)
+        asked = asked_of(
+            requests, [i for i in every for _ in levels], [*levels] * len(requests), plan.children
+        )
         slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
         grown = self._head.grow(rows, _parts(states), asked, slots, growth)
         for request, state in zip(requests, states, strict=True):
@@ -180,7 +192,9 @@ class EagleDrafter(LevelDrafter[Pairs]):
             part = state.parts.pop(0)
             size = len(part[0] if isinstance(part, tuple) else part)
             if size > rows:
-                state.parts.insert(0, (part[0][rows:], part[1]) if isinstance(part, tuple) else part[rows:])
+                state.parts.insert(
+                    0, (part[0][rows:], part[1]) if isinstance(part, tuple) else part[rows:]
+                )
                 return
             rows -= size
 

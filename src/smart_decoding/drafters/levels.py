@@ -30,8 +30,12 @@ from smart_decoding.engine.rows import Rows, arrays
 
 WINDOW = 512  # rows that may wait for a request
 
-Draw: TypeAlias = tuple[int, int, int]  # a request's seed and sample, and the output position of a token
-Ranked: TypeAlias = tuple[IntArray, FloatArray]  # children of each row, best first, and their probabilities: [rows, k]
+Draw: TypeAlias = tuple[
+    int, int, int
+]  # a request's seed and sample, and the output position of a token
+Ranked: TypeAlias = tuple[
+    IntArray, FloatArray
+]  # children of each row, best first, and their probabilities: [rows, k]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +71,25 @@ class LevelDrafter(ABC, Generic[S]):
     ahead: ClassVar[int]
     free, wants_logits, wants_ends = False, False, False
     grow: Grow | None = None
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     sees = False  # whether the model reads the embeddings of pictures; else it drafts from the text behind them
 
     def __init__(self, pool_pages: int, scratch_pages: int, max_levels: int = 8) -> None:
         self.max_levels = max_levels
         self._scratch_slot, self._scratch_size = pool_pages * PAGE, scratch_pages * PAGE
-        self._kept = np.zeros(pool_pages + scratch_pages, np.int64)  # page -> key of the content it holds, or 0
+        self._kept = np.zeros(
+            pool_pages + scratch_pages, np.int64
+        )  # page -> key of the content it holds, or 0
         self._states: dict[int, S] = {}
-        self._paths: dict[int, list[int]] = {}  # expanded node -> slots of its ancestors and its own
+        self._paths: dict[
+            int, list[int]
+        ] = {}  # expanded node -> slots of its ancestors and its own
         self._rows = 0  # outputs so far: one for each root, then one for each expanded node
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
-        return sum(self._waiting(r, self._states[id(r)]) if id(r) in self._states else 1 for r in requests)
+        return sum(
+            self._waiting(r, self._states[id(r)]) if id(r) in self._states else 1 for r in requests
+        )
 
     # ------------------------------------------------------------------------- what differs between the models
 
@@ -119,13 +129,17 @@ class LevelDrafter(ABC, Generic[S]):
             return trees
         states = [self._states[id(r)] for r in requests]
         rows, last = self._waiting_rows(requests, states)
-        ranked = self._first(rows, last, states, asked_of(requests, range(batch), [0] * batch, plan.children))
+        ranked = self._first(
+            rows, last, states, asked_of(requests, range(batch), [0] * batch, plan.children)
+        )
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
         self._append(trees, np.arange(batch), np.full(batch, ROOT), ranked)
         return trees
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
+    def expand(
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+    ) -> int:
         """Runs the model on `nodes`, as far as there is room, and appends their children; returns how many."""
         nodes = nodes[: max(0, self._scratch_size + len(requests) - self._rows)]
         if not len(nodes):
@@ -134,9 +148,14 @@ class LevelDrafter(ABC, Generic[S]):
         if len(requests) > 1:
             order = np.argsort(owner, kind="stable")
             nodes, owner = nodes[order], owner[order]
-        owners, roots = owner.tolist(), self._scratch_slot - len(requests)  # output 0 would lie at slot `roots`
+        owners, roots = (
+            owner.tolist(),
+            self._scratch_slot - len(requests),
+        )  # output 0 would lie at slot `roots`
         above = []
-        for node, parent, i in zip(nodes.tolist(), trees.parent[nodes].tolist(), owners, strict=True):
+        for node, parent, i in zip(
+            nodes.tolist(), trees.parent[nodes].tolist(), owners, strict=True
+        ):
             path = [] if parent == ROOT else self._paths[parent]
             above.append(path[-1] - roots if path else i)
             self._paths[node] = [*path, roots + self._rows]
@@ -147,25 +166,31 @@ class LevelDrafter(ABC, Generic[S]):
         self._append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
         return len(nodes)
 
-    def _append(self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked) -> None:
+    def _append(
+        self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked
+    ) -> None:
         ids, probs = ranked
         k = ids.shape[1]
         trees.append(owner.repeat(k), ids.reshape(-1), parents.repeat(k), probs.reshape(-1))
 
     # ---------------------------------------------------------------------------------------------------- rows
 
-    def _waiting_rows(self, requests: Sequence[Request], states: Sequence[S]) -> tuple[Rows, IntArray]:
+    def _waiting_rows(
+        self, requests: Sequence[Request], states: Sequence[S]
+    ) -> tuple[Rows, IntArray]:
         """All waiting rows, and each request's last one."""
         token: list[int] = []
         position: list[int] = []
         slot: list[int] = []
         edges, tables, direct = [0], [], []
-        inserts: list[tuple[int, Any]] = []
+        mm_embeds: list[tuple[int, Any]] = []
         for request, state in zip(requests, states, strict=True):
             end, table = self._end(request), self._table(request, state)
             if request.media is not None and self.sees:
-                parts = request.media.inserts(state.length + self.ahead, end - state.length)
-                inserts += [(len(token) + len(state.again) + first, part) for first, part in parts]
+                parts = request.media.mm_embeds(state.length + self.ahead, end - state.length)
+                mm_embeds += [
+                    (len(token) + len(state.again) + first, part) for first, part in parts
+                ]
             at = [*state.again, *range(state.length, end)]
             token += [request.tokens[t + self.ahead] for t in at]
             position += at
@@ -175,12 +200,25 @@ class LevelDrafter(ABC, Generic[S]):
             direct += [t + 1 - state.start for t in at]
             edges.append(len(token))
             tables.append(table[state.start // PAGE :])
-        rows = _rows(np.array(token, np.int64), position, slot, direct, [0] * (len(token) + 1), [], edges, tables)
-        rows.inserts = inserts
+        rows = _rows(
+            np.array(token, np.int64),
+            position,
+            slot,
+            direct,
+            [0] * (len(token) + 1),
+            [],
+            edges,
+            tables,
+        )
+        rows.mm_embeds = mm_embeds
         return rows, np.array(edges[1:], np.int64) - 1
 
     def _node_rows(
-        self, requests: Sequence[Request], owners: Sequence[int], token: IntArray, paths: Sequence[Sequence[int]]
+        self,
+        requests: Sequence[Request],
+        owners: Sequence[int],
+        token: IntArray,
+        paths: Sequence[Sequence[int]],
     ) -> Rows:
         """Rows of expanded nodes (sorted by owner), which see all true rows, the expanded ancestors and themselves."""
         position, slot, direct, ancestors_start = [], [], [], [0]
@@ -197,7 +235,9 @@ class LevelDrafter(ABC, Generic[S]):
             direct.append(state.length - state.start)
             extra += path
             ancestors_start.append(len(extra))
-        return _rows(token, position, slot, direct, ancestors_start, extra, [*edges, len(paths)], tables)
+        return _rows(
+            token, position, slot, direct, ancestors_start, extra, [*edges, len(paths)], tables
+        )
 
     # --------------------------------------------------------------------------------------------------- state
 
@@ -208,7 +248,9 @@ class LevelDrafter(ABC, Generic[S]):
         self._receive(request, state, features, first)
         end = first + len(tokens)
         if request.media is not None and not self.sees:
-            behind = min(request.media.visual(end), end - self.ahead)  # where a picture ends the text, one row is left
+            behind = min(
+                request.media.visual(end), end - self.ahead
+            )  # where a picture ends the text, one row is left
             self._begin(state, behind // PAGE * PAGE)
         self._bound(request, state, end)
 
@@ -228,7 +270,12 @@ class LevelDrafter(ABC, Generic[S]):
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:
         for i, request in enumerate(requests):
             first = request.table.length - 1
-            self.extend(request, None if features is None else features[i : i + 1], first, request.tokens[first:][:1])
+            self.extend(
+                request,
+                None if features is None else features[i : i + 1],
+                first,
+                request.tokens[first:][:1],
+            )
 
     def observe_logits(self, tokens: IntArray, logits: Any) -> None:
         """Not wanted."""
@@ -257,12 +304,16 @@ class LevelDrafter(ABC, Generic[S]):
         """For each of the request's first pages a number that stands for its tokens and all before them."""
         for page in range(len(state.keys), pages):
             before = state.keys[-1] if page else 0
-            mark = request.table.marks.get(page, b"")
-            state.keys.append(hash((before, mark, *request.tokens[page * PAGE : (page + 1) * PAGE])))
+            mark = request.table.content_hashes.get(page, b"")
+            state.keys.append(
+                hash((before, mark, *request.tokens[page * PAGE : (page + 1) * PAGE]))
+            )
         return state.keys[:pages]
 
 
-def asked_of(requests: Sequence[Request], owners: Sequence[int], depths: Sequence[int], k: int) -> Asked:
+def asked_of(
+    requests: Sequence[Request], owners: Sequence[int], depths: Sequence[int], k: int
+) -> Asked:
     """`k` children of rows of these owners at these depths (a root's is 0)."""
     of_each = [r.params.temperature for r in requests]
     if not any(of_each):

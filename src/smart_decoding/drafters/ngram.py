@@ -38,7 +38,9 @@ class NgramIndex:
         for n in self.sizes:
             newest, older = self.newest[n], self.older[n]
             for i in range(self.length, len(tokens)):
-                gram = tuple(tokens[max(i - n, 0) : i])  # the first n grams are too short to be asked for
+                gram = tuple(
+                    tokens[max(i - n, 0) : i]
+                )  # the first n grams are too short to be asked for
                 older.append(newest.get(gram, -1))
                 newest[gram] = i
         self.length = len(tokens)
@@ -91,7 +93,10 @@ class Trie:
         # Stable: a parent is at least as likely as its child and comes before it, so the choice is prefix-closed.
         chosen = sorted(sorted(range(1, len(path)), key=lambda node: -path[node])[:count])
         number = {0: ROOT, **{node: i for i, node in enumerate(chosen)}}
-        return [(self.token[n], number[self.parent[n]], self.depth[n], draft[n], path[n]) for n in chosen]
+        return [
+            (self.token[n], number[self.parent[n]], self.depth[n], draft[n], path[n])
+            for n in chosen
+        ]
 
     def _new(self, parent: int, token: int, matched: int) -> int:
         node = self.child[parent, token] = len(self.token)
@@ -113,14 +118,22 @@ class NgramDrafter:
     name = "ngram"
     max_levels = 0
     free = True
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     grow: Grow | None = None
     wants_logits, wants_ends = False, False
 
     def __init__(
-        self, min_n: int = 2, max_n: int = 4, max_nodes: int = 16, max_depth: int = 8, occurrences: int = 16
+        self,
+        min_n: int = 2,
+        max_n: int = 4,
+        max_nodes: int = 16,
+        max_depth: int = 8,
+        occurrences: int = 16,
     ) -> None:
-        self.min_n, self.max_n = require_int("min_n", min_n, 1, 64), require_int("max_n", max_n, 1, 64)
+        self.min_n, self.max_n = (
+            require_int("min_n", min_n, 1, 64),
+            require_int("max_n", max_n, 1, 64),
+        )
         if min_n > max_n:
             raise ConfigError(f"min_n={min_n} is larger than max_n={max_n}")
         self.max_nodes = require_int("max_nodes", max_nodes, 1, 1024)
@@ -136,21 +149,43 @@ class NgramDrafter:
         rows: list[tuple[int, int, int, float, float]] = []
         for i, request in enumerate(requests):
             first = len(rows)
-            for token, parent, depth, draft, path in self._continuations(request).best(self.max_nodes):
+            for token, parent, depth, draft, path in self._continuations(request).best(
+                self.max_nodes
+            ):
                 owner.append(i)
-                rows.append((token, parent if parent == ROOT else first + parent, depth, draft, path))
+                rows.append(
+                    (token, parent if parent == ROOT else first + parent, depth, draft, path)
+                )
         if not rows:
             return DraftTrees.empty(len(requests))
-        tokens, parents, depths, drafts, paths = (np.array(column) for column in zip(*rows, strict=True))
+        tokens, parents, depths, drafts, paths = (
+            np.array(column) for column in zip(*rows, strict=True)
+        )
         # Source 0 is kept for the drafter with a model, the one whose nodes can be expanded.
         accept_prob, source = np.full(len(rows), np.nan), np.ones(len(rows), np.int64)
-        return DraftTrees(len(requests), np.array(owner), tokens, parents, depths, drafts, paths, accept_prob, source)
+        return DraftTrees(
+            len(requests),
+            np.array(owner),
+            tokens,
+            parents,
+            depths,
+            drafts,
+            paths,
+            accept_prob,
+            source,
+        )
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
+    def expand(
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+    ) -> int:
         raise ValueError("the n-gram drafter has no model levels to expand")
 
-    def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
-        self._indexed(request)  # request.tokens holds these tokens, those found in the prefix cache, and the root
+    def extend(
+        self, request: Request, features: Features, first: int, tokens: Sequence[int]
+    ) -> None:
+        self._indexed(
+            request
+        )  # request.tokens holds these tokens, those found in the prefix cache, and the root
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
         for request in requests:

@@ -31,16 +31,20 @@ class RecyclingDrafter:
     name = "recycling"
     max_levels = 0
     free = True
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     grow: Grow | None = None
     wants_logits, wants_ends = True, False
 
-    def __init__(self, vocab: int, top_k: TopK, successors: int = 8, max_nodes: int = 16, max_depth: int = 6) -> None:
+    def __init__(
+        self, vocab: int, top_k: TopK, successors: int = 8, max_nodes: int = 16, max_depth: int = 6
+    ) -> None:
         self.successors = require_int("successors", successors, 1, min(64, vocab))
         self.max_nodes = require_int("max_nodes", max_nodes, 1, 1024)
         self.max_depth = require_int("max_depth", max_depth, 1, 64)
         self.table = np.zeros((vocab, successors), np.int32)
-        self.probs = np.zeros((vocab, successors), np.float32)  # all 0: nothing is known of this token
+        self.probs = np.zeros(
+            (vocab, successors), np.float32
+        )  # all 0: nothing is known of this token
         self._top_k = top_k
 
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
@@ -59,7 +63,9 @@ class RecyclingDrafter:
         all: exactly those of the unbounded tree, since every ancestor of one is one."""
         if not requests:
             return DraftTrees.empty(0)
-        token = np.array([[request.tokens[-1]] for request in requests], np.int64)  # [batch, frontier]
+        token = np.array(
+            [[request.tokens[-1]] for request in requests], np.int64
+        )  # [batch, frontier]
         path: FloatArray = np.ones(token.shape)
         levels, first, parents = [], 0, np.array([ROOT])
         for depth in range(1, self.max_depth + 1):
@@ -71,12 +77,18 @@ class RecyclingDrafter:
             first += token.shape[1]
         if not levels:
             return DraftTrees.empty(len(requests))
-        return self._likeliest(*(np.concatenate(columns, axis=1) for columns in zip(*levels, strict=True)))
+        return self._likeliest(
+            *(np.concatenate(columns, axis=1) for columns in zip(*levels, strict=True))
+        )
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
+    def expand(
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+    ) -> int:
         raise ValueError("the recycling drafter has no model levels to expand")
 
-    def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
+    def extend(
+        self, request: Request, features: Features, first: int, tokens: Sequence[int]
+    ) -> None:
         """Nothing to learn: what it learns comes through observe_logits."""
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
@@ -85,30 +97,43 @@ class RecyclingDrafter:
     def release(self, request: Request) -> None:
         """Nothing to forget: the table belongs to no request."""
 
-    def _children(self, token: IntArray, path: FloatArray) -> tuple[IntArray, IntArray, FloatArray, FloatArray]:
+    def _children(
+        self, token: IntArray, path: FloatArray
+    ) -> tuple[IntArray, IntArray, FloatArray, FloatArray]:
         """The likeliest children of a frontier [batch, frontier]: token, index of the parent in the frontier,
         draft_prob and path_prob, each [batch, children]; path_prob 0 is no node."""
         batch = len(token)
         draft = self.probs[token].astype(np.float64)  # [batch, frontier, successors]
         joint = (path[:, :, None] * draft).reshape(batch, -1)
         best = np.argsort(-joint, axis=1, kind="stable")[:, : self.max_nodes]
-        child = np.take_along_axis(self.table[token].reshape(batch, -1), best, axis=1).astype(np.int64)
+        child = np.take_along_axis(self.table[token].reshape(batch, -1), best, axis=1).astype(
+            np.int64
+        )
         draft = np.take_along_axis(draft.reshape(batch, -1), best, axis=1)
         return child, best // self.successors, draft, np.take_along_axis(joint, best, axis=1)
 
     def _likeliest(
-        self, token: IntArray, parent: IntArray, depth: IntArray, draft: FloatArray, path: FloatArray
+        self,
+        token: IntArray,
+        parent: IntArray,
+        depth: IntArray,
+        draft: FloatArray,
+        path: FloatArray,
     ) -> DraftTrees:
         """Trees of the max_nodes likeliest candidates [batch, candidates], whose parents are columns before them."""
         best = np.argsort(-path, axis=1, kind="stable")[:, : self.max_nodes]
         keep = np.zeros(path.shape, np.bool_)
         np.put_along_axis(keep, best, True, axis=1)
         keep &= path > 0
-        owner, column = map(np.ascontiguousarray, np.nonzero(keep))  # native code reads the trees' arrays as they lie
+        owner, column = map(
+            np.ascontiguousarray, np.nonzero(keep)
+        )  # native code reads the trees' arrays as they lie
         number = np.cumsum(keep).reshape(keep.shape) - 1
         above = parent[owner, column]
         above = np.where(above == ROOT, ROOT, number[owner, above])
         at, blank = (owner, column), np.full(len(owner), np.nan)
         # Source 0 is kept for the drafter with a model, the one whose nodes can be expanded.
         source = np.ones(len(owner), np.int64)
-        return DraftTrees(len(token), owner, token[at], above, depth[at], draft[at], path[at], blank, source)
+        return DraftTrees(
+            len(token), owner, token[at], above, depth[at], draft[at], path[at], blank, source
+        )

@@ -58,7 +58,9 @@ class Merged:
         trees, first = self.trees, len(place)
         new: list[int] = []
         parents: list[int] = []
-        columns = [c[first:].tolist() for c in (other.owner, other.parent, other.token, other.draft_prob)]
+        columns = [
+            c[first:].tolist() for c in (other.owner, other.parent, other.token, other.draft_prob)
+        ]
         for i, (owner, above, token, prob) in enumerate(zip(*columns, strict=True), start=first):
             parent = ROOT if above == ROOT else place[above]
             count = len(trees) + len(new)
@@ -67,7 +69,9 @@ class Merged:
             if node == count:
                 new.append(i)
                 parents.append(parent)
-            elif node < len(trees):  # equal siblings within `other` would be the other case: the first one counts
+            elif node < len(
+                trees
+            ):  # equal siblings within `other` would be the other case: the first one counts
                 trees.draft_prob[node] = max(trees.draft_prob[node], prob)
                 trees.source[node] = min(trees.source[node], source)
         if new:
@@ -88,14 +92,18 @@ class UnionDrafter:
         if not drafters:
             raise ConfigError("a union needs at least one drafter")
         if any(drafter.max_levels for drafter in drafters[1:]):
-            raise ConfigError("a union takes at most one drafter with a model, and it must be the first")
+            raise ConfigError(
+                "a union takes at most one drafter with a model, and it must be the first"
+            )
         self.drafters = list(drafters)
         self.model = drafters[0] if drafters[0].max_levels else None
         self.free_drafters = self.drafters[1:] if self.model else self.drafters
         self.max_levels = self.model.max_levels if self.model else 0
-        self.taps: tuple[int, ...] = self.model.taps if self.model else ()
+        self.aux_layers: tuple[int, ...] = self.model.aux_layers if self.model else ()
         self.free = bool(self.free_drafters)
-        self._listeners = [drafter for drafter in self.drafters if getattr(drafter, "wants_logits", False)]
+        self._listeners = [
+            drafter for drafter in self.drafters if getattr(drafter, "wants_logits", False)
+        ]
         self.grow: Grow | None = None
         self.wants_logits, self.wants_ends = bool(self._listeners), False
         self._round: Merged | None = None
@@ -105,17 +113,25 @@ class UnionDrafter:
 
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
         batch = len(requests)
-        view = self.model.start(requests, plan) if self.model and plan.levels else DraftTrees.empty(batch)
+        view = (
+            self.model.start(requests, plan)
+            if self.model and plan.levels
+            else DraftTrees.empty(batch)
+        )
         merged = self._round = Merged(DraftTrees.empty(batch), view)
         merged.add_view()
         for source, drafter in enumerate(self.free_drafters, start=MODEL + 1):
             merged.add_free(drafter.start(requests, plan), source)
         return merged.trees
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
+    def expand(
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+    ) -> int:
         merged = self._round
         if self.model is None or merged is None or merged.trees is not trees:
-            raise ValueError("expand() wants the trees of the last start(), and a drafter with a model")
+            raise ValueError(
+                "expand() wants the trees of the last start(), and a drafter with a model"
+            )
         wanted = merged.view_nodes(nodes)
         if not len(wanted):
             return 0
@@ -123,7 +139,9 @@ class UnionDrafter:
         merged.add_view()
         return width
 
-    def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
+    def extend(
+        self, request: Request, features: Features, first: int, tokens: Sequence[int]
+    ) -> None:
         for drafter in self.drafters:
             drafter.extend(request, features, first, tokens)
 

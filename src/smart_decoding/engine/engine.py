@@ -60,7 +60,13 @@ class RoundRecord:
     @property
     def controller_seconds(self) -> float:
         """All but forwards, sampling and KV."""
-        return self.seconds - self.draft_seconds - self.verify_seconds - self.sample_seconds - self.kv_seconds
+        return (
+            self.seconds
+            - self.draft_seconds
+            - self.verify_seconds
+            - self.sample_seconds
+            - self.kv_seconds
+        )
 
 
 class Engine:
@@ -85,7 +91,9 @@ class Engine:
         self.pool = PagePool(config.pages, config.prefix_caching)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
         self.last_round: RoundRecord | None = None
-        self._learning_seconds = 0.0  # of the round before: a policy cannot be told what being told takes
+        self._learning_seconds = (
+            0.0  # of the round before: a policy cannot be told what being told takes
+        )
         self._cut = False  # whether the last step dropped its drafts for a newcomer: its drafter awaits a plain round
         self._decode, self._clock, self._constrain = decode, clock, constrain
         self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
@@ -96,7 +104,11 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ requests
 
     def add_request(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, media: Media | None = None
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        media: Media | None = None,
     ) -> list[Request]:
         """Queues the prompt's `params.n` answers. Raises ConfigError or CapacityError for what can never run."""
         self._check(prompt, params)
@@ -109,7 +121,7 @@ class Engine:
             eos, before = self.target.eos_token_ids, prompt[-BEFORE:]
             stop = StopChecker(params, decode, eos, limit, self.config.stop_at_loops, before)
             name = request_id if params.n == 1 else f"{request_id}#{sample}"
-            table = BlockTable(self.pool, media.marks if media else {})
+            table = BlockTable(self.pool, media.content_hashes if media else {})
             request = Request(name, list(prompt), params, seed, table, stop, sample, limit)
             request.media = media.copy() if media else None
             request.history = new_history(prompt, params)
@@ -126,7 +138,11 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Ends a request, all answers of it, freeing its memory now. Unknown ids are ignored: it may have ended."""
-        for request in [r for r in self._requests.values() if r.id == request_id or r.id.startswith(f"{request_id}#")]:
+        for request in [
+            r
+            for r in self._requests.values()
+            if r.id == request_id or r.id.startswith(f"{request_id}#")
+        ]:
             request.aborted = True
             self._finish(request)
 
@@ -170,7 +186,11 @@ class Engine:
         started += self._see(batch)  # once a picture, so no part of what a round costs
         state = self._state(batch)
         # Rounds that carry prompts do not draft, whatever the policy: others wait for their first token.
-        plan = self.policy.plan(state) if batch.decode and self.drafter and not (batch.prefill or self._cut) else OFF
+        plan = (
+            self.policy.plan(state)
+            if batch.decode and self.drafter and not (batch.prefill or self._cut)
+            else OFF
+        )
         drafted = self._draft(batch, state, plan, arrived)
         self._cut = drafted is None
         if drafted is None:
@@ -185,16 +205,41 @@ class Engine:
         if len(trees):
             _count_nodes(batch, trees, kept)
         asking, acceptance = verified.requests, verified.acceptance
-        after, root_next = _next_tokens(trees, kept, acceptance), acceptance.root_next[: len(batch.decode)]
-        done = Round(state, plan, trees, kept, after, root_next, widths, seconds, verified.rows, verified.seconds)
+        after, root_next = (
+            _next_tokens(trees, kept, acceptance),
+            acceptance.root_next[: len(batch.decode)],
+        )
+        done = Round(
+            state,
+            plan,
+            trees,
+            kept,
+            after,
+            root_next,
+            widths,
+            seconds,
+            verified.rows,
+            verified.seconds,
+        )
         if batch.decode:
             learning = clock()
-            done.other_seconds = learning - started - verified.seconds - drafting + self._learning_seconds
+            done.other_seconds = (
+                learning - started - verified.seconds - drafting + self._learning_seconds
+            )
             self.policy.observe(done)
             self._learning_seconds = clock() - learning
-        self.last_round = RoundRecord(done, emitted, clock() - started, drafting, verified.forward_seconds,
-                                      verified.sample_seconds, verified.kv_seconds, asking, acceptance,
-                                      accepted)  # fmt: skip
+        self.last_round = RoundRecord(
+            done,
+            emitted,
+            clock() - started,
+            drafting,
+            verified.forward_seconds,
+            verified.sample_seconds,
+            verified.kv_seconds,
+            asking,
+            acceptance,
+            accepted,
+        )
         for request in asking:
             if request.finished:
                 self._finish(request)
@@ -204,9 +249,11 @@ class Engine:
         """Runs the vision tower on pictures that the round's rows reach for the first time; its seconds."""
         total = 0.0
         for request, count in (*batch.prefill, *((request, 1) for request in batch.decode)):
-            for picture in request.media.unseen(request.table.length, count) if request.media else ():
+            for picture in (
+                request.media.unseen(request.table.length, count) if request.media else ()
+            ):
                 began = self._clock()
-                picture.embeddings = self.target.see(picture.pixels)
+                picture.embeddings = self.target.encode_image(picture.pixels)
                 spent = self._clock() - began
                 request.metrics.vision_seconds += spent
                 total += spent
@@ -214,7 +261,9 @@ class Engine:
 
     def _state(self, batch: Batch) -> BatchState:
         requests, drafter = batch.decode, self.drafter
-        pending = drafter.pending_rows(requests) - len(requests) if drafter and drafter.max_levels else 0
+        pending = (
+            drafter.pending_rows(requests) - len(requests) if drafter and drafter.max_levels else 0
+        )
         if requests != self._batched:
             self._batched, self._traits = requests, _traits(requests)
         temperature, may_speculate, pictures = self._traits
@@ -292,12 +341,16 @@ class Engine:
                 metrics.accepted += drafted
                 accepted += drafted
             # An end may cut the path short.
-            request.table.commit(request.tokens, min(start + count + len(path), len(request.tokens)))
+            request.table.commit(
+                request.tokens, min(start + count + len(path), len(request.tokens))
+            )
             if not plain and (ends or not request.finished):
                 self._extend(request, verified, i, start, count + len(path))
         if plain and self.drafter is not None:
             self._extend_each(verified.requests, verified.features)
-        going_on = ((r, n) for r, n in batch.prefill if n < r.pending and r not in verified.requests)
+        going_on = (
+            (r, n) for r, n in batch.prefill if n < r.pending and r not in verified.requests
+        )
         for i, (request, count) in enumerate(going_on, start=len(verified.requests)):
             start = request.table.length
             request.table.commit(request.tokens, start + count)
@@ -307,13 +360,17 @@ class Engine:
     def _extend(self, request: Request, verified: Verified, i: int, first: int, count: int) -> None:
         """Hands the drafter what the target computed at `count` committed positions from `first` on."""
         if self.drafter is not None:
-            features = None if verified.features is None else verified.features[verified.committed[i]]
+            features = (
+                None if verified.features is None else verified.features[verified.committed[i]]
+            )
             self.drafter.extend(request, features, first, request.tokens[first : first + count])
 
     def _extend_each(self, asking: list[Request], features: Features) -> None:
         """The same after a round of one row for each request."""
         assert self.drafter is not None
-        going_on = [i for i, request in enumerate(asking) if self.drafter.wants_ends or not request.finished]
+        going_on = [
+            i for i, request in enumerate(asking) if self.drafter.wants_ends or not request.finished
+        ]
         if len(going_on) == len(asking):
             self.drafter.extend_each(asking, features)
         elif going_on:
@@ -324,12 +381,19 @@ class Engine:
 
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         params.check_vocabulary(self.target.vocab)
-        if params.min_tokens and len({*params.stop_ids, *self.target.eos_token_ids}) >= self.target.vocab:
-            raise ConfigError("min_tokens forbids the end before it, and all tokens are ends: shorten stop_token_ids")
+        if (
+            params.min_tokens
+            and len({*params.stop_ids, *self.target.eos_token_ids}) >= self.target.vocab
+        ):
+            raise ConfigError(
+                "min_tokens forbids the end before it, and all tokens are ends: shorten stop_token_ids"
+            )
         if not len(prompt):
             raise ConfigError("the prompt is empty: give at least one token")
         if min(prompt) < 0 or max(prompt) >= self.target.vocab:
-            raise ConfigError(f"the prompt has a token id outside the vocabulary of {self.target.vocab}")
+            raise ConfigError(
+                f"the prompt has a token id outside the vocabulary of {self.target.vocab}"
+            )
         if len(prompt) >= self.config.max_model_len:
             raise CapacityError(
                 f"the prompt has {len(prompt)} tokens, but prompt and answer must fit into max_model_len="
@@ -340,7 +404,9 @@ class Engine:
         if params.structured_outputs is None:
             return None
         if self._constrain is None:
-            raise ConfigError("structured_outputs is not supported here: this engine knows no grammars")
+            raise ConfigError(
+                "structured_outputs is not supported here: this engine knows no grammars"
+            )
         return self._constrain(params.structured_outputs)
 
     def _next_seed(self) -> int:
@@ -366,7 +432,11 @@ class Engine:
 
 def _traits(requests: Sequence[Request]) -> tuple[FloatArray, BoolArray, BoolArray | None]:
     """What stays as it is as long as the batch is the same: temperature, may_speculate and pictures of BatchState."""
-    pictures = np.array([r.media is not None for r in requests]) if any(r.media for r in requests) else None
+    pictures = (
+        np.array([r.media is not None for r in requests])
+        if any(r.media for r in requests)
+        else None
+    )
     temperature = np.array([r.params.temperature for r in requests], np.float64)
     return temperature, np.array([r.params.speculate for r in requests], np.bool_), pictures
 

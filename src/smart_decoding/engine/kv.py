@@ -14,12 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints: TypeAlias = NDArray[np.int32]
-Key: TypeAlias = tuple[int, bytes]  # the preceding page's content id, and this page's tokens and marks
-Marks: TypeAlias = Mapping[int, bytes]  # a request's page, by index -> what it holds beside its tokens (pictures)
+Key: TypeAlias = tuple[
+    int, bytes
+]  # the preceding page's content id, and this page's tokens and marks
+ContentHashes: TypeAlias = Mapping[
+    int, bytes
+]  # a request's page, by index -> what it holds beside its tokens (pictures)
 
 PAGE = 16
 _ROOT_CONTENT = 0
-_NO_MARKS: Marks = {}
+_NO_HASHES: ContentHashes = {}
 
 
 class OutOfPages(Exception):
@@ -33,11 +37,17 @@ class PagePool:
         self.pages, self.prefix_caching = pages, prefix_caching
         self._free = list(range(pages - 1, -1, -1))
         self._references = np.zeros(pages, np.int32)
-        self._pages_of: dict[Key, list[int]] = {}  # the first is found; requests that ran at once hold the others
+        self._pages_of: dict[
+            Key, list[int]
+        ] = {}  # the first is found; requests that ran at once hold the others
         self._key_of: dict[int, Key] = {}
-        self._content: dict[int, int] = {}  # page -> content id, unique for ever: a key never means other tokens
+        self._content: dict[
+            int, int
+        ] = {}  # page -> content id, unique for ever: a key never means other tokens
         self._next_content = _ROOT_CONTENT + 1
-        self._idle: OrderedDict[int, None] = OrderedDict()  # cached pages that nobody holds, oldest first
+        self._idle: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # cached pages that nobody holds, oldest first
 
     @property
     def available(self) -> int:
@@ -62,14 +72,19 @@ class PagePool:
                 else:
                     self._drop(page)
 
-    def find(self, tokens: Sequence[int], limit: int, marks: Marks = _NO_MARKS) -> list[int]:
+    def find(
+        self, tokens: Sequence[int], limit: int, content_hashes: ContentHashes = _NO_HASHES
+    ) -> list[int]:
         """Cached pages that hold the first tokens of `tokens` (at most `limit` tokens), each with a new reference."""
         found: list[int] = []
         if not self.prefix_caching:
             return found
         content = _ROOT_CONTENT
         for start in range(0, limit - PAGE + 1, PAGE):
-            key = (content, _bytes(tokens[start : start + PAGE]) + marks.get(start // PAGE, b""))
+            key = (
+                content,
+                _bytes(tokens[start : start + PAGE]) + content_hashes.get(start // PAGE, b""),
+            )
             if key not in self._pages_of:
                 break
             page = self._pages_of[key][0]
@@ -80,7 +95,9 @@ class PagePool:
             self._idle.pop(page, None)
         return found
 
-    def remember(self, page: int, before: int | None, tokens: Sequence[int], mark: bytes = b"") -> None:
+    def remember(
+        self, page: int, before: int | None, tokens: Sequence[int], mark: bytes = b""
+    ) -> None:
         """Makes a full page findable; `before` is the request's preceding page, which must be findable itself."""
         if not self.prefix_caching or page in self._key_of:
             return
@@ -110,10 +127,14 @@ class PagePool:
         assert len(free) == self.available, "a page is listed as free twice"
         assert free == set(np.flatnonzero(held == 0).tolist()), "a page is lost, or free and held"
         listed = {page: key for key, pages in self._pages_of.items() for page in pages}
-        assert listed == self._key_of and listed.keys() == self._content.keys(), "the index of content is not sound"
+        assert listed == self._key_of and listed.keys() == self._content.keys(), (
+            "the index of content is not sound"
+        )
         assert listed.keys().isdisjoint(self._free), "a page is free and cached"
         for page in self._idle:
-            assert self._pages_of[listed[page]] == [page], "an idle page holds what another one holds too"
+            assert self._pages_of[listed[page]] == [page], (
+                "an idle page holds what another one holds too"
+            )
 
     def _evict(self) -> int:
         self._forget(page := self._idle.popitem(last=False)[0])
@@ -137,8 +158,8 @@ class PagePool:
 class BlockTable:
     """One request's pages; `length` positions of them are committed."""
 
-    def __init__(self, pool: PagePool, marks: Marks = _NO_MARKS) -> None:
-        self._pool, self.marks = pool, marks
+    def __init__(self, pool: PagePool, content_hashes: ContentHashes = _NO_HASHES) -> None:
+        self._pool, self.content_hashes = pool, content_hashes
         self.pages: list[int] = []
         self.length = 0
         self._remembered = 0  # pages already offered to the prefix cache
@@ -156,7 +177,7 @@ class BlockTable:
     def reuse(self, tokens: Sequence[int]) -> int:
         """Starts from cached pages, leaving at least one token to compute. Returns the positions found."""
         assert not self.pages
-        self.pages = self._pool.find(tokens, len(tokens) - 1, self.marks)
+        self.pages = self._pool.find(tokens, len(tokens) - 1, self.content_hashes)
         self._lay_out()
         self.length = len(self.pages) * PAGE
         self._remembered = len(self.pages)
@@ -186,7 +207,7 @@ class BlockTable:
         if self._pool.prefix_caching:
             for i in range(self._remembered, length // PAGE):
                 before = self.pages[i - 1] if i else None
-                mark = self.marks.get(i, b"")
+                mark = self.content_hashes.get(i, b"")
                 self._pool.remember(self.pages[i], before, tokens[i * PAGE : (i + 1) * PAGE], mark)
             self._remembered = length // PAGE
 

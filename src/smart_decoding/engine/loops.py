@@ -23,8 +23,12 @@ class LoopDetector:
 
     def __init__(self) -> None:
         self._last: dict[int, int] = {}  # token -> index of its last occurrence
-        self._before: list[int] = []  # index -> index of the same token's occurrence before it, or -1
-        self._runs: dict[int, int] = {}  # period -> how many tokens up to now equal the one a period earlier
+        self._before: list[
+            int
+        ] = []  # index -> index of the same token's occurrence before it, or -1
+        self._runs: dict[
+            int, int
+        ] = {}  # period -> how many tokens up to now equal the one a period earlier
         self.start: int | None = None
 
     def push(self, token: int) -> bool:

@@ -15,12 +15,14 @@ import numpy as np
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.kv import PAGE
 
-Inserts: TypeAlias = Sequence[tuple[int, Any]]  # (first row, embeddings [rows, hidden])
+MultimodalEmbeddings: TypeAlias = Sequence[
+    tuple[int, Any]
+]  # (first row, embeddings [rows, hidden])
 
 
 @dataclass(eq=False, slots=True)
 class Picture:
-    """An image, or the frames of a video. key: digest of its content; pixels: what the target's `see` reads;
+    """An image, or the frames of a video. key: digest of its content; pixels: what the target's `encode_image` reads;
     embeddings: [length, hidden] on the backend, there from the prompt's prefill until its request ends."""
 
     first: int
@@ -40,22 +42,32 @@ class Media:
     pictures: Sequence[Picture]
     rotary: IntArray | None = None
     shift: int = 0
-    marks: dict[int, bytes] = field(init=False)
+    content_hashes: dict[int, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.marks = {}  # page -> what it holds beside its token ids: prefix caching must tell pictures apart
+        self.content_hashes = {}  # page -> what it holds beside its token ids: prefix caching must tell pictures apart
         for picture in self.pictures:
-            for page in range(picture.first // PAGE, (picture.first + picture.length - 1) // PAGE + 1):
-                mark = picture.key + (picture.first - page * PAGE).to_bytes(8, "little", signed=True)
-                self.marks[page] = self.marks.get(page, b"") + mark
+            for page in range(
+                picture.first // PAGE, (picture.first + picture.length - 1) // PAGE + 1
+            ):
+                mark = picture.key + (picture.first - page * PAGE).to_bytes(
+                    8, "little", signed=True
+                )
+                self.content_hashes[page] = self.content_hashes.get(page, b"") + mark
 
     def copy(self) -> Media:
         """The same pictures, to be seen and forgotten on their own."""
-        return Media([replace(picture, embeddings=None) for picture in self.pictures], self.rotary, self.shift)
+        return Media(
+            [replace(picture, embeddings=None) for picture in self.pictures],
+            self.rotary,
+            self.shift,
+        )
 
     def visual(self, end: int) -> int:
         """Where the last picture's positions end that begins before `end`, or `end` if that lies within it; 0: none."""
-        return max((min(end, p.first + p.length) for p in self.pictures if p.first < end), default=0)
+        return max(
+            (min(end, p.first + p.length) for p in self.pictures if p.first < end), default=0
+        )
 
     @property
     def length(self) -> int:
@@ -70,12 +82,17 @@ class Media:
         """Those among them whose embeddings are still to be computed."""
         return [picture for picture in self.within(start, count) if picture.embeddings is None]
 
-    def inserts(self, start: int, count: int) -> Inserts:
+    def mm_embeds(self, start: int, count: int) -> MultimodalEmbeddings:
         """The embeddings of the positions [start, start + count), each with its offset from `start`."""
         parts = []
         for picture in self.within(start, count):
-            first, end = max(start, picture.first), min(start + count, picture.first + picture.length)
-            parts.append((first - start, picture.embeddings[first - picture.first : end - picture.first]))
+            first, end = (
+                max(start, picture.first),
+                min(start + count, picture.first + picture.length),
+            )
+            parts.append(
+                (first - start, picture.embeddings[first - picture.first : end - picture.first])
+            )
         return parts
 
     def positions(self, start: int, count: int) -> IntArray | None:

@@ -1,6 +1,6 @@
 """What the engine needs of a model and of a drafter: it knows these protocols, not their implementations.
 
-`Features` are opaque to the engine: the target's hidden states that a drafter asked for through `taps`.
+`Features` are opaque to the engine: the target's hidden states that a drafter asked for through `aux_layers`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Grow: TypeAlias = Callable[[Sequence[Request], DraftPlan], Grown]
 
 @dataclass(slots=True)
 class TargetScores:
-    """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' tapped states, or None; greedy:
+    """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' aux hidden states, or None; greedy:
     what `argmax` says of the wanted rows, where the backend knows it anyway."""
 
     logits: Logits
@@ -47,14 +47,14 @@ class GreedyBatch(NamedTuple):
     """A round in which every request takes the target's first maximum.
 
     roots: each request's last token; lengths: its position; tables: the addresses of the block tables, which have room
-    for the nodes; kept: which of the trees' nodes are verified; taps: as in Target.verify."""
+    for the nodes; kept: which of the trees' nodes are verified; aux_layers: as in Target.verify."""
 
     roots: Sequence[int]
     lengths: Sequence[int]
     tables: Sequence[int]
     trees: DraftTrees
     kept: IntArray
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
 
 
 class GreedyRound(NamedTuple):
@@ -83,7 +83,7 @@ class Target(Protocol):
 
     verify_greedy: VerifyGreedy | None
 
-    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
+    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         """One forward of the rows; their keys and values are written to their slots."""
         ...
 
@@ -99,12 +99,12 @@ class Target(Protocol):
         """Log probabilities of drawn tokens and of the k most likely ones."""
         ...
 
-    def see(self, pixels: Any) -> Any:
+    def encode_image(self, pixels: Any) -> Any:
         """[length, hidden] the embeddings of a picture; of text models never called."""
         ...
 
     def forget_pictures(self) -> None:
-        """`see` looks anew at all that it has seen; of text models never called."""
+        """`encode_image` looks anew at all that it has seen; of text models never called."""
         ...
 
     def move(self, source: Ints, target: Ints) -> None:
@@ -120,7 +120,7 @@ class Drafter(Protocol):
     max_levels: int
     free: bool
     grow: Grow | None
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     wants_logits: bool
     wants_ends: bool  # whether features of the round that ended an answer are wanted, too
 
@@ -132,11 +132,15 @@ class Drafter(Protocol):
         """The first model level (if plan.levels > 0), and all that free drafters propose."""
         ...
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
+    def expand(
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+    ) -> int:
         """Appends the children of `nodes`, all of one level; returns how many the model ran: others stay leaves."""
         ...
 
-    def extend(self, request: Request, features: Features, first: int, tokens: Sequence[int]) -> None:
+    def extend(
+        self, request: Request, features: Features, first: int, tokens: Sequence[int]
+    ) -> None:
         """The target processed `tokens` at the positions first, first + 1, ...; features: [tokens, ...] or None."""
         ...
 

@@ -68,7 +68,12 @@ class SamplingParams:
         self._check_stops()
         self._check_logit_bias()
         self._check_structure()
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "speculate"):
+        for name in (
+            "ignore_eos",
+            "skip_special_tokens",
+            "include_stop_str_in_output",
+            "speculate",
+        ):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, value, "True or False")
 
@@ -76,18 +81,34 @@ class SamplingParams:
         _real("temperature", self.temperature, "in [0, 2]", lambda x: 0 <= x <= 2)
         _real("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
         _real("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
-        _real("repetition_penalty", self.repetition_penalty, "in [0.01, 100]", lambda x: 0.01 <= x <= 100)
+        _real(
+            "repetition_penalty",
+            self.repetition_penalty,
+            "in [0.01, 100]",
+            lambda x: 0.01 <= x <= 100,
+        )
         _real("presence_penalty", self.presence_penalty, "in [-2, 2]", lambda x: -2 <= x <= 2)
         _real("frequency_penalty", self.frequency_penalty, "in [-2, 2]", lambda x: -2 <= x <= 2)
         _integer("top_k", self.top_k, -1, "0 or -1 (all tokens) or an integer >= 1")
 
     def _check_lengths(self) -> None:
         _integer("n", self.n, 1, "an integer >= 1")
-        _require(self.n == 1 or not self.greedy, "n", self.n, "1 with greedy sampling (temperature 0)")
+        _require(
+            self.n == 1 or not self.greedy, "n", self.n, "1 with greedy sampling (temperature 0)"
+        )
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, "an integer >= 1, or None (up to the context's end)")
+            _integer(
+                "max_tokens",
+                self.max_tokens,
+                1,
+                "an integer >= 1, or None (up to the context's end)",
+            )
         longest = INT64_MAX if self.max_tokens is None else self.max_tokens
-        allowed = "an integer >= 0" if self.max_tokens is None else f"an integer in [0, max_tokens={self.max_tokens}]"
+        allowed = (
+            "an integer >= 0"
+            if self.max_tokens is None
+            else f"an integer in [0, max_tokens={self.max_tokens}]"
+        )
         _integer("min_tokens", self.min_tokens, 0, allowed, longest)
         if self.seed is not None:
             _integer("seed", self.seed, INT64_MIN, "a 64-bit signed integer or None", INT64_MAX)
@@ -95,14 +116,30 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, -1, "an integer >= 0, -1 (all tokens) or None")
 
     def _check_stops(self) -> None:
-        strings = self.stop if isinstance(self.stop, list | tuple) else [] if self.stop is None else [self.stop]
+        strings = (
+            self.stop
+            if isinstance(self.stop, list | tuple)
+            else []
+            if self.stop is None
+            else [self.stop]
+        )
         good = all(isinstance(s, str) and s for s in strings)
         _require(good, "stop", self.stop, "a non-empty string or a list of non-empty strings")
-        _require(_token_ids(self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "a list of token ids >= 0")
+        _require(
+            _token_ids(self.stop_token_ids),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "a list of token ids >= 0",
+        )
 
     def _check_logit_bias(self) -> None:
         allowed = "a dict of token ids >= 0 to biases in [-100, 100]"
-        _require(self.logit_bias is None or isinstance(self.logit_bias, dict), "logit_bias", self.logit_bias, allowed)
+        _require(
+            self.logit_bias is None or isinstance(self.logit_bias, dict),
+            "logit_bias",
+            self.logit_bias,
+            allowed,
+        )
         for token, bias in (self.logit_bias or {}).items():
             good = _token_ids([token]) and isinstance(bias, Real) and -100 <= bias <= 100
             _require(good, "logit_bias", {token: bias}, allowed)
@@ -112,8 +149,12 @@ class SamplingParams:
         good = given is None or isinstance(given, StructuredOutputsParams)
         _require(good, "structured_outputs", given, "StructuredOutputsParams or None")
         if given is not None:
-            _require(not self.ignore_eos, "ignore_eos", self.ignore_eos, "False with structured_outputs")
-            _require(not self.min_tokens, "min_tokens", self.min_tokens, "0 with structured_outputs")
+            _require(
+                not self.ignore_eos, "ignore_eos", self.ignore_eos, "False with structured_outputs"
+            )
+            _require(
+                not self.min_tokens, "min_tokens", self.min_tokens, "0 with structured_outputs"
+            )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ConfigError if a token id or `logprobs` does not fit a model of `vocab_size` tokens."""
@@ -122,7 +163,12 @@ class SamplingParams:
             for token in ids or ():
                 _require(token < vocab_size, name, token, allowed)
         if self.logprobs is not None:
-            _require(self.logprobs <= vocab_size, "logprobs", self.logprobs, f"at most the vocabulary of {vocab_size}")
+            _require(
+                self.logprobs <= vocab_size,
+                "logprobs",
+                self.logprobs,
+                f"at most the vocabulary of {vocab_size}",
+            )
 
     @property
     def greedy(self) -> bool:
@@ -131,7 +177,11 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """Whether a penalty is on, so that the tokens so far change the scores."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
 
     @property
     def changes_logits(self) -> bool:
@@ -168,4 +218,6 @@ def _integer(name: str, value: object, low: int, allowed: str, high: int = INT64
 def _token_ids(ids: Iterable[object] | None) -> bool:
     if isinstance(ids, str) or not isinstance(ids, Iterable | None):
         return False
-    return all(isinstance(i, Integral) and not isinstance(i, bool) and int(i) >= 0 for i in ids or ())
+    return all(
+        isinstance(i, Integral) and not isinstance(i, bool) and int(i) >= 0 for i in ids or ()
+    )

@@ -29,7 +29,9 @@ class Scheduler:
         self.pool, self.max_num_seqs, self.chunk = pool, max_num_seqs, max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.preempted: list[Request] = []  # of the last next_batch(): the engine tells their drafters
+        self.preempted: list[
+            Request
+        ] = []  # of the last next_batch(): the engine tells their drafters
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -66,7 +68,12 @@ class Scheduler:
             else:
                 prefill.append((request, rows))
                 budget -= rows
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not self.preempted:
+        while (
+            self.waiting
+            and budget > 0
+            and len(self.running) < self.max_num_seqs
+            and not self.preempted
+        ):
             request = self.waiting[0]
             if not self._admit(request):
                 break
@@ -75,7 +82,9 @@ class Scheduler:
             budget -= rows
         if self.preempted:
             decode = [request for request in decode if request not in self.preempted]
-            prefill = [(request, rows) for request, rows in prefill if request not in self.preempted]
+            prefill = [
+                (request, rows) for request, rows in prefill if request not in self.preempted
+            ]
         return Batch(decode, prefill)
 
     def _reserve(self, request: Request, rows: int) -> bool:

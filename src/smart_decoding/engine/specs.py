@@ -15,7 +15,9 @@ def new_history(prompt: Sequence[int], params: SamplingParams) -> TokenHistory |
     return TokenHistory(prompt) if params.needs_history else None
 
 
-def specs_of(rows: Sequence[int], asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]) -> list[SampleSpec]:
+def specs_of(
+    rows: Sequence[int], asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]
+) -> list[SampleSpec]:
     """One spec per row, in the numbering of core.acceptance: roots first, then nodes."""
     return [_spec(row, asking, nodes, eos) for row in rows]
 
@@ -28,5 +30,13 @@ def _spec(row: int, asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[
         row = int(nodes.owner[node])
     request = asking[row]
     position = len(request.output) + len(path)
-    return SampleSpec(request.params, request.seed, request.sample, position, request.history, path, eos,
-                      request.constraint)  # fmt: skip
+    return SampleSpec(
+        request.params,
+        request.seed,
+        request.sample,
+        position,
+        request.history,
+        path,
+        eos,
+        request.constraint,
+    )

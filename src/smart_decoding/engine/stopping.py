@@ -35,7 +35,9 @@ class Detokenizer:
             return self._give_out(text)
         if len(tokens) <= 1:
             return ""
-        del self._window[-len(tokens) :]  # the last token cuts a character: give out those before it
+        del self._window[
+            -len(tokens) :
+        ]  # the last token cuts a character: give out those before it
         return "".join(self.push([token]) for token in tokens)
 
     def flush(self) -> str:
@@ -81,7 +83,11 @@ class StopChecker:
         first one's text may depend."""
         limits = [limit for limit in (params.max_tokens, max_tokens) if limit is not None]
         self._max_tokens = min(limits) if limits else None
-        self._params, self._strings, self._ids = params, params.stop_strings, frozenset(params.stop_ids)
+        self._params, self._strings, self._ids = (
+            params,
+            params.stop_strings,
+            frozenset(params.stop_ids),
+        )
         self._eos_ids: frozenset[int] = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self._ends = self._eos_ids | self._ids
         self._detokenizer = Detokenizer(decode, before)
@@ -162,7 +168,9 @@ class StopChecker:
         """Looks for a stop string that ends in the text of the newest token; of several, the earliest in the text."""
         self._decode_pending()
         if len(self.token_ids) <= self._params.min_tokens:
-            self._unchecked = len(self._text)  # vLLM: text of the first min_tokens cannot complete a stop string
+            self._unchecked = len(
+                self._text
+            )  # vLLM: text of the first min_tokens cannot complete a stop string
             return False
         found = []
         for order, string in enumerate(self._strings):
@@ -173,7 +181,11 @@ class StopChecker:
         if not found:
             return False
         at, _, string = min(found)
-        self._text = self._text[: at + len(string)] if self._params.include_stop_str_in_output else self._text[:at]
+        self._text = (
+            self._text[: at + len(string)]
+            if self._params.include_stop_str_in_output
+            else self._text[:at]
+        )
         self.finish_reason, self.stop_reason = "stop", string
         return True
 

@@ -35,20 +35,30 @@ class StructuredOutputsParams:
         given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
         if len(given) != 1:
             names = ", ".join(field.name for field in fields(self))
-            raise ConfigError(f"structured_outputs={given} is not allowed: give exactly one of {names}")
+            raise ConfigError(
+                f"structured_outputs={given} is not allowed: give exactly one of {names}"
+            )
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise ConfigError(f"structured_outputs={{{name!r}: {value!r}}} is not allowed: it must be a text")
+                raise ConfigError(
+                    f"structured_outputs={{{name!r}: {value!r}}} is not allowed: it must be a text"
+                )
         if self.json_object is not None and self.json_object is not True:
-            raise ConfigError(f"structured_outputs={{'json_object': {self.json_object!r}}} is not allowed: give True")
+            raise ConfigError(
+                f"structured_outputs={{'json_object': {self.json_object!r}}} is not allowed: give True"
+            )
         if self.choice is not None:
-            good = isinstance(self.choice, list | tuple) and all(isinstance(each, str) and each for each in self.choice)
+            good = isinstance(self.choice, list | tuple) and all(
+                isinstance(each, str) and each for each in self.choice
+            )
             if not good or not self.choice:
-                raise ConfigError(f"structured_outputs={{'choice': {self.choice!r}}} is not allowed: it must be "
-                                  "a list of non-empty texts")  # fmt: skip
+                raise ConfigError(
+                    f"structured_outputs={{'choice': {self.choice!r}}} is not allowed: it must be "
+                    "a list of non-empty texts"
+                )
             object.__setattr__(self, "choice", tuple(self.choice))
 
 
@@ -79,12 +89,16 @@ class Constraint(Protocol):
         ...
 
 
-def grammatical(constraints: Sequence[Constraint | None], trees: DraftTrees, kept: IntArray) -> IntArray:
+def grammatical(
+    constraints: Sequence[Constraint | None], trees: DraftTrees, kept: IntArray
+) -> IntArray:
     """Of the nodes `kept` (ascending, prefix-closed) those that their requests' constraints allow: the target cannot
     draw the others, so that verifying them would be in vain."""
     good = np.zeros(len(trees), np.bool_)
     for node in kept.tolist():
         constraint, parent = constraints[trees.owner[node]], int(trees.parent[node])
         above = parent == ROOT or bool(good[parent])
-        good[node] = above and (constraint is None or constraint.accepts(trees.token[trees.path(node)].tolist()))
+        good[node] = above and (
+            constraint is None or constraint.accepts(trees.token[trees.path(node)].tolist())
+        )
     return kept[good[kept]]

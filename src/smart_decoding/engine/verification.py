@@ -11,7 +11,14 @@ from numpy.typing import ArrayLike
 from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.kv import OutOfPages
-from smart_decoding.engine.protocols import Drafter, Features, GreedyBatch, Target, TargetScores, VerifyGreedy
+from smart_decoding.engine.protocols import (
+    Drafter,
+    Features,
+    GreedyBatch,
+    Target,
+    TargetScores,
+    VerifyGreedy,
+)
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.engine.scheduler import Batch
@@ -53,32 +60,56 @@ def make_room(batch: Batch, trees: DraftTrees, kept: IntArray) -> IntArray:
 
 
 def verify(
-    target: Target, drafter: Drafter | None, batch: Batch, trees: DraftTrees, kept: IntArray, clock: Clock
+    target: Target,
+    drafter: Drafter | None,
+    batch: Batch,
+    trees: DraftTrees,
+    kept: IntArray,
+    clock: Clock,
 ) -> Verified:
     """Runs the batch's rows and the nodes `kept`, for which there is memory."""
-    taps, sees_logits = (drafter.taps, drafter.wants_logits) if drafter is not None else ((), False)
-    if target.verify_greedy is not None and not (batch.prefill or sees_logits) and all(map(_is_plain, batch.decode)):
-        return _in_one_call(target.verify_greedy, taps, batch.decode, trees, kept, clock)
+    aux_layers, sees_logits = (
+        (drafter.aux_layers, drafter.wants_logits) if drafter is not None else ((), False)
+    )
+    if (
+        target.verify_greedy is not None
+        and not (batch.prefill or sees_logits)
+        and all(map(_is_plain, batch.decode))
+    ):
+        return _in_one_call(target.verify_greedy, aux_layers, batch.decode, trees, kept, clock)
     spans, asking = _spans(batch, trees, kept)
     nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
     rows, last, node_row = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
     start = clock()
-    scores = target.verify(rows, taps)
+    scores = target.verify(rows, aux_layers)
     verified = clock()
     if drafter is not None and sees_logits:
         seen = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
         drafter.observe_logits(seen, scores.logits)
     sample_start = clock()
     # Row numbers of accept() -> rows of the logits.
-    at = list(range(len(asking) + len(nodes))) if rows.logit_rows is not None else last[: len(asking)] + node_row
+    at = (
+        list(range(len(asking) + len(nodes)))
+        if rows.logit_rows is not None
+        else last[: len(asking)] + node_row
+    )
     acceptance = _accept(target, asking, nodes, at, scores)
     sampled = clock()
     if len(nodes):
         _commit_keys(target, acceptance, rows, last, node_row)
     moved = clock()
     committed = _committed(spans, acceptance, last, node_row)
-    return Verified(asking, acceptance, len(rows), scores.features, committed, verified - start, sampled - sample_start,
-                    moved - sampled, sampled - start)  # fmt: skip
+    return Verified(
+        asking,
+        acceptance,
+        len(rows),
+        scores.features,
+        committed,
+        verified - start,
+        sampled - sample_start,
+        moved - sampled,
+        sampled - start,
+    )
 
 
 def _is_plain(request: Request) -> bool:
@@ -88,7 +119,7 @@ def _is_plain(request: Request) -> bool:
 
 def _in_one_call(
     verify_greedy: VerifyGreedy,
-    taps: tuple[int, ...],
+    aux_layers: tuple[int, ...],
     requests: list[Request],
     trees: DraftTrees,
     kept: IntArray,
@@ -96,14 +127,26 @@ def _in_one_call(
 ) -> Verified:
     start = clock()
     roots, lengths = [r.tokens[-1] for r in requests], [r.table.length for r in requests]
-    done = verify_greedy(GreedyBatch(roots, lengths, [r.table.address for r in requests], trees, kept, taps))
+    done = verify_greedy(
+        GreedyBatch(roots, lengths, [r.table.address for r in requests], trees, kept, aux_layers)
+    )
     paths = done.acceptance.path
     committed: list[slice | list[int]] = [
         slice(row, row + 1 + len(path)) for row, path in zip(done.first, paths, strict=True)
     ]
     rows, forward = len(requests) + len(kept), done.forward_seconds
     seconds = clock() - start
-    return Verified(requests, done.acceptance, rows, done.features, committed, forward, 0.0, done.kv_seconds, seconds)
+    return Verified(
+        requests,
+        done.acceptance,
+        rows,
+        done.features,
+        committed,
+        forward,
+        0.0,
+        done.kv_seconds,
+        seconds,
+    )
 
 
 def _spans(batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[list[Span], list[Request]]:
@@ -111,7 +154,9 @@ def _spans(batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[list[Span],
     counts = [0] * len(batch.decode)
     if len(kept):
         counts = np.bincount(trees.owner[kept], minlength=len(batch.decode)).tolist()
-    spans = [_span(request, 1, 1 + count) for request, count in zip(batch.decode, counts, strict=True)]
+    spans = [
+        _span(request, 1, 1 + count) for request, count in zip(batch.decode, counts, strict=True)
+    ]
     ending = [(r, n) for r, n in batch.prefill if n == r.pending]
     unfinished = [(r, n) for r, n in batch.prefill if n < r.pending]
     spans += [_span(request, count, count) for request, count in ending + unfinished]
@@ -120,18 +165,34 @@ def _spans(batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[list[Span],
 
 def _span(request: Request, count: int, slots: int) -> Span:
     start = request.table.length
-    span = Span(request.tokens[start : start + count], start, request.table.reserve(slots), request.table.array)
+    span = Span(
+        request.tokens[start : start + count],
+        start,
+        request.table.reserve(slots),
+        request.table.array,
+    )
     if request.media is not None:
-        span.inserts, span.rotary = request.media.inserts(start, count), request.media.positions(start, count)
+        span.mm_embeds, span.rotary = (
+            request.media.mm_embeds(start, count),
+            request.media.positions(start, count),
+        )
     return span
 
 
 def _accept(
-    target: Target, asking: list[Request], nodes: DraftTrees, at: Sequence[int], scores: TargetScores
+    target: Target,
+    asking: list[Request],
+    nodes: DraftTrees,
+    at: Sequence[int],
+    scores: TargetScores,
 ) -> Acceptance:
     """Draws the target's tokens down the trees. at: row of the logits of each root, then of each node."""
     if all(r.takes_argmax for r in asking):
-        greedy = target.argmax(scores.logits, np.array(at)) if scores.greedy is None else scores.greedy[at]
+        greedy = (
+            target.argmax(scores.logits, np.array(at))
+            if scores.greedy is None
+            else scores.greedy[at]
+        )
         tokens = greedy.tolist()
         acceptance = accept(nodes, lambda wanted: _finite([tokens[row] for row in wanted]))
     else:
@@ -139,12 +200,16 @@ def _accept(
         acceptance = accept(
             nodes,
             lambda wanted: target.sample(
-                scores.logits, np.array([at[row] for row in wanted]), specs_of(wanted, asking, nodes, eos)
+                scores.logits,
+                np.array([at[row] for row in wanted]),
+                specs_of(wanted, asking, nodes, eos),
             ),
         )
     for i, request in enumerate(asking):
         if request.logprobs is not None:
-            which = np.array([at[row] for row in (i, *(node + len(asking) for node in acceptance.path[i]))])
+            which = np.array(
+                [at[row] for row in (i, *(node + len(asking) for node in acceptance.path[i]))]
+            )
             k = request.params.logprobs or 0
             request.logprobs += target.logprobs(scores.logits, which, acceptance.emitted[i], k)
     return acceptance
@@ -159,10 +224,14 @@ def _finite(tokens: list[int]) -> list[int]:
 def require_finite(finite: ArrayLike) -> None:
     """Raises ModelError unless all the rows' maxima are: `finite` says so of each."""
     if not np.all(finite):
-        raise ModelError("the model's logits are NaN or infinite: check the weights, or use dtype float32")
+        raise ModelError(
+            "the model's logits are NaN or infinite: check the weights, or use dtype float32"
+        )
 
 
-def _commit_keys(target: Target, acceptance: Acceptance, rows: Rows, last: list[int], node_row: list[int]) -> None:
+def _commit_keys(
+    target: Target, acceptance: Acceptance, rows: Rows, last: list[int], node_row: list[int]
+) -> None:
     """Moves accepted nodes' keys to their final positions, which follow the root's in the reserved slots."""
     moves = [
         (node_row[node], last[i] + depth)
@@ -172,7 +241,7 @@ def _commit_keys(target: Target, acceptance: Acceptance, rows: Rows, last: list[
     ]
     if moves:
         source, destination = zip(*moves, strict=True)
-        target.move(rows.slot.take(source), rows.slot.take(destination))
+        target.move(rows.slot_mapping.take(source), rows.slot_mapping.take(destination))
 
 
 def _committed(

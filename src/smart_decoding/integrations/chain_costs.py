@@ -21,9 +21,14 @@ from smart_decoding.core.tree import FloatArray
 KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # batch sizes
 GUESS = (0.0, 0.002, 0.03)  # fixed, per draft, per level, in plain steps
 PRIOR = 4.0  # observations that a starting guess is worth
-MEMORY = 0.99  # per observation of the same range: what a slow start taught must go, or drafts stay off
+MEMORY = (
+    0.99  # per observation of the same range: what a slow start taught must go, or drafts stay off
+)
 GAIN, CLIP = 0.05, 0.3  # of a running mean; one odd step counts as at most 30 % off
-EARLY, SOLVE_EVERY = 8, 4  # observations of a range: later ones are solved for four at a time, as numpy has its price
+EARLY, SOLVE_EVERY = (
+    8,
+    4,
+)  # observations of a range: later ones are solved for four at a time, as numpy has its price
 ENOUGH = 4  # plain steps without which nothing is known
 
 Extra: TypeAlias = tuple[float, float, float]  # fixed, per draft, per level: seconds
@@ -37,7 +42,9 @@ class _Range:
     products: FloatArray = field(default_factory=lambda: np.zeros(3))
     coefficients: Extra = (0.0, 0.0, 0.0)
     seen: int = 0
-    waiting: list[tuple[int, int, float]] = field(default_factory=list)  # drafts, levels, extra seconds: not solved for
+    waiting: list[tuple[int, int, float]] = field(
+        default_factory=list
+    )  # drafts, levels, extra seconds: not solved for
 
     def solve(self, guess: Extra, batch: int) -> None:
         """Coefficients from all that was observed, `guess` being worth PRIOR observations."""
@@ -48,7 +55,9 @@ class _Range:
         self.moments = self.moments * fade + features.T @ features
         self.products = self.products * fade + columns[:, 2] @ features
         ridge = PRIOR * np.array([1.0, float(batch * batch), 4.0])
-        solved = np.linalg.solve(self.moments + np.diag(ridge), self.products + ridge * np.array(guess))
+        solved = np.linalg.solve(
+            self.moments + np.diag(ridge), self.products + ridge * np.array(guess)
+        )
         fixed, per_draft, per_level = np.maximum(solved, 0.0).tolist()
         self.coefficients = (fixed, per_draft, per_level)
 
@@ -106,7 +115,9 @@ class StepCosts:
         fixed, per_draft, per_level = known.coefficients if known.seen else guess
         expected = fixed + per_draft * drafts + per_level * levels
         room = CLIP * (plain + expected) if known.seen > ENOUGH else plain
-        known.waiting.append((drafts, levels, min(max(seconds - plain, expected - room), expected + room)))
+        known.waiting.append(
+            (drafts, levels, min(max(seconds - plain, expected - room), expected + room))
+        )
         known.seen += 1
         if known.seen <= EARLY or len(known.waiting) >= SOLVE_EVERY:
             known.solve(guess, batch)

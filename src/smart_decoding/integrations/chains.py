@@ -31,7 +31,10 @@ GAIN = 0.2  # of a request's running share of accepted drafts
 RELAX = 0.02  # per step that a request's drafts are left out: what is known of it fades to what is usual
 FIRST_PROBES = 3.0  # plain steps' worth of time that may go into probes at once, at the start
 KEEP_LENGTH = 8  # steps that a chosen K is kept for while the batch stays the same
-EARLY, LEARN_EVERY = 8, 16  # steps: after the first EARLY ones it learns from many at once: a millisecond each time
+EARLY, LEARN_EVERY = (
+    8,
+    16,
+)  # steps: after the first EARLY ones it learns from many at once: a millisecond each time
 _SAMPLED, _GREEDY = np.eye(KINDS)[:2]  # shares of the kinds of requests in a batch of one kind
 FAILED, PARTLY, WHOLE = range(3)  # how a request's last draft went: calibrated apart
 
@@ -107,7 +110,9 @@ class Chains:
         self._rate = 0.0  # tokens per second of the believed mode
         self._length = (0, 0, 0)  # batch, K, steps left
         self._pause = 0  # steps that a draft model which is on still pauses for
-        self._waiting: list[tuple[float, int, bool, int, int]] = []  # share, last, greedy, verified, accepted
+        self._waiting: list[
+            tuple[float, int, bool, int, int]
+        ] = []  # share, last, greedy, verified, accepted
         self._learned = 0  # steps
         self._paths: dict[Class, list[float]] = {}  # P(first 1, 2, ... drafts are accepted)
 
@@ -139,7 +144,9 @@ class Chains:
         """At least one token while the draft model is listened to, else REST if it is asleep."""
         batch = len(ids)
         plain, (fixed, per_draft, per_level) = self.costs.plain(batch), self.costs.extra(batch)
-        price = plain + fixed + per_level + per_draft * batch - batch / self.rests.rate(plain, batch)
+        price = (
+            plain + fixed + per_level + per_draft * batch - batch / self.rests.rate(plain, batch)
+        )
         self._ask = self.rests.listens(ids, max(price, 0.0))
         if self._ask:
             return max(length, self.lengths[1])
@@ -192,7 +199,11 @@ class Chains:
     # --- after drafting ---
 
     def trim(
-        self, ids: Sequence[str], drafted: Sequence[int], greedy: Sequence[bool], room: Sequence[int]
+        self,
+        ids: Sequence[str],
+        drafted: Sequence[int],
+        greedy: Sequence[bool],
+        room: Sequence[int],
     ) -> list[int]:
         """How many of each request's `drafted` tokens to verify in the coming step: [requests].
 
@@ -205,7 +216,9 @@ class Chains:
             return [0] * len(ids)
         batch = len(ids)
         plain = batch / self.costs.plain(batch)
-        cuts, value, likeliest = self._cuts(self._classes(ids, drafts, greedy), batch, max(drafts), 0.0)
+        cuts, value, likeliest = self._cuts(
+            self._classes(ids, drafts, greedy), batch, max(drafts), 0.0
+        )
         on = value > MARGIN * plain
         self._rate = max(value, plain)
         if self.model:
@@ -220,14 +233,22 @@ class Chains:
         keys = [self._class(id_, g) for id_, g in zip(ids, greedy, strict=True)]
         kept = [min(d, cuts.get(key, 0)) if d else 0 for key, d in zip(keys, drafts, strict=True)]
         if not self.model:
-            kept = self._probed_free(kept, keys, drafts, likeliest) if not on else self._probed_plain(kept, plain)
+            kept = (
+                self._probed_free(kept, keys, drafts, likeliest)
+                if not on
+                else self._probed_plain(kept, plain)
+            )
         self._relax(id_ for id_, had, has in zip(ids, drafts, kept, strict=True) if had and not has)
         return kept
 
-    def _probed_free(self, kept: list[int], keys: list[Class], drafts: list[int], likeliest: Class) -> list[int]:
+    def _probed_free(
+        self, kept: list[int], keys: list[Class], drafts: list[int], likeliest: Class
+    ) -> list[int]:
         """Off: nothing, or now and then the likeliest request's first token, and all behind it once that went well."""
         none = [0] * len(kept)
-        chosen = next(i for i, (key, d) in enumerate(zip(keys, drafts, strict=True)) if d and key == likeliest)
+        chosen = next(
+            i for i, (key, d) in enumerate(zip(keys, drafts, strict=True)) if d and key == likeliest
+        )
         count = drafts[chosen] if self.prober.hope > 0 else 1
         fixed, per_draft, _ = self.costs.extra(len(kept))
         self._probe = self.prober.due(fixed + per_draft * count)
@@ -256,7 +277,9 @@ class Chains:
         state = self._requests.get(id_, self._usual)
         return state.last, state.bin, greedy
 
-    def _classes(self, ids: Sequence[str], drafts: Sequence[int], greedy: Sequence[bool]) -> dict[Class, list[int]]:
+    def _classes(
+        self, ids: Sequence[str], drafts: Sequence[int], greedy: Sequence[bool]
+    ) -> dict[Class, list[int]]:
         """Class -> its requests' numbers of drafts, of those that have any."""
         classes: dict[Class, list[int]] = defaultdict(list)
         for id_, count, sure in zip(ids, drafts, greedy, strict=True):
@@ -274,7 +297,9 @@ class Chains:
         for key, counts in classes.items():
             path = self._path(key)
             for depth in range(1, min(max(counts), most) + 1):
-                entries.append((-path[depth - 1], depth, key, sum(count >= depth for count in counts)))
+                entries.append(
+                    (-path[depth - 1], depth, key, sum(count >= depth for count in counts))
+                )
         entries.sort(key=lambda entry: entry[:2])
         fixed, per_draft, _ = self.costs.extra(batch)
         seconds = self.costs.plain(batch) + fixed + sunk
@@ -365,7 +390,9 @@ class Chains:
 
     def _calibrate(self) -> None:
         """What was verified since the last time: beyond the first rejection all is censored."""
-        share, last, greedy, verified, accepted = (np.array(column) for column in zip(*self._waiting, strict=True))
+        share, last, greedy, verified, accepted = (
+            np.array(column) for column in zip(*self._waiting, strict=True)
+        )
         self._waiting.clear()
         tested = np.minimum(verified, accepted + 1)
         trees = _chains(tested, share, last)
@@ -387,11 +414,20 @@ def _chains(drafts: IntArray, confidence: FloatArray, source: IntArray) -> Draft
     depth = index - np.repeat(np.cumsum(drafts) - drafts, drafts) + 1
     prob = confidence[owner]
     return DraftTrees(
-        len(drafts), owner, np.zeros(total, np.int64), np.where(depth == 1, -1, index - 1), depth,
-        prob, prob**depth, np.full(total, np.nan), source[owner],
-    )  # fmt: skip
+        len(drafts),
+        owner,
+        np.zeros(total, np.int64),
+        np.where(depth == 1, -1, index - 1),
+        depth,
+        prob,
+        prob**depth,
+        np.full(total, np.nan),
+        source[owner],
+    )
 
 
 def _bin(share: float) -> int:
     """The calibration's bin of a confidence in [0, 1]: uniform in the arcsine of its root."""
-    return min(int(math.asin(math.sqrt(min(max(share, 0.0), 1.0))) * (2.0 / math.pi) * BINS), BINS - 1)
+    return min(
+        int(math.asin(math.sqrt(min(max(share, 0.0), 1.0))) * (2.0 / math.pi) * BINS), BINS - 1
+    )

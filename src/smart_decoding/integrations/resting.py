@@ -14,7 +14,10 @@ from smart_decoding.integrations.chain_costs import StepCosts
 
 REST = -1  # stands for a length: no token is drafted, and the pass is left out
 TRIAL = 6  # steps that tell at first what a step without the pass costs
-LISTEN, AT_ONCE = 96, 4  # drafts that are heard before it is judged (one of each newcomer and step, of so many at most)
+LISTEN, AT_ONCE = (
+    96,
+    4,
+)  # drafts that are heard before it is judged (one of each newcomer and step, of so many at most)
 SURE = 8  # times more that drafting must promise less than that it promises more, before it sleeps: promises waver
 BACK = 1.03  # what drafting must promise over resting to be taken up again, as what rests have lost cannot be used
 
@@ -79,7 +82,12 @@ class Rests:
         """Whether the draft model is heard in the coming step, whatever is believed of it: at the start, and at times
         while it is asleep, if there are newcomers. price: seconds that it costs."""
         newcomers = min(sum(map(self.whole, ids)), AT_ONCE)
-        if not self.listening and self.asleep and newcomers and self._prober.due(LISTEN / newcomers * price):
+        if (
+            not self.listening
+            and self.asleep
+            and newcomers
+            and self._prober.due(LISTEN / newcomers * price)
+        ):
             self.listening = LISTEN
             self._prober.probe_round(LISTEN / newcomers * price)
         self.listening = max(self.listening - newcomers, 0)

@@ -48,7 +48,10 @@ def _fields(body: str) -> Iterator[tuple[str, Any]]:
     for line in filter(None, map(str.strip, body.split(";"))):
         base, first = re.fullmatch(r"((?:const |struct )*\w+)(.*)", line, re.DOTALL).groups()  # type: ignore[union-attr]
         for declared in first.split(","):
-            yield declared.replace("const", "").strip("* \n"), _type(base + "*" * declared.count("*"))
+            yield (
+                declared.replace("const", "").strip("* \n"),
+                _type(base + "*" * declared.count("*")),
+            )
 
 
 @functools.cache
@@ -60,7 +63,9 @@ def _bodies() -> dict[str, str]:
 def structure(name: str) -> type[ctypes.Structure]:
     """The structure `name` of abi.h."""
     return type(
-        name, (ctypes.Structure,), {"_fields_": list(_fields(_bodies()[name])), "__doc__": f"`{name}` of abi.h."}
+        name,
+        (ctypes.Structure,),
+        {"_fields_": list(_fields(_bodies()[name])), "__doc__": f"`{name}` of abi.h."},
     )
 
 
@@ -76,9 +81,15 @@ def layout() -> str:
 
 def layout_source() -> str:
     """csrc/layout.inc: the same as asked of a compiler."""
-    lines = ["// Made by `python -m smart_decoding.kernels.abi` from abi.h: what layout.cpp says of each structure.\n"]
+    lines = [
+        "// Made by `python -m smart_decoding.kernels.abi` from abi.h: what layout.cpp says of each structure.\n"
+    ]
     for name in _bodies():
-        lines += [f"STRUCT({name})\n", *(f"FIELD({name}, {field})\n" for field in _names(name)), "END\n"]
+        lines += [
+            f"STRUCT({name})\n",
+            *(f"FIELD({name}, {field})\n" for field in _names(name)),
+            "END\n",
+        ]
     return "".join(lines)
 
 
@@ -93,7 +104,11 @@ def declare(library: ctypes.CDLL) -> None:
         if function is None:
             raise ConfigError(f"{library._name} lacks {name}: {_STALE}")
         function.restype = _type(result)
-        types = [re.sub(r"\w+$", "", argument.strip()) for argument in arguments.split(",") if argument.strip()]
+        types = [
+            re.sub(r"\w+$", "", argument.strip())
+            for argument in arguments.split(",")
+            if argument.strip()
+        ]
         function.argtypes = [_type(each) for each in types]
     if library.smart_layout().decode() != layout():
         raise ConfigError(f"{library._name} lays structures out in another way: {_STALE}")

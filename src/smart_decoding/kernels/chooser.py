@@ -40,17 +40,32 @@ class NativeChooser:
         lib = library.library()
         self._frontier, self._select = lib.smart_frontier, lib.smart_select
         self._trees, self._prices, self._choice = Trees(), Costs(), Choice()
-        self._beliefs = _Calibration(None, 0, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
+        self._beliefs = _Calibration(
+            None, 0, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS
+        )
         self._structs = byref(self._trees), byref(self._beliefs), byref(self._prices)
         self._kept, self._expanded = np.zeros((2, 256), np.int64)
         self._round: Drafted | None = None
         self._stopped = -1  # nodes of the trees at which the frontier was empty
 
     def frontier(
-        self, drafted: Drafted, ahead: LookAhead, level: int, levels: int, widths: IntArray, level_seconds: FloatArray
+        self,
+        drafted: Drafted,
+        ahead: LookAhead,
+        level: int,
+        levels: int,
+        widths: IntArray,
+        level_seconds: FloatArray,
     ) -> IntArray:
         self._hand_over(drafted)
-        asked = level, address(ahead.below(level, levels)), levels, address(widths), len(widths), address(level_seconds)
+        asked = (
+            level,
+            address(ahead.below(level, levels)),
+            levels,
+            address(widths),
+            len(widths),
+            address(level_seconds),
+        )
         room = address(self._expanded), drafted.least, address(self._kept)
         found = self._asked(self._frontier, drafted, *asked, *room)
         self._stopped = -1 if found else len(drafted.trees)
@@ -75,16 +90,40 @@ class NativeChooser:
         self._hand_over(d)
         below, expanded = growth.ahead.table(levels, growth.reach), np.zeros(levels, np.int64)
         seconds = np.zeros(levels + 1)
-        how.levels, how.reach, how.widths_count, how.least = levels, growth.reach, len(growth.widths), d.least
-        how.widths, how.level_seconds, how.below = address(growth.widths), address(growth.level_seconds), address(below)
-        how.expanded, how.seconds, how.choosing = address(expanded), address(seconds), address(seconds) + 8 * levels
-        self._beliefs.table, self._beliefs.cells = address(d.calibration.table), len(d.calibration.table)
-        done = run(byref(how), *self._structs, address(self._expanded), address(self._kept), byref(self._choice))
+        how.levels, how.reach, how.widths_count, how.least = (
+            levels,
+            growth.reach,
+            len(growth.widths),
+            d.least,
+        )
+        how.widths, how.level_seconds, how.below = (
+            address(growth.widths),
+            address(growth.level_seconds),
+            address(below),
+        )
+        how.expanded, how.seconds, how.choosing = (
+            address(expanded),
+            address(seconds),
+            address(seconds) + 8 * levels,
+        )
+        self._beliefs.table, self._beliefs.cells = (
+            address(d.calibration.table),
+            len(d.calibration.table),
+        )
+        done = run(
+            byref(how),
+            *self._structs,
+            address(self._expanded),
+            address(self._kept),
+            byref(self._choice),
+        )
         if done < 0:
             raise RuntimeError("the CPU kernels do not support this head")
         trees.grown(self._trees.nodes)
         d.scored = self._stopped = len(trees)
-        return Grown(trees, expanded[1:done].tolist(), seconds[:done].tolist(), float(seconds[levels]))
+        return Grown(
+            trees, expanded[1:done].tolist(), seconds[:done].tolist(), float(seconds[levels])
+        )
 
     def _hand_over(self, drafted: Drafted) -> None:
         d, trees, t, p = drafted, drafted.trees, self._trees, self._prices
@@ -92,7 +131,12 @@ class NativeChooser:
             self._round, self._stopped = d, -1
             t.batch, t.limits, t.kind = trees.batch, address(d.limits), address(d.kind)
             t.ends, t.end_count, p.tokens, p.limit = address(d.ends), len(d.ends), d.tokens, d.limit
-        t.nodes, t.room, t.ints, t.floats = len(trees), trees.ints.shape[1], address(trees.ints), address(trees.floats)
+        t.nodes, t.room, t.ints, t.floats = (
+            len(trees),
+            trees.ints.shape[1],
+            address(trees.ints),
+            address(trees.floats),
+        )
         p.sunk, p.verify, p.verify_count = d.sunk, address(d.verify), len(d.verify)
         if t.room > len(self._kept):
             self._kept, self._expanded = np.zeros((2, 2 * t.room), np.int64)

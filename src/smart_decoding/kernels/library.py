@@ -74,13 +74,17 @@ def load(name: str) -> ctypes.CDLL:
     variant = next((v for v in variants() if v.name == name), None)
     reason = "is no variant" if variant is None else variant.refusal()
     if variant is None or reason is not None:
-        raise ConfigError(f"the kernels' variant {name!r} {reason}; here run: {', '.join(runnable()) or 'none'}")
+        raise ConfigError(
+            f"the kernels' variant {name!r} {reason}; here run: {', '.join(runnable()) or 'none'}"
+        )
     _check_age(variant)
     _load_openmp()
     try:
         library = ctypes.CDLL(str(variant.path))
     except OSError as error:
-        raise ConfigError(f"the kernels' variant {name!r} cannot be loaded: {error}; {BUILD}") from error
+        raise ConfigError(
+            f"the kernels' variant {name!r} cannot be loaded: {error}; {BUILD}"
+        ) from error
     abi.declare(library)
     if library.smart_enable():
         raise Denied(f"the system does not let this process use the kernels' variant {name!r}")
@@ -139,13 +143,17 @@ def _load_openmp() -> None:
     """Makes an OpenMP runtime known to the kernels: torch's, since two in a process are two teams of threads that spin
     against each other; the system's where torch has none of its own. Raises ConfigError where there is none."""
     torch = importlib.util.find_spec("torch")
-    folders = [Path(folder) / "lib" for folder in (torch.submodule_search_locations or [] if torch else [])]
+    folders = [
+        Path(folder) / "lib" for folder in (torch.submodule_search_locations or [] if torch else [])
+    ]
     folders += [folder.parents[1] / "torch.libs" for folder in folders]
     mine = [str(path) for folder in folders for path in sorted(folder.glob("libgomp*.so*"))]
     try:
         ctypes.CDLL((mine or ["libgomp.so.1"])[0], ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise ConfigError(f"the CPU kernels need OpenMP (Debian: apt-get install libgomp1): {error}") from error
+        raise ConfigError(
+            f"the CPU kernels need OpenMP (Debian: apt-get install libgomp1): {error}"
+        ) from error
 
 
 def _nothing() -> str:

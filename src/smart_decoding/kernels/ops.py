@@ -22,8 +22,10 @@ HEAD_DIMS = (16, 32, 64, 96, 128)
 MOST_K, NOT_DRAWN = 64, -1
 PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in vectors.h
 MAX_QUERIES = 32  # query heads per key head
-_DRAW = np.dtype([(name, np.int64) for name in ("row", "seed", "sample", "position", "k")]
-                 + [(name, np.float64) for name in ("scale", "floor", "below")])  # fmt: skip
+_DRAW = np.dtype(
+    [(name, np.int64) for name in ("row", "seed", "sample", "position", "k")]
+    + [(name, np.float64) for name in ("scale", "floor", "below")]
+)
 
 
 Rows = abi.structure("Rows")
@@ -60,7 +62,9 @@ def attends_by_pairs(bf16: bool, head_dim: int) -> bool:
 def fastest_hint() -> int:
     """Where memory is best prefetched to, by trial. Intel's prefetchnta, past the caches, was seen at a third of the
     speed of the others; Zen 4 reads a tenth faster into its second cache than into the first."""
-    memory = torch.ones(64 << 20, dtype=torch.uint8)  # not zeros: untouched pages would all be one page, in the caches
+    memory = torch.ones(
+        64 << 20, dtype=torch.uint8
+    )  # not zeros: untouched pages would all be one page, in the caches
     seconds = dict.fromkeys((PAST_CACHES, INTO_L2, INTO_CACHES), float("inf"))
     for hint in tuple(seconds) * 6:
         start = time.perf_counter()
@@ -86,7 +90,9 @@ class Arena:
         self._free = block[start : start + elements]
         length = elements * size // self.HUGE * self.HUGE
         if length:
-            madvise = ctypes.CDLL(None).madvise  # 14 = MADV_HUGEPAGE; only advice, so the result does not matter
+            madvise = ctypes.CDLL(
+                None
+            ).madvise  # 14 = MADV_HUGEPAGE; only advice, so the result does not matter
             madvise(c_void_p(self._free.data_ptr()), ctypes.c_size_t(length), 14)
 
     def take(self, elements: int) -> Tensor:
@@ -111,7 +117,12 @@ def unpack(packed: Tensor, k: int, index: Tensor) -> Tensor:
     """Rows `index` (int64 [n]) of a packed weight of row length k: float32 [n, k]."""
     out = torch.empty(len(index), k)
     _lib().smart_unpack(
-        packed.data_ptr(), k, packed.dtype == torch.bfloat16, index.data_ptr(), len(index), out.data_ptr()
+        packed.data_ptr(),
+        k,
+        packed.dtype == torch.bfloat16,
+        index.data_ptr(),
+        len(index),
+        out.data_ptr(),
     )
     return out
 
@@ -135,10 +146,23 @@ def linear(
     y = torch.empty(rows, n) if out is None else out
     scratch = torch.empty(rows, k)
     _lib().smart_linear(
-        x.data_ptr(), rows, packed.data_ptr(), n, k, packed.dtype == torch.bfloat16, pointer(norm), eps,
-        pointer(bias), scratch.data_ptr(), y.data_ptr() if y.numel() else None, n, 0, hint,
-        None if best is None else best.ctypes.data, torch.get_num_threads(),
-    )  # fmt: skip
+        x.data_ptr(),
+        rows,
+        packed.data_ptr(),
+        n,
+        k,
+        packed.dtype == torch.bfloat16,
+        pointer(norm),
+        eps,
+        pointer(bias),
+        scratch.data_ptr(),
+        y.data_ptr() if y.numel() else None,
+        n,
+        0,
+        hint,
+        None if best is None else best.ctypes.data,
+        torch.get_num_threads(),
+    )
     return y
 
 
@@ -156,9 +180,19 @@ def layers(
     Layer one reads `inputs` where given."""
     keys, values = cache
     status = _lib().smart_layers(
-        weights, len(weights), byref(rows), pointer(inputs), x.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        keys.shape[-3], byref(workspace), bf16, keys.dtype == torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
+        weights,
+        len(weights),
+        byref(rows),
+        pointer(inputs),
+        x.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.shape[-3],
+        byref(workspace),
+        bf16,
+        keys.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
     if status:
         raise RuntimeError("the CPU kernels do not support this layer")
 
@@ -182,17 +216,28 @@ def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight, size = weight.float().contiguous(), packed_rows(n)
     packed, scale = Arena(size * k, torch.int8).take(size * k), torch.empty(size)
     sums = torch.empty(size, dtype=torch.int32)
-    _lib().smart_pack_bytes(weight.data_ptr(), n, k, packed.data_ptr(), scale.data_ptr(), sums.data_ptr())
+    _lib().smart_pack_bytes(
+        weight.data_ptr(), n, k, packed.data_ptr(), scale.data_ptr(), sums.data_ptr()
+    )
     return packed, scale, sums
 
 
-def draft(head: Structure, rows: Structure, level: Structure, cache: tuple[Tensor, Tensor], bf16: bool) -> None:
+def draft(
+    head: Structure, rows: Structure, level: Structure, cache: tuple[Tensor, Tensor], bf16: bool
+) -> None:
     """One level of a draft head: writes the rows' keys and values to the caches [1, ...], and what `level` names."""
     keys, values = cache
     status = _lib().smart_draft(
-        byref(head), byref(rows), byref(level), keys.data_ptr(), values.data_ptr(), keys.shape[-3], bf16,
-        keys.dtype == torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
+        byref(head),
+        byref(rows),
+        byref(level),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.shape[-3],
+        bf16,
+        keys.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
     if status:
         raise RuntimeError("the CPU kernels do not support this head")
 
@@ -209,22 +254,38 @@ def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Non
     pages, head_dim = keys.shape[-3], keys.shape[-2]
     planes = keys.numel() // (pages * head_dim * PAGE)
     _lib().smart_move_kv(
-        keys.data_ptr(), values.data_ptr(), planes, pages, head_dim, keys.element_size(), source.data_ptr(),
-        target.data_ptr(), len(source),
-    )  # fmt: skip
+        keys.data_ptr(),
+        values.data_ptr(),
+        planes,
+        pages,
+        head_dim,
+        keys.element_size(),
+        source.data_ptr(),
+        target.data_ptr(),
+        len(source),
+    )
 
 
 def argmax(x: Tensor, which: NDArray[np.int64]) -> NDArray[np.int64]:
     """First index of the largest entry of the rows `which` of x [rows, n]: [which]; -1 where it is not finite."""
     out = np.empty(len(which), np.int64)
     _lib().smart_argmax(
-        x.data_ptr(), which.ctypes.data, len(which), x.shape[1], out.ctypes.data, torch.get_num_threads()
+        x.data_ptr(),
+        which.ctypes.data,
+        len(which),
+        x.shape[1],
+        out.ctypes.data,
+        torch.get_num_threads(),
     )
     return out
 
 
 def top_k(
-    x: Tensor, k: int, scale: Tensor | None = None, keys: Tensor | None = None, tokens: Tensor | None = None
+    x: Tensor,
+    k: int,
+    scale: Tensor | None = None,
+    keys: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Ids (int64) and softmax probabilities of the k largest entries of x * scale (float32 [rows], default 1).
 
@@ -233,9 +294,17 @@ def top_k(
     scale = torch.ones(len(x)) if scale is None else scale
     ids, probs = torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k)
     _lib().smart_top_k(
-        x.data_ptr(), len(x), x.shape[1], k, scale.data_ptr(), pointer(keys), pointer(tokens), ids.data_ptr(),
-        probs.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        x.data_ptr(),
+        len(x),
+        x.shape[1],
+        k,
+        scale.data_ptr(),
+        pointer(keys),
+        pointer(tokens),
+        ids.data_ptr(),
+        probs.data_ptr(),
+        torch.get_num_threads(),
+    )
     return ids, probs
 
 
@@ -260,7 +329,9 @@ def draw(draws: Sequence[tuple[int, int, int, int, int, float, float, float]], n
     return drawn
 
 
-def mass(row: NDArray[np.float32], best: float, scale: float, floor: float, value: float) -> tuple[float, float]:
+def mass(
+    row: NDArray[np.float32], best: float, scale: float, floor: float, value: float
+) -> tuple[float, float]:
     """The sum of exp((row - best) * scale) over the entries of at least `floor`, and over those of them beyond `value`,
     to about 1e-6."""
     out = np.empty(2)
@@ -271,7 +342,13 @@ def mass(row: NDArray[np.float32], best: float, scale: float, floor: float, valu
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, column: int = 0) -> None:
     """rms_norm of x [rows, d] into columns column .. column + d of out [rows, width]."""
     _lib().smart_rms_norm(
-        x.data_ptr(), weight.data_ptr(), eps, len(x), x.shape[1], out.data_ptr() + 4 * column, out.shape[1]
+        x.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        len(x),
+        x.shape[1],
+        out.data_ptr() + 4 * column,
+        out.shape[1],
     )
 
 

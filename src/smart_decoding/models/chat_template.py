@@ -22,17 +22,24 @@ def find(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     found = tokenizer_config.get("chat_template")
     if found is None and (folder / "chat_template.json").is_file():
-        found = json.loads((folder / "chat_template.json").read_text(encoding="utf-8")).get("chat_template")
+        found = json.loads((folder / "chat_template.json").read_text(encoding="utf-8")).get(
+            "chat_template"
+        )
     if isinstance(found, list):  # several named templates
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     return found
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+def render(
+    template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> str:
     """The prompt text. Raises ConfigError for a malformed template or messages that it refuses."""
     import jinja2
 
-    given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    given = [
+        {name: value for name, value in message.items() if value is not None}
+        for message in messages
+    ]
     try:
         plain = json.loads(json.dumps({**variables, "messages": given}, default=_type_name))
         return str(_compile(template).render(plain))
@@ -55,7 +62,9 @@ def _compile(template: str) -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     extensions = [loopcontrols, Generation]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -57,10 +57,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
-            raise ModelError(f"{self.heads} query heads cannot share {self.kv_heads} key heads: the config is wrong")
+            raise ModelError(
+                f"{self.heads} query heads cannot share {self.kv_heads} key heads: the config is wrong"
+            )
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    def from_hf(
+        cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+    ) -> ModelConfig:
         """From the contents of config.json and, for further end tokens, generation_config.json.
 
         Raises ModelError, naming what is not supported or missing."""
@@ -69,22 +73,31 @@ class ModelConfig:
         try:
             return _from_hf(cls, family, config, generation or {})
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"config.json is incomplete or malformed: {type(error).__name__} {error}") from error
+            raise ModelError(
+                f"config.json is incomplete or malformed: {type(error).__name__} {error}"
+            ) from error
 
     @classmethod
     def from_gguf(
-        cls, metadata: Mapping[str, Any], tensor_names: Collection[str], rope_factors: NDArray[np.float32] | None = None
+        cls,
+        metadata: Mapping[str, Any],
+        tensor_names: Collection[str],
+        rope_factors: NDArray[np.float32] | None = None,
     ) -> ModelConfig:
         """From a GGUF file's metadata, the names of its tensors, and its `rope_freqs.weight` if there is one.
 
         Raises ModelError, naming what is not supported or missing."""
         family = metadata.get("general.architecture")
         if family not in _GGUF_FAMILIES:
-            raise ModelError(f"GGUF architecture {family!r} is not supported; supported: {', '.join(_GGUF_FAMILIES)}")
+            raise ModelError(
+                f"GGUF architecture {family!r} is not supported; supported: {', '.join(_GGUF_FAMILIES)}"
+            )
         try:
             return _from_gguf(cls, str(family), metadata, tensor_names, rope_factors)
         except KeyError as error:
-            raise ModelError(f"the GGUF file lacks the metadata {error}; it is incomplete") from error
+            raise ModelError(
+                f"the GGUF file lacks the metadata {error}; it is incomplete"
+            ) from error
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that `from_hf` (and transformers, but for `factors` scaling) reads back."""
@@ -115,7 +128,9 @@ class ModelConfig:
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight a checkpoint must hold: Hugging Face name to shape, in the order of use."""
         q_out, kv_out = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab, self.hidden)
+        }
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}."
             attention = prefix + "self_attn."
@@ -125,12 +140,17 @@ class ModelConfig:
                 if self.qkv_bias:
                     shapes[f"{attention}{name}.bias"] = (rows,)
             if self.qk_norm:
-                shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (self.head_dim,)
+                shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (
+                    self.head_dim,
+                )
             shapes[attention + "o_proj.weight"] = (self.hidden, q_out)
             if self.o_bias:
                 shapes[attention + "o_proj.bias"] = (self.hidden,)
             shapes[prefix + "post_attention_layernorm.weight"] = (self.hidden,)
-            shapes[prefix + "mlp.gate_proj.weight"] = shapes[prefix + "mlp.up_proj.weight"] = (self.ffn, self.hidden)
+            shapes[prefix + "mlp.gate_proj.weight"] = shapes[prefix + "mlp.up_proj.weight"] = (
+                self.ffn,
+                self.hidden,
+            )
             shapes[prefix + "mlp.down_proj.weight"] = (self.hidden, self.ffn)
         shapes["model.norm.weight"] = (self.hidden,)
         if not self.tie_embeddings:
@@ -144,18 +164,30 @@ class ModelConfig:
         expected = self.expected_shapes()
         for name, shape in expected.items():
             if name not in found:
-                raise ModelError(f"{where} lacks the tensor {name}: it is incomplete, or its config does not fit it")
+                raise ModelError(
+                    f"{where} lacks the tensor {name}: it is incomplete, or its config does not fit it"
+                )
             if tuple(found[name]) != shape:
-                raise ModelError(f"{where}: the tensor {name} has shape {tuple(found[name])}, the config says {shape}")
+                raise ModelError(
+                    f"{where}: the tensor {name} has shape {tuple(found[name])}, the config says {shape}"
+                )
         known = {"lm_head.weight"} if self.tie_embeddings else set()
-        unknown = [name for name in found if name not in expected.keys() | known and not name.endswith("inv_freq")]
+        unknown = [
+            name
+            for name in found
+            if name not in expected.keys() | known and not name.endswith("inv_freq")
+        ]
         if unknown:
-            raise ModelError(f"{where} holds the tensor {unknown[0]}, which {_ARCHITECTURES[self.family]} does not use")
+            raise ModelError(
+                f"{where} holds the tensor {unknown[0]}, which {_ARCHITECTURES[self.family]} does not use"
+            )
 
     def check_context(self, tokens: int) -> None:
         """Raises ModelError if `tokens` positions cannot be computed exactly: beyond the model or its window."""
         if tokens > self.max_positions:
-            raise ModelError(f"a context of {tokens} tokens exceeds the model's {self.max_positions}; lower it")
+            raise ModelError(
+                f"a context of {tokens} tokens exceeds the model's {self.max_positions}; lower it"
+            )
         if self.sliding_window is not None and tokens > self.sliding_window:
             raise ModelError(
                 f"a context of {tokens} tokens exceeds the model's sliding window of {self.sliding_window}, "
@@ -190,7 +222,9 @@ def _refuse_options(config: Mapping[str, Any], family: str) -> None:
     for name, is_refused in refused.items():
         if is_refused:
             value = "" if name == "quantization_config" else f" = {options[name]!r}"
-            raise ModelError(f"the config option {name}{value} is not supported for {_ARCHITECTURES[family]}")
+            raise ModelError(
+                f"the config option {name}{value} is not supported for {_ARCHITECTURES[family]}"
+            )
 
 
 def _from_hf(
@@ -226,7 +260,9 @@ def _from_hf(
 
 def _mrope_of(options: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:
     sections = tuple(int(n) for n in options.get("mrope_section") or ())
-    half = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+    half = (
+        int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+    )
     if sections and (len(sections) != 3 or sum(sections) != half):
         raise ValueError(f"mrope_section {sections} does not fill the {half} rotary frequencies")
     return sections
@@ -252,14 +288,20 @@ def _from_gguf(
     rope_factors: NDArray[np.float32] | None,
 ) -> ModelConfig:
     def read(name: str, default: Any = None) -> Any:
-        return metadata[f"{family}.{name}"] if default is None else metadata.get(f"{family}.{name}", default)
+        return (
+            metadata[f"{family}.{name}"]
+            if default is None
+            else metadata.get(f"{family}.{name}", default)
+        )
 
     if read("expert_count", 0):
         raise ModelError("GGUF option expert_count: mixtures of experts are not supported")
     heads, hidden = int(read("attention.head_count")), int(read("embedding_length"))
     head_dim = int(read("attention.key_length", hidden // heads))
     if int(read("rope.dimension_count", head_dim)) != head_dim:
-        raise ModelError("GGUF option rope.dimension_count: partial rotary embeddings are not supported")
+        raise ModelError(
+            "GGUF option rope.dimension_count: partial rotary embeddings are not supported"
+        )
     trained = int(read("context_length"))
     scaling = rope.scaling_from_gguf(metadata, family, trained, rope_factors)
     ends = ("eos_token_id", "eot_token_id", "eom_token_id")

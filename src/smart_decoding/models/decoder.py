@@ -1,4 +1,4 @@
-"""One decoder for the Llama family: rows in, logits and tapped hidden states out."""
+"""One decoder for the Llama family: rows in, logits and aux hidden states states out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smart_decoding.engine.media import Inserts
+from smart_decoding.engine.media import MultimodalEmbeddings
 from smart_decoding.engine.rows import Rows
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.ops import Arena, packed_rows
@@ -33,12 +33,12 @@ from smart_decoding.models.rows import native_rows
 
 @dataclass
 class ForwardOutput:
-    """logits: [wanted rows, vocab], valid until the next forward; taps: [rows, taps * hidden], the residual streams
-    after the tapped layers, or None; best: [wanted rows] first maximum of the logits (-1: not finite), where the
+    """logits: [wanted rows, vocab], valid until the next forward; aux_layers: [rows, aux_layers * hidden], the residual streams
+    after the aux layers, or None; best: [wanted rows] first maximum of the logits (-1: not finite), where the
     kernels find it in passing."""
 
     logits: Tensor
-    taps: Tensor | None
+    aux_hidden: Tensor | None
     best: NDArray[np.int64] | None = None
 
 
@@ -77,16 +77,18 @@ def layer_weights(
     )
 
 
-def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    config: ModelConfig, positions: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin for every position: [positions, head_dim / 2] float32 each."""
     inverse, factor = config.inverse_frequencies()
     angles = torch.arange(positions).float()[:, None] * torch.from_numpy(inverse).float()
     return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
 
 
-def put(x: Tensor, inserts: Inserts) -> None:
+def put(x: Tensor, mm_embeds: MultimodalEmbeddings) -> None:
     """Writes the embeddings of pictures over those of their placeholders, x [rows, hidden]."""
-    for first, part in inserts:
+    for first, part in mm_embeds:
         x[first : first + len(part)] = part
 
 
@@ -112,13 +114,18 @@ class Decoder:
         self.native = use_native(config, device) if native is None else native
         self.work_dtype = torch.float32 if self.native else dtype
         self.workspace = Workspace()
-        layers = [layer_weights(config, weights, f"model.layers.{i}.", dtype, device) for i in range(config.layers)]
+        layers = [
+            layer_weights(config, weights, f"model.layers.{i}.", dtype, device)
+            for i in range(config.layers)
+        ]
         arena = None
         if self.native:
             output = packed_rows(config.vocab) * config.hidden
             arena = Arena(layers[0].elements() * config.layers + output, dtype)
         on_cuda = device.type == "cuda"
-        if on_cuda:  # cuDNN's attention makes a plan for each shape, and here shapes change every round
+        if (
+            on_cuda
+        ):  # cuDNN's attention makes a plan for each shape, and here shapes change every round
             torch.backends.cuda.enable_cudnn_sdp(False)
         self._layers: Layers
         if arena:
@@ -126,17 +133,29 @@ class Decoder:
         else:
             self._layers = graphed(layers) if on_cuda and graphs else TorchLayers(layers)
         embedding = weights["model.embed_tokens.weight"].to(device=device, dtype=dtype)
-        head = embedding if config.tie_embeddings else weights["lm_head.weight"].to(device=device, dtype=dtype)
+        head = (
+            embedding
+            if config.tie_embeddings
+            else weights["lm_head.weight"].to(device=device, dtype=dtype)
+        )
         norm = weights["model.norm.weight"].to(device=device, dtype=dtype)
         self.head = Linear(head, self.native, arena, norm, config.rms_eps)
         self._embedding = None if config.tie_embeddings else embedding
         self.final_norm: Tensor | None = norm
         self.rotary = rotary_table(config, positions, device)
-        self._axis = torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device) if config.mrope else None
-        self.kv = KVCache.empty(config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native)
+        self._axis = (
+            torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device)
+            if config.mrope
+            else None
+        )
+        self.kv = KVCache.empty(
+            config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native
+        )
         self.model: NativeModel | None = None  # all of it, where the CPU kernels run it
         if isinstance(self._layers, NativeLayers):
-            self.model = NativeModel(self._layers, self._embedding, self.head, norm, self.kv, self.rotary)
+            self.model = NativeModel(
+                self._layers, self._embedding, self.head, norm, self.kv, self.rotary
+            )
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -156,24 +175,38 @@ class Decoder:
         return rows.to(self.work_dtype)
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, taps: tuple[int, ...] = ()) -> ForwardOutput:
-        """Runs the rows through all layers; `taps` are layer counts (4 = after the fourth layer), ascending."""
+    def forward(self, rows: Rows, aux_layers: tuple[int, ...] = ()) -> ForwardOutput:
+        """Runs the rows through all layers; `aux_layers` are layer counts (4 = after the fourth layer), ascending."""
         if self.model is not None:
             context = self._context(rows)
             native = native_rows(context.rows, context.cosine, context.sine)
-            logits, states, best = self.model.forward(native.struct, rows.token, rows.inserts, rows.logit_rows, taps)
+            logits, states, best = self.model.forward(
+                native.struct, rows.token, rows.mm_embeds, rows.logit_rows, aux_layers
+            )
             return ForwardOutput(logits, states, best)
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
-        put(x, rows.inserts)
-        tapped = x.new_empty(len(rows), len(taps) * self.config.hidden) if taps else None
-        wanted = None if rows.logit_rows is None else torch.from_numpy(rows.logit_rows).to(self.device)
-        self._layers(x, self._context(rows, taps, tapped), self.kv)
-        return ForwardOutput(self.head(x if wanted is None else x[wanted]).float(), tapped)
+        put(x, rows.mm_embeds)
+        aux_hidden = (
+            x.new_empty(len(rows), len(aux_layers) * self.config.hidden) if aux_layers else None
+        )
+        wanted = (
+            None if rows.logit_rows is None else torch.from_numpy(rows.logit_rows).to(self.device)
+        )
+        self._layers(x, self._context(rows, aux_layers, aux_hidden), self.kv)
+        return ForwardOutput(self.head(x if wanted is None else x[wanted]).float(), aux_hidden)
 
-    def _context(self, rows: Rows, taps: tuple[int, ...] = (), tapped: Tensor | None = None) -> Context:
+    def _context(
+        self, rows: Rows, aux_layers: tuple[int, ...] = (), aux_hidden: Tensor | None = None
+    ) -> Context:
         """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position i."""
         if rows.rotary is None:
-            return Context(rows, *self.rotary, taps=taps, tapped=tapped)
+            return Context(rows, *self.rotary, aux_layers=aux_layers, aux_hidden=aux_hidden)
         at = torch.from_numpy(rows.rotary).to(self.device)[:, self._axis]  # [rows, head_dim / 2]
         cosine, sine = (table.gather(0, at) for table in self.rotary)
-        return Context(replace(rows, position=np.arange(len(rows))), cosine, sine, taps=taps, tapped=tapped)
+        return Context(
+            replace(rows, position=np.arange(len(rows))),
+            cosine,
+            sine,
+            aux_layers=aux_layers,
+            aux_hidden=aux_hidden,
+        )

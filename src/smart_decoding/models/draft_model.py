@@ -25,18 +25,41 @@ class DraftModel:
 
     Models pad their vocabularies differently: tokens that only one of the two has are never proposed."""
 
-    def __init__(self, checkpoint: Checkpoint, target: TorchTarget, pages: int, scratch_pages: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, target: TorchTarget, pages: int, scratch_pages: int
+    ) -> None:
         vocab = min(checkpoint.config.vocab, target.vocab)
-        cut = {name: checkpoint.weights[name][:vocab] for name in _BY_TOKEN if name in checkpoint.weights}
+        cut = {
+            name: checkpoint.weights[name][:vocab]
+            for name in _BY_TOKEN
+            if name in checkpoint.weights
+        }
         self.config = c = replace(checkpoint.config, vocab=vocab)
         positions = target.max_positions + 64
         weights: ChainMap[str, Tensor] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
         native = use_native(c, target.device, target.allow_slow)
         with fitting_memory("draft model", pages):
-            self._decoder = Decoder(c, weights, target.dtype, target.device, pages + scratch_pages, positions,
-                                    native, target.graphs)  # fmt: skip
+            self._decoder = Decoder(
+                c,
+                weights,
+                target.dtype,
+                target.device,
+                pages + scratch_pages,
+                positions,
+                native,
+                target.graphs,
+            )
         self._tokens = torch.arange(vocab, device=target.device)
-        self.shape = ("draft_model", c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, vocab)
+        self.shape = (
+            "draft_model",
+            c.layers,
+            c.hidden,
+            c.heads,
+            c.kv_heads,
+            c.head_dim,
+            c.ffn,
+            vocab,
+        )
 
     def run(self, rows: Rows) -> Tensor:
         """One forward: logits [wanted rows, vocab], valid until the next one."""

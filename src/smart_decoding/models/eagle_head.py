@@ -55,9 +55,9 @@ class OutputMatrix(Protocol):
         ...
 
 
-class Lender(Protocol):
+class TargetWeights(Protocol):
     """What a head borrows of its target. native: whether the head runs on the CPU kernels; work_dtype: of activations.
-    final_norm: None if the taps of an EAGLE-1/2 head come through it already. embedding: packed or as a table, None if
+    final_norm: None if the aux_layers of an EAGLE-1/2 head come through it already. embedding: packed or as a table, None if
     only `embed` knows."""
 
     config: ModelConfig
@@ -82,27 +82,45 @@ class Lender(Protocol):
 class EagleHead:
     """The head on the target's device; its keys live in pages with the target's numbers, plus scratch for the tree."""
 
-    def __init__(self, files: HeadFiles, target: Lender, pages: int, scratch_pages: int, positions: int) -> None:
+    def __init__(
+        self,
+        files: HeadFiles,
+        target: TargetWeights,
+        pages: int,
+        scratch_pages: int,
+        positions: int,
+    ) -> None:
         c = files.shape
         self.config, self.native, self._target = c, target.native, target
         dtype, device = target.dtype, target.device
         reason = unserved(c) if self.native else None
         if reason is not None:
-            raise ModelError(f"the CPU kernels do not serve this head: {reason}; take another head or method")
+            raise ModelError(
+                f"the CPU kernels do not serve this head: {reason}; take another head or method"
+            )
         self.device, self.work_dtype = device, target.work_dtype
         weights = {name: tensor.to(device) for name, tensor in files.weights.items()}
 
         def get(name: str) -> Tensor:
             return weights[name].to(dtype)
 
-        self.taps, self._tap_count = files.taps, len(files.taps)
+        self.aux_layers, self._aux_count = files.aux_layers, len(files.aux_layers)
         self.draft_ids = weights["draft_ids"].long()
-        self.shape = (c.layers, c.hidden, c.ffn, len(self.draft_ids), self._tap_count)  # what a level's cost depends on
-        layers = [layer_weights(c, weights, at, dtype, device, at != FIRST) for at in layer_prefixes(c.layers)]
+        self.shape = (
+            c.layers,
+            c.hidden,
+            c.ffn,
+            len(self.draft_ids),
+            self._aux_count,
+        )  # what a level's cost depends on
+        layers = [
+            layer_weights(c, weights, at, dtype, device, at != FIRST)
+            for at in layer_prefixes(c.layers)
+        ]
         self.sees = files.sees
         self._fused, self._norm_before_residual = files.fused, files.norm_before_residual
         self._normed_taps = "fc_norm.0.weight" in weights
-        fc = _fc_with_norms(weights, self._tap_count) if self._normed_taps else weights["fc.weight"]
+        fc = _fc_with_norms(weights, self._aux_count) if self._normed_taps else weights["fc.weight"]
         rows = None if self._fused else self._output_rows(weights).to(dtype)
         own = weights.get("embed_tokens.weight")
         self._embedding = None if own is None else own.to(dtype).contiguous()
@@ -110,8 +128,12 @@ class EagleHead:
         arena = None
         if self.native:
             size = sum(layer.elements() for layer in layers) + packed_rows(len(fc)) * fc.shape[1]
-            arena = Arena(size + (0 if rows is None or whole else packed_rows(len(rows)) * c.hidden), dtype)
-        self._layers: Layers = NativeLayers(layers, arena, target.workspace) if arena else TorchLayers(layers)
+            arena = Arena(
+                size + (0 if rows is None or whole else packed_rows(len(rows)) * c.hidden), dtype
+            )
+        self._layers: Layers = (
+            NativeLayers(layers, arena, target.workspace) if arena else TorchLayers(layers)
+        )
         bias = get("fc.bias") if "fc.bias" in weights else None
         self._fc = Linear(fc.to(dtype), self.native, arena, bias=bias)
         wide = torch.float32 if self.native else dtype
@@ -135,29 +157,50 @@ class EagleHead:
     def _runs_whole_levels(self, fc: Tensor) -> bool:
         """Whether a level is one call of the CPU kernels."""
         c = self.config
-        fits = not self._fused and c.layers == 1 and fc.shape[1] == self._tap_count * c.hidden
-        return self.native and fits and (self._embedding is not None or self._target.embedding is not None)
+        fits = not self._fused and c.layers == 1 and fc.shape[1] == self._aux_count * c.hidden
+        return (
+            self.native
+            and fits
+            and (self._embedding is not None or self._target.embedding is not None)
+        )
 
     def _whole_level(self, outputs: Tensor, final_norm: Tensor) -> NativeLevel:
         assert isinstance(self._layers, NativeLayers)
-        norms = (self._ones if self._normed_taps else None, self._input_norm, self._hidden_norm, final_norm)
+        norms = (
+            self._ones if self._normed_taps else None,
+            self._input_norm,
+            self._hidden_norm,
+            final_norm,
+        )
         embedding = self._target.embedding if self._embedding is None else self._embedding
         assert embedding is not None
-        return NativeLevel(self._layers, self._fc, outputs, self.draft_ids, norms, embedding, self._tap_count,
-                           self._norm_before_residual)  # fmt: skip
+        return NativeLevel(
+            self._layers,
+            self._fc,
+            outputs,
+            self.draft_ids,
+            norms,
+            embedding,
+            self._aux_count,
+            self._norm_before_residual,
+        )
 
     def allocate(self, pages: int, positions: int) -> None:
         """Makes room for keys, anew, and for positions below `positions`."""
         c = self.config
         self._rotary = rotary_table(c, positions, self.device)
         dtype = self._target.dtype
-        self.kv = KVCache.empty(c.layers, c.kv_heads, pages, c.head_dim, dtype, self.device, self.native)
+        self.kv = KVCache.empty(
+            c.layers, c.kv_heads, pages, c.head_dim, dtype, self.device, self.native
+        )
 
     def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
         """Begins a round: runs pairs of tokens and features, and ranks children after the `last` ones."""
         if self._level is not None:
             return self._level.first(rows, parts, self._rotary, self.kv, asked)
-        self._outs = [self.take(self.run(rows, self.project([as_tensor(part) for part in parts])), last)]
+        self._outs = [
+            self.take(self.run(rows, self.project([as_tensor(part) for part in parts])), last)
+        ]
         return self.rank(self._outs[0], asked)
 
     def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
@@ -167,31 +210,37 @@ class EagleHead:
         self._outs.append(self.run(rows, self.take(torch.cat(self._outs), above)))
         return self.rank(self._outs[-1], asked)
 
-    def grow(self, rows: Rows, parts: Sequence[Part], asked: Asked, slots: range, growth: Growth) -> Grown:
+    def grow(
+        self, rows: Rows, parts: Sequence[Part], asked: Asked, slots: range, growth: Growth
+    ) -> Grown:
         """All levels of a round in one call."""
         assert self._level is not None
         return self._level.grow(rows, parts, self._rotary, self.kv, asked, slots, growth)
 
     @torch.inference_mode()
     def project(self, parts: Sequence[Tensor]) -> Tensor:
-        """Projects tapped states [n_i, taps * hidden] of several requests to features [sum n_i, hidden]."""
-        taps = torch.cat(list(parts)).to(self.device, self.work_dtype)
+        """Projects aux hidden states [n_i, aux_layers * hidden] of several requests to features [sum n_i, hidden]."""
+        aux_layers = torch.cat(list(parts)).to(self.device, self.work_dtype)
         if self._fused:  # the target's features as its own output matrix sees them
             norm = self._final_norm
-            return taps if norm is None else self._norm(taps, norm, self._target.config.rms_eps)
+            return (
+                aux_layers
+                if norm is None
+                else self._norm(aux_layers, norm, self._target.config.rms_eps)
+            )
         if not self._normed_taps:
-            return self._fc(taps)
-        flat = taps.reshape(-1, self.config.hidden)
-        return self._fc(self._norm(flat, self._ones).view(len(taps), -1))
+            return self._fc(aux_layers)
+        flat = aux_layers.reshape(-1, self.config.hidden)
+        return self._fc(self._norm(flat, self._ones).view(len(aux_layers), -1))
 
     @torch.inference_mode()
     def run(self, rows: Rows, g: Tensor) -> Tensor:
         """One pass over pairs (g [rows, hidden], rows.token): the outputs [rows, hidden], fed back as g."""
         embedded = self._embed(torch.from_numpy(rows.token).to(self._target.device))
-        put(embedded, rows.inserts)
+        put(embedded, rows.mm_embeds)
         if self._fused:
             x = self._fc(torch.cat((embedded, g), dim=-1))
-            put(x, rows.inserts)  # MSD: of a visual position the layer reads the embedding alone
+            put(x, rows.mm_embeds)  # MSD: of a visual position the layer reads the embedding alone
             inputs = x.clone()
         else:
             x = self._norm(g, self._hidden_norm) if self._norm_before_residual else g.clone()
@@ -215,15 +264,28 @@ class EagleHead:
         return ranked(self._head(out), self.draft_ids, asked, self.native)
 
     def blank(self, rows: int) -> Tensor:
-        """Taps of `rows` rows, of arbitrary content."""
-        return torch.ones(rows, self._tap_count * self._target.config.hidden, dtype=self.work_dtype, device=self.device)
+        """Aux hidden states of `rows` rows, of arbitrary content."""
+        return torch.ones(
+            rows,
+            self._aux_count * self._target.config.hidden,
+            dtype=self.work_dtype,
+            device=self.device,
+        )
 
     def _embed(self, token: Tensor) -> Tensor:
-        return self._target.embed(token) if self._embedding is None else self._embedding[token].to(self.work_dtype)
+        return (
+            self._target.embed(token)
+            if self._embedding is None
+            else self._embedding[token].to(self.work_dtype)
+        )
 
     def _output_rows(self, weights: Mapping[str, Tensor]) -> Tensor:
         """[draft, hidden] the head's own output matrix, or the target's rows."""
-        return weights["lm_head.weight"] if "lm_head.weight" in weights else self._target.head.rows_of(self.draft_ids)
+        return (
+            weights["lm_head.weight"]
+            if "lm_head.weight" in weights
+            else self._target.head.rows_of(self.draft_ids)
+        )
 
     def _inputs(self, embedded: Tensor, g: Tensor) -> Tensor:
         if not self.native:
@@ -231,7 +293,9 @@ class EagleHead:
             return torch.cat(parts, dim=-1)
         out = torch.empty(len(g), 2 * self.config.hidden)
         kernels.rms_norm(embedded.contiguous(), self._input_norm, self.config.rms_eps, out)
-        kernels.rms_norm(g.contiguous(), self._hidden_norm, self.config.rms_eps, out, self.config.hidden)
+        kernels.rms_norm(
+            g.contiguous(), self._hidden_norm, self.config.rms_eps, out, self.config.hidden
+        )
         return out
 
     def _norm(self, x: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
@@ -243,8 +307,8 @@ class EagleHead:
         return out
 
 
-def _fc_with_norms(weights: Mapping[str, Tensor], taps: int) -> Tensor:
+def _fc_with_norms(weights: Mapping[str, Tensor], aux_layers: int) -> Tensor:
     """fc with the taps' norm weights folded into its columns."""
     fc = weights["fc.weight"].float()
-    scales = [weights[f"fc_norm.{i}.weight"].float() for i in range(taps)]
+    scales = [weights[f"fc_norm.{i}.weight"].float() for i in range(aux_layers)]
     return fc * torch.cat(scales)[None]

@@ -88,11 +88,17 @@ def _convert(source: Source, target: Path, check: Callable[[ModelConfig], None])
     factors = None if rope_factors is None else np.asarray(rope_factors.data, np.float32)
     config = ModelConfig.from_gguf(metadata, tensors.keys(), factors)
     check(config)
-    shapes = {hf_name(name): tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}
+    shapes = {
+        hf_name(name): tuple(int(n) for n in reversed(tensor.shape))
+        for name, tensor in tensors.items()
+    }
     config.check_tensors(shapes, source.path.name)
     tokenizer = Tokenizer.from_gguf(metadata)
     with scratch(2 * sum(int(tensor.n_elements) for tensor in tensors.values())) as part:
-        record = {"source": source.path.name, "source_sha256": source.sha256 or sha256_of(source.path)}
+        record = {
+            "source": source.path.name,
+            "source_sha256": source.sha256 or sha256_of(source.path),
+        }
         _write_weights(config, tensors, part, record)
         tokenizer.save(part)
         (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
@@ -111,7 +117,9 @@ def move_into_place(part: Path, target: Path) -> None:
             raise DownloadError(f"cannot write {target}: {error.strerror}") from error
 
 
-def _write_weights(config: ModelConfig, tensors: Mapping[str, Any], folder: Path, record: dict[str, str]) -> None:
+def _write_weights(
+    config: ModelConfig, tensors: Mapping[str, Any], folder: Path, record: dict[str, str]
+) -> None:
     """Writes numbered shards and their index, so that memory stays bounded however large the model is."""
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
@@ -121,7 +129,9 @@ def _write_weights(config: ModelConfig, tensors: Mapping[str, Any], folder: Path
         try:
             save_file(shard, folder / name, metadata={"format": "pt", **record})
         except SafetensorError as error:  # its way to say that the disk is full
-            raise DownloadError(f"cannot write the weights to {folder.parent}: {error}; make room there") from error
+            raise DownloadError(
+                f"cannot write the weights to {folder.parent}: {error}; make room there"
+            ) from error
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
@@ -130,17 +140,24 @@ def _write_weights(config: ModelConfig, tensors: Mapping[str, Any], folder: Path
             flush()
         shard[name] = weight
     flush()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
-def _dequantised(config: ModelConfig, tensors: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def _dequantised(
+    config: ModelConfig, tensors: Mapping[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and weights in Hugging Face's layout."""
     for name, tensor in tqdm(tensors.items(), desc="dequantising", unit="tensor", disable=None):
         weight = torch.from_numpy(np.array(_floats(tensor)))
         is_quantised = tensor.tensor_type.name not in ("F32", "F16")
         if config.family == "llama" and name.split(".")[2:3] in (["attn_q"], ["attn_k"]):
             weight = half_split(weight, config.heads if ".attn_q." in name else config.kv_heads)
-        yield hf_name(name), weight.to(torch.bfloat16).contiguous() if is_quantised else weight.contiguous()
+        yield (
+            hf_name(name),
+            weight.to(torch.bfloat16).contiguous() if is_quantised else weight.contiguous(),
+        )
 
 
 def _floats(tensor: Any) -> NDArray[np.floating[Any]]:
@@ -150,7 +167,9 @@ def _floats(tensor: Any) -> NDArray[np.floating[Any]]:
         return dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         kind = tensor.tensor_type.name
-        raise ModelError(f"the tensor {tensor.name} has the type {kind}, which cannot be dequantised") from error
+        raise ModelError(
+            f"the tensor {tensor.name} has the type {kind}, which cannot be dequantised"
+        ) from error
 
 
 def half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -175,6 +194,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         reader = GGUFReader(path)
         metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
         return metadata, {tensor.name: tensor for tensor in reader.tensors}
-    except Exception as error:  # the reader parses what it finds, so a corrupt file can raise anything
+    except (
+        Exception
+    ) as error:  # the reader parses what it finds, so a corrupt file can raise anything
         reason = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{path.name} is not a readable GGUF file, corrupt or truncated: {reason}") from error
+        raise ModelError(
+            f"{path.name} is not a readable GGUF file, corrupt or truncated: {reason}"
+        ) from error

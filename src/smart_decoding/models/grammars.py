@@ -29,7 +29,9 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos_ids: Sequence[int]) -> None:
         self._tokenizer, self._vocab, self._eos_ids = tokenizer, vocab, tuple(eos_ids)
-        self._ready: Any = None  # llguidance's tokenizer: a fraction of a second, so made at first use
+        self._ready: Any = (
+            None  # llguidance's tokenizer: a fraction of a second, so made at first use
+        )
         self._compiled: OrderedDict[StructuredOutputsParams, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -47,10 +49,16 @@ class Grammars:
     def _compile(self, params: StructuredOutputsParams) -> Any:
         llguidance = _library()
         if not self._eos_ids:
-            raise ConfigError("structured_outputs cannot end here: this model has no end-of-sequence token")
+            raise ConfigError(
+                "structured_outputs cannot end here: this model has no end-of-sequence token"
+            )
         try:
-            matcher = llguidance.LLMatcher(self._tokens(llguidance), _source(llguidance, params), log_level=0)
-            mask = matcher.deep_copy().compute_bitmask()  # the first one takes longest: not in the engine's time
+            matcher = llguidance.LLMatcher(
+                self._tokens(llguidance), _source(llguidance, params), log_level=0
+            )
+            mask = (
+                matcher.deep_copy().compute_bitmask()
+            )  # the first one takes longest: not in the engine's time
         except ValueError as error:
             raise ConfigError(f"structured_outputs: {_one_line(error)}") from error
         if matcher.is_error():
@@ -76,8 +84,16 @@ class Grammars:
             return found
         everything = range(self._vocab)
         special = [id_ for id_ in everything if found.is_special_token(id_) and id_ not in text]
-        told = _Tokens(ends[0], None, [found.decode_bytes([id_]) for id_ in everything], special, found.tokenize_bytes)
-        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(told), n_vocab=self._vocab, eos_token=ends)
+        told = _Tokens(
+            ends[0],
+            None,
+            [found.decode_bytes([id_]) for id_ in everything],
+            special,
+            found.tokenize_bytes,
+        )
+        return llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(told), n_vocab=self._vocab, eos_token=ends
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +180,9 @@ def _library() -> Any:
     try:
         import llguidance
     except ModuleNotFoundError as error:
-        raise ConfigError("structured_outputs needs llguidance: in the clone, pip install -e '.[grammar]'") from error
+        raise ConfigError(
+            "structured_outputs needs llguidance: in the clone, pip install -e '.[grammar]'"
+        ) from error
     return llguidance
 
 

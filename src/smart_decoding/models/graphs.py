@@ -17,13 +17,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from smart_decoding.models.layers import Context, KVCache, Layers, LayerWeights, TorchLayer, TorchLayers, attend
+from smart_decoding.models.layers import (
+    Context,
+    KVCache,
+    Layers,
+    LayerWeights,
+    TorchLayer,
+    TorchLayers,
+    attend,
+)
 
 log = logging.getLogger("smart.graphs")
 
 # Rows: as many as tensor cores multiply at once anyway. More are run eagerly: prompts, which launches do not slow.
 BUCKETS = (1, 2, 4, *range(8, 64, 8), *range(64, 321, 16))
-Record = Callable[[Callable[[], None]], Callable[[], None]]  # from what is done to what does it again
+Record = Callable[
+    [Callable[[], None]], Callable[[], None]
+]  # from what is done to what does it again
 
 
 class CudaRecorder:
@@ -52,7 +62,9 @@ class CudaRecorder:
 class GraphedLayers:
     """TorchLayers whose halves are recorded."""
 
-    def __init__(self, layers: TorchLayers, record: Record, buckets: Sequence[int] = BUCKETS) -> None:
+    def __init__(
+        self, layers: TorchLayers, record: Record, buckets: Sequence[int] = BUCKETS
+    ) -> None:
         self._eager, self._buckets = layers, buckets
         w, most = layers.each[0].weights, buckets[-1]
 
@@ -61,11 +73,17 @@ class GraphedLayers:
 
         self._x, self._attended = rows(w.hidden), rows(w.heads * w.head_dim)
         self._rotation = tuple(rows(w.head_dim // 2).float() for _ in range(2))
-        self._qkv = (rows(w.heads, w.head_dim), rows(w.kv_heads, w.head_dim), rows(w.kv_heads, w.head_dim))
+        self._qkv = (
+            rows(w.heads, w.head_dim),
+            rows(w.kv_heads, w.head_dim),
+            rows(w.kv_heads, w.head_dim),
+        )
         halves = [None, *layers.each, None]
         self._parts = {
             size: [record(partial(self._part, *pair, size)) for pair in itertools.pairwise(halves)]
-            for size in reversed(buckets)  # the largest first: smaller ones then fit into its memory
+            for size in reversed(
+                buckets
+            )  # the largest first: smaller ones then fit into its memory
         }
 
     @torch.inference_mode()
@@ -96,7 +114,7 @@ class GraphedLayers:
         for i, part in enumerate(others):
             self._attended[:rows] = attend(q, k, v, context, cache.keys[i], cache.values[i])
             part()
-            context.keep_tap(i + 1, own)
+            context.keep_aux(i + 1, own)
         x.copy_(own)
 
 

@@ -21,7 +21,9 @@ from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.head_files import ARCHITECTURE, FIRST, HeadFiles
 from smart_decoding.models.loading import Checkpoint
 
-TOKENS_PER_STEP = 3  # what a speculators config must name; engines that read it let the user choose another
+TOKENS_PER_STEP = (
+    3  # what a speculators config must name; engines that read it let the user choose another
+)
 
 
 def layout_of(files: HeadFiles) -> str:
@@ -38,15 +40,21 @@ def check_layout(files: HeadFiles, layout: str) -> None:
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}; choose one of: {', '.join(LAYOUTS)}")
     if files.fused != (layout == "eagle"):
-        kind = "an EAGLE-1/2 head, whose layout is 'eagle'" if files.fused else "an EAGLE-3 head, not one of EAGLE-1/2"
+        kind = (
+            "an EAGLE-1/2 head, whose layout is 'eagle'"
+            if files.fused
+            else "an EAGLE-3 head, not one of EAGLE-1/2"
+        )
         raise ModelError(f"the head cannot be written as {layout!r}: it is {kind}")
     if layout == "eagle3" and "fc_norm.0.weight" in files.weights:
         raise ModelError(
-            "the head norms each tapped layer before fc (fc_norm), for which the layout 'eagle3' has no words: write "
+            "the head norms each aux layer before fc (fc_norm), for which the layout 'eagle3' has no words: write "
             "it as 'speculators', or train one with smart train --export eagle3"
         )
     if layout == "eagle3" and files.shape.layers > 1:
-        raise ModelError(f"the head has {files.shape.layers} layers, and 'eagle3' one only: write it as 'speculators'")
+        raise ModelError(
+            f"the head has {files.shape.layers} layers, and 'eagle3' one only: write it as 'speculators'"
+        )
 
 
 def write_head(files: HeadFiles, checkpoint: Checkpoint, layout: str, folder: Path) -> None:
@@ -57,14 +65,24 @@ def write_head(files: HeadFiles, checkpoint: Checkpoint, layout: str, folder: Pa
     tensors, config = LAYOUTS[layout](files, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / "model.safetensors") as path:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            path,
+            metadata={"format": "pt"},
+        )
     with whole(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def _eagle(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {_by_number(name): tensor for name, tensor in files.weights.items() if name != "draft_ids"}
-    config = {**_layer_config(files.shape), "architectures": ["LlamaForCausalLM"], "bias": "fc.bias" in tensors}
+    tensors = {
+        _by_number(name): tensor for name, tensor in files.weights.items() if name != "draft_ids"
+    }
+    config = {
+        **_layer_config(files.shape),
+        "architectures": ["LlamaForCausalLM"],
+        "bias": "fc.bias" in tensors,
+    }
     return tensors, config
 
 
@@ -75,17 +93,23 @@ def _eagle3(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor]
         "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": len(files.weights["draft_ids"]),
         "norm_before_residual": files.norm_before_residual,
-        "eagle_aux_hidden_state_layer_ids": list(files.taps),  # vLLM: layers whose inputs are read
+        "eagle_aux_hidden_state_layer_ids": list(
+            files.aux_layers
+        ),  # vLLM: layers whose inputs are read
         "eagle_config": {  # SGLang: layers whose outputs are read
-            "eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in files.taps],
+            "eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in files.aux_layers],
             "use_aux_hidden_state": True,
         },
     }
     return tensors, config
 
 
-def _speculators(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {_by_number(name): tensor for name, tensor in _eagle3_tensors(files, checkpoint).items()}
+def _speculators(
+    files: HeadFiles, checkpoint: Checkpoint
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {
+        _by_number(name): tensor for name, tensor in _eagle3_tensors(files, checkpoint).items()
+    }
     target = checkpoint.config.to_hf()
     proposal: dict[str, Any] = {"proposal_type": "greedy", "speculative_tokens": TOKENS_PER_STEP}
     proposal |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
@@ -96,13 +120,16 @@ def _speculators(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Te
         "norm_before_residual": files.norm_before_residual,
         "fc_norm": "fc_norm.0.weight" in files.weights,
         "target_hidden_size": None,  # that of the head
-        "eagle_aux_hidden_state_layer_ids": list(files.taps),
+        "eagle_aux_hidden_state_layer_ids": list(files.aux_layers),
         "transformer_layer_config": _layer_config(files.shape),
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
-            "verifier": {"name_or_path": checkpoint.provenance["model"], "architectures": target["architectures"]},
+            "verifier": {
+                "name_or_path": checkpoint.provenance["model"],
+                "architectures": target["architectures"],
+            },
         },
         "torch_dtype": "bfloat16",
     }
@@ -112,24 +139,33 @@ def _speculators(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Te
 def _smart(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Ours: the layer has the target's shape, and the output rows are the target's."""
     ids = files.weights["draft_ids"].int()
-    return {**files.weights, "draft_ids": ids}, smart_config(checkpoint.config, files.taps, len(ids))
+    return {**files.weights, "draft_ids": ids}, smart_config(
+        checkpoint.config, files.aux_layers, len(ids)
+    )
 
 
-def smart_config(target: ModelConfig, taps: tuple[int, ...], draft_vocab: int) -> dict[str, Any]:
-    """config.json of a head of ours: the shape of the target that it fits, and the layers that it taps."""
+def smart_config(
+    target: ModelConfig, aux_layers: tuple[int, ...], draft_vocab: int
+) -> dict[str, Any]:
+    """config.json of a head of ours: the shape of the target that it fits, and the layers that it aux_layers."""
     return {
         **target.to_hf(),
         "architectures": [ARCHITECTURE],
         "num_hidden_layers": 1,
         "target_num_hidden_layers": target.layers,
         "draft_vocab_size": draft_vocab,
-        "taps": list(taps),
+        "taps": list(aux_layers),
         "fc_norm": True,
     }
 
 
 Parts = Callable[[HeadFiles, Checkpoint], tuple[dict[str, Tensor], dict[str, Any]]]
-LAYOUTS: Mapping[str, Parts] = {"smart": _smart, "eagle3": _eagle3, "speculators": _speculators, "eagle": _eagle}
+LAYOUTS: Mapping[str, Parts] = {
+    "smart": _smart,
+    "eagle3": _eagle3,
+    "speculators": _speculators,
+    "eagle": _eagle,
+}
 
 
 def _eagle3_tensors(files: HeadFiles, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -139,7 +175,11 @@ def _eagle3_tensors(files: HeadFiles, checkpoint: Checkpoint) -> dict[str, Tenso
     if "lm_head.weight" not in weights:
         weights["lm_head.weight"] = output_rows(checkpoint)[ids]
     vocab = checkpoint.config.vocab
-    return {**weights, "d2t": ids - torch.arange(len(ids)), "t2d": torch.isin(torch.arange(vocab), ids)}
+    return {
+        **weights,
+        "d2t": ids - torch.arange(len(ids)),
+        "t2d": torch.isin(torch.arange(vocab), ids),
+    }
 
 
 def output_rows(checkpoint: Checkpoint) -> Tensor:

@@ -23,12 +23,18 @@ from smart_decoding.models import rope
 from smart_decoding.models.config import ModelConfig
 
 ARCHITECTURE = "SmartEagle3Head"
-VISUAL_POSITIONS = ("dropped", "decoupled")  # what a head reads of pictures: nothing, or their embeddings
+VISUAL_POSITIONS = (
+    "dropped",
+    "decoupled",
+)  # what a head reads of pictures: nothing, or their embeddings
 FIRST = "midlayer."  # EAGLE-3's name for the layer
 _ATTENTION = f"{FIRST}self_attn."
 _TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
 _IGNORED = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")  # what they say is known already
-_UNSUPPORTED = {"norm_before_fc": "input_norm", "norm_output": "norm_output"}  # speculators options, and what they add
+_UNSUPPORTED = {
+    "norm_before_fc": "input_norm",
+    "norm_output": "norm_output",
+}  # speculators options, and what they add
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +44,14 @@ class HeadFiles:
     weights: EAGLE-3's names, `draft_ids` [draft] (target ids) instead of d2t, and where the head has its own:
         `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight`. EAGLE-1/2 has only fc and the layers.
         The first layer is `midlayer.*`; further ones, ordinary Llama layers, are `layers.1.*`, `layers.2.*`, ...
-    taps: layers of the target whose outputs the head reads. shape: of the head's layers.
+    aux_layers: layers of the target whose outputs the head reads. shape: of the head's layers.
     fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
     norm_before_residual: the layer's residual is the normed features, not the features.
     sees: it was trained with pictures: `visual_positions` is "decoupled" in its config."""
 
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor]
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     shape: ModelConfig
     fused: bool = False
     norm_before_residual: bool = False
@@ -60,11 +66,15 @@ def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
     if path.is_dir():
         return path
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise ModelError(f"no draft head {str(name)!r}: no such folder, nor a hub id such as OWNER/NAME")
+        raise ModelError(
+            f"no draft head {str(name)!r}: no such folder, nor a hub id such as OWNER/NAME"
+        )
     folder = _snapshot(str(name), ["config.json", "*.safetensors"])
     if not any(folder.glob("*.safetensors")):
         if not trust_pickle:
-            raise ModelError(f"the head {name} has no safetensors, and pickles are refused: {_TRUST}")
+            raise ModelError(
+                f"the head {name} has no safetensors, and pickles are refused: {_TRUST}"
+            )
         folder = _snapshot(str(name), ["config.json", "pytorch_model.bin"])
     return folder
 
@@ -83,44 +93,76 @@ def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> 
     return (_load_ours if ours else _load_published)(folder, config, target, trust_pickle)
 
 
-def _load_ours(folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool) -> HeadFiles:
-    wanted = {"hidden_size": target.hidden, "vocab_size": target.vocab, "target_num_hidden_layers": target.layers}
+def _load_ours(
+    folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool
+) -> HeadFiles:
+    wanted = {
+        "hidden_size": target.hidden,
+        "vocab_size": target.vocab,
+        "target_num_hidden_layers": target.layers,
+    }
     for name, value in wanted.items():
         if config.get(name) != value:
-            raise ModelError(f"the head in {folder} has {name} {config.get(name)}, but the model has {value}")
-    taps = _within(folder, config.get("taps") or (), target)
+            raise ModelError(
+                f"the head in {folder} has {name} {config.get(name)}, but the model has {value}"
+            )
+    aux_layers = _within(folder, config.get("taps") or (), target)
     shape = replace(target, layers=1, qkv_bias=False, o_bias=False, qk_norm=False)
     weights = _read(folder, trust_pickle)
-    fc_norms = {f"fc_norm.{i}.weight": (shape.hidden,) for i in range(len(taps))}
-    _check(folder, weights, _layer_shapes(shape, target.hidden, taps) | fc_norms, ("draft_ids",))
+    fc_norms = {f"fc_norm.{i}.weight": (shape.hidden,) for i in range(len(aux_layers))}
+    _check(
+        folder, weights, _layer_shapes(shape, target.hidden, aux_layers) | fc_norms, ("draft_ids",)
+    )
     _check_ids(folder, weights.get("draft_ids"), target.vocab)
-    return HeadFiles(config, weights, taps, shape, sees=_sees(folder, config))
+    return HeadFiles(config, weights, aux_layers, shape, sees=_sees(folder, config))
 
 
-def _load_published(folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool) -> HeadFiles:
+def _load_published(
+    folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool
+) -> HeadFiles:
     shape = _shape(folder, config, target)
     weights = {_plain_name(name): tensor for name, tensor in _read(folder, trust_pickle).items()}
-    fused = "midlayer.hidden_norm.weight" not in weights and "d2t" not in weights and "norm.weight" not in weights
-    shape = replace(shape, qkv_bias=f"{_ATTENTION}q_proj.bias" in weights, o_bias=f"{_ATTENTION}o_proj.bias" in weights)
+    fused = (
+        "midlayer.hidden_norm.weight" not in weights
+        and "d2t" not in weights
+        and "norm.weight" not in weights
+    )
+    shape = replace(
+        shape,
+        qkv_bias=f"{_ATTENTION}q_proj.bias" in weights,
+        o_bias=f"{_ATTENTION}o_proj.bias" in weights,
+    )
     more = _further_shapes(shape)
     if fused:
         bias = {"fc.bias": (shape.hidden,)} if config.get("bias", True) else {}
-        _check(folder, weights, _fused_shapes(shape) | bias | more, ("embed_tokens.weight", *_IGNORED))
+        _check(
+            folder, weights, _fused_shapes(shape) | bias | more, ("embed_tokens.weight", *_IGNORED)
+        )
         ids = torch.arange(target.vocab)
-        taps: tuple[int, ...] = (target.layers,)
+        aux_layers: tuple[int, ...] = (target.layers,)
     else:
-        taps = _taps(folder, config, target)
+        aux_layers = _aux_layers(folder, config, target)
         ids = _draft_ids(folder, weights, target.vocab)
         norms = {name: (shape.hidden,) for name in weights if name.startswith("fc_norm.")}
-        if norms and sorted(norms) != [f"fc_norm.{i}.weight" for i in range(len(taps))]:
-            raise ModelError(f"the head in {folder} has {len(norms)} tensors fc_norm, but reads {len(taps)} layers")
+        if norms and sorted(norms) != [f"fc_norm.{i}.weight" for i in range(len(aux_layers))]:
+            raise ModelError(
+                f"the head in {folder} has {len(norms)} tensors fc_norm, but reads {len(aux_layers)} layers"
+            )
         output = {"lm_head.weight": (len(ids), shape.hidden)}
-        shapes = _layer_shapes(shape, target.hidden, taps) | norms | output | more
+        shapes = _layer_shapes(shape, target.hidden, aux_layers) | norms | output | more
         _check(folder, weights, shapes, ("d2t", "embed_tokens.weight", *_IGNORED))
     _check_embedding(folder, weights, target)
     weights = {name: tensor for name, tensor in weights.items() if name not in ("d2t", *_IGNORED)}
     residual = bool(config.get("norm_before_residual", False))
-    return HeadFiles(config, weights | {"draft_ids": ids}, taps, shape, fused, residual, _sees(folder, config))
+    return HeadFiles(
+        config,
+        weights | {"draft_ids": ids},
+        aux_layers,
+        shape,
+        fused,
+        residual,
+        _sees(folder, config),
+    )
 
 
 def _sees(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -135,17 +177,25 @@ def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> Mode
     """The head's own layer. What is not said is as in the public code: rope_theta 10000, rms_norm_eps 1e-6."""
     layer = config.get("transformer_layer_config") or config
     if config.get("speculators_model_type") == "eagle":
-        raise ModelError(f"the head in {folder} is speculators' layout of EAGLE-1, which is not supported")
+        raise ModelError(
+            f"the head in {folder} is speculators' layout of EAGLE-1, which is not supported"
+        )
     for name, adds in _UNSUPPORTED.items():
         if config.get(name):
-            raise ModelError(f"the head in {folder} has {name}, which is not supported (it adds {adds})")
+            raise ModelError(
+                f"the head in {folder} has {name}, which is not supported (it adds {adds})"
+            )
     if layer.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ModelError(f"the head in {folder} has hidden_act {layer['hidden_act']!r}; supported: silu")
+        raise ModelError(
+            f"the head in {folder} has hidden_act {layer['hidden_act']!r}; supported: silu"
+        )
     try:
         heads, hidden = int(layer["num_attention_heads"]), int(layer["hidden_size"])
         ffn, vocab = int(layer["intermediate_size"]), int(layer["vocab_size"])
     except KeyError as error:
-        raise ModelError(f"config.json in {folder} lacks {error}: it is no draft head that is known here") from error
+        raise ModelError(
+            f"config.json in {folder} lacks {error}: it is no draft head that is known here"
+        ) from error
     sizes = {"hidden_size": (hidden, target.hidden), "vocab_size": (vocab, target.vocab)}
     if config.get("target_hidden_size") is not None:
         sizes["target_hidden_size"] = (int(config["target_hidden_size"]), target.hidden)
@@ -170,7 +220,7 @@ def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> Mode
     )
 
 
-def _taps(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> tuple[int, ...]:
+def _aux_layers(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> tuple[int, ...]:
     """Layers whose outputs the head reads, counted from 1: the inputs of layers 2, L // 2 and L - 3, unless it says so.
 
     speculators names layer inputs; SpecForge's nested `eagle_config` names layer outputs, which are one further on."""
@@ -183,21 +233,33 @@ def _taps(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> tuple
 
 def _within(folder: Path, listed: Sequence[Any], target: ModelConfig) -> tuple[int, ...]:
     """The layers a head reads. Raises ModelError unless they are the target's, and in order."""
-    taps = tuple(int(i) for i in listed)
-    if not taps or sorted(set(taps)) != list(taps) or taps[0] < 1 or taps[-1] > target.layers:
+    aux_layers = tuple(int(i) for i in listed)
+    if (
+        not aux_layers
+        or sorted(set(aux_layers)) != list(aux_layers)
+        or aux_layers[0] < 1
+        or aux_layers[-1] > target.layers
+    ):
         raise ModelError(
-            f"the head in {folder} reads layers {taps} of a model of {target.layers}: they must be distinct, ascending "
+            f"the head in {folder} reads layers {aux_layers} of a model of {target.layers}: they must be distinct, ascending "
             "and within it"
         )
-    return taps
+    return aux_layers
 
 
-def _layer_shapes(c: ModelConfig, target_hidden: int, taps: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(
+    c: ModelConfig, target_hidden: int, aux_layers: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
     """EAGLE-3: q, k and v read [embedding ; features]."""
     d = c.hidden
     norms = {f"midlayer.{name}.weight": (d,) for name in ("input_layernorm", "hidden_norm")}
     common = _common_shapes(c, 2 * d, FIRST)
-    return {"fc.weight": (d, len(taps) * target_hidden), "norm.weight": (d,), **norms, **common}
+    return {
+        "fc.weight": (d, len(aux_layers) * target_hidden),
+        "norm.weight": (d,),
+        **norms,
+        **common,
+    }
 
 
 def _fused_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -209,7 +271,10 @@ def _further_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The layers after the first are ordinary ones: they read what the one before gave, through their own norm."""
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix in layer_prefixes(c.layers)[1:]:
-        shapes |= {f"{prefix}input_layernorm.weight": (c.hidden,), **_common_shapes(c, c.hidden, prefix)}
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (c.hidden,),
+            **_common_shapes(c, c.hidden, prefix),
+        }
     return shapes
 
 
@@ -236,22 +301,31 @@ def _common_shapes(c: ModelConfig, width: int, prefix: str) -> dict[str, tuple[i
 
 
 def _check(
-    folder: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], optional: tuple[str, ...]
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    optional: tuple[str, ...],
 ) -> None:
     for name, shape in shapes.items():
         if name not in weights:
             raise ModelError(f"the head in {folder} lacks the tensor {name}")
         if tuple(weights[name].shape) != shape:
-            raise ModelError(f"the head's {name} has shape {tuple(weights[name].shape)}, but the model needs {shape}")
+            raise ModelError(
+                f"the head's {name} has shape {tuple(weights[name].shape)}, but the model needs {shape}"
+            )
     unknown = [name for name in weights if name not in shapes and name not in optional]
     if unknown:
-        raise ModelError(f"the head in {folder} holds the tensor {unknown[0]}, which is not supported")
+        raise ModelError(
+            f"the head in {folder} holds the tensor {unknown[0]}, which is not supported"
+        )
 
 
 def _check_embedding(folder: Path, weights: Mapping[str, Tensor], target: ModelConfig) -> None:
     embedding = weights.get("embed_tokens.weight")
     if embedding is not None and tuple(embedding.shape) != (target.vocab, target.hidden):
-        raise ModelError(f"the head in {folder} has embed_tokens.weight of shape {tuple(embedding.shape)}")
+        raise ModelError(
+            f"the head in {folder} has embed_tokens.weight of shape {tuple(embedding.shape)}"
+        )
 
 
 def _draft_ids(folder: Path, weights: Mapping[str, Tensor], vocab: int) -> Tensor:
@@ -262,7 +336,9 @@ def _draft_ids(folder: Path, weights: Mapping[str, Tensor], vocab: int) -> Tenso
     ids = torch.arange(len(offset)) + offset.long()
     _check_ids(folder, ids, vocab)
     marked = weights.get("t2d")
-    if marked is not None and (marked.numel() != vocab or not torch.equal(marked.bool().nonzero()[:, 0], ids)):
+    if marked is not None and (
+        marked.numel() != vocab or not torch.equal(marked.bool().nonzero()[:, 0], ids)
+    ):
         raise ModelError(f"the head in {folder} has d2t and t2d that contradict each other")
     return ids
 
@@ -301,7 +377,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{path} holds more than tensors, or is corrupt: {reason}") from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in content.values()
+    ):
         raise ModelError(f"{path} is no table of tensors")
     return content
 
@@ -311,6 +389,8 @@ def _snapshot(repository: str, patterns: list[str]) -> Path:
 
     try:
         return Path(str(snapshot_download(repository, allow_patterns=patterns)))
-    except Exception as error:  # the client lets network errors of several libraries through, and its own
+    except (
+        Exception
+    ) as error:  # the client lets network errors of several libraries through, and its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DownloadError(f"cannot fetch the head {repository} from the hub: {reason}") from error

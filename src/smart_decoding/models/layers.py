@@ -52,7 +52,10 @@ class LayerWeights:
         rows = [len(self.qkv), len(self.output), 2 * len(self.gate), len(self.down)]
         widths = [self.qkv.shape[1], self.output.shape[1], self.gate.shape[1], self.down.shape[1]]
         lanes = kernels.vector_width()
-        return sum(kernels.packed_rows(r + (-r) % (2 * lanes)) * w for r, w in zip(rows, widths, strict=True))
+        return sum(
+            kernels.packed_rows(r + (-r) % (2 * lanes)) * w
+            for r, w in zip(rows, widths, strict=True)
+        )
 
 
 @dataclass
@@ -78,7 +81,9 @@ class KVCache:
         native: bool,
     ) -> KVCache:
         shape, last = (layers, kv_heads, pages), (PAGE, head_dim)
-        keys = torch.zeros(*shape, *(reversed(last) if native else last), dtype=dtype, device=device)
+        keys = torch.zeros(
+            *shape, *(reversed(last) if native else last), dtype=dtype, device=device
+        )
         return cls(keys, torch.zeros(*shape, *last, dtype=dtype, device=device), native)
 
     @property
@@ -114,15 +119,15 @@ class Context:
     """What the layers of one forward share: rows, the rotary tables [positions, head_dim / 2], and what either form
     makes of them.
 
-    inputs: what q, k and v of the first layer read, [rows, width], if not its normed x. tapped [rows, taps * hidden]
-    receives x as it is after as many layers as `taps` says."""
+    inputs: what q, k and v of the first layer read, [rows, width], if not its normed x. aux_hidden [rows, aux_layers * hidden]
+    receives x as it is after as many layers as `aux_layers` says."""
 
     rows: Rows
     cosine: Tensor
     sine: Tensor
     inputs: Tensor | None = None
-    taps: tuple[int, ...] = ()
-    tapped: Tensor | None = None
+    aux_layers: tuple[int, ...] = ()
+    aux_hidden: Tensor | None = None
 
     @cached_property
     def gathered(self) -> GatheredRows:
@@ -134,11 +139,11 @@ class Context:
         position = torch.from_numpy(self.rows.position).to(self.cosine.device)
         return self.cosine[position], self.sine[position]
 
-    def keep_tap(self, layers: int, x: Tensor) -> None:
+    def keep_aux(self, layers: int, x: Tensor) -> None:
         """Keeps x [rows, hidden] as it is after so many layers, if that is wanted."""
-        if self.tapped is not None and layers in self.taps:
-            at = self.taps.index(layers) * x.shape[1]
-            self.tapped[:, at : at + x.shape[1]] = x
+        if self.aux_hidden is not None and layers in self.aux_layers:
+            at = self.aux_layers.index(layers) * x.shape[1]
+            self.aux_hidden[:, at : at + x.shape[1]] = x
 
 
 class Layers(Protocol):
@@ -168,7 +173,10 @@ class NativeLayers:
         width = (w.heads + 2 * w.kv_heads) * w.head_dim
         sizes = (max(w.hidden, w.input), width, w.heads * w.head_dim, w.ffn)
         return kernels.Workspace(
-            *(self._workspace.take(f"layer{i}", rows * size).data_ptr() for i, size in enumerate(sizes))
+            *(
+                self._workspace.take(f"layer{i}", rows * size).data_ptr()
+                for i, size in enumerate(sizes)
+            )
         )
 
     def _struct(self, w: LayerWeights, arena: Arena) -> Structure:
@@ -176,10 +184,21 @@ class NativeLayers:
             None if vector is None else vector.float().contiguous()
             for vector in (w.input_norm, w.q_norm, w.k_norm, w.qkv_bias, w.output_bias, w.post_norm)
         ]
-        matrices = [self._pack(m, arena) for m in (w.qkv, w.output, self._interleaved(w.gate, w.up), w.down)]
+        matrices = [
+            self._pack(m, arena) for m in (w.qkv, w.output, self._interleaved(w.gate, w.up), w.down)
+        ]
         self._keep += [*vectors, *matrices]
         return kernels.Layer(
-            *(w.hidden, w.qkv.shape[1], w.heads, w.kv_heads, w.head_dim, len(w.gate), arena.hint, w.eps),
+            *(
+                w.hidden,
+                w.qkv.shape[1],
+                w.heads,
+                w.kv_heads,
+                w.head_dim,
+                len(w.gate),
+                arena.hint,
+                w.eps,
+            ),
             *(kernels.pointer(v) for v in vectors),
             *(m.data_ptr() for m in matrices),
         )
@@ -207,7 +226,7 @@ class TorchLayers:
         for i, layer in enumerate(self.each):
             q, k, v = layer.before(x, *context.rotation, context.inputs if i == 0 else None)
             layer.after(x, attend(q, k, v, context, cache.keys[i], cache.values[i]))
-            context.keep_tap(i + 1, x)
+            context.keep_aux(i + 1, x)
 
 
 class TorchLayer:
@@ -238,7 +257,9 @@ class TorchLayer:
         x += F.linear(F.silu(gate) * up, w.down)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, context: Context, keys: Tensor, values: Tensor
+) -> Tensor:
     """Attention of all rows over the cache, their own keys and values included: [rows, heads * head_dim].
 
     Query heads that share keys are more queries of one head: so torch's memory-saving kernel takes it, which knows
@@ -252,12 +273,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, keys: Tensor, valu
         padded[rows.query] = q
         q = padded
     k, v = (
-        cache[:, rows.key_page, rows.key_offset].transpose(0, 1).to(q.dtype)  # [groups, kv_heads, k, head_dim]
+        cache[:, rows.key_page, rows.key_offset]
+        .transpose(0, 1)
+        .to(q.dtype)  # [groups, kv_heads, k, head_dim]
         for cache in (keys, values)
     )
-    folded = q.view(groups, longest, kv_heads, -1, width).permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, -1, width)
-    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=rows.bias(heads // kv_heads, q.dtype))
-    out = out.view(groups, kv_heads, -1, longest, width).permute(0, 3, 1, 2, 4).reshape(groups * longest, -1)
+    folded = (
+        q.view(groups, longest, kv_heads, -1, width)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(groups, kv_heads, -1, width)
+    )
+    out = F.scaled_dot_product_attention(
+        folded, k, v, attn_mask=rows.bias(heads // kv_heads, q.dtype)
+    )
+    out = (
+        out.view(groups, kv_heads, -1, longest, width)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(groups * longest, -1)
+    )
     return out if rows.even else out[rows.query]
 
 
@@ -323,4 +356,6 @@ class Linear:
         copy."""
         if not self._native:
             return self._weight[index]
-        return kernels.unpack(self._weight, self._weight.numel() // kernels.packed_rows(self.rows), index)
+        return kernels.unpack(
+            self._weight, self._weight.numel() // kernels.packed_rows(self.rows), index
+        )

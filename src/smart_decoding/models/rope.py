@@ -24,7 +24,14 @@ _REQUIRED = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "factors": (),
 }
-_YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_YARN_OPTIONS = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,11 @@ class RopeScaling:
 
 def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE options of either generation of config.json: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
-    top = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
+    top = {
+        name: config[name]
+        for name in ("rope_theta", "partial_rotary_factor")
+        if config.get(name) is not None
+    }
     return {**top, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
 
 
@@ -54,7 +65,9 @@ def scaling_from_hf(options: Mapping[str, Any], max_positions: int) -> RopeScali
     if kind == "default":
         return None
     if kind not in _REQUIRED:
-        raise ModelError(f"RoPE type {kind!r} is not supported; supported: default, linear, llama3, yarn")
+        raise ModelError(
+            f"RoPE type {kind!r} is not supported; supported: default, linear, llama3, yarn"
+        )
     options = {"original_max_position_embeddings": max_positions, **options}
     missing = [name for name in _REQUIRED[kind] if options.get(name) is None]
     if missing:
@@ -65,30 +78,46 @@ def scaling_from_hf(options: Mapping[str, Any], max_positions: int) -> RopeScali
 
 
 def scaling_from_gguf(
-    metadata: Mapping[str, Any], family: str, max_positions: int, factors: NDArray[np.float32] | None
+    metadata: Mapping[str, Any],
+    family: str,
+    max_positions: int,
+    factors: NDArray[np.float32] | None,
 ) -> RopeScaling | None:
     """The scaling of a GGUF file; `factors` is its tensor rope_freqs.weight, shape [head_dim / 2], or None."""
     prefix = f"{family}.rope.scaling."
     kind = metadata.get(prefix + "type", "none")
     if factors is not None:
         if kind not in ("none", "llama3"):
-            raise ModelError(f"GGUF RoPE scaling {kind!r} together with rope_freqs.weight is not supported")
+            raise ModelError(
+                f"GGUF RoPE scaling {kind!r} together with rope_freqs.weight is not supported"
+            )
         return RopeScaling("factors", {}, tuple(float(x) for x in factors))
     if metadata.get(prefix + "attn_factor", 1.0) != 1.0:
         raise ModelError(f"GGUF option {prefix}attn_factor is not supported")
     names = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
-    options = {ours: metadata[prefix + theirs] for theirs, ours in names.items() if prefix + theirs in metadata}
-    return scaling_from_hf({"rope_type": "default" if kind == "none" else kind, **options}, max_positions)
+    options = {
+        ours: metadata[prefix + theirs]
+        for theirs, ours in names.items()
+        if prefix + theirs in metadata
+    }
+    return scaling_from_hf(
+        {"rope_type": "default" if kind == "none" else kind, **options}, max_positions
+    )
 
 
 def stretched_positions(scaling: RopeScaling | None, positions: int) -> int:
     """The context in tokens that a model configured for `positions` reaches with `scaling`."""
     if scaling is None or scaling.kind not in ("linear", "yarn"):
         return positions
-    return max(positions, int(scaling.numbers["original_max_position_embeddings"] * scaling.numbers["factor"]))
+    return max(
+        positions,
+        int(scaling.numbers["original_max_position_embeddings"] * scaling.numbers["factor"]),
+    )
 
 
-def inverse_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None) -> tuple[Frequencies, float]:
+def inverse_frequencies(
+    theta: float, head_dim: int, scaling: RopeScaling | None
+) -> tuple[Frequencies, float]:
     """Frequencies in radians per position, shape [head_dim / 2], and the factor on cos and sin (1 but for yarn)."""
     base = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
@@ -110,7 +139,9 @@ def _llama3(base: Frequencies, numbers: Mapping[str, float]) -> Frequencies:
     return base * (kept + (1 - kept) / numbers["factor"])
 
 
-def _yarn(base: Frequencies, theta: float, head_dim: int, numbers: Mapping[str, float]) -> Frequencies:
+def _yarn(
+    base: Frequencies, theta: float, head_dim: int, numbers: Mapping[str, float]
+) -> Frequencies:
     """Dimensions that rotate often are kept, rare ones interpolated, with a linear ramp between."""
 
     def dimension(rotations: float) -> float:

@@ -30,13 +30,15 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
         rows.query_start_loc,
         rows.block_table_start,
         rows.pages,
-        rows.slot,
-        rows.direct,
+        rows.slot_mapping,
+        rows.context_len,
         rows.ancestors_start,
-        rows.extra,
+        rows.ancestors,
     )
     pointers = map(address, (*arrays, rows.position))
-    struct = ops.Rows(len(rows), len(rows.query_start_loc) - 1, *pointers, cosine.data_ptr(), sine.data_ptr())
+    struct = ops.Rows(
+        len(rows), len(rows.query_start_loc) - 1, *pointers, cosine.data_ptr(), sine.data_ptr()
+    )
     return NativeRows(struct, (*arrays, rows.position, cosine, sine))
 
 
@@ -59,10 +61,12 @@ class GatheredRows:
         keys, mask = np.zeros((groups, k), np.int64), np.zeros((groups, q, k), np.bool_)
         mask[:, :, 0] = True  # padded queries must see something, or softmax gives NaN
         for g, (slots, seen) in enumerate(lists):
-            keys[g] = slots[0]  # what is masked must be of the group itself: another one's NaN would get through
+            keys[g] = slots[
+                0
+            ]  # what is masked must be of the group itself: another one's NaN would get through
             keys[g, : len(slots)] = slots
             mask[g, : len(seen), : len(slots)] = seen
-        slot = rows.slot.astype(np.int64)
+        slot = rows.slot_mapping.astype(np.int64)
         parts = (slot // PAGE, slot % PAGE, keys // PAGE, keys % PAGE, mask, group_of * q + within)
         on_device = (torch.from_numpy(part).to(device) for part in parts)
         self.page, self.offset, self.key_page, self.key_offset, self.mask, self.query = on_device
@@ -73,20 +77,26 @@ class GatheredRows:
         """[groups, 1, heads * q, k] the mask as what is added to scores, the same for so many heads."""
         if heads not in self._bias:
             bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
-            self._bias[heads] = bias.masked_fill_(~self.mask, -torch.inf).repeat(1, heads, 1)[:, None]
+            self._bias[heads] = bias.masked_fill_(~self.mask, -torch.inf).repeat(1, heads, 1)[
+                :, None
+            ]
         return self._bias[heads]
 
     @staticmethod
     def _keys(rows: Rows, g: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         first, last = int(rows.query_start_loc[g]), int(rows.query_start_loc[g + 1])
-        direct = rows.direct[first:last]
+        direct = rows.context_len[first:last]
         span = int(direct.max())
-        table = rows.pages[rows.block_table_start[g] :][: (span + PAGE - 1) // PAGE].astype(np.int64)
+        table = rows.pages[rows.block_table_start[g] :][: (span + PAGE - 1) // PAGE].astype(
+            np.int64
+        )
         slots = (table[:, None] * PAGE + np.arange(PAGE)).reshape(-1)[:span]
-        own = np.unique(rows.extra[rows.ancestors_start[first] : rows.ancestors_start[last]]).astype(np.int64)
+        own = np.unique(
+            rows.ancestors[rows.ancestors_start[first] : rows.ancestors_start[last]]
+        ).astype(np.int64)
         seen = np.zeros((last - first, span + len(own)), np.bool_)
         seen[:, :span] = np.arange(span) < direct[:, None]
         for i, row in enumerate(range(first, last)):
-            extra = rows.extra[rows.ancestors_start[row] : rows.ancestors_start[row + 1]]
+            extra = rows.ancestors[rows.ancestors_start[row] : rows.ancestors_start[row + 1]]
             seen[i, span + np.searchsorted(own, extra)] = True
         return np.concatenate((slots, own)), seen

@@ -24,7 +24,14 @@ from smart_decoding.engine.verification import require_finite
 from smart_decoding.kernels import library
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address
-from smart_decoding.models.noise import G_MAX, fewest_bits, gumbel, gumbel_of_bits, noise_key, uniform_bits
+from smart_decoding.models.noise import (
+    G_MAX,
+    fewest_bits,
+    gumbel,
+    gumbel_of_bits,
+    noise_key,
+    uniform_bits,
+)
 from smart_decoding.models.processors import FloatRow, process
 
 LOWEST = float(np.finfo(np.float32).min)  # forbidden tokens, at -inf, are below every floor
@@ -63,14 +70,18 @@ class Sampler:
             logits = logits[torch.from_numpy(indices).to(logits.device)]
         if logits.device.type == "cpu":
             rows = logits.detach().float().numpy()
-            tokens = rows.argmax(-1)  # the first maximum, by numpy's contract; torch.argmax gives no such promise
+            tokens = rows.argmax(
+                -1
+            )  # the first maximum, by numpy's contract; torch.argmax gives no such promise
             best = np.take_along_axis(rows, tokens[:, None], -1)
         else:
             tokens, best = (t.cpu().numpy() for t in first_maximum(logits))
         require_finite(np.isfinite(best))
         return np.asarray(tokens, np.int64)
 
-    def sample(self, logits: torch.Tensor, which: ArrayLike, specs: Sequence[SampleSpec]) -> NDArray[np.int64]:
+    def sample(
+        self, logits: torch.Tensor, which: ArrayLike, specs: Sequence[SampleSpec]
+    ) -> NDArray[np.int64]:
         """[len(which)] tokens drawn for the rows `which` of logits [rows, vocab]; `specs[i]` belongs to `which[i]`."""
         indices = np.asarray(which, np.int64)
         if len(indices) != len(specs):
@@ -80,7 +91,9 @@ class Sampler:
             return self.argmax(logits, indices)
         return np.array(draw(_rows(logits, indices), specs), np.int64)
 
-    def logprobs(self, logits: torch.Tensor, which: ArrayLike, tokens: ArrayLike, k: int) -> list[TokenLogprobs]:
+    def logprobs(
+        self, logits: torch.Tensor, which: ArrayLike, tokens: ArrayLike, k: int
+    ) -> list[TokenLogprobs]:
         """Log-softmax of the raw logits at the drawn `tokens` of rows `which`, and of the `k` most likely (-1: all)."""
         k = self.vocab_size if k < 0 else min(k, self.vocab_size)
         indices, drawn = np.asarray(which, np.int64), np.asarray(tokens, np.int64)
@@ -114,7 +127,9 @@ def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
     floor = max(floor, float(row[top]) + _min_p_distance(params))
     key = noise_key(spec.seed, spec.sample, spec.position)
     token = _gumbel_max(row, top, floor, params.temperature, key)
-    while token not in nucleus:  # then nothing that scores no better is in it either: draw again above
+    while (
+        token not in nucleus
+    ):  # then nothing that scores no better is in it either: draw again above
         floor = _next_above(row[token])
         token = _gumbel_max(row, top, floor, params.temperature, key)
     return token
@@ -134,7 +149,16 @@ def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> l
         nucleus = _Nucleus(row, best, float(drawn.kept[i]), spec.params)
         while tokens[i] >= 0 and tokens[i] not in nucleus:
             where, seed, sample, position, _, scale, *_ = asked[i]
-            again = (where, seed, sample, position, 0, scale, _next_above(row[tokens[i]]), -math.inf)
+            again = (
+                where,
+                seed,
+                sample,
+                position,
+                0,
+                scale,
+                _next_above(row[tokens[i]]),
+                -math.inf,
+            )
             tokens[i] = int(kernels.draw([again], len(row)).token[0])
         if tokens[i] < 0:
             tokens[i] = _draw_alone(row, spec)
@@ -184,10 +208,14 @@ class Sampled:
     def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
         return self.sampler.argmax(logits, which)
 
-    def sample(self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]) -> IntArray:
+    def sample(
+        self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]
+    ) -> IntArray:
         return self.sampler.sample(logits, which, specs)
 
-    def logprobs(self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
+    def logprobs(
+        self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: int
+    ) -> list[TokenLogprobs]:
         return self.sampler.logprobs(logits, which, tokens, k)
 
 
@@ -211,14 +239,18 @@ class _Nucleus:
             if abs(above / total - self.params.top_p) > MARGIN:
                 return above < self.params.top_p * total
         if self._mass is None:
-            self._mass = np.exp((self.row - self.row[self.top]) / np.float32(self.params.temperature))
+            self._mass = np.exp(
+                (self.row - self.row[self.top]) / np.float32(self.params.temperature)
+            )
             self._mass[self.row < self.floor] = 0
             self._total = float(self._mass.sum(dtype=np.float64))
         above = float(self._mass[self.row > self.row[token]].sum(dtype=np.float64))
         return above < self.params.top_p * self._total
 
 
-def _gumbel_max(row: FloatRow, top: int, floor: float, temperature: float, key: NDArray[np.uint64]) -> int:
+def _gumbel_max(
+    row: FloatRow, top: int, floor: float, temperature: float, key: NDArray[np.uint64]
+) -> int:
     """argmax of row / temperature + noise over the scores >= floor, evaluating the noise of few tokens.
 
     After the tokens near the maximum, a token can win only within G_MAX of the best so far, and only if its bits are
@@ -232,14 +264,18 @@ def _gumbel_max(row: FloatRow, top: int, floor: float, temperature: float, key: 
         return token
     far = np.flatnonzero(row >= reach)
     bits = uniform_bits(key, far)
-    lucky = np.flatnonzero(bits >= np.uint64(fewest_bits(best - (near_floor + slack) / temperature)))
+    lucky = np.flatnonzero(
+        bits >= np.uint64(fewest_bits(best - (near_floor + slack) / temperature))
+    )
     if not len(lucky):
         return token
     rival, rival_best = _best(row, far[lucky], gumbel_of_bits(bits[lucky]), temperature)
     return min((-best, token), (-rival_best, rival))[1]
 
 
-def _best(row: FloatRow, tokens: NDArray[np.int64], noise: FloatRow, temperature: float) -> tuple[int, float]:
+def _best(
+    row: FloatRow, tokens: NDArray[np.int64], noise: FloatRow, temperature: float
+) -> tuple[int, float]:
     """The token with the highest perturbed score, and that score; the lowest id of several."""
     perturbed = (row[tokens] / np.float32(temperature)).astype(np.float64) + noise
     i = int(perturbed.argmax())

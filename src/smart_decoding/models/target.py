@@ -20,7 +20,12 @@ from smart_decoding.models.sampler import Sampled, Sampler
 from smart_decoding.models.vision import VisionTower
 from smart_decoding.multimodal.pixels import Pixels
 
-DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -49,7 +54,9 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error).lower():
             raise
-        raise CapacityError(f"no memory for the {what} and {pages} KV pages: lower kv_cache_tokens") from error
+        raise CapacityError(
+            f"no memory for the {what} and {pages} KV pages: lower kv_cache_tokens"
+        ) from error
 
 
 class TorchTarget(Sampled):
@@ -69,14 +76,30 @@ class TorchTarget(Sampled):
     ) -> None:
         config = checkpoint.config
         config.check_context(max_model_len)
-        self.dtype, self.device, self.graphs = dtype_of(dtype), torch.device(device), not enforce_eager
+        self.dtype, self.device, self.graphs = (
+            dtype_of(dtype),
+            torch.device(device),
+            not enforce_eager,
+        )
         self.allow_slow, self.plain_torch = allow_slow, why_slow(config, self.device)
         native = use_native(config, self.device, allow_slow)
         with fitting_memory("model", pages):
-            self._tower = VisionTower(checkpoint.vision, self.dtype, self.device) if checkpoint.vision else None
+            self._tower = (
+                VisionTower(checkpoint.vision, self.dtype, self.device)
+                if checkpoint.vision
+                else None
+            )
             positions = max_model_len + 64
-            self.decoder = Decoder(config, checkpoint.weights, self.dtype, self.device, pages, positions,
-                                   native, self.graphs)  # fmt: skip
+            self.decoder = Decoder(
+                config,
+                checkpoint.weights,
+                self.dtype,
+                self.device,
+                pages,
+                positions,
+                native,
+                self.graphs,
+            )
         self.vocab, self.max_positions = config.vocab, max_model_len
         self.eos_token_ids = config.eos_token_ids
         self.sampler = Sampler(config.vocab)
@@ -92,10 +115,10 @@ class TorchTarget(Sampled):
     def kv_bytes(self) -> int:
         return self.decoder.kv.bytes
 
-    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
-        out = self.decoder.forward(rows, taps)
+    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
+        out = self.decoder.forward(rows, aux_layers)
         _wait(out.logits.device)
-        return TargetScores(out.logits, out.taps, out.best)
+        return TargetScores(out.logits, out.aux_hidden, out.best)
 
     def _verify_greedy(self, batch: GreedyBatch) -> GreedyRound:
         assert self.decoder.model is not None
@@ -104,11 +127,11 @@ class TorchTarget(Sampled):
             require_finite(False)
         return done
 
-    def see(self, pixels: Pixels) -> torch.Tensor:
+    def encode_image(self, pixels: Pixels) -> torch.Tensor:
         """[length, hidden] the embeddings of a picture, for rows to be inserted."""
         if self._tower is None:
             raise ConfigError("this model reads text only")
-        seen = self._tower.see(pixels)
+        seen = self._tower.encode_image(pixels)
         _wait(self.device)
         return seen
 

@@ -46,21 +46,36 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         """From a model's folder. Raises ModelError if there is no usable tokenizer in it."""
         config = _read_json(folder / "tokenizer_config.json")
-        specials = {name: _text_of(config[name]) for name in _SPECIALS if config.get(name) is not None}
+        specials = {
+            name: _text_of(config[name]) for name in _SPECIALS if config.get(name) is not None
+        }
         return cls(_backend_of(folder), specials, chat_template.find(folder, config))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """From GGUF metadata: byte-level BPE of the kinds smollm, llama-bpe and qwen2; ModelError for any other."""
         tokens = metadata["tokenizer.ggml.tokens"]
-        ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
-        specials = {name: tokens[id_] for name, id_ in zip(_SPECIALS, ids.values(), strict=True) if id_ is not None}
-        return cls(_gguf_backend(metadata, specials), specials, metadata.get("tokenizer.chat_template"))
+        ids = {
+            name: metadata.get(f"tokenizer.ggml.{name}_token_id")
+            for name in ("bos", "eos", "unknown", "padding")
+        }
+        specials = {
+            name: tokens[id_]
+            for name, id_ in zip(_SPECIALS, ids.values(), strict=True)
+            if id_ is not None
+        }
+        return cls(
+            _gguf_backend(metadata, specials), specials, metadata.get("tokenizer.chat_template")
+        )
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json; `load` and transformers read them back."""
         self.backend.save(str(folder / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.specials}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self.specials,
+        }
         if self.template is not None:
             config["chat_template"] = self.template
         (folder / "tokenizer_config.json").write_text(
@@ -109,9 +124,13 @@ class Tokenizer:
         given = {**self.specials, **variables, "add_generation_prompt": add_generation_prompt}
         return chat_template.render(chosen, messages, given)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
         """Token ids of a conversation's prompt."""
-        return self.encode(self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(
+            self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False
+        )
 
     def _ids_of(self, special: str) -> tuple[int, ...]:
         text = self.specials.get(special)
@@ -133,7 +152,9 @@ def _stored_backend(folder: Path) -> tokenizers.Tokenizer:
         try:
             return tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{path.name} in {folder} is corrupt: {error}; fetch it again") from error
+            raise ModelError(
+                f"{path.name} in {folder} is corrupt: {error}; fetch it again"
+            ) from error
     if (folder / "tokenizer.model").is_file():
         return _through_transformers(folder)
     raise ModelError(f"{folder} has neither tokenizer.json nor tokenizer.model")
@@ -144,11 +165,15 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, it would ask
+        found = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )  # without it, it would ask
         backend: tokenizers.Tokenizer = found.backend_tokenizer
     except Exception as error:  # not installed, or one of its own optional parts is not
         needed = "in the clone, pip install -e '.[sentencepiece]'"
-        raise ModelError(f"{folder} holds only tokenizer.model, which needs transformers: {needed}") from error
+        raise ModelError(
+            f"{folder} holds only tokenizer.model, which needs transformers: {needed}"
+        ) from error
     return backend
 
 
@@ -156,19 +181,25 @@ def _gguf_backend(metadata: Mapping[str, Any], specials: Mapping[str, str]) -> t
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
-        raise ModelError(f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported (gpt2 with {known} is)")
+        raise ModelError(
+            f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported (gpt2 with {known} is)"
+        )
     family = _PRE_TOKENIZERS[pre]
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     vocab = {token: id_ for id_, token in enumerate(tokens) if types[id_] != _UNUSED}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=family == "llama3"))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, ignore_merges=family == "llama3")
+    )
     backend.pre_tokenizer = _pre_tokenizer(family)
     backend.decoder = decoders.ByteLevel()
     if family == "qwen2":
         backend.normalizer = normalizers.NFC()
     for type_, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [token for token, its_type in zip(tokens, types, strict=True) if its_type == type_]
-        backend.add_tokens([AddedToken(token, special=is_special, normalized=False) for token in added])
+        backend.add_tokens(
+            [AddedToken(token, special=is_special, normalized=False) for token in added]
+        )
     if metadata.get("tokenizer.ggml.add_bos_token", family == "llama3") and "bos_token" in specials:
         bos = specials["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
@@ -183,7 +214,9 @@ def _pre_tokenizer(family: str) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     pattern = _LLAMA3_SPLIT if family == "llama3" else _QWEN2_SPLIT
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -192,7 +225,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path.name} in {path.parent} is corrupt: {error}; fetch it again") from error
+        raise ModelError(
+            f"{path.name} in {path.parent} is corrupt: {error}; fetch it again"
+        ) from error
     return content
 
 

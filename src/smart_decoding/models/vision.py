@@ -68,7 +68,9 @@ def architecture_of(config: Mapping[str, Any]) -> str | None:
     return names[0] if names[0] in ARCHITECTURES else None
 
 
-def read_configs(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[ModelConfig, Any]:
+def read_configs(
+    folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any] | None
+) -> tuple[ModelConfig, Any]:
     """The language model's shape, and transformers' configuration of the whole. raw: the contents of config.json.
 
     Published configurations leave out what transformers takes for granted, so transformers reads them."""
@@ -76,14 +78,20 @@ def read_configs(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, 
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"config.json in {folder} is incomplete or malformed: {reason}") from error
+            raise ModelError(
+                f"config.json in {folder} is incomplete or malformed: {reason}"
+            ) from error
     text, tower = config.text_config, config.vision_config.model_type
     if text.model_type not in _TEXT_FAMILIES or tower not in _TOWERS:
         known = f"{', '.join(sorted(_TEXT_FAMILIES))} with {', '.join(_TOWERS)}"
-        raise ModelError(f"a {text.model_type} behind a {tower} is not supported; supported: {known}")
+        raise ModelError(
+            f"a {text.model_type} behind a {tower} is not supported; supported: {known}"
+        )
     given = {
         **text.to_dict(),
         "architectures": [_TEXT_FAMILIES[text.model_type]],
@@ -99,7 +107,9 @@ def split_names(found: Iterable[str], architecture: str) -> tuple[dict[str, str]
     parts = ARCHITECTURES[architecture]
     text, vision = {}, {}
     for name in found:
-        plain = re.sub(r"^model\.(?=(language_model|vision_tower|multi_modal_projector|visual)\.)", "", name)
+        plain = re.sub(
+            r"^model\.(?=(language_model|vision_tower|multi_modal_projector|visual)\.)", "", name
+        )
         if plain.startswith(tuple(f"{part}." for part in parts)):
             vision[plain] = name
         else:
@@ -119,7 +129,7 @@ class VisionTower:
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
 
     @torch.inference_mode()
-    def see(self, pixels: Pixels) -> Tensor:
+    def encode_image(self, pixels: Pixels) -> Tensor:
         """[length, hidden] embeddings, kept for the next time."""
         key = pixels.key
         found = self._kept.get(key)
@@ -138,12 +148,16 @@ class VisionTower:
         if hasattr(self._model, "visual"):
             grid = torch.tensor([pixels.grid], device=self._device)
             video = pixels.modality == "video"
-            features = (self._model.get_video_features if video else self._model.get_image_features)(values, grid)
+            features = (
+                self._model.get_video_features if video else self._model.get_image_features
+            )(values, grid)
         else:
             features = self._model.get_image_features(values[None])
         rows: Tensor = features.pooler_output[0]
         if len(rows) != pixels.length:
-            raise ModelError(f"the vision tower gave {len(rows)} rows for a picture of {pixels.length} positions")
+            raise ModelError(
+                f"the vision tower gave {len(rows)} rows for a picture of {pixels.length} positions"
+            )
         return rows.to(self._dtype)
 
 
@@ -163,13 +177,19 @@ def _module(files: VisionFiles, dtype: torch.dtype, device: torch.device) -> Any
     names = _fitted(files.names, wanted)
     for name, shape in wanted.items():
         if name not in names:
-            raise ModelError(f"{files.folder} lacks the tensor {name}: it is incomplete, or its config does not fit it")
+            raise ModelError(
+                f"{files.folder} lacks the tensor {name}: it is incomplete, or its config does not fit it"
+            )
         if files.weights[names[name]].shape != shape:
             found = tuple(files.weights[names[name]].shape)
-            raise ModelError(f"{files.folder}: the tensor {name} has shape {found}, the config says {tuple(shape)}")
+            raise ModelError(
+                f"{files.folder}: the tensor {name} has shape {found}, the config says {tuple(shape)}"
+            )
     unknown = [name for name in names if name not in wanted and not name.endswith("position_ids")]
     if unknown:
-        raise ModelError(f"{files.folder} holds the tensor {unknown[0]}, which its vision part does not use")
+        raise ModelError(
+            f"{files.folder} holds the tensor {unknown[0]}, which its vision part does not use"
+        )
     model.load_state_dict({name: files.weights[names[name]] for name in wanted})
     for weight in model.parameters():  # rotary frequencies, which are none, stay in float32
         weight.data = weight.data.to(dtype)
@@ -179,7 +199,13 @@ def _module(files: VisionFiles, dtype: torch.dtype, device: torch.device) -> Any
 def _fitted(names: Mapping[str, str], wanted: Iterable[str]) -> dict[str, str]:
     """Checkpoints written before transformers 5 have one more level in the tower's names, `vision_model`."""
     deeper = any(name.startswith("vision_tower.vision_model.") for name in wanted)
-    plain = {name.replace("vision_tower.vision_model.", "vision_tower."): theirs for name, theirs in names.items()}
+    plain = {
+        name.replace("vision_tower.vision_model.", "vision_tower."): theirs
+        for name, theirs in names.items()
+    }
     if not deeper:
         return plain
-    return {name.replace("vision_tower.", "vision_tower.vision_model."): theirs for name, theirs in plain.items()}
+    return {
+        name.replace("vision_tower.", "vision_tower.vision_model."): theirs
+        for name, theirs in plain.items()
+    }

@@ -38,10 +38,14 @@ class Limits:
     def __post_init__(self) -> None:
         for name, count in self.per_prompt.items():
             if name not in MODALITIES or not isinstance(count, int) or count < 0:
-                raise ConfigError(f"limit_mm_per_prompt: {name!r}: {count!r} is not allowed; it maps image, video to "
-                                  "counts")  # fmt: skip
+                raise ConfigError(
+                    f"limit_mm_per_prompt: {name!r}: {count!r} is not allowed; it maps image, video to "
+                    "counts"
+                )
         if self.pixels < 1:
-            raise ConfigError(f"max_image_pixels={self.pixels} is not allowed: it must be at least 1")
+            raise ConfigError(
+                f"max_image_pixels={self.pixels} is not allowed: it must be at least 1"
+            )
         if self.folder is not None and not self.folder.is_dir():
             raise ConfigError(f"allowed_local_media_path: {self.folder} is not a folder")
 
@@ -54,18 +58,26 @@ def open_image(source: Any, limits: Limits) -> Image:
         return _upright(source, limits)
     content = source if isinstance(source, bytes) else _read(source, limits)
     if len(content) > limits.bytes:
-        raise ConfigError(f"an image of {len(content)} bytes exceeds the limit of {limits.bytes} bytes")
+        raise ConfigError(
+            f"an image of {len(content)} bytes exceeds the limit of {limits.bytes} bytes"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures: ours is the limit
             return _upright(pil.open(io.BytesIO(content), formats=FORMATS), limits)
     except pil.DecompressionBombError as error:
-        raise ConfigError(f"an image exceeds the limit of {limits.pixels} pixels (max_image_pixels)") from error
+        raise ConfigError(
+            f"an image exceeds the limit of {limits.pixels} pixels (max_image_pixels)"
+        ) from error
     except ConfigError:
         raise
-    except Exception as error:  # UnidentifiedImageError, and whatever a decoder raises for a damaged header
+    except (
+        Exception
+    ) as error:  # UnidentifiedImageError, and whatever a decoder raises for a damaged header
         known = ", ".join(FORMATS)
-        raise ConfigError(f"an image is corrupt or of an unsupported type; supported: {known}") from error
+        raise ConfigError(
+            f"an image is corrupt or of an unsupported type; supported: {known}"
+        ) from error
 
 
 def _upright(image: Image, limits: Limits) -> Image:
@@ -73,8 +85,10 @@ def _upright(image: Image, limits: Limits) -> Image:
 
     width, height = image.size
     if width * height > limits.pixels:
-        raise ConfigError(f"an image of {width} x {height} pixels exceeds the limit of {limits.pixels} "
-                          "(max_image_pixels)")  # fmt: skip
+        raise ConfigError(
+            f"an image of {width} x {height} pixels exceeds the limit of {limits.pixels} "
+            "(max_image_pixels)"
+        )
     try:
         image.load()
         return ImageOps.exif_transpose(image).convert("RGB")
@@ -85,13 +99,17 @@ def _upright(image: Image, limits: Limits) -> Image:
 
 def _read(source: Any, limits: Limits) -> bytes:
     if not isinstance(source, str | Path):
-        raise ConfigError(f"an image must be a URL, bytes or a PIL image, not {type(source).__name__}")
+        raise ConfigError(
+            f"an image must be a URL, bytes or a PIL image, not {type(source).__name__}"
+        )
     text = str(source)
     scheme = text.partition(":")[0].lower() if ":" in text else ""
     if scheme == "data":
         return _from_data_url(text, limits)
     if scheme in ("http", "https"):
-        raise ConfigError("image URLs of http and https are not fetched: send the picture itself as a data URL")
+        raise ConfigError(
+            "image URLs of http and https are not fetched: send the picture itself as a data URL"
+        )
     if scheme not in ("", "file"):
         raise ConfigError(f"image URLs of {scheme} are not supported: send a data URL")
     return _from_file(Path(unquote(urlsplit(text).path)) if scheme else Path(text), limits)
@@ -102,7 +120,9 @@ def _from_data_url(url: str, limits: Limits) -> bytes:
     if not comma or not header.endswith(";base64") or not header.startswith("data:image/"):
         raise ConfigError("an image's data URL must begin with data:image/TYPE;base64,")
     if len(data) > limits.bytes * 4 // 3 + 4:
-        raise ConfigError(f"an image's data URL of {len(data)} characters exceeds the limit of {limits.bytes} bytes")
+        raise ConfigError(
+            f"an image's data URL of {len(data)} characters exceeds the limit of {limits.bytes} bytes"
+        )
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -122,7 +142,9 @@ def read_file(path: Path, limits: Limits) -> bytes:
 def _from_file(path: Path, limits: Limits) -> bytes:
     """Links are followed before the folder is checked."""
     if limits.folder is None:
-        raise ConfigError("local image files are not allowed here: set allowed_local_media_path to their folder")
+        raise ConfigError(
+            "local image files are not allowed here: set allowed_local_media_path to their folder"
+        )
     try:
         path = path.expanduser().resolve()
         if not path.is_relative_to(limits.folder.resolve()):
@@ -131,7 +153,11 @@ def _from_file(path: Path, limits: Limits) -> bytes:
             raise ConfigError(f"there is no image file {path}")
         return read_file(path, limits)
     except (OSError, RuntimeError, ValueError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"cannot read an image: {error}") from error
+        raise (
+            error
+            if isinstance(error, ConfigError)
+            else ConfigError(f"cannot read an image: {error}")
+        ) from error
 
 
 def _pil() -> Any:

@@ -9,7 +9,11 @@ from typing import Any
 from smart_decoding.errors import ConfigError
 
 Message = Mapping[str, Any]
-_IMAGE_KEYS = {"image_url": "image_url", "image": "image", "image_pil": "image_pil"}  # type -> where its source is
+_IMAGE_KEYS = {
+    "image_url": "image_url",
+    "image": "image",
+    "image_pil": "image_pil",
+}  # type -> where its source is
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,12 @@ def as_text(messages: Sequence[Message], placeholders: Mapping[str, str]) -> lis
     """Split messages with each content as one string, a placeholder and a new line for every picture."""
     texts = {modality: f"{token}\n" for modality, token in placeholders.items()}
     return [
-        {**m, "content": "".join(part.get("text", texts.get(part["type"], "")) for part in m["content"])}
+        {
+            **m,
+            "content": "".join(
+                part.get("text", texts.get(part["type"], "")) for part in m["content"]
+            ),
+        }
         for m in messages
     ]
 
@@ -51,8 +60,12 @@ def _parts(content: Any) -> list[Any]:
         return []
     if isinstance(content, str):
         return [content]
-    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping | str) for part in content):
-        raise ConfigError("a message's content must be a text or a list of parts such as {'type': 'text', 'text': …}")
+    if not isinstance(content, Sequence) or not all(
+        isinstance(part, Mapping | str) for part in content
+    ):
+        raise ConfigError(
+            "a message's content must be a text or a list of parts such as {'type': 'text', 'text': …}"
+        )
     return list(content)
 
 

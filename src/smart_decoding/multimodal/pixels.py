@@ -22,7 +22,9 @@ from smart_decoding.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NEEDED = "vision-language models need transformers and pillow: in the clone, pip install -e '.[vision]'"
+NEEDED = (
+    "vision-language models need transformers and pillow: in the clone, pip install -e '.[vision]'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,9 @@ class DynamicReader:
         padded = [*frames, *[frames[-1]] * (-len(frames) % self._depth)]
         outs = [_processed(self._processor, frame) for frame in padded]
         count, _ = outs[0]["pixel_values"].shape
-        each = np.stack([out["pixel_values"].reshape(count, -1, self._depth, self._area(out)) for out in outs])
+        each = np.stack(
+            [out["pixel_values"].reshape(count, -1, self._depth, self._area(out)) for out in outs]
+        )
         steps = each[:, :, :, 0].reshape(-1, self._depth, *each.shape[1:3], each.shape[4])
         values = np.moveaxis(steps, 1, 3).reshape(len(steps) * count, -1)
         _, height, width = outs[0]["image_grid_thw"][0]
@@ -112,7 +116,9 @@ class DynamicReader:
     def _pixels(self, modality: str, values: NDArray[np.float32], grid: Sequence[int]) -> Pixels:
         time, height, width = (int(n) for n in grid)
         values = np.ascontiguousarray(values, np.float32)
-        return Pixels(modality, values, (time, height, width), time * height * width // self.merge**2)
+        return Pixels(
+            modality, values, (time, height, width), time * height * width // self.merge**2
+        )
 
 
 def load_reader(folder: Path, config: Any, options: Mapping[str, Any] | None = None) -> PixelReader:
@@ -130,7 +136,9 @@ def load_reader(folder: Path, config: Any, options: Mapping[str, Any] | None = N
             raise
         except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{folder} has no usable preprocessor_config.json: {reason}") from error
+            raise ModelError(
+                f"{folder} has no usable preprocessor_config.json: {reason}"
+            ) from error
     if config.model_type == "qwen2_vl":
         return DynamicReader(processor, config)
     return FixedReader(processor, config)
@@ -139,10 +147,16 @@ def load_reader(folder: Path, config: Any, options: Mapping[str, Any] | None = N
 def _with_options(processor: Any, options: Mapping[str, Any]) -> Any:
     if not options:
         return processor
-    known = {"min_pixels", "max_pixels"} if hasattr(processor, "merge_size") else {"size", "crop_size", "resample"}
+    known = (
+        {"min_pixels", "max_pixels"}
+        if hasattr(processor, "merge_size")
+        else {"size", "crop_size", "resample"}
+    )
     for name in options:
         if name not in known:
-            raise ConfigError(f"mm_processor_kwargs: {name!r} is unknown; this model has {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"mm_processor_kwargs: {name!r} is unknown; this model has {', '.join(sorted(known))}"
+            )
     return type(processor)(**{**processor.to_dict(), **options})
 
 
@@ -150,7 +164,9 @@ def _processed(processor: Any, image: Image) -> Mapping[str, Any]:
     try:
         return processor(images=image, return_tensors="np")  # type: ignore[no-any-return]
     except ValueError as error:  # such as an aspect ratio beyond 200
-        raise ConfigError(f"an image of {image.size[0]} x {image.size[1]} pixels cannot be used: {error}") from error
+        raise ConfigError(
+            f"an image of {image.size[0]} x {image.size[1]} pixels cannot be used: {error}"
+        ) from error
 
 
 @contextmanager

@@ -32,7 +32,9 @@ class MediaPrompt:
 class PromptBuilder:
     """Builds prompts for one vision-language model. mrope: whether it has three rotary positions."""
 
-    def __init__(self, tokenizer: Tokenizer, reader: PixelReader, limits: Limits, mrope: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, reader: PixelReader, limits: Limits, mrope: bool
+    ) -> None:
         self._tokenizer, self._reader, self._limits, self._mrope = tokenizer, reader, limits, mrope
         self._reads_lists: bool | None = None
 
@@ -51,23 +53,38 @@ class PromptBuilder:
         Raises ConfigError, too, if there are more pictures than placeholders or the other way round."""
         unknown = [name for name in media if name not in MODALITIES]
         if unknown:
-            raise ConfigError(f"multi_modal_data has {unknown[0]!r}; supported: {', '.join(MODALITIES)}")
-        tokens = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+            raise ConfigError(
+                f"multi_modal_data has {unknown[0]!r}; supported: {', '.join(MODALITIES)}"
+            )
+        tokens = (
+            self._tokenizer.encode(prompt)
+            if isinstance(prompt, str)
+            else [int(token) for token in prompt]
+        )
         lists = {name: _as_list(name, given) for name, given in media.items() if given is not None}
-        self._check_counts([PictureSource(name, source) for name, given in lists.items() for source in given])
-        wanted = {name: sum(token == self._reader.placeholders.get(name) for token in tokens) for name in MODALITIES}
+        self._check_counts(
+            [PictureSource(name, source) for name, given in lists.items() for source in given]
+        )
+        wanted = {
+            name: sum(token == self._reader.placeholders.get(name) for token in tokens)
+            for name in MODALITIES
+        }
         for name in MODALITIES:
             _check_places(name, wanted[name], len(lists.get(name, [])))
         left, kinds = {name: iter(given) for name, given in lists.items()}, self._kinds()
         pictures = [PictureSource(kinds[t], next(left[kinds[t]])) for t in tokens if t in kinds]
         return self._build(tokens, pictures, prompt if isinstance(prompt, str) else None)
 
-    def _build(self, tokens: Sequence[int], sources: Sequence[PictureSource], text: str | None) -> MediaPrompt:
+    def _build(
+        self, tokens: Sequence[int], sources: Sequence[PictureSource], text: str | None
+    ) -> MediaPrompt:
         """Expands the placeholders, which must be as many as the pictures, in the same order."""
         kinds = self._kinds()
         places = [kinds[token] for token in tokens if token in kinds]
         for name in MODALITIES:
-            _check_places(name, places.count(name), sum(source.modality == name for source in sources))
+            _check_places(
+                name, places.count(name), sum(source.modality == name for source in sources)
+            )
         by_kind = {name: iter([s for s in sources if s.modality == name]) for name in MODALITIES}
         expanded: list[int] = []
         pictures: list[Picture] = []
@@ -91,22 +108,32 @@ class PromptBuilder:
         if source.modality == "image":
             return self._reader.image(open_image(source.source, self._limits))
         if len(source.source) > self._limits.frames:
-            raise ConfigError(f"a video of {len(source.source)} frames exceeds the limit of {self._limits.frames}")
+            raise ConfigError(
+                f"a video of {len(source.source)} frames exceeds the limit of {self._limits.frames}"
+            )
         return self._reader.video([open_image(frame, self._limits) for frame in source.source])
 
     def _check_counts(self, pictures: Sequence[PictureSource]) -> None:
         for name in MODALITIES:
-            count, limit = sum(p.modality == name for p in pictures), self._limits.per_prompt.get(name, 0)
+            count, limit = (
+                sum(p.modality == name for p in pictures),
+                self._limits.per_prompt.get(name, 0),
+            )
             if count and name not in self._reader.placeholders:
                 raise ConfigError(f"this model does not read a {name}")
             if count > limit:
-                raise ConfigError(f"{count} {name}s in one prompt: at most {limit} are allowed (limit_mm_per_prompt)")
+                raise ConfigError(
+                    f"{count} {name}s in one prompt: at most {limit} are allowed (limit_mm_per_prompt)"
+                )
 
     def _kinds(self) -> dict[int, str]:
         return {token: name for name, token in self._reader.placeholders.items()}
 
     def _placeholder_texts(self) -> dict[str, str]:
-        return {name: self._tokenizer.decode([token], False) for name, token in self._reader.placeholders.items()}
+        return {
+            name: self._tokenizer.decode([token], False)
+            for name, token in self._reader.placeholders.items()
+        }
 
     def _encode(self, text: str) -> list[int]:
         """As transformers' processors do: the beginning token is added where the template has not written it."""
@@ -152,7 +179,9 @@ def rotary_positions(
 def _check_places(modality: str, places: int, pictures: int) -> None:
     if places != pictures:
         few = "many" if pictures > places else "few"
-        raise ConfigError(f"{pictures} {modality}s for a prompt of {places} {modality} placeholders: too {few}")
+        raise ConfigError(
+            f"{pictures} {modality}s for a prompt of {places} {modality} placeholders: too {few}"
+        )
 
 
 def _as_list(modality: str, given: Any) -> list[Any]:

@@ -33,7 +33,13 @@ def profile_path(
     costs over rows."""
     machine = _cpu() + (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
     native = library.identity() if library.unavailable() is None else ""
-    parts = [str(VERSION), torch.__version__, json.dumps(dict(weights), sort_keys=True), str(dtype), machine]
+    parts = [
+        str(VERSION),
+        torch.__version__,
+        json.dumps(dict(weights), sort_keys=True),
+        str(dtype),
+        machine,
+    ]
     parts += [head, native, str(torch.get_num_threads()), str(longest), str(tuple(steps))]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return cache_dir() / "profiles" / f"{key}.json"
@@ -46,7 +52,9 @@ def load_profile(path: Path) -> CostModel | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        log.warning(f"the profile {path} cannot be used, costs are measured again: {type(error).__name__}: {error}")
+        log.warning(
+            f"the profile {path} cannot be used, costs are measured again: {type(error).__name__}: {error}"
+        )
         return None
 
 
@@ -57,7 +65,9 @@ def save_profile(path: Path, cost: CostModel) -> None:
         with whole(path) as scratch:
             scratch.write_text(json.dumps(cost.to_dict()))
     except OSError as error:
-        log.warning(f"the profile {path} cannot be kept, costs will be measured again next time: {error.strerror}")
+        log.warning(
+            f"the profile {path} cannot be kept, costs will be measured again next time: {error.strerror}"
+        )
 
 
 def _cpu() -> str:

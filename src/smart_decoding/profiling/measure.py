@@ -62,7 +62,9 @@ def measure(
         return []
     points = _points(target, drafter, pages, max_num_seqs, coarse)
     try:
-        cold = len(points) if target.device.type == "cuda" else 1 if coarse else 3  # a GPU loads kernels at first use
+        cold = (
+            len(points) if target.device.type == "cuda" else 1 if coarse else 3
+        )  # a GPU loads kernels at first use
         return _relative(_measured(points, seconds, clock, cold))
     finally:
         for point in points:
@@ -77,7 +79,11 @@ def longest_context(max_positions: int) -> int:
 def largest_batch(pages: int, max_num_seqs: int) -> int:
     """The largest batch that is measured, in a cache of `pages`: what a profile says of larger ones is a guess."""
     each = -(-(CONTEXTS[0] + 1) // PAGE)
-    return max(batch for batch in BATCHES if batch == 1 or (batch <= max_num_seqs and batch * each <= pages))
+    return max(
+        batch
+        for batch in BATCHES
+        if batch == 1 or (batch <= max_num_seqs and batch * each <= pages)
+    )
 
 
 def _measured(
@@ -111,7 +117,10 @@ def _relative(timed: Sequence[tuple[Point, float, float]]) -> list[Sample]:
     padded = np.concatenate((references[:1], references, references[-1:]))
     local = np.median(np.stack((padded[:-2], padded[1:-1], padded[2:])), axis=0)
     usual = float(np.median(references))
-    return [point.sample(seconds * usual / float(now)) for (point, _, seconds), now in zip(timed, local, strict=True)]
+    return [
+        point.sample(seconds * usual / float(now))
+        for (point, _, seconds), now in zip(timed, local, strict=True)
+    ]
 
 
 def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
@@ -126,7 +135,11 @@ def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
 
 
 def _points(
-    target: TorchTarget, drafter: LevelDrafter[Any] | None, pages: int, max_num_seqs: int, coarse: bool = False
+    target: TorchTarget,
+    drafter: LevelDrafter[Any] | None,
+    pages: int,
+    max_num_seqs: int,
+    coarse: bool = False,
 ) -> list[Point]:
     points, sizes = [], COARSE if coarse else PER_SEQUENCE
     # Both sides of a step, between which costs are flat. Of many steps two batches show enough: most totals end one.
@@ -135,7 +148,9 @@ def _points(
         for batch in (b for b in BATCHES if b <= max_num_seqs):
             totals = [batch * per for per in (sizes if context == CONTEXTS[0] else (1, 4, 16))]
             if context == CONTEXTS[0] and batch in stepped:
-                totals += [total for step in target.steps for total in (step, step + 1) if total > batch]
+                totals += [
+                    total for step in target.steps for total in (step, step + 1) if total > batch
+                ]
             for total in sorted({t for t in totals if t <= MAX_ROWS or t == batch}):
                 run = verification(target, batch, total, context, pages)
                 if run is not None and context + -(-total // batch) <= target.max_positions:
@@ -175,7 +190,9 @@ def _verify_point(run: Callable[[], None], batch: int, total: int, context: int)
     return Point(run, lambda s: VerifySample(batch, total, float(context), s))
 
 
-def verification(target: TorchTarget, batch: int, total: int, context: int, pages: int) -> Callable[[], None] | None:
+def verification(
+    target: TorchTarget, batch: int, total: int, context: int, pages: int
+) -> Callable[[], None] | None:
     """What verifies `total` rows of `batch` sequences at `context`, as rounds do; None if the cache is too small."""
     if target.verify_greedy is None:
         rows = fake_rows(batch, total, context, pages)

@@ -29,7 +29,13 @@ class Rehearsal:
     """`batch` requests of `context` random tokens, and up to `more`. The drafter's keys are overwritten."""
 
     def __init__(
-        self, drafter: LevelDrafter[Any], pages: int, batch: int, context: int, vocab: int, more: int = MORE
+        self,
+        drafter: LevelDrafter[Any],
+        pages: int,
+        batch: int,
+        context: int,
+        vocab: int,
+        more: int = MORE,
     ) -> None:
         self._drafter, self._pool, self._more = drafter, PagePool(pages), more
         self.batch, self.context, self._vocab = batch, context, vocab
@@ -45,7 +51,10 @@ class Rehearsal:
 
     def commit(self, waiting: int) -> None:
         """Every request gets a token, and the first one `waiting` more."""
-        if not self._requests or self._requests[0].table.length + 1 + waiting > self.context + self._more:
+        if (
+            not self._requests
+            or self._requests[0].table.length + 1 + waiting > self.context + self._more
+        ):
             self._begin()
         for request in self._requests:
             self._lengthen(request, 1)
@@ -86,9 +95,13 @@ class Rehearsal:
         assert self._chooser is not None
         batch, none = self.batch, np.zeros(0, np.int64)
         limits, kind = np.full(batch, levels + 1), np.ones(batch, np.uint8)
-        drafted = Drafted(DraftTrees.empty(batch), Calibration(), limits, kind, none, batch, 0.0, FREE, math.inf)
+        drafted = Drafted(
+            DraftTrees.empty(batch), Calibration(), limits, kind, none, batch, 0.0, FREE, math.inf
+        )
         ahead = LookAhead(np.full((DEPTHS, RANKS), 0.5))
-        growth = Growth(self._chooser, drafted, ahead, levels, 1, np.array([width]), np.zeros(width + 1))
+        growth = Growth(
+            self._chooser, drafted, ahead, levels, 1, np.array([width]), np.zeros(width + 1)
+        )
         return DraftPlan(True, levels, PLAN.children, growth=growth)
 
     def end(self) -> None:
@@ -115,7 +128,9 @@ class Rehearsal:
         request.tokens += self._tokens(count)
         request.table.commit(request.tokens, first + count)
         request.table.cover(1)  # as the scheduler does for the round to come
-        self._drafter.extend(request, self._drafter.blank(count), first, request.tokens[first : first + count])
+        self._drafter.extend(
+            request, self._drafter.blank(count), first, request.tokens[first : first + count]
+        )
 
     def _tokens(self, count: int) -> list[int]:
         tokens: list[int] = self._random.integers(0, self._vocab, count).tolist()

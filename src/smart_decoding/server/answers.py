@@ -27,7 +27,9 @@ class Usage:
         self.completion += len(chunk.tokens)
         if chunk.finish_reason:
             place = chunk.index // n
-            self.cached[place] = min(self.cached.get(place, chunk.cached_tokens), chunk.cached_tokens)
+            self.cached[place] = min(
+                self.cached.get(place, chunk.cached_tokens), chunk.cached_tokens
+            )
 
     def json(self) -> Json:
         return {
@@ -51,7 +53,12 @@ class ChatForm:
 
     def opening(self, index: int) -> Json | None:
         """The first delta of an answer."""
-        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
 
     def delta(self, chunk: Chunk) -> Json | None:
         """What a chunk adds, or None if there is nothing to tell."""
@@ -69,7 +76,12 @@ class ChatForm:
         return self._choice(chunk, "message", message, reason)
 
     def _choice(self, chunk: Chunk, kind: str, what: Json, reason: str | None) -> Json:
-        return {"index": chunk.index, kind: what, "logprobs": self._logprobs(chunk), "finish_reason": reason}
+        return {
+            "index": chunk.index,
+            kind: what,
+            "logprobs": self._logprobs(chunk),
+            "finish_reason": reason,
+        }
 
     def _read(self, chunk: Chunk) -> tuple[str, list[Json], str | None]:
         """Content, pieces of tool calls, and why the answer ended."""
@@ -77,7 +89,13 @@ class ChatForm:
             return chunk.text, [], chunk.finish_reason
         text = self._texts.setdefault(chunk.index, ToolText())
         content, calls = text.feed(chunk.text, chunk.finish_reason is not None)
-        return content, calls, "tool_calls" if chunk.finish_reason == "stop" and text.complete else chunk.finish_reason
+        return (
+            content,
+            calls,
+            "tool_calls"
+            if chunk.finish_reason == "stop" and text.complete
+            else chunk.finish_reason,
+        )
 
     def _logprobs(self, chunk: Chunk) -> Json | None:
         if chunk.logprobs is None:
@@ -86,13 +104,19 @@ class ChatForm:
         for entry in chunk.logprobs:
             top = zip(entry.top_tokens[: self._top], entry.top_logprobs[: self._top], strict=True)
             alternatives = [self._token(int(token), float(value)) for token, value in top]
-            content.append({**self._token(entry.token, float(entry.logprob)), "top_logprobs": alternatives})
+            content.append(
+                {**self._token(entry.token, float(entry.logprob)), "top_logprobs": alternatives}
+            )
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> Json:
         text = self._text_of(token)
         # A token that holds a part of a character has no text, and then its bytes are not known here either.
-        return {"token": text, "logprob": _finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
+        return {
+            "token": text,
+            "logprob": _finite(logprob),
+            "bytes": None if "\ufffd" in text else list(text.encode()),
+        }
 
 
 class Offsets:
@@ -116,7 +140,9 @@ class CompletionForm:
 
     prefix, whole, piece = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, text_of: TokenText, top: int | None, reader: Callable[[int], Detokenizer]) -> None:
+    def __init__(
+        self, text_of: TokenText, top: int | None, reader: Callable[[int], Detokenizer]
+    ) -> None:
         self._text_of, self._top, self._reader = text_of, top, reader
         self._offsets: dict[int, Offsets] = {}
 
@@ -146,8 +172,15 @@ class CompletionForm:
         for entry, text, value in zip(chunk.logprobs, texts, values, strict=True):
             top = zip(entry.top_tokens[: self._top], entry.top_logprobs[: self._top], strict=True)
             likely = {self._text_of(int(token)): _finite(float(logprob)) for token, logprob in top}
-            tops.append(likely | {text: value})  # the drawn token is told of however unlikely it was
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+            tops.append(
+                likely | {text: value}
+            )  # the drawn token is told of however unlikely it was
+        return {
+            "tokens": texts,
+            "token_logprobs": values,
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
 
 
 Form = ChatForm | CompletionForm

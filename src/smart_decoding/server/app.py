@@ -28,7 +28,9 @@ def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live:
         yield
         await asyncio.to_thread(worker.stop)
 
-    app = FastAPI(title="SMART", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="SMART", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     errors.install(app)
     app.include_router(openai_api.router(worker, settings))
 
@@ -36,7 +38,9 @@ def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live:
     async def health() -> dict[str, str]:
         """Live: the engine loads or runs."""
         if not worker.alive:
-            raise ApiError(503, "the engine has stopped; the server's log says why", "engine_stopped")
+            raise ApiError(
+                503, "the engine has stopped; the server's log says why", "engine_stopped"
+            )
         return {"status": "ok"}
 
     @app.get("/health/ready")
@@ -62,7 +66,9 @@ def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live:
     async def events() -> StreamingResponse:
         live.check_room()
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(live.events(worker), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(
+            live.events(worker), media_type="text/event-stream", headers=headers
+        )
 
     app.add_middleware(Gate, settings=settings)
     return app

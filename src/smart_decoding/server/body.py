@@ -20,7 +20,9 @@ def _whole_characters(text: str) -> str:
 
 MAX_DEPTH = 64
 Token = Annotated[int, Field(ge=0)]
-FAST = Field(fail_fast=True)  # of lists: one error is enough, and a body of nulls would make a million
+FAST = Field(
+    fail_fast=True
+)  # of lists: one error is enough, and a body of nulls would make a million
 Text = Annotated[str, AfterValidator(_whole_characters)]
 
 
@@ -31,7 +33,9 @@ def check_json(value: Any) -> None:
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
         below = [each for each in level if isinstance(each, dict | list)]
-        level = [child for each in below for child in (each.values() if isinstance(each, dict) else each)]
+        level = [
+            child for each in below for child in (each.values() if isinstance(each, dict) else each)
+        ]
         depth += 1
     _whole_characters(json.dumps(value, ensure_ascii=False, allow_nan=False))
 

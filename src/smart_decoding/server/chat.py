@@ -12,13 +12,22 @@ from smart_decoding.server.errors import ApiError
 from smart_decoding.server.schemas import Message
 
 
-def chat_prompt(llm: LLM, messages: Sequence[Message], offered: Sequence[tools.Tool] = ()) -> MediaPrompt:
+def chat_prompt(
+    llm: LLM, messages: Sequence[Message], offered: Sequence[tools.Tool] = ()
+) -> MediaPrompt:
     """The prompt of a conversation, with the tools that the model may call. Raises ApiError, ConfigError."""
     plain = [message.plain() for message in messages]
-    with_tools = offered or any("tool_calls" in message or message["role"] == "tool" for message in plain)
+    with_tools = offered or any(
+        "tool_calls" in message or message["role"] == "tool" for message in plain
+    )
     if has_pictures(plain) or (llm.sees and not with_tools):
         if with_tools:
-            raise ApiError(400, "tools and pictures are not supported in one conversation", "invalid_value", "messages")
+            raise ApiError(
+                400,
+                "tools and pictures are not supported in one conversation",
+                "invalid_value",
+                "messages",
+            )
         return llm.chat_prompt(plain)
     described = [tool.model_dump(exclude_none=True) for tool in offered]
     if not tools.speaks_our_form(llm.tokenizer.template):

@@ -32,7 +32,11 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # whatever is left unsent is to be known of
         if len(self.connections) > self._max_connections:
-            self._refuse(ApiError(503, "too many connections are open: try again later", "too_many_connections"))
+            self._refuse(
+                ApiError(
+                    503, "too many connections are open: try again later", "too_many_connections"
+                )
+            )
         else:
             self._watch()
 
@@ -85,8 +89,12 @@ class Connection(H11Protocol):
         """Sends an error, if nothing was sent yet, and closes."""
         if self.conn.our_state is h11.IDLE:
             body = json.dumps(error.body).encode()
-            lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", "content-type: application/json",
-                     f"content-length: {len(body)}", "connection: close",
-                     *(f"{name}: {value}" for name, value in error.headers.items())]  # fmt: skip
+            lines = [
+                f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
+                "content-type: application/json",
+                f"content-length: {len(body)}",
+                "connection: close",
+                *(f"{name}: {value}" for name, value in error.headers.items()),
+            ]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()

@@ -15,7 +15,12 @@ from smart_decoding.errors import CapacityError, SmartError
 log = logging.getLogger("smart.server")
 
 _TYPES = {429: "rate_limit_error"}
-_CODES = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
+_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+}
 RETRY_AFTER = 5  # seconds, where nobody knows better
 
 
@@ -31,14 +36,23 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code or _CODES.get(status), param
-        self.headers = {"Retry-After": str(retry_after or RETRY_AFTER)} if status in (429, 503) else {}
+        self.status, self.message, self.code, self.param = (
+            status,
+            message,
+            code or _CODES.get(status),
+            param,
+        )
+        self.headers = (
+            {"Retry-After": str(retry_after or RETRY_AFTER)} if status in (429, 503) else {}
+        )
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        kind = _TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
         message = self.message.encode("utf-8", "replace").decode()  # it may quote lone surrogates
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -90,10 +104,14 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     first = max((e for e in error.errors() if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
     kind = first["type"]
     # Behind "body" and the field's name "list[...]" is a type that was tried.
-    path = [part for i, part in enumerate(map(str, first["loc"])) if i and (i == 1 or "[" not in part)]
+    path = [
+        part for i, part in enumerate(map(str, first["loc"])) if i and (i == 1 or "[" not in part)
+    ]
     param = path[0] if path else None
     if kind == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+        return ApiError(
+            400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+        )
     if kind == "extra_forbidden":
         return ApiError(400, f"{'.'.join(path)} is not supported", "unsupported_parameter", param)
     return ApiError(400, f"{'.'.join(path) or 'the body'}: {first['msg']}", "invalid_value", param)

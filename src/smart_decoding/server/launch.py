@@ -32,8 +32,12 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, Any] = {"time": f"{when}.{int(record.msecs):03d}Z", "level": record.levelname.lower(),
-                                "logger": record.name, "message": record.getMessage()}  # fmt: skip
+        line: dict[str, Any] = {
+            "time": f"{when}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
         line.update({name: record.__dict__[name] for name in _EXTRA if name in record.__dict__})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -69,10 +73,17 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
     worker = Worker(load, settings.max_queue, settings.queue_timeout, (metrics, live))
     limits = {"head_timeout": settings.head_timeout, "max_connections": settings.max_connections}
     config = uvicorn.Config(
-        create_app(worker, settings, metrics, live), log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout), lifespan="on", ws="none",
-        http=cast(type[Connection], functools.partial(Connection, **limits)), h11_max_incomplete_event_size=MAX_HEAD,
-    )  # fmt: skip
+        create_app(worker, settings, metrics, live),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout),
+        lifespan="on",
+        ws="none",
+        http=cast(type[Connection], functools.partial(Connection, **limits)),
+        h11_max_incomplete_event_size=MAX_HEAD,
+    )
     server = Server(config, worker.drain)
 
     def give_up() -> None:
@@ -112,5 +123,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}"
+        ) from error
     return listener

@@ -23,8 +23,10 @@ from smart_decoding.server.worker import Worker
 PAGE = Path(__file__).with_name("page.html")
 INTERVAL, WINDOW = 0.25, 2.0  # seconds between events; seconds that speeds are averaged over
 MAX_WATCHERS, MAX_TREES, BEFORE = 16, 8, 12
-CSP = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+CSP = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,9 @@ class Live:
         if cost is not None and batch.size:
             context = float(batch.context.mean())
             plain = float(cost.verify_seconds(batch.size, batch.size + batch.prefill_rows, context))
-        self._paces.append(Pace(time.monotonic(), record.seconds, record.emitted, plain, len(record.requests)))
+        self._paces.append(
+            Pace(time.monotonic(), record.seconds, record.emitted, plain, len(record.requests))
+        )
 
     def ended(self, request: Request, reason: str) -> None:
         pass
@@ -89,7 +93,12 @@ class Live:
     def check_room(self) -> None:
         """Raises ApiError if too many watch already."""
         if self.watchers >= MAX_WATCHERS:
-            raise ApiError(503, f"{MAX_WATCHERS} pages are watching already", "too_many_watchers", retry_after=10)
+            raise ApiError(
+                503,
+                f"{MAX_WATCHERS} pages are watching already",
+                "too_many_watchers",
+                retry_after=10,
+            )
 
     def snapshot(self) -> dict[str, Any]:
         """The present state as JSON; null is what is not known."""
@@ -104,16 +113,23 @@ class Live:
         tps = tokens / seconds if recent else 0.0
         plain_tps = plain_tokens / plain if plain else None
         return {
-            "ready": True, "name": self.name, "model": str(llm.provenance.get("model", "")).rpartition("/")[2],
-            "policy": engine.policy.name, "speculation": llm.speculation.description,
-            "running": len(scheduler.running), "waiting": len(scheduler.waiting),
-            "slots": engine.config.max_num_seqs, "kv": round(1 - pool.available / pool.pages, 4),
-            "tps": round(tps, 2), "plain_tps": _rounded(plain_tps),
+            "ready": True,
+            "name": self.name,
+            "model": str(llm.provenance.get("model", "")).rpartition("/")[2],
+            "policy": engine.policy.name,
+            "speculation": llm.speculation.description,
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "slots": engine.config.max_num_seqs,
+            "kv": round(1 - pool.available / pool.pages, 4),
+            "tps": round(tps, 2),
+            "plain_tps": _rounded(plain_tps),
             "speedup": _rounded(tps / plain_tps if plain_tps else None),
-            "yield": _rounded(tokens / plain_tokens if plain_tokens else None), "off": _rounded(stats.get("share_off")),
+            "yield": _rounded(tokens / plain_tokens if plain_tokens else None),
+            "off": _rounded(stats.get("share_off")),
             "calibration": _rounded(stats.get("calibration_error")),
             **self._last_round(llm, engine.policy.cost, not recent),
-        }  # fmt: skip
+        }
 
     def _last_round(self, llm: LLM, cost: CostModel | None, idle: bool) -> dict[str, Any]:
         if self._last is None:
@@ -126,8 +142,14 @@ class Live:
             last = max(2 * done.verify_rows, batch.size + 32)
             rows = np.unique(np.linspace(batch.size, last, 33).astype(np.int64))
             seconds = cost.verify_seconds(batch.size, rows, float(batch.context.mean()))
-            curve = {"batch": batch.size, "rows": rows.tolist(), "ms": np.round(1000 * seconds, 3).tolist()}
-        trees = [] if idle else [_tree(llm, record, i, end) for i, end in enumerate(ends[:MAX_TREES])]
+            curve = {
+                "batch": batch.size,
+                "rows": rows.tolist(),
+                "ms": np.round(1000 * seconds, 3).tolist(),
+            }
+        trees = (
+            [] if idle else [_tree(llm, record, i, end) for i, end in enumerate(ends[:MAX_TREES])]
+        )
         return {"curve": curve, "point": point, "levels": len(done.level_widths), "trees": trees}
 
 
@@ -141,16 +163,23 @@ def _tree(llm: LLM, record: RoundRecord, owner: int, end: int) -> dict[str, Any]
     accepted = set(acceptance.path[owner])
     prob = np.where(np.isnan(trees.accept_prob), trees.path_prob, trees.accept_prob)
     nodes = [
-        [place.get(int(trees.parent[node]), -1), _text(llm, [int(trees.token[node])]), round(float(prob[node]), 3),
-         node in accepted]
+        [
+            place.get(int(trees.parent[node]), -1),
+            _text(llm, [int(trees.token[node])]),
+            round(float(prob[node]), 3),
+            node in accepted,
+        ]
         for node in mine
-    ]  # fmt: skip
+    ]
     root = end - len(acceptance.emitted[owner])
     before = request.tokens[max(0, root - BEFORE) : root]
     return {
-        "id": request.id[-12:], "before": _text(llm, before), "nodes": nodes,
-        "own": _text(llm, [acceptance.emitted[owner][-1]]), "tokens": len(request.output),
-    }  # fmt: skip
+        "id": request.id[-12:],
+        "before": _text(llm, before),
+        "nodes": nodes,
+        "own": _text(llm, [acceptance.emitted[owner][-1]]),
+        "tokens": len(request.output),
+    }
 
 
 def _text(llm: LLM, tokens: list[int]) -> str:

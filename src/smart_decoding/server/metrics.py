@@ -47,7 +47,9 @@ class Metrics:
         self._label = f'model_name="{escaped}"'
         self.counts: Counter[str] = Counter()
         self.ended_by: Counter[str] = Counter()
-        self.seconds = dict.fromkeys(("round", "controller", "checked_round", "predicted_round"), 0.0)
+        self.seconds = dict.fromkeys(
+            ("round", "controller", "checked_round", "predicted_round"), 0.0
+        )
         self.ttft, self.tpot, self.e2e = Histogram(_FIRST), Histogram(_TOKEN), Histogram(_WHOLE)
         self._engine: Engine | None = None
         self._cost: CostModel | None = None
@@ -82,7 +84,9 @@ class Metrics:
             self.seconds["checked_round"] += done.verify_seconds + sum(done.level_seconds)
             self.seconds["predicted_round"] += predicted_seconds(self._cost, done)
         for request in touched:
-            if request.metrics.rounds == 0 and len(request.output) <= 1:  # more: a prompt run again after a preemption
+            if (
+                request.metrics.rounds == 0 and len(request.output) <= 1
+            ):  # more: a prompt run again after a preemption
                 self.ttft.observe(request.metrics.ttft or 0.0)
                 counts["prompt_tokens"] += len(request.prompt)
 
@@ -90,7 +94,11 @@ class Metrics:
         self.ended_by[reason] += 1
         metrics, tokens = request.metrics, len(request.output)
         self.counts["preemptions"] += metrics.preemptions
-        if reason in ("stop", "length") and metrics.finished is not None and metrics.first_token is not None:
+        if (
+            reason in ("stop", "length")
+            and metrics.finished is not None
+            and metrics.first_token is not None
+        ):
             self.e2e.observe(metrics.finished - metrics.arrival)
             if tokens > 1:
                 self.tpot.observe((metrics.finished - metrics.first_token) / (tokens - 1))
@@ -119,8 +127,16 @@ class Metrics:
         if self._engine is not None:
             scheduler, pool = self._engine.scheduler, self._engine.pool
             found |= {
-                "num_requests_running": ("gauge", "Answers in the running batch.", len(scheduler.running)),
-                "num_requests_waiting": ("gauge", "Answers waiting for a slot.", len(scheduler.waiting)),
+                "num_requests_running": (
+                    "gauge",
+                    "Answers in the running batch.",
+                    len(scheduler.running),
+                ),
+                "num_requests_waiting": (
+                    "gauge",
+                    "Answers waiting for a slot.",
+                    len(scheduler.waiting),
+                ),
                 "kv_cache_usage_perc": (
                     "gauge",
                     "Share of KV pages in use, 1 is all.",
@@ -129,38 +145,94 @@ class Metrics:
             }
             stats = self._engine.policy.stats()
             for key, name, text in (
-                ("estimated_speedup", "speedup_estimate", "Tokens per second over plain decoding's, as estimated."),
-                ("calibration_error", "calibration_error", "Accepted over expected nodes, minus 1."),
-                ("share_off", "speculation_off_share", "Share of recent rounds that did not draft."),
-                ("probe_seconds", "probe_seconds", "Seconds that checking the mode believed worse has cost."),
+                (
+                    "estimated_speedup",
+                    "speedup_estimate",
+                    "Tokens per second over plain decoding's, as estimated.",
+                ),
+                (
+                    "calibration_error",
+                    "calibration_error",
+                    "Accepted over expected nodes, minus 1.",
+                ),
+                (
+                    "share_off",
+                    "speculation_off_share",
+                    "Share of recent rounds that did not draft.",
+                ),
+                (
+                    "probe_seconds",
+                    "probe_seconds",
+                    "Seconds that checking the mode believed worse has cost.",
+                ),
             ):
                 if key in stats:
                     found[name] = ("gauge", text, stats[key])
         return found | {
-            "prompt_tokens_total": ("counter", "Prompt tokens of answers that have begun.", c["prompt_tokens"]),
+            "prompt_tokens_total": (
+                "counter",
+                "Prompt tokens of answers that have begun.",
+                c["prompt_tokens"],
+            ),
             "generation_tokens_total": ("counter", "Tokens generated.", c["tokens"]),
-            "num_preemptions_total": ("counter", "Answers put back for lack of KV memory.", c["preemptions"]),
+            "num_preemptions_total": (
+                "counter",
+                "Answers put back for lack of KV memory.",
+                c["preemptions"],
+            ),
             "request_success_total": ("counter", "Answers that ended, by reason.", self.ended_by),
             "time_to_first_token_seconds": ("histogram", "Arrival to first token.", self.ttft),
-            "time_per_output_token_seconds": ("histogram", "Mean per answer, first token excluded.", self.tpot),
+            "time_per_output_token_seconds": (
+                "histogram",
+                "Mean per answer, first token excluded.",
+                self.tpot,
+            ),
             "e2e_request_latency_seconds": ("histogram", "Arrival to end.", self.e2e),
-            "spec_decode_num_drafts_total": ("counter", "Trees of which nodes were verified.", c["drafts"]),
-            "spec_decode_num_draft_tokens_total": ("counter", "Tree nodes verified.", c["verified"]),
-            "spec_decode_num_accepted_tokens_total": ("counter", "Tree nodes accepted.", c["accepted"]),
-            "spec_decode_num_proposed_tokens_total": ("counter", "Tree nodes drafted, pruned ones too.", c["drafted"]),
+            "spec_decode_num_drafts_total": (
+                "counter",
+                "Trees of which nodes were verified.",
+                c["drafts"],
+            ),
+            "spec_decode_num_draft_tokens_total": (
+                "counter",
+                "Tree nodes verified.",
+                c["verified"],
+            ),
+            "spec_decode_num_accepted_tokens_total": (
+                "counter",
+                "Tree nodes accepted.",
+                c["accepted"],
+            ),
+            "spec_decode_num_proposed_tokens_total": (
+                "counter",
+                "Tree nodes drafted, pruned ones too.",
+                c["drafted"],
+            ),
             "rounds_total": ("counter", "Rounds of the engine.", c["rounds"]),
-            "drafting_rounds_total": ("counter", "Rounds that speculated; the others had speculation off.",
-                                      c["drafting_rounds"]),
+            "drafting_rounds_total": (
+                "counter",
+                "Rounds that speculated; the others had speculation off.",
+                c["drafting_rounds"],
+            ),
             "draft_levels_total": ("counter", "Levels drafted by the model drafter.", c["levels"]),
             "verify_rows_total": ("counter", "Rows of the verifying forwards.", c["rows"]),
             "round_seconds_total": ("counter", "Seconds in rounds.", s["round"]),
-            "controller_seconds_total": ("counter", "Seconds in rounds outside of forwards, sampling and KV.",
-                                         s["controller"]),
-            "checked_round_seconds_total": ("counter", f"Real seconds of every {CHECK_EVERY}th decoding round.",
-                                            s["checked_round"]),
-            "predicted_round_seconds_total": ("counter", "The cost model's seconds for the same rounds.",
-                                              s["predicted_round"]),
-        }  # fmt: skip
+            "controller_seconds_total": (
+                "counter",
+                "Seconds in rounds outside of forwards, sampling and KV.",
+                s["controller"],
+            ),
+            "checked_round_seconds_total": (
+                "counter",
+                f"Real seconds of every {CHECK_EVERY}th decoding round.",
+                s["checked_round"],
+            ),
+            "predicted_round_seconds_total": (
+                "counter",
+                "The cost model's seconds for the same rounds.",
+                s["predicted_round"],
+            ),
+        }
 
 
 def predicted_seconds(cost: CostModel, done: Round) -> float:

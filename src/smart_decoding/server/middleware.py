@@ -19,7 +19,13 @@ from smart_decoding.server.settings import ServerSettings, is_loopback
 
 log = logging.getLogger("smart.access")
 
-OPEN = ("/", "/health", "/health/ready", "/version", "/openapi.json")  # they tell nothing of anyone's
+OPEN = (
+    "/",
+    "/health",
+    "/health/ready",
+    "/version",
+    "/openapi.json",
+)  # they tell nothing of anyone's
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -56,25 +62,35 @@ class Gate:
         finally:
             seconds = round(time.monotonic() - started, 4)
             log.log(
-                logging.DEBUG if scope["path"].startswith("/health") else logging.INFO,  # probes come every second
+                logging.DEBUG
+                if scope["path"].startswith("/health")
+                else logging.INFO,  # probes come every second
                 f"{scope['method']} {scope['path']} {status}",
                 extra={"request_id": request_id, "status": status, "seconds": seconds},
             )
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if self.settings.local_names_only and not is_loopback(_host_of(headers.get("host", ""))):
-            return ApiError(403, "only localhost may be asked here: set an API key or start with --no-api-key")
+            return ApiError(
+                403, "only localhost may be asked here: set an API key or start with --no-api-key"
+            )
         if self._keys and path not in OPEN and not self._key_fits(headers.get("authorization", "")):
-            return ApiError(401, "no valid API key in the header 'Authorization: Bearer KEY'", "invalid_api_key")
+            return ApiError(
+                401, "no valid API key in the header 'Authorization: Bearer KEY'", "invalid_api_key"
+            )
         length = headers.get("content-length", "0")
         return (
-            self._too_big() if length.isascii() and length.isdigit() and int(length) > self.settings.max_body else None
+            self._too_big()
+            if length.isascii() and length.isdigit() and int(length) > self.settings.max_body
+            else None
         )
 
     def _key_fits(self, authorization: str) -> bool:
         scheme, _, given = authorization.partition(" ")
         key = given.strip().encode("utf-8", "replace")
-        fits = [hmac.compare_digest(key, each) for each in self._keys]  # all of them: the time must tell nothing
+        fits = [
+            hmac.compare_digest(key, each) for each in self._keys
+        ]  # all of them: the time must tell nothing
         return scheme.lower() == "bearer" and any(fits)
 
     def _limited(self, receive: Receive) -> Receive:
@@ -89,7 +105,9 @@ class Gate:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                raise HTTPException(408, f"the body took longer than {self.settings.body_timeout:g} s") from None
+                raise HTTPException(
+                    408, f"the body took longer than {self.settings.body_timeout:g} s"
+                ) from None
             read += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if read > self.settings.max_body:

@@ -18,7 +18,15 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.errors import ConfigError
 from smart_decoding.llm import LLM
-from smart_decoding.server.answers import ChatForm, CompletionForm, Form, Json, Usage, envelope, in_order
+from smart_decoding.server.answers import (
+    ChatForm,
+    CompletionForm,
+    Form,
+    Json,
+    Usage,
+    envelope,
+    in_order,
+)
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.schemas import (
@@ -32,7 +40,9 @@ from smart_decoding.server.settings import ServerSettings
 from smart_decoding.server.worker import Chunk, Job, Worker
 
 T = TypeVar("T")
-COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat answer goes on to the context's end
+COMPLETION_TOKENS = (
+    16  # OpenAI's default for /v1/completions; a chat answer goes on to the context's end
+)
 
 
 def router(worker: Worker, settings: ServerSettings) -> APIRouter:
@@ -41,8 +51,13 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
 
     def card() -> Json:
         length = worker.llm.engine.config.max_model_len if worker.llm else None
-        return {"id": settings.model_name, "object": "model", "created": started, "owned_by": "smart-decoding",
-                "max_model_len": length}  # fmt: skip
+        return {
+            "id": settings.model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "smart-decoding",
+            "max_model_len": length,
+        }
 
     @api.get("/v1/models")
     async def models() -> Json:
@@ -65,10 +80,14 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
     async def chat(request: Request, body: ChatRequest) -> Response:
         llm = worker.check_room()
         offer = body.offer
-        prompt = await _in_thread(lambda: chat_prompt(llm, body.messages, offer.tools if offer else ()))
+        prompt = await _in_thread(
+            lambda: chat_prompt(llm, body.messages, offer.tools if offer else ())
+        )
         top = (body.top_logprobs or 0) if body.logprobs else None
         form = ChatForm(_token_text(llm), top, offer is not None)
-        return await _answer(worker, settings, request, body, [list(prompt.tokens)], form, top, prompt.media)
+        return await _answer(
+            worker, settings, request, body, [list(prompt.tokens)], form, top, prompt.media
+        )
 
     @api.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Json:
@@ -81,7 +100,11 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
             return llm.tokenizer.encode(body.prompt or "", body.add_special_tokens)
 
         found = await _in_thread(tokens)
-        return {"count": len(found), "max_model_len": llm.engine.config.max_model_len, "tokens": found}
+        return {
+            "count": len(found),
+            "max_model_len": llm.engine.config.max_model_len,
+            "tokens": found,
+        }
 
     @api.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Json:
@@ -89,7 +112,10 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
         _check_model(body.model or settings.model_name, settings)
         if max(body.tokens, default=0) >= llm.target.vocab:
             raise ApiError(
-                400, f"a token id is outside the vocabulary of {llm.target.vocab}", "invalid_value", "tokens"
+                400,
+                f"a token id is outside the vocabulary of {llm.target.vocab}",
+                "invalid_value",
+                "tokens",
             )
         return {"prompt": await _in_thread(lambda: llm.tokenizer.decode(body.tokens, False))}
 
@@ -109,9 +135,13 @@ async def _answer(
     """Checks what is asked for, has it done, and answers as `form` says: whole, or as a stream."""
     _check_model(body.model, settings)
     if (body.n or 1) > settings.max_n:
-        raise ApiError(400, f"n={body.n}: at most {settings.max_n} answers to one prompt", "invalid_value", "n")
+        raise ApiError(
+            400, f"n={body.n}: at most {settings.max_n} answers to one prompt", "invalid_value", "n"
+        )
     _check_length(prompts, body, worker.ready())
-    limit = COMPLETION_TOKENS if body.limit is None and isinstance(form, CompletionForm) else body.limit
+    limit = (
+        COMPLETION_TOKENS if body.limit is None and isinstance(form, CompletionForm) else body.limit
+    )
     params, name = body.params(limit, logprobs), request.state.request_id
     await _check_structure(body, params, worker.ready())
     job = Job(uuid.uuid4().hex, prompts, params, bool(body.stream), name, media)
@@ -130,7 +160,9 @@ async def _answer(
             watch.cancel()
     events = _stream(job, first, form, usage, settings.model_name, body.include_usage)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_to_the_end(events, job, worker, watch), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(
+        _to_the_end(events, job, worker, watch), media_type="text/event-stream", headers=headers
+    )
 
 
 async def _to_the_end(
@@ -150,7 +182,11 @@ async def _whole(job: Job, first: Chunk, form: Form, usage: Usage, model: str) -
     async for chunk in _chunks(job, first):
         usage.add(chunk, job.params.n)
         choices.append(form.choice(chunk))
-    return {**envelope(form, job.id, model, True), "choices": in_order(choices), "usage": usage.json()}
+    return {
+        **envelope(form, job.id, model, True),
+        "choices": in_order(choices),
+        "usage": usage.json(),
+    }
 
 
 async def _stream(
@@ -216,10 +252,16 @@ def _check_model(name: str, settings: ServerSettings) -> None:
 
 def _check_length(prompts: Sequence[list[int]], body: Sampling, llm: LLM) -> None:
     """Prompt and all tokens asked for must fit into the context."""
-    longest, room, limit = max(map(len, prompts), default=0), llm.engine.config.max_model_len, body.limit
+    longest, room, limit = (
+        max(map(len, prompts), default=0),
+        llm.engine.config.max_model_len,
+        body.limit,
+    )
     if longest + max(1, limit or 1) > room:
         wish = f" and {limit} more were asked for" if limit else ""
-        message = f"this model's maximum context length is {room} tokens; the prompt has {longest}{wish}"
+        message = (
+            f"this model's maximum context length is {room} tokens; the prompt has {longest}{wish}"
+        )
         at_fault = body.limit_field if limit and longest < room else body.prompt_field
         raise ApiError(400, message, "context_length_exceeded", at_fault)
 
@@ -249,10 +291,14 @@ def _token_text(llm: LLM) -> Callable[[int], str]:
     return lambda token: decode([*anchor, token], False)[known:]
 
 
-def _readers(llm: LLM, body: CompletionRequest, prompts: Sequence[list[int]]) -> Callable[[int], Detokenizer]:
+def _readers(
+    llm: LLM, body: CompletionRequest, prompts: Sequence[list[int]]
+) -> Callable[[int], Detokenizer]:
     """Makes detokenizers as the engine uses them, for answers by their index."""
     skip, n = body.skip_special_tokens is not False, body.n or 1
-    return lambda index: Detokenizer(lambda ids: llm.tokenizer.decode(ids, skip), prompts[index // n][-BEFORE:])
+    return lambda index: Detokenizer(
+        lambda ids: llm.tokenizer.decode(ids, skip), prompts[index // n][-BEFORE:]
+    )
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -65,16 +65,31 @@ class Sampling(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    speculate: bool | None = Field(None, description="false decodes this request plainly; its tokens are the same.")
+    speculate: bool | None = Field(
+        None, description="false decodes this request plainly; its tokens are the same."
+    )
 
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = _ASKS_FOR_NOTHING
     prompt_field: ClassVar[str]
 
     _AS_THEY_ARE: ClassVar[tuple[str, ...]] = (
-        "n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p",
-        "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "skip_special_tokens",
-        "include_stop_str_in_output", "speculate",
-    )  # fmt: skip
+        "n",
+        "temperature",
+        "top_p",
+        "stop",
+        "seed",
+        "presence_penalty",
+        "frequency_penalty",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "min_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "skip_special_tokens",
+        "include_stop_str_in_output",
+        "speculate",
+    )
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Sampling:
@@ -85,7 +100,9 @@ class Sampling(Body):
     @model_validator(mode="after")
     def _one_structure(self) -> Sampling:
         if self.structured_outputs is not None and schema_of(self.response_format) is not None:
-            raise ValueError("response_format and structured_outputs exclude each other: give one of them")
+            raise ValueError(
+                "response_format and structured_outputs exclude each other: give one of them"
+            )
         return self
 
     @property
@@ -104,10 +121,23 @@ class Sampling(Body):
 
     def params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The engine's parameters. Raises ConfigError for a value out of range."""
-        given = {name: getattr(self, name) for name in self._AS_THEY_ARE if getattr(self, name) is not None}
-        bias = {int(token): value for token, value in self.logit_bias.items()} if self.logit_bias else None
-        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias,
-                              structured_outputs=self.structure(), **given)  # fmt: skip
+        given = {
+            name: getattr(self, name)
+            for name in self._AS_THEY_ARE
+            if getattr(self, name) is not None
+        }
+        bias = (
+            {int(token): value for token, value in self.logit_bias.items()}
+            if self.logit_bias
+            else None
+        )
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            logit_bias=bias,
+            structured_outputs=self.structure(),
+            **given,
+        )
 
     def structure(self) -> StructuredOutputsParams | None:
         """What the text must be, if anything. Raises ConfigError."""
@@ -166,15 +196,23 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], FAST] | None = None
     tool_call_id: Text | None = None
 
-    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {  # what answers have, and clients send back
-        "annotations": (None, []), "audio": (None,), "function_call": (None,), "refusal": (None,)}  # fmt: skip
+    _NEUTRAL: ClassVar[
+        Mapping[str, tuple[Any, ...]]
+    ] = {  # what answers have, and clients send back
+        "annotations": (None, []),
+        "audio": (None,),
+        "function_call": (None,),
+        "refusal": (None,),
+    }
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Message:
         if self.tool_calls and self.role != "assistant":
             raise ValueError("only an assistant's message may have tool_calls")
         if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("tool_call_id belongs to messages of the role 'tool', and these need it")
+            raise ValueError(
+                "tool_call_id belongs to messages of the role 'tool', and these need it"
+            )
         if self.content is None and not self.tool_calls:
             raise ValueError("content is missing")
         return self
@@ -188,8 +226,13 @@ class Message(Body):
                 content = "".join(part["text"] for part in content)
         calls = [call.plain() for call in self.tool_calls] if self.tool_calls else None
         role = "system" if self.role == "developer" else self.role
-        found = {"role": role, "content": content, "name": self.name, "tool_calls": calls,
-                 "tool_call_id": self.tool_call_id}  # fmt: skip
+        found = {
+            "role": role,
+            "content": content,
+            "name": self.name,
+            "tool_calls": calls,
+            "tool_call_id": self.tool_call_id,
+        }
         return {key: value for key, value in found.items() if value is not None}
 
 
@@ -197,7 +240,9 @@ class ChatRequest(Sampling):
     prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # the engine's own check calls it max_tokens
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = (
+        None  # the engine's own check calls it max_tokens
+    )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
@@ -219,7 +264,11 @@ class ChatRequest(Sampling):
             return None
         choice = self.tool_choice
         if isinstance(choice, NamedTool):  # called once, as OpenAI does
-            return Offer([tool for tool in self.tools if tool.function.name == choice.function.name], True, False)
+            return Offer(
+                [tool for tool in self.tools if tool.function.name == choice.function.name],
+                True,
+                False,
+            )
         return Offer(self.tools, choice == "required", self.parallel_tool_calls is not False)
 
     def structure(self) -> StructuredOutputsParams | None:
@@ -235,7 +284,10 @@ class ChatRequest(Sampling):
     def _check(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is only allowed with logprobs=true")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+        if (
+            None not in (self.max_tokens, self.max_completion_tokens)
+            and self.max_tokens != self.max_completion_tokens
+        ):
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
         return self
 

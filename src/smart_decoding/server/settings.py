@@ -39,14 +39,20 @@ class ServerSettings:
             ("max_connections", 1),
         ):
             if getattr(self, name) < low:
-                raise ConfigError(f"{name}={getattr(self, name)} is not allowed: it must be at least {low}")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is not allowed: it must be at least {low}"
+                )
         for name in ("queue_timeout", "body_timeout", "head_timeout"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not allowed: it must be more than 0 seconds")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is not allowed: it must be more than 0 seconds"
+                )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not allowed: it must be in [0, 65535]")
         if any(not key.strip() or key != key.strip() or not key.isascii() for key in self.api_keys):
-            raise ConfigError("an API key must be non-empty ASCII text without blanks or line ends around it")
+            raise ConfigError(
+                "an API key must be non-empty ASCII text without blanks or line ends around it"
+            )
         if self.api_keys and self.no_api_key:
             raise ConfigError("an API key and --no-api-key contradict each other: give one of them")
         if not (is_loopback(self.host) or self.api_keys or self.no_api_key):

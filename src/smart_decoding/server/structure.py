@@ -35,10 +35,14 @@ class JsonSchemaFormat(Body):
     json_schema: NamedSchema
 
 
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+]
 
 
-def schema_of(given: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> dict[str, Any] | None:
+def schema_of(
+    given: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
+) -> dict[str, Any] | None:
     """The JSON schema that a response format means, or None for plain text."""
     if isinstance(given, JsonSchemaFormat):
         return given.json_schema.schema_
@@ -56,4 +60,6 @@ class StructuredOutputs(Body):
 
     def params(self) -> StructuredOutputsParams:
         """Raises ConfigError."""
-        return StructuredOutputsParams(self.json_, self.json_object, self.regex, self.choice, self.grammar)
+        return StructuredOutputsParams(
+            self.json_, self.json_object, self.regex, self.choice, self.grammar
+        )

@@ -37,8 +37,14 @@ class ToolText:
                 content += piece
             elif kind == "name":
                 self._calls += 1
-                calls.append({"index": self._calls, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
-                              "function": {"name": piece, "arguments": ""}})  # fmt: skip
+                calls.append(
+                    {
+                        "index": self._calls,
+                        "id": f"call_{uuid.uuid4().hex[:24]}",
+                        "type": "function",
+                        "function": {"name": piece, "arguments": ""},
+                    }
+                )
             elif calls:
                 calls[-1]["function"]["arguments"] += piece
             else:

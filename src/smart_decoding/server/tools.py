@@ -37,7 +37,9 @@ To call a function, answer in this form, once for each call:
 class Function(Body):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: Text | None = None
-    parameters: Json | None = Field(None, description="A JSON schema of an object; none without it.")
+    parameters: Json | None = Field(
+        None, description="A JSON schema of an object; none without it."
+    )
     strict: bool | None = Field(None, description="The schema is kept to in any case.")
 
     @model_validator(mode="after")
@@ -95,8 +97,11 @@ class ToolCall(Body):
 
     def plain(self) -> Json:
         """As chat templates know it: the arguments are an object."""
-        return {"id": self.id, "type": "function",
-                "function": {"name": self.function.name, "arguments": self.function.parsed()}}  # fmt: skip
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": self.function.name, "arguments": self.function.parsed()},
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,7 @@ class Offer:
             f'{json.dumps(json.dumps(tool.function.name) + ", ")} "\\"arguments\\": " %json '
             + json_grammar(tool.function.takes)
             for tool in self.tools
-        )  # fmt: skip
+        )
         body = f'body: "\\n{{\\"name\\": " ({functions}) {json.dumps(CLOSING)}\n'
         if self.must:
             return f'start: "{OPENING}" body {more}\n{body}'
@@ -127,7 +132,12 @@ class Offer:
 
 def speaks_our_form(template: str | None) -> bool:
     """Whether a chat template itself tells of tools, and in the form that is parsed here."""
-    return template is not None and "tools" in template and OPENING in template and "<function=" not in template
+    return (
+        template is not None
+        and "tools" in template
+        and OPENING in template
+        and "<function=" not in template
+    )
 
 
 def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> list[Json]:
@@ -135,7 +145,9 @@ def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> l
     plain = _as_texts(messages)
     if not tools:
         return plain
-    text = _EXPLANATION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    text = _EXPLANATION.format(
+        tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    )
     if plain and plain[0]["role"] == "system":
         return [{**plain[0], "content": f"{plain[0]['content']}\n\n{text}"}, *plain[1:]]
     return [{"role": "system", "content": text}, *plain]
@@ -156,10 +168,15 @@ def _as_texts(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
 
 def _as_text(message: Mapping[str, Any]) -> Json:
     if message["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        return {
+            "role": "user",
+            "content": f"<tool_response>\n{message['content']}\n</tool_response>",
+        }
     calls = [
         f"{OPENING}\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
         for call in message.get("tool_calls", ())
     ]
     content = "\n".join(filter(None, [message.get("content"), *calls]))
-    return {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}
+    return {key: value for key, value in message.items() if key != "tool_calls"} | {
+        "content": content
+    }

@@ -100,7 +100,12 @@ class Worker:
         queue_timeout: float = 60.0,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self._load, self.max_queue, self.queue_timeout, self.observers = load, max_queue, queue_timeout, observers
+        self._load, self.max_queue, self.queue_timeout, self.observers = (
+            load,
+            max_queue,
+            queue_timeout,
+            observers,
+        )
         self.llm: LLM | None = None  # there once it is ready
         self.error: BaseException | None = None
         self.failed: Callable[[], None] = lambda: None
@@ -110,7 +115,9 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="smart-engine", daemon=True)
         self.draining = self._stopping = False
-        self._read: deque[tuple[Command, Job | None]] = deque()  # out of the inbox, but not carried out yet
+        self._read: deque[tuple[Command, Job | None]] = (
+            deque()
+        )  # out of the inbox, but not carried out yet
         self._owners: dict[Request, Job] = {}
         self._waiting: deque[Job] = deque()  # jobs of which no answer has begun
         self._outbox: list[tuple[Job, Chunk | ApiError | int]] = []
@@ -143,7 +150,9 @@ class Worker:
         if self.draining or self._stopping:
             raise ApiError(503, "the server is shutting down", "shutting_down")
         if not self.alive:
-            raise ApiError(503, "the engine has stopped; the server's log says why", "engine_stopped")
+            raise ApiError(
+                503, "the engine has stopped; the server's log says why", "engine_stopped"
+            )
         if self.llm is None:
             raise ApiError(503, "the model is still loading", "not_ready")
         return self.llm
@@ -153,9 +162,15 @@ class Worker:
         llm = self.ready()
         capacity = llm.engine.config.max_num_seqs + self.max_queue
         if answers > capacity:
-            raise ApiError(400, f"{answers} answers in one request: at most {capacity} fit in here", "invalid_value")
+            raise ApiError(
+                400,
+                f"{answers} answers in one request: at most {capacity} fit in here",
+                "invalid_value",
+            )
         if self.active + answers > capacity:
-            message = f"the queue is full ({self.active} answers are waiting or running): try again later"
+            message = (
+                f"the queue is full ({self.active} answers are waiting or running): try again later"
+            )
             raise ApiError(429, message, "queue_full", retry_after=self.retry_after)
         return llm
 
@@ -210,7 +225,11 @@ class Worker:
             self.failed()
             return
         log.info(
-            "ready", extra={"model": str(llm.provenance.get("model", "")), "speculation": llm.speculation.description}
+            "ready",
+            extra={
+                "model": str(llm.provenance.get("model", "")),
+                "speculation": llm.speculation.description,
+            },
         )
         end = ApiError(503, "the server is shutting down", "shutting_down")
         try:
@@ -219,7 +238,9 @@ class Worker:
         except BaseException as error:
             log.critical("the engine has died", exc_info=error)
             self.error = error
-            end = ApiError(500, f"the engine has died: {type(error).__name__}: {error}", "engine_died")
+            end = ApiError(
+                500, f"the engine has died: {type(error).__name__}: {error}", "engine_died"
+            )
         for job in dict.fromkeys(self._owners.values()):
             self._outbox += [(job, job.left), (job, end)]
         self._flush()
@@ -277,14 +298,20 @@ class Worker:
     def _add(self, engine: Engine, job: Job) -> None:
         try:
             for place, prompt in enumerate(job.prompts):
-                for request in engine.add_request(f"{job.id}-{place}", prompt, job.params, job.media):
+                for request in engine.add_request(
+                    f"{job.id}-{place}", prompt, job.params, job.media
+                ):
                     job.answers[request] = place * job.params.n + request.sample
                     job.sent[request] = 0
                     self._owners[request] = job
         except SmartError as error:
             self._end(engine, job, of_smart_error(error))
         except Exception as error:
-            log.error("a request could not be queued", exc_info=error, extra={"request_id": job.request_id})
+            log.error(
+                "a request could not be queued",
+                exc_info=error,
+                extra={"request_id": job.request_id},
+            )
             self._end(engine, job, ApiError(500, f"internal error: {type(error).__name__}"))
         else:
             self._waiting.append(job)
@@ -322,7 +349,9 @@ class Worker:
             return
         stop, start = request.stop, job.sent[request]
         tokens = list(request.output[start:])
-        logprobs = None if request.logprobs is None else request.logprobs[start : len(request.output)]
+        logprobs = (
+            None if request.logprobs is None else request.logprobs[start : len(request.output)]
+        )
         job.sent[request] = start + len(tokens)
         chunk = Chunk(job.answers[request], stop.new_text(), tokens, logprobs, stop.finish_reason)
         if request.finished:
@@ -387,12 +416,20 @@ class Worker:
 
     def _condemn(self, engine: Engine, request: Request, error: Exception) -> None:
         job = self._owners.get(request)
-        log.error("request failed", exc_info=error, extra={"request_id": job.request_id if job else ""})
+        log.error(
+            "request failed", exc_info=error, extra={"request_id": job.request_id if job else ""}
+        )
         engine.abort(request.id)
         if job is not None:
             message = f"the model failed on this request: {type(error).__name__}: {error}"
-            asked_too_much = isinstance(error, ConfigError | CapacityError)  # a ModelError is nobody's request's fault
-            own = of_smart_error(error) if asked_too_much else ApiError(500, message, "request_failed")
+            asked_too_much = isinstance(
+                error, ConfigError | CapacityError
+            )  # a ModelError is nobody's request's fault
+            own = (
+                of_smart_error(error)
+                if asked_too_much
+                else ApiError(500, message, "request_failed")
+            )
             self._end(engine, job, own)
 
     def _run_alone(self, engine: Engine, request: Request) -> None:
@@ -400,7 +437,11 @@ class Worker:
         if len(request.tokens) != len(request.prompt) + len(request.output):
             raise RuntimeError("it failed while its new tokens were taken in")
         rounds, progress = request.metrics.rounds, -1
-        while not request.finished and request.metrics.rounds == rounds and request.table.length > progress:
+        while (
+            not request.finished
+            and request.metrics.rounds == rounds
+            and request.table.length > progress
+        ):
             progress = request.table.length
             self._step(engine)
 
@@ -411,5 +452,7 @@ def warm_up(llm: LLM) -> None:
     Raises ConfigError if not even that fits in."""
     room = llm.engine.config.max_model_len
     if room < 3:
-        raise ConfigError(f"max_model_len={room} is not allowed for a server: it must be at least 3")
+        raise ConfigError(
+            f"max_model_len={room} is not allowed for a server: it must be at least 3"
+        )
     llm.generate([[0] * min(8, room - 2)], SamplingParams(temperature=0, max_tokens=2))

@@ -1,6 +1,6 @@
 """Self-distillation data: the target writes its own conversations, and its hidden states are kept as it writes.
 
-Shards of safetensors hold, for many conversations after one another: `tokens` int32 [n], `taps` bf16 [n, taps * hidden]
+Shards of safetensors hold, for many conversations after one another: `tokens` int32 [n], `taps` bf16 [n, aux_hidden * hidden]
 (the residual streams that a head reads), `starts` int64 [conversations + 1] and `answers` int64 [conversations], the
 offset of each answer's first token within its conversation; of pictures `visual` int64 [m], the rows among the n that
 are theirs, and `embeddings` bf16 [m, hidden], what the target read there.
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.engine import Engine
-from smart_decoding.engine.media import Inserts
+from smart_decoding.engine.media import MultimodalEmbeddings
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
@@ -41,11 +41,13 @@ class Recorder:
 
     name, max_levels, free, grow, wants_logits, wants_ends = "recorder", 0, False, None, False, True
 
-    def __init__(self, taps: tuple[int, ...]) -> None:
-        self.taps = taps
+    def __init__(self, aux_layers: tuple[int, ...]) -> None:
+        self.aux_layers = aux_layers
         self.wanted: set[str] = set()
         self.features: dict[str, list[torch.Tensor]] = {}
-        self.done: list[tuple[Request, torch.Tensor, Inserts]] = []  # with its features and its pictures' embeddings
+        self.done: list[
+            tuple[Request, torch.Tensor, MultimodalEmbeddings]
+        ] = []  # with its features and its pictures' embeddings
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
         return len(requests)
@@ -53,12 +55,16 @@ class Recorder:
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
         return DraftTrees.empty(len(requests))
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan) -> int:
+    def expand(
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+    ) -> int:
         raise NotImplementedError("a recorder does not draft")
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         if request.id in self.wanted:
-            self.features.setdefault(request.id, []).append(torch.as_tensor(features).to(torch.bfloat16))
+            self.features.setdefault(request.id, []).append(
+                torch.as_tensor(features).to(torch.bfloat16)
+            )
 
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:
         for i, request in enumerate(requests):
@@ -71,7 +77,9 @@ class Recorder:
         parts = self.features.pop(request.id, [])
         if request.finished and parts:
             self.wanted.discard(request.id)
-            shown = request.media.inserts(0, len(request.prompt)) if request.media is not None else []
+            shown = (
+                request.media.mm_embeds(0, len(request.prompt)) if request.media is not None else []
+            )
             self.done.append((request, torch.cat(parts), shown))
 
 
@@ -82,11 +90,13 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.shards = len(list(folder.glob("shard-*.safetensors")))
-        self._items: list[tuple[list[int], int, torch.Tensor, Inserts]] = []
+        self._items: list[tuple[list[int], int, torch.Tensor, MultimodalEmbeddings]] = []
         self._tokens = 0
 
-    def add(self, tokens: list[int], answer: int, taps: torch.Tensor, shown: Inserts) -> None:
-        self._items.append((tokens, answer, taps, shown))
+    def add(
+        self, tokens: list[int], answer: int, aux_hidden: torch.Tensor, shown: MultimodalEmbeddings
+    ) -> None:
+        self._items.append((tokens, answer, aux_hidden, shown))
         self._tokens += len(tokens)
         if self._tokens >= SHARD_TOKENS:
             self.flush()
@@ -111,7 +121,9 @@ class Writer:
             for first, part in item[3]
         ]
         tensors = {
-            "tokens": torch.tensor([token for item in self._items for token in item[0]], dtype=torch.int32),
+            "tokens": torch.tensor(
+                [token for item in self._items for token in item[0]], dtype=torch.int32
+            ),
             "taps": torch.cat([item[2] for item in self._items]),
             "starts": torch.from_numpy(starts),
             "answers": torch.tensor([item[1] for item in self._items]),
@@ -126,7 +138,12 @@ class Writer:
 
 
 def generate(
-    llm: LLM, recorder: Recorder, folder: Path, tokens: int, seed: int = 0, turn: PictureTurn | None = None
+    llm: LLM,
+    recorder: Recorder,
+    folder: Path,
+    tokens: int,
+    seed: int = 0,
+    turn: PictureTurn | None = None,
 ) -> None:
     """Writes shards until the folder holds about `tokens` answer tokens; goes on from the shards that are there.
 
@@ -135,14 +152,16 @@ def generate(
     writer = Writer(folder)
     have = writer.shards * SHARD_TOKENS
     rng = np.random.default_rng((seed, writer.shards))
-    with tqdm(total=tokens, initial=min(have, tokens), unit="tok", desc="writing conversations") as bar:
+    with tqdm(
+        total=tokens, initial=min(have, tokens), unit="tok", desc="writing conversations"
+    ) as bar:
         job = _Conversations(llm, recorder, rng, writer.shards, writer.prompts(), turn)
         while have < tokens:
             job.fill()
             job.advance(llm.engine)
-            for request, taps, shown in recorder.done:
-                rows = len(taps)
-                writer.add(request.tokens[:rows], len(request.prompt), taps, shown)
+            for request, aux_hidden, shown in recorder.done:
+                rows = len(aux_hidden)
+                writer.add(request.tokens[:rows], len(request.prompt), aux_hidden, shown)
                 have += rows
                 bar.update(rows)
             recorder.done.clear()
@@ -206,7 +225,9 @@ class _Conversations:
     def _record(self, prompt: MediaPrompt) -> None:
         sampled = self._rng.random() < 0.1
         seed = int(self._rng.integers(2**62))
-        params = SamplingParams(temperature=0.7 if sampled else 0.0, top_k=64, max_tokens=ANSWER_TOKENS, seed=seed)
+        params = SamplingParams(
+            temperature=0.7 if sampled else 0.0, top_k=64, max_tokens=ANSWER_TOKENS, seed=seed
+        )
         self._add(prompt, params, record=True)
 
     def _add(self, prompt: MediaPrompt, params: SamplingParams, record: bool) -> None:

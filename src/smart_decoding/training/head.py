@@ -1,4 +1,4 @@
-"""The draft head in trainable form: EAGLE-3 (arXiv 2503.01840), by default with normalised taps, or EAGLE-1/2.
+"""The draft head in trainable form: EAGLE-3 (arXiv 2503.01840), by default with normalised aux hidden states, or EAGLE-1/2.
 
 Pair t = (features of position t, embedding of token t + 1) predicts token t + 2. Unrolled step j feeds the head's own
 output back j times, as drafting does: its keys are the true pairs up to t - j and its own chain since.
@@ -40,14 +40,14 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a head is made of. shape: of its one layer; taps: how many layers of the target it reads.
+    """What a head is made of. shape: of its one layer; aux_count: how many layers of the target it reads.
 
-    fc_norm: each tap is normed before fc. fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
+    fc_norm: each state is normed before fc. fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
     norm_before_residual: the layer's residual is the normed features. own_output: rows of an output matrix of its own
     (0: the target's rows, which stay as they are)."""
 
     shape: ModelConfig
-    taps: int
+    aux_count: int
     fc_norm: bool = True
     fused: bool = False
     fc_bias: bool = False
@@ -58,13 +58,20 @@ class Form:
 def form_of(files: HeadFiles) -> Form:
     """The form of a head on disk. Raises ModelError for one that cannot be trained on."""
     if files.shape.layers > 1:
-        raise ModelError(f"training cannot start from a head of {files.shape.layers} layers: it takes one")
+        raise ModelError(
+            f"training cannot start from a head of {files.shape.layers} layers: it takes one"
+        )
     weights = files.weights
     output = len(weights["lm_head.weight"]) if "lm_head.weight" in weights else 0
     return Form(
-        files.shape, len(files.taps), "fc_norm.0.weight" in weights, files.fused, "fc.bias" in weights,
-        files.norm_before_residual, output,
-    )  # fmt: skip
+        files.shape,
+        len(files.aux_layers),
+        "fc_norm.0.weight" in weights,
+        files.fused,
+        "fc.bias" in weights,
+        files.norm_before_residual,
+        output,
+    )
 
 
 class TrainableHead(nn.Module):
@@ -74,12 +81,17 @@ class TrainableHead(nn.Module):
     def __init__(self, form: Form) -> None:
         super().__init__()
         self.form, self.config = form, form.shape
-        config, taps, d = form.shape, form.taps, form.shape.hidden
+        config, aux_count, d = form.shape, form.aux_count, form.shape.hidden
         q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.fc_norm = nn.ModuleList(RMSNorm(d, config.rms_eps) for _ in range(taps if form.fc_norm else 0))
-        self.fc = nn.Linear(2 * d if form.fused else taps * d, d, bias=form.fc_bias)
+        self.fc_norm = nn.ModuleList(
+            RMSNorm(d, config.rms_eps) for _ in range(aux_count if form.fc_norm else 0)
+        )
+        self.fc = nn.Linear(2 * d if form.fused else aux_count * d, d, bias=form.fc_bias)
         if not form.fused:
-            self.input_layernorm, self.hidden_norm = RMSNorm(d, config.rms_eps), RMSNorm(d, config.rms_eps)
+            self.input_layernorm, self.hidden_norm = (
+                RMSNorm(d, config.rms_eps),
+                RMSNorm(d, config.rms_eps),
+            )
             self.norm = RMSNorm(d, config.rms_eps)
         self.post_attention_layernorm = RMSNorm(d, config.rms_eps)
         self.qkv = nn.Linear(d if form.fused else 2 * d, q + 2 * kv, bias=config.qkv_bias)
@@ -92,10 +104,10 @@ class TrainableHead(nn.Module):
         self.register_buffer("cosine", angles.cos() * factor, persistent=False)
         self.register_buffer("sine", angles.sin() * factor, persistent=False)
 
-    def start_from(self, weights: Mapping[str, Tensor], layers: int, tap_scale: float) -> None:
-        """Starts as the last of the target's `layers` on the last tap: a far better start than noise.
+    def start_from(self, weights: Mapping[str, Tensor], layers: int, aux_scale: float) -> None:
+        """Starts as the last of the target's `layers` on the last aux state: a far better start than noise.
 
-        tap_scale: root mean square of that tap."""
+        aux_scale: root mean square of that state."""
         prefix = f"model.layers.{layers - 1}."
 
         def get(name: str) -> Tensor:
@@ -104,11 +116,13 @@ class TrainableHead(nn.Module):
         d = self.config.hidden
         with torch.no_grad():
             self.fc.weight.normal_(0, 0.002)
-            self.fc.weight[:, -d:] += torch.eye(d) * (tap_scale if self.form.fc_norm else 1.0)
+            self.fc.weight[:, -d:] += torch.eye(d) * (aux_scale if self.form.fc_norm else 1.0)
             qkv = torch.cat([get(f"self_attn.{n}_proj.weight") for n in "qkv"])
             self.qkv.weight.copy_(torch.cat((torch.randn_like(qkv) * 0.01, qkv), dim=1))
             self.o_proj.weight.copy_(get("self_attn.o_proj.weight"))
-            self.gate_up.weight.copy_(torch.cat((get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))))
+            self.gate_up.weight.copy_(
+                torch.cat((get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")))
+            )
             self.down_proj.weight.copy_(get("mlp.down_proj.weight"))
             self.hidden_norm.weight.copy_(get("input_layernorm.weight"))
             self.post_attention_layernorm.weight.copy_(get("post_attention_layernorm.weight"))
@@ -120,18 +134,22 @@ class TrainableHead(nn.Module):
         for name, parameter in self._parameters_by_name().items():
             parameter.copy_(weights[name].float())
 
-    def features(self, taps: Tensor) -> Tensor:
-        """[..., taps * hidden] -> [..., hidden]. Fused heads read what the target's final norm gives, as it is."""
+    def features(self, aux_hidden: Tensor) -> Tensor:
+        """[..., aux_count * hidden] -> [..., hidden]. Fused heads read what the target's final norm gives, as it is."""
         if self.form.fused:
-            return taps
+            return aux_hidden
         if not self.form.fc_norm:
-            return cast(Tensor, self.fc(taps))
-        parts = taps.chunk(len(self.fc_norm), dim=-1)
+            return cast(Tensor, self.fc(aux_hidden))
+        parts = aux_hidden.chunk(len(self.fc_norm), dim=-1)
         normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
         return cast(Tensor, self.fc(torch.cat(normed, dim=-1)))
 
     def forward(
-        self, g: Tensor, embedded: Tensor, chain: list[tuple[Tensor, Tensor]], visual: Tensor | None = None
+        self,
+        g: Tensor,
+        embedded: Tensor,
+        chain: list[tuple[Tensor, Tensor]],
+        visual: Tensor | None = None,
     ) -> Tensor:
         """One unrolled step on g, embedded [batch, n, hidden]; `chain` holds the keys and values of earlier steps and
         gets this step's; visual [batch, n]: where `embedded` is a picture's (None: nowhere), all a fused head reads
@@ -140,12 +158,18 @@ class TrainableHead(nn.Module):
         c = self.config
         if self.form.fused:
             fused = self.fc(torch.cat((embedded, g.to(embedded.dtype)), dim=-1))
-            x = g = fused if visual is None else torch.where(visual[..., None], embedded.to(fused.dtype), fused)
+            x = g = (
+                fused
+                if visual is None
+                else torch.where(visual[..., None], embedded.to(fused.dtype), fused)
+            )
         else:
             normed = self.hidden_norm(g)
             x = torch.cat((self.input_layernorm(embedded), normed), dim=-1)
             g = normed if self.form.norm_before_residual else g
-        q, k, v = self.qkv(x).split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
+        q, k, v = self.qkv(x).split(
+            (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1
+        )
         q, k = (self._rotate(t.view(batch, n, -1, c.head_dim).transpose(1, 2)) for t in (q, k))
         v = v.view(batch, n, -1, c.head_dim).transpose(1, 2)
         repeat = c.heads // c.kv_heads
@@ -192,13 +216,17 @@ class TrainableHead(nn.Module):
             "fc.weight": self.fc.weight,
             f"{FIRST}post_attention_layernorm.weight": self.post_attention_layernorm.weight,
             **{
-                f"{attention}{n}_proj.weight": part for n, part in zip("qkv", self.qkv.weight.split(sizes), strict=True)
+                f"{attention}{n}_proj.weight": part
+                for n, part in zip("qkv", self.qkv.weight.split(sizes), strict=True)
             },
             f"{attention}o_proj.weight": self.o_proj.weight,
             f"{mlp}gate_proj.weight": gate,
             f"{mlp}up_proj.weight": up,
             f"{mlp}down_proj.weight": self.down_proj.weight,
-            **{f"fc_norm.{i}.weight": cast(RMSNorm, norm).weight for i, norm in enumerate(self.fc_norm)},
+            **{
+                f"fc_norm.{i}.weight": cast(RMSNorm, norm).weight
+                for i, norm in enumerate(self.fc_norm)
+            },
         }
         if not form.fused:
             tensors |= {
@@ -211,9 +239,13 @@ class TrainableHead(nn.Module):
             tensors |= {f"{attention}{n}_proj.bias": part for n, part in parts}
         optional = {f"{attention}o_proj.bias": self.o_proj.bias, "fc.bias": self.fc.bias}
         tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-        return tensors if self.lm_head is None else {**tensors, "lm_head.weight": self.lm_head.weight}
+        return (
+            tensors if self.lm_head is None else {**tensors, "lm_head.weight": self.lm_head.weight}
+        )
 
     def exported(self) -> dict[str, Tensor]:
         """Weights in EAGLE-3's published names, bf16."""
         named = self._parameters_by_name()
-        return {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in named.items()}
+        return {
+            name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in named.items()
+        }

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.core.policies.eagle2 import Eagle2
-from smart_decoding.core.policies.protocol import Quiet, Round
+from smart_decoding.core.policies.protocol import Round, StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
@@ -21,14 +21,18 @@ from smart_decoding.training.generate import PictureTurn
 PICTURES = 55  # seeds
 
 
-class Exploring(Quiet):
+class Exploring(StatelessPolicy):
     """Drafts and verifies wide trees whatever they cost, so that `smart` sees all depths and confidences."""
 
     name = "exploring"
 
     def __init__(self, learner: Smart) -> None:
         self._wide, self._learner = Eagle2(depth=3, top_k=8, total_tokens=12), learner
-        self.plan, self.frontier, self.select = self._wide.plan, self._wide.frontier, self._wide.select
+        self.plan, self.frontier, self.select = (
+            self._wide.plan,
+            self._wide.frontier,
+            self._wide.select,
+        )
 
     def observe(self, round: Round) -> None:
         self._learner.observe(round)
@@ -53,13 +57,20 @@ def learn_prior(
     head/prior.json."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
     (head / "prior.json").unlink(missing_ok=True)
-    llm = LLM(model, speculative_config=options, max_num_seqs=1, stop_at_loops=True, allow_slow=allow_slow)
+    llm = LLM(
+        model, speculative_config=options, max_num_seqs=1, stop_at_loops=True, allow_slow=allow_slow
+    )
     policy = llm.policy
     assert isinstance(policy, Smart)
     llm.engine.policy = Exploring(policy)
     for i, prompt in enumerate(tqdm(prompts, desc="learning the prior")):
         ready: Prompt = llm.chat_prompt(prompt) if isinstance(prompt[0], Mapping) else list(prompt)
-        llm.generate(ready, SamplingParams(temperature=0.8 * (i % 4 == 3), max_tokens=max_tokens, seed=i))
-    state = {"calibration": policy.calibration.state_dict(), "forecast": policy.forecast.state_dict()}
+        llm.generate(
+            ready, SamplingParams(temperature=0.8 * (i % 4 == 3), max_tokens=max_tokens, seed=i)
+        )
+    state = {
+        "calibration": policy.calibration.state_dict(),
+        "forecast": policy.forecast.state_dict(),
+    }
     with whole(head / "prior.json") as path:
         path.write_text(json.dumps(state) + "\n")

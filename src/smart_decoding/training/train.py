@@ -32,7 +32,11 @@ from smart_decoding.training.interrupt import DeferredInterrupt
 HELD_OUT = 0.03
 SAVE_EVERY = 120.0  # seconds
 STEP_WEIGHT = 0.85
-UNROLL_STARTS = (0.15, 0.4, 0.7)  # shares of the time at which one more step is unrolled: starting deep is far worse
+UNROLL_STARTS = (
+    0.15,
+    0.4,
+    0.7,
+)  # shares of the time at which one more step is unrolled: starting deep is far worse
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class TrainOptions:
     layout: in which the head is written (`head_export.LAYOUTS`). sees: the head reads pictures' embeddings in place of
     their tokens'; else its conversations begin on the page in which the last picture ends, as in drafting."""
 
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     seconds: float = 2400.0
     draft_vocab: int = 8192
     batch_tokens: int = 2500
@@ -61,11 +65,11 @@ class TrainOptions:
 
 @dataclass(slots=True)
 class Conversation:
-    """tokens, taps [n, width]: of the first n tokens; the one behind them, once known, nothing was recorded of. answer:
+    """tokens, aux_hidden [n, width]: of the first n tokens; the one behind them, once known, nothing was recorded of. answer:
     where the answer begins. visual [m]: positions of pictures, whose embeddings [m, hidden] the target read."""
 
     tokens: Tensor
-    taps: Tensor
+    aux_hidden: Tensor
     answer: int
     visual: Tensor
     embeddings: Tensor
@@ -75,14 +79,22 @@ class Conversation:
         start = (int(self.visual[-1]) + 1) // PAGE * PAGE if len(self.visual) else 0
         none = slice(0, 0)
         return Conversation(
-            self.tokens[start:], self.taps[start:], self.answer - start, self.visual[none], self.embeddings[none]
+            self.tokens[start:],
+            self.aux_hidden[start:],
+            self.answer - start,
+            self.visual[none],
+            self.embeddings[none],
         )
 
 
-Keep: TypeAlias = Callable[[Sequence[int]], bool]  # whether a conversation's tokens may be trained on
+Keep: TypeAlias = Callable[
+    [Sequence[int]], bool
+]  # whether a conversation's tokens may be trained on
 
 
-def load_conversations(folder: Path, keep: Keep | None = None, sees: bool = False) -> tuple[list[Conversation], int]:
+def load_conversations(
+    folder: Path, keep: Keep | None = None, sees: bool = False
+) -> tuple[list[Conversation], int]:
     """The conversations of a data folder that `keep` lets pass, up to where they loop, and how many it did not; unless
     the head `sees`, what lies behind their pictures. Raises ModelError if none are left."""
     found, dropped = [], 0
@@ -105,7 +117,9 @@ def load_conversations(folder: Path, keep: Keep | None = None, sees: bool = Fals
             item = Conversation(shard["tokens"][part].long(), shard["taps"][part], answer, *shown)
             found.append(item if sees else item.behind_pictures())
     if not found:
-        raise ModelError(f"{folder} holds no training data: run smart train without --skip-generation first")
+        raise ModelError(
+            f"{folder} holds no training data: run smart train without --skip-generation first"
+        )
     return found, dropped
 
 
@@ -115,12 +129,14 @@ def _unseen(held: list[Conversation], train: list[Conversation]) -> list[Convers
     return [item for item in held if tuple(item.tokens[: item.answer].tolist()) not in known]
 
 
-def recorded_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
+def recorded_layers(aux_layers: tuple[int, ...], layers: int) -> tuple[int, ...]:
     """What the conversations must hold: what the head reads, and the last layer's output, which is the teacher's."""
-    return taps if taps[-1] == layers else (*taps, layers)
+    return aux_layers if aux_layers[-1] == layers else (*aux_layers, layers)
 
 
-def frequent_tokens(conversations: list[Conversation], vocab: int, size: int, known: Tensor | None = None) -> Tensor:
+def frequent_tokens(
+    conversations: list[Conversation], vocab: int, size: int, known: Tensor | None = None
+) -> Tensor:
     """Ids of the `size` most frequent tokens, ascending; prompts count a little, ties and the rest by low id, but after
     the `known` ones."""
     counts = np.zeros(vocab)
@@ -142,7 +158,12 @@ class SoftCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, wanted: Tensor) -> Tensor:
         log_prob = student.float().log_softmax(-1)
         loss = -torch.linalg.vecdot(wanted, log_prob).mean()
-        grad = log_prob.exp_().mul_(wanted.sum(-1, keepdim=True)).sub_(wanted).div_(max(len(student), 1))
+        grad = (
+            log_prob.exp_()
+            .mul_(wanted.sum(-1, keepdim=True))
+            .sub_(wanted)
+            .div_(max(len(student), 1))
+        )
         ctx.save_for_backward(grad.to(student.dtype))
         return loss
 
@@ -163,19 +184,30 @@ class Trainer:
         keep: Keep | None = None,
         init: HeadFiles | None = None,
     ) -> None:
-        """init: the head to start from, with options.taps as its taps. Raises ModelError."""
+        """init: the head to start from, with options.aux_layers Raises ModelError."""
         torch.manual_seed(options.seed)
         self.options, self.output, self.config = options, output, checkpoint.config
         self._checkpoint, self._init = checkpoint, init
-        form = form_of(init) if init else Form(_shape(self.config), len(options.taps), options.layout != "eagle3")
+        form = (
+            form_of(init)
+            if init
+            else Form(_shape(self.config), len(options.aux_layers), options.layout != "eagle3")
+        )
         data, self._dropped = load_conversations(folder, keep, options.sees)
         np.random.default_rng(options.seed).shuffle(data)  # type: ignore[arg-type]
-        _check_taps(data, folder, recorded_taps(options.taps, self.config.layers), self.config.hidden)
+        _check_layers(
+            data,
+            folder,
+            recorded_layers(options.aux_layers, self.config.layers),
+            self.config.hidden,
+        )
         self._complete(data)
         held = max(8, int(len(data) * HELD_OUT))
         self._train = data[held:]
         if not self._train:
-            raise ModelError(f"{folder} holds {len(data)} conversations: too few to train on; write more (--tokens)")
+            raise ModelError(
+                f"{folder} holds {len(data)} conversations: too few to train on; write more (--tokens)"
+            )
         unseen = _unseen(data[:held], self._train)
         self._held, self._held_is_new = unseen or data[:held], bool(unseen)
         self.draft_ids = self._draft_vocabulary(init)
@@ -188,7 +220,10 @@ class Trainer:
         else:
             self.head.start_from(checkpoint.weights, self.config.layers, self._tap_scale())
         self._optimiser = torch.optim.AdamW(
-            self.head.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay
+            self.head.parameters(),
+            lr=options.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=options.weight_decay,
         )
         self.elapsed, self.steps, self.seen = 0.0, 0, 0  # seen: conversations, over all epochs
         self._fast_bf16 = bf16_is_faster()
@@ -198,10 +233,15 @@ class Trainer:
     def _complete(self, data: list[Conversation]) -> None:
         """Appends the target's choice behind the last recorded token. Mostly it is the answer's end, which the target
         never reads; a head that is to propose ends must have seen them."""
-        output, norm = output_rows(self._checkpoint).float(), self._checkpoint.weights["model.norm.weight"].float()
+        output, norm = (
+            output_rows(self._checkpoint).float(),
+            self._checkpoint.weights["model.norm.weight"].float(),
+        )
         for start in range(0, len(data), 256):
             part = data[start : start + 256]
-            last = torch.stack([item.taps[-1, -self.config.hidden :] for item in part]).float()
+            last = torch.stack(
+                [item.aux_hidden[-1, -self.config.hidden :] for item in part]
+            ).float()
             normed = F.rms_norm(last, last.shape[-1:], norm, self.config.rms_eps)
             for item, token in zip(part, F.linear(normed, output).argmax(-1), strict=True):
                 item.tokens = torch.cat((item.tokens, token[None]))
@@ -210,7 +250,9 @@ class Trainer:
         """That of the head to start from, if its output rows are its own. Rows that are the target's can be exchanged
         for those of tokens that the conversations hold."""
         if init is None:
-            return frequent_tokens(self._train, self.config.vocab, min(self.options.draft_vocab, self.config.vocab))
+            return frequent_tokens(
+                self._train, self.config.vocab, min(self.options.draft_vocab, self.config.vocab)
+            )
         known = init.weights["draft_ids"].long()
         if "lm_head.weight" in init.weights:
             return known
@@ -228,7 +270,9 @@ class Trainer:
         """Trains, writing a checkpoint every two minutes and at Ctrl-C; returns the card's figures."""
         limit = self.options.seconds
         with (
-            tqdm(total=round(limit), initial=round(self.elapsed), unit="s", desc="training the head") as bar,
+            tqdm(
+                total=round(limit), initial=round(self.elapsed), unit="s", desc="training the head"
+            ) as bar,
             DeferredInterrupt() as interrupt,  # a step that is half done must not be saved
         ):
             batches, last_saved = self._batches(), time.monotonic()
@@ -253,7 +297,11 @@ class Trainer:
         progress = min(1.0, self.elapsed / self.options.seconds)
         warm = min(1.0, (self.steps + 1) / 50)
         for group in self._optimiser.param_groups:
-            group["lr"] = self.options.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = (
+                self.options.learning_rate
+                * warm
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            )
         unroll = min(1 + sum(progress >= start for start in UNROLL_STARTS), self.options.max_unroll)
         loss = torch.zeros(())
         for j, (student, wanted, _) in enumerate(self._unrolled(batch, unroll)):
@@ -266,20 +314,28 @@ class Trainer:
         self.seen += len(batch)
         return float(loss.detach()) / sum(STEP_WEIGHT**j for j in range(unroll))
 
-    def _unrolled(self, batch: list[Conversation], unroll: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _unrolled(
+        self, batch: list[Conversation], unroll: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each unrolled step: the head's logits and what they should say [answer tokens, draft vocabulary], and the
         target's choices [answer tokens] within the draft vocabulary (-1: not in it)."""
-        tokens, taps, answer = _padded(batch)
+        tokens, aux_hidden, answer = _padded(batch)
         pairs = tokens.shape[1] - 2  # pair t reads token t + 1 and predicts token t + 2
         asked = answer[:, 2:]  # is the predicted token part of an answer?
-        first = asked.flatten().nonzero()[:, 0]  # index_select: the backward of a boolean index is slow
+        first = asked.flatten().nonzero()[
+            :, 0
+        ]  # index_select: the backward of a boolean index is slow
         chosen = self._draft_of[tokens[:, 2:].flatten()]
         with torch.autocast("cpu", torch.bfloat16, enabled=self._fast_bf16):
-            last = taps[:, 1 : pairs + 1, -self.config.hidden :].flatten(0, 1).index_select(0, first)
+            last = (
+                aux_hidden[:, 1 : pairs + 1, -self.config.hidden :]
+                .flatten(0, 1)
+                .index_select(0, first)
+            )
             wanted = self._wanted(last, chosen[first])
             embedded = F.embedding(tokens[:, 1 : pairs + 1], self._frozen.embedding)
             visual = _put_pictures(embedded, batch)
-            g = self.head.features(self._read(taps[:, :pairs]))
+            g = self.head.features(self._read(aux_hidden[:, :pairs]))
             chain: list[tuple[Tensor, Tensor]] = []
             for j in range(unroll):
                 out = self.head(g, embedded, chain, visual)
@@ -299,17 +355,21 @@ class Trainer:
         wanted[known, chosen[known]] += 0.5
         return wanted
 
-    def _read(self, taps: Tensor) -> Tensor:
-        """What the head reads of the recorded taps [..., width]."""
-        taps = taps[..., : len(self.options.taps) * self.config.hidden]
-        return self._final_norm(taps) if self.head.form.fused else taps
+    def _read(self, aux_hidden: Tensor) -> Tensor:
+        """What the head reads of the recorded aux_hidden [..., width]."""
+        aux_hidden = aux_hidden[..., : len(self.options.aux_layers) * self.config.hidden]
+        return self._final_norm(aux_hidden) if self.head.form.fused else aux_hidden
 
     def _student(self, out: Tensor) -> Tensor:
         """[n, draft vocabulary] logits of the head's outputs [n, hidden]."""
         if self.head.form.fused:
             return self._logits(out)
         normed = self.head.norm(out)
-        return self._logits(normed) if self.head.lm_head is None else cast(Tensor, self.head.lm_head(normed))
+        return (
+            self._logits(normed)
+            if self.head.lm_head is None
+            else cast(Tensor, self.head.lm_head(normed))
+        )
 
     def _final_norm(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self._frozen.final_norm, self.config.rms_eps)
@@ -354,8 +414,13 @@ class Trainer:
                     yield batch
 
     def _tap_scale(self) -> float:
-        end = len(self.options.taps) * self.config.hidden
-        last = torch.cat([item.taps[:, end - self.config.hidden : end].float() for item in self._train[:50]])
+        end = len(self.options.aux_layers) * self.config.hidden
+        last = torch.cat(
+            [
+                item.aux_hidden[:, end - self.config.hidden : end].float()
+                for item in self._train[:50]
+            ]
+        )
         return float(last.pow(2).mean().sqrt())
 
     # ------------------------------------------------------------------------------------------- files
@@ -372,7 +437,7 @@ class Trainer:
             self.elapsed, self.steps, self.seen = state["elapsed"], state["steps"], state["seen"]
         except Exception as error:  # what a damaged file raises can be anything
             raise ModelError(
-                f"{path} is corrupt, or of a head with other --taps, --init or another model: remove it to start anew"
+                f"{path} is corrupt, or of a head with other --aux-layers, --init or another model: remove it to start anew"
             ) from error
 
     def _save_state(self) -> None:
@@ -401,7 +466,9 @@ class Trainer:
             weights["embed_tokens.weight"] = self._init.weights["embed_tokens.weight"]
         weights["draft_ids"] = self.draft_ids
         shape, sees = form.shape, self.options.sees
-        return HeadFiles({}, weights, self.options.taps, shape, form.fused, form.norm_before_residual, sees)
+        return HeadFiles(
+            {}, weights, self.options.aux_layers, shape, form.fused, form.norm_before_residual, sees
+        )
 
 
 def bf16_is_faster() -> bool:
@@ -422,9 +489,13 @@ def _shape(target: ModelConfig) -> ModelConfig:
     return replace(target, layers=1, qkv_bias=False, o_bias=False, qk_norm=False)
 
 
-def _check_taps(data: Sequence[Conversation], folder: Path, taps: tuple[int, ...], hidden: int) -> None:
-    if any(item.taps.shape[1] != len(taps) * hidden for item in data):
-        raise ModelError(f"the conversations in {folder} were written with other --taps than {taps}: write new ones")
+def _check_layers(
+    data: Sequence[Conversation], folder: Path, aux_layers: tuple[int, ...], hidden: int
+) -> None:
+    if any(item.aux_hidden.shape[1] != len(aux_layers) * hidden for item in data):
+        raise ModelError(
+            f"the conversations in {folder} were written with other --aux-layers than {aux_layers}: write new ones"
+        )
 
 
 def _frozen(checkpoint: Checkpoint, draft_ids: Tensor, init: HeadFiles | None) -> Frozen:
@@ -435,16 +506,19 @@ def _frozen(checkpoint: Checkpoint, draft_ids: Tensor, init: HeadFiles | None) -
 
 
 def _padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens [b, n], taps [b, n, width] float32, and whether each token belongs to an answer [b, n]."""
+    """tokens [b, n], aux_hidden [b, n, width] float32, and whether each token belongs to an answer [b, n]."""
     n = max(len(item.tokens) for item in batch)
     tokens = torch.zeros(len(batch), n, dtype=torch.long)
-    taps = torch.zeros(len(batch), n, batch[0].taps.shape[1])
+    aux_hidden = torch.zeros(len(batch), n, batch[0].aux_hidden.shape[1])
     answer = torch.zeros(len(batch), n, dtype=torch.bool)
     for i, item in enumerate(batch):
         size = len(item.tokens)
-        tokens[i, :size], taps[i, : len(item.taps)] = item.tokens, item.taps.float()
+        tokens[i, :size], aux_hidden[i, : len(item.aux_hidden)] = (
+            item.tokens,
+            item.aux_hidden.float(),
+        )
         answer[i, item.answer : size] = True
-    return tokens, taps, answer
+    return tokens, aux_hidden, answer
 
 
 def _put_pictures(embedded: Tensor, batch: list[Conversation]) -> Tensor:
@@ -459,7 +533,9 @@ def _put_pictures(embedded: Tensor, batch: list[Conversation]) -> Tensor:
     return visual
 
 
-def _bucketed(items: list[Conversation], batch_tokens: int, rng: np.random.Generator) -> list[list[Conversation]]:
+def _bucketed(
+    items: list[Conversation], batch_tokens: int, rng: np.random.Generator
+) -> list[list[Conversation]]:
     """Batches of similar lengths (little padding), in random order."""
     noise = rng.uniform(0.9, 1.1, len(items))
     order = np.argsort([len(item.tokens) * x for item, x in zip(items, noise, strict=True)])

@@ -38,7 +38,9 @@ def test_the_queue_is_kept_full_and_other_rounds_are_excluded(batch):
     block = run_block(engine, every[:batch], every[batch:], batch, clock)
     assert block.counts.rounds == sum(size == batch and rows == 0 for size, rows in sizes)
     assert any(rows > 0 for _, rows in sizes[1:])  # fillers did join
-    assert all(size == batch or rows > 0 for size, rows in sizes)  # never fewer than b without one joining
+    assert all(
+        size == batch or rows > 0 for size, rows in sizes
+    )  # never fewer than b without one joining
     assert block.tokens_per_s == pytest.approx(batch)
     assert sorted(block.answers) == list(range(batch))
     assert not engine.has_unfinished_requests
@@ -53,7 +55,12 @@ def test_speculation_counts_rows_waste_and_levels():
     # After the first token, 30 are left: 10 rounds of 2 levels, 2 accepted of 4 verified nodes, 3 tokens.
     # In the last round(s) the trees are bounded by what may still be emitted, which is 3 tokens: depth 2 fits.
     assert counts.rounds == 10 and counts.tokens == 30
-    assert counts.rows == 10 * 5 and counts.wasted == 10 * 2 and counts.levels == 10 * 2 and counts.off == 0
+    assert (
+        counts.rows == 10 * 5
+        and counts.wasted == 10 * 2
+        and counts.levels == 10 * 2
+        and counts.off == 0
+    )
     assert counts.seconds == pytest.approx(10 * (2 * 0.25 + 1.0 + 5 * 0.1))
     assert counts.controller_seconds == pytest.approx(0.0)
 
@@ -65,9 +72,13 @@ def test_a_loop_is_cut_where_it_starts_and_its_rounds_do_not_count():
         return np.where(np.asarray(token) >= 30, 21, np.asarray(token) + 1)  # 21 .. 30 for ever
 
     (prompt,) = worlds.prompts(count=1, tokens=200)  # ends with token 3
-    block = run_block(worlds.engine(clock, target=worlds.RuleTarget(clock, rule=rule)), [prompt], [], 1, clock)
+    block = run_block(
+        worlds.engine(clock, target=worlds.RuleTarget(clock, rule=rule)), [prompt], [], 1, clock
+    )
     answer = block.answers[0]
-    assert answer.tokens == list(range(4, 31))  # the first pass through the block is part of the answer
+    assert answer.tokens == list(
+        range(4, 31)
+    )  # the first pass through the block is part of the answer
     assert answer.looped == 20
     assert block.counts.tokens == 26 and block.counts.seconds == pytest.approx(26.0)
 

@@ -26,10 +26,15 @@ def sleeping(clock: worlds.Clock):
 def test_latencies_count_from_arrival() -> None:
     clock = worlds.Clock()
     engine = worlds.engine(clock)
-    first, second, third = worlds.prompts(count=3, tokens=10)  # 10, 11 and 12 tokens, a round of 1 s each
+    first, second, third = worlds.prompts(
+        count=3, tokens=10
+    )  # 10, 11 and 12 tokens, a round of 1 s each
     segment = serve(engine, [(0.5, first), (3.0, second), (100.0, third)], clock, sleeping(clock))
     a, b, c = segment.served
-    assert (a.ttft, a.tpot) == (pytest.approx(1.0), pytest.approx(1.0))  # idle until 0.5, then a round
+    assert (a.ttft, a.tpot) == (
+        pytest.approx(1.0),
+        pytest.approx(1.0),
+    )  # idle until 0.5, then a round
     assert b.ttft == pytest.approx(1.5)  # came at 3.0 while the round of 2.5 to 3.5 ran
     assert c.ttft == pytest.approx(1.0) and c.latency == pytest.approx(12.0)
     assert [len(s.tokens) for s in segment.served] == [10, 11, 12]
@@ -42,7 +47,9 @@ def test_capacity_is_that_of_a_full_queue() -> None:
     clock = worlds.Clock()
     prompts = worlds.prompts(count=12, tokens=20)  # 20 to 22 tokens
     requests, tokens = capacity(worlds.engine(clock, batch=4), prompts, 4, clock)
-    assert 3.0 < tokens <= 4.0  # four at once, one token a second each; rounds that prefill some less
+    assert (
+        3.0 < tokens <= 4.0
+    )  # four at once, one token a second each; rounds that prefill some less
     assert requests == pytest.approx(tokens / 21, rel=0.03)
 
 
@@ -57,12 +64,16 @@ def test_arrivals_are_poisson_and_repeatable() -> None:
     assert len(arrivals(prompts, 1e-9, 1.0, (0, 0))) == 1
 
 
-def test_policies_are_served_alike_and_a_cut_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policies_are_served_alike_and_a_cut_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("smart_decoding.bench.load.SECONDS", 900.0)
     clock = worlds.Clock()
     engines = {
         "off": worlds.engine(clock, batch=4),
-        "chain": worlds.engine(clock, "chain", worlds.RuleDrafter(clock, seconds=0.25), batch=4, length=2),
+        "chain": worlds.engine(
+            clock, "chain", worlds.RuleDrafter(clock, seconds=0.25), batch=4, length=2
+        ),
     }
     prompts = {"code": worlds.prompts("code", 6, 0, 30), "maths": worlds.prompts("maths", 4, 6, 30)}
     progress = Progress(tmp_path / "part", {})
@@ -76,7 +87,9 @@ def test_policies_are_served_alike_and_a_cut_run_goes_on(tmp_path: Path, monkeyp
     assert by["off", 0.8]["ttft_ms"]["p95"] >= by["off", 0.3]["ttft_ms"]["p50"]
     assert by["off", 0.3]["running"] < by["off", 0.8]["running"] <= 4
     before = clock.now
-    again = measure_load(engines, prompts, (0.3, 0.8), 0, 4000.0, Progress(tmp_path / "part", {}), clock, None)
+    again = measure_load(
+        engines, prompts, (0.3, 0.8), 0, 4000.0, Progress(tmp_path / "part", {}), clock, None
+    )
     assert again == found and clock.now - before < 100  # a warm-up alone
     table = load_table(found)
     assert len(table.splitlines()) == 6 and "80 %" in table and "chain" in table
@@ -84,9 +97,13 @@ def test_policies_are_served_alike_and_a_cut_run_goes_on(tmp_path: Path, monkeyp
 
 def test_another_token_is_seen() -> None:
     clock = worlds.Clock()
-    other = worlds.engine(clock, target=worlds.RuleTarget(clock, rule=lambda t: worlds.successor(t) + (t == 25)))
+    other = worlds.engine(
+        clock, target=worlds.RuleTarget(clock, rule=lambda t: worlds.successor(t) + (t == 25))
+    )
     wave = [(0.0, prompt) for prompt in worlds.prompts(count=2)]
-    base, odd = (serve(engine, wave, clock, sleeping(clock)) for engine in (worlds.engine(clock), other))
+    base, odd = (
+        serve(engine, wave, clock, sleeping(clock)) for engine in (worlds.engine(clock), other)
+    )
     assert not load_run("x", 0.5, 1.0, [odd], [base])["identical"]
     assert load_run("x", 0.5, 1.0, [base], [base])["tpot_ratio"] == 1.0
 

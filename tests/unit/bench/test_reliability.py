@@ -31,7 +31,11 @@ def test_children_of_accepted_nodes_are_counted_by_what_was_predicted():
     found.add(round_of([0.72, 0.05, 0.36, 0.01]))
     assert found.to_dict() == {
         "draft": {"predicted": [0.1, 0.55, 0.8], "chosen": [0, 0, 1], "count": [1, 1, 1]},
-        "calibrated": {"predicted": [0.05, 0.5, pytest.approx(0.72)], "chosen": [0, 0, 1], "count": [1, 1, 1]},
+        "calibrated": {
+            "predicted": [0.05, 0.5, pytest.approx(0.72)],
+            "chosen": [0, 0, 1],
+            "count": [1, 1, 1],
+        },
     }
 
 
@@ -58,26 +62,52 @@ def test_a_block_notes_rows_levels_seconds_and_context():
     assert (block.row_counts, block.level_counts) == ({5: 10}, {2: 10})
     assert block.counts.verify_seconds == pytest.approx(10 * 1.5)
     assert block.counts.draft_seconds == pytest.approx(10 * 2 * 0.25)
-    assert block.counts.context == pytest.approx(sum(3 + 3 * i for i in range(10)))  # 3 tokens more each round
+    assert block.counts.context == pytest.approx(
+        sum(3 + 3 * i for i in range(10))
+    )  # 3 tokens more each round
     draft = block.reliability.to_dict()["draft"]
     assert draft["predicted"] == pytest.approx([0.3, 0.6]) and draft["chosen"] == [0.0, 1.0]
 
 
 def test_runs_have_the_new_figures_and_only_pooled_ones_the_distributions():
     clock = worlds.Clock()
-    engines = {"off": worlds.engine(clock),
-               "chain": worlds.engine(clock, "chain", worlds.RuleDrafter(clock, seconds=0.25), length=2)}  # fmt: skip
-    runs = rows_of(measure(engines, {"code": worlds.prompts()}, 1, clock=clock), 1, worlds.options())
-    assert all(run["verify_ms"] == pytest.approx(1000.0) and run["context_tokens"] > 0 for run in runs)
+    engines = {
+        "off": worlds.engine(clock),
+        "chain": worlds.engine(clock, "chain", worlds.RuleDrafter(clock, seconds=0.25), length=2),
+    }
+    runs = rows_of(
+        measure(engines, {"code": worlds.prompts()}, 1, clock=clock), 1, worlds.options()
+    )
+    assert all(
+        run["verify_ms"] == pytest.approx(1000.0) and run["context_tokens"] > 0 for run in runs
+    )
     chain = [run for run in runs if run["policy"] == "chain"]
     assert all(run["draft_ms"] == pytest.approx(250.0 * run["levels_per_round"]) for run in chain)
-    assert [run.keys() >= {"row_counts", "level_counts", "reliability"} for run in chain] == [False, True]
-    assert sum(chain[1]["row_counts"].values()) == sum(chain[1]["level_counts"].values()) == chain[1]["rounds"]
+    assert [run.keys() >= {"row_counts", "level_counts", "reliability"} for run in chain] == [
+        False,
+        True,
+    ]
+    assert (
+        sum(chain[1]["row_counts"].values())
+        == sum(chain[1]["level_counts"].values())
+        == chain[1]["rounds"]
+    )
 
 
 def test_traffic_counts_weights_once_and_every_cached_key():
-    config = ModelConfig("llama", layers=2, hidden=8, heads=4, kv_heads=2, head_dim=2, ffn=16, vocab=100,
-                         rope_theta=1e4, rms_eps=1e-5, max_positions=64)  # fmt: skip
+    config = ModelConfig(
+        "llama",
+        layers=2,
+        hidden=8,
+        heads=4,
+        kv_heads=2,
+        head_dim=2,
+        ffn=16,
+        vocab=100,
+        rope_theta=1e4,
+        rms_eps=1e-5,
+        max_positions=64,
+    )
     sizes = Sizes.of(config, item=2)
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16  # q; k and v; output; gate, up and down
     assert sizes == Sizes(2 * layer + 800, 2 * 2 * 4, 2)

@@ -22,22 +22,44 @@ from smart_decoding.errors import ConfigError
 
 COST = {
     "verify": {"1": [[1, 4, 16], [0.010, 0.012, 0.030]], "4": [[4, 16, 64], [0.012, 0.030, 0.100]]},
-    "draft": [[1, 8], [0.001, 0.002]], "row_token": 0.0, "sequence_token": 0.0, "draft_token": 0.0,
+    "draft": [[1, 8], [0.001, 0.002]],
+    "row_token": 0.0,
+    "sequence_token": 0.0,
+    "draft_token": 0.0,
     "overhead_seconds": 0.0,
-}  # fmt: skip
+}
 BINS = {"predicted": [0.05, 0.55], "chosen": [0.04, 0.36], "count": [300.0, 100.0]}
 FIXED_LONG = "eagle2(depth=5,top_k=10,total_tokens=60)"
 
 
 def run_of(
-    policy: str, batch: int, task: str, speedup: float, low: float | None, high: float | None, **more: Any
+    policy: str,
+    batch: int,
+    task: str,
+    speedup: float,
+    low: float | None,
+    high: float | None,
+    **more: Any,
 ) -> Any:
     return {
-        "policy": policy, "batch_size": batch, "task": task, "dtype": "bf16", "temperature": 0.0, "identical": True,
-        "tokens_per_s": 80.0 * batch * speedup, "speedup": speedup, "speedup_low": low, "speedup_high": high,
-        "tokens_per_round": 1.5, "rows_per_round": 4.0 * batch, "levels_per_round": 2.0, "verify_ms": 13.0,
-        "context_tokens": 200.0, "partial": False, **more,
-    }  # fmt: skip
+        "policy": policy,
+        "batch_size": batch,
+        "task": task,
+        "dtype": "bf16",
+        "temperature": 0.0,
+        "identical": True,
+        "tokens_per_s": 80.0 * batch * speedup,
+        "speedup": speedup,
+        "speedup_low": low,
+        "speedup_high": high,
+        "tokens_per_round": 1.5,
+        "rows_per_round": 4.0 * batch,
+        "levels_per_round": 2.0,
+        "verify_ms": 13.0,
+        "context_tokens": 200.0,
+        "partial": False,
+        **more,
+    }
 
 
 def results() -> dict[str, Any]:
@@ -48,16 +70,30 @@ def results() -> dict[str, Any]:
             runs.append(run_of("off", batch, task, 1.0, 1.0, 1.0, **noise))
     reliability = {"draft": BINS, "calibrated": {**BINS, "chosen": [0.05, 0.55]}}
     for task in ("code", "all"):
-        more = {"row_counts": {"1": 2, "4": 10, "9": 3}, "reliability": reliability} if task == "all" else {}
+        more = (
+            {"row_counts": {"1": 2, "4": 10, "9": 3}, "reliability": reliability}
+            if task == "all"
+            else {}
+        )
         over = {"smart_over": 0.95, "smart_over_low": 0.91, "smart_over_high": 0.99}
         runs.append(run_of(FIXED_LONG, 1, task, 1.31, 1.2, 1.4, **over))
         runs.append(run_of(FIXED_LONG, 4, task, 0.62, 0.58, 0.66))
         runs.append(run_of("smart", 1, task, 1.25, 1.15, 1.35, **more))
     runs.append(run_of("smart", 4, "code", 0.9, 0.0, None))
     runs.append(run_of("smart", 4, "all", 0.99, 0.9, 1.07, partial=True))
-    origin = {"command": "smart bench --policies <a&b>", "commit": "abc", "hardware": {"cpu": "Some CPU", "cores": 2},
-              "weights": {"model": "tiny"}, "time": "2026-11-24T18:49:56+00:00"}  # fmt: skip
-    memory = {"peak_process_gib": 1.5, "peak_gpu_gib": None, "weights_gib": 0.25, "kv_cache_gib": 0.1}
+    origin = {
+        "command": "smart bench --policies <a&b>",
+        "commit": "abc",
+        "hardware": {"cpu": "Some CPU", "cores": 2},
+        "weights": {"model": "tiny"},
+        "time": "2026-11-24T18:49:56+00:00",
+    }
+    memory = {
+        "peak_process_gib": 1.5,
+        "peak_gpu_gib": None,
+        "weights_gib": 0.25,
+        "kv_cache_gib": 0.1,
+    }
     return {"provenance": origin, "runs": runs, "cost": COST, "memory": memory}
 
 
@@ -75,19 +111,25 @@ def section(document: ElementTree.Element, key: str) -> ElementTree.Element:
     return next(s for s in document.iter("section") if s.get("id") == key)
 
 
-def test_the_page_is_well_formed_and_needs_nothing_from_outside(document: ElementTree.Element) -> None:
+def test_the_page_is_well_formed_and_needs_nothing_from_outside(
+    document: ElementTree.Element,
+) -> None:
     source = page(Results.from_dict(results()))
     assert source.startswith("<!DOCTYPE html>")
     assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import", source)
     assert not {"script", "link", "img", "iframe", "object"} & {e.tag for e in document.iter()}
-    assert not [e for e in document.iter() for name in e.attrib if name == "src" or name.startswith("on")]
+    assert not [
+        e for e in document.iter() for name in e.attrib if name == "src" or name.startswith("on")
+    ]
     assert all(e.get("href", "#").startswith("#") for e in document.iter())
     assert "prefers-color-scheme:dark" in source and 'name="viewport"' in source
 
 
 def test_every_figure_is_drawn(document: ElementTree.Element) -> None:
-    drawn = {key: len([s for s in section(document, key).iter("svg") if s.get("role") == "img"])
-             for key in ("speedup", "cost", "tokens", "reliability")}  # fmt: skip
+    drawn = {
+        key: len([s for s in section(document, key).iter("svg") if s.get("role") == "img"])
+        for key in ("speedup", "cost", "tokens", "reliability")
+    }
     assert drawn == {"speedup": 1, "cost": 2, "tokens": 1, "reliability": 1}  # cost: one per batch
 
 
@@ -105,12 +147,19 @@ def test_speedups_have_bands_and_the_line_at_one() -> None:
     policies = [line for line in axes.lines if line.get_linestyle() == "-"]
     (level,) = [line for line in axes.lines if line not in policies]
     assert len(policies) == 2 and list(level.get_ydata()) == [1.0, 1.0]
-    bands = [each for each in axes.collections if type(each).__name__ == "FillBetweenPolyCollection"]
+    bands = [
+        each for each in axes.collections if type(each).__name__ == "FillBetweenPolyCollection"
+    ]
     marks = [each for each in axes.collections if type(each).__name__ == "PathCollection"]
     assert len(bands) == 2 and sum(len(each.get_offsets()) for each in marks) == 4
     (below,) = axes.patches
     assert below.get_y() + below.get_height() == pytest.approx(1.0)
-    ends = {(p.x, p.y, p.y_range) for series in figure.panels[0].series for p in series.points if p.x == 4}
+    ends = {
+        (p.x, p.y, p.y_range)
+        for series in figure.panels[0].series
+        for p in series.points
+        if p.x == 4
+    }
     assert ends == {(4, 0.62, (0.58, 0.66)), (4, 0.99, (0.9, 1.07))}
 
 
@@ -121,7 +170,11 @@ def test_losses_are_listed_and_who_beats_smart(document: ElementTree.Element) ->
         "smart, batch 4: 0.99× (0.90–1.07), not decided",
         "batch 1: eagle2 5/10/60 has 1.31×, more than smart's 1.25×",
     ]
-    slow = [text_of(cell) for cell in section(document, "tasks").iter("td") if cell.get("class") == SLOWER]
+    slow = [
+        text_of(cell)
+        for cell in section(document, "tasks").iter("td")
+        if cell.get("class") == SLOWER
+    ]
     assert slow == ["0.62 (0.58–0.66)"] * 2
     assert f"eagle2 5/10/60 = {FIXED_LONG}" in text_of(section(document, "tasks"))
     assert "Partial: the time limit" in text_of(document)
@@ -134,10 +187,14 @@ def test_smart_stands_beside_the_best_of_each_other_policy(document: ElementTree
 
 def test_a_task_that_is_slower_counts_though_the_policy_is_not() -> None:
     data = results()
-    one = next(r for r in data["runs"] if (r["policy"], r["batch_size"], r["task"]) == ("smart", 1, "code"))
+    one = next(
+        r for r in data["runs"] if (r["policy"], r["batch_size"], r["task"]) == ("smart", 1, "code")
+    )
     one.update(speedup=0.9, speedup_low=0.85, speedup_high=0.95)
     document = ElementTree.fromstring(page(Results.from_dict(data)))
-    assert "smart, batch 1, code alone: 0.90× (0.85–0.95), slower" in text_of(section(document, "losses"))
+    assert "smart, batch 1, code alone: 0.90× (0.85–0.95), slower" in text_of(
+        section(document, "losses")
+    )
 
 
 def test_machine_command_memory_and_noise_are_told(document: ElementTree.Element) -> None:
@@ -151,7 +208,9 @@ def test_operating_points_lie_where_they_were_measured() -> None:
     figure = figures(Results.from_dict(results()))[1]
     first = figure.panels[0]
     profile, plain, smart, _ = first.series
-    assert [p.y for p in profile.points if p.x in (1, 4, 16)] == pytest.approx([10.0, 12.0])  # 16 is far off
+    assert [p.y for p in profile.points if p.x in (1, 4, 16)] == pytest.approx(
+        [10.0, 12.0]
+    )  # 16 is far off
     assert (plain.colour, smart.colour, smart.name) == (NEUTRAL, 0, "smart")
     (point,) = smart.points
     assert (point.x, point.y) == (4.0, 13.0)
@@ -159,24 +218,36 @@ def test_operating_points_lie_where_they_were_measured() -> None:
     data = results()
     for run in data["runs"]:
         del run["verify_ms"]
-    assert figures(Results.from_dict(data))[1].panels[0].series[2].points[0].y == pytest.approx(12.0)  # by the profile
+    assert figures(Results.from_dict(data))[1].panels[0].series[2].points[0].y == pytest.approx(
+        12.0
+    )  # by the profile
 
 
 def test_reliability_before_and_after() -> None:
     (panel,) = figures(Results.from_dict(results()))[3].panels
     before, after = panel.series
     assert panel.title == "smart" and panel.diagonal
-    assert "off by 5.5 %" in before.name and "off by 0.0 %" in after.name  # (300 * 0.01 + 100 * 0.19) / 400
-    assert [(p.x, p.y) for p in after.points] == [(pytest.approx(0.05),) * 2, (pytest.approx(0.55),) * 2]
+    assert (
+        "off by 5.5 %" in before.name and "off by 0.0 %" in after.name
+    )  # (300 * 0.01 + 100 * 0.19) / 400
+    assert [(p.x, p.y) for p in after.points] == [
+        (pytest.approx(0.05),) * 2,
+        (pytest.approx(0.55),) * 2,
+    ]
 
 
 def test_verdicts_need_the_whole_interval() -> None:
-    told = [verdict(run_of("smart", 1, "all", 1.2, *bounds)) for bounds in ((1.1, 1.3), (0.9, 1.3), (0.0, None))]
+    told = [
+        verdict(run_of("smart", 1, "all", 1.2, *bounds))
+        for bounds in ((1.1, 1.3), (0.9, 1.3), (0.0, None))
+    ]
     assert told == [FASTER, UNDECIDED, UNDECIDED]
     assert verdict(run_of("smart", 1, "all", 0.8, 0.7, 0.9)) == SLOWER
 
 
-def test_missing_fields_are_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_fields_are_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = results()
     keep = ("policy", "batch_size", "task", "speedup")
     bare = {"runs": [{name: run[name] for name in keep} for run in data["runs"]]}
@@ -198,12 +269,21 @@ def test_missing_fields_are_said_in_one_line(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     "change",
     [
-        {"cost": {"verify": "?"}}, {"cost": []}, {"memory": None}, {"provenance": 3},
-        {"reliability": {"draft": {}, "calibrated": 1}}, {"row_counts": {"many": 1}}, {"row_counts": [1]},
-        {"speedup": None}, {"rows_per_round": None}, {"tokens_per_round": "?"}, {"noise_low": None},
-        {"policy": "<b>"}, {"temperature": None},
+        {"cost": {"verify": "?"}},
+        {"cost": []},
+        {"memory": None},
+        {"provenance": 3},
+        {"reliability": {"draft": {}, "calibrated": 1}},
+        {"row_counts": {"many": 1}},
+        {"row_counts": [1]},
+        {"speedup": None},
+        {"rows_per_round": None},
+        {"tokens_per_round": "?"},
+        {"noise_low": None},
+        {"policy": "<b>"},
+        {"temperature": None},
     ],
-)  # fmt: skip
+)
 def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
     data = results()
     for name, value in change.items():
@@ -224,7 +304,10 @@ def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
         ('{"runs": [3]}', "must be an object"),
         ('{"runs": [{"policy": "off"}]}', "no usable 'task'"),
         ('{"runs": [{"policy": "off", "task": "all", "batch_size": 1}]}', "no 'speedup'"),
-        ('{"runs": [{"policy": "off", "task": "code", "batch_size": 1, "speedup": 1}]}', "no runs of the task 'all'"),
+        (
+            '{"runs": [{"policy": "off", "task": "code", "batch_size": 1, "speedup": 1}]}',
+            "no runs of the task 'all'",
+        ),
     ],
 )
 def test_what_is_no_result_is_refused(content: str, message: str, tmp_path: Path) -> None:
@@ -233,7 +316,9 @@ def test_what_is_no_result_is_refused(content: str, message: str, tmp_path: Path
         Results.read(tmp_path / "r.json")
 
 
-def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_refuses_what_it_cannot_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "r.json"
     for words in (
         [str(source), "--html", str(tmp_path / "r.html")],  # no such results
@@ -247,15 +332,21 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Ca
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
         plots.write_plots(figures(Results.from_dict(results())), tmp_path / "plots")
     document = ElementTree.fromstring(page(Results.from_dict(results())))
-    assert "-e '.[bench]'" in text_of(section(document, "figures")) and not list(document.iter("svg"))
-    assert "0.62" in text_of(section(document, "losses")) and "1.25" in text_of(section(document, "tasks"))
+    assert "-e '.[bench]'" in text_of(section(document, "figures")) and not list(
+        document.iter("svg")
+    )
+    assert "0.62" in text_of(section(document, "losses")) and "1.25" in text_of(
+        section(document, "tasks")
+    )
     monkeypatch.setattr("smart_decoding.bench.options.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
         BenchOptions(plots=tmp_path / "plots")
@@ -278,24 +369,50 @@ def test_a_benchmark_can_draw_at_once(
 ) -> None:
     data, asked = results(), []
     for run in data["runs"]:  # what the table needs beside
-        run.update(dict.fromkeys(("end_to_end_speedup", "wasted_rows", "ttft_ms", "ttft_ratio", "tpot_ms"), 1.0))
-        run.update(dict.fromkeys(("worst_tpot_ratio", "controller_share", "off_share", "rounds", "blocks"), 1.0))
+        run.update(
+            dict.fromkeys(
+                ("end_to_end_speedup", "wasted_rows", "ttft_ms", "ttft_ratio", "tpot_ms"), 1.0
+            )
+        )
+        run.update(
+            dict.fromkeys(
+                ("worst_tpot_ratio", "controller_share", "off_share", "rounds", "blocks"), 1.0
+            )
+        )
         run.update(looping_answers=0.0, looping_tokens=0.0)
-    monkeypatch.setattr("smart_decoding.bench.runner.run", lambda options: asked.append(options) or data)
+    monkeypatch.setattr(
+        "smart_decoding.bench.runner.run", lambda options: asked.append(options) or data
+    )
     target = tmp_path / "page.html"
     assert cli.main(["bench", "--policies", "smart", "--html", str(target)]) == 0
     assert f"wrote {target}" in capsys.readouterr().out
     assert "0.62" in text_of(section(ElementTree.fromstring(target.read_text()), "losses"))
     assert command_of(asked[0]).endswith("--html page.html")
-    assert cli.main(["bench", "--html", str(tmp_path)]) == 2 and len(asked) == 1  # refused before measuring
+    assert (
+        cli.main(["bench", "--html", str(tmp_path)]) == 2 and len(asked) == 1
+    )  # refused before measuring
 
 
 TIMES = {"p50": 4.0, "p95": 9.0, "p99": 12.0}
-LOAD = {"slots": 16, "capacity_requests_per_s": 11.5, "capacity_tokens_per_s": 1000.0, "runs": [
-    {"policy": policy, "load": share, "requests_per_s": 3.0, "tokens_per_s": 300.0, "ttft_ms": TIMES,
-     "tpot_ms": TIMES, "tpot_ratio": ratio, "identical": True}
-    for share in (0.3, 0.9) for policy, ratio in (("off", 1.0), ("smart", 0.8))
-]}  # fmt: skip
+LOAD = {
+    "slots": 16,
+    "capacity_requests_per_s": 11.5,
+    "capacity_tokens_per_s": 1000.0,
+    "runs": [
+        {
+            "policy": policy,
+            "load": share,
+            "requests_per_s": 3.0,
+            "tokens_per_s": 300.0,
+            "ttft_ms": TIMES,
+            "tpot_ms": TIMES,
+            "tpot_ratio": ratio,
+            "identical": True,
+        }
+        for share in (0.3, 0.9)
+        for policy, ratio in (("off", 1.0), ("smart", 0.8))
+    ],
+}
 
 
 def test_the_further_parts_have_their_sections() -> None:
@@ -312,12 +429,17 @@ def test_the_further_parts_have_their_sections() -> None:
     assert {s.get("id") for s in only.iter("section")} == {"load", "load-table", "origin"}
     other = {
         **LOAD,
-        "runs": [{**run, "policy": "chain" if run["policy"] == "smart" else "off"} for run in LOAD["runs"]],
+        "runs": [
+            {**run, "policy": "chain" if run["policy"] == "smart" else "off"}
+            for run in LOAD["runs"]
+        ],
     }
     page(Results.from_dict({**results(), "load": other}))  # a policy that runs under load only
 
 
-def test_parts_of_several_files_make_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts_of_several_files_make_one_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.json").write_text(json.dumps(results()))
     other = {"runs": [], "load": LOAD, "provenance": {"command": "smart bench --load 0.3"}}
     (tmp_path / "b.json").write_text(json.dumps(other))

@@ -26,7 +26,9 @@ class Cut(Exception):
     pass
 
 
-def test_a_cut_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_run_measures_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tasks = {"code": worlds.prompts(count=5, tokens=40)}
     clock = worlds.Clock()
     whole = rows_of(measure(engines(clock), tasks, 1, clock=clock), 1, worlds.options())
@@ -35,7 +37,9 @@ def test_a_cut_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch: py
 
     def counted(engine: Any, prompts: Any, *rest: Any) -> Any:
         asked.append(prompts[0].index)
-        if len(asked) == 9:  # two warm-ups, a cycle with the second baseline, a cycle, and half of the next
+        if (
+            len(asked) == 9
+        ):  # two warm-ups, a cycle with the second baseline, a cycle, and half of the next
             raise Cut
         return run_block(engine, prompts, *rest)
 
@@ -43,21 +47,47 @@ def test_a_cut_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch: py
 
     def go_on() -> Any:
         progress, clock = Progress(file, {"option": 1}), worlds.Clock()
-        return measure(engines(clock), tasks, 1, clock=clock, done=_restored(progress.units("b")),
-                       on_cycle=lambda cycle, again: progress.add("b", _kept(cycle, again)))  # fmt: skip
+        return measure(
+            engines(clock),
+            tasks,
+            1,
+            clock=clock,
+            done=_restored(progress.units("b")),
+            on_cycle=lambda cycle, again: progress.add("b", _kept(cycle, again)),
+        )
 
     with pytest.raises(Cut):
         go_on()
     assert [len(of) for of in json.loads(file.read_text())["units"].values()] == [2]
     asked.clear()
-    monkeypatch.setattr(runner, "run_block", lambda *a: asked.append(a[1][0].index) or run_block(*a))
+    monkeypatch.setattr(
+        runner, "run_block", lambda *a: asked.append(a[1][0].index) or run_block(*a)
+    )
     rows = rows_of(go_on(), 1, worlds.options())
-    assert sorted(asked[2:]) == [2, 2, 3, 3, 3, 4, 4]  # after the warm-ups; the fourth cycle has a second baseline
+    assert sorted(asked[2:]) == [
+        2,
+        2,
+        3,
+        3,
+        3,
+        4,
+        4,
+    ]  # after the warm-ups; the fourth cycle has a second baseline
     for mine, theirs in zip(rows, whole, strict=True):
-        for name in ("speedup", "tokens_per_round", "rows_per_round", "noise", "blocks", "identical", "row_counts"):
+        for name in (
+            "speedup",
+            "tokens_per_round",
+            "rows_per_round",
+            "noise",
+            "blocks",
+            "identical",
+            "row_counts",
+        ):
             assert mine.get(name) == pytest.approx(theirs.get(name)), name
     asked.clear()
-    assert rows_of(go_on(), 1, worlds.options()) == rows and not asked  # all there: nothing runs, no warm-up either
+    assert (
+        rows_of(go_on(), 1, worlds.options()) == rows and not asked
+    )  # all there: nothing runs, no warm-up either
 
 
 def test_a_block_reads_back_as_it_was() -> None:
@@ -65,7 +95,11 @@ def test_a_block_reads_back_as_it_was() -> None:
     block = runner.run_block(worlds.drafting_engine(clock), worlds.prompts(count=1), [], 1, clock)
     back = block_of(json.loads(json.dumps(plain_block(block))))
     assert (back.counts, back.answers, back.row_counts, back.level_counts) == (
-        block.counts, block.answers, block.row_counts, block.level_counts)  # fmt: skip
+        block.counts,
+        block.answers,
+        block.row_counts,
+        block.level_counts,
+    )
     assert np.array_equal(back.reliability.draft, block.reliability.draft)
     assert back.tokens_per_s == block.tokens_per_s
 
@@ -77,7 +111,9 @@ def test_a_block_reads_back_as_it_was() -> None:
         ({"option": {"limit": 3, "seed": 0}, "commit": "b"}, "commit a there, b here"),
     ],
 )
-def test_another_run_is_refused_in_one_line(key: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_another_run_is_refused_in_one_line(
+    key: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "run.part"
     Progress(file, {"option": {"limit": 3, "seed": 0}, "commit": "a"}).add("x", 1)
     with pytest.raises(ConfigError, match=message) as caught:

@@ -13,9 +13,23 @@ from smart_decoding.cli import bench as cli
 from smart_decoding.errors import CapacityError, ConfigError
 
 FIELDS = {
-    "policy", "batch_size", "task", "dtype", "temperature", "tokens_per_s", "speedup", "speedup_low", "speedup_high",
-    "tokens_per_round", "rows_per_round", "wasted_rows", "controller_share", "ttft_ms", "tpot_ms", "identical",
-}  # fmt: skip
+    "policy",
+    "batch_size",
+    "task",
+    "dtype",
+    "temperature",
+    "tokens_per_s",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "tokens_per_round",
+    "rows_per_round",
+    "wasted_rows",
+    "controller_share",
+    "ttft_ms",
+    "tpot_ms",
+    "identical",
+}
 
 
 @pytest.fixture
@@ -24,7 +38,9 @@ def world():
     engines = {
         "off": worlds.engine(clock),
         "chain": worlds.engine(clock, "chain", worlds.RuleDrafter(clock, seconds=0.25), length=2),
-        "chain(length=1)": worlds.engine(clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=0.25), length=1),
+        "chain(length=1)": worlds.engine(
+            clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=0.25), length=1
+        ),
     }
     tasks = {"code": worlds.prompts("code", 6, 0, 60), "maths": worlds.prompts("maths", 3, 6, 60)}
     return clock, engines, tasks
@@ -43,7 +59,9 @@ def test_speedups_tokens_and_identity(world):
     by = {(r["policy"], r["task"]): r for r in runs}
     assert by["off", "all"]["speedup"] == 1.0 and by["off", "all"]["noise"] == pytest.approx(1.0)
     good, bad = by["chain", "all"], by["chain(length=1)", "all"]
-    assert good["speedup"] == pytest.approx(3 / 1.5, rel=0.02)  # an answer's last round may have no room for 3 tokens
+    assert good["speedup"] == pytest.approx(
+        3 / 1.5, rel=0.02
+    )  # an answer's last round may have no room for 3 tokens
     assert good["tokens_per_round"] == pytest.approx(3.0, rel=0.02) and good["wasted_rows"] == 0
     assert bad["speedup"] == pytest.approx(1 / 1.25, rel=0.02)
     assert bad["tokens_per_round"] == 1.0 and bad["wasted_rows"] == pytest.approx(2.0, rel=0.05)
@@ -54,11 +72,25 @@ def test_speedups_tokens_and_identity(world):
 
 def test_smart_is_compared_with_the_strongest_of_each_other_policy(world):
     clock, engines, tasks = world
-    tuned = worlds.engine(clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=0.5), length=1)
-    runs = runs_of((clock, {"off": engines["off"], "smart": engines["chain"],
-                            "chain(length=1)": engines["chain(length=1)"], "chain tuned": tuned}, tasks))  # fmt: skip
+    tuned = worlds.engine(
+        clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=0.5), length=1
+    )
+    runs = runs_of(
+        (
+            clock,
+            {
+                "off": engines["off"],
+                "smart": engines["chain"],
+                "chain(length=1)": engines["chain(length=1)"],
+                "chain tuned": tuned,
+            },
+            tasks,
+        )
+    )
     (best,) = report.strongest(runs)
-    assert best["policy"] == "chain(length=1)" and best["smart_over"] == pytest.approx(2 * 1.25, rel=0.03)
+    assert best["policy"] == "chain(length=1)" and best["smart_over"] == pytest.approx(
+        2 * 1.25, rel=0.03
+    )
     assert best["smart_over_low"] <= best["smart_over"] <= best["smart_over_high"]
     slow = {r["task"]: r["smart_over"] for r in runs if r["policy"] == "chain tuned"}
     assert set(slow) == {"code", "maths", "all"} and min(slow.values()) > 2.8
@@ -72,9 +104,15 @@ def test_another_token_is_reported():
     clock = worlds.Clock()
     other = worlds.RuleTarget(clock, rule=lambda t: worlds.successor(t) + (t == 30))
     engines = {"off": worlds.engine(clock), "chain": worlds.engine(clock, target=other)}
-    runs = rows_of(measure(engines, {"code": worlds.prompts()}, 1, clock=clock), 1, worlds.options())
+    runs = rows_of(
+        measure(engines, {"code": worlds.prompts()}, 1, clock=clock), 1, worlds.options()
+    )
     found = next(r for r in runs if r["policy"] == "chain" and r["task"] == "all")
-    assert not found["identical"] and 0 < found["differing_prompts"] < 1 and found["differing_tokens"] > 0
+    assert (
+        not found["identical"]
+        and 0 < found["differing_prompts"] < 1
+        and found["differing_tokens"] > 0
+    )
     assert "differ" in report.terminal(runs) and "NO" in report.terminal(runs)
 
 
@@ -105,7 +143,17 @@ def test_json_has_the_documented_form(world, tmp_path):
     write_json(file, {"provenance": origin, "runs": runs})
     read = json.loads(file.read_text())
     assert set(read) == {"provenance", "runs"}
-    known = {"command", "commit", "time", "versions", "hardware", "weights", "head", "seed", "plain_torch"}
+    known = {
+        "command",
+        "commit",
+        "time",
+        "versions",
+        "hardware",
+        "weights",
+        "head",
+        "seed",
+        "plain_torch",
+    }
     assert set(read["provenance"]) == known
     assert {"cpu", "cores", "flags", "cpu_kernels"} <= set(read["provenance"]["hardware"])
     assert read["runs"][0]["speedup"] == 1.0
@@ -125,7 +173,10 @@ def test_unknown_values_become_null_and_a_failed_write_leaves_nothing(tmp_path):
 
 def test_tables_fit_their_place(world):
     runs = runs_of(world)
-    renamed = [{**r, "policy": r["policy"].replace("(length=1)", "(length=1,and_more=1234567890)")} for r in runs]
+    renamed = [
+        {**r, "policy": r["policy"].replace("(length=1)", "(length=1,and_more=1234567890)")}
+        for r in runs
+    ]
     text = report.terminal(renamed)
     assert max(map(len, text.splitlines())) <= 100
     assert "chain 1/1234567890 = chain(length=1,and_more=1234567890)" in text
@@ -135,9 +186,14 @@ def test_tables_fit_their_place(world):
 
 
 def test_settings_of_a_policy_run_side_by_side():
-    options = BenchOptions(policies=("off", "eagle2"), policy_options=("eagle2:depth=2,top_k=3", "eagle2:"))
+    options = BenchOptions(
+        policies=("off", "eagle2"), policy_options=("eagle2:depth=2,top_k=3", "eagle2:")
+    )
     assert [arm.label for arm in options.arms] == ["off", "eagle2(depth=2,top_k=3)", "eagle2"]
-    assert parse_setting("paper:alpha=0.5,family=offset").options == {"alpha": 0.5, "family": "offset"}
+    assert parse_setting("paper:alpha=0.5,family=offset").options == {
+        "alpha": 0.5,
+        "family": "offset",
+    }
     assert "--policy-options eagle2:depth=2,top_k=3" in command_of(options)
 
 
@@ -165,18 +221,26 @@ def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, 
 
     runs, asked = runs_of(world), []
     monkeypatch.setattr(
-        "smart_decoding.bench.runner.run", lambda o: asked.append(o) or {"provenance": {}, "runs": runs}
+        "smart_decoding.bench.runner.run",
+        lambda o: asked.append(o) or {"provenance": {}, "runs": runs},
     )
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
-    words = (
-        "--policies off,chain --batch-sizes 1,4 --dtype fp32 --temperature 0.8 --tasks code --limit 3 --max-tokens 9"
-    )
+    words = "--policies off,chain --batch-sizes 1,4 --dtype fp32 --temperature 0.8 --tasks code --limit 3 --max-tokens 9"
     args = parser.parse_args([*words.split(), "--json", str(tmp_path / "r.json")])
     assert cli.main(args) == 0
     (options,) = asked
-    assert (options.policies, options.batch_sizes, options.dtype) == (("off", "chain"), (1, 4), "fp32")
-    assert (options.temperature, options.tasks, options.limit, options.max_tokens) == (0.8, ("code",), 3, 9)
+    assert (options.policies, options.batch_sizes, options.dtype) == (
+        ("off", "chain"),
+        (1, 4),
+        "fp32",
+    )
+    assert (options.temperature, options.tasks, options.limit, options.max_tokens) == (
+        0.8,
+        ("code",),
+        3,
+        9,
+    )
     assert json.loads((tmp_path / "r.json").read_text())["runs"][0]["policy"] == "off"
     assert "speedup (95 %)" in capsys.readouterr().out
 
@@ -184,33 +248,58 @@ def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("labels", "names"),
     [
-        (["eagle2(depth=7,top_k=10,total_tokens=60)", "eagle2(depth=2,top_k=3,total_tokens=6)"],
-         ["eagle2 7/10/60", "eagle2 2/3/6"]),
-        (["eagle2(depth=7,top_k=10,total_tokens=60)", "eagle2(depth=2,top_k=10,total_tokens=60)", "smart"],
-         ["eagle2 7", "eagle2 2", "smart"]),
+        (
+            ["eagle2(depth=7,top_k=10,total_tokens=60)", "eagle2(depth=2,top_k=3,total_tokens=6)"],
+            ["eagle2 7/10/60", "eagle2 2/3/6"],
+        ),
+        (
+            [
+                "eagle2(depth=7,top_k=10,total_tokens=60)",
+                "eagle2(depth=2,top_k=10,total_tokens=60)",
+                "smart",
+            ],
+            ["eagle2 7", "eagle2 2", "smart"],
+        ),
         (["eagle2(depth=7,top_k=10,total_tokens=60)"], ["eagle2 7/10/60"]),
-        (["smart(method=draft_model,model=small)", "smart(method=union,model=some-head)"],
-         ["smart#1", "smart#2"]),
-        (["static(a=1,b=2,c=345678,d=9)", "static(a=1,c=3456789)", "off"], ["static#1", "static a=1,c=3456789", "off"]),
+        (
+            ["smart(method=draft_model,model=small)", "smart(method=union,model=some-head)"],
+            ["smart#1", "smart#2"],
+        ),
+        (
+            ["static(a=1,b=2,c=345678,d=9)", "static(a=1,c=3456789)", "off"],
+            ["static#1", "static a=1,c=3456789", "off"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_names_say_what_differs(labels, names):
     assert list(report.short_names([{"policy": label} for label in labels]).values()) == names
 
 
 def test_an_arm_may_have_a_drafter_of_its_own(tmp_path):
     options = BenchOptions(
-        policies=("off", "smart"), method="ngram", method_options={"longest": 4},
+        policies=("off", "smart"),
+        method="ngram",
+        method_options={"longest": 4},
         policy_options=("smart:method=draft_model,model=folder/small", "smart:"),
-    )  # fmt: skip
+    )
     off, own, common = options.arms
     assert own.label == "smart(method=draft_model,model=small)"
     assert options.speculation(off) is False
-    assert options.speculation(own) == {"policy": "smart", "method": "draft_model", "model": "folder/small"}
+    assert options.speculation(own) == {
+        "policy": "smart",
+        "method": "draft_model",
+        "model": "folder/small",
+    }
     assert options.speculation(common) == {"method": "ngram", "longest": 4, "policy": "smart"}
     draft = BenchOptions(method="draft_model", draft="small")
-    assert draft.speculation(draft.arms[1]) == {"method": "draft_model", "model": "small", "policy": "smart"}
-    assert "--draft small" in command_of(draft) and "--method-option longest=4" in command_of(options)
+    assert draft.speculation(draft.arms[1]) == {
+        "method": "draft_model",
+        "model": "small",
+        "policy": "smart",
+    }
+    assert "--draft small" in command_of(draft) and "--method-option longest=4" in command_of(
+        options
+    )
     for given, message in (
         ({"method": "draft_model"}, "give --draft"),
         ({"method": "none"}, "leaves nothing to compare"),
@@ -259,11 +348,16 @@ def test_load_alone_replaces_the_blocks():
     assert asked_by("--load 0.5 --blocks").compares_policies
 
 
-@pytest.mark.parametrize("words", ["--full", "--tune-eagle2 3", "--record f", "--peers", "--replay f"])
+@pytest.mark.parametrize(
+    "words", ["--full", "--tune-eagle2 3", "--record f", "--peers", "--replay f"]
+)
 def test_what_the_laboratory_has_now_is_named(words, capsys):
     with pytest.raises(SystemExit):
         asked_by(words)
-    assert f"{words.split()[0]} is now an option of `python -m smart_lab bench`" in capsys.readouterr().err
+    assert (
+        f"{words.split()[0]} is now an option of `python -m smart_lab bench`"
+        in capsys.readouterr().err
+    )
 
 
 def test_limits_are_positive_and_shares_are_shares():
@@ -274,7 +368,9 @@ def test_limits_are_positive_and_shares_are_shares():
 
     found = limits.measure_limits(torch.float32, torch.device("cpu"))
     assert 0.1 < found["gb_per_s"] < 10_000 and 0.1 < found["gflop_per_s"] < 1_000_000
-    told = limits.shares({"gb_per_s": 5.0, "gflop_per_s": 30.0}, {"gb_per_s": 10.0, "gflop_per_s": 60.0})
+    told = limits.shares(
+        {"gb_per_s": 5.0, "gflop_per_s": 30.0}, {"gb_per_s": 10.0, "gflop_per_s": 60.0}
+    )
     assert told == {"gb_share": 0.5, "gflop_share": 0.5}
     if forget_peak():
         assert 0.01 < peak_gib() < 1000
@@ -284,7 +380,9 @@ def test_prompts_are_used_again_where_a_batch_is_large():
     tasks = {"code": worlds.prompts("code", 6), "maths": worlds.prompts("maths", 4, 6)}
     blocks = list(cycles_of(tasks, 4, least=5))
     code = [tuple(p.index for p in chunk) for chunk, _ in blocks if chunk[0].task == "code"]
-    assert len(code) == 6 and len(set(code)) > 3  # three passes of two blocks, in other compositions
+    assert (
+        len(code) == 6 and len(set(code)) > 3
+    )  # three passes of two blocks, in other compositions
     assert sum(len(chunk) for chunk in code) == 18
     for chunk, fillers in blocks:
         assert not {p.index for p in chunk} & {p.index for p in fillers}
@@ -293,17 +391,29 @@ def test_prompts_are_used_again_where_a_batch_is_large():
 
 def test_a_slow_contestant_runs_in_few_cycles_and_is_paired_with_its_own(world):
     clock, engines, tasks = world
-    engines["slow"] = worlds.engine(clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=8.0), length=1)
+    engines["slow"] = worlds.engine(
+        clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=8.0), length=1
+    )
     measured = measure(engines, tasks, 1, clock=clock)
     shown = ["slow" in cycle for cycle in measured.cycles]
-    assert shown == [i // len(tasks) % 3 == 0 for i in range(9)]  # nine times as slow: every third turn over the tasks
-    (run,) = (r for r in rows_of(measured, 1, worlds.options()) if (r["policy"], r["task"]) == ("slow", "all"))
+    assert shown == [
+        i // len(tasks) % 3 == 0 for i in range(9)
+    ]  # nine times as slow: every third turn over the tasks
+    (run,) = (
+        r
+        for r in rows_of(measured, 1, worlds.options())
+        if (r["policy"], r["task"]) == ("slow", "all")
+    )
     assert run["blocks"] == sum(shown) and run["speedup"] == pytest.approx(1 / 9, rel=0.02)
 
 
 def test_noise_and_slow_contestants_meet_every_task(world):
     clock, engines, tasks = world
-    engines["slow"] = worlds.engine(clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=8.0), length=1)
+    engines["slow"] = worlds.engine(
+        clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=8.0), length=1
+    )
     measured = measure(engines, tasks, 1, clock=clock)
-    slow = {block.task for cycle in measured.cycles for label, block in cycle.items() if label == "slow"}
+    slow = {
+        block.task for cycle in measured.cycles for label, block in cycle.items() if label == "slow"
+    }
     assert slow == {again.task for again, _ in measured.again} == set(tasks)

@@ -17,7 +17,9 @@ def test_equal_pairs_give_their_ratio_without_width():
 
 def test_the_value_is_the_ratio_of_times_for_the_same_work():
     # 100 tokens at 10 and 30 at 10 take 13 s; at 20 and 5 tokens/s they take 5 s + 6 s.
-    assert paired_ratio([Pair(20.0, 10.0, 100.0), Pair(5.0, 10.0, 30.0)]).value == pytest.approx(13 / 11)
+    assert paired_ratio([Pair(20.0, 10.0, 100.0), Pair(5.0, 10.0, 30.0)]).value == pytest.approx(
+        13 / 11
+    )
 
 
 def test_drift_of_the_machine_cancels_within_pairs():
@@ -35,7 +37,9 @@ def test_no_pair_is_unknown_and_one_pair_bounds_nothing():
 
 def test_intervals_are_reproducible_and_contain_the_value():
     rng = np.random.default_rng(1)
-    pairs = [Pair(float(x), 1.0, stratum=str(i % 3)) for i, x in enumerate(rng.lognormal(0.2, 0.3, 30))]
+    pairs = [
+        Pair(float(x), 1.0, stratum=str(i % 3)) for i, x in enumerate(rng.lognormal(0.2, 0.3, 30))
+    ]
     ratio = paired_ratio(pairs, seed=3)
     assert ratio == paired_ratio(pairs, seed=3)
     assert ratio.low < ratio.value < ratio.high
@@ -47,9 +51,13 @@ def test_the_interval_covers_the_truth_about_95_times_in_100(pairs, strata):
     for _ in range(200):
         noisy = rng.lognormal(math.log(1.4), 0.1, pairs)
         # harmonic mean of a lognormal: exp(mu - sigma^2 / 2)
-        ratio = paired_ratio([Pair(x, 1.0, stratum=str(i % strata)) for i, x in enumerate(noisy)], resamples=400)
+        ratio = paired_ratio(
+            [Pair(x, 1.0, stratum=str(i % strata)) for i, x in enumerate(noisy)], resamples=400
+        )
         covered += ratio.low <= 1.4 * math.exp(-(0.1**2) / 2) <= ratio.high
-    assert 174 <= covered <= 200  # a percentile bootstrap of a few covers a little less than it says
+    assert (
+        174 <= covered <= 200
+    )  # a percentile bootstrap of a few covers a little less than it says
 
 
 def test_strata_are_resampled_by_themselves():

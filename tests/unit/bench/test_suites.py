@@ -56,7 +56,10 @@ def test_edits_hold_the_whole_function_and_one_wish() -> None:
     functions = code(8)
     prompts = edits(functions)
     wishes = [prompt.split("\n")[0] for prompt in prompts]
-    assert wishes[0] == "Rename the parameter `first` of `add_0` to `first_value`. Answer with the whole function."
+    assert (
+        wishes[0]
+        == "Rename the parameter `first` of `add_0` to `first_value`. Answer with the whole function."
+    )
     assert [wish.split()[0] for wish in wishes[:4]] == ["Rename", "`add_1`", "Add", "Print"]
     for task, prompt in zip(functions, prompts, strict=True):
         source = prompt.split("```python\n")[1].removesuffix("\n```")
@@ -67,12 +70,18 @@ def test_edits_hold_the_whole_function_and_one_wish() -> None:
 
 
 def test_a_function_without_arguments_gets_another_edit() -> None:
-    (prompt,) = edits([{"prompt": "def f():\n", "canonical_solution": "    return 3\n", "entry_point": "f"}])
+    (prompt,) = edits(
+        [{"prompt": "def f():\n", "canonical_solution": "    return 3\n", "entry_point": "f"}]
+    )
     assert prompt.startswith("Print the arguments")
 
 
 def test_the_default_is_what_it_was() -> None:
-    assert DEFAULT_TASKS == ("code", "maths", "general") and set(TASKS) == {*DEFAULT_TASKS, "long", "edit"}
+    assert DEFAULT_TASKS == ("code", "maths", "general") and set(TASKS) == {
+        *DEFAULT_TASKS,
+        "long",
+        "edit",
+    }
 
 
 @pytest.mark.model

@@ -38,7 +38,7 @@ class RuleTarget:
     def __init__(self, clock: Clock, row_seconds: float = 0.0, rule=successor) -> None:
         self.clock, self.row_seconds, self.rule = clock, row_seconds, rule
 
-    def verify(self, rows, taps):
+    def verify(self, rows, aux_layers):
         self.clock.now += 1.0 + self.row_seconds * len(rows)
         wanted = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
         return TargetScores(np.asarray(self.rule(wanted)), None)
@@ -54,9 +54,19 @@ class RuleDrafter:
     """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`, and each of its rows
     `row_seconds`, the rows of tokens that it has not seen yet included."""
 
-    name, max_levels, free, grow, taps, wants_logits, wants_ends = "rule", 8, False, None, (), False, False
+    name, max_levels, free, grow, aux_layers, wants_logits, wants_ends = (
+        "rule",
+        8,
+        False,
+        None,
+        (),
+        False,
+        False,
+    )
 
-    def __init__(self, clock: Clock, good: bool = True, seconds: float = 0.0, row_seconds: float = 0.0) -> None:
+    def __init__(
+        self, clock: Clock, good: bool = True, seconds: float = 0.0, row_seconds: float = 0.0
+    ) -> None:
         self.clock, self.good, self.seconds, self.row_seconds = clock, good, seconds, row_seconds
         self.pending: dict[str, int] = {}
 
@@ -68,7 +78,11 @@ class RuleDrafter:
         self.clock.now += self.row_seconds * (self.pending_rows(requests) - len(requests))
         self.pending.update((r.id, 0) for r in requests)
         self._append(
-            trees, np.arange(len(requests)), np.full(len(requests), -1), [r.tokens[-1] for r in requests], plan
+            trees,
+            np.arange(len(requests)),
+            np.full(len(requests), -1),
+            [r.tokens[-1] for r in requests],
+            plan,
         )
         return trees
 
@@ -80,7 +94,12 @@ class RuleDrafter:
         self.clock.now += self.seconds + self.row_seconds * len(owner)
         for rank in range(min(plan.children, 2)):
             wrong = rank if self.good else rank + 1
-            trees.append(owner, successor(np.asarray(last) + wrong), parent, np.full(len(owner), 0.6 - 0.3 * rank))
+            trees.append(
+                owner,
+                successor(np.asarray(last) + wrong),
+                parent,
+                np.full(len(owner), 0.6 - 0.3 * rank),
+            )
 
     def extend_each(self, requests, features):
         for request in requests:
@@ -95,8 +114,14 @@ class RuleDrafter:
 
 def engine(clock, policy="off", drafter=None, target=None, batch=8, **options) -> Engine:
     config = EngineConfig(512, 2048, batch, 256, prefix_caching=False, stop_at_loops=True)
-    return Engine(target or RuleTarget(clock), make_policy(policy, **options), drafter, config,
-                  lambda skip: lambda ids: "x" * len(ids), clock)  # fmt: skip
+    return Engine(
+        target or RuleTarget(clock),
+        make_policy(policy, **options),
+        drafter,
+        config,
+        lambda skip: lambda ids: "x" * len(ids),
+        clock,
+    )
 
 
 def drafting_engine(clock) -> Engine:

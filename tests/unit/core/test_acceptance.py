@@ -65,7 +65,10 @@ def test_output_is_the_targets_and_the_expectation_is_exact(seed: int, batch: in
             exact = target(owner, ())[a] * target(owner, (a,))[b]
             assert first_two[owner][a, b] == pytest.approx(exact, abs=1e-12)
     np.testing.assert_allclose(expected_tokens(trees, target), tokens, rtol=1e-12)
-    path_probs = [np.prod([target(*prefix(trees, r))[t] for r, t in _steps(trees, n)]) for n in range(len(trees))]
+    path_probs = [
+        np.prod([target(*prefix(trees, r))[t] for r, t in _steps(trees, n)])
+        for n in range(len(trees))
+    ]
     np.testing.assert_allclose(tokens, 1 + np.bincount(trees.owner, path_probs, batch), rtol=1e-12)
 
 
@@ -104,9 +107,7 @@ def _probability_of_a(*, drafts_are_sampled: bool) -> float:
     total = 0.0
     for draft, q in {"A": 0.5, "B": 0.5}.items() if drafts_are_sampled else [("A", 1.0)]:
         pruned = draft == "B"
-        if (
-            drafts_are_sampled
-        ):  # rejection sampling accepts with min(1, p/q) = 1; a pruned draft leaves a fresh draw from p
+        if drafts_are_sampled:  # rejection sampling accepts with min(1, p/q) = 1; a pruned draft leaves a fresh draw from p
             total += q * (p["A"] if pruned else float(draft == "A"))
         else:  # a point mass: the target's own draw is what is emitted, child or not
             total += q * p["A"]
@@ -119,6 +120,8 @@ def test_trap_pruning_sampled_drafts_biases_the_output_pruning_point_masses_does
     tree = DraftTrees.empty(1)
     tree.append([0], [0], [-1], [0.5])  # A drafted, B pruned: the reference walk with p uniform
     emitted = [
-        accept(tree, lambda rows, a=a, b=b: np.array([a, b])[rows]).emitted[0][0] for a in (0, 1) for b in (0, 1)
+        accept(tree, lambda rows, a=a, b=b: np.array([a, b])[rows]).emitted[0][0]
+        for a in (0, 1)
+        for b in (0, 1)
     ]
     assert np.mean(np.array(emitted) == 0) == 0.5

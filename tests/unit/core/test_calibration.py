@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart_decoding.core.calibration import BINS, DEPTHS, KINDS, Calibration, default_prior, path_products
+from smart_decoding.core.calibration import (
+    BINS,
+    DEPTHS,
+    KINDS,
+    Calibration,
+    default_prior,
+    path_products,
+)
 from smart_decoding.core.policies.protocol import BatchState
 from smart_decoding.core.tree import DraftTrees, FloatArray
 
@@ -18,12 +25,16 @@ def true_prob(prob: FloatArray, depth: FloatArray) -> FloatArray:
     return QUALITY[depth] * prob**1.5
 
 
-def grow(rng: np.random.Generator, calibration: Calibration, children: int = 4, levels: int = 3) -> DraftTrees:
+def grow(
+    rng: np.random.Generator, calibration: Calibration, children: int = 4, levels: int = 3
+) -> DraftTrees:
     """A tree whose levels expand only the two nodes that the calibration finds best: a policy-selected tree."""
     trees = DraftTrees.empty(1)
     parents = np.array([-1])
     for _ in range(levels):
-        prob = np.concatenate([np.sort(rng.dirichlet(np.full(children + 1, 0.4)))[::-1][:children] for _ in parents])
+        prob = np.concatenate(
+            [np.sort(rng.dirichlet(np.full(children + 1, 0.4)))[::-1][:children] for _ in parents]
+        )
         first = len(trees)
         parent = np.repeat(parents, children)
         trees.append(np.zeros(len(prob)), np.arange(first, first + len(prob)), parent, prob)
@@ -53,7 +64,9 @@ def test_recovers_a_distortion_from_policy_selected_trees() -> None:
     calibration = Calibration()
     for _ in range(6000):
         trees = grow(rng, calibration)
-        kept = np.flatnonzero(trees.accept_prob >= np.sort(trees.accept_prob)[-6])  # prune to the best six
+        kept = np.flatnonzero(
+            trees.accept_prob >= np.sort(trees.accept_prob)[-6]
+        )  # prune to the best six
         observed, chosen = verify(rng, trees, true_prob(trees.draft_prob, trees.depth), kept)
         calibration.observe(trees, observed, chosen, GREEDY)
     prob = np.tile(np.linspace(0.1, 0.95, 12), 2)
@@ -84,7 +97,13 @@ def test_siblings_sum_to_at_most_one_and_paths_never_grow(seed: int) -> None:
     for source in (0, 3):
         size = int(rng.integers(1, 12))
         first = len(trees)
-        trees.append(rng.integers(0, 2, size), rng.integers(0, 9, size), np.full(size, -1), rng.random(size), source)
+        trees.append(
+            rng.integers(0, 2, size),
+            rng.integers(0, 9, size),
+            np.full(size, -1),
+            rng.random(size),
+            source,
+        )
         parent = rng.integers(first, len(trees), 20)
         trees.append(trees.owner[parent], rng.integers(0, 9, 20), parent, rng.random(20), source)
     conditional = Calibration(np.full((1, DEPTHS, KINDS, BINS), 0.9)).score(trees, np.array([1, 2]))
@@ -122,7 +141,9 @@ def test_monotone_in_confidence_whatever_was_observed() -> None:
 
 
 def test_fresh_state_starts_from_the_default_or_the_stored_prior() -> None:
-    np.testing.assert_allclose(Calibration().curve(1, np.full(KINDS, 0.25)), default_prior(1)[0, :, 0], atol=1e-12)
+    np.testing.assert_allclose(
+        Calibration().curve(1, np.full(KINDS, 0.25)), default_prior(1)[0, :, 0], atol=1e-12
+    )
     trained = Calibration()
     rng = np.random.default_rng(2)
     for _ in range(300):
@@ -139,11 +160,16 @@ def test_fresh_state_starts_from_the_default_or_the_stored_prior() -> None:
 def test_requests_with_pictures_are_learned_apart() -> None:
     rng = np.random.default_rng(4)
     calibration = Calibration()
-    for prob in rng.random(800):  # of the same confidence, but behind a picture it is accepted rarely
+    for prob in rng.random(
+        800
+    ):  # of the same confidence, but behind a picture it is accepted rarely
         trees = DraftTrees.empty(2)
         trees.append([0, 1], [1, 1], [-1, -1], [prob, prob])
         kind = BatchState(
-            *np.ones((2, 2), np.int64), np.zeros(2), np.ones(2, bool), pictures=np.array([False, True])
+            *np.ones((2, 2), np.int64),
+            np.zeros(2),
+            np.ones(2, bool),
+            pictures=np.array([False, True]),
         ).kind
         calibration.observe(trees, np.arange(2), rng.random(2) < prob * np.array([0.9, 0.2]), kind)
     trees = DraftTrees.empty(2)
@@ -151,11 +177,16 @@ def test_requests_with_pictures_are_learned_apart() -> None:
     text, picture = calibration.score(trees, kind)
     assert text > 0.6 and picture < 0.3
     both = calibration.curve(0, np.bincount(kind, minlength=KINDS) / 2)
-    np.testing.assert_allclose(both, (calibration.curve(0, np.eye(4)[1]) + calibration.curve(0, np.eye(4)[3])) / 2)
+    np.testing.assert_allclose(
+        both, (calibration.curve(0, np.eye(4)[1]) + calibration.curve(0, np.eye(4)[3])) / 2
+    )
 
 
 def test_what_was_learned_from_text_alone_is_a_prior_for_pictures() -> None:
-    old = {"curve": np.full((1, DEPTHS, 2, BINS), 0.3), "counts": np.full((1, DEPTHS, 2, BINS), 9.0)}
+    old = {
+        "curve": np.full((1, DEPTHS, 2, BINS), 0.3),
+        "counts": np.full((1, DEPTHS, 2, BINS), 9.0),
+    }
     calibration = Calibration.from_state(old)
     assert (calibration.prior == 0.3).all() and calibration.prior.shape == (1, DEPTHS, KINDS, BINS)
     assert (calibration.counts[:, :, :2] == 9).all() and (calibration.counts[:, :, 2:] == 0).all()

@@ -41,7 +41,9 @@ def random_trees(rng: np.random.Generator, batch: int, nodes: int) -> DraftTrees
     for _ in range(nodes):
         owner = int(rng.integers(batch))
         parent = int(rng.choice([-1, *trees.nodes_of(owner)]))
-        prob = rng.choice([0.5, 1.0, rng.random()])  # ties between siblings, and of children with parents
+        prob = rng.choice(
+            [0.5, 1.0, rng.random()]
+        )  # ties between siblings, and of children with parents
         trees.append([owner], [int(rng.integers(50))], [parent], [prob])
     return trees
 
@@ -58,7 +60,9 @@ def prefix_closed_subsets(trees: DraftTrees, allowed: np.ndarray):
 @settings(max_examples=60, deadline=None)
 def test_select_is_the_brute_force_optimum(seed: int, batch: int, nodes: int) -> None:
     rng = np.random.default_rng(seed)
-    cost = CostModel.from_table({b: any_table(rng, 40) for b in (1, 2, 3)}, {1: float(rng.random()), 9: 2.0})
+    cost = CostModel.from_table(
+        {b: any_table(rng, 40) for b in (1, 2, 3)}, {1: float(rng.random()), 9: 2.0}
+    )
     slowdown = float(rng.choice([1.0, 1.5, 3.0, math.inf]))
     policy = make_policy("smart", cost=cost, max_round_slowdown=slowdown, probe_budget=0.0)
     now = state(batch, rng)
@@ -74,9 +78,15 @@ def test_select_is_the_brute_force_optimum(seed: int, batch: int, nodes: int) ->
 
     def value(subset: list[int]) -> float:
         seconds = scratch.sunk + float(cost.verify_seconds(batch, batch + len(subset), 40))
-        return -1.0 if subset and seconds > most else (batch + trees.accept_prob[subset].sum()) / seconds
+        return (
+            -1.0
+            if subset and seconds > most
+            else (batch + trees.accept_prob[subset].sum()) / seconds
+        )
 
-    best = max(value(subset) for subset in prefix_closed_subsets(trees, trees.depth <= limits[trees.owner]))
+    best = max(
+        value(subset) for subset in prefix_closed_subsets(trees, trees.depth <= limits[trees.owner])
+    )
     trees.take(kept)
     assert (trees.depth[kept] <= limits[trees.owner[kept]]).all()
     assert value(kept.tolist()) == pytest.approx(best, rel=1e-9)
@@ -86,8 +96,13 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
     """Each option's value by the definition: grow one request's tree, repeat it, try every size."""
     children = policy.forecast.children(np.bincount(now.kind, minlength=KINDS) / now.size)
     price = policy.cost.draft_seconds
-    regular, whole = (float(price(now.size + n, 40)) for n in (min(now.catch_up_rows, now.size), now.catch_up_rows))
-    first = regular + (whole - regular) / min(CATCH_UP_ROUNDS, 50 // 2)  # what is beyond one row each is shared
+    regular, whole = (
+        float(price(now.size + n, 40))
+        for n in (min(now.catch_up_rows, now.size), now.catch_up_rows)
+    )
+    first = regular + (whole - regular) / min(
+        CATCH_UP_ROUNDS, 50 // 2
+    )  # what is beyond one row each is shared
     values = {}
 
     def best(gains: list[float], sunk: float) -> float:
@@ -119,7 +134,9 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
 @settings(max_examples=12, deadline=None)
 def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int) -> None:
     rng = np.random.default_rng(seed)
-    cost = CostModel.from_table({1: any_table(rng, 30)}, {1: 0.1 * rng.random(), 9: 0.3}, overhead_seconds=0.01)
+    cost = CostModel.from_table(
+        {1: any_table(rng, 30)}, {1: 0.1 * rng.random(), 9: 0.3}, overhead_seconds=0.01
+    )
     policy = make_policy("smart", cost=cost, max_levels=3, probe_budget=0.0, max_round_slowdown=2.0)
     policy.forecast.free = np.sort(rng.random(FREE))[::-1] * 0.5
     policy._foresight[batch.bit_length()] = float(rng.normal() * 0.1)
@@ -133,10 +150,15 @@ def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int)
     expected = naive_forecast(policy, now, batch)
     assert outlook.values == pytest.approx(expected, rel=1e-9)
     plain = batch / float(cost.verify_seconds(batch, batch, 40))
-    worth = {o: v * (math.exp(policy._foresight[batch.bit_length()]) if o[0] else 1.0) for o, v in expected.items()}
+    worth = {
+        o: v * (math.exp(policy._foresight[batch.bit_length()]) if o[0] else 1.0)
+        for o, v in expected.items()
+    }
     plan = policy.plan(now)
     best = max(worth, key=worth.get, default=None)
-    if best is None or worth[best] <= MARGIN * plain:  # nothing was tried yet: the model is, if that nearly pays
+    if (
+        best is None or worth[best] <= MARGIN * plain
+    ):  # nothing was tried yet: the model is, if that nearly pays
         best = max((option for option in worth if option[0]), key=worth.get, default=None)
         best = None if best is None or worth[best] <= CLEARLY * plain else best
     if best is None:
@@ -157,7 +179,9 @@ def test_look_ahead_is_the_best_of_its_options(seed: int) -> None:
     prices, curve = rng.random(3) * 0.5, rng.uniform(1, 3, 64)
     look = LookAhead(children)
     columns = LookAhead.columns(5, 4, ahead)
-    chosen = look.width(present, frontier, widths, level, ahead, 1, sunk, prices, curve[: columns + 1], math.inf)
+    chosen = look.width(
+        present, frontier, widths, level, ahead, 1, sunk, prices, curve[: columns + 1], math.inf
+    )
 
     def rate(gains, seconds):
         gains = np.sort(gains)[::-1]
@@ -189,5 +213,8 @@ def test_best_rates_is_best_size_for_every_row(seed: int) -> None:
     rng = np.random.default_rng(seed)
     gains, seconds, sunk = rng.random((4, 7)), rng.uniform(0.5, 3, 8), rng.random(4)
     rates = best_rates(np.sort(-gains, axis=1), 2, sunk, seconds, 2.5)
-    expected = [best_size(np.sort(g)[::-1], 2, float(s), seconds, 2.5)[1] for g, s in zip(gains, sunk, strict=True)]
+    expected = [
+        best_size(np.sort(g)[::-1], 2, float(s), seconds, 2.5)[1]
+        for g, s in zip(gains, sunk, strict=True)
+    ]
     np.testing.assert_allclose(rates, expected)

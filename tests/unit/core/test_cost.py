@@ -24,7 +24,9 @@ def samples() -> list[VerifySample]:
 
 def test_explicit_table_is_taken_as_it_is() -> None:
     cost = CostModel.from_table({1: STAIRCASE}, {1: 1.0, 2: 3.0})
-    np.testing.assert_allclose(cost.verify_seconds(1, [1, 2, 4, 5, 6, 7], 100), [10, 10, 10, 25, 20, 20])
+    np.testing.assert_allclose(
+        cost.verify_seconds(1, [1, 2, 4, 5, 6, 7], 100), [10, 10, 10, 25, 20, 20]
+    )
     np.testing.assert_allclose(cost.draft_seconds([1, 2], 100), [1, 3])
 
 
@@ -35,7 +37,9 @@ def test_extrapolates_linearly_beyond_the_last_row() -> None:
 
 def test_batch_is_interpolated_in_log_space_and_held_outside() -> None:
     cost = CostModel.from_table({1: {8: 1.0}, 4: {8: 3.0}})
-    assert [float(cost.verify_seconds(b, 8, 0)) for b in (1, 2, 4, 9)] == pytest.approx([1, 2, 3, 3])
+    assert [float(cost.verify_seconds(b, 8, 0)) for b in (1, 2, 4, 9)] == pytest.approx(
+        [1, 2, 3, 3]
+    )
 
 
 def test_curve_is_verify_seconds_over_consecutive_rows() -> None:
@@ -47,7 +51,9 @@ def test_curve_is_verify_seconds_over_consecutive_rows() -> None:
 def test_fit_recovers_rows_batch_and_context() -> None:
     cost = CostModel.fit(samples())
     for batch, rows, context in ((1, 3, 500), (4, 24, 2000), (1, 16, 0)):
-        assert float(cost.verify_seconds(batch, rows, context)) == pytest.approx(truth(batch, rows, context), rel=0.02)
+        assert float(cost.verify_seconds(batch, rows, context)) == pytest.approx(
+            truth(batch, rows, context), rel=0.02
+        )
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=2, max_size=8))
@@ -82,12 +88,16 @@ def test_one_outlier_moves_little_and_a_new_speed_is_followed() -> None:
     for _ in range(100):
         cost = cost.corrected(VerifySample(1, 8, 0, 1.1))
     before = float(cost.verify_seconds(1, 8, 0))
-    assert float(cost.corrected(VerifySample(1, 8, 0, 100.0)).verify_seconds(1, 8, 0)) < 1.1 * before
+    assert (
+        float(cost.corrected(VerifySample(1, 8, 0, 100.0)).verify_seconds(1, 8, 0)) < 1.1 * before
+    )
     for _ in range(40):
         for rows, seconds in ((8, before), (64, 2.0)):
             cost = cost.corrected(VerifySample(1, rows, 0, 2 * seconds))
     assert float(cost.verify_seconds(1, 8, 0)) == pytest.approx(2 * before, rel=0.05)
-    assert float(cost.verify_seconds(1, 30, 0)) > 2.5  # the shared speed reaches rows that were never timed
+    assert (
+        float(cost.verify_seconds(1, 30, 0)) > 2.5
+    )  # the shared speed reaches rows that were never timed
 
 
 def test_a_state_of_the_memory_is_told_from_rounds_of_few_sizes() -> None:
@@ -97,7 +107,9 @@ def test_a_state_of_the_memory_is_told_from_rounds_of_few_sizes() -> None:
     rng = np.random.default_rng(0)
     for _ in range(60):
         rows = int(rng.choice(list(other)))
-        cost = cost.corrected(VerifySample(1, rows, 0, other[rows] * float(np.exp(rng.normal() * 0.03))))
+        cost = cost.corrected(
+            VerifySample(1, rows, 0, other[rows] * float(np.exp(rng.normal() * 0.03)))
+        )
     assert float(cost.verify_seconds(1, 4, 0)) == pytest.approx(4.45, rel=0.06)  # neither was seen
     assert float(cost.verify_seconds(1, 1, 0)) == pytest.approx(3.8, rel=0.15)
     assert float(cost.verify_seconds(1, 24, 0)) == pytest.approx(9.6, rel=0.06)
@@ -106,12 +118,18 @@ def test_a_state_of_the_memory_is_told_from_rounds_of_few_sizes() -> None:
 def levels() -> list[DraftSample]:
     first = [DraftSample(roots, 100, 4e-4 + 2e-5 * roots, 0) for roots in (1, 2, 8)]
     waiting = [DraftSample(1, 100, 4.2e-4 + 1e-5 * n, n) for n in (1, 8, 64)]
-    return [*first, *waiting, *(DraftSample(width, 100, 2e-4 + 3e-5 * width) for width in (1, 2, 8, 16))]
+    return [
+        *first,
+        *waiting,
+        *(DraftSample(width, 100, 2e-4 + 3e-5 * width) for width in (1, 2, 8, 16)),
+    ]
 
 
 def test_the_first_level_and_what_waits_for_it_are_apart_from_deeper_levels() -> None:
     cost = CostModel.fit([*samples(), *levels()])
-    assert cost.levels_seconds(2, [6, 4, 8], 100) == pytest.approx([4.8e-4, 3.2e-4, 4.4e-4], rel=0.01)
+    assert cost.levels_seconds(2, [6, 4, 8], 100) == pytest.approx(
+        [4.8e-4, 3.2e-4, 4.4e-4], rel=0.01
+    )
     np.testing.assert_allclose(cost.first_seconds(1, [0, 30], 100), [4.2e-4, 7.2e-4], rtol=0.01)
     for _ in range(300):
         cost = cost.corrected(DraftSample(1, 100, 6e-4, 2))
@@ -140,7 +158,11 @@ def test_paper_families_fit_their_own_curves() -> None:
     nodes = np.array([1.0, 4, 8, 16, 32, 64])
     verify = 0.02 * np.expm1(0.05 * nodes**0.9)
     exact = PaperCosts.fit(nodes, 0.001 * nodes, verify, offsets=False)
-    assert [exact.seconds(int(n)) for n in nodes] == pytest.approx(list(0.001 * nodes + verify), rel=0.02)
+    assert [exact.seconds(int(n)) for n in nodes] == pytest.approx(
+        list(0.001 * nodes + verify), rel=0.02
+    )
     shifted = PaperCosts.fit(nodes, 0.001 * nodes + 0.002, verify + 0.02, offsets=True)
-    assert [shifted.seconds(int(n)) for n in nodes] == pytest.approx(list(0.001 * nodes + verify + 0.022), rel=0.02)
+    assert [shifted.seconds(int(n)) for n in nodes] == pytest.approx(
+        list(0.001 * nodes + verify + 0.022), rel=0.02
+    )
     assert exact.slope(16) == pytest.approx((exact.seconds(17) - exact.seconds(15)) / 2, rel=0.02)

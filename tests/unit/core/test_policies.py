@@ -13,7 +13,10 @@ from smart_decoding.core.tree import DraftTrees
 from smart_decoding.errors import ConfigError
 
 EOS = 3
-OFFERED = {"eos_token_ids": (EOS,), "cost": CostModel.from_table({1: {1: 1.0, 64: 3.0}}, {1: 0.01, 64: 0.02})}
+OFFERED = {
+    "eos_token_ids": (EOS,),
+    "cost": CostModel.from_table({1: {1: 1.0, 64: 3.0}}, {1: 0.01, 64: 0.02}),
+}
 
 
 def state(remaining: list[int], may: list[bool] | None = None, **more) -> BatchState:
@@ -31,10 +34,14 @@ def draft(policy, batch: BatchState, rng: np.random.Generator, vocabulary: int =
     frontier, owner, asked = np.full(batch.size, -1), np.arange(batch.size), []
     for level in range(1, plan.levels + 1):
         k = plan.children
-        prob = np.sort(rng.dirichlet(np.full(vocabulary, 0.3), len(frontier)), axis=1)[:, ::-1][:, :k]
+        prob = np.sort(rng.dirichlet(np.full(vocabulary, 0.3), len(frontier)), axis=1)[:, ::-1][
+            :, :k
+        ]
         token = np.stack([rng.permutation(vocabulary)[: prob.shape[1]] for _ in frontier])
         repeat = prob.shape[1]
-        trees.append(np.repeat(owner, repeat), token.ravel(), np.repeat(frontier, repeat), prob.ravel())
+        trees.append(
+            np.repeat(owner, repeat), token.ravel(), np.repeat(frontier, repeat), prob.ravel()
+        )
         if level == plan.levels:
             break
         chosen = policy.frontier(plan, batch, trees, level)
@@ -80,7 +87,9 @@ def test_chain_is_one_path_per_request() -> None:
     assert trees.owner[kept].tolist().count(1) == 2
 
 
-@pytest.mark.parametrize(("name", "paths", "size"), [("eagle_1", EAGLE_1, 25), ("medusa", MEDUSA, 63)])
+@pytest.mark.parametrize(
+    ("name", "paths", "size"), [("eagle_1", EAGLE_1, 25), ("medusa", MEDUSA, 63)]
+)
 def test_static_verifies_exactly_the_topology(name: str, paths: list, size: int) -> None:
     assert len(paths) == len(set(paths)) == size
     policy = make_policy("static", topology=name)
@@ -92,7 +101,9 @@ def test_static_verifies_exactly_the_topology(name: str, paths: list, size: int)
         for node in kept[trees.owner[kept] == owner]:
             path = []
             for step in trees.path(node):
-                siblings = np.flatnonzero((trees.parent == trees.parent[step]) & (trees.owner == owner))
+                siblings = np.flatnonzero(
+                    (trees.parent == trees.parent[step]) & (trees.owner == owner)
+                )
                 path.append(int((trees.draft_prob[siblings] > trees.draft_prob[step]).sum()))
             ranks.add(tuple(path))
         assert ranks == set(paths)
@@ -110,14 +121,19 @@ def test_likelihood_is_eagle_2() -> None:
         assert len(nodes) == 4 + 3 * 16
         mine = kept[trees.owner[kept] == owner]
         assert len(mine) == 11
-        assert trees.path_prob[mine].min() >= np.delete(trees.path_prob[nodes], np.searchsorted(nodes, mine)).max()
+        assert (
+            trees.path_prob[mine].min()
+            >= np.delete(trees.path_prob[nodes], np.searchsorted(nodes, mine)).max()
+        )
 
 
 def test_a_foreign_node_is_expanded_only_below_a_head_state() -> None:
     policy = make_policy("eagle2", top_k=4)
     batch = state([20])
     trees = DraftTrees.empty(1)
-    trees.append([0, 0], [1, 2], [-1, 0], [0.9, 0.9], source=1)  # an n-gram path, one token deeper than the head
+    trees.append(
+        [0, 0], [1, 2], [-1, 0], [0.9, 0.9], source=1
+    )  # an n-gram path, one token deeper than the head
     trees.append([0, 0], [5, 6], [-1, -1], [0.5, 0.4], source=0)
     assert policy.frontier(policy.plan(batch), batch, trees, 1).tolist() == [0, 2, 3]
     trees.append([0], [8], [2], [0.5], source=0)  # the head expanded node 2 only
@@ -131,7 +147,11 @@ def test_unknown_names_options_and_values_are_refused_with_the_valid_ones() -> N
         make_policy("chain", lenght=3)
     with pytest.raises(ConfigError, match="none"):
         make_policy("off", length=3)
-    for name, options in (("chain", {"length": 0}), ("eagle2", {"top_k": 1.5}), ("static", {"topology": [[0, 0]]})):
+    for name, options in (
+        ("chain", {"length": 0}),
+        ("eagle2", {"top_k": 1.5}),
+        ("static", {"topology": [[0, 0]]}),
+    ):
         with pytest.raises(ConfigError):
             make_policy(name, **options)
     assert policy_options("eagle2") == ["depth", "top_k", "total_tokens", "eos_token_ids"]

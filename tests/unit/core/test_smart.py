@@ -20,7 +20,9 @@ STEEP = CostModel.from_table({1: {1: 10.0, 64: 640.0}}, DRAFT)
 CHEAP_ROWS = CostModel.from_table({1: {1: 30.0, 512: 40.0}}, DRAFT)
 
 
-@pytest.mark.parametrize(("costs", "batch", "rounds"), [(FLAT, 1, 250), (FLAT, 3, 80), (CHEAP_ROWS, 2, 100)])
+@pytest.mark.parametrize(
+    ("costs", "batch", "rounds"), [(FLAT, 1, 250), (FLAT, 3, 80), (CHEAP_ROWS, 2, 100)]
+)
 def test_regret_against_full_knowledge_is_small(costs: CostModel, batch: int, rounds: int) -> None:
     world, span = World(5, batch, costs), range(rounds)
     best = full_knowledge(world, span, levels=5)
@@ -53,7 +55,9 @@ def test_drafts_at_batch_32_where_rows_are_cheap() -> None:
 
 def test_a_wrong_cost_table_is_corrected() -> None:
     world = World(5, 1, FLAT)
-    policy = make_policy("smart", cost=STEEP)  # the profile says that rows are dear; in truth they are cheap
+    policy = make_policy(
+        "smart", cost=STEEP
+    )  # the profile says that rows are dear; in truth they are cheap
     run(policy, world, range(400))
     later = run(policy, world, range(400, 600))
     assert later.rate > 1.4 * run(make_policy("off"), world, range(400, 600)).rate
@@ -62,7 +66,15 @@ def test_a_wrong_cost_table_is_corrected() -> None:
 def test_rounds_that_rest_tell_what_the_machine_has_become() -> None:
     policy, now = make_policy("smart", cost=STEEP, probe_budget=0.0), World(5, 4, STEEP).state()
     policy._tried[(4).bit_length()] = TRIED
-    none = (DraftTrees.empty(4), np.zeros(0, np.int64), np.zeros(0, np.int64), np.ones(4, np.int64), [], [], 4)
+    none = (
+        DraftTrees.empty(4),
+        np.zeros(0, np.int64),
+        np.zeros(0, np.int64),
+        np.ones(4, np.int64),
+        [],
+        [],
+        4,
+    )
     asked = policy._open
     plain, planned = float(STEEP.verify_seconds(4, 4, 200)), []
     policy._open = lambda batch: planned.append(1) or asked(batch)
@@ -75,7 +87,12 @@ def test_rounds_that_rest_tell_what_the_machine_has_become() -> None:
 
 
 def test_a_return_is_charged_its_share_of_what_catching_up_takes() -> None:
-    waiting = {0: 1e-9, 64: 1.0, 512: 8.0, 1024: 100.0}  # a table that rises ever faster, as caches overflow
+    waiting = {
+        0: 1e-9,
+        64: 1.0,
+        512: 8.0,
+        1024: 100.0,
+    }  # a table that rises ever faster, as caches overflow
     table = CostModel.from_table({1: {1: 20.0, 64: 60.0}}, DRAFT)
     cost = replace(table, first=table.draft, waiting=Curve(tuple(waiting), tuple(waiting.values())))
     policy = make_policy("smart", cost=cost)
@@ -94,7 +111,9 @@ def test_off_soon_when_the_head_goes_bad_and_on_again_when_it_is_good(seed: int)
     assert rest.off > 0.85 * 450  # the others are probes
     plain = run(make_policy("off"), world, range(bad_from, good_again))
     assert (noticing.tokens + rest.tokens) / (noticing.seconds + rest.seconds) > 0.975 * plain.rate
-    run(policy, world, range(good_again, good_again + 200))  # noticed after 20 to 150 rounds, by the luck of probes
+    run(
+        policy, world, range(good_again, good_again + 200)
+    )  # noticed after 20 to 150 rounds, by the luck of probes
     later = range(good_again + 200, good_again + 400)
     never_bad = make_policy("smart", cost=FLAT)
     run(never_bad, world, range(100, bad_from))
@@ -109,7 +128,9 @@ def test_an_untrained_head_costs_little_from_the_first_round() -> None:
 
 
 @pytest.mark.parametrize("overhead", [2.0, 6.0])
-def test_what_a_drafting_round_takes_beyond_its_forwards_counts_in_probes_too(overhead: float) -> None:
+def test_what_a_drafting_round_takes_beyond_its_forwards_counts_in_probes_too(
+    overhead: float,
+) -> None:
     """Drafts that would pay if deciding about them took no time."""
     costs = CostModel.from_table({1: {1: 10.0, 2: 10.2, 64: 640.0}}, DRAFT)
     world = World(5, 1, costs, ease=-0.6, overhead=overhead)
@@ -131,7 +152,9 @@ def test_overhead_is_learned_apart_for_small_and_large_batches() -> None:
     for _ in range(8):
         overhead.observe(16, 6.0, speculated=True)
         overhead.observe(16, 2.0, speculated=False)
-    assert overhead.of(16) == pytest.approx((2.0, 4.0)) and overhead.of(3) == pytest.approx((0.2, 1.3), rel=0.01)
+    assert overhead.of(16) == pytest.approx((2.0, 4.0)) and overhead.of(3) == pytest.approx(
+        (0.2, 1.3), rel=0.01
+    )
     assert overhead.of(64) == overhead.of(3)  # nothing is known: as learned last
 
 
@@ -140,7 +163,14 @@ def test_rests_of_batches_of_different_sizes_are_learned_from_apart() -> None:
     for size in (16, 1):
         world = World(5, size, STEEP)
         plain = table[size] = float(STEEP.verify_seconds(size, size, 200))
-        none = (DraftTrees.empty(size), np.zeros(0, np.int64), np.zeros(0, np.int64), np.ones(size, np.int64), [], [])
+        none = (
+            DraftTrees.empty(size),
+            np.zeros(0, np.int64),
+            np.zeros(0, np.int64),
+            np.ones(size, np.int64),
+            [],
+            [],
+        )
         for _ in range(60):
             policy.observe(Round(now := world.state(), policy.plan(now), *none, size, plain))
         if size == 16:
@@ -155,7 +185,9 @@ def test_greedy_and_sampled_requests_have_outlooks_of_their_own() -> None:
     policy = make_policy("smart", cost=FLAT)
     state = World(5, 1, FLAT).state()
     greedy, sampled = (replace(state, temperature=np.array([t])) for t in (0.0, 1.0))
-    outlooks = [policy._current_outlook(batch, policy._open(batch)) for batch in (greedy, sampled, greedy)]
+    outlooks = [
+        policy._current_outlook(batch, policy._open(batch)) for batch in (greedy, sampled, greedy)
+    ]
     assert outlooks[0] is outlooks[2] is not outlooks[1]
 
 
@@ -170,7 +202,10 @@ def test_what_free_drafters_propose_to_requests_that_may_not_use_it_promises_not
 
 
 def test_probing_keeps_to_its_budget() -> None:
-    world, policy = World(5, 1, FLAT, good=lambda _: False), make_policy("smart", cost=FLAT, probe_budget=0.01)
+    world, policy = (
+        World(5, 1, FLAT, good=lambda _: False),
+        make_policy("smart", cost=FLAT, probe_budget=0.01),
+    )
     run(policy, world, range(200))
     spent = policy.prober.spent
     totals = run(policy, world, range(200, 900))
@@ -197,14 +232,23 @@ def test_round_slowdown_is_bounded_for_several_requests() -> None:
             self.policy.observe(round)
 
     run(Watched(), world, range(60))
-    assert max(slow) < 1.2 * 1.02  # 2 %: forecasts are kept for some rounds while costs are corrected
+    assert (
+        max(slow) < 1.2 * 1.02
+    )  # 2 %: forecasts are kept for some rounds while costs are corrected
     assert np.mean(np.array(slow) > 1.05) > 0.5  # and drafting does go on below it
 
 
 def test_free_drafters_alone_are_used_and_learned() -> None:
     policy = make_policy("smart", cost=FLAT)
     now = World(5, 2, FLAT).state()
-    now = type(now)(now.context, now.remaining, now.temperature, now.may_speculate, has_model=False, has_free=True)
+    now = type(now)(
+        now.context,
+        now.remaining,
+        now.temperature,
+        now.may_speculate,
+        has_model=False,
+        has_free=True,
+    )
     drafted = 0
     for _ in range(200):
         plan = policy.plan(now)
@@ -216,9 +260,13 @@ def test_free_drafters_alone_are_used_and_learned() -> None:
         kept = policy.select(plan, now, trees)
         next_token = np.full(len(trees), -1)
         next_token[kept] = [2, 9][: len(kept)]
-        policy.observe(Round(now, plan, trees, kept, next_token, np.array([1, 7]), [], [], 2 + len(kept), 22.0))
+        policy.observe(
+            Round(now, plan, trees, kept, next_token, np.array([1, 7]), [], [], 2 + len(kept), 22.0)
+        )
     assert drafted > 150
-    assert policy.forecast.free[0] == pytest.approx(0.5, abs=0.05)  # one request of the two proposes, and is right
+    assert policy.forecast.free[0] == pytest.approx(
+        0.5, abs=0.05
+    )  # one request of the two proposes, and is right
 
 
 def test_survives_a_caller_that_skips_the_plan_and_absurd_times() -> None:
@@ -228,7 +276,20 @@ def test_survives_a_caller_that_skips_the_plan_and_absurd_times() -> None:
     assert policy.select(DraftPlan(True, 1), now, trees).tolist() == [0]
     for seconds in (float("nan"), 0.0, -1.0):
         plan = policy.plan(now)
-        policy.observe(Round(now, plan, trees, np.array([0]), np.array([3]), np.array([1]), [1], [seconds], 2, seconds))
+        policy.observe(
+            Round(
+                now,
+                plan,
+                trees,
+                np.array([0]),
+                np.array([3]),
+                np.array([1]),
+                [1],
+                [seconds],
+                2,
+                seconds,
+            )
+        )
     assert np.isfinite(policy.outlook(now).plain)
     assert policy.plan(now).speculate
 

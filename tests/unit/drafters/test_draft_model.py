@@ -59,7 +59,12 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def engine(
-    policy: str, draft: ModelConfig = SMALL, seed: int = 1, pages: int = PAGES, scratch: int = SCRATCH, **more: Any
+    policy: str,
+    draft: ModelConfig = SMALL,
+    seed: int = 1,
+    pages: int = PAGES,
+    scratch: int = SCRATCH,
+    **more: Any,
 ) -> Engine:
     """An engine with a random draft model; TARGET with seed 0 is the target itself."""
     target = target_of(pages)
@@ -193,8 +198,12 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
     target = target_of()
-    drafter = DraftModelDrafter(DraftModel(checkpoint(SMALL, 1), target, PAGES, SCRATCH), PAGES, SCRATCH)
-    levels = [s for s in measure(target, drafter, PAGES, 2, seconds=0.0) if isinstance(s, DraftSample)]
+    drafter = DraftModelDrafter(
+        DraftModel(checkpoint(SMALL, 1), target, PAGES, SCRATCH), PAGES, SCRATCH
+    )
+    levels = [
+        s for s in measure(target, drafter, PAGES, 2, seconds=0.0) if isinstance(s, DraftSample)
+    ]
     assert not drafter._states  # a request to come could be taken for one of the rehearsal's
     first = {(s.width, s.waiting) for s in levels if s.waiting is not None}
     assert first == {*((1, w) for w in (*WAITING, LONG_WAITING)), (2, 0)}
@@ -216,9 +225,13 @@ def test_vocabularies_may_be_padded_differently() -> None:
 
 def saved(folder: Path, config: ModelConfig, words: list[str], seed: int) -> Path:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**config.to_hf(), "architectures": [architecture(config)]}))
+    (folder / "config.json").write_text(
+        json.dumps({**config.to_hf(), "architectures": [architecture(config)]})
+    )
     save_file(dict(checkpoint(config, seed).weights), folder / "model.safetensors")
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])
+    model = tokenizers.models.WordLevel(
+        {word: i for i, word in enumerate(words)}, unk_token=words[0]
+    )
     tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
     return folder
 
@@ -238,22 +251,41 @@ def target_folder(tmp_path: Path) -> Path:
 def test_one_line_of_configuration(tmp_path: Path, target_folder: Path) -> None:
     draft = saved(tmp_path / "draft", SMALL, WORDS, 1)
     config = {"method": "draft_model", "model": str(draft), "policy": "chain", "length": 2}
-    llm = LLM(target_folder, speculative_config=config, dtype="fp32", max_model_len=128, max_num_seqs=2)
+    llm = LLM(
+        target_folder, speculative_config=config, dtype="fp32", max_model_len=128, max_num_seqs=2
+    )
     assert llm.speculation.description == f"draft model {draft}"
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     (output,) = llm.generate([[1, 2, 3]], params)
     assert output.outputs[0].metrics.verified > 0
-    without = LLM(target_folder, speculative_config=False, dtype="fp32", max_model_len=128, max_num_seqs=2)
-    assert output.outputs[0].token_ids == without.generate([[1, 2, 3]], params)[0].outputs[0].token_ids
+    without = LLM(
+        target_folder, speculative_config=False, dtype="fp32", max_model_len=128, max_num_seqs=2
+    )
+    assert (
+        output.outputs[0].token_ids == without.generate([[1, 2, 3]], params)[0].outputs[0].token_ids
+    )
 
 
-def test_a_draft_model_is_read_once(tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_model_is_read_once(
+    tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draft, read = saved(tmp_path / "draft", SMALL, WORDS, 1), []
-    for name, load in (("load_checkpoint", speculation.load_checkpoint), ("Tokenizer.load", Tokenizer.load)):
-        counted = functools.partial(lambda load, folder: (read.append(Path(folder)), load(folder))[1], load)
+    for name, load in (
+        ("load_checkpoint", speculation.load_checkpoint),
+        ("Tokenizer.load", Tokenizer.load),
+    ):
+        counted = functools.partial(
+            lambda load, folder: (read.append(Path(folder)), load(folder))[1], load
+        )
         monkeypatch.setattr(f"smart_decoding.speculation.{name}", counted)
-    LLM(target_folder, speculative_config={"method": "draft_model", "model": draft, "policy": "chain"}, dtype="fp32")
-    assert read.count(Path(draft)) == 2 and read.count(Path(target_folder)) == 1  # checkpoint and tokenizer
+    LLM(
+        target_folder,
+        speculative_config={"method": "draft_model", "model": draft, "policy": "chain"},
+        dtype="fp32",
+    )
+    assert (
+        read.count(Path(draft)) == 2 and read.count(Path(target_folder)) == 1
+    )  # checkpoint and tokenizer
 
 
 @pytest.mark.parametrize(
@@ -265,12 +297,20 @@ def test_a_draft_model_is_read_once(tmp_path: Path, target_folder: Path, monkeyp
     ],
 )
 def test_another_vocabulary_is_refused_before_weights_are_loaded(
-    tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+    tmp_path: Path,
+    target_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
 ) -> None:
     draft = saved(tmp_path / "draft", SMALL, words, 1)
     monkeypatch.setattr("smart_decoding.models.loading.SafetensorsWeights.__getitem__", None)
     with pytest.raises(ModelError, match="another vocabulary") as caught:
-        LLM(target_folder, speculative_config={"method": "draft_model", "model": draft}, dtype="fp32")
+        LLM(
+            target_folder,
+            speculative_config={"method": "draft_model", "model": draft},
+            dtype="fp32",
+        )
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -278,8 +318,14 @@ def test_what_is_missing_or_too_short_is_refused(tmp_path: Path, target_folder: 
     with pytest.raises(ConfigError, match="give model=NAME"):
         LLM(target_folder, speculative_config={"method": "draft_model"})
     draft = saved(tmp_path / "draft", replace(SMALL, max_positions=64), WORDS, 1)
-    with pytest.raises(ModelError, match=r"cannot follow the target: .* 128 tokens exceeds the model's 64"):
-        LLM(target_folder, speculative_config={"method": "draft_model", "model": draft}, max_model_len=128)
+    with pytest.raises(
+        ModelError, match=r"cannot follow the target: .* 128 tokens exceeds the model's 64"
+    ):
+        LLM(
+            target_folder,
+            speculative_config={"method": "draft_model", "model": draft},
+            max_model_len=128,
+        )
 
 
 @pytest.mark.parametrize(
@@ -290,7 +336,10 @@ def test_what_is_missing_or_too_short_is_refused(tmp_path: Path, target_folder: 
         (1, "give a dict"),
         ({"method": "none", "policy": "smart"}, "policy 'smart' is given: leave out one of them"),
         ({"method": "none", "length": 2}, "'none' takes no options, but 'length' is given"),
-        ({"method": "none", "policy": "off", "model": "small"}, "'none' takes no options, but 'model' is given"),
+        (
+            {"method": "none", "policy": "off", "model": "small"},
+            "'none' takes no options, but 'model' is given",
+        ),
     ],
 )
 def test_what_would_be_ignored_is_refused(target_folder: Path, config: Any, message: str) -> None:

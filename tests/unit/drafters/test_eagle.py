@@ -35,7 +35,9 @@ PAGES, SCRATCH = 16, 8
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {n: torch.randn(s, generator=generator) * 0.3 for n, s in CONFIG.expected_shapes().items()}
+    return {
+        n: torch.randn(s, generator=generator) * 0.3 for n, s in CONFIG.expected_shapes().items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +75,11 @@ def test_drafting_equals_the_unrolled_training_forward(
     slots = request.table.reserve(n)
     pages = np.array(request.table.pages, np.int32)
     rows, _, _ = build_rows([Span(tokens[:n], 0, slots, pages)], DraftTrees.empty(1), [True])
-    taps = decoder.forward(rows, TAPS).taps
-    assert taps is not None
+    aux_layers = decoder.forward(rows, TAPS).aux_layers
+    assert aux_layers is not None
     request.table.commit(tokens, n)
-    drafter.extend(request, taps[:10], 0, tokens[:10])
-    drafter.extend(request, taps[10:], 10, tokens[10:n])
+    drafter.extend(request, aux_layers[:10], 0, tokens[:10])
+    drafter.extend(request, aux_layers[10:], 10, tokens[10:n])
 
     plan = DraftPlan(True, levels=3, children=4)
     trees = drafter.start([request], plan)
@@ -88,7 +90,7 @@ def test_drafting_equals_the_unrolled_training_forward(
 
     path = trees.path(second)
     drafted = trees.token[path].tolist()
-    g = trained.features(taps[None])
+    g = trained.features(aux_layers[None])
     with torch.no_grad():
         expected = _chain(trained, g, weights["model.embed_tokens.weight"], tokens[1:], drafted)
     produced = outputs_of(head)
@@ -105,7 +107,11 @@ def test_drafting_equals_the_unrolled_training_forward(
 
 
 def _chain(
-    head: TrainableHead, g: torch.Tensor, embedding: torch.Tensor, following: list[int], drafted: list[int]
+    head: TrainableHead,
+    g: torch.Tensor,
+    embedding: torch.Tensor,
+    following: list[int],
+    drafted: list[int],
 ) -> list[torch.Tensor]:
     """Outputs after the last true pair and after each drafted token, by growing the sequence one unrolled step each."""
     outs = []

@@ -20,7 +20,19 @@ from smart_decoding.models.head_export import smart_config
 from smart_decoding.models.head_files import load_head
 from smart_decoding.training.head import Form, TrainableHead
 
-from .tiny import PAGES, SCRATCH, TARGET, VOCAB, answer, ask, engine_of, finish, plain, prompts, target_of
+from .tiny import (
+    PAGES,
+    SCRATCH,
+    TARGET,
+    VOCAB,
+    answer,
+    ask,
+    engine_of,
+    finish,
+    plain,
+    prompts,
+    target_of,
+)
 
 TAPS = (1, 2, 4)
 WIDE = {"depth": 2, "top_k": 4, "total_tokens": 12}
@@ -53,7 +65,9 @@ def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.Mon
     return make
 
 
-Drafts: TypeAlias = dict[int, tuple[list[int], Any]]  # a tree's tokens and probabilities, by the length of its text
+Drafts: TypeAlias = dict[
+    int, tuple[list[int], Any]
+]  # a tree's tokens and probabilities, by the length of its text
 
 
 def same(found: Drafts, expected: Drafts) -> bool:
@@ -64,7 +78,9 @@ def same(found: Drafts, expected: Drafts) -> bool:
     )
 
 
-def drafts(engine: Engine, prompt: list[int], tokens: int = 24, cut_every: int = 0) -> tuple[Drafts, Request]:
+def drafts(
+    engine: Engine, prompt: list[int], tokens: int = 24, cut_every: int = 0
+) -> tuple[Drafts, Request]:
     """The trees of all rounds of one request. Where its length divides by `cut_every`, drafting stops for somebody."""
     (request,) = ask(engine, [prompt], tokens=tokens, first_seed=len(prompt))
     trees: Drafts = {}
@@ -85,7 +101,9 @@ def test_a_draft_that_is_dropped_for_a_newcomer_changes_no_later_one(engine: Any
     found, request = drafts(engine(), prompt, tokens=40, cut_every=3)
     assert request.output == plain([prompt])[0] and not any(length % 3 == 0 for length in found)
     common = found.keys() & expected.keys()
-    assert len(common) > 15 and same({at: found[at] for at in common}, {at: expected[at] for at in common})
+    assert len(common) > 15 and same(
+        {at: found[at] for at in common}, {at: expected[at] for at in common}
+    )
 
 
 @pytest.mark.parametrize("common", [52, 48, 64, 33])
@@ -135,8 +153,12 @@ def test_requests_that_share_pages_at_the_same_time(engine: Any) -> None:
             requests += ask(caching, [second], tokens=24, first_seed=9)
     assert requests[1].metrics.cached_tokens == 48
     for mine, alone in zip(found, expected, strict=True):
-        early = sorted(mine.keys() & alone.keys())[:-4]  # towards its end a request alone drafts fewer levels
-        assert len(early) > 10 and same({at: mine[at] for at in early}, {at: alone[at] for at in early})
+        early = sorted(mine.keys() & alone.keys())[
+            :-4
+        ]  # towards its end a request alone drafts fewer levels
+        assert len(early) > 10 and same(
+            {at: mine[at] for at in early}, {at: alone[at] for at in early}
+        )
 
 
 def test_keys_of_other_text_are_never_taken_for_the_prefix(engine: Any) -> None:

@@ -38,8 +38,12 @@ WIDTH = len(TAPS) * TARGET.hidden
 def files() -> HeadFiles:
     torch.manual_seed(1)
     trained = TrainableHead(Form(TARGET, len(TAPS)))
-    weights = {name: tensor + torch.randn_like(tensor) * 0.1 for name, tensor in trained.exported().items()}
-    return HeadFiles({}, weights | {"draft_ids": torch.arange(0, VOCAB, 2)}, TAPS, replace(TARGET, layers=1))
+    weights = {
+        name: tensor + torch.randn_like(tensor) * 0.1 for name, tensor in trained.exported().items()
+    }
+    return HeadFiles(
+        {}, weights | {"draft_ids": torch.arange(0, VOCAB, 2)}, TAPS, replace(TARGET, layers=1)
+    )
 
 
 def head_of(files: HeadFiles, native: bool, dtype: torch.dtype = torch.float32) -> EagleHead:
@@ -58,18 +62,27 @@ def waiting(head: EagleHead, temperatures: tuple[float, ...]) -> tuple[EagleDraf
     for i, temperature in enumerate(temperatures):
         params = SamplingParams(temperature=temperature)
         tokens = rng.integers(0, VOCAB, 20 + 9 * i).tolist()
-        request = Request(str(i), tokens, params, i, BlockTable(pool), StopChecker(params, lambda ids: ""))
+        request = Request(
+            str(i), tokens, params, i, BlockTable(pool), StopChecker(params, lambda ids: "")
+        )
         count = len(tokens) - 1
         request.table.reserve(count)
         request.table.commit(tokens, count)
-        drafter.extend(request, torch.randn(count, WIDTH, generator=torch_rng).to(head.work_dtype), 0, tokens[:count])
+        drafter.extend(
+            request,
+            torch.randn(count, WIDTH, generator=torch_rng).to(head.work_dtype),
+            0,
+            tokens[:count],
+        )
         requests.append(request)
     for _ in range(3):  # plain rounds
         for request in requests:
             request.table.reserve(1)
             request.tokens += rng.integers(0, VOCAB, 1).tolist()
             request.table.commit(request.tokens, len(request.tokens) - 1)
-        drafter.extend_each(requests, torch.randn(len(requests), WIDTH, generator=torch_rng).to(head.work_dtype))
+        drafter.extend_each(
+            requests, torch.randn(len(requests), WIDTH, generator=torch_rng).to(head.work_dtype)
+        )
     return drafter, requests
 
 
@@ -107,10 +120,14 @@ def test_trees_grown_in_one_call_are_those_grown_by_level(
     for whole in (True, False):
         drafter, requests = waiting(head_of(files, True), temperatures)
         drafter._scratch_size = drafter._scratch_size if slots is None else slots
-        policy = Smart(cost_of(row), max_levels=5, children=4, eos_token_ids=(3, 8), chooser=NativeChooser())
+        policy = Smart(
+            cost_of(row), max_levels=5, children=4, eos_token_ids=(3, 8), chooser=NativeChooser()
+        )
         state = BatchState(
             context=np.array([r.table.length for r in requests]),
-            remaining=np.array([3, 30, 30, 2, 30][: len(requests)]) if len(requests) > 1 else np.array([30]),
+            remaining=np.array([3, 30, 30, 2, 30][: len(requests)])
+            if len(requests) > 1
+            else np.array([30]),
             temperature=np.array(temperatures),
             may_speculate=np.ones(len(requests), np.bool_),
         )
@@ -142,7 +159,9 @@ def test_hundreds_of_waiting_rows_are_run_in_parts(files: HeadFiles) -> None:
     assert rows is not None
     torch.manual_seed(0)
     features, last, asked = torch.randn(600, WIDTH), np.arange(99, 600, 100), Asked(4, np.zeros(6))
-    ours, plain = (head_of(files, native).first(rows, [features], last, asked) for native in (True, False))
+    ours, plain = (
+        head_of(files, native).first(rows, [features], last, asked) for native in (True, False)
+    )
     assert np.array_equal(ours[0], plain[0])
     np.testing.assert_allclose(ours[1], plain[1], atol=2e-4)
 
@@ -152,16 +171,22 @@ def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
     features, part = torch.randn(6, WIDTH), torch.randn(2, TARGET.hidden)
     found = []
     for native in (True, False):
-        for inserts in ([(2, part)], []):
+        for mm_embeds in ([(2, part)], []):
             rows = fake_rows(1, 6, 0, PAGES)
             assert rows is not None
-            rows.inserts = inserts
-            found.append(head_of(files, native).first(rows, [features], np.array([5]), Asked(4, np.zeros(1)))[1])
+            rows.mm_embeds = mm_embeds
+            found.append(
+                head_of(files, native).first(
+                    rows, [features], np.array([5]), Asked(4, np.zeros(1))
+                )[1]
+            )
     np.testing.assert_allclose(found[:2], found[2:], atol=2e-4)
     assert not np.allclose(found[0], found[1], atol=1e-3)
 
 
-def test_8_bits_change_probabilities_little(files: HeadFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8_bits_change_probabilities_little(
+    files: HeadFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = fake_rows(3, 15, 0, PAGES)
     assert rows is not None
     torch.manual_seed(0)
@@ -169,7 +194,9 @@ def test_8_bits_change_probabilities_little(files: HeadFiles, monkeypatch: pytes
     found = []
     for in_bytes in (True, False):
         if not in_bytes:
-            monkeypatch.setattr(kernels, "pack_bytes", lambda w: (Linear(w, native=True).packed, None, None))
+            monkeypatch.setattr(
+                kernels, "pack_bytes", lambda w: (Linear(w, native=True).packed, None, None)
+            )
         head = head_of(files, True, torch.bfloat16)
         ids, probs = head.first(rows, [features], np.array([4, 9, 14]), asked)
         order = np.argsort(ids, axis=1)

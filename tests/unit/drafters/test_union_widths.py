@@ -15,8 +15,12 @@ from smart_decoding.models.draft_model import DraftModel
 from .tiny import PAGES, SCRATCH, SMALL, ask, checkpoint, engine_of, target_of
 
 
-@pytest.mark.parametrize("scratch", [SCRATCH, 1])  # with one page of scratch, wide levels are cut short
-def test_widths_are_the_rows_that_the_model_ran(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "scratch", [SCRATCH, 1]
+)  # with one page of scratch, wide levels are cut short
+def test_widths_are_the_rows_that_the_model_ran(
+    scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran: list[int] = []
     run = DraftModel.run
 
@@ -28,7 +32,9 @@ def test_widths_are_the_rows_that_the_model_ran(scratch: int, monkeypatch: pytes
     target = target_of()
     model = DraftModel(checkpoint(SMALL, 1), target, PAGES, scratch)
     drafter = UnionDrafter([DraftModelDrafter(model, PAGES, scratch), NgramDrafter(min_n=1)])
-    engine = engine_of(target, drafter, "eagle2", options={"depth": 3, "top_k": 6, "total_tokens": 24})
+    engine = engine_of(
+        target, drafter, "eagle2", options={"depth": 3, "top_k": 6, "total_tokens": 24}
+    )
     ask(engine, [[5, 6, 7, 5, 6, 8, 5, 6], [9, 9, 9, 9]], tokens=40)
     fewer = 0
     while engine.has_unfinished_requests:

@@ -26,7 +26,10 @@ SMALL = ModelConfig("qwen2", 2, 32, 2, 1, 16, 40, VOCAB, 50_000.0, 1e-5, 1024, q
 
 def checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
     generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in config.expected_shapes().items()}
+    weights = {
+        name: torch.randn(shape, generator=generator) * 0.3
+        for name, shape in config.expected_shapes().items()
+    }
     return Checkpoint(config, weights, Path("nowhere"), {"model": f"tiny-{seed}"})
 
 
@@ -40,12 +43,18 @@ def outputs_of(head: EagleHead) -> torch.Tensor:
     return torch.cat(head._outs) if level is None else level._outs[: level._count]
 
 
-def engine_of(target: TorchTarget, drafter: Drafter | None, policy: str, pages: int = PAGES, **more: Any) -> Engine:
+def engine_of(
+    target: TorchTarget, drafter: Drafter | None, policy: str, pages: int = PAGES, **more: Any
+) -> Engine:
     """`more`: EngineConfig's options and the policy's, as `options`."""
     options = more.pop("options", {})
     limits = {"max_model_len": target.max_positions, "max_num_batched_tokens": 64, **more}
     return Engine(
-        target, make_policy(policy, **options), drafter, EngineConfig(pages, **limits), lambda skip: lambda ids: ""
+        target,
+        make_policy(policy, **options),
+        drafter,
+        EngineConfig(pages, **limits),
+        lambda skip: lambda ids: "",
     )
 
 
@@ -57,7 +66,11 @@ def prompts(count: int, seed: int = 0, common: int = 0) -> list[list[int]]:
 
 
 def answer(
-    engine: Engine, many: Sequence[Sequence[int]], temperature: float = 0.0, tokens: int = 40, first_seed: int = 0
+    engine: Engine,
+    many: Sequence[Sequence[int]],
+    temperature: float = 0.0,
+    tokens: int = 40,
+    first_seed: int = 0,
 ) -> list[Request]:
     """Runs the prompts together to their ends, with the seeds first_seed, first_seed + 1, ..."""
     requests = ask(engine, many, temperature, tokens, first_seed)
@@ -66,16 +79,24 @@ def answer(
 
 
 def ask(
-    engine: Engine, many: Sequence[Sequence[int]], temperature: float = 0.0, tokens: int = 40, first_seed: int = 0
+    engine: Engine,
+    many: Sequence[Sequence[int]],
+    temperature: float = 0.0,
+    tokens: int = 40,
+    first_seed: int = 0,
 ) -> list[Request]:
     requests: list[Request] = []
     for seed, prompt in enumerate(many, start=first_seed):
-        params = SamplingParams(temperature=temperature, seed=seed, max_tokens=tokens, ignore_eos=True)
+        params = SamplingParams(
+            temperature=temperature, seed=seed, max_tokens=tokens, ignore_eos=True
+        )
         requests += engine.add_request(f"r{seed}", prompt, params)
     return requests
 
 
-def plain(many: Sequence[Sequence[int]], temperature: float = 0.0, tokens: int = 40) -> list[list[int]]:
+def plain(
+    many: Sequence[Sequence[int]], temperature: float = 0.0, tokens: int = 40
+) -> list[list[int]]:
     """The outputs of plain decoding, each prompt alone."""
     return [
         answer(engine_of(target_of(), None, "off"), [prompt], temperature, tokens, seed)[0].output

@@ -35,18 +35,27 @@ class FakeTarget(Sampled):
         max_positions: int = 4096,
         spread: float = 8.0,
     ) -> None:
-        self.vocab, self.eos_token_ids, self.max_positions, self._spread = vocab, eos_token_ids, max_positions, spread
+        self.vocab, self.eos_token_ids, self.max_positions, self._spread = (
+            vocab,
+            eos_token_ids,
+            max_positions,
+            spread,
+        )
         self.slots = np.full((pages * PAGE, 2), EMPTY, np.int64)
         self.sampler = Sampler(vocab)
         self.rows = 0  # of all forwards so far
 
-    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
+    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         self.rows += len(rows)
         own = np.stack((rows.token, rows.position), axis=1)
-        self.slots[rows.slot] = own
+        self.slots[rows.slot_mapping] = own
         wanted = np.arange(len(rows)) if rows.logit_rows is None else rows.logit_rows
-        logits = np.array([self._logits(self.slots[visible_slots(rows, int(row))]) for row in wanted], np.float32)
-        return TargetScores(torch.from_numpy(logits.reshape(-1, self.vocab)), own if taps else None)
+        logits = np.array(
+            [self._logits(self.slots[visible_slots(rows, int(row))]) for row in wanted], np.float32
+        )
+        return TargetScores(
+            torch.from_numpy(logits.reshape(-1, self.vocab)), own if aux_layers else None
+        )
 
     def logits_of(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """[vocab] the logits after `tokens`, without any cache: what `verify` must come to."""
@@ -66,6 +75,11 @@ class FakeTarget(Sampled):
 def visible_slots(rows: Rows, row: int) -> IntArray:
     """The slots whose keys `row` attends to, in the order of their positions."""
     group = int(np.searchsorted(rows.query_start_loc, row, side="right")) - 1
-    position = np.arange(rows.direct[row])
-    direct = rows.pages[rows.block_table_start[group] + position // PAGE].astype(np.int64) * PAGE + position % PAGE
-    return np.concatenate((direct, rows.extra[rows.ancestors_start[row] : rows.ancestors_start[row + 1]]))
+    position = np.arange(rows.context_len[row])
+    direct = (
+        rows.pages[rows.block_table_start[group] + position // PAGE].astype(np.int64) * PAGE
+        + position % PAGE
+    )
+    return np.concatenate(
+        (direct, rows.ancestors[rows.ancestors_start[row] : rows.ancestors_start[row + 1]])
+    )

@@ -40,9 +40,9 @@ class TimedTarget(FakeTarget):
         super().__init__(pages, VOCAB, (EOS,), **more)
         self.clock = clock
 
-    def verify(self, rows, taps):
+    def verify(self, rows, aux_layers):
         self.clock.now += float(CHEAP_ROWS.verify_seconds(1, len(rows), 0))
-        return super().verify(rows, taps)
+        return super().verify(rows, aux_layers)
 
 
 def true_token(target: FakeTarget, request: Request, path: Sequence[int]) -> int:
@@ -71,9 +71,16 @@ class FakeDrafter:
 
     It also checks what the engine tells it: positions without gaps, the right tokens, each row's own features."""
 
-    name, taps, grow, wants_logits, wants_ends = "fake", (1,), None, True, False
+    name, aux_layers, grow, wants_logits, wants_ends = "fake", (1,), None, True, False
 
-    def __init__(self, target: TimedTarget, max_levels: int = 4, free: bool = False, skill: float = 0.8, seed: int = 0):
+    def __init__(
+        self,
+        target: TimedTarget,
+        max_levels: int = 4,
+        free: bool = False,
+        skill: float = 0.8,
+        seed: int = 0,
+    ):
         self.target, self.max_levels, self.free, self.skill = target, max_levels, free, skill
         self.rng = np.random.default_rng(seed)
         self.known: dict[Request, int] = {}  # tokens whose features arrived
@@ -83,16 +90,24 @@ class FakeDrafter:
 
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
         for request in requests:
-            assert self.known.get(request, request.table.length) == len(request.tokens) - 1 == request.table.length
+            assert (
+                self.known.get(request, request.table.length)
+                == len(request.tokens) - 1
+                == request.table.length
+            )
         trees = DraftTrees.empty(len(requests))
         if plan.levels:
-            self._propose(requests, trees, [ROOT] * len(requests), list(range(len(requests))), plan.children)
+            self._propose(
+                requests, trees, [ROOT] * len(requests), list(range(len(requests))), plan.children
+            )
         if self.free:
             for owner, request in enumerate(requests):
                 self._propose_chain(request, owner, trees)
         return trees
 
-    def expand(self, requests: Sequence[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan) -> int:
+    def expand(
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan
+    ) -> int:
         self._propose(requests, trees, nodes.tolist(), trees.owner[nodes].tolist(), plan.children)
         return len(nodes)
 
@@ -103,7 +118,9 @@ class FakeDrafter:
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         assert self.known.get(request, first) == first
-        assert list(tokens) == request.tokens[first : first + len(tokens)] and len(tokens) == len(features)
+        assert list(tokens) == request.tokens[first : first + len(tokens)] and len(tokens) == len(
+            features
+        )
         assert features.tolist() == [[token, first + i] for i, token in enumerate(tokens)]
         self.known[request] = first + len(tokens)
 
@@ -113,7 +130,9 @@ class FakeDrafter:
     def release(self, request: Request) -> None:
         self.known.pop(request, None)
 
-    def _propose(self, requests, trees: DraftTrees, nodes: list[int], owners: list[int], children: int) -> None:
+    def _propose(
+        self, requests, trees: DraftTrees, nodes: list[int], owners: list[int], children: int
+    ) -> None:
         self.target.clock.now += float(CHEAP_ROWS.draft_seconds(len(nodes), 0))
         count = min(children, VOCAB)
         for node, owner in zip(nodes, owners, strict=True):
@@ -131,7 +150,9 @@ class FakeDrafter:
         parent = ROOT
         for _ in range(int(self.rng.integers(4))):
             right = self.rng.random() < self.skill
-            path.append(true_token(self.target, request, path) if right else int(self.rng.integers(VOCAB)))
+            path.append(
+                true_token(self.target, request, path) if right else int(self.rng.integers(VOCAB))
+            )
             trees.append([owner], [path[-1]], [parent], [0.5], source=1)
             parent = len(trees) - 1
 
@@ -141,7 +162,11 @@ def text_of(tokens: Sequence[int]) -> str:
 
 
 def make_engine(
-    policy: str = "off", pages: int = 256, drafter: dict[str, Any] | None = None, constrain: Any = None, **config: Any
+    policy: str = "off",
+    pages: int = 256,
+    drafter: dict[str, Any] | None = None,
+    constrain: Any = None,
+    **config: Any,
 ) -> Engine:
     """An engine on the fakes; `drafter` holds FakeDrafter's options, `config` EngineConfig's."""
     clock = Clock()
@@ -149,9 +174,14 @@ def make_engine(
     offered = {"cost": CHEAP_ROWS, "eos_token_ids": (EOS,)}
     limits = {"max_model_len": min(1024, 16 * pages), **config}
     return Engine(
-        target, make_policy(policy, offered), FakeDrafter(target, **(drafter or {})), EngineConfig(pages, **limits),
-        lambda skip_special: text_of, clock, constrain,
-    )  # fmt: skip
+        target,
+        make_policy(policy, offered),
+        FakeDrafter(target, **(drafter or {})),
+        EngineConfig(pages, **limits),
+        lambda skip_special: text_of,
+        clock,
+        constrain,
+    )
 
 
 def finish(engine: Engine, steps: int = 5000) -> None:
@@ -173,8 +203,15 @@ def random_requests(count: int, seed: int, **params: Any) -> list[tuple[list[int
     common = rng.integers(0, VOCAB, 37).tolist()
     made = []
     for i in range(count):
-        prompt = (common if rng.random() < 0.4 else []) + rng.integers(0, VOCAB, rng.integers(1, 24)).tolist()
-        made.append((prompt, SamplingParams(**{"max_tokens": int(rng.integers(1, 41)), "seed": i, **params})))
+        prompt = (common if rng.random() < 0.4 else []) + rng.integers(
+            0, VOCAB, rng.integers(1, 24)
+        ).tolist()
+        made.append(
+            (
+                prompt,
+                SamplingParams(**{"max_tokens": int(rng.integers(1, 41)), "seed": i, **params}),
+            )
+        )
     return made
 
 

@@ -31,7 +31,13 @@ def test_first_come_first_served() -> None:
         for request in engine.step():
             first_step.setdefault(request.id, step)
         assert len(engine.scheduler.running) <= 2
-    assert [r.id for r in sorted(requests, key=lambda r: first_step[r.id])] == ["0", "1", "2", "3", "4"]
+    assert [r.id for r in sorted(requests, key=lambda r: first_step[r.id])] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
     assert first_step["0"] == first_step["1"] < first_step["2"] == first_step["3"] < first_step["4"]
 
 
@@ -69,7 +75,9 @@ def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["chain", "static", "eagle2", "paper", "smart"])
 @pytest.mark.parametrize("stays", [False, True])
-def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(policy: str, stays: bool) -> None:
+def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(
+    policy: str, stays: bool
+) -> None:
     """Its prompt is in the next forward, if it has not left again; drafting goes on, and nobody's tokens change."""
     engine = make_engine(policy, max_num_seqs=3)
     requests = [add(engine, str(i), [i + 1, 2], greedy(200)) for i in range(2)]
@@ -104,7 +112,9 @@ def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:
     request = add(engine, "x", prompt, greedy())
     while not request.output:
         engine.step()
-    assert request.metrics.rounds == 0  # a prompt's rounds are not its answer's, however few rows were left
+    assert (
+        request.metrics.rounds == 0
+    )  # a prompt's rounds are not its answer's, however few rows were left
     finish(engine)
     assert request.output == alone(prompt, greedy())[0].output
 
@@ -145,7 +155,9 @@ def test_the_youngest_is_preempted_and_finishes_with_the_same_tokens(caching: bo
     assert old.metrics.finished < young.metrics.finished
     for request in (old, young):
         assert request.output == alone(request.prompt, greedy(64))[0].output
-        assert request.metrics.cached_tokens == 0  # what it finds again of its own answer is not the prompt's
+        assert (
+            request.metrics.cached_tokens == 0
+        )  # what it finds again of its own answer is not the prompt's
 
 
 @pytest.mark.parametrize("steps", [1, 20])
@@ -179,7 +191,9 @@ def test_cached_prefixes_are_not_computed_again() -> None:
 def test_a_conversation_goes_on_from_any_answer_of_a_prompt() -> None:
     """Also from one whose prompt is in the cache by another answer's pages."""
     engine, prompt = make_engine("eagle2"), [i % VOCAB for i in range(40)]
-    answers = engine.add_request("a", prompt, SamplingParams(n=3, temperature=1.0, max_tokens=30, ignore_eos=True))
+    answers = engine.add_request(
+        "a", prompt, SamplingParams(n=3, temperature=1.0, max_tokens=30, ignore_eos=True)
+    )
     finish(engine)
     assert len({tuple(answer.output) for answer in answers}) == 3
     for i, answer in enumerate(answers):
@@ -249,7 +263,8 @@ def test_an_id_cannot_run_twice_but_can_be_used_again() -> None:
 def test_abort_frees_everything_and_leaves_others_alone(steps: int) -> None:
     engine = make_engine("eagle2", max_num_batched_tokens=16, max_num_seqs=2)
     gone, stays, waits = (
-        add(engine, name, [i + 1] * 20, greedy(12)) for i, name in enumerate(("gone", "stays", "waits"))
+        add(engine, name, [i + 1] * 20, greedy(12))
+        for i, name in enumerate(("gone", "stays", "waits"))
     )
     for _ in range(steps):
         engine.step()
@@ -308,7 +323,10 @@ def test_metrics_count_nodes_and_times() -> None:
         assert abs(record.controller_seconds) < 1e-9  # the clock moves only in forwards
     metrics = request.metrics
     assert (metrics.drafted, metrics.verified, emitted) == (drafted, verified, 30)
-    assert 0 < metrics.accepted < metrics.verified and metrics.wasted_rows == metrics.verified - metrics.accepted
+    assert (
+        0 < metrics.accepted < metrics.verified
+        and metrics.wasted_rows == metrics.verified - metrics.accepted
+    )
     assert metrics.accepted + metrics.rounds + 1 >= 30 > metrics.rounds + 1
     assert 0 < metrics.ttft < metrics.finished
 
@@ -317,7 +335,9 @@ def test_nodes_beyond_the_end_of_an_answer_are_not_accepted() -> None:
     accepted = walked = 0
     for stop in range(VOCAB):
         engine = make_engine("static", drafter={"skill": 1.0})
-        params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, stop_token_ids=[stop])
+        params = SamplingParams(
+            temperature=0.0, max_tokens=40, ignore_eos=True, stop_token_ids=[stop]
+        )
         requests = [add(engine, str(i), [i + 1, 2], params) for i in range(2)]
         before = accepted
         while engine.has_unfinished_requests:

@@ -25,12 +25,25 @@ from .fakes import EOS, VOCAB, alone, finish, make_engine, random_requests, text
 
 pytest.importorskip("llguidance")
 
-PATTERNS = [r"([abce]{2}[f-k]{1,3})+", r"(abc|abe|ace)*w?", r"[a-w]{5,30}", r"(v[ab]+u){2,4}"]  # d is end of sequence
+PATTERNS = [
+    r"([abce]{2}[f-k]{1,3})+",
+    r"(abc|abe|ace)*w?",
+    r"[a-w]{5,30}",
+    r"(v[ab]+u){2,4}",
+]  # d is end of sequence
 # name -> (requests, sampling, engine)
 SCENARIOS = {
     "greedy": (4, {"temperature": 0.0, "max_tokens": 30}, {}),
-    "drawn": (4, {"temperature": 0.9, "top_p": 0.9, "max_tokens": 30}, {"max_num_batched_tokens": 16}),
-    "penalties": (4, {"temperature": 0.8, "repetition_penalty": 1.3, "logit_bias": {5: 2.0}, "max_tokens": 30}, {}),
+    "drawn": (
+        4,
+        {"temperature": 0.9, "top_p": 0.9, "max_tokens": 30},
+        {"max_num_batched_tokens": 16},
+    ),
+    "penalties": (
+        4,
+        {"temperature": 0.8, "repetition_penalty": 1.3, "logit_bias": {5: 2.0}, "max_tokens": 30},
+        {},
+    ),
     "tight memory": (4, {"temperature": 0.0, "max_tokens": 40}, {"pages": 8}),
 }
 
@@ -38,8 +51,13 @@ SCENARIOS = {
 @functools.cache
 def grammars() -> Grammars:
     """On the fakes' vocabulary: one letter a token, EOS is special."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab={text_of([i]): i for i in range(VOCAB)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={text_of([i]): i for i in range(VOCAB)}, merges=[])
+    )
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     backend.add_special_tokens([AddedToken(text_of([EOS]), special=True)])
     return Grammars(Tokenizer(backend), VOCAB, (EOS,))
 
@@ -48,7 +66,10 @@ def requests_of(name: str) -> list[tuple[list[int], SamplingParams]]:
     """A pattern each; the last request has none."""
     count, sampling, _ = SCENARIOS[name]
     structures = [*(StructuredOutputsParams(regex=pattern) for pattern in PATTERNS), None]
-    return [random_requests(1, i, **sampling, structured_outputs=structures[i])[0] for i in range(count + 1)]
+    return [
+        random_requests(1, i, **sampling, structured_outputs=structures[i])[0]
+        for i in range(count + 1)
+    ]
 
 
 @functools.cache
@@ -82,8 +103,15 @@ def test_tokens_are_those_of_plain_decoding_under_the_grammar(policy: str, name:
 def test_forbidden_nodes_are_not_verified() -> None:
     """Nothing but abc may be said: of all the drafted nodes only those are verified."""
     engine = make_engine("static", constrain=grammars())
-    (request,) = engine.add_request("x", [1, 2], SamplingParams(
-        temperature=0, max_tokens=20, structured_outputs=StructuredOutputsParams(regex="(abc){5}")))  # fmt: skip
+    (request,) = engine.add_request(
+        "x",
+        [1, 2],
+        SamplingParams(
+            temperature=0,
+            max_tokens=20,
+            structured_outputs=StructuredOutputsParams(regex="(abc){5}"),
+        ),
+    )
     while engine.has_unfinished_requests:
         engine.step()
         record = engine.last_round
@@ -112,10 +140,13 @@ def allowed(of: Any, path: str = "") -> str:
 def test_masks_follow_paths_and_forget_them() -> None:
     one = constraint(regex="ab?(c|e)")
     assert allowed(one) == "a" and allowed(one, "a") == "bce" and allowed(one, "ab") == "ce"
-    assert allowed(one, "abc") == "d" and allowed(one, "abcd") == "d"  # only the end; after it nothing counts
+    assert (
+        allowed(one, "abc") == "d" and allowed(one, "abcd") == "d"
+    )  # only the end; after it nothing counts
     assert allowed(one) == "a"
-    assert [one.accepts(ids(path)) for path in ("a", "ac", "acd", "b", "acc", "ad", "acda", "d")] == [
-        True, True, True, False, False, False, False, False]  # fmt: skip
+    assert [
+        one.accepts(ids(path)) for path in ("a", "ac", "acd", "b", "acc", "ad", "acda", "d")
+    ] == [True, True, True, False, False, False, False, False]
     one.append(ids("ac"))
     assert allowed(one) == "d" and one.accepts(ids("d")) and not one.accepts(ids("a"))
     one.append(ids("d"))
@@ -130,9 +161,16 @@ CALL = '\n{"name": "now", "arguments": {}}\n</tool_call>'
 def test_added_tokens_that_are_text_may_be_said(must: bool) -> None:
     """As Qwen's <think> and <tool_call>, which its tokenizer adds without calling them special."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_tokens([AddedToken(text, special=text == "<end>") for text in ("<end>", "<tool_call>", "<think>")])
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
+    )
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    backend.add_tokens(
+        [AddedToken(text, special=text == "<end>") for text in ("<end>", "<tool_call>", "<think>")]
+    )
     end, call, think = (backend.token_to_id(text) for text in ("<end>", "<tool_call>", "<think>"))
     vocab = backend.get_vocab_size() + 5  # the model's columns are padded, as they often are
     make = Grammars(Tokenizer(backend), vocab, (end,))
@@ -149,8 +187,13 @@ def test_added_tokens_that_are_text_may_be_said(must: bool) -> None:
 
 def test_answers_to_one_prompt_do_not_share_their_place() -> None:
     engine = make_engine("eagle2", constrain=grammars())
-    params = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=20,
-                            structured_outputs=StructuredOutputsParams(choice=["abab", "cece", "ukuk"]))  # fmt: skip
+    params = SamplingParams(
+        n=3,
+        temperature=1.0,
+        seed=1,
+        max_tokens=20,
+        structured_outputs=StructuredOutputsParams(choice=["abab", "cece", "ukuk"]),
+    )
     answers = engine.add_request("x", [1], params)
     finish(engine)
     assert all(text_of(answer.output) in ("ababd", "ceced", "ukukd") for answer in answers)
@@ -178,8 +221,18 @@ def test_pruning_takes_what_is_below_a_forbidden_node() -> None:
         (lambda: StructuredOutputsParams(regex=3), "text"),
         (lambda: StructuredOutputsParams(json_object=""), "json_object"),
         (lambda: SamplingParams(structured_outputs={"regex": "a"}), "StructuredOutputsParams"),
-        (lambda: SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), ignore_eos=True), "ignore_eos"),
-        (lambda: SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), min_tokens=2), "min_tokens"),
+        (
+            lambda: SamplingParams(
+                structured_outputs=StructuredOutputsParams(regex="a"), ignore_eos=True
+            ),
+            "ignore_eos",
+        ),
+        (
+            lambda: SamplingParams(
+                structured_outputs=StructuredOutputsParams(regex="a"), min_tokens=2
+            ),
+            "min_tokens",
+        ),
         (lambda: constraint(regex="("), "regex"),
         (lambda: constraint(regex="a(?=b)"), "look-around"),
         (lambda: constraint(grammar="start: x"), "x"),
@@ -187,13 +240,23 @@ def test_pruning_takes_what_is_below_a_forbidden_node() -> None:
         (lambda: constraint(json={"not": {}}), "Unimplemented"),
         (lambda: constraint(json={"enum": []}), "Unsatisfiable"),
         (lambda: constraint(json={"not": {}, "x-guidance": {"lenient": True}}), "Unimplemented"),
-        (lambda: Grammars(Tokenizer(tokenizers.Tokenizer(models.BPE())), 9, ())(
-            StructuredOutputsParams(regex="a")), "no end-of-sequence"),
-        (lambda: make_engine().add_request("x", [1], SamplingParams(
-            structured_outputs=StructuredOutputsParams(regex="a"))), "no grammars"),
+        (
+            lambda: Grammars(Tokenizer(tokenizers.Tokenizer(models.BPE())), 9, ())(
+                StructuredOutputsParams(regex="a")
+            ),
+            "no end-of-sequence",
+        ),
+        (
+            lambda: make_engine().add_request(
+                "x", [1], SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+            ),
+            "no grammars",
+        ),
     ],
-)  # fmt: skip
-def test_what_cannot_be_fulfilled_is_refused_in_one_line(make: Callable[[], Any], words: str) -> None:
+)
+def test_what_cannot_be_fulfilled_is_refused_in_one_line(
+    make: Callable[[], Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)) as error:
         make()
     assert "\n" not in str(error.value) and len(str(error.value)) < 400

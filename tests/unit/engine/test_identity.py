@@ -12,15 +12,28 @@ from smart_decoding.engine.sampling_params import SamplingParams
 
 from .fakes import EOS, alone, finish, make_engine, random_requests
 
-PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3, "logit_bias": {5: 1.5}}
+PENALTIES = {
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.3,
+    "logit_bias": {5: 1.5},
+}
 # name -> (requests, sampling, engine)
 SCENARIOS = {
     "one": (1, {"temperature": 0.0}, {}),
     "one, drawn": (1, {"temperature": 0.8}, {}),
     "batch of 4, small chunks": (4, {"temperature": 0.0}, {"max_num_batched_tokens": 7}),
     "batch of 16": (16, {"temperature": 0.8, "top_p": 0.9}, {"max_num_batched_tokens": 64}),
-    "penalties": (3, {"temperature": 0.8, "ignore_eos": True, **PENALTIES}, {"prefix_caching": False}),
-    "penalties, greedy": (3, {"temperature": 0.0, "min_tokens": 6, **PENALTIES}, {"max_num_batched_tokens": 16}),
+    "penalties": (
+        3,
+        {"temperature": 0.8, "ignore_eos": True, **PENALTIES},
+        {"prefix_caching": False},
+    ),
+    "penalties, greedy": (
+        3,
+        {"temperature": 0.0, "min_tokens": 6, **PENALTIES},
+        {"max_num_batched_tokens": 16},
+    ),
     "tight memory": (4, {"temperature": 0.0, "ignore_eos": True, "max_tokens": 44}, {"pages": 8}),
     "tight memory, no caching": (
         4,
@@ -34,7 +47,9 @@ SCENARIOS = {
 @functools.cache
 def expected(name: str) -> list[list[int]]:
     count, sampling, _ = SCENARIOS[name]
-    return [alone(prompt, params)[0].output for prompt, params in random_requests(count, 1, **sampling)]
+    return [
+        alone(prompt, params)[0].output for prompt, params in random_requests(count, 1, **sampling)
+    ]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -53,7 +68,11 @@ def test_tokens_are_those_of_plain_decoding_alone(policy: str, name: str) -> Non
         assert sum(r.metrics.verified for r in requests) == 0
         assert all(1 + r.metrics.rounds + r.metrics.preemptions >= len(r.output) for r in requests)
     elif sum(map(len, expected(name))) > 20:
-        assert sum(r.metrics.verified for r in requests) >= sum(r.metrics.accepted for r in requests) > 0
+        assert (
+            sum(r.metrics.verified for r in requests)
+            >= sum(r.metrics.accepted for r in requests)
+            > 0
+        )
     if name.startswith("tight"):
         assert sum(r.metrics.preemptions for r in requests) > 0
 
@@ -61,7 +80,10 @@ def test_tokens_are_those_of_plain_decoding_alone(policy: str, name: str) -> Non
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_plain_decoding_alone_is_the_targets_own_sequence(temperature: float) -> None:
     """The engine against a loop without cache, pages or batch."""
-    prompt, params = [1, 2, 3], SamplingParams(temperature=temperature, max_tokens=50, seed=4, **PENALTIES)
+    prompt, params = (
+        [1, 2, 3],
+        SamplingParams(temperature=temperature, max_tokens=50, seed=4, **PENALTIES),
+    )
     target = make_engine().target
     tokens, history = list(prompt), TokenHistory(prompt)
     while len(tokens) < 53 and (tokens == prompt or tokens[-1] != EOS):
@@ -92,4 +114,6 @@ def test_logprobs_do_not_depend_on_the_tree() -> None:
     assert drafted.metrics.accepted > 0
     for request in (plain, drafted):
         assert [entry.token for entry in request.logprobs] == request.output
-    assert [entry.logprob for entry in plain.logprobs] == [entry.logprob for entry in drafted.logprobs]
+    assert [entry.logprob for entry in plain.logprobs] == [
+        entry.logprob for entry in drafted.logprobs
+    ]

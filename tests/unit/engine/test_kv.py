@@ -43,7 +43,9 @@ class Tables(RuleBasedStateMachine):
             assert self.pool.available < -(-(table.length + rows) // PAGE) - len(table.pages)
             return
         assert len(slots) == rows == len(set(slots))
-        assert slots == [table.pages[p // PAGE] * PAGE + p % PAGE for p in range(before[1], before[1] + rows)]
+        assert slots == [
+            table.pages[p // PAGE] * PAGE + p % PAGE for p in range(before[1], before[1] + rows)
+        ]
         used = min(used, rows)
         tokens.extend([1] * max(0, table.length + used + 1 - len(tokens)))
         self.content[slots] = -1  # rejected nodes leave rubbish
@@ -87,7 +89,9 @@ def test_only_full_pages_of_equal_content_and_equal_past_are_found() -> None:
     assert len(pool.find(tokens, 31)) == 1  # a page counts only if all of it is wanted
     assert pool.find([99, *tokens[1:]], 39) == []
     assert len(pool.find([*tokens[:31], 99], 32)) == 1
-    assert pool.find(tokens[16:], 24) == []  # the second page's tokens, but not after the first page's
+    assert (
+        pool.find(tokens[16:], 24) == []
+    )  # the second page's tokens, but not after the first page's
 
 
 def test_one_token_is_always_left_to_compute() -> None:
@@ -127,7 +131,9 @@ def together(pool: PagePool, *prompts: list[int]) -> list[BlockTable]:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_what_follows_a_prefix_that_another_request_computed_too_is_found(order: tuple[int, int]) -> None:
+def test_what_follows_a_prefix_that_another_request_computed_too_is_found(
+    order: tuple[int, int],
+) -> None:
     """Whichever of them ends first. The prefix is kept once."""
     pool = PagePool(12, prefix_caching=True)
     prompts = [[*range(32), *[end] * 20] for end in (50, 60)]

@@ -38,9 +38,17 @@ def random_batch(seed: int) -> tuple[list[Span], DraftTrees, list[bool], list[li
             table.reserve(start)
             table.commit([0] * start, start)
         own = table.reserve(count + len(trees.nodes_of(i)))
-        spans.append(Span(rng.integers(0, 50, count).tolist(), start, own, np.array(table.pages, np.int32)))
+        spans.append(
+            Span(rng.integers(0, 50, count).tolist(), start, own, np.array(table.pages, np.int32))
+        )
         slots.append([page * PAGE + j for page in table.pages for j in range(PAGE)])
-    return spans, trees, [i < decoding or bool(rng.random() < 0.5) for i in range(len(spans))], slots, pool
+    return (
+        spans,
+        trees,
+        [i < decoding or bool(rng.random() < 0.5) for i in range(len(spans))],
+        slots,
+        pool,
+    )
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -50,7 +58,8 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
     rows, last, at = build_rows(spans, trees, want)
     node_row = np.array(at, np.int64)
     assert sorted([*range(len(rows))]) == sorted(
-        [int(last[i]) - k for i, span in enumerate(spans) for k in range(len(span.tokens))] + node_row.tolist()
+        [int(last[i]) - k for i, span in enumerate(spans) for k in range(len(span.tokens))]
+        + node_row.tolist()
     )
     for i, span in enumerate(spans):
         first = int(last[i]) - len(span.tokens) + 1
@@ -58,11 +67,13 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
         for k, token in enumerate(span.tokens):
             position = span.start + k
             assert (rows.token[first + k], rows.position[first + k]) == (token, position)
-            assert rows.slot[first + k] == slots[i][position]
+            assert rows.slot_mapping[first + k] == slots[i][position]
             assert visible_slots(rows, first + k).tolist() == slots[i][: position + 1]
         nodes = trees.nodes_of(i)
         assert rows.query_start_loc[i + 1] == first + len(span.tokens) + len(nodes)
-        assert sorted(node_row[nodes].tolist()) == list(range(last[i] + 1, last[i] + 1 + len(nodes)))
+        assert sorted(node_row[nodes].tolist()) == list(
+            range(last[i] + 1, last[i] + 1 + len(nodes))
+        )
         best, parent = [], -1
         while len(below := nodes[trees.parent[nodes] == parent]):
             parent = below[0]
@@ -70,9 +81,12 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
         assert node_row[best].tolist() == [last[i] + 1 + k for k in range(len(best))]
         for node in nodes:
             row, path = int(node_row[node]), trees.path(int(node))
-            assert (rows.token[row], rows.position[row]) == (trees.token[node], span.start + trees.depth[node])
-            assert rows.slot[row] == slots[i][span.start + row - last[i]]
-            seen = slots[i][: span.start + 1] + [int(rows.slot[node_row[n]]) for n in path]
+            assert (rows.token[row], rows.position[row]) == (
+                trees.token[node],
+                span.start + trees.depth[node],
+            )
+            assert rows.slot_mapping[row] == slots[i][span.start + row - last[i]]
+            seen = slots[i][: span.start + 1] + [int(rows.slot_mapping[node_row[n]]) for n in path]
             assert visible_slots(rows, row).tolist() == seen
     wanted = [int(last[i]) for i in range(len(spans)) if want[i]] + node_row.tolist()
     if rows.logit_rows is None:
@@ -80,10 +94,10 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
     else:
         assert rows.logit_rows.tolist() == wanted
     for array in (
-        rows.slot,
-        rows.direct,
+        rows.slot_mapping,
+        rows.context_len,
         rows.ancestors_start,
-        rows.extra,
+        rows.ancestors,
         rows.query_start_loc,
         rows.block_table_start,
         rows.pages,

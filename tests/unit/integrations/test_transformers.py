@@ -19,17 +19,34 @@ import smart_decoding.integrations
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.hub.custom_generate.generate import generate as hub_generate
-from smart_decoding.integrations.transformers import checks, drafting, generate, last_report, sequences
+from smart_decoding.integrations.transformers import (
+    checks,
+    drafting,
+    generate,
+    last_report,
+    sequences,
+)
 from smart_decoding.integrations.transformers.checks import cache_of
 from smart_decoding.kernels import library
 from smart_decoding.models import kernel_check
 
 VOCAB, PAD, EOS, NEW = 13, 0, 2, 48
-TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
+TOKENS: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+}
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 64, "initializer_range": 0.3, "max_position_embeddings": 256, **TOKENS,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 256,
+    **TOKENS,
+}
 CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, SIZES),
     "qwen2": (transformers.Qwen2Config, SIZES),
@@ -37,18 +54,32 @@ CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "mistral": (transformers.MistralConfig, SIZES),
     "gemma": (transformers.GemmaConfig, {**SIZES, "head_dim": 8}),
     "phi3": (transformers.Phi3Config, SIZES),
-    "gpt2": (transformers.GPT2Config, {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}),
-    "opt": (transformers.OPTConfig, {**SIZES, **TOKENS, "word_embed_proj_dim": 32, "ffn_dim": 64, "init_std": 0.3}),
-    "bloom": (
-        transformers.BloomConfig, {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+    "gpt2": (
+        transformers.GPT2Config,
+        {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
     ),
-    "mamba": (transformers.MambaConfig, {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "opt": (
+        transformers.OPTConfig,
+        {**SIZES, **TOKENS, "word_embed_proj_dim": 32, "ffn_dim": 64, "init_std": 0.3},
+    ),
+    "bloom": (
+        transformers.BloomConfig,
+        {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
+    ),
+    "mamba": (
+        transformers.MambaConfig,
+        {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    ),
     "rwkv": (transformers.RwkvConfig, {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2}),
     "sliding": (transformers.MistralConfig, {**SIZES, "sliding_window": 32}),
-}  # fmt: skip
+}
 EIGHT = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt2", "opt")
 PROMPTS = torch.tensor(
-    [[1, 9, 8, 9, 8, 9, 8, 9, 8, 9], [PAD, PAD, 1, 5, 6, 7, 5, 6, 7, 5], [PAD, PAD, PAD, PAD, PAD, 1, 2, 3, 4, 3]]
+    [
+        [1, 9, 8, 9, 8, 9, 8, 9, 8, 9],
+        [PAD, PAD, 1, 5, 6, 7, 5, 6, 7, 5],
+        [PAD, PAD, PAD, PAD, PAD, 1, 2, 3, 4, 3],
+    ]
 )
 # A small vocabulary and one-token matches: some drafts are right by chance alone, so that acceptance is exercised.
 EAGER = {"method": "ngram", "policy": "static", "min_n": 1, "profile_seconds": 0}
@@ -73,7 +104,9 @@ def smart(model: PreTrainedModel, config: dict[str, Any] | bool = EAGER, **argum
     return model.generate(**arguments, custom_generate=generate, speculative_config=config)
 
 
-def test_missing_kernels_are_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_kernels_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The model is transformers' own and runs as before; only drafting is slower."""
     kernel_check._warn.cache_clear()
     monkeypatch.setattr(library, "unavailable", lambda: "for this test")
@@ -101,7 +134,10 @@ def test_every_method_gives_the_same_tokens(method: str, policy: str) -> None:
     model, given = model_of("qwen2"), inputs()
     expected = model.generate(**given)
     for _ in range(2):  # the second call goes on with what the first one learned
-        assert torch.equal(smart(model, {"method": method, "policy": policy, "profile_seconds": 0}, **given), expected)
+        assert torch.equal(
+            smart(model, {"method": method, "policy": policy, "profile_seconds": 0}, **given),
+            expected,
+        )
     report = last_report(model)
     assert report is not None and report.drafter == method
     assert (report.accepted == 0) == (method == "none")
@@ -138,7 +174,14 @@ def test_eager_attention_and_prompts_in_chunks() -> None:
         {"no_repeat_ngram_size": 2},
         {"min_new_tokens": 20},
         {"bad_words_ids": [[3], [8, 9]]},
-        {"prefix_allowed_tokens_fn": lambda row, ids: [3 + row, 4 + row, 5 + (len(ids) + row) % 5, EOS]},
+        {
+            "prefix_allowed_tokens_fn": lambda row, ids: [
+                3 + row,
+                4 + row,
+                5 + (len(ids) + row) % 5,
+                EOS,
+            ]
+        },
         {"eos_token_id": [2, 5]},
         {"forced_eos_token_id": EOS, "exponential_decay_length_penalty": (5, 1.2)},
     ],
@@ -160,7 +203,9 @@ class RowStops(StoppingCriteria):
     """Row i stops at 4 + 5i new tokens, or where a token has occurred three times in a row."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        done = torch.tensor([input_ids.shape[1] >= PROMPTS.shape[1] + 4 + 5 * i for i in range(len(input_ids))])
+        done = torch.tensor(
+            [input_ids.shape[1] >= PROMPTS.shape[1] + 4 + 5 * i for i in range(len(input_ids))]
+        )
         return done | (input_ids[:, -3:] == input_ids[:, -1:]).all(1)
 
 
@@ -196,7 +241,10 @@ def test_criteria_see_the_scores_of_tokens_so_far_only() -> None:
             assert int(scores[-1][0].argmax()) == int(input_ids[0, -1])
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    model, given = model_of("llama"), {**inputs(1), "return_dict_in_generate": True, "output_scores": True}
+    model, given = (
+        model_of("llama"),
+        {**inputs(1), "return_dict_in_generate": True, "output_scores": True},
+    )
     smart(model, **given, stopping_criteria=[Confidence()])
     assert (report := last_report(model)) is not None and report.accepted > 0
     assert seen == [(n, n) for n in range(1, len(seen) + 1)]
@@ -213,31 +261,51 @@ def test_streamers_get_what_generate_gives_them(batch: int) -> None:
 
 
 SETTINGS: dict[str, Any] = {
-    "max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.4, "eos_token_id": [EOS, 7], "pad_token_id": 11
-}  # fmt: skip
+    "max_new_tokens": 30,
+    "do_sample": False,
+    "repetition_penalty": 1.4,
+    "eos_token_id": [EOS, 7],
+    "pad_token_id": 11,
+}
 
 
 @pytest.mark.parametrize("where", ["an argument", "the model's own", "both"])
 def test_generation_configs_are_respected(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The object that is given, the one that the model has, and arguments, each before the next one."""
-    model, prompts = model_of("llama"), {name: inputs()[name] for name in ("input_ids", "attention_mask")}
-    config, other = GenerationConfig(**SETTINGS), GenerationConfig(**{**SETTINGS, "max_new_tokens": 3})
+    model, prompts = (
+        model_of("llama"),
+        {name: inputs()[name] for name in ("input_ids", "attention_mask")},
+    )
+    config, other = (
+        GenerationConfig(**SETTINGS),
+        GenerationConfig(**{**SETTINGS, "max_new_tokens": 3}),
+    )
     own = {"an argument": model.generation_config, "the model's own": config, "both": other}[where]
     monkeypatch.setattr(model, "generation_config", own)
     given = {} if where == "the model's own" else {"generation_config": config}
     expected = model.generate(**prompts, **given)
     assert torch.equal(smart(model, **prompts, **given), expected)
     short = smart(model, **prompts, **given, max_new_tokens=5)
-    assert torch.equal(short, model.generate(**prompts, **given, max_new_tokens=5)) and short.shape[1] == 15
+    assert (
+        torch.equal(short, model.generate(**prompts, **given, max_new_tokens=5))
+        and short.shape[1] == 15
+    )
     for name, value in (("repetition_penalty", 1.0), ("eos_token_id", EOS), ("pad_token_id", PAD)):
         changed = {**given, name: value}
         answer = smart(model, **prompts, **changed)
-        assert torch.equal(answer, model.generate(**prompts, **changed)) and not torch.equal(answer, expected), name
+        assert torch.equal(answer, model.generate(**prompts, **changed)) and not torch.equal(
+            answer, expected
+        ), name
 
 
 def test_scores_and_logits() -> None:
     model = model_of("qwen3")
-    given = {**inputs(), "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    given = {
+        **inputs(),
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+    }
     given |= {"repetition_penalty": 1.3, "eos_token_id": None}
     expected, found = model.generate(**given), smart(model, **given)
     assert torch.equal(found.sequences, expected.sequences)
@@ -265,7 +333,13 @@ def test_draws_have_the_targets_distribution() -> None:
     """Two tokens after a prompt: counts against the exact joint distribution of the processed target."""
     model, count = model_of("llama"), 3000
     prompt = PROMPTS[:1]
-    options = {"do_sample": True, "temperature": 1.5, "top_k": 5, "eos_token_id": None, "max_new_tokens": 2}
+    options = {
+        "do_sample": True,
+        "temperature": 1.5,
+        "top_k": 5,
+        "eos_token_id": None,
+        "max_new_tokens": 2,
+    }
     torch.manual_seed(5)
     found = smart(model, EAGER, input_ids=prompt, num_return_sequences=count, **options)[:, -2:]
     report = last_report(model)
@@ -273,7 +347,9 @@ def test_draws_have_the_targets_distribution() -> None:
     joint = np.zeros((VOCAB, VOCAB))
     first = top_k_softmax(model, prompt, 5, 1.5)
     for token in np.flatnonzero(first):
-        joint[token] = first[token] * top_k_softmax(model, torch.cat((prompt, torch.tensor([[token]])), 1), 5, 1.5)
+        joint[token] = first[token] * top_k_softmax(
+            model, torch.cat((prompt, torch.tensor([[token]])), 1), 5, 1.5
+        )
     counts = np.zeros_like(joint)
     np.add.at(counts, tuple(found.T.numpy()), 1)
     assert counts[joint == 0].sum() == 0
@@ -284,7 +360,9 @@ def test_draws_have_the_targets_distribution() -> None:
 
 
 @torch.no_grad()
-def top_k_softmax(model: PreTrainedModel, ids: torch.Tensor, k: int, temperature: float) -> np.ndarray:
+def top_k_softmax(
+    model: PreTrainedModel, ids: torch.Tensor, k: int, temperature: float
+) -> np.ndarray:
     logits = model(ids).logits[0, -1].double() / temperature
     logits[logits < logits.topk(k).values[-1]] = -torch.inf
     return logits.softmax(-1).numpy()
@@ -299,12 +377,20 @@ def top_k_softmax(model: PreTrainedModel, ids: torch.Tensor, k: int, temperature
         ("llama", {"cache_implementation": "static"}, "StaticCache is not supported"),
         ("llama", {"num_beams": 2}, "beam"),
         ("llama", {"use_cache": False}, "use_cache=False"),
-        ("llama", {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        (
+            "llama",
+            {"output_attentions": True, "return_dict_in_generate": True},
+            "output_attentions",
+        ),
         ("llama", {"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidance"),
         ("llama", {"position_ids": torch.arange(10).repeat(3, 1) + 1}, "position_ids"),
         ("llama", {"attention_mask": torch.tensor([[1] * 9 + [0]] * 3)}, "left padding"),
         ("llama", {"speculative_config": {"method": "medusa"}}, "unknown method 'medusa'"),
-        ("llama", {"speculative_config": {"policy": "static", "probe_budget": 0.1}}, "has an option 'probe_budget'"),
+        (
+            "llama",
+            {"speculative_config": {"policy": "static", "probe_budget": 0.1}},
+            "has an option 'probe_budget'",
+        ),
     ],
 )
 def test_refusals_come_before_any_forward(
@@ -312,7 +398,9 @@ def test_refusals_come_before_any_forward(
 ) -> None:
     model = model_of(name)
     if "speculative_config" not in options or "method" in options["speculative_config"]:
-        monkeypatch.setattr(type(model), "__call__", lambda *_, **__: pytest.fail("a forward was run"))
+        monkeypatch.setattr(
+            type(model), "__call__", lambda *_, **__: pytest.fail("a forward was run")
+        )
     with pytest.raises(ConfigError, match=reason):
         model.generate(**{**inputs(), **options}, custom_generate=generate)
 
@@ -326,12 +414,16 @@ def test_a_model_that_ignores_our_cache_is_refused(monkeypatch: pytest.MonkeyPat
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval()
     forward = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda *a, **k: forward(*a, **{**k, "position_ids": None}))
+    monkeypatch.setattr(
+        model.model, "forward", lambda *a, **k: forward(*a, **{**k, "position_ids": None})
+    )
     with pytest.raises(ModelError, match="other logits"):
         smart(model, **inputs())
 
 
-def test_costs_are_measured_once_and_kept_on_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_measured_once_and_kept_on_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("smart_decoding.profiling.cache.cache_dir", lambda: tmp_path)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval()
@@ -347,7 +439,9 @@ def test_costs_are_measured_once_and_kept_on_the_model(tmp_path: Path, monkeypat
 def test_the_hub_folder_is_what_transformers_loads() -> None:
     folder = Path(smart_decoding.integrations.__file__).with_name("hub")
     model, given = model_of("llama"), inputs()
-    found = model.generate(**given, custom_generate=str(folder), trust_remote_code=True, speculative_config=EAGER)
+    found = model.generate(
+        **given, custom_generate=str(folder), trust_remote_code=True, speculative_config=EAGER
+    )
     assert torch.equal(found, model.generate(**given))
     report = last_report(model)
     assert report is not None and report.drafter == "ngram" and report.policy == "static"
@@ -364,27 +458,49 @@ def test_the_hub_folder_works_where_it_lies_beside_weights() -> None:
 
 def test_names_of_transformers_that_we_rely_on() -> None:
     """Private or unwritten ones: if a release changes them, this says which."""
-    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import (
+        Cache,
+        CacheLayerMixin,
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    )
     from transformers.generation import logits_process, stopping_criteria, utils
 
     config = model_of("llama").config
     assert config._attn_implementation == "sdpa"
     assert {type(layer) for layer in DynamicCache(config=config).layers} == {DynamicLayer}
     sliding = DynamicCache(config=model_of("sliding").config).layers[0]
-    assert type(sliding) is DynamicSlidingWindowLayer and sliding.sliding_window == 32 and not sliding.is_initialized
+    assert (
+        type(sliding) is DynamicSlidingWindowLayer
+        and sliding.sliding_window == 32
+        and not sliding.is_initialized
+    )
     assert CacheLayerMixin.__abstractmethods__ <= {
-        "lazy_initialization", "update", "get_mask_sizes", "get_seq_length", "get_max_length", "get_max_cache_shape"
-    }  # fmt: skip
+        "lazy_initialization",
+        "update",
+        "get_mask_sizes",
+        "get_seq_length",
+        "get_max_length",
+        "get_max_cache_shape",
+    }
     assert hasattr(Cache, "is_compileable") and DynamicCache().offloading is False
     for name in (*checks.STATEFUL, *sequences.BY_PLACE):
         assert getattr(logits_process, name).__module__ == "transformers.generation.logits_process"
-    assert stopping_criteria.EosTokenCriteria.__module__ == "transformers.generation.stopping_criteria"
+    assert (
+        stopping_criteria.EosTokenCriteria.__module__ == "transformers.generation.stopping_criteria"
+    )
     assert hasattr(stopping_criteria.EosTokenCriteria(EOS), "eos_token_id")
-    assert inspect.signature(model_of("llama").forward).parameters.keys() & {"cache", "past_key_values"}
+    assert inspect.signature(model_of("llama").forward).parameters.keys() & {
+        "cache",
+        "past_key_values",
+    }
     rope = model_of("llama").config.rope_parameters
     assert isinstance(rope, dict) and "rope_type" in rope
     model, seen = model_of("llama"), []
-    model.generate(**inputs(1), custom_generate=lambda model, input_ids, **kw: seen.append(kw) or input_ids)
+    model.generate(
+        **inputs(1), custom_generate=lambda model, input_ids, **kw: seen.append(kw) or input_ids
+    )
     assert int(seen[0]["generation_config"]._pad_token_tensor) == PAD
     assert type(cache_of(seen[0])) is DynamicCache
     inner = inspect.unwrap(utils.GenerationMixin.generate)
@@ -399,12 +515,21 @@ def test_smollm2_answers_as_generate_does() -> None:
     folder = load_checkpoint("smollm2-135m").tokenizer_source
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = Tokenizer.load(folder)
-    texts = ["Repeat this list three times: red, green, blue, red, green, blue.", "Count: 1, 2, 3, 1, 2, 3, 1, 2, 3,"]
+    texts = [
+        "Repeat this list three times: red, green, blue, red, green, blue.",
+        "Count: 1, 2, 3, 1, 2, 3, 1, 2, 3,",
+    ]
     rows = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
     longest = max(map(len, rows))
     ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "pad_token_id": PAD}
+    given = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "pad_token_id": PAD,
+    }
     assert torch.equal(smart(model, EAGER, **given), model.generate(**given))
     report = last_report(model)
     assert report is not None and report.accepted > 0

@@ -20,15 +20,26 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError, SmartError
 from smart_decoding.integrations.transformers import draft_models, generate, last_report
+from smart_decoding.integrations.transformers.aux_hidden import AuxHidden
 from smart_decoding.integrations.transformers.state import state_of
-from smart_decoding.integrations.transformers.taps import Taps
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import load_head
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.target import TorchTarget
 
 from ...parity import test_published_heads as heads
-from .test_transformers import CONFIGS, EIGHT, NEW, PAD, PROMPTS, SIZES, TOKENS, VOCAB, inputs, model_of
+from .test_transformers import (
+    CONFIGS,
+    EIGHT,
+    NEW,
+    PAD,
+    PROMPTS,
+    SIZES,
+    TOKENS,
+    VOCAB,
+    inputs,
+    model_of,
+)
 
 D = 32
 
@@ -60,19 +71,31 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, tensors = tmp_path_factory.mktemp("head"), {}
     torch.manual_seed(3)
     shapes = {
-        "fc.weight": (D, 2 * D), "norm.weight": (D,), "lm_head.weight": (VOCAB, D), "layers.0.hidden_norm.weight": (D,),
-        "layers.0.input_layernorm.weight": (D,), "layers.0.post_attention_layernorm.weight": (D,),
-        "layers.0.self_attn.q_proj.weight": (D, 2 * D), "layers.0.self_attn.k_proj.weight": (16, 2 * D),
-        "layers.0.self_attn.v_proj.weight": (16, 2 * D), "layers.0.self_attn.o_proj.weight": (D, D),
-        "layers.0.mlp.gate_proj.weight": (48, D), "layers.0.mlp.up_proj.weight": (48, D),
+        "fc.weight": (D, 2 * D),
+        "norm.weight": (D,),
+        "lm_head.weight": (VOCAB, D),
+        "layers.0.hidden_norm.weight": (D,),
+        "layers.0.input_layernorm.weight": (D,),
+        "layers.0.post_attention_layernorm.weight": (D,),
+        "layers.0.self_attn.q_proj.weight": (D, 2 * D),
+        "layers.0.self_attn.k_proj.weight": (16, 2 * D),
+        "layers.0.self_attn.v_proj.weight": (16, 2 * D),
+        "layers.0.self_attn.o_proj.weight": (D, D),
+        "layers.0.mlp.gate_proj.weight": (48, D),
+        "layers.0.mlp.up_proj.weight": (48, D),
         "layers.0.mlp.down_proj.weight": (D, 48),
-    }  # fmt: skip
+    }
     for name, shape in shapes.items():
         tensors[name] = torch.randn(shape) * 0.3 + (len(shape) == 1)
     layer = {
-        "hidden_size": D, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48,
-        "vocab_size": VOCAB, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+        "hidden_size": D,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 48,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-5,
+    }
     config = {"speculators_model_type": "eagle3", "eagle_aux_hidden_state_layer_ids": [1, 2]}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**config, "transformer_layer_config": layer}))
@@ -97,7 +120,9 @@ def test_greedy_tokens_are_those_of_generate(name: str, head: Path) -> None:
 def test_a_draft_model_that_is_the_target_is_always_right(name: str, batch: int) -> None:
     """So its keys, positions and masks are those of the target."""
     model, given = model_of(name), {**inputs(batch), "eos_token_id": None}
-    assert torch.equal(with_drafts(model, "draft_model", model, "chain", **given), model.generate(**given))
+    assert torch.equal(
+        with_drafts(model, "draft_model", model, "chain", **given), model.generate(**given)
+    )
     report = last_report(model)
     assert report is not None
     assert report.accepted == batch * (NEW - 1) - report.rounds * batch
@@ -109,7 +134,10 @@ def test_a_draft_model_that_is_the_target_is_right_in_trees_and_when_sampled() -
     model = model_of("qwen2")
     given = {**inputs(), "do_sample": True, "temperature": 0.8, "top_k": 0, "eos_token_id": None}
     answers = []
-    for config in (False, {"method": "draft_model", "model": model, "policy": "static", "profile_seconds": 0}):
+    for config in (
+        False,
+        {"method": "draft_model", "model": model, "policy": "static", "profile_seconds": 0},
+    ):
         torch.manual_seed(4)
         answers.append(model.generate(**given, custom_generate=generate, speculative_config=config))
     assert torch.equal(*answers)
@@ -118,11 +146,21 @@ def test_a_draft_model_that_is_the_target_is_right_in_trees_and_when_sampled() -
 
 
 def test_draws_are_the_same_whatever_drafts(head: Path) -> None:
-    model, given = model_of("llama"), {**inputs(), "do_sample": True, "temperature": 0.7, "eos_token_id": None}
+    model, given = (
+        model_of("llama"),
+        {**inputs(), "do_sample": True, "temperature": 0.7, "eos_token_id": None},
+    )
     answers = []
-    for method, source in (("eagle", head), ("draft_model", small("llama")), ("union", head), ("none", None)):
+    for method, source in (
+        ("eagle", head),
+        ("draft_model", small("llama")),
+        ("union", head),
+        ("none", None),
+    ):
         torch.manual_seed(11)
-        config = {"method": method, "policy": "static", "profile_seconds": 0} | ({"model": source} if source else {})
+        config = {"method": method, "policy": "static", "profile_seconds": 0} | (
+            {"model": source} if source else {}
+        )
         answers.append(model.generate(**given, custom_generate=generate, speculative_config=config))
         report = last_report(model)
         assert report is not None and (report.accepted > 0) == (method != "none")
@@ -130,7 +168,9 @@ def test_draws_are_the_same_whatever_drafts(head: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", heads.LAYOUTS)
-def test_heads_draft_as_in_our_own_engine(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_draft_as_in_our_own_engine(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batched and padded: the same proposals in every round, and so the same features, pairs and positions."""
     proposals: list[Any] = []
 
@@ -151,9 +191,15 @@ def test_heads_draft_as_in_our_own_engine(layout: str, tmp_path: Path, monkeypat
     weights = Checkpoint(heads.target_config(), model.state_dict(), tmp_path, {"model": "tiny"})
     target = TorchTarget(weights, "float32", "cpu", 64, limit)
     drafter = EagleDrafter(
-        EagleHead(load_head(folder, weights.config, trust_pickle=True), target.decoder, 64, 16, limit), 64, 16
+        EagleHead(
+            load_head(folder, weights.config, trust_pickle=True), target.decoder, 64, 16, limit
+        ),
+        64,
+        16,
     )
-    engine = Engine(target, make_policy("static"), drafter, EngineConfig(64, limit), lambda skip: lambda ids: "")
+    engine = Engine(
+        target, make_policy("static"), drafter, EngineConfig(64, limit), lambda skip: lambda ids: ""
+    )
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     requests = [engine.add_request(str(i), prompt, params)[0] for i, prompt in enumerate(prompts)]
     while engine.has_unfinished_requests:
@@ -162,7 +208,13 @@ def test_heads_draft_as_in_our_own_engine(layout: str, tmp_path: Path, monkeypat
     proposals.clear()
     ids = torch.tensor([[0] * (24 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (24 - len(p)) + [1] * len(p) for p in prompts])
-    given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    given = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "max_new_tokens": new,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     found = with_drafts(model, "eagle", folder, trust_pickle=True, eos_token_id=None, **given)
     assert found[:, 24:].tolist() == [request.output for request in requests]
     assert proposals == expected and len(proposals) > 20
@@ -177,7 +229,12 @@ def test_a_draft_model_reads_a_window_of_a_long_prompt() -> None:
     model = small("llama", num_hidden_layers=2, max_position_embeddings=1024)
     ids = torch.tensor(np.random.default_rng(0).integers(3, VOCAB, (2, 700)))
     ids[1, :40] = PAD
-    given = {"input_ids": ids, "attention_mask": (ids != PAD).long(), "max_new_tokens": 20, "do_sample": False}
+    given = {
+        "input_ids": ids,
+        "attention_mask": (ids != PAD).long(),
+        "max_new_tokens": 20,
+        "do_sample": False,
+    }
     given["eos_token_id"] = None
     assert torch.equal(with_drafts(model, "draft_model", model, **given), model.generate(**given))
     report = last_report(model)
@@ -190,13 +247,17 @@ def test_heads_and_models_stay_for_later_calls(head: Path) -> None:
     kept = []
     for batch in (1, 3, 1, 2):
         given = inputs(batch)
-        assert torch.equal(with_drafts(model, "eagle", head, "smart", **given), model.generate(**given))
+        assert torch.equal(
+            with_drafts(model, "eagle", head, "smart", **given), model.generate(**given)
+        )
         kept.append(list(state_of(model).sources.values()))
     assert len(kept[-1]) == 1 and all(source == kept[0] for source in kept)
     assert len(state_of(model).idle) == 3 - 1 + 1  # for batches of 1, 2 and up to 4
 
 
-def test_costs_of_a_draft_model_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_of_a_draft_model_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once on this machine: another process would read them."""
     monkeypatch.setattr("smart_decoding.profiling.cache.cache_dir", lambda: tmp_path)
     config = {"method": "draft_model", "model": small("llama"), "profile_seconds": 0.05}
@@ -220,8 +281,14 @@ def folder_of(config: Any, path: Path) -> str:
     ("config", "reason"),
     [
         (transformers.LlamaConfig(**{**SIZES, "vocab_size": 14}), "14 tokens instead of 13"),
-        (transformers.LlamaConfig(**{**SIZES, "max_position_embeddings": 40}), "40 positions, but .* may reach 58"),
-        (transformers.MistralConfig(**{**SIZES, "sliding_window": 20}), "forgets all but 20 tokens"),
+        (
+            transformers.LlamaConfig(**{**SIZES, "max_position_embeddings": 40}),
+            "40 positions, but .* may reach 58",
+        ),
+        (
+            transformers.MistralConfig(**{**SIZES, "sliding_window": 20}),
+            "forgets all but 20 tokens",
+        ),
         (
             transformers.MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4),
             "keeps a running state",
@@ -233,7 +300,9 @@ def test_draft_models_that_do_not_fit_are_refused_before_loading(
     config: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of("llama")
-    monkeypatch.setattr(draft_models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        draft_models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded")
+    )
     monkeypatch.setattr(type(model), "__call__", lambda *_, **__: pytest.fail("a forward was run"))
     with pytest.raises(ModelError, match=reason):
         with_drafts(model, "draft_model", folder_of(config, tmp_path), **inputs())
@@ -250,7 +319,9 @@ def test_a_draft_model_that_is_kept_is_checked_for_each_call() -> None:
     assert torch.equal(with_drafts(model, "draft_model", draft, **short), first)
 
 
-def test_a_tokenizer_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_differs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = model_of("llama")
     monkeypatch.setattr(model.config, "_name_or_path", "the target")
     vocabularies = {"the target": {"a": 0, "b": 1}, str(tmp_path): {"a": 0, "c": 1}}
@@ -263,7 +334,9 @@ def test_a_tokenizer_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_a_draft_model_from_a_folder(tmp_path: Path) -> None:
     model, given = model_of("gpt2"), inputs()
     small("gpt2").save_pretrained(tmp_path)
-    assert torch.equal(with_drafts(model, "draft_model", str(tmp_path), **given), model.generate(**given))
+    assert torch.equal(
+        with_drafts(model, "draft_model", str(tmp_path), **given), model.generate(**given)
+    )
     assert (report := last_report(model)) is not None and report.accepted > 0
 
 
@@ -274,10 +347,16 @@ def test_a_draft_model_from_a_folder(tmp_path: Path) -> None:
         ({"method": "draft_model"}, ConfigError, "needs a smaller model"),
         ({"method": "eagle", "model": "./not/here"}, ModelError, "no draft head"),
         ({"method": "draft_model", "model": "./not/here"}, ModelError, "no draft model"),
-        ({"method": "eagle", "model": "smollm2-135m"}, ModelError, "has hidden_size 576, but the model has 32"),
+        (
+            {"method": "eagle", "model": "smollm2-135m"},
+            ModelError,
+            "has hidden_size 576, but the model has 32",
+        ),
     ],
 )
-def test_what_is_missing_is_said(options: dict[str, Any], error: type[SmartError], reason: str) -> None:
+def test_what_is_missing_is_said(
+    options: dict[str, Any], error: type[SmartError], reason: str
+) -> None:
     with pytest.raises(error, match=reason):
         model_of("llama").generate(**inputs(), custom_generate=generate, speculative_config=options)
 
@@ -286,14 +365,16 @@ def test_what_is_missing_is_said(options: dict[str, Any], error: type[SmartError
 def test_taps_are_transformers_hidden_states(name: str) -> None:
     """All but the last layer's output: there transformers gives what comes after the final norm."""
     model = model_of(name)
-    with torch.no_grad(), Taps(model, 2).taken((1, 2, 3)) as states:
+    with torch.no_grad(), AuxHidden(model, 2).taken((1, 2, 3)) as states:
         expected = model(PROMPTS[:1], output_hidden_states=True).hidden_states
     assert torch.equal(states[1], expected[1]) and torch.equal(states[3], expected[2])
     assert states[2].shape == expected[2].shape and not torch.allclose(states[2], states[3])
-    hooks = [list(part._forward_hooks) for part in Taps(model, 2)._modules]  # transformers leaves its own
-    with Taps(model, 2).taken((1, 2)):
+    hooks = [
+        list(part._forward_hooks) for part in AuxHidden(model, 2)._modules
+    ]  # transformers leaves its own
+    with AuxHidden(model, 2).taken((1, 2)):
         pass
-    assert [list(part._forward_hooks) for part in Taps(model, 2)._modules] == hooks
+    assert [list(part._forward_hooks) for part in AuxHidden(model, 2)._modules] == hooks
 
 
 def test_names_of_transformers_that_drafters_with_a_model_rely_on() -> None:
@@ -301,14 +382,28 @@ def test_names_of_transformers_that_drafters_with_a_model_rely_on() -> None:
     model = model_of("llama")
     for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings"):
         assert callable(getattr(model, name))
-    assert model.get_decoder() is model.model and isinstance(model.model.layers, torch.nn.ModuleList)
+    assert model.get_decoder() is model.model and isinstance(
+        model.model.layers, torch.nn.ModuleList
+    )
     config = model.config
-    assert config.name_or_path == config._name_or_path == "" and config.get_text_config(decoder=True) is config
-    assert {"num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"} <= config.to_dict().keys()
+    assert (
+        config.name_or_path == config._name_or_path == ""
+        and config.get_text_config(decoder=True) is config
+    )
+    assert {
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "vocab_size",
+    } <= config.to_dict().keys()
     assert '"vocab_size"' in config.to_json_string(use_diff=False)
     assert len(transformers.DynamicCache(config=config).layers) == 2
     gpt2 = model_of("gpt2")  # names of older models lead to the same sizes
-    assert (gpt2.config.num_hidden_layers, gpt2.config.hidden_size, gpt2.config.num_attention_heads) == (2, 32, 4)
+    assert (
+        gpt2.config.num_hidden_layers,
+        gpt2.config.hidden_size,
+        gpt2.config.num_attention_heads,
+    ) == (2, 32, 4)
 
 
 @pytest.mark.model
@@ -320,7 +415,12 @@ def test_the_shipped_head_on_smollm2() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = "Write a short story about a dog."
     ids = torch.tensor([Tokenizer.load(folder).encode_chat([{"role": "user", "content": text}])])
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "do_sample": False}
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 24,
+        "do_sample": False,
+    }
     found = with_drafts(model, "eagle", "smollm2-135m", "eagle2", **given)
     assert torch.equal(found, model.generate(**given))
     report = last_report(model)

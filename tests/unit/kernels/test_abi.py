@@ -49,8 +49,14 @@ def test_every_structure_and_field_of_the_header_is_compared() -> None:
 
 
 def test_every_function_of_the_header_is_in_every_library() -> None:
-    declared = set(re.findall(r"\bsmart_\w+(?=\()", re.sub(r"//.*", "", abi.HEADER.read_text(encoding="utf-8"))))
-    assert len(declared) > 10 and declared == {name for _, name, _ in abi._FUNCTION.findall(abi._text())}
+    declared = set(
+        re.findall(
+            r"\bsmart_\w+(?=\()", re.sub(r"//.*", "", abi.HEADER.read_text(encoding="utf-8"))
+        )
+    )
+    assert len(declared) > 10 and declared == {
+        name for _, name, _ in abi._FUNCTION.findall(abi._text())
+    }
     runs = library.runnable()
     assert runs, library.unavailable()
     for name in runs:
@@ -74,12 +80,18 @@ def test_types() -> None:
 
 
 def test_fields_of_one_line_and_pointers_among_them() -> None:
-    fields = list(abi._fields("int32_t a, b; const float *c, *d; const float* const* e; int64_t f;"))
+    fields = list(
+        abi._fields("int32_t a, b; const float *c, *d; const float* const* e; int64_t f;")
+    )
     address = ctypes.c_void_p
     assert fields == [
-        ("a", ctypes.c_int32), ("b", ctypes.c_int32), ("c", address), ("d", address), ("e", address),
+        ("a", ctypes.c_int32),
+        ("b", ctypes.c_int32),
+        ("c", address),
+        ("d", address),
+        ("e", address),
         ("f", ctypes.c_int64),
-    ]  # fmt: skip
+    ]
 
 
 def test_an_unchanged_header_is_accepted(header: Path) -> None:
@@ -96,7 +108,9 @@ def test_an_unchanged_header_is_accepted(header: Path) -> None:
 )
 def test_another_layout_is_refused(header: Path, old: str, new: str) -> None:
     change(header, old, new)
-    with pytest.raises(ConfigError, match=r"lays structures out in another way: .* build the CPU kernels again"):
+    with pytest.raises(
+        ConfigError, match=r"lays structures out in another way: .* build the CPU kernels again"
+    ):
         abi.declare(opened())
 
 

@@ -43,7 +43,14 @@ X86 = frozenset(
     ]
 )
 ARM = frozenset(["asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2", "svebf16"])
-CACHED = (library.cpu_flags, library.variants, library.load, library.chosen, library.unavailable, library.identity)
+CACHED = (
+    library.cpu_flags,
+    library.variants,
+    library.load,
+    library.chosen,
+    library.unavailable,
+    library.identity,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +85,12 @@ def test_a_better_variant_needs_all_that_a_lesser_one_does() -> None:
     """So the first one that runs is the best one; 'abm', 'avx' and 'movbe' come with AVX-512."""
     implied = {"abm", "avx", "movbe"}
     for machine in ("x86_64", "aarch64"):
-        needs = [variant.needs - implied for variant in library.variants() if variant.machine == machine]
-        assert len(needs) > 1 and all(better > lesser for better, lesser in itertools.pairwise(needs))
+        needs = [
+            variant.needs - implied for variant in library.variants() if variant.machine == machine
+        ]
+        assert len(needs) > 1 and all(
+            better > lesser for better, lesser in itertools.pairwise(needs)
+        )
 
 
 def test_the_best_one_that_runs_is_chosen() -> None:
@@ -143,16 +154,22 @@ def test_another_kind_of_machine_has_none(monkeypatch: pytest.MonkeyPatch) -> No
 def test_kernels_that_were_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "LIBRARIES", tmp_path)
     reason = library.unavailable()
-    assert reason is not None and re.match("the CPU kernels are not built: build them with .*pip install", reason)
+    assert reason is not None and re.match(
+        "the CPU kernels are not built: build them with .*pip install", reason
+    )
 
 
-def test_what_is_no_library_is_an_error_and_no_lesser_one_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_no_library_is_an_error_and_no_lesser_one_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     best = library.chosen()
     shutil.copytree(library.LIBRARIES, tmp_path / "lib")
     monkeypatch.setattr(library, "LIBRARIES", tmp_path / "lib")
     (tmp_path / "lib" / f"libsmart_{best}.so").write_text("nothing")
     _forget()
-    with pytest.raises(ConfigError, match=f"the kernels' variant '{best}' cannot be loaded: .*build them with"):
+    with pytest.raises(
+        ConfigError, match=f"the kernels' variant '{best}' cannot be loaded: .*build them with"
+    ):
         library.chosen()
     assert best in str(library.unavailable())
 
@@ -171,7 +188,9 @@ def test_what_the_system_denies_gives_way_to_the_next(monkeypatch: pytest.Monkey
     assert library.chosen() == runs[0]
     library.chosen.cache_clear()
     monkeypatch.setenv("SMART_ISA", "best")
-    with pytest.raises(ConfigError, match="the system denies"):  # who asks for it by name gets it or an error
+    with pytest.raises(
+        ConfigError, match="the system denies"
+    ):  # who asks for it by name gets it or an error
         library.chosen()
 
 
@@ -196,7 +215,9 @@ def test_a_clones_libraries_may_not_be_older_than_a_source(clone: Path) -> None:
     _forget()
     os.utime(clone / "csrc" / "abi.h", (3000, 3000))
     reason = library.unavailable()
-    assert reason is not None and reason.startswith("the CPU kernels are older than their sources: build them")
+    assert reason is not None and reason.startswith(
+        "the CPU kernels are older than their sources: build them"
+    )
     assert reason.count("older") == 1
 
 

@@ -42,7 +42,15 @@ def test_all_formats_open_as_rgb(kind: str) -> None:
 def test_data_urls_files_and_pil_images_are_the_same_picture(tmp_path: Path) -> None:
     (tmp_path / "a b.png").write_bytes(encoded())
     limits, path = Limits(folder=tmp_path), tmp_path / "a b.png"
-    for source in (data_url(encoded()), path, str(path), path.as_uri(), encoded(), SMALL, SMALL.convert("RGBA")):
+    for source in (
+        data_url(encoded()),
+        path,
+        str(path),
+        path.as_uri(),
+        encoded(),
+        SMALL,
+        SMALL.convert("RGBA"),
+    ):
         assert np.array_equal(np.asarray(open_image(source, limits)), np.asarray(SMALL))
 
 
@@ -73,7 +81,10 @@ BAD = {
     "truncated": (encoded(kind="PNG")[:-900], "corrupt or truncated"),
     "bomb": (bomb(), "exceeds the limit"),
     "short animation chunk": (damaged(b"acTL", b"\0"), "corrupt or of an unsupported type"),
-    "text bomb": (damaged(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**8))), "corrupt or of an unsupported type"),
+    "text bomb": (
+        damaged(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**8))),
+        "corrupt or of an unsupported type",
+    ),
     "many bytes": (bytes(2000), "exceeds the limit of 1500 bytes"),
     "empty": (b"", "corrupt"),
     "many pixels": (Image.new("RGB", (200, 100)), "200 x 100 pixels exceeds the limit of 10000"),
@@ -92,7 +103,10 @@ BAD = {
 def test_a_bad_picture_is_one_clear_error(name: str) -> None:
     source, message = BAD[name]
     with pytest.raises(ConfigError, match=message) as caught:
-        open_image(source, Limits(pixels=10_000, bytes=1500 if "long" in name or "bytes" in name else 10**6))
+        open_image(
+            source,
+            Limits(pixels=10_000, bytes=1500 if "long" in name or "bytes" in name else 10**6),
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -103,7 +117,12 @@ def test_files_outside_the_allowed_folder_are_refused(tmp_path: Path) -> None:
     (outside / "a.png").write_bytes(encoded())
     (inside / "link.png").symlink_to(outside / "a.png")
     limits = Limits(folder=inside)
-    for path in (outside / "a.png", inside / "link.png", inside / ".." / "out" / "a.png", "file:///etc/hostname"):
+    for path in (
+        outside / "a.png",
+        inside / "link.png",
+        inside / ".." / "out" / "a.png",
+        "file:///etc/hostname",
+    ):
         with pytest.raises(ConfigError, match="does not lie within"):
             open_image(str(path), limits)
     with pytest.raises(ConfigError, match="there is no image file"):
@@ -129,10 +148,18 @@ def test_content_parts_are_split_in_order() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:1", "detail": "low"}}
     rest = {"type": "image_pil", "image_pil": SMALL}, {"type": "video", "video": [SMALL, SMALL]}
     messages, pictures = split(user({"type": "text", "text": "a"}, image, "b", *rest))
-    assert [part["type"] for part in messages[1]["content"]] == ["text", "image", "text", "image", "video"]
+    assert [part["type"] for part in messages[1]["content"]] == [
+        "text",
+        "image",
+        "text",
+        "image",
+        "video",
+    ]
     assert [(p.modality, p.source) for p in pictures] == [
-        ("image", "data:1"), ("image", SMALL), ("video", [SMALL, SMALL])
-    ]  # fmt: skip
+        ("image", "data:1"),
+        ("image", SMALL),
+        ("video", [SMALL, SMALL]),
+    ]
     texts = as_text(messages, {"image": "<image>", "video": "<video>"})
     assert [m["content"] for m in texts] == ["Be brief.", "a<image>\nb<image>\n<video>\n"]
     assert has_pictures(user(image)) and not has_pictures(user({"type": "text", "text": "a"}, "b"))
@@ -141,7 +168,10 @@ def test_content_parts_are_split_in_order() -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"type": "input_audio"}, "type 'input_audio' is not supported; supported: text, image_url"),
+        (
+            {"type": "input_audio"},
+            "type 'input_audio' is not supported; supported: text, image_url",
+        ),
         ({"type": "text"}, "needs a text"),
         ({"type": "image_url", "image_url": {}}, "needs its image_url"),
         ({"type": "video", "video": []}, "needs its frames"),
@@ -158,8 +188,13 @@ def test_what_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch
     for module in ("PIL", "transformers"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            with pytest.raises(ModelError, match=r"pip install -e '\.\[vision\]'"), quiet_transformers():
+            with (
+                pytest.raises(ModelError, match=r"pip install -e '\.\[vision\]'"),
+                quiet_transformers(),
+            ):
                 pass
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ConfigError, match=r"images need pillow: in the clone, pip install -e '\.\[vision\]'"):
+    with pytest.raises(
+        ConfigError, match=r"images need pillow: in the clone, pip install -e '\.\[vision\]'"
+    ):
         open_image(b"", Limits())

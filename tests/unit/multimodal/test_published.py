@@ -12,48 +12,106 @@ from smart_decoding.models import chat_template
 from smart_decoding.models.vision import read_configs, split_names
 
 CLIP = {
-    "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
-    "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
-}  # fmt: skip
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "model_type": "clip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "vocab_size": 32000,
+}
 VICUNA = {
-    "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096, "model_type": "llama",
-    "rms_norm_eps": 1e-05, "torch_dtype": "float16", "vocab_size": 32064,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "rms_norm_eps": 1e-05,
+    "torch_dtype": "float16",
+    "vocab_size": 32064,
+}
 LLAVA: dict[str, Any] = {
-    "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000,
-    "model_type": "llava", "pad_token_id": 32001, "projector_hidden_act": "gelu", "tie_word_embeddings": False,
-    "torch_dtype": "float16", "vision_config": CLIP, "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default", "vocab_size": 32064,
-}  # fmt: skip
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vision_config": CLIP,
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 32064,
+}
 LARGER = {
-    "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
     "num_key_value_heads": 40,
-}  # fmt: skip
+}
 QWEN2_VL: dict[str, Any] = {
-    "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
-    "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654,
-    "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu", "hidden_size": 3584,
-    "initializer_range": 0.02, "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28,
-    "model_type": "qwen2_vl", "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 152064,
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2_vl",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
     "vision_config": {
-        "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "hidden_size": 3584,
-        "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "in_chans": 3,
+        "hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
     },
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
     ("published", "shape"),
     [
-        ({**LLAVA, "text_config": VICUNA}, (32, 4096, 32, 32, 128, 11008, 32064, 10_000.0, 4096, (), False)),
-        ({**LLAVA, "text_config": {**VICUNA, **LARGER}}, (40, 5120, 40, 40, 128, 13824, 32064, 1e4, 4096, (), False)),
+        (
+            {**LLAVA, "text_config": VICUNA},
+            (32, 4096, 32, 32, 128, 11008, 32064, 10_000.0, 4096, (), False),
+        ),
+        (
+            {**LLAVA, "text_config": {**VICUNA, **LARGER}},
+            (40, 5120, 40, 40, 128, 13824, 32064, 1e4, 4096, (), False),
+        ),
         (QWEN2_VL, (28, 3584, 28, 4, 128, 18944, 152064, 1_000_000.0, 32768, (16, 24, 24), True)),
     ],
 )
-def test_published_configurations(published: dict[str, Any], shape: tuple[Any, ...], tmp_path: Path) -> None:
+def test_published_configurations(
+    published: dict[str, Any], shape: tuple[Any, ...], tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(published))
     c, whole = read_configs(tmp_path, published, {"eos_token_id": [7]})
     found = (
@@ -89,12 +147,17 @@ def test_both_generations_of_names_are_told_apart() -> None:
     for names in (old, new):
         text, vision = split_names(names, "LlavaForConditionalGeneration")
         assert (
-            list(text) == ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"] and list(text.values()) == names[:2]
+            list(text) == ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
+            and list(text.values()) == names[:2]
         )
         assert [name.split(".")[0] for name in vision] == ["vision_tower", "multi_modal_projector"]
     for visual, norm in (("visual", "model.norm"), ("model.visual", "model.language_model.norm")):
-        text, vision = split_names([f"{visual}.merger.ln_q.bias", f"{norm}.weight"], "Qwen2VLForConditionalGeneration")
-        assert text == {"model.norm.weight": f"{norm}.weight"} and list(vision) == ["visual.merger.ln_q.bias"]
+        text, vision = split_names(
+            [f"{visual}.merger.ln_q.bias", f"{norm}.weight"], "Qwen2VLForConditionalGeneration"
+        )
+        assert text == {"model.norm.weight": f"{norm}.weight"} and list(vision) == [
+            "visual.merger.ln_q.bias"
+        ]
 
 
 LLAVA_TEMPLATE = (

@@ -4,7 +4,13 @@ import random
 
 import pytest
 
-from smart_decoding.engine.loops import MAX_PERIOD, MIN_REPETITIONS, MIN_TOKENS, LoopDetector, loop_start
+from smart_decoding.engine.loops import (
+    MAX_PERIOD,
+    MIN_REPETITIONS,
+    MIN_TOKENS,
+    LoopDetector,
+    loop_start,
+)
 
 
 def direct_search(tokens):
@@ -12,7 +18,9 @@ def direct_search(tokens):
     for end in range(1, len(tokens) + 1):
         for period in range(1, MAX_PERIOD + 1):
             size = max(MIN_REPETITIONS * period, MIN_TOKENS)
-            if size <= end and all(tokens[i] == tokens[i - period] for i in range(end - size + period, end)):
+            if size <= end and all(
+                tokens[i] == tokens[i - period] for i in range(end - size + period, end)
+            ):
                 return end - size + period
     return None
 

@@ -23,7 +23,9 @@ GOLDEN_GUMBEL = [-1.4409488439559937, -0.2581137418746948, 1.289280891418457, 2.
 
 
 def test_golden_values_never_change():
-    assert [int(k) for k in np.ravel(noise_key([0, 1, -5, 2**63 - 1], [0, 1, 2, 3], [0, 7, 100, 4095]))] == GOLDEN_KEYS
+    assert [
+        int(k) for k in np.ravel(noise_key([0, 1, -5, 2**63 - 1], [0, 1, 2, 3], [0, 7, 100, 4095]))
+    ] == GOLDEN_KEYS
     assert uniform_bits(noise_key(42, 0, 3), [0, 1, 49151, 128255]).tolist() == GOLDEN_BITS
     assert gumbel(noise_key(42, 0, 3), [0, 1, 49151, 128255]).tolist() == GOLDEN_GUMBEL
 
@@ -31,7 +33,9 @@ def test_golden_values_never_change():
 def axis_noise(axis: str) -> np.ndarray:
     """Noise along one axis, the others fixed; small consecutive integers, the hard case for a hash."""
     i = np.arange(N)
-    seed, sample, position, token = (i if axis == name else 3 for name in ("seed", "sample", "position", "token"))
+    seed, sample, position, token = (
+        i if axis == name else 3 for name in ("seed", "sample", "position", "token")
+    )
     return np.ravel(gumbel(noise_key(seed, sample, position), token))
 
 
@@ -61,7 +65,10 @@ def test_rows_whose_keys_differ_in_one_part_are_jointly_uniform(changed):
 
 
 def test_the_parts_of_a_key_are_not_interchangeable():
-    keys = [int(noise_key(*k)) for k in [(1, 2, 3), (1, 3, 2), (2, 1, 3), (3, 2, 1), (1, 2, 4), (0, 0, 0), (0, 0, 1)]]
+    keys = [
+        int(noise_key(*k))
+        for k in [(1, 2, 3), (1, 3, 2), (2, 1, 3), (3, 2, 1), (1, 2, 4), (0, 0, 0), (0, 0, 1)]
+    ]
     assert len(set(keys)) == len(keys)
 
 
@@ -84,5 +91,7 @@ def test_fewest_bits_is_a_safe_and_close_bound():
         bits = fewest_bits(noise)
         if bits > 0:
             assert gumbel_of_bits(bits - 1) < noise
-        if bits < 2**BITS and noise < 15:  # close: only a few parts in 1e4 more candidates than needed
+        if (
+            bits < 2**BITS and noise < 15
+        ):  # close: only a few parts in 1e4 more candidates than needed
             assert gumbel_of_bits(min(bits + 2**BITS // 1000, 2**BITS - 1)) >= noise or bits == 0

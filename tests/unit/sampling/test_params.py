@@ -30,7 +30,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+)
 def test_a_value_out_of_range_is_refused_in_one_line_that_names_it(name, value):
     with pytest.raises(ConfigError) as error:
         SamplingParams(**{name: value})
@@ -40,17 +42,41 @@ def test_a_value_out_of_range_is_refused_in_one_line_that_names_it(name, value):
 
 
 def test_boundaries_are_allowed():
-    SamplingParams(temperature=2, top_p=1, top_k=-1, min_p=1, presence_penalty=-2, frequency_penalty=2, n=8)
-    SamplingParams(max_tokens=None, min_tokens=10_000, seed=-(2**63), logprobs=-1, logit_bias={0: -100, 3: 100})
+    SamplingParams(
+        temperature=2, top_p=1, top_k=-1, min_p=1, presence_penalty=-2, frequency_penalty=2, n=8
+    )
+    SamplingParams(
+        max_tokens=None, min_tokens=10_000, seed=-(2**63), logprobs=-1, logit_bias={0: -100, 3: 100}
+    )
 
 
 def test_defaults_are_vllms():
     params = SamplingParams()
-    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (1, 1.0, 1.0, 0, 0.0)
-    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0)
-    assert (params.max_tokens, params.min_tokens, params.seed, params.logprobs) == (16, 0, None, None)
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (
+        1,
+        1.0,
+        1.0,
+        0,
+        0.0,
+    )
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (
+        1.0,
+        0.0,
+        0.0,
+    )
+    assert (params.max_tokens, params.min_tokens, params.seed, params.logprobs) == (
+        16,
+        0,
+        None,
+        None,
+    )
     assert params.speculate and params.skip_special_tokens
-    assert not (params.ignore_eos or params.include_stop_str_in_output or params.needs_history or params.greedy)
+    assert not (
+        params.ignore_eos
+        or params.include_stop_str_in_output
+        or params.needs_history
+        or params.greedy
+    )
 
 
 def test_greedy_allows_one_answer_only():
@@ -68,7 +94,9 @@ def test_stops_are_normalised_and_minus_one_is_no_seed():
     assert SamplingParams(seed=-1).seed is None
 
 
-@pytest.mark.parametrize("options", [{"logit_bias": {50: 1.0}}, {"stop_token_ids": [3, 99]}, {"logprobs": 51}])
+@pytest.mark.parametrize(
+    "options", [{"logit_bias": {50: 1.0}}, {"stop_token_ids": [3, 99]}, {"logprobs": 51}]
+)
 def test_what_does_not_fit_the_vocabulary_is_refused(options):
     params = SamplingParams(**options)
     params.check_vocabulary(1000)

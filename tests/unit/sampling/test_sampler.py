@@ -65,17 +65,25 @@ class PresenceAndFrequency(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         counts = torch.bincount(torch.tensor(OUTPUT), minlength=VOCAB).float()
-        return scores - self.params.frequency_penalty * counts - self.params.presence_penalty * (counts > 0).float()
+        return (
+            scores
+            - self.params.frequency_penalty * counts
+            - self.params.presence_penalty * (counts > 0).float()
+        )
 
 
 def transformers_scores(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
     """[vocab] transformers' processed scores of one row, -inf where cut."""
     chain = LogitsProcessorList()
     if params.logit_bias:
-        chain.append(SequenceBiasLogitsProcessor({(t,): float(b) for t, b in params.logit_bias.items()}))
+        chain.append(
+            SequenceBiasLogitsProcessor({(t,): float(b) for t, b in params.logit_bias.items()})
+        )
     if params.min_tokens:
         eos = [EOS, *params.stop_ids]
-        chain.append(MinNewTokensLengthLogitsProcessor(len(PROMPT), params.min_tokens, eos, device="cpu"))
+        chain.append(
+            MinNewTokensLengthLogitsProcessor(len(PROMPT), params.min_tokens, eos, device="cpu")
+        )
     if params.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     chain.append(PresenceAndFrequency(params))
@@ -92,7 +100,12 @@ def draw(row: np.ndarray, spec: SampleSpec) -> int:
 
 
 def spec_for(params: SamplingParams, **changes: object) -> SampleSpec:
-    given = {"position": len(OUTPUT), "history": TokenHistory(PROMPT, OUTPUT), "eos_ids": (EOS,), **changes}
+    given = {
+        "position": len(OUTPUT),
+        "history": TokenHistory(PROMPT, OUTPUT),
+        "eos_ids": (EOS,),
+        **changes,
+    }
     return SampleSpec(params, **given)
 
 
@@ -106,7 +119,10 @@ def chi_square(tokens: np.ndarray, probs: np.ndarray) -> float:
     assert not counts[probs == 0].any()
     expected = probs / probs.sum() * len(tokens)
     common = expected >= 5
-    observed, wanted = [*counts[common], counts[~common].sum()], [*expected[common], expected[~common].sum()]
+    observed, wanted = (
+        [*counts[common], counts[~common].sum()],
+        [*expected[common], expected[~common].sum()],
+    )
     if wanted[-1] == 0:
         observed, wanted = observed[:-1], wanted[:-1]
     return 1.0 if len(wanted) == 1 else float(stats.chisquare(observed, wanted).pvalue)
@@ -126,7 +142,9 @@ def test_draws_follow_transformers_processed_softmax(name):
 
 def test_the_chi_square_would_notice_another_distribution():
     row = small_logits().numpy()
-    tokens = np.array([draw(row, SampleSpec(SamplingParams(temperature=0.8), seed=seed)) for seed in range(SEEDS)])
+    tokens = np.array(
+        [draw(row, SampleSpec(SamplingParams(temperature=0.8), seed=seed)) for seed in range(SEEDS)]
+    )
     assert chi_square(tokens, softmax(row / 0.8)) > 1e-3 > chi_square(tokens, softmax(row / 0.9))
 
 
@@ -150,7 +168,9 @@ def test_processed_greedy_is_transformers_argmax(name):
         assert Sampler(VOCAB).sample(logits[None], [0], [spec_for(params)]).tolist() == [expected]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 300, "top_p": 0.97}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 300, "top_p": 0.97}]
+)
 def test_the_bounds_never_change_the_winner(options):
     """Against noise for every survivor, on rows so flat that far tokens win."""
     params, rng, far_wins = SamplingParams(**options), np.random.default_rng(1), 0
@@ -168,8 +188,15 @@ def test_the_bounds_never_change_the_winner(options):
 
 def mixed_specs(rows: int) -> list[SampleSpec]:
     options = list(CASES.values())
-    options += [{"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.3}, {"temperature": 0.8}]
-    return [spec_for(SamplingParams(**options[i % len(options)]), seed=i, sample=i % 3) for i in range(rows)]
+    options += [
+        {"temperature": 0},
+        {"temperature": 0, "repetition_penalty": 1.3},
+        {"temperature": 0.8},
+    ]
+    return [
+        spec_for(SamplingParams(**options[i % len(options)]), seed=i, sample=i % 3)
+        for i in range(rows)
+    ]
 
 
 def test_a_row_alone_equals_the_row_within_any_batch():
@@ -180,7 +207,9 @@ def test_a_row_alone_equals_the_row_within_any_batch():
     backwards = sampler.sample(logits, range(37, -1, -1), specs[::-1])[::-1]
     assert together.tolist() == alone == backwards.tolist()
     some = [4, 31, 7]
-    assert sampler.sample(logits, some, [specs[i] for i in some]).tolist() == together[some].tolist()
+    assert (
+        sampler.sample(logits, some, [specs[i] for i in some]).tolist() == together[some].tolist()
+    )
 
 
 def test_logits_are_left_unchanged():
@@ -202,7 +231,14 @@ def test_tokens_on_the_path_count_as_if_committed():
     row = small_logits().numpy()
     on_tree = process(row, spec_for(params, history=history, path=path))
     assert (on_tree == process(row, spec_for(params, history=committed))).all()
-    assert dict(zip(*(a.tolist() for a in history.at()), strict=True)) == {3: 0, 7: 1, 12: 0, 30: 0, 5: 3, 41: 1}
+    assert dict(zip(*(a.tolist() for a in history.at()), strict=True)) == {
+        3: 0,
+        7: 1,
+        12: 0,
+        30: 0,
+        5: 3,
+        41: 1,
+    }
 
 
 def test_history_grows_beyond_its_first_arrays():
@@ -215,7 +251,11 @@ def test_min_tokens_masks_until_enough_tokens_are_out():
     row = np.zeros(VOCAB, np.float32)
     row[EOS], row[4] = 5, 4
     params = SamplingParams(temperature=0, min_tokens=3, stop_token_ids=[4])
-    assert [draw(row, SampleSpec(params, position=t, eos_ids=(EOS,))) for t in (0, 2, 3)] == [0, 0, EOS]
+    assert [draw(row, SampleSpec(params, position=t, eos_ids=(EOS,))) for t in (0, 2, 3)] == [
+        0,
+        0,
+        EOS,
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -239,8 +279,10 @@ def test_tokens_that_tie_at_the_boundary_all_survive():
 def test_draws_of_two_rows_are_independent_and_differ(change):
     row, params = np.array([1, 0.5, 0, -0.5], np.float32), SamplingParams()
     first = np.array([draw(row, SampleSpec(params, seed=2 * seed)) for seed in range(SEEDS)])
-    moved = [{"seed": 2 * seed, **{k: v + (2 * seed if k == "seed" else 0) for k, v in change.items()}}
-             for seed in range(SEEDS)]  # fmt: skip
+    moved = [
+        {"seed": 2 * seed, **{k: v + (2 * seed if k == "seed" else 0) for k, v in change.items()}}
+        for seed in range(SEEDS)
+    ]
     second = np.array([draw(row, SampleSpec(params, **m)) for m in moved])
     joint = np.outer(softmax(row), softmax(row)).ravel()
     assert chi_square(first * 4 + second, joint) > 1e-3

@@ -28,7 +28,9 @@ def checker(max_tokens=None, detect_loops=False, **options):
 
 def test_what_a_detokenizer_holds_back_are_complete_characters():
     words = [b" \xe2", b"\x82", b"\xac\xf0", b"\x9f\x98", b"\x80.", b"x"]
-    reader = Detokenizer(lambda ids: b"".join(words[i] for i in ids).decode("utf-8", errors="replace"))
+    reader = Detokenizer(
+        lambda ids: b"".join(words[i] for i in ids).decode("utf-8", errors="replace")
+    )
     seen = [(reader.push([i]), reader.held) for i in range(6)]
     assert seen == [("", " "), ("", " "), ("", " €"), ("", " €"), (" €😀.", ""), ("x", "")]
 
@@ -50,9 +52,14 @@ def test_the_stop_string_is_included_on_request():
 
 def test_a_stop_string_inside_one_token_cuts_the_token():
     words = ["I am", " here.\n\nAnd", " more"]
-    check = StopChecker(SamplingParams(stop=["\n\n", "\n"]), lambda ids: "".join(words[i] for i in ids))
+    check = StopChecker(
+        SamplingParams(stop=["\n\n", "\n"]), lambda ids: "".join(words[i] for i in ids)
+    )
     assert check.push([0, 1, 2]) == [0, 1]
-    assert (check.text, check.stop_reason) == ("I am here.", "\n\n")  # earliest in the text, then first in the list
+    assert (check.text, check.stop_reason) == (
+        "I am here.",
+        "\n\n",
+    )  # earliest in the text, then first in the list
 
 
 def test_the_earliest_stop_string_of_a_token_wins():
@@ -95,7 +102,9 @@ def test_how_the_tokens_are_grouped_changes_nothing(seed):
         before, streamed = streamed, streamed + grouped.new_text()
         assert streamed.startswith(before)
         tokens = tokens[size:]
-    states = [(c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in (whole, single, grouped)]
+    states = [
+        (c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in (whole, single, grouped)
+    ]
     assert states[0] == states[1] == states[2] and streamed == grouped.text
 
 

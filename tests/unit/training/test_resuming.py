@@ -23,7 +23,7 @@ from smart_decoding.models.head_files import HeadFiles, load_head
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.training import train
 from smart_decoding.training.head import Form, TrainableHead
-from smart_decoding.training.train import Trainer, TrainOptions, recorded_taps
+from smart_decoding.training.train import Trainer, TrainOptions, recorded_layers
 
 CONFIG = ModelConfig("llama", 2, 32, 4, 2, 16, 48, 61, 10_000.0, 1e-5, 256, tie_embeddings=True)
 TAPS = (1, 2)
@@ -53,7 +53,9 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def world(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=Clock(), perf_counter=time.perf_counter))
+    monkeypatch.setattr(
+        train, "time", SimpleNamespace(monotonic=Clock(), perf_counter=time.perf_counter)
+    )
     monkeypatch.setattr(train, "bf16_is_faster", lambda: False)
     monkeypatch.setattr(train, "SAVE_EVERY", 1e9)
 
@@ -77,11 +79,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture()
 def trainer(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
     generator = torch.Generator().manual_seed(3)
-    weights = {n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()}
+    weights = {
+        n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()
+    }
 
-    def make(output: str = "head", taps: tuple[int, ...] = TAPS) -> Trainer:
-        options = TrainOptions(taps, STEP * STEPS, draft_vocab=32, batch_tokens=150, max_unroll=2)
-        return Trainer(Checkpoint(CONFIG, weights, tmp_path, {"model": "tiny"}), data, tmp_path / output, options)
+    def make(output: str = "head", aux_layers: tuple[int, ...] = TAPS) -> Trainer:
+        options = TrainOptions(
+            aux_hidden, STEP * STEPS, draft_vocab=32, batch_tokens=150, max_unroll=2
+        )
+        return Trainer(
+            Checkpoint(CONFIG, weights, tmp_path, {"model": "tiny"}),
+            data,
+            tmp_path / output,
+            options,
+        )
 
     return make
 
@@ -130,7 +141,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("head", "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "head" / "training.json").read_text())["figures"] == expected
-    assert load_head(tmp_path / "head", CONFIG).taps == TAPS
+    assert load_head(tmp_path / "head", CONFIG).aux_hidden == TAPS
 
 
 def test_a_finished_run_is_only_measured_again(trainer: Callable[..., Trainer]) -> None:
@@ -184,7 +195,8 @@ def until(batches: Iterator[list[Any]], size: int, trainer: Trainer) -> list[lis
 
 
 @pytest.mark.parametrize(
-    "writer", ["torch.save", "smart_decoding.models.head_export.save_file", "pathlib.Path.write_text"]
+    "writer",
+    ["torch.save", "smart_decoding.models.head_export.save_file", "pathlib.Path.write_text"],
 )
 def test_ctrl_c_while_writing_keeps_the_older_file(
     trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
@@ -209,7 +221,9 @@ def test_ctrl_c_while_writing_keeps_the_older_file(
     assert trainer().steps == STEPS
 
 
-def test_a_second_ctrl_c_interrupts_at_once(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_a_second_ctrl_c_interrupts_at_once(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
     stopped = trainer()
 
     def twice() -> None:
@@ -227,16 +241,20 @@ def test_a_run_goes_on_from_a_head_and_writes_its_layout(
 ) -> None:
     """What another run gave, written as EAGLE-3: the output rows are the head's own now, and learn too."""
     generator = torch.Generator().manual_seed(5)
-    weights = {n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()}
+    weights = {
+        n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()
+    }
     checkpoint = Checkpoint(CONFIG, weights, tmp_path, {"model": "tiny"})
     options = TrainOptions(TAPS, STEP * STEPS, 32, 150, max_unroll=2, layout="eagle3")
     first = Trainer(checkpoint, data, tmp_path / "first", options)
     earlier = first.run()["held_out_top_1_2_4_by_depth"]["1"]
     init = load_head(tmp_path / "first", CONFIG)
-    assert "fc_norm.0.weight" not in init.weights and init.taps == TAPS
+    assert "fc_norm.0.weight" not in init.weights and init.aux_layers == TAPS
     second = Trainer(checkpoint, data, tmp_path / "second", options, None, init)
     assert torch.equal(second.draft_ids, init.weights["draft_ids"])
-    assert second.evaluate()["held_out_top_1_2_4_by_depth"]["1"] == pytest.approx(earlier, abs=0.05)  # bf16
+    assert second.evaluate()["held_out_top_1_2_4_by_depth"]["1"] == pytest.approx(
+        earlier, abs=0.05
+    )  # bf16
     assert second.run()["steps"] == STEPS
     after = load_head(tmp_path / "second", CONFIG)
     for name in ("lm_head.weight", "fc.weight", "midlayer.self_attn.q_proj.weight"):
@@ -244,19 +262,28 @@ def test_a_run_goes_on_from_a_head_and_writes_its_layout(
         assert not torch.equal(after.weights[name], init.weights[name])
 
 
-def test_an_eagle1_head_learns_too(data: Path, trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_an_eagle1_head_learns_too(
+    data: Path, trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
     """It reads the last layer's output, and the target's whole vocabulary ranks what comes out."""
     checkpoint, folder = trainer()._checkpoint, tmp_path / "eagle1"
     torch.manual_seed(6)
-    head = TrainableHead(Form(replace(CONFIG, layers=1), 1, fc_norm=False, fused=True, fc_bias=True))
+    head = TrainableHead(
+        Form(replace(CONFIG, layers=1), 1, fc_norm=False, fused=True, fc_bias=True)
+    )
     weights = {**head.exported(), "draft_ids": torch.arange(CONFIG.vocab)}
-    write_head(HeadFiles({}, weights, (CONFIG.layers,), head.config, fused=True), checkpoint, "eagle", folder)
+    write_head(
+        HeadFiles({}, weights, (CONFIG.layers,), head.config, fused=True),
+        checkpoint,
+        "eagle",
+        folder,
+    )
     init = load_head(folder, CONFIG)
     tensors = load_file(data / "shard-0000.safetensors")
     (tmp_path / "last").mkdir()
     last = tensors["taps"][:, CONFIG.hidden :].contiguous()
     save_file({**tensors, "taps": last}, tmp_path / "last" / "shard-0000.safetensors")
-    options = TrainOptions(init.taps, STEP * STEPS, 32, 150, max_unroll=2, layout="eagle")
+    options = TrainOptions(init.aux_layers, STEP * STEPS, 32, 150, max_unroll=2, layout="eagle")
     losses = []
     learner = Trainer(checkpoint, tmp_path / "last", tmp_path / "trained", options, None, init)
     step = learner._step
@@ -272,11 +299,11 @@ def test_a_head_may_leave_out_the_last_layer_but_its_data_may_not(
     data: Path, trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     """The last layer's output says what the target would have said."""
-    assert recorded_taps((1,), CONFIG.layers) == TAPS == recorded_taps(TAPS, CONFIG.layers)
-    early = trainer(taps=(1,))
+    assert recorded_layers((1,), CONFIG.layers) == TAPS == recorded_layers(TAPS, CONFIG.layers)
+    early = trainer(aux_hidden=(1,))
     assert early.head.fc.in_features == CONFIG.hidden
     assert early.run()["steps"] == STEPS
-    assert load_head(tmp_path / "head", CONFIG).taps == (1,)
+    assert load_head(tmp_path / "head", CONFIG).aux_hidden == (1,)
     config = json.loads((tmp_path / "head" / "config.json").read_text())
     for wrong in ([CONFIG.layers + 1], [0], []):
         (tmp_path / "head" / "config.json").write_text(json.dumps({**config, "taps": wrong}))
@@ -284,12 +311,17 @@ def test_a_head_may_leave_out_the_last_layer_but_its_data_may_not(
             load_head(tmp_path / "head", CONFIG)
     tensors = load_file(data / "shard-0000.safetensors")
     (tmp_path / "other").mkdir()
-    save_file({**tensors, "taps": tensors["taps"][:, :32].contiguous()}, tmp_path / "other" / "shard-0000.safetensors")
-    with pytest.raises(ModelError, match=r"with other --taps than \(1, 2\)"):
+    save_file(
+        {**tensors, "taps": tensors["taps"][:, :32].contiguous()},
+        tmp_path / "other" / "shard-0000.safetensors",
+    )
+    with pytest.raises(ModelError, match=r"with other --aux-layers than \(1, 2\)"):
         Trainer(early._checkpoint, tmp_path / "other", tmp_path / "x", early.options)
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
     stopped = trainer()
     during_step(stopped, 1, ctrl_c)
     with pytest.raises(KeyboardInterrupt):
@@ -303,13 +335,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trainer: Callable[..., Traine
         assert "\n" not in str(caught.value)
     path.write_bytes(whole)
     assert trainer().steps == 1
-    with pytest.raises(ModelError, match="other --taps"):
-        trainer(taps=(2,))
+    with pytest.raises(ModelError, match="other --aux-layers"):
+        trainer(aux_hidden=(2,))
 
 
 def test_what_is_held_out_shares_no_prompt_with_what_is_trained_on(data: Path) -> None:
     found, _ = train.load_conversations(data)
-    twin = replace(found[3], tokens=torch.cat((found[3].tokens[: found[3].answer], torch.tensor([1, 2, 3]))))
+    twin = replace(
+        found[3], tokens=torch.cat((found[3].tokens[: found[3].answer], torch.tensor([1, 2, 3])))
+    )
     held = train._unseen([found[0], twin, found[1]], found[2:])
     assert [id(item) for item in held] == [id(found[0]), id(found[1])]
 
@@ -320,12 +354,16 @@ def test_an_answers_end_is_a_target_too(trainer: Callable[..., Trainer]) -> None
     weights = made._checkpoint.weights
     output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     for item in made._train:
-        last = item.taps[-1, -CONFIG.hidden :].float()
+        last = item.aux_hidden[-1, -CONFIG.hidden :].float()
         normed = last / (last.pow(2).mean() + CONFIG.rms_eps).sqrt() * weights["model.norm.weight"]
-        assert len(item.tokens) == len(item.taps) + 1 and item.tokens[-1] == int((output @ normed).argmax())
+        assert len(item.tokens) == len(item.aux_hidden) + 1 and item.tokens[-1] == int(
+            (output @ normed).argmax()
+        )
     batch = made._train[:5]
     _, _, chosen = next(made._unrolled(batch, 1))
-    assert chosen.tolist() == [int(made._draft_of[token]) for item in batch for token in item.tokens[item.answer :]]
+    assert chosen.tolist() == [
+        int(made._draft_of[token]) for item in batch for token in item.tokens[item.answer :]
+    ]
 
 
 def test_answers_are_trained_on_up_to_where_they_loop(data: Path, tmp_path: Path) -> None:
@@ -333,8 +371,14 @@ def test_answers_are_trained_on_up_to_where_they_loop(data: Path, tmp_path: Path
         tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     starts, answer = tensors["starts"].tolist(), int(tensors["answers"][0])
     longest = max(range(40), key=lambda i: starts[i + 1] - starts[i])
-    tensors["tokens"][starts[longest] + answer + 9 : starts[longest + 1]] = 7  # 30 times, of which one is kept
+    tensors["tokens"][starts[longest] + answer + 9 : starts[longest + 1]] = (
+        7  # 30 times, of which one is kept
+    )
     save_file(tensors, tmp_path / "shard-0000.safetensors")
     before, after = (train.load_conversations(folder)[0] for folder in (data, tmp_path))
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
-        assert len(new.tokens) == len(new.taps) == (answer + 10 if i == longest else len(old.tokens))
+        assert (
+            len(new.tokens)
+            == len(new.aux_hidden)
+            == (answer + 10 if i == longest else len(old.tokens))
+        )

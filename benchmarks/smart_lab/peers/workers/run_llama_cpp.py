@@ -17,16 +17,22 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
     import llama_cpp
 
     about = {"version": llama_cpp.__version__, "precision": settings["precision"]}
-    return about, _with_lookup(llama_cpp, settings) if settings.get("lookup") else _batched(llama_cpp, settings)
+    return about, _with_lookup(llama_cpp, settings) if settings.get("lookup") else _batched(
+        llama_cpp, settings
+    )
 
 
 def _with_lookup(llama_cpp: Any, settings: Settings) -> Answer:
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
     model = llama_cpp.Llama(
-        settings["weights"], n_ctx=settings["context"], n_threads=settings["threads"], verbose=False,
-        n_threads_batch=settings["threads"], draft_model=LlamaPromptLookupDecoding(num_pred_tokens=settings["lookup"]),
-    )  # fmt: skip
+        settings["weights"],
+        n_ctx=settings["context"],
+        n_threads=settings["threads"],
+        verbose=False,
+        n_threads_batch=settings["threads"],
+        draft_model=LlamaPromptLookupDecoding(num_pred_tokens=settings["lookup"]),
+    )
 
     def answer(prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         (prompt,) = prompts
@@ -38,8 +44,12 @@ def _with_lookup(llama_cpp: Any, settings: Settings) -> Answer:
             at = at or time.perf_counter()
             if len(answer) == tokens:
                 break
-        return {"seconds": time.perf_counter() - at, "tokens": tokens - 1, "answers": [answer],
-                "prefill_seconds": at - started}  # fmt: skip
+        return {
+            "seconds": time.perf_counter() - at,
+            "tokens": tokens - 1,
+            "answers": [answer],
+            "prefill_seconds": at - started,
+        }
 
     return answer
 
@@ -48,7 +58,9 @@ def _batched(llama_cpp: Any, settings: Settings) -> Answer:
     import numpy as np
 
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(settings["weights"].encode(), llama_cpp.llama_model_default_params())
+    model = llama_cpp.llama_model_load_from_file(
+        settings["weights"].encode(), llama_cpp.llama_model_default_params()
+    )
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch = settings["context"] * settings["sequences"], CHUNK
@@ -66,8 +78,14 @@ def _batched(llama_cpp: Any, settings: Settings) -> Answer:
         if llama_cpp.llama_decode(context, batch) != 0:
             raise RuntimeError("llama_decode failed")
         ends = [i for i, row in enumerate(rows) if row[3]]
-        return [int(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (vocabulary,)).argmax())
-                for i in ends]  # fmt: skip
+        return [
+            int(
+                np.ctypeslib.as_array(
+                    llama_cpp.llama_get_logits_ith(context, i), (vocabulary,)
+                ).argmax()
+            )
+            for i in ends
+        ]
 
     def answer(prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
@@ -81,11 +99,18 @@ def _batched(llama_cpp: Any, settings: Settings) -> Answer:
         at = time.perf_counter()
         answers = [[token] for token in last]
         for step in range(tokens - 1):
-            rows = [(a[-1], len(p) + step, i, True) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
+            rows = [
+                (a[-1], len(p) + step, i, True)
+                for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
+            ]
             for a, token in zip(answers, decode(rows), strict=True):
                 a.append(token)
-        return {"seconds": time.perf_counter() - at, "tokens": (tokens - 1) * len(prompts), "answers": answers,
-                "prefill_seconds": at - started}  # fmt: skip
+        return {
+            "seconds": time.perf_counter() - at,
+            "tokens": (tokens - 1) * len(prompts),
+            "answers": answers,
+            "prefill_seconds": at - started,
+        }
 
     return answer
 

@@ -14,7 +14,9 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
 
     torch.set_num_threads(settings["threads"])
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings["dtype"]]
-    model = transformers.AutoModelForCausalLM.from_pretrained(settings["weights"], dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        settings["weights"], dtype=dtype
+    ).eval()
     model.generation_config.eos_token_id = None  # answers have a fixed length
     lookup = {"prompt_lookup_num_tokens": settings["lookup"]} if settings.get("lookup") else {}
 
@@ -31,15 +33,29 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
 
         started = time.perf_counter()
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0,
-                                 stopping_criteria=transformers.StoppingCriteriaList([watch]), **lookup)  # fmt: skip
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+                stopping_criteria=transformers.StoppingCriteriaList([watch]),
+                **lookup,
+            )
         ended = time.perf_counter()
         answers = [row[longest:].tolist() for row in out]
         at, count = first[0]
-        return {"seconds": ended - at, "tokens": sum(len(a) - count for a in answers), "answers": answers,
-                "prefill_seconds": at - started}  # fmt: skip
+        return {
+            "seconds": ended - at,
+            "tokens": sum(len(a) - count for a in answers),
+            "answers": answers,
+            "prefill_seconds": at - started,
+        }
 
-    about = {"version": f"{transformers.__version__}, torch {torch.__version__}", "precision": settings["dtype"]}
+    about = {
+        "version": f"{transformers.__version__}, torch {torch.__version__}",
+        "precision": settings["dtype"],
+    }
     return about, answer
 
 

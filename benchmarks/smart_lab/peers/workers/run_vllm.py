@@ -11,20 +11,33 @@ from lines import Answer, Settings, serve
 
 def load(settings: Settings) -> tuple[dict[str, str], Answer]:
     os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND=settings["cores"], VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    )  # fmt: skip
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND=settings["cores"],
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
     import vllm
 
     ngram = settings.get("ngram")
-    drafter = {"method": "ngram", "num_speculative_tokens": ngram, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    drafter = {
+        "method": "ngram",
+        "num_speculative_tokens": ngram,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+    }
     model = vllm.LLM(
-        settings["weights"], dtype={"bf16": "bfloat16", "fp32": "float32"}[settings["dtype"]],
-        max_model_len=settings["context"], enable_prefix_caching=False, max_num_seqs=settings["sequences"],
-        skip_tokenizer_init=True, speculative_config=drafter if ngram else None,
-    )  # fmt: skip
+        settings["weights"],
+        dtype={"bf16": "bfloat16", "fp32": "float32"}[settings["dtype"]],
+        max_model_len=settings["context"],
+        enable_prefix_caching=False,
+        max_num_seqs=settings["sequences"],
+        skip_tokenizer_init=True,
+        speculative_config=drafter if ngram else None,
+    )
 
     def timed(prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
-        params = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        params = vllm.SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
         start = time.perf_counter()
         out = model.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         return time.perf_counter() - start, [list(each.outputs[0].token_ids) for each in out]
@@ -32,8 +45,12 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
     def answer(prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         first, _ = timed(prompts, 1)
         whole, answers = timed(prompts, tokens)
-        return {"seconds": whole - first, "tokens": sum(len(a) - 1 for a in answers), "answers": answers,
-                "prefill_seconds": first}  # fmt: skip
+        return {
+            "seconds": whole - first,
+            "tokens": sum(len(a) - 1 for a in answers),
+            "answers": answers,
+            "prefill_seconds": first,
+        }
 
     return {"version": vllm.__version__, "precision": settings["dtype"]}, answer
 

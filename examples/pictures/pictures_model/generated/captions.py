@@ -28,11 +28,28 @@ QUIET = 0.5  # weight of the count that is said together with a word
 Said: TypeAlias = tuple[str, str | None]  # a word, and the one said quietly with it
 
 VOCABULARY = tuple(
-    dict.fromkeys((
-        *COLOURS, *SHAPES, *ROWS, *COLUMNS, *DIGITS, *ORDER, *COUNT_WORDS[1:], "nothing",
-        "shapes", "digit", "digits", "number", "bar", "bars", "chart", "tallest", "shortest",
-    ))
-)  # fmt: skip
+    dict.fromkeys(
+        (
+            *COLOURS,
+            *SHAPES,
+            *ROWS,
+            *COLUMNS,
+            *DIGITS,
+            *ORDER,
+            *COUNT_WORDS[1:],
+            "nothing",
+            "shapes",
+            "digit",
+            "digits",
+            "number",
+            "bar",
+            "bars",
+            "chart",
+            "tallest",
+            "shortest",
+        )
+    )
+)
 
 
 def caption(picture: Picture) -> list[Said]:
@@ -65,14 +82,18 @@ def _scene(scene: Scene) -> list[list[Said]]:
 def _number(number: Number) -> list[list[Said]]:
     """A group per digit: colour, digit, its place; the others say how many there are."""
     total = COUNT_WORDS[len(number.digits)]
-    digits = [_plain(number.colour, digit, ORDER[i], "digit") for i, digit in enumerate(number.digits)]
+    digits = [
+        _plain(number.colour, digit, ORDER[i], "digit") for i, digit in enumerate(number.digits)
+    ]
     return digits + [_plain("nothing", total, "digits", "number")] * (GROUPS - len(digits))
 
 
 def _chart(chart: Chart) -> list[list[Said]]:
     """A group per bar: colour, height, place; the last two are the tallest and the shortest bar."""
     total = COUNT_WORDS[len(chart.bars)]
-    bars = [_plain(bar.colour, "bar", str(bar.height), ORDER[i]) for i, bar in enumerate(chart.bars)]
+    bars = [
+        _plain(bar.colour, "bar", str(bar.height), ORDER[i]) for i, bar in enumerate(chart.bars)
+    ]
     empty = [_plain("nothing", total, "bars", "chart")] * (GROUPS - 2 - len(bars))
     ends = [
         _plain(bar.colour, which, "bar", str(bar.height))

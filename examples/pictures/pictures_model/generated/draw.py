@@ -24,7 +24,9 @@ def draw(picture: Picture, size: int = 96) -> Image.Image:
     try:
         from PIL import Image, ImageDraw
     except ImportError as error:
-        raise ConfigError("pictures need Pillow: in the clone, pip install -e '.[vision]'") from error
+        raise ConfigError(
+            "pictures need Pillow: in the clone, pip install -e '.[vision]'"
+        ) from error
     side = size * _OVERSAMPLING
     image = Image.new("RGB", (side, side), picture.background)
     canvas = ImageDraw.Draw(image)
@@ -75,15 +77,21 @@ def _draw_scene(canvas: ImageDraw.ImageDraw, scene: Scene, side: int) -> None:
         _SHAPES[thing.shape](canvas, x, y, r, thing.rgb)
 
 
-def _circle(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple[int, int, int]) -> None:
+def _circle(
+    canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple[int, int, int]
+) -> None:
     canvas.ellipse((x - r, y - r, x + r, y + r), fill=rgb)
 
 
-def _ring(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple[int, int, int]) -> None:
+def _ring(
+    canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple[int, int, int]
+) -> None:
     canvas.ellipse((x - r, y - r, x + r, y + r), outline=rgb, width=round(0.38 * r))
 
 
-def _cross(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple[int, int, int]) -> None:
+def _cross(
+    canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple[int, int, int]
+) -> None:
     arm = 0.33 * r
     canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=rgb)
     canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=rgb)
@@ -92,7 +100,9 @@ def _cross(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple
 def _polygon(*corners: tuple[float, float]) -> Callable[..., None]:
     """A shape with corners given in radii from the centre."""
 
-    def fill(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple[int, int, int]) -> None:
+    def fill(
+        canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple[int, int, int]
+    ) -> None:
         canvas.polygon([(x + r * dx, y + r * dy) for dx, dy in corners], fill=rgb)
 
     return fill
@@ -118,4 +128,8 @@ _SHAPES: dict[str, Callable[..., None]] = {
 def example_chart() -> Chart:
     """The chart of the README's command."""
     colours = {"blue": 4, "red": 8, "green": 6, "orange": 3}
-    return Chart(tuple(Bar(name, height, COLOURS[name]) for name, height in colours.items()), (255, 255, 255), 0.7)
+    return Chart(
+        tuple(Bar(name, height, COLOURS[name]) for name, height in colours.items()),
+        (255, 255, 255),
+        0.7,
+    )

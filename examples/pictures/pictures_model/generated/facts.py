@@ -111,8 +111,19 @@ def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     things = []
     for cell in sorted(rng.choice(9, count, replace=False).tolist()):
         colour, shape = str(rng.choice(colours)), str(rng.choice(shapes))
-        centre = tuple(float((part + 0.5) / 3 + rng.uniform(-0.03, 0.03)) for part in (cell % 3, cell // 3))
-        things.append(Thing(colour, shape, cell, _shade(rng, colour), (centre[0], centre[1]), rng.uniform(0.09, 0.13)))
+        centre = tuple(
+            float((part + 0.5) / 3 + rng.uniform(-0.03, 0.03)) for part in (cell % 3, cell // 3)
+        )
+        things.append(
+            Thing(
+                colour,
+                shape,
+                cell,
+                _shade(rng, colour),
+                (centre[0], centre[1]),
+                rng.uniform(0.09, 0.13),
+            )
+        )
     return Scene(tuple(things), _paper(rng))
 
 
@@ -123,7 +134,9 @@ def random_number(rng: np.random.Generator) -> Number:
     colour, size = str(rng.choice(list(COLOURS))), float(rng.uniform(0.42, 0.56))
     left = 0.5 - 0.31 * (length - 1) / 2 + rng.uniform(-0.02, 0.02)
     middle = rng.uniform(0.4, 0.6)
-    centres = tuple((float(left + 0.31 * i), float(middle + rng.uniform(-0.03, 0.03))) for i in range(length))
+    centres = tuple(
+        (float(left + 0.31 * i), float(middle + rng.uniform(-0.03, 0.03))) for i in range(length)
+    )
     return Number(digits, colour, _shade(rng, colour), _paper(rng), centres, size)
 
 

@@ -34,7 +34,9 @@ class Question:
     keys: tuple[str, ...]
 
     def is_right(self, text: str) -> bool:
-        return all(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", text, re.IGNORECASE) for key in self.keys)
+        return all(
+            re.search(rf"(?<!\w){re.escape(key)}(?!\w)", text, re.IGNORECASE) for key in self.keys
+        )
 
 
 def questions(picture: Picture, rng: np.random.Generator, wordings: int = TRAIN) -> list[Question]:
@@ -62,17 +64,30 @@ class _Asker:
 def _ask_scene(ask: _Asker, scene: Scene, rng: np.random.Generator) -> None:
     things = scene.things
     names = Counter(thing.name for thing in things)
-    shapes, colours = Counter(thing.shape for thing in things), Counter(thing.colour for thing in things)
+    shapes, colours = (
+        Counter(thing.shape for thing in things),
+        Counter(thing.colour for thing in things),
+    )
     unique = [thing for thing in things if names[thing.name] == 1]
     if lone := [thing for thing in things if shapes[thing.shape] == 1]:
         thing = _pick(rng, lone)
         ask("colour", f"The {thing.shape} is {thing.colour}.", [thing.colour], shape=thing.shape)
     if lone := [thing for thing in things if colours[thing.colour] == 1]:
         thing = _pick(rng, lone)
-        ask("shape", f"The {thing.colour} shape is a {thing.shape}.", [thing.shape], colour=thing.colour)
+        ask(
+            "shape",
+            f"The {thing.colour} shape is a {thing.shape}.",
+            [thing.shape],
+            colour=thing.colour,
+        )
     if unique:
         thing = _pick(rng, unique)
-        ask("position", f"The {thing.name} is at the {thing.place}.", [thing.place], thing=thing.name)
+        ask(
+            "position",
+            f"The {thing.name} is at the {thing.place}.",
+            [thing.place],
+            thing=thing.name,
+        )
     _ask_cell(ask, scene, rng)
     for what in _countable(rng, shapes, colours):
         count = {**shapes, **colours, "shapes": len(things)}.get(what, 0)
@@ -83,12 +98,18 @@ def _ask_scene(ask: _Asker, scene: Scene, rng: np.random.Generator) -> None:
     sentence = _count_sentence(len(things), "shape", "The picture shows")
     items = [f"a {thing.name} at the {thing.place}" for thing in things]
     ask("description", f"{sentence} There is {_joined(items)}.", _description_keys(scene))
-    lines = [f"{i}. {thing.colour.capitalize()} {thing.shape}, {thing.place}" for i, thing in enumerate(things, 1)]
+    lines = [
+        f"{i}. {thing.colour.capitalize()} {thing.shape}, {thing.place}"
+        for i, thing in enumerate(things, 1)
+    ]
     ask("list", "\n".join([sentence, *lines]), [sentence[:-1], *(line for line in lines)])
 
 
 def _description_keys(scene: Scene) -> list[str]:
-    return [COUNT_WORDS[len(scene.things)], *(f"{thing.name} at the {thing.place}" for thing in scene.things)]
+    return [
+        COUNT_WORDS[len(scene.things)],
+        *(f"{thing.name} at the {thing.place}" for thing in scene.things),
+    ]
 
 
 def _ask_cell(ask: _Asker, scene: Scene, rng: np.random.Generator) -> None:
@@ -163,13 +184,20 @@ def _ask_number(ask: _Asker, number: Number) -> None:
     ask("number colour", f"The number is {colour}.", [colour])
     ask("digits", _count_sentence(len(digits), "digit", "It has"), [COUNT_WORDS[len(digits)]])
     places = [
-        f"the {place} digit is {digit}" for place, digit in zip(("first", "second", "third"), digits, strict=False)
+        f"the {place} digit is {digit}"
+        for place, digit in zip(("first", "second", "third"), digits, strict=False)
     ]
-    sentence = f"The picture shows the number {digits}, which is drawn in {colour} on a light background."
+    sentence = (
+        f"The picture shows the number {digits}, which is drawn in {colour} on a light background."
+    )
     counted = _count_sentence(len(digits), "digit", "The number has")
     ask("description", f"{sentence} {counted[:-1]}: {_joined(places)}.", [digits, colour, *places])
     lines = [f"{i}. {colour.capitalize()} {digit}" for i, digit in enumerate(digits, 1)]
-    ask("list", "\n".join([_count_sentence(len(digits), "digit", "The picture shows"), *lines]), lines)
+    ask(
+        "list",
+        "\n".join([_count_sentence(len(digits), "digit", "The picture shows"), *lines]),
+        lines,
+    )
 
 
 def _ask_chart(ask: _Asker, chart: Chart, rng: np.random.Generator) -> None:
@@ -178,7 +206,12 @@ def _ask_chart(ask: _Asker, chart: Chart, rng: np.random.Generator) -> None:
     ask("shortest", f"The shortest bar is the {short} one.", [short])
     ask("bars", _count_sentence(len(bars), "bar", "There are"), [COUNT_WORDS[len(bars)]])
     bar = bars[int(rng.integers(len(bars)))]
-    ask("height", f"The {bar.colour} bar has a height of {bar.height}.", [str(bar.height)], colour=bar.colour)
+    ask(
+        "height",
+        f"The {bar.colour} bar has a height of {bar.height}.",
+        [str(bar.height)],
+        colour=bar.colour,
+    )
     first, second = rng.choice(len(bars), 2, replace=False).tolist()
     a, b = bars[first], bars[second]
     true = a.height > b.height
@@ -193,7 +226,11 @@ def _ask_chart(ask: _Asker, chart: Chart, rng: np.random.Generator) -> None:
     items = [f"a {bar.colour} bar with a height of {bar.height}" for bar in bars]
     sentence = f"The picture shows a chart with {_count_sentence(len(bars), 'bar', '')[1:]} From left to right there is"
     ends = f"The tallest bar is the {tall} one and the shortest bar is the {short} one."
-    ask("description", f"{sentence} {_joined(items)}. {ends}", [COUNT_WORDS[len(bars)], *items, ends[:-1]])
+    ask(
+        "description",
+        f"{sentence} {_joined(items)}. {ends}",
+        [COUNT_WORDS[len(bars)], *items, ends[:-1]],
+    )
     lines = [f"{i}. {bar.colour.capitalize()} bar, {bar.height}" for i, bar in enumerate(bars, 1)]
     ask("list", "\n".join([_count_sentence(len(bars), "bar", "The picture shows"), *lines]), lines)
 

@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pictures_model.generated.draw import Box, bar_box
-from pictures_model.generated.facts import COLOURS, COLUMNS, COUNT_WORDS, ROWS, SHAPES, Number, Picture, Scene
+from pictures_model.generated.facts import (
+    COLOURS,
+    COLUMNS,
+    COUNT_WORDS,
+    ROWS,
+    SHAPES,
+    Number,
+    Picture,
+    Scene,
+)
 
 ORDER = ("first", "second", "third", "fourth", "fifth")
 DIGITS = tuple("0123456789")
@@ -65,7 +74,9 @@ def patch_labels(picture: Picture, grid: int) -> NDArray[np.float32]:
     found = regions(picture)
     whole = [index[word] for word in overall(picture)]
     for patch in range(grid * grid):
-        box = _around(((patch % grid + 0.5) / grid, (patch // grid + 0.5) / grid), 0.5 / grid, 0.5 / grid)
+        box = _around(
+            ((patch % grid + 0.5) / grid, (patch // grid + 0.5) / grid), 0.5 / grid, 0.5 / grid
+        )
         areas = [_overlap(box, region.box) for region in found]
         best = int(np.argmax(areas))
         shown = areas[best] > 0.15 / grid**2

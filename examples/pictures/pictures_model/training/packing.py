@@ -71,7 +71,9 @@ def fill(
     asked = [question for _ in range(comparisons) for question in questions(picture, rng, wordings)]
     asked = [question for question in asked if question.kind in COMPARISONS]
     asked += [question for _ in range(3) for question in questions(picture, rng, wordings)]
-    long = [question for question in asked if question.kind in LONG_KINDS][: int(rng.random() < 0.6)]
+    long = [question for question in asked if question.kind in LONG_KINDS][
+        : int(rng.random() < 0.6)
+    ]
     short = {question.prompt: question for question in asked if question.kind not in LONG_KINDS}
     return pack(prompt, [*long, *short.values()], encode, room)
 
@@ -100,6 +102,8 @@ def batch_of(rows: Sequence[Row], pad: int) -> Batch:
         segments[i, :n] = torch.tensor(row.segments)
         at += [i * length + j - 1 for part in row.answers for j in range(part.start, part.stop)]
     same = segments[:, :, None] == segments[:, None, :]
-    mask = (same | (segments[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
+    mask = (same | (segments[:, None, :] == 0)) & torch.ones(
+        length, length, dtype=torch.bool
+    ).tril()
     where = torch.tensor(at)
     return Batch(tokens, positions, mask[:, None], where, tokens.flatten()[where + 1])

@@ -49,9 +49,16 @@ class Stage:
                 seconds += time.process_time() - started
                 if step == self.steps or time.monotonic() - last_said > 10:
                     said = " ".join(f"{key} {value:.4f}" for key, value in figures.items())
-                    print(f"{self.name} step {step} of {self.steps}, {seconds:.0f} CPU s: {said}", flush=True)
+                    print(
+                        f"{self.name} step {step} of {self.steps}, {seconds:.0f} CPU s: {said}",
+                        flush=True,
+                    )
                     last_said = time.monotonic()
-                if interrupt.asked or step == self.steps or time.monotonic() - last_saved > self.save_every:
+                if (
+                    interrupt.asked
+                    or step == self.steps
+                    or time.monotonic() - last_saved > self.save_every
+                ):
                     self._save(folder, optimisers, step, seconds)
                     last_saved = time.monotonic()
         if step < self.steps:
@@ -59,7 +66,9 @@ class Stage:
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
         matrices = {id(p) for p in self.matrices}
-        parameters = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
+        parameters = [
+            p for module in self.modules.values() for p in module.parameters() if p.requires_grad
+        ]
         rest = [p for p in parameters if id(p) not in matrices]
         found: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(rest, self.rate, betas=(0.9, 0.98), weight_decay=self.weight_decay)
@@ -67,8 +76,10 @@ class Stage:
         if matrices:
             moved = [p for p in parameters if id(p) in matrices]
             found.append(
-                torch.optim.Muon(moved, 2 * self.rate, self.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )  # fmt: skip
+                torch.optim.Muon(
+                    moved, 2 * self.rate, self.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
         for optimiser in found:
             for group in optimiser.param_groups:
                 group["peak"] = group["lr"]
@@ -88,13 +99,19 @@ class Stage:
             optimiser.step()
         return {"loss": float(loss.detach()), **figures}
 
-    def _save(self, folder: Path, optimisers: Sequence[torch.optim.Optimizer], step: int, seconds: float) -> None:
+    def _save(
+        self, folder: Path, optimisers: Sequence[torch.optim.Optimizer], step: int, seconds: float
+    ) -> None:
         state = {name: trained(module) for name, module in self.modules.items()}
         with whole(_path(folder, self.name)) as path:
             saved = {"step": step, "seconds": seconds, "modules": state}
-            torch.save(saved | {"optimisers": [optimiser.state_dict() for optimiser in optimisers]}, path)
+            torch.save(
+                saved | {"optimisers": [optimiser.state_dict() for optimiser in optimisers]}, path
+            )
 
-    def _resume(self, folder: Path, optimisers: Sequence[torch.optim.Optimizer]) -> tuple[int, float]:
+    def _resume(
+        self, folder: Path, optimisers: Sequence[torch.optim.Optimizer]
+    ) -> tuple[int, float]:
         if not _path(folder, self.name).is_file():
             return 0, 0.0
         state = load_trained(folder, self.name, self.modules)

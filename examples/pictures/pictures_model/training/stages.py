@@ -31,30 +31,48 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(args.seed)
     checkpoint = load_checkpoint(BASE)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
-    model, words = build(checkpoint), Words(checkpoint.weights["model.embed_tokens.weight"], tokenizer)
+    model, words = (
+        build(checkpoint),
+        Words(checkpoint.weights["model.embed_tokens.weight"], tokenizer),
+    )
     seeing = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
     reading = {"decoder": model.model.language_model}
 
     def answering(show: Show, *comparing: int) -> AnsweringLoss:
         return AnsweringLoss(
-            model, prompt_of(tokenizer), lambda text: tokenizer.encode(text, add_special_tokens=False), IMAGE_ID, show,
-            args.rows, *comparing,
-        )  # fmt: skip
+            model,
+            prompt_of(tokenizer),
+            lambda text: tokenizer.encode(text, add_special_tokens=False),
+            IMAGE_ID,
+            show,
+            args.rows,
+            *comparing,
+        )
 
     if args.stage == "seeing":
         namer = Namer(WIDTH)
         loss = SeeingLoss(seeing["tower"], seeing["projector"], namer, words, args.pictures)
-        blocks = [p for name, p in seeing["tower"].named_parameters() if ".layers." in name and p.ndim == 2]
+        blocks = [
+            p
+            for name, p in seeing["tower"].named_parameters()
+            if ".layers." in name and p.ndim == 2
+        ]
         modules = {**seeing, "namer": namer}
         Stage("seeing", args.seeing_steps, modules, SEEING_RATE, loss, blocks).run(args.output)
     elif args.stage == "reading":
-        Stage("reading", args.reading_steps, reading, READING_RATE, answering(true_captions(words))).run(args.output)
+        Stage(
+            "reading", args.reading_steps, reading, READING_RATE, answering(true_captions(words))
+        ).run(args.output)
     elif args.stage == "answering":
         load_trained(args.output, "seeing", seeing)
         load_trained(args.output, "reading", reading)
-        Stage("answering", args.answering_steps, reading, ANSWERING_RATE, answering(what_is_seen(model))).run(
-            args.output
-        )
+        Stage(
+            "answering",
+            args.answering_steps,
+            reading,
+            ANSWERING_RATE,
+            answering(what_is_seen(model)),
+        ).run(args.output)
     else:
         load_trained(args.output, "seeing", seeing)
         load_trained(args.output, "answering", reading)
@@ -70,14 +88,25 @@ def main(argv: list[str]) -> int:
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pictures_model train", description=__doc__)
     parser.add_argument("stage", choices=["seeing", "reading", "answering", "comparing"])
-    parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and, at the end, the parts")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder of checkpoints and, at the end, the parts",
+    )
     parser.add_argument("--seeing-steps", type=int, default=1600)
     parser.add_argument("--reading-steps", type=int, default=500)
     parser.add_argument("--answering-steps", type=int, default=600)
     parser.add_argument("--comparing-steps", type=int, default=140)
-    parser.add_argument("--pictures", type=int, default=64, help="pictures of a step of the tower's stage")
-    parser.add_argument("--rows", type=int, default=2, help="pictures of a step of the language model's stages")
-    parser.add_argument("--held-out", type=int, default=100, help="held-out pictures of the closing measurement")
+    parser.add_argument(
+        "--pictures", type=int, default=64, help="pictures of a step of the tower's stage"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=2, help="pictures of a step of the language model's stages"
+    )
+    parser.add_argument(
+        "--held-out", type=int, default=100, help="held-out pictures of the closing measurement"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -86,8 +115,10 @@ def _figures(answering: AnsweringLoss, pictures: int) -> dict[str, Any]:
     """Shares of held-out questions that greedy decoding answers word for word, by kind."""
     found: dict[str, Any] = {}
     for name, wordings, blank in (
-        ("trained wordings", TRAIN, False), ("held-out wordings", HELD_OUT, False), ("blank picture", TRAIN, True),
-    ):  # fmt: skip
+        ("trained wordings", TRAIN, False),
+        ("held-out wordings", HELD_OUT, False),
+        ("blank picture", TRAIN, True),
+    ):
         right = answering.exact(pictures, wordings, blank)
         total = [sum(column) for column in zip(*right.values(), strict=True)]
         shares = {kind: round(good / count, 3) for kind, (good, count) in sorted(right.items())}

@@ -33,8 +33,12 @@ def random_pictures(split: int, step: int, count: int) -> list[Picture]:
 
 def pixels(pictures: Sequence[Picture]) -> Tensor:
     """As the image processor would give them: [pictures, 3, SIDE, SIDE]."""
-    raw = torch.from_numpy(np.stack([np.asarray(draw(picture, SIDE)) for picture in pictures])).permute(0, 3, 1, 2)
-    return (raw.float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    raw = torch.from_numpy(
+        np.stack([np.asarray(draw(picture, SIDE)) for picture in pictures])
+    ).permute(0, 3, 1, 2)
+    return (raw.float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
+        :, None, None
+    ]
 
 
 def features(tower: Any, images: Tensor) -> Tensor:
@@ -47,8 +51,13 @@ class Words:
     """Captions in the language model's own embeddings; `rows` [words, hidden] are those of VOCABULARY."""
 
     def __init__(self, embedding: Tensor, tokenizer: Any) -> None:
-        ids = [tokenizer.encode(w if w.isdigit() else f" {w}", add_special_tokens=False) for w in VOCABULARY]
-        self.rows = torch.stack([embedding[tokens].float().mean(0) for tokens in ids])  # mean over a word's tokens
+        ids = [
+            tokenizer.encode(w if w.isdigit() else f" {w}", add_special_tokens=False)
+            for w in VOCABULARY
+        ]
+        self.rows = torch.stack(
+            [embedding[tokens].float().mean(0) for tokens in ids]
+        )  # mean over a word's tokens
 
     def said(self, loud: Tensor, quiet: Tensor) -> Tensor:
         """[pictures, words of a caption] each, as `labels` gives them -> [pictures, words of a caption, hidden]."""
@@ -57,7 +66,9 @@ class Words:
 
 def labels(pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
     """Indices of the captions' words, and of those said quietly with them (-1: none): [pictures, words] each."""
-    said = torch.tensor([[[_INDEX[word], _INDEX[more]] for word, more in caption(picture)] for picture in pictures])
+    said = torch.tensor(
+        [[[_INDEX[word], _INDEX[more]] for word, more in caption(picture)] for picture in pictures]
+    )
     return said[..., 0], said[..., 1]
 
 
@@ -67,15 +78,26 @@ class Namer(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.patches = nn.Linear(hidden, len(WORDS))
-        self.loud, self.quiet = nn.Linear(hidden, len(VOCABULARY)), nn.Linear(hidden, len(VOCABULARY))
+        self.loud, self.quiet = (
+            nn.Linear(hidden, len(VOCABULARY)),
+            nn.Linear(hidden, len(VOCABULARY)),
+        )
 
 
 class SeeingLoss:
     """Cross-entropy of each patch's words halfway up and of the caption's at the top, and the distance of what the
     projector says from those words' embeddings."""
 
-    def __init__(self, tower: Any, projector: nn.Module, namer: Namer, words: Words, batch: int) -> None:
-        self._tower, self._projector, self._namer, self._words, self._batch = tower, projector, namer, words, batch
+    def __init__(
+        self, tower: Any, projector: nn.Module, namer: Namer, words: Words, batch: int
+    ) -> None:
+        self._tower, self._projector, self._namer, self._words, self._batch = (
+            tower,
+            projector,
+            namer,
+            words,
+            batch,
+        )
 
     def __call__(self, step: int, split: int = TRAIN) -> tuple[Tensor, dict[str, float]]:
         pictures = random_pictures(split, step, self._batch)
@@ -87,17 +109,25 @@ class SeeingLoss:
             named = self._namer.patches(out.hidden_states[NAMED][:, 1:]).float()
             says, whispers = self._namer.loud(top).float(), self._namer.quiet(top).float()
             said = self._projector(top).float()
-        naming = F.binary_cross_entropy_with_logits(named, shown, reduction="sum") / shown[..., 0].numel()
+        naming = (
+            F.binary_cross_entropy_with_logits(named, shown, reduction="sum")
+            / shown[..., 0].numel()
+        )
         saying = F.cross_entropy(says.flatten(0, 1), loud.flatten())
         saying = saying + F.cross_entropy(whispers.flatten(0, 1), quiet.flatten(), ignore_index=-1)
         distance = F.mse_loss(said, self._words.said(loud, quiet)) / self._words.rows.var()
         heard = _loudest(said, self._words.rows) == loud
         figures = {
-            "naming": naming, "distance": distance, "patches": ((named > 0) == (shown > 0)).all(-1).float().mean(),
-            "words": heard.float().mean(), "captions": heard.all(-1).float().mean(),
+            "naming": naming,
+            "distance": distance,
+            "patches": ((named > 0) == (shown > 0)).all(-1).float().mean(),
+            "words": heard.float().mean(),
+            "captions": heard.all(-1).float().mean(),
             "counts": (whispers.argmax(-1) == quiet)[quiet >= 0].float().mean(),
-        }  # fmt: skip
-        return naming + saying + distance, {key: float(value.detach()) for key, value in figures.items()}
+        }
+        return naming + saying + distance, {
+            key: float(value.detach()) for key, value in figures.items()
+        }
 
 
 def _loudest(said: Tensor, rows: Tensor) -> Tensor:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from smart_decoding.core.policies.common import TokenIds, depth_limits, expandable, require_int, useful
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Quiet, Round
+from smart_decoding.core.policies.common import (
+    TokenIds,
+    depth_limits,
+    expandable,
+    require_int,
+    useful,
+)
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, StatelessPolicy
 from smart_decoding.core.tree import DraftTrees, IntArray
 
 
-class Chain(Quiet):
+class Chain(StatelessPolicy):
     """Drafts and verifies the drafter's first choice, `length` levels deep, for every request."""
 
     name = "chain"
@@ -23,14 +29,18 @@ class Chain(Quiet):
         levels = min(self.length, int(limits.max(initial=0)))
         return DraftPlan(True, levels, children=1, width=int((limits > 1).sum())) if levels else OFF
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         if level >= plan.levels:
             return None
         nodes = expandable(trees, level, depth_limits(batch), self.eos)
         return nodes if len(nodes) else None
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        return np.flatnonzero(useful(trees, depth_limits(batch), self.eos) & (trees.depth <= self.length))
+        return np.flatnonzero(
+            useful(trees, depth_limits(batch), self.eos) & (trees.depth <= self.length)
+        )
 
     def observe(self, round: Round) -> None:
         pass

@@ -65,7 +65,13 @@ class Chooser(Protocol):
     grows: bool
 
     def frontier(
-        self, drafted: Drafted, ahead: LookAhead, level: int, levels: int, widths: IntArray, level_seconds: FloatArray
+        self,
+        drafted: Drafted,
+        ahead: LookAhead,
+        level: int,
+        levels: int,
+        widths: IntArray,
+        level_seconds: FloatArray,
     ) -> IntArray:
         """Ascending indices of the nodes of `level` to expand next; none where no deeper tree beats stopping.
 
@@ -84,7 +90,13 @@ class NumpyChooser:
     grows = False
 
     def frontier(
-        self, drafted: Drafted, ahead: LookAhead, level: int, levels: int, widths: IntArray, level_seconds: FloatArray
+        self,
+        drafted: Drafted,
+        ahead: LookAhead,
+        level: int,
+        levels: int,
+        widths: IntArray,
+        level_seconds: FloatArray,
     ) -> IntArray:
         d, trees = drafted, drafted.trees
         _score(d)
@@ -97,7 +109,9 @@ class NumpyChooser:
         present = trees.accept_prob[useful(trees, d.limits, d.ends)]
         seconds = level_seconds.take(few)
         best = accept_prob.take(order)
-        width = ahead.width(present, best, few, level, levels, d.tokens, d.sunk, seconds, d.verify, d.limit)
+        width = ahead.width(
+            present, best, few, level, levels, d.tokens, d.sunk, seconds, d.verify, d.limit
+        )
         return np.sort(nodes.take(order[:width]))
 
     def select(self, drafted: Drafted) -> tuple[IntArray, float, float]:
@@ -107,7 +121,9 @@ class NumpyChooser:
         accept_prob = trees.accept_prob.take(nodes)
         order = ranked(accept_prob)
         gains = accept_prob.take(order)
-        size, rate = best_size(gains, d.tokens, d.sunk, d.verify[: len(nodes) + 1], d.limit, min(d.least, len(nodes)))
+        size, rate = best_size(
+            gains, d.tokens, d.sunk, d.verify[: len(nodes) + 1], d.limit, min(d.least, len(nodes))
+        )
         return np.sort(nodes.take(order[:size])), rate, float(gains[:size].sum())
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Quiet, Round
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, StatelessPolicy
 from smart_decoding.core.tree import DraftTrees, IntArray
 
 
-class Off(Quiet):
+class Off(StatelessPolicy):
     """Never drafts."""
 
     name = "off"
@@ -16,7 +16,9 @@ class Off(Quiet):
     def plan(self, batch: BatchState) -> DraftPlan:
         return OFF
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         return None
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:

@@ -26,7 +26,7 @@ from smart_decoding.core.policies.common import (
     require_number,
     useful,
 )
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Quiet, Round
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, StatelessPolicy
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.errors import ConfigError
 
@@ -45,7 +45,7 @@ class _Growth:
         self.inner: set[int] = set()
 
 
-class Paper(Quiet):
+class Paper(StatelessPolicy):
     """The published rule. alpha: trust in the drafter. budget: nodes over the whole batch. family: cost functions
     through the origin ('published') or with offsets ('offset'). l_tree: mean over paths, or sum over nodes."""
 
@@ -85,7 +85,9 @@ class Paper(Quiet):
         self._growth, self._kept, self._tested = [_Growth() for _ in range(batch.size)], [], 0
         return DraftPlan(True, levels, self.children, batch.size * self.children) if levels else OFF
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         kept = self._test_new(batch, trees)
         if level >= plan.levels or not kept:
             return None
@@ -102,7 +104,11 @@ class Paper(Quiet):
     def _test_new(self, batch: BatchState, trees: DraftTrees) -> list[int]:
         """Applies the rule to nodes drafted since the last call, most probable first; returns those kept now."""
         first, self._tested = self._tested, len(trees)
-        worth = np.flatnonzero(useful(trees, depth_limits(batch), self.eos)) if len(trees) else np.zeros(0, np.int64)
+        worth = (
+            np.flatnonzero(useful(trees, depth_limits(batch), self.eos))
+            if len(trees)
+            else np.zeros(0, np.int64)
+        )
         worth = worth[worth >= first]
         costs, plain = self._costs(batch)
         share = max(1, self.budget // batch.size)
@@ -112,13 +118,17 @@ class Paper(Quiet):
             parent, growth = int(trees.parent[node]), self._growth[trees.owner[node]]
             if parent != ROOT and parent not in before:
                 continue
-            if growth.nodes < share and self._keep(growth, parent, float(trees.path_prob[node]), costs, plain):
+            if growth.nodes < share and self._keep(
+                growth, parent, float(trees.path_prob[node]), costs, plain
+            ):
                 kept.append(int(node))
                 before.add(int(node))
         self._kept += kept
         return kept
 
-    def _keep(self, growth: _Growth, parent: int, path_prob: float, costs: PaperCosts, plain: float) -> bool:
+    def _keep(
+        self, growth: _Growth, parent: int, path_prob: float, costs: PaperCosts, plain: float
+    ) -> bool:
         extends_leaf = parent != ROOT and parent not in growth.inner
         paths = growth.paths + (not extends_leaf)
         gain = path_prob / (paths if self.mean_over_paths else 1)
@@ -136,9 +146,13 @@ class Paper(Quiet):
         key = (batch.size, context)
         if key not in self._fits:
             nodes = np.array(FIT_NODES, np.float64)
-            verify = self.cost.verify_seconds(batch.size, batch.size * (1 + np.array(FIT_NODES)), context)
+            verify = self.cost.verify_seconds(
+                batch.size, batch.size * (1 + np.array(FIT_NODES)), context
+            )
             draft = self.cost.draft_seconds(batch.size * np.array(FIT_NODES), context)
-            draft += self.cost.first_seconds(batch.size, 0, context) - self.cost.draft_seconds(batch.size, context)
+            draft += self.cost.first_seconds(batch.size, 0, context) - self.cost.draft_seconds(
+                batch.size, context
+            )
             plain = float(self.cost.verify_seconds(batch.size, batch.size, context))
             self._fits[key] = (PaperCosts.fit(nodes, draft, verify, self.offsets), plain)
         return self._fits[key]

@@ -116,7 +116,9 @@ def merged(rounds: Sequence[Round]) -> tuple[DraftTrees, IntArray, BoolArray]:
     return (trees, *_observed(trees, root_next, next_token))
 
 
-def _observed(trees: DraftTrees, root_next: IntArray, next_token: IntArray) -> tuple[IntArray, BoolArray]:
+def _observed(
+    trees: DraftTrees, root_next: IntArray, next_token: IntArray
+) -> tuple[IntArray, BoolArray]:
     after = np.where(trees.parent < 0, root_next[trees.owner], next_token[trees.parent])
     nodes = np.flatnonzero(after >= 0)
     return nodes, trees.token[nodes] == after[nodes]
@@ -136,7 +138,9 @@ class Policy(Protocol):
         """Before drafting: whether, and how. Not called for rounds with prompt rows, which do not draft."""
         ...
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         """After model level `level` (1-based): indices of the nodes to expand next, or None to stop drafting."""
         ...
 
@@ -153,7 +157,7 @@ class Policy(Protocol):
         ...
 
 
-class Quiet:
+class StatelessPolicy:
     """What a policy says that does not care what forwards take, and keeps no figures."""
 
     cost: CostModel | None = None

@@ -25,7 +25,10 @@ from smart_decoding.core.probing import CLEAR, RUN, Prober
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
-SMALL, FEW_LEVELS = 4, 4  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
+SMALL, FEW_LEVELS = (
+    4,
+    4,
+)  # batches beyond SMALL have no room for wide or deep trees: those are not forecast
 AHEAD = 3  # levels of look-ahead while drafting
 KEEP_OUTLOOK = 64  # rounds that forecasts and prices are reused for while nothing changes
 MAX_OUTLOOKS = 64
@@ -100,27 +103,46 @@ class Smart:
         self.forecast = forecast or Forecast(self.calibration)
         self.max_levels = require_int("max_levels", max_levels, 1, 64)
         self.children = require_int("children", children, 1, 256)
-        self.max_round_slowdown = require_number("max_round_slowdown", max_round_slowdown, 1.0, math.inf)
+        self.max_round_slowdown = require_number(
+            "max_round_slowdown", max_round_slowdown, 1.0, math.inf
+        )
         self.prober = Prober(require_number("probe_budget", probe_budget, 0.0, 0.5), RUN)
         self.chooser: Chooser = chooser or NumpyChooser()
         self.eos = frozenset(eos_token_ids)
         self._ends = np.array(sorted(self.eos), np.int64)
         self.statistics = Statistics()
         self._overhead = Overhead(self.cost.overhead_seconds)
-        self._foresight: dict[int, float] = {}  # by size: log of what drafting rounds reached over their forecast
+        self._foresight: dict[
+            int, float
+        ] = {}  # by size: log of what drafting rounds reached over their forecast
         self._tried: Counter[int] = Counter()  # by size: rounds with a model's drafts
         self._outlooks: dict[tuple[object, ...], Outlook] = {}  # by the batch's shape
         self._rounds = 0
         self._drafting = False
-        self._began, self._lasts = 0, float(CATCH_UP_ROUNDS)  # the round that drafting began in; rounds that it lasts
+        self._began, self._lasts = (
+            0,
+            float(CATCH_UP_ROUNDS),
+        )  # the round that drafting began in; rounds that it lasts
         self._scratch: _Scratch | None = None
-        self._unlearned: list[tuple[Round, KindArray]] = []  # rounds that drafted, and the kinds of their requests
-        self._expected = self._surprise = 0.0  # nodes that these should have accepted, and that they accepted less
-        self._rest = self._rest_size = 0  # rounds to go without asking, as long as the batch has about this size
+        self._unlearned: list[
+            tuple[Round, KindArray]
+        ] = []  # rounds that drafted, and the kinds of their requests
+        self._expected = self._surprise = (
+            0.0  # nodes that these should have accepted, and that they accepted less
+        )
+        self._rest = self._rest_size = (
+            0  # rounds to go without asking, as long as the batch has about this size
+        )
         self._last_rest = 1
-        self._rested: list[tuple[int, IntArray, float]] = []  # size, contexts, seconds of these rounds' verifications
-        self._learned_rests: set[int] = set()  # sizes whose rests costs have learned from since they were looked at
-        self._busy = False  # whether an outlook or what was learned is in this round's `other_seconds`
+        self._rested: list[
+            tuple[int, IntArray, float]
+        ] = []  # size, contexts, seconds of these rounds' verifications
+        self._learned_rests: set[int] = (
+            set()
+        )  # sizes whose rests costs have learned from since they were looked at
+        self._busy = (
+            False  # whether an outlook or what was learned is in this round's `other_seconds`
+        )
         self._runs = 0  # of probes
 
     # --- before drafting ---
@@ -138,7 +160,9 @@ class Smart:
         if not scratch.drafting or not (batch.has_model or batch.has_free):
             return OFF
         outlook = scratch.outlook = self._current_outlook(batch, scratch)
-        believed = option = outlook.best(STAY if self._drafting else MARGIN) or self._trial(batch, outlook)
+        believed = option = outlook.best(STAY if self._drafting else MARGIN) or self._trial(
+            batch, outlook
+        )
         scratch.believed = outlook.value(believed)
         if (believed is not None) != self._drafting:
             self._change_mode(believed is not None)
@@ -148,21 +172,29 @@ class Smart:
             price = outlook.price(other, believed) + self._catch_up(batch, scratch, other)
             near = outlook.promise < NEAR or not self._overhead.has_rested(batch.size)
             rests = RESTS if other is None and near else 0
-            warm = self.prober.hope > 0 and batch.catch_up_rows <= self.max_levels * batch.size  # no newcomers
+            warm = (
+                self.prober.hope > 0 and batch.catch_up_rows <= self.max_levels * batch.size
+            )  # no newcomers
             if other != believed and (warm or self.prober.due((1 + rests) * price)):
                 option, scratch.probe = other, True
                 self._rest, self._rest_size = rests, batch.size
         if option is not None or scratch.probe or self._rounds <= BUSY_ROUNDS:
             self._last_rest = 1
         else:
-            self._last_rest = min(2 * self._last_rest, REST if outlook.promise < CLEARLY else SHORT_REST)
+            self._last_rest = min(
+                2 * self._last_rest, REST if outlook.promise < CLEARLY else SHORT_REST
+            )
             self._rest, self._rest_size = min(self._last_rest, self.prober.patience), batch.size
         return self._start(batch, scratch, outlook, option)
 
     def _trial(self, batch: BatchState, outlook: Outlook) -> Option | None:
         """The best way to draft with the model where it nearly promises to pay and has hardly been tried yet."""
         option = outlook.best_with_model
-        if option is None or not self._on_trial(batch.size) or outlook.value(option) <= CLEARLY * outlook.value(None):
+        if (
+            option is None
+            or not self._on_trial(batch.size)
+            or outlook.value(option) <= CLEARLY * outlook.value(None)
+        ):
             return None
         return option
 
@@ -193,7 +225,10 @@ class Smart:
     def _open(self, batch: BatchState) -> _Scratch:
         limits = depth_limits(batch)
         deepest = limits.tolist()
-        drafting, context = sum(limit > 0 for limit in deepest), sum(batch.context.tolist()) / batch.size
+        drafting, context = (
+            sum(limit > 0 for limit in deepest),
+            sum(batch.context.tolist()) / batch.size,
+        )
         kinds = np.bincount(batch.kind, minlength=KINDS).tolist()
         return _Scratch(batch, limits, batch.kind, kinds, drafting, context, max(deepest))
 
@@ -230,7 +265,11 @@ class Smart:
         """Levels to look out for, rounded up to a power of two: every answer comes to its end, one token after another,
         and a new outlook for each would be work for little."""
         longest = scratch.deepest
-        return min(self.max_levels, 1 << (longest - 1).bit_length()) if batch.has_model and longest > 0 else 0
+        return (
+            min(self.max_levels, 1 << (longest - 1).bit_length())
+            if batch.has_model and longest > 0
+            else 0
+        )
 
     def _look_out(self, batch: BatchState, scratch: _Scratch) -> Outlook:
         size, drafting, levels = batch.size, scratch.drafting, self._max_levels(batch, scratch)
@@ -238,7 +277,9 @@ class Smart:
         if drafting > SMALL:
             levels, widths = min(levels, FEW_LEVELS), WIDTHS[:2]
         children = self.forecast.children(np.array(scratch.kinds) / size)
-        columns = drafting * max(children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free))
+        columns = drafting * max(
+            children.shape[1] * (1 + (max(levels, 1) - 1) * widths[-1]), len(self.forecast.free)
+        )
         verify = self._verify(batch, scratch, columns + 1)
         prices = self.cost.draft_seconds(np.arange(1 + WIDTHS[-1] * drafting), scratch.context)
         first = self._first_level(batch, scratch.context)[0]
@@ -251,9 +292,15 @@ class Smart:
             values[FREE_ONLY] = best_size(gains, size, overhead, verify[: len(gains) + 1], limit)[1]
         for wide in widths if levels else ():
             losses = np.repeat(np.sort(-grow(children, levels, wide), axis=1), drafting, axis=1)
-            sunk: FloatArray = overhead + first + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
+            sunk: FloatArray = (
+                overhead
+                + first
+                + np.arange(levels, dtype=np.float64) * float(prices[wide * drafting])
+            )
             rates = best_rates(losses, size, sunk, verify[: losses.shape[1] + 1], limit)
-            values.update({(level, wide): float(rates[level - 1]) for level in range(1, levels + 1)})
+            values.update(
+                {(level, wide): float(rates[level - 1]) for level in range(1, levels + 1)}
+            )
         foresight = math.exp(self._foresight.get(about(size), 0.0))
         return Outlook(
             size,
@@ -293,14 +340,18 @@ class Smart:
     def _first_seconds(self, batch: BatchState, context: float) -> tuple[float, float]:
         """Seconds of the first drafted level with what any round has to catch up with, and with all that waits."""
         waiting = batch.catch_up_rows
-        now, whole = self.cost.first_seconds(batch.size, [min(waiting, batch.size), waiting], context).tolist()
+        now, whole = self.cost.first_seconds(
+            batch.size, [min(waiting, batch.size), waiting], context
+        ).tolist()
         return now, whole
 
     def _sharing(self, batch: BatchState) -> int:
         """Rounds that share the price of a catch-up."""
         return max(1, min(round(self._lasts), int(batch.remaining.sum()) // (2 * batch.size)))
 
-    def _start(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None) -> DraftPlan:
+    def _start(
+        self, batch: BatchState, scratch: _Scratch, outlook: Outlook, option: Option | None
+    ) -> DraftPlan:
         if option is None:
             self._fade(batch.size)
             return OFF
@@ -314,7 +365,9 @@ class Smart:
         growth = self._growth(batch, scratch, outlook, deepest) if self.chooser.grows else None
         return DraftPlan(True, deepest, self.children, wide * scratch.drafting, growth)
 
-    def _growth(self, batch: BatchState, scratch: _Scratch, outlook: Outlook, levels: int) -> Growth:
+    def _growth(
+        self, batch: BatchState, scratch: _Scratch, outlook: Outlook, levels: int
+    ) -> Growth:
         """What `frontier` would answer, as data."""
         widths, roots = _widths(scratch.drafting), batch.size * self.children
         candidates = LookAhead.columns(roots, WIDTHS[-1] * scratch.drafting, AHEAD)
@@ -323,7 +376,9 @@ class Smart:
 
     # --- while drafting ---
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         scratch, outlook = self._prepared(batch)
         if level >= plan.levels or not len(trees):
             return None
@@ -353,15 +408,27 @@ class Smart:
             self._foresight[key] = before + min(max(error, -0.3), 0.3) / 16
         return kept
 
-    def _drafted(self, batch: BatchState, scratch: _Scratch, trees: DraftTrees, candidates: int) -> Drafted:
+    def _drafted(
+        self, batch: BatchState, scratch: _Scratch, trees: DraftTrees, candidates: int
+    ) -> Drafted:
         """The trees with what they are judged by; as many as `candidates` nodes may be verified."""
         assert scratch.outlook is not None
         curve, drafted = self._curve(batch, scratch, candidates), scratch.drafted
         if drafted is None or drafted.trees is not trees:
             limit = self._limit(batch.size, scratch.outlook.plain)
             # A probe verifies at least one node: otherwise a cost believed too high would never be measured again.
-            drafted = scratch.drafted = Drafted(trees, self.calibration, scratch.limits, scratch.kind, self._ends,
-                                                batch.size, scratch.sunk, curve, limit, int(scratch.probe))  # fmt: skip
+            drafted = scratch.drafted = Drafted(
+                trees,
+                self.calibration,
+                scratch.limits,
+                scratch.kind,
+                self._ends,
+                batch.size,
+                scratch.sunk,
+                curve,
+                limit,
+                int(scratch.probe),
+            )
         drafted.sunk, drafted.verify = scratch.sunk, curve
         return drafted
 
@@ -388,7 +455,9 @@ class Smart:
         seconds = round.verify_seconds + sum(round.level_seconds)
         if scratch.probe:
             self._observe_probe(round, scratch, accepted, seconds)
-        elif not batch.prefill_rows:  # the time of prompts pays for no probes, which slow down decoding
+        elif (
+            not batch.prefill_rows
+        ):  # the time of prompts pays for no probes, which slow down decoding
             self.prober.ordinary_round(seconds)
         seconds += round.other_seconds
         plain = scratch.outlook.plain if scratch.outlook else seconds
@@ -409,7 +478,9 @@ class Smart:
         """Learns from what was drafted, now or later; how many nodes were accepted."""
         trees, accepted = round.trees, 0
         if len(trees):
-            if scratch.drafted is None or scratch.drafted.scored != len(trees):  # the caller did not ask what to verify
+            if scratch.drafted is None or scratch.drafted.scored != len(
+                trees
+            ):  # the caller did not ask what to verify
                 self.calibration.score(trees, scratch.kind)
             self._unlearned.append((round, scratch.kind))
             accepted = int(np.count_nonzero(round.next_token >= 0))
@@ -424,7 +495,9 @@ class Smart:
             self.forecast.observe_free(trees, scratch.limits)
         return accepted
 
-    def _observe_probe(self, round: Round, scratch: _Scratch, accepted: int, seconds: float) -> None:
+    def _observe_probe(
+        self, round: Round, scratch: _Scratch, accepted: int, seconds: float
+    ) -> None:
         """Pays for a probe. Whether others follow is another question than what it cost: rows that had waited are an
         investment, and where they were most of the price, the next rounds are there to use it. A plain round that did
         well was luck, or the costs know by now."""
@@ -433,13 +506,19 @@ class Smart:
         beside = outlook.overhead if drafted else outlook.plain - float(outlook.verify[0])
         loss = seconds + beside - (batch.size + accepted) / scratch.believed
         if not drafted:
-            loss = min(loss, outlook.plain)  # a process that was stopped meanwhile must not lose the probes of hours
-            self.prober.probe_round((1 + self._rest) * loss, hopeful=False, clear=loss > CLEAR * seconds)
+            loss = min(
+                loss, outlook.plain
+            )  # a process that was stopped meanwhile must not lose the probes of hours
+            self.prober.probe_round(
+                (1 + self._rest) * loss, hopeful=False, clear=loss > CLEAR * seconds
+            )
             self._end_run()
             return
         invested = 0.0
         if round.level_widths:
-            invested = max(0.0, round.level_seconds[0] - self._first_seconds(batch, scratch.context)[0])
+            invested = max(
+                0.0, round.level_seconds[0] - self._first_seconds(batch, scratch.context)[0]
+            )
         self.prober.probe_round(loss, hopeful=loss < 2 * invested)
         if self.prober.hope <= 0:
             self._end_run()
@@ -457,7 +536,11 @@ class Smart:
 
     def stats(self) -> dict[str, float]:
         """Running figures for metrics: estimated speedup, share of rounds off, calibration error, probing."""
-        return {**self.statistics.summary(), "probe_seconds": self.prober.spent, "probes": float(self.prober.count)}
+        return {
+            **self.statistics.summary(),
+            "probe_seconds": self.prober.spent,
+            "probes": float(self.prober.count),
+        }
 
     # --- shared ---
 
@@ -501,18 +584,26 @@ class Smart:
     def _learn_rests(self) -> None:
         """What the machine has become meanwhile may make drafting pay: one step for each size, almost without noise."""
         for size in {size for size, _, _ in self._rested}:
-            mine = [(context.mean(), seconds) for of, context, seconds in self._rested if of == size]
+            mine = [
+                (context.mean(), seconds) for of, context, seconds in self._rested if of == size
+            ]
             context, seconds = np.mean(mine, axis=0).tolist()
-            self.cost = self.cost.corrected(VerifySample(size, size, context, seconds, rounds=len(mine)))
+            self.cost = self.cost.corrected(
+                VerifySample(size, size, context, seconds, rounds=len(mine))
+            )
             self._learned_rests.add(size)
         self._rested.clear()
 
     def _learn_costs(self, round: Round, scratch: _Scratch, seldom: bool) -> None:
         if round.verify_rows and not (seldom and self._rounds % OFTEN):
-            sample = VerifySample(round.batch.size, round.verify_rows, scratch.context, round.verify_seconds)
+            sample = VerifySample(
+                round.batch.size, round.verify_rows, scratch.context, round.verify_seconds
+            )
             self.cost = self.cost.corrected(sample)
         waiting: int | None = round.batch.catch_up_rows  # of the first level
-        for width, seconds in () if seldom else zip(round.level_widths, round.level_seconds, strict=True):
+        for width, seconds in (
+            () if seldom else zip(round.level_widths, round.level_seconds, strict=True)
+        ):
             width -= waiting or 0
             self.cost = self.cost.corrected(DraftSample(width, scratch.context, seconds, waiting))
             waiting = None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from smart_decoding.core.policies.common import TokenIds, depth_limits, expandable, useful
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Quiet, Round
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, StatelessPolicy
 from smart_decoding.core.policies.topologies import TOPOLOGIES
 from smart_decoding.core.tree import DraftTrees, IntArray, slots
 from smart_decoding.errors import ConfigError
@@ -15,7 +15,7 @@ from smart_decoding.errors import ConfigError
 _OUTSIDE = -1
 
 
-class Static(Quiet):
+class Static(StatelessPolicy):
     """Drafts and verifies the nodes whose path of child ranks (by draft_prob) lies in `topology`.
 
     `topology` is a name ('eagle_1', 'medusa') or a list of rank paths, each node's parent included.
@@ -23,13 +23,17 @@ class Static(Quiet):
 
     name = "static"
 
-    def __init__(self, topology: str | Sequence[Sequence[int]] = "eagle_1", eos_token_ids: TokenIds = ()) -> None:
+    def __init__(
+        self, topology: str | Sequence[Sequence[int]] = "eagle_1", eos_token_ids: TokenIds = ()
+    ) -> None:
         self.paths = _parse(topology)
         self.children = 1 + max(rank for path in self.paths for rank in path)
         self.levels = max(len(path) for path in self.paths)
         self.eos = frozenset(eos_token_ids)
         index = {(): 0, **{path: i for i, path in enumerate(self.paths, 1)}}
-        self._next = np.full((len(index), self.children), _OUTSIDE, np.int64)  # (place, rank) -> place in the topology
+        self._next = np.full(
+            (len(index), self.children), _OUTSIDE, np.int64
+        )  # (place, rank) -> place in the topology
         for path, place in index.items():
             if path:
                 self._next[index[path[:-1]], path[-1]] = place
@@ -39,9 +43,15 @@ class Static(Quiet):
         limits = depth_limits(batch)
         levels = min(self.levels, int(limits.max(initial=0)))
         inner = sum(len(path) == 1 and bool(self._inner[i]) for i, path in enumerate(self.paths, 1))
-        return DraftPlan(True, levels, self.children, inner * int((limits > 1).sum())) if levels else OFF
+        return (
+            DraftPlan(True, levels, self.children, inner * int((limits > 1).sum()))
+            if levels
+            else OFF
+        )
 
-    def frontier(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int) -> IntArray | None:
+    def frontier(
+        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
+    ) -> IntArray | None:
         if level >= plan.levels:
             return None
         nodes = expandable(trees, level, depth_limits(batch), self.eos)
@@ -50,7 +60,9 @@ class Static(Quiet):
         return nodes if len(nodes) else None
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        return np.flatnonzero(useful(trees, depth_limits(batch), self.eos) & (self._places(trees) != _OUTSIDE))
+        return np.flatnonzero(
+            useful(trees, depth_limits(batch), self.eos) & (self._places(trees) != _OUTSIDE)
+        )
 
     def observe(self, round: Round) -> None:
         pass
@@ -80,7 +92,9 @@ def sibling_ranks(trees: DraftTrees) -> IntArray:
 def _parse(topology: str | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     if isinstance(topology, str):
         if topology not in TOPOLOGIES:
-            raise ConfigError(f"unknown topology {topology!r}; known: {', '.join(TOPOLOGIES)}, or a list of rank paths")
+            raise ConfigError(
+                f"unknown topology {topology!r}; known: {', '.join(TOPOLOGIES)}, or a list of rank paths"
+            )
         return TOPOLOGIES[topology]
     try:
         paths = list(dict.fromkeys(tuple(int(rank) for rank in path) for path in topology))
@@ -92,5 +106,7 @@ def _parse(topology: str | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         raise ConfigError("topology must hold at least one path, and paths of ranks from 0 up")
     orphans = [path for path in paths if len(path) > 1 and path[:-1] not in paths]
     if orphans:
-        raise ConfigError(f"topology holds {list(orphans[0])} but not its parent {list(orphans[0][:-1])}")
+        raise ConfigError(
+            f"topology holds {list(orphans[0])} but not its parent {list(orphans[0][:-1])}"
+        )
     return paths

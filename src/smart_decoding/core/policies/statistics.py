@@ -14,7 +14,13 @@ class Statistics:
         self.accepted = self.expected = 0.0
 
     def record(
-        self, batch: int, accepted: int, expected: float, seconds: float, plain_seconds: float, drafted: bool
+        self,
+        batch: int,
+        accepted: int,
+        expected: float,
+        seconds: float,
+        plain_seconds: float,
+        drafted: bool,
     ) -> None:
         """After a round: tokens come from `batch` requests and `accepted` nodes; `plain_seconds` is what a plain round
         is believed to take, `expected` the sum of accept_prob over the verified nodes."""

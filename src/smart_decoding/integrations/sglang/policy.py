@@ -23,7 +23,10 @@ from smart_decoding.integrations.sglang import COSTS
 
 MARGIN = 1.02  # what drafting must promise over plain decoding
 MEMORY = 0.995  # per batch: older counts fade
-PRIOR, PRIOR_TRIALS = 0.7, 4.0  # of all depths together; of one depth, what all say together is worth as much
+PRIOR, PRIOR_TRIALS = (
+    0.7,
+    4.0,
+)  # of all depths together; of one depth, what all say together is worth as much
 PROBE_EVERY = 64  # batches, after which two draft the next larger candidate
 
 
@@ -34,7 +37,9 @@ class StepCosts:
     also {"nodes": {"1": 4, "3": 12}}: how many nodes are verified after so many steps, in the same rounds."""
 
     def __init__(
-        self, table: Mapping[int, Mapping[int, float]], nodes: Mapping[int, int] = MappingProxyType({})
+        self,
+        table: Mapping[int, Mapping[int, float]],
+        nodes: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self._batches = sorted(table)
         self._rows = {batch: sorted(row.items()) for batch, row in table.items()}
@@ -46,13 +51,17 @@ class StepCosts:
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
             rows = given["seconds"].items()
-            table = {int(b): {int(k): float(seconds) for k, seconds in row.items()} for b, row in rows}
+            table = {
+                int(b): {int(k): float(seconds) for k, seconds in row.items()} for b, row in rows
+            }
             nodes = {int(k): int(count) for k, count in given.get("nodes", {}).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is no file of costs for {COSTS}: {error}") from error
         numbers = [seconds for row in table.values() for seconds in row.values()]
         if not table or not all(0 in row for row in table.values()) or min(table) < 1:
-            raise ConfigError(f"{path}: every batch size needs the seconds of 0 steps (plain decoding)")
+            raise ConfigError(
+                f"{path}: every batch size needs the seconds of 0 steps (plain decoding)"
+            )
         if not all(math.isfinite(seconds) and seconds > 0 for seconds in numbers):
             raise ConfigError(f"{path}: seconds must be positive")
         if any(not 1 <= k <= count for k, count in nodes.items()):
@@ -86,21 +95,27 @@ class SmartSpecPolicy:
         self._initial = initial_steps
         self._longest = max(self.candidate_steps)
         if self.costs.nodes and not set(self.candidate_steps) <= {0, *self.costs.nodes}:
-            raise ConfigError(f"{COSTS}: 'nodes' must have every candidate of {self.candidate_steps} but 0")
+            raise ConfigError(
+                f"{COSTS}: 'nodes' must have every candidate of {self.candidate_steps} but 0"
+            )
         # Chains of all lengths are accepted alike, depth by depth; trees are not, as deeper ones are wider too.
         tiers = self.candidate_steps if self.costs.nodes else [0]
         self._hits = {tier: [0.0] * self._longest for tier in tiers}
         self._trials = {tier: [0.0] * self._longest for tier in tiers}
         self._graph_sizes: list[int] | None = None
         self._steps: dict[int, int] = {}  # chosen, by batch size, until new counts arrive
-        self._recent: deque[int] = deque(maxlen=2)  # answered last: overlapped scheduling reports a batch late
+        self._recent: deque[int] = deque(
+            maxlen=2
+        )  # answered last: overlapped scheduling reports a batch late
         self._since_probe = 0  # batches
 
     # --- the protocol ---
 
     @property
     def candidate_steps(self) -> list[int]:
-        return sorted({self._initial, *(step for steps in self._candidates.values() for step in steps)})
+        return sorted(
+            {self._initial, *(step for steps in self._candidates.values() for step in steps)}
+        )
 
     def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
         self._graph_sizes = sorted(cuda_graph_bs) if cuda_graph_bs else None
@@ -110,10 +125,16 @@ class SmartSpecPolicy:
         self._recent.append(steps)
         return steps
 
-    def on_verify_complete(self, num_correct_drafts_per_req: list[int], batch_size: int) -> int | None:
+    def on_verify_complete(
+        self, num_correct_drafts_per_req: list[int], batch_size: int
+    ) -> int | None:
         """Counts; the next batch asks for its steps by itself, so there is never a switch to announce."""
         self._since_probe = (self._since_probe + 1) % (PROBE_EVERY + 2)
-        if num_correct_drafts_per_req and self._recent and min(self._recent) == max(self._recent) > 0:
+        if (
+            num_correct_drafts_per_req
+            and self._recent
+            and min(self._recent) == max(self._recent) > 0
+        ):
             self._count(num_correct_drafts_per_req, self._recent[0])
             self._steps.clear()
         return None
@@ -138,7 +159,8 @@ class SmartSpecPolicy:
         """P(draft at depth 1, 2, ... is accepted | the one before it was); what was seldom seen is as all together."""
         tier = steps if self.costs.nodes else 0
         hits, trials = (
-            [sum(depth) for depth in zip(*all_.values(), strict=True)] for all_ in (self._hits, self._trials)
+            [sum(depth) for depth in zip(*all_.values(), strict=True)]
+            for all_ in (self._hits, self._trials)
         )
         every = _share(sum(hits), sum(trials), PRIOR)
         depths = [_share(h, t, every) for h, t in zip(hits, trials, strict=True)]
@@ -147,11 +169,16 @@ class SmartSpecPolicy:
 
     def expected_tokens(self, steps: int) -> float:
         """Of one request in one round, the target's own included."""
-        return 1.0 + sum(itertools.accumulate(self.acceptance(steps)[:steps], float.__mul__)) if steps else 1.0
+        return (
+            1.0 + sum(itertools.accumulate(self.acceptance(steps)[:steps], float.__mul__))
+            if steps
+            else 1.0
+        )
 
     def _best(self, batch: int) -> int:
         values = {
-            steps: self.expected_tokens(steps) / self.costs.seconds(batch, steps) for steps in self._allowed(batch)
+            steps: self.expected_tokens(steps) / self.costs.seconds(batch, steps)
+            for steps in self._allowed(batch)
         }
         best = max(values, key=lambda steps: values[steps])
         return best if 0 not in values or best == 0 or values[best] > MARGIN * values[0] else 0
@@ -161,7 +188,9 @@ class SmartSpecPolicy:
         hits = self._hits[tier] = [MEMORY * hits for hits in self._hits[tier]]
         trials = self._trials[tier] = [MEMORY * trials for trials in self._trials[tier]]
         for count in correct:
-            for depth in range(min(count + 1, drafted)):  # beyond the first rejection all is censored
+            for depth in range(
+                min(count + 1, drafted)
+            ):  # beyond the first rejection all is censored
                 trials[depth] += 1
                 hits[depth] += depth < count
 
@@ -182,10 +211,16 @@ def _share(hits: float, trials: float, usual: float) -> float:
 def _candidates(cfg_path: str | None, initial_steps: int) -> dict[int, list[int]]:
     """Candidate steps by batch size from SGLang's file. Raises ConfigError if there is none, or it is not one."""
     if cfg_path is None:
-        raise ConfigError(f"{COSTS} is set: give the steps to choose from, too, by --speculative-adaptive-config FILE")
+        raise ConfigError(
+            f"{COSTS} is set: give the steps to choose from, too, by --speculative-adaptive-config FILE"
+        )
     try:
         given = json.loads(Path(cfg_path).read_text(encoding="utf-8"))
-        found = {int(size): sorted(set(entry["candidate_steps"])) for size, entry in given.items() if size.isdigit()}
+        found = {
+            int(size): sorted(set(entry["candidate_steps"]))
+            for size, entry in given.items()
+            if size.isdigit()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{cfg_path} is no --speculative-adaptive-config: {error}") from error
     if not found or not all(steps and min(steps) >= 0 for steps in found.values()):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 TESTED = ("0.5.23",)  # versions that the tests were run on: in others the plugin does nothing
 
-Parameters = tuple[str, ...] | None  # of a function, `self` left out; None: no function, or whatever it takes
+Parameters = (
+    tuple[str, ...] | None
+)  # of a function, `self` left out; None: no function, or whatever it takes
 
 # module -> name (Class.member) -> parameters. REPLACED: AdaptiveSpeculativeParams and, for trees, AdaptiveController,
 # each by a class that is constructed and called alike. WRAPPED: for trees. USED: called or read.
@@ -17,19 +19,28 @@ REPLACED: dict[str, dict[str, Parameters]] = {
         "AdaptiveSpeculativeParams.candidate_steps": (),
         "AdaptiveSpeculativeParams.set_cuda_graph_bs": ("cuda_graph_bs",),
         "AdaptiveSpeculativeParams.get_steps_for_batch": ("batch_size",),
-        "AdaptiveSpeculativeParams.on_verify_complete": ("num_correct_drafts_per_req", "batch_size"),
+        "AdaptiveSpeculativeParams.on_verify_complete": (
+            "num_correct_drafts_per_req",
+            "batch_size",
+        ),
         "AdaptiveSpeculativeParams.cuda_graph_bs_for_step": ("step",),
     },
     "sglang.srt.speculative.adaptive_runtime_state": {
         "AdaptiveController.__init__": ("worker", "policy"),
         "AdaptiveSpecWorker.build_adaptive_runtime_state": (
-            "speculative_num_steps", "speculative_num_draft_tokens", "cuda_graph_bs"
+            "speculative_num_steps",
+            "speculative_num_draft_tokens",
+            "cuda_graph_bs",
         ),
     },
-}  # fmt: skip
+}
 WRAPPED: dict[str, dict[str, Parameters]] = {
-    "sglang.srt.speculative.adaptive_spec_params": {"adaptive_unsupported_reason": ("server_args",)},
-    "sglang.srt.arg_groups.speculative_hook": {"_init_adaptive_speculative_params": ("server_args",)},
+    "sglang.srt.speculative.adaptive_spec_params": {
+        "adaptive_unsupported_reason": ("server_args",)
+    },
+    "sglang.srt.arg_groups.speculative_hook": {
+        "_init_adaptive_speculative_params": ("server_args",)
+    },
     "sglang.srt.speculative.spec_info": {
         "SpeculativeAlgorithm.resolve_max_speculative_num_draft_tokens": ("server_args",)
     },
@@ -38,15 +49,21 @@ USED: dict[str, dict[str, Parameters]] = {
     "sglang.version": {"__version__": None},
     "sglang.srt.plugins.hook_registry": {
         "HookRegistry.register": ("target", "hook", "hook_type"),
-        "HookType.REPLACE": None, "HookType.AROUND": None, "HookType.AFTER": None,
+        "HookType.REPLACE": None,
+        "HookType.AROUND": None,
+        "HookType.AFTER": None,
     },
     "sglang.srt.arg_groups.overrides": {
-        "declare_resolution": ("server_args", "source", "fields"), "resolving_view": None
+        "declare_resolution": ("server_args", "source", "fields"),
+        "resolving_view": None,
     },
-}  # fmt: skip
+}
 # Of a ServerArgs: options, and the list of what was declared so far, which `declare_resolution` makes and extends.
 OPTIONS = (
-    "speculative_adaptive", "speculative_eagle_topk", "speculative_num_steps", "speculative_num_draft_tokens",
+    "speculative_adaptive",
+    "speculative_eagle_topk",
+    "speculative_num_steps",
+    "speculative_num_draft_tokens",
     "page_size",
-)  # fmt: skip
+)
 RECORD = "_resolved_overrides"

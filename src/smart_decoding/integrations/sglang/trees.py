@@ -26,7 +26,9 @@ def unsupported_reason(original: Callable[[Any], str | None], server_args: Any) 
     if given.speculative_eagle_topk not in (None, 1) and given.page_size not in (None, 1):
         return f"page_size={given.page_size} (trees of several sizes need 1)"
     chain = copy.copy(server_args)
-    setattr(chain, RECORD, list(getattr(server_args, RECORD, None) or []))  # not the original's: it is only asked
+    setattr(
+        chain, RECORD, list(getattr(server_args, RECORD, None) or [])
+    )  # not the original's: it is only asked
     declare_resolution(chain, OURS, speculative_eagle_topk=1)
     return original(chain)
 
@@ -38,8 +40,12 @@ def set_first_tier(_: None, server_args: Any) -> None:
     for steps, nodes in costs.nodes.items():
         drafted = topk + (steps - 1) * topk * topk
         if not steps <= nodes <= drafted:
-            raise ConfigError(f"{steps} steps with --speculative-eagle-topk {topk} have {steps} to {drafted} nodes")
-    declare_resolution(server_args, OURS, speculative_num_draft_tokens=costs.tokens(given.speculative_num_steps))
+            raise ConfigError(
+                f"{steps} steps with --speculative-eagle-topk {topk} have {steps} to {drafted} nodes"
+            )
+    declare_resolution(
+        server_args, OURS, speculative_num_draft_tokens=costs.tokens(given.speculative_num_steps)
+    )
 
 
 def widest(result: int | None, _: object, server_args: Any) -> int | None:
@@ -58,7 +64,10 @@ class _Worker:
         self._worker, self._tokens = worker, tokens
 
     def build_adaptive_runtime_state(
-        self, speculative_num_steps: int, speculative_num_draft_tokens: int, cuda_graph_bs: list[int] | None = None
+        self,
+        speculative_num_steps: int,
+        speculative_num_draft_tokens: int,
+        cuda_graph_bs: list[int] | None = None,
     ) -> Any:
         return self._worker.build_adaptive_runtime_state(
             speculative_num_steps=speculative_num_steps,

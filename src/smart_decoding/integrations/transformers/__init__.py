@@ -13,7 +13,9 @@ from smart_decoding.errors import ConfigError
 try:
     import transformers as _host  # noqa: F401
 except ImportError as error:
-    raise ConfigError("transformers is not installed: in the clone, pip install -e '.[transformers]'") from error
+    raise ConfigError(
+        "transformers is not installed: in the clone, pip install -e '.[transformers]'"
+    ) from error
 
 from smart_decoding.integrations.transformers.generation import generate, last_report
 from smart_decoding.integrations.transformers.report import Report

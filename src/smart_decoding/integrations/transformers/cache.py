@@ -69,7 +69,9 @@ def lay_out(rows: Rows, groups: list[int]) -> Layout:
     row = np.concatenate([np.arange(a, a + n) for a, n in zip(first, count, strict=True)])
     group = np.repeat(np.arange(len(groups)), count)
     column = np.concatenate([np.arange(queries - n, queries) for n in count])
-    return Layout(row, np.stack((group, column)), read, valid, rows.slot[row].astype(np.int64), seen)
+    return Layout(
+        row, np.stack((group, column)), read, valid, rows.slot_mapping[row].astype(np.int64), seen
+    )
 
 
 @dataclass(slots=True)
@@ -83,21 +85,27 @@ class _Keys:
 
 def _keys(rows: Rows, group: int) -> _Keys:
     a, b = int(rows.query_start_loc[group]), int(rows.query_start_loc[group + 1])
-    direct, own = rows.direct[a:b], rows.slot[a:b]
+    direct, own = rows.context_len[a:b], rows.slot_mapping[a:b]
     pages = rows.pages[rows.block_table_start[group] :].astype(np.int64)
     position = np.arange(int(direct.max()))
     committed = pages[position // PAGE] * PAGE + position % PAGE
-    if committed[direct[0] - 1] == own[0]:  # the first row reads itself through the table, and so do those that follow
+    if (
+        committed[direct[0] - 1] == own[0]
+    ):  # the first row reads itself through the table, and so do those that follow
         committed = committed[: direct[0] - 1]
     at = rows.ancestors_start[a : b + 1]
-    extra, reader = rows.extra[at[0] : at[-1]], np.repeat(np.arange(b - a), np.diff(at))
+    extra, reader = rows.ancestors[at[0] : at[-1]], np.repeat(np.arange(b - a), np.diff(at))
     ancestors = np.setdiff1d(extra, own)
     slots = np.concatenate((committed, ancestors, own))
     seen = np.ones((b - a, len(slots)), np.bool_)
     seen[:, len(committed) :] = False
-    seen[:, len(committed) + len(ancestors) :] = np.arange(b - a) < (direct - len(committed))[:, None]
+    seen[:, len(committed) + len(ancestors) :] = (
+        np.arange(b - a) < (direct - len(committed))[:, None]
+    )
     order = np.argsort(slots[len(committed) :])
-    seen[reader, len(committed) + order[np.searchsorted(slots[len(committed) :][order], extra)]] = True
+    seen[reader, len(committed) + order[np.searchsorted(slots[len(committed) :][order], extra)]] = (
+        True
+    )
     return _Keys(slots, b - a, seen)
 
 
@@ -112,7 +120,9 @@ class Indices:
         """group and column [rows], write [rows], read [groups * width]."""
         if device not in self._on:
             parts = (*self.layout.at, self.layout.write, self.layout.read.reshape(-1))
-            self._on[device] = tuple(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts)
+            self._on[device] = tuple(
+                torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts
+            )
         return self._on[device]
 
 
@@ -150,8 +160,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         layout = self.indices.layout
         group, column, write, read = self.indices.on(states.device)
         new = states[:, :, 0] if layout.queries == 1 else states[group, :, column]
-        store.index_copy_(0, write, new)  # this and index_select cost less than general indices, at every layer
-        return store.index_select(0, read).view(layout.groups, layout.width, *store.shape[1:]).transpose(1, 2)
+        store.index_copy_(
+            0, write, new
+        )  # this and index_select cost less than general indices, at every layer
+        return (
+            store.index_select(0, read)
+            .view(layout.groups, layout.width, *store.shape[1:])
+            .transpose(1, 2)
+        )
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies slots source[i] -> target[i]."""
@@ -161,7 +177,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_seq_length(self) -> int:
         """Keys before the rows of this forward, padding included."""
-        return 0 if self.indices is None else self.indices.layout.width - self.indices.layout.queries
+        return (
+            0 if self.indices is None else self.indices.layout.width - self.indices.layout.queries
+        )
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """query_length: rows, or in some earlier releases their positions [queries]."""

@@ -77,7 +77,9 @@ def unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str, 
         elif type(layer) is not DynamicLayer:
             return f"{kind} of {name} keeps a running state: rejected tokens cannot be taken back"
         if layer.is_initialized:
-            return "a cache that already holds keys is not supported: pass the whole prompt without it"
+            return (
+                "a cache that already holds keys is not supported: pass the whole prompt without it"
+            )
     return None
 
 
@@ -86,7 +88,9 @@ def _unsupported_rope(model: PreTrainedModel, config: GenerationConfig) -> str |
     text = model.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
-    limit = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
+    limit = rope.get("original_max_position_embeddings") or getattr(
+        text, "max_position_embeddings", None
+    )
     if kind in ("dynamic", "longrope") and limit and config.max_length > limit:
         return (
             f"rope scaling {kind!r} changes with the text's length beyond {limit} tokens, but prompt and answer may "
@@ -120,9 +124,14 @@ def _agrees(model: PreTrainedModel, layers: int, tree: bool) -> bool:
         found = _verify(target, [p[-1:] for p in prompts], starts, pages, nodes)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False  # the model does not take such inputs
-    paths = [*prompts, *(prompts[nodes.owner[i]] + nodes.token[nodes.path(i)].tolist() for i in range(len(nodes)))]
+    paths = [
+        *prompts,
+        *(prompts[nodes.owner[i]] + nodes.token[nodes.path(i)].tolist() for i in range(len(nodes))),
+    ]
     inputs = [torch.tensor([path], device=target.device) for path in paths]
-    plain = torch.stack([model(input_ids=ids, use_cache=False).logits[0, -1].float() for ids in inputs])
+    plain = torch.stack(
+        [model(input_ids=ids, use_cache=False).logits[0, -1].float() for ids in inputs]
+    )
     error = (found.to(plain.device) - plain).abs().mean() / plain.std().clamp_min(1e-12)
     return bool(error < (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1))
 
@@ -140,10 +149,17 @@ def _drafts(token: IntArray, tree: bool) -> DraftTrees:
 
 
 def _verify(
-    target: HostTarget, tokens: list[list[int]], starts: tuple[int, int], pages: list[Any], nodes: DraftTrees
+    target: HostTarget,
+    tokens: list[list[int]],
+    starts: tuple[int, int],
+    pages: list[Any],
+    nodes: DraftTrees,
 ) -> torch.Tensor:
     """[sequences + nodes, vocab] logits after each sequence's last token and after each node."""
-    slots = [p[0] * PAGE + np.arange(PAGE, dtype=np.int32)[s:] for p, s in zip(pages, starts, strict=True)]
+    slots = [
+        p[0] * PAGE + np.arange(PAGE, dtype=np.int32)[s:]
+        for p, s in zip(pages, starts, strict=True)
+    ]
     spans = [Span(*parts) for parts in zip(tokens, starts, slots, pages, strict=True)]
     rows, last, node_row = build_rows(spans, nodes, [True, True])
     rows.logit_rows = np.concatenate((last, node_row))

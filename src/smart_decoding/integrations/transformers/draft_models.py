@@ -44,7 +44,12 @@ class HostDraftModel:
         self._tokens = torch.arange(self._vocab, device=self._target.device)
         self._native = self._target.device.type == "cpu" and library.unavailable() is None
         self._pages, self.widest = 0, 1 << 30 if tree else 1
-        self.shape = (type(model).__name__, layers, model.config.get_text_config(decoder=True).hidden_size, self._vocab)
+        self.shape = (
+            type(model).__name__,
+            layers,
+            model.config.get_text_config(decoder=True).hidden_size,
+            self._vocab,
+        )
 
     def drafter(self, pages: int, positions: int) -> Drafter:
         """For one call, with room for keys in so many pages."""
@@ -55,17 +60,24 @@ class HostDraftModel:
     def run(self, rows: Rows) -> torch.Tensor:
         """One forward: logits [wanted rows, vocab]."""
         rows.token = np.minimum(rows.token, self._vocab - 1)
-        rows.slot, rows.extra = self._moved(rows.slot, PAGE), self._moved(rows.extra, PAGE)
+        rows.slot_mapping, rows.ancestors = (
+            self._moved(rows.slot_mapping, PAGE),
+            self._moved(rows.ancestors, PAGE),
+        )
         rows.pages = self._moved(rows.pages, 1)
         return self._target.verify(rows, ()).logits[:, : self._vocab]
 
     def rank(self, logits: torch.Tensor, asked: Asked) -> Ranked:
         """The most likely next tokens of each row and their probabilities: [rows, k]; see `ranked`."""
-        return ranked(logits, self._tokens, replace(asked, k=min(asked.k, self.widest)), self._native)
+        return ranked(
+            logits, self._tokens, replace(asked, k=min(asked.k, self.widest)), self._native
+        )
 
     def _moved(self, places: Ints, unit: int) -> Ints:
         """Pages or slots: those of tree nodes before the others."""
-        moved = places + np.where(places < self._pages * unit, DRAFT_SCRATCH_PAGES, -self._pages) * unit
+        moved = (
+            places + np.where(places < self._pages * unit, DRAFT_SCRATCH_PAGES, -self._pages) * unit
+        )
         return moved.astype(np.int32)
 
 
@@ -85,7 +97,9 @@ def load_draft_model(target: PreTrainedModel, draft: Any, max_length: int) -> Pr
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(draft, dtype=target.dtype)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the draft model {name} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(
+            f"the draft model {name} cannot be loaded: {_first_line(error)}"
+        ) from error
     return model.to(target.device).eval()  # type: ignore[arg-type]
 
 
@@ -99,7 +113,9 @@ def check_length(config: Any, max_length: int) -> None:
             "max_new_tokens"
         )
     caches = {"past_key_values": DynamicCache(config=text)}
-    reason = unsupported_cache(f"the draft model {name}", GenerationConfig(max_length=max_length), caches)
+    reason = unsupported_cache(
+        f"the draft model {name}", GenerationConfig(max_length=max_length), caches
+    )
     if reason:
         raise ModelError(reason)
 

@@ -61,15 +61,25 @@ def options_of(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
     """`speculative_config` in full. Raises ConfigError for unknown methods and policies."""
     if config is not None and not isinstance(config, bool | Mapping):
         raise ConfigError("speculative_config must be a dict, a bool or None")
-    options = dict(config) if isinstance(config, Mapping) else {} if config is not False else {"method": "none"}
+    options = (
+        dict(config)
+        if isinstance(config, Mapping)
+        else {}
+        if config is not False
+        else {"method": "none"}
+    )
     options = {"method": "ngram", "policy": "smart", "profile_seconds": PROFILE_SECONDS, **options}
     if options["method"] not in METHODS:
-        raise ConfigError(f"unknown method {options['method']!r}; choose one of: {', '.join(METHODS)}")
+        raise ConfigError(
+            f"unknown method {options['method']!r}; choose one of: {', '.join(METHODS)}"
+        )
     policy_options(options["policy"])
     return options
 
 
-def source_for(model: PreTrainedModel, options: Mapping[str, Any], max_length: int) -> Source | None:
+def source_for(
+    model: PreTrainedModel, options: Mapping[str, Any], max_length: int
+) -> Source | None:
     """The head or draft model that the options name, as an earlier call left it, or loaded; None if there is none.
 
     Raises SmartError, before any forward, if it does not fit."""
@@ -85,7 +95,11 @@ def source_for(model: PreTrainedModel, options: Mapping[str, Any], max_length: i
 
 
 def borrow(
-    model: PreTrainedModel, options: Mapping[str, Any], target: HostTarget, batch: int, source: Source | None
+    model: PreTrainedModel,
+    options: Mapping[str, Any],
+    target: HostTarget,
+    batch: int,
+    source: Source | None,
 ) -> tuple[str, Drafting]:
     """The drafting for these options, as an earlier call left it, or new; give it back with `give_back`.
 
@@ -93,15 +107,21 @@ def borrow(
     if source and not target.tree:
         source.widest = 1
     told = {**options, "model": key_of(options)} if source else options
-    key = json.dumps([told, target.eos_token_ids, target.tree, _bucket(batch)], sort_keys=True, default=str)
+    key = json.dumps(
+        [told, target.eos_token_ids, target.tree, _bucket(batch)], sort_keys=True, default=str
+    )
     known = state_of(model).idle.pop(key, None)
     return key, known or _new(model, dict(options), target, batch, source)
 
 
 def give_back(
-    model: PreTrainedModel, key: str, drafting: Drafting, options: Mapping[str, Any], source: Source | None,
+    model: PreTrainedModel,
+    key: str,
+    drafting: Drafting,
+    options: Mapping[str, Any],
+    source: Source | None,
     report: Report,
-) -> None:  # fmt: skip
+) -> None:
     state = state_of(model)
     state.idle[key], state.last = drafting, report
     if source:
@@ -109,9 +129,15 @@ def give_back(
 
 
 def _new(
-    model: PreTrainedModel, options: dict[str, Any], target: HostTarget, batch: int, source: Source | None
+    model: PreTrainedModel,
+    options: dict[str, Any],
+    target: HostTarget,
+    batch: int,
+    source: Source | None,
 ) -> Drafting:
-    method, policy, seconds = (options.pop(name) for name in ("method", "policy", "profile_seconds"))
+    method, policy, seconds = (
+        options.pop(name) for name in ("method", "policy", "profile_seconds")
+    )
     if method == "none":
         return Drafting(method, make_policy("off"), [])
     if source:
@@ -121,16 +147,28 @@ def _new(
     makers: dict[str, Callable[[], Drafter]] = {
         "ngram": lambda: made(NgramDrafter, options, **chain.get("ngram", {})),
         "recycling": lambda: made(
-            RecyclingDrafter, options, vocab=target.vocab, top_k=torch_top_k, **chain.get("recycling", {})
+            RecyclingDrafter,
+            options,
+            vocab=target.vocab,
+            top_k=torch_top_k,
+            **chain.get("recycling", {}),
         ),
     }
     if method == "union" and not target.tree:
-        raise ConfigError("method 'union' needs a tree mask, which this model's attention does not take: use ngram")
-    wanted = {"union": ["ngram"] if source else ["ngram", "recycling"], "eagle": [], "draft_model": []}
+        raise ConfigError(
+            "method 'union' needs a tree mask, which this model's attention does not take: use ngram"
+        )
+    wanted = {
+        "union": ["ngram"] if source else ["ngram", "recycling"],
+        "eagle": [],
+        "draft_model": [],
+    }
     free = [makers[name]() for name in wanted.get(method, [method])]
     unknown = [name for name in options if name not in policy_options(policy)]
     if unknown:
-        raise ConfigError(f"neither method {method!r} nor policy {policy!r} has an option {unknown[0]!r}")
+        raise ConfigError(
+            f"neither method {method!r} nor policy {policy!r} has an option {unknown[0]!r}"
+        )
     offered: dict[str, Any] = {"eos_token_ids": target.eos_token_ids}
     if isinstance(source, HostHead):
         offered |= stored_prior(source.folder)
@@ -139,14 +177,22 @@ def _new(
     return Drafting(method, make_policy(policy, offered, **options), free)
 
 
-def _cost(model: PreTrainedModel, target: HostTarget, batch: int, seconds: float, source: Source | None) -> CostModel:
+def _cost(
+    model: PreTrainedModel, target: HostTarget, batch: int, seconds: float, source: Source | None
+) -> CostModel:
     """What forwards of this model, and of the drafter's, cost up to this batch size; a guess if `seconds` is 0.
 
     Measured at first use on this machine, and stored."""
     if seconds <= 0:
         return CostModel.default()
     state = state_of(model)
-    key = (*setting_of(model), torch.get_num_threads(), _bucket(batch), target.tree, source and source.shape)
+    key = (
+        *setting_of(model),
+        torch.get_num_threads(),
+        _bucket(batch),
+        target.tree,
+        source and source.shape,
+    )
     if key not in state.costs:
         path = _profile_path(model, key)
         cost = load_profile(path)
@@ -165,7 +211,9 @@ def _measured(
     probe.max_positions = min(probe.max_positions, window or probe.max_positions)
     row = _one_row(probe)
     widest = _bucket(batch) if row < seconds / SLOW else 1
-    pages = max(pages_for((CONTEXTS[0] + MAX_ROWS) * widest, 1), pages_for(CONTEXTS[1] + MAX_ROWS, 1))
+    pages = max(
+        pages_for((CONTEXTS[0] + MAX_ROWS) * widest, 1), pages_for(CONTEXTS[1] + MAX_ROWS, 1)
+    )
     drafter = level_drafter(source.drafter(pages, CONTEXTS[1] + MAX_ROWS) if source else None)
     samples = measure(probe, drafter, pages, widest, seconds, coarse=row > seconds / VERY_SLOW)  # type: ignore[arg-type]
     return CostModel.fit(samples, ROUND_OVERHEAD if source else 0.0)
@@ -193,9 +241,9 @@ def _one_row(target: HostTarget) -> float:
 class _Probe(HostTarget):
     """For measuring, whose made-up token ids may lie beyond a small vocabulary."""
 
-    def verify(self, rows: Rows, taps: tuple[int, ...]) -> TargetScores:
+    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         rows.token %= self.vocab
-        return super().verify(rows, taps)
+        return super().verify(rows, aux_layers)
 
 
 def _bucket(batch: int) -> int:

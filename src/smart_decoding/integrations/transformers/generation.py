@@ -63,20 +63,28 @@ def generate(
     if reason:
         raise ConfigError(reason)
     warn_if_missing(model.device)
-    prompts = _prompts(input_ids, model_inputs.get("attention_mask"), model_inputs.get("position_ids"))
+    prompts = _prompts(
+        input_ids, model_inputs.get("attention_mask"), model_inputs.get("position_ids")
+    )
     pad = _pad(generation_config)
     layers = layers_of(model, model_inputs)
     source = source_for(model, options, generation_config.max_length)
     host = _host(generation_config, logits_processor, stopping_criteria, len(prompts))
-    target = HostTarget(model, layers, layout_of(model, layers) == "tree", _eos(generation_config), host)
+    target = HostTarget(
+        model, layers, layout_of(model, layers) == "tree", _eos(generation_config), host
+    )
     sequences = [_sequence(i, ids, generation_config.max_length) for i, ids in enumerate(input_ids)]
     key, drafting = borrow(model, options, target, len(prompts), source)
     config = _engine_config(generation_config, prompts)
     drafter = drafting.drafter(source, config.pages, config.max_model_len)
     engine = Engine(target, drafting.policy, drafter, config, lambda _: lambda _: "")
     params = _params(generation_config, host, input_ids.shape[1])
-    requests = [_submit(engine, host, *pair, params) for pair in zip(sequences, prompts, strict=True)]
-    stream = Stream(streamer if streamer is not None else _caller_streamer(), input_ids.shape[1], pad)
+    requests = [
+        _submit(engine, host, *pair, params) for pair in zip(sequences, prompts, strict=True)
+    ]
+    stream = Stream(
+        streamer if streamer is not None else _caller_streamer(), input_ids.shape[1], pad
+    )
     try:
         while engine.has_unfinished_requests:
             engine.step()
@@ -98,29 +106,43 @@ def last_report(model: PreTrainedModel) -> Report | None:
     return state_of(model).last
 
 
-def _prompts(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> list[list[int]]:
+def _prompts(
+    ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+) -> list[list[int]]:
     """Each row's tokens without its left padding."""
     rows = []
     for i, row in enumerate(ids.tolist()):
         real = [1] * len(row) if mask is None else mask[i].tolist()
         start = real.index(1) if 1 in real else len(real)
         if len(real) != len(row) or real[start:] != [1] * (len(row) - start):
-            raise ConfigError("attention_mask must be ones after left padding: set padding_side='left'")
-        if positions is not None and positions[i if len(positions) > 1 else 0].tolist()[start:] != list(
-            range(len(row) - start)
-        ):
-            raise ConfigError("position_ids other than 0, 1, 2, ... are not supported: leave them out")
+            raise ConfigError(
+                "attention_mask must be ones after left padding: set padding_side='left'"
+            )
+        if positions is not None and positions[i if len(positions) > 1 else 0].tolist()[
+            start:
+        ] != list(range(len(row) - start)):
+            raise ConfigError(
+                "position_ids other than 0, 1, 2, ... are not supported: leave them out"
+            )
         rows.append(row[start:])
     return rows
 
 
 def _host(config: GenerationConfig, processors: Any, criteria: Any, batch: int) -> Host:
-    seed = int(torch.randint(2**62, ())) if config.do_sample else 0  # so that torch.manual_seed repeats an answer
+    seed = (
+        int(torch.randint(2**62, ())) if config.do_sample else 0
+    )  # so that torch.manual_seed repeats an answer
     whole = bool(config.return_dict_in_generate)
     return Host(
-        processors, criteria, batch, config.max_length, config.do_sample, seed,
-        bool(whole and config.output_scores), bool(whole and config.output_logits),
-    )  # fmt: skip
+        processors,
+        criteria,
+        batch,
+        config.max_length,
+        config.do_sample,
+        seed,
+        bool(whole and config.output_scores),
+        bool(whole and config.output_logits),
+    )
 
 
 def _params(config: GenerationConfig, host: Host, prompt: int) -> SamplingParams:
@@ -132,7 +154,9 @@ def _params(config: GenerationConfig, host: Host, prompt: int) -> SamplingParams
 
 def _engine_config(config: GenerationConfig, prompts: Sequence[Sequence[int]]) -> EngineConfig:
     total, longest = sum(map(len, prompts)), config.max_length + 1
-    pages = pages_for((longest + SLACK) * len(prompts), len(prompts))  # memory grows only as pages come into use
+    pages = pages_for(
+        (longest + SLACK) * len(prompts), len(prompts)
+    )  # memory grows only as pages come into use
     chunk = config.prefill_chunk_size or min(total, PREFILL_ROWS)
     return EngineConfig(pages, longest, len(prompts), chunk, prefix_caching=False)
 
@@ -143,7 +167,9 @@ def _sequence(index: int, ids: torch.Tensor, max_length: int) -> HostSequence:
     return HostSequence(index, tokens, len(ids))
 
 
-def _submit(engine: Engine, host: Host, sequence: HostSequence, prompt: list[int], params: SamplingParams) -> Request:
+def _submit(
+    engine: Engine, host: Host, sequence: HostSequence, prompt: list[int], params: SamplingParams
+) -> Request:
     (request,) = engine.add_request(str(sequence.index), prompt, params)
     request.sample, request.history = sequence.index, sequence
     request.stop = HostStop(params, host, sequence)
@@ -152,7 +178,13 @@ def _submit(engine: Engine, host: Host, sequence: HostSequence, prompt: list[int
 
 def _eos(config: GenerationConfig) -> tuple[int, ...]:
     eos = config.eos_token_id
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(token) for token in eos)
+    return (
+        ()
+        if eos is None
+        else (eos,)
+        if isinstance(eos, int)
+        else tuple(int(token) for token in eos)
+    )
 
 
 def _pad(config: GenerationConfig) -> int:
@@ -168,13 +200,31 @@ def _caller_streamer() -> Any:
 
 def _report(method: str, policy: str, target: HostTarget, requests: Sequence[Request]) -> Report:
     metrics = [request.metrics for request in requests]
-    drafted, verified, accepted = (sum(getattr(m, n) for m in metrics) for n in ("drafted", "verified", "accepted"))
-    tokens, rounds = sum(len(request.output) for request in requests), max(m.rounds for m in metrics)
-    return Report(method, policy, "tree" if target.tree else "chain", tokens, rounds, drafted, verified, accepted)
+    drafted, verified, accepted = (
+        sum(getattr(m, n) for m in metrics) for n in ("drafted", "verified", "accepted")
+    )
+    tokens, rounds = (
+        sum(len(request.output) for request in requests),
+        max(m.rounds for m in metrics),
+    )
+    return Report(
+        method,
+        policy,
+        "tree" if target.tree else "chain",
+        tokens,
+        rounds,
+        drafted,
+        verified,
+        accepted,
+    )
 
 
 def _output(
-    ids: torch.Tensor, sequences: Sequence[HostSequence], host: Host, config: GenerationConfig, pad: int
+    ids: torch.Tensor,
+    sequences: Sequence[HostSequence],
+    host: Host,
+    config: GenerationConfig,
+    pad: int,
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
     length = host.length or max(sequence.length for sequence in sequences)
     lengths = [min(length, sequence.length) for sequence in sequences]
@@ -189,7 +239,9 @@ def _output(
     return GenerateDecoderOnlyOutput(sequences=out, scores=scores, logits=logits)  # type: ignore[arg-type]
 
 
-def _steps(kept: Sequence[Sequence[torch.Tensor]], steps: Sequence[int]) -> tuple[torch.Tensor, ...]:
+def _steps(
+    kept: Sequence[Sequence[torch.Tensor]], steps: Sequence[int]
+) -> tuple[torch.Tensor, ...]:
     """Per step [batch, vocab]; zeros where a row has ended."""
     blank = torch.zeros_like(next(rows[0] for rows in kept if rows))
     return tuple(

@@ -33,7 +33,7 @@ class HostHead(EagleHead):
 
     def __init__(self, files: HeadFiles, folder: Path, model: PreTrainedModel) -> None:
         if files.fused:  # transformers gives what the target's output matrix reads
-            files = replace(files, taps=(files.taps[0] + 1,))
+            files = replace(files, aux_layers=(files.aux_layers[0] + 1,))
         super().__init__(files, HostLender(files, model), 0, 0, 0)
         self.folder, self.widest = folder, 1 << 30
 
@@ -58,7 +58,9 @@ class HostLender:
         self.config, self.dtype, self.workspace = host_config(model)[0], model.dtype, Workspace()
         self.head = HostOutput(model.get_output_embeddings())
         self.device: torch.device = self.head.weight.device
-        self.native = model.dtype in KERNEL_DTYPES and use_native(files.shape, self.device, allow_slow=True)
+        self.native = model.dtype in KERNEL_DTYPES and use_native(
+            files.shape, self.device, allow_slow=True
+        )
         self.work_dtype = torch.float32 if self.native else model.dtype
         self._embedding: Any = model.get_input_embeddings()
 
@@ -90,14 +92,18 @@ class HostOutput:
 def load_host_head(model: PreTrainedModel, name: Any, trust_pickle: bool = False) -> HostHead:
     """The head in a folder, on the hub, or of a built-in model. Raises ConfigError, ModelError or DownloadError."""
     if not name:
-        raise ConfigError("method 'eagle' needs a head: give model=FOLDER, a hub id, or a built-in model such as "
-                          "'smollm2-135m'")  # fmt: skip
+        raise ConfigError(
+            "method 'eagle' needs a head: give model=FOLDER, a hub id, or a built-in model such as "
+            "'smollm2-135m'"
+        )
     config, exact = host_config(model)
     folder = shipped_head(str(name)) or head_folder(name, trust_pickle)
     files = load_head(folder, config, trust_pickle)
     if layout_of(files) == "smart" and not exact:
-        raise ModelError(f"the head in {folder} has the shape of its target's layers, which {type(model).__name__} "
-                         "has not: it was made for another model")  # fmt: skip
+        raise ModelError(
+            f"the head in {folder} has the shape of its target's layers, which {type(model).__name__} "
+            "has not: it was made for another model"
+        )
     return HostHead(files, folder, model)
 
 
@@ -105,11 +111,22 @@ def host_config(model: PreTrainedModel) -> tuple[ModelConfig, bool]:
     """What a head must fit, and whether it is all that is to say of the model's layers."""
     text = model.config.get_text_config(decoder=True)
     try:
-        return ModelConfig.from_hf({**text.to_dict(), "architectures": [type(model).__name__]}), True
+        return ModelConfig.from_hf(
+            {**text.to_dict(), "architectures": [type(model).__name__]}
+        ), True
     except ModelError:
         heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
         positions = int(getattr(text, "max_position_embeddings", None) or 1 << 30)
         return ModelConfig(
-            "llama", int(text.num_hidden_layers), hidden, heads, heads, hidden // heads, 4 * hidden,
-            int(text.vocab_size), 10_000.0, 1e-6, positions,
-        ), False  # fmt: skip
+            "llama",
+            int(text.num_hidden_layers),
+            hidden,
+            heads,
+            heads,
+            hidden // heads,
+            4 * hidden,
+            int(text.vocab_size),
+            10_000.0,
+            1e-6,
+            positions,
+        ), False

@@ -55,7 +55,9 @@ class HostSequence:
     def with_path(self, path: Sequence[int]) -> torch.Tensor:
         """Tokens so far and `path`, the nodes of the tree that the walk has come down."""
         if len(path):
-            self.tokens[self.length : self.length + len(path)] = torch.tensor(path, device=self.tokens.device)
+            self.tokens[self.length : self.length + len(path)] = torch.tensor(
+                path, device=self.tokens.device
+            )
         return self.tokens[: self.length + len(path)]
 
     def append(self, tokens: Sequence[int]) -> None:
@@ -78,16 +80,24 @@ class Host:
     keep_logits: bool = False
 
     def __post_init__(self) -> None:
-        self._by_row = all(_by_row(p, "transformers.generation.logits_process") for p in self.processors)
-        self._criteria_by_row = all(_by_row(c, "transformers.generation.stopping_criteria") for c in self.criteria)
+        self._by_row = all(
+            _by_row(p, "transformers.generation.logits_process") for p in self.processors
+        )
+        self._criteria_by_row = all(
+            _by_row(c, "transformers.generation.stopping_criteria") for c in self.criteria
+        )
 
-        self._pads = self.batch == 1 or any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+        self._pads = self.batch == 1 or any(
+            hasattr(criterion, "eos_token_id") for criterion in self.criteria
+        )
         self._ends: dict[int, int] = {}  # row -> its length where a criterion ended it
 
     @property
     def length(self) -> int | None:
         """Where the last row ended, once all have, if rows that ended before wrote on; else None."""
-        return max(self._ends.values()) if not self._pads and len(self._ends) == self.batch else None
+        return (
+            max(self._ends.values()) if not self._pads and len(self._ends) == self.batch else None
+        )
 
     @property
     def plain_greedy(self) -> bool:
@@ -99,14 +109,18 @@ class Host:
         scores = self._process(logits, specs)
         for i, spec in enumerate(specs):
             sequence: Any = spec.history
-            for keep, kept, values in ((self.keep_scores, sequence.scores, scores),
-                                       (self.keep_logits, sequence.logits, logits)):  # fmt: skip
+            for keep, kept, values in (
+                (self.keep_scores, sequence.scores, scores),
+                (self.keep_logits, sequence.logits, logits),
+            ):
                 if keep:
                     del kept[spec.position :]
                     kept.append(values[i].clone())
         if not self.do_sample:
             return sampler.argmax(scores)
-        whole = SamplingParams(temperature=1.0)  # the processors have applied temperature, top-p and the rest
+        whole = SamplingParams(
+            temperature=1.0
+        )  # the processors have applied temperature, top-p and the rest
         keyed = [SampleSpec(whole, spec.seed, spec.sample, spec.position) for spec in specs]
         return sampler.sample(scores, np.arange(len(specs)), keyed)
 
@@ -114,7 +128,9 @@ class Host:
         """Whether the sequence ends at its last token, the answer's `count`-th."""
         ids = sequence.tokens[: sequence.length][None]
         rows = 1 if self._criteria_by_row else self.batch
-        known = sequence.scores[:count]  # a round has scores of all its tokens before the first of them is asked about
+        known = sequence.scores[
+            :count
+        ]  # a round has scores of all its tokens before the first of them is asked about
         scores = tuple(row.expand(rows, -1) for row in known) if self.keep_scores else None
         done = self.criteria(ids.repeat(rows, 1), scores)
         if not bool(done[0 if rows == 1 else sequence.index]):
@@ -129,12 +145,16 @@ class Host:
         ids = [spec.history.with_path(spec.path) for spec in specs]  # type: ignore[union-attr]
         for rows in _same_length(ids):
             place = list(range(len(rows)))
-            if not self._by_row:  # then each row must stand at its own place of a whole batch; copies fill the rest
+            if (
+                not self._by_row
+            ):  # then each row must stand at its own place of a whole batch; copies fill the rest
                 place = [spec.history.index for spec in (specs[i] for i in rows)]  # type: ignore[union-attr]
             shown = [rows[0]] * (len(rows) if self._by_row else self.batch)
             for at, i in zip(place, rows, strict=True):
                 shown[at] = i
-            scores[rows] = self.processors(torch.stack([ids[i] for i in shown]), logits[shown])[place]
+            scores[rows] = self.processors(torch.stack([ids[i] for i in shown]), logits[shown])[
+                place
+            ]
         return scores
 
 
@@ -161,7 +181,9 @@ class Stream:
     def __init__(self, streamer: Any, prompt: int, pad: int) -> None:
         self._streamer, self._at, self._pad = streamer, prompt, pad
 
-    def advance(self, sequences: Sequence[HostSequence], ended: Sequence[bool], longest: int | None) -> None:
+    def advance(
+        self, sequences: Sequence[HostSequence], ended: Sequence[bool], longest: int | None
+    ) -> None:
         """Gives out all steps for which every row has a token or has ended. longest: `Host.length`."""
         if self._streamer is None:
             return

@@ -45,7 +45,9 @@ def state_of(model: PreTrainedModel) -> ModelState:
 def layers_of(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> int:
     """Layers with keys, of the cache that `generate` prepared or would prepare."""
     cache = cache_of(inputs) if inputs is not None else None
-    return len(cache.layers if cache else ()) or int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    return len(cache.layers if cache else ()) or int(
+        model.config.get_text_config(decoder=True).num_hidden_layers
+    )
 
 
 def layout_of(model: PreTrainedModel, layers: int) -> str:

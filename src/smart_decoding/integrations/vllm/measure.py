@@ -19,7 +19,10 @@ from typing import Any
 
 from smart_decoding.errors import ConfigError
 
-COUNTERS = {"vllm:spec_decode_num_draft_tokens": "drafted", "vllm:spec_decode_num_accepted_tokens": "accepted"}
+COUNTERS = {
+    "vllm:spec_decode_num_draft_tokens": "drafted",
+    "vllm:spec_decode_num_accepted_tokens": "accepted",
+}
 
 
 class Measured:
@@ -29,8 +32,10 @@ class Measured:
         self._name = f"vLLM with speculative_config={arguments.get('speculative_config')}"
         self._process = subprocess.Popen(
             [python, "-m", __spec__.name, json.dumps(dict(arguments))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def ready(self) -> str:
         """Waits until the engine has started; returns vLLM's version. Raises ConfigError if it did not start."""
@@ -39,7 +44,9 @@ class Measured:
     def run(self, prompts: Sequence[str], max_tokens: int) -> dict[str, Any]:
         """Generates for all prompts at once, `max_tokens` each."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": list(prompts), "max_tokens": max_tokens}) + "\n")
+        self._process.stdin.write(
+            json.dumps({"prompts": list(prompts), "max_tokens": max_tokens}) + "\n"
+        )
         self._process.stdin.flush()
         return self._answer()
 
@@ -47,7 +54,9 @@ class Measured:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise ConfigError(f"{self._name} ended with code {self._process.wait()}: its own message stands above")
+            raise ConfigError(
+                f"{self._name} ended with code {self._process.wait()}: its own message stands above"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -55,7 +64,10 @@ class Measured:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()  # the other end stops then
@@ -77,7 +89,9 @@ def main(arguments: dict[str, Any]) -> None:
     def ask(prompts: list[str], *arguments: Any, **options: Any) -> Any:
         if not chats:
             return llm.generate(prompts, *arguments, **options)
-        return llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], *arguments, **options)
+        return llm.chat(
+            [[{"role": "user", "content": prompt}] for prompt in prompts], *arguments, **options
+        )
 
     print(json.dumps({"ready": vllm.__version__}), file=answers, flush=True)
     for line in sys.stdin:
@@ -89,7 +103,9 @@ def main(arguments: dict[str, Any]) -> None:
         seconds = time.perf_counter() - start
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         counts = {name: count - before[name] for name, count in _counts(llm).items()}
-        print(json.dumps({"seconds": seconds, "tokens": tokens, **counts}), file=answers, flush=True)
+        print(
+            json.dumps({"seconds": seconds, "tokens": tokens, **counts}), file=answers, flush=True
+        )
 
 
 def _counts(llm: Any) -> dict[str, int]:

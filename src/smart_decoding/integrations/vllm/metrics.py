@@ -29,8 +29,12 @@ class CounterCollector:
         from prometheus_client.core import CounterMetricFamily
 
         for name, text in HELP.items():
-            yield CounterMetricFamily(f"smart_vllm_{name}", text, value=getattr(self._counters, name))
-        lengths = CounterMetricFamily("smart_vllm_length", "Steps by draft length", labels=["tokens"])
+            yield CounterMetricFamily(
+                f"smart_vllm_{name}", text, value=getattr(self._counters, name)
+            )
+        lengths = CounterMetricFamily(
+            "smart_vllm_length", "Steps by draft length", labels=["tokens"]
+        )
         for length, steps in sorted(dict(self._counters.lengths).items()):
             lengths.add_metric([str(length)], steps)
         yield lengths

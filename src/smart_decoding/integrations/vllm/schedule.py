@@ -77,7 +77,9 @@ def schedule(choices: Sequence[Choice]) -> list[Line]:
             last = max(last, math.ceil(math.sqrt(choice.batch * ordered[index + 1].batch)) - 1)
         if lines and lines[-1].length == choice.length:
             before = lines.pop()
-            lines.append(Line(before.first, last, choice.length, f"{before.reason}; {choice.reason}"))
+            lines.append(
+                Line(before.first, last, choice.length, f"{before.reason}; {choice.reason}")
+            )
         else:
             lines.append(Line(first, last, choice.length, choice.reason))
         first = last + 1
@@ -92,16 +94,26 @@ def speculative_config(base: Mapping[str, Any], lines: Sequence[Line]) -> dict[s
     if not longest:
         return None
     entries = [line.entry() for line in lines]
-    return {**base, "num_speculative_tokens": longest, "num_speculative_tokens_per_batch_size": entries}
+    return {
+        **base,
+        "num_speculative_tokens": longest,
+        "num_speculative_tokens_per_batch_size": entries,
+    }
 
 
-def report(lines: Sequence[Line], choices: Sequence[Choice], measured: Mapping[int, Mapping[int, Timing]]) -> Any:
+def report(
+    lines: Sequence[Line], choices: Sequence[Choice], measured: Mapping[int, Mapping[int, Timing]]
+) -> Any:
     """All that was measured, as plain lists and numbers."""
     return {
         "lines": [asdict(line) for line in lines],
         "measured": {
             str(choice.batch): {
-                str(length): {**asdict(timing), "seconds": list(timing.seconds), "tokens_per_second": timing.rate}
+                str(length): {
+                    **asdict(timing),
+                    "seconds": list(timing.seconds),
+                    "tokens_per_second": timing.rate,
+                }
                 for length, timing in measured[choice.batch].items()
             }
             for choice in choices

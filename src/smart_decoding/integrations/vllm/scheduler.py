@@ -20,7 +20,13 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from smart_decoding.integrations.chains import Chains, Step
 from smart_decoding.integrations.resting import REST
 from smart_decoding.integrations.vllm.metrics import serve_metrics
-from smart_decoding.integrations.vllm.ranks import Length, drafts_nothing, marked, same_machine, shorten_fetching
+from smart_decoding.integrations.vllm.ranks import (
+    Length,
+    drafts_nothing,
+    marked,
+    same_machine,
+    shorten_fetching,
+)
 from smart_decoding.integrations.vllm.seams import (
     FREE,
     find,
@@ -52,11 +58,17 @@ class Lengths:
 class Controller:
     """Between one vLLM scheduler and the policy: request ids, counts and the clock."""
 
-    def __init__(self, scheduler: Any, lengths: Sequence[int], model: bool, probe_budget: float) -> None:
+    def __init__(
+        self, scheduler: Any, lengths: Sequence[int], model: bool, probe_budget: float
+    ) -> None:
         self.scheduler = scheduler
         self.policy = Chains(lengths, model, probe_budget)
-        self._under_way: dict[int, tuple[Step, float]] = {}  # by the identity of the step's SchedulerOutput
-        self._ranks_rest = False  # whether ranks in other processes have said that they understand REST
+        self._under_way: dict[
+            int, tuple[Step, float]
+        ] = {}  # by the identity of the step's SchedulerOutput
+        self._ranks_rest = (
+            False  # whether ranks in other processes have said that they understand REST
+        )
         self._done = 0.0  # when the last step's output was processed
         self._steps = 0
 
@@ -64,7 +76,9 @@ class Controller:
         """K of the step that is being scheduled."""
         start = time.perf_counter()
         self.policy.may_rest = self.policy.model and (self._ranks_rest or drafter_seen())
-        length = self.policy.length([request.request_id for request in self.scheduler.running[:batch]])
+        length = self.policy.length(
+            [request.request_id for request in self.scheduler.running[:batch]]
+        )
         self.policy.counters.seconds += time.perf_counter() - start
         return length
 
@@ -78,7 +92,9 @@ class Controller:
         levels = int(output.num_spec_tokens_to_schedule)
         if levels == REST:  # a prompt that the draft model does not see cannot be drafted for
             scheduled = output.num_scheduled_tokens.items()
-            self.policy.rests.miss(id_ for id_, count in scheduled if count > 1 + drafts.get(id_, 0))
+            self.policy.rests.miss(
+                id_ for id_, count in scheduled if count > 1 + drafts.get(id_, 0)
+            )
         drafts_nothing(levels <= 0)
         step = Step(batch, levels, drafts, clean=clean, greedy=greedy, probe=probe)
         self._under_way[id(output)] = (step, start)
@@ -101,7 +117,9 @@ class Controller:
         if found is not None and ran.sampled_token_ids:
             step, sampled = found[0], ran.sampled_token_ids
             index = ran.req_id_to_index
-            step.accepted = {id_: max(len(sampled[index[id_]]) - 1, 0) for id_ in step.verified if id_ in index}
+            step.accepted = {
+                id_: max(len(sampled[index[id_]]) - 1, 0) for id_ in step.verified if id_ in index
+            }
         return found
 
     def finished(self, step: Step, start: float) -> None:
@@ -139,10 +157,16 @@ class _Smart:
         longest = self.num_spec_tokens  # type: ignore[attr-defined]
         lengths = [min(k, longest) for _, _, k in schedule] if schedule else range(longest + 1)
         if not any(lengths):
-            logger.warning("SMART leaves draft lengths to vLLM: its schedule drafts nothing at any batch size")
+            logger.warning(
+                "SMART leaves draft lengths to vLLM: its schedule drafts nothing at any batch size"
+            )
             return
-        self.controller = Controller(self, lengths, speculative.method not in FREE, options.probe_budget)
-        far = options.shortcuts and same_machine(parallel.distributed_executor_backend, parallel.nnodes)
+        self.controller = Controller(
+            self, lengths, speculative.method not in FREE, options.probe_budget
+        )
+        far = options.shortcuts and same_machine(
+            parallel.distributed_executor_backend, parallel.nnodes
+        )
         self.dynamic_sd_lookup = Lengths(self.controller, Length if far else int)
         if options.shortcuts:
             install_shortcuts()
@@ -152,8 +176,12 @@ class _Smart:
             try:
                 serve_metrics(self.controller.policy.counters, options.metrics_port)
             except OSError as error:  # another engine on this machine, such as another data-parallel rank, has it
-                logger.warning("SMART's metrics are not served on port %d: %s", options.metrics_port, error)
-        logger.info("SMART chooses draft lengths: up to %d tokens by %s", longest, speculative.method)
+                logger.warning(
+                    "SMART's metrics are not served on port %d: %s", options.metrics_port, error
+                )
+        logger.info(
+            "SMART chooses draft lengths: up to %d tokens by %s", longest, speculative.method
+        )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         start = time.perf_counter()
@@ -163,7 +191,9 @@ class _Smart:
             self.controller.scheduled(output, start, probe)
         return output
 
-    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
         controller = self.controller
         found = controller.outcome(scheduler_output, model_runner_output) if controller else None
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
@@ -185,7 +215,9 @@ class SmartScheduler(_Smart, Scheduler):
         if self.controller is None:
             return
         found = [self.requests.get(id_) for id_ in draft_token_ids.req_ids]
-        requests = [r for r in found if r is not None and not r.is_finished() and not r.is_prefill_chunk]
+        requests = [
+            r for r in found if r is not None and not r.is_finished() and not r.is_prefill_chunk
+        ]
         drafted = [len(request.spec_token_ids) for request in requests]
         kept = self.controller.trim([request.request_id for request in requests], drafted)
         for request, count in zip(requests, kept, strict=True):

@@ -29,52 +29,90 @@ ATTRIBUTES = {
     "vllm_config.scheduler_config.async_scheduling": "which of our classes is the right one",
     "vllm_config.speculative_config": "None: nothing is drafted",
 }
-SPECULATIVE = ("method", "parallel_drafting", "num_speculative_tokens_per_batch_size")  # of that, where there is one
+SPECULATIVE = (
+    "method",
+    "parallel_drafting",
+    "num_speculative_tokens_per_batch_size",
+)  # of that, where there is one
 
 # Of vLLM's classes (module:class): methods that are overridden or replaced, attributes that are read.
 CLASSES = {
     "vllm.v1.core.sched.scheduler:Scheduler": (
-        "schedule", "update_from_output", "update_draft_token_ids", "_update_after_schedule", "shutdown"
+        "schedule",
+        "update_from_output",
+        "update_draft_token_ids",
+        "_update_after_schedule",
+        "shutdown",
     ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler": ("_update_after_schedule",),
     "vllm.v1.core.sched.output:SchedulerOutput": (
-        "num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_spec_decode_tokens",
+        "num_scheduled_tokens",
+        "total_num_scheduled_tokens",
+        "scheduled_spec_decode_tokens",
         "num_spec_tokens_to_schedule",
     ),
     "vllm.v1.outputs:ModelRunnerOutput": ("req_ids", "req_id_to_index", "sampled_token_ids"),
     "vllm.v1.outputs:DraftTokenIds": ("req_ids",),
     "vllm.v1.request:Request": (
-        "request_id", "spec_token_ids", "max_tokens", "num_output_tokens", "sampling_params", "is_prefill_chunk",
+        "request_id",
+        "spec_token_ids",
+        "max_tokens",
+        "num_output_tokens",
+        "sampling_params",
+        "is_prefill_chunk",
         "is_finished",
     ),
-    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": ("num_draft_tokens",),  # of each request, as a list
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": (
+        "num_draft_tokens",
+    ),  # of each request, as a list
     "vllm.v1.sample.rejection_sampler:RejectionSampler": ("forward", "sampler"),  # shortcuts.py
-    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer": ("propose", "_last_draft_probs"),  # shortcuts.py
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer": (
+        "propose",
+        "_last_draft_probs",
+    ),  # shortcuts.py
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor": ("take_draft_token_ids",),  # ranks.py
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (  # shortcuts.py
-        "execute_model", "sample_tokens", "execute_model_state", "speculative_config", "use_async_scheduling",
-        "model_config", "input_batch",
+        "execute_model",
+        "sample_tokens",
+        "execute_model_state",
+        "speculative_config",
+        "use_async_scheduling",
+        "model_config",
+        "input_batch",
     ),
     "vllm.v1.worker.gpu_input_batch:InputBatch": ("thinking_budget_state_holder",),  # shortcuts.py
     "vllm.v1.worker.gpu_model_runner:ExecuteModelState": ("scheduler_output",),
-}  # fmt: skip
+}
 # All parameters of methods that ours take the place of; of those that are called, the keywords that are given.
 REPLACED = {
-    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": ("scheduler_output", "model_runner_output"),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": (
+        "scheduler_output",
+        "model_runner_output",
+    ),
     "vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids": ("draft_token_ids",),
-    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule": ("scheduler_output",),
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule": (
+        "scheduler_output",
+    ),
     "vllm.v1.sample.rejection_sampler:RejectionSampler.forward": (
-        "metadata", "draft_probs", "logits", "sampling_metadata"
+        "metadata",
+        "draft_probs",
+        "logits",
+        "sampling_metadata",
     ),
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor.take_draft_token_ids": (),
-}  # fmt: skip
+}
 CALLED = {
-    "vllm.v1.sample.sampler:Sampler.forward": ("logits", "sampling_metadata", "predict_bonus_token"),
+    "vllm.v1.sample.sampler:Sampler.forward": (
+        "logits",
+        "sampling_metadata",
+        "predict_bonus_token",
+    ),
     "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.propose": (
-        "num_speculative_tokens", "next_token_ids"
+        "num_speculative_tokens",
+        "next_token_ids",
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": ("scheduler_output",),
-}  # fmt: skip
+}
 # Classes whose objects are pickled by their attributes, to which one is added (ranks.py).
 PICKLED = ("vllm.v1.outputs:ModelRunnerOutput",)
 
@@ -106,13 +144,19 @@ def read_options(additional_config: Any) -> Options:
     known = {field.name: type(field.default) for field in fields(Options)}
     for name, value in given.items():
         if name not in known:
-            raise ConfigError(f"unknown option {name!r} of additional_config['smart']; known: {', '.join(known)}")
+            raise ConfigError(
+                f"unknown option {name!r} of additional_config['smart']; known: {', '.join(known)}"
+            )
         good = (int, float) if known[name] is float else known[name]
         if not isinstance(value, good) or (known[name] is not bool and isinstance(value, bool)):
-            raise ConfigError(f"additional_config['smart'][{name!r}] must be of type {known[name].__name__}")
+            raise ConfigError(
+                f"additional_config['smart'][{name!r}] must be of type {known[name].__name__}"
+            )
     options = Options(**given)
     if not 0.0 <= options.probe_budget <= 0.5 or not 0 <= options.metrics_port <= 65535:
-        raise ConfigError("additional_config['smart']: probe_budget is in [0, 0.5], metrics_port in [0, 65535]")
+        raise ConfigError(
+            "additional_config['smart']: probe_budget is in [0, 0.5], metrics_port in [0, 65535]"
+        )
     return options
 
 
@@ -151,7 +195,12 @@ def find(thing: object, path: str, default: Any = None) -> Any:
 
 def missing(scheduler: object) -> list[str]:
     """Names listed above that this scheduler, its configuration or the installed vLLM's classes have not."""
-    return [*missing_attributes(scheduler), *missing_members(), *missing_parameters(), *missing_pickles()]
+    return [
+        *missing_attributes(scheduler),
+        *missing_members(),
+        *missing_parameters(),
+        *missing_pickles(),
+    ]
 
 
 def missing_attributes(scheduler: object) -> Iterable[str]:
@@ -167,16 +216,24 @@ def missing_members() -> Iterable[str]:
     for place, names in CLASSES.items():
         kind = _imported(place)
         init = getattr(inspect.unwrap(kind.__init__), "__code__", None)  # it may be decorated
-        stored = {i.argval for i in dis.get_instructions(init) if i.opname == "STORE_ATTR"} if init else set()
+        stored = (
+            {i.argval for i in dis.get_instructions(init) if i.opname == "STORE_ATTR"}
+            if init
+            else set()
+        )
         known = stored | set(getattr(kind, "__dataclass_fields__", ()))
-        yield from (f"{place}.{name}" for name in names if name not in known and not hasattr(kind, name))
+        yield from (
+            f"{place}.{name}" for name in names if name not in known and not hasattr(kind, name)
+        )
 
 
 def missing_parameters() -> Iterable[str]:
     for place, names in (REPLACED | CALLED).items():
         method = _imported(place)
         taken = list(inspect.signature(method).parameters)[1:] if callable(method) else None
-        if taken is None or (taken != list(names) if place in REPLACED else not set(names) <= set(taken)):
+        if taken is None or (
+            taken != list(names) if place in REPLACED else not set(names) <= set(taken)
+        ):
             yield f"{place}({', '.join(names)})"
 
 
@@ -184,7 +241,11 @@ def missing_pickles() -> Iterable[str]:
     ways = ("__slots__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
     for place in PICKLED:
         bases = getattr(_imported(place), "__mro__", ())[:-1]  # without object
-        yield from (f"{place} without a {way} of its own" for way in ways if any(way in vars(base) for base in bases))
+        yield from (
+            f"{place} without a {way} of its own"
+            for way in ways
+            if any(way in vars(base) for base in bases)
+        )
 
 
 def _imported(place: str) -> Any:
@@ -197,7 +258,10 @@ def _imported(place: str) -> Any:
 
 
 def reason_for_stock(
-    version: str, scheduler: object, options: Options, missing: Callable[[object], list[str]] = missing
+    version: str,
+    scheduler: object,
+    options: Options,
+    missing: Callable[[object], list[str]] = missing,
 ) -> str | None:
     """Why the scheduler should leave everything to vLLM, or None. Raises nothing, whatever that vLLM has."""
     if not options.enabled:
@@ -211,5 +275,7 @@ def reason_for_stock(
     if speculative is None:
         return "there is no --speculative-config, hence nothing to choose"
     if speculative.method not in (*FREE, *MODEL) or speculative.parallel_drafting:
-        return f"the drafting method {speculative.method!r} drafts all tokens at once, or is not known"
+        return (
+            f"the drafting method {speculative.method!r} drafts all tokens at once, or is not known"
+        )
     return None

@@ -51,11 +51,20 @@ def replace(owner: Any, name: str, ours: Callable[..., Any]) -> None:
 def _shorten_sampling() -> None:
     from vllm.v1.sample.rejection_sampler import RejectionSampler
 
-    def forward(original: Any, self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+    def forward(
+        original: Any,
+        self: Any,
+        metadata: Any,
+        draft_probs: Any,
+        logits: Any,
+        sampling_metadata: Any,
+    ) -> Any:
         if any(metadata.num_draft_tokens) or len(logits) != len(metadata.num_draft_tokens):
             return original(self, metadata, draft_probs, logits, sampling_metadata)
         # As the rejection sampler calls it: a thinking budget finds its row by that.
-        return self.sampler(logits=logits, sampling_metadata=sampling_metadata, predict_bonus_token=True)
+        return self.sampler(
+            logits=logits, sampling_metadata=sampling_metadata, predict_bonus_token=True
+        )
 
     replace(RejectionSampler, "forward", forward)
 
@@ -64,7 +73,9 @@ def _shorten_drafting() -> None:
     import torch
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-    def propose(original: Any, self: Any, num_speculative_tokens: int, *args: Any, **named: Any) -> Any:
+    def propose(
+        original: Any, self: Any, num_speculative_tokens: int, *args: Any, **named: Any
+    ) -> Any:
         if num_speculative_tokens != REST:
             _seen[:] = [True]
             return original(self, num_speculative_tokens, *args, **named)
@@ -78,7 +89,9 @@ def _shorten_drafting() -> None:
 def _shorten_steps() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    def execute_model(original: Any, self: Any, scheduler_output: Any, *args: Any, **named: Any) -> Any:
+    def execute_model(
+        original: Any, self: Any, scheduler_output: Any, *args: Any, **named: Any
+    ) -> Any:
         with _plain(self, scheduler_output):
             return original(self, scheduler_output, *args, **named)
 

@@ -16,27 +16,33 @@ from transformers import PreTrainedModel
 from smart_decoding.errors import ModelError
 
 
-class Taps:
+class AuxHidden:
     """Tap t is the residual stream after t layers; tap layers + 1 is the last one after the final norm.
 
     Raises ModelError if the layers cannot be found."""
 
     def __init__(self, model: PreTrainedModel, layers: int) -> None:
         decoder = model.get_decoder()
-        lists = [part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == layers]
+        lists = [
+            part
+            for part in decoder.modules()
+            if isinstance(part, nn.ModuleList) and len(part) == layers
+        ]
         if not lists:
-            raise ModelError(f"the {layers} layers of {type(model).__name__} cannot be found: no draft head runs on it")
+            raise ModelError(
+                f"the {layers} layers of {type(model).__name__} cannot be found: no draft head runs on it"
+            )
         self._modules: list[nn.Module] = [*lists[0], decoder]
 
     @contextmanager
-    def taken(self, taps: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    def taken(self, aux_layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
         """Runs forwards in this block; the last one's states by tap: [batch, queries, hidden]."""
         found: dict[int, torch.Tensor] = {}
 
         def keep(tap: int) -> Any:
             return lambda module, inputs, output: found.__setitem__(tap, _states(output))
 
-        handles = [self._modules[tap - 1].register_forward_hook(keep(tap)) for tap in taps]
+        handles = [self._modules[tap - 1].register_forward_hook(keep(tap)) for tap in aux_layers]
         try:
             yield found
         finally:
@@ -48,5 +54,7 @@ def _states(output: Any) -> torch.Tensor:
     """Of a layer, which returns them alone or first, or of the whole decoder."""
     if isinstance(output, torch.Tensor):
         return output
-    states: torch.Tensor = output["last_hidden_state"] if hasattr(output, "last_hidden_state") else output[0]
+    states: torch.Tensor = (
+        output["last_hidden_state"] if hasattr(output, "last_hidden_state") else output[0]
+    )
     return states

@@ -22,12 +22,18 @@ from smart_decoding.core.tree import FloatArray, IntArray
 from smart_lab.recording import Answer, Recording
 from smart_lab.replay import HostCosts, Prices, Walk
 
-SLOPES = (0, 1, 2, 4, 8)  # further rows per request over which a price list takes the cost curve's slope
+SLOPES = (
+    0,
+    1,
+    2,
+    4,
+    8,
+)  # further rows per request over which a price list takes the cost curve's slope
 FACTORS = (0.6, 0.8, 1.0, 1.3, 1.7)  # of a row's price, for plans
 
 
 @dataclass(frozen=True, slots=True)
-class Hindsight:
+class Oracle:
     """Tokens per second of a plan that exists, and what none can exceed. At batch size 1 they are the same."""
 
     reached: float
@@ -52,14 +58,16 @@ def reachable(recording: Recording) -> IntArray:
     return depth
 
 
-def hindsight(recording: Recording, cost: CostModel, batch_size: int, host: HostCosts | None = None) -> Hindsight:
+def oracle(
+    recording: Recording, cost: CostModel, batch_size: int, host: HostCosts | None = None
+) -> Oracle:
     """What knowing acceptance would give at a batch size, the queue kept full."""
     host, prices = host or HostCosts.of(cost), Prices(cost, batch_size)
     depth = reachable(recording)
     if batch_size == 1:
         seconds = sum(_exact(answer, depth, prices, host) for answer in recording.answers)
         rate = sum(answer.positions for answer in recording.answers) / seconds
-        return Hindsight(rate, rate)
+        return Oracle(rate, rate)
     tokens = sum(answer.positions for answer in recording.answers)
     context = float(np.mean(Walk.everywhere(recording).context))
     bound = max(_bounds(recording, depth, prices, host, batch_size, context))
@@ -67,7 +75,7 @@ def hindsight(recording: Recording, cost: CostModel, batch_size: int, host: Host
         _walked(recording, plan, prices, host, batch_size)
         for plan in _plans(recording, depth, prices, host, batch_size, context)
     )
-    return Hindsight(reached, tokens / bound)
+    return Oracle(reached, tokens / bound)
 
 
 def _exact(answer: Answer, depth: IntArray, prices: Prices, host: HostCosts) -> float:
@@ -84,9 +92,15 @@ def _exact(answer: Answer, depth: IntArray, prices: Prices, host: HostCosts) -> 
             emitted = min(k + 1, count - t)
             spent = (k - 1) * prices.draft(1, context) + prices.verify(1 + k, context) + draft_host
             drafted = min(drafted, spent + later[t + emitted, emitted])
-        never[t] = min(plain + never[t + 1], drafted + prices.first(answer.prompt_length + t, context))
+        never[t] = min(
+            plain + never[t + 1], drafted + prices.first(answer.prompt_length + t, context)
+        )
         pending = np.arange(1, later.shape[1] - 1)
-        first = np.array([prices.first(int(p), context) for p in pending]) if np.isfinite(drafted) else np.inf
+        first = (
+            np.array([prices.first(int(p), context) for p in pending])
+            if np.isfinite(drafted)
+            else np.inf
+        )
         later[t, 1:-1] = np.minimum(plain + later[t + 1, 2:], drafted + first)
     return float(never[0])
 
@@ -122,7 +136,12 @@ def _plan(recording: Recording, depth: IntArray, shares: _Shares) -> tuple[IntAr
 
 
 def _bounds(
-    recording: Recording, depth: IntArray, prices: Prices, host: HostCosts, batch_size: int, context: float
+    recording: Recording,
+    depth: IntArray,
+    prices: Prices,
+    host: HostCosts,
+    batch_size: int,
+    context: float,
 ) -> Iterator[float]:
     """Seconds below which no plan gets, one for each line under the cost curve."""
     most = batch_size * int(depth.max(initial=0))
@@ -136,7 +155,12 @@ def _bounds(
 
 
 def _plans(
-    recording: Recording, depth: IntArray, prices: Prices, host: HostCosts, batch_size: int, context: float
+    recording: Recording,
+    depth: IntArray,
+    prices: Prices,
+    host: HostCosts,
+    batch_size: int,
+    context: float,
 ) -> Iterator[IntArray]:
     """Plans that are worth walking through."""
     yield np.zeros(recording.positions, np.int64)
@@ -147,8 +171,12 @@ def _plans(
     for row in _slopes(curve, batch_size):
         for factor in FACTORS:
             for sharing in (1.0, 0.5):  # the part of the batch that drafts
-                level = prices.draft(max(1, int(batch_size * sharing)), context) / (batch_size * sharing)
-                shares = _Shares((float(curve[0]) + plain) / batch_size, drafting, level, row * factor)
+                level = prices.draft(max(1, int(batch_size * sharing)), context) / (
+                    batch_size * sharing
+                )
+                shares = _Shares(
+                    (float(curve[0]) + plain) / batch_size, drafting, level, row * factor
+                )
                 for deepest in (1, 2, 3, int(depth.max(initial=0))):
                     yield _plan(recording, np.minimum(depth, deepest), shares)[0]
 
@@ -159,14 +187,18 @@ def _slopes(curve: FloatArray, batch_size: int) -> list[float]:
     return sorted({float(curve[end] - curve[0]) / end for end in ends if end} | {0.0})
 
 
-def _walked(recording: Recording, plan: IntArray, prices: Prices, host: HostCosts, batch_size: int) -> float:
+def _walked(
+    recording: Recording, plan: IntArray, prices: Prices, host: HostCosts, batch_size: int
+) -> float:
     """Tokens per second of a plan at true costs."""
     walk, tokens, seconds = Walk(recording, batch_size), 0, 0.0
     while walk.running:
         levels, context = plan[walk.position], float(walk.context.sum()) / batch_size
         deepest = int(levels.max())
         widths = [int(np.count_nonzero(levels >= level)) for level in range(2, deepest + 1)]
-        seconds += prices.verify(batch_size + int(levels.sum()), context) + host.seconds(batch_size, deepest > 0)
+        seconds += prices.verify(batch_size + int(levels.sum()), context) + host.seconds(
+            batch_size, deepest > 0
+        )
         if deepest:
             seconds += sum(prices.levels([int(walk.pending.sum()), *widths], context))
         emitted = np.minimum(levels + 1, walk.left)

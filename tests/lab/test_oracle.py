@@ -7,13 +7,15 @@ import pytest
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
-from smart_lab.hindsight import hindsight, reachable
+from smart_lab.oracle import oracle, reachable
 from smart_lab.recording import Recording
 from smart_lab.replay import HostCosts, Prices, replay
 from smart_lab.synthetic import synthetic
 
 COST = CostModel.from_table(
-    {b: {n: 1.0 + 0.001 * n * n for n in range(1, 200)} for b in (1, 4)}, {1: 0.08, 4: 0.1, 64: 0.7}, 0.05
+    {b: {n: 1.0 + 0.001 * n * n for n in range(1, 200)} for b in (1, 4)},
+    {1: 0.08, 4: 0.1, 64: 0.7},
+    0.05,
 )
 HOST = HostCosts(0.02, 0.01, 0.05, 0.01)
 
@@ -36,7 +38,12 @@ def best_by_search(recording: Recording, number: int) -> float:
         for k in range(1, depth[answer.first + at] + 1):
             emitted = min(k + 1, answer.positions - at)
             spent = prices.draft(pending, context) + (k - 1) * prices.draft(1, context)
-            options.append(spent + prices.verify(1 + k, context) + HOST.seconds(1, True) + least(at + emitted, emitted))
+            options.append(
+                spent
+                + prices.verify(1 + k, context)
+                + HOST.seconds(1, True)
+                + least(at + emitted, emitted)
+            )
         return min(options)
 
     return least(0, answer.prompt_length)
@@ -45,9 +52,11 @@ def best_by_search(recording: Recording, number: int) -> float:
 def test_the_programme_finds_what_exhaustive_search_finds(recording):
     for number in (0, 3):
         one = recording.take([number])
-        found = hindsight(one, COST, 1, HOST)
+        found = oracle(one, COST, 1, HOST)
         assert found.reached == found.bound
-        assert one.answers[0].positions / found.reached == pytest.approx(best_by_search(recording, number))
+        assert one.answers[0].positions / found.reached == pytest.approx(
+            best_by_search(recording, number)
+        )
 
 
 def test_reachable_is_what_an_unlimited_tree_accepts(recording):
@@ -60,12 +69,14 @@ def test_reachable_is_what_an_unlimited_tree_accepts(recording):
         at = 0
         while at < answer.positions:
             walked, at = walked + 1, at + 1 + int(depth[answer.first + at])
-    assert wide.rounds <= walked * 1.1  # the policy's own beam is a little narrower than the recording
+    assert (
+        wide.rounds <= walked * 1.1
+    )  # the policy's own beam is a little narrower than the recording
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_no_policy_beats_the_bound_and_the_plan_beats_the_policies(recording, batch):
-    found = hindsight(recording, COST, batch, HOST)
+    found = oracle(recording, COST, batch, HOST)
     rates = [
         replay(make_policy(name, {"cost": COST}), recording, COST, batch, HOST).tokens_per_s
         for name in ("off", "smart", "eagle2", "paper")
@@ -77,6 +88,6 @@ def test_no_policy_beats_the_bound_and_the_plan_beats_the_policies(recording, ba
 def test_where_drafting_never_pays_hindsight_decodes_plainly(recording):
     dear = CostModel.from_table({1: {1: 1.0, 2: 1.0, 3: 90.0, 64: 900.0}}, {1: 10.0, 64: 90.0})
     plain = replay(make_policy("off"), recording, dear, 2)
-    found = hindsight(recording, dear, 2)
+    found = oracle(recording, dear, 2)
     assert found.reached == pytest.approx(plain.tokens_per_s)
     assert np.isfinite(found.bound)
