@@ -1,7 +1,7 @@
 """The controller's own time: python benchmarks/choose.py
 
-First the pooled choice for many requests with many candidates (scoring included), then every call of one round at
-batch 1, 4 and 32 in the simulated world.
+First the pooled choice for many requests with many candidates (scoring included), then every call
+of one round at batch 1, 4 and 32 in the simulated world.
 """
 
 import json
@@ -72,7 +72,8 @@ class Timed:
 
 
 def round_us(batch: int, rounds: int) -> tuple[dict[str, float], float]:
-    """Mean microseconds per round of each call (frontier: all its calls), and candidates per round."""
+    """Mean microseconds per round of each call (frontier: all its calls), and candidates per
+    round."""
     timed = Timed(make_policy("smart", cost=COSTS if batch < 32 else CHEAP))
     world = World(0, batch, COSTS if batch < 32 else CHEAP)
     run(timed, world, range(50))

@@ -1,11 +1,13 @@
-"""How well the cost model predicts real rounds of another process than the one that took the profile.
+"""How well the cost model predicts real rounds of another process than the one that took the
+profile.
 
     python benchmarks/cost_error.py [prompts per task]
 
-Batch sizes, contexts and tree shapes are those that real answers bring, most of them absent from the profile. Prints,
-for the model as the policy uses it (with its online correction) and for the bare profile, the median and the 90th
-percentile of |predicted / measured - 1| of verifications and of drafted levels; and the machine's own noise beside
-them: the same forward again and again against its median.
+Batch sizes, contexts and tree shapes are those that real answers bring, most of them absent from
+the profile. Prints, for the model as the policy uses it (with its online correction) and for the
+bare profile, the median and the 90th percentile of |predicted / measured - 1| of verifications and
+of drafted levels; and the machine's own noise beside them: the same forward again and again against
+its median.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python benchmarks/forwards.py [sequences,context,tree nodes ...]
 
-Medians of 12 in each of three turns over all of them, since machines drift. Compare two versions by running their
-commands in turn.
+Medians of 12 in each of three turns over all of them, since machines drift. Compare two versions by
+running their commands in turn.
 """
 
 import sys

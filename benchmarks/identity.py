@@ -1,10 +1,11 @@
-"""Are the tokens of the real model in float32 the same under every policy, batch size and temperature?
+"""Are the tokens of the real model in float32 the same under every policy, batch size and
+temperature?
 
     python benchmarks/identity.py [batch ...]     default: 1 4 16
 
-Sixteen prompts of three tasks, 32 tokens each; every policy at every batch size against plain decoding one by one,
-greedy and at temperature 0.8. Printed: answers compared, those that differ, and how many drafted nodes were verified
-and accepted: a run that drafts nothing would show nothing.
+Sixteen prompts of three tasks, 32 tokens each; every policy at every batch size against plain
+decoding one by one, greedy and at temperature 0.8. Printed: answers compared, those that differ,
+and how many drafted nodes were verified and accepted: a run that drafts nothing would show nothing.
 """
 
 import sys

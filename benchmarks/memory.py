@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py
 
-Resident memory after loading (KV memory is reserved, but not touched yet), and at the peak of prefill and 64 rounds.
+Resident memory after loading (KV memory is reserved, but not touched yet), and at the peak of
+prefill and 64 rounds.
 """
 
 from smart_decoding import LLM, SamplingParams

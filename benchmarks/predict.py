@@ -1,15 +1,18 @@
 """Does a replay predict this machine's speedups?
 
     python -m smart_lab bench --record others.smart --skip 40 --limit 20 --max-tokens 96
-    python benchmarks/predict.py others.smart [--seconds 30] [--batch-sizes 1,2,4,8,16,32] [--json FILE]
+    python benchmarks/predict.py others.smart [--seconds 30] [--batch-sizes 1,2,4,8,16,32] [--json
+        FILE]
     python benchmarks/predict.py others.smart --against RESULTS.json
 
-First the costs are measured anew (forwards as by `smart profile`, and rounds beyond their forwards), then every policy
-is replayed on the recording; its own seconds are timed as it decides, with caches emptied as forwards empty them. Only
-then the same policies run live, in turn, on the first 40 prompts of each task, none of which is in the recording.
+First the costs are measured anew (forwards as by `smart profile`, and rounds beyond their
+forwards), then every policy is replayed on the recording; its own seconds are timed as it decides,
+with caches emptied as forwards empty them. Only then the same policies run live, in turn, on the
+first 40 prompts of each task, none of which is in the recording.
 
-With --against nothing runs live: RESULTS.json is what smart bench --json wrote. It holds the profile that was taken
-before that run, and the speedups that were measured on its own prompts, with far more blocks than fit here.
+With --against nothing runs live: RESULTS.json is what smart bench --json wrote. It holds the
+profile that was taken before that run, and the speedups that were measured on its own prompts, with
+far more blocks than fit here.
 """
 
 import argparse
@@ -47,8 +50,8 @@ LEVEL_BYTES, FORWARD_BYTES = (
 
 
 class Cold:
-    """A policy that finds the caches as they are behind a forward. Its clock stands still meanwhile, and counts the
-    processor's time, which others on the machine disturb less."""
+    """A policy that finds the caches as they are behind a forward. Its clock stands still
+    meanwhile, and counts the processor's time, which others on the machine disturb less."""
 
     def __init__(self, policy: Any) -> None:
         self._policy, self.name, self._idle = policy, policy.name, 0.0
@@ -112,7 +115,8 @@ def against(trace: Trace, path: Path) -> list[dict[str, Any]]:
 
 
 def parsed(run: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A run's policy and its options: of eagle2(depth=2,top_k=3), or of a tuned one from its `setting`."""
+    """A run's policy and its options: of eagle2(depth=2,top_k=3), or of a tuned one from its
+    `setting`."""
     label = run["policy"].rstrip(")").replace("(", ":", 1)
     arm = parse_setting(f"{label.split()[0]}:{run['setting']}" if run.get("setting") else label)
     return arm.policy, dict(arm.options)

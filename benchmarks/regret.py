@@ -7,7 +7,8 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_lab.simulation import World, full_knowledge, run
 
-# Shapes of measured machines: seconds of a forward by rows (2 CPU cores in bf16; per-row costs; cheap rows on a GPU).
+# Shapes of measured machines: seconds of a forward by rows (2 CPU cores in bf16; per-row costs;
+# cheap rows on a GPU).
 CPU_1 = {1: 21.6, 2: 24.1, 4: 21.9, 8: 24.8, 16: 30.6, 32: 45.3, 64: 74.2}
 CPU_4 = {4: 23.1, 8: 27.2, 16: 33.7, 32: 51.4, 64: 87.8, 128: 149.0, 256: 267.0}
 DRAFT = {1: 1.2, 4: 1.4, 8: 1.7, 16: 2.3, 64: 5.0, 128: 9.0}

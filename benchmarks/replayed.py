@@ -1,10 +1,12 @@
-"""What is left of the gap to oracle, and what each ingredient of `smart` gives: by replay, nothing runs live.
+"""What is left of the gap to oracle, and what each ingredient of `smart` gives: by replay, nothing
+runs live.
 
     python -m smart_lab bench --record answers.smart --limit 40 --max-tokens 96
-    python benchmarks/replayed.py answers.smart [--profile FRESH.json] [--stale OLD.json] [--plots FOLDER] [--json FILE]
+    python benchmarks/replayed.py answers.smart [--profile FRESH.json] [--stale OLD.json] [--plots
+        FOLDER] [--json FILE]
 
-FRESH is the truth about costs (default: the recording's own profile); OLD is what a policy believes that starts from a
-profile of another day. Both are files as `smart profile` caches them.
+FRESH is the truth about costs (default: the recording's own profile); OLD is what a policy believes
+that starts from a profile of another day. Both are files as `smart profile` caches them.
 """
 
 from __future__ import annotations

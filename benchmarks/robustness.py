@@ -1,13 +1,16 @@
-"""Never slower than plain decoding? Bad heads, adversarial prompts, a noisy neighbour, wrong profiles: all in one go.
+"""Never slower than plain decoding? Bad heads, adversarial prompts, a noisy neighbour, wrong
+profiles: all in one go.
 
-    python benchmarks/robustness.py [--seconds 30] [--batch-sizes 1,8] [--cases A,B] [--time-limit 480]
+    python benchmarks/robustness.py [--seconds 30] [--batch-sizes 1,8] [--cases A,B] [--time-limit
+        480]
         [--resume FILE] [--json FILE]
 
-Every case: `smart` and plain decoding of one process answer the same prompts in turn, block by block; printed is the
-paired ratio with its 95 % interval (0.97 or more is wanted), decode-only and end to end. `smart` starts afresh in each
-case and batch size, so that the ratio includes what noticing costs. How long it takes to notice is measured apart, in
-rounds at batch 1: until three quarters of 16 rounds are off (bad drafts), or until the median of 16 rounds is predicted
-to within a quarter (wrong profiles).
+Every case: `smart` and plain decoding of one process answer the same prompts in turn, block by
+block; printed is the paired ratio with its 95 % interval (0.97 or more is wanted), decode-only and
+end to end. `smart` starts afresh in each case and batch size, so that the ratio includes what
+noticing costs. How long it takes to notice is measured apart, in rounds at batch 1: until three
+quarters of 16 rounds are off (bad drafts), or until the median of 16 rounds is predicted to within
+a quarter (wrong profiles).
 """
 
 from __future__ import annotations
@@ -73,8 +76,9 @@ def untrained_head(folder: Path) -> None:
 
 
 def other_head(folder: Path) -> None:
-    """A head of another model: the shipped head's shapes from another seed, trained for a minute on reversed text, with
-    the token embeddings in the place of the target's states. It proposes with some confidence what does not come."""
+    """A head of another model: the shipped head's shapes from another seed, trained for a minute on
+    reversed text, with the token embeddings in the place of the target's states. It proposes with
+    some confidence what does not come."""
     checkpoint, source = load_checkpoint(MODEL), shipped_head(MODEL)
     assert source is not None
     files = load_head(source, checkpoint.config)
@@ -176,7 +180,8 @@ class Bench:
     def case(
         self, name: str
     ) -> tuple[Make, Mapping[str, Sequence[Prompt]], Any, Callable[[Engine], int | None] | None]:
-        """How `smart` is made, the prompts, what goes on beside it, and how it is seen to notice."""
+        """How `smart` is made, the prompts, what goes on beside it, and how it is seen to
+        notice."""
         return {
             "the shipped head": (_head(None), self.usual, None, None),
             "an untrained head": (_head(self._made(untrained_head)), self.usual, None, rests),
@@ -222,7 +227,8 @@ class Bench:
     def _answering(
         self, engine: Engine, prompts: Mapping[str, Sequence[Prompt]]
     ) -> list[tuple[bool, float]]:
-        """(drafted, seconds of a verification over what was predicted) of the first rounds at batch 1."""
+        """(drafted, seconds of a verification over what was predicted) of the first rounds at batch
+        1."""
         mixed = [prompt for of_task in zip(*prompts.values(), strict=False) for prompt in of_task]
         seen: list[tuple[bool, float]] = []
         for prompt in mixed:

@@ -1,4 +1,5 @@
-"""Times the sampler on one CPU thread: python benchmarks/sampler.py. A table, then one JSON line (microseconds)."""
+"""Times the sampler on one CPU thread: python benchmarks/sampler.py. A table, then one JSON line
+(microseconds)."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def median_us(call: Callable[[int], object], repeats: int = 200) -> float:
 
 
 def logits_like_a_model() -> torch.Tensor:
-    """[ROWS, VOCAB]: a broad bulk and a few likely tokens, or rows of a .npy file given as the first argument."""
+    """[ROWS, VOCAB]: a broad bulk and a few likely tokens, or rows of a .npy file given as the
+    first argument."""
     if len(sys.argv) > 1:
         rows = torch.from_numpy(np.load(sys.argv[1]))
         return rows[torch.linspace(2, len(rows) - 1, ROWS).long()].contiguous()

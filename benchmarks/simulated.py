@@ -2,9 +2,9 @@
 
     python benchmarks/simulated.py [--plots FOLDER] [--json FILE]
 
-Nothing is measured: costs are the rooflines of hardware.json, trees are drawn (`simulate --acceptance msd`). The
-published figures are drawn beside the simulated ones; only the one of L40S at batch 1 was used, to choose the number of
-tokens per round.
+Nothing is measured: costs are the rooflines of hardware.json, trees are drawn (`simulate
+--acceptance msd`). The published figures are drawn beside the simulated ones; only the one of L40S
+at batch 1 was used, to choose the number of tokens per round.
 """
 
 from __future__ import annotations

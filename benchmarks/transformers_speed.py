@@ -2,10 +2,11 @@
 
     python benchmarks/transformers_speed.py [--batch 1 4] [--dtype float32] [--assistant FOLDER]
 
-Every method answers the same prompts of the bench tasks in turn, the order rotated from prompt to prompt; printed is
-seconds of `generate` / seconds of the method, over all prompts of a repetition: median and range over the repetitions,
-then the same as JSON. `--assistant`: a smaller model of the same vocabulary, for assisted generation and as
-SMART's draft model; both it and prompt lookup run at batch 1 only, and answer greedily like all others here.
+Every method answers the same prompts of the bench tasks in turn, the order rotated from prompt to
+prompt; printed is seconds of `generate` / seconds of the method, over all prompts of a repetition:
+median and range over the repetitions, then the same as JSON. `--assistant`: a smaller model of the
+same vocabulary, for assisted generation and as SMART's draft model; both it and prompt lookup run
+at batch 1 only, and answer greedily like all others here.
 """
 
 import argparse

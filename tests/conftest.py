@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # for smart_l
 
 @pytest.fixture(scope="module", params=library.runnable() or ["none"])
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each variant of the CPU kernels that this CPU can run, one after another; none is a failure."""
+    """Each variant of the CPU kernels that this CPU can run, one after another; none is a
+    failure."""
     from smart_decoding.kernels.library import unavailable
 
     assert request.param != "none", unavailable()

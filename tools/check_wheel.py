@@ -2,8 +2,9 @@
 
     python tools/check_wheel.py dist/smart_decoding-*.whl
 
-The Python that runs this gets all dependencies and answers with SmolLM2-135M, under speculation and without. Every
-other Python from 3.11 on that the machine has gets the wheel alone, and calls one kernel: one wheel serves them all.
+The Python that runs this gets all dependencies and answers with SmolLM2-135M, under speculation and
+without. Every other Python from 3.11 on that the machine has gets the wheel alone, and calls one
+kernel: one wheel serves them all.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Load with faults on servers of its own: many clients, cancellations, slow readers, mixed requests and grammars.
+"""Load with faults on servers of its own: many clients, cancellations, slow readers, mixed requests
+and grammars.
 
     python tools/soak.py --seconds 600 --clients 64 --json soak.json
 
-Two servers run side by side, `smart` and speculation off; blocks of load go to one, then the other, with the same
-requests at the same times, so that a change of the machine's speed hits both. It looks for requests that fail, are
-refused or hang, for leaked slots, pages and memory, for answers that differ from the same request served alone without
-speculation (5 % of them, in float32), and for a median that speculation has worsened. Prints a table (Markdown) and
-PASS or FAIL with the reasons, writes everything as JSON, and exits with 1 if something is wrong.
+Two servers run side by side, `smart` and speculation off; blocks of load go to one, then the other,
+with the same requests at the same times, so that a change of the machine's speed hits both. It
+looks for requests that fail, are refused or hang, for leaked slots, pages and memory, for answers
+that differ from the same request served alone without speculation (5 % of them, in float32), and
+for a median that speculation has worsened. Prints a table (Markdown) and PASS or FAIL with the
+reasons, writes everything as JSON, and exits with 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -65,12 +67,14 @@ GROWTH = 1.1  # times the memory after the first fifth of the run
 SETTLED = (
     100  # looks at the memory after that fifth; a run with fewer (250 s of load) does not judge it
 )
-BLOCK = 30.0  # seconds of load on one server, then on the other: the machine's speed changes within minutes
+# seconds of load on one server, then on the other: the machine's speed changes within minutes
+BLOCK = 30.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One request, `at` seconds into its block. kind: read to its end, cancel after some pieces, or slow."""
+    """One request, `at` seconds into its block. kind: read to its end, cancel after some pieces, or
+    slow."""
 
     at: float
     body: dict[str, Any]
@@ -81,7 +85,8 @@ class Plan:
 
 @dataclass
 class Times:
-    """Seconds of one answer: to its first text; per token after it; from its first text to its end."""
+    """Seconds of one answer: to its first text; per token after it; from its first text to its
+    end."""
 
     ttft: float
     tpot: float | None
@@ -89,7 +94,8 @@ class Times:
 
 @dataclass
 class Figures:
-    """What the load on one server came to. times: by request; answers: texts to be checked; memory: KiB."""
+    """What the load on one server came to. times: by request; answers: texts to be checked; memory:
+    KiB."""
 
     ends: Counter[str] = field(default_factory=Counter)
     times: dict[str, Times] = field(default_factory=dict)
@@ -141,7 +147,8 @@ def plans(args: argparse.Namespace, client: str) -> list[Plan]:
 async def pieces(
     client: httpx.AsyncClient, body: dict[str, Any]
 ) -> AsyncGenerator[tuple[str, int], None]:
-    """(text, tokens so far or 0) of a streamed answer. Raises RuntimeError with the status if it fails."""
+    """(text, tokens so far or 0) of a streamed answer. Raises RuntimeError with the status if it
+    fails."""
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise RuntimeError(str(response.status_code))
@@ -230,7 +237,8 @@ async def watch_memory(pid: int, figures: Figures) -> None:
 
 
 async def check_answers(plain_url: str, *every: Figures) -> None:
-    """Each answer again, alone, on the server without speculation: once, for all servers got the same requests."""
+    """Each answer again, alone, on the server without speculation: once, for all servers got the
+    same requests."""
     alone: dict[str, str] = {}
     async with httpx.AsyncClient(base_url=plain_url, timeout=HANGS) as client:
         for figures in every:
@@ -245,7 +253,8 @@ async def check_answers(plain_url: str, *every: Figures) -> None:
 def check_leaks(url: str, figures: Figures) -> dict[str, float]:
     """No slots and pages may be taken once all is quiet. Returns what the server counted.
 
-    Nor may memory have grown; before some minutes are over it does, since KV pages are touched for the first time."""
+    Nor may memory have grown; before some minutes are over it does, since KV pages are touched for
+    the first time."""
     time.sleep(0.5)
     text = httpx.get(f"{url}/metrics").text
     values = {
@@ -300,9 +309,11 @@ def summary(figures: Figures, counted: dict[str, float]) -> dict[str, Any]:
 
 
 def ratio(ours: dict[str, Times], base: dict[str, Times], name: str) -> dict[str, Any]:
-    """Our median over the baseline's, on the requests that both answered, with a bootstrap 95 % interval.
+    """Our median over the baseline's, on the requests that both answered, with a bootstrap 95 %
+    interval.
 
-    Whole blocks are drawn where there are enough: requests of one block saw the same state of the machine."""
+    Whole blocks are drawn where there are enough: requests of one block saw the same state of the
+    machine."""
     pairs: dict[str, list[tuple[float, float]]] = {}  # by block, or by request
     for key in sorted(ours.keys() & base.keys()):
         one, other = getattr(ours[key], name), getattr(base[key], name)
@@ -329,7 +340,8 @@ def ratio(ours: dict[str, Times], base: dict[str, Times], name: str) -> dict[str
 
 
 def faults(result: dict[str, Any]) -> list[str]:
-    """What is wrong. A median is worse where its whole interval is; one that cannot be had is wrong as well."""
+    """What is wrong. A median is worse where its whole interval is; one that cannot be had is wrong
+    as well."""
     found = [
         f"{policy}: {wrong}"
         for policy, each in result["policies"].items()
@@ -447,7 +459,8 @@ def server(args: argparse.Namespace, policy: str) -> Iterator[tuple[str, int]]:
 
 
 def soak(args: argparse.Namespace, servers: dict[str, tuple[str, int]]) -> dict[str, Any]:
-    """Blocks of load on each server in turn, the checks, and what came out. `off` must be among the servers."""
+    """Blocks of load on each server in turn, the checks, and what came out. `off` must be among the
+    servers."""
     figures = {policy: Figures() for policy in servers}
     for block in range(args.blocks):
         for policy in list(servers)[:: 1 if block % 2 == 0 else -1]:

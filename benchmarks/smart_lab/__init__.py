@@ -1,1 +1,2 @@
-"""The laboratory: what develops and questions SMART and is not in the wheel (`python -m smart_lab --help`)."""
+"""The laboratory: what develops and questions SMART and is not in the wheel (`python -m smart_lab
+--help`)."""

@@ -1,4 +1,5 @@
-"""`python -m smart_lab COMMAND`: the laboratory's command line, with the errors and exit codes of `smart`."""
+"""`python -m smart_lab COMMAND`: the laboratory's command line, with the errors and exit codes of
+`smart`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`smart` with one ingredient exchanged, to see what each gives; and with knowledge that no controller has.
+"""`smart` with one ingredient exchanged, to see what each gives; and with knowledge that no
+controller has.
 
 A variant wraps the policy and redoes one of its decisions, through its public methods alone.
 """
@@ -40,7 +41,8 @@ WIDTHS = (1, 2, 4, 8)  # frontier nodes per request that a foreseeing policy con
 
 
 class Variant(StatelessPolicy):
-    """`smart`, followed in every decision. Keeps account of what drafting has cost so far in the round."""
+    """`smart`, followed in every decision. Keeps account of what drafting has cost so far in the
+    round."""
 
     name = "smart"
 
@@ -127,8 +129,8 @@ class EvenBudget(Variant):
 
 
 class GreedyRule(Variant):
-    """Takes the best candidate as long as it pays by itself, as the paper's rule does, and stops at the first that
-    does not."""
+    """Takes the best candidate as long as it pays by itself, as the paper's rule does, and stops at
+    the first that does not."""
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
         self.inner.select(plan, batch, trees)
@@ -145,7 +147,8 @@ class GreedyRule(Variant):
 
 
 class AllLevels(Variant):
-    """Never stops drafting before `levels` levels: the frontier's best nodes, one for each request."""
+    """Never stops drafting before `levels` levels: the frontier's best nodes, one for each
+    request."""
 
     def __init__(self, inner: Smart, levels: int) -> None:
         super().__init__(inner)
@@ -216,7 +219,8 @@ class FrozenCosts(Variant):
 
 
 class Foreseeing(FrozenCosts):
-    """Knows what deeper levels would propose before they are drafted, and pays for those that it takes only."""
+    """Knows what deeper levels would propose before they are drafted, and pays for those that it
+    takes only."""
 
     def __init__(self, inner: Smart) -> None:
         super().__init__(inner)
@@ -340,8 +344,8 @@ def flat(cost: CostModel, context: float = FLAT_CONTEXT, rows: int = 2048) -> Co
 
 
 def askew(cost: CostModel, rows: float, levels: float) -> CostModel:
-    """A wrong profile, as if taken elsewhere: what rows add to the smallest forward is `rows` times as dear, a drafted
-    level `levels` times."""
+    """A wrong profile, as if taken elsewhere: what rows add to the smallest forward is `rows` times
+    as dear, a drafted level `levels` times."""
     verify = {}
     for batch, curve in cost.verify.items():
         least = curve.seconds[0]

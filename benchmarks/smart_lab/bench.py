@@ -1,4 +1,5 @@
-"""`smart bench` with further parts and contestants: tuned by replay, variants of `smart`, suites, other engines."""
+"""`smart bench` with further parts and contestants: tuned by replay, variants of `smart`, suites,
+other engines."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from smart_lab.tuning import Tuner
 
 
 def run(options: LabOptions) -> dict[str, Any]:
-    """What `smart bench` returns, and of what was asked for 'suite_runs', 'variant_runs', 'replayed' and 'peers'.
+    """What `smart bench` returns, and of what was asked for 'suite_runs', 'variant_runs',
+    'replayed' and 'peers'.
 
     Raises what the user's `run` raises."""
     return run_bench(options, LabBench)
@@ -75,7 +77,8 @@ class LabBench(Bench):
         return [*self.options.arms, *self.tuner.arms(batch_size, self.progress)]
 
     def served(self) -> list[Arm]:
-        """Tuned for load is the best fixed tree alone: one that is far too slow would be served for ever."""
+        """Tuned for load is the best fixed tree alone: one that is far too slow would be served for
+        ever."""
         if not self.options.tune_eagle2:
             return self.options.arms
         ours = [arm for arm in self.options.arms if arm.policy in (BASELINE, "smart")]

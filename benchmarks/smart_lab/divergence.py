@@ -1,11 +1,13 @@
-"""`python -m smart_lab divergence`: how often bf16 output differs under speculation, and whether that is a near-tie.
+"""`python -m smart_lab divergence`: how often bf16 output differs under speculation, and whether
+that is a near-tie.
 
-A forward of many rows may round its logits differently from a forward of one. Where the two most likely tokens lie
-closer than this rounding, the argmax can flip; from there on the answers differ. How large the rounding is, is measured
-in the same run: at every position before a difference both ways of decoding score the same context, so the change of
-the gap between the two most likely tokens is rounding alone. A first difference is a near-tie if the tokens' gap in
-plain decoding is at most the largest such change. The project's CPU kernels give equal bits for any number of rows:
-there, no difference at all is expected.
+A forward of many rows may round its logits differently from a forward of one. Where the two most
+likely tokens lie closer than this rounding, the argmax can flip; from there on the answers differ.
+How large the rounding is, is measured in the same run: at every position before a difference both
+ways of decoding score the same context, so the change of the gap between the two most likely tokens
+is rounding alone. A first difference is a near-tie if the tokens' gap in plain decoding is at most
+the largest such change. The project's CPU kernels give equal bits for any number of rows: there, no
+difference at all is expected.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ _TOP = 8  # log probabilities kept per position
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first position at which two answers differ. gap: nats by which plain decoding's token beat the other in
-    plain decoding; spec_gap: by which the other won under speculation; inf where a token is not among the top 8."""
+    """The first position at which two answers differ. gap: nats by which plain decoding's token
+    beat the other in plain decoding; spec_gap: by which the other won under speculation; inf where
+    a token is not among the top 8."""
 
     prompt: int
     position: int
@@ -47,7 +50,8 @@ class Difference:
 
 @dataclass(slots=True)
 class Report:
-    """changes, gaps: per position that both scored in the same context, the change of the top-two gap, and that gap."""
+    """changes, gaps: per position that both scored in the same context, the change of the top-two
+    gap, and that gap."""
 
     answers: int = 0
     tokens: int = 0
@@ -159,7 +163,8 @@ def render(report: Report, llm: LLM) -> str:
 
 
 def _gap(scores: Any, winner: int, loser: int) -> float:
-    """log p(winner) - log p(loser), which is the difference of their logits; inf if either is not recorded."""
+    """log p(winner) - log p(loser), which is the difference of their logits; inf if either is not
+    recorded."""
     known = dict(zip(scores.top_tokens.tolist(), scores.top_logprobs.tolist(), strict=True))
     return (
         float(known[winner] - known[loser]) if winner in known and loser in known else float("inf")

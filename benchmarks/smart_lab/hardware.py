@@ -1,11 +1,14 @@
-"""What a round would cost on other hardware: an explained roofline from a data sheet and a model's dimensions.
+"""What a round would cost on other hardware: an explained roofline from a data sheet and a model's
+dimensions.
 
-    verify(batch, rows, context) = max(host, products(rows)) + keys(batch, context) + scores(rows, context)
-    products(rows) = max(weights / memory rate, 2 * weights * rows in whole tiles / (efficiency * peak))
+    verify(batch, rows, context) = max(host, products(rows)) + keys(batch, context) + scores(rows,
+    context) products(rows) = max(weights / memory rate, 2 * weights * rows in whole tiles /
+    (efficiency * peak))
 
-Keys are read once per sequence, scores are computed once per row. A drafted level is the same for one layer, a fusing
-matrix and the drafter's output matrix; a cost model knows its rows only, so that each of them pays a part of its
-sequence's keys. The parameters are in hardware.json; one efficiency serves all cards.
+Keys are read once per sequence, scores are computed once per row. A drafted level is the same for
+one layer, a fusing matrix and the drafter's output matrix; a cost model knows its rows only, so
+that each of them pays a part of its sequence's keys. The parameters are in hardware.json; one
+efficiency serves all cards.
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ LEVEL_ROWS = 4  # of a request in a drafted level, about: smart expands 1 or 2, 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """bytes_s, flop_s: data sheet; efficiency: of flop_s; tile: rows that products are computed in; seconds that the
-    host needs per layer, per drafted level beyond its layer, and per drafting round."""
+    """bytes_s, flop_s: data sheet; efficiency: of flop_s; tile: rows that products are computed in;
+    seconds that the host needs per layer, per drafted level beyond its layer, and per drafting
+    round."""
 
     name: str
     bytes_s: float
@@ -163,7 +167,8 @@ def dimensions(name: str) -> Dimensions:
 
 
 def acceptances() -> Mapping[str, Mapping[str, Any]]:
-    """Published levels of acceptance: tokens per round of EAGLE-2's trees, the context, the source."""
+    """Published levels of acceptance: tokens per round of EAGLE-2's trees, the context, the
+    source."""
     found: Mapping[str, Mapping[str, Any]] = _data()["acceptance"]
     return found
 

@@ -1,4 +1,5 @@
-"""What the laboratory's `bench` is asked to do beyond `smart bench`, checked before any model is loaded."""
+"""What the laboratory's `bench` is asked to do beyond `smart bench`, checked before any model is
+loaded."""
 
 from __future__ import annotations
 
@@ -48,16 +49,16 @@ class LabArm(Arm):
 class LabOptions(BenchOptions):
     """The options of the laboratory's `bench`: those of `smart bench`, and these.
 
-    tune_eagle2: also run so many of the best `eagle2` settings of each batch size, found by replay on other
-    prompts; tune_paper: and the best setting of `paper`.
-    suites: tasks such as long and edit, measured at batch 1 in a part of their own, smart with n-grams too.
-    variants: of `smart`, measured beside it in a part of their own, at VARIANT_SIZES.
-    questions: also answer by replay how far policies are from oracle and what each ingredient gives.
-    peers: other engines on the same prompts; peer_env: 'name=folder', environments to use as they are. They replace
-    the comparison of policies in blocks unless `blocks` asks for that, too.
+    tune_eagle2: also run so many of the best `eagle2` settings of each batch size, found by replay
+    on other prompts; tune_paper: and the best setting of `paper`.
+    suites: tasks such as long and edit, measured at batch 1 in a part of their own, smart with
+    n-grams too. variants: of `smart`, measured beside it in a part of their own, at VARIANT_SIZES.
+    questions: also answer by replay how far policies are from oracle and what each ingredient
+    gives. peers: other engines on the same prompts; peer_env: 'name=folder', environments to use as
+    they are. They replace the comparison of policies in blocks unless `blocks` asks for that, too.
     record: instead of measuring, record the drafts of the prompts there.
-    random_weights, replay: measure a model of this config with random weights, its acceptance taken from this
-    recording."""
+    random_weights, replay: measure a model of this config with random weights, its acceptance taken
+    from this recording."""
 
     ARM: ClassVar[type[Arm]] = LabArm
 
@@ -97,7 +98,8 @@ class LabOptions(BenchOptions):
 
     @property
     def peer_arm(self) -> Arm:
-        """Who stands for us beside the peers: the first contestant that drafts, `smart` if none is named."""
+        """Who stands for us beside the peers: the first contestant that drafts, `smart` if none is
+        named."""
         return next((arm for arm in self.arms if arm.policy != BASELINE), LabArm("smart"))
 
     @property

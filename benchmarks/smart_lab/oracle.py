@@ -1,11 +1,15 @@
-"""The best that any choice of drafts could have reached, had acceptance been known: a dynamic programme over positions.
+"""The best that any choice of drafts could have reached, had acceptance been known: a dynamic
+programme over positions.
 
-With acceptance known only the drafts that come true are verified: k levels, k rows more, k + 1 tokens. At batch size 1
-the programme is exact: its state is the position and the rows that the drafter has not processed yet. At larger ones
-the requests of a round share its price, and the programme is solved for one request at shared prices:
+With acceptance known only the drafts that come true are verified: k levels, k rows more, k + 1
+tokens. At batch size 1 the programme is exact: its state is the position and the rows that the
+drafter has not processed yet. At larger ones the requests of a round share its price, and the
+programme is solved for one request at shared prices:
 
-- `bound`: prices that no round can undercut (a line below the cost curve), so that no plan is faster;
-- `reached`: the plans of many such price lists walked through at true costs, the best of them: a plan that exists.
+- `bound`: prices that no round can undercut (a line below the cost curve), so that no plan is
+faster;
+- `reached`: the plans of many such price lists walked through at true costs, the best of them: a
+plan that exists.
 
 The optimum lies between the two.
 """
@@ -34,14 +38,16 @@ FACTORS = (0.6, 0.8, 1.0, 1.3, 1.7)  # of a row's price, for plans
 
 @dataclass(frozen=True, slots=True)
 class Oracle:
-    """Tokens per second of a plan that exists, and what none can exceed. At batch size 1 they are the same."""
+    """Tokens per second of a plan that exists, and what none can exceed. At batch size 1 they are
+    the same."""
 
     reached: float
     bound: float
 
 
 def reachable(recording: Recording) -> IntArray:
-    """[positions] how many tokens of the answer the recorded tree holds as one path from its root."""
+    """[positions] how many tokens of the answer the recorded tree holds as one path from its
+    root."""
     walk = Walk.everywhere(recording)
     depth = np.zeros(recording.positions, np.int64)
     alive, slot = np.arange(recording.positions), np.arange(recording.positions)
@@ -79,7 +85,8 @@ def oracle(
 
 
 def _exact(answer: Answer, depth: IntArray, prices: Prices, host: HostCosts) -> float:
-    """Least seconds for one answer alone. later[t][p]: from position t on, with p rows pending since the last draft."""
+    """Least seconds for one answer alone. later[t][p]: from position t on, with p rows pending
+    since the last draft."""
     count = answer.positions
     plain_host, draft_host = host.seconds(1, False), host.seconds(1, True)
     later = np.zeros((count + 1, count + 12))
@@ -107,7 +114,8 @@ def _exact(answer: Answer, depth: IntArray, prices: Prices, host: HostCosts) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Shares:
-    """What one request is charged in a round: for being there, for drafting at all, and per level and verified row."""
+    """What one request is charged in a round: for being there, for drafting at all, and per level
+    and verified row."""
 
     round: float
     drafting: float
@@ -116,9 +124,11 @@ class _Shares:
 
 
 def _plan(recording: Recording, depth: IntArray, shares: _Shares) -> tuple[IntArray, float]:
-    """[positions] levels to draft at each position for the least charge, and the charge of all answers.
+    """[positions] levels to draft at each position for the least charge, and the charge of all
+    answers.
 
-    All answers are solved together, from their last positions on: later[:, r] is the charge of the last r positions."""
+    All answers are solved together, from their last positions on: later[:, r] is the charge of the
+    last r positions."""
     count = np.array([answer.positions for answer in recording.answers], np.int64)
     first = np.array([answer.first for answer in recording.answers], np.int64)
     levels = np.arange(int(depth.max(initial=0)) + 1)

@@ -1,6 +1,8 @@
-"""Questions that replay answers: how far every policy is from oracle and why, and what each ingredient gives.
+"""Questions that replay answers: how far every policy is from oracle and why, and what each
+ingredient gives.
 
-Everything is a speedup over plain decoding at the same costs, on recorded answers; nothing runs live.
+Everything is a speedup over plain decoding at the same costs, on recorded answers; nothing runs
+live.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ class Bench:
 
 
 def gap(bench: Bench, stale: CostModel, sweep: Sweep) -> dict[str, Any]:
-    """Question 2 at one batch size: policies, steps of knowledge, oracle, all over plain decoding."""
+    """Question 2 at one batch size: policies, steps of knowledge, oracle, all over plain
+    decoding."""
     trace, cost = bench.trace, bench.cost
     ranked = sweep.repeated(bench.recording).rank(cost, bench.size, bench.host)
     best = oracle(bench.recording, cost, bench.size, bench.host)
@@ -137,7 +140,8 @@ class Asker:
     """One recording, asked at batch size after batch size."""
 
     def __init__(self, trace: Trace, answers: int = 24, stale: CostModel | None = None) -> None:
-        """stale: what policies believe that start from a wrong profile (default: rows and levels far too cheap)."""
+        """stale: what policies believe that start from a wrong profile (default: rows and levels
+        far too cheap)."""
         assert trace.cost is not None
         some = trace.recording.take(range(min(answers, len(trace.recording.answers))))
         self.trace = replace(trace, recording=some)
@@ -146,7 +150,8 @@ class Asker:
         self.sweep = Sweep(some, SHORT, trace.eos_token_ids)
 
     def answers(self, size: int) -> dict[str, Any]:
-        """{'gap': …, 'ablations': …, 'paper': the sweep's best, the default's neighbour and the worst}."""
+        """{'gap': …, 'ablations': …, 'paper': the sweep's best, the default's neighbour and the
+        worst}."""
         bench = Bench(self.trace, self.cost, self.host, size)
         rows = paper(bench)
         near = next(

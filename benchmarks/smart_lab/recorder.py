@@ -1,4 +1,5 @@
-"""`python -m smart_lab bench --record FILE`: the prompts' wide drafts, and what a replay needs of the machine."""
+"""`python -m smart_lab bench --record FILE`: the prompts' wide drafts, and what a replay needs of
+the machine."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def prior_of(policy: Any) -> dict[str, Any] | None:
 
 
 def record_wide(arm: LLM, prompts: Mapping[str, Sequence[Prompt]]) -> Recording:
-    """Records the prompts' trees with `arm`'s drafter, tasks mixed; the arm's policy is as before afterwards."""
+    """Records the prompts' trees with `arm`'s drafter, tasks mixed; the arm's policy is as before
+    afterwards."""
     engine = arm.engine
     policy, engine.policy = engine.policy, Wide()
     try:
@@ -91,7 +93,8 @@ def record_wide(arm: LLM, prompts: Mapping[str, Sequence[Prompt]]) -> Recording:
 
 
 def measure_host(plain: Engine, drafting: Engine, prompts: Sequence[Prompt]) -> HostCosts:
-    """Times rounds of plain decoding and of a small tree, alone and together, in turn; policies stay as they were."""
+    """Times rounds of plain decoding and of a small tree, alone and together, in turn; policies
+    stay as they were."""
     policies = plain.policy, drafting.policy
     counts = sorted({1, min(len(prompts), plain.config.max_num_seqs)})
     found: dict[tuple[bool, int], list[float]] = {
@@ -111,7 +114,8 @@ def measure_host(plain: Engine, drafting: Engine, prompts: Sequence[Prompt]) -> 
 
 
 def fit_host(seconds: Mapping[int, tuple[float, float]]) -> HostCosts:
-    """From {batch size: (seconds of a plain round, of a drafting one)} at the least and the greatest batch size."""
+    """From {batch size: (seconds of a plain round, of a drafting one)} at the least and the
+    greatest batch size."""
     low, high = min(seconds), max(seconds)
 
     def line(values: Mapping[int, float]) -> tuple[float, float]:
@@ -139,7 +143,8 @@ class _Timed:
 
 
 def _beyond(engine: Engine, prompts: Sequence[Prompt], policy: Any) -> list[float]:
-    """Seconds that each decoding round of all `prompts` takes beyond its forwards and the policy."""
+    """Seconds that each decoding round of all `prompts` takes beyond its forwards and the
+    policy."""
     found: list[float] = []
     engine.policy = timed = _Timed(policy)
     for prompt in prompts:

@@ -1,8 +1,9 @@
-"""Wide drafts of every output position, recorded once: any policy can be replayed on them (replay.py).
+"""Wide drafts of every output position, recorded once: any policy can be replayed on them
+(replay.py).
 
-Recording runs a policy that drafts wide trees and verifies none of their nodes: every round emits one token, so that
-every output position gets its tree, drafted from the same state as in any other run. Only the model drafter's nodes are
-kept; free drafters' proposals are dropped.
+Recording runs a policy that drafts wide trees and verifies none of their nodes: every round emits
+one token, so that every output position gets its tree, drafted from the same state as in any other
+run. Only the model drafter's nodes are kept; free drafters' proposals are dropped.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ LEVELS, CHILDREN, WIDTH = 8, 10, 16
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A recorded answer. tokens: all of it; limit: its max_tokens; first: the position of its first tree.
+    """A recorded answer. tokens: all of it; limit: its max_tokens; first: the position of its first
+    tree.
 
-    The tree at `first` + t was drafted when tokens[: t + 1] were out and predicts tokens[t + 1], and so on."""
+    The tree at `first` + t was drafted when tokens[: t + 1] were out and predicts tokens[t + 1],
+    and so on."""
 
     prompt_length: int
     limit: int
@@ -51,8 +54,9 @@ Drawn: TypeAlias = tuple[
 class Recording:
     """All answers, and the trees of all their positions in flat arrays.
 
-    token, prob: [nodes], position after position, each breadth first. count: [positions + nodes] recorded children of
-    each root, then of each node; 0 where it was not expanded. child: the first of them; the others follow it."""
+    token, prob: [nodes], position after position, each breadth first. count: [positions + nodes]
+    recorded children of each root, then of each node; 0 where it was not expanded. child: the first
+    of them; the others follow it."""
 
     answers: Sequence[Answer]
     token: NDArray[np.int32]
@@ -90,7 +94,8 @@ class Recording:
         count: IntArray,
         sizes: IntArray,
     ) -> Recording:
-        """From flat arrays; sizes: [positions] nodes of each tree. Raises ValueError where they contradict."""
+        """From flat arrays; sizes: [positions] nodes of each tree. Raises ValueError where they
+        contradict."""
         positions = sum(max(0, answer.positions) for answer in answers)
         if (
             len(sizes) != positions
@@ -148,7 +153,8 @@ class Recording:
 
 
 class Wide(StatelessPolicy):
-    """The recording policy: `levels` levels, `children` per node, a beam of `width` nodes a level; verifies nothing."""
+    """The recording policy: `levels` levels, `children` per node, a beam of `width` nodes a level;
+    verifies nothing."""
 
     name = "wide"
 
@@ -179,9 +185,11 @@ def record(
     at_once: int = 4,
     on_answers: Callable[[int], object] = lambda count: None,
 ) -> Recording:
-    """Answers `prompts`, a few at once, under the engine's `Wide` policy and keeps every position's tree.
+    """Answers `prompts`, a few at once, under the engine's `Wide` policy and keeps every position's
+    tree.
 
-    The engine's drafter must be the one that the replayed policies are meant for. Raises ConfigError without one."""
+    The engine's drafter must be the one that the replayed policies are meant for. Raises
+    ConfigError without one."""
     if engine.drafter is None or not isinstance(engine.policy, Wide):
         raise ConfigError("recording needs an engine with a model drafter and the policy Wide")
     answers: list[Drawn] = []
@@ -196,7 +204,8 @@ def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Drawn]:
     requests: list[Request] = []
     chunk = engine.scheduler.chunk
     try:
-        # All prompts in one round: where some still came while others decode already, those would not draft.
+        # All prompts in one round: where some still came while others decode already, those would
+        # not draft.
         engine.scheduler.chunk = max(chunk, sum(len(prompt.tokens) for prompt in prompts))
         for prompt in prompts:
             requests += engine.add_request(
@@ -222,7 +231,8 @@ def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Drawn]:
 
 
 def _breadth_first(tree: DraftTrees) -> tuple[IntArray, IntArray]:
-    """The order that puts children in their parents' order, level by level; children of the root and of each node."""
+    """The order that puts children in their parents' order, level by level; children of the root
+    and of each node."""
     rank = np.empty(len(tree) + 1, np.int64)
     rank[ROOT] = -1
     order: list[IntArray] = []

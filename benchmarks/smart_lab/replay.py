@@ -1,8 +1,8 @@
 """Policies replayed offline: outputs do not depend on the policy, so one recording serves them all.
 
-A replay walks through the recorded answers as an engine would: the policy drafts from the recorded trees, the recorded
-answer says what is accepted, and a CostModel says how long it takes. A node that the recording did not expand has no
-children; `missing` counts how often a policy wanted some.
+A replay walks through the recorded answers as an engine would: the policy drafts from the recorded
+trees, the recorded answer says what is accepted, and a CostModel says how long it takes. A node
+that the recording did not expand has no children; `missing` counts how often a policy wanted some.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class HostCosts:
-    """Seconds that a round takes beyond its forwards and beyond what the policy itself takes: in every round, and more
-    where it drafts; each with a part per request."""
+    """Seconds that a round takes beyond its forwards and beyond what the policy itself takes: in
+    every round, and more where it drafts; each with a part per request."""
 
     round: float = 0.0
     round_request: float = 0.0
@@ -45,7 +45,8 @@ class HostCosts:
 
 
 class Prices:
-    """A cost model's seconds at one batch size as tables, since asking it again and again is what would take long."""
+    """A cost model's seconds at one batch size as tables, since asking it again and again is what
+    would take long."""
 
     def __init__(self, cost: CostModel, batch_size: int, rows: int = 128, width: int = 128) -> None:
         self._cost, self._batch = cost, batch_size
@@ -59,7 +60,8 @@ class Prices:
         return float(self._verify[0][rows] + self._verify[1][rows] * context)
 
     def levels(self, widths: Sequence[int], context: float) -> list[float]:
-        """Seconds of each drafted level of a round, of which the first one's width is the roots and all that waits."""
+        """Seconds of each drafted level of a round, of which the first one's width is the roots and
+        all that waits."""
         return (
             [self.first(widths[0], context), *(self.draft(w, context) for w in widths[1:])]
             if widths
@@ -114,8 +116,9 @@ class Pricing(Protocol):
 
 @dataclass(slots=True)
 class Replayed:
-    """Sums over the decoding rounds at full batch. rows: of the verifying forwards; kept: verified nodes; off: rounds
-    without drafting; missing: drafts that the recording lacked; own_seconds: the policy's own."""
+    """Sums over the decoding rounds at full batch. rows: of the verifying forwards; kept: verified
+    nodes; off: rounds without drafting; missing: drafts that the recording lacked; own_seconds: the
+    policy's own."""
 
     batch_size: int
     tokens: int = 0
@@ -141,8 +144,8 @@ class Replayed:
 class Walk:
     """Where each running answer stands in a recording. Arrays have shape [batch].
 
-    at: output tokens that are out, less one; pending: rows that the drafter has not processed yet, at first the
-    prompt's."""
+    at: output tokens that are out, less one; pending: rows that the drafter has not processed yet,
+    at first the prompt's."""
 
     def __init__(self, recording: Recording, batch_size: int) -> None:
         answers = recording.answers
@@ -259,8 +262,8 @@ class Source:
 
 @dataclass(slots=True)
 class Drafted:
-    """What a policy made of one round. expanded: the owners of the nodes that each level expanded; missing: [batch]
-    drafts that the recording lacks."""
+    """What a policy made of one round. expanded: the owners of the nodes that each level expanded;
+    missing: [batch] drafts that the recording lacks."""
 
     batch: BatchState
     plan: DraftPlan
@@ -325,11 +328,12 @@ def replay(
     rounds: int | None = None,
     prices: Pricing | None = None,
 ) -> Replayed:
-    """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled until it runs dry, and
-    then rounds of smaller batches are left out, as in the live benchmark.
+    """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled
+    until it runs dry, and then rounds of smaller batches are left out, as in the live benchmark.
 
-    host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the policy itself,
-    whose seconds then count, too. rounds: stop after so many. prices: what steps really take (default: by `cost`)."""
+    host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the
+    policy itself, whose seconds then count, too. rounds: stop after so many. prices: what steps
+    really take (default: by `cost`)."""
     walk, result = Walk(recording, batch_size), Replayed(batch_size)
     prices = prices or Prices(cost, batch_size)
     host = host or HostCosts.of(cost)

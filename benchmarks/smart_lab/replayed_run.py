@@ -1,11 +1,13 @@
-"""`bench --random-weights CONFIG --replay TRACE`: a full-size model's compute with a recording's acceptance.
+"""`bench --random-weights CONFIG --replay TRACE`: a full-size model's compute with a recording's
+acceptance.
 
-Weights are random, so that any size can be timed where no checkpoint is at hand; every forward, ranking and argmax is
-computed for real. What comes out of them is put aside: a drafter proposes the recorded candidates, and the target says
-what the recorded answer says. The engine knows nothing of it. Results are labelled "replayed acceptance".
+Weights are random, so that any size can be timed where no checkpoint is at hand; every forward,
+ranking and argmax is computed for real. What comes out of them is put aside: a drafter proposes the
+recorded candidates, and the target says what the recorded answer says. The engine knows nothing of
+it. Results are labelled "replayed acceptance".
 
-A prompt is as long as the recorded one; its first token is the answer's number, by which the target knows whose pages
-it writes.
+A prompt is as long as the recorded one; its first token is the answer's number, by which the target
+knows whose pages it writes.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ LABEL = "replayed acceptance"
 
 @dataclass(frozen=True)
 class RandomWeights(Mapping[str, torch.Tensor]):
-    """Tensors by name, drawn when asked for, the same every time: a model of any size takes no disk."""
+    """Tensors by name, drawn when asked for, the same every time: a model of any size takes no
+    disk."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -117,8 +120,8 @@ class ReplayedTarget:
         return TargetScores(scores.logits, scores.features, self._truth(rows, wanted))
 
     def _truth(self, rows: Rows, wanted: IntArray) -> IntArray:
-        """[wanted] the recorded answer's token behind each row, whatever the row's own token is: where that is not the
-        answer's, nobody asks."""
+        """[wanted] the recorded answer's token behind each row, whatever the row's own token is:
+        where that is not the answer's, nobody asks."""
         pages = rows.pages[rows.block_table_start[: len(rows.query_start_loc) - 1]].tolist()
         for group, page in enumerate(pages):
             first = int(rows.query_start_loc[group])
@@ -159,9 +162,11 @@ class ReplayedDrafter(EagleDrafter):
 
 
 def run(options: LabOptions) -> dict[str, Any]:
-    """Measures the contestants on a model of random weights; 'acceptance' of the result says what it is.
+    """Measures the contestants on a model of random weights; 'acceptance' of the result says what
+    it is.
 
-    Raises ConfigError for a recording that does not fit the model, ModelError for an unusable config.json."""
+    Raises ConfigError for a recording that does not fit the model, ModelError for an unusable
+    config.json."""
     assert options.random_weights is not None and options.replay is not None
     trace = read_trace(options.replay)
     name, config = model_config(options.random_weights)
@@ -263,7 +268,8 @@ class _Replay:
 
 
 def model_config(name: str) -> tuple[str, ModelConfig]:
-    """A model of hardware.json, or a config.json, with its name. Raises ConfigError or ModelError."""
+    """A model of hardware.json, or a config.json, with its name. Raises ConfigError or
+    ModelError."""
     path = Path(name)
     if path.is_file():
         try:
@@ -289,7 +295,8 @@ def model_config(name: str) -> tuple[str, ModelConfig]:
 
 
 def random_head(config: ModelConfig, draft_vocab: int) -> HeadFiles:
-    """An EAGLE-3 head's shapes for a target: one layer over [embedding ; features], three aux_layers, its own output rows."""
+    """An EAGLE-3 head's shapes for a target: one layer over [embedding ; features], three
+    aux_layers, its own output rows."""
     aux_layers = tuple(
         sorted({max(1, config.layers // 8), max(1, config.layers // 2), max(1, config.layers - 2)})
     )

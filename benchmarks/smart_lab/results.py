@@ -12,7 +12,8 @@ from smart_decoding.bench.results import Results, checked_runs, mapping
 
 @dataclass(frozen=True)
 class LabResults(Results):
-    """suites, variants, replayed, peers: the laboratory's parts, empty where they were not measured."""
+    """suites, variants, replayed, peers: the laboratory's parts, empty where they were not
+    measured."""
 
     PARTS: ClassVar[Sequence[str]] = (*Results.PARTS, "suites", "variants", "replayed", "peers")
 

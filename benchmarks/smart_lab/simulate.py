@@ -1,4 +1,5 @@
-"""What speculation would bring on other hardware: policies replayed at the costs of a profile or a data sheet."""
+"""What speculation would bring on other hardware: policies replayed at the costs of a profile or a
+data sheet."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ PAYS = 1.02  # less is within what costs are known to
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """One batch size. plain: tokens per second without speculation; speedup: per policy; fixed: the best setting of
-    `eagle2`; smart: what `smart` did."""
+    """One batch size. plain: tokens per second without speculation; speedup: per policy; fixed: the
+    best setting of `eagle2`; smart: what `smart` did."""
 
     batch_size: int
     plain: float
@@ -52,7 +53,8 @@ class Outlook:
 
     @property
     def best(self) -> str:
-        """The policy to use: `smart` unless another one is clearly better, `off` where none pays."""
+        """The policy to use: `smart` unless another one is clearly better, `off` where none
+        pays."""
         if max(self.speedup.values()) < PAYS:
             return "off"
         name = max(self.speedup, key=lambda policy: self.speedup[policy])
@@ -70,7 +72,8 @@ class Simulation:
     notes: list[str] = field(default_factory=list)
 
     def crossing(self, policy: str) -> float | None:
-        """The batch size at which a policy's speedup falls below 1, interpolated; None where it never does."""
+        """The batch size at which a policy's speedup falls below 1, interpolated; None where it
+        never does."""
         before: tuple[int, float] | None = None
         for outlook in self.outlooks:
             value = outlook.speedup[policy]
@@ -115,7 +118,8 @@ class Simulator:
         host: HostCosts | None = None,
         tree: Setting | None = None,
     ) -> None:
-        """tree: the setting of `eagle2` that stands for fixed trees of full size; EAGLE-2's by default."""
+        """tree: the setting of `eagle2` that stands for fixed trees of full size; EAGLE-2's by
+        default."""
         self.trace, self.cost, self.host, self.rounds = trace, cost, host, 0
         self._eagle = Sweep(trace.recording, [tree or EAGLE_2], trace.eos_token_ids)
         self._fixed = Sweep(trace.recording, SETTINGS, trace.eos_token_ids)

@@ -148,7 +148,8 @@ def _did(off: float) -> str:
 
 
 def _acceptance(args: argparse.Namespace) -> tuple[Trace, str, Setting]:
-    """Trees to replay, what they are in words, and the setting of `eagle2` that fixed trees of full size have."""
+    """Trees to replay, what they are in words, and the setting of `eagle2` that fixed trees of full
+    size have."""
     if args.trace is not None:
         trace = read_trace(args.trace)
         recording, origin = trace.recording, trace.about.get("provenance", {})

@@ -1,4 +1,5 @@
-"""A simulation as one self-contained page: speedup against batch size, and what is simulated, said first."""
+"""A simulation as one self-contained page: speedup against batch size, and what is simulated, said
+first."""
 
 from __future__ import annotations
 

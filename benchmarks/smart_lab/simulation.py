@@ -1,7 +1,9 @@
-"""A small world to run policies in without a model: tests and benchmarks compare them with full knowledge there.
+"""A small world to run policies in without a model: tests and benchmarks compare them with full
+knowledge there.
 
-Each expanded node gets children whose draft probabilities depend on how hard the request is at the moment; their true
-acceptance is a known distortion of them. Everything is a function of the seed, so all policies meet the same rounds.
+Each expanded node gets children whose draft probabilities depend on how hard the request is at the
+moment; their true acceptance is a known distortion of them. Everything is a function of the seed,
+so all policies meet the same rounds.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ class Totals:
 
 
 class World:
-    """`batch` requests for ever. `good(round)` says whether the drafter is in order (else it is shuffled: as confident,
-    never right). `costs` is the truth about time, and `overhead` the seconds that a speculating round takes beyond."""
+    """`batch` requests for ever. `good(round)` says whether the drafter is in order (else it is
+    shuffled: as confident, never right). `costs` is the truth about time, and `overhead` the
+    seconds that a speculating round takes beyond."""
 
     def __init__(
         self,
@@ -105,7 +108,8 @@ class World:
     def walk(
         self, trees: DraftTrees, round_index: int, kept: IntArray
     ) -> tuple[IntArray, IntArray]:
-        """(root_next [batch], next_token [nodes]): one verification of `kept`, drawn from the true probabilities."""
+        """(root_next [batch], next_token [nodes]): one verification of `kept`, drawn from the true
+        probabilities."""
         rng = np.random.default_rng([self.seed, round_index, 99])
         true = self.true_prob(trees, round_index)
         pruned = trees.take(kept)
@@ -131,7 +135,8 @@ class World:
 
 
 def run(policy: Policy, world: World, rounds: range) -> Totals:
-    """Runs a policy through `rounds` of the world as an engine would. Tokens are expectations, not draws."""
+    """Runs a policy through `rounds` of the world as an engine would. Tokens are expectations, not
+    draws."""
     tokens = seconds = 0.0
     nodes = off = catch_up = 0
     for index in rounds:
@@ -161,7 +166,8 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
 def full_knowledge(
     world: World, rounds: range, levels: int = 6, widths: tuple[int, ...] = (1, 2, 4, 8)
 ) -> Totals:
-    """The best of plain decoding and every (levels, width) each round, knowing all true probabilities beforehand."""
+    """The best of plain decoding and every (levels, width) each round, knowing all true
+    probabilities beforehand."""
     tokens = seconds = 0.0
     nodes = off = 0
     size = world.batch

@@ -1,7 +1,7 @@
 """Many settings of `eagle2` at once.
 
-It treats each request alone, so its tree at a position is the same at every batch size and cost. All positions' trees
-are drawn in a few large batches, once per setting; a replay then only adds up.
+It treats each request alone, so its tree at a position is the same at every batch size and cost.
+All positions' trees are drawn in a few large batches, once per setting; a replay then only adds up.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def likelihood_settings() -> list[Setting]:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Each position's tree under one setting, [positions]: tokens that the round emits, nodes verified, and rows that
-    its levels expand, [positions, levels]."""
+    """Each position's tree under one setting, [positions]: tokens that the round emits, nodes
+    verified, and rows that its levels expand, [positions, levels]."""
 
     emitted: IntArray
     kept: IntArray

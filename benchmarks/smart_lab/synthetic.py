@@ -1,7 +1,9 @@
-"""Recordings that nobody recorded: trees and answers drawn so that EAGLE-2's tree yields a given number of tokens.
+"""Recordings that nobody recorded: trees and answers drawn so that EAGLE-2's tree yields a given
+number of tokens.
 
-How predictable the text is moves slowly, as in real text; confidences fall off from child to child, and the target
-chooses a child with its confidence times a trust that falls with depth. Nothing else is claimed of them.
+How predictable the text is moves slowly, as in real text; confidences fall off from child to child,
+and the target chooses a child with its confidence times a trust that falls with depth. Nothing else
+is claimed of them.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ def synthetic(
     tree: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> Recording:
-    """A recording whose rounds under a setting of `eagle2` (default: EAGLE-2's tree) yield `tokens_per_round` on
-    average over positions.
+    """A recording whose rounds under a setting of `eagle2` (default: EAGLE-2's tree) yield
+    `tokens_per_round` on average over positions.
 
     Raises ConfigError for a number that such a tree cannot yield."""
     low, high = EASES

@@ -1,4 +1,5 @@
-"""Markdown tables of what was measured, for the pages of benchmarks/results. A ratio in bold is below 1."""
+"""Markdown tables of what was measured, for the pages of benchmarks/results. A ratio in bold is
+below 1."""
 
 from __future__ import annotations
 

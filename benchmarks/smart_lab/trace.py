@@ -1,4 +1,5 @@
-"""Recordings as files: a line that names format, version and checksum, a line of JSON about it, compressed arrays."""
+"""Recordings as files: a line that names format, version and checksum, a line of JSON about it,
+compressed arrays."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ MAGIC, VERSION = b"smart-recording", b"1"
 class Trace:
     """A recording and what is known about it.
 
-    about: provenance, model, drafter, dtype, temperature. cost, host: the recording machine's profile, if it was
-    measured. prior: what `smart` starts from."""
+    about: provenance, model, drafter, dtype, temperature. cost, host: the recording machine's
+    profile, if it was measured. prior: what `smart` starts from."""
 
     recording: Recording
     about: Mapping[str, Any]
@@ -42,7 +43,8 @@ class Trace:
     prior: Mapping[str, Any] | None = None
 
     def policy(self, name: str, cost: CostModel | None = None, **options: Any) -> Policy:
-        """A policy as it would start in the recorded engine, with its own prior. Raises what make_policy raises."""
+        """A policy as it would start in the recorded engine, with its own prior. Raises what
+        make_policy raises."""
         offered: dict[str, Any] = {"cost": cost or self.cost, "eos_token_ids": self.eos_token_ids}
         if self.prior is not None:
             calibration = Calibration.from_state(self.prior["calibration"])

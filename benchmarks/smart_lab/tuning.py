@@ -1,5 +1,6 @@
-"""The strongest settings of other policies for each batch size: ranked by replay on prompts that the benchmark does not
-use, so that what is measured live is the best that tuning by hand could have found."""
+"""The strongest settings of other policies for each batch size: ranked by replay on prompts that
+the benchmark does not use, so that what is measured live is the best that tuning by hand could have
+found."""
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ class Tuner:
 
     @cached_property
     def sweep(self) -> Sweep:
-        """All settings of `eagle2` on the other prompts, repeated where a large batch would soon run dry."""
+        """All settings of `eagle2` on the other prompts, repeated where a large batch would soon
+        run dry."""
         sweep = Sweep(self.trace.recording, eos=self.trace.eos_token_ids)
         return sweep.repeated(enough(self.trace.recording, max(self._options.batch_sizes)))
 

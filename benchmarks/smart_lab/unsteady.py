@@ -1,5 +1,5 @@
-"""A machine for replays whose costs change while a policy runs: states of its memory take turns, and every step is
-noisy."""
+"""A machine for replays whose costs change while a policy runs: states of its memory take turns,
+and every step is noisy."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ OUTLIERS, OUTLIER = 0.03, 1.5  # share of steps that take so many times as long
 
 
 class Unsteady:
-    """Prices at one batch size. states: the costs that take turns, each for `lasts` tokens on average; noise: standard
-    deviation of a step's log seconds.
+    """Prices at one batch size. states: the costs that take turns, each for `lasts` tokens on
+    average; noise: standard deviation of a step's log seconds.
 
-    Turns are counted in tokens, so that every policy does the same work in the same state: ratios are paired."""
+    Turns are counted in tokens, so that every policy does the same work in the same state: ratios
+    are paired."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""SMART: speculative decoding with draft trees sized by their cost. Names are imported on first use: torch is slow."""
+"""SMART: speculative decoding with draft trees sized by their cost. Names are imported on first
+use: torch is slow."""
 
 from __future__ import annotations
 

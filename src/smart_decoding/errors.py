@@ -5,7 +5,8 @@ The command line prints the line and exits with 2.
 
 
 class SmartError(Exception):
-    """Base of all errors that smart_decoding raises on purpose; the message is one line that says what to do."""
+    """Base of all errors that smart_decoding raises on purpose; the message is one line that says
+    what to do."""
 
 
 class ConfigError(SmartError, ValueError):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A scratch path to write to: it becomes `path` when the block ends, and vanishes if that fails (or Ctrl-C).
+    """A scratch path to write to: it becomes `path` when the block ends, and vanishes if that fails
+    (or Ctrl-C).
 
     Each process has its own, so that two may write the same file: the last one wins."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -34,10 +34,12 @@ DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One answer. finish_reason: 'stop', 'length' or 'abort'; metrics: rounds, rows and times of this answer.
+    """One answer. finish_reason: 'stop', 'length' or 'abort'; metrics: rounds, rows and times of
+    this answer.
 
-    logprobs: None unless asked for; else a `TokenLogprobs` (models/sampler.py) for each of token_ids: token,
-    logprob, rank (from 1), and the most likely tokens as the arrays top_tokens and top_logprobs."""
+    logprobs: None unless asked for; else a `TokenLogprobs` (models/sampler.py) for each of
+    token_ids: token, logprob, rank (from 1), and the most likely tokens as the arrays top_tokens
+    and top_logprobs."""
 
     index: int
     text: str
@@ -49,7 +51,8 @@ class CompletionOutput:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens per decoding round; the first token comes from the prompt's round and does not count."""
+        """Tokens per decoding round; the first token comes from the prompt's round and does not
+        count."""
         return (len(self.token_ids) - 1) / self.metrics.rounds if self.metrics.rounds else 0.0
 
 
@@ -75,19 +78,24 @@ class LLM:
     """A model ready to answer.
 
     model: built-in name, hub id, folder of safetensors, or GGUF file.
-    speculative_config: None (the model's default head under the policy `smart`, if it has one), False (plain decoding),
-        or a dict: method (eagle, draft_model, ngram, recycling, union, none), policy (off, chain, static, eagle2,
-        paper, smart), and either's options.
-    dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where there is one.
-    enforce_eager: no CUDA graphs.
+    speculative_config: None (the model's default head under the policy `smart`, if it has one),
+    False (plain decoding),
+        or a dict: method (eagle, draft_model, ngram, recycling, union, none), policy (off, chain,
+        static, eagle2, paper, smart), and either's options.
+    dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where
+    there is one. enforce_eager: no CUDA graphs.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run; an error without it.
-    max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or kv_cache_tokens allows if that is
-        less). kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048); at least max_model_len.
+    max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
+    kv_cache_tokens allows if that is
+        less). kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048); at least
+        max_model_len.
     seed: what the seeds of requests without their own are drawn from.
-    trust_pickle: load a draft head's pytorch_model.bin too, of which only tensors are read; safetensors only without.
-    Of vision-language models: limit_mm_per_prompt: pictures of a prompt by modality (image 16, video 1).
-        allowed_local_media_path: the folder that messages may name files in (none). mm_processor_kwargs: options of the
-        image processor, such as max_pixels. max_image_pixels: of one picture as it is sent.
+    trust_pickle: load a draft head's pytorch_model.bin too, of which only tensors are read;
+    safetensors only without. Of vision-language models: limit_mm_per_prompt: pictures of a prompt
+    by modality (image 16, video 1).
+        allowed_local_media_path: the folder that messages may name files in (none).
+        mm_processor_kwargs: options of the image processor, such as max_pixels. max_image_pixels:
+        of one picture as it is sent.
     Raises ModelError, DownloadError, ConfigError or CapacityError, each in one line.
     """
 
@@ -161,10 +169,11 @@ class LLM:
         self._count = 0
 
     def sharing_weights(self, speculative_config: Mapping[str, Any] | bool | None) -> LLM:
-        """Another engine, drafter and policy over this one's weights and KV memory: to compare them in one process.
+        """Another engine, drafter and policy over this one's weights and KV memory: to compare them
+        in one process.
 
-        Only one of the engines may hold requests at a time. Raises ConfigError if prefix caching is on: kept keys
-        would be overwritten by the others."""
+        Only one of the engines may hold requests at a time. Raises ConfigError if prefix caching is
+        on: kept keys would be overwritten by the others."""
         config = self.engine.config
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
@@ -205,7 +214,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers all prompts, in order. `on_step` is called after every round.
 
-        A prompt is a text, token ids, what `chat_prompt` returns, or vLLM's {"prompt": …, "multi_modal_data": …}."""
+        A prompt is a text, token ids, what `chat_prompt` returns, or vLLM's {"prompt": …,
+        "multi_modal_data": …}."""
         many = _as_list(prompts)
         params = _params_for(many, sampling_params)
         ready = [
@@ -241,7 +251,8 @@ class LLM:
         return self._vision is not None
 
     def chat_prompt(self, messages: Sequence[Message]) -> MediaPrompt:
-        """The prompt of one conversation. Contents may be lists of OpenAI's parts, and hold pictures if the model sees.
+        """The prompt of one conversation. Contents may be lists of OpenAI's parts, and hold
+        pictures if the model sees.
 
         Raises ConfigError for messages or pictures that cannot be used."""
         if self._vision is not None:
@@ -260,7 +271,8 @@ class LLM:
         return ConfigError(f"the model {name} reads text only: take one that sees (docs/vision.md)")
 
     def text_prompt(self, prompt: Prompt) -> MediaPrompt:
-        """A prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need their pictures."""
+        """A prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need their
+        pictures."""
         if isinstance(prompt, MediaPrompt):
             return prompt
         given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
@@ -283,7 +295,8 @@ class LLM:
     def stream(
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[str]:
-        """The text of one answer to a prompt or a conversation, piece by piece as rounds yield it."""
+        """The text of one answer to a prompt or a conversation, piece by piece as rounds yield
+        it."""
         if (
             isinstance(prompt, Sequence)
             and not isinstance(prompt, str)
@@ -344,7 +357,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _token_ids(given: Any) -> list[int]:
-    """As ints, whatever kind of sequence or array they are in. Raises ConfigError for anything else."""
+    """As ints, whatever kind of sequence or array they are in. Raises ConfigError for anything
+    else."""
     ids: list[Any] = list(given) if isinstance(given, Iterable) else [None]
     if not all(isinstance(token, Integral) for token in ids):
         raise ConfigError("a prompt must be a text or token ids")
@@ -369,7 +383,8 @@ def _limits(per_prompt: Mapping[str, int] | None, folder: str | Path | None, pix
 
 
 def _model_len(asked: int | None, kv_cache_tokens: int | None, positions: int) -> int:
-    """The longest prompt plus answer. Raises CapacityError if the one asked for can never be held."""
+    """The longest prompt plus answer. Raises CapacityError if the one asked for can never be
+    held."""
     if asked is None:
         return min(DEFAULT_MODEL_LEN, positions, kv_cache_tokens or positions)
     if kv_cache_tokens is not None and asked > kv_cache_tokens:

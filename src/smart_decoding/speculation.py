@@ -47,8 +47,8 @@ DRAFT_SCRATCH_PAGES = 64  # a draft model's keys are larger: 1024 nodes
 class Speculation:
     """What drafts, and what decides about it; without a drafter the engine decodes plainly.
 
-    cost: the measured costs, or None where nothing needs them. model: the EAGLE head or draft model in use.
-    description: in words."""
+    cost: the measured costs, or None where nothing needs them. model: the EAGLE head or draft model
+    in use. description: in words."""
 
     policy: Policy
     drafter: Drafter | None
@@ -73,7 +73,8 @@ def shipped_head(model: str) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a `speculative_config` asks for, as far as it can be checked before any weights are loaded.
+    """What a `speculative_config` asks for, as far as it can be checked before any weights are
+    loaded.
 
     options: of the drafter and the policy; draft: the draft model, if there is one."""
 
@@ -89,8 +90,9 @@ def check_speculation(
     tokenizer: Tokenizer,
     max_model_len: int,
 ) -> Asked:
-    """checkpoint, tokenizer: the target's. Raises ConfigError for what is no config and for an unknown method, policy
-    or option, ModelError for a draft model with another vocabulary or too short a context."""
+    """checkpoint, tokenizer: the target's. Raises ConfigError for what is no config and for an
+    unknown method, policy or option, ModelError for a draft model with another vocabulary or too
+    short a context."""
     if config is False:
         return Asked("none", "off", {})
     given = _as_dict(config)
@@ -154,8 +156,8 @@ def build_speculation(
     max_num_seqs: int,
     trust_pickle: bool = False,
 ) -> Speculation:
-    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for bad values of a drafter's
-    options, ModelError for a head that does not fit."""
+    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for bad
+    values of a drafter's options, ModelError for a head that does not fit."""
     if asked.method == "none":
         return Speculation(make_policy("off"), None)
     default_head = shipped_head(checkpoint.provenance["model"])
@@ -199,7 +201,8 @@ def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str) -> Non
 
 
 def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
-    """In what a draft model's tokens differ from the target's, each as text to id; None if in nothing."""
+    """In what a draft model's tokens differ from the target's, each as text to id; None if in
+    nothing."""
     if ours == theirs:
         return None
     if len(ours) != len(theirs):
@@ -222,7 +225,8 @@ def stored_prior(folder: Path | None) -> dict[str, Any]:
 
 
 class _Builder:
-    """Makes the parts of one Speculation, taking their options out of `left`: the rest belongs to the policy."""
+    """Makes the parts of one Speculation, taking their options out of `left`: the rest belongs to
+    the policy."""
 
     def __init__(
         self,
@@ -264,8 +268,8 @@ class _Builder:
         return self._ngram() if method == "ngram" else self._recycling()
 
     def cost(self, drafter: Drafter) -> CostModel:
-        """The cached profile of this machine, else a new one (a few seconds): also if that was taken of an engine for
-        smaller batches."""
+        """The cached profile of this machine, else a new one (a few seconds): also if that was
+        taken of an engine for smaller batches."""
         target, head = self._target, str(self.model and self.model.shape)
         weights, longest = self._checkpoint.provenance, longest_context(target.max_positions)
         path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
@@ -294,7 +298,8 @@ class _Builder:
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
 
     def _seeing(self, files: HeadFiles) -> HeadFiles:
-        """As the option `visual_positions` says, for heads whose files do not: MSD's are laid out as EAGLE-1's."""
+        """As the option `visual_positions` says, for heads whose files do not: MSD's are laid out
+        as EAGLE-1's."""
         how = self.left.pop("visual_positions", None)
         if how not in (None, *VISUAL_POSITIONS):
             raise ConfigError(

@@ -1,4 +1,5 @@
-"""The default model: transformers' greedy answers in float32, and answers that no batch changes by a bit."""
+"""The default model: transformers' greedy answers in float32, and answers that no batch changes by
+a bit."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def tokens_of(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> lis
 def tied_positions(
     model: transformers.PreTrainedModel, prompt: list[int], tokens: list[int]
 ) -> list[int]:
-    """Where the teacher-forced model has another best token: float32 and float64 must both call it a tie."""
+    """Where the teacher-forced model has another best token: float32 and float64 must both call it
+    a tie."""
     gaps = []
     for precision in (torch.float32, torch.float64):
         with torch.inference_mode():
@@ -67,7 +69,8 @@ def tied_positions(
 
 
 def test_greedy_answers_are_those_of_transformers(llm: LLM, prompts: list[list[int]]) -> None:
-    """Where an answer first differs the two tokens must tie; the rest is then compared teacher-forced."""
+    """Where an answer first differs the two tokens must tie; the rest is then compared
+    teacher-forced."""
     if llm.target.dtype != torch.float32:
         pytest.skip("bfloat16 rounds activations in transformers, but not here")
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -113,7 +116,8 @@ def test_a_request_alone_and_in_a_batch_gets_the_same_tokens(
 
 
 def test_smart_drafts_for_32_requests_where_rows_are_cheap() -> None:
-    """With a table in which further rows cost next to nothing, as on a large GPU (until real rounds correct it)."""
+    """With a table in which further rows cost next to nothing, as on a large GPU (until real rounds
+    correct it)."""
     cheap = CostModel.from_table({1: {1: 5.0, 512: 5.1}}, {1: 0.01, 512: 0.01})
     llm = LLM(MODEL, speculative_config={"policy": "smart"}, max_model_len=128, max_num_seqs=32)
     llm.engine.policy.cost = cheap

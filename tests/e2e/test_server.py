@@ -1,4 +1,5 @@
-"""The default model behind the server, speculating: the answer is what `LLM` gives without speculation."""
+"""The default model behind the server, speculating: the answer is what `LLM` gives without
+speculation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`make soak` in its shortest form, on the default model: two real servers, many clients, answers asked for again."""
+"""`make soak` in its shortest form, on the default model: two real servers, many clients, answers
+asked for again."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ if not TOOL.is_file():
 
 
 def test_a_short_soak_of_the_default_model(tmp_path: Path) -> None:
-    """Nothing fails, hangs, leaks or differs. How fast it was is for `make soak`: here others may share the machine."""
+    """Nothing fails, hangs, leaks or differs. How fast it was is for `make soak`: here others may
+    share the machine."""
     line = [
         sys.executable,
         TOOL,

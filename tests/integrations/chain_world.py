@@ -1,4 +1,5 @@
-"""A simulated engine that drafts chains and verifies them a step later: the world that the policy must cope with."""
+"""A simulated engine that drafts chains and verifies them a step later: the world that the policy
+must cope with."""
 
 from __future__ import annotations
 
@@ -16,11 +17,13 @@ FEW = TRIAL + 20  # lost tokens that still do no harm
 
 @dataclass
 class World:
-    """Each request accepts a draft token with its own probability; seconds are what `cost` says, with some noise.
+    """Each request accepts a draft token with its own probability; seconds are what `cost` says,
+    with some noise.
 
-    cost(batch, drafts, levels): true seconds of a step. hits: probability that the drafter has a proposal at all.
-    life: steps after which a request makes way for a new one. rests: the policy may let the draft model rest, for which
-    cost is asked with levels = REST; requests that lose more than a few tokens so have no draft accepted any more."""
+    cost(batch, drafts, levels): true seconds of a step. hits: probability that the drafter has a
+    proposal at all. life: steps after which a request makes way for a new one. rests: the policy
+    may let the draft model rest, for which cost is asked with levels = REST; requests that lose
+    more than a few tokens so have no draft accepted any more."""
 
     accept: Sequence[float]
     cost: Callable[[int, int, int], float]

@@ -19,7 +19,8 @@ def source_of(name: str) -> Path:
 
 
 def definitions(module: str, names: list[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Functions of one module, compiled from its own file alone; `given` are the globals that they use."""
+    """Functions of one module, compiled from its own file alone; `given` are the globals that they
+    use."""
     path = source_of(module)
     tree = ast.parse(path.read_text())
     wanted = [

@@ -1,5 +1,5 @@
-"""Checkpoints made from SmolLM2's: python smollm_variants.py without_layers SOURCE TARGET FIRST END |
-with_idle_layers SOURCE TARGET | with_more_heads SOURCE TARGET."""
+"""Checkpoints made from SmolLM2's: python smollm_variants.py without_layers SOURCE TARGET FIRST END
+| with_idle_layers SOURCE TARGET | with_more_heads SOURCE TARGET."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def replace_layers(model: torch.nn.Module, layers: list[torch.nn.Module]) -> Non
 
 
 def with_more_heads(source: str, target: str) -> None:
-    """Adds a key-value head and its query heads, all of zeros: they add nothing to the attention's output."""
+    """Adds a key-value head and its query heads, all of zeros: they add nothing to the attention's
+    output."""
     model = AutoModelForCausalLM.from_pretrained(source)
     config = model.config
     size, group = (

@@ -1,4 +1,5 @@
-"""Lengths of chains: chosen for the most tokens per second, at costs and acceptance that are found out on the way."""
+"""Lengths of chains: chosen for the most tokens per second, at costs and acceptance that are found
+out on the way."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def gpu(batch: int, drafts: int, levels: int) -> float:
 
 
 def ratio(worlds: list[World], policy: Callable[[], Chains], lengths: Iterable[int]) -> float:
-    """Mean over worlds: the policy's tokens per second over those of the best fixed length, known by oracle."""
+    """Mean over worlds: the policy's tokens per second over those of the best fixed length, known
+    by oracle."""
     found = [
         w.run(STEPS, policy()) / max(w.run(STEPS, None, fixed=k) for k in lengths) for w in worlds
     ]
@@ -148,7 +150,8 @@ def test_one_odd_step_moves_little() -> None:
 
 
 def test_a_slow_start_is_forgotten() -> None:
-    """The first steps with drafts compile and allocate: ten times too slow, they must not keep drafting off."""
+    """The first steps with drafts compile and allocate: ten times too slow, they must not keep
+    drafting off."""
     costs = StepCosts()
     for _ in range(8):
         costs.observe(4, 0, 0, cpu(4, 0, 0))

@@ -12,7 +12,8 @@ STEPS = 5000
 
 
 def dear(batch: int, drafts: int, levels: int) -> float:
-    """A draft model at half the cost of its target: without it, with its first pass, with one pass for each token."""
+    """A draft model at half the cost of its target: without it, with its first pass, with one pass
+    for each token."""
     return 0.008 + 0.0004 * (batch + drafts) + 0.004 * max(levels, 0 if levels == REST else 1)
 
 

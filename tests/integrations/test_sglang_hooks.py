@@ -1,4 +1,5 @@
-"""The plugin in SGLang's own start-up: its plugin loader, its hooks, its argument resolution (no engine, no GPU)."""
+"""The plugin in SGLang's own start-up: its plugin loader, its hooks, its argument resolution (no
+engine, no GPU)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""The policy for SGLang's adaptive speculation: by itself, and under SGLang's real controller with a fake worker.
+"""The policy for SGLang's adaptive speculation: by itself, and under SGLang's real controller with
+a fake worker.
 
-The controller is loaded from the installed wheel's own file: importing SGLang as a whole needs a GPU build."""
+The controller is loaded from the installed wheel's own file: importing SGLang as a whole needs a
+GPU build."""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def policy(tmp_path, monkeypatch) -> SmartSpecPolicy:
 
 
 def serve(policy: Any, batch: int, rounds: int, accept: float, seed: int = 0) -> list[int]:
-    """Steps used at each round when every draft is accepted with probability `accept` after the one before it."""
+    """Steps used at each round when every draft is accepted with probability `accept` after the one
+    before it."""
     random, used = np.random.default_rng(seed), []
     for _ in range(rounds):
         steps = policy.get_steps_for_batch(batch)
@@ -86,8 +89,8 @@ def tiers(policy, tmp_path) -> SmartSpecPolicy:
 
 
 def serve_trees(policy: SmartSpecPolicy, rounds: int, accept: dict[int, float]) -> list[int]:
-    """Steps used at batch 2 when the tree of so many steps is accepted one level deeper with probability accept[steps];
-    counts come one round late, as with overlapped scheduling."""
+    """Steps used at batch 2 when the tree of so many steps is accepted one level deeper with
+    probability accept[steps]; counts come one round late, as with overlapped scheduling."""
     random, used, late = np.random.default_rng(0), [], None
     for _ in range(rounds):
         steps = policy.get_steps_for_batch(2)
@@ -102,7 +105,8 @@ def serve_trees(policy: SmartSpecPolicy, rounds: int, accept: dict[int, float]) 
 
 
 def test_of_trees_the_tier_of_most_tokens_per_second_is_found(tiers) -> None:
-    """A larger tree is accepted better at each level: that is found out although the search began at the smallest."""
+    """A larger tree is accepted better at each level: that is found out although the search began
+    at the smallest."""
     accept = {0: 0.0, 1: 0.3, 3: 0.9, 5: 0.92}
     rates = {
         k: tiers.costs.seconds(2, k) ** -1 * sum(p**d for d in range(k + 1))

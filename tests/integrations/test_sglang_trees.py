@@ -1,7 +1,8 @@
 """SGLang's own trees against our core's.
 
-Its selection, tree-building and greedy verification are run from the installed wheel, the kernels by Triton's
-interpreter (no GPU): they must give the tree that our core chooses, and the same walk down it."""
+Its selection, tree-building and greedy verification are run from the installed wheel, the kernels
+by Triton's interpreter (no GPU): they must give the tree that our core chooses, and the same walk
+down it."""
 
 from __future__ import annotations
 
@@ -298,7 +299,8 @@ def test_a_tier_is_the_tree_that_our_core_chooses(
 
 @pytest.mark.parametrize("per_row", [0.01, 0.04, 0.15])
 def test_as_many_nodes_as_the_exact_choice_finds_are_the_same_nodes(sglang, per_row: float) -> None:
-    """SMART's scan over what was drafted says how many nodes pay; SGLang, told so many, takes the same."""
+    """SMART's scan over what was drafted says how many nodes pay; SGLang, told so many, takes the
+    same."""
     sizes = set()
     for seed in range(3):
         world = World(seed, batch=1)

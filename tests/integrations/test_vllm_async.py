@@ -1,7 +1,8 @@
-"""SmartAsyncScheduler on vLLM's real AsyncScheduler, with a stand-in for the model: run by `make test-vllm`.
+"""SmartAsyncScheduler on vLLM's real AsyncScheduler, with a stand-in for the model: run by `make
+test-vllm`.
 
-vLLM's CPU build schedules synchronously, so that no engine can be run here: these tests call what an engine calls, with
-one step always under way while the next one is scheduled."""
+vLLM's CPU build schedules synchronously, so that no engine can be run here: these tests call what
+an engine calls, with one step always under way while the next one is scheduled."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ def add(scheduler: Any, *names: str, max_tokens: int = 100) -> None:
 def answer(
     scheduler: Any, output: Any, accepted: dict[str, int], drafter_seen: bool = False
 ) -> None:
-    """The model's answer to a step: so many of its drafts were right, and one token of its own. drafter_seen: what a
-    rank in another process says with it."""
+    """The model's answer to a step: so many of its drafts were right, and one token of its own.
+    drafter_seen: what a rank in another process says with it."""
     from vllm.v1.outputs import ModelRunnerOutput
 
     names = list(output.num_scheduled_tokens)

@@ -1,6 +1,8 @@
-"""SMART's scheduler in the real vLLM, SmolLM2-135M on a CPU: run by `make test-vllm`, in its environment.
+"""SMART's scheduler in the real vLLM, SmolLM2-135M on a CPU: run by `make test-vllm`, in its
+environment.
 
-Every engine is a process of its own, as a process can hold one only. Token identity is asserted in fp32."""
+Every engine is a process of its own, as a process can hold one only. Token identity is asserted in
+fp32."""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
 
 
 def engine(arguments: dict[str, Any], *, fails: bool = False, **job: Any) -> Any:
-    """What an engine with these arguments of vllm.LLM answers to a job; its whole output if it is to fail."""
+    """What an engine with these arguments of vllm.LLM answers to a job; its whole output if it is
+    to fail."""
     arguments = {
         "model": MODEL,
         "dtype": "float32",
@@ -77,7 +80,8 @@ def plain() -> Any:
 
 @pytest.fixture(scope="module")
 def even(tmp_path_factory) -> str:
-    """SmolLM2 with a fourth group of heads, of zeros: the same function, and two ranks can share its twelve heads."""
+    """SmolLM2 with a fourth group of heads, of zeros: the same function, and two ranks can share
+    its twelve heads."""
     folder = str(tmp_path_factory.mktemp("even"))
     variant("with_more_heads", MODEL, folder)
     return folder
@@ -85,7 +89,8 @@ def even(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory, even) -> Any:
-    """Drafting by SmolLM2 without its layers 12 to 19, which agrees with it on about every second token."""
+    """Drafting by SmolLM2 without its layers 12 to 19, which agrees with it on about every second
+    token."""
     folder = str(tmp_path_factory.mktemp("draft"))
     variant("without_layers", even, folder, "12", "20")
     return {"method": "draft_model", "model": folder, "num_speculative_tokens": 3}
@@ -106,7 +111,8 @@ def variant(*arguments: str) -> None:
 
 
 def check(answer: Any, plain: Any) -> None:
-    """Tokens of plain vLLM; on in some steps, off in others; drafts as counted by vLLM's own public metrics."""
+    """Tokens of plain vLLM; on in some steps, off in others; drafts as counted by vLLM's own public
+    metrics."""
     assert answer["tokens"] == plain["tokens"][: len(answer["tokens"])]
     counters = answer["counters"]
     assert counters["steps_on"] > 10 and counters["steps_off"] > 10
@@ -268,7 +274,8 @@ def scrape(port: int, prefix: str) -> dict[str, float]:
 
 
 def test_data_parallel_ranks_that_wait_for_each_other_are_refused() -> None:
-    """As an engine of a mixture of experts has it; ranks of dense models run by themselves, each with a size of 1."""
+    """As an engine of a mixture of experts has it; ranks of dense models run by themselves, each
+    with a size of 1."""
     output = engine(
         {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, fails=True, pretend_ranks=2
     )

@@ -1,4 +1,5 @@
-"""`smart vllm-config` and the scheduler's options, without vLLM: schedules from times, files, refusals."""
+"""`smart vllm-config` and the scheduler's options, without vLLM: schedules from times, files,
+refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from smart_decoding.integrations.vllm.schedule import (
 
 
 def timings(plain: float, **others: float) -> dict[int, Timing]:
-    """Three blocks of 100 tokens, each a little slower than the one before; others by length, as k1, k2, ..."""
+    """Three blocks of 100 tokens, each a little slower than the one before; others by length, as
+    k1, k2, ..."""
     drift = (1.0, 1.1, 1.2)
     found = {0: Timing([plain * d for d in drift], 100)}
     for name, seconds in others.items():
@@ -75,7 +77,8 @@ def test_the_option_is_the_one_that_vllm_takes() -> None:
 def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     tmp_path, monkeypatch, capsys
 ) -> None:
-    """With a stand-in for the engine's process: three tokens are the best at batch 1, none at batch 4."""
+    """With a stand-in for the engine's process: three tokens are the best at batch 1, none at batch
+    4."""
     seen = []
 
     class Engine:

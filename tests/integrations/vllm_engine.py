@@ -1,4 +1,5 @@
-"""A process with one vLLM engine: python vllm_engine.py LLM_ARGUMENTS JOB, both JSON; answers with a last line of JSON.
+"""A process with one vLLM engine: python vllm_engine.py LLM_ARGUMENTS JOB, both JSON; answers with
+a last line of JSON.
 
 Job: batches (sizes to generate for), contract (compare names), pretend_version,
 pretend_ranks (data-parallel size that the scheduler is told)."""
@@ -66,7 +67,8 @@ def messages(batch: int) -> list[Any]:
 
 
 def missing(scheduler: Any) -> list[str]:
-    """Names in seams.py that vLLM's own classes, or the live scheduler, have not; and whether our shortcut is in."""
+    """Names in seams.py that vLLM's own classes, or the live scheduler, have not; and whether our
+    shortcut is in."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.sample.rejection_sampler import RejectionSampler
 

@@ -19,7 +19,8 @@ LLM: Any = SimpleNamespace(
 
 
 def answer(tokens: list[int], gaps: list[float], verified: int = 9) -> Any:
-    """At each position `token` leads by `gap` over token 60 - token; two other tokens follow far behind."""
+    """At each position `token` leads by `gap` over token 60 - token; two other tokens follow far
+    behind."""
     logprobs = [
         SimpleNamespace(
             top_tokens=np.array([token, 60 - token, 98, 99]),

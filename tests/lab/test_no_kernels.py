@@ -1,4 +1,5 @@
-"""The laboratory stops with one line where the CPU kernels are missing, before anything is loaded."""
+"""The laboratory stops with one line where the CPU kernels are missing, before anything is
+loaded."""
 
 import pytest
 

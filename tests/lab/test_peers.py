@@ -1,4 +1,5 @@
-"""Peers without peers: a worker that follows a rule, environments that are not installed, tables that are exact."""
+"""Peers without peers: a worker that follows a rule, environments that are not installed, tables
+that are exact."""
 
 from __future__ import annotations
 

@@ -141,7 +141,8 @@ def test_what_the_recording_lacks_is_counted(recording):
 def test_settings_are_ranked_by_throughput(recording):
     chosen = [{"depth": d, "top_k": 1, "total_tokens": d + 2} for d in range(3)]
     ranked = Sweep(recording, chosen).rank(COST, 1)
-    # Every draft is right: (d + 2) tokens in 1 + 0.1 (d + 2) + 0.26 (d + 1) seconds and more: the deepest is best.
+    # Every draft is right: (d + 2) tokens in 1 + 0.1 (d + 2) + 0.26 (d + 1) seconds and more: the
+    # deepest is best.
     assert [setting["depth"] for setting, _ in ranked] == [2, 1, 0]
 
 

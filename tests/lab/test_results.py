@@ -1,4 +1,5 @@
-"""The pages of benchmarks/results are those of their JSON files, and every file can be read and drawn."""
+"""The pages of benchmarks/results are those of their JSON files, and every file can be read and
+drawn."""
 
 from __future__ import annotations
 

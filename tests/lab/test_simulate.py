@@ -235,9 +235,11 @@ def msd() -> Trace:
 
 @pytest.mark.parametrize(("name", "sizes"), [("l40s", (1, 8, 16)), ("rtx-pro-6000", (1, 16, 32))])
 def test_the_shape_of_the_published_figures(name, sizes, msd):
-    """MSD's tree gains much at batch 1 and falls below 1x, later on the faster card; smart stays well above.
+    """MSD's tree gains much at batch 1 and falls below 1x, later on the faster card; smart stays
+    well above.
 
-    Published: 1.82 at batch 1 on L40S and below 1x between batch 8 and 12; below 1x before 32 on RTX PRO 6000."""
+    Published: 1.82 at batch 1 on L40S and below 1x between batch 8 and 12; below 1x before 32 on
+    RTX PRO 6000."""
     tree = acceptances()["msd"]["tree"]
     simulator = Simulator(msd, roofline(card(name, eager=True), dimensions("vicuna-7b")), tree=tree)
     simulation = Simulation(name, "vicuna-7b", "msd", [simulator.outlook(size) for size in sizes])

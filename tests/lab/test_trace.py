@@ -41,7 +41,8 @@ def file(trace, tmp_path):
 
 
 def test_every_position_has_its_tree_however_long_the_prompts_are():
-    """Rounds that carry prompts do not draft; a recording must have none beside decoding requests."""
+    """Rounds that carry prompts do not draft; a recording must have none beside decoding
+    requests."""
     clock = worlds.Clock()
     engine = worlds.engine(clock, drafter=worlds.RuleDrafter(clock))
     engine.policy, chunk = Wide(levels=1, children=2, width=4), engine.scheduler.chunk
@@ -105,6 +106,7 @@ def test_host_costs_are_measured_and_fitted():
     clock = worlds.Clock()
     plain, drafting = worlds.engine(clock), worlds.drafting_engine(clock)
     policy = drafting.policy
-    # The engines' time passes in forwards only; the policy's own, which is taken off, is real, and next to nothing.
+    # The engines' time passes in forwards only; the policy's own, which is taken off, is real, and
+    # next to nothing.
     assert max(astuple(measure_host(plain, drafting, worlds.prompts(count=3, tokens=30)))) < 1e-3
     assert drafting.policy is policy

@@ -11,7 +11,8 @@ from smart_lab.trace import Trace
 from smart_lab.unsteady import Unsteady
 
 DRAFT = {1: 0.3, 64: 1.2}
-# Milliseconds of the two states of one machine: further rows are nearly free where all wait for the memory.
+# Milliseconds of the two states of one machine: further rows are nearly free where all wait for the
+# memory.
 FAST = CostModel.from_table({8: {8: 6.1, 16: 9.3, 24: 12.0, 48: 20.0}}, DRAFT, 0.6)
 SLOW = CostModel.from_table({8: {8: 8.0, 16: 8.8, 24: 10.5, 48: 19.0}}, DRAFT, 0.6)
 

@@ -1,4 +1,5 @@
-"""The decoder against transformers, and against itself: however tokens are cut into forwards, the logits are the same.
+"""The decoder against transformers, and against itself: however tokens are cut into forwards, the
+logits are the same.
 
 On the CPU kernels "the same" is bitwise, in torch within rounding."""
 
@@ -82,7 +83,8 @@ def test_shapes_without_kernels_run_on_torch(name: str) -> None:
 def test_chunks_and_single_tokens_equal_the_full_forward(
     name: str, native: bool, dtype: torch.dtype
 ) -> None:
-    """Two requests in one batch, cut differently: one in chunks of 37, the other token by token after 100."""
+    """Two requests in one batch, cut differently: one in chunks of 37, the other token by token
+    after 100."""
     model = decoder(name, native, dtype)
     wanted = full(model, TOKENS)
     memory = Memory(2)
@@ -110,8 +112,8 @@ def test_chunks_and_single_tokens_equal_the_full_forward(
 def test_tree_rows_equal_plain_rows_and_can_be_committed(
     name: str, native: bool, dtype: torch.dtype
 ) -> None:
-    """Trees of three requests around page and chunk boundaries beside a prompt; then the deepest paths are moved into
-    place and decoding goes on from there."""
+    """Trees of three requests around page and chunk boundaries beside a prompt; then the deepest
+    paths are moved into place and decoding goes on from there."""
     model, contexts = decoder(name, native, dtype), (5, 63, 126)
     trees = random_trees(3, len(contexts), 24)
     memory = Memory(4)

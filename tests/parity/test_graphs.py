@@ -1,4 +1,5 @@
-"""CUDA graphs without a GPU: buckets, by a recorder that runs all again; devices, by torch's fake tensors."""
+"""CUDA graphs without a GPU: buckets, by a recorder that runs all again; devices, by torch's fake
+tensors."""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ def with_graphs(model: Decoder) -> Replays:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_graphs_compute_the_same(name: str) -> None:
-    """A prompt's rows, then trees of two requests beside another prompt, then single rows: twice, so that what forwards
-    have left in the buffers is seen to harm nobody."""
+    """A prompt's rows, then trees of two requests beside another prompt, then single rows: twice,
+    so that what forwards have left in the buffers is seen to harm nobody."""
     eager, model = decoder(name, False), decoder(name, False)
     replays = with_graphs(model)
     for _ in range(2):
@@ -134,7 +135,8 @@ def test_where_recording_fails_kernels_are_launched_one_by_one(
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3"])
 def test_every_tensor_is_on_the_models_device(name: str, graphs: bool) -> None:
-    """Shapes and devices only, "meta" for a GPU: nothing is computed, but what lies on two devices is refused."""
+    """Shapes and devices only, "meta" for a GPU: nothing is computed, but what lies on two devices
+    is refused."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         weights = {
             key: mode.from_tensor(value) for key, value in reference(name).state_dict().items()

@@ -1,4 +1,5 @@
-"""Heads written in published layouts: what is read back is the same head to the bit, and it proposes the same."""
+"""Heads written in published layouts: what is read back is the same head to the bit, and it
+proposes the same."""
 
 from __future__ import annotations
 
@@ -150,7 +151,8 @@ def test_our_head_as_a_speculators_one(tmp_path: Path) -> None:
 
 
 def test_configs_say_what_the_engines_read(tmp_path: Path) -> None:
-    """As vLLM 0.32 reads a speculators config, and the two senses of layer ids in an EAGLE-3 one."""
+    """As vLLM 0.32 reads a speculators config, and the two senses of layer ids in an EAGLE-3
+    one."""
     files = load_head(published("speculators", tmp_path), target_config())
     write_head(files, checkpoint(), "speculators", tmp_path / "s")
     config: dict[str, Any] = json.loads((tmp_path / "s" / "config.json").read_text())

@@ -133,7 +133,8 @@ def test_rms_norm_into_columns(d: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
-    """In order: a slot may be a source after the slot before it was a target. Kernels move what torch does."""
+    """In order: a slot may be a source after the slot before it was a target. Kernels move what
+    torch does."""
     torch.manual_seed(0)
     plain = KVCache.empty(2, 3, 5, head_dim, dtype, torch.device("cpu"), native=False)
     for tensor in (plain.keys, plain.values):
@@ -153,7 +154,8 @@ def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
 
 
 def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
-    """Pages as products of pairs read them, where these attend: rows of their matrices interleaved in pairs."""
+    """Pages as products of pairs read them, where these attend: rows of their matrices interleaved
+    in pairs."""
     rows, columns = matrices.shape[-2:]
     if not kernels.attends_by_pairs(matrices.dtype == torch.bfloat16, rows * columns // PAGE):
         return matrices.clone(memory_format=torch.contiguous_format)
@@ -163,7 +165,8 @@ def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("n", [40, 8192])
 @pytest.mark.parametrize("spread", [0.5, 4.0])
 def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> None:
-    """Ranked with the target's own noise, a perfect draft's first child is always the target's token."""
+    """Ranked with the target's own noise, a perfect draft's first child is always the target's
+    token."""
     torch.manual_seed(n)
     x, rows, temperature = torch.randn(12, n) * spread, np.arange(12), 0.8
     key = noise_key(rows + 5, 0, 7 * rows)

@@ -1,7 +1,9 @@
-"""Published draft heads: tiny random checkpoints in the exact layouts, against the conventions in plain torch.
+"""Published draft heads: tiny random checkpoints in the exact layouts, against the conventions in
+plain torch.
 
-The expected values share no code with the package: the target's hidden states are transformers' own, the head is
-written out below from docs/eagle-heads.md, one full causal forward for each drafted token.
+The expected values share no code with the package: the target's hidden states are transformers'
+own, the head is written out below from docs/eagle-heads.md, one full causal forward for each
+drafted token.
 """
 
 from __future__ import annotations
@@ -158,7 +160,8 @@ TWO_LAYERS = {
 }
 EAGLE1 = {**LAYER, "architectures": ["LlamaForCausalLM"], "bias": False}
 
-# name -> (config.json, tensors, pickled?, entries of transformers' hidden_states that are read, rope theta)
+# name -> (config.json, tensors, pickled?, entries of transformers' hidden_states that are read,
+# rope theta)
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Tensor], bool, tuple[int, ...], float]] = {
     "eagle3": (EAGLE3, eagle3_tensors("midlayer."), False, (2, 4, 5), 1e4),
     "eagle3 pickled, own embeddings and biases": (
@@ -322,8 +325,8 @@ class Drafting:
         self.request = Request("r", PROMPT, params, 0, table, StopChecker(params, lambda ids: ""))
 
     def round(self) -> DraftTrees:
-        """The target reads what it has not read yet, but for the root; then three levels are drafted: all of the first
-        one expanded, then one node of the second."""
+        """The target reads what it has not read yet, but for the root; then three levels are
+        drafted: all of the first one expanded, then one node of the second."""
         request, table = self.request, self.request.table
         first, new = table.length, request.tokens[table.length : -1]
         slots = table.reserve(len(new))
@@ -344,7 +347,8 @@ def drafted(folder: Path, native: bool) -> DraftTrees:
 
 
 def check(trees: DraftTrees, expected: Expected) -> None:
-    """The three best of each expanded node with their probabilities, and the products of these along all paths."""
+    """The three best of each expanded node with their probabilities, and the products of these
+    along all paths."""
     parents = [ROOT, 0, 1, 2, 4, 9]
     assert sorted(set(trees.parent.tolist())) == sorted(parents)
     for parent in parents:

@@ -1,4 +1,5 @@
-"""A round's verification in one call of the kernels against the same step by step: tokens, paths, features and keys."""
+"""A round's verification in one call of the kernels against the same step by step: tokens, paths,
+features and keys."""
 
 import copy
 from types import SimpleNamespace
@@ -66,8 +67,8 @@ class World:
 
 
 def trees_around(answers: list[list[int]], rng: np.random.Generator, nodes: int) -> DraftTrees:
-    """Trees that follow the target's own answers more often than not, branches beside them, and siblings that are
-    equal."""
+    """Trees that follow the target's own answers more often than not, branches beside them, and
+    siblings that are equal."""
     trees = DraftTrees.empty(len(answers))
     for _ in range(nodes):
         owner = int(rng.integers(len(answers)))

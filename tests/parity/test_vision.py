@@ -1,4 +1,5 @@
-"""Vision-language models against transformers: prompts, logits under any cut into chunks, and greedy answers."""
+"""Vision-language models against transformers: prompts, logits under any cut into chunks, and
+greedy answers."""
 
 from __future__ import annotations
 
@@ -174,7 +175,8 @@ def test_qwen2_vl_rotary_positions_are_those_of_transformers(qwen: Loaded, mix: 
 
 
 def test_text_goes_on_behind_the_last_step_of_a_long_video(qwen: Loaded) -> None:
-    """As in the paper: transformers 5 lets the text begin after the frame's sides, so it gets the positions here."""
+    """As in the paper: transformers 5 lets the text begin after the frame's sides, so it gets the
+    positions here."""
     llm, model = qwen
     prompt = llm.chat_prompt(message([picture(i, 28, 28) for i in range(12)], "!"))
     (video,) = prompt.media.pictures
@@ -249,7 +251,8 @@ def test_video_patches_pair_frames(qwen: Loaded) -> None:
 
 @pytest.mark.parametrize("strategy", ["default", "full"])
 def test_checkpoints_of_older_names_load_too(tmp_path: Path, strategy: str) -> None:
-    """The hub's LLaVA has `vision_tower.vision_model.`, later ones `model.language_model.`; a tied head is left out."""
+    """The hub's LLaVA has `vision_tower.vision_model.`, later ones `model.language_model.`; a tied
+    head is left out."""
     from safetensors.torch import load_file, save_file
 
     model = save_llava(tmp_path, vision_feature_select_strategy=strategy)
@@ -300,7 +303,8 @@ def test_tied_qwen2_vl_loads(tmp_path: Path) -> None:
 def test_models_load_by_their_names_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, save: Any
 ) -> None:
-    """The hub is played by a function; the class, the layout and the files are the published ones, only tiny."""
+    """The hub is played by a function; the class, the layout and the files are the published ones,
+    only tiny."""
     asked: list[tuple[str, list[str]]] = []
 
     def snapshot_download(repository: str, allow_patterns: list[str], **options: Any) -> str:

@@ -1,4 +1,5 @@
-"""Pictures through the whole engine: the same tokens whatever drafts, chunks, shares and makes way; errors."""
+"""Pictures through the whole engine: the same tokens whatever drafts, chunks, shares and makes way;
+errors."""
 
 from __future__ import annotations
 

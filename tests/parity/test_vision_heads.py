@@ -1,4 +1,5 @@
-"""Draft heads behind pictures: MSD's input, heads that do not see, and the same tokens whatever they draft.
+"""Draft heads behind pictures: MSD's input, heads that do not see, and the same tokens whatever
+they draft.
 
 What a head must propose is computed by transformers: its own layer, on inputs written out here."""
 
@@ -117,7 +118,8 @@ def first_trees(llm: LLM, prompt: Any) -> tuple[int, DraftTrees]:
 
 @pytest.mark.parametrize("how", ["decoupled", "dropped"])
 def test_a_heads_input_at_visual_positions(folder: Path, tmp_path: Path, how: str) -> None:
-    """MSD: a visual position is its embedding alone. Dropped: the head's context begins on the picture's last page."""
+    """MSD: a visual position is its embedding alone. Dropped: the head's context begins on the
+    picture's last page."""
     head = save_head(tmp_path / "head", visual_positions=how)
     llm = load(
         folder,

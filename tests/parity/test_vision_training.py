@@ -1,5 +1,5 @@
-"""Conversations about pictures, as a draft head is trained on, and what it reads of them: MSD's input, or the text
-behind them only."""
+"""Conversations about pictures, as a draft head is trained on, and what it reads of them: MSD's
+input, or the text behind them only."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def test_what_is_recorded_of_pictures_is_what_the_target_read(folder: Path) -> N
 def test_a_head_is_trained_on_what_it_reads_when_it_drafts(
     folder: Path, tmp_path: Path, sees: bool
 ) -> None:
-    """A fused head's first step, against transformers' layer on inputs written out here: of a visual position MSD's
-    head reads the embedding alone."""
+    """A fused head's first step, against transformers' layer on inputs written out here: of a
+    visual position MSD's head reads the embedding alone."""
     checkpoint = load_checkpoint(folder)
     head = save_head(tmp_path / "head", visual_positions="decoupled" if sees else "dropped")
     init = load_head(head, checkpoint.config)
@@ -150,7 +150,8 @@ def test_a_head_is_trained_on_what_it_reads_when_it_drafts(
 def test_an_eagle3_head_proposes_what_it_was_trained_to(
     folder: Path, tmp_path: Path, sees: bool
 ) -> None:
-    """The engine's first children behind a picture, and what the trainer's head says of the same conversation."""
+    """The engine's first children behind a picture, and what the trainer's head says of the same
+    conversation."""
     head = save_head(
         tmp_path / "head", eagle3=True, visual_positions="decoupled" if sees else "dropped"
     )

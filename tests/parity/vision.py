@@ -1,4 +1,5 @@
-"""Tiny random vision-language checkpoints of transformers' real classes, whole folders as the hub has them."""
+"""Tiny random vision-language checkpoints of transformers' real classes, whole folders as the hub
+has them."""
 
 from __future__ import annotations
 

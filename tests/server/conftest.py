@@ -63,7 +63,8 @@ def short_profile() -> Iterator[None]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, but for the compiled kernels; profiles are measured in a tenth of a second."""
+    """An empty cache, but for the compiled kernels; profiles are measured in a tenth of a
+    second."""
     kernels = cache_dir() / "kernels"
     if kernels.is_dir():
         (tmp_path / "kernels").symlink_to(kernels)

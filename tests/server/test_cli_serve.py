@@ -1,4 +1,5 @@
-"""`smart serve`: options from the command line, a file and the environment; bad ones are refused before any loading."""
+"""`smart serve`: options from the command line, a file and the environment; bad ones are refused
+before any loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""docs/grafana.json: what tools/make_dashboard.py writes, and each of its queries asks for what /metrics has."""
+"""docs/grafana.json: what tools/make_dashboard.py writes, and each of its queries asks for what
+/metrics has."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _NAME = re.compile(r"smart:[a-z0-9_]+")
 
 @pytest.fixture(scope="module")
 def exported(load: Any) -> dict[str, tuple[str, set[str]]]:
-    """Kind and labels of every series of a server under the policy `smart`, once an answer has ended."""
+    """Kind and labels of every series of a server under the policy `smart`, once an answer has
+    ended."""
     metrics, llm = Metrics("m"), load()
     llm.engine.policy = make_policy("smart")
     metrics.start(llm)

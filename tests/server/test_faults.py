@@ -1,4 +1,5 @@
-"""What goes wrong on a machine: a full disk, a damaged profile, a killed process. The server goes on, and says why."""
+"""What goes wrong on a machine: a full disk, a damaged profile, a killed process. The server goes
+on, and says why."""
 
 from __future__ import annotations
 
@@ -208,7 +209,8 @@ def start(folder: str, port: int) -> subprocess.Popen[bytes]:
 
 
 def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: LLM) -> None:
-    """With SIGKILL while an answer streams: the next start takes the same port and the same profile."""
+    """With SIGKILL while an answer streams: the next start takes the same port and the same
+    profile."""
     llm = load(speculative_config=SMART)  # measures the profile
     path, folder = profile_of(plain), str(llm.provenance["model"])
     before = path.read_bytes()

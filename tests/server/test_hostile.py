@@ -1,4 +1,5 @@
-"""Real sockets against a real uvicorn: what is no HTTP, floods, and clients that take their time. The others go on."""
+"""Real sockets against a real uvicorn: what is no HTTP, floods, and clients that take their time.
+The others go on."""
 
 from __future__ import annotations
 

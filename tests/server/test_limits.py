@@ -1,4 +1,5 @@
-"""Bad input, limits, keys, disconnects, failures and the end: one clear answer each, and the others go on."""
+"""Bad input, limits, keys, disconnects, failures and the end: one clear answer each, and the others
+go on."""
 
 from __future__ import annotations
 
@@ -195,7 +196,8 @@ def test_keys(load: Any) -> None:
 
 
 def test_keys_are_compared_in_constant_time(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """compare_digest alone decides, and sees every key, whichever fits; of text it would raise beyond ASCII."""
+    """compare_digest alone decides, and sees every key, whichever fits; of text it would raise
+    beyond ASCII."""
     with serving(load, api_keys=("first", "second")) as running:
         url, right = f"{running.url}/v1/models", {"authorization": "Bearer first"}
         for strange in (
@@ -314,7 +316,8 @@ def test_who_arrives_in_the_last_round_is_told(load: Any) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_slot_is_free_within_a_round(load: Any, stream: bool) -> None:
-    """Its client leaves in the middle of the third round; the fourth is of the request that waited for the slot."""
+    """Its client leaves in the middle of the third round; the fourth is of the request that waited
+    for the slot."""
     with serving(lambda: load(max_num_seqs=1)) as running, ThreadPoolExecutor() as pool:
         step, rounds = running.llm.engine.step, []
         middle, go = threading.Event(), threading.Event()
@@ -417,7 +420,8 @@ def test_a_request_that_breaks_the_model_does_not_break_the_others(
 
 
 def test_failures_in_a_row_that_are_the_requests_own_do_not_stop_the_engine(load: Any) -> None:
-    """Nothing else runs that would show that the model works. What the model does wrong is no bad request."""
+    """Nothing else runs that would show that the model works. What the model does wrong is no bad
+    request."""
     wrong = ModelError("logits that are not finite")
     with serving(lambda: poisoned(load(enable_prefix_caching=False), wrong)) as running:
         for _ in range(5):

@@ -1,4 +1,5 @@
-"""The live page: its events always; in a real Chromium where there is one (Debian: chromium; PyPI: playwright)."""
+"""The live page: its events always; in a real Chromium where there is one (Debian: chromium; PyPI:
+playwright)."""
 
 from __future__ import annotations
 
@@ -126,7 +127,8 @@ def test_nobody_watching_costs_nothing_and_a_key_guards_the_events(load: Any) ->
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 def test_the_page_in_chromium(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """It loads without errors, moves while a request runs, fits a phone, and comes back after the server was away."""
+    """It loads without errors, moves while a request runs, fits a phone, and comes back after the
+    server was away."""
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -1,4 +1,5 @@
-"""The official client, unchanged: sync, async and streaming, with answers that are plain decoding's."""
+"""The official client, unchanged: sync, async and streaming, with answers that are plain
+decoding's."""
 
 from __future__ import annotations
 
@@ -159,7 +160,8 @@ def test_the_drawn_token_is_always_among_the_top_logprobs(client: openai.OpenAI,
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_text_offsets_are_positions_in_the_text(client: openai.OpenAI, stream: bool) -> None:
-    """A token is a byte here: those of one character are where it begins. The end token is not shown."""
+    """A token is a byte here: those of one character are where it begins. The end token is not
+    shown."""
 
     def offsets(**more: Any) -> tuple[str, list[int]]:
         answer = client.completions.create(

@@ -1,4 +1,5 @@
-"""schemathesis on the server's own document: whatever a body holds, it is never the server that fails."""
+"""schemathesis on the server's own document: whatever a body holds, it is never the server that
+fails."""
 
 from __future__ import annotations
 

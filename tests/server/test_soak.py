@@ -1,4 +1,5 @@
-"""The short form of `make soak`: 64 clients on the tiny model for some seconds, with and without speculation."""
+"""The short form of `make soak`: 64 clients on the tiny model for some seconds, with and without
+speculation."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def test_a_short_soak_finds_nothing_wrong(
 
 
 def test_it_notices_what_is_wrong(tool: Any, running: Any, load: Any) -> None:
-    """An answer that is not the one alone, a page that is not given back, a server that is broken."""
+    """An answer that is not the one alone, a page that is not given back, a server that is
+    broken."""
     figures = tool.Figures(memory=[100] * 100 + [200] * 100)
     body = {
         "model": "tiny",

@@ -1,5 +1,5 @@
-"""response_format, structured_outputs and tools, through the official client: the form holds, the tokens are plain
-decoding's under the same grammar, and what cannot be kept to is a 400."""
+"""response_format, structured_outputs and tools, through the official client: the form holds, the
+tokens are plain decoding's under the same grammar, and what cannot be kept to is a 400."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The command line: arguments, errors, exit codes, and what `run` and `demo` print, on a scripted LLM."""
+"""The command line: arguments, errors, exit codes, and what `run` and `demo` print, on a scripted
+LLM."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ WORDS = {10: "Paris", 11: " is", 12: " the", 13: " capital", 14: ".", 15: " a"}
 
 
 class FakeLLM:
-    """Answers ANSWER in two rounds: the prompt's, then one whose tree has the next four tokens (three accepted)."""
+    """Answers ANSWER in two rounds: the prompt's, then one whose tree has the next four tokens
+    (three accepted)."""
 
     made: ClassVar[list[FakeLLM]] = []
     failure: ClassVar[BaseException | None] = None
@@ -373,7 +375,8 @@ def test_profile_needs_a_draft_model_for_that_method(
     assert not fake.made
 
 
-# ---------------------------------------------------------------------------------------------- errors and exits
+# ----------------------------------------------------------------------------------------------
+# errors and exits
 
 
 def test_errors_are_one_line(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
@@ -553,7 +556,8 @@ def test_demo_without_trees_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "every round was decoded plainly" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------- public names
+# -------------------------------------------------------------------------------------------------
+# public names
 
 
 def test_public_names() -> None:

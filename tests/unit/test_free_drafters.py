@@ -1,4 +1,5 @@
-"""Drafters without model cost, and the union of drafters: expected trees, exact frequencies, bounds, no duplicates."""
+"""Drafters without model cost, and the union of drafters: expected trees, exact frequencies,
+bounds, no duplicates."""
 
 import itertools
 
@@ -26,7 +27,8 @@ def request(tokens: list[int]) -> Request:
 
 
 def check(trees: DraftTrees) -> None:
-    """Arrays agree, parents come before their children and belong to the same request, no two equal siblings."""
+    """Arrays agree, parents come before their children and belong to the same request, no two equal
+    siblings."""
     nodes = np.arange(len(trees))
     inner = trees.parent != ROOT
     assert (trees.parent < nodes).all() and (trees.parent >= ROOT).all()
@@ -253,7 +255,8 @@ def test_torch_top_k_is_softmax_of_the_largest(monkeypatch: pytest.MonkeyPatch) 
 
 
 class FakeModel:
-    """A drafter with a model: children drawn by seed; insists on seeing no nodes but its own, and each only once."""
+    """A drafter with a model: children drawn by seed; insists on seeing no nodes but its own, and
+    each only once."""
 
     name, max_levels, free, aux_layers = "fake", 4, False, (1, 2)
 

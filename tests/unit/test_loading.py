@@ -1,4 +1,5 @@
-"""Checkpoints: what transformers writes is read back exactly, GGUF files too, and bad input is refused in one line."""
+"""Checkpoints: what transformers writes is read back exactly, GGUF files too, and bad input is
+refused in one line."""
 
 from __future__ import annotations
 
@@ -268,11 +269,13 @@ def test_one_file_comes_before_an_older_index(tmp_path: Path) -> None:
     assert is_complete(tmp_path / "model") == (tmp_path / "model" / "tokenizer.json").is_file()
 
 
-# GGUF --------------------------------------------------------------------------------------------------------------
+# GGUF
+# --------------------------------------------------------------------------------------------------------------
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's conversion of q and k rows, written from its definition: head by head, the two halves alternate."""
+    """llama.cpp's conversion of q and k rows, written from its definition: head by head, the two
+    halves alternate."""
     rows = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return np.concatenate(
         [np.stack([head[0], head[1]], axis=1).reshape(-1, *weight.shape[1:]) for head in rows]
@@ -310,7 +313,8 @@ def write_gguf(
     rope_freqs: np.ndarray | None = None,
     **metadata: int,
 ) -> dict[str, torch.Tensor]:
-    """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read back."""
+    """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read
+    back."""
     model = tiny_model(name)
     architecture = {"qwen2": "qwen2"}.get(name, "llama")
     writer = gguf.GGUFWriter(path, architecture)

@@ -1,4 +1,5 @@
-"""Names, the cache and downloads: whatever fails says so in one line and leaves nothing half-written."""
+"""Names, the cache and downloads: whatever fails says so in one line and leaves nothing
+half-written."""
 
 from __future__ import annotations
 

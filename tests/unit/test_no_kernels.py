@@ -1,4 +1,5 @@
-"""On a CPU without kernels, or with a model that they do not serve, nothing runs silently on plain torch instead."""
+"""On a CPU without kernels, or with a model that they do not serve, nothing runs silently on plain
+torch instead."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nothing_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whoever looks for a model, fetches prompts or listens fails with another error than the one expected."""
+    """Whoever looks for a model, fetches prompts or listens fails with another error than the one
+    expected."""
 
     def fail(*given: Any, **options: Any) -> None:
         raise AssertionError("nothing is to be loaded")
@@ -103,7 +105,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "smart.kernels"]
 
 
-# ------------------------------------------------------------------------------------------------- no kernels at all
+# -------------------------------------------------------------------------------------------------
+# no kernels at all
 
 
 @pytest.mark.usefixtures("missing", "nothing_loads")
@@ -216,7 +219,8 @@ def test_other_devices_need_none(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings(caplog) == []
 
 
-# -------------------------------------------------------------------------------------------- shapes without kernels
+# --------------------------------------------------------------------------------------------
+# shapes without kernels
 
 
 @pytest.mark.parametrize(
@@ -300,7 +304,8 @@ def test_a_head_beside_a_native_target_must_be_served() -> None:
         EagleHead(files, lender, 1, 1, 64)
 
 
-# --------------------------------------------------------------------------------------------- what a benchmark says
+# --------------------------------------------------------------------------------------------- what
+# a benchmark says
 
 LINE = "plain torch, not the CPU kernels: intermediate size 47 is odd"
 

@@ -1,4 +1,5 @@
-"""Code that comes with a model is never run, and nobody is asked whether it may be: a server has no terminal."""
+"""Code that comes with a model is never run, and nobody is asked whether it may be: a server has no
+terminal."""
 
 from __future__ import annotations
 

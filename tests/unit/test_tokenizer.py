@@ -1,4 +1,5 @@
-"""Tokenizers: exact round trips, the same ids as transformers, streams that never break a character."""
+"""Tokenizers: exact round trips, the same ids as transformers, streams that never break a
+character."""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ def test_unknown_kinds_are_refused_by_name() -> None:
         Tokenizer.from_gguf(metadata(**{"ggml.model": "llama"}))
 
 
-# Folders -----------------------------------------------------------------------------------------------------------
+# Folders
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_saving_and_loading(tmp_path: Path) -> None:
@@ -156,7 +158,8 @@ def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Tokenizer.load(tmp_path)
 
 
-# Chat templates ----------------------------------------------------------------------------------------------------
+# Chat templates
+# ----------------------------------------------------------------------------------------------------
 
 
 def render(template: str, messages: list[dict[str, Any]] | None = None, **variables: Any) -> str:
@@ -223,7 +226,8 @@ def test_a_prompt_is_all_of_it_and_no_more(tmp_path: Path) -> None:
         assert Tokenizer.load(tmp_path).encode(text) == TINY.encode(text)
 
 
-# Streaming ---------------------------------------------------------------------------------------------------------
+# Streaming
+# ---------------------------------------------------------------------------------------------------------
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], sizes: list[int]) -> list[str]:
@@ -261,11 +265,13 @@ def test_text_comes_at_once() -> None:
     assert stream.flush() == "\ufffd"
 
 
-# The real tokenizer ------------------------------------------------------------------------------------------------
+# The real tokenizer
+# ------------------------------------------------------------------------------------------------
 
 
 def varied_texts() -> list[str]:
-    """About 200 strings: digits, code, white space, scripts, emoji, special tokens, random mixtures, bench prompts."""
+    """About 200 strings: digits, code, white space, scripts, emoji, special tokens, random
+    mixtures, bench prompts."""
     fixed = [
         "",
         " ",
@@ -309,8 +315,9 @@ def varied_texts() -> list[str]:
     return fixed + mixed + load_task("general") + [prompt[:200] for prompt in load_task("code", 30)]
 
 
-# The model's own tokenizer.json splits off numerals before anything else; transformers' GGUF reader leaves this step
-# out, which shows only on several spaces before a digit and on numerals beyond ASCII.
+# The model's own tokenizer.json splits off numerals before anything else; transformers' GGUF reader
+# leaves this step out, which shows only on several spaces before a digit and on numerals beyond
+# ASCII.
 BEFORE_DIGIT = re.compile(r"\s\s\d|[\u00b2\u00bd\u0663]")
 
 

@@ -12,8 +12,8 @@ from smart_decoding.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """A virtual environment. requirements: for pip, in order ('torch=={torch}' is the version that runs here);
-    remove: what is uninstalled afterwards; variables: while pip builds."""
+    """A virtual environment. requirements: for pip, in order ('torch=={torch}' is the version that
+    runs here); remove: what is uninstalled afterwards; variables: while pip builds."""
 
     name: str
     requirements: Sequence[str]
@@ -23,8 +23,9 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """name: as tables show it. worker: the script that runs in the environment. weights: 'folder' of safetensors in
-    bf16, or a GGUF file, 'gguf-bf16' or 'gguf-as-is'. largest: batch size that it offers, None for any."""
+    """name: as tables show it. worker: the script that runs in the environment. weights: 'folder'
+    of safetensors in bf16, or a GGUF file, 'gguf-bf16' or 'gguf-as-is'. largest: batch size that it
+    offers, None for any."""
 
     name: str
     environment: str
@@ -96,7 +97,8 @@ def wanted(names: Sequence[str]) -> list[Peer]:
 
 
 def environments_of(given: Sequence[str]) -> dict[str, Path]:
-    """'name=folder' as a dict. Raises ConfigError for another form, an unknown name, or a folder without a Python."""
+    """'name=folder' as a dict. Raises ConfigError for another form, an unknown name, or a folder
+    without a Python."""
     found = {}
     for text in given:
         name, equals, folder = text.partition("=")

@@ -1,4 +1,5 @@
-"""Virtual environments for peers, made once under the cache folder: nothing of theirs enters our own environment."""
+"""Virtual environments for peers, made once under the cache folder: nothing of theirs enters our
+own environment."""
 
 from __future__ import annotations
 

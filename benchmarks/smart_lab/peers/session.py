@@ -1,8 +1,10 @@
-"""Peers measured: each in a process of its own, one after another, in turn with our plain and our smart decoding.
+"""Peers measured: each in a process of its own, one after another, in turn with our plain and our
+smart decoding.
 
-All answer the same prompts with the same weights, greedily, to the same number of tokens. Only prompts count whose
-plain answer neither ends nor loops before that, so that forcing the length favours nobody. A peer that cannot be
-installed or fails is reported with its reason. While one process computes, the others wait for their next line.
+All answer the same prompts with the same weights, greedily, to the same number of tokens. Only
+prompts count whose plain answer neither ends nor loops before that, so that forcing the length
+favours nobody. A peer that cannot be installed or fails is reported with its reason. While one
+process computes, the others wait for their next line.
 """
 
 from __future__ import annotations
@@ -137,7 +139,8 @@ def measure_peers(
     prompts: Mapping[str, Sequence[Prompt]],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """A dict for each peer: name, version, precision and 'runs', or 'error' in words. ours: 'plain' and 'smart'."""
+    """A dict for each peer: name, version, precision and 'runs', or 'error' in words. ours: 'plain'
+    and 'smart'."""
     peers, given = wanted(options.peers), environments_of(options.peer_env)
     prepared = {
         peer.name: _prepared(peer, options, given) for peer in peers
@@ -168,7 +171,8 @@ def lasting(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> list[Prom
 
 
 def answer_ours(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> Timed:
-    """Our engine under the peers' protocol: all prompts at once; decoding counts once each has its first token."""
+    """Our engine under the peers' protocol: all prompts at once; decoding counts once each has its
+    first token."""
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     started = time.perf_counter()
     requests = [
@@ -191,7 +195,8 @@ def compare(
     batch_size: int,
     tokens: int,
 ) -> dict[str, Any]:
-    """The peer and ours in turn over chunks of `batch_size` prompts. Raises ModelError if there are too few."""
+    """The peer and ours in turn over chunks of `batch_size` prompts. Raises ModelError if there are
+    too few."""
     chunks = [
         [p.tokens for p in prompts[i : i + batch_size]] for i in range(0, len(prompts), batch_size)
     ]

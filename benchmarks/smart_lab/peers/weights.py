@@ -1,4 +1,5 @@
-"""Our weights in the form that a peer reads: the folder of safetensors, the GGUF file as it came, or one in bf16."""
+"""Our weights in the form that a peer reads: the folder of safetensors, the GGUF file as it came,
+or one in bf16."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _BF16_FILE = 32  # llama.cpp's number for a file of bf16 tensors
 
 
 def weights_for(kind: str, model: str) -> Path:
-    """The path of the weights. Raises ModelError for a GGUF file of a model that did not come as one."""
+    """The path of the weights. Raises ModelError for a GGUF file of a model that did not come as
+    one."""
     if kind == "folder":
         return load_checkpoint(model).tokenizer_source
     source = resolve(model)
@@ -31,7 +33,8 @@ def weights_for(kind: str, model: str) -> Path:
 
 
 def _in_bf16(path: Path, sha256: str) -> Path:
-    """The same file with every matrix dequantised to bf16: the numbers that our engine computes with."""
+    """The same file with every matrix dequantised to bf16: the numbers that our engine computes
+    with."""
     target = cache_dir() / "peers" / f"{sha256[:16]}-bf16.gguf"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
-"""How well a vision-language model answers questions about held-out generated pictures, and about blank ones.
+"""How well a vision-language model answers questions about held-out generated pictures, and about
+blank ones.
 
     python -m pictures_model accuracy --pictures 150 --json accuracy.json
 
-The pictures come from seeds of their own, so that none was trained on. Each kind of question is asked in the trained
-wordings, in wordings that were kept for this, and in the trained ones beside a blank picture. An answer is right if it
-holds all the facts asked for; greedy decoding.
+The pictures come from seeds of their own, so that none was trained on. Each kind of question is
+asked in the trained wordings, in wordings that were kept for this, and in the trained ones beside a
+blank picture. An answer is right if it holds all the facts asked for; greedy decoding.
 """
 
 from __future__ import annotations

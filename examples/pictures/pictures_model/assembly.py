@@ -1,6 +1,6 @@
-"""A vision-language model put together from a text model's weights and a folder of parts: tower, projector, and
-low-rank changes of the text model's linear layers. The result is a LLaVA folder in the cache, which transformers can
-read, too.
+"""A vision-language model put together from a text model's weights and a folder of parts: tower,
+projector, and low-rank changes of the text model's linear layers. The result is a LLaVA folder in
+the cache, which transformers can read, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def model_folder(parts: Path = PARTS_FOLDER) -> Path:
 
 
 def assembled_folder(parts: Path, base: Path) -> Path:
-    """The cached folder with the whole model, written first if it is not there or damaged. base: the text model's."""
+    """The cached folder with the whole model, written first if it is not there or damaged. base:
+    the text model's."""
     digest = hashlib.sha256((parts / PARTS_WEIGHTS).read_bytes())
     digest.update(str(base).encode())
     target = cache_dir() / "converted" / f"{parts.name}-{digest.hexdigest()[:16]}"

@@ -1,5 +1,5 @@
-"""The benchmark's task for models that see: long answers about generated pictures that were not trained on, asked for
-in wordings that were not trained on, either."""
+"""The benchmark's task for models that see: long answers about generated pictures that were not
+trained on, asked for in wordings that were not trained on, either."""
 
 from __future__ import annotations
 

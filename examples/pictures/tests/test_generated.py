@@ -1,4 +1,5 @@
-"""Generated pictures: the same from the same seed, drawn as their facts say, and asked about truthfully."""
+"""Generated pictures: the same from the same seed, drawn as their facts say, and asked about
+truthfully."""
 
 from __future__ import annotations
 

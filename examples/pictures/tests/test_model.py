@@ -1,4 +1,5 @@
-"""The shipped model that sees: it answers about pictures that it was not trained on, and about blank ones it cannot."""
+"""The shipped model that sees: it answers about pictures that it was not trained on, and about
+blank ones it cannot."""
 
 from __future__ import annotations
 

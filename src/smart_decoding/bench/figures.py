@@ -15,7 +15,8 @@ from smart_decoding.bench.results import Results, histogram, interval, number
 from smart_decoding.core.cost import CostModel
 
 NEUTRAL = -1  # the colour of what is no policy
-FAR = 24  # rows per request beyond which a policy would push all others to the left of the cost figure
+# rows per request beyond which a policy would push all others to the left of the cost figure
+FAR = 24
 DEFAULT_CONTEXT = 128.0  # tokens, for results that do not say theirs
 _UNDER_LOAD = (
     ("time per token, median", "tpot_ms", "p50"),
@@ -27,8 +28,8 @@ AGAIN = "measure again with this version of smart bench to have it"
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """y_range: its interval; x_range: where x mostly lies; weight: relative area of the marker; label: printed at the
-    marker."""
+    """y_range: its interval; x_range: where x mostly lies; weight: relative area of the marker;
+    label: printed at the marker."""
 
     x: float
     y: float
@@ -51,8 +52,8 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes. x_ticks: where they are not to be found by itself; x_log: to base 2. level: a horizontal line,
-    with its name; diagonal: the line y = x."""
+    """One pair of axes. x_ticks: where they are not to be found by itself; x_log: to base 2. level:
+    a horizontal line, with its name; diagonal: the line y = x."""
 
     title: str
     x_label: str
@@ -67,7 +68,8 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """caption: how to read it. missing: why there are no panels. apart: each panel has series of its own."""
+    """caption: how to read it. missing: why there are no panels. apart: each panel has series of
+    its own."""
 
     key: str
     title: str
@@ -150,7 +152,8 @@ def cost(results: Results) -> Figure:
 
 
 def tokens(results: Results) -> Figure:
-    """Tokens of a request per round against rows of the batch, one line per policy over batch sizes."""
+    """Tokens of a request per round against rows of the batch, one line per policy over batch
+    sizes."""
     title = "Tokens per round against rows"
     series = []
     for colour, (policy, name) in enumerate(results.names.items()):
@@ -185,7 +188,8 @@ def tokens(results: Results) -> Figure:
 
 
 def reliability(results: Results) -> Figure:
-    """Predicted against observed acceptance, before and after calibration, one panel per policy that calibrates."""
+    """Predicted against observed acceptance, before and after calibration, one panel per policy
+    that calibrates."""
     title = "Do the probabilities come true?"
     panels = []
     for colour, (policy, name) in enumerate(results.names.items()):

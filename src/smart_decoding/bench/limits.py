@@ -1,4 +1,5 @@
-"""What this machine can do at best, measured: bytes read and FLOPs per second, to hold achieved rates against."""
+"""What this machine can do at best, measured: bytes read and FLOPs per second, to hold achieved
+rates against."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Requests that arrive at random, through the continuous batcher: what a server would see.
 
-Arrivals are Poisson at shares of the capacity, which is the rate at which plain decoding answers when its queue is
-never empty. Every policy gets the same prompts at the same times, in segments that take turns; latencies count from
-the time of arrival, not from when the engine took the request.
+Arrivals are Poisson at shares of the capacity, which is the rate at which plain decoding answers
+when its queue is never empty. Every policy gets the same prompts at the same times, in segments
+that take turns; latencies count from the time of arrival, not from when the engine took the
+request.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One request under load: its prompt, tokens, and seconds: ttft and whole latency since arrival, tpot."""
+    """One request under load: its prompt, tokens, and seconds: ttft and whole latency since
+    arrival, tpot."""
 
     index: int
     tokens: list[int]
@@ -45,8 +47,8 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Requests of one stretch, its seconds until the last was answered, and the mean of requests that decoded in a
-    round."""
+    """Requests of one stretch, its seconds until the last was answered, and the mean of requests
+    that decoded in a round."""
 
     served: list[Served]
     seconds: float
@@ -63,8 +65,8 @@ def measure_load(
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
 ) -> dict[str, Any]:
-    """Serves every share of the capacity with every engine. seconds: for all of it, about; None takes SECONDS for each
-    policy and share."""
+    """Serves every share of the capacity with every engine. seconds: for all of it, about; None
+    takes SECONDS for each policy and share."""
     mixed = in_turn(prompts)
     slots = engines[BASELINE].config.max_num_seqs
     if not progress.units("load capacity"):
@@ -142,7 +144,8 @@ def serve(
     clock: Clock,
     sleep: Callable[[float], object],
 ) -> Segment:
-    """Answers requests as they arrive, until the last is answered. The engine is empty before and after."""
+    """Answers requests as they arrive, until the last is answered. The engine is empty before and
+    after."""
     started, coming, decoding = clock(), deque(enumerate(wave)), []
     taken: list[tuple[float, Prompt, Request]] = []
     try:
@@ -172,7 +175,8 @@ def serve(
 def load_run(
     label: str, share: float, rate: float, segments: Sequence[Segment], baseline: Sequence[Segment]
 ) -> dict[str, Any]:
-    """The figures of one policy at one load: percentiles over requests, ratios of the same requests' times."""
+    """The figures of one policy at one load: percentiles over requests, ratios of the same
+    requests' times."""
     served = [one for segment in segments for one in segment.served]
     base = [one for segment in baseline for one in segment.served]
     ratios = [

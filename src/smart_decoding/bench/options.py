@@ -22,7 +22,8 @@ EXTRA = "in the clone, pip install -e '.[bench]'"  # how to get matplotlib
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One contestant: a policy with its options, `method` and `model` among them where it has a drafter of its own.
+    """One contestant: a policy with its options, `method` and `model` among them where it has a
+    drafter of its own.
 
     The baseline has no drafter."""
 
@@ -53,17 +54,17 @@ class Arm:
 class BenchOptions:
     """The options of `smart bench`.
 
-    policies: names; policy_options: 'policy:name=value,...', once for each setting of a policy that is to run.
-    method: drafter, or None for the model's default; draft: what it drafts with, a head's folder or a smaller model;
-    method_options: its other options.
-    limit: prompts per task; skip: prompts of each task to pass over first; least_blocks: of each task and batch size,
-    prompts are used again where they are too few.
+    policies: names; policy_options: 'policy:name=value,...', once for each setting of a policy that
+    is to run. method: drafter, or None for the model's default; draft: what it drafts with, a
+    head's folder or a smaller model; method_options: its other options.
+    limit: prompts per task; skip: prompts of each task to pass over first; least_blocks: of each
+    task and batch size, prompts are used again where they are too few.
     sampled: measure again at this temperature, at `sampled_batch_sizes`.
-    load: shares of the measured capacity at which requests arrive. It replaces the comparison of policies in blocks
-    unless `blocks` asks for that, too.
+    load: shares of the measured capacity at which requests arrive. It replaces the comparison of
+    policies in blocks unless `blocks` asks for that, too.
     time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
-    json, html: files for the results and for the report; plots: folder for pictures, made if need be.
-    resume: a file that keeps what is measured, so that the same command goes on after a cut.
+    json, html: files for the results and for the report; plots: folder for pictures, made if need
+    be. resume: a file that keeps what is measured, so that the same command goes on after a cut.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run.
     Raises ConfigError for anything that cannot be run."""
 
@@ -163,7 +164,8 @@ class BenchOptions:
 
     @property
     def compares_policies(self) -> bool:
-        """Whether policies are compared in blocks: what `smart bench` does unless asked for something else."""
+        """Whether policies are compared in blocks: what `smart bench` does unless asked for
+        something else."""
         return self.blocks or not self.load
 
     @property
@@ -190,7 +192,8 @@ class BenchOptions:
 
 
 def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
-    """Raises ConfigError if a file, or the folder `plots`, cannot be written, or if matplotlib is missing for it."""
+    """Raises ConfigError if a file, or the folder `plots`, cannot be written, or if matplotlib is
+    missing for it."""
     for file in files:
         if file is not None and (not file.parent.is_dir() or file.is_dir()):
             raise ConfigError(f"{file} cannot be written: it must be a file in an existing folder")

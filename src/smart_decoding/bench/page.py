@@ -66,7 +66,8 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A section of the page, from top to bottom; what is empty is not shown. drawings: SVG elements."""
+    """A section of the page, from top to bottom; what is empty is not shown. drawings: SVG
+    elements."""
 
     key: str
     title: str
@@ -83,7 +84,8 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Further:
-    """What the laboratory shows beside: comparisons behind ours, figures behind ours, tables behind that of load."""
+    """What the laboratory shows beside: comparisons behind ours, figures behind ours, tables behind
+    that of load."""
 
     comparisons: Sequence[Section] = ()
     figures: Sequence[Figure] = ()
@@ -121,7 +123,8 @@ def page(results: Results, further: Further | None = None) -> str:
 
 
 def document(title: str, sections: Sequence[Section], **header: Any) -> str:
-    """A page of the given sections. header: heading, setting, warnings, tiles, as the template takes them."""
+    """A page of the given sections. header: heading, setting, warnings, tiles, as the template
+    takes them."""
     import jinja2
 
     source = (resources.files("smart_decoding.bench") / "report.html.jinja").read_text(
@@ -148,7 +151,8 @@ def figure_sections(found: Sequence[Figure]) -> list[Section]:
 
 
 def comparisons(results: Results) -> list[Section]:
-    """The speedups: where they are below 1×, beside other policies, by task, at a second temperature."""
+    """The speedups: where they are below 1×, beside other policies, by task, at a second
+    temperature."""
     heat = number(results.sampled[0], "temperature") if results.sampled else None
     at = f"At temperature {heat:g}" if heat is not None else "At another temperature"
     sampled = speedups("sampled", at, [run for run in results.sampled if run["task"] == POOLED])
@@ -213,7 +217,8 @@ def _smart_tile(runs: Sequence[Run]) -> list[Tile]:
 
 
 def losses(results: Results) -> Section:
-    """All pooled runs below 1x and single tasks that are slower, the lowest first; where another policy beats smart."""
+    """All pooled runs below 1x and single tasks that are slower, the lowest first; where another
+    policy beats smart."""
     below = [run for run in results.contestants if round(number(run, "speedup") or 1.0, 2) < 1.0]
     below += [run for run in results.runs if _slow_task(results, run)]
     lines: list[str | Marked] = []

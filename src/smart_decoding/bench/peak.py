@@ -1,4 +1,5 @@
-"""The highest resident memory of this process since it was last asked to forget, where Linux tells."""
+"""The highest resident memory of this process since it was last asked to forget, where Linux
+tells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Figures drawn by matplotlib (extra `bench`), which is imported only here: PNG files, and SVG for the page."""
+"""Figures drawn by matplotlib (extra `bench`), which is imported only here: PNG files, and SVG for
+the page."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def write_plots(figures: Sequence[Figure], folder: Path) -> list[Path]:
 
 
 def inline_svgs(figure: Figure) -> list[str]:
-    """The figure's panels as SVG elements for a page, each by itself, so that they can stand in turn on a phone."""
+    """The figure's panels as SVG elements for a page, each by itself, so that they can stand in
+    turn on a phone."""
     import matplotlib
 
     drawings = []
@@ -96,7 +98,8 @@ def _size(panel: Panel, count: int) -> tuple[float, float]:
 
 
 def _for_page(svg: str, prefix: str, name: str) -> str:
-    """The SVG element alone, without namespaces and fixed sizes, its ids made unique on the page."""
+    """The SVG element alone, without namespaces and fixed sizes, its ids made unique on the
+    page."""
     svg = svg[svg.index("<svg") :].strip()
     head, body = svg.split(">", 1)
     (box,) = re.findall(r'viewBox="[^"]*"', head)

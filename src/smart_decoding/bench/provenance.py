@@ -1,4 +1,5 @@
-"""Where a result comes from: command, commit, versions, hardware, weights, head, seed, time. No host or user names."""
+"""Where a result comes from: command, commit, versions, hardware, weights, head, seed, time. No
+host or user names."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ _PACKAGES = ("torch", "numpy", "scipy", "safetensors", "tokenizers")
 def provenance(
     command: str, seed: int, weights: Mapping[str, str], head: Any, plain_torch: str | None = None
 ) -> dict[str, Any]:
-    """What every result carries. head: what is known about the drafter's weights, or its name; plain_torch: why the CPU
-    kernels did not run, though this was a CPU."""
+    """What every result carries. head: what is known about the drafter's weights, or its name;
+    plain_torch: why the CPU kernels did not run, though this was a CPU."""
     return {
         "command": command,
         "commit": commit(),
@@ -52,7 +53,8 @@ def provenance(
 
 
 def commit() -> str:
-    """The commit of the source, '-dirty' if tracked files differ from it; the version where there is no repository."""
+    """The commit of the source, '-dirty' if tracked files differ from it; the version where there
+    is no repository."""
     folder = Path(smart_decoding.__file__).parent
     head, changed = (
         _git(folder, "rev-parse", "HEAD"),
@@ -83,7 +85,8 @@ def hardware() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, torch's threads, memory, the instruction sets that matter, any GPU."""
+    """Processor, cores this process may use, torch's threads, memory, the instruction sets that
+    matter, any GPU."""
     import torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -102,8 +105,9 @@ def machine() -> dict[str, Any]:
 
 
 def memory(weights_bytes: int, kv_bytes: int) -> dict[str, Any]:
-    """Memory in GiB. peak_process_gib is the highest resident size of the whole process since it started, so it covers
-    all policies and batch sizes, loading and the interpreter; None where the system does not tell."""
+    """Memory in GiB. peak_process_gib is the highest resident size of the whole process since it
+    started, so it covers all policies and batch sizes, loading and the interpreter; None where the
+    system does not tell."""
     import torch
 
     gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
@@ -116,7 +120,8 @@ def memory(weights_bytes: int, kv_bytes: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes `result` whole or not at all; NaN and infinities become null. Raises CapacityError if it cannot."""
+    """Writes `result` whole or not at all; NaN and infinities become null. Raises CapacityError if
+    it cannot."""
     write_text(path, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
 
 

@@ -1,4 +1,5 @@
-"""Whether probabilities came true: drafted tokens in bins of what was predicted, against what the target chose."""
+"""Whether probabilities came true: drafted tokens in bins of what was predicted, against what the
+target chose."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ def _nothing() -> Floats:
 class Reliability:
     """Sums per bin, [3, BINS]: tokens, predicted probabilities, tokens that the target chose.
 
-    draft: the drafter's own confidence; calibrated: the policy's P(accepted | parent accepted), where it has one. Both
-    were said before the outcome was known. Only children of accepted nodes count, as the others were never tested."""
+    draft: the drafter's own confidence; calibrated: the policy's P(accepted | parent accepted),
+    where it has one. Both were said before the outcome was known. Only children of accepted nodes
+    count, as the others were never tested."""
 
     draft: Floats = field(default_factory=_nothing)
     calibrated: Floats = field(default_factory=_nothing)
@@ -47,7 +49,8 @@ class Reliability:
         self.calibrated += _binned(conditional, chosen)
 
     def to_dict(self) -> dict[str, dict[str, list[float]]]:
-        """Per bin that was used: mean prediction, share chosen, count. Without tokens a part is left out."""
+        """Per bin that was used: mean prediction, share chosen, count. Without tokens a part is
+        left out."""
         parts = {"draft": self.draft, "calibrated": self.calibrated}
         return {name: _shares(sums) for name, sums in parts.items() if sums[0].any()}
 

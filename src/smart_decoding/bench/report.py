@@ -34,7 +34,8 @@ def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
 
 
 def runs_table(runs: Sequence[Run] | None, title: str, in_markdown: bool) -> str:
-    """Runs over all tasks, then task by task, under a title that may name their temperature; '' without runs."""
+    """Runs over all tasks, then task by task, under a title that may name their temperature; ''
+    without runs."""
     if not runs:
         return ""
     table = markdown(runs) if in_markdown else terminal(runs)
@@ -121,7 +122,8 @@ def over_table(runs: Sequence[Run], names: Mapping[str, str]) -> list[str]:
 
 
 def strongest(runs: Sequence[Run]) -> list[Run]:
-    """The fastest setting of each other policy at each batch size, of those that were measured beside `smart`."""
+    """The fastest setting of each other policy at each batch size, of those that were measured
+    beside `smart`."""
     best: dict[tuple[int, str], Run] = {}
     for run in _pooled(runs):
         key = run["batch_size"], run["policy"].split("(")[0].split(" ")[0]
@@ -243,8 +245,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def short_names(runs: Sequence[Run]) -> dict[str, str]:
-    """Short names for tables and plots: of a policy with long options, the values of those that differ between its
-    settings ('eagle2 7/10/60'); numbered where even that is long, or the same for two."""
+    """Short names for tables and plots: of a policy with long options, the values of those that
+    differ between its settings ('eagle2 7/10/60'); numbered where even that is long, or the same
+    for two."""
     labels = list(dict.fromkeys(run["policy"] for run in runs))
     long = [label for label in labels if len(label) > NAME_WIDTH]
     names = {label: _values(label, long) if label in long else label for label in labels}
@@ -255,7 +258,8 @@ def short_names(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _values(label: str, labels: Sequence[str]) -> str:
-    """A policy and the values of its options, of those only that its other settings in `labels` have otherwise."""
+    """A policy and the values of its options, of those only that its other settings in `labels`
+    have otherwise."""
     policy = label.split("(")[0]
     options = [_options(other) for other in labels if other.split("(")[0] == policy]
     mine = _options(label)

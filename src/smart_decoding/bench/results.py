@@ -1,4 +1,5 @@
-"""The results that `smart bench --json` wrote, checked: what is missing or odd is unknown, not an error."""
+"""The results that `smart bench --json` wrote, checked: what is missing or odd is unknown, not an
+error."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ FASTER, SLOWER, UNDECIDED = "faster", "slower", "undecided"
 
 @dataclass(frozen=True)
 class Results:
-    """runs: as in the JSON. names: policy -> short name. cost: the measured profile, if the file has one.
+    """runs: as in the JSON. names: policy -> short name. cost: the measured profile, if the file
+    has one.
 
-    sampled, load: the further parts, empty where they were not measured. A subclass may read more of them."""
+    sampled, load: the further parts, empty where they were not measured. A subclass may read more
+    of them."""
 
     PARTS: ClassVar[Sequence[str]] = ("sampled", "load")  # that several files may contribute
 
@@ -66,7 +69,8 @@ class Results:
 
     @classmethod
     def read(cls, path: Path, *others: Path) -> Self:
-        """One file, or several whose parts are put together: the first that has runs gives them, and the machine.
+        """One file, or several whose parts are put together: the first that has runs gives them,
+        and the machine.
 
         Raises ConfigError for a file that is missing or not what `smart bench --json` writes."""
         found = [cls.from_dict(_json_in(each), str(each)) for each in (path, *others)]

@@ -1,8 +1,10 @@
-"""What a cut benchmark had measured, kept in a file, so that the same command goes on where it stopped.
+"""What a cut benchmark had measured, kept in a file, so that the same command goes on where it
+stopped.
 
-The file holds a key (options, machine, source and versions) and units of finished work under names, such as the cycles
-of a batch size. It is written whole after each unit. Another key is refused: figures of two programs or machines do
-not belong into one table. Policies that learn start afresh when a run goes on.
+The file holds a key (options, machine, source and versions) and units of finished work under names,
+such as the cycles of a batch size. It is written whole after each unit. Another key is refused:
+figures of two programs or machines do not belong into one table. Policies that learn start afresh
+when a run goes on.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class Progress:
             write_text(self._path, self._text())
 
     def agree(self, name: str, value: Any) -> None:
-        """Adds to the key what was not known before. Raises ConfigError if the file has another value."""
+        """Adds to the key what was not known before. Raises ConfigError if the file has another
+        value."""
         value = _through_json(value)
         if self._key.setdefault(name, value) != value:
             raise ConfigError(self._refusal(name, self._key[name], value))
@@ -103,7 +106,8 @@ def key_of(options: BenchOptions) -> dict[str, Any]:
 
 
 def source_digest(root: Path = Path(smart_decoding.__file__).parent) -> str:
-    """Of the code in a folder, this package's by default: a commit says nothing about files changed since."""
+    """Of the code in a folder, this package's by default: a commit says nothing about files changed
+    since."""
     digest = hashlib.sha256()
     for path in sorted(p for suffix in ("*.py", "*.cpp") for p in root.rglob(suffix)):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())

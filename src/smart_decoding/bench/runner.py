@@ -1,8 +1,10 @@
-"""`smart bench`: policies compared with plain decoding, in one process, in short blocks that take turns.
+"""`smart bench`: policies compared with plain decoding, in one process, in short blocks that take
+turns.
 
-All arms share the target's weights and its KV memory, since an engine is empty between its blocks. The baseline has no
-drafter and asks for no aux hidden states. In each cycle every arm answers the same prompts; the order rotates from cycle to cycle, so
-that no arm always runs first. Tasks take turns too. Every third cycle the baseline runs once more: the noise.
+All arms share the target's weights and its KV memory, since an engine is empty between its blocks.
+The baseline has no drafter and asks for no aux hidden states. In each cycle every arm answers the
+same prompts; the order rotates from cycle to cycle, so that no arm always runs first. Tasks take
+turns too. Every third cycle the baseline runs once more: the noise.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ from smart_decoding.errors import CapacityError
 from smart_decoding.llm import DEFAULT_MODEL_LEN, LLM
 
 NOISE_EVERY = 3  # cycles
-SLOW = 4  # a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8: 3rd, ...
+# a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8:
+# 3rd, ...
+SLOW = 4
 LONG_PROMPT = 4096  # the longest of the task `long`, for which memory is then made
 WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
 LONGEST_PROMPT = (
@@ -47,7 +51,8 @@ Clock = Callable[[], float]
 
 @dataclass(slots=True)
 class Measurement:
-    """What one batch size gave: complete cycles (arm -> block), pairs of baseline blocks, and whether time ran out."""
+    """What one batch size gave: complete cycles (arm -> block), pairs of baseline blocks, and
+    whether time ran out."""
 
     cycles: list[dict[str, Block]] = field(default_factory=list)
     again: list[tuple[Block, Block]] = field(default_factory=list)
@@ -56,19 +61,21 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a run. share: of the time limit, relative to the other parts'; measure: takes the time to stop at."""
+    """A part of a run. share: of the time limit, relative to the other parts'; measure: takes the
+    time to stop at."""
 
     share: float
     measure: Callable[[float | None], Any]
 
 
 def run(options: BenchOptions, kind: type[Bench] | None = None) -> dict[str, Any]:
-    """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs' (policies in blocks, maybe
-    none), 'sampled_runs' (the same at a second temperature), 'load', 'cost' (the measured profile that policies
-    started from, None if none needs one), 'limits' and 'memory'. kind: a Bench with further parts.
+    """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs' (policies
+    in blocks, maybe none), 'sampled_runs' (the same at a second temperature), 'load', 'cost' (the
+    measured profile that policies started from, None if none needs one), 'limits' and 'memory'.
+    kind: a Bench with further parts.
 
-    Raises CapacityError if the time limit was too short for a single cycle, ConfigError for a file of --resume that is
-    of another run, and what LLM raises."""
+    Raises CapacityError if the time limit was too short for a single cycle, ConfigError for a file
+    of --resume that is of another run, and what LLM raises."""
     progress = Progress(options.resume, key_of(options) if options.resume else {})
     texts = {
         task: load_task(task, options.skip + options.limit)[options.skip :]
@@ -95,7 +102,8 @@ def run(options: BenchOptions, kind: type[Bench] | None = None) -> dict[str, Any
 
 
 class Bench:
-    """One run: the model, the prompts, and what its parts share. A subclass may add parts and contestants."""
+    """One run: the model, the prompts, and what its parts share. A subclass may add parts and
+    contestants."""
 
     MAIN_PARTS: ClassVar[Sequence[str]] = ("runs", "load")  # a run needs one of these
 
@@ -172,8 +180,8 @@ class Bench:
         kind: str = "",
         tasks: Sequence[str] = (),
     ) -> list[dict[str, Any]]:
-        """The runs at a temperature, of all contestants or of `arms`, on the tasks asked for or on `tasks`; a batch
-        size for which time was too short is left out."""
+        """The runs at a temperature, of all contestants or of `arms`, on the tasks asked for or on
+        `tasks`; a batch size for which time was too short is left out."""
         runs: list[dict[str, Any]] = []
         chosen = {task: self.prompts[task] for task in tasks or self.options.tasks}
         prompts = at_temperature(chosen, self.options, temperature)
@@ -257,12 +265,13 @@ def measure(
     on_cycle: Callable[[dict[str, Block], Block | None], None] = lambda cycle, again: None,
     least_blocks: int = 1,
 ) -> Measurement:
-    """Runs the engines in turn over all prompts (task -> prompts) until done or past the deadline (on `clock`).
+    """Runs the engines in turn over all prompts (task -> prompts) until done or past the deadline
+    (on `clock`).
 
-    A cycle that the deadline cuts is dropped: all arms have answered the same prompts. After the first cycle a slow
-    engine runs in few of them: it would use up the time that the others' intervals need. `done`: what an earlier run
-    measured of the same, to go on from; `on_cycle` is told each new cycle, with the baseline's second block if it had
-    one."""
+    A cycle that the deadline cuts is dropped: all arms have answered the same prompts. After the
+    first cycle a slow engine runs in few of them: it would use up the time that the others'
+    intervals need. `done`: what an earlier run measured of the same, to go on from; `on_cycle` is
+    told each new cycle, with the baseline's second block if it had one."""
     result, labels = done or Measurement(), list(engines)
     cycles = list(cycles_of(prompts, batch_size, least_blocks))
     first = len(result.cycles)
@@ -296,7 +305,8 @@ def measure(
 
 
 def _every(cycles: Sequence[Mapping[str, Block]], label: str) -> int:
-    """1 for a contestant that runs in every turn over the tasks, 2 in every second one, and so on."""
+    """1 for a contestant that runs in every turn over the tasks, 2 in every second one, and so
+    on."""
     if not cycles:
         return 1
     ours, base = (cycles[0][name].total_seconds for name in (label, BASELINE))
@@ -306,9 +316,10 @@ def _every(cycles: Sequence[Mapping[str, Block]], label: str) -> int:
 def cycles_of(
     prompts: Mapping[str, Sequence[Prompt]], batch_size: int, least: int = 1
 ) -> Iterator[tuple[Sequence[Prompt], Sequence[Prompt]]]:
-    """Blocks of `batch_size` prompts (the last of a task may have fewer), tasks in turn, each with its fillers: the
-    prompts of the task that follow it, in circle. Where that makes fewer than `least` blocks of the longest task, its
-    prompts and the others' are used again, in other blocks."""
+    """Blocks of `batch_size` prompts (the last of a task may have fewer), tasks in turn, each with
+    its fillers: the prompts of the task that follow it, in circle. Where that makes fewer than
+    `least` blocks of the longest task, its prompts and the others' are used again, in other
+    blocks."""
     longest, count, turn = max((len(of_task) for of_task in prompts.values()), default=0), 0, 0
     while longest and (count < least or not turn):
         for start in range(0, longest, batch_size):

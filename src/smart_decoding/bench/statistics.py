@@ -1,8 +1,9 @@
 """Paired ratios with bootstrap intervals.
 
-A pair is the same block of prompts run by a policy and by the baseline one after the other, so that slow changes of the
-machine hit both. The speedup over several pairs is a ratio of times for the same work, as a user would see it:
-sum_k w_k / base_k over sum_k w_k / policy_k, with rates in tokens per second and w_k the baseline's tokens of pair k.
+A pair is the same block of prompts run by a policy and by the baseline one after the other, so that
+slow changes of the machine hit both. The speedup over several pairs is a ratio of times for the
+same work, as a user would see it: sum_k w_k / base_k over sum_k w_k / policy_k, with rates in
+tokens per second and w_k the baseline's tokens of pair k.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One pair of blocks: rates in tokens/s, `weight` in tokens; `stratum` is resampled by itself (the task)."""
+    """One pair of blocks: rates in tokens/s, `weight` in tokens; `stratum` is resampled by itself
+    (the task)."""
 
     policy: float
     baseline: float
@@ -30,7 +32,8 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A speedup with its 95 % interval over `pairs` pairs; NaN without pairs, an infinitely wide interval with one."""
+    """A speedup with its 95 % interval over `pairs` pairs; NaN without pairs, an infinitely wide
+    interval with one."""
 
     value: float
     low: float
@@ -39,11 +42,12 @@ class Ratio:
 
 
 def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLES) -> Ratio:
-    """The speedup over `pairs` and its bootstrap interval (percentiles of resampled pairs, stratum by stratum).
+    """The speedup over `pairs` and its bootstrap interval (percentiles of resampled pairs, stratum
+    by stratum).
 
-    The percentiles are widened about the value: by sqrt(n / df), since resampling n values understates their variance
-    by that much, and by Student's t over the normal quantile, df being n less the strata. Pairs without a finite
-    positive rate on both sides are left out."""
+    The percentiles are widened about the value: by sqrt(n / df), since resampling n values
+    understates their variance by that much, and by Student's t over the normal quantile, df being n
+    less the strata. Pairs without a finite positive rate on both sides are left out."""
     usable = [
         p
         for p in pairs
@@ -66,8 +70,8 @@ def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLE
 
 
 def _resample(strata: Sequence[str], resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """[resamples, pairs] indices drawn with replacement within each stratum. A stratum of one pair is resampled
-    with all others: alone it would seem to have no variance."""
+    """[resamples, pairs] indices drawn with replacement within each stratum. A stratum of one pair
+    is resampled with all others: alone it would seem to have no variance."""
     names, of = np.unique(strata, return_inverse=True)
     members = [np.flatnonzero(of == i) for i in range(len(names))]
     single = np.concatenate([m for m in members if len(m) == 1] or [np.zeros(0, np.int64)])
@@ -80,7 +84,8 @@ def _resample(strata: Sequence[str], resamples: int, rng: np.random.Generator) -
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far answers differ: prompts compared and differing, tokens compared (common lengths) and differing."""
+    """How far answers differ: prompts compared and differing, tokens compared (common lengths) and
+    differing."""
 
     prompts: int = 0
     prompts_differing: int = 0
@@ -93,7 +98,8 @@ class Difference:
 
 
 def compare(answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Difference:
-    """Compares pairs of answers token by token over their common length; another length alone is a difference too."""
+    """Compares pairs of answers token by token over their common length; another length alone is a
+    difference too."""
     prompts = tokens = differing = 0
     for ours, theirs in answers:
         unequal = sum(a != b for a, b in zip(ours, theirs, strict=False))

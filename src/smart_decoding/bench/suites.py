@@ -1,9 +1,11 @@
-"""Two further suites made from HumanEval and GSM8K by rule: long contexts, and edits that repeat their input.
+"""Two further suites made from HumanEval and GSM8K by rule: long contexts, and edits that repeat
+their input.
 
-Long contexts are what a person would paste: a module of solved functions with one to complete or to explain, or a
-sheet of worked exercises with one left. No text occurs twice in a prompt. Edits ask for a whole function back: with a
-parameter renamed, one operator repaired, type hints added, or a line of logging. Both are functions of the fetched
-files alone, so a checksum of those pins them too; both are for evaluation only, as their sources are.
+Long contexts are what a person would paste: a module of solved functions with one to complete or to
+explain, or a sheet of worked exercises with one left. No text occurs twice in a prompt. Edits ask
+for a whole function back: with a parameter renamed, one operator repaired, type hints added, or a
+line of logging. Both are functions of the fetched files alone, so a checksum of those pins them
+too; both are for evaluation only, as their sources are.
 """
 
 from __future__ import annotations

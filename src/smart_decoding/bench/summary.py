@@ -18,8 +18,8 @@ Paired = tuple[Block, Block]  # an arm's block and the baseline's block of the s
 
 
 def summarise(pairs: Sequence[Paired], seed: int = 0) -> list[dict[str, Any]]:
-    """One dict of figures for each task of the pairs and one for all of them pooled, `task` = 'all' the last: it also
-    has the distributions over rounds."""
+    """One dict of figures for each task of the pairs and one for all of them pooled, `task` = 'all'
+    the last: it also has the distributions over rounds."""
     tasks = list(dict.fromkeys(ours.task for ours, _ in pairs))
     by_task = [_figures(task, [p for p in pairs if p[0].task == task], seed) for task in tasks]
     return [
@@ -40,7 +40,8 @@ def noise(again: Sequence[Paired], seed: int = 0) -> dict[str, Any]:
 
 
 def smart_over(both: Sequence[Paired], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """How much faster `smart` decodes than another contestant, on the blocks that both ran: by task, and over all."""
+    """How much faster `smart` decodes than another contestant, on the blocks that both ran: by
+    task, and over all."""
     tasks = {
         task: [p for p in both if p[0].task == task]
         for task in dict.fromkeys(ours.task for ours, _ in both)
@@ -126,7 +127,8 @@ def _round_figures(blocks: Sequence[Block]) -> dict[str, Any]:
 
 
 def _distributions(blocks: Sequence[Block]) -> dict[str, Any]:
-    """How many rounds had so many rows and so many drafted levels, and whether the probabilities came true."""
+    """How many rounds had so many rows and so many drafted levels, and whether the probabilities
+    came true."""
     rows: Counter[int] = sum((block.row_counts for block in blocks), Counter())
     levels: Counter[int] = sum((block.level_counts for block in blocks), Counter())
     return {

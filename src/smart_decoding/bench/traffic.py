@@ -11,8 +11,8 @@ from smart_decoding.models.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """weights: elements of all matrices that a forward multiplies by; kv: elements that a context token keeps;
-    item: bytes of an element."""
+    """weights: elements of all matrices that a forward multiplies by; kv: elements that a context
+    token keeps; item: bytes of an element."""
 
     weights: int
     kv: int
@@ -34,9 +34,11 @@ def layer_elements(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: i
 
 
 def achieved(run: Mapping[str, Any], sizes: Sizes) -> dict[str, float]:
-    """Mean GB/s and GFLOP/s of a run's verifying forwards (sampling included), NaN where no round was counted.
+    """Mean GB/s and GFLOP/s of a run's verifying forwards (sampling included), NaN where no round
+    was counted.
 
-    Bytes: every weight and every cached key and value once. FLOPs: products with weights; attention is left out."""
+    Bytes: every weight and every cached key and value once. FLOPs: products with weights; attention
+    is left out."""
     seconds = 1e-3 * run["verify_ms"]
     moved = sizes.item * (sizes.weights + run["batch_size"] * run["context_tokens"] * sizes.kv)
     computed = 2 * sizes.weights * run["rows_per_round"]

@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> Any:
-    """What the laboratory's `bench` has, too; returns the group of presets. What is not given stays unset: a preset's
-    value counts then, or BenchOptions'."""
+    """What the laboratory's `bench` has, too; returns the group of presets. What is not given stays
+    unset: a preset's value counts then, or BenchOptions'."""
     parser.argument_default = argparse.SUPPRESS
     default = BenchOptions()
     preset = parser.add_mutually_exclusive_group()

@@ -1,4 +1,5 @@
-"""`smart demo`: the default model answers through speculative trees; its last trees; the measured speedup."""
+"""`smart demo`: the default model answers through speculative trees; its last trees; the measured
+speedup."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def load(speculative_config: dict[str, Any] | bool, allow_slow: bool) -> LLM:
-    """The default model for one request at a time. No prefix cache: a second pass must cost as much as the first."""
+    """The default model for one request at a time. No prefix cache: a second pass must cost as much
+    as the first."""
     from smart_decoding.llm import LLM
 
     return LLM(

@@ -1,4 +1,5 @@
-"""`smart info`: which CPU kernels run here and why, the machine, the models in the cache, versions. Loads no model."""
+"""`smart info`: which CPU kernels run here and why, the machine, the models in the cache, versions.
+Loads no model."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def kernels() -> dict[str, Any]:
 
 
 def _refusal(variant: Any) -> str | None:
-    """Why a variant does not run; None if it does. The system may refuse what the CPU has, so it is loaded."""
+    """Why a variant does not run; None if it does. The system may refuse what the CPU has, so it is
+    loaded."""
     from smart_decoding.kernels import library
 
     reason: str | None = variant.refusal()
@@ -83,7 +85,8 @@ def _refusal(variant: Any) -> str | None:
 
 
 def cache() -> dict[str, Any]:
-    """The cache of models and profiles, and the models in it and in the hub's own cache. Sizes in bytes."""
+    """The cache of models and profiles, and the models in it and in the hub's own cache. Sizes in
+    bytes."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from smart_decoding.models.hub import cache_dir

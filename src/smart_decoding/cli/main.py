@@ -1,7 +1,8 @@
-"""The command `smart`. Each subcommand's module is imported only when it is asked for, so `smart --help` is quick.
+"""The command `smart`. Each subcommand's module is imported only when it is asked for, so `smart
+--help` is quick.
 
-Exit codes: 0; 2 for an error of the user's (one line on stderr); 130 after Ctrl-C; 1 for a defect of ours or a check
-that failed.
+Exit codes: 0; 2 for an error of the user's (one line on stderr); 130 after Ctrl-C; 1 for a defect
+of ours or a check that failed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, NoReturn
 from smart_decoding import __version__
 from smart_decoding.errors import ConfigError, SmartError
 
-# Subcommand: (what it does, the module with its `add_arguments(parser)` and `main(args) -> exit code or None`).
+# Subcommand: (what it does, the module with its `add_arguments(parser)` and `main(args) -> exit
+# code or None`).
 COMMANDS = {
     "run": ("answer one prompt", "smart_decoding.cli.run"),
     "serve": ("serve a model to OpenAI's clients", "smart_decoding.cli.serve"),
@@ -81,7 +83,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
-    """Runs one command line; returns its exit code. Wrong arguments, --help and --version raise SystemExit."""
+    """Runs one command line; returns its exit code. Wrong arguments, --help and --version raise
+    SystemExit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = (
         "--debug" in arguments[: arguments.index("--")]

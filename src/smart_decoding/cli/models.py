@@ -1,4 +1,5 @@
-"""`smart models`: the built-in names, where their weights come from, and whether they are here already."""
+"""`smart models`: the built-in names, where their weights come from, and whether they are here
+already."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`smart profile`: measures what forwards cost here, prints the table, draws the curve and caches the profile."""
+"""`smart profile`: measures what forwards cost here, prints the table, draws the curve and caches
+the profile."""
 
 from __future__ import annotations
 

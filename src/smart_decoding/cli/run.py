@@ -1,4 +1,5 @@
-"""`smart run`: the answer to one prompt, streamed. Everything that can be wrong is checked before a model is loaded."""
+"""`smart run`: the answer to one prompt, streamed. Everything that can be wrong is checked before a
+model is loaded."""
 
 from __future__ import annotations
 
@@ -135,7 +136,8 @@ def policy_name(name: str) -> str:
 
 
 def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What `LLM` takes, or None if nothing was asked for. Raises ConfigError for unknown options and bad values."""
+    """What `LLM` takes, or None if nothing was asked for. Raises ConfigError for unknown options
+    and bad values."""
     policy_options, method_options = _once_each(args.policy_option), _once_each(args.method_option)
     if args.policy or policy_options:
         from smart_decoding.core.policies import check_policy  # imported late: scipy is slow
@@ -220,7 +222,8 @@ def read_prompt(text: str) -> str:
 
 
 def read_images(paths: Sequence[Path]) -> list[Any]:
-    """The pictures of some files. Raises ConfigError for the first that cannot be used, naming it."""
+    """The pictures of some files. Raises ConfigError for the first that cannot be used, naming
+    it."""
     from smart_decoding.multimodal.images import Limits, open_image, read_file
 
     images = []
@@ -235,7 +238,8 @@ def read_images(paths: Sequence[Path]) -> list[Any]:
 
 
 def check_sees(model: str | None) -> None:
-    """Raises ConfigError for a model that takes no images, before any weight is loaded; None: the default model."""
+    """Raises ConfigError for a model that takes no images, before any weight is loaded; None: the
+    default model."""
     from smart_decoding.models.loading import load_checkpoint
 
     if model is None or load_checkpoint(model).vision is None:
@@ -266,7 +270,8 @@ def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> Completio
 
 
 def stats_line(answer: CompletionOutput) -> str:
-    """Tokens, speed (from the first token on), tokens per round, rows and the time to the first token."""
+    """Tokens, speed (from the first token on), tokens per round, rows and the time to the first
+    token."""
     metrics, count = answer.metrics, len(answer.token_ids)
     ttft = metrics.ttft or 0.0
     seconds = (metrics.finished or 0.0) - (metrics.first_token or 0.0)

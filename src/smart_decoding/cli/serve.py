@@ -1,4 +1,5 @@
-"""`smart serve`: an OpenAI-compatible server. Options come from the command line, else from --config, else defaults."""
+"""`smart serve`: an OpenAI-compatible server. Options come from the command line, else from
+--config, else defaults."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ SPINS = "1000"  # looks at a barrier before a thread sleeps; libgomp's own 300,0
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option: `--name`, or `name = value` in a configuration file. `many`: may be given several times."""
+    """One option: `--name`, or `name = value` in a configuration file. `many`: may be given several
+    times."""
 
     name: str
     kind: Callable[[str], Any]
@@ -278,14 +280,16 @@ def main(args: argparse.Namespace) -> int:
 
 
 def share_cores() -> None:
-    """Lets threads that wait for each other sleep soon: beside one other busy process a server on two cores is then
-    twice as fast, and alone as fast as before. Must come before torch, whose OpenMP reads it once."""
+    """Lets threads that wait for each other sleep soon: beside one other busy process a server on
+    two cores is then twice as fast, and alone as fast as before. Must come before torch, whose
+    OpenMP reads it once."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The options of a TOML file, checked. Raises ConfigError for unknown names and values of the wrong kind."""
+    """The options of a TOML file, checked. Raises ConfigError for unknown names and values of the
+    wrong kind."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,5 @@
-"""`smart sglang-costs`: the costs that SMART's policy for SGLang reads, from what `sglang.bench_serving` measured."""
+"""`smart sglang-costs`: the costs that SMART's policy for SGLang reads, from what
+`sglang.bench_serving` measured."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def count(text: str) -> int:
 
 
 def rounds(path: Path, steps: int) -> dict[int, float]:
-    """Batch size -> seconds of a round, from the lines of one file. A later line takes the place of an earlier one."""
+    """Batch size -> seconds of a round, from the lines of one file. A later line takes the place of
+    an earlier one."""
     found = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():

@@ -155,7 +155,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _turns(images: Path) -> tuple[PictureTurn, PictureTurn]:
-    """What draws a conversation about an image: one to train on, one that the prior is learned on."""
+    """What draws a conversation about an image: one to train on, one that the prior is learned
+    on."""
     from smart_decoding.training.seeds import held_out, image_turn, read_questions
 
     train, kept = held_out(read_questions(images))
@@ -215,7 +216,8 @@ def _says_what_is_read_of_pictures(path: Path, sees: bool) -> None:
 
 
 def _use_huge_pages() -> None:
-    """Starts the command anew with an allocator that keeps memory on huge pages: page faults take half of a step."""
+    """Starts the command anew with an allocator that keeps memory on huge pages: page faults take
+    half of a step."""
     if (
         sys.platform == "linux"
         and Path(sys.argv[0]).name == "smart"
@@ -226,7 +228,8 @@ def _use_huge_pages() -> None:
 
 
 def _without(tokenizer_source: Any, tasks: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-    """A filter that rejects conversations which share a run of eight words with a prompt of the benchmark."""
+    """A filter that rejects conversations which share a run of eight words with a prompt of the
+    benchmark."""
     from smart_decoding.bench.data import load_task
     from smart_decoding.bench.overlap import ngrams
     from smart_decoding.models.tokenizer import Tokenizer

@@ -1,4 +1,5 @@
-"""`smart vllm-config`: measures your vLLM with and without speculation, and writes the option that vLLM takes."""
+"""`smart vllm-config`: measures your vLLM with and without speculation, and writes the option that
+vLLM takes."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures, prints the schedule with its reasons, writes it and, beside it, all that was measured."""
+    """Measures, prints the schedule with its reasons, writes it and, beside it, all that was
+    measured."""
     given = sorted(set(CHOSEN) & set(args.speculative_config))
     if given:
         raise ConfigError(
@@ -145,8 +147,9 @@ def measure(
 def check(
     args: argparse.Namespace, prompts: Sequence[str], config: Mapping[str, Any]
 ) -> dict[int, list[float]]:
-    """Prints and returns, by batch size, the speedup of vLLM with this config over plain vLLM and its standard error:
-    a drafter costs vLLM something in every step, also where the schedule says that none are drafted."""
+    """Prints and returns, by batch size, the speedup of vLLM with this config over plain vLLM and
+    its standard error: a drafter costs vLLM something in every step, also where the schedule says
+    that none are drafted."""
     found, _ = run({0: None, int(config["num_speculative_tokens"]): config}, args, prompts)
     speedups = {batch: schedule.speedup(*timings.values()) for batch, timings in found.items()}
     for batch, (ratio, error) in speedups.items():
@@ -159,8 +162,8 @@ def run(
     args: argparse.Namespace,
     prompts: Sequence[str],
 ) -> tuple[dict[int, dict[int, Timing]], str]:
-    """({batch size: {length: timing}}, vLLM's version) of engines with these speculative configs, by length; loaded
-    at once, they take turns."""
+    """({batch size: {length: timing}}, vLLM's version) of engines with these speculative configs,
+    by length; loaded at once, they take turns."""
     answers: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     version = ""
     with ExitStack() as stack:
@@ -190,7 +193,8 @@ def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[i
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """One per line that is not empty. Raises ConfigError for lines that look like JSON and have no 'prompt'."""
+    """One per line that is not empty. Raises ConfigError for lines that look like JSON and have no
+    'prompt'."""
     source = (
         path
         if path is not None

@@ -1,8 +1,8 @@
 """Reference acceptance: the oracle that every backend's walk is tested against.
 
-Drafts are deterministic children (point masses): the target's own token is drawn at each row of the walk; the walk goes
-down if that token is a child and stops otherwise, emitting it. The output is distributed exactly as the target's,
-whatever rule chose the nodes.
+Drafts are deterministic children (point masses): the target's own token is drawn at each row of the
+walk; the walk goes down if that token is a child and stops otherwise, emitting it. The output is
+distributed exactly as the target's, whatever rule chose the nodes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 
-# Rows of the verifying forward: roots are 0 .. batch - 1, node i is row batch + i. The target's token at each.
+# Rows of the verifying forward: roots are 0 .. batch - 1, node i is row batch + i. The target's
+# token at each.
 Sampler: TypeAlias = Callable[[list[int]], Iterable[int]]
 # (owner, tokens after the root) -> the target's next-token distribution, [vocabulary].
 Target: TypeAlias = Callable[[int, tuple[int, ...]], FloatArray]
@@ -42,7 +43,8 @@ class Acceptance:
 
 
 def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
-    """Walks down all trees at once, level by level; `sample` is asked once per level, only for visited rows."""
+    """Walks down all trees at once, level by level; `sample` is asked once per level, only for
+    visited rows."""
     batch = trees.batch
     if not len(trees):  # plain decoding, as cheap as can be
         first = [int(token) for token in sample(list(range(batch)))]
@@ -75,7 +77,8 @@ def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
 
 
 def expected_tokens(trees: DraftTrees, target: Target) -> FloatArray:
-    """[batch] exact expectation of the tokens emitted per request, by enumerating every walk over the vocabulary."""
+    """[batch] exact expectation of the tokens emitted per request, by enumerating every walk over
+    the vocabulary."""
     children: dict[tuple[int, int], dict[int, int]] = {}
     for node in range(len(trees)):
         siblings = children.setdefault((int(trees.owner[node]), int(trees.parent[node])), {})

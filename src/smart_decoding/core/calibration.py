@@ -1,12 +1,15 @@
-"""From a drafter's confidence to the probability that its token is accepted, learned from verified rounds.
+"""From a drafter's confidence to the probability that its token is accepted, learned from verified
+rounds.
 
-Learned is P(child accepted | parent accepted), by drafter, depth (6 and beyond together) and kind of request (greedy or
-not, with pictures in its prompt or not: confidence means something else there), on bins of the arcsine of
-sqrt(draft_prob), which are finer near 0 and 1. Few observations are no knowledge: each curve is shrunk
-towards its prior times what all depths together say about the prior, and made monotone in confidence.
+Learned is P(child accepted | parent accepted), by drafter, depth (6 and beyond together) and kind
+of request (greedy or not, with pictures in its prompt or not: confidence means something else
+there), on bins of the arcsine of sqrt(draft_prob), which are finer near 0 and 1. Few observations
+are no knowledge: each curve is shrunk towards its prior times what all depths together say about
+the prior, and made monotone in confidence.
 
-Only children of accepted nodes are observed (the others are censored), pruned ones too: since whether a child is
-observed depends on its parent alone, the conditional probabilities are unbiased under any policy.
+Only children of accepted nodes are observed (the others are censored), pruned ones too: since
+whether a child is observed depends on its parent alone, the conditional probabilities are unbiased
+under any policy.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ BIN_PROBS: FloatArray = (
 
 
 def default_prior(sources: int) -> FloatArray:
-    """[sources, DEPTHS, KINDS, BINS] conditional acceptance probabilities where nothing is stored."""
+    """[sources, DEPTHS, KINDS, BINS] conditional acceptance probabilities where nothing is
+    stored."""
     curve = _DEFAULT_TRUST[:, None] * BIN_PROBS
     return np.broadcast_to(curve[None, :, None, :], (sources, DEPTHS, KINDS, BINS)).copy()
 
@@ -64,7 +68,8 @@ class Calibration:
     """Online calibration. Arrays of state have shape [sources, DEPTHS, KINDS, BINS]."""
 
     def __init__(self, prior: FloatArray | None = None, counts: FloatArray | None = None) -> None:
-        """Starts from conditional probabilities `prior`, worth `counts` observations (none where not given)."""
+        """Starts from conditional probabilities `prior`, worth `counts` observations (none where
+        not given)."""
         self.prior = default_prior(2) if prior is None else prior
         self.counts = np.zeros_like(self.prior) if counts is None else counts
         self.hits = self.counts * self.prior
@@ -74,7 +79,8 @@ class Calibration:
         self._refresh()
 
     def score(self, trees: DraftTrees, kind: KindArray) -> FloatArray:
-        """Sets `trees.accept_prob` and returns the conditional probabilities, both [nodes]; `kind` is [batch].
+        """Sets `trees.accept_prob` and returns the conditional probabilities, both [nodes]; `kind`
+        is [batch].
 
         Siblings sum to at most 1 (scaled down where they do not), so π(child) <= π(parent)."""
         if not len(trees):
@@ -88,7 +94,8 @@ class Calibration:
     def observe(
         self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, kind: KindArray
     ) -> None:
-        """Learns from uncensored `nodes` [observed] and whether the target chose them (`Round.observed()`)."""
+        """Learns from uncensored `nodes` [observed] and whether the target chose them
+        (`Round.observed()`)."""
         if not len(nodes):
             return
         cells, source = self._cells(trees, kind, nodes), trees.source.take(nodes)
@@ -107,7 +114,8 @@ class Calibration:
         self._refresh()
 
     def curve(self, source: int, shares: FloatArray) -> FloatArray:
-        """[DEPTHS, BINS] conditional probabilities of one drafter, mixed over the kinds' shares [KINDS] of a batch."""
+        """[DEPTHS, BINS] conditional probabilities of one drafter, mixed over the kinds' shares
+        [KINDS] of a batch."""
         self.reserve(source)
         result: FloatArray = shares @ self._coarse[source]
         return result
@@ -121,8 +129,8 @@ class Calibration:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], weight: float = 40.0) -> Calibration:
-        """Starts from a stored state as prior, each bin worth at most `weight` observations. What was learned from text
-        alone is the prior for requests with pictures, too, and worth none.
+        """Starts from a stored state as prior, each bin worth at most `weight` observations. What
+        was learned from text alone is the prior for requests with pictures, too, and worth none.
 
         Raises KeyError or ValueError if `state` is not one."""
         prior, counts = (
@@ -147,7 +155,8 @@ class Calibration:
         return _BIN_OF_FINE.take(_fine(prob))
 
     def _cells(self, trees: DraftTrees, kind: KindArray, nodes: IntArray | None = None) -> IntArray:
-        """Flat index of each node's fine bin: ((source * DEPTHS + depth) * KINDS + kind) * FINE + fine."""
+        """Flat index of each node's fine bin: ((source * DEPTHS + depth) * KINDS + kind) * FINE +
+        fine."""
         prob, depth, source, owner = trees.draft_prob, trees.depth, trees.source, trees.owner
         if nodes is not None:
             prob, depth, source, owner = (
@@ -181,7 +190,8 @@ class Calibration:
             self._refresh()
 
     def _rescale(self, source: int, ratio: float) -> None:
-        """The drafter has changed: what is known of it is scaled, and remembered weakly: it is soon relearned.
+        """The drafter has changed: what is known of it is scaled, and remembered weakly: it is soon
+        relearned.
 
         What was known before it became worse is kept, for when it is found to be better again."""
         if ratio < 1:
@@ -230,7 +240,8 @@ def _better(prob: FloatArray, ratio: float) -> FloatArray:
 
 
 def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> FloatArray:
-    """Product of `conditional` over each node's path, by pointer doubling: log2(depth) steps whatever the tree."""
+    """Product of `conditional` over each node's path, by pointer doubling: log2(depth) steps
+    whatever the tree."""
     count = len(parent)
     product = np.empty(count + 1)
     product[:count], product[count] = (

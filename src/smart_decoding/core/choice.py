@@ -1,5 +1,6 @@
-"""The exact choice: with the cost of a forward given for every number of rows, the best set of nodes is a prefix of the
-candidates sorted by accept_prob, and one scan over the prefix sums finds it."""
+"""The exact choice: with the cost of a forward given for every number of rows, the best set of
+nodes is a prefix of the candidates sorted by accept_prob, and one scan over the prefix sums finds
+it."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ _ONE = np.float64(1.0).view(np.int64)
 
 
 def ranked(accept_prob: FloatArray) -> IntArray:
-    """Indices by falling probability ([n], in [0, 1]), ties to the lower index: parents come before their children.
+    """Indices by falling probability ([n], in [0, 1]), ties to the lower index: parents come before
+    their children.
 
-    One integer sort: the bits of a non-negative float order like the float, and its lowest bits, beyond any meaning
-    (a relative 2^-39 for 8192 candidates), carry the index."""
+    One integer sort: the bits of a non-negative float order like the float, and its lowest bits,
+    beyond any meaning (a relative 2^-39 for 8192 candidates), carry the index."""
     mask = (1 << max(len(accept_prob) - 1, 1).bit_length()) - 1
     keys: IntArray = _ONE - accept_prob.view(np.int64)
     keys &= ~mask
@@ -35,10 +37,12 @@ def best_size(
     limit: float = math.inf,
     least: int = 0,
 ) -> tuple[int, float]:
-    """(n, value): how many of the sorted `gains` [m] to verify for the most tokens per second, and that rate.
+    """(n, value): how many of the sorted `gains` [m] to verify for the most tokens per second, and
+    that rate.
 
-    value(n) = (tokens + gains[:n].sum()) / (sunk + seconds[n]); `seconds` is [m + 1], of any shape. Sizes beyond
-    `limit` seconds are out, except n = 0; sizes below `least` are out. Ties go to the smaller n."""
+    value(n) = (tokens + gains[:n].sum()) / (sunk + seconds[n]); `seconds` is [m + 1], of any shape.
+    Sizes beyond `limit` seconds are out, except n = 0; sizes below `least` are out. Ties go to the
+    smaller n."""
     values = np.empty(len(gains) + 1)
     values[0] = 0.0
     np.cumsum(gains, out=values[1:])
@@ -54,7 +58,8 @@ def best_size(
 def best_rates(
     losses: FloatArray, tokens: float, sunk: FloatArray, seconds: FloatArray, limit: float
 ) -> FloatArray:
-    """[options] what `best_size` reaches with each row of `losses` [options, m]: negated gains, ascending.
+    """[options] what `best_size` reaches with each row of `losses` [options, m]: negated gains,
+    ascending.
 
     NONE in it marks what is no candidate. sunk: [options]; seconds: [m + 1], as there."""
     rates = np.zeros((len(losses), losses.shape[1] + 1))

@@ -1,13 +1,15 @@
 """Online correction of a cost table by the times of real steps.
 
-A shared machine changes in two ways. Everything becomes slower or faster: one factor. Or neighbours leave more or less
-memory bandwidth: reading the weights, which is all that a few rows cost, takes another time, while many rows, which are
-bound by arithmetic, cost what they did, so that the *slope* over rows changes, too: one shift, which fades out with the
-rows. What the two do not explain is the table's own error: a factor that is smooth over the logarithm of the rows.
+A shared machine changes in two ways. Everything becomes slower or faster: one factor. Or neighbours
+leave more or less memory bandwidth: reading the weights, which is all that a few rows cost, takes
+another time, while many rows, which are bound by arithmetic, cost what they did, so that the
+*slope* over rows changes, too: one shift, which fades out with the rows. What the two do not
+explain is the table's own error: a factor that is smooth over the logarithm of the rows.
 
-The three are told apart by a Kalman filter (extended, as the shift acts within a logarithm): speed and memory walk
-quickly, the table's error is a slow Gaussian process over bins. What a step of 24 rows says of 32 rows, of one row, and
-of the machine follows from how uncertain each of them is; a rare probe settles what many steps of one size left open.
+The three are told apart by a Kalman filter (extended, as the shift acts within a logarithm): speed
+and memory walk quickly, the table's error is a slow Gaussian process over bins. What a step of 24
+rows says of 32 rows, of one row, and of the machine follows from how uncertain each of them is; a
+rare probe settles what many steps of one size left open.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ COMMON_NOISE = 0.015  # of steps one after another
 CLIP = 2.0  # standard deviations that one observation counts as at most: outliers move little
 SPEED, MEMORY, TABLE = 0.2, 0.8, 0.12  # prior standard deviations
 SPEED_WALK, MEMORY_WALK = 0.015, 0.05  # per observation
-SHOCK = 0.1  # what the speed becomes less certain by after an observation beyond CLIP: a lone outlier, or a new state
+# what the speed becomes less certain by after an observation beyond CLIP: a lone outlier, or a new
+# state
+SHOCK = 0.1
 REACH = 10.0  # bins over which the table's error is alike
 FORGET = 0.999  # per observation: an unvisited bin drifts back to the table
 MOST_MEMORY = 0.6  # beyond, it is no state of the memory
@@ -53,8 +57,9 @@ def _prior() -> FloatArray:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """mean: [2 + BINS] speed, the log factor on every step of the machine; memory, what reading the weights takes more
-    or less as a part of what it takes by the table; and the table's log error by bin. covariance: of these."""
+    """mean: [2 + BINS] speed, the log factor on every step of the machine; memory, what reading the
+    weights takes more or less as a part of what it takes by the table; and the table's log error by
+    bin. covariance: of these."""
 
     mean: FloatArray = field(default_factory=lambda: np.zeros(BINS + 2))
     covariance: FloatArray = field(default_factory=_prior)
@@ -62,8 +67,9 @@ class Correction:
     def seconds(
         self, rows: IntArray | slice, table: FloatArray, weights: FloatArray | float
     ) -> FloatArray:
-        """What the table's seconds are now, for `rows` or a slice of row counts; `weights`: those of them in which the
-        step does nothing but wait for the weights. Bins are interpolated, linear in log rows."""
+        """What the table's seconds are now, for `rows` or a slice of row counts; `weights`: those
+        of them in which the step does nothing but wait for the weights. Bins are interpolated,
+        linear in log rows."""
         if not isinstance(rows, slice):
             rows = np.minimum(rows, MAX_ROWS)
         elif rows.stop > MAX_ROWS:
@@ -78,8 +84,8 @@ class Correction:
     def updated(
         self, rows: int, table: float, weights: float, seconds: float, steps: int = 1
     ) -> Correction:
-        """After a step of `rows` rows that took `seconds`, or the mean of `steps`; `table` and `weights` as in
-        `seconds()`.
+        """After a step of `rows` rows that took `seconds`, or the mean of `steps`; `table` and
+        `weights` as in `seconds()`.
 
         Unusable times (NaN, zero, negative) change nothing."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
@@ -89,7 +95,8 @@ class Correction:
         speed, memory, left_error, right_error = self.mean[[0, 1, 2 + low, 3 + low]].tolist()
         now = table + memory * weights
         covariance = self.covariance * _DECAY_BOTH + _WALK
-        # Row `row` of the log seconds' derivatives is sparse: speed, memory, and two neighbouring bins.
+        # Row `row` of the log seconds' derivatives is sparse: speed, memory, and two neighbouring
+        # bins.
         slope, left = weights / now, 1.0 - right
         along = (
             covariance[0]

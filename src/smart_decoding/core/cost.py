@@ -1,14 +1,17 @@
-"""What a round costs: measured tables of seconds, interpolated, and corrected by the times of real rounds.
+"""What a round costs: measured tables of seconds, interpolated, and corrected by the times of real
+rounds.
 
-    round = overhead + first_seconds(roots, waiting) + sum over deeper levels of draft_seconds(width)
+    round = overhead + first_seconds(roots, waiting) + sum over deeper levels of
+    draft_seconds(width)
             + verify_seconds(batch, rows, context)
 
-The first level is a thing of its own: it finds the caches full of the target's weights, and catches up with `waiting`
-rows, of which nothing but keys is wanted. Deeper ones find the drafter's weights where the first has left them. So
-either has a speed of its own, which is not the target's.
+The first level is a thing of its own: it finds the caches full of the target's weights, and catches
+up with `waiting` rows, of which nothing but keys is wanted. Deeper ones find the drafter's weights
+where the first has left them. So either has a speed of its own, which is not the target's.
 
-`context` is always the mean number of KV tokens per sequence. Attention adds `row_token` seconds per row and context
-token (arithmetic) and `sequence_token` per sequence and context token (reading the cache); the tables hold the rest.
+`context` is always the mean number of KV tokens per sequence. Attention adds `row_token` seconds
+per row and context token (arithmetic) and `sequence_token` per sequence and context token (reading
+the cache); the tables hold the rest.
 """
 
 from __future__ import annotations
@@ -26,14 +29,16 @@ from scipy.optimize import isotonic_regression, nnls  # type: ignore[import-unty
 from smart_decoding.core.correction import Correction
 from smart_decoding.core.tree import FloatArray, IntArray
 
-RISEN = 1.6  # a forward that takes this multiple of the smallest one is bound by arithmetic, not by reading weights
+# a forward that takes this multiple of the smallest one is bound by arithmetic, not by reading
+# weights
+RISEN = 1.6
 _DRAFT, _FIRST, _CAUGHT_UP = 0, -1, -2  # keys of `_dense` beside batch sizes
 
 
 @dataclass(frozen=True, slots=True)
 class VerifySample:
-    """One timed target forward: sequences, rows in all (roots included), mean KV tokens per sequence, seconds; or the
-    means of several `rounds`."""
+    """One timed target forward: sequences, rows in all (roots included), mean KV tokens per
+    sequence, seconds; or the means of several `rounds`."""
 
     batch: int
     rows: int
@@ -46,7 +51,8 @@ class VerifySample:
 class DraftSample:
     """One timed level of the model drafter: expanded rows, mean KV tokens per sequence, seconds.
 
-    waiting: of a first level, whose `width` rows are the roots, the rows that it caught up with beside them."""
+    waiting: of a first level, whose `width` rows are the roots, the rows that it caught up with
+    beside them."""
 
     width: int
     context: float
@@ -59,8 +65,9 @@ Sample: TypeAlias = VerifySample | DraftSample
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Seconds over a count of rows: linear between points, constant before the first, linear beyond the last with the
-    mean slope of the upper half (one flat last step must not make further rows look free)."""
+    """Seconds over a count of rows: linear between points, constant before the first, linear beyond
+    the last with the mean slope of the upper half (one flat last step must not make further rows
+    look free)."""
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -81,7 +88,8 @@ class Curve:
         return max(0.0, (self.seconds[-1] - self.seconds[half]) / (last - self.rows[half]))
 
 
-# Used where nothing was measured: a forward bound by reading weights, 2 % more per row. Real rounds correct it.
+# Used where nothing was measured: a forward bound by reading weights, 2 % more per row. Real rounds
+# correct it.
 DEFAULT_VERIFY = {1: Curve((1, 101), (0.02, 0.06))}
 DEFAULT_DRAFT = Curve((1, 101), (0.002, 0.004))
 
@@ -90,10 +98,11 @@ DEFAULT_DRAFT = Curve((1, 101), (0.002, 0.004))
 class CostModel:
     """Predicts seconds. Immutable: `corrected` returns the next model, sharing the tables.
 
-    verify: batch size -> curve over rows at context 0; between batch sizes linear in log batch, constant outside.
-    draft: curve over expanded rows of one level of the model drafter at context 0, first: over the roots of a first
-    level (None: as any other). waiting: what rows that wait add to it, over their number.
-    overhead_seconds: fixed cost of a round that speculates, beyond its forwards.
+    verify: batch size -> curve over rows at context 0; between batch sizes linear in log batch,
+    constant outside. draft: curve over expanded rows of one level of the model drafter at context
+    0, first: over the roots of a first level (None: as any other). waiting: what rows that wait add
+    to it, over their number. overhead_seconds: fixed cost of a round that speculates, beyond its
+    forwards.
     """
 
     verify: Mapping[int, Curve]
@@ -126,7 +135,8 @@ class CostModel:
         draft: Mapping[int, float] | None = None,
         overhead_seconds: float = 0.0,
     ) -> CostModel:
-        """From explicit tables {batch: {rows: seconds}} and {width: seconds}, taken as they are, of any shape."""
+        """From explicit tables {batch: {rows: seconds}} and {width: seconds}, taken as they are, of
+        any shape."""
         curves = {batch: _curve(table) for batch, table in sorted(verify.items()) if table}
         return cls(
             curves or DEFAULT_VERIFY,
@@ -136,7 +146,8 @@ class CostModel:
 
     @classmethod
     def fit(cls, samples: Iterable[Sample], overhead_seconds: float = 0.0) -> CostModel:
-        """Fits measured samples: attention by non-negative least squares, the rest a monotone table of medians.
+        """Fits measured samples: attention by non-negative least squares, the rest a monotone table
+        of medians.
 
         Unusable samples are ignored; what nothing remains for falls back to the default curves."""
         usable = [s for s in samples if _usable(s)]
@@ -180,7 +191,8 @@ class CostModel:
         )
 
     def verify_seconds(self, batch: int, rows: ArrayLike, context: float) -> FloatArray:
-        """Seconds of one target forward of `rows` rows in all (integers of any shape, roots included)."""
+        """Seconds of one target forward of `rows` rows in all (integers of any shape, roots
+        included)."""
         rows_: IntArray = np.asarray(rows, np.int64)
         try:
             base = self._table(batch, 0)[rows_]
@@ -191,7 +203,8 @@ class CostModel:
         )
 
     def verify_curve(self, batch: int, first: int, count: int, context: float) -> FloatArray:
-        """Seconds at first, first + 1, ... first + count - 1 rows: `verify_seconds` for a scan over tree sizes."""
+        """Seconds at first, first + 1, ... first + count - 1 rows: `verify_seconds` for a scan over
+        tree sizes."""
         rows = slice(first, first + count)
         attention = np.arange(first, first + count) * (self.row_token * context)
         attention += batch * self.sequence_token * context
@@ -203,8 +216,8 @@ class CostModel:
         return self.verify_correction.seconds(rows, table, self._stall_seconds(at))
 
     def _stall_seconds(self, rows: IntArray | int) -> FloatArray:
-        """Seconds of a verification in which its arithmetic waits for the weights: all of the smallest one's, fewer
-        with every further row."""
+        """Seconds of a verification in which its arithmetic waits for the weights: all of the
+        smallest one's, fewer with every further row."""
         weights, most = self._stall
         result: FloatArray = weights * np.maximum(0.0, 1.0 - (rows - 1) / most)
         return result
@@ -218,7 +231,8 @@ class CostModel:
         )
 
     def first_seconds(self, roots: int, waiting: ArrayLike, context: float) -> FloatArray:
-        """Seconds of the first level for `roots` requests, which catches up with `waiting` rows beside one of each."""
+        """Seconds of the first level for `roots` requests, which catches up with `waiting` rows
+        beside one of each."""
         waiting_: IntArray = np.asarray(waiting, np.int64)
         if self.first is None or self.waiting is None:
             return self.draft_seconds(roots + waiting_, context)
@@ -227,7 +241,8 @@ class CostModel:
         )
 
     def levels_seconds(self, roots: int, widths: Sequence[int], context: float) -> list[float]:
-        """Seconds of each level of a round, of which the first one's width is the roots and all that waits."""
+        """Seconds of each level of a round, of which the first one's width is the roots and all
+        that waits."""
         if not widths:
             return []
         first = float(self.first_seconds(roots, widths[0] - roots, context))
@@ -314,7 +329,8 @@ class CostModel:
         )
 
     def _table(self, batch: int, size: int) -> FloatArray:
-        """Dense seconds over rows at `batch`, or of another curve, computed once and grown on demand."""
+        """Dense seconds over rows at `batch`, or of another curve, computed once and grown on
+        demand."""
         table = self._dense.get(batch)
         if table is None or len(table) < size:
             length = 512 if size <= 512 else 2 * size
@@ -335,8 +351,8 @@ class CostModel:
 
 
 def _stall_of(curve: Curve) -> tuple[float, float]:
-    """Seconds of the smallest forward, in which the arithmetic waits for the weights, and the rows whose arithmetic
-    takes about as long: where the curve has risen well above that."""
+    """Seconds of the smallest forward, in which the arithmetic waits for the weights, and the rows
+    whose arithmetic takes about as long: where the curve has risen well above that."""
     risen = np.flatnonzero(curve.dense(512) > RISEN * curve.seconds[0])
     return float(curve.seconds[0]), max(float(risen[0]) if len(risen) else 512.0, 2.0)
 
@@ -376,7 +392,8 @@ def _beyond_the_first(curve: Curve) -> Curve:
 
 
 def _attention(samples: list[VerifySample]) -> tuple[float, float]:
-    """Seconds per (row, context token) and (sequence, context token), from cells measured at several contexts."""
+    """Seconds per (row, context token) and (sequence, context token), from cells measured at
+    several contexts."""
     cells: dict[tuple[int, int], list[VerifySample]] = defaultdict(list)
     for sample in samples:
         cells[sample.batch, sample.rows].append(sample)

@@ -1,4 +1,5 @@
-"""Notices that a drafter has become much worse or better than its calibration says: Page's CUSUM test, both ways."""
+"""Notices that a drafter has become much worse or better than its calibration says: Page's CUSUM
+test, both ways."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import numpy as np
 from smart_decoding.core.tree import BoolArray, FloatArray, IntArray
 
 ODDS = 4.0  # the alternatives tested: acceptance odds four times lower, or higher
-# Log likelihood ratio that raises the alarm. False ones in 21,600 steady simulated rounds: 4 at 6, 3 at 7, none at 8.
+# Log likelihood ratio that raises the alarm. False ones in 21,600 steady simulated rounds: 4 at 6,
+# 3 at 7, none at 8.
 THRESHOLD = 8.0
 
 
@@ -31,8 +33,8 @@ class DriftDetector:
     def update(
         self, source: IntArray, expected: FloatArray, hit: BoolArray
     ) -> list[tuple[int, float]]:
-        """After observed children (arrays [observed]): the drafters that changed, each with accepted / expected
-        since the change began."""
+        """After observed children (arrays [observed]): the drafters that changed, each with
+        accepted / expected since the change began."""
         size = self.evidence.shape[1]
         odds = expected / (1.0 - expected)
         base = np.log1p(odds)

@@ -1,7 +1,8 @@
 """What the levels that are not drafted yet will probably bring: the mean child, by depth and rank.
 
-Kept is how the drafter's confidences are distributed (a histogram by depth and rank among siblings); what they are
-worth is asked of the calibration when needed, so a change of the drafter's quality reaches the forecast at once.
+Kept is how the drafter's confidences are distributed (a histogram by depth and rank among
+siblings); what they are worth is asked of the calibration when needed, so a change of the drafter's
+quality reaches the forecast at once.
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ _KEY_BITS = 20
 
 
 class Forecast:
-    """Running histogram [DEPTHS, RANKS, BINS] of draft_prob and the weight [DEPTHS] of expanded nodes behind it."""
+    """Running histogram [DEPTHS, RANKS, BINS] of draft_prob and the weight [DEPTHS] of expanded
+    nodes behind it."""
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.histogram = np.zeros((DEPTHS, RANKS, BINS))
         self.histogram[:, np.arange(RANKS), calibration.bins(_PRIOR_PROBS)] = PRIOR_WEIGHT
         self.weight = np.full(DEPTHS, PRIOR_WEIGHT)
-        # Mean accept_prob of the k-th best free candidate of a request. Hopeful at first: to ask costs next to nothing,
-        # and what is verified is still only what pays; a sceptic would wait for a rare probe.
+        # Mean accept_prob of the k-th best free candidate of a request. Hopeful at first: to ask
+        # costs next to nothing, and what is verified is still only what pays; a sceptic would wait
+        # for a rare probe.
         self.free: FloatArray = HOPE ** np.arange(1.0, FREE + 1)
 
     def children(self, shares: FloatArray) -> FloatArray:
-        """[DEPTHS, RANKS] mean acceptance probability, given its parent's, of the k-th child at depth 1, 2, ...
+        """[DEPTHS, RANKS] mean acceptance probability, given its parent's, of the k-th child at
+        depth 1, 2, ...
 
         shares: [KINDS] of the kinds of requests."""
         curve = self.calibration.curve(0, shares)
@@ -48,7 +52,8 @@ class Forecast:
         return result
 
     def observe(self, trees: DraftTrees) -> None:
-        """Learns from all drafted nodes (scored), weighted by their parents' accept_prob: the paths that matter."""
+        """Learns from all drafted nodes (scored), weighted by their parents' accept_prob: the paths
+        that matter."""
         slot = slots(trees)
         quantised = (
             (1.0 - np.fmin(np.fmax(trees.draft_prob, 0.0), 1.0)) * ((1 << _KEY_BITS) - 1)
@@ -75,8 +80,9 @@ class Forecast:
         self.weight = self.weight * keep + parents / trees.batch
 
     def observe_free(self, trees: DraftTrees, limits: IntArray) -> None:
-        """Learns what drafters without a model propose, from a round that used nothing else. limits: [batch] the nodes
-        below each other that a request may still use; those of requests that may use none do not count."""
+        """Learns what drafters without a model propose, from a round that used nothing else.
+        limits: [batch] the nodes below each other that a request may still use; those of requests
+        that may use none do not count."""
         asking, best = np.flatnonzero(limits > 0).tolist(), np.zeros(FREE)
         for owner in asking:
             mine = np.sort(trees.accept_prob[trees.owner == owner])[::-1][:FREE]
@@ -92,7 +98,8 @@ class Forecast:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], calibration: Calibration) -> Forecast:
-        """Starts from a stored state, worth PRIOR_WEIGHT expanded nodes per depth. Raises KeyError or ValueError."""
+        """Starts from a stored state, worth PRIOR_WEIGHT expanded nodes per depth. Raises KeyError
+        or ValueError."""
         histogram, weight = (
             np.asarray(state["histogram"], np.float64),
             np.asarray(state["weight"], np.float64),
@@ -109,9 +116,11 @@ class Forecast:
 
 
 def grow(children: FloatArray, levels: int, width: int) -> FloatArray:
-    """[levels, candidates] forecast accept_probs of one request's tree of 1, 2, ... `levels` levels.
+    """[levels, candidates] forecast accept_probs of one request's tree of 1, 2, ... `levels`
+    levels.
 
-    `width` nodes are expanded at each level after the first; `children` as from `Forecast.children`; -NONE fills up."""
+    `width` nodes are expanded at each level after the first; `children` as from
+    `Forecast.children`; -NONE fills up."""
     frontier = np.ones(1)
     grown = []
     for level in range(levels):
@@ -126,8 +135,9 @@ def grow(children: FloatArray, levels: int, width: int) -> FloatArray:
 
 
 def subtree(children: FloatArray, depth: int, levels: int, ranks: int) -> FloatArray:
-    """[levels * ranks] forecast conditional probabilities below one node whose children have depth `depth`, when each
-    further level expands the best child only (the frontier's width in all stays what it is)."""
+    """[levels * ranks] forecast conditional probabilities below one node whose children have depth
+    `depth`, when each further level expands the best child only (the frontier's width in all stays
+    what it is)."""
     rows = children[np.minimum(np.arange(depth - 1, depth - 1 + levels), DEPTHS - 1)]
     heads = np.cumprod(np.concatenate((np.ones(1), rows[:-1, 0])))
     result: FloatArray = (heads[:, None] * rows[:, :ranks]).ravel()

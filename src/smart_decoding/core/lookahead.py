@@ -1,4 +1,5 @@
-"""Whether to draft deeper, and how wide: the value of stopping against every (further levels, width) by forecast.
+"""Whether to draft deeper, and how wide: the value of stopping against every (further levels,
+width) by forecast.
 
 Looking one level ahead is not enough: a first level may pay only together with the second.
 """
@@ -17,7 +18,8 @@ RANKS = 4  # forecast children of each node; the others bring next to nothing
 class LookAhead:
     """Forecasts below a frontier, from the mean children [depth, rank] (`Forecast.children`).
 
-    What does not depend on the drafted nodes is computed once per (level, further levels, widths) and kept."""
+    What does not depend on the drafted nodes is computed once per (level, further levels, widths)
+    and kept."""
 
     def __init__(self, children: FloatArray) -> None:
         self.children = children
@@ -38,10 +40,12 @@ class LookAhead:
         verify_seconds: FloatArray,
         limit: float,
     ) -> int:
-        """How many nodes of the sorted `frontier` [max(widths)] to expand next: 0 where no deeper tree beats stopping.
+        """How many nodes of the sorted `frontier` [max(widths)] to expand next: 0 where no deeper
+        tree beats stopping.
 
-        present: accept_prob of the candidates there are, in any order. level_seconds: [widths]. verify_seconds: at
-        0, 1, ... candidates, at least `columns(...) + 1` of them. limit: seconds that the round may last."""
+        present: accept_prob of the candidates there are, in any order. level_seconds: [widths].
+        verify_seconds: at 0, 1, ... candidates, at least `columns(...) + 1` of them. limit: seconds
+        that the round may last."""
         below = self._options(level, ahead, widths)
         options = len(below)
         losses = np.full(
@@ -57,14 +61,16 @@ class LookAhead:
         return widths[best % len(widths)] if rates[best] > rates[-1] else 0
 
     def below(self, level: int, ahead: int) -> FloatArray:
-        """[ahead * RANKS] forecast probabilities of the descendants of a node of `level`, given that node."""
+        """[ahead * RANKS] forecast probabilities of the descendants of a node of `level`, given
+        that node."""
         tree = self._below.get((level, ahead))
         if tree is None:
             tree = self._below[level, ahead] = subtree(self.children, level + 1, ahead, RANKS)
         return tree
 
     def table(self, levels: int, reach: int) -> FloatArray:
-        """[levels, reach * RANKS] `below` of levels 1, 2, ...; what looks less far ahead is the beginning of a row."""
+        """[levels, reach * RANKS] `below` of levels 1, 2, ...; what looks less far ahead is the
+        beginning of a row."""
         table = self._tables.get((levels, reach))
         if table is None:
             table = self._tables[levels, reach] = np.stack(
@@ -78,8 +84,8 @@ class LookAhead:
         return present + frontier * ahead * RANKS
 
     def _options(self, level: int, ahead: int, widths: tuple[int, ...]) -> FloatArray:
-        """[ahead * widths, frontier, ahead * RANKS] minus the forecast probability of each candidate below each
-        frontier node, given that node; NONE where an option does not reach."""
+        """[ahead * widths, frontier, ahead * RANKS] minus the forecast probability of each
+        candidate below each frontier node, given that node; NONE where an option does not reach."""
         key = (level, ahead, widths)
         options = self._forecast.get(key)
         if options is None:

@@ -9,9 +9,11 @@ def about(size: int) -> int:
 
 
 class Overhead:
-    """Seconds that a plain round takes beside its forward, and what a speculating one takes beyond that, by size.
+    """Seconds that a plain round takes beside its forward, and what a speculating one takes beyond
+    that, by size.
 
-    Plain decoding rests, so resting rounds are its measure: plain rounds that were planned take longer."""
+    Plain decoding rests, so resting rounds are its measure: plain rounds that were planned take
+    longer."""
 
     GAIN, ENOUGH, CLIP = 1 / 32, 4, 2.0  # one slow round counts as at most twice the usual
 
@@ -23,7 +25,8 @@ class Overhead:
         self._seen: dict[tuple[int, bool], int] = {}
 
     def of(self, size: int) -> tuple[float, float]:
-        """For a batch of `size` requests: of a plain round, and how much more a speculating one takes."""
+        """For a batch of `size` requests: of a plain round, and how much more a speculating one
+        takes."""
         plain, drafting = ((about(size), speculated) for speculated in (False, True))
         if min(self._seen.get(plain, 0), self._seen.get(drafting, 0)) >= self.ENOUGH:
             self._usual = self._mean[plain], max(0.0, self._mean[drafting] - self._mean[plain])

@@ -1,8 +1,10 @@
-"""The cost families of the SMART paper (Wang & Zhou, arXiv 2604.09731), for the policy `paper` only.
+"""The cost families of the SMART paper (Wang & Zhou, arXiv 2604.09731), for the policy `paper`
+only.
 
     C_draft(n) = lambda n + beta          C_verify(n) = gamma (exp(delta n^rho) - 1) + eta
 
-n is the number of drafted nodes of one request. As published beta = eta = 0; `offsets` fits them too.
+n is the number of drafted nodes of one request. As published beta = eta = 0; `offsets` fits them
+too.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class PaperCosts:
     def fit(
         cls, nodes: FloatArray, draft: FloatArray, verify: FloatArray, offsets: bool
     ) -> PaperCosts:
-        """Least squares over measured (nodes, draft seconds, verify seconds), arrays of shape [samples], nodes >= 1."""
+        """Least squares over measured (nodes, draft seconds, verify seconds), arrays of shape
+        [samples], nodes >= 1."""
         n = np.asarray(nodes, np.float64)
         columns = np.stack((n, np.ones_like(n)), axis=1) if offsets else n[:, None]
         line = np.linalg.lstsq(columns, np.asarray(draft, np.float64), rcond=None)[0]

@@ -1,4 +1,5 @@
-"""When to try what is believed to be worse, so that beliefs stay true, and at what price: deterministic and bounded."""
+"""When to try what is believed to be worse, so that beliefs stay true, and at what price:
+deterministic and bounded."""
 
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ CREDIT_ROUNDS = 400  # unspent budget is kept for this many rounds
 
 
 class Prober:
-    """Spends at most `budget` of the time (plus one run of probes) on rounds in the mode that is not believed best.
+    """Spends at most `budget` of the time (plus one run of probes) on rounds in the mode that is
+    not believed best.
 
-    Probes that turn out well earn their gain and are repeated at once: a drafter that has recovered is back soon."""
+    Probes that turn out well earn their gain and are repeated at once: a drafter that has recovered
+    is back soon."""
 
     def __init__(self, budget: float, most: float = math.inf) -> None:
         """most: probes in a row."""
@@ -65,10 +68,11 @@ class Prober:
         self.credit = min(self.credit + earned, most)
 
     def probe_round(self, loss: float, hopeful: bool | None = None, clear: bool = False) -> None:
-        """After a probe that cost `loss` seconds more than the believed mode would have (negative: it was better).
+        """After a probe that cost `loss` seconds more than the believed mode would have (negative:
+        it was better).
 
-        hopeful: whether more of them shall follow at once (None: if it was better). clear: whether it leaves little
-        doubt."""
+        hopeful: whether more of them shall follow at once (None: if it was better). clear: whether
+        it leaves little doubt."""
         self._pay(loss)
         self.run, self.gained = self.run + 1, self.gained or loss < 0
         self.hope = HOPE if (loss < 0 if hopeful is None else hopeful) else self.hope - 1
@@ -78,7 +82,8 @@ class Prober:
             self.hope, self.run, self.gained = min(self.hope, 0), 0, False
 
     def lost(self) -> None:
-        """After a probe that told nothing: it is paid for as was expected, and the next one waits as after any."""
+        """After a probe that told nothing: it is paid for as was expected, and the next one waits
+        as after any."""
         self._pay(self.price)
 
     def _pay(self, loss: float) -> None:

@@ -1,8 +1,8 @@
 """Draft trees: what a drafter proposes in one round, for every request of the batch.
 
-All trees of a round live in one struct of arrays, `DraftTrees`, since a policy chooses over the whole batch: one sort,
-one scan, no Python loop over requests. The root of a tree (the request's last committed token) is not a node: a node at
-depth 1 has parent -1.
+All trees of a round live in one struct of arrays, `DraftTrees`, since a policy chooses over the
+whole batch: one sort, one scan, no Python loop over requests. The root of a tree (the request's
+last committed token) is not a node: a node at depth 1 has parent -1.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class DraftTrees:
         source: index of the drafter that proposed the node.
         draft_prob: the drafter's probability of `token` given its parent, in [0, 1].
         path_prob: product of `draft_prob` from the root to the node (uncalibrated).
-        accept_prob: calibrated probability that the whole path is accepted; NaN until a policy has scored the node.
+        accept_prob: calibrated probability that the whole path is accepted; NaN until a policy has
+        scored the node.
 
-    They lie in two blocks with room to grow, `ints` [5, room] and `floats` [3, room], in the order above: a new level
-    is a few copies, and native code finds everything by two addresses.
+    They lie in two blocks with room to grow, `ints` [5, room] and `floats` [3, room], in the order
+    above: a new level is a few copies, and native code finds everything by two addresses.
     """
 
     __slots__ = ("_count", "batch", "floats", "ints")
@@ -69,7 +70,8 @@ class DraftTrees:
 
     @classmethod
     def with_room(cls, batch: int, room: int) -> DraftTrees:
-        """Trees without nodes, for native code that fills in the first ones of `room`; `grown` says how many."""
+        """Trees without nodes, for native code that fills in the first ones of `room`; `grown` says
+        how many."""
         return cls._of(batch, np.empty((_INTS, room), np.int64), np.empty((_FLOATS, room)), 0)
 
     def grown(self, nodes: int) -> None:
@@ -133,8 +135,8 @@ class DraftTrees:
         draft_prob: ArrayLike,
         source: int = 0,
     ) -> None:
-        """Adds nodes below existing ones (or ROOT). All arguments have shape [new nodes]; owners of children must be
-        their parents' owners."""
+        """Adds nodes below existing ones (or ROOT). All arguments have shape [new nodes]; owners of
+        children must be their parents' owners."""
         parent_, prob = np.asarray(parent, np.int64), np.asarray(draft_prob, np.float64)
         start, end = self._count, self._count + len(parent_)
         self._make_room(end)
@@ -157,7 +159,8 @@ class DraftTrees:
     def adopt(
         self, other: DraftTrees, nodes: Sequence[int], parents: Sequence[int], source: int
     ) -> None:
-        """Adds copies of `nodes` of other trees below `parents` of these: as deep as they were, not scored yet."""
+        """Adds copies of `nodes` of other trees below `parents` of these: as deep as they were, not
+        scored yet."""
         start, end = self._count, self._count + len(nodes)
         self._make_room(end)
         self.ints[:, start:end], self.floats[:, start:end] = (
@@ -185,8 +188,8 @@ class DraftTrees:
         self.ints, self.floats = ints, floats
 
     def take(self, keep: IntArray, batch: int | None = None) -> DraftTrees:
-        """The trees pruned to the nodes `keep` (ascending indices, prefix-closed; ValueError if not), as those of the
-        first requests of a batch of `batch`, if given."""
+        """The trees pruned to the nodes `keep` (ascending indices, prefix-closed; ValueError if
+        not), as those of the first requests of a batch of `batch`, if given."""
         batch, count = self.batch if batch is None else batch, len(keep)
         if count == self._count:
             return self._of(batch, self.ints, self.floats, count)
@@ -215,15 +218,16 @@ class DraftTrees:
 
 
 def slots(trees: DraftTrees) -> IntArray:
-    """[nodes] row of each node's parent: roots are 0 .. batch - 1, node i is batch + i. Siblings share a slot."""
+    """[nodes] row of each node's parent: roots are 0 .. batch - 1, node i is batch + i. Siblings
+    share a slot."""
     slot: IntArray = trees.parent + trees.batch
     np.copyto(slot, trees.owner, where=trees.parent < 0)
     return slot
 
 
 def of_expanded(trees: DraftTrees, slot: IntArray) -> BoolArray:
-    """[nodes] whether the model drafter has expanded a node's parent: whether it proposed the node or a sibling of it.
-    slot: `slots(trees)`."""
+    """[nodes] whether the model drafter has expanded a node's parent: whether it proposed the node
+    or a sibling of it. slot: `slots(trees)`."""
     expanded = np.zeros(trees.batch + len(trees), np.bool_)
     expanded[slot[trees.source == 0]] = True
     return expanded[slot]

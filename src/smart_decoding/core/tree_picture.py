@@ -1,4 +1,5 @@
-"""A verified draft tree as text: branches, printable tokens, acceptance probabilities, and the path that was accepted.
+"""A verified draft tree as text: branches, printable tokens, acceptance probabilities, and the path
+that was accepted.
 
     "The capital of"
     ├─● " France" 0.81
@@ -36,10 +37,11 @@ def draw_tree(
     own_token: int | None = None,
     colour: bool = False,
 ) -> str:
-    """One request's tree. Siblings are ordered by `accept_prob`, or by the drafter's path probability where the policy
-    gave none.
+    """One request's tree. Siblings are ordered by `accept_prob`, or by the drafter's path
+    probability where the policy gave none.
 
-    path: indices of the accepted nodes; root: text before the tree; own_token: the target's token after the path."""
+    path: indices of the accepted nodes; root: text before the tree; own_token: the target's token
+    after the path."""
     children: dict[int, list[int]] = {}
     for node in trees.nodes_of(owner):
         children.setdefault(int(trees.parent[node]), []).append(int(node))
@@ -64,12 +66,14 @@ def draw_tree(
 
 
 def quoted(text: str) -> str:
-    """`text` in double quotes, with everything a terminal would act on or not show written as an escape."""
+    """`text` in double quotes, with everything a terminal would act on or not show written as an
+    escape."""
     return '"' + "".join(_printable(char) for char in text) + '"'
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether to colour output on `stream`: a terminal, and NO_COLOR (no-color.org) unset or empty."""
+    """Whether to colour output on `stream`: a terminal, and NO_COLOR (no-color.org) unset or
+    empty."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

@@ -1,4 +1,5 @@
-"""What drafts. The names are here, apart from all that needs a model, so that a command line can know them."""
+"""What drafts. The names are here, apart from all that needs a model, so that a command line can
+know them."""
 
 from smart_decoding.errors import ConfigError
 
@@ -6,7 +7,8 @@ METHODS = ("eagle", "draft_model", "ngram", "recycling", "union", "none")
 
 
 def check_draft(method: str | None, draft: object, how: str) -> None:
-    """Raises ConfigError if the method needs a model to draft with and there is none; how: what to give."""
+    """Raises ConfigError if the method needs a model to draft with and there is none; how: what to
+    give."""
     if method == "draft_model" and not draft:
         raise ConfigError(
             f"method 'draft_model' needs a smaller model of the same vocabulary: give {how}"
@@ -14,7 +16,8 @@ def check_draft(method: str | None, draft: object, how: str) -> None:
 
 
 def check_plain(method: str | None, policy: str | None) -> None:
-    """Raises ConfigError if nothing drafts, but a policy is given that is to decide about drafts."""
+    """Raises ConfigError if nothing drafts, but a policy is given that is to decide about
+    drafts."""
     if method == "none" and policy not in (None, "off"):
         raise ConfigError(
             f"method 'none' decodes plainly, but policy {policy!r} is given: leave out one of them"

@@ -1,4 +1,5 @@
-"""Drafting with a smaller model of the same vocabulary, level by level (Leviathan et al. 2023; Chen et al. 2023)."""
+"""Drafting with a smaller model of the same vocabulary, level by level (Leviathan et al. 2023; Chen
+et al. 2023)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class SmallModel(Protocol):
     """What the drafter needs of a model."""
 
     def run(self, rows: Rows) -> Any:
-        """One forward: the logits [wanted rows, vocab] of the next tokens, valid until the next one."""
+        """One forward: the logits [wanted rows, vocab] of the next tokens, valid until the next
+        one."""
         ...
 
     def rank(self, logits: Any, asked: Asked) -> Ranked:

@@ -1,10 +1,11 @@
 """Drafting with an EAGLE head, level by level.
 
-Pair t of a request is (the target's features at position t, token t + 1). The target computes features once only: what
-it finds in its prefix cache comes without them, and serves the head only where it still has the keys.
+Pair t of a request is (the target's features at position t, token t + 1). The target computes
+features once only: what it finds in its prefix cache comes without them, and serves the head only
+where it still has the keys.
 
-A page's last pair reads the first token behind the page. Where another request goes on with another token, it runs that
-pair again into a copy of the page; the features for that are kept.
+A page's last pair reads the first token behind the page. Where another request goes on with another
+token, it runs that pair again into a copy of the page; the features for that are kept.
 """
 
 from __future__ import annotations
@@ -28,26 +29,30 @@ LOG = 64  # rounds of plain decoding that are shared out together
 
 
 class Head(Protocol):
-    """What the drafter needs of a head; arrays of the backend are opaque. A part of a request's features is an array
-    [rows, width], or several rounds' features [requests, width] and the request's place in them."""
+    """What the drafter needs of a head; arrays of the backend are opaque. A part of a request's
+    features is an array [rows, width], or several rounds' features [requests, width] and the
+    request's place in them."""
 
     aux_layers: tuple[int, ...]
     sees: bool  # whether its rows take the embeddings of pictures, `Rows.mm_embeds`
     grows: bool
 
     def first(self, rows: Rows, parts: Sequence[Any], last: IntArray, asked: Asked) -> Ranked:
-        """Begins a round: runs pairs of tokens and features, the best children after the `last` ones."""
+        """Begins a round: runs pairs of tokens and features, the best children after the `last`
+        ones."""
         ...
 
     def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
-        """Runs nodes below the outputs `above` of this round (the first level's come first), the best children."""
+        """Runs nodes below the outputs `above` of this round (the first level's come first), the
+        best children."""
         ...
 
     def grow(
         self, rows: Rows, parts: Sequence[Any], asked: Asked, slots: range, growth: Growth
     ) -> Grown:
-        """All levels of a round in one call, nodes chosen as `growth` says; only if the head `grows`. asked: for the
-        children of each request's root at levels 1, 2, ... slots: where nodes' keys go."""
+        """All levels of a round in one call, nodes chosen as `growth` says; only if the head
+        `grows`. asked: for the children of each request's root at levels 1, 2, ... slots: where
+        nodes' keys go."""
         ...
 
     def blank(self, rows: int) -> Any:
@@ -65,7 +70,8 @@ class Head(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Log:
-    """Features of rounds of plain decoding of the same requests, shared out only when they are wanted.
+    """Features of rounds of plain decoding of the same requests, shared out only when they are
+    wanted.
 
     first: position of each request's first row. rounds: [requests, width] each."""
 
@@ -76,8 +82,9 @@ class Log:
 
 @dataclass(slots=True)
 class Pairs(State):
-    """parts: the features of the waiting pairs, as `Head` has them. copies: scratch pages in the place of the
-    request's, by index, each with the features of its last pair, which is run again."""
+    """parts: the features of the waiting pairs, as `Head` has them. copies: scratch pages in the
+    place of the request's, by index, each with the features of its last pair, which is run
+    again."""
 
     parts: list[Any] = field(default_factory=list)
     copies: dict[int, tuple[int, Any]] = field(default_factory=dict)

@@ -1,15 +1,18 @@
-"""What drafters with a model of their own share: one level per pass over the whole batch, keys in the target's pages.
+"""What drafters with a model of their own share: one level per pass over the whole batch, keys in
+the target's pages.
 
-Row t of a request lies at position t and reads token t + `ahead`: a draft model reads plain tokens (0), an EAGLE head
-pairs each token with the target's features of the position before it (1). Before it can draft, the model must have
-processed every row of the committed tokens: the next first level catches up in one pass. While speculation is off, rows
-wait in a bounded window: what is older is dropped, and the model then sees only the context from there on.
+Row t of a request lies at position t and reads token t + `ahead`: a draft model reads plain tokens
+(0), an EAGLE head pairs each token with the target's features of the position before it (1). Before
+it can draft, the model must have processed every row of the committed tokens: the next first level
+catches up in one pass. While speculation is off, rows wait in a bounded window: what is older is
+dropped, and the model then sees only the context from there on.
 
-Positions of pictures have no tokens. A model that sees reads their embeddings instead; for any other its context begins
-behind the last picture, at that page's start.
+Positions of pictures have no tokens. A model that sees reads their embeddings instead; for any
+other its context begins behind the last picture, at that page's start.
 
-Keys lie in pages with the target's numbers, those of tree nodes in scratch pages behind them. A page whose rows are all
-there is remembered by its tokens and all tokens before them, so that prefix caching serves the drafter too.
+Keys lie in pages with the target's numbers, those of tree nodes in scratch pages behind them. A
+page whose rows are all there is remembered by its tokens and all tokens before them, so that prefix
+caching serves the drafter too.
 """
 
 from __future__ import annotations
@@ -40,9 +43,9 @@ Ranked: TypeAlias = tuple[
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The children that are wanted of every row. k: how many at most. temperature: [rows]. draws: which noise the
-    target will draw the child with, where the temperature is not 0: the model can guess with the same; empty if all
-    are 0."""
+    """The children that are wanted of every row. k: how many at most. temperature: [rows]. draws:
+    which noise the target will draw the child with, where the temperature is not 0: the model can
+    guess with the same; empty if all are 0."""
 
     k: int
     temperature: FloatArray
@@ -51,7 +54,8 @@ class Asked:
 
 @dataclass(slots=True)
 class State:
-    """One request: its rows [start, length) are in the model's cache, but for those to be run `again`.
+    """One request: its rows [start, length) are in the model's cache, but for those to be run
+    `again`.
 
     keys: what identifies each page's content."""
 
@@ -65,14 +69,16 @@ S = TypeVar("S", bound=State)
 
 
 class LevelDrafter(ABC, Generic[S]):
-    """Drafts with a model. `pool_pages`: pages shared with the target; `scratch_pages`: pages behind them for nodes."""
+    """Drafts with a model. `pool_pages`: pages shared with the target; `scratch_pages`: pages
+    behind them for nodes."""
 
     name: str
     ahead: ClassVar[int]
     free, wants_logits, wants_ends = False, False, False
     grow: Grow | None = None
     aux_layers: tuple[int, ...] = ()
-    sees = False  # whether the model reads the embeddings of pictures; else it drafts from the text behind them
+    # whether the model reads the embeddings of pictures; else it drafts from the text behind them
+    sees = False
 
     def __init__(self, pool_pages: int, scratch_pages: int, max_levels: int = 8) -> None:
         self.max_levels = max_levels
@@ -91,11 +97,13 @@ class LevelDrafter(ABC, Generic[S]):
             self._waiting(r, self._states[id(r)]) if id(r) in self._states else 1 for r in requests
         )
 
-    # ------------------------------------------------------------------------- what differs between the models
+    # ------------------------------------------------------------------------- what differs between
+    # the models
 
     @abstractmethod
     def _admit(self, request: Request, first: int) -> S:
-        """The state of a request of which the target has processed [0, first), found in the prefix cache."""
+        """The state of a request of which the target has processed [0, first), found in the prefix
+        cache."""
 
     @abstractmethod
     def _first(self, rows: Rows, last: IntArray, states: Sequence[S], asked: Asked) -> Ranked:
@@ -103,7 +111,8 @@ class LevelDrafter(ABC, Generic[S]):
 
     @abstractmethod
     def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
-        """Runs nodes; the best children of all. above: numbers of the outputs that they are children of."""
+        """Runs nodes; the best children of all. above: numbers of the outputs that they are
+        children of."""
 
     def blank(self, rows: int) -> Any:
         """Features of `rows` rows of arbitrary content, to be timed with."""
@@ -140,7 +149,8 @@ class LevelDrafter(ABC, Generic[S]):
     def expand(
         self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
     ) -> int:
-        """Runs the model on `nodes`, as far as there is room, and appends their children; returns how many."""
+        """Runs the model on `nodes`, as far as there is room, and appends their children; returns
+        how many."""
         nodes = nodes[: max(0, self._scratch_size + len(requests) - self._rows)]
         if not len(nodes):
             return 0
@@ -220,7 +230,8 @@ class LevelDrafter(ABC, Generic[S]):
         token: IntArray,
         paths: Sequence[Sequence[int]],
     ) -> Rows:
-        """Rows of expanded nodes (sorted by owner), which see all true rows, the expanded ancestors and themselves."""
+        """Rows of expanded nodes (sorted by owner), which see all true rows, the expanded ancestors
+        and themselves."""
         position, slot, direct, ancestors_start = [], [], [], [0]
         extra: list[int] = []
         edges, tables, before = [], [], -1
@@ -255,7 +266,8 @@ class LevelDrafter(ABC, Generic[S]):
         self._bound(request, state, end)
 
     def _bound(self, request: Request, state: S, end: int) -> None:
-        """Of the rows that wait before position `end`, keeps no more than the window, from a page's start on."""
+        """Of the rows that wait before position `end`, keeps no more than the window, from a page's
+        start on."""
         window = WINDOW + (request.media.length if request.media is not None and self.sees else 0)
         if end - state.length > window:  # keep the younger half
             self._begin(state, -(-(end - window // 2) // PAGE) * PAGE)
@@ -291,7 +303,8 @@ class LevelDrafter(ABC, Generic[S]):
         return self._end(request) - state.length + len(state.again)
 
     def _advance(self, request: Request, state: S) -> None:
-        """All waiting rows were run: their pages hold other content now, and whole ones can serve again."""
+        """All waiting rows were run: their pages hold other content now, and whole ones can serve
+        again."""
         first, state.length, state.again = state.length // PAGE, self._end(request), []
         whole = state.length // PAGE
         keys = self._keys(request, state, whole) if whole > first else []
@@ -301,7 +314,8 @@ class LevelDrafter(ABC, Generic[S]):
             self._kept[where] = keys[page] if page < whole else 0
 
     def _keys(self, request: Request, state: S, pages: int) -> list[int]:
-        """For each of the request's first pages a number that stands for its tokens and all before them."""
+        """For each of the request's first pages a number that stands for its tokens and all before
+        them."""
         for page in range(len(state.keys), pages):
             before = state.keys[-1] if page else 0
             mark = request.table.content_hashes.get(page, b"")

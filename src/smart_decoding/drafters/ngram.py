@@ -1,7 +1,8 @@
 """N-gram drafter: what followed the last tokens earlier in the same prompt and answer, as a tree.
 
-Like prompt lookup, but all recent occurrences count: their continuations merge into a trie whose frequencies are the
-draft probabilities. It costs no model, and pays where text repeats: code, quotes, summaries.
+Like prompt lookup, but all recent occurrences count: their continuations merge into a trie whose
+frequencies are the draft probabilities. It costs no model, and pays where text repeats: code,
+quotes, summaries.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ SHORTER = 0.25  # weight of an occurrence per token that it matches less than th
 
 
 class NgramIndex:
-    """Where each n-gram of one growing text was followed by what; amortised O(1) per token, as LZ77's hash chains.
+    """Where each n-gram of one growing text was followed by what; amortised O(1) per token, as
+    LZ77's hash chains.
 
     newest[n][gram]: the last position that follows an occurrence of the gram.
-    older[n][i]: the position that follows the preceding occurrence of the gram before position i, or -1."""
+    older[n][i]: the position that follows the preceding occurrence of the gram before position i,
+    or -1."""
 
     def __init__(self, min_n: int, max_n: int) -> None:
         self.sizes = range(max_n, min_n - 1, -1)
@@ -46,9 +49,11 @@ class NgramIndex:
         self.length = len(tokens)
 
     def occurrences(self, tokens: Sequence[int], limit: int) -> dict[int, int]:
-        """Positions that follow earlier occurrences of the text's last tokens -> tokens matched, at most `limit`.
+        """Positions that follow earlier occurrences of the text's last tokens -> tokens matched, at
+        most `limit`.
 
-        Longest matches first, the newest first among equals; a match longer than max_n counts as max_n."""
+        Longest matches first, the newest first among equals; a match longer than max_n counts as
+        max_n."""
         found: dict[int, int] = {}
         for n in self.sizes:
             at = self.newest[n].get(tuple(tokens[-n:]), -1) if len(tokens) > n else -1
@@ -60,7 +65,8 @@ class NgramIndex:
 
 @dataclass(slots=True)
 class Trie:
-    """Continuations of one request, parents before children; node 0 is the root. Lists have one entry per node.
+    """Continuations of one request, parents before children; node 0 is the root. Lists have one
+    entry per node.
 
     seen: weighted occurrences that came here; went_on: those of them whose next token is known;
     context: tokens that agree with the text before this node's token (0 for the root)."""
@@ -82,15 +88,18 @@ class Trie:
             self.seen[node] += weight
 
     def best(self, count: int) -> list[tuple[int, int, int, float, float]]:
-        """The `count` likeliest nodes, parents first and renumbered: (token, parent, depth, draft_prob, path_prob).
+        """The `count` likeliest nodes, parents first and renumbered: (token, parent, depth,
+        draft_prob, path_prob).
 
-        draft_prob: the share of the parent's continuations, times 1 - 2^-context: short matches are chance."""
+        draft_prob: the share of the parent's continuations, times 1 - 2^-context: short matches are
+        chance."""
         draft, path = [1.0], [1.0]
         for node in range(1, len(self.token)):
             parent = self.parent[node]
             draft.append(self.seen[node] / self.went_on[parent] * (1.0 - 0.5 ** self.context[node]))
             path.append(path[parent] * draft[node])
-        # Stable: a parent is at least as likely as its child and comes before it, so the choice is prefix-closed.
+        # Stable: a parent is at least as likely as its child and comes before it, so the choice is
+        # prefix-closed.
         chosen = sorted(sorted(range(1, len(path)), key=lambda node: -path[node])[:count])
         number = {0: ROOT, **{node: i for i, node in enumerate(chosen)}}
         return [
@@ -112,8 +121,8 @@ class Trie:
 class NgramDrafter:
     """Proposes what followed the last min_n .. max_n tokens before.
 
-    max_nodes, max_depth: bounds of a request's tree. occurrences: how many are looked at, longest matches first.
-    Raises ConfigError for values that make no sense."""
+    max_nodes, max_depth: bounds of a request's tree. occurrences: how many are looked at, longest
+    matches first. Raises ConfigError for values that make no sense."""
 
     name = "ngram"
     max_levels = 0

@@ -1,7 +1,9 @@
-"""Token recycling (arXiv 2408.08696): the target's own top-k successors of each token, remembered from past logits.
+"""Token recycling (arXiv 2408.08696): the target's own top-k successors of each token, remembered
+from past logits.
 
-Every verified row tells what the target thinks follows its token. The latest such answer is kept per token id, shared
-over all requests; a tree is grown from it by products of probabilities. No model and no training, for every target.
+Every verified row tells what the target thinks follows its token. The latest such answer is kept
+per token id, shared over all requests; a tree is grown from it by products of probabilities. No
+model and no training, for every target.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ TopK: TypeAlias = Callable[[Logits, int], tuple[NDArray[np.integer], NDArray[np.
 class RecyclingDrafter:
     """Proposes the target's remembered successors. The table takes 8 * vocab * successors bytes.
 
-    successors: kept per token id. max_nodes, max_depth: bounds of a request's tree. top_k: the backend's.
-    Raises ConfigError for values that make no sense."""
+    successors: kept per token id. max_nodes, max_depth: bounds of a request's tree. top_k: the
+    backend's. Raises ConfigError for values that make no sense."""
 
     name = "recycling"
     max_levels = 0
@@ -48,7 +50,8 @@ class RecyclingDrafter:
         self._top_k = top_k
 
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
-        """Remembers what follows `tokens` [rows] by their logits [rows, vocab]; a token's last row counts."""
+        """Remembers what follows `tokens` [rows] by their logits [rows, vocab]; a token's last row
+        counts."""
         if not len(tokens):
             return
         last = len(tokens) - 1 - np.unique(tokens[::-1], return_index=True)[1]
@@ -59,8 +62,9 @@ class RecyclingDrafter:
         return 0
 
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
-        """Grows each level from the max_nodes likeliest nodes of the one above, then keeps the max_nodes likeliest of
-        all: exactly those of the unbounded tree, since every ancestor of one is one."""
+        """Grows each level from the max_nodes likeliest nodes of the one above, then keeps the
+        max_nodes likeliest of all: exactly those of the unbounded tree, since every ancestor of one
+        is one."""
         if not requests:
             return DraftTrees.empty(0)
         token = np.array(
@@ -100,8 +104,8 @@ class RecyclingDrafter:
     def _children(
         self, token: IntArray, path: FloatArray
     ) -> tuple[IntArray, IntArray, FloatArray, FloatArray]:
-        """The likeliest children of a frontier [batch, frontier]: token, index of the parent in the frontier,
-        draft_prob and path_prob, each [batch, children]; path_prob 0 is no node."""
+        """The likeliest children of a frontier [batch, frontier]: token, index of the parent in the
+        frontier, draft_prob and path_prob, each [batch, children]; path_prob 0 is no node."""
         batch = len(token)
         draft = self.probs[token].astype(np.float64)  # [batch, frontier, successors]
         joint = (path[:, :, None] * draft).reshape(batch, -1)
@@ -120,7 +124,8 @@ class RecyclingDrafter:
         draft: FloatArray,
         path: FloatArray,
     ) -> DraftTrees:
-        """Trees of the max_nodes likeliest candidates [batch, candidates], whose parents are columns before them."""
+        """Trees of the max_nodes likeliest candidates [batch, candidates], whose parents are
+        columns before them."""
         best = np.argsort(-path, axis=1, kind="stable")[:, : self.max_nodes]
         keep = np.zeros(path.shape, np.bool_)
         np.put_along_axis(keep, best, True, axis=1)

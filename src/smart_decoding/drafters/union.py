@@ -1,12 +1,13 @@
-"""Several drafters in one tree: one optional drafter with a model, then drafters without model cost.
+"""Several drafters in one tree: one optional drafter with a model, then drafters without model
+cost.
 
-The same token below the same parent is one node: it belongs to the first drafter that proposed it, the model before
-all others, and gets the largest of their draft probabilities. Sources: 0 is the model, the free drafters are 1, 2, ...
-(without a model too).
+The same token below the same parent is one node: it belongs to the first drafter that proposed it,
+the model before all others, and gets the largest of their draft probabilities. Sources: 0 is the
+model, the free drafters are 1, 2, ... (without a model too).
 
-What is asked of the model drafter: nothing but the protocol. It works on trees of its own, `view`, in which its nodes
-have the indices at which it appended them, whatever the others proposed; `expand` gets view indices. It expands its own
-nodes only.
+What is asked of the model drafter: nothing but the protocol. It works on trees of its own, `view`,
+in which its nodes have the indices at which it appended them, whatever the others proposed;
+`expand` gets view indices. It expands its own nodes only.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class Merged:
 
 
 class UnionDrafter:
-    """Drafts with all of `drafters`: at most one of them has a model, and then it is the first. Raises ConfigError."""
+    """Drafts with all of `drafters`: at most one of them has a model, and then it is the first.
+    Raises ConfigError."""
 
     name = "union"
 
@@ -150,7 +152,8 @@ class UnionDrafter:
             drafter.extend_each(requests, features)
 
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
-        """Hands the verified rows' tokens [rows] and logits [rows, vocab] to the drafters that want them."""
+        """Hands the verified rows' tokens [rows] and logits [rows, vocab] to the drafters that want
+        them."""
         for drafter in self._listeners:
             drafter.observe_logits(tokens, logits)
 

@@ -1,1 +1,2 @@
-"""The engine: requests, scheduling, paged KV, rows of a forward, verification, sampling and stopping."""
+"""The engine: requests, scheduling, paged KV, rows of a forward, verification, sampling and
+stopping."""

@@ -1,4 +1,5 @@
-"""The step: draft, select, verify, accept, commit, learn. One round of the running batch, on one screen."""
+"""The step: draft, select, verify, accept, commit, learn. One round of the running batch, on one
+screen."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ BEFORE = 6  # tokens of the prompt's end that the text of an answer's first toke
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Limits of an engine. pages: KV pages of 16 tokens; max_model_len: longest prompt plus answer in tokens."""
+    """Limits of an engine. pages: KV pages of 16 tokens; max_model_len: longest prompt plus answer
+    in tokens."""
 
     pages: int
     max_model_len: int
@@ -42,7 +44,8 @@ class EngineConfig:
 
 @dataclass(slots=True)
 class RoundRecord:
-    """One finished round, for benchmarks, metrics and pictures. Seconds; `seconds` is the whole round.
+    """One finished round, for benchmarks, metrics and pictures. Seconds; `seconds` is the whole
+    round.
 
     `emitted`: tokens that entered answers; `accepted`: of those the drafted ones."""
 
@@ -94,7 +97,8 @@ class Engine:
         self._learning_seconds = (
             0.0  # of the round before: a policy cannot be told what being told takes
         )
-        self._cut = False  # whether the last step dropped its drafts for a newcomer: its drafter awaits a plain round
+        # whether the last step dropped its drafts for a newcomer: its drafter awaits a plain round
+        self._cut = False
         self._decode, self._clock, self._constrain = decode, clock, constrain
         self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
         self._requests: dict[str, Request] = {}
@@ -110,7 +114,8 @@ class Engine:
         params: SamplingParams,
         media: Media | None = None,
     ) -> list[Request]:
-        """Queues the prompt's `params.n` answers. Raises ConfigError or CapacityError for what can never run."""
+        """Queues the prompt's `params.n` answers. Raises ConfigError or CapacityError for what can
+        never run."""
         self._check(prompt, params)
         room = self.config.max_model_len - len(prompt)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -137,7 +142,8 @@ class Engine:
         return requests
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, all answers of it, freeing its memory now. Unknown ids are ignored: it may have ended."""
+        """Ends a request, all answers of it, freeing its memory now. Unknown ids are ignored: it
+        may have ended."""
         for request in [
             r
             for r in self._requests.values()
@@ -147,7 +153,8 @@ class Engine:
             self._finish(request)
 
     def suspend(self) -> list[Request]:
-        """Puts all running requests back to the queue, as they were after their last tokens: after a step that raised.
+        """Puts all running requests back to the queue, as they were after their last tokens: after
+        a step that raised.
 
         Returns them. Their keys are computed again when they run on; ended ones leave."""
         suspended = list(self.scheduler.running)
@@ -162,7 +169,8 @@ class Engine:
         return suspended
 
     def listen(self, drafter: Drafter) -> None:
-        """Puts a drafter in place before the first request, such as one that records the target's features."""
+        """Puts a drafter in place before the first request, such as one that records the target's
+        features."""
         if self._requests:
             raise ConfigError("a drafter can only be changed while no request is running")
         self.drafter = drafter
@@ -176,8 +184,8 @@ class Engine:
     def step(self, arrived: Callable[[], bool] = lambda: False) -> list[Request]:
         """One round. Returns the requests that got tokens, finished ones included.
 
-        arrived: whether somebody waits to be added. If a slot is free, drafting stops for it, and nothing is returned:
-        a forward cannot be cut short, so who came would wait for all of it."""
+        arrived: whether somebody waits to be added. If a slot is free, drafting stops for it, and
+        nothing is returned: a forward cannot be cut short, so who came would wait for all of it."""
         clock, started = self._clock, self._clock()
         batch = self.scheduler.next_batch()
         self._forget(self.scheduler.preempted)
@@ -185,7 +193,8 @@ class Engine:
             return []
         started += self._see(batch)  # once a picture, so no part of what a round costs
         state = self._state(batch)
-        # Rounds that carry prompts do not draft, whatever the policy: others wait for their first token.
+        # Rounds that carry prompts do not draft, whatever the policy: others wait for their first
+        # token.
         plan = (
             self.policy.plan(state)
             if batch.decode and self.drafter and not (batch.prefill or self._cut)
@@ -246,7 +255,8 @@ class Engine:
         return asking
 
     def _see(self, batch: Batch) -> float:
-        """Runs the vision tower on pictures that the round's rows reach for the first time; its seconds."""
+        """Runs the vision tower on pictures that the round's rows reach for the first time; its
+        seconds."""
         total = 0.0
         for request, count in (*batch.prefill, *((request, 1) for request in batch.decode)):
             for picture in (
@@ -282,8 +292,9 @@ class Engine:
     def _draft(
         self, batch: Batch, state: BatchState, plan: DraftPlan, arrived: Callable[[], bool]
     ) -> tuple[DraftTrees, list[int], list[float], float] | None:
-        """Drafts level by level, asking the policy after each; returns the trees, widths and seconds of the model's
-        levels, and the drafter's seconds in all. None if somebody has arrived meanwhile who can begin at once."""
+        """Drafts level by level, asking the policy after each; returns the trees, widths and
+        seconds of the model's levels, and the drafter's seconds in all. None if somebody has
+        arrived meanwhile who can begin at once."""
         if not plan.speculate or self.drafter is None:
             return DraftTrees.empty(len(batch.decode)), [], [], 0.0
         widths: list[int] = []
@@ -314,7 +325,8 @@ class Engine:
         return trees, widths, seconds, drafting
 
     def _update(self, batch: Batch, verified: Verified) -> tuple[int, int]:
-        """Appends the new tokens, commits the KV lengths and hands the target's features to the drafter.
+        """Appends the new tokens, commits the KV lengths and hands the target's features to the
+        drafter.
 
         Returns the tokens that entered answers, and how many of them had been drafted."""
         now, total, accepted, acceptance = self._clock(), 0, 0, verified.acceptance
@@ -358,7 +370,8 @@ class Engine:
         return total, accepted
 
     def _extend(self, request: Request, verified: Verified, i: int, first: int, count: int) -> None:
-        """Hands the drafter what the target computed at `count` committed positions from `first` on."""
+        """Hands the drafter what the target computed at `count` committed positions from `first`
+        on."""
         if self.drafter is not None:
             features = (
                 None if verified.features is None else verified.features[verified.committed[i]]
@@ -431,7 +444,8 @@ class Engine:
 
 
 def _traits(requests: Sequence[Request]) -> tuple[FloatArray, BoolArray, BoolArray | None]:
-    """What stays as it is as long as the batch is the same: temperature, may_speculate and pictures of BatchState."""
+    """What stays as it is as long as the batch is the same: temperature, may_speculate and pictures
+    of BatchState."""
     pictures = (
         np.array([r.media is not None for r in requests])
         if any(r.media for r in requests)

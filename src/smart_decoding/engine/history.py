@@ -15,7 +15,8 @@ from smart_decoding.engine.structured import Constraint
 class TokenHistory:
     """The distinct tokens of one request and how often each occurs in its output.
 
-    Compact arrays over distinct tokens, not over the vocabulary: a row of the tree copies a few kilobytes."""
+    Compact arrays over distinct tokens, not over the vocabulary: a row of the tree copies a few
+    kilobytes."""
 
     def __init__(self, prompt: Iterable[int] = (), output: Iterable[int] = ()) -> None:
         self._slot: dict[int, int] = {}
@@ -32,8 +33,9 @@ class TokenHistory:
             self._counts[slot] += 1
 
     def at(self, path: Sequence[int] = ()) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Distinct tokens of prompt, output and `path` (tree tokens from the first level to the row), and each one's
-        count in output and path; both [distinct]. Read only: without a path they are views."""
+        """Distinct tokens of prompt, output and `path` (tree tokens from the first level to the
+        row), and each one's count in output and path; both [distinct]. Read only: without a path
+        they are views."""
         size = len(self._slot)
         tokens, counts = self._tokens[:size], self._counts[:size]
         if not len(path):

@@ -1,7 +1,7 @@
 """KV memory: pages of 16 positions, shared by reference, and one block table per request.
 
-The pool is bounded: reserve() fails when it is empty and the scheduler then makes room. Pages of finished requests
-stay findable by their content (prefix caching) until their memory is needed.
+The pool is bounded: reserve() fails when it is empty and the scheduler then makes room. Pages of
+finished requests stay findable by their content (prefix caching) until their memory is needed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class PagePool:
     def find(
         self, tokens: Sequence[int], limit: int, content_hashes: ContentHashes = _NO_HASHES
     ) -> list[int]:
-        """Cached pages that hold the first tokens of `tokens` (at most `limit` tokens), each with a new reference."""
+        """Cached pages that hold the first tokens of `tokens` (at most `limit` tokens), each with a
+        new reference."""
         found: list[int] = []
         if not self.prefix_caching:
             return found
@@ -98,7 +99,8 @@ class PagePool:
     def remember(
         self, page: int, before: int | None, tokens: Sequence[int], mark: bytes = b""
     ) -> None:
-        """Makes a full page findable; `before` is the request's preceding page, which must be findable itself."""
+        """Makes a full page findable; `before` is the request's preceding page, which must be
+        findable itself."""
         if not self.prefix_caching or page in self._key_of:
             return
         content = _ROOT_CONTENT if before is None else self._content.get(before)
@@ -117,7 +119,8 @@ class PagePool:
             self._drop(same[0])
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
-        """Raises AssertionError unless every page is free, idle, or held exactly as often as the tables say."""
+        """Raises AssertionError unless every page is free, idle, or held exactly as often as the
+        tables say."""
         held = np.zeros(self.pages, np.int32)
         for table in tables:
             for page in table.pages:
@@ -175,7 +178,8 @@ class BlockTable:
         return self._array[: len(self.pages)]
 
     def reuse(self, tokens: Sequence[int]) -> int:
-        """Starts from cached pages, leaving at least one token to compute. Returns the positions found."""
+        """Starts from cached pages, leaving at least one token to compute. Returns the positions
+        found."""
         assert not self.pages
         self.pages = self._pool.find(tokens, len(tokens) - 1, self.content_hashes)
         self._lay_out()
@@ -184,21 +188,23 @@ class BlockTable:
         return self.length
 
     def cover(self, rows: int) -> None:
-        """Takes the pages of the positions length, length + 1, ... length + rows - 1 that are missing. Raises
-        OutOfPages, changing nothing."""
+        """Takes the pages of the positions length, length + 1, ... length + rows - 1 that are
+        missing. Raises OutOfPages, changing nothing."""
         missing = (self.length + rows + PAGE - 1) // PAGE - len(self.pages)
         if missing > 0:
             self.pages.extend(self._pool.take(missing))
             self._lay_out()
 
     def reserve(self, rows: int) -> list[int]:
-        """Slots [rows] of the positions length, length + 1, ... Raises OutOfPages, changing nothing."""
+        """Slots [rows] of the positions length, length + 1, ... Raises OutOfPages, changing
+        nothing."""
         self.cover(rows)
         pages = self.pages
         return [pages[t // PAGE] * PAGE + t % PAGE for t in range(self.length, self.length + rows)]
 
     def commit(self, tokens: Sequence[int], length: int) -> None:
-        """The first `length` positions now hold the keys of tokens[:length]; pages beyond are given back."""
+        """The first `length` positions now hold the keys of tokens[:length]; pages beyond are given
+        back."""
         self.length = length
         needed = (length + PAGE - 1) // PAGE
         if needed < len(self.pages):
@@ -212,7 +218,8 @@ class BlockTable:
             self._remembered = length // PAGE
 
     def release(self) -> None:
-        """Gives all pages back, last first: without its beginning, a cached prefix could never be found."""
+        """Gives all pages back, last first: without its beginning, a cached prefix could never be
+        found."""
         self._pool.give(reversed(self.pages))
         self.pages, self.length, self._remembered = [], 0, 0
 

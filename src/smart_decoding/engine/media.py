@@ -1,7 +1,8 @@
 """What fills positions of a prompt that no token id describes: pictures, as the engine sees them.
 
-A picture stands for `length` consecutive positions. The engine knows what identifies its content, and gives the target
-the rows of its embeddings with the rows of the prompt's chunks; what it looks like is the backend's business.
+A picture stands for `length` consecutive positions. The engine knows what identifies its content,
+and gives the target the rows of its embeddings with the rows of the prompt's chunks; what it looks
+like is the backend's business.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ MultimodalEmbeddings: TypeAlias = Sequence[
 
 @dataclass(eq=False, slots=True)
 class Picture:
-    """An image, or the frames of a video. key: digest of its content; pixels: what the target's `encode_image` reads;
-    embeddings: [length, hidden] on the backend, there from the prompt's prefill until its request ends."""
+    """An image, or the frames of a video. key: digest of its content; pixels: what the target's
+    `encode_image` reads; embeddings: [length, hidden] on the backend, there from the prompt's
+    prefill until its request ends."""
 
     first: int
     length: int
@@ -36,8 +38,8 @@ class Picture:
 class Media:
     """The pictures of one prompt, in order.
 
-    rotary: [prompt, 3] rotary positions (time, height, width) of models that have three, else None; behind the prompt
-    all three are the plain position plus `shift`."""
+    rotary: [prompt, 3] rotary positions (time, height, width) of models that have three, else None;
+    behind the prompt all three are the plain position plus `shift`."""
 
     pictures: Sequence[Picture]
     rotary: IntArray | None = None
@@ -45,7 +47,8 @@ class Media:
     content_hashes: dict[int, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.content_hashes = {}  # page -> what it holds beside its token ids: prefix caching must tell pictures apart
+        # page -> what it holds beside its token ids: prefix caching must tell pictures apart
+        self.content_hashes = {}
         for picture in self.pictures:
             for page in range(
                 picture.first // PAGE, (picture.first + picture.length - 1) // PAGE + 1
@@ -64,7 +67,8 @@ class Media:
         )
 
     def visual(self, end: int) -> int:
-        """Where the last picture's positions end that begins before `end`, or `end` if that lies within it; 0: none."""
+        """Where the last picture's positions end that begins before `end`, or `end` if that lies
+        within it; 0: none."""
         return max(
             (min(end, p.first + p.length) for p in self.pictures if p.first < end), default=0
         )
@@ -83,7 +87,8 @@ class Media:
         return [picture for picture in self.within(start, count) if picture.embeddings is None]
 
     def mm_embeds(self, start: int, count: int) -> MultimodalEmbeddings:
-        """The embeddings of the positions [start, start + count), each with its offset from `start`."""
+        """The embeddings of the positions [start, start + count), each with its offset from
+        `start`."""
         parts = []
         for picture in self.within(start, count):
             first, end = (
@@ -96,7 +101,8 @@ class Media:
         return parts
 
     def positions(self, start: int, count: int) -> IntArray | None:
-        """[count, 3] rotary positions from position `start` on, or None if they are the plain ones."""
+        """[count, 3] rotary positions from position `start` on, or None if they are the plain
+        ones."""
         if self.rotary is None:
             return None
         plain = np.arange(start, start + count)
@@ -106,6 +112,7 @@ class Media:
         return behind
 
     def forget(self) -> None:
-        """Drops the embeddings: the target computes them again, or still has them, if they are needed again."""
+        """Drops the embeddings: the target computes them again, or still has them, if they are
+        needed again."""
         for picture in self.pictures:
             picture.embeddings = None

@@ -1,6 +1,8 @@
-"""What the engine needs of a model and of a drafter: it knows these protocols, not their implementations.
+"""What the engine needs of a model and of a drafter: it knows these protocols, not their
+implementations.
 
-`Features` are opaque to the engine: the target's hidden states that a drafter asked for through `aux_layers`.
+`Features` are opaque to the engine: the target's hidden states that a drafter asked for through
+`aux_layers`.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ Logits: TypeAlias = Any
 
 
 class Grown(NamedTuple):
-    """A round's trees, the nodes that a model ran at levels 2, 3, ..., the seconds of levels 1, 2, ..., and those that
-    choosing took."""
+    """A round's trees, the nodes that a model ran at levels 2, 3, ..., the seconds of levels 1, 2,
+    ..., and those that choosing took."""
 
     trees: DraftTrees
     expanded: list[int]
@@ -35,8 +37,9 @@ Grow: TypeAlias = Callable[[Sequence[Request], DraftPlan], Grown]
 
 @dataclass(slots=True)
 class TargetScores:
-    """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' aux hidden states, or None; greedy:
-    what `argmax` says of the wanted rows, where the backend knows it anyway."""
+    """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' aux hidden
+    states, or None; greedy: what `argmax` says of the wanted rows, where the backend knows it
+    anyway."""
 
     logits: Logits
     features: Features
@@ -46,8 +49,9 @@ class TargetScores:
 class GreedyBatch(NamedTuple):
     """A round in which every request takes the target's first maximum.
 
-    roots: each request's last token; lengths: its position; tables: the addresses of the block tables, which have room
-    for the nodes; kept: which of the trees' nodes are verified; aux_layers: as in Target.verify."""
+    roots: each request's last token; lengths: its position; tables: the addresses of the block
+    tables, which have room for the nodes; kept: which of the trees' nodes are verified; aux_layers:
+    as in Target.verify."""
 
     roots: Sequence[int]
     lengths: Sequence[int]
@@ -60,8 +64,8 @@ class GreedyBatch(NamedTuple):
 class GreedyRound(NamedTuple):
     """What came of it.
 
-    features: as in TargetScores; first: the row of each request's root there, which those of its accepted nodes follow.
-    forward_seconds, kv_seconds: of the forward, and of moving keys."""
+    features: as in TargetScores; first: the row of each request's root there, which those of its
+    accepted nodes follow. forward_seconds, kv_seconds: of the forward, and of moving keys."""
 
     acceptance: Acceptance
     features: Features
@@ -70,7 +74,8 @@ class GreedyRound(NamedTuple):
     kv_seconds: float
 
 
-# A whole round in one call: `verify`, `argmax`, the walk down the trees, and `move` of what was accepted.
+# A whole round in one call: `verify`, `argmax`, the walk down the trees, and `move` of what was
+# accepted.
 VerifyGreedy: TypeAlias = Callable[[GreedyBatch], GreedyRound]
 
 
@@ -113,8 +118,8 @@ class Target(Protocol):
 
 
 class Drafter(Protocol):
-    """Whatever proposes tokens. `max_levels` is 0 for a drafter without model cost. grow: `start`, and then `expand` as
-    `plan.growth` says, in one call, where the drafter can do that."""
+    """Whatever proposes tokens. `max_levels` is 0 for a drafter without model cost. grow: `start`,
+    and then `expand` as `plan.growth` says, in one call, where the drafter can do that."""
 
     name: str
     max_levels: int
@@ -135,18 +140,21 @@ class Drafter(Protocol):
     def expand(
         self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
     ) -> int:
-        """Appends the children of `nodes`, all of one level; returns how many the model ran: others stay leaves."""
+        """Appends the children of `nodes`, all of one level; returns how many the model ran: others
+        stay leaves."""
         ...
 
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
     ) -> None:
-        """The target processed `tokens` at the positions first, first + 1, ...; features: [tokens, ...] or None."""
+        """The target processed `tokens` at the positions first, first + 1, ...; features: [tokens,
+        ...] or None."""
         ...
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
-        """The target processed one more token of each request, and that was all of the round: plain decoding, whose
-        rounds must not pay for a drafter that rests. features: [requests, ...] or None."""
+        """The target processed one more token of each request, and that was all of the round: plain
+        decoding, whose rounds must not pay for a drafter that rests. features: [requests, ...] or
+        None."""
         ...
 
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:

@@ -17,8 +17,8 @@ class RequestMetrics:
     """Counts and times of one request. Seconds are on the engine's clock.
 
     vision_seconds: of the vision tower, within the time to the first token;
-    rounds: decoding rounds; drafted / verified: tree nodes proposed for it and verified; accepted: of those accepted;
-    preemptions: how often it was put back for lack of KV memory.
+    rounds: decoding rounds; drafted / verified: tree nodes proposed for it and verified; accepted:
+    of those accepted; preemptions: how often it was put back for lack of KV memory.
     """
 
     arrival: float = 0.0
@@ -46,7 +46,8 @@ class RequestMetrics:
 class Request:
     """One answer to one prompt (a request with n > 1 becomes n of these, `sample` = 0 .. n-1).
 
-    tokens: prompt and output so far. table.length of them are in the KV cache: all but the last while decoding."""
+    tokens: prompt and output so far. table.length of them are in the KV cache: all but the last
+    while decoding."""
 
     id: str
     prompt: list[int]

@@ -1,7 +1,8 @@
 """The rows of one forward pass: which tokens, at which positions, seeing which keys.
 
-Linear layers see exactly these rows, ragged trees included. A row reads the positions 0 .. context_len-1 of its request
-through the block table, then the `ancestors` slots: its ancestors in the draft tree, and itself.
+Linear layers see exactly these rows, ragged trees included. A row reads the positions 0 ..
+context_len-1 of its request through the block table, then the `ancestors` slots: its ancestors in
+the draft tree, and itself.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ Ints: TypeAlias = NDArray[np.int32]
 class Rows:
     """Rows of a forward, those of one request next to each other (a group).
 
-    token, position, slot_mapping, context_len: [rows]; slot = page * PAGE + offset of the row's own key and value.
-    ancestors_start: [rows + 1] offsets into `ancestors`, slots that follow the directly read positions in order.
-    query_start_loc: [groups + 1] first row of each group; block_table_start: [groups] offset of its block table in `pages`.
-    logit_rows: rows whose logits are wanted, or None for all.
-    mm_embeds: embeddings that stand in for the tokens' own, from a row on: those of pictures.
-    rotary: [rows, 3] rotary positions (time, height, width) where they are not `position`, or None.
+    token, position, slot_mapping, context_len: [rows]; slot = page * PAGE + offset of the row's own
+    key and value. ancestors_start: [rows + 1] offsets into `ancestors`, slots that follow the
+    directly read positions in order. query_start_loc: [groups + 1] first row of each group;
+    block_table_start: [groups] offset of its block table in `pages`. logit_rows: rows whose logits
+    are wanted, or None for all. mm_embeds: embeddings that stand in for the tokens' own, from a row
+    on: those of pictures. rotary: [rows, 3] rotary positions (time, height, width) where they are
+    not `position`, or None.
     """
 
     token: IntArray
@@ -53,8 +55,9 @@ class Rows:
 class Span:
     """Consecutive committed tokens of one request: a root, or a chunk of a prompt.
 
-    tokens: token ids from position `start` on; slots: [>= tokens] where their keys go (tree nodes follow the root);
-    pages: the request's block table. mm_embeds, rotary: as in Rows, mm_embeds from the span's first row on."""
+    tokens: token ids from position `start` on; slots: [>= tokens] where their keys go (tree nodes
+    follow the root); pages: the request's block table. mm_embeds, rotary: as in Rows, mm_embeds
+    from the span's first row on."""
 
     tokens: Sequence[int]
     start: int
@@ -67,13 +70,15 @@ class Span:
 def build_rows(
     spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool]
 ) -> tuple[Rows, list[int], list[int]]:
-    """Rows of a batch: one group per span, followed in its group by the request's tree nodes, the best chain first.
+    """Rows of a batch: one group per span, followed in its group by the request's tree nodes, the
+    best chain first.
 
     trees: nodes of the first `trees.batch` spans, each of which then holds one token, the root.
-    want_all: per span, whether the last row's logits are wanted (false: none, an unfinished prompt).
-    Returns the rows, each span's last committed row [spans], and each node's row [nodes].
+    want_all: per span, whether the last row's logits are wanted (false: none, an unfinished
+    prompt). Returns the rows, each span's last committed row [spans], and each node's row [nodes].
 
-    Plain lists: between two forwards caches are cold, and each numpy call takes as long as several nodes do here."""
+    Plain lists: between two forwards caches are cold, and each numpy call takes as long as several
+    nodes do here."""
     owners = trees.owner.tolist()
     below = [0] * len(spans)
     for owner in owners:
@@ -159,10 +164,11 @@ def arrays(*lists: Sequence[int]) -> list[Ints]:
 def _best_chains(
     owners: Sequence[int], parents: Sequence[int], spans: int
 ) -> tuple[list[bool], list[int]]:
-    """Which nodes are their request's first child of the first child of ..., and how many those are for each request.
+    """Which nodes are their request's first child of the first child of ..., and how many those are
+    for each request.
 
-    Drafters list the best child first. These nodes take the rows, and so the slots, right behind their root: where they
-    are accepted their keys lie where they belong, and need not be moved."""
+    Drafters list the best child first. These nodes take the rows, and so the slots, right behind
+    their root: where they are accepted their keys lie where they belong, and need not be moved."""
     tips, lengths = [ROOT] * spans, [0] * spans
     chain = []
     for node, (owner, parent) in enumerate(zip(owners, parents, strict=True)):
@@ -182,7 +188,8 @@ def _rotary(
     last: Sequence[int],
     node_row: Sequence[int],
 ) -> IntArray:
-    """[rows, 3] the spans' own rotary positions, else the plain ones; a node lies its depth behind its root."""
+    """[rows, 3] the spans' own rotary positions, else the plain ones; a node lies its depth behind
+    its root."""
     rotary = np.repeat(position[:, None], 3, axis=1)
     for i, span in enumerate(spans):
         if span.rotary is not None:

@@ -1,7 +1,7 @@
 """`SamplingParams`: what a user may ask of one request, in vLLM's names and defaults.
 
-Some ranges are narrower than vLLM's: those of temperature and repetition_penalty; a logit_bias out of range is refused,
-not clamped.
+Some ranges are narrower than vLLM's: those of temperature and repetition_penalty; a logit_bias out
+of range is refused, not clamped.
 """
 
 from __future__ import annotations
@@ -21,22 +21,27 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample one request. Raises ConfigError, naming the parameter, if a value is out of range.
+    """How to sample one request. Raises ConfigError, naming the parameter, if a value is out of
+    range.
 
     n: independent answers to one prompt (1 if greedy).
     temperature: in [0, 2]; below 1e-5 is greedy and then top_p, top_k and min_p have no effect.
-    top_p / top_k / min_p: nucleus mass in (0, 1] / most likely tokens kept (0 or -1: all) / least probability relative
-        to the most likely token, in [0, 1]. Applied in the order top_k, top_p, min_p, after temperature.
-    repetition_penalty: in [0.01, 100], on prompt and output tokens; presence_penalty, frequency_penalty: in [-2, 2], on
+    top_p / top_k / min_p: nucleus mass in (0, 1] / most likely tokens kept (0 or -1: all) / least
+    probability relative
+        to the most likely token, in [0, 1]. Applied in the order top_k, top_p, min_p, after
+        temperature.
+    repetition_penalty: in [0.01, 100], on prompt and output tokens; presence_penalty,
+    frequency_penalty: in [-2, 2], on
         output.
     logit_bias: token id -> bias in [-100, 100], added to the logits before anything else.
-    stop / stop_token_ids: strings and token ids that end the answer; text before a stop string is kept.
-    min_tokens: end-of-sequence and stop ids cannot be drawn before so many tokens.
+    stop / stop_token_ids: strings and token ids that end the answer; text before a stop string is
+    kept. min_tokens: end-of-sequence and stop ids cannot be drawn before so many tokens.
     max_tokens: None means up to the context's end.
     seed: 64-bit signed; None (or -1) lets the engine draw one.
-    logprobs: return the log probability of each token and of so many most likely ones; -1 means all.
-    structured_outputs: what the text must be, such as JSON under a schema; it decides alone when the answer may end.
-    speculate: false refuses speculation for this request; its tokens are the same either way.
+    logprobs: return the log probability of each token and of so many most likely ones; -1 means
+    all. structured_outputs: what the text must be, such as JSON under a schema; it decides alone
+    when the answer may end. speculate: false refuses speculation for this request; its tokens are
+    the same either way.
     """
 
     n: int = 1
@@ -157,7 +162,8 @@ class SamplingParams:
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ConfigError if a token id or `logprobs` does not fit a model of `vocab_size` tokens."""
+        """Raises ConfigError if a token id or `logprobs` does not fit a model of `vocab_size`
+        tokens."""
         allowed = f"less than the model's vocabulary of {vocab_size}"
         for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             for token in ids or ():
@@ -185,7 +191,8 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether logits are processed at all before temperature; a greedy request without it is a plain argmax."""
+        """Whether logits are processed at all before temperature; a greedy request without it is a
+        plain argmax."""
         structured = self.structured_outputs is not None
         return self.needs_history or bool(self.logit_bias) or self.min_tokens > 0 or structured
 

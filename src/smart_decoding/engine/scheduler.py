@@ -1,4 +1,5 @@
-"""Continuous batching: which requests run in the next round, and what yields when KV memory runs out."""
+"""Continuous batching: which requests run in the next round, and what yields when KV memory runs
+out."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from smart_decoding.engine.request import Request
 
 @dataclass(slots=True)
 class Batch:
-    """One round's work: requests that decode one token or more, and chunks of prompts (request, tokens)."""
+    """One round's work: requests that decode one token or more, and chunks of prompts (request,
+    tokens)."""
 
     decode: list[Request]
     prefill: list[tuple[Request, int]]
@@ -21,9 +23,11 @@ class Batch:
 
 
 class Scheduler:
-    """First come, first served. Running requests go on before new ones join; prompts go in chunks of a token budget.
+    """First come, first served. Running requests go on before new ones join; prompts go in chunks
+    of a token budget.
 
-    max_num_seqs: requests in a round; max_num_batched_tokens: prompt tokens in a round, beside the decoding rows."""
+    max_num_seqs: requests in a round; max_num_batched_tokens: prompt tokens in a round, beside the
+    decoding rows."""
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool, self.max_num_seqs, self.chunk = pool, max_num_seqs, max_num_batched_tokens
@@ -88,7 +92,8 @@ class Scheduler:
         return Batch(decode, prefill)
 
     def _reserve(self, request: Request, rows: int) -> bool:
-        """Makes room for the request's rows, preempting the youngest others; false if it was preempted itself."""
+        """Makes room for the request's rows, preempting the youngest others; false if it was
+        preempted itself."""
         while True:
             try:
                 request.table.cover(rows)
@@ -101,7 +106,8 @@ class Scheduler:
                     return False
 
     def _admit(self, request: Request) -> bool:
-        """Moves a waiting request to the running ones if its first chunk and a page of room to grow fit."""
+        """Moves a waiting request to the running ones if its first chunk and a page of room to grow
+        fit."""
         cached = request.table.reuse(request.tokens)
         rows = min(request.pending, self.chunk)
         slack = PAGE * (1 + len(self.running)) if self.running else 0
@@ -116,7 +122,8 @@ class Scheduler:
         return True
 
     def put_back(self, request: Request) -> None:
-        """Puts a running request back to the front of the queue; its keys are computed again later."""
+        """Puts a running request back to the front of the queue; its keys are computed again
+        later."""
         request.table.release()
         self.running.remove(request)
         self.waiting.appendleft(request)

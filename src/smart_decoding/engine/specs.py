@@ -1,4 +1,5 @@
-"""What decides the token of each visited row, gathered from its request and its path in the tree."""
+"""What decides the token of each visited row, gathered from its request and its path in the
+tree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""When an answer ends, and what of its text may be shown: stop strings, stop ids, end of sequence, length, loops."""
+"""When an answer ends, and what of its text may be shown: stop strings, stop ids, end of sequence,
+length, loops."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ LOOP = "loop"  # the stop_reason of an answer that ran into a loop
 class Detokenizer:
     """Text of a growing token list, in pieces that never change later.
 
-    Decodes a window from the last piece's start, since a token's text may depend on its left neighbour (leading spaces)
-    and a character may span tokens (then nothing is given out until it is complete). before: tokens that the list
-    follows, a prompt's last ones."""
+    Decodes a window from the last piece's start, since a token's text may depend on its left
+    neighbour (leading spaces) and a character may span tokens (then nothing is given out until it
+    is complete). before: tokens that the list follows, a prompt's last ones."""
 
     def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         self._decode = decode
@@ -78,9 +79,9 @@ class StopChecker:
         detect_loops: bool = False,
         before: Sequence[int] = (),
     ) -> None:
-        """decode: token ids to text (special tokens skipped or not, as the request wishes). max_tokens: at most this
-        many where the context leaves less room than `params.max_tokens`. before: the prompt's last tokens, on which the
-        first one's text may depend."""
+        """decode: token ids to text (special tokens skipped or not, as the request wishes).
+        max_tokens: at most this many where the context leaves less room than `params.max_tokens`.
+        before: the prompt's last tokens, on which the first one's text may depend."""
         limits = [limit for limit in (params.max_tokens, max_tokens) if limit is not None]
         self._max_tokens = min(limits) if limits else None
         self._params, self._strings, self._ids = (
@@ -104,7 +105,8 @@ class StopChecker:
         return self._loops.start if self._loops else None
 
     def push(self, tokens: Sequence[int]) -> list[int]:
-        """Takes the tokens of a round; returns those that belong to the answer (tokens after its end are dropped)."""
+        """Takes the tokens of a round; returns those that belong to the answer (tokens after its
+        end are dropped)."""
         before = len(self.token_ids)
         if self._goes_on(tokens):
             self.token_ids += tokens
@@ -125,7 +127,8 @@ class StopChecker:
 
     @property
     def text(self) -> str:
-        """All text that is certain: it never holds a part of a stop string that may still be forming."""
+        """All text that is certain: it never holds a part of a stop string that may still be
+        forming."""
         self._decode_pending()
         return self._text[: len(self._text) - self._held_back()]
 
@@ -165,7 +168,8 @@ class StopChecker:
             self._undecoded.clear()
 
     def _stop_string_found(self) -> bool:
-        """Looks for a stop string that ends in the text of the newest token; of several, the earliest in the text."""
+        """Looks for a stop string that ends in the text of the newest token; of several, the
+        earliest in the text."""
         self._decode_pending()
         if len(self.token_ids) <= self._params.min_tokens:
             self._unchecked = len(
@@ -190,7 +194,8 @@ class StopChecker:
         return True
 
     def _held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string, while the answer goes on."""
+        """Length of the longest end of the text that begins a stop string, while the answer goes
+        on."""
         if self.finish_reason or self._params.include_stop_str_in_output:
             return 0
         return max((overlap(self._text, string) for string in self._strings), default=0)

@@ -1,4 +1,5 @@
-"""Structured outputs: what the text of an answer must be, and what the engine asks of whoever enforces it."""
+"""Structured outputs: what the text of an answer must be, and what the engine asks of whoever
+enforces it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from smart_decoding.errors import ConfigError
 
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """What the whole text of an answer must be, in vLLM's names; exactly one of them. Raises ConfigError.
+    """What the whole text of an answer must be, in vLLM's names; exactly one of them. Raises
+    ConfigError.
 
     json: valid under this JSON schema (a dict, or its text). json_object: true for any JSON object.
     regex: matched by this regular expression. choice: one of these texts.
@@ -74,7 +76,8 @@ def _schema_text(schema: object) -> str:
 
 
 class Constraint(Protocol):
-    """One answer's grammar, and where in it the answer is. A path: tree tokens from the first level on."""
+    """One answer's grammar, and where in it the answer is. A path: tree tokens from the first level
+    on."""
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """[vocab] the tokens that may follow the committed ones and `path`; at least one."""
@@ -92,8 +95,8 @@ class Constraint(Protocol):
 def grammatical(
     constraints: Sequence[Constraint | None], trees: DraftTrees, kept: IntArray
 ) -> IntArray:
-    """Of the nodes `kept` (ascending, prefix-closed) those that their requests' constraints allow: the target cannot
-    draw the others, so that verifying them would be in vain."""
+    """Of the nodes `kept` (ascending, prefix-closed) those that their requests' constraints allow:
+    the target cannot draw the others, so that verifying them would be in vain."""
     good = np.zeros(len(trees), np.bool_)
     for node in kept.tolist():
         constraint, parent = constraints[trees.owner[node]], int(trees.parent[node])

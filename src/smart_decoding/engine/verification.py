@@ -1,4 +1,5 @@
-"""Verification: a round's rows through the target, its tokens down the trees, and the keys of what was accepted."""
+"""Verification: a round's rows through the target, its tokens down the trees, and the keys of what
+was accepted."""
 
 from __future__ import annotations
 
@@ -32,9 +33,10 @@ Clock = Callable[[], float]
 class Verified:
     """What came of it.
 
-    requests: those that get tokens, the decoding ones first, then those whose prompt ended. committed: the rows of
-    `features` that hold their committed tokens, and after them those of prompts that go on. Seconds: of the forward, of
-    drawing tokens, of moving keys, and of all of it."""
+    requests: those that get tokens, the decoding ones first, then those whose prompt ended.
+    committed: the rows of `features` that hold their committed tokens, and after them those of
+    prompts that go on. Seconds: of the forward, of drawing tokens, of moving keys, and of all of
+    it."""
 
     requests: list[Request]
     acceptance: Acceptance
@@ -48,7 +50,8 @@ class Verified:
 
 
 def make_room(batch: Batch, trees: DraftTrees, kept: IntArray) -> IntArray:
-    """Reserves KV memory for the nodes `kept`; where it is short a request's nodes yield. Returns those left."""
+    """Reserves KV memory for the nodes `kept`; where it is short a request's nodes yield. Returns
+    those left."""
     if not len(kept):
         return kept
     for i, count in enumerate(np.bincount(trees.owner[kept], minlength=len(batch.decode)).tolist()):
@@ -186,7 +189,8 @@ def _accept(
     at: Sequence[int],
     scores: TargetScores,
 ) -> Acceptance:
-    """Draws the target's tokens down the trees. at: row of the logits of each root, then of each node."""
+    """Draws the target's tokens down the trees. at: row of the logits of each root, then of each
+    node."""
     if all(r.takes_argmax for r in asking):
         greedy = (
             target.argmax(scores.logits, np.array(at))
@@ -216,7 +220,8 @@ def _accept(
 
 
 def _finite(tokens: list[int]) -> list[int]:
-    """The same tokens. Raises ModelError for one of a row without a maximum; rows that the walk leaves out may be."""
+    """The same tokens. Raises ModelError for one of a row without a maximum; rows that the walk
+    leaves out may be."""
     require_finite(min(tokens, default=0) >= 0)
     return tokens
 
@@ -232,7 +237,8 @@ def require_finite(finite: ArrayLike) -> None:
 def _commit_keys(
     target: Target, acceptance: Acceptance, rows: Rows, last: list[int], node_row: list[int]
 ) -> None:
-    """Moves accepted nodes' keys to their final positions, which follow the root's in the reserved slots."""
+    """Moves accepted nodes' keys to their final positions, which follow the root's in the reserved
+    slots."""
     moves = [
         (node_row[node], last[i] + depth)
         for i, path in enumerate(acceptance.path)
@@ -247,8 +253,8 @@ def _commit_keys(
 def _committed(
     spans: Sequence[Span], acceptance: Acceptance, last: Sequence[int], node_row: Sequence[int]
 ) -> list[slice | list[int]]:
-    """The rows of each span, and of the nodes accepted below it: a slice where they are neighbours, as in the best
-    chain, which saves a copy of their features."""
+    """The rows of each span, and of the nodes accepted below it: a slice where they are neighbours,
+    as in the best chain, which saves a copy of their features."""
     committed: list[slice | list[int]] = []
     for i, span in enumerate(spans):
         first, end = last[i] + 1 - len(span.tokens), last[i] + 1

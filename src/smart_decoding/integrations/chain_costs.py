@@ -2,9 +2,9 @@
 
     seconds(batch, drafts, levels) = plain(batch) + fixed + per_draft · drafts + per_level · levels
 
-`plain` is learned from steps that verify nothing, by batch size; the rest, per range of batch sizes, from those that
-do. A range that was not met yet starts from the nearest one that was, and the first of all from a cheap guess: what is
-believed too cheap is tried, and so found out.
+`plain` is learned from steps that verify nothing, by batch size; the rest, per range of batch
+sizes, from those that do. A range that was not met yet starts from the nearest one that was, and
+the first of all from a cheap guess: what is believed too cheap is tried, and so found out.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class _Range:
 
 
 class StepCosts:
-    """Seconds of a step. batch: sequences. drafts: draft tokens verified in all. levels: passes of a draft model."""
+    """Seconds of a step. batch: sequences. drafts: draft tokens verified in all. levels: passes of
+    a draft model."""
 
     def __init__(self) -> None:
         self._plain = [0.0] * len(KNOTS)
@@ -123,7 +124,8 @@ class StepCosts:
             known.solve(guess, batch)
 
     def _guess(self, batch: int) -> Extra:
-        """What a range is believed to cost before it is seen: the nearest one that was seen, else GUESS."""
+        """What a range is believed to cost before it is seen: the nearest one that was seen, else
+        GUESS."""
         own = _place(batch)[0]
         seen = [knot for knot, known in self._ranges.items() if known.seen > ENOUGH and knot != own]
         if seen:

@@ -1,12 +1,15 @@
-"""SMART for engines that verify chains: how many tokens to draft, and how many of each request's drafts to verify.
+"""SMART for engines that verify chains: how many tokens to draft, and how many of each request's
+drafts to verify.
 
-Such an engine drafts up to K tokens a request and verifies them in its next step. What is chosen here is K, before a
-draft model runs, and then, over the whole batch, which drafts are worth their rows: the exact choice of `core.choice`,
-by probabilities from `core.calibration` and costs from `chain_costs`. Everything is keyed by the engine's request ids
-and reads no clock, so that every rank that were to run it would decide alike.
+Such an engine drafts up to K tokens a request and verifies them in its next step. What is chosen
+here is K, before a draft model runs, and then, over the whole batch, which drafts are worth their
+rows: the exact choice of `core.choice`, by probabilities from `core.calibration` and costs from
+`chain_costs`. Everything is keyed by the engine's request ids and reads no clock, so that every
+rank that were to run it would decide alike.
 
-A draft's confidence is its request's recent share of accepted drafts, and requests of equal confidence are one class:
-the choice is made over classes and depths, in plain Python, since an engine's step leaves no room for more.
+A draft's confidence is its request's recent share of accepted drafts, and requests of equal
+confidence are one class: the choice is made over classes and depths, in plain Python, since an
+engine's step leaves no room for more.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from smart_decoding.integrations.resting import REST, Rests
 MARGIN = 1.01  # what verifying drafts must promise over a plain step
 CONFIDENCE = 0.5  # of a request that has not verified anything, at first
 GAIN = 0.2  # of a request's running share of accepted drafts
-RELAX = 0.02  # per step that a request's drafts are left out: what is known of it fades to what is usual
+# per step that a request's drafts are left out: what is known of it fades to what is usual
+RELAX = 0.02
 FIRST_PROBES = 3.0  # plain steps' worth of time that may go into probes at once, at the start
 KEEP_LENGTH = 8  # steps that a chosen K is kept for while the batch stays the same
 EARLY, LEARN_EVERY = (
@@ -59,11 +63,12 @@ class Counters:
 
 @dataclass(slots=True)
 class Step:
-    """One step of the engine. verified, accepted: draft tokens by request id (requests without drafts may be left out).
+    """One step of the engine. verified, accepted: draft tokens by request id (requests without
+    drafts may be left out).
 
-    batch: sequences in it. levels: passes of a draft model after it (REST: not even the first). clean: it prefilled
-    nothing. greedy: request ids at temperature 0, None for all. probe: what `Chains.take_probe` said before it was
-    scheduled."""
+    batch: sequences in it. levels: passes of a draft model after it (REST: not even the first).
+    clean: it prefilled nothing. greedy: request ids at temperature 0, None for all. probe: what
+    `Chains.take_probe` said before it was scheduled."""
 
     batch: int
     levels: int
@@ -76,7 +81,8 @@ class Step:
 
 @dataclass(slots=True)
 class _Request:
-    """share: running share of accepted drafts. bin: its calibration bin. last: how the last draft went."""
+    """share: running share of accepted drafts. bin: its calibration bin. last: how the last draft
+    went."""
 
     share: float
     bin: int
@@ -90,8 +96,9 @@ class _Request:
 class Chains:
     """Chooses lengths of chains for one engine.
 
-    lengths: the values of K that may be chosen, 0 included. model: whether a draft model runs (else drafts are free).
-    probe_budget: share of the time that may go into checking the mode that is believed worse."""
+    lengths: the values of K that may be chosen, 0 included. model: whether a draft model runs (else
+    drafts are free). probe_budget: share of the time that may go into checking the mode that is
+    believed worse."""
 
     def __init__(self, lengths: Sequence[int], model: bool, probe_budget: float = 0.005) -> None:
         self.lengths = tuple(sorted({0, *lengths}))
@@ -119,8 +126,8 @@ class Chains:
     # --- before drafting ---
 
     def length(self, ids: Sequence[str]) -> int:
-        """K: how many tokens to draft for each of the requests `ids`, to be verified in the step after this one; REST:
-        none, and the draft model runs no pass."""
+        """K: how many tokens to draft for each of the requests `ids`, to be verified in the step
+        after this one; REST: none, and the draft model runs no pass."""
         if not self.model:
             return self.lengths[-1]
         if not self.costs.known:
@@ -156,10 +163,11 @@ class Chains:
         return length
 
     def _best_length(self, ids: Sequence[str]) -> int:
-        """The K with the most tokens per second, if what it will draft is then verified as far as it pays.
+        """The K with the most tokens per second, if what it will draft is then verified as far as
+        it pays.
 
-        Whether the draft model rests is decided by what it could do for requests that have missed nothing; K by those
-        that it can draft for."""
+        Whether the draft model rests is decided by what it could do for requests that have missed
+        nothing; K by those that it can draft for."""
         batch, longest = len(ids), self.lengths[-1]
         best, value = self._best(ids, [longest] * batch)
         if not self.may_rest:
@@ -181,8 +189,9 @@ class Chains:
         return best, best_value
 
     def _probed(self, length: int, ids: Sequence[str]) -> int:
-        """`length`, or now and then the other mode: a draft model that is off drafts one token, to see whether it has
-        become better; one that is on pauses for two steps, of which the second is plain and tells what that costs."""
+        """`length`, or now and then the other mode: a draft model that is off drafts one token, to
+        see whether it has become better; one that is on pauses for two steps, of which the second
+        is plain and tells what that costs."""
         batch = len(ids)
         plain, (fixed, per_draft, per_level) = self.costs.plain(batch), self.costs.extra(batch)
         if length == 0:
@@ -207,7 +216,8 @@ class Chains:
     ) -> list[int]:
         """How many of each request's `drafted` tokens to verify in the coming step: [requests].
 
-        greedy: [requests] whether it samples at temperature 0. room: tokens that can still be of use."""
+        greedy: [requests] whether it samples at temperature 0. room: tokens that can still be of
+        use."""
         drafts = [max(min(d, r), 0) for d, r in zip(drafted, room, strict=True)]
         if self.may_rest:
             drafts = [d if self.rests.whole(id_) else 0 for id_, d in zip(ids, drafts, strict=True)]
@@ -244,7 +254,8 @@ class Chains:
     def _probed_free(
         self, kept: list[int], keys: list[Class], drafts: list[int], likeliest: Class
     ) -> list[int]:
-        """Off: nothing, or now and then the likeliest request's first token, and all behind it once that went well."""
+        """Off: nothing, or now and then the likeliest request's first token, and all behind it once
+        that went well."""
         none = [0] * len(kept)
         chosen = next(
             i for i, (key, d) in enumerate(zip(keys, drafts, strict=True)) if d and key == likeliest
@@ -267,7 +278,8 @@ class Chains:
                 self._requests[id_].move(RELAX, self._usual.share)
 
     def take_probe(self) -> bool:
-        """Whether the step that is about to be scheduled is a probe; asked once per step, before it is."""
+        """Whether the step that is about to be scheduled is a probe; asked once per step, before it
+        is."""
         probe, self._probe = self._probe, False
         return probe
 
@@ -290,9 +302,11 @@ class Chains:
     def _cuts(
         self, classes: Mapping[Class, list[int]], batch: int, most: int, sunk: float
     ) -> tuple[Cuts, float, Class]:
-        """(deepest draft to verify by class, tokens per second with it, the likeliest class); at least one is verified.
+        """(deepest draft to verify by class, tokens per second with it, the likeliest class); at
+        least one is verified.
 
-        Drafts of a class at one depth are worth the same and cost the same, so the best set never splits them."""
+        Drafts of a class at one depth are worth the same and cost the same, so the best set never
+        splits them."""
         entries = []
         for key, counts in classes.items():
             path = self._path(key)
@@ -361,8 +375,9 @@ class Chains:
             self.prober.credit = FIRST_PROBES * self.costs.plain(step.batch)
 
     def _probed_round(self, step: Step, verified: int, seconds: float) -> None:
-        """Accounts for a probe. One step is too noisy to tell that plain decoding is better: only its loss counts, and
-        a process that was stopped meanwhile must not lose its probes of hours to come."""
+        """Accounts for a probe. One step is too noisy to tell that plain decoding is better: only
+        its loss counts, and a process that was stopped meanwhile must not lose its probes of hours
+        to come."""
         self.counters.probes += 1
         tokens = step.batch + sum(step.accepted.values())
         loss = min(seconds - tokens / self._rate, self.costs.plain(step.batch))

@@ -1,8 +1,10 @@
-"""When a draft model rests: engines run its first pass at every step, drafts or none, to keep its cache complete.
+"""When a draft model rests: engines run its first pass at every step, drafts or none, to keep its
+cache complete.
 
-Where drafting does not pay, that pass is left out. What a request says meanwhile is missing in the draft model's cache
-for good, so only requests that came later are worth drafting for; at times, as a budget allows, it listens to newcomers
-from their first token on, to see whether it has become worth its passes.
+Where drafting does not pay, that pass is left out. What a request says meanwhile is missing in the
+draft model's cache for good, so only requests that came later are worth drafting for; at times, as
+a budget allows, it listens to newcomers from their first token on, to see whether it has become
+worth its passes.
 """
 
 from __future__ import annotations
@@ -18,8 +20,12 @@ LISTEN, AT_ONCE = (
     96,
     4,
 )  # drafts that are heard before it is judged (one of each newcomer and step, of so many at most)
-SURE = 8  # times more that drafting must promise less than that it promises more, before it sleeps: promises waver
-BACK = 1.03  # what drafting must promise over resting to be taken up again, as what rests have lost cannot be used
+# times more that drafting must promise less than that it promises more, before it sleeps: promises
+# waver
+SURE = 8
+# what drafting must promise over resting to be taken up again, as what rests have lost cannot be
+# used
+BACK = 1.03
 
 
 class Rests:
@@ -49,7 +55,8 @@ class Rests:
         return min(self._share.plain(batch), 1.0) if self._share.known else 1.0
 
     def observe(self, costs: StepCosts, batch: int, seconds: float) -> None:
-        """After a step that verified nothing and left out the pass: it tells of the pass, or of the machine's speed."""
+        """After a step that verified nothing and left out the pass: it tells of the pass, or of the
+        machine's speed."""
         plain = costs.plain(batch)
         if not self.asleep:
             self._share.observe(batch, 0, 0, seconds / plain)
@@ -79,8 +86,9 @@ class Rests:
         self.asleep = worse and (self.asleep or self._doubts >= SURE)
 
     def listens(self, ids: Sequence[str], price: float) -> bool:
-        """Whether the draft model is heard in the coming step, whatever is believed of it: at the start, and at times
-        while it is asleep, if there are newcomers. price: seconds that it costs."""
+        """Whether the draft model is heard in the coming step, whatever is believed of it: at the
+        start, and at times while it is asleep, if there are newcomers. price: seconds that it
+        costs."""
         newcomers = min(sum(map(self.whole, ids)), AT_ONCE)
         if (
             not self.listening

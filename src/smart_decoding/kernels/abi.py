@@ -1,7 +1,8 @@
-"""The plain C interface of the kernels as ctypes, read from csrc/abi.h, and compared with what its compiler made of it.
+"""The plain C interface of the kernels as ctypes, read from csrc/abi.h, and compared with what its
+compiler made of it.
 
-Why not a binding library: a kernel library for each kind of CPU is loaded by name, one wheel serves every Python, and a
-build needs no Python headers."""
+Why not a binding library: a kernel library for each kind of CPU is loaded by name, one wheel serves
+every Python, and a build needs no Python headers."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def _text() -> str:
 
 
 def _type(declared: str) -> Any:
-    """The ctypes of a declared type without its name; None of void. Pointers are addresses: c_void_p."""
+    """The ctypes of a declared type without its name; None of void. Pointers are addresses:
+    c_void_p."""
     if "*" in declared:
         return ctypes.c_char_p if declared.split() == ["const", "char*"] else ctypes.c_void_p
     name = declared.replace("const", "").replace("struct", "").strip()
@@ -70,7 +72,8 @@ def structure(name: str) -> type[ctypes.Structure]:
 
 
 def layout() -> str:
-    """Every structure's size and every field's offset as Python lays them out, as smart_layout says it of a library."""
+    """Every structure's size and every field's offset as Python lays them out, as smart_layout says
+    it of a library."""
     return "".join(
         f"{name} {ctypes.sizeof(structure(name))}:"
         + "".join(f" {field} {getattr(structure(name), field).offset}" for field in _names(name))
@@ -98,7 +101,8 @@ def _names(name: str) -> list[str]:
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Gives the library's functions their types. Raises ConfigError for one that was built from another abi.h."""
+    """Gives the library's functions their types. Raises ConfigError for one that was built from
+    another abi.h."""
     for result, name, arguments in _FUNCTION.findall(_text()):
         function = getattr(library, name, None)
         if function is None:

@@ -1,4 +1,5 @@
-"""`core.policies.chooser` in C++ (selection.cpp): one call where numpy needs dozens, or for a whole drafting."""
+"""`core.policies.chooser` in C++ (selection.cpp): one call where numpy needs dozens, or for a whole
+drafting."""
 
 from __future__ import annotations
 
@@ -28,11 +29,11 @@ GrowthStruct = abi.structure("Growth")
 
 
 class NativeChooser:
-    """Implements `core.policies.chooser.Chooser`. Raises OSError where the kernels cannot be built; its methods raise
-    ValueError for trees whose arrays it cannot read.
+    """Implements `core.policies.chooser.Chooser`. Raises OSError where the kernels cannot be built;
+    its methods raise ValueError for trees whose arrays it cannot read.
 
-    A frontier that is empty is followed by the choice of what to verify, so both come of one call. What stays as it is
-    during a round is handed over once."""
+    A frontier that is empty is followed by the choice of what to verify, so both come of one call.
+    What stays as it is during a round is handed over once."""
 
     grows = True
 
@@ -79,7 +80,8 @@ class NativeChooser:
         return self._kept[: choice.count].copy(), choice.rate, choice.expected
 
     def grow(self, growth: Growth, how: Structure, children: int, run: Callable[..., int]) -> Grown:
-        """Grows a round's trees and chooses what to verify, by `run`: smart_grow with the head and its first level.
+        """Grows a round's trees and chooses what to verify, by `run`: smart_grow with the head and
+        its first level.
 
         children: of a node. Raises RuntimeError where the kernels do not serve the head."""
         d, levels = growth.drafted, growth.levels

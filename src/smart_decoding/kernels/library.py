@@ -1,4 +1,5 @@
-"""Loads the compiled kernels: of all variants that were built, the best one that this CPU and system can run."""
+"""Loads the compiled kernels: of all variants that were built, the best one that this CPU and
+system can run."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Variant:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """What the CPU can do and the system lets it, in the words of /proc/cpuinfo; empty where there is none."""
+    """What the CPU can do and the system lets it, in the words of /proc/cpuinfo; empty where there
+    is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -92,13 +94,15 @@ def load(name: str) -> ctypes.CDLL:
 
 
 def runnable() -> list[str]:
-    """The variants that this CPU can run, best first. The system may still refuse one (AMX) when it is loaded."""
+    """The variants that this CPU can run, best first. The system may still refuse one (AMX) when it
+    is loaded."""
     return [variant.name for variant in variants() if variant.refusal() is None]
 
 
 @functools.cache
 def chosen() -> str:
-    """The variant that runs: SMART_ISA, or the best one. Raises ConfigError if SMART_ISA cannot run, or none can."""
+    """The variant that runs: SMART_ISA, or the best one. Raises ConfigError if SMART_ISA cannot
+    run, or none can."""
     wanted = os.environ.get("SMART_ISA")
     if wanted:
         load(wanted)
@@ -121,7 +125,8 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why no kernels can run here, or None. Raises ConfigError if SMART_ISA names some that cannot."""
+    """Why no kernels can run here, or None. Raises ConfigError if SMART_ISA names some that
+    cannot."""
     if os.environ.get("SMART_ISA"):
         chosen()
     try:
@@ -140,8 +145,9 @@ def identity() -> str:
 
 @functools.cache
 def _load_openmp() -> None:
-    """Makes an OpenMP runtime known to the kernels: torch's, since two in a process are two teams of threads that spin
-    against each other; the system's where torch has none of its own. Raises ConfigError where there is none."""
+    """Makes an OpenMP runtime known to the kernels: torch's, since two in a process are two teams
+    of threads that spin against each other; the system's where torch has none of its own. Raises
+    ConfigError where there is none."""
     torch = importlib.util.find_spec("torch")
     folders = [
         Path(folder) / "lib" for folder in (torch.submodule_search_locations or [] if torch else [])
@@ -167,7 +173,8 @@ def _nothing() -> str:
 
 
 def _check_age(variant: Variant) -> None:
-    """In a clone, kernels that are older than their sources are an error: what was edited must be what runs."""
+    """In a clone, kernels that are older than their sources are an error: what was edited must be
+    what runs."""
     if not (SOURCES.parents[3] / "CMakeLists.txt").exists():
         return
     newest = max(source.stat().st_mtime for source in SOURCES.iterdir())

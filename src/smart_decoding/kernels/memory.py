@@ -6,7 +6,8 @@ from typing import Any
 
 
 def address(array: Any) -> int:
-    """The address of a numpy array's first element. Raises ValueError if its elements do not lie next to each other."""
+    """The address of a numpy array's first element. Raises ValueError if its elements do not lie
+    next to each other."""
     interface = array.__array_interface__
     if interface["strides"] is not None:
         raise ValueError("arrays for native code must be contiguous")

@@ -1,4 +1,5 @@
-"""The CPU kernels as Python functions. Tensors are contiguous, on the CPU, and float32 where not said otherwise."""
+"""The CPU kernels as Python functions. Tensors are contiguous, on the CPU, and float32 where not
+said otherwise."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def pass_rows(bf16: bool) -> int:
 
 
 def rounds_inputs() -> bool:
-    """Do linear layers with bf16 weights round what they read to bf16? (True on CPUs with bf16 instructions.)"""
+    """Do linear layers with bf16 weights round what they read to bf16? (True on CPUs with bf16
+    instructions.)"""
     return bool(_lib().smart_rounds_inputs())
 
 
@@ -60,8 +62,9 @@ def attends_by_pairs(bf16: bool, head_dim: int) -> bool:
 
 @functools.cache
 def fastest_hint() -> int:
-    """Where memory is best prefetched to, by trial. Intel's prefetchnta, past the caches, was seen at a third of the
-    speed of the others; Zen 4 reads a tenth faster into its second cache than into the first."""
+    """Where memory is best prefetched to, by trial. Intel's prefetchnta, past the caches, was seen
+    at a third of the speed of the others; Zen 4 reads a tenth faster into its second cache than
+    into the first."""
     memory = torch.ones(
         64 << 20, dtype=torch.uint8
     )  # not zeros: untouched pages would all be one page, in the caches
@@ -75,10 +78,11 @@ def fastest_hint() -> int:
 
 
 class Arena:
-    """One block of memory for all packed weights, on huge pages where the kernel grants them (TLB misses cost 20 %).
+    """One block of memory for all packed weights, on huge pages where the kernel grants them (TLB
+    misses cost 20 %).
 
-    hint: where forwards prefetch them to. What does not fit into caches anyway had better go past them, where that is
-    as fast: other weights and Python then stay there."""
+    hint: where forwards prefetch them to. What does not fit into caches anyway had better go past
+    them, where that is as fast: other weights and Python then stay there."""
 
     HUGE, CACHES = 2 << 20, 32 << 20
 
@@ -138,10 +142,11 @@ def linear(
     best: NDArray[np.int64] | None = None,
     hint: int = INTO_CACHES,
 ) -> Tensor:
-    """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns [rows, n].
+    """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns
+    [rows, n].
 
-    `best` [rows], if given, receives what `argmax` says of the result. An empty `out` is left so: `best` alone is
-    wanted. hint: see Arena."""
+    `best` [rows], if given, receives what `argmax` says of the result. An empty `out` is left so:
+    `best` alone is wanted. hint: see Arena."""
     rows, k = x.shape
     y = torch.empty(rows, n) if out is None else out
     scratch = torch.empty(rows, k)
@@ -175,7 +180,8 @@ def layers(
     workspace: Structure,
     bf16: bool,
 ) -> None:
-    """Decoder layers in place on x [rows, hidden], writing the rows' keys and values to the caches [layers, ...].
+    """Decoder layers in place on x [rows, hidden], writing the rows' keys and values to the caches
+    [layers, ...].
 
     Layer one reads `inputs` where given."""
     keys, values = cache
@@ -204,14 +210,15 @@ def forward(model: Structure, rows: Structure, what: Structure) -> None:
 
 
 def verify_round(model: Structure, round: Structure, what: Structure) -> None:
-    """The verification of a round in which every request takes the target's first maximum (round.cpp)."""
+    """The verification of a round in which every request takes the target's first maximum
+    (round.cpp)."""
     if _lib().smart_round(byref(model), byref(round), byref(what), torch.get_num_threads()):
         raise RuntimeError("the CPU kernels do not support this model")
 
 
 def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """weight [n, k] (k a multiple of 4) in 8 bits, one scale for each row: packed [packed_rows(n) * k], scales, and
-    sums of the integers, [packed_rows(n)] each."""
+    """weight [n, k] (k a multiple of 4) in 8 bits, one scale for each row: packed [packed_rows(n) *
+    k], scales, and sums of the integers, [packed_rows(n)] each."""
     n, k = weight.shape
     weight, size = weight.float().contiguous(), packed_rows(n)
     packed, scale = Arena(size * k, torch.int8).take(size * k), torch.empty(size)
@@ -225,7 +232,8 @@ def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def draft(
     head: Structure, rows: Structure, level: Structure, cache: tuple[Tensor, Tensor], bf16: bool
 ) -> None:
-    """One level of a draft head: writes the rows' keys and values to the caches [1, ...], and what `level` names."""
+    """One level of a draft head: writes the rows' keys and values to the caches [1, ...], and what
+    `level` names."""
     keys, values = cache
     status = _lib().smart_draft(
         byref(head),
@@ -248,7 +256,8 @@ def growing(head: Structure, rows: Structure, level: Structure) -> Callable[...,
 
 
 def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copies cache slots source[i] -> target[i] (int32) in every plane of keys/values [..., pages, head_dim, PAGE]."""
+    """Copies cache slots source[i] -> target[i] (int32) in every plane of keys/values [..., pages,
+    head_dim, PAGE]."""
     if not (source.is_contiguous() and target.is_contiguous()):
         raise ValueError("slots to move must be contiguous")
     pages, head_dim = keys.shape[-3], keys.shape[-2]
@@ -267,7 +276,8 @@ def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Non
 
 
 def argmax(x: Tensor, which: NDArray[np.int64]) -> NDArray[np.int64]:
-    """First index of the largest entry of the rows `which` of x [rows, n]: [which]; -1 where it is not finite."""
+    """First index of the largest entry of the rows `which` of x [rows, n]: [which]; -1 where it is
+    not finite."""
     out = np.empty(len(which), np.int64)
     _lib().smart_argmax(
         x.data_ptr(),
@@ -287,10 +297,12 @@ def top_k(
     keys: Tensor | None = None,
     tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ids (int64) and softmax probabilities of the k largest entries of x * scale (float32 [rows], default 1).
+    """Ids (int64) and softmax probabilities of the k largest entries of x * scale (float32 [rows],
+    default 1).
 
-    Both are [rows, k]. keys (uint64 bits as int64 [rows]; 0: none): the noise of noise.py for `tokens` [n] is added to
-    these rows' scores; their probabilities are the softmax of the k noisy scores."""
+    Both are [rows, k]. keys (uint64 bits as int64 [rows]; 0: none): the noise of noise.py for
+    `tokens` [n] is added to these rows' scores; their probabilities are the softmax of the k noisy
+    scores."""
     scale = torch.ones(len(x)) if scale is None else scale
     ids, probs = torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k)
     _lib().smart_top_k(
@@ -309,8 +321,8 @@ def top_k(
 
 
 class Drawn(NamedTuple):
-    """best: [rows] first maximum, -1 where it is not finite. kept: [rows] the score below which top-k cuts. token:
-    [rows] the token, -1 where the choice is too close for the kernels."""
+    """best: [rows] first maximum, -1 where it is not finite. kept: [rows] the score below which
+    top-k cuts. token: [rows] the token, -1 where the choice is too close for the kernels."""
 
     best: NDArray[np.int64]
     kept: NDArray[np.float64]
@@ -318,11 +330,11 @@ class Drawn(NamedTuple):
 
 
 def draw(draws: Sequence[tuple[int, int, int, int, int, float, float, float]], n: int) -> Drawn:
-    """The argmax of row * scale + noise for rows of n float32, each given as (its address, seed, sample, position, k,
-    scale, floor, below).
+    """The argmax of row * scale + noise for rows of n float32, each given as (its address, seed,
+    sample, position, k, scale, floor, below).
 
-    Only among the k largest (0: all; at most MOST_K; NOT_DRAWN: the maximum is all that is wanted), those of at least
-    `floor`, and of at least the maximum + `below`."""
+    Only among the k largest (0: all; at most MOST_K; NOT_DRAWN: the maximum is all that is wanted),
+    those of at least `floor`, and of at least the maximum + `below`."""
     count, what = len(draws), np.array(draws, _DRAW)
     drawn = Drawn(np.empty(count, np.int64), np.empty(count), np.empty(count, np.int64))
     _lib().smart_draw(address(what), count, n, *map(address, drawn), torch.get_num_threads())
@@ -332,8 +344,8 @@ def draw(draws: Sequence[tuple[int, int, int, int, int, float, float, float]], n
 def mass(
     row: NDArray[np.float32], best: float, scale: float, floor: float, value: float
 ) -> tuple[float, float]:
-    """The sum of exp((row - best) * scale) over the entries of at least `floor`, and over those of them beyond `value`,
-    to about 1e-6."""
+    """The sum of exp((row - best) * scale) over the entries of at least `floor`, and over those of
+    them beyond `value`, to about 1e-6."""
     out = np.empty(2)
     _lib().smart_mass(address(row), len(row), best, scale, floor, value, address(out))
     return float(out[0]), float(out[1])

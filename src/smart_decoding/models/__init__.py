@@ -1,1 +1,2 @@
-"""Models: configurations, files, layers, heads, samplers and tokenizers, on torch and on the CPU kernels."""
+"""Models: configurations, files, layers, heads, samplers and tokenizers, on torch and on the CPU
+kernels."""

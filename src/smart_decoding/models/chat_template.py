@@ -1,7 +1,7 @@
 """Chat templates: the Jinja program a model ships that turns a conversation into its prompt.
 
-Templates come with downloaded models, so they run in Jinja's sandbox, with the environment that transformers gives
-them, and see plain JSON data only.
+Templates come with downloaded models, so they run in Jinja's sandbox, with the environment that
+transformers gives them, and see plain JSON data only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from smart_decoding.errors import ConfigError
 
 
 def find(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """A folder's template: chat_template.jinja, chat_template.json, or the entry of tokenizer_config.json."""
+    """A folder's template: chat_template.jinja, chat_template.json, or the entry of
+    tokenizer_config.json."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     found = tokenizer_config.get("chat_template")
@@ -53,7 +54,8 @@ def _compile(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} … {% endgeneration %}: marks what training learns from, and is nothing here."""
+        """{% generation %} … {% endgeneration %}: marks what training learns from, and is nothing
+        here."""
 
         tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 

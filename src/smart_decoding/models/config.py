@@ -1,7 +1,7 @@
 """The shape of a supported model, read from a Hugging Face `config.json` or from GGUF metadata.
 
-Whatever this project does not compute (other architectures, mixtures of experts, quantised weights, other kinds of
-RoPE, ...) is refused here by name, before any weight is read.
+Whatever this project does not compute (other architectures, mixtures of experts, quantised weights,
+other kinds of RoPE, ...) is refused here by name, before any weight is read.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_interme
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder of the Llama family. Sizes are counts; `max_positions` is the longest context in tokens.
+    """A decoder of the Llama family. Sizes are counts; `max_positions` is the longest context in
+    tokens.
 
-    mrope: how many rotary frequencies follow time, height and width (M-RoPE); () where all follow the position."""
+    mrope: how many rotary frequencies follow time, height and width (M-RoPE); () where all follow
+    the position."""
 
     family: str
     layers: int
@@ -84,7 +86,8 @@ class ModelConfig:
         tensor_names: Collection[str],
         rope_factors: NDArray[np.float32] | None = None,
     ) -> ModelConfig:
-        """From a GGUF file's metadata, the names of its tensors, and its `rope_freqs.weight` if there is one.
+        """From a GGUF file's metadata, the names of its tensors, and its `rope_freqs.weight` if
+        there is one.
 
         Raises ModelError, naming what is not supported or missing."""
         family = metadata.get("general.architecture")
@@ -100,7 +103,8 @@ class ModelConfig:
             ) from error
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that `from_hf` (and transformers, but for `factors` scaling) reads back."""
+        """The config.json that `from_hf` (and transformers, but for `factors` scaling) reads
+        back."""
         return {
             "architectures": [_ARCHITECTURES[self.family]],
             "model_type": self.family,
@@ -183,7 +187,8 @@ class ModelConfig:
             )
 
     def check_context(self, tokens: int) -> None:
-        """Raises ModelError if `tokens` positions cannot be computed exactly: beyond the model or its window."""
+        """Raises ModelError if `tokens` positions cannot be computed exactly: beyond the model or
+        its window."""
         if tokens > self.max_positions:
             raise ModelError(
                 f"a context of {tokens} tokens exceeds the model's {self.max_positions}; lower it"
@@ -195,7 +200,8 @@ class ModelConfig:
             )
 
     def inverse_frequencies(self) -> tuple[NDArray[np.float64], float]:
-        """RoPE frequencies, shape [head_dim / 2] in radians per position, and the factor on cos and sin."""
+        """RoPE frequencies, shape [head_dim / 2] in radians per position, and the factor on cos and
+        sin."""
         return rope.inverse_frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
 
 

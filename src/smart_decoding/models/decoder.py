@@ -33,9 +33,9 @@ from smart_decoding.models.rows import native_rows
 
 @dataclass
 class ForwardOutput:
-    """logits: [wanted rows, vocab], valid until the next forward; aux_layers: [rows, aux_layers * hidden], the residual streams
-    after the aux layers, or None; best: [wanted rows] first maximum of the logits (-1: not finite), where the
-    kernels find it in passing."""
+    """logits: [wanted rows, vocab], valid until the next forward; aux_layers: [rows, aux_layers *
+    hidden], the residual streams after the aux layers, or None; best: [wanted rows] first maximum
+    of the logits (-1: not finite), where the kernels find it in passing."""
 
     logits: Tensor
     aux_hidden: Tensor | None
@@ -52,7 +52,8 @@ def layer_weights(
 ) -> LayerWeights:
     """Collects and stacks one layer's tensors from a checkpoint in Hugging Face's names.
 
-    input_norm: whether the layer has a norm of its own at its input; the first one of a head has none."""
+    input_norm: whether the layer has a norm of its own at its input; the first one of a head has
+    none."""
 
     def get(name: str) -> Tensor:
         return weights[prefix + name].to(device=device, dtype=dtype)
@@ -95,9 +96,9 @@ def put(x: Tensor, mm_embeds: MultimodalEmbeddings) -> None:
 class Decoder:
     """A Llama-family model with its KV cache.
 
-    dtype is that of weights and cache. On the CPU kernels activations and sums are float32 whatever the dtype.
-    native: whether the CPU kernels run it (None: on every CPU, an error where they cannot). graphs: whether CUDA graphs
-    do, on a CUDA device."""
+    dtype is that of weights and cache. On the CPU kernels activations and sums are float32 whatever
+    the dtype. native: whether the CPU kernels run it (None: on every CPU, an error where they
+    cannot). graphs: whether CUDA graphs do, on a CUDA device."""
 
     def __init__(
         self,
@@ -159,7 +160,8 @@ class Decoder:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Row counts beyond which one more row costs a step: what a pass over the weights serves, or a CUDA graph."""
+        """Row counts beyond which one more row costs a step: what a pass over the weights serves,
+        or a CUDA graph."""
         if self.native:
             return (kernels.pass_rows(self.dtype == torch.bfloat16),)
         return BUCKETS if isinstance(self._layers, GraphedLayers) else ()
@@ -176,7 +178,8 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, rows: Rows, aux_layers: tuple[int, ...] = ()) -> ForwardOutput:
-        """Runs the rows through all layers; `aux_layers` are layer counts (4 = after the fourth layer), ascending."""
+        """Runs the rows through all layers; `aux_layers` are layer counts (4 = after the fourth
+        layer), ascending."""
         if self.model is not None:
             context = self._context(rows)
             native = native_rows(context.rows, context.cosine, context.sine)
@@ -198,7 +201,8 @@ class Decoder:
     def _context(
         self, rows: Rows, aux_layers: tuple[int, ...] = (), aux_hidden: Tensor | None = None
     ) -> Context:
-        """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position i."""
+        """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position
+        i."""
         if rows.rotary is None:
             return Context(rows, *self.rotary, aux_layers=aux_layers, aux_hidden=aux_hidden)
         at = torch.from_numpy(rows.rotary).to(self.device)[:, self._axis]  # [rows, head_dim / 2]

@@ -21,9 +21,11 @@ _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class DraftModel:
-    """A Llama-family model in the target's dtype on its device, with pages of its numbers and `scratch_pages` more.
+    """A Llama-family model in the target's dtype on its device, with pages of its numbers and
+    `scratch_pages` more.
 
-    Models pad their vocabularies differently: tokens that only one of the two has are never proposed."""
+    Models pad their vocabularies differently: tokens that only one of the two has are never
+    proposed."""
 
     def __init__(
         self, checkpoint: Checkpoint, target: TorchTarget, pages: int, scratch_pages: int
@@ -67,5 +69,6 @@ class DraftModel:
         return self._decoder.forward(rows).logits
 
     def rank(self, logits: Tensor, asked: Asked) -> Ranked:
-        """The most likely next tokens of each row and their probabilities: [rows, k]; see `ranked`."""
+        """The most likely next tokens of each row and their probabilities: [rows, k]; see
+        `ranked`."""
         return ranked(logits, self._tokens, asked, self._decoder.native)

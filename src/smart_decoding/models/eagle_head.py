@@ -1,9 +1,10 @@
 """An EAGLE head at inference: features and tokens in, hidden states and ranked children out.
 
-EAGLE-3 (arXiv 2503.01840): q, k and v read [norm(embedding) ; norm(features)], the residual is the un-normalised
-features, and what is fed back is the output before the last norm. Its output matrix covers frequent tokens only, which
-is what makes a level cheap. EAGLE-1/2: fc merges [embedding ; features] into the layer's input, and the target's own
-output matrix ranks what comes out. docs/eagle-heads.md has the conventions.
+EAGLE-3 (arXiv 2503.01840): q, k and v read [norm(embedding) ; norm(features)], the residual is the
+un-normalised features, and what is fed back is the output before the last norm. Its output matrix
+covers frequent tokens only, which is what makes a level cheap. EAGLE-1/2: fc merges [embedding ;
+features] into the layer's input, and the target's own output matrix ranks what comes out.
+docs/eagle-heads.md has the conventions.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class OutputMatrix(Protocol):
 
 
 class TargetWeights(Protocol):
-    """What a head borrows of its target. native: whether the head runs on the CPU kernels; work_dtype: of activations.
-    final_norm: None if the aux_layers of an EAGLE-1/2 head come through it already. embedding: packed or as a table, None if
-    only `embed` knows."""
+    """What a head borrows of its target. native: whether the head runs on the CPU kernels;
+    work_dtype: of activations. final_norm: None if the aux_layers of an EAGLE-1/2 head come through
+    it already. embedding: packed or as a table, None if only `embed` knows."""
 
     config: ModelConfig
     native: bool
@@ -80,7 +81,8 @@ class TargetWeights(Protocol):
 
 
 class EagleHead:
-    """The head on the target's device; its keys live in pages with the target's numbers, plus scratch for the tree."""
+    """The head on the target's device; its keys live in pages with the target's numbers, plus
+    scratch for the tree."""
 
     def __init__(
         self,
@@ -195,7 +197,8 @@ class EagleHead:
         )
 
     def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
-        """Begins a round: runs pairs of tokens and features, and ranks children after the `last` ones."""
+        """Begins a round: runs pairs of tokens and features, and ranks children after the `last`
+        ones."""
         if self._level is not None:
             return self._level.first(rows, parts, self._rotary, self.kv, asked)
         self._outs = [
@@ -219,7 +222,8 @@ class EagleHead:
 
     @torch.inference_mode()
     def project(self, parts: Sequence[Tensor]) -> Tensor:
-        """Projects aux hidden states [n_i, aux_layers * hidden] of several requests to features [sum n_i, hidden]."""
+        """Projects aux hidden states [n_i, aux_layers * hidden] of several requests to features
+        [sum n_i, hidden]."""
         aux_layers = torch.cat(list(parts)).to(self.device, self.work_dtype)
         if self._fused:  # the target's features as its own output matrix sees them
             norm = self._final_norm
@@ -235,7 +239,8 @@ class EagleHead:
 
     @torch.inference_mode()
     def run(self, rows: Rows, g: Tensor) -> Tensor:
-        """One pass over pairs (g [rows, hidden], rows.token): the outputs [rows, hidden], fed back as g."""
+        """One pass over pairs (g [rows, hidden], rows.token): the outputs [rows, hidden], fed back
+        as g."""
         embedded = self._embed(torch.from_numpy(rows.token).to(self._target.device))
         put(embedded, rows.mm_embeds)
         if self._fused:
@@ -260,7 +265,8 @@ class EagleHead:
 
     @torch.inference_mode()
     def rank(self, out: Tensor, asked: Asked) -> Ranked:
-        """The most likely next tokens after every output and their probabilities: [rows, k]; see `ranked`."""
+        """The most likely next tokens after every output and their probabilities: [rows, k]; see
+        `ranked`."""
         return ranked(self._head(out), self.draft_ids, asked, self.native)
 
     def blank(self, rows: int) -> Tensor:

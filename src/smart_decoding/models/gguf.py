@@ -1,7 +1,8 @@
-"""GGUF files: read, dequantised and written once as a Hugging Face folder in the cache, which is then loaded by mmap.
+"""GGUF files: read, dequantised and written once as a Hugging Face folder in the cache, which is
+then loaded by mmap.
 
-Quantised tensors become bf16; float tensors keep their type. The cached folder (config.json, safetensors, tokenizer)
-can be read by transformers too.
+Quantised tensors become bf16; float tensors keep their type. The cached folder (config.json,
+safetensors, tokenizer) can be read by transformers too.
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 def converted_folder(source: Source, check: Callable[[ModelConfig], None]) -> Path:
-    """The cached folder with the weights of a GGUF file, written first if it is not there or damaged.
+    """The cached folder with the weights of a GGUF file, written first if it is not there or
+    damaged.
 
     check: raises for a configuration that cannot be used here, before anything is written.
-    Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no room."""
+    Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no
+    room."""
     target = cache_dir() / "converted" / _key(source)
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
@@ -66,7 +69,8 @@ def converted_folder(source: Source, check: Callable[[ModelConfig], None]) -> Pa
 
 
 def _key(source: Source) -> str:
-    """A pinned file is known by its checksum; a user's file by place, size and time, since hashing it takes long."""
+    """A pinned file is known by its checksum; a user's file by place, size and time, since hashing
+    it takes long."""
     if source.sha256:
         return f"v{_VERSION}-{source.sha256[:16]}"
     stat = source.path.stat()
@@ -120,7 +124,8 @@ def move_into_place(part: Path, target: Path) -> None:
 def _write_weights(
     config: ModelConfig, tensors: Mapping[str, Any], folder: Path, record: dict[str, str]
 ) -> None:
-    """Writes numbered shards and their index, so that memory stays bounded however large the model is."""
+    """Writes numbered shards and their index, so that memory stays bounded however large the model
+    is."""
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
 
@@ -173,8 +178,8 @@ def _floats(tensor: Any) -> NDArray[np.floating[Any]]:
 
 
 def half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes llama.cpp's row order of q and k ([heads * head_dim, ...]): it pairs RoPE dimensions (0, 1), (2, 3), ...;
-    Hugging Face's layout pairs (0, d/2), (1, d/2 + 1), ..."""
+    """Undoes llama.cpp's row order of q and k ([heads * head_dim, ...]): it pairs RoPE dimensions
+    (0, 1), (2, 3), ...; Hugging Face's layout pairs (0, d/2), (1, d/2 + 1), ..."""
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -189,7 +194,8 @@ def hf_name(name: str) -> str:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata by key and the reader's tensors by name; ModelError if the file is corrupt or truncated."""
+    """Metadata by key and the reader's tensors by name; ModelError if the file is corrupt or
+    truncated."""
     try:
         reader = GGUFReader(path)
         metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}

@@ -1,4 +1,5 @@
-"""Grammars on a model's tokens, through llguidance: which tokens may come next, at every node of a draft tree."""
+"""Grammars on a model's tokens, through llguidance: which tokens may come next, at every node of a
+draft tree."""
 
 from __future__ import annotations
 
@@ -16,16 +17,19 @@ from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.tokenizer import Tokenizer
 
-# Unbounded blanks are how small models fill an answer to its end. `lenient` would ignore keywords that are not known.
+# Unbounded blanks are how small models fill an answer to its end. `lenient` would ignore keywords
+# that are not known.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \t\n\r]{0,40}", "lenient": False}
 _KEPT = 16  # compiled grammars
 _SHOWN = 200  # characters of an error
 
 
 class Grammars:
-    """Compiles what requests ask for into constraints on the tokens of one model; the latest ones are kept.
+    """Compiles what requests ask for into constraints on the tokens of one model; the latest ones
+    are kept.
 
-    vocab: columns of the model's logits. eos_ids: tokens that end an answer. May be called from several threads."""
+    vocab: columns of the model's logits. eos_ids: tokens that end an answer. May be called from
+    several threads."""
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos_ids: Sequence[int]) -> None:
         self._tokenizer, self._vocab, self._eos_ids = tokenizer, vocab, tuple(eos_ids)
@@ -36,7 +40,8 @@ class Grammars:
         self._lock = threading.Lock()
 
     def __call__(self, params: StructuredOutputsParams) -> GrammarConstraint:
-        """A constraint at its start. Raises ConfigError for a grammar that is wrong, unsupported or matches nothing."""
+        """A constraint at its start. Raises ConfigError for a grammar that is wrong, unsupported or
+        matches nothing."""
         with self._lock:
             known = self._compiled.pop(params, None)
         matcher = known or self._compile(params)
@@ -74,8 +79,9 @@ class Grammars:
             return self._ready
 
     def _new_tokens(self, llguidance: Any) -> Any:
-        """llguidance takes every added token for a special one, which no text may contain. Some are text: Qwen's
-        <tool_call> and <think>. Where a model has such tokens, it is told all tokens' bytes and which are special."""
+        """llguidance takes every added token for a special one, which no text may contain. Some are
+        text: Qwen's <tool_call> and <think>. Where a model has such tokens, it is told all tokens'
+        bytes and which are special."""
         ends, backend = list(self._eos_ids), self._tokenizer.backend
         found = llguidance.LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=ends)
         added = backend.get_added_tokens_decoder()
@@ -113,7 +119,8 @@ class _Tokens:
 class GrammarConstraint:
     """An `engine.structured.Constraint` over a matcher that has taken in the committed tokens.
 
-    End-of-sequence tokens are not shown to the matcher: it may not count them, and then could not go back."""
+    End-of-sequence tokens are not shown to the matcher: it may not count them, and then could not
+    go back."""
 
     def __init__(self, matcher: Any, vocab: int, eos_ids: Sequence[int]) -> None:
         self._matcher, self._vocab, self._eos_ids = matcher, vocab, eos_ids

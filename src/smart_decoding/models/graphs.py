@@ -1,8 +1,9 @@
-"""CUDA graphs: all of a decoder layer but attention, recorded once for each bucket of rows, replayed in one launch.
+"""CUDA graphs: all of a decoder layer but attention, recorded once for each bucket of rows,
+replayed in one launch.
 
-Attention depends on contexts and trees, all else on the number of rows alone. So rows are padded to the next bucket
-there, and only there, and a recording reaches from one attention to the next: the half of a layer behind it and the
-half of the next layer before it.
+Attention depends on contexts and trees, all else on the number of rows alone. So rows are padded to
+the next bucket there, and only there, and a recording reaches from one attention to the next: the
+half of a layer behind it and the half of the next layer before it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from smart_decoding.models.layers import (
 
 log = logging.getLogger("smart.graphs")
 
-# Rows: as many as tensor cores multiply at once anyway. More are run eagerly: prompts, which launches do not slow.
+# Rows: as many as tensor cores multiply at once anyway. More are run eagerly: prompts, which
+# launches do not slow.
 BUCKETS = (1, 2, 4, *range(8, 64, 8), *range(64, 321, 16))
 Record = Callable[
     [Callable[[], None]], Callable[[], None]
@@ -37,8 +39,8 @@ Record = Callable[
 
 
 class CudaRecorder:
-    """Records what a function launches on a device. Recordings share a stream, and with it the libraries' working
-    memory, and their own memory: they run one after another."""
+    """Records what a function launches on a device. Recordings share a stream, and with it the
+    libraries' working memory, and their own memory: they run one after another."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -88,7 +90,8 @@ class GraphedLayers:
 
     @torch.inference_mode()
     def _part(self, behind: TorchLayer | None, ahead: TorchLayer | None, size: int) -> None:
-        """From one attention to the next, for `size` rows; before the first one and after the last one half of it."""
+        """From one attention to the next, for `size` rows; before the first one and after the last
+        one half of it."""
         x = self._x[:size]
         if behind is not None:
             behind.after(x, self._attended[:size])

@@ -1,6 +1,7 @@
 """Writes a draft head in a published layout, so that other engines (and this one) load it as it is.
 
-`load_head` reads back what is written here to the same bits. docs/eagle-heads.md says which engine reads which field.
+`load_head` reads back what is written here to the same bits. docs/eagle-heads.md says which engine
+reads which field.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def layout_of(files: HeadFiles) -> str:
 
 
 def check_layout(files: HeadFiles, layout: str) -> None:
-    """Raises ConfigError for an unknown layout, ModelError for a head that the layout has no words for."""
+    """Raises ConfigError for an unknown layout, ModelError for a head that the layout has no words
+    for."""
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}; choose one of: {', '.join(LAYOUTS)}")
     if files.fused != (layout == "eagle"):
@@ -58,7 +60,8 @@ def check_layout(files: HeadFiles, layout: str) -> None:
 
 
 def write_head(files: HeadFiles, checkpoint: Checkpoint, layout: str, folder: Path) -> None:
-    """Writes model.safetensors and config.json. checkpoint: the target, whose output rows a head may have borrowed.
+    """Writes model.safetensors and config.json. checkpoint: the target, whose output rows a head
+    may have borrowed.
 
     Raises ConfigError or ModelError, before anything is written."""
     check_layout(files, layout)
@@ -147,7 +150,8 @@ def _smart(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor],
 def smart_config(
     target: ModelConfig, aux_layers: tuple[int, ...], draft_vocab: int
 ) -> dict[str, Any]:
-    """config.json of a head of ours: the shape of the target that it fits, and the layers that it aux_layers."""
+    """config.json of a head of ours: the shape of the target that it fits, and the layers that it
+    aux_layers."""
     return {
         **target.to_hf(),
         "architectures": [ARCHITECTURE],
@@ -169,7 +173,8 @@ LAYOUTS: Mapping[str, Parts] = {
 
 
 def _eagle3_tensors(files: HeadFiles, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The output rows become the head's own, and the draft vocabulary is written as both engines read it."""
+    """The output rows become the head's own, and the draft vocabulary is written as both engines
+    read it."""
     weights = dict(files.weights)
     ids = weights.pop("draft_ids").long()
     if "lm_head.weight" not in weights:

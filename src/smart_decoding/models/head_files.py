@@ -1,7 +1,8 @@
-"""Draft heads on disk: those of `smart train`, and published ones in the layouts of EAGLE-1/2, EAGLE-3, speculators.
+"""Draft heads on disk: those of `smart train`, and published ones in the layouts of EAGLE-1/2,
+EAGLE-3, speculators.
 
-All are brought to one form, `HeadFiles`; docs/eagle-heads.md has the conventions. Loading is strict: a tensor that
-is missing, misshapen or unknown is an error that names it.
+All are brought to one form, `HeadFiles`; docs/eagle-heads.md has the conventions. Loading is
+strict: a tensor that is missing, misshapen or unknown is an error that names it.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ _UNSUPPORTED = {
 class HeadFiles:
     """A head as read from disk, checked against the target.
 
-    weights: EAGLE-3's names, `draft_ids` [draft] (target ids) instead of d2t, and where the head has its own:
-        `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight`. EAGLE-1/2 has only fc and the layers.
-        The first layer is `midlayer.*`; further ones, ordinary Llama layers, are `layers.1.*`, `layers.2.*`, ...
+    weights: EAGLE-3's names, `draft_ids` [draft] (target ids) instead of d2t, and where the head
+    has its own:
+        `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight`. EAGLE-1/2 has only
+        fc and the layers. The first layer is `midlayer.*`; further ones, ordinary Llama layers, are
+        `layers.1.*`, `layers.2.*`, ...
     aux_layers: layers of the target whose outputs the head reads. shape: of the head's layers.
     fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
     norm_before_residual: the layer's residual is the normed features, not the features.
@@ -59,7 +62,8 @@ class HeadFiles:
 
 
 def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
-    """The folder of a head: a local one, or OWNER/NAME from the hub, pickled weights only if there are no others.
+    """The folder of a head: a local one, or OWNER/NAME from the hub, pickled weights only if there
+    are no others.
 
     Raises ModelError or DownloadError."""
     path = Path(name).expanduser()
@@ -174,7 +178,8 @@ def _sees(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> ModelConfig:
-    """The head's own layer. What is not said is as in the public code: rope_theta 10000, rms_norm_eps 1e-6."""
+    """The head's own layer. What is not said is as in the public code: rope_theta 10000,
+    rms_norm_eps 1e-6."""
     layer = config.get("transformer_layer_config") or config
     if config.get("speculators_model_type") == "eagle":
         raise ModelError(
@@ -221,9 +226,11 @@ def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> Mode
 
 
 def _aux_layers(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> tuple[int, ...]:
-    """Layers whose outputs the head reads, counted from 1: the inputs of layers 2, L // 2 and L - 3, unless it says so.
+    """Layers whose outputs the head reads, counted from 1: the inputs of layers 2, L // 2 and L -
+    3, unless it says so.
 
-    speculators names layer inputs; SpecForge's nested `eagle_config` names layer outputs, which are one further on."""
+    speculators names layer inputs; SpecForge's nested `eagle_config` names layer outputs, which are
+    one further on."""
     listed = config.get("eagle_aux_hidden_state_layer_ids")
     nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     if listed is None and nested is not None:
@@ -268,7 +275,8 @@ def _fused_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _further_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The layers after the first are ordinary ones: they read what the one before gave, through their own norm."""
+    """The layers after the first are ordinary ones: they read what the one before gave, through
+    their own norm."""
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix in layer_prefixes(c.layers)[1:]:
         shapes |= {
@@ -329,7 +337,8 @@ def _check_embedding(folder: Path, weights: Mapping[str, Tensor], target: ModelC
 
 
 def _draft_ids(folder: Path, weights: Mapping[str, Tensor], vocab: int) -> Tensor:
-    """[draft] target ids of the head's own vocabulary: i + d2t[i]; without d2t it is the target's."""
+    """[draft] target ids of the head's own vocabulary: i + d2t[i]; without d2t it is the
+    target's."""
     offset = weights.get("d2t")
     if offset is None:
         return torch.arange(vocab)

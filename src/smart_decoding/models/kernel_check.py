@@ -1,4 +1,5 @@
-"""Whether the CPU kernels run a model. Where they cannot on a CPU, plain torch runs only if somebody asked for it."""
+"""Whether the CPU kernels run a model. Where they cannot on a CPU, plain torch runs only if
+somebody asked for it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ INSTEAD = "plain torch runs, slower, with --allow-slow (in Python: allow_slow=Tr
 
 
 def unserved(config: ModelConfig) -> str | None:
-    """Why the kernels do not serve a model or head of this shape, with the number; None if they do."""
+    """Why the kernels do not serve a model or head of this shape, with the number; None if they
+    do."""
     if config.head_dim not in HEAD_DIMS:
         return f"head dimension {config.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
     for name, size in (("hidden size", config.hidden), ("intermediate size", config.ffn)):
@@ -31,14 +33,16 @@ def unserved(config: ModelConfig) -> str | None:
 
 
 def why_slow(config: ModelConfig, device: torch.device) -> str | None:
-    """Why plain torch must run this shape on this CPU; None if the kernels do, or if it is no CPU."""
+    """Why plain torch must run this shape on this CPU; None if the kernels do, or if it is no
+    CPU."""
     if device.type != "cpu":
         return None
     return library.unavailable() or unserved(config)
 
 
 def require_kernels(device: torch.device, allow_slow: bool) -> None:
-    """Raises ConfigError for a CPU without any kernels: before a model is fetched, whatever its shape."""
+    """Raises ConfigError for a CPU without any kernels: before a model is fetched, whatever its
+    shape."""
     if device.type == "cpu" and not allow_slow:
         reason = library.unavailable()
         if reason is not None:
@@ -48,7 +52,8 @@ def require_kernels(device: torch.device, allow_slow: bool) -> None:
 def require_served(
     config: ModelConfig, device: torch.device, allow_slow: bool, what: str = "this model"
 ) -> None:
-    """Raises ConfigError for a CPU without kernels, ModelError for a shape that they do not serve."""
+    """Raises ConfigError for a CPU without kernels, ModelError for a shape that they do not
+    serve."""
     require_kernels(device, allow_slow)
     if device.type == "cpu" and not allow_slow:
         reason = unserved(config)
@@ -57,7 +62,8 @@ def require_served(
 
 
 def use_native(config: ModelConfig, device: torch.device, allow_slow: bool = False) -> bool:
-    """Whether the kernels run a model. On a CPU where they cannot: an error, or with allow_slow one warning."""
+    """Whether the kernels run a model. On a CPU where they cannot: an error, or with allow_slow one
+    warning."""
     require_served(config, device, allow_slow)
     reason = why_slow(config, device)
     if reason is not None:
@@ -66,7 +72,8 @@ def use_native(config: ModelConfig, device: torch.device, allow_slow: bool = Fal
 
 
 def warn_if_missing(device: torch.device) -> None:
-    """One warning on a CPU without kernels, where others run the model and only drafting is slower."""
+    """One warning on a CPU without kernels, where others run the model and only drafting is
+    slower."""
     reason = library.unavailable() if device.type == "cpu" else None
     if reason is not None:
         _warn(reason)

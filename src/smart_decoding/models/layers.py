@@ -1,4 +1,5 @@
-"""Decoder layers and linear maps, each in two forms: the CPU kernels, and torch (CUDA, or a CPU without kernels)."""
+"""Decoder layers and linear maps, each in two forms: the CPU kernels, and torch (CUDA, or a CPU
+without kernels)."""
 
 from __future__ import annotations
 
@@ -22,9 +23,11 @@ from smart_decoding.models.rows import GatheredRows, native_rows
 
 @dataclass
 class LayerWeights:
-    """One Llama-style layer under its usual names. Matrices are [out, in]; q, k, v stacked; gate and up apart.
+    """One Llama-style layer under its usual names. Matrices are [out, in]; q, k, v stacked; gate
+    and up apart.
 
-    `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which then has no input_norm.
+    `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which
+    then has no input_norm.
     """
 
     heads: int
@@ -62,8 +65,9 @@ class LayerWeights:
 class KVCache:
     """Keys and values [layers, kv_heads, pages, PAGE, head_dim].
 
-    native: the CPU kernels write it. There a page's 16 keys lie next to each other for each dimension, [..., head_dim,
-    PAGE], so that one vector load serves 16 positions; or its elements lie as tiles read them (pages.h)."""
+    native: the CPU kernels write it. There a page's 16 keys lie next to each other for each
+    dimension, [..., head_dim, PAGE], so that one vector load serves 16 positions; or its elements
+    lie as tiles read them (pages.h)."""
 
     keys: Tensor
     values: Tensor
@@ -91,7 +95,8 @@ class KVCache:
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copies slots source[i] -> target[i] (int32, on the CPU) in every layer; targets never precede sources."""
+        """Copies slots source[i] -> target[i] (int32, on the CPU) in every layer; targets never
+        precede sources."""
         if self.native:
             kernels.move_kv(self.keys, self.values, source, target)
             return
@@ -101,7 +106,8 @@ class KVCache:
 
 
 class Workspace:
-    """Buffers that forwards share one after another: large ones are costly to allocate anew (page faults)."""
+    """Buffers that forwards share one after another: large ones are costly to allocate anew (page
+    faults)."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -116,11 +122,11 @@ class Workspace:
 
 @dataclass
 class Context:
-    """What the layers of one forward share: rows, the rotary tables [positions, head_dim / 2], and what either form
-    makes of them.
+    """What the layers of one forward share: rows, the rotary tables [positions, head_dim / 2], and
+    what either form makes of them.
 
-    inputs: what q, k and v of the first layer read, [rows, width], if not its normed x. aux_hidden [rows, aux_layers * hidden]
-    receives x as it is after as many layers as `aux_layers` says."""
+    inputs: what q, k and v of the first layer read, [rows, width], if not its normed x. aux_hidden
+    [rows, aux_layers * hidden] receives x as it is after as many layers as `aux_layers` says."""
 
     rows: Rows
     cosine: Tensor
@@ -148,12 +154,13 @@ class Context:
 
 class Layers(Protocol):
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
-        """Updates x [rows, hidden] in place, layer by layer, and writes the rows' keys and values to the cache."""
+        """Updates x [rows, hidden] in place, layer by layer, and writes the rows' keys and values
+        to the cache."""
 
 
 class NativeLayers:
-    """Layers on the CPU kernels: packed weights and fp32 activations, rounded where a linear layer reads them if its
-    weights are bf16 and the CPU multiplies those."""
+    """Layers on the CPU kernels: packed weights and fp32 activations, rounded where a linear layer
+    reads them if its weights are bf16 and the CPU multiplies those."""
 
     def __init__(self, layers: Sequence[LayerWeights], arena: Arena, workspace: Workspace) -> None:
         self._bf16 = layers[0].qkv.dtype == torch.bfloat16
@@ -209,7 +216,8 @@ class NativeLayers:
 
     @staticmethod
     def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
-        """Rows alternating in blocks of one vector: gate, up, gate, ... (the kernel multiplies them in registers)."""
+        """Rows alternating in blocks of one vector: gate, up, gate, ... (the kernel multiplies them
+        in registers)."""
         lanes = kernels.vector_width()
         pad = (-len(gate)) % lanes
         blocks = [F.pad(m, (0, 0, 0, pad)).view(-1, lanes, m.shape[1]) for m in (gate, up)]
@@ -217,7 +225,8 @@ class NativeLayers:
 
 
 class TorchLayers:
-    """The same in plain torch: the reference, and the path for CUDA. Works in the weights' dtype."""
+    """The same in plain torch: the reference, and the path for CUDA. Works in the weights'
+    dtype."""
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         self.each = [TorchLayer(w) for w in layers]
@@ -230,7 +239,8 @@ class TorchLayers:
 
 
 class TorchLayer:
-    """A layer's two halves, before and after attention: what of it depends on nothing but its rows."""
+    """A layer's two halves, before and after attention: what of it depends on nothing but its
+    rows."""
 
     def __init__(self, w: LayerWeights) -> None:
         self._gate_up = torch.cat((w.gate, w.up))
@@ -240,7 +250,8 @@ class TorchLayer:
     def before(
         self, x: Tensor, cosine: Tensor, sine: Tensor, inputs: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [rows, heads, head_dim], and keys and values [rows, kv_heads, head_dim], for x [rows, hidden]."""
+        """Queries [rows, heads, head_dim], and keys and values [rows, kv_heads, head_dim], for x
+        [rows, hidden]."""
         w = self.weights
         normed = inputs if inputs is not None else rms_norm(x, w.input_norm, w.eps)
         qkv = F.linear(normed, w.qkv, w.qkv_bias).view(len(x), -1, w.head_dim)
@@ -250,7 +261,8 @@ class TorchLayer:
         return rotate(q, cosine, sine), rotate(k, cosine, sine), v
 
     def after(self, x: Tensor, attended: Tensor) -> None:
-        """Adds to x what was attended to, [rows, heads * head_dim], and the feed-forward network."""
+        """Adds to x what was attended to, [rows, heads * head_dim], and the feed-forward
+        network."""
         w = self.weights
         x += F.linear(attended, w.output, w.output_bias)
         gate, up = F.linear(rms_norm(x, w.post_norm, w.eps), self._gate_up).chunk(2, dim=-1)
@@ -260,10 +272,11 @@ class TorchLayer:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, context: Context, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Attention of all rows over the cache, their own keys and values included: [rows, heads * head_dim].
+    """Attention of all rows over the cache, their own keys and values included: [rows, heads *
+    head_dim].
 
-    Query heads that share keys are more queries of one head: so torch's memory-saving kernel takes it, which knows
-    neither flash attention's lack of masks nor a grouping of heads."""
+    Query heads that share keys are more queries of one head: so torch's memory-saving kernel takes
+    it, which knows neither flash attention's lack of masks nor a grouping of heads."""
     rows = context.gathered
     for cache, new in ((keys, k), (values, v)):
         cache[:, rows.page, rows.offset] = new.transpose(0, 1).to(cache.dtype)
@@ -304,7 +317,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of x [rows, heads, head_dim], half-split layout; cosine, sine [rows, head_dim / 2]."""
+    """Rotary embedding of x [rows, heads, head_dim], half-split layout; cosine, sine [rows,
+    head_dim / 2]."""
     cosine, sine = (part[:, None].to(x.dtype) for part in (cosine, sine))
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
@@ -352,8 +366,8 @@ class Linear:
         return twin
 
     def rows_of(self, index: Tensor) -> Tensor:
-        """The weight's rows at `index` [n]: [n, in], float32 on the CPU kernels. Saves tied embeddings a second
-        copy."""
+        """The weight's rows at `index` [n]: [n, in], float32 on the CPU kernels. Saves tied
+        embeddings a second copy."""
         if not self._native:
             return self._weight[index]
         return kernels.unpack(

@@ -1,7 +1,8 @@
-"""Checkpoints: a model's configuration and weights from a folder, a GGUF file, a hub id or a built-in name.
+"""Checkpoints: a model's configuration and weights from a folder, a GGUF file, a hub id or a
+built-in name.
 
-Weights stay on disk (mmap) until they are asked for. Names and shapes are checked against the configuration before
-any weight is read.
+Weights stay on disk (mmap) until they are asked for. Names and shapes are checked against the
+configuration before any weight is read.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ _FLOATS = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`: a folder for
-    Tokenizer.load; `provenance`: strings that say which weights these are; `vision`: how it sees, if it does."""
+    """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`:
+    a folder for Tokenizer.load; `provenance`: strings that say which weights these are; `vision`:
+    how it sees, if it does."""
 
     config: ModelConfig
     weights: Mapping[str, torch.Tensor]
@@ -45,10 +47,12 @@ def _accept(config: ModelConfig) -> None:
 def load_checkpoint(
     path_or_name: str | Path, check: Callable[[ModelConfig], None] = _accept
 ) -> Checkpoint:
-    """Finds (or fetches) a model and checks its configuration, names and shapes; reads no weight yet.
+    """Finds (or fetches) a model and checks its configuration, names and shapes; reads no weight
+    yet.
 
     check: raises for a configuration that cannot be used here, before GGUF weights are converted.
-    Raises ModelError, in one line that names the file or tensor; DownloadError if it cannot be fetched."""
+    Raises ModelError, in one line that names the file or tensor; DownloadError if it cannot be
+    fetched."""
     source = resolve(path_or_name)
     folder = _folder_of(source, check)
     raw = _read_json(folder / "config.json")
@@ -146,7 +150,8 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
 def _weight_files(folder: Path) -> Mapping[Path, list[str] | None]:
     """The files to open, with the tensors the index promises in each (None: whatever is in it).
 
-    One file comes before an index, as in transformers, which leaves an older index behind when it saves anew."""
+    One file comes before an index, as in transformers, which leaves an older index behind when it
+    saves anew."""
     single = folder / "model.safetensors"
     if single.is_file():
         return {single: None}

@@ -1,7 +1,8 @@
-"""A level of an EAGLE-3 head of one layer as one call of the CPU kernels: features and tokens in, ranked children out.
+"""A level of an EAGLE-3 head of one layer as one call of the CPU kernels: features and tokens in,
+ranked children out.
 
-A head in bf16 has its output matrix in 8 bits (a scale for each token): it is half of what a level reads, and proposals
-may be off by a little, since no answer depends on them."""
+A head in bf16 has its output matrix in 8 bits (a scale for each token): it is half of what a level
+reads, and proposals may be off by a little, since no answer depends on them."""
 
 from __future__ import annotations
 
@@ -32,9 +33,10 @@ Rotary: TypeAlias = tuple[Tensor, Tensor]
 
 
 class NativeLevel:
-    """layer: the head's one. outputs: its output matrix, for `tokens` [draft]. norms: of the aux_layers (or None), of the
-    embeddings, of the features, the final one. embedding: a packed matrix, as the target's, or a table. It keeps the
-    head's outputs of a round, which deeper levels read."""
+    """layer: the head's one. outputs: its output matrix, for `tokens` [draft]. norms: of the
+    aux_layers (or None), of the embeddings, of the features, the final one. embedding: a packed
+    matrix, as the target's, or a table. It keeps the head's outputs of a round, which deeper levels
+    read."""
 
     def __init__(
         self,
@@ -95,8 +97,8 @@ class NativeLevel:
         slots: range,
         growth: Growth,
     ) -> Grown:
-        """All levels of a round, nodes chosen as `growth` says. asked: for the children of the roots' rows at levels
-        1, 2, ..., request by request. slots: where nodes' keys go."""
+        """All levels of a round, nodes chosen as `growth` says. asked: for the children of the
+        roots' rows at levels 1, 2, ..., request by request. slots: where nodes' keys go."""
         batch, kept = len(rows.query_start_loc) - 1, [_readable(part) for part in parts]
         features = np.array([address for part in kept for address in _pointers(part)], np.int64)
         self._count = 0

@@ -1,4 +1,5 @@
-"""A whole target on the CPU kernels: a forward in one call, and a round's verification in one call."""
+"""A whole target on the CPU kernels: a forward in one call, and a round's verification in one
+call."""
 
 from __future__ import annotations
 
@@ -21,10 +22,11 @@ from smart_decoding.models.layers import KVCache, Linear, NativeLayers
 
 
 class NativeModel:
-    """layers: of a model; embedding: its table, or None where that is the output matrix; final_norm: before that.
+    """layers: of a model; embedding: its table, or None where that is the output matrix;
+    final_norm: before that.
 
-    What stays as it is from round to round is laid out once: between two forwards caches are cold, and a dozen Python
-    calls take as long as three rows."""
+    What stays as it is from round to round is laid out once: between two forwards caches are cold,
+    and a dozen Python calls take as long as three rows."""
 
     def __init__(
         self,
@@ -77,8 +79,9 @@ class NativeModel:
         wanted: IntArray | None,
         aux_layers: tuple[int, ...],
     ) -> tuple[Tensor, Tensor | None, IntArray]:
-        """Logits of the `wanted` rows (None: of all), valid until the next forward; all rows' states after `aux_layers`
-        layers; and the wanted rows' first maxima, -1 where that is not finite."""
+        """Logits of the `wanted` rows (None: of all), valid until the next forward; all rows'
+        states after `aux_layers` layers; and the wanted rows' first maxima, -1 where that is not
+        finite."""
         count = rows.rows if wanted is None else len(wanted)
         if len(self._logits) < count:
             self._logits = torch.empty(count + count // 4, self._vocab)
@@ -125,8 +128,8 @@ class NativeModel:
         return GreedyRound(acceptance, aux_hidden, first[:requests], *self._seconds.tolist())
 
     def _prepare(self, rows: int, aux_layers: tuple[int, ...]) -> NDArray[np.float32] | None:
-        """Makes room for the states after `aux_layers` layers, which it returns: an array, since a tensor takes ten times as
-        long to cut."""
+        """Makes room for the states after `aux_layers` layers, which it returns: an array, since a
+        tensor takes ten times as long to cut."""
         if aux_layers not in self._aux_layers:
             self._aux_layers[aux_layers] = np.array(aux_layers, np.int32)
         aux_hidden = (
@@ -141,7 +144,8 @@ class NativeModel:
 def embedding_addresses(
     mm_embeds: MultimodalEmbeddings, rows: int
 ) -> tuple[IntArray | None, list[Tensor]]:
-    """For each row the address of the embedding to be read in place of its token's, or 0; and what must stay alive."""
+    """For each row the address of the embedding to be read in place of its token's, or 0; and what
+    must stay alive."""
     if not mm_embeds:
         return None, []
     found, kept = np.zeros(rows, np.int64), []

@@ -1,12 +1,15 @@
-"""Sampling noise that is a pure function of (request seed, sample index, output position, token id).
+"""Sampling noise that is a pure function of (request seed, sample index, output position, token
+id).
 
-With it, the token drawn at a position depends on the target's logits there and on nothing else: not on the tree, the
-batch, the round or the policy (Gumbel-max: argmax(score + Gumbel noise) is a draw from softmax(score)). A drafter may
-rank by draft score plus the same noise. Counter-based as in Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3" (SC 2011); the mixer is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), and the bits of one key are
-that generator's stream, indexed by the token. Computed in integers and float64, then rounded: the same everywhere.
+With it, the token drawn at a position depends on the target's logits there and on nothing else: not
+on the tree, the batch, the round or the policy (Gumbel-max: argmax(score + Gumbel noise) is a draw
+from softmax(score)). A drafter may rank by draft score plus the same noise. Counter-based as in
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); the mixer is the finaliser
+of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), and the bits of one key are that generator's
+stream, indexed by the token. Computed in integers and float64, then rounded: the same everywhere.
 
-The golden values of tests/unit/sampling/test_noise.py hold this function still: to change it changes all answers.
+The golden values of tests/unit/sampling/test_noise.py hold this function still: to change it
+changes all answers.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ G_MIN = float(np.float32(-math.log(-math.log(0.5**BITS / 2))))  # about -3.13: n
 
 
 def noise_key(seed: ArrayLike, sample: ArrayLike, position: ArrayLike) -> NDArray[np.uint64]:
-    """One 64-bit key per (seed, sample index, output position), broadcast; position 0 is the first output token."""
+    """One 64-bit key per (seed, sample index, output position), broadcast; position 0 is the first
+    output token."""
     with np.errstate(over="ignore"):
         key = _mix(_uint64(seed) + _STEP)
         key = _mix((key ^ _uint64(sample)) + _STEP)
@@ -54,7 +58,8 @@ def gumbel(key: ArrayLike, token: ArrayLike) -> NDArray[np.float32]:
 
 
 def fewest_bits(noise: float) -> int:
-    """A number of bits below which `gumbel_of_bits` is certainly less than `noise` (float32 rounding included)."""
+    """A number of bits below which `gumbel_of_bits` is certainly less than `noise` (float32
+    rounding included)."""
     if noise <= G_MIN:
         return 0
     slack = 1e-5  # noise is at most 23, so its float32 rounding is below 1e-6

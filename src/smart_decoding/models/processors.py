@@ -1,4 +1,5 @@
-"""Logit processors: bias, minimum length, penalties and grammar on one row, with that row's own history."""
+"""Logit processors: bias, minimum length, penalties and grammar on one row, with that row's own
+history."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ FloatRow = NDArray[np.float32]
 
 
 def process(row: FloatRow, spec: SampleSpec) -> FloatRow:
-    """[vocab] logits with bias, minimum length, penalties and grammar applied; `row` itself is not changed."""
+    """[vocab] logits with bias, minimum length, penalties and grammar applied; `row` itself is not
+    changed."""
     params = spec.params
     if not params.changes_logits:
         return row
@@ -28,7 +30,8 @@ def process(row: FloatRow, spec: SampleSpec) -> FloatRow:
 
 
 def _penalise(row: FloatRow, spec: SampleSpec) -> None:
-    """Repetition (Keskar et al. 2019: divides positive, multiplies negative logits), then frequency and presence."""
+    """Repetition (Keskar et al. 2019: divides positive, multiplies negative logits), then frequency
+    and presence."""
     if spec.history is None:
         raise ValueError("a penalty is on: SampleSpec.history is needed")
     params = spec.params

@@ -1,5 +1,5 @@
-"""The best tokens of logits: a drafter's children, guessed with the noise that the target will draw with, and what
-recycling remembers."""
+"""The best tokens of logits: a drafter's children, guessed with the noise that the target will draw
+with, and what recycling remembers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from smart_decoding.models.processors import FloatRow
 
 
 def noise_of(asked: Asked) -> tuple[FloatRow, NDArray[np.uint64] | None]:
-    """Factors on the logits [rows], and keys of the noise [rows] (0: none), or None if no row has any."""
+    """Factors on the logits [rows], and keys of the noise [rows] (0: none), or None if no row has
+    any."""
     sampled = asked.temperature > 0
     scale = np.where(sampled, 1.0 / np.maximum(asked.temperature, 1e-3), 1.0).astype(np.float32)
     if not sampled.any():
@@ -26,10 +27,11 @@ def noise_of(asked: Asked) -> tuple[FloatRow, NDArray[np.uint64] | None]:
 
 
 def ranked(logits: Tensor, tokens: Tensor, asked: Asked, native: bool) -> Ranked:
-    """The most likely of `tokens` [n] after each row of logits [rows, n], best first, and probabilities: [rows, k].
+    """The most likely of `tokens` [n] after each row of logits [rows, n], best first, and
+    probabilities: [rows, k].
 
-    Greedy rows: softmax over `tokens`. Others: what the drafter would draw at the row's temperature [rows] with the
-    noise that the target will draw with: the target most often draws the same."""
+    Greedy rows: softmax over `tokens`. Others: what the drafter would draw at the row's temperature
+    [rows] with the noise that the target will draw with: the target most often draws the same."""
     k = min(asked.k, len(tokens))
     scale, keys = noise_of(asked)
     if native:

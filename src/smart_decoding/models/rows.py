@@ -1,4 +1,5 @@
-"""The rows of a forward in the two forms that backends read: pointers for the CPU kernels, padded tensors for torch."""
+"""The rows of a forward in the two forms that backends read: pointers for the CPU kernels, padded
+tensors for torch."""
 
 from __future__ import annotations
 
@@ -43,11 +44,12 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
 
 
 class GatheredRows:
-    """The same rows for backends without ragged attention, on a device: padded to `shape` = (groups, q) with a mask.
+    """The same rows for backends without ragged attention, on a device: padded to `shape` =
+    (groups, q) with a mask.
 
-    page, offset: [rows] where each row's own key goes; key_page, key_offset: [groups, k] where the keys that a group
-    reads lie; mask: [groups, q, k]; query: [rows] flat index of each row in [groups, q], or, if those are `even`, its
-    own number.
+    page, offset: [rows] where each row's own key goes; key_page, key_offset: [groups, k] where the
+    keys that a group reads lie; mask: [groups, q, k]; query: [rows] flat index of each row in
+    [groups, q], or, if those are `even`, its own number.
     """
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
@@ -74,7 +76,8 @@ class GatheredRows:
         self._bias: dict[int, Tensor] = {}
 
     def bias(self, heads: int, dtype: torch.dtype) -> Tensor:
-        """[groups, 1, heads * q, k] the mask as what is added to scores, the same for so many heads."""
+        """[groups, 1, heads * q, k] the mask as what is added to scores, the same for so many
+        heads."""
         if heads not in self._bias:
             bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
             self._bias[heads] = bias.masked_fill_(~self.mask, -torch.inf).repeat(1, heads, 1)[

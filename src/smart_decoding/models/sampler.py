@@ -1,10 +1,10 @@
-"""Draws the target's token for rows of the verifying forward. The token of a row is a function of its logits, its
-history and its keyed noise alone, never of the other rows: greedy rows by argmax, others by Gumbel-max over the tokens
-that top-k, top-p and min-p leave.
+"""Draws the target's token for rows of the verifying forward. The token of a row is a function of
+its logits, its history and its keyed noise alone, never of the other rows: greedy rows by argmax,
+others by Gumbel-max over the tokens that top-k, top-p and min-p leave.
 
-The reference works on rows in numpy, one by one (on a CPU without a copy), so that all devices draw the same; the CPU
-kernels draw for many rows in one call, and leave to it what its rounding would decide. Ties go to the lowest token id
-everywhere.
+The reference works on rows in numpy, one by one (on a CPU without a copy), so that all devices draw
+the same; the CPU kernels draw for many rows in one call, and leave to it what its rounding would
+decide. Ties go to the lowest token id everywhere.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ from smart_decoding.models.noise import (
 from smart_decoding.models.processors import FloatRow, process
 
 LOWEST = float(np.finfo(np.float32).min)  # forbidden tokens, at -inf, are below every floor
-MARGIN = 1e-4  # of a probability: nearer to top_p the kernels' sums are not exact enough to say what is in the nucleus
+# of a probability: nearer to top_p the kernels' sums are not exact enough to say what is in the
+# nucleus
+MARGIN = 1e-4
 NEAR = 5.0  # nats below the maximum within which noise is evaluated at once; a matter of speed only
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log probabilities (natural, of the raw logits) of one position: the drawn token, its rank from 1, and the most
-    likely tokens in descending order; `top_tokens` and `top_logprobs` have shape [k]."""
+    """Log probabilities (natural, of the raw logits) of one position: the drawn token, its rank
+    from 1, and the most likely tokens in descending order; `top_tokens` and `top_logprobs` have
+    shape [k]."""
 
     token: int
     logprob: float
@@ -52,15 +55,16 @@ class TokenLogprobs:
 
 
 class Sampler:
-    """Draws target tokens from logits [rows, vocab] on any device. Raises ModelError if a row has NaN or no finite
-    maximum."""
+    """Draws target tokens from logits [rows, vocab] on any device. Raises ModelError if a row has
+    NaN or no finite maximum."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self._kernels = library.unavailable() is None
 
     def argmax(self, logits: torch.Tensor, which: ArrayLike | None = None) -> NDArray[np.int64]:
-        """[which] most likely token of each of the rows `which` (default: all); of several, the lowest id."""
+        """[which] most likely token of each of the rows `which` (default: all); of several, the
+        lowest id."""
         indices = np.arange(len(logits)) if which is None else np.ascontiguousarray(which, np.int64)
         if logits.device.type == "cpu" and self._kernels and logits.dtype == torch.float32:
             tokens = kernels.argmax(logits.contiguous(), indices)
@@ -82,7 +86,8 @@ class Sampler:
     def sample(
         self, logits: torch.Tensor, which: ArrayLike, specs: Sequence[SampleSpec]
     ) -> NDArray[np.int64]:
-        """[len(which)] tokens drawn for the rows `which` of logits [rows, vocab]; `specs[i]` belongs to `which[i]`."""
+        """[len(which)] tokens drawn for the rows `which` of logits [rows, vocab]; `specs[i]`
+        belongs to `which[i]`."""
         indices = np.asarray(which, np.int64)
         if len(indices) != len(specs):
             raise ValueError(f"{len(indices)} rows but {len(specs)} specs")
@@ -94,7 +99,8 @@ class Sampler:
     def logprobs(
         self, logits: torch.Tensor, which: ArrayLike, tokens: ArrayLike, k: int
     ) -> list[TokenLogprobs]:
-        """Log-softmax of the raw logits at the drawn `tokens` of rows `which`, and of the `k` most likely (-1: all)."""
+        """Log-softmax of the raw logits at the drawn `tokens` of rows `which`, and of the `k` most
+        likely (-1: all)."""
         k = self.vocab_size if k < 0 else min(k, self.vocab_size)
         indices, drawn = np.asarray(which, np.int64), np.asarray(tokens, np.int64)
         rows = _rows(logits, indices)
@@ -102,7 +108,8 @@ class Sampler:
 
 
 def first_maximum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows] lowest id of each row's maximum, and [rows] the maximum; where it is NaN, the id is `vocab`."""
+    """[rows] lowest id of each row's maximum, and [rows] the maximum; where it is NaN, the id is
+    `vocab`."""
     best = logits.amax(-1, keepdim=True)
     ids = torch.arange(logits.shape[-1], device=logits.device)
     return torch.where(logits == best, ids, logits.shape[-1]).amin(-1), best[:, 0].float()
@@ -136,8 +143,8 @@ def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
 
 
 def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
-    """The same tokens in one call of the kernels, and another one where top-p cuts what was drawn. What rounding
-    decides, the kernels leave to numpy."""
+    """The same tokens in one call of the kernels, and another one where top-p cuts what was drawn.
+    What rounding decides, the kernels leave to numpy."""
     asked = [_asked(row, spec) for row, spec in zip(rows, specs, strict=True)]
     drawn = kernels.draw(asked, len(rows[0]))
     require_finite(drawn.best >= 0)
@@ -175,8 +182,8 @@ def _asked(row: FloatRow, spec: SampleSpec) -> tuple[int, int, int, int, int, fl
 
 
 def survivors(row: FloatRow, params: SamplingParams) -> NDArray[np.int64]:
-    """Ascending ids of the tokens of processed logits [vocab] that top-k, top-p and min-p leave: what `draw` draws
-    from, which itself never lists them."""
+    """Ascending ids of the tokens of processed logits [vocab] that top-k, top-p and min-p leave:
+    what `draw` draws from, which itself never lists them."""
     top = int(row.argmax())
     floor = _top_k_floor(row, params.top_k)
     nucleus = _Nucleus(row, top, floor, params)
@@ -185,14 +192,16 @@ def survivors(row: FloatRow, params: SamplingParams) -> NDArray[np.int64]:
 
 
 def _top_k_floor(row: FloatRow, k: int) -> float:
-    """The k-th largest score: tokens below are cut, all that tie with it stay (as in transformers and vLLM)."""
+    """The k-th largest score: tokens below are cut, all that tie with it stay (as in transformers
+    and vLLM)."""
     if not 0 < k < len(row):
         return LOWEST
     return max(LOWEST, float(np.partition(row, len(row) - k)[len(row) - k]))
 
 
 def _min_p_distance(params: SamplingParams) -> float:
-    """How far below the best score min_p cuts: where a token has that part of the most likely one's probability."""
+    """How far below the best score min_p cuts: where a token has that part of the most likely one's
+    probability."""
     return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
 
 
@@ -220,10 +229,12 @@ class Sampled:
 
 
 class _Nucleus:
-    """The top-p set of the scores >= floor: tokens with less than top_p of the mass strictly above them.
+    """The top-p set of the scores >= floor: tokens with less than top_p of the mass strictly above
+    them.
 
-    Hence ties with the last one stay. Membership is asked of single tokens, so that nothing is sorted, and the masses
-    are computed only when a token other than the most likely one is asked about."""
+    Hence ties with the last one stay. Membership is asked of single tokens, so that nothing is
+    sorted, and the masses are computed only when a token other than the most likely one is asked
+    about."""
 
     def __init__(self, row: FloatRow, top: int, floor: float, params: SamplingParams) -> None:
         self.row, self.top, self.floor, self.params = row, top, floor, params
@@ -251,10 +262,12 @@ class _Nucleus:
 def _gumbel_max(
     row: FloatRow, top: int, floor: float, temperature: float, key: NDArray[np.uint64]
 ) -> int:
-    """argmax of row / temperature + noise over the scores >= floor, evaluating the noise of few tokens.
+    """argmax of row / temperature + noise over the scores >= floor, evaluating the noise of few
+    tokens.
 
-    After the tokens near the maximum, a token can win only within G_MAX of the best so far, and only if its bits are
-    high enough for the distance; both bounds are exact, slack covers the rounding of the comparison."""
+    After the tokens near the maximum, a token can win only within G_MAX of the best so far, and
+    only if its bits are high enough for the distance; both bounds are exact, slack covers the
+    rounding of the comparison."""
     near_floor = max(floor, float(row[top]) - NEAR * temperature)
     near = np.flatnonzero(row >= near_floor)
     token, best = _best(row, near, gumbel(key, near), temperature)

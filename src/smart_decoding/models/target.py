@@ -36,7 +36,8 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def device_of(name: str) -> torch.device:
-    """The device that auto, cpu or cuda names here. Raises ConfigError for one that is not there."""
+    """The device that auto, cpu or cuda names here. Raises ConfigError for one that is not
+    there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -48,7 +49,8 @@ def device_of(name: str) -> torch.device:
 
 @contextmanager
 def fitting_memory(what: str, pages: int) -> Iterator[None]:
-    """Raises CapacityError where the block, which allocates a model and its KV pages, runs out of memory."""
+    """Raises CapacityError where the block, which allocates a model and its KV pages, runs out of
+    memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -60,9 +62,11 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
 
 
 class TorchTarget(Sampled):
-    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens; with eyes if it has some.
+    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens; with eyes if
+    it has some.
 
-    enforce_eager: no CUDA graphs. allow_slow: plain torch on a CPU where the kernels cannot run; else an error."""
+    enforce_eager: no CUDA graphs. allow_slow: plain torch on a CPU where the kernels cannot run;
+    else an error."""
 
     def __init__(
         self,
@@ -150,5 +154,6 @@ def _wait(device: torch.device) -> None:
 
 
 def pages_for(tokens: int, max_num_seqs: int) -> int:
-    """Pages for `tokens` committed tokens in `max_num_seqs` requests, each with a last page half full and a tree."""
+    """Pages for `tokens` committed tokens in `max_num_seqs` requests, each with a last page half
+    full and a tree."""
     return int(np.ceil(tokens / PAGE)) + 5 * max_num_seqs

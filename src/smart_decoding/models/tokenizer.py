@@ -1,7 +1,9 @@
-"""Text to token ids and back: a thin face on the `tokenizers` library, with chat templates and streaming.
+"""Text to token ids and back: a thin face on the `tokenizers` library, with chat templates and
+streaming.
 
-A tokenizer comes from a folder (tokenizer.json, tokenizer_config.json, chat_template.jinja), or from the metadata of a
-GGUF file, which names the kind of byte-pair encoding and lists its tokens and merges.
+A tokenizer comes from a folder (tokenizer.json, tokenizer_config.json, chat_template.jinja), or
+from the metadata of a GGUF file, which names the kind of byte-pair encoding and lists its tokens
+and merges.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
-        """From GGUF metadata: byte-level BPE of the kinds smollm, llama-bpe and qwen2; ModelError for any other."""
+        """From GGUF metadata: byte-level BPE of the kinds smollm, llama-bpe and qwen2; ModelError
+        for any other."""
         tokens = metadata["tokenizer.ggml.tokens"]
         ids = {
             name: metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -69,7 +72,8 @@ class Tokenizer:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json; `load` and transformers read them back."""
+        """Writes tokenizer.json and tokenizer_config.json; `load` and transformers read them
+        back."""
         self.backend.save(str(folder / "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -97,7 +101,8 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. `add_special_tokens` puts the beginning token there if this model uses one."""
+        """Token ids of a text. `add_special_tokens` puts the beginning token there if this model
+        uses one."""
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -113,8 +118,8 @@ class Tokenizer:
     ) -> str:
         """The prompt text of a conversation, by the model's own template or the one given.
 
-        Raises ConfigError without a template or for messages that it refuses. Encode the result without special
-        tokens: the template writes them."""
+        Raises ConfigError without a template or for messages that it refuses. Encode the result
+        without special tokens: the template writes them."""
         chosen = template or self.template
         if chosen is None:
             raise ConfigError(
@@ -139,7 +144,8 @@ class Tokenizer:
 
 
 def _backend_of(folder: Path) -> tokenizers.Tokenizer:
-    """Without the truncation and padding that some files have kept from training: a prompt is all of it, no more."""
+    """Without the truncation and padding that some files have kept from training: a prompt is all
+    of it, no more."""
     backend = _stored_backend(folder)
     backend.no_truncation()
     backend.no_padding()

@@ -1,6 +1,8 @@
-"""The seeing part of a vision-language model: transformers' own vision tower and projector, pictures in, rows out.
+"""The seeing part of a vision-language model: transformers' own vision tower and projector,
+pictures in, rows out.
 
-The language model of such a checkpoint is our decoder; this file finds its configuration and its weights' names, too.
+The language model of such a checkpoint is our decoder; this file finds its configuration and its
+weights' names, too.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ KEPT = 32_768  # positions whose embeddings are kept for pictures that come agai
 
 @dataclass(frozen=True, slots=True)
 class VisionFiles:
-    """What a checkpoint says about seeing. config: transformers'; names: the module's tensors -> the checkpoint's;
-    weights: the checkpoint's tensors."""
+    """What a checkpoint says about seeing. config: transformers'; names: the module's tensors ->
+    the checkpoint's; weights: the checkpoint's tensors."""
 
     folder: Path
     config: Any
@@ -63,7 +65,8 @@ class RenamedWeights(Mapping[str, Tensor]):
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
-    """The architecture's name, if the contents of config.json are those of a vision-language model known here."""
+    """The architecture's name, if the contents of config.json are those of a vision-language model
+    known here."""
     names = config.get("architectures") or [""]
     return names[0] if names[0] in ARCHITECTURES else None
 
@@ -71,9 +74,11 @@ def architecture_of(config: Mapping[str, Any]) -> str | None:
 def read_configs(
     folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any] | None
 ) -> tuple[ModelConfig, Any]:
-    """The language model's shape, and transformers' configuration of the whole. raw: the contents of config.json.
+    """The language model's shape, and transformers' configuration of the whole. raw: the contents
+    of config.json.
 
-    Published configurations leave out what transformers takes for granted, so transformers reads them."""
+    Published configurations leave out what transformers takes for granted, so transformers reads
+    them."""
     with quiet_transformers():
         from transformers import AutoConfig
 
@@ -102,8 +107,8 @@ def read_configs(
 
 
 def split_names(found: Iterable[str], architecture: str) -> tuple[dict[str, str], dict[str, str]]:
-    """A checkpoint's tensors in two: the decoder's (our name -> theirs) and the vision part's, in both generations of
-    names that transformers has written."""
+    """A checkpoint's tensors in two: the decoder's (our name -> theirs) and the vision part's, in
+    both generations of names that transformers has written."""
     parts = ARCHITECTURES[architecture]
     text, vision = {}, {}
     for name in found:
@@ -162,7 +167,8 @@ class VisionTower:
 
 
 def _module(files: VisionFiles, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' whole model without its language layers, holding the checkpoint's vision weights."""
+    """transformers' whole model without its language layers, holding the checkpoint's vision
+    weights."""
     from transformers import AutoModel
     from transformers.initialization import no_init_weights
 
@@ -197,7 +203,8 @@ def _module(files: VisionFiles, dtype: torch.dtype, device: torch.device) -> Any
 
 
 def _fitted(names: Mapping[str, str], wanted: Iterable[str]) -> dict[str, str]:
-    """Checkpoints written before transformers 5 have one more level in the tower's names, `vision_model`."""
+    """Checkpoints written before transformers 5 have one more level in the tower's names,
+    `vision_model`."""
     deeper = any(name.startswith("vision_tower.vision_model.") for name in wanted)
     plain = {
         name.replace("vision_tower.vision_model.", "vision_tower."): theirs

@@ -1,6 +1,8 @@
-"""Pictures as people send them: data URLs, files within an allowed folder, bytes, PIL images. Limits come first.
+"""Pictures as people send them: data URLs, files within an allowed folder, bytes, PIL images.
+Limits come first.
 
-What is decoded is checked before it is: its size in bytes, its format, and the pixels that its header promises.
+What is decoded is checked before it is: its size in bytes, its format, and the pixels that its
+header promises.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ MODALITIES = ("image", "video")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a prompt may hold. per_prompt: pictures by modality; folder: where local files may lie, None for nowhere;
-    pixels, bytes: of one picture; frames: of one video."""
+    """What a prompt may hold. per_prompt: pictures by modality; folder: where local files may lie,
+    None for nowhere; pixels, bytes: of one picture; frames: of one video."""
 
     per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 16, "video": 1})
     folder: Path | None = None
@@ -51,8 +53,8 @@ class Limits:
 
 
 def open_image(source: Any, limits: Limits) -> Image:
-    """The picture in RGB, upright. source: URL, bytes or PIL image. Raises ConfigError in one line for any other,
-    for what cannot be decoded, and for what exceeds the limits."""
+    """The picture in RGB, upright. source: URL, bytes or PIL image. Raises ConfigError in one line
+    for any other, for what cannot be decoded, and for what exceeds the limits."""
     pil = _pil()
     if isinstance(source, pil.Image):
         return _upright(source, limits)
@@ -130,7 +132,8 @@ def _from_data_url(url: str, limits: Limits) -> bytes:
 
 
 def read_file(path: Path, limits: Limits) -> bytes:
-    """Raises ConfigError for devices and for more than `limits.bytes`, OSError for what cannot be read."""
+    """Raises ConfigError for devices and for more than `limits.bytes`, OSError for what cannot be
+    read."""
     if path.exists() and not path.is_file():
         raise ConfigError("an image must be a file")
     size = path.stat().st_size

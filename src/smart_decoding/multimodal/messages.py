@@ -1,4 +1,5 @@
-"""OpenAI's content parts: what a conversation says, in the form its template reads, and the pictures in their order."""
+"""OpenAI's content parts: what a conversation says, in the form its template reads, and the
+pictures in their order."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _IMAGE_KEYS = {
 
 @dataclass(frozen=True, slots=True)
 class PictureSource:
-    """modality: image or video. source: of an image as `open_image` reads it, of a video a list of such frames."""
+    """modality: image or video. source: of an image as `open_image` reads it, of a video a list of
+    such frames."""
 
     modality: str
     source: Any
@@ -31,8 +33,8 @@ def has_pictures(messages: Sequence[Message]) -> bool:
 
 
 def split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[PictureSource]]:
-    """The messages with every content as a list of {type: text, text}, {type: image} and {type: video}, and the
-    pictures. Raises ConfigError for parts that are malformed or of another type."""
+    """The messages with every content as a list of {type: text, text}, {type: image} and {type:
+    video}, and the pictures. Raises ConfigError for parts that are malformed or of another type."""
     pictures: list[PictureSource] = []
     plain = []
     for message in messages:
@@ -42,7 +44,8 @@ def split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Pictu
 
 
 def as_text(messages: Sequence[Message], placeholders: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Split messages with each content as one string, a placeholder and a new line for every picture."""
+    """Split messages with each content as one string, a placeholder and a new line for every
+    picture."""
     texts = {modality: f"{token}\n" for modality, token in placeholders.items()}
     return [
         {

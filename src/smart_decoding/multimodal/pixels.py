@@ -1,7 +1,8 @@
-"""From a picture to what a vision tower reads: transformers' own image processors, in their PIL form.
+"""From a picture to what a vision tower reads: transformers' own image processors, in their PIL
+form.
 
-Of the two forms that transformers has, the same one is used whatever else is installed, so that an answer depends on
-the picture alone.
+Of the two forms that transformers has, the same one is used whatever else is installed, so that an
+answer depends on the picture alone.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ NEEDED = (
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """One image or video, ready for the tower. values: float32, LLaVA's [channels, height, width] or Qwen2-VL's patches
-    [time * height * width, patch]; grid: (time, height, width) in patches; length: positions that it takes."""
+    """One image or video, ready for the tower. values: float32, LLaVA's [channels, height, width]
+    or Qwen2-VL's patches [time * height * width, patch]; grid: (time, height, width) in patches;
+    length: positions that it takes."""
 
     modality: str
     values: NDArray[np.float32]
@@ -46,7 +48,8 @@ class Pixels:
 
 
 class PixelReader(Protocol):
-    """Prepares pictures for one model. placeholders: the token id that stands for a picture, by modality."""
+    """Prepares pictures for one model. placeholders: the token id that stands for a picture, by
+    modality."""
 
     placeholders: Mapping[str, int]
     merge: int  # patches per position, along each side
@@ -80,9 +83,11 @@ class FixedReader:
 
 
 class DynamicReader:
-    """Qwen2-VL: an image keeps about its size, and takes one position for each 2 x 2 patches of 14 x 14 pixels.
+    """Qwen2-VL: an image keeps about its size, and takes one position for each 2 x 2 patches of 14
+    x 14 pixels.
 
-    A video's frames go two by two into the patches of one time step, where an image goes in twice."""
+    A video's frames go two by two into the patches of one time step, where an image goes in
+    twice."""
 
     def __init__(self, processor: Any, config: Any) -> None:
         self._processor = processor
@@ -122,9 +127,11 @@ class DynamicReader:
 
 
 def load_reader(folder: Path, config: Any, options: Mapping[str, Any] | None = None) -> PixelReader:
-    """The reader of a model's folder. config: transformers'; options: of its image processor, such as max_pixels.
+    """The reader of a model's folder. config: transformers'; options: of its image processor, such
+    as max_pixels.
 
-    Raises ModelError for a folder without a usable image processor, ConfigError for unknown options."""
+    Raises ModelError for a folder without a usable image processor, ConfigError for unknown
+    options."""
     with quiet_transformers():
         from transformers import AutoImageProcessor
 
@@ -171,7 +178,8 @@ def _processed(processor: Any, image: Image) -> Mapping[str, Any]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Imports and loads without notices about what else could be installed; ModelError if transformers is not."""
+    """Imports and loads without notices about what else could be installed; ModelError if
+    transformers is not."""
     logger = logging.getLogger("transformers")
     level = logger.level
     try:

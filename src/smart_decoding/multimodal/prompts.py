@@ -1,4 +1,5 @@
-"""Prompts with pictures: placeholders expanded to the positions that each picture takes, pictures with their places."""
+"""Prompts with pictures: placeholders expanded to the positions that each picture takes, pictures
+with their places."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _PROBE = "smart-probe"
 
 @dataclass(frozen=True, slots=True)
 class MediaPrompt:
-    """Token ids, each picture's positions filled with its placeholder, and the pictures (None: there are none)."""
+    """Token ids, each picture's positions filled with its placeholder, and the pictures (None:
+    there are none)."""
 
     tokens: list[int]
     media: Media | None = None
@@ -30,7 +32,8 @@ class MediaPrompt:
 
 
 class PromptBuilder:
-    """Builds prompts for one vision-language model. mrope: whether it has three rotary positions."""
+    """Builds prompts for one vision-language model. mrope: whether it has three rotary
+    positions."""
 
     def __init__(
         self, tokenizer: Tokenizer, reader: PixelReader, limits: Limits, mrope: bool
@@ -48,9 +51,11 @@ class PromptBuilder:
         return self._build(self._encode(text), pictures, text)
 
     def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
-        """A text or token ids with one placeholder a picture. media: image and video, each one or a list.
+        """A text or token ids with one placeholder a picture. media: image and video, each one or a
+        list.
 
-        Raises ConfigError, too, if there are more pictures than placeholders or the other way round."""
+        Raises ConfigError, too, if there are more pictures than placeholders or the other way
+        round."""
         unknown = [name for name in media if name not in MODALITIES]
         if unknown:
             raise ConfigError(
@@ -136,7 +141,8 @@ class PromptBuilder:
         }
 
     def _encode(self, text: str) -> list[int]:
-        """As transformers' processors do: the beginning token is added where the template has not written it."""
+        """As transformers' processors do: the beginning token is added where the template has not
+        written it."""
         bos = self._tokenizer.specials.get("bos_token")
         return self._tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
@@ -157,11 +163,13 @@ class PromptBuilder:
 def rotary_positions(
     length: int, pictures: Sequence[Picture], grids: Sequence[tuple[int, int, int]], merge: int
 ) -> tuple[IntArray, int]:
-    """M-RoPE (Qwen2-VL): [length, 3] positions in time, height and width, and what they lag behind afterwards.
+    """M-RoPE (Qwen2-VL): [length, 3] positions in time, height and width, and what they lag behind
+    afterwards.
 
-    A text's three positions are equal. A picture's follow its grid from the next position on, and the text behind it
-    goes on after the largest of them, as in the paper (arXiv 2409.12191); transformers 5 leaves a video's time out of
-    that, which only differs for videos of more time steps than rows and columns."""
+    A text's three positions are equal. A picture's follow its grid from the next position on, and
+    the text behind it goes on after the largest of them, as in the paper (arXiv 2409.12191);
+    transformers 5 leaves a video's time out of that, which only differs for videos of more time
+    steps than rows and columns."""
     rotary = np.empty((length, 3), np.int64)
     at = now = 0
     for picture, grid in zip(pictures, grids, strict=True):

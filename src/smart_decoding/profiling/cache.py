@@ -1,4 +1,5 @@
-"""Profiles on disk: one small JSON per model, device and machine. A missing, stale or broken one never stops a run."""
+"""Profiles on disk: one small JSON per model, device and machine. A missing, stale or broken one
+never stops a run."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def profile_path(
     longest: int,
     steps: Sequence[int] = (),
 ) -> Path:
-    """Where the profile of this model on this machine lies. longest: the longest context that it knows; steps: of its
-    costs over rows."""
+    """Where the profile of this model on this machine lies. longest: the longest context that it
+    knows; steps: of its costs over rows."""
     machine = _cpu() + (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
     native = library.identity() if library.unavailable() is None else ""
     parts = [
@@ -59,7 +60,8 @@ def load_profile(path: Path) -> CostModel | None:
 
 
 def save_profile(path: Path, cost: CostModel) -> None:
-    """Stores a cost model, all of it or nothing; a full disk only means measuring again next time."""
+    """Stores a cost model, all of it or nothing; a full disk only means measuring again next
+    time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as scratch:

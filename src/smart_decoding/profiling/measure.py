@@ -1,5 +1,5 @@
-"""Measures what forwards cost: rows x batch x context for the target, and for the levels of a drafter with a model:
-roots and rows that wait for the first one, width for those below it."""
+"""Measures what forwards cost: rows x batch x context for the target, and for the levels of a
+drafter with a model: roots and rows that wait for the first one, width for those below it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ COARSE = (1, 4, 16, 48)
 BATCHES = (1, 2, 4, 8, 16, 32)
 WIDTHS, LONG_WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 8)
 WAITING, COARSE_WAITING = (0, 1, 2, 4, 8, 24, 64), (0, 16)
-LONG_WAITING = 384  # a prompt, or what several requests have waiting; one row of it costs more than one of a few
+# a prompt, or what several requests have waiting; one row of it costs more than one of a few
+LONG_WAITING = 384
 RANDOM_TOKENS = 1024
 MAX_ROWS = 96
 CONTEXTS = (128, 768)
@@ -32,8 +33,8 @@ CONTEXTS = (128, 768)
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One thing to time: `run` performs it once, after `prepare`, and may say itself how many seconds count; `sample`
-    wraps the seconds; `end` tidies up."""
+    """One thing to time: `run` performs it once, after `prepare`, and may say itself how many
+    seconds count; `sample` wraps the seconds; `end` tidies up."""
 
     run: Callable[[], float | None]
     sample: Callable[[float], Sample]
@@ -50,14 +51,15 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     coarse: bool = False,
 ) -> list[Sample]:
-    """Times every point again and again, in turn, until `seconds` are used up; every point is timed at least once.
+    """Times every point again and again, in turn, until `seconds` are used up; every point is timed
+    at least once.
 
     coarse: fewer points, for forwards so slow that all of them would take far more than `seconds`.
 
-    A shared machine changes its speed from second to second. So the first point, one row, is timed before every
-    other one, and the ratio to it counts: neighbours then shift no point against another. It also leaves the caches as
-    a real round does (before a deeper level of the drafter the first one runs, too). The KV cache must be idle: its
-    contents are overwritten."""
+    A shared machine changes its speed from second to second. So the first point, one row, is timed
+    before every other one, and the ratio to it counts: neighbours then shift no point against
+    another. It also leaves the caches as a real round does (before a deeper level of the drafter
+    the first one runs, too). The KV cache must be idle: its contents are overwritten."""
     if not longest_context(target.max_positions):  # too short for any verification
         return []
     points = _points(target, drafter, pages, max_num_seqs, coarse)
@@ -77,7 +79,8 @@ def longest_context(max_positions: int) -> int:
 
 
 def largest_batch(pages: int, max_num_seqs: int) -> int:
-    """The largest batch that is measured, in a cache of `pages`: what a profile says of larger ones is a guess."""
+    """The largest batch that is measured, in a cache of `pages`: what a profile says of larger ones
+    is a guess."""
     each = -(-(CONTEXTS[0] + 1) // PAGE)
     return max(
         batch
@@ -112,7 +115,8 @@ def _timed(point: Point, clock: Callable[[], float]) -> float:
 
 
 def _relative(timed: Sequence[tuple[Point, float, float]]) -> list[Sample]:
-    """Samples at the reference's median speed. A speed is that of three neighbouring references: one alone is noisy."""
+    """Samples at the reference's median speed. A speed is that of three neighbouring references:
+    one alone is noisy."""
     references = np.array([reference for _, reference, _ in timed])
     padded = np.concatenate((references[:1], references, references[-1:]))
     local = np.median(np.stack((padded[:-2], padded[1:-1], padded[2:])), axis=0)
@@ -124,7 +128,8 @@ def _relative(timed: Sequence[tuple[Point, float, float]]) -> list[Sample]:
 
 
 def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Median and 90th percentile of |predicted / measured - 1|: odd verify samples under a fit of the even ones."""
+    """Median and 90th percentile of |predicted / measured - 1|: odd verify samples under a fit of
+    the even ones."""
     verify = [s for s in samples if isinstance(s, VerifySample)]
     model = CostModel.fit(verify[::2])
     errors = [
@@ -142,7 +147,8 @@ def _points(
     coarse: bool = False,
 ) -> list[Point]:
     points, sizes = [], COARSE if coarse else PER_SEQUENCE
-    # Both sides of a step, between which costs are flat. Of many steps two batches show enough: most totals end one.
+    # Both sides of a step, between which costs are flat. Of many steps two batches show enough:
+    # most totals end one.
     stepped = () if coarse else BATCHES if len(target.steps) <= 1 else (1, 8)
     for context in CONTEXTS[: 1 if coarse else None]:
         for batch in (b for b in BATCHES if b <= max_num_seqs):
@@ -163,7 +169,8 @@ def _points(
 def _draft_points(
     target: TorchTarget, drafter: LevelDrafter[Any], pages: int, max_num_seqs: int, coarse: bool
 ) -> list[Point]:
-    """First levels over roots, and over rows that wait; deeper ones over their width, and over the context."""
+    """First levels over roots, and over rows that wait; deeper ones over their width, and over the
+    context."""
     widths, waits = (COARSE, COARSE_WAITING) if coarse else (WIDTHS, WAITING)
 
     def rehearsal(batch: int, context: int, more: int = MORE) -> Rehearsal | None:
@@ -193,7 +200,8 @@ def _verify_point(run: Callable[[], None], batch: int, total: int, context: int)
 def verification(
     target: TorchTarget, batch: int, total: int, context: int, pages: int
 ) -> Callable[[], None] | None:
-    """What verifies `total` rows of `batch` sequences at `context`, as rounds do; None if the cache is too small."""
+    """What verifies `total` rows of `batch` sequences at `context`, as rounds do; None if the cache
+    is too small."""
     if target.verify_greedy is None:
         rows = fake_rows(batch, total, context, pages)
         return None if rows is None else lambda: _verify(target, rows, batch)
@@ -236,7 +244,8 @@ def _deeper_point(requests: Rehearsal, width: int) -> Point:
 
 
 def fake_rows(batch: int, total: int, context: int, pages: int) -> Rows | None:
-    """`total` rows of `batch` sequences at `context`, all logits wanted; None if the cache is too small."""
+    """`total` rows of `batch` sequences at `context`, all logits wanted; None if the cache is too
+    small."""
     tables = _tables(batch, total, context, pages)
     if tables is None:
         return None
@@ -251,8 +260,8 @@ def fake_rows(batch: int, total: int, context: int, pages: int) -> Rows | None:
 
 
 def _tables(batch: int, total: int, context: int, pages: int) -> list[Ints] | None:
-    """Block tables of `batch` sequences whose pages lie anywhere, as they do once requests have come and gone: read in
-    order they are up to a tenth faster."""
+    """Block tables of `batch` sequences whose pages lie anywhere, as they do once requests have
+    come and gone: read in order they are up to a tenth faster."""
     each = (context + -(-total // batch) + PAGE - 1) // PAGE
     if batch * each > pages:
         return None
@@ -261,8 +270,8 @@ def _tables(batch: int, total: int, context: int, pages: int) -> list[Ints] | No
 
 
 def fake_trees(batch: int, nodes: int) -> DraftTrees:
-    """Trees of `nodes` nodes in all: half of a tree's nodes are children of its root, the others lie below, two by
-    two."""
+    """Trees of `nodes` nodes in all: half of a tree's nodes are children of its root, the others
+    lie below, two by two."""
     counts = [nodes // batch + (i < nodes % batch) for i in range(batch)]
     first = [(i, j) for i, count in enumerate(counts) for j in range((count + 1) // 2)]
     second = [(i, j // 2) for i, count in enumerate(counts) for j in range(count // 2)]

@@ -26,7 +26,8 @@ MORE = 96  # tokens that requests grow by before they begin anew, if nothing els
 
 
 class Rehearsal:
-    """`batch` requests of `context` random tokens, and up to `more`. The drafter's keys are overwritten."""
+    """`batch` requests of `context` random tokens, and up to `more`. The drafter's keys are
+    overwritten."""
 
     def __init__(
         self,
@@ -68,7 +69,8 @@ class Rehearsal:
             self._trees = self._drafter.start(self._requests, PLAN)
 
     def reach(self, width: int) -> None:
-        """Drafts until a level has `width` nodes, or no more than the one before; these are expanded next."""
+        """Drafts until a level has `width` nodes, or no more than the one before; these are
+        expanded next."""
         self.commit(0)
         if self._grow is not None:  # `expand` drafts the levels before it, too
             return
@@ -91,7 +93,8 @@ class Rehearsal:
         return grown.expanded[-1], grown.seconds[-1]
 
     def _forced(self, width: int, levels: int) -> DraftPlan:
-        """A plan by which `width` nodes of each level are expanded: further levels and nodes cost nothing in it."""
+        """A plan by which `width` nodes of each level are expanded: further levels and nodes cost
+        nothing in it."""
         assert self._chooser is not None
         batch, none = self.batch, np.zeros(0, np.int64)
         limits, kind = np.full(batch, levels + 1), np.ones(batch, np.uint8)

@@ -41,7 +41,8 @@ class Usage:
 
 
 class ChatForm:
-    """The shape of /v1/chat/completions. top: alternatives a token, or None without log probabilities.
+    """The shape of /v1/chat/completions. top: alternatives a token, or None without log
+    probabilities.
 
     calls: whether the text may hold tool calls."""
 
@@ -111,7 +112,8 @@ class ChatForm:
 
     def _token(self, token: int, logprob: float) -> Json:
         text = self._text_of(token)
-        # A token that holds a part of a character has no text, and then its bytes are not known here either.
+        # A token that holds a part of a character has no text, and then its bytes are not known
+        # here either.
         return {
             "token": text,
             "logprob": _finite(logprob),
@@ -122,7 +124,8 @@ class ChatForm:
 class Offsets:
     """Where the tokens of one answer begin in its text. reader: turns them into that text.
 
-    A token inside a character begins where the character does; one that is not shown, where the next one does."""
+    A token inside a character begins where the character does; one that is not shown, where the
+    next one does."""
 
     def __init__(self, reader: Detokenizer) -> None:
         self._reader, self._length = reader, 0
@@ -135,8 +138,8 @@ class Offsets:
 
 
 class CompletionForm:
-    """The shape of /v1/completions. top: alternatives a token; reader: makes what turns an answer's tokens into text,
-    by its index."""
+    """The shape of /v1/completions. top: alternatives a token; reader: makes what turns an answer's
+    tokens into text, by its index."""
 
     prefix, whole, piece = "cmpl-", "text_completion", "text_completion"
 

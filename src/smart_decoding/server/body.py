@@ -27,7 +27,8 @@ Text = Annotated[str, AfterValidator(_whole_characters)]
 
 
 def check_json(value: Any) -> None:
-    """Raises ValueError for JSON that cannot be written out again: too deep, not finite, or no text."""
+    """Raises ValueError for JSON that cannot be written out again: too deep, not finite, or no
+    text."""
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:
@@ -41,7 +42,8 @@ def check_json(value: Any) -> None:
 
 
 class Body(BaseModel):
-    """A JSON object without unknown fields. `_NEUTRAL`: values of unsupported fields that change nothing."""
+    """A JSON object without unknown fields. `_NEUTRAL`: values of unsupported fields that change
+    nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 

@@ -15,7 +15,8 @@ from smart_decoding.server.schemas import Message
 def chat_prompt(
     llm: LLM, messages: Sequence[Message], offered: Sequence[tools.Tool] = ()
 ) -> MediaPrompt:
-    """The prompt of a conversation, with the tools that the model may call. Raises ApiError, ConfigError."""
+    """The prompt of a conversation, with the tools that the model may call. Raises ApiError,
+    ConfigError."""
     plain = [message.plain() for message in messages]
     with_tools = offered or any(
         "tool_calls" in message or message["role"] == "tool" for message in plain

@@ -1,4 +1,5 @@
-"""uvicorn's HTTP/1.1 for strangers: who connects must send a whole head, and read, within a time, or is cut off."""
+"""uvicorn's HTTP/1.1 for strangers: who connects must send a whole head, and read, within a time,
+or is cut off."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ STALLED = 60.0  # seconds in which a client has read nothing of what is to be se
 
 
 class Connection(H11Protocol):
-    """One connection. head_timeout: seconds for a request's head, from the connection's or its first byte on.
+    """One connection. head_timeout: seconds for a request's head, from the connection's or its
+    first byte on.
 
     max_connections: those that are open at a time; more get a 503."""
 
@@ -74,7 +76,8 @@ class Connection(H11Protocol):
         self._refuse(ApiError(400, msg, "invalid_http"))
 
     def _watch(self) -> None:
-        """The clock runs from the first byte of a head to its last, and while no request is being answered."""
+        """The clock runs from the first byte of a head to its last, and while no request is being
+        answered."""
         if self.cycle is not None and not self.cycle.response_complete:
             if self._head_timer is not None:
                 self._head_timer.cancel()

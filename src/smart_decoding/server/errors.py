@@ -1,4 +1,5 @@
-"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, with the status their clients expect."""
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, with the status their
+clients expect."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ RETRY_AFTER = 5  # seconds, where nobody knows better
 
 
 class ApiError(Exception):
-    """An answer other than 200. retry_after: seconds; every 429 and 503 has some, for it may go away by itself."""
+    """An answer other than 200. retry_after: seconds; every 429 and 503 has some, for it may go
+    away by itself."""
 
     def __init__(
         self,
@@ -99,7 +101,8 @@ def install(app: FastAPI) -> None:
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong, in one line; of a value that may be of several types, the deepest."""
+    """The first thing that is wrong, in one line; of a value that may be of several types, the
+    deepest."""
     field = error.errors()[0]["loc"][:2]
     first = max((e for e in error.errors() if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
     kind = first["type"]

@@ -94,9 +94,11 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
 
 
 def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
-    """Serves until SIGINT or SIGTERM; then no new connections, and what runs may end within the deadline.
+    """Serves until SIGINT or SIGTERM; then no new connections, and what runs may end within the
+    deadline.
 
-    Raises ConfigError for an address that cannot be had, SmartError if the model cannot be loaded."""
+    Raises ConfigError for an address that cannot be had, SmartError if the model cannot be
+    loaded."""
     set_up_logging(settings.log_level)
     server, worker = make_server(lambda: _kept_for_good(load()), settings)
     with bind(settings.host, settings.port) as listener:
@@ -109,14 +111,16 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
 
 
 def _kept_for_good(llm: LLM) -> LLM:
-    """What is loaded stays: it need not be searched for garbage again, which would hold up rounds."""
+    """What is loaded stays: it need not be searched for garbage again, which would hold up
+    rounds."""
     gc.collect()
     gc.freeze()
     return llm
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, taken before the model is loaded. Raises ConfigError if the address is not free."""
+    """A bound socket, taken before the model is loaded. Raises ConfigError if the address is not
+    free."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)

@@ -1,4 +1,5 @@
-"""What the live page shows, a few times a second: only while somebody watches does it cost anything."""
+"""What the live page shows, a few times a second: only while somebody watches does it cost
+anything."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ CSP = (
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """One round: when it ended, its seconds and tokens, and what plain decoding would take and yield."""
+    """One round: when it ended, its seconds and tokens, and what plain decoding would take and
+    yield."""
 
     at: float
     seconds: float
@@ -41,13 +43,15 @@ class Pace:
 
 
 class Live:
-    """An observer of the worker that keeps the last round, and makes events of it on the event loop."""
+    """An observer of the worker that keeps the last round, and makes events of it on the event
+    loop."""
 
     def __init__(self, name: str) -> None:
         self.name, self.watchers = name, 0  # of the model, as clients ask for it
         self._llm: LLM | None = None
         self._seen: RoundRecord | None = None
-        # The last decoding round, and its requests' tokens after it; one value, for it is read by another thread.
+        # The last decoding round, and its requests' tokens after it; one value, for it is read by
+        # another thread.
         self._last: tuple[RoundRecord, list[int]] | None = None
         self._paces: deque[Pace] = deque(maxlen=4096)
 

@@ -1,5 +1,5 @@
-"""Prometheus metrics, in vLLM's names with our prefix where vLLM has them. Written by the engine thread between rounds,
-read by the event loop: numbers that only grow need no lock."""
+"""Prometheus metrics, in vLLM's names with our prefix where vLLM has them. Written by the engine
+thread between rounds, read by the event loop: numbers that only grow need no lock."""
 
 from __future__ import annotations
 

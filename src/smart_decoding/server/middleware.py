@@ -1,4 +1,5 @@
-"""What stands before every request: its id, the API key, the host's name, the body's size and pace; and the log."""
+"""What stands before every request: its id, the API key, the host's name, the body's size and pace;
+and the log."""
 
 from __future__ import annotations
 

@@ -192,7 +192,8 @@ async def _whole(job: Job, first: Chunk, form: Form, usage: Usage, model: str) -
 async def _stream(
     job: Job, first: Chunk, form: Form, usage: Usage, model: str, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events: a delta per round that yields text, then the usage if asked for, then [DONE]."""
+    """Server-sent events: a delta per round that yields text, then the usage if asked for, then
+    [DONE]."""
     frame = envelope(form, job.id, model, False)
     more: Json = {"usage": None} if include_usage else {}
     opened: set[int] = set()
@@ -218,7 +219,8 @@ def _event(data: Json) -> str:
 
 
 async def _chunks(job: Job, first: Chunk) -> AsyncIterator[Chunk]:
-    """All chunks of a job, to the end of its last answer. Raises ApiError if it fails on the way."""
+    """All chunks of a job, to the end of its last answer. Raises ApiError if it fails on the
+    way."""
     chunk, left = first, job.size
     while True:
         left -= chunk.finish_reason is not None
@@ -285,7 +287,8 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
 
 
 def _token_text(llm: LLM) -> Callable[[int], str]:
-    """Decodes a token as it reads behind another one: some tokenizers drop the space that a text begins with."""
+    """Decodes a token as it reads behind another one: some tokenizers drop the space that a text
+    begins with."""
     decode, anchor = llm.tokenizer.decode, llm.tokenizer.encode("a", add_special_tokens=False)
     known = len(decode(anchor, False))
     return lambda token: decode([*anchor, token], False)[known:]

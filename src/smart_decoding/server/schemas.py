@@ -218,7 +218,8 @@ class Message(Body):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """As `LLM.chat` takes it: content of text only is one text; `developer` is the newer word for `system`."""
+        """As `LLM.chat` takes it: content of text only is one text; `developer` is the newer word
+        for `system`."""
         content: Any = self.content
         if isinstance(content, list):
             content = [part.model_dump(exclude_none=True) for part in content]

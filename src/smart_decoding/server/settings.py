@@ -12,8 +12,10 @@ from smart_decoding.errors import ConfigError
 class ServerSettings:
     """Limits and addresses. Seconds and bytes; the model's own options are `LLM`'s.
 
-    max_queue: answers that may wait beyond the running ones; then 429. queue_timeout: seconds an answer may wait; then
-    503. api_keys: any of them opens the server. no_api_key: serve strangers too, and under any host name."""
+    max_queue: answers that may wait beyond the running ones; then 429. queue_timeout: seconds an
+    answer may wait; then
+    503. api_keys: any of them opens the server. no_api_key: serve strangers too, and under any host
+    name."""
 
     model_name: str
     host: str = "127.0.0.1"
@@ -63,7 +65,8 @@ class ServerSettings:
 
     @property
     def local_names_only(self) -> bool:
-        """Whether to refuse foreign Host headers: without it a web page could reach this server by DNS rebinding."""
+        """Whether to refuse foreign Host headers: without it a web page could reach this server by
+        DNS rebinding."""
         return not self.api_keys and not self.no_api_key
 
 

@@ -1,4 +1,5 @@
-"""`response_format` (OpenAI's) and `structured_outputs` (vLLM's): what the text of an answer must be."""
+"""`response_format` (OpenAI's) and `structured_outputs` (vLLM's): what the text of an answer must
+be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tool calls read from an answer's text as it grows: what may be shown is given out at once, markers never are."""
+"""Tool calls read from an answer's text as it grows: what may be shown is given out at once,
+markers never are."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _HEAD = re.compile(r'\n\{"name": "([\w-]+)", "arguments": ')
 
 
 class ToolText:
-    """Splits one answer's text into content and calls. The grammar sees to the form, so that nothing is guessed."""
+    """Splits one answer's text into content and calls. The grammar sees to the form, so that
+    nothing is guessed."""
 
     def __init__(self) -> None:
         self._place: Literal["content", "head", "arguments", "after"] = "content"
@@ -29,7 +31,8 @@ class ToolText:
         return self._place == "after"
 
     def feed(self, text: str, last: bool) -> tuple[str, list[Json]]:
-        """The content and the pieces of calls (in OpenAI's streaming form) that `text` adds. last: nothing follows."""
+        """The content and the pieces of calls (in OpenAI's streaming form) that `text` adds. last:
+        nothing follows."""
         self._rest += text
         content, calls = "", []
         for kind, piece in self._pieces(last):

@@ -6,7 +6,8 @@ All models call in one form, Hermes', which Qwen2.5 and Qwen3 were taught:
     {"name": "f", "arguments": {...}}
     </tool_call>
 
-A chat template that explains this form is given the tools; for any other, a plain text goes into the system message.
+A chat template that explains this form is given the tools; for any other, a plain text goes into
+the system message.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def speaks_our_form(template: str | None) -> bool:
 
 
 def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> list[Json]:
-    """The conversation for a template that knows no tools: they, their calls and results become plain text."""
+    """The conversation for a template that knows no tools: they, their calls and results become
+    plain text."""
     plain = _as_texts(messages)
     if not tools:
         return plain
@@ -154,7 +156,8 @@ def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> l
 
 
 def _as_texts(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """Results of tools, and what the user says then, as one turn: many templates want user and assistant in turns."""
+    """Results of tools, and what the user says then, as one turn: many templates want user and
+    assistant in turns."""
     texts: list[Json] = []
     before = ""
     for message in messages:

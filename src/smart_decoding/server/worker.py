@@ -1,6 +1,8 @@
-"""The one thread that owns the engine. Jobs come in through a queue and leave in chunks, between rounds.
+"""The one thread that owns the engine. Jobs come in through a queue and leave in chunks, between
+rounds.
 
-Two threads share no mutable state but the inbox: what the event loop counts, it counts on its own thread (`_deliver`).
+Two threads share no mutable state but the inbox: what the event loop counts, it counts on its own
+thread (`_deliver`).
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Observer(Protocol):
 
 @dataclass(slots=True)
 class Chunk:
-    """What one answer gained. tokens: ids; logprobs: one entry a token, or None if not asked for."""
+    """What one answer gained. tokens: ids; logprobs: one entry a token, or None if not asked
+    for."""
 
     index: int
     text: str
@@ -66,9 +69,11 @@ class Chunk:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One HTTP request: its prompts, each with `params.n` answers. Answer i of prompt p has index p * n + i.
+    """One HTTP request: its prompts, each with `params.n` answers. Answer i of prompt p has index p
+    * n + i.
 
-    id: unique, ours; request_id: for the log, may be the client's; media: the pictures of its one prompt."""
+    id: unique, ours; request_id: for the log, may be the client's; media: the pictures of its one
+    prompt."""
 
     id: str
     prompts: Sequence[list[int]]
@@ -91,7 +96,8 @@ class Job:
 
 
 class Worker:
-    """Runs an LLM in its own thread. `load` builds it there; `failed` is called if that cannot be done."""
+    """Runs an LLM in its own thread. `load` builds it there; `failed` is called if that cannot be
+    done."""
 
     def __init__(
         self,
@@ -123,7 +129,8 @@ class Worker:
         self._outbox: list[tuple[Job, Chunk | ApiError | int]] = []
         self._failures = 0
 
-    # ------------------------------------------------------------------------------------------ the event loop's side
+    # ------------------------------------------------------------------------------------------ the
+    # event loop's side
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begins to load the model."""
@@ -158,7 +165,8 @@ class Worker:
         return self.llm
 
     def check_room(self, answers: int = 1) -> LLM:
-        """The loaded model, if so many more answers may come in. Raises ApiError: 429 if the queue is full."""
+        """The loaded model, if so many more answers may come in. Raises ApiError: 429 if the queue
+        is full."""
         llm = self.ready()
         capacity = llm.engine.config.max_num_seqs + self.max_queue
         if answers > capacity:
@@ -203,13 +211,15 @@ class Worker:
                 job.chunks.put_nowait(item)
 
     def _refuse_latecomers(self, error: ApiError) -> None:
-        """Jobs that were put into the inbox while the thread was ending, or read from it in its last round."""
+        """Jobs that were put into the inbox while the thread was ending, or read from it in its
+        last round."""
         while self._read or not self._inbox.empty():
             command, job = self._next_command()
             if command == "add" and job is not None:
                 self._deliver([(job, job.left), (job, error)])
 
-    # ---------------------------------------------------------------------------------------------- the engine thread
+    # ----------------------------------------------------------------------------------------------
+    # the engine thread
 
     def _main(self) -> None:
         try:
@@ -378,9 +388,11 @@ class Worker:
     # ------------------------------------------------------------------------------------------------------- failures
 
     def _isolate(self, engine: Engine, error: Exception) -> None:
-        """After a round that raised: runs each of its requests alone. Those that raise again end, the others go on.
+        """After a round that raised: runs each of its requests alone. Those that raise again end,
+        the others go on.
 
-        Tokens do not depend on the batch, so the survivors' answers are the same as without the failure."""
+        Tokens do not depend on the batch, so the survivors' answers are the same as without the
+        failure."""
         log.error("a round has failed; trying its requests one by one", exc_info=error)
         suspects, queue = engine.suspend(), engine.scheduler.waiting
         others = [request for request in queue if request not in suspects]
@@ -406,7 +418,8 @@ class Worker:
         queue.extend(request for request in (*survivors, *others) if not request.finished)
 
     def _try_what_must_work(self, error: Exception) -> None:
-        """After failures in a row, which may have been the requests' own. Raises `error` if the engine is to blame."""
+        """After failures in a row, which may have been the requests' own. Raises `error` if the
+        engine is to blame."""
         assert self.llm is not None
         try:
             warm_up(self.llm)
@@ -447,7 +460,8 @@ class Worker:
 
 
 def warm_up(llm: LLM) -> None:
-    """One short answer, so that the first client does not pay for compilation and first touches of memory.
+    """One short answer, so that the first client does not pay for compilation and first touches of
+    memory.
 
     Raises ConfigError if not even that fits in."""
     room = llm.engine.config.max_model_len

@@ -1,9 +1,11 @@
-"""Self-distillation data: the target writes its own conversations, and its hidden states are kept as it writes.
+"""Self-distillation data: the target writes its own conversations, and its hidden states are kept
+as it writes.
 
-Shards of safetensors hold, for many conversations after one another: `tokens` int32 [n], `taps` bf16 [n, aux_hidden * hidden]
-(the residual streams that a head reads), `starts` int64 [conversations + 1] and `answers` int64 [conversations], the
-offset of each answer's first token within its conversation; of pictures `visual` int64 [m], the rows among the n that
-are theirs, and `embeddings` bf16 [m, hidden], what the target read there.
+Shards of safetensors hold, for many conversations after one another: `tokens` int32 [n], `taps`
+bf16 [n, aux_hidden * hidden] (the residual streams that a head reads), `starts` int64
+[conversations + 1] and `answers` int64 [conversations], the offset of each answer's first token
+within its conversation; of pictures `visual` int64 [m], the rows among the n that are theirs, and
+`embeddings` bf16 [m, hidden], what the target read there.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ PictureTurn: TypeAlias = Callable[[np.random.Generator], Sequence[Mapping[str, A
 
 
 class Recorder:
-    """A drafter that never drafts: it keeps the target's features of every token of the requests it is told to."""
+    """A drafter that never drafts: it keeps the target's features of every token of the requests it
+    is told to."""
 
     name, max_levels, free, grow, wants_logits, wants_ends = "recorder", 0, False, None, False, True
 
@@ -84,7 +87,8 @@ class Recorder:
 
 
 class Writer:
-    """Collects conversations and writes whole shards, each under its final name only when complete."""
+    """Collects conversations and writes whole shards, each under its final name only when
+    complete."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,10 +149,11 @@ def generate(
     seed: int = 0,
     turn: PictureTurn | None = None,
 ) -> None:
-    """Writes shards until the folder holds about `tokens` answer tokens; goes on from the shards that are there.
+    """Writes shards until the folder holds about `tokens` answer tokens; goes on from the shards
+    that are there.
 
-    turn: draws the messages that each conversation begins with, for models that see. A tenth of the answers is sampled
-    at temperature 0.7, the others are greedy; an answer ends where it loops."""
+    turn: draws the messages that each conversation begins with, for models that see. A tenth of the
+    answers is sampled at temperature 0.7, the others are greedy; an answer ends where it loops."""
     writer = Writer(folder)
     have = writer.shards * SHARD_TOKENS
     rng = np.random.default_rng((seed, writer.shards))

@@ -1,7 +1,9 @@
-"""The draft head in trainable form: EAGLE-3 (arXiv 2503.01840), by default with normalised aux hidden states, or EAGLE-1/2.
+"""The draft head in trainable form: EAGLE-3 (arXiv 2503.01840), by default with normalised aux
+hidden states, or EAGLE-1/2.
 
-Pair t = (features of position t, embedding of token t + 1) predicts token t + 2. Unrolled step j feeds the head's own
-output back j times, as drafting does: its keys are the true pairs up to t - j and its own chain since.
+Pair t = (features of position t, embedding of token t + 1) predicts token t + 2. Unrolled step j
+feeds the head's own output back j times, as drafting does: its keys are the true pairs up to t - j
+and its own chain since.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from smart_decoding.models.head_files import FIRST, HeadFiles
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """What the head borrows from the target: embeddings [vocab, hidden], the draft vocabulary's rows of the output
-    matrix [draft, hidden], and the final norm [hidden]."""
+    """What the head borrows from the target: embeddings [vocab, hidden], the draft vocabulary's
+    rows of the output matrix [draft, hidden], and the final norm [hidden]."""
 
     embedding: Tensor
     head_rows: Tensor
@@ -40,11 +42,12 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a head is made of. shape: of its one layer; aux_count: how many layers of the target it reads.
+    """What a head is made of. shape: of its one layer; aux_count: how many layers of the target it
+    reads.
 
-    fc_norm: each state is normed before fc. fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
-    norm_before_residual: the layer's residual is the normed features. own_output: rows of an output matrix of its own
-    (0: the target's rows, which stay as they are)."""
+    fc_norm: each state is normed before fc. fused: EAGLE-1/2, whose fc reads [embedding ; features]
+    at every step. norm_before_residual: the layer's residual is the normed features. own_output:
+    rows of an output matrix of its own (0: the target's rows, which stay as they are)."""
 
     shape: ModelConfig
     aux_count: int
@@ -75,8 +78,8 @@ def form_of(files: HeadFiles) -> Form:
 
 
 class TrainableHead(nn.Module):
-    """fc, one decoder layer over [normed embedding ; normed features], and a norm before the output rows; or, fused,
-    fc over [embedding ; features], and the layer over that."""
+    """fc, one decoder layer over [normed embedding ; normed features], and a norm before the output
+    rows; or, fused, fc over [embedding ; features], and the layer over that."""
 
     def __init__(self, form: Form) -> None:
         super().__init__()
@@ -105,7 +108,8 @@ class TrainableHead(nn.Module):
         self.register_buffer("sine", angles.sin() * factor, persistent=False)
 
     def start_from(self, weights: Mapping[str, Tensor], layers: int, aux_scale: float) -> None:
-        """Starts as the last of the target's `layers` on the last aux state: a far better start than noise.
+        """Starts as the last of the target's `layers` on the last aux state: a far better start
+        than noise.
 
         aux_scale: root mean square of that state."""
         prefix = f"model.layers.{layers - 1}."
@@ -135,7 +139,8 @@ class TrainableHead(nn.Module):
             parameter.copy_(weights[name].float())
 
     def features(self, aux_hidden: Tensor) -> Tensor:
-        """[..., aux_count * hidden] -> [..., hidden]. Fused heads read what the target's final norm gives, as it is."""
+        """[..., aux_count * hidden] -> [..., hidden]. Fused heads read what the target's final norm
+        gives, as it is."""
         if self.form.fused:
             return aux_hidden
         if not self.form.fc_norm:
@@ -151,9 +156,10 @@ class TrainableHead(nn.Module):
         chain: list[tuple[Tensor, Tensor]],
         visual: Tensor | None = None,
     ) -> Tensor:
-        """One unrolled step on g, embedded [batch, n, hidden]; `chain` holds the keys and values of earlier steps and
-        gets this step's; visual [batch, n]: where `embedded` is a picture's (None: nowhere), all a fused head reads
-        there (MSD). Returns the output [batch, n, hidden], to be fed back shifted by one position."""
+        """One unrolled step on g, embedded [batch, n, hidden]; `chain` holds the keys and values of
+        earlier steps and gets this step's; visual [batch, n]: where `embedded` is a picture's
+        (None: nowhere), all a fused head reads there (MSD). Returns the output [batch, n, hidden],
+        to be fed back shifted by one position."""
         batch, n, _ = g.shape
         c = self.config
         if self.form.fused:
@@ -180,7 +186,8 @@ class TrainableHead(nn.Module):
         return cast(Tensor, g + self.down_proj(F.silu(gate) * up))
 
     def _attend(self, q: Tensor, chain: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """[batch, heads, n, head_dim]. Step j (len(chain) - 1) sees true pairs <= t - j and its own chain."""
+        """[batch, heads, n, head_dim]. Step j (len(chain) - 1) sees true pairs <= t - j and its own
+        chain."""
         step, n = len(chain) - 1, q.shape[2]
         keys, values = chain[0]
         scale = self.config.head_dim**-0.5
@@ -207,7 +214,8 @@ class TrainableHead(nn.Module):
         return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
-        """EAGLE-3's published names (and `fc_norm.{i}.weight`) -> the parameters, or views of them."""
+        """EAGLE-3's published names (and `fc_norm.{i}.weight`) -> the parameters, or views of
+        them."""
         c, form = self.config, self.form
         sizes = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
         attention, mlp = f"{FIRST}self_attn.", f"{FIRST}mlp."

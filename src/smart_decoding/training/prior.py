@@ -1,4 +1,5 @@
-"""The prior that ships with a head: calibration and forecasts learned on self-written prompts, never on a benchmark."""
+"""The prior that ships with a head: calibration and forecasts learned on self-written prompts,
+never on a benchmark."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ PICTURES = 55  # seeds
 
 
 class Exploring(StatelessPolicy):
-    """Drafts and verifies wide trees whatever they cost, so that `smart` sees all depths and confidences."""
+    """Drafts and verifies wide trees whatever they cost, so that `smart` sees all depths and
+    confidences."""
 
     name = "exploring"
 
@@ -53,8 +55,8 @@ def learn_prior(
     max_tokens: int = 100,
     allow_slow: bool = False,
 ) -> None:
-    """Answers `prompts` (token ids or messages) with wide trees, three greedy and one sampled in turn; writes
-    head/prior.json."""
+    """Answers `prompts` (token ids or messages) with wide trees, three greedy and one sampled in
+    turn; writes head/prior.json."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
     (head / "prior.json").unlink(missing_ok=True)
     llm = LLM(

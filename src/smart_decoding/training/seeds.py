@@ -1,5 +1,6 @@
-"""What self-written conversations start from: openings of a user's turn that the target itself completes, and whole
-turns built from a task and a topic. Written for this project; none of it comes from a benchmark.
+"""What self-written conversations start from: openings of a user's turn that the target itself
+completes, and whole turns built from a task and a topic. Written for this project; none of it comes
+from a benchmark.
 """
 
 from __future__ import annotations
@@ -366,7 +367,8 @@ def _question(where: str, folder: Path, line: str) -> ImageQuestion:
 
 
 def held_out(asked: Sequence[ImageQuestion]) -> tuple[list[ImageQuestion], list[ImageQuestion]]:
-    """What to train on, and what not: all about every tenth image. Of fewer than ten images both are everything."""
+    """What to train on, and what not: all about every tenth image. Of fewer than ten images both
+    are everything."""
     images = sorted({image for image, _ in asked})
     kept = set(images[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]) or set(images)
     train = [each for each in asked if each[0] not in kept] or list(asked)
@@ -374,7 +376,8 @@ def held_out(asked: Sequence[ImageQuestion]) -> tuple[list[ImageQuestion], list[
 
 
 def image_turn(asked: Sequence[ImageQuestion], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """A conversation that begins with one of the images and its question, or else a wish that suits any."""
+    """A conversation that begins with one of the images and its question, or else a wish that suits
+    any."""
     path, question = asked[int(rng.integers(len(asked)))]
     text = question or str(rng.choice(IMAGE_TASKS))
     parts = [{"type": "image", "image": read_file(path, Limits())}, {"type": "text", "text": text}]

@@ -1,4 +1,5 @@
-"""Trains a draft head on the target's own conversations: unrolled like drafting, resumable, measured by depth."""
+"""Trains a draft head on the target's own conversations: unrolled like drafting, resumable,
+measured by depth."""
 
 from __future__ import annotations
 
@@ -41,10 +42,12 @@ UNROLL_STARTS = (
 
 @dataclass(frozen=True, slots=True)
 class TrainOptions:
-    """seconds: training time in all, over resumed runs; draft_vocab: output rows of the head (frequent tokens).
+    """seconds: training time in all, over resumed runs; draft_vocab: output rows of the head
+    (frequent tokens).
 
-    layout: in which the head is written (`head_export.LAYOUTS`). sees: the head reads pictures' embeddings in place of
-    their tokens'; else its conversations begin on the page in which the last picture ends, as in drafting."""
+    layout: in which the head is written (`head_export.LAYOUTS`). sees: the head reads pictures'
+    embeddings in place of their tokens'; else its conversations begin on the page in which the last
+    picture ends, as in drafting."""
 
     aux_layers: tuple[int, ...]
     seconds: float = 2400.0
@@ -65,8 +68,9 @@ class TrainOptions:
 
 @dataclass(slots=True)
 class Conversation:
-    """tokens, aux_hidden [n, width]: of the first n tokens; the one behind them, once known, nothing was recorded of. answer:
-    where the answer begins. visual [m]: positions of pictures, whose embeddings [m, hidden] the target read."""
+    """tokens, aux_hidden [n, width]: of the first n tokens; the one behind them, once known,
+    nothing was recorded of. answer: where the answer begins. visual [m]: positions of pictures,
+    whose embeddings [m, hidden] the target read."""
 
     tokens: Tensor
     aux_hidden: Tensor
@@ -95,8 +99,9 @@ Keep: TypeAlias = Callable[
 def load_conversations(
     folder: Path, keep: Keep | None = None, sees: bool = False
 ) -> tuple[list[Conversation], int]:
-    """The conversations of a data folder that `keep` lets pass, up to where they loop, and how many it did not; unless
-    the head `sees`, what lies behind their pictures. Raises ModelError if none are left."""
+    """The conversations of a data folder that `keep` lets pass, up to where they loop, and how many
+    it did not; unless the head `sees`, what lies behind their pictures. Raises ModelError if none
+    are left."""
     found, dropped = [], 0
     for path in sorted(folder.glob("shard-*.safetensors")):
         shard = load_file(path)
@@ -124,21 +129,23 @@ def load_conversations(
 
 
 def _unseen(held: list[Conversation], train: list[Conversation]) -> list[Conversation]:
-    """Those of `held` whose prompt is not trained on: processes that write side by side repeat prompts."""
+    """Those of `held` whose prompt is not trained on: processes that write side by side repeat
+    prompts."""
     known = {tuple(item.tokens[: item.answer].tolist()) for item in train}
     return [item for item in held if tuple(item.tokens[: item.answer].tolist()) not in known]
 
 
 def recorded_layers(aux_layers: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """What the conversations must hold: what the head reads, and the last layer's output, which is the teacher's."""
+    """What the conversations must hold: what the head reads, and the last layer's output, which is
+    the teacher's."""
     return aux_layers if aux_layers[-1] == layers else (*aux_layers, layers)
 
 
 def frequent_tokens(
     conversations: list[Conversation], vocab: int, size: int, known: Tensor | None = None
 ) -> Tensor:
-    """Ids of the `size` most frequent tokens, ascending; prompts count a little, ties and the rest by low id, but after
-    the `known` ones."""
+    """Ids of the `size` most frequent tokens, ascending; prompts count a little, ties and the rest
+    by low id, but after the `known` ones."""
     counts = np.zeros(vocab)
     for item in conversations:
         tokens = item.tokens.numpy()
@@ -151,8 +158,8 @@ def frequent_tokens(
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """Mean of -sum(wanted * log_softmax(student)) over rows [n, classes], in few passes over memory: the gradient is
-    made in the forward pass, in the student's dtype."""
+    """Mean of -sum(wanted * log_softmax(student)) over rows [n, classes], in few passes over
+    memory: the gradient is made in the forward pass, in the student's dtype."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, wanted: Tensor) -> Tensor:
@@ -173,7 +180,8 @@ class SoftCrossEntropy(torch.autograd.Function):
 
 
 class Trainer:
-    """Owns the head, its optimiser and the schedule by elapsed time; `run` trains until the time is used up."""
+    """Owns the head, its optimiser and the schedule by elapsed time; `run` trains until the time is
+    used up."""
 
     def __init__(
         self,
@@ -231,8 +239,8 @@ class Trainer:
 
     @torch.no_grad()
     def _complete(self, data: list[Conversation]) -> None:
-        """Appends the target's choice behind the last recorded token. Mostly it is the answer's end, which the target
-        never reads; a head that is to propose ends must have seen them."""
+        """Appends the target's choice behind the last recorded token. Mostly it is the answer's
+        end, which the target never reads; a head that is to propose ends must have seen them."""
         output, norm = (
             output_rows(self._checkpoint).float(),
             self._checkpoint.weights["model.norm.weight"].float(),
@@ -247,8 +255,8 @@ class Trainer:
                 item.tokens = torch.cat((item.tokens, token[None]))
 
     def _draft_vocabulary(self, init: HeadFiles | None) -> Tensor:
-        """That of the head to start from, if its output rows are its own. Rows that are the target's can be exchanged
-        for those of tokens that the conversations hold."""
+        """That of the head to start from, if its output rows are its own. Rows that are the
+        target's can be exchanged for those of tokens that the conversations hold."""
         if init is None:
             return frequent_tokens(
                 self._train, self.config.vocab, min(self.options.draft_vocab, self.config.vocab)
@@ -267,7 +275,8 @@ class Trainer:
         return [item.tokens[: item.answer].tolist() for item in self._held]
 
     def run(self) -> dict[str, Any]:
-        """Trains, writing a checkpoint every two minutes and at Ctrl-C; returns the card's figures."""
+        """Trains, writing a checkpoint every two minutes and at Ctrl-C; returns the card's
+        figures."""
         limit = self.options.seconds
         with (
             tqdm(
@@ -317,8 +326,9 @@ class Trainer:
     def _unrolled(
         self, batch: list[Conversation], unroll: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each unrolled step: the head's logits and what they should say [answer tokens, draft vocabulary], and the
-        target's choices [answer tokens] within the draft vocabulary (-1: not in it)."""
+        """For each unrolled step: the head's logits and what they should say [answer tokens, draft
+        vocabulary], and the target's choices [answer tokens] within the draft vocabulary (-1: not
+        in it)."""
         tokens, aux_hidden, answer = _padded(batch)
         pairs = tokens.shape[1] - 2  # pair t reads token t + 1 and predicts token t + 2
         asked = answer[:, 2:]  # is the predicted token part of an answer?
@@ -349,7 +359,8 @@ class Trainer:
 
     @torch.no_grad()
     def _wanted(self, last: Tensor, chosen: Tensor) -> Tensor:
-        """What the head should say: half the target's distribution over the draft vocabulary, half its choice."""
+        """What the head should say: half the target's distribution over the draft vocabulary, half
+        its choice."""
         wanted = self._logits(self._final_norm(last)).float().softmax(-1).mul_(0.5)
         known = (chosen >= 0).nonzero()[:, 0]
         wanted[known, chosen[known]] += 0.5
@@ -380,7 +391,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, depths: int = 6) -> dict[str, Any]:
-        """Held-out share of the target's choices among the head's 1, 2 and 4 best, by depth (true prefix)."""
+        """Held-out share of the target's choices among the head's 1, 2 and 4 best, by depth (true
+        prefix)."""
         ranks: list[list[Tensor]] = [[] for _ in range(depths)]
         for batch in _bucketed(self._held, self.options.batch_tokens, np.random.default_rng(0)):
             for depth, (student, _, chosen) in enumerate(self._unrolled(batch, depths)):
@@ -423,10 +435,12 @@ class Trainer:
         )
         return float(last.pow(2).mean().sqrt())
 
-    # ------------------------------------------------------------------------------------------- files
+    # -------------------------------------------------------------------------------------------
+    # files
 
     def _resume(self) -> None:
-        """Goes on from a checkpoint in the output folder. Raises ModelError if it is corrupt or of another head."""
+        """Goes on from a checkpoint in the output folder. Raises ModelError if it is corrupt or of
+        another head."""
         path = self.output / "state.pt"
         if not path.exists():
             return
@@ -472,7 +486,8 @@ class Trainer:
 
 
 def bf16_is_faster() -> bool:
-    """Whether this CPU multiplies bf16 matrices clearly faster than fp32 (AVX512-BF16: four times; without: slower)."""
+    """Whether this CPU multiplies bf16 matrices clearly faster than fp32 (AVX512-BF16: four times;
+    without: slower)."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
@@ -485,7 +500,8 @@ def bf16_is_faster() -> bool:
 
 
 def _shape(target: ModelConfig) -> ModelConfig:
-    """The one layer of a new head: as the target's, without its biases and norms of queries and keys."""
+    """The one layer of a new head: as the target's, without its biases and norms of queries and
+    keys."""
     return replace(target, layers=1, qkv_bias=False, o_bias=False, qk_norm=False)
 
 
@@ -506,7 +522,8 @@ def _frozen(checkpoint: Checkpoint, draft_ids: Tensor, init: HeadFiles | None) -
 
 
 def _padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens [b, n], aux_hidden [b, n, width] float32, and whether each token belongs to an answer [b, n]."""
+    """tokens [b, n], aux_hidden [b, n, width] float32, and whether each token belongs to an answer
+    [b, n]."""
     n = max(len(item.tokens) for item in batch)
     tokens = torch.zeros(len(batch), n, dtype=torch.long)
     aux_hidden = torch.zeros(len(batch), n, batch[0].aux_hidden.shape[1])
@@ -522,7 +539,8 @@ def _padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _put_pictures(embedded: Tensor, batch: list[Conversation]) -> Tensor:
-    """Puts pictures' embeddings into [b, pairs, hidden], pair t of which reads token t + 1; returns where they are."""
+    """Puts pictures' embeddings into [b, pairs, hidden], pair t of which reads token t + 1; returns
+    where they are."""
     visual = torch.zeros(embedded.shape[:2], dtype=torch.bool)
     for i, item in enumerate(batch):
         read = item.visual > 0

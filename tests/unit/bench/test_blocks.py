@@ -52,8 +52,9 @@ def test_speculation_counts_rows_waste_and_levels():
     engine = worlds.drafting_engine(clock)
     (prompt,) = worlds.prompts(count=1, tokens=31)
     counts = run_block(engine, [prompt], [], 1, clock).counts
-    # After the first token, 30 are left: 10 rounds of 2 levels, 2 accepted of 4 verified nodes, 3 tokens.
-    # In the last round(s) the trees are bounded by what may still be emitted, which is 3 tokens: depth 2 fits.
+    # After the first token, 30 are left: 10 rounds of 2 levels, 2 accepted of 4 verified nodes, 3
+    # tokens. In the last round(s) the trees are bounded by what may still be emitted, which is 3
+    # tokens: depth 2 fits.
     assert counts.rounds == 10 and counts.tokens == 30
     assert (
         counts.rows == 10 * 5

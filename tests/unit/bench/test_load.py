@@ -1,4 +1,5 @@
-"""Random arrivals on a set clock: what waits, waits; every policy sees the same; percentiles are over requests."""
+"""Random arrivals on a set clock: what waits, waits; every policy sees the same; percentiles are
+over requests."""
 
 from __future__ import annotations
 

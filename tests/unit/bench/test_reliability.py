@@ -1,4 +1,5 @@
-"""What the benchmark notes of each round beside its speed: distributions, probabilities, traffic."""
+"""What the benchmark notes of each round beside its speed: distributions, probabilities,
+traffic."""
 
 import math
 

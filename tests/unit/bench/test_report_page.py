@@ -1,4 +1,5 @@
-"""The report from a small fixed result: it shows what it should, is well formed, needs nothing from outside."""
+"""The report from a small fixed result: it shows what it should, is well formed, needs nothing from
+outside."""
 
 from __future__ import annotations
 

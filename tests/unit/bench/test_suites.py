@@ -1,4 +1,5 @@
-"""The long and the edit suite are functions of their sources: right lengths, real edits, nothing twice."""
+"""The long and the edit suite are functions of their sources: right lengths, real edits, nothing
+twice."""
 
 from __future__ import annotations
 

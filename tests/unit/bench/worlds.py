@@ -1,4 +1,5 @@
-"""A target, a drafter and a clock without a model: tokens follow a rule and times are set, so figures are exact."""
+"""A target, a drafter and a clock without a model: tokens follow a rule and times are set, so
+figures are exact."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Clock:
 
 
 def successor(token):
-    """The rule that the target follows: a long cycle through the vocabulary, which never ends or loops early."""
+    """The rule that the target follows: a long cycle through the vocabulary, which never ends or
+    loops early."""
     return (np.asarray(token) + 1) % EOS
 
 
@@ -51,8 +53,8 @@ class RuleTarget:
 
 
 class RuleDrafter:
-    """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`, and each of its rows
-    `row_seconds`, the rows of tokens that it has not seen yet included."""
+    """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`, and each
+    of its rows `row_seconds`, the rows of tokens that it has not seen yet included."""
 
     name, max_levels, free, grow, aux_layers, wants_logits, wants_ends = (
         "rule",

@@ -1,4 +1,5 @@
-"""Acceptance by exact enumeration on tiny vocabularies: losslessness, expectation, and the trap of pruned samples."""
+"""Acceptance by exact enumeration on tiny vocabularies: losslessness, expectation, and the trap of
+pruned samples."""
 
 import itertools
 from collections import defaultdict
@@ -40,7 +41,8 @@ def prefix(trees: DraftTrees, row: int) -> tuple[int, tuple[int, ...]]:
 
 
 def outcomes(trees: DraftTrees):
-    """Every assignment of target tokens to rows, with its probability and the acceptance it leads to."""
+    """Every assignment of target tokens to rows, with its probability and the acceptance it leads
+    to."""
     rows = range(trees.batch + len(trees))
     p = [target(*prefix(trees, row)) for row in rows]
     for draws in itertools.product(range(VOCABULARY), repeat=len(rows)):
@@ -102,12 +104,14 @@ def test_no_nodes_is_plain_decoding() -> None:
 
 
 def _probability_of_a(*, drafts_are_sampled: bool) -> float:
-    """Output probability of A where p = q = uniform on {A, B} and a draft B is always pruned before verification."""
+    """Output probability of A where p = q = uniform on {A, B} and a draft B is always pruned before
+    verification."""
     p = {"A": 0.5, "B": 0.5}
     total = 0.0
     for draft, q in {"A": 0.5, "B": 0.5}.items() if drafts_are_sampled else [("A", 1.0)]:
         pruned = draft == "B"
-        if drafts_are_sampled:  # rejection sampling accepts with min(1, p/q) = 1; a pruned draft leaves a fresh draw from p
+        # rejection sampling accepts with min(1, p/q) = 1; a pruned draft leaves a fresh draw from p
+        if drafts_are_sampled:
             total += q * (p["A"] if pruned else float(draft == "A"))
         else:  # a point mass: the target's own draw is what is emitted, child or not
             total += q * p["A"]

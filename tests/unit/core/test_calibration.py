@@ -1,4 +1,5 @@
-"""Calibration: recovery of a known distortion under censoring and selection, constraints, priors, change of drafter."""
+"""Calibration: recovery of a known distortion under censoring and selection, constraints, priors,
+change of drafter."""
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ def true_prob(prob: FloatArray, depth: FloatArray) -> FloatArray:
 def grow(
     rng: np.random.Generator, calibration: Calibration, children: int = 4, levels: int = 3
 ) -> DraftTrees:
-    """A tree whose levels expand only the two nodes that the calibration finds best: a policy-selected tree."""
+    """A tree whose levels expand only the two nodes that the calibration finds best: a
+    policy-selected tree."""
     trees = DraftTrees.empty(1)
     parents = np.array([-1])
     for _ in range(levels):
@@ -44,7 +46,8 @@ def grow(
 
 
 def verify(rng: np.random.Generator, trees: DraftTrees, p: FloatArray, kept: FloatArray):
-    """The target draws one child (or none) below each accepted node; only kept nodes can be walked through."""
+    """The target draws one child (or none) below each accepted node; only kept nodes can be walked
+    through."""
     observed, chosen, at = [], [], -1
     while True:
         children = np.flatnonzero(trees.parent == at)

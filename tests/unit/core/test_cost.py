@@ -101,7 +101,8 @@ def test_one_outlier_moves_little_and_a_new_speed_is_followed() -> None:
 
 
 def test_a_state_of_the_memory_is_told_from_rounds_of_few_sizes() -> None:
-    """Milliseconds of a shared CPU: in the table's state eight rows cost 10 % more than one, in the other 40 %."""
+    """Milliseconds of a shared CPU: in the table's state eight rows cost 10 % more than one, in the
+    other 40 %."""
     cost = CostModel.from_table({1: {1: 5.7, 5: 6.0, 8: 6.4, 12: 7.0, 16: 7.6, 24: 9.6, 32: 11.6}})
     other = {6: 4.85, 8: 5.3, 9: 5.5, 10: 5.7}
     rng = np.random.default_rng(0)

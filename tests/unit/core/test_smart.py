@@ -1,4 +1,5 @@
-"""The whole controller in the simulated world: regret, when it drafts, a drafter that goes bad and recovers."""
+"""The whole controller in the simulated world: regret, when it drafts, a drafter that goes bad and
+recovers."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""A smaller model drafts: the tokens stay those of plain decoding, and a model that is the target is always right."""
+"""A smaller model drafts: the tokens stay those of plain decoding, and a model that is the target
+is always right."""
 
 from __future__ import annotations
 
@@ -105,8 +106,8 @@ def test_the_target_itself_drafts_what_it_says(policy: str, temperature: float) 
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_drafts_are_the_small_models_own_sequence(cut: bool) -> None:
-    """Chains across rounds, pages and prompt chunks equal the small model decoding alone after the same text; also
-    where every other draft is dropped for somebody who has arrived."""
+    """Chains across rounds, pages and prompt chunks equal the small model decoding alone after the
+    same text; also where every other draft is dropped for somebody who has arrived."""
     drafting = engine("chain", max_num_batched_tokens=7)
     (request,) = ask(drafting, [prompts(1, seed=5)[0] * 3], tokens=30)
     seen = 0
@@ -149,11 +150,13 @@ def test_few_scratch_pages_only_shrink_the_trees() -> None:
     assert [r.output for r in drafted] == plain(many)
 
 
-# ------------------------------------------------------------------------------------------ windows and prefix caching
+# ------------------------------------------------------------------------------------------ windows
+# and prefix caching
 
 
 def first_draft(drafting: Engine, prompt: list[int], tokens: int = 8) -> tuple[list[int], int]:
-    """The first tree's tokens of a new request, and the rows of its first level; the request runs to its end."""
+    """The first tree's tokens of a new request, and the rows of its first level; the request runs
+    to its end."""
     (request,) = ask(drafting, [prompt], tokens=tokens, first_seed=len(prompt))
     found = None
     while drafting.has_unfinished_requests:

@@ -1,4 +1,5 @@
-"""The head at inference equals the head in training: same pairs, same shift, same positions, same tree attention."""
+"""The head at inference equals the head in training: same pairs, same shift, same positions, same
+tree attention."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ def _chain(
     following: list[int],
     drafted: list[int],
 ) -> list[torch.Tensor]:
-    """Outputs after the last true pair and after each drafted token, by growing the sequence one unrolled step each."""
+    """Outputs after the last true pair and after each drafted token, by growing the sequence one
+    unrolled step each."""
     outs = []
     n = g.shape[1]
     chain: list[tuple[torch.Tensor, torch.Tensor]] = []

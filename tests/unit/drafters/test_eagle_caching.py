@@ -1,4 +1,5 @@
-"""A head with prefix caching proposes what it proposes without, wherever it can know the cached tokens' features."""
+"""A head with prefix caching proposes what it proposes without, wherever it can know the cached
+tokens' features."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def same(found: Drafts, expected: Drafts) -> bool:
 def drafts(
     engine: Engine, prompt: list[int], tokens: int = 24, cut_every: int = 0
 ) -> tuple[Drafts, Request]:
-    """The trees of all rounds of one request. Where its length divides by `cut_every`, drafting stops for somebody."""
+    """The trees of all rounds of one request. Where its length divides by `cut_every`, drafting
+    stops for somebody."""
     (request,) = ask(engine, [prompt], tokens=tokens, first_seed=len(prompt))
     trees: Drafts = {}
     while engine.has_unfinished_requests:
@@ -121,7 +123,8 @@ def test_a_shared_prefix_drafts_as_without_caching(engine: Any, common: int) -> 
 
 
 def test_a_conversation_that_branched_earlier(engine: Any) -> None:
-    """The third's cached pages are partly the first's, whose text went on differently behind the third page."""
+    """The third's cached pages are partly the first's, whose text went on differently behind the
+    third page."""
     first, second = prompts(2, seed=1, common=48)
     caching = engine()
     drafts(caching, first)
@@ -134,7 +137,8 @@ def test_a_conversation_that_branched_earlier(engine: Any) -> None:
 
 
 def test_requests_that_share_pages_at_the_same_time(engine: Any) -> None:
-    """The first still drafts while the second runs the border pair again: neither disturbs the other."""
+    """The first still drafts while the second runs the border pair again: neither disturbs the
+    other."""
     first, second = prompts(2, seed=1, common=48)
     expected = [drafts(engine(prefix_caching=False), prompt)[0] for prompt in (first, second)]
     caching = engine()
@@ -162,7 +166,8 @@ def test_requests_that_share_pages_at_the_same_time(engine: Any) -> None:
 
 
 def test_keys_of_other_text_are_never_taken_for_the_prefix(engine: Any) -> None:
-    """Requests that end with their prompt's round leave pages that the head never saw; it had other keys there."""
+    """Requests that end with their prompt's round leave pages that the head never saw; it had other
+    keys there."""
     caching = engine(pages=12, max_model_len=160)
     for seed in (11, 12, 13):
         drafts(caching, prompts(1, seed=seed, common=100)[0])

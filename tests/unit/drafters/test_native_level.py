@@ -115,7 +115,8 @@ def test_as_torch(files: HeadFiles, temperatures: tuple[float, ...]) -> None:
 def test_trees_grown_in_one_call_are_those_grown_by_level(
     files: HeadFiles, temperatures: tuple[float, ...], row: float, slots: int | None
 ) -> None:
-    """row: what a verified row costs, over a forward; a drafted one costs a fifth. slots: room for expanded nodes."""
+    """row: what a verified row costs, over a forward; a drafted one costs a fifth. slots: room for
+    expanded nodes."""
     found = []
     for whole in (True, False):
         drafter, requests = waiting(head_of(files, True), temperatures)

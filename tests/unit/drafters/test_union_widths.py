@@ -1,4 +1,5 @@
-"""What a level costs is learned by the rows that the model ran: a union's foreign nodes are none of them."""
+"""What a level costs is learned by the rows that the model ran: a union's foreign nodes are none of
+them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""A target without weights: its logits are a hash of the whole token prefix, read back from its KV slots.
+"""A target without weights: its logits are a hash of the whole token prefix, read back from its KV
+slots.
 
-A slot holds (token, position) where a real model has a key and a value, and a row sees exactly the slots that attention
-would. Hence any mistake in slots, moves, block tables or ancestors changes the output, which tests compare.
+A slot holds (token, position) where a real model has a key and a value, and a row sees exactly the
+slots that attention would. Hence any mistake in slots, moves, block tables or ancestors changes the
+output, which tests compare.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ EMPTY = -1  # token and position of a slot that was never written
 
 
 class FakeTarget(Sampled):
-    """`pages` KV pages; `spread`: difference between the largest and smallest logit. Features are (token, position)."""
+    """`pages` KV pages; `spread`: difference between the largest and smallest logit. Features are
+    (token, position)."""
 
     verify_greedy = None
 

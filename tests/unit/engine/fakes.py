@@ -1,4 +1,5 @@
-"""What the engine's tests run on: a clock that only work moves, a timed fake target, a drafter that guesses well."""
+"""What the engine's tests run on: a clock that only work moves, a timed fake target, a drafter that
+guesses well."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def true_token(target: FakeTarget, request: Request, path: Sequence[int]) -> int
 class FakeDrafter:
     """Random trees that contain the true continuation with probability `skill`.
 
-    It also checks what the engine tells it: positions without gaps, the right tokens, each row's own features."""
+    It also checks what the engine tells it: positions without gaps, the right tokens, each row's
+    own features."""
 
     name, aux_layers, grow, wants_logits, wants_ends = "fake", (1,), None, True, False
 

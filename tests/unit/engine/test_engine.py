@@ -59,7 +59,8 @@ def test_a_long_prompt_goes_in_chunks_while_others_decode() -> None:
 
 @pytest.mark.parametrize("policy", ["chain", "static", "eagle2", "paper", "smart"])
 def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
-    """Others wait for their first token. Rounds without prompts do draft, and nobody's tokens change."""
+    """Others wait for their first token. Rounds without prompts do draft, and nobody's tokens
+    change."""
     engine = make_engine(policy, max_num_batched_tokens=4, prefix_caching=False)
     requests, drafted = [add(engine, "0", [1, 2], greedy(40))], {True: 0, False: 0}
     for i in range(1, 60):
@@ -78,7 +79,8 @@ def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
 def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(
     policy: str, stays: bool
 ) -> None:
-    """Its prompt is in the next forward, if it has not left again; drafting goes on, and nobody's tokens change."""
+    """Its prompt is in the next forward, if it has not left again; drafting goes on, and nobody's
+    tokens change."""
     engine = make_engine(policy, max_num_seqs=3)
     requests = [add(engine, str(i), [i + 1, 2], greedy(200)) for i in range(2)]
     cuts = 0
@@ -121,7 +123,8 @@ def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:
 
 @pytest.mark.parametrize("stop", [None, 3])
 def test_a_recorder_is_told_of_the_round_that_ends_an_answer(stop: int | None) -> None:
-    """Of all tokens but the last, which no round reads: so that a draft head learns what an answer ends with."""
+    """Of all tokens but the last, which no round reads: so that a draft head learns what an answer
+    ends with."""
     engine, recorder = make_engine("off"), Recorder((1,))
     engine.listen(recorder)
     params = SamplingParams(temperature=0.0, max_tokens=60 if stop else 10, ignore_eos=not stop)
@@ -162,7 +165,8 @@ def test_the_youngest_is_preempted_and_finishes_with_the_same_tokens(caching: bo
 
 @pytest.mark.parametrize("steps", [1, 20])
 def test_only_a_lack_of_memory_is_counted_as_a_preemption(steps: int) -> None:
-    """Who is put back since a step raised is not; what it finds again of its own answer is not the prompt's either."""
+    """Who is put back since a step raised is not; what it finds again of its own answer is not the
+    prompt's either."""
     engine = make_engine("chain", max_num_batched_tokens=16)
     requests = [add(engine, str(i), [i + 1] * 20, greedy(64)) for i in range(2)]
     for _ in range(steps):

@@ -1,4 +1,5 @@
-"""Grammars per tree node: the tokens are those of plain decoding under the grammar, whatever the tree was."""
+"""Grammars per tree node: the tokens are those of plain decoding under the grammar, whatever the
+tree was."""
 
 from __future__ import annotations
 

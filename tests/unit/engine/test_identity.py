@@ -1,4 +1,5 @@
-"""The tokens of a request are those of plain decoding alone: under every policy, batch, chunk size and memory."""
+"""The tokens of a request are those of plain decoding alone: under every policy, batch, chunk size
+and memory."""
 
 import functools
 

@@ -1,4 +1,5 @@
-"""KV pages: nothing lost or doubly used in any order of operations; cached prefixes are found by exact content."""
+"""KV pages: nothing lost or doubly used in any order of operations; cached prefixes are found by
+exact content."""
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ PAGES = 7
 
 
 class Tables(RuleBasedStateMachine):
-    """Several requests over two-token prompts, so that prefixes are often equal; `content` models the memory."""
+    """Several requests over two-token prompts, so that prefixes are often equal; `content` models
+    the memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +151,8 @@ def test_what_follows_a_prefix_that_another_request_computed_too_is_found(
 
 
 def test_a_page_that_is_held_outlives_an_idle_one_of_the_same_content() -> None:
-    """Else the idle one, which is older, would be evicted before what the other's request has put behind it."""
+    """Else the idle one, which is older, would be evicted before what the other's request has put
+    behind it."""
     pool = PagePool(6, prefix_caching=True)
     tokens, late = list(range(48)), BlockTable(pool)
     late.reserve(48)

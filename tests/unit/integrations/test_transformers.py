@@ -1,4 +1,5 @@
-"""model.generate with SMART as custom_generate, against model.generate without: tiny random models, fp32."""
+"""model.generate with SMART as custom_generate, against model.generate without: tiny random models,
+fp32."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ PROMPTS = torch.tensor(
         [PAD, PAD, PAD, PAD, PAD, 1, 2, 3, 4, 3],
     ]
 )
-# A small vocabulary and one-token matches: some drafts are right by chance alone, so that acceptance is exercised.
+# A small vocabulary and one-token matches: some drafts are right by chance alone, so that
+# acceptance is exercised.
 EAGER = {"method": "ngram", "policy": "static", "min_n": 1, "profile_seconds": 0}
 
 
@@ -224,7 +226,8 @@ class Collector(BaseStreamer):
 @pytest.mark.parametrize("eos", [EOS, None])
 @pytest.mark.parametrize("name", ["mistral", "gpt2"])
 def test_stopping_criteria(name: str, eos: int | None) -> None:
-    """Without an end-of-sequence token, rows that ended are not padded: generate writes on in them."""
+    """Without an end-of-sequence token, rows that ended are not padded: generate writes on in
+    them."""
     model, given = model_of(name), {**inputs(), "eos_token_id": eos}
     expected = model.generate(**given, stopping_criteria=[RowStops()])
     assert expected.shape[1] < PROMPTS.shape[1] + NEW
@@ -271,7 +274,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.mark.parametrize("where", ["an argument", "the model's own", "both"])
 def test_generation_configs_are_respected(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The object that is given, the one that the model has, and arguments, each before the next one."""
+    """The object that is given, the one that the model has, and arguments, each before the next
+    one."""
     model, prompts = (
         model_of("llama"),
         {name: inputs()[name] for name in ("input_ids", "attention_mask")},
@@ -330,7 +334,8 @@ def test_draws_depend_on_the_seed_and_not_on_the_drafts() -> None:
 
 
 def test_draws_have_the_targets_distribution() -> None:
-    """Two tokens after a prompt: counts against the exact joint distribution of the processed target."""
+    """Two tokens after a prompt: counts against the exact joint distribution of the processed
+    target."""
     model, count = model_of("llama"), 3000
     prompt = PROMPTS[:1]
     options = {

@@ -1,5 +1,5 @@
-"""Draft heads and draft models inside model.generate: greedy tokens are those of generate, and drafts are what they
-are in SMART's own engine."""
+"""Draft heads and draft models inside model.generate: greedy tokens are those of generate, and
+drafts are what they are in SMART's own engine."""
 
 from __future__ import annotations
 
@@ -171,7 +171,8 @@ def test_draws_are_the_same_whatever_drafts(head: Path) -> None:
 def test_heads_draft_as_in_our_own_engine(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batched and padded: the same proposals in every round, and so the same features, pairs and positions."""
+    """Batched and padded: the same proposals in every round, and so the same features, pairs and
+    positions."""
     proposals: list[Any] = []
 
     def recorded(level: Any) -> Any:

@@ -1,4 +1,5 @@
-"""What Python and the kernels exchange is described once, in abi.h, and both sides agree about it."""
+"""What Python and the kernels exchange is described once, in abi.h, and both sides agree about
+it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from smart_decoding.kernels import abi, library
 
 @pytest.fixture
 def header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of abi.h that a test may change. What was read of the real one is forgotten for a while."""
+    """A copy of abi.h that a test may change. What was read of the real one is forgotten for a
+    while."""
     copy = tmp_path / "abi.h"
     copy.write_text(abi.HEADER.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(abi, "HEADER", copy)

@@ -15,7 +15,8 @@ import pytest
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels import library
 
-# What Linux calls them in /proc/cpuinfo (arch/x86/include/asm/cpufeatures.h, arch/arm64/kernel/cpuinfo.c).
+# What Linux calls them in /proc/cpuinfo (arch/x86/include/asm/cpufeatures.h,
+# arch/arm64/kernel/cpuinfo.c).
 X86 = frozenset(
     [
         "abm",

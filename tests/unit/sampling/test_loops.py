@@ -14,7 +14,8 @@ from smart_decoding.engine.loops import (
 
 
 def direct_search(tokens):
-    """By definition: the first end, then the shortest period, then back to the second repetition's start."""
+    """By definition: the first end, then the shortest period, then back to the second repetition's
+    start."""
     for end in range(1, len(tokens) + 1):
         for period in range(1, MAX_PERIOD + 1):
             size = max(MIN_REPETITIONS * period, MIN_TOKENS)

@@ -1,4 +1,5 @@
-"""The keyed noise: its distribution, its independence along every axis, and golden values that hold it still."""
+"""The keyed noise: its distribution, its independence along every axis, and golden values that hold
+it still."""
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def test_golden_values_never_change():
 
 
 def axis_noise(axis: str) -> np.ndarray:
-    """Noise along one axis, the others fixed; small consecutive integers, the hard case for a hash."""
+    """Noise along one axis, the others fixed; small consecutive integers, the hard case for a
+    hash."""
     i = np.arange(N)
     seed, sample, position, token = (
         i if axis == name else 3 for name in ("seed", "sample", "position", "token")

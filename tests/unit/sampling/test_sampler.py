@@ -1,4 +1,5 @@
-"""The sampler: transformers' distributions, exact survivors, and tokens that depend on their own row alone."""
+"""The sampler: transformers' distributions, exact survivors, and tokens that depend on their own
+row alone."""
 
 import numpy as np
 import pytest
@@ -58,7 +59,8 @@ CASES = {
 
 
 class PresenceAndFrequency(LogitsProcessor):
-    """transformers has none; as documented by OpenAI and vLLM: logits -= frequency * count + presence * (count > 0)."""
+    """transformers has none; as documented by OpenAI and vLLM: logits -= frequency * count +
+    presence * (count > 0)."""
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
@@ -114,7 +116,8 @@ def small_logits(seed: int = 0) -> torch.Tensor:
 
 
 def chi_square(tokens: np.ndarray, probs: np.ndarray) -> float:
-    """p-value that `tokens` were drawn from `probs`; rare tokens are pooled, impossible ones must not occur."""
+    """p-value that `tokens` were drawn from `probs`; rare tokens are pooled, impossible ones must
+    not occur."""
     counts = np.bincount(tokens, minlength=len(probs))
     assert not counts[probs == 0].any()
     expected = probs / probs.sum() * len(tokens)
@@ -294,7 +297,8 @@ def test_the_same_key_draws_the_same_token():
 
 
 def test_nearby_logits_draw_the_same_token_almost_always():
-    """Common noise: two forwards that differ by rounding agree, which no per-call generator gives."""
+    """Common noise: two forwards that differ by rounding agree, which no per-call generator
+    gives."""
     row, rng = small_logits().numpy(), np.random.default_rng(0)
     shaken = row + rng.uniform(-1e-5, 1e-5, VOCAB).astype(np.float32)
     specs = [SampleSpec(SamplingParams(temperature=0.8), seed=seed) for seed in range(500)]

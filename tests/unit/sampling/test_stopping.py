@@ -1,4 +1,5 @@
-"""Where an answer ends: stop strings that straddle tokens, ids, length, and what a stream may show."""
+"""Where an answer ends: stop strings that straddle tokens, ids, length, and what a stream may
+show."""
 
 import random
 

@@ -1,4 +1,5 @@
-"""A training run that was interrupted goes on where it stopped, and leaves no half-written file behind."""
+"""A training run that was interrupted goes on where it stopped, and leaves no half-written file
+behind."""
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ def trainer(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
 
     def make(output: str = "head", aux_layers: tuple[int, ...] = TAPS) -> Trainer:
         options = TrainOptions(
-            aux_hidden, STEP * STEPS, draft_vocab=32, batch_tokens=150, max_unroll=2
+            aux_layers, STEP * STEPS, draft_vocab=32, batch_tokens=150, max_unroll=2
         )
         return Trainer(
             Checkpoint(CONFIG, weights, tmp_path, {"model": "tiny"}),
@@ -239,7 +240,8 @@ def test_a_second_ctrl_c_interrupts_at_once(
 def test_a_run_goes_on_from_a_head_and_writes_its_layout(
     data: Path, trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    """What another run gave, written as EAGLE-3: the output rows are the head's own now, and learn too."""
+    """What another run gave, written as EAGLE-3: the output rows are the head's own now, and learn
+    too."""
     generator = torch.Generator().manual_seed(5)
     weights = {
         n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()
@@ -349,7 +351,8 @@ def test_what_is_held_out_shares_no_prompt_with_what_is_trained_on(data: Path) -
 
 
 def test_an_answers_end_is_a_target_too(trainer: Callable[..., Trainer]) -> None:
-    """The target never reads the last token, so that nothing is recorded of it but what the row before it says."""
+    """The target never reads the last token, so that nothing is recorded of it but what the row
+    before it says."""
     made = trainer()
     weights = made._checkpoint.weights
     output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])

@@ -1,7 +1,9 @@
-"""How a worker speaks with `smart bench`: JSON lines. It runs in a peer's environment, with nothing of ours beside it.
+"""How a worker speaks with `smart bench`: JSON lines. It runs in a peer's environment, with nothing
+of ours beside it.
 
-In: one line of settings, then a line per job {"prompts": [[id, ...], ...], "tokens": count}. Out: a line that says it
-is ready, with version and precision, then one per job: seconds and tokens of decoding alone, and the answers' ids.
+In: one line of settings, then a line per job {"prompts": [[id, ...], ...], "tokens": count}. Out: a
+line that says it is ready, with version and precision, then one per job: seconds and tokens of
+decoding alone, and the answers' ids.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ Answer = Callable[[list[list[int]], int], dict[str, Any]]
 
 
 def serve(load: Callable[[Settings], tuple[dict[str, str], Answer]]) -> None:
-    """Loads once, then answers until there are no more lines. What libraries print goes to standard error."""
+    """Loads once, then answers until there are no more lines. What libraries print goes to standard
+    error."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -1,7 +1,8 @@
-"""llama.cpp through llama-cpp-python: a batched greedy loop over its C interface, or its own loop with prompt lookup.
+"""llama.cpp through llama-cpp-python: a batched greedy loop over its C interface, or its own loop
+with prompt lookup.
 
-The batched loop is leaner than the package's: one decode call and one argmax per token. Prompt lookup exists only in
-the package's loop, for one sequence."""
+The batched loop is leaner than the package's: one decode call and one argmax per token. Prompt
+lookup exists only in the package's loop, for one sequence."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def _batched(llama_cpp: Any, settings: Settings) -> Answer:
     batch = llama_cpp.llama_batch_init(max(CHUNK, settings["sequences"]), 0, 1)
 
     def decode(rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Rows of (token, position, sequence, is its next token wanted); the next tokens, in order."""
+        """Rows of (token, position, sequence, is its next token wanted); the next tokens, in
+        order."""
         for i, (token, position, sequence, wanted) in enumerate(rows):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
             batch.seq_id[i][0], batch.logits[i] = sequence, int(wanted)

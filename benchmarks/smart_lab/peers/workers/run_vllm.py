@@ -1,4 +1,5 @@
-"""vLLM's CPU build: plain, or with its n-gram drafter. What decoding takes is the whole less a run of one token."""
+"""vLLM's CPU build: plain, or with its n-gram drafter. What decoding takes is the whole less a run
+of one token."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""Generated pictures with questions and answers: what the demonstration model is trained on and measured with."""
+"""Generated pictures with questions and answers: what the demonstration model is trained on and
+measured with."""

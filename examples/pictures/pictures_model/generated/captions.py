@@ -1,7 +1,9 @@
-"""A picture in 36 words, nine groups of four: what the vision tower learns to say, one word per patch position.
+"""A picture in 36 words, nine groups of four: what the vision tower learns to say, one word per
+patch position.
 
-The words are said in the language model's own embeddings, so that a picture reads like text from the start. A shape's
-and a colour's word is said together with, more quietly, the word for how many of them there are.
+The words are said in the language model's own embeddings, so that a picture reads like text from
+the start. A shape's and a colour's word is said together with, more quietly, the word for how many
+of them there are.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def caption(picture: Picture) -> list[Said]:
 
 
 def _scene(scene: Scene) -> list[list[Said]]:
-    """A group per cell: colour, shape, row and column; what is empty says how many shapes there are."""
+    """A group per cell: colour, shape, row and column; what is empty says how many shapes there
+    are."""
     taken = {thing.cell: thing for thing in scene.things}
     colours = Counter(thing.colour for thing in scene.things)
     shapes = Counter(thing.shape for thing in scene.things)

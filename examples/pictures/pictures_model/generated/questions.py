@@ -1,4 +1,5 @@
-"""Questions about a generated picture with the answers that a picture's facts give, and who is right."""
+"""Questions about a generated picture with the answers that a picture's facts give, and who is
+right."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Question:
 
 
 def questions(picture: Picture, rng: np.random.Generator, wordings: int = TRAIN) -> list[Question]:
-    """One question of every kind that suits the picture, in random order; the wordings are TRAIN or HELD_OUT."""
+    """One question of every kind that suits the picture, in random order; the wordings are TRAIN or
+    HELD_OUT."""
     ask = _Asker(rng, wordings)
     if isinstance(picture, Scene):
         _ask_scene(ask, picture, rng)

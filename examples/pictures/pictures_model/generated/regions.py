@@ -1,6 +1,7 @@
 """What the lower half of the vision tower learns: words for each patch of a picture.
 
-A patch that shows something is labelled with the words for it, every other patch with words for the whole picture.
+A patch that shows something is labelled with the words for it, every other patch with words for the
+whole picture.
 """
 
 from __future__ import annotations

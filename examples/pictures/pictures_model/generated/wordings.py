@@ -1,4 +1,5 @@
-"""How questions are worded: for each kind, wordings to train on, and others that are kept for measurements."""
+"""How questions are worded: for each kind, wordings to train on, and others that are kept for
+measurements."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ FRAMES = (
     "Question: {}",
     "{} Thanks!",
 )
-"""Around the wordings to train on, so that the question is what counts: half of the time there is nothing."""
+"""Around the wordings to train on, so that the question is what counts: half of the time there is
+nothing."""
 
 WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "colour": (

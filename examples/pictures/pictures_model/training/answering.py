@@ -1,5 +1,5 @@
-"""How the language model learns, by low-rank changes, to answer: from true captions, for which no tower is needed, and
-then from what tower and projector make of the pictures."""
+"""How the language model learns, by low-rank changes, to answer: from true captions, for which no
+tower is needed, and then from what tower and projector make of the pictures."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _projected(model: Any, images: Tensor) -> Tensor:
 
 
 class AnsweringLoss:
-    """Cross-entropy of the answers' tokens about `rows` pictures, over the tokens of the step's answers and CANDIDATES
-    others, drawn anew for each step."""
+    """Cross-entropy of the answers' tokens about `rows` pictures, over the tokens of the step's
+    answers and CANDIDATES others, drawn anew for each step."""
 
     def __init__(
         self,
@@ -117,7 +117,8 @@ class AnsweringLoss:
 
     @torch.no_grad()
     def exact(self, pictures: int, wordings: int, blank: bool = False) -> dict[str, list[int]]:
-        """By kind of question on held-out pictures: answers that greedy decoding would give word for word, and all."""
+        """By kind of question on held-out pictures: answers that greedy decoding would give word
+        for word, and all."""
         right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for start in range(0, pictures, self._rows):
             asked_of = random_pictures(HELD_OUT, 1_000_000 + start, self._rows)

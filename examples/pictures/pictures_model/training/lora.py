@@ -1,4 +1,5 @@
-"""Low-rank changes to frozen linear layers: W + scale * B A, trained here and merged when the model is assembled."""
+"""Low-rank changes to frozen linear layers: W + scale * B A, trained here and merged when the model
+is assembled."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ SCALE = 2.0
 
 
 class LowRank(nn.Module):
-    """A frozen linear layer plus SCALE * B A; B starts at zero, so that nothing is changed at first."""
+    """A frozen linear layer plus SCALE * B A; B starts at zero, so that nothing is changed at
+    first."""
 
     def __init__(self, frozen: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -28,7 +30,8 @@ class LowRank(nn.Module):
 
 
 def attach(decoder: Any, rank: int, first: int, kinds: Collection[str]) -> None:
-    """Freezes a decoder and puts a low-rank change beside the linear layers of these kinds from block `first` on."""
+    """Freezes a decoder and puts a low-rank change beside the linear layers of these kinds from
+    block `first` on."""
     decoder.requires_grad_(False)
     for block in decoder.layers[first:]:
         for parent in list(block.modules()):

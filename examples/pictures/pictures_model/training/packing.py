@@ -1,7 +1,8 @@
-"""Conversations about pictures as training rows: one picture and then many questions with their answers, each of which
-sees the picture and itself only, as if it were the first question asked.
+"""Conversations about pictures as training rows: one picture and then many questions with their
+answers, each of which sees the picture and itself only, as if it were the first question asked.
 
-That shares the picture's positions among all its questions, and nothing is answered by reading an earlier answer.
+That shares the picture's positions among all its questions, and nothing is answered by reading an
+earlier answer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The tokens around a question: before it (with the image's positions), and between it and the answer."""
+    """The tokens around a question: before it (with the image's positions), and between it and the
+    answer."""
 
     before: tuple[int, ...]
     between: tuple[int, ...]
@@ -65,9 +67,11 @@ def fill(
     wordings: int,
     comparisons: int = 0,
 ) -> Row:
-    """Mostly a long answer, then, as far as there is room, short ones: of every kind, then the same asked again.
+    """Mostly a long answer, then, as far as there is room, short ones: of every kind, then the same
+    asked again.
 
-    comparisons: how often the questions are drawn whose comparisons come before the other short ones."""
+    comparisons: how often the questions are drawn whose comparisons come before the other short
+    ones."""
     asked = [question for _ in range(comparisons) for question in questions(picture, rng, wordings)]
     asked = [question for question in asked if question.kind in COMPARISONS]
     asked += [question for _ in range(3) for question in questions(picture, rng, wordings)]
@@ -80,8 +84,9 @@ def fill(
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """tokens, positions [rows, length]; mask [rows, 1, length, length], true where attended; `at` and `wanted`
-    [answer tokens]: flat indices of the positions that predict, and what they should say."""
+    """tokens, positions [rows, length]; mask [rows, 1, length, length], true where attended; `at`
+    and `wanted` [answer tokens]: flat indices of the positions that predict, and what they should
+    say."""
 
     tokens: Tensor
     positions: Tensor

@@ -21,9 +21,10 @@ COOL_DOWN = 0.3  # share of the steps in which the rate falls to nothing
 class Stage:
     """A training loop of `steps` steps: `loss` gets the step, which is its seed.
 
-    `modules` are what is trained and saved. The rate is constant, but for the first `warm_up` steps and the last ones
-    (COOL_DOWN), so that a training can be given more steps, or fewer, when it goes on. `matrices`, some of the modules'
-    parameters, are moved by Muon at twice the rate, all others by AdamW."""
+    `modules` are what is trained and saved. The rate is constant, but for the first `warm_up` steps
+    and the last ones (COOL_DOWN), so that a training can be given more steps, or fewer, when it
+    goes on. `matrices`, some of the modules' parameters, are moved by Muon at twice the rate, all
+    others by AdamW."""
 
     name: str
     steps: int
@@ -36,7 +37,8 @@ class Stage:
     save_every: float = 60.0  # seconds
 
     def run(self, folder: Path) -> None:
-        """Trains from the checkpoint in `folder` on, if there is one; raises KeyboardInterrupt after saving."""
+        """Trains from the checkpoint in `folder` on, if there is one; raises KeyboardInterrupt
+        after saving."""
         folder.mkdir(parents=True, exist_ok=True)
         optimisers = self._optimisers()
         step, seconds = self._resume(folder, optimisers)

@@ -1,8 +1,10 @@
-"""`python -m pictures_model train STAGE --output FOLDER`: trains the demonstration model, or goes on.
+"""`python -m pictures_model train STAGE --output FOLDER`: trains the demonstration model, or goes
+on.
 
-STAGE is `seeing` (tower and projector), `reading` (the language model, from true captions; both can run side by side),
-when they are done, `answering` (the language model goes on with what the tower sees), and last `comparing`, which goes
-on with more questions that compare two things, and writes the parts.
+STAGE is `seeing` (tower and projector), `reading` (the language model, from true captions; both can
+run side by side), when they are done, `answering` (the language model goes on with what the tower
+sees), and last `comparing`, which goes on with more questions that compare two things, and writes
+the parts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How the vision tower learns to see. The lower half of its layers names what each patch shows; above, each patch says
-one word of the picture's caption, which the projector turns into that word's embedding in the language model, so that
-pictures read like text from the start."""
+"""How the vision tower learns to see. The lower half of its layers names what each patch shows;
+above, each patch says one word of the picture's caption, which the projector turns into that word's
+embedding in the language model, so that pictures read like text from the start."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _INDEX = {word: i for i, word in enumerate(VOCABULARY)} | {None: -1}
 
 
 def random_pictures(split: int, step: int, count: int) -> list[Picture]:
-    """The pictures of a step; those of the held-out split are made by other seeds, and none of them is trained on."""
+    """The pictures of a step; those of the held-out split are made by other seeds, and none of them
+    is trained on."""
     rng = np.random.default_rng((split, step))
     return [random_picture(rng) for _ in range(count)]
 
@@ -42,13 +43,15 @@ def pixels(pictures: Sequence[Picture]) -> Tensor:
 
 
 def features(tower: Any, images: Tensor) -> Tensor:
-    """What the projector reads, as LLaVA takes it: the last layer's patches, unnormed, without the class token."""
+    """What the projector reads, as LLaVA takes it: the last layer's patches, unnormed, without the
+    class token."""
     states: Tensor = tower(pixel_values=images).last_hidden_state
     return states[:, 1:]
 
 
 class Words:
-    """Captions in the language model's own embeddings; `rows` [words, hidden] are those of VOCABULARY."""
+    """Captions in the language model's own embeddings; `rows` [words, hidden] are those of
+    VOCABULARY."""
 
     def __init__(self, embedding: Tensor, tokenizer: Any) -> None:
         ids = [
@@ -60,12 +63,14 @@ class Words:
         )  # mean over a word's tokens
 
     def said(self, loud: Tensor, quiet: Tensor) -> Tensor:
-        """[pictures, words of a caption] each, as `labels` gives them -> [pictures, words of a caption, hidden]."""
+        """[pictures, words of a caption] each, as `labels` gives them -> [pictures, words of a
+        caption, hidden]."""
         return self.rows[loud] + QUIET * self.rows[quiet.clamp(min=0)] * (quiet >= 0)[..., None]
 
 
 def labels(pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
-    """Indices of the captions' words, and of those said quietly with them (-1: none): [pictures, words] each."""
+    """Indices of the captions' words, and of those said quietly with them (-1: none): [pictures,
+    words] each."""
     said = torch.tensor(
         [[[_INDEX[word], _INDEX[more]] for word, more in caption(picture)] for picture in pictures]
     )
@@ -73,7 +78,8 @@ def labels(pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
 
 
 class Namer(nn.Module):
-    """Linear heads that are used in training only: words of each patch, and a caption's words, loud and quiet."""
+    """Linear heads that are used in training only: words of each patch, and a caption's words, loud
+    and quiet."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -85,8 +91,8 @@ class Namer(nn.Module):
 
 
 class SeeingLoss:
-    """Cross-entropy of each patch's words halfway up and of the caption's at the top, and the distance of what the
-    projector says from those words' embeddings."""
+    """Cross-entropy of each patch's words halfway up and of the caption's at the top, and the
+    distance of what the projector says from those words' embeddings."""
 
     def __init__(
         self, tower: Any, projector: nn.Module, namer: Namer, words: Words, batch: int

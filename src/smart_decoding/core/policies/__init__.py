@@ -51,8 +51,9 @@ def check_policy(name: str, options: Mapping[str, Any]) -> None:
 
 
 def make_policy(name: str, offered: Mapping[str, Any] | None = None, **options: Any) -> Policy:
-    """Builds policy `name` with the user's `options`; what the engine has `offered` (cost model, calibration, end
-    tokens) goes to policies that take it. Raises ConfigError for unknown names and options and for bad values."""
+    """Builds policy `name` with the user's `options`; what the engine has `offered` (cost model,
+    calibration, end tokens) goes to policies that take it. Raises ConfigError for unknown names and
+    options and for bad values."""
     known = policy_options(name)
     _refuse_unknown(name, options, known)
     given = {option: value for option, value in (offered or {}).items() if option in known}

@@ -1,4 +1,5 @@
-"""A fixed number of tokens in a row, as in the first speculative decoders (Leviathan et al., Chen et al.)."""
+"""A fixed number of tokens in a row, as in the first speculative decoders (Leviathan et al., Chen
+et al.)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What becomes of the trees drafted so far: which nodes are expanded next, and which are verified.
 
-The numpy form here is the reference. A backend may offer the same in one call (`Chooser`): dozens of array operations
-on a few dozen nodes take longer than a level of the drafter.
+The numpy form here is the reference. A backend may offer the same in one call (`Chooser`): dozens
+of array operations on a few dozen nodes take longer than a level of the drafter.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 class Drafted:
     """The trees of a round and what they are judged by.
 
-    limits, kind: [batch] deepest useful node, and the request's `BatchState.kind`. ends: tokens that end an answer.
-    tokens: of a plain round. sunk: seconds of drafting so far. verify: seconds of verifying 0, 1, ... nodes, of every
-    number that may be asked for. limit: seconds that the round may last. least: verify at least so many nodes, as far
-    as there are. scored: how many nodes have their accept_prob already.
+    limits, kind: [batch] deepest useful node, and the request's `BatchState.kind`. ends: tokens
+    that end an answer. tokens: of a plain round. sunk: seconds of drafting so far. verify: seconds
+    of verifying 0, 1, ... nodes, of every number that may be asked for. limit: seconds that the
+    round may last. least: verify at least so many nodes, as far as there are. scored: how many
+    nodes have their accept_prob already.
 
-    One object serves a whole round: trees, sunk, verify and scored go on, the rest stays as it is."""
+    One object serves a whole round: trees, sunk, verify and scored go on, the rest stays as it
+    is."""
 
     trees: DraftTrees
     calibration: Calibration
@@ -44,10 +46,12 @@ class Drafted:
 
 @dataclass(slots=True)
 class Growth:
-    """A round's whole drafting as data: what `frontier` would answer after each level, and then `select`.
+    """A round's whole drafting as data: what `frontier` would answer after each level, and then
+    `select`.
 
-    drafted: its trees are still empty. levels: at most. reach: levels to look ahead. widths, level_seconds: as for
-    `frontier`. chooser: which will be asked to `select`, and grows the trees if it can."""
+    drafted: its trees are still empty. levels: at most. reach: levels to look ahead. widths,
+    level_seconds: as for `frontier`. chooser: which will be asked to `select`, and grows the trees
+    if it can."""
 
     chooser: Chooser
     drafted: Drafted
@@ -59,8 +63,8 @@ class Growth:
 
 
 class Chooser(Protocol):
-    """Both calls score the trees (sets accept_prob) unless that is done. grows: whether a backend can have it follow a
-    `Growth`, level by level, in one call."""
+    """Both calls score the trees (sets accept_prob) unless that is done. grows: whether a backend
+    can have it follow a `Growth`, level by level, in one call."""
 
     grows: bool
 
@@ -73,14 +77,16 @@ class Chooser(Protocol):
         widths: IntArray,
         level_seconds: FloatArray,
     ) -> IntArray:
-        """Ascending indices of the nodes of `level` to expand next; none where no deeper tree beats stopping.
+        """Ascending indices of the nodes of `level` to expand next; none where no deeper tree beats
+        stopping.
 
-        levels: how many further ones to look ahead. widths: ascending numbers of nodes that may be expanded (no more
-        than there are). level_seconds: seconds of a level of 0, 1, ... nodes."""
+        levels: how many further ones to look ahead. widths: ascending numbers of nodes that may be
+        expanded (no more than there are). level_seconds: seconds of a level of 0, 1, ... nodes."""
         ...
 
     def select(self, drafted: Drafted) -> tuple[IntArray, float, float]:
-        """Ascending indices of the nodes to verify; tokens per second expected then; and accepted nodes expected."""
+        """Ascending indices of the nodes to verify; tokens per second expected then; and accepted
+        nodes expected."""
         ...
 
 

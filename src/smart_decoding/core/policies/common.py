@@ -1,4 +1,5 @@
-"""What all policies share: which requests may draft, which nodes are worth anything, which can be expanded."""
+"""What all policies share: which requests may draft, which nodes are worth anything, which can be
+expanded."""
 
 from __future__ import annotations
 
@@ -15,13 +16,15 @@ TokenIds: TypeAlias = Collection[int]
 
 
 def depth_limits(batch: BatchState) -> IntArray:
-    """[batch] deepest useful node of each request: 0 where it refuses speculation or needs one token only."""
+    """[batch] deepest useful node of each request: 0 where it refuses speculation or needs one
+    token only."""
     limits: IntArray = np.where(batch.may_speculate, batch.remaining - 1, 0)
     return limits
 
 
 def useful(trees: DraftTrees, limits: IntArray, eos: TokenIds) -> BoolArray:
-    """[nodes] whether a node could ever be emitted: within its request's depth limit and not below an end token."""
+    """[nodes] whether a node could ever be emitted: within its request's depth limit and not below
+    an end token."""
     result: BoolArray = trees.depth <= limits.take(trees.owner)
     ends = is_token(trees.token, eos)
     if ends.any():
@@ -30,9 +33,11 @@ def useful(trees: DraftTrees, limits: IntArray, eos: TokenIds) -> BoolArray:
 
 
 def expandable(trees: DraftTrees, level: int, limits: IntArray, eos: TokenIds) -> IntArray:
-    """Ascending indices of the nodes of `level` that the model drafter can expand and whose children could be useful.
+    """Ascending indices of the nodes of `level` that the model drafter can expand and whose
+    children could be useful.
 
-    A node proposed by another drafter has a head state above it only where the model drafter expanded its parent."""
+    A node proposed by another drafter has a head state above it only where the model drafter
+    expanded its parent."""
     mask = (trees.depth == level) & (trees.depth < limits.take(trees.owner))
     ends = is_token(trees.token, eos)
     if ends.any():
@@ -51,7 +56,8 @@ def is_token(token: IntArray, ids: TokenIds) -> BoolArray:
 
 
 def best_per_owner(trees: DraftTrees, nodes: IntArray, score: FloatArray, count: int) -> IntArray:
-    """The `count` nodes of each request with the largest score ([len(nodes)]), ties to the lower index; ascending."""
+    """The `count` nodes of each request with the largest score ([len(nodes)]), ties to the lower
+    index; ascending."""
     owner = trees.owner[nodes]
     order = np.lexsort((-score, owner))  # stable: equal scores stay in ascending order
     sorted_owner = owner[order]

@@ -1,4 +1,5 @@
-"""EAGLE-2's tree (Li et al. 2024; also MSD): a beam by cumulative draft probability, re-ranked to a fixed size."""
+"""EAGLE-2's tree (Li et al. 2024; also MSD): a beam by cumulative draft probability, re-ranked to a
+fixed size."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ from smart_decoding.core.tree import DraftTrees, IntArray
 
 
 class Eagle2(StatelessPolicy):
-    """Per request: `top_k` children per node, a beam of `top_k` nodes per level, the best `total_tokens` - 1 verified.
+    """Per request: `top_k` children per node, a beam of `top_k` nodes per level, the best
+    `total_tokens` - 1 verified.
 
-    As in the public code `depth` counts the levels after the first (depth 7: 8 levels) and `total_tokens` the root."""
+    As in the public code `depth` counts the levels after the first (depth 7: 8 levels) and
+    `total_tokens` the root."""
 
     name = "eagle2"
 

@@ -17,10 +17,10 @@ FREE_ONLY: Option = (0, 0)
 class Outlook:
     """Forecasts and prices for batches of one shape, reused for some rounds.
 
-    size: requests. first: seconds of the first drafted level. plain: seconds of a plain round. overhead: seconds that
-    a speculating one takes beyond its forwards. values: tokens per second forecast for each way to draft. foresight:
-    what drafting really reached over its forecast. verify: seconds at 0, 1, ... nodes. levels: seconds at 0, 1, ...
-    expanded rows.
+    size: requests. first: seconds of the first drafted level. plain: seconds of a plain round.
+    overhead: seconds that a speculating one takes beyond its forwards. values: tokens per second
+    forecast for each way to draft. foresight: what drafting really reached over its forecast.
+    verify: seconds at 0, 1, ... nodes. levels: seconds at 0, 1, ... expanded rows.
     """
 
     size: int
@@ -40,7 +40,8 @@ class Outlook:
         return max(map(self.value, self.values), default=0.0) / self.value(None)
 
     def best(self, margin: float) -> Option | None:
-        """The best way to draft, or None where that does not promise `margin` times plain decoding."""
+        """The best way to draft, or None where that does not promise `margin` times plain
+        decoding."""
         return self._best if self.promise > margin else None
 
     @cached_property
@@ -53,7 +54,8 @@ class Outlook:
         return max((option for option in self.values if option[0]), key=self.value, default=None)
 
     def price(self, other: Option | None, believed: Option | None) -> float:
-        """Seconds that a round in the mode `other` loses against `believed` if its drafts bring nothing."""
+        """Seconds that a round in the mode `other` loses against `believed` if its drafts bring
+        nothing."""
         seconds = self.plain
         if other is not None:
             seconds = self.overhead + float(self.verify[1]) + (self.first if other[0] else 0.0)

@@ -4,12 +4,14 @@ Level by level each candidate u, most probable first, is kept iff
 
     alpha * c_T * ΔL(u) / ΔC_spec(n) > c_T * L / C_spec(n),
 
-n being the nodes of the request's tree so far; kept candidates are the next level's parents. Each request has an even
-share of the budget. C_spec is the fitted family (paper_costs.py); c_T is the seconds of a plain round at this batch.
+n being the nodes of the request's tree so far; kept candidates are the next level's parents. Each
+request has an even share of the budget. C_spec is the fitted family (paper_costs.py); c_T is the
+seconds of a plain round at this batch.
 
-Where the paper's text is silent: L starts at 1 (the target's own token); the first candidate is kept while the costs
-are fitted through the origin, since C_spec(0) = 0 leaves the rule undefined; sizes are fitted at batch size and context
-of the moment, on tree sizes spread like the paper's about five forward passes.
+Where the paper's text is silent: L starts at 1 (the target's own token); the first candidate is
+kept while the costs are fitted through the origin, since C_spec(0) = 0 leaves the rule undefined;
+sizes are fitted at batch size and context of the moment, on tree sizes spread like the paper's
+about five forward passes.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ L_TREES = ("published", "node_sum")
 
 
 class _Growth:
-    """The tree of one request while it grows: size, paths, expected length L, and which nodes have children."""
+    """The tree of one request while it grows: size, paths, expected length L, and which nodes have
+    children."""
 
     def __init__(self) -> None:
         self.nodes = 0
@@ -46,8 +49,9 @@ class _Growth:
 
 
 class Paper(StatelessPolicy):
-    """The published rule. alpha: trust in the drafter. budget: nodes over the whole batch. family: cost functions
-    through the origin ('published') or with offsets ('offset'). l_tree: mean over paths, or sum over nodes."""
+    """The published rule. alpha: trust in the drafter. budget: nodes over the whole batch. family:
+    cost functions through the origin ('published') or with offsets ('offset'). l_tree: mean over
+    paths, or sum over nodes."""
 
     name = "paper"
 
@@ -102,7 +106,8 @@ class Paper(StatelessPolicy):
         pass
 
     def _test_new(self, batch: BatchState, trees: DraftTrees) -> list[int]:
-        """Applies the rule to nodes drafted since the last call, most probable first; returns those kept now."""
+        """Applies the rule to nodes drafted since the last call, most probable first; returns those
+        kept now."""
         first, self._tested = self._tested, len(trees)
         worth = (
             np.flatnonzero(useful(trees, depth_limits(batch), self.eos))
@@ -141,7 +146,8 @@ class Paper(StatelessPolicy):
         return True
 
     def _costs(self, batch: BatchState) -> tuple[PaperCosts, float]:
-        """The fitted family and the plain round's seconds at this batch size and (coarsely) context."""
+        """The fitted family and the plain round's seconds at this batch size and (coarsely)
+        context."""
         context = int(batch.context.mean()) // 256 * 256 + 128
         key = (batch.size, context)
         if key not in self._fits:

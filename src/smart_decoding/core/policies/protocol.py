@@ -20,14 +20,14 @@ class BatchState:
     """The running batch before a round. Arrays have shape [batch].
 
     context: tokens in the target's KV cache.
-    remaining: tokens the request may still emit (>= 1); no node deeper than remaining - 1 is useful.
-    temperature: sampling temperature, 0 is greedy.
+    remaining: tokens the request may still emit (>= 1); no node deeper than remaining - 1 is
+    useful. temperature: sampling temperature, 0 is greedy.
     may_speculate: false for a request that refuses speculation.
     prefill_rows: rows of prompt chunks that ride along in this round's forward.
-    catch_up_rows: pairs the model drafter must process before its first level, beyond one per request.
-    has_model: whether a drafter with a model (head, draft model) is loaded, and how many levels deep it may go.
-    has_free: whether a drafter without model cost (n-gram, recycling) is loaded.
-    pictures: whether the request's prompt has any, or None where none has.
+    catch_up_rows: pairs the model drafter must process before its first level, beyond one per
+    request. has_model: whether a drafter with a model (head, draft model) is loaded, and how many
+    levels deep it may go. has_free: whether a drafter without model cost (n-gram, recycling) is
+    loaded. pictures: whether the request's prompt has any, or None where none has.
     """
 
     context: IntArray
@@ -57,8 +57,9 @@ class DraftPlan:
 
     levels: at most this many levels by the model drafter; 0 leaves only the free drafters.
     children: proposals per expanded node (the drafter's top-k).
-    width: frontier width of levels 2, 3, ... over the whole batch, as planned (frontier() may differ).
-    growth: what frontier() and select() will answer, for drafters that grow whole trees in one call; or None.
+    width: frontier width of levels 2, 3, ... over the whole batch, as planned (frontier() may
+    differ). growth: what frontier() and select() will answer, for drafters that grow whole trees in
+    one call; or None.
     """
 
     speculate: bool
@@ -78,9 +79,10 @@ class Round:
     batch, plan: as given to and by the policy.
     trees: all drafted nodes, pruned ones too.
     kept: [kept] indices of verified nodes in `trees`.
-    next_token: [nodes] the target's token after each node of `trees` that the walk accepted, else -1.
-    root_next: [batch] the target's token after each root.
-    level_widths / level_seconds: rows and seconds of each drafted model level (level 1: one row per request and its
+    next_token: [nodes] the target's token after each node of `trees` that the walk accepted, else
+    -1. root_next: [batch] the target's token after each root.
+    level_widths / level_seconds: rows and seconds of each drafted model level (level 1: one row per
+    request and its
         catch-up rows).
     verify_rows: rows of the verifying forward: roots, kept nodes and prefill rows.
     verify_seconds: its duration, sampling included.
@@ -100,7 +102,8 @@ class Round:
     other_seconds: float = 0.0
 
     def observed(self) -> tuple[IntArray, BoolArray]:
-        """Nodes whose parent was accepted, and whether the target chose them: uncensored observations.
+        """Nodes whose parent was accepted, and whether the target chose them: uncensored
+        observations.
 
         Children of a rejected node were never tested and do not appear."""
         return _observed(self.trees, self.root_next, self.next_token)
@@ -125,7 +128,8 @@ def _observed(
 
 
 class Policy(Protocol):
-    """Decides when to draft, when to stop, what to verify. Policies are deterministic and touch no clock."""
+    """Decides when to draft, when to stop, what to verify. Policies are deterministic and touch no
+    clock."""
 
     name: str
 
@@ -135,13 +139,15 @@ class Policy(Protocol):
         ...
 
     def plan(self, batch: BatchState) -> DraftPlan:
-        """Before drafting: whether, and how. Not called for rounds with prompt rows, which do not draft."""
+        """Before drafting: whether, and how. Not called for rounds with prompt rows, which do not
+        draft."""
         ...
 
     def frontier(
         self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
     ) -> IntArray | None:
-        """After model level `level` (1-based): indices of the nodes to expand next, or None to stop drafting."""
+        """After model level `level` (1-based): indices of the nodes to expand next, or None to stop
+        drafting."""
         ...
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:

@@ -1,5 +1,5 @@
-"""SMART: drafts, stops and prunes for the most tokens per second of the whole batch, by measured costs and calibrated
-probabilities. How it works: docs/controller.md."""
+"""SMART: drafts, stops and prunes for the most tokens per second of the whole batch, by measured
+costs and calibrated probabilities. How it works: docs/controller.md."""
 
 from __future__ import annotations
 
@@ -35,22 +35,27 @@ MAX_OUTLOOKS = 64
 MOVED = 0.03  # of plain decoding's seconds: what rests must show for forecasts to be made anew
 # Rounds at most that share the price of a long catch-up, if drafting and the answers last so long.
 CATCH_UP_ROUNDS = 32
-# What drafting must promise over plain decoding, to begin and to go on: costs are known to a few per cent, not better,
-# and each return to drafting pays for the rows that have waited.
+# What drafting must promise over plain decoding, to begin and to go on: costs are known to a few
+# per cent, not better, and each return to drafting pays for the rows that have waited.
 MARGIN, STAY = 1.03, 1.0
 CLEARLY = 0.9  # of plain decoding: what drafting promises where no further look is needed soon
-TRIED = 16  # rounds that a batch size is drafted for, if it promises no less than that: what was measured decides then
-# Where drafting gains less than that, a probe of plain decoding goes on for so many resting rounds: they are what plain
-# decoding is, their mean is nearly free of noise, and costs at drafting's sizes say too little of it.
+# rounds that a batch size is drafted for, if it promises no less than that: what was measured
+# decides then
+TRIED = 16
+# Where drafting gains less than that, a probe of plain decoding goes on for so many resting rounds:
+# they are what plain decoding is, their mean is nearly free of noise, and costs at drafting's sizes
+# say too little of it.
 NEAR, RESTS = 1.2, 3
 PROBE_SHARE = 2  # a probe must afford this part of a long catch-up
 FADE = 1 / 48  # per round without drafting: what drafting fell short of counts less and less
-# Beliefs are updated in one go: in every second one of the first rounds, of all and of drafting, later in each 32nd, at
-# the end of a run of probes, and once the accepted nodes are SURPRISE standard deviations (as if Poisson) off what was
-# expected. The seconds of verification are learned every eighth round: a machine's state lasts for seconds only.
+# Beliefs are updated in one go: in every second one of the first rounds, of all and of drafting,
+# later in each 32nd, at the end of a run of probes, and once the accepted nodes are SURPRISE
+# standard deviations (as if Poisson) off what was expected. The seconds of verification are learned
+# every eighth round: a machine's state lasts for seconds only.
 BUSY_ROUNDS, BEGINNING, SELDOM, SURPRISE, OFTEN = 32, 16, 32, 2.0, 8
-# Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the answer is no. A bad head
-# is drafted from until it promises no more than plain decoding, and stays there: asked often, it costs 1 % of the time.
+# Rounds of plain decoding at most without asking whether to draft: 2, 4, 8, ... as long as the
+# answer is no. A bad head is drafted from until it promises no more than plain decoding, and stays
+# there: asked often, it costs 1 % of the time.
 REST, SHORT_REST = 64, 16
 
 
@@ -77,11 +82,12 @@ class _Scratch:
 class Smart:
     """The cost-aware policy.
 
-    cost: measured costs (None: a guess that real rounds correct). calibration, forecast: stored priors. chooser: the
-    choice over drafted trees, as the backend computes it (None: numpy).
+    cost: measured costs (None: a guess that real rounds correct). calibration, forecast: stored
+    priors. chooser: the choice over drafted trees, as the backend computes it (None: numpy).
     max_levels, children: the deepest tree and the proposals per node that are considered.
-    max_round_slowdown: with several requests, no round is planned to last longer than this multiple of a plain one.
-    probe_budget: share of the time that may go into checking the mode that is believed worse.
+    max_round_slowdown: with several requests, no round is planned to last longer than this multiple
+    of a plain one. probe_budget: share of the time that may go into checking the mode that is
+    believed worse.
     """
 
     name = "smart"
@@ -188,7 +194,8 @@ class Smart:
         return self._start(batch, scratch, outlook, option)
 
     def _trial(self, batch: BatchState, outlook: Outlook) -> Option | None:
-        """The best way to draft with the model where it nearly promises to pay and has hardly been tried yet."""
+        """The best way to draft with the model where it nearly promises to pay and has hardly been
+        tried yet."""
         option = outlook.best_with_model
         if (
             option is None
@@ -202,14 +209,15 @@ class Smart:
         return self._tried[about(size)] < TRIED
 
     def _fade(self, size: int) -> None:
-        """After a round without drafting: the head may be good again. A gain over the forecast stays: it comes of
-        choosing among real nodes, which a mean cannot foresee."""
+        """After a round without drafting: the head may be good again. A gain over the forecast
+        stays: it comes of choosing among real nodes, which a mean cannot foresee."""
         key = about(size)
         if self._foresight.get(key, 0.0) < 0.0:
             self._foresight[key] *= 1.0 - FADE
 
     def _change_mode(self, drafting: bool) -> None:
-        """Remembers how long drafting lasts: near break-even it may end before its catch-up has paid."""
+        """Remembers how long drafting lasts: near break-even it may end before its catch-up has
+        paid."""
         if drafting:
             self._began = self._rounds
         else:
@@ -218,7 +226,8 @@ class Smart:
         self.prober.mode_changed()
 
     def outlook(self, batch: BatchState) -> Outlook:
-        """Forecasts plain decoding and every way to draft for a batch, as `plan` chooses among them."""
+        """Forecasts plain decoding and every way to draft for a batch, as `plan` chooses among
+        them."""
         scratch = self._open(batch)
         return self._look_out(batch, scratch)
 
@@ -233,7 +242,8 @@ class Smart:
         return _Scratch(batch, limits, batch.kind, kinds, drafting, context, max(deepest))
 
     def _current_outlook(self, batch: BatchState, scratch: _Scratch) -> Outlook:
-        """The outlook, looked out for anew when the batch's shape has changed, or after some rounds."""
+        """The outlook, looked out for anew when the batch's shape has changed, or after some
+        rounds."""
         key = self._key(batch, scratch)
         outlook = self._outlooks.get(key)
         if outlook is None or self._is_stale(outlook, batch, scratch):
@@ -262,8 +272,8 @@ class Smart:
         return (*sizes, *scratch.kinds, batch.has_free, *coarse, self.calibration.changes)
 
     def _max_levels(self, batch: BatchState, scratch: _Scratch) -> int:
-        """Levels to look out for, rounded up to a power of two: every answer comes to its end, one token after another,
-        and a new outlook for each would be work for little."""
+        """Levels to look out for, rounded up to a power of two: every answer comes to its end, one
+        token after another, and a new outlook for each would be work for little."""
         longest = scratch.deepest
         return (
             min(self.max_levels, 1 << (longest - 1).bit_length())
@@ -322,8 +332,9 @@ class Smart:
         return others[self._runs % len(others)]
 
     def _catch_up(self, batch: BatchState, scratch: _Scratch, option: Option | None) -> float:
-        """Seconds of catching up that a plan does not charge to a single round, but a probe partly: where it turns out
-        well, further rounds share them. (What a probe really loses is taken from the budget afterwards, in full.)"""
+        """Seconds of catching up that a plan does not charge to a single round, but a probe partly:
+        where it turns out well, further rounds share them. (What a probe really loses is taken from
+        the budget afterwards, in full.)"""
         if option is None or not option[0]:
             return 0.0
         charged, whole = self._first_level(batch, scratch.context)
@@ -332,13 +343,15 @@ class Smart:
     def _first_level(self, batch: BatchState, context: float) -> tuple[float, float]:
         """Seconds of the first drafted level: those that it is charged, and all of them.
 
-        A long catch-up (a prompt, a stretch of plain decoding) is an investment: charged in full to one round it would
-        never be made, and grow. So each of the rounds that drafting will probably last is charged a part."""
+        A long catch-up (a prompt, a stretch of plain decoding) is an investment: charged in full to
+        one round it would never be made, and grow. So each of the rounds that drafting will
+        probably last is charged a part."""
         now, whole = self._first_seconds(batch, context)
         return now + (whole - now) / self._sharing(batch), whole
 
     def _first_seconds(self, batch: BatchState, context: float) -> tuple[float, float]:
-        """Seconds of the first drafted level with what any round has to catch up with, and with all that waits."""
+        """Seconds of the first drafted level with what any round has to catch up with, and with all
+        that waits."""
         waiting = batch.catch_up_rows
         now, whole = self.cost.first_seconds(
             batch.size, [min(waiting, batch.size), waiting], context
@@ -416,7 +429,8 @@ class Smart:
         curve, drafted = self._curve(batch, scratch, candidates), scratch.drafted
         if drafted is None or drafted.trees is not trees:
             limit = self._limit(batch.size, scratch.outlook.plain)
-            # A probe verifies at least one node: otherwise a cost believed too high would never be measured again.
+            # A probe verifies at least one node: otherwise a cost believed too high would never be
+            # measured again.
             drafted = scratch.drafted = Drafted(
                 trees,
                 self.calibration,
@@ -498,9 +512,9 @@ class Smart:
     def _observe_probe(
         self, round: Round, scratch: _Scratch, accepted: int, seconds: float
     ) -> None:
-        """Pays for a probe. Whether others follow is another question than what it cost: rows that had waited are an
-        investment, and where they were most of the price, the next rounds are there to use it. A plain round that did
-        well was luck, or the costs know by now."""
+        """Pays for a probe. Whether others follow is another question than what it cost: rows that
+        had waited are an investment, and where they were most of the price, the next rounds are
+        there to use it. A plain round that did well was luck, or the costs know by now."""
         batch, outlook, drafted = round.batch, scratch.outlook, round.plan.speculate
         assert outlook is not None
         beside = outlook.overhead if drafted else outlook.plain - float(outlook.verify[0])
@@ -535,7 +549,8 @@ class Smart:
         self._outlooks.clear()
 
     def stats(self) -> dict[str, float]:
-        """Running figures for metrics: estimated speedup, share of rounds off, calibration error, probing."""
+        """Running figures for metrics: estimated speedup, share of rounds off, calibration error,
+        probing."""
         return {
             **self.statistics.summary(),
             "probe_seconds": self.prober.spent,
@@ -578,11 +593,13 @@ class Smart:
         return self.cost.verify_curve(batch.size, batch.size, count, scratch.context)
 
     def _limit(self, size: int, plain: float) -> float:
-        """Seconds that a round may last: no bound for a lone request, which gets all the nodes itself."""
+        """Seconds that a round may last: no bound for a lone request, which gets all the nodes
+        itself."""
         return self.max_round_slowdown * plain if size > 1 else math.inf
 
     def _learn_rests(self) -> None:
-        """What the machine has become meanwhile may make drafting pay: one step for each size, almost without noise."""
+        """What the machine has become meanwhile may make drafting pay: one step for each size,
+        almost without noise."""
         for size in {size for size, _, _ in self._rested}:
             mine = [
                 (context.mean(), seconds) for of, context, seconds in self._rested if of == size
@@ -611,6 +628,7 @@ class Smart:
 
 @lru_cache(maxsize=1024)
 def _widths(drafting: int) -> IntArray:
-    """Frontier widths to consider: a quarter of the drafting requests, the surest ones, half of them, and multiples."""
+    """Frontier widths to consider: a quarter of the drafting requests, the surest ones, half of
+    them, and multiples."""
     multiples = [width * drafting for width in (WIDTHS if drafting <= SMALL else WIDTHS[:3])]
     return np.array(sorted({max(1, drafting // 4), max(1, drafting // 2), *multiples}), np.int64)

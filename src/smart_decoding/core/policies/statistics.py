@@ -22,8 +22,9 @@ class Statistics:
         plain_seconds: float,
         drafted: bool,
     ) -> None:
-        """After a round: tokens come from `batch` requests and `accepted` nodes; `plain_seconds` is what a plain round
-        is believed to take, `expected` the sum of accept_prob over the verified nodes."""
+        """After a round: tokens come from `batch` requests and `accepted` nodes; `plain_seconds` is
+        what a plain round is believed to take, `expected` the sum of accept_prob over the verified
+        nodes."""
         self.rounds = self.rounds * KEEP + 1.0
         self.off = self.off * KEEP + (not drafted)
         self.tokens = self.tokens * KEEP + batch + accepted
@@ -34,7 +35,8 @@ class Statistics:
         self.expected = self.expected * KEEP + expected
 
     def summary(self) -> dict[str, float]:
-        """Estimated speedup over plain decoding, share of rounds without drafting, accepted over expected nodes - 1."""
+        """Estimated speedup over plain decoding, share of rounds without drafting, accepted over
+        expected nodes - 1."""
         speedup = 1.0
         if self.seconds > 0 and self.plain_seconds > 0:
             speedup = self.tokens / self.seconds / (self.plain_tokens / self.plain_seconds)

@@ -1,8 +1,9 @@
 """Fixed tree topologies of published decoders.
 
-Convention: a node is the path of child ranks from the root, rank 0 being the drafter's first choice; (0, 2) is the
-third best child of the best first token. Both trees below have consecutive ranks, so the number of children of each
-inner node says it all: {path of the inner node: number of children}.
+Convention: a node is the path of child ranks from the root, rank 0 being the drafter's first
+choice; (0, 2) is the third best child of the best first token. Both trees below have consecutive
+ranks, so the number of children of each inner node says it all: {path of the inner node: number of
+children}.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """SMART inside SGLang: how large EAGLE drafts, at each batch size, under `--speculative-adaptive`.
 
-Chains: how many steps. Trees (`--speculative-eagle-topk` above 1): which of several pairs (steps, nodes), the tree of
-each being SGLang's own. SGLang finds `register` by itself, as a plugin; it does nothing unless SMART_SGLANG_COSTS names
-a file of measured costs (docs/integrations.md). Nothing of SGLang is imported before that.
+Chains: how many steps. Trees (`--speculative-eagle-topk` above 1): which of several pairs (steps,
+nodes), the tree of each being SGLang's own. SGLang finds `register` by itself, as a plugin; it does
+nothing unless SMART_SGLANG_COSTS names a file of measured costs (docs/integrations.md). Nothing of
+SGLang is imported before that.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import os
 from smart_decoding.integrations.sglang.seams import TESTED
 
 COSTS = "SMART_SGLANG_COSTS"
-TARGET = "sglang.srt.speculative.adaptive_spec_params.AdaptiveSpeculativeParams"  # the class that is replaced
+# the class that is replaced
+TARGET = "sglang.srt.speculative.adaptive_spec_params.AdaptiveSpeculativeParams"
 
 logger = logging.getLogger("sglang.smart_decoding")
 

@@ -1,7 +1,9 @@
-"""SGLang's `AdaptiveSpecPolicy` by SMART's rule: the steps, and with trees their nodes, of most tokens per second.
+"""SGLang's `AdaptiveSpecPolicy` by SMART's rule: the steps, and with trees their nodes, of most
+tokens per second.
 
-Every tensor-parallel rank runs the policy by itself and all must choose alike: seconds come from a file that all ranks
-read, never from a clock, and acceptance from the counts that SGLang hands to every rank.
+Every tensor-parallel rank runs the policy by itself and all must choose alike: seconds come from a
+file that all ranks read, never from a clock, and acceptance from the counts that SGLang hands to
+every rank.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ PROBE_EVERY = 64  # batches, after which two draft the next larger candidate
 
 
 class StepCosts:
-    """Seconds of one round by batch size and drafted steps, from a table; between its entries linear, beyond constant.
+    """Seconds of one round by batch size and drafted steps, from a table; between its entries
+    linear, beyond constant.
 
-    {"seconds": {"1": {"0": 0.011, "1": 0.013, "3": 0.016}, "16": {...}}}: batch size -> steps -> seconds. For trees
-    also {"nodes": {"1": 4, "3": 12}}: how many nodes are verified after so many steps, in the same rounds."""
+    {"seconds": {"1": {"0": 0.011, "1": 0.013, "3": 0.016}, "16": {...}}}: batch size -> steps ->
+    seconds. For trees also {"nodes": {"1": 4, "3": 12}}: how many nodes are verified after so many
+    steps, in the same rounds."""
 
     def __init__(
         self,
@@ -86,8 +90,8 @@ def read_costs() -> StepCosts:
 class SmartSpecPolicy:
     """Constructed as SGLang's AdaptiveSpeculativeParams, whose place it takes.
 
-    initial_steps: where to start. cfg_path: SGLang's --speculative-adaptive-config, of which the candidate steps are
-    taken; SGLang sizes its buffers by them, so that no others may be chosen."""
+    initial_steps: where to start. cfg_path: SGLang's --speculative-adaptive-config, of which the
+    candidate steps are taken; SGLang sizes its buffers by them, so that no others may be chosen."""
 
     def __init__(self, initial_steps: int, cfg_path: str | None = None) -> None:
         self.costs = read_costs()
@@ -98,7 +102,8 @@ class SmartSpecPolicy:
             raise ConfigError(
                 f"{COSTS}: 'nodes' must have every candidate of {self.candidate_steps} but 0"
             )
-        # Chains of all lengths are accepted alike, depth by depth; trees are not, as deeper ones are wider too.
+        # Chains of all lengths are accepted alike, depth by depth; trees are not, as deeper ones
+        # are wider too.
         tiers = self.candidate_steps if self.costs.nodes else [0]
         self._hits = {tier: [0.0] * self._longest for tier in tiers}
         self._trials = {tier: [0.0] * self._longest for tier in tiers}
@@ -128,7 +133,8 @@ class SmartSpecPolicy:
     def on_verify_complete(
         self, num_correct_drafts_per_req: list[int], batch_size: int
     ) -> int | None:
-        """Counts; the next batch asks for its steps by itself, so there is never a switch to announce."""
+        """Counts; the next batch asks for its steps by itself, so there is never a switch to
+        announce."""
         self._since_probe = (self._since_probe + 1) % (PROBE_EVERY + 2)
         if (
             num_correct_drafts_per_req
@@ -147,7 +153,8 @@ class SmartSpecPolicy:
     # --- the rule ---
 
     def _choose(self, batch_size: int) -> int:
-        """The best candidate or, in two of many batches, the next larger: what only it can show is unknown."""
+        """The best candidate or, in two of many batches, the next larger: what only it can show is
+        unknown."""
         if batch_size not in self._steps:
             self._steps[batch_size] = self._best(batch_size)
         steps = self._steps[batch_size]
@@ -156,7 +163,8 @@ class SmartSpecPolicy:
         return steps
 
     def acceptance(self, steps: int) -> list[float]:
-        """P(draft at depth 1, 2, ... is accepted | the one before it was); what was seldom seen is as all together."""
+        """P(draft at depth 1, 2, ... is accepted | the one before it was); what was seldom seen is
+        as all together."""
         tier = steps if self.costs.nodes else 0
         hits, trials = (
             [sum(depth) for depth in zip(*all_.values(), strict=True)]
@@ -195,7 +203,8 @@ class SmartSpecPolicy:
                 hits[depth] += depth < count
 
     def _allowed(self, batch: int) -> list[int]:
-        """Candidates of a batch size: those of the largest size in SGLang's file that is not larger."""
+        """Candidates of a batch size: those of the largest size in SGLang's file that is not
+        larger."""
         size = batch
         if self._graph_sizes:  # SGLang pads to the next captured size
             index = bisect_left(self._graph_sizes, batch)
@@ -209,7 +218,8 @@ def _share(hits: float, trials: float, usual: float) -> float:
 
 
 def _candidates(cfg_path: str | None, initial_steps: int) -> dict[int, list[int]]:
-    """Candidate steps by batch size from SGLang's file. Raises ConfigError if there is none, or it is not one."""
+    """Candidate steps by batch size from SGLang's file. Raises ConfigError if there is none, or it
+    is not one."""
     if cfg_path is None:
         raise ConfigError(
             f"{COSTS} is set: give the steps to choose from, too, by --speculative-adaptive-config FILE"

@@ -11,8 +11,9 @@ Parameters = (
     tuple[str, ...] | None
 )  # of a function, `self` left out; None: no function, or whatever it takes
 
-# module -> name (Class.member) -> parameters. REPLACED: AdaptiveSpeculativeParams and, for trees, AdaptiveController,
-# each by a class that is constructed and called alike. WRAPPED: for trees. USED: called or read.
+# module -> name (Class.member) -> parameters. REPLACED: AdaptiveSpeculativeParams and, for trees,
+# AdaptiveController, each by a class that is constructed and called alike. WRAPPED: for trees.
+# USED: called or read.
 REPLACED: dict[str, dict[str, Parameters]] = {
     "sglang.srt.speculative.adaptive_spec_params": {
         "AdaptiveSpeculativeParams.__init__": ("initial_steps", "cfg_path"),
@@ -58,7 +59,8 @@ USED: dict[str, dict[str, Parameters]] = {
         "resolving_view": None,
     },
 }
-# Of a ServerArgs: options, and the list of what was declared so far, which `declare_resolution` makes and extends.
+# Of a ServerArgs: options, and the list of what was declared so far, which `declare_resolution`
+# makes and extends.
 OPTIONS = (
     "speculative_adaptive",
     "speculative_eagle_topk",

@@ -1,7 +1,9 @@
-"""What SGLang's adaptive mode, made for chains, needs besides the policy in order to switch between sizes of trees.
+"""What SGLang's adaptive mode, made for chains, needs besides the policy in order to switch between
+sizes of trees.
 
-A tier is a number of steps with a number of nodes; SGLang keeps its runtime states by steps, so that each number of
-steps has one. Within a tier SGLang grows and prunes its tree by itself: the `nodes` most probable of what it drafted.
+A tier is a number of steps with a number of nodes; SGLang keeps its runtime states by steps, so
+that each number of steps has one. Within a tier SGLang grows and prunes its tree by itself: the
+`nodes` most probable of what it drafted.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ OURS = "smart_decoding"  # under which SGLang notes what was decided here
 
 
 def unsupported_reason(original: Callable[[Any], str | None], server_args: Any) -> str | None:
-    """SGLang's reasons against adaptive speculation, but for topk > 1; page sizes above 1 reserve for one tier only."""
+    """SGLang's reasons against adaptive speculation, but for topk > 1; page sizes above 1 reserve
+    for one tier only."""
     given = resolving_view(server_args)
     if given.speculative_eagle_topk not in (None, 1) and given.page_size not in (None, 1):
         return f"page_size={given.page_size} (trees of several sizes need 1)"
@@ -49,7 +52,8 @@ def set_first_tier(_: None, server_args: Any) -> None:
 
 
 def widest(result: int | None, _: object, server_args: Any) -> int | None:
-    """Slots that a request may need in a step, whichever tier is chosen after they were reserved."""
+    """Slots that a request may need in a step, whichever tier is chosen after they were
+    reserved."""
     given, costs = resolving_view(server_args), read_costs()
     if result is None or not given.speculative_adaptive:
         return result

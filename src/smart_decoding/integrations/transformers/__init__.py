@@ -2,8 +2,8 @@
 
     model.generate(**inputs, custom_generate=smart_decoding.integrations.transformers.generate)
 
-works for causal language models of transformers 5.12 and later. The answers are those of `generate` without it;
-docs/transformers.md says what is refused and why.
+works for causal language models of transformers 5.12 and later. The answers are those of `generate`
+without it; docs/transformers.md says what is refused and why.
 """
 
 from __future__ import annotations

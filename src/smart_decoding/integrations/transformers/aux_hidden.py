@@ -17,7 +17,8 @@ from smart_decoding.errors import ModelError
 
 
 class AuxHidden:
-    """Tap t is the residual stream after t layers; tap layers + 1 is the last one after the final norm.
+    """Tap t is the residual stream after t layers; tap layers + 1 is the last one after the final
+    norm.
 
     Raises ModelError if the layers cannot be found."""
 

@@ -1,8 +1,9 @@
-"""Keys and values of a transformers model in the engine's KV slots, shown to the model as an ordinary cache.
+"""Keys and values of a transformers model in the engine's KV slots, shown to the model as an
+ordinary cache.
 
-The engine says which slots a row may see (`Rows`). For one forward its groups become a batch, right-aligned: each
-sequence's committed keys, then its new rows, with padding on the left. Nothing is ever rolled back or compacted here:
-a rejected node's slot is simply written again.
+The engine says which slots a row may see (`Rows`). For one forward its groups become a batch,
+right-aligned: each sequence's committed keys, then its new rows, with padding on the left. Nothing
+is ever rolled back or compacted here: a rejected node's slot is simply written again.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ Bools = NDArray[np.bool_]
 
 @dataclass(slots=True)
 class Layout:
-    """Where the rows and keys of one forward lie: `groups` sequences of `queries` rows over `width` keys.
+    """Where the rows and keys of one forward lie: `groups` sequences of `queries` rows over `width`
+    keys.
 
     row: [rows] index in `Rows`; at: [2, rows] its (group, column among the queries).
-    read: [groups, width] slots of the keys, 0 where padded; valid: [groups, width]; write: [rows] slots of new keys.
-    seen: [groups, queries, width] which keys a row may see; padding rows see all, so that no softmax is empty."""
+    read: [groups, width] slots of the keys, 0 where padded; valid: [groups, width]; write: [rows]
+    slots of new keys. seen: [groups, queries, width] which keys a row may see; padding rows see
+    all, so that no softmax is empty."""
 
     row: IntArray
     at: IntArray
@@ -51,8 +54,9 @@ class Layout:
 
 
 def lay_out(rows: Rows, groups: list[int]) -> Layout:
-    """The layout of some groups of `rows`. The keys of a group: those that its rows read and that lie there already,
-    committed ones and then tree nodes of earlier forwards (a draft model's), and last its own rows."""
+    """The layout of some groups of `rows`. The keys of a group: those that its rows read and that
+    lie there already, committed ones and then tree nodes of earlier forwards (a draft model's), and
+    last its own rows."""
     parts = [_keys(rows, g) for g in groups]
     count = [part.own for part in parts]
     queries, width = max(count), max(len(part.slots) for part in parts)
@@ -147,7 +151,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the rows' [groups, heads, queries, head_dim]; returns [groups, heads, width, head_dim]."""
+        """Stores the rows' [groups, heads, queries, head_dim]; returns [groups, heads, width,
+        head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if len(self.keys) < self.slots:

@@ -1,7 +1,8 @@
 """What cannot be done is refused here, by name and with the reason, before any forward.
 
-`unsupported` looks at the call; `fitting_layout` then compares the model's logits through our cache with plain ones,
-once a model, since a model may take a tree mask and yet make its positions or its own mask from something else.
+`unsupported` looks at the call; `fitting_layout` then compares the model's logits through our cache
+with plain ones, once a model, since a model may take a tree mask and yet make its positions or its
+own mask from something else.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str, 
 
 
 def _unsupported_rope(model: PreTrainedModel, config: GenerationConfig) -> str | None:
-    """Scalings that follow the longest text so far: beyond a length, rows of one forward would disturb each other."""
+    """Scalings that follow the longest text so far: beyond a length, rows of one forward would
+    disturb each other."""
     text = model.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
@@ -112,7 +114,8 @@ def fitting_layout(model: PreTrainedModel, layers: int) -> str | None:
 
 
 def _agrees(model: PreTrainedModel, layers: int, tree: bool) -> bool:
-    """Two prompts of unlike length, then a draft on each, against plain forwards of the same tokens."""
+    """Two prompts of unlike length, then a draft on each, against plain forwards of the same
+    tokens."""
     target = HostTarget(model, layers, tree)
     token = (np.arange(3, 28) * 7 + 1) % target.vocab
     prompts = (token[:9].tolist(), token[9:14].tolist())

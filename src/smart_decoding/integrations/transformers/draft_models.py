@@ -34,8 +34,9 @@ from smart_decoding.speculation import DRAFT_SCRATCH_PAGES, vocabulary_differenc
 class HostDraftModel:
     """widest: children of a node that are proposed at most; 1 where either model takes chains only.
 
-    Models pad their vocabularies differently: tokens that only one of the two has are never proposed. Keys of tree
-    nodes come first in the cache, so that it grows with the text, not with the pages that a call may use."""
+    Models pad their vocabularies differently: tokens that only one of the two has are never
+    proposed. Keys of tree nodes come first in the cache, so that it grows with the text, not with
+    the pages that a call may use."""
 
     def __init__(self, model: PreTrainedModel, layers: int, tree: bool, target_vocab: int) -> None:
         self.model, self._layers, self._tree = model, layers, tree
@@ -68,7 +69,8 @@ class HostDraftModel:
         return self._target.verify(rows, ()).logits[:, : self._vocab]
 
     def rank(self, logits: torch.Tensor, asked: Asked) -> Ranked:
-        """The most likely next tokens of each row and their probabilities: [rows, k]; see `ranked`."""
+        """The most likely next tokens of each row and their probabilities: [rows, k]; see
+        `ranked`."""
         return ranked(
             logits, self._tokens, replace(asked, k=min(asked.k, self.widest)), self._native
         )
@@ -84,7 +86,8 @@ class HostDraftModel:
 def load_draft_model(target: PreTrainedModel, draft: Any, max_length: int) -> PreTrainedModel:
     """The model, loaded in the target's dtype to its device if it is a folder or hub id.
 
-    Raises ConfigError or ModelError, before it is loaded, if it does not fit the target or the call's longest text."""
+    Raises ConfigError or ModelError, before it is loaded, if it does not fit the target or the
+    call's longest text."""
     check_draft("draft_model", draft, "model=NAME")
     config = draft.config if isinstance(draft, PreTrainedModel) else _config(draft)
     name = config.name_or_path or type(draft).__name__

@@ -1,4 +1,5 @@
-"""What is kept on a model from call to call: how it may be run, what its forwards cost, and what a policy learned."""
+"""What is kept on a model from call to call: how it may be run, what its forwards cost, and what a
+policy learned."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ CHAIN = {"ngram": {"occurrences": 1}, "recycling": {"successors": 1, "max_nodes"
 
 @dataclass(slots=True)
 class Drafting:
-    """A policy and drafters, lent to one call at a time. free: those without a model of their own."""
+    """A policy and drafters, lent to one call at a time. free: those without a model of their
+    own."""
 
     method: str
     policy: Policy
@@ -80,7 +82,8 @@ def options_of(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
 def source_for(
     model: PreTrainedModel, options: Mapping[str, Any], max_length: int
 ) -> Source | None:
-    """The head or draft model that the options name, as an earlier call left it, or loaded; None if there is none.
+    """The head or draft model that the options name, as an earlier call left it, or loaded; None if
+    there is none.
 
     Raises SmartError, before any forward, if it does not fit."""
     key = key_of(options)
@@ -101,7 +104,8 @@ def borrow(
     batch: int,
     source: Source | None,
 ) -> tuple[str, Drafting]:
-    """The drafting for these options, as an earlier call left it, or new; give it back with `give_back`.
+    """The drafting for these options, as an earlier call left it, or new; give it back with
+    `give_back`.
 
     Raises ConfigError for options that neither the method nor the policy has."""
     if source and not target.tree:
@@ -180,7 +184,8 @@ def _new(
 def _cost(
     model: PreTrainedModel, target: HostTarget, batch: int, seconds: float, source: Source | None
 ) -> CostModel:
-    """What forwards of this model, and of the drafter's, cost up to this batch size; a guess if `seconds` is 0.
+    """What forwards of this model, and of the drafter's, cost up to this batch size; a guess if
+    `seconds` is 0.
 
     Measured at first use on this machine, and stored."""
     if seconds <= 0:

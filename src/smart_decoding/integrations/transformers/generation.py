@@ -1,7 +1,9 @@
-"""`generate`: a decoding method for transformers' `model.generate(custom_generate=...)`, run by SMART's engine.
+"""`generate`: a decoding method for transformers' `model.generate(custom_generate=...)`, run by
+SMART's engine.
 
-transformers has prepared everything (inputs, processors, criteria, lengths); the engine then runs the batch as it runs
-any other, with the model as its target. Rows of the batch may be at different places: nobody waits for the slowest.
+transformers has prepared everything (inputs, processors, criteria, lengths); the engine then runs
+the batch as it runs any other, with the model as its target. Rows of the batch may be at different
+places: nobody waits for the slowest.
 """
 
 from __future__ import annotations
@@ -55,8 +57,9 @@ def generate(
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
     """Give it to `model.generate` as `custom_generate`; never call it directly.
 
-    speculative_config: an argument of `model.generate` then, e.g. {"method": "ngram", "policy": "smart"}; False decodes
-    plainly. Raises ConfigError or ModelError, before any forward, for what docs/transformers.md lists."""
+    speculative_config: an argument of `model.generate` then, e.g. {"method": "ngram", "policy":
+    "smart"}; False decodes plainly. Raises ConfigError or ModelError, before any forward, for what
+    docs/transformers.md lists."""
     assert generation_config is not None, "pass it to model.generate as custom_generate"
     options = options_of(speculative_config)
     reason = unsupported(model, generation_config, logits_processor, model_inputs)
@@ -146,7 +149,8 @@ def _host(config: GenerationConfig, processors: Any, criteria: Any, batch: int) 
 
 
 def _params(config: GenerationConfig, host: Host, prompt: int) -> SamplingParams:
-    """temperature only tells the policy; the processors have the real one. prompt: length with padding."""
+    """temperature only tells the policy; the processors have the real one. prompt: length with
+    padding."""
     temperature = min(2.0, max(1e-4, config.temperature or 1.0)) if config.do_sample else 0.0
     make = SamplingParams if host.plain_greedy else HostParams
     return make(temperature=temperature, max_tokens=config.max_length - prompt, seed=host.seed)
@@ -193,7 +197,8 @@ def _pad(config: GenerationConfig) -> int:
 
 
 def _caller_streamer() -> Any:
-    """The `streamer` of the running `model.generate`, which does not hand it on to a custom_generate function."""
+    """The `streamer` of the running `model.generate`, which does not hand it on to a
+    custom_generate function."""
     frame = sys._getframe(2)
     return frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
 

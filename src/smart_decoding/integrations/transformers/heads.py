@@ -1,4 +1,5 @@
-"""A draft head, published or ours, on a transformers model: it reads the model's layers and borrows its embeddings."""
+"""A draft head, published or ours, on a transformers model: it reads the model's layers and borrows
+its embeddings."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class HostHead(EagleHead):
-    """widest: children of a node that are proposed at most; 1 where the target takes chains only. folder: its own."""
+    """widest: children of a node that are proposed at most; 1 where the target takes chains only.
+    folder: its own."""
 
     def __init__(self, files: HeadFiles, folder: Path, model: PreTrainedModel) -> None:
         if files.fused:  # transformers gives what the target's output matrix reads
@@ -90,7 +92,8 @@ class HostOutput:
 
 
 def load_host_head(model: PreTrainedModel, name: Any, trust_pickle: bool = False) -> HostHead:
-    """The head in a folder, on the hub, or of a built-in model. Raises ConfigError, ModelError or DownloadError."""
+    """The head in a folder, on the hub, or of a built-in model. Raises ConfigError, ModelError or
+    DownloadError."""
     if not name:
         raise ConfigError(
             "method 'eagle' needs a head: give model=FOLDER, a hub id, or a built-in model such as "

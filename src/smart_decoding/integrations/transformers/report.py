@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Counts of one `generate` call. rounds: forwards that decoded; drafted / verified / accepted: tree nodes.
+    """Counts of one `generate` call. rounds: forwards that decoded; drafted / verified / accepted:
+    tree nodes.
 
-    layout: 'tree', or 'chain' where the model's attention takes no tree mask. drafter: 'none' if speculation was off.
+    layout: 'tree', or 'chain' where the model's attention takes no tree mask. drafter: 'none' if
+    speculation was off.
     """
 
     drafter: str

@@ -1,7 +1,9 @@
-"""What `generate` was asked for beside the model: logits processors, stopping criteria, scores and streamers.
+"""What `generate` was asked for beside the model: logits processors, stopping criteria, scores and
+streamers.
 
-A processor or criterion sees what it would see in `generate`: one sequence's tokens so far, left padding included. The
-engine asks only for rows that the walk visits, so that each is called once per token of the answer, in order.
+A processor or criterion sees what it would see in `generate`: one sequence's tokens so far, left
+padding included. The engine asks only for rows that the walk visits, so that each is called once
+per token of the answer, in order.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ SLACK = 128  # tokens beyond the longest answer: tree nodes that are looked at, 
 
 
 class HostParams(SamplingParams):
-    """Parameters of a request whose tokens are drawn by `Host`: the engine's greedy short cut must not be taken."""
+    """Parameters of a request whose tokens are drawn by `Host`: the engine's greedy short cut must
+    not be taken."""
 
     @property
     def changes_logits(self) -> bool:
@@ -61,14 +64,17 @@ class HostSequence:
         return self.tokens[: self.length + len(path)]
 
     def append(self, tokens: Sequence[int]) -> None:
-        """The engine's word for its own histories; here the stop check has taken the tokens already."""
+        """The engine's word for its own histories; here the stop check has taken the tokens
+        already."""
 
 
 @dataclass
 class Host:
-    """The processors, criteria and outputs of one call. batch: its rows; limit: longest row; seed: of the draws.
+    """The processors, criteria and outputs of one call. batch: its rows; limit: longest row; seed:
+    of the draws.
 
-    Where nothing pads ended rows (no end-of-sequence token), `generate` writes on in them until the last row ends."""
+    Where nothing pads ended rows (no end-of-sequence token), `generate` writes on in them until the
+    last row ends."""
 
     processors: Any
     criteria: Any
@@ -94,7 +100,8 @@ class Host:
 
     @property
     def length(self) -> int | None:
-        """Where the last row ended, once all have, if rows that ended before wrote on; else None."""
+        """Where the last row ended, once all have, if rows that ended before wrote on; else
+        None."""
         return (
             max(self._ends.values()) if not self._pads and len(self._ends) == self.batch else None
         )
@@ -105,7 +112,8 @@ class Host:
         return not (self.do_sample or len(self.processors) or self.keep_scores or self.keep_logits)
 
     def draw(self, logits: torch.Tensor, specs: Sequence[SampleSpec], sampler: Sampler) -> IntArray:
-        """[rows] tokens for logits [rows, vocab]: the processed scores' argmax, or a draw with keyed noise."""
+        """[rows] tokens for logits [rows, vocab]: the processed scores' argmax, or a draw with
+        keyed noise."""
         scores = self._process(logits, specs)
         for i, spec in enumerate(specs):
             sequence: Any = spec.history
@@ -176,7 +184,8 @@ class HostStop(StopChecker):
 
 
 class Stream:
-    """Feeds a streamer step by step, as `generate` does: one token of every row at a time, padded where one ended."""
+    """Feeds a streamer step by step, as `generate` does: one token of every row at a time, padded
+    where one ended."""
 
     def __init__(self, streamer: Any, prompt: int, pad: int) -> None:
         self._streamer, self._at, self._pad = streamer, prompt, pad
@@ -184,7 +193,8 @@ class Stream:
     def advance(
         self, sequences: Sequence[HostSequence], ended: Sequence[bool], longest: int | None
     ) -> None:
-        """Gives out all steps for which every row has a token or has ended. longest: `Host.length`."""
+        """Gives out all steps for which every row has a token or has ended. longest:
+        `Host.length`."""
         if self._streamer is None:
             return
         known = [s.length for s, end in zip(sequences, ended, strict=True) if not end]

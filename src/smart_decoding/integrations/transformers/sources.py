@@ -1,4 +1,5 @@
-"""Drafters with a model of their own, draft heads and draft models, as they are kept from call to call."""
+"""Drafters with a model of their own, draft heads and draft models, as they are kept from call to
+call."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def key_of(options: Mapping[str, Any]) -> str | None:
 
 
 def load_source(target: PreTrainedModel, options: Mapping[str, Any], max_length: int) -> Source:
-    """What `key_of` stands for. Raises SmartError, before any forward of either model where it does not fit."""
+    """What `key_of` stands for. Raises SmartError, before any forward of either model where it does
+    not fit."""
     if options["method"] != "draft_model":
         return load_host_head(target, options.get("model"), bool(options.get("trust_pickle")))
     model = load_draft_model(target, options.get("model"), max_length)

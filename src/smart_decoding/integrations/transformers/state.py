@@ -22,7 +22,8 @@ ATTRIBUTE = "_smart_decoding"  # on the model
 
 @dataclass
 class ModelState:
-    """All that is remembered of one model. layouts, costs: by attention, dtype, device; idle: by configuration.
+    """All that is remembered of one model. layouts, costs: by attention, dtype, device; idle: by
+    configuration.
 
     sources: heads and draft models that no call is using, by `key_of`."""
 
@@ -51,7 +52,8 @@ def layers_of(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -
 
 
 def layout_of(model: PreTrainedModel, layers: int) -> str:
-    """'tree' or 'chain', found once. Raises ModelError for a model whose logits change through our cache."""
+    """'tree' or 'chain', found once. Raises ModelError for a model whose logits change through our
+    cache."""
     state, key = state_of(model), setting_of(model)
     if key not in state.layouts:
         layout = fitting_layout(model, layers)

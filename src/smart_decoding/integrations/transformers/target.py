@@ -1,4 +1,5 @@
-"""A transformers model as the engine's target: `Rows` become one forward with positions and a mask."""
+"""A transformers model as the engine's target: `Rows` become one forward with positions and a
+mask."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ UNEVEN = 4  # groups with so many times more rows than the smallest go into anot
 
 
 class HostTarget(Sampled):
-    """tree: whether the model takes a mask [groups, 1, queries, keys]; else rows must be chains, under a padding mask.
+    """tree: whether the model takes a mask [groups, 1, queries, keys]; else rows must be chains,
+    under a padding mask.
 
     host: the processors of a `generate` call, or None where only forwards are wanted."""
 
@@ -53,7 +55,8 @@ class HostTarget(Sampled):
         self._takes = frozenset(inspect.signature(model.forward).parameters)
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
-        """Features: [rows, aux_layers * hidden]. Raises ModelError for aux_layers of a model whose layers cannot be found."""
+        """Features: [rows, aux_layers * hidden]. Raises ModelError for aux_layers of a model whose
+        layers cannot be found."""
         wanted = np.arange(len(rows)) if rows.logit_rows is None else rows.logit_rows
         found, logits, order, features = [], [], [], []
         for groups in _bundles(rows):
@@ -70,8 +73,8 @@ class HostTarget(Sampled):
     def _forward(
         self, rows: Rows, layout: Layout, wanted: IntArray, aux_layers: tuple[int, ...]
     ) -> TargetScores:
-        """[wanted, vocab] float32 logits of the layout's rows `wanted` (indices into `layout.row`), and the aux_hidden
-        states of all its rows."""
+        """[wanted, vocab] float32 logits of the layout's rows `wanted` (indices into `layout.row`),
+        and the aux_hidden states of all its rows."""
         group, column = layout.at
         token = np.zeros((layout.groups, layout.queries), np.int64)
         position = np.zeros_like(token)

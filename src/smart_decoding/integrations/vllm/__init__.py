@@ -1,10 +1,11 @@
 """SMART inside vLLM, of which it needs no patch:
 
-    python -m vllm.entrypoints.openai.api_server --model MODEL --speculative-config '{"method": "ngram", ...}' \\
+    python -m vllm.entrypoints.openai.api_server --model MODEL --speculative-config '{"method":
+        "ngram", ...}' \\
         --scheduler-cls smart_decoding.integrations.vllm.SmartScheduler
 
-and `smart vllm-config`, which measures instead and writes an option of vLLM's own: docs/integrations.md. Nothing of
-vLLM is imported before one of the two names is asked for.
+and `smart vllm-config`, which measures instead and writes an option of vLLM's own:
+docs/integrations.md. Nothing of vLLM is imported before one of the two names is asked for.
 """
 
 from __future__ import annotations

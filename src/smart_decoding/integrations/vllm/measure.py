@@ -2,8 +2,9 @@
 
     python -m smart_decoding.integrations.vllm.measure '{"model": ..., "speculative_config": ...}'
 
-reads lines of JSON, {"prompts": [...], "max_tokens": n}, and answers each with {"seconds", "tokens", "drafted",
-"accepted"}; before the first it says {"ready": vLLM's version}. `Measured` is the other end.
+reads lines of JSON, {"prompts": [...], "max_tokens": n}, and answers each with {"seconds",
+"tokens", "drafted", "accepted"}; before the first it says {"ready": vLLM's version}. `Measured` is
+the other end.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ COUNTERS = {
 
 
 class Measured:
-    """An engine with these arguments of `vllm.LLM`, started in a process; use it as a context manager."""
+    """An engine with these arguments of `vllm.LLM`, started in a process; use it as a context
+    manager."""
 
     def __init__(self, arguments: Mapping[str, Any], python: str = sys.executable) -> None:
         self._name = f"vLLM with speculative_config={arguments.get('speculative_config')}"
@@ -38,7 +40,8 @@ class Measured:
         )
 
     def ready(self) -> str:
-        """Waits until the engine has started; returns vLLM's version. Raises ConfigError if it did not start."""
+        """Waits until the engine has started; returns vLLM's version. Raises ConfigError if it did
+        not start."""
         return str(self._answer()["ready"])
 
     def run(self, prompts: Sequence[str], max_tokens: int) -> dict[str, Any]:

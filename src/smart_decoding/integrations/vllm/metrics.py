@@ -41,7 +41,8 @@ class CounterCollector:
 
 
 def serve_metrics(counters: Counters, port: int) -> None:
-    """Answers on http://127.0.0.1:`port`/metrics from a thread, as long as it lives. Raises OSError if it is taken."""
+    """Answers on http://127.0.0.1:`port`/metrics from a thread, as long as it lives. Raises OSError
+    if it is taken."""
     from prometheus_client import CollectorRegistry, start_http_server
 
     registry = CollectorRegistry()

@@ -1,4 +1,5 @@
-"""From measured times to vLLM's `num_speculative_tokens_per_batch_size`, with the reason for each line. Pure."""
+"""From measured times to vLLM's `num_speculative_tokens_per_batch_size`, with the reason for each
+line. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ MARGIN = 1.02  # what speculation must measure over plain decoding to be switche
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One setting at one batch size: seconds of each block, of the same prompts in all settings, and tokens a block."""
+    """One setting at one batch size: seconds of each block, of the same prompts in all settings,
+    and tokens a block."""
 
     seconds: Sequence[float]
     tokens: int
@@ -43,7 +45,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The best length at one measured batch size. ratios: length -> (speedup over plain, its standard error)."""
+    """The best length at one measured batch size. ratios: length -> (speedup over plain, its
+    standard error)."""
 
     batch: int
     length: int
@@ -52,7 +55,8 @@ class Choice:
 
 
 def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) -> Choice:
-    """The fastest of the measured lengths; 0, which must be among them, unless another one is `margin` faster."""
+    """The fastest of the measured lengths; 0, which must be among them, unless another one is
+    `margin` faster."""
     plain = timings[0]
     ratios = {length: speedup(plain, timing) for length, timing in timings.items() if length}
     best = max(ratios, key=lambda length: ratios[length][0], default=0)
@@ -65,7 +69,8 @@ def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) ->
 
 
 def schedule(choices: Sequence[Choice]) -> list[Line]:
-    """One line per run of equal lengths; sizes between two measured ones go to the nearer one (by ratio)."""
+    """One line per run of equal lengths; sizes between two measured ones go to the nearer one (by
+    ratio)."""
     if not choices:
         raise ConfigError("no batch size was measured")
     ordered = sorted(choices, key=lambda choice: choice.batch)
@@ -87,7 +92,8 @@ def schedule(choices: Sequence[Choice]) -> list[Line]:
 
 
 def speculative_config(base: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, Any] | None:
-    """The value of vLLM's --speculative-config; None where plain decoding was best at every batch size.
+    """The value of vLLM's --speculative-config; None where plain decoding was best at every batch
+    size.
 
     vLLM carries the last line's length on to larger batches."""
     longest = max(line.length for line in lines)

@@ -1,7 +1,9 @@
-"""vLLM schedulers that choose draft lengths: K before each step, and each request's share of what was drafted.
+"""vLLM schedulers that choose draft lengths: K before each step, and each request's share of what
+was drafted.
 
-They run in the engine's own process alone and hand their choice to the workers in the step's SchedulerOutput, so that
-tensor-parallel ranks cannot disagree. Tokens are verified by vLLM, and are its own whatever is chosen here.
+They run in the engine's own process alone and hand their choice to the workers in the step's
+SchedulerOutput, so that tensor-parallel ranks cannot disagree. Tokens are verified by vLLM, and are
+its own whatever is chosen here.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ FORGET_EVERY = 256  # steps
 
 
 class Lengths:
-    """Stands for vLLM's table of K by batch size; the policy is asked instead. kind: `Length` where K is to install
-    the shortcuts in the processes of other ranks."""
+    """Stands for vLLM's table of K by batch size; the policy is asked instead. kind: `Length` where
+    K is to install the shortcuts in the processes of other ranks."""
 
     def __init__(self, owner: Controller, kind: type[int]) -> None:
         self._owner = owner
@@ -111,7 +113,8 @@ class Controller:
         return kept
 
     def outcome(self, output: SchedulerOutput, ran: ModelRunnerOutput) -> tuple[Step, float] | None:
-        """The step behind `output`, with what was accepted in it; None if it was not scheduled here."""
+        """The step behind `output`, with what was accepted in it; None if it was not scheduled
+        here."""
         self._ranks_rest = self._ranks_rest or marked(ran)
         found = self._under_way.pop(id(output), None)
         if found is not None and ran.sampled_token_ids:
@@ -135,7 +138,8 @@ class Controller:
 
 
 class _Smart:
-    """What both schedulers share; `Scheduler` or `AsyncScheduler` follows in the order of methods."""
+    """What both schedulers share; `Scheduler` or `AsyncScheduler` follows in the order of
+    methods."""
 
     ASYNC = False
     controller: Controller | None
@@ -226,8 +230,8 @@ class SmartScheduler(_Smart, Scheduler):
 
 
 class SmartAsyncScheduler(_Smart, AsyncScheduler):
-    """For asynchronous scheduling: the drafts of a step are still being made when the next one is scheduled, so places
-    are kept for as many of them as are worth verifying."""
+    """For asynchronous scheduling: the drafts of a step are still being made when the next one is
+    scheduled, so places are kept for as many of them as are worth verifying."""
 
     ASYNC = True
 

@@ -1,6 +1,8 @@
-"""What the scheduler relies on in vLLM beyond its public interface, and the reasons not to act. Imports no vLLM.
+"""What the scheduler relies on in vLLM beyond its public interface, and the reasons not to act.
+Imports no vLLM.
 
-`missing` compares these names with the installed vLLM: at every start, and in tests/integrations/test_vllm_engine.py.
+`missing` compares these names with the installed vLLM: at every start, and in
+tests/integrations/test_vllm_engine.py.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ SPECULATIVE = (
     "num_speculative_tokens_per_batch_size",
 )  # of that, where there is one
 
-# Of vLLM's classes (module:class): methods that are overridden or replaced, attributes that are read.
+# Of vLLM's classes (module:class): methods that are overridden or replaced, attributes that are
+# read.
 CLASSES = {
     "vllm.v1.core.sched.scheduler:Scheduler": (
         "schedule",
@@ -83,7 +86,8 @@ CLASSES = {
     "vllm.v1.worker.gpu_input_batch:InputBatch": ("thinking_budget_state_holder",),  # shortcuts.py
     "vllm.v1.worker.gpu_model_runner:ExecuteModelState": ("scheduler_output",),
 }
-# All parameters of methods that ours take the place of; of those that are called, the keywords that are given.
+# All parameters of methods that ours take the place of; of those that are called, the keywords that
+# are given.
 REPLACED = {
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": (
         "scheduler_output",
@@ -124,10 +128,11 @@ MODEL = ("draft_model", "eagle", "eagle3", "mtp")
 class Options:
     """`--additional-config '{"smart": {...}}'`.
 
-    enabled: false leaves everything to vLLM. probe_budget: share of the time for checking the mode believed worse.
-    metrics_port: port of Prometheus metrics on 127.0.0.1 (0: none). allow_untested: act in other versions too, if they
-    have all names that are relied on. shortcuts: skip vLLM's work for drafts in steps without any, a draft model's pass
-    included where it does not pay (shortcuts.py)."""
+    enabled: false leaves everything to vLLM. probe_budget: share of the time for checking the mode
+    believed worse. metrics_port: port of Prometheus metrics on 127.0.0.1 (0: none). allow_untested:
+    act in other versions too, if they have all names that are relied on. shortcuts: skip vLLM's
+    work for drafts in steps without any, a draft model's pass included where it does not pay
+    (shortcuts.py)."""
 
     enabled: bool = True
     shortcuts: bool = True
@@ -137,7 +142,8 @@ class Options:
 
 
 def read_options(additional_config: Any) -> Options:
-    """Our part of vLLM's additional_config. Raises ConfigError for unknown names and values of the wrong kind."""
+    """Our part of vLLM's additional_config. Raises ConfigError for unknown names and values of the
+    wrong kind."""
     given = additional_config.get("smart", {}) if isinstance(additional_config, Mapping) else {}
     if not isinstance(given, Mapping):
         raise ConfigError('additional_config["smart"] must be a mapping of options')
@@ -161,7 +167,8 @@ def read_options(additional_config: Any) -> Options:
 
 
 def refuse_class(async_scheduling: Any, is_async: bool) -> None:
-    """Raises ConfigError for the wrong one of the two classes, which would do harm whether it acts or not."""
+    """Raises ConfigError for the wrong one of the two classes, which would do harm whether it acts
+    or not."""
     if async_scheduling in (True, False) and async_scheduling != is_async:
         wanted = "SmartAsyncScheduler" if async_scheduling else "SmartScheduler"
         raise ConfigError(
@@ -194,7 +201,8 @@ def find(thing: object, path: str, default: Any = None) -> Any:
 
 
 def missing(scheduler: object) -> list[str]:
-    """Names listed above that this scheduler, its configuration or the installed vLLM's classes have not."""
+    """Names listed above that this scheduler, its configuration or the installed vLLM's classes
+    have not."""
     return [
         *missing_attributes(scheduler),
         *missing_members(),
@@ -263,7 +271,8 @@ def reason_for_stock(
     options: Options,
     missing: Callable[[object], list[str]] = missing,
 ) -> str | None:
-    """Why the scheduler should leave everything to vLLM, or None. Raises nothing, whatever that vLLM has."""
+    """Why the scheduler should leave everything to vLLM, or None. Raises nothing, whatever that
+    vLLM has."""
     if not options.enabled:
         return "it is switched off (additional_config)"
     if not options.allow_untested and ".".join(version.split(".")[:2]) not in TESTED:

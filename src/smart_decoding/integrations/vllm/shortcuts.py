@@ -1,12 +1,14 @@
-"""Steps without drafts, without what vLLM does for drafts in every step once a drafter is configured.
+"""Steps without drafts, without what vLLM does for drafts in every step once a drafter is
+configured.
 
-With a --speculative-config vLLM sends all logits through its rejection sampler, drafts or none: it copies them and runs
-some twenty small operations. Without drafts its plain sampler gives the same tokens; that is what is called then. And a
-draft model or head runs its first pass at every step, also where no token is to be drafted; where the scheduler asks
-for REST tokens, it runs none. If such a step verifies no drafts either, the model runner takes it without its
-speculative config, exactly as plain vLLM does: what it prepares for drafts costs some 0.5 ms. All this holds in the
-process that `install` is called in: the scheduler's, which is the worker's, too, where there is one rank; ranks.py
-calls it in those of several.
+With a --speculative-config vLLM sends all logits through its rejection sampler, drafts or none: it
+copies them and runs some twenty small operations. Without drafts its plain sampler gives the same
+tokens; that is what is called then. And a draft model or head runs its first pass at every step,
+also where no token is to be drafted; where the scheduler asks for REST tokens, it runs none. If
+such a step verifies no drafts either, the model runner takes it without its speculative config,
+exactly as plain vLLM does: what it prepares for drafts costs some 0.5 ms. All this holds in the
+process that `install` is called in: the scheduler's, which is the worker's, too, where there is one
+rank; ranks.py calls it in those of several.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ _seen: list[bool] = []
 
 
 def drafter_seen() -> bool:
-    """Whether a draft model has run in this process through what is installed here: only then is REST understood."""
+    """Whether a draft model has run in this process through what is installed here: only then is
+    REST understood."""
     return bool(_seen)
 
 
@@ -106,10 +109,10 @@ def _shorten_steps() -> None:
 
 @contextmanager
 def _plain(runner: Any, step: Any) -> Iterator[None]:
-    """The model runner without its speculative config, if `step` neither verifies nor drafts. (In asynchronous
-    scheduling the next step's inputs are made from what is prepared for drafts, recurrent layers find their state by
-    how many drafts were accepted before, and a thinking budget counts rows as the rejection sampler has them: there
-    all stays as it is.)"""
+    """The model runner without its speculative config, if `step` neither verifies nor drafts. (In
+    asynchronous scheduling the next step's inputs are made from what is prepared for drafts,
+    recurrent layers find their state by how many drafts were accepted before, and a thinking budget
+    counts rows as the rejection sampler has them: there all stays as it is.)"""
     rests = step is not None and step.num_spec_tokens_to_schedule == REST
     budgets = runner.input_batch.thinking_budget_state_holder is not None
     special = runner.use_async_scheduling or runner.model_config.is_hybrid or budgets

@@ -1,4 +1,5 @@
-"""`model.generate(custom_generate="OWNER/REPOSITORY", trust_remote_code=True)`: SMART for any causal language model."""
+"""`model.generate(custom_generate="OWNER/REPOSITORY", trust_remote_code=True)`: SMART for any
+causal language model."""
 
 from __future__ import annotations
 
