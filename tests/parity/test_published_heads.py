@@ -332,9 +332,9 @@ class Drafting:
         slots = table.reserve(len(new))
         span = Span(new, first, slots, np.array(table.pages, np.int32))
         rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
-        aux_layers = self.decoder.forward(rows, self.drafter.aux_layers).aux_layers
+        aux_hidden = self.decoder.forward(rows, self.drafter.aux_layers).aux_hidden
         table.commit(request.tokens, first + len(new))
-        self.drafter.extend(request, aux_layers, first, new)
+        self.drafter.extend(request, aux_hidden, first, new)
         plan = DraftPlan(True, levels=3, children=3)
         trees = self.drafter.start([request], plan)
         self.drafter.expand([request], trees, np.arange(3), plan)

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "CONCURRENT", 4)
         patch.setattr(generate, "ANSWER_TOKENS", 24)
-        for name, aux_hidden in (("data", (3,)), ("taps", (1, 2, 3))):
+        for name, aux_layers in (("data", (3,)), ("taps", (1, 2, 3))):
             llm = LLM(
                 made,
                 speculative_config=False,
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 dtype="float32",
                 enable_prefix_caching=False,
             )
-            recorder = generate.Recorder(aux_hidden)
+            recorder = generate.Recorder(aux_layers)
             llm.engine.listen(recorder)
             generate.generate(llm, recorder, made / name, 1200, turn=turn)
     return made

@@ -76,11 +76,11 @@ def test_drafting_equals_the_unrolled_training_forward(
     slots = request.table.reserve(n)
     pages = np.array(request.table.pages, np.int32)
     rows, _, _ = build_rows([Span(tokens[:n], 0, slots, pages)], DraftTrees.empty(1), [True])
-    aux_layers = decoder.forward(rows, TAPS).aux_layers
-    assert aux_layers is not None
+    aux_hidden = decoder.forward(rows, TAPS).aux_hidden
+    assert aux_hidden is not None
     request.table.commit(tokens, n)
-    drafter.extend(request, aux_layers[:10], 0, tokens[:10])
-    drafter.extend(request, aux_layers[10:], 10, tokens[10:n])
+    drafter.extend(request, aux_hidden[:10], 0, tokens[:10])
+    drafter.extend(request, aux_hidden[10:], 10, tokens[10:n])
 
     plan = DraftPlan(True, levels=3, children=4)
     trees = drafter.start([request], plan)
@@ -91,7 +91,7 @@ def test_drafting_equals_the_unrolled_training_forward(
 
     path = trees.path(second)
     drafted = trees.token[path].tolist()
-    g = trained.features(aux_layers[None])
+    g = trained.features(aux_hidden[None])
     with torch.no_grad():
         expected = _chain(trained, g, weights["model.embed_tokens.weight"], tokens[1:], drafted)
     produced = outputs_of(head)

@@ -142,7 +142,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("head", "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "head" / "training.json").read_text())["figures"] == expected
-    assert load_head(tmp_path / "head", CONFIG).aux_hidden == TAPS
+    assert load_head(tmp_path / "head", CONFIG).aux_layers == TAPS
 
 
 def test_a_finished_run_is_only_measured_again(trainer: Callable[..., Trainer]) -> None:
@@ -302,10 +302,10 @@ def test_a_head_may_leave_out_the_last_layer_but_its_data_may_not(
 ) -> None:
     """The last layer's output says what the target would have said."""
     assert recorded_layers((1,), CONFIG.layers) == TAPS == recorded_layers(TAPS, CONFIG.layers)
-    early = trainer(aux_hidden=(1,))
+    early = trainer(aux_layers=(1,))
     assert early.head.fc.in_features == CONFIG.hidden
     assert early.run()["steps"] == STEPS
-    assert load_head(tmp_path / "head", CONFIG).aux_hidden == (1,)
+    assert load_head(tmp_path / "head", CONFIG).aux_layers == (1,)
     config = json.loads((tmp_path / "head" / "config.json").read_text())
     for wrong in ([CONFIG.layers + 1], [0], []):
         (tmp_path / "head" / "config.json").write_text(json.dumps({**config, "taps": wrong}))
@@ -338,7 +338,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     path.write_bytes(whole)
     assert trainer().steps == 1
     with pytest.raises(ModelError, match="other --aux-layers"):
-        trainer(aux_hidden=(2,))
+        trainer(aux_layers=(2,))
 
 
 def test_what_is_held_out_shares_no_prompt_with_what_is_trained_on(data: Path) -> None:
