@@ -17,8 +17,7 @@ typedef std::vector<double> Doubles;
 
 inline Doubles doubles(const std::vector<float>& list) { return Doubles(list.begin(), list.end()); }
 
-// ------------------------------------------------------------------------------------------------------
-// numbers
+// ----------------------------------------------------------------------------------- numbers
 
 // Nearest, ties to even.
 inline uint16_t to_bf16(float x) {
@@ -42,8 +41,7 @@ inline void round_all(Doubles& list) {
     for (double& x : list) x = rounded(float(x));
 }
 
-// -------------------------------------------------------------------------------------------------------
-// layers
+// ------------------------------------------------------------------------------------ layers
 
 inline void rms_norm(const double* x, const float* weight, double eps, int64_t d, double* out) {
     double sum = 0;
@@ -201,8 +199,7 @@ inline void layer(const Weights& w, const Rows& in, const Doubles* input, Double
     finish(w, attention(w, in, read, cache, number, rounds), x, rounds);
 }
 
-// -----------------------------------------------------------------------------------------------------
-// sampling
+// ---------------------------------------------------------------------------------- sampling
 
 inline uint64_t mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;

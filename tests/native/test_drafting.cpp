@@ -339,8 +339,7 @@ void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prom
     }
 }
 
-// ---------------------------------------------------------------------------------------------------
-// smart_grow
+// -------------------------------------------------------------------------------- smart_grow
 
 struct Grown {  // the trees of a batch, and what was chosen of them
     int64_t batch, room;
