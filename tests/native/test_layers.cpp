@@ -289,6 +289,9 @@ void refused() {
     int64_t best;
     const Pass pass{batch.token.data(), nullptr, nullptr, nullptr, nullptr, nullptr, &best, 1, 0};
     check::that(smart_forward(&model, &rows, &pass, 1) != 0, "head_dim 48 is refused");
+    layers[0] = m.structs[0];
+    layers[0].heads = 33;  // a block of rows has room for 32 queries
+    check::that(smart_forward(&model, &rows, &pass, 1) != 0, "33 query heads to a key are refused");
     model = m.model(cache);
     model.kv_bf16 = 1;
     check::that(smart_forward(&model, &rows, &pass, 1) != 0,
