@@ -32,11 +32,22 @@ wheel: env
 test-wheel: wheel
 	$(BIN)/python tools/check_wheel.py dist/smart_decoding-*.whl
 
+# The CPU kernels in C++: every variant on this CPU, under qemu, or compiled only, as the last lines say; and this
+# CPU's best one with sanitizers. Debian: g++-aarch64-linux-gnu and qemu-user for the variants of Arm.
+test-native:
+	$(PYTHON) tools/native_tests.py
+	$(PYTHON) tools/native_tests.py --quick --sanitize address,undefined
+	$(PYTHON) tools/native_tests.py --quick --sanitize thread
+
 quality: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(PYTHON) tools/native_tests.py --syntax
+	@if command -v clang-format-19 >/dev/null; then \
+	  clang-format-19 --dry-run --Werror src/smart_decoding/kernels/csrc/*.cpp src/smart_decoding/kernels/csrc/*.h \
+	    tests/native/*.cpp tests/native/*.h; else echo "not checked: C++ formatting (no clang-format-19)"; fi
 
 # Ten minutes of load with faults on a server, and ten without speculation; SECONDS_=30 is the short form (2 minutes).
 # Then faults, hostile clients and limits, and ten times as many random requests by the OpenAPI document as in `test`.

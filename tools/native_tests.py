@@ -45,7 +45,7 @@ CPUS = {  # of --syntax
         "znver3",
         "znver4",
     ),
-    "aarch64": ("armv8-a", "armv8.2-a+bf16+dotprod"),
+    "aarch64": ("armv8-a", "armv8.2-a+bf16+dotprod", "armv8.2-a+bf16+dotprod+i8mm"),
 }
 EMULATE = "SMART_EMULATE_TILES"  # AMX's tiles as plain loops, for CPUs without
 COMPILES_AT_ONCE = 2

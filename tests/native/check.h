@@ -1,4 +1,5 @@
-// What all tests share: the case being checked, comparisons that report it where they fail, and random numbers.
+// What all tests share: the case being checked, comparisons that report it where they fail, and
+// random numbers.
 
 #pragma once
 #include <cmath>
@@ -30,8 +31,8 @@ inline void begin(const char* name, uint64_t number, const std::string& what) {
 
 inline bool fail(const std::string& what, const std::string& expected, const std::string& got) {
     if (failures++ < MOST_REPORTS)
-        printf("FAILED %s, seed %llu (%s): %s: expected %s, got %s\n", test.c_str(), (unsigned long long)seed,
-               text.c_str(), what.c_str(), expected.c_str(), got.c_str());
+        printf("FAILED %s, seed %llu (%s): %s: expected %s, got %s\n", test.c_str(),
+               (unsigned long long)seed, text.c_str(), what.c_str(), expected.c_str(), got.c_str());
     return false;
 }
 
@@ -41,7 +42,9 @@ inline std::string number(double x) {
     return buffer;
 }
 
-inline std::string at(const char* what, int64_t i) { return std::string(what) + "[" + std::to_string(i) + "]"; }
+inline std::string at(const char* what, int64_t i) {
+    return std::string(what) + "[" + std::to_string(i) + "]";
+}
 
 inline bool that(bool holds, const std::string& what) {
     comparisons++;
@@ -66,10 +69,12 @@ inline bool near(const std::string& what, double expected, double got, double to
 }
 
 // Of a matrix's entry, whose name is made where it is needed only.
-inline bool near_at(const char* what, int64_t row, int64_t column, double expected, double got, double tolerance) {
+inline bool near_at(const char* what, int64_t row, int64_t column, double expected, double got,
+                    double tolerance) {
     comparisons++;
     if (is_near(expected, got, tolerance)) return true;
-    const std::string name = std::string(what) + "[" + std::to_string(row) + ", " + std::to_string(column) + "]";
+    const std::string name =
+        std::string(what) + "[" + std::to_string(row) + ", " + std::to_string(column) + "]";
     return fail(name, number(expected) + " +- " + number(tolerance), number(got));
 }
 
@@ -87,19 +92,23 @@ inline bool bits(const char* what, const float* expected, const float* got, int6
     if (!count || !memcmp(expected, got, count * sizeof(float))) return true;
     for (int64_t i = 0; i < count; i++)
         if (memcmp(expected + i, got + i, sizeof(float)))
-            return fail(at(what, i) + ", of which the bits count", number(expected[i]), number(got[i]));
+            return fail(at(what, i) + ", of which the bits count", number(expected[i]),
+                        number(got[i]));
     return true;
 }
 
-// Within `tolerance` times the root mean square of what is expected. The first entry that is not is reported.
-inline bool near_rows(const char* what, const double* expected, const float* got, int64_t rows, int64_t width,
-                      double tolerance) {
+// Within `tolerance` times the root mean square of what is expected. The first entry that is not is
+// reported.
+inline bool near_rows(const char* what, const double* expected, const float* got, int64_t rows,
+                      int64_t width, double tolerance) {
     for (int64_t r = 0; r < rows; r++) {
         double squares = 0;
-        for (int64_t i = 0; i < width; i++) squares += expected[r * width + i] * expected[r * width + i];
+        for (int64_t i = 0; i < width; i++)
+            squares += expected[r * width + i] * expected[r * width + i];
         double allowed = tolerance * std::sqrt(squares / double(width));
         for (int64_t i = 0; i < width; i++)
-            if (!near_at(what, r, i, expected[r * width + i], got[r * width + i], allowed)) return false;
+            if (!near_at(what, r, i, expected[r * width + i], got[r * width + i], allowed))
+                return false;
     }
     return true;
 }
@@ -124,8 +133,12 @@ struct Random {
         for (int i = 0; i < 12; i++) sum += uniform();
         return sum - 6;
     }
-    template <class T> T of(std::initializer_list<T> choices) { return choices.begin()[below(choices.size())]; }
-    template <class T> void shuffle(std::vector<T>& list) {
+    template <class T>
+    T of(std::initializer_list<T> choices) {
+        return choices.begin()[below(choices.size())];
+    }
+    template <class T>
+    void shuffle(std::vector<T>& list) {
         for (size_t i = list.size(); i > 1; i--) std::swap(list[i - 1], list[below(i)]);
     }
     std::vector<float> normals(int64_t count, double deviation = 1) {

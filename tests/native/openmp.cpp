@@ -1,6 +1,7 @@
-// Of OpenMP's runtime what the kernels use, for ThreadSanitizer: libgomp itself is not built with it, so that its barriers
-// would look like none and all that is shared like a race. Threads are made anew for each region. What orders threads is
-// what OpenMP promises, barriers and the ends of regions; a loop's counter is relaxed, so that it hides no race.
+// Of OpenMP's runtime what the kernels use, for ThreadSanitizer: libgomp itself is not built with
+// it, so that its barriers would look like none and all that is shared like a race. Threads are
+// made anew for each region. What orders threads is what OpenMP promises, barriers and the ends of
+// regions; a loop's counter is relaxed, so that it hides no race.
 
 #include <atomic>
 #include <condition_variable>
@@ -33,7 +34,8 @@ struct Team {
             waiting = 0;
             barriers++;
             changed.notify_all();
-        } else changed.wait(lock, [&] { return barriers != number; });
+        } else
+            changed.wait(lock, [&] { return barriers != number; });
     }
 };
 
@@ -79,7 +81,8 @@ void GOMP_barrier() {
     if (mine.team) mine.team->barrier();
 }
 
-bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long step, long chunk, long* first, long* last) {
+bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long step, long chunk, long* first,
+                                          long* last) {
     if (++mine.loop == MOST_LOOPS || start < 0 || step < 1 || !mine.team) {
         fprintf(stderr, "openmp.cpp does not know such loops\n");
         abort();
@@ -92,5 +95,4 @@ bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long step, long 
 bool GOMP_loop_nonmonotonic_dynamic_next(long* first, long* last) { return take(first, last); }
 void GOMP_loop_end() { GOMP_barrier(); }
 void GOMP_loop_end_nowait() {}
-
 }

@@ -1,4 +1,5 @@
-// What the kernels compute, as plain loops: sums in double, rounded to bf16 exactly where the kernels say they round.
+// What the kernels compute, as plain loops: sums in double, rounded to bf16 exactly where the
+// kernels say they round.
 
 #pragma once
 #include <algorithm>
@@ -16,7 +17,7 @@ typedef std::vector<double> Doubles;
 
 inline Doubles doubles(const std::vector<float>& list) { return Doubles(list.begin(), list.end()); }
 
-// ------------------------------------------------------------------------------------------------------ numbers
+// ----------------------------------------------------------------------------------- numbers
 
 // Nearest, ties to even.
 inline uint16_t to_bf16(float x) {
@@ -40,7 +41,7 @@ inline void round_all(Doubles& list) {
     for (double& x : list) x = rounded(float(x));
 }
 
-// ------------------------------------------------------------------------------------------------------- layers
+// ------------------------------------------------------------------------------------ layers
 
 inline void rms_norm(const double* x, const float* weight, double eps, int64_t d, double* out) {
     double sum = 0;
@@ -56,7 +57,8 @@ inline Doubles rms_norms(const Doubles& x, const float* weight, double eps, int6
 }
 
 // x [rows, k] w^T [n, k] + bias, which may be empty.
-inline Doubles linear(const Doubles& x, const std::vector<float>& w, int64_t k, const std::vector<float>& bias) {
+inline Doubles linear(const Doubles& x, const std::vector<float>& w, int64_t k,
+                      const std::vector<float>& bias) {
     int64_t rows = x.size() / k, n = w.size() / k;
     Doubles y(rows * n);
     for (int64_t r = 0; r < rows; r++)
@@ -71,7 +73,8 @@ inline Doubles linear(const Doubles& x, const std::vector<float>& w, int64_t k, 
 struct Weights {  // of a layer, as [out, in]; vectors that it does not have are empty
     int hidden, input, heads, kv_heads, head_dim, ffn;
     float eps;
-    std::vector<float> input_norm, q_norm, k_norm, qkv_bias, output_bias, post_norm, qkv, output, gate, up, down;
+    std::vector<float> input_norm, q_norm, k_norm, qkv_bias, output_bias, post_norm, qkv, output,
+        gate, up, down;
 };
 
 struct Rounds {       // what is rounded to bf16
@@ -83,14 +86,19 @@ struct Cache {  // keys and values [layers, kv_heads, slots, head_dim]
     int64_t kv_heads, slots, head_dim;
     Doubles k, v;
     Cache(int64_t layers, int64_t kv_heads_, int64_t slots_, int64_t head_dim_)
-        : kv_heads(kv_heads_), slots(slots_), head_dim(head_dim_), k(layers * kv_heads_ * slots_ * head_dim_), v(k) {}
+        : kv_heads(kv_heads_),
+          slots(slots_),
+          head_dim(head_dim_),
+          k(layers * kv_heads_ * slots_ * head_dim_),
+          v(k) {}
     int64_t at(int64_t layer, int64_t head, int64_t slot) const {
         return ((layer * kv_heads + head) * slots + slot) * head_dim;
     }
 };
 
 // Turns halves of x by the angles of a position, after an optional norm.
-inline void rope(const Rows& in, int64_t row, const std::vector<float>& norm, double eps, int64_t head_dim, double* x) {
+inline void rope(const Rows& in, int64_t row, const std::vector<float>& norm, double eps,
+                 int64_t head_dim, double* x) {
     int64_t half = head_dim / 2;
     const float* cosine = in.cosine + in.position[row] * half;
     const float* sine = in.sine + in.position[row] * half;
@@ -108,19 +116,23 @@ inline int64_t request_of(const Rows& in, int64_t row) {
     return request;
 }
 
-// The slots that a row sees, in order: its context through the block table, then its ancestors and itself.
+// The slots that a row sees, in order: its context through the block table, then its ancestors and
+// itself.
 inline std::vector<int64_t> seen_by(const Rows& in, int64_t row) {
     const int32_t* table = in.block_tables + in.block_table_start[request_of(in, row)];
     const int page = smart_page();
     std::vector<int64_t> slots;
-    for (int64_t i = 0; i < in.context_len[row]; i++) slots.push_back(int64_t(table[i / page]) * page + i % page);
-    for (int64_t i = in.ancestors_start[row]; i < in.ancestors_start[row + 1]; i++) slots.push_back(in.ancestors[i]);
+    for (int64_t i = 0; i < in.context_len[row]; i++)
+        slots.push_back(int64_t(table[i / page]) * page + i % page);
+    for (int64_t i = in.ancestors_start[row]; i < in.ancestors_start[row + 1]; i++)
+        slots.push_back(in.ancestors[i]);
     return slots;
 }
 
-// From the inputs of q, k and v [rows, input] to what attention yields [rows, heads * head_dim]; stores keys and values.
-inline Doubles attention(const Weights& w, const Rows& in, const Doubles& input, Cache& cache, int64_t layer,
-                         Rounds rounds) {
+// From the inputs of q, k and v [rows, input] to what attention yields [rows, heads * head_dim];
+// stores keys and values.
+inline Doubles attention(const Weights& w, const Rows& in, const Doubles& input, Cache& cache,
+                         int64_t layer, Rounds rounds) {
     int64_t hd = w.head_dim, width = (w.heads + 2 * w.kv_heads) * hd;
     Doubles qkv = linear(input, w.qkv, w.input, w.qkv_bias);
     for (int64_t r = 0; r < in.rows; r++) {
@@ -146,14 +158,16 @@ inline Doubles attention(const Weights& w, const Rows& in, const Doubles& input,
             double sum = 0, best = -std::numeric_limits<double>::infinity();
             for (int64_t slot : slots) {
                 double score = 0;
-                for (int64_t d = 0; d < hd; d++) score += query[d] * cache.k[cache.at(layer, kv, slot) + d];
+                for (int64_t d = 0; d < hd; d++)
+                    score += query[d] * cache.k[cache.at(layer, kv, slot) + d];
                 weight.push_back(score / std::sqrt(double(hd)));
                 best = std::max(best, weight.back());
             }
             for (double& x : weight) sum += x = std::exp(x - best);
             for (int64_t d = 0; d < hd; d++) {
                 double value = 0;
-                for (size_t i = 0; i < slots.size(); i++) value += weight[i] * cache.v[cache.at(layer, kv, slots[i]) + d];
+                for (size_t i = 0; i < slots.size(); i++)
+                    value += weight[i] * cache.v[cache.at(layer, kv, slots[i]) + d];
                 out[(r * w.heads + h) * hd + d] = value / sum;
             }
         }
@@ -169,7 +183,8 @@ inline void finish(const Weights& w, Doubles attended, Doubles& x, Rounds rounds
     for (size_t i = 0; i < x.size(); i++) x[i] += more[i];
     Doubles normed = rms_norms(x, w.post_norm.data(), w.eps, w.hidden);
     if (rounds.inputs) round_all(normed);
-    Doubles gate = linear(normed, w.gate, w.hidden, none), up = linear(normed, w.up, w.hidden, none);
+    Doubles gate = linear(normed, w.gate, w.hidden, none),
+            up = linear(normed, w.up, w.hidden, none);
     for (size_t i = 0; i < gate.size(); i++) gate[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
     if (rounds.inputs) round_all(gate);
     more = linear(gate, w.down, w.ffn, none);
@@ -177,14 +192,14 @@ inline void finish(const Weights& w, Doubles attended, Doubles& x, Rounds rounds
 }
 
 // A layer in place on x [rows, hidden]. input: what q, k and v read; null: the norm of x.
-inline void layer(const Weights& w, const Rows& in, const Doubles* input, Doubles& x, Cache& cache, int64_t number,
-                  Rounds rounds) {
+inline void layer(const Weights& w, const Rows& in, const Doubles* input, Doubles& x, Cache& cache,
+                  int64_t number, Rounds rounds) {
     Doubles read = input ? *input : rms_norms(x, w.input_norm.data(), w.eps, w.hidden);
     if (rounds.inputs) round_all(read);
     finish(w, attention(w, in, read, cache, number, rounds), x, rounds);
 }
 
-// ----------------------------------------------------------------------------------------------------- sampling
+// ---------------------------------------------------------------------------------- sampling
 
 inline uint64_t mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -215,10 +230,12 @@ inline int64_t argmax(const float* row, int64_t n) {
 }
 
 // Indices by falling score, ties by index.
-template <class T> inline std::vector<int64_t> ranked(const std::vector<T>& score) {
+template <class T>
+inline std::vector<int64_t> ranked(const std::vector<T>& score) {
     std::vector<int64_t> order(score.size());
     for (size_t i = 0; i < order.size(); i++) order[i] = int64_t(i);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return score[a] > score[b]; });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return score[a] > score[b]; });
     return order;
 }
 

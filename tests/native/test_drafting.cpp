@@ -1,4 +1,5 @@
-// Levels of a draft head, with outputs in bf16, fp32 and bytes; and smart_grow, which drafts a round's trees.
+// Levels of a draft head, with outputs in bf16, fp32 and bytes; and smart_grow, which drafts a
+// round's trees.
 
 #include "tiny.h"
 
@@ -15,7 +16,8 @@ struct TinyHead {
     int aux_count;
     bool bytes, plain_table, norm_before_residual;
     int64_t vocab, outputs_count;
-    std::vector<float> aux_norm, fc, fc_bias, input_norm, hidden_norm, final_norm, embedding, outputs;
+    std::vector<float> aux_norm, fc, fc_bias, input_norm, hidden_norm, final_norm, embedding,
+        outputs;
     std::vector<int64_t> tokens;
     Blob fc_blob, embedding_blob, outputs_blob;
     std::vector<int8_t> outputs_bytes;
@@ -29,10 +31,16 @@ struct TinyHead {
         return s;
     }
     TinyHead(Random& random, int head_dim, bool bf16, bool bytes_)
-        : shape(of_head(random, head_dim)), precision(bf16, head_dim), layer(random, shape, bf16, false),
-          aux_count(int(random.between(1, 3))), bytes(bytes_), plain_table(random.chance(0.5)),
-          norm_before_residual(random.chance(0.5)), vocab(random.between(90, 150)),
-          outputs_count(random.between(40, 90)), rotation(POSITIONS, head_dim) {
+        : shape(of_head(random, head_dim)),
+          precision(bf16, head_dim),
+          layer(random, shape, bf16, false),
+          aux_count(int(random.between(1, 3))),
+          bytes(bytes_),
+          plain_table(random.chance(0.5)),
+          norm_before_residual(random.chance(0.5)),
+          vocab(random.between(90, 150)),
+          outputs_count(random.between(40, 90)),
+          rotation(POSITIONS, head_dim) {
         const int64_t d = shape.hidden;
         if (random.chance(0.4)) aux_norm = norm(random, d);
         if (random.chance(0.4)) fc_bias = random.normals(d, 0.3);
@@ -48,29 +56,45 @@ struct TinyHead {
         tokens.assign(all.begin(), all.begin() + outputs_count);
         fc_blob = packed(fc, aux_count * d, bf16);
         embedding_blob = plain_table ? plain(embedding, bf16) : packed(embedding, d, bf16);
-        if (!bytes) outputs_blob = packed(outputs, d, bf16);
+        if (!bytes)
+            outputs_blob = packed(outputs, d, bf16);
         else {
             const int64_t size = smart_packed_rows(outputs_count), panel = 2 * smart_vector_width();
             outputs_bytes.resize(size * d);
             scale.resize(size);
             sums.resize(size);
-            smart_pack_bytes(outputs.data(), outputs_count, d, outputs_bytes.data(), scale.data(), sums.data());
+            smart_pack_bytes(outputs.data(), outputs_count, d, outputs_bytes.data(), scale.data(),
+                             sums.data());
             for (int64_t j = 0; j < outputs_count; j++)
                 for (int64_t i = 0; i < d; i++) {
-                    const int64_t at = j / panel * panel * d + i / 4 * 4 * panel + j % panel * 4 + i % 4;
+                    const int64_t at =
+                        j / panel * panel * d + i / 4 * 4 * panel + j % panel * 4 + i % 4;
                     outputs[j * d + i] = scale[j] * float(outputs_bytes[at]);
                 }
         }
     }
     std::string text() const {
-        return shape.text() + (precision.bf16 ? ", bf16" : ", fp32") + (bytes ? ", outputs in bytes" : "");
+        return shape.text() + (precision.bf16 ? ", bf16" : ", fp32")
+               + (bytes ? ", outputs in bytes" : "");
     }
     Head head() const {
         const void* table = embedding_blob.data();
-        return {layer.layer(), pointer(aux_norm), pointer(fc_bias), input_norm.data(), hidden_norm.data(),
-                final_norm.data(), fc_blob.data(), plain_table ? nullptr : table, plain_table ? table : nullptr,
-                bytes ? (const void*)outputs_bytes.data() : outputs_blob.data(), pointer(scale),
-                sums.empty() ? nullptr : sums.data(), tokens.data(), outputs_count, aux_count, norm_before_residual};
+        return {layer.layer(),
+                pointer(aux_norm),
+                pointer(fc_bias),
+                input_norm.data(),
+                hidden_norm.data(),
+                final_norm.data(),
+                fc_blob.data(),
+                plain_table ? nullptr : table,
+                plain_table ? table : nullptr,
+                bytes ? (const void*)outputs_bytes.data() : outputs_blob.data(),
+                pointer(scale),
+                sums.empty() ? nullptr : sums.data(),
+                tokens.data(),
+                outputs_count,
+                aux_count,
+                norm_before_residual};
     }
     Rows rows(const Batch& batch) const { return batch.rows(rotation.cosine, rotation.sine); }
 };
@@ -90,18 +114,26 @@ struct Asked {  // what a level is asked
     std::vector<uint64_t> keys;                      // may be empty
 };
 
-Drafted draft(const TinyHead& h, const Batch& batch, const Asked& asked, TinyCache& cache, int threads) {
+Drafted draft(const TinyHead& h, const Batch& batch, const Asked& asked, TinyCache& cache,
+              int threads) {
     const int64_t wanted = asked.first ? int64_t(batch.block_table_start.size()) : batch.size();
-    Drafted drafted{0, std::vector<float>(wanted * h.shape.hidden), std::vector<int64_t>(wanted * asked.k, -7),
+    Drafted drafted{0, std::vector<float>(wanted * h.shape.hidden),
+                    std::vector<int64_t>(wanted * asked.k, -7),
                     std::vector<double>(wanted * asked.k)};
     const Head head = h.head();
     const Rows rows = h.rows(batch);
-    const Level level{asked.first, asked.k, batch.token.data(), asked.features.data(),
-                      asked.embeddings.empty() ? nullptr : asked.embeddings.data(), drafted.out.data(),
+    const Level level{asked.first,
+                      asked.k,
+                      batch.token.data(),
+                      asked.features.data(),
+                      asked.embeddings.empty() ? nullptr : asked.embeddings.data(),
+                      drafted.out.data(),
                       asked.scale.empty() ? nullptr : asked.scale.data(),
-                      asked.keys.empty() ? nullptr : asked.keys.data(), drafted.tokens.data(), drafted.probs.data()};
-    drafted.status = smart_draft(&head, &rows, &level, cache.keys(), cache.values(), cache.pages, h.precision.bf16,
-                                 h.precision.bf16, threads);
+                      asked.keys.empty() ? nullptr : asked.keys.data(),
+                      drafted.tokens.data(),
+                      drafted.probs.data()};
+    drafted.status = smart_draft(&head, &rows, &level, cache.keys(), cache.values(), cache.pages,
+                                 h.precision.bf16, h.precision.bf16, threads);
     return drafted;
 }
 
@@ -112,15 +144,18 @@ Doubles states(const TinyHead& h, const Batch& batch, const Asked& asked, refere
     const reference::Rounds rounds = h.precision.rounds;
     Doubles read, x;
     for (int64_t r = 0; r < batch.size(); r++) {
-        Doubles features(asked.features[r], asked.features[r] + (asked.first ? h.aux_count * d : d));
+        Doubles features(asked.features[r],
+                         asked.features[r] + (asked.first ? h.aux_count * d : d));
         if (asked.first) {
-            if (!h.aux_norm.empty()) features = reference::rms_norms(features, h.aux_norm.data(), eps, d);
+            if (!h.aux_norm.empty())
+                features = reference::rms_norms(features, h.aux_norm.data(), eps, d);
             if (rounds.inputs) reference::round_all(features);
             features = reference::linear(features, h.fc, h.aux_count * d, h.fc_bias);
         }
         const float* from = &h.embedding[batch.token[r] * d];
         if (!asked.embeddings.empty() && asked.embeddings[r]) from = asked.embeddings[r];
-        const Doubles embedding = reference::rms_norms(Doubles(from, from + d), h.input_norm.data(), eps, d);
+        const Doubles embedding =
+            reference::rms_norms(Doubles(from, from + d), h.input_norm.data(), eps, d);
         const Doubles normed = reference::rms_norms(features, h.hidden_norm.data(), eps, d);
         read.insert(read.end(), embedding.begin(), embedding.end());
         read.insert(read.end(), normed.begin(), normed.end());
@@ -133,8 +168,8 @@ Doubles states(const TinyHead& h, const Batch& batch, const Asked& asked, refere
 }
 
 // Are the children what the states `out` [hidden] call for?
-void compare_children(const TinyHead& h, const Asked& asked, const float* out, const int64_t* tokens, const double* probs,
-                      int64_t row) {
+void compare_children(const TinyHead& h, const Asked& asked, const float* out,
+                      const int64_t* tokens, const double* probs, int64_t row) {
     const int64_t d = h.shape.hidden, n = h.outputs_count;
     std::vector<float> normed(d);
     smart_rms_norm(out, h.final_norm.data(), h.layer.w.eps, 1, d, normed.data(), d);
@@ -150,12 +185,15 @@ void compare_children(const TinyHead& h, const Asked& asked, const float* out, c
     }
     const std::vector<int64_t> order = reference::ranked(score);
     double sum = 0;
-    for (int64_t i = 0; i < (key ? asked.k : n); i++) sum += std::exp(score[order[i]] - score[order[0]]);
-    const double error = h.bytes ? 1e-3 : 1e-4;  // of scores; inputs of bytes are rounded to 16 bits
+    for (int64_t i = 0; i < (key ? asked.k : n); i++)
+        sum += std::exp(score[order[i]] - score[order[0]]);
+    const double error =
+        h.bytes ? 1e-3 : 1e-4;  // of scores; inputs of bytes are rounded to 16 bits
     std::vector<bool> taken(n, false);
     for (int j = 0; j < asked.k; j++) {
         const std::string name = "of row " + std::to_string(row) + ", place " + std::to_string(j);
-        const int64_t id = std::find(h.tokens.begin(), h.tokens.end(), tokens[j]) - h.tokens.begin();
+        const int64_t id =
+            std::find(h.tokens.begin(), h.tokens.end(), tokens[j]) - h.tokens.begin();
         if (!check::that(id < n && !taken[id], "a token of the head's, once, " + name)) return;
         taken[id] = true;
         check::near("score " + name, score[order[j]], score[id], 2 * error);
@@ -210,14 +248,16 @@ void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prom
             asked.embeddings.push_back(random.chance(0.2) ? picture.data() : nullptr);
     for (int64_t i = 0; i < requests; i++) asked.scale.push_back(float(0.5 + random.uniform()));
     if (random.chance(0.5))
-        for (int64_t i = 0; i < requests; i++) asked.keys.push_back(random.chance(0.7) ? random.next() | 1 : 0);
+        for (int64_t i = 0; i < requests; i++)
+            asked.keys.push_back(random.chance(0.7) ? random.next() | 1 : 0);
     if (random.chance(0.3)) asked.scale.clear();
     const Drafted first = draft(h, batch, asked, cache, int(random.between(1, 3)));
     if (!check::same("status", 0, first.status)) return;
     const Doubles expected = states(h, batch, asked, plain_cache);
     for (int64_t i = 0; i < requests; i++) {
         const int64_t last = batch.query_start_loc[i + 1] - 1;
-        check::near_rows(check::at("out", i).c_str(), &expected[last * d], &first.out[i * d], 1, d, h.precision.tolerance);
+        check::near_rows(check::at("out", i).c_str(), &expected[last * d], &first.out[i * d], 1, d,
+                         h.precision.tolerance);
         compare_children(h, asked, &first.out[i * d], &first.tokens[i * k], &first.probs[i * k], i);
     }
 
@@ -234,7 +274,8 @@ void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prom
     };
     std::vector<int64_t> in_beginning;
     for (int64_t r = 0; r < batch.size(); r++)
-        if (std::find(in_ending.begin(), in_ending.end(), r) == in_ending.end()) in_beginning.push_back(r);
+        if (std::find(in_ending.begin(), in_ending.end(), r) == in_ending.end())
+            in_beginning.push_back(r);
     if (beginning.size()) draft(h, beginning, part_of(in_beginning), parts, 2);
     const Drafted later = draft(h, ending, part_of(in_ending), parts, 1);
     check::bits("out after two parts", first.out.data(), later.out.data(), requests * d);
@@ -277,7 +318,8 @@ void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prom
         kept.push_back(draft(h, level, deeper, cache, int(random.between(1, 3))));
         const Drafted& got = kept.back();
         const Doubles wanted = states(h, level, deeper, plain_cache);
-        check::near_rows("out of a deeper level", wanted.data(), got.out.data(), level.size(), d, h.precision.tolerance);
+        check::near_rows("out of a deeper level", wanted.data(), got.out.data(), level.size(), d,
+                         h.precision.tolerance);
         for (int64_t r = 0; r < level.size(); r++) {
             compare_children(h, deeper, &got.out[r * d], &got.tokens[r * k], &got.probs[r * k], r);
             Asked one{false, k, {deeper.features[r]}, {}, {deeper.scale[r]}, {}};
@@ -292,11 +334,12 @@ void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prom
         level_nodes.clear();
         for (int64_t r = 0; r < level.size(); r++)
             for (int j = 0; j < k; j++)
-                level_nodes.push_back({expanded[r].request, depth + 1, got.tokens[r * k + j], &got.out[r * d], expanded[r].path});
+                level_nodes.push_back({expanded[r].request, depth + 1, got.tokens[r * k + j],
+                                       &got.out[r * d], expanded[r].path});
     }
 }
 
-// --------------------------------------------------------------------------------------------------- smart_grow
+// -------------------------------------------------------------------------------- smart_grow
 
 struct Grown {  // the trees of a batch, and what was chosen of them
     int64_t batch, room;
@@ -305,10 +348,16 @@ struct Grown {  // the trees of a batch, and what was chosen of them
     std::vector<uint8_t> kind;
 
     Grown(int64_t batch_, int64_t room_)
-        : batch(batch_), room(room_), ints(5 * room_, -7), limits(batch_), floats(3 * room_, -7), kind(batch_, 0) {}
+        : batch(batch_),
+          room(room_),
+          ints(5 * room_, -7),
+          limits(batch_),
+          floats(3 * room_, -7),
+          kind(batch_, 0) {}
     Trees trees() {
-        return {0, batch, room, ints.data(), floats.data(), limits.data(), kind.data(), ends.data(),
-                int64_t(ends.size())};
+        return {0,           batch,         room,
+                ints.data(), floats.data(), limits.data(),
+                kind.data(), ends.data(),   int64_t(ends.size())};
     }
 };
 
@@ -317,9 +366,11 @@ void one_growth(uint64_t seed, bool bf16) {
     const int head_dim = random.of({16, 32});
     const TinyHead h(random, head_dim, bf16, random.chance(0.5));
     const int64_t d = h.shape.hidden, all_pages = 24, wide = h.aux_count * d;
-    const int64_t batch = random.between(1, 3), levels = random.between(1, 5), reach = random.between(1, 3);
+    const int64_t batch = random.between(1, 3), levels = random.between(1, 5),
+                  reach = random.between(1, 3);
     const int k = int(random.between(1, 5));
-    check::begin("grow", seed, h.text() + ", levels " + std::to_string(levels) + ", k " + std::to_string(k));
+    check::begin("grow", seed,
+                 h.text() + ", levels " + std::to_string(levels) + ", k " + std::to_string(k));
     Pages pages(random, all_pages);
     const int64_t slots = random.of<int64_t>({3, 20, 40});
     Batch rows;
@@ -327,8 +378,11 @@ void one_growth(uint64_t seed, bool bf16) {
         const int64_t length = random.between(1, 30);
         rows.request(pages.take(length));
         for (int64_t j = 0; j < length; j++)
-            rows.row(random.below(h.vocab), j, slot_of({rows.block_tables.begin() + rows.block_table_start[i],
-                                                        rows.block_tables.end()}, j), j + 1);
+            rows.row(random.below(h.vocab), j,
+                     slot_of({rows.block_tables.begin() + rows.block_table_start[i],
+                              rows.block_tables.end()},
+                             j),
+                     j + 1);
     }
     const std::vector<float> aux = random.normals(rows.size() * wide);
     const std::vector<const float*> features = lines(aux, rows.size(), wide);
@@ -338,8 +392,10 @@ void one_growth(uint64_t seed, bool bf16) {
     TinyCache other = cache;
 
     std::vector<int64_t> widths{1, 2, 3, 5, 8};
-    std::vector<double> level_seconds(40), verify(60), below(levels * reach * RANKS), seconds(levels), table(6 * 16);
-    for (size_t i = 0; i < level_seconds.size(); i++) level_seconds[i] = 0.02 + 0.004 * double(i) * random.uniform();
+    std::vector<double> level_seconds(40), verify(60), below(levels * reach * RANKS),
+        seconds(levels), table(6 * 16);
+    for (size_t i = 0; i < level_seconds.size(); i++)
+        level_seconds[i] = 0.02 + 0.004 * double(i) * random.uniform();
     for (size_t i = 0; i < verify.size(); i++) verify[i] = 1 + 0.02 * double(i);
     for (double& x : below) x = 0.8 * random.uniform();
     for (double& x : table) x = 0.3 + 0.7 * random.uniform();
@@ -351,7 +407,8 @@ void one_growth(uint64_t seed, bool bf16) {
     std::vector<float> scale;
     std::vector<uint64_t> noise;
     for (int64_t i = 0; i < batch; i++) scale.push_back(float(0.5 + 2 * random.uniform()));
-    for (int64_t i = 0; i < batch * levels; i++) noise.push_back(random.chance(0.8) ? random.next() | 1 : 0);
+    for (int64_t i = 0; i < batch * levels; i++)
+        noise.push_back(random.chance(0.8) ? random.next() | 1 : 0);
     const bool scaled = random.chance(0.5), noisy = random.chance(0.5);
     const int64_t room = random.chance(0.2) ? batch * k + 2 * k : (batch + slots) * k;
     Grown got(batch, room), expected(batch, room);
@@ -365,19 +422,39 @@ void one_growth(uint64_t seed, bool bf16) {
     std::vector<float> out((batch + slots) * d, 0.0f), out_expected = out;
     std::vector<int64_t> tokens(batch * k), expanded(levels, 0), scratch(room), kept(room, -7);
     std::vector<double> probs(batch * k);
-    const Level level{1, k, rows.token.data(), features.data(), nullptr, out.data(), nullptr, nullptr, tokens.data(), probs.data()};
+    const Level level{1,          k,       rows.token.data(), features.data(), nullptr,
+                      out.data(), nullptr, nullptr,           tokens.data(),   probs.data()};
     double choosing = -1;
     const int64_t least = random.of<int64_t>({0, 0, 2});
-    const Growth growth{levels, reach, int64_t(widths.size()), least, widths.data(), level_seconds.data(), below.data(),
-                        d, first_slot, slots, scaled ? scale.data() : nullptr, noisy ? noise.data() : nullptr,
-                        cache.keys(), cache.values(), total_pages, bf16, bf16, 2, expanded.data(), seconds.data(), &choosing};
+    const Growth growth{levels,
+                        reach,
+                        int64_t(widths.size()),
+                        least,
+                        widths.data(),
+                        level_seconds.data(),
+                        below.data(),
+                        d,
+                        first_slot,
+                        slots,
+                        scaled ? scale.data() : nullptr,
+                        noisy ? noise.data() : nullptr,
+                        cache.keys(),
+                        cache.values(),
+                        total_pages,
+                        bf16,
+                        bf16,
+                        2,
+                        expanded.data(),
+                        seconds.data(),
+                        &choosing};
     Trees trees = got.trees();
     Costs spent = costs;
     Choice choice{-1, -1, -1};
-    const int64_t done = smart_grow(&head, &in, &level, &growth, &trees, &calibration, &spent, scratch.data(),
-                                    kept.data(), &choice);
+    const int64_t done = smart_grow(&head, &in, &level, &growth, &trees, &calibration, &spent,
+                                    scratch.data(), kept.data(), &choice);
 
-    // The same, node by node, by smart_draft, smart_frontier and smart_select, which have tests of their own.
+    // The same, node by node, by smart_draft, smart_frontier and smart_select, which have tests of
+    // their own.
     Trees plain = expected.trees();
     Costs now = costs;
     Choice chosen{-1, -1, -1};
@@ -390,7 +467,8 @@ void one_growth(uint64_t seed, bool bf16) {
             const int64_t ints[] = {request, children.tokens[at * k + j], parent, depth, 0};
             for (int row = 0; row < 5; row++) expected.ints[row * room + i] = ints[row];
             expected.floats[i] = children.probs[at * k + j];
-            expected.floats[room + i] = children.probs[at * k + j] * (parent < 0 ? 1.0 : expected.floats[room + parent]);
+            expected.floats[room + i] =
+                children.probs[at * k + j] * (parent < 0 ? 1.0 : expected.floats[room + parent]);
             expected.floats[2 * room + i] = NAN;
         }
     };
@@ -404,9 +482,10 @@ void one_growth(uint64_t seed, bool bf16) {
     bool is_chosen = false;
     for (; depth < levels; depth++) {
         std::vector<int64_t> nodes(room);
-        int64_t count = smart_frontier(&plain, &calibration, &now, 0, depth, &below[(depth - 1) * reach * RANKS],
-                                       std::min(reach, levels - depth), widths.data(), int64_t(widths.size()),
-                                       level_seconds.data(), nodes.data(), least, kept_expected.data(), &chosen);
+        int64_t count = smart_frontier(
+            &plain, &calibration, &now, 0, depth, &below[(depth - 1) * reach * RANKS],
+            std::min(reach, levels - depth), widths.data(), int64_t(widths.size()),
+            level_seconds.data(), nodes.data(), least, kept_expected.data(), &chosen);
         is_chosen = !count;
         if (!count) break;
         now.sunk += level_seconds[count];
@@ -414,11 +493,13 @@ void one_growth(uint64_t seed, bool bf16) {
         if (!count) break;
         for (int64_t n = 0; n < count; n++) place[nodes[n]] = used++;
         for (int64_t n = 0; n < count; n++) {
-            const int64_t node = nodes[n], request = expected.ints[node], above = expected.ints[2 * room + node];
+            const int64_t node = nodes[n], request = expected.ints[node],
+                          above = expected.ints[2 * room + node];
             std::vector<int32_t> path;
             for (int64_t at = node; at >= 0; at = expected.ints[2 * room + at])
                 path.insert(path.begin(), int32_t(first_slot + place[at]));
-            const int64_t length = rows.query_start_loc[request + 1] - rows.query_start_loc[request];
+            const int64_t length =
+                rows.query_start_loc[request + 1] - rows.query_start_loc[request];
             const int64_t last = rows.query_start_loc[request + 1] - 1;
             Batch one = rows.alone(last);
             Batch row;
@@ -429,25 +510,29 @@ void one_growth(uint64_t seed, bool bf16) {
             if (scaled) single.scale = {scale[request]};
             if (noisy) single.keys = {noise[request * levels + depth]};
             const Drafted children = draft(h, row, single, other, 1);
-            std::copy(children.out.begin(), children.out.end(), &out_expected[(batch + place[node]) * d]);
+            std::copy(children.out.begin(), children.out.end(),
+                      &out_expected[(batch + place[node]) * d]);
             append(children, 0, request, node);
         }
         expanded_expected[depth] = count;
     }
-    if (!is_chosen) smart_select(&plain, &calibration, &now, 0, least, kept_expected.data(), &chosen);
+    if (!is_chosen)
+        smart_select(&plain, &calibration, &now, 0, least, kept_expected.data(), &chosen);
 
     check::same("levels", depth, done);
     check::same("nodes", plain.nodes, trees.nodes);
     check::same_all("owner, token, parent, depth, source", expected.ints, got.ints);
     for (int64_t row = 0; row < 3; row++)
         for (int64_t i = 0; i < plain.nodes; i++)
-            check::near_at("probabilities", row, i, expected.floats[row * room + i], got.floats[row * room + i], 1e-12);
+            check::near_at("probabilities", row, i, expected.floats[row * room + i],
+                           got.floats[row * room + i], 1e-12);
     check::same_all("expanded", expanded_expected, expanded);
     check::bits("outputs", out_expected.data(), out.data(), (batch + used) * d);
     check::same("chosen nodes", chosen.count, choice.count);
     check::near("rate", chosen.rate, choice.rate, 1e-9);
     check::near("expected", chosen.expected, choice.expected, 1e-9);
-    for (int64_t i = 0; i < chosen.count && i < choice.count; i++) check::same(check::at("kept", i), kept_expected[i], kept[i]);
+    for (int64_t i = 0; i < chosen.count && i < choice.count; i++)
+        check::same(check::at("kept", i), kept_expected[i], kept[i]);
     check::near("sunk", now.sunk, spent.sunk, 1e-12);
     check::that(choosing >= 0, "time passes");
 }
@@ -462,5 +547,6 @@ void test_drafting() {
             for (bool bf16 : {false, true})
                 for (bool bytes : {false, true}) one_head(++seed, head_dim, bf16, bytes, false);
     for (bool bf16 : {false, true}) one_head(++seed, 16, bf16, true, true);
-    for (uint64_t growth = 1; growth <= check::seeds(80); growth++) one_growth(5000 + growth, growth % 2);
+    for (uint64_t growth = 1; growth <= check::seeds(80); growth++)
+        one_growth(5000 + growth, growth % 2);
 }

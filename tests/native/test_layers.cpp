@@ -12,10 +12,12 @@ struct Request {
 };
 
 // Prompts whose lengths lie around borders of pages (16) and of attention's steps (64).
-std::vector<Request> random_requests(Random& random, Pages& pages, int64_t vocab, int64_t tree_room) {
+std::vector<Request> random_requests(Random& random, Pages& pages, int64_t vocab,
+                                     int64_t tree_room) {
     std::vector<Request> requests(random.between(1, 3));
     for (Request& request : requests) {
-        const int64_t length = random.of<int64_t>({1, 2, 5, 15, 16, 17, 31, 33, 40, 63, 64, 65, 81, 127, 129});
+        const int64_t length =
+            random.of<int64_t>({1, 2, 5, 15, 16, 17, 31, 33, 40, 63, 64, 65, 81, 127, 129});
         request.pages = pages.take(length + 1 + tree_room);
         for (int64_t i = 0; i < length; i++) request.prompt.push_back(random.below(vocab));
     }
@@ -23,16 +25,20 @@ std::vector<Request> random_requests(Random& random, Pages& pages, int64_t vocab
 }
 
 void add_prompt(Batch& batch, const Request& request, int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; i++) batch.row(request.prompt[i], i, slot_of(request.pages, i), i + 1);
+    for (int64_t i = first; i < end; i++)
+        batch.row(request.prompt[i], i, slot_of(request.pages, i), i + 1);
 }
 
-struct Path {  // of a node: how many positions it sees through the block table, then its ancestors and itself
+struct Path {  // of a node: how many positions it sees through the block table, then its ancestors
+               // and itself
     int64_t sees;
     std::vector<int32_t> slots;
 };
 
-// A root and a random tree below it for each request, stored behind the prompt. Some branches leave the prompt earlier.
-Batch random_trees(Random& random, const std::vector<Request>& requests, int64_t vocab, int64_t most) {
+// A root and a random tree below it for each request, stored behind the prompt. Some branches leave
+// the prompt earlier.
+Batch random_trees(Random& random, const std::vector<Request>& requests, int64_t vocab,
+                   int64_t most) {
     Batch batch;
     for (const Request& request : requests) {
         const int64_t length = int64_t(request.prompt.size());
@@ -41,13 +47,16 @@ Batch random_trees(Random& random, const std::vector<Request>& requests, int64_t
         std::vector<Path> paths;
         for (int64_t i = random.below(most + 1); i > 0; i--) {
             Path path{length + 1, {}};
-            if (!paths.empty() && random.chance(0.7)) path = paths[random.below(paths.size())];
-            else if (random.chance(0.3)) path.sees = random.between(std::max<int64_t>(1, length - 20), length);
+            if (!paths.empty() && random.chance(0.7))
+                path = paths[random.below(paths.size())];
+            else if (random.chance(0.3))
+                path.sees = random.between(std::max<int64_t>(1, length - 20), length);
             const int64_t slot = slot_of(request.pages, length + 1 + int64_t(paths.size()));
             path.slots.push_back(int32_t(slot));
             paths.push_back(path);
             const int64_t position = path.sees + int64_t(path.slots.size()) - 1;
-            if (path.sees == length + 1 && random.chance(0.3)) {  // the root is listed among the ancestors
+            if (path.sees == length + 1
+                && random.chance(0.3)) {  // the root is listed among the ancestors
                 path.sees = length;
                 path.slots.insert(path.slots.begin(), int32_t(slot_of(request.pages, length)));
             }
@@ -57,7 +66,8 @@ Batch random_trees(Random& random, const std::vector<Request>& requests, int64_t
     return batch;
 }
 
-// Reference hidden states of a batch; those after each of the `aux` layers are appended to `kept`, layer by layer.
+// Reference hidden states of a batch; those after each of the `aux` layers are appended to `kept`,
+// layer by layer.
 Doubles hidden_states(const TinyModel& m, const Batch& batch, reference::Cache& cache,
                       const std::vector<const float*>& embeddings, const std::vector<int32_t>& aux,
                       std::vector<Doubles>* kept) {
@@ -92,13 +102,15 @@ void compare(const TinyModel& m, const Batch& batch, const Result& got, referenc
     const Doubles logits = logits_of(m, x);
     for (size_t i = 0; i < aux.size(); i++)
         for (int64_t r = 0; r < batch.size(); r++)
-            check::near_rows("aux_hidden", &kept[i][r * d], &got.aux[(r * int64_t(aux.size()) + int64_t(i)) * d], 1, d,
+            check::near_rows("aux_hidden", &kept[i][r * d],
+                             &got.aux[(r * int64_t(aux.size()) + int64_t(i)) * d], 1, d,
                              m.precision.tolerance);
     for (size_t i = 0; i < got.best.size(); i++) {
         const int64_t r = wanted.empty() ? int64_t(i) : wanted[i];
-        check::near_rows(("logits of row " + std::to_string(r)).c_str(), &logits[r * vocab], &got.logits[i * vocab], 1,
-                         vocab, m.precision.tolerance);
-        check::same(check::at("best", i), reference::argmax(&got.logits[i * vocab], vocab), got.best[i]);
+        check::near_rows(("logits of row " + std::to_string(r)).c_str(), &logits[r * vocab],
+                         &got.logits[i * vocab], 1, vocab, m.precision.tolerance);
+        check::same(check::at("best", i), reference::argmax(&got.logits[i * vocab], vocab),
+                    got.best[i]);
     }
 }
 
@@ -141,7 +153,8 @@ void one_model(uint64_t seed, int head_dim, bool bf16) {
         TinyCache other = m.cache(garbage, 40);
         const Result some = forward(m, other, prompts, 2, aux, wanted, embeddings);
         for (size_t i = 0; i < wanted.size(); i++) {
-            check::bits("logits of wanted rows", &all.logits[wanted[i] * vocab], &some.logits[i * vocab], vocab);
+            check::bits("logits of wanted rows", &all.logits[wanted[i] * vocab],
+                        &some.logits[i * vocab], vocab);
             check::same(check::at("best of wanted", i), all.best[wanted[i]], some.best[i]);
         }
     }
@@ -154,7 +167,8 @@ void one_model(uint64_t seed, int head_dim, bool bf16) {
         std::vector<int64_t> at;
         std::vector<const float*> inserted;
         for (size_t i = 0; i < requests.size(); i++) {
-            const int64_t left = int64_t(requests[i].prompt.size()) - done[i], size = std::min(left, random.below(60));
+            const int64_t left = int64_t(requests[i].prompt.size()) - done[i],
+                          size = std::min(left, random.below(60));
             more |= size < left;
             if (!size) continue;
             chunk.request(requests[i].pages);
@@ -168,8 +182,8 @@ void one_model(uint64_t seed, int head_dim, bool bf16) {
         if (at.empty()) continue;
         const Result part = forward(m, parts, chunk, int(random.between(1, 3)), {}, {}, inserted);
         for (size_t i = 0; i < at.size(); i++)
-            if (!check::bits(("logits of row " + std::to_string(at[i]) + " in a chunk").c_str(), &all.logits[at[i] * vocab],
-                             &part.logits[i * vocab], vocab))
+            if (!check::bits(("logits of row " + std::to_string(at[i]) + " in a chunk").c_str(),
+                             &all.logits[at[i] * vocab], &part.logits[i * vocab], vocab))
                 return;
     }
     check::that(whole.same(parts), "keys and values are the same after chunks");
@@ -182,19 +196,22 @@ void one_model(uint64_t seed, int head_dim, bool bf16) {
         if (trees.size() > 20 && random.chance(0.5)) continue;
         const Result row = forward(m, whole, trees.alone(r), 1, aux);
         const int64_t width = int64_t(aux.size()) * shape.hidden;
-        check::bits(("logits of row " + std::to_string(r) + " alone").c_str(), &tree.logits[r * vocab],
-                    row.logits.data(), vocab);
-        check::bits("aux_hidden of a row alone", tree.aux.data() + r * width, row.aux.data(), width);
+        check::bits(("logits of row " + std::to_string(r) + " alone").c_str(),
+                    &tree.logits[r * vocab], row.logits.data(), vocab);
+        check::bits("aux_hidden of a row alone", tree.aux.data() + r * width, row.aux.data(),
+                    width);
     }
 }
 
-// smart_layers, whose first layer may read inputs of another width; and what it stores, which is rounded once.
+// smart_layers, whose first layer may read inputs of another width; and what it stores, which is
+// rounded once.
 void one_stack(uint64_t seed, int head_dim, bool bf16) {
     Random random(seed);
     Shape shape = random_shape(random, head_dim);
     const int count = int(random.between(1, 2));
     const bool given = random.chance(0.7);
-    check::begin("layers", seed, shape.text() + (bf16 ? ", bf16" : ", fp32") + (given ? ", inputs given" : ""));
+    check::begin("layers", seed,
+                 shape.text() + (bf16 ? ", bf16" : ", fp32") + (given ? ", inputs given" : ""));
     const Precision precision(bf16, head_dim);
     std::vector<TinyLayer> layers;
     std::vector<Layer> structs;
@@ -216,31 +233,36 @@ void one_stack(uint64_t seed, int head_dim, bool bf16) {
     const int64_t n = batch.size(), d = shape.hidden, wide = structs[0].input, hd = head_dim;
     TinyCache cache(Random(seed + 5), int64_t(count) * shape.kv_heads, 24, head_dim, bf16);
     const std::vector<float> x = random.normals(n * d), inputs = random.normals(n * wide);
-    std::vector<float> normed(n * wide), qkv(n * (shape.heads + 2 * shape.kv_heads) * hd), attended(n * shape.heads * hd);
+    std::vector<float> normed(n * wide), qkv(n * (shape.heads + 2 * shape.kv_heads) * hd),
+        attended(n * shape.heads * hd);
     std::vector<float> ffn(n * shape.ffn), out = x;
     const Workspace workspace{normed.data(), qkv.data(), attended.data(), ffn.data()};
-    const int32_t status = smart_layers(structs.data(), count, &rows, given ? inputs.data() : nullptr, out.data(),
-                                        cache.keys(), cache.values(), 24, &workspace, bf16, bf16, 2);
+    const int32_t status =
+        smart_layers(structs.data(), count, &rows, given ? inputs.data() : nullptr, out.data(),
+                     cache.keys(), cache.values(), 24, &workspace, bf16, bf16, 2);
     if (!check::same("status", 0, status)) return;
 
     reference::Cache plain_cache(count, shape.kv_heads, 24 * smart_page(), hd);
     Doubles expected = reference::doubles(x);
     const Doubles read = reference::doubles(inputs);
     for (int i = 0; i < count; i++)
-        reference::layer(layers[i].w, rows, given && !i ? &read : nullptr, expected, plain_cache, i, precision.rounds);
+        reference::layer(layers[i].w, rows, given && !i ? &read : nullptr, expected, plain_cache, i,
+                         precision.rounds);
     check::near_rows("x", expected.data(), out.data(), n, d, precision.tolerance);
 
-    // Keys and values of the first layer depend on one product only: where its inputs are given, not even a norm's
-    // rounding lies between. So they are exact to half a unit of bf16.
+    // Keys and values of the first layer depend on one product only: where its inputs are given,
+    // not even a norm's rounding lies between. So they are exact to half a unit of bf16.
     if (!given) return;
     auto close = [&](const char* what, int64_t row, int64_t column, double wanted, float got) {
-        const double unit = bf16 ? std::ldexp(1.0, std::ilogb(wanted == 0 ? 1e-30 : wanted) - 7) : 0;
+        const double unit =
+            bf16 ? std::ldexp(1.0, std::ilogb(wanted == 0 ? 1e-30 : wanted) - 7) : 0;
         return check::near_at(what, row, column, wanted, got, 0.5 * unit + 2e-5);
     };
     reference::Cache exact(1, shape.kv_heads, 24 * smart_page(), hd);
     Doubles rounded = read;
     if (precision.rounds.inputs) reference::round_all(rounded);
-    reference::attention(layers[0].w, rows, rounded, exact, 0, {precision.rounds.inputs, false, false});
+    reference::attention(layers[0].w, rows, rounded, exact, 0,
+                         {precision.rounds.inputs, false, false});
     for (int64_t h = 0; h < shape.kv_heads; h++)
         for (int64_t r = 0; r < n; r++)
             for (int64_t i = 0; i < hd; i++) {
@@ -267,9 +289,13 @@ void refused() {
     int64_t best;
     const Pass pass{batch.token.data(), nullptr, nullptr, nullptr, nullptr, nullptr, &best, 1, 0};
     check::that(smart_forward(&model, &rows, &pass, 1) != 0, "head_dim 48 is refused");
+    layers[0] = m.structs[0];
+    layers[0].heads = 33;  // a block of rows has room for 32 queries
+    check::that(smart_forward(&model, &rows, &pass, 1) != 0, "33 query heads to a key are refused");
     model = m.model(cache);
     model.kv_bf16 = 1;
-    check::that(smart_forward(&model, &rows, &pass, 1) != 0, "fp32 weights with a bf16 cache are refused");
+    check::that(smart_forward(&model, &rows, &pass, 1) != 0,
+                "fp32 weights with a bf16 cache are refused");
 }
 
 // Slots are copied one after another, in every plane; all else stays.
@@ -278,8 +304,10 @@ void moves() {
         Random random(seed + 900);
         const int head_dim = random.of({16, 32, 64, 96, 128});
         const bool bf16 = random.chance(0.6);
-        const int64_t planes = random.between(1, 3), pages = random.between(1, 4), slots = pages * smart_page();
-        check::begin("move_kv", seed, "head_dim " + std::to_string(head_dim) + (bf16 ? ", bf16" : ", fp32"));
+        const int64_t planes = random.between(1, 3), pages = random.between(1, 4),
+                      slots = pages * smart_page();
+        check::begin("move_kv", seed,
+                     "head_dim " + std::to_string(head_dim) + (bf16 ? ", bf16" : ", fp32"));
         TinyCache cache(random, planes, pages, head_dim, bf16);
         const TinyCache before = cache;
         std::vector<int32_t> from(random.between(1, 12)), to(from.size());
@@ -290,14 +318,16 @@ void moves() {
             to[i] = int32_t(random.below(slots));
             holds[to[i]] = holds[from[i]];
         }
-        smart_move_kv(cache.keys(), cache.values(), planes, pages, head_dim, bf16 ? 2 : 4, from.data(), to.data(),
-                      int32_t(from.size()));
+        smart_move_kv(cache.keys(), cache.values(), planes, pages, head_dim, bf16 ? 2 : 4,
+                      from.data(), to.data(), int32_t(from.size()));
         for (int64_t p = 0; p < planes; p++)
             for (int64_t s = 0; s < slots; s++)
                 for (int64_t i = 0; i < head_dim; i++) {
-                    const float key = before.key(p, holds[s], i), value = before.value(p, holds[s], i);
+                    const float key = before.key(p, holds[s], i),
+                                value = before.value(p, holds[s], i);
                     if (!check::near_at("key of slot", s, i, key, cache.key(p, s, i), 0)) return;
-                    if (!check::near_at("value of slot", s, i, value, cache.value(p, s, i), 0)) return;
+                    if (!check::near_at("value of slot", s, i, value, cache.value(p, s, i), 0))
+                        return;
                 }
     }
 }

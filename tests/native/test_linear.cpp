@@ -20,7 +20,8 @@ struct Weight {  // [n, k], and packed
     std::vector<uint16_t> plain_bf16, packed_bf16;
     std::vector<float> packed_fp32;
 
-    Weight(Random& random, int64_t n_, int64_t k_, bool bf16_, double twins) : n(n_), k(k_), bf16(bf16_) {
+    Weight(Random& random, int64_t n_, int64_t k_, bool bf16_, double twins)
+        : n(n_), k(k_), bf16(bf16_) {
         plain = random.normals(n * k, 1 / std::sqrt(double(k)));
         for (int64_t j = 1; j < n; j++)  // equal rows, for ties of maxima
             if (random.chance(twins)) std::copy_n(&plain[random.below(j) * k], k, &plain[j * k]);
@@ -36,7 +37,9 @@ struct Weight {  // [n, k], and packed
             smart_pack(plain.data(), n, k, packed_fp32.data(), 0);
         }
     }
-    const void* packed() const { return bf16 ? (const void*)packed_bf16.data() : packed_fp32.data(); }
+    const void* packed() const {
+        return bf16 ? (const void*)packed_bf16.data() : packed_fp32.data();
+    }
 };
 
 struct Options {
@@ -51,22 +54,26 @@ struct Linear {  // a call of smart_linear
     Options options;
 
     // Of rows [first, first + rows) of x, into y; and their maxima.
-    void run(const std::vector<float>& x, int first, int rows, float* y, int64_t ldy, bool add, int64_t* best,
-             int threads) const {
+    void run(const std::vector<float>& x, int first, int rows, float* y, int64_t ldy, bool add,
+             int64_t* best, int threads) const {
         std::vector<float> scratch(rows * w.k);
-        smart_linear(&x[first * w.k], rows, w.packed(), w.n, w.k, w.bf16, options.norm ? norm.data() : nullptr, eps,
-                     options.bias ? bias.data() : nullptr, scratch.data(), y, ldy, add, options.hint, best, threads);
+        smart_linear(&x[first * w.k], rows, w.packed(), w.n, w.k, w.bf16,
+                     options.norm ? norm.data() : nullptr, eps,
+                     options.bias ? bias.data() : nullptr, scratch.data(), y, ldy, add,
+                     options.hint, best, threads);
     }
 };
 
 void one_linear(uint64_t seed, int64_t n, int64_t k, int rows, bool bf16) {
     Random random(seed);
-    Options options{random.chance(0.4), random.chance(0.5), random.chance(0.3), random.of({0, 2, 3}),
-                    int(random.between(1, 3))};
+    Options options{random.chance(0.4), random.chance(0.5), random.chance(0.3),
+                    random.of({0, 2, 3}), int(random.between(1, 3))};
     check::begin("linear", seed,
-                 "n " + std::to_string(n) + ", k " + std::to_string(k) + ", rows " + std::to_string(rows) +
-                     (bf16 ? ", bf16" : ", fp32") + (options.norm ? ", norm" : "") + (options.bias ? ", bias" : "") +
-                     (options.add ? ", add" : "") + ", threads " + std::to_string(options.threads));
+                 "n " + std::to_string(n) + ", k " + std::to_string(k) + ", rows "
+                     + std::to_string(rows) + (bf16 ? ", bf16" : ", fp32")
+                     + (options.norm ? ", norm" : "") + (options.bias ? ", bias" : "")
+                     + (options.add ? ", add" : "") + ", threads "
+                     + std::to_string(options.threads));
     Weight weight(random, n, k, bf16, 0.1);
     Linear call{weight, random.normals(k, 0.3), random.normals(n), 1e-5f, options};
     for (float& x : call.norm) x += 1;
@@ -79,12 +86,14 @@ void one_linear(uint64_t seed, int64_t n, int64_t k, int rows, bool bf16) {
     // What the products read: smart_rms_norm, which has a test of its own, yields the same floats.
     std::vector<float> read = x;
     if (options.norm) smart_rms_norm(x.data(), call.norm.data(), call.eps, rows, k, read.data(), k);
-    if (bf16 && smart_rounds_inputs()) std::transform(read.begin(), read.end(), read.begin(), reference::rounded);
+    if (bf16 && smart_rounds_inputs())
+        std::transform(read.begin(), read.end(), read.begin(), reference::rounded);
 
     std::vector<float> y = before;
     std::vector<int64_t> best(rows, -7);
     call.run(x, 0, rows, y.data(), ldy, options.add, best.data(), options.threads);
-    const double error = 0x1p-24 * (double(k) / 4 + 8);  // of a sum, relative to that of its magnitudes
+    const double error =
+        0x1p-24 * (double(k) / 4 + 8);  // of a sum, relative to that of its magnitudes
     for (int r = 0; r < rows; r++) {
         for (int64_t j = 0; j < n; j++) {
             double sum = options.bias ? call.bias[j] : 0.0, size = std::fabs(sum);
@@ -114,11 +123,14 @@ void one_linear(uint64_t seed, int64_t n, int64_t k, int rows, bool bf16) {
 
     // A row is the same, bit by bit, in any company and with any number of threads.
     for (int trial = 0; trial < 4; trial++) {
-        int first = int(random.below(rows)), count = trial < 2 ? 1 : int(random.between(1, rows - first));
+        int first = int(random.below(rows)),
+            count = trial < 2 ? 1 : int(random.between(1, rows - first));
         std::vector<float> some(count * n);
         call.run(x, first, count, some.data(), n, false, nullptr, int(random.between(1, 3)));
-        if (!check::bits(("rows from " + std::to_string(first) + ", " + std::to_string(count) + " of them").c_str(),
-                         &bare[first * n], some.data(), count * n))
+        if (!check::bits(
+                ("rows from " + std::to_string(first) + ", " + std::to_string(count) + " of them")
+                    .c_str(),
+                &bare[first * n], some.data(), count * n))
             return;
     }
 }
@@ -157,8 +169,10 @@ void not_numbers() {
         std::vector<int64_t> best(rows);
         call.run(x, 0, rows, y.data(), n, false, best.data(), 2);
         for (int r = 0; r < rows; r++) {
-            if (r == bad) check::same("best of a row of NaN", -1, best[r]);
-            else check::bits("rows beside a NaN", &clean[r * n], &y[r * n], n);
+            if (r == bad)
+                check::same("best of a row of NaN", -1, best[r]);
+            else
+                check::bits("rows beside a NaN", &clean[r * n], &y[r * n], n);
         }
     }
 }
@@ -170,14 +184,16 @@ void rms_norms() {
         const int64_t d = random.between(1, 300), ldo = d + random.below(4);
         const float eps = random.of({1e-6f, 1e-5f, 0.1f});
         check::begin("rms_norm", seed, "rows " + std::to_string(rows) + ", d " + std::to_string(d));
-        const std::vector<float> x = random.normals(rows * d, random.of({1e-3, 1.0, 50.0})), w = random.normals(d);
+        const std::vector<float> x = random.normals(rows * d, random.of({1e-3, 1.0, 50.0})),
+                                 w = random.normals(d);
         std::vector<float> out(rows * ldo, MARK);
         smart_rms_norm(x.data(), w.data(), eps, rows, d, out.data(), ldo);
         const Doubles expected = reference::rms_norms(reference::doubles(x), w.data(), eps, d);
         for (int r = 0; r < rows; r++)
             for (int64_t i = 0; i < ldo; i++) {
                 double value = i < d ? expected[r * d + i] : MARK;
-                check::near_at("out", r, i, value, out[r * ldo + i], i < d ? 2e-6 * std::fabs(value) : 0);
+                check::near_at("out", r, i, value, out[r * ldo + i],
+                               i < d ? 2e-6 * std::fabs(value) : 0);
             }
     }
 }
@@ -188,18 +204,22 @@ void packing() {
         Random random(seed + 5000);
         const int64_t n = random.between(1, 120), k = 2 * random.between(1, 60);
         const bool bf16 = random.chance(0.5);
-        check::begin("pack", seed, "n " + std::to_string(n) + ", k " + std::to_string(k) + (bf16 ? ", bf16" : ""));
+        check::begin(
+            "pack", seed,
+            "n " + std::to_string(n) + ", k " + std::to_string(k) + (bf16 ? ", bf16" : ""));
         check::same("packed_rows", (n + panel - 1) / panel * panel, smart_packed_rows(n));
         Weight weight(random, n, k, bf16, 0);
         std::vector<int64_t> index(random.between(1, 9));
         for (int64_t& i : index) i = random.below(n);
         std::vector<float> out(index.size() * k);
         smart_unpack(weight.packed(), k, bf16, index.data(), int32_t(index.size()), out.data());
-        for (size_t r = 0; r < index.size(); r++) check::bits("unpacked", &weight.plain[index[r] * k], &out[r * k], k);
+        for (size_t r = 0; r < index.size(); r++)
+            check::bits("unpacked", &weight.plain[index[r] * k], &out[r * k], k);
     }
     for (uint64_t seed = 1; seed <= check::seeds(40); seed++) {
         Random random(seed + 6000);
-        const int64_t n = random.between(1, 120), k = 4 * random.between(1, 40), size = smart_packed_rows(n);
+        const int64_t n = random.between(1, 120), k = 4 * random.between(1, 40),
+                      size = smart_packed_rows(n);
         check::begin("pack_bytes", seed, "n " + std::to_string(n) + ", k " + std::to_string(k));
         std::vector<float> w = random.normals(n * k, 0.05);
         if (random.chance(0.3)) std::fill_n(&w[random.below(n) * k], k, 0.0f);  // a row of zeros
@@ -209,11 +229,13 @@ void packing() {
         smart_pack_bytes(w.data(), n, k, packed.data(), scale.data(), sums.data());
         for (int64_t j = 0; j < size; j++) {
             double top = 0;
-            for (int64_t i = 0; i < k && j < n; i++) top = std::max(top, std::fabs(double(w[j * k + i])));
+            for (int64_t i = 0; i < k && j < n; i++)
+                top = std::max(top, std::fabs(double(w[j * k + i])));
             check::near(check::at("scale", j), top / 127, scale[j], 1e-7 * top);
             int64_t sum = 0;
             for (int64_t i = 0; i < k; i++) {
-                int value = packed[j / panel * panel * k + i / 4 * 4 * panel + j % panel * 4 + i % 4];
+                int value =
+                    packed[j / panel * panel * k + i / 4 * 4 * panel + j % panel * 4 + i % 4];
                 sum += value;
                 double wanted = j < n ? w[j * k + i] : 0.0;
                 check::near_at("w", j, i, wanted, double(scale[j]) * value, scale[j] * 0.50001);
@@ -234,7 +256,9 @@ void reading() {
             size += std::fabs(value);
         }
         int32_t threads = int32_t(random.between(1, 3));
-        check::near("sum", sum, smart_read(x.data(), int64_t(4 * x.size()), random.of({0, 2, 3}), threads), 1e-5 * size);
+        check::near("sum", sum,
+                    smart_read(x.data(), int64_t(4 * x.size()), random.of({0, 2, 3}), threads),
+                    1e-5 * size);
     }
 }
 

@@ -18,12 +18,13 @@ struct Answer {  // of a request, decoded token by token: what follows the root
 void one_round(uint64_t seed, int head_dim, bool bf16) {
     Random random(seed);
     const Shape shape = random_shape(random, head_dim);
-    const int64_t vocab = random.between(20, 60), layers = random.between(1, 2), deepest = 6, all_pages = 40;
+    const int64_t vocab = random.between(20, 60), layers = random.between(1, 2), deepest = 6,
+                  all_pages = 40;
     check::begin("round", seed, shape.text() + (bf16 ? ", bf16" : ", fp32"));
     const TinyModel m(random, shape, layers, vocab, bf16);
     Pages pages(random, all_pages);
     TinyCache cache = m.cache(Random(seed + 1), all_pages);
-    const std::vector<int32_t> aux{1};
+    const std::vector<int32_t> aux(1, 1);
     const int64_t requests = random.between(1, 4), d = shape.hidden, tree_room = 30;
 
     // Prompts, and the roots that follow them.
@@ -34,7 +35,8 @@ void one_round(uint64_t seed, int head_dim, bool bf16) {
         lengths.push_back(random.of<int64_t>({1, 9, 15, 16, 17, 33, 62, 64}));
         tables.push_back(pages.take(lengths[i] + 1 + tree_room));
         prompts.request(tables[i]);
-        for (int64_t j = 0; j < lengths[i]; j++) prompts.row(random.below(vocab), j, slot_of(tables[i], j), j + 1);
+        for (int64_t j = 0; j < lengths[i]; j++)
+            prompts.row(random.below(vocab), j, slot_of(tables[i], j), j + 1);
         roots.push_back(random.below(vocab));
     }
     forward(m, cache, prompts, 2);
@@ -72,7 +74,8 @@ void one_round(uint64_t seed, int head_dim, bool bf16) {
         is_kept[i] = (nodes[i].parent < 0 || is_kept[nodes[i].parent]) && random.chance(0.9);
         if (is_kept[i]) kept.push_back(int64_t(i));
     }
-    const int64_t room = int64_t(nodes.size()) + 3, count = int64_t(kept.size()), rows = requests + count;
+    const int64_t room = int64_t(nodes.size()) + 3, count = int64_t(kept.size()),
+                  rows = requests + count;
     std::vector<int64_t> trees(5 * room, -9);
     for (size_t i = 0; i < nodes.size(); i++) {
         trees[i] = nodes[i].owner;
@@ -84,17 +87,36 @@ void one_round(uint64_t seed, int head_dim, bool bf16) {
     // The round.
     std::vector<const int32_t*> tables_of;
     for (const std::vector<int32_t>& table : tables) tables_of.push_back(table.data());
-    std::vector<int64_t> after(rows, -7), emitted(rows, -7), path(count + 1, -7), accepted(requests), first(requests);
+    std::vector<int64_t> after(rows, -7), emitted(rows, -7), path(count + 1, -7),
+        accepted(requests), first(requests);
     std::vector<float> aux_hidden(rows * d), logits(rows * vocab);
     double seconds[2] = {-1, -1};
-    const Round round{requests, count, room, roots.data(), lengths.data(), tables_of.data(), trees.data(), kept.data(), d,
-                      shape.kv_heads, head_dim, m.rotation.cosine.data(), m.rotation.sine.data(), after.data(),
-                      emitted.data(), path.data(), accepted.data(), first.data(), seconds};
+    const Round round{requests,
+                      count,
+                      room,
+                      roots.data(),
+                      lengths.data(),
+                      tables_of.data(),
+                      trees.data(),
+                      kept.data(),
+                      d,
+                      shape.kv_heads,
+                      head_dim,
+                      m.rotation.cosine.data(),
+                      m.rotation.sine.data(),
+                      after.data(),
+                      emitted.data(),
+                      path.data(),
+                      accepted.data(),
+                      first.data(),
+                      seconds};
     const bool with_aux = random.chance(0.7);
-    const Pass pass{nullptr, nullptr, nullptr, aux.data(), with_aux ? aux_hidden.data() : nullptr, logits.data(), nullptr,
-                    0, with_aux ? 1 : 0};
+    const Pass pass{
+        nullptr,       nullptr, nullptr, aux.data(),      with_aux ? aux_hidden.data() : nullptr,
+        logits.data(), nullptr, 0,       with_aux ? 1 : 0};
     const Model model = m.model(cache);
-    if (!check::same("status", 0, smart_round(&model, &round, &pass, int(random.between(1, 3))))) return;
+    if (!check::same("status", 0, smart_round(&model, &round, &pass, int(random.between(1, 3)))))
+        return;
 
     // The walk in plain loops.
     std::vector<int64_t> after_expected(rows, -1), emitted_expected, path_expected;
@@ -106,7 +128,8 @@ void one_round(uint64_t seed, int head_dim, bool bf16) {
             found = false;
             for (int64_t n = 0; n < count && !found; n++) {
                 const Node& node = nodes[kept[n]];
-                if (node.owner != i || node.parent != tip || node.token != answers[i].tokens[depth]) continue;
+                if (node.owner != i || node.parent != tip || node.token != answers[i].tokens[depth])
+                    continue;
                 found = true;
                 tip = kept[n];
                 depth++;
@@ -118,7 +141,8 @@ void one_round(uint64_t seed, int head_dim, bool bf16) {
         check::same(check::at("accepted", i), depth, accepted[i]);
         if (!with_aux || depth != accepted[i]) continue;
         for (int64_t j = 0; j <= depth; j++)
-            check::bits("aux_hidden of the root and accepted nodes", answers[i].aux[j].data(), &aux_hidden[(first[i] + j) * d], d);
+            check::bits("aux_hidden of the root and accepted nodes", answers[i].aux[j].data(),
+                        &aux_hidden[(first[i] + j) * d], d);
     }
     emitted.resize(emitted_expected.size());
     path.resize(path_expected.size());
@@ -126,7 +150,8 @@ void one_round(uint64_t seed, int head_dim, bool bf16) {
     check::same_all("emitted", emitted_expected, emitted);
     check::same_all("path", path_expected, path);
 
-    // Keys and values of what was accepted are in place: the next token's logits are those of plain decoding.
+    // Keys and values of what was accepted are in place: the next token's logits are those of plain
+    // decoding.
     int64_t next = 0;
     for (int64_t i = 0; i < requests; i++) {
         const int64_t bonus = accepted[i], position = lengths[i] + bonus + 1;
@@ -147,5 +172,6 @@ void test_rounds() {
     const uint64_t rounds = check::quick ? 1 : 20;
     for (uint64_t seed = 1; seed <= rounds; seed++)
         for (int head_dim : {16, 32, 64, 96, 128})
-            for (bool bf16 : {false, true}) one_round(1000 * seed + 2 * head_dim + bf16, head_dim, bf16);
+            for (bool bf16 : {false, true})
+                one_round(1000 * seed + 2 * head_dim + bf16, head_dim, bf16);
 }

@@ -61,8 +61,8 @@ void top_ks() {
         const bool noisy = random.chance(0.6);
         for (uint64_t& key : keys)
             if (random.chance(0.7)) key = random.next() | 1;
-        smart_top_k(x.data(), rows, n, k, scale.data(), noisy ? keys.data() : nullptr, tokens.data(), ids.data(),
-                    probs.data(), int32_t(random.between(1, 3)));
+        smart_top_k(x.data(), rows, n, k, scale.data(), noisy ? keys.data() : nullptr,
+                    tokens.data(), ids.data(), probs.data(), int32_t(random.between(1, 3)));
         for (int r = 0; r < rows; r++) {
             const uint64_t key = noisy ? keys[r] : 0;
             Doubles score(n);
@@ -72,28 +72,32 @@ void top_ks() {
                 score[i] = (x[r * n + i] - best) * scale[r];
                 if (key) score[i] += reference::gumbel(key, tokens[i]);
             }
-            const std::vector<int64_t> order = key ? reference::ranked(score) : reference::ranked(std::vector<float>(
-                &x[r * n], &x[r * n] + n));
+            const std::vector<int64_t> order =
+                key ? reference::ranked(score)
+                    : reference::ranked(std::vector<float>(&x[r * n], &x[r * n] + n));
             double sum = 0, top = score[order[0]];
             for (int64_t i = 0; i < (key ? k : n); i++) sum += std::exp(score[order[i]] - top);
             for (int j = 0; j < k; j++) {
-                const std::string name = "of row " + std::to_string(r) + ", place " + std::to_string(j);
+                const std::string name =
+                    "of row " + std::to_string(r) + ", place " + std::to_string(j);
                 const int64_t id = ids[r * k + j];
                 if (!check::that(id >= 0 && id < n, "a valid id " + name)) return;
                 // Without noise the order is exact. With it, nearly equal scores may change places.
-                if (!key || std::fabs(score[id] - score[order[j]]) > 1e-5) check::same("id " + name, order[j], id);
-                check::near("probability " + name, std::exp(score[id] - top) / sum, probs[r * k + j],
-                            3e-5 * std::exp(score[id] - top) / sum + 1e-12);
+                if (!key || std::fabs(score[id] - score[order[j]]) > 1e-5)
+                    check::same("id " + name, order[j], id);
+                check::near("probability " + name, std::exp(score[id] - top) / sum,
+                            probs[r * k + j], 3e-5 * std::exp(score[id] - top) / sum + 1e-12);
             }
         }
     }
 }
 
-// Scores nearer than this are told apart by no one, those further apart must be (NEAR in the kernels is 1e-3).
+// Scores nearer than this are told apart by no one, those further apart must be (NEAR in the
+// kernels is 1e-3).
 constexpr double SURELY_NEAR = 0.9e-3, SURELY_FAR = 1.1e-3;
 
-void one_draw(const Draw& draw, const float* row, int64_t n, int64_t best, double kept, int64_t drawn,
-              const std::string& name) {
+void one_draw(const Draw& draw, const float* row, int64_t n, int64_t best, double kept,
+              int64_t drawn, const std::string& name) {
     bool nan = false;
     for (int64_t i = 0; i < n; i++) nan |= std::isnan(row[i]);
     const int64_t expected_best = nan && draw.k >= 0 ? -1 : reference::argmax(row, n);
@@ -114,19 +118,23 @@ void one_draw(const Draw& draw, const float* row, int64_t n, int64_t best, doubl
     int64_t token = -1;
     for (int64_t i = 0; i < n; i++) {
         if (row[i] < expected_kept || row[i] < row[expected_best] + draw.below) continue;
-        double score = (double(row[i]) - row[expected_best]) * draw.scale + reference::gumbel(key, i);
+        double score =
+            (double(row[i]) - row[expected_best]) * draw.scale + reference::gumbel(key, i);
         if (score > first) {
             second = first;
             first = score;
             token = i;
-        } else second = std::max(second, score);
+        } else
+            second = std::max(second, score);
     }
     if (std::fabs(row[expected_best] * draw.scale) > 2048) {
         check::same("drawn of coarse scores " + name, -1, drawn);
         return;
     }
-    if (first - second > SURELY_FAR) check::same("drawn " + name, token, drawn);
-    else if (first - second < SURELY_NEAR) check::same("drawn, too near, " + name, -1, drawn);
+    if (first - second > SURELY_FAR)
+        check::same("drawn " + name, token, drawn);
+    else if (first - second < SURELY_NEAR)
+        check::same("drawn, too near, " + name, -1, drawn);
 }
 
 void draws() {
@@ -136,7 +144,8 @@ void draws() {
         const int64_t n = random.chance(0.15) ? random.between(2000, 6000) : random.between(1, 700);
         const int rows = int(random.between(1, 5));
         const double deviation = random.of({0.01, 1.0, 4.0, 8.0});
-        check::begin("draw", seed, "n " + std::to_string(n) + ", deviation " + check::number(deviation));
+        check::begin("draw", seed,
+                     "n " + std::to_string(n) + ", deviation " + check::number(deviation));
         std::vector<float> x = logits(random, rows * n, deviation, random.of({0.0, 0.5}));
         std::vector<Draw> what(rows);
         for (int r = 0; r < rows; r++) {
@@ -152,7 +161,8 @@ void draws() {
             d.seed = random.chance(0.3) ? -random.below(1000) : int64_t(random.next() >> 1);
             d.sample = random.below(4);
             d.position = random.below(2000);
-            d.k = random.chance(0.4) ? random.between(1, 64) : random.of<int64_t>({0, -1, n, n + 3, 1});
+            d.k = random.chance(0.4) ? random.between(1, 64)
+                                     : random.of<int64_t>({0, -1, n, n + 3, 1});
             if (d.k > 64 && d.k < n) d.k = 0;
             d.scale = 0.4 + 1.6 * random.uniform();
             d.floor = random.chance(0.2) ? row[random.below(n)] : -INF;
@@ -161,7 +171,8 @@ void draws() {
         }
         std::vector<int64_t> best(rows, -7), drawn(rows, -7);
         std::vector<double> kept(rows, -7);
-        smart_draw(what.data(), rows, n, best.data(), kept.data(), drawn.data(), int32_t(random.between(1, 4)));
+        smart_draw(what.data(), rows, n, best.data(), kept.data(), drawn.data(),
+                   int32_t(random.between(1, 4)));
         for (int r = 0; r < rows; r++) {
             one_draw(what[r], what[r].row, n, best[r], kept[r], drawn[r], check::at("of row", r));
             near += best[r] >= 0 && what[r].k >= 0 && drawn[r] < 0;
@@ -184,7 +195,8 @@ void draws() {
     for (int64_t token : drawn)
         if (token >= 0) counts[token]++;
     for (int i = 0; i < 3; i++)
-        check::near(check::at("share", i), (i + 1) / 6.0, counts[i] / double(trials), 2.5 / std::sqrt(double(trials)));
+        check::near(check::at("share", i), (i + 1) / 6.0, counts[i] / double(trials),
+                    2.5 / std::sqrt(double(trials)));
 }
 
 void masses() {
@@ -193,8 +205,10 @@ void masses() {
         const int64_t n = random.chance(0.2) ? random.between(4000, 9000) : random.between(1, 300);
         check::begin("mass", seed, "n " + std::to_string(n));
         const std::vector<float> row = logits(random, n, 4, 0.3);
-        const float best = row[reference::argmax(row.data(), n)], scale = float(0.4 + random.uniform());
-        const float floor = random.chance(0.5) ? row[random.below(n)] : -INF, value = row[random.below(n)];
+        const float best = row[reference::argmax(row.data(), n)],
+                    scale = float(0.4 + random.uniform());
+        const float floor = random.chance(0.5) ? row[random.below(n)] : -INF,
+                    value = row[random.below(n)];
         double all = 0, above = 0, got[2];
         for (float x : row) {
             double weight = x >= floor ? std::exp((double(x) - best) * scale) : 0.0;

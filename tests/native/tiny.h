@@ -1,4 +1,5 @@
-// Tiny random models and heads, their caches, and batches of rows, as the kernels take them and as plain loops do.
+// Tiny random models and heads, their caches, and batches of rows, as the kernels take them and as
+// plain loops do.
 
 #pragma once
 #include <memory>
@@ -34,8 +35,10 @@ struct Blob {
 
 inline Blob plain(const std::vector<float>& w, bool bf16) {
     Blob blob;
-    if (!bf16) blob.fp32 = w;
-    else for (float x : w) blob.bf16.push_back(reference::to_bf16(x));
+    if (!bf16)
+        blob.fp32 = w;
+    else
+        for (float x : w) blob.bf16.push_back(reference::to_bf16(x));
     return blob;
 }
 
@@ -43,8 +46,10 @@ inline Blob packed(const std::vector<float>& w, int64_t k, bool bf16) {
     const Blob from = plain(w, bf16);
     Blob blob;
     const int64_t n = w.size() / k, size = smart_packed_rows(n) * k;
-    if (bf16) blob.bf16.resize(size);
-    else blob.fp32.resize(size);
+    if (bf16)
+        blob.bf16.resize(size);
+    else
+        blob.fp32.resize(size);
     smart_pack(from.data(), n, k, (void*)blob.data(), bf16);
     return blob;
 }
@@ -65,19 +70,23 @@ inline std::vector<float> norm(Random& random, int64_t d) {
 struct Shape {
     int hidden, input, heads, kv_heads, head_dim, ffn;
     std::string text() const {
-        return "hidden " + std::to_string(hidden) + ", heads " + std::to_string(heads) + "/" +
-               std::to_string(kv_heads) + ", head_dim " + std::to_string(head_dim) + ", ffn " + std::to_string(ffn);
+        return "hidden " + std::to_string(hidden) + ", heads " + std::to_string(heads) + "/"
+               + std::to_string(kv_heads) + ", head_dim " + std::to_string(head_dim) + ", ffn "
+               + std::to_string(ffn);
     }
 };
 
 inline Shape random_shape(Random& random, int head_dim) {
     const int kv = int(random.between(1, 2)), group = random.of({1, 2, 3, 4, 7});
-    Shape shape{random.of({32, 40, 64, 72, 96}), 0, kv * group, kv, head_dim, random.of({30, 32, 52, 64, 70})};
+    Shape shape{random.of({32, 40, 64, 72, 96}), 0, kv * group, kv, head_dim,
+                random.of({30, 32, 52, 64, 70})};
     shape.input = shape.hidden;
     return shape;
 }
 
-inline const float* pointer(const std::vector<float>& list) { return list.empty() ? nullptr : list.data(); }
+inline const float* pointer(const std::vector<float>& list) {
+    return list.empty() ? nullptr : list.data();
+}
 
 struct TinyLayer {
     reference::Weights w;
@@ -85,7 +94,8 @@ struct TinyLayer {
 
     TinyLayer(Random& random, const Shape& s, bool bf16, bool has_input_norm) {
         const int64_t q = s.heads * s.head_dim, width = q + 2 * s.kv_heads * s.head_dim;
-        w = {s.hidden, s.input, s.heads, s.kv_heads, s.head_dim, s.ffn, 1e-5f, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+        w = {s.hidden, s.input, s.heads, s.kv_heads, s.head_dim, s.ffn, 1e-5f, {}, {},
+             {},       {},      {},      {},         {},         {},    {},    {}, {}};
         if (has_input_norm) w.input_norm = norm(random, s.hidden);
         if (random.chance(0.5)) w.q_norm = norm(random, s.head_dim);
         if (random.chance(0.5)) w.k_norm = norm(random, s.head_dim);
@@ -114,10 +124,24 @@ struct TinyLayer {
         return out;
     }
     Layer layer() const {
-        return {w.hidden, w.input, w.heads, w.kv_heads, w.head_dim, w.ffn, 3, w.eps,
-                pointer(w.input_norm), pointer(w.q_norm), pointer(w.k_norm), pointer(w.qkv_bias),
-                pointer(w.output_bias), w.post_norm.data(),
-                qkv.data(), output.data(), gate_up.data(), down.data()};
+        return {w.hidden,
+                w.input,
+                w.heads,
+                w.kv_heads,
+                w.head_dim,
+                w.ffn,
+                3,
+                w.eps,
+                pointer(w.input_norm),
+                pointer(w.q_norm),
+                pointer(w.k_norm),
+                pointer(w.qkv_bias),
+                pointer(w.output_bias),
+                w.post_norm.data(),
+                qkv.data(),
+                output.data(),
+                gate_up.data(),
+                down.data()};
     }
 };
 
@@ -128,7 +152,11 @@ struct TinyCache {
     Blob k, v;
 
     TinyCache(Random random, int64_t planes_, int64_t pages_, int head_dim_, bool bf16_)
-        : planes(planes_), pages(pages_), head_dim(head_dim_), bf16(bf16_), pairs(smart_attends_by_pairs(bf16_, head_dim_)) {
+        : planes(planes_),
+          pages(pages_),
+          head_dim(head_dim_),
+          bf16(bf16_),
+          pairs(smart_attends_by_pairs(bf16_, head_dim_)) {
         const int64_t size = planes * pages * head_dim * smart_page();
         k = plain(random.normals(size, 100), bf16);
         v = plain(random.normals(size, 100), bf16);
@@ -136,12 +164,15 @@ struct TinyCache {
     void* keys() { return (void*)k.data(); }
     void* values() { return (void*)v.data(); }
 
-    // Where an element lies: a page's keys are [head_dim, PAGE], its values [PAGE, head_dim], or both by pairs of rows.
+    // Where an element lies: a page's keys are [head_dim, PAGE], its values [PAGE, head_dim], or
+    // both by pairs of rows.
     int64_t at(int64_t plane, int64_t slot, int64_t row, int64_t column, int64_t width) const {
         const int64_t page = smart_page(), start = (plane * pages + slot / page) * page * head_dim;
         return start + (pairs ? row / 2 * 2 * width + 2 * column + row % 2 : row * width + column);
     }
-    float read(const Blob& from, int64_t i) const { return bf16 ? reference::from_bf16(from.bf16[i]) : from.fp32[i]; }
+    float read(const Blob& from, int64_t i) const {
+        return bf16 ? reference::from_bf16(from.bf16[i]) : from.fp32[i];
+    }
     float key(int64_t plane, int64_t slot, int64_t d) const {
         return read(k, at(plane, slot, d, slot % smart_page(), smart_page()));
     }
@@ -149,13 +180,15 @@ struct TinyCache {
         return read(v, at(plane, slot, slot % smart_page(), d, head_dim));
     }
     bool same(const TinyCache& other) const {
-        return k.bf16 == other.k.bf16 && v.bf16 == other.v.bf16 && k.fp32 == other.k.fp32 && v.fp32 == other.v.fp32;
+        return k.bf16 == other.k.bf16 && v.bf16 == other.v.bf16 && k.fp32 == other.k.fp32
+               && v.fp32 == other.v.fp32;
     }
 };
 
 // A batch of rows under construction, request after request.
 struct Batch {
-    std::vector<int32_t> query_start_loc{0}, block_table_start, block_tables, slot_mapping, context_len;
+    std::vector<int32_t> query_start_loc{0}, block_table_start, block_tables, slot_mapping,
+        context_len;
     std::vector<int32_t> ancestors_start{0}, ancestors;
     std::vector<int64_t> position, token;
 
@@ -164,7 +197,8 @@ struct Batch {
         block_tables.insert(block_tables.end(), pages.begin(), pages.end());
         query_start_loc.push_back(query_start_loc.back());
     }
-    void row(int64_t token_, int64_t position_, int64_t slot, int64_t sees, const std::vector<int32_t>& above = {}) {
+    void row(int64_t token_, int64_t position_, int64_t slot, int64_t sees,
+             const std::vector<int32_t>& above = {}) {
         token.push_back(token_);
         position.push_back(position_);
         slot_mapping.push_back(int32_t(slot));
@@ -175,9 +209,12 @@ struct Batch {
     }
     int64_t size() const { return int64_t(token.size()); }
     Rows rows(const std::vector<float>& cosine, const std::vector<float>& sine) const {
-        return {int32_t(size()), int32_t(block_table_start.size()), query_start_loc.data(), block_table_start.data(),
-                block_tables.data(), slot_mapping.data(), context_len.data(), ancestors_start.data(), ancestors.data(),
-                position.data(), cosine.data(), sine.data()};
+        return {int32_t(size()),        int32_t(block_table_start.size()),
+                query_start_loc.data(), block_table_start.data(),
+                block_tables.data(),    slot_mapping.data(),
+                context_len.data(),     ancestors_start.data(),
+                ancestors.data(),       position.data(),
+                cosine.data(),          sine.data()};
     }
     // Row `r` in a batch of its own.
     Batch alone(int64_t r) const {
@@ -186,10 +223,12 @@ struct Batch {
         while (r >= query_start_loc[request + 1]) request++;
         const size_t end = size_t(request) + 1;
         auto first = block_tables.begin() + block_table_start[request];
-        auto last = end < block_table_start.size() ? block_tables.begin() + block_table_start[end] : block_tables.end();
+        auto last = end < block_table_start.size() ? block_tables.begin() + block_table_start[end]
+                                                   : block_tables.end();
         batch.request({first, last});
-        batch.row(token[r], position[r], slot_mapping[r], context_len[r],
-                  {ancestors.begin() + ancestors_start[r], ancestors.begin() + ancestors_start[r + 1]});
+        batch.row(
+            token[r], position[r], slot_mapping[r], context_len[r],
+            {ancestors.begin() + ancestors_start[r], ancestors.begin() + ancestors_start[r + 1]});
         return batch;
     }
 };
@@ -250,13 +289,25 @@ struct TinyModel {
         output_blob = packed(output, s.hidden, bf16);
     }
     TinyCache cache(Random random, int64_t pages) const {
-        return TinyCache(random, int64_t(layers.size()) * shape.kv_heads, pages, shape.head_dim, precision.bf16);
+        return TinyCache(random, int64_t(layers.size()) * shape.kv_heads, pages, shape.head_dim,
+                         precision.bf16);
     }
     Model model(TinyCache& cache) const {
         const void* table = embedding_blob.data();
-        return {structs.data(), plain_table ? nullptr : table, plain_table ? table : nullptr, output_blob.data(),
-                final_norm.data(), cache.keys(), cache.values(), vocab, cache.pages, int32_t(layers.size()), 3,
-                precision.bf16, precision.bf16, 1e-5f};
+        return {structs.data(),
+                plain_table ? nullptr : table,
+                plain_table ? table : nullptr,
+                output_blob.data(),
+                final_norm.data(),
+                cache.keys(),
+                cache.values(),
+                vocab,
+                cache.pages,
+                int32_t(layers.size()),
+                3,
+                precision.bf16,
+                precision.bf16,
+                1e-5f};
     }
     Rows rows(const Batch& batch) const { return batch.rows(rotation.cosine, rotation.sine); }
 };
@@ -267,18 +318,26 @@ struct Result {
     std::vector<int64_t> best;
 };
 
-// smart_forward. embeddings: in place of tokens', or empty. wanted: rows, or empty: all. aux: layers.
+// smart_forward. embeddings: in place of tokens', or empty. wanted: rows, or empty: all. aux:
+// layers.
 inline Result forward(const TinyModel& m, TinyCache& cache, const Batch& batch, int threads,
                       const std::vector<int32_t>& aux = {}, const std::vector<int64_t>& wanted = {},
                       const std::vector<const float*>& embeddings = {}) {
     const int64_t count = wanted.empty() ? batch.size() : int64_t(wanted.size());
-    Result result{0, std::vector<float>(count * m.vocab), std::vector<float>(batch.size() * aux.size() * m.shape.hidden),
+    Result result{0, std::vector<float>(count * m.vocab),
+                  std::vector<float>(batch.size() * aux.size() * m.shape.hidden),
                   std::vector<int64_t>(count, -7)};
     const Model model = m.model(cache);
     const Rows rows = m.rows(batch);
-    const Pass pass{batch.token.data(), embeddings.empty() ? nullptr : embeddings.data(),
-                    wanted.empty() ? nullptr : wanted.data(), aux.data(), result.aux.data(), result.logits.data(),
-                    result.best.data(), int32_t(count), int32_t(aux.size())};
+    const Pass pass{batch.token.data(),
+                    embeddings.empty() ? nullptr : embeddings.data(),
+                    wanted.empty() ? nullptr : wanted.data(),
+                    aux.data(),
+                    result.aux.data(),
+                    result.logits.data(),
+                    result.best.data(),
+                    int32_t(count),
+                    int32_t(aux.size())};
     result.status = smart_forward(&model, &rows, &pass, threads);
     return result;
 }

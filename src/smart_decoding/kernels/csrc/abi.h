@@ -14,7 +14,7 @@ extern "C" {
 
 // ---------------------------------------------------------------------------- what a forward reads
 
-struct Rows {  // the rows (tokens) of a forward, request after request
+struct Rows {  // the rows (tokens) of a forward; each request has one at least
     int32_t rows, requests;
     const int32_t* query_start_loc;  // [requests + 1] first row of each request
     // [requests] where the request's block table begins in `block_tables`

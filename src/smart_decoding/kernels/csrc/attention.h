@@ -10,6 +10,8 @@
 
 namespace [[gnu::visibility("hidden")]] smart {
 
+constexpr int MAX_QUERIES = 32;  // of the rows of a block together
+
 // Rows of one request that share passes over its pages.
 struct QueryBlock {
     int32_t request, row, count;
@@ -59,11 +61,12 @@ static inline bool dispatch_head_dim(int head_dim, F&& run) {
 
 // Calls `run` with a null pointer to the type of weights, keys and values. Otherwise returns why
 // that cannot be, as smart_forward and the others return it: 1 for the head dimension, 2 for two
-// types.
+// types, 3 for more query heads to a key head than a block of rows has room for.
 template <class F>
-static inline int32_t dispatch_types(int head_dim, bool w_bf16, bool kv_bf16, F&& run) {
-    if (!dispatch_head_dim(head_dim, [](auto) {})) return 1;
+static inline int32_t dispatch_types(const Layer& layer, bool w_bf16, bool kv_bf16, F&& run) {
+    if (!dispatch_head_dim(layer.head_dim, [](auto) {})) return 1;
     if (w_bf16 != kv_bf16) return 2;
+    if (layer.heads > MAX_QUERIES * layer.kv_heads) return 3;
     if (w_bf16)
         run((bf16*)nullptr);
     else

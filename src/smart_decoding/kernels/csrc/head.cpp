@@ -275,7 +275,7 @@ using namespace smart;
 extern "C" int32_t smart_draft(const Head* h, const Rows* in, const Level* v, void* keys,
                                void* values, int64_t pages, int32_t w_bf16, int32_t kv_bf16,
                                int32_t threads) {
-    return dispatch_types(h->layer.head_dim, w_bf16, kv_bf16, [&](auto* type) {
+    return dispatch_types(h->layer, w_bf16, kv_bf16, [&](auto* type) {
         typedef std::remove_pointer_t<decltype(type)> W;
         static thread_local WorkspaceMemory memory;
         const WantedRows asking(*in, v->first);

@@ -118,7 +118,7 @@ extern "C" {
 int32_t smart_layers(const Layer* layers, int32_t count, const Rows* in, const float* input,
                      float* x, void* keys, void* values, int64_t pages, const Workspace* workspace,
                      int32_t w_bf16, int32_t kv_bf16, int32_t threads) {
-    return dispatch_types(layers->head_dim, w_bf16, kv_bf16, [&](auto* type) {
+    return dispatch_types(*layers, w_bf16, kv_bf16, [&](auto* type) {
         typedef std::remove_pointer_t<decltype(type)> W;
         const KvCache<W> cache{(W*)keys, (W*)values, pages};
         const std::vector<QueryBlock> blocks = query_blocks<W>(*in, *layers);
@@ -129,7 +129,7 @@ int32_t smart_layers(const Layer* layers, int32_t count, const Rows* in, const f
 }
 
 int32_t smart_forward(const Model* m, const Rows* in, const Pass* pass, int32_t threads) {
-    return dispatch_types(m->layers->head_dim, m->w_bf16, m->kv_bf16, [&](auto* type) {
+    return dispatch_types(*m->layers, m->w_bf16, m->kv_bf16, [&](auto* type) {
         forward<std::remove_pointer_t<decltype(type)>>(*m, *in, *pass, threads);
     });
 }

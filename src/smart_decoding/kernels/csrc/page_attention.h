@@ -5,8 +5,6 @@
 
 namespace [[gnu::visibility("hidden")]] smart {
 
-constexpr int MAX_QUERIES = 32;  // of the rows of a block together
-
 template <int HD>
 struct Query {  // running softmax of one query head
     float q[HD], best, sum;

@@ -34,13 +34,13 @@ template <int HD>
 struct alignas(64) PairAttention {
     typedef PairChunk<HD> Chunk;
 
-    bf16 q[32][HD], weights[TILE][CHUNK], own_keys[CHUNK_PAGES][HD * PAGE],
+    bf16 q[MAX_QUERIES][HD], weights[TILE][CHUNK], own_keys[CHUNK_PAGES][HD * PAGE],
         own_values[CHUNK_PAGES][HD * PAGE];
-    float scores[TILE][CHUNK], acc[32][HD], best[32], sum[32];
-    int valid[32];          // positions of the chunk that a query may see
-    int laid[CHUNK_PAGES];  // where the block table ends in the pages of our own, -1: they are
-                            // of another chunk
-    int shaped;             // queries that the tiles are configured for
+    float scores[TILE][CHUNK], acc[MAX_QUERIES][HD], best[MAX_QUERIES], sum[MAX_QUERIES];
+    int valid[MAX_QUERIES];  // positions of the chunk that a query may see
+    int laid[CHUNK_PAGES];   // where the block table ends in the pages of our own, -1: they are
+                             // of another chunk
+    int shaped;              // queries that the tiles are configured for
 
     void begin(const QueryBlock& block, int heads, const float* from, int64_t ld) {
         for (int i = 0; i < block.count * heads; i++) {

@@ -376,6 +376,8 @@ int64_t smart_select(const Trees* t, const Calibration* b, const Costs* p, int32
 int64_t smart_grow(const Head* head, const Rows* first, const Level* v, const Growth* g, Trees* t,
                    const Calibration* b, Costs* p, int64_t* out, int64_t* kept, Choice* choice) {
     Clock::time_point start = Clock::now();
+    std::fill_n(g->expanded, g->levels, 0);
+    std::fill_n(g->seconds, g->levels, 0.0);
     const Stopwatch stopwatch{start, g};
     Drafting drafting(*head, *first, *v, *g, *t);
     if (!drafting.draft_roots()) return -2;
