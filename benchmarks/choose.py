@@ -48,7 +48,7 @@ def choosing_us(requests: int, candidates: int, repeats: int = 200) -> float:
     assert len(trees) == requests * candidates
     times = []
     for _ in range(repeats):
-        policy._scratch.scored = -1
+        policy._round.drafted = None  # nothing is scored yet
         start = time.perf_counter()
         policy.select(DraftPlan(True, 4), batch, trees)
         times.append(time.perf_counter() - start)

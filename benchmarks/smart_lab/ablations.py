@@ -210,7 +210,7 @@ class FrozenCosts(Variant):
 
     def __init__(self, inner: Smart) -> None:
         super().__init__(inner)
-        inner._learn_rests = inner._rested.clear  # type: ignore[method-assign]
+        inner.costs.learn_plain = inner.costs.plain_rounds.clear  # type: ignore[method-assign]
 
     def observe(self, round: Round) -> None:
         before = self.inner.cost

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from smart_decoding.integrations.chains import Chains, Step
-from smart_decoding.integrations.resting import REST, TRIAL
+from smart_decoding.integrations.disabling import DISABLED, MEASURED_STEPS
 
-FEW = TRIAL + 20  # lost tokens that still do no harm
+FEW = MEASURED_STEPS + 20  # lost tokens that still do no harm
 
 
 @dataclass
@@ -21,8 +21,8 @@ class World:
     with some noise.
 
     cost(batch, drafts, levels): true seconds of a step. hits: probability that the drafter has a
-    proposal at all. life: steps after which a request makes way for a new one. rests: the policy
-    may let the draft model rest, for which cost is asked with levels = REST; requests that lose
+    proposal at all. life: steps after which a request makes way for a new one. disables: the
+    policy may disable the draft model, for which cost is asked with levels = DISABLED; requests that lose
     more than a few tokens so have no draft accepted any more."""
 
     accept: Sequence[float]
@@ -33,7 +33,7 @@ class World:
     noise: float = 0.03
     seed: int = 0
     life: int = 10**9
-    rests: bool = False
+    disables: bool = False
     seconds: float = 0.0
     tokens: int = 0
     verified_by: list[int] = field(default_factory=list)
@@ -46,21 +46,21 @@ class World:
         self.verified_by = [0] * batch
         self.seconds, self.tokens, drafts = 0.0, 0, [0] * batch
         if policy:
-            policy.may_rest = self.rests
+            policy.may_disable = self.disables
         for now in range(steps):
             ids = [f"r{i}.{(now + i * self.life // batch) // self.life}" for i in range(batch)]
             drafts = [
-                d if id_ in lost or not self.rests else 0
+                d if id_ in lost or not self.disables else 0
                 for id_, d in zip(ids, drafts, strict=True)
             ]
-            probe = policy.take_probe() if policy else False
+            exploring = policy.take_exploring() if policy else False
             levels = policy.length(ids) if policy else fixed
             verified = dict(zip(ids, drafts, strict=True))
             good = [p if lost[id_] <= FEW else 0.0 for id_, p in zip(ids, self.accept, strict=True)]
             accepted = {
                 id_: _run_length(random, p, verified[id_]) for id_, p in zip(ids, good, strict=True)
             }
-            lost.update({id_: int(levels == REST) for id_ in ids})
+            lost.update({id_: int(levels == DISABLED) for id_ in ids})
             true = self.cost(batch, sum(drafts), levels if self.model else 0)
             self.seconds += true
             self.tokens += batch + sum(accepted.values())
@@ -71,7 +71,7 @@ class World:
             drafts = proposed
             if policy:
                 step = Step(
-                    batch, levels, {i: n for i, n in verified.items() if n}, accepted, probe=probe
+                    batch, levels, {i: n for i, n in verified.items() if n}, accepted, exploring=exploring
                 )
                 policy.observe(step, true * float(np.exp(self.noise * random.standard_normal())))
                 drafts = policy.trim(ids, proposed, [True] * batch, [100] * batch)

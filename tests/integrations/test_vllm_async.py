@@ -137,7 +137,7 @@ def test_requests_run_to_their_end_with_speculation_on_and_off(scheduler: Any) -
 def test_the_draft_model_rests_only_once_a_rank_says_that_it_is_understood(scheduler: Any) -> None:
     policy = scheduler.controller.policy
     add(scheduler, "a")
-    for says, may_rest in ((False, False), (True, False), (False, True), (False, True)):
+    for says, may_disable in ((False, False), (True, False), (False, True), (False, True)):
         step = scheduler.schedule()
-        assert policy.may_rest == may_rest
+        assert policy.may_disable == may_disable
         answer(scheduler, step, {}, says)

@@ -19,27 +19,30 @@ from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, of_expand
 RANKS = 8  # children beyond the eighth bring next to nothing
 FREE = 16  # best candidates of the drafters without model, per request
 MEMORY = 64.0  # rounds
-HOPE = (
-    0.6  # the free drafters' best candidate before anything is known; the next ones fall off by it
-)
+FREE_MEMORY = 16  # rounds
+# The best free candidate before anything is known; the next ones fall off by it. Optimistic: to ask
+# costs next to nothing, and what is verified is still only what pays. A pessimist would wait for a
+# rare exploration.
+FREE_PRIOR = 0.6
 PRIOR_WEIGHT = 8.0
 _PRIOR_PROBS = np.array([0.60, 0.13, 0.06, 0.035, 0.02, 0.015, 0.01, 0.008])
 _KEY_BITS = 20
+_KEY_MASK = (1 << _KEY_BITS) - 1
 
 
 class Forecast:
     """Running histogram [DEPTHS, RANKS, BINS] of draft_prob and the weight [DEPTHS] of expanded
-    nodes behind it."""
+    nodes behind it.
+
+    free: [FREE] mean accept_prob of the k-th best candidate that the drafters without model have
+    for a request."""
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.histogram = np.zeros((DEPTHS, RANKS, BINS))
         self.histogram[:, np.arange(RANKS), calibration.bins(_PRIOR_PROBS)] = PRIOR_WEIGHT
         self.weight = np.full(DEPTHS, PRIOR_WEIGHT)
-        # Mean accept_prob of the k-th best free candidate of a request. Hopeful at first: to ask
-        # costs next to nothing, and what is verified is still only what pays; a sceptic would wait
-        # for a rare probe.
-        self.free: FloatArray = HOPE ** np.arange(1.0, FREE + 1)
+        self.free: FloatArray = FREE_PRIOR ** np.arange(1.0, FREE + 1)
 
     def children(self, shares: FloatArray) -> FloatArray:
         """[DEPTHS, RANKS] mean acceptance probability, given its parent's, of the k-th child at
@@ -55,23 +58,14 @@ class Forecast:
         """Learns from all drafted nodes (scored), weighted by their parents' accept_prob: the paths
         that matter."""
         slot = slots(trees)
-        quantised = (
-            (1.0 - np.fmin(np.fmax(trees.draft_prob, 0.0), 1.0)) * ((1 << _KEY_BITS) - 1)
-        ).astype(np.int64)
-        keys = (slot << (2 * _KEY_BITS)) | (quantised << _KEY_BITS) | np.arange(len(trees))
-        keys.sort()
-        order = keys & ((1 << _KEY_BITS) - 1)
-        position = np.arange(len(keys))
-        starts = np.flatnonzero(np.diff(keys >> (2 * _KEY_BITS), prepend=-1))
-        rank = position - np.repeat(starts, np.diff(starts, append=len(keys)))
+        order, rank, starts = _by_sibling_rank(slot, trees.draft_prob)
         weight_of = np.append(trees.accept_prob, 1.0)  # the root's, reached by index -1
         weight = weight_of[trees.parent[order]]
         if trees.source.any():  # only nodes that the model drafter expanded tell what it proposes
             weight = weight * of_expanded(trees, slot)[order]
         depth = np.minimum(trees.depth[order], DEPTHS) - 1
-        cell = (depth * RANKS + np.minimum(rank, RANKS - 1)) * BINS + self.calibration.bins(
-            trees.draft_prob[order]
-        )
+        bins = self.calibration.bins(trees.draft_prob[order])
+        cell = (depth * RANKS + np.minimum(rank, RANKS - 1)) * BINS + bins
         kept = np.where(rank < RANKS, weight, 0.0)
         new = np.bincount(cell, kept, self.histogram.size).reshape(self.histogram.shape)
         parents = np.bincount(depth[starts], weight[starts], DEPTHS)
@@ -81,13 +75,15 @@ class Forecast:
 
     def observe_free(self, trees: DraftTrees, limits: IntArray) -> None:
         """Learns what drafters without a model propose, from a round that used nothing else.
+
         limits: [batch] the nodes below each other that a request may still use; those of requests
         that may use none do not count."""
-        asking, best = np.flatnonzero(limits > 0).tolist(), np.zeros(FREE)
+        asking = np.flatnonzero(limits > 0).tolist()
+        best = np.zeros(FREE)
         for owner in asking:
             mine = np.sort(trees.accept_prob[trees.owner == owner])[::-1][:FREE]
             best[: len(mine)] += mine
-        self.free += (best / max(len(asking), 1) - self.free) / 16
+        self.free += (best / max(len(asking), 1) - self.free) / FREE_MEMORY
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain lists."""
@@ -100,41 +96,49 @@ class Forecast:
     def from_state(cls, state: Mapping[str, Any], calibration: Calibration) -> Forecast:
         """Starts from a stored state, worth PRIOR_WEIGHT expanded nodes per depth. Raises KeyError
         or ValueError."""
-        histogram, weight = (
-            np.asarray(state["histogram"], np.float64),
-            np.asarray(state["weight"], np.float64),
-        )
-        if (
-            histogram.shape != (DEPTHS, RANKS, BINS)
-            or weight.shape != (DEPTHS,)
-            or not (weight > 0).all()
-        ):
+        histogram = np.asarray(state["histogram"], np.float64)
+        weight = np.asarray(state["weight"], np.float64)
+        fits = histogram.shape == (DEPTHS, RANKS, BINS) and weight.shape == (DEPTHS,)
+        if not fits or not (weight > 0).all():
             raise ValueError("not a forecast state")
         forecast = cls(calibration)
         forecast.histogram = histogram * (PRIOR_WEIGHT / weight)[:, None, None]
         return forecast
 
 
-def grow(children: FloatArray, levels: int, width: int) -> FloatArray:
+def _by_sibling_rank(slot: IntArray, prob: FloatArray) -> tuple[IntArray, IntArray, IntArray]:
+    """([nodes] nodes in the order of their parents and, below one, by falling probability; [nodes]
+    the rank of each of these among its siblings; [parents] where each parent's children begin).
+
+    One integer sort of (parent, probability, index)."""
+    clipped = np.fmin(np.fmax(prob, 0.0), 1.0)
+    quantised = ((1.0 - clipped) * _KEY_MASK).astype(np.int64)
+    keys = (slot << (2 * _KEY_BITS)) | (quantised << _KEY_BITS) | np.arange(len(prob))
+    keys.sort()
+    starts = np.flatnonzero(np.diff(keys >> (2 * _KEY_BITS), prepend=-1))
+    rank = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
+    return keys & _KEY_MASK, rank, starts
+
+
+def expected_tree(children: FloatArray, levels: int, width: int) -> FloatArray:
     """[levels, candidates] forecast accept_probs of one request's tree of 1, 2, ... `levels`
     levels.
 
     `width` nodes are expanded at each level after the first; `children` as from
     `Forecast.children`; -NONE fills up."""
     frontier = np.ones(1)
-    grown = []
+    by_level = []
     for level in range(levels):
         candidates = np.multiply.outer(frontier, children[min(level, DEPTHS - 1)]).ravel()
-        grown.append(candidates)
+        by_level.append(candidates)
         frontier = -np.sort(-candidates)[:width]
-    reached = np.repeat(np.arange(levels), [len(candidates) for candidates in grown])
-    result: FloatArray = np.where(
-        reached <= np.arange(levels)[:, None], np.concatenate(grown), -NONE
-    )
+    reached = np.repeat(np.arange(levels), [len(candidates) for candidates in by_level])
+    inside = reached <= np.arange(levels)[:, None]
+    result: FloatArray = np.where(inside, np.concatenate(by_level), -NONE)
     return result
 
 
-def subtree(children: FloatArray, depth: int, levels: int, ranks: int) -> FloatArray:
+def expected_subtree(children: FloatArray, depth: int, levels: int, ranks: int) -> FloatArray:
     """[levels * ranks] forecast conditional probabilities below one node whose children have depth
     `depth`, when each further level expands the best child only (the frontier's width in all stays
     what it is)."""

@@ -4,7 +4,7 @@
 
 `plain` is learned from steps that verify nothing, by batch size; the rest, per range of batch
 sizes, from those that do. A range that was not met yet starts from the nearest one that was, and
-the first of all from a cheap guess: what is believed too cheap is tried, and so found out.
+the first of all from a cheap guess: what is predicted too cheap is tried, and so found out.
 """
 
 from __future__ import annotations
@@ -12,39 +12,47 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
 from smart_decoding.core.tree import FloatArray
 
 KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # batch sizes
-GUESS = (0.0, 0.002, 0.03)  # fixed, per draft, per level, in plain steps
 PRIOR = 4.0  # observations that a starting guess is worth
-MEMORY = (
-    0.99  # per observation of the same range: what a slow start taught must go, or drafts stay off
-)
-GAIN, CLIP = 0.05, 0.3  # of a running mean; one odd step counts as at most 30 % off
-EARLY, SOLVE_EVERY = (
-    8,
-    4,
-)  # observations of a range: later ones are solved for four at a time, as numpy has its price
+# Per observation of the same range: what a slow start taught must go, or drafts stay off.
+MEMORY = 0.99
+GAIN = 0.05  # of a running mean
+CLIP = 0.3  # one odd step counts as at most 30 % off
+FIRST_CLIP = 4.0  # at first
+# Observations of a range: later ones are solved for four at a time, as numpy has its price.
+FIRST_SOLVED = 8
+SOLVE_EVERY = 4
 ENOUGH = 4  # plain steps without which nothing is known
 
-Extra: TypeAlias = tuple[float, float, float]  # fixed, per draft, per level: seconds
+
+class Extra(NamedTuple):
+    """Seconds beyond a plain step."""
+
+    fixed: float
+    per_draft: float
+    per_level: float
+
+
+GUESS = Extra(0.0, 0.002, 0.03)  # in plain steps
 
 
 @dataclass
 class _Range:
-    """Least squares of one range of batch sizes: extra seconds over (1, drafts, levels)."""
+    """Least squares of one range of batch sizes: extra seconds over (1, drafts, levels).
+
+    waiting: drafts, levels and extra seconds that are not solved for yet."""
 
     moments: FloatArray = field(default_factory=lambda: np.zeros((3, 3)))
     products: FloatArray = field(default_factory=lambda: np.zeros(3))
-    coefficients: Extra = (0.0, 0.0, 0.0)
+    coefficients: Extra = Extra(0.0, 0.0, 0.0)
     seen: int = 0
-    waiting: list[tuple[int, int, float]] = field(
-        default_factory=list
-    )  # drafts, levels, extra seconds: not solved for
+    waiting: list[tuple[int, int, float]] = field(default_factory=list)
 
     def solve(self, guess: Extra, batch: int) -> None:
         """Coefficients from all that was observed, `guess` being worth PRIOR observations."""
@@ -58,8 +66,7 @@ class _Range:
         solved = np.linalg.solve(
             self.moments + np.diag(ridge), self.products + ridge * np.array(guess)
         )
-        fixed, per_draft, per_level = np.maximum(solved, 0.0).tolist()
-        self.coefficients = (fixed, per_draft, per_level)
+        self.coefficients = Extra(*np.maximum(solved, 0.0).tolist())
 
 
 class StepCosts:
@@ -83,7 +90,7 @@ class StepCosts:
         return self._at(low) * (1.0 - share) + (self._at(low + 1) * share if share else 0.0)
 
     def extra(self, batch: int) -> Extra:
-        """(fixed, per draft, per level) seconds beyond a plain step."""
+        """Seconds beyond a plain step."""
         found = self._ranges.get(_place(batch)[0])
         return found.coefficients if found is not None and found.seen else self._guess(batch)
 
@@ -106,32 +113,31 @@ class StepCosts:
                 continue
             self._plain[knot] = self._at(knot) or seconds
             self._weight[knot] += part
-            limit = CLIP if self._weight[knot] > ENOUGH else 4.0
+            limit = CLIP if self._weight[knot] > ENOUGH else FIRST_CLIP
             error = min(max(seconds - expected, -limit * expected), limit * expected)
             self._plain[knot] += part * error * max(GAIN, 1.0 / (1.0 + self._weight[knot]))
 
     def _observe_extra(self, batch: int, drafts: int, levels: int, seconds: float) -> None:
-        plain, guess = self.plain(batch), self._guess(batch)
+        plain = self.plain(batch)
+        guess = self._guess(batch)
         known = self._ranges.setdefault(_place(batch)[0], _Range())
         fixed, per_draft, per_level = known.coefficients if known.seen else guess
         expected = fixed + per_draft * drafts + per_level * levels
         room = CLIP * (plain + expected) if known.seen > ENOUGH else plain
-        known.waiting.append(
-            (drafts, levels, min(max(seconds - plain, expected - room), expected + room))
-        )
+        extra = min(max(seconds - plain, expected - room), expected + room)
+        known.waiting.append((drafts, levels, extra))
         known.seen += 1
-        if known.seen <= EARLY or len(known.waiting) >= SOLVE_EVERY:
+        if known.seen <= FIRST_SOLVED or len(known.waiting) >= SOLVE_EVERY:
             known.solve(guess, batch)
 
     def _guess(self, batch: int) -> Extra:
-        """What a range is believed to cost before it is seen: the nearest one that was seen, else
-        GUESS."""
+        """What a range costs before it is seen: the nearest one that was seen, else GUESS."""
         own = _place(batch)[0]
         seen = [knot for knot, known in self._ranges.items() if known.seen > ENOUGH and knot != own]
         if seen:
             return self._ranges[min(seen, key=lambda knot: abs(knot - own))].coefficients
         plain = self.plain(batch)
-        return GUESS[0] * plain, GUESS[1] * plain, GUESS[2] * plain
+        return Extra(*(part * plain for part in GUESS))
 
     def _at(self, knot: int) -> float:
         """Plain seconds at a knot, interpolated between those that were met (flat outside)."""

@@ -12,10 +12,12 @@ from smart_decoding.core.calibration import DEPTHS, KINDS
 from smart_decoding.core.choice import best_rates, best_size, ranked
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import FREE, RANKS
-from smart_decoding.core.lookahead import LookAhead
+from smart_decoding.core.lookahead import LookAhead, LookAheadCosts
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.catch_up import MAX_ROUNDS
+from smart_decoding.core.policies.forecaster import WIDTHS
 from smart_decoding.core.policies.protocol import BatchState, DraftPlan
-from smart_decoding.core.policies.smart import CATCH_UP_ROUNDS, CLEARLY, MARGIN, WIDTHS
+from smart_decoding.core.policies.smart import BEGIN_SPEEDUP, CLEARLY_WORSE
 from smart_decoding.core.tree import DraftTrees
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -67,22 +69,19 @@ def test_select_is_the_brute_force_optimum(seed: int, batch: int, nodes: int) ->
     policy = make_policy("smart", cost=cost, max_round_slowdown=slowdown, probe_budget=0.0)
     now = state(batch, rng)
     policy.plan(now)
-    scratch, outlook = policy._prepared(now)
-    scratch.sunk = float(rng.choice([0.0, rng.random()]))
+    prepared, forecast = policy._prepared(now)
+    prepared.sunk = float(rng.choice([0.0, rng.random()]))
     trees = random_trees(rng, batch, nodes)
     kept = policy.select(DraftPlan(True, 3), now, trees)
 
     limits = np.where(now.may_speculate, now.remaining - 1, 0)
-    plain = outlook.plain
-    most = math.inf if batch == 1 else slowdown * plain
+    most = math.inf if batch == 1 else slowdown * forecast.plain
 
     def value(subset: list[int]) -> float:
-        seconds = scratch.sunk + float(cost.verify_seconds(batch, batch + len(subset), 40))
-        return (
-            -1.0
-            if subset and seconds > most
-            else (batch + trees.accept_prob[subset].sum()) / seconds
-        )
+        seconds = prepared.sunk + float(cost.verify_seconds(batch, batch + len(subset), 40))
+        if subset and seconds > most:
+            return -1.0
+        return (batch + trees.accept_prob[subset].sum()) / seconds
 
     best = max(
         value(subset) for subset in prefix_closed_subsets(trees, trees.depth <= limits[trees.owner])
@@ -100,15 +99,14 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
         float(price(now.size + n, 40))
         for n in (min(now.catch_up_rows, now.size), now.catch_up_rows)
     )
-    first = regular + (whole - regular) / min(
-        CATCH_UP_ROUNDS, 50 // 2
-    )  # what is beyond one row each is shared
+    # What is beyond one row each is shared.
+    first = regular + (whole - regular) / min(MAX_ROUNDS, 50 // 2)
     values = {}
 
     def best(gains: list[float], sunk: float) -> float:
         gains = sorted(gains * drafting, reverse=True)
         plain = float(policy.cost.verify_seconds(now.size, now.size, 40))
-        most = math.inf if now.size == 1 else policy.max_round_slowdown * plain
+        most = math.inf if now.size == 1 else policy.forecaster.max_round_slowdown * plain
         found = [now.size / (sunk + plain)]
         for n in range(1, len(gains) + 1):
             seconds = sunk + float(policy.cost.verify_seconds(now.size, now.size + n, 40))
@@ -139,28 +137,24 @@ def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int)
     )
     policy = make_policy("smart", cost=cost, max_levels=3, probe_budget=0.0, max_round_slowdown=2.0)
     policy.forecast.free = np.sort(rng.random(FREE))[::-1] * 0.5
-    policy._foresight[batch.bit_length()] = float(rng.normal() * 0.1)
+    bias = policy.forecaster.bias[batch.bit_length()] = float(rng.normal() * 0.1)
     extras = {
         "has_free": bool(rng.integers(2)),
         "has_model": bool(rng.integers(4)),
         "catch_up_rows": int(rng.integers(60)),
     }
     now = state(batch, **extras)
-    outlook = policy.outlook(now)
+    forecast = policy.predict(now)
     expected = naive_forecast(policy, now, batch)
-    assert outlook.values == pytest.approx(expected, rel=1e-9)
+    assert forecast.values == pytest.approx(expected, rel=1e-9)
     plain = batch / float(cost.verify_seconds(batch, batch, 40))
-    worth = {
-        o: v * (math.exp(policy._foresight[batch.bit_length()]) if o[0] else 1.0)
-        for o, v in expected.items()
-    }
+    worth = {o: v * (math.exp(bias) if o[0] else 1.0) for o, v in expected.items()}
     plan = policy.plan(now)
     best = max(worth, key=worth.get, default=None)
-    if (
-        best is None or worth[best] <= MARGIN * plain
-    ):  # nothing was tried yet: the model is, if that nearly pays
+    if best is None or worth[best] <= BEGIN_SPEEDUP * plain:
+        # Burn-in: nothing was tried yet, and the model is, if that nearly pays.
         best = max((option for option in worth if option[0]), key=worth.get, default=None)
-        best = None if best is None or worth[best] <= CLEARLY * plain else best
+        best = None if best is None or worth[best] <= CLEARLY_WORSE * plain else best
     if best is None:
         assert not plan.speculate
     else:
@@ -179,9 +173,8 @@ def test_look_ahead_is_the_best_of_its_options(seed: int) -> None:
     prices, curve = rng.random(3) * 0.5, rng.uniform(1, 3, 64)
     look = LookAhead(children)
     columns = LookAhead.columns(5, 4, ahead)
-    chosen = look.width(
-        present, frontier, widths, level, ahead, 1, sunk, prices, curve[: columns + 1], math.inf
-    )
+    costs = LookAheadCosts(1, sunk, prices, curve[: columns + 1], math.inf)
+    chosen = look.width(present, frontier, widths, level, ahead, costs)
 
     def rate(gains, seconds):
         gains = np.sort(gains)[::-1]

@@ -10,8 +10,10 @@ from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.overhead import Overhead
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.catch_up import MAX_ROUNDS
 from smart_decoding.core.policies.protocol import DraftPlan, Round
-from smart_decoding.core.policies.smart import CATCH_UP_ROUNDS, CLEARLY, MARGIN, TRIED
+from smart_decoding.core.policies.round_state import RoundState
+from smart_decoding.core.policies.smart import BEGIN_SPEEDUP, BURN_IN, CLEARLY_WORSE
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.simulation import World, full_knowledge, run
 
@@ -64,9 +66,9 @@ def test_a_wrong_cost_table_is_corrected() -> None:
     assert later.rate > 1.4 * run(make_policy("off"), world, range(400, 600)).rate
 
 
-def test_rounds_that_rest_tell_what_the_machine_has_become() -> None:
+def test_rounds_of_a_backoff_tell_what_the_machine_has_become() -> None:
     policy, now = make_policy("smart", cost=STEEP, probe_budget=0.0), World(5, 4, STEEP).state()
-    policy._tried[(4).bit_length()] = TRIED
+    policy._burn_in[(4).bit_length()] = BURN_IN
     none = (
         DraftTrees.empty(4),
         np.zeros(0, np.int64),
@@ -76,14 +78,13 @@ def test_rounds_that_rest_tell_what_the_machine_has_become() -> None:
         [],
         4,
     )
-    asked = policy._open
-    plain, planned = float(STEEP.verify_seconds(4, 4, 200)), []
-    policy._open = lambda batch: planned.append(1) or asked(batch)
+    plain, planned = float(STEEP.verify_seconds(4, 4, 200)), 0
     for index in range(300):
         plan = policy.plan(now)
+        planned += policy._planned(now) is not None
         assert not plan.speculate
         policy.observe(Round(now, plan, *none, plain if index < 200 else 1.5 * plain))
-    assert len(planned) < 0.4 * 300  # it rests
+    assert planned < 0.4 * 300  # it backs off
     assert float(policy.cost.verify_seconds(4, 4, 200)) == pytest.approx(1.5 * plain, rel=0.05)
 
 
@@ -97,8 +98,8 @@ def test_a_return_is_charged_its_share_of_what_catching_up_takes() -> None:
     table = CostModel.from_table({1: {1: 20.0, 64: 60.0}}, DRAFT)
     cost = replace(table, first=table.draft, waiting=Curve(tuple(waiting), tuple(waiting.values())))
     policy = make_policy("smart", cost=cost)
-    first = {rows: policy.outlook(World(5, 1, cost).state(rows)).first for rows in (0, 1024)}
-    assert first[1024] - first[0] == pytest.approx(100.0 / CATCH_UP_ROUNDS, rel=0.01)
+    first = {rows: policy.predict(World(5, 1, cost).state(rows)).first for rows in (0, 1024)}
+    assert first[1024] - first[0] == pytest.approx(100.0 / MAX_ROUNDS, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", [5, 6, 7])
@@ -108,13 +109,12 @@ def test_off_soon_when_the_head_goes_bad_and_on_again_when_it_is_good(seed: int)
     policy = make_policy("smart", cost=FLAT)
     run(policy, world, range(100, bad_from))
     noticing = run(policy, world, range(bad_from, bad_from + 50))
-    rest = run(policy, world, range(bad_from + 50, good_again))
-    assert rest.off > 0.85 * 450  # the others are probes
+    later = run(policy, world, range(bad_from + 50, good_again))
+    assert later.off > 0.85 * 450  # the others explore
     plain = run(make_policy("off"), world, range(bad_from, good_again))
-    assert (noticing.tokens + rest.tokens) / (noticing.seconds + rest.seconds) > 0.975 * plain.rate
-    run(
-        policy, world, range(good_again, good_again + 200)
-    )  # noticed after 20 to 150 rounds, by the luck of probes
+    assert (noticing.tokens + later.tokens) / (noticing.seconds + later.seconds) > 0.975 * plain.rate
+    # Noticed after 20 to 150 rounds, by the luck of exploration.
+    run(policy, world, range(good_again, good_again + 200))
     later = range(good_again + 200, good_again + 400)
     never_bad = make_policy("smart", cost=FLAT)
     run(never_bad, world, range(100, bad_from))
@@ -129,7 +129,7 @@ def test_an_untrained_head_costs_little_from_the_first_round() -> None:
 
 
 @pytest.mark.parametrize("overhead", [2.0, 6.0])
-def test_what_a_drafting_round_takes_beyond_its_forwards_counts_in_probes_too(
+def test_what_a_drafting_round_takes_beyond_its_forwards_counts_in_exploration_too(
     overhead: float,
 ) -> None:
     """Drafts that would pay if deciding about them took no time."""
@@ -137,7 +137,7 @@ def test_what_a_drafting_round_takes_beyond_its_forwards_counts_in_probes_too(
     world = World(5, 1, costs, ease=-0.6, overhead=overhead)
     policy = make_policy("smart", cost=costs)
     run(policy, world, range(300))  # while it learns the overhead, of which it knew nothing
-    assert policy._overhead.of(1)[1] == pytest.approx(overhead, rel=0.05)
+    assert policy.costs.overhead.of(1)[1] == pytest.approx(overhead, rel=0.05)
     totals, plain = (run(each, world, range(300, 1500)) for each in (policy, make_policy("off")))
     assert totals.rate > 0.985 * plain.rate
     assert (totals.off > 0.95 * 1200) == (overhead > 3.0)
@@ -159,7 +159,7 @@ def test_overhead_is_learned_apart_for_small_and_large_batches() -> None:
     assert overhead.of(64) == overhead.of(3)  # nothing is known: as learned last
 
 
-def test_rests_of_batches_of_different_sizes_are_learned_from_apart() -> None:
+def test_backoffs_of_batches_of_different_sizes_are_learned_from_apart() -> None:
     policy, table = make_policy("smart", cost=STEEP, probe_budget=0.0), {}
     for size in (16, 1):
         world = World(5, size, STEEP)
@@ -175,24 +175,25 @@ def test_rests_of_batches_of_different_sizes_are_learned_from_apart() -> None:
         for _ in range(60):
             policy.observe(Round(now := world.state(), policy.plan(now), *none, size, plain))
         if size == 16:
-            policy._rest, policy._rest_size = 8, 16
-            for _ in range(4):  # it rests, and then fifteen requests end at once
+            policy._backoff.begin(8, 16)
+            for _ in range(4):  # of these eight, and then fifteen requests end at once
                 policy.observe(Round(now := world.state(), policy.plan(now), *none, size, plain))
     for size, plain in table.items():
         assert float(policy.cost.verify_seconds(size, size, 200)) == pytest.approx(plain, rel=0.02)
 
 
-def test_greedy_and_sampled_requests_have_outlooks_of_their_own() -> None:
+def test_greedy_and_sampled_requests_have_forecasts_of_their_own() -> None:
     policy = make_policy("smart", cost=FLAT)
     state = World(5, 1, FLAT).state()
     greedy, sampled = (replace(state, temperature=np.array([t])) for t in (0.0, 1.0))
-    outlooks = [
-        policy._current_outlook(batch, policy._open(batch)) for batch in (greedy, sampled, greedy)
+    forecasts = [
+        policy.forecaster.kept_or_new(RoundState.of(batch), 0)
+        for batch in (greedy, sampled, greedy)
     ]
-    assert outlooks[0] is outlooks[2] is not outlooks[1]
+    assert forecasts[0] is forecasts[2] is not forecasts[1]
 
 
-def test_what_free_drafters_propose_to_requests_that_may_not_use_it_promises_nothing() -> None:
+def test_what_free_drafters_propose_to_requests_that_may_not_use_it_counts_for_nothing() -> None:
     forecast = make_policy("smart", cost=FLAT).forecast
     trees = DraftTrees.empty(8)
     trees.append(np.arange(8), np.zeros(8, np.int64), np.full(8, -1), np.full(8, 0.3))
@@ -202,18 +203,16 @@ def test_what_free_drafters_propose_to_requests_that_may_not_use_it_promises_not
     assert forecast.free[0] == pytest.approx(0.3, rel=0.01)
 
 
-def test_probing_keeps_to_its_budget() -> None:
-    world, policy = (
-        World(5, 1, FLAT, good=lambda _: False),
-        make_policy("smart", cost=FLAT, probe_budget=0.01),
-    )
+def test_exploration_keeps_to_its_budget() -> None:
+    world = World(5, 1, FLAT, good=lambda _: False)
+    policy = make_policy("smart", cost=FLAT, probe_budget=0.01)
     run(policy, world, range(200))
-    spent = policy.prober.spent
+    spent = policy.exploration.spent
     totals = run(policy, world, range(200, 900))
-    assert 0 < policy.prober.spent - spent < 0.012 * totals.seconds
+    assert 0 < policy.exploration.spent - spent < 0.012 * totals.seconds
     silent = make_policy("smart", cost=FLAT, probe_budget=0.0)
     run(silent, world, range(200))
-    assert silent.prober.count == 0
+    assert silent.exploration.count == 0
 
 
 def test_round_slowdown_is_bounded_for_several_requests() -> None:
@@ -291,7 +290,7 @@ def test_survives_a_caller_that_skips_the_plan_and_absurd_times() -> None:
                 seconds,
             )
         )
-    assert np.isfinite(policy.outlook(now).plain)
+    assert np.isfinite(policy.predict(now).plain)
     assert policy.plan(now).speculate
 
 
@@ -301,16 +300,18 @@ def test_starts_from_the_shipped_prior() -> None:
     now = World(5, 1, FLAT).state()
     assert make_policy("smart", cost=FLAT, calibration=good).plan(now).speculate
     policy = make_policy("smart", cost=FLAT, calibration=hopeless)
-    assert policy.outlook(now).promise < MARGIN
-    policy._tried[1] = TRIED
+    assert policy.predict(now).predicted_speedup < BEGIN_SPEEDUP
+    policy._burn_in[1] = BURN_IN
     assert not policy.plan(now).speculate
 
 
 def test_what_nearly_pays_is_tried_once_at_each_size() -> None:
-    """Beliefs are wrong by a few per cent, and what is not drafted teaches nothing."""
+    """Predictions are off by a few per cent, and what is not drafted teaches nothing."""
     costs = CostModel.from_table({8: {8: 10.0, 9: 10.7, 16: 15.6, 64: 60.0}}, {1: 0.2, 64: 1.0})
     real = CostModel.from_table({8: {8: 10.0, 9: 10.4, 16: 13.0, 64: 60.0}}, {1: 0.2, 64: 1.0})
     world, policy = World(5, 8, real), make_policy("smart", cost=costs, probe_budget=0.0)
-    assert CLEARLY < policy.outlook(world.state()).promise < MARGIN
+    predicted = policy.predict(world.state()).predicted_speedup
+    assert CLEARLY_WORSE < predicted < BEGIN_SPEEDUP
     totals, plain = (run(each, world, range(400)) for each in (policy, make_policy("off")))
-    assert totals.off < 100 and totals.rate > 1.02 * plain.rate
+    assert totals.off < 100
+    assert totals.rate > 1.02 * plain.rate

@@ -134,7 +134,7 @@ def test_trees_grown_in_one_call_are_those_grown_by_level(
         )
         plan = policy.plan(state)
         if not plan.speculate:
-            plan = policy._start(state, policy._scratch, policy._scratch.outlook, (3, 1))
+            plan = policy._start(policy._round, policy._round.forecast, (3, 1))
         assert plan.growth is not None and drafter.grow is not None
         if whole:
             trees, expanded, seconds, choosing = drafter.grow(requests, plan)

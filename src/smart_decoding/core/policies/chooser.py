@@ -1,4 +1,4 @@
-"""What becomes of the trees drafted so far: which nodes are expanded next, and which are verified.
+"""What becomes of drafted trees: which nodes are expanded next, and which are verified.
 
 The numpy form here is the reference. A backend may offer the same in one call (`Chooser`): dozens
 of array operations on a few dozen nodes take longer than a level of the drafter.
@@ -13,7 +13,7 @@ import numpy as np
 
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.choice import best_size, ranked
-from smart_decoding.core.lookahead import LookAhead
+from smart_decoding.core.lookahead import LookAhead, LookAheadCosts
 from smart_decoding.core.policies.common import expandable, useful
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, KindArray
 
@@ -104,6 +104,7 @@ class NumpyChooser:
         widths: IntArray,
         level_seconds: FloatArray,
     ) -> IntArray:
+        """The first nodes by accept_prob, as many as the look-ahead says."""
         d, trees = drafted, drafted.trees
         _score(d)
         nodes = expandable(trees, level, d.limits, d.ends)
@@ -113,23 +114,22 @@ class NumpyChooser:
         accept_prob = trees.accept_prob.take(nodes)
         order = ranked(accept_prob)[: few[-1]]
         present = trees.accept_prob[useful(trees, d.limits, d.ends)]
-        seconds = level_seconds.take(few)
         best = accept_prob.take(order)
-        width = ahead.width(
-            present, best, few, level, levels, d.tokens, d.sunk, seconds, d.verify, d.limit
-        )
+        costs = LookAheadCosts(d.tokens, d.sunk, level_seconds.take(few), d.verify, d.limit)
+        width = ahead.width(present, best, few, level, levels, costs)
         return np.sort(nodes.take(order[:width]))
 
     def select(self, drafted: Drafted) -> tuple[IntArray, float, float]:
+        """The exact choice."""
         d, trees = drafted, drafted.trees
         _score(d)
         nodes = np.flatnonzero(useful(trees, d.limits, d.ends))
         accept_prob = trees.accept_prob.take(nodes)
         order = ranked(accept_prob)
         gains = accept_prob.take(order)
-        size, rate = best_size(
-            gains, d.tokens, d.sunk, d.verify[: len(nodes) + 1], d.limit, min(d.least, len(nodes))
-        )
+        verify = d.verify[: len(nodes) + 1]
+        least = min(d.least, len(nodes))
+        size, rate = best_size(gains, d.tokens, d.sunk, verify, d.limit, least)
         return np.sort(nodes.take(order[:size])), rate, float(gains[:size].sum())
 
 

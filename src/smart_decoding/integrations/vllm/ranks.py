@@ -3,7 +3,7 @@ pickled anyway.
 
 There: a step's K is a `Length`, and to unpickle one installs the shortcuts, in every rank before
 the step runs. Back: the rank that answers says in each output whether a draft model has run through
-them. Before that the scheduler sends no REST, as another model runner would not understand it.
+them. Before that the scheduler sends no DISABLED, as another model runner would not understand it.
 Where nothing is pickled, the one process knows by itself.
 """
 

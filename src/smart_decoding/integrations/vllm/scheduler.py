@@ -20,7 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from smart_decoding.integrations.chains import Chains, Step
-from smart_decoding.integrations.resting import REST
+from smart_decoding.integrations.disabling import DISABLED
 from smart_decoding.integrations.vllm.metrics import serve_metrics
 from smart_decoding.integrations.vllm.ranks import (
     Length,
@@ -69,7 +69,7 @@ class Controller:
             int, tuple[Step, float]
         ] = {}  # by the identity of the step's SchedulerOutput
         self._ranks_rest = (
-            False  # whether ranks in other processes have said that they understand REST
+            False  # whether ranks in other processes have said that they understand DISABLED
         )
         self._done = 0.0  # when the last step's output was processed
         self._steps = 0
@@ -77,7 +77,7 @@ class Controller:
     def length(self, batch: int) -> int:
         """K of the step that is being scheduled."""
         start = time.perf_counter()
-        self.policy.may_rest = self.policy.model and (self._ranks_rest or drafter_seen())
+        self.policy.may_disable = self.policy.model and (self._ranks_rest or drafter_seen())
         length = self.policy.length(
             [request.request_id for request in self.scheduler.running[:batch]]
         )
@@ -92,13 +92,13 @@ class Controller:
         requests = self.scheduler.requests
         greedy = frozenset(id_ for id_ in drafts if _greedy(requests[id_]))
         levels = int(output.num_spec_tokens_to_schedule)
-        if levels == REST:  # a prompt that the draft model does not see cannot be drafted for
+        if levels == DISABLED:  # a prompt that the draft model does not see cannot be drafted for
             scheduled = output.num_scheduled_tokens.items()
-            self.policy.rests.miss(
+            self.policy.switch.miss(
                 id_ for id_, count in scheduled if count > 1 + drafts.get(id_, 0)
             )
         drafts_nothing(levels <= 0)
-        step = Step(batch, levels, drafts, clean=clean, greedy=greedy, probe=probe)
+        step = Step(batch, levels, drafts, clean=clean, greedy=greedy, exploring=probe)
         self._under_way[id(output)] = (step, start)
 
     def trim(self, ids: Sequence[str], drafted: Sequence[int]) -> list[int]:
@@ -189,7 +189,7 @@ class _Smart:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         start = time.perf_counter()
-        probe = self.controller is not None and self.controller.policy.take_probe()
+        probe = self.controller is not None and self.controller.policy.take_exploring()
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if self.controller is not None:
             self.controller.scheduled(output, start, probe)

@@ -4,7 +4,7 @@ configured.
 With a --speculative-config vLLM sends all logits through its rejection sampler, drafts or none: it
 copies them and runs some twenty small operations. Without drafts its plain sampler gives the same
 tokens; that is what is called then. And a draft model or head runs its first pass at every step,
-also where no token is to be drafted; where the scheduler asks for REST tokens, it runs none. If
+also where no token is to be drafted; where the scheduler asks for DISABLED tokens, it runs none. If
 such a step verifies no drafts either, the model runner takes it without its speculative config,
 exactly as plain vLLM does: what it prepares for drafts costs some 0.5 ms. All this holds in the
 process that `install` is called in: the scheduler's, which is the worker's, too, where there is one
@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from smart_decoding.integrations.resting import REST
+from smart_decoding.integrations.disabling import DISABLED
 
 _seen: list[bool] = []
 
 
 def drafter_seen() -> bool:
     """Whether a draft model has run in this process through what is installed here: only then is
-    REST understood."""
+    DISABLED understood."""
     return bool(_seen)
 
 
@@ -79,7 +79,7 @@ def _shorten_drafting() -> None:
     def propose(
         original: Any, self: Any, num_speculative_tokens: int, *args: Any, **named: Any
     ) -> Any:
-        if num_speculative_tokens != REST:
+        if num_speculative_tokens != DISABLED:
             _seen[:] = [True]
             return original(self, num_speculative_tokens, *args, **named)
         self._last_draft_probs = None
@@ -113,7 +113,7 @@ def _plain(runner: Any, step: Any) -> Iterator[None]:
     asynchronous scheduling the next step's inputs are made from what is prepared for drafts,
     recurrent layers find their state by how many drafts were accepted before, and a thinking budget
     counts rows as the rejection sampler has them: there all stays as it is.)"""
-    rests = step is not None and step.num_spec_tokens_to_schedule == REST
+    rests = step is not None and step.num_spec_tokens_to_schedule == DISABLED
     budgets = runner.input_batch.thinking_budget_state_holder is not None
     special = runner.use_async_scheduling or runner.model_config.is_hybrid or budgets
     if not rests or step.scheduled_spec_decode_tokens or special:

@@ -1,4 +1,4 @@
-"""A draft model that does not pay rests, passes left out, and one that pays is not disturbed."""
+"""A draft model that does not pay is disabled, and one that pays is left alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from chain_world import World
 
 from smart_decoding.integrations.chains import Chains, Step
-from smart_decoding.integrations.resting import REST
+from smart_decoding.integrations.disabling import DISABLED
 
 STEPS = 5000
 
@@ -14,17 +14,17 @@ STEPS = 5000
 def dear(batch: int, drafts: int, levels: int) -> float:
     """A draft model at half the cost of its target: without it, with its first pass, with one pass
     for each token."""
-    return 0.008 + 0.0004 * (batch + drafts) + 0.004 * max(levels, 0 if levels == REST else 1)
+    return 0.008 + 0.0004 * (batch + drafts) + 0.004 * max(levels, 0 if levels == DISABLED else 1)
 
 
 def run(accept: float, batch: int, policy: Chains, seed: int) -> tuple[float, float, float]:
     """Tokens per second under the policy, of the best fixed length, and without a draft model."""
-    world = World([accept] * batch, dear, longest=3, model=True, life=150, rests=True, seed=seed)
+    world = World([accept] * batch, dear, longest=3, model=True, life=150, disables=True, seed=seed)
     rate = world.run(STEPS, policy)
     return (
         rate,
         max(world.run(STEPS, None, fixed=k) for k in (1, 2, 3)),
-        world.run(STEPS, None, fixed=REST),
+        world.run(STEPS, None, fixed=DISABLED),
     )
 
 
@@ -37,7 +37,7 @@ def test_never_far_below_the_better_of_no_draft_model_and_a_fixed_length(
     assert sum(ours / max(fixed, none) for ours, fixed, none in found) / len(found) > 0.97
 
 
-def test_it_rests_nearly_always_where_it_does_not_pay_and_listens_now_and_then() -> None:
+def test_it_is_disabled_nearly_always_where_it_does_not_pay_and_observed_now_and_then() -> None:
     policy = Chains(range(4), model=True)
     run(0.1, 4, policy, 0)
     counters = policy.counters
@@ -48,49 +48,54 @@ def test_it_rests_nearly_always_where_it_does_not_pay_and_listens_now_and_then()
 def test_it_comes_back_with_requests_that_suit_it() -> None:
     policy = Chains(range(4), model=True, probe_budget=0.05)
     run(0.1, 2, policy, 0)
-    assert policy.rests.asleep
+    assert policy.switch.disabled
     before = policy.counters.rests
     policy.forget({})
     run(0.9, 2, policy, 1)
-    assert not policy.rests.asleep and policy.counters.rests - before < 0.7 * STEPS
+    assert not policy.switch.disabled
+    assert policy.counters.rests - before < 0.7 * STEPS
 
 
-def test_nothing_rests_where_the_engine_cannot() -> None:
+def test_nothing_is_disabled_where_the_engine_cannot() -> None:
     policy = Chains(range(4), model=True)
     World([0.1] * 4, dear, longest=3, model=True).run(500, policy)
     assert policy.counters.rests == 0
 
 
 def test_nobody_is_drafted_for_who_has_missed_something() -> None:
-    """Once awake again: a long answer lives on with what it has lost."""
+    """Once enabled again: a long answer lives on with what it has lost."""
     policy = Chains(range(4), model=True)
-    World([0.9] * 2, dear, longest=3, model=True, rests=True).run(300, policy)
-    assert not policy.rests.asleep and policy.length(["r0.0", "r1.0"]) > 0
-    policy.rests.miss(["r0.0", "r1.0"])
-    assert policy.length(["r0.0", "r1.0"]) == REST
-    assert policy.length(["r0.0", "r1.0", "new"]) != REST
+    World([0.9] * 2, dear, longest=3, model=True, disables=True).run(300, policy)
+    assert not policy.switch.disabled
+    assert policy.length(["r0.0", "r1.0"]) > 0
+    policy.switch.miss(["r0.0", "r1.0"])
+    assert policy.length(["r0.0", "r1.0"]) == DISABLED
+    assert policy.length(["r0.0", "r1.0", "new"]) != DISABLED
 
 
-def test_listening_is_paid_for_once() -> None:
+def test_observing_is_paid_for_once() -> None:
     policy = Chains(range(4), model=True)
     run(0.1, 4, policy, 0)
     heard = sum(steps for length, steps in policy.counters.lengths.items() if length > 0)
-    assert heard > 20 > 4 * policy.counters.probes  # listening is no probe of its own
+    assert heard > 20 > 4 * policy.counters.probes  # observing is no exploration of its own
 
 
 def test_long_answers_that_have_missed_something_do_not_keep_it_drafting_for_nothing() -> None:
     policy = Chains(range(4), model=True)
-    World([0.1] * 4, dear, longest=3, model=True, life=2000, rests=True).run(STEPS, policy)
+    World([0.1] * 4, dear, longest=3, model=True, life=2000, disables=True).run(STEPS, policy)
     policy.forget({})
-    world = World([0.9] * 4, dear, longest=3, model=True, life=2000, rests=True, seed=2)
-    assert world.run(STEPS, policy) > 0.98 * world.run(
-        STEPS, None, fixed=REST
-    )  # it was 0.79 of that
+    world = World([0.9] * 4, dear, longest=3, model=True, life=2000, disables=True, seed=2)
+    disabled = world.run(STEPS, None, fixed=DISABLED)
+    assert world.run(STEPS, policy) > 0.98 * disabled  # it was 0.79 of that
 
 
-def test_a_probe_in_a_step_that_prefills_is_paid_for_all_the_same() -> None:
+def test_an_exploration_in_a_step_that_prefills_is_paid_for_all_the_same() -> None:
     policy = Chains(range(5), model=False)
     World([0.9] * 4, dear).run(300, policy)
-    policy.prober.waited, policy.prober.price, before = 50, 0.001, policy.prober.credit
-    policy.observe(Step(4, 0, {}, clean=False, probe=True), 0.5)
-    assert policy.prober.waited == 0 and policy.prober.credit == pytest.approx(before - 0.001)
+    exploration = policy.exploration
+    exploration.waited = 50
+    exploration.cost = 0.001
+    before = exploration.credit
+    policy.observe(Step(4, 0, {}, clean=False, exploring=True), 0.5)
+    assert exploration.waited == 0
+    assert exploration.credit == pytest.approx(before - 0.001)
