@@ -1,0 +1,132 @@
+"""Cost tables from measured forwards: attention by non-negative least squares, the rest a monotone
+curve of medians."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from scipy.optimize import nnls  # type: ignore[import-untyped, unused-ignore]
+
+from smart_decoding.core.curve import Curve
+
+LEAST = 0.05  # part of a forward's seconds that is not attention, whatever the fit says
+Cells: TypeAlias = dict[int, list[float]]  # seconds measured, by rows
+
+
+@dataclass(frozen=True, slots=True)
+class VerifySample:
+    """One timed target forward: sequences, rows in all (roots included), mean KV tokens per
+    sequence, seconds; or the means of several `rounds`."""
+
+    batch: int
+    rows: int
+    context: float
+    seconds: float
+    rounds: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSample:
+    """One timed level of the model drafter: expanded rows, mean KV tokens per sequence, seconds.
+
+    waiting: of a first level, whose `width` rows are the roots, the rows that it caught up with
+    beside them."""
+
+    width: int
+    context: float
+    seconds: float
+    waiting: int | None = None
+
+
+Sample: TypeAlias = VerifySample | DraftSample
+
+
+class VerifyFit(NamedTuple):
+    """As the fields of `CostModel`."""
+
+    curves: dict[int, Curve]
+    row_token: float
+    sequence_token: float
+
+
+class LevelFit(NamedTuple):
+    """As the fields of `CostModel`; None where nothing was measured."""
+
+    draft: Curve | None
+    first: Curve | None
+    waiting: Curve | None
+    draft_token: float
+
+
+def is_usable(sample: Sample) -> bool:
+    """Whether a sample holds finite, positive numbers."""
+    sizes = (sample.batch, sample.rows) if isinstance(sample, VerifySample) else (sample.width,)
+    numbers = (*sizes, sample.context, sample.seconds)
+    if not all(math.isfinite(x) for x in numbers):
+        return False
+    return min(sizes) >= 1 and sample.context >= 0 and sample.seconds > 0
+
+
+def fit_verify(samples: Sequence[VerifySample]) -> VerifyFit:
+    """Curves by batch size, and the attention's slopes, of target forwards."""
+    row_token, sequence_token = _attention(samples)
+    cells: dict[int, Cells] = defaultdict(lambda: defaultdict(list))
+    for s in samples:
+        attention = s.context * (row_token * s.rows + sequence_token * s.batch)
+        cells[s.batch][s.rows].append(_without(s.seconds, attention))
+    curves = {batch: Curve.monotone(cell) for batch, cell in sorted(cells.items())}
+    return VerifyFit(curves, row_token, sequence_token)
+
+
+def fit_levels(samples: Sequence[DraftSample]) -> LevelFit:
+    """Curves of first and deeper levels, and what rows that wait add to a first one."""
+    deeper = [s for s in samples if s.waiting is None]
+    draft_token, _ = _attention([VerifySample(0, s.width, s.context, s.seconds) for s in deeper])
+    widths: Cells = defaultdict(list)
+    roots: Cells = defaultdict(list)
+    waiting: Cells = defaultdict(list)
+    for s in samples:
+        seconds = _without(s.seconds, draft_token * s.width * s.context)
+        if s.waiting is None:
+            widths[s.width].append(seconds)
+            continue
+        if not s.waiting:
+            roots[s.width].append(seconds)
+        if s.width == 1:
+            waiting[s.waiting].append(s.seconds)
+    caught_up = len(waiting) > 1 and 0 in waiting
+    return LevelFit(
+        Curve.monotone(widths) if widths else None,
+        Curve.monotone(roots) if roots else None,
+        Curve.monotone(waiting).beyond_first() if caught_up else None,
+        draft_token,
+    )
+
+
+def _without(seconds: float, attention: float) -> float:
+    return max(seconds - attention, LEAST * seconds)
+
+
+def _attention(samples: Sequence[VerifySample]) -> tuple[float, float]:
+    """Seconds per (row, context token) and (sequence, context token), from cells measured at
+    several contexts."""
+    cells: dict[tuple[int, int], list[VerifySample]] = defaultdict(list)
+    for sample in samples:
+        cells[sample.batch, sample.rows].append(sample)
+    features, targets = [], []
+    for (batch, rows), cell in cells.items():
+        context = np.array([s.context for s in cell])
+        seconds = np.array([s.seconds for s in cell])
+        if np.ptp(context) > 0:
+            centred = (context - context.mean()) / seconds.mean()
+            features.append(np.stack((rows * centred, batch * centred), axis=1))
+            targets.append((seconds - seconds.mean()) / seconds.mean())
+    if not features:
+        return 0.0, 0.0
+    solution, _ = nnls(np.concatenate(features), np.concatenate(targets))
+    return float(solution[0]), float(solution[1])

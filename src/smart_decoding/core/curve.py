@@ -1,0 +1,67 @@
+"""Seconds over a count of rows, as measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import isotonic_regression  # type: ignore[import-untyped, unused-ignore]
+
+from smart_decoding.core.tree import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Linear between points, constant before the first, linear beyond the last with the mean slope
+    of the upper half (one flat last step must not make further rows look free)."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    @classmethod
+    def from_table(cls, table: Mapping[int, float]) -> Curve:
+        """From {rows: seconds}, taken as they are. Raises ValueError for unusable ones."""
+        rows = sorted(table)
+        seconds = [float(table[r]) for r in rows]
+        if not rows or rows[0] < 0 or not all(math.isfinite(s) and s > 0 for s in seconds):
+            raise ValueError("a cost curve needs positive, finite seconds at row counts from 0")
+        return cls(tuple(int(r) for r in rows), tuple(seconds))
+
+    @classmethod
+    def monotone(cls, samples: Mapping[int, list[float]]) -> Curve:
+        """Medians per row count, made non-decreasing by isotonic regression of their logarithms."""
+        rows = sorted(samples)
+        logs = np.log([float(np.median(samples[r])) for r in rows])
+        weights = np.array([len(samples[r]) for r in rows], np.float64)
+        fitted = isotonic_regression(logs, weights=weights).x
+        return cls(tuple(rows), tuple(float(s) for s in np.exp(fitted)))
+
+    def beyond_first(self) -> Curve:
+        """What further rows add; no curve holds a zero."""
+        return Curve(self.rows, tuple(max(s - self.seconds[0], 1e-9) for s in self.seconds))
+
+    def dense(self, size: int) -> FloatArray:
+        """Seconds at 0, 1, ... size - 1 rows."""
+        grid: FloatArray = np.arange(size, dtype=np.float64)
+        values: FloatArray = np.interp(grid, self.rows, self.seconds)
+        last = self.rows[-1]
+        values[last:] = self.seconds[-1] + self._slope() * (grid[last:] - last)
+        return values
+
+    def _slope(self) -> float:
+        last = self.rows[-1]
+        if len(self.rows) == 1:
+            return self.seconds[-1] / max(last, 1)
+        half = max(i for i, rows in enumerate(self.rows[:-1]) if rows <= last / 2 or i == 0)
+        return max(0.0, (self.seconds[-1] - self.seconds[half]) / (last - self.rows[half]))
+
+    def to_lists(self) -> list[list[float]]:
+        """Rows and seconds; `from_lists` is the inverse."""
+        return [list(self.rows), list(self.seconds)]
+
+    @classmethod
+    def from_lists(cls, lists: list[list[float]]) -> Curve:
+        """Raises TypeError or ValueError for what `to_lists` never wrote."""
+        return cls.from_table(dict(zip(*lists, strict=True)))
