@@ -1,8 +1,8 @@
 """Reference acceptance: the oracle that every backend's walk is tested against.
 
-Drafts are deterministic children (point masses): the target's own token is drawn at each row of the
-walk; the walk goes down if that token is a child and stops otherwise, emitting it. The output is
-distributed exactly as the target's, whatever rule chose the nodes.
+Drafts are deterministic children (point masses): the target's token is drawn at each row of the
+walk; the walk goes down if that token is a child and stops otherwise, emitting it as the bonus
+token. The output is distributed exactly as the target's, whatever rule chose the nodes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ Sampler: TypeAlias = Callable[[list[int]], Iterable[int]]
 # (owner, tokens after the root) -> the target's next-token distribution, [vocabulary].
 Target: TypeAlias = Callable[[int, tuple[int, ...]], FloatArray]
 
-
 _NONE = np.zeros(0, np.int64)
 _NO_PATH: list[int] = []
 
@@ -32,7 +31,7 @@ class Acceptance:
 
     root_next: [batch] the target's token after each root.
     next_token: [nodes] the target's token after each accepted node, -1 where the walk did not come.
-    emitted: per request, the accepted tokens followed by the target's own token.
+    emitted: per request, the accepted tokens followed by the bonus token.
     path: per request, the indices of the accepted nodes, first level first.
     """
 
@@ -48,21 +47,16 @@ def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
     batch = trees.batch
     if not len(trees):  # plain decoding, as cheap as can be
         first = [int(token) for token in sample(list(range(batch)))]
-        return Acceptance(
-            np.array(first, np.int64), _NONE, [[token] for token in first], [_NO_PATH] * batch
-        )
-    children: dict[
-        tuple[int, int], int
-    ] = {}  # (row, token) -> node; of equal siblings the first one counts
-    nodes = zip(trees.owner.tolist(), trees.parent.tolist(), trees.token.tolist(), strict=True)
-    for node, (owner, parent, token) in enumerate(nodes):
-        children.setdefault((owner if parent == ROOT else batch + parent, token), node)
+        emitted = [[token] for token in first]
+        return Acceptance(np.array(first, np.int64), _NONE, emitted, [_NO_PATH] * batch)
+    children = _children(trees)
     after = [-1] * (batch + len(trees))  # the target's token after each visited row
     paths: list[list[int]] = [[] for _ in range(batch)]
-    emitted: list[list[int]] = [[] for _ in range(batch)]
+    emitted = [[] for _ in range(batch)]
     owners = rows = list(range(batch))
     while rows:
-        ahead, following = [], []
+        ahead = []
+        following = []
         for owner, row, token in zip(owners, rows, map(int, sample(rows)), strict=True):
             after[row] = token
             emitted[owner].append(token)
@@ -71,9 +65,20 @@ def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
                 paths[owner].append(below)
                 ahead.append(owner)
                 following.append(batch + below)
-        owners, rows = ahead, following
+        owners = ahead
+        rows = following
     all_after = np.array(after, np.int64)
     return Acceptance(all_after[:batch], all_after[batch:], emitted, paths)
+
+
+def _children(trees: DraftTrees) -> dict[tuple[int, int], int]:
+    """(row, token) -> node; of equal siblings the first one counts."""
+    children: dict[tuple[int, int], int] = {}
+    nodes = zip(trees.owner.tolist(), trees.parent.tolist(), trees.token.tolist(), strict=True)
+    for node, (owner, parent, token) in enumerate(nodes):
+        row = owner if parent == ROOT else trees.batch + parent
+        children.setdefault((row, token), node)
+    return children
 
 
 def expected_tokens(trees: DraftTrees, target: Target) -> FloatArray:

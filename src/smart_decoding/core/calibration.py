@@ -31,15 +31,15 @@ from smart_decoding.core.tree import (
     slots,
 )
 
-BINS, FINE, DEPTHS = 16, 64, 6
+BINS = 16  # of a curve
+FINE = 64  # of the interpolated table
+DEPTHS = 6
 KINDS = 4  # of requests: 1 if greedy, and 2 more with pictures
 MAX_PROB = 0.999
 MEMORY = 3000.0  # each curve remembers about its last 3000 observed children
 AFTER_CHANGE = 40.0  # and this many once the drafter has visibly changed
-SHRINK_CURVE, SHRINK_POOL = (
-    8.0,
-    1.0,
-)  # pseudo-observations of a curve; pseudo-hits of the pool over depths
+SHRINK_CURVE = 8.0  # pseudo-observations of a curve
+SHRINK_POOL = 1.0  # pseudo-hits of the pool over depths
 
 _RESOLUTION = 4096
 _ANGLE: FloatArray = np.arcsin(np.sqrt(np.arange(_RESOLUTION + 1) / _RESOLUTION)) * (2 / math.pi)
@@ -52,9 +52,8 @@ _INTERPOLATE: FloatArray = np.stack(
 
 # Raw confidence is over-optimistic, more so with depth (a small head on unseen prompts).
 _DEFAULT_TRUST = np.array([0.90, 0.85, 0.76, 0.66, 0.58, 0.52])
-BIN_PROBS: FloatArray = (
-    np.sin(_CENTRES * (math.pi / 2)) ** 2
-)  # [BINS] draft_prob at each bin's centre
+# [BINS] draft_prob at each bin's centre.
+BIN_PROBS: FloatArray = np.sin(_CENTRES * (math.pi / 2)) ** 2
 
 
 def default_prior(sources: int) -> FloatArray:
@@ -98,7 +97,8 @@ class Calibration:
         (`Round.observed()`)."""
         if not len(nodes):
             return
-        cells, source = self._cells(trees, kind, nodes), trees.source.take(nodes)
+        cells = self._cells(trees, kind, nodes)
+        source = trees.source.take(nodes)
         expected = self._lookup(cells)
         group, fine = np.divmod(cells, FINE)
         flat = group * BINS + _BIN_OF_FINE.take(fine)
@@ -133,18 +133,13 @@ class Calibration:
         was learned from text alone is the prior for requests with pictures, too, and worth none.
 
         Raises KeyError or ValueError if `state` is not one."""
-        prior, counts = (
-            np.asarray(state["curve"], np.float64),
-            np.asarray(state["counts"], np.float64),
-        )
+        prior = np.asarray(state["curve"], np.float64)
+        counts = np.asarray(state["counts"], np.float64)
         if prior.ndim == 4 and prior.shape[2] == 2 and counts.shape == prior.shape:
             prior = np.concatenate((prior, prior), axis=2)
             counts = np.concatenate((counts, np.zeros_like(counts)), axis=2)
-        if (
-            prior.ndim != 4
-            or prior.shape[1:] != (DEPTHS, KINDS, BINS)
-            or counts.shape != prior.shape
-        ):
+        fits = prior.ndim == 4 and prior.shape[1:] == (DEPTHS, KINDS, BINS)
+        if not fits or counts.shape != prior.shape:
             raise ValueError("not a calibration state")
         if not (np.isfinite(counts).all() and (prior >= 0).all() and (prior <= 1).all()):
             raise ValueError("not a calibration state: values out of range")
@@ -157,14 +152,11 @@ class Calibration:
     def _cells(self, trees: DraftTrees, kind: KindArray, nodes: IntArray | None = None) -> IntArray:
         """Flat index of each node's fine bin: ((source * DEPTHS + depth) * KINDS + kind) * FINE +
         fine."""
-        prob, depth, source, owner = trees.draft_prob, trees.depth, trees.source, trees.owner
-        if nodes is not None:
-            prob, depth, source, owner = (
-                prob.take(nodes),
-                depth.take(nodes),
-                source.take(nodes),
-                owner.take(nodes),
-            )
+        columns = (trees.draft_prob, trees.depth, trees.source, trees.owner)
+        if nodes is None:
+            prob, depth, source, owner = columns
+        else:
+            prob, depth, source, owner = (column.take(nodes) for column in columns)
         cells: IntArray = source * DEPTHS + (np.minimum(depth, DEPTHS) - 1)
         cells = (cells * KINDS + kind.take(owner)) * FINE + _fine(prob)
         return cells
@@ -182,10 +174,8 @@ class Calibration:
         if missing > 0:
             self.prior = np.concatenate((self.prior, default_prior(missing)))
             empty = np.zeros_like(self.prior[:missing])
-            self.counts, self.hits = (
-                np.concatenate((self.counts, empty)),
-                np.concatenate((self.hits, empty)),
-            )
+            self.counts = np.concatenate((self.counts, empty))
+            self.hits = np.concatenate((self.hits, empty))
             self.drift.reserve(source + 1)
             self._refresh()
 
@@ -194,38 +184,34 @@ class Calibration:
         relearned.
 
         What was known before it became worse is kept, for when it is found to be better again."""
+        prior = self.prior[source]
+        counts = self.counts[source]
+        hits = self.hits[source]
         if ratio < 1:
-            self._before.setdefault(
-                source,
-                (self.prior[source].copy(), self.counts[source].copy(), self.hits[source].copy()),
-            )
-            self._set(
-                source, self.prior[source] * ratio, self.counts[source], self.hits[source] * ratio
-            )
+            self._before.setdefault(source, (prior.copy(), counts.copy(), hits.copy()))
+            self._set(source, prior * ratio, counts, hits * ratio)
         elif source in self._before:
             self._set(source, *self._before.pop(source))
         else:
-            rate = self.hits[source] / np.maximum(self.counts[source], 1e-9)
-            better = _better(rate, ratio) * self.counts[source]
-            self._set(source, _better(self.prior[source], ratio), self.counts[source], better)
+            better = _better(hits / np.maximum(counts, 1e-9), ratio) * counts
+            self._set(source, _better(prior, ratio), counts, better)
 
     def _set(self, source: int, prior: FloatArray, counts: FloatArray, hits: FloatArray) -> None:
         weight = min(1.0, AFTER_CHANGE / max(float(counts.sum()), 1e-9))
         self.prior[source] = np.clip(prior, 1e-4, MAX_PROB)
-        self.counts[source], self.hits[source] = counts * weight, hits * weight
+        self.counts[source] = counts * weight
+        self.hits[source] = hits * weight
 
     def _refresh(self) -> None:
         pool_hits = self.hits.sum(axis=1, keepdims=True)
         pool_expected = (self.counts * self.prior).sum(axis=1, keepdims=True)
-        centre = np.minimum(
-            self.prior * ((pool_hits + SHRINK_POOL) / (pool_expected + SHRINK_POOL)), MAX_PROB
-        )
+        pooled = (pool_hits + SHRINK_POOL) / (pool_expected + SHRINK_POOL)
+        centre = np.minimum(self.prior * pooled, MAX_PROB)
         raw = (self.hits + SHRINK_CURVE * centre) / (self.counts + SHRINK_CURVE)
         rising = np.maximum.accumulate(raw, axis=3)
         falling = np.minimum.accumulate(raw[..., ::-1], axis=3)[..., ::-1]
-        self._coarse = np.minimum(
-            0.5 * (rising + falling), MAX_PROB
-        )  # both are monotone, hence their mean
+        # Both are monotone, hence their mean.
+        self._coarse = np.minimum(0.5 * (rising + falling), MAX_PROB)
         self.table = (self._coarse @ _INTERPOLATE).ravel()
 
 
@@ -244,13 +230,12 @@ def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> Floa
     whatever the tree."""
     count = len(parent)
     product = np.empty(count + 1)
-    product[:count], product[count] = (
-        conditional,
-        1.0,
-    )  # the last entry is the root's, reached by index -1
+    product[:count] = conditional
+    product[count] = 1.0  # the root's, reached by index -1
     if depth > 1:
         above = np.empty(count + 1, np.int64)
-        above[:count], above[count] = parent, ROOT
+        above[:count] = parent
+        above[count] = ROOT
         for step in range((depth - 1).bit_length()):
             if step:
                 above = above[above]

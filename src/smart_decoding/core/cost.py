@@ -221,12 +221,11 @@ class CostModel:
         numbers = {name: float(state[name]) for name in names}
         if not curves or not all(math.isfinite(x) and x >= 0 for x in numbers.values()):
             raise ValueError("not a cost profile")
-        draft, first, waiting = (
+        draft = Curve.from_lists(state["draft"])
+        first, waiting = (
             Curve.from_lists(state[name]) if name in state else None
-            for name in ("draft", "first", "waiting")
+            for name in ("first", "waiting")
         )
-        if draft is None:
-            raise KeyError("draft")
         return cls(curves, draft, first=first, waiting=waiting, **numbers)
 
     # --- tables ---

@@ -28,19 +28,9 @@ _NO_INTS, _NO_FLOATS = np.zeros((_INTS, 0), np.int64), np.zeros((_FLOATS, 0))
 class DraftTrees:
     """The nodes of all requests of one round, parents before children.
 
-    Columns all have shape [nodes]:
-        owner: index of the request in the batch, in [0, batch).
-        token: proposed token id.
-        parent: index of the parent node in these arrays, or ROOT.
-        depth: 1 for a child of the root.
-        source: index of the drafter that proposed the node.
-        draft_prob: the drafter's probability of `token` given its parent, in [0, 1].
-        path_prob: product of `draft_prob` from the root to the node (uncalibrated).
-        accept_prob: calibrated probability that the whole path is accepted; NaN until a policy has
-        scored the node.
-
-    They lie in two blocks with room to grow, `ints` [5, room] and `floats` [3, room], in the order
-    above: a new level is a few copies, and native code finds everything by two addresses.
+    Columns lie in two blocks with room to grow, `ints` [5, room] and `floats` [3, room], in the
+    order of the properties below: a new level is a few copies, and native code finds everything by
+    two addresses.
     """
 
     __slots__ = ("_count", "batch", "floats", "ints")
@@ -75,13 +65,16 @@ class DraftTrees:
         return cls._of(batch, np.empty((_INTS, room), np.int64), np.empty((_FLOATS, room)), 0)
 
     def grown(self, nodes: int) -> None:
-        """As many nodes have been filled in."""
+        """So many nodes have been filled in."""
         self._count = nodes
 
     @classmethod
     def _of(cls, batch: int, ints: IntArray, floats: FloatArray, count: int) -> DraftTrees:
         trees = cls.__new__(cls)
-        trees.batch, trees.ints, trees.floats, trees._count = batch, ints, floats, count
+        trees.batch = batch
+        trees.ints = ints
+        trees.floats = floats
+        trees._count = count
         return trees
 
     def __len__(self) -> int:
@@ -89,30 +82,37 @@ class DraftTrees:
 
     @property
     def owner(self) -> IntArray:
+        """[nodes] index of the request in the batch, in [0, batch)."""
         return self.ints[0, : self._count]
 
     @property
     def token(self) -> IntArray:
+        """[nodes] proposed token id."""
         return self.ints[1, : self._count]
 
     @property
     def parent(self) -> IntArray:
+        """[nodes] index of the parent node in these arrays, or ROOT."""
         return self.ints[2, : self._count]
 
     @property
     def depth(self) -> IntArray:
+        """[nodes] 1 for a child of the root."""
         return self.ints[3, : self._count]
 
     @property
     def source(self) -> IntArray:
+        """[nodes] index of the drafter that proposed the node."""
         return self.ints[4, : self._count]
 
     @property
     def draft_prob(self) -> FloatArray:
+        """[nodes] the drafter's probability of the token given its parent, in [0, 1]."""
         return self.floats[0, : self._count]
 
     @property
     def path_prob(self) -> FloatArray:
+        """[nodes] product of `draft_prob` from the root to the node (uncalibrated)."""
         return self.floats[1, : self._count]
 
     @path_prob.setter
@@ -121,6 +121,8 @@ class DraftTrees:
 
     @property
     def accept_prob(self) -> FloatArray:
+        """[nodes] calibrated probability that the whole path is accepted; NaN until a policy has
+        scored the node."""
         return self.floats[2, : self._count]
 
     @accept_prob.setter
@@ -137,23 +139,26 @@ class DraftTrees:
     ) -> None:
         """Adds nodes below existing ones (or ROOT). All arguments have shape [new nodes]; owners of
         children must be their parents' owners."""
-        parent_, prob = np.asarray(parent, np.int64), np.asarray(draft_prob, np.float64)
-        start, end = self._count, self._count + len(parent_)
+        above = np.asarray(parent, np.int64)
+        prob = np.asarray(draft_prob, np.float64)
+        start = self._count
+        end = start + len(above)
         self._make_room(end)
-        ints, floats = self.ints, self.floats
-        ints[0, start:end], ints[1, start:end], ints[2, start:end], ints[4, start:end] = (
-            owner,
-            token,
-            parent_,
-            source,
-        )
-        floats[0, start:end], floats[2, start:end] = prob, np.nan
+        ints = self.ints[:, start:end]
+        floats = self.floats[:, start:end]
+        ints[0] = owner
+        ints[1] = token
+        ints[2] = above
+        ints[4] = source
+        floats[0] = prob
+        floats[2] = np.nan
         if start:
-            at_root = parent_ == ROOT
-            ints[3, start:end] = np.where(at_root, 0, ints[3].take(parent_)) + 1
-            floats[1, start:end] = np.where(at_root, 1.0, floats[1].take(parent_)) * prob
+            at_root = above == ROOT
+            ints[3] = np.where(at_root, 0, self.ints[3].take(above)) + 1
+            floats[1] = np.where(at_root, 1.0, self.floats[1].take(above)) * prob
         else:
-            ints[3, :end], floats[1, :end] = 1, prob
+            ints[3] = 1
+            floats[1] = prob
         self._count = end
 
     def adopt(
@@ -161,42 +166,37 @@ class DraftTrees:
     ) -> None:
         """Adds copies of `nodes` of other trees below `parents` of these: as deep as they were, not
         scored yet."""
-        start, end = self._count, self._count + len(nodes)
+        start = self._count
+        end = start + len(nodes)
         self._make_room(end)
-        self.ints[:, start:end], self.floats[:, start:end] = (
-            other.ints[:, nodes],
-            other.floats[:, nodes],
-        )
-        self.ints[2, start:end], self.ints[4, start:end], self.floats[2, start:end] = (
-            parents,
-            source,
-            np.nan,
-        )
+        self.ints[:, start:end] = other.ints[:, nodes]
+        self.floats[:, start:end] = other.floats[:, nodes]
+        self.ints[2, start:end] = parents
+        self.ints[4, start:end] = source
+        self.floats[2, start:end] = np.nan
         self._count = end
 
     def _make_room(self, nodes: int) -> None:
         if nodes <= self.ints.shape[1]:
             return
-        ints, floats = (
-            np.empty((_INTS, max(2 * nodes, ROOM)), np.int64),
-            np.empty((_FLOATS, max(2 * nodes, ROOM))),
-        )
-        ints[:, : self._count], floats[:, : self._count] = (
-            self.ints[:, : self._count],
-            self.floats[:, : self._count],
-        )
-        self.ints, self.floats = ints, floats
+        room = max(2 * nodes, ROOM)
+        ints = np.empty((_INTS, room), np.int64)
+        floats = np.empty((_FLOATS, room))
+        ints[:, : self._count] = self.ints[:, : self._count]
+        floats[:, : self._count] = self.floats[:, : self._count]
+        self.ints = ints
+        self.floats = floats
 
     def take(self, keep: IntArray, batch: int | None = None) -> DraftTrees:
         """The trees pruned to the nodes `keep` (ascending indices, prefix-closed; ValueError if
         not), as those of the first requests of a batch of `batch`, if given."""
-        batch, count = self.batch if batch is None else batch, len(keep)
+        batch = self.batch if batch is None else batch
+        count = len(keep)
         if count == self._count:
             return self._of(batch, self.ints, self.floats, count)
-        ints, floats = self.ints.take(keep, axis=1), self.floats.take(keep, axis=1)
-        renumber = np.full(
-            self._count + 1, -2, np.int64
-        )  # the last entry serves parent == ROOT (-1)
+        ints = self.ints.take(keep, axis=1)
+        floats = self.floats.take(keep, axis=1)
+        renumber = np.full(self._count + 1, -2, np.int64)  # the last entry serves parent == ROOT
         renumber[keep] = np.arange(count)
         renumber[ROOT] = ROOT
         ints[2] = renumber[ints[2]]
