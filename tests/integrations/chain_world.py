@@ -21,8 +21,8 @@ class World:
     with some noise.
 
     cost(batch, drafts, levels): true seconds of a step. hits: probability that the drafter has a
-    proposal at all. life: steps after which a request makes way for a new one. disables: the
-    policy may disable the draft model, for which cost is asked with levels = DISABLED; requests that lose
+    proposal at all. life: steps after which a request makes way for a new one. disables: the policy
+    may disable the draft model, for which cost is asked with levels = DISABLED; requests that lose
     more than a few tokens so have no draft accepted any more."""
 
     accept: Sequence[float]
@@ -44,11 +44,13 @@ class World:
         batch = len(self.accept)
         lost: Counter[str] = Counter()
         self.verified_by = [0] * batch
-        self.seconds, self.tokens, drafts = 0.0, 0, [0] * batch
+        self.seconds = 0.0
+        self.tokens = 0
+        drafts = [0] * batch
         if policy:
             policy.may_disable = self.disables
         for now in range(steps):
-            ids = [f"r{i}.{(now + i * self.life // batch) // self.life}" for i in range(batch)]
+            ids = self._ids(now)
             drafts = [
                 d if id_ in lost or not self.disables else 0
                 for id_, d in zip(ids, drafts, strict=True)
@@ -70,12 +72,15 @@ class World:
             ]
             drafts = proposed
             if policy:
-                step = Step(
-                    batch, levels, {i: n for i, n in verified.items() if n}, accepted, exploring=exploring
-                )
+                drafted = {id_: count for id_, count in verified.items() if count}
+                step = Step(batch, levels, drafted, accepted, exploring=exploring)
                 policy.observe(step, true * float(np.exp(self.noise * random.standard_normal())))
                 drafts = policy.trim(ids, proposed, [True] * batch, [100] * batch)
         return self.tokens / self.seconds
+
+    def _ids(self, now: int) -> list[str]:
+        batch = len(self.accept)
+        return [f"r{i}.{(now + i * self.life // batch) // self.life}" for i in range(batch)]
 
 
 def _run_length(random: np.random.Generator, probability: float, most: int) -> int:

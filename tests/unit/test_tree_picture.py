@@ -25,7 +25,7 @@ def two_trees() -> DraftTrees:
 
 def picture(owner: int = 0, path: tuple[int, ...] = (1, 4), colour: bool = False) -> str:
     return draw_tree(
-        two_trees(), owner, path, WORDS.__getitem__, root="capital of", own_token=6, colour=colour
+        two_trees(), owner, path, WORDS.__getitem__, root="capital of", bonus_token=6, colour=colour
     )
 
 

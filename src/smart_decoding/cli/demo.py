@@ -127,7 +127,7 @@ def show_trees(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
                 accepted.path[0],
                 lambda token: llm.tokenizer.decode([token], False),
                 root=llm.tokenizer.decode(tree.before, False),
-                own_token=accepted.emitted[0][-1],
+                bonus_token=accepted.emitted[0][-1],
                 colour=colour,
             )
         )

@@ -152,14 +152,9 @@ class Calibration:
     def _cells(self, trees: DraftTrees, kind: KindArray, nodes: IntArray | None = None) -> IntArray:
         """Flat index of each node's fine bin: ((source * DEPTHS + depth) * KINDS + kind) * FINE +
         fine."""
-        columns = (trees.draft_prob, trees.depth, trees.source, trees.owner)
-        if nodes is None:
-            prob, depth, source, owner = columns
-        else:
-            prob, depth, source, owner = (column.take(nodes) for column in columns)
-        cells: IntArray = source * DEPTHS + (np.minimum(depth, DEPTHS) - 1)
-        cells = (cells * KINDS + kind.take(owner)) * FINE + _fine(prob)
-        return cells
+        cells: IntArray = trees.source * DEPTHS + (np.minimum(trees.depth, DEPTHS) - 1)
+        cells = (cells * KINDS + kind.take(trees.owner)) * FINE + _fine(trees.draft_prob)
+        return cells if nodes is None else cells.take(nodes)
 
     def _lookup(self, cells: IntArray) -> FloatArray:
         try:

@@ -9,7 +9,7 @@ explain is the table's own error: a factor that is smooth over the logarithm of 
 The three are told apart by a Kalman filter (extended, as the shift acts within a logarithm): speed
 and memory walk quickly, the table's error is a slow Gaussian process over bins. What a step of 24
 rows says of 32 rows, of one row, and of the machine follows from how uncertain each of them is; a
-rare probe settles what many steps of one size left open.
+rare exploration settles what many steps of one size left open.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ MAX_ROWS = 8192
 NOISE = 0.06  # of one step's time: standard deviation of its logarithm
 COMMON_NOISE = 0.015  # of steps one after another
 CLIP = 2.0  # standard deviations that one observation counts as at most: outliers move little
-SPEED, MEMORY, TABLE = 0.2, 0.8, 0.12  # prior standard deviations
-SPEED_WALK, MEMORY_WALK = 0.015, 0.05  # per observation
-# what the speed becomes less certain by after an observation beyond CLIP: a lone outlier, or a new
-# state
+# Prior standard deviations.
+SPEED = 0.2
+MEMORY = 0.8
+TABLE = 0.12
+# Walks per observation.
+SPEED_WALK = 0.015
+MEMORY_WALK = 0.05
+# What the speed becomes less certain by after an observation beyond CLIP: a lone outlier, or a new
+# state.
 SHOCK = 0.1
 REACH = 10.0  # bins over which the table's error is alike
 FORGET = 0.999  # per observation: an unvisited bin drifts back to the table
@@ -38,21 +43,22 @@ MOST_MEMORY = 0.6  # beyond, it is no state of the memory
 _POSITION = 2.0 * np.log2(np.maximum(np.arange(MAX_ROWS + 1), 1))
 _LOW: IntArray = np.minimum(_POSITION.astype(np.int64), BINS - 2)
 _FRACTION: FloatArray = _POSITION - _LOW
+_DISTANCE = np.abs(np.subtract.outer(np.arange(BINS), np.arange(BINS)))
+_ALIKE: FloatArray = TABLE**2 * np.exp(-_DISTANCE / REACH)
 
 
-_ALIKE: FloatArray = TABLE**2 * np.exp(
-    -np.abs(np.subtract.outer(np.arange(BINS), np.arange(BINS))) / REACH
-)
-_WALK = np.zeros((BINS + 2, BINS + 2))  # what an observation's time adds to the uncertainty
-_WALK[0, 0], _WALK[1, 1], _WALK[2:, 2:] = SPEED_WALK**2, MEMORY_WALK**2, (1.0 - FORGET**2) * _ALIKE
+def _covariance(speed: float, memory: float, table: FloatArray) -> FloatArray:
+    covariance = np.zeros((BINS + 2, BINS + 2))
+    covariance[0, 0] = speed**2
+    covariance[1, 1] = memory**2
+    covariance[2:, 2:] = table
+    return covariance
+
+
+# What an observation's time adds to the uncertainty.
+_WALK = _covariance(SPEED_WALK, MEMORY_WALK, (1.0 - FORGET**2) * _ALIKE)
 _DECAY = np.array([1.0, 1.0, *[FORGET] * BINS])
 _DECAY_BOTH: FloatArray = np.multiply.outer(_DECAY, _DECAY)
-
-
-def _prior() -> FloatArray:
-    covariance = np.zeros_like(_WALK)
-    covariance[0, 0], covariance[1, 1], covariance[2:, 2:] = SPEED**2, MEMORY**2, _ALIKE
-    return covariance
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,7 @@ class Correction:
     bin. covariance: of these."""
 
     mean: FloatArray = field(default_factory=lambda: np.zeros(BINS + 2))
-    covariance: FloatArray = field(default_factory=_prior)
+    covariance: FloatArray = field(default_factory=lambda: _covariance(SPEED, MEMORY, _ALIKE))
 
     def seconds(
         self, rows: IntArray | slice, table: FloatArray, weights: FloatArray | float
@@ -74,10 +80,11 @@ class Correction:
             rows = np.minimum(rows, MAX_ROWS)
         elif rows.stop > MAX_ROWS:
             rows = np.minimum(np.arange(rows.start, rows.stop), MAX_ROWS)
-        low, fraction = _LOW[rows], _FRACTION[rows]
+        low = _LOW[rows]
         error = self.mean[2:]
         left = error.take(low)
-        factor: FloatArray = np.exp(left + (error.take(low + 1) - left) * fraction + self.mean[0])
+        between = (error.take(low + 1) - left) * _FRACTION[rows]
+        factor: FloatArray = np.exp(left + between + self.mean[0])
         factor *= table + self.mean[1] * weights
         return factor
 
@@ -91,23 +98,21 @@ class Correction:
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
             return self
         row = min(max(rows, 0), MAX_ROWS)
-        low, right = int(_LOW[row]), float(_FRACTION[row])
+        low = int(_LOW[row])
+        right = float(_FRACTION[row])
+        left = 1.0 - right
         speed, memory, left_error, right_error = self.mean[[0, 1, 2 + low, 3 + low]].tolist()
         now = table + memory * weights
+        slope = weights / now
         covariance = self.covariance * _DECAY_BOTH + _WALK
-        # Row `row` of the log seconds' derivatives is sparse: speed, memory, and two neighbouring
-        # bins.
-        slope, left = weights / now, 1.0 - right
-        along = (
-            covariance[0]
-            + slope * covariance[1]
-            + left * covariance[2 + low]
-            + right * covariance[3 + low]
-        )
-        variance = float(
-            along[0] + slope * along[1] + left * along[2 + low] + right * along[3 + low]
-        )
-        spread = math.sqrt(variance + NOISE**2 / steps + COMMON_NOISE**2)
+
+        def along_row(x: FloatArray) -> FloatArray:
+            """The log seconds' derivatives, which are sparse, times `x`."""
+            product: FloatArray = x[0] + slope * x[1] + left * x[2 + low] + right * x[3 + low]
+            return product
+
+        along = along_row(covariance)
+        spread = math.sqrt(float(along_row(along)) + NOISE**2 / steps + COMMON_NOISE**2)
         error = math.log(seconds / now) - speed - FORGET * (left * left_error + right * right_error)
         gain = along / spread
         mean = self.mean * _DECAY + gain * min(max(error / spread, -CLIP), CLIP)

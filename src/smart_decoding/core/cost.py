@@ -218,15 +218,16 @@ class CostModel:
         """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for anything else."""
         curves = {int(batch): Curve.from_lists(c) for batch, c in state["verify"].items()}
         names = ("row_token", "sequence_token", "draft_token", "overhead_seconds")
-        numbers = {name: float(state[name]) for name in names}
-        if not curves or not all(math.isfinite(x) and x >= 0 for x in numbers.values()):
+        row, sequence, level, overhead = (float(state[name]) for name in names)
+        usable = all(math.isfinite(x) and x >= 0 for x in (row, sequence, level, overhead))
+        if not curves or not usable:
             raise ValueError("not a cost profile")
         draft = Curve.from_lists(state["draft"])
         first, waiting = (
             Curve.from_lists(state[name]) if name in state else None
             for name in ("first", "waiting")
         )
-        return cls(curves, draft, first=first, waiting=waiting, **numbers)
+        return cls(curves, draft, row, sequence, level, overhead, first=first, waiting=waiting)
 
     # --- tables ---
 

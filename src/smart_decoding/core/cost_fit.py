@@ -118,7 +118,8 @@ def _attention(samples: Sequence[VerifySample]) -> tuple[float, float]:
     cells: dict[tuple[int, int], list[VerifySample]] = defaultdict(list)
     for sample in samples:
         cells[sample.batch, sample.rows].append(sample)
-    features, targets = [], []
+    features = []
+    targets = []
     for (batch, rows), cell in cells.items():
         context = np.array([s.context for s in cell])
         seconds = np.array([s.seconds for s in cell])

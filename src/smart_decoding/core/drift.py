@@ -57,5 +57,6 @@ class DriftDetector:
 
     def _alarm(self, way: int, index: int) -> tuple[int, float]:
         ratio = (self.hits[way, index] + 0.5) / (self.expected[way, index] + 0.5)
-        self.evidence[:, index] = self.hits[:, index] = self.expected[:, index] = 0.0
+        for array in (self.evidence, self.hits, self.expected):
+            array[:, index] = 0.0
         return index, float(ratio)

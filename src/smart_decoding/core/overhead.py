@@ -15,7 +15,9 @@ class Overhead:
     Rounds of a backoff are the measure of plain decoding: plain rounds that were planned take
     longer."""
 
-    GAIN, ENOUGH, CLIP = 1 / 32, 4, 2.0  # one slow round counts as at most twice the usual
+    GAIN = 1 / 32
+    ENOUGH = 4  # rounds
+    CLIP = 2.0  # one slow round counts as at most twice the usual
 
     def __init__(self, seconds: float) -> None:
         self._usual = 0.0, seconds  # what was learned last, of any size

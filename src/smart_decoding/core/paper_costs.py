@@ -9,6 +9,7 @@ too.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -42,9 +43,8 @@ class PaperCosts:
         """d C_spec / d n at `nodes` >= 1: lambda + gamma delta rho n^(rho - 1) exp(delta n^rho)."""
         n = max(nodes, 1)
         exponent = min(self.delta * math.pow(n, self.rho), _MAX_EXPONENT)
-        return self.lam + self.gamma * self.delta * self.rho * math.pow(n, self.rho - 1) * math.exp(
-            exponent
-        )
+        power = self.gamma * self.delta * self.rho * math.pow(n, self.rho - 1)
+        return self.lam + power * math.exp(exponent)
 
     @classmethod
     def fit(
@@ -55,37 +55,27 @@ class PaperCosts:
         n = np.asarray(nodes, np.float64)
         columns = np.stack((n, np.ones_like(n)), axis=1) if offsets else n[:, None]
         line = np.linalg.lstsq(columns, np.asarray(draft, np.float64), rcond=None)[0]
-        scale = float(np.mean(verify))
+        gamma, delta, rho, eta = _fit_verify(n, np.asarray(verify, np.float64), offsets)
+        beta = float(line[1]) if offsets else 0.0
+        return cls(float(max(line[0], 0.0)), beta, gamma, delta, rho, eta)
 
-        def residual(x: FloatArray) -> FloatArray:
-            exponent = np.minimum(np.exp(x[1]) * n ** np.exp(x[2]), _MAX_EXPONENT)
-            eta = np.exp(x[3]) if offsets else 0.0
-            result: FloatArray = (
-                np.exp(x[0]) * np.expm1(exponent) + eta - np.asarray(verify) / scale
-            )
-            return result
 
-        starts = [
-            np.array([g, d, r, -1.0][: 4 if offsets else 3])
-            for g in (-2.0, 0.0)
-            for d in (-4.0, -1.0)
-            for r in (-1.0, 0.0)
-        ]
-        bounds = (
-            [-12.0, -12.0, -4.0, -12.0][: len(starts[0])],
-            [6.0, 3.0, 0.7, 3.0][: len(starts[0])],
-        )
-        best = min(
-            (least_squares(residual, start, bounds=bounds) for start in starts),
-            key=lambda fit: float(fit.cost),
-        )
-        gamma, delta, rho = (float(v) for v in np.exp(best.x[:3]))
-        eta = float(np.exp(best.x[3])) * scale if offsets else 0.0
-        return cls(
-            float(max(line[0], 0.0)),
-            float(line[1]) if offsets else 0.0,
-            gamma * scale,
-            delta,
-            rho,
-            eta,
-        )
+def _fit_verify(
+    n: FloatArray, seconds: FloatArray, offsets: bool
+) -> tuple[float, float, float, float]:
+    """gamma, delta, rho and eta: the best of several starts, over the logarithms of all four."""
+    scale = float(np.mean(seconds))
+
+    def residual(x: FloatArray) -> FloatArray:
+        exponent = np.minimum(np.exp(x[1]) * n ** np.exp(x[2]), _MAX_EXPONENT)
+        eta = np.exp(x[3]) if offsets else 0.0
+        result: FloatArray = np.exp(x[0]) * np.expm1(exponent) + eta - seconds / scale
+        return result
+
+    free = 4 if offsets else 3
+    starts = itertools.product((-2.0, 0.0), (-4.0, -1.0), (-1.0, 0.0), (-1.0,))
+    bounds = ([-12.0, -12.0, -4.0, -12.0][:free], [6.0, 3.0, 0.7, 3.0][:free])
+    fits = [least_squares(residual, start[:free], bounds=bounds) for start in starts]
+    best = min(fits, key=lambda fit: float(fit.cost)).x
+    gamma, delta, rho = (float(v) for v in np.exp(best[:3]))
+    return gamma * scale, delta, rho, float(np.exp(best[3])) * scale if offsets else 0.0

@@ -20,9 +20,12 @@ KindArray: TypeAlias = NDArray[np.uint8]  # kinds of requests that calibration t
 
 ROOT = -1
 
-_INTS, _FLOATS = 5, 3  # columns of each kind
+# Columns of each kind.
+_INTS = 5
+_FLOATS = 3
 ROOM = 32  # nodes that new trees have room for
-_NO_INTS, _NO_FLOATS = np.zeros((_INTS, 0), np.int64), np.zeros((_FLOATS, 0))
+_NO_INTS = np.zeros((_INTS, 0), np.int64)
+_NO_FLOATS = np.zeros((_FLOATS, 0))
 
 
 class DraftTrees:

@@ -8,7 +8,7 @@ that was accepted.
     └─○ " Italy" 0.04
     => " Paris"
 
-A filled circle is an accepted node; the last line is the target's own token after the path.
+A filled circle is an accepted node; the last line is the bonus token after the path.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 
 TokenText = Callable[[int], str]
 
-_ACCEPTED, _REJECTED, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
+_ACCEPTED = "\x1b[1;32m"
+_REJECTED = "\x1b[2m"
+_RESET = "\x1b[0m"
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 
 
@@ -34,13 +36,13 @@ def draw_tree(
     text_of: TokenText,
     *,
     root: str = "",
-    own_token: int | None = None,
+    bonus_token: int | None = None,
     colour: bool = False,
 ) -> str:
     """One request's tree. Siblings are ordered by `accept_prob`, or by the drafter's path
     probability where the policy gave none.
 
-    path: indices of the accepted nodes; root: text before the tree; own_token: the target's token
+    path: indices of the accepted nodes; root: text before the tree; bonus_token: the target's token
     after the path."""
     children: dict[int, list[int]] = {}
     for node in trees.nodes_of(owner):
@@ -53,15 +55,14 @@ def draw_tree(
         siblings = sorted(children.get(parent, []), key=lambda node: -float(prob[node]))
         for node in siblings:
             last = node == siblings[-1]
-            label = _label(
-                node in accepted, text_of(int(trees.token[node])), float(prob[node]), colour
-            )
+            text = text_of(int(trees.token[node]))
+            label = _label(node in accepted, text, float(prob[node]), colour)
             lines.append(f"{indent}{'└─' if last else '├─'}{label}")
             add(node, indent + ("  " if last else "│ "))
 
     add(ROOT, "")
-    if own_token is not None:
-        lines.append(f"=> {_painted(quoted(text_of(own_token)), _ACCEPTED, colour)}")
+    if bonus_token is not None:
+        lines.append(f"=> {_painted(quoted(text_of(bonus_token)), _ACCEPTED, colour)}")
     return "\n".join(lines)
 
 
@@ -79,10 +80,9 @@ def wants_colour(stream: TextIO) -> bool:
 
 def legend(policy_scores: bool = True) -> str:
     """What the signs mean; `policy_scores`: whether the numbers are calibrated."""
-    kind = (
-        "calibrated probability of acceptance" if policy_scores else "the drafter's own probability"
-    )
-    return f"● accepted  ○ rejected  => the target's own token; numbers: {kind} of the path"
+    calibrated = "calibrated probability of acceptance"
+    kind = calibrated if policy_scores else "the drafter's own probability"
+    return f"● accepted  ○ rejected  => bonus token; numbers: {kind} of the path"
 
 
 def scored(trees: DraftTrees, nodes: Collection[int]) -> bool:
@@ -105,10 +105,6 @@ def _printable(char: str) -> str:
     if char.isprintable():
         return char
     point = ord(char)
-    return (
-        f"\\x{point:02x}"
-        if point < 0x100
-        else f"\\u{point:04x}"
-        if point < 0x10000
-        else f"\\U{point:08x}"
-    )
+    if point < 0x100:
+        return f"\\x{point:02x}"
+    return f"\\u{point:04x}" if point < 0x10000 else f"\\U{point:08x}"

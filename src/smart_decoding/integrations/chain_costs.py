@@ -40,6 +40,7 @@ class Extra(NamedTuple):
 
 
 GUESS = Extra(0.0, 0.002, 0.03)  # in plain steps
+NO_EXTRA = Extra(0.0, 0.0, 0.0)
 
 
 @dataclass
@@ -50,7 +51,7 @@ class _Range:
 
     moments: FloatArray = field(default_factory=lambda: np.zeros((3, 3)))
     products: FloatArray = field(default_factory=lambda: np.zeros(3))
-    coefficients: Extra = Extra(0.0, 0.0, 0.0)
+    coefficients: Extra = NO_EXTRA
     seen: int = 0
     waiting: list[tuple[int, int, float]] = field(default_factory=list)
 

@@ -185,7 +185,11 @@ class Chains:
     # --- after drafting ---
 
     def trim(
-        self, ids: Sequence[str], drafted: Sequence[int], greedy: Sequence[bool], room: Sequence[int]
+        self,
+        ids: Sequence[str],
+        drafted: Sequence[int],
+        greedy: Sequence[bool],
+        room: Sequence[int],
     ) -> list[int]:
         """How many of each request's `drafted` tokens to verify in the coming step: [requests].
 

@@ -67,9 +67,8 @@ def test_recovers_a_distortion_from_policy_selected_trees() -> None:
     calibration = Calibration()
     for _ in range(6000):
         trees = grow(rng, calibration)
-        kept = np.flatnonzero(
-            trees.accept_prob >= np.sort(trees.accept_prob)[-6]
-        )  # prune to the best six
+        best_six = np.sort(trees.accept_prob)[-6:]
+        kept = np.flatnonzero(trees.accept_prob >= best_six[0])
         observed, chosen = verify(rng, trees, true_prob(trees.draft_prob, trees.depth), kept)
         calibration.observe(trees, observed, chosen, GREEDY)
     prob = np.tile(np.linspace(0.1, 0.95, 12), 2)
@@ -77,9 +76,8 @@ def test_recovers_a_distortion_from_policy_selected_trees() -> None:
     learned = np.array([_conditional(calibration, q, d) for q, d in zip(prob, depth, strict=True)])
     error = np.abs(learned - true_prob(prob, depth))
     evidence = calibration.counts[0, depth - 1, 1, calibration.bins(prob)]
-    assert (
-        evidence > 30
-    ).sum() >= 16  # rare confidences lean on the prior: exactness is asked where there was evidence
+    # Rare confidences lean on the prior: exactness is asked where there was evidence.
+    assert (evidence > 30).sum() >= 16
     assert error[evidence > 30].max() < 0.1
     assert error[evidence > 30].mean() < 0.03
     assert calibration.changes == 0  # and a steady drafter raises no alarm
@@ -163,9 +161,7 @@ def test_fresh_state_starts_from_the_default_or_the_stored_prior() -> None:
 def test_requests_with_pictures_are_learned_apart() -> None:
     rng = np.random.default_rng(4)
     calibration = Calibration()
-    for prob in rng.random(
-        800
-    ):  # of the same confidence, but behind a picture it is accepted rarely
+    for prob in rng.random(800):  # the same confidence, but behind a picture rarely accepted
         trees = DraftTrees.empty(2)
         trees.append([0, 1], [1, 1], [-1, -1], [prob, prob])
         kind = BatchState(
@@ -178,7 +174,8 @@ def test_requests_with_pictures_are_learned_apart() -> None:
     trees = DraftTrees.empty(2)
     trees.append([0, 1], [1, 1], [-1, -1], [0.8, 0.8])
     text, picture = calibration.score(trees, kind)
-    assert text > 0.6 and picture < 0.3
+    assert text > 0.6
+    assert picture < 0.3
     both = calibration.curve(0, np.bincount(kind, minlength=KINDS) / 2)
     np.testing.assert_allclose(
         both, (calibration.curve(0, np.eye(4)[1]) + calibration.curve(0, np.eye(4)[3])) / 2
@@ -191,8 +188,10 @@ def test_what_was_learned_from_text_alone_is_a_prior_for_pictures() -> None:
         "counts": np.full((1, DEPTHS, 2, BINS), 9.0),
     }
     calibration = Calibration.from_state(old)
-    assert (calibration.prior == 0.3).all() and calibration.prior.shape == (1, DEPTHS, KINDS, BINS)
-    assert (calibration.counts[:, :, :2] == 9).all() and (calibration.counts[:, :, 2:] == 0).all()
+    assert calibration.prior.shape == (1, DEPTHS, KINDS, BINS)
+    assert (calibration.prior == 0.3).all()
+    assert (calibration.counts[:, :, :2] == 9).all()
+    assert (calibration.counts[:, :, 2:] == 0).all()
 
 
 def test_a_drafter_gone_bad_is_noticed_within_rounds_and_so_is_its_recovery() -> None:

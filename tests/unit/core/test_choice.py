@@ -16,8 +16,8 @@ from smart_decoding.core.lookahead import LookAhead, LookAheadCosts
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.catch_up import MAX_ROUNDS
 from smart_decoding.core.policies.forecaster import WIDTHS
+from smart_decoding.core.policies.modes import BEGIN_SPEEDUP, CLEARLY_WORSE
 from smart_decoding.core.policies.protocol import BatchState, DraftPlan
-from smart_decoding.core.policies.smart import BEGIN_SPEEDUP, CLEARLY_WORSE
 from smart_decoding.core.tree import DraftTrees
 
 SEEDS = st.integers(0, 2**32 - 1)

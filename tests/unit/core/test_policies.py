@@ -47,7 +47,8 @@ def draft(policy, batch: BatchState, rng: np.random.Generator, vocabulary: int =
         chosen = policy.frontier(plan, batch, trees, level)
         if chosen is None:
             break
-        assert len(chosen) and (trees.depth[chosen] == level).all()
+        assert len(chosen)
+        assert (trees.depth[chosen] == level).all()
         frontier, owner = chosen, trees.owner[chosen]
         asked.append(chosen)
     return plan, trees, asked
@@ -109,7 +110,7 @@ def test_static_verifies_exactly_the_topology(name: str, paths: list, size: int)
         assert ranks == set(paths)
 
 
-def test_likelihood_is_eagle_2() -> None:
+def test_eagle2_is_a_beam_ranked_again() -> None:
     policy = make_policy("eagle2", depth=3, top_k=4, total_tokens=12)
     batch = state([20, 20])
     plan, trees, asked = draft(policy, batch, np.random.default_rng(2))

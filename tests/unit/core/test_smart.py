@@ -11,9 +11,9 @@ from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.overhead import Overhead
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.catch_up import MAX_ROUNDS
+from smart_decoding.core.policies.modes import BEGIN_SPEEDUP, BURN_IN, CLEARLY_WORSE
 from smart_decoding.core.policies.protocol import DraftPlan, Round
 from smart_decoding.core.policies.round_state import RoundState
-from smart_decoding.core.policies.smart import BEGIN_SPEEDUP, BURN_IN, CLEARLY_WORSE
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.simulation import World, full_knowledge, run
 
@@ -68,7 +68,7 @@ def test_a_wrong_cost_table_is_corrected() -> None:
 
 def test_rounds_of_a_backoff_tell_what_the_machine_has_become() -> None:
     policy, now = make_policy("smart", cost=STEEP, probe_budget=0.0), World(5, 4, STEEP).state()
-    policy._burn_in[(4).bit_length()] = BURN_IN
+    policy.modes.burn_in[(4).bit_length()] = BURN_IN
     none = (
         DraftTrees.empty(4),
         np.zeros(0, np.int64),
@@ -112,7 +112,9 @@ def test_off_soon_when_the_head_goes_bad_and_on_again_when_it_is_good(seed: int)
     later = run(policy, world, range(bad_from + 50, good_again))
     assert later.off > 0.85 * 450  # the others explore
     plain = run(make_policy("off"), world, range(bad_from, good_again))
-    assert (noticing.tokens + later.tokens) / (noticing.seconds + later.seconds) > 0.975 * plain.rate
+    assert (noticing.tokens + later.tokens) / (
+        noticing.seconds + later.seconds
+    ) > 0.975 * plain.rate
     # Noticed after 20 to 150 rounds, by the luck of exploration.
     run(policy, world, range(good_again, good_again + 200))
     later = range(good_again + 200, good_again + 400)
@@ -153,9 +155,8 @@ def test_overhead_is_learned_apart_for_small_and_large_batches() -> None:
     for _ in range(8):
         overhead.observe(16, 6.0, speculated=True)
         overhead.observe(16, 2.0, speculated=False)
-    assert overhead.of(16) == pytest.approx((2.0, 4.0)) and overhead.of(3) == pytest.approx(
-        (0.2, 1.3), rel=0.01
-    )
+    assert overhead.of(16) == pytest.approx((2.0, 4.0))
+    assert overhead.of(3) == pytest.approx((0.2, 1.3), rel=0.01)
     assert overhead.of(64) == overhead.of(3)  # nothing is known: as learned last
 
 
@@ -175,7 +176,7 @@ def test_backoffs_of_batches_of_different_sizes_are_learned_from_apart() -> None
         for _ in range(60):
             policy.observe(Round(now := world.state(), policy.plan(now), *none, size, plain))
         if size == 16:
-            policy._backoff.begin(8, 16)
+            policy.modes.backoff.begin(8, 16)
             for _ in range(4):  # of these eight, and then fifteen requests end at once
                 policy.observe(Round(now := world.state(), policy.plan(now), *none, size, plain))
     for size, plain in table.items():
@@ -301,7 +302,7 @@ def test_starts_from_the_shipped_prior() -> None:
     assert make_policy("smart", cost=FLAT, calibration=good).plan(now).speculate
     policy = make_policy("smart", cost=FLAT, calibration=hopeless)
     assert policy.predict(now).predicted_speedup < BEGIN_SPEEDUP
-    policy._burn_in[1] = BURN_IN
+    policy.modes.burn_in[1] = BURN_IN
     assert not policy.plan(now).speculate
 
 

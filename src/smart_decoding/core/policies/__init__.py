@@ -15,13 +15,8 @@ from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.policies.static import Static
 from smart_decoding.errors import ConfigError
 
-FROM_THE_ENGINE = (
-    "cost",
-    "calibration",
-    "forecast",
-    "eos_token_ids",
-    "chooser",
-)  # options that are no user's to give
+# Options that are no user's to give.
+FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids", "chooser")
 RENAMED = {"likelihood": "eagle2", "smart_paper": "paper"}
 POLICIES: dict[str, type[Any]] = {
     cls.name: cls for cls in (Off, Chain, Static, Eagle2, Paper, Smart)

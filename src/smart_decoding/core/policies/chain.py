@@ -12,7 +12,7 @@ from smart_decoding.core.policies.common import (
     require_int,
     useful,
 )
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, StatelessPolicy
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, StatelessPolicy
 from smart_decoding.core.tree import DraftTrees, IntArray
 
 
@@ -26,6 +26,7 @@ class Chain(StatelessPolicy):
         self.eos = frozenset(eos_token_ids)
 
     def plan(self, batch: BatchState) -> DraftPlan:
+        """As many levels as the longest request may use."""
         limits = depth_limits(batch)
         levels = min(self.length, int(limits.max(initial=0)))
         return DraftPlan(True, levels, children=1, width=int((limits > 1).sum())) if levels else OFF
@@ -33,15 +34,13 @@ class Chain(StatelessPolicy):
     def frontier(
         self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
     ) -> IntArray | None:
+        """The only node of each request that can go on."""
         if level >= plan.levels:
             return None
         nodes = expandable(trees, level, depth_limits(batch), self.eos)
         return nodes if len(nodes) else None
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        return np.flatnonzero(
-            useful(trees, depth_limits(batch), self.eos) & (trees.depth <= self.length)
-        )
-
-    def observe(self, round: Round) -> None:
-        pass
+        """All of them."""
+        useful_ = useful(trees, depth_limits(batch), self.eos)
+        return np.flatnonzero(useful_ & (trees.depth <= self.length))

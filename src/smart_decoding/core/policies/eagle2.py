@@ -13,7 +13,7 @@ from smart_decoding.core.policies.common import (
     require_int,
     useful,
 )
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, StatelessPolicy
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, StatelessPolicy
 from smart_decoding.core.tree import DraftTrees, IntArray
 
 
@@ -35,27 +35,26 @@ class Eagle2(StatelessPolicy):
         self.eos = frozenset(eos_token_ids)
 
     def plan(self, batch: BatchState) -> DraftPlan:
+        """As many levels as the longest request may use."""
         limits = depth_limits(batch)
         levels = min(self.depth + 1, int(limits.max(initial=0)))
         if not levels:
             return OFF
-        return DraftPlan(
-            True, levels, children=self.top_k, width=self.top_k * int((limits > 1).sum())
-        )
+        width = self.top_k * int((limits > 1).sum())
+        return DraftPlan(True, levels, children=self.top_k, width=width)
 
     def frontier(
         self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
     ) -> IntArray | None:
+        """The `top_k` best nodes of each request."""
         if level >= plan.levels:
             return None
         nodes = expandable(trees, level, depth_limits(batch), self.eos)
-        return (
-            best_per_owner(trees, nodes, trees.path_prob[nodes], self.top_k) if len(nodes) else None
-        )
+        if not len(nodes):
+            return None
+        return best_per_owner(trees, nodes, trees.path_prob[nodes], self.top_k)
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
+        """The best nodes of each request, by the product of draft probabilities."""
         nodes = np.flatnonzero(useful(trees, depth_limits(batch), self.eos))
         return best_per_owner(trees, nodes, trees.path_prob[nodes], self.total_tokens - 1)
-
-    def observe(self, round: Round) -> None:
-        pass

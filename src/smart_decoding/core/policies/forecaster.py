@@ -10,7 +10,7 @@ from smart_decoding.core.choice import best_rates, best_size
 from smart_decoding.core.forecast import Forecast, expected_tree
 from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.overhead import size_bucket
-from smart_decoding.core.policies.catch_up import CatchUp
+from smart_decoding.core.policies.catch_up import CatchUp, FirstLevel
 from smart_decoding.core.policies.learned_costs import LearnedCosts
 from smart_decoding.core.policies.round_forecast import FREE_ONLY, RoundForecast
 from smart_decoding.core.policies.round_state import RoundState
@@ -63,7 +63,8 @@ class Forecaster:
 
     def predict(self, state: RoundState) -> RoundForecast:
         """A new forecast."""
-        size, drafting = state.batch.size, state.drafting
+        size = state.batch.size
+        drafting = state.drafting
         levels = self._max_levels(state)
         widths: tuple[int, ...] = WIDTHS
         if drafting > SMALL_BATCH:
@@ -76,7 +77,7 @@ class Forecaster:
         beside, more = self.costs.overhead.of(size)
         forecast = RoundForecast(
             size,
-            first=self.catch_up.first_level(model, state).charged,
+            first=self.first_level(state).charged,
             plain=beside + float(verify[0]),
             overhead=beside + more,
             verify=verify,
@@ -109,6 +110,10 @@ class Forecaster:
         verify = forecast.verify[: losses.shape[1] + 1]
         rates = best_rates(losses, forecast.size, sunk, verify, self.round_limit(forecast))
         forecast.values.update({(1 + i, width): float(rate) for i, rate in enumerate(rates)})
+
+    def first_level(self, state: RoundState) -> FirstLevel:
+        """Seconds of the round's first level."""
+        return self.catch_up.first_level(self.costs.model, state)
 
     def round_limit(self, forecast: RoundForecast) -> float:
         """Seconds that a round may last: a lone request, which gets all the nodes, has no bound."""

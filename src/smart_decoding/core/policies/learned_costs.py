@@ -54,8 +54,8 @@ class LearnedCosts:
     def learn_verify(self, round: Round, context: float) -> None:
         """Learns what the verification took."""
         if round.verify_rows:
-            size, seconds = round.batch.size, round.verify_seconds
-            sample = VerifySample(size, round.verify_rows, context, seconds)
+            size = round.batch.size
+            sample = VerifySample(size, round.verify_rows, context, round.verify_seconds)
             self.model = self.model.corrected(sample)
 
     def learn_levels(self, round: Round, context: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, StatelessPolicy
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, StatelessPolicy
 from smart_decoding.core.tree import DraftTrees, IntArray
 
 
@@ -14,15 +14,15 @@ class Off(StatelessPolicy):
     name = "off"
 
     def plan(self, batch: BatchState) -> DraftPlan:
+        """Plain decoding."""
         return OFF
 
     def frontier(
         self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
     ) -> IntArray | None:
+        """Nothing to expand."""
         return None
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
+        """Nothing to verify."""
         return np.zeros(0, np.int64)
-
-    def observe(self, round: Round) -> None:
-        pass

@@ -8,7 +8,7 @@ n being the nodes of the request's tree so far; kept candidates are the next lev
 request has an even share of the budget. C_spec is the fitted family (paper_costs.py); c_T is the
 seconds of a plain round at this batch.
 
-Where the paper's text is silent: L starts at 1 (the target's own token); the first candidate is
+Where the paper's text is silent: L starts at 1 (the bonus token); the first candidate is
 kept while the costs are fitted through the origin, since C_spec(0) = 0 leaves the rule undefined;
 sizes are fitted at batch size and context of the moment, on tree sizes spread like the paper's
 about five forward passes.
@@ -28,7 +28,7 @@ from smart_decoding.core.policies.common import (
     require_number,
     useful,
 )
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, StatelessPolicy
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, StatelessPolicy
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.errors import ConfigError
 
@@ -37,9 +37,8 @@ FAMILIES = {"published": False, "offset": True}
 L_TREES = ("published", "node_sum")
 
 
-class _Growth:
-    """The tree of one request while it grows: size, paths, expected length L, and which nodes have
-    children."""
+class _Tree:
+    """One request's tree so far: size, paths, expected length L, and which nodes have children."""
 
     def __init__(self) -> None:
         self.nodes = 0
@@ -79,19 +78,23 @@ class Paper(StatelessPolicy):
         self.children = require_int("children", children, 1, 256)
         self.eos = frozenset(eos_token_ids)
         self._fits: dict[tuple[int, int], tuple[PaperCosts, float]] = {}
-        self._growth: list[_Growth] = []
+        self._trees: list[_Tree] = []
         self._kept: list[int] = []
         self._tested = 0
 
     def plan(self, batch: BatchState) -> DraftPlan:
+        """As many levels as the longest request may use; trees begin anew."""
         limits = depth_limits(batch)
         levels = min(self.max_levels, int(limits.max(initial=0)))
-        self._growth, self._kept, self._tested = [_Growth() for _ in range(batch.size)], [], 0
+        self._trees = [_Tree() for _ in range(batch.size)]
+        self._kept = []
+        self._tested = 0
         return DraftPlan(True, levels, self.children, batch.size * self.children) if levels else OFF
 
     def frontier(
         self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
     ) -> IntArray | None:
+        """The nodes of the level that the rule keeps."""
         kept = self._test_new(batch, trees)
         if level >= plan.levels or not kept:
             return None
@@ -99,50 +102,48 @@ class Paper(StatelessPolicy):
         return nodes if len(nodes) else None
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
+        """All nodes that the rule kept."""
         self._test_new(batch, trees)
         return np.sort(np.array(self._kept, np.int64))
-
-    def observe(self, round: Round) -> None:
-        pass
 
     def _test_new(self, batch: BatchState, trees: DraftTrees) -> list[int]:
         """Applies the rule to nodes drafted since the last call, most probable first; returns those
         kept now."""
-        first, self._tested = self._tested, len(trees)
-        worth = (
-            np.flatnonzero(useful(trees, depth_limits(batch), self.eos))
-            if len(trees)
-            else np.zeros(0, np.int64)
-        )
+        first = self._tested
+        self._tested = len(trees)
+        if first == len(trees):
+            return []
+        worth = np.flatnonzero(useful(trees, depth_limits(batch), self.eos))
         worth = worth[worth >= first]
         costs, plain = self._costs(batch)
         share = max(1, self.budget // batch.size)
         before = set(self._kept)
         kept: list[int] = []
         for node in worth[np.lexsort((worth, -trees.path_prob[worth]))]:
-            parent, growth = int(trees.parent[node]), self._growth[trees.owner[node]]
-            if parent != ROOT and parent not in before:
+            parent = int(trees.parent[node])
+            tree = self._trees[trees.owner[node]]
+            if tree.nodes >= share or (parent != ROOT and parent not in before):
                 continue
-            if growth.nodes < share and self._keep(
-                growth, parent, float(trees.path_prob[node]), costs, plain
-            ):
+            if self._keep(tree, parent, float(trees.path_prob[node]), costs, plain):
                 kept.append(int(node))
                 before.add(int(node))
         self._kept += kept
         return kept
 
     def _keep(
-        self, growth: _Growth, parent: int, path_prob: float, costs: PaperCosts, plain: float
+        self, tree: _Tree, parent: int, path_prob: float, costs: PaperCosts, plain: float
     ) -> bool:
-        extends_leaf = parent != ROOT and parent not in growth.inner
-        paths = growth.paths + (not extends_leaf)
+        extends_leaf = parent != ROOT and parent not in tree.inner
+        paths = tree.paths + (not extends_leaf)
         gain = path_prob / (paths if self.mean_over_paths else 1)
-        spent = costs.seconds(growth.nodes)
-        step = costs.slope(growth.nodes + 1)
-        if spent > 0 and self.alpha * plain * gain * spent <= plain * growth.length * step:
+        spent = costs.seconds(tree.nodes)
+        step = costs.slope(tree.nodes + 1)
+        if spent > 0 and self.alpha * plain * gain * spent <= plain * tree.length * step:
             return False
-        growth.nodes, growth.paths, growth.length = growth.nodes + 1, paths, growth.length + gain
-        growth.inner.add(parent)
+        tree.nodes += 1
+        tree.paths = paths
+        tree.length += gain
+        tree.inner.add(parent)
         return True
 
     def _costs(self, batch: BatchState) -> tuple[PaperCosts, float]:
@@ -151,14 +152,13 @@ class Paper(StatelessPolicy):
         context = int(batch.context.mean()) // 256 * 256 + 128
         key = (batch.size, context)
         if key not in self._fits:
-            nodes = np.array(FIT_NODES, np.float64)
-            verify = self.cost.verify_seconds(
-                batch.size, batch.size * (1 + np.array(FIT_NODES)), context
-            )
-            draft = self.cost.draft_seconds(batch.size * np.array(FIT_NODES), context)
-            draft += self.cost.first_seconds(batch.size, 0, context) - self.cost.draft_seconds(
-                batch.size, context
-            )
-            plain = float(self.cost.verify_seconds(batch.size, batch.size, context))
-            self._fits[key] = (PaperCosts.fit(nodes, draft, verify, self.offsets), plain)
+            cost = self.cost
+            size = batch.size
+            nodes = np.array(FIT_NODES)
+            verify = cost.verify_seconds(size, size * (1 + nodes), context)
+            draft = cost.draft_seconds(size * nodes, context)
+            draft += cost.first_seconds(size, 0, context) - cost.draft_seconds(size, context)
+            plain = float(cost.verify_seconds(size, size, context))
+            fitted = PaperCosts.fit(nodes.astype(np.float64), draft, verify, self.offsets)
+            self._fits[key] = (fitted, plain)
         return self._fits[key]

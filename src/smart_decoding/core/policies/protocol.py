@@ -21,13 +21,15 @@ class BatchState:
 
     context: tokens in the target's KV cache.
     remaining: tokens the request may still emit (>= 1); no node deeper than remaining - 1 is
-    useful. temperature: sampling temperature, 0 is greedy.
+    useful.
+    temperature: sampling temperature, 0 is greedy.
     may_speculate: false for a request that refuses speculation.
     prefill_rows: rows of prompt chunks that ride along in this round's forward.
     catch_up_rows: pairs the model drafter must process before its first level, beyond one per
-    request. has_model: whether a drafter with a model (head, draft model) is loaded, and how many
-    levels deep it may go. has_free: whether a drafter without model cost (n-gram, recycling) is
-    loaded. pictures: whether the request's prompt has any, or None where none has.
+    request.
+    has_model: whether a drafter with a model (head, draft model) is loaded.
+    has_free: whether a drafter without model cost (n-gram, recycling) is loaded.
+    pictures: whether the request's prompt has any, or None where none has.
     """
 
     context: IntArray
@@ -42,6 +44,7 @@ class BatchState:
 
     @property
     def size(self) -> int:
+        """Requests."""
         return len(self.context)
 
     @property
@@ -58,8 +61,9 @@ class DraftPlan:
     levels: at most this many levels by the model drafter; 0 leaves only the free drafters.
     children: proposals per expanded node (the drafter's top-k).
     width: frontier width of levels 2, 3, ... over the whole batch, as planned (frontier() may
-    differ). growth: what frontier() and select() will answer, for drafters that grow whole trees in
-    one call; or None.
+    differ).
+    growth: what frontier() and select() will answer, for drafters that grow whole trees in one
+    call; or None.
     """
 
     speculate: bool
@@ -81,9 +85,8 @@ class Round:
     kept: [kept] indices of verified nodes in `trees`.
     next_token: [nodes] the target's token after each node of `trees` that the walk accepted, else
     -1. root_next: [batch] the target's token after each root.
-    level_widths / level_seconds: rows and seconds of each drafted model level (level 1: one row per
-    request and its
-        catch-up rows).
+    level_widths, level_seconds: rows and seconds of each drafted model level (level 1: one row per
+    request and its catch-up rows).
     verify_rows: rows of the verifying forward: roots, kept nodes and prefill rows.
     verify_seconds: its duration, sampling included.
     other_seconds: what the round took beyond drafting, verifying and sampling.
@@ -135,7 +138,7 @@ class Policy(Protocol):
 
     @property
     def cost(self) -> CostModel | None:
-        """What it believes forwards to take, or None if it does not care."""
+        """What it expects forwards to take, or None if it does not care."""
         ...
 
     def plan(self, batch: BatchState) -> DraftPlan:
@@ -164,9 +167,13 @@ class Policy(Protocol):
 
 
 class StatelessPolicy:
-    """What a policy says that does not care what forwards take, and keeps no figures."""
+    """What a policy says that learns nothing, and does not care what forwards take."""
 
     cost: CostModel | None = None
 
+    def observe(self, round: Round) -> None:
+        """Learns nothing."""
+
     def stats(self) -> dict[str, float]:
+        """No figures."""
         return {}

@@ -4,54 +4,33 @@ costs and calibrated probabilities. How it works: docs/controller.md."""
 from __future__ import annotations
 
 import math
-from collections import Counter
 from functools import lru_cache
 
 import numpy as np
 
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
-from smart_decoding.core.exploration import CLEAR_LOSS, MAX_RUN, Exploration
+from smart_decoding.core.exploration import MAX_RUN, Exploration
 from smart_decoding.core.forecast import Forecast
 from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.overhead import size_bucket
-from smart_decoding.core.policies.backoff import Backoff
 from smart_decoding.core.policies.chooser import Chooser, Drafted, Growth, NumpyChooser
 from smart_decoding.core.policies.common import TokenIds, require_int, require_number
 from smart_decoding.core.policies.forecaster import SMALL_BATCH, WIDTHS, Forecaster
 from smart_decoding.core.policies.learned_costs import VERIFY_EVERY, LearnedCosts
+from smart_decoding.core.policies.modes import FIRST_ROUNDS, Modes
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
 from smart_decoding.core.policies.round_forecast import Option, RoundForecast
 from smart_decoding.core.policies.round_state import RoundState
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.policies.tree_learner import TreeLearner
-from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import DraftTrees, IntArray
 
 LOOK_AHEAD = 3  # levels, while drafting
-# Predicted speedup that it takes to begin drafting, and to go on: costs are known to a few per
-# cent, not better, and each return to drafting pays for the rows that have waited.
-BEGIN_SPEEDUP = 1.03
-KEEP_SPEEDUP = 1.0
-CLEARLY_WORSE = 0.9  # below this predicted speedup no further look is needed soon
-# Rounds that a batch size is drafted for, if that is not clearly worse: what was measured decides
-# then.
-BURN_IN = 16
-# Below this predicted speedup, an exploration of plain decoding goes on for some rounds of backoff:
-# they are what plain decoding is, their mean is nearly free of noise, and costs at drafting's sizes
-# say too little of it.
-NEAR_SPEEDUP = 1.2
-NEAR_ROUNDS = 3
-CATCH_UP_SHARE = 2  # an exploration must afford this part of a long catch-up
-# Rounds between two updates of what is known: at first, and once drafting has begun; later.
-FIRST_ROUNDS = 32
+# Rounds between two updates of what is known: at first and once drafting has begun, and later.
 FIRST_DRAFTING = 16
 LEARN_EVERY_FIRST = 2
 LEARN_EVERY = 32
-# Rounds of plain decoding at most without asking whether to draft, and where drafting is not
-# clearly worse. A bad head is drafted from until it is predicted to reach no more than plain
-# decoding, and stays there: asked often, it costs 1 % of the time.
-MAX_BACKOFF = 64
-NEAR_BACKOFF = 16
 
 
 class Smart:
@@ -91,14 +70,10 @@ class Smart:
         self.statistics = Statistics()
         self.costs = LearnedCosts(cost or CostModel.default())
         self.forecaster = Forecaster(self.costs, self.forecast, self.max_levels, slowdown)
+        self.modes = Modes(self.forecaster, self.exploration)
         self._learner = TreeLearner(self.calibration, self.forecast)
-        self._backoff = Backoff()
-        self._burn_in: Counter[int] = Counter()  # rounds with a model's drafts, by size
         self._ends = np.array(sorted(self.eos), np.int64)
         self._rounds = 0
-        self._runs = 0  # of explorations
-        self._drafting = False  # whether that was predicted best
-        self._began = 0  # the round that it began in
         self._round: RoundState | None = None  # what was planned last
 
     @property
@@ -118,7 +93,7 @@ class Smart:
 
     def plan(self, batch: BatchState) -> DraftPlan:
         """The mode predicted best, or one to explore; plain decoding during a backoff."""
-        if self._backoff.covers(batch.size):
+        if self.modes.backoff.covers(batch.size):
             self._round = None
             self.forecaster.fade_bias(batch.size)
             return OFF
@@ -127,74 +102,7 @@ class Smart:
         if not state.drafting or not (batch.has_model or batch.has_free):
             return OFF
         forecast = state.forecast = self.forecaster.kept_or_new(state, self._rounds)
-        best = forecast.best(KEEP_SPEEDUP if self._drafting else BEGIN_SPEEDUP)
-        best = best or self._burn_in_option(forecast)
-        state.best_rate = forecast.rate(best)
-        if (best is not None) != self._drafting:
-            self._change_mode(best is not None)
-        option = self._explore(state, forecast, best)
-        self._back_off(state, forecast, option)
-        return self._start(state, forecast, option)
-
-    def _burn_in_option(self, forecast: RoundForecast) -> Option | None:
-        """The best way to draft with the model, where it has hardly been tried and is not clearly
-        worse: predictions are off by a few per cent, and what is not drafted teaches nothing."""
-        option = forecast.best_with_model
-        if option is None or not self._in_burn_in(forecast.size):
-            return None
-        worse = forecast.rate(option) <= CLEARLY_WORSE * forecast.rate(None)
-        return None if worse else option
-
-    def _in_burn_in(self, size: int) -> bool:
-        return self._burn_in[size_bucket(size)] < BURN_IN
-
-    def _change_mode(self, drafting: bool) -> None:
-        if drafting:
-            self._began = self._rounds
-        else:
-            self.forecaster.catch_up.drafting_ended(self._rounds - self._began)
-        self._drafting = drafting
-        self.exploration.mode_changed()
-
-    def _explore(
-        self, state: RoundState, forecast: RoundForecast, best: Option | None
-    ) -> Option | None:
-        """The mode of the round: `best`, or now and then another one; the others take turns."""
-        self.exploration.unlikely = best is None and forecast.predicted_speedup < CLEARLY_WORSE
-        if self.exploration.backs_off:
-            return best
-        others = forecast.others(best)
-        other = others[self._runs % len(others)]
-        cost = forecast.exploration_cost(other, best) + self._uncharged(state, other)
-        size = forecast.size
-        near = forecast.predicted_speedup < NEAR_SPEEDUP
-        near = near or not self.costs.overhead.knows_plain(size)
-        further = NEAR_ROUNDS if other is None and near else 0
-        newcomers = state.batch.catch_up_rows > self.max_levels * size
-        retry = self.exploration.retries > 0 and not newcomers
-        if other == best or not (retry or self.exploration.due((1 + further) * cost)):
-            return best
-        state.exploring = True
-        self._backoff.begin(further, size)
-        return other
-
-    def _uncharged(self, state: RoundState, option: Option | None) -> float:
-        """Seconds of catching up that a plan does not charge to a single round, but an exploration
-        partly: where it turns out well, further rounds share them. What it really loses is taken
-        from the budget afterwards, in full."""
-        if option is None or not option[0]:
-            return 0.0
-        first = self.forecaster.catch_up.first_level(self.cost, state)
-        return (first.whole - first.charged) / CATCH_UP_SHARE
-
-    def _back_off(self, state: RoundState, forecast: RoundForecast, option: Option | None) -> None:
-        """Where plain decoding is best, the next rounds need not ask."""
-        if option is not None or state.exploring or self._rounds <= FIRST_ROUNDS:
-            self._backoff.reset()
-            return
-        clear = forecast.predicted_speedup < CLEARLY_WORSE
-        most = MAX_BACKOFF if clear else NEAR_BACKOFF
-        self._backoff.double(most, self.exploration.rounds_left, forecast.size)
+        return self._start(state, forecast, self.modes.choose(state, forecast, self._rounds))
 
     def _start(
         self, state: RoundState, forecast: RoundForecast, option: Option | None
@@ -315,7 +223,8 @@ class Smart:
         self._count_burn_in(round)
         seconds = round.verify_seconds + sum(round.level_seconds)
         if state.exploring:
-            self._observe_exploration(round, state, accepted, seconds)
+            if self.modes.observe_exploration(round, state, accepted, seconds):
+                self._learn_and_predict_anew()
         elif not batch.prefill_rows:  # prompts' time pays for nothing that slows down decoding
             self.exploration.observe_best(seconds)
         seconds += round.other_seconds
@@ -328,14 +237,14 @@ class Smart:
         self.costs.observe_overhead(round)
         self.costs.disturbed = False
         self.costs.observe_plain(round)
-        if not self._drafting:  # else it belongs to an exploration, or was not planned
+        if not self.modes.drafting:  # else it belongs to an exploration, or was not planned
             self.exploration.observe_best(round.verify_seconds)
         seconds = round.verify_seconds + round.other_seconds
         self.statistics.record(round.batch.size, 0, 0.0, seconds, seconds, False)
 
     def _learns_now(self, round: Round) -> bool:
-        beginning = self._rounds - self._began <= FIRST_DRAFTING
-        beginning = beginning or self._in_burn_in(round.batch.size)
+        beginning = self._rounds - self.modes.began <= FIRST_DRAFTING
+        beginning = beginning or self.modes.in_burn_in(round.batch.size)
         often = self._rounds <= FIRST_ROUNDS or (round.plan.speculate and beginning)
         return self._rounds % (LEARN_EVERY_FIRST if often else LEARN_EVERY) == 0
 
@@ -359,37 +268,10 @@ class Smart:
 
     def _count_burn_in(self, round: Round) -> None:
         size = round.batch.size
-        if round.level_widths and self._in_burn_in(size):
-            self._burn_in[size_bucket(size)] += 1
-            if not self._in_burn_in(size):
+        if round.level_widths and self.modes.in_burn_in(size):
+            self.modes.burn_in[size_bucket(size)] += 1
+            if not self.modes.in_burn_in(size):
                 self._learn_and_predict_anew()  # what was measured decides
-
-    def _observe_exploration(
-        self, round: Round, state: RoundState, accepted: int, seconds: float
-    ) -> None:
-        """Pays for it. Whether others follow is another question than what it cost: rows that had
-        waited are an investment, and where they were most of the cost, the next rounds are there to
-        use it. A plain round that did well was luck, or the costs know by now."""
-        forecast = state.forecast
-        assert forecast is not None
-        drafted = round.plan.speculate
-        beside = forecast.overhead if drafted else forecast.plain - float(forecast.verify[0])
-        loss = seconds + beside - (forecast.size + accepted) / state.best_rate
-        if drafted:
-            invested = 0.0
-            if round.level_widths:
-                regular = self.forecaster.catch_up.first_level(self.cost, state).regular
-                invested = max(0.0, round.level_seconds[0] - regular)
-            self.exploration.observe(loss, promising=loss < 2 * invested)
-        else:
-            # A process that was stopped meanwhile must not lose the explorations of hours.
-            loss = min(loss, forecast.plain)
-            clear = loss > CLEAR_LOSS * seconds
-            loss *= 1 + self._backoff.rounds
-            self.exploration.observe(loss, promising=False, clear=clear)
-        if not drafted or self.exploration.retries <= 0:
-            self._runs += 1
-            self._learn_and_predict_anew()
 
     def _learn(self) -> None:
         if self._learner.learn():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from smart_decoding.core.policies.common import TokenIds, depth_limits, expandable, useful
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round, StatelessPolicy
+from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, StatelessPolicy
 from smart_decoding.core.policies.topologies import TOPOLOGIES
 from smart_decoding.core.tree import DraftTrees, IntArray, slots
 from smart_decoding.errors import ConfigError
@@ -31,27 +31,26 @@ class Static(StatelessPolicy):
         self.levels = max(len(path) for path in self.paths)
         self.eos = frozenset(eos_token_ids)
         index = {(): 0, **{path: i for i, path in enumerate(self.paths, 1)}}
-        self._next = np.full(
-            (len(index), self.children), _OUTSIDE, np.int64
-        )  # (place, rank) -> place in the topology
+        # (place, rank) -> place in the topology
+        self._next = np.full((len(index), self.children), _OUTSIDE, np.int64)
         for path, place in index.items():
             if path:
                 self._next[index[path[:-1]], path[-1]] = place
         self._inner = (self._next != _OUTSIDE).any(axis=1)
 
     def plan(self, batch: BatchState) -> DraftPlan:
+        """The topology's levels, as far as a request may use them."""
         limits = depth_limits(batch)
         levels = min(self.levels, int(limits.max(initial=0)))
         inner = sum(len(path) == 1 and bool(self._inner[i]) for i, path in enumerate(self.paths, 1))
-        return (
-            DraftPlan(True, levels, self.children, inner * int((limits > 1).sum()))
-            if levels
-            else OFF
-        )
+        if not levels:
+            return OFF
+        return DraftPlan(True, levels, self.children, inner * int((limits > 1).sum()))
 
     def frontier(
         self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
     ) -> IntArray | None:
+        """The nodes of the topology that have children in it."""
         if level >= plan.levels:
             return None
         nodes = expandable(trees, level, depth_limits(batch), self.eos)
@@ -60,12 +59,9 @@ class Static(StatelessPolicy):
         return nodes if len(nodes) else None
 
     def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        return np.flatnonzero(
-            useful(trees, depth_limits(batch), self.eos) & (self._places(trees) != _OUTSIDE)
-        )
-
-    def observe(self, round: Round) -> None:
-        pass
+        """The nodes of the topology."""
+        inside = self._places(trees) != _OUTSIDE
+        return np.flatnonzero(useful(trees, depth_limits(batch), self.eos) & inside)
 
     def _places(self, trees: DraftTrees) -> IntArray:
         """[nodes] each node's place in the topology, or _OUTSIDE."""
@@ -92,8 +88,9 @@ def sibling_ranks(trees: DraftTrees) -> IntArray:
 def _parse(topology: str | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     if isinstance(topology, str):
         if topology not in TOPOLOGIES:
+            known = ", ".join(TOPOLOGIES)
             raise ConfigError(
-                f"unknown topology {topology!r}; known: {', '.join(TOPOLOGIES)}, or a list of rank paths"
+                f"unknown topology {topology!r}; known: {known}, or a list of rank paths"
             )
         return TOPOLOGIES[topology]
     try:

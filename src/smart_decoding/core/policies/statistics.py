@@ -9,9 +9,14 @@ class Statistics:
     """Exponentially decayed sums over rounds."""
 
     def __init__(self) -> None:
-        self.rounds = self.off = 0.0
-        self.tokens = self.seconds = self.plain_tokens = self.plain_seconds = 0.0
-        self.accepted = self.expected = 0.0
+        self.rounds = 0.0
+        self.off = 0.0
+        self.tokens = 0.0
+        self.seconds = 0.0
+        self.plain_tokens = 0.0
+        self.plain_seconds = 0.0
+        self.accepted = 0.0
+        self.expected = 0.0
 
     def record(
         self,
@@ -23,7 +28,7 @@ class Statistics:
         drafted: bool,
     ) -> None:
         """After a round: tokens come from `batch` requests and `accepted` nodes; `plain_seconds` is
-        what a plain round is believed to take, `expected` the sum of accept_prob over the verified
+        what a plain round is predicted to take, `expected` the sum of accept_prob over the verified
         nodes."""
         self.rounds = self.rounds * KEEP + 1.0
         self.off = self.off * KEEP + (not drafted)
