@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang quality soak lab pictures env clean
+.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang quality docs soak lab pictures env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -48,6 +48,10 @@ quality: env
 	@if command -v clang-format-19 >/dev/null; then \
 	  clang-format-19 --dry-run --Werror src/smart_decoding/kernels/csrc/*.cpp src/smart_decoding/kernels/csrc/*.h \
 	    tests/native/*.cpp tests/native/*.h; else echo "not checked: C++ formatting (no clang-format-19)"; fi
+
+# The documentation, into build/docs; a broken link or anchor is an error.
+docs: .venv/.installed-docs
+	$(BIN)/python -m mkdocs build --strict
 
 # Ten minutes of load with faults on a server, and ten without speculation; SECONDS_=30 is the short form (2 minutes).
 # Then faults, hostile clients and limits, and ten times as many random requests by the OpenAPI document as in `test`.
@@ -111,6 +115,10 @@ $(BIN)/python:
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) install -e '.[test,dev,bench]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP) install -e '.[docs]'
 	@touch $@
 
 clean:

@@ -1,0 +1,93 @@
+"""The documentation: links lead somewhere, pages are in the site, modules that it names exist.
+
+`make docs` builds the site strictly; this needs no MkDocs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+if not (ROOT / "mkdocs.yml").is_file():
+    pytest.skip("the docs are not in the source distribution", allow_module_level=True)
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+MODULE = re.compile(r"`((?:core|engine|models|drafters|integrations|server|kernels)/[\w/]+\.py)`")
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub and MkDocs make them of headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", t).strip().lower()) for t in titles}
+
+
+def broken_links(page: Path) -> Iterator[str]:
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.is_file() or (anchor and anchor not in anchors(target)):
+            yield link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    assert list(broken_links(page)) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One, two\n[a](#one-two) [b](#three) [c](nowhere.md) [d](https://example.org)\n"
+    )
+    assert list(broken_links(page)) == ["#three", "nowhere.md"]
+
+
+def test_every_page_has_its_place_in_the_site() -> None:
+    named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages <= named
+    assert {name for name in named if not name.startswith("repo/")} <= pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_modules_that_are_named_exist(page: Path) -> None:
+    if page.name in ("LOG.md", "CHANGELOG.md"):
+        pytest.skip("history names what there was")
+    source = ROOT / "src" / "smart_decoding"
+    named = MODULE.findall(page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (source / name).is_file()] == []
+
+
+def test_the_sources_name_pages_that_exist() -> None:
+    """Error messages and docstrings send readers to docs/."""
+    folders = [ROOT / "src", ROOT / "benchmarks" / "smart_lab", ROOT / "tools"]
+    named = {
+        name
+        for folder in folders
+        for path in folder.rglob("*.py")
+        for name in re.findall(r"\bdocs/[\w/-]+\.(?:md|json)", path.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 6_000
+
+
+def test_entries_of_the_log_have_dates_in_order() -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "LOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    dates = [re.fullmatch(r"(\d{4}-\d\d-\d\d): \S.*", heading) for heading in headings]
+    assert all(dates), [h for h, date in zip(headings, dates, strict=True) if not date]
+    assert sorted(headings, key=lambda h: h[:10]) == headings
