@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import Array, Structure, byref, c_void_p
 from typing import NamedTuple
 
@@ -248,11 +248,6 @@ def draft(
     )
     if status:
         raise RuntimeError("the CPU kernels do not support this head")
-
-
-def growing(head: Structure, rows: Structure, level: Structure) -> Callable[..., int]:
-    """smart_grow with its first level (controller.cpp), to be called with the other arguments."""
-    return functools.partial(_lib().smart_grow, byref(head), byref(rows), byref(level))
 
 
 def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:

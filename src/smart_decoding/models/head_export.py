@@ -19,7 +19,8 @@ from torch import Tensor
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import whole
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.head_files import ARCHITECTURE, FIRST, HeadFiles
+from smart_decoding.models.head_files import ARCHITECTURE, HeadFiles
+from smart_decoding.models.head_shapes import FIRST
 from smart_decoding.models.loading import Checkpoint
 
 TOKENS_PER_STEP = (
