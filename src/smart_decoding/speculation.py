@@ -306,7 +306,7 @@ class _Builder:
                 f"visual_positions={how!r} is not supported: use {' or '.join(VISUAL_POSITIONS)}"
             )
         if how is not None:
-            files = replace(files, sees=how == "decoupled")
+            files = replace(files, supports_images=how == "decoupled")
         known = how or files.config.get("visual_positions")  # it was trained so, or is wanted so
         if self._checkpoint.vision is not None and known is None:
             log.warning(

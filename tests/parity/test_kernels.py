@@ -17,7 +17,7 @@ from smart_decoding.kernels.memory import address
 from smart_decoding.kernels.ops import Arena
 from smart_decoding.models.layers import KVCache, Linear
 from smart_decoding.models.noise import gumbel, noise_key
-from smart_decoding.models.sampler import LOWEST, draw
+from smart_decoding.models.drawing import LOWEST, draw
 
 pytestmark = pytest.mark.usefixtures("variant")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,7 +36,7 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     torch.manual_seed(n)
     weight, x, bias = torch.randn(n, k).to(dtype), torch.randn(40, k), torch.randn(n)
     w, norm = packed(weight), torch.rand(k) + 0.5
-    alone = torch.cat([kernels.linear(x[i : i + 1], w, n, norm, 1e-5, bias) for i in range(40)])
+    alone = torch.cat([kernels.linear(x[i : i + 1], w, n, (norm, 1e-5), bias) for i in range(40)])
     rounds = dtype == torch.bfloat16 and kernels.rounds_inputs()
     normed = torch.nn.functional.rms_norm(x, (k,), norm, 1e-5)
     normed, read = (normed.bfloat16(), x.bfloat16()) if rounds else (normed, x)
@@ -45,7 +45,7 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(alone.double(), wanted, rtol=tolerance, atol=tolerance)
     for rows in range(1, 41):
         assert torch.equal(
-            kernels.linear(x[:rows].contiguous(), w, n, norm, 1e-5, bias), alone[:rows]
+            kernels.linear(x[:rows].contiguous(), w, n, (norm, 1e-5), bias), alone[:rows]
         )
     plain = kernels.linear(x, w, n)
     torch.testing.assert_close(
@@ -196,7 +196,9 @@ def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> Non
 def test_what_rounding_decides_is_left_to_numpy() -> None:
     row = np.zeros(600, np.float32)
     row[200:202] = 30.0, 30.0005
-    asked = [(address(row), seed, 0, 0, 0, 1.0, LOWEST, -math.inf) for seed in range(20000)]
+    asked = [
+        kernels.Draw(address(row), seed, 0, 0, 0, 1.0, LOWEST, -math.inf) for seed in range(20000)
+    ]
     drawn = kernels.draw(asked, len(row))
     assert (drawn.best == 201).all() and 0 < (drawn.token < 0).sum() < 40
     noise = gumbel(noise_key(np.arange(20000), 0, 0)[:, None], [200, 201]) + row[200:202]

@@ -143,7 +143,7 @@ def test_a_head_is_trained_on_what_it_reads_when_it_drafts(
         out = outputs(layer, x, 0)[item.answer - 2 :]
         wanted = out @ checkpoint.weights["lm_head.weight"].float().T
     torch.testing.assert_close(student, wanted, rtol=1e-3, atol=1e-4)
-    assert trainer.files().sees == sees
+    assert trainer.files().supports_images == sees
 
 
 @pytest.mark.parametrize("sees", [True, False])

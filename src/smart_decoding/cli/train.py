@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> int:
     sees = (
         args.visual_positions == "decoupled"
         if args.visual_positions
-        else init is not None and init.sees
+        else init is not None and init.supports_images
     )
     if sees and turns is None:  # what is read of pictures would not be written down
         raise ConfigError("a head that sees needs conversations about pictures: give --images")

@@ -34,7 +34,7 @@ class Head(Protocol):
     request's place in them."""
 
     aux_layers: tuple[int, ...]
-    sees: bool  # whether its rows take the embeddings of pictures, `Rows.mm_embeds`
+    supports_images: bool  # whether its rows take the embeddings of pictures, `Rows.mm_embeds`
     grows: bool
 
     def first(self, rows: Rows, parts: Sequence[Any], last: IntArray, asked: Asked) -> Ranked:
@@ -102,7 +102,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
             range(pool_pages + scratch_pages - scratch_pages // 8, pool_pages + scratch_pages)
         )
         super().__init__(pool_pages, scratch_pages - len(self._spare), max_levels)
-        self._head, self.aux_layers, self.sees = head, head.aux_layers, head.sees
+        self._head, self.aux_layers, self.sees = head, head.aux_layers, head.supports_images
         self.grow = self._grow if head.grows else None
         self._log: Log | None = None
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read

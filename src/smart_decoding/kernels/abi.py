@@ -85,7 +85,8 @@ def layout() -> str:
 def layout_source() -> str:
     """csrc/layout.inc: the same as asked of a compiler."""
     lines = [
-        "// Made by `python -m smart_decoding.kernels.abi` from abi.h: what layout.cpp says of each structure.\n"
+        "// Made by `python -m smart_decoding.kernels.abi` from abi.h: "
+        "what layout.cpp says of each structure.\n"
     ]
     for name in _bodies():
         lines += [

@@ -20,7 +20,7 @@ LIBRARIES = Path(__file__).parent / "lib"
 BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
 
-class Denied(ConfigError):
+class DeniedError(ConfigError):
     """The system does not let this process use what the CPU has: the next best variant runs."""
 
 
@@ -34,6 +34,7 @@ class Variant:
 
     @property
     def path(self) -> Path:
+        """The compiled library."""
         return LIBRARIES / f"libsmart_{self.name}.so"
 
     def refusal(self) -> str | None:
@@ -89,7 +90,7 @@ def load(name: str) -> ctypes.CDLL:
         ) from error
     abi.declare(library)
     if library.smart_enable():
-        raise Denied(f"the system does not let this process use the kernels' variant {name!r}")
+        raise DeniedError(f"the system does not let this process use the kernels' variant {name!r}")
     return library
 
 
@@ -111,7 +112,7 @@ def chosen() -> str:
     for name in runnable():
         try:
             load(name)
-        except Denied as error:
+        except DeniedError as error:
             refusals.append(str(error))
         else:
             return name

@@ -13,3 +13,8 @@ def address(array: Any) -> int:
         raise ValueError("arrays for native code must be contiguous")
     at: int = interface["data"][0]
     return at
+
+
+def address_or_none(array: Any) -> int | None:
+    """The address, or None of None: a null pointer."""
+    return None if array is None else address(array)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import Array, Structure, byref, c_void_p
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ from smart_decoding.kernels import abi, library
 from smart_decoding.kernels.memory import address
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
-MOST_K, NOT_DRAWN = 64, -1
+MOST_K = 64
+NOT_DRAWN = -1
 PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in vectors.h
 MAX_QUERIES = 32  # query heads per key head
 _DRAW = np.dtype(
@@ -41,6 +42,7 @@ _lib = library.library
 
 
 def vector_width() -> int:
+    """Floats in a vector register of the kernels that run."""
     return int(_lib().smart_vector_width())
 
 
@@ -62,12 +64,11 @@ def attends_by_pairs(bf16: bool, head_dim: int) -> bool:
 
 @functools.cache
 def fastest_hint() -> int:
-    """Where memory is best prefetched to, by trial. Intel's prefetchnta, past the caches, was seen
+    """Where memory is best prefetched to, as measured. Intel's prefetchnta, past the caches, was seen
     at a third of the speed of the others; Zen 4 reads a tenth faster into its second cache than
     into the first."""
-    memory = torch.ones(
-        64 << 20, dtype=torch.uint8
-    )  # not zeros: untouched pages would all be one page, in the caches
+    # not zeros: untouched pages would all be one page, in the caches
+    memory = torch.ones(64 << 20, dtype=torch.uint8)
     seconds = dict.fromkeys((PAST_CACHES, INTO_L2, INTO_CACHES), float("inf"))
     for hint in tuple(seconds) * 6:
         start = time.perf_counter()
@@ -93,14 +94,14 @@ class Arena:
         start = (-block.data_ptr() % self.HUGE) // size
         self._free = block[start : start + elements]
         length = elements * size // self.HUGE * self.HUGE
-        if length:
-            madvise = ctypes.CDLL(
-                None
-            ).madvise  # 14 = MADV_HUGEPAGE; only advice, so the result does not matter
+        if length:  # 14 = MADV_HUGEPAGE; only advice, so the result does not matter
+            madvise = ctypes.CDLL(None).madvise
             madvise(c_void_p(self._free.data_ptr()), ctypes.c_size_t(length), 14)
 
     def take(self, elements: int) -> Tensor:
-        tensor, self._free = self._free[:elements], self._free[elements:]
+        """The next elements of the block."""
+        tensor = self._free[:elements]
+        self._free = self._free[elements:]
         return tensor
 
 
@@ -135,21 +136,21 @@ def linear(
     x: Tensor,
     packed: Tensor,
     n: int,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
+    norm: tuple[Tensor, float] | None = None,
     bias: Tensor | None = None,
     out: Tensor | None = None,
     best: NDArray[np.int64] | None = None,
     hint: int = INTO_CACHES,
 ) -> Tensor:
-    """rms_norm(x) @ weight.T + bias for x [rows, k]; norm [k] and bias [n] are optional. Returns
-    [rows, n].
+    """rms_norm(x) @ weight.T + bias for x [rows, k]; norm ([k] and eps) and bias [n] are
+    optional. Returns [rows, n].
 
     `best` [rows], if given, receives what `argmax` says of the result. An empty `out` is left so:
     `best` alone is wanted. hint: see Arena."""
     rows, k = x.shape
     y = torch.empty(rows, n) if out is None else out
     scratch = torch.empty(rows, k)
+    norm_weight, eps = norm or (None, 0.0)
     _lib().smart_linear(
         x.data_ptr(),
         rows,
@@ -157,7 +158,7 @@ def linear(
         n,
         k,
         packed.dtype == torch.bfloat16,
-        pointer(norm),
+        pointer(norm_weight),
         eps,
         pointer(bias),
         scratch.data_ptr(),
@@ -220,8 +221,10 @@ def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """weight [n, k] (k a multiple of 4) in 8 bits, one scale for each row: packed [packed_rows(n) *
     k], scales, and sums of the integers, [packed_rows(n)] each."""
     n, k = weight.shape
-    weight, size = weight.float().contiguous(), packed_rows(n)
-    packed, scale = Arena(size * k, torch.int8).take(size * k), torch.empty(size)
+    weight = weight.float().contiguous()
+    size = packed_rows(n)
+    packed = Arena(size * k, torch.int8).take(size * k)
+    scale = torch.empty(size)
     sums = torch.empty(size, dtype=torch.int32)
     _lib().smart_pack_bytes(
         weight.data_ptr(), n, k, packed.data_ptr(), scale.data_ptr(), sums.data_ptr()
@@ -250,17 +253,12 @@ def draft(
         raise RuntimeError("the CPU kernels do not support this head")
 
 
-def growing(head: Structure, rows: Structure, level: Structure) -> Callable[..., int]:
-    """smart_grow with its first level (controller.cpp), to be called with the other arguments."""
-    return functools.partial(_lib().smart_grow, byref(head), byref(rows), byref(level))
-
-
 def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
     """Copies cache slots source[i] -> target[i] (int32) in every plane of keys/values [..., pages,
     head_dim, PAGE]."""
     if not (source.is_contiguous() and target.is_contiguous()):
         raise ValueError("slots to move must be contiguous")
-    pages, head_dim = keys.shape[-3], keys.shape[-2]
+    pages, head_dim = keys.shape[-3:-1]
     planes = keys.numel() // (pages * head_dim * PAGE)
     _lib().smart_move_kv(
         keys.data_ptr(),
@@ -304,7 +302,8 @@ def top_k(
     `tokens` [n] is added to these rows' scores; their probabilities are the softmax of the k noisy
     scores."""
     scale = torch.ones(len(x)) if scale is None else scale
-    ids, probs = torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k)
+    ids = torch.empty(len(x), k, dtype=torch.int64)
+    probs = torch.empty(len(x), k)
     _lib().smart_top_k(
         x.data_ptr(),
         len(x),
@@ -320,6 +319,22 @@ def top_k(
     return ids, probs
 
 
+class Draw(NamedTuple):
+    """What is drawn of a row, given by its address.
+
+    Only among the k largest (0: all; at most MOST_K; NOT_DRAWN: the maximum is all that is wanted),
+    those of at least `floor`, and of at least the maximum + `below`."""
+
+    row: int
+    seed: int
+    sample: int
+    position: int
+    k: int
+    scale: float
+    floor: float
+    below: float
+
+
 class Drawn(NamedTuple):
     """best: [rows] first maximum, -1 where it is not finite. kept: [rows] the score below which
     top-k cuts. token: [rows] the token, -1 where the choice is too close for the kernels."""
@@ -329,13 +344,10 @@ class Drawn(NamedTuple):
     token: NDArray[np.int64]
 
 
-def draw(draws: Sequence[tuple[int, int, int, int, int, float, float, float]], n: int) -> Drawn:
-    """The argmax of row * scale + noise for rows of n float32, each given as (its address, seed,
-    sample, position, k, scale, floor, below).
-
-    Only among the k largest (0: all; at most MOST_K; NOT_DRAWN: the maximum is all that is wanted),
-    those of at least `floor`, and of at least the maximum + `below`."""
-    count, what = len(draws), np.array(draws, _DRAW)
+def draw(draws: Sequence[Draw], n: int) -> Drawn:
+    """The argmax of row * scale + noise for rows of n float32, each as its `Draw` says."""
+    count = len(draws)
+    what = np.array(draws, _DRAW)
     drawn = Drawn(np.empty(count, np.int64), np.empty(count), np.empty(count, np.int64))
     _lib().smart_draw(address(what), count, n, *map(address, drawn), torch.get_num_threads())
     return drawn
@@ -365,4 +377,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, column: int = 0
 
 
 def pointer(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's first element, or None of None: a null pointer."""
     return None if tensor is None else tensor.data_ptr()

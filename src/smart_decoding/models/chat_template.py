@@ -1,7 +1,7 @@
 """Chat templates: the Jinja program a model ships that turns a conversation into its prompt.
 
 Templates come with downloaded models, so they run in Jinja's sandbox, with the environment that
-transformers gives them, and see plain JSON data only.
+transformers gives them, and get plain JSON data only.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ def _compile(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} … {% endgeneration %}: marks what training learns from, and is nothing
-        here."""
+        """{% generation %} … {% endgeneration %}: what training learns from; nothing here."""
 
         tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 

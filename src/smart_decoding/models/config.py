@@ -60,7 +60,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ModelError(
-                f"{self.heads} query heads cannot share {self.kv_heads} key heads: the config is wrong"
+                f"{self.heads} query heads cannot share {self.kv_heads} key heads: "
+                "the config is wrong"
             )
 
     @classmethod
@@ -92,9 +93,8 @@ class ModelConfig:
         Raises ModelError, naming what is not supported or missing."""
         family = metadata.get("general.architecture")
         if family not in _GGUF_FAMILIES:
-            raise ModelError(
-                f"GGUF architecture {family!r} is not supported; supported: {', '.join(_GGUF_FAMILIES)}"
-            )
+            known = ", ".join(_GGUF_FAMILIES)
+            raise ModelError(f"GGUF architecture {family!r} is not supported; supported: {known}")
         try:
             return _from_gguf(cls, str(family), metadata, tensor_names, rope_factors)
         except KeyError as error:
@@ -131,34 +131,35 @@ class ModelConfig:
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight a checkpoint must hold: Hugging Face name to shape, in the order of use."""
-        q_out, kv_out = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab, self.hidden)
         }
-        for layer in range(self.layers):
-            prefix = f"model.layers.{layer}."
-            attention = prefix + "self_attn."
-            shapes[prefix + "input_layernorm.weight"] = (self.hidden,)
-            for name, rows in (("q_proj", q_out), ("k_proj", kv_out), ("v_proj", kv_out)):
-                shapes[f"{attention}{name}.weight"] = (rows, self.hidden)
-                if self.qkv_bias:
-                    shapes[f"{attention}{name}.bias"] = (rows,)
-            if self.qk_norm:
-                shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (
-                    self.head_dim,
-                )
-            shapes[attention + "o_proj.weight"] = (self.hidden, q_out)
-            if self.o_bias:
-                shapes[attention + "o_proj.bias"] = (self.hidden,)
-            shapes[prefix + "post_attention_layernorm.weight"] = (self.hidden,)
-            shapes[prefix + "mlp.gate_proj.weight"] = shapes[prefix + "mlp.up_proj.weight"] = (
-                self.ffn,
-                self.hidden,
-            )
-            shapes[prefix + "mlp.down_proj.weight"] = (self.hidden, self.ffn)
+        layer = self._layer_shapes()
+        for i in range(self.layers):
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes["model.norm.weight"] = (self.hidden,)
         if not self.tie_embeddings:
             shapes["lm_head.weight"] = (self.vocab, self.hidden)
+        return shapes
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        q_out = self.heads * self.head_dim
+        kv_out = self.kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (self.hidden,)}
+        for name, rows in {"q_proj": q_out, "k_proj": kv_out, "v_proj": kv_out}.items():
+            shapes[f"self_attn.{name}.weight"] = (rows, self.hidden)
+            if self.qkv_bias:
+                shapes[f"self_attn.{name}.bias"] = (rows,)
+        if self.qk_norm:
+            shapes["self_attn.q_norm.weight"] = (self.head_dim,)
+            shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+        shapes["self_attn.o_proj.weight"] = (self.hidden, q_out)
+        if self.o_bias:
+            shapes["self_attn.o_proj.bias"] = (self.hidden,)
+        shapes["post_attention_layernorm.weight"] = (self.hidden,)
+        shapes["mlp.gate_proj.weight"] = (self.ffn, self.hidden)
+        shapes["mlp.up_proj.weight"] = (self.ffn, self.hidden)
+        shapes["mlp.down_proj.weight"] = (self.hidden, self.ffn)
         return shapes
 
     def check_tensors(self, found: Mapping[str, Collection[int]], where: str) -> None:
@@ -169,21 +170,20 @@ class ModelConfig:
         for name, shape in expected.items():
             if name not in found:
                 raise ModelError(
-                    f"{where} lacks the tensor {name}: it is incomplete, or its config does not fit it"
+                    f"{where} lacks the tensor {name}: "
+                    "it is incomplete, or its config does not fit it"
                 )
             if tuple(found[name]) != shape:
                 raise ModelError(
-                    f"{where}: the tensor {name} has shape {tuple(found[name])}, the config says {shape}"
+                    f"{where}: the tensor {name} has shape {tuple(found[name])}, "
+                    f"the config says {shape}"
                 )
-        known = {"lm_head.weight"} if self.tie_embeddings else set()
-        unknown = [
-            name
-            for name in found
-            if name not in expected.keys() | known and not name.endswith("inv_freq")
-        ]
+        known = {*expected, "lm_head.weight"} if self.tie_embeddings else expected
+        unknown = [name for name in found if name not in known and not name.endswith("inv_freq")]
         if unknown:
             raise ModelError(
-                f"{where} holds the tensor {unknown[0]}, which {_ARCHITECTURES[self.family]} does not use"
+                f"{where} holds the tensor {unknown[0]}, "
+                f"which {_ARCHITECTURES[self.family]} does not use"
             )
 
     def check_context(self, tokens: int) -> None:
@@ -195,8 +195,9 @@ class ModelConfig:
             )
         if self.sliding_window is not None and tokens > self.sliding_window:
             raise ModelError(
-                f"a context of {tokens} tokens exceeds the model's sliding window of {self.sliding_window}, "
-                "which is not supported beyond the window; lower the context"
+                f"a context of {tokens} tokens exceeds the model's sliding window of "
+                f"{self.sliding_window}, which is not supported beyond the window; "
+                "lower the context"
             )
 
     def inverse_frequencies(self) -> tuple[NDArray[np.float64], float]:
@@ -236,7 +237,8 @@ def _refuse_options(config: Mapping[str, Any], family: str) -> None:
 def _from_hf(
     cls: type[ModelConfig], family: str, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> ModelConfig:
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    heads = int(config["num_attention_heads"])
+    hidden = int(config["hidden_size"])
     options = rope.options_of(config)
     scaling = rope.scaling_from_hf(options, int(config["max_position_embeddings"]))
     has_bias = bool(config.get("attention_bias", False))
@@ -266,9 +268,8 @@ def _from_hf(
 
 def _mrope_of(options: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:
     sections = tuple(int(n) for n in options.get("mrope_section") or ())
-    half = (
-        int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
-    )
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    half = int(head_dim) // 2
     if sections and (len(sections) != 3 or sum(sections) != half):
         raise ValueError(f"mrope_section {sections} does not fill the {half} rotary frequencies")
     return sections
@@ -293,42 +294,43 @@ def _from_gguf(
     tensor_names: Collection[str],
     rope_factors: NDArray[np.float32] | None,
 ) -> ModelConfig:
-    def read(name: str, default: Any = None) -> Any:
-        return (
-            metadata[f"{family}.{name}"]
-            if default is None
-            else metadata.get(f"{family}.{name}", default)
-        )
-
-    if read("expert_count", 0):
-        raise ModelError("GGUF option expert_count: mixtures of experts are not supported")
-    heads, hidden = int(read("attention.head_count")), int(read("embedding_length"))
-    head_dim = int(read("attention.key_length", hidden // heads))
-    if int(read("rope.dimension_count", head_dim)) != head_dim:
-        raise ModelError(
-            "GGUF option rope.dimension_count: partial rotary embeddings are not supported"
-        )
-    trained = int(read("context_length"))
+    own = f"{family}."
+    heads = int(metadata[own + "attention.head_count"])
+    hidden = int(metadata[own + "embedding_length"])
+    head_dim = int(metadata.get(own + "attention.key_length", hidden // heads))
+    _refuse_gguf_options(metadata, own, head_dim)
+    epsilon = float(metadata[own + "attention.layer_norm_rms_epsilon"])
+    trained = int(metadata[own + "context_length"])
     scaling = rope.scaling_from_gguf(metadata, family, trained, rope_factors)
     ends = ("eos_token_id", "eot_token_id", "eom_token_id")
     return cls(
         family=family,
-        layers=int(read("block_count")),
+        layers=int(metadata[own + "block_count"]),
         hidden=hidden,
         heads=heads,
-        kv_heads=int(read("attention.head_count_kv", heads)),
+        kv_heads=int(metadata.get(own + "attention.head_count_kv", heads)),
         head_dim=head_dim,
-        ffn=int(read("feed_forward_length")),
+        ffn=int(metadata[own + "feed_forward_length"]),
         vocab=len(metadata["tokenizer.ggml.tokens"]),
-        rope_theta=float(read("rope.freq_base", 10_000.0)),
-        rms_eps=round(float(read("attention.layer_norm_rms_epsilon")), 12),  # stored as float32
+        rope_theta=float(metadata.get(own + "rope.freq_base", 10_000.0)),
+        rms_eps=round(epsilon, 12),  # stored as float32
         max_positions=rope.stretched_positions(scaling, trained),
         tie_embeddings="output.weight" not in tensor_names,
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         o_bias="blk.0.attn_output.bias" in tensor_names,
         qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
         rope_scaling=scaling,
-        sliding_window=metadata.get(f"{family}.attention.sliding_window"),
+        sliding_window=metadata.get(own + "attention.sliding_window"),
         eos_token_ids=_ids(*(metadata.get(f"tokenizer.ggml.{name}") for name in ends)),
         bos_token_id=next(iter(_ids(metadata.get("tokenizer.ggml.bos_token_id"))), None),
     )
+
+
+def _refuse_gguf_options(metadata: Mapping[str, Any], own: str, head_dim: int) -> None:
+    """Raises ModelError for what is not computed. own: the prefix of the family's metadata."""
+    if metadata.get(own + "expert_count", 0):
+        raise ModelError("GGUF option expert_count: mixtures of experts are not supported")
+    if int(metadata.get(own + "rope.dimension_count", head_dim)) != head_dim:
+        raise ModelError(
+            "GGUF option rope.dimension_count: partial rotary embeddings are not supported"
+        )

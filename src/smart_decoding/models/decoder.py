@@ -1,4 +1,4 @@
-"""One decoder for the Llama family: rows in, logits and aux hidden states states out."""
+"""One decoder for the Llama family: rows in, logits and aux hidden states out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from smart_decoding.models.rows import native_rows
 
 @dataclass
 class ForwardOutput:
-    """logits: [wanted rows, vocab], valid until the next forward; aux_layers: [rows, aux_layers *
+    """logits: [wanted rows, vocab], valid until the next forward; aux_hidden: [rows, aux_layers *
     hidden], the residual streams after the aux layers, or None; best: [wanted rows] first maximum
     of the logits (-1: not finite), where the kernels find it in passing."""
 
@@ -111,44 +111,26 @@ class Decoder:
         native: bool | None = None,
         graphs: bool = True,
     ) -> None:
-        self.config, self.dtype, self.device = config, dtype, device
+
+        def get(name: str) -> Tensor:
+            return weights[name].to(device=device, dtype=dtype)
+
+        self.config = config
+        self.dtype = dtype
+        self.device = device
         self.native = use_native(config, device) if native is None else native
         self.work_dtype = torch.float32 if self.native else dtype
         self.workspace = Workspace()
-        layers = [
-            layer_weights(config, weights, f"model.layers.{i}.", dtype, device)
-            for i in range(config.layers)
-        ]
-        arena = None
-        if self.native:
-            output = packed_rows(config.vocab) * config.hidden
-            arena = Arena(layers[0].elements() * config.layers + output, dtype)
-        on_cuda = device.type == "cuda"
-        if (
-            on_cuda
-        ):  # cuDNN's attention makes a plan for each shape, and here shapes change every round
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        self._layers: Layers
-        if arena:
-            self._layers = NativeLayers(layers, arena, self.workspace)
-        else:
-            self._layers = graphed(layers) if on_cuda and graphs else TorchLayers(layers)
-        embedding = weights["model.embed_tokens.weight"].to(device=device, dtype=dtype)
-        head = (
-            embedding
-            if config.tie_embeddings
-            else weights["lm_head.weight"].to(device=device, dtype=dtype)
-        )
-        norm = weights["model.norm.weight"].to(device=device, dtype=dtype)
-        self.head = Linear(head, self.native, arena, norm, config.rms_eps)
+        arena = self._set_layers(weights, graphs)
+        embedding = get("model.embed_tokens.weight")
+        output = embedding if config.tie_embeddings else get("lm_head.weight")
+        norm = get("model.norm.weight")
+        self.head = Linear(output, self.native, arena, norm, config.rms_eps)
         self._embedding = None if config.tie_embeddings else embedding
         self.final_norm: Tensor | None = norm
         self.rotary = rotary_table(config, positions, device)
-        self._axis = (
-            torch.from_numpy(np.repeat(np.arange(3), config.mrope)).to(device)
-            if config.mrope
-            else None
-        )
+        axes = np.repeat(np.arange(3), config.mrope) if config.mrope else None
+        self._axis = None if axes is None else torch.from_numpy(axes).to(device)
         self.kv = KVCache.empty(
             config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native
         )
@@ -157,6 +139,25 @@ class Decoder:
             self.model = NativeModel(
                 self._layers, self._embedding, self.head, norm, self.kv, self.rotary
             )
+
+    def _set_layers(self, weights: Mapping[str, Tensor], graphs: bool) -> Arena | None:
+        """Makes the layers; returns memory with room for the output matrix, on the CPU kernels."""
+        config = self.config
+        layers = [
+            layer_weights(config, weights, f"model.layers.{i}.", self.dtype, self.device)
+            for i in range(config.layers)
+        ]
+        self._layers: Layers
+        if self.native:
+            output = packed_rows(config.vocab) * config.hidden
+            arena = Arena(layers[0].elements() * config.layers + output, self.dtype)
+            self._layers = NativeLayers(layers, arena, self.workspace)
+            return arena
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:  # cuDNN's attention makes a plan for each shape, and shapes change every round
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        self._layers = graphed(layers) if on_cuda and graphs else TorchLayers(layers)
+        return None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -189,14 +190,12 @@ class Decoder:
             return ForwardOutput(logits, states, best)
         x = self.embed(torch.from_numpy(rows.token).to(self.device))
         put(x, rows.mm_embeds)
-        aux_hidden = (
-            x.new_empty(len(rows), len(aux_layers) * self.config.hidden) if aux_layers else None
-        )
-        wanted = (
-            None if rows.logit_rows is None else torch.from_numpy(rows.logit_rows).to(self.device)
-        )
+        width = len(aux_layers) * self.config.hidden
+        aux_hidden = x.new_empty(len(rows), width) if aux_layers else None
         self._layers(x, self._context(rows, aux_layers, aux_hidden), self.kv)
-        return ForwardOutput(self.head(x if wanted is None else x[wanted]).float(), aux_hidden)
+        if rows.logit_rows is not None:
+            x = x[torch.from_numpy(rows.logit_rows).to(self.device)]
+        return ForwardOutput(self.head(x).float(), aux_hidden)
 
     def _context(
         self, rows: Rows, aux_layers: tuple[int, ...] = (), aux_hidden: Tensor | None = None

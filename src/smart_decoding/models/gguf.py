@@ -74,11 +74,12 @@ def _key(source: Source) -> str:
     if source.sha256:
         return f"v{_VERSION}-{source.sha256[:16]}"
     stat = source.path.stat()
-    seen = f"{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    return f"v{_VERSION}-{hashlib.sha256(seen.encode()).hexdigest()[:16]}"
+    identity = f"{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    return f"v{_VERSION}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def is_whole(folder: Path) -> bool:
+    """Whether a converted folder has all its files, each with all its bytes."""
     try:
         sizes = json.loads((folder / _RECORD).read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -112,12 +113,13 @@ def _convert(source: Source, target: Path, check: Callable[[ModelConfig], None])
 
 
 def move_into_place(part: Path, target: Path) -> None:
+    """Renames a finished folder, unless another process was faster. Raises DownloadError."""
     target.parent.mkdir(exist_ok=True)
     part.chmod(0o755)  # a temporary folder is its owner's alone, and a cache may be shared
     try:
         os.rename(part, target)
     except OSError as error:
-        if not is_whole(target):  # else another process was faster
+        if not is_whole(target):
             raise DownloadError(f"cannot write {target}: {error.strerror}") from error
 
 
@@ -200,9 +202,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         reader = GGUFReader(path)
         metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
         return metadata, {tensor.name: tensor for tensor in reader.tensors}
-    except (
-        Exception
-    ) as error:  # the reader parses what it finds, so a corrupt file can raise anything
+    except Exception as error:  # the reader parses what it finds: a corrupt file can raise any
         reason = (str(error).splitlines() or [""])[0]
         raise ModelError(
             f"{path.name} is not a readable GGUF file, corrupt or truncated: {reason}"

@@ -32,10 +32,10 @@ class Grammars:
     several threads."""
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos_ids: Sequence[int]) -> None:
-        self._tokenizer, self._vocab, self._eos_ids = tokenizer, vocab, tuple(eos_ids)
-        self._ready: Any = (
-            None  # llguidance's tokenizer: a fraction of a second, so made at first use
-        )
+        self._tokenizer = tokenizer
+        self._vocab = vocab
+        self._eos_ids = tuple(eos_ids)
+        self._ready: Any = None  # llguidance's tokenizer: made at first use, which takes a while
         self._compiled: OrderedDict[StructuredOutputsParams, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -61,9 +61,8 @@ class Grammars:
             matcher = llguidance.LLMatcher(
                 self._tokens(llguidance), _source(llguidance, params), log_level=0
             )
-            mask = (
-                matcher.deep_copy().compute_bitmask()
-            )  # the first one takes longest: not in the engine's time
+            # the first one takes longest: not in the engine's time
+            mask = matcher.deep_copy().compute_bitmask()
         except ValueError as error:
             raise ConfigError(f"structured_outputs: {_one_line(error)}") from error
         if matcher.is_error():
@@ -82,7 +81,8 @@ class Grammars:
         """llguidance takes every added token for a special one, which no text may contain. Some are
         text: Qwen's <tool_call> and <think>. Where a model has such tokens, it is told all tokens'
         bytes and which are special."""
-        ends, backend = list(self._eos_ids), self._tokenizer.backend
+        ends = list(self._eos_ids)
+        backend = self._tokenizer.backend
         found = llguidance.LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=ends)
         added = backend.get_added_tokens_decoder()
         text = {id_ for id_, token in added.items() if not token.special and id_ not in ends}
@@ -123,10 +123,13 @@ class GrammarConstraint:
     go back."""
 
     def __init__(self, matcher: Any, vocab: int, eos_ids: Sequence[int]) -> None:
-        self._matcher, self._vocab, self._eos_ids = matcher, vocab, eos_ids
+        self._matcher = matcher
+        self._vocab = vocab
+        self._eos_ids = eos_ids
         self._ended = False
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
+        """See `Constraint`."""
         if self._ended or not set(self._eos_ids).isdisjoint(path):  # whatever comes then is dropped
             mask = np.zeros(self._vocab, np.bool_)
             mask[list(self._eos_ids)] = True
@@ -138,6 +141,7 @@ class GrammarConstraint:
         return np.unpackbits(bits, count=self._vocab, bitorder="little").view(np.bool_)
 
     def accepts(self, path: Sequence[int]) -> bool:
+        """See `Constraint`."""
         *before, last = path
         if self._ended or not set(self._eos_ids).isdisjoint(before):
             return False
@@ -151,6 +155,7 @@ class GrammarConstraint:
         return bool(may_end)
 
     def append(self, tokens: Sequence[int]) -> None:
+        """See `Constraint`."""
         ends = [i for i, token in enumerate(tokens) if token in self._eos_ids]
         self._ended = self._ended or bool(ends)
         self._take(tokens[: ends[0]] if ends else tokens)

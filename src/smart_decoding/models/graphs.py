@@ -33,9 +33,8 @@ log = logging.getLogger("smart.graphs")
 # Rows: as many as tensor cores multiply at once anyway. More are run eagerly: prompts, which
 # launches do not slow.
 BUCKETS = (1, 2, 4, *range(8, 64, 8), *range(64, 321, 16))
-Record = Callable[
-    [Callable[[], None]], Callable[[], None]
-]  # from what is done to what does it again
+# from what is done to what does it again
+Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class CudaRecorder:
@@ -47,7 +46,9 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        """Runs a function, and returns what replays its launches."""
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             run()  # libraries set themselves up at their first call, which cannot be recorded
@@ -67,13 +68,16 @@ class GraphedLayers:
     def __init__(
         self, layers: TorchLayers, record: Record, buckets: Sequence[int] = BUCKETS
     ) -> None:
-        self._eager, self._buckets = layers, buckets
-        w, most = layers.each[0].weights, buckets[-1]
+        self._eager = layers
+        self._buckets = buckets
+        w = layers.each[0].weights
+        most = buckets[-1]
 
         def rows(*shape: int) -> Tensor:
             return w.qkv.new_zeros(most, *shape)
 
-        self._x, self._attended = rows(w.hidden), rows(w.heads * w.head_dim)
+        self._x = rows(w.hidden)
+        self._attended = rows(w.heads * w.head_dim)
         self._rotation = tuple(rows(w.head_dim // 2).float() for _ in range(2))
         self._qkv = (
             rows(w.heads, w.head_dim),
@@ -81,11 +85,9 @@ class GraphedLayers:
             rows(w.kv_heads, w.head_dim),
         )
         halves = [None, *layers.each, None]
-        self._parts = {
+        self._parts = {  # the largest first: smaller ones then fit into its memory
             size: [record(partial(self._part, *pair, size)) for pair in itertools.pairwise(halves)]
-            for size in reversed(
-                buckets
-            )  # the largest first: smaller ones then fit into its memory
+            for size in reversed(buckets)
         }
 
     @torch.inference_mode()
@@ -101,6 +103,7 @@ class GraphedLayers:
                 buffer[:size] = part
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
+        """See `Layers`."""
         rows = len(x)
         if rows > self._buckets[-1]:
             self._eager(x, context, cache)
@@ -123,7 +126,8 @@ class GraphedLayers:
 
 def graphed(layers: Sequence[LayerWeights]) -> Layers:
     """The layers in CUDA graphs; without, and saying so, where recording fails."""
-    eager, collecting = TorchLayers(layers), gc.isenabled()
+    eager = TorchLayers(layers)
+    collecting = gc.isenabled()
     gc.disable()  # freeing a tensor in the middle of a recording would spoil it
     try:
         return GraphedLayers(eager, CudaRecorder(layers[0].qkv.device))

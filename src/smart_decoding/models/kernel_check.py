@@ -1,5 +1,5 @@
 """Whether the CPU kernels run a model. Where they cannot on a CPU, plain torch runs only if
-somebody asked for it."""
+it was asked for."""
 
 from __future__ import annotations
 
@@ -82,6 +82,7 @@ def warn_if_missing(device: torch.device) -> None:
 @functools.cache
 def _warn(reason: str) -> None:
     log.warning(
-        "no CPU kernels: %s. Plain torch runs: slower, and in bf16 near-ties can fall the other way",
+        "no CPU kernels: %s. Plain torch runs: "
+        "slower, and in bf16 near-ties can fall the other way",
         reason,
     )

@@ -48,6 +48,7 @@ class LayerWeights:
 
     @property
     def hidden(self) -> int:
+        """Width of the residual stream."""
         return int(self.output.shape[0])
 
     def elements(self) -> int:
@@ -84,14 +85,16 @@ class KVCache:
         device: torch.device,
         native: bool,
     ) -> KVCache:
-        shape, last = (layers, kv_heads, pages), (PAGE, head_dim)
-        keys = torch.zeros(
-            *shape, *(reversed(last) if native else last), dtype=dtype, device=device
-        )
-        return cls(keys, torch.zeros(*shape, *last, dtype=dtype, device=device), native)
+        """Zeros, in the layout of those who write it."""
+        planes = (layers, kv_heads, pages)
+        key_page = (head_dim, PAGE) if native else (PAGE, head_dim)
+        keys = torch.zeros(*planes, *key_page, dtype=dtype, device=device)
+        values = torch.zeros(*planes, PAGE, head_dim, dtype=dtype, device=device)
+        return cls(keys, values, native)
 
     @property
     def bytes(self) -> int:
+        """Of keys and values."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def move(self, source: Tensor, target: Tensor) -> None:
@@ -100,9 +103,11 @@ class KVCache:
         if self.native:
             kernels.move_kv(self.keys, self.values, source, target)
             return
-        s, t = source.long().to(self.keys.device), target.long().to(self.keys.device)
+        source = source.long().to(self.keys.device)
+        target = target.long().to(self.keys.device)
         for part in (self.keys, self.values):
-            part[..., t // PAGE, t % PAGE, :] = part[..., s // PAGE, s % PAGE, :]
+            moved = part[..., source // PAGE, source % PAGE, :]
+            part[..., target // PAGE, target % PAGE, :] = moved
 
 
 class Workspace:
@@ -137,6 +142,7 @@ class Context:
 
     @cached_property
     def gathered(self) -> GatheredRows:
+        """The rows as torch's attention reads them."""
         return GatheredRows(self.rows, self.cosine.device)
 
     @cached_property
@@ -153,6 +159,8 @@ class Context:
 
 
 class Layers(Protocol):
+    """All layers of a model or head."""
+
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         """Updates x [rows, hidden] in place, layer by layer, and writes the rows' keys and values
         to the cache."""
@@ -169,10 +177,11 @@ class NativeLayers:
         self._workspace = workspace
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
-        c, scratch = context, self._scratch(len(x))
-        rows = native_rows(c.rows, c.cosine, c.sine)
+        """See `Layers`."""
+        rows = native_rows(context.rows, context.cosine, context.sine)
         both = (cache.keys, cache.values)
-        kernels.layers(self.structs, rows.struct, c.inputs, x, both, scratch, self._bf16)
+        scratch = self._scratch(len(x))
+        kernels.layers(self.structs, rows.struct, context.inputs, x, both, scratch, self._bf16)
 
     def _scratch(self, rows: int) -> Structure:
         """Working memory for `rows` rows."""
@@ -196,16 +205,14 @@ class NativeLayers:
         ]
         self._keep += [*vectors, *matrices]
         return kernels.Layer(
-            *(
-                w.hidden,
-                w.qkv.shape[1],
-                w.heads,
-                w.kv_heads,
-                w.head_dim,
-                len(w.gate),
-                arena.hint,
-                w.eps,
-            ),
+            w.hidden,
+            w.qkv.shape[1],
+            w.heads,
+            w.kv_heads,
+            w.head_dim,
+            len(w.gate),
+            arena.hint,
+            w.eps,
             *(kernels.pointer(v) for v in vectors),
             *(m.data_ptr() for m in matrices),
         )
@@ -232,6 +239,7 @@ class TorchLayers:
         self.each = [TorchLayer(w) for w in layers]
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
+        """See `Layers`."""
         for i, layer in enumerate(self.each):
             q, k, v = layer.before(x, *context.rotation, context.inputs if i == 0 else None)
             layer.after(x, attend(q, k, v, context, cache.keys[i], cache.values[i]))
@@ -257,7 +265,8 @@ class TorchLayer:
         qkv = F.linear(normed, w.qkv, w.qkv_bias).view(len(x), -1, w.head_dim)
         q, k, v = torch.split(qkv, [w.heads, w.kv_heads, w.kv_heads], dim=1)
         if w.q_norm is not None:
-            q, k = rms_norm(q, w.q_norm, w.eps), rms_norm(k, w.k_norm, w.eps)
+            q = rms_norm(q, w.q_norm, w.eps)
+            k = rms_norm(k, w.k_norm, w.eps)
         return rotate(q, cosine, sine), rotate(k, cosine, sine), v
 
     def after(self, x: Tensor, attended: Tensor) -> None:
@@ -280,15 +289,15 @@ def attend(
     rows = context.gathered
     for cache, new in ((keys, k), (values, v)):
         cache[:, rows.page, rows.offset] = new.transpose(0, 1).to(cache.dtype)
-    (groups, longest), (heads, width), kv_heads = rows.shape, q.shape[1:], k.shape[1]
+    groups, longest = rows.shape
+    heads, width = q.shape[1:]
+    kv_heads = k.shape[1]
     if not rows.even:
         padded = q.new_zeros(groups * longest, heads, width)
         padded[rows.query] = q
         q = padded
-    k, v = (
-        cache[:, rows.key_page, rows.key_offset]
-        .transpose(0, 1)
-        .to(q.dtype)  # [groups, kv_heads, k, head_dim]
+    k, v = (  # [groups, kv_heads, k, head_dim]
+        cache[:, rows.key_page, rows.key_offset].transpose(0, 1).to(q.dtype)
         for cache in (keys, values)
     )
     folded = (
@@ -336,22 +345,26 @@ class Linear:
         eps: float = 0.0,
         bias: Tensor | None = None,
     ) -> None:
-        self.rows, self._native, self._eps = len(weight), native, eps
-        self._norm, self.bias = norm, bias
+        self.rows = len(weight)
+        self._native = native
+        self._eps = eps
+        self._norm = norm
+        self.bias = bias
         if not native:
             self._weight = weight
             return
         size = kernels.packed_rows(len(weight)) * weight.shape[1]
         arena = arena or Arena(size, weight.dtype)
-        self._weight, self._hint = kernels.pack(weight, arena.take(size)), arena.hint
+        self._weight = kernels.pack(weight, arena.take(size))
+        self._hint = arena.hint
         self._norm = None if norm is None else norm.float().contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype."""
         if self._native:
-            norm, eps = self._norm, self._eps
-            return kernels.linear(x, self._weight, self.rows, norm, eps, self.bias, hint=self._hint)
+            norm = None if self._norm is None else (self._norm, self._eps)
+            return kernels.linear(x, self._weight, self.rows, norm, self.bias, hint=self._hint)
         return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self.bias)
 
     @property

@@ -31,7 +31,7 @@ _FLOATS = ("BF16", "F16", "F32")
 class Checkpoint:
     """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`:
     a folder for Tokenizer.load; `provenance`: strings that say which weights these are; `vision`:
-    how it sees, if it does."""
+    its vision part, if it has one."""
 
     config: ModelConfig
     weights: Mapping[str, torch.Tensor]
@@ -78,12 +78,12 @@ def _load_vision(
     config, whole = vision.read_configs(folder, raw, _generation(folder))
     check(config)
     weights = SafetensorsWeights(folder)
-    ours, seeing = vision.split_names(weights, architecture)
+    ours, of_vision = vision.split_names(weights, architecture)
     config.check_tensors(
         {name: weights.shapes[theirs] for name, theirs in ours.items()}, folder.name
     )
     provenance = _provenance(source, weights.dtype_of(ours["model.embed_tokens.weight"]))
-    files = VisionFiles(folder, whole, seeing, weights)
+    files = VisionFiles(folder, whole, of_vision, weights)
     return Checkpoint(config, RenamedWeights(weights, ours), folder, provenance, files)
 
 
@@ -129,8 +129,9 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
                 self._file_of[name] = file
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
                 if self.dtype_of(name) not in _FLOATS:
+                    known = ", ".join(_FLOATS)
                     raise ModelError(
-                        f"the tensor {name} is {self.dtype_of(name)}; supported: {', '.join(_FLOATS)}"
+                        f"the tensor {name} is {self.dtype_of(name)}; supported: {known}"
                     )
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -148,7 +149,7 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
 
 
 def _weight_files(folder: Path) -> Mapping[Path, list[str] | None]:
-    """The files to open, with the tensors the index promises in each (None: whatever is in it).
+    """The files to open, with the tensors the index lists in each (None: whatever is in it).
 
     One file comes before an index, as in transformers, which leaves an older index behind when it
     saves anew."""

@@ -16,7 +16,7 @@ from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.media import MultimodalEmbeddings
 from smart_decoding.engine.protocols import GreedyBatch, GreedyRound
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.memory import address
+from smart_decoding.kernels.memory import address, address_or_none
 from smart_decoding.kernels.ops import pointer
 from smart_decoding.models.layers import KVCache, Linear, NativeLayers
 
@@ -37,30 +37,16 @@ class NativeModel:
         kv: KVCache,
         rotary: tuple[Tensor, Tensor],
     ) -> None:
-        first, bf16 = layers.structs[0], kv.keys.dtype == torch.bfloat16
         norm = final_norm.float().contiguous()
         table = None if embedding is None else embedding.contiguous()
-        packed = output.packed
-        self._keep = (layers, norm, table, packed, kv, rotary)
-        self._model = kernels.Model(
-            ctypes.addressof(layers.structs),
-            None if table is not None else packed.data_ptr(),
-            pointer(table),
-            packed.data_ptr(),
-            norm.data_ptr(),
-            kv.keys.data_ptr(),
-            kv.values.data_ptr(),
-            output.rows,
-            kv.keys.shape[-3],
-            len(layers.structs),
-            first.hint,
-            bf16,
-            bf16,
-            first.eps,
-        )
-        self._hidden, self._vocab = first.hidden, output.rows
+        self._keep = (layers, norm, table, output.packed, kv, rotary)
+        self._model = _model(layers, table, output, norm, kv)
+        first = layers.structs[0]
+        self._hidden = first.hidden
+        self._vocab = output.rows
         self._aux_layers: dict[tuple[int, ...], NDArray[np.int32]] = {}
-        self._pass, self._logits = kernels.Pass(), torch.empty(0, self._vocab)
+        self._pass = kernels.Pass()
+        self._logits = torch.empty(0, self._vocab)
         self._seconds = np.empty(2)
         self._round = kernels.Round(
             hidden=self._hidden,
@@ -85,45 +71,47 @@ class NativeModel:
         count = rows.rows if wanted is None else len(wanted)
         if len(self._logits) < count:
             self._logits = torch.empty(count + count // 4, self._vocab)
-        aux_hidden, best, what = (
-            self._prepare(rows.rows, aux_layers),
-            np.empty(count, np.int64),
-            self._pass,
-        )
+        aux_hidden = self._prepare(rows.rows, aux_layers)
+        best = np.empty(count, np.int64)
+        embeddings, alive = embedding_addresses(mm_embeds, rows.rows)
+        what = self._pass
         what.logits = self._logits.data_ptr()
-        what.token, what.best, what.wanted_count = address(token), address(best), count
-        what.wanted = None if wanted is None else address(wanted)
-        pictures, alive = embedding_addresses(mm_embeds, rows.rows)
-        what.embeddings = None if pictures is None else address(pictures)
+        what.token = address(token)
+        what.best = address(best)
+        what.wanted_count = count
+        what.wanted = address_or_none(wanted)
+        what.embeddings = address_or_none(embeddings)
         kernels.forward(self._model, rows, what)
         del alive  # until here
-        return (
-            self._logits[:count],
-            None if aux_hidden is None else torch.from_numpy(aux_hidden),
-            best,
-        )
+        states = None if aux_hidden is None else torch.from_numpy(aux_hidden)
+        return self._logits[:count], states, best
 
     def verify(self, batch: GreedyBatch) -> GreedyRound:
         """See VerifyGreedy."""
-        trees, kept, r = batch.trees, batch.kept, self._round
-        requests, nodes = len(batch.roots), len(kept)
-        rows = requests + nodes
-        given, found = np.array(batch[:3], np.int64), np.empty((5, rows), np.int64)
-        at, step = address(given), 8 * requests
-        r.requests, r.nodes, r.room = requests, nodes, trees.ints.shape[1]
-        r.trees, r.kept = address(trees.ints), address(kept)
-        r.root, r.length, r.pages = at, at + step, at + 2 * step
-        at, step = address(found), 8 * rows
-        r.after, r.emitted, r.path, r.accepted, r.first = range(at, at + 5 * step, step)
+        requests = len(batch.roots)
+        rows = requests + len(batch.kept)
+        given = np.array([batch.roots, batch.lengths, batch.tables], np.int64)
+        found = np.empty((5, rows), np.int64)
+        struct = self._round
+        struct.requests = requests
+        struct.nodes = len(batch.kept)
+        struct.room = batch.trees.ints.shape[1]
+        struct.trees = address(batch.trees.ints)
+        struct.kept = address(batch.kept)
+        struct.root, struct.length, struct.pages = _lines(given)
+        struct.after, struct.emitted, struct.path, struct.accepted, struct.first = _lines(found)
         aux_hidden = self._prepare(rows, batch.aux_layers)
         self._pass.wanted = self._pass.embeddings = self._pass.logits = None
-        kernels.verify_round(self._model, r, self._pass)
+        kernels.verify_round(self._model, struct, self._pass)
         emitted, path, accepted, first = found[1:].tolist()
-        emitted_of, path_of, token, node = [], [], 0, 0
-        for count in accepted[:requests]:
+        emitted_of = []
+        path_of = []
+        node = 0
+        for request, count in enumerate(accepted[:requests]):
+            token = node + request  # each one before has emitted a bonus token, too
             emitted_of.append(emitted[token : token + count + 1])
             path_of.append(path[node : node + count])
-            token, node = token + count + 1, node + count
+            node += count
         acceptance = Acceptance(found[0, :requests], found[0, requests:], emitted_of, path_of)
         return GreedyRound(acceptance, aux_hidden, first[:requests], *self._seconds.tolist())
 
@@ -132,13 +120,42 @@ class NativeModel:
         tensor takes ten times as long to cut."""
         if aux_layers not in self._aux_layers:
             self._aux_layers[aux_layers] = np.array(aux_layers, np.int32)
-        aux_hidden = (
-            np.empty((rows, len(aux_layers) * self._hidden), np.float32) if aux_layers else None
-        )
+        width = len(aux_layers) * self._hidden
+        aux_hidden = np.empty((rows, width), np.float32) if aux_layers else None
         what = self._pass
-        what.aux_layers, what.aux_count = address(self._aux_layers[aux_layers]), len(aux_layers)
-        what.aux_hidden = None if aux_hidden is None else address(aux_hidden)
+        what.aux_layers = address(self._aux_layers[aux_layers])
+        what.aux_count = len(aux_layers)
+        what.aux_hidden = address_or_none(aux_hidden)
         return aux_hidden
+
+
+def _model(
+    layers: NativeLayers, table: Tensor | None, output: Linear, norm: Tensor, kv: KVCache
+) -> Structure:
+    first = layers.structs[0]
+    bf16 = kv.keys.dtype == torch.bfloat16
+    return kernels.Model(
+        layers=ctypes.addressof(layers.structs),
+        embedding=output.packed.data_ptr() if table is None else None,
+        table=pointer(table),
+        output=output.packed.data_ptr(),
+        final_norm=norm.data_ptr(),
+        keys=kv.keys.data_ptr(),
+        values=kv.values.data_ptr(),
+        vocab=output.rows,
+        pages=kv.keys.shape[-3],
+        layer_count=len(layers.structs),
+        hint=first.hint,
+        w_bf16=bf16,
+        kv_bf16=bf16,
+        eps=first.eps,
+    )
+
+
+def _lines(array: NDArray[np.int64]) -> range:
+    """The address of each row of an array [rows, columns]."""
+    start, step = address(array), array.strides[0]
+    return range(start, start + step * len(array), step)
 
 
 def embedding_addresses(
@@ -148,7 +165,8 @@ def embedding_addresses(
     must stay alive."""
     if not mm_embeds:
         return None, []
-    found, kept = np.zeros(rows, np.int64), []
+    found = np.zeros(rows, np.int64)
+    kept = []
     for first, part in mm_embeds:
         kept.append(part.float().contiguous())
         start, step = kept[-1].data_ptr(), 4 * part.shape[1]

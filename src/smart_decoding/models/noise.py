@@ -22,9 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 BITS = 32  # of the uniform; 24 would already distort tokens of probability 1e-6 by several per cent
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd: SplitMix64's increment
 
-G_MAX = float(
-    np.float32(-math.log(-math.log1p(-(0.5**BITS) / 2)))
-)  # about 22.87: no noise exceeds it
+# about 22.87: no noise exceeds it
+G_MAX = float(np.float32(-math.log(-math.log1p(-(0.5**BITS) / 2))))
 G_MIN = float(np.float32(-math.log(-math.log(0.5**BITS / 2))))  # about -3.13: none is below
 
 
@@ -46,9 +45,8 @@ def uniform_bits(key: ArrayLike, token: ArrayLike) -> NDArray[np.uint64]:
 
 def gumbel_of_bits(bits: ArrayLike) -> NDArray[np.float32]:
     """Gumbel(0, 1) noise, in [G_MIN, G_MAX]; increasing in the bits."""
-    uniform = (
-        np.asarray(bits, np.float64) + 0.5
-    ) * 0.5**BITS  # strictly inside (0, 1), exact in float64
+    # strictly inside (0, 1), exact in float64
+    uniform = (np.asarray(bits, np.float64) + 0.5) * 0.5**BITS
     return np.asarray(-np.log(-np.log(uniform)), np.float32)
 
 

@@ -36,7 +36,8 @@ def _penalise(row: FloatRow, spec: SampleSpec) -> None:
         raise ValueError("a penalty is on: SampleSpec.history is needed")
     params = spec.params
     tokens, counts = spec.history.at(spec.path)
-    score, penalty = row[tokens], np.float32(params.repetition_penalty)
+    score = row[tokens]
+    penalty = np.float32(params.repetition_penalty)
     score = np.where(score > 0, score / penalty, score * penalty)
     score -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
     score -= np.float32(params.presence_penalty) * (counts > 0).astype(np.float32)

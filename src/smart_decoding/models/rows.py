@@ -26,7 +26,7 @@ class NativeRows:
 
 
 def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
-    """The rows as the kernels see them. cosine, sine: tables [positions, head_dim / 2]."""
+    """The rows as the kernels read them. cosine, sine: tables [positions, head_dim / 2]."""
     arrays = (
         rows.query_start_loc,
         rows.block_table_start,
@@ -60,19 +60,20 @@ class GatheredRows:
         lists = [self._keys(rows, g) for g in range(groups)]
         k = max(len(slots) for slots, _ in lists)
         k += -k % 8  # as torch's kernels want the rows of a mask aligned
-        keys, mask = np.zeros((groups, k), np.int64), np.zeros((groups, q, k), np.bool_)
-        mask[:, :, 0] = True  # padded queries must see something, or softmax gives NaN
+        keys = np.zeros((groups, k), np.int64)
+        mask = np.zeros((groups, q, k), np.bool_)
+        mask[:, :, 0] = True  # padded queries must read something, or softmax gives NaN
         for g, (slots, seen) in enumerate(lists):
-            keys[g] = slots[
-                0
-            ]  # what is masked must be of the group itself: another one's NaN would get through
+            # what is masked must be of the group itself: another one's NaN would get through
+            keys[g] = slots[0]
             keys[g, : len(slots)] = slots
             mask[g, : len(seen), : len(slots)] = seen
         slot = rows.slot_mapping.astype(np.int64)
         parts = (slot // PAGE, slot % PAGE, keys // PAGE, keys % PAGE, mask, group_of * q + within)
         on_device = (torch.from_numpy(part).to(device) for part in parts)
         self.page, self.offset, self.key_page, self.key_offset, self.mask, self.query = on_device
-        self.shape, self.even = (groups, q), groups * q == len(rows)
+        self.shape = (groups, q)
+        self.even = groups * q == len(rows)
         self._bias: dict[int, Tensor] = {}
 
     def bias(self, heads: int, dtype: torch.dtype) -> Tensor:
@@ -80,26 +81,23 @@ class GatheredRows:
         heads."""
         if heads not in self._bias:
             bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
-            self._bias[heads] = bias.masked_fill_(~self.mask, -torch.inf).repeat(1, heads, 1)[
-                :, None
-            ]
+            bias.masked_fill_(~self.mask, -torch.inf)
+            self._bias[heads] = bias.repeat(1, heads, 1)[:, None]
         return self._bias[heads]
 
     @staticmethod
     def _keys(rows: Rows, g: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        first, last = int(rows.query_start_loc[g]), int(rows.query_start_loc[g + 1])
-        direct = rows.context_len[first:last]
-        span = int(direct.max())
-        table = rows.pages[rows.block_table_start[g] :][: (span + PAGE - 1) // PAGE].astype(
-            np.int64
-        )
+        """The slots that a group reads, [k], and which of them each of its rows reads, [q, k]."""
+        first, last = rows.query_start_loc[g : g + 2].tolist()
+        context = rows.context_len[first:last]
+        span = int(context.max())
+        table = rows.pages[rows.block_table_start[g] :][: -(-span // PAGE)].astype(np.int64)
         slots = (table[:, None] * PAGE + np.arange(PAGE)).reshape(-1)[:span]
-        own = np.unique(
-            rows.ancestors[rows.ancestors_start[first] : rows.ancestors_start[last]]
-        ).astype(np.int64)
+        start = rows.ancestors_start
+        own = np.unique(rows.ancestors[start[first] : start[last]]).astype(np.int64)
         seen = np.zeros((last - first, span + len(own)), np.bool_)
-        seen[:, :span] = np.arange(span) < direct[:, None]
+        seen[:, :span] = np.arange(span) < context[:, None]
         for i, row in enumerate(range(first, last)):
-            extra = rows.ancestors[rows.ancestors_start[row] : rows.ancestors_start[row + 1]]
-            seen[i, span + np.searchsorted(own, extra)] = True
+            ancestors = rows.ancestors[start[row] : start[row + 1]]
+            seen[i, span + np.searchsorted(own, ancestors)] = True
         return np.concatenate((slots, own)), seen

@@ -41,7 +41,7 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}, but this torch sees no CUDA device: use cpu")
+        raise ConfigError(f"device={name!r}, but this torch finds no CUDA device: use cpu")
     if name != "cpu" and not name.startswith("cuda"):
         raise ConfigError(f"device={name!r} is not supported: use auto, cpu or cuda")
     return torch.device(name)
@@ -62,8 +62,8 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
 
 
 class TorchTarget(Sampled):
-    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens; with eyes if
-    it has some.
+    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens, and its
+    vision tower if it has one.
 
     enforce_eager: no CUDA graphs. allow_slow: plain torch on a CPU where the kernels cannot run;
     else an error."""
@@ -80,31 +80,28 @@ class TorchTarget(Sampled):
     ) -> None:
         config = checkpoint.config
         config.check_context(max_model_len)
-        self.dtype, self.device, self.graphs = (
-            dtype_of(dtype),
-            torch.device(device),
-            not enforce_eager,
-        )
-        self.allow_slow, self.plain_torch = allow_slow, why_slow(config, self.device)
+        self.dtype = dtype_of(dtype)
+        self.device = torch.device(device)
+        self.graphs = not enforce_eager
+        self.allow_slow = allow_slow
+        self.plain_torch = why_slow(config, self.device)
+        self._tower: VisionTower | None = None
         native = use_native(config, self.device, allow_slow)
         with fitting_memory("model", pages):
-            self._tower = (
-                VisionTower(checkpoint.vision, self.dtype, self.device)
-                if checkpoint.vision
-                else None
-            )
-            positions = max_model_len + 64
+            if checkpoint.vision:
+                self._tower = VisionTower(checkpoint.vision, self.dtype, self.device)
             self.decoder = Decoder(
                 config,
                 checkpoint.weights,
                 self.dtype,
                 self.device,
                 pages,
-                positions,
+                max_model_len + 64,
                 native,
                 self.graphs,
             )
-        self.vocab, self.max_positions = config.vocab, max_model_len
+        self.vocab = config.vocab
+        self.max_positions = max_model_len
         self.eos_token_ids = config.eos_token_ids
         self.sampler = Sampler(config.vocab)
         whole = self.decoder.model is not None and not config.mrope  # M-RoPE is not laid out there
@@ -117,9 +114,11 @@ class TorchTarget(Sampled):
 
     @property
     def kv_bytes(self) -> int:
+        """Of keys and values."""
         return self.decoder.kv.bytes
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
+        """See `Target`."""
         out = self.decoder.forward(rows, aux_layers)
         _wait(out.logits.device)
         return TargetScores(out.logits, out.aux_hidden, out.best)
@@ -135,15 +134,17 @@ class TorchTarget(Sampled):
         """[length, hidden] the embeddings of a picture, for rows to be inserted."""
         if self._tower is None:
             raise ConfigError("this model reads text only")
-        seen = self._tower.encode_image(pixels)
+        embeddings = self._tower.encode_image(pixels)
         _wait(self.device)
-        return seen
+        return embeddings
 
     def forget_pictures(self) -> None:
+        """See `Target`."""
         if self._tower is not None:
             self._tower.forget()
 
     def move(self, source: Ints, target: Ints) -> None:
+        """See `Target`."""
         self.decoder.kv.move(torch.from_numpy(source), torch.from_numpy(target))
 
 

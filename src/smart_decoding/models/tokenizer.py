@@ -21,11 +21,14 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models import chat_template
 
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # GGUF token types
+# GGUF token types
+_CONTROL = 3
+_USER_DEFINED = 4
+_UNUSED = 5
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
-_QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _OTHERS
+_QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _OTHERS
 _PRE_TOKENIZERS = {
     "smollm": "smollm",
     "llama-bpe": "llama3",
@@ -171,9 +174,8 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        found = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False
-        )  # without it, it would ask
+        # without trust_remote_code=False it would ask
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         backend: tokenizers.Tokenizer = found.backend_tokenizer
     except Exception as error:  # not installed, or one of its own optional parts is not
         needed = "in the clone, pip install -e '.[sentencepiece]'"
@@ -184,14 +186,17 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _gguf_backend(metadata: Mapping[str, Any], specials: Mapping[str, str]) -> tokenizers.Tokenizer:
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    kind = metadata.get("tokenizer.ggml.model")
+    pre = metadata.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
         raise ModelError(
-            f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported (gpt2 with {known} is)"
+            f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
+            f"(gpt2 with {known} is)"
         )
     family = _PRE_TOKENIZERS[pre]
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata["tokenizer.ggml.token_type"]
     vocab = {token: id_ for id_, token in enumerate(tokens) if types[id_] != _UNUSED}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(

@@ -1,4 +1,4 @@
-"""The seeing part of a vision-language model: transformers' own vision tower and projector,
+"""The vision part of a vision-language model: transformers' own vision tower and projector,
 pictures in, rows out.
 
 The language model of such a checkpoint is our decoder; this file finds its configuration and its
@@ -39,7 +39,7 @@ KEPT = 32_768  # positions whose embeddings are kept for pictures that come agai
 
 @dataclass(frozen=True, slots=True)
 class VisionFiles:
-    """What a checkpoint says about seeing. config: transformers'; names: the module's tensors ->
+    """The vision part of a checkpoint. config: transformers'; names: the module's tensors ->
     the checkpoint's; weights: the checkpoint's tensors."""
 
     folder: Path
@@ -52,7 +52,8 @@ class RenamedWeights(Mapping[str, Tensor]):
     """Some of a checkpoint's tensors under other names."""
 
     def __init__(self, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        self._weights, self.names = weights, names
+        self._weights = weights
+        self.names = names
 
     def __getitem__(self, name: str) -> Tensor:
         return self._weights[self.names[name]]
@@ -91,7 +92,8 @@ def read_configs(
             raise ModelError(
                 f"config.json in {folder} is incomplete or malformed: {reason}"
             ) from error
-    text, tower = config.text_config, config.vision_config.model_type
+    text = config.text_config
+    tower = config.vision_config.model_type
     if text.model_type not in _TEXT_FAMILIES or tower not in _TOWERS:
         known = f"{', '.join(sorted(_TEXT_FAMILIES))} with {', '.join(_TOWERS)}"
         raise ModelError(
@@ -110,7 +112,8 @@ def split_names(found: Iterable[str], architecture: str) -> tuple[dict[str, str]
     """A checkpoint's tensors in two: the decoder's (our name -> theirs) and the vision part's, in
     both generations of names that transformers has written."""
     parts = ARCHITECTURES[architecture]
-    text, vision = {}, {}
+    text = {}
+    vision = {}
     for name in found:
         plain = re.sub(
             r"^model\.(?=(language_model|vision_tower|multi_modal_projector|visual)\.)", "", name
@@ -130,7 +133,8 @@ class VisionTower:
         with quiet_transformers():
             self._model = _module(files, dtype, device)
         self._merge = int(getattr(files.config.vision_config, "spatial_merge_size", 1))
-        self._dtype, self._device = dtype, device
+        self._dtype = dtype
+        self._device = device
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
 
     @torch.inference_mode()
@@ -146,16 +150,17 @@ class VisionTower:
         return found
 
     def forget(self) -> None:
+        """Encodes images anew that come again."""
         self._kept.clear()
 
     def _run(self, pixels: Pixels) -> Tensor:
         values = torch.from_numpy(pixels.values).to(self._device, self._dtype)
         if hasattr(self._model, "visual"):
             grid = torch.tensor([pixels.grid], device=self._device)
-            video = pixels.modality == "video"
-            features = (
-                self._model.get_video_features if video else self._model.get_image_features
-            )(values, grid)
+            if pixels.modality == "video":
+                features = self._model.get_video_features(values, grid)
+            else:
+                features = self._model.get_image_features(values, grid)
         else:
             features = self._model.get_image_features(values[None])
         rows: Tensor = features.pooler_output[0]
@@ -173,7 +178,8 @@ def _module(files: VisionFiles, dtype: torch.dtype, device: torch.device) -> Any
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(files.config)
-    config.text_config.num_hidden_layers, config.text_config.vocab_size = 0, 1
+    config.text_config.num_hidden_layers = 0
+    config.text_config.vocab_size = 1
     config.text_config.pad_token_id = None
     with no_init_weights():
         build: Any = AutoModel.from_config
@@ -184,12 +190,14 @@ def _module(files: VisionFiles, dtype: torch.dtype, device: torch.device) -> Any
     for name, shape in wanted.items():
         if name not in names:
             raise ModelError(
-                f"{files.folder} lacks the tensor {name}: it is incomplete, or its config does not fit it"
+                f"{files.folder} lacks the tensor {name}: "
+                "it is incomplete, or its config does not fit it"
             )
         if files.weights[names[name]].shape != shape:
             found = tuple(files.weights[names[name]].shape)
             raise ModelError(
-                f"{files.folder}: the tensor {name} has shape {found}, the config says {tuple(shape)}"
+                f"{files.folder}: the tensor {name} has shape {found}, "
+                f"the config says {tuple(shape)}"
             )
     unknown = [name for name in names if name not in wanted and not name.endswith("position_ids")]
     if unknown:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from smart_decoding.errors import ModelError
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.head_files import FIRST, HeadFiles
+from smart_decoding.models.head_files import HeadFiles
+from smart_decoding.models.head_shapes import FIRST
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def head_of(files: HeadFiles, native: bool, dtype: torch.dtype = torch.float32) 
     weights = checkpoint(TARGET).weights
     decoder = Decoder(TARGET, weights, dtype, torch.device("cpu"), PAGES, 128, native)
     head = EagleHead(files, decoder, PAGES, SCRATCH, 128)
-    assert (head._level is not None) == native
+    assert head.grows == native
     return head
 
 

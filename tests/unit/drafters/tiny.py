@@ -39,8 +39,7 @@ def target_of(pages: int = PAGES) -> TorchTarget:
 
 def outputs_of(head: EagleHead) -> torch.Tensor:
     """[outputs, hidden] of the round so far."""
-    level = head._level
-    return torch.cat(head._outs) if level is None else level._outs[: level._count]
+    return head.levels.outputs
 
 
 def engine_of(

@@ -104,7 +104,7 @@ def test_the_best_one_that_runs_is_chosen() -> None:
 def _loads(name: str) -> bool:
     try:
         library.load(name)
-    except library.Denied:
+    except library.DeniedError:
         return False
     return True
 
@@ -181,7 +181,7 @@ def test_what_the_system_denies_gives_way_to_the_next(monkeypatch: pytest.Monkey
 
     def denying(name: str) -> object:
         if name == "best":
-            raise library.Denied(f"the system denies {name}")
+            raise library.DeniedError(f"the system denies {name}")
         return load(name)
 
     monkeypatch.setattr(library, "runnable", lambda: ["best", *runs])

@@ -20,10 +20,10 @@ from transformers import (
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
-from smart_decoding.models import sampler
+from smart_decoding.models.drawing import NEAR, draw, survivors
 from smart_decoding.models.noise import gumbel, noise_key
 from smart_decoding.models.processors import process
-from smart_decoding.models.sampler import NEAR, Sampler, first_maximum, survivors
+from smart_decoding.models.sampler import Sampler, first_maximum
 
 VOCAB, SEEDS = 50, 2000
 PROMPT, OUTPUT, EOS = [3, 7, 7, 12, 30], [5, 7, 5, 5, 41], 9
@@ -98,7 +98,7 @@ def transformers_scores(logits: torch.Tensor, params: SamplingParams) -> np.ndar
 
 
 def draw(row: np.ndarray, spec: SampleSpec) -> int:
-    return sampler.draw([row], [spec])[0]
+    return draw([row], [spec])[0]
 
 
 def spec_for(params: SamplingParams, **changes: object) -> SampleSpec:

@@ -19,11 +19,11 @@ from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.features import Part
 from smart_decoding.models.head_export import layout_of
 from smart_decoding.models.head_files import HeadFiles, head_folder, load_head
 from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.layers import Workspace
-from smart_decoding.models.native_level import Part
 from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)

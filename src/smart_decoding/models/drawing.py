@@ -1,0 +1,197 @@
+"""Draws tokens by Gumbel-max over what top-k, top-p and min-p leave of rows of logits.
+
+The reference works on rows in numpy, one by one, so that all devices draw the same. The CPU kernels
+draw for many rows in one call, and leave to it what their rounding would decide. Ties go to the
+lowest token id everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smart_decoding.engine.history import SampleSpec
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.verification import require_finite
+from smart_decoding.kernels import library
+from smart_decoding.kernels import ops as kernels
+from smart_decoding.kernels.memory import address
+from smart_decoding.models.noise import (
+    G_MAX,
+    fewest_bits,
+    gumbel,
+    gumbel_of_bits,
+    noise_key,
+    uniform_bits,
+)
+from smart_decoding.models.processors import FloatRow, process
+
+LOWEST = float(np.finfo(np.float32).min)  # forbidden tokens, at -inf, are below every floor
+# of a probability: nearer to top_p the kernels' sums are not exact enough to say what is in the
+# nucleus
+MARGIN = 1e-4
+NEAR = 5.0  # nats below the maximum within which noise is evaluated at once; a matter of speed only
+
+
+def draw(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
+    """The tokens of rows [vocab] float32 of raw logits, each by its own spec."""
+    processed = [process(row, spec) for row, spec in zip(rows, specs, strict=True)]
+    if library.unavailable() is None:
+        return _draw_by_kernels(processed, specs)
+    return [_draw_alone(row, spec) for row, spec in zip(processed, specs, strict=True)]
+
+
+def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
+    """The token of one processed row, in numpy."""
+    params = spec.params
+    top = int(row.argmax())
+    require_finite(np.isfinite(row[top]))
+    if params.greedy:
+        return top
+    floor = top_k_floor(row, params.top_k)
+    nucleus = _Nucleus(row, top, floor, params)
+    floor = max(floor, float(row[top]) + _min_p_distance(params))
+    key = noise_key(spec.seed, spec.sample, spec.position)
+    token = _gumbel_max(row, top, floor, params.temperature, key)
+    while token not in nucleus:  # nor is what scores no better: draw again above it
+        floor = _next_above(row[token])
+        token = _gumbel_max(row, top, floor, params.temperature, key)
+    return token
+
+
+def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
+    """The same tokens in one call of the kernels, and another one where top-p cuts what was drawn.
+    What rounding decides, the kernels leave to numpy."""
+    asked = [_asked(row, spec) for row, spec in zip(rows, specs, strict=True)]
+    drawn = kernels.draw(asked, len(rows[0]))
+    require_finite(drawn.best >= 0)
+    tokens: list[int] = drawn.token.tolist()
+    for i, (row, spec, best) in enumerate(zip(rows, specs, drawn.best.tolist(), strict=True)):
+        if spec.params.greedy:
+            tokens[i] = best
+            continue
+        nucleus = _Nucleus(row, best, float(drawn.kept[i]), spec.params)
+        while tokens[i] >= 0 and tokens[i] not in nucleus:
+            again = asked[i]._replace(k=0, floor=_next_above(row[tokens[i]]), below=-math.inf)
+            tokens[i] = int(kernels.draw([again], len(row)).token[0])
+        if tokens[i] < 0:
+            tokens[i] = _draw_alone(row, spec)
+    return tokens
+
+
+def _asked(row: FloatRow, spec: SampleSpec) -> kernels.Draw:
+    params = spec.params
+    asked = kernels.Draw(
+        address(row), spec.seed, spec.sample, spec.position, kernels.NOT_DRAWN, 1.0, LOWEST, 0.0
+    )
+    if params.greedy:
+        return asked
+    few = params.top_k <= kernels.MOST_K
+    return asked._replace(
+        k=max(params.top_k, 0) if few else 0,
+        scale=1.0 / params.temperature,
+        floor=LOWEST if few else top_k_floor(row, params.top_k),
+        below=_min_p_distance(params),
+    )
+
+
+def survivors(row: FloatRow, params: SamplingParams) -> NDArray[np.int64]:
+    """Ascending ids of the tokens of processed logits [vocab] that top-k, top-p and min-p leave:
+    what `draw` draws from, which itself never lists them."""
+    top = int(row.argmax())
+    floor = top_k_floor(row, params.top_k)
+    nucleus = _Nucleus(row, top, floor, params)
+    tokens = np.flatnonzero(row >= max(floor, float(row[top]) + _min_p_distance(params)))
+    return np.array([token for token in tokens if int(token) in nucleus], np.int64)
+
+
+def top_k_floor(row: FloatRow, k: int) -> float:
+    """The k-th largest score: tokens below are cut, all that tie with it stay (as in transformers
+    and vLLM)."""
+    if not 0 < k < len(row):
+        return LOWEST
+    return max(LOWEST, float(np.partition(row, len(row) - k)[len(row) - k]))
+
+
+def _min_p_distance(params: SamplingParams) -> float:
+    """How far below the best score min_p cuts: where a token has that part of the most likely one's
+    probability."""
+    return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
+
+
+def _next_above(score: np.float32) -> float:
+    return float(np.nextafter(score, np.float32(np.inf)))
+
+
+class _Nucleus:
+    """The top-p set of the scores >= floor: tokens with less than top_p of the mass strictly above
+    them.
+
+    Hence ties with the last one stay. Membership is asked of single tokens, so that nothing is
+    sorted, and the masses are computed only when a token other than the most likely one is asked
+    about."""
+
+    def __init__(self, row: FloatRow, top: int, floor: float, params: SamplingParams) -> None:
+        self.row = row
+        self.top = top
+        self.floor = floor
+        self.params = params
+        self._mass: FloatRow | None = None
+        self._total = 0.0
+
+    def __contains__(self, token: int) -> bool:
+        if self.params.top_p >= 1 or token == self.top:
+            return True
+        if library.unavailable() is None:
+            best = float(self.row[self.top])
+            scale = 1.0 / self.params.temperature
+            total, above = kernels.mass(self.row, best, scale, self.floor, float(self.row[token]))
+            if abs(above / total - self.params.top_p) > MARGIN:
+                return above < self.params.top_p * total
+        if self._mass is None:
+            self._mass = np.exp(
+                (self.row - self.row[self.top]) / np.float32(self.params.temperature)
+            )
+            self._mass[self.row < self.floor] = 0
+            self._total = float(self._mass.sum(dtype=np.float64))
+        above = float(self._mass[self.row > self.row[token]].sum(dtype=np.float64))
+        return above < self.params.top_p * self._total
+
+
+def _gumbel_max(
+    row: FloatRow, top: int, floor: float, temperature: float, key: NDArray[np.uint64]
+) -> int:
+    """argmax of row / temperature + noise over the scores >= floor, evaluating the noise of few
+    tokens.
+
+    After the tokens near the maximum, a token can win only within G_MAX of the best so far, and
+    only if its bits are high enough for the distance; both bounds are exact, slack covers the
+    rounding of the comparison."""
+    near_floor = max(floor, float(row[top]) - NEAR * temperature)
+    near = np.flatnonzero(row >= near_floor)
+    token, best = _best(row, near, gumbel(key, near), temperature)
+    slack = 1e-5 * (1.0 + abs(float(row[top])))
+    reach = max(floor, (best - G_MAX) * temperature - slack)
+    if reach >= near_floor:
+        return token
+    far = np.flatnonzero(row >= reach)
+    bits = uniform_bits(key, far)
+    lucky = np.flatnonzero(
+        bits >= np.uint64(fewest_bits(best - (near_floor + slack) / temperature))
+    )
+    if not len(lucky):
+        return token
+    rival, rival_best = _best(row, far[lucky], gumbel_of_bits(bits[lucky]), temperature)
+    return min((-best, token), (-rival_best, rival))[1]
+
+
+def _best(
+    row: FloatRow, tokens: NDArray[np.int64], noise: FloatRow, temperature: float
+) -> tuple[int, float]:
+    """The token with the highest perturbed score, and that score; the lowest id of several."""
+    perturbed = (row[tokens] / np.float32(temperature)).astype(np.float64) + noise
+    i = int(perturbed.argmax())
+    return int(tokens[i]), float(perturbed[i])

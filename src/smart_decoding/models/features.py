@@ -1,0 +1,59 @@
+"""Aux hidden states of the target as a head is given them: arrays, or places in several rounds'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smart_decoding.core.tree import IntArray
+from smart_decoding.kernels.memory import address
+
+Features: TypeAlias = Tensor | NDArray[np.float32]
+Part: TypeAlias = Features | tuple[Sequence[Features], int]  # see drafters.eagle.Head
+
+
+def as_tensor(part: Part) -> Tensor:
+    """[rows, width] a part as one tensor."""
+    if isinstance(part, Tensor | np.ndarray):
+        return torch.as_tensor(part)
+    rounds, place = part
+    return torch.stack([torch.as_tensor(features[place]) for features in rounds])
+
+
+def take_rows(features: Features, rows: IntArray) -> Tensor:
+    """Rows of features or outputs: [rows, width], a copy."""
+    features = torch.as_tensor(features)
+    return features[torch.from_numpy(rows).to(features.device)]
+
+
+def readable(part: Part) -> Part:
+    """The part in float32 with rows that lie in one piece, as features of our own targets do."""
+    first = part if isinstance(part, Tensor | np.ndarray) else part[0][0]
+    if isinstance(first, np.ndarray) or (first.dtype == torch.float32 and first.stride(1) == 1):
+        return part
+    return as_tensor(part).float().contiguous()
+
+
+def row_addresses(parts: Sequence[Part]) -> IntArray:
+    """The address of each row of readable parts, which must stay alive."""
+    found: list[int] = []
+    for part in parts:
+        if isinstance(part, Tensor | np.ndarray):
+            start, step = _first_row(part)
+            found += range(start, start + step * len(part), step)
+        else:
+            rounds, place = part
+            found += [start + step * place for start, step in map(_first_row, rounds)]
+    return np.array(found, np.int64)
+
+
+def _first_row(features: Features) -> tuple[int, int]:
+    """The address of the first row, and the bytes from one to the next."""
+    if isinstance(features, Tensor):
+        return features.data_ptr(), 4 * features.stride(0)
+    return address(features), features.strides[0]

@@ -1,0 +1,182 @@
+"""The levels of a head as a few calls each: torch, or CPU kernels where a level is no single call.
+
+EAGLE-3 (arXiv 2503.01840): q, k and v read [norm(embedding) ; norm(features)], the residual is the
+un-normalised features, and what is fed back is the output before the last norm. EAGLE-1/2: fc
+merges [embedding ; features] into the layer's input, and the target's own output matrix ranks what
+comes out. docs/eagle-heads.md has the conventions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from smart_decoding.core.tree import IntArray
+from smart_decoding.drafters.levels import Asked, Ranked
+from smart_decoding.engine.rows import Rows
+from smart_decoding.kernels import ops as kernels
+from smart_decoding.models.decoder import put
+from smart_decoding.models.features import Part, as_tensor, take_rows
+from smart_decoding.models.head_weights import HeadWeights, head_layers
+from smart_decoding.models.layers import Context, KVCache, Linear, rms_norm
+from smart_decoding.models.ranking import ranked
+from smart_decoding.models.target_weights import OutputMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCache:
+    """A head's keys and values, and its rotary tables: [positions, head_dim / 2] each."""
+
+    kv: KVCache
+    rotary: tuple[Tensor, Tensor]
+
+
+class Levels(Protocol):
+    """How a head runs a level. It keeps the outputs of a round, which deeper levels read."""
+
+    def first(
+        self, rows: Rows, parts: Sequence[Part], last: IntArray, cache: HeadCache, asked: Asked
+    ) -> Ranked:
+        """Begins a round: runs pairs of tokens and aux hidden states; the best children of the
+        `last` rows of each request."""
+        ...
+
+    def deeper(self, rows: Rows, above: IntArray, cache: HeadCache, asked: Asked) -> Ranked:
+        """Runs nodes below the outputs `above` of this round; the best children of all."""
+        ...
+
+    @property
+    def outputs(self) -> Tensor:
+        """[rows, hidden] of this round so far."""
+        ...
+
+
+class SteppedLevels(ABC):
+    """What EAGLE-1/2 and EAGLE-3 share: pairs go through the layers, and the output is ranked."""
+
+    _output: OutputMatrix
+
+    def __init__(self, weights: HeadWeights, output: Tensor | None) -> None:
+        packed = head_layers(weights, output)
+        self._layers = packed.layers
+        self._fc = packed.fc
+        self._arena = packed.arena
+        self._config = weights.files.shape
+        self._target = weights.target
+        self._embedding = weights.embedding
+        self._draft_ids = weights.draft_ids
+        self._round: list[Tensor] = []
+
+    @torch.inference_mode()
+    def first(
+        self, rows: Rows, parts: Sequence[Part], last: IntArray, cache: HeadCache, asked: Asked
+    ) -> Ranked:
+        """See `Levels`."""
+        states = torch.cat([as_tensor(part) for part in parts])
+        features = self._features(states.to(self._target.device, self._target.work_dtype))
+        self._round = [take_rows(self._run(rows, features, cache), last)]
+        return self._rank(asked)
+
+    @torch.inference_mode()
+    def deeper(self, rows: Rows, above: IntArray, cache: HeadCache, asked: Asked) -> Ranked:
+        """See `Levels`."""
+        self._round.append(self._run(rows, take_rows(self.outputs, above), cache))
+        return self._rank(asked)
+
+    @property
+    def outputs(self) -> Tensor:
+        """See `Levels`."""
+        return torch.cat(self._round)
+
+    @abstractmethod
+    def _features(self, states: Tensor) -> Tensor:
+        """Features [rows, hidden] of aux hidden states [rows, aux_layers * hidden]."""
+
+    @abstractmethod
+    def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream [rows, hidden], to be changed in place, and what q, k and v of the
+        first layer read."""
+
+    def _run(self, rows: Rows, features: Tensor, cache: HeadCache) -> Tensor:
+        """One pass over pairs of features and tokens: the outputs [rows, hidden], fed back as
+        features."""
+        token = torch.from_numpy(rows.token).to(self._target.device)
+        embedded = self._embed(token)
+        put(embedded, rows.mm_embeds)
+        x, inputs = self._inputs(rows, embedded, features)
+        self._layers(x, Context(rows, *cache.rotary, inputs=inputs), cache.kv)
+        return x
+
+    def _rank(self, asked: Asked) -> Ranked:
+        """The children of the last level's outputs; see `ranked`."""
+        logits = self._output(self._round[-1])
+        return ranked(logits, self._draft_ids, asked, self._target.native)
+
+    def _embed(self, token: Tensor) -> Tensor:
+        if self._embedding is None:
+            return self._target.embed(token)
+        return self._embedding[token].to(self._target.work_dtype)
+
+    def _norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not self._target.native:
+            return rms_norm(x, weight, eps)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        kernels.rms_norm(x, weight, eps, out)
+        return out
+
+
+class Eagle2Levels(SteppedLevels):
+    """EAGLE-1/2: the features are what the target's output matrix reads, and it ranks."""
+
+    def __init__(self, weights: HeadWeights) -> None:
+        super().__init__(weights, None)
+        norm = self._target.final_norm
+        self._final_norm = None if norm is None else weights.as_norm(norm)
+        self._output = self._target.head.without_norm()
+
+    def _features(self, states: Tensor) -> Tensor:
+        if self._final_norm is None:
+            return states
+        return self._norm(states, self._final_norm, self._target.config.rms_eps)
+
+    def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._fc(torch.cat((embedded, features), dim=-1))
+        put(x, rows.mm_embeds)  # MSD: of a visual position the layer reads the embedding alone
+        return x, x.clone()
+
+
+class Eagle3Levels(SteppedLevels):
+    """EAGLE-3: fc makes features of several layers' states, and the head has an output matrix."""
+
+    def __init__(self, weights: HeadWeights) -> None:
+        super().__init__(weights, weights.output)
+        self._aux_norm = weights.ones() if weights.norms_aux else None
+        self._input_norm = weights.norm("midlayer.input_layernorm.weight")
+        self._hidden_norm = weights.norm("midlayer.hidden_norm.weight")
+        self._norm_before_residual = weights.files.norm_before_residual
+        self._output = Linear(
+            weights.output,
+            self._target.native,
+            self._arena,
+            weights["norm.weight"],
+            self._config.rms_eps,
+        )
+
+    def _features(self, states: Tensor) -> Tensor:
+        if self._aux_norm is not None:
+            each = states.reshape(-1, self._config.hidden)
+            each = self._norm(each, self._aux_norm, self._config.rms_eps)
+            states = each.view(len(states), -1)
+        return self._fc(states)
+
+    def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        eps = self._config.rms_eps
+        normed = self._norm(features, self._hidden_norm, eps)
+        inputs = torch.cat((self._norm(embedded, self._input_norm, eps), normed), dim=-1)
+        return normed if self._norm_before_residual else features.clone(), inputs

@@ -1,0 +1,86 @@
+"""The tensors that a head must hold, by EAGLE-3's names: their shapes, and the check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor
+
+from smart_decoding.errors import ModelError
+from smart_decoding.models.config import ModelConfig
+
+FIRST = "midlayer."  # EAGLE-3's name for the layer
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+
+
+def eagle3_shapes(c: ModelConfig, target_hidden: int, aux_layers: tuple[int, ...]) -> Shapes:
+    """EAGLE-3: q, k and v read [embedding ; features]."""
+    return {
+        "fc.weight": (c.hidden, len(aux_layers) * target_hidden),
+        "norm.weight": (c.hidden,),
+        f"{FIRST}input_layernorm.weight": (c.hidden,),
+        f"{FIRST}hidden_norm.weight": (c.hidden,),
+        **_common_shapes(c, 2 * c.hidden, FIRST),
+    }
+
+
+def eagle2_shapes(c: ModelConfig) -> Shapes:
+    """EAGLE-1/2: fc reads [embedding ; features], and the layer has no norm at its input."""
+    return {"fc.weight": (c.hidden, 2 * c.hidden), **_common_shapes(c, c.hidden, FIRST)}
+
+
+def further_shapes(c: ModelConfig) -> Shapes:
+    """The layers after the first are ordinary ones: they read what the one before gave, through
+    their own norm."""
+    shapes: Shapes = {}
+    for prefix in layer_prefixes(c.layers)[1:]:
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (c.hidden,),
+            **_common_shapes(c, c.hidden, prefix),
+        }
+    return shapes
+
+
+def layer_prefixes(layers: int) -> list[str]:
+    """What the names of each layer's tensors start with in `HeadFiles.weights`."""
+    return [FIRST, *(f"layers.{i}." for i in range(1, layers))]
+
+
+def _common_shapes(c: ModelConfig, width: int, prefix: str) -> Shapes:
+    """What every layer has; width: of what q, k and v read."""
+    attention = f"{prefix}self_attn."
+    q = c.heads * c.head_dim
+    kv = c.kv_heads * c.head_dim
+    d = c.hidden
+    rows = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    shapes: Shapes = {
+        f"{prefix}post_attention_layernorm.weight": (d,),
+        **{f"{attention}{name}.weight": (n, width) for name, n in rows.items()},
+        f"{attention}o_proj.weight": (d, q),
+        f"{prefix}mlp.gate_proj.weight": (c.ffn, d),
+        f"{prefix}mlp.up_proj.weight": (c.ffn, d),
+        f"{prefix}mlp.down_proj.weight": (d, c.ffn),
+    }
+    if c.qkv_bias:
+        shapes |= {f"{attention}{name}.bias": (n,) for name, n in rows.items()}
+    return shapes | ({f"{attention}o_proj.bias": (d,)} if c.o_bias else {})
+
+
+def check_tensors(
+    folder: Path, weights: Mapping[str, Tensor], shapes: Shapes, optional: tuple[str, ...]
+) -> None:
+    """Raises ModelError for a tensor that is missing, misshapen, or neither listed nor optional."""
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise ModelError(f"the head in {folder} lacks the tensor {name}")
+        found = tuple(weights[name].shape)
+        if found != shape:
+            raise ModelError(f"the head's {name} has shape {found}, but the model needs {shape}")
+    unknown = [name for name in weights if name not in shapes and name not in optional]
+    if unknown:
+        raise ModelError(
+            f"the head in {folder} holds the tensor {unknown[0]}, which is not supported"
+        )
