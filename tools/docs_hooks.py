@@ -21,7 +21,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = "repo/"  # where files from outside docs/ are in the site
-COMMANDS = "<!-- every command's --help -->"
+ALL_HELP = "<!-- every command's --help -->"
 EXAMPLE = "<!-- examples/your_engine.py -->"
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)")
 
@@ -52,8 +52,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(_uri(path), posixpath.dirname(here) or ".")
 
     text = LINK.sub(moved, markdown)
-    if COMMANDS in text:
-        text = text.replace(COMMANDS, "\n".join(_commands()))
+    if ALL_HELP in text:
+        text = text.replace(ALL_HELP, "\n".join(_commands()))
     if EXAMPLE in text:
         example = (ROOT / "examples" / "your_engine.py").read_text(encoding="utf-8")
         text = text.replace(EXAMPLE, f"```python\n{example}```")
@@ -82,11 +82,10 @@ def _uri(path: str) -> str:
 
 def _commands() -> Iterator[str]:
     """A section for each command, as its --help prints it."""
-    from smart_decoding.cli.main import COMMANDS as commands
-    from smart_decoding.cli.main import build_parser
+    from smart_decoding.cli.main import COMMANDS, build_parser
 
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
-    for name, (summary, _module) in commands.items():
+    for name, (summary, _module) in COMMANDS.items():
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             build_parser(name).parse_args([name, "--help"])

@@ -139,7 +139,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "sglang"
     ("kind", "topk", "tokens", "widest"), [("chain", 1, 4, 6), ("tree", 4, 15, 31)]
 )
 def test_the_documented_examples_start(kind, topk, tokens, widest) -> None:
-    """With the options of docs/integrations.md."""
+    """With the options of docs/sglang.md."""
     found = start(
         EXAMPLES / f"{kind}-costs.json",
         speculative_eagle_topk=topk,

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-if not (ROOT / "mkdocs.yml").is_file():
+if not (ROOT / "docs" / "index.md").is_file():
     pytest.skip("the docs are not in the source distribution", allow_module_level=True)
 PAGES = [
     *sorted(ROOT.glob("*.md")),
@@ -91,3 +93,27 @@ def test_entries_of_the_log_have_dates_in_order() -> None:
     dates = [re.fullmatch(r"(\d{4}-\d\d-\d\d): \S.*", heading) for heading in headings]
     assert all(dates), [h for h, date in zip(headings, dates, strict=True) if not date]
     assert sorted(headings, key=lambda h: h[:10]) == headings
+
+
+def test_the_readme_table_is_in_the_files_that_it_names() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    folder = ROOT / "benchmarks" / "results" / "zen4"
+    names = re.findall(r"`(2026-\S+\.json)`", readme)
+    runs = [run for name in names for run in json.loads((folder / name).read_text())["runs"]]
+    lines = re.findall(r"^\| \d+ \|.*\|$", readme, re.MULTILINE)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert len(rows) == 6
+    for batch, plain, *cells in rows:
+        here = [r for r in runs if r["batch_size"] == int(batch) and r["task"] == "all"]
+        assert all(run["identical"] for run in here)
+        assert [round(r["tokens_per_s"]) for r in here if r["policy"] == "off"] == [int(plain)]
+        for kind, cell in zip(("smart", "eagle2", "paper"), cells, strict=True):
+            found = [r for r in here if r["policy"].startswith(kind)]
+            best = max(found, key=lambda run: run["speedup"], default=None)
+            assert cell == ("" if best is None else _speedup(best))
+
+
+def _speedup(run: dict[str, Any]) -> str:
+    value = f"{run['speedup']:.2f}"
+    shown = f"**{value}**" if run["speedup"] < 0.995 else value
+    return f"{shown} ({run['speedup_low']:.2f}–{run['speedup_high']:.2f})"
