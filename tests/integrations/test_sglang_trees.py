@@ -205,10 +205,8 @@ def assert_same_tree(trees: DraftTrees, built: Built) -> None:
         mine = trees.nodes_of(owner)
         place = {path: node for node, path in enumerate(built.paths[owner])}  # theirs, by path
         paths = {int(node): tokens_to(trees, int(node)) for node in mine}
-        assert (
-            sorted(paths.values()) == sorted(set(built.paths[owner]) - {()})
-            and len(mine) == width - 1
-        )
+        assert sorted(paths.values()) == sorted(set(built.paths[owner]) - {()})
+        assert len(mine) == width - 1
         order = sorted(paths, key=lambda node: place[paths[node]])  # ours, in SGLang's order
         assert trees.token[order].tolist() == built.tokens[owner, 1:].tolist()
         rows = {node: row for row, node in enumerate(order, start=1)} | {ROOT: 0}
@@ -232,11 +230,9 @@ def assert_same_tree(trees: DraftTrees, built: Built) -> None:
         mask = built.mask[first : first + size].reshape(width, context + width)
         first += size
         seen = ancestor_mask(trees)[np.ix_(order, order)]
-        assert (
-            mask[:, : context + 1].all()
-            and (mask[1:, context + 1 :] == seen).all()
-            and not mask[0, context + 1 :].any()
-        )
+        assert mask[:, : context + 1].all()
+        assert (mask[1:, context + 1 :] == seen).all()
+        assert not mask[0, context + 1 :].any()
 
 
 def assert_same_walk(

@@ -49,7 +49,8 @@ def test_a_row_keeps_to_its_room_and_asks_nothing_twice() -> None:
     for seed in range(20):
         rng = np.random.default_rng(seed)
         row = fill(PROMPT, random_picture(rng), rng, encode, 900, TRAIN)
-        assert len(row.tokens) <= 900 and row.asked
+        assert len(row.tokens) <= 900
+        assert row.asked
         assert len({question.prompt for question in row.asked}) == len(row.asked)
 
 
@@ -176,5 +177,6 @@ def test_what_is_shipped_is_small_and_says_what_it_is() -> None:
     files = [path for path in PARTS_FOLDER.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 30_000_000
     card = (PARTS_FOLDER / "README.md").read_text()
-    assert "demonstration" in card and "generated pictures" in card
+    assert "demonstration" in card
+    assert "generated pictures" in card
     assert json.loads((PARTS_FOLDER / PARTS).read_text())["base"].startswith("smollm2-135m")

@@ -117,7 +117,8 @@ def test_missing_kernels_are_told_once(
         outputs = [smart(model, **given) for _ in range(2)]
     assert all(torch.equal(output, model.generate(**given)) for output in outputs)
     told = [record.getMessage() for record in caplog.records if record.name == "smart.kernels"]
-    assert len(told) == 1 and told[0].startswith("no CPU kernels: for this test")
+    assert len(told) == 1
+    assert told[0].startswith("no CPU kernels: for this test")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -126,7 +127,8 @@ def test_greedy_tokens_are_those_of_generate(name: str, batch: int) -> None:
     model, given = model_of(name), inputs(batch)
     assert torch.equal(smart(model, **given), model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.layout == "tree"
+    assert report is not None
+    assert report.layout == "tree"
     assert report.drafted >= report.verified > report.accepted > 0
 
 
@@ -141,7 +143,8 @@ def test_every_method_gives_the_same_tokens(method: str, policy: str) -> None:
             expected,
         )
     report = last_report(model)
-    assert report is not None and report.drafter == method
+    assert report is not None
+    assert report.drafter == method
     assert (report.accepted == 0) == (method == "none")
 
 
@@ -152,7 +155,9 @@ def test_a_model_without_tree_masks_drafts_chains(method: str) -> None:
     config = {"method": method, "policy": "static", "profile_seconds": 0}
     assert torch.equal(smart(model, config, **given), model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.layout == "chain" and report.accepted > 0
+    assert report is not None
+    assert report.layout == "chain"
+    assert report.accepted > 0
     with pytest.raises(ConfigError, match="tree mask"):
         smart(model, {"method": "union"}, **given)
 
@@ -249,7 +254,8 @@ def test_criteria_see_the_scores_of_tokens_so_far_only() -> None:
         {**inputs(1), "return_dict_in_generate": True, "output_scores": True},
     )
     smart(model, **given, stopping_criteria=[Confidence()])
-    assert (report := last_report(model)) is not None and report.accepted > 0
+    assert (report := last_report(model)) is not None
+    assert report.accepted > 0
     assert seen == [(n, n) for n in range(1, len(seen) + 1)]
 
 
@@ -260,7 +266,8 @@ def test_streamers_get_what_generate_gives_them(batch: int) -> None:
     model.generate(**given, streamer=plain)
     smart(model, **given, streamer=ours)
     assert len(plain.values) > 20
-    assert ours.values == plain.values and ours.ended == plain.ended == 1
+    assert ours.values == plain.values
+    assert ours.ended == plain.ended == 1
 
 
 SETTINGS: dict[str, Any] = {
@@ -290,10 +297,8 @@ def test_generation_configs_are_respected(where: str, monkeypatch: pytest.Monkey
     expected = model.generate(**prompts, **given)
     assert torch.equal(smart(model, **prompts, **given), expected)
     short = smart(model, **prompts, **given, max_new_tokens=5)
-    assert (
-        torch.equal(short, model.generate(**prompts, **given, max_new_tokens=5))
-        and short.shape[1] == 15
-    )
+    assert torch.equal(short, model.generate(**prompts, **given, max_new_tokens=5))
+    assert short.shape[1] == 15
     for name, value in (("repetition_penalty", 1.0), ("eos_token_id", EOS), ("pad_token_id", PAD)):
         changed = {**given, name: value}
         answer = smart(model, **prompts, **changed)
@@ -326,9 +331,11 @@ def test_draws_depend_on_the_seed_and_not_on_the_drafts() -> None:
     for config in (False, EAGER, {**EAGER, "method": "recycling", "min_n": None}):
         torch.manual_seed(11)
         answers.append(smart(model, config, **given))
-    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
     report = last_report(model)
-    assert report is not None and report.accepted > 0
+    assert report is not None
+    assert report.accepted > 0
     torch.manual_seed(12)
     assert not torch.equal(smart(model, EAGER, **given), answers[0])
 
@@ -348,7 +355,8 @@ def test_draws_have_the_targets_distribution() -> None:
     torch.manual_seed(5)
     found = smart(model, EAGER, input_ids=prompt, num_return_sequences=count, **options)[:, -2:]
     report = last_report(model)
-    assert report is not None and report.tokens == 2 * count
+    assert report is not None
+    assert report.tokens == 2 * count
     joint = np.zeros((VOCAB, VOCAB))
     first = top_k_softmax(model, prompt, 5, 1.5)
     for token in np.flatnonzero(first):
@@ -435,7 +443,8 @@ def test_costs_are_measured_once_and_kept_on_the_model(
     config = {"method": "ngram", "profile_seconds": 0.05}
     first = smart(model, config, **inputs(1))
     (cost,) = drafting.state_of(model).costs.values()
-    assert cost.verify != CostModel.default().verify and 0 < cost.verify_seconds(1, 1, 64.0) < 10
+    assert cost.verify != CostModel.default().verify
+    assert 0 < cost.verify_seconds(1, 1, 64.0) < 10
     assert torch.equal(smart(model, config, **inputs(1)), first)
     assert list(drafting.state_of(model).costs.values()) == [cost]
     assert len(drafting.state_of(model).idle) == 1
@@ -449,7 +458,9 @@ def test_the_hub_folder_is_what_transformers_loads() -> None:
     )
     assert torch.equal(found, model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.drafter == "ngram" and report.policy == "static"
+    assert report is not None
+    assert report.drafter == "ngram"
+    assert report.policy == "static"
 
 
 def test_the_hub_folder_works_where_it_lies_beside_weights() -> None:
@@ -476,11 +487,9 @@ def test_names_of_transformers_that_we_rely_on() -> None:
     assert config._attn_implementation == "sdpa"
     assert {type(layer) for layer in DynamicCache(config=config).layers} == {DynamicLayer}
     sliding = DynamicCache(config=model_of("sliding").config).layers[0]
-    assert (
-        type(sliding) is DynamicSlidingWindowLayer
-        and sliding.sliding_window == 32
-        and not sliding.is_initialized
-    )
+    assert type(sliding) is DynamicSlidingWindowLayer
+    assert sliding.sliding_window == 32
+    assert not sliding.is_initialized
     assert CacheLayerMixin.__abstractmethods__ <= {
         "lazy_initialization",
         "update",
@@ -489,7 +498,8 @@ def test_names_of_transformers_that_we_rely_on() -> None:
         "get_max_length",
         "get_max_cache_shape",
     }
-    assert hasattr(Cache, "is_compileable") and DynamicCache().offloading is False
+    assert hasattr(Cache, "is_compileable")
+    assert DynamicCache().offloading is False
     for name in (*checks.STATEFUL, *sequences.BY_PLACE):
         assert getattr(logits_process, name).__module__ == "transformers.generation.logits_process"
     assert (
@@ -501,7 +511,8 @@ def test_names_of_transformers_that_we_rely_on() -> None:
         "past_key_values",
     }
     rope = model_of("llama").config.rope_parameters
-    assert isinstance(rope, dict) and "rope_type" in rope
+    assert isinstance(rope, dict)
+    assert "rope_type" in rope
     model, seen = model_of("llama"), []
     model.generate(
         **inputs(1), custom_generate=lambda model, input_ids, **kw: seen.append(kw) or input_ids
@@ -509,7 +520,8 @@ def test_names_of_transformers_that_we_rely_on() -> None:
     assert int(seen[0]["generation_config"]._pad_token_tensor) == PAD
     assert type(cache_of(seen[0])) is DynamicCache
     inner = inspect.unwrap(utils.GenerationMixin.generate)
-    assert inner.__code__.co_name == "generate" and "streamer" in inner.__code__.co_varnames
+    assert inner.__code__.co_name == "generate"
+    assert "streamer" in inner.__code__.co_varnames
 
 
 @pytest.mark.model
@@ -537,4 +549,5 @@ def test_smollm2_answers_as_generate_does() -> None:
     }
     assert torch.equal(smart(model, EAGER, **given), model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.accepted > 0
+    assert report is not None
+    assert report.accepted > 0

@@ -110,7 +110,8 @@ def test_greedy_tokens_are_those_of_generate(name: str, head: Path) -> None:
     for method, source in (("eagle", head), ("draft_model", small(name))):
         assert torch.equal(with_drafts(model, method, source, **given), expected)
         report = last_report(model)
-        assert report is not None and report.drafter == method
+        assert report is not None
+        assert report.drafter == method
         assert report.layout == ("chain" if name == "bloom" else "tree")
         assert report.drafted >= report.verified > report.accepted > 0
 
@@ -142,7 +143,8 @@ def test_a_draft_model_that_is_the_target_is_right_in_trees_and_when_sampled() -
         answers.append(model.generate(**given, custom_generate=generate, speculative_config=config))
     assert torch.equal(*answers)
     report = last_report(model)
-    assert report is not None and report.accepted >= 2 * report.rounds
+    assert report is not None
+    assert report.accepted >= 2 * report.rounds
 
 
 def test_draws_are_the_same_whatever_drafts(head: Path) -> None:
@@ -163,7 +165,8 @@ def test_draws_are_the_same_whatever_drafts(head: Path) -> None:
         )
         answers.append(model.generate(**given, custom_generate=generate, speculative_config=config))
         report = last_report(model)
-        assert report is not None and (report.accepted > 0) == (method != "none")
+        assert report is not None
+        assert (report.accepted > 0) == (method != "none")
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
@@ -218,7 +221,8 @@ def test_heads_draft_as_in_our_own_engine(
     }
     found = with_drafts(model, "eagle", folder, trust_pickle=True, eos_token_id=None, **given)
     assert found[:, 24:].tolist() == [request.output for request in requests]
-    assert proposals == expected and len(proposals) > 20
+    assert proposals == expected
+    assert len(proposals) > 20
     report, metrics = last_report(model), [request.metrics for request in requests]
     assert report is not None
     for name in ("drafted", "verified", "accepted"):
@@ -239,7 +243,8 @@ def test_a_draft_model_reads_a_window_of_a_long_prompt() -> None:
     given["eos_token_id"] = None
     assert torch.equal(with_drafts(model, "draft_model", model, **given), model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.accepted > 0
+    assert report is not None
+    assert report.accepted > 0
 
 
 def test_heads_and_models_stay_for_later_calls(head: Path) -> None:
@@ -252,7 +257,8 @@ def test_heads_and_models_stay_for_later_calls(head: Path) -> None:
             with_drafts(model, "eagle", head, "smart", **given), model.generate(**given)
         )
         kept.append(list(state_of(model).sources.values()))
-    assert len(kept[-1]) == 1 and all(source == kept[0] for source in kept)
+    assert len(kept[-1]) == 1
+    assert all(source == kept[0] for source in kept)
     assert len(state_of(model).idle) == 3 - 1 + 1  # for batches of 1, 2 and up to 4
 
 
@@ -338,7 +344,8 @@ def test_a_draft_model_from_a_folder(tmp_path: Path) -> None:
     assert torch.equal(
         with_drafts(model, "draft_model", str(tmp_path), **given), model.generate(**given)
     )
-    assert (report := last_report(model)) is not None and report.accepted > 0
+    assert (report := last_report(model)) is not None
+    assert report.accepted > 0
 
 
 @pytest.mark.parametrize(
@@ -368,8 +375,10 @@ def test_taps_are_transformers_hidden_states(name: str) -> None:
     model = model_of(name)
     with torch.no_grad(), AuxHidden(model, 2).taken((1, 2, 3)) as states:
         expected = model(PROMPTS[:1], output_hidden_states=True).hidden_states
-    assert torch.equal(states[1], expected[1]) and torch.equal(states[3], expected[2])
-    assert states[2].shape == expected[2].shape and not torch.allclose(states[2], states[3])
+    assert torch.equal(states[1], expected[1])
+    assert torch.equal(states[3], expected[2])
+    assert states[2].shape == expected[2].shape
+    assert not torch.allclose(states[2], states[3])
     hooks = [
         list(part._forward_hooks) for part in AuxHidden(model, 2)._modules
     ]  # transformers leaves its own
@@ -383,14 +392,11 @@ def test_names_of_transformers_that_drafters_with_a_model_rely_on() -> None:
     model = model_of("llama")
     for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings"):
         assert callable(getattr(model, name))
-    assert model.get_decoder() is model.model and isinstance(
-        model.model.layers, torch.nn.ModuleList
-    )
+    assert model.get_decoder() is model.model
+    assert isinstance(model.model.layers, torch.nn.ModuleList)
     config = model.config
-    assert (
-        config.name_or_path == config._name_or_path == ""
-        and config.get_text_config(decoder=True) is config
-    )
+    assert config.name_or_path == config._name_or_path == ""
+    assert config.get_text_config(decoder=True) is config
     assert {
         "num_hidden_layers",
         "hidden_size",
@@ -425,4 +431,5 @@ def test_the_shipped_head_on_smollm2() -> None:
     found = with_drafts(model, "eagle", "smollm2-135m", "eagle2", **given)
     assert torch.equal(found, model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.accepted > report.rounds / 2  # it is a trained head
+    assert report is not None
+    assert report.accepted > report.rounds / 2

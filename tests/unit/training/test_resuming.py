@@ -77,7 +77,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def trainer(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
     generator = torch.Generator().manual_seed(3)
     weights = {
@@ -123,7 +123,8 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     trainer: Callable[..., Trainer], tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
     expected = trainer("whole").run()
-    assert expected["steps"] == STEPS and expected["epochs"] > 2
+    assert expected["steps"] == STEPS
+    assert expected["epochs"] > 2
     for stop in stops:
         stopped = trainer()
         during_step(stopped, stop, ctrl_c)
@@ -165,7 +166,8 @@ def test_a_crash_costs_what_came_after_the_last_checkpoint(
     with pytest.raises(RuntimeError, match="power cut"):
         crashed.run()
     resumed = trainer()
-    assert 0 < resumed.steps < 10 and resumed.elapsed == resumed.steps * STEP
+    assert 0 < resumed.steps < 10
+    assert resumed.elapsed == resumed.steps * STEP
     assert resumed.run()["steps"] == STEPS
 
 
@@ -234,7 +236,8 @@ def test_a_second_ctrl_c_interrupts_at_once(
     during_step(stopped, 2, twice)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
-    assert stopped.steps == 1 and not (tmp_path / "head").exists()
+    assert stopped.steps == 1
+    assert not (tmp_path / "head").exists()
 
 
 def test_a_run_goes_on_from_a_head_and_writes_its_layout(
@@ -251,7 +254,8 @@ def test_a_run_goes_on_from_a_head_and_writes_its_layout(
     first = Trainer(checkpoint, data, tmp_path / "first", options)
     earlier = first.run()["held_out_top_1_2_4_by_depth"]["1"]
     init = load_head(tmp_path / "first", CONFIG)
-    assert "fc_norm.0.weight" not in init.weights and init.aux_layers == TAPS
+    assert "fc_norm.0.weight" not in init.weights
+    assert init.aux_layers == TAPS
     second = Trainer(checkpoint, data, tmp_path / "second", options, None, init)
     assert torch.equal(second.draft_ids, init.weights["draft_ids"])
     assert second.evaluate()["held_out_top_1_2_4_by_depth"]["1"] == pytest.approx(
@@ -291,9 +295,11 @@ def test_an_eagle1_head_learns_too(
     step = learner._step
     learner._step = lambda batch: losses.append(step(batch)) or losses[-1]  # type: ignore[method-assign, func-returns-value]
     learner.run()
-    assert sum(losses[-6:]) < sum(losses[:6]) and len(losses) == STEPS
+    assert sum(losses[-6:]) < sum(losses[:6])
+    assert len(losses) == STEPS
     after = load_head(tmp_path / "trained", CONFIG)
-    assert after.fused and after.weights.keys() == init.weights.keys()
+    assert after.fused
+    assert after.weights.keys() == init.weights.keys()
     assert not torch.equal(after.weights["fc.weight"], init.weights["fc.weight"])
 
 
@@ -359,9 +365,8 @@ def test_an_answers_end_is_a_target_too(trainer: Callable[..., Trainer]) -> None
     for item in made._train:
         last = item.aux_hidden[-1, -CONFIG.hidden :].float()
         normed = last / (last.pow(2).mean() + CONFIG.rms_eps).sqrt() * weights["model.norm.weight"]
-        assert len(item.tokens) == len(item.aux_hidden) + 1 and item.tokens[-1] == int(
-            (output @ normed).argmax()
-        )
+        assert len(item.tokens) == len(item.aux_hidden) + 1
+        assert item.tokens[-1] == int((output @ normed).argmax())
     batch = made._train[:5]
     _, _, chosen = next(made._unrolled(batch, 1))
     assert chosen.tolist() == [
