@@ -23,11 +23,12 @@ from smart_decoding.models.head_export import write_head
 from smart_decoding.models.head_files import HeadFiles, load_head
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.training import train
+from smart_decoding.training.conversations import not_trained_on, recorded_layers
 from smart_decoding.training.head import Form, TrainableHead
-from smart_decoding.training.train import Trainer, TrainOptions, recorded_layers
+from smart_decoding.training.train import Trainer, TrainOptions
 
 CONFIG = ModelConfig("llama", 2, 32, 4, 2, 16, 48, 61, 10_000.0, 1e-5, 256, tie_embeddings=True)
-TAPS = (1, 2)
+AUX_LAYERS = (1, 2)
 STEP = 10.0  # seconds that a step takes on the clock below
 STEPS = 24
 FILES = {"config.json", "model.safetensors", "state.pt", "training.json"}
@@ -69,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     total = int(lengths.sum())
     tensors = {
         "tokens": torch.randint(0, CONFIG.vocab, (total,), generator=generator).int(),
-        "taps": torch.randn(total, len(TAPS) * CONFIG.hidden, generator=generator).bfloat16(),
+        "taps": torch.randn(total, len(AUX_LAYERS) * CONFIG.hidden, generator=generator).bfloat16(),
         "starts": torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))),
         "answers": torch.full((40,), 6),
     }
@@ -84,7 +85,7 @@ def trainer(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
         n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()
     }
 
-    def make(output: str = "head", aux_layers: tuple[int, ...] = TAPS) -> Trainer:
+    def make(output: str = "head", aux_layers: tuple[int, ...] = AUX_LAYERS) -> Trainer:
         options = TrainOptions(
             aux_layers, STEP * STEPS, draft_vocab=32, batch_tokens=150, max_unroll=2
         )
@@ -143,7 +144,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("head", "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "head" / "training.json").read_text())["figures"] == expected
-    assert load_head(tmp_path / "head", CONFIG).aux_layers == TAPS
+    assert load_head(tmp_path / "head", CONFIG).aux_layers == AUX_LAYERS
 
 
 def test_a_finished_run_is_only_measured_again(trainer: Callable[..., Trainer]) -> None:
@@ -250,12 +251,12 @@ def test_a_run_goes_on_from_a_head_and_writes_its_layout(
         n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()
     }
     checkpoint = Checkpoint(CONFIG, weights, tmp_path, {"model": "tiny"})
-    options = TrainOptions(TAPS, STEP * STEPS, 32, 150, max_unroll=2, layout="eagle3")
+    options = TrainOptions(AUX_LAYERS, STEP * STEPS, 32, 150, max_unroll=2, layout="eagle3")
     first = Trainer(checkpoint, data, tmp_path / "first", options)
     earlier = first.run()["held_out_top_1_2_4_by_depth"]["1"]
     init = load_head(tmp_path / "first", CONFIG)
     assert "fc_norm.0.weight" not in init.weights
-    assert init.aux_layers == TAPS
+    assert init.aux_layers == AUX_LAYERS
     second = Trainer(checkpoint, data, tmp_path / "second", options, None, init)
     assert torch.equal(second.draft_ids, init.weights["draft_ids"])
     assert second.evaluate()["held_out_top_1_2_4_by_depth"]["1"] == pytest.approx(
@@ -307,7 +308,11 @@ def test_a_head_may_leave_out_the_last_layer_but_its_data_may_not(
     data: Path, trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     """The last layer's output says what the target would have said."""
-    assert recorded_layers((1,), CONFIG.layers) == TAPS == recorded_layers(TAPS, CONFIG.layers)
+    assert (
+        recorded_layers((1,), CONFIG.layers)
+        == AUX_LAYERS
+        == recorded_layers(AUX_LAYERS, CONFIG.layers)
+    )
     early = trainer(aux_layers=(1,))
     assert early.head.fc.in_features == CONFIG.hidden
     assert early.run()["steps"] == STEPS
@@ -352,7 +357,7 @@ def test_what_is_held_out_shares_no_prompt_with_what_is_trained_on(data: Path) -
     twin = replace(
         found[3], tokens=torch.cat((found[3].tokens[: found[3].answer], torch.tensor([1, 2, 3])))
     )
-    held = train._unseen([found[0], twin, found[1]], found[2:])
+    held = not_trained_on([found[0], twin, found[1]], found[2:])
     assert [id(item) for item in held] == [id(found[0]), id(found[1])]
 
 
@@ -370,7 +375,9 @@ def test_an_answers_end_is_a_target_too(trainer: Callable[..., Trainer]) -> None
     batch = made._train[:5]
     _, _, chosen = next(made._unrolled(batch, 1))
     assert chosen.tolist() == [
-        int(made._draft_of[token]) for item in batch for token in item.tokens[item.answer :]
+        int(made._objective.draft_of[token])
+        for item in batch
+        for token in item.tokens[item.answer :]
     ]
 
 
