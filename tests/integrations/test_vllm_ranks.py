@@ -116,7 +116,13 @@ def test_a_step_that_neither_verifies_nor_drafts_is_taken_without_the_speculativ
         input_batch=batch,
     )
     step = SimpleNamespace(num_spec_tokens_to_schedule=length, scheduled_spec_decode_tokens=drafts)
-    with pytest.raises(RuntimeError), shortcuts._plain(runner, step):
-        assert runner.speculative_config == (None if plain else "config")
+    during = []
+
+    def fail() -> None:
+        during.append(runner.speculative_config)
         raise RuntimeError("a step that fails")
+
+    with pytest.raises(RuntimeError), shortcuts._plain(runner, step):
+        fail()
+    assert during == [None if plain else "config"]
     assert runner.speculative_config == "config"

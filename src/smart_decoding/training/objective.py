@@ -26,7 +26,7 @@ class SoftCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, wanted: Tensor) -> Tensor:
         """The loss."""
         log_prob = student.float().log_softmax(-1)
-        loss = -torch.linalg.vecdot(wanted, log_prob).mean()
+        loss: Tensor = -torch.linalg.vecdot(wanted, log_prob).mean()
         mass = wanted.sum(-1, keepdim=True)
         grad = log_prob.exp_().mul_(mass).sub_(wanted).div_(max(len(student), 1))
         ctx.save_for_backward(grad.to(student.dtype))
@@ -35,9 +35,8 @@ class SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """The student's gradient."""
-        grad: Tensor = ctx.saved_tensors[0]
-        scale: Tensor = grads[0].to(grad.dtype)
-        return grad * scale, None
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0].to(grad.dtype), None
 
 
 class Objective:
