@@ -31,7 +31,10 @@ from smart_decoding.integrations.transformers.checks import cache_of
 from smart_decoding.kernels import library
 from smart_decoding.models import kernel_check
 
-VOCAB, PAD, EOS, NEW = 13, 0, 2, 48
+VOCAB = 13
+PAD = 0
+EOS = 2
+NEW = 48  # tokens of an answer
 TOKENS: dict[str, Any] = {
     "vocab_size": VOCAB,
     "pad_token_id": PAD,
@@ -249,12 +252,11 @@ def test_criteria_see_the_scores_of_tokens_so_far_only() -> None:
             assert int(scores[-1][0].argmax()) == int(input_ids[0, -1])
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    model, given = (
-        model_of("llama"),
-        {**inputs(1), "return_dict_in_generate": True, "output_scores": True},
-    )
+    model = model_of("llama")
+    given = {**inputs(1), "return_dict_in_generate": True, "output_scores": True}
     smart(model, **given, stopping_criteria=[Confidence()])
-    assert (report := last_report(model)) is not None
+    report = last_report(model)
+    assert report is not None
     assert report.accepted > 0
     assert seen == [(n, n) for n in range(1, len(seen) + 1)]
 
@@ -283,14 +285,10 @@ SETTINGS: dict[str, Any] = {
 def test_generation_configs_are_respected(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The object that is given, the one that the model has, and arguments, each before the next
     one."""
-    model, prompts = (
-        model_of("llama"),
-        {name: inputs()[name] for name in ("input_ids", "attention_mask")},
-    )
-    config, other = (
-        GenerationConfig(**SETTINGS),
-        GenerationConfig(**{**SETTINGS, "max_new_tokens": 3}),
-    )
+    model = model_of("llama")
+    prompts = {name: inputs()[name] for name in ("input_ids", "attention_mask")}
+    config = GenerationConfig(**SETTINGS)
+    other = GenerationConfig(**{**SETTINGS, "max_new_tokens": 3})
     own = {"an argument": model.generation_config, "the model's own": config, "both": other}[where]
     monkeypatch.setattr(model, "generation_config", own)
     given = {} if where == "the model's own" else {"generation_config": config}
@@ -302,9 +300,8 @@ def test_generation_configs_are_respected(where: str, monkeypatch: pytest.Monkey
     for name, value in (("repetition_penalty", 1.0), ("eos_token_id", EOS), ("pad_token_id", PAD)):
         changed = {**given, name: value}
         answer = smart(model, **prompts, **changed)
-        assert torch.equal(answer, model.generate(**prompts, **changed)) and not torch.equal(
-            answer, expected
-        ), name
+        assert torch.equal(answer, model.generate(**prompts, **changed)), name
+        assert not torch.equal(answer, expected), name
 
 
 def test_scores_and_logits() -> None:
@@ -472,8 +469,10 @@ def test_the_hub_folder_works_where_it_lies_beside_weights() -> None:
     assert torch.equal(model.generate(**inputs(), speculative_config=EAGER), expected)
 
 
-def test_names_of_transformers_that_we_rely_on() -> None:
-    """Private or unwritten ones: if a release changes them, this says which."""
+# Private or unwritten names: if a release changes them, these tests say which.
+
+
+def test_names_of_caches_that_we_rely_on() -> None:
     from transformers.cache_utils import (
         Cache,
         CacheLayerMixin,
@@ -481,10 +480,8 @@ def test_names_of_transformers_that_we_rely_on() -> None:
         DynamicLayer,
         DynamicSlidingWindowLayer,
     )
-    from transformers.generation import logits_process, stopping_criteria, utils
 
     config = model_of("llama").config
-    assert config._attn_implementation == "sdpa"
     assert {type(layer) for layer in DynamicCache(config=config).layers} == {DynamicLayer}
     sliding = DynamicCache(config=model_of("sliding").config).layers[0]
     assert type(sliding) is DynamicSlidingWindowLayer
@@ -500,20 +497,29 @@ def test_names_of_transformers_that_we_rely_on() -> None:
     }
     assert hasattr(Cache, "is_compileable")
     assert DynamicCache().offloading is False
+
+
+def test_names_of_processors_and_criteria_that_we_rely_on() -> None:
+    from transformers.generation import logits_process, stopping_criteria
+
     for name in (*checks.STATEFUL, *sequences.BY_PLACE):
         assert getattr(logits_process, name).__module__ == "transformers.generation.logits_process"
-    assert (
-        stopping_criteria.EosTokenCriteria.__module__ == "transformers.generation.stopping_criteria"
-    )
-    assert hasattr(stopping_criteria.EosTokenCriteria(EOS), "eos_token_id")
-    assert inspect.signature(model_of("llama").forward).parameters.keys() & {
-        "cache",
-        "past_key_values",
-    }
-    rope = model_of("llama").config.rope_parameters
+    kind = stopping_criteria.EosTokenCriteria
+    assert kind.__module__ == "transformers.generation.stopping_criteria"
+    assert hasattr(kind(EOS), "eos_token_id")
+
+
+def test_names_of_models_and_generate_that_we_rely_on() -> None:
+    from transformers.cache_utils import DynamicCache
+    from transformers.generation import utils
+
+    model = model_of("llama")
+    assert model.config._attn_implementation == "sdpa"
+    assert inspect.signature(model.forward).parameters.keys() & {"cache", "past_key_values"}
+    rope = model.config.rope_parameters
     assert isinstance(rope, dict)
     assert "rope_type" in rope
-    model, seen = model_of("llama"), []
+    seen: list[dict[str, Any]] = []
     model.generate(
         **inputs(1), custom_generate=lambda model, input_ids, **kw: seen.append(kw) or input_ids
     )

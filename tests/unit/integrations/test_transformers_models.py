@@ -170,12 +170,8 @@ def test_draws_are_the_same_whatever_drafts(head: Path) -> None:
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
-@pytest.mark.parametrize("layout", heads.LAYOUTS)
-def test_heads_draft_as_in_our_own_engine(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Batched and padded: the same proposals in every round, and so the same features, pairs and
-    positions."""
+def recorded_proposals(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What heads propose from now on, level by level."""
     proposals: list[Any] = []
 
     def recorded(level: Any) -> Any:
@@ -188,22 +184,33 @@ def test_heads_draft_as_in_our_own_engine(
 
     for name in ("first", "deeper"):
         monkeypatch.setattr(EagleHead, name, recorded(getattr(EagleHead, name)))
+    return proposals
+
+
+def our_engine(weights: Checkpoint, folder: Path) -> Engine:
+    """With the head in the folder."""
+    limit = 64
+    target = TorchTarget(weights, "float32", "cpu", 64, limit)
+    files = load_head(folder, weights.config, trust_pickle=True)
+    drafter = EagleDrafter(EagleHead(files, target.decoder, 64, 16, limit), 64, 16)
+    config = EngineConfig(64, limit)
+    return Engine(target, make_policy("static"), drafter, config, lambda skip: lambda ids: "")
+
+
+@pytest.mark.parametrize("layout", heads.LAYOUTS)
+def test_heads_draft_as_in_our_own_engine(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batched and padded: the same proposals in every round, and so the same features, pairs and
+    positions."""
+    proposals = recorded_proposals(monkeypatch)
     config, tensors, pickled, *_ = heads.LAYOUTS[layout]
     folder = heads.write(tmp_path, config, tensors, pickled)
-    model, limit, new = heads.target_model(), 64, 24
+    model = heads.target_model()
+    new = 24
     prompts = [heads.PROMPT, heads.PROMPT[5:20], heads.PROMPT[3:6]]
     weights = Checkpoint(heads.target_config(), model.state_dict(), tmp_path, {"model": "tiny"})
-    target = TorchTarget(weights, "float32", "cpu", 64, limit)
-    drafter = EagleDrafter(
-        EagleHead(
-            load_head(folder, weights.config, trust_pickle=True), target.decoder, 64, 16, limit
-        ),
-        64,
-        16,
-    )
-    engine = Engine(
-        target, make_policy("static"), drafter, EngineConfig(64, limit), lambda skip: lambda ids: ""
-    )
+    engine = our_engine(weights, folder)
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     requests = [engine.add_request(str(i), prompt, params)[0] for i, prompt in enumerate(prompts)]
     while engine.has_unfinished_requests:
@@ -223,8 +230,9 @@ def test_heads_draft_as_in_our_own_engine(
     assert found[:, 24:].tolist() == [request.output for request in requests]
     assert proposals == expected
     assert len(proposals) > 20
-    report, metrics = last_report(model), [request.metrics for request in requests]
+    report = last_report(model)
     assert report is not None
+    metrics = [request.metrics for request in requests]
     for name in ("drafted", "verified", "accepted"):
         assert getattr(report, name) == sum(getattr(m, name) for m in metrics)
 
@@ -344,7 +352,8 @@ def test_a_draft_model_from_a_folder(tmp_path: Path) -> None:
     assert torch.equal(
         with_drafts(model, "draft_model", str(tmp_path), **given), model.generate(**given)
     )
-    assert (report := last_report(model)) is not None
+    report = last_report(model)
+    assert report is not None
     assert report.accepted > 0
 
 

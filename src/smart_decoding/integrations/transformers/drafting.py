@@ -101,8 +101,8 @@ def borrowed(
         source.widest = 1
     state = state_of(target.model)
     source_key = key_of(options)
-    told = {**options, "model": source_key} if source else options
-    setting = [told, target.eos_token_ids, target.tree, bucket(batch)]
+    named = {**options, "model": source_key} if source else options
+    setting = [named, target.eos_token_ids, target.tree, bucket(batch)]
     key = json.dumps(setting, sort_keys=True, default=str)
     drafting = state.idle.pop(key, None) or _new(dict(options), target, batch, source)
     drafting.source = source
