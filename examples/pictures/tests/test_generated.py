@@ -105,7 +105,8 @@ def test_every_answer_is_right_and_an_answer_about_another_picture_is_mostly_not
             assert not question.is_right("")
             for other in others:
                 if kind in other:
-                    right, wrong = right + question.is_right(other[kind].answer), wrong + 1
+                    right += question.is_right(other[kind].answer)
+                    wrong += 1
     assert right / wrong < 0.3
 
 

@@ -39,7 +39,8 @@ def test_it_answers_from_the_picture() -> None:
     ]
     shares = []
     for blank in (False, True):
-        chats, wanted = [], []
+        chats = []
+        wanted = []
         for picture, about in zip(pictures, asked, strict=True):
             image = Image.new("RGB", (96, 96), "white") if blank else draw(picture)
             for question in about:

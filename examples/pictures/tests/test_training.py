@@ -89,7 +89,8 @@ def test_packed_questions_get_the_logits_that_each_gets_alone() -> None:
 
 def test_a_low_rank_change_starts_at_nothing_and_can_be_merged() -> None:
     torch.manual_seed(0)
-    layer, x = nn.Linear(12, 7, bias=False), torch.randn(5, 12)
+    layer = nn.Linear(12, 7, bias=False)
+    x = torch.randn(5, 12)
     changed = LowRank(layer, 3)
     assert torch.equal(changed(x), layer(x))
     with torch.no_grad():
@@ -153,9 +154,8 @@ def test_the_assembled_folder_is_the_model_that_was_trained(
 
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     picture = random_picture(np.random.default_rng(0))
-    values = AutoImageProcessor.from_pretrained(folder)(draw(picture), return_tensors="pt")[
-        "pixel_values"
-    ]
+    processor = AutoImageProcessor.from_pretrained(folder)
+    values = processor(draw(picture), return_tensors="pt")["pixel_values"]
     assert torch.allclose(values, pixels([picture]), atol=1e-5)
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.encode("<image>", add_special_tokens=False) == [IMAGE_ID]
@@ -168,9 +168,7 @@ def test_the_assembled_folder_is_the_model_that_was_trained(
         shown = (tokens == IMAGE_ID)[..., None].expand(embedded.shape)
         seen = model.model.multi_modal_projector(features(model.model.vision_tower, values))
         hidden = decoder(inputs_embeds=embedded.masked_scatter(shown, seen)).last_hidden_state
-    assert torch.allclose(
-        logits, model.lm_head(hidden), atol=0.05
-    )  # the parts are stored in bfloat16
+    assert torch.allclose(logits, model.lm_head(hidden), atol=0.05)  # parts are bfloat16
 
 
 def test_what_is_shipped_is_small_and_says_what_it_is() -> None:

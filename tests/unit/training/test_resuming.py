@@ -65,7 +65,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty conversations of 20 to 40 tokens."""
-    folder, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 41, (40,), generator=generator)
     total = int(lengths.sum())
     tensors = {
@@ -273,7 +274,8 @@ def test_an_eagle1_head_learns_too(
     data: Path, trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     """It reads the last layer's output, and the target's whole vocabulary ranks what comes out."""
-    checkpoint, folder = trainer()._checkpoint, tmp_path / "eagle1"
+    checkpoint = trainer()._checkpoint
+    folder = tmp_path / "eagle1"
     torch.manual_seed(6)
     head = TrainableHead(
         Form(replace(CONFIG, layers=1), 1, fc_norm=False, fused=True, fc_bias=True)
@@ -384,7 +386,8 @@ def test_an_answers_end_is_a_target_too(trainer: Callable[..., Trainer]) -> None
 def test_answers_are_trained_on_up_to_where_they_loop(data: Path, tmp_path: Path) -> None:
     with safe_open(data / "shard-0000.safetensors", "pt") as shard:
         tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-    starts, answer = tensors["starts"].tolist(), int(tensors["answers"][0])
+    starts = tensors["starts"].tolist()
+    answer = int(tensors["answers"][0])
     longest = max(range(40), key=lambda i: starts[i + 1] - starts[i])
     tensors["tokens"][starts[longest] + answer + 9 : starts[longest + 1]] = (
         7  # 30 times, of which one is kept
