@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smart_decoding.cli import main as cli
-from smart_decoding.integrations.sglang.policy import StepCosts
+from smart_decoding.integrations.sglang.costs import RoundCosts
 
 
 def measured(path: Path, *loads: tuple[float, float, float | None]) -> str:
@@ -30,13 +30,11 @@ def runs(tmp_path) -> list[str]:
 def test_a_round_takes_what_its_tokens_took(tmp_path, runs, capsys) -> None:
     output = tmp_path / "costs.json"
     assert cli.main(["sglang-costs", *runs, "--nodes", "2=6", "--output", str(output)]) == 0
-    costs = StepCosts.load(output)
-    assert costs.seconds(1, 0) == pytest.approx(0.011) and costs.seconds(1, 2) == pytest.approx(
-        0.02
-    )
-    assert costs.seconds(16, 0) == pytest.approx(0.0158) and costs.seconds(16, 2) == pytest.approx(
-        0.04
-    )
+    costs = RoundCosts.load(output)
+    assert costs.seconds(1, 0) == pytest.approx(0.011)
+    assert costs.seconds(1, 2) == pytest.approx(0.02)
+    assert costs.seconds(16, 0) == pytest.approx(0.0158)
+    assert costs.seconds(16, 2) == pytest.approx(0.04)
     assert costs.tokens(2) == 7
     assert "batch 16: 0 steps 15.80 ms, 2 steps 40.00 ms" in capsys.readouterr().out
 
@@ -80,4 +78,5 @@ def test_what_the_policy_could_not_use_is_refused(
     (tmp_path / "two.jsonl").write_text(lines)
     output = tmp_path / "costs.json"
     assert cli.main(["sglang-costs", *runs, *more, "--output", str(output)]) == 2
-    assert wrong in capsys.readouterr().err and not output.exists()
+    assert wrong in capsys.readouterr().err
+    assert not output.exists()

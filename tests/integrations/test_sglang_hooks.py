@@ -103,11 +103,9 @@ def test_trees_are_adaptive_and_buffers_fit_the_widest_tier(files) -> None:
 
 def test_without_the_file_sglang_refuses_trees_as_ever(files) -> None:
     found = start(None, speculative_eagle_topk=4, speculative_adaptive_config=files["steps"])
-    assert (
-        not found["adaptive"]
-        and not found["policy"].startswith("smart")
-        and not found["controller"].startswith("s_")
-    )
+    assert not found["adaptive"]
+    assert not found["policy"].startswith("smart")
+    assert not found["controller"].startswith("s_")
 
 
 @pytest.mark.parametrize("arguments", [{"page_size": 16}, {"enable_two_batch_overlap": True}])
@@ -125,11 +123,11 @@ def test_chains_are_sized_as_sglang_sizes_them(files) -> None:
     found = start(
         files["chains"], speculative_eagle_topk=1, speculative_adaptive_config=files["steps"]
     )
-    assert (
-        found["policy"] == f"{OURS}policy"
-        and found["controller"] == "sglang.srt.speculative.adaptive_runtime_state"
-    )
-    assert found["adaptive"] and found["tokens"] == 5 and found["widest"] == 7
+    assert found["policy"] == f"{OURS}policy"
+    assert found["controller"] == "sglang.srt.speculative.adaptive_runtime_state"
+    assert found["adaptive"]
+    assert found["tokens"] == 5
+    assert found["widest"] == 7
 
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "sglang"
@@ -147,5 +145,6 @@ def test_the_documented_examples_start(kind, topk, tokens, widest) -> None:
         speculative_num_draft_tokens=tokens,
         speculative_adaptive_config=str(EXAMPLES / f"{kind}-steps.json"),
     )
-    assert found["policy"] == f"{OURS}policy" and found["adaptive"]
+    assert found["policy"] == f"{OURS}policy"
+    assert found["adaptive"]
     assert (found["tokens"], found["widest"]) == (tokens, widest)

@@ -19,7 +19,8 @@ from sglang_wheel import source_of
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations import sglang as integration
-from smart_decoding.integrations.sglang.policy import PROBE_EVERY, SmartSpecPolicy, StepCosts
+from smart_decoding.integrations.sglang.costs import RoundCosts
+from smart_decoding.integrations.sglang.policy import EXPLORE_EVERY, SmartSpecPolicy
 
 SECONDS = {
     "1": {"0": 0.010, "1": 0.012, "3": 0.014, "5": 0.018},
@@ -69,9 +70,10 @@ def test_it_settles_on_the_steps_with_the_most_tokens_per_second(policy, accept,
 
 def test_while_off_it_looks_now_and_then_and_comes_back(policy) -> None:
     assert serve(policy, 1, 800, 0.0)[-1] == 0
-    off = serve(policy, 1, 2 * PROBE_EVERY + 2, 0.0)
-    assert set(off) == {0, 1} and off.count(1) <= 4
-    assert max(serve(policy, 1, 40 * PROBE_EVERY, 1.0)) == 5
+    off = serve(policy, 1, 2 * EXPLORE_EVERY + 2, 0.0)
+    assert set(off) == {0, 1}
+    assert off.count(1) <= 4
+    assert max(serve(policy, 1, 40 * EXPLORE_EVERY, 1.0)) == 5
 
 
 def test_ranks_that_see_the_same_counts_choose_the_same(tmp_path, policy) -> None:
@@ -117,9 +119,10 @@ def test_of_trees_the_tier_of_most_tokens_per_second_is_found(tiers) -> None:
     assert used.count(max(rates, key=lambda k: rates[k])) > 400
 
 
-def test_a_tier_that_never_pays_is_left_alone_but_for_probes(tiers) -> None:
+def test_a_tier_that_never_pays_is_left_alone_but_for_exploration(tiers) -> None:
     used = serve_trees(tiers, 1500, dict.fromkeys((0, 1, 3, 5), 0.02))[-660:]
-    assert set(used) == {0, 1} and used.count(1) <= 2 * 660 / (PROBE_EVERY + 2) + 2
+    assert set(used) == {0, 1}
+    assert used.count(1) <= 2 * 660 / (EXPLORE_EVERY + 2) + 2
 
 
 def test_states_of_tiers_have_their_tokens(tiers) -> None:
@@ -142,13 +145,14 @@ def test_trees_smaller_than_their_depth_are_refused(tmp_path, nodes) -> None:
     path = tmp_path / "costs.json"
     path.write_text(json.dumps({"seconds": SECONDS, "nodes": nodes}))
     with pytest.raises(ConfigError, match="nodes"):
-        StepCosts.load(path)
+        RoundCosts.load(path)
 
 
 def test_captured_graphs_are_those_that_can_be_reached(policy) -> None:
     assert policy.cuda_graph_bs_for_step(3) is None
     policy.set_cuda_graph_bs([8, 1, 16, 32])
-    assert policy.cuda_graph_bs_for_step(3) == [1, 8] and policy.cuda_graph_bs_for_step(1) == [
+    assert policy.cuda_graph_bs_for_step(3) == [1, 8]
+    assert policy.cuda_graph_bs_for_step(1) == [
         1,
         8,
         16,
@@ -164,19 +168,22 @@ def test_the_chains_in_the_docs_are_taken(monkeypatch) -> None:
     monkeypatch.setenv(integration.COSTS, str(EXAMPLES / "chain-costs.json"))
     policy = SmartSpecPolicy(3, str(EXAMPLES / "chain-steps.json"))
     assert policy.candidate_steps == [0, 1, 3, 5]
-    assert max(serve(policy, 1, 500, 1.0)) == 5 and max(serve(policy, 16, 500, 1.0)) == 1
+    assert max(serve(policy, 1, 500, 1.0)) == 5
+    assert max(serve(policy, 16, 500, 1.0)) == 1
 
 
 def test_the_trees_in_the_docs_are_taken(monkeypatch) -> None:
     monkeypatch.setenv(integration.COSTS, str(EXAMPLES / "tree-costs.json"))
     policy = SmartSpecPolicy(4, str(EXAMPLES / "tree-steps.json"))
-    assert policy.candidate_steps == [0, 2, 4, 6] and policy.costs.tokens(4) == 15
+    assert policy.candidate_steps == [0, 2, 4, 6]
+    assert policy.costs.tokens(4) == 15
     assert max(serve_trees(policy, 500, dict.fromkeys((0, 2, 4, 6), 1.0))) == 6
 
 
 def test_costs_are_linear_between_entries() -> None:
-    costs = StepCosts({1: {0: 1.0, 2: 3.0}, 4: {0: 2.0, 2: 4.0}})
-    assert costs.seconds(1, 1) == pytest.approx(2.0) and costs.seconds(2, 1) == pytest.approx(2.5)
+    costs = RoundCosts({1: {0: 1.0, 2: 3.0}, 4: {0: 2.0, 2: 4.0}})
+    assert costs.seconds(1, 1) == pytest.approx(2.0)
+    assert costs.seconds(2, 1) == pytest.approx(2.5)
     assert costs.seconds(64, 9) == pytest.approx(4.0)
 
 
@@ -194,7 +201,7 @@ def test_files_that_are_none_are_refused(tmp_path, text) -> None:
     path = tmp_path / "costs.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match="costs"):
-        StepCosts.load(path)
+        RoundCosts.load(path)
 
 
 def test_the_plugin_does_nothing_unless_it_is_asked_to(monkeypatch) -> None:
@@ -211,7 +218,8 @@ def module_of(name: str) -> ModuleType:
     """One module of SGLang, from its file alone."""
     path = source_of(name)
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -95,7 +95,9 @@ def candidates(world: World, policy: Eagle2, children: int) -> tuple[BatchState,
     batch = BatchState(
         np.array(CONTEXT[:size]), np.full(size, 99), np.zeros(size), np.ones(size, bool)
     )
-    plan, trees, parents = policy.plan(batch), DraftTrees.empty(size), np.full(size, ROOT)
+    plan = policy.plan(batch)
+    trees = DraftTrees.empty(size)
+    parents = np.full(size, ROOT)
     owners = np.arange(size)
     for level in range(1, plan.levels + 1):
         for owner, parent in zip(owners.tolist(), parents.tolist(), strict=True):
@@ -107,7 +109,8 @@ def candidates(world: World, policy: Eagle2, children: int) -> tuple[BatchState,
         chosen = policy.frontier(plan, batch, trees, level)
         if chosen is None:
             break
-        parents, owners = chosen, trees.owner[chosen]
+        parents = chosen
+        owners = trees.owner[chosen]
     return batch, plan, trees
 
 
@@ -131,10 +134,9 @@ class Built:
     paths: list[list[Path_]]
 
 
-def sglang_tree(sglang: SimpleNamespace, world: World, topk: int, steps: int, nodes: int) -> Built:
+def sglang_lists(sglang: SimpleNamespace, world: World, topk: int, steps: int) -> Any:
     """The loop of SGLang's draft worker, with the table in the drafter's place."""
-    batch = world.batch
-    beam: list[Path_] = [()] * batch
+    beam: list[Path_] = [()] * world.batch
     scores = hidden = None
     lists: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
     width = 1
@@ -143,9 +145,8 @@ def sglang_tree(sglang: SimpleNamespace, world: World, topk: int, steps: int, no
             np.stack([world.draft(row // width, path) for row, path in enumerate(beam)])
         )
         best, index = sglang.fast_topk(probs, topk, dim=-1)
-        marks = torch.arange(len(beam), dtype=torch.float32)[
-            :, None
-        ]  # in the hidden states' place: whose row it is
+        # In the hidden states' place: whose row it is.
+        marks = torch.arange(len(beam), dtype=torch.float32)[:, None]
         ids, hidden, scores, info = sglang.select_top_k_tokens(
             step, best, index, marks, scores, topk
         )
@@ -153,6 +154,13 @@ def sglang_tree(sglang: SimpleNamespace, world: World, topk: int, steps: int, no
             list_.append(part)
         beam = [(*beam[int(row)], int(token)) for row, token in zip(hidden[:, 0], ids, strict=True)]
         width = topk
+    return lists
+
+
+def sglang_tree(sglang: SimpleNamespace, world: World, topk: int, steps: int, nodes: int) -> Built:
+    """What SGLang's draft worker builds, and the path of each node."""
+    batch = world.batch
+    lists = sglang_lists(sglang, world, topk, steps)
     parents, chosen, drafts = sglang.organize_draft_results(*lists, nodes + 1)
     context = torch.tensor(CONTEXT[:batch])
     mask, positions, index, next_token, next_sibling, tokens = sglang.build_tree_kernel_efficient(
@@ -175,15 +183,20 @@ def sglang_tree(sglang: SimpleNamespace, world: World, topk: int, steps: int, no
         positions.numpy(),
         [],
     )
-    for owner in range(batch):
-        paths: list[Path_] = [()] * (nodes + 1)
-        for node in range(nodes + 1):
-            child = int(next_token[owner, node])
-            while child >= 0:
-                paths[child] = (*paths[node], int(built.tokens[owner, child]))
-                child = int(next_sibling[owner, child])
-        built.paths.append(paths)
+    built.paths += [node_paths(built, owner) for owner in range(batch)]
     return built
+
+
+def node_paths(built: Built, owner: int) -> list[Path_]:
+    """The tokens from the root down to each node of one request."""
+    nodes = built.tokens.shape[1]
+    paths: list[Path_] = [()] * nodes
+    for node in range(nodes):
+        child = int(built.next_token[owner, node])
+        while child >= 0:
+            paths[child] = (*paths[node], int(built.tokens[owner, child]))
+            child = int(built.next_sibling[owner, child])
+    return paths
 
 
 # --- the same ---
@@ -200,15 +213,14 @@ def ancestor_mask(trees: DraftTrees) -> np.ndarray:
 
 def assert_same_tree(trees: DraftTrees, built: Built) -> None:
     """Tokens, parents, links, positions and mask."""
-    width, first = built.tokens.shape[1], 0
+    width = built.tokens.shape[1]
+    first = 0
     for owner in range(trees.batch):
         mine = trees.nodes_of(owner)
         place = {path: node for node, path in enumerate(built.paths[owner])}  # theirs, by path
         paths = {int(node): tokens_to(trees, int(node)) for node in mine}
-        assert (
-            sorted(paths.values()) == sorted(set(built.paths[owner]) - {()})
-            and len(mine) == width - 1
-        )
+        assert sorted(paths.values()) == sorted(set(built.paths[owner]) - {()})
+        assert len(mine) == width - 1
         order = sorted(paths, key=lambda node: place[paths[node]])  # ours, in SGLang's order
         assert trees.token[order].tolist() == built.tokens[owner, 1:].tolist()
         rows = {node: row for row, node in enumerate(order, start=1)} | {ROOT: 0}
@@ -232,11 +244,9 @@ def assert_same_tree(trees: DraftTrees, built: Built) -> None:
         mask = built.mask[first : first + size].reshape(width, context + width)
         first += size
         seen = ancestor_mask(trees)[np.ix_(order, order)]
-        assert (
-            mask[:, : context + 1].all()
-            and (mask[1:, context + 1 :] == seen).all()
-            and not mask[0, context + 1 :].any()
-        )
+        assert mask[:, : context + 1].all()
+        assert (mask[1:, context + 1 :] == seen).all()
+        assert not mask[0, context + 1 :].any()
 
 
 def assert_same_walk(

@@ -91,9 +91,8 @@ def test_places_are_kept_for_the_drafts_that_are_to_be_verified(
     assert prompts.num_spec_tokens_to_schedule == LONGEST
     wanted.update(a=1, b=3)  # of the step after the next
     step = scheduler.schedule()  # before the prompts' tokens are known
-    assert step.num_scheduled_tokens == {"a": 3, "b": 1} and step.scheduled_spec_decode_tokens == {
-        "a": [-1, -1]
-    }
+    assert step.num_scheduled_tokens == {"a": 3, "b": 1}
+    assert step.scheduled_spec_decode_tokens == {"a": [-1, -1]}
     answer(scheduler, prompts, {})
     following = scheduler.schedule()
     assert following.num_scheduled_tokens == {"a": 2, "b": 4}
@@ -102,10 +101,8 @@ def test_places_are_kept_for_the_drafts_that_are_to_be_verified(
     } == {"a": 1, "b": 3}
     answer(scheduler, step, {"a": 1})
     assert (policy.counters.verified, policy.counters.accepted) == (2, 1)
-    assert (
-        scheduler.requests["a"].num_output_tokens == 3
-        and scheduler.requests["b"].num_output_tokens == 2
-    )
+    assert scheduler.requests["a"].num_output_tokens == 3
+    assert scheduler.requests["b"].num_output_tokens == 2
 
 
 def test_requests_run_to_their_end_with_speculation_on_and_off(scheduler: Any) -> None:

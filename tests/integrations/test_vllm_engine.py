@@ -115,7 +115,8 @@ def check(answer: Any, plain: Any) -> None:
     metrics."""
     assert answer["tokens"] == plain["tokens"][: len(answer["tokens"])]
     counters = answer["counters"]
-    assert counters["steps_on"] > 10 and counters["steps_off"] > 10
+    assert counters["steps_on"] > 10
+    assert counters["steps_off"] > 10
     assert counters["drafted"] >= counters["verified"] > counters["accepted"] > 0
     assert counters["verified"] == answer["vllm"]["drafted"]
     assert counters["accepted"] == answer["vllm"]["accepted"]
@@ -151,7 +152,8 @@ def test_two_ranks_leave_out_the_passes_of_a_draft_model_of_no_use(plain, useles
     answer, _ = engine(arguments, batches=BATCHES)
     assert answer["tokens"] == plain["tokens"]
     counters = answer["counters"]
-    assert counters["rests"] > counters["steps_off"] / 2 and counters["steps_on"] > 0
+    assert counters["rests"] > counters["steps_off"] / 2
+    assert counters["steps_on"] > 0
 
 
 def test_every_name_that_is_relied_on_is_there() -> None:
@@ -169,11 +171,9 @@ def test_an_unknown_version_is_stock_with_one_warning(plain) -> None:
         batches=[1],
         pretend_version="0.99.0",
     )
-    assert (
-        answer["tokens"] == plain["tokens"][:1]
-        and answer["counters"] is None
-        and answer["vllm"]["drafted"] > 0
-    )
+    assert answer["tokens"] == plain["tokens"][:1]
+    assert answer["counters"] is None
+    assert answer["vllm"]["drafted"] > 0
     assert output.count("SMART leaves draft lengths to vLLM") == 1
 
 
@@ -236,7 +236,8 @@ def test_the_openai_server_speculates_and_serves_the_counters(plain, draft, even
                 )
             assert texts == plain["texts"][BATCHES.index(batch)], batch
         ours, theirs = scrape(metrics, "smart_vllm_"), scrape(port, "vllm:spec_decode_num_")
-        assert ours["smart_vllm_steps_on_total"] > 0 and ours["smart_vllm_steps_off_total"] > 0
+        assert ours["smart_vllm_steps_on_total"] > 0
+        assert ours["smart_vllm_steps_off_total"] > 0
         assert (ours["smart_vllm_rests_total"] > 0) == ("draft model" in set_up)
         for name, stock in (("verified", "draft"), ("accepted", "accepted")):
             assert (
@@ -308,7 +309,8 @@ def test_smart_vllm_config_measures_and_vllm_takes_what_it_writes(tmp_path) -> N
     run = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=1800)
     assert run.returncode == 0, run.stderr
     reasons = json.loads(output.with_suffix(".reasons.json").read_text())
-    assert set(reasons["measured"]) == {"1", "4"} and reasons["measured"]["1"]["3"]["drafted"] > 0
+    assert set(reasons["measured"]) == {"1", "4"}
+    assert reasons["measured"]["1"]["3"]["drafted"] > 0
     schedule = [
         [1, 1, 3],
         [2, 4, 0],

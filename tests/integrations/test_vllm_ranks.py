@@ -37,9 +37,14 @@ def test_a_length_installs_the_shortcuts_where_it_arrives_as_a_plain_int(
     rank: list[str], k: int
 ) -> None:
     sent = pickle.dumps({"step": Length(k)}, protocol=pickle.HIGHEST_PROTOCOL)
-    assert not rank and Length(k) == k and hash(Length(k)) == hash(k) and repr(Length(k)) == repr(k)
+    assert not rank
+    assert Length(k) == k
+    assert hash(Length(k)) == hash(k)
+    assert repr(Length(k)) == repr(k)
     got = pickle.loads(sent)["step"]
-    assert type(got) is int and got == k and rank == ["shortcuts"]
+    assert type(got) is int
+    assert got == k
+    assert rank == ["shortcuts"]
 
 
 def test_outputs_of_a_rank_tell_once_a_draft_model_has_run_there(rank: list[str]) -> None:
@@ -50,7 +55,8 @@ def test_outputs_of_a_rank_tell_once_a_draft_model_has_run_there(rank: list[str]
     )  # the shortcuts are there, but what calls them?
     shortcuts._seen.append(True)
     back = there_and_back(Output([1, 2]))
-    assert ranks.marked(back) and back == Output([1, 2])
+    assert ranks.marked(back)
+    assert back == Output([1, 2])
 
 
 def there_and_back(output: Any) -> Any:
@@ -59,11 +65,9 @@ def there_and_back(output: Any) -> Any:
 
 def test_only_ranks_of_this_machine_are_told() -> None:
     assert ranks.same_machine("mp", 1)
-    assert (
-        not ranks.same_machine("mp", 2)
-        and not ranks.same_machine("ray", 1)
-        and not ranks.same_machine("uni", 1)
-    )
+    assert not ranks.same_machine("mp", 2)
+    assert not ranks.same_machine("ray", 1)
+    assert not ranks.same_machine("uni", 1)
 
 
 def test_drafts_are_not_fetched_after_a_step_that_drafts_nothing(
@@ -112,7 +116,13 @@ def test_a_step_that_neither_verifies_nor_drafts_is_taken_without_the_speculativ
         input_batch=batch,
     )
     step = SimpleNamespace(num_spec_tokens_to_schedule=length, scheduled_spec_decode_tokens=drafts)
-    with pytest.raises(RuntimeError), shortcuts._plain(runner, step):
-        assert runner.speculative_config == (None if plain else "config")
+    during = []
+
+    def fail() -> None:
+        during.append(runner.speculative_config)
         raise RuntimeError("a step that fails")
+
+    with pytest.raises(RuntimeError), shortcuts._plain(runner, step):
+        fail()
+    assert during == [None if plain else "config"]
     assert runner.speculative_config == "config"

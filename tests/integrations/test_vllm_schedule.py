@@ -1,19 +1,20 @@
-"""`smart vllm-config` and the scheduler's options, without vLLM: schedules from times, files,
-refusals."""
+"""`smart vllm-config` and the scheduler's options, without vLLM: schedules, files, refusals."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import vllm_config as cli_vllm
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.vllm import seams
+from smart_decoding.integrations.vllm import options, seams
 from smart_decoding.integrations.vllm.schedule import (
     Line,
     Timing,
@@ -36,14 +37,11 @@ def timings(plain: float, **others: float) -> dict[int, Timing]:
 def test_the_fastest_length_is_chosen_and_the_reason_says_by_how_much() -> None:
     choice = choose(1, timings(1.0, k1=0.95, k4=0.8, k2=0.85))
     assert choice.length == 4
-    assert choice.ratios[4][0] == pytest.approx(1.25) and choice.ratios[4][1] == pytest.approx(
-        0.0, abs=1e-9
-    )
-    assert (
-        "batch 1" in choice.reason
-        and "4 tokens 1.25" in choice.reason
-        and "40 % accepted" in choice.reason
-    )
+    assert choice.ratios[4][0] == pytest.approx(1.25)
+    assert choice.ratios[4][1] == pytest.approx(0.0, abs=1e-9)
+    assert "batch 1" in choice.reason
+    assert "4 tokens 1.25" in choice.reason
+    assert "40 % accepted" in choice.reason
 
 
 def test_what_does_not_pay_is_off() -> None:
@@ -74,77 +72,65 @@ def test_the_option_is_the_one_that_vllm_takes() -> None:
     assert speculative_config({"method": "ngram"}, [Line(1, 16, 0, "")]) is None
 
 
+class Engine:
+    """A stand-in for the engine's process: three tokens are best at batch 1, none at batch 4."""
+
+    started: ClassVar[list[dict[str, Any]]] = []  # arguments
+
+    def __init__(self, arguments) -> None:
+        speculative = arguments["speculative_config"]
+        self.length = speculative["num_speculative_tokens"] if speculative else 0
+        self.scheduled = "num_speculative_tokens_per_batch_size" in (speculative or {})
+        self.started.append(arguments)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def ready(self) -> str:
+        return "0.32.0"
+
+    def run(self, prompts, max_tokens):
+        seconds = 1.0 - 0.1 * self.length if len(prompts) == 1 else 1.0 + 0.1 * self.length
+        if self.scheduled and len(prompts) == 4:  # nothing is drafted, but the drafter is there
+            seconds = 1.02
+        tokens = max_tokens * len(prompts)
+        return {"seconds": seconds, "tokens": tokens, "drafted": 10, "accepted": 5}
+
+
+COMMAND = (
+    "vllm-config a-model --lengths 1,3 --batch-sizes 1,4 --blocks 2 "
+    """--engine-args '{"dtype": "float32"}' --check"""
+)
+
+
 def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     tmp_path, monkeypatch, capsys
 ) -> None:
-    """With a stand-in for the engine's process: three tokens are the best at batch 1, none at batch
-    4."""
-    seen = []
-
-    class Engine:
-        def __init__(self, arguments) -> None:
-            speculative = arguments["speculative_config"]
-            self.length = speculative["num_speculative_tokens"] if speculative else 0
-            self.scheduled = "num_speculative_tokens_per_batch_size" in (speculative or {})
-            seen.append(arguments)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error) -> None:
-            pass
-
-        def ready(self) -> str:
-            return "0.32.0"
-
-        def run(self, prompts, max_tokens):
-            seconds = 1.0 - 0.1 * self.length if len(prompts) == 1 else 1.0 + 0.1 * self.length
-            if self.scheduled and len(prompts) == 4:  # nothing is drafted, but the drafter is there
-                seconds = 1.02
-            return {
-                "seconds": seconds,
-                "tokens": max_tokens * len(prompts),
-                "drafted": 10,
-                "accepted": 5,
-            }
-
+    monkeypatch.setattr(Engine, "started", [])
     monkeypatch.setattr(cli_vllm, "Measured", Engine)
     monkeypatch.setattr(cli_vllm, "find_spec", lambda name: object())
     output = tmp_path / "schedule.json"
-    command = [
-        "vllm-config",
-        "a-model",
-        "--lengths",
-        "1,3",
-        "--batch-sizes",
-        "1,4",
-        "--blocks",
-        "2",
-        "--engine-args",
-        '{"dtype": "float32"}',
-        "--output",
-        str(output),
-        "--check",
-    ]
-    assert cli.main(command) == 0
+    assert cli.main([*shlex.split(COMMAND), "--output", str(output)]) == 0
     written = json.loads(output.read_text())
     assert written["num_speculative_tokens_per_batch_size"] == [[1, 1, 3], [2, 4, 0]]
-    assert written["num_speculative_tokens"] == 3 and written["method"] == "ngram"
-    assert [
-        a["speculative_config"] and a["speculative_config"]["num_speculative_tokens"] for a in seen
-    ] == [None, 1, 3, None, 3]
-    assert seen[-1]["speculative_config"] == written
-    assert all(a["dtype"] == "float32" for a in seen)
+    assert written["num_speculative_tokens"] == 3
+    assert written["method"] == "ngram"
+    configs = [arguments["speculative_config"] for arguments in Engine.started]
+    lengths = [config and config["num_speculative_tokens"] for config in configs]
+    assert lengths == [None, 1, 3, None, 3]
+    assert configs[-1] == written
+    assert all(arguments["dtype"] == "float32" for arguments in Engine.started)
     reasons = json.loads((tmp_path / "schedule.reasons.json").read_text())
     assert reasons["measured"]["4"]["3"]["seconds"] == pytest.approx([1.3, 1.3])
     assert "batch 1: plain" in reasons["lines"][0]["reason"]
-    assert reasons["checked"]["1"][0] == pytest.approx(1 / 0.7) and reasons["checked"]["4"][
-        0
-    ] == pytest.approx(1 / 1.02)
+    assert reasons["checked"]["1"][0] == pytest.approx(1 / 0.7)
+    assert reasons["checked"]["4"][0] == pytest.approx(1 / 1.02)
     shown = capsys.readouterr().out
-    assert (
-        "2 to 4: no tokens" in shown and "batch 4, with the schedule: 0.98 ± 0.00 × plain" in shown
-    )
+    assert "2 to 4: no tokens" in shown
+    assert "batch 4, with the schedule: 0.98 ± 0.00 × plain" in shown
 
 
 @pytest.mark.parametrize(
@@ -211,12 +197,12 @@ def stock(**speculative: object) -> SimpleNamespace:
     )
 
 
-def reason(version: str, scheduler: object, **options: bool) -> str | None:
+def reason(version: str, scheduler: object, **given: bool) -> str | None:
     """Of its classes there are none without vLLM: `make test-vllm` compares those."""
-    return seams.reason_for_stock(
+    return options.reason_for_stock(
         version,
         scheduler,
-        seams.Options(**options),
+        options.Options(**given),
         lambda live: list(seams.missing_attributes(live)),
     )
 
@@ -243,7 +229,8 @@ def test_a_name_that_is_gone_means_stock_behaviour(name: str, allow_untested: bo
     found = reason(
         "0.99.0" if allow_untested else "0.32.0", scheduler, allow_untested=allow_untested
     )
-    assert found is not None and f"scheduler.{name}" in found
+    assert found is not None
+    assert f"scheduler.{name}" in found
     assert reason("0.99.0", scheduler) is not None  # and raises nothing
 
 
@@ -258,7 +245,7 @@ def test_classes_that_are_gone_are_named() -> None:
         "vllm.v1.sample.sampler:Sampler.forward(logits, sampling_metadata, predict_bonus_token)"
         in gone
     )
-    assert "Sampler" in str(seams.reason_for_stock("0.32.0", stock(), seams.Options()))
+    assert "Sampler" in str(options.reason_for_stock("0.32.0", stock(), options.Options()))
 
 
 def test_members_and_parameters_are_found_where_they_are(monkeypatch) -> None:
@@ -310,17 +297,17 @@ def test_nothing_to_choose_means_stock_behaviour() -> None:
 
 
 def test_data_parallel_and_the_wrong_class_are_refused() -> None:
-    seams.refuse_layout(1, "mp")
+    options.refuse_layout(1, "mp")
     with pytest.raises(ConfigError, match="data_parallel_size=2"):
-        seams.refuse_layout(2, None)
+        options.refuse_layout(2, None)
     with pytest.raises(ConfigError, match="external_launcher"):
-        seams.refuse_layout(1, "external_launcher")
-    seams.refuse_class(False, False)
-    seams.refuse_class(None, True)  # a version that does not say
+        options.refuse_layout(1, "external_launcher")
+    options.refuse_class(False, False)
+    options.refuse_class(None, True)  # a version that does not say
     with pytest.raises(ConfigError, match="SmartAsyncScheduler"):
-        seams.refuse_class(True, False)
+        options.refuse_class(True, False)
     with pytest.raises(ConfigError, match=r"vllm\.SmartScheduler"):
-        seams.refuse_class(False, True)
+        options.refuse_class(False, True)
 
 
 @pytest.mark.parametrize(
@@ -329,17 +316,24 @@ def test_data_parallel_and_the_wrong_class_are_refused() -> None:
         {"smart": {"unknown": 1}},
         {"smart": 3},
         {"smart": {"metrics_port": True}},
-        {"smart": {"probe_budget": 2}},
+        {"smart": {"exploration_budget": 2}},
     ],
 )
 def test_unknown_and_wrong_options_are_refused(given) -> None:
     with pytest.raises(ConfigError):
-        seams.read_options(given)
+        options.read_options(given)
+
+
+def test_the_old_name_of_an_option_says_the_new_one() -> None:
+    with pytest.raises(ConfigError, match="is called 'exploration_budget' now"):
+        options.read_options({"smart": {"probe_budget": 0.01}})
 
 
 def test_options_are_read_and_other_plugins_left_alone() -> None:
-    assert seams.read_options({"other": 1}) == seams.Options()
+    assert options.read_options({"other": 1}) == options.Options()
     assert (
-        seams.read_options({"smart": {"metrics_port": 9400, "probe_budget": 0}}).metrics_port
+        options.read_options(
+            {"smart": {"metrics_port": 9400, "exploration_budget": 0}}
+        ).metrics_port
         == 9400
     )

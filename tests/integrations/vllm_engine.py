@@ -12,7 +12,8 @@ from typing import Any
 
 PROMPTS = [
     "Repeat this line five times: the quick brown fox jumps over the lazy dog.",
-    "Write a Python function that returns the sum of a list, then write it again with a comment on every line.",
+    "Write a Python function that returns the sum of a list, "
+    "then write it again with a comment on every line.",
     "Why is the sky blue?",
     "List the days of the week, then list them again in reverse.",
 ]

@@ -78,7 +78,7 @@ def said(checkpoint: Checkpoint, item: Conversation) -> torch.Tensor:
 
 def test_the_features_are_those_of_the_tokens(folder: Path) -> None:
     checkpoint = load_checkpoint(folder)
-    found, _ = load_conversations(folder / "data", sees=True)
+    found, _ = load_conversations(folder / "data", supports_images=True)
     right = total = 0
     for item in found:
         best = (said(checkpoint, item) @ checkpoint.weights["lm_head.weight"].float().T).argmax(-1)
@@ -92,7 +92,7 @@ def test_the_features_are_those_of_the_tokens(folder: Path) -> None:
 
 
 def test_without_sight_a_conversation_begins_where_the_picture_ends(folder: Path) -> None:
-    whole, _ = load_conversations(folder / "data", sees=True)
+    whole, _ = load_conversations(folder / "data", supports_images=True)
     found, _ = load_conversations(folder / "data")
     for item, all_of_it in zip(found, whole, strict=True):
         start = len(all_of_it.tokens) - len(item.tokens)
@@ -129,10 +129,10 @@ def test_a_head_is_trained_on_what_it_reads_when_it_drafts(
     checkpoint = load_checkpoint(folder)
     head = save_head(tmp_path / "head", visual_positions="decoupled" if sees else "dropped")
     init = load_head(head, checkpoint.config)
-    options = TrainOptions((3,), layout="eagle", sees=sees)
+    options = TrainOptions((3,), layout="eagle", supports_images=sees)
     trainer = Trainer(checkpoint, folder / "data", tmp_path / "out", options, init=init)
     trainer._fast_bf16 = False
-    item = load_conversations(folder / "data", sees=sees)[0][0]
+    item = load_conversations(folder / "data", supports_images=sees)[0][0]
     layer = reference_layer(head)
     with torch.no_grad():
         student, _, _ = next(trainer._unrolled([item], 1))
@@ -179,7 +179,7 @@ def test_an_eagle3_head_proposes_what_it_was_trained_to(
         torch.tensor(request.tokens[: end + 2]), aux_hidden[: end + 2], end, visual, shown
     )
     checkpoint = load_checkpoint(folder)
-    options = TrainOptions((1, 2, 3), layout="eagle3", sees=sees)
+    options = TrainOptions((1, 2, 3), layout="eagle3", supports_images=sees)
     trainer = Trainer(
         checkpoint,
         folder / "taps",

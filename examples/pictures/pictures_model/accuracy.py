@@ -1,5 +1,4 @@
-"""How well a vision-language model answers questions about held-out generated pictures, and about
-blank ones.
+"""How well a vision-language model answers questions about held-out pictures, and blank ones.
 
     python -m pictures_model accuracy --pictures 150 --json accuracy.json
 
@@ -34,9 +33,9 @@ SEEDS = 77  # training uses 0, its own measurements 1
 CONDITIONS = {"trained": (TRAIN, False), "held-out": (HELD_OUT, False), "blank": (TRAIN, True)}
 
 
-def main(argv: list[str]) -> int:
+def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pictures_model accuracy", description=__doc__.splitlines()[0]
+        prog="python -m pictures_model accuracy", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--model", help="name, hub id or folder (default: the demonstration model)")
     parser.add_argument(
@@ -47,7 +46,12 @@ def main(argv: list[str]) -> int:
         "--speculative", action="store_true", help="draft as by default (the answers are the same)"
     )
     parser.add_argument("--json", type=Path, help="file for the figures")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Prints a table with a row for each kind of question."""
+    args = _arguments(argv)
     ours = args.speculative and args.model is None
     llm = LLM(
         args.model or model_folder(),
@@ -94,12 +98,10 @@ def table(found: dict[str, dict[str, list[int]]]) -> str:
     """Markdown: a row for each kind of question, a column for each condition."""
     lines = [f"| kind | {' | '.join(found)} |", f"|---|{'---:|' * len(found)}"]
     for kind in KINDS:
-        lines.append(
-            f"| {kind} | {' | '.join(_share([right.get(kind, [0, 0])]) for right in found.values())} |"
-        )
-    lines.append(
-        f"| **all** | {' | '.join(_share(list(right.values())) for right in found.values())} |"
-    )
+        shares = [_share([right.get(kind, [0, 0])]) for right in found.values()]
+        lines.append(f"| {kind} | {' | '.join(shares)} |")
+    overall = [_share(list(right.values())) for right in found.values()]
+    lines.append(f"| **all** | {' | '.join(overall)} |")
     return "\n".join(lines)
 
 

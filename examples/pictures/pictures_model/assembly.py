@@ -1,6 +1,7 @@
-"""A vision-language model put together from a text model's weights and a folder of parts: tower,
-projector, and low-rank changes of the text model's linear layers. The result is a LLaVA folder in
-the cache, which transformers can read, too.
+"""A vision-language model put together from a text model's weights and a folder of parts.
+
+The parts are the tower, the projector, and low-rank changes of the text model's linear layers. The
+result is a LLaVA folder in the cache, which transformers can read, too.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ def model_folder(parts: Path = PARTS_FOLDER) -> Path:
 
 
 def assembled_folder(parts: Path, base: Path) -> Path:
-    """The cached folder with the whole model, written first if it is not there or damaged. base:
-    the text model's."""
+    """The cached folder with the whole model, written first if it is not there or damaged.
+
+    base: the text model's folder."""
     digest = hashlib.sha256((parts / PARTS_WEIGHTS).read_bytes())
     digest.update(str(base).encode())
-    target = cache_dir() / "converted" / f"{parts.name}-{digest.hexdigest()[:16]}"
+    target: Path = cache_dir() / "converted" / f"{parts.name}-{digest.hexdigest()[:16]}"
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
         _assemble(parts, base, target)
@@ -48,19 +50,16 @@ def assembled_folder(parts: Path, base: Path) -> Path:
 
 def _assemble(parts: Path, base: Path, target: Path) -> None:
     told = _read(parts / PARTS)
-    with scratch(
-        2
-        * sum(path.stat().st_size for path in (*base.glob("*.safetensors"), parts / PARTS_WEIGHTS))
-    ) as part:
+    sources = (*base.glob("*.safetensors"), parts / PARTS_WEIGHTS)
+    with scratch(2 * sum(path.stat().st_size for path in sources)) as part:
         added = load_file(parts / PARTS_WEIGHTS)
         weights = {f"model.language_model.{name}": weight for name, weight in _text_weights(base)}
         for name in [name for name in added if name.endswith(".lora_a")]:
             layer = name.removesuffix(".lora_a")
             change = added.pop(f"{layer}.lora_b").float() @ added.pop(name).float()
             weight = weights[f"{layer}.weight"]
-            weights[f"{layer}.weight"] = (weight.float() + told["lora_scale"] * change).to(
-                weight.dtype
-            )
+            changed = weight.float() + told["lora_scale"] * change
+            weights[f"{layer}.weight"] = changed.to(weight.dtype)
         save_file(weights | added, part / "model.safetensors", metadata={"format": "pt"})
         for name in ("config.json", "preprocessor_config.json"):
             shutil.copyfile(parts / name, part / name)
@@ -83,11 +82,12 @@ def _rename_token(source: Path, target: Path, token: dict[str, Any]) -> None:
     content = _read(source)
     for entry in content.get("added_tokens", []):
         if entry["id"] == token["id"]:
-            old, entry["content"] = entry["content"], token["text"]
-            content["model"]["vocab"][token["text"]] = content["model"]["vocab"].pop(old)
-    for entry in [content.get("added_tokens_decoder", {}).get(str(token["id"]))]:
-        if entry:
+            vocab = content["model"]["vocab"]
+            vocab[token["text"]] = vocab.pop(entry["content"])
             entry["content"] = token["text"]
+    decoded = content.get("added_tokens_decoder", {}).get(str(token["id"]))
+    if decoded:
+        decoded["content"] = token["text"]
     target.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 

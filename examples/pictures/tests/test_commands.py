@@ -28,7 +28,8 @@ def test_bench_knows_one_task_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "TASKS", dict(data.TASKS))
     assert main(["bench", "--batch-sizes", "1"]) == 0
     (argv,) = asked
-    assert argv[:3] == ["bench", "--model", "whole"] and argv[-2:] == ["--batch-sizes", "1"]
+    assert argv[:3] == ["bench", "--model", "whole"]
+    assert argv[-2:] == ["--batch-sizes", "1"]
     assert argv[argv.index("--tasks") + 1] == "pictures"
     assert len(data.load_task("pictures", 3)) == 3
 

@@ -49,7 +49,8 @@ def test_a_row_keeps_to_its_room_and_asks_nothing_twice() -> None:
     for seed in range(20):
         rng = np.random.default_rng(seed)
         row = fill(PROMPT, random_picture(rng), rng, encode, 900, TRAIN)
-        assert len(row.tokens) <= 900 and row.asked
+        assert len(row.tokens) <= 900
+        assert row.asked
         assert len({question.prompt for question in row.asked}) == len(row.asked)
 
 
@@ -88,7 +89,8 @@ def test_packed_questions_get_the_logits_that_each_gets_alone() -> None:
 
 def test_a_low_rank_change_starts_at_nothing_and_can_be_merged() -> None:
     torch.manual_seed(0)
-    layer, x = nn.Linear(12, 7, bias=False), torch.randn(5, 12)
+    layer = nn.Linear(12, 7, bias=False)
+    x = torch.randn(5, 12)
     changed = LowRank(layer, 3)
     assert torch.equal(changed(x), layer(x))
     with torch.no_grad():
@@ -152,9 +154,8 @@ def test_the_assembled_folder_is_the_model_that_was_trained(
 
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     picture = random_picture(np.random.default_rng(0))
-    values = AutoImageProcessor.from_pretrained(folder)(draw(picture), return_tensors="pt")[
-        "pixel_values"
-    ]
+    processor = AutoImageProcessor.from_pretrained(folder)
+    values = processor(draw(picture), return_tensors="pt")["pixel_values"]
     assert torch.allclose(values, pixels([picture]), atol=1e-5)
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.encode("<image>", add_special_tokens=False) == [IMAGE_ID]
@@ -167,14 +168,13 @@ def test_the_assembled_folder_is_the_model_that_was_trained(
         shown = (tokens == IMAGE_ID)[..., None].expand(embedded.shape)
         seen = model.model.multi_modal_projector(features(model.model.vision_tower, values))
         hidden = decoder(inputs_embeds=embedded.masked_scatter(shown, seen)).last_hidden_state
-    assert torch.allclose(
-        logits, model.lm_head(hidden), atol=0.05
-    )  # the parts are stored in bfloat16
+    assert torch.allclose(logits, model.lm_head(hidden), atol=0.05)  # parts are bfloat16
 
 
 def test_what_is_shipped_is_small_and_says_what_it_is() -> None:
     files = [path for path in PARTS_FOLDER.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 30_000_000
     card = (PARTS_FOLDER / "README.md").read_text()
-    assert "demonstration" in card and "generated pictures" in card
+    assert "demonstration" in card
+    assert "generated pictures" in card
     assert json.loads((PARTS_FOLDER / PARTS).read_text())["base"].startswith("smollm2-135m")

@@ -12,7 +12,7 @@ from typing import Any
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import whole
-from smart_decoding.integrations.sglang.policy import StepCosts
+from smart_decoding.integrations.sglang.costs import RoundCosts
 
 FIELDS = (
     "concurrency",
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
             )
     with whole(args.output) as part:
         part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        StepCosts.load(part)
+        RoundCosts.load(part)
     for batch, row in table["seconds"].items():
         print(
             f"batch {batch}: " + ", ".join(f"{k} steps {1e3 * row[k]:.2f} ms" for k in sorted(row))

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 
 
+class _Renamed(argparse.Action):
+    """`--taps`, as --aux-layers was called."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _: object, __: object, option: str | None = None
+    ) -> None:
+        parser.error(f"{option} is called --aux-layers now")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--taps", nargs="?", action=_Renamed, help=argparse.SUPPRESS)
     parser.add_argument(
         "--model", default="smollm2-135m", help="the target: name, hub id, folder or GGUF file"
     )
@@ -95,8 +105,9 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.models.kernel_check import require_kernels, require_served
     from smart_decoding.models.loading import load_checkpoint
     from smart_decoding.models.target import device_of
+    from smart_decoding.training.conversations import recorded_layers
     from smart_decoding.training.prior import learn_prior, picture_turns
-    from smart_decoding.training.train import Trainer, TrainOptions, recorded_layers
+    from smart_decoding.training.train import Trainer, TrainOptions
 
     _use_huge_pages()
     turns = _turns(args.images) if args.images is not None else None
@@ -132,7 +143,12 @@ def main(args: argparse.Namespace) -> int:
     require_int("tokens", args.tokens, 1, 1 << 40)
     require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
     options = TrainOptions(
-        aux_layers, args.seconds, args.draft_vocab, seed=args.seed, layout=layout, sees=sees
+        aux_layers,
+        args.seconds,
+        args.draft_vocab,
+        seed=args.seed,
+        layout=layout,
+        supports_images=sees,
     )
     data = args.data or args.output / "data"
     if not args.skip_generation:

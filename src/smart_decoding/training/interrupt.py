@@ -9,8 +9,7 @@ from typing import Any
 
 
 class DeferredInterrupt:
-    """Within the block the first Ctrl-C only sets `asked`; a second one interrupts at once, as
-    ever.
+    """Within the block the first Ctrl-C only sets `asked`; a second one interrupts at once.
 
     Outside of the main thread, which alone gets signals, it does nothing."""
 

@@ -1,5 +1,4 @@
-"""The prior that ships with a head: calibration and forecasts learned on self-written prompts,
-never on a benchmark."""
+"""The prior that ships with a head: calibration and forecasts, learned on self-written prompts."""
 
 from __future__ import annotations
 
@@ -12,32 +11,27 @@ import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.core.policies.eagle2 import Eagle2
-from smart_decoding.core.policies.protocol import Round, StatelessPolicy
+from smart_decoding.core.policies.protocol import StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
 from smart_decoding.llm import LLM, Prompt
 from smart_decoding.training.generate import PictureTurn
 
-PICTURES = 55  # seeds
+PICTURES = 55  # first number of the pictures' seeds
 
 
 class Exploring(StatelessPolicy):
-    """Drafts and verifies wide trees whatever they cost, so that `smart` sees all depths and
-    confidences."""
+    """Wide trees whatever they cost, so that `smart` learns of all depths and confidences."""
 
     name = "exploring"
 
     def __init__(self, learner: Smart) -> None:
-        self._wide, self._learner = Eagle2(depth=3, top_k=8, total_tokens=12), learner
-        self.plan, self.frontier, self.select = (
-            self._wide.plan,
-            self._wide.frontier,
-            self._wide.select,
-        )
-
-    def observe(self, round: Round) -> None:
-        self._learner.observe(round)
+        wide = Eagle2(depth=3, top_k=8, total_tokens=12)
+        self.plan = wide.plan
+        self.frontier = wide.frontier
+        self.select = wide.select
+        self.observe = learner.observe
 
 
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
@@ -55,8 +49,9 @@ def learn_prior(
     max_tokens: int = 100,
     allow_slow: bool = False,
 ) -> None:
-    """Answers `prompts` (token ids or messages) with wide trees, three greedy and one sampled in
-    turn; writes head/prior.json."""
+    """Answers `prompts` (token ids or messages) with wide trees; writes head/prior.json.
+
+    Of four answers three are greedy and one is sampled."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
     (head / "prior.json").unlink(missing_ok=True)
     llm = LLM(
@@ -67,9 +62,8 @@ def learn_prior(
     llm.engine.policy = Exploring(policy)
     for i, prompt in enumerate(tqdm(prompts, desc="learning the prior")):
         ready: Prompt = llm.chat_prompt(prompt) if isinstance(prompt[0], Mapping) else list(prompt)
-        llm.generate(
-            ready, SamplingParams(temperature=0.8 * (i % 4 == 3), max_tokens=max_tokens, seed=i)
-        )
+        temperature = 0.8 if i % 4 == 3 else 0.0
+        llm.generate(ready, SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=i))
     state = {
         "calibration": policy.calibration.state_dict(),
         "forecast": policy.forecast.state_dict(),

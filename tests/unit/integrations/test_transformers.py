@@ -31,7 +31,10 @@ from smart_decoding.integrations.transformers.checks import cache_of
 from smart_decoding.kernels import library
 from smart_decoding.models import kernel_check
 
-VOCAB, PAD, EOS, NEW = 13, 0, 2, 48
+VOCAB = 13
+PAD = 0
+EOS = 2
+NEW = 48  # tokens of an answer
 TOKENS: dict[str, Any] = {
     "vocab_size": VOCAB,
     "pad_token_id": PAD,
@@ -117,7 +120,8 @@ def test_missing_kernels_are_told_once(
         outputs = [smart(model, **given) for _ in range(2)]
     assert all(torch.equal(output, model.generate(**given)) for output in outputs)
     told = [record.getMessage() for record in caplog.records if record.name == "smart.kernels"]
-    assert len(told) == 1 and told[0].startswith("no CPU kernels: for this test")
+    assert len(told) == 1
+    assert told[0].startswith("no CPU kernels: for this test")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -126,7 +130,8 @@ def test_greedy_tokens_are_those_of_generate(name: str, batch: int) -> None:
     model, given = model_of(name), inputs(batch)
     assert torch.equal(smart(model, **given), model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.layout == "tree"
+    assert report is not None
+    assert report.layout == "tree"
     assert report.drafted >= report.verified > report.accepted > 0
 
 
@@ -141,7 +146,8 @@ def test_every_method_gives_the_same_tokens(method: str, policy: str) -> None:
             expected,
         )
     report = last_report(model)
-    assert report is not None and report.drafter == method
+    assert report is not None
+    assert report.drafter == method
     assert (report.accepted == 0) == (method == "none")
 
 
@@ -152,7 +158,9 @@ def test_a_model_without_tree_masks_drafts_chains(method: str) -> None:
     config = {"method": method, "policy": "static", "profile_seconds": 0}
     assert torch.equal(smart(model, config, **given), model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.layout == "chain" and report.accepted > 0
+    assert report is not None
+    assert report.layout == "chain"
+    assert report.accepted > 0
     with pytest.raises(ConfigError, match="tree mask"):
         smart(model, {"method": "union"}, **given)
 
@@ -244,12 +252,12 @@ def test_criteria_see_the_scores_of_tokens_so_far_only() -> None:
             assert int(scores[-1][0].argmax()) == int(input_ids[0, -1])
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    model, given = (
-        model_of("llama"),
-        {**inputs(1), "return_dict_in_generate": True, "output_scores": True},
-    )
+    model = model_of("llama")
+    given = {**inputs(1), "return_dict_in_generate": True, "output_scores": True}
     smart(model, **given, stopping_criteria=[Confidence()])
-    assert (report := last_report(model)) is not None and report.accepted > 0
+    report = last_report(model)
+    assert report is not None
+    assert report.accepted > 0
     assert seen == [(n, n) for n in range(1, len(seen) + 1)]
 
 
@@ -260,7 +268,8 @@ def test_streamers_get_what_generate_gives_them(batch: int) -> None:
     model.generate(**given, streamer=plain)
     smart(model, **given, streamer=ours)
     assert len(plain.values) > 20
-    assert ours.values == plain.values and ours.ended == plain.ended == 1
+    assert ours.values == plain.values
+    assert ours.ended == plain.ended == 1
 
 
 SETTINGS: dict[str, Any] = {
@@ -276,30 +285,23 @@ SETTINGS: dict[str, Any] = {
 def test_generation_configs_are_respected(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The object that is given, the one that the model has, and arguments, each before the next
     one."""
-    model, prompts = (
-        model_of("llama"),
-        {name: inputs()[name] for name in ("input_ids", "attention_mask")},
-    )
-    config, other = (
-        GenerationConfig(**SETTINGS),
-        GenerationConfig(**{**SETTINGS, "max_new_tokens": 3}),
-    )
+    model = model_of("llama")
+    prompts = {name: inputs()[name] for name in ("input_ids", "attention_mask")}
+    config = GenerationConfig(**SETTINGS)
+    other = GenerationConfig(**{**SETTINGS, "max_new_tokens": 3})
     own = {"an argument": model.generation_config, "the model's own": config, "both": other}[where]
     monkeypatch.setattr(model, "generation_config", own)
     given = {} if where == "the model's own" else {"generation_config": config}
     expected = model.generate(**prompts, **given)
     assert torch.equal(smart(model, **prompts, **given), expected)
     short = smart(model, **prompts, **given, max_new_tokens=5)
-    assert (
-        torch.equal(short, model.generate(**prompts, **given, max_new_tokens=5))
-        and short.shape[1] == 15
-    )
+    assert torch.equal(short, model.generate(**prompts, **given, max_new_tokens=5))
+    assert short.shape[1] == 15
     for name, value in (("repetition_penalty", 1.0), ("eos_token_id", EOS), ("pad_token_id", PAD)):
         changed = {**given, name: value}
         answer = smart(model, **prompts, **changed)
-        assert torch.equal(answer, model.generate(**prompts, **changed)) and not torch.equal(
-            answer, expected
-        ), name
+        assert torch.equal(answer, model.generate(**prompts, **changed)), name
+        assert not torch.equal(answer, expected), name
 
 
 def test_scores_and_logits() -> None:
@@ -326,9 +328,11 @@ def test_draws_depend_on_the_seed_and_not_on_the_drafts() -> None:
     for config in (False, EAGER, {**EAGER, "method": "recycling", "min_n": None}):
         torch.manual_seed(11)
         answers.append(smart(model, config, **given))
-    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
     report = last_report(model)
-    assert report is not None and report.accepted > 0
+    assert report is not None
+    assert report.accepted > 0
     torch.manual_seed(12)
     assert not torch.equal(smart(model, EAGER, **given), answers[0])
 
@@ -348,7 +352,8 @@ def test_draws_have_the_targets_distribution() -> None:
     torch.manual_seed(5)
     found = smart(model, EAGER, input_ids=prompt, num_return_sequences=count, **options)[:, -2:]
     report = last_report(model)
-    assert report is not None and report.tokens == 2 * count
+    assert report is not None
+    assert report.tokens == 2 * count
     joint = np.zeros((VOCAB, VOCAB))
     first = top_k_softmax(model, prompt, 5, 1.5)
     for token in np.flatnonzero(first):
@@ -435,7 +440,8 @@ def test_costs_are_measured_once_and_kept_on_the_model(
     config = {"method": "ngram", "profile_seconds": 0.05}
     first = smart(model, config, **inputs(1))
     (cost,) = drafting.state_of(model).costs.values()
-    assert cost.verify != CostModel.default().verify and 0 < cost.verify_seconds(1, 1, 64.0) < 10
+    assert cost.verify != CostModel.default().verify
+    assert 0 < cost.verify_seconds(1, 1, 64.0) < 10
     assert torch.equal(smart(model, config, **inputs(1)), first)
     assert list(drafting.state_of(model).costs.values()) == [cost]
     assert len(drafting.state_of(model).idle) == 1
@@ -449,7 +455,9 @@ def test_the_hub_folder_is_what_transformers_loads() -> None:
     )
     assert torch.equal(found, model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.drafter == "ngram" and report.policy == "static"
+    assert report is not None
+    assert report.drafter == "ngram"
+    assert report.policy == "static"
 
 
 def test_the_hub_folder_works_where_it_lies_beside_weights() -> None:
@@ -461,8 +469,10 @@ def test_the_hub_folder_works_where_it_lies_beside_weights() -> None:
     assert torch.equal(model.generate(**inputs(), speculative_config=EAGER), expected)
 
 
-def test_names_of_transformers_that_we_rely_on() -> None:
-    """Private or unwritten ones: if a release changes them, this says which."""
+# Private or unwritten names: if a release changes them, these tests say which.
+
+
+def test_names_of_caches_that_we_rely_on() -> None:
     from transformers.cache_utils import (
         Cache,
         CacheLayerMixin,
@@ -470,17 +480,13 @@ def test_names_of_transformers_that_we_rely_on() -> None:
         DynamicLayer,
         DynamicSlidingWindowLayer,
     )
-    from transformers.generation import logits_process, stopping_criteria, utils
 
     config = model_of("llama").config
-    assert config._attn_implementation == "sdpa"
     assert {type(layer) for layer in DynamicCache(config=config).layers} == {DynamicLayer}
     sliding = DynamicCache(config=model_of("sliding").config).layers[0]
-    assert (
-        type(sliding) is DynamicSlidingWindowLayer
-        and sliding.sliding_window == 32
-        and not sliding.is_initialized
-    )
+    assert type(sliding) is DynamicSlidingWindowLayer
+    assert sliding.sliding_window == 32
+    assert not sliding.is_initialized
     assert CacheLayerMixin.__abstractmethods__ <= {
         "lazy_initialization",
         "update",
@@ -489,27 +495,39 @@ def test_names_of_transformers_that_we_rely_on() -> None:
         "get_max_length",
         "get_max_cache_shape",
     }
-    assert hasattr(Cache, "is_compileable") and DynamicCache().offloading is False
+    assert hasattr(Cache, "is_compileable")
+    assert DynamicCache().offloading is False
+
+
+def test_names_of_processors_and_criteria_that_we_rely_on() -> None:
+    from transformers.generation import logits_process, stopping_criteria
+
     for name in (*checks.STATEFUL, *sequences.BY_PLACE):
         assert getattr(logits_process, name).__module__ == "transformers.generation.logits_process"
-    assert (
-        stopping_criteria.EosTokenCriteria.__module__ == "transformers.generation.stopping_criteria"
-    )
-    assert hasattr(stopping_criteria.EosTokenCriteria(EOS), "eos_token_id")
-    assert inspect.signature(model_of("llama").forward).parameters.keys() & {
-        "cache",
-        "past_key_values",
-    }
-    rope = model_of("llama").config.rope_parameters
-    assert isinstance(rope, dict) and "rope_type" in rope
-    model, seen = model_of("llama"), []
+    kind = stopping_criteria.EosTokenCriteria
+    assert kind.__module__ == "transformers.generation.stopping_criteria"
+    assert hasattr(kind(EOS), "eos_token_id")
+
+
+def test_names_of_models_and_generate_that_we_rely_on() -> None:
+    from transformers.cache_utils import DynamicCache
+    from transformers.generation import utils
+
+    model = model_of("llama")
+    assert model.config._attn_implementation == "sdpa"
+    assert inspect.signature(model.forward).parameters.keys() & {"cache", "past_key_values"}
+    rope = model.config.rope_parameters
+    assert isinstance(rope, dict)
+    assert "rope_type" in rope
+    seen: list[dict[str, Any]] = []
     model.generate(
         **inputs(1), custom_generate=lambda model, input_ids, **kw: seen.append(kw) or input_ids
     )
     assert int(seen[0]["generation_config"]._pad_token_tensor) == PAD
     assert type(cache_of(seen[0])) is DynamicCache
     inner = inspect.unwrap(utils.GenerationMixin.generate)
-    assert inner.__code__.co_name == "generate" and "streamer" in inner.__code__.co_varnames
+    assert inner.__code__.co_name == "generate"
+    assert "streamer" in inner.__code__.co_varnames
 
 
 @pytest.mark.model
@@ -537,4 +555,5 @@ def test_smollm2_answers_as_generate_does() -> None:
     }
     assert torch.equal(smart(model, EAGER, **given), model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.accepted > 0
+    assert report is not None
+    assert report.accepted > 0

@@ -110,7 +110,8 @@ def test_greedy_tokens_are_those_of_generate(name: str, head: Path) -> None:
     for method, source in (("eagle", head), ("draft_model", small(name))):
         assert torch.equal(with_drafts(model, method, source, **given), expected)
         report = last_report(model)
-        assert report is not None and report.drafter == method
+        assert report is not None
+        assert report.drafter == method
         assert report.layout == ("chain" if name == "bloom" else "tree")
         assert report.drafted >= report.verified > report.accepted > 0
 
@@ -142,7 +143,8 @@ def test_a_draft_model_that_is_the_target_is_right_in_trees_and_when_sampled() -
         answers.append(model.generate(**given, custom_generate=generate, speculative_config=config))
     assert torch.equal(*answers)
     report = last_report(model)
-    assert report is not None and report.accepted >= 2 * report.rounds
+    assert report is not None
+    assert report.accepted >= 2 * report.rounds
 
 
 def test_draws_are_the_same_whatever_drafts(head: Path) -> None:
@@ -163,16 +165,13 @@ def test_draws_are_the_same_whatever_drafts(head: Path) -> None:
         )
         answers.append(model.generate(**given, custom_generate=generate, speculative_config=config))
         report = last_report(model)
-        assert report is not None and (report.accepted > 0) == (method != "none")
+        assert report is not None
+        assert (report.accepted > 0) == (method != "none")
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
-@pytest.mark.parametrize("layout", heads.LAYOUTS)
-def test_heads_draft_as_in_our_own_engine(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Batched and padded: the same proposals in every round, and so the same features, pairs and
-    positions."""
+def recorded_proposals(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What heads propose from now on, level by level."""
     proposals: list[Any] = []
 
     def recorded(level: Any) -> Any:
@@ -185,22 +184,33 @@ def test_heads_draft_as_in_our_own_engine(
 
     for name in ("first", "deeper"):
         monkeypatch.setattr(EagleHead, name, recorded(getattr(EagleHead, name)))
+    return proposals
+
+
+def our_engine(weights: Checkpoint, folder: Path) -> Engine:
+    """With the head in the folder."""
+    limit = 64
+    target = TorchTarget(weights, "float32", "cpu", 64, limit)
+    files = load_head(folder, weights.config, trust_pickle=True)
+    drafter = EagleDrafter(EagleHead(files, target.decoder, 64, 16, limit), 64, 16)
+    config = EngineConfig(64, limit)
+    return Engine(target, make_policy("static"), drafter, config, lambda skip: lambda ids: "")
+
+
+@pytest.mark.parametrize("layout", heads.LAYOUTS)
+def test_heads_draft_as_in_our_own_engine(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batched and padded: the same proposals in every round, and so the same features, pairs and
+    positions."""
+    proposals = recorded_proposals(monkeypatch)
     config, tensors, pickled, *_ = heads.LAYOUTS[layout]
     folder = heads.write(tmp_path, config, tensors, pickled)
-    model, limit, new = heads.target_model(), 64, 24
+    model = heads.target_model()
+    new = 24
     prompts = [heads.PROMPT, heads.PROMPT[5:20], heads.PROMPT[3:6]]
     weights = Checkpoint(heads.target_config(), model.state_dict(), tmp_path, {"model": "tiny"})
-    target = TorchTarget(weights, "float32", "cpu", 64, limit)
-    drafter = EagleDrafter(
-        EagleHead(
-            load_head(folder, weights.config, trust_pickle=True), target.decoder, 64, 16, limit
-        ),
-        64,
-        16,
-    )
-    engine = Engine(
-        target, make_policy("static"), drafter, EngineConfig(64, limit), lambda skip: lambda ids: ""
-    )
+    engine = our_engine(weights, folder)
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     requests = [engine.add_request(str(i), prompt, params)[0] for i, prompt in enumerate(prompts)]
     while engine.has_unfinished_requests:
@@ -218,9 +228,11 @@ def test_heads_draft_as_in_our_own_engine(
     }
     found = with_drafts(model, "eagle", folder, trust_pickle=True, eos_token_id=None, **given)
     assert found[:, 24:].tolist() == [request.output for request in requests]
-    assert proposals == expected and len(proposals) > 20
-    report, metrics = last_report(model), [request.metrics for request in requests]
+    assert proposals == expected
+    assert len(proposals) > 20
+    report = last_report(model)
     assert report is not None
+    metrics = [request.metrics for request in requests]
     for name in ("drafted", "verified", "accepted"):
         assert getattr(report, name) == sum(getattr(m, name) for m in metrics)
 
@@ -239,7 +251,8 @@ def test_a_draft_model_reads_a_window_of_a_long_prompt() -> None:
     given["eos_token_id"] = None
     assert torch.equal(with_drafts(model, "draft_model", model, **given), model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.accepted > 0
+    assert report is not None
+    assert report.accepted > 0
 
 
 def test_heads_and_models_stay_for_later_calls(head: Path) -> None:
@@ -252,7 +265,8 @@ def test_heads_and_models_stay_for_later_calls(head: Path) -> None:
             with_drafts(model, "eagle", head, "smart", **given), model.generate(**given)
         )
         kept.append(list(state_of(model).sources.values()))
-    assert len(kept[-1]) == 1 and all(source == kept[0] for source in kept)
+    assert len(kept[-1]) == 1
+    assert all(source == kept[0] for source in kept)
     assert len(state_of(model).idle) == 3 - 1 + 1  # for batches of 1, 2 and up to 4
 
 
@@ -338,7 +352,9 @@ def test_a_draft_model_from_a_folder(tmp_path: Path) -> None:
     assert torch.equal(
         with_drafts(model, "draft_model", str(tmp_path), **given), model.generate(**given)
     )
-    assert (report := last_report(model)) is not None and report.accepted > 0
+    report = last_report(model)
+    assert report is not None
+    assert report.accepted > 0
 
 
 @pytest.mark.parametrize(
@@ -368,8 +384,10 @@ def test_taps_are_transformers_hidden_states(name: str) -> None:
     model = model_of(name)
     with torch.no_grad(), AuxHidden(model, 2).taken((1, 2, 3)) as states:
         expected = model(PROMPTS[:1], output_hidden_states=True).hidden_states
-    assert torch.equal(states[1], expected[1]) and torch.equal(states[3], expected[2])
-    assert states[2].shape == expected[2].shape and not torch.allclose(states[2], states[3])
+    assert torch.equal(states[1], expected[1])
+    assert torch.equal(states[3], expected[2])
+    assert states[2].shape == expected[2].shape
+    assert not torch.allclose(states[2], states[3])
     hooks = [
         list(part._forward_hooks) for part in AuxHidden(model, 2)._modules
     ]  # transformers leaves its own
@@ -383,14 +401,11 @@ def test_names_of_transformers_that_drafters_with_a_model_rely_on() -> None:
     model = model_of("llama")
     for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings"):
         assert callable(getattr(model, name))
-    assert model.get_decoder() is model.model and isinstance(
-        model.model.layers, torch.nn.ModuleList
-    )
+    assert model.get_decoder() is model.model
+    assert isinstance(model.model.layers, torch.nn.ModuleList)
     config = model.config
-    assert (
-        config.name_or_path == config._name_or_path == ""
-        and config.get_text_config(decoder=True) is config
-    )
+    assert config.name_or_path == config._name_or_path == ""
+    assert config.get_text_config(decoder=True) is config
     assert {
         "num_hidden_layers",
         "hidden_size",
@@ -425,4 +440,5 @@ def test_the_shipped_head_on_smollm2() -> None:
     found = with_drafts(model, "eagle", "smollm2-135m", "eagle2", **given)
     assert torch.equal(found, model.generate(**given))
     report = last_report(model)
-    assert report is not None and report.accepted > report.rounds / 2  # it is a trained head
+    assert report is not None
+    assert report.accepted > report.rounds / 2

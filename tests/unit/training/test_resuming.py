@@ -23,11 +23,12 @@ from smart_decoding.models.head_export import write_head
 from smart_decoding.models.head_files import HeadFiles, load_head
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.training import train
+from smart_decoding.training.conversations import not_trained_on, recorded_layers
 from smart_decoding.training.head import Form, TrainableHead
-from smart_decoding.training.train import Trainer, TrainOptions, recorded_layers
+from smart_decoding.training.train import Trainer, TrainOptions
 
 CONFIG = ModelConfig("llama", 2, 32, 4, 2, 16, 48, 61, 10_000.0, 1e-5, 256, tie_embeddings=True)
-TAPS = (1, 2)
+AUX_LAYERS = (1, 2)
 STEP = 10.0  # seconds that a step takes on the clock below
 STEPS = 24
 FILES = {"config.json", "model.safetensors", "state.pt", "training.json"}
@@ -64,12 +65,13 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty conversations of 20 to 40 tokens."""
-    folder, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 41, (40,), generator=generator)
     total = int(lengths.sum())
     tensors = {
         "tokens": torch.randint(0, CONFIG.vocab, (total,), generator=generator).int(),
-        "taps": torch.randn(total, len(TAPS) * CONFIG.hidden, generator=generator).bfloat16(),
+        "taps": torch.randn(total, len(AUX_LAYERS) * CONFIG.hidden, generator=generator).bfloat16(),
         "starts": torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))),
         "answers": torch.full((40,), 6),
     }
@@ -77,14 +79,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def trainer(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
     generator = torch.Generator().manual_seed(3)
     weights = {
         n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()
     }
 
-    def make(output: str = "head", aux_layers: tuple[int, ...] = TAPS) -> Trainer:
+    def make(output: str = "head", aux_layers: tuple[int, ...] = AUX_LAYERS) -> Trainer:
         options = TrainOptions(
             aux_layers, STEP * STEPS, draft_vocab=32, batch_tokens=150, max_unroll=2
         )
@@ -123,7 +125,8 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     trainer: Callable[..., Trainer], tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
     expected = trainer("whole").run()
-    assert expected["steps"] == STEPS and expected["epochs"] > 2
+    assert expected["steps"] == STEPS
+    assert expected["epochs"] > 2
     for stop in stops:
         stopped = trainer()
         during_step(stopped, stop, ctrl_c)
@@ -142,7 +145,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("head", "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "head" / "training.json").read_text())["figures"] == expected
-    assert load_head(tmp_path / "head", CONFIG).aux_layers == TAPS
+    assert load_head(tmp_path / "head", CONFIG).aux_layers == AUX_LAYERS
 
 
 def test_a_finished_run_is_only_measured_again(trainer: Callable[..., Trainer]) -> None:
@@ -165,7 +168,8 @@ def test_a_crash_costs_what_came_after_the_last_checkpoint(
     with pytest.raises(RuntimeError, match="power cut"):
         crashed.run()
     resumed = trainer()
-    assert 0 < resumed.steps < 10 and resumed.elapsed == resumed.steps * STEP
+    assert 0 < resumed.steps < 10
+    assert resumed.elapsed == resumed.steps * STEP
     assert resumed.run()["steps"] == STEPS
 
 
@@ -234,7 +238,8 @@ def test_a_second_ctrl_c_interrupts_at_once(
     during_step(stopped, 2, twice)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
-    assert stopped.steps == 1 and not (tmp_path / "head").exists()
+    assert stopped.steps == 1
+    assert not (tmp_path / "head").exists()
 
 
 def test_a_run_goes_on_from_a_head_and_writes_its_layout(
@@ -247,11 +252,12 @@ def test_a_run_goes_on_from_a_head_and_writes_its_layout(
         n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()
     }
     checkpoint = Checkpoint(CONFIG, weights, tmp_path, {"model": "tiny"})
-    options = TrainOptions(TAPS, STEP * STEPS, 32, 150, max_unroll=2, layout="eagle3")
+    options = TrainOptions(AUX_LAYERS, STEP * STEPS, 32, 150, max_unroll=2, layout="eagle3")
     first = Trainer(checkpoint, data, tmp_path / "first", options)
     earlier = first.run()["held_out_top_1_2_4_by_depth"]["1"]
     init = load_head(tmp_path / "first", CONFIG)
-    assert "fc_norm.0.weight" not in init.weights and init.aux_layers == TAPS
+    assert "fc_norm.0.weight" not in init.weights
+    assert init.aux_layers == AUX_LAYERS
     second = Trainer(checkpoint, data, tmp_path / "second", options, None, init)
     assert torch.equal(second.draft_ids, init.weights["draft_ids"])
     assert second.evaluate()["held_out_top_1_2_4_by_depth"]["1"] == pytest.approx(
@@ -268,7 +274,8 @@ def test_an_eagle1_head_learns_too(
     data: Path, trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     """It reads the last layer's output, and the target's whole vocabulary ranks what comes out."""
-    checkpoint, folder = trainer()._checkpoint, tmp_path / "eagle1"
+    checkpoint = trainer()._checkpoint
+    folder = tmp_path / "eagle1"
     torch.manual_seed(6)
     head = TrainableHead(
         Form(replace(CONFIG, layers=1), 1, fc_norm=False, fused=True, fc_bias=True)
@@ -291,9 +298,11 @@ def test_an_eagle1_head_learns_too(
     step = learner._step
     learner._step = lambda batch: losses.append(step(batch)) or losses[-1]  # type: ignore[method-assign, func-returns-value]
     learner.run()
-    assert sum(losses[-6:]) < sum(losses[:6]) and len(losses) == STEPS
+    assert sum(losses[-6:]) < sum(losses[:6])
+    assert len(losses) == STEPS
     after = load_head(tmp_path / "trained", CONFIG)
-    assert after.fused and after.weights.keys() == init.weights.keys()
+    assert after.fused
+    assert after.weights.keys() == init.weights.keys()
     assert not torch.equal(after.weights["fc.weight"], init.weights["fc.weight"])
 
 
@@ -301,7 +310,11 @@ def test_a_head_may_leave_out_the_last_layer_but_its_data_may_not(
     data: Path, trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     """The last layer's output says what the target would have said."""
-    assert recorded_layers((1,), CONFIG.layers) == TAPS == recorded_layers(TAPS, CONFIG.layers)
+    assert (
+        recorded_layers((1,), CONFIG.layers)
+        == AUX_LAYERS
+        == recorded_layers(AUX_LAYERS, CONFIG.layers)
+    )
     early = trainer(aux_layers=(1,))
     assert early.head.fc.in_features == CONFIG.hidden
     assert early.run()["steps"] == STEPS
@@ -346,7 +359,7 @@ def test_what_is_held_out_shares_no_prompt_with_what_is_trained_on(data: Path) -
     twin = replace(
         found[3], tokens=torch.cat((found[3].tokens[: found[3].answer], torch.tensor([1, 2, 3])))
     )
-    held = train._unseen([found[0], twin, found[1]], found[2:])
+    held = not_trained_on([found[0], twin, found[1]], found[2:])
     assert [id(item) for item in held] == [id(found[0]), id(found[1])]
 
 
@@ -359,20 +372,22 @@ def test_an_answers_end_is_a_target_too(trainer: Callable[..., Trainer]) -> None
     for item in made._train:
         last = item.aux_hidden[-1, -CONFIG.hidden :].float()
         normed = last / (last.pow(2).mean() + CONFIG.rms_eps).sqrt() * weights["model.norm.weight"]
-        assert len(item.tokens) == len(item.aux_hidden) + 1 and item.tokens[-1] == int(
-            (output @ normed).argmax()
-        )
+        assert len(item.tokens) == len(item.aux_hidden) + 1
+        assert item.tokens[-1] == int((output @ normed).argmax())
     batch = made._train[:5]
     _, _, chosen = next(made._unrolled(batch, 1))
     assert chosen.tolist() == [
-        int(made._draft_of[token]) for item in batch for token in item.tokens[item.answer :]
+        int(made._objective.draft_of[token])
+        for item in batch
+        for token in item.tokens[item.answer :]
     ]
 
 
 def test_answers_are_trained_on_up_to_where_they_loop(data: Path, tmp_path: Path) -> None:
     with safe_open(data / "shard-0000.safetensors", "pt") as shard:
         tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-    starts, answer = tensors["starts"].tolist(), int(tensors["answers"][0])
+    starts = tensors["starts"].tolist()
+    answer = int(tensors["answers"][0])
     longest = max(range(40), key=lambda i: starts[i + 1] - starts[i])
     tensors["tokens"][starts[longest] + answer + 9 : starts[longest + 1]] = (
         7  # 30 times, of which one is kept

@@ -24,7 +24,8 @@ from pictures_model.generated.facts import (
 )
 from pictures_model.generated.regions import DIGITS, ORDER
 
-GROUPS, GROUP = 9, 4
+GROUPS = 9
+GROUP = 4  # words
 QUIET = 0.5  # weight of the count that is said together with a word
 
 Said: TypeAlias = tuple[str, str | None]  # a word, and the one said quietly with it
@@ -66,8 +67,7 @@ def caption(picture: Picture) -> list[Said]:
 
 
 def _scene(scene: Scene) -> list[list[Said]]:
-    """A group per cell: colour, shape, row and column; what is empty says how many shapes there
-    are."""
+    """A group per cell: colour, shape, row and column; empty ones say how many shapes there are."""
     taken = {thing.cell: thing for thing in scene.things}
     colours = Counter(thing.colour for thing in scene.things)
     shapes = Counter(thing.shape for thing in scene.things)
@@ -76,7 +76,8 @@ def _scene(scene: Scene) -> list[list[Said]]:
     for cell in range(GROUPS):
         what: list[Said] = [("nothing", None), ("shapes", total)]
         if cell in taken:
-            colour, shape = taken[cell].colour, taken[cell].shape
+            colour = taken[cell].colour
+            shape = taken[cell].shape
             what = [(colour, COUNT_WORDS[colours[colour]]), (shape, COUNT_WORDS[shapes[shape]])]
         groups.append([*what, (ROWS[cell // 3], None), (COLUMNS[cell % 3], None)])
     return groups

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 
 Box: TypeAlias = tuple[float, float, float, float]
 
-CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BASE = 0.1, 0.96, 0.06, 0.92
+CHART_LEFT = 0.1
+CHART_RIGHT = 0.96
+CHART_TOP = 0.06
+CHART_BASE = 0.92
 _OVERSAMPLING = 2
-_AXIS, _GRID = (60, 60, 60), (205, 205, 205)
+_AXIS = (60, 60, 60)
+_GRID = (205, 205, 205)
 
 
 def draw(picture: Picture, size: int = 96) -> Image.Image:
@@ -73,8 +77,8 @@ def _draw_number(canvas: ImageDraw.ImageDraw, number: Number, side: int) -> None
 
 def _draw_scene(canvas: ImageDraw.ImageDraw, scene: Scene, side: int) -> None:
     for thing in scene.things:
-        x, y, r = thing.centre[0] * side, thing.centre[1] * side, thing.radius * side
-        _SHAPES[thing.shape](canvas, x, y, r, thing.rgb)
+        x, y = (part * side for part in thing.centre)
+        _SHAPES[thing.shape](canvas, x, y, thing.radius * side, thing.rgb)
 
 
 def _circle(
@@ -128,8 +132,5 @@ _SHAPES: dict[str, Callable[..., None]] = {
 def example_chart() -> Chart:
     """The chart of the README's command."""
     colours = {"blue": 4, "red": 8, "green": 6, "orange": 3}
-    return Chart(
-        tuple(Bar(name, height, COLOURS[name]) for name, height in colours.items()),
-        (255, 255, 255),
-        0.7,
-    )
+    bars = tuple(Bar(name, height, COLOURS[name]) for name, height in colours.items())
+    return Chart(bars, (255, 255, 255), 0.7)

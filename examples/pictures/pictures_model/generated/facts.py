@@ -23,7 +23,8 @@ COLOURS: dict[str, Colour] = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring")
-ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "middle", "right")
 COUNT_WORDS = ("no", "one", "two", "three", "four", "five", "six")
 MAX_HEIGHT = 9  # of a bar, in units of the chart's axis
 
@@ -45,7 +46,8 @@ class Thing:
 
     @property
     def place(self) -> str:
-        row, column = ROWS[self.cell // 3], COLUMNS[self.cell % 3]
+        row = ROWS[self.cell // 3]
+        column = COLUMNS[self.cell % 3]
         return "centre" if row == column == "middle" else f"{row} {column}"
 
 
@@ -99,7 +101,9 @@ Picture: TypeAlias = Scene | Number | Chart
 def random_picture(rng: np.random.Generator, kind: str | None = None) -> Picture:
     """A scene (half of all), a number or a chart."""
     kind = kind or str(rng.choice(["scene", "number", "chart"], p=[0.5, 0.2, 0.3]))
-    return {"scene": random_scene, "number": random_number, "chart": random_chart}[kind](rng)
+    if kind == "scene":
+        return random_scene(rng)
+    return random_number(rng) if kind == "number" else random_chart(rng)
 
 
 def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
@@ -110,20 +114,12 @@ def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     shapes = rng.choice(SHAPES, 2 if few else len(SHAPES), replace=False)
     things = []
     for cell in sorted(rng.choice(9, count, replace=False).tolist()):
-        colour, shape = str(rng.choice(colours)), str(rng.choice(shapes))
-        centre = tuple(
-            float((part + 0.5) / 3 + rng.uniform(-0.03, 0.03)) for part in (cell % 3, cell // 3)
-        )
-        things.append(
-            Thing(
-                colour,
-                shape,
-                cell,
-                _shade(rng, colour),
-                (centre[0], centre[1]),
-                rng.uniform(0.09, 0.13),
-            )
-        )
+        colour = str(rng.choice(colours))
+        shape = str(rng.choice(shapes))
+        x = float((cell % 3 + 0.5) / 3 + rng.uniform(-0.03, 0.03))
+        y = float((cell // 3 + 0.5) / 3 + rng.uniform(-0.03, 0.03))
+        rgb = _shade(rng, colour)
+        things.append(Thing(colour, shape, cell, rgb, (x, y), rng.uniform(0.09, 0.13)))
     return Scene(tuple(things), _paper(rng))
 
 
@@ -131,7 +127,8 @@ def random_number(rng: np.random.Generator) -> Number:
     length = int(rng.integers(1, 4))
     digits = "".join(str(digit) for digit in rng.integers(0, 10, length))
     digits = digits if digits[0] != "0" or length == 1 else str(rng.integers(1, 10)) + digits[1:]
-    colour, size = str(rng.choice(list(COLOURS))), float(rng.uniform(0.42, 0.56))
+    colour = str(rng.choice(list(COLOURS)))
+    size = float(rng.uniform(0.42, 0.56))
     left = 0.5 - 0.31 * (length - 1) / 2 + rng.uniform(-0.02, 0.02)
     middle = rng.uniform(0.4, 0.6)
     centres = tuple(

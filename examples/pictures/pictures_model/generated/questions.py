@@ -1,5 +1,4 @@
-"""Questions about a generated picture with the answers that a picture's facts give, and who is
-right."""
+"""Questions about a generated picture, the answers that its facts give, and who is right."""
 
 from __future__ import annotations
 
@@ -55,7 +54,8 @@ def questions(picture: Picture, rng: np.random.Generator, wordings: int = TRAIN)
 
 class _Asker:
     def __init__(self, rng: np.random.Generator, wordings: int) -> None:
-        self._rng, self._wordings = rng, wordings
+        self._rng = rng
+        self._wordings = wordings
         self.found: list[Question] = []
 
     def __call__(self, kind: str, answer: str, keys: Sequence[str], **parts: str) -> None:
@@ -66,30 +66,22 @@ class _Asker:
 def _ask_scene(ask: _Asker, scene: Scene, rng: np.random.Generator) -> None:
     things = scene.things
     names = Counter(thing.name for thing in things)
-    shapes, colours = (
-        Counter(thing.shape for thing in things),
-        Counter(thing.colour for thing in things),
-    )
+    shapes = Counter(thing.shape for thing in things)
+    colours = Counter(thing.colour for thing in things)
+    of_their_shape = [thing for thing in things if shapes[thing.shape] == 1]
+    of_their_colour = [thing for thing in things if colours[thing.colour] == 1]
     unique = [thing for thing in things if names[thing.name] == 1]
-    if lone := [thing for thing in things if shapes[thing.shape] == 1]:
-        thing = _pick(rng, lone)
+    if of_their_shape:
+        thing = _pick(rng, of_their_shape)
         ask("colour", f"The {thing.shape} is {thing.colour}.", [thing.colour], shape=thing.shape)
-    if lone := [thing for thing in things if colours[thing.colour] == 1]:
-        thing = _pick(rng, lone)
-        ask(
-            "shape",
-            f"The {thing.colour} shape is a {thing.shape}.",
-            [thing.shape],
-            colour=thing.colour,
-        )
+    if of_their_colour:
+        thing = _pick(rng, of_their_colour)
+        answer = f"The {thing.colour} shape is a {thing.shape}."
+        ask("shape", answer, [thing.shape], colour=thing.colour)
     if unique:
         thing = _pick(rng, unique)
-        ask(
-            "position",
-            f"The {thing.name} is at the {thing.place}.",
-            [thing.place],
-            thing=thing.name,
-        )
+        answer = f"The {thing.name} is at the {thing.place}."
+        ask("position", answer, [thing.place], thing=thing.name)
     _ask_cell(ask, scene, rng)
     for what in _countable(rng, shapes, colours):
         count = {**shapes, **colours, "shapes": len(things)}.get(what, 0)
@@ -104,7 +96,7 @@ def _ask_scene(ask: _Asker, scene: Scene, rng: np.random.Generator) -> None:
         f"{i}. {thing.colour.capitalize()} {thing.shape}, {thing.place}"
         for i, thing in enumerate(things, 1)
     ]
-    ask("list", "\n".join([sentence, *lines]), [sentence[:-1], *(line for line in lines)])
+    ask("list", "\n".join([sentence, *lines]), [sentence[:-1], *lines])
 
 
 def _description_keys(scene: Scene) -> list[str]:
@@ -157,8 +149,10 @@ def _ask_exists(ask: _Asker, scene: Scene, rng: np.random.Generator) -> None:
 
 def _ask_relation(ask: _Asker, unique: list[Thing], rng: np.random.Generator) -> None:
     first, second = rng.choice(len(unique), 2, replace=False).tolist()
-    a, b = unique[first], unique[second]
-    across, down = b.cell % 3 - a.cell % 3, b.cell // 3 - a.cell // 3
+    a = unique[first]
+    b = unique[second]
+    across = b.cell % 3 - a.cell % 3
+    down = b.cell // 3 - a.cell // 3
     choices = []
     if across:
         choices += [("left of", "right of", across > 0), ("right of", "left of", across < 0)]
@@ -181,7 +175,8 @@ def _ask_relation(ask: _Asker, unique: list[Thing], rng: np.random.Generator) ->
 
 
 def _ask_number(ask: _Asker, number: Number) -> None:
-    digits, colour = number.digits, number.colour
+    digits = number.digits
+    colour = number.colour
     ask("number", f"The number is {digits}.", [digits])
     ask("number colour", f"The number is {colour}.", [colour])
     ask("digits", _count_sentence(len(digits), "digit", "It has"), [COUNT_WORDS[len(digits)]])
@@ -203,7 +198,9 @@ def _ask_number(ask: _Asker, number: Number) -> None:
 
 
 def _ask_chart(ask: _Asker, chart: Chart, rng: np.random.Generator) -> None:
-    bars, tall, short = chart.bars, chart.tallest.colour, chart.shortest.colour
+    bars = chart.bars
+    tall = chart.tallest.colour
+    short = chart.shortest.colour
     ask("tallest", f"The tallest bar is the {tall} one.", [tall])
     ask("shortest", f"The shortest bar is the {short} one.", [short])
     ask("bars", _count_sentence(len(bars), "bar", "There are"), [COUNT_WORDS[len(bars)]])
@@ -215,7 +212,8 @@ def _ask_chart(ask: _Asker, chart: Chart, rng: np.random.Generator) -> None:
         colour=bar.colour,
     )
     first, second = rng.choice(len(bars), 2, replace=False).tolist()
-    a, b = bars[first], bars[second]
+    a = bars[first]
+    b = bars[second]
     true = a.height > b.height
     heights = f"The {a.colour} bar has a height of {a.height} and the {b.colour} one of {b.height}"
     ask(
@@ -226,7 +224,8 @@ def _ask_chart(ask: _Asker, chart: Chart, rng: np.random.Generator) -> None:
         other=b.colour,
     )
     items = [f"a {bar.colour} bar with a height of {bar.height}" for bar in bars]
-    sentence = f"The picture shows a chart with {_count_sentence(len(bars), 'bar', '')[1:]} From left to right there is"
+    counted = _count_sentence(len(bars), "bar", "")[1:]
+    sentence = f"The picture shows a chart with {counted} From left to right there is"
     ends = f"The tallest bar is the {tall} one and the shortest bar is the {short} one."
     ask(
         "description",

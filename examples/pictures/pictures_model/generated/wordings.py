@@ -1,11 +1,11 @@
-"""How questions are worded: for each kind, wordings to train on, and others that are kept for
-measurements."""
+"""How questions are worded: for each kind, wordings to train on, and others for measurements."""
 
 from __future__ import annotations
 
 import numpy as np
 
-TRAIN, HELD_OUT = 0, 1
+TRAIN = 0
+HELD_OUT = 1
 
 FRAMES = (
     "{}",

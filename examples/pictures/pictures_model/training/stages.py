@@ -1,10 +1,9 @@
-"""`python -m pictures_model train STAGE --output FOLDER`: trains the demonstration model, or goes
-on.
+"""`python -m pictures_model train STAGE --output FOLDER`: trains the model, or goes on.
 
 STAGE is `seeing` (tower and projector), `reading` (the language model, from true captions; both can
 run side by side), when they are done, `answering` (the language model goes on with what the tower
-sees), and last `comparing`, which goes on with more questions that compare two things, and writes
-the parts.
+makes of pictures), and last `comparing`, which goes on with more questions that compare two things,
+and writes the parts.
 """
 
 from __future__ import annotations
@@ -17,74 +16,97 @@ from typing import Any
 import torch
 
 from pictures_model.generated.wordings import HELD_OUT, TRAIN
-from pictures_model.training.answering import AnsweringLoss, Show, true_captions, what_is_seen
+from pictures_model.training.answering import AnsweringLoss, Show, from_the_tower, true_captions
 from pictures_model.training.model import BASE, IMAGE_ID, WIDTH, build, export, prompt_of
 from pictures_model.training.schedule import Stage, load_trained
 from pictures_model.training.tower import Namer, SeeingLoss, Words
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.models.tokenizer import Tokenizer
 
-SEEING_RATE, READING_RATE, ANSWERING_RATE, COMPARING_RATE = 1e-3, 2e-3, 1e-3, 1e-3
+SEEING_RATE = 1e-3
+READING_RATE = 2e-3
+ANSWERING_RATE = 1e-3
+COMPARING_RATE = 1e-3
 COMPARISONS = 3  # how often a picture's things are compared, in the last stage
 
 
 def main(argv: list[str]) -> int:
+    """Trains one stage, or goes on with it."""
     args = _arguments(argv)
     torch.manual_seed(args.seed)
-    checkpoint = load_checkpoint(BASE)
-    tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
-    model, words = (
-        build(checkpoint),
-        Words(checkpoint.weights["model.embed_tokens.weight"], tokenizer),
-    )
-    seeing = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
-    reading = {"decoder": model.model.language_model}
+    training = _Training(args)
+    stages = {
+        "seeing": training.seeing,
+        "reading": training.reading,
+        "answering": training.answering,
+        "comparing": training.comparing,
+    }
+    stages[args.stage]()
+    return 0
 
-    def answering(show: Show, *comparing: int) -> AnsweringLoss:
+
+class _Training:
+    """The model, and its stages."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        checkpoint = load_checkpoint(BASE)
+        self._args = args
+        self._tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
+        self._model = build(checkpoint)
+        embedding = checkpoint.weights["model.embed_tokens.weight"]
+        self._words = Words(embedding, self._tokenizer)
+        llava = self._model.model
+        self._vision = {"tower": llava.vision_tower, "projector": llava.multi_modal_projector}
+        self._text = {"decoder": llava.language_model}
+
+    def seeing(self) -> None:
+        """Tower and projector."""
+        args = self._args
+        tower = self._vision["tower"]
+        namer = Namer(WIDTH)
+        loss = SeeingLoss(tower, self._vision["projector"], namer, self._words, args.pictures)
+        matrices = [p for name, p in tower.named_parameters() if ".layers." in name and p.ndim == 2]
+        modules = {**self._vision, "namer": namer}
+        Stage("seeing", args.seeing_steps, modules, SEEING_RATE, loss, matrices).run(args.output)
+
+    def reading(self) -> None:
+        """The language model, from true captions."""
+        loss = self._loss(true_captions(self._words))
+        self._run("reading", self._args.reading_steps, READING_RATE, loss)
+
+    def answering(self) -> None:
+        """The language model, from what the tower makes of pictures."""
+        load_trained(self._args.output, "seeing", self._vision)
+        load_trained(self._args.output, "reading", self._text)
+        loss = self._loss(from_the_tower(self._model))
+        self._run("answering", self._args.answering_steps, ANSWERING_RATE, loss)
+
+    def comparing(self) -> None:
+        """The same with more comparisons; then the parts are measured and written."""
+        args = self._args
+        load_trained(args.output, "seeing", self._vision)
+        load_trained(args.output, "answering", self._text)
+        loss = self._loss(from_the_tower(self._model), 2_000_000, COMPARISONS)
+        self._run("comparing", args.comparing_steps, COMPARING_RATE, loss)
+        record = {"arguments": {key: value for key, value in vars(args).items() if key != "output"}}
+        record["word_for_word"] = _figures(loss, args.held_out)
+        export(self._model, args.output / "parts", record)
+        print(json.dumps(record, indent=1))
+
+    def _loss(self, show: Show, *comparing: int) -> AnsweringLoss:
+        """comparing: `first` and `comparisons` of the loss, where they are not the usual ones."""
         return AnsweringLoss(
-            model,
-            prompt_of(tokenizer),
-            lambda text: tokenizer.encode(text, add_special_tokens=False),
+            self._model,
+            prompt_of(self._tokenizer),
+            lambda text: self._tokenizer.encode(text, add_special_tokens=False),
             IMAGE_ID,
             show,
-            args.rows,
+            self._args.rows,
             *comparing,
         )
 
-    if args.stage == "seeing":
-        namer = Namer(WIDTH)
-        loss = SeeingLoss(seeing["tower"], seeing["projector"], namer, words, args.pictures)
-        blocks = [
-            p
-            for name, p in seeing["tower"].named_parameters()
-            if ".layers." in name and p.ndim == 2
-        ]
-        modules = {**seeing, "namer": namer}
-        Stage("seeing", args.seeing_steps, modules, SEEING_RATE, loss, blocks).run(args.output)
-    elif args.stage == "reading":
-        Stage(
-            "reading", args.reading_steps, reading, READING_RATE, answering(true_captions(words))
-        ).run(args.output)
-    elif args.stage == "answering":
-        load_trained(args.output, "seeing", seeing)
-        load_trained(args.output, "reading", reading)
-        Stage(
-            "answering",
-            args.answering_steps,
-            reading,
-            ANSWERING_RATE,
-            answering(what_is_seen(model)),
-        ).run(args.output)
-    else:
-        load_trained(args.output, "seeing", seeing)
-        load_trained(args.output, "answering", reading)
-        last = answering(what_is_seen(model), 2_000_000, COMPARISONS)
-        Stage("comparing", args.comparing_steps, reading, COMPARING_RATE, last).run(args.output)
-        record = {"arguments": {key: value for key, value in vars(args).items() if key != "output"}}
-        record["word_for_word"] = _figures(last, args.held_out)
-        export(model, args.output / "parts", record)
-        print(json.dumps(record, indent=1))
-    return 0
+    def _run(self, name: str, steps: int, rate: float, loss: AnsweringLoss) -> None:
+        Stage(name, steps, self._text, rate, loss).run(self._args.output)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -1,6 +1,9 @@
-"""How the vision tower learns to see. The lower half of its layers names what each patch shows;
-above, each patch says one word of the picture's caption, which the projector turns into that word's
-embedding in the language model, so that pictures read like text from the start."""
+"""How the vision tower learns to see.
+
+The lower half of its layers names what each patch shows. Above, each patch says one word of the
+picture's caption, which the projector turns into that word's embedding in the language model, so
+that pictures read like text from the start.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,13 @@ from pictures_model.generated.draw import draw
 from pictures_model.generated.facts import Picture, random_picture
 from pictures_model.generated.regions import WORDS, patch_labels
 
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-SIDE, PATCH = 96, 16
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.5, 0.5, 0.5)
+SIDE = 96
+PATCH = 16
 GRID = SIDE // PATCH
-TRAIN, HELD_OUT = 0, 1  # pictures of these two never come from the same seed
+TRAIN = 0  # pictures of these two never come from the same seed
+HELD_OUT = 1
 NAMED = 3  # layers of the tower after which patches are named
 _INDEX = {word: i for i, word in enumerate(VOCABULARY)} | {None: -1}
 
@@ -34,12 +40,11 @@ def random_pictures(split: int, step: int, count: int) -> list[Picture]:
 
 def pixels(pictures: Sequence[Picture]) -> Tensor:
     """As the image processor would give them: [pictures, 3, SIDE, SIDE]."""
-    raw = torch.from_numpy(
-        np.stack([np.asarray(draw(picture, SIDE)) for picture in pictures])
-    ).permute(0, 3, 1, 2)
-    return (raw.float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
-        :, None, None
-    ]
+    images = np.stack([np.asarray(draw(picture, SIDE)) for picture in pictures])
+    raw = torch.from_numpy(images).permute(0, 3, 1, 2)
+    mean = torch.tensor(MEAN)[:, None, None]
+    std = torch.tensor(STD)[:, None, None]
+    return (raw.float() / 255 - mean) / std
 
 
 def features(tower: Any, images: Tensor) -> Tensor:
@@ -58,9 +63,8 @@ class Words:
             tokenizer.encode(w if w.isdigit() else f" {w}", add_special_tokens=False)
             for w in VOCABULARY
         ]
-        self.rows = torch.stack(
-            [embedding[tokens].float().mean(0) for tokens in ids]
-        )  # mean over a word's tokens
+        # The mean over a word's tokens.
+        self.rows = torch.stack([embedding[tokens].float().mean(0) for tokens in ids])
 
     def said(self, loud: Tensor, quiet: Tensor) -> Tensor:
         """[pictures, words of a caption] each, as `labels` gives them -> [pictures, words of a
@@ -84,10 +88,8 @@ class Namer(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.patches = nn.Linear(hidden, len(WORDS))
-        self.loud, self.quiet = (
-            nn.Linear(hidden, len(VOCABULARY)),
-            nn.Linear(hidden, len(VOCABULARY)),
-        )
+        self.loud = nn.Linear(hidden, len(VOCABULARY))
+        self.quiet = nn.Linear(hidden, len(VOCABULARY))
 
 
 class SeeingLoss:
@@ -97,13 +99,11 @@ class SeeingLoss:
     def __init__(
         self, tower: Any, projector: nn.Module, namer: Namer, words: Words, batch: int
     ) -> None:
-        self._tower, self._projector, self._namer, self._words, self._batch = (
-            tower,
-            projector,
-            namer,
-            words,
-            batch,
-        )
+        self._tower = tower
+        self._projector = projector
+        self._namer = namer
+        self._words = words
+        self._batch = batch
 
     def __call__(self, step: int, split: int = TRAIN) -> tuple[Tensor, dict[str, float]]:
         pictures = random_pictures(split, step, self._batch)
@@ -113,12 +113,11 @@ class SeeingLoss:
             out = self._tower(pixel_values=pixels(pictures), output_hidden_states=True)
             top = out.last_hidden_state[:, 1:]
             named = self._namer.patches(out.hidden_states[NAMED][:, 1:]).float()
-            says, whispers = self._namer.loud(top).float(), self._namer.quiet(top).float()
+            says = self._namer.loud(top).float()
+            whispers = self._namer.quiet(top).float()
             said = self._projector(top).float()
-        naming = (
-            F.binary_cross_entropy_with_logits(named, shown, reduction="sum")
-            / shown[..., 0].numel()
-        )
+        naming = F.binary_cross_entropy_with_logits(named, shown, reduction="sum")
+        naming = naming / shown[..., 0].numel()
         saying = F.cross_entropy(says.flatten(0, 1), loud.flatten())
         saying = saying + F.cross_entropy(whispers.flatten(0, 1), quiet.flatten(), ignore_index=-1)
         distance = F.mse_loss(said, self._words.said(loud, quiet)) / self._words.rows.var()
@@ -131,9 +130,8 @@ class SeeingLoss:
             "captions": heard.all(-1).float().mean(),
             "counts": (whispers.argmax(-1) == quiet)[quiet >= 0].float().mean(),
         }
-        return naming + saying + distance, {
-            key: float(value.detach()) for key, value in figures.items()
-        }
+        loss = naming + saying + distance
+        return loss, {key: float(value.detach()) for key, value in figures.items()}
 
 
 def _loudest(said: Tensor, rows: Tensor) -> Tensor:

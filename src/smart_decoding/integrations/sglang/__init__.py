@@ -1,9 +1,9 @@
 """SMART inside SGLang: how large EAGLE drafts, at each batch size, under `--speculative-adaptive`.
 
-Chains: how many steps. Trees (`--speculative-eagle-topk` above 1): which of several pairs (steps,
-nodes), the tree of each being SGLang's own. SGLang finds `register` by itself, as a plugin; it does
-nothing unless SMART_SGLANG_COSTS names a file of measured costs (docs/integrations.md). Nothing of
-SGLang is imported before that.
+Chains: how many steps. Trees (`--speculative-eagle-topk` above 1): which of several pairs of steps
+and nodes, the tree of each being SGLang's own. SGLang finds `register` by itself, as a plugin. It
+does nothing unless SMART_SGLANG_COSTS names a file of measured costs (docs/integrations.md), and
+imports nothing of SGLang before that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from smart_decoding.integrations.sglang.seams import TESTED
 
 COSTS = "SMART_SGLANG_COSTS"
-# the class that is replaced
+# The class that is replaced.
 TARGET = "sglang.srt.speculative.adaptive_spec_params.AdaptiveSpeculativeParams"
 
 logger = logging.getLogger("sglang.smart_decoding")
@@ -27,7 +27,8 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.version import __version__ as version
 
-    from smart_decoding.integrations.sglang.policy import SmartSpecPolicy, read_costs
+    from smart_decoding.integrations.sglang.costs import read_costs
+    from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
 
     if version not in TESTED:
         logger.warning(

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 TESTED = ("0.5.23",)  # versions that the tests were run on: in others the plugin does nothing
 
-Parameters = (
-    tuple[str, ...] | None
-)  # of a function, `self` left out; None: no function, or whatever it takes
+# Of a function, `self` left out; None: no function, or whatever it takes.
+Parameters = tuple[str, ...] | None
 
 # module -> name (Class.member) -> parameters. REPLACED: AdaptiveSpeculativeParams and, for trees,
 # AdaptiveController, each by a class that is constructed and called alike. WRAPPED: for trees.

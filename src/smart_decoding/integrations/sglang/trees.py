@@ -1,5 +1,4 @@
-"""What SGLang's adaptive mode, made for chains, needs besides the policy in order to switch between
-sizes of trees.
+"""What SGLang's adaptive mode, made for chains, needs besides the policy to switch between trees.
 
 A tier is a number of steps with a number of nodes; SGLang keeps its runtime states by steps, so
 that each number of steps has one. Within a tier SGLang grows and prunes its tree by itself: the
@@ -16,35 +15,38 @@ from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.speculative.adaptive_runtime_state import AdaptiveController
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.sglang.policy import SmartSpecPolicy, read_costs
+from smart_decoding.integrations.sglang.costs import read_costs
+from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
 from smart_decoding.integrations.sglang.seams import RECORD
 
 OURS = "smart_decoding"  # under which SGLang notes what was decided here
 
 
 def unsupported_reason(original: Callable[[Any], str | None], server_args: Any) -> str | None:
-    """SGLang's reasons against adaptive speculation, but for topk > 1; page sizes above 1 reserve
-    for one tier only."""
+    """SGLang's reasons against adaptive speculation, but for topk > 1.
+
+    Page sizes above 1 reserve for one tier only."""
     given = resolving_view(server_args)
     if given.speculative_eagle_topk not in (None, 1) and given.page_size not in (None, 1):
         return f"page_size={given.page_size} (trees of several sizes need 1)"
     chain = copy.copy(server_args)
-    setattr(
-        chain, RECORD, list(getattr(server_args, RECORD, None) or [])
-    )  # not the original's: it is only asked
+    # Not the original's record, which is only asked.
+    setattr(chain, RECORD, list(getattr(server_args, RECORD, None) or []))
     declare_resolution(chain, OURS, speculative_eagle_topk=1)
     return original(chain)
 
 
 def set_first_tier(_: None, server_args: Any) -> None:
     """The tree to start with, where SGLang has just set a chain."""
-    given, costs = resolving_view(server_args), read_costs()
+    given = resolving_view(server_args)
+    costs = read_costs()
     topk = given.speculative_eagle_topk
     for steps, nodes in costs.nodes.items():
         drafted = topk + (steps - 1) * topk * topk
         if not steps <= nodes <= drafted:
             raise ConfigError(
-                f"{steps} steps with --speculative-eagle-topk {topk} have {steps} to {drafted} nodes"
+                f"{steps} steps with --speculative-eagle-topk {topk} have "
+                f"{steps} to {drafted} nodes"
             )
     declare_resolution(
         server_args, OURS, speculative_num_draft_tokens=costs.tokens(given.speculative_num_steps)
@@ -52,12 +54,12 @@ def set_first_tier(_: None, server_args: Any) -> None:
 
 
 def widest(result: int | None, _: object, server_args: Any) -> int | None:
-    """Slots that a request may need in a step, whichever tier is chosen after they were
-    reserved."""
-    given, costs = resolving_view(server_args), read_costs()
+    """Slots that a request may need in a step, whichever tier is chosen once they are reserved."""
+    given = resolving_view(server_args)
+    costs = read_costs()
     if result is None or not given.speculative_adaptive:
         return result
-    drafting = max(costs.nodes) * given.speculative_eagle_topk
+    drafting = max(costs.nodes) * int(given.speculative_eagle_topk)
     return max(drafting, *(costs.tokens(steps) for steps in costs.nodes))
 
 
@@ -65,7 +67,8 @@ class _Worker:
     """A worker whose runtime states have the tokens of their tier."""
 
     def __init__(self, worker: Any, tokens: Callable[[int], int]) -> None:
-        self._worker, self._tokens = worker, tokens
+        self._worker = worker
+        self._tokens = tokens
 
     def build_adaptive_runtime_state(
         self,
@@ -73,6 +76,7 @@ class _Worker:
         speculative_num_draft_tokens: int,
         cuda_graph_bs: list[int] | None = None,
     ) -> Any:
+        """The worker's, with the tokens of the tier instead of a chain's."""
         return self._worker.build_adaptive_runtime_state(
             speculative_num_steps=speculative_num_steps,
             speculative_num_draft_tokens=self._tokens(speculative_num_steps),
@@ -92,13 +96,10 @@ class TreeController(AdaptiveController):  # type: ignore[misc]
 
 _PARAMS = "sglang.srt.speculative.adaptive_spec_params"
 _ARGUMENTS = "sglang.srt.arg_groups.speculative_hook"
+_ALGORITHM = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm"
 HOOKS = (  # target, hook, kind
     (f"{_PARAMS}.adaptive_unsupported_reason", unsupported_reason, "AROUND"),
     (f"{_ARGUMENTS}._init_adaptive_speculative_params", set_first_tier, "AFTER"),
-    (
-        "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.resolve_max_speculative_num_draft_tokens",
-        widest,
-        "AFTER",
-    ),
+    (f"{_ALGORITHM}.resolve_max_speculative_num_draft_tokens", widest, "AFTER"),
     ("sglang.srt.speculative.adaptive_runtime_state.AdaptiveController", TreeController, "REPLACE"),
 )

@@ -17,13 +17,12 @@ from smart_decoding.errors import ModelError
 
 
 class AuxHidden:
-    """Tap t is the residual stream after t layers; tap layers + 1 is the last one after the final
-    norm.
+    """The residual stream after layer 1, 2, ...; one number more is that after the final norm.
 
     Raises ModelError if the layers cannot be found."""
 
     def __init__(self, model: PreTrainedModel, layers: int) -> None:
-        decoder = model.get_decoder()
+        decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
         lists = [
             part
             for part in decoder.modules()
@@ -31,19 +30,20 @@ class AuxHidden:
         ]
         if not lists:
             raise ModelError(
-                f"the {layers} layers of {type(model).__name__} cannot be found: no draft head runs on it"
+                f"the {layers} layers of {type(model).__name__} cannot be found: "
+                "no draft head runs on it"
             )
         self._modules: list[nn.Module] = [*lists[0], decoder]
 
     @contextmanager
     def taken(self, aux_layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-        """Runs forwards in this block; the last one's states by tap: [batch, queries, hidden]."""
+        """Runs forwards in this block; the last one's states by layer: [batch, queries, hidden]."""
         found: dict[int, torch.Tensor] = {}
 
-        def keep(tap: int) -> Any:
-            return lambda module, inputs, output: found.__setitem__(tap, _states(output))
+        def keep(layer: int) -> Any:
+            return lambda module, inputs, output: found.__setitem__(layer, _states(output))
 
-        handles = [self._modules[tap - 1].register_forward_hook(keep(tap)) for tap in aux_layers]
+        handles = [self._modules[n - 1].register_forward_hook(keep(n)) for n in aux_layers]
         try:
             yield found
         finally:
@@ -55,7 +55,6 @@ def _states(output: Any) -> torch.Tensor:
     """Of a layer, which returns them alone or first, or of the whole decoder."""
     if isinstance(output, torch.Tensor):
         return output
-    states: torch.Tensor = (
-        output["last_hidden_state"] if hasattr(output, "last_hidden_state") else output[0]
-    )
+    whole = hasattr(output, "last_hidden_state")
+    states: torch.Tensor = output["last_hidden_state"] if whole else output[0]
     return states

@@ -1,7 +1,7 @@
 """Keys and values of a transformers model in the engine's KV slots, shown to the model as an
 ordinary cache.
 
-The engine says which slots a row may see (`Rows`). For one forward its groups become a batch,
+The engine says which slots a row reads (`Rows`). For one forward its groups become a batch,
 right-aligned: each sequence's committed keys, then its new rows, with padding on the left. Nothing
 is ever rolled back or compacted here: a rejected node's slot is simply written again.
 """
@@ -25,92 +25,96 @@ Bools = NDArray[np.bool_]
 
 @dataclass(slots=True)
 class Layout:
-    """Where the rows and keys of one forward lie: `groups` sequences of `queries` rows over `width`
-    keys.
+    """Where the rows and keys of one forward lie.
+
+    It holds `groups` sequences of `queries` rows over `width` keys.
 
     row: [rows] index in `Rows`; at: [2, rows] its (group, column among the queries).
     read: [groups, width] slots of the keys, 0 where padded; valid: [groups, width]; write: [rows]
-    slots of new keys. seen: [groups, queries, width] which keys a row may see; padding rows see
-    all, so that no softmax is empty."""
+    slots of new keys. attended: [groups, queries, width] which keys a row attends to; padding rows
+    attend to all, so that no softmax is empty."""
 
     row: IntArray
     at: IntArray
     read: IntArray
     valid: Bools
     write: IntArray
-    seen: Bools
+    attended: Bools
 
     @property
     def groups(self) -> int:
+        """Sequences."""
         return int(self.read.shape[0])
 
     @property
     def queries(self) -> int:
-        return int(self.seen.shape[1])
+        """Rows of each sequence, padding included."""
+        return int(self.attended.shape[1])
 
     @property
     def width(self) -> int:
+        """Keys of each sequence, padding included."""
         return int(self.read.shape[1])
 
 
 def lay_out(rows: Rows, groups: list[int]) -> Layout:
-    """The layout of some groups of `rows`. The keys of a group: those that its rows read and that
-    lie there already, committed ones and then tree nodes of earlier forwards (a draft model's), and
-    last its own rows."""
+    """The layout of some groups of `rows`.
+
+    A group's keys are those that its rows read. First come committed ones, then tree nodes of
+    earlier forwards (a draft model's), and last its own rows."""
     parts = [_keys(rows, g) for g in groups]
     count = [part.own for part in parts]
-    queries, width = max(count), max(len(part.slots) for part in parts)
+    queries = max(count)
+    width = max(len(part.slots) for part in parts)
     read = np.zeros((len(groups), width), np.int64)
     valid = np.zeros((len(groups), width), np.bool_)
-    seen = np.ones((len(groups), queries, width), np.bool_)
+    attended = np.ones((len(groups), queries, width), np.bool_)
     for i, part in enumerate(parts):
         left = width - len(part.slots)
         read[i, left:] = part.slots
         valid[i, left:] = True
-        seen[i, queries - part.own :, :left] = False
-        seen[i, queries - part.own :, left:] = part.seen
+        attended[i, queries - part.own :, :left] = False
+        attended[i, queries - part.own :, left:] = part.attended
     first = [int(rows.query_start_loc[g]) for g in groups]
     row = np.concatenate([np.arange(a, a + n) for a, n in zip(first, count, strict=True)])
     group = np.repeat(np.arange(len(groups)), count)
     column = np.concatenate([np.arange(queries - n, queries) for n in count])
-    return Layout(
-        row, np.stack((group, column)), read, valid, rows.slot_mapping[row].astype(np.int64), seen
-    )
+    write = rows.slot_mapping[row].astype(np.int64)
+    return Layout(row, np.stack((group, column)), read, valid, write, attended)
 
 
 @dataclass(slots=True)
 class _Keys:
-    """slots: [keys] of a group, of which the last `own` are its rows; seen: [own, keys]."""
+    """slots: [keys] of a group, of which the last `own` are its rows; attended: [own, keys]."""
 
     slots: IntArray
     own: int
-    seen: Bools
+    attended: Bools
 
 
 def _keys(rows: Rows, group: int) -> _Keys:
-    a, b = int(rows.query_start_loc[group]), int(rows.query_start_loc[group + 1])
-    direct, own = rows.context_len[a:b], rows.slot_mapping[a:b]
+    a, b = rows.query_start_loc[group : group + 2].tolist()
+    context_len = rows.context_len[a:b]
+    own = rows.slot_mapping[a:b]
     pages = rows.pages[rows.block_table_start[group] :].astype(np.int64)
-    position = np.arange(int(direct.max()))
+    position = np.arange(int(context_len.max()))
     committed = pages[position // PAGE] * PAGE + position % PAGE
-    if (
-        committed[direct[0] - 1] == own[0]
-    ):  # the first row reads itself through the table, and so do those that follow
-        committed = committed[: direct[0] - 1]
-    at = rows.ancestors_start[a : b + 1]
-    extra, reader = rows.ancestors[at[0] : at[-1]], np.repeat(np.arange(b - a), np.diff(at))
-    ancestors = np.setdiff1d(extra, own)
-    slots = np.concatenate((committed, ancestors, own))
-    seen = np.ones((b - a, len(slots)), np.bool_)
-    seen[:, len(committed) :] = False
-    seen[:, len(committed) + len(ancestors) :] = (
-        np.arange(b - a) < (direct - len(committed))[:, None]
-    )
-    order = np.argsort(slots[len(committed) :])
-    seen[reader, len(committed) + order[np.searchsorted(slots[len(committed) :][order], extra)]] = (
-        True
-    )
-    return _Keys(slots, b - a, seen)
+    # The first row may read itself through the table, and so do those that follow it then.
+    if committed[context_len[0] - 1] == own[0]:
+        committed = committed[: context_len[0] - 1]
+    start = rows.ancestors_start[a : b + 1]
+    ancestor = rows.ancestors[start[0] : start[-1]]
+    reader = np.repeat(np.arange(b - a), np.diff(start))
+    earlier = np.setdiff1d(ancestor, own)
+    slots = np.concatenate((committed, earlier, own))
+    attended = np.ones((b - a, len(slots)), np.bool_)
+    attended[:, len(committed) :] = False
+    through_table = context_len - len(committed)  # how many of its group's rows a row reads there
+    attended[:, len(committed) + len(earlier) :] = np.arange(b - a) < through_table[:, None]
+    nodes = slots[len(committed) :]
+    order = np.argsort(nodes)
+    attended[reader, len(committed) + order[np.searchsorted(nodes[order], ancestor)]] = True
+    return _Keys(slots, b - a, attended)
 
 
 @dataclass(slots=True)
@@ -143,7 +147,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.indices: Indices | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        """Stores as many slots as are in use, in the dtype and on the device of the states."""
+        self.dtype = key_states.dtype
+        self.device = key_states.device
         self.keys = _grown(None, key_states, self.slots)
         self.values = _grown(None, value_states, self.slots)
         self.is_initialized = True
@@ -165,26 +171,24 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         layout = self.indices.layout
         group, column, write, read = self.indices.on(states.device)
         new = states[:, :, 0] if layout.queries == 1 else states[group, :, column]
-        store.index_copy_(
-            0, write, new
-        )  # this and index_select cost less than general indices, at every layer
-        return (
-            store.index_select(0, read)
-            .view(layout.groups, layout.width, *store.shape[1:])
-            .transpose(1, 2)
-        )
+        # index_copy_ and index_select cost less than general indices, at every layer.
+        store.index_copy_(0, write, new)
+        keys = store.index_select(0, read)
+        return keys.view(layout.groups, layout.width, *store.shape[1:]).transpose(1, 2)
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies slots source[i] -> target[i]."""
         if self.is_initialized:
-            source, target = source.to(self.keys.device), target.to(self.keys.device)
-            self.keys[target], self.values[target] = self.keys[source], self.values[source]
+            source = source.to(self.keys.device)
+            target = target.to(self.keys.device)
+            self.keys[target] = self.keys[source]
+            self.values[target] = self.values[source]
 
     def get_seq_length(self) -> int:
         """Keys before the rows of this forward, padding included."""
-        return (
-            0 if self.indices is None else self.indices.layout.width - self.indices.layout.queries
-        )
+        if self.indices is None:
+            return 0
+        return self.indices.layout.width - self.indices.layout.queries
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """query_length: rows, or in some earlier releases their positions [queries]."""
@@ -192,6 +196,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.get_seq_length() + queries, 0
 
     def get_max_length(self) -> int:
+        """No limit."""
         return -1
 
     get_max_cache_shape = get_max_length  # its earlier name
@@ -205,13 +210,16 @@ class SlotCache(Cache):
         super().__init__(layers=list(self.stores))
 
     def show(self, layout: Layout) -> None:
-        indices, needed = Indices(layout), int(layout.read.max()) + 1
+        """The next forward is laid out like this."""
+        indices = Indices(layout)
+        needed = int(layout.read.max()) + 1
         for layer in self.stores:
             layer.indices = indices
             if layer.slots < needed:
                 layer.slots = max(needed, 2 * layer.slots)
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies slots source[i] -> target[i] of every layer."""
         for layer in self.stores:
             layer.move(source, target)
 

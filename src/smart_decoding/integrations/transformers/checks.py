@@ -41,13 +41,20 @@ def unsupported(
         return f"generation mode {mode.value!r} is not supported: use greedy search or sampling"
     for output in ("output_attentions", "output_hidden_states"):
         if getattr(config, output) and config.return_dict_in_generate:
-            return f"{output}=True is not supported: the forwards hold tree nodes that are no part of the answer"
+            return (
+                f"{output}=True is not supported: "
+                "the forwards hold tree nodes that are no part of the answer"
+            )
     for processor in processors:
-        if type(processor).__name__ in STATEFUL:
-            return f"{type(processor).__name__} is not supported: it keeps a state of its own from step to step"
+        kind = type(processor).__name__
+        if kind in STATEFUL:
+            return f"{kind} is not supported: it keeps a state of its own from step to step"
     for key, value in inputs.items():
         if key not in KNOWN_INPUTS and value is not None:
-            return f"the model input {key!r} is not supported: only token ids with an attention mask are"
+            return (
+                f"the model input {key!r} is not supported: "
+                "only token ids with an attention mask are"
+            )
     if not config.use_cache:
         return "use_cache=False is not supported: speculation needs the keys of earlier tokens"
     return unsupported_cache(name, config, inputs) or _unsupported_rope(model, config)
@@ -62,25 +69,30 @@ def unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str, 
     """Why the cache that `generate` chose cannot take back rejected tokens, or None."""
     cache = cache_of(inputs)
     if cache is None:
-        return f"{name} keeps a recurrent state, not a cache of keys: rejected tokens cannot be taken back"
+        return (
+            f"{name} keeps a recurrent state, not a cache of keys: "
+            "rejected tokens cannot be taken back"
+        )
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if type(cache) is DynamicCache else type(cache).__name__
         return f"{kind} is not supported: leave out cache_implementation and past_key_values"
-    layer: Any
-    for layer in cache.layers:
-        kind, window = type(layer).__name__, getattr(layer, "sliding_window", None)
-        if window is not None and layer.is_sliding and kind == "DynamicSlidingWindowLayer":
-            if config.max_length > window:
-                return (
-                    f"{kind} of {name} forgets all but {window} tokens and cannot take back rejected ones, but prompt "
-                    f"and answer may reach {config.max_length}: keep them within the window"
-                )
-        elif type(layer) is not DynamicLayer:
-            return f"{kind} of {name} keeps a running state: rejected tokens cannot be taken back"
-        if layer.is_initialized:
+    reasons = (_unsupported_layer(name, layer, config.max_length) for layer in cache.layers)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _unsupported_layer(name: str, layer: Any, max_length: int) -> str | None:
+    kind = type(layer).__name__
+    window = getattr(layer, "sliding_window", None)
+    if window is not None and layer.is_sliding and kind == "DynamicSlidingWindowLayer":
+        if max_length > window:
             return (
-                "a cache that already holds keys is not supported: pass the whole prompt without it"
+                f"{kind} of {name} forgets all but {window} tokens and cannot take back rejected "
+                f"ones, but prompt and answer may reach {max_length}: keep them within the window"
             )
+    elif type(layer) is not DynamicLayer:
+        return f"{kind} of {name} keeps a running state: rejected tokens cannot be taken back"
+    if layer.is_initialized:
+        return "a cache that already holds keys is not supported: pass the whole prompt without it"
     return None
 
 
@@ -95,8 +107,8 @@ def _unsupported_rope(model: PreTrainedModel, config: GenerationConfig) -> str |
     )
     if kind in ("dynamic", "longrope") and limit and config.max_length > limit:
         return (
-            f"rope scaling {kind!r} changes with the text's length beyond {limit} tokens, but prompt and answer may "
-            f"reach {config.max_length}: lower max_new_tokens"
+            f"rope scaling {kind!r} changes with the text's length beyond {limit} tokens, "
+            f"but prompt and answer may reach {config.max_length}: lower max_new_tokens"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""A smaller transformers model of the same vocabulary as the drafter of a larger one."""
+"""A smaller transformers model of the same vocabulary, as the drafter of a larger one."""
 
 from __future__ import annotations
 
@@ -39,48 +39,45 @@ class HostDraftModel:
     the pages that a call may use."""
 
     def __init__(self, model: PreTrainedModel, layers: int, tree: bool, target_vocab: int) -> None:
-        self.model, self._layers, self._tree = model, layers, tree
+        text = model.config.get_text_config(decoder=True)
+        self.model = model
+        self._layers = layers
+        self._tree = tree
         self._target = HostTarget(model, layers, tree)
-        self._vocab = min(target_vocab, int(model.config.get_text_config(decoder=True).vocab_size))
+        self._vocab = min(target_vocab, int(text.vocab_size))
         self._tokens = torch.arange(self._vocab, device=self._target.device)
         self._native = self._target.device.type == "cpu" and library.unavailable() is None
-        self._pages, self.widest = 0, 1 << 30 if tree else 1
-        self.shape = (
-            type(model).__name__,
-            layers,
-            model.config.get_text_config(decoder=True).hidden_size,
-            self._vocab,
-        )
+        self._pages = 0
+        self.widest = 1 << 30 if tree else 1
+        self.shape = (type(model).__name__, layers, text.hidden_size, self._vocab)
 
     def drafter(self, pages: int, positions: int) -> Drafter:
         """For one call, with room for keys in so many pages."""
-        self._target, self._pages = HostTarget(self.model, self._layers, self._tree), pages
+        self._target = HostTarget(self.model, self._layers, self._tree)
+        self._pages = pages
         return DraftModelDrafter(self, pages, DRAFT_SCRATCH_PAGES)
 
     @torch.inference_mode()
     def run(self, rows: Rows) -> torch.Tensor:
         """One forward: logits [wanted rows, vocab]."""
         rows.token = np.minimum(rows.token, self._vocab - 1)
-        rows.slot_mapping, rows.ancestors = (
-            self._moved(rows.slot_mapping, PAGE),
-            self._moved(rows.ancestors, PAGE),
-        )
+        rows.slot_mapping = self._moved(rows.slot_mapping, PAGE)
+        rows.ancestors = self._moved(rows.ancestors, PAGE)
         rows.pages = self._moved(rows.pages, 1)
-        return self._target.verify(rows, ()).logits[:, : self._vocab]
+        logits: torch.Tensor = self._target.verify(rows, ()).logits
+        return logits[:, : self._vocab]
 
     def rank(self, logits: torch.Tensor, asked: Asked) -> Ranked:
         """The most likely next tokens of each row and their probabilities: [rows, k]; see
         `ranked`."""
-        return ranked(
-            logits, self._tokens, replace(asked, k=min(asked.k, self.widest)), self._native
-        )
+        asked = replace(asked, k=min(asked.k, self.widest))
+        return ranked(logits, self._tokens, asked, self._native)
 
     def _moved(self, places: Ints, unit: int) -> Ints:
         """Pages or slots: those of tree nodes before the others."""
-        moved = (
-            places + np.where(places < self._pages * unit, DRAFT_SCRATCH_PAGES, -self._pages) * unit
-        )
-        return moved.astype(np.int32)
+        shift = np.where(places < self._pages * unit, DRAFT_SCRATCH_PAGES, -self._pages) * unit
+        moved: Ints = (places + shift).astype(np.int32)
+        return moved
 
 
 def load_draft_model(target: PreTrainedModel, draft: Any, max_length: int) -> PreTrainedModel:
@@ -98,27 +95,28 @@ def load_draft_model(target: PreTrainedModel, draft: Any, max_length: int) -> Pr
     if isinstance(draft, PreTrainedModel):
         return draft
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(draft, dtype=target.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(draft, dtype=target.dtype)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the draft model {name} cannot be loaded: {_first_line(error)}"
         ) from error
-    return model.to(target.device).eval()  # type: ignore[arg-type]
+    placed: PreTrainedModel = model.to(target.device).eval()
+    return placed
 
 
 def check_length(config: Any, max_length: int) -> None:
     """Raises ModelError if the draft model cannot follow a text to this length."""
-    name, text = config.name_or_path or type(config).__name__, config.get_text_config(decoder=True)
+    name = config.name_or_path or type(config).__name__
+    text = config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
     if positions and positions < max_length:
         raise ModelError(
-            f"the draft model {name} has {positions} positions, but prompt and answer may reach {max_length}: lower "
-            "max_new_tokens"
+            f"the draft model {name} has {positions} positions, but prompt and answer may reach "
+            f"{max_length}: lower max_new_tokens"
         )
     caches = {"past_key_values": DynamicCache(config=text)}
-    reason = unsupported_cache(
-        f"the draft model {name}", GenerationConfig(max_length=max_length), caches
-    )
+    call = GenerationConfig(max_length=max_length)  # type: ignore[no-untyped-call]
+    reason = unsupported_cache(f"the draft model {name}", call, caches)
     if reason:
         raise ModelError(reason)
 
@@ -141,11 +139,12 @@ def _check_vocabulary(target: PreTrainedModel, config: Any, name: str) -> None:
         why = None if mine == its else f"{its} tokens instead of {mine}"
     if why:
         raise ModelError(
-            f"the draft model {name} has another vocabulary than the target ({why}): take one of its family"
+            f"the draft model {name} has another vocabulary than the target ({why}): "
+            "take one of its family"
         )
 
 
-def _vocabulary(name: str, local_only: bool) -> dict[str, int] | None:
+def _vocabulary(name: str | None, local_only: bool) -> dict[str, int] | None:
     """Token to id, or None without a tokenizer."""
     if not name or (local_only and Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
         return None

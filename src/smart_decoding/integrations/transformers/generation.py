@@ -1,5 +1,4 @@
-"""`generate`: a decoding method for transformers' `model.generate(custom_generate=...)`, run by
-SMART's engine.
+"""`generate`: a decoding method for transformers' `model.generate(custom_generate=...)`.
 
 transformers has prepared everything (inputs, processors, criteria, lengths); the engine then runs
 the batch as it runs any other, with the model as its target. Rows of the batch may be at different
@@ -22,8 +21,8 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.transformers.checks import unsupported
 from smart_decoding.integrations.transformers.drafting import (
-    borrow,
-    give_back,
+    Drafting,
+    borrowed,
     options_of,
     source_for,
 )
@@ -66,28 +65,34 @@ def generate(
     if reason:
         raise ConfigError(reason)
     warn_if_missing(model.device)
-    prompts = _prompts(
-        input_ids, model_inputs.get("attention_mask"), model_inputs.get("position_ids")
-    )
-    pad = _pad(generation_config)
+    prompts = _prompts(input_ids, model_inputs)
     layers = layers_of(model, model_inputs)
     source = source_for(model, options, generation_config.max_length)
     host = _host(generation_config, logits_processor, stopping_criteria, len(prompts))
-    target = HostTarget(
-        model, layers, layout_of(model, layers) == "tree", _eos(generation_config), host
-    )
+    tree = layout_of(model, layers) == "tree"
+    target = HostTarget(model, layers, tree, _eos(generation_config), host)
     sequences = [_sequence(i, ids, generation_config.max_length) for i, ids in enumerate(input_ids)]
-    key, drafting = borrow(model, options, target, len(prompts), source)
-    config = _engine_config(generation_config, prompts)
-    drafter = drafting.drafter(source, config.pages, config.max_model_len)
-    engine = Engine(target, drafting.policy, drafter, config, lambda _: lambda _: "")
-    params = _params(generation_config, host, input_ids.shape[1])
-    requests = [
-        _submit(engine, host, *pair, params) for pair in zip(sequences, prompts, strict=True)
-    ]
-    stream = Stream(
-        streamer if streamer is not None else _caller_streamer(), input_ids.shape[1], pad
-    )
+    streamer = streamer if streamer is not None else _caller_streamer()
+    stream = Stream(streamer, input_ids.shape[1], _pad(generation_config))
+    with borrowed(options, target, len(prompts), source) as drafting:
+        engine = _engine(target, drafting, generation_config, prompts)
+        requests = _requests(engine, host, sequences, prompts, generation_config)
+        try:
+            _run(engine, host, requests, sequences, stream)
+        finally:
+            state_of(model).last = _report(drafting, target, requests)
+    stream.end()
+    return _output(input_ids, sequences, host, generation_config)
+
+
+def _run(
+    engine: Engine,
+    host: Host,
+    requests: Sequence[Request],
+    sequences: Sequence[HostSequence],
+    stream: Stream,
+) -> None:
+    """Until all requests have ended."""
     try:
         while engine.has_unfinished_requests:
             engine.step()
@@ -98,10 +103,6 @@ def generate(
     finally:
         for request in requests:
             engine.abort(request.id)
-        report = _report(drafting.method, drafting.policy.name, target, requests)
-        give_back(model, key, drafting, options, source, report)
-    stream.end()
-    return _output(input_ids, sequences, host, generation_config, pad)
 
 
 def last_report(model: PreTrainedModel) -> Report | None:
@@ -109,10 +110,10 @@ def last_report(model: PreTrainedModel) -> Report | None:
     return state_of(model).last
 
 
-def _prompts(
-    ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
-) -> list[list[int]]:
+def _prompts(ids: torch.Tensor, inputs: Mapping[str, Any]) -> list[list[int]]:
     """Each row's tokens without its left padding."""
+    mask = inputs.get("attention_mask")
+    positions = inputs.get("position_ids")
     rows = []
     for i, row in enumerate(ids.tolist()):
         real = [1] * len(row) if mask is None else mask[i].tolist()
@@ -121,48 +122,57 @@ def _prompts(
             raise ConfigError(
                 "attention_mask must be ones after left padding: set padding_side='left'"
             )
-        if positions is not None and positions[i if len(positions) > 1 else 0].tolist()[
-            start:
-        ] != list(range(len(row) - start)):
-            raise ConfigError(
-                "position_ids other than 0, 1, 2, ... are not supported: leave them out"
-            )
-        rows.append(row[start:])
+        prompt = row[start:]
+        if positions is not None:
+            given = positions[i if len(positions) > 1 else 0].tolist()
+            if given[start:] != list(range(len(prompt))):
+                raise ConfigError(
+                    "position_ids other than 0, 1, 2, ... are not supported: leave them out"
+                )
+        rows.append(prompt)
     return rows
 
 
 def _host(config: GenerationConfig, processors: Any, criteria: Any, batch: int) -> Host:
-    seed = (
-        int(torch.randint(2**62, ())) if config.do_sample else 0
-    )  # so that torch.manual_seed repeats an answer
+    seed = 0
+    if config.do_sample:  # a draw, so that torch.manual_seed repeats an answer
+        seed = int(torch.randint(2**62, ()))
     whole = bool(config.return_dict_in_generate)
     return Host(
         processors,
         criteria,
         batch,
-        config.max_length,
-        config.do_sample,
-        seed,
-        bool(whole and config.output_scores),
-        bool(whole and config.output_logits),
+        limit=config.max_length,
+        do_sample=config.do_sample,
+        seed=seed,
+        keep_scores=bool(whole and config.output_scores),
+        keep_logits=bool(whole and config.output_logits),
     )
 
 
 def _params(config: GenerationConfig, host: Host, prompt: int) -> SamplingParams:
-    """temperature only tells the policy; the processors have the real one. prompt: length with
-    padding."""
+    """The temperature only tells the policy; the processors have the real one.
+
+    prompt: length with padding."""
     temperature = min(2.0, max(1e-4, config.temperature or 1.0)) if config.do_sample else 0.0
     make = SamplingParams if host.plain_greedy else HostParams
     return make(temperature=temperature, max_tokens=config.max_length - prompt, seed=host.seed)
 
 
-def _engine_config(config: GenerationConfig, prompts: Sequence[Sequence[int]]) -> EngineConfig:
-    total, longest = sum(map(len, prompts)), config.max_length + 1
-    pages = pages_for(
-        (longest + SLACK) * len(prompts), len(prompts)
-    )  # memory grows only as pages come into use
-    chunk = config.prefill_chunk_size or min(total, PREFILL_ROWS)
-    return EngineConfig(pages, longest, len(prompts), chunk, prefix_caching=False)
+def _engine(
+    target: HostTarget,
+    drafting: Drafting,
+    config: GenerationConfig,
+    prompts: Sequence[Sequence[int]],
+) -> Engine:
+    batch = len(prompts)
+    longest = config.max_length + 1
+    # Many pages cost nothing: memory grows only as they come into use.
+    pages = pages_for((longest + SLACK) * batch, batch)
+    chunk = config.prefill_chunk_size or min(sum(map(len, prompts)), PREFILL_ROWS)
+    engine_config = EngineConfig(pages, longest, batch, chunk, prefix_caching=False)
+    drafter = drafting.drafter(pages, longest)
+    return Engine(target, drafting.policy, drafter, engine_config, lambda _: lambda _: "")
 
 
 def _sequence(index: int, ids: torch.Tensor, max_length: int) -> HostSequence:
@@ -171,24 +181,30 @@ def _sequence(index: int, ids: torch.Tensor, max_length: int) -> HostSequence:
     return HostSequence(index, tokens, len(ids))
 
 
-def _submit(
-    engine: Engine, host: Host, sequence: HostSequence, prompt: list[int], params: SamplingParams
-) -> Request:
-    (request,) = engine.add_request(str(sequence.index), prompt, params)
-    request.sample, request.history = sequence.index, sequence
-    request.stop = HostStop(params, host, sequence)
-    return request
+def _requests(
+    engine: Engine,
+    host: Host,
+    sequences: Sequence[HostSequence],
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+) -> list[Request]:
+    """One for each row, submitted to the engine."""
+    requests = []
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        params = _params(config, host, sequence.length)
+        (request,) = engine.add_request(str(sequence.index), prompt, params)
+        request.sample = sequence.index
+        request.history = sequence
+        request.stop = HostStop(params, host, sequence)
+        requests.append(request)
+    return requests
 
 
 def _eos(config: GenerationConfig) -> tuple[int, ...]:
     eos = config.eos_token_id
-    return (
-        ()
-        if eos is None
-        else (eos,)
-        if isinstance(eos, int)
-        else tuple(int(token) for token in eos)
-    )
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(int(token) for token in eos)
 
 
 def _pad(config: GenerationConfig) -> int:
@@ -197,30 +213,22 @@ def _pad(config: GenerationConfig) -> int:
 
 
 def _caller_streamer() -> Any:
-    """The `streamer` of the running `model.generate`, which does not hand it on to a
-    custom_generate function."""
+    """The `streamer` of the running `model.generate`, which does not hand it on to us."""
     frame = sys._getframe(2)
     return frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
 
 
-def _report(method: str, policy: str, target: HostTarget, requests: Sequence[Request]) -> Report:
+def _report(drafting: Drafting, target: HostTarget, requests: Sequence[Request]) -> Report:
     metrics = [request.metrics for request in requests]
-    drafted, verified, accepted = (
-        sum(getattr(m, n) for m in metrics) for n in ("drafted", "verified", "accepted")
-    )
-    tokens, rounds = (
-        sum(len(request.output) for request in requests),
-        max(m.rounds for m in metrics),
-    )
     return Report(
-        method,
-        policy,
-        "tree" if target.tree else "chain",
-        tokens,
-        rounds,
-        drafted,
-        verified,
-        accepted,
+        drafter=drafting.method,
+        policy=drafting.policy.name,
+        layout="tree" if target.tree else "chain",
+        tokens=sum(len(request.output) for request in requests),
+        rounds=max(m.rounds for m in metrics),
+        drafted=sum(m.drafted for m in metrics),
+        verified=sum(m.verified for m in metrics),
+        accepted=sum(m.accepted for m in metrics),
     )
 
 
@@ -229,11 +237,10 @@ def _output(
     sequences: Sequence[HostSequence],
     host: Host,
     config: GenerationConfig,
-    pad: int,
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
     length = host.length or max(sequence.length for sequence in sequences)
     lengths = [min(length, sequence.length) for sequence in sequences]
-    out = ids.new_full((len(sequences), length), pad)
+    out = ids.new_full((len(sequences), length), _pad(config))
     for row, sequence, n in zip(out, sequences, lengths, strict=True):
         row[:n] = sequence.tokens[:n]
     if not config.return_dict_in_generate:

@@ -1,5 +1,4 @@
-"""A draft head, published or ours, on a transformers model: it reads the model's layers and borrows
-its embeddings."""
+"""A draft head, published or ours, on a transformers model, whose layers it reads."""
 
 from __future__ import annotations
 
@@ -30,14 +29,17 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class HostHead(EagleHead):
-    """widest: children of a node that are proposed at most; 1 where the target takes chains only.
+    """A head whose target is a transformers model.
+
+    widest: children of a node that are proposed at most; 1 where the target takes chains only.
     folder: its own."""
 
     def __init__(self, files: HeadFiles, folder: Path, model: PreTrainedModel) -> None:
         if files.fused:  # transformers gives what the target's output matrix reads
             files = replace(files, aux_layers=(files.aux_layers[0] + 1,))
-        super().__init__(files, HostLender(files, model), 0, 0, 0)
-        self.folder, self.widest = folder, 1 << 30
+        super().__init__(files, HostWeights(files, model), 0, 0, 0)
+        self.folder = folder
+        self.widest = 1 << 30
 
     def drafter(self, pages: int, positions: int) -> Drafter:
         """For one call, with room for keys in so many pages and for positions below `positions`."""
@@ -45,20 +47,25 @@ class HostHead(EagleHead):
         return EagleDrafter(self, pages, SCRATCH_PAGES)
 
     def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
+        """The first level, of at most `widest` children."""
         return super().first(rows, parts, last, replace(asked, k=min(asked.k, self.widest)))
 
     def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+        """A further level, of at most `widest` children."""
         return super().deeper(rows, above, replace(asked, k=min(asked.k, self.widest)))
 
 
-class HostLender:
-    """What a head borrows of a transformers model."""
+class HostWeights:
+    """What a head borrows of a transformers model (`TargetWeights`)."""
 
-    final_norm, embedding = None, None
+    final_norm: torch.Tensor | None = None
+    embedding = None
 
     def __init__(self, files: HeadFiles, model: PreTrainedModel) -> None:
-        self.config, self.dtype, self.workspace = host_config(model)[0], model.dtype, Workspace()
-        self.head = HostOutput(model.get_output_embeddings())
+        self.config, _ = host_config(model)
+        self.dtype = model.dtype
+        self.workspace = Workspace()
+        self.head = HostOutput(model.get_output_embeddings())  # type: ignore[no-untyped-call]
         self.device: torch.device = self.head.weight.device
         self.native = model.dtype in KERNEL_DTYPES and use_native(
             files.shape, self.device, allow_slow=True
@@ -67,6 +74,7 @@ class HostLender:
         self._embedding: Any = model.get_input_embeddings()
 
     def embed(self, token: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] in the working dtype."""
         with torch.inference_mode():
             states: torch.Tensor = self._embedding(token.to(self.device)).to(self.work_dtype)
         return states
@@ -76,9 +84,11 @@ class HostOutput:
     """The model's own output matrix."""
 
     def __init__(self, module: Any) -> None:
-        self._module, self.weight = module, module.weight
+        self._module = module
+        self.weight = module.weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [n, vocab] in float32 for x [n, hidden]."""
         logits: torch.Tensor = self._module(x.to(self.weight.dtype)).float()
         return logits
 
@@ -87,6 +97,7 @@ class HostOutput:
         return self
 
     def rows_of(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight: [n, hidden]."""
         rows: torch.Tensor = self.weight.detach()[index.to(self.weight.device)]
         return rows
 
@@ -104,8 +115,8 @@ def load_host_head(model: PreTrainedModel, name: Any, trust_pickle: bool = False
     files = load_head(folder, config, trust_pickle)
     if layout_of(files) == "smart" and not exact:
         raise ModelError(
-            f"the head in {folder} has the shape of its target's layers, which {type(model).__name__} "
-            "has not: it was made for another model"
+            f"the head in {folder} has the shape of its target's layers, "
+            f"which {type(model).__name__} has not: it was made for another model"
         )
     return HostHead(files, folder, model)
 
@@ -113,23 +124,23 @@ def load_host_head(model: PreTrainedModel, name: Any, trust_pickle: bool = False
 def host_config(model: PreTrainedModel) -> tuple[ModelConfig, bool]:
     """What a head must fit, and whether it is all that is to say of the model's layers."""
     text = model.config.get_text_config(decoder=True)
+    described = {**text.to_dict(), "architectures": [type(model).__name__]}
     try:
-        return ModelConfig.from_hf(
-            {**text.to_dict(), "architectures": [type(model).__name__]}
-        ), True
+        return ModelConfig.from_hf(described), True
     except ModelError:
-        heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
-        positions = int(getattr(text, "max_position_embeddings", None) or 1 << 30)
-        return ModelConfig(
-            "llama",
-            int(text.num_hidden_layers),
-            hidden,
-            heads,
-            heads,
-            hidden // heads,
-            4 * hidden,
-            int(text.vocab_size),
-            10_000.0,
-            1e-6,
-            positions,
-        ), False
+        heads = int(text.num_attention_heads)
+        hidden = int(text.hidden_size)
+        config = ModelConfig(
+            family="llama",
+            layers=int(text.num_hidden_layers),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=hidden // heads,
+            ffn=4 * hidden,
+            vocab=int(text.vocab_size),
+            rope_theta=10_000.0,
+            rms_eps=1e-6,
+            max_positions=int(getattr(text, "max_position_embeddings", None) or 1 << 30),
+        )
+        return config, False

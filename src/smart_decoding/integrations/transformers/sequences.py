@@ -1,7 +1,6 @@
-"""What `generate` was asked for beside the model: logits processors, stopping criteria, scores and
-streamers.
+"""What `generate` was asked for beside the model: processors, criteria, scores, streamers.
 
-A processor or criterion sees what it would see in `generate`: one sequence's tokens so far, left
+A processor or criterion gets what it would get in `generate`: one sequence's tokens so far, left
 padding included. The engine asks only for rows that the walk visits, so that each is called once
 per token of the answer, in order.
 """
@@ -31,11 +30,11 @@ SLACK = 128  # tokens beyond the longest answer: tree nodes that are looked at, 
 
 
 class HostParams(SamplingParams):
-    """Parameters of a request whose tokens are drawn by `Host`: the engine's greedy short cut must
-    not be taken."""
+    """Parameters of a request whose tokens are drawn by `Host`."""
 
     @property
     def changes_logits(self) -> bool:
+        """Always: the engine's greedy short cut must not be taken."""
         return True
 
 
@@ -52,6 +51,7 @@ class HostSequence:
     logits: list[torch.Tensor] = field(default_factory=list)
 
     def push(self, token: int) -> None:
+        """One more token is known."""
         self.tokens[self.length] = token
         self.length += 1
 
@@ -70,9 +70,9 @@ class HostSequence:
 
 @dataclass
 class Host:
-    """The processors, criteria and outputs of one call. batch: its rows; limit: longest row; seed:
-    of the draws.
+    """The processors, criteria and outputs of one call.
 
+    batch: its rows. limit: longest row. seed: of the draws.
     Where nothing pads ended rows (no end-of-sequence token), `generate` writes on in them until the
     last row ends."""
 
@@ -92,19 +92,15 @@ class Host:
         self._criteria_by_row = all(
             _by_row(c, "transformers.generation.stopping_criteria") for c in self.criteria
         )
-
-        self._pads = self.batch == 1 or any(
-            hasattr(criterion, "eos_token_id") for criterion in self.criteria
-        )
+        self._pads = self.batch == 1 or any(hasattr(c, "eos_token_id") for c in self.criteria)
         self._ends: dict[int, int] = {}  # row -> its length where a criterion ended it
 
     @property
     def length(self) -> int | None:
-        """Where the last row ended, once all have, if rows that ended before wrote on; else
-        None."""
-        return (
-            max(self._ends.values()) if not self._pads and len(self._ends) == self.batch else None
-        )
+        """Where the last row ended, once all have, if rows that ended before wrote on; or None."""
+        if self._pads or len(self._ends) < self.batch:
+            return None
+        return max(self._ends.values())
 
     @property
     def plain_greedy(self) -> bool:
@@ -112,23 +108,20 @@ class Host:
         return not (self.do_sample or len(self.processors) or self.keep_scores or self.keep_logits)
 
     def draw(self, logits: torch.Tensor, specs: Sequence[SampleSpec], sampler: Sampler) -> IntArray:
-        """[rows] tokens for logits [rows, vocab]: the processed scores' argmax, or a draw with
-        keyed noise."""
+        """[rows] tokens for logits [rows, vocab]: the scores' argmax, or a draw with keyed noise.
+
+        The processors make the scores of the logits."""
         scores = self._process(logits, specs)
         for i, spec in enumerate(specs):
             sequence: Any = spec.history
-            for keep, kept, values in (
-                (self.keep_scores, sequence.scores, scores),
-                (self.keep_logits, sequence.logits, logits),
-            ):
-                if keep:
-                    del kept[spec.position :]
-                    kept.append(values[i].clone())
+            if self.keep_scores:
+                _keep(sequence.scores, spec.position, scores[i])
+            if self.keep_logits:
+                _keep(sequence.logits, spec.position, logits[i])
         if not self.do_sample:
             return sampler.argmax(scores)
-        whole = SamplingParams(
-            temperature=1.0
-        )  # the processors have applied temperature, top-p and the rest
+        # The processors have applied temperature, top-p and the rest.
+        whole = SamplingParams(temperature=1.0)
         keyed = [SampleSpec(whole, spec.seed, spec.sample, spec.position) for spec in specs]
         return sampler.sample(scores, np.arange(len(specs)), keyed)
 
@@ -136,9 +129,8 @@ class Host:
         """Whether the sequence ends at its last token, the answer's `count`-th."""
         ids = sequence.tokens[: sequence.length][None]
         rows = 1 if self._criteria_by_row else self.batch
-        known = sequence.scores[
-            :count
-        ]  # a round has scores of all its tokens before the first of them is asked about
+        # A round has scores of all its tokens before the first of them is asked about.
+        known = sequence.scores[:count]
         scores = tuple(row.expand(rows, -1) for row in known) if self.keep_scores else None
         done = self.criteria(ids.repeat(rows, 1), scores)
         if not bool(done[0 if rows == 1 else sequence.index]):
@@ -153,16 +145,15 @@ class Host:
         ids = [spec.history.with_path(spec.path) for spec in specs]  # type: ignore[union-attr]
         for rows in _same_length(ids):
             place = list(range(len(rows)))
-            if (
-                not self._by_row
-            ):  # then each row must stand at its own place of a whole batch; copies fill the rest
-                place = [spec.history.index for spec in (specs[i] for i in rows)]  # type: ignore[union-attr]
-            shown = [rows[0]] * (len(rows) if self._by_row else self.batch)
-            for at, i in zip(place, rows, strict=True):
-                shown[at] = i
-            scores[rows] = self.processors(torch.stack([ids[i] for i in shown]), logits[shown])[
-                place
-            ]
+            shown = rows
+            if not self._by_row:
+                # Each row must stand at its own place of a whole batch; copies fill the rest.
+                place = [specs[i].history.index for i in rows]  # type: ignore[union-attr]
+                shown = [rows[0]] * self.batch
+                for at, i in zip(place, rows, strict=True):
+                    shown[at] = i
+            processed = self.processors(torch.stack([ids[i] for i in shown]), logits[shown])
+            scores[rows] = processed[place]
         return scores
 
 
@@ -171,10 +162,11 @@ class HostStop(StopChecker):
 
     def __init__(self, params: SamplingParams, host: Host, sequence: HostSequence) -> None:
         super().__init__(params, lambda _: "")
-        self._host, self._sequence = host, sequence
+        self._host = host
+        self._sequence = sequence
 
     def _goes_on(self, tokens: Sequence[int]) -> bool:
-        return False  # the criteria want to see each token
+        return False  # the criteria are asked after each token
 
     def _push_one(self, token: int) -> None:
         self.token_ids.append(token)
@@ -184,17 +176,21 @@ class HostStop(StopChecker):
 
 
 class Stream:
-    """Feeds a streamer step by step, as `generate` does: one token of every row at a time, padded
-    where one ended."""
+    """Feeds a streamer step by step, as `generate` does.
+
+    A step is one token of every row, padded where one ended."""
 
     def __init__(self, streamer: Any, prompt: int, pad: int) -> None:
-        self._streamer, self._at, self._pad = streamer, prompt, pad
+        self._streamer = streamer
+        self._at = prompt
+        self._pad = pad
 
     def advance(
         self, sequences: Sequence[HostSequence], ended: Sequence[bool], longest: int | None
     ) -> None:
-        """Gives out all steps for which every row has a token or has ended. longest:
-        `Host.length`."""
+        """Gives out all steps for which every row has a token or has ended.
+
+        longest: `Host.length`."""
         if self._streamer is None:
             return
         known = [s.length for s, end in zip(sequences, ended, strict=True) if not end]
@@ -205,8 +201,15 @@ class Stream:
         self._at = max(self._at, upto)
 
     def end(self) -> None:
+        """All has been given out."""
         if self._streamer is not None:
             self._streamer.end()
+
+
+def _keep(kept: list[torch.Tensor], position: int, values: torch.Tensor) -> None:
+    """Of the token at `position`, and forgets those from there on that came to nothing."""
+    del kept[position:]
+    kept.append(values.clone())
 
 
 def _by_row(thing: object, module: str) -> bool:

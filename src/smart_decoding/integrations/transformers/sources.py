@@ -1,5 +1,4 @@
-"""Drafters with a model of their own, draft heads and draft models, as they are kept from call to
-call."""
+"""Draft heads and draft models, as they are kept from call to call."""
 
 from __future__ import annotations
 
@@ -33,7 +32,8 @@ class Source(Protocol):
 
 def key_of(options: Mapping[str, Any]) -> str | None:
     """What stands for the model that these options name; None if they need none."""
-    method, model = options["method"], options.get("model")
+    method = options["method"]
+    model = options.get("model")
     if method == "union" and model:
         method = "eagle"
     if method not in METHODS:
@@ -42,8 +42,9 @@ def key_of(options: Mapping[str, Any]) -> str | None:
 
 
 def load_source(target: PreTrainedModel, options: Mapping[str, Any], max_length: int) -> Source:
-    """What `key_of` stands for. Raises SmartError, before any forward of either model where it does
-    not fit."""
+    """What `key_of` stands for.
+
+    Raises SmartError, before any forward of either model, where it does not fit."""
     if options["method"] != "draft_model":
         return load_host_head(target, options.get("model"), bool(options.get("trust_pickle")))
     model = load_draft_model(target, options.get("model"), max_length)

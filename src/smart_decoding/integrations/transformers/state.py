@@ -22,10 +22,10 @@ ATTRIBUTE = "_smart_decoding"  # on the model
 
 @dataclass
 class ModelState:
-    """All that is remembered of one model. layouts, costs: by attention, dtype, device; idle: by
-    configuration.
+    """All that is remembered of one model.
 
-    sources: heads and draft models that no call is using, by `key_of`."""
+    layouts, costs: by attention, dtype, device. idle: by configuration. sources: heads and draft
+    models that no call is using, by `key_of`."""
 
     layouts: dict[tuple[object, ...], str] = field(default_factory=dict)
     costs: dict[tuple[object, ...], CostModel] = field(default_factory=dict)
@@ -46,21 +46,23 @@ def state_of(model: PreTrainedModel) -> ModelState:
 def layers_of(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> int:
     """Layers with keys, of the cache that `generate` prepared or would prepare."""
     cache = cache_of(inputs) if inputs is not None else None
-    return len(cache.layers if cache else ()) or int(
-        model.config.get_text_config(decoder=True).num_hidden_layers
-    )
+    if cache and cache.layers:
+        return len(cache.layers)
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def layout_of(model: PreTrainedModel, layers: int) -> str:
-    """'tree' or 'chain', found once. Raises ModelError for a model whose logits change through our
-    cache."""
-    state, key = state_of(model), setting_of(model)
+    """'tree' or 'chain', found once.
+
+    Raises ModelError for a model whose logits change through our cache."""
+    state = state_of(model)
+    key = setting_of(model)
     if key not in state.layouts:
         layout = fitting_layout(model, layers)
         if layout is None:
             raise ModelError(
-                f"{type(model).__name__} ({key[0]} attention) gives other logits through a cache that we manage than "
-                "without: it cannot be used here"
+                f"{type(model).__name__} ({key[0]} attention) gives other logits through a cache "
+                "that we manage than without: it cannot be used here"
             )
         state.layouts[key] = layout
     return state.layouts[key]

@@ -1,11 +1,9 @@
-"""A transformers model as the engine's target: `Rows` become one forward with positions and a
-mask."""
+"""A transformers model as the engine's target: `Rows` become forwards with a mask."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from transformers import PreTrainedModel
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import Ints
-from smart_decoding.engine.protocols import TargetScores
+from smart_decoding.engine.protocols import TargetScores, VerifyGreedy
 from smart_decoding.engine.rows import Rows
 from smart_decoding.integrations.transformers.aux_hidden import AuxHidden
 from smart_decoding.integrations.transformers.cache import Layout, SlotCache, lay_out
@@ -26,12 +24,13 @@ UNEVEN = 4  # groups with so many times more rows than the smallest go into anot
 
 
 class HostTarget(Sampled):
-    """tree: whether the model takes a mask [groups, 1, queries, keys]; else rows must be chains,
-    under a padding mask.
+    """A text model, whose keys lie in a `SlotCache`.
 
-    host: the processors of a `generate` call, or None where only forwards are wanted."""
+    tree: whether the model takes a mask [groups, 1, queries, keys]; else rows must be chains, under
+    a padding mask. host: the processors of a `generate` call, or None where only forwards are
+    wanted."""
 
-    verify_greedy = None
+    verify_greedy: VerifyGreedy | None = None
     steps = ()  # of costs over rows: not known here
 
     def __init__(
@@ -42,7 +41,10 @@ class HostTarget(Sampled):
         eos_token_ids: tuple[int, ...] = (),
         host: Host | None = None,
     ) -> None:
-        self.model, self.tree, self.eos_token_ids, self.host = model, tree, eos_token_ids, host
+        self.model = model
+        self.tree = tree
+        self.eos_token_ids = eos_token_ids
+        self.host = host
         config = model.config.get_text_config(decoder=True)
         embedding: Any = model.get_input_embeddings()
         self.vocab = int(embedding.num_embeddings)
@@ -50,15 +52,19 @@ class HostTarget(Sampled):
         self.device: torch.device = embedding.weight.device
         self.cache = SlotCache(layers)
         self._layers = layers
-        self._aux_layers: AuxHidden | None = None
+        self._aux_hidden: AuxHidden | None = None
         self.sampler = Sampler(self.vocab)
         self._takes = frozenset(inspect.signature(model.forward).parameters)
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
-        """Features: [rows, aux_layers * hidden]. Raises ModelError for aux_layers of a model whose
-        layers cannot be found."""
+        """One forward of each bundle of groups; features: [rows, aux_layers * hidden].
+
+        Raises ModelError for aux_layers of a model whose layers cannot be found."""
         wanted = np.arange(len(rows)) if rows.logit_rows is None else rows.logit_rows
-        found, logits, order, features = [], [], [], []
+        found: list[IntArray] = []
+        logits: list[torch.Tensor] = []
+        order: list[IntArray] = []
+        features: list[torch.Tensor] = []
         for groups in _bundles(rows):
             layout = lay_out(rows, groups)
             mine = np.flatnonzero(np.isin(layout.row, wanted))
@@ -74,18 +80,29 @@ class HostTarget(Sampled):
         self, rows: Rows, layout: Layout, wanted: IntArray, aux_layers: tuple[int, ...]
     ) -> TargetScores:
         """[wanted, vocab] float32 logits of the layout's rows `wanted` (indices into `layout.row`),
-        and the aux_hidden states of all its rows."""
+        and the aux hidden states of all its rows."""
+        group, column = layout.at
+        back = column[wanted] - layout.queries  # from the end: the model may keep the last ones
+        inputs = self._inputs(rows, layout)
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = int(-back.min(initial=-1))
+        self.cache.show(layout)
+        logits, states = self._run(inputs, aux_layers)
+        device = logits.device
+        chosen = logits[
+            torch.from_numpy(group[wanted]).to(device), torch.from_numpy(back).to(device)
+        ]
+        if not aux_layers:
+            return TargetScores(chosen.float(), None)
+        at = (torch.from_numpy(group), torch.from_numpy(column))
+        aux_hidden = [states[layer].to(self.device)[at] for layer in aux_layers]
+        return TargetScores(chosen.float(), torch.cat(aux_hidden, dim=-1))
+
+    def _inputs(self, rows: Rows, layout: Layout) -> dict[str, Any]:
+        """What the model's forward is called with."""
         group, column = layout.at
         token = np.zeros((layout.groups, layout.queries), np.int64)
-        position = np.zeros_like(token)
-        token[group, column], position[group, column] = (
-            rows.token[layout.row],
-            rows.position[layout.row],
-        )
-        back = (
-            column[wanted] - layout.queries
-        )  # from the end: the model may keep the last ones only
-        self.cache.show(layout)
+        token[group, column] = rows.token[layout.row]
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(token).to(self.device),
             "attention_mask": self._mask(layout),
@@ -94,51 +111,58 @@ class HostTarget(Sampled):
             "return_dict": True,
         }
         if "position_ids" in self._takes:
+            position = np.zeros_like(token)
+            position[group, column] = rows.position[layout.row]
             inputs["position_ids"] = torch.from_numpy(position).to(self.device)
-        if "logits_to_keep" in self._takes:
-            inputs["logits_to_keep"] = int(-back.min(initial=-1))
-        if aux_layers and self._aux_layers is None:
-            self._aux_layers = AuxHidden(self.model, self._layers)
-        with self._aux_layers.taken(aux_layers) if self._aux_layers else nullcontext({}) as states:
-            logits = self.model(**inputs).logits
-        chosen = logits[
-            torch.from_numpy(group[wanted]).to(logits.device),
-            torch.from_numpy(back).to(logits.device),
-        ]
-        aux_hidden = [
-            states[tap].to(self.device)[torch.from_numpy(group), torch.from_numpy(column)]
-            for tap in aux_layers
-        ]
-        return TargetScores(chosen.float(), torch.cat(aux_hidden, dim=-1) if aux_layers else None)
+        return inputs
+
+    def _run(
+        self, inputs: Mapping[str, Any], aux_layers: tuple[int, ...]
+    ) -> tuple[torch.Tensor, Mapping[int, torch.Tensor]]:
+        """[groups, kept queries, vocab] logits, and the states after each of `aux_layers`."""
+        if not aux_layers:
+            return self.model(**inputs).logits, {}
+        if self._aux_hidden is None:
+            self._aux_hidden = AuxHidden(self.model, self._layers)
+        with self._aux_hidden.taken(aux_layers) as states:
+            logits: torch.Tensor = self.model(**inputs).logits
+        return logits, states
 
     def _mask(self, layout: Layout) -> torch.Tensor:
         if not self.tree:
             return torch.from_numpy(layout.valid.astype(np.int64)).to(self.device)
-        hidden = torch.from_numpy(~layout.seen[:, None]).to(self.device)
+        masked = torch.from_numpy(~layout.attended[:, None]).to(self.device)
         dtype = self.model.dtype
-        return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(
-            hidden, torch.finfo(dtype).min
-        )
+        mask = torch.zeros(masked.shape, dtype=dtype, device=self.device)
+        return mask.masked_fill_(masked, torch.finfo(dtype).min)
 
     def sample(
         self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]
     ) -> IntArray:
+        """The tokens that the call's processors and settings choose."""
         assert self.host is not None
-        return self.host.draw(
-            logits[torch.from_numpy(which).to(logits.device)], specs, self.sampler
-        )
+        rows = torch.from_numpy(which).to(logits.device)
+        return self.host.draw(logits[rows], specs, self.sampler)
 
     def move(self, source: Ints, target: Ints) -> None:
-        self.cache.move(
-            torch.from_numpy(source.astype(np.int64)), torch.from_numpy(target.astype(np.int64))
-        )
+        """Copies KV slots source[i] -> target[i]."""
+        slots = (torch.from_numpy(part.astype(np.int64)) for part in (source, target))
+        self.cache.move(*slots)
+
+    def encode_image(self, pixels: Any) -> Any:
+        """Never called: only token ids are taken (`checks.unsupported`)."""
+        raise NotImplementedError
+
+    def forget_pictures(self) -> None:
+        """There are none."""
 
 
 def _in_order(
     parts: Sequence[torch.Tensor], rows: Sequence[IntArray], wanted: IntArray
 ) -> torch.Tensor:
     """The parts' rows, whose numbers are `rows`, in the order of `wanted`."""
-    row, all_parts = np.concatenate(rows), torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    row = np.concatenate(rows)
+    all_parts = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
     if np.array_equal(row, wanted):
         return all_parts
     place = np.empty(int(row.max()) + 1, np.int64)

@@ -27,8 +27,7 @@ COUNTERS = {
 
 
 class Measured:
-    """An engine with these arguments of `vllm.LLM`, started in a process; use it as a context
-    manager."""
+    """An engine with these arguments of `vllm.LLM`, in a process; use it as a context manager."""
 
     def __init__(self, arguments: Mapping[str, Any], python: str = sys.executable) -> None:
         self._name = f"vLLM with speculative_config={arguments.get('speculative_config')}"
@@ -40,17 +39,16 @@ class Measured:
         )
 
     def ready(self) -> str:
-        """Waits until the engine has started; returns vLLM's version. Raises ConfigError if it did
-        not start."""
+        """Waits until the engine has started; returns vLLM's version.
+
+        Raises ConfigError if it did not start."""
         return str(self._answer()["ready"])
 
     def run(self, prompts: Sequence[str], max_tokens: int) -> dict[str, Any]:
         """Generates for all prompts at once, `max_tokens` each."""
         assert self._process.stdin is not None
-        self._process.stdin.write(
-            json.dumps({"prompts": list(prompts), "max_tokens": max_tokens}) + "\n"
-        )
-        self._process.stdin.flush()
+        job = {"prompts": list(prompts), "max_tokens": max_tokens}
+        print(json.dumps(job), file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -87,14 +85,13 @@ def main(arguments: dict[str, Any]) -> None:
     import vllm
 
     llm = vllm.LLM(**{"disable_log_stats": False, **arguments})
-    chats = bool(llm.get_tokenizer().chat_template)
+    template = llm.get_tokenizer().chat_template
 
     def ask(prompts: list[str], *arguments: Any, **options: Any) -> Any:
-        if not chats:
+        if not template:
             return llm.generate(prompts, *arguments, **options)
-        return llm.chat(
-            [[{"role": "user", "content": prompt}] for prompt in prompts], *arguments, **options
-        )
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return llm.chat(chats, *arguments, **options)
 
     print(json.dumps({"ready": vllm.__version__}), file=answers, flush=True)
     for line in sys.stdin:
@@ -106,9 +103,8 @@ def main(arguments: dict[str, Any]) -> None:
         seconds = time.perf_counter() - start
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         counts = {name: count - before[name] for name, count in _counts(llm).items()}
-        print(
-            json.dumps({"seconds": seconds, "tokens": tokens, **counts}), file=answers, flush=True
-        )
+        answer = {"seconds": seconds, "tokens": tokens, **counts}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _counts(llm: Any) -> dict[str, int]:

@@ -13,7 +13,7 @@ HELP = {
     "drafted": "Tokens that the drafter proposed",
     "verified": "Draft tokens that were verified",
     "accepted": "Draft tokens that were accepted",
-    "probes": "Steps in the mode believed worse",
+    "probes": "Steps in the mode predicted worse",
     "rests": "Steps in which the draft model ran no pass",
     "seconds": "Seconds spent on choosing and learning",
 }
@@ -26,6 +26,7 @@ class CounterCollector:
         self._counters = counters
 
     def collect(self) -> Iterator[Any]:
+        """A family for each counter."""
         from prometheus_client.core import CounterMetricFamily
 
         for name, text in HELP.items():
@@ -41,8 +42,9 @@ class CounterCollector:
 
 
 def serve_metrics(counters: Counters, port: int) -> None:
-    """Answers on http://127.0.0.1:`port`/metrics from a thread, as long as it lives. Raises OSError
-    if it is taken."""
+    """Answers on http://127.0.0.1:`port`/metrics from a thread, as long as the process lives.
+
+    Raises OSError if the port is taken."""
     from prometheus_client import CollectorRegistry, start_http_server
 
     registry = CollectorRegistry()

@@ -1,10 +1,10 @@
-"""The shortcuts on several ranks, whose processes are not the scheduler's: two marks on what is
-pickled anyway.
+"""The shortcuts on several ranks, whose processes are not the scheduler's.
 
-There: a step's K is a `Length`, and to unpickle one installs the shortcuts, in every rank before
-the step runs. Back: the rank that answers says in each output whether a draft model has run through
-them. Before that the scheduler sends no DISABLED, as another model runner would not understand it.
-Where nothing is pickled, the one process knows by itself.
+Two marks travel on what is pickled anyway. There: a step's K is a `Length`, and to unpickle one
+installs the shortcuts, in every rank before the step runs. Back: the rank that answers says in each
+output whether a draft model has run through them. Before that the scheduler sends no DISABLED, as
+another model runner would not understand it. Where nothing is pickled, the one process knows by
+itself.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class Length(int):
 
 
 def same_machine(backend: Any, nodes: Any) -> bool:
-    """Whether ranks are processes of this machine, with this one's Python: elsewhere a `Length`
-    might not be known, and its step would fail."""
-    return backend == "mp" and nodes == 1
+    """Whether ranks are processes of this machine, with this one's Python.
+
+    Elsewhere a `Length` might not be known, and its step would fail."""
+    return bool(backend == "mp" and nodes == 1)
 
 
 def arrive(length: int) -> int:
@@ -40,8 +41,7 @@ def arrive(length: int) -> int:
 
 
 def mark(kind: Any) -> None:
-    """From now on objects of this class tell, when they are pickled, whether a draft model has
-    run."""
+    """From now on objects of this class tell, when pickled, whether a draft model has run."""
     kind.__getstate__ = _state
 
 
@@ -55,18 +55,21 @@ def marked(output: Any) -> bool:
 
 
 def drafts_nothing(nothing: bool) -> None:
-    """Said of each step when it is scheduled; one that drafts nothing needs no call to the ranks
-    for its drafts."""
+    """Said of each step when it is scheduled.
+
+    One that drafts nothing needs no call to the ranks for its drafts."""
     _nothing[:] = [nothing]
 
 
 def shorten_fetching() -> None:
-    """Leaves that call out; once per process, and only where a step ends before the next one is
-    scheduled."""
+    """Leaves that call out; once per process.
+
+    Only for where a step ends before the next one is scheduled."""
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     def take_draft_token_ids(original: Any, self: Any) -> Any:
-        nothing, _nothing[:] = _nothing[0], [False]
+        nothing = _nothing[0]
+        drafts_nothing(False)
         return None if nothing else original(self)
 
     replace(MultiprocExecutor, "take_draft_token_ids", take_draft_token_ids)

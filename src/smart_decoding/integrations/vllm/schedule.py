@@ -1,5 +1,4 @@
-"""From measured times to vLLM's `num_speculative_tokens_per_batch_size`, with the reason for each
-line. Pure."""
+"""From measured times to vLLM's `num_speculative_tokens_per_batch_size`, with reasons. Pure."""
 
 from __future__ import annotations
 
@@ -15,8 +14,9 @@ MARGIN = 1.02  # what speculation must measure over plain decoding to be switche
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One setting at one batch size: seconds of each block, of the same prompts in all settings,
-    and tokens a block."""
+    """One setting at one batch size: seconds of each block, and tokens a block.
+
+    The prompts are the same in all settings."""
 
     seconds: Sequence[float]
     tokens: int
@@ -45,8 +45,9 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The best length at one measured batch size. ratios: length -> (speedup over plain, its
-    standard error)."""
+    """The best length at one measured batch size.
+
+    ratios: length -> (speedup over plain, its standard error)."""
 
     batch: int
     length: int
@@ -55,8 +56,9 @@ class Choice:
 
 
 def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) -> Choice:
-    """The fastest of the measured lengths; 0, which must be among them, unless another one is
-    `margin` faster."""
+    """The fastest of the measured lengths, if it is `margin` faster than 0, else 0.
+
+    0 must be among them."""
     plain = timings[0]
     ratios = {length: speedup(plain, timing) for length, timing in timings.items() if length}
     best = max(ratios, key=lambda length: ratios[length][0], default=0)
@@ -69,8 +71,9 @@ def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) ->
 
 
 def schedule(choices: Sequence[Choice]) -> list[Line]:
-    """One line per run of equal lengths; sizes between two measured ones go to the nearer one (by
-    ratio)."""
+    """One line per run of equal lengths.
+
+    Sizes between two measured ones go to the nearer one (by ratio)."""
     if not choices:
         raise ConfigError("no batch size was measured")
     ordered = sorted(choices, key=lambda choice: choice.batch)
@@ -81,10 +84,9 @@ def schedule(choices: Sequence[Choice]) -> list[Line]:
         if index + 1 < len(ordered):
             last = max(last, math.ceil(math.sqrt(choice.batch * ordered[index + 1].batch)) - 1)
         if lines and lines[-1].length == choice.length:
-            before = lines.pop()
-            lines.append(
-                Line(before.first, last, choice.length, f"{before.reason}; {choice.reason}")
-            )
+            before = lines[-1]
+            reason = f"{before.reason}; {choice.reason}"
+            lines[-1] = Line(before.first, last, choice.length, reason)
         else:
             lines.append(Line(first, last, choice.length, choice.reason))
         first = last + 1
@@ -92,8 +94,7 @@ def schedule(choices: Sequence[Choice]) -> list[Line]:
 
 
 def speculative_config(base: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, Any] | None:
-    """The value of vLLM's --speculative-config; None where plain decoding was best at every batch
-    size.
+    """The value of vLLM's --speculative-config; None if plain decoding was best at every size.
 
     vLLM carries the last line's length on to larger batches."""
     longest = max(line.length for line in lines)

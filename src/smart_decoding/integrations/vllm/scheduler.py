@@ -1,5 +1,4 @@
-"""vLLM schedulers that choose draft lengths: K before each step, and each request's share of what
-was drafted.
+"""vLLM schedulers that choose draft lengths: K before each step, and then each request's share.
 
 They run in the engine's own process alone and hand their choice to the workers in the step's
 SchedulerOutput, so that tensor-parallel ranks cannot disagree. Tokens are verified by vLLM, and are
@@ -22,6 +21,13 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from smart_decoding.integrations.chains import Chains, Step
 from smart_decoding.integrations.disabling import DISABLED
 from smart_decoding.integrations.vllm.metrics import serve_metrics
+from smart_decoding.integrations.vllm.options import (
+    FREE,
+    read_options,
+    reason_for_stock,
+    refuse_class,
+    refuse_layout,
+)
 from smart_decoding.integrations.vllm.ranks import (
     Length,
     drafts_nothing,
@@ -29,14 +35,7 @@ from smart_decoding.integrations.vllm.ranks import (
     same_machine,
     shorten_fetching,
 )
-from smart_decoding.integrations.vllm.seams import (
-    FREE,
-    find,
-    read_options,
-    reason_for_stock,
-    refuse_class,
-    refuse_layout,
-)
+from smart_decoding.integrations.vllm.seams import find
 from smart_decoding.integrations.vllm.shortcuts import drafter_seen
 from smart_decoding.integrations.vllm.shortcuts import install as install_shortcuts
 
@@ -46,8 +45,9 @@ FORGET_EVERY = 256  # steps
 
 
 class Lengths:
-    """Stands for vLLM's table of K by batch size; the policy is asked instead. kind: `Length` where
-    K is to install the shortcuts in the processes of other ranks."""
+    """Stands for vLLM's table of K by batch size; the policy is asked instead.
+
+    kind: `Length` where K is to install the shortcuts in the processes of other ranks."""
 
     def __init__(self, owner: Controller, kind: type[int]) -> None:
         self._owner = owner
@@ -61,16 +61,14 @@ class Controller:
     """Between one vLLM scheduler and the policy: request ids, counts and the clock."""
 
     def __init__(
-        self, scheduler: Any, lengths: Sequence[int], model: bool, probe_budget: float
+        self, scheduler: Any, lengths: Sequence[int], model: bool, exploration_budget: float
     ) -> None:
         self.scheduler = scheduler
-        self.policy = Chains(lengths, model, probe_budget)
-        self._under_way: dict[
-            int, tuple[Step, float]
-        ] = {}  # by the identity of the step's SchedulerOutput
-        self._ranks_rest = (
-            False  # whether ranks in other processes have said that they understand DISABLED
-        )
+        self.policy = Chains(lengths, model, exploration_budget)
+        # By the identity of the step's SchedulerOutput.
+        self._under_way: dict[int, tuple[Step, float]] = {}
+        # Whether ranks in other processes have said that they understand DISABLED.
+        self._ranks_rest = False
         self._done = 0.0  # when the last step's output was processed
         self._steps = 0
 
@@ -78,9 +76,8 @@ class Controller:
         """K of the step that is being scheduled."""
         start = time.perf_counter()
         self.policy.may_disable = self.policy.model and (self._ranks_rest or drafter_seen())
-        length = self.policy.length(
-            [request.request_id for request in self.scheduler.running[:batch]]
-        )
+        running = self.scheduler.running[:batch]
+        length = self.policy.length([request.request_id for request in running])
         self.policy.counters.seconds += time.perf_counter() - start
         return length
 
@@ -92,7 +89,7 @@ class Controller:
         requests = self.scheduler.requests
         greedy = frozenset(id_ for id_ in drafts if _greedy(requests[id_]))
         levels = int(output.num_spec_tokens_to_schedule)
-        if levels == DISABLED:  # a prompt that the draft model does not see cannot be drafted for
+        if levels == DISABLED:  # a prompt that the draft model does not read cannot be drafted for
             scheduled = output.num_scheduled_tokens.items()
             self.policy.switch.miss(
                 id_ for id_, count in scheduled if count > 1 + drafts.get(id_, 0)
@@ -113,12 +110,12 @@ class Controller:
         return kept
 
     def outcome(self, output: SchedulerOutput, ran: ModelRunnerOutput) -> tuple[Step, float] | None:
-        """The step behind `output`, with what was accepted in it; None if it was not scheduled
-        here."""
+        """The step behind `output`, with what was accepted in it; None if it is not ours."""
         self._ranks_rest = self._ranks_rest or marked(ran)
         found = self._under_way.pop(id(output), None)
         if found is not None and ran.sampled_token_ids:
-            step, sampled = found[0], ran.sampled_token_ids
+            step, _ = found
+            sampled = ran.sampled_token_ids
             index = ran.req_id_to_index
             step.accepted = {
                 id_: max(len(sampled[index[id_]]) - 1, 0) for id_ in step.verified if id_ in index
@@ -138,8 +135,7 @@ class Controller:
 
 
 class _Smart:
-    """What both schedulers share; `Scheduler` or `AsyncScheduler` follows in the order of
-    methods."""
+    """What both schedulers share; vLLM's own class follows in the order of methods."""
 
     ASYNC = False
     controller: Controller | None
@@ -153,21 +149,16 @@ class _Smart:
         if reason is not None:
             logger.warning("SMART leaves draft lengths to vLLM: %s", reason)
             return
-        config = self.vllm_config  # type: ignore[attr-defined]
-        parallel = config.parallel_config
+        parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
         refuse_layout(parallel.data_parallel_size, parallel.distributed_executor_backend)
-        speculative = config.speculative_config
-        schedule = speculative.num_speculative_tokens_per_batch_size
-        longest = self.num_spec_tokens  # type: ignore[attr-defined]
-        lengths = [min(k, longest) for _, _, k in schedule] if schedule else range(longest + 1)
+        lengths = _lengths(self)
         if not any(lengths):
             logger.warning(
                 "SMART leaves draft lengths to vLLM: its schedule drafts nothing at any batch size"
             )
             return
-        self.controller = Controller(
-            self, lengths, speculative.method not in FREE, options.probe_budget
-        )
+        method = self.vllm_config.speculative_config.method  # type: ignore[attr-defined]
+        self.controller = Controller(self, lengths, method not in FREE, options.exploration_budget)
         far = options.shortcuts and same_machine(
             parallel.distributed_executor_backend, parallel.nnodes
         )
@@ -177,17 +168,12 @@ class _Smart:
         if far and not self.ASYNC:
             shorten_fetching()
         if options.metrics_port:
-            try:
-                serve_metrics(self.controller.policy.counters, options.metrics_port)
-            except OSError as error:  # another engine on this machine, such as another data-parallel rank, has it
-                logger.warning(
-                    "SMART's metrics are not served on port %d: %s", options.metrics_port, error
-                )
-        logger.info(
-            "SMART chooses draft lengths: up to %d tokens by %s", longest, speculative.method
-        )
+            _serve(self.controller, options.metrics_port)
+        longest = self.num_spec_tokens  # type: ignore[attr-defined]
+        logger.info("SMART chooses draft lengths: up to %d tokens by %s", longest, method)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's, of a step whose K the policy has chosen."""
         start = time.perf_counter()
         probe = self.controller is not None and self.controller.policy.take_exploring()
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -198,6 +184,7 @@ class _Smart:
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
+        """vLLM's; what was accepted is learned from."""
         controller = self.controller
         found = controller.outcome(scheduler_output, model_runner_output) if controller else None
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
@@ -206,32 +193,28 @@ class _Smart:
         return result
 
     def shutdown(self) -> None:
+        """vLLM's, after a last line of figures."""
         if self.controller is not None:
             logger.info("SMART: %s", self.controller.policy.counters)
         super().shutdown()  # type: ignore[misc]
 
 
-class SmartScheduler(_Smart, Scheduler):
+class SmartScheduler(_Smart, Scheduler):  # type: ignore[misc]
     """For synchronous scheduling: the drafts are there when their number is chosen."""
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """vLLM's; then each request keeps the drafts that are worth verifying."""
         super().update_draft_token_ids(draft_token_ids)
         if self.controller is None:
             return
         found = [self.requests.get(id_) for id_ in draft_token_ids.req_ids]
-        requests = [
-            r for r in found if r is not None and not r.is_finished() and not r.is_prefill_chunk
-        ]
-        drafted = [len(request.spec_token_ids) for request in requests]
-        kept = self.controller.trim([request.request_id for request in requests], drafted)
-        for request, count in zip(requests, kept, strict=True):
-            if count < len(request.spec_token_ids):
-                request.spec_token_ids = request.spec_token_ids[:count]
+        _trim(self.controller, [r for r in found if r is not None and not r.is_finished()])
 
 
-class SmartAsyncScheduler(_Smart, AsyncScheduler):
-    """For asynchronous scheduling: the drafts of a step are still being made when the next one is
-    scheduled, so places are kept for as many of them as are worth verifying."""
+class SmartAsyncScheduler(_Smart, AsyncScheduler):  # type: ignore[misc]
+    """For asynchronous scheduling: places are kept for the drafts that are worth verifying.
+
+    The drafts of a step are still being made when the next one is scheduled."""
 
     ASYNC = True
 
@@ -239,13 +222,33 @@ class SmartAsyncScheduler(_Smart, AsyncScheduler):
         super()._update_after_schedule(scheduler_output)
         if self.controller is None:
             return
-        requests = [self.requests[id_] for id_ in scheduler_output.num_scheduled_tokens]
-        requests = [request for request in requests if not request.is_prefill_chunk]
-        drafted = [len(request.spec_token_ids) for request in requests]
-        kept = self.controller.trim([request.request_id for request in requests], drafted)
-        for request, count in zip(requests, kept, strict=True):
-            if count < len(request.spec_token_ids):
-                request.spec_token_ids = request.spec_token_ids[:count]
+        scheduled = scheduler_output.num_scheduled_tokens
+        _trim(self.controller, [self.requests[id_] for id_ in scheduled])
+
+
+def _lengths(scheduler: Any) -> Sequence[int]:
+    """The values of K that may be chosen: those of vLLM's schedule, or all of them."""
+    schedule = scheduler.vllm_config.speculative_config.num_speculative_tokens_per_batch_size
+    longest = scheduler.num_spec_tokens
+    return [min(k, longest) for _, _, k in schedule] if schedule else range(longest + 1)
+
+
+def _serve(controller: Controller, port: int) -> None:
+    """Metrics, unless another engine on this machine has the port, such as another rank."""
+    try:
+        serve_metrics(controller.policy.counters, port)
+    except OSError as error:
+        logger.warning("SMART's metrics are not served on port %d: %s", port, error)
+
+
+def _trim(controller: Controller, requests: Sequence[Any]) -> None:
+    """Cuts each request's drafts to what is worth verifying."""
+    decoding = [request for request in requests if not request.is_prefill_chunk]
+    drafted = [len(request.spec_token_ids) for request in decoding]
+    kept = controller.trim([request.request_id for request in decoding], drafted)
+    for request, count in zip(decoding, kept, strict=True):
+        if count < len(request.spec_token_ids):
+            request.spec_token_ids = request.spec_token_ids[:count]
 
 
 def _greedy(request: Any) -> bool:

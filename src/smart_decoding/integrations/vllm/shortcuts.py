@@ -1,5 +1,4 @@
-"""Steps without drafts, without what vLLM does for drafts in every step once a drafter is
-configured.
+"""Steps without drafts, without what vLLM does for drafts in every step with a drafter.
 
 With a --speculative-config vLLM sends all logits through its rejection sampler, drafts or none: it
 copies them and runs some twenty small operations. Without drafts its plain sampler gives the same
@@ -24,8 +23,9 @@ _seen: list[bool] = []
 
 
 def drafter_seen() -> bool:
-    """Whether a draft model has run in this process through what is installed here: only then is
-    DISABLED understood."""
+    """Whether a draft model has run in this process through what is installed here.
+
+    Only then is DISABLED understood."""
     return bool(_seen)
 
 
@@ -38,7 +38,7 @@ def install() -> None:
 
 
 def replace(owner: Any, name: str, ours: Callable[..., Any]) -> None:
-    """Puts `ours`, which gets the original first, in the place of a method; once per process."""
+    """Puts `ours` in the place of a method, which it gets first; once per process."""
     original = getattr(owner, name)
     if getattr(original, "_shortcut", False):
         return
@@ -109,17 +109,19 @@ def _shorten_steps() -> None:
 
 @contextmanager
 def _plain(runner: Any, step: Any) -> Iterator[None]:
-    """The model runner without its speculative config, if `step` neither verifies nor drafts. (In
-    asynchronous scheduling the next step's inputs are made from what is prepared for drafts,
-    recurrent layers find their state by how many drafts were accepted before, and a thinking budget
-    counts rows as the rejection sampler has them: there all stays as it is.)"""
-    rests = step is not None and step.num_spec_tokens_to_schedule == DISABLED
+    """The model runner without its speculative config, if `step` neither verifies nor drafts.
+
+    All stays as it is in asynchronous scheduling, where the next step's inputs are made from what
+    is prepared for drafts; with recurrent layers, which find their state by how many drafts were
+    accepted before; and with a thinking budget, which counts rows as the rejection sampler does."""
+    skipped = step is not None and step.num_spec_tokens_to_schedule == DISABLED
     budgets = runner.input_batch.thinking_budget_state_holder is not None
     special = runner.use_async_scheduling or runner.model_config.is_hybrid or budgets
-    if not rests or step.scheduled_spec_decode_tokens or special:
+    if not skipped or step.scheduled_spec_decode_tokens or special:
         yield
         return
-    config, runner.speculative_config = runner.speculative_config, None
+    config = runner.speculative_config
+    runner.speculative_config = None
     try:
         yield
     finally:

@@ -1,0 +1,94 @@
+"""What forwards of a transformers model cost: measured at first use, and stored."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from smart_decoding.core.cost import CostModel
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.protocols import TargetScores
+from smart_decoding.engine.rows import Rows
+from smart_decoding.integrations.transformers.sources import Source
+from smart_decoding.integrations.transformers.state import setting_of, state_of
+from smart_decoding.integrations.transformers.target import HostTarget
+from smart_decoding.models.target import pages_for
+from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
+from smart_decoding.profiling.measure import CONTEXTS, MAX_ROWS, fake_rows, measure
+from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
+
+SLOW = 100  # with fewer forwards than this in the given time, only batch size 1 is measured
+VERY_SLOW = 30  # and with so few, at fewer sizes
+
+
+def cost_of(target: HostTarget, batch: int, seconds: float, source: Source | None) -> CostModel:
+    """What forwards of the target, and of the drafter's model, cost up to this batch size.
+
+    Measured in about so many `seconds` at first use on this machine; a guess if they are 0."""
+    if seconds <= 0:
+        return CostModel.default()
+    costs = state_of(target.model).costs
+    shape = source and source.shape
+    setting = setting_of(target.model)
+    key = (*setting, torch.get_num_threads(), bucket(batch), target.tree, shape)
+    if key not in costs:
+        path = _profile_path(target.model, key)
+        cost = load_profile(path)
+        if cost is None:
+            cost = _measured(target, batch, seconds, source)
+            save_profile(path, cost)
+        costs[key] = cost
+    return costs[key]
+
+
+def bucket(batch: int) -> int:
+    """The power of two at or above it."""
+    return 1 << (batch - 1).bit_length()
+
+
+def _measured(target: HostTarget, batch: int, seconds: float, source: Source | None) -> CostModel:
+    model = target.model
+    stand_in = _StandIn(model, len(target.cache.layers), target.tree)
+    window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+    stand_in.max_positions = min(stand_in.max_positions, window or stand_in.max_positions)
+    row = _one_row(stand_in)
+    widest = bucket(batch) if row < seconds / SLOW else 1
+    pages = max(
+        pages_for((CONTEXTS[0] + MAX_ROWS) * widest, 1), pages_for(CONTEXTS[1] + MAX_ROWS, 1)
+    )
+    drafter = level_drafter(source.drafter(pages, CONTEXTS[1] + MAX_ROWS) if source else None)
+    coarse = row > seconds / VERY_SLOW
+    samples = measure(stand_in, drafter, pages, widest, seconds, coarse=coarse)  # type: ignore[arg-type]
+    return CostModel.fit(samples, ROUND_OVERHEAD if source else 0.0)
+
+
+def _profile_path(model: PreTrainedModel, key: tuple[object, ...]) -> Path:
+    """Where the profile of a model of this shape lies, whatever its weights are."""
+    shape = hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest()
+    engine = {"engine": f"transformers {transformers.__version__}", "model": shape}
+    return profile_path(engine, model.dtype, model.device, str(key), CONTEXTS[-1])
+
+
+def _one_row(target: HostTarget) -> float:
+    """Seconds of a forward of one row."""
+    seconds = []
+    for _ in range(2):
+        rows = fake_rows(1, 1, PAGE, 2)
+        assert rows is not None
+        start = time.perf_counter()
+        target.verify(rows, ())
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+class _StandIn(HostTarget):
+    """For measuring, whose made-up token ids may lie beyond a small vocabulary."""
+
+    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
+        rows.token %= self.vocab
+        return super().verify(rows, aux_layers)

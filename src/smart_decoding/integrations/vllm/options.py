@@ -1,0 +1,114 @@
+"""Options of the vLLM scheduler, and the reasons to refuse or not to act. Imports no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from smart_decoding.errors import ConfigError
+from smart_decoding.integrations.vllm.seams import find, missing
+
+TESTED = ("0.32",)  # minor versions that the tests were run on
+FREE = ("ngram", "suffix")  # drafters that run no model
+MODEL = ("draft_model", "eagle", "eagle3", "mtp")
+RENAMED = {"probe_budget": "exploration_budget"}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`--additional-config '{"smart": {...}}'`.
+
+    enabled: false leaves everything to vLLM. exploration_budget: share of the time for checking the
+    mode that is predicted worse. metrics_port: port of Prometheus metrics on 127.0.0.1 (0: none).
+    allow_untested: act in other versions too, if they have all names that are relied on. shortcuts:
+    skip vLLM's work for drafts in steps without any, a draft model's pass included where it does
+    not pay (shortcuts.py)."""
+
+    enabled: bool = True
+    shortcuts: bool = True
+    exploration_budget: float = 0.005
+    metrics_port: int = 0
+    allow_untested: bool = False
+
+
+def read_options(additional_config: Any) -> Options:
+    """Our part of vLLM's additional_config.
+
+    Raises ConfigError for unknown names and values of the wrong kind."""
+    given = additional_config.get("smart", {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(given, Mapping):
+        raise ConfigError('additional_config["smart"] must be a mapping of options')
+    known = {field.name: type(field.default) for field in fields(Options)}
+    for name, value in given.items():
+        where = f"additional_config['smart'][{name!r}]"
+        if name in RENAMED:
+            raise ConfigError(f"{where} is called {RENAMED[name]!r} now")
+        if name not in known:
+            raise ConfigError(
+                f"unknown option {name!r} of additional_config['smart']; known: {', '.join(known)}"
+            )
+        good = (int, float) if known[name] is float else known[name]
+        if not isinstance(value, good) or (known[name] is not bool and isinstance(value, bool)):
+            raise ConfigError(f"{where} must be of type {known[name].__name__}")
+    options = Options(**given)
+    if not 0.0 <= options.exploration_budget <= 0.5 or not 0 <= options.metrics_port <= 65535:
+        raise ConfigError(
+            "additional_config['smart']: exploration_budget is in [0, 0.5], "
+            "metrics_port in [0, 65535]"
+        )
+    return options
+
+
+def refuse_class(async_scheduling: Any, is_async: bool) -> None:
+    """Raises ConfigError for the wrong one of the two classes, which would do harm even idle."""
+    if async_scheduling in (True, False) and async_scheduling != is_async:
+        wanted = "SmartAsyncScheduler" if async_scheduling else "SmartScheduler"
+        raise ConfigError(
+            f"async_scheduling is {'on' if async_scheduling else 'off'} here: use --scheduler-cls "
+            f"smart_decoding.integrations.vllm.{wanted}"
+        )
+
+
+def refuse_layout(size: int, executor: Any) -> None:
+    """Raises ConfigError where the scheduler would act and do harm. size: of data parallelism."""
+    if executor == "external_launcher":
+        raise ConfigError(
+            "SMART's scheduler cannot run with distributed_executor_backend='external_launcher': "
+            "every rank has a scheduler of its own there, and they would choose by their own clocks"
+        )
+    if size > 1:
+        raise ConfigError(
+            f"SMART's scheduler cannot run with data_parallel_size={size}: ranks that choose "
+            "different draft lengths would wait for each other for ever; use tensor parallelism, "
+            "or several servers"
+        )
+
+
+def reason_for_stock(
+    version: str,
+    scheduler: object,
+    options: Options,
+    missing: Callable[[object], list[str]] = missing,
+) -> str | None:
+    """Why the scheduler should leave everything to vLLM, or None.
+
+    Raises nothing, whatever that vLLM has."""
+    if not options.enabled:
+        return "it is switched off (additional_config)"
+    if not options.allow_untested and ".".join(version.split(".")[:2]) not in TESTED:
+        return (
+            f"vLLM {version} is not a version that it was tested with "
+            f"({', '.join(TESTED)}; allow_untested to try)"
+        )
+    gone = missing(scheduler)
+    if gone:
+        return f"vLLM {version} has no {', '.join(gone)}"
+    speculative = find(scheduler, "vllm_config.speculative_config")
+    if speculative is None:
+        return "there is no --speculative-config, hence nothing to choose"
+    if speculative.method not in (*FREE, *MODEL) or speculative.parallel_drafting:
+        return (
+            f"the drafting method {speculative.method!r} drafts all tokens at once, or is not known"
+        )
+    return None

@@ -1,0 +1,181 @@
+"""The conversations that a head is trained on, as they are read from shards and batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.loops import loop_start
+from smart_decoding.errors import ModelError
+
+SHORTEST = 8  # tokens of an answer: those that are not longer are left out
+
+Keep: TypeAlias = Callable[[Sequence[int]], bool]
+"""Whether a conversation's tokens may be trained on."""
+
+
+@dataclass(slots=True)
+class Conversation:
+    """One recorded conversation.
+
+    tokens [n + 1]; aux_hidden [n, width]: of all but the last token, which is known only once
+    `Trainer` has asked the target. answer: where the answer begins. visual [m]: positions of
+    pictures, whose embeddings [m, hidden] the target read."""
+
+    tokens: Tensor
+    aux_hidden: Tensor
+    answer: int
+    visual: Tensor
+    embeddings: Tensor
+
+    def behind_pictures(self) -> Conversation:
+        """What is left for a head that reads no pictures."""
+        start = (int(self.visual[-1]) + 1) // PAGE * PAGE if len(self.visual) else 0
+        return Conversation(
+            self.tokens[start:],
+            self.aux_hidden[start:],
+            self.answer - start,
+            self.visual[:0],
+            self.embeddings[:0],
+        )
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """What comes before the answer."""
+        return tuple(self.tokens[: self.answer].tolist())
+
+
+def load_conversations(
+    folder: Path, keep: Keep | None = None, supports_images: bool = False
+) -> tuple[list[Conversation], int]:
+    """The conversations of a data folder that `keep` lets pass, and how many it did not.
+
+    They go up to where they loop. Unless the head `supports_images`, only what lies behind pictures
+    is left. Raises ModelError if there are none."""
+    found = []
+    dropped = 0
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        for item in _of_shard(load_file(path)):
+            if keep is not None and not keep(item.tokens.tolist()):
+                dropped += 1
+                continue
+            found.append(item if supports_images else item.behind_pictures())
+    if not found:
+        raise ModelError(
+            f"{folder} holds no training data: run smart train without --skip-generation first"
+        )
+    return found, dropped
+
+
+def _of_shard(shard: Mapping[str, Tensor]) -> Iterator[Conversation]:
+    """Those whose answers are long enough."""
+    bounds = shard["starts"].tolist()
+    visual = shard.get("visual", torch.zeros(0, dtype=torch.long))
+    embeddings = shard.get("embeddings", torch.zeros(0, 0))
+    for i, answer in enumerate(shard["answers"].tolist()):
+        start, end = bounds[i : i + 2]
+        looping = loop_start(shard["tokens"][start + answer : end].tolist())
+        part = slice(start, end if looping is None else start + answer + looping)
+        if part.stop - start <= answer + SHORTEST:
+            continue
+        first, last = torch.searchsorted(visual, torch.tensor([start, end])).tolist()
+        yield Conversation(
+            shard["tokens"][part].long(),
+            shard["taps"][part],
+            answer,
+            visual[first:last] - start,
+            embeddings[first:last],
+        )
+
+
+def not_trained_on(held: list[Conversation], train: list[Conversation]) -> list[Conversation]:
+    """Those of `held` whose prompt is not in `train`: writers side by side repeat prompts."""
+    known = {item.prompt for item in train}
+    return [item for item in held if item.prompt not in known]
+
+
+def recorded_layers(aux_layers: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """What the conversations must hold: what the head reads, and the teacher's last layer."""
+    return aux_layers if aux_layers[-1] == layers else (*aux_layers, layers)
+
+
+def check_layers(
+    data: Sequence[Conversation], folder: Path, aux_layers: tuple[int, ...], hidden: int
+) -> None:
+    """Raises ModelError if not just the states after `aux_layers` were recorded."""
+    if any(item.aux_hidden.shape[1] != len(aux_layers) * hidden for item in data):
+        raise ModelError(
+            f"the conversations in {folder} were written with other --aux-layers than "
+            f"{aux_layers}: write new ones"
+        )
+
+
+def frequent_tokens(
+    conversations: list[Conversation], vocab: int, size: int, known: Tensor | None = None
+) -> Tensor:
+    """Ids of the `size` most frequent tokens, ascending.
+
+    Prompts count a little. Ties and the rest go by low id, but after the `known` ones."""
+    counts = np.zeros(vocab)
+    for item in conversations:
+        tokens = item.tokens.numpy()
+        counts += np.bincount(tokens[item.answer :], minlength=vocab)
+        counts += 0.3 * np.bincount(tokens[: item.answer], minlength=vocab)
+    counts += 0.5 / (1 + np.arange(vocab) / 2000)  # byte-pair ids are roughly in order of frequency
+    if known is not None:
+        counts[known.numpy()] += 0.5
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
+
+
+def padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens [b, n], aux_hidden [b, n, width] float32, and where the answers are [b, n]."""
+    n = max(len(item.tokens) for item in batch)
+    tokens = torch.zeros(len(batch), n, dtype=torch.long)
+    aux_hidden = torch.zeros(len(batch), n, batch[0].aux_hidden.shape[1])
+    answer = torch.zeros(len(batch), n, dtype=torch.bool)
+    for i, item in enumerate(batch):
+        size = len(item.tokens)
+        tokens[i, :size] = item.tokens
+        aux_hidden[i, : len(item.aux_hidden)] = item.aux_hidden.float()
+        answer[i, item.answer : size] = True
+    return tokens, aux_hidden, answer
+
+
+def put_pictures(embedded: Tensor, batch: list[Conversation]) -> Tensor:
+    """Puts pictures' embeddings into [b, pairs, hidden]; returns where they are [b, pairs].
+
+    Pair t reads token t + 1."""
+    visual = torch.zeros(embedded.shape[:2], dtype=torch.bool)
+    for i, item in enumerate(batch):
+        read = item.visual > 0
+        if read.any():
+            at = item.visual[read] - 1
+            embedded[i, at] = item.embeddings[read].to(embedded.dtype)
+            visual[i, at] = True
+    return visual
+
+
+def bucketed(
+    items: list[Conversation], batch_tokens: int, rng: np.random.Generator
+) -> list[list[Conversation]]:
+    """Batches of similar lengths (little padding), in random order."""
+    noise = rng.uniform(0.9, 1.1, len(items))
+    order = np.argsort([len(item.tokens) * x for item, x in zip(items, noise, strict=True)])
+    batches: list[list[Conversation]] = [[]]
+    longest = 0
+    for i in order:
+        longest = max(longest, len(items[i].tokens))
+        if batches[-1] and longest * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+            longest = len(items[i].tokens)
+        batches[-1].append(items[i])
+    rng.shuffle(batches)
+    return batches

@@ -1,0 +1,97 @@
+"""Shards of recorded conversations, written one by one.
+
+A shard of safetensors holds, for many conversations after one another: `tokens` int32 [n], `taps`
+bf16 [n, layers * hidden] (the residual streams that a head reads), `starts` int64
+[conversations + 1] and `answers` int64 [conversations], the offset of each answer's first token
+within its conversation; of pictures `visual` int64 [m], the rows among the n that are theirs, and
+`embeddings` bf16 [m, hidden], what the target read there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smart_decoding.engine.media import MultimodalEmbeddings
+from smart_decoding.files import whole
+
+SHARD_TOKENS = 50_000
+
+
+@dataclass(slots=True)
+class Recorded:
+    """A conversation as the target wrote it.
+
+    answer: where the answer begins. aux_hidden: [tokens, layers * hidden]. pictures: their first
+    positions and embeddings."""
+
+    tokens: list[int]
+    answer: int
+    aux_hidden: Tensor
+    pictures: MultimodalEmbeddings
+
+
+class Writer:
+    """Collects conversations and writes whole shards, each under its name only when complete."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.shards = len(list(folder.glob("shard-*.safetensors")))
+        self._items: list[Recorded] = []
+        self._tokens = 0
+
+    def add(self, item: Recorded) -> None:
+        """Writes a shard if there is enough for one."""
+        self._items.append(item)
+        self._tokens += len(item.tokens)
+        if self._tokens >= SHARD_TOKENS:
+            self.flush()
+
+    def prompts(self) -> set[tuple[int, ...]]:
+        """The prompts of all conversations in the folder."""
+        found: set[tuple[int, ...]] = set()
+        for path in self.folder.glob("shard-*.safetensors"):
+            with safe_open(path, "np") as shard:
+                tokens = shard.get_tensor("tokens")
+                starts = shard.get_tensor("starts")
+                for start, answer in zip(starts[:-1], shard.get_tensor("answers"), strict=True):
+                    found.add(tuple(tokens[start : start + answer].tolist()))
+        return found
+
+    def flush(self) -> None:
+        """Writes what is left as a last shard."""
+        if not self._items:
+            return
+        with whole(self.folder / f"shard-{self.shards:04d}.safetensors") as path:
+            save_file(_joined(self._items), path)
+        self.shards += 1
+        self._items = []
+        self._tokens = 0
+
+
+def _joined(items: list[Recorded]) -> dict[str, Tensor]:
+    """The tensors of a shard."""
+    starts = np.concatenate(([0], np.cumsum([len(item.tokens) for item in items])))
+    tokens = [token for item in items for token in item.tokens]
+    tensors = {
+        "tokens": torch.tensor(tokens, dtype=torch.int32),
+        "taps": torch.cat([item.aux_hidden for item in items]),
+        "starts": torch.from_numpy(starts),
+        "answers": torch.tensor([item.answer for item in items]),
+    }
+    pictures = [
+        (start + first + torch.arange(len(part)), part)
+        for start, item in zip(starts[:-1].tolist(), items, strict=True)
+        for first, part in item.pictures
+    ]
+    if pictures:
+        tensors["visual"] = torch.cat([rows for rows, _ in pictures])
+        tensors["embeddings"] = torch.cat([part for _, part in pictures]).to(torch.bfloat16)
+    return tensors
