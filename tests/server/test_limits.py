@@ -25,10 +25,10 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.llm import LLM
 from smart_decoding.server import live, worker
+from smart_decoding.server.jobs import Job
 from smart_decoding.server.launch import make_server
 from smart_decoding.server.schemas import ChatRequest, CompletionRequest
 from smart_decoding.server.settings import ServerSettings
-from smart_decoding.server.worker import Job
 
 JSON = {"content-type": "application/json"}
 LONG = {"model": NAME, "prompt": "a", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -306,7 +306,7 @@ def test_who_arrives_in_the_last_round_is_told(load: Any) -> None:
 
         def act(arrived: Any) -> None:
             running.worker.submit(late)
-            running.worker._stopping = arrived()
+            running.worker.inbox.stopping = arrived()
 
         in_its_first_round(running, act)
         error_of(post(running, "/v1/completions", json=LONG), 503)

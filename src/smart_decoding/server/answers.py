@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smart_decoding.engine.stopping import Detokenizer
+from smart_decoding.server.jobs import Chunk
 from smart_decoding.server.tool_text import ToolText, whole_calls
-from smart_decoding.server.worker import Chunk
 
 TokenText = Callable[[int], str]
 Json = dict[str, Any]

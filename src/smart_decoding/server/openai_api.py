@@ -29,6 +29,7 @@ from smart_decoding.server.answers import (
 )
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.errors import ApiError
+from smart_decoding.server.jobs import Chunk, Job
 from smart_decoding.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -37,7 +38,7 @@ from smart_decoding.server.schemas import (
     TokenizeRequest,
 )
 from smart_decoding.server.settings import ServerSettings
-from smart_decoding.server.worker import Chunk, Job, Worker
+from smart_decoding.server.worker import Worker
 
 T = TypeVar("T")
 COMPLETION_TOKENS = (
