@@ -34,7 +34,7 @@ class Observer(Protocol):
 
 
 class Observers(list[Observer]):
-    """Observers that are told of everything until they raise: watching must not hurt the watched."""
+    """Told of everything until they raise: watching must not hurt the watched."""
 
     def tell(self, call: Callable[[Observer], None]) -> None:
         """Calls every observer; one that raises is not asked again."""
