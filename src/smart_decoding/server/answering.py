@@ -138,7 +138,7 @@ class _Reply:
         }
 
     async def events(self, first: Chunk, include_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events: a delta per round that yields text, the usage if asked for, [DONE]."""
+        """Server-sent events: a delta per round with text, the usage if asked for, [DONE]."""
         frame = envelope(self.form, self.job.id, self.model, False)
         more: Json = {"usage": None} if include_usage else {}
         opened: set[int] = set()
@@ -174,7 +174,7 @@ async def _to_the_end(
 
 
 async def _chunks(job: Job, first: Chunk) -> AsyncIterator[Chunk]:
-    """All chunks of a job, to the end of its last answer. Raises ApiError if it fails on the way."""
+    """All chunks of a job, to the end of its last answer. Raises ApiError if it fails."""
     chunk = first
     left = job.size
     while True:

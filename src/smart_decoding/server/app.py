@@ -12,8 +12,9 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from smart_decoding import __version__
 from smart_decoding.server import errors, openai_api
 from smart_decoding.server.answering import STREAM_HEADERS
+from smart_decoding.server.exposition import CONTENT_TYPE
 from smart_decoding.server.live import CSP, PAGE, Live
-from smart_decoding.server.metrics import CONTENT_TYPE, Metrics
+from smart_decoding.server.metrics import Metrics
 from smart_decoding.server.middleware import Gate
 from smart_decoding.server.settings import ServerSettings
 from smart_decoding.server.worker import Worker
