@@ -37,7 +37,8 @@ LONG = {"model": NAME, "prompt": "a", "max_tokens": 900, "ignore_eos": True, "te
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"].count("\n") == 0
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"].count("\n") == 0
     assert response.headers["x-request-id"]
     assert status not in (429, 503) or int(response.headers["retry-after"]) >= 1
     return error
@@ -95,16 +96,19 @@ def test_errors_name_what_is_wrong(running: Running) -> None:
     long = error_of(
         post(running, "/v1/completions", json={"model": NAME, "prompt": "a" * 2000}), 400
     )
-    assert long["code"] == "context_length_exceeded" and long["param"] == "prompt"
+    assert long["code"] == "context_length_exceeded"
+    assert long["param"] == "prompt"
     missing = error_of(
         post(running, "/v1/completions", json={"model": "other", "prompt": "a"}), 404
     )
-    assert missing["code"] == "model_not_found" and missing["param"] == "model"
+    assert missing["code"] == "model_not_found"
+    assert missing["param"] == "model"
     assert missing["type"] == "invalid_request_error"
     unknown = error_of(
         post(running, "/v1/completions", json={"model": NAME, "prompt": "a", "beams": 2}), 400
     )
-    assert unknown["param"] == "beams" and unknown["code"] == "unsupported_parameter"
+    assert unknown["param"] == "beams"
+    assert unknown["code"] == "unsupported_parameter"
     assert error_of(post(running, "/v1/nothing"), 404)["type"] == "invalid_request_error"
     error_of(httpx.get(f"{running.url}/v1/completions"), 405)
     form = {
@@ -186,7 +190,8 @@ def test_keys(load: Any) -> None:
         url = f"{running.url}/v1/models"
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "first"}):
             error = error_of(httpx.get(url, headers=headers), 401)
-            assert error["code"] == "invalid_api_key" and error["type"] == "invalid_request_error"
+            assert error["code"] == "invalid_api_key"
+            assert error["type"] == "invalid_request_error"
         for key in ("first", "second"):
             assert httpx.get(url, headers={"authorization": f"Bearer {key}"}).status_code == 200
         assert httpx.get(f"{running.url}/health").status_code == 200
@@ -296,8 +301,10 @@ def test_only_who_waits_stops_the_drafting(load: Any) -> None:
 
         in_its_first_round(running, act)
         assert post(running, "/v1/completions", json={**LONG, "max_tokens": 9}).status_code == 200
-        assert heard == [False, True, True] and running.idle()
-        assert stays.chunks.get_nowait().tokens and gone.chunks.empty()
+        assert heard == [False, True, True]
+        assert running.idle()
+        assert stays.chunks.get_nowait().tokens
+        assert gone.chunks.empty()
 
 
 def test_who_arrives_in_the_last_round_is_told(load: Any) -> None:
@@ -340,8 +347,10 @@ def test_the_slot_is_free_within_a_round(load: Any, stream: bool) -> None:
         assert wait_for(lambda: len(running.server.server_state.connections) == 1)
         httpx.get(f"{running.url}/health")  # by its answer the event loop has been round
         go.set()
-        assert other.result().status_code == 200 and running.idle()
-        assert rounds[:3] == [[900]] * 3 and len(rounds) > 3
+        assert other.result().status_code == 200
+        assert running.idle()
+        assert rounds[:3] == [[900]] * 3
+        assert len(rounds) > 3
         assert [each for each in rounds[3:] if each != [30]] == []
 
 
@@ -408,14 +417,16 @@ def test_a_request_that_breaks_the_model_does_not_break_the_others(
         )
         assert "poison" in error_of(bad, 500)["message"]
         (entry,) = [r for r in caplog.records if r.message == "request failed"]
-        assert entry.request_id == "the-bad-one" and "poison" in str(entry.exc_info[1])
+        assert entry.request_id == "the-bad-one"
+        assert "poison" in str(entry.exc_info[1])
         llm_params = SamplingParams(temperature=0, max_tokens=60, logit_bias={7: -100})
         for prompt, job in zip(("ab", "cd"), jobs, strict=True):
             assert (
                 job.result().json()["choices"][0]["text"]
                 == plain.generate(prompt, llm_params)[0].outputs[0].text
             )
-        assert running.idle() and httpx.get(f"{running.url}/health").status_code == 200
+        assert running.idle()
+        assert httpx.get(f"{running.url}/health").status_code == 200
         running.llm.engine.check_integrity()
 
 
@@ -466,13 +477,15 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
 
     with serving(load, ready=False) as running:
         running.thread.join(5)
-        assert not running.thread.is_alive() and isinstance(running.worker.error, ModelError)
+        assert not running.thread.is_alive()
+        assert isinstance(running.worker.error, ModelError)
 
 
 def test_a_context_too_small_to_serve_ends_the_server(load: Any) -> None:
     with serving(lambda: load(max_model_len=2), ready=False) as running:
         running.thread.join(5)
-        assert not running.thread.is_alive() and isinstance(running.worker.error, ConfigError)
+        assert not running.thread.is_alive()
+        assert isinstance(running.worker.error, ConfigError)
         assert "max_model_len=2 is not allowed" in str(running.worker.error)
     with serving(lambda: load(max_model_len=3)) as running:
         assert post(running, "/v1/completions", json={**LONG, "max_tokens": 2}).status_code == 200
@@ -586,7 +599,8 @@ def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> N
             "a", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
         )
         assert good.result().json()["choices"][0]["text"] == wanted.outputs[0].text
-        assert running.idle() and len(running.worker.observers) == 1
+        assert running.idle()
+        assert len(running.worker.observers) == 1
         running.llm.engine.check_integrity()
 
 
@@ -665,7 +679,8 @@ def test_prompts_may_be_arrays(plain: LLM) -> None:
         [{"prompt_token_ids": np.array(ids)}],
     ):
         (output,) = plain.generate(prompts, params)  # type: ignore[arg-type]
-        assert output.prompt_token_ids == ids and type(output.prompt_token_ids[0]) is int
+        assert output.prompt_token_ids == ids
+        assert type(output.prompt_token_ids[0]) is int
         assert output.outputs[0].token_ids == plain.generate(ids, params)[0].outputs[0].token_ids
 
 
