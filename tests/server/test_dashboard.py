@@ -26,11 +26,14 @@ _NAME = re.compile(r"smart:[a-z0-9_]+")
 def exported(load: Any) -> dict[str, tuple[str, set[str]]]:
     """Kind and labels of every series of a server under the policy `smart`, once an answer has
     ended."""
-    metrics, llm = Metrics("m"), load()
+    metrics = Metrics("m")
+    llm = load()
     llm.engine.policy = make_policy("smart")
     metrics.start(llm)
     metrics.ended_by["stop"] += 1
-    text, kinds, found = metrics.render(), {}, {}
+    text = metrics.render()
+    kinds = {}
+    found = {}
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE):
         kinds[name] = kind
     for name, labels in re.findall(r"^(smart:\w+){([^}]*)}", text, re.MULTILINE):

@@ -219,7 +219,8 @@ def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: L
     """With SIGKILL while an answer streams: the next start takes the same port and the same
     profile."""
     llm = load(speculative_config=SMART)  # measures the profile
-    path, folder = profile_of(plain), str(llm.provenance["model"])
+    path = profile_of(plain)
+    folder = str(llm.provenance["model"])
     before = path.read_bytes()
     port = free_port()
     url = f"http://127.0.0.1:{port}/v1/completions"

@@ -204,7 +204,8 @@ def test_keys_are_compared_in_constant_time(load: Any, monkeypatch: pytest.Monke
     """compare_digest alone decides, and sees every key, whichever fits; of text it would raise
     beyond ASCII."""
     with serving(load, api_keys=("first", "second")) as running:
-        url, right = f"{running.url}/v1/models", {"authorization": "Bearer first"}
+        url = f"{running.url}/v1/models"
+        right = {"authorization": "Bearer first"}
         for strange in (
             "Bearer schlüssel".encode(),
             b"Bearer first\xff",
@@ -241,7 +242,8 @@ def test_a_web_page_cannot_reach_an_open_server_by_another_name(running: Running
 
 def test_a_page_from_elsewhere_may_read_nothing(running: Running) -> None:
     """No CORS headers: on a preflight, an answer or an error."""
-    url, origin = f"{running.url}/v1/completions", {"origin": "https://elsewhere.example"}
+    url = f"{running.url}/v1/completions"
+    origin = {"origin": "https://elsewhere.example"}
     asking = {
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization, content-type",
@@ -274,7 +276,8 @@ def test_a_client_that_leaves_frees_its_slot(load: Any) -> None:
 
 def in_its_first_round(running: Running, act: Any) -> None:
     """Has the engine's thread call `act` with what tells the engine of arrivals."""
-    step, done = running.llm.engine.step, []
+    step = running.llm.engine.step
+    done = []
 
     def watched(arrived: Any) -> Any:
         if not done:
@@ -326,8 +329,10 @@ def test_the_slot_is_free_within_a_round(load: Any, stream: bool) -> None:
     """Its client leaves in the middle of the third round; the fourth is of the request that waited
     for the slot."""
     with serving(lambda: load(max_num_seqs=1)) as running, ThreadPoolExecutor() as pool:
-        step, rounds = running.llm.engine.step, []
-        middle, go = threading.Event(), threading.Event()
+        step = running.llm.engine.step
+        rounds = []
+        middle = threading.Event()
+        go = threading.Event()
 
         def watched(arrived: Any) -> Any:
             touched = step(arrived)
@@ -512,7 +517,8 @@ def test_ready_only_after_the_profile_and_the_warm_up(
     stages: list[tuple[threading.Event, threading.Event]] = []
 
     def held(work: Any) -> Any:
-        reached, go = threading.Event(), threading.Event()
+        reached = threading.Event()
+        go = threading.Event()
         stages.append((reached, go))
 
         def waiting(*given: Any, **named: Any) -> Any:
@@ -570,7 +576,8 @@ def test_the_end_drains_up_to_the_deadline(load: Any, deadline: float) -> None:
 
 def test_two_requests_may_carry_the_same_id(load: Any) -> None:
     with serving(lambda: slow(load(), 0.002)) as running, ThreadPoolExecutor() as pool:
-        headers, body = {"x-request-id": "mine"}, {**LONG, "max_tokens": 40}
+        headers = {"x-request-id": "mine"}
+        body = {**LONG, "max_tokens": 40}
         both = [
             pool.submit(post, running, "/v1/completions", json=body, headers=headers)
             for _ in range(2)
@@ -671,7 +678,8 @@ def test_a_context_beyond_the_memory_is_refused_before_weights_are_loaded(
 
 
 def test_prompts_may_be_arrays(plain: LLM) -> None:
-    ids, params = [70, 71, 72], SamplingParams(temperature=0.0, max_tokens=4)
+    ids = [70, 71, 72]
+    params = SamplingParams(temperature=0.0, max_tokens=4)
     for prompts in (
         np.array(ids),
         [np.array(ids)],

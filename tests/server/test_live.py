@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -98,7 +99,8 @@ def test_a_policy_with_costs_shows_its_curve_and_the_point_moves(
             assert event["policy"] == "smart"
             assert event["plain_tps"] > 0
             assert event["speedup"] > 0
-            curve, point = event["curve"], event["point"]
+            curve = event["curve"]
+            point = event["point"]
             assert curve["batch"] == event["running"]
             assert len(curve["ms"]) == len(curve["rows"]) > 1
             assert curve["rows"] == sorted(curve["rows"])
@@ -144,12 +146,7 @@ def test_the_page_in_chromium(load: Any, capsys: pytest.CaptureFixture[str]) -> 
         faults: list[str] = []
         asked: set[str] = set()
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on(
-            "request",
-            lambda request: asked.add(
-                request.url.partition("/")[2].partition("/")[2].partition(":")[0]
-            ),
-        )
+        page.on("request", lambda request: asked.add(urlsplit(request.url).hostname))
         with serving(lambda: slow(load(), 0.01)) as running:
             port = int(running.url.rpartition(":")[2])
             page.goto(running.url)

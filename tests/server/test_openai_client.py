@@ -77,7 +77,8 @@ def test_a_chat_stream_is_the_answer_in_pieces(client: openai.OpenAI, plain: LLM
 
 
 def test_completions_of_several_prompts_and_samples(client: openai.OpenAI, plain: LLM) -> None:
-    prompts, params = ["one two", "three"], {"temperature": 1.0, "seed": 3, "max_tokens": 9, "n": 2}
+    prompts = ["one two", "three"]
+    params = {"temperature": 1.0, "seed": 3, "max_tokens": 9, "n": 2}
     answer = client.completions.create(model=NAME, prompt=prompts, **params)
     wanted = [
         o.text for out in plain.generate(prompts, SamplingParams(**params)) for o in out.outputs

@@ -84,7 +84,8 @@ def accepted(running: Running) -> int:
 def test_a_schema_is_kept_to_and_the_tokens_are_plain_decodings(
     running: Running, client: openai.OpenAI, plain: LLM, temperature: float
 ) -> None:
-    before, params = accepted(running), {"temperature": temperature, "seed": 4, "max_tokens": 400}
+    before = accepted(running)
+    params = {"temperature": temperature, "seed": 4, "max_tokens": 400}
     answer = client.chat.completions.create(
         model=NAME, messages=MESSAGES, response_format=JSON_SCHEMA, **params
     )
@@ -176,7 +177,9 @@ def test_tool_calls_streamed_and_not(client: openai.OpenAI, choice: Any) -> None
             call.function.name,
             json.loads(call.function.arguments),
         ) == ("now", {})
-    name, arguments, reasons = "", "", []
+    name = ""
+    arguments = ""
+    reasons = []
     for chunk in client.chat.completions.create(**ask, stream=True):
         (piece,) = chunk.choices
         assert not piece.delta.content
@@ -184,7 +187,8 @@ def test_tool_calls_streamed_and_not(client: openai.OpenAI, choice: Any) -> None
         for part in piece.delta.tool_calls or ():
             assert part.index == 0
             assert bool(part.id) == bool(part.function.name) == (not name)
-            name, arguments = name + (part.function.name or ""), arguments + part.function.arguments
+            name = name + (part.function.name or "")
+            arguments = arguments + part.function.arguments
     assert (name, arguments, reasons) == (
         call.function.name,
         call.function.arguments,
@@ -272,7 +276,9 @@ def test_what_the_grammar_lets_pass(running: Running) -> None:
 def test_reading_calls_from_text_in_any_pieces(size: int) -> None:
     arguments = '{"a": "}\\n</tool_call>", "b": [{}\n]}'
     text = f"Well <tool\n{CALL}\n{CALL.replace('{}', arguments)}"
-    reader, content, calls = ToolText(), "", []
+    reader = ToolText()
+    content = ""
+    calls = []
     for start in range(0, len(text), size):
         piece = text[start : start + size]
         more, found = reader.feed(piece, start + size >= len(text))

@@ -230,7 +230,7 @@ class Message(Body):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """As `LLM.chat` takes it: texts are joined, and `developer` is a newer word for `system`."""
+        """As `LLM.chat` takes it: texts are joined; `developer` is a newer word for `system`."""
         content: Any = self.content
         if isinstance(content, list):
             content = [part.model_dump(exclude_none=True) for part in content]

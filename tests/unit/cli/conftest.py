@@ -19,5 +19,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     module = ModuleType("smart_decoding.llm")
     module.LLM = FakeLLM  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "smart_decoding.llm", module)
-    FakeLLM.made, FakeLLM.failure = [], None
+    FakeLLM.made = []
+    FakeLLM.failure = None
     return FakeLLM

@@ -30,7 +30,9 @@ class FakeLLM:
     failure: ClassVar[BaseException | None] = None
 
     def __init__(self, model: str, **options: Any) -> None:
-        self.model, self.options, self.asked = model, options, []
+        self.model = model
+        self.options = options
+        self.asked = []
         self.provenance = {"model": model, "weights": "fake weights"}
         self.tokenizer = SimpleNamespace(
             encode_chat=lambda messages: [1, *map(ord, messages[0]["content"])],

@@ -52,7 +52,8 @@ COMMANDS = {
     "profile": ["profile"],
     "train": ["train", "--output", "head"],
 }
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 
 
 def saved(folder: Path, config: ModelConfig) -> Path:
