@@ -173,10 +173,8 @@ def test_tool_calls_streamed_and_not(client: openai.OpenAI, choice: Any) -> None
         holds(call.function.arguments)
     else:
         assert choice == "required"
-        assert (
-            call.function.name,
-            json.loads(call.function.arguments),
-        ) == ("now", {})
+        assert call.function.name == "now"
+        assert json.loads(call.function.arguments) == {}
     name = ""
     arguments = ""
     reasons = []
@@ -187,13 +185,10 @@ def test_tool_calls_streamed_and_not(client: openai.OpenAI, choice: Any) -> None
         for part in piece.delta.tool_calls or ():
             assert part.index == 0
             assert bool(part.id) == bool(part.function.name) == (not name)
-            name = name + (part.function.name or "")
-            arguments = arguments + part.function.arguments
-    assert (name, arguments, reasons) == (
-        call.function.name,
-        call.function.arguments,
-        ["tool_calls"],
-    )
+            name += part.function.name or ""
+            arguments += part.function.arguments
+    assert (name, arguments) == (call.function.name, call.function.arguments)
+    assert reasons == ["tool_calls"]
 
 
 def test_several_calls_and_several_answers(client: openai.OpenAI) -> None:

@@ -24,7 +24,7 @@ COMMANDS = {
     "run": ("answer one prompt", "smart_decoding.cli.run"),
     "serve": ("serve a model to OpenAI's clients", "smart_decoding.cli.serve"),
     "demo": (
-        "see the default model speculate, its trees, and the speedup",
+        "watch the default model speculate: its trees and the speedup",
         "smart_decoding.cli.demo",
     ),
     "bench": ("compare policies on natural prompts", "smart_decoding.cli.bench"),

@@ -149,10 +149,12 @@ def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None
     layout = args.export or (layout_of(init) if init else "smart")
     if layout == "eagle" and not init:
         raise ConfigError("--export eagle needs an EAGLE-1/2 head to start from: give --init")
-    sees = init is not None and init.sees
+    supports_images = init is not None and init.sees
     if args.visual_positions:
-        sees = args.visual_positions == "decoupled"
-    if sees and args.images is None:  # what is read of pictures would not be written down
+        supports_images = args.visual_positions == "decoupled"
+    if (
+        supports_images and args.images is None
+    ):  # what is read of pictures would not be written down
         raise ConfigError(
             "a head that reads pictures needs conversations about them: give --images"
         )
@@ -162,7 +164,7 @@ def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None
         args.draft_vocab,
         seed=args.seed,
         layout=layout,
-        sees=sees,
+        sees=supports_images,
     )
 
 
@@ -214,12 +216,12 @@ def _generate(
     generate(llm, recorder, data, args.tokens, args.seed, turn)
 
 
-def _write_visual_positions(path: Path, sees: bool) -> None:
+def _write_visual_positions(path: Path, supports_images: bool) -> None:
     """Adds to a head's config what it reads of pictures."""
     from smart_decoding.models.head_files import VISUAL_POSITIONS
 
     config = json.loads(path.read_text())
-    config["visual_positions"] = VISUAL_POSITIONS[sees]
+    config["visual_positions"] = VISUAL_POSITIONS[supports_images]
     path.write_text(json.dumps(config, indent=1) + "\n")
 
 

@@ -18,7 +18,7 @@ _HEAD = re.compile(r'\n\{"name": "([\w-]+)", "arguments": ')
 
 
 class ToolText:
-    """Splits one answer's text into content and calls. The grammar sees to the form."""
+    """Splits one answer's text into content and calls. The grammar keeps the form."""
 
     def __init__(self) -> None:
         self._place: Literal["content", "head", "arguments", "after"] = "content"
