@@ -26,7 +26,7 @@ _POLICY_GAUGES = (
     (
         "estimated_speedup",
         "speedup_estimate",
-        "Tokens per second over plain decoding's, estimated.",
+        "Tokens per second over plain decoding's, as estimated.",
     ),
     ("calibration_error", "calibration_error", "Accepted over expected nodes, minus 1."),
     ("share_off", "speculation_off_share", "Share of recent rounds that did not draft."),
