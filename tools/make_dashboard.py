@@ -9,10 +9,12 @@ S = "smart:"
 
 
 def share(part: str, whole: str) -> str:
+    """A query for one counter's growth over another's."""
     return f"rate({S}{part}[1m]) / rate({S}{whole}[1m])"
 
 
 def quantiles(name: str) -> list[tuple[str, str]]:
+    """(legend, query) of a histogram's quantiles."""
     return [
         (f"p{int(100 * q)}", f"histogram_quantile({q}, sum by (le) (rate({S}{name}_bucket[5m])))")
         for q in (0.5, 0.95, 0.99)
@@ -83,6 +85,7 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
 
 
 def panel(place: int, title: str, unit: str, queries: list[tuple[str, str]]) -> dict[str, object]:
+    """One graph, the `place`-th from the top left."""
     source = {"type": "prometheus", "uid": "${source}"}
     return {
         "id": place + 1,
@@ -102,6 +105,7 @@ def panel(place: int, title: str, unit: str, queries: list[tuple[str, str]]) -> 
 
 
 def dashboard() -> dict[str, object]:
+    """The whole file."""
     return {
         "title": "SMART",
         "uid": "smart-decoding",

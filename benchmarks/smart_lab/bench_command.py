@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import cast
 
-from smart_decoding.bench.arguments import words
+from smart_decoding.cli.arguments import words
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.bench import add_common_arguments, options_of
 from smart_lab.options import LAB_PRESETS, LabOptions

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.bench.arguments import add_allow_slow
+from smart_decoding.cli.arguments import add_allow_slow
 from smart_decoding.bench.data import load_task
 from smart_decoding.core.tree_picture import quoted
 from smart_decoding.engine.sampling_params import SamplingParams

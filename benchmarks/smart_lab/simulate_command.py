@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from smart_decoding.bench.arguments import whole_numbers
+from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.bench.options import check_outputs
 from smart_decoding.bench.provenance import write_json, write_text
 from smart_decoding.core.cost import CostModel

@@ -23,7 +23,10 @@ from smart_decoding.server.settings import ServerSettings
 from smart_decoding.server.worker import Worker
 
 NAME = "tiny"
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
 
 
 def save_tiny_model(folder: Path) -> Path:

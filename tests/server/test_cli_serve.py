@@ -41,15 +41,19 @@ def test_defaults(served: Any) -> None:
     assert cli.main(["serve"]) == 0
     ((settings, options),) = served
     assert settings == ServerSettings("smollm2-135m")
-    assert options["model"] == "smollm2-135m" and options["max_num_seqs"] == 32
-    assert options["speculative_config"] is None and options["max_model_len"] is None
-    assert options["trust_pickle"] is False and options["seed"] == 0
+    assert options["model"] == "smollm2-135m"
+    assert options["max_num_seqs"] == 32
+    assert options["speculative_config"] is None
+    assert options["max_model_len"] is None
+    assert options["trust_pickle"] is False
+    assert options["seed"] == 0
 
 
 def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> None:
     file = tmp_path / "smart.toml"
     file.write_text(
-        'model = "m"\nport = 9000\nmax_queue = 3\npolicy = "eagle2"\nmethod = "ngram"\napi-key = ["a", "b"]\n'
+        'model = "m"\nport = 9000\nmax_queue = 3\npolicy = "eagle2"\n'
+        'method = "ngram"\napi-key = ["a", "b"]\n'
         "queue-timeout = 5\ntrust-pickle = true\n[policy-option]\ndepth = 2\n"
     )
     assert (
@@ -63,8 +67,10 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
         2,
         5,
     )
-    assert options["trust_pickle"] is True and options["seed"] == 5
-    assert settings.api_keys == ("a", "b") and settings.model_name == options["model"] == "m"
+    assert options["trust_pickle"] is True
+    assert options["seed"] == 5
+    assert settings.api_keys == ("a", "b")
+    assert settings.model_name == options["model"] == "m"
     assert options["speculative_config"] == {"method": "ngram", "policy": "eagle2", "depth": 2}
 
 
@@ -79,12 +85,10 @@ def test_limits_of_pictures_reach_the_model(served: Any, tmp_path: Path) -> None
     ]
     assert cli.main(["serve", "--allowed-local-media-path", str(tmp_path), *more]) == 0
     options = served[0][1]
-    assert options["allowed_local_media_path"] == str(tmp_path) and options[
-        "limit_mm_per_prompt"
-    ] == {"image": 2}
-    assert (
-        options["mm_processor_kwargs"] == {"max_pixels": 1000} and options["max_image_pixels"] == 9
-    )
+    assert options["allowed_local_media_path"] == str(tmp_path)
+    assert options["limit_mm_per_prompt"] == {"image": 2}
+    assert options["mm_processor_kwargs"] == {"max_pixels": 1000}
+    assert options["max_image_pixels"] == 9
 
 
 @pytest.mark.parametrize(("own", "spins"), [(None, cli_serve.SPINS), ("77", "77")])
@@ -116,7 +120,8 @@ def test_a_key_from_the_environment(served: Any, monkeypatch: pytest.MonkeyPatch
     assert cli.main(["serve", "--host", "0.0.0.0"]) == 0
     assert served[0][0].api_keys == ("secret",)
     assert cli.main(["serve", "--host", "0.0.0.0", "--no-api-key"]) == 0
-    assert served[1][0].api_keys == () and served[1][0].no_api_key
+    assert served[1][0].api_keys == ()
+    assert served[1][0].no_api_key
 
 
 @pytest.mark.parametrize(
@@ -142,13 +147,16 @@ def test_bad_files(
     file.write_text(content)
     assert cli.main(["serve", "--config", str(file)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("smart: error: ") and error.count("\n") == 1 and words in error
+    assert error.startswith("smart: error: ")
+    assert error.count("\n") == 1
+    assert words in error
     assert served == []
 
 
 def test_a_switch_on_the_command_line(served: Any) -> None:
     assert cli.main(["serve", "--trust-pickle", "--head-timeout", "3"]) == 0
-    assert served[0][1]["trust_pickle"] is True and served[0][0].head_timeout == 3
+    assert served[0][1]["trust_pickle"] is True
+    assert served[0][0].head_timeout == 3
 
 
 def test_bad_command_lines(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,10 +176,8 @@ def test_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for group in cli_serve.OPTIONS.values():
         for option in group:
-            assert (
-                f"--{option.name}" in text
-                and f"({option.shown or option.default})" in text.replace("- ", "-")
-            )
+            assert f"--{option.name}" in text
+            assert f"({option.shown or option.default})" in text.replace("- ", "-")
 
 
 def test_a_taken_port_is_one_line(served: Any) -> None:

@@ -26,11 +26,14 @@ _NAME = re.compile(r"smart:[a-z0-9_]+")
 def exported(load: Any) -> dict[str, tuple[str, set[str]]]:
     """Kind and labels of every series of a server under the policy `smart`, once an answer has
     ended."""
-    metrics, llm = Metrics("m"), load()
+    metrics = Metrics("m")
+    llm = load()
     llm.engine.policy = make_policy("smart")
     metrics.start(llm)
     metrics.ended_by["stop"] += 1
-    text, kinds, found = metrics.render(), {}, {}
+    text = metrics.render()
+    kinds = {}
+    found = {}
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE):
         kinds[name] = kind
     for name, labels in re.findall(r"^(smart:\w+){([^}]*)}", text, re.MULTILINE):
@@ -49,7 +52,8 @@ def test_it_is_what_the_tool_writes() -> None:
 def test_a_query_asks_for_what_there_is(title: str, target: dict[str, Any], exported: Any) -> None:
     query = target["expr"]
     names = _NAME.findall(query)
-    assert names and query.count("(") == query.count(")")
+    assert names
+    assert query.count("(") == query.count(")")
     for name in names:
         assert name in exported, f"{title}: the server has no {name}"
         kind, _ = exported[name]
@@ -68,5 +72,6 @@ def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
         for dx in range(p["gridPos"]["w"])
         for dy in range(p["gridPos"]["h"])
     ]
-    assert len(set(cells)) == len(cells) and max(x for x, _ in cells) < 24
+    assert len(set(cells)) == len(cells)
+    assert max(x for x, _ in cells) < 24
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])

@@ -57,7 +57,8 @@ def test_a_full_disk_for_the_profile(
     path.with_name(f"{path.name}.{os.getpid()}.partial").symlink_to("/dev/full")
     with serving(lambda: load(speculative_config=SMART)) as running:
         assert answer_of(running) == wanted(plain)
-    assert "cannot be kept" in caplog.text and "No space left on device" in caplog.text
+    assert "cannot be kept" in caplog.text
+    assert "No space left on device" in caplog.text
     assert list(path.parent.iterdir()) == []
 
 
@@ -109,17 +110,20 @@ def test_a_damaged_profile_is_not_believed(
 ) -> None:
     path = tmp_path / "p.json"
     save_profile(path, COST)
-    assert load_profile(path) is not None and not caplog.text
+    assert load_profile(path) is not None
+    assert not caplog.text
     path.write_bytes(DAMAGE[name]())
     assert load_profile(path) is None
-    assert "cannot be used" in caplog.text and str(path) in caplog.text
+    assert "cannot be used" in caplog.text
+    assert str(path) in caplog.text
 
 
 def test_a_folder_in_the_profiles_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "p.json").mkdir()
     assert load_profile(tmp_path / "p.json") is None
     save_profile(tmp_path / "p.json", COST)
-    assert "cannot be used" in caplog.text and "cannot be kept" in caplog.text
+    assert "cannot be used" in caplog.text
+    assert "cannot be kept" in caplog.text
 
 
 def test_a_server_with_a_damaged_profile_measures_again(
@@ -130,7 +134,8 @@ def test_a_server_with_a_damaged_profile_measures_again(
     path.write_bytes(DAMAGE["cut"]())
     with serving(lambda: load(speculative_config=SMART)) as running:
         assert answer_of(running) == wanted(plain)
-    assert "measured again" in caplog.text and load_profile(path) is not None
+    assert "measured again" in caplog.text
+    assert load_profile(path) is not None
 
 
 def test_a_profile_of_an_engine_for_smaller_batches_is_taken_again(
@@ -147,7 +152,8 @@ def test_a_profile_of_an_engine_for_smaller_batches_is_taken_again(
 
     assert [largest(1), largest(4)] == [1, 4]
     measured = path.stat().st_mtime_ns
-    assert largest(2) == 4 and path.stat().st_mtime_ns == measured
+    assert largest(2) == 4
+    assert path.stat().st_mtime_ns == measured
 
 
 def test_a_pickled_head_is_refused_unless_trusted(load: Any, tmp_path: Path) -> None:
@@ -165,7 +171,8 @@ def test_a_pickled_head_is_refused_unless_trusted(load: Any, tmp_path: Path) -> 
     head = {"method": "eagle", "model": str(tmp_path), "policy": "static"}
     with pytest.raises(ModelError, match="pickles are refused") as error:
         load(speculative_config=head)
-    assert "--trust-pickle" in str(error.value) and "\n" not in str(error.value)
+    assert "--trust-pickle" in str(error.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(ModelError, match="lacks the tensor"):
         load(speculative_config=head, trust_pickle=True)
 
@@ -212,19 +219,21 @@ def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: L
     """With SIGKILL while an answer streams: the next start takes the same port and the same
     profile."""
     llm = load(speculative_config=SMART)  # measures the profile
-    path, folder = profile_of(plain), str(llm.provenance["model"])
+    path = profile_of(plain)
+    folder = str(llm.provenance["model"])
     before = path.read_bytes()
     port = free_port()
     url = f"http://127.0.0.1:{port}/v1/completions"
     process = start(folder, port)
-    with (
-        pytest.raises(httpx.HTTPError),
-        httpx.stream(
-            "POST", url, json={**BODY, "max_tokens": 1000, "stream": True}, timeout=10
-        ) as stream,
-    ):
-        for _ in stream.iter_lines():
-            process.send_signal(signal.SIGKILL)
+    body = {**BODY, "max_tokens": 1000, "stream": True}
+
+    def killed_while_it_streams() -> None:
+        with httpx.stream("POST", url, json=body, timeout=10) as stream:
+            for _ in stream.iter_lines():
+                process.send_signal(signal.SIGKILL)
+
+    with pytest.raises(httpx.HTTPError):
+        killed_while_it_streams()
     assert process.wait(10) == -signal.SIGKILL
     (path.parent / f"{path.name}.{process.pid}.partial").write_bytes(
         before[:30]
@@ -232,11 +241,13 @@ def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: L
     process = start(folder, port)
     try:
         answer = httpx.post(url, json=BODY, timeout=10).json()["choices"][0]["text"]
-        assert answer == wanted(plain) and path.read_bytes() == before
+        assert answer == wanted(plain)
+        assert path.read_bytes() == before
     finally:
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
-        assert process.wait(20) in (0, -signal.SIGTERM) and time.monotonic() - started < 10
+        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert time.monotonic() - started < 10
     assert process.stderr is not None
     lines = [json.loads(line) for line in process.stderr.read().splitlines()]
     assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, lines))

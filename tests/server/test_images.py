@@ -101,7 +101,8 @@ def test_the_official_client_sends_pictures(seeing: Running, folder: Path) -> No
 )
 def test_a_bad_picture_is_a_bad_request(seeing: Running, messages: Any, words: str) -> None:
     reply = post(seeing, "/v1/chat/completions", json={"model": NAME, "messages": messages})
-    assert reply.status_code == 400 and words in reply.json()["error"]["message"]
+    assert reply.status_code == 400
+    assert words in reply.json()["error"]["message"]
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
@@ -118,17 +119,16 @@ def test_malformed_parts_are_bad_requests(
 ) -> None:
     body = {"model": NAME, "messages": [{"role": "user", "content": [part]}]}
     reply = post(seeing, "/v1/chat/completions", json=body)
-    assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(words)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith(words)
 
 
 def test_a_completion_cannot_have_pictures(seeing: Running) -> None:
     placeholder = seeing.llm.tokenizer.encode("<image>", add_special_tokens=False)
     for prompt in ("<image> What is it?", ["a", "<image>"], placeholder):
         reply = post(seeing, "/v1/completions", json={"model": NAME, "prompt": prompt})
-        assert (
-            reply.status_code == 400
-            and "0 images for a prompt of 1" in reply.json()["error"]["message"]
-        )
+        assert reply.status_code == 400
+        assert "0 images for a prompt of 1" in reply.json()["error"]["message"]
     assert (
         post(
             seeing, "/v1/completions", json={"model": NAME, "prompt": "a", "max_tokens": 1}
@@ -141,4 +141,5 @@ def test_a_text_model_refuses_pictures(running: Running) -> None:
     reply = post(
         running, "/v1/chat/completions", json={"model": NAME, "messages": ask(data_url(1))}
     )
-    assert reply.status_code == 400 and "reads text only" in reply.json()["error"]["message"]
+    assert reply.status_code == 400
+    assert "reads text only" in reply.json()["error"]["message"]

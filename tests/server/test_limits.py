@@ -25,10 +25,10 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.llm import LLM
 from smart_decoding.server import live, worker
+from smart_decoding.server.jobs import Job
 from smart_decoding.server.launch import make_server
 from smart_decoding.server.schemas import ChatRequest, CompletionRequest
 from smart_decoding.server.settings import ServerSettings
-from smart_decoding.server.worker import Job
 
 JSON = {"content-type": "application/json"}
 LONG = {"model": NAME, "prompt": "a", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -37,7 +37,8 @@ LONG = {"model": NAME, "prompt": "a", "max_tokens": 900, "ignore_eos": True, "te
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"].count("\n") == 0
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"].count("\n") == 0
     assert response.headers["x-request-id"]
     assert status not in (429, 503) or int(response.headers["retry-after"]) >= 1
     return error
@@ -95,16 +96,19 @@ def test_errors_name_what_is_wrong(running: Running) -> None:
     long = error_of(
         post(running, "/v1/completions", json={"model": NAME, "prompt": "a" * 2000}), 400
     )
-    assert long["code"] == "context_length_exceeded" and long["param"] == "prompt"
+    assert long["code"] == "context_length_exceeded"
+    assert long["param"] == "prompt"
     missing = error_of(
         post(running, "/v1/completions", json={"model": "other", "prompt": "a"}), 404
     )
-    assert missing["code"] == "model_not_found" and missing["param"] == "model"
+    assert missing["code"] == "model_not_found"
+    assert missing["param"] == "model"
     assert missing["type"] == "invalid_request_error"
     unknown = error_of(
         post(running, "/v1/completions", json={"model": NAME, "prompt": "a", "beams": 2}), 400
     )
-    assert unknown["param"] == "beams" and unknown["code"] == "unsupported_parameter"
+    assert unknown["param"] == "beams"
+    assert unknown["code"] == "unsupported_parameter"
     assert error_of(post(running, "/v1/nothing"), 404)["type"] == "invalid_request_error"
     error_of(httpx.get(f"{running.url}/v1/completions"), 405)
     form = {
@@ -186,7 +190,8 @@ def test_keys(load: Any) -> None:
         url = f"{running.url}/v1/models"
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "first"}):
             error = error_of(httpx.get(url, headers=headers), 401)
-            assert error["code"] == "invalid_api_key" and error["type"] == "invalid_request_error"
+            assert error["code"] == "invalid_api_key"
+            assert error["type"] == "invalid_request_error"
         for key in ("first", "second"):
             assert httpx.get(url, headers={"authorization": f"Bearer {key}"}).status_code == 200
         assert httpx.get(f"{running.url}/health").status_code == 200
@@ -199,7 +204,8 @@ def test_keys_are_compared_in_constant_time(load: Any, monkeypatch: pytest.Monke
     """compare_digest alone decides, and sees every key, whichever fits; of text it would raise
     beyond ASCII."""
     with serving(load, api_keys=("first", "second")) as running:
-        url, right = f"{running.url}/v1/models", {"authorization": "Bearer first"}
+        url = f"{running.url}/v1/models"
+        right = {"authorization": "Bearer first"}
         for strange in (
             "Bearer schlüssel".encode(),
             b"Bearer first\xff",
@@ -236,7 +242,8 @@ def test_a_web_page_cannot_reach_an_open_server_by_another_name(running: Running
 
 def test_a_page_from_elsewhere_may_read_nothing(running: Running) -> None:
     """No CORS headers: on a preflight, an answer or an error."""
-    url, origin = f"{running.url}/v1/completions", {"origin": "https://elsewhere.example"}
+    url = f"{running.url}/v1/completions"
+    origin = {"origin": "https://elsewhere.example"}
     asking = {
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization, content-type",
@@ -269,7 +276,8 @@ def test_a_client_that_leaves_frees_its_slot(load: Any) -> None:
 
 def in_its_first_round(running: Running, act: Any) -> None:
     """Has the engine's thread call `act` with what tells the engine of arrivals."""
-    step, done = running.llm.engine.step, []
+    step = running.llm.engine.step
+    done = []
 
     def watched(arrived: Any) -> Any:
         if not done:
@@ -296,8 +304,10 @@ def test_only_who_waits_stops_the_drafting(load: Any) -> None:
 
         in_its_first_round(running, act)
         assert post(running, "/v1/completions", json={**LONG, "max_tokens": 9}).status_code == 200
-        assert heard == [False, True, True] and running.idle()
-        assert stays.chunks.get_nowait().tokens and gone.chunks.empty()
+        assert heard == [False, True, True]
+        assert running.idle()
+        assert stays.chunks.get_nowait().tokens
+        assert gone.chunks.empty()
 
 
 def test_who_arrives_in_the_last_round_is_told(load: Any) -> None:
@@ -306,7 +316,7 @@ def test_who_arrives_in_the_last_round_is_told(load: Any) -> None:
 
         def act(arrived: Any) -> None:
             running.worker.submit(late)
-            running.worker._stopping = arrived()
+            running.worker.inbox.stopping = arrived()
 
         in_its_first_round(running, act)
         error_of(post(running, "/v1/completions", json=LONG), 503)
@@ -319,8 +329,10 @@ def test_the_slot_is_free_within_a_round(load: Any, stream: bool) -> None:
     """Its client leaves in the middle of the third round; the fourth is of the request that waited
     for the slot."""
     with serving(lambda: load(max_num_seqs=1)) as running, ThreadPoolExecutor() as pool:
-        step, rounds = running.llm.engine.step, []
-        middle, go = threading.Event(), threading.Event()
+        step = running.llm.engine.step
+        rounds = []
+        middle = threading.Event()
+        go = threading.Event()
 
         def watched(arrived: Any) -> Any:
             touched = step(arrived)
@@ -340,8 +352,10 @@ def test_the_slot_is_free_within_a_round(load: Any, stream: bool) -> None:
         assert wait_for(lambda: len(running.server.server_state.connections) == 1)
         httpx.get(f"{running.url}/health")  # by its answer the event loop has been round
         go.set()
-        assert other.result().status_code == 200 and running.idle()
-        assert rounds[:3] == [[900]] * 3 and len(rounds) > 3
+        assert other.result().status_code == 200
+        assert running.idle()
+        assert rounds[:3] == [[900]] * 3
+        assert len(rounds) > 3
         assert [each for each in rounds[3:] if each != [30]] == []
 
 
@@ -408,14 +422,16 @@ def test_a_request_that_breaks_the_model_does_not_break_the_others(
         )
         assert "poison" in error_of(bad, 500)["message"]
         (entry,) = [r for r in caplog.records if r.message == "request failed"]
-        assert entry.request_id == "the-bad-one" and "poison" in str(entry.exc_info[1])
+        assert entry.request_id == "the-bad-one"
+        assert "poison" in str(entry.exc_info[1])
         llm_params = SamplingParams(temperature=0, max_tokens=60, logit_bias={7: -100})
         for prompt, job in zip(("ab", "cd"), jobs, strict=True):
             assert (
                 job.result().json()["choices"][0]["text"]
                 == plain.generate(prompt, llm_params)[0].outputs[0].text
             )
-        assert running.idle() and httpx.get(f"{running.url}/health").status_code == 200
+        assert running.idle()
+        assert httpx.get(f"{running.url}/health").status_code == 200
         running.llm.engine.check_integrity()
 
 
@@ -466,13 +482,15 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
 
     with serving(load, ready=False) as running:
         running.thread.join(5)
-        assert not running.thread.is_alive() and isinstance(running.worker.error, ModelError)
+        assert not running.thread.is_alive()
+        assert isinstance(running.worker.error, ModelError)
 
 
 def test_a_context_too_small_to_serve_ends_the_server(load: Any) -> None:
     with serving(lambda: load(max_model_len=2), ready=False) as running:
         running.thread.join(5)
-        assert not running.thread.is_alive() and isinstance(running.worker.error, ConfigError)
+        assert not running.thread.is_alive()
+        assert isinstance(running.worker.error, ConfigError)
         assert "max_model_len=2 is not allowed" in str(running.worker.error)
     with serving(lambda: load(max_model_len=3)) as running:
         assert post(running, "/v1/completions", json={**LONG, "max_tokens": 2}).status_code == 200
@@ -499,7 +517,8 @@ def test_ready_only_after_the_profile_and_the_warm_up(
     stages: list[tuple[threading.Event, threading.Event]] = []
 
     def held(work: Any) -> Any:
-        reached, go = threading.Event(), threading.Event()
+        reached = threading.Event()
+        go = threading.Event()
         stages.append((reached, go))
 
         def waiting(*given: Any, **named: Any) -> Any:
@@ -557,7 +576,8 @@ def test_the_end_drains_up_to_the_deadline(load: Any, deadline: float) -> None:
 
 def test_two_requests_may_carry_the_same_id(load: Any) -> None:
     with serving(lambda: slow(load(), 0.002)) as running, ThreadPoolExecutor() as pool:
-        headers, body = {"x-request-id": "mine"}, {**LONG, "max_tokens": 40}
+        headers = {"x-request-id": "mine"}
+        body = {**LONG, "max_tokens": 40}
         both = [
             pool.submit(post, running, "/v1/completions", json=body, headers=headers)
             for _ in range(2)
@@ -586,7 +606,8 @@ def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> N
             "a", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
         )
         assert good.result().json()["choices"][0]["text"] == wanted.outputs[0].text
-        assert running.idle() and len(running.worker.observers) == 1
+        assert running.idle()
+        assert len(running.worker.observers) == 1
         running.llm.engine.check_integrity()
 
 
@@ -657,7 +678,8 @@ def test_a_context_beyond_the_memory_is_refused_before_weights_are_loaded(
 
 
 def test_prompts_may_be_arrays(plain: LLM) -> None:
-    ids, params = [70, 71, 72], SamplingParams(temperature=0.0, max_tokens=4)
+    ids = [70, 71, 72]
+    params = SamplingParams(temperature=0.0, max_tokens=4)
     for prompts in (
         np.array(ids),
         [np.array(ids)],
@@ -665,7 +687,8 @@ def test_prompts_may_be_arrays(plain: LLM) -> None:
         [{"prompt_token_ids": np.array(ids)}],
     ):
         (output,) = plain.generate(prompts, params)  # type: ignore[arg-type]
-        assert output.prompt_token_ids == ids and type(output.prompt_token_ids[0]) is int
+        assert output.prompt_token_ids == ids
+        assert type(output.prompt_token_ids[0]) is int
         assert output.outputs[0].token_ids == plain.generate(ids, params)[0].outputs[0].token_ids
 
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -58,10 +59,12 @@ def events(running: Running, count: int, **options: Any) -> list[dict[str, Any]]
 def test_events_show_the_running_trees(load: Any) -> None:
     with serving(lambda: slow(load(), 0.005)) as running:
         quiet = events(running, 1)[0]
-        assert quiet["name"] == NAME and quiet["yield"] is None
-        assert (
-            quiet["ready"] and quiet["running"] == 0 and quiet["tps"] == 0 and quiet["trees"] == []
-        )
+        assert quiet["name"] == NAME
+        assert quiet["yield"] is None
+        assert quiet["ready"]
+        assert quiet["running"] == 0
+        assert quiet["tps"] == 0
+        assert quiet["trees"] == []
         with busy(running):
             _, *later = events(running, 4)
         assert all(
@@ -69,16 +72,18 @@ def test_events_show_the_running_trees(load: Any) -> None:
         )
         # A token that was not seen before has no successors to draft: then a round's tree is empty.
         tree = next(tree for event in later for tree in event["trees"] if tree["nodes"])
-        assert tree["own"] and all(len(event["trees"]) == 1 for event in later)
+        assert tree["own"]
+        assert all(len(event["trees"]) == 1 for event in later)
         for i, (parent, text, prob, accepted) in enumerate(tree["nodes"]):
-            assert -1 <= parent < i and isinstance(text, str) and 0 <= prob <= 1
+            assert -1 <= parent < i
+            assert isinstance(text, str)
+            assert 0 <= prob <= 1
             assert (
                 not accepted or parent < 0 or tree["nodes"][parent][3]
             )  # the accepted nodes are a path
         assert later[-1]["trees"][0]["tokens"] > later[0]["trees"][0]["tokens"]
-        assert (
-            later[-1]["plain_tps"] is None and later[-1]["curve"] is None
-        )  # this policy has no costs
+        assert later[-1]["plain_tps"] is None
+        assert later[-1]["curve"] is None
         assert running.idle()
 
 
@@ -91,11 +96,17 @@ def test_a_policy_with_costs_shows_its_curve_and_the_point_moves(
             with busy(running):
                 _, *both = events(running, 3)
         for event in (*alone, *both):
-            assert event["policy"] == "smart" and event["plain_tps"] > 0 and event["speedup"] > 0
-            curve, point = event["curve"], event["point"]
-            assert curve["batch"] == event["running"] and len(curve["ms"]) == len(curve["rows"]) > 1
-            assert curve["rows"] == sorted(curve["rows"]) and min(curve["ms"]) > 0
-            assert curve["rows"][0] <= point["rows"] <= curve["rows"][-1] and point["ms"] > 0
+            assert event["policy"] == "smart"
+            assert event["plain_tps"] > 0
+            assert event["speedup"] > 0
+            curve = event["curve"]
+            point = event["point"]
+            assert curve["batch"] == event["running"]
+            assert len(curve["ms"]) == len(curve["rows"]) > 1
+            assert curve["rows"] == sorted(curve["rows"])
+            assert min(curve["ms"]) > 0
+            assert curve["rows"][0] <= point["rows"] <= curve["rows"][-1]
+            assert point["ms"] > 0
         assert {event["curve"]["batch"] for event in alone} == {1}
         assert {event["curve"]["batch"] for event in both} == {2}
         assert (
@@ -109,10 +120,8 @@ def test_nobody_watching_costs_nothing_and_a_key_guards_the_events(load: Any) ->
         headers = {"authorization": "Bearer k"}
         assert httpx.get(f"{running.url}/events").status_code == 401
         page = httpx.get(running.url)
-        assert (
-            page.status_code == 200
-            and "default-src 'none'" in page.headers["content-security-policy"]
-        )
+        assert page.status_code == 200
+        assert "default-src 'none'" in page.headers["content-security-policy"]
         live = running.worker.observers[1]
         post(
             running,
@@ -120,7 +129,8 @@ def test_nobody_watching_costs_nothing_and_a_key_guards_the_events(load: Any) ->
             json={**BODY, "max_tokens": 5, "stream": False},
             headers=headers,
         )
-        assert running.idle() and live._last is None
+        assert running.idle()
+        assert live._last is None
         assert events(running, 1, headers=headers)[0]["ready"]
         assert wait_for(lambda: live.watchers == 0)
 
@@ -136,17 +146,13 @@ def test_the_page_in_chromium(load: Any, capsys: pytest.CaptureFixture[str]) -> 
         faults: list[str] = []
         asked: set[str] = set()
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on(
-            "request",
-            lambda request: asked.add(
-                request.url.partition("/")[2].partition("/")[2].partition(":")[0]
-            ),
-        )
+        page.on("request", lambda request: asked.add(urlsplit(request.url).hostname))
         with serving(lambda: slow(load(), 0.01)) as running:
             port = int(running.url.rpartition(":")[2])
             page.goto(running.url)
             page.wait_for_selector("#state.live", timeout=5000)
-            assert f'"model": "{NAME}"' in page.text_content("#hint") and page.is_visible("#hint")
+            assert f'"model": "{NAME}"' in page.text_content("#hint")
+            assert page.is_visible("#hint")
             with busy(running):
                 page.wait_for_selector("#trees rect", timeout=5000)
                 page.wait_for_selector("#hint", state="hidden", timeout=5000)
@@ -160,9 +166,11 @@ def test_the_page_in_chromium(load: Any, capsys: pytest.CaptureFixture[str]) -> 
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
             dark = page.evaluate(BACKGROUND)
             page.emulate_media(color_scheme="light")
-            assert sum(page.evaluate(BACKGROUND)) > 600 and sum(dark) < 120  # of 3 x 255
+            assert sum(page.evaluate(BACKGROUND)) > 600
+            assert sum(dark) < 120
         page.wait_for_selector("#state.lost", timeout=5000)
         with serving(load, port=port):
             page.wait_for_selector("#state.live", timeout=8000)
         browser.close()
-    assert faults == [] and asked == {"127.0.0.1"}  # nothing from elsewhere
+    assert faults == []
+    assert asked == {"127.0.0.1"}

@@ -16,6 +16,12 @@ from smart_decoding.server.metrics import Metrics
 
 _LINE = re.compile(r'(smart:[a-z0-9_]+)\{([a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*)\} (-?[0-9.e+-]+)')
 
+HISTOGRAMS = (
+    "time_to_first_token_seconds",
+    "time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+)
+
 
 @pytest.fixture(scope="module")
 def smart_server(load: Any, short_profile: None) -> Iterator[Running]:
@@ -38,13 +44,8 @@ def read(running: Running) -> dict[str, float]:
 
 def test_counts_are_those_of_the_answers(smart_server: Running) -> None:
     before = read(smart_server)
-    body = {
-        "model": NAME,
-        "prompt": "abcdefgh",
-        "max_tokens": 64,
-        "ignore_eos": True,
-        "temperature": 0,
-    }
+    body = {"prompt": "abcdefgh", "max_tokens": 64, "ignore_eos": True, "temperature": 0}
+    body["model"] = NAME
     for _ in range(3):
         assert post(smart_server, "/v1/completions", json=body).status_code == 200
     assert smart_server.idle()
@@ -53,41 +54,39 @@ def test_counts_are_those_of_the_answers(smart_server: Running) -> None:
     def grew(name: str) -> float:
         return after[name] - before.get(name, 0.0)
 
-    assert grew("generation_tokens_total") == 3 * 64 and grew("prompt_tokens_total") == 3 * 8
+    assert grew("generation_tokens_total") == 3 * 64
+    assert grew("prompt_tokens_total") == 3 * 8
     assert grew('request_success_total[finished_reason="length"]') == 3
-    for name in (
-        "time_to_first_token_seconds",
-        "time_per_output_token_seconds",
-        "e2e_request_latency_seconds",
-    ):
-        assert grew(f"{name}_count") == 3 and grew(f"{name}_sum") > 0
+    for name in HISTOGRAMS:
+        assert grew(f"{name}_count") == 3
+        assert grew(f"{name}_sum") > 0
         buckets = [value for key, value in after.items() if key.startswith(f"{name}_bucket")]
-        assert buckets == sorted(buckets) and buckets[-1] == after[f"{name}_count"]
-    assert (
-        after["num_requests_running"]
-        == after["num_requests_waiting"]
-        == after["kv_cache_usage_perc"]
-        == 0
-    )
-    drafted, accepted = (
-        grew("spec_decode_num_draft_tokens_total"),
-        grew("spec_decode_num_accepted_tokens_total"),
-    )
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == after[f"{name}_count"]
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert after[name] == 0
+    drafted = grew("spec_decode_num_draft_tokens_total")
+    accepted = grew("spec_decode_num_accepted_tokens_total")
     assert 0 <= accepted <= drafted <= grew("spec_decode_num_proposed_tokens_total")
-    assert (
-        grew("rounds_total") + accepted >= 3 * 64
-    )  # every round of one request yields its path and a token
-    assert grew("rounds_total") <= 3 * 64 and grew("drafting_rounds_total") <= grew("rounds_total")
+    # Every round of one request yields its path and a token.
+    assert grew("rounds_total") + accepted >= 3 * 64
+    assert grew("rounds_total") <= 3 * 64
+    assert grew("drafting_rounds_total") <= grew("rounds_total")
     assert grew("verify_rows_total") >= grew("rounds_total")
     assert 0 < grew("controller_seconds_total") < grew("round_seconds_total")
     assert 0.02 < grew("predicted_round_seconds_total") / grew("checked_round_seconds_total") < 50
-    assert after["speedup_estimate"] > 0 and 0 <= after["speculation_off_share"] <= 1
+    assert after["speedup_estimate"] > 0
+    assert 0 <= after["speculation_off_share"] <= 1
 
 
 def test_drafts_are_the_requests_whose_nodes_are_verified(load: Any) -> None:
     """And nodes beyond the end of an answer are not accepted."""
-    llm, metrics = load(speculative_config={"method": "ngram", "policy": "static"}), Metrics(NAME)
-    engine, drafts, walked, requests = llm.engine, 0, 0, []
+    llm = load(speculative_config={"method": "ngram", "policy": "static"})
+    metrics = Metrics(NAME)
+    engine = llm.engine
+    drafts = 0
+    walked = 0
+    requests = []
     metrics.start(llm)
     for end in range(
         20, 30

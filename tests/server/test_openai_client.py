@@ -69,13 +69,16 @@ def test_a_chat_stream_is_the_answer_in_pieces(client: openai.OpenAI, plain: LLM
         "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted.outputs[0].text
     )
     assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"]
-    assert len(chunks) > 5 and all(chunk.usage is None for chunk in chunks)
-    assert last.choices == [] and last.usage.completion_tokens == len(wanted.outputs[0].token_ids)
+    assert len(chunks) > 5
+    assert all(chunk.usage is None for chunk in chunks)
+    assert last.choices == []
+    assert last.usage.completion_tokens == len(wanted.outputs[0].token_ids)
     assert len({chunk.id for chunk in (*chunks, last)}) == 1
 
 
 def test_completions_of_several_prompts_and_samples(client: openai.OpenAI, plain: LLM) -> None:
-    prompts, params = ["one two", "three"], {"temperature": 1.0, "seed": 3, "max_tokens": 9, "n": 2}
+    prompts = ["one two", "three"]
+    params = {"temperature": 1.0, "seed": 3, "max_tokens": 9, "n": 2}
     answer = client.completions.create(model=NAME, prompt=prompts, **params)
     wanted = [
         o.text for out in plain.generate(prompts, SamplingParams(**params)) for o in out.outputs
@@ -107,10 +110,8 @@ def test_stop_bias_and_penalties_reach_the_engine(client: openai.OpenAI, plain: 
     text = expected(plain, "abc", **params)
     stop = text[4:6]
     answer = client.completions.create(model=NAME, prompt="abc", stop=[stop], **params)
-    assert (
-        answer.choices[0].text == text[: text.index(stop)]
-        and answer.choices[0].finish_reason == "stop"
-    )
+    assert answer.choices[0].text == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
     biased = client.completions.create(model=NAME, prompt="abc", logit_bias={"65": 100}, **params)
     assert biased.choices[0].text == plain.tokenizer.decode([65]) * 20
     more = {"presence_penalty": 1.5, "frequency_penalty": 1.0}
@@ -126,9 +127,8 @@ def test_logprobs_of_chat_and_completions(client: openai.OpenAI, plain: LLM) -> 
     assert got.token_logprobs == pytest.approx(
         [e.logprob for e in wanted.outputs[0].logprobs], abs=1e-4
     )
-    assert len(got.tokens) == len(got.text_offset) == 6 and all(
-        1 <= len(top) <= 2 for top in got.top_logprobs
-    )
+    assert len(got.tokens) == len(got.text_offset) == 6
+    assert all(1 <= len(top) <= 2 for top in got.top_logprobs)
     stream = client.chat.completions.create(
         model=NAME, messages=MESSAGES, logprobs=True, top_logprobs=3, stream=True, **params
     )
@@ -138,12 +138,11 @@ def test_logprobs_of_chat_and_completions(client: openai.OpenAI, plain: LLM) -> 
         if chunk.choices[0].logprobs
         for e in chunk.choices[0].logprobs.content
     ]
-    assert len(entries) == 6 and all(len(e.top_logprobs) == 3 for e in entries)
+    assert len(entries) == 6
+    assert all(len(e.top_logprobs) == 3 for e in entries)
     for entry in entries:  # greedy: the drawn token is the likeliest
-        assert (
-            entry.logprob == pytest.approx(entry.top_logprobs[0].logprob, abs=1e-5)
-            and entry.logprob <= 0
-        )
+        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob, abs=1e-5)
+        assert entry.logprob <= 0
         assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
 
 
@@ -154,7 +153,8 @@ def test_the_drawn_token_is_always_among_the_top_logprobs(client: openai.OpenAI,
     )
     got = answer.choices[0].logprobs
     for token, value, likely in zip(got.tokens, got.token_logprobs, got.top_logprobs, strict=True):
-        assert likely[token] == value and len(likely) <= top + 1
+        assert likely[token] == value
+        assert len(likely) <= top + 1
     assert top == 0 or any(len(likely) == 2 for likely in got.top_logprobs)
 
 
@@ -234,7 +234,8 @@ def test_what_is_not_supported_is_refused(client: openai.OpenAI) -> None:
             client.chat.completions.create(
                 **{"model": NAME, "messages": MESSAGES, "max_tokens": 1, **options}
             )
-        assert error.value.body["message"] and error.value.body["type"] == "invalid_request_error"
+        assert error.value.body["message"]
+        assert error.value.body["type"] == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="reads text only"):
         client.chat.completions.create(model=NAME, messages=picture)
     neutral = {

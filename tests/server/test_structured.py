@@ -48,7 +48,8 @@ TOOLS: list[Any] = [
 ]
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 QWEN = (
-    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools> as <tool_call>{% endif %}"
+    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>"
+    " as <tool_call>{% endif %}"
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls %}"
     "<tool_call>{{ c.function.arguments | tojson }}</tool_call>{% endfor %}{% endfor %}"
 )
@@ -62,8 +63,10 @@ def client(running: Running) -> Iterator[openai.OpenAI]:
 
 def holds(text: str) -> dict[str, Any]:
     value = json.loads(text)
-    assert set(value) == {"city", "days", "tags"} and value["city"] in ("Paris", "Rome")
-    assert 1 <= value["days"] <= 99 and 1 <= len(value["tags"]) <= 3
+    assert set(value) == {"city", "days", "tags"}
+    assert value["city"] in ("Paris", "Rome")
+    assert 1 <= value["days"] <= 99
+    assert 1 <= len(value["tags"]) <= 3
     return value
 
 
@@ -81,16 +84,15 @@ def accepted(running: Running) -> int:
 def test_a_schema_is_kept_to_and_the_tokens_are_plain_decodings(
     running: Running, client: openai.OpenAI, plain: LLM, temperature: float
 ) -> None:
-    before, params = accepted(running), {"temperature": temperature, "seed": 4, "max_tokens": 400}
+    before = accepted(running)
+    params = {"temperature": temperature, "seed": 4, "max_tokens": 400}
     answer = client.chat.completions.create(
         model=NAME, messages=MESSAGES, response_format=JSON_SCHEMA, **params
     )
     structure = StructuredOutputsParams(json=SCHEMA)
     (wanted,) = plain.chat(MESSAGES, SamplingParams(**params, structured_outputs=structure))
-    assert (
-        answer.choices[0].message.content == wanted.outputs[0].text
-        and answer.choices[0].finish_reason == "stop"
-    )
+    assert answer.choices[0].message.content == wanted.outputs[0].text
+    assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens == len(wanted.outputs[0].token_ids)
     holds(answer.choices[0].message.content)
     stream = client.chat.completions.create(
@@ -162,29 +164,31 @@ def test_tool_calls_streamed_and_not(client: openai.OpenAI, choice: Any) -> None
         "parallel_tool_calls": False,
     }
     answer = client.chat.completions.create(**ask).choices[0]
-    assert answer.finish_reason == "tool_calls" and answer.message.content is None
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.content is None
     (call,) = answer.message.tool_calls
-    assert call.type == "function" and call.id.startswith("call_")
+    assert call.type == "function"
+    assert call.id.startswith("call_")
     if call.function.name == "weather":
         holds(call.function.arguments)
     else:
-        assert choice == "required" and (
-            call.function.name,
-            json.loads(call.function.arguments),
-        ) == ("now", {})
-    name, arguments, reasons = "", "", []
+        assert choice == "required"
+        assert call.function.name == "now"
+        assert json.loads(call.function.arguments) == {}
+    name = ""
+    arguments = ""
+    reasons = []
     for chunk in client.chat.completions.create(**ask, stream=True):
         (piece,) = chunk.choices
         assert not piece.delta.content
         reasons += [piece.finish_reason] if piece.finish_reason else []
         for part in piece.delta.tool_calls or ():
-            assert part.index == 0 and bool(part.id) == bool(part.function.name) == (not name)
-            name, arguments = name + (part.function.name or ""), arguments + part.function.arguments
-    assert (name, arguments, reasons) == (
-        call.function.name,
-        call.function.arguments,
-        ["tool_calls"],
-    )
+            assert part.index == 0
+            assert bool(part.id) == bool(part.function.name) == (not name)
+            name += part.function.name or ""
+            arguments += part.function.arguments
+    assert (name, arguments) == (call.function.name, call.function.arguments)
+    assert reasons == ["tool_calls"]
 
 
 def test_several_calls_and_several_answers(client: openai.OpenAI) -> None:
@@ -199,9 +203,8 @@ def test_several_calls_and_several_answers(client: openai.OpenAI) -> None:
         max_tokens=250,
     )
     counts = [len(choice.message.tool_calls) for choice in answer.choices]
-    assert max(counts) > 1 and len(
-        {call.id for c in answer.choices for call in c.message.tool_calls}
-    ) == sum(counts)
+    assert max(counts) > 1
+    assert len({call.id for c in answer.choices for call in c.message.tool_calls}) == sum(counts)
 
 
 def test_auto_and_none_may_answer_with_text(client: openai.OpenAI, plain: LLM) -> None:
@@ -210,12 +213,11 @@ def test_auto_and_none_may_answer_with_text(client: openai.OpenAI, plain: LLM) -
         model=NAME, messages=MESSAGES, tools=TOOLS, tool_choice="none", **params
     )
     (wanted,) = plain.chat(MESSAGES, SamplingParams(**params))
-    assert (
-        none.choices[0].message.content == wanted.outputs[0].text
-        and none.choices[0].message.tool_calls is None
-    )
+    assert none.choices[0].message.content == wanted.outputs[0].text
+    assert none.choices[0].message.tool_calls is None
     auto = client.chat.completions.create(model=NAME, messages=MESSAGES, tools=TOOLS, **params)
-    assert auto.choices[0].finish_reason == "length" and auto.choices[0].message.content
+    assert auto.choices[0].finish_reason == "length"
+    assert auto.choices[0].message.content
     assert auto.usage.prompt_tokens > none.usage.prompt_tokens  # the tools are in it
 
 
@@ -249,20 +251,19 @@ def test_what_the_grammar_lets_pass(running: Running) -> None:
         CALL.replace("{}", '{"a":1}'),
     ):
         assert not takes(running, text), text
-    assert takes(running, CALL, tool_choice="required") and not takes(
-        running, "no", tool_choice="required"
-    )
+    assert takes(running, CALL, tool_choice="required")
+    assert not takes(running, "no", tool_choice="required")
     one = {"parallel_tool_calls": False}
-    assert takes(running, CALL, **one) and not takes(running, f"{CALL}\n{CALL}", **one)
+    assert takes(running, CALL, **one)
+    assert not takes(running, f"{CALL}\n{CALL}", **one)
     named = {"tool_choice": {"type": "function", "function": {"name": "weather"}}}
-    assert takes(running, weather, **named) and not takes(running, CALL, **named)
+    assert takes(running, weather, **named)
+    assert not takes(running, CALL, **named)
     assert not takes(running, f"{weather}\n{weather}", **named)
     form = {"response_format": {"type": "json_object"}}
-    assert (
-        takes(running, '{"a": 1}', **form)
-        and takes(running, CALL, **form)
-        and not takes(running, "a", **form)
-    )
+    assert takes(running, '{"a": 1}', **form)
+    assert takes(running, CALL, **form)
+    assert not takes(running, "a", **form)
     assert not takes(running, "{" + " " * 41 + "}", **form)  # blanks are bounded
 
 
@@ -270,7 +271,9 @@ def test_what_the_grammar_lets_pass(running: Running) -> None:
 def test_reading_calls_from_text_in_any_pieces(size: int) -> None:
     arguments = '{"a": "}\\n</tool_call>", "b": [{}\n]}'
     text = f"Well <tool\n{CALL}\n{CALL.replace('{}', arguments)}"
-    reader, content, calls = ToolText(), "", []
+    reader = ToolText()
+    content = ""
+    calls = []
     for start in range(0, len(text), size):
         piece = text[start : start + size]
         more, found = reader.feed(piece, start + size >= len(text))
@@ -280,7 +283,8 @@ def test_reading_calls_from_text_in_any_pieces(size: int) -> None:
                 calls.append(["", ""])
             calls[part["index"]][0] += part["function"].get("name", "")
             calls[part["index"]][1] += part["function"]["arguments"]
-    assert content == "Well <tool\n" and reader.complete
+    assert content == "Well <tool\n"
+    assert reader.complete
     assert calls == [["now", "{}"], ["now", arguments]]
 
 
@@ -289,11 +293,9 @@ def test_an_answer_that_is_cut_keeps_what_it_has() -> None:
     assert reader.feed("a <tool_c", True) == ("a <tool_c", [])
     reader = ToolText()
     content, (call,) = reader.feed(CALL[:-13], True)
-    assert (
-        content == ""
-        and call["function"] == {"name": "now", "arguments": "{}}"}
-        and not reader.complete
-    )
+    assert content == ""
+    assert call["function"] == {"name": "now", "arguments": "{}}"}
+    assert not reader.complete
 
 
 def test_calls_and_results_go_back_to_the_model(running: Running, client: openai.OpenAI) -> None:
@@ -322,11 +324,10 @@ def test_calls_and_results_go_back_to_the_model(running: Running, client: openai
     prompt = running.llm.tokenizer.decode(
         chat_prompt(running.llm, messages, [Tool.model_validate(TOOLS[1])]).tokens, False
     )
-    assert prompt.startswith("system: You can call functions.") and '"name": "now"' in prompt
-    assert (
-        "<tool_response>\nsunny\n</tool_response>" in prompt
-        and f'{{"name": "{call.function.name}", ' in prompt
-    )
+    assert prompt.startswith("system: You can call functions.")
+    assert '"name": "now"' in prompt
+    assert "<tool_response>\nsunny\n</tool_response>" in prompt
+    assert f'{{"name": "{call.function.name}", ' in prompt
 
 
 def test_results_of_tools_and_what_is_said_then_are_one_turn() -> None:
@@ -353,11 +354,9 @@ def test_results_of_tools_and_what_is_said_then_are_one_turn() -> None:
 def test_a_template_that_knows_tools_is_given_them(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert (
-        speaks_our_form(QWEN)
-        and not speaks_our_form(QWEN + "<function=")
-        and not speaks_our_form("{{ messages }}")
-    )
+    assert speaks_our_form(QWEN)
+    assert not speaks_our_form(QWEN + "<function=")
+    assert not speaks_our_form("{{ messages }}")
     monkeypatch.setattr(running.llm.tokenizer, "template", QWEN)
     call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}}
     history = [
@@ -557,7 +556,7 @@ def test_what_cannot_be_kept_to_is_refused(
     )
     assert response.status_code == 400, response.text
     error = response.json()["error"]
-    assert (
-        words in error["message"] and "\n" not in error["message"] and len(error["message"]) < 500
-    )
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 500
     assert running.idle()

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.bench import report
-from smart_decoding.bench.arguments import add_allow_slow, shares, whole_numbers, words
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.presets import PRESETS
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.bench.results import Results
+from smart_decoding.cli.arguments import add_allow_slow, shares, whole_numbers, words
 from smart_decoding.cli.report import add_output_arguments, write_outputs
 
 MOVED = (
@@ -50,8 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> Any:
-    """What the laboratory's `bench` has, too; returns the group of presets. What is not given stays
-    unset: a preset's value counts then, or BenchOptions'."""
+    """What the laboratory's `bench` has, too; returns the group of presets.
+
+    What is not given stays unset: a preset's value counts then, or BenchOptions'.
+    """
     parser.argument_default = argparse.SUPPRESS
     default = BenchOptions()
     preset = parser.add_mutually_exclusive_group()
@@ -88,7 +90,8 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
         "--policy-options",
         action="append",
         metavar="POLICY:K=V,...",
-        help="one setting of a policy; may be repeated. method= and model= give it a drafter of its own",
+        help="one setting of a policy; may be repeated. method= and model= give it a drafter of "
+        "its own",
     )
     add("--method", help="drafter (default: the model's own)")
     add(
@@ -162,9 +165,8 @@ def options_of(
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
     options = options_of(args)
-    from smart_decoding.models.kernel_check import (
-        require_kernels,  # torch is slow to import: options come first
-    )
+    # torch is slow to import: options come first.
+    from smart_decoding.models.kernel_check import require_kernels
     from smart_decoding.models.target import device_of
 
     require_kernels(device_of(options.device), options.allow_slow)

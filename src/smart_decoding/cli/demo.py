@@ -1,5 +1,4 @@
-"""`smart demo`: the default model answers through speculative trees; its last trees; the measured
-speedup."""
+"""`smart demo`: the default model answers, its last trees, and the measured speedup."""
 
 from __future__ import annotations
 
@@ -12,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench.arguments import add_allow_slow
+from smart_decoding.cli.arguments import add_allow_slow
 from smart_decoding.cli.run import chat_prompt
-from smart_decoding.core.tree_picture import draw_tree, legend, scored, wants_colour
+from smart_decoding.core.tree_picture import TreeStyle, draw_tree, legend, scored, wants_colour
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models.registry import DEFAULT_MODEL
 
@@ -24,16 +23,17 @@ if TYPE_CHECKING:
 
 PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, and explain it.",
-    "A shop sells pens at 3 dollars each. How much do 12 pens cost with a discount of 10 percent? Think step by step.",
+    "A shop sells pens at 3 dollars each. How much do 12 pens cost with a discount of 10 percent? "
+    "Think step by step.",
 )
 ALTERNATIONS = 3
 _ROOT_TOKENS = 8  # of the text before a tree
 _WARM_UP = SamplingParams(temperature=0.0, max_tokens=8)
 NEXT = """what to try next:
-  smart run --stats "your question"                    ask it something
-  smart run --policy off --stats "your question"       the same answer, decoded plainly
-  smart run --temperature 0.8 --seed 1 "a question"    sampling, with the same tokens under every policy
-  smart bench --help                                   compare policies and batch sizes on benchmark prompts"""
+  smart run --stats "your question"                  ask it something
+  smart run --policy off --stats "your question"     the same answer, decoded plainly
+  smart run --temperature 0.8 --seed 1 "a question"  sampling: the same tokens under every policy
+  smart bench --help                                 compare policies on benchmark prompts"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +67,16 @@ def main(args: argparse.Namespace) -> None:
     print("\nmeasuring plain decoding and smart in turn ...", flush=True)
     plain = load(False, args.allow_slow)
     print(summary(*measure(plain, smart, params)))
-    weights = smart.provenance
-    print(
-        f"model: {weights.get('model', DEFAULT_MODEL)}, weights: {weights.get('weights', 'unknown')}\n\n{NEXT}"
-    )
+    model = smart.provenance.get("model", DEFAULT_MODEL)
+    weights = smart.provenance.get("weights", "unknown")
+    print(f"model: {model}, weights: {weights}\n\n{NEXT}")
 
 
 def load(speculative_config: dict[str, Any] | bool, allow_slow: bool) -> LLM:
-    """The default model for one request at a time. No prefix cache: a second pass must cost as much
-    as the first."""
+    """The default model for one request at a time.
+
+    No prefix cache: a second pass must cost as much as the first.
+    """
     from smart_decoding.llm import LLM
 
     return LLM(
@@ -112,25 +113,21 @@ def show_trees(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
     if not trees:
         print("no tree to show: every round was decoded plainly")
         return
-    colour = wants_colour(sys.stdout)
     print(f"the last {len(trees)} verified trees" if len(trees) > 1 else "the last verified tree")
     nodes = [tree.record.round.trees.take(tree.record.round.kept) for tree in trees]
     print(legend(all(scored(n, range(len(n))) for n in nodes)))
+
+    def text_of(token: int) -> str:
+        return llm.tokenizer.decode([token], False)
+
+    style = TreeStyle(text_of, colour=wants_colour(sys.stdout))
     for tree, drafted in zip(trees, nodes, strict=True):
         accepted = tree.record.acceptance
         assert accepted is not None  # a round with nodes has verified them
+        root = llm.tokenizer.decode(tree.before, False)
+        bonus_token = accepted.emitted[0][-1]
         print()
-        print(
-            draw_tree(
-                drafted,
-                0,
-                accepted.path[0],
-                lambda token: llm.tokenizer.decode([token], False),
-                root=llm.tokenizer.decode(tree.before, False),
-                bonus_token=accepted.emitted[0][-1],
-                colour=colour,
-            )
-        )
+        print(draw_tree(drafted, 0, accepted.path[0], style, root=root, bonus_token=bonus_token))
 
 
 def measure(plain: LLM, smart: LLM, params: SamplingParams) -> tuple[list[Timing], list[Timing]]:
@@ -151,12 +148,12 @@ def summary(plain: Sequence[Timing], smart: Sequence[Timing]) -> str:
     )
     same = all(timing.answers == plain[0].answers for timing in (*plain, *smart))
     figures = f"plain {speeds[0]:.1f} tok/s, smart {speeds[1]:.1f} tok/s, speedup {speedup:.2f}"
-    return f"{figures} (identical output: {'yes' if same else 'no, see: python -m smart_lab divergence'})"
+    identical = "yes" if same else "no, see: python -m smart_lab divergence"
+    return f"{figures} (identical output: {identical})"
 
 
 def _timed(llm: LLM, params: SamplingParams) -> Timing:
     start = time.perf_counter()
-    answers = [
-        llm.generate(chat_prompt(llm, prompt), params)[0].outputs[0].token_ids for prompt in PROMPTS
-    ]
+    outputs = [llm.generate(chat_prompt(llm, prompt), params)[0].outputs[0] for prompt in PROMPTS]
+    answers = [output.token_ids for output in outputs]
     return Timing(sum(map(len, answers)) / (time.perf_counter() - start), answers)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The head, its target, the layout and where to write it."""
     parser.add_argument(
         "head", help="folder, hub id, or a built-in model whose head comes with this package"
     )
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Reads the head and writes it anew."""
     from smart_decoding.errors import ConfigError
     from smart_decoding.models.head_export import check_layout, write_head
     from smart_decoding.models.head_files import head_folder, load_head

@@ -1,5 +1,4 @@
-"""`smart info`: which CPU kernels run here and why, the machine, the models in the cache, versions.
-Loads no model."""
+"""`smart info`: the CPU kernels that run here, the machine, the cache, versions; loads no model."""
 
 from __future__ import annotations
 
@@ -70,8 +69,7 @@ def kernels() -> dict[str, Any]:
 
 
 def _refusal(variant: Any) -> str | None:
-    """Why a variant does not run; None if it does. The system may refuse what the CPU has, so it is
-    loaded."""
+    """Why a variant does not run, or None. It is loaded: the system may refuse what the CPU has."""
     from smart_decoding.kernels import library
 
     reason: str | None = variant.refusal()
@@ -85,8 +83,7 @@ def _refusal(variant: Any) -> str | None:
 
 
 def cache() -> dict[str, Any]:
-    """The cache of models and profiles, and the models in it and in the hub's own cache. Sizes in
-    bytes."""
+    """The cache of models and profiles and the hub's own cache, with their models; in bytes."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from smart_decoding.models.hub import cache_dir
@@ -129,11 +126,14 @@ def _version(package: str) -> str | None:
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
     """The same for people."""
-    of_kernels, machine, kept = found["kernels"], found["machine"], found["cache"]
+    of_kernels = found["kernels"]
+    machine = found["machine"]
+    kept = found["cache"]
     yield f"CPU kernels: {of_kernels['chosen'] or 'none'} ({of_kernels['why']})"
     for name, reason in of_kernels["variants"].items():
         yield f"  {name:<12} {reason or 'runs here'}"
-    yield f"CPU: {machine['cpu']} ({machine['machine']}), {machine['cores']} of {machine['cpus']} CPUs usable"
+    usable = f"{machine['cores']} of {machine['cpus']} CPUs usable"
+    yield f"CPU: {machine['cpu']} ({machine['machine']}), {usable}"
     yield f"threads: {machine['threads']} (torch's)"
     yield f"memory: {machine['memory_gib'] or 'unknown'} GiB"
     yield f"GPU: {machine['gpu'] or 'none'}"
@@ -143,12 +143,12 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"hub's cache: {kept['hub']['path']}"
     for name in kept["hub"]["models"]:
         yield f"  {name}"
-    yield "versions: " + ", ".join(
-        f"{name} {version}" for name, version in found["versions"].items()
-    )
-    yield "optional: " + ", ".join(
-        f"{name} {version or 'absent'}" for name, version in found["optional"].items()
-    )
+    yield f"versions: {_listed(found['versions'])}"
+    yield f"optional: {_listed(found['optional'])}"
+
+
+def _listed(versions: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
 
 
 def _readable(size: int) -> str:

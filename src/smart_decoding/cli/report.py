@@ -30,6 +30,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The results to draw, and what to write."""
     parser.add_argument(
         "results",
         type=Path,
@@ -65,8 +66,7 @@ def write_outputs(results: Results, html: Path | None, plots: Path | None) -> No
 def write_drawings(
     page: str, figures: Sequence[Figure], html: Path | None, plots: Path | None
 ) -> None:
-    """Writes a page and plots of figures where they are wanted, says so, and which figures lack
-    data."""
+    """Writes a page and plots where they are wanted, says so, and which figures lack data."""
     from smart_decoding.bench.plots import write_plots
 
     if html is not None:

@@ -1,5 +1,4 @@
-"""`smart sglang-costs`: the costs that SMART's policy for SGLang reads, from what
-`sglang.bench_serving` measured."""
+"""`smart sglang-costs`: costs for SGLang's policy, from what `sglang.bench_serving` measured."""
 
 from __future__ import annotations
 
@@ -14,18 +13,25 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.files import whole
 from smart_decoding.integrations.sglang.costs import RoundCosts
 
-FIELDS = (
-    "concurrency",
-    "output_throughput",
-    "accept_length",
-)  # of a line of bench_serving's --output-file
+# Of a line of bench_serving's --output-file.
+FIELDS = ("concurrency", "output_throughput", "accept_length")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    runs = "bench_serving's --output-file of a server with so many steps (0: no speculation), a line for each load"
-    nodes = "for trees: each server's --speculative-num-draft-tokens less 1 (none: chains)"
-    parser.add_argument("runs", nargs="+", metavar="STEPS=FILE", help=runs)
-    parser.add_argument("--nodes", default="", metavar="STEPS=NODES,...", help=nodes)
+    """What was measured, and where the costs go."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="STEPS=FILE",
+        help="bench_serving's --output-file of a server with so many steps (0: no speculation), "
+        "a line for each load",
+    )
+    parser.add_argument(
+        "--nodes",
+        default="",
+        metavar="STEPS=NODES,...",
+        help="for trees: each server's --speculative-num-draft-tokens less 1 (none: chains)",
+    )
     parser.add_argument("--output", type=Path, default=Path("costs.json"), help="(costs.json)")
 
 
@@ -41,16 +47,14 @@ def main(args: argparse.Namespace) -> None:
         table["nodes"] = {steps: count(nodes) for steps, nodes in pairs}
         lacking = {k for row in seconds.values() for k in row} - {0, *table["nodes"]}
         if lacking:
-            raise ConfigError(
-                f"--nodes says nothing of {', '.join(map(str, sorted(lacking)))} steps"
-            )
+            steps_lacking = ", ".join(map(str, sorted(lacking)))
+            raise ConfigError(f"--nodes says nothing of {steps_lacking} steps")
     with whole(args.output) as part:
         part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         RoundCosts.load(part)
     for batch, row in table["seconds"].items():
-        print(
-            f"batch {batch}: " + ", ".join(f"{k} steps {1e3 * row[k]:.2f} ms" for k in sorted(row))
-        )
+        shown = ", ".join(f"{k} steps {1e3 * row[k]:.2f} ms" for k in sorted(row))
+        print(f"batch {batch}: {shown}")
 
 
 def pair(text: str, form: str) -> tuple[int, str]:
@@ -62,14 +66,14 @@ def pair(text: str, form: str) -> tuple[int, str]:
 
 
 def count(text: str) -> int:
+    """A number of steps or nodes."""
     if not text.strip().isdecimal():
         raise ConfigError(f"{text!r} is no number of steps or nodes")
     return int(text)
 
 
 def rounds(path: Path, steps: int) -> dict[int, float]:
-    """Batch size -> seconds of a round, from the lines of one file. A later line takes the place of
-    an earlier one."""
+    """Batch size -> seconds of a round, from the lines of one file; a later line wins."""
     found = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
@@ -84,19 +88,16 @@ def round_of(line: str, place: str, steps: int) -> tuple[int, float]:
     """(requests under way on average, rounded; seconds of a round) of one load."""
     try:
         measured: Mapping[str, Any] = json.loads(line)
-        concurrency, throughput = (
-            float(measured["concurrency"]),
-            float(measured["output_throughput"]),
-        )
+        concurrency = float(measured["concurrency"])
+        throughput = float(measured["output_throughput"])
         length = float(measured["accept_length"] or 1.0) if steps else 1.0
     except (ValueError, KeyError, TypeError) as error:
+        fields = ", ".join(FIELDS)
         raise ConfigError(
-            f"{place} is no line of sglang.bench_serving with {', '.join(FIELDS)}: {error}"
+            f"{place} is no line of sglang.bench_serving with {fields}: {error}"
         ) from error
-    if (
-        not all(math.isfinite(x) and x > 0 for x in (concurrency, throughput, length))
-        or concurrency < 0.5
-    ):
+    positive = all(math.isfinite(x) and x > 0 for x in (concurrency, throughput, length))
+    if not positive or concurrency < 0.5:
         raise ConfigError(f"{place}: {', '.join(FIELDS)} must be positive")
     if steps and length <= 1.0:
         raise ConfigError(f"{place}: no draft was accepted, as if the server did not speculate")

@@ -11,12 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench.arguments import add_allow_slow
+from smart_decoding.cli.arguments import add_allow_slow
+from smart_decoding.errors import ConfigError
+from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
     from smart_decoding.models.head_files import HeadFiles
+    from smart_decoding.models.loading import Checkpoint
     from smart_decoding.training.generate import PictureTurn
+    from smart_decoding.training.train import TrainOptions
 
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 
@@ -31,148 +35,152 @@ class _Renamed(argparse.Action):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--taps", nargs="?", action=_Renamed, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--model", default="smollm2-135m", help="the target: name, hub id, folder or GGUF file"
-    )
-    parser.add_argument(
+    """The options of `smart train`."""
+    add = parser.add_argument
+    add("--taps", nargs="?", action=_Renamed, help=argparse.SUPPRESS)
+    add("--model", default=DEFAULT_MODEL, help="the target: name, hub id, folder or GGUF file")
+    add(
         "--output",
         type=Path,
         required=True,
         help="folder of the head; an unfinished one is resumed",
     )
-    parser.add_argument(
-        "--data", type=Path, help="folder of the conversations (default: OUTPUT/data)"
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=1_000_000, help="tokens that the target writes"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=2400, help="training time in all, over resumed runs"
-    )
-    parser.add_argument(
-        "--draft-vocab", type=int, default=8192, help="output rows of the head: frequent tokens"
-    )
-    parser.add_argument(
-        "--aux-layers",
-        help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)",
-    )
-    parser.add_argument(
-        "--init", help="a head to start from, in any layout: folder, hub id, or built-in model"
-    )
-    parser.add_argument(
-        "--trust-pickle", action="store_true", help="the head of --init may be pickled"
-    )
-    parser.add_argument(
-        "--export",
-        choices=("eagle3", "speculators", "eagle"),
-        help="write the head in this layout (default: --init's)",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    add_allow_slow(parser)
-    parser.add_argument(
-        "--skip-generation", action="store_true", help="train on the conversations that are there"
-    )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="PATH",
-        help="converse about images, with a model that sees: a folder of them, or a JSONL file whose lines are "
-        '{"image": FILE, "question": TEXT}',
-    )
-    parser.add_argument(
-        "--visual-positions",
-        choices=("dropped", "decoupled"),
-        help="what the head reads of pictures: nothing, or their embeddings in place of tokens' (default: as --init)",
-    )
-    parser.add_argument(
+    _add_data(parser.add_argument_group("conversations"))
+    _add_head(parser.add_argument_group("head"))
+    add("--seconds", type=float, default=2400, help="training time in all, over resumed runs")
+    add(
         "--prior-prompts",
         type=int,
         default=60,
         help="held-out prompts that the prior is learned on",
     )
-    parser.add_argument(
+    add("--seed", type=int, default=0)
+    add_allow_slow(parser)
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--data", type=Path, help="folder of the conversations (default: OUTPUT/data)")
+    add("--tokens", type=int, default=1_000_000, help="tokens that the target writes")
+    add("--skip-generation", action="store_true", help="train on the conversations that are there")
+    add(
+        "--images",
+        type=Path,
+        metavar="PATH",
+        help="converse about images, with a model that takes them: a folder of them, or a JSONL "
+        'file whose lines are {"image": FILE, "question": TEXT}',
+    )
+    add(
         "--without-tasks",
         default="",
         help="leave out what shares eight words with a prompt of these bench tasks",
     )
 
 
+def _add_head(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--draft-vocab", type=int, default=8192, help="output rows of the head: frequent tokens")
+    add(
+        "--aux-layers",
+        help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)",
+    )
+    add("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
+    add("--trust-pickle", action="store_true", help="the head of --init may be pickled")
+    add(
+        "--export",
+        choices=("eagle3", "speculators", "eagle"),
+        help="write the head in this layout (default: --init's)",
+    )
+    add(
+        "--visual-positions",
+        choices=("dropped", "decoupled"),
+        help="what the head reads of pictures: nothing, or their embeddings in place of tokens' "
+        "(default: as --init)",
+    )
+
+
 def main(args: argparse.Namespace) -> int:
+    """Has the conversations written, trains the head, learns its prior."""
     from smart_decoding.core.policies.common import require_int
-    from smart_decoding.errors import ConfigError
-    from smart_decoding.models.head_export import layout_of
-    from smart_decoding.models.kernel_check import require_kernels, require_served
-    from smart_decoding.models.loading import load_checkpoint
-    from smart_decoding.models.target import device_of
-    from smart_decoding.training.conversations import recorded_layers
     from smart_decoding.training.prior import learn_prior, picture_turns
-    from smart_decoding.training.train import Trainer, TrainOptions
+    from smart_decoding.training.conversations import recorded_layers
+    from smart_decoding.training.train import Trainer
 
     _use_huge_pages()
     turns = _turns(args.images) if args.images is not None else None
-    device = device_of(
-        "auto"
-    )  # where LLM will run, to write conversations and at the end for the prior
+    checkpoint = _target(args)
+    keep = _without(checkpoint, args.without_tasks.split(",")) if args.without_tasks else None
+    init = _initial(args, checkpoint.config) if args.init else None
+    options = _train_options(args, checkpoint.config.layers, init)
+    require_int("tokens", args.tokens, 1, 1 << 40)
+    require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
+    data = args.data or args.output / "data"
+    if not args.skip_generation:
+        layers = recorded_layers(options.aux_layers, checkpoint.config.layers)
+        _generate(args, layers, data, turns[0] if turns else None)
+    trainer = Trainer(checkpoint, data, args.output, options, keep, init)
+    figures: dict[str, Any] = trainer.run()
+    held_out: Sequence[Any]
+    if turns is None:
+        held_out = trainer.held_out_prompts()
+    else:
+        _write_visual_positions(args.output / "config.json", options.supports_images)
+        held_out = picture_turns(turns[1], args.prior_prompts)
+    print(json.dumps(figures, indent=1))
+    learn_prior(args.model, args.output, held_out[: args.prior_prompts], allow_slow=args.allow_slow)
+    config = json.dumps({"method": "eagle", "model": str(args.output)})
+    print(f"the head is in {args.output}: LLM(..., speculative_config={config})")
+    return 0
+
+
+def _target(args: argparse.Namespace) -> Checkpoint:
+    """The model to train a head for, once it is known that it can run here."""
+    from smart_decoding.models.kernel_check import require_kernels, require_served
+    from smart_decoding.models.loading import load_checkpoint
+    from smart_decoding.models.target import device_of
+
+    device = device_of("auto")  # where LLM will run, for the conversations and for the prior
     require_kernels(device, args.allow_slow)
     checkpoint = load_checkpoint(
         args.model, lambda config: require_served(config, device, args.allow_slow)
     )
-    if turns is not None and checkpoint.vision is None:
+    if args.images is not None and checkpoint.vision is None:
         raise ConfigError(
-            f"--images needs a model that sees, and {args.model} reads text only (docs/vision.md)"
+            f"--images needs a model that takes images, and {args.model} reads text only "
+            "(docs/vision.md)"
         )
-    keep = (
-        _without(checkpoint.tokenizer_source, args.without_tasks.split(","))
-        if args.without_tasks
-        else None
-    )
-    layers = checkpoint.config.layers
-    init = _initial(args, checkpoint.config) if args.init else None
-    aux_layers = init.aux_layers if init else _aux_layers(args.aux_layers, layers)
+    return checkpoint
+
+
+def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None) -> TrainOptions:
+    """layers: the target's. Raises ConfigError for what contradicts itself."""
+    from smart_decoding.models.head_export import layout_of
+    from smart_decoding.training.train import TrainOptions
+
     layout = args.export or (layout_of(init) if init else "smart")
     if layout == "eagle" and not init:
         raise ConfigError("--export eagle needs an EAGLE-1/2 head to start from: give --init")
-    sees = (
-        args.visual_positions == "decoupled"
-        if args.visual_positions
-        else init is not None and init.supports_images
-    )
-    if sees and turns is None:  # what is read of pictures would not be written down
-        raise ConfigError("a head that sees needs conversations about pictures: give --images")
-    require_int("tokens", args.tokens, 1, 1 << 40)
-    require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
-    options = TrainOptions(
-        aux_layers,
+    supports_images = init is not None and init.sees
+    if args.visual_positions:
+        supports_images = args.visual_positions == "decoupled"
+    if (
+        supports_images and args.images is None
+    ):  # what is read of pictures would not be written down
+        raise ConfigError(
+            "a head that reads pictures needs conversations about them: give --images"
+        )
+    return TrainOptions(
+        init.aux_layers if init else _aux_layers(args.aux_layers, layers),
         args.seconds,
         args.draft_vocab,
         seed=args.seed,
         layout=layout,
-        supports_images=sees,
+        supports_images=supports_images,
     )
-    data = args.data or args.output / "data"
-    if not args.skip_generation:
-        _generate(args, recorded_layers(aux_layers, layers), data, turns[0] if turns else None)
-    trainer = Trainer(checkpoint, data, args.output, options, keep, init)
-    figures: dict[str, Any] = trainer.run()
-    if turns is not None:
-        _says_what_is_read_of_pictures(args.output / "config.json", sees)
-    print(json.dumps(figures, indent=1))
-    held_out = (
-        picture_turns(turns[1], args.prior_prompts)
-        if turns is not None
-        else trainer.held_out_prompts()
-    )
-    learn_prior(args.model, args.output, held_out[: args.prior_prompts], allow_slow=args.allow_slow)
-    print(
-        f'the head is in {args.output}: LLM(..., speculative_config={{"method": "eagle", "model": "{args.output}"}})'
-    )
-    return 0
 
 
 def _turns(images: Path) -> tuple[PictureTurn, PictureTurn]:
-    """What draws a conversation about an image: one to train on, one that the prior is learned
-    on."""
+    """What draws a conversation about an image: one to train on, one to learn the prior on."""
     from smart_decoding.training.seeds import held_out, image_turn, read_questions
 
     train, kept = held_out(read_questions(images))
@@ -181,7 +189,6 @@ def _turns(images: Path) -> tuple[PictureTurn, PictureTurn]:
 
 def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
     """The head to start from, once it is known that it can be trained and written."""
-    from smart_decoding.errors import ConfigError
     from smart_decoding.models.head_export import check_layout, layout_of
     from smart_decoding.models.head_files import head_folder, load_head
     from smart_decoding.speculation import shipped_head
@@ -189,13 +196,11 @@ def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
 
     if args.aux_layers:
         raise ConfigError(
-            "--aux-layers cannot be chosen with --init: the head reads the layers that it was trained on"
+            "--aux-layers cannot be chosen with --init: the head reads the layers that it was "
+            "trained on"
         )
-    files = load_head(
-        shipped_head(args.init) or head_folder(args.init, args.trust_pickle),
-        target,
-        args.trust_pickle,
-    )
+    folder = shipped_head(args.init) or head_folder(args.init, args.trust_pickle)
+    files = load_head(folder, target, args.trust_pickle)
     form_of(files)
     check_layout(files, args.export or layout_of(files))
     return files
@@ -222,41 +227,35 @@ def _generate(
     generate(llm, recorder, data, args.tokens, args.seed, turn)
 
 
-def _says_what_is_read_of_pictures(path: Path, sees: bool) -> None:
+def _write_visual_positions(path: Path, supports_images: bool) -> None:
+    """Adds to a head's config what it reads of pictures."""
     from smart_decoding.models.head_files import VISUAL_POSITIONS
 
     config = json.loads(path.read_text())
-    path.write_text(
-        json.dumps(config | {"visual_positions": VISUAL_POSITIONS[sees]}, indent=1) + "\n"
-    )
+    config["visual_positions"] = VISUAL_POSITIONS[supports_images]
+    path.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def _use_huge_pages() -> None:
-    """Starts the command anew with an allocator that keeps memory on huge pages: page faults take
-    half of a step."""
-    if (
-        sys.platform == "linux"
-        and Path(sys.argv[0]).name == "smart"
-        and "GLIBC_TUNABLES" not in os.environ
-    ):
+    """Starts the command anew with memory on huge pages: page faults take half of a step."""
+    is_command = sys.platform == "linux" and Path(sys.argv[0]).name == "smart"
+    if is_command and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
-def _without(tokenizer_source: Any, tasks: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-    """A filter that rejects conversations which share a run of eight words with a prompt of the
-    benchmark."""
+def _without(checkpoint: Checkpoint, tasks: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+    """Rejects conversations that share a run of eight words with a prompt of the benchmark."""
     from smart_decoding.bench.data import load_task
     from smart_decoding.bench.overlap import ngrams
     from smart_decoding.models.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(tokenizer_source)
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     taken = set().union(*(ngrams(prompt) for task in tasks for prompt in load_task(task)))
     return lambda tokens: taken.isdisjoint(ngrams(tokenizer.decode(list(tokens))))
 
 
 def _aux_layers(text: str | None, layers: int) -> tuple[int, ...]:
-    from smart_decoding.errors import ConfigError
 
     if text is None:
         return (max(1, layers // 8 + 1), layers // 2, layers)

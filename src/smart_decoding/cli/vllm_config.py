@@ -1,5 +1,4 @@
-"""`smart vllm-config`: measures your vLLM with and without speculation, and writes the option that
-vLLM takes."""
+"""`smart vllm-config`: measures your vLLM with and without speculation, and writes its option."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.arguments import whole_numbers
+from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import whole
 from smart_decoding.integrations.vllm import schedule
@@ -22,78 +21,62 @@ from smart_decoding.integrations.vllm.measure import Measured
 from smart_decoding.integrations.vllm.schedule import Timing
 
 NGRAM = '{"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 2}'
-CHOSEN = (
-    "num_speculative_tokens",
-    "num_speculative_tokens_per_batch_size",
-)  # what is found out here
-ONE_LENGTH = (
-    "suffix",
-    "medusa",
-    "ngram_gpu",
-)  # drafters that end vLLM if another length is scheduled than the longest
+# What is found out here.
+CHOSEN = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")
+# Drafters that end vLLM if another length is scheduled than the longest.
+ONE_LENGTH = ("suffix", "medusa", "ngram_gpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="as vLLM takes it: a hub id or a folder")
-    parser.add_argument(
+    """What is measured, how, and where the result goes."""
+    add = parser.add_argument
+    add("model", help="as vLLM takes it: a hub id or a folder")
+    add(
         "--speculative-config",
         type=_json,
         default=json.loads(NGRAM),
         metavar="JSON",
         help=f"vLLM's, without lengths ({NGRAM})",
     )
-    parser.add_argument(
+    add(
         "--engine-args",
         type=_json,
         default={},
         metavar="JSON",
         help='other arguments of vllm.LLM, such as {"tensor_parallel_size": 2} (none)',
     )
-    parser.add_argument(
-        "--lengths", type=whole_numbers, default=(1, 2, 4), help="draft lengths to try (1,2,4)"
+    _add_measurements(parser)
+    add(
+        "--check",
+        action="store_true",
+        help="then measure vLLM with the schedule against plain vLLM",
     )
-    parser.add_argument(
+    output = Path("vllm-speculative.json")
+    add("--output", type=Path, default=output, help=f"({output})")
+
+
+def _add_measurements(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--lengths", type=whole_numbers, default=(1, 2, 4), help="draft lengths to try (1,2,4)")
+    add(
         "--batch-sizes",
         type=whole_numbers,
         default=(1, 2, 4, 8, 16),
         help="to measure (1,2,4,8,16)",
     )
-    parser.add_argument(
-        "--prompts", type=Path, help="a prompt a line, text or JSON with 'prompt' (60 of ours)"
-    )
-    parser.add_argument("--max-tokens", type=int, default=128, help="of each answer (128)")
-    parser.add_argument(
-        "--blocks", type=int, default=4, help="measurements of each batch size and length (4)"
-    )
-    parser.add_argument(
+    add("--prompts", type=Path, help="a prompt a line, text or JSON with 'prompt' (60 of ours)")
+    add("--max-tokens", type=int, default=128, help="of each answer (128)")
+    add("--blocks", type=int, default=4, help="measurements of each batch size and length (4)")
+    add(
         "--together",
         action="store_true",
         help="load all engines at once and let them take turns: steadier, if they fit",
     )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="then measure vLLM with the schedule against plain vLLM",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("vllm-speculative.json"), help="(vllm-speculative.json)"
-    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures, prints the schedule with its reasons, writes it and, beside it, all that was
-    measured."""
-    given = sorted(set(CHOSEN) & set(args.speculative_config))
-    if given:
-        raise ConfigError(
-            f"--speculative-config is to be given without {' and '.join(given)}: that is measured here"
-        )
-    method = args.speculative_config.get("method")
-    if method in ONE_LENGTH:
-        instead = ": use SmartScheduler instead" if method == "suffix" else ""
-        raise ConfigError(f"vLLM's {method} drafting takes no schedule of several lengths{instead}")
-    if args.blocks < 1 or args.max_tokens < 2:
-        raise ConfigError("--blocks must be at least 1 and --max-tokens at least 2")
+    """Measures, prints the schedule with its reasons, writes it and all measurements."""
+    _check_arguments(args)
     prompts = read_prompts(args.prompts)
     if max(args.batch_sizes) > len(prompts):
         raise ConfigError(
@@ -101,7 +84,8 @@ def main(args: argparse.Namespace) -> int:
         )
     if find_spec("vllm") is None:
         raise ConfigError(
-            "vLLM is not installed here: install smart-decoding in vLLM's environment (docs/integrations.md)"
+            "vLLM is not installed here: install smart-decoding in vLLM's environment "
+            "(docs/integrations.md)"
         )
     measured, version = measure(args, prompts)
     choices = [schedule.choose(batch, timings) for batch, timings in sorted(measured.items())]
@@ -127,6 +111,22 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what cannot be measured."""
+    given = sorted(set(CHOSEN) & set(args.speculative_config))
+    if given:
+        raise ConfigError(
+            f"--speculative-config is to be given without {' and '.join(given)}: "
+            "that is measured here"
+        )
+    method = args.speculative_config.get("method")
+    if method in ONE_LENGTH:
+        instead = ": use SmartScheduler instead" if method == "suffix" else ""
+        raise ConfigError(f"vLLM's {method} drafting takes no schedule of several lengths{instead}")
+    if args.blocks < 1 or args.max_tokens < 2:
+        raise ConfigError("--blocks must be at least 1 and --max-tokens at least 2")
+
+
 def measure(
     args: argparse.Namespace, prompts: Sequence[str]
 ) -> tuple[dict[int, dict[int, Timing]], str]:
@@ -147,9 +147,10 @@ def measure(
 def check(
     args: argparse.Namespace, prompts: Sequence[str], config: Mapping[str, Any]
 ) -> dict[int, list[float]]:
-    """Prints and returns, by batch size, the speedup of vLLM with this config over plain vLLM and
-    its standard error: a drafter costs vLLM something in every step, also where the schedule says
-    that none are drafted."""
+    """Prints and returns, by batch size, the speedup over plain vLLM and its standard error.
+
+    A drafter costs vLLM something in every step, also where the schedule says that none is drafted.
+    """
     found, _ = run({0: None, int(config["num_speculative_tokens"]): config}, args, prompts)
     speedups = {batch: schedule.speedup(*timings.values()) for batch, timings in found.items()}
     for batch, (ratio, error) in speedups.items():
@@ -162,8 +163,10 @@ def run(
     args: argparse.Namespace,
     prompts: Sequence[str],
 ) -> tuple[dict[int, dict[int, Timing]], str]:
-    """({batch size: {length: timing}}, vLLM's version) of engines with these speculative configs,
-    by length; loaded at once, they take turns."""
+    """({batch size: {length: timing}}, vLLM's version) of engines with these configs, by length.
+
+    Loaded at once, they take turns.
+    """
     answers: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     version = ""
     with ExitStack() as stack:
@@ -179,9 +182,9 @@ def run(
         for batch, chosen in blocks(args, prompts):
             for length, engine in engines.items():
                 answers[batch, length].append(engine.run(chosen, args.max_tokens))
-    return {
-        b: {k: _timing(answers[b, k]) for k in configs} for b in sorted(set(args.batch_sizes))
-    }, version
+    batches = sorted(set(args.batch_sizes))
+    timings = {batch: {k: _timing(answers[batch, k]) for k in configs} for batch in batches}
+    return timings, version
 
 
 def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -193,13 +196,9 @@ def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[i
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """One per line that is not empty. Raises ConfigError for lines that look like JSON and have no
-    'prompt'."""
-    source = (
-        path
-        if path is not None
-        else resources.files("smart_decoding.bench") / "prompts_general.jsonl"
-    )
+    """One per line that is not empty. Raises ConfigError for JSON without 'prompt'."""
+    ours = resources.files("smart_decoding.bench") / "prompts_general.jsonl"
+    source = ours if path is None else path
     prompts = []
     for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip().startswith("{"):
@@ -213,12 +212,10 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def _timing(answers: Sequence[Mapping[str, Any]]) -> Timing:
-    drafted, accepted = (
-        sum(answer[name] for answer in answers) for name in ("drafted", "accepted")
-    )
-    return Timing(
-        [answer["seconds"] for answer in answers], answers[0]["tokens"], drafted, accepted
-    )
+    seconds = [answer["seconds"] for answer in answers]
+    drafted = sum(answer["drafted"] for answer in answers)
+    accepted = sum(answer["accepted"] for answer in answers)
+    return Timing(seconds, answers[0]["tokens"], drafted, accepted)
 
 
 def _write(path: Path, content: Any) -> None:

@@ -1,5 +1,4 @@
-"""A verified draft tree as text: branches, printable tokens, acceptance probabilities, and the path
-that was accepted.
+"""A verified draft tree as text: branches, tokens, acceptance probabilities, the accepted path.
 
     "The capital of"
     ├─● " France" 0.81
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
 import numpy as np
@@ -29,21 +29,40 @@ _RESET = "\x1b[0m"
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 
 
+@dataclass(frozen=True, slots=True)
+class TreeStyle:
+    """How nodes are written. text_of: a token's text; colour: with a terminal's escapes."""
+
+    text_of: TokenText
+    colour: bool = False
+
+    def node(self, accepted: bool, token: int, prob: float) -> str:
+        """A node's sign, text and probability."""
+        label = f"{'●' if accepted else '○'} {quoted(self.text_of(token))} {prob:.2f}"
+        return self._painted(label, _ACCEPTED if accepted else _REJECTED)
+
+    def bonus(self, token: int) -> str:
+        """The last line."""
+        return f"=> {self._painted(quoted(self.text_of(token)), _ACCEPTED)}"
+
+    def _painted(self, text: str, code: str) -> str:
+        return f"{code}{text}{_RESET}" if self.colour else text
+
+
 def draw_tree(
     trees: DraftTrees,
     owner: int,
     path: Sequence[int],
-    text_of: TokenText,
+    style: TreeStyle,
     *,
     root: str = "",
     bonus_token: int | None = None,
-    colour: bool = False,
 ) -> str:
-    """One request's tree. Siblings are ordered by `accept_prob`, or by the drafter's path
-    probability where the policy gave none.
+    """One request's tree.
 
-    path: indices of the accepted nodes; root: text before the tree; bonus_token: the target's token
-    after the path."""
+    Siblings are ordered by `accept_prob`, or by the drafter's path probability where the policy
+    gave none. path: indices of the accepted nodes; root: text before the tree.
+    """
     children: dict[int, list[int]] = {}
     for node in trees.nodes_of(owner):
         children.setdefault(int(trees.parent[node]), []).append(int(node))
@@ -55,48 +74,35 @@ def draw_tree(
         siblings = sorted(children.get(parent, []), key=lambda node: -float(prob[node]))
         for node in siblings:
             last = node == siblings[-1]
-            text = text_of(int(trees.token[node]))
-            label = _label(node in accepted, text, float(prob[node]), colour)
+            label = style.node(node in accepted, int(trees.token[node]), float(prob[node]))
             lines.append(f"{indent}{'└─' if last else '├─'}{label}")
             add(node, indent + ("  " if last else "│ "))
 
     add(ROOT, "")
     if bonus_token is not None:
-        lines.append(f"=> {_painted(quoted(text_of(bonus_token)), _ACCEPTED, colour)}")
+        lines.append(style.bonus(bonus_token))
     return "\n".join(lines)
 
 
 def quoted(text: str) -> str:
-    """`text` in double quotes, with everything a terminal would act on or not show written as an
-    escape."""
+    """`text` in double quotes; what a terminal would act on or not show becomes an escape."""
     return '"' + "".join(_printable(char) for char in text) + '"'
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether to colour output on `stream`: a terminal, and NO_COLOR (no-color.org) unset or
-    empty."""
+    """Whether to colour output on `stream`: a terminal, without NO_COLOR (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def legend(policy_scores: bool = True) -> str:
     """What the signs mean; `policy_scores`: whether the numbers are calibrated."""
-    calibrated = "calibrated probability of acceptance"
-    kind = calibrated if policy_scores else "the drafter's own probability"
-    return f"● accepted  ○ rejected  => bonus token; numbers: {kind} of the path"
+    kind = "calibrated probability of acceptance" if policy_scores else "the drafter's probability"
+    return f"● accepted  ○ rejected  => the bonus token; numbers: {kind} of the path"
 
 
 def scored(trees: DraftTrees, nodes: Collection[int]) -> bool:
     """Whether the policy gave all of `nodes` an acceptance probability."""
     return not np.isnan(trees.accept_prob[list(nodes)]).any()
-
-
-def _label(accepted: bool, text: str, prob: float, colour: bool) -> str:
-    label = f"{'●' if accepted else '○'} {quoted(text)} {prob:.2f}"
-    return _painted(label, _ACCEPTED if accepted else _REJECTED, colour)
-
-
-def _painted(text: str, code: str, colour: bool) -> str:
-    return f"{code}{text}{_RESET}" if colour else text
 
 
 def _printable(char: str) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smart_decoding.engine.stopping import Detokenizer
+from smart_decoding.server.jobs import Chunk
 from smart_decoding.server.tool_text import ToolText, whole_calls
-from smart_decoding.server.worker import Chunk
 
 TokenText = Callable[[int], str]
 Json = dict[str, Any]
@@ -24,14 +24,15 @@ class Usage:
     cached: dict[int, int] = field(default_factory=dict)  # by prompt
 
     def add(self, chunk: Chunk, n: int) -> None:
+        """Counts a chunk; n: answers to each prompt."""
         self.completion += len(chunk.tokens)
         if chunk.finish_reason:
             place = chunk.index // n
-            self.cached[place] = min(
-                self.cached.get(place, chunk.cached_tokens), chunk.cached_tokens
-            )
+            known = self.cached.get(place, chunk.cached_tokens)
+            self.cached[place] = min(known, chunk.cached_tokens)
 
     def json(self) -> Json:
+        """As OpenAI writes it."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -41,15 +42,20 @@ class Usage:
 
 
 class ChatForm:
-    """The shape of /v1/chat/completions. top: alternatives a token, or None without log
-    probabilities.
+    """The shape of /v1/chat/completions.
 
-    calls: whether the text may hold tool calls."""
+    top: alternatives a token, None without log probabilities; calls: whether the text may hold tool
+    calls.
+    """
 
-    prefix, whole, piece = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    prefix = "chatcmpl-"
+    whole = "chat.completion"
+    piece = "chat.completion.chunk"
 
     def __init__(self, text_of: TokenText, top: int | None, calls: bool = False) -> None:
-        self._text_of, self._top, self._calls = text_of, top, calls
+        self._text_of = text_of
+        self._top = top
+        self._calls = calls
         self._texts: dict[int, ToolText] = {}
 
     def opening(self, index: int) -> Json | None:
@@ -66,10 +72,15 @@ class ChatForm:
         content, calls, reason = self._read(chunk)
         if not (content or calls or reason or chunk.logprobs):
             return None
-        delta = ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
+        delta: Json = {}
+        if content:
+            delta["content"] = content
+        if calls:
+            delta["tool_calls"] = calls
         return self._choice(chunk, "delta", delta, reason)
 
     def choice(self, chunk: Chunk) -> Json:
+        """A whole answer."""
         content, calls, reason = self._read(chunk)
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -90,13 +101,8 @@ class ChatForm:
             return chunk.text, [], chunk.finish_reason
         text = self._texts.setdefault(chunk.index, ToolText())
         content, calls = text.feed(chunk.text, chunk.finish_reason is not None)
-        return (
-            content,
-            calls,
-            "tool_calls"
-            if chunk.finish_reason == "stop" and text.complete
-            else chunk.finish_reason,
-        )
+        called = chunk.finish_reason == "stop" and text.complete
+        return content, calls, "tool_calls" if called else chunk.finish_reason
 
     def _logprobs(self, chunk: Chunk) -> Json | None:
         if chunk.logprobs is None:
@@ -105,30 +111,27 @@ class ChatForm:
         for entry in chunk.logprobs:
             top = zip(entry.top_tokens[: self._top], entry.top_logprobs[: self._top], strict=True)
             alternatives = [self._token(int(token), float(value)) for token, value in top]
-            content.append(
-                {**self._token(entry.token, float(entry.logprob)), "top_logprobs": alternatives}
-            )
+            drawn = self._token(entry.token, float(entry.logprob))
+            content.append({**drawn, "top_logprobs": alternatives})
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> Json:
         text = self._text_of(token)
-        # A token that holds a part of a character has no text, and then its bytes are not known
-        # here either.
-        return {
-            "token": text,
-            "logprob": _finite(logprob),
-            "bytes": None if "\ufffd" in text else list(text.encode()),
-        }
+        # Of a token that is a part of a character, not even the bytes are known here.
+        as_bytes = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": _finite(logprob), "bytes": as_bytes}
 
 
 class Offsets:
     """Where the tokens of one answer begin in its text. reader: turns them into that text.
 
     A token inside a character begins where the character does; one that is not shown, where the
-    next one does."""
+    next one does.
+    """
 
     def __init__(self, reader: Detokenizer) -> None:
-        self._reader, self._length = reader, 0
+        self._reader = reader
+        self._length = 0
 
     def push(self, token: int) -> int:
         """The next token's offset."""
@@ -138,24 +141,32 @@ class Offsets:
 
 
 class CompletionForm:
-    """The shape of /v1/completions. top: alternatives a token; reader: makes what turns an answer's
-    tokens into text, by its index."""
+    """The shape of /v1/completions.
 
-    prefix, whole, piece = "cmpl-", "text_completion", "text_completion"
+    top: alternatives a token; reader: makes what turns an answer's tokens into text, by its index.
+    """
+
+    prefix = "cmpl-"
+    whole = "text_completion"
+    piece = "text_completion"
 
     def __init__(
         self, text_of: TokenText, top: int | None, reader: Callable[[int], Detokenizer]
     ) -> None:
-        self._text_of, self._top, self._reader = text_of, top, reader
+        self._text_of = text_of
+        self._top = top
+        self._reader = reader
         self._offsets: dict[int, Offsets] = {}
 
     def opening(self, index: int) -> Json | None:
-        return None
+        """None: an answer begins with its text."""
 
     def delta(self, chunk: Chunk) -> Json | None:
+        """What a chunk adds, or None if there is nothing to tell."""
         return self.choice(chunk) if chunk.text or chunk.finish_reason or chunk.logprobs else None
 
     def choice(self, chunk: Chunk) -> Json:
+        """A whole answer, or a part of it."""
         return {
             "index": chunk.index,
             "text": chunk.text,
@@ -171,13 +182,11 @@ class CompletionForm:
         texts = [self._text_of(entry.token) for entry in chunk.logprobs]
         values = [_finite(float(entry.logprob)) for entry in chunk.logprobs]
         offsets = [self._offsets[chunk.index].push(entry.token) for entry in chunk.logprobs]
-        tops = []
+        tops = []  # the drawn token is among them, however unlikely it was
         for entry, text, value in zip(chunk.logprobs, texts, values, strict=True):
             top = zip(entry.top_tokens[: self._top], entry.top_logprobs[: self._top], strict=True)
             likely = {self._text_of(int(token)): _finite(float(logprob)) for token, logprob in top}
-            tops.append(
-                likely | {text: value}
-            )  # the drawn token is told of however unlikely it was
+            tops.append(likely | {text: value})
         return {
             "tokens": texts,
             "token_logprobs": values,
@@ -196,6 +205,7 @@ def envelope(form: Form, job_id: str, model: str, whole: bool) -> Json:
 
 
 def in_order(choices: Sequence[Json]) -> list[Json]:
+    """Sorted by their index."""
     return sorted(choices, key=lambda choice: int(choice["index"]))
 
 

@@ -20,30 +20,33 @@ def _whole_characters(text: str) -> str:
 
 MAX_DEPTH = 64
 Token = Annotated[int, Field(ge=0)]
-FAST = Field(
-    fail_fast=True
-)  # of lists: one error is enough, and a body of nulls would make a million
+# Of lists: one error is enough, and a body of nulls would make a million.
+FAST = Field(fail_fast=True)
 Text = Annotated[str, AfterValidator(_whole_characters)]
 
 
 def check_json(value: Any) -> None:
-    """Raises ValueError for JSON that cannot be written out again: too deep, not finite, or no
-    text."""
-    level, depth = [value], 0
+    """Raises ValueError for JSON that cannot be written out again: too deep, infinite, no text."""
+    level = [value]
+    depth = 0
     while level:
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-        below = [each for each in level if isinstance(each, dict | list)]
-        level = [
-            child for each in below for child in (each.values() if isinstance(each, dict) else each)
+        below = [
+            each.values() if isinstance(each, dict) else each
+            for each in level
+            if isinstance(each, dict | list)
         ]
+        level = [child for children in below for child in children]
         depth += 1
     _whole_characters(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 class Body(BaseModel):
-    """A JSON object without unknown fields. `_NEUTRAL`: values of unsupported fields that change
-    nothing."""
+    """A JSON object without unknown fields.
+
+    _NEUTRAL: values of unsupported fields that change nothing.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 

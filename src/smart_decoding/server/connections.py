@@ -1,5 +1,4 @@
-"""uvicorn's HTTP/1.1 for strangers: who connects must send a whole head, and read, within a time,
-or is cut off."""
+"""uvicorn's HTTP/1.1 for strangers: who does not send a head, or read, in time is cut off."""
 
 from __future__ import annotations
 
@@ -19,40 +18,43 @@ STALLED = 60.0  # seconds in which a client has read nothing of what is to be se
 
 
 class Connection(H11Protocol):
-    """One connection. head_timeout: seconds for a request's head, from the connection's or its
-    first byte on.
+    """One connection.
 
-    max_connections: those that are open at a time; more get a 503."""
+    head_timeout: seconds for a request's head, from the connection's or its first byte on;
+    max_connections: those that are open at a time; more get a 503.
+    """
 
     def __init__(self, *args: Any, head_timeout: float, max_connections: int, **named: Any) -> None:
         super().__init__(*args, **named)
-        self._head_timeout, self._max_connections = head_timeout, max_connections
+        self._head_timeout = head_timeout
+        self._max_connections = max_connections
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client is there: refuses it, or waits for its first request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # whatever is left unsent is to be known of
         if len(self.connections) > self._max_connections:
-            self._refuse(
-                ApiError(
-                    503, "too many connections are open: try again later", "too_many_connections"
-                )
-            )
+            message = "too many connections are open: try again later"
+            self._refuse(ApiError(503, message, "too_many_connections"))
         else:
             self._watch()
 
     def data_received(self, data: bytes) -> None:
+        """A part of a request."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The end."""
         for timer in (self._head_timer, self._stall_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
+        """The client does not read: it has a time from now on."""
         super().pause_writing()
         if self._stall_timer is None:
             self._watch_reader(math.inf)
@@ -66,6 +68,7 @@ class Connection(H11Protocol):
             self._stall_timer = self.loop.call_later(STALLED, self._watch_reader, left)
 
     def resume_writing(self) -> None:
+        """It reads again."""
         super().resume_writing()
         if self._stall_timer is not None:
             self._stall_timer.cancel()
@@ -76,8 +79,7 @@ class Connection(H11Protocol):
         self._refuse(ApiError(400, msg, "invalid_http"))
 
     def _watch(self) -> None:
-        """The clock runs from the first byte of a head to its last, and while no request is being
-        answered."""
+        """The clock runs while a head arrives, and while no request is being answered."""
         if self.cycle is not None and not self.cycle.response_complete:
             if self._head_timer is not None:
                 self._head_timer.cancel()

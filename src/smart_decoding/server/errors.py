@@ -1,5 +1,7 @@
-"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, with the status their
-clients expect."""
+"""Errors in OpenAI's shape, with the status that its clients expect.
+
+The shape: {"error": {"message", "type", "param", "code"}}.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,6 @@ from smart_decoding.errors import CapacityError, SmartError
 
 log = logging.getLogger("smart.server")
 
-_TYPES = {429: "rate_limit_error"}
 _CODES = {
     404: "not_found",
     405: "method_not_allowed",
@@ -26,8 +27,10 @@ RETRY_AFTER = 5  # seconds, where nobody knows better
 
 
 class ApiError(Exception):
-    """An answer other than 200. retry_after: seconds; every 429 and 503 has some, for it may go
-    away by itself."""
+    """An answer other than 200.
+
+    retry_after: seconds; every 429 and 503 has some, for it may go away by itself.
+    """
 
     def __init__(
         self,
@@ -38,28 +41,29 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = (
-            status,
-            message,
-            code or _CODES.get(status),
-            param,
-        )
-        self.headers = (
-            {"Retry-After": str(retry_after or RETRY_AFTER)} if status in (429, 503) else {}
-        )
+        self.status = status
+        self.message = message
+        self.code = code or _CODES.get(status)
+        self.param = param
+        self.headers: dict[str, str] = {}
+        if status in (429, 503):
+            self.headers["Retry-After"] = str(retry_after or RETRY_AFTER)
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = _TYPES.get(
-            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
-        )
+        """The JSON that tells a client."""
+        if self.status == 429:
+            kind = "rate_limit_error"
+        else:
+            kind = "server_error" if self.status >= 500 else "invalid_request_error"
         message = self.message.encode("utf-8", "replace").decode()  # it may quote lone surrogates
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def response(self) -> JSONResponse:
+        """The same with status and headers."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
@@ -101,8 +105,7 @@ def install(app: FastAPI) -> None:
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong, in one line; of a value that may be of several types, the
-    deepest."""
+    """The first thing that is wrong; of a value that may be of several types, the deepest."""
     field = error.errors()[0]["loc"][:2]
     first = max((e for e in error.errors() if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
     kind = first["type"]
@@ -112,9 +115,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     ]
     param = path[0] if path else None
     if kind == "json_invalid":
-        return ApiError(
-            400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}"
-        )
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return ApiError(400, f"the body is not valid JSON: {reason}")
     if kind == "extra_forbidden":
         return ApiError(400, f"{'.'.join(path)} is not supported", "unsupported_parameter", param)
     return ApiError(400, f"{'.'.join(path) or 'the body'}: {first['msg']}", "invalid_value", param)

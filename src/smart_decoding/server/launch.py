@@ -31,6 +31,7 @@ class JsonLines(logging.Formatter):
     """One JSON object a line: time (UTC), level, logger, message, and what the record adds."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The line."""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{when}.{int(record.msecs):03d}Z",
@@ -52,6 +53,7 @@ class Server(uvicorn.Server):
         self._draining = draining
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
         self._draining()
         await super().shutdown(sockets)
 
@@ -62,16 +64,22 @@ def set_up_logging(level: str) -> None:
     handler.setFormatter(JsonLines())
     for name in ("smart", "uvicorn"):
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
+        logger.handlers = [handler]
+        logger.propagate = False
         logger.setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger("smart").level))
 
 
 def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Server, Worker]:
     """A server that has not been started."""
-    metrics, live = Metrics(settings.model_name), Live(settings.model_name)
+    metrics = Metrics(settings.model_name)
+    live = Live(settings.model_name)
     worker = Worker(load, settings.max_queue, settings.queue_timeout, (metrics, live))
-    limits = {"head_timeout": settings.head_timeout, "max_connections": settings.max_connections}
+    connection = functools.partial(
+        Connection,
+        head_timeout=settings.head_timeout,
+        max_connections=settings.max_connections,
+    )
     config = uvicorn.Config(
         create_app(worker, settings, metrics, live),
         log_config=None,
@@ -81,7 +89,7 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
         timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout),
         lifespan="on",
         ws="none",
-        http=cast(type[Connection], functools.partial(Connection, **limits)),
+        http=cast(type[Connection], connection),
         h11_max_incomplete_event_size=MAX_HEAD,
     )
     server = Server(config, worker.drain)
@@ -94,11 +102,10 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
 
 
 def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
-    """Serves until SIGINT or SIGTERM; then no new connections, and what runs may end within the
-    deadline.
+    """Serves until SIGINT or SIGTERM; then what runs may end within the deadline.
 
-    Raises ConfigError for an address that cannot be had, SmartError if the model cannot be
-    loaded."""
+    Raises ConfigError for an address that cannot be had, SmartError if the model cannot be loaded.
+    """
     set_up_logging(settings.log_level)
     server, worker = make_server(lambda: _kept_for_good(load()), settings)
     with bind(settings.host, settings.port) as listener:
@@ -111,23 +118,20 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
 
 
 def _kept_for_good(llm: LLM) -> LLM:
-    """What is loaded stays: it need not be searched for garbage again, which would hold up
-    rounds."""
+    """What is loaded stays: searching it for garbage again would hold up rounds."""
     gc.collect()
     gc.freeze()
     return llm
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, taken before the model is loaded. Raises ConfigError if the address is not
-    free."""
+    """A bound socket, taken before the model is loaded. Raises ConfigError if it is not free."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
     return listener

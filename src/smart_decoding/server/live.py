@@ -1,5 +1,4 @@
-"""What the live page shows, a few times a second: only while somebody watches does it cost
-anything."""
+"""What the live page shows, a few times a second; it costs something only while it is open."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies.protocol import Round
 from smart_decoding.engine.engine import Engine, RoundRecord
 from smart_decoding.engine.request import Request
 from smart_decoding.llm import LLM
@@ -22,18 +22,20 @@ from smart_decoding.server.errors import ApiError
 from smart_decoding.server.worker import Worker
 
 PAGE = Path(__file__).with_name("page.html")
-INTERVAL, WINDOW = 0.25, 2.0  # seconds between events; seconds that speeds are averaged over
-MAX_WATCHERS, MAX_TREES, BEFORE = 16, 8, 12
+INTERVAL = 0.25  # seconds between events
+WINDOW = 2.0  # seconds that speeds are averaged over
+MAX_WATCHERS = 16
+MAX_TREES = 8
+BEFORE = 12  # tokens of text before a tree
 CSP = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """One round: when it ended, its seconds and tokens, and what plain decoding would take and
-    yield."""
+    """One round: its end, seconds and tokens, and what plain decoding would take and yield."""
 
     at: float
     seconds: float
@@ -43,13 +45,16 @@ class Pace:
 
 
 class Live:
-    """An observer of the worker that keeps the last round, and makes events of it on the event
-    loop."""
+    """An observer of the worker that keeps the last round, and makes events of it.
+
+    name: the model's, as clients ask for it.
+    """
 
     def __init__(self, name: str) -> None:
-        self.name, self.watchers = name, 0  # of the model, as clients ask for it
+        self.name = name
+        self.watchers = 0
         self._llm: LLM | None = None
-        self._seen: RoundRecord | None = None
+        self._counted: RoundRecord | None = None
         # The last decoding round, and its requests' tokens after it; one value, for it is read by
         # another thread.
         self._last: tuple[RoundRecord, list[int]] | None = None
@@ -58,19 +63,22 @@ class Live:
     # --- the engine thread's calls ---
 
     def start(self, llm: LLM) -> None:
+        """There is something to show."""
         self._llm = llm
 
     def before(self, engine: Engine) -> None:
-        pass
+        """Nothing."""
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
+        """Keeps the round, if anybody watches."""
         record = engine.last_round
-        if not self.watchers or record is None or record is self._seen:
+        if not self.watchers or record is None or record is self._counted:
             return
-        self._seen = record
-        if record.round.batch.size:
+        self._counted = record
+        batch = record.round.batch
+        if batch.size:
             self._last = record, [len(request.tokens) for request in record.requests]
-        batch, cost = record.round.batch, engine.policy.cost
+        cost = engine.policy.cost
         plain = 0.0
         if cost is not None and batch.size:
             context = float(batch.context.mean())
@@ -80,7 +88,7 @@ class Live:
         )
 
     def ended(self, request: Request, reason: str) -> None:
-        pass
+        """Nothing."""
 
     # --- the event loop's ---
 
@@ -97,69 +105,76 @@ class Live:
     def check_room(self) -> None:
         """Raises ApiError if too many watch already."""
         if self.watchers >= MAX_WATCHERS:
-            raise ApiError(
-                503,
-                f"{MAX_WATCHERS} pages are watching already",
-                "too_many_watchers",
-                retry_after=10,
-            )
+            message = f"{MAX_WATCHERS} pages are watching already"
+            raise ApiError(503, message, "too_many_watchers", retry_after=10)
 
     def snapshot(self) -> dict[str, Any]:
         """The present state as JSON; null is what is not known."""
         llm = self._llm
         if llm is None:
             return {"ready": False}
-        engine, pool, scheduler = llm.engine, llm.engine.pool, llm.engine.scheduler
+        engine = llm.engine
         stats = engine.policy.stats()
         recent = [pace for pace in self._paces.copy() if pace.at > time.monotonic() - WINDOW]
-        seconds, plain = sum(p.seconds for p in recent), sum(p.plain_seconds for p in recent)
-        tokens, plain_tokens = sum(p.tokens for p in recent), sum(p.plain_tokens for p in recent)
-        tps = tokens / seconds if recent else 0.0
-        plain_tps = plain_tokens / plain if plain else None
         return {
             "ready": True,
             "name": self.name,
             "model": str(llm.provenance.get("model", "")).rpartition("/")[2],
             "policy": engine.policy.name,
             "speculation": llm.speculation.description,
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
+            "running": len(engine.scheduler.running),
+            "waiting": len(engine.scheduler.waiting),
             "slots": engine.config.max_num_seqs,
-            "kv": round(1 - pool.available / pool.pages, 4),
-            "tps": round(tps, 2),
-            "plain_tps": _rounded(plain_tps),
-            "speedup": _rounded(tps / plain_tps if plain_tps else None),
-            "yield": _rounded(tokens / plain_tokens if plain_tokens else None),
+            "kv": round(1 - engine.pool.available / engine.pool.pages, 4),
+            **_speeds(recent),
             "off": _rounded(stats.get("share_off")),
             "calibration": _rounded(stats.get("calibration_error")),
-            **self._last_round(llm, engine.policy.cost, not recent),
+            **self._last_round(llm, engine.policy.cost, idle=not recent),
         }
 
     def _last_round(self, llm: LLM, cost: CostModel | None, idle: bool) -> dict[str, Any]:
         if self._last is None:
             return {"curve": None, "point": None, "trees": []}
         record, ends = self._last
-        done, batch = record.round, record.round.batch
-        point = {"rows": done.verify_rows, "ms": round(1000 * done.verify_seconds, 3)}
-        curve = None
-        if cost is not None:
-            last = max(2 * done.verify_rows, batch.size + 32)
-            rows = np.unique(np.linspace(batch.size, last, 33).astype(np.int64))
-            seconds = cost.verify_seconds(batch.size, rows, float(batch.context.mean()))
-            curve = {
-                "batch": batch.size,
-                "rows": rows.tolist(),
-                "ms": np.round(1000 * seconds, 3).tolist(),
-            }
-        trees = (
-            [] if idle else [_tree(llm, record, i, end) for i, end in enumerate(ends[:MAX_TREES])]
-        )
-        return {"curve": curve, "point": point, "levels": len(done.level_widths), "trees": trees}
+        done = record.round
+        shown = [] if idle else list(enumerate(ends[:MAX_TREES]))
+        return {
+            "curve": None if cost is None else _curve(cost, done),
+            "point": {"rows": done.verify_rows, "ms": round(1000 * done.verify_seconds, 3)},
+            "levels": len(done.level_widths),
+            "trees": [_tree(llm, record, owner, end) for owner, end in shown],
+        }
+
+
+def _curve(cost: CostModel, done: Round) -> dict[str, Any]:
+    """Predicted milliseconds of a verification, against its rows."""
+    batch = done.batch
+    last = max(2 * done.verify_rows, batch.size + 32)
+    rows = np.unique(np.linspace(batch.size, last, 33).astype(np.int64))
+    seconds = cost.verify_seconds(batch.size, rows, float(batch.context.mean()))
+    milliseconds = np.round(1000 * seconds, 3)
+    return {"batch": batch.size, "rows": rows.tolist(), "ms": milliseconds.tolist()}
+
+
+def _speeds(recent: Sequence[Pace]) -> dict[str, float | None]:
+    """Tokens per second and per request of some rounds, beside plain decoding's."""
+    tokens = sum(pace.tokens for pace in recent)
+    plain_tokens = sum(pace.plain_tokens for pace in recent)
+    plain_seconds = sum(pace.plain_seconds for pace in recent)
+    tps = tokens / sum(pace.seconds for pace in recent) if recent else 0.0
+    plain_tps = plain_tokens / plain_seconds if plain_seconds else None
+    return {
+        "tps": round(tps, 2),
+        "plain_tps": _rounded(plain_tps),
+        "speedup": _rounded(tps / plain_tps if plain_tps else None),
+        "yield": _rounded(tokens / plain_tokens if plain_tokens else None),
+    }
 
 
 def _tree(llm: LLM, record: RoundRecord, owner: int, end: int) -> dict[str, Any]:
     """One request's verified tree. nodes: [parent, text, probability or null, accepted]."""
-    acceptance, request = record.acceptance, record.requests[owner]
+    acceptance = record.acceptance
+    request = record.requests[owner]
     assert acceptance is not None
     trees = record.round.trees.take(record.round.kept)
     mine = trees.nodes_of(owner).tolist()

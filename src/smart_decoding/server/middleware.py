@@ -1,5 +1,4 @@
-"""What stands before every request: its id, the API key, the host's name, the body's size and pace;
-and the log."""
+"""What stands before every request: id, API key, host, the body's size and pace; and the log."""
 
 from __future__ import annotations
 
@@ -20,13 +19,8 @@ from smart_decoding.server.settings import ServerSettings, is_loopback
 
 log = logging.getLogger("smart.access")
 
-OPEN = (
-    "/",
-    "/health",
-    "/health/ready",
-    "/version",
-    "/openapi.json",
-)  # they tell nothing of anyone's
+# Without a key: they tell nothing of anyone's.
+OPEN = ("/", "/health", "/health/ready", "/version", "/openapi.json")
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -34,10 +28,12 @@ class Gate:
     """Plain ASGI: nothing is buffered, and streams stay streams."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        self.app, self.settings = app, settings
+        self.app = app
+        self.settings = settings
         self._keys = [key.encode() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers or passes on one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -45,7 +41,8 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        status, started = 0, time.monotonic()
+        started = time.monotonic()
+        status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -61,14 +58,7 @@ class Gate:
             else:
                 await self.app(scope, self._limited(receive), send_with_id)
         finally:
-            seconds = round(time.monotonic() - started, 4)
-            log.log(
-                logging.DEBUG
-                if scope["path"].startswith("/health")
-                else logging.INFO,  # probes come every second
-                f"{scope['method']} {scope['path']} {status}",
-                extra={"request_id": request_id, "status": status, "seconds": seconds},
-            )
+            _log_access(scope, request_id, status, time.monotonic() - started)
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if self.settings.local_names_only and not is_loopback(_host_of(headers.get("host", ""))):
@@ -80,23 +70,21 @@ class Gate:
                 401, "no valid API key in the header 'Authorization: Bearer KEY'", "invalid_api_key"
             )
         length = headers.get("content-length", "0")
-        return (
-            self._too_big()
-            if length.isascii() and length.isdigit() and int(length) > self.settings.max_body
-            else None
-        )
+        if length.isascii() and length.isdigit() and int(length) > self.settings.max_body:
+            return self._too_big()
+        return None
 
     def _key_fits(self, authorization: str) -> bool:
         scheme, _, given = authorization.partition(" ")
         key = given.strip().encode("utf-8", "replace")
-        fits = [
-            hmac.compare_digest(key, each) for each in self._keys
-        ]  # all of them: the time must tell nothing
+        # All of them, always: the time must tell nothing.
+        fits = [hmac.compare_digest(key, each) for each in self._keys]
         return scheme.lower() == "bearer" and any(fits)
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive` that refuses a body too big, or too slow in coming."""
-        read, complete = 0, False
+        read = 0
+        complete = False
         deadline = time.monotonic() + self.settings.body_timeout
 
         async def limited() -> Message:
@@ -106,9 +94,8 @@ class Gate:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                raise HTTPException(
-                    408, f"the body took longer than {self.settings.body_timeout:g} s"
-                ) from None
+                reason = f"the body took longer than {self.settings.body_timeout:g} s"
+                raise HTTPException(408, reason) from None
             read += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if read > self.settings.max_body:
@@ -119,6 +106,13 @@ class Gate:
 
     def _too_big(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.settings.max_body} bytes")
+
+
+def _log_access(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    # Health checks come every second.
+    level = logging.DEBUG if scope["path"].startswith("/health") else logging.INFO
+    extra = {"request_id": request_id, "status": status, "seconds": round(seconds, 4)}
+    log.log(level, f"{scope['method']} {scope['path']} {status}", extra=extra)
 
 
 def _host_of(header: str) -> str:

@@ -1,6 +1,7 @@
 """Request bodies. A field that is not supported is refused, unless its value asks for nothing.
 
-docs/serving.md lists the few that are accepted without effect."""
+docs/serving.md lists the few that are accepted without effect.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from smart_decoding.server.body import FAST, Body, Text, Token
 from smart_decoding.server.structure import ResponseFormat, StructuredOutputs, schema_of
 from smart_decoding.server.tools import MAX_TOOLS, NamedTool, Offer, Tool, ToolCall
 
-MAX_STOPS, MAX_LOGPROBS = 16, 20
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
 _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
@@ -35,6 +37,8 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(Body):
+    """What a stream holds besides its choices."""
+
     include_usage: bool | None = None
 
 
@@ -107,6 +111,7 @@ class Sampling(Body):
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with its token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
@@ -126,11 +131,9 @@ class Sampling(Body):
             for name in self._AS_THEY_ARE
             if getattr(self, name) is not None
         }
-        bias = (
-            {int(token): value for token, value in self.logit_bias.items()}
-            if self.logit_bias
-            else None
-        )
+        bias = None
+        if self.logit_bias:
+            bias = {int(token): value for token, value in self.logit_bias.items()}
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=logprobs,
@@ -160,6 +163,8 @@ class Sampling(Body):
 
 
 class CompletionRequest(Sampling):
+    """The body of /v1/completions."""
+
     prompt_field: ClassVar[str] = "prompt"
 
     prompt: (
@@ -172,16 +177,22 @@ class CompletionRequest(Sampling):
 
 
 class TextPart(Body):
+    """A text in a message."""
+
     type: Literal["text"]
     text: Text
 
 
 class ImageUrl(Body):
+    """Where a picture is."""
+
     url: Text
     detail: Literal["auto", "low", "high"] | None = Field(None, description="Changes nothing.")
 
 
 class ImagePart(Body):
+    """A picture in a message."""
+
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -190,15 +201,16 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(Body):
+    """One turn of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[Part], FAST] | None = None
     name: Text | None = None
     tool_calls: Annotated[list[ToolCall], FAST] | None = None
     tool_call_id: Text | None = None
 
-    _NEUTRAL: ClassVar[
-        Mapping[str, tuple[Any, ...]]
-    ] = {  # what answers have, and clients send back
+    # What answers have, and clients send back.
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "annotations": (None, []),
         "audio": (None,),
         "function_call": (None,),
@@ -218,8 +230,7 @@ class Message(Body):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """As `LLM.chat` takes it: content of text only is one text; `developer` is the newer word
-        for `system`."""
+        """As `LLM.chat` takes it: texts are joined; `developer` is a newer word for `system`."""
         content: Any = self.content
         if isinstance(content, list):
             content = [part.model_dump(exclude_none=True) for part in content]
@@ -238,12 +249,13 @@ class Message(Body):
 
 
 class ChatRequest(Sampling):
+    """The body of /v1/chat/completions."""
+
     prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = (
-        None  # the engine's own check calls it max_tokens
-    )
+    # Checked here: the engine's own check calls it max_tokens.
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
@@ -252,10 +264,12 @@ class ChatRequest(Sampling):
 
     @property
     def limit(self) -> int | None:
+        """The most tokens the request itself asks for, if it does."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def limit_field(self) -> str:
+        """The field that says so."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
@@ -265,30 +279,27 @@ class ChatRequest(Sampling):
             return None
         choice = self.tool_choice
         if isinstance(choice, NamedTool):  # called once, as OpenAI does
-            return Offer(
-                [tool for tool in self.tools if tool.function.name == choice.function.name],
-                True,
-                False,
-            )
+            named = [tool for tool in self.tools if tool.function.name == choice.function.name]
+            return Offer(named, must=True, many=False)
         return Offer(self.tools, choice == "required", self.parallel_tool_calls is not False)
 
     def structure(self) -> StructuredOutputsParams | None:
+        """What the text must be: with tools, text or calls of them."""
         if self.offer is None:
             return super().structure()
         return StructuredOutputsParams(grammar=self.offer.grammar(schema_of(self.response_format)))
 
     @property
     def structured_by(self) -> str:
+        """The field that says what the text must be."""
         return super().structured_by if self.offer is None else "tools"
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is only allowed with logprobs=true")
-        if (
-            None not in (self.max_tokens, self.max_completion_tokens)
-            and self.max_tokens != self.max_completion_tokens
-        ):
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
         return self
 
@@ -307,6 +318,8 @@ class ChatRequest(Sampling):
 
 
 class TokenizeRequest(Body):
+    """The body of /tokenize."""
+
     model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], FAST] | None = None
@@ -320,5 +333,7 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
+    """The body of /detokenize."""
+
     model: str | None = None
     tokens: Annotated[list[Token], FAST]

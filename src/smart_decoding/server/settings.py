@@ -7,15 +7,23 @@ from dataclasses import dataclass
 
 from smart_decoding.errors import ConfigError
 
+_LOWEST = {
+    "max_queue": 0,
+    "max_body": 1,
+    "max_n": 1,
+    "shutdown_timeout": 0,
+    "max_connections": 1,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
     """Limits and addresses. Seconds and bytes; the model's own options are `LLM`'s.
 
-    max_queue: answers that may wait beyond the running ones; then 429. queue_timeout: seconds an
-    answer may wait; then
-    503. api_keys: any of them opens the server. no_api_key: serve strangers too, and under any host
-    name."""
+    max_queue: answers that may wait beyond the running ones, then 429; queue_timeout: seconds that
+    an answer may wait, then 503; api_keys: any of them opens the server; no_api_key: serve
+    strangers too, and under any host name.
+    """
 
     model_name: str
     host: str = "127.0.0.1"
@@ -33,24 +41,11 @@ class ServerSettings:
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("max_queue", 0),
-            ("max_body", 1),
-            ("max_n", 1),
-            ("shutdown_timeout", 0),
-            ("max_connections", 1),
-        ):
-            if getattr(self, name) < low:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} is not allowed: it must be at least {low}"
-                )
+        for name, low in _LOWEST.items():
+            self._require(name, getattr(self, name) >= low, f"at least {low}")
         for name in ("queue_timeout", "body_timeout", "head_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} is not allowed: it must be more than 0 seconds"
-                )
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port={self.port} is not allowed: it must be in [0, 65535]")
+            self._require(name, getattr(self, name) > 0, "more than 0 seconds")
+        self._require("port", 0 <= self.port <= 65535, "in [0, 65535]")
         if any(not key.strip() or key != key.strip() or not key.isascii() for key in self.api_keys):
             raise ConfigError(
                 "an API key must be non-empty ASCII text without blanks or line ends around it"
@@ -59,14 +54,18 @@ class ServerSettings:
             raise ConfigError("an API key and --no-api-key contradict each other: give one of them")
         if not (is_loopback(self.host) or self.api_keys or self.no_api_key):
             raise ConfigError(
-                f"host {self.host} can be reached from other machines: give --api-key (or SMART_API_KEY), "
-                "or --no-api-key to serve anyone"
+                f"host {self.host} can be reached from other machines: give --api-key "
+                "(or SMART_API_KEY), or --no-api-key to serve anyone"
             )
+
+    def _require(self, name: str, good: bool, wanted: str) -> None:
+        if not good:
+            value = getattr(self, name)
+            raise ConfigError(f"{name}={value} is not allowed: it must be {wanted}")
 
     @property
     def local_names_only(self) -> bool:
-        """Whether to refuse foreign Host headers: without it a web page could reach this server by
-        DNS rebinding."""
+        """Whether to refuse foreign Host headers, as web pages could send by DNS rebinding."""
         return not self.api_keys and not self.no_api_key
 
 

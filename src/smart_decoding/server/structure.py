@@ -1,5 +1,4 @@
-"""`response_format` (OpenAI's) and `structured_outputs` (vLLM's): what the text of an answer must
-be."""
+"""What the text must be: `response_format` (OpenAI's) and `structured_outputs` (vLLM's)."""
 
 from __future__ import annotations
 
@@ -12,14 +11,20 @@ from smart_decoding.server.body import FAST, Body, Text, check_json
 
 
 class TextFormat(Body):
+    """Any text."""
+
     type: Literal["text"]
 
 
 class JsonObjectFormat(Body):
+    """Any JSON object."""
+
     type: Literal["json_object"]
 
 
 class NamedSchema(Body):
+    """A JSON schema."""
+
     name: Annotated[Text, Field(min_length=1, max_length=64)]
     description: Text | None = None
     schema_: dict[str, Any] = Field(alias="schema")
@@ -32,6 +37,8 @@ class NamedSchema(Body):
 
 
 class JsonSchemaFormat(Body):
+    """JSON under a schema."""
+
     type: Literal["json_schema"]
     json_schema: NamedSchema
 

@@ -1,5 +1,7 @@
-"""Tool calls read from an answer's text as it grows: what may be shown is given out at once,
-markers never are."""
+"""Tool calls read from an answer's text as it grows.
+
+What may be shown is given out at once, markers never are.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,7 @@ _HEAD = re.compile(r'\n\{"name": "([\w-]+)", "arguments": ')
 
 
 class ToolText:
-    """Splits one answer's text into content and calls. The grammar sees to the form, so that
-    nothing is guessed."""
+    """Splits one answer's text into content and calls. The grammar keeps the form."""
 
     def __init__(self) -> None:
         self._place: Literal["content", "head", "arguments", "after"] = "content"
@@ -31,23 +32,19 @@ class ToolText:
         return self._place == "after"
 
     def feed(self, text: str, last: bool) -> tuple[str, list[Json]]:
-        """The content and the pieces of calls (in OpenAI's streaming form) that `text` adds. last:
-        nothing follows."""
+        """The content and the pieces of calls, as OpenAI streams them, that `text` adds.
+
+        last: nothing follows.
+        """
         self._rest += text
-        content, calls = "", []
+        content = ""
+        calls: list[Json] = []
         for kind, piece in self._pieces(last):
             if kind == "content":
                 content += piece
             elif kind == "name":
                 self._calls += 1
-                calls.append(
-                    {
-                        "index": self._calls,
-                        "id": f"call_{uuid.uuid4().hex[:24]}",
-                        "type": "function",
-                        "function": {"name": piece, "arguments": ""},
-                    }
-                )
+                calls.append(_begun_call(self._calls, piece))
             elif calls:
                 calls[-1]["function"]["arguments"] += piece
             else:
@@ -66,7 +63,8 @@ class ToolText:
                 if head is None:
                     return
                 yield "name", head[1]
-                self._rest, self._place = self._rest[head.end() :], "arguments"
+                self._rest = self._rest[head.end() :]
+                self._place = "arguments"
             elif self._place == "arguments":
                 yield "arguments", self._until(CLOSING, last)
                 if not self._found:
@@ -85,6 +83,15 @@ class ToolText:
         held = 0 if found or last else overlap(text, marker)
         self._rest = rest if found else text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def _begun_call(index: int, name: str) -> Json:
+    return {
+        "index": index,
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": name, "arguments": ""},
+    }
 
 
 def whole_calls(pieces: list[Json]) -> list[Json]:

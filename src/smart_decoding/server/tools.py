@@ -23,8 +23,10 @@ from smart_decoding.models.grammars import json_grammar
 from smart_decoding.server.body import Body, Text, check_json
 
 Json = dict[str, Any]
-OPENING, CLOSING = "<tool_call>", "}\n</tool_call>"
-MAX_CALLS, MAX_TOOLS = 16, 128
+OPENING = "<tool_call>"
+CLOSING = "}\n</tool_call>"
+MAX_CALLS = 16  # in one answer
+MAX_TOOLS = 128  # in one request
 _NOTHING: Json = {"type": "object", "properties": {}, "additionalProperties": False}
 _EXPLANATION = """You can call functions. These are described in JSON, one a line:
 {tools}
@@ -36,6 +38,8 @@ To call a function, answer in this form, once for each call:
 
 
 class Function(Body):
+    """What can be called."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: Text | None = None
     parameters: Json | None = Field(
@@ -57,20 +61,28 @@ class Function(Body):
 
 
 class Tool(Body):
+    """A function, as a request offers it."""
+
     type: Literal["function"]
     function: Function
 
 
 class NamedFunction(Body):
+    """A function that must be called."""
+
     name: Text
 
 
 class NamedTool(Body):
+    """`tool_choice` with a name."""
+
     type: Literal["function"]
     function: NamedFunction
 
 
 class CalledFunction(Body):
+    """A call in an earlier answer."""
+
     name: Text
     arguments: Text = Field(description="A JSON object, as text.")
 
@@ -92,6 +104,8 @@ class CalledFunction(Body):
 
 
 class ToolCall(Body):
+    """The same with its id."""
+
     id: Text
     type: Literal["function"]
     function: CalledFunction
@@ -127,8 +141,10 @@ class Offer:
         if self.must:
             return f'start: "{OPENING}" body {more}\n{body}'
         if schema is not None:
-            return f'start: answer | "{OPENING}" body {more}\nanswer: %json {json_grammar(schema)}\n{body}'
-        return f'start: TEXT | opening body {more}\nTEXT: /(.|\\n)*/\nopening[lazy]: TEXT "{OPENING}"\n{body}'
+            start = f'start: answer | "{OPENING}" body {more}\n'
+            return f"{start}answer: %json {json_grammar(schema)}\n{body}"
+        start = f"start: TEXT | opening body {more}\nTEXT: /(.|\\n)*/\n"
+        return f'{start}opening[lazy]: TEXT "{OPENING}"\n{body}'
 
 
 def speaks_our_form(template: str | None) -> bool:
@@ -142,8 +158,7 @@ def speaks_our_form(template: str | None) -> bool:
 
 
 def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> list[Json]:
-    """The conversation for a template that knows no tools: they, their calls and results become
-    plain text."""
+    """The conversation for a template that knows no tools: all about them becomes plain text."""
     plain = _as_texts(messages)
     if not tools:
         return plain
@@ -156,8 +171,7 @@ def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> l
 
 
 def _as_texts(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """Results of tools, and what the user says then, as one turn: many templates want user and
-    assistant in turns."""
+    """Results of tools, and what the user says then, are one turn: many templates want turns."""
     texts: list[Json] = []
     before = ""
     for message in messages:

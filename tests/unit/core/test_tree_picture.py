@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.core.tree_picture import draw_tree, quoted, scored, wants_colour
+from smart_decoding.core.tree_picture import TreeStyle, draw_tree, quoted, scored, wants_colour
 
 WORDS = [" France", " Italy", " is", ",", " a\n", " \x1b[31m", " Paris"]
 
@@ -24,9 +24,8 @@ def two_trees() -> DraftTrees:
 
 
 def picture(owner: int = 0, path: tuple[int, ...] = (1, 4), colour: bool = False) -> str:
-    return draw_tree(
-        two_trees(), owner, path, WORDS.__getitem__, root="capital of", bonus_token=6, colour=colour
-    )
+    style = TreeStyle(WORDS.__getitem__, colour)
+    return draw_tree(two_trees(), owner, path, style, root="capital of", bonus_token=6)
 
 
 def test_a_tree_with_its_accepted_path() -> None:
@@ -50,15 +49,17 @@ def test_each_request_has_its_own_tree() -> None:
 
 
 def test_without_nodes_only_the_text_before_is_drawn() -> None:
-    assert draw_tree(DraftTrees.empty(1), 0, [], WORDS.__getitem__, root="x") == '"x"'
+    assert draw_tree(DraftTrees.empty(1), 0, [], TreeStyle(WORDS.__getitem__), root="x") == '"x"'
 
 
 def test_without_scores_the_drafters_path_probability_is_shown() -> None:
     trees = two_trees()
     trees.accept_prob[:] = np.nan
-    lines = draw_tree(trees, 0, [], WORDS.__getitem__).splitlines()
-    assert lines[1] == '├─○ " France" 0.70' and lines[2] == '│ ├─○ " is" 0.56'
-    assert not scored(trees, range(len(trees))) and scored(two_trees(), range(6))
+    lines = draw_tree(trees, 0, [], TreeStyle(WORDS.__getitem__)).splitlines()
+    assert lines[1] == '├─○ " France" 0.70'
+    assert lines[2] == '│ ├─○ " is" 0.56'
+    assert not scored(trees, range(len(trees)))
+    assert scored(two_trees(), range(6))
 
 
 def test_colour_only_adds_escapes() -> None:
@@ -96,7 +97,8 @@ class Terminal(io.StringIO):
 def test_colour_needs_a_terminal_and_no_objection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert wants_colour(Terminal()) and not wants_colour(io.StringIO())
+    assert wants_colour(Terminal())
+    assert not wants_colour(io.StringIO())
     monkeypatch.setenv("NO_COLOR", "1")
     assert not wants_colour(Terminal())
     monkeypatch.setenv("NO_COLOR", "")

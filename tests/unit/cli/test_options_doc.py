@@ -13,7 +13,7 @@ from smart_decoding.core.policies import POLICIES
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 
-TEXT = (Path(__file__).parents[2] / "docs" / "options.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[3] / "docs" / "options.md").read_text(encoding="utf-8")
 OFFERED = {
     "cost",
     "calibration",

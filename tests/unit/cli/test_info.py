@@ -88,7 +88,8 @@ def test_a_choice_of_the_users_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_machine_and_versions(capsys: pytest.CaptureFixture[str]) -> None:
     found = shown(capsys)
-    assert found["machine"]["threads"] == torch.get_num_threads() and found["machine"]["cpus"] >= 1
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert found["machine"]["cpus"] >= 1
     assert found["machine"]["machine"] == platform.machine()
     wanted = {
         "smart-decoding": smart_decoding.__version__,
@@ -102,7 +103,8 @@ def test_machine_and_versions(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_models_in_the_cache(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = shown(capsys)["cache"]
-    assert found["path"] == str(own_cache) and found["bytes"] > 3_003_000
+    assert found["path"] == str(own_cache)
+    assert found["bytes"] > 3_003_000
     assert set(found["models"]) == {
         "v1-abc (of tiny.gguf)",
         "seeing-def (of smollm2-135m@pypi)",
@@ -126,4 +128,5 @@ def test_the_text_has_it_all_and_loads_no_model(
 
 def test_an_empty_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMART_CACHE", str(tmp_path / "none"))
-    assert info.cache()["models"] == {} and info.cache()["bytes"] == 0
+    assert info.cache()["models"] == {}
+    assert info.cache()["bytes"] == 0

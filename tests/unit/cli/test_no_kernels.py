@@ -52,7 +52,8 @@ COMMANDS = {
     "profile": ["profile"],
     "train": ["train", "--output", "head"],
 }
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 
 
 def saved(folder: Path, config: ModelConfig) -> Path:
@@ -113,7 +114,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_llm_refuses_before_anything_is_fetched() -> None:
     with pytest.raises(ConfigError) as caught:
         LLM("no/such-model", device="cpu")
-    assert str(caught.value).startswith(MISSING) and "allow_slow=True" in str(caught.value)
+    assert str(caught.value).startswith(MISSING)
+    assert "allow_slow=True" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -122,7 +124,9 @@ def test_llm_refuses_before_anything_is_fetched() -> None:
 def test_commands_stop_with_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(COMMANDS[command]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"smart: error: {MISSING}") and err.count("\n") == 1
+    assert out == ""
+    assert err.startswith(f"smart: error: {MISSING}")
+    assert err.count("\n") == 1
     assert "--allow-slow" in err
 
 
@@ -200,7 +204,8 @@ def test_a_name_that_is_no_variant_lists_what_runs() -> None:
     command = [sys.executable, "-m", "smart_decoding.cli.main", "run", "hi"]
     environment = {**os.environ, "SMART_ISA": "nonsense"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     runs = ", ".join(library.runnable())
     assert (
         done.stderr
@@ -213,9 +218,8 @@ def test_other_devices_need_none(caplog: pytest.LogCaptureFixture) -> None:
     kernel_check.require_kernels(CUDA, allow_slow=False)
     kernel_check.require_served(ODD, CUDA, allow_slow=False)
     kernel_check.warn_if_missing(CUDA)
-    assert (
-        kernel_check.use_native(SERVED, CUDA) is False and kernel_check.why_slow(ODD, CUDA) is None
-    )
+    assert kernel_check.use_native(SERVED, CUDA) is False
+    assert kernel_check.why_slow(ODD, CUDA) is None
     assert warnings(caplog) == []
 
 
@@ -233,12 +237,14 @@ def test_other_devices_need_none(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 def test_the_number_that_is_not_served_is_named(change: dict[str, int], message: str) -> None:
-    assert kernel_check.unserved(SERVED) is None and kernel_check.use_native(SERVED, CPU)
+    assert kernel_check.unserved(SERVED) is None
+    assert kernel_check.use_native(SERVED, CPU)
     config = replace(SERVED, **change)
     assert kernel_check.unserved(config) == message
     with pytest.raises(ModelError, match="the CPU kernels do not serve this model: ") as caught:
         kernel_check.use_native(config, CPU)
-    assert message in str(caught.value) and "--allow-slow" in str(caught.value)
+    assert message in str(caught.value)
+    assert "--allow-slow" in str(caught.value)
 
 
 def test_as_many_query_heads_as_there_is_room_for_are_served() -> None:
@@ -267,7 +273,8 @@ def test_a_shape_runs_on_plain_torch_where_that_is_asked_for(
         max_model_len=128,
         allow_slow=True,
     )
-    assert not llm.target.decoder.native and llm.target.plain_torch == "intermediate size 47 is odd"
+    assert not llm.target.decoder.native
+    assert llm.target.plain_torch == "intermediate size 47 is odd"
     assert len(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == 24
     assert len(warnings(caplog)) == 1
 
@@ -282,12 +289,10 @@ def test_a_draft_model_is_checked_too(tmp_path: Path, monkeypatch: pytest.Monkey
         "device": "cpu",
         "max_model_len": 128,
     }
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(ModelError, match=r"do not serve the draft model: .* 47 is odd"),
-    ):
+    with monkeypatch.context() as patch:
         patch.setattr("smart_decoding.models.loading.SafetensorsWeights.__getitem__", None)
-        LLM(target, **options)
+        with pytest.raises(ModelError, match=r"do not serve the draft model: .* 47 is odd"):
+            LLM(target, **options)
     llm = LLM(target, **options, allow_slow=True)
     assert llm.target.decoder.native
     expected = answer(target, False)
@@ -314,7 +319,10 @@ def test_a_benchmark_on_plain_torch_says_so_everywhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = saved(tmp_path / "model", ODD)
-    command = "--policies off --tasks general --limit 2 --max-tokens 4 --batch-sizes 1 --device cpu --dtype fp32"
+    command = (
+        "--policies off --tasks general --limit 2 --max-tokens 4 --batch-sizes 1 --device cpu "
+        "--dtype fp32"
+    )
     written = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
     assert (
         cli.main(["bench", "--model", str(folder), *command.split(), *written, "--allow-slow"]) == 0
@@ -328,7 +336,8 @@ def test_a_benchmark_on_plain_torch_says_so_everywhere(
 
 def test_a_benchmark_on_the_kernels_does_not() -> None:
     origin = provenance("smart bench", 0, {"model": "m"}, None)
-    assert origin["plain_torch"] is None and origin["hardware"]["cpu_kernels"] == library.chosen()
+    assert origin["plain_torch"] is None
+    assert origin["hardware"]["cpu_kernels"] == library.chosen()
     assert report.plain_torch(origin) == ""
     run = {
         "policy": "off",

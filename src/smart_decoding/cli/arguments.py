@@ -1,0 +1,104 @@
+"""What several commands take: options as data, --allow-slow, and types for argparse."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentTypeError, _ActionsContainer
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option `--name`.
+
+    many: may be given several times; shown: the default in words, for the help.
+    """
+
+    name: str
+    kind: Callable[[str], Any]
+    default: Any
+    help: str
+    choices: tuple[str, ...] | None = None
+    many: bool = False
+    shown: str = ""
+
+    @property
+    def dest(self) -> str:
+        """The attribute of the parsed arguments."""
+        return self.name.replace("-", "_")
+
+    def add_to(self, parser: _ActionsContainer, unset: bool = False) -> None:
+        """Adds it to a parser; with `unset`, None stands for 'not given', not the default."""
+        words = f"{self.help} ({self.shown or self.default})"
+        default = None if unset else self.default
+        flag = f"--{self.name}"
+        if self.kind is bool:
+            parser.add_argument(flag, action="store_true", default=default, help=words)
+            return
+        metavar = "K=V" if self.kind is key_value else self.name.rpartition("-")[2].upper()
+        parser.add_argument(
+            flag,
+            type=self.kind,
+            default=default,
+            choices=self.choices,
+            metavar=None if self.choices else metavar,
+            action="append" if self.many else "store",
+            help=words,
+        )
+
+
+ALLOW_SLOW = Option(
+    "allow-slow",
+    bool,
+    False,
+    "run plain torch on a CPU where the CPU kernels cannot run",
+    shown="off: an error",
+)
+
+
+def add_options(parser: _ActionsContainer, options: Iterable[Option], unset: bool = False) -> None:
+    """Adds options, as `Option.add_to` does."""
+    for option in options:
+        option.add_to(parser, unset)
+
+
+def add_allow_slow(parser: _ActionsContainer) -> None:
+    """--allow-slow, of every command that loads a model."""
+    ALLOW_SLOW.add_to(parser)
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """'k=v' as (k, v); v is read as JSON (a number, true, a list) or else taken as a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise ArgumentTypeError(f"{text!r} is not of the form option=value")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def words(text: str) -> tuple[str, ...]:
+    """'a,b' as words."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """'1,4' as numbers; at least one, and none below 1."""
+    try:
+        numbers = tuple(int(word) for word in words(text))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a list of positive whole numbers such as 1,4")
+    return numbers
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """'0.3,0.6' as numbers."""
+    try:
+        return tuple(float(word) for word in words(text))
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not a list of shares such as 0.3,0.6,0.9") from error

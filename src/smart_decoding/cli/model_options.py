@@ -1,0 +1,132 @@
+"""How a model is loaded and what speculates: options that `run`, `serve` and `profile` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from smart_decoding.cli.arguments import ALLOW_SLOW, Option, key_value
+from smart_decoding.drafters import METHODS, check_draft, check_plain
+from smart_decoding.errors import ConfigError
+
+DTYPES = ("bf16", "bfloat16", "fp32", "float32")
+
+
+def policy_name(name: str) -> str:
+    """`name` if it is a policy's; the error lists them."""
+    from smart_decoding.core.policies import POLICIES  # imported late: scipy is slow
+
+    if name not in POLICIES:
+        known = ", ".join(POLICIES)
+        raise argparse.ArgumentTypeError(f"unknown policy {name!r}; choose one of: {known}")
+    return name
+
+
+DTYPE = Option("dtype", str, "bf16", "of weights and KV cache", DTYPES)
+DEVICE = Option("device", str, "auto", "auto, cpu or cuda")
+METHOD = Option(
+    "method",
+    str,
+    None,
+    "what drafts",
+    METHODS,
+    shown="the model's own head if it has one, else ngram",
+)
+DRAFT = Option(
+    "draft",
+    str,
+    None,
+    "what the method drafts with: a head's folder, or for draft_model any smaller model of the "
+    "same vocabulary",
+    shown="the model's own head",
+)
+MODEL_OPTIONS = (
+    DTYPE,
+    DEVICE,
+    Option("enforce-eager", bool, False, "no CUDA graphs", shown="off"),
+    ALLOW_SLOW,
+    METHOD,
+    DRAFT,
+    Option(
+        "policy",
+        policy_name,
+        None,
+        "what sizes the trees: off, chain, static, eagle2, paper, smart",
+        shown="smart",
+    ),
+    Option(
+        "policy-option",
+        key_value,
+        [],
+        "K=V for the policy; may be repeated",
+        many=True,
+        shown="none",
+    ),
+    Option(
+        "method-option",
+        key_value,
+        [],
+        "K=V for the method; may be repeated",
+        many=True,
+        shown="none",
+    ),
+    Option(
+        "trust-pickle",
+        bool,
+        False,
+        "load draft heads that are pickled (pytorch_model.bin), tensors only",
+        shown="off",
+    ),
+    Option(
+        "max-model-len",
+        int,
+        None,
+        "longest prompt plus answer, in tokens",
+        shown="the model's, 4096 and the KV memory at most",
+    ),
+)
+
+
+def llm_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `LLM` takes of them, `speculative_config` checked."""
+    names = ("dtype", "device", "max_model_len", "trust_pickle", "enforce_eager", "allow_slow")
+    return {
+        "speculative_config": speculative_config(args),
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What `LLM` takes, or None if nothing was asked for.
+
+    Raises ConfigError for unknown options and bad values.
+    """
+    policy_options = _once_each(args.policy_option)
+    method_options = _once_each(args.method_option)
+    if args.policy or policy_options:
+        from smart_decoding.core.policies import check_policy  # imported late: scipy is slow
+
+        check_policy(args.policy or "smart", policy_options)
+    both = sorted(set(policy_options) & set(method_options))
+    if both:
+        raise ConfigError(
+            f"option {both[0]!r} is given for the policy and for the method: give it once"
+        )
+    if args.draft and "model" in method_options:
+        raise ConfigError(
+            "the model to draft with is given by --draft and by --method-option: give it once"
+        )
+    check_plain(args.method, args.policy)
+    check_draft(args.method, args.draft or method_options.get("model"), "--draft MODEL")
+    named = {"method": args.method, "policy": args.policy, "model": args.draft}
+    given = {name: value for name, value in named.items() if value is not None}
+    return {**given, **policy_options, **method_options} or None
+
+
+def _once_each(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    given = dict(options)
+    if len(given) < len(options):
+        names = [name for name, _ in options]
+        raise ConfigError(f"option {max(names, key=names.count)!r} is given more than once")
+    return given

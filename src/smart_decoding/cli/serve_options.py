@@ -1,0 +1,156 @@
+"""The options of `smart serve`: from the command line, else a TOML file, else their defaults."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smart_decoding.cli.arguments import Option, key_value
+from smart_decoding.cli.model_options import MODEL_OPTIONS
+from smart_decoding.errors import ConfigError
+from smart_decoding.models.registry import DEFAULT_MODEL
+
+KEY_VARIABLE = "SMART_API_KEY"
+OPTIONS = {
+    "model": (
+        *MODEL_OPTIONS,
+        Option("max-num-seqs", int, 32, "answers that run at a time"),
+        Option("max-num-batched-tokens", int, 256, "prompt tokens in a round"),
+        Option(
+            "kv-cache-tokens",
+            int,
+            None,
+            "KV memory, in tokens over all requests",
+            shown="16 requests of 2048 tokens",
+        ),
+        Option("seed", int, 0, "what the seeds of requests without one are drawn from"),
+    ),
+    "pictures": (
+        Option(
+            "allowed-local-media-path",
+            str,
+            None,
+            "folder of files that messages may name",
+            shown="none",
+        ),
+        Option(
+            "limit-mm-per-prompt",
+            key_value,
+            [],
+            "image=N or video=N, of one prompt; may be repeated",
+            many=True,
+            shown="image=16, video=1",
+        ),
+        Option(
+            "mm-processor-option",
+            key_value,
+            [],
+            "K=V for the image processor, such as max_pixels; may be repeated",
+            many=True,
+            shown="none",
+        ),
+        Option(
+            "max-image-pixels", int, 50_000_000, "of one picture as it is sent; more are refused"
+        ),
+    ),
+    "server": (
+        Option("host", str, "127.0.0.1", "address to listen on; any but loopback needs an API key"),
+        Option("port", int, 8000, "port to listen on; 0 takes a free one"),
+        Option("served-model-name", str, None, "the name that clients ask for", shown="MODEL"),
+        Option(
+            "api-key",
+            str,
+            [],
+            "key that clients must send; may be repeated",
+            many=True,
+            shown=f"${KEY_VARIABLE}, else none",
+        ),
+        Option(
+            "log-level",
+            str,
+            "info",
+            "debug, info, warning or error",
+            ("debug", "info", "warning", "error"),
+        ),
+        Option(
+            "shutdown-timeout", float, 30.0, "seconds that running answers get to end after SIGTERM"
+        ),
+    ),
+    "limits": (
+        Option("max-queue", int, 256, "answers that may wait beyond the running ones; then 429"),
+        Option("queue-timeout", float, 60.0, "seconds that an answer may wait; then 503"),
+        Option("max-body", int, 4 * 2**20, "bytes of a request's body; then 413"),
+        Option("body-timeout", float, 30.0, "seconds that a body may take to arrive; then 408"),
+        Option(
+            "head-timeout",
+            float,
+            10.0,
+            "seconds that a request's head may take to arrive; then 408",
+        ),
+        Option("max-connections", int, 512, "connections that may be open at a time; then 503"),
+        Option("max-n", int, 8, "answers to one prompt"),
+    ),
+}
+_ALL = {option.name: option for group in OPTIONS.values() for option in group}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options of a TOML file. Raises ConfigError for unknown names and wrong values."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    named = {name.replace("_", "-"): value for name, value in content.items()}
+    return {name: _checked(path, name, value) for name, value in named.items()}
+
+
+def _checked(path: Path, name: str, value: Any) -> Any:
+    if name in ("model", "no-api-key"):
+        good = isinstance(value, bool if name == "no-api-key" else str)
+        return value if good else _refuse(path, name, value)
+    if name not in _ALL:
+        known = ", ".join(["model", "no-api-key", *_ALL])
+        raise ConfigError(f"{path} has an unknown option {name!r}; the options: {known}")
+    option = _ALL[name]
+    if option.kind is key_value:
+        return list(value.items()) if isinstance(value, Mapping) else _refuse(path, name, value)
+    values = value if option.many and isinstance(value, list) else [value]
+    for each in values:
+        if not _fits(option, each):
+            _refuse(path, name, each)
+    if option.kind is bool:
+        return value
+    try:
+        parsed = [option.kind(each) for each in values]
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return parsed if option.many else parsed[0]
+
+
+def _fits(option: Option, value: Any) -> bool:
+    if option.kind is bool or isinstance(value, bool):
+        return option.kind is bool and isinstance(value, bool)
+    if option.kind is int:
+        return isinstance(value, int)
+    if option.kind is float:
+        return isinstance(value, int | float)
+    return isinstance(value, str) and value in (option.choices or (value,))
+
+
+def _refuse(path: Path, name: str, value: Any) -> Any:
+    choices = _ALL[name].choices if name in _ALL else None
+    hint = f"; choose one of: {', '.join(choices)}" if choices else ""
+    raise ConfigError(f"{path}: {name} = {value!r} is not allowed{hint}")
+
+
+def merge(args: argparse.Namespace, file: Mapping[str, Any]) -> None:
+    """Fills in what the command line left open."""
+    for option in _ALL.values():
+        if getattr(args, option.dest) is None:
+            setattr(args, option.dest, file.get(option.name, option.default))
+    args.model = args.model or file.get("model", DEFAULT_MODEL)
+    if args.no_api_key is None:
+        args.no_api_key = file.get("no-api-key", False)

@@ -1,0 +1,201 @@
+"""From a request to its response: checks what is asked for, has it done, answers or streams."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from smart_decoding.engine.media import Media
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError
+from smart_decoding.llm import LLM
+from smart_decoding.server.answers import CompletionForm, Form, Json, Usage, envelope, in_order
+from smart_decoding.server.errors import ApiError
+from smart_decoding.server.jobs import Chunk, Job
+from smart_decoding.server.schemas import Sampling
+from smart_decoding.server.settings import ServerSettings
+from smart_decoding.server.worker import Worker
+
+T = TypeVar("T")
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as its route reads it. form: shapes the answers; media: of the one prompt."""
+
+    body: Sampling
+    prompts: list[list[int]]
+    form: Form
+    logprobs: int | None
+    media: Media | None = None
+
+
+async def answer(
+    worker: Worker, settings: ServerSettings, request: Request, asked: Asked
+) -> Response:
+    """The response, whole or as a stream. Raises ApiError until its first token is there."""
+    job = await _job(worker, settings, request, asked)
+    worker.submit(job)
+    watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
+    reply = _Reply(job, asked.form, settings.model_name, Usage(sum(map(len, asked.prompts))))
+    try:
+        first = await _next(job)  # before the headers: until here an error has a status of its own
+        if not job.stream:
+            return JSONResponse(await reply.whole(first))
+    except BaseException:
+        worker.cancel(job)
+        raise
+    finally:
+        if not job.stream or job.closed:
+            watch.cancel()
+    events = _to_the_end(reply.events(first, asked.body.include_usage), job, worker, watch)
+    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Long texts take a while to tokenise: the other streams go on meanwhile."""
+    return await asyncio.to_thread(work)
+
+
+def check_model(name: str, settings: ServerSettings) -> None:
+    """Raises ApiError unless `name` is the model's."""
+    if name != settings.model_name:
+        message = f"there is no model {name!r} here; this server has {settings.model_name!r}"
+        raise ApiError(404, message, "model_not_found", "model")
+
+
+async def _job(worker: Worker, settings: ServerSettings, request: Request, asked: Asked) -> Job:
+    """The job that does what is asked for. Raises ApiError if that is not allowed."""
+    body = asked.body
+    check_model(body.model, settings)
+    if (body.n or 1) > settings.max_n:
+        message = f"n={body.n}: at most {settings.max_n} answers to one prompt"
+        raise ApiError(400, message, "invalid_value", "n")
+    _check_length(asked, worker.ready())
+    limit = body.limit
+    if limit is None and isinstance(asked.form, CompletionForm):
+        limit = COMPLETION_TOKENS
+    params = body.params(limit, asked.logprobs)
+    await _check_structure(body, params, worker.ready())
+    name = request.state.request_id
+    return Job(uuid.uuid4().hex, asked.prompts, params, bool(body.stream), name, asked.media)
+
+
+def _check_length(asked: Asked, llm: LLM) -> None:
+    """Prompt and all tokens asked for must fit into the context."""
+    longest = max(map(len, asked.prompts), default=0)
+    room = llm.engine.config.max_model_len
+    limit = asked.body.limit
+    if longest + max(1, limit or 1) > room:
+        wish = f" and {limit} more were asked for" if limit else ""
+        message = (
+            f"this model's maximum context length is {room} tokens; the prompt has {longest}{wish}"
+        )
+        too_many_asked = limit and longest < room
+        at_fault = asked.body.limit_field if too_many_asked else asked.body.prompt_field
+        raise ApiError(400, message, "context_length_exceeded", at_fault)
+
+
+async def _check_structure(body: Sampling, params: SamplingParams, llm: LLM) -> None:
+    """Compiles the request's grammar, not in the engine's time: the engine then finds it ready."""
+    structure = params.structured_outputs
+    if structure is not None:
+        try:
+            await in_thread(lambda: llm.grammars(structure))
+        except ConfigError as error:
+            field = body.structured_by
+            message = str(error).removeprefix("structured_outputs: ")
+            raise ApiError(400, f"{field}: {message}", "invalid_value", field) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What a job's chunks become. model: its name for clients."""
+
+    job: Job
+    form: Form
+    model: str
+    usage: Usage
+
+    async def whole(self, first: Chunk) -> Json:
+        choices = []
+        async for chunk in _chunks(self.job, first):
+            self.usage.add(chunk, self.job.params.n)
+            choices.append(self.form.choice(chunk))
+        return {
+            **envelope(self.form, self.job.id, self.model, True),
+            "choices": in_order(choices),
+            "usage": self.usage.json(),
+        }
+
+    async def events(self, first: Chunk, include_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events: a delta per round with text, the usage if asked for, [DONE]."""
+        frame = envelope(self.form, self.job.id, self.model, False)
+        more: Json = {"usage": None} if include_usage else {}
+        opened: set[int] = set()
+        try:
+            async for chunk in _chunks(self.job, first):
+                self.usage.add(chunk, self.job.params.n)
+                opening = self.form.opening(chunk.index) if chunk.index not in opened else None
+                opened.add(chunk.index)
+                for choice in (opening, self.form.delta(chunk)):
+                    if choice is not None:
+                        yield _event({**frame, "choices": [choice], **more})
+            if include_usage:
+                yield _event({**frame, "choices": [], "usage": self.usage.json()})
+            yield "data: [DONE]\n\n"
+        except ApiError as error:  # too late for a status
+            yield _event(error.body)
+
+
+def _event(data: Json) -> str:
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+async def _to_the_end(
+    events: AsyncIterator[str], job: Job, worker: Worker, watch: asyncio.Task[None]
+) -> AsyncIterator[str]:
+    """The events. However they end, nobody waits for the job any more."""
+    try:
+        async for event in events:
+            yield event
+    finally:
+        worker.cancel(job)  # of no effect if it is over
+        watch.cancel()
+
+
+async def _chunks(job: Job, first: Chunk) -> AsyncIterator[Chunk]:
+    """All chunks of a job, to the end of its last answer. Raises ApiError if it fails."""
+    chunk = first
+    left = job.size
+    while True:
+        left -= chunk.finish_reason is not None
+        job.closed = job.closed or not left
+        yield chunk
+        if not left:
+            return
+        chunk = await _next(job)
+
+
+async def _next(job: Job) -> Chunk:
+    item = await job.chunks.get()
+    if isinstance(item, ApiError):
+        job.closed = True
+        raise item
+    return item
+
+
+async def _cancel_at_disconnect(request: Request, job: Job, worker: Worker) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    worker.cancel(job)
+    job.chunks.put_nowait(ApiError(499, "the client has gone"))

@@ -1,0 +1,50 @@
+"""Commands to the engine thread: the only mutable state that it shares with the event loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Literal, TypeAlias
+
+from smart_decoding.server.jobs import Job
+
+Command: TypeAlias = tuple[Literal["add", "abort"], Job]
+
+
+class Inbox:
+    """A queue of commands; `stopping` ends the engine thread after its present round."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+        self._queue: SimpleQueue[Command | None] = SimpleQueue()  # None only wakes the thread
+        self._read: deque[Command | None] = deque()  # out of the queue, but not carried out yet
+
+    def add(self, job: Job) -> None:
+        """The job is to be taken in."""
+        self._queue.put(("add", job))
+
+    def abort(self, job: Job) -> None:
+        """The job is to end, whether it has begun or not."""
+        self._queue.put(("abort", job))
+
+    def stop(self) -> None:
+        """The thread is to end."""
+        self.stopping = True
+        self._queue.put(None)
+
+    def commands(self, wait: bool = False) -> Iterator[Command]:
+        """All that has come in. wait: until something does."""
+        while wait or self._read or not self._queue.empty():
+            wait = False
+            command = self._read.popleft() if self._read else self._queue.get()
+            if command is not None:
+                yield command
+
+    def arrived(self) -> bool:
+        """Whether a job that waits to be taken in has not left again."""
+        while not self._queue.empty():
+            self._read.append(self._queue.get())
+        commands = [command for command in self._read if command is not None]
+        left = [job for name, job in commands if name == "abort"]
+        return any(name == "add" and job not in left for name, job in commands)

@@ -1,0 +1,95 @@
+"""After a round that raised: finds the requests at fault, ends them, and lets the others go on."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from smart_decoding.engine.request import Request
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError
+from smart_decoding.llm import LLM
+
+if TYPE_CHECKING:
+    from smart_decoding.server.engine_thread import EngineThread
+
+log = logging.getLogger("smart.engine")
+
+GIVE_UP = 3  # failures in a row that no request survived: then the engine itself is broken
+
+
+class Isolation:
+    """Runs the requests of a failed round alone. Those that raise again end, the others go on.
+
+    Tokens do not depend on the batch, so the survivors' answers are the same as without the
+    failure. failures: in a row, that no request survived.
+    """
+
+    def __init__(self, thread: EngineThread) -> None:
+        self.failures = 0
+        self._thread = thread
+
+    def after_failed_round(self, error: Exception) -> None:
+        """Raises `error` if the engine itself is to blame."""
+        log.error("a round has failed; trying its requests one by one", exc_info=error)
+        engine = self._thread.engine
+        queue = engine.scheduler.waiting
+        suspects = engine.suspend()
+        others = [request for request in queue if request not in suspects]
+        survivors = []
+        for suspect in suspects:
+            queue.clear()
+            if suspect.finished:  # in the very round that failed, or with another answer of its job
+                self._thread.emit(suspect)
+                continue
+            queue.append(suspect)
+            if self._survives(suspect):
+                survivors.append(suspect)
+            engine.suspend()
+        for request in [request for request in self._thread.owners if request.finished]:
+            self._thread.emit(request)
+        queue.clear()
+        self.failures = 0 if survivors else self.failures + 1
+        if self.failures >= GIVE_UP:
+            self._check_engine(error)
+        queue.extend(request for request in (*survivors, *others) if not request.finished)
+
+    def _survives(self, request: Request) -> bool:
+        """Runs it alone, through a round of each kind: its prompt's, and a decoding one."""
+        try:
+            if len(request.tokens) != len(request.prompt) + len(request.output):
+                raise RuntimeError("it failed while its new tokens were taken in")
+            rounds = request.metrics.rounds
+            progress = -1
+            while (
+                not request.finished
+                and request.metrics.rounds == rounds
+                and request.table.length > progress
+            ):
+                progress = request.table.length
+                self._thread.step()
+        except Exception as error:
+            self._thread.fail(request, error)
+            return False
+        return True
+
+    def _check_engine(self, error: Exception) -> None:
+        """After failures in a row, which may have been the requests' own: tries what must work."""
+        try:
+            warm_up(self._thread.llm)
+        except Exception:
+            raise error from None
+        self.failures = 0
+
+
+def warm_up(llm: LLM) -> None:
+    """One short answer: the first client does not pay for compilation and first touches of memory.
+
+    Raises ConfigError if not even that fits in.
+    """
+    room = llm.engine.config.max_model_len
+    if room < 3:
+        raise ConfigError(
+            f"max_model_len={room} is not allowed for a server: it must be at least 3"
+        )
+    llm.generate([[0] * min(8, room - 2)], SamplingParams(temperature=0, max_tokens=2))

@@ -1,0 +1,47 @@
+"""Who watches the engine from its own thread: metrics and the live page."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.request import Request
+from smart_decoding.llm import LLM
+
+log = logging.getLogger("smart.engine")
+
+
+class Observer(Protocol):
+    """Called by the engine thread. All calls must be quick."""
+
+    def start(self, llm: LLM) -> None:
+        """The model is loaded."""
+        ...
+
+    def before(self, engine: Engine) -> None:
+        """A round begins."""
+        ...
+
+    def after(self, engine: Engine, touched: Sequence[Request]) -> None:
+        """A round is over; `touched` got tokens."""
+        ...
+
+    def ended(self, request: Request, reason: str) -> None:
+        """An answer is over: 'stop', 'length', 'abort' or 'error'."""
+        ...
+
+
+class Observers(list[Observer]):
+    """Told of everything until they raise: watching must not hurt the watched."""
+
+    def tell(self, call: Callable[[Observer], None]) -> None:
+        """Calls every observer; one that raises is not asked again."""
+        for observer in list(self):
+            try:
+                call(observer)
+            except Exception as error:
+                name = type(observer).__name__
+                log.error("%s has failed and is told no more", name, exc_info=error)
+                self.remove(observer)

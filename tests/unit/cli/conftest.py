@@ -1,0 +1,24 @@
+"""`smart_decoding.llm` with a scripted LLM."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from scripted import FakeLLM
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    """`smart_decoding.llm` is a module that holds FakeLLM only."""
+    module = ModuleType("smart_decoding.llm")
+    module.LLM = FakeLLM  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "smart_decoding.llm", module)
+    FakeLLM.made = []
+    FakeLLM.failure = None
+    return FakeLLM

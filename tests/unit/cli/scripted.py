@@ -1,0 +1,123 @@
+"""A scripted LLM, and commands that must fail."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from smart_decoding.cli import main as cli
+from smart_decoding.core.acceptance import accept
+from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.engine.request import RequestMetrics
+from smart_decoding.engine.sampling_params import SamplingParams
+
+ANSWER = [10, 11, 12, 13, 14]
+WORDS = {10: "Paris", 11: " is", 12: " the", 13: " capital", 14: ".", 15: " a"}
+
+
+class FakeLLM:
+    """Answers ANSWER in two rounds: the prompt's, then one whose tree has the next four tokens
+    (three accepted)."""
+
+    made: ClassVar[list[FakeLLM]] = []
+    failure: ClassVar[BaseException | None] = None
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.model = model
+        self.options = options
+        self.asked = []
+        self.provenance = {"model": model, "weights": "fake weights"}
+        self.tokenizer = SimpleNamespace(
+            encode_chat=lambda messages: [1, *map(ord, messages[0]["content"])],
+            decode=lambda ids, skip=True: "".join(WORDS.get(i, "?") for i in ids),
+        )
+        self.engine = SimpleNamespace(last_round=None)
+        self.drafts = options["speculative_config"] is not False
+        FakeLLM.made.append(self)
+
+    def chat_prompt(self, messages: list[dict[str, Any]]) -> Any:
+        (message,) = messages
+        is_text = isinstance(message["content"], str)
+        return (
+            SimpleNamespace(tokens=self.tokenizer.encode_chat(messages))
+            if is_text
+            else message["content"]
+        )
+
+    def generate(
+        self, prompt: Any, params: SamplingParams, on_step: Callable[..., None] | None = None
+    ) -> list[Any]:
+        self.asked.append((prompt, params))
+        if FakeLLM.failure is not None:
+            raise FakeLLM.failure
+        metrics = RequestMetrics(
+            arrival=0.0, first_token=0.5, finished=0.9, rounds=1, verified=5, accepted=3
+        )
+        texts = iter(["Paris", " is the capital."])
+        request = SimpleNamespace(tokens=[1, 2], stop=SimpleNamespace(new_text=lambda: next(texts)))
+        for tokens, record in (
+            (ANSWER[:1], self.round(DraftTrees.empty(1))),
+            (ANSWER[1:], self.round(self.tree())),
+        ):
+            self.engine.last_round = record
+            request.tokens += tokens
+            if on_step is not None:
+                on_step([request])
+        output = SimpleNamespace(
+            token_ids=list(ANSWER), text="", metrics=metrics, tokens_per_round=4.0, logprobs=None
+        )
+        return [SimpleNamespace(outputs=[output])]
+
+    def tree(self) -> DraftTrees:
+        trees = DraftTrees.empty(1)
+        if self.drafts:
+            trees.append(
+                [0, 0, 0, 0, 0],
+                [11, 15, 12, 15, 13],
+                [ROOT, ROOT, 0, 0, 2],
+                [0.9, 0.1, 0.8, 0.1, 0.5],
+            )
+            trees.accept_prob = np.array([0.9, 0.1, 0.75, 0.08, 0.4])
+        return trees
+
+    @staticmethod
+    def round(trees: DraftTrees) -> SimpleNamespace:
+        target = {
+            ROOT: 11,
+            0: 12,
+            2: 13,
+            4: 14,
+        }  # after a node; the root is row 0, node i is row i + 1
+        acceptance = accept(trees, lambda rows: np.array([target[int(row) - 1] for row in rows]))
+        return SimpleNamespace(
+            round=SimpleNamespace(trees=trees, kept=np.arange(len(trees))),
+            acceptance=acceptance,
+            emitted=len(acceptance.emitted[0]),
+        )
+
+
+def vision_checkpoints() -> Any:
+    """The module that makes them, imported late for the sake of tests without any."""
+    sys.path.append(str(Path(__file__).parents[2] / "parity"))
+    return import_module("vision")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
+    """The one line on stderr of a command that must fail with `code`."""
+    try:
+        found = cli.main(argv)
+    except SystemExit as exit_:
+        found = exit_.code
+    assert found == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("smart: error: ")
+    return err

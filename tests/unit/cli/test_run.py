@@ -1,0 +1,261 @@
+"""`smart run` and what it shares: arguments, refusals, and what it prints, on a scripted LLM."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from scripted import FakeLLM, fails, vision_checkpoints
+
+from smart_decoding.cli import main as cli
+from smart_decoding.cli import run as cli_run
+from smart_decoding.cli.arguments import key_value
+from smart_decoding.cli.model_options import speculative_config
+from smart_decoding.core.policies import POLICIES
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError
+
+
+def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "hi"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Paris is the capital.\n"
+    assert err == ""
+    (llm,) = fake.made
+    assert llm.model == "smollm2-135m"
+    assert llm.options["speculative_config"] is None
+    assert llm.options["dtype"] == "bf16"
+    assert llm.options["device"] == "auto"
+    prompt, params = llm.asked[0]
+    assert prompt.tokens == [1, ord("h"), ord("i")]
+    assert params == SamplingParams(temperature=0.0, max_tokens=256)
+
+
+def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
+    options = (
+        "--model m --method ngram --policy eagle2 --policy-option depth=3 --policy-option top_k=4"
+    )
+    sampling = "--temperature 0.8 --top-p 0.9 --top-k 40 --min-p 0.05 --seed 7 --max-tokens 9"
+    other = "--method-option longest=5 --dtype fp32 --device cpu --raw --max-model-len 99"
+    assert cli.main(["run", *f"{options} {sampling} {other}".split(), "once upon"]) == 0
+    (llm,) = fake.made
+    assert llm.options["speculative_config"] == {
+        "method": "ngram",
+        "policy": "eagle2",
+        "depth": 3,
+        "top_k": 4,
+        "longest": 5,
+    }
+    assert (llm.model, llm.options["dtype"], llm.options["device"]) == ("m", "fp32", "cpu")
+    assert llm.options["max_model_len"] == 99
+    params = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, min_p=0.05, seed=7, max_tokens=9)
+    assert llm.asked == [("once upon", params)]
+
+
+def test_run_shows_the_model_a_picture(fake: type[FakeLLM], tmp_path: Path) -> None:
+    from PIL import Image
+
+    vision_checkpoints().save_llava(tmp_path / "llava")
+    seeing = str(tmp_path / "llava")
+    for name, colour in (("a.png", "red"), ("b.jpg", "blue")):
+        Image.new("RGB", (9, 7), colour).save(tmp_path / name)
+    images = [
+        "--model",
+        seeing,
+        "--image",
+        str(tmp_path / "a.png"),
+        "--image",
+        str(tmp_path / "b.jpg"),
+    ]
+    assert cli.main(["run", *images, "what?"]) == 0
+    assert fake.made[0].model == seeing
+    *pictures, text = fake.made[0].asked[0][0]
+    assert text == {"type": "text", "text": "what?"}
+    assert [part["type"] for part in pictures] == [
+        "image",
+        "image",
+    ]
+    assert [part["image"].size for part in pictures] == [(9, 7), (9, 7)]
+    assert cli.main(["run", "--raw", *images, "<image>what?<image>"]) == 0
+    prompt = fake.made[1].asked[0][0]
+    assert prompt["prompt"] == "<image>what?<image>"
+    assert len(prompt["multi_modal_data"]["image"]) == 2
+
+
+def test_run_refuses_a_bad_picture_before_loading(
+    fake: type[FakeLLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    assert "bad.png: an image is corrupt" in fails(
+        capsys, "run", "--image", str(tmp_path / "bad.png"), "what?"
+    )
+    assert "none.png: No such file" in fails(
+        capsys, "run", "--image", str(tmp_path / "none.png"), "what?"
+    )
+    assert not fake.made
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_run_says_what_to_do_for_a_model_that_does_not_see(
+    fake: type[FakeLLM], tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool
+) -> None:
+    tiny = vision_checkpoints()
+    tiny.picture(1).save(tmp_path / "a.png")
+    tiny.save_text(tmp_path / "text")
+    capsys.readouterr()  # transformers shows its progress
+    model = ["--model", str(tmp_path / "text")] if given else []
+    said = fails(capsys, "run", *model, "--image", str(tmp_path / "a.png"), "what?")
+    name = model[-1] if given else "smollm2-135m"
+    assert (
+        said == f"smart: error: {name} reads text only: give a --model that takes images "
+        "(docs/vision.md)\n"
+    )
+    assert not fake.made
+
+
+def test_run_names_the_draft_model(fake: type[FakeLLM]) -> None:
+    assert cli.main(["run", "--method", "draft_model", "--draft", "small", "hi"]) == 0
+    assert fake.made[0].options["speculative_config"] == {"method": "draft_model", "model": "small"}
+
+
+def test_run_reports_statistics_on_stderr(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "--stats", "hi"]) == 0
+    assert capsys.readouterr().err == (
+        "5 tokens, 10.0 tokens/s, 4.00 tokens per round, 5 drafted rows verified (2 wasted), "
+        "TTFT 500 ms\n"
+    )
+
+
+def test_run_draws_another_seed_each_time_and_tells_it(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in ([], [], ["--seed", "7"]):
+        assert cli.main(["run", "--temperature", "0.8", "--stats", *seed, "hi"]) == 0
+    first, second, given = (llm.asked[0][1].seed for llm in fake.made)
+    assert isinstance(first, int)
+    assert isinstance(second, int)
+    assert first != second
+    assert given == 7
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(f", seed {first}")
+    assert lines[1].endswith(f", seed {second}")
+    assert "seed" not in lines[2]
+
+
+def test_run_reads_standard_input(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    assert cli.main(["run", "--raw", "-"]) == 0
+    assert fake.made[0].asked[0][0] == "from a pipe\n"
+
+
+def test_standard_input_must_be_text(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    assert "not valid UTF-8" in fails(capsys, "run", "-")
+    assert not fake.made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--policy greedy", "choose one of: off, chain, static, eagle2, paper, smart"),
+        ("--method telepathy", "choose from"),
+        ("--method draft_model", "give --draft MODEL"),
+        ("--method none --policy chain", "policy 'chain' is given: leave out one of them"),
+        ("--draft small --method-option model=other", "give it once"),
+        ("--dtype int4", "'bf16', 'bfloat16', 'fp32', 'float32'"),
+        (
+            "--policy chain --policy-option depth=3",
+            "policy 'chain' has no option 'depth'; its options: length",
+        ),
+        ("--policy off --policy-option depth=3", "its options: none"),
+        ("--policy-option nodes=3", "policy 'smart' has no option 'nodes'"),
+        ("--policy-option cost=3", "policy 'smart' has no option 'cost'"),
+        ("--policy chain --policy-option length=0", "length"),
+        ("--policy chain --policy-option length=three", "length"),
+        ("--policy-option depth", "'depth' is not of the form option=value"),
+        (
+            "--policy chain --policy-option length=2 --policy-option length=3",
+            "'length' is given more than once",
+        ),
+        ("--policy chain --policy-option length=2 --method-option length=3", "give it once"),
+        ("--temperature 3", "temperature=3.0 is not allowed: it must be in [0, 2]"),
+        ("--temperature nan", "temperature=nan"),
+        ("--temperature warm", "argument --temperature: invalid float value: 'warm'"),
+        ("--top-p 0", "top_p=0.0"),
+        ("--top-k -2", "top_k=-2"),
+        ("--min-p 2", "min_p=2.0"),
+        ("--max-tokens 0", "max_tokens=0"),
+        ("--seed 99999999999999999999", "seed="),
+        ("--frobnicate", "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_bad_arguments_are_refused_before_a_model_is_loaded(
+    arguments: str, message: str, fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, "run", *arguments.split(), "hi")
+    assert not fake.made
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "\udcff"])
+def test_a_prompt_must_hold_text(
+    prompt: str, fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "the prompt is" in fails(capsys, "run", prompt)
+    assert not fake.made
+
+
+def test_every_policy_is_accepted_by_name_and_named_in_the_help() -> None:
+    parser = cli.build_parser("run")
+    with contextlib.redirect_stdout(io.StringIO()) as help_, pytest.raises(SystemExit):
+        parser.parse_args(["run", "--help"])
+    assert ", ".join(POLICIES) in " ".join(help_.getvalue().split())
+    for name in POLICIES:
+        assert speculative_config(parser.parse_args(["run", "--policy", name, "hi"])) == {
+            "policy": name
+        }
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", 1),
+        ("a=0.5", 0.5),
+        ("a=true", True),
+        ("a=mc_sim", "mc_sim"),
+        ("a=[[0],[1]]", [[0], [1]]),
+        ("a=", ""),
+    ],
+)
+def test_option_values(text: str, value: object) -> None:
+    assert key_value(text) == ("a", value)
+
+
+def test_profile_takes_what_run_takes_to_draft() -> None:
+    parser = cli.build_parser("profile")
+    for words, drafts in (
+        ("", {}),
+        ("--draft folder", {"model": "folder"}),
+        ("--method draft_model --draft small", {"method": "draft_model", "model": "small"}),
+        ("--method ngram", {"method": "ngram"}),
+    ):
+        config = speculative_config(parser.parse_args(["profile", *words.split()]))
+        assert config == {"policy": "eagle2", **drafts}
+
+
+def test_profile_needs_a_draft_model_for_that_method(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "give --draft MODEL" in fails(capsys, "profile", "--method", "draft_model")
+    assert not fake.made
+
+
+def test_what_is_no_file_is_not_read_as_a_picture() -> None:
+    with pytest.raises(ConfigError, match="/dev/zero: an image must be a file"):
+        cli_run.read_images([Path("/dev/zero")])
