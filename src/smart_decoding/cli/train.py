@@ -160,7 +160,7 @@ def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None
     layout = args.export or (layout_of(init) if init else "smart")
     if layout == "eagle" and not init:
         raise ConfigError("--export eagle needs an EAGLE-1/2 head to start from: give --init")
-    supports_images = init is not None and init.sees
+    supports_images = init is not None and init.supports_images
     if args.visual_positions:
         supports_images = args.visual_positions == "decoupled"
     if (
