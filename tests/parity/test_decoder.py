@@ -67,7 +67,8 @@ def test_logits_in_bf16_are_near(name: str) -> None:
 
 def test_the_kernels_find_first_maxima_in_passing() -> None:
     out = decoder("llama", True).forward(plain_rows(span(TOKENS, 0, Memory(1).pages(len(TOKENS)))))
-    assert out.best is not None and out.best.tolist() == out.logits.argmax(1).tolist()
+    assert out.best is not None
+    assert out.best.tolist() == out.logits.argmax(1).tolist()
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -154,7 +155,7 @@ def test_tree_rows_equal_plain_rows_and_can_be_committed(
 
 
 @pytest.mark.parametrize("native", BOTH)
-def test_taps_are_the_residual_streams_after_the_layers(native: bool) -> None:
+def test_aux_hidden_states_are_the_residual_streams_after_the_layers(native: bool) -> None:
     model = decoder("qwen3", native)
     out = model.forward(plain_rows(span(TOKENS[:20], 0, Memory(1).pages(20))), aux_layers=(1, 2))
     with torch.no_grad():
@@ -188,4 +189,5 @@ def test_the_number_of_threads_changes_no_bit() -> None:
             logits.append(full(decoder("llama", True), TOKENS[:70]))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])

@@ -156,7 +156,8 @@ def test_every_tensor_is_on_the_models_device(name: str, graphs: bool) -> None:
         )[0]
         out = model.forward(rows, (1, 2))
     assert out.logits.device.type == out.aux_hidden.device.type == "meta"
-    assert out.logits.shape == (3 + len(trees), VOCAB) and out.aux_hidden.shape == (
+    assert out.logits.shape == (3 + len(trees), VOCAB)
+    assert out.aux_hidden.shape == (
         len(rows),
         2 * model.config.hidden,
     )

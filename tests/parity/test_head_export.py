@@ -33,7 +33,7 @@ from .test_published_heads import (
     write,
 )
 
-TAPS = (2, 4, 8)
+AUX_LAYERS = (2, 4, 8)
 
 
 def checkpoint() -> Checkpoint:
@@ -46,11 +46,11 @@ def ours(folder: Path) -> Path:
     """A head as `smart train` writes it: aux_layers normed, output rows the target's."""
     torch.manual_seed(7)
     config = target_config()
-    head = TrainableHead(Form(replace(config, layers=1), len(TAPS)))
+    head = TrainableHead(Form(replace(config, layers=1), len(AUX_LAYERS)))
     for parameter in head.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
     weights = {**head.exported(), "draft_ids": torch.arange(0, VOCAB, 3)}
-    return write(folder, smart_config(config, TAPS, len(weights["draft_ids"])), weights)
+    return write(folder, smart_config(config, AUX_LAYERS, len(weights["draft_ids"])), weights)
 
 
 def published(name: str, folder: Path) -> Path:
@@ -145,7 +145,8 @@ def test_our_head_as_a_speculators_one(tmp_path: Path) -> None:
         "d2t",
         "t2d",
     }
-    assert config["fc_norm"] and config["eagle_aux_hidden_state_layer_ids"] == list(TAPS)
+    assert config["fc_norm"]
+    assert config["eagle_aux_hidden_state_layer_ids"] == list(AUX_LAYERS)
     assert config["norm_before_residual"] is False  # vLLM takes a missing one for true
     assert_same_proposals(tmp_path / "s", before)
 
@@ -156,10 +157,8 @@ def test_configs_say_what_the_engines_read(tmp_path: Path) -> None:
     files = load_head(published("speculators", tmp_path), target_config())
     write_head(files, checkpoint(), "speculators", tmp_path / "s")
     config: dict[str, Any] = json.loads((tmp_path / "s" / "config.json").read_text())
-    assert (
-        config["speculators_model_type"] == "eagle3"
-        and config["transformer_layer_config"]["model_type"] == "llama"
-    )
+    assert config["speculators_model_type"] == "eagle3"
+    assert config["transformer_layer_config"]["model_type"] == "llama"
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] > 0
     assert config["speculators_config"]["verifier"] == {
         "name_or_path": "tiny",
@@ -172,10 +171,8 @@ def test_configs_say_what_the_engines_read(tmp_path: Path) -> None:
         "eagle_aux_hidden_state_layer_ids": [0, 2, 5],
         "use_aux_hidden_state": True,
     }
-    assert (
-        config["draft_vocab_size"] == len(files.weights["draft_ids"])
-        and config["norm_before_residual"] is True
-    )
+    assert config["draft_vocab_size"] == len(files.weights["draft_ids"])
+    assert config["norm_before_residual"] is True
 
 
 def test_scaled_positions_come_back(tmp_path: Path) -> None:

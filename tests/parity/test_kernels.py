@@ -15,9 +15,9 @@ from smart_decoding.kernels import library
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address
 from smart_decoding.kernels.ops import Arena
+from smart_decoding.models.drawing import LOWEST, draw
 from smart_decoding.models.layers import KVCache, Linear
 from smart_decoding.models.noise import gumbel, noise_key
-from smart_decoding.models.drawing import LOWEST, draw
 
 pytestmark = pytest.mark.usefixtures("variant")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -55,8 +55,8 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("hint", [kernels.PAST_CACHES, kernels.INTO_L2, kernels.INTO_CACHES])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_over_panels_that_are_taken_in_bites(dtype: torch.dtype, hint: int) -> None:
-    n, k = 40, 6500  # two bites and a part of one in bf16 without AVX-512, more elsewhere
+def test_linear_over_panels_that_are_taken_in_blocks(dtype: torch.dtype, hint: int) -> None:
+    n, k = 40, 6500  # two blocks and a part of one in bf16 without AVX-512, more elsewhere
     torch.manual_seed(0)
     weight, x = torch.randn(n, k).to(dtype), torch.randn(40, k)
     w = packed(weight)
@@ -127,7 +127,8 @@ def test_rms_norm_into_columns(d: int) -> None:
     kernels.rms_norm(x, weight, 1e-5, out, column=4)
     wanted = torch.nn.functional.rms_norm(x.double(), (d,), weight.double(), 1e-5)
     torch.testing.assert_close(out[:, 4 : 4 + d].double(), wanted, rtol=1e-5, atol=1e-6)
-    assert (out[:, :4] == 7).all() and (out[:, 4 + d :] == 7).all()
+    assert (out[:, :4] == 7).all()
+    assert (out[:, 4 + d :] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,10 +148,10 @@ def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
             part[:, :, t // PAGE, t % PAGE] = part[:, :, s // PAGE, s % PAGE]
     for cache in (plain, native):
         cache.move(torch.tensor(source, dtype=torch.int32), torch.tensor(target, dtype=torch.int32))
-    assert torch.equal(plain.keys, keys) and torch.equal(plain.values, values)
-    assert torch.equal(native.keys, in_pairs(keys.mT)) and torch.equal(
-        native.values, in_pairs(values)
-    )
+    assert torch.equal(plain.keys, keys)
+    assert torch.equal(plain.values, values)
+    assert torch.equal(native.keys, in_pairs(keys.mT))
+    assert torch.equal(native.values, in_pairs(values))
 
 
 def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
@@ -200,7 +201,8 @@ def test_what_rounding_decides_is_left_to_numpy() -> None:
         kernels.Draw(address(row), seed, 0, 0, 0, 1.0, LOWEST, -math.inf) for seed in range(20000)
     ]
     drawn = kernels.draw(asked, len(row))
-    assert (drawn.best == 201).all() and 0 < (drawn.token < 0).sum() < 40
+    assert (drawn.best == 201).all()
+    assert 0 < (drawn.token < 0).sum() < 40
     noise = gumbel(noise_key(np.arange(20000), 0, 0)[:, None], [200, 201]) + row[200:202]
     wanted = np.where(np.abs(np.subtract(*noise.T)) < 1e-3, -1, 200 + noise.argmax(1))
     assert np.count_nonzero(drawn.token != wanted) <= 1  # the border itself is rounded, too

@@ -486,14 +486,16 @@ def test_a_head_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert head_folder(tmp_path) == tmp_path and not asked
+    assert head_folder(tmp_path) == tmp_path
+    assert not asked
     with pytest.raises(ModelError, match="pickles are refused"):
         head_folder("owner/head")
     del asked[:]
     assert head_folder("owner/head", trust_pickle=True) == tmp_path
     assert asked == [["config.json", "*.safetensors"], ["config.json", "pytorch_model.bin"]]
     write(tmp_path, EAGLE3, TENSORS)
-    assert head_folder("owner/head") == tmp_path and len(asked) == 3  # no pickle is asked for
+    assert head_folder("owner/head") == tmp_path
+    assert len(asked) == 3
     with pytest.raises(DownloadError, match="404"):
         head_folder("nobody/nothing")
     with pytest.raises(ModelError, match="no draft head"):

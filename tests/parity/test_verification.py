@@ -105,11 +105,11 @@ def test_one_call_equals_step_by_step(name: str, dtype: torch.dtype) -> None:
         0,
     )
     for turn in range(12):
-        rest = [
+        others = [
             answer[len(request.tokens) - n :]
             for answer, request, n in zip(answers, worlds[0].requests, CONTEXTS, strict=True)
         ]
-        trees = trees_around(rest, rng, (0, 1, 24, 60)[turn % 4])
+        trees = trees_around(others, rng, (0, 1, 24, 60)[turn % 4])
         kept = some_of(trees, rng) if turn > 3 else np.arange(len(trees))
         one, steps = (world.round(copy.copy(trees), kept.copy()) for world in worlds)
         assert one.acceptance.emitted == steps.acceptance.emitted

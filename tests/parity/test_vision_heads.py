@@ -164,7 +164,8 @@ def test_a_heads_input_at_visual_positions(folder: Path, tmp_path: Path, how: st
 
 def check(trees: DraftTrees, nodes: list[int], logits: Tensor) -> None:
     best = logits.softmax(-1).topk(len(nodes))
-    assert nodes and trees.token[nodes].tolist() == best.indices.tolist()
+    assert nodes
+    assert trees.token[nodes].tolist() == best.indices.tolist()
     torch.testing.assert_close(
         torch.tensor(trees.draft_prob[nodes]).float(), best.values, rtol=2e-3, atol=1e-5
     )
@@ -173,7 +174,7 @@ def check(trees: DraftTrees, nodes: list[int], logits: Tensor) -> None:
 CASES: dict[str, dict[str, Any]] = {
     "MSD": {"visual_positions": "decoupled"},
     "EAGLE-1": {},
-    "EAGLE-3 that sees": {"eagle3": True, "visual_positions": "decoupled"},
+    "EAGLE-3 that reads images": {"eagle3": True, "visual_positions": "decoupled"},
     "EAGLE-3": {"eagle3": True},
 }
 
@@ -204,7 +205,8 @@ def test_a_picture_may_end_the_text_and_a_page(folder: Path, tmp_path: Path, nam
     (image,) = chat.media.pictures
     given = {"prompt_token_ids": [3] * (-image.length % PAGE) + [chat.tokens[image.first]]}
     prompt = llm.text_prompt({**given, "multi_modal_data": {"image": [picture(1)]}})
-    assert len(prompt.tokens) % PAGE == 0 and prompt.media.visual(10**6) == len(prompt.tokens)
+    assert len(prompt.tokens) % PAGE == 0
+    assert prompt.media.visual(10**6) == len(prompt.tokens)
     outs, wanted = (each.generate([prompt], sampling(0.0)[:1]) for each in (llm, plain))
     assert outs[0].outputs[0].token_ids == wanted[0].outputs[0].token_ids
     assert outs[0].outputs[0].metrics.verified
@@ -241,8 +243,8 @@ def test_a_head_that_does_not_see_is_noticed(
             },
         )
         assert not caplog.records
-        seeing = {"model": str(head), "policy": "static", "visual_positions": "decoupled"}
-        assert load(folder, speculative_config=seeing).engine.drafter.sees
+        with_images = {"model": str(head), "policy": "static", "visual_positions": "decoupled"}
+        assert load(folder, speculative_config=with_images).engine.drafter.sees
         assert not caplog.records
     with pytest.raises(
         ConfigError, match="visual_positions='pooled' is not supported: use dropped or decoupled"

@@ -55,4 +55,5 @@ def test_a_folders_own_code_is_not_run(
     monkeypatch.setattr(builtins, "input", answer)
     with pytest.raises(ModelError):
         load(tmp_path)
-    assert asked == [] and not ran.exists()
+    assert asked == []
+    assert not ran.exists()

@@ -64,9 +64,9 @@ def attends_by_pairs(bf16: bool, head_dim: int) -> bool:
 
 @functools.cache
 def fastest_hint() -> int:
-    """Where memory is best prefetched to, as measured. Intel's prefetchnta, past the caches, was seen
-    at a third of the speed of the others; Zen 4 reads a tenth faster into its second cache than
-    into the first."""
+    """Where memory is best prefetched to, as measured. Intel's prefetchnta, past the caches, was
+    seen at a third of the speed of the others; Zen 4 reads a tenth faster into its second cache
+    than into the first."""
     # not zeros: untouched pages would all be one page, in the caches
     memory = torch.ones(64 << 20, dtype=torch.uint8)
     seconds = dict.fromkeys((PAST_CACHES, INTO_L2, INTO_CACHES), float("inf"))

@@ -162,7 +162,8 @@ def test_content_parts_are_split_in_order() -> None:
     ]
     texts = as_text(messages, {"image": "<image>", "video": "<video>"})
     assert [m["content"] for m in texts] == ["Be brief.", "a<image>\nb<image>\n<video>\n"]
-    assert has_pictures(user(image)) and not has_pictures(user({"type": "text", "text": "a"}, "b"))
+    assert has_pictures(user(image))
+    assert not has_pictures(user({"type": "text", "text": "a"}, "b"))
 
 
 @pytest.mark.parametrize(

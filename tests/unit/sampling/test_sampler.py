@@ -20,7 +20,8 @@ from transformers import (
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
-from smart_decoding.models.drawing import NEAR, draw, survivors
+from smart_decoding.models import drawing
+from smart_decoding.models.drawing import NEAR, survivors
 from smart_decoding.models.noise import gumbel, noise_key
 from smart_decoding.models.processors import process
 from smart_decoding.models.sampler import Sampler, first_maximum
@@ -98,7 +99,7 @@ def transformers_scores(logits: torch.Tensor, params: SamplingParams) -> np.ndar
 
 
 def draw(row: np.ndarray, spec: SampleSpec) -> int:
-    return draw([row], [spec])[0]
+    return drawing.draw([row], [spec])[0]
 
 
 def spec_for(params: SamplingParams, **changes: object) -> SampleSpec:
@@ -247,7 +248,8 @@ def test_tokens_on_the_path_count_as_if_committed():
 def test_history_grows_beyond_its_first_arrays():
     history = TokenHistory(range(100), [*range(50, 250)] * 2)
     tokens, counts = history.at()
-    assert tokens.tolist() == list(range(250)) and counts.tolist() == [0] * 50 + [2] * 200
+    assert tokens.tolist() == list(range(250))
+    assert counts.tolist() == [0] * 50 + [2] * 200
 
 
 def test_min_tokens_masks_until_enough_tokens_are_out():
