@@ -89,7 +89,8 @@ def assert_same(mine: HeadFiles, theirs: HeadFiles) -> None:
 def assert_same_proposals(mine: Path, theirs: Path) -> None:
     """To the bit on the kernels; torch's products depend on where a tensor lies in memory."""
     for native, tolerance in ((True, 0.0), (False, 1e-6)):
-        a, b = drafted(mine, native), drafted(theirs, native)
+        a = drafted(mine, native)
+        b = drafted(theirs, native)
         for column in ("owner", "token", "parent"):
             np.testing.assert_array_equal(getattr(a, column), getattr(b, column))
         np.testing.assert_allclose(a.draft_prob, b.draft_prob, rtol=tolerance, atol=0)
@@ -236,54 +237,28 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for name in ("target", "head", "two"):
         (tmp_path / name).mkdir()
     target_model().save_pretrained(tmp_path / "target")
-    head, two = (
-        published("speculators", tmp_path / "head"),
-        published("speculators, two layers", tmp_path / "two"),
-    )
-    assert (
-        shipped_head(str(head)) is shipped_head(str(tmp_path / "target")) is None
-    )  # only built-in names have one
-    model, out = ["--model", str(tmp_path / "target")], ["--output", str(tmp_path / "out")]
-    assert main(["export", str(head), *model, "--layout", "eagle3", *out]) == 0
+    head = published("speculators", tmp_path / "head")
+    two = published("speculators, two layers", tmp_path / "two")
+    # only built-in names have one
+    assert shipped_head(str(head)) is shipped_head(str(tmp_path / "target")) is None
+    model = f"--model {tmp_path / 'target'}"
+    out = f"--output {tmp_path / 'out'}"
+    assert main(f"export {head} {model} --layout eagle3 {out}".split()) == 0
     assert layout_of(load_head(tmp_path / "out", target_config())) == "eagle3"
     assert_same_proposals(tmp_path / "out", head)
     refused = {
-        "give the head's target": ["export", str(head), "--layout", "eagle3", *out],
-        "is the head itself": [
-            "export",
-            str(head),
-            *model,
-            "--layout",
-            "eagle3",
-            "--output",
-            str(head),
-        ],
-        "and 'eagle3' one only": ["export", str(two), *model, "--layout", "eagle3", *out],
-        "cannot be chosen with --init": [
-            "train",
-            "--init",
-            str(head),
-            "--aux-layers",
-            "2",
-            *model,
-            *out,
-        ],
-        "it takes one": ["train", "--init", str(two), *model, *out],
-        "an EAGLE-3 head, not one of": [
-            "train",
-            "--init",
-            str(head),
-            "--export",
-            "eagle",
-            *model,
-            *out,
-        ],
-        "needs an EAGLE-1/2 head": ["train", "--export", "eagle", *model, *out],
-        "holds no training data": ["train", "--init", str(head), "--skip-generation", *model, *out],
+        "give the head's target": f"export {head} --layout eagle3 {out}",
+        "is the head itself": f"export {head} {model} --layout eagle3 --output {head}",
+        "and 'eagle3' one only": f"export {two} {model} --layout eagle3 {out}",
+        "cannot be chosen with --init": f"train --init {head} --aux-layers 2 {model} {out}",
+        "it takes one": f"train --init {two} {model} {out}",
+        "an EAGLE-3 head, not one of": f"train --init {head} --export eagle {model} {out}",
+        "needs an EAGLE-1/2 head": f"train --export eagle {model} {out}",
+        "holds no training data": f"train --init {head} --skip-generation {model} {out}",
     }
     capsys.readouterr()
-    for reason, arguments in refused.items():
-        assert main(arguments) == 2
+    for reason, command in refused.items():
+        assert main(command.split()) == 2
         assert reason in capsys.readouterr().err
 
 

@@ -34,8 +34,11 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
 def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     """Right, and each row bitwise the same alone and among any others."""
     torch.manual_seed(n)
-    weight, x, bias = torch.randn(n, k).to(dtype), torch.randn(40, k), torch.randn(n)
-    w, norm = packed(weight), torch.rand(k) + 0.5
+    weight = torch.randn(n, k).to(dtype)
+    x = torch.randn(40, k)
+    bias = torch.randn(n)
+    w = packed(weight)
+    norm = torch.rand(k) + 0.5
     alone = torch.cat([kernels.linear(x[i : i + 1], w, n, (norm, 1e-5), bias) for i in range(40)])
     rounds = dtype == torch.bfloat16 and kernels.rounds_inputs()
     normed = torch.nn.functional.rms_norm(x, (k,), norm, 1e-5)
@@ -58,7 +61,8 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
 def test_linear_over_panels_that_are_taken_in_blocks(dtype: torch.dtype, hint: int) -> None:
     n, k = 40, 6500  # two blocks and a part of one in bf16 without AVX-512, more elsewhere
     torch.manual_seed(0)
-    weight, x = torch.randn(n, k).to(dtype), torch.randn(40, k)
+    weight = torch.randn(n, k).to(dtype)
+    x = torch.randn(40, k)
     w = packed(weight)
     alone = torch.cat([kernels.linear(x[i : i + 1], w, n, hint=hint) for i in range(40)])
     read = x.bfloat16() if dtype == torch.bfloat16 and kernels.rounds_inputs() else x
@@ -110,11 +114,13 @@ def test_argmax_is_the_first_maximum(n: int) -> None:
 def test_first_maxima_need_no_logits(n: int, dtype: torch.dtype) -> None:
     """Ties, NaN and infinity included: what `argmax` says of the logits."""
     torch.manual_seed(n)
-    x, bias = torch.randint(-2, 3, (40, 32)).float(), torch.randint(-2, 3, (n,)).float()
+    x = torch.randint(-2, 3, (40, 32)).float()
+    bias = torch.randint(-2, 3, (n,)).float()
     x[7], x[8], x[9] = torch.nan, torch.inf, 0.0
     w = packed(torch.randint(-1, 2, (n, 32)).to(dtype))
     for b in (None, bias, bias - 1000):  # the last one: what pads the weight would be larger
-        best, alone = np.empty(40, np.int64), np.empty(40, np.int64)
+        best = np.empty(40, np.int64)
+        alone = np.empty(40, np.int64)
         logits = kernels.linear(x, w, n, bias=b, best=best)
         assert best.tolist() == kernels.argmax(logits, np.arange(40)).tolist()
         assert not kernels.linear(x, w, n, bias=b, best=alone, out=torch.empty(40, 0)).numel()
@@ -123,7 +129,9 @@ def test_first_maxima_need_no_logits(n: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("d", [1, 16, 50, 96])
 def test_rms_norm_into_columns(d: int) -> None:
-    x, weight, out = torch.randn(5, d), torch.randn(d), torch.full((5, d + 9), 7.0)
+    x = torch.randn(5, d)
+    weight = torch.randn(d)
+    out = torch.full((5, d + 9), 7.0)
     kernels.rms_norm(x, weight, 1e-5, out, column=4)
     wanted = torch.nn.functional.rms_norm(x.double(), (d,), weight.double(), 1e-5)
     torch.testing.assert_close(out[:, 4 : 4 + d].double(), wanted, rtol=1e-5, atol=1e-6)
@@ -141,8 +149,10 @@ def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
     for tensor in (plain.keys, plain.values):
         tensor.copy_(torch.randn_like(tensor))
     native = KVCache(in_pairs(plain.keys.mT), in_pairs(plain.values), native=True)
-    keys, values = plain.keys.clone(), plain.values.clone()
-    source, target = [20, 21, 79], [19, 20, 33]
+    keys = plain.keys.clone()
+    values = plain.values.clone()
+    source = [20, 21, 79]
+    target = [19, 20, 33]
     for s, t in zip(source, target, strict=True):
         for part in (keys, values):
             part[:, :, t // PAGE, t % PAGE] = part[:, :, s // PAGE, s % PAGE]
@@ -169,7 +179,9 @@ def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> Non
     """Ranked with the target's own noise, a perfect draft's first child is always the target's
     token."""
     torch.manual_seed(n)
-    x, rows, temperature = torch.randn(12, n) * spread, np.arange(12), 0.8
+    x = torch.randn(12, n) * spread
+    rows = np.arange(12)
+    temperature = 0.8
     key = noise_key(rows + 5, 0, 7 * rows)
     key[3] = 0  # a greedy row among them
     scale = torch.full((12,), 1 / temperature)

@@ -68,7 +68,8 @@ def decoder_of(llm: LLM, native: bool) -> Decoder:
 
 def logits(llm: LLM, prompt: MediaPrompt, native: bool, cuts: tuple[int, ...] = ()) -> torch.Tensor:
     """[prompt, vocab] in chunks between `cuts`."""
-    model, parts = decoder_of(llm, native), []
+    model = decoder_of(llm, native)
+    parts = []
     for each in prompt.media.pictures:
         each.embeddings = llm.target.encode_image(each.pixels)
     for start, end in zip((0, *cuts), (*cuts, len(prompt.tokens)), strict=True):

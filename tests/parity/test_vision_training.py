@@ -199,47 +199,23 @@ def test_an_eagle3_head_proposes_what_it_was_trained_to(
     )
 
 
-def test_smart_train_makes_a_head_that_sees(folder: Path, tmp_path: Path) -> None:
+def test_smart_train_makes_a_head_that_reads_images(folder: Path, tmp_path: Path) -> None:
     """From a head in MSD's layout, which is EAGLE-1's; it drafts, and no token changes."""
     (tmp_path / "images").mkdir()
     for seed in range(3):
         picture(seed).save(tmp_path / "images" / f"{seed}.png")
-    about = [
-        "--images",
-        str(tmp_path / "images"),
-        "--skip-generation",
-        "--data",
-        str(folder / "data"),
-    ]
-    head = [
-        "--init",
-        str(save_head(tmp_path / "msd", visual_positions="decoupled")),
-        "--output",
-        str(tmp_path / "head"),
-    ]
-    assert (
-        cli.main(
-            [
-                "train",
-                "--model",
-                str(folder),
-                *about,
-                *head,
-                "--seconds",
-                "1",
-                "--prior-prompts",
-                "2",
-            ]
-        )
-        == 0
-    )
+    start = save_head(tmp_path / "msd", visual_positions="decoupled")
+    about = f"--images {tmp_path / 'images'} --skip-generation --data {folder / 'data'}"
+    head = f"--init {start} --output {tmp_path / 'head'} --seconds 1 --prior-prompts 2"
+    assert cli.main(f"train --model {folder} {about} {head}".split()) == 0
     params = generate.SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     config = {"model": str(tmp_path / "head"), "policy": "static"}
     drafting = LLM(folder, speculative_config=config, max_model_len=256, dtype="float32")
     plain = LLM(folder, speculative_config=False, max_model_len=256, dtype="float32")
     assert drafting.engine.drafter.sees
     assert (tmp_path / "head" / "prior.json").is_file()
-    (ours,), (wanted,) = drafting.chat(CHAT, params), plain.chat(CHAT, params)
+    (ours,) = drafting.chat(CHAT, params)
+    (wanted,) = plain.chat(CHAT, params)
     assert ours.outputs[0].token_ids == wanted.outputs[0].token_ids
     assert ours.outputs[0].metrics.verified
 

@@ -234,7 +234,8 @@ def test_a_prompt_is_all_of_it_and_no_more(tmp_path: Path) -> None:
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], sizes: list[int]) -> list[str]:
-    stream, parts = Detokenizer(tokenizer.decode), []
+    stream = Detokenizer(tokenizer.decode)
+    parts = []
     while ids:
         size = sizes[len(parts) % len(sizes)]
         parts.append(stream.push(ids[:size]))

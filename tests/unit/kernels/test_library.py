@@ -178,7 +178,8 @@ def test_what_is_no_library_is_an_error_and_no_lesser_one_runs(
 
 def test_what_the_system_denies_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """AMX: the CPU has it, and a container's filter may forbid it."""
-    runs, load = library.runnable(), library.load
+    runs = library.runnable()
+    load = library.load
 
     def denying(name: str) -> object:
         if name == "best":

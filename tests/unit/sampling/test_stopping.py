@@ -71,7 +71,8 @@ def test_the_earliest_stop_string_of_a_token_wins():
 
 
 def test_streaming_never_shows_a_part_of_a_stop_string():
-    check, shown = checker(stop=["<|end|>", "\nQ:"]), []
+    check = checker(stop=["<|end|>", "\nQ:"])
+    shown = []
     for token in encode("a < b <|en\nQ now <|end|> tail"):
         check.push([token])
         shown.append(check.new_text())
@@ -93,8 +94,10 @@ def test_how_the_tokens_are_grouped_changes_nothing(seed):
     rng = random.Random(seed)
     tokens = encode("".join(rng.choice("aab<é|日") for _ in range(60)))
     options = {"stop": ["a<|", "bé日", "||a"], "stop_token_ids": [ord("~") + 1], "min_tokens": 5}
-    whole, single = checker(max_tokens=55, **options), checker(max_tokens=55, **options)
-    grouped, streamed = checker(max_tokens=55, **options), ""
+    whole = checker(max_tokens=55, **options)
+    single = checker(max_tokens=55, **options)
+    grouped = checker(max_tokens=55, **options)
+    streamed = ""
     whole.push(tokens)
     for token in tokens:
         single.push([token])
@@ -159,7 +162,8 @@ def test_min_tokens_delays_every_stop():
 
 
 def test_incomplete_characters_wait_and_are_shown_at_the_end():
-    text, detokenizer = "é日🙂", Detokenizer(decode)
+    text = "é日🙂"
+    detokenizer = Detokenizer(decode)
     pieces = [detokenizer.push([token]) for token in encode(text)]
     assert "".join(pieces) == text
     assert [p for p in pieces if p] == list(text)
