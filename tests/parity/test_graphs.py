@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from smart_decoding.engine.rows import Rows, build_rows
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.graphs import BUCKETS, CudaRecorder, GraphedLayers, graphed
-from smart_decoding.models.layers import TorchLayers
+from smart_decoding.models.torch_layers import TorchLayers
 
 from .checkpoints import (
     MODELS,

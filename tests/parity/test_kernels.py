@@ -11,12 +11,13 @@ from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
-from smart_decoding.kernels import library
+from smart_decoding.kernels import library, sampling
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address
 from smart_decoding.kernels.ops import Arena
 from smart_decoding.models.drawing import LOWEST, draw
-from smart_decoding.models.layers import KVCache, Linear
+from smart_decoding.models.layers import KVCache
+from smart_decoding.models.linear import Linear
 from smart_decoding.models.noise import gumbel, noise_key
 
 pytestmark = pytest.mark.usefixtures("variant")
@@ -86,7 +87,7 @@ def test_a_packed_weights_rows_can_be_read_back(n: int, dtype: torch.dtype) -> N
 def test_top_k(n: int, k: int) -> None:
     torch.manual_seed(n)
     x = torch.randn(7, n) * 3
-    ids, probs = kernels.top_k(x, k, torch.full((len(x),), 0.7))
+    ids, probs = sampling.top_k(x, k, torch.full((len(x),), 0.7))
     wanted, at = torch.softmax(x.double() * 0.7, -1).topk(k)
     assert torch.equal(ids, at)
     torch.testing.assert_close(probs.double(), wanted, rtol=1e-5, atol=1e-9)
@@ -95,7 +96,7 @@ def test_top_k(n: int, k: int) -> None:
 def test_top_k_takes_ties_by_index() -> None:
     x = torch.zeros(2, 40)
     x[1, [7, 30, 39]] = 1.0
-    ids, probs = kernels.top_k(x, 4)
+    ids, probs = sampling.top_k(x, 4)
     assert ids.tolist() == [[0, 1, 2, 3], [7, 30, 39, 0]]
     torch.testing.assert_close(probs[0], torch.full((4,), 1 / 40))
 
@@ -104,9 +105,9 @@ def test_top_k_takes_ties_by_index() -> None:
 def test_argmax_is_the_first_maximum(n: int) -> None:
     rng = np.random.default_rng(n)
     x = torch.from_numpy(rng.integers(0, 4, (50, n)).astype(np.float32))  # every row has many ties
-    assert kernels.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
+    assert sampling.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
     x = -torch.from_numpy(rng.random((50, n), np.float32)) - 1
-    assert kernels.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
+    assert sampling.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,7 +123,7 @@ def test_first_maxima_need_no_logits(n: int, dtype: torch.dtype) -> None:
         best = np.empty(40, np.int64)
         alone = np.empty(40, np.int64)
         logits = kernels.linear(x, w, n, bias=b, best=best)
-        assert best.tolist() == kernels.argmax(logits, np.arange(40)).tolist()
+        assert best.tolist() == sampling.argmax(logits, np.arange(40)).tolist()
         assert not kernels.linear(x, w, n, bias=b, best=alone, out=torch.empty(40, 0)).numel()
         assert alone.tolist() == best.tolist()
 
@@ -185,7 +186,7 @@ def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> Non
     key = noise_key(rows + 5, 0, 7 * rows)
     key[3] = 0  # a greedy row among them
     scale = torch.full((12,), 1 / temperature)
-    ids, probs = kernels.top_k(x, 8, scale, torch.from_numpy(key.view(np.int64)), torch.arange(n))
+    ids, probs = sampling.top_k(x, 8, scale, torch.from_numpy(key.view(np.int64)), torch.arange(n))
     noise = gumbel(key[:, None], np.arange(n))
     noise[3] = 0.0
     scores = x.double() / temperature + torch.from_numpy(noise)
@@ -210,9 +211,9 @@ def test_what_rounding_decides_is_left_to_numpy() -> None:
     row = np.zeros(600, np.float32)
     row[200:202] = 30.0, 30.0005
     asked = [
-        kernels.Draw(address(row), seed, 0, 0, 0, 1.0, LOWEST, -math.inf) for seed in range(20000)
+        sampling.Draw(address(row), seed, 0, 0, 0, 1.0, LOWEST, -math.inf) for seed in range(20000)
     ]
-    drawn = kernels.draw(asked, len(row))
+    drawn = sampling.draw(asked, len(row))
     assert (drawn.best == 201).all()
     assert 0 < (drawn.token < 0).sum() < 40
     noise = gumbel(noise_key(np.arange(20000), 0, 0)[:, None], [200, 201]) + row[200:202]

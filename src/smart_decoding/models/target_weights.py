@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.layers import Linear, Workspace
+from smart_decoding.models.layers import Workspace
+from smart_decoding.models.linear import Linear
 
 
 class OutputMatrix(Protocol):
