@@ -16,7 +16,8 @@ from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.decoder import Decoder
 
-VOCAB, PAGES = 331, 40
+VOCAB = 331
+PAGES = 40
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
     "num_hidden_layers": 2,
@@ -38,8 +39,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.5}
-Llama, Mistral = transformers.LlamaConfig, transformers.MistralConfig
-Qwen2, Qwen3 = transformers.Qwen2Config, transformers.Qwen3Config
+Llama = transformers.LlamaConfig
+Mistral = transformers.MistralConfig
+Qwen2 = transformers.Qwen2Config
+Qwen3 = transformers.Qwen3Config
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (Llama, {}),
     "llama-tied": (Llama, {"tie_word_embeddings": True}),
@@ -131,7 +134,8 @@ def plain_rows(*spans: Span) -> Rows:
 
 
 def random_trees(seed: int, batch: int, nodes: int) -> DraftTrees:
-    rng, trees = np.random.default_rng(seed), DraftTrees.empty(batch)
+    rng = np.random.default_rng(seed)
+    trees = DraftTrees.empty(batch)
     for _ in range(nodes):
         owner = int(rng.integers(batch))
         parent = int(rng.choice([ROOT, *trees.nodes_of(owner)[-4:]]))

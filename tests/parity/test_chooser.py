@@ -22,7 +22,8 @@ def random_trees(rng: np.random.Generator, batch: int, sources: int) -> DraftTre
     trees = DraftTrees.empty(batch)
     frontier = [(owner, -1) for owner in range(batch)]
     for _ in range(int(rng.integers(1, 5))):
-        first, fresh = len(trees), []
+        first = len(trees)
+        fresh = []
         for owner, parent in frontier:
             k = int(rng.integers(1, 6))
             prob = np.sort(rng.dirichlet(np.ones(k)) * rng.random())[::-1]
@@ -55,11 +56,9 @@ def drafted(seed: int, batch: int, sources: int) -> Drafted:
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
 def test_the_same_nodes_are_selected_and_expanded(seed: int, batch: int, sources: int) -> None:
-    one, other, reference = (
-        drafted(seed, batch, sources),
-        drafted(seed, batch, sources),
-        NumpyChooser(),
-    )
+    one = drafted(seed, batch, sources)
+    other = drafted(seed, batch, sources)
+    reference = NumpyChooser()
     native = NativeChooser()
     one.least = other.least = seed % 2
     kept, rate, expected = reference.select(one)
@@ -70,10 +69,8 @@ def test_the_same_nodes_are_selected_and_expanded(seed: int, batch: int, sources
 
     rng = np.random.default_rng(seed)
     ahead = LookAhead(np.sort(rng.dirichlet(np.ones(8), DEPTHS) * 0.9)[:, ::-1].copy())
-    widths, level_seconds = (
-        np.array([1, 2, 4, 8]) * batch,
-        rng.random() * 0.1 + 0.002 * np.arange(64),
-    )
+    widths = np.array([1, 2, 4, 8]) * batch
+    level_seconds = rng.random() * 0.1 + 0.002 * np.arange(64)
     for level in range(1, int(one.trees.depth.max()) + 1):
         asked = (ahead, level, int(rng.integers(1, 4)), widths, level_seconds)
         expanded = native.frontier(other, *asked)

@@ -67,7 +67,8 @@ def test_logits_in_bf16_are_near(name: str) -> None:
 
 def test_the_kernels_find_first_maxima_in_passing() -> None:
     out = decoder("llama", True).forward(plain_rows(span(TOKENS, 0, Memory(1).pages(len(TOKENS)))))
-    assert out.best is not None and out.best.tolist() == out.logits.argmax(1).tolist()
+    assert out.best is not None
+    assert out.best.tolist() == out.logits.argmax(1).tolist()
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -89,7 +90,8 @@ def test_chunks_and_single_tokens_equal_the_full_forward(
     wanted = full(model, TOKENS)
     memory = Memory(2)
     tables = memory.pages(150), memory.pages(150)
-    starts, got = [0, 0], ([], [])
+    starts = [0, 0]
+    got = ([], [])
     while min(starts) < len(TOKENS):
         sizes = [37, 100 if starts[1] == 0 else 1]
         parts = [
@@ -114,7 +116,8 @@ def test_tree_rows_equal_plain_rows_and_can_be_committed(
 ) -> None:
     """Trees of three requests around page and chunk boundaries beside a prompt; then the deepest
     paths are moved into place and decoding goes on from there."""
-    model, contexts = decoder(name, native, dtype), (5, 63, 126)
+    model = decoder(name, native, dtype)
+    contexts = (5, 63, 126)
     trees = random_trees(3, len(contexts), 24)
     memory = Memory(4)
     tables = [memory.pages(context + 40) for context in contexts]
@@ -138,15 +141,12 @@ def test_tree_rows_equal_plain_rows_and_can_be_committed(
     for owner in range(3):
         assert_same(logits[owner], full(fresh, sequence(owner, []))[-1], native)
     for node, path in enumerate(paths):
-        assert_same(
-            logits[3 + node], full(fresh, sequence(int(trees.owner[node]), path))[-1], native
-        )
+        alone = full(fresh, sequence(int(trees.owner[node]), path))[-1]
+        assert_same(logits[3 + node], alone, native)
     for owner, table in enumerate(tables):
         path = max((paths[node] for node in trees.nodes_of(owner)), key=len)
-        source, target = (
-            rows.slot_mapping[np.array(node_row)[path]],
-            rows.slot_mapping[last[owner] + 1 : last[owner] + 1 + len(path)],
-        )
+        source = rows.slot_mapping[np.array(node_row)[path]]
+        target = rows.slot_mapping[last[owner] + 1 : last[owner] + 1 + len(path)]
         model.kv.move(torch.from_numpy(source), torch.from_numpy(target.copy()))
         tokens = np.append(sequence(owner, path), 7)
         after = model.forward(plain_rows(span(tokens[-1:], len(tokens) - 1, table))).logits.clone()
@@ -154,7 +154,7 @@ def test_tree_rows_equal_plain_rows_and_can_be_committed(
 
 
 @pytest.mark.parametrize("native", BOTH)
-def test_taps_are_the_residual_streams_after_the_layers(native: bool) -> None:
+def test_aux_hidden_states_are_the_residual_streams_after_the_layers(native: bool) -> None:
     model = decoder("qwen3", native)
     out = model.forward(plain_rows(span(TOKENS[:20], 0, Memory(1).pages(20))), aux_layers=(1, 2))
     with torch.no_grad():
@@ -181,11 +181,13 @@ def test_only_wanted_logits_are_computed(native: bool) -> None:
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    before, logits = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    logits = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             logits.append(full(decoder("llama", True), TOKENS[:70]))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from smart_decoding.engine.rows import Rows, build_rows
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.graphs import BUCKETS, CudaRecorder, GraphedLayers, graphed
-from smart_decoding.models.layers import TorchLayers
+from smart_decoding.models.torch_layers import TorchLayers
 
 from .checkpoints import (
     MODELS,
@@ -57,7 +57,8 @@ def with_graphs(model: Decoder) -> Replays:
 def test_graphs_compute_the_same(name: str) -> None:
     """A prompt's rows, then trees of two requests beside another prompt, then single rows: twice,
     so that what forwards have left in the buffers is seen to harm nobody."""
-    eager, model = decoder(name, False), decoder(name, False)
+    eager = decoder(name, False)
+    model = decoder(name, False)
     replays = with_graphs(model)
     for _ in range(2):
         memory = Memory(4)
@@ -71,11 +72,9 @@ def test_graphs_compute_the_same(name: str) -> None:
             build_rows(spans, trees, [True, True, False])[0],
             plain_rows(*spans[:1]),
         ):
-            before, wanted, got = (
-                replays.count,
-                eager.forward(rows, (1, 2)),
-                model.forward(rows, (1, 2)),
-            )
+            before = replays.count
+            wanted = eager.forward(rows, (1, 2))
+            got = model.forward(rows, (1, 2))
             torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-4)
             torch.testing.assert_close(got.aux_hidden, wanted.aux_hidden, rtol=0, atol=1e-4)
             assert replays.count - before == model.config.layers + 1
@@ -86,11 +85,9 @@ def test_linear_layers_see_the_bucket_and_attention_the_rows(
 ) -> None:
     model = decoder("llama", False)
     with_graphs(model)
-    seen, linear, attend = (
-        set(),
-        torch.nn.functional.linear,
-        torch.nn.functional.scaled_dot_product_attention,
-    )
+    seen = set()
+    linear = torch.nn.functional.linear
+    attend = torch.nn.functional.scaled_dot_product_attention
 
     def counting(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         seen.add(("linear", len(x)))
@@ -156,7 +153,8 @@ def test_every_tensor_is_on_the_models_device(name: str, graphs: bool) -> None:
         )[0]
         out = model.forward(rows, (1, 2))
     assert out.logits.device.type == out.aux_hidden.device.type == "meta"
-    assert out.logits.shape == (3 + len(trees), VOCAB) and out.aux_hidden.shape == (
+    assert out.logits.shape == (3 + len(trees), VOCAB)
+    assert out.aux_hidden.shape == (
         len(rows),
         2 * model.config.hidden,
     )

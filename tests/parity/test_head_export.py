@@ -33,7 +33,7 @@ from .test_published_heads import (
     write,
 )
 
-TAPS = (2, 4, 8)
+AUX_LAYERS = (2, 4, 8)
 
 
 def checkpoint() -> Checkpoint:
@@ -46,11 +46,11 @@ def ours(folder: Path) -> Path:
     """A head as `smart train` writes it: aux_layers normed, output rows the target's."""
     torch.manual_seed(7)
     config = target_config()
-    head = TrainableHead(Form(replace(config, layers=1), len(TAPS)))
+    head = TrainableHead(Form(replace(config, layers=1), len(AUX_LAYERS)))
     for parameter in head.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
     weights = {**head.exported(), "draft_ids": torch.arange(0, VOCAB, 3)}
-    return write(folder, smart_config(config, TAPS, len(weights["draft_ids"])), weights)
+    return write(folder, smart_config(config, AUX_LAYERS, len(weights["draft_ids"])), weights)
 
 
 def published(name: str, folder: Path) -> Path:
@@ -89,7 +89,8 @@ def assert_same(mine: HeadFiles, theirs: HeadFiles) -> None:
 def assert_same_proposals(mine: Path, theirs: Path) -> None:
     """To the bit on the kernels; torch's products depend on where a tensor lies in memory."""
     for native, tolerance in ((True, 0.0), (False, 1e-6)):
-        a, b = drafted(mine, native), drafted(theirs, native)
+        a = drafted(mine, native)
+        b = drafted(theirs, native)
         for column in ("owner", "token", "parent"):
             np.testing.assert_array_equal(getattr(a, column), getattr(b, column))
         np.testing.assert_allclose(a.draft_prob, b.draft_prob, rtol=tolerance, atol=0)
@@ -145,7 +146,8 @@ def test_our_head_as_a_speculators_one(tmp_path: Path) -> None:
         "d2t",
         "t2d",
     }
-    assert config["fc_norm"] and config["eagle_aux_hidden_state_layer_ids"] == list(TAPS)
+    assert config["fc_norm"]
+    assert config["eagle_aux_hidden_state_layer_ids"] == list(AUX_LAYERS)
     assert config["norm_before_residual"] is False  # vLLM takes a missing one for true
     assert_same_proposals(tmp_path / "s", before)
 
@@ -156,10 +158,8 @@ def test_configs_say_what_the_engines_read(tmp_path: Path) -> None:
     files = load_head(published("speculators", tmp_path), target_config())
     write_head(files, checkpoint(), "speculators", tmp_path / "s")
     config: dict[str, Any] = json.loads((tmp_path / "s" / "config.json").read_text())
-    assert (
-        config["speculators_model_type"] == "eagle3"
-        and config["transformer_layer_config"]["model_type"] == "llama"
-    )
+    assert config["speculators_model_type"] == "eagle3"
+    assert config["transformer_layer_config"]["model_type"] == "llama"
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] > 0
     assert config["speculators_config"]["verifier"] == {
         "name_or_path": "tiny",
@@ -172,10 +172,8 @@ def test_configs_say_what_the_engines_read(tmp_path: Path) -> None:
         "eagle_aux_hidden_state_layer_ids": [0, 2, 5],
         "use_aux_hidden_state": True,
     }
-    assert (
-        config["draft_vocab_size"] == len(files.weights["draft_ids"])
-        and config["norm_before_residual"] is True
-    )
+    assert config["draft_vocab_size"] == len(files.weights["draft_ids"])
+    assert config["norm_before_residual"] is True
 
 
 def test_scaled_positions_come_back(tmp_path: Path) -> None:
@@ -239,54 +237,28 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for name in ("target", "head", "two"):
         (tmp_path / name).mkdir()
     target_model().save_pretrained(tmp_path / "target")
-    head, two = (
-        published("speculators", tmp_path / "head"),
-        published("speculators, two layers", tmp_path / "two"),
-    )
-    assert (
-        shipped_head(str(head)) is shipped_head(str(tmp_path / "target")) is None
-    )  # only built-in names have one
-    model, out = ["--model", str(tmp_path / "target")], ["--output", str(tmp_path / "out")]
-    assert main(["export", str(head), *model, "--layout", "eagle3", *out]) == 0
+    head = published("speculators", tmp_path / "head")
+    two = published("speculators, two layers", tmp_path / "two")
+    # only built-in names have one
+    assert shipped_head(str(head)) is shipped_head(str(tmp_path / "target")) is None
+    model = f"--model {tmp_path / 'target'}"
+    out = f"--output {tmp_path / 'out'}"
+    assert main(f"export {head} {model} --layout eagle3 {out}".split()) == 0
     assert layout_of(load_head(tmp_path / "out", target_config())) == "eagle3"
     assert_same_proposals(tmp_path / "out", head)
     refused = {
-        "give the head's target": ["export", str(head), "--layout", "eagle3", *out],
-        "is the head itself": [
-            "export",
-            str(head),
-            *model,
-            "--layout",
-            "eagle3",
-            "--output",
-            str(head),
-        ],
-        "and 'eagle3' one only": ["export", str(two), *model, "--layout", "eagle3", *out],
-        "cannot be chosen with --init": [
-            "train",
-            "--init",
-            str(head),
-            "--aux-layers",
-            "2",
-            *model,
-            *out,
-        ],
-        "it takes one": ["train", "--init", str(two), *model, *out],
-        "an EAGLE-3 head, not one of": [
-            "train",
-            "--init",
-            str(head),
-            "--export",
-            "eagle",
-            *model,
-            *out,
-        ],
-        "needs an EAGLE-1/2 head": ["train", "--export", "eagle", *model, *out],
-        "holds no training data": ["train", "--init", str(head), "--skip-generation", *model, *out],
+        "give the head's target": f"export {head} --layout eagle3 {out}",
+        "is the head itself": f"export {head} {model} --layout eagle3 --output {head}",
+        "and 'eagle3' one only": f"export {two} {model} --layout eagle3 {out}",
+        "cannot be chosen with --init": f"train --init {head} --aux-layers 2 {model} {out}",
+        "it takes one": f"train --init {two} {model} {out}",
+        "an EAGLE-3 head, not one of": f"train --init {head} --export eagle {model} {out}",
+        "needs an EAGLE-1/2 head": f"train --export eagle {model} {out}",
+        "holds no training data": f"train --init {head} --skip-generation {model} {out}",
     }
     capsys.readouterr()
-    for reason, arguments in refused.items():
-        assert main(arguments) == 2
+    for reason, command in refused.items():
+        assert main(command.split()) == 2
         assert reason in capsys.readouterr().err
 
 

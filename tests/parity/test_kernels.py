@@ -11,13 +11,14 @@ from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
-from smart_decoding.kernels import library
+from smart_decoding.kernels import library, sampling
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address
 from smart_decoding.kernels.ops import Arena
-from smart_decoding.models.layers import KVCache, Linear
-from smart_decoding.models.noise import gumbel, noise_key
 from smart_decoding.models.drawing import LOWEST, draw
+from smart_decoding.models.layers import KVCache
+from smart_decoding.models.linear import Linear
+from smart_decoding.models.noise import gumbel, noise_key
 
 pytestmark = pytest.mark.usefixtures("variant")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -34,8 +35,11 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
 def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     """Right, and each row bitwise the same alone and among any others."""
     torch.manual_seed(n)
-    weight, x, bias = torch.randn(n, k).to(dtype), torch.randn(40, k), torch.randn(n)
-    w, norm = packed(weight), torch.rand(k) + 0.5
+    weight = torch.randn(n, k).to(dtype)
+    x = torch.randn(40, k)
+    bias = torch.randn(n)
+    w = packed(weight)
+    norm = torch.rand(k) + 0.5
     alone = torch.cat([kernels.linear(x[i : i + 1], w, n, (norm, 1e-5), bias) for i in range(40)])
     rounds = dtype == torch.bfloat16 and kernels.rounds_inputs()
     normed = torch.nn.functional.rms_norm(x, (k,), norm, 1e-5)
@@ -55,10 +59,11 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("hint", [kernels.PAST_CACHES, kernels.INTO_L2, kernels.INTO_CACHES])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_over_panels_that_are_taken_in_bites(dtype: torch.dtype, hint: int) -> None:
-    n, k = 40, 6500  # two bites and a part of one in bf16 without AVX-512, more elsewhere
+def test_linear_over_panels_that_are_taken_in_blocks(dtype: torch.dtype, hint: int) -> None:
+    n, k = 40, 6500  # two blocks and a part of one in bf16 without AVX-512, more elsewhere
     torch.manual_seed(0)
-    weight, x = torch.randn(n, k).to(dtype), torch.randn(40, k)
+    weight = torch.randn(n, k).to(dtype)
+    x = torch.randn(40, k)
     w = packed(weight)
     alone = torch.cat([kernels.linear(x[i : i + 1], w, n, hint=hint) for i in range(40)])
     read = x.bfloat16() if dtype == torch.bfloat16 and kernels.rounds_inputs() else x
@@ -82,7 +87,7 @@ def test_a_packed_weights_rows_can_be_read_back(n: int, dtype: torch.dtype) -> N
 def test_top_k(n: int, k: int) -> None:
     torch.manual_seed(n)
     x = torch.randn(7, n) * 3
-    ids, probs = kernels.top_k(x, k, torch.full((len(x),), 0.7))
+    ids, probs = sampling.top_k(x, k, torch.full((len(x),), 0.7))
     wanted, at = torch.softmax(x.double() * 0.7, -1).topk(k)
     assert torch.equal(ids, at)
     torch.testing.assert_close(probs.double(), wanted, rtol=1e-5, atol=1e-9)
@@ -91,7 +96,7 @@ def test_top_k(n: int, k: int) -> None:
 def test_top_k_takes_ties_by_index() -> None:
     x = torch.zeros(2, 40)
     x[1, [7, 30, 39]] = 1.0
-    ids, probs = kernels.top_k(x, 4)
+    ids, probs = sampling.top_k(x, 4)
     assert ids.tolist() == [[0, 1, 2, 3], [7, 30, 39, 0]]
     torch.testing.assert_close(probs[0], torch.full((4,), 1 / 40))
 
@@ -100,9 +105,9 @@ def test_top_k_takes_ties_by_index() -> None:
 def test_argmax_is_the_first_maximum(n: int) -> None:
     rng = np.random.default_rng(n)
     x = torch.from_numpy(rng.integers(0, 4, (50, n)).astype(np.float32))  # every row has many ties
-    assert kernels.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
+    assert sampling.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
     x = -torch.from_numpy(rng.random((50, n), np.float32)) - 1
-    assert kernels.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
+    assert sampling.argmax(x, np.arange(len(x))).tolist() == x.numpy().argmax(1).tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,24 +115,29 @@ def test_argmax_is_the_first_maximum(n: int) -> None:
 def test_first_maxima_need_no_logits(n: int, dtype: torch.dtype) -> None:
     """Ties, NaN and infinity included: what `argmax` says of the logits."""
     torch.manual_seed(n)
-    x, bias = torch.randint(-2, 3, (40, 32)).float(), torch.randint(-2, 3, (n,)).float()
+    x = torch.randint(-2, 3, (40, 32)).float()
+    bias = torch.randint(-2, 3, (n,)).float()
     x[7], x[8], x[9] = torch.nan, torch.inf, 0.0
     w = packed(torch.randint(-1, 2, (n, 32)).to(dtype))
     for b in (None, bias, bias - 1000):  # the last one: what pads the weight would be larger
-        best, alone = np.empty(40, np.int64), np.empty(40, np.int64)
+        best = np.empty(40, np.int64)
+        alone = np.empty(40, np.int64)
         logits = kernels.linear(x, w, n, bias=b, best=best)
-        assert best.tolist() == kernels.argmax(logits, np.arange(40)).tolist()
+        assert best.tolist() == sampling.argmax(logits, np.arange(40)).tolist()
         assert not kernels.linear(x, w, n, bias=b, best=alone, out=torch.empty(40, 0)).numel()
         assert alone.tolist() == best.tolist()
 
 
 @pytest.mark.parametrize("d", [1, 16, 50, 96])
 def test_rms_norm_into_columns(d: int) -> None:
-    x, weight, out = torch.randn(5, d), torch.randn(d), torch.full((5, d + 9), 7.0)
+    x = torch.randn(5, d)
+    weight = torch.randn(d)
+    out = torch.full((5, d + 9), 7.0)
     kernels.rms_norm(x, weight, 1e-5, out, column=4)
     wanted = torch.nn.functional.rms_norm(x.double(), (d,), weight.double(), 1e-5)
     torch.testing.assert_close(out[:, 4 : 4 + d].double(), wanted, rtol=1e-5, atol=1e-6)
-    assert (out[:, :4] == 7).all() and (out[:, 4 + d :] == 7).all()
+    assert (out[:, :4] == 7).all()
+    assert (out[:, 4 + d :] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,17 +150,19 @@ def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
     for tensor in (plain.keys, plain.values):
         tensor.copy_(torch.randn_like(tensor))
     native = KVCache(in_pairs(plain.keys.mT), in_pairs(plain.values), native=True)
-    keys, values = plain.keys.clone(), plain.values.clone()
-    source, target = [20, 21, 79], [19, 20, 33]
+    keys = plain.keys.clone()
+    values = plain.values.clone()
+    source = [20, 21, 79]
+    target = [19, 20, 33]
     for s, t in zip(source, target, strict=True):
         for part in (keys, values):
             part[:, :, t // PAGE, t % PAGE] = part[:, :, s // PAGE, s % PAGE]
     for cache in (plain, native):
         cache.move(torch.tensor(source, dtype=torch.int32), torch.tensor(target, dtype=torch.int32))
-    assert torch.equal(plain.keys, keys) and torch.equal(plain.values, values)
-    assert torch.equal(native.keys, in_pairs(keys.mT)) and torch.equal(
-        native.values, in_pairs(values)
-    )
+    assert torch.equal(plain.keys, keys)
+    assert torch.equal(plain.values, values)
+    assert torch.equal(native.keys, in_pairs(keys.mT))
+    assert torch.equal(native.values, in_pairs(values))
 
 
 def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
@@ -168,11 +180,13 @@ def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> Non
     """Ranked with the target's own noise, a perfect draft's first child is always the target's
     token."""
     torch.manual_seed(n)
-    x, rows, temperature = torch.randn(12, n) * spread, np.arange(12), 0.8
+    x = torch.randn(12, n) * spread
+    rows = np.arange(12)
+    temperature = 0.8
     key = noise_key(rows + 5, 0, 7 * rows)
     key[3] = 0  # a greedy row among them
     scale = torch.full((12,), 1 / temperature)
-    ids, probs = kernels.top_k(x, 8, scale, torch.from_numpy(key.view(np.int64)), torch.arange(n))
+    ids, probs = sampling.top_k(x, 8, scale, torch.from_numpy(key.view(np.int64)), torch.arange(n))
     noise = gumbel(key[:, None], np.arange(n))
     noise[3] = 0.0
     scores = x.double() / temperature + torch.from_numpy(noise)
@@ -197,10 +211,11 @@ def test_what_rounding_decides_is_left_to_numpy() -> None:
     row = np.zeros(600, np.float32)
     row[200:202] = 30.0, 30.0005
     asked = [
-        kernels.Draw(address(row), seed, 0, 0, 0, 1.0, LOWEST, -math.inf) for seed in range(20000)
+        sampling.Draw(address(row), seed, 0, 0, 0, 1.0, LOWEST, -math.inf) for seed in range(20000)
     ]
-    drawn = kernels.draw(asked, len(row))
-    assert (drawn.best == 201).all() and 0 < (drawn.token < 0).sum() < 40
+    drawn = sampling.draw(asked, len(row))
+    assert (drawn.best == 201).all()
+    assert 0 < (drawn.token < 0).sum() < 40
     noise = gumbel(noise_key(np.arange(20000), 0, 0)[:, None], [200, 201]) + row[200:202]
     wanted = np.where(np.abs(np.subtract(*noise.T)) < 1e-3, -1, 200 + noise.argmax(1))
     assert np.count_nonzero(drawn.token != wanted) <= 1  # the border itself is rounded, too

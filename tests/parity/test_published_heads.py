@@ -80,7 +80,8 @@ def random(*shape: int, scale: float = 0.2) -> Tensor:
 
 def layer_tensors(prefix: str, width: int, bias: bool = False) -> dict[str, Tensor]:
     """One Llama layer, its q, k and v reading `width`, without norms at its input."""
-    q, kv = HEADS * HEAD_DIM, KV * HEAD_DIM
+    q = HEADS * HEAD_DIM
+    kv = KV * HEAD_DIM
     tensors = {
         "self_attn.q_proj.weight": random(q, width),
         "self_attn.k_proj.weight": random(kv, width),
@@ -245,7 +246,8 @@ class Expected:
 
     def probs(self, drafted: list[int]) -> Tensor:
         """[vocab] over target ids, after the drafted tokens."""
-        features, tokens = self.true, self.prompt[1:]
+        features = self.true
+        tokens = self.prompt[1:]
         out = self.layer(features, tokens)
         for token in drafted:
             features, tokens = torch.cat((features, out[-1:])), [*tokens, token]
@@ -314,7 +316,8 @@ class Drafting:
 
     def __init__(self, folder: Path, native: bool) -> None:
         config = target_config()
-        weights, device = target_model().state_dict(), torch.device("cpu")
+        weights = target_model().state_dict()
+        device = torch.device("cpu")
         self.decoder = Decoder(config, weights, torch.float32, device, PAGES, 128, native)
         head = EagleHead(
             load_head(folder, config, trust_pickle=True), self.decoder, PAGES, SCRATCH, 128
@@ -327,8 +330,10 @@ class Drafting:
     def round(self) -> DraftTrees:
         """The target reads what it has not read yet, but for the root; then three levels are
         drafted: all of the first one expanded, then one node of the second."""
-        request, table = self.request, self.request.table
-        first, new = table.length, request.tokens[table.length : -1]
+        request = self.request
+        table = self.request.table
+        first = table.length
+        new = request.tokens[table.length : -1]
         slots = table.reserve(len(new))
         span = Span(new, first, slots, np.array(table.pages, np.int32))
         rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
@@ -486,14 +491,16 @@ def test_a_head_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert head_folder(tmp_path) == tmp_path and not asked
+    assert head_folder(tmp_path) == tmp_path
+    assert not asked
     with pytest.raises(ModelError, match="pickles are refused"):
         head_folder("owner/head")
     del asked[:]
     assert head_folder("owner/head", trust_pickle=True) == tmp_path
     assert asked == [["config.json", "*.safetensors"], ["config.json", "pytorch_model.bin"]]
     write(tmp_path, EAGLE3, TENSORS)
-    assert head_folder("owner/head") == tmp_path and len(asked) == 3  # no pickle is asked for
+    assert head_folder("owner/head") == tmp_path
+    assert len(asked) == 3
     with pytest.raises(DownloadError, match="404"):
         head_folder("nobody/nothing")
     with pytest.raises(ModelError, match="no draft head"):

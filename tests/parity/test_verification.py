@@ -29,13 +29,16 @@ PROMPT = np.random.default_rng(8).integers(VOCAB, size=200).tolist()
 class World:
     """Requests of several lengths on a tiny model, verified in one call or step by step."""
 
-    verify, argmax, move = TorchTarget.verify, TorchTarget.argmax, TorchTarget.move
+    verify = TorchTarget.verify
+    argmax = TorchTarget.argmax
+    move = TorchTarget.move
     _in_one_call = TorchTarget._verify_greedy
 
     def __init__(self, name: str, dtype: torch.dtype, whole: bool) -> None:
         self.decoder, self.sampler = decoder(name, True, dtype), Sampler(VOCAB)
         self.verify_greedy = self._in_one_call if whole else None
-        pool, params = PagePool(PAGES), SamplingParams(temperature=0.0, max_tokens=100)
+        pool = PagePool(PAGES)
+        params = SamplingParams(temperature=0.0, max_tokens=100)
         self.requests = [
             Request(
                 str(n), PROMPT[n : n + n], params, 0, BlockTable(pool), StopChecker(params, str)
@@ -99,17 +102,15 @@ def test_one_call_equals_step_by_step(name: str, dtype: torch.dtype) -> None:
     for _ in range(30):
         ahead.round()
     answers = [request.tokens[n:] for request, n in zip(ahead.requests, CONTEXTS, strict=True)]
-    worlds, rng, accepted = (
-        [World(name, dtype, whole) for whole in (True, False)],
-        np.random.default_rng(4),
-        0,
-    )
+    worlds = [World(name, dtype, whole) for whole in (True, False)]
+    rng = np.random.default_rng(4)
+    accepted = 0
     for turn in range(12):
-        rest = [
+        others = [
             answer[len(request.tokens) - n :]
             for answer, request, n in zip(answers, worlds[0].requests, CONTEXTS, strict=True)
         ]
-        trees = trees_around(rest, rng, (0, 1, 24, 60)[turn % 4])
+        trees = trees_around(others, rng, (0, 1, 24, 60)[turn % 4])
         kept = some_of(trees, rng) if turn > 3 else np.arange(len(trees))
         one, steps = (world.round(copy.copy(trees), kept.copy()) for world in worlds)
         assert one.acceptance.emitted == steps.acceptance.emitted

@@ -68,7 +68,8 @@ def decoder_of(llm: LLM, native: bool) -> Decoder:
 
 def logits(llm: LLM, prompt: MediaPrompt, native: bool, cuts: tuple[int, ...] = ()) -> torch.Tensor:
     """[prompt, vocab] in chunks between `cuts`."""
-    model, parts = decoder_of(llm, native), []
+    model = decoder_of(llm, native)
+    parts = []
     for each in prompt.media.pictures:
         each.embeddings = llm.target.encode_image(each.pixels)
     for start, end in zip((0, *cuts), (*cuts, len(prompt.tokens)), strict=True):
@@ -130,7 +131,8 @@ def test_llava_logits_are_those_of_transformers(llava: Loaded, native: bool) -> 
     llm, model = llava
     prompt = llm.chat_prompt(message(picture(1), "What is it? ", picture(2), "And this?"))
     expected = wanted(model, of_llava(prompt))
-    assert prompt.tokens.count(IMAGE) == 32 and expected.std() > 0.5
+    assert prompt.tokens.count(IMAGE) == 32
+    assert expected.std() > 0.5
     blind = wanted(model, of_llava(prompt) | {"pixel_values": torch.zeros(2, 3, 28, 28)})
     assert (blind[-1] - expected[-1]).abs().max() > 0.1  # the pictures matter
     for cuts in ((), (10, 17, 40, 41)):
@@ -169,9 +171,8 @@ def test_qwen2_vl_rotary_positions_are_those_of_transformers(qwen: Loaded, mix: 
     positions, shift = model.model.get_rope_index(
         inputs["input_ids"], inputs["mm_token_type_ids"], **grids
     )
-    assert np.array_equal(
-        prompt.media.rotary, positions[:, 0].T.numpy()
-    ) and prompt.media.shift == int(shift)
+    assert np.array_equal(prompt.media.rotary, positions[:, 0].T.numpy())
+    assert prompt.media.shift == int(shift)
 
 
 def test_text_goes_on_behind_the_last_step_of_a_long_video(qwen: Loaded) -> None:
@@ -221,7 +222,8 @@ def test_prompts_are_those_of_transformers_processor(llava: Loaded) -> None:
     text = "user: <image>\nWhat is it?\n>"
     expected = processor(images=[picture(1)], text=text, return_tensors="np")
     prompt = llm.chat_prompt(message(picture(1), "What is it?"))
-    assert prompt.text == text and prompt.tokens == expected["input_ids"][0].tolist()
+    assert prompt.text == text
+    assert prompt.tokens == expected["input_ids"][0].tolist()
     np.testing.assert_array_equal(
         prompt.media.pictures[0].pixels.values, expected["pixel_values"][0]
     )
@@ -245,7 +247,8 @@ def test_video_patches_pair_frames(qwen: Loaded) -> None:
     )
     cut = ((video - mean) / std).reshape(2, 2, 3, 3, 2, 7, 4, 2, 7)
     expected = cut.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(2 * 6 * 8, -1)
-    assert pixels.grid == (2, 6, 8) and pixels.length == 24
+    assert pixels.grid == (2, 6, 8)
+    assert pixels.length == 24
     np.testing.assert_allclose(pixels.values, expected, rtol=0, atol=1e-6)
 
 
@@ -316,8 +319,8 @@ def test_models_load_by_their_names_on_the_hub(
     llm = load(name)
     needed = {path.name for path in (tmp_path / "snapshot").iterdir()}
     ((repository, patterns),) = asked
-    assert repository == name and needed == {
-        n for n in needed if any(fnmatch(n, p) for p in patterns)
-    }
+    assert repository == name
+    assert needed == {n for n in needed if any(fnmatch(n, p) for p in patterns)}
     (answer,) = llm.chat(message(picture(1), "What is it?"), GREEDY)
-    assert len(answer.outputs[0].token_ids) == 12 and name in llm.provenance["weights"]
+    assert len(answer.outputs[0].token_ids) == 12
+    assert name in llm.provenance["weights"]

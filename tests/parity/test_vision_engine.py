@@ -98,23 +98,24 @@ def test_the_prefix_cache_tells_pictures_apart(
     seen = {}
     for number in (1, 2, 1):
         (out,) = llm.chat(system + message(picture(number), "What is it?"), sampling(0.0)[0])
-        answer, metrics = out.outputs[0].token_ids, out.outputs[0].metrics
+        answer = out.outputs[0].token_ids
+        metrics = out.outputs[0].metrics
         if number in seen:
-            assert (
-                answer == seen[number]
-                and metrics.cached_tokens >= 64
-                and metrics.vision_seconds == 0
-            )
+            assert answer == seen[number]
+            assert metrics.cached_tokens >= 64
+            assert metrics.vision_seconds == 0
         else:
             first = out.prompt_token_ids.index(llm._vision._reader.placeholders["image"])
-            assert metrics.cached_tokens <= first and metrics.vision_seconds > 0
+            assert metrics.cached_tokens <= first
+            assert metrics.vision_seconds > 0
         seen[number] = answer
     assert seen[1] != seen[2]
 
 
 def test_the_tower_runs_once_a_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = load(folder, enable_prefix_caching=False, max_num_batched_tokens=8)
-    runs, run = [], llm.target._tower._run
+    runs = []
+    run = llm.target._tower._run
     monkeypatch.setattr(
         llm.target._tower, "_run", lambda pixels: runs.append(pixels) or run(pixels)
     )
@@ -126,10 +127,8 @@ def test_the_tower_runs_once_a_picture(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_answers_of_n_samples_with_pictures(folder: Path) -> None:
-    llm, params = (
-        load(folder),
-        SamplingParams(temperature=0.8, n=3, seed=5, max_tokens=10, ignore_eos=True),
-    )
+    llm = load(folder)
+    params = SamplingParams(temperature=0.8, n=3, seed=5, max_tokens=10, ignore_eos=True)
     (together,) = llm.chat(message(picture(1), "What?"), params)
     apart = load(folder, enable_prefix_caching=False, max_num_seqs=1).chat(
         message(picture(1), "What?"), params
@@ -139,7 +138,8 @@ def test_answers_of_n_samples_with_pictures(folder: Path) -> None:
 
 
 def test_streaming_and_prompts_with_pictures(folder: Path) -> None:
-    llm, params = load(folder), SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    llm = load(folder)
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     (chat,) = llm.chat(message("Look: ", picture(1), "What?"), params)
     assert (
         "".join(llm.stream(message("Look: ", picture(1), "What?"), params)) == chat.outputs[0].text
@@ -153,7 +153,8 @@ def test_streaming_and_prompts_with_pictures(folder: Path) -> None:
 
 def test_what_cannot_be_read_is_one_clear_error(folder: Path) -> None:
     llm = load(folder, limit_mm_per_prompt={"image": 2}, max_image_pixels=5000)
-    see, is_llava = picture(1), "llava" in folder.name
+    see = picture(1)
+    is_llava = "llava" in folder.name
     for call, text in (
         (lambda: llm.chat(message(see, see, see)), "3 images in one prompt: at most 2 are allowed"),
         (
@@ -216,11 +217,11 @@ def test_a_text_model_refuses_pictures(tmp_path: Path) -> None:
 
     from .vision import TEXT, VOCAB
 
-    save_llava(tmp_path / "eyes")
+    save_llava(tmp_path / "vision")
     transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**TEXT, vocab_size=VOCAB)
     ).save_pretrained(tmp_path / "blind")
-    Tokenizer.load(tmp_path / "eyes").save(tmp_path / "blind")
+    Tokenizer.load(tmp_path / "vision").save(tmp_path / "blind")
     llm: LLM = load(tmp_path / "blind")
     for call in (
         lambda: llm.chat(message(picture(1), "What?")),
@@ -229,7 +230,8 @@ def test_a_text_model_refuses_pictures(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="reads text only"):
             call()
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
-    parts, plain = message("What ", "is it?"), [{"role": "user", "content": "What is it?"}]
+    parts = message("What ", "is it?")
+    plain = [{"role": "user", "content": "What is it?"}]
     assert (
         llm.chat(parts, params)[0].outputs[0].token_ids
         == llm.chat(plain, params)[0].outputs[0].token_ids

@@ -28,7 +28,8 @@ from .test_vision import load, message, of_llava, of_qwen
 from .test_vision_engine import CHATS, sampling
 from .vision import TEXT, VOCAB, picture, save_llava, save_qwen2_vl
 
-D, FFN = 96, 64
+D = 96
+FFN = 64
 HEAD = {
     "hidden_size": D,
     "num_attention_heads": 4,
@@ -129,25 +130,22 @@ def test_a_heads_input_at_visual_positions(folder: Path, tmp_path: Path, how: st
     (image,) = prompt.media.pictures
     root, trees = first_trees(llm, prompt)
     is_llava = "llava" in folder.name
-    kind = (
-        transformers.LlavaForConditionalGeneration
-        if is_llava
-        else transformers.Qwen2VLForConditionalGeneration
-    )
+    kind = transformers.Qwen2VLForConditionalGeneration
+    if is_llava:
+        kind = transformers.LlavaForConditionalGeneration
     model = kind.from_pretrained(folder).eval()
     with torch.no_grad():
         inputs = (of_llava if is_llava else of_qwen)(prompt)
-        states = model(**inputs, output_hidden_states=True).hidden_states[-1][
-            0
-        ]  # after the final norm
-        embed, layer = model.get_input_embeddings(), reference_layer(head)
+        # after the final norm
+        states = model(**inputs, output_hidden_states=True).hidden_states[-1][0]
+        embed = model.get_input_embeddings()
+        layer = reference_layer(head)
         tokens = torch.tensor([*prompt.tokens[1:], root])
         x = layer.fc(torch.cat((embed(tokens), states), -1))
         start = 0
         if how == "decoupled":
-            x[image.first - 1 : image.first - 1 + image.length] = llm.target.encode_image(
-                image.pixels
-            )
+            at = slice(image.first - 1, image.first - 1 + image.length)
+            x[at] = llm.target.encode_image(image.pixels)
         else:
             start = (image.first + image.length) // PAGE * PAGE
             assert start > image.first
@@ -157,14 +155,14 @@ def test_a_heads_input_at_visual_positions(folder: Path, tmp_path: Path, how: st
         parent = firsts[0]
         child = layer.fc(torch.cat((embed(torch.tensor([trees.token[parent]])), out[None]), -1))
         out = outputs(layer, torch.cat((x[start:], child)), start)[-1]
-        check(
-            trees, [i for i in range(len(trees)) if trees.parent[i] == parent], model.lm_head(out)
-        )
+        children = [i for i in range(len(trees)) if trees.parent[i] == parent]
+        check(trees, children, model.lm_head(out))
 
 
 def check(trees: DraftTrees, nodes: list[int], logits: Tensor) -> None:
     best = logits.softmax(-1).topk(len(nodes))
-    assert nodes and trees.token[nodes].tolist() == best.indices.tolist()
+    assert nodes
+    assert trees.token[nodes].tolist() == best.indices.tolist()
     torch.testing.assert_close(
         torch.tensor(trees.draft_prob[nodes]).float(), best.values, rtol=2e-3, atol=1e-5
     )
@@ -173,7 +171,7 @@ def check(trees: DraftTrees, nodes: list[int], logits: Tensor) -> None:
 CASES: dict[str, dict[str, Any]] = {
     "MSD": {"visual_positions": "decoupled"},
     "EAGLE-1": {},
-    "EAGLE-3 that sees": {"eagle3": True, "visual_positions": "decoupled"},
+    "EAGLE-3 that reads images": {"eagle3": True, "visual_positions": "decoupled"},
     "EAGLE-3": {"eagle3": True},
 }
 
@@ -196,15 +194,14 @@ def test_tokens_are_those_of_plain_decoding(folder: Path, tmp_path: Path, name: 
 @pytest.mark.parametrize("name", ["EAGLE-1", "MSD"])
 def test_a_picture_may_end_the_text_and_a_page(folder: Path, tmp_path: Path, name: str) -> None:
     head = save_head(tmp_path / "head", **CASES[name])
-    llm, plain = (
-        load(folder, speculative_config={"model": str(head), "policy": "static"}),
-        load(folder),
-    )
+    llm = load(folder, speculative_config={"model": str(head), "policy": "static"})
+    plain = load(folder)
     chat = llm.chat_prompt(message(picture(1)))
     (image,) = chat.media.pictures
     given = {"prompt_token_ids": [3] * (-image.length % PAGE) + [chat.tokens[image.first]]}
     prompt = llm.text_prompt({**given, "multi_modal_data": {"image": [picture(1)]}})
-    assert len(prompt.tokens) % PAGE == 0 and prompt.media.visual(10**6) == len(prompt.tokens)
+    assert len(prompt.tokens) % PAGE == 0
+    assert prompt.media.visual(10**6) == len(prompt.tokens)
     outs, wanted = (each.generate([prompt], sampling(0.0)[:1]) for each in (llm, plain))
     assert outs[0].outputs[0].token_ids == wanted[0].outputs[0].token_ids
     assert outs[0].outputs[0].metrics.verified
@@ -215,9 +212,11 @@ def test_a_text_model_drafts_for_one_that_sees(folder: Path, tmp_path: Path) -> 
     small.save_pretrained(tmp_path / "small")
     Tokenizer.load(folder).save(tmp_path / "small")
     config = {"method": "draft_model", "model": str(tmp_path / "small"), "policy": "static"}
-    llm, plain = load(folder, speculative_config=config), load(folder)
+    llm = load(folder, speculative_config=config)
+    plain = load(folder)
     for _ in range(2):
-        outs, wanted = llm.chat(CHATS, sampling(0.0)), plain.chat(CHATS, sampling(0.0))
+        outs = llm.chat(CHATS, sampling(0.0))
+        wanted = plain.chat(CHATS, sampling(0.0))
         assert [o.outputs[0].token_ids for o in outs] == [o.outputs[0].token_ids for o in wanted]
         assert all(o.outputs[0].metrics.verified for o in outs)
 
@@ -241,8 +240,8 @@ def test_a_head_that_does_not_see_is_noticed(
             },
         )
         assert not caplog.records
-        seeing = {"model": str(head), "policy": "static", "visual_positions": "decoupled"}
-        assert load(folder, speculative_config=seeing).engine.drafter.sees
+        with_images = {"model": str(head), "policy": "static", "visual_positions": "decoupled"}
+        assert load(folder, speculative_config=with_images).engine.drafter.sees
         assert not caplog.records
     with pytest.raises(
         ConfigError, match="visual_positions='pooled' is not supported: use dropped or decoupled"

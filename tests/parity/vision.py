@@ -31,8 +31,10 @@ SPECIALS = ["<bos>", "<eos>", "<image>", "<video>", "<see>", "<seen>"]
 BOS, EOS, IMAGE, VIDEO, SEE, SEEN = range(256, 262)
 VOCAB = 272
 LISTS = (  # as published templates of such models: contents are lists of parts
-    "{% for m in messages %}{{ m['role'] }}: {% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}"
-    "{% elif p['type'] == 'video' %}<see><video><seen>{% else %}<see><image><seen>{% endif %}{% endfor %}\n{% endfor %}"
+    "{% for m in messages %}{{ m['role'] }}: {% for p in m['content'] %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}"
+    "{% elif p['type'] == 'video' %}<see><video><seen>"
+    "{% else %}<see><image><seen>{% endif %}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}>{% endif %}"
 )
 STRINGS = (

@@ -109,7 +109,8 @@ def test_reads_what_transformers_writes(name: str, shard: str, tmp_path: Path) -
 
     checkpoint = load_checkpoint(tmp_path / name)
 
-    expected, config = model.state_dict(), checkpoint.config
+    expected = model.state_dict()
+    config = checkpoint.config
     assert set(config.expected_shapes()) == set(expected) - (
         {"lm_head.weight"} if config.tie_embeddings else set()
     )
@@ -270,7 +271,7 @@ def test_one_file_comes_before_an_older_index(tmp_path: Path) -> None:
 
 
 # GGUF
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -318,14 +319,7 @@ def write_gguf(
     model = tiny_model(name)
     architecture = {"qwen2": "qwen2"}.get(name, "llama")
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
+    add_shape(writer)
     for key, value in metadata.items():
         writer.add_uint32(f"{architecture}.{key}", value)
     add_tokenizer(writer, "qwen2" if name == "qwen2" else "smollm")
@@ -348,11 +342,26 @@ def write_gguf(
             writer.add_tensor(gguf_name(key), gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(gguf_name(key), np.ascontiguousarray(array))
+    finish(writer)
+    return expected
+
+
+def add_shape(writer: gguf.GGUFWriter) -> None:
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return expected
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:

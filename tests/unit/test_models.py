@@ -281,7 +281,8 @@ def test_tasks_refuse_nonsense() -> None:
 
 @pytest.mark.model
 def test_evaluation_prompts() -> None:
-    code, maths = load_task("code"), load_task("maths")
+    code = load_task("code")
+    maths = load_task("maths")
     assert (len(code), len(maths)) == (164, 100)
     assert sorted(TASKS) == ["code", "edit", "general", "long", "maths"]
     assert "def has_close_elements" in code[0]

@@ -45,7 +45,8 @@ def test_a_folders_own_code_is_not_run(
     for name in ("config", "tokenizer_config", "preprocessor_config"):
         (tmp_path / f"{name}.json").write_text(json.dumps(given))
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    ran, asked = tmp_path / "ran", []
+    ran = tmp_path / "ran"
+    asked = []
     (tmp_path / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Mine: pass\n")
 
     def answer(*question: str) -> str:
@@ -55,4 +56,5 @@ def test_a_folders_own_code_is_not_run(
     monkeypatch.setattr(builtins, "input", answer)
     with pytest.raises(ModelError):
         load(tmp_path)
-    assert asked == [] and not ran.exists()
+    assert asked == []
+    assert not ran.exists()

@@ -23,7 +23,8 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.tokenizer import Tokenizer
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TOKENS = [
@@ -75,7 +76,8 @@ def test_special_tokens() -> None:
         "user-defined tokens are text, control tokens are not"
     )
     assert (TINY.eos_ids, TINY.vocab_size) == ((2,), len(TOKENS) - 1)
-    assert TINY.token_id(TINY.specials["bos_token"]) == 1 and TINY.token_id("absent") is None
+    assert TINY.token_id(TINY.specials["bos_token"]) == 1
+    assert TINY.token_id("absent") is None
 
 
 def test_digits_are_split_as_each_family_does() -> None:
@@ -108,7 +110,7 @@ def test_unknown_kinds_are_refused_by_name() -> None:
 
 
 # Folders
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_saving_and_loading(tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Chat templates
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def render(template: str, messages: list[dict[str, Any]] | None = None, **variables: Any) -> str:
@@ -184,7 +186,8 @@ def test_templates_have_what_transformers_gives_them() -> None:
     )
     assert (
         render(
-            "{% for m in messages %}\n{% if m.role == 'x' %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+            "{% for m in messages %}\n{% if m.role == 'x' %}{% break %}{% endif %}"
+            "{{ m.role }}{% endfor %}",
             [{"role": "a"}, {"role": "x"}],
         )
         == "a"
@@ -227,11 +230,12 @@ def test_a_prompt_is_all_of_it_and_no_more(tmp_path: Path) -> None:
 
 
 # Streaming
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], sizes: list[int]) -> list[str]:
-    stream, parts = Detokenizer(tokenizer.decode), []
+    stream = Detokenizer(tokenizer.decode)
+    parts = []
     while ids:
         size = sizes[len(parts) % len(sizes)]
         parts.append(stream.push(ids[:size]))
@@ -266,7 +270,7 @@ def test_text_comes_at_once() -> None:
 
 
 # The real tokenizer
-# ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def varied_texts() -> list[str]:

@@ -1,2 +1,1 @@
-"""Models: configurations, files, layers, heads, samplers and tokenizers, on torch and on the CPU
-kernels."""
+"""Models on torch and on the CPU kernels: files, layers, heads, samplers, tokenizers."""

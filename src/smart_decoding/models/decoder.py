@@ -22,13 +22,13 @@ from smart_decoding.models.layers import (
     KVCache,
     Layers,
     LayerWeights,
-    Linear,
     NativeLayers,
-    TorchLayers,
     Workspace,
 )
+from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import NativeModel
 from smart_decoding.models.rows import native_rows
+from smart_decoding.models.torch_layers import TorchLayers
 
 
 @dataclass

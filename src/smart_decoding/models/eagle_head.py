@@ -69,7 +69,8 @@ class EagleHead:
 
     def allocate(self, pages: int, positions: int) -> None:
         """Makes room for keys, anew, and for positions below `positions`."""
-        c, target = self._config, self._target
+        c = self._config
+        target = self._target
         kv = KVCache.empty(
             c.layers, c.kv_heads, pages, c.head_dim, target.dtype, target.device, target.native
         )

@@ -18,15 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from smart_decoding.models.layers import (
-    Context,
-    KVCache,
-    Layers,
-    LayerWeights,
-    TorchLayer,
-    TorchLayers,
-    attend,
-)
+from smart_decoding.models.layers import Context, KVCache, Layers, LayerWeights
+from smart_decoding.models.torch_layers import TorchLayer, TorchLayers, attend
 
 log = logging.getLogger("smart.graphs")
 

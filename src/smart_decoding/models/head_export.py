@@ -49,7 +49,8 @@ def check_layout(files: HeadFiles, layout: str) -> None:
     if layout == "eagle3" and "fc_norm.0.weight" in files.weights:
         raise ModelError(
             "the head norms each aux layer before fc (fc_norm), "
-            "for which the layout 'eagle3' has no words: write it as 'speculators', or train one with smart train --export eagle3"
+            "for which the layout 'eagle3' has no words: write it as 'speculators', "
+            "or train one with smart train --export eagle3"
         )
     if layout == "eagle3" and files.shape.layers > 1:
         raise ModelError(

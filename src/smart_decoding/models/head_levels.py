@@ -23,9 +23,11 @@ from smart_decoding.kernels import ops as kernels
 from smart_decoding.models.decoder import put
 from smart_decoding.models.features import Part, as_tensor, take_rows
 from smart_decoding.models.head_weights import HeadWeights, head_layers
-from smart_decoding.models.layers import Context, KVCache, Linear, rms_norm
+from smart_decoding.models.layers import Context, KVCache
+from smart_decoding.models.linear import Linear
 from smart_decoding.models.ranking import ranked
 from smart_decoding.models.target_weights import OutputMatrix
+from smart_decoding.models.torch_layers import rms_norm
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,10 @@ from smart_decoding.kernels.ops import Arena, packed_rows
 from smart_decoding.models.decoder import layer_weights
 from smart_decoding.models.head_files import HeadFiles
 from smart_decoding.models.head_shapes import FIRST, layer_prefixes
-from smart_decoding.models.layers import Layers, Linear, NativeLayers, TorchLayers
+from smart_decoding.models.layers import Layers, NativeLayers
+from smart_decoding.models.linear import Linear
 from smart_decoding.models.target_weights import TargetWeights
+from smart_decoding.models.torch_layers import TorchLayers
 
 
 class HeadWeights:

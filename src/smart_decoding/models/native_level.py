@@ -24,7 +24,8 @@ from smart_decoding.kernels.memory import address, address_or_none
 from smart_decoding.models.features import Part, readable, row_addresses
 from smart_decoding.models.head_levels import HeadCache
 from smart_decoding.models.head_weights import HeadWeights, head_layers
-from smart_decoding.models.layers import Linear, NativeLayers
+from smart_decoding.models.layers import NativeLayers
+from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import embedding_addresses
 from smart_decoding.models.ranking import noise_of
 from smart_decoding.models.rows import native_rows

@@ -18,7 +18,8 @@ from smart_decoding.engine.protocols import GreedyBatch, GreedyRound
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address, address_or_none
 from smart_decoding.kernels.ops import pointer
-from smart_decoding.models.layers import KVCache, Linear, NativeLayers
+from smart_decoding.models.layers import KVCache, NativeLayers
+from smart_decoding.models.linear import Linear
 
 
 class NativeModel:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.kernels import library
-from smart_decoding.kernels import ops as kernels
+from smart_decoding.kernels import sampling as kernels
 from smart_decoding.models.noise import gumbel, noise_key
 from smart_decoding.models.processors import FloatRow
 

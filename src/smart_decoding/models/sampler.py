@@ -17,7 +17,7 @@ from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.kernels import library
-from smart_decoding.kernels import ops as kernels
+from smart_decoding.kernels import sampling as kernels
 from smart_decoding.models.drawing import draw, top_k_floor
 from smart_decoding.models.processors import FloatRow
 

@@ -1,4 +1,4 @@
-"""The target model as the engine sees it: loading, memory limits, forwards, sampling."""
+"""The target model as the engine uses it: loading, memory limits, forwards, sampling."""
 
 from __future__ import annotations
 

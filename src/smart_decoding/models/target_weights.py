@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.layers import Linear, Workspace
+from smart_decoding.models.layers import Workspace
+from smart_decoding.models.linear import Linear
 
 
 class OutputMatrix(Protocol):
@@ -29,8 +30,7 @@ class OutputMatrix(Protocol):
 
 class TargetWeights(Protocol):
     """What a head borrows of its target. native: whether the head runs on the CPU kernels;
-    work_dtype: of activations. final_norm: None if the aux hidden states of an EAGLE-1/2 head come
-    through it already."""
+    work_dtype: of activations."""
 
     config: ModelConfig
     native: bool
@@ -38,7 +38,12 @@ class TargetWeights(Protocol):
     work_dtype: torch.dtype
     device: torch.device
     workspace: Workspace
-    final_norm: Tensor | None
+
+    @property
+    def final_norm(self) -> Tensor | None:
+        """The weight [hidden] of the norm before the output matrix; None if the aux hidden states
+        of an EAGLE-1/2 head come through it already."""
+        ...
 
     @property
     def head(self) -> OutputMatrix:

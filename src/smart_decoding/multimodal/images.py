@@ -41,8 +41,8 @@ class Limits:
         for name, count in self.per_prompt.items():
             if name not in MODALITIES or not isinstance(count, int) or count < 0:
                 raise ConfigError(
-                    f"limit_mm_per_prompt: {name!r}: {count!r} is not allowed; it maps image, video to "
-                    "counts"
+                    f"limit_mm_per_prompt: {name!r}: {count!r} is not allowed; "
+                    "it maps image, video to counts"
                 )
         if self.pixels < 1:
             raise ConfigError(
@@ -73,9 +73,7 @@ def open_image(source: Any, limits: Limits) -> Image:
         ) from error
     except ConfigError:
         raise
-    except (
-        Exception
-    ) as error:  # UnidentifiedImageError, and whatever a decoder raises for a damaged header
+    except Exception as error:  # whatever a decoder raises for a damaged header
         known = ", ".join(FORMATS)
         raise ConfigError(
             f"an image is corrupt or of an unsupported type; supported: {known}"
@@ -123,7 +121,8 @@ def _from_data_url(url: str, limits: Limits) -> bytes:
         raise ConfigError("an image's data URL must begin with data:image/TYPE;base64,")
     if len(data) > limits.bytes * 4 // 3 + 4:
         raise ConfigError(
-            f"an image's data URL of {len(data)} characters exceeds the limit of {limits.bytes} bytes"
+            f"an image's data URL of {len(data)} characters "
+            f"exceeds the limit of {limits.bytes} bytes"
         )
     try:
         return base64.b64decode(data, validate=True)
@@ -132,8 +131,8 @@ def _from_data_url(url: str, limits: Limits) -> bytes:
 
 
 def read_file(path: Path, limits: Limits) -> bytes:
-    """Raises ConfigError for devices and for more than `limits.bytes`, OSError for what cannot be
-    read."""
+    """The file's content. Raises ConfigError for devices and for more than `limits.bytes`, OSError
+    for what cannot be read."""
     if path.exists() and not path.is_file():
         raise ConfigError("an image must be a file")
     size = path.stat().st_size
@@ -155,12 +154,10 @@ def _from_file(path: Path, limits: Limits) -> bytes:
         if not path.is_file():
             raise ConfigError(f"there is no image file {path}")
         return read_file(path, limits)
+    except ConfigError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
-        raise (
-            error
-            if isinstance(error, ConfigError)
-            else ConfigError(f"cannot read an image: {error}")
-        ) from error
+        raise ConfigError(f"cannot read an image: {error}") from error
 
 
 def _pil() -> Any:

@@ -10,11 +10,7 @@ from typing import Any
 from smart_decoding.errors import ConfigError
 
 Message = Mapping[str, Any]
-_IMAGE_KEYS = {
-    "image_url": "image_url",
-    "image": "image",
-    "image_pil": "image_pil",
-}  # type -> where its source is
+_IMAGE_TYPES = ("image_url", "image", "image_pil")  # whose sources are under the same names
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +43,11 @@ def as_text(messages: Sequence[Message], placeholders: Mapping[str, str]) -> lis
     """Split messages with each content as one string, a placeholder and a new line for every
     picture."""
     texts = {modality: f"{token}\n" for modality, token in placeholders.items()}
-    return [
-        {
-            **m,
-            "content": "".join(
-                part.get("text", texts.get(part["type"], "")) for part in m["content"]
-            ),
-        }
-        for m in messages
-    ]
+    plain = []
+    for message in messages:
+        found = [part.get("text", texts.get(part["type"], "")) for part in message["content"]]
+        plain.append({**message, "content": "".join(found)})
+    return plain
 
 
 def _parts(content: Any) -> list[Any]:
@@ -63,11 +55,11 @@ def _parts(content: Any) -> list[Any]:
         return []
     if isinstance(content, str):
         return [content]
-    if not isinstance(content, Sequence) or not all(
-        isinstance(part, Mapping | str) for part in content
-    ):
+    is_list = isinstance(content, Sequence)
+    if not is_list or not all(isinstance(part, Mapping | str) for part in content):
         raise ConfigError(
-            "a message's content must be a text or a list of parts such as {'type': 'text', 'text': …}"
+            "a message's content must be a text or a list of parts "
+            "such as {'type': 'text', 'text': …}"
         )
     return list(content)
 
@@ -86,12 +78,12 @@ def _plain(part: Any, pictures: list[PictureSource]) -> dict[str, Any]:
             raise ConfigError("a content part of type 'video' needs its frames: a list of images")
         pictures.append(PictureSource("video", list(frames)))
         return {"type": "video"}
-    if kind not in _IMAGE_KEYS:
-        known = ", ".join(("text", *_IMAGE_KEYS, "video"))
+    if kind not in _IMAGE_TYPES:
+        known = ", ".join(("text", *_IMAGE_TYPES, "video"))
         raise ConfigError(f"a content part of type {kind!r} is not supported; supported: {known}")
-    source = part.get(_IMAGE_KEYS[kind])
+    source = part.get(kind)
     source = source.get("url") if isinstance(source, Mapping) else source
     if source is None:
-        raise ConfigError(f"a content part of type {kind!r} needs its {_IMAGE_KEYS[kind]}")
+        raise ConfigError(f"a content part of type {kind!r} needs its {kind}")
     pictures.append(PictureSource("image", source))
     return {"type": "image"}

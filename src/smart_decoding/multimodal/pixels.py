@@ -58,7 +58,9 @@ class PixelReader(Protocol):
         """Raises ConfigError for a shape that the model cannot take."""
         ...
 
-    def video(self, frames: Sequence[Image]) -> Pixels: ...
+    def video(self, frames: Sequence[Image]) -> Pixels:
+        """Raises ConfigError for a shape that the model cannot take, or if it reads images only."""
+        ...
 
 
 class FixedReader:
@@ -67,18 +69,21 @@ class FixedReader:
     merge = 1
 
     def __init__(self, processor: Any, config: Any) -> None:
-        vision, self._processor = config.vision_config, processor
+        vision = config.vision_config
+        self._processor = processor
         self.placeholders: Mapping[str, int] = {"image": int(config.image_token_index)}
         self._patch = int(vision.patch_size)
         has_class_token = vision.model_type == "clip_vision_model"
         self._more = has_class_token - (config.vision_feature_select_strategy == "default")
 
     def image(self, image: Image) -> Pixels:
+        """See `PixelReader`."""
         values = _processed(self._processor, image)["pixel_values"][0]
-        rows, columns = values.shape[-2] // self._patch, values.shape[-1] // self._patch
+        rows, columns = (size // self._patch for size in values.shape[-2:])
         return Pixels("image", values, (1, rows, columns), rows * columns + self._more)
 
     def video(self, frames: Sequence[Image]) -> Pixels:
+        """See `PixelReader`."""
         raise ConfigError("this model reads images, not videos")
 
 
@@ -95,35 +100,33 @@ class DynamicReader:
             "image": int(config.image_token_id),
             "video": int(config.video_token_id),
         }
-        self.merge, self._depth = int(processor.merge_size), int(processor.temporal_patch_size)
+        self.merge = int(processor.merge_size)
+        self._depth = int(processor.temporal_patch_size)
 
     def image(self, image: Image) -> Pixels:
+        """See `PixelReader`."""
         out = _processed(self._processor, image)
         return self._pixels("image", out["pixel_values"], out["image_grid_thw"][0])
 
     def video(self, frames: Sequence[Image]) -> Pixels:
+        """See `PixelReader`."""
         if len({frame.size for frame in frames}) > 1:
             raise ConfigError("the frames of a video must all have the same size")
         padded = [*frames, *[frames[-1]] * (-len(frames) % self._depth)]
         outs = [_processed(self._processor, frame) for frame in padded]
         count, _ = outs[0]["pixel_values"].shape
-        each = np.stack(
-            [out["pixel_values"].reshape(count, -1, self._depth, self._area(out)) for out in outs]
-        )
+        area = int(self._processor.patch_size) ** 2
+        each = np.stack([out["pixel_values"].reshape(count, -1, self._depth, area) for out in outs])
         steps = each[:, :, :, 0].reshape(-1, self._depth, *each.shape[1:3], each.shape[4])
         values = np.moveaxis(steps, 1, 3).reshape(len(steps) * count, -1)
         _, height, width = outs[0]["image_grid_thw"][0]
         return self._pixels("video", values, (len(steps), height, width))
 
-    def _area(self, out: Mapping[str, Any]) -> int:
-        return int(self._processor.patch_size) ** 2
-
     def _pixels(self, modality: str, values: NDArray[np.float32], grid: Sequence[int]) -> Pixels:
         time, height, width = (int(n) for n in grid)
         values = np.ascontiguousarray(values, np.float32)
-        return Pixels(
-            modality, values, (time, height, width), time * height * width // self.merge**2
-        )
+        length = time * height * width // self.merge**2
+        return Pixels(modality, values, (time, height, width), length)
 
 
 def load_reader(folder: Path, config: Any, options: Mapping[str, Any] | None = None) -> PixelReader:
@@ -154,15 +157,13 @@ def load_reader(folder: Path, config: Any, options: Mapping[str, Any] | None = N
 def _with_options(processor: Any, options: Mapping[str, Any]) -> Any:
     if not options:
         return processor
-    known = (
-        {"min_pixels", "max_pixels"}
-        if hasattr(processor, "merge_size")
-        else {"size", "crop_size", "resample"}
-    )
+    known = ["crop_size", "resample", "size"]
+    if hasattr(processor, "merge_size"):
+        known = ["max_pixels", "min_pixels"]
     for name in options:
         if name not in known:
             raise ConfigError(
-                f"mm_processor_kwargs: {name!r} is unknown; this model has {', '.join(sorted(known))}"
+                f"mm_processor_kwargs: {name!r} is unknown; this model has {', '.join(known)}"
             )
     return type(processor)(**{**processor.to_dict(), **options})
 

@@ -18,7 +18,7 @@ from smart_decoding.multimodal.images import MODALITIES, Limits, open_image
 from smart_decoding.multimodal.messages import Message, PictureSource
 from smart_decoding.multimodal.pixels import PixelReader, Pixels
 
-_PROBE = "smart-probe"
+_MARKER = "smart-marker"  # a text that no template contains
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,10 @@ class PromptBuilder:
     def __init__(
         self, tokenizer: Tokenizer, reader: PixelReader, limits: Limits, mrope: bool
     ) -> None:
-        self._tokenizer, self._reader, self._limits, self._mrope = tokenizer, reader, limits, mrope
+        self._tokenizer = tokenizer
+        self._reader = reader
+        self._limits = limits
+        self._mrope = mrope
         self._reads_lists: bool | None = None
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> MediaPrompt:
@@ -61,29 +64,18 @@ class PromptBuilder:
             raise ConfigError(
                 f"multi_modal_data has {unknown[0]!r}; supported: {', '.join(MODALITIES)}"
             )
-        tokens = (
-            self._tokenizer.encode(prompt)
-            if isinstance(prompt, str)
-            else [int(token) for token in prompt]
-        )
+        text = prompt if isinstance(prompt, str) else None
+        tokens = [int(t) for t in prompt] if text is None else self._tokenizer.encode(text)
         lists = {name: _as_list(name, given) for name, given in media.items() if given is not None}
-        self._check_counts(
-            [PictureSource(name, source) for name, given in lists.items() for source in given]
-        )
-        wanted = {
-            name: sum(token == self._reader.placeholders.get(name) for token in tokens)
-            for name in MODALITIES
-        }
-        for name in MODALITIES:
-            _check_places(name, wanted[name], len(lists.get(name, [])))
-        left, kinds = {name: iter(given) for name, given in lists.items()}, self._kinds()
-        pictures = [PictureSource(kinds[t], next(left[kinds[t]])) for t in tokens if t in kinds]
-        return self._build(tokens, pictures, prompt if isinstance(prompt, str) else None)
+        pictures = [PictureSource(name, source) for name in lists for source in lists[name]]
+        self._check_counts(pictures)
+        return self._build(tokens, pictures, text)
 
     def _build(
         self, tokens: Sequence[int], sources: Sequence[PictureSource], text: str | None
     ) -> MediaPrompt:
-        """Expands the placeholders, which must be as many as the pictures, in the same order."""
+        """Expands the placeholders, which must be as many as the pictures of their kind, in the
+        same order."""
         kinds = self._kinds()
         places = [kinds[token] for token in tokens if token in kinds]
         for name in MODALITIES:
@@ -120,15 +112,14 @@ class PromptBuilder:
 
     def _check_counts(self, pictures: Sequence[PictureSource]) -> None:
         for name in MODALITIES:
-            count, limit = (
-                sum(p.modality == name for p in pictures),
-                self._limits.per_prompt.get(name, 0),
-            )
+            count = sum(picture.modality == name for picture in pictures)
+            limit = self._limits.per_prompt.get(name, 0)
             if count and name not in self._reader.placeholders:
                 raise ConfigError(f"this model does not read a {name}")
             if count > limit:
                 raise ConfigError(
-                    f"{count} {name}s in one prompt: at most {limit} are allowed (limit_mm_per_prompt)"
+                    f"{count} {name}s in one prompt: "
+                    f"at most {limit} are allowed (limit_mm_per_prompt)"
                 )
 
     def _kinds(self) -> dict[int, str]:
@@ -149,10 +140,12 @@ class PromptBuilder:
     def _takes_lists(self) -> bool:
         """Whether the template reads content as a list of parts; some know texts only."""
         if self._reads_lists is None:
-            probe = [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
+            message = {"role": "user", "content": [{"type": "text", "text": _MARKER}]}
             try:
-                text = self._tokenizer.apply_chat_template(probe)
-                self._reads_lists = _PROBE in text and "'type'" not in text and '"type"' not in text
+                text = self._tokenizer.apply_chat_template([message])
+                self._reads_lists = (
+                    _MARKER in text and "'type'" not in text and '"type"' not in text
+                )
             except ConfigError:
                 if self._tokenizer.template is None:
                     raise
@@ -176,7 +169,9 @@ def rotary_positions(
         text = picture.first - at
         rotary[at : picture.first] = now + np.arange(text)[:, None]
         now += text
-        time, height, width = grid[0], grid[1] // merge, grid[2] // merge
+        time = grid[0]
+        height = grid[1] // merge
+        width = grid[2] // merge
         at = picture.first + picture.length
         rotary[picture.first : at] = now + np.indices((time, height, width)).reshape(3, -1).T
         now += max(time, height, width)

@@ -53,9 +53,8 @@ def load_profile(path: Path) -> CostModel | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        log.warning(
-            f"the profile {path} cannot be used, costs are measured again: {type(error).__name__}: {error}"
-        )
+        reason = f"{type(error).__name__}: {error}"
+        log.warning(f"the profile {path} cannot be used, costs are measured again: {reason}")
         return None
 
 
@@ -68,7 +67,8 @@ def save_profile(path: Path, cost: CostModel) -> None:
             scratch.write_text(json.dumps(cost.to_dict()))
     except OSError as error:
         log.warning(
-            f"the profile {path} cannot be kept, costs will be measured again next time: {error.strerror}"
+            f"the profile {path} cannot be kept, "
+            f"costs will be measured again next time: {error.strerror}"
         )
 
 

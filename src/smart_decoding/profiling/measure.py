@@ -20,10 +20,13 @@ from smart_decoding.models.target import TorchTarget
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
 
 PER_SEQUENCE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+LATE_PER_SEQUENCE = (1, 4, 16)  # at the longer context
 COARSE = (1, 4, 16, 48)
 BATCHES = (1, 2, 4, 8, 16, 32)
-WIDTHS, LONG_WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 8)
-WAITING, COARSE_WAITING = (0, 1, 2, 4, 8, 24, 64), (0, 16)
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+LONG_WIDTHS = (1, 8)
+WAITING = (0, 1, 2, 4, 8, 24, 64)
+COARSE_WAITING = (0, 16)
 # a prompt, or what several requests have waiting; one row of it costs more than one of a few
 LONG_WAITING = 384
 RANDOM_TOKENS = 1024
@@ -63,10 +66,10 @@ def measure(
     if not longest_context(target.max_positions):  # too short for any verification
         return []
     points = _points(target, drafter, pages, max_num_seqs, coarse)
+    cold = 1 if coarse else 3
+    if target.device.type == "cuda":  # a GPU loads kernels at first use
+        cold = len(points)
     try:
-        cold = (
-            len(points) if target.device.type == "cuda" else 1 if coarse else 3
-        )  # a GPU loads kernels at first use
         return _relative(_measured(points, seconds, clock, cold))
     finally:
         for point in points:
@@ -96,7 +99,8 @@ def _measured(
     for point in points[:warm_up]:
         _timed(point, clock)
     timed: list[tuple[Point, float, float]] = []
-    started, turn = clock(), 0
+    started = clock()
+    turn = 0
     while turn < 2 or clock() - started < seconds:
         for point in points:
             reference = _timed(points[0], clock)
@@ -146,24 +150,32 @@ def _points(
     max_num_seqs: int,
     coarse: bool = False,
 ) -> list[Point]:
-    points, sizes = [], COARSE if coarse else PER_SEQUENCE
-    # Both sides of a step, between which costs are flat. Of many steps two batches show enough:
-    # most totals end one.
-    stepped = () if coarse else BATCHES if len(target.steps) <= 1 else (1, 8)
+    points = []
     for context in CONTEXTS[: 1 if coarse else None]:
         for batch in (b for b in BATCHES if b <= max_num_seqs):
-            totals = [batch * per for per in (sizes if context == CONTEXTS[0] else (1, 4, 16))]
-            if context == CONTEXTS[0] and batch in stepped:
-                totals += [
-                    total for step in target.steps for total in (step, step + 1) if total > batch
-                ]
-            for total in sorted({t for t in totals if t <= MAX_ROWS or t == batch}):
+            if context == CONTEXTS[0]:
+                totals = _totals(batch, target.steps, coarse)
+            else:
+                totals = {batch * per for per in LATE_PER_SEQUENCE}
+            for total in sorted(t for t in totals if t <= MAX_ROWS or t == batch):
                 run = verification(target, batch, total, context, pages)
                 if run is not None and context + -(-total // batch) <= target.max_positions:
                     points.append(_verify_point(run, batch, total, context))
     if drafter is not None and target.max_positions > MORE:
         points += _draft_points(target, drafter, pages, max_num_seqs, coarse)
     return points
+
+
+def _totals(batch: int, steps: Sequence[int], coarse: bool) -> set[int]:
+    """Rows to verify of a batch at the shorter context."""
+    if coarse:
+        return {batch * per for per in COARSE}
+    totals = {batch * per for per in PER_SEQUENCE}
+    # Both sides of a step, between which costs are flat. Of many steps two batches show enough:
+    # most totals end one.
+    if len(steps) <= 1 or batch in (1, 8):
+        totals |= {total for step in steps for total in (step, step + 1) if total > batch}
+    return totals
 
 
 def _draft_points(
@@ -208,7 +220,8 @@ def verification(
     tables = _tables(batch, total, context, pages)
     if tables is None:
         return None
-    trees, verify = fake_trees(batch, total - batch), target.verify_greedy
+    trees = fake_trees(batch, total - batch)
+    verify = target.verify_greedy
     addresses = [table.ctypes.data for table in tables]
     asked = GreedyBatch([1] * batch, [context] * batch, addresses, trees, np.arange(len(trees)), ())
 
@@ -275,7 +288,8 @@ def fake_trees(batch: int, nodes: int) -> DraftTrees:
     counts = [nodes // batch + (i < nodes % batch) for i in range(batch)]
     first = [(i, j) for i, count in enumerate(counts) for j in range((count + 1) // 2)]
     second = [(i, j // 2) for i, count in enumerate(counts) for j in range(count // 2)]
-    trees, place = DraftTrees.empty(batch), {at: node for node, at in enumerate(first)}
+    place = {at: node for node, at in enumerate(first)}
+    trees = DraftTrees.empty(batch)
     for level, parents in ((first, [ROOT] * len(first)), (second, [place[at] for at in second])):
         tokens = [2 + node % 30 for node in range(len(level))]
         trees.append([i for i, _ in level], tokens, parents, [0.5] * len(level))

@@ -38,24 +38,28 @@ class Rehearsal:
         vocab: int,
         more: int = MORE,
     ) -> None:
-        self._drafter, self._pool, self._more = drafter, PagePool(pages), more
-        self.batch, self.context, self._vocab = batch, context, vocab
+        self.batch = batch
+        self.context = context
+        self._drafter = drafter
+        self._pool = PagePool(pages)
+        self._more = more
+        self._vocab = vocab
         self._random = np.random.default_rng(0)
         self._requests: list[Request] = []
         self._chooser = native_chooser()
         self._grow = drafter.grow if self._chooser is not None else None
-        self._trees, self._frontier = DraftTrees.empty(batch), np.zeros(0, np.int64)
+        self._trees = DraftTrees.empty(batch)
+        self._frontier = np.zeros(0, np.int64)
 
     @staticmethod
     def fits(pages: int, batch: int, context: int, more: int = MORE) -> bool:
+        """Whether the requests at their longest fit into a cache of `pages`."""
         return batch * -(-(context + more + 1) // PAGE) <= pages
 
     def commit(self, waiting: int) -> None:
         """Every request gets a token, and the first one `waiting` more."""
-        if (
-            not self._requests
-            or self._requests[0].table.length + 1 + waiting > self.context + self._more
-        ):
+        longest = self.context + self._more
+        if not self._requests or self._requests[0].table.length + 1 + waiting > longest:
             self._begin()
         for request in self._requests:
             self._lengthen(request, 1)
@@ -63,6 +67,7 @@ class Rehearsal:
             self._lengthen(self._requests[0], waiting)
 
     def first(self) -> None:
+        """Runs the first level."""
         if self._grow is not None:
             self._grow(self._requests, self._forced(1, 1))
         else:
@@ -75,9 +80,11 @@ class Rehearsal:
         if self._grow is not None:  # `expand` drafts the levels before it, too
             return
         self.first()
-        before, level = 0, np.arange(len(self._trees))
+        before = 0
+        level = np.arange(len(self._trees))
         while before < len(level) < width:
-            before, known = len(level), len(self._trees)
+            before = len(level)
+            known = len(self._trees)
             self._drafter.expand(self._requests, self._trees, level, PLAN)
             level = np.arange(known, len(self._trees))
         self._frontier = level[:width]
@@ -86,9 +93,11 @@ class Rehearsal:
         """Expands those; returns how many they were, and the level's seconds if it knows them."""
         if self._grow is None:
             return self._drafter.expand(self._requests, self._trees, self._frontier, PLAN), None
-        levels, reached = 2, self.batch * PLAN.children
+        levels = 2
+        reached = self.batch * PLAN.children
         while reached < width:
-            levels, reached = levels + 1, reached * PLAN.children
+            levels += 1
+            reached *= PLAN.children
         grown = self._grow(self._requests, self._forced(width, levels))
         return grown.expanded[-1], grown.seconds[-1]
 
@@ -96,10 +105,16 @@ class Rehearsal:
         """A plan by which `width` nodes of each level are expanded: further levels and nodes cost
         nothing in it."""
         assert self._chooser is not None
-        batch, none = self.batch, np.zeros(0, np.int64)
-        limits, kind = np.full(batch, levels + 1), np.ones(batch, np.uint8)
         drafted = Drafted(
-            DraftTrees.empty(batch), Calibration(), limits, kind, none, batch, 0.0, FREE, math.inf
+            DraftTrees.empty(self.batch),
+            Calibration(),
+            limits=np.full(self.batch, levels + 1),
+            kind=np.ones(self.batch, np.uint8),
+            ends=np.zeros(0, np.int64),
+            tokens=self.batch,
+            sunk=0.0,
+            verify=FREE,
+            limit=math.inf,
         )
         ahead = LookAhead(np.full((DEPTHS, RANKS), 0.5))
         growth = Growth(
@@ -108,6 +123,7 @@ class Rehearsal:
         return DraftPlan(True, levels, PLAN.children, growth=growth)
 
     def end(self) -> None:
+        """Releases the requests and their pages."""
         for request in self._requests:
             self._drafter.release(request)
             self._pool.give(request.table.pages)

@@ -23,7 +23,7 @@ from smart_decoding.kernels.chooser import NativeChooser
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
-from smart_decoding.models.layers import Linear
+from smart_decoding.models.linear import Linear
 from smart_decoding.profiling.measure import fake_rows
 from smart_decoding.training.head import Form, TrainableHead
 

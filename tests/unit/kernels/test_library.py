@@ -79,7 +79,8 @@ def test_the_list_of_variants_names_each_once_and_only_known_flags() -> None:
     assert len({variant.name for variant in found}) == len(found) == 6
     for variant in found:
         known = {"x86_64": X86, "aarch64": ARM}[variant.machine]
-        assert variant.needs and variant.needs <= known
+        assert variant.needs
+        assert variant.needs <= known
 
 
 def test_a_better_variant_needs_all_that_a_lesser_one_does() -> None:
@@ -89,14 +90,14 @@ def test_a_better_variant_needs_all_that_a_lesser_one_does() -> None:
         needs = [
             variant.needs - implied for variant in library.variants() if variant.machine == machine
         ]
-        assert len(needs) > 1 and all(
-            better > lesser for better, lesser in itertools.pairwise(needs)
-        )
+        assert len(needs) > 1
+        assert all(better > lesser for better, lesser in itertools.pairwise(needs))
 
 
 def test_the_best_one_that_runs_is_chosen() -> None:
     runs = library.runnable()
-    assert runs and runs == [name for name in names() if name in runs]
+    assert runs
+    assert runs == [name for name in names() if name in runs]
     assert library.chosen() == next(name for name in runs if _loads(name))
     assert library.unavailable() is None
 
@@ -112,7 +113,8 @@ def _loads(name: str) -> bool:
 def test_smart_isa_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
     last = library.runnable()[-1]
     monkeypatch.setenv("SMART_ISA", last)
-    assert library.chosen() == last and library.identity().startswith(f"{last} ")
+    assert library.chosen() == last
+    assert library.identity().startswith(f"{last} ")
 
 
 def test_an_unknown_name_lists_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +157,8 @@ def test_another_kind_of_machine_has_none(monkeypatch: pytest.MonkeyPatch) -> No
 def test_kernels_that_were_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "LIBRARIES", tmp_path)
     reason = library.unavailable()
-    assert reason is not None and re.match(
-        "the CPU kernels are not built: build them with .*pip install", reason
-    )
+    assert reason is not None
+    assert re.match("the CPU kernels are not built: build them with .*pip install", reason)
 
 
 def test_what_is_no_library_is_an_error_and_no_lesser_one_runs(
@@ -177,7 +178,8 @@ def test_what_is_no_library_is_an_error_and_no_lesser_one_runs(
 
 def test_what_the_system_denies_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """AMX: the CPU has it, and a container's filter may forbid it."""
-    runs, load = library.runnable(), library.load
+    runs = library.runnable()
+    load = library.load
 
     def denying(name: str) -> object:
         if name == "best":
@@ -216,9 +218,8 @@ def test_a_clones_libraries_may_not_be_older_than_a_source(clone: Path) -> None:
     _forget()
     os.utime(clone / "csrc" / "abi.h", (3000, 3000))
     reason = library.unavailable()
-    assert reason is not None and reason.startswith(
-        "the CPU kernels are older than their sources: build them"
-    )
+    assert reason is not None
+    assert reason.startswith("the CPU kernels are older than their sources: build them")
     assert reason.count("older") == 1
 
 

@@ -41,7 +41,8 @@ def test_all_formats_open_as_rgb(kind: str) -> None:
 
 def test_data_urls_files_and_pil_images_are_the_same_picture(tmp_path: Path) -> None:
     (tmp_path / "a b.png").write_bytes(encoded())
-    limits, path = Limits(folder=tmp_path), tmp_path / "a b.png"
+    limits = Limits(folder=tmp_path)
+    path = tmp_path / "a b.png"
     for source in (
         data_url(encoded()),
         path,
@@ -111,7 +112,8 @@ def test_a_bad_picture_is_one_clear_error(name: str) -> None:
 
 
 def test_files_outside_the_allowed_folder_are_refused(tmp_path: Path) -> None:
-    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside = tmp_path / "in"
+    outside = tmp_path / "out"
     inside.mkdir()
     outside.mkdir()
     (outside / "a.png").write_bytes(encoded())
@@ -162,7 +164,8 @@ def test_content_parts_are_split_in_order() -> None:
     ]
     texts = as_text(messages, {"image": "<image>", "video": "<video>"})
     assert [m["content"] for m in texts] == ["Be brief.", "a<image>\nb<image>\n<video>\n"]
-    assert has_pictures(user(image)) and not has_pictures(user({"type": "text", "text": "a"}, "b"))
+    assert has_pictures(user(image))
+    assert not has_pictures(user({"type": "text", "text": "a"}, "b"))
 
 
 @pytest.mark.parametrize(

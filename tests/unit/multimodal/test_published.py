@@ -127,7 +127,8 @@ def test_published_configurations(
         c.mrope,
     )
     assert (*found, c.qkv_bias) == shape
-    assert c.eos_token_ids == ((151645, 7) if c.mrope else (2, 7)) and c.sliding_window is None
+    assert c.eos_token_ids == ((151645, 7) if c.mrope else (2, 7))
+    assert c.sliding_window is None
     assert whole.vision_config.patch_size == 14
 
 
@@ -146,27 +147,29 @@ def test_both_generations_of_names_are_told_apart() -> None:
     ]
     for names in (old, new):
         text, vision = split_names(names, "LlavaForConditionalGeneration")
-        assert (
-            list(text) == ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
-            and list(text.values()) == names[:2]
-        )
+        assert list(text) == ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
+        assert list(text.values()) == names[:2]
         assert [name.split(".")[0] for name in vision] == ["vision_tower", "multi_modal_projector"]
     for visual, norm in (("visual", "model.norm"), ("model.visual", "model.language_model.norm")):
         text, vision = split_names(
             [f"{visual}.merger.ln_q.bias", f"{norm}.weight"], "Qwen2VLForConditionalGeneration"
         )
-        assert text == {"model.norm.weight": f"{norm}.weight"} and list(vision) == [
-            "visual.merger.ln_q.bias"
-        ]
+        assert text == {"model.norm.weight": f"{norm}.weight"}
+        assert list(vision) == ["visual.merger.ln_q.bias"]
 
 
 LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
-    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 

@@ -28,7 +28,8 @@ def direct_search(tokens):
 
 @pytest.mark.parametrize("period", [1, 2, 3, 7, 8, 9, 50, MAX_PERIOD])
 def test_a_block_counts_from_its_third_repetition_and_24_tokens_on(period):
-    prefix, block = list(range(1000, 1037)), list(range(period))
+    prefix = list(range(1000, 1037))
+    block = list(range(period))
     size = max(MIN_REPETITIONS * period, MIN_TOKENS)
     looping = prefix + (block * (size // period + 2))[:size]
     assert loop_start(looping[:-1]) is None

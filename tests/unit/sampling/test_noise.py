@@ -58,7 +58,8 @@ def test_neighbours_along_an_axis_are_uncorrelated(axis, lag):
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_rows_whose_keys_differ_in_one_part_are_jointly_uniform(changed):
-    base, other = [11, 2, 9], [11, 2, 9]
+    base = [11, 2, 9]
+    other = [11, 2, 9]
     other[changed] += 1
     tokens = np.arange(N)
     a, b = (uniform_bits(noise_key(*key), tokens) >> np.uint64(BITS - 4) for key in (base, other))
@@ -75,16 +76,19 @@ def test_the_parts_of_a_key_are_not_interchangeable():
 
 
 def test_noise_broadcasts_keys_over_tokens():
-    keys, tokens = noise_key(5, 0, np.arange(4)), np.arange(7)
+    keys = noise_key(5, 0, np.arange(4))
+    tokens = np.arange(7)
     table = gumbel(keys[:, None], tokens)
-    assert table.shape == (4, 7) and table.dtype == np.float32
+    assert table.shape == (4, 7)
+    assert table.dtype == np.float32
     assert table[2, 5] == gumbel(noise_key(5, 0, 2), 5)
 
 
 def test_the_extremes_of_the_noise_are_known_and_finite():
     low, high = gumbel_of_bits([0, 2**BITS - 1])
     assert (float(low), float(high)) == (G_MIN, G_MAX)
-    assert np.isfinite([G_MIN, G_MAX]).all() and 22 < G_MAX < 23
+    assert np.isfinite([G_MIN, G_MAX]).all()
+    assert 22 < G_MAX < 23
 
 
 def test_fewest_bits_is_a_safe_and_close_bound():

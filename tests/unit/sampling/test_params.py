@@ -37,7 +37,9 @@ def test_a_value_out_of_range_is_refused_in_one_line_that_names_it(name, value):
     with pytest.raises(ConfigError) as error:
         SamplingParams(**{name: value})
     message = str(error.value)
-    assert name in message and "must be" in message and "\n" not in message
+    assert name in message
+    assert "must be" in message
+    assert "\n" not in message
     assert repr(value) in message or name == "logit_bias"
 
 
@@ -70,17 +72,17 @@ def test_defaults_are_vllms():
         None,
         None,
     )
-    assert params.speculate and params.skip_special_tokens
-    assert not (
-        params.ignore_eos
-        or params.include_stop_str_in_output
-        or params.needs_history
-        or params.greedy
-    )
+    assert params.speculate
+    assert params.skip_special_tokens
+    assert not (params.ignore_eos)
+    assert not (params.include_stop_str_in_output)
+    assert not (params.needs_history)
+    assert not (params.greedy)
 
 
 def test_greedy_allows_one_answer_only():
-    assert SamplingParams(temperature=0).greedy and SamplingParams(temperature=1e-6).greedy
+    assert SamplingParams(temperature=0).greedy
+    assert SamplingParams(temperature=1e-6).greedy
     assert not SamplingParams(temperature=1e-4).greedy
     with pytest.raises(ConfigError, match=r"n=2 .*greedy"):
         SamplingParams(temperature=0, n=2)

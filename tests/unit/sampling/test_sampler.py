@@ -20,13 +20,17 @@ from transformers import (
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
-from smart_decoding.models.drawing import NEAR, draw, survivors
+from smart_decoding.models import drawing
+from smart_decoding.models.drawing import NEAR, survivors
 from smart_decoding.models.noise import gumbel, noise_key
 from smart_decoding.models.processors import process
 from smart_decoding.models.sampler import Sampler, first_maximum
 
-VOCAB, SEEDS = 50, 2000
-PROMPT, OUTPUT, EOS = [3, 7, 7, 12, 30], [5, 7, 5, 5, 41], 9
+VOCAB = 50
+SEEDS = 2000
+PROMPT = [3, 7, 7, 12, 30]
+OUTPUT = [5, 7, 5, 5, 41]
+EOS = 9
 
 CASES = {
     "plain": {},
@@ -98,7 +102,7 @@ def transformers_scores(logits: torch.Tensor, params: SamplingParams) -> np.ndar
 
 
 def draw(row: np.ndarray, spec: SampleSpec) -> int:
-    return draw([row], [spec])[0]
+    return drawing.draw([row], [spec])[0]
 
 
 def spec_for(params: SamplingParams, **changes: object) -> SampleSpec:
@@ -122,10 +126,8 @@ def chi_square(tokens: np.ndarray, probs: np.ndarray) -> float:
     assert not counts[probs == 0].any()
     expected = probs / probs.sum() * len(tokens)
     common = expected >= 5
-    observed, wanted = (
-        [*counts[common], counts[~common].sum()],
-        [*expected[common], expected[~common].sum()],
-    )
+    observed = [*counts[common], counts[~common].sum()]
+    wanted = [*expected[common], expected[~common].sum()]
     if wanted[-1] == 0:
         observed, wanted = observed[:-1], wanted[:-1]
     return 1.0 if len(wanted) == 1 else float(stats.chisquare(observed, wanted).pvalue)
@@ -137,8 +139,10 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CASES)
 def test_draws_follow_transformers_processed_softmax(name):
-    params, logits = SamplingParams(**CASES[name]), small_logits()
-    row, history = logits.numpy(), TokenHistory(PROMPT, OUTPUT)
+    params = SamplingParams(**CASES[name])
+    logits = small_logits()
+    row = logits.numpy()
+    history = TokenHistory(PROMPT, OUTPUT)
     tokens = [draw(row, spec_for(params, seed=seed, history=history)) for seed in range(SEEDS)]
     assert chi_square(np.array(tokens), softmax(transformers_scores(logits, params))) > 1e-3
 
@@ -176,7 +180,9 @@ def test_processed_greedy_is_transformers_argmax(name):
 )
 def test_the_bounds_never_change_the_winner(options):
     """Against noise for every survivor, on rows so flat that far tokens win."""
-    params, rng, far_wins = SamplingParams(**options), np.random.default_rng(1), 0
+    params = SamplingParams(**options)
+    rng = np.random.default_rng(1)
+    far_wins = 0
     for seed in range(40):
         row = (rng.standard_normal(1000) * params.temperature * (0.5 + seed % 4)).astype(np.float32)
         row[:3] += 6 * params.temperature
@@ -204,7 +210,8 @@ def mixed_specs(rows: int) -> list[SampleSpec]:
 
 def test_a_row_alone_equals_the_row_within_any_batch():
     logits = torch.randn(38, 3000, generator=torch.Generator().manual_seed(2)) * 3
-    sampler, specs = Sampler(3000), mixed_specs(38)
+    sampler = Sampler(3000)
+    specs = mixed_specs(38)
     together = sampler.sample(logits, range(38), specs)
     alone = [int(sampler.sample(logits[i : i + 1], [0], [specs[i]])[0]) for i in range(38)]
     backwards = sampler.sample(logits, range(37, -1, -1), specs[::-1])[::-1]
@@ -223,7 +230,8 @@ def test_logits_are_left_unchanged():
 
 
 def test_tokens_on_the_path_count_as_if_committed():
-    history, path = TokenHistory(PROMPT, OUTPUT), (41, 20, 20, 3)
+    history = TokenHistory(PROMPT, OUTPUT)
+    path = (41, 20, 20, 3)
     tokens, counts = history.at(path)
     committed = TokenHistory(PROMPT, OUTPUT)
     committed.append(path)
@@ -247,7 +255,8 @@ def test_tokens_on_the_path_count_as_if_committed():
 def test_history_grows_beyond_its_first_arrays():
     history = TokenHistory(range(100), [*range(50, 250)] * 2)
     tokens, counts = history.at()
-    assert tokens.tolist() == list(range(250)) and counts.tolist() == [0] * 50 + [2] * 200
+    assert tokens.tolist() == list(range(250))
+    assert counts.tolist() == [0] * 50 + [2] * 200
 
 
 def test_min_tokens_masks_until_enough_tokens_are_out():
@@ -280,7 +289,8 @@ def test_tokens_that_tie_at_the_boundary_all_survive():
 
 @pytest.mark.parametrize("change", [{"position": 1}, {"sample": 1}, {"seed": 1}])
 def test_draws_of_two_rows_are_independent_and_differ(change):
-    row, params = np.array([1, 0.5, 0, -0.5], np.float32), SamplingParams()
+    row = np.array([1, 0.5, 0, -0.5], np.float32)
+    params = SamplingParams()
     first = np.array([draw(row, SampleSpec(params, seed=2 * seed)) for seed in range(SEEDS)])
     moved = [
         {"seed": 2 * seed, **{k: v + (2 * seed if k == "seed" else 0) for k, v in change.items()}}
@@ -292,14 +302,16 @@ def test_draws_of_two_rows_are_independent_and_differ(change):
 
 
 def test_the_same_key_draws_the_same_token():
-    row, spec = small_logits().numpy(), SampleSpec(SamplingParams(), seed=9, sample=2, position=77)
+    row = small_logits().numpy()
+    spec = SampleSpec(SamplingParams(), seed=9, sample=2, position=77)
     assert len({draw(row, spec) for _ in range(5)}) == 1
 
 
 def test_nearby_logits_draw_the_same_token_almost_always():
     """Common noise: two forwards that differ by rounding agree, which no per-call generator
     gives."""
-    row, rng = small_logits().numpy(), np.random.default_rng(0)
+    row = small_logits().numpy()
+    rng = np.random.default_rng(0)
     shaken = row + rng.uniform(-1e-5, 1e-5, VOCAB).astype(np.float32)
     specs = [SampleSpec(SamplingParams(temperature=0.8), seed=seed) for seed in range(500)]
     assert sum(draw(row, s) != draw(shaken, s) for s in specs) <= 1

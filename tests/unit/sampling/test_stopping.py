@@ -38,7 +38,8 @@ def test_what_a_detokenizer_holds_back_are_complete_characters():
 
 def test_a_stop_string_over_several_tokens_ends_the_answer_before_it():
     check = checker(stop=["END", "###"])
-    assert check.push(encode("one two E")) == encode("one two E") and check.finish_reason is None
+    assert check.push(encode("one two E")) == encode("one two E")
+    assert check.finish_reason is None
     assert check.push(encode("ND three")) == encode("ND")  # what follows the stop is dropped
     assert (check.finish_reason, check.stop_reason, check.text) == ("stop", "END", "one two ")
     assert check.token_ids == encode("one two END")
@@ -70,7 +71,8 @@ def test_the_earliest_stop_string_of_a_token_wins():
 
 
 def test_streaming_never_shows_a_part_of_a_stop_string():
-    check, shown = checker(stop=["<|end|>", "\nQ:"]), []
+    check = checker(stop=["<|end|>", "\nQ:"])
+    shown = []
     for token in encode("a < b <|en\nQ now <|end|> tail"):
         check.push([token])
         shown.append(check.new_text())
@@ -92,8 +94,10 @@ def test_how_the_tokens_are_grouped_changes_nothing(seed):
     rng = random.Random(seed)
     tokens = encode("".join(rng.choice("aab<é|日") for _ in range(60)))
     options = {"stop": ["a<|", "bé日", "||a"], "stop_token_ids": [ord("~") + 1], "min_tokens": 5}
-    whole, single = checker(max_tokens=55, **options), checker(max_tokens=55, **options)
-    grouped, streamed = checker(max_tokens=55, **options), ""
+    whole = checker(max_tokens=55, **options)
+    single = checker(max_tokens=55, **options)
+    grouped = checker(max_tokens=55, **options)
+    streamed = ""
     whole.push(tokens)
     for token in tokens:
         single.push([token])
@@ -106,7 +110,8 @@ def test_how_the_tokens_are_grouped_changes_nothing(seed):
     states = [
         (c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in (whole, single, grouped)
     ]
-    assert states[0] == states[1] == states[2] and streamed == grouped.text
+    assert states[0] == states[1] == states[2]
+    assert streamed == grouped.text
 
 
 def test_end_of_sequence_and_stop_ids():
@@ -157,14 +162,17 @@ def test_min_tokens_delays_every_stop():
 
 
 def test_incomplete_characters_wait_and_are_shown_at_the_end():
-    text, detokenizer = "é日🙂", Detokenizer(decode)
+    text = "é日🙂"
+    detokenizer = Detokenizer(decode)
     pieces = [detokenizer.push([token]) for token in encode(text)]
-    assert "".join(pieces) == text and [p for p in pieces if p] == list(text)
+    assert "".join(pieces) == text
+    assert [p for p in pieces if p] == list(text)
     check = checker(max_tokens=3)
     check.push(encode("a🙂")[:2])
     assert check.new_text() == "a"
     check.push(encode("🙂")[1:2])
-    assert check.text == decode(encode("a🙂")[:3]) and check.text.endswith("\ufffd")
+    assert check.text == decode(encode("a🙂")[:3])
+    assert check.text.endswith("\ufffd")
 
 
 def test_a_token_whose_text_depends_on_its_neighbour():
@@ -185,7 +193,8 @@ def test_a_loop_ends_the_answer_only_where_asked():
     assert (check.finish_reason, check.stop_reason) == ("stop", LOOP)
     assert decode(check.token_ids[: check.loop_start]) == "The sum is ten and"
     check = checker()
-    assert check.push(tokens) == tokens and check.loop_start is None
+    assert check.push(tokens) == tokens
+    assert check.loop_start is None
 
 
 @given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=6))
