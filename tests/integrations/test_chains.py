@@ -61,7 +61,8 @@ def test_only_the_requests_whose_drafts_are_good_get_rows() -> None:
 
 
 def test_it_comes_back_when_the_drafter_becomes_good_again() -> None:
-    policy, batch = Chains(range(5), model=False), 4
+    policy = Chains(range(5), model=False)
+    batch = 4
     World([0.02] * batch, cpu).run(800, policy)
     on_before = policy.counters.steps_on
     assert on_before < 150
@@ -98,7 +99,8 @@ def test_nothing_is_verified_before_plain_steps_are_known() -> None:
 
 
 def test_two_policies_told_the_same_choose_the_same() -> None:
-    first, second = Chains(range(5), model=True), Chains(range(5), model=True)
+    first = Chains(range(5), model=True)
+    second = Chains(range(5), model=True)
     World([0.7, 0.2], cpu, model=True).run(300, first)
     World([0.7, 0.2], cpu, model=True).run(300, second)
     assert vars(first.counters) == vars(second.counters)
@@ -112,7 +114,8 @@ def test_requests_that_are_gone_are_forgotten() -> None:
 
 
 def test_step_costs_are_found_within_a_few_per_cent() -> None:
-    costs, random = StepCosts(), np.random.default_rng(0)
+    costs = StepCosts()
+    random = np.random.default_rng(0)
     for _ in range(400):
         batch = int(random.choice([1, 4, 16]))
         plain = random.random() < 0.3

@@ -46,7 +46,7 @@ def test_it_is_disabled_nearly_always_where_it_does_not_pay_and_observed_now_and
 
 
 def test_it_comes_back_with_requests_that_suit_it() -> None:
-    policy = Chains(range(4), model=True, probe_budget=0.05)
+    policy = Chains(range(4), model=True, exploration_budget=0.05)
     run(0.1, 2, policy, 0)
     assert policy.switch.disabled
     before = policy.counters.rests

@@ -72,17 +72,17 @@ class Chains:
     """Chooses lengths of chains for one engine.
 
     lengths: the values of K that may be chosen, 0 included. model: whether a draft model runs (else
-    drafts are free). probe_budget: share of the time that may go into exploring the mode predicted
+    drafts are free). exploration_budget: share of the time that may go into exploring the mode predicted
     worse. may_disable: whether DISABLED may be answered, which the engine must know to obey."""
 
-    def __init__(self, lengths: Sequence[int], model: bool, probe_budget: float = 0.005) -> None:
+    def __init__(self, lengths: Sequence[int], model: bool, exploration_budget: float = 0.005) -> None:
         self.lengths = tuple(sorted({0, *lengths}))
         self.model = model
         self.costs = StepCosts()
         self.acceptance = ChainAcceptance(self.lengths[-1])
         self.counters = Counters()
-        self.exploration = Exploration(probe_budget)
-        self.switch = DraftModelSwitch(probe_budget)
+        self.exploration = Exploration(exploration_budget)
+        self.switch = DraftModelSwitch(exploration_budget)
         self.may_disable = False
         self._on = True  # whether verifying drafts is predicted best
         self._asked = False  # whether a draft model that is off drafts, to explore

@@ -48,7 +48,9 @@ def grow(
 def verify(rng: np.random.Generator, trees: DraftTrees, p: FloatArray, kept: FloatArray):
     """The target draws one child (or none) below each accepted node; only kept nodes can be walked
     through."""
-    observed, chosen, at = [], [], -1
+    observed = []
+    chosen = []
+    at = -1
     while True:
         children = np.flatnonzero(trees.parent == at)
         observed.extend(children)
@@ -119,7 +121,8 @@ def test_siblings_sum_to_at_most_one_and_paths_never_grow(seed: int) -> None:
 @settings(max_examples=30, deadline=None)
 def test_path_products_equal_the_walk_up(seed: int, levels: int) -> None:
     rng = np.random.default_rng(seed)
-    parent, depth = [], []
+    parent = []
+    depth = []
     for node in range(40):
         options = [-1] + [i for i in range(node) if depth[i] < levels]
         parent.append(int(rng.choice(options)))

@@ -66,7 +66,7 @@ def test_select_is_the_brute_force_optimum(seed: int, batch: int, nodes: int) ->
         {b: any_table(rng, 40) for b in (1, 2, 3)}, {1: float(rng.random()), 9: 2.0}
     )
     slowdown = float(rng.choice([1.0, 1.5, 3.0, math.inf]))
-    policy = make_policy("smart", cost=cost, max_round_slowdown=slowdown, probe_budget=0.0)
+    policy = make_policy("smart", cost=cost, max_round_slowdown=slowdown, exploration_budget=0.0)
     now = state(batch, rng)
     policy.plan(now)
     prepared, forecast = policy._prepared(now)
@@ -116,7 +116,8 @@ def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
     if now.has_free:
         values[0, 0] = best(policy.forecast.free.tolist(), policy.cost.overhead_seconds)
     for wide in WIDTHS if now.has_model else ():
-        frontier, gains = [1.0], []
+        frontier = [1.0]
+        gains = []
         sunk = policy.cost.overhead_seconds + first
         for level in range(1, policy.max_levels + 1):
             new = [p * float(c) for p in frontier for c in children[min(level, DEPTHS) - 1]]
@@ -135,7 +136,7 @@ def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int)
     cost = CostModel.from_table(
         {1: any_table(rng, 30)}, {1: 0.1 * rng.random(), 9: 0.3}, overhead_seconds=0.01
     )
-    policy = make_policy("smart", cost=cost, max_levels=3, probe_budget=0.0, max_round_slowdown=2.0)
+    policy = make_policy("smart", cost=cost, max_levels=3, exploration_budget=0.0, max_round_slowdown=2.0)
     policy.forecast.free = np.sort(rng.random(FREE))[::-1] * 0.5
     bias = policy.forecaster.bias[batch.bit_length()] = float(rng.normal() * 0.1)
     extras = {
@@ -168,9 +169,14 @@ def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int)
 def test_look_ahead_is_the_best_of_its_options(seed: int) -> None:
     rng = np.random.default_rng(seed)
     children = np.sort(rng.dirichlet(np.ones(RANKS + 1), DEPTHS)[:, :RANKS], axis=1)[:, ::-1]
-    present, frontier = rng.random(5), np.sort(rng.random(4))[::-1]
-    widths, ahead, level, sunk = (1, 2, 4), 2, 1, 0.2
-    prices, curve = rng.random(3) * 0.5, rng.uniform(1, 3, 64)
+    present = rng.random(5)
+    frontier = np.sort(rng.random(4))[::-1]
+    widths = (1, 2, 4)
+    ahead = 2
+    level = 1
+    sunk = 0.2
+    prices = rng.random(3) * 0.5
+    curve = rng.uniform(1, 3, 64)
     look = LookAhead(children)
     columns = LookAhead.columns(5, 4, ahead)
     costs = LookAheadCosts(1, sunk, prices, curve[: columns + 1], math.inf)
@@ -204,7 +210,9 @@ def test_ranked_is_a_stable_sort(seed: int, size: int) -> None:
 @settings(max_examples=30, deadline=None)
 def test_best_rates_is_best_size_for_every_row(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    gains, seconds, sunk = rng.random((4, 7)), rng.uniform(0.5, 3, 8), rng.random(4)
+    gains = rng.random((4, 7))
+    seconds = rng.uniform(0.5, 3, 8)
+    sunk = rng.random(4)
     rates = best_rates(np.sort(-gains, axis=1), 2, sunk, seconds, 2.5)
     expected = [
         best_size(np.sort(g)[::-1], 2, float(s), seconds, 2.5)[1]

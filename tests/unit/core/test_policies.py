@@ -31,7 +31,9 @@ def draft(policy, batch: BatchState, rng: np.random.Generator, vocabulary: int =
     plan = policy.plan(batch)
     if not plan.speculate or plan.levels == 0:
         return plan, trees, []
-    frontier, owner, asked = np.full(batch.size, -1), np.arange(batch.size), []
+    frontier = np.full(batch.size, -1)
+    owner = np.arange(batch.size)
+    asked = []
     for level in range(1, plan.levels + 1):
         k = plan.children
         prob = np.sort(rng.dirichlet(np.full(vocabulary, 0.3), len(frontier)), axis=1)[:, ::-1][

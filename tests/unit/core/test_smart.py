@@ -27,7 +27,8 @@ CHEAP_ROWS = CostModel.from_table({1: {1: 30.0, 512: 40.0}}, DRAFT)
     ("costs", "batch", "rounds"), [(FLAT, 1, 250), (FLAT, 3, 80), (CHEAP_ROWS, 2, 100)]
 )
 def test_regret_against_full_knowledge_is_small(costs: CostModel, batch: int, rounds: int) -> None:
-    world, span = World(5, batch, costs), range(rounds)
+    world = World(5, batch, costs)
+    span = range(rounds)
     best = full_knowledge(world, span, levels=5)
     policy = make_policy("smart", cost=costs)
     mine = run(policy, world, span)
@@ -50,7 +51,8 @@ def test_stays_off_where_rows_cost_too_much() -> None:
 
 
 def test_drafts_at_batch_32_where_rows_are_cheap() -> None:
-    world, policy = World(5, 32, CHEAP_ROWS), make_policy("smart", cost=CHEAP_ROWS)
+    world = World(5, 32, CHEAP_ROWS)
+    policy = make_policy("smart", cost=CHEAP_ROWS)
     totals = run(policy, world, range(12))
     assert totals.off == 0
     assert totals.rate > 1.3 * run(make_policy("off"), world, range(12)).rate
@@ -67,7 +69,8 @@ def test_a_wrong_cost_table_is_corrected() -> None:
 
 
 def test_rounds_of_a_backoff_tell_what_the_machine_has_become() -> None:
-    policy, now = make_policy("smart", cost=STEEP, probe_budget=0.0), World(5, 4, STEEP).state()
+    policy = make_policy("smart", cost=STEEP, exploration_budget=0.0)
+    now = World(5, 4, STEEP).state()
     policy.modes.burn_in[(4).bit_length()] = BURN_IN
     none = (
         DraftTrees.empty(4),
@@ -78,7 +81,8 @@ def test_rounds_of_a_backoff_tell_what_the_machine_has_become() -> None:
         [],
         4,
     )
-    plain, planned = float(STEEP.verify_seconds(4, 4, 200)), 0
+    plain = float(STEEP.verify_seconds(4, 4, 200))
+    planned = 0
     for index in range(300):
         plan = policy.plan(now)
         planned += policy._planned(now) is not None
@@ -104,7 +108,8 @@ def test_a_return_is_charged_its_share_of_what_catching_up_takes() -> None:
 
 @pytest.mark.parametrize("seed", [5, 6, 7])
 def test_off_soon_when_the_head_goes_bad_and_on_again_when_it_is_good(seed: int) -> None:
-    bad_from, good_again = 300, 800
+    bad_from = 300
+    good_again = 800
     world = World(seed, 1, FLAT, good=lambda index: not bad_from <= index < good_again)
     policy = make_policy("smart", cost=FLAT)
     run(policy, world, range(100, bad_from))
@@ -161,7 +166,8 @@ def test_overhead_is_learned_apart_for_small_and_large_batches() -> None:
 
 
 def test_backoffs_of_batches_of_different_sizes_are_learned_from_apart() -> None:
-    policy, table = make_policy("smart", cost=STEEP, probe_budget=0.0), {}
+    policy = make_policy("smart", cost=STEEP, exploration_budget=0.0)
+    table = {}
     for size in (16, 1):
         world = World(5, size, STEEP)
         plain = table[size] = float(STEEP.verify_seconds(size, size, 200))
@@ -206,12 +212,12 @@ def test_what_free_drafters_propose_to_requests_that_may_not_use_it_counts_for_n
 
 def test_exploration_keeps_to_its_budget() -> None:
     world = World(5, 1, FLAT, good=lambda _: False)
-    policy = make_policy("smart", cost=FLAT, probe_budget=0.01)
+    policy = make_policy("smart", cost=FLAT, exploration_budget=0.01)
     run(policy, world, range(200))
     spent = policy.exploration.spent
     totals = run(policy, world, range(200, 900))
     assert 0 < policy.exploration.spent - spent < 0.012 * totals.seconds
-    silent = make_policy("smart", cost=FLAT, probe_budget=0.0)
+    silent = make_policy("smart", cost=FLAT, exploration_budget=0.0)
     run(silent, world, range(200))
     assert silent.exploration.count == 0
 
@@ -271,7 +277,8 @@ def test_free_drafters_alone_are_used_and_learned() -> None:
 
 
 def test_survives_a_caller_that_skips_the_plan_and_absurd_times() -> None:
-    policy, now = make_policy("smart", cost=FLAT), World(5, 1, FLAT).state()
+    policy = make_policy("smart", cost=FLAT)
+    now = World(5, 1, FLAT).state()
     trees = DraftTrees.empty(1)
     trees.append([0], [1], [-1], [0.9])
     assert policy.select(DraftPlan(True, 1), now, trees).tolist() == [0]
@@ -310,7 +317,8 @@ def test_what_nearly_pays_is_tried_once_at_each_size() -> None:
     """Predictions are off by a few per cent, and what is not drafted teaches nothing."""
     costs = CostModel.from_table({8: {8: 10.0, 9: 10.7, 16: 15.6, 64: 60.0}}, {1: 0.2, 64: 1.0})
     real = CostModel.from_table({8: {8: 10.0, 9: 10.4, 16: 13.0, 64: 60.0}}, {1: 0.2, 64: 1.0})
-    world, policy = World(5, 8, real), make_policy("smart", cost=costs, probe_budget=0.0)
+    world = World(5, 8, real)
+    policy = make_policy("smart", cost=costs, exploration_budget=0.0)
     predicted = policy.predict(world.state()).predicted_speedup
     assert CLEARLY_WORSE < predicted < BEGIN_SPEEDUP
     totals, plain = (run(each, world, range(400)) for each in (policy, make_policy("off")))

@@ -398,8 +398,8 @@ def top_k_softmax(
         ("llama", {"speculative_config": {"method": "medusa"}}, "unknown method 'medusa'"),
         (
             "llama",
-            {"speculative_config": {"policy": "static", "probe_budget": 0.1}},
-            "has an option 'probe_budget'",
+            {"speculative_config": {"policy": "static", "exploration_budget": 0.1}},
+            "has an option 'exploration_budget'",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from smart_decoding.errors import ConfigError
 
 # Options that are no user's to give.
 FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids", "chooser")
+RENAMED_OPTIONS = {"probe_budget": "exploration_budget"}
 RENAMED = {"likelihood": "eagle2", "smart_paper": "paper"}
 POLICIES: dict[str, type[Any]] = {
     cls.name: cls for cls in (Off, Chain, Static, Eagle2, Paper, Smart)
@@ -57,6 +58,9 @@ def make_policy(name: str, offered: Mapping[str, Any] | None = None, **options: 
 
 
 def _refuse_unknown(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    for old, new in RENAMED_OPTIONS.items():
+        if old in options and new in known:
+            raise ConfigError(f"option {old!r} of policy {name!r} is called {new!r} now")
     unknown = [option for option in options if option not in known]
     if unknown:
         valid = ", ".join(known) or "none"

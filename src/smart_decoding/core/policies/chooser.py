@@ -105,7 +105,8 @@ class NumpyChooser:
         level_seconds: FloatArray,
     ) -> IntArray:
         """The first nodes by accept_prob, as many as the look-ahead says."""
-        d, trees = drafted, drafted.trees
+        d = drafted
+        trees = d.trees
         _score(d)
         nodes = expandable(trees, level, d.limits, d.ends)
         if not len(nodes):
@@ -121,7 +122,8 @@ class NumpyChooser:
 
     def select(self, drafted: Drafted) -> tuple[IntArray, float, float]:
         """The exact choice."""
-        d, trees = drafted, drafted.trees
+        d = drafted
+        trees = d.trees
         _score(d)
         nodes = np.flatnonzero(useful(trees, d.limits, d.ends))
         accept_prob = trees.accept_prob.take(nodes)

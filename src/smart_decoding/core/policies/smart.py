@@ -40,7 +40,7 @@ class Smart:
     priors. chooser: the choice over drafted trees, as the backend computes it (None: numpy).
     max_levels, children: the deepest tree and the proposals per node that are considered.
     max_round_slowdown: with several requests, no round is planned to last longer than this multiple
-    of a plain one. probe_budget: share of the time that may go into exploring the mode predicted
+    of a plain one. exploration_budget: share of the time that may go into exploring the mode predicted
     worse.
     """
 
@@ -54,7 +54,7 @@ class Smart:
         max_levels: int = 8,
         children: int = 8,
         max_round_slowdown: float = 2.0,
-        probe_budget: float = 0.005,
+        exploration_budget: float = 0.005,
         eos_token_ids: TokenIds = (),
         chooser: Chooser | None = None,
     ) -> None:
@@ -63,7 +63,7 @@ class Smart:
         self.max_levels = require_int("max_levels", max_levels, 1, 64)
         self.children = require_int("children", children, 1, 256)
         slowdown = require_number("max_round_slowdown", max_round_slowdown, 1.0, math.inf)
-        budget = require_number("probe_budget", probe_budget, 0.0, 0.5)
+        budget = require_number("exploration_budget", exploration_budget, 0.0, 0.5)
         self.eos = frozenset(eos_token_ids)
         self.chooser: Chooser = chooser or NumpyChooser()
         self.exploration = Exploration(budget, MAX_RUN)
