@@ -326,7 +326,7 @@ def test_unknown_and_wrong_options_are_refused(given) -> None:
 
 def test_the_old_name_of_an_option_says_the_new_one() -> None:
     with pytest.raises(ConfigError, match="is called 'exploration_budget' now"):
-        options.read_options({"smart": {"exploration_budget": 0.01}})
+        options.read_options({"smart": {"probe_budget": 0.01}})
 
 
 def test_options_are_read_and_other_plugins_left_alone() -> None:

@@ -158,3 +158,11 @@ def test_unknown_names_options_and_values_are_refused_with_the_valid_ones() -> N
         with pytest.raises(ConfigError):
             make_policy(name, **options)
     assert policy_options("eagle2") == ["depth", "top_k", "total_tokens", "eos_token_ids"]
+
+
+def test_old_names_are_refused_with_the_new_ones() -> None:
+    for old, new in {"likelihood": "eagle2", "smart_paper": "paper"}.items():
+        with pytest.raises(ConfigError, match=f"{old}.* is called .*{new}"):
+            make_policy(old)
+    with pytest.raises(ConfigError, match="exploration_budget"):
+        make_policy("smart", probe_budget=0.1)
