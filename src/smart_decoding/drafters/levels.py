@@ -29,7 +29,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import Grow
 from smart_decoding.engine.request import Request
-from smart_decoding.engine.rows import Rows, arrays
+from smart_decoding.engine.rows import Rows, RowsBuilder
 
 WINDOW = 512  # rows that may wait for a request
 
@@ -171,7 +171,7 @@ class LevelDrafter(ABC, Generic[S]):
             self._paths[node] = [*path, roots + self._rows]
             self._rows += 1
         paths = [self._paths[node] for node in nodes.tolist()]
-        rows = self._node_rows(requests, owners, trees.token[nodes], paths)
+        rows = self._node_rows(requests, owners, trees.token[nodes].tolist(), paths)
         asked = asked_of(requests, owners, [len(path) for path in paths], plan.children)
         self._append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
         return len(nodes)
@@ -183,72 +183,51 @@ class LevelDrafter(ABC, Generic[S]):
         k = ids.shape[1]
         trees.append(owner.repeat(k), ids.reshape(-1), parents.repeat(k), probs.reshape(-1))
 
-    # ---------------------------------------------------------------------------------------------------- rows
-
     def _waiting_rows(
         self, requests: Sequence[Request], states: Sequence[S]
     ) -> tuple[Rows, IntArray]:
         """All waiting rows, and each request's last one."""
-        token: list[int] = []
-        position: list[int] = []
-        slot: list[int] = []
-        edges, tables, direct = [0], [], []
-        mm_embeds: list[tuple[int, Any]] = []
+        builder = RowsBuilder()
+        last: list[int] = []
         for request, state in zip(requests, states, strict=True):
-            end, table = self._end(request), self._table(request, state)
+            end = self._end(request)
+            table = self._table(request, state)
+            builder.begin(table[state.start // PAGE :])
             if request.media is not None and self.sees:
                 parts = request.media.mm_embeds(state.length + self.ahead, end - state.length)
-                mm_embeds += [
-                    (len(token) + len(state.again) + first, part) for first, part in parts
-                ]
+                builder.embed(parts, len(state.again))
             at = [*state.again, *range(state.length, end)]
-            token += [request.tokens[t + self.ahead] for t in at]
-            position += at
             first = at[0] // PAGE
             pages = table[first : (end - 1) // PAGE + 1].tolist()
-            slot += [pages[t // PAGE - first] * PAGE + t % PAGE for t in at]
-            direct += [t + 1 - state.start for t in at]
-            edges.append(len(token))
-            tables.append(table[state.start // PAGE :])
-        rows = _rows(
-            np.array(token, np.int64),
-            position,
-            slot,
-            direct,
-            [0] * (len(token) + 1),
-            [],
-            edges,
-            tables,
-        )
-        rows.mm_embeds = mm_embeds
-        return rows, np.array(edges[1:], np.int64) - 1
+            builder.add_committed(
+                [request.tokens[t + self.ahead] for t in at],
+                at,
+                [pages[t // PAGE - first] * PAGE + t % PAGE for t in at],
+                state.start,
+            )
+            last.append(len(builder) - 1)
+        return builder.build(), np.array(last, np.int64)
 
     def _node_rows(
         self,
         requests: Sequence[Request],
         owners: Sequence[int],
-        token: IntArray,
+        tokens: Sequence[int],
         paths: Sequence[Sequence[int]],
     ) -> Rows:
-        """Rows of expanded nodes (sorted by owner), which see all true rows, the expanded ancestors
-        and themselves."""
-        position, slot, direct, ancestors_start = [], [], [], [0]
-        extra: list[int] = []
-        edges, tables, before = [], [], -1
-        for row, (owner, path) in enumerate(zip(owners, paths, strict=True)):
+        """Rows of expanded nodes (sorted by owner), which read all true rows, the expanded
+        ancestors and themselves."""
+        builder = RowsBuilder()
+        before = -1
+        for owner, token, path in zip(owners, tokens, paths, strict=True):
             if owner != before:
-                before, request = owner, requests[owner]
+                before = owner
+                request = requests[owner]
                 state = self._states[id(request)]
-                edges.append(row)
-                tables.append(self._table(request, state)[state.start // PAGE :])
-            position.append(state.length - 1 + len(path))
-            slot.append(path[-1])
-            direct.append(state.length - state.start)
-            extra += path
-            ancestors_start.append(len(extra))
-        return _rows(
-            token, position, slot, direct, ancestors_start, extra, [*edges, len(paths)], tables
-        )
+                builder.begin(self._table(request, state)[state.start // PAGE :])
+                context_len = state.length - state.start
+            builder.add_node(token, state.length - 1 + len(path), context_len, path)
+        return builder.build()
 
     # --------------------------------------------------------------------------------------------------- state
 
@@ -336,21 +315,3 @@ def asked_of(
     rows = zip((requests[i] for i in owners), depths, strict=True)
     draws = [(r.seed, r.sample, len(r.output) + depth) for r, depth in rows]
     return Asked(k, temperature, draws)
-
-
-def _rows(
-    token: IntArray,
-    position: Sequence[int],
-    slot: Sequence[int],
-    direct: Sequence[int],
-    ancestors_start: Sequence[int],
-    extra: Sequence[int],
-    edges: Sequence[int],
-    tables: Sequence[Ints],
-) -> Rows:
-    starts = [0]
-    for table in tables[:-1]:
-        starts.append(starts[-1] + len(table))
-    pages = tables[0] if len(tables) == 1 else np.concatenate(tables)
-    a, b, c, d, e, f = arrays(slot, direct, ancestors_start, extra, edges, starts)
-    return Rows(token, np.array(position, np.int64), a, b, c, d, e, f, pages)
