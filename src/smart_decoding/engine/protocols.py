@@ -20,6 +20,7 @@ from smart_decoding.engine.rows import Rows
 
 Features: TypeAlias = Any
 Logits: TypeAlias = Any
+Clock: TypeAlias = Callable[[], float]
 
 
 class Grown(NamedTuple):
