@@ -31,17 +31,19 @@ def check(trees: DraftTrees) -> None:
     siblings."""
     nodes = np.arange(len(trees))
     inner = trees.parent != ROOT
-    assert (trees.parent < nodes).all() and (trees.parent >= ROOT).all()
+    assert (trees.parent < nodes).all()
+    assert (trees.parent >= ROOT).all()
     assert (trees.owner[trees.parent[inner]] == trees.owner[inner]).all()
     assert (trees.depth == np.where(inner, trees.depth[trees.parent] + 1, 1)).all()
     above = np.where(inner, trees.path_prob[trees.parent], 1.0)
     np.testing.assert_allclose(trees.path_prob, above * trees.draft_prob, rtol=1e-12)
-    assert ((trees.draft_prob > 0) & (trees.draft_prob <= 1)).all() and np.isnan(
-        trees.accept_prob
-    ).all()
+    assert ((trees.draft_prob > 0) & (trees.draft_prob <= 1)).all()
+    assert np.isnan(trees.accept_prob).all()
     assert len(set(zip(trees.owner, trees.parent, trees.token, strict=True))) == len(trees)
     for column in (trees.owner, trees.token, trees.parent, trees.depth, trees.source):
-        assert column.dtype == np.int64 and len(column) == len(trees) and column.flags.c_contiguous
+        assert column.dtype == np.int64
+        assert len(column) == len(trees)
+        assert column.flags.c_contiguous
     assert trees.draft_prob.flags.c_contiguous
 
 
@@ -76,7 +78,8 @@ def test_ngram_sees_the_root_and_knows_nothing_of_new_text() -> None:
         (3,): 0.75
     }  # the root follows the first pair
     empty = drafter.start([request([1, 2, 3, 4]), request([1])], FREE)
-    assert len(empty) == 0 and empty.batch == 2
+    assert len(empty) == 0
+    assert empty.batch == 2
 
 
 def test_ngram_index_grows_with_the_text_in_any_pieces() -> None:
@@ -138,7 +141,8 @@ def test_ngram_bounds_keep_the_likeliest(texts: list[list[int]]) -> None:
     trees = NgramDrafter(max_nodes=5, max_depth=3).start(requests, FREE)
     everything = NgramDrafter(max_nodes=1024, max_depth=3).start(requests, FREE)
     check(trees)
-    assert (trees.source == 1).all() and (trees.depth <= 3).all()
+    assert (trees.source == 1).all()
+    assert (trees.depth <= 3).all()
     for owner in range(len(texts)):
         best = np.sort(everything.path_prob[everything.nodes_of(owner)])[::-1][:5]
         np.testing.assert_allclose(np.sort(trees.path_prob[trees.nodes_of(owner)])[::-1], best)
@@ -194,7 +198,8 @@ def test_recycling_multiplies_remembered_probabilities() -> None:
     trees = drafter.start([request([4, 0]), request([3])], FREE)
     check(trees)
     assert paths(trees) == pytest.approx({(1,): 0.7, (1, 2): 0.5, (1, 3): 0.3, (2,): 0.2})
-    assert paths(trees, 1) == {} and (trees.source == 1).all()
+    assert paths(trees, 1) == {}
+    assert (trees.source == 1).all()
 
 
 def test_recycling_remembers_the_last_row_of_a_token() -> None:
@@ -277,8 +282,10 @@ class FakeModel:
     def expand(
         self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan
     ) -> int:
-        assert trees is self.trees and len(trees) == self.length
-        assert not np.isin(nodes, trees.parent).any() and len(set(nodes.tolist())) == len(nodes)
+        assert trees is self.trees
+        assert len(trees) == self.length
+        assert not np.isin(nodes, trees.parent).any()
+        assert len(set(nodes.tolist())) == len(nodes)
         above = trees.parent[nodes]
         assert (np.isin(above, trees.parent) | (above == ROOT)).all()
         self._append(trees.owner[nodes].tolist(), nodes.tolist())
@@ -383,18 +390,20 @@ def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None
         DraftPlan(True, 2),
     )
     trees = union.start(requests, plan)
-    assert trees.token.tolist() == [1, 3, 2] and trees.source.tolist() == [0, 1, 1]
-    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9] and trees.path_prob[2] == pytest.approx(
-        0.45
-    )
+    assert trees.token.tolist() == [1, 3, 2]
+    assert trees.source.tolist() == [0, 1, 1]
+    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9]
+    assert trees.path_prob[2] == pytest.approx(0.45)
     assert (
         union.expand(requests, trees, np.array([0, 1]), plan) == 1
     )  # node 1 is foreign: it stays a leaf
-    assert trees.token.tolist() == [1, 3, 2] and trees.source.tolist() == [0, 1, 0]
+    assert trees.token.tolist() == [1, 3, 2]
+    assert trees.source.tolist() == [0, 1, 0]
     assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9]
     assert union.expand(requests, trees, np.array([1]), plan) == 0
     assert union.expand(requests, trees, np.array([2]), plan) == 1
-    assert trees.token.tolist() == [1, 3, 2, 3] and trees.parent.tolist() == [ROOT, ROOT, 0, 2]
+    assert trees.token.tolist() == [1, 3, 2, 3]
+    assert trees.parent.tolist() == [ROOT, ROOT, 0, 2]
 
 
 def test_union_derives_what_the_engine_asks_for() -> None:
@@ -411,9 +420,11 @@ def test_union_derives_what_the_engine_asks_for() -> None:
     union.extend(text, None, 0, [1, 2, 3, 1])
     union.observe_logits(np.array([2]), np.zeros((1, VOCABULARY)))
     trees = union.start([text], FREE)  # without model levels the model is not asked
-    assert set(trees.source.tolist()) == {1, 2} and paths(trees)[(3,)] == 0.75
+    assert set(trees.source.tolist()) == {1, 2}
+    assert paths(trees)[(3,)] == 0.75
     union.release(text)
-    assert model.calls == ["extend", "release"] and not ngram._index
+    assert model.calls == ["extend", "release"]
+    assert not ngram._index
     free = UnionDrafter([ngram, NgramDrafter()])
     assert (free.max_levels, free.free, free.aux_layers, free.wants_logits) == (0, True, (), False)
     assert free.pending_rows([text]) == 0

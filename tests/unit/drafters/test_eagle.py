@@ -51,7 +51,7 @@ def trained() -> TrainableHead:
     return head
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path, trained: TrainableHead) -> Path:
     import json
 

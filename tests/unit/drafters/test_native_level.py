@@ -135,10 +135,13 @@ def test_trees_grown_in_one_call_are_those_grown_by_level(
         plan = policy.plan(state)
         if not plan.speculate:
             plan = policy._start(state, policy._scratch, policy._scratch.outlook, (3, 1))
-        assert plan.growth is not None and drafter.grow is not None
+        assert plan.growth is not None
+        assert drafter.grow is not None
         if whole:
             trees, expanded, seconds, choosing = drafter.grow(requests, plan)
-            assert len(seconds) == 1 + len(expanded) and min(seconds) > 0 and choosing > 0
+            assert len(seconds) == 1 + len(expanded)
+            assert min(seconds) > 0
+            assert choosing > 0
         else:
             trees, expanded = drafter.start(requests, plan), []
             for level in range(1, plan.levels):
@@ -149,7 +152,9 @@ def test_trees_grown_in_one_call_are_those_grown_by_level(
                 expanded.append(width)
         found.append((expanded, trees, policy.select(plan, state, trees).tolist()))
     (expanded, trees, kept), (expanded_, trees_, kept_) = found
-    assert expanded == expanded_ and kept == kept_ and len(trees) == len(trees_)
+    assert expanded == expanded_
+    assert kept == kept_
+    assert len(trees) == len(trees_)
     assert np.array_equal(trees.ints[:, : len(trees)], trees_.ints[:, : len(trees)])
     assert np.array_equal(trees.floats[:, : len(trees)], trees_.floats[:, : len(trees)])
     assert row > 1e-6 or (len(expanded) == 4 if slots is None else sum(expanded) <= slots)

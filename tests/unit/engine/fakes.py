@@ -120,9 +120,8 @@ class FakeDrafter:
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         assert self.known.get(request, first) == first
-        assert list(tokens) == request.tokens[first : first + len(tokens)] and len(tokens) == len(
-            features
-        )
+        assert list(tokens) == request.tokens[first : first + len(tokens)]
+        assert len(tokens) == len(features)
         assert features.tolist() == [[token, first + i] for i, token in enumerate(tokens)]
         self.known[request] = first + len(tokens)
 

@@ -92,10 +92,12 @@ def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(
                 requests.append(add(engine, f"new {cuts}", [cuts % VOCAB] * 6, greedy(2)))
             assert engine.last_round is before
             assert engine.step(lambda: True)  # never twice in a row: the others go on
-            assert not len(engine.last_round.round.trees) and requests[-1].output
+            assert not len(engine.last_round.round.trees)
+            assert requests[-1].output
         engine.step()
     finish(engine)
-    assert cuts > 5 and sum(r.metrics.accepted for r in requests) > 10
+    assert cuts > 5
+    assert sum(r.metrics.accepted for r in requests) > 10
     assert [r.output for r in requests] == [alone(r.prompt, r.params)[0].output for r in requests]
 
 
@@ -103,7 +105,8 @@ def test_drafting_goes_on_where_nobody_could_begin() -> None:
     engine = make_engine("static", max_num_seqs=1)
     add(engine, "0", [1, 2], greedy(40))
     engine.step()
-    assert engine.step(lambda: True) and len(engine.last_round.round.trees)
+    assert engine.step(lambda: True)
+    assert len(engine.last_round.round.trees)
 
 
 @pytest.mark.parametrize("length", range(14, 20))
@@ -135,7 +138,8 @@ def test_a_recorder_is_told_of_the_round_that_ends_an_answer(stop: int | None) -
     for request, features, _ in recorder.done:
         assert len(features) == len(request.tokens) - 1
         assert features[:, 0].tolist() == request.tokens[:-1]
-    assert len(recorder.done) == 2 and all(request.finished for request in requests)
+    assert len(recorder.done) == 2
+    assert all(request.finished for request in requests)
 
 
 def test_tree_nodes_yield_before_any_request_does() -> None:
@@ -276,7 +280,9 @@ def test_abort_frees_everything_and_leaves_others_alone(steps: int) -> None:
     engine.abort("gone")
     engine.abort("never heard of")
     engine.check_integrity()
-    assert gone.finished and gone.aborted and not gone.table.pages
+    assert gone.finished
+    assert gone.aborted
+    assert not gone.table.pages
     written = list(gone.output)
     finish(engine)
     assert gone.output == written
@@ -327,10 +333,8 @@ def test_metrics_count_nodes_and_times() -> None:
         assert abs(record.controller_seconds) < 1e-9  # the clock moves only in forwards
     metrics = request.metrics
     assert (metrics.drafted, metrics.verified, emitted) == (drafted, verified, 30)
-    assert (
-        0 < metrics.accepted < metrics.verified
-        and metrics.wasted_rows == metrics.verified - metrics.accepted
-    )
+    assert 0 < metrics.accepted < metrics.verified
+    assert metrics.wasted_rows == metrics.verified - metrics.accepted
     assert metrics.accepted + metrics.rounds + 1 >= 30 > metrics.rounds + 1
     assert 0 < metrics.ttft < metrics.finished
 

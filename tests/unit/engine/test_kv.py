@@ -30,7 +30,9 @@ class Tables(RuleBasedStateMachine):
         tokens = [t for page in pages for t in [page] * PAGE] + [0] * rest
         table = BlockTable(self.pool)
         found = table.reuse(tokens)
-        assert found == table.length and found % PAGE == 0 and found < len(tokens)
+        assert found == table.length
+        assert found % PAGE == 0
+        assert found < len(tokens)
         self.tables.append((table, tokens))
 
     @precondition(lambda self: self.tables)
@@ -147,7 +149,8 @@ def test_what_follows_a_prefix_that_another_request_computed_too_is_found(
             pool.give(found)
         tables[i].release()
         pool.check_integrity(tables)
-    assert len(pool._idle) == 4 and [len(pool.find(tokens, 51)) for tokens in prompts] == [3, 3]
+    assert len(pool._idle) == 4
+    assert [len(pool.find(tokens, 51)) for tokens in prompts] == [3, 3]
 
 
 def test_a_page_that_is_held_outlives_an_idle_one_of_the_same_content() -> None:

@@ -102,7 +102,8 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
         rows.block_table_start,
         rows.pages,
     ):
-        assert array.dtype == np.int32 and array.flags.c_contiguous  # the kernels read their memory
+        assert array.dtype == np.int32
+        assert array.flags.c_contiguous
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -117,4 +118,5 @@ def test_the_padded_form_shows_each_row_the_same_slots(seed: int) -> None:
     assert mask.any(1).all()
     for row, at in enumerate(padded.query.tolist()):
         seen = slots[at // longest][mask[at]].tolist()
-        assert len(seen) == len(set(seen)) and set(seen) == set(visible_slots(rows, row).tolist())
+        assert len(seen) == len(set(seen))
+        assert set(seen) == set(visible_slots(rows, row).tolist())
