@@ -236,7 +236,7 @@ def test_smart_train_makes_a_head_that_sees(folder: Path, tmp_path: Path) -> Non
     config = {"model": str(tmp_path / "head"), "policy": "static"}
     drafting = LLM(folder, speculative_config=config, max_model_len=256, dtype="float32")
     plain = LLM(folder, speculative_config=False, max_model_len=256, dtype="float32")
-    assert drafting.engine.drafter.sees and (tmp_path / "head" / "prior.json").is_file()
+    assert drafting.engine.drafter.supports_images and (tmp_path / "head" / "prior.json").is_file()
     (ours,), (wanted,) = drafting.chat(CHAT, params), plain.chat(CHAT, params)
     assert (
         ours.outputs[0].token_ids == wanted.outputs[0].token_ids

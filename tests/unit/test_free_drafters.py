@@ -84,7 +84,8 @@ def test_ngram_sees_the_root_and_knows_nothing_of_new_text() -> None:
 
 def test_ngram_index_grows_with_the_text_in_any_pieces() -> None:
     text = np.random.default_rng(0).integers(0, 3, 60).tolist()
-    growing, drafter = request(text[:20]), NgramDrafter()
+    growing = request(text[:20])
+    drafter = NgramDrafter()
     for end in (21, 22, 30, 60):
         growing.tokens = text[:end]
         drafter.extend(growing, None, end - 2, text[end - 2 : end - 1])
@@ -157,7 +158,9 @@ def test_ngram_looks_at_few_occurrences_the_newest_first() -> None:
 
 
 def test_ngram_forgets_released_requests() -> None:
-    drafter, old, other = NgramDrafter(), request([1, 2, 3, 1, 2]), request([4, 5, 6, 4, 5])
+    drafter = NgramDrafter()
+    old = request([1, 2, 3, 1, 2])
+    other = request([4, 5, 6, 4, 5])
     drafter.start([old, other], FREE)
     drafter.release(old)
     drafter.release(old)
@@ -263,7 +266,10 @@ class FakeModel:
     """A drafter with a model: children drawn by seed; insists on seeing no nodes but its own, and
     each only once."""
 
-    name, max_levels, free, aux_layers = "fake", 4, False, (1, 2)
+    name = "fake"
+    max_levels = 4
+    free = False
+    aux_layers = (1, 2)
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -319,9 +325,11 @@ class Replay(NgramDrafter):
 
 
 def random_trees(rng: np.random.Generator, batch: int, nodes: int) -> DraftTrees:
-    trees, taken = DraftTrees.empty(batch), set()
+    trees = DraftTrees.empty(batch)
+    taken = set()
     for _ in range(nodes):
-        owner, token = int(rng.integers(batch)), int(rng.integers(VOCABULARY))
+        owner = int(rng.integers(batch))
+        token = int(rng.integers(VOCABULARY))
         parent = int(rng.choice([ROOT, *trees.nodes_of(owner)]))
         if (owner, parent, token) not in taken:
             taken.add((owner, parent, token))
@@ -343,13 +351,12 @@ def proposals(all_trees: list[DraftTrees], owner: int) -> dict[tuple[int, ...], 
 @settings(max_examples=80, deadline=None)
 def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
     rng = np.random.default_rng(seed)
-    model, free = FakeModel(seed), [random_trees(rng, batch, one), random_trees(rng, batch, two)]
+    model = FakeModel(seed)
+    free = [random_trees(rng, batch, one), random_trees(rng, batch, two)]
     union = UnionDrafter([model, *map(Replay, free)])
-    requests, plan, limits = (
-        [request([0]) for _ in range(batch)],
-        DraftPlan(True, 3),
-        np.full(batch, 9),
-    )
+    requests = [request([0]) for _ in range(batch)]
+    plan = DraftPlan(True, 3)
+    limits = np.full(batch, 9)
     trees = union.start(requests, plan)
     for level in (1, 2, 3):
         check(trees)
@@ -368,7 +375,8 @@ def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
                 assert source == expected[path][1]
         nodes = expandable(trees, level, limits, ())
         nodes = nodes[rng.random(len(nodes)) < 0.6]
-        asked, before = trees.source[nodes] == 0, len(model.trees)
+        asked = trees.source[nodes] == 0
+        before = len(model.trees)
         union.expand(requests, trees, nodes, plan)
         assert len(np.unique(model.trees.parent[before:])) == asked.sum()
 
@@ -384,11 +392,9 @@ def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None
     free = DraftTrees.empty(1)
     free.append([0, 0], [1, 3], [ROOT, ROOT], [0.5, 0.2], source=1)
     free.append([0], [2], [0], [0.9], source=1)
-    union, requests, plan = (
-        UnionDrafter([Fixed(0), Replay(free)]),
-        [request([0])],
-        DraftPlan(True, 2),
-    )
+    union = UnionDrafter([Fixed(0), Replay(free)])
+    requests = [request([0])]
+    plan = DraftPlan(True, 2)
     trees = union.start(requests, plan)
     assert trees.token.tolist() == [1, 3, 2]
     assert trees.source.tolist() == [0, 1, 1]
@@ -407,7 +413,9 @@ def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None
 
 
 def test_union_derives_what_the_engine_asks_for() -> None:
-    recycling, model, ngram = recycler({}), FakeModel(0), NgramDrafter()
+    recycling = recycler({})
+    model = FakeModel(0)
+    ngram = NgramDrafter()
     union = UnionDrafter([model, recycling, ngram])
     assert (union.max_levels, union.free, union.aux_layers, union.wants_logits) == (
         4,

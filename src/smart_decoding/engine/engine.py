@@ -121,13 +121,11 @@ class Engine:
         never run."""
         self._check(prompt, params)
         seed = params.seed if params.seed is not None else self._next_seed()
-        requests = []
-        for sample in range(params.n):
-            name = request_id if params.n == 1 else f"{request_id}#{sample}"
-            request = self._new_request(name, prompt, params, media)
-            request.seed = seed
-            request.sample = sample
-            requests.append(request)
+        names = [f"{request_id}#{sample}" for sample in range(params.n)]
+        requests = [
+            self._new_request(name, prompt, params, media, seed, sample)
+            for sample, name in enumerate(names if params.n > 1 else [request_id])
+        ]
         if any(request.id in self._requests for request in requests):
             raise ConfigError(f"request id {request_id!r} is already running")
         for request in requests:
@@ -136,7 +134,13 @@ class Engine:
         return requests
 
     def _new_request(
-        self, name: str, prompt: Sequence[int], params: SamplingParams, media: Media | None
+        self,
+        name: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        media: Media | None,
+        seed: int,
+        sample: int,
     ) -> Request:
         room = self.config.max_model_len - len(prompt)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -152,9 +156,10 @@ class Engine:
             name,
             list(prompt),
             params,
-            seed=0,
+            seed,
             table=BlockTable(self.pool, media.content_hashes if media else {}),
             stop=stop,
+            sample=sample,
             max_tokens=limit,
             media=media.copy() if media else None,
             history=new_history(prompt, params),
@@ -210,7 +215,7 @@ class Engine:
         self._forget(self.scheduler.preempted)
         if not batch:
             return []
-        started += self._encode_images(batch)  # once a picture: no part of what a round costs
+        started += self._encode_images(batch)  # no part of what a round costs
         state = self._state(batch)
         plan = self._plan(batch, state)
         draft = self._draft(batch, state, plan, arrived)

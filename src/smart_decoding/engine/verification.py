@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.tree import DraftTrees, IntArray
-from smart_decoding.engine.kv import OutOfPages
+from smart_decoding.engine.kv import OutOfPagesError
 from smart_decoding.engine.protocols import (
     Clock,
     Drafter,
@@ -68,7 +68,7 @@ def make_room(batch: Batch, trees: DraftTrees, kept: IntArray) -> IntArray:
     for i, count in enumerate(np.bincount(trees.owner[kept], minlength=len(batch.decode)).tolist()):
         try:
             batch.decode[i].table.cover(1 + count)
-        except OutOfPages:
+        except OutOfPagesError:
             kept = kept[trees.owner[kept] != i]
     return kept
 

@@ -276,7 +276,8 @@ def test_one_line_of_configuration(tmp_path: Path, target_folder: Path) -> None:
 def test_a_draft_model_is_read_once(
     tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft, read = saved(tmp_path / "draft", SMALL, WORDS, 1), []
+    draft = saved(tmp_path / "draft", SMALL, WORDS, 1)
+    read = []
     for name, load in (
         ("load_checkpoint", speculation.load_checkpoint),
         ("Tokenizer.load", Tokenizer.load),

@@ -30,7 +30,8 @@ from .tiny import outputs_of
 
 CONFIG = ModelConfig("llama", 4, 32, 4, 2, 16, 48, 97, 10_000.0, 1e-5, 256, tie_embeddings=True)
 TAPS = (1, 2, 4)
-PAGES, SCRATCH = 16, 8
+PAGES = 16
+SCRATCH = 8
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,8 @@ def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
     """Others wait for their first token. Rounds without prompts do draft, and nobody's tokens
     change."""
     engine = make_engine(policy, max_num_batched_tokens=4, prefix_caching=False)
-    requests, drafted = [add(engine, "0", [1, 2], greedy(40))], {True: 0, False: 0}
+    requests = [add(engine, "0", [1, 2], greedy(40))]
+    drafted = {True: 0, False: 0}
     for i in range(1, 60):
         if i % 12 == 0 and i < 40:
             requests.append(add(engine, str(i), [i % VOCAB] * 6, greedy(20)))
@@ -128,7 +129,8 @@ def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:
 def test_a_recorder_is_told_of_the_round_that_ends_an_answer(stop: int | None) -> None:
     """Of all tokens but the last, which no round reads: so that a draft head learns what an answer
     ends with."""
-    engine, recorder = make_engine("off"), Recorder((1,))
+    engine = make_engine("off")
+    recorder = Recorder((1,))
     engine.listen(recorder)
     params = SamplingParams(temperature=0.0, max_tokens=60 if stop else 10, ignore_eos=not stop)
     recorder.wanted = {"0", "1"}
@@ -198,7 +200,8 @@ def test_cached_prefixes_are_not_computed_again() -> None:
 
 def test_a_conversation_goes_on_from_any_answer_of_a_prompt() -> None:
     """Also from one whose prompt is in the cache by another answer's pages."""
-    engine, prompt = make_engine("eagle2"), [i % VOCAB for i in range(40)]
+    engine = make_engine("eagle2")
+    prompt = [i % VOCAB for i in range(40)]
     answers = engine.add_request(
         "a", prompt, SamplingParams(n=3, temperature=1.0, max_tokens=30, ignore_eos=True)
     )
@@ -327,7 +330,8 @@ def test_metrics_count_nodes_and_times() -> None:
     while engine.has_unfinished_requests:
         engine.step()
         record = engine.last_round
-        drafted, verified = drafted + len(record.round.trees), verified + len(record.round.kept)
+        drafted = drafted + len(record.round.trees)
+        verified = verified + len(record.round.kept)
         emitted += record.emitted
         assert record.round.verify_rows == (2 if emitted == 1 else 1 + len(record.round.kept))
         assert abs(record.controller_seconds) < 1e-9  # the clock moves only in forwards

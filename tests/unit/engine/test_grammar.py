@@ -55,10 +55,8 @@ def grammars() -> Grammars:
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={text_of([i]): i for i in range(VOCAB)}, merges=[])
     )
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text_of([EOS]), special=True)])
     return Grammars(Tokenizer(backend), VOCAB, (EOS,))
 
@@ -170,10 +168,8 @@ def test_added_tokens_that_are_text_may_be_said(must: bool) -> None:
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
     )
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_tokens(
         [AddedToken(text, special=text == "<end>") for text in ("<end>", "<tool_call>", "<think>")]
     )

@@ -27,13 +27,16 @@ def random_batch(seed: int) -> tuple[list[Span], DraftTrees, list[bool], list[li
     rng = np.random.default_rng(seed)
     pool = PagePool(60)
     pool._free = rng.permutation(60).tolist()
-    decoding, prompts = int(rng.integers(0, 4)), int(rng.integers(0, 3))
+    decoding = int(rng.integers(0, 4))
+    prompts = int(rng.integers(0, 3))
     prompts += decoding + prompts == 0
     trees = random_trees(rng, decoding)
-    spans, slots = [], []
+    spans = []
+    slots = []
     for i in range(decoding + prompts):
         table = BlockTable(pool)
-        start, count = int(rng.integers(0, 40)), 1 if i < decoding else int(rng.integers(1, 20))
+        start = int(rng.integers(0, 40))
+        count = 1 if i < decoding else int(rng.integers(1, 20))
         if start:
             table.reserve(start)
             table.commit([0] * start, start)
@@ -74,13 +77,15 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
         assert sorted(node_row[nodes].tolist()) == list(
             range(last[i] + 1, last[i] + 1 + len(nodes))
         )
-        best, parent = [], -1
+        best = []
+        parent = -1
         while len(below := nodes[trees.parent[nodes] == parent]):
             parent = below[0]
             best.append(parent)
         assert node_row[best].tolist() == [last[i] + 1 + k for k in range(len(best))]
         for node in nodes:
-            row, path = int(node_row[node]), trees.path(int(node))
+            row = int(node_row[node])
+            path = trees.path(int(node))
             assert (rows.token[row], rows.position[row]) == (
                 trees.token[node],
                 span.start + trees.depth[node],
