@@ -55,7 +55,7 @@ def paths(trees: DraftTrees, owner: int = 0) -> dict[tuple[int, ...], float]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ n-gram
+# --- n-gram
 
 
 def test_ngram_proposes_what_followed_before() -> None:
@@ -177,7 +177,7 @@ def test_ngram_refuses_nonsense(options: dict[str, int]) -> None:
         NgramDrafter(**options)
 
 
-# --------------------------------------------------------------------------------------------------------- recycling
+# --- recycling
 
 
 def numpy_top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -259,7 +259,7 @@ def test_torch_top_k_is_softmax_of_the_largest(monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_allclose(probs, expected.values[:, :8].numpy(), rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- union
+# --- union
 
 
 class FakeModel:
@@ -445,5 +445,5 @@ def test_union_refuses_what_it_cannot_merge() -> None:
             UnionDrafter(drafters)
     trees = DraftTrees.empty(1)
     for drafter in (UnionDrafter([NgramDrafter()]), NgramDrafter(), recycler({0: [1, 0, 0, 0, 0]})):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="expand"):
             drafter.expand([request([0])], trees, np.array([0]), FREE)

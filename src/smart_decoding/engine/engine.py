@@ -11,35 +11,22 @@ import numpy as np
 from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.engine.admission import Admission, EngineConfig
 from smart_decoding.engine.drafting import Draft, draft_trees
-from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
+from smart_decoding.engine.kv import PAGE, PagePool
 from smart_decoding.engine.media import Media
 from smart_decoding.engine.protocols import Clock, Drafter, Target
-from smart_decoding.engine.request import Request, RequestMetrics
+from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.scheduler import Batch, Scheduler
-from smart_decoding.engine.specs import new_history
-from smart_decoding.engine.stopping import Decode, StopChecker
+from smart_decoding.engine.stopping import Decode
 from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
 from smart_decoding.engine.verification import Verified, make_room, verify
 from smart_decoding.errors import CapacityError, ConfigError
 
+__all__ = ["Engine", "EngineConfig", "RoundRecord"]
+
 _NO_NODES = np.zeros(0, np.int64)
-BEFORE = 6  # tokens of the prompt's end that the text of an answer's first token may depend on
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Limits of an engine. pages: KV pages of 16 tokens; max_model_len: longest prompt plus answer
-    in tokens."""
-
-    pages: int
-    max_model_len: int
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 256
-    prefix_caching: bool = True
-    seed: int = 0
-    stop_at_loops: bool = False
 
 
 @dataclass(slots=True)
@@ -100,10 +87,8 @@ class Engine:
         self.pool = PagePool(config.pages, config.prefix_caching)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
         self.last_round: RoundRecord | None = None
-        self._decode = decode
+        self.admission = Admission(target, config, self.pool, decode, clock, constrain)
         self._clock = clock
-        self._constrain = constrain
-        self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
         self._requests: dict[str, Request] = {}
         self._observe_seconds = 0.0  # of the round before
         self._interrupted = False  # the last step dropped its drafts: the next one is plain
@@ -119,54 +104,13 @@ class Engine:
     ) -> list[Request]:
         """Queues the prompt's `params.n` answers. Raises ConfigError or CapacityError for what can
         never run."""
-        self._check(prompt, params)
-        seed = params.seed if params.seed is not None else self._next_seed()
-        names = [f"{request_id}#{sample}" for sample in range(params.n)]
-        requests = [
-            self._new_request(name, prompt, params, media, seed, sample)
-            for sample, name in enumerate(names if params.n > 1 else [request_id])
-        ]
+        requests = self.admission.requests(request_id, prompt, params, media)
         if any(request.id in self._requests for request in requests):
             raise ConfigError(f"request id {request_id!r} is already running")
         for request in requests:
             self._requests[request.id] = request
             self.scheduler.add(request)
         return requests
-
-    def _new_request(
-        self,
-        name: str,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        media: Media | None,
-        seed: int,
-        sample: int,
-    ) -> Request:
-        room = self.config.max_model_len - len(prompt)
-        limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        stop = StopChecker(
-            params,
-            self._decode(params.skip_special_tokens),
-            self.target.eos_token_ids,
-            limit,
-            self.config.stop_at_loops,
-            prompt[-BEFORE:],
-        )
-        return Request(
-            name,
-            list(prompt),
-            params,
-            seed,
-            table=BlockTable(self.pool, media.content_hashes if media else {}),
-            stop=stop,
-            sample=sample,
-            max_tokens=limit,
-            media=media.copy() if media else None,
-            history=new_history(prompt, params),
-            constraint=self._new_constraint(params),
-            logprobs=None if params.logprobs is None else [],
-            metrics=RequestMetrics(arrival=self._clock()),
-        )
 
     def abort(self, request_id: str) -> None:
         """Ends a request, all answers of it, freeing its memory now. Unknown ids are ignored: it
@@ -230,18 +174,7 @@ class Engine:
         done = _round(batch, state, plan, draft, kept, verified)
         if batch.decode:
             self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
-        self.last_round = RoundRecord(
-            done,
-            emitted=accepted.emitted,
-            seconds=self._clock() - started,
-            draft_seconds=draft.seconds,
-            verify_seconds=verified.forward_seconds,
-            sample_seconds=verified.sample_seconds,
-            kv_seconds=verified.kv_seconds,
-            requests=verified.requests,
-            acceptance=verified.acceptance,
-            accepted=accepted.drafted,
-        )
+        self.last_round = _record(done, draft, verified, accepted, self._clock() - started)
         for request in verified.requests:
             if request.finished:
                 self._finish(request)
@@ -363,36 +296,6 @@ class Engine:
         self.policy.observe(done)
         self._observe_seconds = self._clock() - start
 
-    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        params.check_vocabulary(self.target.vocab)
-        vocab = self.target.vocab
-        if params.min_tokens and len({*params.stop_ids, *self.target.eos_token_ids}) >= vocab:
-            raise ConfigError(
-                "min_tokens forbids the end before it, and all tokens are ends: "
-                "shorten stop_token_ids"
-            )
-        if not len(prompt):
-            raise ConfigError("the prompt is empty: give at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            raise ConfigError(f"the prompt has a token id outside the vocabulary of {vocab}")
-        if len(prompt) >= self.config.max_model_len:
-            raise CapacityError(
-                f"the prompt has {len(prompt)} tokens, but prompt and answer must fit into "
-                f"max_model_len={self.config.max_model_len}: shorten it or raise max_model_len"
-            )
-
-    def _new_constraint(self, params: SamplingParams) -> Constraint | None:
-        if params.structured_outputs is None:
-            return None
-        if self._constrain is None:
-            raise ConfigError(
-                "structured_outputs is not supported here: this engine knows no grammars"
-            )
-        return self._constrain(params.structured_outputs)
-
-    def _next_seed(self) -> int:
-        return int(self._seeds.spawn(1)[0].generate_state(1, np.uint64)[0] >> np.uint64(1))
-
     def _forget(self, requests: Sequence[Request]) -> None:
         for request in requests:
             if self.drafter is not None:
@@ -443,6 +346,23 @@ def _round(
         draft.level_seconds,
         verified.rows,
         verified.seconds,
+    )
+
+
+def _record(
+    done: Round, draft: Draft, verified: Verified, accepted: _Accepted, seconds: float
+) -> RoundRecord:
+    return RoundRecord(
+        done,
+        emitted=accepted.emitted,
+        seconds=seconds,
+        draft_seconds=draft.seconds,
+        verify_seconds=verified.forward_seconds,
+        sample_seconds=verified.sample_seconds,
+        kv_seconds=verified.kv_seconds,
+        requests=verified.requests,
+        acceptance=verified.acceptance,
+        accepted=accepted.drafted,
     )
 
 

@@ -87,18 +87,16 @@ def verify(
     if target.verify_greedy is not None and listener is None and _is_plain(batch):
         return _in_one_call(target.verify_greedy, aux_layers, batch.decode, trees, kept, clock)
     spans, asking = _spans(batch, trees, kept)
-    requests = asking + [r for r, n in batch.prefill if n < r.pending]
+    going_on = [r for r, n in batch.prefill if n < r.pending]
     nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
     layout = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
-    rows = layout.rows
     start = clock()
-    scores = target.verify(rows, aux_layers)
+    scores = target.verify(layout.rows, aux_layers)
     verified = clock()
     if listener is not None:
-        seen = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
-        listener.observe_logits(seen, scores.logits)
+        listener.observe_logits(layout.rows.logit_tokens, scores.logits)
     sample_start = clock()
-    acceptance = _accept(target, asking, nodes, _logit_rows(layout, nodes), scores)
+    acceptance = _accept(target, asking, nodes, layout, scores)
     sampled = clock()
     if len(nodes):
         _commit_keys(target, acceptance, layout)
@@ -106,9 +104,9 @@ def verify(
     return Verified(
         asking,
         acceptance,
-        len(rows),
+        len(layout.rows),
         scores.features,
-        _committed(requests, spans, acceptance, layout),
+        _committed(asking + going_on, spans, acceptance, layout),
         forward_seconds=verified - start,
         sample_seconds=sampled - sample_start,
         kv_seconds=moved - sampled,
@@ -189,11 +187,11 @@ def _accept(
     target: Target,
     asking: list[Request],
     nodes: DraftTrees,
-    at: list[int],
+    layout: RowLayout,
     scores: TargetScores,
 ) -> Acceptance:
-    """Draws the target's tokens down the trees. at: row of the logits of each root, then of each
-    node."""
+    """Draws the target's tokens down the trees."""
+    at = _logit_rows(layout, nodes)
     if all(r.takes_argmax for r in asking):
         if scores.greedy is None:
             tokens = target.argmax(scores.logits, np.array(at)).tolist()

@@ -150,7 +150,7 @@ def test_few_scratch_pages_only_shrink_the_trees() -> None:
     assert [r.output for r in drafted] == plain(many)
 
 
-# ------------------------------------------------------------------------------------------ windows
+# --- windows
 # and prefix caching
 
 
@@ -220,7 +220,7 @@ def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
     assert cost.waiting.rows[-1] == LONG_WAITING
 
 
-# ------------------------------------------------------------------------------------------------------- vocabularies
+# --- vocabularies
 
 
 def test_vocabularies_may_be_padded_differently() -> None:

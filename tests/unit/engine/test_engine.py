@@ -20,7 +20,7 @@ def add(engine: Engine, name: str, prompt: list[int], params: SamplingParams) ->
     return request
 
 
-# ---------------------------------------------------------------------------------------------------------- scheduling
+# --- scheduling
 
 
 def test_first_come_first_served() -> None:
@@ -224,7 +224,7 @@ def test_a_conversation_goes_on_from_its_cached_answer() -> None:
     assert second.output == alone([*first.tokens, 7, 8], greedy(30))[0].output
 
 
-# ------------------------------------------------------------------------------------------------------------ lifetime
+# --- lifetime
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
