@@ -11,7 +11,7 @@ import numpy as np
 from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
-from smart_decoding.engine.admission import Admission, EngineConfig
+from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
 from smart_decoding.engine.drafting import Draft, draft_trees
 from smart_decoding.engine.kv import PAGE, PagePool
 from smart_decoding.engine.media import Media
@@ -24,7 +24,7 @@ from smart_decoding.engine.structured import Constraint, StructuredOutputsParams
 from smart_decoding.engine.verification import Verified, make_room, verify
 from smart_decoding.errors import CapacityError, ConfigError
 
-__all__ = ["Engine", "EngineConfig", "RoundRecord"]
+__all__ = ["BEFORE", "Engine", "EngineConfig", "RoundRecord"]
 
 _NO_NODES = np.zeros(0, np.int64)
 
@@ -187,7 +187,7 @@ class Engine:
         for request, count in (*batch.prefill, *((request, 1) for request in batch.decode)):
             if request.media is None:
                 continue
-            for picture in request.media.unseen(request.table.length, count):
+            for picture in request.media.to_encode(request.table.length, count):
                 began = self._clock()
                 picture.embeddings = self.target.encode_image(picture.pixels)
                 spent = self._clock() - began

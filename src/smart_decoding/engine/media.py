@@ -75,7 +75,7 @@ class Media:
         """The pictures that have positions in [start, start + count)."""
         return [p for p in self.pictures if p.first < start + count and start < p.first + p.length]
 
-    def unseen(self, start: int, count: int) -> list[Picture]:
+    def to_encode(self, start: int, count: int) -> list[Picture]:
         """Those among them whose embeddings are still to be computed."""
         return [picture for picture in self.within(start, count) if picture.embeddings is None]
 

@@ -1,6 +1,6 @@
-"""The rows of one forward pass: which tokens, at which positions, seeing which keys.
+"""The rows of one forward pass: which tokens, at which positions, reading which keys.
 
-Linear layers see exactly these rows, ragged trees included. A row reads the positions 0 ..
+Linear layers run exactly these rows, ragged trees included. A row reads the positions 0 ..
 context_len-1 of its request through the block table, then the `ancestors` slots: its ancestors in
 the draft tree, and itself.
 """
@@ -117,9 +117,9 @@ class RowsBuilder:
         self, tokens: Sequence[int], positions: Sequence[int], slots: Iterable[int], start: int = 0
     ) -> None:
         """Rows that read the positions from `start` up to their own; all are [rows]."""
-        self._tokens += tokens
-        self._positions += positions
-        self._slots += slots
+        self._tokens.extend(tokens)
+        self._positions.extend(positions)
+        self._slots.extend(slots)  # of an array, too
         self._context_len += [position + 1 - start for position in positions]
         self._ancestors_start += [len(self._ancestors)] * len(tokens)
 
@@ -129,7 +129,7 @@ class RowsBuilder:
         self._positions.append(position)
         self._slots.append(path[-1])
         self._context_len.append(context_len)
-        self._ancestors += path
+        self._ancestors.extend(path)
         self._ancestors_start.append(len(self._ancestors))
         return len(self) - 1
 

@@ -115,7 +115,7 @@ def verify(
 
 
 def _is_plain(batch: Batch) -> bool:
-    """Whether all are answered by the first maxima of logits that nobody else wants to see."""
+    """Whether all are answered by the first maxima of logits that nobody else wants."""
     return not batch.prefill and all(
         r.takes_argmax and r.logprobs is None and r.media is None for r in batch.decode
     )
