@@ -62,6 +62,14 @@ def folder(tmp_path: Path, trained: TrainableHead) -> Path:
     return tmp_path
 
 
+def check_children(head: EagleHead, trees: DraftTrees, node: int, logits: torch.Tensor) -> None:
+    """The children of `node` are the four likeliest."""
+    probs, at = logits.softmax(-1).topk(4)
+    children = np.flatnonzero(trees.parent == node)
+    assert trees.token[children].tolist() == head.draft_ids[at].tolist()
+    np.testing.assert_allclose(trees.draft_prob[children], probs.detach().numpy(), atol=1e-3)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_drafting_equals_the_unrolled_training_forward(
     weights: dict[str, torch.Tensor], trained: TrainableHead, folder: Path, native: bool
@@ -102,10 +110,7 @@ def test_drafting_equals_the_unrolled_training_forward(
     torch.testing.assert_close(produced[3], expected[2], atol=2e-4, rtol=2e-4)
 
     logits = trained.norm(expected[2]) @ weights["model.embed_tokens.weight"][head.draft_ids].T
-    probs, at = logits.softmax(-1).topk(4)
-    children = np.flatnonzero(trees.parent == second)
-    assert trees.token[children].tolist() == head.draft_ids[at].tolist()
-    np.testing.assert_allclose(trees.draft_prob[children], probs.detach().numpy(), atol=1e-3)
+    check_children(head, trees, second, logits)
 
 
 def _chain(
