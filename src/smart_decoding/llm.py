@@ -14,14 +14,14 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import Decode
-from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.engine_args import EngineArgs
+from smart_decoding.errors import ConfigError
 from smart_decoding.models.grammars import Grammars
 from smart_decoding.models.kernel_check import require_kernels, require_served
-from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.registry import DEFAULT_MODEL
-from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
+from smart_decoding.models.target import TorchTarget, device_of, pages_for
 from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.multimodal.images import Limits
 from smart_decoding.multimodal.messages import as_text, has_pictures, split
 from smart_decoding.multimodal.pixels import load_reader
 from smart_decoding.multimodal.prompts import MediaPrompt, PromptBuilder
@@ -29,7 +29,6 @@ from smart_decoding.speculation import Speculation, build_speculation, check_spe
 
 Prompt = str | Sequence[int] | MediaPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
-DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
 
 
 @dataclass(slots=True)
@@ -77,92 +76,39 @@ class _Job:
 class LLM:
     """A model ready to answer.
 
-    model: built-in name, hub id, folder of safetensors, or GGUF file.
-    speculative_config: None (the model's default head under the policy `smart`, if it has one),
-    False (plain decoding),
-        or a dict: method (eagle, draft_model, ngram, recycling, union, none), policy (off, chain,
-        static, eagle2, paper, smart), and either's options.
-    dtype: bfloat16 or float32, of weights and KV cache. device: cpu or cuda; auto takes CUDA where
-    there is one. enforce_eager: no CUDA graphs.
-    allow_slow: run plain torch on a CPU where the CPU kernels cannot run; an error without it.
-    max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
-    kv_cache_tokens allows if that is
-        less). kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048); at least
-        max_model_len.
-    seed: what the seeds of requests without their own are drawn from.
-    trust_pickle: load a draft head's pytorch_model.bin too, of which only tensors are read;
-    safetensors only without. Of vision-language models: limit_mm_per_prompt: pictures of a prompt
-    by modality (image 16, video 1).
-        allowed_local_media_path: the folder that messages may name files in (none).
-        mm_processor_kwargs: options of the image processor, such as max_pixels. max_image_pixels:
-        of one picture as it is sent.
+    model: built-in name, hub id, folder of safetensors, or GGUF file. options: see `EngineArgs`.
     Raises ModelError, DownloadError, ConfigError or CapacityError, each in one line.
     """
 
-    def __init__(
-        self,
-        model: str | Path = DEFAULT_MODEL,
-        *,
-        speculative_config: Mapping[str, Any] | bool | None = None,
-        dtype: str = "bfloat16",
-        device: str = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 32,
-        max_num_batched_tokens: int = 256,
-        kv_cache_tokens: int | None = None,
-        enable_prefix_caching: bool = True,
-        seed: int = 0,
-        stop_at_loops: bool = False,
-        trust_pickle: bool = False,
-        enforce_eager: bool = False,
-        allow_slow: bool = False,
-        limit_mm_per_prompt: Mapping[str, int] | None = None,
-        allowed_local_media_path: str | Path | None = None,
-        mm_processor_kwargs: Mapping[str, Any] | None = None,
-        max_image_pixels: int = Limits().pixels,
-    ) -> None:
-        dtype_of(dtype)
-        limits = _limits(limit_mm_per_prompt, allowed_local_media_path, max_image_pixels)
-        _at_least(
-            1,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            kv_cache_tokens=kv_cache_tokens,
-        )
-        _at_least(0, seed=seed)
-        on = device_of(device)
-        require_kernels(on, allow_slow)
-        checkpoint = load_checkpoint(model, lambda config: require_served(config, on, allow_slow))
-        self._checkpoint, self.provenance = checkpoint, dict(checkpoint.provenance)
+    def __init__(self, model: str | Path = DEFAULT_MODEL, **options: Any) -> None:
+        args = self._args = EngineArgs.of(model=model, **options)
+        device = device_of(args.device)
+        slow = args.allow_slow
+        require_kernels(device, slow)
+        checkpoint = load_checkpoint(model, lambda config: require_served(config, device, slow))
+        self._checkpoint = checkpoint
+        self.provenance = dict(checkpoint.provenance)
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
-        self._vision: PromptBuilder | None = None
-        if checkpoint.vision is not None:
-            reader = load_reader(
-                checkpoint.vision.folder, checkpoint.vision.config, mm_processor_kwargs
-            )
-            self._vision = PromptBuilder(
-                self.tokenizer, reader, limits, bool(checkpoint.config.mrope)
-            )
-        limit = _model_len(max_model_len, kv_cache_tokens, checkpoint.config.max_positions)
-        asked = check_speculation(speculative_config, checkpoint, self.tokenizer, limit)
+        self._vision = _prompt_builder(args, checkpoint, self.tokenizer)
+        longest = args.longest(checkpoint.config.max_positions)
+        asked = check_speculation(args.speculative_config, checkpoint, self.tokenizer, longest)
         if asked.draft is not None:
-            require_served(asked.draft.config, on, allow_slow, "the draft model")
-        tokens = kv_cache_tokens or max(limit, min(limit, 2048) * min(max_num_seqs, 16))
-        pages = pages_for(tokens, max_num_seqs)
-        self.target = TorchTarget(checkpoint, dtype, on, pages, limit, enforce_eager, allow_slow)
-        self._trust_pickle = trust_pickle
+            require_served(asked.draft.config, device, slow, "the draft model")
+        pages = pages_for(args.kv_tokens(longest), args.max_num_seqs)
+        self.target = TorchTarget(
+            checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
+        )
         self.speculation: Speculation = build_speculation(
-            asked, checkpoint, self.target, pages, max_num_seqs, trust_pickle
+            asked, checkpoint, self.target, pages, args.max_num_seqs, args.trust_pickle
         )
         config = EngineConfig(
             pages,
-            limit,
-            max_num_seqs,
-            max_num_batched_tokens,
-            enable_prefix_caching,
-            seed,
-            stop_at_loops,
+            longest,
+            args.max_num_seqs,
+            args.max_num_batched_tokens,
+            args.enable_prefix_caching,
+            args.seed,
+            args.stop_at_loops,
         )
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
         self.engine = self._engine(self.speculation, config)
@@ -187,7 +133,7 @@ class LLM:
             self.target,
             config.pages,
             config.max_num_seqs,
-            self._trust_pickle,
+            self._args.trust_pickle,
         )
         other.engine = self._engine(other.speculation, config)
         return other
@@ -204,6 +150,7 @@ class LLM:
 
     @property
     def policy(self) -> Policy:
+        """What decides about drafts."""
         return self.speculation.policy
 
     def generate(
@@ -218,9 +165,8 @@ class LLM:
         "multi_modal_data": …}."""
         many = _as_list(prompts)
         params = _params_for(many, sampling_params)
-        ready = [
-            self.text_prompt(prompt) for prompt in many
-        ]  # what is wrong is found before anything is queued
+        # What is wrong is found before anything is queued.
+        ready = [self.text_prompt(prompt) for prompt in many]
         jobs: list[_Job] = []
         try:
             for text, p in zip(ready, params, strict=True):
@@ -246,29 +192,29 @@ class LLM:
         return self.generate([self.chat_prompt(m) for m in many], sampling_params)  # type: ignore[arg-type]
 
     @property
-    def sees(self) -> bool:
-        """Whether the model reads pictures, too."""
+    def supports_images(self) -> bool:
+        """Whether the model reads images, too."""
         return self._vision is not None
 
     def chat_prompt(self, messages: Sequence[Message]) -> MediaPrompt:
         """The prompt of one conversation. Contents may be lists of OpenAI's parts, and hold
-        pictures if the model sees.
+        images if the model reads them.
 
         Raises ConfigError for messages or pictures that cannot be used."""
         if self._vision is not None:
             return self._vision.chat(messages)
         if has_pictures(messages):
-            raise ConfigError(
-                f"the model {self.provenance['model']} reads text only: take one that sees (docs/vision.md)"
-            )
+            raise self._text_only()
         if any(not isinstance(message.get("content"), str) for message in messages):
             messages = as_text(split(messages)[0], {})
         text = self.tokenizer.apply_chat_template(messages)
         return MediaPrompt(self.tokenizer.encode(text, add_special_tokens=False), None, text)
 
-    def _blind(self) -> ConfigError:
+    def _text_only(self) -> ConfigError:
         name = self.provenance["model"]
-        return ConfigError(f"the model {name} reads text only: take one that sees (docs/vision.md)")
+        return ConfigError(
+            f"the model {name} reads text only: take one that reads images (docs/vision.md)"
+        )
 
     def text_prompt(self, prompt: Prompt) -> MediaPrompt:
         """A prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need their
@@ -287,9 +233,7 @@ class LLM:
         if self._vision is not None:
             return self._vision.prompt(tokens if text is None else text, pictures)
         if pictures:
-            raise ConfigError(
-                f"the model {self.provenance['model']} reads text only: take one that sees (docs/vision.md)"
-            )
+            raise self._text_only()
         return MediaPrompt(tokens if text is None else self.tokenizer.encode(text), None, text)
 
     def stream(
@@ -297,12 +241,7 @@ class LLM:
     ) -> Iterator[str]:
         """The text of one answer to a prompt or a conversation, piece by piece as rounds yield
         it."""
-        if (
-            isinstance(prompt, Sequence)
-            and not isinstance(prompt, str)
-            and prompt
-            and isinstance(prompt[0], Mapping)
-        ):
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
         params = sampling_params or SamplingParams(max_tokens=256)
         if params.n != 1:
@@ -313,9 +252,7 @@ class LLM:
                 self.engine.step()
                 if piece := request.stop.new_text():
                     yield piece
-            if (
-                piece := request.stop.new_text()
-            ):  # it may have ended in a step that another call made
+            if piece := request.stop.new_text():  # it ended in a step that another call made
                 yield piece
         finally:
             if not request.finished:
@@ -377,25 +314,12 @@ def _params_for(
     return list(params)
 
 
-def _limits(per_prompt: Mapping[str, int] | None, folder: str | Path | None, pixels: int) -> Limits:
-    counts = {**Limits().per_prompt, **(per_prompt or {})}
-    return Limits(counts, None if folder is None else Path(folder).expanduser(), pixels)
-
-
-def _model_len(asked: int | None, kv_cache_tokens: int | None, positions: int) -> int:
-    """The longest prompt plus answer. Raises CapacityError if the one asked for can never be
-    held."""
-    if asked is None:
-        return min(DEFAULT_MODEL_LEN, positions, kv_cache_tokens or positions)
-    if kv_cache_tokens is not None and asked > kv_cache_tokens:
-        raise CapacityError(
-            f"max_model_len={asked} exceeds the KV memory of {kv_cache_tokens} tokens: "
-            "lower it or raise kv_cache_tokens"
-        )
-    return asked
-
-
-def _at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ConfigError(f"{name}={value} is not allowed: it must be at least {least}")
+def _prompt_builder(
+    args: EngineArgs, checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> PromptBuilder | None:
+    """What makes prompts with images; None for a model that reads text only."""
+    if checkpoint.vision is None:
+        return None
+    vision = checkpoint.vision
+    reader = load_reader(vision.folder, vision.config, args.mm_processor_kwargs)
+    return PromptBuilder(tokenizer, reader, args.media_limits(), bool(checkpoint.config.mrope))

@@ -72,7 +72,7 @@ def shipped_head(model: str) -> Path | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SpeculativeConfig:
     """What a `speculative_config` asks for, as far as it can be checked before any weights are
     loaded.
 
@@ -89,12 +89,12 @@ def check_speculation(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     max_model_len: int,
-) -> Asked:
+) -> SpeculativeConfig:
     """checkpoint, tokenizer: the target's. Raises ConfigError for what is no config and for an
     unknown method, policy or option, ModelError for a draft model with another vocabulary or too
     short a context."""
     if config is False:
-        return Asked("none", "off", {})
+        return SpeculativeConfig("none", "off", {})
     given = _as_dict(config)
     has_head = "model" in given or shipped_head(checkpoint.provenance["model"])
     method = given.pop("method", "eagle" if has_head else "ngram")
@@ -102,36 +102,38 @@ def check_speculation(
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     check_plain(method, policy)
-    ours, theirs = (
-        user_options(policy) if method != "none" else [],
-        _method_options(method, bool(has_head)),
-    )
+    ours = user_options(policy) if method != "none" else []
+    theirs = _method_options(method, bool(has_head))
     unknown = [option for option in given if option not in (*ours, *theirs)]
     if unknown and method == "none":
         raise ConfigError(f"method 'none' takes no options, but {unknown[0]!r} is given")
     if unknown:
         raise ConfigError(
-            f"unknown option {unknown[0]!r}; method {method!r} takes: {', '.join(theirs) or 'none'}; "
+            f"unknown option {unknown[0]!r}; "
+            f"method {method!r} takes: {', '.join(theirs) or 'none'}; "
             f"policy {policy!r}: {', '.join(ours) or 'none'}"
         )
     check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
     draft = None
     if method == "draft_model":
         draft = _draft_checkpoint(given.pop("model", None), tokenizer, max_model_len)
-    return Asked(method, policy, given, draft)
+    return SpeculativeConfig(method, policy, given, draft)
 
 
 def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
     if isinstance(config, Mapping):
         return dict(config)
     if config is not None and not isinstance(config, bool):
-        form = "a dict such as {'method': 'ngram', 'policy': 'smart'}, False (plain decoding) or None (the default)"
-        raise ConfigError(f"speculative_config={config!r} is not allowed: give {form}")
+        raise ConfigError(
+            f"speculative_config={config!r} is not allowed: give a dict such as "
+            "{'method': 'ngram', 'policy': 'smart'}, False (plain decoding) or None (the default)"
+        )
     return {}
 
 
 def _method_options(method: str, has_head: bool) -> list[str]:
-    head, ngram = ["model", "visual_positions"], _parameters(NgramDrafter)
+    head = ["model", "visual_positions"]
+    ngram = _parameters(NgramDrafter)
     recycling = [name for name in _parameters(RecyclingDrafter) if name not in ("vocab", "top_k")]
     union = [*head, *ngram] if has_head else [*ngram, *recycling]
     known = {
@@ -149,7 +151,7 @@ def _parameters(cls: Callable[..., Drafter]) -> list[str]:
 
 
 def build_speculation(
-    asked: Asked,
+    asked: SpeculativeConfig,
     checkpoint: Checkpoint,
     target: TorchTarget,
     pages: int,
@@ -190,13 +192,13 @@ def _draft_checkpoint(name: Any, tokenizer: Tokenizer, max_model_len: int) -> Ch
 
 def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str) -> None:
     """Raises ModelError unless both know the same tokens under the same ids."""
-    ours, theirs = (
-        tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (target, draft)
-    )
+    ours = target.backend.get_vocab(with_added_tokens=True)
+    theirs = draft.backend.get_vocab(with_added_tokens=True)
     why = vocabulary_difference(ours, theirs)
     if why:
         raise ModelError(
-            f"the draft model {name} has another vocabulary than the target ({why}): take one of its family"
+            f"the draft model {name} has another vocabulary than the target ({why}): "
+            "take one of its family"
         )
 
 
@@ -234,17 +236,17 @@ class _Builder:
         target: TorchTarget,
         pages: int,
         max_num_seqs: int,
-        asked: Asked,
+        asked: SpeculativeConfig,
         default_head: Path | None,
         trust_pickle: bool,
     ) -> None:
-        self._checkpoint, self._target, self._pages, self._seqs = (
-            checkpoint,
-            target,
-            pages,
-            max_num_seqs,
-        )
-        self.left, self._draft, self._default_head = dict(asked.options), asked.draft, default_head
+        self._checkpoint = checkpoint
+        self._target = target
+        self._pages = pages
+        self._seqs = max_num_seqs
+        self.left = dict(asked.options)
+        self._draft = asked.draft
+        self._default_head = default_head
         self._trust_pickle = trust_pickle
         self.model: EagleHead | DraftModel | None = None
         self.folder: Path | None = None
@@ -257,21 +259,16 @@ class _Builder:
         if method == "draft_model":
             return self._draft_model()
         if method == "union":
-            parts: list[Drafter] = (
-                [self._eagle()] if self._default_head or "model" in self.left else []
-            )
-            names = "eagle + ngram" if parts else "ngram + recycling"
-            self.description = f"union of {names}"
-            return UnionDrafter(
-                [*parts, self._ngram()] if parts else [self._ngram(), self._recycling()]
-            )
+            return self._union()
         return self._ngram() if method == "ngram" else self._recycling()
 
     def cost(self, drafter: Drafter) -> CostModel:
         """The cached profile of this machine, else a new one (a few seconds): also if that was
         taken of an engine for smaller batches."""
-        target, head = self._target, str(self.model and self.model.shape)
-        weights, longest = self._checkpoint.provenance, longest_context(target.max_positions)
+        target = self._target
+        head = str(self.model and self.model.shape)
+        weights = self._checkpoint.provenance
+        longest = longest_context(target.max_positions)
         path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
         cost = load_profile(path)
         if cost is None or max(cost.verify) < largest_batch(self._pages, self._seqs):
@@ -285,10 +282,13 @@ class _Builder:
         folder = self.left.pop("model", None) or self._default_head
         if folder is None:
             raise ConfigError(
-                "method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram"
+                "method 'eagle' needs a head: give model=FOLDER (smart train makes one), "
+                "or use ngram"
             )
         self.folder = head_folder(folder, self._trust_pickle)
-        files = self._seeing(load_head(self.folder, self._checkpoint.config, self._trust_pickle))
+        files = self._with_images(
+            load_head(self.folder, self._checkpoint.config, self._trust_pickle)
+        )
         positions = self._target.max_positions + 64
         with fitting_memory("draft head", self._pages):
             self.model = EagleHead(
@@ -297,7 +297,7 @@ class _Builder:
         self.description = f"eagle head {self.folder.name}"
         return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
 
-    def _seeing(self, files: HeadFiles) -> HeadFiles:
+    def _with_images(self, files: HeadFiles) -> HeadFiles:
         """As the option `visual_positions` says, for heads whose files do not: MSD's are laid out
         as EAGLE-1's."""
         how = self.left.pop("visual_positions", None)
@@ -310,14 +310,22 @@ class _Builder:
         known = how or files.config.get("visual_positions")  # it was trained so, or is wanted so
         if self._checkpoint.vision is not None and known is None:
             log.warning(
-                "the head %s does not see: it drafts from the text behind the pictures", self.folder
+                "the head %s reads no images: it drafts from the text behind them", self.folder
             )
         return files
+
+    def _union(self) -> Drafter:
+        if self._default_head or "model" in self.left:
+            parts = [self._eagle(), self._ngram()]
+        else:
+            parts = [self._ngram(), self._recycling()]
+        self.description = f"union of {parts[0].name} + {parts[1].name}"
+        return UnionDrafter(parts)
 
     def _draft_model(self) -> Drafter:
         assert self._draft is not None
         if self._checkpoint.vision is not None:
-            log.warning("the draft model does not see: it drafts from the text behind the pictures")
+            log.warning("the draft model reads no images: it drafts from the text behind them")
         self.model = DraftModel(self._draft, self._target, self._pages, DRAFT_SCRATCH_PAGES)
         self.description = f"draft model {self._draft.provenance['model']}"
         return DraftModelDrafter(self.model, self._pages, DRAFT_SCRATCH_PAGES)

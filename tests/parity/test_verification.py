@@ -119,7 +119,8 @@ def test_one_call_equals_step_by_step(name: str, dtype: torch.dtype) -> None:
         assert (one.acceptance.next_token == steps.acceptance.next_token).all()
         assert one.rows == steps.rows == len(CONTEXTS) + len(kept)
         for ours, theirs in zip(one.committed, steps.committed, strict=True):
-            assert (one.features[ours] == steps.features[theirs].numpy()).all()
+            assert (ours.first, ours.count) == (theirs.first, theirs.count)
+            assert (one.features[ours.rows] == steps.features[theirs.rows].numpy()).all()
         accepted += sum(map(len, one.acceptance.path))
     assert accepted > 15
     for request, answer, n in zip(worlds[0].requests, answers, CONTEXTS, strict=True):

@@ -228,7 +228,7 @@ def test_a_head_that_does_not_see_is_noticed(
     with caplog.at_level(logging.WARNING, "smart.speculation"):
         load(folder, speculative_config={"model": str(head), "policy": "static"})
         assert [r.getMessage() for r in caplog.records] == [
-            f"the head {head} does not see: it drafts from the text behind the pictures"
+            f"the head {head} reads no images: it drafts from the text behind them"
         ]
         caplog.clear()
         load(
@@ -241,7 +241,7 @@ def test_a_head_that_does_not_see_is_noticed(
         )
         assert not caplog.records
         with_images = {"model": str(head), "policy": "static", "visual_positions": "decoupled"}
-        assert load(folder, speculative_config=with_images).engine.drafter.sees
+        assert load(folder, speculative_config=with_images).engine.drafter.supports_images
         assert not caplog.records
     with pytest.raises(
         ConfigError, match="visual_positions='pooled' is not supported: use dropped or decoupled"

@@ -212,7 +212,7 @@ def test_smart_train_makes_a_head_that_reads_images(folder: Path, tmp_path: Path
     config = {"model": str(tmp_path / "head"), "policy": "static"}
     drafting = LLM(folder, speculative_config=config, max_model_len=256, dtype="float32")
     plain = LLM(folder, speculative_config=False, max_model_len=256, dtype="float32")
-    assert drafting.engine.drafter.sees
+    assert drafting.engine.drafter.supports_images
     assert (tmp_path / "head" / "prior.json").is_file()
     (ours,) = drafting.chat(CHAT, params)
     (wanted,) = plain.chat(CHAT, params)

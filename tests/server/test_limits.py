@@ -596,7 +596,7 @@ def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> N
         assert wait_for(lambda: running.worker.active == 1)
         decode = running.llm._decoder
         broken = lambda skip: lambda ids: 1 / 0 if not skip else decode(skip)(ids)  # noqa: E731
-        running.llm.engine._decode = broken
+        running.llm.engine.admission.decode = broken
         running.worker.observers[0].after = lambda engine, touched: 1 / 0  # type: ignore[method-assign]
         bad = post(
             running, "/v1/completions", json={**LONG, "max_tokens": 9, "skip_special_tokens": False}

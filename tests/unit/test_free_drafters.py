@@ -31,17 +31,19 @@ def check(trees: DraftTrees) -> None:
     siblings."""
     nodes = np.arange(len(trees))
     inner = trees.parent != ROOT
-    assert (trees.parent < nodes).all() and (trees.parent >= ROOT).all()
+    assert (trees.parent < nodes).all()
+    assert (trees.parent >= ROOT).all()
     assert (trees.owner[trees.parent[inner]] == trees.owner[inner]).all()
     assert (trees.depth == np.where(inner, trees.depth[trees.parent] + 1, 1)).all()
     above = np.where(inner, trees.path_prob[trees.parent], 1.0)
     np.testing.assert_allclose(trees.path_prob, above * trees.draft_prob, rtol=1e-12)
-    assert ((trees.draft_prob > 0) & (trees.draft_prob <= 1)).all() and np.isnan(
-        trees.accept_prob
-    ).all()
+    assert ((trees.draft_prob > 0) & (trees.draft_prob <= 1)).all()
+    assert np.isnan(trees.accept_prob).all()
     assert len(set(zip(trees.owner, trees.parent, trees.token, strict=True))) == len(trees)
     for column in (trees.owner, trees.token, trees.parent, trees.depth, trees.source):
-        assert column.dtype == np.int64 and len(column) == len(trees) and column.flags.c_contiguous
+        assert column.dtype == np.int64
+        assert len(column) == len(trees)
+        assert column.flags.c_contiguous
     assert trees.draft_prob.flags.c_contiguous
 
 
@@ -53,7 +55,7 @@ def paths(trees: DraftTrees, owner: int = 0) -> dict[tuple[int, ...], float]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ n-gram
+# --- n-gram
 
 
 def test_ngram_proposes_what_followed_before() -> None:
@@ -76,12 +78,14 @@ def test_ngram_sees_the_root_and_knows_nothing_of_new_text() -> None:
         (3,): 0.75
     }  # the root follows the first pair
     empty = drafter.start([request([1, 2, 3, 4]), request([1])], FREE)
-    assert len(empty) == 0 and empty.batch == 2
+    assert len(empty) == 0
+    assert empty.batch == 2
 
 
 def test_ngram_index_grows_with_the_text_in_any_pieces() -> None:
     text = np.random.default_rng(0).integers(0, 3, 60).tolist()
-    growing, drafter = request(text[:20]), NgramDrafter()
+    growing = request(text[:20])
+    drafter = NgramDrafter()
     for end in (21, 22, 30, 60):
         growing.tokens = text[:end]
         drafter.extend(growing, None, end - 2, text[end - 2 : end - 1])
@@ -138,7 +142,8 @@ def test_ngram_bounds_keep_the_likeliest(texts: list[list[int]]) -> None:
     trees = NgramDrafter(max_nodes=5, max_depth=3).start(requests, FREE)
     everything = NgramDrafter(max_nodes=1024, max_depth=3).start(requests, FREE)
     check(trees)
-    assert (trees.source == 1).all() and (trees.depth <= 3).all()
+    assert (trees.source == 1).all()
+    assert (trees.depth <= 3).all()
     for owner in range(len(texts)):
         best = np.sort(everything.path_prob[everything.nodes_of(owner)])[::-1][:5]
         np.testing.assert_allclose(np.sort(trees.path_prob[trees.nodes_of(owner)])[::-1], best)
@@ -153,7 +158,9 @@ def test_ngram_looks_at_few_occurrences_the_newest_first() -> None:
 
 
 def test_ngram_forgets_released_requests() -> None:
-    drafter, old, other = NgramDrafter(), request([1, 2, 3, 1, 2]), request([4, 5, 6, 4, 5])
+    drafter = NgramDrafter()
+    old = request([1, 2, 3, 1, 2])
+    other = request([4, 5, 6, 4, 5])
     drafter.start([old, other], FREE)
     drafter.release(old)
     drafter.release(old)
@@ -170,7 +177,7 @@ def test_ngram_refuses_nonsense(options: dict[str, int]) -> None:
         NgramDrafter(**options)
 
 
-# --------------------------------------------------------------------------------------------------------- recycling
+# --- recycling
 
 
 def numpy_top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +201,8 @@ def test_recycling_multiplies_remembered_probabilities() -> None:
     trees = drafter.start([request([4, 0]), request([3])], FREE)
     check(trees)
     assert paths(trees) == pytest.approx({(1,): 0.7, (1, 2): 0.5, (1, 3): 0.3, (2,): 0.2})
-    assert paths(trees, 1) == {} and (trees.source == 1).all()
+    assert paths(trees, 1) == {}
+    assert (trees.source == 1).all()
 
 
 def test_recycling_remembers_the_last_row_of_a_token() -> None:
@@ -251,14 +259,17 @@ def test_torch_top_k_is_softmax_of_the_largest(monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_allclose(probs, expected.values[:, :8].numpy(), rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- union
+# --- union
 
 
 class FakeModel:
     """A drafter with a model: children drawn by seed; insists on seeing no nodes but its own, and
     each only once."""
 
-    name, max_levels, free, aux_layers = "fake", 4, False, (1, 2)
+    name = "fake"
+    max_levels = 4
+    free = False
+    aux_layers = (1, 2)
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -277,8 +288,10 @@ class FakeModel:
     def expand(
         self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan
     ) -> int:
-        assert trees is self.trees and len(trees) == self.length
-        assert not np.isin(nodes, trees.parent).any() and len(set(nodes.tolist())) == len(nodes)
+        assert trees is self.trees
+        assert len(trees) == self.length
+        assert not np.isin(nodes, trees.parent).any()
+        assert len(set(nodes.tolist())) == len(nodes)
         above = trees.parent[nodes]
         assert (np.isin(above, trees.parent) | (above == ROOT)).all()
         self._append(trees.owner[nodes].tolist(), nodes.tolist())
@@ -312,9 +325,11 @@ class Replay(NgramDrafter):
 
 
 def random_trees(rng: np.random.Generator, batch: int, nodes: int) -> DraftTrees:
-    trees, taken = DraftTrees.empty(batch), set()
+    trees = DraftTrees.empty(batch)
+    taken = set()
     for _ in range(nodes):
-        owner, token = int(rng.integers(batch)), int(rng.integers(VOCABULARY))
+        owner = int(rng.integers(batch))
+        token = int(rng.integers(VOCABULARY))
         parent = int(rng.choice([ROOT, *trees.nodes_of(owner)]))
         if (owner, parent, token) not in taken:
             taken.add((owner, parent, token))
@@ -336,13 +351,12 @@ def proposals(all_trees: list[DraftTrees], owner: int) -> dict[tuple[int, ...], 
 @settings(max_examples=80, deadline=None)
 def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
     rng = np.random.default_rng(seed)
-    model, free = FakeModel(seed), [random_trees(rng, batch, one), random_trees(rng, batch, two)]
+    model = FakeModel(seed)
+    free = [random_trees(rng, batch, one), random_trees(rng, batch, two)]
     union = UnionDrafter([model, *map(Replay, free)])
-    requests, plan, limits = (
-        [request([0]) for _ in range(batch)],
-        DraftPlan(True, 3),
-        np.full(batch, 9),
-    )
+    requests = [request([0]) for _ in range(batch)]
+    plan = DraftPlan(True, 3)
+    limits = np.full(batch, 9)
     trees = union.start(requests, plan)
     for level in (1, 2, 3):
         check(trees)
@@ -361,7 +375,8 @@ def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
                 assert source == expected[path][1]
         nodes = expandable(trees, level, limits, ())
         nodes = nodes[rng.random(len(nodes)) < 0.6]
-        asked, before = trees.source[nodes] == 0, len(model.trees)
+        asked = trees.source[nodes] == 0
+        before = len(model.trees)
         union.expand(requests, trees, nodes, plan)
         assert len(np.unique(model.trees.parent[before:])) == asked.sum()
 
@@ -377,28 +392,30 @@ def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None
     free = DraftTrees.empty(1)
     free.append([0, 0], [1, 3], [ROOT, ROOT], [0.5, 0.2], source=1)
     free.append([0], [2], [0], [0.9], source=1)
-    union, requests, plan = (
-        UnionDrafter([Fixed(0), Replay(free)]),
-        [request([0])],
-        DraftPlan(True, 2),
-    )
+    union = UnionDrafter([Fixed(0), Replay(free)])
+    requests = [request([0])]
+    plan = DraftPlan(True, 2)
     trees = union.start(requests, plan)
-    assert trees.token.tolist() == [1, 3, 2] and trees.source.tolist() == [0, 1, 1]
-    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9] and trees.path_prob[2] == pytest.approx(
-        0.45
-    )
+    assert trees.token.tolist() == [1, 3, 2]
+    assert trees.source.tolist() == [0, 1, 1]
+    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9]
+    assert trees.path_prob[2] == pytest.approx(0.45)
     assert (
         union.expand(requests, trees, np.array([0, 1]), plan) == 1
     )  # node 1 is foreign: it stays a leaf
-    assert trees.token.tolist() == [1, 3, 2] and trees.source.tolist() == [0, 1, 0]
+    assert trees.token.tolist() == [1, 3, 2]
+    assert trees.source.tolist() == [0, 1, 0]
     assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9]
     assert union.expand(requests, trees, np.array([1]), plan) == 0
     assert union.expand(requests, trees, np.array([2]), plan) == 1
-    assert trees.token.tolist() == [1, 3, 2, 3] and trees.parent.tolist() == [ROOT, ROOT, 0, 2]
+    assert trees.token.tolist() == [1, 3, 2, 3]
+    assert trees.parent.tolist() == [ROOT, ROOT, 0, 2]
 
 
 def test_union_derives_what_the_engine_asks_for() -> None:
-    recycling, model, ngram = recycler({}), FakeModel(0), NgramDrafter()
+    recycling = recycler({})
+    model = FakeModel(0)
+    ngram = NgramDrafter()
     union = UnionDrafter([model, recycling, ngram])
     assert (union.max_levels, union.free, union.aux_layers, union.wants_logits) == (
         4,
@@ -411,9 +428,11 @@ def test_union_derives_what_the_engine_asks_for() -> None:
     union.extend(text, None, 0, [1, 2, 3, 1])
     union.observe_logits(np.array([2]), np.zeros((1, VOCABULARY)))
     trees = union.start([text], FREE)  # without model levels the model is not asked
-    assert set(trees.source.tolist()) == {1, 2} and paths(trees)[(3,)] == 0.75
+    assert set(trees.source.tolist()) == {1, 2}
+    assert paths(trees)[(3,)] == 0.75
     union.release(text)
-    assert model.calls == ["extend", "release"] and not ngram._index
+    assert model.calls == ["extend", "release"]
+    assert not ngram._index
     free = UnionDrafter([ngram, NgramDrafter()])
     assert (free.max_levels, free.free, free.aux_layers, free.wants_logits) == (0, True, (), False)
     assert free.pending_rows([text]) == 0
@@ -426,5 +445,5 @@ def test_union_refuses_what_it_cannot_merge() -> None:
             UnionDrafter(drafters)
     trees = DraftTrees.empty(1)
     for drafter in (UnionDrafter([NgramDrafter()]), NgramDrafter(), recycler({0: [1, 0, 0, 0, 0]})):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="expand"):
             drafter.expand([request([0])], trees, np.array([0]), FREE)

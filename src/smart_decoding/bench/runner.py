@@ -33,8 +33,9 @@ from smart_decoding.bench.traffic import Sizes, achieved
 from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine_args import DEFAULT_MODEL_LEN
 from smart_decoding.errors import CapacityError
-from smart_decoding.llm import DEFAULT_MODEL_LEN, LLM
+from smart_decoding.llm import LLM
 
 NOISE_EVERY = 3  # cycles
 # a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8:

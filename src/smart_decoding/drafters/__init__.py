@@ -1,5 +1,4 @@
-"""What drafts. The names are here, apart from all that needs a model, so that a command line can
-know them."""
+"""What drafts; here are the methods' names, which a command line needs without loading a model."""
 
 from smart_decoding.errors import ConfigError
 

@@ -29,7 +29,8 @@ class SmallModel(Protocol):
 class DraftModelDrafter(LevelDrafter[State]):
     """A model reads plain tokens, so that it can run what the target found in its prefix cache."""
 
-    name, ahead = "draft_model", 0
+    name = "draft_model"
+    ahead = 0
 
     def __init__(
         self, model: SmallModel, pool_pages: int, scratch_pages: int, max_levels: int = 8
@@ -40,9 +41,8 @@ class DraftModelDrafter(LevelDrafter[State]):
     def _admit(self, request: Request, first: int) -> State:
         """Goes on after the cached pages, from the first on, whose keys the model still has."""
         state = State(0, 0)
-        for page, key in zip(
-            request.table.pages, self._keys(request, state, first // PAGE), strict=False
-        ):
+        keys = self._keys(request, state, first // PAGE)
+        for page, key in zip(request.table.pages, keys, strict=False):
             if self._kept[page] != key:
                 break
             state.length += PAGE

@@ -93,26 +93,30 @@ class Pairs(State):
 class EagleDrafter(LevelDrafter[Pairs]):
     """A head on the target's features."""
 
-    name, ahead = "eagle", 1
+    name = "eagle"
+    ahead = 1
 
     def __init__(
         self, head: Head, pool_pages: int, scratch_pages: int, max_levels: int = 8
     ) -> None:
-        self._spare = list(
-            range(pool_pages + scratch_pages - scratch_pages // 8, pool_pages + scratch_pages)
-        )
-        super().__init__(pool_pages, scratch_pages - len(self._spare), max_levels)
-        self._head, self.aux_layers, self.sees = head, head.aux_layers, head.supports_images
+        spare = scratch_pages // 8
+        super().__init__(pool_pages, scratch_pages - spare, max_levels)
+        pages = pool_pages + scratch_pages
+        self._spare = [*range(pages - spare, pages)]  # for copies of pages
+        self._head = head
+        self.aux_layers = head.aux_layers
+        self.supports_images = head.supports_images
         self.grow = self._grow if head.grows else None
         self._log: Log | None = None
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read
-        self._ends: dict[
-            int, tuple[int, Any]
-        ] = {}  # page -> key of its content, features of its last position
+        # page -> key of its content, features of its last position
+        self._ends: dict[int, tuple[int, Any]] = {}
 
     def _admit(self, request: Request, first: int) -> Pairs:
-        """Sees the run of cached pages before `first` whose keys the head still has."""
-        state, page, pages = Pairs(first, first), first // PAGE, request.table.pages
+        """Takes the run of cached pages before `first` whose keys the head still has."""
+        state = Pairs(first, first)
+        page = first // PAGE
+        pages = request.table.pages
         keys = self._keys(request, state, page)
         while page and self._kept[pages[page - 1]] == keys[page - 1]:
             page -= 1
@@ -132,6 +136,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return self._head.deeper(rows, above, asked)
 
     def blank(self, rows: int) -> Any:
+        """The head's."""
         return self._head.blank(rows)
 
     def _receive(self, request: Request, state: Pairs, features: Any, first: int) -> None:
@@ -148,6 +153,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._ends[request.table.pages[page]] = key, self._head.take(features, np.array([row]))
 
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+        """The first level, with the features of all rounds before."""
         self._share_out()
         return super().start(requests, plan)
 
@@ -158,10 +164,10 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._share_out()
         states = [self._states[id(r)] for r in requests]
         rows, _ = self._waiting_rows(requests, states)
-        every, levels = range(len(requests)), range(growth.levels)
-        asked = asked_of(
-            requests, [i for i in every for _ in levels], [*levels] * len(requests), plan.children
-        )
+        every = range(len(requests))
+        levels = range(growth.levels)
+        owners = [i for i in every for _ in levels]
+        asked = asked_of(requests, owners, [*levels] * len(requests), plan.children)
         slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
         grown = self._head.grow(rows, _parts(states), asked, slots, growth)
         for request, state in zip(requests, states, strict=True):
@@ -169,10 +175,12 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return grown
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
+        """The committed pairs wait for the next first level."""
         self._share_out()
         super().extend(request, features, first, tokens)
 
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:
+        """Logs the features of a plain round; they are shared out when they are wanted."""
         if self._log is None or self._log.requests != requests:
             self._share_out()
             self._log = Log(list(requests), [request.table.length - 1 for request in requests])
@@ -182,13 +190,15 @@ class EagleDrafter(LevelDrafter[Pairs]):
 
     def _share_out(self) -> None:
         """Gives the requests of the log what is in it."""
-        log, self._log = self._log, None
+        log = self._log
+        self._log = None
         for i, request in enumerate(log.requests if log else ()):
             state = self._states.get(id(request))
             if log is None or state is None:  # released since
                 continue
             state.parts.append((log.rounds, i))
-            first, rounds = log.first[i], len(log.rounds)
+            first = log.first[i]
+            rounds = len(log.rounds)
             for end in range(-(first + 1) % PAGE, rounds, PAGE):
                 if (first + end) // PAGE < len(request.table.pages):  # not about to be released
                     self._keep_end(request, state, first + end, log.rounds[end], i)
@@ -199,9 +209,8 @@ class EagleDrafter(LevelDrafter[Pairs]):
             part = state.parts.pop(0)
             size = len(part[0] if isinstance(part, tuple) else part)
             if size > rows:
-                state.parts.insert(
-                    0, (part[0][rows:], part[1]) if isinstance(part, tuple) else part[rows:]
-                )
+                rest = (part[0][rows:], part[1]) if isinstance(part, tuple) else part[rows:]
+                state.parts.insert(0, rest)
                 return
             rows -= size
 
@@ -220,6 +229,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return pages
 
     def release(self, request: Request) -> None:
+        """Forgets the request and frees its copies of pages."""
         state = self._states.get(id(request))
         self._spare += [copy for copy, _ in state.copies.values()] if state else []
         super().release(request)

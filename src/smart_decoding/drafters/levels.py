@@ -5,10 +5,10 @@ Row t of a request lies at position t and reads token t + `ahead`: a draft model
 (0), an EAGLE head pairs each token with the target's features of the position before it (1). Before
 it can draft, the model must have processed every row of the committed tokens: the next first level
 catches up in one pass. While speculation is off, rows wait in a bounded window: what is older is
-dropped, and the model then sees only the context from there on.
+dropped, and the model then reads only the context from there on.
 
-Positions of pictures have no tokens. A model that sees reads their embeddings instead; for any
-other its context begins behind the last picture, at that page's start.
+Positions of pictures have no tokens. A model that supports images reads their embeddings instead;
+for any other its context begins behind the last picture, at that page's start.
 
 Keys lie in pages with the target's numbers, those of tree nodes in scratch pages behind them. A
 page whose rows are all there is remembered by its tokens and all tokens before them, so that prefix
@@ -29,16 +29,14 @@ from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import Grow
 from smart_decoding.engine.request import Request
-from smart_decoding.engine.rows import Rows, arrays
+from smart_decoding.engine.rows import Rows, RowsBuilder
 
 WINDOW = 512  # rows that may wait for a request
 
-Draw: TypeAlias = tuple[
-    int, int, int
-]  # a request's seed and sample, and the output position of a token
-Ranked: TypeAlias = tuple[
-    IntArray, FloatArray
-]  # children of each row, best first, and their probabilities: [rows, k]
+# A request's seed and sample, and the output position of a token.
+Draw: TypeAlias = tuple[int, int, int]
+# Children of each row, best first, and their probabilities: [rows, k].
+Ranked: TypeAlias = tuple[IntArray, FloatArray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,31 +72,29 @@ class LevelDrafter(ABC, Generic[S]):
 
     name: str
     ahead: ClassVar[int]
-    free, wants_logits, wants_ends = False, False, False
+    free = False
+    wants_logits = False
+    wants_ends = False
     grow: Grow | None = None
     aux_layers: tuple[int, ...] = ()
     # whether the model reads the embeddings of pictures; else it drafts from the text behind them
-    sees = False
+    supports_images = False
 
     def __init__(self, pool_pages: int, scratch_pages: int, max_levels: int = 8) -> None:
         self.max_levels = max_levels
-        self._scratch_slot, self._scratch_size = pool_pages * PAGE, scratch_pages * PAGE
-        self._kept = np.zeros(
-            pool_pages + scratch_pages, np.int64
-        )  # page -> key of the content it holds, or 0
+        self._scratch_slot = pool_pages * PAGE
+        self._scratch_size = scratch_pages * PAGE
+        # page -> key of the content it holds, or 0
+        self._kept = np.zeros(pool_pages + scratch_pages, np.int64)
         self._states: dict[int, S] = {}
-        self._paths: dict[
-            int, list[int]
-        ] = {}  # expanded node -> slots of its ancestors and its own
+        # expanded node -> slots of its ancestors and its own
+        self._paths: dict[int, list[int]] = {}
         self._rows = 0  # outputs so far: one for each root, then one for each expanded node
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
-        return sum(
-            self._waiting(r, self._states[id(r)]) if id(r) in self._states else 1 for r in requests
-        )
-
-    # ------------------------------------------------------------------------- what differs between
-    # the models
+        """Rows of the next first level: all that wait."""
+        states = self._states
+        return sum(self._waiting(r, states[id(r)]) if id(r) in states else 1 for r in requests)
 
     @abstractmethod
     def _admit(self, request: Request, first: int) -> S:
@@ -128,12 +124,12 @@ class LevelDrafter(ABC, Generic[S]):
         """The request's pages in the model's cache, to be read only."""
         return request.table.array
 
-    # ------------------------------------------------------------------------------------------------ drafting
-
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
         """Catches up and proposes the first level's children of every root."""
-        trees, batch = DraftTrees.empty(len(requests)), len(requests)
-        self._paths, self._rows = {}, batch
+        trees = DraftTrees.empty(len(requests))
+        batch = len(requests)
+        self._paths = {}
+        self._rows = batch
         if not plan.levels:
             return trees
         states = [self._states[id(r)] for r in requests]
@@ -157,12 +153,12 @@ class LevelDrafter(ABC, Generic[S]):
         owner = trees.owner[nodes]
         if len(requests) > 1:
             order = np.argsort(owner, kind="stable")
-            nodes, owner = nodes[order], owner[order]
-        owners, roots = (
-            owner.tolist(),
-            self._scratch_slot - len(requests),
-        )  # output 0 would lie at slot `roots`
+            nodes = nodes[order]
+            owner = owner[order]
+        owners = owner.tolist()
+        roots = self._scratch_slot - len(requests)  # where output 0 would lie
         above = []
+        paths = []
         for node, parent, i in zip(
             nodes.tolist(), trees.parent[nodes].tolist(), owners, strict=True
         ):
@@ -170,8 +166,8 @@ class LevelDrafter(ABC, Generic[S]):
             above.append(path[-1] - roots if path else i)
             self._paths[node] = [*path, roots + self._rows]
             self._rows += 1
-        paths = [self._paths[node] for node in nodes.tolist()]
-        rows = self._node_rows(requests, owners, trees.token[nodes], paths)
+            paths.append(self._paths[node])
+        rows = self._node_rows(requests, owners, trees.token[nodes].tolist(), paths)
         asked = asked_of(requests, owners, [len(path) for path in paths], plan.children)
         self._append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
         return len(nodes)
@@ -183,92 +179,71 @@ class LevelDrafter(ABC, Generic[S]):
         k = ids.shape[1]
         trees.append(owner.repeat(k), ids.reshape(-1), parents.repeat(k), probs.reshape(-1))
 
-    # ---------------------------------------------------------------------------------------------------- rows
-
     def _waiting_rows(
         self, requests: Sequence[Request], states: Sequence[S]
     ) -> tuple[Rows, IntArray]:
         """All waiting rows, and each request's last one."""
-        token: list[int] = []
-        position: list[int] = []
-        slot: list[int] = []
-        edges, tables, direct = [0], [], []
-        mm_embeds: list[tuple[int, Any]] = []
+        builder = RowsBuilder()
+        last: list[int] = []
         for request, state in zip(requests, states, strict=True):
-            end, table = self._end(request), self._table(request, state)
-            if request.media is not None and self.sees:
+            end = self._end(request)
+            table = self._table(request, state)
+            builder.begin(table[state.start // PAGE :])
+            if request.media is not None and self.supports_images:
                 parts = request.media.mm_embeds(state.length + self.ahead, end - state.length)
-                mm_embeds += [
-                    (len(token) + len(state.again) + first, part) for first, part in parts
-                ]
+                builder.embed(parts, len(state.again))
             at = [*state.again, *range(state.length, end)]
-            token += [request.tokens[t + self.ahead] for t in at]
-            position += at
             first = at[0] // PAGE
             pages = table[first : (end - 1) // PAGE + 1].tolist()
-            slot += [pages[t // PAGE - first] * PAGE + t % PAGE for t in at]
-            direct += [t + 1 - state.start for t in at]
-            edges.append(len(token))
-            tables.append(table[state.start // PAGE :])
-        rows = _rows(
-            np.array(token, np.int64),
-            position,
-            slot,
-            direct,
-            [0] * (len(token) + 1),
-            [],
-            edges,
-            tables,
-        )
-        rows.mm_embeds = mm_embeds
-        return rows, np.array(edges[1:], np.int64) - 1
+            builder.add_committed(
+                [request.tokens[t + self.ahead] for t in at],
+                at,
+                [pages[t // PAGE - first] * PAGE + t % PAGE for t in at],
+                state.start,
+            )
+            last.append(len(builder) - 1)
+        return builder.build(), np.array(last, np.int64)
 
     def _node_rows(
         self,
         requests: Sequence[Request],
         owners: Sequence[int],
-        token: IntArray,
+        tokens: Sequence[int],
         paths: Sequence[Sequence[int]],
     ) -> Rows:
-        """Rows of expanded nodes (sorted by owner), which see all true rows, the expanded ancestors
-        and themselves."""
-        position, slot, direct, ancestors_start = [], [], [], [0]
-        extra: list[int] = []
-        edges, tables, before = [], [], -1
-        for row, (owner, path) in enumerate(zip(owners, paths, strict=True)):
+        """Rows of expanded nodes (sorted by owner), which read all true rows, the expanded
+        ancestors and themselves."""
+        builder = RowsBuilder()
+        before = -1
+        for owner, token, path in zip(owners, tokens, paths, strict=True):
             if owner != before:
-                before, request = owner, requests[owner]
+                before = owner
+                request = requests[owner]
                 state = self._states[id(request)]
-                edges.append(row)
-                tables.append(self._table(request, state)[state.start // PAGE :])
-            position.append(state.length - 1 + len(path))
-            slot.append(path[-1])
-            direct.append(state.length - state.start)
-            extra += path
-            ancestors_start.append(len(extra))
-        return _rows(
-            token, position, slot, direct, ancestors_start, extra, [*edges, len(paths)], tables
-        )
-
-    # --------------------------------------------------------------------------------------------------- state
+                builder.begin(self._table(request, state)[state.start // PAGE :])
+                context_len = state.length - state.start
+            builder.add_node(token, state.length - 1 + len(path), context_len, path)
+        return builder.build()
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
+        """Committed tokens become rows that wait for the next first level."""
         state = self._states.get(id(request))
         if state is None:
             state = self._states[id(request)] = self._admit(request, first)
         self._receive(request, state, features, first)
         end = first + len(tokens)
-        if request.media is not None and not self.sees:
-            behind = min(
-                request.media.visual(end), end - self.ahead
-            )  # where a picture ends the text, one row is left
+        if request.media is not None and not self.supports_images:
+            # Where a picture ends the text, one row is left.
+            behind = min(request.media.visual(end), end - self.ahead)
             self._begin(state, behind // PAGE * PAGE)
         self._bound(request, state, end)
 
     def _bound(self, request: Request, state: S, end: int) -> None:
         """Of the rows that wait before position `end`, keeps no more than the window, from a page's
         start on."""
-        window = WINDOW + (request.media.length if request.media is not None and self.sees else 0)
+        window = WINDOW + (
+            request.media.length if request.media is not None and self.supports_images else 0
+        )
         if end - state.length > window:  # keep the younger half
             self._begin(state, -(-(end - window // 2) // PAGE) * PAGE)
 
@@ -280,19 +255,17 @@ class LevelDrafter(ABC, Generic[S]):
             state.again = []
 
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:
+        """The same for one token of each request."""
         for i, request in enumerate(requests):
             first = request.table.length - 1
-            self.extend(
-                request,
-                None if features is None else features[i : i + 1],
-                first,
-                request.tokens[first:][:1],
-            )
+            row = None if features is None else features[i : i + 1]
+            self.extend(request, row, first, request.tokens[first : first + 1])
 
     def observe_logits(self, tokens: IntArray, logits: Any) -> None:
         """Not wanted."""
 
     def release(self, request: Request) -> None:
+        """Forgets the request; its pages may still serve others."""
         self._states.pop(id(request), None)
 
     def _end(self, request: Request) -> int:
@@ -305,12 +278,13 @@ class LevelDrafter(ABC, Generic[S]):
     def _advance(self, request: Request, state: S) -> None:
         """All waiting rows were run: their pages hold other content now, and whole ones can serve
         again."""
-        first, state.length, state.again = state.length // PAGE, self._end(request), []
+        first = state.length // PAGE
+        state.length = self._end(request)
+        state.again = []
         whole = state.length // PAGE
         keys = self._keys(request, state, whole) if whole > first else []
-        for page, where in enumerate(
-            self._table(request, state)[first : -(-state.length // PAGE)].tolist(), start=first
-        ):
+        table = self._table(request, state)[first : -(-state.length // PAGE)].tolist()
+        for page, where in enumerate(table, start=first):
             self._kept[where] = keys[page] if page < whole else 0
 
     def _keys(self, request: Request, state: S, pages: int) -> list[int]:
@@ -319,9 +293,8 @@ class LevelDrafter(ABC, Generic[S]):
         for page in range(len(state.keys), pages):
             before = state.keys[-1] if page else 0
             mark = request.table.content_hashes.get(page, b"")
-            state.keys.append(
-                hash((before, mark, *request.tokens[page * PAGE : (page + 1) * PAGE]))
-            )
+            tokens = request.tokens[page * PAGE : (page + 1) * PAGE]
+            state.keys.append(hash((before, mark, *tokens)))
         return state.keys[:pages]
 
 
@@ -336,21 +309,3 @@ def asked_of(
     rows = zip((requests[i] for i in owners), depths, strict=True)
     draws = [(r.seed, r.sample, len(r.output) + depth) for r, depth in rows]
     return Asked(k, temperature, draws)
-
-
-def _rows(
-    token: IntArray,
-    position: Sequence[int],
-    slot: Sequence[int],
-    direct: Sequence[int],
-    ancestors_start: Sequence[int],
-    extra: Sequence[int],
-    edges: Sequence[int],
-    tables: Sequence[Ints],
-) -> Rows:
-    starts = [0]
-    for table in tables[:-1]:
-        starts.append(starts[-1] + len(table))
-    pages = tables[0] if len(tables) == 1 else np.concatenate(tables)
-    a, b, c, d, e, f = arrays(slot, direct, ancestors_start, extra, edges, starts)
-    return Rows(token, np.array(position, np.int64), a, b, c, d, e, f, pages)

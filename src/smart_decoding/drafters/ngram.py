@@ -14,8 +14,9 @@ import numpy as np
 
 from smart_decoding.core.policies.common import require_int
 from smart_decoding.core.policies.protocol import DraftPlan
-from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
-from smart_decoding.engine.protocols import Features, Grow, Logits
+from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.drafters.free import FreeDrafter
+from smart_decoding.engine.protocols import Features
 from smart_decoding.engine.request import Request
 from smart_decoding.errors import ConfigError
 
@@ -39,11 +40,10 @@ class NgramIndex:
     def update(self, tokens: Sequence[int]) -> None:
         """Adds what `tokens`, the whole text, has beyond the text seen so far."""
         for n in self.sizes:
-            newest, older = self.newest[n], self.older[n]
+            newest = self.newest[n]
+            older = self.older[n]
             for i in range(self.length, len(tokens)):
-                gram = tuple(
-                    tokens[max(i - n, 0) : i]
-                )  # the first n grams are too short to be asked for
+                gram = tuple(tokens[max(i - n, 0) : i])  # the first n are too short to be found
                 older.append(newest.get(gram, -1))
                 newest[gram] = i
         self.length = len(tokens)
@@ -93,7 +93,8 @@ class Trie:
 
         draft_prob: the share of the parent's continuations, times 1 - 2^-context: short matches are
         chance."""
-        draft, path = [1.0], [1.0]
+        draft = [1.0]
+        path = [1.0]
         for node in range(1, len(self.token)):
             parent = self.parent[node]
             draft.append(self.seen[node] / self.went_on[parent] * (1.0 - 0.5 ** self.context[node]))
@@ -118,18 +119,13 @@ class Trie:
         return node
 
 
-class NgramDrafter:
+class NgramDrafter(FreeDrafter):
     """Proposes what followed the last min_n .. max_n tokens before.
 
     max_nodes, max_depth: bounds of a request's tree. occurrences: how many are looked at, longest
     matches first. Raises ConfigError for values that make no sense."""
 
     name = "ngram"
-    max_levels = 0
-    free = True
-    aux_layers: tuple[int, ...] = ()
-    grow: Grow | None = None
-    wants_logits, wants_ends = False, False
 
     def __init__(
         self,
@@ -139,10 +135,8 @@ class NgramDrafter:
         max_depth: int = 8,
         occurrences: int = 16,
     ) -> None:
-        self.min_n, self.max_n = (
-            require_int("min_n", min_n, 1, 64),
-            require_int("max_n", max_n, 1, 64),
-        )
+        self.min_n = require_int("min_n", min_n, 1, 64)
+        self.max_n = require_int("max_n", max_n, 1, 64)
         if min_n > max_n:
             raise ConfigError(f"min_n={min_n} is larger than max_n={max_n}")
         self.max_nodes = require_int("max_nodes", max_nodes, 1, 1024)
@@ -150,28 +144,25 @@ class NgramDrafter:
         self.occurrences = require_int("occurrences", occurrences, 1, 1024)
         self._index: dict[Request, NgramIndex] = {}
 
-    def pending_rows(self, requests: Sequence[Request]) -> int:
-        return 0
-
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+        """The likeliest continuations of each request."""
         owner: list[int] = []
         rows: list[tuple[int, int, int, float, float]] = []
         for i, request in enumerate(requests):
             first = len(rows)
-            for token, parent, depth, draft, path in self._continuations(request).best(
-                self.max_nodes
-            ):
+            best = self._continuations(request).best(self.max_nodes)
+            for token, parent, depth, draft, path in best:
                 owner.append(i)
-                rows.append(
-                    (token, parent if parent == ROOT else first + parent, depth, draft, path)
-                )
+                above = parent if parent == ROOT else first + parent
+                rows.append((token, above, depth, draft, path))
         if not rows:
             return DraftTrees.empty(len(requests))
         tokens, parents, depths, drafts, paths = (
             np.array(column) for column in zip(*rows, strict=True)
         )
         # Source 0 is kept for the drafter with a model, the one whose nodes can be expanded.
-        accept_prob, source = np.full(len(rows), np.nan), np.ones(len(rows), np.int64)
+        accept_prob = np.full(len(rows), np.nan)
+        source = np.ones(len(rows), np.int64)
         return DraftTrees(
             len(requests),
             np.array(owner),
@@ -184,26 +175,19 @@ class NgramDrafter:
             source,
         )
 
-    def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
-    ) -> int:
-        raise ValueError("the n-gram drafter has no model levels to expand")
-
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
     ) -> None:
-        self._indexed(
-            request
-        )  # request.tokens holds these tokens, those found in the prefix cache, and the root
+        """Indexes request.tokens: these, those found in the prefix cache, and the root."""
+        self._indexed(request)
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
+        """The same for all."""
         for request in requests:
             self._indexed(request)
 
-    def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
-        """Not wanted."""
-
     def release(self, request: Request) -> None:
+        """Forgets the request's index."""
         self._index.pop(request, None)
 
     def _indexed(self, request: Request) -> NgramIndex:
@@ -214,7 +198,8 @@ class NgramDrafter:
         return index
 
     def _continuations(self, request: Request) -> Trie:
-        trie, tokens = Trie(), request.tokens
+        trie = Trie()
+        tokens = request.tokens
         found = self._indexed(request).occurrences(tokens, self.occurrences)
         longest = max(found.values(), default=0)
         for at, matched in found.items():

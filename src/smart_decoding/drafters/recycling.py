@@ -17,25 +17,22 @@ from numpy.typing import NDArray
 from smart_decoding.core.policies.common import require_int
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
-from smart_decoding.engine.protocols import Features, Grow, Logits
+from smart_decoding.drafters.free import FreeDrafter
+from smart_decoding.engine.protocols import Logits
 from smart_decoding.engine.request import Request
 
 # (logits [rows, vocab], k) -> ids [rows, k] and softmax probabilities [rows, k], largest first.
 TopK: TypeAlias = Callable[[Logits, int], tuple[NDArray[np.integer], NDArray[np.floating]]]
 
 
-class RecyclingDrafter:
+class RecyclingDrafter(FreeDrafter):
     """Proposes the target's remembered successors. The table takes 8 * vocab * successors bytes.
 
     successors: kept per token id. max_nodes, max_depth: bounds of a request's tree. top_k: the
     backend's. Raises ConfigError for values that make no sense."""
 
     name = "recycling"
-    max_levels = 0
-    free = True
-    aux_layers: tuple[int, ...] = ()
-    grow: Grow | None = None
-    wants_logits, wants_ends = True, False
+    wants_logits = True
 
     def __init__(
         self, vocab: int, top_k: TopK, successors: int = 8, max_nodes: int = 16, max_depth: int = 6
@@ -44,9 +41,8 @@ class RecyclingDrafter:
         self.max_nodes = require_int("max_nodes", max_nodes, 1, 1024)
         self.max_depth = require_int("max_depth", max_depth, 1, 64)
         self.table = np.zeros((vocab, successors), np.int32)
-        self.probs = np.zeros(
-            (vocab, successors), np.float32
-        )  # all 0: nothing is known of this token
+        # all 0: nothing is known of this token
+        self.probs = np.zeros((vocab, successors), np.float32)
         self._top_k = top_k
 
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
@@ -56,10 +52,8 @@ class RecyclingDrafter:
             return
         last = len(tokens) - 1 - np.unique(tokens[::-1], return_index=True)[1]
         ids, probs = self._top_k(logits, self.successors)
-        self.table[tokens[last]], self.probs[tokens[last]] = ids[last], probs[last]
-
-    def pending_rows(self, requests: Sequence[Request]) -> int:
-        return 0
+        self.table[tokens[last]] = ids[last]
+        self.probs[tokens[last]] = probs[last]
 
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
         """Grows each level from the max_nodes likeliest nodes of the one above, then keeps the
@@ -67,11 +61,12 @@ class RecyclingDrafter:
         is one."""
         if not requests:
             return DraftTrees.empty(0)
-        token = np.array(
-            [[request.tokens[-1]] for request in requests], np.int64
-        )  # [batch, frontier]
+        # [batch, frontier]
+        token = np.array([[request.tokens[-1]] for request in requests], np.int64)
         path: FloatArray = np.ones(token.shape)
-        levels, first, parents = [], 0, np.array([ROOT])
+        levels = []
+        first = 0
+        parents = np.array([ROOT])
         for depth in range(1, self.max_depth + 1):
             token, above, draft, path = self._children(token, path)
             if not path.any():
@@ -84,22 +79,6 @@ class RecyclingDrafter:
         return self._likeliest(
             *(np.concatenate(columns, axis=1) for columns in zip(*levels, strict=True))
         )
-
-    def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
-    ) -> int:
-        raise ValueError("the recycling drafter has no model levels to expand")
-
-    def extend(
-        self, request: Request, features: Features, first: int, tokens: Sequence[int]
-    ) -> None:
-        """Nothing to learn: what it learns comes through observe_logits."""
-
-    def extend_each(self, requests: Sequence[Request], features: Features) -> None:
-        """Nothing to learn here either."""
-
-    def release(self, request: Request) -> None:
-        """Nothing to forget: the table belongs to no request."""
 
     def _children(
         self, token: IntArray, path: FloatArray
@@ -130,13 +109,13 @@ class RecyclingDrafter:
         keep = np.zeros(path.shape, np.bool_)
         np.put_along_axis(keep, best, True, axis=1)
         keep &= path > 0
-        owner, column = map(
-            np.ascontiguousarray, np.nonzero(keep)
-        )  # native code reads the trees' arrays as they lie
+        # Native code reads the trees' arrays as they lie.
+        owner, column = map(np.ascontiguousarray, np.nonzero(keep))
         number = np.cumsum(keep).reshape(keep.shape) - 1
         above = parent[owner, column]
         above = np.where(above == ROOT, ROOT, number[owner, above])
-        at, blank = (owner, column), np.full(len(owner), np.nan)
+        at = (owner, column)
+        blank = np.full(len(owner), np.nan)
         # Source 0 is kept for the drafter with a model, the one whose nodes can be expanded.
         source = np.ones(len(owner), np.int64)
         return DraftTrees(

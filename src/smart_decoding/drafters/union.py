@@ -56,7 +56,8 @@ class Merged:
 
     def _merge(self, other: DraftTrees, place: list[int], source: int) -> None:
         """Adds other's nodes from len(place) on, noting in `place` the node that each becomes."""
-        trees, first = self.trees, len(place)
+        trees = self.trees
+        first = len(place)
         new: list[int] = []
         parents: list[int] = []
         columns = [
@@ -70,9 +71,7 @@ class Merged:
             if node == count:
                 new.append(i)
                 parents.append(parent)
-            elif node < len(
-                trees
-            ):  # equal siblings within `other` would be the other case: the first one counts
+            elif node < len(trees):  # else equal siblings within `other`: the first one counts
                 trees.draft_prob[node] = max(trees.draft_prob[node], prob)
                 trees.source[node] = min(trees.source[node], source)
         if new:
@@ -107,19 +106,20 @@ class UnionDrafter:
             drafter for drafter in self.drafters if getattr(drafter, "wants_logits", False)
         ]
         self.grow: Grow | None = None
-        self.wants_logits, self.wants_ends = bool(self._listeners), False
+        self.wants_logits = bool(self._listeners)
+        self.wants_ends = False
         self._round: Merged | None = None
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
+        """The model's."""
         return self.model.pending_rows(requests) if self.model else 0
 
     def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+        """The model's first level, and all that the free drafters propose."""
         batch = len(requests)
-        view = (
-            self.model.start(requests, plan)
-            if self.model and plan.levels
-            else DraftTrees.empty(batch)
-        )
+        view = DraftTrees.empty(batch)
+        if self.model and plan.levels:
+            view = self.model.start(requests, plan)
         merged = self._round = Merged(DraftTrees.empty(batch), view)
         merged.add_view()
         for source, drafter in enumerate(self.free_drafters, start=MODEL + 1):
@@ -129,6 +129,7 @@ class UnionDrafter:
     def expand(
         self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
     ) -> int:
+        """Expands those of `nodes` that the model proposed."""
         merged = self._round
         if self.model is None or merged is None or merged.trees is not trees:
             raise ValueError(
@@ -144,10 +145,12 @@ class UnionDrafter:
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
     ) -> None:
+        """Tells all drafters."""
         for drafter in self.drafters:
             drafter.extend(request, features, first, tokens)
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
+        """Tells all drafters."""
         for drafter in self.drafters:
             drafter.extend_each(requests, features)
 
@@ -158,5 +161,6 @@ class UnionDrafter:
             drafter.observe_logits(tokens, logits)
 
     def release(self, request: Request) -> None:
+        """Tells all drafters."""
         for drafter in self.drafters:
             drafter.release(request)

@@ -1,2 +1,1 @@
-"""The engine: requests, scheduling, paged KV, rows of a forward, verification, sampling and
-stopping."""
+"""The engine: requests, scheduling, paged KV, drafting, verification, sampling, stopping."""

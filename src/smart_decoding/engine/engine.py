@@ -1,5 +1,4 @@
-"""The step: draft, select, verify, accept, commit, learn. One round of the running batch, on one
-screen."""
+"""The engine: one round of the running batch after the other, each as `Engine.step` says."""
 
 from __future__ import annotations
 
@@ -12,34 +11,22 @@ import numpy as np
 from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
-from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
+from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
+from smart_decoding.engine.drafting import Draft, draft_trees
+from smart_decoding.engine.kv import PAGE, PagePool
 from smart_decoding.engine.media import Media
-from smart_decoding.engine.protocols import Drafter, Features, Target
-from smart_decoding.engine.request import Request, RequestMetrics
+from smart_decoding.engine.protocols import Clock, Drafter, Target
+from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.scheduler import Batch, Scheduler
-from smart_decoding.engine.specs import new_history
-from smart_decoding.engine.stopping import Decode, StopChecker
+from smart_decoding.engine.stopping import Decode
 from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
-from smart_decoding.engine.verification import Clock, Verified, make_room, verify
+from smart_decoding.engine.verification import Verified, make_room, verify
 from smart_decoding.errors import CapacityError, ConfigError
 
-_NONE = np.zeros(0, np.int64)
-BEFORE = 6  # tokens of the prompt's end that the text of an answer's first token may depend on
+__all__ = ["BEFORE", "Engine", "EngineConfig", "RoundRecord"]
 
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Limits of an engine. pages: KV pages of 16 tokens; max_model_len: longest prompt plus answer
-    in tokens."""
-
-    pages: int
-    max_model_len: int
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 256
-    prefix_caching: bool = True
-    seed: int = 0
-    stop_at_loops: bool = False
+_NO_NODES = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -63,13 +50,16 @@ class RoundRecord:
     @property
     def controller_seconds(self) -> float:
         """All but forwards, sampling and KV."""
-        return (
-            self.seconds
-            - self.draft_seconds
-            - self.verify_seconds
-            - self.sample_seconds
-            - self.kv_seconds
-        )
+        work = self.draft_seconds + self.verify_seconds + self.sample_seconds + self.kv_seconds
+        return self.seconds - work
+
+
+@dataclass(slots=True)
+class _Accepted:
+    """Tokens of a round that entered answers, and how many of them had been drafted."""
+
+    emitted: int = 0
+    drafted: int = 0
 
 
 class Engine:
@@ -87,25 +77,23 @@ class Engine:
     ) -> None:
         if config.max_model_len > config.pages * PAGE:
             raise CapacityError(
-                f"max_model_len={config.max_model_len} exceeds the KV memory of {config.pages * PAGE} tokens: "
-                "lower it or raise kv_cache_tokens"
+                f"max_model_len={config.max_model_len} exceeds the KV memory of "
+                f"{config.pages * PAGE} tokens: lower it or raise kv_cache_tokens"
             )
-        self.target, self.policy, self.drafter, self.config = target, policy, drafter, config
+        self.target = target
+        self.policy = policy
+        self.drafter = drafter
+        self.config = config
         self.pool = PagePool(config.pages, config.prefix_caching)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
         self.last_round: RoundRecord | None = None
-        self._learning_seconds = (
-            0.0  # of the round before: a policy cannot be told what being told takes
-        )
-        # whether the last step dropped its drafts for a newcomer: its drafter awaits a plain round
-        self._cut = False
-        self._decode, self._clock, self._constrain = decode, clock, constrain
-        self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
+        self.admission = Admission(target, config, self.pool, decode, clock, constrain)
+        self._clock = clock
         self._requests: dict[str, Request] = {}
+        self._observe_seconds = 0.0  # of the round before
+        self._interrupted = False  # the last step dropped its drafts: the next one is plain
         self._batched: list[Request] = []  # the last round's decoding requests
         self._traits = _traits([])
-
-    # ------------------------------------------------------------------------------------------------ requests
 
     def add_request(
         self,
@@ -116,24 +104,7 @@ class Engine:
     ) -> list[Request]:
         """Queues the prompt's `params.n` answers. Raises ConfigError or CapacityError for what can
         never run."""
-        self._check(prompt, params)
-        room = self.config.max_model_len - len(prompt)
-        limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        seed = params.seed if params.seed is not None else self._next_seed()
-        requests = []
-        for sample in range(params.n):
-            decode = self._decode(params.skip_special_tokens)
-            eos, before = self.target.eos_token_ids, prompt[-BEFORE:]
-            stop = StopChecker(params, decode, eos, limit, self.config.stop_at_loops, before)
-            name = request_id if params.n == 1 else f"{request_id}#{sample}"
-            table = BlockTable(self.pool, media.content_hashes if media else {})
-            request = Request(name, list(prompt), params, seed, table, stop, sample, limit)
-            request.media = media.copy() if media else None
-            request.history = new_history(prompt, params)
-            request.constraint = self._new_constraint(params)
-            request.logprobs = None if params.logprobs is None else []
-            request.metrics = RequestMetrics(arrival=self._clock())
-            requests.append(request)
+        requests = self.admission.requests(request_id, prompt, params, media)
         if any(request.id in self._requests for request in requests):
             raise ConfigError(f"request id {request_id!r} is already running")
         for request in requests:
@@ -144,13 +115,10 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Ends a request, all answers of it, freeing its memory now. Unknown ids are ignored: it
         may have ended."""
-        for request in [
-            r
-            for r in self._requests.values()
-            if r.id == request_id or r.id.startswith(f"{request_id}#")
-        ]:
-            request.aborted = True
-            self._finish(request)
+        for request in list(self._requests.values()):
+            if request.id == request_id or request.id.startswith(f"{request_id}#"):
+                request.aborted = True
+                self._finish(request)
 
     def suspend(self) -> list[Request]:
         """Puts all running requests back to the queue, as they were after their last tokens: after
@@ -177,91 +145,49 @@ class Engine:
 
     @property
     def has_unfinished_requests(self) -> bool:
+        """Whether any request waits or runs."""
         return self.scheduler.has_work
-
-    # ---------------------------------------------------------------------------------------------------- step
 
     def step(self, arrived: Callable[[], bool] = lambda: False) -> list[Request]:
         """One round. Returns the requests that got tokens, finished ones included.
 
-        arrived: whether somebody waits to be added. If a slot is free, drafting stops for it, and
-        nothing is returned: a forward cannot be cut short, so who came would wait for all of it."""
-        clock, started = self._clock, self._clock()
+        arrived: whether a request waits to be added. If a slot is free, drafting stops for it, and
+        nothing is returned: a forward cannot be cut short, so the request would wait for all of
+        it."""
+        started = self._clock()
         batch = self.scheduler.next_batch()
         self._forget(self.scheduler.preempted)
         if not batch:
             return []
-        started += self._see(batch)  # once a picture, so no part of what a round costs
+        started += self._encode_images(batch)  # no part of what a round costs
         state = self._state(batch)
-        # Rounds that carry prompts do not draft, whatever the policy: others wait for their first
-        # token.
-        plan = (
-            self.policy.plan(state)
-            if batch.decode and self.drafter and not (batch.prefill or self._cut)
-            else OFF
-        )
-        drafted = self._draft(batch, state, plan, arrived)
-        self._cut = drafted is None
-        if drafted is None:
+        plan = self._plan(batch, state)
+        draft = self._draft(batch, state, plan, arrived)
+        self._interrupted = draft.interrupted
+        if draft.interrupted:
             return []
-        trees, widths, seconds, drafting = drafted
-        kept = self.policy.select(plan, state, trees) if len(trees) else _NONE
-        if any(r.constraint is not None for r in batch.decode):
-            kept = grammatical([r.constraint for r in batch.decode], trees, kept)
-        kept = make_room(batch, trees, kept)
-        verified = verify(self.target, self.drafter, batch, trees, kept, clock)
-        emitted, accepted = self._update(batch, verified)
-        if len(trees):
-            _count_nodes(batch, trees, kept)
-        asking, acceptance = verified.requests, verified.acceptance
-        after, root_next = (
-            _next_tokens(trees, kept, acceptance),
-            acceptance.root_next[: len(batch.decode)],
-        )
-        done = Round(
-            state,
-            plan,
-            trees,
-            kept,
-            after,
-            root_next,
-            widths,
-            seconds,
-            verified.rows,
-            verified.seconds,
-        )
+        kept = self._select(batch, state, plan, draft.trees)
+        verified = verify(self.target, self.drafter, batch, draft.trees, kept, self._clock)
+        accepted = self._update(batch, verified)
+        self._hand_over(batch, verified)
+        _count_nodes(batch, draft.trees, kept)
+        done = _round(batch, state, plan, draft, kept, verified)
         if batch.decode:
-            learning = clock()
-            done.other_seconds = (
-                learning - started - verified.seconds - drafting + self._learning_seconds
-            )
-            self.policy.observe(done)
-            self._learning_seconds = clock() - learning
-        self.last_round = RoundRecord(
-            done,
-            emitted,
-            clock() - started,
-            drafting,
-            verified.forward_seconds,
-            verified.sample_seconds,
-            verified.kv_seconds,
-            asking,
-            acceptance,
-            accepted,
-        )
-        for request in asking:
+            self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
+        self.last_round = _record(done, draft, verified, accepted, self._clock() - started)
+        for request in verified.requests:
             if request.finished:
                 self._finish(request)
-        return asking
+        return verified.requests
 
-    def _see(self, batch: Batch) -> float:
+    def _encode_images(self, batch: Batch) -> float:
         """Runs the vision tower on pictures that the round's rows reach for the first time; its
         seconds."""
         total = 0.0
         for request, count in (*batch.prefill, *((request, 1) for request in batch.decode)):
-            for picture in (
-                request.media.unseen(request.table.length, count) if request.media else ()
-            ):
+            if request.media is None:
+                continue
+            for picture in request.media.to_encode(request.table.length, count):
                 began = self._clock()
                 picture.embeddings = self.target.encode_image(picture.pixels)
                 spent = self._clock() - began
@@ -270,12 +196,13 @@ class Engine:
         return total
 
     def _state(self, batch: Batch) -> BatchState:
-        requests, drafter = batch.decode, self.drafter
-        pending = (
-            drafter.pending_rows(requests) - len(requests) if drafter and drafter.max_levels else 0
-        )
+        requests = batch.decode
+        drafter = self.drafter
+        has_model = drafter is not None and drafter.max_levels > 0
+        pending = drafter.pending_rows(requests) - len(requests) if drafter and has_model else 0
         if requests != self._batched:
-            self._batched, self._traits = requests, _traits(requests)
+            self._batched = requests
+            self._traits = _traits(requests)
         temperature, may_speculate, pictures = self._traits
         return BatchState(
             context=np.array([r.table.length for r in requests], np.int64),
@@ -284,146 +211,90 @@ class Engine:
             may_speculate=may_speculate,
             prefill_rows=sum(rows for _, rows in batch.prefill),
             catch_up_rows=max(0, pending),
-            has_model=bool(drafter and drafter.max_levels),
-            has_free=bool(drafter and drafter.free),
+            has_model=has_model,
+            has_free=drafter is not None and drafter.free,
             pictures=pictures,
         )
 
+    def _plan(self, batch: Batch, state: BatchState) -> DraftPlan:
+        """Rounds that carry prompts do not draft, whatever the policy: others wait for their first
+        token."""
+        if batch.prefill or not batch.decode or self.drafter is None or self._interrupted:
+            return OFF
+        return self.policy.plan(state)
+
     def _draft(
         self, batch: Batch, state: BatchState, plan: DraftPlan, arrived: Callable[[], bool]
-    ) -> tuple[DraftTrees, list[int], list[float], float] | None:
-        """Drafts level by level, asking the policy after each; returns the trees, widths and
-        seconds of the model's levels, and the drafter's seconds in all. None if somebody has
-        arrived meanwhile who can begin at once."""
+    ) -> Draft:
         if not plan.speculate or self.drafter is None:
-            return DraftTrees.empty(len(batch.decode)), [], [], 0.0
-        widths: list[int] = []
-        seconds: list[float] = []
-        width, start = len(batch.decode) + state.catch_up_rows, self._clock()
-        if plan.growth is not None and self.drafter.grow is not None:
-            trees, expanded, seconds, choosing = self.drafter.grow(batch.decode, plan)
-            drafting = self._clock() - start - choosing
-            seconds[0] = drafting - sum(seconds[1:])
-            if self.scheduler.has_room and arrived():
-                return None
-            return trees, [width, *expanded], seconds, drafting
-        trees = self.drafter.start(batch.decode, plan)
-        drafting = self._clock() - start
-        for level in range(1, plan.levels + 1):
-            widths.append(width)
-            seconds.append(self._clock() - start)
-            if self.scheduler.has_room and arrived():
-                return None
-            nodes = self.policy.frontier(plan, state, trees, level) if level < plan.levels else None
-            if nodes is None or not len(nodes):
-                break
-            start = self._clock()
-            width = self.drafter.expand(batch.decode, trees, nodes, plan)
-            drafting += self._clock() - start
-            if not width:
-                break
-        return trees, widths, seconds, drafting
-
-    def _update(self, batch: Batch, verified: Verified) -> tuple[int, int]:
-        """Appends the new tokens, commits the KV lengths and hands the target's features to the
-        drafter.
-
-        Returns the tokens that entered answers, and how many of them had been drafted."""
-        now, total, accepted, acceptance = self._clock(), 0, 0, verified.acceptance
-        chunks = {id(request): count for request, count in batch.prefill}
-        plain = not chunks and not len(acceptance.next_token)
-        ends = self.drafter is not None and self.drafter.wants_ends
-        for i, request in enumerate(verified.requests):
-            chunk, path, metrics = chunks.get(id(request)), acceptance.path[i], request.metrics
-            tokens = request.stop.push(acceptance.emitted[i])
-            if request.logprobs is not None:
-                del request.logprobs[len(request.output) :]
-            start, count = request.table.length, chunk or 1
-            request.tokens.extend(tokens)
-            if request.history is not None:
-                request.history.append(tokens)
-            if request.constraint is not None:
-                request.constraint.append(tokens)
-            total += len(tokens)
-            if metrics.first_token is None:
-                metrics.first_token = now
-            if chunk is None:
-                drafted = min(len(tokens), len(path))
-                metrics.rounds += 1
-                metrics.accepted += drafted
-                accepted += drafted
-            # An end may cut the path short.
-            request.table.commit(
-                request.tokens, min(start + count + len(path), len(request.tokens))
-            )
-            if not plain and (ends or not request.finished):
-                self._extend(request, verified, i, start, count + len(path))
-        if plain and self.drafter is not None:
-            self._extend_each(verified.requests, verified.features)
-        going_on = (
-            (r, n) for r, n in batch.prefill if n < r.pending and r not in verified.requests
+            return Draft(DraftTrees.empty(len(batch.decode)))
+        return draft_trees(
+            self.drafter,
+            self.policy,
+            plan,
+            state,
+            batch.decode,
+            lambda: self.scheduler.has_room and arrived(),
+            self._clock,
         )
-        for i, (request, count) in enumerate(going_on, start=len(verified.requests)):
-            start = request.table.length
-            request.table.commit(request.tokens, start + count)
-            self._extend(request, verified, i, start, count)
-        return total, accepted
 
-    def _extend(self, request: Request, verified: Verified, i: int, first: int, count: int) -> None:
-        """Hands the drafter what the target computed at `count` committed positions from `first`
-        on."""
-        if self.drafter is not None:
-            features = (
-                None if verified.features is None else verified.features[verified.committed[i]]
-            )
-            self.drafter.extend(request, features, first, request.tokens[first : first + count])
+    def _select(
+        self, batch: Batch, state: BatchState, plan: DraftPlan, trees: DraftTrees
+    ) -> IntArray:
+        """The nodes to verify: those of the policy that grammars allow and that memory is left
+        for."""
+        kept = self.policy.select(plan, state, trees) if len(trees) else _NO_NODES
+        constraints = [r.constraint for r in batch.decode]
+        if any(constraint is not None for constraint in constraints):
+            kept = grammatical(constraints, trees, kept)
+        return make_room(batch, trees, kept)
 
-    def _extend_each(self, asking: list[Request], features: Features) -> None:
-        """The same after a round of one row for each request."""
-        assert self.drafter is not None
+    def _update(self, batch: Batch, verified: Verified) -> _Accepted:
+        """Appends the new tokens and commits the KV lengths."""
+        now = self._clock()
+        accepted = _Accepted()
+        for i, request in enumerate(verified.requests):
+            tokens = request.accept(verified.acceptance.emitted[i], now)
+            accepted.emitted += len(tokens)
+            if i < len(batch.decode):  # an end may cut the path short
+                drafted = min(len(tokens), len(verified.acceptance.path[i]))
+                accepted.drafted += drafted
+                request.metrics.rounds += 1
+                request.metrics.accepted += drafted
+        for part in verified.committed:
+            tokens = part.request.tokens
+            part.request.table.commit(tokens, min(part.first + part.count, len(tokens)))
+        return accepted
+
+    def _hand_over(self, batch: Batch, verified: Verified) -> None:
+        """Tells the drafter what the target computed."""
+        drafter = self.drafter
+        if drafter is None:
+            return
+        features = verified.features
         going_on = [
-            i for i, request in enumerate(asking) if self.drafter.wants_ends or not request.finished
+            i
+            for i, part in enumerate(verified.committed)
+            if drafter.wants_ends or not part.request.finished
         ]
-        if len(going_on) == len(asking):
-            self.drafter.extend_each(asking, features)
-        elif going_on:
-            features = None if features is None else features[going_on]
-            self.drafter.extend_each([asking[i] for i in going_on], features)
+        if batch.prefill or len(verified.acceptance.next_token):
+            for i in going_on:
+                part = verified.committed[i]
+                tokens = part.request.tokens[part.first : part.first + part.count]
+                rows = None if features is None else features[part.rows]
+                drafter.extend(part.request, rows, part.first, tokens)
+        elif going_on:  # one row for each request
+            if features is not None and len(going_on) < len(verified.requests):
+                features = features[going_on]
+            drafter.extend_each([verified.requests[i] for i in going_on], features)
 
-    # ------------------------------------------------------------------------------------------------- helpers
-
-    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        params.check_vocabulary(self.target.vocab)
-        if (
-            params.min_tokens
-            and len({*params.stop_ids, *self.target.eos_token_ids}) >= self.target.vocab
-        ):
-            raise ConfigError(
-                "min_tokens forbids the end before it, and all tokens are ends: shorten stop_token_ids"
-            )
-        if not len(prompt):
-            raise ConfigError("the prompt is empty: give at least one token")
-        if min(prompt) < 0 or max(prompt) >= self.target.vocab:
-            raise ConfigError(
-                f"the prompt has a token id outside the vocabulary of {self.target.vocab}"
-            )
-        if len(prompt) >= self.config.max_model_len:
-            raise CapacityError(
-                f"the prompt has {len(prompt)} tokens, but prompt and answer must fit into max_model_len="
-                f"{self.config.max_model_len}: shorten it or raise max_model_len"
-            )
-
-    def _new_constraint(self, params: SamplingParams) -> Constraint | None:
-        if params.structured_outputs is None:
-            return None
-        if self._constrain is None:
-            raise ConfigError(
-                "structured_outputs is not supported here: this engine knows no grammars"
-            )
-        return self._constrain(params.structured_outputs)
-
-    def _next_seed(self) -> int:
-        return int(self._seeds.spawn(1)[0].generate_state(1, np.uint64)[0] >> np.uint64(1))
+    def _observe(self, done: Round, other_seconds: float) -> None:
+        """What observing takes is told with the next round: nobody can be told what being told
+        takes."""
+        start = self._clock()
+        done.other_seconds = other_seconds + self._observe_seconds
+        self.policy.observe(done)
+        self._observe_seconds = self._clock() - start
 
     def _forget(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -446,25 +317,58 @@ class Engine:
 def _traits(requests: Sequence[Request]) -> tuple[FloatArray, BoolArray, BoolArray | None]:
     """What stays as it is as long as the batch is the same: temperature, may_speculate and pictures
     of BatchState."""
-    pictures = (
-        np.array([r.media is not None for r in requests])
-        if any(r.media for r in requests)
-        else None
-    )
     temperature = np.array([r.params.temperature for r in requests], np.float64)
-    return temperature, np.array([r.params.speculate for r in requests], np.bool_), pictures
+    may_speculate = np.array([r.params.speculate for r in requests], np.bool_)
+    pictures = np.array([r.media is not None for r in requests], np.bool_)
+    return temperature, may_speculate, pictures if pictures.any() else None
 
 
-def _next_tokens(trees: DraftTrees, kept: IntArray, acceptance: Acceptance) -> IntArray:
-    """[nodes] the target's token after each node of `trees` that the walk accepted, else -1."""
-    if len(kept) == len(trees):
-        return acceptance.next_token
-    after = np.full(len(trees), -1, np.int64)
-    after[kept] = acceptance.next_token
-    return after
+def _round(
+    batch: Batch,
+    state: BatchState,
+    plan: DraftPlan,
+    draft: Draft,
+    kept: IntArray,
+    verified: Verified,
+) -> Round:
+    next_token = verified.acceptance.next_token  # after each node in `kept`
+    if len(kept) < len(draft.trees):
+        next_token = np.full(len(draft.trees), -1, np.int64)
+        next_token[kept] = verified.acceptance.next_token
+    return Round(
+        state,
+        plan,
+        draft.trees,
+        kept,
+        next_token,
+        verified.acceptance.root_next[: len(batch.decode)],
+        draft.widths,
+        draft.level_seconds,
+        verified.rows,
+        verified.seconds,
+    )
+
+
+def _record(
+    done: Round, draft: Draft, verified: Verified, accepted: _Accepted, seconds: float
+) -> RoundRecord:
+    return RoundRecord(
+        done,
+        emitted=accepted.emitted,
+        seconds=seconds,
+        draft_seconds=draft.seconds,
+        verify_seconds=verified.forward_seconds,
+        sample_seconds=verified.sample_seconds,
+        kv_seconds=verified.kv_seconds,
+        requests=verified.requests,
+        acceptance=verified.acceptance,
+        accepted=accepted.drafted,
+    )
 
 
 def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray) -> None:
+    if not len(trees):
+        return
     drafted = np.bincount(trees.owner, minlength=len(batch.decode))
     verified = np.bincount(trees.owner[kept], minlength=len(batch.decode))
     for i, request in enumerate(batch.decode):

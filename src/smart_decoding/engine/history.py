@@ -37,7 +37,8 @@ class TokenHistory:
         row), and each one's count in output and path; both [distinct]. Read only: without a path
         they are views."""
         size = len(self._slot)
-        tokens, counts = self._tokens[:size], self._counts[:size]
+        tokens = self._tokens[:size]
+        counts = self._counts[:size]
         if not len(path):
             return tokens, counts
         new = dict.fromkeys(int(t) for t in path if int(t) not in self._slot)

@@ -14,19 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints: TypeAlias = NDArray[np.int32]
-Key: TypeAlias = tuple[
-    int, bytes
-]  # the preceding page's content id, and this page's tokens and marks
-ContentHashes: TypeAlias = Mapping[
-    int, bytes
-]  # a request's page, by index -> what it holds beside its tokens (pictures)
+# The preceding page's content id, and this page's tokens and content hashes.
+Key: TypeAlias = tuple[int, bytes]
+# A request's page, by index -> what it holds beside its tokens (pictures).
+ContentHashes: TypeAlias = Mapping[int, bytes]
 
 PAGE = 16
 _ROOT_CONTENT = 0
 _NO_HASHES: ContentHashes = {}
 
 
-class OutOfPages(Exception):
+class OutOfPagesError(Exception):
     """The pool is empty: internal, the scheduler answers it by preempting."""
 
 
@@ -34,20 +32,18 @@ class PagePool:
     """Pages 0 .. pages-1 with reference counts, and the index of cached content."""
 
     def __init__(self, pages: int, prefix_caching: bool = False) -> None:
-        self.pages, self.prefix_caching = pages, prefix_caching
+        self.pages = pages
+        self.prefix_caching = prefix_caching
         self._free = list(range(pages - 1, -1, -1))
         self._references = np.zeros(pages, np.int32)
-        self._pages_of: dict[
-            Key, list[int]
-        ] = {}  # the first is found; requests that ran at once hold the others
+        # The first page is found; requests that ran at once hold the others.
+        self._pages_of: dict[Key, list[int]] = {}
         self._key_of: dict[int, Key] = {}
-        self._content: dict[
-            int, int
-        ] = {}  # page -> content id, unique for ever: a key never means other tokens
+        # page -> content id, unique for ever: a key never means other tokens
+        self._content: dict[int, int] = {}
         self._next_content = _ROOT_CONTENT + 1
-        self._idle: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # cached pages that nobody holds, oldest first
+        # cached pages that nobody holds, oldest first
+        self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
@@ -55,9 +51,9 @@ class PagePool:
         return len(self._free) + len(self._idle)
 
     def take(self, count: int) -> list[int]:
-        """`count` pages of arbitrary content. Raises OutOfPages, taking none."""
+        """`count` pages of arbitrary content. Raises OutOfPagesError, taking none."""
         if count > self.available:
-            raise OutOfPages
+            raise OutOfPagesError
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         self._references[pages] += 1
         return pages
@@ -82,10 +78,8 @@ class PagePool:
             return found
         content = _ROOT_CONTENT
         for start in range(0, limit - PAGE + 1, PAGE):
-            key = (
-                content,
-                _bytes(tokens[start : start + PAGE]) + content_hashes.get(start // PAGE, b""),
-            )
+            content_hash = content_hashes.get(start // PAGE, b"")
+            key = (content, _bytes(tokens[start : start + PAGE]) + content_hash)
             if key not in self._pages_of:
                 break
             page = self._pages_of[key][0]
@@ -97,7 +91,7 @@ class PagePool:
         return found
 
     def remember(
-        self, page: int, before: int | None, tokens: Sequence[int], mark: bytes = b""
+        self, page: int, before: int | None, tokens: Sequence[int], content_hash: bytes = b""
     ) -> None:
         """Makes a full page findable; `before` is the request's preceding page, which must be
         findable itself."""
@@ -106,12 +100,13 @@ class PagePool:
         content = _ROOT_CONTENT if before is None else self._content.get(before)
         if content is None:
             return
-        key = (content, _bytes(tokens) + mark)
+        key = (content, _bytes(tokens) + content_hash)
         same = self._pages_of.setdefault(key, [])
         if same:  # what follows it is found through either page
             self._content[page] = self._content[same[0]]
         else:
-            self._content[page], self._next_content = self._next_content, self._next_content + 1
+            self._content[page] = self._next_content
+            self._next_content += 1
         same.append(page)
         self._key_of[page] = key
         if same[0] in self._idle:  # this one stays longer
@@ -130,9 +125,8 @@ class PagePool:
         assert len(free) == self.available, "a page is listed as free twice"
         assert free == set(np.flatnonzero(held == 0).tolist()), "a page is lost, or free and held"
         listed = {page: key for key, pages in self._pages_of.items() for page in pages}
-        assert listed == self._key_of and listed.keys() == self._content.keys(), (
-            "the index of content is not sound"
-        )
+        assert listed == self._key_of, "the index of content is not sound"
+        assert listed.keys() == self._content.keys(), "the index of content is not sound"
         assert listed.keys().isdisjoint(self._free), "a page is free and cached"
         for page in self._idle:
             assert self._pages_of[listed[page]] == [page], (
@@ -140,7 +134,8 @@ class PagePool:
             )
 
     def _evict(self) -> int:
-        self._forget(page := self._idle.popitem(last=False)[0])
+        page, _ = self._idle.popitem(last=False)
+        self._forget(page)
         return page
 
     def _drop(self, page: int) -> None:
@@ -162,7 +157,8 @@ class BlockTable:
     """One request's pages; `length` positions of them are committed."""
 
     def __init__(self, pool: PagePool, content_hashes: ContentHashes = _NO_HASHES) -> None:
-        self._pool, self.content_hashes = pool, content_hashes
+        self._pool = pool
+        self.content_hashes = content_hashes
         self.pages: list[int] = []
         self.length = 0
         self._remembered = 0  # pages already offered to the prefix cache
@@ -189,14 +185,14 @@ class BlockTable:
 
     def cover(self, rows: int) -> None:
         """Takes the pages of the positions length, length + 1, ... length + rows - 1 that are
-        missing. Raises OutOfPages, changing nothing."""
+        missing. Raises OutOfPagesError, changing nothing."""
         missing = (self.length + rows + PAGE - 1) // PAGE - len(self.pages)
         if missing > 0:
             self.pages.extend(self._pool.take(missing))
             self._lay_out()
 
     def reserve(self, rows: int) -> list[int]:
-        """Slots [rows] of the positions length, length + 1, ... Raises OutOfPages, changing
+        """Slots [rows] of the positions length, length + 1, ... Raises OutOfPagesError, changing
         nothing."""
         self.cover(rows)
         pages = self.pages
@@ -213,15 +209,18 @@ class BlockTable:
         if self._pool.prefix_caching:
             for i in range(self._remembered, length // PAGE):
                 before = self.pages[i - 1] if i else None
-                mark = self.content_hashes.get(i, b"")
-                self._pool.remember(self.pages[i], before, tokens[i * PAGE : (i + 1) * PAGE], mark)
+                content = tokens[i * PAGE : (i + 1) * PAGE]
+                content_hash = self.content_hashes.get(i, b"")
+                self._pool.remember(self.pages[i], before, content, content_hash)
             self._remembered = length // PAGE
 
     def release(self) -> None:
         """Gives all pages back, last first: without its beginning, a cached prefix could never be
         found."""
         self._pool.give(reversed(self.pages))
-        self.pages, self.length, self._remembered = [], 0, 0
+        self.pages = []
+        self.length = 0
+        self._remembered = 0
 
 
 def _bytes(tokens: Sequence[int]) -> bytes:

@@ -24,12 +24,10 @@ class LoopDetector:
 
     def __init__(self) -> None:
         self._last: dict[int, int] = {}  # token -> index of its last occurrence
-        self._before: list[
-            int
-        ] = []  # index -> index of the same token's occurrence before it, or -1
-        self._runs: dict[
-            int, int
-        ] = {}  # period -> how many tokens up to now equal the one a period earlier
+        # index -> index of the same token's occurrence before it, or -1
+        self._before: list[int] = []
+        # period -> how many tokens up to now equal the one a period earlier
+        self._runs: dict[int, int] = {}
         self.start: int | None = None
 
     def push(self, token: int) -> bool:
@@ -38,7 +36,8 @@ class LoopDetector:
         repeats itself."""
         if self.start is not None:
             return True
-        now, runs = len(self._before), {}
+        now = len(self._before)
+        runs = {}
         earlier = before = self._last.get(token, -1)
         while earlier >= 0 and now - earlier <= MAX_PERIOD:
             period = now - earlier
@@ -49,7 +48,8 @@ class LoopDetector:
                 self.start = now + 1 - run
                 return True  # the shortest period: the latest occurrences come first
             earlier = self._before[earlier]
-        self._last[token], self._runs = now, runs
+        self._last[token] = now
+        self._runs = runs
         self._before.append(before)
         return False
 

@@ -1,4 +1,4 @@
-"""What fills positions of a prompt that no token id describes: pictures, as the engine sees them.
+"""What fills positions of a prompt that no token id describes: pictures, as the engine knows them.
 
 A picture stands for `length` consecutive positions. The engine knows what identifies its content,
 and gives the target the rows of its embeddings with the rows of the prompt's chunks; what it looks
@@ -16,9 +16,8 @@ import numpy as np
 from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.kv import PAGE
 
-MultimodalEmbeddings: TypeAlias = Sequence[
-    tuple[int, Any]
-]  # (first row, embeddings [rows, hidden])
+# (first row, embeddings [rows, hidden])
+MultimodalEmbeddings: TypeAlias = Sequence[tuple[int, Any]]
 
 
 @dataclass(eq=False, slots=True)
@@ -50,28 +49,22 @@ class Media:
         # page -> what it holds beside its token ids: prefix caching must tell pictures apart
         self.content_hashes = {}
         for picture in self.pictures:
-            for page in range(
-                picture.first // PAGE, (picture.first + picture.length - 1) // PAGE + 1
-            ):
-                mark = picture.key + (picture.first - page * PAGE).to_bytes(
-                    8, "little", signed=True
-                )
-                self.content_hashes[page] = self.content_hashes.get(page, b"") + mark
+            last = picture.first + picture.length - 1
+            for page in range(picture.first // PAGE, last // PAGE + 1):
+                offset = (picture.first - page * PAGE).to_bytes(8, "little", signed=True)
+                before = self.content_hashes.get(page, b"")
+                self.content_hashes[page] = before + picture.key + offset
 
     def copy(self) -> Media:
-        """The same pictures, to be seen and forgotten on their own."""
-        return Media(
-            [replace(picture, embeddings=None) for picture in self.pictures],
-            self.rotary,
-            self.shift,
-        )
+        """The same pictures, to be encoded and forgotten on their own."""
+        pictures = [replace(picture, embeddings=None) for picture in self.pictures]
+        return Media(pictures, self.rotary, self.shift)
 
     def visual(self, end: int) -> int:
         """Where the last picture's positions end that begins before `end`, or `end` if that lies
         within it; 0: none."""
-        return max(
-            (min(end, p.first + p.length) for p in self.pictures if p.first < end), default=0
-        )
+        ends = (min(end, p.first + p.length) for p in self.pictures if p.first < end)
+        return max(ends, default=0)
 
     @property
     def length(self) -> int:
@@ -82,7 +75,7 @@ class Media:
         """The pictures that have positions in [start, start + count)."""
         return [p for p in self.pictures if p.first < start + count and start < p.first + p.length]
 
-    def unseen(self, start: int, count: int) -> list[Picture]:
+    def to_encode(self, start: int, count: int) -> list[Picture]:
         """Those among them whose embeddings are still to be computed."""
         return [picture for picture in self.within(start, count) if picture.embeddings is None]
 
@@ -91,13 +84,10 @@ class Media:
         `start`."""
         parts = []
         for picture in self.within(start, count):
-            first, end = (
-                max(start, picture.first),
-                min(start + count, picture.first + picture.length),
-            )
-            parts.append(
-                (first - start, picture.embeddings[first - picture.first : end - picture.first])
-            )
+            first = max(start, picture.first)
+            end = min(start + count, picture.first + picture.length)
+            part = picture.embeddings[first - picture.first : end - picture.first]
+            parts.append((first - start, part))
         return parts
 
     def positions(self, start: int, count: int) -> IntArray | None:

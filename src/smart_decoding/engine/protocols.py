@@ -20,6 +20,7 @@ from smart_decoding.engine.rows import Rows
 
 Features: TypeAlias = Any
 Logits: TypeAlias = Any
+Clock: TypeAlias = Callable[[], float]
 
 
 class Grown(NamedTuple):
@@ -109,7 +110,7 @@ class Target(Protocol):
         ...
 
     def forget_pictures(self) -> None:
-        """`encode_image` looks anew at all that it has seen; of text models never called."""
+        """`encode_image` computes all pictures anew; of text models never called."""
         ...
 
     def move(self, source: Ints, target: Ints) -> None:
@@ -153,7 +154,7 @@ class Drafter(Protocol):
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
         """The target processed one more token of each request, and that was all of the round: plain
-        decoding, whose rounds must not pay for a drafter that rests. features: [requests, ...] or
+        decoding, whose rounds must not pay for a drafter in backoff. features: [requests, ...] or
         None."""
         ...
 

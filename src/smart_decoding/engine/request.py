@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class RequestMetrics:
 
     @property
     def wasted_rows(self) -> int:
+        """Nodes that were verified in vain."""
         return self.verified - self.accepted
 
     @property
@@ -71,6 +73,21 @@ class Request:
         self.tokens = list(self.prompt)
         self.takes_argmax = self.params.greedy and not self.params.changes_logits
 
+    def accept(self, tokens: Sequence[int], now: float) -> list[int]:
+        """Takes the tokens of a round, at the second `now`; returns those that belong to the
+        answer."""
+        answer = self.stop.push(tokens)
+        if self.logprobs is not None:
+            del self.logprobs[len(self.output) :]
+        self.tokens.extend(answer)
+        if self.history is not None:
+            self.history.append(answer)
+        if self.constraint is not None:
+            self.constraint.append(answer)
+        if self.metrics.first_token is None:
+            self.metrics.first_token = now
+        return answer
+
     @property
     def pending(self) -> int:
         """Tokens that are not in the KV cache yet: 1 while decoding, more for a prompt."""
@@ -78,6 +95,7 @@ class Request:
 
     @property
     def output(self) -> list[int]:
+        """The answer's tokens so far."""
         return self.stop.token_ids
 
     @property
@@ -87,4 +105,5 @@ class Request:
 
     @property
     def finished(self) -> bool:
+        """Whether it has ended, or was aborted."""
         return self.aborted or self.stop.finish_reason is not None

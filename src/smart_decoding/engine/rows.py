@@ -1,6 +1,6 @@
-"""The rows of one forward pass: which tokens, at which positions, seeing which keys.
+"""The rows of one forward pass: which tokens, at which positions, reading which keys.
 
-Linear layers see exactly these rows, ragged trees included. A row reads the positions 0 ..
+Linear layers run exactly these rows, ragged trees included. A row reads the positions 0 ..
 context_len-1 of its request through the block table, then the `ancestors` slots: its ancestors in
 the draft tree, and itself.
 """
@@ -8,9 +8,9 @@ the draft tree, and itself.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.token)
 
+    @property
+    def logit_tokens(self) -> IntArray:
+        """The tokens of the rows whose logits are wanted."""
+        return self.token if self.logit_rows is None else self.token[self.logit_rows]
+
 
 @dataclass(slots=True)
 class Span:
@@ -67,133 +72,160 @@ class Span:
     rotary: IntArray | None = None
 
 
-def build_rows(
-    spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool]
-) -> tuple[Rows, list[int], list[int]]:
+class RowLayout(NamedTuple):
+    """Rows, and where things lie in them.
+
+    last: [spans] each span's last row; node_row: [nodes] each tree node's row."""
+
+    rows: Rows
+    last: list[int]
+    node_row: list[int]
+
+
+class RowsBuilder:
+    """Lays out the rows of a forward: for each request `begin`, then its committed tokens, then
+    its nodes.
+
+    Plain lists: between two forwards caches are cold, and each numpy call takes as long as several
+    nodes do here."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._positions: list[int] = []
+        self._slots: list[int] = []
+        self._context_len: list[int] = []
+        self._ancestors_start = [0]
+        self._ancestors: list[int] = []
+        self._query_start_loc: list[int] = []
+        self._tables: list[Ints] = []
+        self._mm_embeds: list[tuple[int, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def begin(self, pages: Ints) -> None:
+        """The next group's rows follow; pages: its block table."""
+        self._query_start_loc.append(len(self))
+        self._tables.append(pages)
+
+    def embed(self, parts: MultimodalEmbeddings, offset: int = 0) -> None:
+        """Embeddings for the rows to come, from the row `offset` of them on."""
+        first = len(self) + offset
+        self._mm_embeds += [(first + row, part) for row, part in parts]
+
+    def add_committed(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Iterable[int], start: int = 0
+    ) -> None:
+        """Rows that read the positions from `start` up to their own; all are [rows]."""
+        self._tokens.extend(tokens)
+        self._positions.extend(positions)
+        self._slots.extend(slots)  # of an array, too
+        self._context_len += [position + 1 - start for position in positions]
+        self._ancestors_start += [len(self._ancestors)] * len(tokens)
+
+    def add_node(self, token: int, position: int, context_len: int, path: Sequence[int]) -> int:
+        """A tree node's row; path: the slots of its ancestors and its own. Returns its number."""
+        self._tokens.append(token)
+        self._positions.append(position)
+        self._slots.append(path[-1])
+        self._context_len.append(context_len)
+        self._ancestors.extend(path)
+        self._ancestors_start.append(len(self._ancestors))
+        return len(self) - 1
+
+    def build(self) -> Rows:
+        """The rows; the logits of all are wanted."""
+        starts = itertools.accumulate(map(len, self._tables[:-1]), initial=0)
+        slot_mapping, context_len, ancestors_start, ancestors, query_start_loc, table_start = (
+            _arrays(
+                self._slots,
+                self._context_len,
+                self._ancestors_start,
+                self._ancestors,
+                [*self._query_start_loc, len(self)],
+                list(starts),
+            )
+        )
+        return Rows(
+            np.array(self._tokens, np.int64),
+            np.array(self._positions, np.int64),
+            slot_mapping,
+            context_len,
+            ancestors_start,
+            ancestors,
+            query_start_loc,
+            table_start,
+            self._tables[0] if len(self._tables) == 1 else np.concatenate(self._tables),
+            mm_embeds=self._mm_embeds,
+        )
+
+
+def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool]) -> RowLayout:
     """Rows of a batch: one group per span, followed in its group by the request's tree nodes, the
     best chain first.
 
     trees: nodes of the first `trees.batch` spans, each of which then holds one token, the root.
     want_all: per span, whether the last row's logits are wanted (false: none, an unfinished
-    prompt). Returns the rows, each span's last committed row [spans], and each node's row [nodes].
-
-    Plain lists: between two forwards caches are cold, and each numpy call takes as long as several
-    nodes do here."""
-    owners = trees.owner.tolist()
-    below = [0] * len(spans)
-    for owner in owners:
-        below[owner] += 1
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    query_start_loc, last, block_table_start = [0], [], [0]
-    for span, nodes in zip(spans, below, strict=True):
+    prompt)."""
+    builder = RowsBuilder()
+    parents = trees.parent.tolist()
+    depths = trees.depth.tolist()
+    tokens = trees.token.tolist()
+    last: list[int] = []
+    node_row = [0] * len(parents)
+    paths: dict[int, list[int]] = {ROOT: []}  # node -> slots of its ancestors and its own
+    groups = _best_chain_first(trees.owner.tolist(), parents, len(spans))
+    for span, nodes in zip(spans, groups, strict=True):
         count = len(span.tokens)
-        last.append(len(tokens) + count - 1)
-        tokens.extend(span.tokens)
-        positions.extend(range(span.start, span.start + count))
-        slots.extend(span.slots[: count + nodes])
-        if nodes:  # filled in below
-            tokens += [0] * nodes
-            positions += [0] * nodes
-        query_start_loc.append(len(tokens))
-        block_table_start.append(block_table_start[-1] + len(span.pages))
-    total = len(tokens)
-    context_len = [position + 1 for position in positions]
-    node_row: list[int] = []
-    ancestors_start, ancestors = [0] * (total + 1), list[int]()
-    if owners:
-        seen: list[
-            list[int]
-        ] = []  # by each node: its ancestors' slots from the first level down, and its own
-        of_row: dict[int, list[int]] = {}
-        parents = trees.parent.tolist()
-        chain, ends = _best_chains(owners, parents, len(spans))
-        free = [row + 1 + count for row, count in zip(last, ends, strict=True)]
-        nodes_ = zip(
-            owners, parents, trees.depth.tolist(), trees.token.tolist(), chain, strict=True
-        )
-        for owner, parent, depth, token, best in nodes_:
-            row = root = last[owner]
-            if best:
-                row += depth
-            else:
-                row = free[owner]
-                free[owner] = row + 1
-            tokens[row], positions[row], context_len[row] = (
-                token,
-                positions[root] + depth,
-                context_len[root],
-            )
-            path = [*seen[parent], slots[row]] if parent >= 0 else [slots[row]]
-            node_row.append(row)
-            seen.append(path)
-            of_row[row] = path
-        for row in range(total):
-            ancestors += of_row.get(row, ())
-            ancestors_start[row + 1] = len(ancestors)
-    slot, context_len_, at, more, group, first = arrays(
-        slots, context_len, ancestors_start, ancestors, query_start_loc, block_table_start[:-1]
-    )
-    pages = spans[0].pages if len(spans) == 1 else np.concatenate([span.pages for span in spans])
-    position = np.array(positions, np.int64)
-    rows = Rows(
-        np.array(tokens, np.int64), position, slot, context_len_, at, more, group, first, pages
-    )
-    if any(span.mm_embeds for span in spans):
-        rows.mm_embeds = [
-            (query_start_loc[i] + at, part)
-            for i, span in enumerate(spans)
-            for at, part in span.mm_embeds
-        ]
+        end = span.start + count
+        builder.begin(span.pages)
+        builder.embed(span.mm_embeds)
+        builder.add_committed(span.tokens, range(span.start, end), span.slots[:count])
+        last.append(len(builder) - 1)
+        for node, slot in zip(nodes, span.slots[count : count + len(nodes)], strict=True):
+            path = paths[node] = [*paths[parents[node]], slot]
+            node_row[node] = builder.add_node(tokens[node], end - 1 + depths[node], end, path)
+    layout = RowLayout(builder.build(), last, node_row)
     if any(span.rotary is not None for span in spans):
-        rows.rotary = _rotary(spans, trees, position, query_start_loc, last, node_row)
+        layout.rows.rotary = _rotary(spans, trees, layout)
     wanted = [row for row, want in zip(last, want_all, strict=True) if want]
-    if len(wanted) + len(node_row) < total:
-        rows.logit_rows = np.array(wanted + node_row, np.int64)
-    return rows, last, node_row
+    if len(wanted) + len(node_row) < len(builder):
+        layout.rows.logit_rows = np.array(wanted + node_row, np.int64)
+    return layout
 
 
-def arrays(*lists: Sequence[int]) -> list[Ints]:
+def _arrays(*lists: Sequence[int]) -> list[Ints]:
     """The lists as parts of one array: one call of numpy in place of many."""
     edges = itertools.accumulate(map(len, lists), initial=0)
     joined = np.array(list(itertools.chain(*lists)), np.int32)
     return [joined[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def _best_chains(
-    owners: Sequence[int], parents: Sequence[int], spans: int
-) -> tuple[list[bool], list[int]]:
-    """Which nodes are their request's first child of the first child of ..., and how many those are
-    for each request.
+def _best_chain_first(owners: Sequence[int], parents: Sequence[int], spans: int) -> list[list[int]]:
+    """Each request's nodes: first its first child of the first child of ..., then the others.
 
-    Drafters list the best child first. These nodes take the rows, and so the slots, right behind
-    their root: where they are accepted their keys lie where they belong, and need not be moved."""
-    tips, lengths = [ROOT] * spans, [0] * spans
-    chain = []
+    Drafters list the best child first. The best chain takes the rows, and so the slots, right
+    behind the root: where it is accepted its keys lie where they belong, and need not be moved."""
+    tips = [ROOT] * spans
+    chains: list[list[int]] = [[] for _ in range(spans)]
+    others: list[list[int]] = [[] for _ in range(spans)]
     for node, (owner, parent) in enumerate(zip(owners, parents, strict=True)):
-        best = parent == tips[owner]
-        chain.append(best)
-        if best:
+        if parent == tips[owner]:
             tips[owner] = node
-            lengths[owner] += 1
-    return chain, lengths
+            chains[owner].append(node)
+        else:
+            others[owner].append(node)
+    return [chain + rest for chain, rest in zip(chains, others, strict=True)]
 
 
-def _rotary(
-    spans: Sequence[Span],
-    trees: DraftTrees,
-    position: IntArray,
-    query_start_loc: Sequence[int],
-    last: Sequence[int],
-    node_row: Sequence[int],
-) -> IntArray:
+def _rotary(spans: Sequence[Span], trees: DraftTrees, layout: RowLayout) -> IntArray:
     """[rows, 3] the spans' own rotary positions, else the plain ones; a node lies its depth behind
     its root."""
-    rotary = np.repeat(position[:, None], 3, axis=1)
-    for i, span in enumerate(spans):
+    rotary = np.repeat(layout.rows.position[:, None], 3, axis=1)
+    for span, last in zip(spans, layout.last, strict=True):
         if span.rotary is not None:
-            rotary[query_start_loc[i] : last[i] + 1] = span.rotary
+            rotary[last + 1 - len(span.tokens) : last + 1] = span.rotary
     if len(trees):
-        rotary[node_row] = rotary[np.array(last)[trees.owner]] + trees.depth[:, None]
+        roots = np.array(layout.last)[trees.owner]
+        rotary[layout.node_row] = rotary[roots] + trees.depth[:, None]
     return rotary

@@ -16,7 +16,8 @@ from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
 
 GREEDY_BELOW = 1e-5  # vLLM's threshold: colder than this is argmax
-INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+INT64_MIN = -(2**63)
+INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,9 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, -1, "an integer >= 0, -1 (all tokens) or None")
 
     def _check_stops(self) -> None:
-        strings = (
-            self.stop
-            if isinstance(self.stop, list | tuple)
-            else []
-            if self.stop is None
-            else [self.stop]
-        )
+        strings = self.stop if isinstance(self.stop, list | tuple) else [self.stop]
+        if self.stop is None:
+            strings = []
         good = all(isinstance(s, str) and s for s in strings)
         _require(good, "stop", self.stop, "a non-empty string or a list of non-empty strings")
         _require(
@@ -178,6 +175,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
         return self.temperature < GREEDY_BELOW
 
     @property
@@ -198,12 +196,14 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
+        """Distinct strings that end the answer."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(dict.fromkeys(self.stop))
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
+        """Distinct token ids that end the answer."""
         return tuple(dict.fromkeys(self.stop_token_ids or ()))
 
 

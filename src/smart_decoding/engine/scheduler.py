@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from smart_decoding.engine.kv import PAGE, OutOfPages, PagePool
+from smart_decoding.engine.kv import PAGE, OutOfPagesError, PagePool
 from smart_decoding.engine.request import Request
 
 
@@ -30,14 +30,16 @@ class Scheduler:
     decoding rows."""
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self.pool, self.max_num_seqs, self.chunk = pool, max_num_seqs, max_num_batched_tokens
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.chunk = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.preempted: list[
-            Request
-        ] = []  # of the last next_batch(): the engine tells their drafters
+        # of the last next_batch(): the engine tells their drafters
+        self.preempted: list[Request] = []
 
     def add(self, request: Request) -> None:
+        """Queues a request."""
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -50,6 +52,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
     @property
@@ -60,7 +63,9 @@ class Scheduler:
     def next_batch(self) -> Batch:
         """The next round's requests, with KV memory for their committed rows reserved."""
         self.preempted = []
-        decode, prefill, budget = [], [], self.chunk
+        decode = []
+        prefill = []
+        budget = self.chunk
         for request in list(self.running):
             pending = request.pending
             decodes = pending == 1 and bool(request.output)
@@ -72,23 +77,16 @@ class Scheduler:
             else:
                 prefill.append((request, rows))
                 budget -= rows
-        while (
-            self.waiting
-            and budget > 0
-            and len(self.running) < self.max_num_seqs
-            and not self.preempted
-        ):
+        while self.waiting and budget > 0 and not self.preempted:
             request = self.waiting[0]
-            if not self._admit(request):
+            if len(self.running) >= self.max_num_seqs or not self._admit(request):
                 break
             rows = min(request.pending, budget)
             prefill.append((request, rows))
             budget -= rows
         if self.preempted:
             decode = [request for request in decode if request not in self.preempted]
-            prefill = [
-                (request, rows) for request, rows in prefill if request not in self.preempted
-            ]
+            prefill = [part for part in prefill if part[0] not in self.preempted]
         return Batch(decode, prefill)
 
     def _reserve(self, request: Request, rows: int) -> bool:
@@ -98,7 +96,7 @@ class Scheduler:
             try:
                 request.table.cover(rows)
                 return True
-            except OutOfPages:
+            except OutOfPagesError:
                 youngest = self.running[-1]
                 youngest.metrics.preemptions += 1
                 self.put_back(youngest)

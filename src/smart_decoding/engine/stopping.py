@@ -36,9 +36,8 @@ class Detokenizer:
             return self._give_out(text)
         if len(tokens) <= 1:
             return ""
-        del self._window[
-            -len(tokens) :
-        ]  # the last token cuts a character: give out those before it
+        # The last token cuts a character: give out those before it.
+        del self._window[-len(tokens) :]
         return "".join(self.push([token]) for token in tokens)
 
     def flush(self) -> str:
@@ -84,16 +83,16 @@ class StopChecker:
         before: the prompt's last tokens, on which the first one's text may depend."""
         limits = [limit for limit in (params.max_tokens, max_tokens) if limit is not None]
         self._max_tokens = min(limits) if limits else None
-        self._params, self._strings, self._ids = (
-            params,
-            params.stop_strings,
-            frozenset(params.stop_ids),
-        )
+        self._params = params
+        self._strings = params.stop_strings
+        self._ids = frozenset(params.stop_ids)
         self._eos_ids: frozenset[int] = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self._ends = self._eos_ids | self._ids
         self._detokenizer = Detokenizer(decode, before)
         self._loops = LoopDetector() if detect_loops else None
-        self._text, self._shown, self._unchecked = "", 0, 0
+        self._text = ""
+        self._shown = 0
+        self._unchecked = 0
         self._undecoded: list[int] = []
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -135,7 +134,8 @@ class StopChecker:
     def new_text(self) -> str:
         """The text since the last call, for streaming; after the end, all that remains."""
         text = self.text
-        new, self._shown = text[self._shown :], len(text)
+        new = text[self._shown :]
+        self._shown = len(text)
         return new
 
     def _push_one(self, token: int) -> None:
@@ -160,7 +160,8 @@ class StopChecker:
     def _finish(self, reason: FinishReason, stop_reason: str | int | None) -> None:
         self._decode_pending()
         self._text += self._detokenizer.flush()
-        self.finish_reason, self.stop_reason = reason, stop_reason
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
 
     def _decode_pending(self) -> None:
         if self._undecoded:
@@ -172,9 +173,8 @@ class StopChecker:
         earliest in the text."""
         self._decode_pending()
         if len(self.token_ids) <= self._params.min_tokens:
-            self._unchecked = len(
-                self._text
-            )  # vLLM: text of the first min_tokens cannot complete a stop string
+            # vLLM: text of the first min_tokens cannot complete a stop string.
+            self._unchecked = len(self._text)
             return False
         found = []
         for order, string in enumerate(self._strings):
@@ -185,12 +185,10 @@ class StopChecker:
         if not found:
             return False
         at, _, string = min(found)
-        self._text = (
-            self._text[: at + len(string)]
-            if self._params.include_stop_str_in_output
-            else self._text[:at]
-        )
-        self.finish_reason, self.stop_reason = "stop", string
+        end = at + len(string) if self._params.include_stop_str_in_output else at
+        self._text = self._text[:end]
+        self.finish_reason = "stop"
+        self.stop_reason = string
         return True
 
     def _held_back(self) -> int:

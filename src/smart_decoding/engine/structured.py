@@ -49,9 +49,8 @@ class StructuredOutputsParams:
                     f"structured_outputs={{{name!r}: {value!r}}} is not allowed: it must be a text"
                 )
         if self.json_object is not None and self.json_object is not True:
-            raise ConfigError(
-                f"structured_outputs={{'json_object': {self.json_object!r}}} is not allowed: give True"
-            )
+            given_value = {"json_object": self.json_object}
+            raise ConfigError(f"structured_outputs={given_value} is not allowed: give True")
         if self.choice is not None:
             good = isinstance(self.choice, list | tuple) and all(
                 isinstance(each, str) and each for each in self.choice
@@ -99,7 +98,8 @@ def grammatical(
     the target cannot draw the others, so that verifying them would be in vain."""
     good = np.zeros(len(trees), np.bool_)
     for node in kept.tolist():
-        constraint, parent = constraints[trees.owner[node]], int(trees.parent[node])
+        constraint = constraints[trees.owner[node]]
+        parent = int(trees.parent[node])
         above = parent == ROOT or bool(good[parent])
         good[node] = above and (
             constraint is None or constraint.accepts(trees.token[trees.path(node)].tolist())

@@ -3,7 +3,7 @@ was accepted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike
 
 from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.tree import DraftTrees, IntArray
-from smart_decoding.engine.kv import OutOfPages
+from smart_decoding.engine.kv import OutOfPagesError
 from smart_decoding.engine.protocols import (
+    Clock,
     Drafter,
     Features,
     GreedyBatch,
@@ -21,12 +22,23 @@ from smart_decoding.engine.protocols import (
     VerifyGreedy,
 )
 from smart_decoding.engine.request import Request
-from smart_decoding.engine.rows import Rows, Span, build_rows
+from smart_decoding.engine.rows import RowLayout, Span, build_rows
 from smart_decoding.engine.scheduler import Batch
 from smart_decoding.engine.specs import specs_of
 from smart_decoding.errors import ModelError
 
-Clock = Callable[[], float]
+
+@dataclass(slots=True)
+class Committed:
+    """What the target has now computed for good: `count` positions of a request from `first` on.
+
+    rows: where their features are. A slice where they are neighbours, as in the best chain, which
+    saves a copy."""
+
+    request: Request
+    first: int
+    count: int
+    rows: slice | list[int]
 
 
 @dataclass(slots=True)
@@ -34,15 +46,14 @@ class Verified:
     """What came of it.
 
     requests: those that get tokens, the decoding ones first, then those whose prompt ended.
-    committed: the rows of `features` that hold their committed tokens, and after them those of
-    prompts that go on. Seconds: of the forward, of drawing tokens, of moving keys, and of all of
-    it."""
+    rows: of the forward. committed: of `requests` in order, then of prompts that go on. Seconds: of
+    the forward, of drawing tokens, of moving keys, and of forward and drawing together."""
 
     requests: list[Request]
     acceptance: Acceptance
     rows: int
     features: Features
-    committed: list[slice | list[int]]
+    committed: list[Committed]
     forward_seconds: float
     sample_seconds: float
     kv_seconds: float
@@ -57,7 +68,7 @@ def make_room(batch: Batch, trees: DraftTrees, kept: IntArray) -> IntArray:
     for i, count in enumerate(np.bincount(trees.owner[kept], minlength=len(batch.decode)).tolist()):
         try:
             batch.decode[i].table.cover(1 + count)
-        except OutOfPages:
+        except OutOfPagesError:
             kept = kept[trees.owner[kept] != i]
     return kept
 
@@ -71,53 +82,43 @@ def verify(
     clock: Clock,
 ) -> Verified:
     """Runs the batch's rows and the nodes `kept`, for which there is memory."""
-    aux_layers, sees_logits = (
-        (drafter.aux_layers, drafter.wants_logits) if drafter is not None else ((), False)
-    )
-    if (
-        target.verify_greedy is not None
-        and not (batch.prefill or sees_logits)
-        and all(map(_is_plain, batch.decode))
-    ):
+    aux_layers = drafter.aux_layers if drafter is not None else ()
+    listener = drafter if drafter is not None and drafter.wants_logits else None
+    if target.verify_greedy is not None and listener is None and _is_plain(batch):
         return _in_one_call(target.verify_greedy, aux_layers, batch.decode, trees, kept, clock)
     spans, asking = _spans(batch, trees, kept)
+    going_on = [r for r, n in batch.prefill if n < r.pending]
     nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
-    rows, last, node_row = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
+    layout = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
     start = clock()
-    scores = target.verify(rows, aux_layers)
+    scores = target.verify(layout.rows, aux_layers)
     verified = clock()
-    if drafter is not None and sees_logits:
-        seen = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
-        drafter.observe_logits(seen, scores.logits)
+    if listener is not None:
+        listener.observe_logits(layout.rows.logit_tokens, scores.logits)
     sample_start = clock()
-    # Row numbers of accept() -> rows of the logits.
-    at = (
-        list(range(len(asking) + len(nodes)))
-        if rows.logit_rows is not None
-        else last[: len(asking)] + node_row
-    )
-    acceptance = _accept(target, asking, nodes, at, scores)
+    acceptance = _accept(target, asking, nodes, layout, scores)
     sampled = clock()
     if len(nodes):
-        _commit_keys(target, acceptance, rows, last, node_row)
+        _commit_keys(target, acceptance, layout)
     moved = clock()
-    committed = _committed(spans, acceptance, last, node_row)
     return Verified(
         asking,
         acceptance,
-        len(rows),
+        len(layout.rows),
         scores.features,
-        committed,
-        verified - start,
-        sampled - sample_start,
-        moved - sampled,
-        sampled - start,
+        _committed(asking + going_on, spans, acceptance, layout),
+        forward_seconds=verified - start,
+        sample_seconds=sampled - sample_start,
+        kv_seconds=moved - sampled,
+        seconds=sampled - start,
     )
 
 
-def _is_plain(request: Request) -> bool:
-    """Is it answered by the first maxima of logits that nobody else wants to see?"""
-    return request.takes_argmax and request.logprobs is None and request.media is None
+def _is_plain(batch: Batch) -> bool:
+    """Whether all are answered by the first maxima of logits that nobody else wants."""
+    return not batch.prefill and all(
+        r.takes_argmax and r.logprobs is None and r.media is None for r in batch.decode
+    )
 
 
 def _in_one_call(
@@ -129,31 +130,30 @@ def _in_one_call(
     clock: Clock,
 ) -> Verified:
     start = clock()
-    roots, lengths = [r.tokens[-1] for r in requests], [r.table.length for r in requests]
-    done = verify_greedy(
-        GreedyBatch(roots, lengths, [r.table.address for r in requests], trees, kept, aux_layers)
-    )
+    roots = [r.tokens[-1] for r in requests]
+    lengths = [r.table.length for r in requests]
+    tables = [r.table.address for r in requests]
+    done = verify_greedy(GreedyBatch(roots, lengths, tables, trees, kept, aux_layers))
     paths = done.acceptance.path
-    committed: list[slice | list[int]] = [
-        slice(row, row + 1 + len(path)) for row, path in zip(done.first, paths, strict=True)
+    committed = [
+        Committed(request, first, 1 + len(path), slice(row, row + 1 + len(path)))
+        for request, first, row, path in zip(requests, lengths, done.first, paths, strict=True)
     ]
-    rows, forward = len(requests) + len(kept), done.forward_seconds
-    seconds = clock() - start
     return Verified(
         requests,
         done.acceptance,
-        rows,
+        len(requests) + len(kept),
         done.features,
         committed,
-        forward,
-        0.0,
-        done.kv_seconds,
-        seconds,
+        forward_seconds=done.forward_seconds,
+        sample_seconds=0.0,
+        kv_seconds=done.kv_seconds,
+        seconds=clock() - start,
     )
 
 
 def _spans(batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[list[Span], list[Request]]:
-    """Committed tokens of the round, requests that get a token first."""
+    """Committed tokens of the round, requests that get a token first; and those requests."""
     counts = [0] * len(batch.decode)
     if len(kept):
         counts = np.bincount(trees.owner[kept], minlength=len(batch.decode)).tolist()
@@ -168,36 +168,35 @@ def _spans(batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[list[Span],
 
 def _span(request: Request, count: int, slots: int) -> Span:
     start = request.table.length
-    span = Span(
-        request.tokens[start : start + count],
-        start,
-        request.table.reserve(slots),
-        request.table.array,
-    )
+    tokens = request.tokens[start : start + count]
+    span = Span(tokens, start, request.table.reserve(slots), request.table.array)
     if request.media is not None:
-        span.mm_embeds, span.rotary = (
-            request.media.mm_embeds(start, count),
-            request.media.positions(start, count),
-        )
+        span.mm_embeds = request.media.mm_embeds(start, count)
+        span.rotary = request.media.positions(start, count)
     return span
+
+
+def _logit_rows(layout: RowLayout, nodes: DraftTrees) -> list[int]:
+    """The row of the logits of each root, then of each node: the numbering of `accept`."""
+    if layout.rows.logit_rows is not None:
+        return list(range(nodes.batch + len(nodes)))
+    return layout.last[: nodes.batch] + layout.node_row
 
 
 def _accept(
     target: Target,
     asking: list[Request],
     nodes: DraftTrees,
-    at: Sequence[int],
+    layout: RowLayout,
     scores: TargetScores,
 ) -> Acceptance:
-    """Draws the target's tokens down the trees. at: row of the logits of each root, then of each
-    node."""
+    """Draws the target's tokens down the trees."""
+    at = _logit_rows(layout, nodes)
     if all(r.takes_argmax for r in asking):
-        greedy = (
-            target.argmax(scores.logits, np.array(at))
-            if scores.greedy is None
-            else scores.greedy[at]
-        )
-        tokens = greedy.tolist()
+        if scores.greedy is None:
+            tokens = target.argmax(scores.logits, np.array(at)).tolist()
+        else:
+            tokens = scores.greedy[at].tolist()
         acceptance = accept(nodes, lambda wanted: _finite([tokens[row] for row in wanted]))
     else:
         eos = target.eos_token_ids
@@ -211,9 +210,8 @@ def _accept(
         )
     for i, request in enumerate(asking):
         if request.logprobs is not None:
-            which = np.array(
-                [at[row] for row in (i, *(node + len(asking) for node in acceptance.path[i]))]
-            )
+            visited = [i, *(node + len(asking) for node in acceptance.path[i])]
+            which = np.array([at[row] for row in visited])
             k = request.params.logprobs or 0
             request.logprobs += target.logprobs(scores.logits, which, acceptance.emitted[i], k)
     return acceptance
@@ -234,33 +232,34 @@ def require_finite(finite: ArrayLike) -> None:
         )
 
 
-def _commit_keys(
-    target: Target, acceptance: Acceptance, rows: Rows, last: list[int], node_row: list[int]
-) -> None:
+def _commit_keys(target: Target, acceptance: Acceptance, layout: RowLayout) -> None:
     """Moves accepted nodes' keys to their final positions, which follow the root's in the reserved
     slots."""
     moves = [
-        (node_row[node], last[i] + depth)
-        for i, path in enumerate(acceptance.path)
+        (layout.node_row[node], root + depth)
+        for root, path in zip(layout.last, acceptance.path, strict=False)
         for depth, node in enumerate(path, start=1)
-        if node_row[node] != last[i] + depth
+        if layout.node_row[node] != root + depth
     ]
     if moves:
         source, destination = zip(*moves, strict=True)
-        target.move(rows.slot_mapping.take(source), rows.slot_mapping.take(destination))
+        slots = layout.rows.slot_mapping
+        target.move(slots.take(source), slots.take(destination))
 
 
 def _committed(
-    spans: Sequence[Span], acceptance: Acceptance, last: Sequence[int], node_row: Sequence[int]
-) -> list[slice | list[int]]:
-    """The rows of each span, and of the nodes accepted below it: a slice where they are neighbours,
-    as in the best chain, which saves a copy of their features."""
-    committed: list[slice | list[int]] = []
-    for i, span in enumerate(spans):
-        first, end = last[i] + 1 - len(span.tokens), last[i] + 1
-        nodes = [node_row[node] for node in acceptance.path[i]] if i < len(acceptance.path) else []
-        if nodes and nodes[-1] != end + len(nodes) - 1:  # rows of a path ascend
-            committed.append([*range(first, end), *nodes])
-        else:
-            committed.append(slice(first, end + len(nodes)))
+    requests: Sequence[Request],
+    spans: Sequence[Span],
+    acceptance: Acceptance,
+    layout: RowLayout,
+) -> list[Committed]:
+    committed = []
+    for i, (request, span, last) in enumerate(zip(requests, spans, layout.last, strict=True)):
+        first = last + 1 - len(span.tokens)
+        path = acceptance.path[i] if i < len(acceptance.path) else []
+        nodes = [layout.node_row[node] for node in path]
+        rows: slice | list[int] = slice(first, last + 1 + len(nodes))
+        if nodes and nodes[-1] != last + len(nodes):  # rows of a path ascend
+            rows = [*range(first, last + 1), *nodes]
+        committed.append(Committed(request, span.start, len(span.tokens) + len(nodes), rows))
     return committed

@@ -267,7 +267,7 @@ def fake_rows(batch: int, total: int, context: int, pages: int) -> Rows | None:
         at = np.arange(context, context + total // batch + (i < total % batch))
         slots = (table[at // PAGE] * PAGE + at % PAGE).astype(np.int32)
         spans.append(Span(((7 * at + i) % 32).tolist(), context, slots, table))
-    rows, _, _ = build_rows(spans, DraftTrees.empty(batch), [True] * batch)
+    rows = build_rows(spans, DraftTrees.empty(batch), [True] * batch).rows
     rows.logit_rows = None
     return rows
 

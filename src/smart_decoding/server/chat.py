@@ -24,7 +24,7 @@ def chat_prompt(
     with_tools = offered or any(
         "tool_calls" in message or message["role"] == "tool" for message in plain
     )
-    if has_pictures(plain) or (llm.sees and not with_tools):
+    if has_pictures(plain) or (llm.supports_images and not with_tools):
         if with_tools:
             message = "tools and pictures are not supported in one conversation"
             raise ApiError(400, message, "invalid_value", "messages")

@@ -150,7 +150,7 @@ def test_few_scratch_pages_only_shrink_the_trees() -> None:
     assert [r.output for r in drafted] == plain(many)
 
 
-# ------------------------------------------------------------------------------------------ windows
+# --- windows
 # and prefix caching
 
 
@@ -164,7 +164,8 @@ def first_draft(drafting: Engine, prompt: list[int], tokens: int = 8) -> tuple[l
         done = drafting.last_round.round
         if found is None and len(done.trees):
             found = done.trees.token.tolist(), done.level_widths[0]
-    assert found is not None and request.finished
+    assert found is not None
+    assert request.finished
     return found
 
 
@@ -196,7 +197,8 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     _, rows = first_draft(drafting, prompt, tokens=30)
     assert 16 <= rows <= 64
     # keys of a cut context serve nobody else
-    assert first_draft(drafting, [*prompt, 1])[1] <= 64 and not drafting.drafter._kept.any()  # type: ignore[union-attr]
+    assert first_draft(drafting, [*prompt, 1])[1] <= 64
+    assert not drafting.drafter._kept.any()
 
 
 def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
@@ -212,11 +214,13 @@ def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
     assert first == {*((1, w) for w in (*WAITING, LONG_WAITING)), (2, 0)}
     assert {s.width for s in levels if s.waiting is None} == set(WIDTHS)
     cost = CostModel.fit(levels)
-    assert cost.first is not None and cost.first.rows == (1, 2)
-    assert cost.waiting is not None and cost.waiting.rows[-1] == LONG_WAITING
+    assert cost.first is not None
+    assert cost.first.rows == (1, 2)
+    assert cost.waiting is not None
+    assert cost.waiting.rows[-1] == LONG_WAITING
 
 
-# ------------------------------------------------------------------------------------------------------- vocabularies
+# --- vocabularies
 
 
 def test_vocabularies_may_be_padded_differently() -> None:
@@ -246,7 +250,7 @@ def architecture(config: ModelConfig) -> str:
 WORDS = [f"w{i}" for i in range(VOCAB)]
 
 
-@pytest.fixture()
+@pytest.fixture
 def target_folder(tmp_path: Path) -> Path:
     return saved(tmp_path / "target", TARGET, WORDS, 0)
 
@@ -272,7 +276,8 @@ def test_one_line_of_configuration(tmp_path: Path, target_folder: Path) -> None:
 def test_a_draft_model_is_read_once(
     tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft, read = saved(tmp_path / "draft", SMALL, WORDS, 1), []
+    draft = saved(tmp_path / "draft", SMALL, WORDS, 1)
+    read = []
     for name, load in (
         ("load_checkpoint", speculation.load_checkpoint),
         ("Tokenizer.load", Tokenizer.load),
@@ -286,9 +291,8 @@ def test_a_draft_model_is_read_once(
         speculative_config={"method": "draft_model", "model": draft, "policy": "chain"},
         dtype="fp32",
     )
-    assert (
-        read.count(Path(draft)) == 2 and read.count(Path(target_folder)) == 1
-    )  # checkpoint and tokenizer
+    assert read.count(Path(draft)) == 2
+    assert read.count(Path(target_folder)) == 1
 
 
 @pytest.mark.parametrize(
@@ -314,7 +318,8 @@ def test_another_vocabulary_is_refused_before_weights_are_loaded(
             speculative_config={"method": "draft_model", "model": draft},
             dtype="fp32",
         )
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_missing_or_too_short_is_refused(tmp_path: Path, target_folder: Path) -> None:
@@ -353,4 +358,5 @@ def test_what_would_be_ignored_is_refused(target_folder: Path, config: Any, mess
 @pytest.mark.parametrize("config", [False, {"method": "none"}, {"method": "none", "policy": "off"}])
 def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
     llm = LLM(target_folder, speculative_config=config, dtype="fp32")
-    assert llm.speculation.drafter is None and llm.policy.name == "off"
+    assert llm.speculation.drafter is None
+    assert llm.policy.name == "off"

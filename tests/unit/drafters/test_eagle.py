@@ -30,7 +30,8 @@ from .tiny import outputs_of
 
 CONFIG = ModelConfig("llama", 4, 32, 4, 2, 16, 48, 97, 10_000.0, 1e-5, 256, tie_embeddings=True)
 TAPS = (1, 2, 4)
-PAGES, SCRATCH = 16, 8
+PAGES = 16
+SCRATCH = 8
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def trained() -> TrainableHead:
     return head
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path, trained: TrainableHead) -> Path:
     import json
 
@@ -59,6 +60,14 @@ def folder(tmp_path: Path, trained: TrainableHead) -> Path:
     save_file({**trained.exported(), "draft_ids": ids}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(smart_config(CONFIG, TAPS, len(ids))))
     return tmp_path
+
+
+def check_children(head: EagleHead, trees: DraftTrees, node: int, logits: torch.Tensor) -> None:
+    """The children of `node` are the four likeliest."""
+    probs, at = logits.softmax(-1).topk(4)
+    children = np.flatnonzero(trees.parent == node)
+    assert trees.token[children].tolist() == head.draft_ids[at].tolist()
+    np.testing.assert_allclose(trees.draft_prob[children], probs.detach().numpy(), atol=1e-3)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -101,10 +110,7 @@ def test_drafting_equals_the_unrolled_training_forward(
     torch.testing.assert_close(produced[3], expected[2], atol=2e-4, rtol=2e-4)
 
     logits = trained.norm(expected[2]) @ weights["model.embed_tokens.weight"][head.draft_ids].T
-    probs, at = logits.softmax(-1).topk(4)
-    children = np.flatnonzero(trees.parent == second)
-    assert trees.token[children].tolist() == head.draft_ids[at].tolist()
-    np.testing.assert_allclose(trees.draft_prob[children], probs.detach().numpy(), atol=1e-3)
+    check_children(head, trees, second, logits)
 
 
 def _chain(

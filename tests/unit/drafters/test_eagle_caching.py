@@ -101,11 +101,11 @@ def test_a_draft_that_is_dropped_for_a_newcomer_changes_no_later_one(engine: Any
     prompt = prompts(1, seed=2)[0]
     expected, _ = drafts(engine(), prompt, tokens=40)
     found, request = drafts(engine(), prompt, tokens=40, cut_every=3)
-    assert request.output == plain([prompt])[0] and not any(length % 3 == 0 for length in found)
+    assert request.output == plain([prompt])[0]
+    assert not any(length % 3 == 0 for length in found)
     common = found.keys() & expected.keys()
-    assert len(common) > 15 and same(
-        {at: found[at] for at in common}, {at: expected[at] for at in common}
-    )
+    assert len(common) > 15
+    assert same({at: found[at] for at in common}, {at: expected[at] for at in common})
 
 
 @pytest.mark.parametrize("common", [52, 48, 64, 33])
@@ -160,9 +160,8 @@ def test_requests_that_share_pages_at_the_same_time(engine: Any) -> None:
         early = sorted(mine.keys() & alone.keys())[
             :-4
         ]  # towards its end a request alone drafts fewer levels
-        assert len(early) > 10 and same(
-            {at: mine[at] for at in early}, {at: alone[at] for at in early}
-        )
+        assert len(early) > 10
+        assert same({at: mine[at] for at in early}, {at: alone[at] for at in early})
 
 
 def test_keys_of_other_text_are_never_taken_for_the_prefix(engine: Any) -> None:

@@ -56,8 +56,10 @@ def head_of(files: HeadFiles, native: bool, dtype: torch.dtype = torch.float32) 
 
 def waiting(head: EagleHead, temperatures: tuple[float, ...]) -> tuple[EagleDrafter, list[Request]]:
     """Requests of which pairs wait, some with features from rounds that were logged."""
-    drafter, pool = EagleDrafter(head, PAGES, SCRATCH), PagePool(PAGES)
-    rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    drafter = EagleDrafter(head, PAGES, SCRATCH)
+    pool = PagePool(PAGES)
+    rng = np.random.default_rng(0)
+    torch_rng = torch.Generator().manual_seed(0)
     requests = []
     for i, temperature in enumerate(temperatures):
         params = SamplingParams(temperature=temperature)
@@ -135,12 +137,16 @@ def test_trees_grown_in_one_call_are_those_grown_by_level(
         plan = policy.plan(state)
         if not plan.speculate:
             plan = policy._start(policy._round, policy._round.forecast, (3, 1))
-        assert plan.growth is not None and drafter.grow is not None
+        assert plan.growth is not None
+        assert drafter.grow is not None
         if whole:
             trees, expanded, seconds, choosing = drafter.grow(requests, plan)
-            assert len(seconds) == 1 + len(expanded) and min(seconds) > 0 and choosing > 0
+            assert len(seconds) == 1 + len(expanded)
+            assert min(seconds) > 0
+            assert choosing > 0
         else:
-            trees, expanded = drafter.start(requests, plan), []
+            trees = drafter.start(requests, plan)
+            expanded = []
             for level in range(1, plan.levels):
                 nodes = policy.frontier(plan, state, trees, level)
                 width = drafter.expand(requests, trees, nodes, plan) if nodes is not None else 0
@@ -149,7 +155,9 @@ def test_trees_grown_in_one_call_are_those_grown_by_level(
                 expanded.append(width)
         found.append((expanded, trees, policy.select(plan, state, trees).tolist()))
     (expanded, trees, kept), (expanded_, trees_, kept_) = found
-    assert expanded == expanded_ and kept == kept_ and len(trees) == len(trees_)
+    assert expanded == expanded_
+    assert kept == kept_
+    assert len(trees) == len(trees_)
     assert np.array_equal(trees.ints[:, : len(trees)], trees_.ints[:, : len(trees)])
     assert np.array_equal(trees.floats[:, : len(trees)], trees_.floats[:, : len(trees)])
     assert row > 1e-6 or (len(expanded) == 4 if slots is None else sum(expanded) <= slots)
@@ -159,7 +167,9 @@ def test_hundreds_of_waiting_rows_are_run_in_parts(files: HeadFiles) -> None:
     rows = fake_rows(6, 600, 0, PAGES)
     assert rows is not None
     torch.manual_seed(0)
-    features, last, asked = torch.randn(600, WIDTH), np.arange(99, 600, 100), Asked(4, np.zeros(6))
+    features = torch.randn(600, WIDTH)
+    last = np.arange(99, 600, 100)
+    asked = Asked(4, np.zeros(6))
     ours, plain = (
         head_of(files, native).first(rows, [features], last, asked) for native in (True, False)
     )
@@ -169,7 +179,8 @@ def test_hundreds_of_waiting_rows_are_run_in_parts(files: HeadFiles) -> None:
 
 def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
     torch.manual_seed(0)
-    features, part = torch.randn(6, WIDTH), torch.randn(2, TARGET.hidden)
+    features = torch.randn(6, WIDTH)
+    part = torch.randn(2, TARGET.hidden)
     found = []
     for native in (True, False):
         for mm_embeds in ([(2, part)], []):
@@ -191,7 +202,8 @@ def test_8_bits_change_probabilities_little(
     rows = fake_rows(3, 15, 0, PAGES)
     assert rows is not None
     torch.manual_seed(0)
-    features, asked = torch.randn(15, WIDTH), Asked(len(files.weights["draft_ids"]), np.zeros(3))
+    features = torch.randn(15, WIDTH)
+    asked = Asked(len(files.weights["draft_ids"]), np.zeros(3))
     found = []
     for in_bytes in (True, False):
         if not in_bytes:

@@ -43,6 +43,7 @@ def test_widths_are_the_rows_that_the_model_ran(
         engine.step()
         assert engine.last_round is not None
         done = engine.last_round.round
-        assert list(done.level_widths) == ran and len(done.level_seconds) == len(ran)
+        assert list(done.level_widths) == ran
+        assert len(done.level_seconds) == len(ran)
         fewer += any(width < 6 * len(done.batch.context) for width in ran[1:])
     assert fewer

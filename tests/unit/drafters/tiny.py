@@ -19,7 +19,10 @@ from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.target import TorchTarget
 
-VOCAB, PAGES, SCRATCH, LIMIT = 97, 64, 16, 512
+VOCAB = 97
+PAGES = 64
+SCRATCH = 16
+LIMIT = 512
 TARGET = ModelConfig("llama", 4, 32, 4, 2, 16, 48, VOCAB, 10_000.0, 1e-5, 1024, tie_embeddings=True)
 SMALL = ModelConfig("qwen2", 2, 32, 2, 1, 16, 40, VOCAB, 50_000.0, 1e-5, 1024, qkv_bias=True)
 

@@ -38,12 +38,10 @@ class FakeTarget(Sampled):
         max_positions: int = 4096,
         spread: float = 8.0,
     ) -> None:
-        self.vocab, self.eos_token_ids, self.max_positions, self._spread = (
-            vocab,
-            eos_token_ids,
-            max_positions,
-            spread,
-        )
+        self.vocab = vocab
+        self.eos_token_ids = eos_token_ids
+        self.max_positions = max_positions
+        self._spread = spread
         self.slots = np.full((pages * PAGE, 2), EMPTY, np.int64)
         self.sampler = Sampler(vocab)
         self.rows = 0  # of all forwards so far

@@ -20,7 +20,8 @@ from smart_decoding.engine.sampling_params import SamplingParams
 
 from .fake_target import FakeTarget
 
-VOCAB, EOS = 23, 3
+VOCAB = 23
+EOS = 3
 CHEAP_ROWS = CostModel.from_table({1: {1: 1.0, 512: 1.1}}, {1: 0.01, 512: 0.02})
 
 
@@ -73,7 +74,11 @@ class FakeDrafter:
     It also checks what the engine tells it: positions without gaps, the right tokens, each row's
     own features."""
 
-    name, aux_layers, grow, wants_logits, wants_ends = "fake", (1,), None, True, False
+    name = "fake"
+    aux_layers = (1,)
+    grow = None
+    wants_logits = True
+    wants_ends = False
 
     def __init__(
         self,
@@ -83,7 +88,10 @@ class FakeDrafter:
         skill: float = 0.8,
         seed: int = 0,
     ):
-        self.target, self.max_levels, self.free, self.skill = target, max_levels, free, skill
+        self.target = target
+        self.max_levels = max_levels
+        self.free = free
+        self.skill = skill
         self.rng = np.random.default_rng(seed)
         self.known: dict[Request, int] = {}  # tokens whose features arrived
 
@@ -120,9 +128,8 @@ class FakeDrafter:
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         assert self.known.get(request, first) == first
-        assert list(tokens) == request.tokens[first : first + len(tokens)] and len(tokens) == len(
-            features
-        )
+        assert list(tokens) == request.tokens[first : first + len(tokens)]
+        assert len(tokens) == len(features)
         assert features.tolist() == [[token, first + i] for i, token in enumerate(tokens)]
         self.known[request] = first + len(tokens)
 

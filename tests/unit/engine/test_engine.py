@@ -20,7 +20,7 @@ def add(engine: Engine, name: str, prompt: list[int], params: SamplingParams) ->
     return request
 
 
-# ---------------------------------------------------------------------------------------------------------- scheduling
+# --- scheduling
 
 
 def test_first_come_first_served() -> None:
@@ -62,7 +62,8 @@ def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
     """Others wait for their first token. Rounds without prompts do draft, and nobody's tokens
     change."""
     engine = make_engine(policy, max_num_batched_tokens=4, prefix_caching=False)
-    requests, drafted = [add(engine, "0", [1, 2], greedy(40))], {True: 0, False: 0}
+    requests = [add(engine, "0", [1, 2], greedy(40))]
+    drafted = {True: 0, False: 0}
     for i in range(1, 60):
         if i % 12 == 0 and i < 40:
             requests.append(add(engine, str(i), [i % VOCAB] * 6, greedy(20)))
@@ -92,10 +93,12 @@ def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(
                 requests.append(add(engine, f"new {cuts}", [cuts % VOCAB] * 6, greedy(2)))
             assert engine.last_round is before
             assert engine.step(lambda: True)  # never twice in a row: the others go on
-            assert not len(engine.last_round.round.trees) and requests[-1].output
+            assert not len(engine.last_round.round.trees)
+            assert requests[-1].output
         engine.step()
     finish(engine)
-    assert cuts > 5 and sum(r.metrics.accepted for r in requests) > 10
+    assert cuts > 5
+    assert sum(r.metrics.accepted for r in requests) > 10
     assert [r.output for r in requests] == [alone(r.prompt, r.params)[0].output for r in requests]
 
 
@@ -103,7 +106,8 @@ def test_drafting_goes_on_where_nobody_could_begin() -> None:
     engine = make_engine("static", max_num_seqs=1)
     add(engine, "0", [1, 2], greedy(40))
     engine.step()
-    assert engine.step(lambda: True) and len(engine.last_round.round.trees)
+    assert engine.step(lambda: True)
+    assert len(engine.last_round.round.trees)
 
 
 @pytest.mark.parametrize("length", range(14, 20))
@@ -125,7 +129,8 @@ def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:
 def test_a_recorder_is_told_of_the_round_that_ends_an_answer(stop: int | None) -> None:
     """Of all tokens but the last, which no round reads: so that a draft head learns what an answer
     ends with."""
-    engine, recorder = make_engine("off"), Recorder((1,))
+    engine = make_engine("off")
+    recorder = Recorder((1,))
     engine.listen(recorder)
     params = SamplingParams(temperature=0.0, max_tokens=60 if stop else 10, ignore_eos=not stop)
     recorder.wanted = {"0", "1"}
@@ -135,7 +140,8 @@ def test_a_recorder_is_told_of_the_round_that_ends_an_answer(stop: int | None) -
     for request, features, _ in recorder.done:
         assert len(features) == len(request.tokens) - 1
         assert features[:, 0].tolist() == request.tokens[:-1]
-    assert len(recorder.done) == 2 and all(request.finished for request in requests)
+    assert len(recorder.done) == 2
+    assert all(request.finished for request in requests)
 
 
 def test_tree_nodes_yield_before_any_request_does() -> None:
@@ -194,7 +200,8 @@ def test_cached_prefixes_are_not_computed_again() -> None:
 
 def test_a_conversation_goes_on_from_any_answer_of_a_prompt() -> None:
     """Also from one whose prompt is in the cache by another answer's pages."""
-    engine, prompt = make_engine("eagle2"), [i % VOCAB for i in range(40)]
+    engine = make_engine("eagle2")
+    prompt = [i % VOCAB for i in range(40)]
     answers = engine.add_request(
         "a", prompt, SamplingParams(n=3, temperature=1.0, max_tokens=30, ignore_eos=True)
     )
@@ -217,7 +224,7 @@ def test_a_conversation_goes_on_from_its_cached_answer() -> None:
     assert second.output == alone([*first.tokens, 7, 8], greedy(30))[0].output
 
 
-# ------------------------------------------------------------------------------------------------------------ lifetime
+# --- lifetime
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
@@ -276,7 +283,9 @@ def test_abort_frees_everything_and_leaves_others_alone(steps: int) -> None:
     engine.abort("gone")
     engine.abort("never heard of")
     engine.check_integrity()
-    assert gone.finished and gone.aborted and not gone.table.pages
+    assert gone.finished
+    assert gone.aborted
+    assert not gone.table.pages
     written = list(gone.output)
     finish(engine)
     assert gone.output == written
@@ -321,16 +330,15 @@ def test_metrics_count_nodes_and_times() -> None:
     while engine.has_unfinished_requests:
         engine.step()
         record = engine.last_round
-        drafted, verified = drafted + len(record.round.trees), verified + len(record.round.kept)
+        drafted = drafted + len(record.round.trees)
+        verified = verified + len(record.round.kept)
         emitted += record.emitted
         assert record.round.verify_rows == (2 if emitted == 1 else 1 + len(record.round.kept))
         assert abs(record.controller_seconds) < 1e-9  # the clock moves only in forwards
     metrics = request.metrics
     assert (metrics.drafted, metrics.verified, emitted) == (drafted, verified, 30)
-    assert (
-        0 < metrics.accepted < metrics.verified
-        and metrics.wasted_rows == metrics.verified - metrics.accepted
-    )
+    assert 0 < metrics.accepted < metrics.verified
+    assert metrics.wasted_rows == metrics.verified - metrics.accepted
     assert metrics.accepted + metrics.rounds + 1 >= 30 > metrics.rounds + 1
     assert 0 < metrics.ttft < metrics.finished
 

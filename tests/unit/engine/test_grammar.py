@@ -55,10 +55,8 @@ def grammars() -> Grammars:
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={text_of([i]): i for i in range(VOCAB)}, merges=[])
     )
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text_of([EOS]), special=True)])
     return Grammars(Tokenizer(backend), VOCAB, (EOS,))
 
@@ -123,7 +121,8 @@ def test_forbidden_nodes_are_not_verified() -> None:
             path = text_of(nodes.token[nodes.path(node)].tolist()).removesuffix("d")
             assert ("abc" * 5).startswith(before + path)
     assert text_of(request.output) == "abc" * 5 + "d"
-    assert request.metrics.accepted > 0 and request.metrics.verified < request.metrics.drafted
+    assert request.metrics.accepted > 0
+    assert request.metrics.verified < request.metrics.drafted
 
 
 def constraint(**what: Any) -> Any:
@@ -140,18 +139,22 @@ def allowed(of: Any, path: str = "") -> str:
 
 def test_masks_follow_paths_and_forget_them() -> None:
     one = constraint(regex="ab?(c|e)")
-    assert allowed(one) == "a" and allowed(one, "a") == "bce" and allowed(one, "ab") == "ce"
-    assert (
-        allowed(one, "abc") == "d" and allowed(one, "abcd") == "d"
-    )  # only the end; after it nothing counts
+    assert allowed(one) == "a"
+    assert allowed(one, "a") == "bce"
+    assert allowed(one, "ab") == "ce"
+    assert allowed(one, "abc") == "d"
+    assert allowed(one, "abcd") == "d"
     assert allowed(one) == "a"
     assert [
         one.accepts(ids(path)) for path in ("a", "ac", "acd", "b", "acc", "ad", "acda", "d")
     ] == [True, True, True, False, False, False, False, False]
     one.append(ids("ac"))
-    assert allowed(one) == "d" and one.accepts(ids("d")) and not one.accepts(ids("a"))
+    assert allowed(one) == "d"
+    assert one.accepts(ids("d"))
+    assert not one.accepts(ids("a"))
     one.append(ids("d"))
-    assert allowed(one) == "d" and not one.accepts(ids("d"))
+    assert allowed(one) == "d"
+    assert not one.accepts(ids("d"))
 
 
 CALLS = [Tool.model_validate({"type": "function", "function": {"name": "now"}})]
@@ -165,10 +168,8 @@ def test_added_tokens_that_are_text_may_be_said(must: bool) -> None:
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
     )
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_tokens(
         [AddedToken(text, special=text == "<end>") for text in ("<end>", "<tool_call>", "<think>")]
     )
@@ -177,13 +178,16 @@ def test_added_tokens_that_are_text_may_be_said(must: bool) -> None:
     make = Grammars(Tokenizer(backend), vocab, (end,))
     one = make(StructuredOutputsParams(grammar=Offer(CALLS, must, many=False).grammar(None)))
     spelt = backend.encode(CALL).ids[:4]
-    assert one.allowed([])[think] == (not must) and one.allowed([])[call]
-    assert not one.allowed([])[vocab - 5 :].any() and one.accepts([call, *spelt])
+    assert one.allowed([])[think] == (not must)
+    assert one.allowed([])[call]
+    assert not one.allowed([])[vocab - 5 :].any()
+    assert one.accepts([call, *spelt])
     if not must:
         one.append([think, call])
         assert np.flatnonzero(one.allowed([])).tolist() == spelt[:1]
     else:
-        assert not one.accepts([end]) and np.flatnonzero(one.allowed([])).tolist() == [call]
+        assert not one.accepts([end])
+        assert np.flatnonzero(one.allowed([])).tolist() == [call]
 
 
 def test_answers_to_one_prompt_do_not_share_their_place() -> None:
@@ -260,4 +264,5 @@ def test_what_cannot_be_fulfilled_is_refused_in_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)) as error:
         make()
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400

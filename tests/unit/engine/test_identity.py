@@ -81,12 +81,11 @@ def test_tokens_are_those_of_plain_decoding_alone(policy: str, name: str) -> Non
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_plain_decoding_alone_is_the_targets_own_sequence(temperature: float) -> None:
     """The engine against a loop without cache, pages or batch."""
-    prompt, params = (
-        [1, 2, 3],
-        SamplingParams(temperature=temperature, max_tokens=50, seed=4, **PENALTIES),
-    )
+    prompt = [1, 2, 3]
+    params = SamplingParams(temperature=temperature, max_tokens=50, seed=4, **PENALTIES)
     target = make_engine().target
-    tokens, history = list(prompt), TokenHistory(prompt)
+    tokens = list(prompt)
+    history = TokenHistory(prompt)
     while len(tokens) < 53 and (tokens == prompt or tokens[-1] != EOS):
         logits = torch.from_numpy(target.logits_of(tokens))[None]
         spec = SampleSpec(params, 4, 0, len(tokens) - 3, history, (), (EOS,))

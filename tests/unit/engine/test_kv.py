@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from smart_decoding.engine.kv import PAGE, BlockTable, OutOfPages, PagePool
+from smart_decoding.engine.kv import PAGE, BlockTable, OutOfPagesError, PagePool
 
 PAGES = 7
 
@@ -30,7 +30,9 @@ class Tables(RuleBasedStateMachine):
         tokens = [t for page in pages for t in [page] * PAGE] + [0] * rest
         table = BlockTable(self.pool)
         found = table.reuse(tokens)
-        assert found == table.length and found % PAGE == 0 and found < len(tokens)
+        assert found == table.length
+        assert found % PAGE == 0
+        assert found < len(tokens)
         self.tables.append((table, tokens))
 
     @precondition(lambda self: self.tables)
@@ -40,7 +42,7 @@ class Tables(RuleBasedStateMachine):
         before = (list(table.pages), table.length)
         try:
             slots = table.reserve(rows)
-        except OutOfPages:
+        except OutOfPagesError:
             assert (table.pages, table.length) == before
             assert self.pool.available < -(-(table.length + rows) // PAGE) - len(table.pages)
             return
@@ -110,14 +112,15 @@ def test_without_caching_nothing_is_found() -> None:
 
 def test_the_end_of_the_oldest_prefix_is_evicted_first() -> None:
     pool = PagePool(4, prefix_caching=True)
-    old, new = [1] * 33, [2] * 17
+    old = [1] * 33
+    new = [2] * 17
     filled(pool, old).release()  # two cached pages
     filled(pool, new).release()  # one
     pool.give(pool.take(2))  # takes the free one and evicts one
     assert [BlockTable(pool).reuse(new)] == [16]
     table = BlockTable(pool)
     assert table.reuse(old) == 16
-    with pytest.raises(OutOfPages):
+    with pytest.raises(OutOfPagesError):
         table.reserve(3 * PAGE)
 
 
@@ -147,14 +150,16 @@ def test_what_follows_a_prefix_that_another_request_computed_too_is_found(
             pool.give(found)
         tables[i].release()
         pool.check_integrity(tables)
-    assert len(pool._idle) == 4 and [len(pool.find(tokens, 51)) for tokens in prompts] == [3, 3]
+    assert len(pool._idle) == 4
+    assert [len(pool.find(tokens, 51)) for tokens in prompts] == [3, 3]
 
 
 def test_a_page_that_is_held_outlives_an_idle_one_of_the_same_content() -> None:
     """Else the idle one, which is older, would be evicted before what the other's request has put
     behind it."""
     pool = PagePool(6, prefix_caching=True)
-    tokens, late = list(range(48)), BlockTable(pool)
+    tokens = list(range(48))
+    late = BlockTable(pool)
     late.reserve(48)
     filled(pool, tokens[:33]).release()
     late.commit(tokens, 48)

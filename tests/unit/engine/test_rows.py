@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
-from smart_decoding.engine.rows import Rows, Span, build_rows
+from smart_decoding.engine.rows import RowLayout, Rows, Span, build_rows
 from smart_decoding.models.rows import GatheredRows
 
 from .fake_target import visible_slots
@@ -27,13 +27,16 @@ def random_batch(seed: int) -> tuple[list[Span], DraftTrees, list[bool], list[li
     rng = np.random.default_rng(seed)
     pool = PagePool(60)
     pool._free = rng.permutation(60).tolist()
-    decoding, prompts = int(rng.integers(0, 4)), int(rng.integers(0, 3))
+    decoding = int(rng.integers(0, 4))
+    prompts = int(rng.integers(0, 3))
     prompts += decoding + prompts == 0
     trees = random_trees(rng, decoding)
-    spans, slots = [], []
+    spans = []
+    slots = []
     for i in range(decoding + prompts):
         table = BlockTable(pool)
-        start, count = int(rng.integers(0, 40)), 1 if i < decoding else int(rng.integers(1, 20))
+        start = int(rng.integers(0, 40))
+        count = 1 if i < decoding else int(rng.integers(1, 20))
         if start:
             table.reserve(start)
             table.commit([0] * start, start)
@@ -51,16 +54,27 @@ def random_batch(seed: int) -> tuple[list[Span], DraftTrees, list[bool], list[li
     )
 
 
+def check_best_chain(layout: RowLayout, trees: DraftTrees, owner: int) -> None:
+    """The first child of the first child of ... follows the root."""
+    nodes = trees.nodes_of(owner)
+    best = []
+    below = nodes[trees.parent[nodes] == -1]
+    while len(below):
+        best.append(layout.node_row[below[0]])
+        below = nodes[trees.parent[nodes] == below[0]]
+    root = layout.last[owner]
+    assert best == [root + depth for depth in range(1, len(best) + 1)]
+
+
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=150, deadline=None)
-def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> None:
+def test_every_row_has_its_token_position_slot_and_reads_its_past(seed: int) -> None:
     spans, trees, want, slots, _ = random_batch(seed)
-    rows, last, at = build_rows(spans, trees, want)
+    layout = build_rows(spans, trees, want)
+    rows, last, at = layout
     node_row = np.array(at, np.int64)
-    assert sorted([*range(len(rows))]) == sorted(
-        [int(last[i]) - k for i, span in enumerate(spans) for k in range(len(span.tokens))]
-        + node_row.tolist()
-    )
+    committed = [last[i] - k for i, span in enumerate(spans) for k in range(len(span.tokens))]
+    assert list(range(len(rows))) == sorted(committed + at)
     for i, span in enumerate(spans):
         first = int(last[i]) - len(span.tokens) + 1
         assert rows.query_start_loc[i] == first
@@ -74,17 +88,12 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
         assert sorted(node_row[nodes].tolist()) == list(
             range(last[i] + 1, last[i] + 1 + len(nodes))
         )
-        best, parent = [], -1
-        while len(below := nodes[trees.parent[nodes] == parent]):
-            parent = below[0]
-            best.append(parent)
-        assert node_row[best].tolist() == [last[i] + 1 + k for k in range(len(best))]
+        check_best_chain(layout, trees, i)
         for node in nodes:
-            row, path = int(node_row[node]), trees.path(int(node))
-            assert (rows.token[row], rows.position[row]) == (
-                trees.token[node],
-                span.start + trees.depth[node],
-            )
+            row = int(node_row[node])
+            path = trees.path(int(node))
+            assert rows.token[row] == trees.token[node]
+            assert rows.position[row] == span.start + trees.depth[node]
             assert rows.slot_mapping[row] == slots[i][span.start + row - last[i]]
             seen = slots[i][: span.start + 1] + [int(rows.slot_mapping[node_row[n]]) for n in path]
             assert visible_slots(rows, row).tolist() == seen
@@ -93,6 +102,13 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
         assert sorted(wanted) == list(range(len(rows)))
     else:
         assert rows.logit_rows.tolist() == wanted
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_arrays_are_as_native_code_reads_them(seed: int) -> None:
+    spans, trees, want, _, _ = random_batch(seed)
+    rows = build_rows(spans, trees, want).rows
     for array in (
         rows.slot_mapping,
         rows.context_len,
@@ -102,7 +118,8 @@ def test_every_row_has_its_token_position_slot_and_sees_its_past(seed: int) -> N
         rows.block_table_start,
         rows.pages,
     ):
-        assert array.dtype == np.int32 and array.flags.c_contiguous  # the kernels read their memory
+        assert array.dtype == np.int32
+        assert array.flags.c_contiguous
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -117,4 +134,5 @@ def test_the_padded_form_shows_each_row_the_same_slots(seed: int) -> None:
     assert mask.any(1).all()
     for row, at in enumerate(padded.query.tolist()):
         seen = slots[at // longest][mask[at]].tolist()
-        assert len(seen) == len(set(seen)) and set(seen) == set(visible_slots(rows, row).tolist())
+        assert len(seen) == len(set(seen))
+        assert set(seen) == set(visible_slots(rows, row).tolist())

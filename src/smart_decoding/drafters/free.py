@@ -1,0 +1,45 @@
+"""What drafters without a model share: they propose whole trees at once, at no measurable cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.engine.protocols import Features, Grow, Logits
+from smart_decoding.engine.request import Request
+
+
+class FreeDrafter:
+    """The part of `Drafter` that is the same for all of them: nothing to run, nothing to keep."""
+
+    max_levels = 0
+    free = True
+    aux_layers: tuple[int, ...] = ()
+    grow: Grow | None = None
+    wants_logits = False
+    wants_ends = False
+
+    def pending_rows(self, requests: Sequence[Request]) -> int:
+        """None: there is no model."""
+        return 0
+
+    def expand(
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+    ) -> int:
+        """Raises ValueError: there are no further levels."""
+        raise ValueError(f"{type(self).__name__} has no model levels to expand")
+
+    def extend(
+        self, request: Request, features: Features, first: int, tokens: Sequence[int]
+    ) -> None:
+        """Nothing to learn."""
+
+    def extend_each(self, requests: Sequence[Request], features: Features) -> None:
+        """Nothing to learn."""
+
+    def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
+        """Not wanted."""
+
+    def release(self, request: Request) -> None:
+        """Nothing to forget."""

@@ -1,0 +1,134 @@
+"""From a prompt to the requests that answer it. What can never run is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smart_decoding.engine.kv import BlockTable, PagePool
+from smart_decoding.engine.media import Media
+from smart_decoding.engine.protocols import Clock, Target
+from smart_decoding.engine.request import Request, RequestMetrics
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.specs import new_history
+from smart_decoding.engine.stopping import Decode, StopChecker
+from smart_decoding.engine.structured import Constraint, StructuredOutputsParams
+from smart_decoding.errors import CapacityError, ConfigError
+
+BEFORE = 6  # tokens of the prompt's end that the text of an answer's first token may depend on
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of an engine. pages: KV pages of 16 tokens; max_model_len: longest prompt plus answer
+    in tokens."""
+
+    pages: int
+    max_model_len: int
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 256
+    prefix_caching: bool = True
+    seed: int = 0
+    stop_at_loops: bool = False
+
+
+class Admission:
+    """Makes requests of prompts, each with its memory, seed, stops and grammar.
+
+    decode: makes what turns token ids into text, with or without special tokens."""
+
+    def __init__(
+        self,
+        target: Target,
+        config: EngineConfig,
+        pool: PagePool,
+        decode: Callable[[bool], Decode],
+        clock: Clock,
+        constrain: Callable[[StructuredOutputsParams], Constraint] | None,
+    ) -> None:
+        self.decode = decode
+        self._target = target
+        self._config = config
+        self._pool = pool
+        self._clock = clock
+        self._constrain = constrain
+        self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
+
+    def requests(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, media: Media | None
+    ) -> list[Request]:
+        """The prompt's `params.n` answers to be. Raises ConfigError or CapacityError."""
+        self._check(prompt, params)
+        seed = params.seed if params.seed is not None else self._next_seed()
+        names = [f"{request_id}#{sample}" for sample in range(params.n)]
+        return [
+            self._new_request(name, prompt, params, media, seed, sample)
+            for sample, name in enumerate(names if params.n > 1 else [request_id])
+        ]
+
+    def _new_request(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        media: Media | None,
+        seed: int,
+        sample: int,
+    ) -> Request:
+        room = self._config.max_model_len - len(prompt)
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        stop = StopChecker(
+            params,
+            self.decode(params.skip_special_tokens),
+            self._target.eos_token_ids,
+            limit,
+            self._config.stop_at_loops,
+            prompt[-BEFORE:],
+        )
+        return Request(
+            name,
+            list(prompt),
+            params,
+            seed,
+            table=BlockTable(self._pool, media.content_hashes if media else {}),
+            stop=stop,
+            sample=sample,
+            max_tokens=limit,
+            media=media.copy() if media else None,
+            history=new_history(prompt, params),
+            constraint=self._new_constraint(params),
+            logprobs=None if params.logprobs is None else [],
+            metrics=RequestMetrics(arrival=self._clock()),
+        )
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        params.check_vocabulary(self._target.vocab)
+        vocab = self._target.vocab
+        if params.min_tokens and len({*params.stop_ids, *self._target.eos_token_ids}) >= vocab:
+            raise ConfigError(
+                "min_tokens forbids the end before it, and all tokens are ends: "
+                "shorten stop_token_ids"
+            )
+        if not len(prompt):
+            raise ConfigError("the prompt is empty: give at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise ConfigError(f"the prompt has a token id outside the vocabulary of {vocab}")
+        if len(prompt) >= self._config.max_model_len:
+            raise CapacityError(
+                f"the prompt has {len(prompt)} tokens, but prompt and answer must fit into "
+                f"max_model_len={self._config.max_model_len}: shorten it or raise max_model_len"
+            )
+
+    def _new_constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.structured_outputs is None:
+            return None
+        if self._constrain is None:
+            raise ConfigError(
+                "structured_outputs is not supported here: this engine knows no grammars"
+            )
+        return self._constrain(params.structured_outputs)
+
+    def _next_seed(self) -> int:
+        return int(self._seeds.spawn(1)[0].generate_state(1, np.uint64)[0] >> np.uint64(1))
