@@ -63,7 +63,8 @@ def test_reachable_is_what_an_unlimited_tree_accepts(recording):
     depth = reachable(recording)
     policy = make_policy("eagle2", depth=7, top_k=10, total_tokens=4096)
     wide = replay(policy, recording, COST, 1)
-    assert depth.max() > 3 and depth.min() == 0
+    assert depth.max() > 3
+    assert depth.min() == 0
     walked = at = 0
     for answer in recording.answers:
         at = 0

@@ -66,9 +66,8 @@ def test_a_worker_says_what_it_is_and_answers(script: Path) -> None:
     with Worker(Path(sys.executable), script, SETTINGS) as worker:
         assert worker.about == {"version": "1.2", "precision": "fp32"}
         timed = worker.answer([[5], [7, 8]], 3)
-    assert timed == Timed(0.03, 4, 0.5, [[6, 7, 8], [9, 10, 11]]) and timed.rate == pytest.approx(
-        4 / 0.03
-    )
+    assert timed == Timed(0.03, 4, 0.5, [[6, 7, 8], [9, 10, 11]])
+    assert timed.rate == pytest.approx(4 / 0.03)
     assert worker._process.returncode == 0
 
 
@@ -98,7 +97,9 @@ def test_ours_counts_decoding_alone() -> None:
     engine = worlds.engine(worlds.Clock())
     timed = answer_ours(engine, [[1, 2], [50, 51, 52]], 6)
     assert timed.answers == [[3, 4, 5, 6, 7, 8], [53, 54, 55, 56, 57, 58]]
-    assert timed.tokens == 10 and timed.seconds > 0 and not engine.has_unfinished_requests
+    assert timed.tokens == 10
+    assert timed.seconds > 0
+    assert not engine.has_unfinished_requests
 
 
 def test_only_answers_that_last_are_compared() -> None:
@@ -124,7 +125,8 @@ def test_rates_ratios_and_agreement_are_exact() -> None:
         60.0,
     )
     assert (run["speedup"], run["plain_speedup"]) == (pytest.approx(4.0), pytest.approx(2.0))
-    assert run["same"] == 0.5 and run["chunks"] == 3
+    assert run["same"] == 0.5
+    assert run["chunks"] == 3
 
 
 def world(monkeypatch: pytest.MonkeyPatch, script: Path, tmp_path: Path) -> dict[str, Any]:
@@ -165,17 +167,21 @@ def test_a_whole_session_reports_failures_beside_figures(
     prompts = {"code": worlds.prompts("code", 8, 0, 12), "maths": worlds.prompts("maths", 6, 8, 12)}
     file = tmp_path / "part"
     good, bad, absent = session.measure_peers(options, ours, prompts, Progress(file, {}))
-    assert [run["batch_size"] for run in good["runs"]] == [1, 2] and good[
-        "note"
-    ] == "not offered at batch 4"
+    assert [run["batch_size"] for run in good["runs"]] == [1, 2]
+    assert good["note"] == "not offered at batch 4"
     first = good["runs"][0]
-    assert first["same"] == 1.0 and first["tokens_per_s"] == pytest.approx(11 / 0.12)
-    assert first["chunks"] == 12 and good["runs"][1]["chunks"] == 6
+    assert first["same"] == 1.0
+    assert first["tokens_per_s"] == pytest.approx(11 / 0.12)
+    assert first["chunks"] == 12
+    assert good["runs"][1]["chunks"] == 6
     assert (good["version"], good["precision"]) == ("1.2", "fp32")
-    assert bad["error"] == "MemoryError: too much" and bad["runs"] == []
+    assert bad["error"] == "MemoryError: too much"
+    assert bad["runs"] == []
     assert absent["error"] == "pip could not install gone"
     table = peer_table([good, bad, absent])
-    assert "good 1.2" in table and "bad: MemoryError" in table and "absent: pip could not" in table
+    assert "good 1.2" in table
+    assert "bad: MemoryError" in table
+    assert "absent: pip could not" in table
     kept = json.loads(file.read_text())["units"]
     assert list(kept) == ["peer good"]  # what failed is tried again
     assert session.measure_peers(options, ours, prompts, Progress(file, {})) == [good, bad, absent]
@@ -218,7 +224,8 @@ def test_environments_are_made_once_and_again_when_their_contents_change(
         ([*pip, "uninstall", "--yes", "b"], {"CMAKE_ARGS": "-DX"}),
     ]
     python_for(Environment("x", ("a==2",)), call)
-    assert made == [folder, folder] and len(calls) == 3
+    assert made == [folder, folder]
+    assert len(calls) == 3
 
 
 def test_a_failed_installation_names_the_log_and_is_tried_again(

@@ -37,9 +37,11 @@ def test_latencies_count_from_arrival() -> None:
         pytest.approx(1.0),
     )  # idle until 0.5, then a round
     assert b.ttft == pytest.approx(1.5)  # came at 3.0 while the round of 2.5 to 3.5 ran
-    assert c.ttft == pytest.approx(1.0) and c.latency == pytest.approx(12.0)
+    assert c.ttft == pytest.approx(1.0)
+    assert c.latency == pytest.approx(12.0)
     assert [len(s.tokens) for s in segment.served] == [10, 11, 12]
-    assert segment.seconds == pytest.approx(112.0) and 1.0 < segment.running < 2.0
+    assert segment.seconds == pytest.approx(112.0)
+    assert 1.0 < segment.running < 2.0
     assert not engine.has_unfinished_requests
     engine.check_integrity()
 
@@ -59,7 +61,9 @@ def test_arrivals_are_poisson_and_repeatable() -> None:
     wave = arrivals(prompts, rate=2.0, seconds=500.0, seed=(0, 1))
     times = np.array([at for at, _ in wave])
     gaps = np.diff(times)
-    assert len(wave) == pytest.approx(1000, rel=0.1) and (gaps >= 0).all() and times[-1] <= 500
+    assert len(wave) == pytest.approx(1000, rel=0.1)
+    assert (gaps >= 0).all()
+    assert times[-1] <= 500
     assert np.std(gaps) == pytest.approx(np.mean(gaps), rel=0.12)  # as of an exponential
     assert arrivals(prompts, 2.0, 500.0, (0, 1)) == wave != arrivals(prompts, 2.0, 500.0, (0, 2))
     assert len(arrivals(prompts, 1e-9, 1.0, (0, 0))) == 1
@@ -80,9 +84,11 @@ def test_policies_are_served_alike_and_a_cut_run_goes_on(
     progress = Progress(tmp_path / "part", {})
     found = measure_load(engines, prompts, (0.3, 0.8), 0, 4000.0, progress, clock, sleeping(clock))
     by = {(run["policy"], run["load"]): run for run in found["runs"]}
-    assert set(by) == {(p, s) for p in engines for s in (0.3, 0.8)} and found["slots"] == 4
+    assert set(by) == {(p, s) for p in engines for s in (0.3, 0.8)}
+    assert found["slots"] == 4
     plain, chain = by["off", 0.8], by["chain", 0.8]
-    assert plain["requests"] == chain["requests"] > 5 and chain["identical"]
+    assert plain["requests"] == chain["requests"] > 5
+    assert chain["identical"]
     assert chain["tpot_ratio"] == pytest.approx(0.5, abs=0.06)  # three tokens in 1.5 s
     assert plain["tpot_ms"]["p50"] <= plain["tpot_ms"]["p95"] <= plain["tpot_ms"]["p99"]
     assert by["off", 0.8]["ttft_ms"]["p95"] >= by["off", 0.3]["ttft_ms"]["p50"]
@@ -91,9 +97,12 @@ def test_policies_are_served_alike_and_a_cut_run_goes_on(
     again = measure_load(
         engines, prompts, (0.3, 0.8), 0, 4000.0, Progress(tmp_path / "part", {}), clock, None
     )
-    assert again == found and clock.now - before < 100  # a warm-up alone
+    assert again == found
+    assert clock.now - before < 100
     table = load_table(found)
-    assert len(table.splitlines()) == 6 and "80 %" in table and "chain" in table
+    assert len(table.splitlines()) == 6
+    assert "80 %" in table
+    assert "chain" in table
 
 
 def test_another_token_is_seen() -> None:

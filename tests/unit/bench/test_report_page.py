@@ -123,7 +123,8 @@ def test_the_page_is_well_formed_and_needs_nothing_from_outside(
         e for e in document.iter() for name in e.attrib if name == "src" or name.startswith("on")
     ]
     assert all(e.get("href", "#").startswith("#") for e in document.iter())
-    assert "prefers-color-scheme:dark" in source and 'name="viewport"' in source
+    assert "prefers-color-scheme:dark" in source
+    assert 'name="viewport"' in source
 
 
 def test_every_figure_is_drawn(document: ElementTree.Element) -> None:
@@ -138,7 +139,8 @@ def test_drawings_follow_the_page_and_do_not_share_ids(document: ElementTree.Ele
     ids = [e.get("id") for s in document.iter("svg") for e in s.iter() if e.get("id")]
     assert len(ids) == len(set(ids)) > 10
     source = page(Results.from_dict(results()))
-    assert "currentColor" in source and plots.INK not in source  # light and dark
+    assert "currentColor" in source
+    assert plots.INK not in source
     assert set(re.findall(r"url\(#([^)]*)\)", source)) <= set(ids)
 
 
@@ -147,12 +149,14 @@ def test_speedups_have_bands_and_the_line_at_one() -> None:
     (axes,) = plots.drawn(figure).axes
     policies = [line for line in axes.lines if line.get_linestyle() == "-"]
     (level,) = [line for line in axes.lines if line not in policies]
-    assert len(policies) == 2 and list(level.get_ydata()) == [1.0, 1.0]
+    assert len(policies) == 2
+    assert list(level.get_ydata()) == [1.0, 1.0]
     bands = [
         each for each in axes.collections if type(each).__name__ == "FillBetweenPolyCollection"
     ]
     marks = [each for each in axes.collections if type(each).__name__ == "PathCollection"]
-    assert len(bands) == 2 and sum(len(each.get_offsets()) for each in marks) == 4
+    assert len(bands) == 2
+    assert sum(len(each.get_offsets()) for each in marks) == 4
     (below,) = axes.patches
     assert below.get_y() + below.get_height() == pytest.approx(1.0)
     ends = {
@@ -183,7 +187,8 @@ def test_losses_are_listed_and_who_beats_smart(document: ElementTree.Element) ->
 
 def test_smart_stands_beside_the_best_of_each_other_policy(document: ElementTree.Element) -> None:
     (row,) = document.findall(".//section[@id='over']//tbody/tr")
-    assert "0.95 (0.91–0.99)" in text_of(row) and row.find(f"td[@class='{SLOWER}']") is not None
+    assert "0.95 (0.91–0.99)" in text_of(row)
+    assert row.find(f"td[@class='{SLOWER}']") is not None
 
 
 def test_a_task_that_is_slower_counts_though_the_policy_is_not() -> None:
@@ -200,8 +205,10 @@ def test_a_task_that_is_slower_counts_though_the_policy_is_not() -> None:
 
 def test_machine_command_memory_and_noise_are_told(document: ElementTree.Element) -> None:
     origin = text_of(section(document, "origin"))
-    assert "smart bench --policies <a&b>" in origin and "cpu Some CPU" in origin
-    assert "1.50 GiB resident, of the whole process" in origin and "GPU" not in origin
+    assert "smart bench --policies <a&b>" in origin
+    assert "cpu Some CPU" in origin
+    assert "1.50 GiB resident, of the whole process" in origin
+    assert "GPU" not in origin
     assert "batch 4: 1.010× (0.970 to 1.040)" in text_of(section(document, "noise"))
 
 
@@ -227,10 +234,10 @@ def test_operating_points_lie_where_they_were_measured() -> None:
 def test_reliability_before_and_after() -> None:
     (panel,) = figures(Results.from_dict(results()))[3].panels
     before, after = panel.series
-    assert panel.title == "smart" and panel.diagonal
-    assert (
-        "off by 5.5 %" in before.name and "off by 0.0 %" in after.name
-    )  # (300 * 0.01 + 100 * 0.19) / 400
+    assert panel.title == "smart"
+    assert panel.diagonal
+    assert "off by 5.5 %" in before.name
+    assert "off by 0.0 %" in after.name
     assert [(p.x, p.y) for p in after.points] == [
         (pytest.approx(0.05),) * 2,
         (pytest.approx(0.55),) * 2,
@@ -329,7 +336,9 @@ def test_the_command_refuses_what_it_cannot_do(
     ):
         assert cli.main(["report", *words]) == 2
         out, err = capsys.readouterr()
-        assert out == "" and err.startswith("smart: error: ") and err.count("\n") == 1
+        assert out == ""
+        assert err.startswith("smart: error: ")
+        assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -342,12 +351,10 @@ def test_without_matplotlib_the_extra_is_named(
     with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
         plots.write_plots(figures(Results.from_dict(results())), tmp_path / "plots")
     document = ElementTree.fromstring(page(Results.from_dict(results())))
-    assert "-e '.[bench]'" in text_of(section(document, "figures")) and not list(
-        document.iter("svg")
-    )
-    assert "0.62" in text_of(section(document, "losses")) and "1.25" in text_of(
-        section(document, "tasks")
-    )
+    assert "-e '.[bench]'" in text_of(section(document, "figures"))
+    assert not list(document.iter("svg"))
+    assert "0.62" in text_of(section(document, "losses"))
+    assert "1.25" in text_of(section(document, "tasks"))
     monkeypatch.setattr("smart_decoding.bench.options.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
         BenchOptions(plots=tmp_path / "plots")
@@ -389,9 +396,8 @@ def test_a_benchmark_can_draw_at_once(
     assert f"wrote {target}" in capsys.readouterr().out
     assert "0.62" in text_of(section(ElementTree.fromstring(target.read_text()), "losses"))
     assert command_of(asked[0]).endswith("--html page.html")
-    assert (
-        cli.main(["bench", "--html", str(tmp_path)]) == 2 and len(asked) == 1
-    )  # refused before measuring
+    assert cli.main(["bench", "--html", str(tmp_path)]) == 2
+    assert len(asked) == 1
 
 
 TIMES = {"p50": 4.0, "p95": 9.0, "p99": 12.0}
@@ -422,7 +428,9 @@ def test_the_further_parts_have_their_sections() -> None:
     document = ElementTree.fromstring(page(Results.from_dict(data)))
     assert len([s for s in section(document, "load").iter("svg") if s.get("role") == "img"]) == 3
     table = text_of(section(document, "load-table"))
-    assert "plain decoding 30 %" in table and "smart 90 %" in table and "11.50 requests/s" in table
+    assert "plain decoding 30 %" in table
+    assert "smart 90 %" in table
+    assert "11.50 requests/s" in table
     assert "At temperature 0.8" in text_of(section(document, "sampled"))
     assert "best of reading memory 25 GB/s" in text_of(section(document, "origin"))
     alone = {"runs": [], "load": LOAD, "provenance": {"command": "smart bench --load 0.3"}}
@@ -447,7 +455,10 @@ def test_parts_of_several_files_make_one_page(
     files = [str(tmp_path / f"{name}.json") for name in "ba"]
     assert cli.main(["report", *files, "--html", str(tmp_path / "r.html")]) == 0
     read = Results.read(*map(Path, files))
-    assert read.load["slots"] == 16 and len(read.runs) == len(results()["runs"])
+    assert read.load["slots"] == 16
+    assert len(read.runs) == len(results()["runs"])
     document = ElementTree.fromstring((tmp_path / "r.html").read_text())
     told = text_of(section(document, "origin"))
-    assert "--load 0.3" in told and "--policies <a&b>" in told and "Some CPU" in told
+    assert "--load 0.3" in told
+    assert "--policies <a&b>" in told
+    assert "Some CPU" in told

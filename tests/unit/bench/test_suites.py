@@ -41,8 +41,11 @@ def test_long_prompts_have_their_lengths_and_repeat_nothing() -> None:
         assert LONG_CHARACTERS[i % 5] <= len(prompt) < LONG_CHARACTERS[i % 5] + 1700
         names = re.findall(r"def (\w+)", prompt) or re.findall(r"What is (\d+)", prompt)
         assert len(names) == len(set(names)) > 5
-    assert "Complete one more function" in prompts[0] and prompts[0].rstrip("`\n").endswith('"""')
-    assert "<<" not in prompts[2] and "The answer is" in prompts[2] and "####" not in prompts[2]
+    assert "Complete one more function" in prompts[0]
+    assert prompts[0].rstrip("`\n").endswith('"""')
+    assert "<<" not in prompts[2]
+    assert "The answer is" in prompts[2]
+    assert "####" not in prompts[2]
 
 
 def test_what_is_to_be_completed_or_explained_is_there_or_not() -> None:
@@ -78,7 +81,8 @@ def test_a_function_without_arguments_gets_another_edit() -> None:
 
 
 def test_the_default_is_what_it_was() -> None:
-    assert DEFAULT_TASKS == ("code", "maths", "general") and set(TASKS) == {
+    assert DEFAULT_TASKS == ("code", "maths", "general")
+    assert set(TASKS) == {
         *DEFAULT_TASKS,
         "long",
         "edit",
@@ -92,5 +96,7 @@ def test_the_real_suites() -> None:
 
     tokenizer = Tokenizer.load(load_checkpoint("smollm2-135m").tokenizer_source)
     lengths = [len(tokenizer.encode(prompt)) for prompt in load_task("long")]
-    assert len(lengths) == 60 and min(lengths) >= 1024 and max(lengths) <= 4000
+    assert len(lengths) == 60
+    assert min(lengths) >= 1024
+    assert max(lengths) <= 4000
     assert len(load_task("edit")) == 164
