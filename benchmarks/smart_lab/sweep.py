@@ -20,17 +20,35 @@ from smart_lab.replay import HostCosts, Prices, Replayed, Walk, accepted, draft
 
 CHUNK = 512  # positions drawn together: memory
 Setting = dict[str, int]
+TOP_K = (1, 2, 3, 4, 6, 10)
 
 
-def likelihood_settings() -> list[Setting]:
-    """The grid that `eagle2` is tuned over: levels, top-k and nodes, all that make sense."""
+def likelihood_settings(
+    depths: Sequence[int] = range(7),
+    nodes: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 59),
+) -> list[Setting]:
+    """The grid that `eagle2` is tuned over: levels, top-k and nodes; of settings that verify the
+    same trees the first."""
     grid = [
-        {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
-        for depth in range(7)
-        for top_k in (1, 2, 3, 4, 6, 10)
-        for nodes in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 59)
+        {"depth": depth, "top_k": top_k, "total_tokens": count + 1}
+        for depth in depths
+        for top_k in TOP_K
+        for count in nodes
+        if _sensible(depth + 1, top_k, count)
     ]
-    return [s for s in grid if _sensible(s["depth"] + 1, s["top_k"], s["total_tokens"] - 1)]
+    first: dict[tuple[int, int, int], Setting] = {}
+    for setting in grid:
+        first.setdefault(tree_of(setting), setting)
+    return list(first.values())
+
+
+def tree_of(setting: Setting) -> tuple[int, int, int]:
+    """(levels, top-k, nodes): the same for settings that verify the same trees.
+
+    A tree of n nodes has at most n levels, and none but the n likeliest children of a node or
+    nodes of a level can be among the n likeliest of all."""
+    nodes = setting["total_tokens"] - 1
+    return min(setting["depth"] + 1, nodes), min(setting["top_k"], nodes), nodes
 
 
 @dataclass(frozen=True, slots=True)

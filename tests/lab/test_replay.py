@@ -9,13 +9,15 @@ import worlds
 from smart_decoding.bench.blocks import run_block
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.off import Off
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.errors import ConfigError
 from smart_lab.recorder import record_wide
 from smart_lab.recording import Recording, Wide, record
 from smart_lab.replay import HostCosts, replay
-from smart_lab.sweep import Fixed, Sweep, add_up, likelihood_settings
+from smart_lab.sweep import Fixed, Sweep, add_up, likelihood_settings, tree_of
+from smart_lab.synthetic import synthetic
 from smart_lab.tuning import best_likelihood, cost_of
 
 ROW, LEVEL, LEVEL_ROW = 0.1, 0.25, 0.01
@@ -176,3 +178,19 @@ def test_tuning_records_once_and_leaves_the_policy_alone():
     assert {a.policy for a in arms} == {"eagle2"}
     with pytest.raises(ConfigError, match="add smart"):
         cost_of([SimpleNamespace(policy=Off())])
+
+
+def test_settings_that_verify_the_same_trees_are_one_contestant():
+    drawn = synthetic(3.0, answers=4, length=24, context=50)
+    kept = {}
+    for depth, top_k, nodes in [(0, 1, 1), (0, 3, 1), (2, 1, 1), (1, 3, 3), (1, 6, 3), (1, 2, 3)]:
+        setting = {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
+        fixed = Fixed.draw(Eagle2(**setting), drawn)
+        kept.setdefault(tree_of(setting), []).append((fixed.emitted.tolist(), fixed.kept.tolist()))
+    assert [len(trees) for trees in kept.values()] == [3, 2, 1]
+    for trees in kept.values():
+        assert all(tree == trees[0] for tree in trees)
+    assert len({str(trees[0][0]) for trees in kept.values()}) == 3
+    grid = [tree_of(setting) for setting in likelihood_settings()]
+    assert len(grid) == len(set(grid))
+    assert grid.count((1, 1, 1)) == 1
