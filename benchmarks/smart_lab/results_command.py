@@ -1,7 +1,7 @@
 """`python -m smart_lab results`: one Markdown page a machine, made from the JSON files beside it.
 
-benchmarks/results/MACHINE/DATE-KIND.json is one run: what `bench`, `robustness.py`, `vllm_smart.py`
-or `transformers_speed.py` wrote. A new run of a kind replaces the one before.
+benchmarks/results/MACHINE/DATE-KIND.json is one run: what `bench`, `robustness`, `vllm` or
+`transformers` wrote. A new run of a kind replaces the one before.
 """
 
 from __future__ import annotations
