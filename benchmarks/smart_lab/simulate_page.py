@@ -3,15 +3,18 @@ first."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from smart_decoding.bench.figures import Figure, Panel, Point, Series
-from smart_decoding.bench.page import Marked, Section, document, figure_sections
-from smart_decoding.bench.results import FASTER, SLOWER
+from smart_decoding.bench.page import document, figure_sections
+from smart_decoding.bench.sections import FASTER, SLOWER, Cell, Marked, Section
 from smart_lab.simulate import EAGLE2, PAPER, SMART, Simulation, name_of
 
 WARNING = "Simulated, not measured: policies replayed on recorded or drawn trees at modelled costs."
 CAPTION = (
-    "Simulated tokens per second over those of plain decoding on the same hardware. 'Best fixed' is, at each batch "
-    "size, the fastest of fifteen settings of eagle2. Below the line at 1× speculation costs time."
+    "Simulated tokens per second over those of plain decoding on the same hardware. 'Best fixed' "
+    "is, at each batch size, the fastest of fifteen settings of eagle2. Below the line at 1× "
+    "speculation costs time."
 )
 
 
@@ -43,7 +46,7 @@ def figure(simulation: Simulation) -> Figure:
 
 
 def _table(simulation: Simulation) -> Section:
-    rows = []
+    rows: list[Sequence[Cell]] = []
     for o in simulation.outlooks:
         fixed = name_of(o.fixed)
         values = [o.speedup[name] for name in (SMART, PAPER, EAGLE2, fixed)]
