@@ -14,6 +14,7 @@ import pytest
 import worlds
 
 from smart_decoding.bench.resume import Progress
+from smart_decoding.bench.sections import as_text
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_lab.options import LabOptions
 from smart_lab.peers import environment, session
@@ -28,7 +29,7 @@ from smart_lab.peers.catalogue import (
 from smart_lab.peers.environment import MADE, python_for, requirements
 from smart_lab.peers.session import WORKERS, Timed, Worker, answer_ours, lasting, peer_run
 from smart_lab.peers.weights import write_bf16
-from smart_lab.report import peer_table
+from smart_lab.tables import peers as peer_sections
 
 RULE = f"""
 import os, sys
@@ -159,6 +160,11 @@ def world(monkeypatch: pytest.MonkeyPatch, script: Path, tmp_path: Path) -> dict
     }
 
 
+def peer_table(peers: list[Any]) -> str:
+    (section,) = peer_sections(peers)
+    return as_text(section)
+
+
 def test_a_whole_session_reports_failures_beside_figures(
     monkeypatch: pytest.MonkeyPatch, script: Path, tmp_path: Path
 ) -> None:
@@ -179,7 +185,7 @@ def test_a_whole_session_reports_failures_beside_figures(
     assert bad["runs"] == []
     assert absent["error"] == "pip could not install gone"
     table = peer_table([good, bad, absent])
-    assert "good 1.2" in table
+    assert "good 1.2" in " ".join(table.split())
     assert "bad: MemoryError" in table
     assert "absent: pip could not" in table
     kept = json.loads(file.read_text())["units"]
@@ -199,7 +205,7 @@ def test_a_faster_peer_is_said() -> None:
         "same": 1.0,
     }
     table = peer_table([{"name": "other", "version": "2", "precision": "bf16", "runs": [run]}])
-    assert "other is FASTER than smart at batch 4" in table
+    assert "other is faster than ours at batch 4: 0.67 (0.60-0.70)" in table
 
 
 def test_environments_are_made_once_and_again_when_their_contents_change(

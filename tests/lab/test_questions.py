@@ -56,7 +56,7 @@ def test_page_and_terminal_show_it(replayed):
     text = page(results)
     assert "What does each ingredient give?" in text
     assert "stop rule: always 8 levels" in text
-    assert "oracle, a plan" in everything({"replayed": replayed})
+    assert "oracle, a plan" in everything({"runs": [], "replayed": replayed})
     assert not LabResults.from_dict({**result, "replayed": {"1": 3}}).replayed
 
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from smart_decoding.bench.results import SLOWER
+from smart_decoding.bench.sections import SLOWER
 from smart_decoding.cli import main as cli
 from smart_lab.__main__ import LAB
 from smart_lab.page import page

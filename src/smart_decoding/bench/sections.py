@@ -90,16 +90,14 @@ def as_text(section: Section) -> str:
 
 
 def as_markdown(section: Section) -> str:
-    """The table, then the list; '' where both are empty."""
-    lines = list(map(text_of, section.lines))
+    """Table, list and captions, a blank line between them."""
+    parts = []
     if section.rows:
-        lines[:0] = [
-            _row(section.head),
-            "|" + "---|" * len(section.head),
-            *(_row([_markdown(cell) for cell in row]) for row in section.rows),
-            *([""] if lines else []),
-        ]
-    return "\n".join(lines)
+        rows = [_row([_markdown(cell) for cell in row]) for row in section.rows]
+        parts.append("\n".join([_row(section.head), "|" + "---|" * len(section.head), *rows]))
+    if section.lines:
+        parts.append("\n".join(f"- {text_of(line)}" for line in section.lines))
+    return "\n\n".join([*parts, *section.captions])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

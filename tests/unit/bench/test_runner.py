@@ -6,9 +6,12 @@ import pytest
 import worlds
 
 from smart_decoding.bench import report
+from smart_decoding.bench.names import short_names
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.provenance import provenance, write_json
+from smart_decoding.bench.results import Results
 from smart_decoding.bench.runner import command_of, cycles_of, measure, rows_of
+from smart_decoding.bench.sections import as_markdown
 from smart_decoding.cli import bench as cli
 from smart_decoding.errors import CapacityError, ConfigError
 
@@ -49,6 +52,10 @@ def world():
 def runs_of(world, batch=2, **limits):
     clock, engines, tasks = world
     return rows_of(measure(engines, tasks, batch, clock=clock, **limits), batch, worlds.options())
+
+
+def terminal(runs):
+    return report.everything({"runs": runs})
 
 
 def test_speedups_tokens_and_identity(world):
@@ -99,7 +106,7 @@ def test_smart_is_compared_with_the_strongest_of_each_other_policy(world):
     assert set(slow) == {"code", "maths", "all"}
     assert min(slow.values()) > 2.8
     assert not any("smart_over" in r for r in runs if r["policy"] in ("off", "smart"))
-    told = report.terminal(runs).split("smart over the best")[1].splitlines()[1].split()
+    told = terminal(runs).split("smart over the best")[1].splitlines()[1].split()
     assert told[:2] == ["chain(length=1)", "2"]
     assert told[2] == f"{best['smart_over']:.2f}"
     assert told[3] == f"({best['smart_over_low']:.2f}-{best['smart_over_high']:.2f})"
@@ -116,15 +123,15 @@ def test_another_token_is_reported():
     assert not found["identical"]
     assert 0 < found["differing_prompts"] < 1
     assert found["differing_tokens"] > 0
-    assert "differ" in report.terminal(runs)
-    assert "NO" in report.terminal(runs)
+    assert "differ" in terminal(runs)
+    assert "NO" in terminal(runs)
 
 
 def test_a_deadline_keeps_complete_cycles_and_says_so(world):
     runs = runs_of(world, deadline=400.0)
     assert all(r["partial"] for r in runs)
     assert 1 <= runs[0]["blocks"] < 5
-    assert "PARTIAL" in report.terminal(runs)
+    assert "Partial: the time limit" in terminal(runs)
     with pytest.raises(CapacityError, match="too short"):
         runs_of(world, deadline=0.0)
 
@@ -181,13 +188,13 @@ def test_tables_fit_their_place(world):
         {**r, "policy": r["policy"].replace("(length=1)", "(length=1,and_more=1234567890)")}
         for r in runs
     ]
-    text = report.terminal(renamed)
+    text = terminal(renamed)
     assert max(map(len, text.splitlines())) <= 100
     assert "chain 1/1234567890 = chain(length=1,and_more=1234567890)" in text
-    table = report.markdown(runs).splitlines()
+    table = as_markdown(report.policies(Results({}, runs), "", report.SPEED)).splitlines()
     assert len(table) == 2 + 3
     assert len({line.count("|") for line in table}) == 1
-    assert "maths" in report.by_task(runs).splitlines()[0]
+    assert "maths" in report.by_task(Results({}, runs)).head
 
 
 def test_settings_of_a_policy_run_side_by_side():
@@ -277,7 +284,7 @@ def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, 
     ],
 )
 def test_names_say_what_differs(labels, names):
-    assert list(report.short_names([{"policy": label} for label in labels]).values()) == names
+    assert list(short_names(labels).values()) == names
 
 
 def test_an_arm_may_have_a_drafter_of_its_own(tmp_path):
