@@ -103,7 +103,7 @@ def over(results: Results) -> list[Section]:
     """`smart` beside the strongest setting of each other policy, block by block."""
     rows = [
         (
-            results.names.get(run["policy"], run["policy"]),
+            results.names[run["policy"]],
             str(run["batch_size"]),
             ratio_cell(run, "smart_over"),
             _worst(results, run, "smart_over"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import worlds
 
-from smart_decoding.bench.load import arrivals, capacity, load_run, measure_load, serve
+from smart_decoding.bench.load import Time, arrivals, capacity, load_run, measure_load, serve
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.report import load_table
 from smart_decoding.bench.results import Results
@@ -26,13 +26,19 @@ def sleeping(clock: worlds.Clock):
     return sleep
 
 
+def fail(seconds: float) -> None:
+    raise AssertionError("nothing is to be waited for")
+
+
 def test_latencies_count_from_arrival() -> None:
     clock = worlds.Clock()
     engine = worlds.engine(clock)
     first, second, third = worlds.prompts(
         count=3, tokens=10
     )  # 10, 11 and 12 tokens, a round of 1 s each
-    segment = serve(engine, [(0.5, first), (3.0, second), (100.0, third)], clock, sleeping(clock))
+    segment = serve(
+        engine, [(0.5, first), (3.0, second), (100.0, third)], Time(clock, sleeping(clock))
+    )
     a, b, c = segment.served
     assert (a.ttft, a.tpot) == (
         pytest.approx(1.0),
@@ -84,7 +90,9 @@ def test_policies_are_served_alike_and_a_cut_run_goes_on(
     }
     prompts = {"code": worlds.prompts("code", 6, 0, 30), "maths": worlds.prompts("maths", 4, 6, 30)}
     progress = Progress(tmp_path / "part", {})
-    found = measure_load(engines, prompts, (0.3, 0.8), 0, 4000.0, progress, clock, sleeping(clock))
+    found = measure_load(
+        engines, prompts, (0.3, 0.8), 0, 4000.0, progress, Time(clock, sleeping(clock))
+    )
     by = {(run["policy"], run["load"]): run for run in found["runs"]}
     assert set(by) == {(p, s) for p in engines for s in (0.3, 0.8)}
     assert found["slots"] == 4
@@ -97,7 +105,7 @@ def test_policies_are_served_alike_and_a_cut_run_goes_on(
     assert by["off", 0.3]["running"] < by["off", 0.8]["running"] <= 4
     before = clock.now
     again = measure_load(
-        engines, prompts, (0.3, 0.8), 0, 4000.0, Progress(tmp_path / "part", {}), clock, None
+        engines, prompts, (0.3, 0.8), 0, 4000.0, Progress(tmp_path / "part", {}), Time(clock, fail)
     )
     assert again == found
     assert clock.now - before < 100
@@ -115,7 +123,8 @@ def test_another_token_is_seen() -> None:
     )
     wave = [(0.0, prompt) for prompt in worlds.prompts(count=2)]
     base, odd = (
-        serve(engine, wave, clock, sleeping(clock)) for engine in (worlds.engine(clock), other)
+        serve(engine, wave, Time(clock, sleeping(clock)))
+        for engine in (worlds.engine(clock), other)
     )
     assert not load_run("x", 0.5, 1.0, [odd], [base])["identical"]
     assert load_run("x", 0.5, 1.0, [base], [base])["tpot_ratio"] == 1.0
