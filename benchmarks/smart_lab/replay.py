@@ -158,7 +158,8 @@ class Walk:
         self._waiting = [i for i in range(len(answers)) if len(answers[i].tokens) > 1]
         if len(self._waiting) < batch_size:
             raise ConfigError(
-                f"a replay at batch size {batch_size} needs that many recorded answers, not {len(self._waiting)}"
+                f"a replay at batch size {batch_size} needs that many recorded answers, "
+                f"not {len(self._waiting)}"
             )
         self.answer = np.array(self._waiting[:batch_size], np.int64)
         self._waiting = self._waiting[batch_size:]
@@ -353,32 +354,16 @@ def _round(
     started = clock() if clock else 0.0
     done = draft(policy, walk)
     own = clock() - started if clock else 0.0
-    size, trees, widths = done.batch.size, done.trees, done.widths
+    size = done.batch.size
+    widths = done.widths
     context = float(done.batch.context.sum()) / size
     levels = prices.levels(widths, context)
     rows = size + len(done.kept)
     verify = prices.verify(rows, context)
     beyond = host.seconds(size, bool(widths)) + own
-    on_path = accepted(trees, done.kept, walk)
-    emitted = np.minimum(1 + np.bincount(trees.owner[on_path], minlength=size), walk.left)
-    next_token = (
-        np.where(on_path, walk.truth(trees.owner, trees.depth + 1), -1)
-        if len(trees)
-        else trees.token
-    )
-    root_next = walk.truth(np.arange(size), np.ones(size, np.int64))
+    truth, emitted = _judged(done, walk)
     round_ = Round(
-        done.batch,
-        done.plan,
-        trees,
-        done.kept,
-        next_token,
-        root_next,
-        widths,
-        levels,
-        rows,
-        verify,
-        beyond,
+        done.batch, done.plan, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond
     )
     started = clock() if clock else 0.0
     policy.observe(round_)
@@ -394,6 +379,20 @@ def _round(
     result.levels += len(widths)
     result.off += not widths
     result.own_seconds += own + learning
+
+
+def _judged(done: Drafted, walk: Walk) -> tuple[tuple[IntArray, IntArray], IntArray]:
+    """The target's tokens behind each node on the answer's path and behind each root, and how many
+    tokens each request gains."""
+    trees = done.trees
+    size = done.batch.size
+    on_path = accepted(trees, done.kept, walk)
+    emitted = np.minimum(1 + np.bincount(trees.owner[on_path], minlength=size), walk.left)
+    behind: IntArray = trees.token
+    if len(trees):
+        behind = np.where(on_path, walk.truth(trees.owner, trees.depth + 1), -1)
+    root_next = walk.truth(np.arange(size), np.ones(size, np.int64))
+    return (behind, root_next), emitted
 
 
 def _padded(answers: list[IntArray]) -> tuple[IntArray, IntArray]:

@@ -160,7 +160,8 @@ def _draw(policy: Policy, walk: Walk) -> Fixed:
     on_path = accepted(done.trees, done.kept, walk)
     emitted = np.minimum(1 + np.bincount(owner[on_path], minlength=size), walk.left)
     expanded = np.stack(
-        [np.bincount(owners, minlength=size) for owners in done.expanded] or [np.zeros(size)],
+        [np.bincount(owners, minlength=size) for owners in done.expanded]
+        or [np.zeros(size, np.int64)],
         axis=1,
     )
     expanded[:, 0] = done.batch.remaining > 1  # a round in which nobody may draft is a plain one

@@ -47,8 +47,8 @@ def load(settings):
         if settings.get("fails") == "answering":
             raise MemoryError("too much")
         answers = [[(p[-1] + 1 + i) % {worlds.EOS} for i in range(tokens)] for p in prompts]
-        return {{"seconds": 0.01 * tokens, "tokens": (tokens - 1) * len(prompts), "answers": answers,
-                "prefill_seconds": 0.5}}
+        return {{"seconds": 0.01 * tokens, "tokens": (tokens - 1) * len(prompts),
+                "answers": answers, "prefill_seconds": 0.5}}
     return {{"version": "1.2", "precision": settings["dtype"]}}, answer
 
 serve(load)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.bench import runner
+from smart_decoding.bench import cycles
 from smart_decoding.cli.main import main
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(replayed_run, "PROFILE_SECONDS", 0.05)
-    monkeypatch.setattr(runner, "SLOW", 1e9)  # on a tiny model everything but the baseline is slow
+    monkeypatch.setattr(cycles, "SLOW", 1e9)  # on a tiny model everything but the baseline is slow
 
 
 def options(folder, **given):

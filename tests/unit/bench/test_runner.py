@@ -238,7 +238,10 @@ def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, 
     )
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
-    words = "--policies off,chain --batch-sizes 1,4 --dtype fp32 --temperature 0.8 --tasks code --limit 3 --max-tokens 9"
+    words = (
+        "--policies off,chain --batch-sizes 1,4 --dtype fp32 --temperature 0.8 --tasks code "
+        "--limit 3 --max-tokens 9"
+    )
     args = parser.parse_args([*words.split(), "--json", str(tmp_path / "r.json")])
     assert cli.main(args) == 0
     (options,) = asked

@@ -16,7 +16,8 @@ def code(count: int) -> list[dict[str, str]]:
     """Functions of about 450 characters."""
     return [
         {
-            "prompt": f'def add_{i}(first, second):\n    """ Adds {i} times. {"Words that fill a line. " * 15}"""\n',
+            "prompt": f"def add_{i}(first, second):\n"
+            f'    """ Adds {i} times. {"Words that fill a line. " * 15}"""\n',
             "canonical_solution": f"    total = first + {i} * second\n    return total\n",
             "entry_point": f"add_{i}",
         }
@@ -60,10 +61,8 @@ def test_edits_hold_the_whole_function_and_one_wish() -> None:
     functions = code(8)
     prompts = edits(functions)
     wishes = [prompt.split("\n")[0] for prompt in prompts]
-    assert (
-        wishes[0]
-        == "Rename the parameter `first` of `add_0` to `first_value`. Answer with the whole function."
-    )
+    wish = "Rename the parameter `first` of `add_0` to `first_value`."
+    assert wishes[0] == f"{wish} Answer with the whole function."
     assert [wish.split()[0] for wish in wishes[:4]] == ["Rename", "`add_1`", "Add", "Print"]
     for task, prompt in zip(functions, prompts, strict=True):
         source = prompt.split("```python\n")[1].removesuffix("\n```")
