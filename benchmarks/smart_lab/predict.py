@@ -27,10 +27,11 @@ import numpy as np
 
 from smart_decoding.bench.arguments import whole_numbers
 from smart_decoding.bench.blocks import Prompt
+from smart_decoding.bench.cycles import measure
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BenchOptions, check_outputs, parse_setting
 from smart_decoding.bench.results import Results
-from smart_decoding.bench.runner import encode, load, measure
+from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.summary import POOLED, noise, summarise
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError

@@ -16,7 +16,7 @@ from typing import Any
 from smart_decoding.bench.options import check_outputs
 from smart_decoding.bench.plots import COLOURS
 from smart_lab.hardware import acceptances, card, dimensions, roofline
-from smart_lab.simulate import EAGLE2, PAPER, SMART, Outlook, Simulation, Simulator, name_of
+from smart_lab.simulate import EAGLE2, PAPER, SMART, Prediction, Simulation, Simulator, name_of
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
 
@@ -33,26 +33,26 @@ PUBLISHED = {SMART: "smart", EAGLE2: "msd"}  # the paper's controller, and MSD w
 
 
 def simulated(name: str, level: Mapping[str, Any]) -> Simulation:
-    """A card's outlooks at the published method's acceptance."""
+    """A card's predictions at the published method's acceptance."""
     sheet, model = card(name, eager=True), dimensions("vicuna-7b")
     trace = Trace(
         synthetic(level["tokens_per_round"], context=level["context"], tree=level["tree"]), {}
     )
     simulator = Simulator(trace, roofline(sheet, model), tree=level["tree"])
     return Simulation(
-        sheet.name, model.name, level["source"], [simulator.outlook(size) for size in SIZES]
+        sheet.name, model.name, level["source"], [simulator.prediction(size) for size in SIZES]
     )
 
 
-def speedup_of(outlook: Outlook, policy: str) -> float:
+def speedup_of(prediction: Prediction, policy: str) -> float:
     """A policy's speedup, FIXED's that of the best fixed tree."""
-    return outlook.speedup[name_of(outlook.fixed) if policy == FIXED else policy]
+    return prediction.speedup[name_of(prediction.fixed) if policy == FIXED else policy]
 
 
-def cell(outlook: Outlook, policy: str, published: Mapping[str, Mapping[str, float]]) -> str:
+def cell(prediction: Prediction, policy: str, published: Mapping[str, Mapping[str, float]]) -> str:
     """A speedup, the published one in brackets."""
-    value = speedup_of(outlook, policy)
-    known = published.get(PUBLISHED.get(policy, ""), {}).get(str(outlook.batch_size))
+    value = speedup_of(prediction, policy)
+    known = published.get(PUBLISHED.get(policy, ""), {}).get(str(prediction.batch_size))
     return f"{value:.2f}" + (f" ({known:.2f})" if known else "")
 
 
@@ -77,7 +77,7 @@ def picture(
 
 def _lines(panel: Any, simulation: Simulation, published: Mapping[str, Any]) -> None:
     for colour, (policy, (told, marker)) in zip(COLOURS, LINES.items(), strict=False):
-        values = [speedup_of(outlook, policy) for outlook in simulation.outlooks]
+        values = [speedup_of(prediction, policy) for prediction in simulation.predictions]
         style = {"color": colour, "marker": marker}
         panel.plot(SIZES, values, linewidth=2.2, markersize=5, label=told, **style)
         known = published.get(PUBLISHED.get(policy, ""), {})
@@ -132,9 +132,11 @@ def main(args: argparse.Namespace) -> int:
     for name, simulation in found.items():
         heads = (f"{told:>28}" for told, _ in LINES.values())
         print(f"{simulation.hardware}\n  batch{''.join(heads)}")
-        for outlook in simulation.outlooks:
-            cells = (f"{cell(outlook, policy, level['published'][name]):>28}" for policy in LINES)
-            print(f"  {outlook.batch_size:5}{''.join(cells)}")
+        for prediction in simulation.predictions:
+            cells = (
+                f"{cell(prediction, policy, level['published'][name]):>28}" for policy in LINES
+            )
+            print(f"  {prediction.batch_size:5}{''.join(cells)}")
         crossings = (simulation.crossing(policy) for policy in (EAGLE2, SMART))
         print("  MSD's tree crosses 1x at {}, smart at {}".format(*crossings))
     if args.json is not None:

@@ -75,7 +75,7 @@ def gap(bench: Bench, stale: CostModel, sweep: Sweep) -> dict[str, Any]:
         for policy in (knowing[1], Foreseeing(knowing[2]))
     )
     return {
-        "eagle2, EAGLE-2's size": bench.speedup(trace.policy("eagle2", **EAGLE_2)),
+        "eagle2, EAGLE-2's size": bench.speedup(trace.policy("eagle2", None, **EAGLE_2)),
         "best fixed": ranked[0][1].tokens_per_s / bench.plain,
         "best fixed is": name_of(ranked[0][0]),
         "paper": bench.speedup(trace.policy("paper", cost)),
@@ -134,7 +134,7 @@ class Asker:
     """One recording, asked at batch size after batch size."""
 
     def __init__(self, trace: Trace, answers: int = 24, stale: CostModel | None = None) -> None:
-        """stale: what policies believe that start from a wrong profile (default: rows and levels
+        """stale: the costs of policies that start from a wrong profile (default: rows and levels
         far too cheap)."""
         assert trace.cost is not None
         some = trace.recording.take(range(min(answers, len(trace.recording.answers))))

@@ -44,7 +44,7 @@ class HostCosts:
         return cls(drafting=cost.overhead_seconds)
 
 
-class Prices:
+class StepCosts:
     """A cost model's seconds at one batch size as tables, since asking it again and again is what
     would take long."""
 
@@ -104,7 +104,7 @@ def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArra
     return at_zero, (seconds(1024.0) - at_zero) / 1024.0
 
 
-class Pricing(Protocol):
+class RoundCosts(Protocol):
     """What steps take, in seconds."""
 
     def verify(self, rows: int, context: float) -> float: ...
@@ -327,26 +327,26 @@ def replay(
     host: HostCosts | None = None,
     own_time: Clock | None = None,
     rounds: int | None = None,
-    prices: Pricing | None = None,
+    costs: RoundCosts | None = None,
 ) -> Replayed:
     """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled
     until it runs dry, and then rounds of smaller batches are left out, as in the live benchmark.
 
     host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the
-    policy itself, whose seconds then count, too. rounds: stop after so many. prices: what steps
+    policy itself, whose seconds then count, too. rounds: stop after so many. costs: what steps
     really take (default: by `cost`)."""
     walk, result = Walk(recording, batch_size), Replayed(batch_size)
-    prices = prices or Prices(cost, batch_size)
+    costs = costs or StepCosts(cost, batch_size)
     host = host or HostCosts.of(cost)
     while walk.running and result.rounds != rounds:
-        _round(policy, walk, prices, host, own_time, result)
+        _round(policy, walk, costs, host, own_time, result)
     return result
 
 
 def _round(
     policy: Policy,
     walk: Walk,
-    prices: Pricing,
+    costs: RoundCosts,
     host: HostCosts,
     clock: Clock | None,
     result: Replayed,
@@ -357,9 +357,9 @@ def _round(
     size = done.batch.size
     widths = done.widths
     context = float(done.batch.context.sum()) / size
-    levels = prices.levels(widths, context)
+    levels = costs.levels(widths, context)
     rows = size + len(done.kept)
-    verify = prices.verify(rows, context)
+    verify = costs.verify(rows, context)
     beyond = host.seconds(size, bool(widths)) + own
     truth, emitted = _judged(done, walk)
     round_ = Round(
@@ -369,7 +369,7 @@ def _round(
     policy.observe(round_)
     learning = clock() - started if clock else 0.0
     walk.advance(emitted, bool(widths))
-    prices.advance(int(emitted.sum()))
+    costs.advance(int(emitted.sum()))
     result.tokens += int(emitted.sum())
     result.seconds += verify + sum(levels) + beyond + learning
     result.rounds += 1

@@ -25,11 +25,11 @@ import torch
 from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
+from smart_decoding.bench.cycles import measure, rows_of
 from smart_decoding.bench.limits import measure_limits
 from smart_decoding.bench.limits import shares as limit_shares
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.provenance import memory, provenance
-from smart_decoding.bench.runner import measure, rows_of
 from smart_decoding.bench.traffic import Sizes, achieved
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies.protocol import DraftPlan

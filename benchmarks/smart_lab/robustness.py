@@ -31,11 +31,12 @@ from safetensors.torch import load_file, save_file
 from smart_decoding import LLM
 from smart_decoding.bench.arguments import whole_numbers, words
 from smart_decoding.bench.blocks import Block, Prompt
+from smart_decoding.bench.cycles import measure
 from smart_decoding.bench.data import DEFAULT_TASKS, load_task
 from smart_decoding.bench.options import BenchOptions, check_outputs
 from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.bench.resume import Progress
-from smart_decoding.bench.runner import encode, load, measure
+from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.summary import decode_speedup, end_to_end_speedup
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.engine import Engine

@@ -80,8 +80,8 @@ def main(args: argparse.Namespace) -> int:
     simulator, started = Simulator(trace, cost, host, tree), time.perf_counter()
     with tqdm(total=len(sizes), desc="simulating", unit="batch size", leave=False) as bar:
         for size in sizes:
-            simulation.outlooks.append(
-                simulator.outlook(size, lambda name: bar.set_postfix_str(name, refresh=True))
+            simulation.predictions.append(
+                simulator.prediction(size, lambda name: bar.set_postfix_str(name, refresh=True))
             )
             bar.update()
     print(text(simulation))
@@ -109,7 +109,7 @@ def text(simulation: Simulation) -> str:
         f"{'batch':>5}{'plain tok/s':>13}{'smart':>8}{'paper':>8}{'EAGLE-2':>9}"
         f"{'best fixed':>12}   use",
     ]
-    for o in simulation.outlooks:
+    for o in simulation.predictions:
         fixed = o.speedup[name_of(o.fixed)]
         values = (
             f"{o.speedup[SMART]:8.2f}{o.speedup[PAPER]:8.2f}{o.speedup[EAGLE2]:9.2f}{fixed:12.2f}"
@@ -129,11 +129,11 @@ def _answers(simulation: Simulation) -> list[str]:
             else f"falls below 1x near batch {crossing:.0f}"
         )
         lines.append(f"{policy} {where}")
-    paying = [o for o in simulation.outlooks if o.best != "off"]
+    paying = [o for o in simulation.predictions if o.best != "off"]
     if not paying:
         return [*lines, "Speculation does not pay at any of these batch sizes: decode plainly."]
     last = paying[-1]
-    if last is simulation.outlooks[-1]:
+    if last is simulation.predictions[-1]:
         return [
             *lines,
             f"Speculation pays at every batch size up to {last.batch_size}: use {last.best}.",

@@ -35,11 +35,11 @@ def figure(simulation: Simulation) -> Figure:
     series = []
     for colour, policy in enumerate((SMART, PAPER, EAGLE2, "best fixed")):
         points = []
-        for o in simulation.outlooks:
+        for o in simulation.predictions:
             value = o.speedup[name_of(o.fixed) if policy == "best fixed" else policy]
             points.append(Point(o.batch_size, value))
         series.append(Series(policy, colour, points))
-    sizes = [float(o.batch_size) for o in simulation.outlooks]
+    sizes = [float(o.batch_size) for o in simulation.predictions]
     level = (1.0, "1×, plain decoding: below it is slower")
     panel = Panel("", "batch size", "speedup, simulated", series, sizes, True, level=level)
     return Figure("speedup", "Speedup against batch size, simulated", CAPTION, [panel])
@@ -47,7 +47,7 @@ def figure(simulation: Simulation) -> Figure:
 
 def _table(simulation: Simulation) -> Section:
     rows: list[Sequence[Cell]] = []
-    for o in simulation.outlooks:
+    for o in simulation.predictions:
         fixed = name_of(o.fixed)
         values = [o.speedup[name] for name in (SMART, PAPER, EAGLE2, fixed)]
         cells = (Marked(f"{value:.2f}", FASTER if value >= 1 else SLOWER) for value in values)

@@ -16,7 +16,7 @@ from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.core.tree import IntArray
 from smart_lab.recording import Recording
-from smart_lab.replay import HostCosts, Prices, Replayed, Walk, accepted, draft
+from smart_lab.replay import HostCosts, Replayed, StepCosts, Walk, accepted, draft
 
 CHUNK = 512  # positions drawn together: memory
 Setting = dict[str, int]
@@ -88,9 +88,9 @@ def add_up(
     host: HostCosts | None = None,
 ) -> Replayed:
     """What `replay` gives for the policy of `fixed`."""
-    walk, prices, result = (
+    walk, costs, result = (
         Walk(recording, batch_size),
-        Prices(cost, batch_size),
+        StepCosts(cost, batch_size),
         Replayed(batch_size),
     )
     host = host or HostCosts.of(cost)
@@ -98,10 +98,10 @@ def add_up(
         at, context = walk.position, float(walk.context.sum()) / batch_size
         widths = [int(width) for width in fixed.expanded[at].sum(axis=0) if width]
         kept = int(fixed.kept[at].sum())
-        seconds = prices.verify(batch_size + kept, context) + host.seconds(batch_size, bool(widths))
+        seconds = costs.verify(batch_size + kept, context) + host.seconds(batch_size, bool(widths))
         if widths:
             widths[0] = int(walk.pending.sum())
-            seconds += sum(prices.levels(widths, context))
+            seconds += sum(costs.levels(widths, context))
         emitted = fixed.emitted[at]
         walk.advance(emitted, bool(widths))
         result.tokens += int(emitted.sum())
@@ -159,11 +159,8 @@ def _draw(policy: Policy, walk: Walk) -> Fixed:
     size, owner = done.batch.size, done.trees.owner
     on_path = accepted(done.trees, done.kept, walk)
     emitted = np.minimum(1 + np.bincount(owner[on_path], minlength=size), walk.left)
-    expanded = np.stack(
-        [np.bincount(owners, minlength=size) for owners in done.expanded]
-        or [np.zeros(size, np.int64)],
-        axis=1,
-    )
+    levels = done.expanded or [owner[:0]]
+    expanded = np.stack([np.bincount(owners, minlength=size) for owners in levels], axis=1)
     expanded[:, 0] = done.batch.remaining > 1  # a round in which nobody may draft is a plain one
     return Fixed(
         emitted,

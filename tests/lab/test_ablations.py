@@ -114,14 +114,14 @@ def test_flat_costs_know_no_context():
 
 
 def test_frozen_costs_stay_as_they_were_believed(trace):
-    believed = CostModel.from_table({1: {1: 2.0, 64: 9.0}}, {1: 0.5, 64: 0.9})
-    frozen, learning = FrozenCosts(smart(trace, believed)), smart(trace, believed)
+    assumed = CostModel.from_table({1: {1: 2.0, 64: 9.0}}, {1: 0.5, 64: 0.9})
+    frozen, learning = FrozenCosts(smart(trace, assumed)), smart(trace, assumed)
     replay(frozen, trace.recording, FLAT, 2)
     replay(learning, trace.recording, FLAT, 2)
-    assert frozen.inner.cost is believed
+    assert frozen.inner.cost is assumed
     error = [
         abs(float(c.verify_seconds(2, 4, 60.0)) - float(FLAT.verify_seconds(2, 4, 60.0)))
-        for c in (believed, learning.cost)
+        for c in (assumed, learning.cost)
     ]
     assert error[1] < 0.3 * error[0]
 

@@ -16,7 +16,7 @@ from smart_lab.simulate import (
     EAGLE2,
     EAGLE_2,
     SMART,
-    Outlook,
+    Prediction,
     Simulation,
     Simulator,
     enough,
@@ -122,24 +122,24 @@ def test_synthetic_acceptance_is_what_was_asked_for(tokens):
 
 
 def test_an_outlook_compares_the_policies(trace):
-    outlook = Simulator(trace, COST, HostCosts()).outlook(8)
-    assert outlook.plain == pytest.approx(8 / 1.1)
-    assert set(outlook.speedup) >= {
+    prediction = Simulator(trace, COST, HostCosts()).prediction(8)
+    assert prediction.plain == pytest.approx(8 / 1.1)
+    assert set(prediction.speedup) >= {
         SMART,
         EAGLE2,
-        name_of(outlook.fixed),
+        name_of(prediction.fixed),
     }
-    assert outlook.speedup[EAGLE2] < 1 < outlook.speedup[SMART]
-    assert outlook.best != "off"
+    assert prediction.speedup[EAGLE2] < 1 < prediction.speedup[SMART]
+    assert prediction.best != "off"
     assert len(enough(trace.recording, 8).answers) == 16
     assert enough(trace.recording, 4) is trace.recording
 
 
 def test_where_it_stops_paying_is_interpolated(trace):
-    found = Simulator(trace, COST).outlook(1)
+    found = Simulator(trace, COST).prediction(1)
 
-    def at(size: int, value: float) -> Outlook:
-        return Outlook(size, 1.0, {SMART: 1.5, EAGLE2: value}, EAGLE_2, found.smart)
+    def at(size: int, value: float) -> Prediction:
+        return Prediction(size, 1.0, {SMART: 1.5, EAGLE2: value}, EAGLE_2, found.smart)
 
     simulation = Simulation("h", "m", "a", [at(4, 1.5), at(8, 1.1), at(16, 0.9)])
     assert simulation.crossing(EAGLE2) == pytest.approx(12.0)
@@ -242,12 +242,14 @@ def test_the_shape_of_the_published_figures(name, sizes, msd):
     RTX PRO 6000."""
     tree = acceptances()["msd"]["tree"]
     simulator = Simulator(msd, roofline(card(name, eager=True), dimensions("vicuna-7b")), tree=tree)
-    simulation = Simulation(name, "vicuna-7b", "msd", [simulator.outlook(size) for size in sizes])
-    assert simulation.outlooks[0].speedup[EAGLE2] == pytest.approx(1.82, rel=0.05)
+    simulation = Simulation(
+        name, "vicuna-7b", "msd", [simulator.prediction(size) for size in sizes]
+    )
+    assert simulation.predictions[0].speedup[EAGLE2] == pytest.approx(1.82, rel=0.05)
     crossing = simulation.crossing(EAGLE2)
     assert crossing is not None
     assert 10 < crossing < 14 if name == "l40s" else 14 < crossing < 32
-    assert min(o.speedup[SMART] for o in simulation.outlooks) > 1.39
+    assert min(o.speedup[SMART] for o in simulation.predictions) > 1.39
     assert simulator.rounds > 10_000
 
 
@@ -264,5 +266,5 @@ def test_keys_of_a_level_are_read_by_a_few_rows_together():
 
 
 def test_a_page_without_a_crossing_is_still_a_page(trace):
-    simulation = Simulation("h <1>", "m", "a", [Simulator(trace, COST).outlook(1)], ["a & note"])
+    simulation = Simulation("h <1>", "m", "a", [Simulator(trace, COST).prediction(1)], ["a & note"])
     ElementTree.fromstring(page(simulation).partition("\n")[2])

@@ -27,7 +27,7 @@ def speedup(
 ) -> tuple[float, float]:
     """`smart` over plain decoding, and the share of its rounds without drafting."""
     ours, plain = (
-        replay(policy, trace.recording, FAST, 8, prices=Unsteady(states, 8, 2000.0, seed=seed))
+        replay(policy, trace.recording, FAST, 8, costs=Unsteady(states, 8, 2000.0, seed=seed))
         for policy in (smart(trace, profile), Off())
     )
     return ours.tokens_per_s / plain.tokens_per_s, ours.off / ours.rounds

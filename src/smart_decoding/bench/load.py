@@ -86,8 +86,7 @@ def measure_load(
     for engine in engines.values():
         run_block(engine, mixed[:2], mixed[2:], 2, timing.clock)  # a warm-up
     runs: list[dict[str, Any]] = []
-    steps = len(shares) * SEGMENTS
-    with tqdm(total=steps, desc="load", unit="segment", leave=False) as bar:
+    with tqdm(total=len(shares) * SEGMENTS, desc="load", unit="segment", leave=False) as bar:
         for share in shares:
             segments: dict[str, list[Segment]] = {label: [] for label in engines}
             for number in range(SEGMENTS):
