@@ -150,7 +150,7 @@ class Walk:
     def __init__(self, recording: Recording, batch_size: int) -> None:
         answers = recording.answers
         self.recording = recording
-        self._tokens, self._start = _padded([a.tokens for a in answers])
+        self._tokens, self._start = _padded([a.tokens.astype(np.int64) for a in answers])
         self._length = np.array([len(a.tokens) for a in answers], np.int64)
         self._limit = np.array([a.limit for a in answers], np.int64)
         self._prompt = np.array([a.prompt_length for a in answers], np.int64)
