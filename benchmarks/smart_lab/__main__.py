@@ -18,9 +18,25 @@ LAB = Program(
             "what speculation would bring on other hardware",
             "smart_lab.simulate_command",
         ),
+        "published": ("the published figures' shape, simulated", "smart_lab.published"),
+        "predict": ("does a replay predict this machine's speedups", "smart_lab.predict"),
+        "regret": ("policies in a simulated world against full knowledge", "smart_lab.regret"),
+        "robustness": (
+            "never slower? bad heads, prompts, neighbours, profiles",
+            "smart_lab.robustness",
+        ),
         "divergence": (
             "how often bf16 output differs under speculation, and why",
             "smart_lab.divergence",
+        ),
+        "identity": ("is fp32 output the same under every policy", "smart_lab.identity"),
+        "cost-error": ("how well the cost model predicts real rounds", "smart_lab.cost_error"),
+        "forwards": ("milliseconds of verification forwards", "smart_lab.forwards"),
+        "sampler": ("microseconds of the sampler", "smart_lab.sampler"),
+        "vllm": ("SMART inside vLLM against stock vLLM", "smart_lab.vllm_speed"),
+        "transformers": (
+            "SMART inside transformers against its own generation",
+            "smart_lab.transformers_speed",
         ),
     },
 )

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import cast
 
-from smart_decoding.cli.arguments import words
 from smart_decoding.bench.provenance import write_json
+from smart_decoding.cli.arguments import words
 from smart_decoding.cli.bench import add_common_arguments, options_of
 from smart_lab.options import LAB_PRESETS, LabOptions
 from smart_lab.report import everything
@@ -48,8 +48,8 @@ def _further_parts(parser: argparse.ArgumentParser) -> None:
     )
     add("--questions", action="store_true", help="also answer by replay: oracle, ablations, sweeps")
     others = (
-        "other engines on the same prompts (default: all), in environments made for them; alone it replaces the "
-        "comparison in blocks"
+        "other engines on the same prompts (default: all), in environments made for them; alone it "
+        "replaces the comparison in blocks"
     )
     add("--peers", type=words, nargs="?", const=("all",), metavar="A,B", help=others)
     add(
@@ -65,8 +65,8 @@ def _instead_of_measuring(parser: argparse.ArgumentParser) -> None:
     recorded = "record the prompts' drafts there, for replay and simulation, instead of measuring"
     add("--record", type=Path, metavar="FILE", help=recorded)
     timed = (
-        "time a model of these dimensions (llama-3.1-8b, ..., or a config.json) with random weights: all compute is "
-        "real, acceptance comes from --replay"
+        "time a model of these dimensions (llama-3.1-8b, ..., or a config.json) with random "
+        "weights: all compute is real, acceptance comes from --replay"
     )
     add("--random-weights", metavar="CONFIG", help=timed)
     add(
@@ -108,6 +108,8 @@ def _record(options: LabOptions, path: Path) -> int:
     trace = record_trace(options)
     write_trace(path, trace)
     recording = trace.recording
-    counted = f"{len(recording.answers)} answers, {recording.positions} positions, {len(recording.token)} drafted tokens"
-    print(f"{counted}: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(
+        f"{len(recording.answers)} answers, {recording.positions} positions, "
+        f"{len(recording.token)} drafted tokens: {path} ({path.stat().st_size / 1e6:.1f} MB)"
+    )
     return 0

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.cli.arguments import add_allow_slow
 from smart_decoding.bench.data import load_task
+from smart_decoding.cli.arguments import add_allow_slow
 from smart_decoding.core.tree_picture import quoted
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
@@ -143,17 +143,20 @@ def render(report: Report, llm: LLM) -> str:
     count = len(report.differences)
     lines = [
         f"model: {llm.provenance.get('model')}, weights: {llm.provenance.get('weights')}, bf16",
-        f"{report.answers} answers, {report.tokens} tokens, {report.verified} drafted rows verified",
+        f"{report.answers} answers, {report.tokens} tokens, "
+        f"{report.verified} drafted rows verified",
         f"answers that differ under speculation: {count} of {report.answers}",
         f"rounding: the top-two gap changed by at most {report.rounding:.4f} nats, "
-        f"{_share(report.changes, 0.0)} of positions not at all; median gap {np.median(report.gaps or [0.0]):.2f} nats",
+        f"{_share(report.changes, 0.0)} of positions not at all; "
+        f"median gap {np.median(report.gaps or [0.0]):.2f} nats",
     ]
     for d in report.differences:
         tokens = [quoted(llm.tokenizer.decode([token], False)) for token in (d.plain, d.other)]
         verdict = "near-tie" if report.is_near_tie(d) else "NOT a near-tie: please report this"
         lines.append(
-            f"  prompt {d.prompt}, token {d.position}: plain {tokens[0]}, speculative {tokens[1]}; gap {d.gap:.4f} "
-            f"nats plain, {d.spec_gap:.4f} speculative ({_share(report.gaps, d.gap)} of positions as close): {verdict}"
+            f"  prompt {d.prompt}, token {d.position}: plain {tokens[0]}, speculative {tokens[1]}; "
+            f"gap {d.gap:.4f} nats plain, {d.spec_gap:.4f} speculative "
+            f"({_share(report.gaps, d.gap)} of positions as close): {verdict}"
         )
     if not report.verified:
         lines.append(

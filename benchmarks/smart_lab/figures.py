@@ -1,4 +1,4 @@
-"""The figures that replay gives, as data, after those of `smart bench`."""
+"""The figures of rounds and of replay, as data, after those of `smart bench`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from typing import Any
 
 from smart_decoding.bench import figures as measured
 from smart_decoding.bench.figures import NEUTRAL, Figure, Panel, Point, Series
-from smart_decoding.bench.results import number
+from smart_decoding.bench.sections import number
 from smart_lab.results import LabResults
+from smart_lab.round_figures import round_figures
 
 
 def figures(results: LabResults) -> list[Figure]:
     """All figures, those without data too."""
-    return [*measured.figures(results), *replay_figures(results)]
+    return [*measured.figures(results), *further_figures(results)]
 
 
-def replay_figures(results: LabResults) -> list[Figure]:
-    """The two figures of what was replayed, if anything was."""
-    return [oracle(results.replayed), ablations(results.replayed)] if results.replayed else []
+def further_figures(results: LabResults) -> list[Figure]:
+    """Those that `smart bench` does not have."""
+    replayed = results.replayed
+    found = round_figures(results)
+    return [*found, *([oracle(replayed), ablations(replayed)] if replayed else [])]
 
 
 def oracle(replayed: Mapping[str, Any]) -> Figure:
@@ -31,8 +34,9 @@ def oracle(replayed: Mapping[str, Any]) -> Figure:
         "oracle, a plan",
     )
     caption = (
-        "By replay of recorded drafts of other prompts, not live. 'Best fixed' is chosen afterwards, for each batch "
-        "size, on the very answers that it is judged by. Oracle knows which drafts come true: a plan that exists."
+        "By replay of recorded drafts of other prompts, not live. 'Best fixed' is chosen "
+        "afterwards, for each batch size, on the very answers that it is judged by. Oracle knows "
+        "which drafts come true: a plan that exists."
     )
     panels = [
         _replayed_panel("policies", replayed, "gap", shown),
@@ -58,8 +62,9 @@ def ablations(replayed: Mapping[str, Any]) -> Figure:
         "even budget",
     )
     caption = (
-        "By replay of recorded drafts of other prompts, not live: smart, and smart with one decision taken in another "
-        "way. Lines that lie on one another are ingredients that make no difference here."
+        "By replay of recorded drafts of other prompts, not live: smart, and smart with one "
+        "decision taken in another way. Lines that lie on one another are ingredients that make no "
+        "difference here."
     )
     panels = [
         _replayed_panel("when to stop, what to keep", replayed, "ablations", rule),

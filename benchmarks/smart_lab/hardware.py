@@ -118,7 +118,8 @@ def card(name: str, eager: bool = False) -> Card:
     data = _data()
     if name not in data["cards"]:
         raise ConfigError(
-            f"unknown hardware {name!r}; known: {', '.join(data['cards'])}, measured, or a profile's JSON"
+            f"unknown hardware {name!r}; known: {', '.join(data['cards'])}, measured, "
+            "or a profile's JSON"
         )
     sheet, how = data["cards"][name], "eager" if eager else "graphs"
 

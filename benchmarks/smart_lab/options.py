@@ -107,7 +107,8 @@ class LabOptions(BenchOptions):
         return (*self.tasks, *self.suites)
 
     def most_requests(self) -> int:
-        return max([BenchOptions.most_requests(self), *(VARIANT_SIZES if self.variants else ())])
+        sizes = VARIANT_SIZES if self.variants else ()
+        return max(BenchOptions.most_requests(self), *sizes, 1)
 
     @property
     def compares_policies(self) -> bool:

@@ -3,12 +3,12 @@ programme over positions.
 
 With acceptance known only the drafts that come true are verified: k levels, k rows more, k + 1
 tokens. At batch size 1 the programme is exact: its state is the position and the rows that the
-drafter has not processed yet. At larger ones the requests of a round share its price, and the
-programme is solved for one request at shared prices:
+drafter has not processed yet. At larger ones the requests of a round share its cost, and the
+programme is solved for one request at shared costs:
 
-- `bound`: prices that no round can undercut (a line below the cost curve), so that no plan is
+- `bound`: costs that no round can undercut (a line below the cost curve), so that no plan is
 faster;
-- `reached`: the plans of many such price lists walked through at true costs, the best of them: a
+- `reached`: the plans of many such cost lists walked through at true costs, the best of them: a
 plan that exists.
 
 The optimum lies between the two.
@@ -24,7 +24,7 @@ import numpy as np
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.tree import FloatArray, IntArray
 from smart_lab.recording import Answer, Recording
-from smart_lab.replay import HostCosts, Prices, Walk
+from smart_lab.replay import HostCosts, StepCosts, Walk
 
 SLOPES = (
     0,
@@ -32,8 +32,8 @@ SLOPES = (
     2,
     4,
     8,
-)  # further rows per request over which a price list takes the cost curve's slope
-FACTORS = (0.6, 0.8, 1.0, 1.3, 1.7)  # of a row's price, for plans
+)  # further rows per request over which a cost list takes the cost curve's slope
+FACTORS = (0.6, 0.8, 1.0, 1.3, 1.7)  # of a row's cost, for plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +68,23 @@ def oracle(
     recording: Recording, cost: CostModel, batch_size: int, host: HostCosts | None = None
 ) -> Oracle:
     """What knowing acceptance would give at a batch size, the queue kept full."""
-    host, prices = host or HostCosts.of(cost), Prices(cost, batch_size)
+    host, costs = host or HostCosts.of(cost), StepCosts(cost, batch_size)
     depth = reachable(recording)
     if batch_size == 1:
-        seconds = sum(_exact(answer, depth, prices, host) for answer in recording.answers)
+        seconds = sum(_exact(answer, depth, costs, host) for answer in recording.answers)
         rate = sum(answer.positions for answer in recording.answers) / seconds
         return Oracle(rate, rate)
     tokens = sum(answer.positions for answer in recording.answers)
     context = float(np.mean(Walk.everywhere(recording).context))
-    bound = max(_bounds(recording, depth, prices, host, batch_size, context))
+    bound = max(_bounds(recording, depth, costs, host, batch_size, context))
     reached = max(
-        _walked(recording, plan, prices, host, batch_size)
-        for plan in _plans(recording, depth, prices, host, batch_size, context)
+        _walked(recording, plan, costs, host, batch_size)
+        for plan in _plans(recording, depth, costs, host, batch_size, context)
     )
     return Oracle(reached, tokens / bound)
 
 
-def _exact(answer: Answer, depth: IntArray, prices: Prices, host: HostCosts) -> float:
+def _exact(answer: Answer, depth: IntArray, costs: StepCosts, host: HostCosts) -> float:
     """Least seconds for one answer alone. later[t][p]: from position t on, with p rows pending
     since the last draft."""
     count = answer.positions
@@ -93,18 +93,18 @@ def _exact(answer: Answer, depth: IntArray, prices: Prices, host: HostCosts) -> 
     never = np.zeros(count + 1)
     for t in range(count - 1, -1, -1):
         context = float(answer.prompt_length + t)
-        plain = prices.verify(1, context) + plain_host
+        plain = costs.verify(1, context) + plain_host
         drafted = np.inf
         for k in range(1, int(depth[answer.first + t]) + 1):
             emitted = min(k + 1, count - t)
-            spent = (k - 1) * prices.draft(1, context) + prices.verify(1 + k, context) + draft_host
+            spent = (k - 1) * costs.draft(1, context) + costs.verify(1 + k, context) + draft_host
             drafted = min(drafted, spent + later[t + emitted, emitted])
         never[t] = min(
-            plain + never[t + 1], drafted + prices.first(answer.prompt_length + t, context)
+            plain + never[t + 1], drafted + costs.first(answer.prompt_length + t, context)
         )
         pending = np.arange(1, later.shape[1] - 1)
         first = (
-            np.array([prices.first(int(p), context) for p in pending])
+            np.array([costs.first(int(p), context) for p in pending])
             if np.isfinite(drafted)
             else np.inf
         )
@@ -148,15 +148,15 @@ def _plan(recording: Recording, depth: IntArray, shares: _Shares) -> tuple[IntAr
 def _bounds(
     recording: Recording,
     depth: IntArray,
-    prices: Prices,
+    costs: StepCosts,
     host: HostCosts,
     batch_size: int,
     context: float,
 ) -> Iterator[float]:
     """Seconds below which no plan gets, one for each line under the cost curve."""
     most = batch_size * int(depth.max(initial=0))
-    curve = np.array([prices.verify(batch_size + n, context) for n in range(most + 1)])
-    level = min(prices.draft(width, context) / width for width in range(1, batch_size + 1))
+    curve = np.array([costs.verify(batch_size + n, context) for n in range(most + 1)])
+    level = min(costs.draft(width, context) / width for width in range(1, batch_size + 1))
     drafting = (host.seconds(batch_size, True) - host.seconds(batch_size, False)) / batch_size
     for row in _slopes(curve, batch_size):
         floor = float((curve - row * np.arange(most + 1)).min()) + host.seconds(batch_size, False)
@@ -167,7 +167,7 @@ def _bounds(
 def _plans(
     recording: Recording,
     depth: IntArray,
-    prices: Prices,
+    costs: StepCosts,
     host: HostCosts,
     batch_size: int,
     context: float,
@@ -175,13 +175,13 @@ def _plans(
     """Plans that are worth walking through."""
     yield np.zeros(recording.positions, np.int64)
     most = batch_size * int(depth.max(initial=0))
-    curve = np.array([prices.verify(batch_size + n, context) for n in range(most + 1)])
+    curve = np.array([costs.verify(batch_size + n, context) for n in range(most + 1)])
     plain = host.seconds(batch_size, False)
     drafting = (host.seconds(batch_size, True) - plain) / batch_size
     for row in _slopes(curve, batch_size):
         for factor in FACTORS:
             for sharing in (1.0, 0.5):  # the part of the batch that drafts
-                level = prices.draft(max(1, int(batch_size * sharing)), context) / (
+                level = costs.draft(max(1, int(batch_size * sharing)), context) / (
                     batch_size * sharing
                 )
                 shares = _Shares(
@@ -198,7 +198,7 @@ def _slopes(curve: FloatArray, batch_size: int) -> list[float]:
 
 
 def _walked(
-    recording: Recording, plan: IntArray, prices: Prices, host: HostCosts, batch_size: int
+    recording: Recording, plan: IntArray, costs: StepCosts, host: HostCosts, batch_size: int
 ) -> float:
     """Tokens per second of a plan at true costs."""
     walk, tokens, seconds = Walk(recording, batch_size), 0, 0.0
@@ -206,11 +206,11 @@ def _walked(
         levels, context = plan[walk.position], float(walk.context.sum()) / batch_size
         deepest = int(levels.max())
         widths = [int(np.count_nonzero(levels >= level)) for level in range(2, deepest + 1)]
-        seconds += prices.verify(batch_size + int(levels.sum()), context) + host.seconds(
+        seconds += costs.verify(batch_size + int(levels.sum()), context) + host.seconds(
             batch_size, deepest > 0
         )
         if deepest:
-            seconds += sum(prices.levels([int(walk.pending.sum()), *widths], context))
+            seconds += sum(costs.levels([int(walk.pending.sum()), *widths], context))
         emitted = np.minimum(levels + 1, walk.left)
         tokens += int(emitted.sum())
         walk.advance(emitted, deepest > 0)

@@ -26,16 +26,10 @@ from smart_lab.oracle import oracle
 from smart_lab.recording import Answer, Recording
 from smart_lab.replay import HostCosts, Replayed, replay
 from smart_lab.simulate import EAGLE_2, enough, name_of
-from smart_lab.sweep import Sweep
+from smart_lab.sweep import Sweep, likelihood_settings
 from smart_lab.trace import Trace
 
-SHORT = [
-    {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
-    for depth in range(5)
-    for top_k in (1, 2, 3, 4, 6, 10)
-    for nodes in (1, 2, 3, 4, 5, 6, 8, 12, 16)
-    if depth + 1 <= nodes <= top_k + depth * top_k * top_k
-]
+SHORT = likelihood_settings(range(5), (1, 2, 3, 4, 5, 6, 8, 12, 16))
 BUDGETS, ALPHAS = (2, 4, 8, 16, 32), (1.0, 0.8, 0.5)  # nodes per request
 LONG = 1500  # tokens of context
 FORESEEN = 1000  # rounds of requests: trying all levels beforehand is slow
@@ -81,7 +75,7 @@ def gap(bench: Bench, stale: CostModel, sweep: Sweep) -> dict[str, Any]:
         for policy in (knowing[1], Foreseeing(knowing[2]))
     )
     return {
-        "eagle2, EAGLE-2's size": bench.speedup(trace.policy("eagle2", **EAGLE_2)),
+        "eagle2, EAGLE-2's size": bench.speedup(trace.policy("eagle2", None, **EAGLE_2)),
         "best fixed": ranked[0][1].tokens_per_s / bench.plain,
         "best fixed is": name_of(ranked[0][0]),
         "paper": bench.speedup(trace.policy("paper", cost)),
@@ -140,7 +134,7 @@ class Asker:
     """One recording, asked at batch size after batch size."""
 
     def __init__(self, trace: Trace, answers: int = 24, stale: CostModel | None = None) -> None:
-        """stale: what policies believe that start from a wrong profile (default: rows and levels
+        """stale: the costs of policies that start from a wrong profile (default: rows and levels
         far too cheap)."""
         assert trace.cost is not None
         some = trace.recording.take(range(min(answers, len(trace.recording.answers))))

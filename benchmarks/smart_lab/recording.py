@@ -68,7 +68,10 @@ class Recording:
     def of(cls, answers: Iterable[Drawn]) -> Recording:
         """From one tree (one owner, the model drafter's nodes) for each position of each answer."""
         made: list[Answer] = []
-        tokens, probs, roots, counts = [], [], [], []
+        tokens: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+        probs: list[NDArray[np.float64]] = [np.zeros(0)]
+        counts: list[NDArray[np.int64]] = []
+        roots: list[int] = []
         for prompt_length, limit, output, trees, task in answers:
             made.append(
                 Answer(prompt_length, limit, np.asarray(output, np.int32), len(roots), task)
@@ -79,11 +82,9 @@ class Recording:
                 probs.append(tree.draft_prob[order])
                 roots.append(children[0])
                 counts.append(children[1:])
-        sizes = np.array([len(t) for t in tokens], np.int64)
+        sizes = np.array([len(t) for t in tokens[1:]], np.int64)
         count = np.concatenate([np.array(roots, np.int64), *counts])
-        return cls.from_flat(
-            made, np.concatenate(tokens or [[]]), np.concatenate(probs or [[]]), count, sizes
-        )
+        return cls.from_flat(made, np.concatenate(tokens), np.concatenate(probs), count, sizes)
 
     @classmethod
     def from_flat(

@@ -44,7 +44,7 @@ class HostCosts:
         return cls(drafting=cost.overhead_seconds)
 
 
-class Prices:
+class StepCosts:
     """A cost model's seconds at one batch size as tables, since asking it again and again is what
     would take long."""
 
@@ -104,7 +104,7 @@ def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArra
     return at_zero, (seconds(1024.0) - at_zero) / 1024.0
 
 
-class Pricing(Protocol):
+class RoundCosts(Protocol):
     """What steps take, in seconds."""
 
     def verify(self, rows: int, context: float) -> float: ...
@@ -150,7 +150,7 @@ class Walk:
     def __init__(self, recording: Recording, batch_size: int) -> None:
         answers = recording.answers
         self.recording = recording
-        self._tokens, self._start = _padded([a.tokens for a in answers])
+        self._tokens, self._start = _padded([a.tokens.astype(np.int64) for a in answers])
         self._length = np.array([len(a.tokens) for a in answers], np.int64)
         self._limit = np.array([a.limit for a in answers], np.int64)
         self._prompt = np.array([a.prompt_length for a in answers], np.int64)
@@ -158,7 +158,8 @@ class Walk:
         self._waiting = [i for i in range(len(answers)) if len(answers[i].tokens) > 1]
         if len(self._waiting) < batch_size:
             raise ConfigError(
-                f"a replay at batch size {batch_size} needs that many recorded answers, not {len(self._waiting)}"
+                f"a replay at batch size {batch_size} needs that many recorded answers, "
+                f"not {len(self._waiting)}"
             )
         self.answer = np.array(self._waiting[:batch_size], np.int64)
         self._waiting = self._waiting[batch_size:]
@@ -326,26 +327,26 @@ def replay(
     host: HostCosts | None = None,
     own_time: Clock | None = None,
     rounds: int | None = None,
-    prices: Pricing | None = None,
+    costs: RoundCosts | None = None,
 ) -> Replayed:
     """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled
     until it runs dry, and then rounds of smaller batches are left out, as in the live benchmark.
 
     host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the
-    policy itself, whose seconds then count, too. rounds: stop after so many. prices: what steps
+    policy itself, whose seconds then count, too. rounds: stop after so many. costs: what steps
     really take (default: by `cost`)."""
     walk, result = Walk(recording, batch_size), Replayed(batch_size)
-    prices = prices or Prices(cost, batch_size)
+    costs = costs or StepCosts(cost, batch_size)
     host = host or HostCosts.of(cost)
     while walk.running and result.rounds != rounds:
-        _round(policy, walk, prices, host, own_time, result)
+        _round(policy, walk, costs, host, own_time, result)
     return result
 
 
 def _round(
     policy: Policy,
     walk: Walk,
-    prices: Pricing,
+    costs: RoundCosts,
     host: HostCosts,
     clock: Clock | None,
     result: Replayed,
@@ -353,38 +354,22 @@ def _round(
     started = clock() if clock else 0.0
     done = draft(policy, walk)
     own = clock() - started if clock else 0.0
-    size, trees, widths = done.batch.size, done.trees, done.widths
+    size = done.batch.size
+    widths = done.widths
     context = float(done.batch.context.sum()) / size
-    levels = prices.levels(widths, context)
+    levels = costs.levels(widths, context)
     rows = size + len(done.kept)
-    verify = prices.verify(rows, context)
+    verify = costs.verify(rows, context)
     beyond = host.seconds(size, bool(widths)) + own
-    on_path = accepted(trees, done.kept, walk)
-    emitted = np.minimum(1 + np.bincount(trees.owner[on_path], minlength=size), walk.left)
-    next_token = (
-        np.where(on_path, walk.truth(trees.owner, trees.depth + 1), -1)
-        if len(trees)
-        else trees.token
-    )
-    root_next = walk.truth(np.arange(size), np.ones(size, np.int64))
+    truth, emitted = _judged(done, walk)
     round_ = Round(
-        done.batch,
-        done.plan,
-        trees,
-        done.kept,
-        next_token,
-        root_next,
-        widths,
-        levels,
-        rows,
-        verify,
-        beyond,
+        done.batch, done.plan, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond
     )
     started = clock() if clock else 0.0
     policy.observe(round_)
     learning = clock() - started if clock else 0.0
     walk.advance(emitted, bool(widths))
-    prices.advance(int(emitted.sum()))
+    costs.advance(int(emitted.sum()))
     result.tokens += int(emitted.sum())
     result.seconds += verify + sum(levels) + beyond + learning
     result.rounds += 1
@@ -394,6 +379,20 @@ def _round(
     result.levels += len(widths)
     result.off += not widths
     result.own_seconds += own + learning
+
+
+def _judged(done: Drafted, walk: Walk) -> tuple[tuple[IntArray, IntArray], IntArray]:
+    """The target's tokens behind each node on the answer's path and behind each root, and how many
+    tokens each request gains."""
+    trees = done.trees
+    size = done.batch.size
+    on_path = accepted(trees, done.kept, walk)
+    emitted = np.minimum(1 + np.bincount(trees.owner[on_path], minlength=size), walk.left)
+    behind: IntArray = trees.token
+    if len(trees):
+        behind = np.where(on_path, walk.truth(trees.owner, trees.depth + 1), -1)
+    root_next = walk.truth(np.arange(size), np.ones(size, np.int64))
+    return (behind, root_next), emitted
 
 
 def _padded(answers: list[IntArray]) -> tuple[IntArray, IntArray]:

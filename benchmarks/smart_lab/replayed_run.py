@@ -25,11 +25,11 @@ import torch
 from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
+from smart_decoding.bench.cycles import measure, rows_of
 from smart_decoding.bench.limits import measure_limits
 from smart_decoding.bench.limits import shares as limit_shares
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.provenance import memory, provenance
-from smart_decoding.bench.runner import measure, rows_of
 from smart_decoding.bench.traffic import Sizes, achieved
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies.protocol import DraftPlan
@@ -88,20 +88,18 @@ class ReplayedTarget:
     verify_greedy = None
 
     def __init__(self, inner: TorchTarget, trace: Trace) -> None:
-        self._inner, answers = inner, trace.recording.answers
-        self.vocab, self.max_positions, self.eos_token_ids = (
-            inner.vocab,
-            inner.max_positions,
-            trace.eos_token_ids,
-        )
+        self._inner = inner
+        answers = trace.recording.answers
+        self.vocab = inner.vocab
+        self.max_positions = inner.max_positions
+        self.eos_token_ids = trace.eos_token_ids
         ends = np.cumsum([len(a.tokens) + 1 for a in answers])
-        end_token = (
-            trace.eos_token_ids[0] if trace.eos_token_ids else 0
-        )  # behind an answer that was cut
-        self._tokens = np.concatenate([np.append(a.tokens, end_token) for a in answers]).astype(
-            np.int64
-        )
-        self._last, self._first = ends - 1, np.concatenate(([0], ends[:-1]))
+        # behind an answer that was cut
+        end_token = trace.eos_token_ids[0] if trace.eos_token_ids else 0
+        tokens = np.concatenate([np.append(a.tokens, end_token) for a in answers])
+        self._tokens = tokens.astype(np.int64)
+        self._last = ends - 1
+        self._first = np.concatenate(([0], ends[:-1]))
         self._prompt = np.array([a.prompt_length for a in answers], np.int64)
         self._answer_of: dict[int, int] = {}  # the first page of a request -> its answer
 
@@ -167,29 +165,13 @@ def run(options: LabOptions) -> dict[str, Any]:
 
     Raises ConfigError for a recording that does not fit the model, ModelError for an unusable
     config.json."""
-    assert options.random_weights is not None and options.replay is not None
+    assert options.random_weights is not None
+    assert options.replay is not None
     trace = read_trace(options.replay)
     name, config = model_config(options.random_weights)
-    usable = [i for i, a in enumerate(trace.recording.answers) if a.positions > 0][: options.limit]
     _check(trace, config)
     bench = _Replay(options, trace, config)
-    runs: list[dict[str, Any]] = []
-    for size in options.batch_sizes:
-        prompts = bench.prompts(
-            [usable[i % len(usable)] for i in range(max(len(usable), 2 * size))]
-        )
-        engines = bench.engines()
-        with tqdm(desc=f"{LABEL}, batch {size}", unit="block", leave=False) as bar:
-            share = (
-                None
-                if options.time_limit is None
-                else options.time_limit / len(options.batch_sizes)
-            )
-            deadline = None if share is None else time.perf_counter() + share
-            found = measure(engines, prompts, size, deadline, lambda label, bar=bar: bar.update())
-        for row in rows_of(found, size, options):
-            row |= achieved(row, bench.sizes)
-            runs.append({**row, **limit_shares(row, bench.limits)})
+    runs = [run for size in options.batch_sizes for run in bench.runs(size)]
     weights = {
         "model": f"{name}, random weights, {LABEL}",
         "trace": options.replay.name,
@@ -212,14 +194,14 @@ class _Replay:
     """The model, and engines over it."""
 
     def __init__(self, options: LabOptions, trace: Trace, config: ModelConfig) -> None:
-        self.options, self.trace = options, trace
-        largest, answers = max(options.batch_sizes), trace.recording.answers
+        self.options = options
+        self.trace = trace
+        largest = max(options.batch_sizes)
+        answers = trace.recording.answers
         longest = max(a.prompt_length + max(len(a.tokens) + 1, a.limit) for a in answers)
-        self.pages, self.length, self.slots = (
-            pages_for(largest * longest, largest),
-            longest + 1,
-            largest,
-        )
+        self.pages = pages_for(largest * longest, largest)
+        self.length = longest + 1
+        self.slots = largest
         checkpoint = Checkpoint(config, RandomWeights(config.expected_shapes()), Path(), {})
         self.target = TorchTarget(
             checkpoint,
@@ -239,10 +221,27 @@ class _Replay:
         self.sizes = Sizes.of(config, self.target.dtype.itemsize)
         self.limits = measure_limits(self.target.dtype, self.target.device)
 
+    def runs(self, size: int) -> list[dict[str, Any]]:
+        """The runs of one batch size, in its share of the time."""
+        answers = self.trace.recording.answers
+        usable = [i for i, a in enumerate(answers) if a.positions > 0][: self.options.limit]
+        chosen = [usable[i % len(usable)] for i in range(max(len(usable), 2 * size))]
+        prompts = self.prompts(chosen)
+        engines = self.engines()
+        limit = self.options.time_limit
+        share = None if limit is None else limit / len(self.options.batch_sizes)
+        with tqdm(desc=f"{LABEL}, batch {size}", unit="block", leave=False) as bar:
+            deadline = None if share is None else time.perf_counter() + share
+            found = measure(engines, prompts, size, deadline, lambda label: bar.update())
+        rows = rows_of(found, size, self.options)
+        rows = [{**row, **achieved(row, self.sizes)} for row in rows]
+        return [{**row, **limit_shares(row, self.limits)} for row in rows]
+
     def engines(self) -> dict[str, Engine]:
         """Every contestant by label; the baseline has no drafter."""
         config = EngineConfig(self.pages, self.length, self.slots, 256, prefix_caching=False)
-        target, engines = ReplayedTarget(self.target, self.trace), {}
+        target: Any = ReplayedTarget(self.target, self.trace)
+        engines = {}
         for arm in self.options.arms:
             policy = self.trace.policy(arm.policy, self.cost, **arm.policy_options)
             drafter = ReplayedDrafter(self.head, self.trace.recording, self.pages, SCRATCH_PAGES)
@@ -256,6 +255,7 @@ class _Replay:
         return engines
 
     def prompts(self, answers: Sequence[int]) -> dict[str, list[Prompt]]:
+        """One prompt for each recorded answer; its first token says which."""
         found = []
         for index, number in enumerate(answers):
             answer = self.trace.recording.answers[number]
@@ -300,10 +300,10 @@ def random_head(config: ModelConfig, draft_vocab: int) -> HeadFiles:
     aux_layers = tuple(
         sorted({max(1, config.layers // 8), max(1, config.layers // 2), max(1, config.layers - 2)})
     )
-    shape, d = (
-        replace(config, layers=1, qkv_bias=False, o_bias=False, qk_norm=False, tie_embeddings=True),
-        config.hidden,
+    shape = replace(
+        config, layers=1, qkv_bias=False, o_bias=False, qk_norm=False, tie_embeddings=True
     )
+    d = config.hidden
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (d, len(aux_layers) * d),
         "norm.weight": (d,),
@@ -333,7 +333,8 @@ def _check(trace: Trace, config: ModelConfig) -> None:
     )
     if most >= config.vocab:
         raise ConfigError(
-            f"the recording has token {most}, but the model knows {config.vocab}: take a larger vocabulary"
+            f"the recording has token {most}, but the model knows {config.vocab}: "
+            "take a larger vocabulary"
         )
     if any(a.prompt_length < 1 for a in answers):
         raise ConfigError("the recording has an answer without a prompt")

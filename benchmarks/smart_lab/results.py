@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from smart_decoding.bench.report import Run
-from smart_decoding.bench.results import Results, checked_runs, mapping
+from smart_decoding.bench.results import Results, Run, checked_runs, mapping
 
 
 @dataclass(frozen=True)

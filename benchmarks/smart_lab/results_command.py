@@ -1,29 +1,28 @@
 """`python -m smart_lab results`: one Markdown page a machine, made from the JSON files beside it.
 
-benchmarks/results/MACHINE/DATE-KIND.json is one run: what `bench`, `robustness.py`, `vllm_smart.py`
-or `transformers_speed.py` wrote. A new run of a kind replaces the one before.
+benchmarks/results/MACHINE/DATE-KIND.json is one run: what `bench`, `robustness`, `vllm` or
+`transformers` wrote. A new run of a kind replaces the one before.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from smart_decoding.bench import report
 from smart_decoding.bench.provenance import write_text
-from smart_decoding.bench.results import mapping
+from smart_decoding.bench.results import Run, mapping
+from smart_decoding.bench.sections import Section, as_markdown
 from smart_decoding.errors import ConfigError
 from smart_lab import tables
+from smart_lab.results import LabResults
 
 RESULTS = Path(__file__).parents[1] / "results"
 MADE = "Made by `python -m smart_lab results` from the JSON files of this folder; do not edit."
-RUN_PARTS = {
-    "runs": "",
-    "sampled_runs": "At another temperature",
-    "variant_runs": "One ingredient exchanged, live",
-}
 # Kind -> title, in the order of the page.
 KINDS = {
     "bench": "Policies",
@@ -39,6 +38,7 @@ KINDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which pages, and whether they are only checked."""
     parser.add_argument(
         "--folder", type=Path, default=RESULTS, help="whose subfolders are machines"
     )
@@ -121,33 +121,38 @@ def facts(origin: Mapping[str, Any]) -> str:
 
 def tables_of(data: Mapping[str, Any]) -> list[str]:
     """Every part of a run as a table under its title."""
-    found: list[tuple[str, str]] = []
-    for part, title in RUN_PARTS.items():
-        if data.get(part):
-            found.append((title, tables.by_batch(data[part])))
-            found.append(("Tuned settings", tables.tuned(data[part])))
-            found.append(("Beside the best of every other policy", tables.over(data[part])))
-    if data.get("suite_runs"):
-        found.append(("Long contexts and edits", tables.suites(data["suite_runs"])))
-    if data.get("load"):
-        found.append(("Under load (milliseconds)", tables.load(data["load"])))
-    if data.get("replayed"):
-        found.append(("Oracle, by replay", tables.replayed(data["replayed"], "gap")))
-        found.append(("Ablations, by replay", tables.replayed(data["replayed"], "ablations")))
-        found.append(("Sweeps, by replay", tables.swept(data["replayed"])))
+    found: list[Section] = []
+    if "runs" in data:
+        results = LabResults.from_dict(data)
+        for title, runs in _run_parts(results):
+            beside = report.over(replace(results, runs=runs))
+            found += [tables.by_batch(runs, title), tables.tuned(runs), *beside]
+        found += tables.suites(results.suites)
+        found += report.load_table(results)
+        found += tables.replayed(results.replayed)
+        found += tables.peers(results.peers)
     if data.get("robustness"):
-        found.append(("", tables.robust(data["robustness"])))
-    if data.get("peers"):
-        found.append(("", tables.peers(data["peers"])))
-    found += [(run["name"], tables.vllm(run)) for run in data.get("vllm", ())]
-    found += [(_way(run), tables.transformers(run)) for run in data.get("transformers", ())]
+        found.append(tables.robust(data["robustness"]))
+    found += [tables.vllm(run) for run in data.get("vllm", ())]
+    found += [tables.transformers(run) for run in data.get("transformers", ())]
     if not found:
         raise ValueError("nothing of what pages show is in it")
-    return [f"### {title}\n\n{table}" if title else table for title, table in found if table]
+    return [_shown(part) for part in found if part.rows or part.lines]
 
 
-def _way(run: Mapping[str, Any]) -> str:
-    return f"{run['dtype']}, commit {run['about']['commit'][:7]}"
+def _run_parts(results: LabResults) -> list[tuple[str, Sequence[Run]]]:
+    """The comparisons of policies, under their titles."""
+    parts = [
+        ("", results.runs),
+        ("At another temperature", results.sampled),
+        ("One ingredient exchanged, live", results.variants),
+    ]
+    return [(title, runs) for title, runs in parts if runs]
+
+
+def _shown(part: Section) -> str:
+    text = as_markdown(part)
+    return f"### {part.title}\n\n{text}" if part.title else text
 
 
 def _told(name: str, value: Any) -> str:

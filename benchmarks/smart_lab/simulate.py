@@ -41,7 +41,7 @@ PAYS = 1.02  # less is within what costs are known to
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class Prediction:
     """One batch size. plain: tokens per second without speculation; speedup: per policy; fixed: the
     best setting of `eagle2`; smart: what `smart` did."""
 
@@ -63,26 +63,26 @@ class Outlook:
 
 @dataclass(slots=True)
 class Simulation:
-    """What is simulated, in words, and an outlook for each batch size."""
+    """What is simulated, in words, and an prediction for each batch size."""
 
     hardware: str
     model: str
     acceptance: str
-    outlooks: list[Outlook] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def crossing(self, policy: str) -> float | None:
         """The batch size at which a policy's speedup falls below 1, interpolated; None where it
         never does."""
         before: tuple[int, float] | None = None
-        for outlook in self.outlooks:
-            value = outlook.speedup[policy]
+        for prediction in self.predictions:
+            value = prediction.speedup[policy]
             if value < 1.0:
                 if before is None:
-                    return float(outlook.batch_size)
+                    return float(prediction.batch_size)
                 size, above = before
-                return size + (outlook.batch_size - size) * (above - 1.0) / (above - value)
-            before = (outlook.batch_size, value)
+                return size + (prediction.batch_size - size) * (above - 1.0) / (above - value)
+            before = (prediction.batch_size, value)
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Simulation:
                     "smart_rows_per_round": o.smart.rows / o.smart.rounds,
                     "smart_off_share": o.smart.off / o.smart.rounds,
                 }
-                for o in self.outlooks
+                for o in self.predictions
             ],
         }
 
@@ -124,9 +124,9 @@ class Simulator:
         self._eagle = Sweep(trace.recording, [tree or EAGLE_2], trace.eos_token_ids)
         self._fixed = Sweep(trace.recording, SETTINGS, trace.eos_token_ids)
 
-    def outlook(
+    def prediction(
         self, batch_size: int, on_policy: Callable[[str], object] = lambda name: None
-    ) -> Outlook:
+    ) -> Prediction:
         """All policies at one batch size."""
         trace, cost, host = self.trace, self.cost, self.host
         rounds = max(LEAST_ROUNDS, ROUNDS // batch_size)
@@ -147,7 +147,7 @@ class Simulator:
         setting, fixed = ranked[0]
         speedup = {SMART: smart, PAPER: paper, EAGLE2: eagle, name_of(setting): fixed}
         rates = {name: result.tokens_per_s / plain for name, result in speedup.items()}
-        return Outlook(batch_size, plain, rates, setting, smart)
+        return Prediction(batch_size, plain, rates, setting, smart)
 
     def _counted(self, found: Replayed) -> Replayed:
         self.rounds += found.rounds * found.batch_size  # of requests

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.bench.options import check_outputs
 from smart_decoding.bench.provenance import write_json, write_text
+from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
 from smart_lab.recording import Answer, Recording
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hardware",
         default=MEASURED,
         metavar="NAME",
-        help="a card (rtx-pro-6000, l40s, a100, h100, h200, cpu-zen5-2c), the JSON of a profile, or 'measured': the "
-        "recording machine (default)",
+        help="a card (rtx-pro-6000, l40s, a100, h100, h200, cpu-zen5-2c), the JSON of a profile, "
+        "or 'measured': the recording machine (default)",
     )
     add("--model", help=f"whose dimensions a card is given, or a config.json (default: {MODEL})")
     add(
@@ -80,8 +80,8 @@ def main(args: argparse.Namespace) -> int:
     simulator, started = Simulator(trace, cost, host, tree), time.perf_counter()
     with tqdm(total=len(sizes), desc="simulating", unit="batch size", leave=False) as bar:
         for size in sizes:
-            simulation.outlooks.append(
-                simulator.outlook(size, lambda name: bar.set_postfix_str(name, refresh=True))
+            simulation.predictions.append(
+                simulator.prediction(size, lambda name: bar.set_postfix_str(name, refresh=True))
             )
             bar.update()
     print(text(simulation))
@@ -106,9 +106,10 @@ def text(simulation: Simulation) -> str:
         f"  acceptance: {simulation.acceptance}",
         *(f"  note:       {note}" for note in simulation.notes),
         "",
-        f"{'batch':>5}{'plain tok/s':>13}{'smart':>8}{'paper':>8}{'EAGLE-2':>9}{'best fixed':>12}   use",
+        f"{'batch':>5}{'plain tok/s':>13}{'smart':>8}{'paper':>8}{'EAGLE-2':>9}"
+        f"{'best fixed':>12}   use",
     ]
-    for o in simulation.outlooks:
+    for o in simulation.predictions:
         fixed = o.speedup[name_of(o.fixed)]
         values = (
             f"{o.speedup[SMART]:8.2f}{o.speedup[PAPER]:8.2f}{o.speedup[EAGLE2]:9.2f}{fixed:12.2f}"
@@ -128,18 +129,19 @@ def _answers(simulation: Simulation) -> list[str]:
             else f"falls below 1x near batch {crossing:.0f}"
         )
         lines.append(f"{policy} {where}")
-    paying = [o for o in simulation.outlooks if o.best != "off"]
+    paying = [o for o in simulation.predictions if o.best != "off"]
     if not paying:
         return [*lines, "Speculation does not pay at any of these batch sizes: decode plainly."]
     last = paying[-1]
-    if last is simulation.outlooks[-1]:
+    if last is simulation.predictions[-1]:
         return [
             *lines,
             f"Speculation pays at every batch size up to {last.batch_size}: use {last.best}.",
         ]
     return [
         *lines,
-        f"Speculation stops paying beyond batch {last.batch_size}; smart then decodes plainly by itself.",
+        f"Speculation stops paying beyond batch {last.batch_size}; "
+        "smart then decodes plainly by itself.",
     ]
 
 
@@ -154,7 +156,8 @@ def _acceptance(args: argparse.Namespace) -> tuple[Trace, str, Setting]:
         trace = read_trace(args.trace)
         recording, origin = trace.recording, trace.about.get("provenance", {})
         weights = origin.get("weights", {}).get("model", "unknown model")
-        said = f"recorded: {args.trace.name}, {weights}, {origin.get('head', 'unknown drafter')}, temperature "
+        head = origin.get("head", "unknown drafter")
+        said = f"recorded: {args.trace.name}, {weights}, {head}, temperature "
         return (
             trace,
             f"{said}{trace.about.get('temperature', '?')}, {len(recording.answers)} answers",
@@ -177,7 +180,10 @@ def _acceptance(args: argparse.Namespace) -> tuple[Trace, str, Setting]:
             EAGLE_2,
         )
     recording = synthetic(tokens, context=context, tree=tree)
-    said = f"SYNTHETIC trees, {tokens:g} tokens per round of {name_of(tree)}, prompts of {context} tokens; {source}"
+    said = (
+        f"SYNTHETIC trees, {tokens:g} tokens per round of {name_of(tree)}, "
+        f"prompts of {context} tokens; {source}"
+    )
     return Trace(recording, {}), said, tree
 
 
@@ -191,7 +197,8 @@ def _costs(
                 "there is no measured profile without a recording: give --hardware NAME"
             )
         hardware = trace.about.get("provenance", {}).get("hardware", {})
-        told = f"measured profile of {hardware.get('gpu') or hardware.get('cpu', 'an unknown machine')}"
+        device = hardware.get("gpu") or hardware.get("cpu", "an unknown machine")
+        told = f"measured profile of {device}"
         return trace.cost, trace.host, Simulation(told, "the recorded one", acceptance)
     if not _is_card(name):
         return (
@@ -204,8 +211,8 @@ def _costs(
     sheet, model = card(name, args.eager), dimensions(args.model or MODEL)
     how = "every kernel launched from Python" if args.eager else "CUDA graphs"
     simulation = Simulation(
-        f"roofline of {sheet.name}: {sheet.bytes_s / 1e9:.0f} GB/s, {sheet.flop_s / 1e12:g} TFLOP/s bf16 at "
-        f"{100 * sheet.efficiency:.0f} % efficiency, {how}",
+        f"roofline of {sheet.name}: {sheet.bytes_s / 1e9:.0f} GB/s, "
+        f"{sheet.flop_s / 1e12:g} TFLOP/s bf16 at {100 * sheet.efficiency:.0f} % efficiency, {how}",
         f"{model.name}, {model.weights / 1e9:.2f} G weights in bf16, one-layer draft head",
         acceptance,
     )

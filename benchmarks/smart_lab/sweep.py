@@ -16,21 +16,39 @@ from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.core.tree import IntArray
 from smart_lab.recording import Recording
-from smart_lab.replay import HostCosts, Prices, Replayed, Walk, accepted, draft
+from smart_lab.replay import HostCosts, Replayed, StepCosts, Walk, accepted, draft
 
 CHUNK = 512  # positions drawn together: memory
 Setting = dict[str, int]
+TOP_K = (1, 2, 3, 4, 6, 10)
 
 
-def likelihood_settings() -> list[Setting]:
-    """The grid that `eagle2` is tuned over: levels, top-k and nodes, all that make sense."""
+def likelihood_settings(
+    depths: Sequence[int] = range(7),
+    nodes: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 59),
+) -> list[Setting]:
+    """The grid that `eagle2` is tuned over: levels, top-k and nodes; of settings that verify the
+    same trees the first."""
     grid = [
-        {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
-        for depth in range(7)
-        for top_k in (1, 2, 3, 4, 6, 10)
-        for nodes in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 59)
+        {"depth": depth, "top_k": top_k, "total_tokens": count + 1}
+        for depth in depths
+        for top_k in TOP_K
+        for count in nodes
+        if _sensible(depth + 1, top_k, count)
     ]
-    return [s for s in grid if _sensible(s["depth"] + 1, s["top_k"], s["total_tokens"] - 1)]
+    first: dict[tuple[int, int, int], Setting] = {}
+    for setting in grid:
+        first.setdefault(tree_of(setting), setting)
+    return list(first.values())
+
+
+def tree_of(setting: Setting) -> tuple[int, int, int]:
+    """(levels, top-k, nodes): the same for settings that verify the same trees.
+
+    A tree of n nodes has at most n levels, and none but the n likeliest children of a node or
+    nodes of a level can be among the n likeliest of all."""
+    nodes = setting["total_tokens"] - 1
+    return min(setting["depth"] + 1, nodes), min(setting["top_k"], nodes), nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +88,9 @@ def add_up(
     host: HostCosts | None = None,
 ) -> Replayed:
     """What `replay` gives for the policy of `fixed`."""
-    walk, prices, result = (
+    walk, costs, result = (
         Walk(recording, batch_size),
-        Prices(cost, batch_size),
+        StepCosts(cost, batch_size),
         Replayed(batch_size),
     )
     host = host or HostCosts.of(cost)
@@ -80,10 +98,10 @@ def add_up(
         at, context = walk.position, float(walk.context.sum()) / batch_size
         widths = [int(width) for width in fixed.expanded[at].sum(axis=0) if width]
         kept = int(fixed.kept[at].sum())
-        seconds = prices.verify(batch_size + kept, context) + host.seconds(batch_size, bool(widths))
+        seconds = costs.verify(batch_size + kept, context) + host.seconds(batch_size, bool(widths))
         if widths:
             widths[0] = int(walk.pending.sum())
-            seconds += sum(prices.levels(widths, context))
+            seconds += sum(costs.levels(widths, context))
         emitted = fixed.emitted[at]
         walk.advance(emitted, bool(widths))
         result.tokens += int(emitted.sum())
@@ -141,10 +159,8 @@ def _draw(policy: Policy, walk: Walk) -> Fixed:
     size, owner = done.batch.size, done.trees.owner
     on_path = accepted(done.trees, done.kept, walk)
     emitted = np.minimum(1 + np.bincount(owner[on_path], minlength=size), walk.left)
-    expanded = np.stack(
-        [np.bincount(owners, minlength=size) for owners in done.expanded] or [np.zeros(size)],
-        axis=1,
-    )
+    levels = done.expanded or [owner[:0]]
+    expanded = np.stack([np.bincount(owners, minlength=size) for owners in levels], axis=1)
     expanded[:, 0] = done.batch.remaining > 1  # a round in which nobody may draft is a plain one
     return Fixed(
         emitted,

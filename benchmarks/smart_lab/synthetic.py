@@ -9,6 +9,7 @@ is claimed of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,8 @@ def _yield(recording: Recording, tree: Mapping[str, int]) -> float:
     whole = np.concatenate(
         [a.first + np.arange(max(0, a.positions - LEVELS)) for a in recording.answers]
     )
-    return float(Fixed.draw(Eagle2(**tree), recording).emitted[whole].mean())
+    given: dict[str, Any] = dict(tree)
+    return float(Fixed.draw(Eagle2(**given), recording).emitted[whole].mean())
 
 
 def _draw(ease: float, answers: int, length: int, context: int, seed: int) -> Recording:

@@ -1,248 +1,266 @@
-"""Markdown tables of what was measured, for the pages of benchmarks/results. A ratio in bold is
-below 1."""
+"""Tables of what only the laboratory measures, for its page, its terminal and the pages of
+benchmarks/results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from smart_decoding.bench.report import strongest
+from smart_decoding.bench.names import short_names
+from smart_decoding.bench.options import BASELINE
+from smart_decoding.bench.report import speedups
+from smart_decoding.bench.results import Run
+from smart_decoding.bench.sections import (
+    UNKNOWN,
+    Cell,
+    Section,
+    number,
+    ratio_cell,
+    said,
+    text_of,
+)
+from smart_decoding.bench.summary import POOLED
+from smart_lab.results import LabResults
 
-Run = Mapping[str, Any]
+Replayed = Mapping[str, Mapping[str, Any]]
+VARIANTS = (
+    "Measured live, not by replay. all_levels: never stops before eight levels; cheap_costs: "
+    "starts from a profile in which rows cost a fifth and levels a quarter of what they do; kept: "
+    "and never corrects it."
+)
+PEERS = (
+    "Decoding alone, answers of a fixed length, engines in turn on the same prompts. Above 1: ours "
+    "is faster. Same tokens: the share of its answers before the first token that differs from "
+    "ours (other kernels round otherwise, other precisions more so)."
+)
+DID = ("`smart`: end to end", "tokens, rows per round", "rounds off", "controller", "worst request")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def sections(results: LabResults) -> list[Section]:
+    """Everything beside what `smart bench` measures."""
+    return [*compared(results), *replayed(results.replayed)]
 
 
-def ratio(run: Run | None, key: str = "speedup") -> str:
-    """1.35 (1.30–1.40)"""
-    if run is None or run.get(key) is None:
-        return "–"
-    low, high = run.get(f"{key}_low"), run.get(f"{key}_high")
-    value = f"{run[key]:.2f}" if run[key] >= 0.995 else f"**{run[key]:.2f}**"
-    return value + (f" ({low:.2f}–{high:.2f})" if low and high else "")
+def compared(results: LabResults) -> list[Section]:
+    """What was measured live."""
+    return [*suites(results.suites), *variants(results.variants), *peers(results.peers)]
 
 
-def by_batch(runs: Sequence[Run]) -> str:
+def suites(runs: Sequence[Run]) -> list[Section]:
+    """Long contexts and edits."""
+    of_tasks = [run for run in runs if run["task"] != POOLED]
+    return speedups("suites", "Long contexts and edits", of_tasks)
+
+
+def variants(all_runs: Sequence[Run]) -> list[Section]:
+    """`smart` with one ingredient exchanged, live."""
+    runs = [run for run in all_runs if run["task"] == POOLED and run["policy"] != BASELINE]
+    names = short_names(run["policy"] for run in runs)
+    rows = [
+        (
+            names[run["policy"]],
+            str(run["batch_size"]),
+            ratio_cell(run),
+            said(run, "levels_per_round", 2),
+            said(run, "rows_per_round", 1),
+        )
+        for run in runs
+    ]
+    head = ("policy", "batch", "speedup", "levels", "rows")
+    title = "Ablations confirmed live"
+    return [Section("variants", title, head=head, rows=rows, captions=[VARIANTS])] if rows else []
+
+
+def peers(found: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Other engines beside ours, where one is faster, and who failed."""
+    if not found:
+        return []
+    runs = [(peer, run) for peer in found for run in _runs(peer)]
+    rows = [
+        (
+            *(str(peer.get(what, "?")) for what in ("name", "version", "precision")),
+            str(run.get("batch_size")),
+            *(said(run, f"{who}tokens_per_s", 0) for who in ("", "plain_", "smart_")),
+            ratio_cell(run, "plain_speedup"),
+            ratio_cell(run),
+            said(run, "same", 0, 100, " %"),
+        )
+        for peer, run in runs
+    ]
+    lines = [
+        f"{peer['name']} is faster than ours at batch {run.get('batch_size')}: "
+        + text_of(ratio_cell(run))
+        for peer, run in runs
+        if (number(run, "speedup") or 1.0) < 1
+    ]
+    lines += [
+        f"{peer['name']}: {peer[what]}"
+        for peer in found
+        for what in ("note", "error")
+        if peer.get(what)
+    ]
+    ours = ("ours, plain", "ours, smart", "ours plain / it", "ours smart / it")
+    head = ("engine", "version", "precision", "batch", "tok/s", *ours, "same tokens")
+    title = "Beside other engines"
+    return [Section("peers", title, head=head, rows=rows, lines=lines, captions=[PEERS])]
+
+
+def replayed(of_sizes: Replayed) -> list[Section]:
+    """Oracle, ablations and sweeps by replay."""
+    if not of_sizes:
+        return []
+    return [
+        _speedups(of_sizes, "gap", "Oracle, by replay"),
+        _speedups(of_sizes, "ablations", "Ablations, by replay"),
+        swept(of_sizes),
+    ]
+
+
+def _speedups(of_sizes: Replayed, part: str, title: str) -> Section:
+    sizes = sorted(of_sizes, key=int)
+    first = of_sizes[sizes[0]][part]
+    rows = [
+        (name, *(said(of_sizes[size][part], name, 2) for size in sizes))
+        for name, value in first.items()
+        if isinstance(value, float)
+    ]
+    return Section(f"replayed-{part}", title, head=("speedup at batch", *sizes), rows=rows)
+
+
+def swept(of_sizes: Replayed) -> Section:
+    """The published rule's sweep, and the best fixed tree."""
+    rows = []
+    for size in sorted(of_sizes, key=int):
+        fixed = of_sizes[size]["gap"].get("best fixed is", UNKNOWN).removeprefix("eagle2:")
+        try:
+            best, near, worst = of_sizes[size]["paper"]
+            nodes = f"{best['budget'] // int(size)} nodes each"
+            given = f"alpha {best['alpha']:g}, {nodes}, {best['family']}, {best['l_tree']}"
+            found = [f"{row['speedup']:.2f}" for row in (best, near, worst)]
+        except (TypeError, ValueError, KeyError):
+            given = UNKNOWN
+            found = [UNKNOWN] * 3
+        rows.append((size, found[0], given, *found[1:], fixed))
+    head = ("batch", "best", "its setting", "alpha 0.8, published", "worst", "best fixed tree")
+    return Section("swept", "Sweeps, by replay", head=head, rows=rows)
+
+
+def by_batch(runs: Sequence[Run], title: str) -> Section:
     """Speedups over all tasks, a row for each batch size."""
-    pooled = [run for run in runs if run["task"] == "all"]
-    names = list(dict.fromkeys(run["policy"] for run in pooled if run["policy"] != "off"))
+    pooled = [run for run in runs if run["task"] == POOLED]
+    names = list(dict.fromkeys(run["policy"] for run in pooled if run["policy"] != BASELINE))
     names.sort(key=lambda name: name != "smart")
     found = {(run["batch_size"], run["policy"]): run for run in pooled}
     rows = []
     for size in dict.fromkeys(run["batch_size"] for run in pooled):
-        plain = found[size, "off"]
-        noise = f"{plain['noise']:.2f}" if plain.get("noise") else "–"
-        ratios = (ratio(found.get((size, name))) for name in names)
+        plain = found[size, BASELINE]
         same = all(run["identical"] for run in pooled if run["batch_size"] == size)
-        ends = (noise, str(plain["blocks"]), "yes" if same else "NO")
         rows.append(
             (
                 str(size),
-                f"{plain['tokens_per_s']:.0f}",
-                *ratios,
+                said(plain, "tokens_per_s", 0),
+                *(ratio_cell(found.get((size, name))) for name in names),
                 *_did(found.get((size, "smart"))),
-                *ends,
+                said(plain, "noise", 2),
+                str(plain["blocks"]),
+                "yes" if same else "NO",
             )
         )
-    head = (
-        "batch",
-        "plain tok/s",
-        *(f"`{name}`" for name in names),
-        *DID,
-        "noise",
-        "blocks",
-        "same tokens",
-    )
-    return table(head, rows)
+    ends = ("noise", "blocks", "same tokens")
+    head = ("batch", "plain tok/s", *(f"`{name}`" for name in names), *DID, *ends)
+    return Section("by-batch", title, head=head, rows=rows)
 
 
-DID = ("`smart`: end to end", "tokens, rows per round", "rounds off", "controller", "worst request")
-
-
-def _did(run: Run | None) -> Sequence[str]:
+def _did(run: Run | None) -> Sequence[Cell]:
     """What `smart` did, as in DID."""
     if run is None:
-        return ["–"] * len(DID)
-    shares = (
-        f"{100 * run[name]:.{digits}f} %"
-        for name, digits in (("off_share", 0), ("controller_share", 1))
+        return [UNKNOWN] * len(DID)
+    return (
+        ratio_cell(run, "end_to_end_speedup"),
+        f"{said(run, 'tokens_per_round', 2)}, {said(run, 'rows_per_round', 0)}",
+        said(run, "off_share", 0, 100, " %"),
+        said(run, "controller_share", 1, 100, " %"),
+        said(run, "worst_tpot_ratio", 2, unit=" ×"),
     )
-    worst = run.get("worst_tpot_ratio")
-    rounds = f"{run['tokens_per_round']:.2f}, {run['rows_per_round']:.0f}"
-    return ratio(run, "end_to_end_speedup"), rounds, *shares, f"{worst:.2f} ×" if worst else "–"
 
 
-def tuned(runs: Sequence[Run]) -> str:
+def tuned(runs: Sequence[Run]) -> Section:
     """Which settings the tuned contestants had."""
     rows = [
-        (str(run["batch_size"]), run["policy"], run["setting"], ratio(run))
+        (str(run["batch_size"]), run["policy"], run["setting"], ratio_cell(run))
         for run in runs
-        if run["task"] == "all" and run.get("setting")
+        if run["task"] == POOLED and run.get("setting")
     ]
-    return table(("batch", "contestant", "setting", "speedup"), rows) if rows else ""
+    head = ("batch", "contestant", "setting", "speedup")
+    return Section("tuned", "Tuned settings", head=head, rows=rows)
 
 
-def over(runs: Sequence[Run]) -> str:
-    """`smart` beside the strongest setting of each other policy."""
-    rows = [
-        (str(run["batch_size"]), run["policy"], ratio(run, "smart_over")) for run in strongest(runs)
+def robust(rows: Sequence[Run]) -> Section:
+    """Bad heads, prompts, neighbours and profiles."""
+    cells = [
+        (
+            row["case"],
+            str(row["batch_size"]),
+            ratio_cell(row),
+            ratio_cell(row, "end_to_end"),
+            said(row, "off_share", 0, 100, " %"),
+            _noticed(row),
+        )
+        for row in rows
     ]
-    return table(("batch", "the best of another policy", "`smart` / it"), rows) if rows else ""
+    head = ("case", "batch", "speedup", "end to end", "rounds off", "noticed after")
+    return Section("robust", "", head=head, rows=cells)
 
 
-def replayed(of_sizes: Mapping[str, Mapping[str, Any]], part: str) -> str:
-    sizes = sorted(of_sizes, key=int)
-    names = [name for name, value in of_sizes[sizes[0]][part].items() if isinstance(value, float)]
-    return table(
-        ("", *sizes),
-        [(name, *(f"{of_sizes[size][part][name]:.2f}" for size in sizes)) for name in names],
-    )
+def _noticed(row: Run) -> str:
+    if "rounds_until_noticed" not in row:
+        return ""
+    rounds = row["rounds_until_noticed"]
+    return "not noticed" if rounds is None else f"{rounds} rounds"
 
 
-def swept(of_sizes: Mapping[str, Mapping[str, Any]]) -> str:
-    """The published rule's sweep, and the best fixed tree."""
-    rows = []
-    for size in sorted(of_sizes, key=int):
-        best, near, worst = of_sizes[size]["paper"]
-        setting = f"alpha {best['alpha']:g}, {best['budget'] // int(size)} nodes each, {best['family']}, {best['l_tree']}"
-        rows.append(
-            (
-                size,
-                f"{best['speedup']:.2f}",
-                setting,
-                f"{near['speedup']:.2f}",
-                f"{worst['speedup']:.2f}",
-                of_sizes[size]["gap"]["best fixed is"].removeprefix("eagle2:"),
-            )
-        )
-    return table(
-        ("batch", "best", "its setting", "alpha 0.8, published", "worst", "best fixed tree"), rows
-    )
-
-
-def load(part: Mapping[str, Any]) -> str:
-    rows = []
-    for run in part["runs"]:
-        times = [
-            f"{run[kind][p]:.{digits}f}"
-            for kind, digits in (("ttft_ms", 0), ("tpot_ms", 1), ("latency_ms", 0))
-            for p in ("p50", "p95")
-        ]
-        rows.append(
-            (
-                f"{100 * run['load']:.0f} %",
-                run["policy"],
-                f"{run['tokens_per_s']:.0f}",
-                *times,
-                f"{run['tpot_ratio']:.2f}",
-            )
-        )
-    head = (
-        "load",
-        "policy",
-        "tok/s",
-        "TTFT p50",
-        "p95",
-        "TPOT p50",
-        "p95",
-        "latency p50",
-        "p95",
-        "TPOT ×",
-    )
-    return table(head, rows)
-
-
-def robust(rows: Sequence[Run]) -> str:
-    cells = []
-    for row in rows:
-        noticed = row.get("rounds_until_noticed")
-        told = (
-            "not noticed"
-            if "rounds_until_noticed" in row and noticed is None
-            else f"{noticed} rounds"
-        )
-        cells.append(
-            (
-                row["case"],
-                str(row["batch_size"]),
-                ratio(row),
-                ratio(row, "end_to_end"),
-                f"{100 * row['off_share']:.0f} %",
-                told if "rounds_until_noticed" in row else "",
-            )
-        )
-    return table(("case", "batch", "speedup", "end to end", "rounds off", "noticed after"), cells)
-
-
-def suites(runs: Sequence[Run]) -> str:
-    """Long contexts and edits."""
-    shown = [run for run in runs if run["task"] != "all" and run["policy"] != "off"]
-    rows = [
-        (run["task"], run["policy"], ratio(run), ratio(run, "end_to_end_speedup")) for run in shown
-    ]
-    return table(("task", "policy", "speedup", "end to end"), rows)
-
-
-def peers(found: Sequence[Run]) -> str:
-    """Other engines beside ours, and who failed."""
-    rows = []
-    for peer in found:
-        for run in peer.get("runs", ()):
-            told = (peer["name"], str(peer.get("version", "?")), str(peer.get("precision", "?")))
-            rates = (f"{run[f'{who}tokens_per_s']:.0f}" for who in ("", "plain_", "smart_"))
-            ratios = (ratio(run, "plain_speedup"), ratio(run))
-            rows.append(
-                (*told, str(run["batch_size"]), *rates, *ratios, f"{100 * run['same']:.0f} %")
-            )
-    ours = ("ours, plain", "ours, `smart`", "plain ours / it", "`smart` / it")
-    parts = [
-        table(("engine", "version", "precision", "batch", "tok/s", *ours, "same tokens"), rows)
-    ]
-    parts += [f"{peer['name']}: {peer['error']}" for peer in found if peer.get("error")]
-    return "\n\n".join(parts)
-
-
-def vllm(run: Mapping[str, Any]) -> str:
+def vllm(run: Mapping[str, Any]) -> Section:
     """SMART inside vLLM: a row for each batch size; ratios are [value, low, high]."""
-    rows = []
-    for size, found in run["results"].items():
-        rates = (f"{found[name]:.0f}" for name in ("plain", "spec", "smart"))
-        names = ("spec_speedup", "smart_speedup", "smart_over_better")
-        rows.append(
-            (
-                size,
-                *rates,
-                *(_triple(found[name]) for name in names),
-                found["same"],
-                str(found["blocks"]),
-            )
+    names = ("spec_speedup", "smart_speedup", "smart_over_better")
+    rows = [
+        (
+            size,
+            *(said(found, arm, 0) for arm in ("plain", "spec", "smart")),
+            *(_triple(found[name]) for name in names),
+            found["same"],
+            str(found["blocks"]),
         )
+        for size, found in run["results"].items()
+    ]
     rates = ("plain tok/s", "stock speculation", "SMART")
     ratios = ("stock / plain", "SMART / plain", "SMART / the better")
-    return table(("batch", *rates, *ratios, "same answers", "blocks"), rows)
+    head = ("batch", *rates, *ratios, "same answers", "blocks")
+    return Section("vllm", run["name"], head=head, rows=rows)
 
 
-def transformers(run: Mapping[str, Any]) -> str:
+def transformers(run: Mapping[str, Any]) -> Section:
     """SMART inside transformers: a row for each way to generate."""
     rows = [
         (
             size,
             way,
-            f"{found['tokens_per_second']:.1f}",
+            said(found, "tokens_per_second", 1),
             _triple(found["speedup"]),
             str(found["answers_unlike_generate"]),
         )
         for size, ways in run["batch"].items()
         for way, found in ways.items()
     ]
-    return table(
-        ("batch", "way", "tok/s", "over `generate` (lowest–highest)", "answers that differ"), rows
-    )
+    head = ("batch", "way", "tok/s", "over `generate` (lowest–highest)", "answers that differ")
+    title = f"{run['dtype']}, commit {run['about']['commit'][:7]}"
+    return Section("transformers", title, head=head, rows=rows)
 
 
-def _triple(values: Sequence[float | None]) -> str:
+def _triple(values: Sequence[float | None]) -> Cell:
     value, low, high = values
-    return ratio({"speedup": value, "speedup_low": low, "speedup_high": high})
+    return ratio_cell({"speedup": value, "speedup_low": low, "speedup_high": high})
+
+
+def _runs(peer: Mapping[str, Any]) -> list[Run]:
+    runs = peer.get("runs")
+    return [run for run in runs if isinstance(run, Mapping)] if isinstance(runs, Sequence) else []

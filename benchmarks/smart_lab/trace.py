@@ -83,7 +83,8 @@ def read_trace(path: Path) -> Trace:
         raise ConfigError(f"{path} is not a recording: make one with smart bench --record FILE")
     if words[1] != VERSION:
         raise ConfigError(
-            f"{path} has format {words[1].decode(errors='replace')}, this version reads {VERSION.decode()}"
+            f"{path} has format {words[1].decode(errors='replace')}, "
+            f"this version reads {VERSION.decode()}"
         )
     if hashlib.sha256(body).hexdigest().encode() != words[2]:
         raise ConfigError(f"{path} is damaged: its checksum is wrong; record it again")

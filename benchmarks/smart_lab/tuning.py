@@ -4,7 +4,7 @@ found."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -66,11 +66,12 @@ def best_paper(trace: Trace, batch_size: int) -> Arm:
     recording, cost = enough(trace.recording, batch_size), trace.cost
     rounds = max(PAPER_LEAST, PAPER_ROUNDS // batch_size)
 
-    def rate(setting: dict[str, Any]) -> float:
+    def rate(setting: Mapping[str, Any]) -> float:
         policy = trace.policy("paper", cost, **setting)
         return replay(policy, recording, cost, batch_size, trace.host, rounds=rounds).tokens_per_s
 
-    settings = tqdm(paper_settings(batch_size), desc="replaying paper", unit="setting", leave=False)
+    grid = paper_settings(batch_size)
+    settings = tqdm(grid, desc="replaying paper", unit="setting", leave=False)
     return Arm("paper", max(settings, key=rate), "paper tuned")
 
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from smart_decoding.core.cost import CostModel
-from smart_lab.replay import Prices
+from smart_lab.replay import StepCosts
 
 OUTLIERS, OUTLIER = 0.03, 1.5  # share of steps that take so many times as long
 
 
 class Unsteady:
-    """Prices at one batch size. states: the costs that take turns, each for `lasts` tokens on
+    """StepCosts at one batch size. states: the costs that take turns, each for `lasts` tokens on
     average; noise: standard deviation of a step's log seconds.
 
     Turns are counted in tokens, so that every policy does the same work in the same state: ratios
@@ -28,7 +28,7 @@ class Unsteady:
         noise: float = 0.06,
         seed: int = 0,
     ) -> None:
-        self._states = [Prices(cost, batch_size) for cost in states]
+        self._states = [StepCosts(cost, batch_size) for cost in states]
         self._lasts, self._noise = lasts, noise
         self._turns, self._rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
         self._state, self._left = -1, 0.0

@@ -61,7 +61,8 @@ def test_an_even_budget_gives_every_request_as_many_nodes(trace):
     counts = np.bincount(done.trees.owner[done.kept], minlength=8)
     pooled = draft(smart(trace, FLAT), Walk(trace.recording, 8))
     others = np.bincount(pooled.trees.owner[pooled.kept], minlength=8)
-    assert counts.min() == counts.max() > 0 and others.min() < others.max()
+    assert counts.min() == counts.max() > 0
+    assert others.min() < others.max()
 
 
 def test_the_greedy_rule_is_caught_by_a_step_that_the_scan_sees_over(trace):
@@ -82,9 +83,8 @@ def test_raw_confidence_is_taken_for_the_truth_and_nothing_is_learned():
     before = calibration.counts.copy()
     for _ in range(50):
         calibration.observe(trees, np.array([0, 1]), np.array([False, False]), np.array([True]))
-    assert (calibration.counts == before).all() and calibration.score(trees, np.array([True]))[
-        0
-    ] > 0.5
+    assert (calibration.counts == before).all()
+    assert calibration.score(trees, np.array([True]))[0] > 0.5
 
 
 def test_fitted_curves_are_what_the_answers_bear_out(trace):
@@ -114,14 +114,14 @@ def test_flat_costs_know_no_context():
 
 
 def test_frozen_costs_stay_as_they_were_believed(trace):
-    believed = CostModel.from_table({1: {1: 2.0, 64: 9.0}}, {1: 0.5, 64: 0.9})
-    frozen, learning = FrozenCosts(smart(trace, believed)), smart(trace, believed)
+    assumed = CostModel.from_table({1: {1: 2.0, 64: 9.0}}, {1: 0.5, 64: 0.9})
+    frozen, learning = FrozenCosts(smart(trace, assumed)), smart(trace, assumed)
     replay(frozen, trace.recording, FLAT, 2)
     replay(learning, trace.recording, FLAT, 2)
-    assert frozen.inner.cost is believed
+    assert frozen.inner.cost is assumed
     error = [
         abs(float(c.verify_seconds(2, 4, 60.0)) - float(FLAT.verify_seconds(2, 4, 60.0)))
-        for c in (believed, learning.cost)
+        for c in (assumed, learning.cost)
     ]
     assert error[1] < 0.3 * error[0]
 
@@ -145,7 +145,8 @@ def test_variants_wrap_a_running_policy(trace):
         found = replay(wrap(smart(trace, FLAT)), trace.recording, FLAT, 4, rounds=60)
         assert found.tokens >= 4 * found.rounds, name
         if name.startswith("dear"):  # drafting seems not to pay: plain decoding, and no slower
-            assert found.off > 0.9 * found.rounds and found.rows == 4 * found.rounds
+            assert found.off > 0.9 * found.rounds
+            assert found.rows == 4 * found.rounds
 
 
 def test_a_drafter_that_grows_whole_trees_asks_variants_what_to_expand(trace):
@@ -165,5 +166,6 @@ def test_a_drafter_that_grows_whole_trees_asks_variants_what_to_expand(trace):
         return found
 
     assert plan(None).growth is not None
-    assert plan("all_levels").growth is None and plan("even_budget").growth is None
+    assert plan("all_levels").growth is None
+    assert plan("even_budget").growth is None
     assert plan("cheap_costs").growth is not None

@@ -24,25 +24,29 @@ def asked_by(words: str) -> LabOptions:
 
 def test_presets_fill_in_what_is_not_given() -> None:
     quick, full = asked_by("--quick"), asked_by("--full")
-    assert quick.time_limit is not None and quick.time_limit <= 150 and 1 in quick.batch_sizes
-    assert full.batch_sizes == (1, 2, 4, 8, 16, 32) and full.temperatures == [
+    assert quick.time_limit is not None
+    assert quick.time_limit <= 150
+    assert 1 in quick.batch_sizes
+    assert full.batch_sizes == (1, 2, 4, 8, 16, 32)
+    assert full.temperatures == [
         (0.0, full.batch_sizes),
         (0.8, (1, 8)),
     ]
-    assert full.load and full.compares_policies and len(full.all_tasks) == 5
-    assert full.time_limit is not None and full.time_limit <= 3600
+    assert full.load
+    assert full.compares_policies
+    assert len(full.all_tasks) == 5
+    assert full.time_limit is not None
+    assert full.time_limit <= 3600
     assert asked_by("--limit 3 --full --batch-sizes 1,4").batch_sizes == (1, 4)
     assert asked_by("") == LabOptions()
 
 
 def test_load_or_peers_alone_replace_the_blocks() -> None:
     assert asked_by("").compares_policies
-    assert (
-        not asked_by("--load 0.5").compares_policies and not asked_by("--peers").compares_policies
-    )
-    assert asked_by("--load 0.5 --blocks").compares_policies and asked_by("--peers vllm").peers == (
-        "vllm",
-    )
+    assert not asked_by("--load 0.5").compares_policies
+    assert not asked_by("--peers").compares_policies
+    assert asked_by("--load 0.5 --blocks").compares_policies
+    assert asked_by("--peers vllm").peers == ("vllm",)
     assert asked_by("--peers").peers == ("all",)
 
 
@@ -78,7 +82,8 @@ def test_the_command_says_what_was_asked() -> None:
 
 def test_a_variant_is_of_smart_and_known() -> None:
     arm = parse_setting("smart:variant=all_levels", LabArm)
-    assert arm.label == "smart(variant=all_levels)" and arm.policy_options == {}
+    assert arm.label == "smart(variant=all_levels)"
+    assert arm.policy_options == {}
     options = LabOptions(policy_options=("smart:variant=all_levels",))
     assert options.speculation(arm) == {"policy": "smart"}
     for wrong in ("smart:variant=nothing", "chain:variant=all_levels"):

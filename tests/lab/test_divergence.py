@@ -43,10 +43,13 @@ def test_a_near_tie_is_recognised() -> None:
     )
     (difference,) = report.differences
     assert (difference.position, difference.plain, difference.other) == (2, 29, 31)
-    assert difference.gap == pytest.approx(0.01) and difference.spec_gap == pytest.approx(0.02)
-    assert report.rounding == pytest.approx(0.05) and report.passed
+    assert difference.gap == pytest.approx(0.01)
+    assert difference.spec_gap == pytest.approx(0.02)
+    assert report.rounding == pytest.approx(0.05)
+    assert report.passed
     text = divergence.render(report, LLM)
-    assert "differ under speculation: 1 of 1" in text and text.endswith(": near-tie")
+    assert "differ under speculation: 1 of 1" in text
+    assert text.endswith(": near-tie")
 
 
 def test_a_difference_beyond_rounding_fails_the_check() -> None:
@@ -59,16 +62,19 @@ def test_a_difference_beyond_rounding_fails_the_check() -> None:
 def test_a_token_that_was_no_rival_is_not_a_near_tie() -> None:
     report = divergence.Report()
     divergence.record(report, 0, answer([1, 2], [3.0, 0.0]), answer([1, 70], [9.0, 0.0]))
-    assert report.differences[0].gap == float("inf") and not report.passed
+    assert report.differences[0].gap == float("inf")
+    assert not report.passed
 
 
 def test_equal_answers_pass_only_if_something_was_verified() -> None:
     report = divergence.Report()
     divergence.record(report, 0, answer([1, 2], [3.0, 2.0]), answer([1, 2], [3.0, 2.0], verified=0))
-    assert not report.differences and not report.passed
+    assert not report.differences
+    assert not report.passed
     assert "nothing was tested" in divergence.render(report, LLM)
     divergence.record(report, 1, answer([1, 2], [3.0, 2.0]), answer([1, 2], [3.0, 2.0]))
-    assert report.passed and (report.answers, report.tokens, report.rounding) == (2, 4, 0.0)
+    assert report.passed
+    assert (report.answers, report.tokens, report.rounding) == (2, 4, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +87,8 @@ def test_more_prompts_than_there_are_are_refused_before_a_model_is_loaded(
     monkeypatch.setattr("smart_decoding.llm.LLM", made.append)
     assert main(["divergence", "--prompts", prompts], LAB) == 2
     out, err = capsys.readouterr()
-    assert (
-        out == ""
-        and err.count("\n") == 1
-        and err.startswith("smart_lab: error: ")
-        and message in err
-    )
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("smart_lab: error: ")
+    assert message in err
     assert not made

@@ -9,7 +9,7 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_lab.oracle import oracle, reachable
 from smart_lab.recording import Recording
-from smart_lab.replay import HostCosts, Prices, replay
+from smart_lab.replay import HostCosts, StepCosts, replay
 from smart_lab.synthetic import synthetic
 
 COST = CostModel.from_table(
@@ -27,20 +27,20 @@ def recording() -> Recording:
 
 def best_by_search(recording: Recording, number: int) -> float:
     """Least seconds for one answer, trying everything."""
-    depth, prices, answer = reachable(recording), Prices(COST, 1), recording.answers[number]
+    depth, costs, answer = reachable(recording), StepCosts(COST, 1), recording.answers[number]
 
     @cache
     def least(at: int, pending: int) -> float:
         if at == answer.positions:
             return 0.0
         context = answer.prompt_length + at
-        options = [prices.verify(1, context) + HOST.seconds(1, False) + least(at + 1, pending + 1)]
+        options = [costs.verify(1, context) + HOST.seconds(1, False) + least(at + 1, pending + 1)]
         for k in range(1, depth[answer.first + at] + 1):
             emitted = min(k + 1, answer.positions - at)
-            spent = prices.draft(pending, context) + (k - 1) * prices.draft(1, context)
+            spent = costs.draft(pending, context) + (k - 1) * costs.draft(1, context)
             options.append(
                 spent
-                + prices.verify(1 + k, context)
+                + costs.verify(1 + k, context)
                 + HOST.seconds(1, True)
                 + least(at + emitted, emitted)
             )
@@ -63,7 +63,8 @@ def test_reachable_is_what_an_unlimited_tree_accepts(recording):
     depth = reachable(recording)
     policy = make_policy("eagle2", depth=7, top_k=10, total_tokens=4096)
     wide = replay(policy, recording, COST, 1)
-    assert depth.max() > 3 and depth.min() == 0
+    assert depth.max() > 3
+    assert depth.min() == 0
     walked = at = 0
     for answer in recording.answers:
         at = 0

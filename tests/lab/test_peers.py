@@ -14,6 +14,7 @@ import pytest
 import worlds
 
 from smart_decoding.bench.resume import Progress
+from smart_decoding.bench.sections import as_text
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_lab.options import LabOptions
 from smart_lab.peers import environment, session
@@ -28,7 +29,7 @@ from smart_lab.peers.catalogue import (
 from smart_lab.peers.environment import MADE, python_for, requirements
 from smart_lab.peers.session import WORKERS, Timed, Worker, answer_ours, lasting, peer_run
 from smart_lab.peers.weights import write_bf16
-from smart_lab.report import peer_table
+from smart_lab.tables import peers as peer_sections
 
 RULE = f"""
 import os, sys
@@ -46,8 +47,8 @@ def load(settings):
         if settings.get("fails") == "answering":
             raise MemoryError("too much")
         answers = [[(p[-1] + 1 + i) % {worlds.EOS} for i in range(tokens)] for p in prompts]
-        return {{"seconds": 0.01 * tokens, "tokens": (tokens - 1) * len(prompts), "answers": answers,
-                "prefill_seconds": 0.5}}
+        return {{"seconds": 0.01 * tokens, "tokens": (tokens - 1) * len(prompts),
+                "answers": answers, "prefill_seconds": 0.5}}
     return {{"version": "1.2", "precision": settings["dtype"]}}, answer
 
 serve(load)
@@ -66,9 +67,8 @@ def test_a_worker_says_what_it_is_and_answers(script: Path) -> None:
     with Worker(Path(sys.executable), script, SETTINGS) as worker:
         assert worker.about == {"version": "1.2", "precision": "fp32"}
         timed = worker.answer([[5], [7, 8]], 3)
-    assert timed == Timed(0.03, 4, 0.5, [[6, 7, 8], [9, 10, 11]]) and timed.rate == pytest.approx(
-        4 / 0.03
-    )
+    assert timed == Timed(0.03, 4, 0.5, [[6, 7, 8], [9, 10, 11]])
+    assert timed.rate == pytest.approx(4 / 0.03)
     assert worker._process.returncode == 0
 
 
@@ -98,7 +98,9 @@ def test_ours_counts_decoding_alone() -> None:
     engine = worlds.engine(worlds.Clock())
     timed = answer_ours(engine, [[1, 2], [50, 51, 52]], 6)
     assert timed.answers == [[3, 4, 5, 6, 7, 8], [53, 54, 55, 56, 57, 58]]
-    assert timed.tokens == 10 and timed.seconds > 0 and not engine.has_unfinished_requests
+    assert timed.tokens == 10
+    assert timed.seconds > 0
+    assert not engine.has_unfinished_requests
 
 
 def test_only_answers_that_last_are_compared() -> None:
@@ -124,7 +126,8 @@ def test_rates_ratios_and_agreement_are_exact() -> None:
         60.0,
     )
     assert (run["speedup"], run["plain_speedup"]) == (pytest.approx(4.0), pytest.approx(2.0))
-    assert run["same"] == 0.5 and run["chunks"] == 3
+    assert run["same"] == 0.5
+    assert run["chunks"] == 3
 
 
 def world(monkeypatch: pytest.MonkeyPatch, script: Path, tmp_path: Path) -> dict[str, Any]:
@@ -157,6 +160,11 @@ def world(monkeypatch: pytest.MonkeyPatch, script: Path, tmp_path: Path) -> dict
     }
 
 
+def peer_table(peers: list[Any]) -> str:
+    (section,) = peer_sections(peers)
+    return as_text(section)
+
+
 def test_a_whole_session_reports_failures_beside_figures(
     monkeypatch: pytest.MonkeyPatch, script: Path, tmp_path: Path
 ) -> None:
@@ -165,17 +173,21 @@ def test_a_whole_session_reports_failures_beside_figures(
     prompts = {"code": worlds.prompts("code", 8, 0, 12), "maths": worlds.prompts("maths", 6, 8, 12)}
     file = tmp_path / "part"
     good, bad, absent = session.measure_peers(options, ours, prompts, Progress(file, {}))
-    assert [run["batch_size"] for run in good["runs"]] == [1, 2] and good[
-        "note"
-    ] == "not offered at batch 4"
+    assert [run["batch_size"] for run in good["runs"]] == [1, 2]
+    assert good["note"] == "not offered at batch 4"
     first = good["runs"][0]
-    assert first["same"] == 1.0 and first["tokens_per_s"] == pytest.approx(11 / 0.12)
-    assert first["chunks"] == 12 and good["runs"][1]["chunks"] == 6
+    assert first["same"] == 1.0
+    assert first["tokens_per_s"] == pytest.approx(11 / 0.12)
+    assert first["chunks"] == 12
+    assert good["runs"][1]["chunks"] == 6
     assert (good["version"], good["precision"]) == ("1.2", "fp32")
-    assert bad["error"] == "MemoryError: too much" and bad["runs"] == []
+    assert bad["error"] == "MemoryError: too much"
+    assert bad["runs"] == []
     assert absent["error"] == "pip could not install gone"
     table = peer_table([good, bad, absent])
-    assert "good 1.2" in table and "bad: MemoryError" in table and "absent: pip could not" in table
+    assert "good 1.2" in " ".join(table.split())
+    assert "bad: MemoryError" in table
+    assert "absent: pip could not" in table
     kept = json.loads(file.read_text())["units"]
     assert list(kept) == ["peer good"]  # what failed is tried again
     assert session.measure_peers(options, ours, prompts, Progress(file, {})) == [good, bad, absent]
@@ -193,7 +205,7 @@ def test_a_faster_peer_is_said() -> None:
         "same": 1.0,
     }
     table = peer_table([{"name": "other", "version": "2", "precision": "bf16", "runs": [run]}])
-    assert "other is FASTER than smart at batch 4" in table
+    assert "other is faster than ours at batch 4: 0.67 (0.60-0.70)" in table
 
 
 def test_environments_are_made_once_and_again_when_their_contents_change(
@@ -218,7 +230,8 @@ def test_environments_are_made_once_and_again_when_their_contents_change(
         ([*pip, "uninstall", "--yes", "b"], {"CMAKE_ARGS": "-DX"}),
     ]
     python_for(Environment("x", ("a==2",)), call)
-    assert made == [folder, folder] and len(calls) == 3
+    assert made == [folder, folder]
+    assert len(calls) == 3
 
 
 def test_a_failed_installation_names_the_log_and_is_tried_again(

@@ -9,13 +9,15 @@ import worlds
 from smart_decoding.bench.blocks import run_block
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.off import Off
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.errors import ConfigError
 from smart_lab.recorder import record_wide
 from smart_lab.recording import Recording, Wide, record
 from smart_lab.replay import HostCosts, replay
-from smart_lab.sweep import Fixed, Sweep, add_up, likelihood_settings
+from smart_lab.sweep import Fixed, Sweep, add_up, likelihood_settings, tree_of
+from smart_lab.synthetic import synthetic
 from smart_lab.tuning import best_likelihood, cost_of
 
 ROW, LEVEL, LEVEL_ROW = 0.1, 0.25, 0.01
@@ -35,7 +37,8 @@ def recording():
 
 def test_every_position_has_its_tree(recording):
     for i, answer in enumerate(recording.answers):
-        assert len(answer.tokens) == answer.limit == 30 + i % 3 and answer.prompt_length == 3
+        assert len(answer.tokens) == answer.limit == 30 + i % 3
+        assert answer.prompt_length == 3
         for t in range(answer.positions):
             first = recording.child[answer.first + t]  # the drafter's first choice is right
             assert recording.token[first] == answer.tokens[t + 1]
@@ -50,7 +53,8 @@ def test_trees_are_kept_breadth_first_and_answers_can_be_picked(recording):
         [0, 0, 0], [7, 8, 9], [1, 0, 1], [0.5, 0.25, 0.125]
     )  # children of the second node first
     made = Recording.of([(1, 9, [1, 2], [tree], "code")])
-    assert made.token.tolist() == [5, 6, 8, 7, 9] and made.count.tolist() == [2, 1, 2, 0, 0, 0]
+    assert made.token.tolist() == [5, 6, 8, 7, 9]
+    assert made.count.tolist() == [2, 1, 2, 0, 0, 0]
     assert made.child[[0, 1, 2]].tolist() == [0, 2, 3]
     picked = recording.take([2, 0])
     assert [a.tokens.tolist() for a in picked.answers] == [
@@ -61,9 +65,8 @@ def test_trees_are_kept_breadth_first_and_answers_can_be_picked(recording):
         for i in (2, 0)
     ]
     both = replay(make_policy("eagle2", depth=1, top_k=2), picked, COST, 1)
-    assert both.tokens == sum(r.tokens for r in alone) and both.seconds == pytest.approx(
-        sum(r.seconds for r in alone)
-    )
+    assert both.tokens == sum(r.tokens for r in alone)
+    assert both.seconds == pytest.approx(sum(r.seconds for r in alone))
     with pytest.raises(ValueError, match="contradicting"):
         Recording.from_flat(made.answers, made.token, made.prob, made.count, np.array([4]))
 
@@ -107,8 +110,10 @@ def test_trees_drawn_once_give_what_the_replay_gives(recording, batch, setting):
 
 def test_plain_decoding_and_batches(recording):
     found = replay(Off(), recording, COST, 2)
-    assert found.tokens == 2 * found.rounds and found.tokens_per_s == pytest.approx(2 / 1.2)
-    assert found.off == found.rounds and found.tokens_per_round == 1.0
+    assert found.tokens == 2 * found.rounds
+    assert found.tokens_per_s == pytest.approx(2 / 1.2)
+    assert found.off == found.rounds
+    assert found.tokens_per_round == 1.0
     with pytest.raises(ConfigError, match="batch size 9"):
         replay(Off(), recording, COST, 9)
 
@@ -165,9 +170,27 @@ def test_tuning_records_once_and_leaves_the_policy_alone():
         "maths": worlds.prompts("maths", 1, 2, tokens=12),
     }
     recording = record_wide(arm, tasks)
-    assert engine.policy is policy and [len(a.tokens) for a in recording.answers] == [12, 14, 13]
+    assert engine.policy is policy
+    assert [len(a.tokens) for a in recording.answers] == [12, 14, 13]
     assert [a.task for a in recording.answers] == ["code", "maths", "code"]
     arms = best_likelihood(Sweep(recording), cost_of([arm]), 1, 3)
-    assert len({a.label for a in arms}) == 3 and {a.policy for a in arms} == {"eagle2"}
+    assert len({a.label for a in arms}) == 3
+    assert {a.policy for a in arms} == {"eagle2"}
     with pytest.raises(ConfigError, match="add smart"):
         cost_of([SimpleNamespace(policy=Off())])
+
+
+def test_settings_that_verify_the_same_trees_are_one_contestant():
+    drawn = synthetic(3.0, answers=4, length=24, context=50)
+    kept = {}
+    for depth, top_k, nodes in [(0, 1, 1), (0, 3, 1), (2, 1, 1), (1, 3, 3), (1, 6, 3), (1, 2, 3)]:
+        setting = {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
+        fixed = Fixed.draw(Eagle2(**setting), drawn)
+        kept.setdefault(tree_of(setting), []).append((fixed.emitted.tolist(), fixed.kept.tolist()))
+    assert [len(trees) for trees in kept.values()] == [3, 2, 1]
+    for trees in kept.values():
+        assert all(tree == trees[0] for tree in trees)
+    assert len({str(trees[0][0]) for trees in kept.values()}) == 3
+    grid = [tree_of(setting) for setting in likelihood_settings()]
+    assert len(grid) == len(set(grid))
+    assert grid.count((1, 1, 1)) == 1

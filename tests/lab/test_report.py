@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from smart_decoding.bench.results import SLOWER
+from smart_decoding.bench.sections import SLOWER
 from smart_decoding.cli import main as cli
 from smart_lab.__main__ import LAB
 from smart_lab.page import page
@@ -79,7 +79,9 @@ def test_parts_of_several_files_make_one_page(
     files = [str(tmp_path / f"{name}.json") for name in "bac"]
     assert cli.main(["report", *files, "--html", str(tmp_path / "r.html")], LAB) == 0
     read = LabResults.read(*map(Path, files))
-    assert [peer["name"] for peer in read.peers] == ["b", "c"] and len(read.runs) == len(RUNS)
+    assert [peer["name"] for peer in read.peers] == ["b", "c"]
+    assert len(read.runs) == len(RUNS)
     document = ElementTree.fromstring((tmp_path / "r.html").read_text())
     told = text_of(section(document, "origin"))
-    assert "--peers b" in told and "smart bench <a&b>" in told
+    assert "--peers b" in told
+    assert "smart bench <a&b>" in told

@@ -16,7 +16,7 @@ from smart_lab.simulate import (
     EAGLE2,
     EAGLE_2,
     SMART,
-    Outlook,
+    Prediction,
     Simulation,
     Simulator,
     enough,
@@ -74,9 +74,8 @@ def test_all_cards_and_models_give_sane_costs():
         ):
             cost = roofline(card(name), dimensions(model))
             seconds = cost.verify_curve(8, 8, 500, 300.0)
-            assert (np.diff(seconds) >= -1e-12).all() and seconds[0] > float(
-                cost.draft_seconds(8, 300.0)
-            ) > 0
+            assert (np.diff(seconds) >= -1e-12).all()
+            assert seconds[0] > float(cost.draft_seconds(8, 300.0)) > 0
     with pytest.raises(ConfigError, match="unknown hardware 'h900'"):
         card("h900")
     assert all("data sheet" in sheet["source"] for sheet in _data()["cards"].values())
@@ -123,27 +122,28 @@ def test_synthetic_acceptance_is_what_was_asked_for(tokens):
 
 
 def test_an_outlook_compares_the_policies(trace):
-    outlook = Simulator(trace, COST, HostCosts()).outlook(8)
-    assert outlook.plain == pytest.approx(8 / 1.1) and set(outlook.speedup) >= {
+    prediction = Simulator(trace, COST, HostCosts()).prediction(8)
+    assert prediction.plain == pytest.approx(8 / 1.1)
+    assert set(prediction.speedup) >= {
         SMART,
         EAGLE2,
-        name_of(outlook.fixed),
+        name_of(prediction.fixed),
     }
-    assert outlook.speedup[EAGLE2] < 1 < outlook.speedup[SMART] and outlook.best != "off"
-    assert (
-        len(enough(trace.recording, 8).answers) == 16
-        and enough(trace.recording, 4) is trace.recording
-    )
+    assert prediction.speedup[EAGLE2] < 1 < prediction.speedup[SMART]
+    assert prediction.best != "off"
+    assert len(enough(trace.recording, 8).answers) == 16
+    assert enough(trace.recording, 4) is trace.recording
 
 
 def test_where_it_stops_paying_is_interpolated(trace):
-    found = Simulator(trace, COST).outlook(1)
+    found = Simulator(trace, COST).prediction(1)
 
-    def at(size: int, value: float) -> Outlook:
-        return Outlook(size, 1.0, {SMART: 1.5, EAGLE2: value}, EAGLE_2, found.smart)
+    def at(size: int, value: float) -> Prediction:
+        return Prediction(size, 1.0, {SMART: 1.5, EAGLE2: value}, EAGLE_2, found.smart)
 
     simulation = Simulation("h", "m", "a", [at(4, 1.5), at(8, 1.1), at(16, 0.9)])
-    assert simulation.crossing(EAGLE2) == pytest.approx(12.0) and simulation.crossing(SMART) is None
+    assert simulation.crossing(EAGLE2) == pytest.approx(12.0)
+    assert simulation.crossing(SMART) is None
 
 
 def test_the_command_prints_and_writes(trace, tmp_path, capsys):
@@ -162,13 +162,12 @@ def test_the_command_prints_and_writes(trace, tmp_path, capsys):
     ]
     assert main(arguments, LAB) == 0
     out = capsys.readouterr().out
-    assert (
-        "SIMULATED, not measured" in out
-        and "recorded: t, a model, a head" in out
-        and "EAGLE-2's size" in out
-    )
+    assert "SIMULATED, not measured" in out
+    assert "recorded: t, a model, a head" in out
+    assert "EAGLE-2's size" in out
     read = json.loads(data.read_text())
-    assert read["simulated"] is True and [o["batch_size"] for o in read["outlooks"]] == [1, 8]
+    assert read["simulated"] is True
+    assert [o["batch_size"] for o in read["outlooks"]] == [1, 8]
     assert read["outlooks"][1]["use"] in ("smart", name_of(read["outlooks"][1]["fixed"]))
     root = ElementTree.fromstring(html.read_text().partition("\n")[2])
     assert "Simulated, not measured" in "".join(root.itertext())
@@ -215,7 +214,8 @@ def test_what_a_user_can_mend_is_said_in_one_line(arguments, message, capsys, mo
     monkeypatch.setattr("smart_lab.synthetic.synthetic", lambda tokens, context, tree: None)
     assert main(["simulate", *arguments], LAB) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_the_acceptance_levels_name_their_source():
@@ -242,11 +242,14 @@ def test_the_shape_of_the_published_figures(name, sizes, msd):
     RTX PRO 6000."""
     tree = acceptances()["msd"]["tree"]
     simulator = Simulator(msd, roofline(card(name, eager=True), dimensions("vicuna-7b")), tree=tree)
-    simulation = Simulation(name, "vicuna-7b", "msd", [simulator.outlook(size) for size in sizes])
-    assert simulation.outlooks[0].speedup[EAGLE2] == pytest.approx(1.82, rel=0.05)
+    simulation = Simulation(
+        name, "vicuna-7b", "msd", [simulator.prediction(size) for size in sizes]
+    )
+    assert simulation.predictions[0].speedup[EAGLE2] == pytest.approx(1.82, rel=0.05)
     crossing = simulation.crossing(EAGLE2)
-    assert crossing is not None and (10 < crossing < 14 if name == "l40s" else 14 < crossing < 32)
-    assert min(o.speedup[SMART] for o in simulation.outlooks) > 1.39
+    assert crossing is not None
+    assert 10 < crossing < 14 if name == "l40s" else 14 < crossing < 32
+    assert min(o.speedup[SMART] for o in simulation.predictions) > 1.39
     assert simulator.rounds > 10_000
 
 
@@ -263,5 +266,5 @@ def test_keys_of_a_level_are_read_by_a_few_rows_together():
 
 
 def test_a_page_without_a_crossing_is_still_a_page(trace):
-    simulation = Simulation("h <1>", "m", "a", [Simulator(trace, COST).outlook(1)], ["a & note"])
+    simulation = Simulation("h <1>", "m", "a", [Simulator(trace, COST).prediction(1)], ["a & note"])
     ElementTree.fromstring(page(simulation).partition("\n")[2])

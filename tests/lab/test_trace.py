@@ -58,10 +58,8 @@ def test_a_recording_comes_back_as_it_was(trace, file):
     assert [a.tokens.tolist() for a in read.recording.answers] == [
         a.tokens.tolist() for a in trace.recording.answers
     ]
-    assert (
-        read.recording.answers[1].task == "code"
-        and read.recording.answers[2].first == trace.recording.answers[2].first
-    )
+    assert read.recording.answers[1].task == "code"
+    assert read.recording.answers[2].first == trace.recording.answers[2].first
     assert (read.eos_token_ids, read.host, read.about) == (
         (worlds.EOS,),
         trace.host,
@@ -70,12 +68,14 @@ def test_a_recording_comes_back_as_it_was(trace, file):
     ours, theirs = (
         replay(t.policy("smart"), t.recording, t.cost, 2, t.host) for t in (trace, read)
     )
-    assert ours == theirs and ours.tokens > ours.rounds
+    assert ours == theirs
+    assert ours.tokens > ours.rounds
 
 
 def test_each_policy_starts_from_its_own_prior(trace):
     first, second = trace.policy("smart"), trace.policy("smart")
-    assert first.calibration is not second.calibration and first.eos == {worlds.EOS}
+    assert first.calibration is not second.calibration
+    assert first.eos == {worlds.EOS}
     with pytest.raises(ConfigError, match="no option"):
         trace.policy("smart", alpha=0.5)
 

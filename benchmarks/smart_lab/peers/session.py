@@ -16,8 +16,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,15 +206,11 @@ def compare(
     ]
     if not chunks:
         raise ModelError(
-            f"only {len(prompts)} prompts have answers that last: raise --limit or lower --max-tokens"
+            f"only {len(prompts)} prompts have answers that last: "
+            "raise --limit or lower --max-tokens"
         )
-    contestants = {
-        "peer": worker.answer,
-        **{
-            name: lambda texts, count, engine=engine: answer_ours(engine, texts, count)
-            for name, engine in ours.items()
-        },
-    }
+    answers = {name: partial(answer_ours, engine) for name, engine in ours.items()}
+    contestants: dict[str, Callable[..., Timed]] = {"peer": worker.answer, **answers}
     for answer in contestants.values():
         answer(chunks[0], WARM_UP_TOKENS)
     timed: dict[str, list[Timed]] = {name: [] for name in contestants}

@@ -111,7 +111,7 @@ def run_block(
     fillers: Sequence[Prompt],
     batch_size: int,
     clock: Callable[[], float] = time.perf_counter,
-    on_tokens: Callable[[int], None] | None = None,
+    on_tokens: Callable[[int], None] = lambda new: None,
 ) -> Block:
     """Answers `prompts` at `batch_size` running requests, `fillers` (cycled) taking the places that
     become free.
@@ -120,40 +120,77 @@ def run_block(
     if any(prompt.media for prompt in prompts):
         # so that each arm's times to the first token hold the tower's
         engine.target.forget_pictures()
-    queue = itertools.chain(prompts, itertools.cycle(fillers or prompts))
-    measured: dict[int, Request] = {}
-    running: list[Request] = []
+    queue = _Queue(engine, prompts, fillers, batch_size)
     notes: list[_Note] = []
-    names, total, started = itertools.count(), 0, clock()
+    total = 0
+    started = clock()
     try:
-        while len(measured) < len(prompts) or not all(r.finished for r in measured.values()):
-            while len(running) < batch_size:
-                prompt = next(queue)
-                (request,) = engine.add_request(
-                    f"bench-{next(names)}", prompt.tokens, prompt.params, prompt.media
-                )
-                running.append(request)
-                if len(measured) < len(prompts):
-                    measured[prompt.index] = request
-            before = {id(r): len(r.output) for r in running}
+        while not queue.done:
+            queue.fill()
+            before = {id(request): len(request.output) for request in queue.running}
             engine.step()
-            new = sum(len(r.output) for r in running) - sum(before.values())
+            new = sum(len(request.output) for request in queue.running) - sum(before.values())
             total += new
-            if engine.last_round is not None and _counts(engine.last_round, batch_size):
-                record = engine.last_round
-                notes.append(
-                    _Note(record, [(r, before[id(r)], len(r.output)) for r in record.requests])
-                )
-            running = [r for r in running if not r.finished]
-            if on_tokens is not None:
-                on_tokens(new)
+            record = engine.last_round
+            if record is not None and _counts(record, batch_size):
+                spans = [(r, before[id(r)], len(r.output)) for r in record.requests]
+                notes.append(_Note(record, spans))
+            queue.drop_finished()
+            on_tokens(new)
         seconds = clock() - started
     finally:
-        for request in running:
-            engine.abort(request.id)
-    counts = sum((_settled(note) for note in notes), Counts())
-    answers = {index: _answer(request) for index, request in measured.items()}
-    block = Block(prompts[0].task, batch_size, counts, answers, total, seconds)
+        queue.abort()
+    answers = {index: _answer(request) for index, request in queue.measured.items()}
+    return _accounted(Block(prompts[0].task, batch_size, Counts(), answers, total, seconds), notes)
+
+
+class _Queue:
+    """Prompts in order, then fillers in circle; keeps `batch_size` requests running."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        fillers: Sequence[Prompt],
+        batch_size: int,
+    ) -> None:
+        self.measured: dict[int, Request] = {}
+        self.running: list[Request] = []
+        self._engine = engine
+        self._batch_size = batch_size
+        self._count = len(prompts)
+        self._names = itertools.count()
+        self._prompts = itertools.chain(prompts, itertools.cycle(fillers or prompts))
+
+    @property
+    def done(self) -> bool:
+        """Whether every measured prompt is answered."""
+        started = len(self.measured) == self._count
+        return started and all(request.finished for request in self.measured.values())
+
+    def fill(self) -> None:
+        """Starts the next prompts where places are free."""
+        while len(self.running) < self._batch_size:
+            prompt = next(self._prompts)
+            name = f"bench-{next(self._names)}"
+            (request,) = self._engine.add_request(name, prompt.tokens, prompt.params, prompt.media)
+            self.running.append(request)
+            if len(self.measured) < self._count:
+                self.measured[prompt.index] = request
+
+    def drop_finished(self) -> None:
+        """Frees the places of finished requests."""
+        self.running = [request for request in self.running if not request.finished]
+
+    def abort(self) -> None:
+        """Leaves the engine empty."""
+        for request in self.running:
+            self._engine.abort(request.id)
+
+
+def _accounted(block: Block, notes: Sequence[_Note]) -> Block:
+    """The block with the sums over its counted rounds."""
+    block.counts = sum((_settled(note) for note in notes), Counts())
     for done in (note.record.round for note in notes):
         block.row_counts[done.verify_rows] += 1
         block.level_counts[len(done.level_widths)] += 1
@@ -163,6 +200,20 @@ def run_block(
 
 def _counts(record: RoundRecord, batch_size: int) -> bool:
     return record.round.batch.size == batch_size and record.round.batch.prefill_rows == 0
+
+
+def _settled(note: _Note) -> Counts:
+    """The round's figures once all loops are known: requests past their loop's start lose their
+    share."""
+    counts = _figures(note.record)
+    share = 1.0 / len(note.spans)
+    for request, before, after in note.spans:
+        end = request.stop.loop_start
+        useful = after if end is None else min(after, end)
+        if useful > before:
+            counts.tokens += useful - before
+            counts.seconds += counts.round_seconds * share
+    return counts
 
 
 def _figures(record: RoundRecord) -> Counts:
@@ -182,19 +233,6 @@ def _figures(record: RoundRecord) -> Counts:
         draft_seconds=record.draft_seconds,
         context=float(done.batch.context.mean()),
     )
-
-
-def _settled(note: _Note) -> Counts:
-    """The round's figures once all loops are known: requests past their loop's start lose their
-    share."""
-    counts, share = _figures(note.record), 1.0 / len(note.spans)
-    for request, before, after in note.spans:
-        end = request.stop.loop_start
-        useful = after if end is None else min(after, end)
-        if useful > before:
-            counts.tokens += useful - before
-            counts.seconds += counts.round_seconds * share
-    return counts
 
 
 def _answer(request: Request) -> Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from smart_decoding.bench.options import BenchOptions
 
@@ -18,45 +19,40 @@ def command_of(options: BenchOptions) -> str:
 
 def words_of(options: BenchOptions) -> list[str]:
     """The options, but for the model, as words of a command line."""
-    words = ["--policies", ",".join(options.policies)]
-    words += [word for setting in options.policy_options for word in ("--policy-options", setting)]
-    words += ["--least-blocks", str(options.least_blocks)] if options.least_blocks > 1 else []
-    words += ["--method", options.method] if options.method else []
-    words += ["--draft", Path(options.draft).name] if options.draft else []
-    words += [
-        word
-        for name, value in options.method_options.items()
-        for word in ("--method-option", f"{name}={value}")
-    ]
-    words += [
-        "--batch-sizes",
-        ",".join(map(str, options.batch_sizes)),
-        "--tasks",
-        ",".join(options.tasks),
-    ]
-    words += [
-        "--dtype",
-        options.dtype,
-        "--temperature",
-        f"{options.temperature:g}",
-        "--limit",
-        str(options.limit),
-    ]
-    words += ["--skip", str(options.skip)] if options.skip else []
-    words += [
-        "--max-tokens",
-        str(options.max_tokens),
-        "--seed",
-        str(options.seed),
-        "--device",
-        options.device,
-    ]
-    words += ["--allow-slow"] if options.allow_slow else []
-    words += ["--sampled", f"{options.sampled:g}"] if options.sampled else []
-    words += ["--load", ",".join(f"{share:g}" for share in options.load)] if options.load else []
-    words += ["--blocks"] if options.blocks else []
-    words += ["--time-limit", f"{options.time_limit:g}"] if options.time_limit is not None else []
+    given: dict[str, Any] = {
+        "policies": ",".join(options.policies),
+        "policy-options": list(options.policy_options),
+        "least-blocks": options.least_blocks if options.least_blocks > 1 else None,
+        "method": options.method or None,
+        "draft": Path(options.draft).name if options.draft else None,
+        "method-option": [f"{name}={value}" for name, value in options.method_options.items()],
+        "batch-sizes": ",".join(map(str, options.batch_sizes)),
+        "tasks": ",".join(options.tasks),
+        "dtype": options.dtype,
+        "temperature": f"{options.temperature:g}",
+        "limit": options.limit,
+        "skip": options.skip or None,
+        "max-tokens": options.max_tokens,
+        "seed": options.seed,
+        "device": options.device,
+        "allow-slow": options.allow_slow,
+        "sampled": f"{options.sampled:g}" if options.sampled else None,
+        "load": ",".join(f"{share:g}" for share in options.load) or None,
+        "blocks": options.blocks,
+        "time-limit": None if options.time_limit is None else f"{options.time_limit:g}",
+    }
     for name in OUTPUTS:
         path = getattr(options, name)
-        words += [f"--{name}", path.name] if path is not None else []
-    return words
+        given[name] = path.name if path is not None else None
+    return [word for name, value in given.items() for word in option_words(name, value)]
+
+
+def option_words(name: str, value: Any) -> list[str]:
+    """One option: a flag where the value is true, nothing where it is None or false, once for each
+    element of a list."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [f"--{name}"]
+    values = value if isinstance(value, list) else [value]
+    return [word for each in values for word in (f"--{name}", str(each))]

@@ -27,10 +27,20 @@ from smart_decoding.engine.request import Request
 SECONDS = 45.0  # of arrivals, for each policy and load
 SEGMENTS = 3  # in which they come
 CAPACITY_BLOCKS = 2  # blocks of as many prompts as run at once
+Wave = Sequence[tuple[float, Prompt]]  # seconds from the start, and who arrives then
 PERCENTILES = (50, 95, 99)
 RESOLUTION = 1e-6  # seconds: who comes that soon is here
 
-Clock = Callable[[], float]
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """What tells the time and lets it pass."""
+
+    clock: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], object] = time.sleep
+
+
+REAL = Time()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,45 +72,32 @@ def measure_load(
     seed: int,
     seconds: float | None,
     progress: Progress,
-    clock: Clock = time.perf_counter,
-    sleep: Callable[[float], object] = time.sleep,
+    timing: Time = REAL,
 ) -> dict[str, Any]:
     """Serves every share of the capacity with every engine. seconds: for all of it, about; None
     takes SECONDS for each policy and share."""
     mixed = in_turn(prompts)
     slots = engines[BASELINE].config.max_num_seqs
     if not progress.units("load capacity"):
-        progress.add("load capacity", capacity(engines[BASELINE], mixed, slots, clock))
+        found = capacity(engines[BASELINE], mixed, slots, timing.clock)
+        progress.add("load capacity", found)
     (rate, tokens_per_s) = progress.units("load capacity")[0]
     each = SECONDS if seconds is None else min(SECONDS, seconds / len(shares) / len(engines))
     for engine in engines.values():
-        run_block(engine, mixed[:2], mixed[2:], 2, clock)  # a warm-up
-    runs, labels = [], list(engines)
-    with tqdm(
-        total=len(shares) * SEGMENTS * len(labels), desc="load", unit="segment", leave=False
-    ) as bar:
+        run_block(engine, mixed[:2], mixed[2:], 2, timing.clock)  # a warm-up
+    runs: list[dict[str, Any]] = []
+    with tqdm(total=len(shares) * SEGMENTS, desc="load", unit="segment", leave=False) as bar:
         for share in shares:
-            segments: dict[str, list[Segment]] = {label: [] for label in labels}
+            segments: dict[str, list[Segment]] = {label: [] for label in engines}
             for number in range(SEGMENTS):
-                name = f"load {share:g}, segment {number}"
-                kept = progress.units(name) or [{}]
-                fresh: dict[str, Segment] = {}
-                turn = number % len(labels)
                 wave = arrivals(mixed, share * rate, each / SEGMENTS, (seed, number))
-                for label in labels[turn:] + labels[:turn]:
-                    fresh[label] = (
-                        _restored(kept[0][label])
-                        if label in kept[0]
-                        else serve(engines[label], wave, clock, sleep)
-                    )
-                    bar.update()
-                if not kept[0]:
-                    progress.add(name, {label: asdict(segment) for label, segment in fresh.items()})
-                for label, segment in fresh.items():
+                name = f"load {share:g}, segment {number}"
+                for label, segment in _segment(engines, wave, name, number, progress, timing):
                     segments[label].append(segment)
+                bar.update()
+            plain = segments[BASELINE]
             runs += [
-                load_run(label, share, share * rate, of, segments[BASELINE])
-                for label, of in segments.items()
+                load_run(label, share, share * rate, of, plain) for label, of in segments.items()
             ]
     return {
         "slots": slots,
@@ -110,8 +107,25 @@ def measure_load(
     }
 
 
+def _segment(
+    engines: Mapping[str, Engine],
+    wave: Wave,
+    name: str,
+    number: int,
+    progress: Progress,
+    timing: Time,
+) -> list[tuple[str, Segment]]:
+    """One stretch served by all engines, who takes the first turn changing; kept under a name."""
+    if not progress.units(name):
+        labels = list(engines)
+        turn = number % len(labels)
+        order = labels[turn:] + labels[:turn]
+        progress.add(name, {label: asdict(serve(engines[label], wave, timing)) for label in order})
+    return [(label, _restored(kept)) for label, kept in progress.units(name)[0].items()]
+
+
 def capacity(
-    engine: Engine, prompts: Sequence[Prompt], slots: int, clock: Clock
+    engine: Engine, prompts: Sequence[Prompt], slots: int, clock: Callable[[], float]
 ) -> tuple[float, float]:
     """Requests and tokens per second, prompts included, while the queue is never empty."""
     tokens = seconds = answered = length = 0.0
@@ -121,15 +135,14 @@ def capacity(
         block = run_block(
             engine, chunk, [*prompts[start + slots :], *prompts[:start]], slots, clock
         )
-        tokens, seconds = tokens + block.total_tokens, seconds + block.total_seconds
+        tokens += block.total_tokens
+        seconds += block.total_seconds
         answered += len(block.answers)
         length += sum(len(a.tokens) + a.looped for a in block.answers.values())
     return tokens / seconds / (length / answered), tokens / seconds
 
 
-def arrivals(
-    prompts: Sequence[Prompt], rate: float, seconds: float, seed: tuple[int, int]
-) -> list[tuple[float, Prompt]]:
+def arrivals(prompts: Sequence[Prompt], rate: float, seconds: float, seed: tuple[int, int]) -> Wave:
     """(seconds from the start, prompt) of Poisson arrivals at `rate` per second; at least one."""
     rng = np.random.default_rng(seed)
     count = max(1, rng.poisson(rate * seconds))
@@ -138,15 +151,13 @@ def arrivals(
     return [(float(at), prompts[(first + i) % len(prompts)]) for i, at in enumerate(times)]
 
 
-def serve(
-    engine: Engine,
-    wave: Sequence[tuple[float, Prompt]],
-    clock: Clock,
-    sleep: Callable[[float], object],
-) -> Segment:
+def serve(engine: Engine, wave: Wave, timing: Time) -> Segment:
     """Answers requests as they arrive, until the last is answered. The engine is empty before and
     after."""
-    started, coming, decoding = clock(), deque(enumerate(wave)), []
+    clock = timing.clock
+    started = clock()
+    coming = deque(enumerate(wave))
+    decoding = []
     taken: list[tuple[float, Prompt, Request]] = []
     try:
         while coming or engine.has_unfinished_requests:
@@ -158,7 +169,7 @@ def serve(
                 )
                 taken.append((at, prompt, request))
             if not engine.has_unfinished_requests:
-                sleep(coming[0][1][0] - now)
+                timing.sleep(coming[0][1][0] - now)
                 continue
             touched = engine.step(lambda: bool(coming) and coming[0][1][0] <= clock() - started)
             if touched and engine.last_round is not None and engine.last_round.round.batch.size:
@@ -206,7 +217,8 @@ def in_turn(prompts: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
 
 
 def _served(prompt: Prompt, request: Request, arrived: float) -> Served:
-    metrics, tokens = request.metrics, list(request.output)
+    metrics = request.metrics
+    tokens = list(request.output)
     first = arrived if metrics.first_token is None else metrics.first_token
     end = first if metrics.finished is None else metrics.finished
     tpot = (end - first) / (len(tokens) - 1) if len(tokens) > 1 else math.nan

@@ -47,6 +47,7 @@ class Arm:
 
     @property
     def policy_options(self) -> dict[str, Any]:
+        """Those of the policy itself."""
         return {name: value for name, value in self.options.items() if name not in self.NOT_POLICY}
 
 
@@ -129,7 +130,8 @@ class BenchOptions:
                 raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
             if method == "none":
                 raise ConfigError(
-                    "method 'none' leaves nothing to compare with plain decoding: choose one that drafts"
+                    "method 'none' leaves nothing to compare with plain decoding: "
+                    "choose one that drafts"
                 )
             check_draft(method, self.draft or arm.options.get("model"), "--draft MODEL")
         if "model" in self.method_options and self.draft:
@@ -160,7 +162,8 @@ class BenchOptions:
     def most_requests(self) -> int:
         """The largest number of requests that some part of the run keeps going at once."""
         sampled = self.sampled_batch_sizes if self.sampled else ()
-        return max([*self.batch_sizes, *sampled, *([SLOTS] if self.load else ())])
+        sizes: list[int] = [*self.batch_sizes, *sampled, *([SLOTS] if self.load else ())]
+        return max(sizes)
 
     @property
     def compares_policies(self) -> bool:

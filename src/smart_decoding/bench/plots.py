@@ -21,7 +21,7 @@ BELOW = "#c0392b"  # where speculation costs time
 MARKERS = "osD^"
 DASHES = (0, (4, 4))
 INK = "#010203"  # stands for the page's own colour of text, light or dark
-_PAGE_STYLE = {
+_PAGE_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "smart",  # the same picture is the same file
     **dict.fromkeys(

@@ -56,10 +56,8 @@ def commit() -> str:
     """The commit of the source, '-dirty' if tracked files differ from it; the version where there
     is no repository."""
     folder = Path(smart_decoding.__file__).parent
-    head, changed = (
-        _git(folder, "rev-parse", "HEAD"),
-        _git(folder, "status", "--porcelain", "-uno", "."),
-    )
+    head = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "-uno", ".")
     if head is None or _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return f"smart-decoding {smart_decoding.__version__}, not in a repository"
     return head + ("-dirty" if changed else "")
@@ -135,6 +133,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
+    """As JSON can hold it: no numpy scalars, None for NaN and infinities."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,45 +1,75 @@
-"""Tables of results: aligned for a terminal of 100 columns, and in Markdown for the README."""
+"""The tables of a benchmark, built once for the terminal, for Markdown and for the page."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from smart_decoding.bench.names import policy_of, short_names
+from smart_decoding.bench.options import BASELINE
+from smart_decoding.bench.results import Results, Run, interval, mapping
+from smart_decoding.bench.sections import (
+    UNKNOWN,
+    Cell,
+    Section,
+    as_markdown,
+    as_text,
+    number,
+    ratio_cell,
+    said,
+    same_tokens,
+)
 from smart_decoding.bench.summary import POOLED
 
-Run = Mapping[str, Any]
-NAME_WIDTH = 20
-_HEADER = (
-    "policy",
-    "b",
-    "tok/s",
-    "speedup (95 %)",
-    "e2e",
-    "worst task",
-    "tok/rnd",
-    "rows",
-    "wasted",
-    "same",
-)
+Column = Callable[[Results, Run], Cell]
+PLAIN = "plain decoding"
+PARTIAL = "Partial: the time limit came before all blocks had run."
 
 
 def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
-    """All tables of a result, each part under its name."""
-    parts = [plain_torch(result.get("provenance") or {})]
-    parts.append(runs_table(result.get("runs"), "", in_markdown))
-    parts.append(runs_table(result.get("sampled_runs"), "at temperature {:g}\n", in_markdown))
-    parts += [load_table(result["load"])] if result.get("load") else []
-    return "\n\n".join(filter(None, parts))
+    """All tables of a result."""
+    results = Results.from_dict(result)
+    return printed(warnings(results), sections(results), in_markdown)
 
 
-def runs_table(runs: Sequence[Run] | None, title: str, in_markdown: bool) -> str:
-    """Runs over all tasks, then task by task, under a title that may name their temperature; ''
-    without runs."""
-    if not runs:
-        return ""
-    table = markdown(runs) if in_markdown else terminal(runs)
-    return f"{title.format(runs[0]['temperature'])}{table}\n\nspeedup by task\n{by_task(runs)}"
+def printed(first: Sequence[str], parts: Sequence[Section], in_markdown: bool) -> str:
+    """Sections below one another; what has neither rows nor lines is left out."""
+    shown = [part for part in parts if part.rows or part.lines]
+    if in_markdown:
+        tables = [f"**{part.title}**\n\n{as_markdown(part)}" for part in shown]
+    else:
+        tables = [as_text(part) for part in shown]
+    return "\n\n".join([*first, *tables])
+
+
+def sections(results: Results) -> list[Section]:
+    """The comparison, the same at a second temperature, and requests under load."""
+    parts = comparison(results)
+    if results.sampled:
+        heat = results.sampled[0].get("temperature")
+        parts += comparison(replace(results, runs=results.sampled), f"At temperature {heat}")
+    return [*parts, *load_table(results)]
+
+
+def comparison(results: Results, title: str = "Policies") -> list[Section]:
+    """Policies over all tasks, beside the best of the others, by task; the noise."""
+    if not results.runs:
+        return []
+    return [
+        policies(results, title, SPEED),
+        policies(results, "Rounds and latencies", ROUNDS),
+        *over(results),
+        by_task(results),
+        noise(results),
+    ]
+
+
+def warnings(results: Results) -> list[str]:
+    """What a reader must know first."""
+    told = plain_torch(results.provenance)
+    partial = any(run.get("partial") for run in results.runs)
+    return [*([told] if told else []), *([PARTIAL] if partial else [])]
 
 
 def plain_torch(provenance: Mapping[str, Any]) -> str:
@@ -48,247 +78,196 @@ def plain_torch(provenance: Mapping[str, Any]) -> str:
     return f"plain torch, not the CPU kernels: {reason}" if reason else ""
 
 
-def load_table(load: Mapping[str, Any]) -> str:
-    """Policies under load: throughput and percentiles of latencies."""
-    head = (
-        "policy",
-        "load",
-        "req/s",
-        "tok/s",
-        "TTFT p50",
-        "p95",
-        "p99",
-        "TPOT p50",
-        "p95",
-        "p99",
-        "TPOT x",
-        "same",
-    )
-    names = short_names(load["runs"])
-    rows = [head, *(_load_cells(run, names[run["policy"]]) for run in load["runs"])]
-    told = (
-        f"load: Poisson arrivals at shares of {load['capacity_requests_per_s']:.2f} requests/s "
-        f"({load['capacity_tokens_per_s']:.0f} tok/s), what plain decoding answers at {load['slots']} at once; ms"
-    )
-    return "\n".join([told, *aligned(rows)])
-
-
-def _load_cells(run: Run, name: str) -> Sequence[str]:
-    times = [
-        shown(run[kind][p], digits)
-        for kind, digits in (("ttft_ms", 0), ("tpot_ms", 1))
-        for p in ("p50", "p95", "p99")
+def policies(results: Results, title: str, columns: Sequence[str]) -> Section:
+    """A row for each policy and batch size, with the given columns where some run has them."""
+    names = {**short_names(run["policy"] for run in results.pooled), **results.names}
+    cells = {
+        column: [COLUMNS[column](results, run) for run in results.pooled] for column in columns
+    }
+    cells = {name: of_runs for name, of_runs in cells.items() if set(of_runs) - {UNKNOWN}}
+    rows = [
+        (names[run["policy"]], str(run["batch_size"]), *(of_runs[i] for of_runs in cells.values()))
+        for i, run in enumerate(results.pooled)
     ]
-    return (
-        name,
-        f"{100 * run['load']:.0f} %",
-        f"{run['requests_per_s']:.2f}",
-        shown(run["tokens_per_s"], 0),
-        *times,
-        shown(run["tpot_ratio"], 2),
-        "yes" if run["identical"] else "NO",
-    )
-
-
-def terminal(runs: Sequence[Run]) -> str:
-    """The pooled runs as a table, then what a reader needs to judge it, line by line."""
-    pooled = _pooled(runs)
-    names = short_names(pooled)
-    rows = [_cells(run, runs, names[run["policy"]]) for run in pooled]
-    legend = [f"{short} = {full}" for full, short in names.items() if full != short]
-    legend += [
-        f"{run['policy']}, batch {run['batch_size']} = {run['setting']}"
-        for run in pooled
-        if run.get("setting")
+    differing = [
+        f"{names[run['policy']]}, batch {run['batch_size']}: "
+        f"{said(run, 'differing_prompts', 1, 100, ' %')} of answers and "
+        f"{said(run, 'differing_tokens', 1, 100, ' %')} of tokens differ from plain decoding's"
+        for run in results.pooled
+        if "same" in columns and run.get("identical") is False
     ]
-    return "\n".join(
-        [*aligned([_HEADER, *rows]), *legend, *over_table(runs, names), "", *notes(runs)]
-    )
+    return Section("policies", title, head=("policy", "b", *cells), rows=rows, lines=differing)
 
 
-def over_table(runs: Sequence[Run], names: Mapping[str, str]) -> list[str]:
-    """`smart` beside the strongest setting of each other policy."""
+def over(results: Results) -> list[Section]:
+    """`smart` beside the strongest setting of each other policy, block by block."""
     rows = [
         (
-            names[r["policy"]],
-            str(r["batch_size"]),
-            ratio(r, "smart_over"),
-            _worst(r, runs, "smart_over"),
+            results.names[run["policy"]],
+            str(run["batch_size"]),
+            ratio_cell(run, "smart_over"),
+            _worst(results, run, "smart_over"),
         )
-        for r in strongest(runs)
+        for run in strongest(results.runs)
     ]
     head = ("smart over the best", "b", "smart / it (95 %)", "worst task")
-    return ["", *aligned([head, *rows])] if rows else []
+    title = "Beside the best of every other policy"
+    return [Section("over", title, head=head, rows=rows)] if rows else []
 
 
 def strongest(runs: Sequence[Run]) -> list[Run]:
     """The fastest setting of each other policy at each batch size, of those that were measured
     beside `smart`."""
     best: dict[tuple[int, str], Run] = {}
-    for run in _pooled(runs):
-        key = run["batch_size"], run["policy"].split("(")[0].split(" ")[0]
-        if _known(run.get("smart_over")) and (
-            key not in best or run["speedup"] > best[key]["speedup"]
-        ):
+    for run in runs:
+        speedup = number(run, "speedup")
+        if run["task"] != POOLED or speedup is None or number(run, "smart_over") is None:
+            continue
+        key = run["batch_size"], policy_of(run["policy"])
+        if key not in best or speedup > best[key]["speedup"]:
             best[key] = run
     return list(best.values())
 
 
-def markdown(runs: Sequence[Run]) -> str:
-    """The pooled runs as a Markdown table."""
-    lines = ["| " + " | ".join(_HEADER) + " |", "|---|" + "---:|" * (len(_HEADER) - 1)]
-    return "\n".join(
-        lines
-        + ["| " + " | ".join(_cells(run, runs, run["policy"])) + " |" for run in _pooled(runs)]
-    )
+def by_task(results: Results) -> Section:
+    """Every speedup, and what short names and tuned contestants stand for."""
+    tasks = [POOLED, *results.tasks]
+    rows = []
+    for policy, name in results.names.items():
+        for size in results.batch_sizes:
+            cells = [ratio_cell(results.find(policy, size, task)) for task in tasks]
+            if set(cells) - {UNKNOWN}:
+                rows.append((name, str(size), *cells))
+    legend = [f"{short} = {full}" for full, short in results.names.items() if short != full]
+    legend += [
+        f"{run['policy']}, batch {run['batch_size']} = {run['setting']}"
+        for run in results.pooled
+        if run.get("setting")
+    ]
+    head = ("policy", "b", *tasks)
+    return Section("tasks", "Speedup by task", head=head, rows=rows, lines=legend)
 
 
-def by_task(runs: Sequence[Run]) -> str:
-    """Speedups task by task, one line per run."""
-    tasks = list(dict.fromkeys(run["task"] for run in runs if run["task"] != POOLED))
-    rows: list[Sequence[str]] = [("policy", "b", *tasks)]
-    names = short_names(_pooled(runs))
-    for run in _pooled(runs):
-        same = {r["task"]: r for r in runs if _key(r) == _key(run)}
-        rows.append(
-            (names[run["policy"]], str(run["batch_size"]), *(ratio(same.get(t)) for t in tasks))
+def speedups(key: str, title: str, all_runs: Sequence[Run]) -> list[Section]:
+    """A table of runs other than those of the main comparison, if there are any."""
+    runs = [run for run in all_runs if run["policy"] != BASELINE]
+    names = short_names(run["policy"] for run in runs)
+    rows = [
+        (
+            names[run["policy"]],
+            str(run["batch_size"]),
+            str(run["task"]),
+            ratio_cell(run),
+            ratio_cell(run, "end_to_end_speedup"),
+            same_tokens(run),
         )
-    return "\n".join(aligned(rows))
+        for run in runs
+    ]
+    head = ("policy", "b", "task", "speedup (95 %)", "end to end", "same")
+    return [Section(key, title, head=head, rows=rows)] if rows else []
 
 
-def notes(runs: Sequence[Run]) -> list[str]:
-    """Latency, loops, noise, differences and whether the run was cut short."""
-    lines, names = [], short_names(_pooled(runs))
-    for run in _pooled(runs):
-        name = f"{names[run['policy']]} b={run['batch_size']}"
-        if run.get("noise_pairs"):
-            lines.append(
-                f"batch {run['batch_size']}: the baseline against itself gives {shown(run['noise'], 3)} "
-                f"({shown(run['noise_low'], 3)}-{shown(run['noise_high'], 3)});\n  "
-                f"{_percent(run['looping_answers'])} of its answers ended in a loop, {_percent(run['looping_tokens'])} "
-                "of its tokens were cut"
-            )
-        else:
-            vision = (
-                f", {shown(run['vision_ms'], 0)} ms of it the vision tower,"
-                if run.get("vision_ms")
-                else ""
-            )
-            lines.append(
-                f"{name}: TTFT {shown(run['ttft_ms'], 0)} ms{vision} "
-                f"({shown(run['ttft_ratio'], 2)} x), TPOT {shown(run['tpot_ms'], 1)} ms, worst request "
-                f"{shown(run['worst_tpot_ratio'], 2)} x;\n  controller {_percent(run['controller_share'])}, "
-                f"{_percent(run['off_share'])} of rounds off, {shown(run['levels_per_round'], 1)} levels, "
-                f"{run['rounds']} rounds, {run['blocks']} blocks"
-            )
-        if not run["identical"]:
-            lines.append(
-                f"{name}: {_percent(run['differing_prompts'])} of answers and "
-                f"{_percent(run['differing_tokens'])} of tokens differ from the baseline's"
-            )
-    if any(run.get("partial") for run in runs):
-        lines.append("PARTIAL: the time limit came before all blocks had run")
-    return lines
-
-
-def _cells(run: Run, runs: Sequence[Run], name: str) -> Sequence[str]:
-    return (
-        name,
-        str(run["batch_size"]),
-        shown(run["tokens_per_s"], 1),
-        ratio(run),
-        shown(run["end_to_end_speedup"], 2),
-        _worst(run, runs),
-        shown(run["tokens_per_round"], 2),
-        shown(run["rows_per_round"], 1),
-        shown(run["wasted_rows"], 1),
-        "yes" if run["identical"] else "NO",
+def load_table(results: Results) -> list[Section]:
+    """Requests that arrive at random: throughput and percentiles of latencies."""
+    runs: Sequence[Run] = results.load.get("runs", ())
+    if not runs:
+        return []
+    names = {**short_names(run["policy"] for run in runs), BASELINE: PLAIN}
+    rows = [
+        (
+            names[run["policy"]],
+            f"{100 * run['load']:.0f} %",
+            said(run, "requests_per_s", 2),
+            said(run, "tokens_per_s", 0),
+            *_times(run, "ttft_ms", 0),
+            *_times(run, "tpot_ms", 1),
+            said(run, "tpot_ratio", 2),
+            same_tokens(run),
+        )
+        for run in runs
+    ]
+    told = (
+        f"Milliseconds. Capacity: {said(results.load, 'capacity_requests_per_s', 2)} requests/s, "
+        f"{said(results.load, 'capacity_tokens_per_s', 0)} tokens/s, with "
+        f"{results.load.get('slots', '?')} requests at once and a queue that is never empty. "
+        "TPOT ×: the median request's time per token over plain decoding's, below 1 is faster."
     )
+    percentiles = ("TTFT p50", "p95", "p99", "TPOT p50", "p95", "p99")
+    head = ("policy", "load", "req/s", "tok/s", *percentiles, "TPOT ×", "same")
+    return [Section("load-table", "Under load, in numbers", head=head, rows=rows, captions=[told])]
 
 
-def _worst(run: Run, runs: Sequence[Run], name: str = "speedup") -> str:
-    """The task with the least ratio."""
-    tasks = [
-        r for r in runs if _key(r) == _key(run) and r["task"] != POOLED and _known(r.get(name))
-    ]
-    if not tasks or run.get("noise_pairs") is not None:
-        return "-"
-    worst = min(tasks, key=lambda r: r[name])
-    return f"{shown(worst[name], 2)} {worst['task']}"
-
-
-def _pooled(runs: Sequence[Run]) -> list[Run]:
-    return [run for run in runs if run["task"] == POOLED]
-
-
-def _key(run: Run) -> tuple[str, int]:
-    return run["policy"], run["batch_size"]
-
-
-def ratio(run: Run | None, name: str = "speedup") -> str:
-    """1.35 (1.30-1.40)"""
-    if run is None or not _known(run.get(name)):
-        return "-"
-    if not _known(run[f"{name}_high"]):
-        return f"{run[name]:.2f} (1 block)"
-    return f"{run[name]:.2f} ({shown(run[f'{name}_low'], 2)}-{shown(run[f'{name}_high'], 2)})"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart, the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+def noise(results: Results) -> Section:
+    """The baseline against itself, and how much of its answers were loops."""
     lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return lines
+    for run in results.pooled:
+        value = number(run, "noise")
+        if value is None:
+            continue
+        bounds = interval(run, "noise")
+        told = f"({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else "(one pair, no interval)"
+        if bounds is not None and not bounds[0] <= 1 <= bounds[1]:
+            told += (
+                ": the interval excludes 1×, so other speedups at this batch size may be off as "
+                "much"
+            )
+        if number(run, "looping_answers") is not None:
+            told += (
+                f"; {said(run, 'looping_answers', 1, 100)} % of its answers ended in a loop, "
+                f"{said(run, 'looping_tokens', 1, 100)} % of its tokens were cut"
+            )
+        lines.append(f"batch {run['batch_size']}: {value:.3f}× {told}")
+    intro = "Plain decoding timed against itself, as a policy would be; without noise this is 1×."
+    missing = "" if lines else "The noise was not measured."
+    return Section("noise", "Noise of this machine", missing, intro, lines=lines)
 
 
-def short_names(runs: Sequence[Run]) -> dict[str, str]:
-    """Short names for tables and plots: of a policy with long options, the values of those that
-    differ between its settings ('eagle2 7/10/60'); numbered where even that is long, or the same
-    for two."""
-    labels = list(dict.fromkeys(run["policy"] for run in runs))
-    long = [label for label in labels if len(label) > NAME_WIDTH]
-    names = {label: _values(label, long) if label in long else label for label in labels}
-    for label in long:
-        if len(names[label]) > NAME_WIDTH or list(names.values()).count(names[label]) > 1:
-            names[label] = f"{label.split('(')[0]}#{long.index(label) + 1}"
-    return names
+def _worst(results: Results, run: Run, name: str = "speedup") -> Cell:
+    """The task with the least ratio."""
+    size = run["batch_size"]
+    runs = (results.find(run["policy"], size, task) for task in results.tasks)
+    found = [(value, each) for each in runs if each and (value := number(each, name)) is not None]
+    if not found or run["policy"] == BASELINE:
+        return UNKNOWN
+    value, worst = min(found, key=lambda pair: pair[0])
+    return f"{value:.2f} {worst['task']}"
 
 
-def _values(label: str, labels: Sequence[str]) -> str:
-    """A policy and the values of its options, of those only that its other settings in `labels`
-    have otherwise."""
-    policy = label.split("(")[0]
-    options = [_options(other) for other in labels if other.split("(")[0] == policy]
-    mine = _options(label)
-    if any(list(other) != list(mine) for other in options):
-        return f"{policy} {','.join(f'{name}={value}' for name, value in mine.items())}"
-    differing = [
-        name for name in mine if len(options) == 1 or len({other[name] for other in options}) > 1
-    ]
-    return f"{policy} {'/'.join(mine[name] for name in differing)}"
+def _times(run: Run, kind: str, digits: int) -> list[str]:
+    times = mapping(run.get(kind))
+    return [said(times, percentile, digits) for percentile in ("p50", "p95", "p99")]
 
 
-def _options(label: str) -> dict[str, str]:
-    """'eagle2(depth=7,top_k=10)' as {'depth': '7', 'top_k': '10'}."""
-    inside = label.partition("(")[2].removesuffix(")")
-    return {
-        name: value
-        for name, _, value in (item.partition("=") for item in inside.split(","))
-        if name
-    }
+def _figure(name: str, digits: int, factor: float = 1.0) -> Column:
+    return lambda results, run: said(run, name, digits, factor)
 
 
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def shown(value: float | None, digits: int) -> str:
-    """A number, or a dash where it is not known."""
-    return f"{value:.{digits}f}" if value is not None and math.isfinite(value) else "-"
-
-
-def _percent(value: float | None) -> str:
-    return f"{100 * value:.1f} %" if value is not None and math.isfinite(value) else "-"
+COLUMNS: Mapping[str, Column] = {
+    "tok/s": _figure("tokens_per_s", 1),
+    "speedup (95 %)": lambda results, run: ratio_cell(run),
+    "e2e": _figure("end_to_end_speedup", 2),
+    "worst task": _worst,
+    "tok/rnd": _figure("tokens_per_round", 2),
+    "rows": _figure("rows_per_round", 1),
+    "wasted": _figure("wasted_rows", 1),
+    "same": lambda results, run: same_tokens(run),
+    "levels": _figure("levels_per_round", 2),
+    "off %": _figure("off_share", 0, 100),
+    "controller %": _figure("controller_share", 1, 100),
+    "blocks": _figure("blocks", 0),
+    "TTFT ms": _figure("ttft_ms", 0),
+    "vision ms": lambda results, run: said(run, "vision_ms", 0) if run.get("vision_ms") else "–",
+    "TTFT ×": _figure("ttft_ratio", 2),
+    "TPOT ms": _figure("tpot_ms", 1),
+    "worst ×": _figure("worst_tpot_ratio", 2),
+    "rounds": _figure("rounds", 0),
+    "verify ms": _figure("verify_ms", 1),
+    "draft ms": _figure("draft_ms", 1),
+    "GB/s": _figure("gb_per_s", 1),
+    "% of limit": _figure("gb_share", 0, 100),
+    "GFLOP/s": _figure("gflop_per_s", 0),
+    "% of its limit": _figure("gflop_share", 0, 100),
+    "peak GiB": _figure("peak_gib", 2),
+}
+SPEED = tuple(COLUMNS)[:8]
+ROUNDS = tuple(COLUMNS)[8:17]

@@ -4,19 +4,19 @@ error."""
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from smart_decoding.bench.names import policy_of, short_names
 from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.report import Run, short_names
+from smart_decoding.bench.sections import UNDECIDED, RatioCell, number, ratio_cell
 from smart_decoding.bench.summary import POOLED
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
 
-FASTER, SLOWER, UNDECIDED = "faster", "slower", "undecided"
+Run = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -101,31 +101,32 @@ class Results:
         return [run for run in self.pooled if run["policy"] != BASELINE]
 
     @property
+    def decided(self) -> list[Run]:
+        """The contestants whose speedup is known."""
+        return [run for run in self.contestants if number(run, "speedup") is not None]
+
+    @property
     def batch_sizes(self) -> list[int]:
+        """Those of the pooled runs, ascending."""
         return sorted({run["batch_size"] for run in self.pooled})
 
     @property
     def tasks(self) -> list[str]:
+        """All but the pool, in the order of measuring."""
         return list(dict.fromkeys(run["task"] for run in self.runs if run["task"] != POOLED))
 
     @property
     def names(self) -> dict[str, str]:
         """Policy -> short name; `smart` first, so that it always has the same colour."""
-        names = short_names(self.contestants)
-        return dict(sorted(names.items(), key=lambda item: item[0].split("(")[0] != "smart"))
+        names = short_names(run["policy"] for run in self.contestants)
+        return dict(sorted(names.items(), key=lambda item: policy_of(item[0]) != "smart"))
 
     def find(self, policy: str, batch_size: int, task: str = POOLED) -> Run | None:
+        """One run, if it was measured."""
         wanted = (policy, batch_size, task)
         return next(
             (r for r in self.runs if (r["policy"], r["batch_size"], r["task"]) == wanted), None
         )
-
-
-def number(run: Mapping[str, Any], name: str) -> float | None:
-    """A finite number of a run, or None."""
-    value = run.get(name)
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None  # type: ignore[arg-type]
 
 
 def interval(run: Mapping[str, Any], name: str = "speedup") -> tuple[float, float] | None:
@@ -136,19 +137,8 @@ def interval(run: Mapping[str, Any], name: str = "speedup") -> tuple[float, floa
 
 def verdict(run: Run) -> str:
     """FASTER or SLOWER than plain decoding only where the whole interval says so."""
-    bounds = interval(run)
-    if bounds is None:
-        return UNDECIDED
-    return FASTER if bounds[0] > 1 else SLOWER if bounds[1] < 1 else UNDECIDED
-
-
-def histogram(run: Run, name: str) -> dict[int, float]:
-    """{count: rounds} of a run's distribution; empty where there is none."""
-    table = mapping(run.get(name))
-    try:
-        return {int(key): float(value) for key, value in table.items() if float(value) > 0}
-    except (TypeError, ValueError):
-        return {}
+    cell = ratio_cell(run)
+    return cell.kind if isinstance(cell, RatioCell) else UNDECIDED
 
 
 def _json_in(path: Path) -> Any:

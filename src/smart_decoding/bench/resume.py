@@ -80,8 +80,8 @@ class Progress:
     def _refusal(self, name: str, theirs: Any, ours: Any) -> str:
         theirs, ours, name = _difference(theirs, ours, name)
         return (
-            f"{self._path} is of another run ({name} {theirs} there, {ours} here): give the same options on the "
-            "same machine and source, or another file"
+            f"{self._path} is of another run ({name} {theirs} there, {ours} here): "
+            "give the same options on the same machine and source, or another file"
         )
 
     def _text(self) -> str:

@@ -2,9 +2,7 @@
 turns.
 
 All arms share the target's weights and its KV memory, since an engine is empty between its blocks.
-The baseline has no drafter and asks for no aux hidden states. In each cycle every arm answers the
-same prompts; the order rotates from cycle to cycle, so that no arm always runs first. Tasks take
-turns too. Every third cycle the baseline runs once more: the noise.
+The baseline has no drafter and asks for no aux hidden states.
 """
 
 from __future__ import annotations
@@ -12,52 +10,32 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from smart_decoding.bench.blocks import Block, Prompt, run_block
+from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.command import command_of
+from smart_decoding.bench.cycles import Measurement, Prompts, cycles_of, measure, rows_of
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.limits import measure_limits
 from smart_decoding.bench.limits import shares as limit_shares
-from smart_decoding.bench.options import BASELINE, OURS, Arm, BenchOptions
+from smart_decoding.bench.options import Arm, BenchOptions
 from smart_decoding.bench.peak import forget_peak, peak_gib
 from smart_decoding.bench.provenance import memory, provenance
-from smart_decoding.bench.resume import Progress, block_of, key_of, plain_block
-from smart_decoding.bench.summary import noise, smart_over, summarise
+from smart_decoding.bench.resume import Progress, key_of
 from smart_decoding.bench.traffic import Sizes, achieved
 from smart_decoding.core.cost import CostModel
-from smart_decoding.engine.engine import Engine
-from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import DEFAULT_MODEL_LEN
 from smart_decoding.errors import CapacityError
 from smart_decoding.llm import LLM
 
-NOISE_EVERY = 3  # cycles
-# a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8:
-# 3rd, ...
-SLOW = 4
 LONG_PROMPT = 4096  # the longest of the task `long`, for which memory is then made
-WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
-LONGEST_PROMPT = (
-    1024  # KV memory is made for prompts up to this on average; longer ones may be preempted
-)
-
-Clock = Callable[[], float]
-
-
-@dataclass(slots=True)
-class Measurement:
-    """What one batch size gave: complete cycles (arm -> block), pairs of baseline blocks, and
-    whether time ran out."""
-
-    cycles: list[dict[str, Block]] = field(default_factory=list)
-    again: list[tuple[Block, Block]] = field(default_factory=list)
-    partial: bool = False
+# KV memory is made for prompts up to this on average; longer ones may be preempted
+LONGEST_PROMPT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +90,7 @@ class Bench:
         self,
         options: BenchOptions,
         llm: LLM,
-        prompts: Mapping[str, Sequence[Prompt]],
+        prompts: Prompts,
         progress: Progress,
     ) -> None:
         self.options = options
@@ -194,8 +172,8 @@ class Bench:
                 name, contestants, prompts, batch_size, _until(stop, 1 / (len(batch_sizes) - i))
             )
             if not found.cycles:
-                left_out = f"batch {batch_size} is left out: no time was left for one block of every policy"
-                print(f"smart: {left_out}", file=sys.stderr)
+                told = "is left out: no time was left for one block of every policy"
+                print(f"smart: batch {batch_size} {told}", file=sys.stderr)
                 continue
             settings = {arm.label: _setting(arm) for arm in contestants if arm.name}
             for run in rows_of(found, batch_size, self.options, temperature):
@@ -207,31 +185,31 @@ class Bench:
         self,
         name: str,
         contestants: Sequence[Arm],
-        prompts: Mapping[str, Sequence[Prompt]],
+        prompts: Prompts,
         batch_size: int,
         deadline: float | None,
     ) -> Measurement:
         """One batch size measured, from where --resume left it. Engines are gone afterwards."""
         made = self.made(contestants)
-        done = _restored(self.progress.units(name))
+        keep = partial(self.progress.add, name)
+        found = Measurement.restored(self.progress.units(name), keep)
         cycles = sum(1 for _ in cycles_of(prompts, batch_size, self.options.least_blocks))
         gc.collect()
         gc.freeze()  # else what was loaded is searched for garbage in the midst of a round
-        with _bar(cycles, len(made), name, done) as bar:
-            measured = measure(
+        with _bar(cycles, len(made), name, found) as bar:
+            measure(
                 {label: arm.engine for label, arm in made.items()},
                 prompts,
                 batch_size,
                 deadline,
-                lambda label: _advance(bar, label),
-                done=done,
-                on_cycle=lambda cycle, again: self.progress.add(name, _kept(cycle, again)),
+                partial(_advance, bar),
+                into=found,
                 least_blocks=self.options.least_blocks,
             )
         del made
         gc.unfreeze()
         gc.collect()  # drafters hold memory of their own
-        return measured
+        return found
 
     def load(self, stop: float | None) -> dict[str, Any]:
         """Requests that arrive at random."""
@@ -255,119 +233,7 @@ def _until(stop: float | None, share: float) -> float | None:
     return None if stop is None else now + max(0.0, stop - now) * share
 
 
-def measure(
-    engines: Mapping[str, Engine],
-    prompts: Mapping[str, Sequence[Prompt]],
-    batch_size: int,
-    deadline: float | None = None,
-    on_block: Callable[[str], None] = lambda label: None,
-    clock: Clock = time.perf_counter,
-    done: Measurement | None = None,
-    on_cycle: Callable[[dict[str, Block], Block | None], None] = lambda cycle, again: None,
-    least_blocks: int = 1,
-) -> Measurement:
-    """Runs the engines in turn over all prompts (task -> prompts) until done or past the deadline
-    (on `clock`).
-
-    A cycle that the deadline cuts is dropped: all arms have answered the same prompts. After the
-    first cycle a slow engine runs in few of them: it would use up the time that the others'
-    intervals need. `done`: what an earlier run measured of the same, to go on from; `on_cycle` is
-    told each new cycle, with the baseline's second block if it had one."""
-    result, labels = done or Measurement(), list(engines)
-    cycles = list(cycles_of(prompts, batch_size, least_blocks))
-    first = len(result.cycles)
-    if first == len(cycles):
-        return result
-    for engine in engines.values():
-        _warm_up(engine, prompts, batch_size)
-    for number, (chunk, fillers) in enumerate(cycles[first:], first):
-        # Turns over all tasks: what happens every third time would else meet one task only.
-        turn, task = divmod(number, len(prompts))
-        start = (turn + task) % len(labels)
-        cycle: dict[str, Block] = {}
-        due = [
-            label
-            for label in labels[start:] + labels[:start]
-            if turn % _every(result.cycles, label) == 0
-        ]
-        for label in due:
-            if deadline is not None and clock() > deadline:
-                result.partial = True
-                return result
-            cycle[label] = run_block(engines[label], chunk, fillers, batch_size, clock)
-            on_block(label)
-        result.cycles.append(cycle)
-        again = None
-        if (turn + task) % NOISE_EVERY == 0:
-            again = run_block(engines[BASELINE], chunk, fillers, batch_size, clock)
-            result.again.append((again, cycle[BASELINE]))
-        on_cycle(cycle, again)
-    return result
-
-
-def _every(cycles: Sequence[Mapping[str, Block]], label: str) -> int:
-    """1 for a contestant that runs in every turn over the tasks, 2 in every second one, and so
-    on."""
-    if not cycles:
-        return 1
-    ours, base = (cycles[0][name].total_seconds for name in (label, BASELINE))
-    return 1 + int(ours / base / SLOW) if base > 0 else 1
-
-
-def cycles_of(
-    prompts: Mapping[str, Sequence[Prompt]], batch_size: int, least: int = 1
-) -> Iterator[tuple[Sequence[Prompt], Sequence[Prompt]]]:
-    """Blocks of `batch_size` prompts (the last of a task may have fewer), tasks in turn, each with
-    its fillers: the prompts of the task that follow it, in circle. Where that makes fewer than
-    `least` blocks of the longest task, its prompts and the others' are used again, in other
-    blocks."""
-    longest, count, turn = max((len(of_task) for of_task in prompts.values()), default=0), 0, 0
-    while longest and (count < least or not turn):
-        for start in range(0, longest, batch_size):
-            for of_task in prompts.values():
-                first = turn * batch_size // 2 % len(of_task)
-                turned = [*of_task[first:], *of_task[:first]]
-                chunk = turned[start : start + batch_size]
-                if chunk:
-                    yield chunk, [*turned[start + batch_size :], *turned[:start]]
-            count += 1
-        turn += 1
-
-
-def rows_of(
-    measured: Measurement, batch_size: int, options: BenchOptions, temperature: float | None = None
-) -> list[dict[str, Any]]:
-    """The runs of one batch size. Raises CapacityError if no cycle was completed."""
-    if not measured.cycles:
-        raise CapacityError(
-            f"the time limit was too short for one block of every policy at batch size {batch_size}"
-        )
-    rows, heat = [], options.temperature if temperature is None else temperature
-    for label in measured.cycles[0]:
-        pairs = [(cycle[label], cycle[BASELINE]) for cycle in measured.cycles if label in cycle]
-        extra = noise(measured.again, options.seed) if label == BASELINE else {}
-        both = [
-            (cycle[OURS], cycle[label])
-            for cycle in measured.cycles
-            if {OURS, label} <= cycle.keys()
-        ]
-        ours = smart_over(both, options.seed) if both and label not in (OURS, BASELINE) else {}
-        for figures in summarise(pairs, options.seed):
-            compared = ours.get(figures["task"], {})
-            shared = {
-                "policy": label,
-                "batch_size": batch_size,
-                "task": figures.pop("task"),
-                "dtype": options.dtype,
-                "temperature": heat,
-            }
-            rows.append({**shared, **figures, **compared, "partial": measured.partial, **extra})
-    return rows
-
-
-def at_temperature(
-    prompts: Mapping[str, Sequence[Prompt]], options: BenchOptions, temperature: float
-) -> Mapping[str, Sequence[Prompt]]:
+def at_temperature(prompts: Prompts, options: BenchOptions, temperature: float) -> Prompts:
     """The same prompts, to be answered at another temperature."""
     if temperature == options.temperature:
         return prompts
@@ -380,25 +246,8 @@ def at_temperature(
     }
 
 
-def _kept(cycle: Mapping[str, Block], again: Block | None) -> dict[str, Any]:
-    """A cycle as --resume keeps it."""
-    return {
-        "cycle": {label: plain_block(block) for label, block in cycle.items()},
-        "again": None if again is None else plain_block(again),
-    }
-
-
-def _restored(units: Sequence[Any]) -> Measurement:
-    measured = Measurement()
-    for unit in units:
-        cycle = {label: block_of(block) for label, block in unit["cycle"].items()}
-        measured.cycles.append(cycle)
-        if unit["again"] is not None:
-            measured.again.append((block_of(unit["again"]), cycle[BASELINE]))
-    return measured
-
-
 def load(options: BenchOptions) -> LLM:
+    """The target, with memory for the largest part of the run."""
     largest = options.most_requests()
     longest = LONG_PROMPT if "long" in options.tasks else LONGEST_PROMPT
     long = "long" in options.all_tasks
@@ -423,6 +272,7 @@ def load(options: BenchOptions) -> LLM:
 def encode(
     llm: LLM, texts: Mapping[str, Sequence[Any]], options: BenchOptions
 ) -> dict[str, list[Prompt]]:
+    """Each task's texts as chats of one message, numbered over all tasks."""
     prompts: dict[str, list[Prompt]] = {}
     count = 0
     for task, of_task in texts.items():
@@ -434,22 +284,6 @@ def encode(
             )
             count += 1
     return prompts
-
-
-def _warm_up(engine: Engine, prompts: Mapping[str, Sequence[Prompt]], batch_size: int) -> None:
-    """A few rounds at this batch size, so that no block pays for first calls."""
-    first = next(iter(prompts.values()))[0]
-    short = [
-        Prompt(
-            i,
-            first.task,
-            first.tokens,
-            SamplingParams(temperature=first.params.temperature, max_tokens=WARM_UP_TOKENS, seed=i),
-            first.media,
-        )
-        for i in range(batch_size)
-    ]
-    run_block(engine, short, short, batch_size)
 
 
 def _bar(cycles: int, arms: int, name: str, done: Measurement) -> Any:

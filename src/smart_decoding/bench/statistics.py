@@ -94,6 +94,7 @@ class Difference:
 
     @property
     def identical(self) -> bool:
+        """Whether no answer differs."""
         return self.prompts_differing == 0
 
 

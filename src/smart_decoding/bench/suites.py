@@ -80,7 +80,8 @@ def _explain(code: Sequence[Task], number: int, characters: int) -> str:
     functions = _gather([solution(task) for task in code], at, characters)
     name = code[(at + len(functions) // 2) % len(code)]["entry_point"]
     module = "\n\n\n".join(functions)
-    return f"Read this Python module:\n```python\n{module}\n```\nExplain step by step how `{name}` works, with an example."
+    wish = f"Explain step by step how `{name}` works, with an example."
+    return f"Read this Python module:\n```python\n{module}\n```\n{wish}"
 
 
 def _exercises(maths: Sequence[Task], number: int, characters: int) -> str:

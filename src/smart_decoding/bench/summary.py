@@ -88,11 +88,9 @@ def _figures(task: str, pairs: Sequence[Paired], seed: int) -> dict[str, Any]:
 
 
 def _throughput(pairs: Sequence[Paired], seed: int) -> dict[str, Any]:
-    ours, decode, overall = (
-        [a for a, _ in pairs],
-        decode_speedup(pairs, seed),
-        end_to_end_speedup(pairs, seed),
-    )
+    ours = [a for a, _ in pairs]
+    decode = decode_speedup(pairs, seed)
+    overall = end_to_end_speedup(pairs, seed)
     counts = sum((block.counts for block in ours), Counts())
     return {
         "tokens_per_s": _per(counts.tokens, counts.seconds),
@@ -109,13 +107,11 @@ def _throughput(pairs: Sequence[Paired], seed: int) -> dict[str, Any]:
 def _round_figures(blocks: Sequence[Block]) -> dict[str, Any]:
     counts = sum((block.counts for block in blocks), Counts())
     return {
-        "tokens_per_round": _per(
-            counts.emitted, counts.rounds * blocks[0].batch_size
-        ),  # of one request
+        # of one request
+        "tokens_per_round": _per(counts.emitted, counts.rounds * blocks[0].batch_size),
         "rows_per_round": _per(counts.rows, counts.rounds),  # of the batch
-        "wasted_rows": _per(
-            counts.wasted, counts.rounds
-        ),  # verified and rejected, per round of the batch
+        # verified and rejected, per round of the batch
+        "wasted_rows": _per(counts.wasted, counts.rounds),
         "controller_share": _per(counts.controller_seconds, counts.round_seconds),
         "off_share": _per(counts.off, counts.rounds),
         "levels_per_round": _per(counts.levels, counts.rounds),

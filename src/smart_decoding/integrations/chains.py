@@ -75,7 +75,9 @@ class Chains:
     drafts are free). exploration_budget: share of the time that may go into exploring the mode predicted
     worse. may_disable: whether DISABLED may be answered, which the engine must know to obey."""
 
-    def __init__(self, lengths: Sequence[int], model: bool, exploration_budget: float = 0.005) -> None:
+    def __init__(
+        self, lengths: Sequence[int], model: bool, exploration_budget: float = 0.005
+    ) -> None:
         self.lengths = tuple(sorted({0, *lengths}))
         self.model = model
         self.costs = StepCosts()

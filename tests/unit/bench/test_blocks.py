@@ -12,8 +12,10 @@ def test_plain_decoding_of_one_request():
     (prompt,) = worlds.prompts(count=1, tokens=20)
     block = run_block(worlds.engine(clock), [prompt], [], 1, clock)
     # 20 rounds of 1 s: the prompt's, which yields the first token, and 19 of decoding
-    assert block.counts.rounds == 19 and block.counts.tokens == 19
-    assert block.counts.seconds == pytest.approx(19.0) and block.tokens_per_s == pytest.approx(1.0)
+    assert block.counts.rounds == 19
+    assert block.counts.tokens == 19
+    assert block.counts.seconds == pytest.approx(19.0)
+    assert block.tokens_per_s == pytest.approx(1.0)
     assert (block.total_tokens, block.total_seconds) == (20, pytest.approx(20.0))
     answer = block.answers[0]
     assert answer.tokens == [(3 + 1 + i) % worlds.EOS for i in range(20)]
@@ -55,13 +57,12 @@ def test_speculation_counts_rows_waste_and_levels():
     # After the first token, 30 are left: 10 rounds of 2 levels, 2 accepted of 4 verified nodes, 3
     # tokens. In the last round(s) the trees are bounded by what may still be emitted, which is 3
     # tokens: depth 2 fits.
-    assert counts.rounds == 10 and counts.tokens == 30
-    assert (
-        counts.rows == 10 * 5
-        and counts.wasted == 10 * 2
-        and counts.levels == 10 * 2
-        and counts.off == 0
-    )
+    assert counts.rounds == 10
+    assert counts.tokens == 30
+    assert counts.rows == 10 * 5
+    assert counts.wasted == 10 * 2
+    assert counts.levels == 10 * 2
+    assert counts.off == 0
     assert counts.seconds == pytest.approx(10 * (2 * 0.25 + 1.0 + 5 * 0.1))
     assert counts.controller_seconds == pytest.approx(0.0)
 
@@ -81,7 +82,8 @@ def test_a_loop_is_cut_where_it_starts_and_its_rounds_do_not_count():
         range(4, 31)
     )  # the first pass through the block is part of the answer
     assert answer.looped == 20
-    assert block.counts.tokens == 26 and block.counts.seconds == pytest.approx(26.0)
+    assert block.counts.tokens == 26
+    assert block.counts.seconds == pytest.approx(26.0)
 
 
 def test_an_interrupted_block_leaves_the_engine_empty():

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import worlds
 
-from smart_decoding.bench.load import arrivals, capacity, load_run, measure_load, serve
+from smart_decoding.bench.load import Time, arrivals, capacity, load_run, measure_load, serve
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.report import load_table
+from smart_decoding.bench.results import Results
 from smart_decoding.bench.resume import Progress
+from smart_decoding.bench.sections import as_text
 from smart_decoding.errors import ConfigError
 
 
@@ -24,22 +26,30 @@ def sleeping(clock: worlds.Clock):
     return sleep
 
 
+def fail(seconds: float) -> None:
+    raise AssertionError("nothing is to be waited for")
+
+
 def test_latencies_count_from_arrival() -> None:
     clock = worlds.Clock()
     engine = worlds.engine(clock)
     first, second, third = worlds.prompts(
         count=3, tokens=10
     )  # 10, 11 and 12 tokens, a round of 1 s each
-    segment = serve(engine, [(0.5, first), (3.0, second), (100.0, third)], clock, sleeping(clock))
+    segment = serve(
+        engine, [(0.5, first), (3.0, second), (100.0, third)], Time(clock, sleeping(clock))
+    )
     a, b, c = segment.served
     assert (a.ttft, a.tpot) == (
         pytest.approx(1.0),
         pytest.approx(1.0),
     )  # idle until 0.5, then a round
     assert b.ttft == pytest.approx(1.5)  # came at 3.0 while the round of 2.5 to 3.5 ran
-    assert c.ttft == pytest.approx(1.0) and c.latency == pytest.approx(12.0)
+    assert c.ttft == pytest.approx(1.0)
+    assert c.latency == pytest.approx(12.0)
     assert [len(s.tokens) for s in segment.served] == [10, 11, 12]
-    assert segment.seconds == pytest.approx(112.0) and 1.0 < segment.running < 2.0
+    assert segment.seconds == pytest.approx(112.0)
+    assert 1.0 < segment.running < 2.0
     assert not engine.has_unfinished_requests
     engine.check_integrity()
 
@@ -59,7 +69,9 @@ def test_arrivals_are_poisson_and_repeatable() -> None:
     wave = arrivals(prompts, rate=2.0, seconds=500.0, seed=(0, 1))
     times = np.array([at for at, _ in wave])
     gaps = np.diff(times)
-    assert len(wave) == pytest.approx(1000, rel=0.1) and (gaps >= 0).all() and times[-1] <= 500
+    assert len(wave) == pytest.approx(1000, rel=0.1)
+    assert (gaps >= 0).all()
+    assert times[-1] <= 500
     assert np.std(gaps) == pytest.approx(np.mean(gaps), rel=0.12)  # as of an exponential
     assert arrivals(prompts, 2.0, 500.0, (0, 1)) == wave != arrivals(prompts, 2.0, 500.0, (0, 2))
     assert len(arrivals(prompts, 1e-9, 1.0, (0, 0))) == 1
@@ -78,22 +90,30 @@ def test_policies_are_served_alike_and_a_cut_run_goes_on(
     }
     prompts = {"code": worlds.prompts("code", 6, 0, 30), "maths": worlds.prompts("maths", 4, 6, 30)}
     progress = Progress(tmp_path / "part", {})
-    found = measure_load(engines, prompts, (0.3, 0.8), 0, 4000.0, progress, clock, sleeping(clock))
+    found = measure_load(
+        engines, prompts, (0.3, 0.8), 0, 4000.0, progress, Time(clock, sleeping(clock))
+    )
     by = {(run["policy"], run["load"]): run for run in found["runs"]}
-    assert set(by) == {(p, s) for p in engines for s in (0.3, 0.8)} and found["slots"] == 4
+    assert set(by) == {(p, s) for p in engines for s in (0.3, 0.8)}
+    assert found["slots"] == 4
     plain, chain = by["off", 0.8], by["chain", 0.8]
-    assert plain["requests"] == chain["requests"] > 5 and chain["identical"]
+    assert plain["requests"] == chain["requests"] > 5
+    assert chain["identical"]
     assert chain["tpot_ratio"] == pytest.approx(0.5, abs=0.06)  # three tokens in 1.5 s
     assert plain["tpot_ms"]["p50"] <= plain["tpot_ms"]["p95"] <= plain["tpot_ms"]["p99"]
     assert by["off", 0.8]["ttft_ms"]["p95"] >= by["off", 0.3]["ttft_ms"]["p50"]
     assert by["off", 0.3]["running"] < by["off", 0.8]["running"] <= 4
     before = clock.now
     again = measure_load(
-        engines, prompts, (0.3, 0.8), 0, 4000.0, Progress(tmp_path / "part", {}), clock, None
+        engines, prompts, (0.3, 0.8), 0, 4000.0, Progress(tmp_path / "part", {}), Time(clock, fail)
     )
-    assert again == found and clock.now - before < 100  # a warm-up alone
-    table = load_table(found)
-    assert len(table.splitlines()) == 6 and "80 %" in table and "chain" in table
+    assert again == found
+    assert clock.now - before < 100
+    (section,) = load_table(Results({}, (), load=found))
+    table = as_text(section)
+    assert len(section.rows) == 4
+    assert "80 %" in table
+    assert "chain" in table
 
 
 def test_another_token_is_seen() -> None:
@@ -103,7 +123,8 @@ def test_another_token_is_seen() -> None:
     )
     wave = [(0.0, prompt) for prompt in worlds.prompts(count=2)]
     base, odd = (
-        serve(engine, wave, clock, sleeping(clock)) for engine in (worlds.engine(clock), other)
+        serve(engine, wave, Time(clock, sleeping(clock)))
+        for engine in (worlds.engine(clock), other)
     )
     assert not load_run("x", 0.5, 1.0, [odd], [base])["identical"]
     assert load_run("x", 0.5, 1.0, [base], [base])["tpot_ratio"] == 1.0

@@ -44,7 +44,8 @@ def test_a_policy_without_probabilities_has_no_calibrated_part():
     found = Reliability()
     found.add(round_of([math.nan] * 4))
     both = found + found
-    assert set(found.to_dict()) == {"draft"} and both.to_dict()["draft"]["count"] == [2, 2, 2]
+    assert set(found.to_dict()) == {"draft"}
+    assert both.to_dict()["draft"]["count"] == [2, 2, 2]
     assert Reliability().to_dict() == {}
 
 
@@ -67,7 +68,8 @@ def test_a_block_notes_rows_levels_seconds_and_context():
         sum(3 + 3 * i for i in range(10))
     )  # 3 tokens more each round
     draft = block.reliability.to_dict()["draft"]
-    assert draft["predicted"] == pytest.approx([0.3, 0.6]) and draft["chosen"] == [0.0, 1.0]
+    assert draft["predicted"] == pytest.approx([0.3, 0.6])
+    assert draft["chosen"] == [0.0, 1.0]
 
 
 def test_runs_have_the_new_figures_and_only_pooled_ones_the_distributions():

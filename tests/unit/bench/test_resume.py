@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 import worlds
 
-from smart_decoding.bench import runner
+from smart_decoding.bench import cycles
+from smart_decoding.bench.cycles import Measurement, measure, rows_of
 from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.resume import Progress, block_of, key_of, plain_block, source_digest
-from smart_decoding.bench.runner import _kept, _restored, measure, rows_of
 from smart_decoding.errors import ConfigError
 
 
@@ -22,7 +23,7 @@ def engines(clock: worlds.Clock) -> dict[str, Any]:
     return {"off": worlds.engine(clock), "chain": worlds.engine(clock, "chain", drafter, length=2)}
 
 
-class Cut(Exception):
+class CutError(Exception):
     pass
 
 
@@ -33,17 +34,17 @@ def test_a_cut_run_measures_only_what_is_missing(
     clock = worlds.Clock()
     whole = rows_of(measure(engines(clock), tasks, 1, clock=clock), 1, worlds.options())
     file, asked = tmp_path / "run.part", []
-    run_block = runner.run_block
+    run_block = cycles.run_block
 
     def counted(engine: Any, prompts: Any, *rest: Any) -> Any:
         asked.append(prompts[0].index)
         if (
             len(asked) == 9
         ):  # two warm-ups, a cycle with the second baseline, a cycle, and half of the next
-            raise Cut
+            raise CutError
         return run_block(engine, prompts, *rest)
 
-    monkeypatch.setattr(runner, "run_block", counted)
+    monkeypatch.setattr(cycles, "run_block", counted)
 
     def go_on() -> Any:
         progress, clock = Progress(file, {"option": 1}), worlds.Clock()
@@ -52,16 +53,15 @@ def test_a_cut_run_measures_only_what_is_missing(
             tasks,
             1,
             clock=clock,
-            done=_restored(progress.units("b")),
-            on_cycle=lambda cycle, again: progress.add("b", _kept(cycle, again)),
+            into=Measurement.restored(progress.units("b"), partial(progress.add, "b")),
         )
 
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         go_on()
     assert [len(of) for of in json.loads(file.read_text())["units"].values()] == [2]
     asked.clear()
     monkeypatch.setattr(
-        runner, "run_block", lambda *a: asked.append(a[1][0].index) or run_block(*a)
+        cycles, "run_block", lambda *a: asked.append(a[1][0].index) or run_block(*a)
     )
     rows = rows_of(go_on(), 1, worlds.options())
     assert sorted(asked[2:]) == [
@@ -85,14 +85,13 @@ def test_a_cut_run_measures_only_what_is_missing(
         ):
             assert mine.get(name) == pytest.approx(theirs.get(name)), name
     asked.clear()
-    assert (
-        rows_of(go_on(), 1, worlds.options()) == rows and not asked
-    )  # all there: nothing runs, no warm-up either
+    assert rows_of(go_on(), 1, worlds.options()) == rows
+    assert not asked
 
 
 def test_a_block_reads_back_as_it_was() -> None:
     clock = worlds.Clock()
-    block = runner.run_block(worlds.drafting_engine(clock), worlds.prompts(count=1), [], 1, clock)
+    block = cycles.run_block(worlds.drafting_engine(clock), worlds.prompts(count=1), [], 1, clock)
     back = block_of(json.loads(json.dumps(plain_block(block))))
     assert (back.counts, back.answers, back.row_counts, back.level_counts) == (
         block.counts,
@@ -140,7 +139,9 @@ def test_what_is_no_run_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_the_key_knows_options_machine_and_source(tmp_path: Path) -> None:
     key = key_of(BenchOptions(limit=3, json=tmp_path / "a.json", time_limit=9.0))
-    assert key["option"]["limit"] == 3 and not {"json", "time_limit", "resume"} & set(key["option"])
-    assert set(key["machine"]) >= {"cpu", "cores", "threads"} and key["source"] == source_digest()
+    assert key["option"]["limit"] == 3
+    assert not {"json", "time_limit", "resume"} & set(key["option"])
+    assert set(key["machine"]) >= {"cpu", "cores", "threads"}
+    assert key["source"] == source_digest()
     assert key == key_of(BenchOptions(limit=3, json=tmp_path / "b.json"))
     assert key != key_of(BenchOptions(limit=4))

@@ -6,9 +6,12 @@ import pytest
 import worlds
 
 from smart_decoding.bench import report
+from smart_decoding.bench.names import short_names
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.provenance import provenance, write_json
+from smart_decoding.bench.results import Results
 from smart_decoding.bench.runner import command_of, cycles_of, measure, rows_of
+from smart_decoding.bench.sections import as_markdown
 from smart_decoding.cli import bench as cli
 from smart_decoding.errors import CapacityError, ConfigError
 
@@ -51,23 +54,31 @@ def runs_of(world, batch=2, **limits):
     return rows_of(measure(engines, tasks, batch, clock=clock, **limits), batch, worlds.options())
 
 
+def terminal(runs):
+    return report.everything({"runs": runs})
+
+
 def test_speedups_tokens_and_identity(world):
     runs = runs_of(world)
     assert {(r["policy"], r["task"]) for r in runs} == {
         (p, t) for p in ("off", "chain", "chain(length=1)") for t in ("code", "maths", "all")
     }
     by = {(r["policy"], r["task"]): r for r in runs}
-    assert by["off", "all"]["speedup"] == 1.0 and by["off", "all"]["noise"] == pytest.approx(1.0)
+    assert by["off", "all"]["speedup"] == 1.0
+    assert by["off", "all"]["noise"] == pytest.approx(1.0)
     good, bad = by["chain", "all"], by["chain(length=1)", "all"]
     assert good["speedup"] == pytest.approx(
         3 / 1.5, rel=0.02
     )  # an answer's last round may have no room for 3 tokens
-    assert good["tokens_per_round"] == pytest.approx(3.0, rel=0.02) and good["wasted_rows"] == 0
+    assert good["tokens_per_round"] == pytest.approx(3.0, rel=0.02)
+    assert good["wasted_rows"] == 0
     assert bad["speedup"] == pytest.approx(1 / 1.25, rel=0.02)
-    assert bad["tokens_per_round"] == 1.0 and bad["wasted_rows"] == pytest.approx(2.0, rel=0.05)
+    assert bad["tokens_per_round"] == 1.0
+    assert bad["wasted_rows"] == pytest.approx(2.0, rel=0.05)
     assert all(r["identical"] and r["differing_tokens"] == 0 for r in runs)
     assert all(r["speedup_low"] <= r["speedup"] <= r["speedup_high"] for r in runs)
-    assert good["blocks"] == 5 and good["prompts"] == 9
+    assert good["blocks"] == 5
+    assert good["prompts"] == 9
 
 
 def test_smart_is_compared_with_the_strongest_of_each_other_policy(world):
@@ -88,15 +99,16 @@ def test_smart_is_compared_with_the_strongest_of_each_other_policy(world):
         )
     )
     (best,) = report.strongest(runs)
-    assert best["policy"] == "chain(length=1)" and best["smart_over"] == pytest.approx(
-        2 * 1.25, rel=0.03
-    )
+    assert best["policy"] == "chain(length=1)"
+    assert best["smart_over"] == pytest.approx(2 * 1.25, rel=0.03)
     assert best["smart_over_low"] <= best["smart_over"] <= best["smart_over_high"]
     slow = {r["task"]: r["smart_over"] for r in runs if r["policy"] == "chain tuned"}
-    assert set(slow) == {"code", "maths", "all"} and min(slow.values()) > 2.8
+    assert set(slow) == {"code", "maths", "all"}
+    assert min(slow.values()) > 2.8
     assert not any("smart_over" in r for r in runs if r["policy"] in ("off", "smart"))
-    told = report.terminal(runs).split("smart over the best")[1].splitlines()[1].split()
-    assert told[:2] == ["chain(length=1)", "2"] and told[2] == f"{best['smart_over']:.2f}"
+    told = terminal(runs).split("smart over the best")[1].splitlines()[1].split()
+    assert told[:2] == ["chain(length=1)", "2"]
+    assert told[2] == f"{best['smart_over']:.2f}"
     assert told[3] == f"({best['smart_over_low']:.2f}-{best['smart_over_high']:.2f})"
 
 
@@ -108,19 +120,18 @@ def test_another_token_is_reported():
         measure(engines, {"code": worlds.prompts()}, 1, clock=clock), 1, worlds.options()
     )
     found = next(r for r in runs if r["policy"] == "chain" and r["task"] == "all")
-    assert (
-        not found["identical"]
-        and 0 < found["differing_prompts"] < 1
-        and found["differing_tokens"] > 0
-    )
-    assert "differ" in report.terminal(runs) and "NO" in report.terminal(runs)
+    assert not found["identical"]
+    assert 0 < found["differing_prompts"] < 1
+    assert found["differing_tokens"] > 0
+    assert "differ" in terminal(runs)
+    assert "NO" in terminal(runs)
 
 
 def test_a_deadline_keeps_complete_cycles_and_says_so(world):
     runs = runs_of(world, deadline=400.0)
     assert all(r["partial"] for r in runs)
     assert 1 <= runs[0]["blocks"] < 5
-    assert "PARTIAL" in report.terminal(runs)
+    assert "Partial: the time limit" in terminal(runs)
     with pytest.raises(CapacityError, match="too short"):
         runs_of(world, deadline=0.0)
 
@@ -177,12 +188,13 @@ def test_tables_fit_their_place(world):
         {**r, "policy": r["policy"].replace("(length=1)", "(length=1,and_more=1234567890)")}
         for r in runs
     ]
-    text = report.terminal(renamed)
+    text = terminal(renamed)
     assert max(map(len, text.splitlines())) <= 100
     assert "chain 1/1234567890 = chain(length=1,and_more=1234567890)" in text
-    table = report.markdown(runs).splitlines()
-    assert len(table) == 2 + 3 and len({line.count("|") for line in table}) == 1
-    assert "maths" in report.by_task(runs).splitlines()[0]
+    table = as_markdown(report.policies(Results({}, runs), "", report.SPEED)).splitlines()
+    assert len(table) == 2 + 3
+    assert len({line.count("|") for line in table}) == 1
+    assert "maths" in report.by_task(Results({}, runs)).head
 
 
 def test_settings_of_a_policy_run_side_by_side():
@@ -226,7 +238,10 @@ def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, 
     )
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
-    words = "--policies off,chain --batch-sizes 1,4 --dtype fp32 --temperature 0.8 --tasks code --limit 3 --max-tokens 9"
+    words = (
+        "--policies off,chain --batch-sizes 1,4 --dtype fp32 --temperature 0.8 --tasks code "
+        "--limit 3 --max-tokens 9"
+    )
     args = parser.parse_args([*words.split(), "--json", str(tmp_path / "r.json")])
     assert cli.main(args) == 0
     (options,) = asked
@@ -272,7 +287,7 @@ def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, 
     ],
 )
 def test_names_say_what_differs(labels, names):
-    assert list(report.short_names([{"policy": label} for label in labels]).values()) == names
+    assert list(short_names(labels).values()) == names
 
 
 def test_an_arm_may_have_a_drafter_of_its_own(tmp_path):
@@ -297,9 +312,8 @@ def test_an_arm_may_have_a_drafter_of_its_own(tmp_path):
         "model": "small",
         "policy": "smart",
     }
-    assert "--draft small" in command_of(draft) and "--method-option longest=4" in command_of(
-        options
-    )
+    assert "--draft small" in command_of(draft)
+    assert "--method-option longest=4" in command_of(options)
     for given, message in (
         ({"method": "draft_model"}, "give --draft"),
         ({"method": "none"}, "leaves nothing to compare"),
@@ -336,7 +350,8 @@ def test_what_is_no_list_of_numbers_is_said(words, message, capsys):
 
 def test_the_preset_fills_in_what_is_not_given():
     quick = asked_by("--quick")
-    assert quick.time_limit <= 150 and 1 in quick.batch_sizes
+    assert quick.time_limit <= 150
+    assert 1 in quick.batch_sizes
     assert asked_by("--limit 3 --quick --batch-sizes 1,4").batch_sizes == (1, 4)
     assert asked_by("") == BenchOptions()
     assert asked_by("--method ngram --method-option longest=4").method_options == {"longest": 4}
@@ -367,7 +382,8 @@ def test_limits_are_positive_and_shares_are_shares():
     from smart_decoding.bench.peak import forget_peak, peak_gib
 
     found = limits.measure_limits(torch.float32, torch.device("cpu"))
-    assert 0.1 < found["gb_per_s"] < 10_000 and 0.1 < found["gflop_per_s"] < 1_000_000
+    assert 0.1 < found["gb_per_s"] < 10_000
+    assert 0.1 < found["gflop_per_s"] < 1_000_000
     told = limits.shares(
         {"gb_per_s": 5.0, "gflop_per_s": 30.0}, {"gb_per_s": 10.0, "gflop_per_s": 60.0}
     )
@@ -380,13 +396,13 @@ def test_prompts_are_used_again_where_a_batch_is_large():
     tasks = {"code": worlds.prompts("code", 6), "maths": worlds.prompts("maths", 4, 6)}
     blocks = list(cycles_of(tasks, 4, least=5))
     code = [tuple(p.index for p in chunk) for chunk, _ in blocks if chunk[0].task == "code"]
-    assert (
-        len(code) == 6 and len(set(code)) > 3
-    )  # three passes of two blocks, in other compositions
+    assert len(code) == 6
+    assert len(set(code)) > 3
     assert sum(len(chunk) for chunk in code) == 18
     for chunk, fillers in blocks:
         assert not {p.index for p in chunk} & {p.index for p in fillers}
-    assert len(list(cycles_of(tasks, 4))) == 3 and not list(cycles_of({}, 4, least=5))
+    assert len(list(cycles_of(tasks, 4))) == 3
+    assert not list(cycles_of({}, 4, least=5))
 
 
 def test_a_slow_contestant_runs_in_few_cycles_and_is_paired_with_its_own(world):
@@ -404,7 +420,8 @@ def test_a_slow_contestant_runs_in_few_cycles_and_is_paired_with_its_own(world):
         for r in rows_of(measured, 1, worlds.options())
         if (r["policy"], r["task"]) == ("slow", "all")
     )
-    assert run["blocks"] == sum(shown) and run["speedup"] == pytest.approx(1 / 9, rel=0.02)
+    assert run["blocks"] == sum(shown)
+    assert run["speedup"] == pytest.approx(1 / 9, rel=0.02)
 
 
 def test_noise_and_slow_contestants_meet_every_task(world):

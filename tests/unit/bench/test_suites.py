@@ -16,7 +16,8 @@ def code(count: int) -> list[dict[str, str]]:
     """Functions of about 450 characters."""
     return [
         {
-            "prompt": f'def add_{i}(first, second):\n    """ Adds {i} times. {"Words that fill a line. " * 15}"""\n',
+            "prompt": f"def add_{i}(first, second):\n"
+            f'    """ Adds {i} times. {"Words that fill a line. " * 15}"""\n',
             "canonical_solution": f"    total = first + {i} * second\n    return total\n",
             "entry_point": f"add_{i}",
         }
@@ -41,8 +42,11 @@ def test_long_prompts_have_their_lengths_and_repeat_nothing() -> None:
         assert LONG_CHARACTERS[i % 5] <= len(prompt) < LONG_CHARACTERS[i % 5] + 1700
         names = re.findall(r"def (\w+)", prompt) or re.findall(r"What is (\d+)", prompt)
         assert len(names) == len(set(names)) > 5
-    assert "Complete one more function" in prompts[0] and prompts[0].rstrip("`\n").endswith('"""')
-    assert "<<" not in prompts[2] and "The answer is" in prompts[2] and "####" not in prompts[2]
+    assert "Complete one more function" in prompts[0]
+    assert prompts[0].rstrip("`\n").endswith('"""')
+    assert "<<" not in prompts[2]
+    assert "The answer is" in prompts[2]
+    assert "####" not in prompts[2]
 
 
 def test_what_is_to_be_completed_or_explained_is_there_or_not() -> None:
@@ -57,10 +61,8 @@ def test_edits_hold_the_whole_function_and_one_wish() -> None:
     functions = code(8)
     prompts = edits(functions)
     wishes = [prompt.split("\n")[0] for prompt in prompts]
-    assert (
-        wishes[0]
-        == "Rename the parameter `first` of `add_0` to `first_value`. Answer with the whole function."
-    )
+    wish = "Rename the parameter `first` of `add_0` to `first_value`."
+    assert wishes[0] == f"{wish} Answer with the whole function."
     assert [wish.split()[0] for wish in wishes[:4]] == ["Rename", "`add_1`", "Add", "Print"]
     for task, prompt in zip(functions, prompts, strict=True):
         source = prompt.split("```python\n")[1].removesuffix("\n```")
@@ -78,7 +80,8 @@ def test_a_function_without_arguments_gets_another_edit() -> None:
 
 
 def test_the_default_is_what_it_was() -> None:
-    assert DEFAULT_TASKS == ("code", "maths", "general") and set(TASKS) == {
+    assert DEFAULT_TASKS == ("code", "maths", "general")
+    assert set(TASKS) == {
         *DEFAULT_TASKS,
         "long",
         "edit",
@@ -92,5 +95,7 @@ def test_the_real_suites() -> None:
 
     tokenizer = Tokenizer.load(load_checkpoint("smollm2-135m").tokenizer_source)
     lengths = [len(tokenizer.encode(prompt)) for prompt in load_task("long")]
-    assert len(lengths) == 60 and min(lengths) >= 1024 and max(lengths) <= 4000
+    assert len(lengths) == 60
+    assert min(lengths) >= 1024
+    assert max(lengths) <= 4000
     assert len(load_task("edit")) == 164

@@ -136,7 +136,9 @@ def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int)
     cost = CostModel.from_table(
         {1: any_table(rng, 30)}, {1: 0.1 * rng.random(), 9: 0.3}, overhead_seconds=0.01
     )
-    policy = make_policy("smart", cost=cost, max_levels=3, exploration_budget=0.0, max_round_slowdown=2.0)
+    policy = make_policy(
+        "smart", cost=cost, max_levels=3, exploration_budget=0.0, max_round_slowdown=2.0
+    )
     policy.forecast.free = np.sort(rng.random(FREE))[::-1] * 0.5
     bias = policy.forecaster.bias[batch.bit_length()] = float(rng.normal() * 0.1)
     extras = {

@@ -12,6 +12,8 @@ from typing import Any
 from lines import Answer, Settings, serve
 
 CHUNK = 512  # prompt tokens of a decode call
+# token, position, sequence, is its next token wanted
+Row = tuple[int, int, int, bool]
 
 
 def load(settings: Settings) -> tuple[dict[str, str], Answer]:
@@ -70,9 +72,8 @@ def _batched(llama_cpp: Any, settings: Settings) -> Answer:
     context = llama_cpp.llama_init_from_model(model, params)
     batch = llama_cpp.llama_batch_init(max(CHUNK, settings["sequences"]), 0, 1)
 
-    def decode(rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Rows of (token, position, sequence, is its next token wanted); the next tokens, in
-        order."""
+    def decode(rows: list[Row]) -> list[int]:
+        """The next tokens of the rows that want one, in order."""
         for i, (token, position, sequence, wanted) in enumerate(rows):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
             batch.seq_id[i][0], batch.logits[i] = sequence, int(wanted)

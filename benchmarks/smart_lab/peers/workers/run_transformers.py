@@ -14,9 +14,8 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
 
     torch.set_num_threads(settings["threads"])
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings["dtype"]]
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        settings["weights"], dtype=dtype
-    ).eval()
+    loader: Any = transformers.AutoModelForCausalLM
+    model = loader.from_pretrained(settings["weights"], dtype=dtype).eval()
     model.generation_config.eos_token_id = None  # answers have a fixed length
     lookup = {"prompt_lookup_num_tokens": settings["lookup"]} if settings.get("lookup") else {}
 

@@ -1,8 +1,8 @@
 """vLLM with SMART's scheduler against stock vLLM, plain and with speculation: run it with the
-Python of an environment that has vLLM (and this package on PYTHONPATH).
+Python of an environment that has vLLM, with src and benchmarks of this clone on PYTHONPATH.
 
-    python benchmarks/vllm_smart.py MODEL_FOLDER [--batches 1,2,4,8,16] [--ranks 2] [--json FILE]
-    python benchmarks/vllm_smart.py MODEL_FOLDER --method draft_model --draft FOLDER --tokens 3
+    python -m smart_lab vllm MODEL_FOLDER [--batches 1,2,4,8,16] [--ranks 2] [--json FILE]
+    python -m smart_lab vllm MODEL_FOLDER --method draft_model --draft FOLDER --tokens 3
 
 The engines live in processes of their own and answer the same prompts, taking turns every half
 second, so that all see the machine at the same speed. At batch size n, 3 n requests of various
@@ -27,9 +27,11 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
+from smart_decoding.bench.arguments import whole_numbers
+
+from smart_decoding.bench.data import load_task
 from smart_decoding.bench.provenance import plain
 from smart_decoding.bench.statistics import Pair, paired_ratio
 
@@ -42,9 +44,9 @@ WAVES = 3  # requests of a block, in batches
 TURN = 0.5  # seconds that an engine runs before the next one does
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> int:
+    """Loads the engines, then measures and prints a line for each batch size, cycle by cycle."""
     start = time.perf_counter()
-    args = arguments()
     if args.ranks > 1:
         os.environ |= {
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(args.ranks))),
@@ -52,42 +54,27 @@ def main() -> None:
         }
     context = multiprocessing.get_context("spawn")
     engines = {arm: Arm(context, args, arm) for arm in ARMS}
-    batches = [int(b) for b in args.batches.split(",")]
-    prompts = load_prompts()
-    rates: dict[int, dict[str, list[float]]] = {b: {arm: [] for arm in ARMS} for b in batches}
-    same, answers = dict.fromkeys(batches, 0), dict.fromkeys(batches, 0)
-    done: dict[int, Counter[str]] = {b: Counter() for b in batches}
     chooser = random.Random(0)
-    for arm in engines.values():
-        arm.ready()
+    for engine in engines.values():
+        engine.ready()
     if args.wait:
         input(f"loaded after {time.perf_counter() - start:.0f} s; a line on stdin begins: ")
-    for batch in batches:
+    prompts = load_task("general")
+    for batch in args.batches:
         block(engines, list(ARMS), chooser.sample(prompts, batch), batch)
     print("warm", flush=True)
-    start = time.perf_counter()
-    while time.perf_counter() - start < args.seconds:
-        for batch in batches:
-            chosen, order = chooser.sample(prompts, WAVES * batch), list(ARMS)
+    tallies = {batch: Tally() for batch in args.batches}
+    stop = time.perf_counter() + args.seconds
+    while time.perf_counter() < stop:
+        for batch, tally in tallies.items():
+            chosen = chooser.sample(prompts, WAVES * batch)
+            order = list(ARMS)
             chooser.shuffle(order)
-            found = block(engines, order, chosen, batch)
-            for arm in ARMS:
-                rates[batch][arm].append(found[arm].rate)
-            done[batch].update(found["smart"].counters)
-            same[batch] += sum(
-                a == b for a, b in zip(found["plain"].tokens, found["smart"].tokens, strict=True)
-            )
-            answers[batch] += len(chosen)
-        results = table(rates, {b: f"{same[b]}/{answers[b]}" for b in batches}, done)
-        if args.json:  # after every cycle: a run that is cut leaves what it has
-            with open(args.json, "w", encoding="utf-8") as file:
-                json.dump(
-                    {"arguments": vars(args), "results": results, "tokens_per_second": rates},
-                    file,
-                    indent=1,
-                )
-    for arm in engines.values():
-        arm.close()
+            tally.add(block(engines, order, chosen, batch))
+        report(tallies, args)
+    for engine in engines.values():
+        engine.close()
+    return 0
 
 
 @dataclass
@@ -97,7 +84,7 @@ class Answers:
 
     rate: float
     tokens: list[list[int]]
-    counters: dict[str, float]
+    counters: dict[str, Any]
 
 
 def block(
@@ -114,43 +101,63 @@ def block(
     return found
 
 
-def table(rates: Any, same: dict[int, str], done: Any) -> dict[int, dict[str, Any]]:
-    """Prints and returns a row for each batch size."""
-    report = {}
-    for batch, of in rates.items():
-        row: dict[str, Any] = {arm: round(statistics.median(of[arm]), 1) for arm in ARMS}
+class Tally:
+    """What a batch size gave, block by block."""
+
+    def __init__(self) -> None:
+        self.rates: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        self._same = 0
+        self._answers = 0
+        self._done: Counter[str] = Counter()
+
+    def add(self, found: dict[str, Answers]) -> None:
+        for arm in ARMS:
+            self.rates[arm].append(found[arm].rate)
+        self._done.update(found["smart"].counters)
+        pairs = zip(found["plain"].tokens, found["smart"].tokens, strict=True)
+        self._same += sum(plain == smart for plain, smart in pairs)
+        self._answers += len(found["plain"].tokens)
+
+    def figures(self) -> dict[str, Any]:
+        """A row of the report."""
+        row: dict[str, Any] = {arm: round(statistics.median(self.rates[arm]), 1) for arm in ARMS}
         for arm in ("spec", "smart"):
-            row[f"{arm}_speedup"] = interval(of[arm], of["plain"])
+            row[f"{arm}_speedup"] = interval(self.rates[arm], self.rates["plain"])
         better = "spec" if row["spec_speedup"][0] > 1 else "plain"
-        row["smart_over_better"] = interval(of["smart"], of[better])
-        report[batch] = row | {"blocks": len(of["plain"]), "same": same[batch], **done[batch]}
-        print(batch, json.dumps(report[batch]), flush=True)
-    return report
+        row["smart_over_better"] = interval(self.rates["smart"], self.rates[better])
+        same = f"{self._same}/{self._answers}"
+        return row | {"blocks": len(self.rates["plain"]), "same": same, **self._done}
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--method", default="ngram")
-    parser.add_argument("--draft", help="folder of the draft model")
-    parser.add_argument(
-        "--tokens", type=int, default=4, help="num_speculative_tokens of both speculating engines"
-    )
-    parser.add_argument(
-        "--ranks", type=int, default=1, help="tensor-parallel ranks of every engine"
-    )
-    parser.add_argument("--batches", default="1,2,4,8,16")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument(
-        "--eager", action="store_true", help="without torch.compile: starts sooner, runs slower"
-    )
-    parser.add_argument("--seconds", type=float, default=200.0, help="time for the measured blocks")
-    parser.add_argument(
-        "--wait", action="store_true", help="wait for a line on stdin when all are loaded"
-    )
-    parser.add_argument("--json")
-    return parser.parse_args()
+def report(tallies: dict[int, Tally], args: argparse.Namespace) -> None:
+    """Prints and writes what there is so far: a run that is cut leaves what it has."""
+    results = {batch: tally.figures() for batch, tally in tallies.items()}
+    for batch, row in results.items():
+        print(batch, json.dumps(row), flush=True)
+    if args.json:
+        rates = {batch: tally.rates for batch, tally in tallies.items()}
+        given = {name: value for name, value in vars(args).items() if name != "command"}
+        found = {"arguments": given, "results": results, "tokens_per_second": rates}
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, what drafts, and how much is measured."""
+    add = parser.add_argument
+    add("model")
+    add("--method", default="ngram")
+    add("--draft", help="folder of the draft model")
+    tokens = "num_speculative_tokens of both speculating engines"
+    add("--tokens", type=int, default=4, help=tokens)
+    add("--ranks", type=int, default=1, help="tensor-parallel ranks of every engine")
+    add("--batches", type=whole_numbers, default=(1, 2, 4, 8, 16), metavar="1,4")
+    add("--max-tokens", type=int, default=128)
+    add("--dtype", default="bfloat16")
+    add("--eager", action="store_true", help="without torch.compile: starts sooner, runs slower")
+    add("--seconds", type=float, default=200.0, help="time for the measured blocks")
+    add("--wait", action="store_true", help="wait for a line on stdin when all are loaded")
+    add("--json")
 
 
 class Arm:
@@ -165,9 +172,11 @@ class Arm:
         theirs.close()  # so that it sees our end
 
     def ready(self) -> None:
+        """Waits until the engine is loaded."""
         self._pipe.recv()
 
     def begin(self, prompts: list[str], batch: int) -> None:
+        """Gives the engine a block to answer."""
         self._pipe.send((prompts, batch))
 
     def turn(self) -> Answers | None:
@@ -177,11 +186,41 @@ class Arm:
         return answers
 
     def close(self) -> None:
+        """Ends the engine's process."""
         self._pipe.send(None)
         self._process.join(20)
 
 
 def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
+    """The life of an engine's process: answers blocks in turns until it is told None."""
+    llm, params = loaded(args, arm)
+    controller = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "controller", None)
+    signal_ranks(signal.SIGSTOP)
+    pipe.send("ready")
+    while (job := pipe.recv()) is not None:
+        prompts, batch = job
+        before = counted(controller)
+        work = stream(llm, prompts, batch, params)
+        answers = None
+        while answers is None:
+            pipe.recv()
+            signal_ranks(signal.SIGCONT)
+            try:
+                next(work)
+            except StopIteration as end:
+                rate, tokens = end.value
+                after = counted(controller)
+                answers = Answers(
+                    rate, tokens, {name: after[name] - before[name] for name in after}
+                )
+            signal_ranks(signal.SIGSTOP)
+            pipe.send(answers)
+    signal_ranks(signal.SIGCONT)
+    llm.llm_engine.engine_core.shutdown()
+
+
+def loaded(args: argparse.Namespace, arm: str) -> tuple[Any, Any]:
+    """vLLM's engine of one contestant, and its sampling parameters."""
     from vllm import LLM, SamplingParams
 
     speculative: dict[str, Any] | None = None
@@ -189,11 +228,7 @@ def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
         speculative = {"method": args.method, "num_speculative_tokens": args.tokens}
         ngram = {"prompt_lookup_max": 3, "prompt_lookup_min": 2}
         speculative |= ngram if args.method == "ngram" else {"model": args.draft}
-    more = (
-        {"scheduler_cls": "smart_decoding.integrations.vllm.SmartScheduler"}
-        if arm == "smart"
-        else {}
-    )
+    ours = {"scheduler_cls": "smart_decoding.integrations.vllm.SmartScheduler"}
     llm = LLM(
         args.model,
         dtype=args.dtype,
@@ -203,28 +238,9 @@ def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
         speculative_config=speculative,
         enforce_eager=args.eager,
         tensor_parallel_size=args.ranks,
-        **more,
+        **(ours if arm == "smart" else {}),
     )
-    controller = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "controller", None)
-    params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
-    signal_ranks(signal.SIGSTOP)
-    pipe.send("ready")
-    while (job := pipe.recv()) is not None:
-        before = counted(controller)
-        work = stream(llm, *job, params)
-        answers = None
-        while answers is None:
-            pipe.recv()
-            signal_ranks(signal.SIGCONT)
-            try:
-                next(work)
-            except StopIteration as end:
-                after = counted(controller)
-                answers = Answers(*end.value, {name: after[name] - before[name] for name in after})
-            signal_ranks(signal.SIGSTOP)
-            pipe.send(answers)
-    signal_ranks(signal.SIGCONT)
-    llm.llm_engine.engine_core.shutdown()
+    return llm, SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
 
 
 def signal_ranks(number: int) -> None:
@@ -272,7 +288,8 @@ def stream(
     return rate, [tokens[str(i)] for i in range(len(prompts))]
 
 
-def counted(controller: Any) -> dict[str, float]:
+def counted(controller: Any) -> dict[str, Any]:
+    """What SMART did so far; nothing of the other engines."""
     if controller is None:
         return {}
     counters = dict(vars(controller.policy.counters))
@@ -290,17 +307,3 @@ def interval(ours: list[float], base: list[float]) -> Any:
     return plain(
         [round(x, 3) for x in (found.value, found.low, found.high)]
     )  # no bounds of a single block: None
-
-
-def load_prompts() -> list[str]:
-    """The requests to a general assistant of this package."""
-    lines = (
-        (resources.files("smart_decoding.bench") / "prompts_general.jsonl")
-        .read_text(encoding="utf-8")
-        .splitlines()
-    )
-    return [json.loads(line)["prompt"] for line in lines if line.strip()]
-
-
-if __name__ == "__main__":
-    main()

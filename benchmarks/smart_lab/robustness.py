@@ -1,10 +1,6 @@
 """Never slower than plain decoding? Bad heads, adversarial prompts, a noisy neighbour, wrong
 profiles: all in one go.
 
-    python benchmarks/robustness.py [--seconds 30] [--batch-sizes 1,8] [--cases A,B] [--time-limit
-        480]
-        [--resume FILE] [--json FILE]
-
 Every case: `smart` and plain decoding of one process answer the same prompts in turn, block by
 block; printed is the paired ratio with its 95 % interval (0.97 or more is wanted), decode-only and
 end to end. `smart` starts afresh in each case and batch size, so that the ratio includes what
@@ -16,30 +12,35 @@ a quarter (wrong profiles).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from smart_decoding.bench.arguments import whole_numbers, words
 
 from smart_decoding import LLM
-from smart_decoding.bench.blocks import Prompt
-from smart_decoding.bench.data import load_task
-from smart_decoding.bench.options import BenchOptions
+from smart_decoding.bench.blocks import Block, Prompt
+from smart_decoding.bench.cycles import measure
+from smart_decoding.bench.data import DEFAULT_TASKS, load_task
+from smart_decoding.bench.options import BenchOptions, check_outputs
 from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.bench.resume import Progress
-from smart_decoding.bench.runner import encode, load, measure
+from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.summary import decode_speedup, end_to_end_speedup
+from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.engine import Engine
+from smart_decoding.errors import ConfigError
 from smart_decoding.models.head_files import load_head
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.speculation import shipped_head
@@ -63,6 +64,17 @@ LANGUAGES = (
     "Napisz krótką historię o kocie, po polsku.",
 )
 Make = Callable[[LLM], LLM]
+Seen = Sequence[tuple[bool, float]]  # of each round: drafted; seconds over what was predicted
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """How `smart` is made, the prompts, what goes on beside it, and how it is seen to notice."""
+
+    make: Make
+    prompts: Mapping[str, Sequence[Prompt]]
+    beside: Callable[[], AbstractContextManager[None]] = nullcontext
+    noticed: Callable[[Seen], int | None] | None = None
 
 
 def untrained_head(folder: Path) -> None:
@@ -84,10 +96,8 @@ def other_head(folder: Path) -> None:
     files = load_head(source, checkpoint.config)
     torch.manual_seed(7)
     head = TrainableHead(form_of(files))
-    embedding, ids = (
-        checkpoint.weights["model.embed_tokens.weight"].float(),
-        files.weights["draft_ids"].long(),
-    )
+    embedding = checkpoint.weights["model.embed_tokens.weight"].float()
+    ids = files.weights["draft_ids"].long()
     place = torch.full((checkpoint.config.vocab,), -100)
     place[ids] = torch.arange(len(ids))
     output = head.lm_head.weight if head.lm_head is not None else embedding[ids]
@@ -102,7 +112,7 @@ def other_head(folder: Path) -> None:
             (head.norm(out) @ output.T).flatten(0, 1), place[tokens[:, 2:]].flatten()
         )
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     _write(folder, {**head.exported(), "draft_ids": files.weights["draft_ids"]})
 
@@ -120,14 +130,14 @@ def _write(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     (folder / "config.json").write_text((source / "config.json").read_text())
 
 
-def _tokens(count: int) -> np.ndarray:
+def _tokens(count: int) -> NDArray[np.int64]:
     """Tokens of the benchmark's prompts, one after the other, again and again."""
     from smart_decoding.models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(load_checkpoint(MODEL).tokenizer_source)
     text = [
         token
-        for task in ("code", "maths", "general")
+        for task in DEFAULT_TASKS
         for t in load_task(task, 60)
         for token in tokenizer.encode(t)
     ]
@@ -177,20 +187,21 @@ class Bench:
         self.bad = adversarial(self.llm, self.options)
         self._scratch = scratch
 
-    def case(
-        self, name: str
-    ) -> tuple[Make, Mapping[str, Sequence[Prompt]], Any, Callable[[Engine], int | None] | None]:
-        """How `smart` is made, the prompts, what goes on beside it, and how it is seen to
-        notice."""
-        return {
-            "the shipped head": (_head(None), self.usual, None, None),
-            "an untrained head": (_head(self._made(untrained_head)), self.usual, None, rests),
-            "a head of another model": (_head(self._made(other_head)), self.usual, None, rests),
-            "adversarial prompts": (_head(None), self.bad, None, rests),
-            "a noisy neighbour": (_head(None), self.usual, busy_core, None),
-            "a profile far too cheap": (_variant("cheap_costs"), self.usual, None, predicts),
-            "a profile far too dear": (_variant("dear_costs"), self.usual, None, predicts),
-        }[name]
+    def case(self, name: str) -> Case:
+        """One of CASES."""
+        shipped = _head(None)
+        if name == "the shipped head":
+            return Case(shipped, self.usual)
+        if name == "an untrained head":
+            return Case(_head(self._made(untrained_head)), self.usual, noticed=turns_off)
+        if name == "a head of another model":
+            return Case(_head(self._made(other_head)), self.usual, noticed=turns_off)
+        if name == "adversarial prompts":
+            return Case(shipped, self.bad, noticed=turns_off)
+        if name == "a noisy neighbour":
+            return Case(shipped, self.usual, busy_core)
+        kind = "cheap_costs" if name == "a profile far too cheap" else "dear_costs"
+        return Case(_variant(kind), self.usual, noticed=predicts)
 
     def _made(self, make: Callable[[Path], None]) -> str:
         folder = self._scratch / make.__name__
@@ -200,71 +211,71 @@ class Bench:
         return str(folder)
 
     def run(self, name: str, size: int, seconds: float) -> dict[str, Any]:
-        make, prompts, beside, notices = self.case(name)
-        engines = {"off": self.llm.sharing_weights(False).engine, "smart": make(self.llm).engine}
-        with beside() if beside else _nothing():
-            found = measure(engines, prompts, size, time.perf_counter() + seconds, least_blocks=8)
-        pairs = [(cycle["smart"], cycle["off"]) for cycle in found.cycles]
-        result: dict[str, Any] = {"case": name, "batch_size": size, "blocks": len(pairs)}
-        for key, ratio in (
-            ("speedup", decode_speedup(pairs)),
-            ("end_to_end", end_to_end_speedup(pairs)),
-        ):
-            result |= {key: ratio.value, f"{key}_low": ratio.low, f"{key}_high": ratio.high}
-        counts = [ours.counts for ours, _ in pairs]
-        rounds = sum(count.rounds for count in counts)
-        result["off_share"] = (
-            sum(count.off for count in counts) / rounds if rounds else float("nan")
-        )
-        result["identical"] = all(
-            a.tokens == b.answers[i].tokens for o, b in pairs for i, a in o.answers.items()
-        )
-        if notices is not None and size == min(self.options.batch_sizes):
-            engine = make(self.llm).engine
-            result["rounds_until_noticed"] = notices(self._answering(engine, prompts))
+        """A row of the table: one case at one batch size."""
+        case = self.case(name)
+        plain = self.llm.sharing_weights(False).engine
+        engines = {"off": plain, "smart": case.make(self.llm).engine}
+        with case.beside():
+            deadline = time.perf_counter() + seconds
+            found = measure(engines, case.prompts, size, deadline, least_blocks=8)
+        result = {"case": name, "batch_size": size, **_figures(found.cycles)}
+        if case.noticed is not None and size == min(self.options.batch_sizes):
+            engine = case.make(self.llm).engine
+            result["rounds_until_noticed"] = case.noticed(self._answering(engine, case.prompts))
         return result
 
-    def _answering(
-        self, engine: Engine, prompts: Mapping[str, Sequence[Prompt]]
-    ) -> list[tuple[bool, float]]:
-        """(drafted, seconds of a verification over what was predicted) of the first rounds at batch
-        1."""
+    def _answering(self, engine: Engine, prompts: Mapping[str, Sequence[Prompt]]) -> Seen:
+        """The first rounds at batch 1."""
         mixed = [prompt for of_task in zip(*prompts.values(), strict=False) for prompt in of_task]
         seen: list[tuple[bool, float]] = []
         for prompt in mixed:
             engine.add_request(f"notice-{prompt.index}", prompt.tokens, prompt.params)
             while engine.has_unfinished_requests:
-                cost = engine.policy.cost
+                cost = cast(Smart, engine.policy).cost
                 engine.step()
+                assert engine.last_round is not None
                 done = engine.last_round.round
                 if done.batch.size and not done.batch.prefill_rows:
-                    expected = float(
-                        cost.verify_seconds(1, done.verify_rows, float(done.batch.context[0]))
-                    )
+                    context = float(done.batch.context[0])
+                    expected = float(cost.verify_seconds(1, done.verify_rows, context))
                     seen.append((bool(done.plan.speculate), done.verify_seconds / expected))
             if len(seen) >= MOST_ROUNDS + WINDOW:
                 break
         return seen
 
 
-def rests(seen: Sequence[tuple[bool, float]]) -> int | None:
+def _figures(cycles: Sequence[Mapping[str, Block]]) -> dict[str, Any]:
+    """Both ratios, the share of rounds off, and whether the answers were plain decoding's."""
+    pairs = [(cycle["smart"], cycle["off"]) for cycle in cycles]
+    result: dict[str, Any] = {"blocks": len(pairs)}
+    decode = decode_speedup(pairs)
+    overall = end_to_end_speedup(pairs)
+    for key, ratio in (("speedup", decode), ("end_to_end", overall)):
+        result |= {key: ratio.value, f"{key}_low": ratio.low, f"{key}_high": ratio.high}
+    rounds = sum(ours.counts.rounds for ours, _ in pairs)
+    off = sum(ours.counts.off for ours, _ in pairs)
+    result["off_share"] = off / rounds if rounds else float("nan")
+    result["identical"] = all(
+        answer.tokens == plain.answers[index].tokens
+        for ours, plain in pairs
+        for index, answer in ours.answers.items()
+    )
+    return result
+
+
+def turns_off(seen: Seen) -> int | None:
     """The round from which on three quarters of a window are off; None if that never comes."""
     off = np.array([not drafted for drafted, _ in seen])
     return next((i for i in range(len(off) - WINDOW) if off[i : i + WINDOW].mean() >= 0.75), None)
 
 
-def predicts(seen: Sequence[tuple[bool, float]]) -> int | None:
+def predicts(seen: Seen) -> int | None:
     """The round from which on the median of a window is predicted to within a quarter."""
     ratio = np.array([found for _, found in seen])
     return next(
         (i for i in range(len(ratio) - WINDOW) if 0.8 < np.median(ratio[i : i + WINDOW]) < 1.25),
         None,
     )
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _head(folder: str | None) -> Make:
@@ -275,7 +286,7 @@ def _head(folder: str | None) -> Make:
 def _variant(name: str) -> Make:
     def make(llm: LLM) -> LLM:
         arm = llm.sharing_weights(None)
-        arm.engine.policy = VARIANTS[name](arm.engine.policy)
+        arm.engine.policy = VARIANTS[name](cast(Smart, arm.engine.policy))
         return arm
 
     return make
@@ -293,53 +304,55 @@ CASES = (
 
 
 def told(row: Mapping[str, Any]) -> str:
+    """A row in words."""
+    ratio = f"{row['speedup']:.3f} ({row['speedup_low']:.3f}-{row['speedup_high']:.3f})"
+    parts = [
+        f"{row['case']:26} batch {row['batch_size']:2}: {ratio}",
+        f"end to end {row['end_to_end']:.3f}",
+        f"{row['blocks']} blocks",
+        f"{row['off_share']:.0%} of rounds off",
+    ]
+    if "rounds_until_noticed" in row:
+        parts.append(f"noticed after {row['rounds_until_noticed']} rounds")
     verdict = "ok" if row["speedup"] >= 0.97 else "BELOW 0.97"
-    noticed = (
-        f", noticed after {row['rounds_until_noticed']} rounds"
-        if "rounds_until_noticed" in row
-        else ""
-    )
-    return (
-        f"{row['case']:26} batch {row['batch_size']:2}: {row['speedup']:.3f} ({row['speedup_low']:.3f}-"
-        f"{row['speedup_high']:.3f}), end to end {row['end_to_end']:.3f}, {row['blocks']} blocks, "
-        f"{row['off_share']:.0%} of rounds off{noticed}  {verdict}{'' if row['identical'] else ', OTHER TOKENS'}"
-    )
+    return f"{', '.join(parts)}  {verdict}{'' if row['identical'] else ', OTHER TOKENS'}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=28.0, help="of each case and batch size")
-    parser.add_argument("--batch-sizes", default="1,8")
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument(
-        "--time-limit", type=float, default=480.0, help="seconds; what is missing then is left out"
-    )
-    parser.add_argument(
-        "--resume", type=Path, help="keep what is measured there, and go on from it"
-    )
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    started, sizes = time.perf_counter(), [int(word) for word in args.batch_sizes.split(",")]
-    progress = Progress(args.resume, {"seconds": args.seconds, "batch_sizes": sizes})
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and for how long."""
+    add = parser.add_argument
+    add("--seconds", type=float, default=28.0, help="of each case and batch size")
+    add("--batch-sizes", type=whole_numbers, default=(1, 8), metavar="1,8")
+    add("--cases", type=words, default=CASES, metavar="A,B", help=f"of: {', '.join(CASES)}")
+    limit = "seconds; what is missing then is left out"
+    add("--time-limit", type=float, default=480.0, help=limit)
+    add("--resume", type=Path, help="keep what is measured there, and go on from it")
+    add("--json", type=Path)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints a row for each case and batch size. Raises ConfigError for an unknown case."""
+    unknown = [case for case in args.cases if case not in CASES]
+    if unknown:
+        raise ConfigError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
+    check_outputs((args.json, args.resume), None)
+    stop = time.perf_counter() + args.time_limit
+    key = {"seconds": args.seconds, "batch_sizes": args.batch_sizes}
+    progress = Progress(args.resume, key)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(sizes, Path(scratch))
-        for name in (case for case in CASES if case in args.cases.split(",")):
-            for size in sizes:
-                unit = f"{name}, batch {size}"
-                if not progress.units(unit):
-                    if time.perf_counter() - started + args.seconds > args.time_limit:
-                        print(f"{unit}: left out, the time limit came first; go on with --resume")
-                        continue
-                    progress.add(unit, bench.run(name, size, args.seconds))
-                rows.append(progress.units(unit)[0])
-                print(told(rows[-1]), flush=True)
-        origin = provenance(
-            "python benchmarks/robustness.py", 0, bench.llm.provenance, "as each case says"
-        )
+        bench = Bench(args.batch_sizes, Path(scratch))
+        for name, size in ((n, s) for n in CASES if n in args.cases for s in args.batch_sizes):
+            unit = f"{name}, batch {size}"
+            if not progress.units(unit):
+                if time.perf_counter() + args.seconds > stop:
+                    print(f"{unit}: left out, the time limit came first; go on with --resume")
+                    continue
+                progress.add(unit, bench.run(name, size, args.seconds))
+            rows.append(progress.units(unit)[0])
+            print(told(rows[-1]), flush=True)
+        command = "python -m smart_lab robustness"
+        origin = provenance(command, 0, bench.llm.provenance, "as each case says")
     if args.json is not None:
-        write_json(args.json, json.loads(json.dumps({"provenance": origin, "robustness": rows})))
-
-
-if __name__ == "__main__":
-    main()
+        write_json(args.json, {"provenance": origin, "robustness": rows})
+    return 0

@@ -1,7 +1,9 @@
-"""Policies in the simulated world against full knowledge: python benchmarks/regret.py [rounds]"""
+"""Policies in the simulated world against full knowledge: regret."""
 
+from __future__ import annotations
+
+import argparse
 import json
-import sys
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
@@ -19,16 +21,20 @@ MACHINES = {
 }
 
 
-def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 400
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How long to simulate."""
+    parser.add_argument("rounds", type=int, nargs="?", default=400)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints a table, then one line of JSON."""
     figures = []
-    print(
-        f"{'machine':22}{'batch':>6}{'policy':>14}{'speedup':>9}{'regret':>8}{'nodes/round':>13}{'off':>6}"
-    )
+    head = f"{'machine':22}{'batch':>6}{'policy':>14}{'speedup':>9}"
+    print(f"{head}{'regret':>8}{'nodes/round':>13}{'off':>6}")
     for machine, costs in MACHINES.items():
         for batch in (1, 4, 16):
             world = World(1, batch, costs)
-            span = range(rounds // (1 if batch == 1 else batch))
+            span = range(args.rounds // batch)
             best = full_knowledge(world, span)
             plain = run(make_policy("off"), world, span)
             rows = {"full knowledge": best}
@@ -44,7 +50,4 @@ def main() -> None:
                     f"{totals.nodes / len(span):13.1f}{totals.off / len(span):6.0%}"
                 )
     print(json.dumps({"regret": figures}))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

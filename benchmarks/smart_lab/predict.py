@@ -1,9 +1,8 @@
 """Does a replay predict this machine's speedups?
 
     python -m smart_lab bench --record others.smart --skip 40 --limit 20 --max-tokens 96
-    python benchmarks/predict.py others.smart [--seconds 30] [--batch-sizes 1,2,4,8,16,32] [--json
-        FILE]
-    python benchmarks/predict.py others.smart --against RESULTS.json
+    python -m smart_lab predict others.smart
+    python -m smart_lab predict others.smart --against RESULTS.json
 
 First the costs are measured anew (forwards as by `smart profile`, and rounds beyond their
 forwards), then every policy is replayed on the recording; its own seconds are timed as it decides,
@@ -15,6 +14,8 @@ profile that was taken before that run, and the speedups that were measured on i
 far more blocks than fit here.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import time
@@ -23,13 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from smart_decoding.bench.arguments import whole_numbers
 
+from smart_decoding.bench.blocks import Prompt
+from smart_decoding.bench.cycles import measure
 from smart_decoding.bench.data import load_task
-from smart_decoding.bench.options import BenchOptions, parse_setting
+from smart_decoding.bench.options import BenchOptions, check_outputs, parse_setting
 from smart_decoding.bench.results import Results
-from smart_decoding.bench.runner import encode, load, measure
+from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.summary import POOLED, noise, summarise
 from smart_decoding.core.cost import CostModel
+from smart_decoding.errors import ConfigError
+from smart_decoding.llm import LLM
 from smart_decoding.profiling.measure import measure as profile
 from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 from smart_lab.recorder import measure_host
@@ -37,16 +43,15 @@ from smart_lab.replay import HostCosts, replay
 from smart_lab.simulate import enough
 from smart_lab.trace import Trace, read_trace
 
-POLICIES = {
+POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "off": ("off", {}),
     "smart": ("smart", {}),
     "paper": ("paper", {}),
     "5 nodes": ("eagle2", {"depth": 2, "top_k": 3, "total_tokens": 6}),
 }
-LEVEL_BYTES, FORWARD_BYTES = (
-    16 << 20,
-    256 << 20,
-)  # what a drafted level and a verification read, about
+LEVEL_BYTES = 16 << 20  # what a drafted level reads, about
+FORWARD_BYTES = 256 << 20  # what a verification reads
+READ_BEFORE = {"frontier": LEVEL_BYTES, "select": LEVEL_BYTES, "observe": FORWARD_BYTES}
 
 
 class Cold:
@@ -54,13 +59,15 @@ class Cold:
     meanwhile, and counts the processor's time, which others on the machine disturb less."""
 
     def __init__(self, policy: Any) -> None:
-        self._policy, self.name, self._idle = policy, policy.name, 0.0
+        self.name = policy.name
+        self._policy = policy
+        self._idle = 0.0
         self._memory = np.ones(FORWARD_BYTES // 8)
 
     def __getattr__(self, call: str) -> Any:
-        size = {"frontier": LEVEL_BYTES, "select": LEVEL_BYTES, "observe": FORWARD_BYTES}.get(
-            call, 0
-        )
+        if call == "foresee":
+            raise AttributeError(call)
+        size = READ_BEFORE.get(call, 0)
 
         def called(*arguments: Any) -> Any:
             started = time.thread_time()
@@ -68,27 +75,31 @@ class Cold:
             self._idle += time.thread_time() - started
             return getattr(self._policy, call)(*arguments)
 
-        if call == "foresee":
-            raise AttributeError(call)
         return called
 
     def clock(self) -> float:
+        """Seconds of this thread but for those that emptied the caches."""
         return time.thread_time() - self._idle
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("trace", type=Path)
-    parser.add_argument(
-        "--seconds", type=float, default=30.0, help="of live measurement per batch size"
-    )
-    parser.add_argument("--batch-sizes", default="1,2,4,8,16,32")
-    parser.add_argument("--against", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    sizes = [int(word) for word in args.batch_sizes.split(",")]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recording, and what it is compared with."""
+    add = parser.add_argument
+    add("trace", type=Path, help="a recording of other prompts, by `bench --record`")
+    add("--seconds", type=float, default=30.0, help="of live measurement per batch size")
+    add("--batch-sizes", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,4")
+    add("--against", type=Path, metavar="RESULTS.json", help="instead of running live")
+    add("--json", type=Path)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints a line for each policy and batch size. Raises ConfigError for unusable files."""
+    check_outputs((args.json,), None)
     trace = read_trace(args.trace)
-    rows = against(trace, args.against) if args.against else live(trace, sizes, args.seconds)
+    if args.against:
+        rows = against(trace, args.against)
+    else:
+        rows = live(trace, args.batch_sizes, args.seconds)
     worst = max(rows, key=lambda row: abs(row["error"]))
     within = sum(abs(row["error"]) <= 0.1 for row in rows)
     print(
@@ -97,12 +108,14 @@ def main() -> None:
     )
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
+    return 0
 
 
 def against(trace: Trace, path: Path) -> list[dict[str, Any]]:
     """Predictions of a finished benchmark, from the profile that it started with."""
     results = Results.read(path)
-    assert results.cost is not None, f"{path} holds no profile"
+    if results.cost is None:
+        raise ConfigError(f"{path} holds no profile: give a run of smart")
     host = trace.host or HostCosts.of(results.cost)
     rows = []
     for size in results.batch_sizes:
@@ -136,9 +149,8 @@ def predicted(
 def row_of(policy: str, size: int, value: float, measured: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the comparison, printed."""
     speedup = float(measured["speedup"])
-    low, high = (
-        float(measured[name] or "nan") for name in ("speedup_low", "speedup_high")
-    )  # none of a single block
+    bounds = (measured[name] for name in ("speedup_low", "speedup_high"))
+    low, high = (float(bound or "nan") for bound in bounds)  # none of a single block
     row = {
         "policy": policy,
         "batch_size": size,
@@ -150,8 +162,8 @@ def row_of(policy: str, size: int, value: float, measured: Mapping[str, Any]) ->
         "error": value / speedup - 1,
     }
     print(
-        f"batch {size:2}  {policy[:44]:44} predicted {value:.3f}  measured {speedup:.3f} ({low:.3f}-{high:.3f}) "
-        f" error {row['error']:+.1%}",
+        f"batch {size:2}  {policy[:44]:44} predicted {value:.3f}  "
+        f"measured {speedup:.3f} ({low:.3f}-{high:.3f})  error {row['error']:+.1%}",
         flush=True,
     )
     return row
@@ -162,17 +174,8 @@ def live(trace: Trace, sizes: Sequence[int], seconds: float) -> list[dict[str, A
     options = BenchOptions(policies=("off", "smart"), batch_sizes=sizes, limit=40, max_tokens=96)
     llm = load(options)
     prompts = encode(llm, {task: load_task(task, options.limit) for task in options.tasks}, options)
-    arm, plain = llm.sharing_weights({"policy": "eagle2"}), llm.sharing_weights(False)
     started = time.perf_counter()
-    config = llm.engine.config
-    drafter = level_drafter(arm.speculation.drafter)
-    cost = CostModel.fit(profile(llm.target, drafter, config.pages, 32, 15.0), ROUND_OVERHEAD)
-    others = [
-        p
-        for task in options.tasks
-        for p in encode(llm, {task: load_task(task, 48)[40:]}, options)[task]
-    ][:8]
-    host = measure_host(plain.engine, arm.engine, others)
+    cost, host = _costs(llm, options)
     print(f"costs measured in {time.perf_counter() - started:.0f} s; {host}")
     started = time.perf_counter()
     rates = {
@@ -183,20 +186,35 @@ def live(trace: Trace, sizes: Sequence[int], seconds: float) -> list[dict[str, A
     print(f"predicted in {time.perf_counter() - started:.0f} s", flush=True)
     rows = []
     for size in sizes:
-        engines = {
-            name: llm.sharing_weights(
-                {"policy": policy, **given} if name != "off" else False
-            ).engine
-            for name, (policy, given) in POLICIES.items()
-        }
-        found = measure(engines, prompts, size, time.perf_counter() + seconds)
-        print(f"batch {size}: the baseline against itself gives {noise(found.again)['noise']:.3f}")
-        for name in list(POLICIES)[1:]:
-            pairs = [(cycle[name], cycle["off"]) for cycle in found.cycles]
-            figures = next(figures for figures in summarise(pairs) if figures["task"] == POOLED)
+        for name, figures in _measured(llm, prompts, size, seconds).items():
             rows.append(row_of(name, size, rates[name, size] / rates["off", size], figures))
     return rows
 
 
-if __name__ == "__main__":
-    main()
+def _costs(llm: LLM, options: BenchOptions) -> tuple[CostModel, HostCosts]:
+    """A fresh profile, and the seconds of rounds beyond their forwards, on further prompts."""
+    arm = llm.sharing_weights({"policy": "eagle2"})
+    plain = llm.sharing_weights(False)
+    drafter = level_drafter(arm.speculation.drafter)
+    measured = profile(llm.target, drafter, llm.engine.config.pages, 32, 15.0)
+    further = {task: load_task(task, 48)[40:] for task in options.tasks}
+    others = [p for of_task in encode(llm, further, options).values() for p in of_task][:8]
+    host = measure_host(plain.engine, arm.engine, others)
+    return CostModel.fit(measured, ROUND_OVERHEAD), host
+
+
+def _measured(
+    llm: LLM, prompts: Mapping[str, Sequence[Prompt]], size: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """What each policy but the baseline did live at a batch size."""
+    engines = {}
+    for name, (policy, given) in POLICIES.items():
+        speculation = {"policy": policy, **given} if name != "off" else False
+        engines[name] = llm.sharing_weights(speculation).engine
+    found = measure(engines, prompts, size, time.perf_counter() + seconds)
+    print(f"batch {size}: the baseline against itself gives {noise(found.again)['noise']:.3f}")
+    figures = {}
+    for name in list(POLICIES)[1:]:
+        of_tasks = summarise([(cycle[name], cycle["off"]) for cycle in found.cycles])
+        figures[name] = next(each for each in of_tasks if each["task"] == POOLED)
+    return figures

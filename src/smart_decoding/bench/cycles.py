@@ -1,0 +1,186 @@
+"""Contestants compared in cycles of blocks.
+
+In each cycle every arm answers the same prompts; the order rotates from cycle to cycle, so that no
+arm always runs first. Tasks take turns too. Every third cycle the baseline runs once more: the
+noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from smart_decoding.bench.blocks import Block, Prompt, run_block
+from smart_decoding.bench.options import BASELINE, OURS, BenchOptions
+from smart_decoding.bench.resume import block_of, plain_block
+from smart_decoding.bench.summary import noise, smart_over, summarise
+from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import CapacityError
+
+NOISE_EVERY = 3  # cycles
+# a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8:
+# 3rd, ...
+SLOW = 4
+WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
+Prompts = Mapping[str, Sequence[Prompt]]  # by task
+
+
+@dataclass(slots=True)
+class Measurement:
+    """What one batch size gave: complete cycles (arm -> block), pairs of baseline blocks, and
+    whether time ran out. on_cycle: is told each new cycle, as --resume keeps it."""
+
+    cycles: list[dict[str, Block]] = field(default_factory=list)
+    again: list[tuple[Block, Block]] = field(default_factory=list)
+    partial: bool = False
+    on_cycle: Callable[[dict[str, Any]], object] = lambda kept: None
+
+    @classmethod
+    def restored(cls, units: Sequence[Any], on_cycle: Callable[[dict[str, Any]], object]) -> Self:
+        """What an earlier run had measured, to go on from."""
+        measured = cls()
+        for unit in units:
+            again = unit["again"]
+            cycle = {label: block_of(block) for label, block in unit["cycle"].items()}
+            measured.add(cycle, None if again is None else block_of(again))
+        measured.on_cycle = on_cycle
+        return measured
+
+    def add(self, cycle: dict[str, Block], again: Block | None) -> None:
+        """One more cycle, with the baseline's second block if it had one."""
+        self.cycles.append(cycle)
+        if again is not None:
+            self.again.append((again, cycle[BASELINE]))
+        self.on_cycle(
+            {
+                "cycle": {label: plain_block(block) for label, block in cycle.items()},
+                "again": None if again is None else plain_block(again),
+            }
+        )
+
+
+def measure(
+    engines: Mapping[str, Engine],
+    prompts: Prompts,
+    batch_size: int,
+    deadline: float | None = None,
+    on_block: Callable[[str], object] = lambda label: None,
+    clock: Callable[[], float] = time.perf_counter,
+    into: Measurement | None = None,
+    least_blocks: int = 1,
+) -> Measurement:
+    """Runs the engines in turn over all prompts (task -> prompts) until done or past the deadline
+    (on `clock`). into: what was measured of the same before; it is gone on from.
+
+    A cycle that the deadline cuts is dropped: all arms have answered the same prompts. After the
+    first cycle a slow engine runs in few of them: it would use up the time that the others'
+    intervals need."""
+    result = into or Measurement()
+    cycles = list(cycles_of(prompts, batch_size, least_blocks))
+    first = len(result.cycles)
+    if first == len(cycles):
+        return result
+    for engine in engines.values():
+        _warm_up(engine, prompts, batch_size)
+    for number, (chunk, fillers) in enumerate(cycles[first:], first):
+        # Turns over all tasks: what happens every third time would else meet one task only.
+        turn, task = divmod(number, len(prompts))
+        cycle: dict[str, Block] = {}
+        for label in _due(list(engines), result.cycles, turn, task):
+            if deadline is not None and clock() > deadline:
+                result.partial = True
+                return result
+            cycle[label] = run_block(engines[label], chunk, fillers, batch_size, clock)
+            on_block(label)
+        again = None
+        if (turn + task) % NOISE_EVERY == 0:
+            again = run_block(engines[BASELINE], chunk, fillers, batch_size, clock)
+        result.add(cycle, again)
+    return result
+
+
+def _due(
+    labels: list[str], cycles: Sequence[Mapping[str, Block]], turn: int, task: int
+) -> list[str]:
+    """Who runs in a cycle, in order."""
+    start = (turn + task) % len(labels)
+    order = labels[start:] + labels[:start]
+    return [label for label in order if turn % _every(cycles, label) == 0]
+
+
+def _every(cycles: Sequence[Mapping[str, Block]], label: str) -> int:
+    """1 for a contestant that runs in every turn over the tasks, 2 in every second one, and so
+    on."""
+    if not cycles:
+        return 1
+    ours, base = (cycles[0][name].total_seconds for name in (label, BASELINE))
+    return 1 + int(ours / base / SLOW) if base > 0 else 1
+
+
+def cycles_of(
+    prompts: Prompts, batch_size: int, least: int = 1
+) -> Iterator[tuple[Sequence[Prompt], Sequence[Prompt]]]:
+    """Blocks of `batch_size` prompts (the last of a task may have fewer), tasks in turn, each with
+    its fillers: the prompts of the task that follow it, in circle. Where that makes fewer than
+    `least` blocks of the longest task, its prompts and the others' are used again, in other
+    blocks."""
+    longest, count, turn = max((len(of_task) for of_task in prompts.values()), default=0), 0, 0
+    while longest and (count < least or not turn):
+        for start in range(0, longest, batch_size):
+            for of_task in prompts.values():
+                first = turn * batch_size // 2 % len(of_task)
+                turned = [*of_task[first:], *of_task[:first]]
+                chunk = turned[start : start + batch_size]
+                if chunk:
+                    yield chunk, [*turned[start + batch_size :], *turned[:start]]
+            count += 1
+        turn += 1
+
+
+def rows_of(
+    measured: Measurement, batch_size: int, options: BenchOptions, temperature: float | None = None
+) -> list[dict[str, Any]]:
+    """The runs of one batch size. Raises CapacityError if no cycle was completed."""
+    if not measured.cycles:
+        raise CapacityError(
+            f"the time limit was too short for one block of every policy at batch size {batch_size}"
+        )
+    rows: list[dict[str, Any]] = []
+    heat = options.temperature if temperature is None else temperature
+    for label in measured.cycles[0]:
+        of_label = [cycle for cycle in measured.cycles if label in cycle]
+        pairs = [(cycle[label], cycle[BASELINE]) for cycle in of_label]
+        both = [(cycle[OURS], cycle[label]) for cycle in of_label if OURS in cycle]
+        ours = smart_over(both, options.seed) if label not in (OURS, BASELINE) else {}
+        extra = noise(measured.again, options.seed) if label == BASELINE else {}
+        for figures in summarise(pairs, options.seed):
+            shared = {
+                "policy": label,
+                "batch_size": batch_size,
+                "task": figures["task"],
+                "dtype": options.dtype,
+                "temperature": heat,
+            }
+            compared = ours.get(figures["task"], {}) if both else {}
+            partial = {"partial": measured.partial}
+            rows.append({**shared, **figures, **compared, **partial, **extra})
+    return rows
+
+
+def _warm_up(engine: Engine, prompts: Prompts, batch_size: int) -> None:
+    """A few rounds at this batch size, so that no block pays for first calls."""
+    first = next(iter(prompts.values()))[0]
+    short = [
+        Prompt(
+            i,
+            first.task,
+            first.tokens,
+            SamplingParams(temperature=first.params.temperature, max_tokens=WARM_UP_TOKENS, seed=i),
+            first.media,
+        )
+        for i in range(batch_size)
+    ]
+    run_block(engine, short, short, batch_size)
