@@ -40,8 +40,8 @@ class Smart:
     priors. chooser: the choice over drafted trees, as the backend computes it (None: numpy).
     max_levels, children: the deepest tree and the proposals per node that are considered.
     max_round_slowdown: with several requests, no round is planned to last longer than this multiple
-    of a plain one. exploration_budget: share of the time that may go into exploring the mode predicted
-    worse.
+    of a plain one. exploration_budget: share of the time that may go into exploring the mode
+    predicted worse.
     """
 
     name = "smart"
