@@ -392,7 +392,7 @@ ABLATIONS: Mapping[str, Make] = {
     "stop rule: always 8 levels": lambda t, c: AllLevels(smart(t, c), 8),
     "stop rule: always 2 levels": lambda t, c: AllLevels(smart(t, c), 2),
     "stop rule: look back": lambda t, c: LookBack(smart(t, c)),
-    "no probing": lambda t, c: smart(t, c, probe_budget=0.0),
+    "no probing": lambda t, c: smart(t, c, exploration_budget=0.0),
     "no context in the cost": lambda t, c: smart(t, flat(c)),
     "no round limit": lambda t, c: smart(t, c, max_round_slowdown=math.inf),
 }
