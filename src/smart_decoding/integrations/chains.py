@@ -73,7 +73,8 @@ class Chains:
 
     lengths: the values of K that may be chosen, 0 included. model: whether a draft model runs (else
     drafts are free). exploration_budget: share of the time that may go into exploring the mode
-    predicted worse. may_disable: whether DISABLED may be answered, which the engine must know to obey."""
+    predicted worse. may_disable: whether DISABLED may be answered, which the engine must know to
+    obey."""
 
     def __init__(
         self, lengths: Sequence[int], model: bool, exploration_budget: float = 0.005
