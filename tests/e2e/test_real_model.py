@@ -64,7 +64,8 @@ def tied_positions(
             return []
     model.to(torch.float32)
     tied = gaps[0].nonzero().flatten()
-    assert gaps[0].max() < TIE and gaps[1][tied].max() < TIE
+    assert gaps[0].max() < TIE
+    assert gaps[1][tied].max() < TIE
     return [int(i) for i in tied]
 
 
@@ -127,7 +128,8 @@ def test_smart_drafts_for_32_requests_where_rows_are_cheap() -> None:
     ]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     metrics = [output.outputs[0].metrics for output in outputs]
-    assert sum(m.verified for m in metrics) > 64 and sum(m.accepted for m in metrics) > 8
+    assert sum(m.verified for m in metrics) > 64
+    assert sum(m.accepted for m in metrics) > 8
 
 
 def test_a_prompt_that_is_refused_leaves_nothing_behind(llm: LLM) -> None:
@@ -146,4 +148,5 @@ def test_a_stream_is_whole_even_if_another_call_runs_its_rounds(llm: LLM) -> Non
     pieces = llm.stream("The tides are", params)
     begun = next(pieces)
     llm.generate("Rivers are", params)
-    assert begun + "".join(pieces) == whole and len(begun) < len(whole)
+    assert begun + "".join(pieces) == whole
+    assert len(begun) < len(whole)

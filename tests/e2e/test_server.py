@@ -72,4 +72,5 @@ def test_the_answer_is_generates() -> None:
     assert answer.usage.completion_tokens == len(wanted.token_ids)
     assert shaped.choices[0].message.content == formed[0].outputs[0].text
     value = json.loads(shaped.choices[0].message.content)
-    assert set(value) == {"reason", "sure"} and len(value["reason"]) <= 40
+    assert set(value) == {"reason", "sure"}
+    assert len(value["reason"]) <= 40

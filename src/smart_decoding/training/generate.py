@@ -15,6 +15,7 @@ from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.media import MultimodalEmbeddings
+from smart_decoding.engine.protocols import Grow
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
@@ -36,7 +37,7 @@ class Recorder:
     name = "recorder"
     max_levels = 0
     free = False
-    grow = None
+    grow: Grow | None = None
     wants_logits = False
     wants_ends = True
 

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.core.policies.eagle2 import Eagle2
-from smart_decoding.core.policies.protocol import StatelessPolicy
+from smart_decoding.core.policies.protocol import Round, StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
@@ -31,7 +31,11 @@ class Exploring(StatelessPolicy):
         self.plan = wide.plan
         self.frontier = wide.frontier
         self.select = wide.select
-        self.observe = learner.observe
+        self._learner = learner
+
+    def observe(self, round: Round) -> None:
+        """What the round taught goes to the learner."""
+        self._learner.observe(round)
 
 
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
