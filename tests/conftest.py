@@ -15,9 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # for smart_l
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each variant of the CPU kernels that this CPU can run, one after another; none is a
     failure."""
-    from smart_decoding.kernels.library import unavailable
-
-    assert request.param != "none", unavailable()
+    assert request.param != "none", library.unavailable()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "chosen", lambda: request.param)
         yield request.param

@@ -28,6 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))  # needs no environment
+
+from smart_decoding.kernels.library import Variant, variants  # noqa: E402
+
 CSRC = ROOT / "src" / "smart_decoding" / "kernels" / "csrc"
 TESTS = ROOT / "tests" / "native"
 BUILD = ROOT / "build" / "native-tests"
@@ -51,14 +55,6 @@ EMULATE = "SMART_EMULATE_TILES"  # AMX's tiles as plain loops, for CPUs without
 COMPILES_AT_ONCE = 2
 CANNOT_RUN = 77  # exit code of a test program that this system cannot run
 LONGEST = 1800  # seconds of a run
-
-
-@dataclass(frozen=True)
-class Variant:
-    name: str
-    arch: str
-    flags: tuple[str, ...]
-    needs: frozenset[str]  # of the flags in /proc/cpuinfo
 
 
 @dataclass
@@ -88,7 +84,7 @@ def main() -> int:
         best = [variant for variant in variants() if runs_here(variant)]
         if not best and not options.variant:
             parser.error("none of the variants runs on this CPU")
-        asked = [known[name] for name in options.variant or ()] or best[-1:]
+        asked = [known[name] for name in options.variant or ()] or best[:1]
     else:
         asked = [known[name] for name in options.variant or known]
     outcomes = []
@@ -99,37 +95,17 @@ def main() -> int:
     return int(any(outcome.how == "FAILED" for outcome in outcomes))
 
 
-def variants() -> list[Variant]:
-    """Those of variants.txt, in its order: the best ones of an architecture come last."""
-    found = []
-    for line in (CSRC / "variants.txt").read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            name, arch, flags, needs = (field.strip() for field in line.split("|"))
-            found.append(Variant(name, arch, tuple(flags.split()), frozenset(needs.split())))
-    return found
-
-
 def emulated_tiles() -> Variant:
     """AMX's variant with its tiles as plain loops: for testing only."""
     named = {variant.name: variant for variant in variants()}
     base = named["avx512-bf16"]
     if not runs_here(base):
         base = named["x86-64-v3"]
-    return Variant("emulated-tiles", base.arch, (*base.flags, f"-D{EMULATE}"), base.needs)
-
-
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    line = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
-    return frozenset(line.split(":", 1)[1].split())
+    return Variant("emulated-tiles", base.machine, (*base.flags, f"-D{EMULATE}"), base.needs)
 
 
 def runs_here(variant: Variant) -> bool:
-    return variant.arch == platform.machine() and variant.needs <= cpu_flags()
+    return variant.machine == platform.machine() and not variant.lacking
 
 
 def triplet(arch: str) -> str:
@@ -144,12 +120,12 @@ def compiler(arch: str) -> str | None:
 
 def emulator(variant: Variant) -> list[str] | None:
     """The command that runs a program of another CPU; qemu knows neither AVX-512 nor AMX."""
-    qemu = shutil.which(f"qemu-{variant.arch}")
+    qemu = shutil.which(f"qemu-{variant.machine}")
     if qemu is None or any(flag.startswith(("avx512", "amx")) for flag in variant.needs):
         return None
-    if variant.arch == platform.machine():
+    if variant.machine == platform.machine():
         return [qemu, "-cpu", "max"]
-    return [qemu, "-cpu", "max", "-L", f"/usr/{triplet(variant.arch)}"]
+    return [qemu, "-cpu", "max", "-L", f"/usr/{triplet(variant.machine)}"]
 
 
 # --------------------------------------------------------------------------------------- building
@@ -242,9 +218,9 @@ def build(cxx: str, variant: Variant, sanitize: str | None) -> Path | None:
 
 
 def attempt(variant: Variant, quick: bool, sanitize: str | None) -> Outcome:
-    cxx = compiler(variant.arch)
+    cxx = compiler(variant.machine)
     if cxx is None:
-        return Outcome(variant, "not compiled", f"no {triplet(variant.arch)}-g++")
+        return Outcome(variant, "not compiled", f"no {triplet(variant.machine)}-g++")
     if f"-D{EMULATE}" in variant.flags and not known_to_csrc(EMULATE):
         return Outcome(variant, "not compiled", f"csrc does not know {EMULATE}")
     start = time.perf_counter()
@@ -280,9 +256,9 @@ def known_to_csrc(word: str) -> bool:
 
 
 def lacking(variant: Variant) -> str:
-    if variant.arch != platform.machine():
-        return f"no qemu-{variant.arch}"
-    return "this CPU lacks " + " ".join(sorted(variant.needs - cpu_flags()))
+    if variant.machine != platform.machine():
+        return f"no qemu-{variant.machine}"
+    return "this CPU lacks " + " ".join(variant.lacking)
 
 
 def report(outcomes: Sequence[Outcome], sanitize: str | None) -> None:
@@ -290,7 +266,7 @@ def report(outcomes: Sequence[Outcome], sanitize: str | None) -> None:
     for o in outcomes:
         result = f"{o.how}: {o.why}" if o.why else o.how
         seconds = f"{o.compiled:>9.1f}{o.ran:>9.1f}"
-        print(f"{o.variant.name:<16}{o.variant.arch:<14}{seconds}  {result}")
+        print(f"{o.variant.name:<16}{o.variant.machine:<14}{seconds}  {result}")
     print(f"\nsanitizers: {sanitize}" if sanitize else "")
     for how in ("ran", "ran under emulation", "compiled only", "not compiled", "FAILED"):
         names = [o.variant.name for o in outcomes if o.how == how]

@@ -26,10 +26,12 @@ class DeniedError(ConfigError):
 
 @dataclass(frozen=True)
 class Variant:
-    """The kernels compiled for one kind of CPU. needs: names in /proc/cpuinfo."""
+    """The kernels compiled for one kind of CPU. flags: the compiler's; needs: names in
+    /proc/cpuinfo."""
 
     name: str
     machine: str
+    flags: tuple[str, ...]
     needs: frozenset[str]
 
     @property
@@ -37,13 +39,17 @@ class Variant:
         """The compiled library."""
         return LIBRARIES / f"libsmart_{self.name}.so"
 
+    @property
+    def lacking(self) -> list[str]:
+        """What it needs and this CPU has not."""
+        return sorted(self.needs - cpu_flags())
+
     def refusal(self) -> str | None:
         """Why it cannot run here, as far as can be told without loading it; None if it can."""
         if self.machine != platform.machine():
             return f"is for {self.machine}, this is {platform.machine()}"
-        lacking = sorted(self.needs - cpu_flags())
-        if lacking:
-            return f"needs {', '.join(lacking)}, which this CPU lacks"
+        if self.lacking:
+            return f"needs {', '.join(self.lacking)}, which this CPU lacks"
         return None if self.path.exists() else f"is not built ({self.path} is missing)"
 
 
@@ -66,8 +72,8 @@ def variants() -> tuple[Variant, ...]:
     found = []
     for line in lines:
         if line and not line.startswith("#"):
-            name, machine, _, needs = (part.strip() for part in line.split("|"))
-            found.append(Variant(name, machine, frozenset(needs.split())))
+            name, machine, flags, needs = (part.strip() for part in line.split("|"))
+            found.append(Variant(name, machine, tuple(flags.split()), frozenset(needs.split())))
     return tuple(reversed(found))
 
 
@@ -128,11 +134,11 @@ def library() -> ctypes.CDLL:
 def unavailable() -> str | None:
     """Why no kernels can run here, or None. Raises ConfigError if SMART_ISA names some that
     cannot."""
-    if os.environ.get("SMART_ISA"):
-        chosen()
     try:
         chosen()
     except ConfigError as error:
+        if os.environ.get("SMART_ISA"):
+            raise
         return str(error)
     return None
 
@@ -167,9 +173,8 @@ def _nothing() -> str:
     mine = [variant for variant in reversed(variants()) if variant.machine == platform.machine()]
     if not mine:
         return f"there are no CPU kernels for {platform.machine()}"
-    lacking = sorted(mine[0].needs - cpu_flags())
-    if lacking:
-        return f"this CPU lacks {', '.join(lacking)}, which the CPU kernels need"
+    if mine[0].lacking:
+        return f"this CPU lacks {', '.join(mine[0].lacking)}, which the CPU kernels need"
     return f"the CPU kernels are not built: {BUILD}"
 
 
