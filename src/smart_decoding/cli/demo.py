@@ -69,7 +69,19 @@ def main(args: argparse.Namespace) -> None:
     print(summary(*measure(plain, smart, params)))
     model = smart.provenance.get("model", DEFAULT_MODEL)
     weights = smart.provenance.get("weights", "unknown")
-    print(f"model: {model}, weights: {weights}\n\n{NEXT}")
+    print(f"model: {model}, weights: {weights}\n{kernels()}\n\n{NEXT}")
+
+
+def kernels() -> str:
+    """What computed: the kernels' variant on a CPU, plain torch where there are none."""
+    from smart_decoding.kernels import library
+    from smart_decoding.models.target import device_of
+
+    device = device_of("auto")  # as LLM takes it
+    if device.type != "cpu":
+        return f"device: {device}"
+    reason = library.unavailable()
+    return f"CPU kernels: {library.chosen() if reason is None else f'none, plain torch ({reason})'}"
 
 
 def load(speculative_config: dict[str, Any] | bool, allow_slow: bool) -> LLM:
