@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.engine.engine import Engine, EngineConfig
-from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.engine.stopping import Decode
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.grammars import Grammars
@@ -26,6 +23,11 @@ from smart_decoding.multimodal.messages import as_text, has_pictures, split
 from smart_decoding.multimodal.pixels import load_reader
 from smart_decoding.multimodal.prompts import MediaPrompt, PromptBuilder
 from smart_decoding.speculation import Speculation, build_speculation, check_speculation
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.protocol import Policy
+    from smart_decoding.engine.request import Request, RequestMetrics
+    from smart_decoding.engine.stopping import Decode
 
 Prompt = str | Sequence[int] | MediaPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]

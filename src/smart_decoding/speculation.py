@@ -8,13 +8,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import Forecast
 from smart_decoding.core.policies import check_policy, make_policy, policy_options, user_options
-from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.eagle import EagleDrafter
@@ -22,7 +21,6 @@ from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
-from smart_decoding.engine.protocols import Drafter
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.chooser import native_chooser
 from smart_decoding.models.draft_model import DraftModel
@@ -34,6 +32,10 @@ from smart_decoding.models.target import TorchTarget, fitting_memory
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import largest_batch, longest_context, measure
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.protocol import Policy
+    from smart_decoding.engine.protocols import Drafter
 
 log = logging.getLogger("smart.speculation")
 

@@ -15,12 +15,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from smart_decoding.bench.reliability import Reliability
-from smart_decoding.engine.engine import Engine, RoundRecord
-from smart_decoding.engine.media import Media
-from smart_decoding.engine.request import Request
-from smart_decoding.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine, RoundRecord
+    from smart_decoding.engine.media import Media
+    from smart_decoding.engine.request import Request
+    from smart_decoding.engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench.options import BenchOptions
+if TYPE_CHECKING:
+    from smart_decoding.bench.options import BenchOptions
 
 OUTPUTS = ("resume", "json", "html", "plots")
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from smart_decoding.bench.blocks import Block, Prompt, run_block
 from smart_decoding.bench.options import BASELINE, OURS, BenchOptions
 from smart_decoding.bench.resume import block_of, plain_block
 from smart_decoding.bench.summary import noise, smart_over, summarise
-from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
 
 NOISE_EVERY = 3  # cycles
 # a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8:

@@ -13,16 +13,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt, run_block
 from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.resume import Progress
-from smart_decoding.engine.engine import Engine
-from smart_decoding.engine.request import Request
+
+if TYPE_CHECKING:
+    from smart_decoding.bench.resume import Progress
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.engine.request import Request
 
 SECONDS = 45.0  # of arrivals, for each policy and load
 SEGMENTS = 3  # in which they come

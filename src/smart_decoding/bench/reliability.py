@@ -4,12 +4,15 @@ target chose."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.core.policies.protocol import Round
 from smart_decoding.core.tree import ROOT
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.protocol import Round
 
 BINS = 10  # of equal width
 

@@ -15,16 +15,18 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import smart_decoding
 from smart_decoding.bench.blocks import Answer, Block, Counts
-from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.provenance import commit, hardware, versions, write_text
 from smart_decoding.bench.reliability import Reliability
 from smart_decoding.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smart_decoding.bench.options import BenchOptions
 
 _MACHINE = ("machine", "cpu", "cores", "threads", "gpu", "cpu_kernels")
 _NOT_PART = (

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tqdm import tqdm
 
@@ -23,15 +23,17 @@ from smart_decoding.bench.cycles import Measurement, Prompts, cycles_of, measure
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.limits import measure_limits
 from smart_decoding.bench.limits import shares as limit_shares
-from smart_decoding.bench.options import Arm, BenchOptions
 from smart_decoding.bench.peak import forget_peak, peak_gib
 from smart_decoding.bench.provenance import memory, provenance
 from smart_decoding.bench.resume import Progress, key_of
 from smart_decoding.bench.traffic import Sizes, achieved
-from smart_decoding.core.cost import CostModel
 from smart_decoding.engine_args import DEFAULT_MODEL_LEN
 from smart_decoding.errors import CapacityError
 from smart_decoding.llm import LLM
+
+if TYPE_CHECKING:
+    from smart_decoding.bench.options import Arm, BenchOptions
+    from smart_decoding.core.cost import CostModel
 
 LONG_PROMPT = 4096  # the longest of the task `long`, for which memory is then made
 # KV memory is made for prompts up to this on average; longer ones may be preempted

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.models.config import ModelConfig
+if TYPE_CHECKING:
+    from smart_decoding.models.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

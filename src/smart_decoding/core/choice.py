@@ -5,10 +5,12 @@ it."""
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.tree import FloatArray, IntArray
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray, IntArray
 
 NONE = 1e30  # in place of a loss: there is no candidate, and no size reaches so far
 _ONE = np.float64(1.0).view(np.int64)

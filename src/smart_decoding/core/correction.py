@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.tree import FloatArray, IntArray
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray, IntArray
 
 BINS = 27  # two per octave: centres at 1, 1.4, 2, ... 8192 rows
 MAX_ROWS = 8192

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,7 +33,9 @@ from smart_decoding.core.cost_fit import (
     is_usable,
 )
 from smart_decoding.core.curve import Curve
-from smart_decoding.core.tree import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray, IntArray
 
 __all__ = ["CostModel", "Curve", "DraftSample", "Sample", "VerifySample"]
 

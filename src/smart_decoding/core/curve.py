@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import isotonic_regression  # type: ignore[import-untyped, unused-ignore]
 
-from smart_decoding.core.tree import FloatArray
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray
 
 
 @dataclass(frozen=True, slots=True)

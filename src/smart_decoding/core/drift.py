@@ -4,10 +4,12 @@ test, both ways."""
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.tree import BoolArray, FloatArray, IntArray
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import BoolArray, FloatArray, IntArray
 
 ODDS = 4.0  # the alternatives tested: acceptance odds four times lower, or higher
 # Log likelihood ratio that raises the alarm. False ones in 21,600 steady simulated rounds: 4 at 6,

@@ -12,11 +12,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import least_squares  # type: ignore[import-untyped, unused-ignore]
 
-from smart_decoding.core.tree import FloatArray
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray
 
 _MAX_EXPONENT = 50.0
 

@@ -4,13 +4,15 @@ et al. 2023)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from smart_decoding.core.tree import IntArray
 from smart_decoding.drafters.levels import Asked, LevelDrafter, Ranked, State
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.request import Request
-from smart_decoding.engine.rows import Rows
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.engine.request import Request
+    from smart_decoding.engine.rows import Rows
 
 
 class SmallModel(Protocol):

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from smart_decoding.core.policies.chooser import Growth
-from smart_decoding.core.policies.protocol import DraftPlan
-from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.drafters.levels import Asked, LevelDrafter, Ranked, State, asked_of
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.engine.protocols import Grown
-from smart_decoding.engine.request import Request
-from smart_decoding.engine.rows import Rows
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.chooser import Growth
+    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.engine.protocols import Grown
+    from smart_decoding.engine.request import Request
+    from smart_decoding.engine.rows import Rows
 
 LOG = 64  # rounds of plain decoding that are shared out together
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from smart_decoding.core.policies.protocol import DraftPlan
-from smart_decoding.core.tree import DraftTrees, IntArray
-from smart_decoding.engine.protocols import Features, Grow, Logits
-from smart_decoding.engine.request import Request
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.engine.protocols import Features, Grow, Logits
+    from smart_decoding.engine.request import Request
 
 
 class FreeDrafter:

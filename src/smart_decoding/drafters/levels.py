@@ -20,16 +20,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
-from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.engine.protocols import Grow
-from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import Rows, RowsBuilder
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.engine.protocols import Grow
+    from smart_decoding.engine.request import Request
 
 WINDOW = 512  # rows that may wait for a request
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smart_decoding.core.policies.common import require_int
-from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.free import FreeDrafter
-from smart_decoding.engine.protocols import Features
-from smart_decoding.engine.request import Request
 from smart_decoding.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.engine.protocols import Features
+    from smart_decoding.engine.request import Request
 
 SHORTER = 0.25  # weight of an occurrence per token that it matches less than the longest match
 

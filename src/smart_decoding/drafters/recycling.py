@@ -9,17 +9,19 @@ model and no training, for every target.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.core.policies.common import require_int
-from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.engine.protocols import Logits
-from smart_decoding.engine.request import Request
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.engine.request import Request
 
 # (logits [rows, vocab], k) -> ids [rows, k] and softmax probabilities [rows, k], largest first.
 TopK: TypeAlias = Callable[[Logits, int], tuple[NDArray[np.integer], NDArray[np.floating]]]

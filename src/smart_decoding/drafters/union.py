@@ -14,15 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smart_decoding.core.calibration import path_products
-from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
-from smart_decoding.engine.protocols import Drafter, Features, Grow, Logits
-from smart_decoding.engine.request import Request
 from smart_decoding.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.engine.protocols import Drafter, Features, Grow, Logits
+    from smart_decoding.engine.request import Request
 
 MODEL = 0
 

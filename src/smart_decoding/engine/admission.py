@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smart_decoding.engine.kv import BlockTable, PagePool
-from smart_decoding.engine.media import Media
-from smart_decoding.engine.protocols import Clock, Target
 from smart_decoding.engine.request import Request, RequestMetrics
-from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.specs import new_history
 from smart_decoding.engine.stopping import Decode, StopChecker
-from smart_decoding.engine.structured import Constraint, StructuredOutputsParams
 from smart_decoding.errors import CapacityError, ConfigError
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.media import Media
+    from smart_decoding.engine.protocols import Clock, Target
+    from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.engine.structured import Constraint, StructuredOutputsParams
 
 BEFORE = 6  # tokens of the prompt's end that the text of an answer's first token may depend on
 

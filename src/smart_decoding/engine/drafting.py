@@ -1,24 +1,55 @@
-"""Drafting a round's trees: level by level, or all levels in one call of the drafter."""
+"""Drafting a round's trees by a rule: level by level, or all levels in one call of the drafter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
-from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Policy
-from smart_decoding.core.tree import DraftTrees
-from smart_decoding.engine.protocols import Clock, Drafter, Grow
-from smart_decoding.engine.request import Request
+from smart_decoding.core.rule import NO_NODES
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import BatchState
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.engine.protocols import Clock, Drafter, Grow
+    from smart_decoding.engine.request import Request
+
+
+class Selection(Protocol):
+    """Follows rules: numpy (`RuleSelection`), or a backend's native form of the same."""
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `TreeRule.frontier`."""
+        ...
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """See `TreeRule.select`."""
+        ...
+
+
+class RuleSelection:
+    """The reference: what the rule itself says."""
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `TreeRule.frontier`."""
+        return rule.frontier(trees, level)
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """See `TreeRule.select`."""
+        return rule.select(trees)
 
 
 @dataclass(slots=True)
 class Draft:
     """A round's trees, and what they took.
 
-    widths, level_seconds: rows and seconds of each level that the model ran. seconds: all that the
-    drafter took. interrupted: a request arrived that can begin at once; the trees are dropped."""
+    kept: nodes to verify. widths, level_seconds: rows and seconds of each level that the model ran.
+    seconds: all that the drafter took. interrupted: a request arrived that can begin at once; the
+    trees are dropped."""
 
     trees: DraftTrees
+    kept: IntArray = field(default_factory=NO_NODES.copy)
     widths: list[int] = field(default_factory=list)
     level_seconds: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -27,51 +58,53 @@ class Draft:
 
 def draft_trees(
     drafter: Drafter,
-    policy: Policy,
-    plan: DraftPlan,
+    selection: Selection,
+    rule: TreeRule,
     batch: BatchState,
     requests: Sequence[Request],
     arrived: Callable[[], bool],
     clock: Clock,
 ) -> Draft:
-    """Drafts as `plan` says; between levels `arrived` may interrupt it."""
-    if plan.growth is not None and drafter.grow is not None:
-        return _in_one_call(drafter.grow, plan, batch, requests, arrived, clock)
+    """Drafts as `rule` says; between levels `arrived` may interrupt it."""
+    if drafter.grow is not None:
+        return _in_one_call(drafter.grow, rule, batch, requests, arrived, clock)
     start = clock()
-    draft = Draft(drafter.start(requests, plan))
+    draft = Draft(drafter.start(requests, rule))
     draft.seconds = clock() - start
     width = batch.size + batch.catch_up_rows
-    for level in range(1, plan.levels + 1):
+    for level in range(1, rule.levels + 1):
         draft.widths.append(width)
         draft.level_seconds.append(clock() - start)
         if arrived():
             draft.interrupted = True
-            break
-        if level == plan.levels:
-            break
-        nodes = policy.frontier(plan, batch, draft.trees, level)
-        if nodes is None or not len(nodes):
+            return draft
+        nodes = selection.frontier(rule, draft.trees, level)
+        if not len(nodes):
             break
         start = clock()
-        width = drafter.expand(requests, draft.trees, nodes, plan)
+        width = drafter.expand(requests, draft.trees, nodes, rule)
         draft.seconds += clock() - start
         if not width:
             break
+    draft.kept = selection.select(rule, draft.trees)
     return draft
 
 
 def _in_one_call(
     grow: Grow,
-    plan: DraftPlan,
+    rule: TreeRule,
     batch: BatchState,
     requests: Sequence[Request],
     arrived: Callable[[], bool],
     clock: Clock,
 ) -> Draft:
-    """The same where the drafter follows `plan.growth` by itself."""
+    """The same where the drafter follows the rule by itself."""
     start = clock()
-    trees, expanded, level_seconds, choosing = grow(requests, plan)
-    seconds = clock() - start - choosing
-    level_seconds[0] = seconds - sum(level_seconds[1:])
-    widths = [batch.size + batch.catch_up_rows, *expanded]
-    return Draft(trees, widths, level_seconds, seconds, arrived())
+    grown = grow(requests, rule)
+    seconds = clock() - start - grown.choosing
+    level_seconds = list(grown.seconds)
+    widths = []
+    if level_seconds:
+        level_seconds[0] = seconds - sum(level_seconds[1:])
+        widths = [batch.size + batch.catch_up_rows, *grown.expanded]
+    return Draft(grown.trees, grown.kept, widths, level_seconds, seconds, arrived())

@@ -5,24 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
 from smart_decoding.engine.drafting import Draft, draft_trees
 from smart_decoding.engine.kv import PAGE, PagePool
-from smart_decoding.engine.media import Media
-from smart_decoding.engine.protocols import Clock, Drafter, Target
-from smart_decoding.engine.request import Request
-from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.scheduler import Batch, Scheduler
-from smart_decoding.engine.stopping import Decode
 from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
 from smart_decoding.engine.verification import Verified, make_room, verify
 from smart_decoding.errors import CapacityError, ConfigError
+
+if TYPE_CHECKING:
+    from smart_decoding.core.acceptance import Acceptance
+    from smart_decoding.engine.media import Media
+    from smart_decoding.engine.protocols import Clock, Drafter, Target
+    from smart_decoding.engine.request import Request
+    from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.engine.stopping import Decode
 
 __all__ = ["BEFORE", "Engine", "EngineConfig", "RoundRecord"]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.engine.structured import Constraint
+if TYPE_CHECKING:
+    from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.engine.structured import Constraint
 
 
 class TokenHistory:

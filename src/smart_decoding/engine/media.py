@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.kv import PAGE
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
 
 # (first row, embeddings [rows, hidden])
 MultimodalEmbeddings: TypeAlias = Sequence[tuple[int, Any]]

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
-from smart_decoding.core.acceptance import Acceptance
-from smart_decoding.core.policies.protocol import DraftPlan
-from smart_decoding.core.tree import DraftTrees, IntArray
-from smart_decoding.engine.kv import Ints
+from smart_decoding.core.rule import TreeRule
 from smart_decoding.engine.request import Request
-from smart_decoding.engine.rows import Rows
+
+if TYPE_CHECKING:
+    from smart_decoding.core.acceptance import Acceptance
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.engine.kv import Ints
+    from smart_decoding.engine.rows import Rows
 
 Features: TypeAlias = Any
 Logits: TypeAlias = Any
@@ -24,16 +26,17 @@ Clock: TypeAlias = Callable[[], float]
 
 
 class Grown(NamedTuple):
-    """A round's trees, the nodes that a model ran at levels 2, 3, ..., the seconds of levels 1, 2,
-    ..., and those that choosing took."""
+    """A round's trees, those of their nodes to verify, the nodes that a model ran at levels 2, 3,
+    ..., the seconds of levels 1, 2, ..., and those that choosing took."""
 
     trees: DraftTrees
+    kept: IntArray
     expanded: list[int]
     seconds: list[float]
     choosing: float
 
 
-Grow: TypeAlias = Callable[[Sequence[Request], DraftPlan], Grown]
+Grow: TypeAlias = Callable[[Sequence[Request], TreeRule], Grown]
 
 
 @dataclass(slots=True)
@@ -120,7 +123,7 @@ class Target(Protocol):
 
 class Drafter(Protocol):
     """Whatever proposes tokens. `max_levels` is 0 for a drafter without model cost. grow: `start`,
-    and then `expand` as `plan.growth` says, in one call, where the drafter can do that."""
+    `expand` and the choice of what to verify in one call, where the drafter follows rules itself."""
 
     name: str
     max_levels: int
@@ -134,12 +137,12 @@ class Drafter(Protocol):
         """Rows the first level must process for these requests."""
         ...
 
-    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
-        """The first model level (if plan.levels > 0), and all that free drafters propose."""
+    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        """The first model level (if rule.levels > 0), and all that free drafters propose."""
         ...
 
     def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
         """Appends the children of `nodes`, all of one level; returns how many the model ran: others
         stay leaves."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.engine.kv import BlockTable
-from smart_decoding.engine.media import Media
-from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.engine.stopping import StopChecker
-from smart_decoding.engine.structured import Constraint
+if TYPE_CHECKING:
+    from smart_decoding.engine.kv import BlockTable
+    from smart_decoding.engine.media import Media
+    from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.engine.stopping import StopChecker
+    from smart_decoding.engine.structured import Constraint
 
 
 @dataclass(slots=True)

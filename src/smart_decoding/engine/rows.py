@@ -10,13 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
-from smart_decoding.engine.media import MultimodalEmbeddings
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.media import MultimodalEmbeddings
 
 Ints: TypeAlias = NDArray[np.int32]
 

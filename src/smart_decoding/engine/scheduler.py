@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from smart_decoding.engine.kv import PAGE, OutOfPagesError, PagePool
-from smart_decoding.engine.request import Request
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.request import Request
 
 
 @dataclass(slots=True)

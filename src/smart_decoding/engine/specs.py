@@ -4,11 +4,14 @@ tree."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from smart_decoding.core.tree import DraftTrees
 from smart_decoding.engine.history import SampleSpec, TokenHistory
-from smart_decoding.engine.request import Request
-from smart_decoding.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import DraftTrees
+    from smart_decoding.engine.request import Request
+    from smart_decoding.engine.sampling_params import SamplingParams
 
 
 def new_history(prompt: Sequence[int], params: SamplingParams) -> TokenHistory | None:

@@ -4,10 +4,12 @@ length, loops."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from smart_decoding.engine.loops import LoopDetector
-from smart_decoding.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.sampling_params import SamplingParams
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 Decode: TypeAlias = Callable[[Sequence[int]], str]

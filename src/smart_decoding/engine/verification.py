@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,11 +22,13 @@ from smart_decoding.engine.protocols import (
     TargetScores,
     VerifyGreedy,
 )
-from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import RowLayout, Span, build_rows
-from smart_decoding.engine.scheduler import Batch
 from smart_decoding.engine.specs import specs_of
 from smart_decoding.errors import ModelError
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.request import Request
+    from smart_decoding.engine.scheduler import Batch
 
 
 @dataclass(slots=True)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from smart_decoding.core.tree import FloatArray
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray
 
 KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # batch sizes
 PRIOR = 4.0  # observations that a starting guess is worth

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ctypes import Structure, byref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.core.calibration import DEPTHS, FINE, FINE_OF, KINDS
-from smart_decoding.core.lookahead import LookAhead
-from smart_decoding.core.policies.chooser import Drafted, Growth
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.protocols import Grown
 from smart_decoding.kernels import abi, library
 from smart_decoding.kernels.memory import address, address_or_none
+
+if TYPE_CHECKING:
+    from smart_decoding.core.lookahead import LookAhead
+    from smart_decoding.core.policies.chooser import Drafted, Growth
 
 _NONE = np.zeros(0, np.int64)
 _TABLE_TOO_SMALL = -1  # nodes of a drafter that the calibration has no cells for yet

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.errors import ModelError
 from smart_decoding.models import rope
-from smart_decoding.models.rope import RopeScaling
+
+if TYPE_CHECKING:
+    from smart_decoding.models.rope import RopeScaling
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",

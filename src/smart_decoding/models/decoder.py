@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smart_decoding.engine.media import MultimodalEmbeddings
-from smart_decoding.engine.rows import Rows
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.ops import Arena, packed_rows
-from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.graphs import BUCKETS, GraphedLayers, graphed
 from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.layers import (
@@ -29,6 +27,11 @@ from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import NativeModel
 from smart_decoding.models.rows import native_rows
 from smart_decoding.models.torch_layers import TorchLayers
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.media import MultimodalEmbeddings
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.config import ModelConfig
 
 
 @dataclass

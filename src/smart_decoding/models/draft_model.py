@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import ChainMap
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from smart_decoding.drafters.levels import Asked, Ranked
-from smart_decoding.engine.rows import Rows
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.kernel_check import use_native
-from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.ranking import ranked
 from smart_decoding.models.target import TorchTarget, fitting_memory
+
+if TYPE_CHECKING:
+    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.loading import Checkpoint
 
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 

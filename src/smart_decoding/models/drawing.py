@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.engine.history import SampleSpec
-from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
@@ -28,6 +27,10 @@ from smart_decoding.models.noise import (
     uniform_bits,
 )
 from smart_decoding.models.processors import FloatRow, process
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.history import SampleSpec
+    from smart_decoding.engine.sampling_params import SamplingParams
 
 LOWEST = float(np.finfo(np.float32).min)  # forbidden tokens, at -inf, are below every floor
 # of a probability: nearer to top_p the kernels' sums are not exact enough to say what is in the

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from smart_decoding.core.policies.chooser import Growth
-from smart_decoding.core.tree import IntArray
-from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.protocols import Grown
-from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ModelError
 from smart_decoding.models.decoder import rotary_table
 from smart_decoding.models.features import Features, Part, take_rows
-from smart_decoding.models.head_files import HeadFiles
 from smart_decoding.models.head_levels import Eagle2Levels, Eagle3Levels, HeadCache, Levels
 from smart_decoding.models.head_weights import HeadWeights
 from smart_decoding.models.kernel_check import unserved
 from smart_decoding.models.layers import KVCache
 from smart_decoding.models.native_level import NativeLevel
-from smart_decoding.models.target_weights import TargetWeights
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.chooser import Growth
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.engine.protocols import Grown
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.head_files import HeadFiles
+    from smart_decoding.models.target_weights import TargetWeights
 
 
 class EagleHead:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smart_decoding.core.tree import IntArray
 from smart_decoding.kernels.memory import address
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
 
 Features: TypeAlias = Tensor | NDArray[np.float32]
 Part: TypeAlias = Features | tuple[Sequence[Features], int]  # see drafters.eagle.Head

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ from tqdm import tqdm
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.hub import cache_dir, scratch, sha256_of
-from smart_decoding.models.registry import Source
 from smart_decoding.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from smart_decoding.models.registry import Source
 
 _VERSION = 1  # of the conversion: cached folders of another version are not used
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written

@@ -8,14 +8,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.structured import StructuredOutputsParams
+    from smart_decoding.models.tokenizer import Tokenizer
 
 # Unbounded blanks are how small models fill an answer to its end. `lenient` would ignore keywords
 # that are not known.

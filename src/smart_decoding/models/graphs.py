@@ -14,12 +14,15 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from smart_decoding.models.layers import Context, KVCache, Layers, LayerWeights
 from smart_decoding.models.torch_layers import TorchLayer, TorchLayers, attend
+
+if TYPE_CHECKING:
+    from smart_decoding.models.layers import Context, KVCache, Layers, LayerWeights
 
 log = logging.getLogger("smart.graphs")
 

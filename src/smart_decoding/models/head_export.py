@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import whole
-from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.head_files import ARCHITECTURE, HeadFiles
 from smart_decoding.models.head_shapes import FIRST
 from smart_decoding.models.loading import Checkpoint
+
+if TYPE_CHECKING:
+    from smart_decoding.models.config import ModelConfig
 
 # what a speculators config must name; engines that read it let the user choose another
 TOKENS_PER_STEP = 3

@@ -11,14 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from smart_decoding.core.tree import IntArray
-from smart_decoding.drafters.levels import Asked, Ranked
-from smart_decoding.engine.rows import Rows
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.models.decoder import put
 from smart_decoding.models.features import Part, as_tensor, take_rows
@@ -26,8 +23,13 @@ from smart_decoding.models.head_weights import HeadWeights, head_layers
 from smart_decoding.models.layers import Context, KVCache
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.ranking import ranked
-from smart_decoding.models.target_weights import OutputMatrix
 from smart_decoding.models.torch_layers import rms_norm
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.target_weights import OutputMatrix
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
 from smart_decoding.errors import ModelError
-from smart_decoding.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from smart_decoding.models.config import ModelConfig
 
 FIRST = "midlayer."  # EAGLE-3's name for the layer
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from smart_decoding.kernels.ops import Arena, packed_rows
 from smart_decoding.models.decoder import layer_weights
-from smart_decoding.models.head_files import HeadFiles
 from smart_decoding.models.head_shapes import FIRST, layer_prefixes
 from smart_decoding.models.layers import Layers, NativeLayers
 from smart_decoding.models.linear import Linear
-from smart_decoding.models.target_weights import TargetWeights
 from smart_decoding.models.torch_layers import TorchLayers
+
+if TYPE_CHECKING:
+    from smart_decoding.models.head_files import HeadFiles
+    from smart_decoding.models.target_weights import TargetWeights
 
 
 class HeadWeights:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels import library
 from smart_decoding.kernels.ops import HEAD_DIMS, MAX_QUERIES
-from smart_decoding.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from smart_decoding.models.config import ModelConfig
 
 log = logging.getLogger("smart.kernels")
 

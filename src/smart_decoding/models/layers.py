@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from ctypes import Structure
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.rows import Rows
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.ops import Arena
 from smart_decoding.models.rows import GatheredRows, native_rows
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.kernels.ops import Arena
 
 
 @dataclass

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import Structure
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from smart_decoding.core.policies.chooser import Growth
-from smart_decoding.core.tree import IntArray
-from smart_decoding.drafters.levels import Asked, Ranked
-from smart_decoding.engine.protocols import Grown
-from smart_decoding.engine.rows import Rows
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.chooser import FirstLevel, NativeChooser, most_expanded
 from smart_decoding.kernels.memory import address, address_or_none
 from smart_decoding.models.features import Part, readable, row_addresses
-from smart_decoding.models.head_levels import HeadCache
 from smart_decoding.models.head_weights import HeadWeights, head_layers
 from smart_decoding.models.layers import NativeLayers
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import embedding_addresses
 from smart_decoding.models.ranking import noise_of
 from smart_decoding.models.rows import native_rows
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.chooser import Growth
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.engine.protocols import Grown
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.head_levels import HeadCache
 
 
 class NativeLevel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import Structure
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,14 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.core.acceptance import Acceptance
-from smart_decoding.core.tree import IntArray
-from smart_decoding.engine.media import MultimodalEmbeddings
 from smart_decoding.engine.protocols import GreedyBatch, GreedyRound
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address, address_or_none
 from smart_decoding.kernels.ops import pointer
-from smart_decoding.models.layers import KVCache, NativeLayers
-from smart_decoding.models.linear import Linear
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.engine.media import MultimodalEmbeddings
+    from smart_decoding.models.layers import KVCache, NativeLayers
+    from smart_decoding.models.linear import Linear
 
 
 class NativeModel:

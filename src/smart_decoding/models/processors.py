@@ -3,10 +3,13 @@ history."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.engine.history import SampleSpec
+if TYPE_CHECKING:
+    from smart_decoding.engine.history import SampleSpec
 
 FloatRow = NDArray[np.float32]
 

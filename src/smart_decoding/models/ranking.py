@@ -3,16 +3,20 @@ with, and what recycling remembers."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
 from smart_decoding.models.noise import gumbel, noise_key
-from smart_decoding.models.processors import FloatRow
+
+if TYPE_CHECKING:
+    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.models.processors import FloatRow
 
 
 def noise_of(asked: Asked) -> tuple[FloatRow, NDArray[np.uint64] | None]:

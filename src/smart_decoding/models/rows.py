@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ctypes import Structure
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.rows import Rows
 from smart_decoding.kernels import ops
 from smart_decoding.kernels.memory import address
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)

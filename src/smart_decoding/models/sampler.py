@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from smart_decoding.core.tree import IntArray
-from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
 from smart_decoding.models.drawing import draw, top_k_floor
-from smart_decoding.models.processors import FloatRow
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.engine.history import SampleSpec
+    from smart_decoding.models.processors import FloatRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import GreedyBatch, GreedyRound, TargetScores, VerifyGreedy
-from smart_decoding.engine.rows import Rows
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.kernel_check import use_native, why_slow
-from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.sampler import Sampled, Sampler
 from smart_decoding.models.vision import VisionTower
-from smart_decoding.multimodal.pixels import Pixels
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.loading import Checkpoint
+    from smart_decoding.multimodal.pixels import Pixels
 
 DTYPES = {
     "bfloat16": torch.bfloat16,

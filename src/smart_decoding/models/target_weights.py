@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.layers import Workspace
-from smart_decoding.models.linear import Linear
+if TYPE_CHECKING:
+    from smart_decoding.models.config import ModelConfig
+    from smart_decoding.models.layers import Workspace
+    from smart_decoding.models.linear import Linear
 
 
 class OutputMatrix(Protocol):

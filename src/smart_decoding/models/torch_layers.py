@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smart_decoding.models.layers import Context, KVCache, LayerWeights
+if TYPE_CHECKING:
+    from smart_decoding.models.layers import Context, KVCache, LayerWeights
 
 
 class TorchLayers:

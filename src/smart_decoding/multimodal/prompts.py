@@ -5,18 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.media import Media, Picture
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.multimodal import messages as parts
 from smart_decoding.multimodal.images import MODALITIES, Limits, open_image
 from smart_decoding.multimodal.messages import Message, PictureSource
-from smart_decoding.multimodal.pixels import PixelReader, Pixels
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.multimodal.pixels import PixelReader, Pixels
 
 _MARKER = "smart-marker"  # a text that no template contains
 

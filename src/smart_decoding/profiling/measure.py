@@ -6,18 +6,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from smart_decoding.core.cost import CostModel, DraftSample, Sample, VerifySample
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import GreedyBatch
 from smart_decoding.engine.rows import Rows, Span, build_rows
-from smart_decoding.models.target import TorchTarget
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
+
+if TYPE_CHECKING:
+    from smart_decoding.drafters.levels import LevelDrafter
+    from smart_decoding.models.target import TorchTarget
 
 PER_SEQUENCE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 LATE_PER_SEQUENCE = (1, 4, 16)  # at the longer context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,12 +12,14 @@ from smart_decoding.core.lookahead import RANKS, LookAhead
 from smart_decoding.core.policies.chooser import Drafted, Growth
 from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees
-from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.kernels.chooser import native_chooser
+
+if TYPE_CHECKING:
+    from smart_decoding.drafters.levels import LevelDrafter
 
 PLAN = DraftPlan(speculate=True, levels=8, children=8)
 AT_ONCE = 256  # rows that are caught up with together

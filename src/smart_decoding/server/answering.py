@@ -7,21 +7,23 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from smart_decoding.engine.media import Media
-from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.llm import LLM
 from smart_decoding.server.answers import CompletionForm, Form, Json, Usage, envelope, in_order
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.jobs import Chunk, Job
-from smart_decoding.server.schemas import Sampling
-from smart_decoding.server.settings import ServerSettings
-from smart_decoding.server.worker import Worker
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.media import Media
+    from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.llm import LLM
+    from smart_decoding.server.schemas import Sampling
+    from smart_decoding.server.settings import ServerSettings
+    from smart_decoding.server.worker import Worker
 
 T = TypeVar("T")
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end

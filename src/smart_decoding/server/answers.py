@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.engine.stopping import Detokenizer
-from smart_decoding.server.jobs import Chunk
 from smart_decoding.server.tool_text import ToolText, whole_calls
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.stopping import Detokenizer
+    from smart_decoding.server.jobs import Chunk
 
 TokenText = Callable[[int], str]
 Json = dict[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -14,10 +15,12 @@ from smart_decoding.server import errors, openai_api
 from smart_decoding.server.answering import STREAM_HEADERS
 from smart_decoding.server.exposition import CONTENT_TYPE
 from smart_decoding.server.live import CSP, PAGE, Live
-from smart_decoding.server.metrics import Metrics
 from smart_decoding.server.middleware import Gate
-from smart_decoding.server.settings import ServerSettings
-from smart_decoding.server.worker import Worker
+
+if TYPE_CHECKING:
+    from smart_decoding.server.metrics import Metrics
+    from smart_decoding.server.settings import ServerSettings
+    from smart_decoding.server.worker import Worker
 
 
 def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live: Live) -> FastAPI:

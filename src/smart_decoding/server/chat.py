@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.llm import LLM
 from smart_decoding.multimodal.messages import has_pictures
 from smart_decoding.multimodal.prompts import MediaPrompt
 from smart_decoding.server import tools
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.schemas import Message
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
+    from smart_decoding.server.schemas import Message
 
 
 def chat_prompt(

@@ -7,15 +7,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from smart_decoding.engine.request import Request
 from smart_decoding.errors import CapacityError, ConfigError, SmartError
-from smart_decoding.llm import LLM
 from smart_decoding.server.errors import ApiError, of_smart_error
-from smart_decoding.server.inbox import Inbox
 from smart_decoding.server.isolation import Isolation
 from smart_decoding.server.jobs import Chunk, Delivery, Job
-from smart_decoding.server.observers import Observers
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.request import Request
+    from smart_decoding.llm import LLM
+    from smart_decoding.server.inbox import Inbox
+    from smart_decoding.server.observers import Observers
 
 log = logging.getLogger("smart.engine")
 

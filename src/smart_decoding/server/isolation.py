@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.llm import LLM
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.request import Request
+    from smart_decoding.llm import LLM
     from smart_decoding.server.engine_thread import EngineThread
 
 log = logging.getLogger("smart.engine")

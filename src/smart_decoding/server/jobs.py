@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.engine.media import Media
-from smart_decoding.engine.request import Request
-from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.server.errors import ApiError
+if TYPE_CHECKING:
+    from smart_decoding.engine.media import Media
+    from smart_decoding.engine.request import Request
+    from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.server.errors import ApiError
 
 
 @dataclass(slots=True)

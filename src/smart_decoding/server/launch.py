@@ -10,18 +10,20 @@ import math
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
 from smart_decoding.errors import ConfigError, SmartError
-from smart_decoding.llm import LLM
 from smart_decoding.server.app import create_app
 from smart_decoding.server.connections import MAX_HEAD, Connection
 from smart_decoding.server.live import Live
 from smart_decoding.server.metrics import Metrics
-from smart_decoding.server.settings import ServerSettings
 from smart_decoding.server.worker import Worker
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
+    from smart_decoding.server.settings import ServerSettings
 
 log = logging.getLogger("smart.server")
 _EXTRA = ("request_id", "status", "seconds", "model", "speculation", "address")

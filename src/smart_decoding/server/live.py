@@ -9,17 +9,19 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.protocol import Round
-from smart_decoding.engine.engine import Engine, RoundRecord
-from smart_decoding.engine.request import Request
-from smart_decoding.llm import LLM
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.worker import Worker
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.protocol import Round
+    from smart_decoding.engine.engine import Engine, RoundRecord
+    from smart_decoding.engine.request import Request
+    from smart_decoding.llm import LLM
+    from smart_decoding.server.worker import Worker
 
 PAGE = Path(__file__).with_name("page.html")
 INTERVAL = 0.25  # seconds between events

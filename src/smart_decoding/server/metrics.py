@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.protocol import Round
-from smart_decoding.engine.engine import Engine, RoundRecord
-from smart_decoding.engine.request import Request
-from smart_decoding.llm import LLM
 from smart_decoding.server.exposition import Exposition, Histogram
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.protocol import Round
+    from smart_decoding.engine.engine import Engine, RoundRecord
+    from smart_decoding.engine.request import Request
+    from smart_decoding.llm import LLM
 
 CHECK_EVERY = 8  # rounds, of which one is compared with its prediction
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

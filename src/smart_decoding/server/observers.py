@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from smart_decoding.engine.engine import Engine
-from smart_decoding.engine.request import Request
-from smart_decoding.llm import LLM
+if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.engine.request import Request
+    from smart_decoding.llm import LLM
 
 log = logging.getLogger("smart.engine")
 

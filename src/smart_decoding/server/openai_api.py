@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from smart_decoding.engine.engine import BEFORE
 from smart_decoding.engine.stopping import Detokenizer
-from smart_decoding.llm import LLM
 from smart_decoding.server.answering import Asked, answer, check_model, in_thread
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.schemas import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
-from smart_decoding.server.settings import ServerSettings
-from smart_decoding.server.worker import Worker
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
+    from smart_decoding.server.schemas import (
+        ChatRequest,
+        CompletionRequest,
+        DetokenizeRequest,
+        TokenizeRequest,
+    )
+    from smart_decoding.server.settings import ServerSettings
+    from smart_decoding.server.worker import Worker
 
 
 def router(worker: Worker, settings: ServerSettings) -> APIRouter:

@@ -12,16 +12,18 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smart_decoding.errors import SmartError
-from smart_decoding.llm import LLM
 from smart_decoding.server.engine_thread import EngineThread, Outlet
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.inbox import Inbox
 from smart_decoding.server.isolation import warm_up
 from smart_decoding.server.jobs import Delivery, Job
 from smart_decoding.server.observers import Observer, Observers
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
 
 log = logging.getLogger("smart.engine")
 

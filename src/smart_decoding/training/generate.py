@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import DraftTrees, IntArray
-from smart_decoding.engine.engine import Engine
-from smart_decoding.engine.media import MultimodalEmbeddings
-from smart_decoding.engine.protocols import Grow
-from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.llm import LLM
 from smart_decoding.multimodal.prompts import MediaPrompt
 from smart_decoding.training.seeds import user_turn
 from smart_decoding.training.shards import SHARD_TOKENS, Recorded, Writer
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.engine.media import MultimodalEmbeddings
+    from smart_decoding.engine.protocols import Grow
+    from smart_decoding.engine.request import Request
+    from smart_decoding.llm import LLM
 
 CONCURRENT = 128
 ANSWER_TOKENS = 256

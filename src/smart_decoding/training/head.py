@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smart_decoding.errors import ModelError
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.head_files import HeadFiles
 from smart_decoding.models.head_shapes import FIRST
+
+if TYPE_CHECKING:
+    from smart_decoding.models.config import ModelConfig
+    from smart_decoding.models.head_files import HeadFiles
 
 
 class RMSNorm(nn.Module):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from smart_decoding.models.head_export import output_rows
-from smart_decoding.models.head_files import HeadFiles
-from smart_decoding.models.loading import Checkpoint
-from smart_decoding.training.conversations import Conversation
-from smart_decoding.training.head import TrainableHead
+
+if TYPE_CHECKING:
+    from smart_decoding.models.head_files import HeadFiles
+    from smart_decoding.models.loading import Checkpoint
+    from smart_decoding.training.conversations import Conversation
+    from smart_decoding.training.head import TrainableHead
 
 
 class SoftCrossEntropy(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -16,7 +16,9 @@ from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
 from smart_decoding.llm import LLM, Prompt
-from smart_decoding.training.generate import PictureTurn
+
+if TYPE_CHECKING:
+    from smart_decoding.training.generate import PictureTurn
 
 PICTURES = 55  # first number of the pictures' seeds
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smart_decoding.engine.media import MultimodalEmbeddings
 from smart_decoding.files import whole
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.media import MultimodalEmbeddings
 
 SHARD_TOKENS = 50_000
 

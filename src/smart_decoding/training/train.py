@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from smart_decoding.errors import ModelError
 from smart_decoding.files import whole
 from smart_decoding.models.head_export import write_head
 from smart_decoding.models.head_files import HeadFiles
-from smart_decoding.models.loading import Checkpoint
 from smart_decoding.training.conversations import (
     Conversation,
     Keep,
@@ -37,6 +36,9 @@ from smart_decoding.training.conversations import (
 from smart_decoding.training.head import Form, TrainableHead, form_of
 from smart_decoding.training.interrupt import DeferredInterrupt
 from smart_decoding.training.objective import Objective, SoftCrossEntropy, append_choices
+
+if TYPE_CHECKING:
+    from smart_decoding.models.loading import Checkpoint
 
 HELD_OUT = 0.03  # share of the conversations, of which there are 8 at least
 SAVE_EVERY = 120.0  # seconds

@@ -7,10 +7,11 @@ part.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.round_state import RoundState
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.round_state import RoundState
 
 MAX_ROUNDS = 32  # that share a catch-up, if drafting and the answers last so long
 

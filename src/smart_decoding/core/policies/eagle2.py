@@ -3,18 +3,14 @@ fixed size."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
-from smart_decoding.core.policies.common import (
-    TokenIds,
-    best_per_owner,
-    depth_limits,
-    expandable,
-    require_int,
-    useful,
-)
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, StatelessPolicy
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.policies.base import StatelessPolicy, require_int, token_array
+from smart_decoding.core.rule import TreeRule
+from smart_decoding.core.selection import Beam, KeepBest
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import BatchState, TokenIds
 
 
 class Eagle2(StatelessPolicy):
@@ -32,29 +28,14 @@ class Eagle2(StatelessPolicy):
         self.depth = require_int("depth", depth, 0, 64)
         self.top_k = require_int("top_k", top_k, 1, 256)
         self.total_tokens = require_int("total_tokens", total_tokens, 2, 4096)
-        self.eos = frozenset(eos_token_ids)
+        self._ends = token_array(eos_token_ids)
 
-    def plan(self, batch: BatchState) -> DraftPlan:
+    def plan(self, batch: BatchState) -> TreeRule | None:
         """As many levels as the longest request may use."""
-        limits = depth_limits(batch)
+        limits = batch.limits
         levels = min(self.depth + 1, int(limits.max(initial=0)))
         if not levels:
-            return OFF
-        width = self.top_k * int((limits > 1).sum())
-        return DraftPlan(True, levels, children=self.top_k, width=width)
-
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        """The `top_k` best nodes of each request."""
-        if level >= plan.levels:
             return None
-        nodes = expandable(trees, level, depth_limits(batch), self.eos)
-        if not len(nodes):
-            return None
-        return best_per_owner(trees, nodes, trees.path_prob[nodes], self.top_k)
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        """The best nodes of each request, by the product of draft probabilities."""
-        nodes = np.flatnonzero(useful(trees, depth_limits(batch), self.eos))
-        return best_per_owner(trees, nodes, trees.path_prob[nodes], self.total_tokens - 1)
+        beam = Beam(self.top_k)
+        keep = KeepBest(self.total_tokens - 1)
+        return TreeRule(levels, self.top_k, limits, self._ends, beam, keep)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smart_decoding.core.choice import best_rates, best_size
 from smart_decoding.core.forecast import Forecast, expected_tree
-from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.overhead import size_bucket
 from smart_decoding.core.policies.catch_up import CatchUp, FirstLevel
-from smart_decoding.core.policies.learned_costs import LearnedCosts
 from smart_decoding.core.policies.round_forecast import FREE_ONLY, RoundForecast
-from smart_decoding.core.policies.round_state import RoundState
-from smart_decoding.core.tree import FloatArray
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.learned_costs import LearnedCosts
+    from smart_decoding.core.policies.round_state import RoundState
+    from smart_decoding.core.tree import FloatArray
 
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request that are considered
 SMALL_BATCH = 4  # larger ones have no room for wide or deep trees, which are not predicted then
@@ -82,7 +84,7 @@ class Forecaster:
             overhead=beside + more,
             verify=verify,
             levels=model.draft_seconds(np.arange(1 + WIDTHS[-1] * drafting), state.context),
-            ahead=LookAhead(children),
+            children=children,
             bias=math.exp(self.bias.get(size_bucket(size), 0.0)),
         )
         if state.batch.has_free:
@@ -101,7 +103,7 @@ class Forecaster:
 
     def _add_model(self, forecast: RoundForecast, drafting: int, levels: int, width: int) -> None:
         """The rates with 1, 2, ... `levels` levels of the model drafter, `width` nodes wide."""
-        tree = expected_tree(forecast.ahead.children, levels, width)
+        tree = expected_tree(forecast.children, levels, width)
         losses = np.repeat(np.sort(-tree, axis=1), drafting, axis=1)
         further = np.arange(levels, dtype=np.float64)
         sunk: FloatArray = (

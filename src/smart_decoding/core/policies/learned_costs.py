@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.overhead import Overhead
-from smart_decoding.core.policies.protocol import Round
-from smart_decoding.core.policies.round_state import RoundState
-from smart_decoding.core.tree import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import Round
+    from smart_decoding.core.policies.round_state import RoundState
+    from smart_decoding.core.tree import FloatArray, IntArray
 
 VERIFY_EVERY = 8  # rounds: a machine's state lasts for seconds only
 
@@ -33,7 +37,7 @@ class LearnedCosts:
     def observe_overhead(self, round: Round) -> None:
         """After a round that prefilled nothing."""
         if not self.disturbed:
-            speculated = round.plan.speculate
+            speculated = round.rule is not None
             self.overhead.observe(round.batch.size, round.other_seconds, speculated)
 
     def observe_plain(self, round: Round) -> None:

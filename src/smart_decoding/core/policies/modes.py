@@ -6,14 +6,17 @@ It is the one predicted best, but for burn-in, exploration and backoff.
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from smart_decoding.core.exploration import CLEAR_LOSS, Exploration
 from smart_decoding.core.overhead import size_bucket
 from smart_decoding.core.policies.backoff import Backoff
-from smart_decoding.core.policies.forecaster import Forecaster
-from smart_decoding.core.policies.protocol import Round
-from smart_decoding.core.policies.round_forecast import Option, RoundForecast
-from smart_decoding.core.policies.round_state import RoundState
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import Round
+    from smart_decoding.core.policies.forecaster import Forecaster
+    from smart_decoding.core.policies.round_forecast import Option, RoundForecast
+    from smart_decoding.core.policies.round_state import RoundState
 
 # Predicted speedup that it takes to begin drafting, and to go on: costs are known to a few per
 # cent, not better, and each return to drafting pays for the rows that have waited.
@@ -129,7 +132,7 @@ class Modes:
         plain round that did well was luck, or the costs know by now."""
         forecast = state.forecast
         assert forecast is not None
-        drafted = round.plan.speculate
+        drafted = round.rule is not None
         beside = forecast.overhead if drafted else forecast.plain - float(forecast.verify[0])
         loss = seconds + beside - (forecast.size + accepted) / state.best_rate
         if drafted:

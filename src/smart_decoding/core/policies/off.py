@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, StatelessPolicy
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.policies.base import StatelessPolicy
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import BatchState
 
 
 class Off(StatelessPolicy):
@@ -13,16 +15,5 @@ class Off(StatelessPolicy):
 
     name = "off"
 
-    def plan(self, batch: BatchState) -> DraftPlan:
+    def plan(self, batch: BatchState) -> None:
         """Plain decoding."""
-        return OFF
-
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        """Nothing to expand."""
-        return None
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        """Nothing to verify."""
-        return np.zeros(0, np.int64)

@@ -1,12 +1,8 @@
 """The published SMART rule (Wang & Zhou, arXiv 2604.09731), as far as it is known, to compare with.
 
-Level by level each candidate u, most probable first, is kept iff
-
-    alpha * c_T * ΔL(u) / ΔC_spec(n) > c_T * L / C_spec(n),
-
-n being the nodes of the request's tree so far; kept candidates are the next level's parents. Each
-request has an even share of the budget. C_spec is the fitted family (paper_costs.py); c_T is the
-seconds of a plain round at this batch.
+The rule itself is `selection.MarginalRatio`: a candidate is kept iff its expected gain over its
+cost exceeds the present ratio. Each request has an even share of the budget. C_spec is the fitted
+family (paper_costs.py). c_T, the seconds of a plain round, is on both sides and cancels.
 
 Where the paper's text is silent: L starts at 1 (the bonus token); the first candidate is
 kept while the costs are fitted through the origin, since C_spec(0) = 0 leaves the rule undefined;
@@ -16,35 +12,28 @@ about five forward passes.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.paper_costs import PaperCosts
-from smart_decoding.core.policies.common import (
-    TokenIds,
-    depth_limits,
-    expandable,
+from smart_decoding.core.policies.base import (
+    StatelessPolicy,
     require_int,
     require_number,
-    useful,
+    token_array,
 )
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, StatelessPolicy
-from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
+from smart_decoding.core.rule import TreeRule
+from smart_decoding.core.selection import MarginalRatio
 from smart_decoding.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import BatchState, TokenIds
 
 FIT_NODES = (1, 4, 16, 32, 64)
 FAMILIES = {"published": False, "offset": True}
 L_TREES = ("published", "node_sum")
-
-
-class _Tree:
-    """One request's tree so far: size, paths, expected length L, and which nodes have children."""
-
-    def __init__(self) -> None:
-        self.nodes = 0
-        self.paths = 0
-        self.length = 1.0
-        self.inner: set[int] = set()
 
 
 class Paper(StatelessPolicy):
@@ -76,89 +65,34 @@ class Paper(StatelessPolicy):
         self.mean_over_paths = l_tree == "published"
         self.max_levels = require_int("max_levels", max_levels, 1, 64)
         self.children = require_int("children", children, 1, 256)
-        self.eos = frozenset(eos_token_ids)
-        self._fits: dict[tuple[int, int], tuple[PaperCosts, float]] = {}
-        self._trees: list[_Tree] = []
-        self._kept: list[int] = []
-        self._tested = 0
+        self._ends = token_array(eos_token_ids)
+        self._rules: dict[tuple[int, int], MarginalRatio] = {}
 
-    def plan(self, batch: BatchState) -> DraftPlan:
-        """As many levels as the longest request may use; trees begin anew."""
-        limits = depth_limits(batch)
+    def plan(self, batch: BatchState) -> TreeRule | None:
+        """As many levels as the longest request may use."""
+        limits = batch.limits
         levels = min(self.max_levels, int(limits.max(initial=0)))
-        self._trees = [_Tree() for _ in range(batch.size)]
-        self._kept = []
-        self._tested = 0
-        return DraftPlan(True, levels, self.children, batch.size * self.children) if levels else OFF
-
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        """The nodes of the level that the rule keeps."""
-        kept = self._test_new(batch, trees)
-        if level >= plan.levels or not kept:
+        if not levels:
             return None
-        nodes = np.intersect1d(expandable(trees, level, depth_limits(batch), self.eos), kept)
-        return nodes if len(nodes) else None
+        rule = self._rule(batch)
+        return TreeRule(levels, self.children, limits, self._ends, rule, rule)
 
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        """All nodes that the rule kept."""
-        self._test_new(batch, trees)
-        return np.sort(np.array(self._kept, np.int64))
-
-    def _test_new(self, batch: BatchState, trees: DraftTrees) -> list[int]:
-        """Applies the rule to nodes drafted since the last call, most probable first; returns those
-        kept now."""
-        first = self._tested
-        self._tested = len(trees)
-        if first == len(trees):
-            return []
-        worth = np.flatnonzero(useful(trees, depth_limits(batch), self.eos))
-        worth = worth[worth >= first]
-        costs, plain = self._costs(batch)
-        share = max(1, self.budget // batch.size)
-        before = set(self._kept)
-        kept: list[int] = []
-        for node in worth[np.lexsort((worth, -trees.path_prob[worth]))]:
-            parent = int(trees.parent[node])
-            tree = self._trees[trees.owner[node]]
-            if tree.nodes >= share or (parent != ROOT and parent not in before):
-                continue
-            if self._keep(tree, parent, float(trees.path_prob[node]), costs, plain):
-                kept.append(int(node))
-                before.add(int(node))
-        self._kept += kept
-        return kept
-
-    def _keep(
-        self, tree: _Tree, parent: int, path_prob: float, costs: PaperCosts, plain: float
-    ) -> bool:
-        extends_leaf = parent != ROOT and parent not in tree.inner
-        paths = tree.paths + (not extends_leaf)
-        gain = path_prob / (paths if self.mean_over_paths else 1)
-        spent = costs.seconds(tree.nodes)
-        step = costs.slope(tree.nodes + 1)
-        if spent > 0 and self.alpha * plain * gain * spent <= plain * tree.length * step:
-            return False
-        tree.nodes += 1
-        tree.paths = paths
-        tree.length += gain
-        tree.inner.add(parent)
-        return True
-
-    def _costs(self, batch: BatchState) -> tuple[PaperCosts, float]:
-        """The fitted family and the plain round's seconds at this batch size and (coarsely)
-        context."""
+    def _rule(self, batch: BatchState) -> MarginalRatio:
+        """The rule at the fitted costs of this batch size and (coarsely) context."""
         context = int(batch.context.mean()) // 256 * 256 + 128
         key = (batch.size, context)
-        if key not in self._fits:
-            cost = self.cost
-            size = batch.size
-            nodes = np.array(FIT_NODES)
-            verify = cost.verify_seconds(size, size * (1 + nodes), context)
-            draft = cost.draft_seconds(size * nodes, context)
-            draft += cost.first_seconds(size, 0, context) - cost.draft_seconds(size, context)
-            plain = float(cost.verify_seconds(size, size, context))
-            fitted = PaperCosts.fit(nodes.astype(np.float64), draft, verify, self.offsets)
-            self._fits[key] = (fitted, plain)
-        return self._fits[key]
+        if key not in self._rules:
+            costs = self._fit(batch.size, context)
+            sizes = range(max(1, self.budget // batch.size) + 1)
+            spent = np.array([costs.seconds(n) for n in sizes])
+            step = np.array([costs.slope(n) for n in sizes])
+            self._rules[key] = MarginalRatio(self.alpha, spent, step, self.mean_over_paths)
+        return self._rules[key]
+
+    def _fit(self, size: int, context: int) -> PaperCosts:
+        cost = self.cost
+        nodes = np.array(FIT_NODES)
+        verify = cost.verify_seconds(size, size * (1 + nodes), context)
+        draft = cost.draft_seconds(size * nodes, context)
+        draft += cost.first_seconds(size, 0, context) - cost.draft_seconds(size, context)
+        return PaperCosts.fit(nodes.astype(np.float64), draft, verify, self.offsets)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from smart_decoding.core.lookahead import LookAhead
-from smart_decoding.core.tree import FloatArray
+import numpy as np
+
+from smart_decoding.core.forecast import expected_subtree
+from smart_decoding.core.selection import RANKS
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray
 
 Option: TypeAlias = tuple[int, int]  # (levels by the model drafter, frontier nodes per request)
 FREE_ONLY: Option = (0, 0)
@@ -19,7 +24,7 @@ class RoundForecast:
 
     size: requests. first: seconds of the first drafted level. plain: seconds of a plain round.
     overhead: seconds that a drafting one takes beyond its forwards. verify: seconds at 0, 1, ...
-    nodes. levels: seconds at 0, 1, ... expanded rows. bias: what drafting really reached over its
+    nodes. levels: seconds at 0, 1, ... expanded rows. children: as `Forecast.children`. bias: what drafting really reached over its
     forecast. values: tokens per second predicted for each way to draft, bias left out. made: the
     round it was made in.
     """
@@ -30,10 +35,19 @@ class RoundForecast:
     overhead: float
     verify: FloatArray
     levels: FloatArray
-    ahead: LookAhead
+    children: FloatArray
     bias: float
     values: dict[Option, float] = field(default_factory=dict)
     made: int = 0
+    _below: FloatArray | None = None
+
+    def below(self, levels: int, reach: int) -> FloatArray:
+        """[levels, reach * RANKS] what a `LookAhead` reads."""
+        if self._below is None:
+            depths = range(2, levels + 2)
+            trees = [expected_subtree(self.children, depth, reach, RANKS) for depth in depths]
+            self._below = np.stack(trees)
+        return self._below
 
     @cached_property
     def predicted_speedup(self) -> float:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smart_decoding.core.calibration import KINDS
-from smart_decoding.core.policies.chooser import Drafted
-from smart_decoding.core.policies.common import depth_limits
-from smart_decoding.core.policies.protocol import BatchState
-from smart_decoding.core.policies.round_forecast import RoundForecast
-from smart_decoding.core.tree import IntArray, KindArray
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import BatchState
+    from smart_decoding.core.policies.round_forecast import RoundForecast
+    from smart_decoding.core.tree import IntArray, KindArray
 
 
 @dataclass(slots=True)
@@ -19,8 +20,7 @@ class RoundState:
     """limits, kind: [batch] deepest useful node, and `BatchState.kind`. kinds: [KINDS] requests of
     each. drafting: requests that may draft. context: mean tokens. deepest: of the limits.
 
-    sunk: predicted seconds of drafting so far. exploring: whether the round leaves the mode
-    predicted best. best_rate: tokens per second of that mode. predicted_rate: of this round, bias
+    exploring: whether the round leaves the mode predicted best. best_rate: tokens per second of that mode. predicted_rate: of this round, bias
     left out. expected: sum of accept_prob of the selected nodes."""
 
     batch: BatchState
@@ -31,8 +31,6 @@ class RoundState:
     context: float
     deepest: int
     forecast: RoundForecast | None = None
-    drafted: Drafted | None = None
-    sunk: float = 0.0
     exploring: bool = False
     best_rate: float = 0.0
     predicted_rate: float = 0.0
@@ -41,7 +39,7 @@ class RoundState:
     @classmethod
     def of(cls, batch: BatchState) -> RoundState:
         """A round of `batch`, nothing decided yet."""
-        limits = depth_limits(batch)
+        limits = batch.limits
         each = limits.tolist()
         return cls(
             batch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,19 +13,21 @@ from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.exploration import MAX_RUN, Exploration
 from smart_decoding.core.forecast import Forecast
-from smart_decoding.core.lookahead import LookAhead
 from smart_decoding.core.overhead import size_bucket
-from smart_decoding.core.policies.chooser import Chooser, Drafted, Growth, NumpyChooser
-from smart_decoding.core.policies.common import TokenIds, require_int, require_number
+from smart_decoding.core.policies.base import require_int, require_number, token_array
 from smart_decoding.core.policies.forecaster import SMALL_BATCH, WIDTHS, Forecaster
 from smart_decoding.core.policies.learned_costs import VERIFY_EVERY, LearnedCosts
 from smart_decoding.core.policies.modes import FIRST_ROUNDS, Modes
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Round
-from smart_decoding.core.policies.round_forecast import Option, RoundForecast
 from smart_decoding.core.policies.round_state import RoundState
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.policies.tree_learner import TreeLearner
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.rule import Scores, TreeRule
+from smart_decoding.core.selection import RANKS, BestRate, LookAhead, RoundCosts
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import BatchState, Round, TokenIds
+    from smart_decoding.core.policies.round_forecast import Option, RoundForecast
+    from smart_decoding.core.tree import FloatArray, IntArray
 
 LOOK_AHEAD = 3  # levels, while drafting
 # Rounds between two updates of what is known: at first and once drafting has begun, and later.
@@ -37,8 +40,7 @@ class Smart:
     """The cost-aware policy.
 
     cost: measured costs (None: a guess that real rounds correct). calibration, forecast: stored
-    priors. chooser: the choice over drafted trees, as the backend computes it (None: numpy).
-    max_levels, children: the deepest tree and the proposals per node that are considered.
+    priors. max_levels, children: the deepest tree and the proposals per node that are considered.
     max_round_slowdown: with several requests, no round is planned to last longer than this multiple
     of a plain one. exploration_budget: share of the time that may go into exploring the mode
     predicted worse.
@@ -56,7 +58,6 @@ class Smart:
         max_round_slowdown: float = 2.0,
         exploration_budget: float = 0.005,
         eos_token_ids: TokenIds = (),
-        chooser: Chooser | None = None,
     ) -> None:
         self.calibration = calibration or Calibration()
         self.forecast = forecast or Forecast(self.calibration)
@@ -64,15 +65,13 @@ class Smart:
         self.children = require_int("children", children, 1, 256)
         slowdown = require_number("max_round_slowdown", max_round_slowdown, 1.0, math.inf)
         budget = require_number("exploration_budget", exploration_budget, 0.0, 0.5)
-        self.eos = frozenset(eos_token_ids)
-        self.chooser: Chooser = chooser or NumpyChooser()
         self.exploration = Exploration(budget, MAX_RUN)
         self.statistics = Statistics()
         self.costs = LearnedCosts(cost or CostModel.default())
         self.forecaster = Forecaster(self.costs, self.forecast, self.max_levels, slowdown)
         self.modes = Modes(self.forecaster, self.exploration)
         self._learner = TreeLearner(self.calibration, self.forecast)
-        self._ends = np.array(sorted(self.eos), np.int64)
+        self._ends = token_array(eos_token_ids)
         self._rounds = 0
         self._round: RoundState | None = None  # what was planned last
 
@@ -89,119 +88,60 @@ class Smart:
         """What plain decoding and every way to draft would bring, as `plan` chooses among them."""
         return self.forecaster.predict(RoundState.of(batch))
 
-    # --- before drafting ---
+    # --- before a round ---
 
-    def plan(self, batch: BatchState) -> DraftPlan:
+    def plan(self, batch: BatchState) -> TreeRule | None:
         """The mode predicted best, or one to explore; plain decoding during a backoff."""
         if self.modes.backoff.covers(batch.size):
             self._round = None
             self.forecaster.fade_bias(batch.size)
-            return OFF
+            return None
         self.costs.learn_plain()
         state = self._round = RoundState.of(batch)
         if not state.drafting or not (batch.has_model or batch.has_free):
-            return OFF
+            return None
         forecast = state.forecast = self.forecaster.kept_or_new(state, self._rounds)
-        return self._start(state, forecast, self.modes.choose(state, forecast, self._rounds))
-
-    def _start(
-        self, state: RoundState, forecast: RoundForecast, option: Option | None
-    ) -> DraftPlan:
+        option = self.modes.choose(state, forecast, self._rounds)
         if option is None:
             self.forecaster.fade_bias(forecast.size)
-            return OFF
-        levels, width = option
+            return None
         state.predicted_rate = forecast.values[option]
-        state.sunk = forecast.overhead
-        if levels == 0:
-            return DraftPlan(True, 0, self.children)
-        state.sunk += forecast.first
-        # How deep to go is decided level by level, by frontier(): the plan only bounds it.
-        deepest = min(self.max_levels, state.deepest)
-        growth = self._growth(state, forecast, deepest) if self.chooser.grows else None
-        return DraftPlan(True, deepest, self.children, width * state.drafting, growth)
+        return self._rule(state, forecast, option)
 
-    def _growth(self, state: RoundState, forecast: RoundForecast, levels: int) -> Growth:
-        """What `frontier` would answer, as data."""
-        size = forecast.size
-        roots = size * self.children
-        candidates = LookAhead.columns(roots, WIDTHS[-1] * state.drafting, LOOK_AHEAD)
-        drafted = self._drafted(state, forecast, DraftTrees.empty(size), candidates)
-        widths = _widths(state.drafting)
-        return Growth(
-            self.chooser, drafted, forecast.ahead, levels, LOOK_AHEAD, widths, forecast.levels
+    def _rule(self, state: RoundState, forecast: RoundForecast, option: Option) -> TreeRule:
+        """How deep to go is decided level by level: `option` only says whether the model drafts."""
+        levels = min(self.max_levels, state.deepest) if option[0] else 0
+        costs = RoundCosts(
+            tokens=forecast.size,
+            sunk=forecast.overhead + (forecast.first if levels else 0.0),
+            levels=forecast.levels,
+            verify=self._verify(state, forecast),
+            limit=self.forecaster.round_limit(forecast),
+        )
+        below = forecast.below(self.max_levels, LOOK_AHEAD)
+        # An exploration verifies at least one node: otherwise a cost predicted too high would never
+        # be measured again.
+        return TreeRule(
+            levels,
+            self.children,
+            state.limits,
+            self._ends,
+            LookAhead(costs, _widths(state.drafting), below),
+            BestRate(costs, least=int(state.exploring)),
+            Scores(self.calibration, state.kind),
         )
 
-    # --- while and after drafting ---
-
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        """The nodes to expand, or None where no deeper tree is predicted to beat stopping."""
-        state, forecast = self._prepared(batch)
-        if level >= plan.levels or not len(trees):
-            return None
-        ahead = min(LOOK_AHEAD, plan.levels - level)
-        candidates = LookAhead.columns(len(trees), WIDTHS[-1] * state.drafting, ahead)
-        drafted = self._drafted(state, forecast, trees, candidates)
-        widths = _widths(state.drafting)
-        nodes = self.chooser.frontier(
-            drafted, forecast.ahead, level, ahead, widths, forecast.levels
-        )
-        drafted.scored = len(trees)
-        if not len(nodes):
-            return None
-        state.sunk += float(forecast.levels[len(nodes)])
-        return nodes
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        """The nodes with the most tokens per second."""
-        state, forecast = self._prepared(batch)
-        if not plan.speculate or not len(trees):
-            return np.zeros(0, np.int64)
-        drafted = self._drafted(state, forecast, trees, len(trees))
-        kept, value, state.expected = self.chooser.select(drafted)
-        drafted.scored = len(trees)
-        if plan.levels and state.predicted_rate > 0 and value > 0:
-            self.forecaster.observe_value(batch.size, value, state.predicted_rate)
-        return kept
-
-    def _drafted(
-        self, state: RoundState, forecast: RoundForecast, trees: DraftTrees, candidates: int
-    ) -> Drafted:
-        """The trees with what they are judged by; as many as `candidates` nodes may be verified."""
-        if len(forecast.verify) <= candidates:
-            forecast.verify = self.costs.verify(state, 2 * candidates + 1)
-        drafted = state.drafted
-        if drafted is None or drafted.trees is not trees:
-            drafted = state.drafted = Drafted(
-                trees,
-                self.calibration,
-                state.limits,
-                state.kind,
-                self._ends,
-                forecast.size,
-                state.sunk,
-                forecast.verify,
-                self.forecaster.round_limit(forecast),
-                # An exploration verifies at least one node: otherwise a cost predicted too high
-                # would never be measured again.
-                least=int(state.exploring),
-            )
-        drafted.sunk = state.sunk
-        drafted.verify = forecast.verify
-        return drafted
+    def _verify(self, state: RoundState, forecast: RoundForecast) -> FloatArray:
+        """Seconds of verifying as many nodes as a look-ahead may count on."""
+        frontier = WIDTHS[-1] * state.drafting
+        most = self.children * (forecast.size + frontier) + frontier * LOOK_AHEAD * RANKS
+        if len(forecast.verify) <= most:
+            forecast.verify = self.costs.verify(state, most + 1)
+        return forecast.verify
 
     def _planned(self, batch: BatchState) -> RoundState | None:
         """The state of a round that was planned and not within a backoff."""
         return self._round if self._round is not None and self._round.batch is batch else None
-
-    def _prepared(self, batch: BatchState) -> tuple[RoundState, RoundForecast]:
-        """This round's state; made here for a caller that forces drafting without a plan."""
-        state = self._round = self._planned(batch) or RoundState.of(batch)
-        if state.forecast is None:
-            state.forecast = self.forecaster.kept_or_new(state, self._rounds)
-        return state, state.forecast
 
     # --- after the round ---
 
@@ -210,13 +150,15 @@ class Smart:
         self._rounds += 1
         batch = round.batch
         state = self._planned(batch)
-        if state is None and not (round.plan.speculate or batch.prefill_rows):
+        drafted = round.rule is not None
+        if state is None and not (drafted or batch.prefill_rows):
             self._observe_backoff(round)
             return
         state = state or RoundState.of(batch)
+        self._observe_value(round, state)
         learn = self._learns_now(round)
         self._learn_costs(round, state, learn or state.exploring)
-        if round.plan.speculate and not batch.prefill_rows:
+        if drafted and not batch.prefill_rows:
             self.costs.observe_overhead(round)
         self.costs.disturbed = False
         accepted = self._observe_trees(round, state, learn)
@@ -229,8 +171,22 @@ class Smart:
             self.exploration.observe_best(seconds)
         seconds += round.other_seconds
         plain = state.forecast.plain if state.forecast else seconds
-        drafted = round.plan.speculate
         self.statistics.record(batch.size, accepted, state.expected, seconds, plain, drafted)
+
+    def _observe_value(self, round: Round, state: RoundState) -> None:
+        """What was verified against what had been predicted."""
+        trees = round.trees
+        if not len(trees):
+            return
+        state.expected = float(trees.accept_prob[round.kept].sum())
+        rule = round.rule
+        if rule is None or rule.levels == 0 or not isinstance(rule.keep, BestRate):
+            return
+        costs = rule.keep.costs
+        seconds = costs.drafted(trees) + float(costs.verify[len(round.kept)])
+        value = (costs.tokens + state.expected) / seconds
+        if state.predicted_rate > 0:
+            self.forecaster.observe_value(round.batch.size, value, state.predicted_rate)
 
     def _observe_backoff(self, round: Round) -> None:
         """After a plain round that nobody asked about."""
@@ -245,7 +201,7 @@ class Smart:
     def _learns_now(self, round: Round) -> bool:
         beginning = self._rounds - self.modes.began <= FIRST_DRAFTING
         beginning = beginning or self.modes.in_burn_in(round.batch.size)
-        often = self._rounds <= FIRST_ROUNDS or (round.plan.speculate and beginning)
+        often = self._rounds <= FIRST_ROUNDS or (round.rule is not None and beginning)
         return self._rounds % (LEARN_EVERY_FIRST if often else LEARN_EVERY) == 0
 
     def _learn_costs(self, round: Round, state: RoundState, learn: bool) -> None:
@@ -262,7 +218,7 @@ class Smart:
             self._learn()
         if surprised:
             self.forecaster.drop_kept()
-        if round.plan.speculate and round.plan.levels == 0:
+        if round.rule is not None and round.rule.levels == 0:
             self.forecast.observe_free(round.trees, state.limits)
         return accepted
 

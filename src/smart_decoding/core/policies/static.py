@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.policies.common import TokenIds, depth_limits, expandable, useful
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, StatelessPolicy
+from smart_decoding.core.policies.base import StatelessPolicy, token_array
 from smart_decoding.core.policies.topologies import TOPOLOGIES
-from smart_decoding.core.tree import DraftTrees, IntArray, slots
+from smart_decoding.core.rule import TreeRule
+from smart_decoding.core.selection import Topology
 from smart_decoding.errors import ConfigError
 
-_OUTSIDE = -1
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import BatchState, TokenIds
 
 
 class Static(StatelessPolicy):
@@ -27,62 +29,23 @@ class Static(StatelessPolicy):
         self, topology: str | Sequence[Sequence[int]] = "eagle_1", eos_token_ids: TokenIds = ()
     ) -> None:
         self.paths = _parse(topology)
-        self.children = 1 + max(rank for path in self.paths for rank in path)
         self.levels = max(len(path) for path in self.paths)
-        self.eos = frozenset(eos_token_ids)
-        index = {(): 0, **{path: i for i, path in enumerate(self.paths, 1)}}
-        # (place, rank) -> place in the topology
-        self._next = np.full((len(index), self.children), _OUTSIDE, np.int64)
-        for path, place in index.items():
-            if path:
-                self._next[index[path[:-1]], path[-1]] = place
-        self._inner = (self._next != _OUTSIDE).any(axis=1)
+        self.children = 1 + max(rank for path in self.paths for rank in path)
+        place = {(): 0, **{path: i for i, path in enumerate(self.paths, 1)}}
+        following = np.full((len(place), self.children), -1, np.int64)
+        for path in self.paths:
+            following[place[path[:-1]], path[-1]] = place[path]
+        self._topology = Topology(following)
+        self._ends = token_array(eos_token_ids)
 
-    def plan(self, batch: BatchState) -> DraftPlan:
+    def plan(self, batch: BatchState) -> TreeRule | None:
         """The topology's levels, as far as a request may use them."""
-        limits = depth_limits(batch)
+        limits = batch.limits
         levels = min(self.levels, int(limits.max(initial=0)))
-        inner = sum(len(path) == 1 and bool(self._inner[i]) for i, path in enumerate(self.paths, 1))
         if not levels:
-            return OFF
-        return DraftPlan(True, levels, self.children, inner * int((limits > 1).sum()))
-
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        """The nodes of the topology that have children in it."""
-        if level >= plan.levels:
             return None
-        nodes = expandable(trees, level, depth_limits(batch), self.eos)
-        place = self._places(trees)[nodes]
-        nodes = nodes[(place != _OUTSIDE) & self._inner[place]]
-        return nodes if len(nodes) else None
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        """The nodes of the topology."""
-        inside = self._places(trees) != _OUTSIDE
-        return np.flatnonzero(useful(trees, depth_limits(batch), self.eos) & inside)
-
-    def _places(self, trees: DraftTrees) -> IntArray:
-        """[nodes] each node's place in the topology, or _OUTSIDE."""
-        rank = sibling_ranks(trees)
-        place = np.full(len(trees), _OUTSIDE, np.int64)
-        for depth in range(1, min(self.levels, int(trees.depth.max(initial=0))) + 1):
-            nodes = np.flatnonzero((trees.depth == depth) & (rank < self.children))
-            above = place[trees.parent[nodes]] if depth > 1 else np.zeros(len(nodes), np.int64)
-            inside = above != _OUTSIDE
-            place[nodes[inside]] = self._next[above[inside], rank[nodes[inside]]]
-        return place
-
-
-def sibling_ranks(trees: DraftTrees) -> IntArray:
-    """[nodes] rank among siblings by draft_prob, 0 the largest, ties to the lower index."""
-    slot = slots(trees)
-    order = np.lexsort((-trees.draft_prob, slot))
-    sorted_slot = slot[order]
-    rank = np.empty(len(trees), np.int64)
-    rank[order] = np.arange(len(trees)) - np.searchsorted(sorted_slot, sorted_slot)
-    return rank
+        tree = self._topology
+        return TreeRule(levels, self.children, limits, self._ends, tree, tree)
 
 
 def _parse(topology: str | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.forecast import Forecast
-from smart_decoding.core.policies.protocol import Round, merged
-from smart_decoding.core.policies.round_state import RoundState
-from smart_decoding.core.tree import KindArray
+from smart_decoding.core.policies.base import Round, merged
+
+if TYPE_CHECKING:
+    from smart_decoding.core.calibration import Calibration
+    from smart_decoding.core.forecast import Forecast
+    from smart_decoding.core.policies.round_state import RoundState
+    from smart_decoding.core.tree import KindArray
 
 SURPRISE = 2.0  # standard deviations, as if accepted nodes were Poisson
 
@@ -33,10 +37,10 @@ class TreeLearner:
         trees = round.trees
         if not len(trees):
             return 0
-        if state.drafted is None or state.drafted.scored != len(trees):
-            self._calibration.score(trees, state.kind)  # the caller did not ask what to verify
+        if np.isnan(trees.accept_prob[-1]):
+            self._calibration.score(trees, state.kind)  # drafted by another rule than ours
         self._rounds.append((round, state.kind))
-        accepted = int(np.count_nonzero(round.next_token >= 0))
+        accepted = round.accepted
         self._expected += state.expected
         self._missing += state.expected - accepted
         return accepted

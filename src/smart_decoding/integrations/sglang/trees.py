@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.speculative.adaptive_runtime_state import AdaptiveController
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.sglang.costs import read_costs
-from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
 from smart_decoding.integrations.sglang.seams import RECORD
+
+if TYPE_CHECKING:
+    from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
 
 OURS = "smart_decoding"  # under which SGLang notes what was decided here
 

@@ -9,16 +9,18 @@ is ever rolled back or compacted here: a rejected node's slot is simply written 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.rows import Rows
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.engine.rows import Rows
 
 Bools = NDArray[np.bool_]
 

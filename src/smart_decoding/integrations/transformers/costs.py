@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -12,15 +13,17 @@ from transformers import PreTrainedModel
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.protocols import TargetScores
-from smart_decoding.engine.rows import Rows
-from smart_decoding.integrations.transformers.sources import Source
 from smart_decoding.integrations.transformers.state import setting_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.target import pages_for
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import CONTEXTS, MAX_ROWS, fake_rows, measure
 from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.protocols import TargetScores
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.integrations.transformers.sources import Source
 
 SLOW = 100  # with fewer forwards than this in the given time, only batch size 1 is measured
 VERY_SLOW = 30  # and with so few, at fewer sizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,16 +19,18 @@ from transformers import (
 
 from smart_decoding.drafters import check_draft
 from smart_decoding.drafters.draft_model import DraftModelDrafter
-from smart_decoding.drafters.levels import Asked, Ranked
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.engine.protocols import Drafter
-from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ModelError
 from smart_decoding.integrations.transformers.checks import unsupported_cache
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.kernels import library
 from smart_decoding.models.ranking import ranked
 from smart_decoding.speculation import DRAFT_SCRATCH_PAGES, vocabulary_difference
+
+if TYPE_CHECKING:
+    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.engine.protocols import Drafter
+    from smart_decoding.engine.rows import Rows
 
 
 class HostDraftModel:

@@ -6,25 +6,27 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from smart_decoding.core.policies import make_policy, policy_options
-from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
-from smart_decoding.engine.protocols import Drafter
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.transformers.costs import bucket, cost_of
 from smart_decoding.integrations.transformers.draft_models import HostDraftModel, check_length
 from smart_decoding.integrations.transformers.heads import HostHead
 from smart_decoding.integrations.transformers.sources import Source, key_of, load_source
 from smart_decoding.integrations.transformers.state import state_of
-from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.speculation import made, stored_prior
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.protocol import Policy
+    from smart_decoding.engine.protocols import Drafter
+    from smart_decoding.integrations.transformers.target import HostTarget
 
 METHODS = ("ngram", "recycling", "eagle", "draft_model", "union", "none")
 PROFILE_SECONDS = 2.0

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from smart_decoding.engine.engine import Engine, EngineConfig
-from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.transformers.checks import unsupported
@@ -39,6 +38,9 @@ from smart_decoding.integrations.transformers.state import layers_of, layout_of,
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.kernel_check import warn_if_missing
 from smart_decoding.models.target import pages_for
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.request import Request
 
 PREFILL_ROWS = 4096  # prompt tokens of one forward
 

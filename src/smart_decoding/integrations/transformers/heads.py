@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
-from smart_decoding.core.tree import IntArray
 from smart_decoding.drafters.eagle import EagleDrafter
-from smart_decoding.drafters.levels import Asked, Ranked
-from smart_decoding.engine.protocols import Drafter
-from smart_decoding.engine.rows import Rows
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.features import Part
 from smart_decoding.models.head_export import layout_of
 from smart_decoding.models.head_files import HeadFiles, head_folder, load_head
 from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.layers import Workspace
 from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.engine.protocols import Drafter
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.features import Part
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 

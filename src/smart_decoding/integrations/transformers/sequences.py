@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
-from smart_decoding.models.sampler import Sampler
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.models.sampler import Sampler
 
 BY_PLACE = (  # of transformers' own, those that depend on a row's place in the batch
     "PrefixConstrainedLogitsProcessor",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PreTrainedModel
 
-from smart_decoding.engine.protocols import Drafter
 from smart_decoding.integrations.transformers.draft_models import HostDraftModel, load_draft_model
 from smart_decoding.integrations.transformers.heads import load_host_head
 from smart_decoding.integrations.transformers.state import layers_of, layout_of
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.protocols import Drafter
 
 METHODS = ("eagle", "draft_model")
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ModelError
 from smart_decoding.integrations.transformers.checks import cache_of, fitting_layout
-from smart_decoding.integrations.transformers.report import Report
 
 if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
     from smart_decoding.integrations.transformers.drafting import Drafting
+    from smart_decoding.integrations.transformers.report import Report
     from smart_decoding.integrations.transformers.sources import Source
 
 ATTRIBUTE = "_smart_decoding"  # on the model

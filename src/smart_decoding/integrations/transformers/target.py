@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from smart_decoding.core.tree import IntArray
-from smart_decoding.engine.history import SampleSpec
-from smart_decoding.engine.kv import Ints
 from smart_decoding.engine.protocols import TargetScores, VerifyGreedy
-from smart_decoding.engine.rows import Rows
 from smart_decoding.integrations.transformers.aux_hidden import AuxHidden
 from smart_decoding.integrations.transformers.cache import Layout, SlotCache, lay_out
-from smart_decoding.integrations.transformers.sequences import Host
 from smart_decoding.models.sampler import Sampled, Sampler
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.engine.history import SampleSpec
+    from smart_decoding.engine.kv import Ints
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.integrations.transformers.sequences import Host
 
 UNEVEN = 4  # groups with so many times more rows than the smallest go into another forward
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.integrations.chains import Counters
+if TYPE_CHECKING:
+    from smart_decoding.integrations.chains import Counters
 
 HELP = {
     "steps_on": "Steps that verified drafts",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.cost import CostModel
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, KindArray, join
+from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.chooser import Growth
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.rule import TreeRule
+
+TokenIds: TypeAlias = Collection[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,39 +51,24 @@ class BatchState:
         return len(self.context)
 
     @property
+    def limits(self) -> IntArray:
+        """[batch] deepest useful node of each request: 0 where it refuses speculation or needs one
+        token only."""
+        result: IntArray = np.where(self.may_speculate, self.remaining - 1, 0)
+        return result
+
+    @property
     def kind(self) -> KindArray:
         """[batch] 1 if greedy, and 2 more with pictures."""
         greedy = (self.temperature <= 0).astype(np.uint8)
         return greedy if self.pictures is None else greedy + 2 * self.pictures.astype(np.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class DraftPlan:
-    """How to draft this round. `speculate=False` is plain decoding and then nothing else matters.
-
-    levels: at most this many levels by the model drafter; 0 leaves only the free drafters.
-    children: proposals per expanded node (the drafter's top-k).
-    width: frontier width of levels 2, 3, ... over the whole batch, as planned (frontier() may
-    differ).
-    growth: what frontier() and select() will answer, for drafters that grow whole trees in one
-    call; or None.
-    """
-
-    speculate: bool
-    levels: int = 0
-    children: int = 8
-    width: int = 0
-    growth: Growth | None = None
-
-
-OFF = DraftPlan(speculate=False)
-
-
 @dataclass(slots=True)
 class Round:
     """What really happened in one round, for `Policy.observe`.
 
-    batch, plan: as given to and by the policy.
+    batch, rule: as given to and by the policy; rule is None where nothing was drafted.
     trees: all drafted nodes, pruned ones too.
     kept: [kept] indices of verified nodes in `trees`.
     next_token: [nodes] the target's token after each node of `trees` that the walk accepted, else
@@ -93,7 +81,7 @@ class Round:
     """
 
     batch: BatchState
-    plan: DraftPlan
+    rule: TreeRule | None
     trees: DraftTrees
     kept: IntArray
     next_token: IntArray
@@ -103,6 +91,16 @@ class Round:
     verify_rows: int = 0
     verify_seconds: float = 0.0
     other_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The whole round."""
+        return self.verify_seconds + sum(self.level_seconds) + self.other_seconds
+
+    @property
+    def accepted(self) -> int:
+        """Nodes that the target chose."""
+        return int(np.count_nonzero(self.next_token >= 0))
 
     def observed(self) -> tuple[IntArray, BoolArray]:
         """Nodes whose parent was accepted, and whether the target chose them: uncensored
@@ -131,8 +129,7 @@ def _observed(
 
 
 class Policy(Protocol):
-    """Decides when to draft, when to stop, what to verify. Policies are deterministic and touch no
-    clock."""
+    """Decides when to draft, and by which rule. Policies are deterministic and touch no clock."""
 
     name: str
 
@@ -141,20 +138,9 @@ class Policy(Protocol):
         """What it expects forwards to take, or None if it does not care."""
         ...
 
-    def plan(self, batch: BatchState) -> DraftPlan:
-        """Before drafting: whether, and how. Not called for rounds with prompt rows, which do not
-        draft."""
-        ...
-
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        """After model level `level` (1-based): indices of the nodes to expand next, or None to stop
-        drafting."""
-        ...
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        """After drafting: ascending indices of the nodes to verify, prefix-closed."""
+    def plan(self, batch: BatchState) -> TreeRule | None:
+        """Before a round: how its trees grow and are pruned, or None for plain decoding. Not called
+        for rounds with prompt rows, which do not draft."""
         ...
 
     def observe(self, round: Round) -> None:
@@ -177,3 +163,22 @@ class StatelessPolicy:
     def stats(self) -> dict[str, float]:
         """No figures."""
         return {}
+
+
+def token_array(ids: TokenIds) -> IntArray:
+    """[n] distinct token ids, ascending."""
+    return np.array(sorted(set(ids)), np.int64)
+
+
+def require_int(name: str, value: int, low: int, high: int) -> int:
+    """`value` if it is an integer in [low, high]. Raises ConfigError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+    return value
+
+
+def require_number(name: str, value: float, low: float, high: float) -> float:
+    """`value` as a float if it lies in [low, high]. Raises ConfigError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a number from {low} to {high}, not {value!r}")
+    return float(value)

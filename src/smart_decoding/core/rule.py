@@ -1,0 +1,130 @@
+"""How the trees of one round grow and are pruned, as data: what a policy answers before a round.
+
+`grow` says which nodes are expanded, `keep` which are verified. Those of `selection.py` are data
+with their meaning in numpy beside them, and the CPU kernels follow the same data natively. A policy
+of your own may give any object with the same method instead: it is then asked level by level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from smart_decoding.core.tree import (
+    BoolArray,
+    DraftTrees,
+    IntArray,
+    KindArray,
+    of_expanded,
+    slots,
+)
+
+if TYPE_CHECKING:
+    from smart_decoding.core.calibration import Calibration
+
+NO_NODES: IntArray = np.zeros(0, np.int64)
+
+
+class Grow(Protocol):
+    """Decides what to expand."""
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """Ascending indices of the nodes of `level` (from 1 on) to expand next; none: stop. The
+        trees are scored."""
+        ...
+
+
+class Keep(Protocol):
+    """Decides what to verify."""
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """Ascending indices of the nodes to verify, prefix-closed. The trees are scored."""
+        ...
+
+
+class Scores(NamedTuple):
+    """Calibrated probabilities. kind: [batch] `BatchState.kind`."""
+
+    calibration: Calibration
+    kind: KindArray
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRule:
+    """One round's trees.
+
+    levels: at most so many by the model drafter; 0 leaves what drafters without a model propose.
+    children: proposals per expanded node (the drafter's top-k).
+    limits: [batch] deepest useful node of each request. ends: tokens that end an answer.
+    scores: what accept_prob is; None: the product of draft probabilities, as it comes.
+    """
+
+    levels: int
+    children: int
+    limits: IntArray
+    ends: IntArray
+    grow: Grow
+    keep: Keep
+    scores: Scores | None = None
+
+    def frontier(self, trees: DraftTrees, level: int) -> IntArray:
+        """Ascending indices of the nodes of `level` to expand next; none: stop drafting."""
+        if level >= self.levels or not len(trees):
+            return NO_NODES
+        self.score(trees)
+        return self.grow.frontier(self, trees, level)
+
+    def select(self, trees: DraftTrees) -> IntArray:
+        """Ascending indices of the nodes to verify, prefix-closed."""
+        if not len(trees):
+            return NO_NODES
+        self.score(trees)
+        return self.keep.select(self, trees)
+
+    def score(self, trees: DraftTrees) -> None:
+        """Sets accept_prob."""
+        if self.scores is None:
+            trees.accept_prob = trees.path_prob
+        else:
+            self.scores.calibration.score(trees, self.scores.kind)
+
+    def useful(self, trees: DraftTrees) -> BoolArray:
+        """[nodes] whether a node could ever be emitted: within its request's depth limit and not
+        below an end token."""
+        result: BoolArray = trees.depth <= self.limits.take(trees.owner)
+        ends = np.isin(trees.token, self.ends)
+        if ends.any():
+            result &= ~_has_marked_ancestor(trees, ends)
+        return result
+
+    def expandable(self, trees: DraftTrees, level: int) -> IntArray:
+        """Ascending indices of the nodes of `level` that the model drafter can expand and whose
+        children could be useful.
+
+        A node proposed by another drafter has a head state above it only where the model drafter
+        expanded its parent."""
+        mask = (trees.depth == level) & (trees.depth < self.limits.take(trees.owner))
+        ends = np.isin(trees.token, self.ends)
+        if ends.any():
+            mask &= ~(ends | _has_marked_ancestor(trees, ends))
+        if trees.source.any():
+            mask &= of_expanded(trees, slots(trees))
+        return np.flatnonzero(mask)
+
+
+def expanded_widths(trees: DraftTrees) -> IntArray:
+    """[levels] nodes that the model drafter has expanded, by their depth; roots (depth 0) first."""
+    slot = slots(trees)
+    first = np.zeros(trees.batch + len(trees), np.bool_)
+    first[slot[trees.source == 0]] = True
+    depth = np.concatenate((np.zeros(trees.batch, np.int64), trees.depth))
+    return np.bincount(depth[first])
+
+
+def _has_marked_ancestor(trees: DraftTrees, marked: BoolArray) -> BoolArray:
+    below = np.append(marked, False)[trees.parent]  # index -1, the root, is never marked
+    for _ in range(int(trees.depth.max()) - 1):
+        below |= np.append(below, False)[trees.parent]
+    return below

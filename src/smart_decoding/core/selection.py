@@ -1,0 +1,275 @@
+"""Which nodes are expanded and which are verified: the parts of a `TreeRule`, with their meaning.
+
+The numpy here is the reference; kernels/csrc/selection.cpp follows the same data, and tests hold
+the two together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from smart_decoding.core.choice import NONE, best_rates, best_size, ranked
+from smart_decoding.core.rule import NO_NODES, TreeRule, expanded_widths
+from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray, slots
+
+RANKS = 4  # forecast children of each node in a look-ahead; the others bring next to nothing
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCosts:
+    """What a round brings and takes.
+
+    tokens: of a plain round. sunk: seconds up to the first level, that included. levels: seconds of
+    a further level of 0, 1, ... nodes. verify: seconds of verifying 0, 1, ... nodes; more than it
+    has cannot be verified. limit: seconds that the round may last, if it verifies any."""
+
+    tokens: float
+    sunk: float
+    levels: FloatArray
+    verify: FloatArray
+    limit: float = math.inf
+
+    def drafted(self, trees: DraftTrees) -> float:
+        """Seconds of the round so far."""
+        return self.sunk + float(self.levels.take(expanded_widths(trees)[1:]).sum())
+
+    def best(self, gains: FloatArray, sunk: float, least: int = 0) -> int:
+        """How many of the sorted `gains` to verify; see `best_size`."""
+        gains = gains[: len(self.verify) - 1]
+        verify = self.verify[: len(gains) + 1]
+        least = min(least, len(gains))
+        return best_size(gains, self.tokens, sunk, verify, self.limit, least)[0]
+
+
+# --- what to expand ---
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """The best `width` nodes of each request: EAGLE-2; a chain where `width` is 1."""
+
+    width: int
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `Grow`."""
+        return best_per_owner(trees, rule.expandable(trees, level), self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class LookAhead:
+    """The surest nodes of the whole batch, as many as pay: stopping is compared with every number
+    of further levels and every width, by forecast. One level ahead is not enough: a first level may
+    pay only together with the second.
+
+    widths: ascending numbers of nodes that may be expanded. below: [levels, reach * RANKS] forecast
+    probabilities of the descendants of a node of level 1, 2, ..., given that node, level by level.
+    """
+
+    costs: RoundCosts
+    widths: IntArray
+    below: FloatArray
+
+    @property
+    def reach(self) -> int:
+        """Levels to look ahead."""
+        return self.below.shape[1] // RANKS
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `Grow`."""
+        nodes = rule.expandable(trees, level)
+        if not len(nodes):
+            return nodes
+        widths = np.unique(np.minimum(self.widths, len(nodes)))
+        accept_prob = trees.accept_prob.take(nodes)
+        order = ranked(accept_prob)[: widths[-1]]
+        present = trees.accept_prob[rule.useful(trees)]
+        ahead = min(self.reach, rule.levels - level)
+        below = self.below[level - 1, : ahead * RANKS]
+        sunk = self.costs.drafted(trees)
+        width = self._width(present, accept_prob.take(order), widths, below, sunk)
+        return np.sort(nodes.take(order[:width]))
+
+    def _width(
+        self,
+        present: FloatArray,
+        frontier: FloatArray,
+        widths: IntArray,
+        below: FloatArray,
+        sunk: float,
+    ) -> int:
+        """How many of the sorted `frontier` to expand; 0 where nothing deeper beats stopping."""
+        ahead = np.arange(1, len(below) // RANKS + 1)
+        reached = np.arange(len(below)) // RANKS < ahead[:, None]
+        expanded = np.arange(len(frontier)) < widths[:, None]
+        inside = reached[:, None, None, :] & expanded[None, :, :, None]
+        forecast = np.where(inside, -np.multiply.outer(frontier, below), NONE)
+        options = len(ahead) * len(widths)
+        losses = np.full((options + 1, len(present) + len(frontier) * len(below)), NONE)
+        losses[:, : len(present)] = -present
+        losses[:options, len(present) :] = forecast.reshape(options, -1)  # the last option: stop
+        losses.sort(axis=1)
+        spent = np.full(options + 1, sunk)
+        spent[:options] += np.multiply.outer(ahead, self.costs.levels.take(widths)).ravel()
+        most = min(losses.shape[1], len(self.costs.verify) - 1)
+        verify = self.costs.verify[: most + 1]
+        rates = best_rates(losses[:, :most], self.costs.tokens, spent, verify, self.costs.limit)
+        best = int(rates.argmax())
+        return int(widths[best % len(widths)]) if rates[best] > rates[-1] else 0
+
+
+# --- what to verify ---
+
+
+@dataclass(frozen=True, slots=True)
+class KeepBest:
+    """The best `count` nodes of each request."""
+
+    count: int
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """See `Keep`."""
+        return best_per_owner(trees, np.flatnonzero(rule.useful(trees)), self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class BestRate:
+    """The nodes of the whole batch with the most tokens per second: exact for costs of any shape
+    (`best_size`). At least `least` of them, as far as there are."""
+
+    costs: RoundCosts
+    least: int = 0
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """See `Keep`."""
+        nodes = np.flatnonzero(rule.useful(trees))
+        accept_prob = trees.accept_prob.take(nodes)
+        order = ranked(accept_prob)
+        size = self.costs.best(accept_prob.take(order), self.costs.drafted(trees), self.least)
+        return np.sort(nodes.take(order[:size]))
+
+
+# --- both ---
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A fixed tree of child ranks (by draft_prob) for every request, as in Medusa and EAGLE-1.
+
+    next: [places, ranks] the place of each place's child of a rank, or -1; place 0 is the root."""
+
+    next: IntArray
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `Grow`: the nodes that have children in the topology."""
+        nodes = rule.expandable(trees, level)
+        place = self._places(trees)[nodes]
+        inner = (self.next >= 0).any(axis=1)
+        return nodes[(place >= 0) & inner[place]]
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """See `Keep`: the nodes of the topology."""
+        return np.flatnonzero(rule.useful(trees) & (self._places(trees) >= 0))
+
+    def _places(self, trees: DraftTrees) -> IntArray:
+        """[nodes] each node's place in the topology, or -1."""
+        rank = sibling_ranks(trees)
+        place = np.full(len(trees), -1, np.int64)
+        ranks = self.next.shape[1]
+        for depth in range(1, int(trees.depth.max(initial=0)) + 1):
+            nodes = np.flatnonzero((trees.depth == depth) & (rank < ranks))
+            above = place[trees.parent[nodes]] if depth > 1 else np.zeros(len(nodes), np.int64)
+            inside = above >= 0
+            place[nodes[inside]] = self.next[above[inside], rank[nodes[inside]]]
+        return place
+
+
+@dataclass(frozen=True, slots=True)
+class MarginalRatio:
+    """The published rule of SMART (arXiv 2604.09731), for each request by itself: level by level,
+    most probable first, a child of a kept node is kept iff
+
+        alpha * ΔL / ΔC_spec(n + 1) > L / C_spec(n),      ΔL = path_prob / paths
+
+    for n nodes so far, L = 1 at first. Kept nodes are expanded, and verified.
+
+    spent: [budget + 1] C_spec of 0, 1, ... nodes of a request, seconds; step: [budget + 1] its
+    derivative there. A request keeps no more than `budget` nodes, and its first candidate where
+    C_spec(0) is 0, which leaves the rule undefined. mean_over_paths: else ΔL is path_prob."""
+
+    alpha: float
+    spent: FloatArray
+    step: FloatArray
+    mean_over_paths: bool = True
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `Grow`."""
+        return np.intersect1d(rule.expandable(trees, level), self._kept(rule, trees, level))
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """See `Keep`."""
+        return self._kept(rule, trees, int(trees.depth.max()))
+
+    def _kept(self, rule: TreeRule, trees: DraftTrees, deepest: int) -> IntArray:
+        """Ascending indices of the nodes kept down to `deepest`."""
+        useful = np.flatnonzero(rule.useful(trees) & (trees.depth <= deepest))
+        order = useful[np.lexsort((useful, -trees.accept_prob[useful], trees.depth[useful]))]
+        of_request = [_KeptTree() for _ in range(trees.batch)]
+        kept = []
+        for node in order.tolist():
+            tree = of_request[trees.owner[node]]
+            if self._keeps(tree, int(trees.parent[node]), float(trees.accept_prob[node])):
+                tree.inside.add(node)
+                kept.append(node)
+        return np.sort(np.array(kept, np.int64))
+
+    def _keeps(self, tree: _KeptTree, parent: int, path_prob: float) -> bool:
+        """Whether the rule keeps a node, which then counts."""
+        nodes = len(tree.inside)
+        if nodes >= len(self.spent) - 1 or (parent != ROOT and parent not in tree.inside):
+            return False
+        extends_leaf = parent != ROOT and parent not in tree.inner
+        paths = tree.paths + (not extends_leaf)
+        gain = path_prob / paths if self.mean_over_paths else path_prob
+        spent = float(self.spent[nodes])
+        if spent > 0 and self.alpha * gain * spent <= tree.length * float(self.step[nodes + 1]):
+            return False
+        tree.paths = paths
+        tree.length += gain
+        tree.inner.add(parent)
+        return True
+
+
+class _KeptTree:
+    """What `MarginalRatio` has kept of one request: the nodes, those of them with kept children,
+    root-to-leaf paths, and the expected length L."""
+
+    def __init__(self) -> None:
+        self.inside: set[int] = set()
+        self.inner: set[int] = set()
+        self.paths = 0
+        self.length = 1.0
+
+
+def best_per_owner(trees: DraftTrees, nodes: IntArray, count: int) -> IntArray:
+    """The `count` of `nodes` of each request with the largest accept_prob, ties to the lower index;
+    ascending."""
+    if not len(nodes):
+        return NO_NODES
+    owner = trees.owner[nodes]
+    order = np.lexsort((-trees.accept_prob[nodes], owner))  # stable: ties stay in ascending order
+    sorted_owner = owner[order]
+    rank = np.arange(len(nodes)) - np.searchsorted(sorted_owner, sorted_owner)
+    return np.sort(nodes[order[rank < count]])
+
+
+def sibling_ranks(trees: DraftTrees) -> IntArray:
+    """[nodes] rank among siblings by draft_prob, 0 the largest, ties to the lower index."""
+    slot = slots(trees)
+    order = np.lexsort((-trees.draft_prob, slot))
+    sorted_slot = slot[order]
+    rank = np.empty(len(trees), np.int64)
+    rank[order] = np.arange(len(trees)) - np.searchsorted(sorted_slot, sorted_slot)
+    return rank
