@@ -1,103 +1,65 @@
-"""When to leave the mode predicted best, so that predictions stay true, and at what cost.
+"""When to leave the option predicted best, so that predictions stay true, and at what cost.
 
-Deterministic and bounded: it spends a share of the time, and backs off while it finds nothing.
+Every option but the best is explored in turn, as often as a budget allows: a share of the time. An
+exploration is a run of a few rounds, so that its price of switching is paid once, and what is
+charged is what it really lost. A run that gained is followed by another one at once: a drafter that
+has recovered is back soon. Costs are in plain rounds, whose length is known for every batch.
 """
 
 from __future__ import annotations
 
 import math
 
-MIN_BACKOFF = 8  # rounds between two explorations, doubled by each that finds nothing
-MAX_BACKOFF = 32
-CLEAR_BACKOFF = 128  # rounds at most where the last one left little doubt
-CLEAR_LOSS = 0.15  # part of a plain round's seconds: a larger loss leaves little doubt
-RETRIES = 4  # explorations in a row after one that turned out well
-MAX_RUN = 12  # explorations in a row, for those who learn from them only then
-UNLIKELY_SHARE = 0.25  # of the budget, once backed off from a mode that is far worse
-CREDIT_ROUNDS = 400  # unspent budget is kept for this many rounds
+RUN = 4  # rounds of an exploration
+CREDIT = 4.0  # plain rounds that may be lost at once, at the start and after a long time
 
 
 class Exploration:
-    """Spends at most `budget` of the time, plus one run, on the mode that is not predicted best.
+    """Spends `budget` of the time, and at first CREDIT, on options that are not predicted best.
 
-    A mode that turns out well earns its gain and is retried at once: a drafter that has recovered
-    is back soon."""
+    left: rounds of the run that is going on. seconds: lost in all, gains not counted; count:
+    runs."""
 
-    def __init__(self, budget: float, max_run: float = math.inf) -> None:
-        """budget: share of the time. max_run: explorations in a row."""
+    def __init__(self, budget: float) -> None:
         self.budget = budget
-        self.max_run = max_run
-        self.credit = 0.0  # seconds
-        self.cost = 0.0  # seconds that the next exploration will take
-        self.spent = 0.0  # seconds lost to explorations in all, gains not counted
+        self.left = 0
+        self.seconds = 0.0
         self.count = 0
-        self.retries = 0  # failures in a row that a success still excuses
-        self.backoff = MIN_BACKOFF
-        self.waited = 0  # rounds since the last exploration
-        self.unlikely = False  # whether the other mode is predicted to be far worse
-        self._run = 0  # explorations in a row
-        self._gained = False  # whether one of them was better
+        self._credit = CREDIT
+        self._lost = 0.0  # seconds, by the run that is going on
 
-    @property
-    def rounds_left(self) -> int:
-        """Rounds before an exploration can be due at all, as far as that is known."""
-        if self.retries > 0:
-            return 0
-        if self.waited < self.backoff:
-            return self.backoff - self.waited - 1
-        return 2 * MAX_BACKOFF
+    def rounds_until(self, cost: float) -> float:
+        """Rounds in the best option until an exploration that costs so many plain rounds is due."""
+        if self.budget <= 0:
+            return math.inf
+        return max(0.0, math.ceil((cost - self._credit) / self.budget))
 
-    @property
-    def backs_off(self) -> bool:
-        """Whether none can be due now, whatever its cost."""
-        return self.budget <= 0 or (self.retries <= 0 and self.waited < self.backoff)
-
-    def due(self, cost: float) -> bool:
-        """Whether this round may explore, for about `cost` seconds."""
-        self.cost = cost
-        return not self.backs_off and self.credit >= cost
-
-    def observe_best(self, seconds: float) -> None:
-        """After a round in the mode predicted best."""
-        self.waited += 1
-        earned = self.budget * seconds
-        most = max(earned * CREDIT_ROUNDS, self.cost)
-        if self.unlikely and self.backoff >= MAX_BACKOFF:
-            earned *= UNLIKELY_SHARE
-        self.credit = min(self.credit + earned, most)
-
-    def observe(self, loss: float, promising: bool | None = None, clear: bool = False) -> None:
-        """After an exploration that lost `loss` seconds against the best mode (negative: gained).
-
-        promising: whether others shall follow at once (None: if it gained). clear: whether it
-        leaves little doubt."""
-        self._pay(loss)
-        self._run += 1
-        self._gained = self._gained or loss < 0
-        promising = loss < 0 if promising is None else promising
-        self.retries = RETRIES if promising else self.retries - 1
-        if self.retries <= 0 or self._run >= self.max_run:
-            wider = MIN_BACKOFF if self._gained else max(2 * self.backoff, MIN_BACKOFF)
-            self.backoff = min(wider, CLEAR_BACKOFF if clear else MAX_BACKOFF)
-            self._end_run(min(self.retries, 0))
-
-    def observe_unmeasured(self) -> None:
-        """After one that told nothing: it costs what was expected, and the next one waits."""
-        self._pay(self.cost)
-
-    def mode_changed(self) -> None:
-        """Another mode is predicted best now: check again soon."""
-        self.backoff = MIN_BACKOFF
-        self.waited = 0
-        self._end_run(0)
-
-    def _pay(self, loss: float) -> None:
+    def begin(self) -> None:
+        """A run begins with the coming round."""
+        self.left = RUN
         self.count += 1
-        self.waited = 0
-        self.credit -= loss
-        self.spent += max(loss, 0.0)
+        self._lost = 0.0
 
-    def _end_run(self, retries: int) -> None:
-        self.retries = retries
-        self._run = 0
-        self._gained = False
+    def stop(self) -> None:
+        """Another option is predicted best now, and explored no longer."""
+        self.left = 0
+
+    def observe_best(self, cost: float) -> None:
+        """After a round in the option predicted best; `cost`: of what is explored next."""
+        self._credit = min(self._credit + self.budget, max(CREDIT, cost))
+
+    def observe(self, loss: float, plain: float) -> bool:
+        """After a round of a run, which lost so many seconds against the best option (negative:
+        gained); whether the run has ended. plain: seconds of a plain round.
+
+        A process that was stopped meanwhile must not lose the explorations of hours to come."""
+        loss = min(loss, CREDIT * plain)
+        self._credit = min(self._credit - loss / plain, CREDIT)
+        self._lost += loss
+        self.left -= 1
+        if self.left > 0:
+            return False
+        self.seconds += max(self._lost, 0.0)
+        if self._lost < 0:
+            self.begin()
+        return True

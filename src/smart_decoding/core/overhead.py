@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from smart_decoding.core.running import RunningMean
+
+SLOW = 2.0  # one slow round counts as at most so many times the usual
+
 
 def size_bucket(size: int) -> int:
     """Batches of one request, of two or three, of four to seven, ... share what is learned."""
@@ -9,43 +13,24 @@ def size_bucket(size: int) -> int:
 
 
 class Overhead:
-    """Seconds that a plain round takes beside its forward, and what a drafting one takes beyond
-    that, by size.
+    """Seconds beside the forwards, of plain rounds and of those that draft, by size bucket."""
 
-    Rounds of a backoff are the measure of plain decoding: plain rounds that were planned take
-    longer."""
+    def __init__(self, drafting: float) -> None:
+        self._drafting = drafting  # beyond a plain round, before anything is known
+        self._means: dict[tuple[int, bool], RunningMean] = {}
 
-    GAIN = 1 / 32
-    ENOUGH = 4  # rounds
-    CLIP = 2.0  # one slow round counts as at most twice the usual
+    def of(self, size: int, drafts: bool) -> float:
+        """For a batch of `size` requests. A bucket that is unknown is as the nearest known one."""
+        bucket = size_bucket(size)
+        known = [key for key in self._means if key[1] == drafts]
+        if known:
+            return self._means[min(known, key=lambda key: abs(key[0] - bucket))].mean
+        if drafts:
+            return self.of(size, False) + self._drafting
+        return 0.0
 
-    def __init__(self, seconds: float) -> None:
-        self._usual = 0.0, seconds  # what was learned last, of any size
-        # Both by bucket of sizes, and whether the round drafted.
-        self._mean: dict[tuple[int, bool], float] = {}
-        self._seen: dict[tuple[int, bool], int] = {}
-
-    def of(self, size: int) -> tuple[float, float]:
-        """For a batch of `size` requests: of a plain round, and how much more a drafting one
-        takes."""
-        if self._knows(size, False) and self._knows(size, True):
-            plain = self._mean[size_bucket(size), False]
-            drafting = self._mean[size_bucket(size), True]
-            self._usual = plain, max(0.0, drafting - plain)
-        return self._usual
-
-    def knows_plain(self, size: int) -> bool:
-        """Whether enough plain rounds of such batches were seen."""
-        return self._knows(size, False)
-
-    def _knows(self, size: int, speculated: bool) -> bool:
-        return self._seen.get((size_bucket(size), speculated), 0) >= self.ENOUGH
-
-    def observe(self, size: int, seconds: float, speculated: bool) -> None:
-        """After a round that drafted, or one of a backoff, and prefilled nothing."""
-        key = size_bucket(size), speculated
-        seen = self._seen.get(key, 0)
-        mean = self._mean.get(key, seconds)
-        gain = max(self.GAIN, 1 / (seen + 1))
-        self._mean[key] = mean + gain * (min(seconds, self.CLIP * mean) - mean)
-        self._seen[key] = seen + 1
+    def observe(self, size: int, drafts: bool, seconds: float) -> None:
+        """After a round that prefilled nothing."""
+        mean = self._means.setdefault((size_bucket(size), drafts), RunningMean())
+        most = SLOW * mean.mean if mean.seen else seconds
+        mean.observe(min(seconds, most))

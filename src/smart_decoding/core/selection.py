@@ -41,7 +41,8 @@ class RoundCosts:
         gains = gains[: len(self.verify) - 1]
         verify = self.verify[: len(gains) + 1]
         least = min(least, len(gains))
-        return best_size(gains, self.tokens, sunk, verify, self.limit, least)[0]
+        size, _ = best_size(gains, self.tokens, sunk, verify, self.limit, least)
+        return size
 
 
 # --- what to expand ---
@@ -166,7 +167,7 @@ class Topology:
         """See `Grow`: the nodes that have children in the topology."""
         nodes = rule.expandable(trees, level)
         place = self._places(trees)[nodes]
-        inner = (self.next >= 0).any(axis=1)
+        inner: BoolArray = (self.next >= 0).any(axis=1)
         return nodes[(place >= 0) & inner[place]]
 
     def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:

@@ -2,51 +2,68 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import Round
+    from smart_decoding.core.tree import DraftTrees, IntArray
+
 KEEP = 1.0 - 1.0 / 256.0  # decay per round
 
 
 class Statistics:
-    """Exponentially decayed sums over rounds."""
+    """Exponentially decayed sums over rounds.
+
+    verified: rounds by batch size and by what they verified: "plain", "chain" or "tree"."""
 
     def __init__(self) -> None:
-        self.rounds = 0.0
-        self.off = 0.0
-        self.tokens = 0.0
-        self.seconds = 0.0
-        self.plain_tokens = 0.0
-        self.plain_seconds = 0.0
-        self.accepted = 0.0
-        self.expected = 0.0
+        self.verified: Counter[tuple[int, str]] = Counter()
+        self._sums = np.zeros(8)
 
-    def record(
-        self,
-        batch: int,
-        accepted: int,
-        expected: float,
-        seconds: float,
-        plain_seconds: float,
-        drafted: bool,
-    ) -> None:
-        """After a round: tokens come from `batch` requests and `accepted` nodes; `plain_seconds` is
-        what a plain round is predicted to take, `expected` the sum of accept_prob over the verified
-        nodes."""
-        self.rounds = self.rounds * KEEP + 1.0
-        self.off = self.off * KEEP + (not drafted)
-        self.tokens = self.tokens * KEEP + batch + accepted
-        self.seconds = self.seconds * KEEP + seconds
-        self.plain_tokens = self.plain_tokens * KEEP + batch
-        self.plain_seconds = self.plain_seconds * KEEP + plain_seconds
-        self.accepted = self.accepted * KEEP + accepted
-        self.expected = self.expected * KEEP + expected
+    def record(self, round: Round, plain_seconds: float) -> None:
+        """After a round; `plain_seconds` is what a plain one is predicted to take."""
+        size = round.batch.size
+        accepted = round.accepted
+        expected = float(round.trees.accept_prob[round.kept].sum()) if len(round.kept) else 0.0
+        self._sums *= KEEP
+        self._sums += (
+            1.0,
+            round.rule is None,
+            size + accepted,
+            round.seconds,
+            size,
+            plain_seconds,
+            accepted,
+            expected,
+        )
+        self.verified[size, shape_of(round.trees, round.kept)] += 1
 
     def summary(self) -> dict[str, float]:
         """Estimated speedup over plain decoding, share of rounds without drafting, accepted over
-        expected nodes - 1."""
+        expected nodes - 1, and how many rounds verified chains and trees."""
+        rounds, off, tokens, seconds, plain_tokens, plain_seconds, accepted, expected = self._sums
         speedup = 1.0
-        if self.seconds > 0 and self.plain_seconds > 0:
-            speedup = self.tokens / self.seconds / (self.plain_tokens / self.plain_seconds)
+        if seconds > 0 and plain_seconds > 0:
+            speedup = tokens / seconds / (plain_tokens / plain_seconds)
+        kinds: Counter[str] = Counter()
+        for (_, kind), count in self.verified.items():
+            kinds[kind] += count
         return {
-            "estimated_speedup": speedup,
-            "share_off": self.off / self.rounds if self.rounds else 0.0,
-            "calibration_error": self.accepted / self.expected - 1.0 if self.expected > 0 else 0.0,
+            "estimated_speedup": float(speedup),
+            "share_off": float(off / rounds) if rounds else 0.0,
+            "calibration_error": float(accepted / expected - 1.0) if expected > 0 else 0.0,
+            "chain_rounds": float(kinds["chain"]),
+            "tree_rounds": float(kinds["tree"]),
         }
+
+
+def shape_of(trees: DraftTrees, kept: IntArray) -> str:
+    """What a round verifies: "plain" where no node is kept, "chain" where no request has two nodes
+    of one depth, else "tree"."""
+    if not len(kept):
+        return "plain"
+    places = trees.owner[kept] * (1 + int(trees.depth[kept].max())) + trees.depth[kept]
+    return "tree" if len(np.unique(places)) < len(kept) else "chain"

@@ -1,0 +1,175 @@
+"""What plain decoding, and drafting with and without a model, are predicted to bring to a batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from smart_decoding.core.calibration import KINDS
+from smart_decoding.core.choice import best_rates
+from smart_decoding.core.forecast import expected_subtree, expected_tree
+from smart_decoding.core.selection import RANKS, LookAhead, RoundCosts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from smart_decoding.core.learned import Learned
+    from smart_decoding.core.policies.base import BatchState
+    from smart_decoding.core.tree import FloatArray, IntArray
+
+WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request
+REACH = 3  # levels that are looked ahead while drafting
+NODES = 64  # per drafting request that may be verified: EAGLE-2's tree has 59
+STAY = 32  # rounds that drafting lasts, once it has caught up
+
+
+class Mode(Enum):
+    """The ways to spend a round."""
+
+    PLAIN = "plain"
+    FREE = "free"  # what drafters without a model propose
+    MODEL = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a prediction depends on. drafting: requests that may draft. deepest: useful level.
+    context: mean tokens. kinds: [KINDS] requests of each. waiting: rows to catch up with."""
+
+    size: int
+    drafting: int
+    deepest: int
+    context: float
+    kinds: tuple[int, ...]
+    waiting: int
+    stay: int
+    has_model: bool
+    has_free: bool
+
+    @classmethod
+    def of(cls, batch: BatchState, limits: IntArray) -> Shape:
+        """limits: `batch.limits`, which is computed anew each time it is asked for."""
+        each = limits.tolist()
+        left = sum(each) // (2 * batch.size)
+        return cls(
+            batch.size,
+            sum(limit > 0 for limit in each),
+            max(each),
+            sum(batch.context.tolist()) / batch.size,
+            tuple(np.bincount(batch.kind, minlength=KINDS).tolist()),
+            batch.catch_up_rows,
+            max(1, min(STAY, left)),
+            batch.has_model,
+            batch.has_free,
+        )
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Shapes with the same key have the same prediction: what barely matters is coarse."""
+        depth = max(self.deepest, 0).bit_length()
+        waiting = (self.waiting // (4 * self.size)).bit_length()
+        stay = self.stay.bit_length() if waiting else 0
+        fixed = (self.size, self.drafting, self.kinds, self.has_model, self.has_free)
+        return (*fixed, depth, waiting, stay, int(self.context) // 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """rates: tokens per second of each mode that there is. forecast_rate: of MODEL, before what
+    such forecasts really reach is taken into account. seconds: of a round of each, at least.
+    switch: seconds of catching up that `first` does not charge to a round. costs: of a round that
+    drafts nothing with a model. first: seconds of the first level, a share of the catching up
+    included. below: what a `LookAhead` reads."""
+
+    rates: Mapping[Mode, float]
+    forecast_rate: float
+    seconds: Mapping[Mode, float]
+    switch: float
+    costs: RoundCosts
+    first: float
+    below: FloatArray
+
+    @property
+    def plain(self) -> float:
+        """Seconds of a plain round."""
+        return self.seconds[Mode.PLAIN]
+
+    def cost_of(self, other: Mode, best: Mode, rounds: int) -> float:
+        """Plain rounds that are lost by so many rounds in another mode than the best."""
+        loss = self.seconds[other] * (1.0 - self.rates[other] / self.rates[best])
+        switch = self.switch if other is Mode.MODEL else 0.0
+        return (switch + rounds * loss) / self.plain
+
+    def look_ahead(self, drafting: int) -> LookAhead:
+        """What to expand, where the model drafts for so many requests."""
+        widths = {max(1, drafting // 4), max(1, drafting // 2), *(w * drafting for w in WIDTHS)}
+        c = self.costs
+        costs = RoundCosts(c.tokens, c.sunk + self.first, c.levels, c.verify, c.limit)
+        return LookAhead(costs, np.array(sorted(widths), np.int64), self.below)
+
+
+def predict(
+    shape: Shape,
+    learned: Learned,
+    max_levels: int,
+    max_round_slowdown: float,
+) -> Prediction:
+    """The prediction for batches of one shape."""
+    size = shape.size
+    drafting = shape.drafting
+    cost = learned.cost
+    forecast = learned.forecast
+    overhead = learned.overhead
+    verify = cost.verify_curve(size, size, NODES * drafting + 1, shape.context)
+    plain = overhead.of(size, False) + float(verify[0])
+    costs = RoundCosts(
+        tokens=size,
+        sunk=overhead.of(size, True),
+        levels=cost.draft_seconds(np.arange(1 + WIDTHS[-1] * drafting), shape.context),
+        verify=verify,
+        # A lone request has all the nodes, and nobody to wait for.
+        limit=max_round_slowdown * plain if size > 1 else math.inf,
+    )
+    children = forecast.children(np.array(shape.kinds) / size)
+    regular, whole = cost.first_seconds(
+        size, [min(shape.waiting, size), shape.waiting], shape.context
+    ).tolist()
+    first = regular + (whole - regular) / shape.stay
+    forecast_rate = 0.0
+    rates = {Mode.PLAIN: size / plain}
+    seconds = {Mode.PLAIN: plain}
+    if shape.has_free:
+        rates[Mode.FREE] = _rate(np.sort(-forecast.free)[None], np.zeros(1), costs, drafting)
+        seconds[Mode.FREE] = costs.sunk + float(verify[0])
+    if shape.has_model and shape.deepest > 0:
+        levels = min(max_levels, shape.deepest)
+        forecast_rate = max(
+            _model_rate(children, levels, width, costs, first, drafting) for width in WIDTHS
+        )
+        rates[Mode.MODEL] = forecast_rate * learned.realised(size)
+        seconds[Mode.MODEL] = costs.sunk + first + float(verify[0])
+    below = [expected_subtree(children, 2 + level, REACH, RANKS) for level in range(max_levels)]
+    return Prediction(rates, forecast_rate, seconds, whole - first, costs, first, np.stack(below))
+
+
+def _model_rate(
+    children: FloatArray, levels: int, width: int, costs: RoundCosts, first: float, drafting: int
+) -> float:
+    """The best rate of 1, 2, ... `levels` levels that are `width` nodes a request wide."""
+    losses = np.sort(-expected_tree(children, levels, width), axis=1)
+    further: FloatArray = np.arange(levels) * float(costs.levels[width * drafting])
+    return _rate(losses, first + further, costs, drafting)
+
+
+def _rate(losses: FloatArray, drafted: FloatArray, costs: RoundCosts, drafting: int) -> float:
+    """The best rate of all options, where each of `drafting` requests verifies as many nodes as the
+    others. losses: [options, nodes] negated gains of one request, ascending; drafted: [options]
+    seconds of drafting."""
+    losses = losses[:, :NODES] * drafting
+    verify = costs.verify[::drafting][: losses.shape[1] + 1]
+    sunk = costs.sunk + drafted
+    return float(best_rates(losses, costs.tokens, sunk, verify, costs.limit).max())

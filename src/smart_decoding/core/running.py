@@ -1,0 +1,28 @@
+"""A running mean, for all that is learned one round at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+GAIN = 1 / 32  # of one observation, once as many were seen
+
+
+@dataclass(slots=True)
+class RunningMean:
+    """mean: of what was observed, older values fading. clip: one observation moves it as if it were
+    at most so far away. seen: observations."""
+
+    mean: float = 0.0
+    clip: float = math.inf
+    seen: int = 0
+
+    def observe(self, value: float) -> None:
+        """Counts a value; one that is not finite changes nothing."""
+        if not math.isfinite(value):
+            return
+        self.seen += 1
+        error = value - self.mean
+        if self.seen > 1:
+            error = min(max(error, -self.clip), self.clip)
+        self.mean += error * max(GAIN, 1 / self.seen)
