@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COSTS_EVERY = 8
 ACCEPTANCE_EVERY = 32
 SURPRISE = 2.0  # standard deviations of accepted nodes, as if these were Poisson: learn at once
+UNSURE = 0.15  # log rate: of a forecast before any round was drafted
 FAR = 0.3  # in log rate: one round counts as at most so far off its forecast
 
 
@@ -43,10 +44,12 @@ class Learned:
         self._missing = 0.0  # and that they accepted less
 
     def realised(self, size: int) -> float:
-        """What drafted rounds of about this size reach of the rate that is forecast for them:
-        choosing among real nodes does better than a mean can predict."""
-        mean = self._realised.get(size_bucket(size))
-        return math.exp(mean.mean) if mean else 1.0
+        """What drafted rounds of about this size reach of the rate that is forecast for them, as
+        far as they may: what was hardly tried is believed to be good.
+
+        Choosing among real nodes does better than a mean can predict."""
+        mean = self._realised.get(size_bucket(size), RunningMean())
+        return math.exp(mean.mean + UNSURE / math.sqrt(1 + mean.seen))
 
     def observe(self, round: Round, forecast_rate: float) -> bool:
         """After any round; whether something was learned that predictions depend on.

@@ -80,29 +80,16 @@ class Shape:
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """rates: tokens per second of each mode that there is. forecast_rate: of MODEL, before what
-    such forecasts really reach is taken into account. seconds: of a round of each, at least.
-    switch: seconds of catching up that `first` does not charge to a round. costs: of a round that
-    drafts nothing with a model. first: seconds of the first level, a share of the catching up
-    included. below: what a `LookAhead` reads."""
+    such forecasts really reach is taken into account. plain: seconds of a plain round. costs: of
+    a round that drafts nothing with a model. first: seconds of the first level, a share of the
+    catching up included. below: what a `LookAhead` reads."""
 
     rates: Mapping[Mode, float]
     forecast_rate: float
-    seconds: Mapping[Mode, float]
-    switch: float
+    plain: float
     costs: RoundCosts
     first: float
     below: FloatArray
-
-    @property
-    def plain(self) -> float:
-        """Seconds of a plain round."""
-        return self.seconds[Mode.PLAIN]
-
-    def cost_of(self, other: Mode, best: Mode, rounds: int) -> float:
-        """Plain rounds that are lost by so many rounds in another mode than the best."""
-        loss = self.seconds[other] * (1.0 - self.rates[other] / self.rates[best])
-        switch = self.switch if other is Mode.MODEL else 0.0
-        return (switch + rounds * loss) / self.plain
 
     def look_ahead(self, drafting: int) -> LookAhead:
         """What to expand, where the model drafts for so many requests."""
@@ -141,19 +128,16 @@ def predict(
     first = regular + (whole - regular) / shape.stay
     forecast_rate = 0.0
     rates = {Mode.PLAIN: size / plain}
-    seconds = {Mode.PLAIN: plain}
-    if shape.has_free:
+    if shape.has_free and drafting:
         rates[Mode.FREE] = _rate(np.sort(-forecast.free)[None], np.zeros(1), costs, drafting)
-        seconds[Mode.FREE] = costs.sunk + float(verify[0])
     if shape.has_model and shape.deepest > 0:
         levels = min(max_levels, shape.deepest)
         forecast_rate = max(
             _model_rate(children, levels, width, costs, first, drafting) for width in WIDTHS
         )
         rates[Mode.MODEL] = forecast_rate * learned.realised(size)
-        seconds[Mode.MODEL] = costs.sunk + first + float(verify[0])
     below = [expected_subtree(children, 2 + level, REACH, RANKS) for level in range(max_levels)]
-    return Prediction(rates, forecast_rate, seconds, whole - first, costs, first, np.stack(below))
+    return Prediction(rates, forecast_rate, plain, costs, first, np.stack(below))
 
 
 def _model_rate(
@@ -161,7 +145,7 @@ def _model_rate(
 ) -> float:
     """The best rate of 1, 2, ... `levels` levels that are `width` nodes a request wide."""
     losses = np.sort(-expected_tree(children, levels, width), axis=1)
-    further: FloatArray = np.arange(levels) * float(costs.levels[width * drafting])
+    further = np.arange(levels, dtype=np.float64) * float(costs.levels[width * drafting])
     return _rate(losses, first + further, costs, drafting)
 
 

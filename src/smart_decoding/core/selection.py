@@ -13,7 +13,7 @@ import numpy as np
 
 from smart_decoding.core.choice import NONE, best_rates, best_size, ranked
 from smart_decoding.core.rule import NO_NODES, TreeRule, expanded_widths
-from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray, slots
+from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray, slots
 
 RANKS = 4  # forecast children of each node in a look-ahead; the others bring next to nothing
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
-from smart_decoding.core.exploration import RUN, Exploration
+from smart_decoding.core.exploration import Exploration
 from smart_decoding.core.forecast import Forecast
 from smart_decoding.core.learned import Learned
 from smart_decoding.core.policies.base import require_int, require_number, token_array
@@ -68,7 +68,6 @@ class Smart:
         self._mode = Mode.PLAIN  # of the round to come
         self._best = Mode.PLAIN  # what was predicted best last
         self._explored = Mode.PLAIN  # by the last exploration
-        self._explore_cost = 0.0  # plain rounds that the next one will cost
         self._rest = 0  # rounds of plain decoding that need not ask, for a batch of about
         self._rest_size = 0  # so many requests
 
@@ -93,7 +92,7 @@ class Smart:
         if self.learned.learn_plain():
             self._predictions.clear()
         self._prediction = self.predict(shape)
-        self._mode = self._choose(self._prediction, batch.size)
+        self._mode = self._choose(self._prediction, batch.size, shape.deepest)
         if self._mode is Mode.PLAIN:
             return None
         return self._rule(batch, limits, shape, self._prediction)
@@ -116,8 +115,9 @@ class Smart:
         self._rest = 0
         return False
 
-    def _choose(self, prediction: Prediction, size: int) -> Mode:
-        """The mode predicted best, but for explorations; and how long it may rest."""
+    def _choose(self, prediction: Prediction, size: int, deepest: int) -> Mode:
+        """The mode predicted best, but for explorations; and how long it may rest: no longer than
+        these answers last."""
         rates = prediction.rates
         best = max(rates, key=rates.__getitem__)
         if best is not self._best:
@@ -128,15 +128,13 @@ class Smart:
         others = self._others(prediction)
         if not others:
             return best
-        other = others[self.exploration.count % len(others)]
-        self._explore_cost = prediction.cost_of(other, best, RUN)
-        wait = self.exploration.rounds_until(self._explore_cost)
+        wait = self.exploration.wait
         if wait == 0:
-            self._explored = other
+            self._explored = others[self.exploration.count % len(others)]
             self.exploration.begin()
-            return other
+            return self._explored
         if best is Mode.PLAIN:
-            self._rest = int(min(wait, REST)) - 1
+            self._rest = int(min(wait, REST, deepest)) - 1
             self._rest_size = size
         return best
 
@@ -164,23 +162,20 @@ class Smart:
     def observe(self, round: Round) -> None:
         """Learns from any round; explorations pay for what they lost."""
         prediction = self._prediction
-        planned = prediction is not None and not round.batch.prefill_rows
-        forecast_rate = 0.0
-        if prediction is not None and planned and self._mode is Mode.MODEL:
-            forecast_rate = prediction.forecast_rate
-        if self.learned.observe(round, forecast_rate):
+        if round.batch.prefill_rows or (round.rule is None) != (self._mode is Mode.PLAIN):
+            prediction = None  # another round than the one that was planned
+        drafted = prediction is not None and self._mode is Mode.MODEL
+        if self.learned.observe(round, prediction.forecast_rate if drafted else 0.0):
             self._predictions.clear()
-        plain = round.seconds
-        if prediction is not None and planned:
-            plain = prediction.plain
+        if prediction is not None:
             self._observe_exploration(round, prediction)
         elif not round.batch.prefill_rows:
-            self.exploration.observe_best(self._explore_cost)
-        self.statistics.record(round, plain)
+            self.exploration.observe_best()
+        self.statistics.record(round, prediction.plain if prediction else round.seconds)
 
     def _observe_exploration(self, round: Round, prediction: Prediction) -> None:
         if self._mode is self._best:
-            self.exploration.observe_best(self._explore_cost)
+            self.exploration.observe_best()
             return
         tokens = round.batch.size + round.accepted
         loss = round.seconds - tokens / prediction.rates[self._best]
