@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from smart_decoding.core.tree import ROOT
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import Round
+    from smart_decoding.core.policies.base import Round
 
 BINS = 10  # of equal width
 
