@@ -10,7 +10,6 @@ from typing import Any
 
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
-from smart_decoding.models.target import dtype_of
 from smart_decoding.multimodal.images import Limits
 
 DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
@@ -68,6 +67,8 @@ class EngineArgs:
     max_image_pixels: int = Limits().pixels
 
     def __post_init__(self) -> None:
+        from smart_decoding.models.target import dtype_of  # imported late: torch is slow
+
         dtype_of(self.dtype)
         self.media_limits()
         self._at_least(
