@@ -22,7 +22,8 @@ class EngineArgs:
     model: built-in name, hub id, folder of safetensors, or GGUF file.
     speculative_config: None (the model's default head under the policy `smart`, if it has one),
         False (plain decoding), or a dict: method (eagle, draft_model, ngram, recycling, union,
-        none), policy (off, chain, static, eagle2, paper, smart), and either's options.
+        none), policy (off, chain, static, eagle2, paper, pooled_chain, throughput_chain, smart),
+        and either's options.
     dtype: bfloat16 or float32, of weights and KV cache.
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or

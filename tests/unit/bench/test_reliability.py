@@ -12,7 +12,7 @@ from smart_decoding.bench.provenance import memory
 from smart_decoding.bench.reliability import BINS, Reliability
 from smart_decoding.bench.runner import measure, rows_of
 from smart_decoding.bench.traffic import Sizes, achieved
-from smart_decoding.core.policies.protocol import DraftPlan, Round
+from smart_decoding.core.policies.base import Round
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.models.config import ModelConfig
 
@@ -24,7 +24,7 @@ def round_of(accept_prob):
     trees.append([0, 0], [12, 13], [0, 1], [0.55, 0.9])
     trees.accept_prob = np.array(accept_prob)
     next_token = np.array([99, -1, -1, -1])  # after node 0, which was accepted, the target says 99
-    return Round(None, DraftPlan(True), trees, np.arange(4), next_token, np.array([10]))
+    return Round(None, None, trees, np.arange(4), next_token, np.array([10]))
 
 
 def test_children_of_accepted_nodes_are_counted_by_what_was_predicted():

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from smart_decoding.core.lookahead import LookAhead, LookAheadCosts
 
 from smart_decoding.core.calibration import DEPTHS, KINDS
 from smart_decoding.core.choice import best_rates, best_size, ranked
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import FREE, RANKS
-from smart_decoding.core.lookahead import LookAhead, LookAheadCosts
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.base import BatchState, DraftPlan
 from smart_decoding.core.policies.catch_up import MAX_ROUNDS
 from smart_decoding.core.policies.forecaster import WIDTHS
 from smart_decoding.core.policies.modes import BEGIN_SPEEDUP, CLEARLY_WORSE
-from smart_decoding.core.policies.protocol import BatchState, DraftPlan
 from smart_decoding.core.tree import DraftTrees
 
 SEEDS = st.integers(0, 2**32 - 1)

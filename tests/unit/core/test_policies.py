@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import POLICIES, make_policy, policy_options
-from smart_decoding.core.policies.protocol import BatchState
+from smart_decoding.core.policies.base import BatchState
 from smart_decoding.core.policies.topologies import EAGLE_1, MEDUSA
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.errors import ConfigError

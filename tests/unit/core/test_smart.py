@@ -10,9 +10,9 @@ from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.overhead import Overhead
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.base import DraftPlan, Round
 from smart_decoding.core.policies.catch_up import MAX_ROUNDS
 from smart_decoding.core.policies.modes import BEGIN_SPEEDUP, BURN_IN, CLEARLY_WORSE
-from smart_decoding.core.policies.protocol import DraftPlan, Round
 from smart_decoding.core.policies.round_state import RoundState
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.simulation import World, full_knowledge, run
