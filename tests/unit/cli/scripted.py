@@ -99,7 +99,9 @@ class FakeLLM:
         }  # after a node; the root is row 0, node i is row i + 1
         acceptance = accept(trees, lambda rows: np.array([target[int(row) - 1] for row in rows]))
         return SimpleNamespace(
-            round=SimpleNamespace(trees=trees, kept=np.arange(len(trees))),
+            round=SimpleNamespace(
+                trees=trees, kept=np.arange(len(trees)), rule=SimpleNamespace(scores=True)
+            ),
             acceptance=acceptance,
             emitted=len(acceptance.emitted[0]),
         )
