@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from smart_decoding.core.calibration import path_products
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Policy, Round
+from smart_decoding.core.policies.base import BatchState, Round
+from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.errors import ConfigError
-from smart_lab.recording import Recording
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.base import Policy
+    from smart_decoding.core.rule import TreeRule
+    from smart_lab.recording import Recording
 
 DEEPEST = 64  # no policy drafts deeper
 Clock = Callable[[], float]
@@ -267,7 +272,7 @@ class Drafted:
     missing: [batch] drafts that the recording lacks."""
 
     batch: BatchState
-    plan: DraftPlan
+    rule: TreeRule | None
     trees: DraftTrees
     kept: IntArray
     missing: IntArray
@@ -283,29 +288,26 @@ class Drafted:
 
 
 def draft(policy: Policy, walk: Walk) -> Drafted:
-    """Lets the policy draft and select, level by level."""
-    batch, source = walk.state(), Source(walk.recording, walk.position)
+    """The trees by the policy's rule, level by level."""
+    batch = walk.state()
     if hasattr(policy, "foresee"):
         policy.foresee(walk)
-    done = Drafted(
-        batch,
-        policy.plan(batch),
-        DraftTrees.empty(batch.size),
-        np.zeros(0, np.int64),
-        source.missing,
-    )
-    plan, trees = done.plan, done.trees
+    rule = policy.plan(batch)
+    trees = DraftTrees.empty(batch.size)
+    if rule is None:
+        return Drafted(batch, None, trees, NO_NODES, np.zeros(batch.size, np.int64))
+    source = Source(walk.recording, walk.position)
+    done = Drafted(batch, rule, trees, NO_NODES, source.missing)
     owners: IntArray | None = np.arange(batch.size)
     parents: IntArray = np.full(batch.size, ROOT)
-    for level in range(1, (plan.levels if plan.speculate else 0) + 1):
+    for level in range(1, rule.levels + 1):
         done.expanded.append(trees.owner[parents] if owners is None else owners)
-        source.expand(trees, parents, plan.children, owners)
-        nodes = policy.frontier(plan, batch, trees, level) if level < plan.levels else None
-        if nodes is None or not len(nodes):
+        source.expand(trees, parents, rule.children, owners)
+        parents = rule.frontier(trees, level)
+        owners = None
+        if not len(parents):
             break
-        parents, owners = nodes, None
-    if len(trees):
-        done.kept = policy.select(plan, batch, trees)
+    done.kept = rule.select(trees)
     return done
 
 
@@ -363,7 +365,7 @@ def _round(
     beyond = host.seconds(size, bool(widths)) + own
     truth, emitted = _judged(done, walk)
     round_ = Round(
-        done.batch, done.plan, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond
+        done.batch, done.rule, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond
     )
     started = clock() if clock else 0.0
     policy.observe(round_)
