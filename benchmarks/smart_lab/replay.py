@@ -122,7 +122,8 @@ class RoundCosts(Protocol):
 @dataclass(slots=True)
 class Replayed:
     """Sums over the decoding rounds at full batch. rows: of the verifying forwards; kept: verified
-    nodes; off: rounds without drafting; missing: drafts that the recording lacked; own_seconds: the
+    nodes; off: rounds without drafting; chains: those that verified no two children of one node,
+    but some node (a sweep counts none); missing: drafts that the recording lacked; own_seconds: the
     policy's own."""
 
     batch_size: int
@@ -134,6 +135,7 @@ class Replayed:
     kept: int = 0
     levels: int = 0
     off: int = 0
+    chains: int = 0
     own_seconds: float = 0.0
 
     @property
@@ -269,13 +271,14 @@ class Source:
 @dataclass(slots=True)
 class Drafted:
     """What a policy made of one round. expanded: the owners of the nodes that each level expanded;
-    missing: [batch] drafts that the recording lacks."""
+    missing: [batch] drafts that the recording lacks; planning: the policy's seconds."""
 
     batch: BatchState
     rule: TreeRule | None
     trees: DraftTrees
     kept: IntArray
     missing: IntArray
+    planning: float
     expanded: list[IntArray] = field(default_factory=list)
 
     @property
@@ -287,17 +290,19 @@ class Drafted:
         ]
 
 
-def draft(policy: Policy, walk: Walk) -> Drafted:
+def draft(policy: Policy, walk: Walk, clock: Clock = lambda: 0.0) -> Drafted:
     """The trees by the policy's rule, level by level."""
     batch = walk.state()
     if hasattr(policy, "foresee"):
         policy.foresee(walk)
+    started = clock()
     rule = policy.plan(batch)
+    planning = clock() - started
     trees = DraftTrees.empty(batch.size)
     if rule is None:
-        return Drafted(batch, None, trees, NO_NODES, np.zeros(batch.size, np.int64))
+        return Drafted(batch, None, trees, NO_NODES, np.zeros(batch.size, np.int64), planning)
     source = Source(walk.recording, walk.position)
-    done = Drafted(batch, rule, trees, NO_NODES, source.missing)
+    done = Drafted(batch, rule, trees, NO_NODES, source.missing, planning)
     owners: IntArray | None = np.arange(batch.size)
     parents: IntArray = np.full(batch.size, ROOT)
     for level in range(1, rule.levels + 1):
@@ -327,7 +332,7 @@ def replay(
     cost: CostModel,
     batch_size: int,
     host: HostCosts | None = None,
-    own_time: Clock | None = None,
+    own_time: Clock = lambda: 0.0,
     rounds: int | None = None,
     costs: RoundCosts | None = None,
 ) -> Replayed:
@@ -335,8 +340,8 @@ def replay(
     until it runs dry, and then rounds of smaller batches are left out, as in the live benchmark.
 
     host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the
-    policy itself, whose seconds then count, too. rounds: stop after so many. costs: what steps
-    really take (default: by `cost`)."""
+    policy's plans and lessons, whose seconds then count, too; to follow a rule is the engine's.
+    rounds: stop after so many. costs: what steps really take (default: by `cost`)."""
     walk, result = Walk(recording, batch_size), Replayed(batch_size)
     costs = costs or StepCosts(cost, batch_size)
     host = host or HostCosts.of(cost)
@@ -350,26 +355,24 @@ def _round(
     walk: Walk,
     costs: RoundCosts,
     host: HostCosts,
-    clock: Clock | None,
+    clock: Clock,
     result: Replayed,
 ) -> None:
-    started = clock() if clock else 0.0
-    done = draft(policy, walk)
-    own = clock() - started if clock else 0.0
+    done = draft(policy, walk, clock)
     size = done.batch.size
     widths = done.widths
     context = float(done.batch.context.sum()) / size
     levels = costs.levels(widths, context)
     rows = size + len(done.kept)
     verify = costs.verify(rows, context)
-    beyond = host.seconds(size, bool(widths)) + own
+    beyond = host.seconds(size, bool(widths)) + done.planning
     truth, emitted = _judged(done, walk)
     round_ = Round(
         done.batch, done.rule, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond
     )
-    started = clock() if clock else 0.0
+    started = clock()
     policy.observe(round_)
-    learning = clock() - started if clock else 0.0
+    learning = clock() - started
     walk.advance(emitted, bool(widths))
     costs.advance(int(emitted.sum()))
     result.tokens += int(emitted.sum())
@@ -380,7 +383,8 @@ def _round(
     result.kept += len(done.kept)
     result.levels += len(widths)
     result.off += not widths
-    result.own_seconds += own + learning
+    result.chains += _are_chains(done.trees, done.kept)
+    result.own_seconds += done.planning + learning
 
 
 def _judged(done: Drafted, walk: Walk) -> tuple[tuple[IntArray, IntArray], IntArray]:
@@ -395,6 +399,12 @@ def _judged(done: Drafted, walk: Walk) -> tuple[tuple[IntArray, IntArray], IntAr
         behind = np.where(on_path, walk.truth(trees.owner, trees.depth + 1), -1)
     root_next = walk.truth(np.arange(size), np.ones(size, np.int64))
     return (behind, root_next), emitted
+
+
+def _are_chains(trees: DraftTrees, kept: IntArray) -> bool:
+    """Whether something is verified, and each request's is a chain."""
+    place = trees.owner[kept] * (DEEPEST + 1) + trees.depth[kept]
+    return 0 < len(kept) == len(np.unique(place))
 
 
 def _padded(answers: list[IntArray]) -> tuple[IntArray, IntArray]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.acceptance import accept
+from smart_decoding.core.calibration import path_products
 from smart_decoding.core.choice import best_size, ranked
 from smart_decoding.core.policies.base import BatchState, Round
 from smart_decoding.core.rule import NO_NODES
@@ -181,7 +182,7 @@ def full_knowledge(
     plain = float(world.costs.verify_seconds(size, size, CONTEXT))
     for index in rounds:
         best = (size / plain, float(size), plain, 0)
-        for width in widths:
+        for width in widths if world.good(index) else ():
             trees, sunk = DraftTrees.empty(size), 0.0
             parents = np.full(size, -1)
             for level in range(1, levels + 1):
@@ -218,11 +219,8 @@ def _draft(
 
 
 def _path_gain(trees: DraftTrees, conditional: FloatArray) -> FloatArray:
-    gain = conditional.copy()
-    for node, parent in enumerate(trees.parent):
-        if parent >= 0:
-            gain[node] *= gain[parent]
-    return gain
+    """[nodes] probability that the target chooses the whole path."""
+    return path_products(trees.parent, conditional, int(trees.depth.max(initial=0)))
 
 
 def _places(trees: DraftTrees, parents: IntArray, batch: int) -> IntArray:
