@@ -76,7 +76,7 @@ class LookAhead:
     @property
     def reach(self) -> int:
         """Levels to look ahead."""
-        return self.below.shape[1] // RANKS
+        return len(self.below[0]) // RANKS
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
         """See `Grow`."""
@@ -167,7 +167,7 @@ class Topology:
         """See `Grow`: the nodes that have children in the topology."""
         nodes = rule.expandable(trees, level)
         place = self._places(trees)[nodes]
-        inner: BoolArray = (self.next >= 0).any(axis=1)
+        inner: BoolArray = np.any(self.next >= 0, axis=1)
         return nodes[(place >= 0) & inner[place]]
 
     def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:

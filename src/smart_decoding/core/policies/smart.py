@@ -56,10 +56,9 @@ class Smart:
             "max_round_slowdown", max_round_slowdown, 1.0, math.inf
         )
         budget = require_number("exploration_budget", exploration_budget, 0.0, 0.5)
-        calibration = calibration or Calibration()
-        self.learned = Learned(
-            cost or CostModel.default(), calibration, forecast or Forecast(calibration)
-        )
+        self.calibration = calibration or Calibration()
+        self.forecast = forecast or Forecast(self.calibration)
+        self.learned = Learned(cost or CostModel.default(), self.calibration, self.forecast)
         self.exploration = Exploration(budget)
         self.statistics = Statistics()
         self._ends = token_array(eos_token_ids)
@@ -154,7 +153,7 @@ class Smart:
         # An exploration verifies at least one node: otherwise a cost predicted too high would never
         # be measured again.
         keep = BestRate(costs, least=int(self._mode is not self._best))
-        scores = Scores(self.learned.calibration, batch.kind)
+        scores = Scores(self.calibration, batch.kind)
         return TreeRule(levels, self.children, limits, self._ends, grow, keep, scores)
 
     # --- after a round ---
@@ -164,8 +163,10 @@ class Smart:
         prediction = self._prediction
         if round.batch.prefill_rows or (round.rule is None) != (self._mode is Mode.PLAIN):
             prediction = None  # another round than the one that was planned
-        drafted = prediction is not None and self._mode is Mode.MODEL
-        if self.learned.observe(round, prediction.forecast_rate if drafted else 0.0):
+        forecast_rate = 0.0
+        if prediction is not None and self._mode is Mode.MODEL:
+            forecast_rate = prediction.forecast_rate
+        if self.learned.observe(round, forecast_rate):
             self._predictions.clear()
         if prediction is not None:
             self._observe_exploration(round, prediction)
