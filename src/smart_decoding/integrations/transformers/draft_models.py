@@ -28,19 +28,24 @@ from smart_decoding.models.ranking import ranked
 from smart_decoding.speculation import DRAFT_SCRATCH_PAGES, vocabulary_difference
 
 if TYPE_CHECKING:
-    from smart_decoding.drafters.levels import Asked, Ranked
-    from smart_decoding.engine.protocols import Drafter
+    from collections.abc import Callable
+
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees
+    from smart_decoding.drafters.levels import Asked, Growth, Ranked
+    from smart_decoding.engine.protocols import Drafter, Grown
     from smart_decoding.engine.rows import Rows
 
 
 class HostDraftModel:
     """widest: children of a node that are proposed at most; 1 where either model takes chains only.
-    folder: of a prior; draft models have none.
+    folder: of a prior; draft models have none. grow: level by level it is.
 
     Models pad their vocabularies differently: tokens that only one of the two has are never
     proposed. Keys of tree nodes come first in the cache, so that it grows with the text, not with
     the pages that a call may use."""
 
+    grow: Callable[[TreeRule, DraftTrees, Growth | None], Grown] | None = None
     folder: Path | None = None
 
     def __init__(self, model: PreTrainedModel, layers: int, tree: bool, target_vocab: int) -> None:

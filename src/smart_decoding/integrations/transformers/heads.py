@@ -22,8 +22,8 @@ from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
-    from smart_decoding.core.tree import IntArray
-    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.drafters.levels import Asked, Growth, Ranked
     from smart_decoding.engine.protocols import Drafter, Grown
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.features import Part
@@ -58,12 +58,11 @@ class HostHead(EagleHead):
         return super().deeper(rows, above, replace(asked, k=min(asked.k, self.widest)))
 
     def grow(
-        self, rows: Rows, parts: Sequence[Part], asked: Asked, slots: range, rule: TreeRule
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
     ) -> Grown:
-        """All levels, each of at most `widest` children of a node."""
-        asked = replace(asked, k=min(asked.k, self.widest))
-        rule = replace(rule, children=min(rule.children, self.widest))
-        return super().grow(rows, parts, asked, slots, rule)
+        """A round in one call, of at most `widest` children of a node."""
+        narrow = replace(rule, children=min(rule.children, self.widest))
+        return super().grow(narrow, given, growth, parts)
 
     def check_length(self, max_length: int) -> None:
         """A head follows any text."""
