@@ -253,6 +253,13 @@ class _KeptTree:
         self.length = 1.0
 
 
+def is_data(rule: TreeRule) -> bool:
+    """Whether a rule consists of the parts above, which native code follows, too."""
+    grows = (Beam, LookAhead, Topology, MarginalRatio)
+    keeps = (KeepBest, BestRate, Topology, MarginalRatio)
+    return type(rule.grow) in grows and type(rule.keep) in keeps
+
+
 def best_per_owner(trees: DraftTrees, nodes: IntArray, count: int) -> IntArray:
     """The `count` of `nodes` of each request with the largest accept_prob, ties to the lower index;
     ascending."""

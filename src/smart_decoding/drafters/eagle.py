@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from smart_decoding.drafters.levels import Asked, LevelDrafter, Ranked, State, asked_of
+from smart_decoding.drafters.levels import Asked, Growth, LevelDrafter, Ranked, State
 from smart_decoding.engine.kv import PAGE, Ints
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.chooser import Growth
-    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.request import Request
@@ -50,11 +49,10 @@ class Head(Protocol):
         ...
 
     def grow(
-        self, rows: Rows, parts: Sequence[Any], asked: Asked, slots: range, growth: Growth
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Any]
     ) -> Grown:
-        """All levels of a round in one call, nodes chosen as `growth` says; only if the head
-        `grows`. asked: for the children of each request's root at levels 1, 2, ... slots: where
-        nodes' keys go."""
+        """A round in one call, as the rule says, beside the nodes `given`; only if the head
+        `grows`."""
         ...
 
     def blank(self, rows: int) -> Any:
@@ -102,13 +100,12 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self, head: Head, pool_pages: int, scratch_pages: int, max_levels: int = 8
     ) -> None:
         spare = scratch_pages // 8
-        super().__init__(pool_pages, scratch_pages - spare, max_levels)
+        super().__init__(pool_pages, scratch_pages - spare, max_levels, head.grows)
         pages = pool_pages + scratch_pages
         self._spare = [*range(pages - spare, pages)]  # for copies of pages
         self._head = head
         self.aux_layers = head.aux_layers
         self.supports_images = head.supports_images
-        self.grow = self._grow if head.grows else None
         self._log: Log | None = None
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read
         # page -> key of its content, features of its last position
@@ -154,27 +151,20 @@ class EagleDrafter(LevelDrafter[Pairs]):
         key = self._keys(request, state, page + 1)[-1]
         self._ends[request.table.pages[page]] = key, self._head.take(features, np.array([row]))
 
-    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """The first level, with the features of all rounds before."""
         self._share_out()
-        return super().start(requests, plan)
+        return super().start(requests, rule)
 
-    def _grow(self, requests: Sequence[Request], plan: DraftPlan) -> Grown:
-        """`start`, and `expand` as `plan.growth` says, in one call."""
-        growth = plan.growth
-        assert growth is not None
+    def grow_beside(self, given: DraftTrees, requests: Sequence[Request], rule: TreeRule) -> Grown:
+        """The same, with the features of all rounds before."""
         self._share_out()
-        states = [self._states[id(r)] for r in requests]
-        rows, _ = self._waiting_rows(requests, states)
-        every = range(len(requests))
-        levels = range(growth.levels)
-        owners = [i for i in every for _ in levels]
-        asked = asked_of(requests, owners, [*levels] * len(requests), plan.children)
-        slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
-        grown = self._head.grow(rows, _parts(states), asked, slots, growth)
-        for request, state in zip(requests, states, strict=True):
-            self._advance(request, state)
-        return grown
+        return super().grow_beside(given, requests, rule)
+
+    def _grow(
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, states: Sequence[Pairs]
+    ) -> Grown:
+        return self._head.grow(rule, given, growth, _parts(states))
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         """The committed pairs wait for the next first level."""

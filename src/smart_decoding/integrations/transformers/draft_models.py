@@ -40,6 +40,8 @@ class HostDraftModel:
     proposed. Keys of tree nodes come first in the cache, so that it grows with the text, not with
     the pages that a call may use."""
 
+    grow = None
+
     def __init__(self, model: PreTrainedModel, layers: int, tree: bool, target_vocab: int) -> None:
         text = model.config.get_text_config(decoder=True)
         self.model = model
