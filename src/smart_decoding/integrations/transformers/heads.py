@@ -21,9 +21,10 @@ from smart_decoding.models.layers import Workspace
 from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
 
 if TYPE_CHECKING:
-    from smart_decoding.core.tree import IntArray
-    from smart_decoding.drafters.levels import Asked, Ranked
-    from smart_decoding.engine.protocols import Drafter
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.drafters.levels import Asked, Growth, Ranked
+    from smart_decoding.engine.protocols import Drafter, Grown
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.features import Part
 
@@ -55,6 +56,13 @@ class HostHead(EagleHead):
     def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         """A further level, of at most `widest` children."""
         return super().deeper(rows, above, replace(asked, k=min(asked.k, self.widest)))
+
+    def grow(
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
+    ) -> Grown:
+        """All levels, each of at most `widest` children of a node."""
+        rule = replace(rule, children=min(rule.children, self.widest))
+        return super().grow(rule, given, growth, parts)
 
 
 class HostWeights:

@@ -20,6 +20,9 @@ constexpr int RANKS = 4;  // forecast children of a node (core/selection.py)
 
 // ------------------------------------------------------------------------------ choosing a number
 
+// Whether a probability comes before another: the larger one; no number comes last.
+static bool before(double a, double b) { return a > b || (std::isnan(b) && !std::isnan(a)); }
+
 // The most tokens per second over how many of the sorted `gains` are verified (core/choice.py).
 struct Best {
     int64_t size = -1;
@@ -190,14 +193,14 @@ private:
         Nodes above(count + 1, count), further(count + 1);
         for (int64_t i = 0; i < count; i++)
             if (parent(trees, i) >= 0) above[i] = parent(trees, i);
-        std::vector<double> before;
+        std::vector<double> nearer;
         for (int64_t reach = 1; reach < deepest(); reach *= 2) {
             if (reach > 1) {
                 for (int64_t i = 0; i <= count; i++) further[i] = above[above[i]];
                 above.swap(further);
             }
-            before = product;
-            for (int64_t i = 0; i <= count; i++) product[i] *= before[above[i]];
+            nearer = product;
+            for (int64_t i = 0; i <= count; i++) product[i] *= nearer[above[i]];
         }
         for (int64_t i = 0; i < count; i++) accept_prob(trees, i) = product[i];
     }
@@ -280,7 +283,7 @@ private:
     // The `count` surest of each request, ties to the lower index.
     Nodes best_per_owner(Nodes nodes, int64_t count) const {
         std::stable_sort(nodes.begin(), nodes.end(), [&](int64_t a, int64_t b) {
-            return accept_prob(trees, a) > accept_prob(trees, b);
+            return before(accept_prob(trees, a), accept_prob(trees, b));
         });
         Nodes taken(trees.batch, 0), best;
         for (int64_t i : nodes)
@@ -311,7 +314,7 @@ private:
         std::iota(order.begin(), order.end(), 0);
         std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
             return slot(a) != slot(b) ? slot(a) < slot(b)
-                                      : draft_prob(trees, a) > draft_prob(trees, b);
+                                      : before(draft_prob(trees, a), draft_prob(trees, b));
         });
         for (int64_t i = 1; i < trees.nodes; i++)
             if (slot(order[i]) == slot(order[i - 1])) rank[order[i]] = rank[order[i - 1]] + 1;
@@ -334,8 +337,9 @@ private:
         for (int64_t i : useful())
             if (depth(trees, i) <= last) order.push_back(i);
         std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-            return depth(trees, a) != depth(trees, b) ? depth(trees, a) < depth(trees, b)
-                                                      : accept_prob(trees, a) > accept_prob(trees, b);
+            return depth(trees, a) != depth(trees, b)
+                       ? depth(trees, a) < depth(trees, b)
+                       : before(accept_prob(trees, a), accept_prob(trees, b));
         });
         std::vector<KeptTree> of_request(trees.batch);
         std::vector<char> inside(trees.nodes, 0), inner(trees.nodes, 0);
