@@ -1,5 +1,5 @@
-// Levels of a draft head, with outputs in bf16, fp32 and bytes; and smart_grow, which drafts a
-// round's trees.
+// Levels of draft heads of all layouts, with outputs in bf16, fp32 and bytes; and smart_grow, which
+// drafts a round's trees.
 
 #include "tiny.h"
 
@@ -9,12 +9,26 @@ namespace {
 
 constexpr int RANKS = 4;  // forecast children of a node
 
+struct Layout {
+    bool fused;  // EAGLE-1/2
+    int layers;
+    bool bytes;  // of outputs
+
+    static Layout of(Random& random, bool bytes) {
+        const bool fused = random.chance(0.3);
+        return {fused, random.chance(0.3) ? 2 : 1, bytes && !fused};
+    }
+};
+
 struct TinyHead {
+    Layout layout;
     Shape shape;
     Precision precision;
-    TinyLayer layer;
+    std::vector<TinyLayer> layers;
+    std::vector<Layer> structs;
     int aux_count;
     bool bytes, plain_table, norm_before_residual;
+    float aux_eps = 1e-3f;
     int64_t vocab, outputs_count;
     std::vector<float> aux_norm, fc, fc_bias, input_norm, hidden_norm, final_norm, embedding,
         outputs;
@@ -25,36 +39,41 @@ struct TinyHead {
     std::vector<int32_t> sums;
     Rotation rotation;
 
-    static Shape of_head(Random& random, int head_dim) {
+    static Shape of_head(Random& random, int head_dim, const Layout& layout) {
         Shape s = random_shape(random, head_dim);
-        s.input = 2 * s.hidden;
+        s.input = layout.fused ? s.hidden : 2 * s.hidden;
         return s;
     }
-    TinyHead(Random& random, int head_dim, bool bf16, bool bytes_)
-        : shape(of_head(random, head_dim)),
+    TinyHead(Random& random, int head_dim, bool bf16, const Layout& layout_)
+        : layout(layout_),
+          shape(of_head(random, head_dim, layout)),
           precision(bf16, head_dim),
-          layer(random, shape, bf16, false),
-          aux_count(int(random.between(1, 3))),
-          bytes(bytes_),
+          aux_count(layout.fused ? 1 : int(random.between(1, 3))),
+          bytes(layout.bytes),
           plain_table(random.chance(0.5)),
           norm_before_residual(random.chance(0.5)),
           vocab(random.between(90, 150)),
           outputs_count(random.between(40, 90)),
           rotation(POSITIONS, head_dim) {
-        const int64_t d = shape.hidden;
+        const int64_t d = shape.hidden, reads = layout.fused ? 2 * d : aux_count * d;
+        layers.emplace_back(random, shape, bf16, false);
+        Shape further = shape;
+        further.input = d;
+        if (layout.layers > 1) layers.emplace_back(random, further, bf16, true);
+        for (const TinyLayer& layer : layers) structs.push_back(layer.layer());
         if (random.chance(0.4)) aux_norm = norm(random, d);
         if (random.chance(0.4)) fc_bias = random.normals(d, 0.3);
-        fc = matrix(random, d, aux_count * d, bf16);
+        fc = matrix(random, d, reads, bf16);
         input_norm = norm(random, d);
         hidden_norm = norm(random, d);
-        final_norm = norm(random, d);
+        if (!layout.fused) final_norm = norm(random, d);
         embedding = matrix(random, vocab, d, bf16, std::sqrt(double(d)));
         outputs = matrix(random, outputs_count, d, bf16 && !bytes, 2);
         std::vector<int64_t> all(vocab);
         for (int64_t i = 0; i < vocab; i++) all[i] = i;
         random.shuffle(all);
         tokens.assign(all.begin(), all.begin() + outputs_count);
-        fc_blob = packed(fc, aux_count * d, bf16);
+        fc_blob = packed(fc, reads, bf16);
         embedding_blob = plain_table ? plain(embedding, bf16) : packed(embedding, d, bf16);
         if (!bytes)
             outputs_blob = packed(outputs, d, bf16);
@@ -75,16 +94,17 @@ struct TinyHead {
     }
     std::string text() const {
         return shape.text() + (precision.bf16 ? ", bf16" : ", fp32")
-               + (bytes ? ", outputs in bytes" : "");
+               + (bytes ? ", outputs in bytes" : "") + (layout.fused ? ", fused" : "")
+               + (layout.layers > 1 ? ", two layers" : "");
     }
     Head head() const {
         const void* table = embedding_blob.data();
-        return {layer.layer(),
+        return {structs.data(),
                 pointer(aux_norm),
                 pointer(fc_bias),
                 input_norm.data(),
                 hidden_norm.data(),
-                final_norm.data(),
+                pointer(final_norm),
                 fc_blob.data(),
                 plain_table ? nullptr : table,
                 plain_table ? table : nullptr,
@@ -93,8 +113,15 @@ struct TinyHead {
                 sums.empty() ? nullptr : sums.data(),
                 tokens.data(),
                 outputs_count,
+                int32_t(layers.size()),
                 aux_count,
-                norm_before_residual};
+                norm_before_residual,
+                layout.fused,
+                aux_eps};
+    }
+    TinyCache cache(Random random, int64_t pages) const {
+        return TinyCache(random, int64_t(layers.size()) * shape.kv_heads, pages, shape.head_dim,
+                         precision.bf16);
     }
     Rows rows(const Batch& batch) const { return batch.rows(rotation.cosine, rotation.sine); }
 };
@@ -140,22 +167,31 @@ Drafted draft(const TinyHead& h, const Batch& batch, const Asked& asked, TinyCac
 // The states [rows, hidden] that a level leaves, of all rows.
 Doubles states(const TinyHead& h, const Batch& batch, const Asked& asked, reference::Cache& cache) {
     const int64_t d = h.shape.hidden;
-    const float eps = h.layer.w.eps;
+    const float eps = h.layers[0].w.eps;
     const reference::Rounds rounds = h.precision.rounds;
+    const auto project = [&](Doubles values, int64_t k) {
+        if (rounds.inputs) reference::round_all(values);
+        return reference::linear(values, h.fc, k, h.fc_bias);
+    };
     Doubles read, x;
     for (int64_t r = 0; r < batch.size(); r++) {
-        Doubles features(asked.features[r],
-                         asked.features[r] + (asked.first ? h.aux_count * d : d));
-        if (asked.first) {
-            if (!h.aux_norm.empty())
-                features = reference::rms_norms(features, h.aux_norm.data(), eps, d);
-            if (rounds.inputs) reference::round_all(features);
-            features = reference::linear(features, h.fc, h.aux_count * d, h.fc_bias);
+        const int64_t width = asked.first ? h.aux_count * d : d;
+        Doubles features(asked.features[r], asked.features[r] + width);
+        if (asked.first && !h.aux_norm.empty())
+            features = reference::rms_norms(features, h.aux_norm.data(), h.aux_eps, d);
+        const bool pictured = !asked.embeddings.empty() && asked.embeddings[r];
+        const float* from = pictured ? asked.embeddings[r] : &h.embedding[batch.token[r] * d];
+        Doubles embedding(from, from + d);
+        if (h.layout.fused) {
+            Doubles both = embedding;
+            both.insert(both.end(), features.begin(), features.end());
+            const Doubles fused = pictured ? embedding : project(both, 2 * d);
+            read.insert(read.end(), fused.begin(), fused.end());
+            x.insert(x.end(), fused.begin(), fused.end());
+            continue;
         }
-        const float* from = &h.embedding[batch.token[r] * d];
-        if (!asked.embeddings.empty() && asked.embeddings[r]) from = asked.embeddings[r];
-        const Doubles embedding =
-            reference::rms_norms(Doubles(from, from + d), h.input_norm.data(), eps, d);
+        if (asked.first) features = project(features, width);
+        embedding = reference::rms_norms(embedding, h.input_norm.data(), eps, d);
         const Doubles normed = reference::rms_norms(features, h.hidden_norm.data(), eps, d);
         read.insert(read.end(), embedding.begin(), embedding.end());
         read.insert(read.end(), normed.begin(), normed.end());
@@ -163,7 +199,8 @@ Doubles states(const TinyHead& h, const Batch& batch, const Asked& asked, refere
         x.insert(x.end(), residual.begin(), residual.end());
     }
     const Rows rows = h.rows(batch);
-    reference::layer(h.layer.w, rows, &read, x, cache, 0, rounds);
+    for (size_t i = 0; i < h.layers.size(); i++)
+        reference::layer(h.layers[i].w, rows, i ? nullptr : &read, x, cache, int64_t(i), rounds);
     return x;
 }
 
@@ -171,8 +208,9 @@ Doubles states(const TinyHead& h, const Batch& batch, const Asked& asked, refere
 void compare_children(const TinyHead& h, const Asked& asked, const float* out,
                       const int64_t* tokens, const double* probs, int64_t row) {
     const int64_t d = h.shape.hidden, n = h.outputs_count;
-    std::vector<float> normed(d);
-    smart_rms_norm(out, h.final_norm.data(), h.layer.w.eps, 1, d, normed.data(), d);
+    std::vector<float> normed(out, out + d);
+    if (!h.final_norm.empty())
+        smart_rms_norm(out, h.final_norm.data(), h.layers[0].w.eps, 1, d, normed.data(), d);
     if (h.precision.rounds.inputs && !h.bytes)
         for (float& x : normed) x = reference::rounded(x);
     const Doubles logits = reference::linear(reference::doubles(normed), h.outputs, d, {});
@@ -210,14 +248,15 @@ std::vector<const float*> lines(const std::vector<float>& memory, int64_t rows, 
 
 void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prompt) {
     Random random(seed);
-    const TinyHead h(random, head_dim, bf16, bytes);
+    const Layout layout = long_prompt ? Layout{false, 1, bytes} : Layout::of(random, bytes);
+    const TinyHead h(random, head_dim, bf16, layout);
     check::begin("draft", seed, h.text() + (long_prompt ? ", a long prompt" : ""));
     const int64_t d = h.shape.hidden, all_pages = 60;
     Pages pages(random, all_pages);
     const Random garbage(seed + 3);
-    TinyCache cache(garbage, h.shape.kv_heads, all_pages, head_dim, bf16);
+    TinyCache cache = h.cache(garbage, all_pages);
     TinyCache parts = cache;
-    reference::Cache plain_cache(1, h.shape.kv_heads, all_pages * smart_page(), head_dim);
+    reference::Cache plain_cache(layout.layers, h.shape.kv_heads, all_pages * smart_page(), head_dim);
 
     // The first level of several requests.
     const int64_t requests = long_prompt ? 1 : random.between(1, 3);
@@ -341,106 +380,232 @@ void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prom
 
 // -------------------------------------------------------------------------------- smart_grow
 
-struct Grown {  // the trees of a batch, and what was chosen of them
-    int64_t batch, room;
-    std::vector<int64_t> ints, limits, ends;
+struct Grown {  // the trees of a batch
+    int64_t batch, room, count = 0;
+    std::vector<int64_t> ints;
     std::vector<double> floats;
-    std::vector<uint8_t> kind;
 
     Grown(int64_t batch_, int64_t room_)
-        : batch(batch_),
-          room(room_),
-          ints(5 * room_, -7),
-          limits(batch_),
-          floats(3 * room_, -7),
-          kind(batch_, 0) {}
-    Trees trees() {
-        return {0,           batch,         room,
-                ints.data(), floats.data(), limits.data(),
-                kind.data(), ends.data(),   int64_t(ends.size())};
+        : batch(batch_), room(room_), ints(5 * room_, -7), floats(3 * room_, -7) {}
+    Trees trees() { return {count, batch, room, ints.data(), floats.data()}; }
+
+    void add(int64_t owner, int64_t token, int64_t parent, int64_t source, double prob) {
+        const int64_t depth = parent < 0 ? 1 : ints[3 * room + parent] + 1;
+        const int64_t values[] = {owner, token, parent, depth, source};
+        for (int row = 0; row < 5; row++) ints[row * room + count] = values[row];
+        floats[count] = prob;
+        floats[2 * room + count] = NAN;
+        count++;
+        set_paths();
+    }
+    // A child of the model's, which may be there already.
+    void merge(int64_t given, int64_t owner, int64_t token, int64_t parent, double prob) {
+        for (int64_t i = 0; i < given; i++)
+            if (ints[i] == owner && ints[room + i] == token && ints[2 * room + i] == parent) {
+                ints[4 * room + i] = 0;
+                floats[i] = std::max(floats[i], prob);
+                return set_paths();
+            }
+        add(owner, token, parent, 0, prob);
+    }
+    void set_paths() {
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t parent = ints[2 * room + i];
+            floats[room + i] = (parent < 0 ? 1.0 : floats[room + parent]) * floats[i];
+        }
     }
 };
+
+struct Growing {  // what a growth is asked
+    int64_t batch, levels, slots, first_slot;
+    int k;
+    std::vector<int64_t> widths{1, 2, 3, 5, 8}, limits, ends, bins;
+    std::vector<double> level_seconds, verify, below, table;
+    std::vector<uint8_t> kind;
+    std::vector<float> scale;
+    std::vector<uint64_t> noise;
+    bool scaled, noisy;
+    Rule rule{};
+
+    Growing(Random& random, const TinyHead& h, int64_t first_slot_)
+        : batch(random.between(1, 3)),
+          levels(random.between(1, 5)),
+          slots(random.of<int64_t>({3, 20, 40})),
+          first_slot(first_slot_),
+          k(int(random.between(1, 5))),
+          ends{h.tokens[0], h.tokens[7]},
+          kind(batch, 0),
+          scaled(random.chance(0.5)),
+          noisy(random.chance(0.5)) {
+        const int64_t reach = random.between(1, 3);
+        for (int i = 0; i < 40; i++)
+            level_seconds.push_back(0.02 + 0.004 * double(i) * random.uniform());
+        for (int i = 0; i < 60; i++) verify.push_back(1 + 0.02 * double(i));
+        for (int64_t i = 0; i < levels * reach * RANKS; i++) below.push_back(0.8 * random.uniform());
+        for (int i = 0; i < 3 * 6 * 16; i++) table.push_back(0.3 + 0.7 * random.uniform());
+        for (int64_t i = 0; i <= 100; i++) bins.push_back(i * 15 / 100);
+        for (int64_t i = 0; i < batch; i++) {
+            limits.push_back(random.of<int64_t>({0, 2, 9, 9}));
+            scale.push_back(float(0.5 + 2 * random.uniform()));
+        }
+        for (int64_t i = 0; i < batch * levels; i++)
+            noise.push_back(random.chance(0.8) ? random.next() | 1 : 0);
+        const double limit = random.chance(0.3) ? 1.4 : INFINITY;
+        Choice& grow = rule.grow;
+        grow.kind = random.chance(0.7) ? RATE : BEST;
+        grow.count = random.between(1, 4);
+        grow.costs = {double(batch), 0.05, limit, level_seconds.data(), verify.data(), 40, 60};
+        grow.widths = widths.data();
+        grow.width_count = int64_t(widths.size());
+        grow.below = below.data();
+        grow.reach = reach;
+        rule.keep = grow;
+        rule.keep.count = random.of<int64_t>({0, 0, 2});
+        rule.levels = levels;
+        rule.limits = limits.data();
+        rule.kind = kind.data();
+        rule.ends = ends.data();
+        rule.end_count = int64_t(ends.size());
+        rule.calibration = {table.data(), bins.data(), 100, 16, 6, 1};
+    }
+    // What is asked of the children of a request's node at a depth.
+    void ask(Asked& asked, int64_t request, int64_t depth) const {
+        if (scaled) asked.scale.push_back(scale[request]);
+        if (noisy) asked.keys.push_back(noise[request * levels + depth]);
+    }
+};
+
+// The same trees node by node, by smart_draft and smart_frontier, which have tests of their own.
+struct NodeByNode {
+    const TinyHead& h;
+    const Growing& g;
+    const Batch& rows;
+    TinyCache& cache;
+    Grown& grown;
+    const int64_t d = h.shape.hidden, given = grown.count;
+    std::vector<float> out{};
+    std::vector<int64_t> place = std::vector<int64_t>(grown.room, -1);
+    int64_t used = 0;
+
+    void roots(const Asked& asked) {
+        const Drafted found = draft(h, rows, asked, cache, 1);
+        out = found.out;
+        for (int64_t i = 0; i < g.batch; i++) add(found, i, i, -1);
+    }
+    void add(const Drafted& found, int64_t at, int64_t request, int64_t parent) {
+        for (int j = 0; j < g.k; j++)
+            grown.merge(given, request, found.tokens[at * g.k + j], parent,
+                        found.probs[at * g.k + j]);
+    }
+    // How many nodes were expanded.
+    int64_t level(int64_t depth) {
+        std::vector<int64_t> nodes(grown.room);
+        const Trees trees = grown.trees();
+        int64_t count = smart_frontier(&g.rule, &trees, depth, nodes.data());
+        count = std::min(count, std::min(g.slots - used, (grown.room - grown.count) / g.k));
+        nodes.resize(count);
+        std::stable_sort(nodes.begin(), nodes.end(),
+                         [&](int64_t a, int64_t b) { return grown.ints[a] < grown.ints[b]; });
+        for (int64_t node : nodes) place[node] = used++;
+        for (int64_t node : nodes) expand(node, depth);
+        return count;
+    }
+    void expand(int64_t node, int64_t depth) {
+        const int64_t request = grown.ints[node], above = grown.ints[2 * grown.room + node];
+        std::vector<int32_t> path;
+        for (int64_t at = node; at >= 0; at = grown.ints[2 * grown.room + at])
+            path.insert(path.begin(), int32_t(g.first_slot + place[at]));
+        const int64_t first = rows.query_start_loc[request],
+                      last = rows.query_start_loc[request + 1] - 1, length = last + 1 - first;
+        Batch row;
+        row.request(rows.alone(last).block_tables);
+        row.row(grown.ints[grown.room + node], length - 1 + depth, path.back(), length, path);
+        const int64_t from = above < 0 ? request : g.batch + place[above];
+        const std::vector<float> features(&out[from * d], &out[from * d] + d);
+        Asked asked{false, g.k, {features.data()}, {}, {}, {}};
+        g.ask(asked, request, depth);
+        const Drafted found = draft(h, row, asked, cache, 1);
+        out.insert(out.end(), found.out.begin(), found.out.end());
+        add(found, 0, request, node);
+    }
+};
+
+// What free drafters propose: some of what the head does, too.
+void propose(Random& random, const TinyHead& h, const Drafted& roots, int k, Grown& grown) {
+    for (int64_t i = 0; i < grown.batch; i++)
+        for (int64_t n = random.below(4); n > 0; n--) {
+            const int64_t own = roots.tokens[i * k + n % k];
+            grown.merge(grown.count, i, random.chance(0.6) ? own : h.tokens[n], -1,
+                        random.uniform());
+        }
+    const int64_t firsts = grown.count;
+    for (int64_t i = 0; i < firsts; i++)
+        if (random.chance(0.6))
+            grown.add(grown.ints[i], h.tokens[random.below(20)], i, 1, random.uniform());
+    for (int64_t i = 0; i < grown.count; i++)
+        grown.ints[4 * grown.room + i] = random.between(1, 2);
+}
 
 void one_growth(uint64_t seed, bool bf16) {
     Random random(seed);
     const int head_dim = random.of({16, 32});
-    const TinyHead h(random, head_dim, bf16, random.chance(0.5));
+    const TinyHead h(random, head_dim, bf16, Layout::of(random, random.chance(0.5)));
     const int64_t d = h.shape.hidden, all_pages = 24, wide = h.aux_count * d;
-    const int64_t batch = random.between(1, 3), levels = random.between(1, 5),
-                  reach = random.between(1, 3);
-    const int k = int(random.between(1, 5));
+    // Slots for nodes lie behind those of all pages that are given out.
+    const Growing g(random, h, all_pages * smart_page());
+    const int64_t batch = g.batch, levels = g.levels;
     check::begin("grow", seed,
-                 h.text() + ", levels " + std::to_string(levels) + ", k " + std::to_string(k));
+                 h.text() + ", levels " + std::to_string(levels) + ", k " + std::to_string(g.k));
     Pages pages(random, all_pages);
-    const int64_t slots = random.of<int64_t>({3, 20, 40});
     Batch rows;
     for (int64_t i = 0; i < batch; i++) {
         const int64_t length = random.between(1, 30);
-        rows.request(pages.take(length));
+        const std::vector<int32_t> table = pages.take(length);
+        rows.request(table);
         for (int64_t j = 0; j < length; j++)
-            rows.row(random.below(h.vocab), j,
-                     slot_of({rows.block_tables.begin() + rows.block_table_start[i],
-                              rows.block_tables.end()},
-                             j),
-                     j + 1);
+            rows.row(random.below(h.vocab), j, slot_of(table, j), j + 1);
     }
     const std::vector<float> aux = random.normals(rows.size() * wide);
     const std::vector<const float*> features = lines(aux, rows.size(), wide);
-    // Slots for nodes lie behind those of all pages that were given out.
-    const int64_t first_slot = all_pages * smart_page(), total_pages = all_pages + 3;
-    TinyCache cache(Random(seed + 9), h.shape.kv_heads, total_pages, head_dim, bf16);
-    TinyCache other = cache;
+    TinyCache cache = h.cache(Random(seed + 9), all_pages + 3), other = cache, unused = cache;
+    Asked asked{true, g.k, features, {}, {}, {}};
+    for (int64_t i = 0; i < batch; i++) g.ask(asked, i, 0);
 
-    std::vector<int64_t> widths{1, 2, 3, 5, 8};
-    std::vector<double> level_seconds(40), verify(60), below(levels * reach * RANKS),
-        seconds(levels), table(6 * 16);
-    for (size_t i = 0; i < level_seconds.size(); i++)
-        level_seconds[i] = 0.02 + 0.004 * double(i) * random.uniform();
-    for (size_t i = 0; i < verify.size(); i++) verify[i] = 1 + 0.02 * double(i);
-    for (double& x : below) x = 0.8 * random.uniform();
-    for (double& x : table) x = 0.3 + 0.7 * random.uniform();
-    std::vector<int64_t> bins(101);
-    for (int64_t i = 0; i <= 100; i++) bins[i] = i * 15 / 100;
-    const Calibration calibration{table.data(), int64_t(table.size()), bins.data(), 100, 16, 6, 1};
-    const double limit = random.chance(0.3) ? 1.4 : INFINITY;
-    const Costs costs{double(batch), 0.05, limit, verify.data(), int64_t(verify.size())};
-    std::vector<float> scale;
-    std::vector<uint64_t> noise;
-    for (int64_t i = 0; i < batch; i++) scale.push_back(float(0.5 + 2 * random.uniform()));
-    for (int64_t i = 0; i < batch * levels; i++)
-        noise.push_back(random.chance(0.8) ? random.next() | 1 : 0);
-    const bool scaled = random.chance(0.5), noisy = random.chance(0.5);
-    const int64_t room = random.chance(0.2) ? batch * k + 2 * k : (batch + slots) * k;
-    Grown got(batch, room), expected(batch, room);
-    for (int64_t i = 0; i < batch; i++) got.limits[i] = random.of<int64_t>({0, 2, 9, 9});
-    got.ends = {h.tokens[0], h.tokens[7]};
-    expected.limits = got.limits;
-    expected.ends = got.ends;
+    Grown expected(batch, random.chance(0.2) ? 40 + batch * g.k : 40 + (batch + g.slots) * g.k);
+    if (random.chance(0.6))
+        propose(random, h, draft(h, rows, asked, unused, 1), g.k, expected);
+    Grown got = expected;
+    NodeByNode plain{h, g, rows, other, expected};
+    plain.roots(asked);
+    std::vector<int64_t> expanded_expected(levels, 0), kept_expected(got.room, -7);
+    int64_t done_expected = 1;
+    while (done_expected < levels) {
+        const int64_t count = plain.level(done_expected);
+        if (!count) break;
+        expanded_expected[done_expected++] = count;
+    }
+    const Trees all = expected.trees();
+    kept_expected.resize(smart_select(&g.rule, &all, kept_expected.data()));
 
     const Head head = h.head();
     const Rows in = h.rows(rows);
-    std::vector<float> out((batch + slots) * d, 0.0f), out_expected = out;
-    std::vector<int64_t> tokens(batch * k), expanded(levels, 0), scratch(room), kept(room, -7);
-    std::vector<double> probs(batch * k);
-    const Level level{1,          k,       rows.token.data(), features.data(), nullptr,
+    std::vector<float> out((batch + g.slots) * d, 0.0f);
+    std::vector<int64_t> tokens(batch * g.k), expanded(levels, 0), kept(got.room, -7);
+    std::vector<double> probs(batch * g.k), seconds(levels);
+    const Level level{1,          g.k,     rows.token.data(), features.data(), nullptr,
                       out.data(), nullptr, nullptr,           tokens.data(),   probs.data()};
     double choosing = -1;
-    const int64_t least = random.of<int64_t>({0, 0, 2});
-    const Growth growth{levels,
-                        reach,
-                        int64_t(widths.size()),
-                        least,
-                        widths.data(),
-                        level_seconds.data(),
-                        below.data(),
-                        d,
-                        first_slot,
-                        slots,
-                        scaled ? scale.data() : nullptr,
-                        noisy ? noise.data() : nullptr,
+    int64_t kept_count = -1;
+    const Growth growth{&head,
+                        nullptr,
+                        nullptr,
+                        g.first_slot,
+                        g.slots,
+                        g.scaled ? g.scale.data() : nullptr,
+                        g.noisy ? g.noise.data() : nullptr,
                         cache.keys(),
                         cache.values(),
-                        total_pages,
+                        all_pages + 3,
                         bf16,
                         bf16,
                         2,
@@ -448,92 +613,20 @@ void one_growth(uint64_t seed, bool bf16) {
                         seconds.data(),
                         &choosing};
     Trees trees = got.trees();
-    Costs spent = costs;
-    Choice choice{-1, -1, -1};
-    const int64_t done = smart_grow(&head, &in, &level, &growth, &trees, &calibration, &spent,
-                                    scratch.data(), kept.data(), &choice);
+    const int64_t done =
+        smart_grow(&growth, &g.rule, &in, &level, &trees, kept.data(), &kept_count);
 
-    // The same, node by node, by smart_draft, smart_frontier and smart_select, which have tests of
-    // their own.
-    Trees plain = expected.trees();
-    Costs now = costs;
-    Choice chosen{-1, -1, -1};
-    std::vector<int64_t> kept_expected(room, -7), expanded_expected(levels, 0);
-    std::vector<int64_t> place(room, -1);
-    auto append = [&](const Drafted& children, int64_t at, int64_t request, int64_t parent) {
-        for (int64_t j = 0; j < k; j++) {
-            const int64_t i = plain.nodes++;
-            const int64_t depth = parent < 0 ? 1 : expected.ints[3 * room + parent] + 1;
-            const int64_t ints[] = {request, children.tokens[at * k + j], parent, depth, 0};
-            for (int row = 0; row < 5; row++) expected.ints[row * room + i] = ints[row];
-            expected.floats[i] = children.probs[at * k + j];
-            expected.floats[room + i] =
-                children.probs[at * k + j] * (parent < 0 ? 1.0 : expected.floats[room + parent]);
-            expected.floats[2 * room + i] = NAN;
-        }
-    };
-    Asked asked{true, k, features, {}, std::vector<float>(batch, 1.0f), {}};
-    if (scaled) asked.scale = scale;
-    for (int64_t i = 0; noisy && i < batch; i++) asked.keys.push_back(noise[i * levels]);
-    const Drafted roots = draft(h, rows, asked, other, 1);
-    std::copy(roots.out.begin(), roots.out.end(), out_expected.begin());
-    for (int64_t i = 0; i < batch; i++) append(roots, i, i, -1);
-    int64_t depth = 1, used = 0;
-    bool is_chosen = false;
-    for (; depth < levels; depth++) {
-        std::vector<int64_t> nodes(room);
-        int64_t count = smart_frontier(
-            &plain, &calibration, &now, 0, depth, &below[(depth - 1) * reach * RANKS],
-            std::min(reach, levels - depth), widths.data(), int64_t(widths.size()),
-            level_seconds.data(), nodes.data(), least, kept_expected.data(), &chosen);
-        is_chosen = !count;
-        if (!count) break;
-        now.sunk += level_seconds[count];
-        count = std::min(count, std::min(slots - used, (room - plain.nodes) / k));
-        if (!count) break;
-        for (int64_t n = 0; n < count; n++) place[nodes[n]] = used++;
-        for (int64_t n = 0; n < count; n++) {
-            const int64_t node = nodes[n], request = expected.ints[node],
-                          above = expected.ints[2 * room + node];
-            std::vector<int32_t> path;
-            for (int64_t at = node; at >= 0; at = expected.ints[2 * room + at])
-                path.insert(path.begin(), int32_t(first_slot + place[at]));
-            const int64_t length =
-                rows.query_start_loc[request + 1] - rows.query_start_loc[request];
-            const int64_t last = rows.query_start_loc[request + 1] - 1;
-            Batch one = rows.alone(last);
-            Batch row;
-            row.request(one.block_tables);
-            row.row(expected.ints[room + node], length - 1 + depth, path.back(), length, path);
-            const int64_t from = above < 0 ? request : batch + place[above];
-            Asked single{false, k, {&out_expected[from * d]}, {}, {}, {}};
-            if (scaled) single.scale = {scale[request]};
-            if (noisy) single.keys = {noise[request * levels + depth]};
-            const Drafted children = draft(h, row, single, other, 1);
-            std::copy(children.out.begin(), children.out.end(),
-                      &out_expected[(batch + place[node]) * d]);
-            append(children, 0, request, node);
-        }
-        expanded_expected[depth] = count;
-    }
-    if (!is_chosen)
-        smart_select(&plain, &calibration, &now, 0, least, kept_expected.data(), &chosen);
-
-    check::same("levels", depth, done);
-    check::same("nodes", plain.nodes, trees.nodes);
+    check::same("levels", done_expected, done);
+    check::same("nodes", expected.count, trees.nodes);
     check::same_all("owner, token, parent, depth, source", expected.ints, got.ints);
     for (int64_t row = 0; row < 3; row++)
-        for (int64_t i = 0; i < plain.nodes; i++)
-            check::near_at("probabilities", row, i, expected.floats[row * room + i],
-                           got.floats[row * room + i], 1e-12);
+        for (int64_t i = 0; i < expected.count; i++)
+            check::near_at("probabilities", row, i, expected.floats[row * got.room + i],
+                           got.floats[row * got.room + i], 1e-12);
     check::same_all("expanded", expanded_expected, expanded);
-    check::bits("outputs", out_expected.data(), out.data(), (batch + used) * d);
-    check::same("chosen nodes", chosen.count, choice.count);
-    check::near("rate", chosen.rate, choice.rate, 1e-9);
-    check::near("expected", chosen.expected, choice.expected, 1e-9);
-    for (int64_t i = 0; i < chosen.count && i < choice.count; i++)
-        check::same(check::at("kept", i), kept_expected[i], kept[i]);
-    check::near("sunk", now.sunk, spent.sunk, 1e-12);
+    check::bits("outputs", plain.out.data(), out.data(), (batch + plain.used) * d);
+    kept.resize(std::max<int64_t>(kept_count, 0));
+    check::same_all("kept", kept_expected, kept);
     check::that(choosing >= 0, "time passes");
 }
 

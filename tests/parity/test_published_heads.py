@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.rule import NO_NODES, TreeRule
+from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.kv import BlockTable, PagePool
@@ -340,10 +341,10 @@ class Drafting:
         aux_hidden = self.decoder.forward(rows, self.drafter.aux_layers).aux_hidden
         table.commit(request.tokens, first + len(new))
         self.drafter.extend(request, aux_hidden, first, new)
-        plan = DraftPlan(True, levels=3, children=3)
-        trees = self.drafter.start([request], plan)
-        self.drafter.expand([request], trees, np.arange(3), plan)
-        self.drafter.expand([request], trees, np.array([4, 9]), plan)
+        rule = TreeRule(3, 3, np.array([9]), NO_NODES, Beam(3), KeepBest(9))
+        trees = self.drafter.start([request], rule)
+        self.drafter.expand([request], trees, np.arange(3), rule)
+        self.drafter.expand([request], trees, np.array([4, 9]), rule)
         return trees
 
 

@@ -2,14 +2,16 @@
 bounds, no duplicates."""
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart_decoding.core.policies.common import expandable
-from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.rule import NO_NODES, TreeRule
+from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.ngram import SHORTER, NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
@@ -18,8 +20,14 @@ from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 
-FREE = DraftPlan(True, 0)
 VOCABULARY = 5
+
+
+def rule_of(levels: int, batch: int = 2) -> TreeRule:
+    return TreeRule(levels, 2, np.full(batch, 9), NO_NODES, Beam(2), KeepBest(9))
+
+
+FREE = rule_of(0)
 
 
 def request(tokens: list[int]) -> Request:
@@ -263,8 +271,8 @@ def test_torch_top_k_is_softmax_of_the_largest(monkeypatch: pytest.MonkeyPatch) 
 
 
 class FakeModel:
-    """A drafter with a model: children drawn by seed; insists on seeing no nodes but its own, and
-    each only once."""
+    """A drafter with a model: children drawn by seed, noted by owner and path; insists on expanding
+    children of what it has expanded only, and each only once."""
 
     name = "fake"
     max_levels = 4
@@ -278,30 +286,34 @@ class FakeModel:
     def pending_rows(self, requests: list[Request]) -> int:
         return 7
 
-    def start(self, requests: list[Request], plan: DraftPlan) -> DraftTrees:
-        assert plan.levels > 0
-        self.trees = DraftTrees.empty(len(requests))
-        self.length = 0
-        self._append(range(len(requests)), [ROOT] * len(requests))
-        return self.trees
+    def start(self, requests: list[Request], rule: TreeRule) -> DraftTrees:
+        assert rule.levels > 0
+        self.said: list[dict[tuple[int, ...], float]] = [{} for _ in requests]
+        self.expanded: set[tuple[int, ...]] = set()
+        trees = DraftTrees.empty(len(requests))
+        self._append(trees, range(len(requests)), [ROOT] * len(requests))
+        return trees
 
     def expand(
-        self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan
+        self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, rule: TreeRule
     ) -> int:
-        assert trees is self.trees
-        assert len(trees) == self.length
-        assert not np.isin(nodes, trees.parent).any()
-        assert len(set(nodes.tolist())) == len(nodes)
-        above = trees.parent[nodes]
-        assert (np.isin(above, trees.parent) | (above == ROOT)).all()
-        self._append(trees.owner[nodes].tolist(), nodes.tolist())
+        self._append(trees, trees.owner[nodes].tolist(), nodes.tolist())
         return len(nodes)
 
-    def _append(self, owners: list[int], parents: list[int]) -> None:
+    def _append(self, trees: DraftTrees, owners: Sequence[int], parents: list[int]) -> None:
         for owner, parent in zip(owners, parents, strict=True):
-            tokens = self.rng.choice(VOCABULARY, 2, replace=False)
-            self.trees.append([owner] * 2, tokens, [parent] * 2, self.rng.uniform(0.05, 0.5, 2))
-        self.length = len(self.trees)
+            path = () if parent == ROOT else tuple(trees.token[trees.path(parent)].tolist())
+            assert (owner, *path) not in self.expanded
+            assert not path or (owner, *path[:-1]) in self.expanded
+            self.expanded.add((owner, *path))
+            children = self._children()
+            self.said[owner] |= {(*path, token): prob for token, prob in children.items()}
+            probs = list(children.values())
+            trees.append([owner] * len(probs), list(children), [parent] * len(probs), probs)
+
+    def _children(self) -> dict[int, float]:
+        tokens = self.rng.choice(VOCABULARY, 2, replace=False).tolist()
+        return dict(zip(tokens, self.rng.uniform(0.05, 0.5, 2).tolist(), strict=True))
 
     def extend_each(self, requests: list[Request], features: object) -> None:
         self.calls.append("extend_each")
@@ -320,7 +332,7 @@ class Replay(NgramDrafter):
         super().__init__()
         self.trees = trees
 
-    def start(self, requests: list[Request], plan: DraftPlan) -> DraftTrees:
+    def start(self, requests: list[Request], rule: TreeRule) -> DraftTrees:
         return self.trees
 
 
@@ -337,11 +349,11 @@ def random_trees(rng: np.random.Generator, batch: int, nodes: int) -> DraftTrees
     return trees
 
 
-def proposals(all_trees: list[DraftTrees], owner: int) -> dict[tuple[int, ...], tuple[float, int]]:
+def proposals(of_each: list[dict[tuple[int, ...], float]]) -> dict[tuple[int, ...], Any]:
     """Path -> the largest draft_prob and the first drafter that proposed it."""
     result: dict[tuple[int, ...], tuple[float, int]] = {}
-    for source, trees in enumerate(all_trees):
-        for path, prob in paths(trees, owner).items():
+    for source, proposed in enumerate(of_each):
+        for path, prob in proposed.items():
             best, first = result.get(path, (0.0, source))
             result[path] = (max(best, prob), first)
     return result
@@ -355,12 +367,10 @@ def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
     free = [random_trees(rng, batch, one), random_trees(rng, batch, two)]
     union = UnionDrafter([model, *map(Replay, free)])
     requests = [request([0]) for _ in range(batch)]
-    plan = DraftPlan(True, 3)
-    limits = np.full(batch, 9)
-    trees = union.start(requests, plan)
+    rule = rule_of(4, batch)
+    trees = union.start(requests, rule)
     for level in (1, 2, 3):
         check(trees)
-        everything = [model.trees, *free]
         for owner in range(batch):
             found = {
                 p: (prob, trees.source[n])
@@ -368,48 +378,38 @@ def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
                     paths(trees, owner).items(), trees.nodes_of(owner), strict=True
                 )
             }
-            expected = proposals(everything, owner)
-            assert found.keys() == expected.keys()
-            for path, (prob, source) in found.items():
-                assert prob == pytest.approx(expected[path][0])
-                assert source == expected[path][1]
-        nodes = expandable(trees, level, limits, ())
+            everything = [model.said[owner], *(paths(each, owner) for each in free)]
+            assert found == proposals(everything)
+        nodes = rule.expandable(trees, level)
         nodes = nodes[rng.random(len(nodes)) < 0.6]
-        asked = trees.source[nodes] == 0
-        before = len(model.trees)
-        union.expand(requests, trees, nodes, plan)
-        assert len(np.unique(model.trees.parent[before:])) == asked.sum()
+        assert union.expand(requests, trees, nodes, rule) == len(nodes)
 
 
 def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None:
     class Fixed(FakeModel):
-        def _append(self, owners: list[int], parents: list[int]) -> None:
-            self.trees.append(
-                owners, [len(self.trees) + 1] * len(owners), parents, [0.4] * len(owners)
-            )
-            self.length = len(self.trees)
+        def _children(self) -> dict[int, float]:
+            return {1: 0.4} if len(self.expanded) == 1 else {2: 0.8}
 
     free = DraftTrees.empty(1)
     free.append([0, 0], [1, 3], [ROOT, ROOT], [0.5, 0.2], source=1)
-    free.append([0], [2], [0], [0.9], source=1)
+    free.append([0, 0], [2, 4], [0, 1], [0.6, 0.9], source=1)
+    free.append([0], [0], [2], [0.5], source=1)
     union = UnionDrafter([Fixed(0), Replay(free)])
     requests = [request([0])]
-    plan = DraftPlan(True, 2)
-    trees = union.start(requests, plan)
-    assert trees.token.tolist() == [1, 3, 2]
-    assert trees.source.tolist() == [0, 1, 1]
-    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9]
-    assert trees.path_prob[2] == pytest.approx(0.45)
-    assert (
-        union.expand(requests, trees, np.array([0, 1]), plan) == 1
-    )  # node 1 is foreign: it stays a leaf
-    assert trees.token.tolist() == [1, 3, 2]
-    assert trees.source.tolist() == [0, 1, 0]
-    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.9]
-    assert union.expand(requests, trees, np.array([1]), plan) == 0
-    assert union.expand(requests, trees, np.array([2]), plan) == 1
-    assert trees.token.tolist() == [1, 3, 2, 3]
-    assert trees.parent.tolist() == [ROOT, ROOT, 0, 2]
+    rule = rule_of(3, 1)
+    trees = union.start(requests, rule)
+    assert trees.token.tolist() == [1, 3, 2, 4, 0]
+    assert trees.source.tolist() == [0, 1, 1, 1, 1]
+    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.6, 0.9, 0.5]
+    assert union.expand(requests, trees, np.array([2]), rule) == 0  # its parent is a leaf still
+    assert rule.expandable(trees, 1).tolist() == [0, 1]
+    assert union.expand(requests, trees, np.array([0, 1]), rule) == 2
+    assert trees.token.tolist() == [1, 3, 2, 4, 0, 2]
+    assert trees.parent.tolist() == [ROOT, ROOT, 0, 1, 2, 1]
+    assert trees.source.tolist() == [0, 1, 0, 1, 1, 0]
+    assert trees.draft_prob.tolist() == [0.5, 0.2, 0.8, 0.9, 0.5, 0.8]
+    assert trees.path_prob[[2, 4]].tolist() == pytest.approx([0.4, 0.2])
+    assert rule.expandable(trees, 2).tolist() == [2, 3, 5]
 
 
 def test_union_derives_what_the_engine_asks_for() -> None:

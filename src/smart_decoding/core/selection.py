@@ -254,11 +254,13 @@ class _KeptTree:
         self.length = 1.0
 
 
+GROW_KINDS = (Beam, LookAhead, Topology, MarginalRatio)
+KEEP_KINDS = (KeepBest, BestRate, Topology, MarginalRatio)
+
+
 def is_data(rule: TreeRule) -> bool:
-    """Whether a rule consists of the parts above, which native code follows, too."""
-    grows = (Beam, LookAhead, Topology, MarginalRatio)
-    keeps = (KeepBest, BestRate, Topology, MarginalRatio)
-    return type(rule.grow) in grows and type(rule.keep) in keeps
+    """Whether the rule consists of the kinds above alone, which kernels can follow."""
+    return type(rule.grow) in GROW_KINDS and type(rule.keep) in KEEP_KINDS
 
 
 def best_per_owner(trees: DraftTrees, nodes: IntArray, count: int) -> IntArray:

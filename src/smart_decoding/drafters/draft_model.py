@@ -3,20 +3,25 @@ et al. 2023)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from smart_decoding.drafters.levels import Asked, LevelDrafter, Ranked, State
+from smart_decoding.drafters.levels import Asked, Growth, LevelDrafter, Ranked, State
 from smart_decoding.engine.kv import PAGE
 
 if TYPE_CHECKING:
-    from smart_decoding.core.tree import IntArray
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.rows import Rows
 
 
 class SmallModel(Protocol):
-    """What the drafter needs of a model."""
+    """What the drafter needs of a model. grow: a round in one call, as the rule says, beside given
+    nodes, where it can do that."""
+
+    grow: Callable[[TreeRule, DraftTrees, Growth | None], Grown] | None
 
     def run(self, rows: Rows) -> Any:
         """One forward: the logits [wanted rows, vocab] of the next tokens, valid until the next
@@ -37,7 +42,7 @@ class DraftModelDrafter(LevelDrafter[State]):
     def __init__(
         self, model: SmallModel, pool_pages: int, scratch_pages: int, max_levels: int = 8
     ) -> None:
-        super().__init__(pool_pages, scratch_pages, max_levels)
+        super().__init__(pool_pages, scratch_pages, max_levels, model.grow is not None)
         self._model = model
 
     def _admit(self, request: Request, first: int) -> State:
@@ -56,6 +61,12 @@ class DraftModelDrafter(LevelDrafter[State]):
 
     def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         return self._model.rank(self._model.run(rows), asked)
+
+    def _grow(
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, states: Sequence[State]
+    ) -> Grown:
+        assert self._model.grow is not None
+        return self._model.grow(rule, given, growth)
 
     def _advance(self, request: Request, state: State) -> None:
         """Keys of a cut context (unlike a head's, they depend on it) serve no other request."""

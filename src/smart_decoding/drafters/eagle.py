@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from smart_decoding.drafters.levels import Asked, LevelDrafter, Ranked, State, asked_of
+from smart_decoding.drafters.levels import Asked, Growth, LevelDrafter, Ranked, State
 from smart_decoding.engine.kv import PAGE, Ints
 
 if TYPE_CHECKING:
@@ -49,11 +49,10 @@ class Head(Protocol):
         ...
 
     def grow(
-        self, rows: Rows, parts: Sequence[Any], asked: Asked, slots: range, rule: TreeRule
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Any]
     ) -> Grown:
-        """All levels of a round in one call, nodes chosen as `growth` says; only if the head
-        `grows`. asked: for the children of each request's root at levels 1, 2, ... slots: where
-        nodes' keys go."""
+        """A round in one call, as the rule says, beside the nodes `given`; only if the head
+        `grows`."""
         ...
 
     def blank(self, rows: int) -> Any:
@@ -101,13 +100,12 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self, head: Head, pool_pages: int, scratch_pages: int, max_levels: int = 8
     ) -> None:
         spare = scratch_pages // 8
-        super().__init__(pool_pages, scratch_pages - spare, max_levels)
+        super().__init__(pool_pages, scratch_pages - spare, max_levels, head.grows)
         pages = pool_pages + scratch_pages
         self._spare = [*range(pages - spare, pages)]  # for copies of pages
         self._head = head
         self.aux_layers = head.aux_layers
         self.supports_images = head.supports_images
-        self.grow = self._grow if head.grows else None
         self._log: Log | None = None
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read
         # page -> key of its content, features of its last position
@@ -158,20 +156,15 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._share_out()
         return super().start(requests, rule)
 
-    def _grow(self, requests: Sequence[Request], rule: TreeRule) -> Grown:
-        """`start`, and `expand` as `rule` says, in one call."""
+    def grow_beside(self, given: DraftTrees, requests: Sequence[Request], rule: TreeRule) -> Grown:
+        """The same, with the features of all rounds before."""
         self._share_out()
-        states = [self._states[id(r)] for r in requests]
-        rows, _ = self._waiting_rows(requests, states)
-        every = range(len(requests))
-        levels = range(rule.levels)
-        owners = [i for i in every for _ in levels]
-        asked = asked_of(requests, owners, [*levels] * len(requests), rule.children)
-        slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
-        grown = self._head.grow(rows, _parts(states), asked, slots, rule)
-        for request, state in zip(requests, states, strict=True):
-            self._advance(request, state)
-        return grown
+        return super().grow_beside(given, requests, rule)
+
+    def _grow(
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, states: Sequence[Pairs]
+    ) -> Grown:
+        return self._head.grow(rule, given, growth, _parts(states))
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         """The committed pairs wait for the next first level."""

@@ -30,7 +30,7 @@ from smart_decoding.engine.rows import Rows, RowsBuilder
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
-    from smart_decoding.engine.protocols import Grow
+    from smart_decoding.engine.protocols import Grow, Grown
     from smart_decoding.engine.request import Request
 
 WINDOW = 512  # rows that may wait for a request
@@ -50,6 +50,18 @@ class Asked:
     k: int
     temperature: FloatArray
     draws: Sequence[Draw] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What the drafting of a round in one call begins with.
+
+    rows: all that wait. asked: for the children of each request's nodes at depth 0, 1, ..., as many
+    as the rule has levels, request by request. slots: where nodes' keys go."""
+
+    rows: Rows
+    asked: Asked
+    slots: range
 
 
 @dataclass(slots=True)
@@ -77,13 +89,17 @@ class LevelDrafter(ABC, Generic[S]):
     free = False
     wants_logits = False
     wants_ends = False
-    grow: Grow | None = None
+    grow: Grow | None
     aux_layers: tuple[int, ...] = ()
     # whether the model reads the embeddings of pictures; else it drafts from the text behind them
     supports_images = False
 
-    def __init__(self, pool_pages: int, scratch_pages: int, max_levels: int = 8) -> None:
+    def __init__(
+        self, pool_pages: int, scratch_pages: int, max_levels: int = 8, grows: bool = False
+    ) -> None:
+        """grows: whether the model drafts whole rounds in one call (`_grow`)."""
         self.max_levels = max_levels
+        self.grow = self._from_nothing if grows else None
         self._scratch_slot = pool_pages * PAGE
         self._scratch_size = scratch_pages * PAGE
         # page -> key of the content it holds, or 0
@@ -111,6 +127,13 @@ class LevelDrafter(ABC, Generic[S]):
     def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         """Runs nodes; the best children of all. above: numbers of the outputs that they are
         children of."""
+
+    def _grow(
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, states: Sequence[S]
+    ) -> Grown:
+        """All levels below and beside `given`, and what to verify, in one call; no levels without
+        `growth`."""
+        raise NotImplementedError
 
     def blank(self, rows: int) -> Any:
         """Features of `rows` rows of arbitrary content, to be timed with."""
@@ -173,6 +196,25 @@ class LevelDrafter(ABC, Generic[S]):
         asked = asked_of(requests, owners, [len(path) for path in paths], rule.children)
         self._append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
         return len(nodes)
+
+    def grow_beside(self, given: DraftTrees, requests: Sequence[Request], rule: TreeRule) -> Grown:
+        """`start`, `expand` as the rule says, and what to verify, in one call, where `grow` is not
+        None. given: what free drafters propose: a child that is there already stays one node."""
+        if not rule.levels:
+            return self._grow(rule, given, None, ())
+        states = [self._states[id(r)] for r in requests]
+        rows, _ = self._waiting_rows(requests, states)
+        owners = [i for i in range(len(requests)) for _ in range(rule.levels)]
+        depths = [*range(rule.levels)] * len(requests)
+        slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
+        growth = Growth(rows, asked_of(requests, owners, depths, rule.children), slots)
+        grown = self._grow(rule, given, growth, states)
+        for request, state in zip(requests, states, strict=True):
+            self._advance(request, state)
+        return grown
+
+    def _from_nothing(self, requests: Sequence[Request], rule: TreeRule) -> Grown:
+        return self.grow_beside(DraftTrees.empty(len(requests)), requests, rule)
 
     def _append(
         self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked

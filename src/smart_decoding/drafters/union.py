@@ -1,89 +1,29 @@
 """Several drafters in one tree: one optional drafter with a model, then drafters without model
 cost.
 
-The same token below the same parent is one node: it belongs to the first drafter that proposed it,
-the model before all others, and gets the largest of their draft probabilities. Sources: 0 is the
-model, the free drafters are 1, 2, ... (without a model too).
-
-What is asked of the model drafter: nothing but the protocol. It works on trees of its own, `view`,
-in which its nodes have the indices at which it appended them, whatever the others proposed;
-`expand` gets view indices. It expands its own nodes only.
+The free drafters propose first. The same token below the same parent is one node: it belongs to the
+first of the drafters that proposed it, the model before all others, and gets the largest of their
+draft probabilities. Sources: 0 is the model, the free drafters are 1, 2, ... (without a model too).
+The model expands any node whose parent it has expanded, whoever proposed it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.calibration import path_products
-from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
+from smart_decoding.core.tree import ROOT, DraftTrees, IntArray, of_expanded, slots
+from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
-    from smart_decoding.engine.protocols import Drafter, Features, Grow, Logits
+    from smart_decoding.engine.protocols import Drafter, Features, Grow, Grown, Logits
     from smart_decoding.engine.request import Request
 
 MODEL = 0
-
-
-@dataclass(slots=True)
-class Merged:
-    """The trees of one round.
-
-    trees: all nodes. view: the model drafter's. of_view[i]: the node that view node i became.
-    child: (owner, parent, token) -> node."""
-
-    trees: DraftTrees
-    view: DraftTrees
-    of_view: list[int] = field(default_factory=list)
-    child: dict[tuple[int, int, int], int] = field(default_factory=dict)
-
-    def add_free(self, other: DraftTrees, source: int) -> None:
-        """Merges a free drafter's trees."""
-        self._merge(other, [], source)
-        self._refresh()
-
-    def add_view(self) -> None:
-        """Merges the nodes that the model drafter has appended to its view."""
-        self._merge(self.view, self.of_view, MODEL)
-        self._refresh()
-
-    def view_nodes(self, nodes: IntArray) -> IntArray:
-        """The view's indices of those of `nodes` that the model drafter proposed."""
-        in_view = {node: i for i, node in enumerate(self.of_view)}
-        return np.array([in_view[node] for node in nodes.tolist() if node in in_view], np.int64)
-
-    def _merge(self, other: DraftTrees, place: list[int], source: int) -> None:
-        """Adds other's nodes from len(place) on, noting in `place` the node that each becomes."""
-        trees = self.trees
-        first = len(place)
-        new: list[int] = []
-        parents: list[int] = []
-        columns = [
-            c[first:].tolist() for c in (other.owner, other.parent, other.token, other.draft_prob)
-        ]
-        for i, (owner, above, token, prob) in enumerate(zip(*columns, strict=True), start=first):
-            parent = ROOT if above == ROOT else place[above]
-            count = len(trees) + len(new)
-            node = self.child.setdefault((owner, parent, token), count)
-            place.append(node)
-            if node == count:
-                new.append(i)
-                parents.append(parent)
-            elif node < len(trees):  # else equal siblings within `other`: the first one counts
-                trees.draft_prob[node] = max(trees.draft_prob[node], prob)
-                trees.source[node] = min(trees.source[node], source)
-        if new:
-            trees.adopt(other, new, parents, source)
-
-    def _refresh(self) -> None:
-        trees = self.trees
-        if len(trees):
-            trees.path_prob = path_products(trees.parent, trees.draft_prob, int(trees.depth.max()))
 
 
 class UnionDrafter:
@@ -108,42 +48,47 @@ class UnionDrafter:
         self._listeners = [
             drafter for drafter in self.drafters if getattr(drafter, "wants_logits", False)
         ]
-        self.grow: Grow | None = None
+        grows = isinstance(self.model, LevelDrafter) and self.model.grow is not None
+        self.grow: Grow | None = self._grow if grows else None
         self.wants_logits = bool(self._listeners)
         self.wants_ends = False
-        self._round: Merged | None = None
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
         """The model's."""
         return self.model.pending_rows(requests) if self.model else 0
 
     def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """The model's first level, and all that the free drafters propose."""
-        batch = len(requests)
-        view = DraftTrees.empty(batch)
+        """All that the free drafters propose, and the model's first level."""
+        trees = self._proposed(requests, rule)
         if self.model and rule.levels:
-            view = self.model.start(requests, rule)
-        merged = self._round = Merged(DraftTrees.empty(batch), view)
-        merged.add_view()
-        for source, drafter in enumerate(self.free_drafters, start=MODEL + 1):
-            merged.add_free(drafter.start(requests, rule), source)
-        return merged.trees
+            merge(trees, self.model.start(requests, rule), MODEL)
+        return trees
 
     def expand(
         self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
-        """Expands those of `nodes` that the model proposed."""
-        merged = self._round
-        if self.model is None or merged is None or merged.trees is not trees:
-            raise ValueError(
-                "expand() wants the trees of the last start(), and a drafter with a model"
-            )
-        wanted = merged.view_nodes(nodes)
-        if not len(wanted):
+        """Expands those of `nodes` whose parent the model has expanded."""
+        if self.model is None:
+            raise ValueError("a union without a model has no model levels to expand")
+        nodes = nodes[of_expanded(trees, slots(trees))[nodes]]
+        if not len(nodes):
             return 0
-        width = self.model.expand(requests, merged.view, wanted, rule)
-        merged.add_view()
+        before = len(trees)
+        width = self.model.expand(requests, trees, nodes, rule)
+        fold(trees, before)
         return width
+
+    def _grow(self, requests: Sequence[Request], rule: TreeRule) -> Grown:
+        """`start`, `expand` as the rule says, and what to verify, in one call of the model's."""
+        assert isinstance(self.model, LevelDrafter)
+        return self.model.grow_beside(self._proposed(requests, rule), requests, rule)
+
+    def _proposed(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        """The free drafters' trees as one."""
+        trees = DraftTrees.empty(len(requests))
+        for source, drafter in enumerate(self.free_drafters, start=MODEL + 1):
+            merge(trees, drafter.start(requests, rule), source)
+        return trees
 
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
@@ -167,3 +112,47 @@ class UnionDrafter:
         """Tells all drafters."""
         for drafter in self.drafters:
             drafter.release(request)
+
+
+def merge(trees: DraftTrees, other: DraftTrees, source: int) -> None:
+    """Adds another drafter's nodes."""
+    first = len(trees)
+    parents = np.where(other.parent == ROOT, ROOT, other.parent + first)
+    trees.adopt(other, range(len(other)), parents.tolist(), source)
+    if first:
+        fold(trees, first)
+
+
+def fold(trees: DraftTrees, first: int) -> None:
+    """Where a node from `first` on proposes what one before it does, they become that one."""
+    places = dict(zip(_keys(trees, 0, first), range(first), strict=True))
+    place = [*range(first)]  # of each node
+    new: list[int] = []
+    parents: list[int] = []
+    for node, (owner, above, token) in enumerate(_keys(trees, first, len(trees)), start=first):
+        parent = ROOT if above == ROOT else place[above]
+        place.append(places.get((owner, parent, token), first + len(new)))
+        if place[node] == first + len(new):
+            new.append(node)
+            parents.append(parent)
+            continue
+        same = place[node]
+        trees.draft_prob[same] = max(trees.draft_prob[same], trees.draft_prob[node])
+        trees.source[same] = min(trees.source[same], trees.source[node])
+    if len(new) == len(trees) - first:
+        return
+    end = first + len(new)
+    trees.ints[:, first:end] = trees.ints[:, new]
+    trees.floats[:, first:end] = trees.floats[:, new]
+    trees.grown(end)
+    trees.parent[first:] = parents
+    for depth in range(1, int(trees.depth.max()) + 1):
+        nodes = np.flatnonzero(trees.depth == depth)
+        above_prob = 1.0 if depth == 1 else trees.path_prob[trees.parent[nodes]]
+        trees.path_prob[nodes] = above_prob * trees.draft_prob[nodes]
+
+
+def _keys(trees: DraftTrees, first: int, end: int) -> list[tuple[int, int, int]]:
+    """Owner, parent and token of the nodes [first, end): what no two nodes share."""
+    columns = [c[first:end].tolist() for c in (trees.owner, trees.parent, trees.token)]
+    return list(zip(*columns, strict=True))

@@ -10,13 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smart_decoding.kernels.selection import FirstLevel, NativeSelection
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.kernel_check import use_native
-from smart_decoding.models.ranking import ranked
+from smart_decoding.models.native_level import LevelCall
+from smart_decoding.models.ranking import noise_of_levels, ranked
+from smart_decoding.models.rows import native_rows
 from smart_decoding.models.target import TorchTarget, fitting_memory
 
 if TYPE_CHECKING:
-    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees
+    from smart_decoding.drafters.levels import Asked, Growth, Ranked
+    from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.loading import Checkpoint
 
@@ -54,6 +60,8 @@ class DraftModel:
                 native,
                 target.graphs,
             )
+        self._selection = NativeSelection() if native else None
+        self.grow = self._grow if native else None
         self._tokens = torch.arange(vocab, device=target.device)
         self.shape = (
             "draft_model",
@@ -75,3 +83,22 @@ class DraftModel:
         """The most likely next tokens of each row and their probabilities: [rows, k]; see
         `ranked`."""
         return ranked(logits, self._tokens, asked, self._decoder.native)
+
+    def _grow(self, rule: TreeRule, given: DraftTrees, growth: Growth | None) -> Grown:
+        """A round in one call, as the rule says, beside the nodes `given`."""
+        assert self._selection is not None
+        assert self._decoder.model is not None
+        if growth is None:
+            return self._selection.grow(rule, given, None)
+        k = min(rule.children, self.config.vocab)
+        call = LevelCall(True, growth.rows, None, given.batch, k)
+        native = native_rows(growth.rows, *self._decoder.rotary)
+        first = FirstLevel(
+            native.struct,
+            call.struct,
+            growth.slots,
+            *noise_of_levels(growth.asked, rule.levels),
+            model=self._decoder.model.struct,
+            tokens=self._tokens,
+        )
+        return self._selection.grow(rule, given, first)

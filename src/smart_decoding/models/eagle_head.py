@@ -19,9 +19,9 @@ from smart_decoding.models.layers import KVCache
 from smart_decoding.models.native_level import NativeLevel
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.chooser import Growth
-    from smart_decoding.core.tree import IntArray
-    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.drafters.levels import Asked, Growth, Ranked
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.head_files import HeadFiles
@@ -89,11 +89,11 @@ class EagleHead:
         return self.levels.deeper(rows, above, self._cache, asked)
 
     def grow(
-        self, rows: Rows, parts: Sequence[Part], asked: Asked, slots: range, growth: Growth
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
     ) -> Grown:
-        """All levels of a round in one call."""
+        """A round in one call, as the rule says, beside the nodes `given`."""
         assert isinstance(self.levels, NativeLevel)
-        return self.levels.grow(rows, parts, self._cache, asked, slots, growth)
+        return self.levels.grow(rule, given, growth, parts, self._cache)
 
     def take(self, features: Features, rows: IntArray) -> Tensor:
         """Rows of aux hidden states: [rows, width], a copy."""
@@ -111,6 +111,6 @@ class EagleHead:
 
 
 def _levels(weights: HeadWeights) -> Levels:
-    if weights.files.fused:
-        return Eagle2Levels(weights)
-    return NativeLevel(weights) if NativeLevel.serves(weights) else Eagle3Levels(weights)
+    if NativeLevel.serves(weights):
+        return NativeLevel(weights)
+    return Eagle2Levels(weights) if weights.files.fused else Eagle3Levels(weights)

@@ -1,4 +1,4 @@
-"""The levels of a head as a few calls each: torch, or CPU kernels where a level is no single call.
+"""The levels of a head as a few calls each: torch, or CPU kernels beside a target that is not ours.
 
 EAGLE-3 (arXiv 2503.01840): q, k and v read [norm(embedding) ; norm(features)], the residual is the
 un-normalised features, and what is fed back is the output before the last norm. EAGLE-1/2: fc

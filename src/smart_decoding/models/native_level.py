@@ -1,11 +1,12 @@
-"""A level of an EAGLE-3 head of one layer as one call of the CPU kernels: aux hidden states and
-tokens in, ranked children out.
+"""A level of a head as one call of the CPU kernels: aux hidden states and tokens in, ranked
+children out.
 
-A head in bf16 has its output matrix in 8 bits (a scale for each token): it is half of what a level
-reads, and proposals may be off by a little, since no answer depends on them."""
+An EAGLE-3 head in bf16 has its output matrix in 8 bits (a scale for each token): it is half of what
+a level reads, and proposals may be off by a little, since no answer depends on them."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from ctypes import Structure
 from typing import TYPE_CHECKING
@@ -15,20 +16,20 @@ import torch
 from torch import Tensor
 
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.chooser import FirstLevel, NativeChooser, most_expanded
 from smart_decoding.kernels.memory import address, address_or_none
+from smart_decoding.kernels.selection import FirstLevel, NativeSelection, most_expanded
 from smart_decoding.models.features import Part, readable, row_addresses
 from smart_decoding.models.head_weights import HeadWeights, head_layers
 from smart_decoding.models.layers import NativeLayers
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import embedding_addresses
-from smart_decoding.models.ranking import noise_of
+from smart_decoding.models.ranking import noise_of, noise_of_levels
 from smart_decoding.models.rows import native_rows
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.chooser import Growth
-    from smart_decoding.core.tree import IntArray
-    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.drafters.levels import Asked, Growth, Ranked
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.head_levels import HeadCache
@@ -38,22 +39,20 @@ class NativeLevel:
     """Implements `Levels`, and `grow`: all levels of a round in one call."""
 
     def __init__(self, weights: HeadWeights) -> None:
-        output = weights.output
-        self._bf16 = output.dtype == torch.bfloat16
-        self._children = len(output)
+        self._bf16 = weights.target.dtype == torch.bfloat16
+        self._children = len(weights.draft_ids)
         self._head, self._keep = _structure(weights)
-        self._outputs = torch.empty(64, output.shape[1])
+        self._outputs = torch.empty(64, weights.files.shape.hidden)
         self._count = 0
+        self._selection = NativeSelection()
 
     @staticmethod
     def serves(weights: HeadWeights) -> bool:
         """Whether the kernels run a level of this head in one call."""
-        files = weights.files
-        if not weights.target.native or files.fused or files.shape.layers != 1:
+        target = weights.target
+        if not target.native or (weights.files.fused and not isinstance(target.head, Linear)):
             return False
-        if weights.fc.shape[1] != len(files.aux_layers) * files.shape.hidden:
-            return False
-        return weights.embedding is not None or weights.target.embedding is not None
+        return weights.embedding is not None or target.embedding is not None
 
     @property
     def outputs(self) -> Tensor:
@@ -77,39 +76,34 @@ class NativeLevel:
 
     def grow(
         self,
-        rows: Rows,
+        rule: TreeRule,
+        given: DraftTrees,
+        growth: Growth | None,
         parts: Sequence[Part],
         cache: HeadCache,
-        asked: Asked,
-        slots: range,
-        growth: Growth,
     ) -> Grown:
-        """All levels of a round, nodes chosen as `growth` says. asked: for the children of the
-        roots' rows at levels 1, 2, ..., request by request. slots: where nodes' keys go."""
-        batch = len(rows.query_start_loc) - 1
+        """A round as the rule says beside the nodes `given`."""
+        if growth is None:
+            return self._selection.grow(rule, given, None)
+        batch = given.batch
         kept = [readable(part) for part in parts]
         self._count = 0
-        self._reserve(batch + most_expanded(growth, slots))
-        scale, noise = noise_of(asked) if len(asked.draws) else (None, None)
-        if scale is not None:
-            scale = np.ascontiguousarray(scale[:: growth.levels])
-        call = _LevelCall(True, rows, row_addresses(kept), batch, min(asked.k, self._children))
+        self._reserve(batch + most_expanded(rule, batch, growth.slots))
+        k = min(rule.children, self._children)
+        call = LevelCall(True, growth.rows, row_addresses(kept), batch, k)
         call.struct.out = self._outputs.data_ptr()
-        native = native_rows(rows, *cache.rotary)
+        native = native_rows(growth.rows, *cache.rotary)
         first = FirstLevel(
-            self._head,
             native.struct,
             call.struct,
-            self._outputs.shape[1],
-            self._bf16,
-            cache.kv.keys,
-            cache.kv.values,
-            slots,
-            scale,
-            noise,
+            growth.slots,
+            *noise_of_levels(growth.asked, rule.levels),
+            head=self._head,
+            bf16=self._bf16,
+            keys=cache.kv.keys,
+            values=cache.kv.values,
         )
-        assert isinstance(growth.chooser, NativeChooser)
-        grown = growth.chooser.grow(growth, first)
+        grown = self._selection.grow(rule, given, first)
         self._count = batch + sum(grown.expanded)
         return grown
 
@@ -124,7 +118,7 @@ class NativeLevel:
     ) -> Ranked:
         self._reserve(wanted)
         scale, keys = noise_of(asked) if len(asked.draws) else (None, None)
-        call = _LevelCall(first, rows, features, wanted, min(asked.k, self._children))
+        call = LevelCall(first, rows, features, wanted, min(asked.k, self._children))
         call.struct.out = self._outputs[self._count :].data_ptr()
         call.struct.scale = address_or_none(scale)
         call.struct.keys = address_or_none(keys)
@@ -142,10 +136,13 @@ class NativeLevel:
             self._outputs = outputs
 
 
-class _LevelCall:
-    """A structure Level, the arrays behind it, and its results `tokens` and `probs` [wanted, k]."""
+class LevelCall:
+    """A structure Level, the arrays behind it, and its results `tokens` and `probs` [wanted, k].
+    features: [rows] addresses, of a head."""
 
-    def __init__(self, first: bool, rows: Rows, features: IntArray, wanted: int, k: int) -> None:
+    def __init__(
+        self, first: bool, rows: Rows, features: IntArray | None, wanted: int, k: int
+    ) -> None:
         self.tokens = np.empty((wanted, k), np.int64)
         self.probs = np.empty((wanted, k))
         embeddings, tensors = embedding_addresses(rows.mm_embeds, len(rows))
@@ -154,7 +151,7 @@ class _LevelCall:
             first=first,
             k=k,
             token=address(rows.token),
-            features=address(features),
+            features=address_or_none(features),
             embeddings=address_or_none(embeddings),
             tokens=address(self.tokens),
             probs=address(self.probs),
@@ -168,26 +165,49 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
     assert isinstance(layers, NativeLayers)
     embedding = weights.target.embedding if weights.embedding is None else weights.embedding
     assert embedding is not None
+    files = weights.files
+    parts = _fused(weights) if files.fused else _eagle3(weights)
     tensors = {
-        "aux_norm": weights.ones() if weights.norms_aux else None,
         "fc_bias": packed.fc.bias,
-        "input_norm": weights.norm("midlayer.input_layernorm.weight"),
-        "hidden_norm": weights.norm("midlayer.hidden_norm.weight"),
-        "final_norm": weights.norm("norm.weight"),
         "fc": packed.fc.packed,
         "embedding": None if isinstance(embedding, Tensor) else embedding.packed,
         "table": embedding if isinstance(embedding, Tensor) else None,
         "tokens": weights.draft_ids,
-        **_output_matrix(weights.output),
+        **parts,
     }
+    shape = weights.target.config if files.fused else files.shape
     struct = kernels.Head(
-        layer=layers.structs[0],
+        layers=ctypes.addressof(layers.structs),
+        layer_count=len(layers.structs),
         outputs_count=len(weights.draft_ids),
-        aux_count=len(weights.files.aux_layers),
-        norm_before_residual=weights.files.norm_before_residual,
+        aux_count=len(files.aux_layers),
+        norm_before_residual=files.norm_before_residual,
+        fused=files.fused,
+        aux_eps=shape.rms_eps,
         **{name: kernels.pointer(tensor) for name, tensor in tensors.items()},
     )
     return struct, (layers, tensors)
+
+
+def _eagle3(weights: HeadWeights) -> dict[str, Tensor | None]:
+    return {
+        "aux_norm": weights.ones() if weights.norms_aux else None,
+        "input_norm": weights.norm("midlayer.input_layernorm.weight"),
+        "hidden_norm": weights.norm("midlayer.hidden_norm.weight"),
+        "final_norm": weights.norm("norm.weight"),
+        **_output_matrix(weights.output),
+    }
+
+
+def _fused(weights: HeadWeights) -> dict[str, Tensor | None]:
+    """EAGLE-1/2: the features are what the target's output matrix reads, and it ranks."""
+    target = weights.target
+    norm = target.final_norm
+    assert isinstance(target.head, Linear)
+    return {
+        "aux_norm": None if norm is None else weights.as_norm(norm),
+        "outputs": target.head.packed,
+    }
 
 
 def _output_matrix(output: Tensor) -> dict[str, Tensor | None]:

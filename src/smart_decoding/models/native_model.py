@@ -61,6 +61,11 @@ class NativeModel:
             seconds=address(self._seconds),
         )
 
+    @property
+    def struct(self) -> Structure:
+        """The structure Model, valid as long as this is."""
+        return self._model
+
     def forward(
         self,
         rows: Structure,

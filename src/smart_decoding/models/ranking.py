@@ -30,6 +30,15 @@ def noise_of(asked: Asked) -> tuple[FloatRow, NDArray[np.uint64] | None]:
     return scale, np.where(sampled, noise_key(seed, sample, position), np.uint64(0))
 
 
+def noise_of_levels(asked: Asked, levels: int) -> tuple[FloatRow | None, NDArray[np.uint64] | None]:
+    """The same for each request at `levels` levels: factors [batch], and keys [batch, levels]; None
+    where all are greedy."""
+    if not len(asked.draws):
+        return None, None
+    scale, keys = noise_of(asked)
+    return np.ascontiguousarray(scale[::levels]), keys
+
+
 def ranked(logits: Tensor, tokens: Tensor, asked: Asked, native: bool) -> Ranked:
     """The most likely of `tokens` [n] after each row of logits [rows, n], best first, and
     probabilities: [rows, k].

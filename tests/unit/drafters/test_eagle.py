@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.rule import NO_NODES, TreeRule
+from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.kv import BlockTable, PagePool
@@ -91,12 +92,12 @@ def test_drafting_equals_the_unrolled_training_forward(
     drafter.extend(request, aux_hidden[:10], 0, tokens[:10])
     drafter.extend(request, aux_hidden[10:], 10, tokens[10:n])
 
-    plan = DraftPlan(True, levels=3, children=4)
-    trees = drafter.start([request], plan)
+    rule = TreeRule(3, 4, np.array([9]), NO_NODES, Beam(2), KeepBest(9))
+    trees = drafter.start([request], rule)
     first = int(np.argmax(trees.draft_prob))
-    drafter.expand([request], trees, np.array([first, (first + 1) % 4]), plan)
+    drafter.expand([request], trees, np.array([first, (first + 1) % 4]), rule)
     second = 4 + int(np.argmax(trees.draft_prob[4:12]))
-    drafter.expand([request], trees, np.array([second]), plan)
+    drafter.expand([request], trees, np.array([second]), rule)
 
     path = trees.path(second)
     drafted = trees.token[path].tolist()

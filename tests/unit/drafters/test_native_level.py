@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.protocol import BatchState, DraftPlan
-from smart_decoding.core.policies.smart import Smart
-from smart_decoding.core.tree import DraftTrees
+from smart_decoding.core.rule import NO_NODES, TreeRule
+from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.levels import Asked
 from smart_decoding.engine.kv import BlockTable, PagePool
@@ -19,7 +18,6 @@ from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.chooser import NativeChooser
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
@@ -28,6 +26,9 @@ from smart_decoding.profiling.measure import fake_rows
 from smart_decoding.training.head import Form, TrainableHead
 
 from .tiny import PAGES, SCRATCH, TARGET, VOCAB, checkpoint, outputs_of
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import DraftTrees
 
 pytestmark = pytest.mark.usefixtures("variant")
 TAPS = (1, 2, 4)
@@ -88,18 +89,14 @@ def waiting(head: EagleHead, temperatures: tuple[float, ...]) -> tuple[EagleDraf
     return drafter, requests
 
 
-def cost_of(row: float) -> CostModel:
-    verify = {batch: {rows: 1.0 + row * rows for rows in (1, 2, 100, 1000)} for batch in (1, 8)}
-    return CostModel.from_table(verify, {rows: row * rows / 5 for rows in (1, 2, 1000)})
-
-
 def drafted(head: EagleHead, temperatures: tuple[float, ...]) -> DraftTrees:
     """Two levels below the roots of several requests."""
     drafter, requests = waiting(head, temperatures)
-    plan = DraftPlan(True, levels=3, children=4)
-    trees = drafter.start(requests, plan)
-    drafter.expand(requests, trees, np.arange(0, len(trees), 2), plan)
-    drafter.expand(requests, trees, np.flatnonzero(trees.depth == 2)[::3], plan)
+    limits = np.full(len(requests), 9)
+    rule = TreeRule(3, 4, limits, NO_NODES, Beam(2), KeepBest(9))
+    trees = drafter.start(requests, rule)
+    drafter.expand(requests, trees, np.arange(0, len(trees), 2), rule)
+    drafter.expand(requests, trees, np.flatnonzero(trees.depth == 2)[::3], rule)
     return trees
 
 
@@ -109,58 +106,6 @@ def test_as_torch(files: HeadFiles, temperatures: tuple[float, ...]) -> None:
     for column in ("owner", "parent", "token"):
         assert getattr(found, column).tolist() == getattr(expected, column).tolist()
     np.testing.assert_allclose(found.draft_prob, expected.draft_prob, atol=2e-4)
-
-
-@pytest.mark.parametrize("temperatures", [(0.0,), (0.8,), (0.0, 0.8, 1.2), (0.0,) * 5])
-@pytest.mark.parametrize("row", [1e-9, 0.01, 0.2])
-@pytest.mark.parametrize("slots", [None, 7])
-def test_trees_grown_in_one_call_are_those_grown_by_level(
-    files: HeadFiles, temperatures: tuple[float, ...], row: float, slots: int | None
-) -> None:
-    """row: what a verified row costs, over a forward; a drafted one costs a fifth. slots: room for
-    expanded nodes."""
-    found = []
-    for whole in (True, False):
-        drafter, requests = waiting(head_of(files, True), temperatures)
-        drafter._scratch_size = drafter._scratch_size if slots is None else slots
-        policy = Smart(
-            cost_of(row), max_levels=5, children=4, eos_token_ids=(3, 8), chooser=NativeChooser()
-        )
-        state = BatchState(
-            context=np.array([r.table.length for r in requests]),
-            remaining=np.array([3, 30, 30, 2, 30][: len(requests)])
-            if len(requests) > 1
-            else np.array([30]),
-            temperature=np.array(temperatures),
-            may_speculate=np.ones(len(requests), np.bool_),
-        )
-        plan = policy.plan(state)
-        if not plan.speculate:
-            plan = policy._start(policy._round, policy._round.forecast, (3, 1))
-        assert plan.growth is not None
-        assert drafter.grow is not None
-        if whole:
-            trees, expanded, seconds, choosing = drafter.grow(requests, plan)
-            assert len(seconds) == 1 + len(expanded)
-            assert min(seconds) > 0
-            assert choosing > 0
-        else:
-            trees = drafter.start(requests, plan)
-            expanded = []
-            for level in range(1, plan.levels):
-                nodes = policy.frontier(plan, state, trees, level)
-                width = drafter.expand(requests, trees, nodes, plan) if nodes is not None else 0
-                if not width:
-                    break
-                expanded.append(width)
-        found.append((expanded, trees, policy.select(plan, state, trees).tolist()))
-    (expanded, trees, kept), (expanded_, trees_, kept_) = found
-    assert expanded == expanded_
-    assert kept == kept_
-    assert len(trees) == len(trees_)
-    assert np.array_equal(trees.ints[:, : len(trees)], trees_.ints[:, : len(trees)])
-    assert np.array_equal(trees.floats[:, : len(trees)], trees_.floats[:, : len(trees)])
-    assert row > 1e-6 or (len(expanded) == 4 if slots is None else sum(expanded) <= slots)
 
 
 def test_hundreds_of_waiting_rows_are_run_in_parts(files: HeadFiles) -> None:

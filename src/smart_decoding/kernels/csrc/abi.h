@@ -75,10 +75,15 @@ struct Pass {  // one forward of a target: what it reads beside its rows, and wh
 
 // ------------------------------------------------------------------------------------- draft heads
 
-struct Head {  // an EAGLE-3 head of one layer, which reads [norm(embedding) ; norm(features)]
-    struct Layer layer;
-    // the first two may be null
-    const float *aux_norm, *fc_bias, *input_norm, *hidden_norm, *final_norm;
+// EAGLE-3: the first layer reads [norm(embedding) ; norm(features)], beside the features as the
+// residual, and fc makes features of aux hidden states. Fused (EAGLE-1/2): fc makes the first
+// layer's input of [embedding ; features], where features are one layer's states; an embedding that
+// is given stands for all of that (MSD's pictures).
+struct Head {
+    const struct Layer* layers;
+    // of each aux hidden state, with aux_eps; null: none
+    const float *aux_norm, *fc_bias, *input_norm, *hidden_norm;
+    const float* final_norm;  // null: none
     // fc packed; embeddings packed or as a plain table, the other is null
     const void *fc, *embedding, *table;
     const void* outputs;  // [outputs_count, hidden] packed: bytes where `scale` is not null
@@ -86,8 +91,9 @@ struct Head {  // an EAGLE-3 head of one layer, which reads [norm(embedding) ; n
     const int32_t* sums;
     const int64_t* tokens;  // [outputs_count]
     int64_t outputs_count;
-    int32_t aux_count;  // states that fc reads
-    int32_t norm_before_residual;
+    int32_t layer_count, aux_count;  // aux_count: states that fc reads
+    int32_t norm_before_residual, fused;
+    float aux_eps;
 };
 
 // A level of a head. The first one reads aux hidden states and is wanted for the last row of each
@@ -131,46 +137,62 @@ struct Round {
 
 // --------------------------------------------------------------------------------- selecting nodes
 
-struct Trees {  // core/tree.py: its two blocks, and what the batch says of the nodes' owners
+struct Trees {  // core/tree.py: its two blocks
     int64_t nodes, batch, room;
-    int64_t* ints;          // [5, room] owner, token, parent, depth, source
-    double* floats;         // [3, room] draft_prob, path_prob, accept_prob
-    const int64_t* limits;  // [batch] deepest useful node
-    const uint8_t* kind;    // [batch]
-    const int64_t* ends;    // [end_count] tokens that end an answer
-    int64_t end_count;
+    int64_t* ints;   // [5, room] owner, token, parent, depth, source
+    double* floats;  // [3, room] draft_prob, path_prob, accept_prob
 };
 
 struct Calibration {  // core/calibration.py
-    // [source, depth, kind, bin] probability of acceptance given the parent's
+    // [source, depth, kind, bin] probability of acceptance given the parent's, for all sources
+    // there are; null: accept_prob is path_prob
     const double* table;
-    int64_t cells;          // of the table
     const int64_t* bin_of;  // [resolution + 1] bin of a draft probability
     int64_t resolution, bins, depths, kinds;
 };
 
-struct Costs {
-    // tokens of a plain round; seconds spent; seconds that the round may last
+struct Costs {  // RoundCosts in core/selection.py
     double tokens, sunk, limit;
-    const double* verify;  // [verify_count] seconds of verifying 0, 1, ... nodes
-    int64_t verify_count;
+    const double *levels, *verify;
+    int64_t level_count, verify_count;
 };
 
-struct Choice {  // of nodes to verify
-    int64_t count;
-    double rate, expected;  // tokens per second then expected; accepted nodes
+enum { BEST, RATE, TOPOLOGY, MARGINAL_RATIO };
+
+// What to expand or what to verify: a part of core/selection.py, whose fields have the same names.
+struct Choice {
+    int32_t kind;  // BEST: Beam, KeepBest; RATE: LookAhead, BestRate; TOPOLOGY; MARGINAL_RATIO
+    int32_t mean_over_paths;
+    int64_t count;  // width of Beam, count of KeepBest, least of BestRate, budget of MarginalRatio
+    struct Costs costs;
+    const int64_t* widths;  // [width_count]
+    const double* below;    // [levels, reach * RANKS]
+    int64_t width_count, reach;
+    const int64_t* next;  // [places, ranks]
+    int64_t ranks;
+    double alpha;
+    const double *spent, *step;  // [budget + 1]
 };
 
-// How smart_grow drafts. The head's outputs of the round lie in `out` of the first level: those of
-// the roots, then those of the expanded nodes.
+struct Rule {  // TreeRule in core/rule.py
+    int64_t levels;
+    const int64_t* limits;  // [batch] deepest useful node
+    const uint8_t* kind;    // [batch] of the calibration
+    const int64_t* ends;    // [end_count] tokens that end an answer
+    int64_t end_count;
+    struct Calibration calibration;
+    struct Choice grow, keep;
+};
+
+// What drafts, and how smart_grow runs it: a head, or else a model, in which case levels have
+// neither features nor `out`. A head's outputs of the round lie in `out` of the first level: those
+// of the roots, then those of the expanded nodes.
 struct Growth {
-    int64_t levels, reach;  // at most; levels to look ahead
-    int64_t widths_count, least;
-    const int64_t* widths;  // as for smart_frontier
-    const double* level_seconds;
-    const double* below;  // [levels, reach * RANKS] for a frontier at level 1, 2, ...
+    const struct Head* head;
+    const struct Model* model;
+    const int64_t* tokens;  // [vocab] of the model
     // where expanded nodes' keys go, and how many there can be
-    int64_t hidden, first_slot, slots;
+    int64_t first_slot, slots;
     const float* scale;     // [batch] on the logits, or null,
     const uint64_t* noise;  // and [batch, levels] keys of the noise: see smart_top_k
     void *keys, *values;    // the head's
@@ -266,27 +288,17 @@ void smart_draw(const struct Draw* draws, int64_t count, int64_t n, int64_t* bes
 void smart_mass(const float* row, int64_t n, float best, float scale, float floor, float value,
                 double* all_and_above);
 
-// The nodes of `level` to expand next, ascending, into `out` [nodes]; returns how many: 0 where no
-// deeper tree beats stopping (then `choice` and `kept` [nodes] say what to verify), -1 where the
-// calibration's table is too small. `below` [reach * RANKS]: forecast descendants of a frontier
-// node, given that node, level by level. `widths` [width_count], ascending: how many nodes may be
-// expanded (cut to those there are); level_seconds by width.
-int64_t smart_frontier(const struct Trees* t, const struct Calibration* b, const struct Costs* p,
-                       int32_t scored, int64_t level, const double* below, int64_t reach,
-                       const int64_t* widths, int64_t width_count, const double* level_seconds,
-                       int64_t* out, int64_t least, int64_t* kept, struct Choice* choice);
-// What to verify of the trees as they are, into `out` [nodes]; returns 0, or -1 where the
-// calibration's table is too small.
-int64_t smart_select(const struct Trees* t, const struct Calibration* b, const struct Costs* p,
-                     int32_t scored, int64_t least, int64_t* out, struct Choice* choice);
-// Drafts a round: the first level of a head (`first` and `v`, whose tokens and probs are [batch,
-// k]), then what smart_frontier says, level by level, into the empty trees `t`; then what to
-// verify, as smart_select. `out` [nodes] is scratch. p->sunk is what the first level costs. Returns
-// the levels run, or -1 where the calibration's table is too small, -2 where the kernels do not
-// serve the head.
-int64_t smart_grow(const struct Head* head, const struct Rows* first, const struct Level* v,
-                   const struct Growth* g, struct Trees* t, const struct Calibration* b,
-                   struct Costs* p, int64_t* out, int64_t* kept, struct Choice* choice);
+// The nodes of `level` to expand next, ascending, into `out` [nodes]; returns how many. Scores.
+int64_t smart_frontier(const struct Rule* rule, const struct Trees* t, int64_t level, int64_t* out);
+// The nodes to verify, ascending, into `out` [nodes]; returns how many. Scores.
+int64_t smart_select(const struct Rule* rule, const struct Trees* t, int64_t* out);
+// Drafts a round as the rule says into trees that hold what free drafters propose: the first level
+// (`first` and `v`, whose tokens and probs are [batch, k]), then what smart_frontier says, level by
+// level. `kept` [room] receives what smart_select says, `kept_count` how many that are. A child that
+// is there already stays one node, of source 0 and with the larger draft_prob. Returns the levels
+// run, or -1 where the kernels do not serve the head or model.
+int64_t smart_grow(const struct Growth* g, const struct Rule* rule, const struct Rows* first,
+                   const struct Level* v, struct Trees* t, int64_t* kept, int64_t* kept_count);
 
 #if defined(__cplusplus)
 }

@@ -1,4 +1,5 @@
-// EAGLE-3 draft heads of one layer: from hidden states and tokens to the best children.
+// Draft heads: from hidden states and tokens to the best children. EAGLE-3 of one layer by one team
+// of threads, and without work on rows that nobody asks for; all others by the kernels of models.
 
 #include <vector>
 
@@ -44,33 +45,91 @@ __attribute__((noinline)) static void byte_rows(const Input<W>* x, int rows, con
     });
 }
 
-// Logits of x [wanted, hidden] with 8-bit weights, by a whole team. Where CPUs multiply bytes, x is
-// rounded to 16 bits, whose halves are two rows of bytes. `line` [hidden] is this thread's.
-template <class W>
-static void byte_logits(const Head& h, const float* x, int wanted, float* line, void* workspace,
-                        float* step, float* logits) {
-    const int64_t d = h.layer.hidden, n = h.outputs_count;
-    Input<W>* inputs = (Input<W>*)workspace;
-    if constexpr (std::is_same_v<Input<W>, uint8_t>) {
-#pragma omp for schedule(static)
-        for (int r = 0; r < wanted; r++) {
-            rms_norm_row(x + r * d, h.final_norm, h.layer.eps, d, line);
-            step[r] = round_to_16_bits(line, d, inputs + 2 * r * d, inputs + (2 * r + 1) * d);
-        }
-        byte_rows(inputs, 2 * wanted, (const W*)h.outputs, n, d, h.scale, h.sums, step, logits);
-    } else {
-        rms_norm_rows(x, h.final_norm, h.layer.eps, wanted, d, inputs);
-#pragma omp barrier
-        gemm<INTO_CACHES>(inputs, d, wanted, (const W*)h.outputs, n, d,
-                          [=, &h](int row, int64_t column, vf left, vf right) {
-                              left *= loadu<vf>(h.scale + column);
-                              right *= loadu<vf>(h.scale + column + VW);
-                              store_columns(logits + row * n, column, n, left, right, false);
-                          });
-    }
-}
+// ------------------------------------------------------------------------------------ the children
 
-// ----------------------------------------------------------------------------------------- a level
+// From states [wanted, hidden] to the best children, by a whole team.
+template <class W>
+struct Ranking {
+    const Head& head;
+    const Level& level;
+    const int wanted;
+    const int64_t d, n;
+    // Workspace: what the output matrix reads, what that is in bytes, and logits.
+    Input<W>* inputs;
+    float *halves, *step, *logits;
+
+    Ranking(const Head& h, const Level& v, int wanted_)
+        : head(h), level(v), wanted(wanted_), d(h.layers->hidden), n(h.outputs_count) {}
+
+    int64_t floats() const { return wanted * (2 * d + n + 1) + 64; }
+    void take(WorkspaceMemory& memory) {
+        inputs = memory.take<Input<W>>(wanted * d);
+        halves = memory.take<float>(wanted * d);
+        step = memory.take<float>(wanted);
+        logits = memory.take<float>(wanted * n);
+    }
+
+    // line: [max(hidden, k)] this thread's.
+    void run(float* line) const {
+        if (head.scale)
+            byte_logits<int8_t>(line);
+        else
+            plain_logits();
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int r = 0; r < wanted; r++) find_children(r, line);
+    }
+
+private:
+    void plain_logits() const {
+        const Input<W>* read = inputs;
+        if (head.final_norm)
+            rms_norm_rows(level.out, head.final_norm, head.layers->eps, wanted, d, inputs);
+        else
+            read = as_input(level.out, wanted, d, inputs);
+#pragma omp barrier
+        linear_rows(read, d, wanted, (const W*)head.outputs, n, d, nullptr, logits, n, false);
+    }
+
+    // With 8-bit weights. Where CPUs multiply bytes, states are rounded to 16 bits, whose halves are
+    // two rows of bytes.
+    template <class B>
+    void byte_logits(float* line) const {
+        Input<B>* read = (Input<B>*)halves;
+        const float eps = head.layers->eps;
+        if constexpr (std::is_same_v<Input<B>, uint8_t>) {
+#pragma omp for schedule(static)
+            for (int r = 0; r < wanted; r++) {
+                rms_norm_row(level.out + r * d, head.final_norm, eps, d, line);
+                step[r] = round_to_16_bits(line, d, read + 2 * r * d, read + (2 * r + 1) * d);
+            }
+            byte_rows(read, 2 * wanted, (const B*)head.outputs, n, d, head.scale, head.sums, step,
+                      logits);
+        } else {
+            rms_norm_rows(level.out, head.final_norm, eps, wanted, d, read);
+#pragma omp barrier
+            gemm<INTO_CACHES>(read, d, wanted, (const B*)head.outputs, n, d,
+                              [this](int row, int64_t column, vf left, vf right) {
+                                  left *= loadu<vf>(head.scale + column);
+                                  right *= loadu<vf>(head.scale + column + VW);
+                                  store_columns(logits + row * n, column, n, left, right, false);
+                              });
+        }
+    }
+
+    void find_children(int r, float* line) const {
+        int64_t* ids = level.tokens + int64_t(r) * level.k;
+        const float scale = level.scale ? level.scale[r] : 1.0f;
+        top_k_row(logits + r * n, n, level.k, scale, level.keys ? level.keys[r] : 0, head.tokens,
+                  ids, line);
+        for (int j = 0; j < level.k; j++) {
+            ids[j] = head.tokens[ids[j]];
+            level.probs[int64_t(r) * level.k + j] = line[j];
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------ EAGLE-3, one layer
 
 // Keys and values are the columns behind those of queries, from a panel's first one on.
 struct DraftColumns {
@@ -126,31 +185,32 @@ struct DraftLevel {
     const DraftColumns columns;
     const int64_t d;
     const std::vector<QueryBlock> blocks;
+    Ranking<W> ranking;
 
     // Workspace. Of a part's rows: what linear layers read, features, and keys beside values.
     Input<W>* inputs;
     float *features, *kv;
     // Of the wanted rows: inputs of the layer, queries and what follows them.
     Input<W>*wanted_inputs, *attention, *ffn;
-    float *q, *normed, *step, *logits;
+    float* q;
 
     DraftLevel(const Head& h, const Rows& in_, const Level& v, const WantedRows& asking_,
                const KvCache<W>& cache_, WorkspaceMemory& memory)
         : head(h),
-          layer(h.layer),
+          layer(*h.layers),
           in(in_),
           level(v),
           asking(asking_),
           cache(cache_),
-          columns(h.layer),
-          d(h.layer.hidden),
-          blocks(query_blocks<W>(asking_.rows, h.layer)) {
-        const int64_t part = std::min(in.rows, PART_ROWS), wanted = asking.rows.rows,
-                      n = h.outputs_count;
+          columns(*h.layers),
+          d(h.layers->hidden),
+          blocks(query_blocks<W>(asking_.rows, *h.layers)),
+          ranking(h, v, asking_.rows.rows) {
+        const int64_t part = std::min(in.rows, PART_ROWS), wanted = asking.rows.rows;
         const int64_t widest = std::max(v.first ? h.aux_count * d : 0, 2 * d),
                       rows = std::max(part, wanted);
         memory.begin(rows * (widest + d + columns.width)
-                     + wanted * (2 * columns.q_width + layer.ffn + n + 3 * d + 1) + 256);
+                     + wanted * (2 * columns.q_width + layer.ffn + 2 * d) + ranking.floats() + 256);
         inputs = memory.take<Input<W>>(rows * widest);
         wanted_inputs = memory.take<Input<W>>(wanted * 2 * d);
         attention = memory.take<Input<W>>(wanted * columns.q_width);
@@ -158,9 +218,7 @@ struct DraftLevel {
         features = memory.take<float>(part * d);
         kv = memory.take<float>(part * columns.width);
         q = memory.take<float>(wanted * columns.q_width);
-        normed = memory.take<float>(wanted * d);
-        step = memory.take<float>(wanted);
-        logits = memory.take<float>(wanted * n);
+        ranking.take(memory);
     }
 
     void run() const {
@@ -197,7 +255,7 @@ struct DraftLevel {
                 const float* from = level.features[r] + t * d;
                 Input<W>* to = inputs + (r - first) * width + t * d;
                 if (head.aux_norm)
-                    rms_norm_row(from, head.aux_norm, layer.eps, d, to);
+                    rms_norm_row(from, head.aux_norm, head.aux_eps, d, to);
                 else
                     for (int64_t i = 0; i < d; i++) from_f32(from[i], to + i);
             }
@@ -240,31 +298,133 @@ struct DraftLevel {
                 rope_and_store(layer, in, r, q + asking.place[r] * q_width, layer.heads, 0, cache);
         attend(layer, asking.rows, blocks, q, q_width, cache, attention);
         finish_layer<W>(layer, wanted, attention, level.out, inputs, ffn);
-        find_logits(wanted, line);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int r = 0; r < wanted; r++) find_children(r, line);
+        ranking.run(line);
     }
+};
 
-    void find_logits(int wanted, float* line) const {
-        const int64_t n = head.outputs_count;
-        if (head.scale)
-            return byte_logits<int8_t>(head, level.out, wanted, line, normed, step, logits);
-        rms_norm_rows(level.out, head.final_norm, layer.eps, wanted, d, inputs);
-#pragma omp barrier
-        linear_rows(inputs, d, wanted, (const W*)head.outputs, n, d, nullptr, logits, n, false);
-    }
+// ---------------------------------------------------------------------------------- all other heads
 
-    void find_children(int r, float* line) const {
-        const int64_t n = head.outputs_count, first = int64_t(r) * level.k;
-        int64_t* ids = level.tokens + first;
-        const float scale = level.scale ? level.scale[r] : 1.0f;
-        top_k_row(logits + r * n, n, level.k, scale, level.keys ? level.keys[r] : 0, head.tokens,
-                  ids, line);
-        for (int j = 0; j < level.k; j++) {
-            ids[j] = head.tokens[ids[j]];
-            level.probs[first + j] = line[j];
+// A level by the kernels of models, one after another. Returns their status.
+template <class W>
+struct SteppedLevel {
+    const Head& head;
+    const Rows& in;
+    const Level& level;
+    const int threads;
+    const int64_t d, rows, wanted, states;
+    Ranking<W> ranking;
+    float *features, *pairs, *scratch, *x;
+    Workspace workspace;
+
+    static constexpr bool BF16 = sizeof(W) == 2;
+
+    SteppedLevel(const Head& h, const Rows& in_, const Level& v, int threads_,
+                 WorkspaceMemory& memory)
+        : head(h),
+          in(in_),
+          level(v),
+          threads(threads_),
+          d(h.layers->hidden),
+          rows(in_.rows),
+          wanted(v.first ? in_.requests : in_.rows),
+          states(v.first && !h.fused ? h.aux_count * d : d),
+          ranking(h, v, int(wanted)) {
+        int64_t width = 0, input = 0, attention = 0, ffn = 0;
+        for (const Layer* l = h.layers; l < h.layers + h.layer_count; l++) {
+            width = std::max<int64_t>(width, (l->heads + 2 * l->kv_heads) * l->head_dim);
+            input = std::max<int64_t>({input, l->input, d});
+            attention = std::max<int64_t>(attention, l->heads * l->head_dim);
+            ffn = std::max<int64_t>(ffn, l->ffn);
         }
+        const int64_t widest = std::max(states, 2 * d);
+        memory.begin(rows * (states + 2 * d + widest + d + input + width + attention + ffn)
+                     + ranking.floats() + 256);
+        features = memory.take<float>(rows * states);
+        pairs = memory.take<float>(rows * 2 * d);
+        scratch = memory.take<float>(rows * widest);
+        x = memory.take<float>(rows * d);
+        workspace.normed = memory.take<float>(rows * input);
+        workspace.qkv = memory.take<float>(rows * width);
+        workspace.attention = memory.take<float>(rows * attention);
+        workspace.ffn = memory.take<float>(rows * ffn);
+        ranking.take(memory);
+    }
+
+    int32_t run(void* keys, void* values, int64_t pages) {
+        for (int64_t r = 0; r < rows; r++) read_features(r);
+        const float* input = head.fused ? fuse() : pair();
+        if (const int32_t status =
+                smart_layers(head.layers, head.layer_count, &in, input, x, keys, values, pages,
+                             &workspace, BF16, BF16, threads))
+            return status;
+        for (int64_t i = 0; i < wanted; i++) {
+            const int64_t r = level.first ? in.query_start_loc[i + 1] - 1 : i;
+            memcpy(level.out + i * d, x + r * d, d * sizeof(float));
+        }
+#pragma omp parallel num_threads(threads)
+        {
+            std::vector<float> line(std::max<int64_t>(d, level.k));
+            ranking.run(line.data());
+        }
+        return 0;
+    }
+
+private:
+    // Features of a row, or the aux hidden states that fc makes them of.
+    void read_features(int64_t r) {
+        for (int64_t at = 0; at < states; at += d) {
+            float* to = features + r * states + at;
+            if (level.first && head.aux_norm)
+                rms_norm_row(level.features[r] + at, head.aux_norm, head.aux_eps, d, to);
+            else
+                memcpy(to, level.features[r] + at, d * sizeof(float));
+        }
+    }
+
+    const float* picture(int64_t r) const {
+        return level.embeddings ? level.embeddings[r] : nullptr;
+    }
+
+    void read_embedding(int64_t r, float* out) const {
+        if (const float* given = picture(r))
+            memcpy(out, given, d * sizeof(float));
+        else
+            embedding_row<W>(head.embedding, head.table, d, level.token[r], out);
+    }
+
+    void linear(const float* from, int64_t k, float* to) {
+        smart_linear(from, int32_t(rows), head.fc, d, k, BF16, nullptr, 0, head.fc_bias, scratch, to,
+                     d, 0, INTO_CACHES, nullptr, threads);
+    }
+
+    // EAGLE-1/2: the states that enter the first layer, which it reads as they are.
+    const float* fuse() {
+        for (int64_t r = 0; r < rows; r++) {
+            read_embedding(r, pairs + r * 2 * d);
+            memcpy(pairs + r * 2 * d + d, features + r * d, d * sizeof(float));
+        }
+        linear(pairs, 2 * d, x);
+        for (int64_t r = 0; r < rows; r++)
+            if (const float* given = picture(r)) memcpy(x + r * d, given, d * sizeof(float));
+        memcpy(features, x, rows * d * sizeof(float));
+        return features;
+    }
+
+    // EAGLE-3: the residual into x; what the first layer reads is returned.
+    const float* pair() {
+        const float eps = head.layers->eps;
+        if (level.first)
+            linear(features, states, x);
+        else
+            memcpy(x, features, rows * d * sizeof(float));
+        for (int64_t r = 0; r < rows; r++) {
+            float *of = pairs + r * 2 * d, *normed = of + d;
+            read_embedding(r, of);
+            rms_norm_row(of, head.input_norm, eps, d, of);
+            rms_norm_row(x + r * d, head.hidden_norm, eps, d, normed);
+            if (head.norm_before_residual) memcpy(x + r * d, normed, d * sizeof(float));
+        }
+        return pairs;
     }
 };
 
@@ -275,13 +435,19 @@ using namespace smart;
 extern "C" int32_t smart_draft(const Head* h, const Rows* in, const Level* v, void* keys,
                                void* values, int64_t pages, int32_t w_bf16, int32_t kv_bf16,
                                int32_t threads) {
-    return dispatch_types(h->layer, w_bf16, kv_bf16, [&](auto* type) {
+    int32_t status = 0;
+    const int32_t refused = dispatch_types(*h->layers, w_bf16, kv_bf16, [&](auto* type) {
         typedef std::remove_pointer_t<decltype(type)> W;
         static thread_local WorkspaceMemory memory;
+        if (h->fused || h->layer_count > 1) {
+            status = SteppedLevel<W>(*h, *in, *v, threads, memory).run(keys, values, pages);
+            return;
+        }
         const WantedRows asking(*in, v->first);
         const DraftLevel<W> level(*h, *in, *v, asking, KvCache<W>{(W*)keys, (W*)values, pages},
                                   memory);
 #pragma omp parallel num_threads(threads)
         level.run();
     });
+    return refused ? refused : status;
 }

@@ -1,0 +1,270 @@
+"""`core/selection.py` in C++: rules followed by one call where numpy needs dozens (selection.cpp),
+and a whole drafting in one call (drafting.cpp)."""
+
+from __future__ import annotations
+
+import time
+from ctypes import Structure, addressof, byref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from smart_decoding.core.calibration import DEPTHS, FINE, FINE_OF, KINDS
+from smart_decoding.core.rule import NO_NODES
+from smart_decoding.core.selection import (
+    RANKS,
+    Beam,
+    BestRate,
+    KeepBest,
+    LookAhead,
+    MarginalRatio,
+    RoundCosts,
+    Topology,
+    is_data,
+)
+from smart_decoding.core.tree import DraftTrees
+from smart_decoding.engine.protocols import Grown
+from smart_decoding.kernels import abi, library
+from smart_decoding.kernels.memory import address, address_or_none
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import IntArray
+
+Trees = abi.structure("Trees")
+Calibration = abi.structure("Calibration")
+Costs = abi.structure("Costs")
+Choice = abi.structure("Choice")
+Rule = abi.structure("Rule")
+Growth = abi.structure("Growth")
+_BEST, _RATE, _TOPOLOGY, _MARGINAL_RATIO = range(4)  # as in abi.h
+
+
+@dataclass(frozen=True, slots=True)
+class FirstLevel:
+    """How the first level of a round runs, and what further levels need.
+
+    rows, level: as smart_draft takes them. slots: where the keys of expanded nodes go. scale:
+    [batch] on the logits, and noise: [batch, levels] its keys, as for smart_top_k, or None. A head
+    with its cache (keys, values), or else a model and the ids of its tokens [vocab]."""
+
+    rows: Structure
+    level: Structure
+    slots: range
+    scale: NDArray[np.float32] | None
+    noise: NDArray[np.uint64] | None
+    head: Structure | None = None
+    bf16: bool = False
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    model: Structure | None = None
+    tokens: Tensor | None = None
+
+
+class NativeSelection:
+    """Implements `engine.drafting.Selection`. A rule with parts of a user's own is followed by
+    itself. Raises ConfigError where no kernels run."""
+
+    def __init__(self) -> None:
+        self._library = library.library()
+        self._native: _NativeRule | None = None
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `TreeRule.frontier`."""
+        if not is_data(rule):
+            return rule.frontier(trees, level)
+        if level >= rule.levels or not len(trees):
+            return NO_NODES
+        out = np.empty(len(trees), np.int64)
+        native = self._of(rule, trees)
+        count = self._library.smart_frontier(
+            byref(native), byref(_trees(trees)), level, address(out)
+        )
+        return out[:count]
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """See `TreeRule.select`."""
+        if not is_data(rule):
+            return rule.select(trees)
+        if not len(trees):
+            return NO_NODES
+        out = np.empty(len(trees), np.int64)
+        native = self._of(rule, trees)
+        count = self._library.smart_select(byref(native), byref(_trees(trees)), address(out))
+        return out[:count]
+
+    def grow(self, rule: TreeRule, given: DraftTrees, first: FirstLevel | None) -> Grown:
+        """Drafts a round as the rule says beside the nodes `given`, and chooses what to verify;
+        without `first` no level runs. The rule must be data.
+
+        Raises RuntimeError where the kernels do not serve what drafts."""
+        if first is None:
+            start = time.perf_counter()
+            kept = self.select(rule, given)
+            return Grown(given, kept, [], [], time.perf_counter() - start)
+        trees = _with_room(given, rule, first)
+        native_trees = _trees(trees)
+        kept = np.empty(trees.ints.shape[1], np.int64)
+        kept_count = np.zeros(1, np.int64)
+        expanded = np.zeros(rule.levels, np.int64)
+        seconds = np.zeros(rule.levels + 1)  # of each level, and of choosing
+        levels = self._library.smart_grow(
+            byref(_growth(first, expanded, seconds)),
+            byref(self._of(rule, given)),
+            byref(first.rows),
+            byref(first.level),
+            byref(native_trees),
+            address(kept),
+            address(kept_count),
+        )
+        if levels < 0:
+            raise RuntimeError("the CPU kernels do not support this head or draft model")
+        trees.grown(native_trees.nodes)
+        return Grown(
+            trees,
+            kept[: kept_count[0]],
+            expanded[1:levels].tolist(),
+            seconds[:levels].tolist(),
+            float(seconds[rule.levels]),
+        )
+
+    def _of(self, rule: TreeRule, trees: DraftTrees) -> Structure:
+        """The rule for these trees."""
+        if self._native is None or self._native.rule is not rule:
+            self._native = _NativeRule(rule)
+        if rule.scores is not None:
+            calibration = rule.scores.calibration
+            calibration.reserve(int(trees.source.max(initial=0)))
+            self._native.struct.calibration.table = address(calibration.table)
+        return self._native.struct
+
+
+class _NativeRule:
+    """A rule as the kernels read it, and the arrays behind it."""
+
+    def __init__(self, rule: TreeRule) -> None:
+        self.rule = rule
+        self._keep: list[Any] = []
+        calibration = Calibration(None, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
+        kind = None if rule.scores is None else self._at(rule.scores.kind, np.uint8)
+        self.struct = Rule(
+            levels=rule.levels,
+            limits=self._at(rule.limits),
+            kind=kind,
+            ends=self._at(rule.ends),
+            end_count=len(rule.ends),
+            calibration=calibration,
+            grow=self._part(rule.grow),
+            keep=self._part(rule.keep),
+        )
+
+    def _part(self, part: Any) -> Structure:
+        if isinstance(part, Beam):
+            return Choice(kind=_BEST, count=part.width)
+        if isinstance(part, KeepBest):
+            return Choice(kind=_BEST, count=part.count)
+        if isinstance(part, BestRate):
+            return Choice(kind=_RATE, count=part.least, costs=self._costs(part.costs))
+        if isinstance(part, LookAhead):
+            return self._look_ahead(part)
+        if isinstance(part, Topology):
+            return Choice(kind=_TOPOLOGY, next=self._at(part.next), ranks=part.next.shape[1])
+        assert isinstance(part, MarginalRatio)
+        return Choice(
+            kind=_MARGINAL_RATIO,
+            mean_over_paths=part.mean_over_paths,
+            count=len(part.spent) - 1,
+            alpha=part.alpha,
+            spent=self._at(part.spent, np.float64),
+            step=self._at(part.step, np.float64),
+        )
+
+    def _look_ahead(self, part: LookAhead) -> Structure:
+        if len(part.below) < self.rule.levels - 1 or part.below.shape[1] % RANKS:
+            raise ValueError(f"a forecast of shape {part.below.shape} is not one of all levels")
+        return Choice(
+            kind=_RATE,
+            costs=self._costs(part.costs),
+            widths=self._at(part.widths),
+            below=self._at(part.below, np.float64),
+            width_count=len(part.widths),
+            reach=part.reach,
+        )
+
+    def _costs(self, costs: RoundCosts) -> Structure:
+        return Costs(
+            costs.tokens,
+            costs.sunk,
+            costs.limit,
+            self._at(costs.levels, np.float64),
+            self._at(costs.verify, np.float64),
+            len(costs.levels),
+            len(costs.verify),
+        )
+
+    def _at(self, array: NDArray[Any], dtype: type[np.generic] = np.int64) -> int:
+        """The address of an array, or of a copy as the kernels read it."""
+        self._keep.append(np.ascontiguousarray(array, dtype))
+        return address(self._keep[-1])
+
+
+def most_expanded(rule: TreeRule, batch: int, slots: range) -> int:
+    """How many nodes a rule may expand at most, with `slots` for their keys."""
+    grow = rule.grow
+    if isinstance(grow, Topology):
+        return min(len(slots), batch * len(grow.next))
+    if isinstance(grow, MarginalRatio):
+        return min(len(slots), batch * (len(grow.spent) - 1))
+    width = batch * grow.width if isinstance(grow, Beam) else int(grow.widths.max())  # type: ignore[attr-defined]
+    return min(len(slots), width * (rule.levels - 1))
+
+
+def _with_room(given: DraftTrees, rule: TreeRule, first: FirstLevel) -> DraftTrees:
+    """The given trees with room for all that a rule may add."""
+    count = len(given)
+    parents = given.batch + most_expanded(rule, given.batch, first.slots)
+    trees = DraftTrees.with_room(given.batch, count + parents * first.level.k)
+    trees.ints[:, :count] = given.ints[:, :count]
+    trees.floats[:, :count] = given.floats[:, :count]
+    trees.grown(count)
+    return trees
+
+
+def _trees(trees: DraftTrees) -> Structure:
+    room = trees.ints.shape[1]
+    return Trees(len(trees), trees.batch, room, address(trees.ints), address(trees.floats))
+
+
+def _growth(first: FirstLevel, expanded: IntArray, seconds: NDArray[np.float64]) -> Structure:
+    """How a round runs, whose results smart_grow writes to `expanded` and `seconds`."""
+    growth = Growth(
+        first_slot=first.slots.start,
+        slots=len(first.slots),
+        scale=address_or_none(first.scale),
+        noise=address_or_none(first.noise),
+        threads=torch.get_num_threads(),
+        expanded=address(expanded),
+        seconds=address(seconds),
+        choosing=address(seconds) + seconds.itemsize * len(expanded),
+    )
+    if first.head is not None and first.keys is not None and first.values is not None:
+        growth.head = addressof(first.head)
+        growth.keys = first.keys.data_ptr()
+        growth.values = first.values.data_ptr()
+        growth.pages = first.keys.shape[-3]
+        growth.w_bf16 = first.bf16
+        growth.kv_bf16 = first.keys.dtype == torch.bfloat16
+    if first.model is not None and first.tokens is not None:
+        growth.model = addressof(first.model)
+        growth.tokens = first.tokens.data_ptr()
+    return growth
+
+
+def native_selection() -> NativeSelection | None:
+    """The native selection, or None where there are no kernels."""
+    return NativeSelection() if library.unavailable() is None else None
