@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from smart_decoding.core.acceptance import accept
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.protocol import BatchState, Round
+from smart_decoding.core.policies.base import BatchState, Round
 from smart_decoding.core.tree import ROOT, DraftTrees
 
 SIZES = (1, 1, 1, 2, 4, 8, 16, 32)  # rows to measure; medians count, so the first may be slow
@@ -52,17 +52,17 @@ def seconds_of(model, rows):
     return timeit(lambda: CachedModel(model).read([0] * rows), number=1)
 
 
-def draft(policy, plan, batch, drafter, text):
-    """The tree, grown level by level as the policy says; rows and seconds of each level."""
+def draft(rule, drafter, text):
+    """The tree, grown level by level as the rule says; rows and seconds of each level."""
     trees, rows, seconds, nodes = DraftTrees.empty(1), [], [], np.array([ROOT])
-    for level in range(1, plan.levels + 1):
+    for level in range(1, rule.levels + 1 if rule else 1):
         start = default_timer()
         logits = drafter.read(text, trees, nodes if level > 1 else ())
-        prob, token = logits[-len(nodes) :].softmax(-1).topk(plan.children)
-        trees.append(0, token.flatten(), nodes.repeat(plan.children), prob.flatten())
+        prob, token = logits[-len(nodes) :].softmax(-1).topk(rule.children)
+        trees.append(0, token.flatten(), nodes.repeat(rule.children), prob.flatten())
         rows, seconds = [*rows, len(logits)], [*seconds, default_timer() - start]
-        nodes = policy.frontier(plan, batch, trees, level)
-        if nodes is None:
+        nodes = rule.frontier(trees, level)
+        if not len(nodes):
             break
     return trees, rows, seconds
 
@@ -82,16 +82,16 @@ def generate(target, drafter, prompt, max_new_tokens, policy=None):
         context, remaining = np.array([len(text) - 1]), np.array([limit - len(text)])
         waiting = len(text) - 1 - drafter.length
         batch = BatchState(context, remaining, np.zeros(1), np.ones(1, bool), catch_up_rows=waiting)
-        plan = policy.plan(batch)
-        trees, rows, seconds = draft(policy, plan, batch, drafter, text)
-        kept = policy.select(plan, batch, trees) if len(trees) else np.zeros(0, int)
+        rule = policy.plan(batch)
+        trees, rows, seconds = draft(rule, drafter, text)
+        kept = rule.select(trees) if rule else np.zeros(0, int)
         start = default_timer()
         best = target.read(text, trees, kept).argmax(-1).numpy()  # of the root, then of each node
         took = accept(trees.take(kept), best.take)
         after = np.full(len(trees), -1)
         after[kept] = took.next_token
         done = (after, took.root_next, rows, seconds, len(best), default_timer() - start)
-        policy.observe(Round(batch, plan, trees, kept, *done))
+        policy.observe(Round(batch, rule, trees, kept, *done))
         for model in (target, drafter):
             model.keep(kept[took.path[0]])
         text += took.emitted[0]

@@ -10,7 +10,6 @@ from typing import Any
 
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
-from smart_decoding.models.target import dtype_of
 from smart_decoding.multimodal.images import Limits
 
 DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
@@ -23,7 +22,8 @@ class EngineArgs:
     model: built-in name, hub id, folder of safetensors, or GGUF file.
     speculative_config: None (the model's default head under the policy `smart`, if it has one),
         False (plain decoding), or a dict: method (eagle, draft_model, ngram, recycling, union,
-        none), policy (off, chain, static, eagle2, paper, smart), and either's options.
+        none), policy (off, chain, static, eagle2, paper, pooled_chain, throughput_chain, smart),
+        and either's options.
     dtype: bfloat16 or float32, of weights and KV cache.
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
@@ -68,6 +68,8 @@ class EngineArgs:
     max_image_pixels: int = Limits().pixels
 
     def __post_init__(self) -> None:
+        from smart_decoding.models.target import dtype_of  # imported late: torch is slow
+
         dtype_of(self.dtype)
         self.media_limits()
         self._at_least(

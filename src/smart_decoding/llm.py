@@ -25,7 +25,7 @@ from smart_decoding.multimodal.prompts import MediaPrompt, PromptBuilder
 from smart_decoding.speculation import Speculation, build_speculation, check_speculation
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import Policy
+    from smart_decoding.core.policies.base import Policy
     from smart_decoding.engine.request import Request, RequestMetrics
     from smart_decoding.engine.stopping import Decode
 
@@ -148,6 +148,7 @@ class LLM:
             config,
             self._decoder,
             constrain=self.grammars,
+            selection=speculation.selection,
         )
 
     @property

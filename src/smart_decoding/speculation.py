@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +15,27 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import Forecast
 from smart_decoding.core.policies import check_policy, make_policy, policy_options, user_options
 from smart_decoding.drafters import METHODS, check_draft, check_plain
-from smart_decoding.drafters.draft_model import DraftModelDrafter
-from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
+from smart_decoding.engine.drafting import RuleSelection
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.kernels.chooser import native_chooser
-from smart_decoding.models.draft_model import DraftModel
-from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.kernels import library
 from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.ranking import torch_top_k
-from smart_decoding.models.target import TorchTarget, fitting_memory
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import largest_batch, longest_context, measure
 
+# The models that draft are imported by what builds them: most of them are not wanted.
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import Policy
+    from smart_decoding.core.policies.base import Policy
+    from smart_decoding.engine.drafting import Selection
     from smart_decoding.engine.protocols import Drafter
+    from smart_decoding.models.draft_model import DraftModel
+    from smart_decoding.models.eagle_head import EagleHead
+    from smart_decoding.models.target import TorchTarget
 
 log = logging.getLogger("smart.speculation")
 
@@ -50,13 +50,14 @@ class Speculation:
     """What drafts, and what decides about it; without a drafter the engine decodes plainly.
 
     cost: the measured costs, or None where nothing needs them. model: the EAGLE head or draft model
-    in use. description: in words."""
+    in use. description: in words. selection: what follows the policy's rules."""
 
     policy: Policy
     drafter: Drafter | None
     cost: CostModel | None = None
     model: EagleHead | DraftModel | None = None
     description: str = "none"
+    selection: Selection = field(default_factory=RuleSelection)
 
 
 def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
@@ -172,10 +173,20 @@ def build_speculation(
         **stored_prior(builder.folder),
         "cost": cost,
         "eos_token_ids": target.eos_token_ids,
-        "chooser": native_chooser(),
     }
     policy = make_policy(asked.policy, offered, **builder.left)
-    return Speculation(policy, drafter, cost, builder.model, builder.description)
+    return Speculation(
+        policy, drafter, cost, builder.model, builder.description, fastest_selection()
+    )
+
+
+def fastest_selection() -> Selection:
+    """The native form of selection where kernels run, else numpy's."""
+    if library.unavailable() is not None:
+        return RuleSelection()
+    from smart_decoding.kernels.selection import NativeSelection
+
+    return NativeSelection()
 
 
 def _draft_checkpoint(name: Any, tokenizer: Tokenizer, max_model_len: int) -> Checkpoint:
@@ -267,6 +278,8 @@ class _Builder:
     def cost(self, drafter: Drafter) -> CostModel:
         """The cached profile of this machine, else a new one (a few seconds): also if that was
         taken of an engine for smaller batches."""
+        from smart_decoding.profiling.measure import largest_batch, longest_context, measure
+
         target = self._target
         head = str(self.model and self.model.shape)
         weights = self._checkpoint.provenance
@@ -281,6 +294,10 @@ class _Builder:
         return cost
 
     def _eagle(self) -> Drafter:
+        from smart_decoding.drafters.eagle import EagleDrafter
+        from smart_decoding.models.eagle_head import EagleHead
+        from smart_decoding.models.target import fitting_memory
+
         folder = self.left.pop("model", None) or self._default_head
         if folder is None:
             raise ConfigError(
@@ -325,6 +342,9 @@ class _Builder:
         return UnionDrafter(parts)
 
     def _draft_model(self) -> Drafter:
+        from smart_decoding.drafters.draft_model import DraftModelDrafter
+        from smart_decoding.models.draft_model import DraftModel
+
         assert self._draft is not None
         if self._checkpoint.vision is not None:
             log.warning("the draft model reads no images: it drafts from the text behind them")

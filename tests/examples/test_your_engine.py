@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies import POLICIES, make_policy
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "your_engine.py"
 if not EXAMPLE.is_file():
@@ -94,7 +94,7 @@ def test_answers_are_those_of_generate(config: PreTrainedConfig) -> None:
     assert generate(target, drafter, PROMPT, 30) == expected(target, 30)
 
 
-@pytest.mark.parametrize("name", ["off", "chain", "static", "eagle2", "paper", "smart"])
+@pytest.mark.parametrize("name", POLICIES)
 def test_under_every_policy(name: str) -> None:
     target = random_model(CONFIGS[0], 0)
     options: dict[str, Any] = {"total_tokens": 12, "top_k": 3} if name == "eagle2" else {}

@@ -10,7 +10,7 @@ import itertools
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,9 +25,12 @@ from sglang_wheel import definitions  # noqa: E402
 
 from smart_decoding.core.acceptance import accept  # noqa: E402
 from smart_decoding.core.choice import best_size, ranked  # noqa: E402
+from smart_decoding.core.policies.base import BatchState  # noqa: E402
 from smart_decoding.core.policies.eagle2 import Eagle2  # noqa: E402
-from smart_decoding.core.policies.protocol import BatchState  # noqa: E402
 from smart_decoding.core.tree import ROOT, DraftTrees  # noqa: E402
+
+if TYPE_CHECKING:
+    from smart_decoding.core.rule import TreeRule
 
 VOCABULARY = 50
 CONTEXT = (7, 12, 3)  # tokens before the root, by request
@@ -89,29 +92,28 @@ class World:
 # --- our core ---
 
 
-def candidates(world: World, policy: Eagle2, children: int) -> tuple[BatchState, Any, DraftTrees]:
+def candidates(world: World, policy: Eagle2, children: int) -> tuple[TreeRule, DraftTrees]:
     """All that a policy drafts, level by level, as our engine does."""
     size = world.batch
     batch = BatchState(
         np.array(CONTEXT[:size]), np.full(size, 99), np.zeros(size), np.ones(size, bool)
     )
-    plan = policy.plan(batch)
+    rule = policy.plan(batch)
+    assert rule is not None
     trees = DraftTrees.empty(size)
     parents = np.full(size, ROOT)
     owners = np.arange(size)
-    for level in range(1, plan.levels + 1):
+    for level in range(1, rule.levels + 1):
         for owner, parent in zip(owners.tolist(), parents.tolist(), strict=True):
             probs = world.draft(owner, tokens_to(trees, parent))
             best = np.argsort(-probs)[:children]
             trees.append(
                 np.full(children, owner), best, np.full(children, parent), probs[best].astype(float)
             )
-        chosen = policy.frontier(plan, batch, trees, level)
-        if chosen is None:
-            break
+        chosen = rule.frontier(trees, level)
         parents = chosen
         owners = trees.owner[chosen]
-    return batch, plan, trees
+    return rule, trees
 
 
 def tokens_to(trees: DraftTrees, node: int) -> Path_:
@@ -299,8 +301,8 @@ def test_a_tier_is_the_tree_that_our_core_chooses(
     for seed in range(2):
         world = World(seed, batch=3)
         policy = Eagle2(depth=steps - 1, top_k=topk, total_tokens=nodes + 1)
-        batch, plan, drafted = candidates(world, policy, topk)
-        trees = drafted.take(policy.select(plan, batch, drafted))
+        rule, drafted = candidates(world, policy, topk)
+        trees = drafted.take(rule.select(drafted))
         built = sglang_tree(sglang, world, topk, steps, nodes)
         assert_same_tree(trees, built)
         accepted += assert_same_walk(sglang, world, trees, built, steps)
@@ -315,7 +317,7 @@ def test_as_many_nodes_as_the_exact_choice_finds_are_the_same_nodes(sglang, per_
     for seed in range(3):
         world = World(seed, batch=1)
         policy = Eagle2(depth=4, top_k=4, total_tokens=200)
-        _, _, drafted = candidates(world, policy, 4)
+        _, drafted = candidates(world, policy, 4)
         order = ranked(drafted.path_prob)
         count, _ = best_size(
             drafted.path_prob[order], 1.0, 0.2, 1.0 + per_row * np.arange(len(drafted) + 1)

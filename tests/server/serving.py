@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import tokenizers
@@ -16,11 +16,13 @@ import torch
 import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from smart_decoding.llm import LLM
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.server.launch import Server, bind, make_server
 from smart_decoding.server.settings import ServerSettings
-from smart_decoding.server.worker import Worker
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
+    from smart_decoding.server.worker import Worker
 
 NAME = "tiny"
 TEMPLATE = (

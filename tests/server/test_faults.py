@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -23,8 +23,10 @@ from serving import NAME, post, serving, wait_for
 from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
-from smart_decoding.llm import LLM
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
 
 SMART = {"method": "recycling"}  # under the policy `smart`, which needs a profile
 BODY = {"model": NAME, "prompt": "abcabc", "max_tokens": 40, "temperature": 0, "ignore_eos": True}

@@ -9,7 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
@@ -23,12 +23,14 @@ from serving import NAME, Running, post, serving, slow, wait_for
 from smart_decoding import speculation
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
-from smart_decoding.llm import LLM
 from smart_decoding.server import live, worker
 from smart_decoding.server.jobs import Job
 from smart_decoding.server.launch import make_server
 from smart_decoding.server.schemas import ChatRequest, CompletionRequest
 from smart_decoding.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
 
 JSON = {"content-type": "application/json"}
 LONG = {"model": NAME, "prompt": "a", "max_tokens": 900, "ignore_eos": True, "temperature": 0}

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
 from serving import NAME, Running
 
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.llm import LLM
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 import openai
@@ -16,11 +16,13 @@ from serving import NAME, Running, post
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.llm import LLM
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.schemas import ChatRequest, Message
 from smart_decoding.server.tool_text import ToolText
 from smart_decoding.server.tools import Tool, explained, speaks_our_form
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
 
 pytest.importorskip("llguidance")
 

@@ -1,6 +1,8 @@
 """The package keeps its rooms: sizes and layout that a reviewer would have to count."""
 
 import ast
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import smart_decoding
@@ -8,6 +10,7 @@ import smart_decoding
 SOURCE = Path(smart_decoding.__file__).parent
 LONGEST_FUNCTION = 40  # lines, its docstring included: what fits on a screen
 MOST_MODULES_AT_THE_TOP = 8
+LONGEST_IMPORT_CHAIN = 10  # modules; those that only types or a function need do not count
 
 
 def test_functions_fit_on_a_screen() -> None:
@@ -38,3 +41,37 @@ def test_a_package_says_what_lives_there() -> None:
 def test_the_formatter_formats_everything() -> None:
     packed = [path for path in SOURCE.rglob("*.py") if "# fmt:" in path.read_text(encoding="utf-8")]
     assert packed == []
+
+
+def test_chains_of_imports_are_short() -> None:
+    modules = {_name(path): path for path in SOURCE.rglob("*.py")}
+
+    @functools.cache
+    def longest(name: str) -> tuple[str, ...]:
+        body = ast.parse(modules[name].read_text(encoding="utf-8")).body
+        below = (longest(other) for other in _imports(body) if other in modules and other != name)
+        return (name, *max(below, key=len, default=()))
+
+    chain = max(map(longest, modules), key=len)
+    assert len(chain) > 5  # imports are found at all
+    assert len(chain) <= LONGEST_IMPORT_CHAIN, " > ".join(chain)
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(body: Sequence[ast.stmt]) -> Iterator[str]:
+    """What a module imports when it is imported: modules, or names of them."""
+    for statement in body:
+        if isinstance(statement, ast.If):
+            for_types = "TYPE_CHECKING" in ast.dump(statement.test)
+            yield from _imports([*([] if for_types else statement.body), *statement.orelse])
+        elif isinstance(statement, ast.Try):
+            yield from _imports(statement.body)
+        elif isinstance(statement, ast.Import):
+            yield from (alias.name for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom) and statement.module:
+            yield statement.module
+            yield from (f"{statement.module}.{alias.name}" for alias in statement.names)

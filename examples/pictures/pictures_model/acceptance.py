@@ -11,15 +11,17 @@ the tokens that a round gives; and those of MSD's tree of 60 tokens. No figure d
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pictures_model.assembly import HEAD, model_folder
 from pictures_model.prompts import picture_prompts
 from smart_decoding import LLM, SamplingParams
-from smart_decoding.core.policies.protocol import Round
 from smart_decoding.speculation import shipped_head
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import Round
 
 DEPTH = 6
 

@@ -222,7 +222,7 @@ def _settled(note: _Note) -> Counts:
 def _figures(record: RoundRecord) -> Counts:
     done = record.round
     accepted = sum(len(path) for path in record.acceptance.path) if record.acceptance else 0
-    drafted = done.plan.speculate and len(done.trees) > 0
+    drafted = done.rule is not None and len(done.trees) > 0
     return Counts(
         round_seconds=record.seconds,
         controller_seconds=record.controller_seconds,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from smart_decoding.bench.data import DEFAULT_TASKS, TASKS
-from smart_decoding.core.policies import make_policy
 from smart_decoding.drafters import METHODS, check_draft
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
@@ -123,6 +122,8 @@ class BenchOptions:
         self._check_arms()
 
     def _check_arms(self) -> None:
+        from smart_decoding.core.policies import make_policy  # imported late: scipy is slow
+
         for arm in self.arms:
             make_policy(arm.policy, **arm.policy_options)
             method = arm.options.get("method", self.method)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from smart_decoding.core.tree import ROOT
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import Round
+    from smart_decoding.core.policies.base import Round
 
 BINS = 10  # of equal width
 
@@ -28,7 +28,7 @@ class Reliability:
     """Sums per bin, [3, BINS]: tokens, predicted probabilities, tokens that the target chose.
 
     draft: the drafter's own confidence; calibrated: the policy's P(accepted | parent accepted),
-    where it has one. Both were said before the outcome was known. Only children of accepted nodes
+    where its rule has scores. Both were said before the outcome was known. Only children of accepted nodes
     count, as the others were never tested."""
 
     draft: Floats = field(default_factory=_nothing)
@@ -43,12 +43,14 @@ class Reliability:
         if not len(trees):
             return
         nodes, chosen = done.observed()
+        self.draft += _binned(trees.draft_prob[nodes], chosen)
+        if done.rule is None or done.rule.scores is None:
+            return
         parent = trees.parent[nodes]
         with np.errstate(invalid="ignore", divide="ignore"):
             conditional = trees.accept_prob[nodes] / np.where(
                 parent == ROOT, 1.0, trees.accept_prob[parent]
             )
-        self.draft += _binned(trees.draft_prob[nodes], chosen)
         self.calibrated += _binned(conditional, chosen)
 
     def to_dict(self) -> dict[str, dict[str, list[float]]]:

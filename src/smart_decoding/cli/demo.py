@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.cli.arguments import add_allow_slow
 from smart_decoding.cli.run import chat_prompt
-from smart_decoding.core.tree_picture import TreeStyle, draw_tree, legend, scored, wants_colour
+from smart_decoding.core.tree_picture import TreeStyle, draw_tree, legend, wants_colour
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models.registry import DEFAULT_MODEL
 
@@ -127,7 +127,8 @@ def show_trees(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
         return
     print(f"the last {len(trees)} verified trees" if len(trees) > 1 else "the last verified tree")
     nodes = [tree.record.round.trees.take(tree.record.round.kept) for tree in trees]
-    print(legend(all(scored(n, range(len(n))) for n in nodes)))
+    rules = [tree.record.round.rule for tree in trees]
+    print(legend(all(rule is not None and rule.scores is not None for rule in rules)))
 
     def text_of(token: int) -> str:
         return llm.tokenizer.decode([token], False)

@@ -52,7 +52,8 @@ MODEL_OPTIONS = (
         "policy",
         policy_name,
         None,
-        "what sizes the trees: off, chain, static, eagle2, paper, smart",
+        "what sizes the trees: off, chain, static, eagle2, paper, pooled_chain, throughput_chain, "
+        "smart",
         shown="smart",
     ),
     Option(

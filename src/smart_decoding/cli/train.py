@@ -101,7 +101,7 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Has the conversations written, trains the head, learns its prior."""
-    from smart_decoding.core.policies.common import require_int
+    from smart_decoding.core.policies.base import require_int
     from smart_decoding.training.conversations import recorded_layers
     from smart_decoding.training.prior import learn_prior, picture_turns
     from smart_decoding.training.train import Trainer

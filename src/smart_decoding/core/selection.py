@@ -253,6 +253,15 @@ class _KeptTree:
         self.length = 1.0
 
 
+GROW_KINDS = (Beam, LookAhead, Topology, MarginalRatio)
+KEEP_KINDS = (KeepBest, BestRate, Topology, MarginalRatio)
+
+
+def is_data(rule: TreeRule) -> bool:
+    """Whether the rule consists of the kinds above alone, which kernels can follow."""
+    return type(rule.grow) in GROW_KINDS and type(rule.keep) in KEEP_KINDS
+
+
 def best_per_owner(trees: DraftTrees, nodes: IntArray, count: int) -> IntArray:
     """The `count` of `nodes` of each request with the largest accept_prob, ties to the lower index;
     ascending."""

@@ -13,7 +13,7 @@ A filled circle is an accepted node; the last line is the bonus token after the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -98,11 +98,6 @@ def legend(policy_scores: bool = True) -> str:
     """What the signs mean; `policy_scores`: whether the numbers are calibrated."""
     kind = "calibrated probability of acceptance" if policy_scores else "the drafter's probability"
     return f"● accepted  ○ rejected  => the bonus token; numbers: {kind} of the path"
-
-
-def scored(trees: DraftTrees, nodes: Collection[int]) -> bool:
-    """Whether the policy gave all of `nodes` an acceptance probability."""
-    return not np.isnan(trees.accept_prob[list(nodes)]).any()
 
 
 def _printable(char: str) -> str:

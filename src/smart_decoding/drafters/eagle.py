@@ -20,8 +20,7 @@ from smart_decoding.drafters.levels import Asked, LevelDrafter, Ranked, State, a
 from smart_decoding.engine.kv import PAGE, Ints
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.chooser import Growth
-    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.request import Request
@@ -50,7 +49,7 @@ class Head(Protocol):
         ...
 
     def grow(
-        self, rows: Rows, parts: Sequence[Any], asked: Asked, slots: range, growth: Growth
+        self, rows: Rows, parts: Sequence[Any], asked: Asked, slots: range, rule: TreeRule
     ) -> Grown:
         """All levels of a round in one call, nodes chosen as `growth` says; only if the head
         `grows`. asked: for the children of each request's root at levels 1, 2, ... slots: where
@@ -154,24 +153,22 @@ class EagleDrafter(LevelDrafter[Pairs]):
         key = self._keys(request, state, page + 1)[-1]
         self._ends[request.table.pages[page]] = key, self._head.take(features, np.array([row]))
 
-    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """The first level, with the features of all rounds before."""
         self._share_out()
-        return super().start(requests, plan)
+        return super().start(requests, rule)
 
-    def _grow(self, requests: Sequence[Request], plan: DraftPlan) -> Grown:
-        """`start`, and `expand` as `plan.growth` says, in one call."""
-        growth = plan.growth
-        assert growth is not None
+    def _grow(self, requests: Sequence[Request], rule: TreeRule) -> Grown:
+        """`start`, and `expand` as `rule` says, in one call."""
         self._share_out()
         states = [self._states[id(r)] for r in requests]
         rows, _ = self._waiting_rows(requests, states)
         every = range(len(requests))
-        levels = range(growth.levels)
+        levels = range(rule.levels)
         owners = [i for i in every for _ in levels]
-        asked = asked_of(requests, owners, [*levels] * len(requests), plan.children)
+        asked = asked_of(requests, owners, [*levels] * len(requests), rule.children)
         slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
-        grown = self._head.grow(rows, _parts(states), asked, slots, growth)
+        grown = self._head.grow(rows, _parts(states), asked, slots, rule)
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
         return grown

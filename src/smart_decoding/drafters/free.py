@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
     from smart_decoding.engine.protocols import Features, Grow, Logits
     from smart_decoding.engine.request import Request
@@ -27,7 +27,7 @@ class FreeDrafter:
         return 0
 
     def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
         """Raises ValueError: there are no further levels."""
         raise ValueError(f"{type(self).__name__} has no model levels to expand")

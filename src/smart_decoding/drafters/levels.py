@@ -29,7 +29,7 @@ from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.rows import Rows, RowsBuilder
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.engine.protocols import Grow
     from smart_decoding.engine.request import Request
 
@@ -126,18 +126,18 @@ class LevelDrafter(ABC, Generic[S]):
         """The request's pages in the model's cache, to be read only."""
         return request.table.array
 
-    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """Catches up and proposes the first level's children of every root."""
         trees = DraftTrees.empty(len(requests))
         batch = len(requests)
         self._paths = {}
         self._rows = batch
-        if not plan.levels:
+        if not rule.levels:
             return trees
         states = [self._states[id(r)] for r in requests]
         rows, last = self._waiting_rows(requests, states)
         ranked = self._first(
-            rows, last, states, asked_of(requests, range(batch), [0] * batch, plan.children)
+            rows, last, states, asked_of(requests, range(batch), [0] * batch, rule.children)
         )
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
@@ -145,7 +145,7 @@ class LevelDrafter(ABC, Generic[S]):
         return trees
 
     def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
         """Runs the model on `nodes`, as far as there is room, and appends their children; returns
         how many."""
@@ -170,7 +170,7 @@ class LevelDrafter(ABC, Generic[S]):
             self._rows += 1
             paths.append(self._paths[node])
         rows = self._node_rows(requests, owners, trees.token[nodes].tolist(), paths)
-        asked = asked_of(requests, owners, [len(path) for path in paths], plan.children)
+        asked = asked_of(requests, owners, [len(path) for path in paths], rule.children)
         self._append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
         return len(nodes)
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.policies.common import require_int
+from smart_decoding.core.policies.base import require_int
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.engine.protocols import Features
     from smart_decoding.engine.request import Request
 
@@ -147,7 +147,7 @@ class NgramDrafter(FreeDrafter):
         self.occurrences = require_int("occurrences", occurrences, 1, 1024)
         self._index: dict[Request, NgramIndex] = {}
 
-    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """The likeliest continuations of each request."""
         owner: list[int] = []
         rows: list[tuple[int, int, int, float, float]] = []

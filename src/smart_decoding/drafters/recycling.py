@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.core.policies.common import require_int
+from smart_decoding.core.policies.base import require_int
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.engine.protocols import Logits
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.engine.request import Request
 
 # (logits [rows, vocab], k) -> ids [rows, k] and softmax probabilities [rows, k], largest first.
@@ -57,7 +57,7 @@ class RecyclingDrafter(FreeDrafter):
         self.table[tokens[last]] = ids[last]
         self.probs[tokens[last]] = probs[last]
 
-    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """Grows each level from the max_nodes likeliest nodes of the one above, then keeps the
         max_nodes likeliest of all: exactly those of the unbounded tree, since every ancestor of one
         is one."""

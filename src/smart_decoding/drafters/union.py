@@ -23,7 +23,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.engine.protocols import Drafter, Features, Grow, Logits
     from smart_decoding.engine.request import Request
 
@@ -117,20 +117,20 @@ class UnionDrafter:
         """The model's."""
         return self.model.pending_rows(requests) if self.model else 0
 
-    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """The model's first level, and all that the free drafters propose."""
         batch = len(requests)
         view = DraftTrees.empty(batch)
-        if self.model and plan.levels:
-            view = self.model.start(requests, plan)
+        if self.model and rule.levels:
+            view = self.model.start(requests, rule)
         merged = self._round = Merged(DraftTrees.empty(batch), view)
         merged.add_view()
         for source, drafter in enumerate(self.free_drafters, start=MODEL + 1):
-            merged.add_free(drafter.start(requests, plan), source)
+            merged.add_free(drafter.start(requests, rule), source)
         return merged.trees
 
     def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
         """Expands those of `nodes` that the model proposed."""
         merged = self._round
@@ -141,7 +141,7 @@ class UnionDrafter:
         wanted = merged.view_nodes(nodes)
         if not len(wanted):
             return 0
-        width = self.model.expand(requests, merged.view, wanted, plan)
+        width = self.model.expand(requests, merged.view, wanted, rule)
         merged.add_view()
         return width
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from smart_decoding.core.rule import NO_NODES
+from smart_decoding.core.selection import is_data
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import BatchState
@@ -65,8 +66,11 @@ def draft_trees(
     arrived: Callable[[], bool],
     clock: Clock,
 ) -> Draft:
-    """Drafts as `rule` says; between levels `arrived` may interrupt it."""
-    if drafter.grow is not None:
+    """Drafts as `rule` says; between levels `arrived` may interrupt it.
+
+    A drafter that follows rules by itself does so where the rule is data; a rule of somebody's own
+    is asked level by level."""
+    if drafter.grow is not None and rule.levels and is_data(rule):
         return _in_one_call(drafter.grow, rule, batch, requests, arrived, clock)
     start = clock()
     draft = Draft(drafter.start(requests, rule))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.policies.protocol import OFF, BatchState, DraftPlan, Policy, Round
+from smart_decoding.core.policies.base import BatchState, Policy, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
-from smart_decoding.engine.drafting import Draft, draft_trees
+from smart_decoding.engine.drafting import Draft, RuleSelection, Selection, draft_trees
 from smart_decoding.engine.kv import PAGE, PagePool
 from smart_decoding.engine.scheduler import Batch, Scheduler
 from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
@@ -21,6 +21,7 @@ from smart_decoding.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
     from smart_decoding.core.acceptance import Acceptance
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.engine.media import Media
     from smart_decoding.engine.protocols import Clock, Drafter, Target
     from smart_decoding.engine.request import Request
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from smart_decoding.engine.stopping import Decode
 
 __all__ = ["BEFORE", "Engine", "EngineConfig", "RoundRecord"]
-
-_NO_NODES = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -77,6 +76,7 @@ class Engine:
         decode: Callable[[bool], Decode],
         clock: Clock = time.perf_counter,
         constrain: Callable[[StructuredOutputsParams], Constraint] | None = None,
+        selection: Selection | None = None,
     ) -> None:
         if config.max_model_len > config.pages * PAGE:
             raise CapacityError(
@@ -92,6 +92,7 @@ class Engine:
         self.last_round: RoundRecord | None = None
         self.admission = Admission(target, config, self.pool, decode, clock, constrain)
         self._clock = clock
+        self._selection = selection or RuleSelection()
         self._requests: dict[str, Request] = {}
         self._observe_seconds = 0.0  # of the round before
         self._interrupted = False  # the last step dropped its drafts: the next one is plain
@@ -164,17 +165,17 @@ class Engine:
             return []
         started += self._encode_images(batch)  # no part of what a round costs
         state = self._state(batch)
-        plan = self._plan(batch, state)
-        draft = self._draft(batch, state, plan, arrived)
+        rule = self._plan(batch, state)
+        draft = self._draft(batch, state, rule, arrived)
         self._interrupted = draft.interrupted
         if draft.interrupted:
             return []
-        kept = self._select(batch, state, plan, draft.trees)
+        kept = _allowed(batch, draft)
         verified = verify(self.target, self.drafter, batch, draft.trees, kept, self._clock)
         accepted = self._update(batch, verified)
         self._hand_over(batch, verified)
         _count_nodes(batch, draft.trees, kept)
-        done = _round(batch, state, plan, draft, kept, verified)
+        done = _round(batch, state, rule, draft, kept, verified)
         if batch.decode:
             self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
         self.last_round = _record(done, draft, verified, accepted, self._clock() - started)
@@ -219,38 +220,27 @@ class Engine:
             pictures=pictures,
         )
 
-    def _plan(self, batch: Batch, state: BatchState) -> DraftPlan:
+    def _plan(self, batch: Batch, state: BatchState) -> TreeRule | None:
         """Rounds that carry prompts do not draft, whatever the policy: others wait for their first
         token."""
         if batch.prefill or not batch.decode or self.drafter is None or self._interrupted:
-            return OFF
+            return None
         return self.policy.plan(state)
 
     def _draft(
-        self, batch: Batch, state: BatchState, plan: DraftPlan, arrived: Callable[[], bool]
+        self, batch: Batch, state: BatchState, rule: TreeRule | None, arrived: Callable[[], bool]
     ) -> Draft:
-        if not plan.speculate or self.drafter is None:
+        if rule is None or self.drafter is None:
             return Draft(DraftTrees.empty(len(batch.decode)))
         return draft_trees(
             self.drafter,
-            self.policy,
-            plan,
+            self._selection,
+            rule,
             state,
             batch.decode,
             lambda: self.scheduler.has_room and arrived(),
             self._clock,
         )
-
-    def _select(
-        self, batch: Batch, state: BatchState, plan: DraftPlan, trees: DraftTrees
-    ) -> IntArray:
-        """The nodes to verify: those of the policy that grammars allow and that memory is left
-        for."""
-        kept = self.policy.select(plan, state, trees) if len(trees) else _NO_NODES
-        constraints = [r.constraint for r in batch.decode]
-        if any(constraint is not None for constraint in constraints):
-            kept = grammatical(constraints, trees, kept)
-        return make_room(batch, trees, kept)
 
     def _update(self, batch: Batch, verified: Verified) -> _Accepted:
         """Appends the new tokens and commits the KV lengths."""
@@ -326,10 +316,19 @@ def _traits(requests: Sequence[Request]) -> tuple[FloatArray, BoolArray, BoolArr
     return temperature, may_speculate, pictures if pictures.any() else None
 
 
+def _allowed(batch: Batch, draft: Draft) -> IntArray:
+    """The nodes to verify: those selected that grammars allow and that memory is left for."""
+    kept = draft.kept
+    constraints = [r.constraint for r in batch.decode]
+    if any(constraint is not None for constraint in constraints):
+        kept = grammatical(constraints, draft.trees, kept)
+    return make_room(batch, draft.trees, kept)
+
+
 def _round(
     batch: Batch,
     state: BatchState,
-    plan: DraftPlan,
+    rule: TreeRule | None,
     draft: Draft,
     kept: IntArray,
     verified: Verified,
@@ -340,7 +339,7 @@ def _round(
         next_token[kept] = verified.acceptance.next_token
     return Round(
         state,
-        plan,
+        rule,
         draft.trees,
         kept,
         next_token,

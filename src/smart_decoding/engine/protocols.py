@@ -130,7 +130,8 @@ class Target(Protocol):
 
 class Drafter(Protocol):
     """Whatever proposes tokens. `max_levels` is 0 for a drafter without model cost. grow: `start`,
-    `expand` and the choice of what to verify in one call, where the drafter follows rules itself."""
+    `expand` and the choice of what to verify in one call, where the drafter follows rules by
+    itself."""
 
     name: str
     max_levels: int

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.kernels import ops
+from smart_decoding.kernels import abi
 from smart_decoding.kernels.memory import address
 
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
+
+_Rows = abi.structure("Rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
         rows.ancestors,
     )
     pointers = map(address, (*arrays, rows.position))
-    struct = ops.Rows(
+    struct = _Rows(
         len(rows), len(rows.query_start_loc) - 1, *pointers, cosine.data_ptr(), sine.data_ptr()
     )
     return NativeRows(struct, (*arrays, rows.position, cosine, sine))

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.core.calibration import DEPTHS, Calibration
-from smart_decoding.core.lookahead import RANKS, LookAhead
-from smart_decoding.core.policies.chooser import Drafted, Growth
-from smart_decoding.core.policies.protocol import DraftPlan
+from smart_decoding.core.calibration import Calibration
+from smart_decoding.core.rule import Scores, TreeRule
+from smart_decoding.core.selection import RANKS, BestRate, LookAhead, RoundCosts
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
-from smart_decoding.kernels.chooser import native_chooser
 
 if TYPE_CHECKING:
     from smart_decoding.drafters.levels import LevelDrafter
 
-PLAN = DraftPlan(speculate=True, levels=8, children=8)
+LEVELS = 8
+CHILDREN = 8
 AT_ONCE = 256  # rows that are caught up with together
 FREE = np.ones(1 << 14)  # seconds of verifying any number of nodes
 MORE = 96  # tokens that requests grow by before they begin anew, if nothing else is said
@@ -48,8 +46,8 @@ class Rehearsal:
         self._vocab = vocab
         self._random = np.random.default_rng(0)
         self._requests: list[Request] = []
-        self._chooser = native_chooser()
-        self._grow = drafter.grow if self._chooser is not None else None
+        self._grow = drafter.grow
+        self._rule = _forced(batch, 1, LEVELS)
         self._trees = DraftTrees.empty(batch)
         self._frontier = np.zeros(0, np.int64)
 
@@ -71,9 +69,9 @@ class Rehearsal:
     def first(self) -> None:
         """Runs the first level."""
         if self._grow is not None:
-            self._grow(self._requests, self._forced(1, 1))
+            self._grow(self._requests, _forced(self.batch, 1, 1))
         else:
-            self._trees = self._drafter.start(self._requests, PLAN)
+            self._trees = self._drafter.start(self._requests, self._rule)
 
     def reach(self, width: int) -> None:
         """Drafts until a level has `width` nodes, or no more than the one before; these are
@@ -87,42 +85,23 @@ class Rehearsal:
         while before < len(level) < width:
             before = len(level)
             known = len(self._trees)
-            self._drafter.expand(self._requests, self._trees, level, PLAN)
+            self._drafter.expand(self._requests, self._trees, level, self._rule)
             level = np.arange(known, len(self._trees))
         self._frontier = level[:width]
 
     def expand(self, width: int) -> tuple[int, float | None]:
         """Expands those; returns how many they were, and the level's seconds if it knows them."""
         if self._grow is None:
-            return self._drafter.expand(self._requests, self._trees, self._frontier, PLAN), None
+            return self._drafter.expand(
+                self._requests, self._trees, self._frontier, self._rule
+            ), None
         levels = 2
-        reached = self.batch * PLAN.children
+        reached = self.batch * CHILDREN
         while reached < width:
             levels += 1
-            reached *= PLAN.children
-        grown = self._grow(self._requests, self._forced(width, levels))
+            reached *= CHILDREN
+        grown = self._grow(self._requests, _forced(self.batch, width, levels))
         return grown.expanded[-1], grown.seconds[-1]
-
-    def _forced(self, width: int, levels: int) -> DraftPlan:
-        """A plan by which `width` nodes of each level are expanded: further levels and nodes cost
-        nothing in it."""
-        assert self._chooser is not None
-        drafted = Drafted(
-            DraftTrees.empty(self.batch),
-            Calibration(),
-            limits=np.full(self.batch, levels + 1),
-            kind=np.ones(self.batch, np.uint8),
-            ends=np.zeros(0, np.int64),
-            tokens=self.batch,
-            sunk=0.0,
-            verify=FREE,
-            limit=math.inf,
-        )
-        ahead = LookAhead(np.full((DEPTHS, RANKS), 0.5))
-        growth = Growth(
-            self._chooser, drafted, ahead, levels, 1, np.array([width]), np.zeros(width + 1)
-        )
-        return DraftPlan(True, levels, PLAN.children, growth=growth)
 
     def end(self) -> None:
         """Releases the requests and their pages."""
@@ -140,7 +119,7 @@ class Rehearsal:
             self._requests.append(request)
             for start in range(0, self.context, AT_ONCE):
                 self._lengthen(request, min(AT_ONCE, self.context - start))
-                self._drafter.start([request], PLAN)
+                self._drafter.start([request], self._rule)
 
     def _lengthen(self, request: Request, count: int) -> None:
         """The target has processed `count` more tokens."""
@@ -156,3 +135,18 @@ class Rehearsal:
     def _tokens(self, count: int) -> list[int]:
         tokens: list[int] = self._random.integers(0, self._vocab, count).tolist()
         return tokens
+
+
+def _forced(batch: int, width: int, levels: int) -> TreeRule:
+    """By which `width` nodes of each level are expanded, as if further levels and nodes were
+    free."""
+    costs = RoundCosts(batch, 0.0, np.zeros(width + 1), FREE)
+    return TreeRule(
+        levels,
+        CHILDREN,
+        limits=np.full(batch, levels + 1),
+        ends=np.zeros(0, np.int64),
+        grow=LookAhead(costs, np.array([width]), np.full((levels, RANKS), 0.5)),
+        keep=BestRate(costs),
+        scores=Scores(Calibration(), np.ones(batch, np.uint8)),
+    )

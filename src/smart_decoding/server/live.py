@@ -17,7 +17,7 @@ from smart_decoding.server.errors import ApiError
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
-    from smart_decoding.core.policies.protocol import Round
+    from smart_decoding.core.policies.base import Round
     from smart_decoding.engine.engine import Engine, RoundRecord
     from smart_decoding.engine.request import Request
     from smart_decoding.llm import LLM

@@ -14,7 +14,7 @@ from smart_decoding.server.exposition import Exposition, Histogram
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
-    from smart_decoding.core.policies.protocol import Round
+    from smart_decoding.core.policies.base import Round
     from smart_decoding.engine.engine import Engine, RoundRecord
     from smart_decoding.engine.request import Request
     from smart_decoding.llm import LLM
@@ -124,7 +124,7 @@ class Metrics:
         counts["tokens"] += record.emitted
         counts["accepted"] += record.accepted
         counts["rows"] += done.verify_rows
-        if done.plan.speculate:
+        if done.rule is not None:
             counts["drafting_rounds"] += 1
             counts["levels"] += len(done.level_widths)
             counts["drafts"] += len(set(done.trees.owner[done.kept].tolist()))

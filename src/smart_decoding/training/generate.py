@@ -18,7 +18,7 @@ from smart_decoding.training.seeds import user_turn
 from smart_decoding.training.shards import SHARD_TOKENS, Recorded, Writer
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import DraftPlan
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.media import MultimodalEmbeddings
     from smart_decoding.engine.protocols import Grow
@@ -54,12 +54,12 @@ class Recorder:
         """One row each."""
         return len(requests)
 
-    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """No drafts."""
         return DraftTrees.empty(len(requests))
 
     def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, plan: DraftPlan
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
         """Never called."""
         raise NotImplementedError("a recorder does not draft")

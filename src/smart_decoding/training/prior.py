@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
+from smart_decoding.core.policies.base import Round, StatelessPolicy
 from smart_decoding.core.policies.eagle2 import Eagle2
-from smart_decoding.core.policies.protocol import Round, StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
@@ -31,8 +31,6 @@ class Exploring(StatelessPolicy):
     def __init__(self, learner: Smart) -> None:
         wide = Eagle2(depth=3, top_k=8, total_tokens=12)
         self.plan = wide.plan
-        self.frontier = wide.frontier
-        self.select = wide.select
         self._learner = learner
 
     def observe(self, round: Round) -> None:

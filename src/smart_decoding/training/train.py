@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from smart_decoding.core.policies.common import require_int, require_number
+from smart_decoding.core.policies.base import require_int, require_number
 from smart_decoding.errors import ModelError
 from smart_decoding.files import whole
 from smart_decoding.models.head_export import write_head

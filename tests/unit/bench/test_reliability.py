@@ -2,6 +2,7 @@
 traffic."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,19 +13,27 @@ from smart_decoding.bench.provenance import memory
 from smart_decoding.bench.reliability import BINS, Reliability
 from smart_decoding.bench.runner import measure, rows_of
 from smart_decoding.bench.traffic import Sizes, achieved
-from smart_decoding.core.policies.protocol import DraftPlan, Round
+from smart_decoding.core.calibration import Calibration
+from smart_decoding.core.policies.base import Round
+from smart_decoding.core.rule import Scores, TreeRule
+from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.models.config import ModelConfig
 
 
-def round_of(accept_prob):
+RULE = TreeRule(
+    2, 2, np.array([9]), np.zeros(0, np.int64), Beam(2), KeepBest(4), Scores(Calibration(), [1])
+)
+
+
+def round_of(accept_prob, rule=RULE):
     """Root -> 0 (chosen), 1; 0 -> 2 (not chosen); 1 -> 3, which nobody tested."""
     trees = DraftTrees.empty(1)
     trees.append([0, 0], [10, 11], [ROOT, ROOT], [0.8, 0.1])
     trees.append([0, 0], [12, 13], [0, 1], [0.55, 0.9])
     trees.accept_prob = np.array(accept_prob)
     next_token = np.array([99, -1, -1, -1])  # after node 0, which was accepted, the target says 99
-    return Round(None, DraftPlan(True), trees, np.arange(4), next_token, np.array([10]))
+    return Round(None, rule, trees, np.arange(4), next_token, np.array([10]))
 
 
 def test_children_of_accepted_nodes_are_counted_by_what_was_predicted():
@@ -42,7 +51,7 @@ def test_children_of_accepted_nodes_are_counted_by_what_was_predicted():
 
 def test_a_policy_without_probabilities_has_no_calibrated_part():
     found = Reliability()
-    found.add(round_of([math.nan] * 4))
+    found.add(round_of([0.8, 0.1, 0.44, 0.09], replace(RULE, scores=None)))
     both = found + found
     assert set(found.to_dict()) == {"draft"}
     assert both.to_dict()["draft"]["count"] == [2, 2, 2]

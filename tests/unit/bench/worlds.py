@@ -75,7 +75,7 @@ class RuleDrafter:
     def pending_rows(self, requests):
         return sum(self.pending[r.id] for r in requests)
 
-    def start(self, requests, plan):
+    def start(self, requests, rule):
         trees = DraftTrees.empty(len(requests))
         self.clock.now += self.row_seconds * (self.pending_rows(requests) - len(requests))
         self.pending.update((r.id, 0) for r in requests)
@@ -84,17 +84,17 @@ class RuleDrafter:
             np.arange(len(requests)),
             np.full(len(requests), -1),
             [r.tokens[-1] for r in requests],
-            plan,
+            rule,
         )
         return trees
 
-    def expand(self, requests, trees, nodes, plan):
-        self._append(trees, trees.owner[nodes], nodes, trees.token[nodes], plan)
+    def expand(self, requests, trees, nodes, rule):
+        self._append(trees, trees.owner[nodes], nodes, trees.token[nodes], rule)
         return len(nodes)
 
-    def _append(self, trees, owner, parent, last, plan):
+    def _append(self, trees, owner, parent, last, rule):
         self.clock.now += self.seconds + self.row_seconds * len(owner)
-        for rank in range(min(plan.children, 2)):
+        for rank in range(min(rule.children, 2)):
             wrong = rank if self.good else rank + 1
             trees.append(
                 owner,

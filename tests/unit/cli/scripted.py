@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +16,9 @@ from smart_decoding.cli import main as cli
 from smart_decoding.core.acceptance import accept
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.request import RequestMetrics
-from smart_decoding.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.sampling_params import SamplingParams
 
 ANSWER = [10, 11, 12, 13, 14]
 WORDS = {10: "Paris", 11: " is", 12: " the", 13: " capital", 14: ".", 15: " a"}
@@ -97,7 +99,9 @@ class FakeLLM:
         }  # after a node; the root is row 0, node i is row i + 1
         acceptance = accept(trees, lambda rows: np.array([target[int(row) - 1] for row in rows]))
         return SimpleNamespace(
-            round=SimpleNamespace(trees=trees, kept=np.arange(len(trees))),
+            round=SimpleNamespace(
+                trees=trees, kept=np.arange(len(trees)), rule=SimpleNamespace(scores=True)
+            ),
             acceptance=acceptance,
             emitted=len(acceptance.emitted[0]),
         )

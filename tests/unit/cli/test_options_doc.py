@@ -19,7 +19,6 @@ OFFERED = {
     "calibration",
     "forecast",
     "eos_token_ids",
-    "chooser",
     "vocab",
     "top_k",
 }  # by the engine

@@ -14,7 +14,7 @@ from smart_decoding.core.calibration import (
     default_prior,
     path_products,
 )
-from smart_decoding.core.policies.protocol import BatchState
+from smart_decoding.core.policies.base import BatchState
 from smart_decoding.core.tree import DraftTrees, FloatArray
 
 GREEDY = np.array([1])

@@ -1,203 +1,204 @@
-"""The exact choice and the plan against brute force, on arbitrary cost tables."""
+"""The parts of a rule against their definitions: the exact choice by brute force, the look-ahead
+option by option, on arbitrary cost tables."""
+
+from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart_decoding.core.calibration import DEPTHS, KINDS
+from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.choice import best_rates, best_size, ranked
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.forecast import FREE, RANKS
-from smart_decoding.core.lookahead import LookAhead, LookAheadCosts
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.catch_up import MAX_ROUNDS
-from smart_decoding.core.policies.forecaster import WIDTHS
-from smart_decoding.core.policies.modes import BEGIN_SPEEDUP, CLEARLY_WORSE
-from smart_decoding.core.policies.protocol import BatchState, DraftPlan
-from smart_decoding.core.tree import DraftTrees
+from smart_decoding.core.policies.base import BatchState
+from smart_decoding.core.rule import Keep, Scores, TreeRule
+from smart_decoding.core.selection import (
+    RANKS,
+    Beam,
+    BestRate,
+    KeepBest,
+    LookAhead,
+    RoundCosts,
+    is_data,
+)
+from smart_decoding.core.tree import ROOT, DraftTrees
 
 SEEDS = st.integers(0, 2**32 - 1)
+END = 3
 
 
-def state(size: int, rng: np.random.Generator | None = None, **more) -> BatchState:
-    remaining = np.full(size, 50) if rng is None else rng.integers(1, 5, size)
-    temperature = np.zeros(size) if rng is None else rng.choice([0.0, 1.0], size)
-    may = np.ones(size, bool) if rng is None else rng.random(size) < 0.9
-    return BatchState(np.full(size, 40), remaining, temperature, may, **more)
-
-
-def any_table(rng: np.random.Generator, rows: int) -> dict[int, float]:
-    """A staircase, or noise: nothing smooth, monotone or convex about it."""
+def random_costs(rng: np.random.Generator, batch: int, sizes: int) -> RoundCosts:
+    """Stairs, or noise: nothing smooth, monotone or convex about it."""
+    verify = rng.uniform(0.5, 4.0, sizes)
     if rng.random() < 0.5:
-        return {r: float(s) for r, s in enumerate(rng.uniform(0.5, 4.0, rows), 1)}
-    steps = np.cumsum(rng.choice([0.0, 0.0, 0.7], rows)) + rng.uniform(0.5, 3)
-    return {r: float(s) for r, s in enumerate(steps, 1)}
+        verify = np.cumsum(rng.choice([0.0, 0.0, 0.7], sizes)) + rng.uniform(0.5, 3)
+    limit = float(rng.choice([math.inf, rng.uniform(0.5, 5.0)]))
+    return RoundCosts(batch, float(rng.random()), rng.random(64) * 0.3, verify, limit)
 
 
 def random_trees(rng: np.random.Generator, batch: int, nodes: int) -> DraftTrees:
     trees = DraftTrees.empty(batch)
     for _ in range(nodes):
         owner = int(rng.integers(batch))
-        parent = int(rng.choice([-1, *trees.nodes_of(owner)]))
+        parent = int(rng.choice([ROOT, *trees.nodes_of(owner)]))
         prob = rng.choice(
             [0.5, 1.0, rng.random()]
         )  # ties between siblings, and of children with parents
-        trees.append([owner], [int(rng.integers(50))], [parent], [prob])
+        trees.append([owner], [int(rng.integers(12))], [parent], [prob])
     return trees
 
 
-def prefix_closed_subsets(trees: DraftTrees, allowed: np.ndarray):
-    for kept in itertools.chain.from_iterable(
-        itertools.combinations(np.flatnonzero(allowed).tolist(), n) for n in range(len(trees) + 1)
-    ):
-        if all(trees.parent[node] < 0 or trees.parent[node] in kept for node in kept):
-            yield list(kept)
+def rule_of(
+    rng: np.random.Generator, batch: int, grow: LookAhead | Beam, keep: Keep, levels: int = 8
+) -> TreeRule:
+    """Random limits, an end token; the drafter's probabilities as they are, or calibrated."""
+    kind = rng.integers(0, 2, batch).astype(np.uint8)
+    scores = Scores(Calibration(), kind) if rng.random() < 0.5 else None
+    return TreeRule(levels, 8, rng.integers(0, 5, batch), np.array([END]), grow, keep, scores)
 
 
-@given(SEEDS, st.integers(1, 3), st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
-def test_select_is_the_brute_force_optimum(seed: int, batch: int, nodes: int) -> None:
+def is_useful(rule: TreeRule, trees: DraftTrees, node: int) -> bool:
+    above = trees.path(node)[:-1]
+    within = trees.depth[node] <= rule.limits[trees.owner[node]]
+    return bool(within) and END not in trees.token[above]
+
+
+def seconds_so_far(costs: RoundCosts, trees: DraftTrees) -> float:
+    """Sunk seconds, and those of each level that was expanded after the first."""
+    inner = {int(parent) for parent in trees.parent if parent != ROOT}
+    depths = [int(trees.depth[node]) for node in inner]
+    width = [depths.count(depth) for depth in range(1, max(depths, default=0) + 1)]
+    return costs.sunk + sum(float(costs.levels[w]) for w in width)
+
+
+def prefix_closed_subsets(trees: DraftTrees, allowed: list[int]) -> Iterator[list[int]]:
+    for size in range(len(allowed) + 1):
+        for kept in itertools.combinations(allowed, size):
+            if all(trees.parent[node] == ROOT or trees.parent[node] in kept for node in kept):
+                yield list(kept)
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 9))
+@settings(max_examples=120, deadline=None)
+def test_best_rate_is_the_brute_force_optimum(seed: int, batch: int, nodes: int) -> None:
     rng = np.random.default_rng(seed)
-    cost = CostModel.from_table(
-        {b: any_table(rng, 40) for b in (1, 2, 3)}, {1: float(rng.random()), 9: 2.0}
-    )
-    slowdown = float(rng.choice([1.0, 1.5, 3.0, math.inf]))
-    policy = make_policy("smart", cost=cost, max_round_slowdown=slowdown, exploration_budget=0.0)
-    now = state(batch, rng)
-    policy.plan(now)
-    prepared, forecast = policy._prepared(now)
-    prepared.sunk = float(rng.choice([0.0, rng.random()]))
+    costs = random_costs(rng, batch, int(rng.integers(1, nodes + 4)))
+    least = int(rng.integers(3))
+    rule = rule_of(rng, batch, Beam(1), BestRate(costs, least))
     trees = random_trees(rng, batch, nodes)
-    kept = policy.select(DraftPlan(True, 3), now, trees)
-
-    limits = np.where(now.may_speculate, now.remaining - 1, 0)
-    most = math.inf if batch == 1 else slowdown * forecast.plain
+    kept = rule.select(trees)
+    sunk = seconds_so_far(costs, trees)
 
     def value(subset: list[int]) -> float:
-        seconds = prepared.sunk + float(cost.verify_seconds(batch, batch + len(subset), 40))
-        if subset and seconds > most:
+        seconds = sunk + float(costs.verify[len(subset)])
+        if subset and seconds > costs.limit:
             return -1.0
-        return (batch + trees.accept_prob[subset].sum()) / seconds
+        return (batch + float(trees.accept_prob[subset].sum())) / seconds
 
-    best = max(
-        value(subset) for subset in prefix_closed_subsets(trees, trees.depth <= limits[trees.owner])
-    )
-    trees.take(kept)
-    assert (trees.depth[kept] <= limits[trees.owner[kept]]).all()
+    allowed = [node for node in range(nodes) if is_useful(rule, trees, node)]
+    most = min(len(allowed), len(costs.verify) - 1)
+    found = prefix_closed_subsets(trees, allowed)
+    best = max(value(subset) for subset in found if min(least, most) <= len(subset) <= most)
+    trees.take(kept)  # raises if not prefix-closed
+    assert set(kept.tolist()) <= set(allowed)
+    assert min(least, most) <= len(kept) <= most
     assert value(kept.tolist()) == pytest.approx(best, rel=1e-9)
 
 
-def naive_forecast(policy, now: BatchState, drafting: int) -> dict:
-    """Each option's value by the definition: grow one request's tree, repeat it, try every size."""
-    children = policy.forecast.children(np.bincount(now.kind, minlength=KINDS) / now.size)
-    price = policy.cost.draft_seconds
-    regular, whole = (
-        float(price(now.size + n, 40))
-        for n in (min(now.catch_up_rows, now.size), now.catch_up_rows)
-    )
-    # What is beyond one row each is shared.
-    first = regular + (whole - regular) / min(MAX_ROUNDS, 50 // 2)
-    values = {}
-
-    def best(gains: list[float], sunk: float) -> float:
-        gains = sorted(gains * drafting, reverse=True)
-        plain = float(policy.cost.verify_seconds(now.size, now.size, 40))
-        most = math.inf if now.size == 1 else policy.forecaster.max_round_slowdown * plain
-        found = [now.size / (sunk + plain)]
-        for n in range(1, len(gains) + 1):
-            seconds = sunk + float(policy.cost.verify_seconds(now.size, now.size + n, 40))
-            found += [(now.size + sum(gains[:n])) / seconds] if seconds <= most else []
-        return max(found)
-
-    if now.has_free:
-        values[0, 0] = best(policy.forecast.free.tolist(), policy.cost.overhead_seconds)
-    for wide in WIDTHS if now.has_model else ():
-        frontier = [1.0]
-        gains = []
-        sunk = policy.cost.overhead_seconds + first
-        for level in range(1, policy.max_levels + 1):
-            new = [p * float(c) for p in frontier for c in children[min(level, DEPTHS) - 1]]
-            gains += new
-            sunk += float(price(wide * drafting, 40)) if level > 1 else 0.0
-            values[level, wide] = best(gains, sunk)
-            frontier = sorted(new, reverse=True)[:wide]
-    return values
-
-
-@given(SEEDS, st.integers(1, 3))
-@example(5636, 3)
-@settings(max_examples=12, deadline=None)
-def test_plan_is_the_brute_force_optimum_of_its_forecasts(seed: int, batch: int) -> None:
+@given(SEEDS, st.integers(1, 3), st.integers(1, 12))
+@settings(max_examples=120, deadline=None)
+def test_look_ahead_is_the_best_of_its_options(seed: int, batch: int, nodes: int) -> None:
+    """Each option by the definition: expand the `width` surest nodes, and their descendants for
+    `further` levels, as forecast; or stop."""
     rng = np.random.default_rng(seed)
-    cost = CostModel.from_table(
-        {1: any_table(rng, 30)}, {1: 0.1 * rng.random(), 9: 0.3}, overhead_seconds=0.01
-    )
-    policy = make_policy(
-        "smart", cost=cost, max_levels=3, exploration_budget=0.0, max_round_slowdown=2.0
-    )
-    policy.forecast.free = np.sort(rng.random(FREE))[::-1] * 0.5
-    bias = policy.forecaster.bias[batch.bit_length()] = float(rng.normal() * 0.1)
-    extras = {
-        "has_free": bool(rng.integers(2)),
-        "has_model": bool(rng.integers(4)),
-        "catch_up_rows": int(rng.integers(60)),
-    }
-    now = state(batch, **extras)
-    forecast = policy.predict(now)
-    expected = naive_forecast(policy, now, batch)
-    assert forecast.values == pytest.approx(expected, rel=1e-9)
-    plain = batch / float(cost.verify_seconds(batch, batch, 40))
-    worth = {o: v * (math.exp(bias) if o[0] else 1.0) for o, v in expected.items()}
-    plan = policy.plan(now)
-    best = max(worth, key=worth.get, default=None)
-    if best is None or worth[best] <= BEGIN_SPEEDUP * plain:
-        # Burn-in: nothing was tried yet, and the model is, if that nearly pays.
-        best = max((option for option in worth if option[0]), key=worth.get, default=None)
-        best = None if best is None or worth[best] <= CLEARLY_WORSE * plain else best
-    if best is None:
-        assert not plan.speculate
+    costs = random_costs(rng, batch, int(rng.integers(1, 40)))
+    reach = int(rng.integers(1, 4))
+    below = -np.sort(-rng.random((8, reach * RANKS)) * 0.9, axis=1)
+    widths = np.unique(rng.integers(1, 7, 3))
+    level = int(rng.integers(1, 3))
+    levels = level + int(rng.integers(4))
+    rule = rule_of(rng, batch, LookAhead(costs, widths, below), KeepBest(1), levels)
+    trees = random_trees(rng, batch, nodes)
+    chosen = rule.frontier(trees, level)
+    rule.score(trees)
+    sunk = seconds_so_far(costs, trees)
+    present = [float(trees.accept_prob[n]) for n in range(nodes) if is_useful(rule, trees, n)]
+    frontier = [
+        node
+        for node in np.flatnonzero(trees.depth == level).tolist()
+        if is_useful(rule, trees, node)
+        and trees.token[node] != END
+        and level < rule.limits[trees.owner[node]]
+    ]
+    if level == levels:
+        frontier = []
+    gain = sorted((float(trees.accept_prob[node]) for node in frontier), reverse=True)
+
+    def rate(gains: list[float], spent: float) -> float:
+        total = np.cumsum([batch, *sorted(gains, reverse=True)])[: len(costs.verify)]
+        seconds = spent + costs.verify[: len(total)]
+        allowed = [n == 0 or seconds[n] <= costs.limit for n in range(len(total))]
+        return float((total / seconds)[allowed].max())
+
+    def of_width(width: int) -> float:
+        """The best rate of going on with so many nodes."""
+        rates = []
+        for further in range(1, min(reach, levels - level) + 1):
+            forecast = below[level - 1, : further * RANKS].tolist()
+            gains = present + [p * each for p in gain[:width] for each in forecast]
+            rates.append(rate(gains, sunk + further * float(costs.levels[width])))
+        return max(rates)
+
+    options = {w: of_width(w) for w in {min(int(w), len(gain)) for w in widths} if w}
+    best = max([rate(present, sunk), *options.values()])
+    assert set(chosen.tolist()) <= set(frontier)
+    assert (np.diff(chosen) > 0).all()
+    if len(chosen):
+        assert options[len(chosen)] == pytest.approx(best, rel=1e-9)
+        assert options[len(chosen)] > rate(present, sunk)
+        surest = np.sort(trees.accept_prob[chosen])[::-1]
+        np.testing.assert_allclose(surest, gain[: len(chosen)], rtol=1e-9)
     else:
-        assert plan.speculate
-        assert bool(plan.levels) == bool(best[0])
-        assert plan.width == best[1] * batch
+        assert rate(present, sunk) == pytest.approx(best, rel=1e-9)
 
 
-@given(SEEDS)
-@settings(max_examples=30, deadline=None)
-def test_look_ahead_is_the_best_of_its_options(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    children = np.sort(rng.dirichlet(np.ones(RANKS + 1), DEPTHS)[:, :RANKS], axis=1)[:, ::-1]
-    present = rng.random(5)
-    frontier = np.sort(rng.random(4))[::-1]
-    widths = (1, 2, 4)
-    ahead = 2
-    level = 1
-    sunk = 0.2
-    prices = rng.random(3) * 0.5
-    curve = rng.uniform(1, 3, 64)
-    look = LookAhead(children)
-    columns = LookAhead.columns(5, 4, ahead)
-    costs = LookAheadCosts(1, sunk, prices, curve[: columns + 1], math.inf)
-    chosen = look.width(present, frontier, widths, level, ahead, costs)
+def test_one_level_may_pay_only_together_with_the_next() -> None:
+    costs = RoundCosts(1, 0.0, np.array([0.0, 0.6]), np.ones(64))
+    below = np.zeros((2, 2 * RANKS))
+    below[0, 0] = 0.1  # children bring a tenth, grandchildren a lot
+    below[0, RANKS:] = 0.9
+    trees = DraftTrees.empty(1)
+    trees.append([0], [5], [ROOT], [1.0])
+    ends = np.zeros(0, np.int64)
 
-    def rate(gains, seconds):
-        gains = np.sort(gains)[::-1]
-        return max((1 + gains[:n].sum()) / (seconds + curve[n]) for n in range(len(gains) + 1))
+    def frontier(reach: int) -> list[int]:
+        grow = LookAhead(costs, np.array([1]), below[:, : reach * RANKS])
+        return TreeRule(3, 1, np.array([9]), ends, grow, KeepBest(9)).frontier(trees, 1).tolist()
 
-    best, width = rate(present, sunk), 0
-    for further in (1, 2):
-        for w, price in zip(widths, prices, strict=True):
-            below = [f * c for f in frontier[:w] for c in children[1, :4]]
-            if further == 2:
-                below += [f * children[1, 0] * c for f in frontier[:w] for c in children[2, :4]]
-            value = rate(np.concatenate((present, below)), sunk + further * price)
-            if value > best + 1e-12:
-                best, width = value, w
-    assert chosen == width
+    assert frontier(1) == []  # 2.1 / 1.6 < 2
+    assert frontier(2) == [0]  # 5.7 / 2.2 > 2
+
+
+class Mine:
+    """A user's own way to prune."""
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> np.ndarray:
+        return np.arange(len(trees))
+
+
+def test_built_in_rules_are_data_and_a_users_own_is_not() -> None:
+    batch = BatchState(np.array([50]), np.array([20]), np.zeros(1), np.ones(1, np.bool_))
+    for name in ("chain", "static", "eagle2", "paper", "pooled_chain", "throughput_chain", "smart"):
+        rule = make_policy(name).plan(batch)
+        assert rule is not None
+        assert is_data(rule)
+    ends = np.zeros(0, np.int64)
+    assert not is_data(TreeRule(1, 1, np.array([9]), ends, Beam(1), Mine()))
 
 
 @given(SEEDS, st.integers(1, 300))

@@ -1,16 +1,27 @@
 """Every policy: prefix-closed selections within limits, and each fixed policy's own definition."""
 
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import POLICIES, make_policy, policy_options
-from smart_decoding.core.policies.protocol import BatchState
+from smart_decoding.core.policies.base import BatchState, Policy, Round
+from smart_decoding.core.policies.throughput_chain import MEMORY
 from smart_decoding.core.policies.topologies import EAGLE_1, MEDUSA
-from smart_decoding.core.tree import DraftTrees
+from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smart_decoding.core.rule import TreeRule
 
 EOS = 3
 OFFERED = {
@@ -25,69 +36,107 @@ def state(remaining: list[int], may: list[bool] | None = None, **more) -> BatchS
     return BatchState(np.full(size, 50), np.array(remaining), np.zeros(size), may_speculate, **more)
 
 
-def draft(policy, batch: BatchState, rng: np.random.Generator, vocabulary: int = 12):
-    """What an engine does: level 1 for every request, then as the policy asks."""
+def draft(
+    policy: Policy, batch: BatchState, rng: np.random.Generator, vocabulary: int = 12
+) -> tuple[TreeRule, DraftTrees, list[IntArray]]:
+    """What an engine does: level 1 for every request, then as the rule asks; and what it asked."""
+    rule = policy.plan(batch)
+    assert rule is not None
     trees = DraftTrees.empty(batch.size)
-    plan = policy.plan(batch)
-    if not plan.speculate or plan.levels == 0:
-        return plan, trees, []
-    frontier = np.full(batch.size, -1)
+    frontier = np.full(batch.size, ROOT)
     owner = np.arange(batch.size)
     asked = []
-    for level in range(1, plan.levels + 1):
-        k = plan.children
-        prob = np.sort(rng.dirichlet(np.full(vocabulary, 0.3), len(frontier)), axis=1)[:, ::-1][
-            :, :k
-        ]
-        token = np.stack([rng.permutation(vocabulary)[: prob.shape[1]] for _ in frontier])
-        repeat = prob.shape[1]
-        trees.append(
-            np.repeat(owner, repeat), token.ravel(), np.repeat(frontier, repeat), prob.ravel()
-        )
-        if level == plan.levels:
+    for level in range(1, rule.levels + 1):
+        prob = -np.sort(-rng.dirichlet(np.full(vocabulary, 0.3), len(frontier)), axis=1)
+        prob = prob[:, : rule.children]
+        width = prob.shape[1]
+        token = np.stack([rng.permutation(vocabulary)[:width] for _ in frontier])
+        trees.append(owner.repeat(width), token.ravel(), frontier.repeat(width), prob.ravel())
+        if level == 1 and batch.has_free:
+            add_chains(trees, batch.size, rng)
+        frontier = rule.frontier(trees, level)
+        if not len(frontier):
             break
-        chosen = policy.frontier(plan, batch, trees, level)
-        if chosen is None:
-            break
-        assert len(chosen)
-        assert (trees.depth[chosen] == level).all()
-        frontier, owner = chosen, trees.owner[chosen]
-        asked.append(chosen)
-    return plan, trees, asked
+        assert (trees.depth[frontier] == level).all()
+        owner = trees.owner[frontier]
+        asked.append(frontier)
+    if not rule.levels:
+        add_chains(trees, batch.size, rng)
+    return rule, trees, asked
 
 
-@pytest.mark.parametrize("name", POLICIES)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+def add_chains(trees: DraftTrees, batch: int, rng: np.random.Generator) -> None:
+    """What a drafter without a model proposes, in tokens of its own."""
+    for owner in range(batch):
+        parent = ROOT
+        for _ in range(int(rng.integers(4))):
+            token = int(rng.choice([EOS, 20, 21]))
+            trees.append([owner], [token], [parent], [float(rng.random())], source=1)
+            parent = len(trees) - 1
+
+
+def likely(
+    policy: Policy, batch: BatchState, conditional: ArrayLike
+) -> tuple[TreeRule, DraftTrees]:
+    """Chains of the policy's length; conditional: draft_prob [levels] or [levels, batch]."""
+    rule = policy.plan(batch)
+    assert rule is not None
+    trees = DraftTrees.empty(batch.size)
+    parent = np.full(batch.size, ROOT)
+    for level in range(1, rule.levels + 1):
+        first = len(trees)
+        owner = np.arange(batch.size) if level == 1 else trees.owner[parent]
+        prob = np.broadcast_to(np.asarray(conditional)[level - 1], batch.size)[owner]
+        trees.append(owner, np.full(len(parent), 5), parent, prob)
+        parent = rule.frontier(trees, level)
+        assert level == rule.levels or len(parent) == len(trees) - first  # nobody stops early
+    return rule, trees
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"off"}))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_selection_is_prefix_closed_and_useful(name: str, seed: int, size: int) -> None:
+def test_selection_is_prefix_closed_and_useful(
+    name: str, seed: int, size: int, has_free: bool
+) -> None:
     rng = np.random.default_rng(seed)
     policy = make_policy(name, OFFERED)
-    batch = state(rng.integers(1, 9, size).tolist(), (rng.random(size) < 0.8).tolist())
-    plan, trees, asked = draft(policy, batch, rng)
-    kept = policy.select(plan, batch, trees)
+    remaining = [9, *rng.integers(1, 9, size - 1).tolist()]
+    may = [True, *(rng.random(size - 1) < 0.8).tolist()]
+    batch = state(remaining, may, has_free=has_free)
+    rule, trees, asked = draft(policy, batch, rng)
+    kept = rule.select(trees)
     assert (np.diff(kept) > 0).all()
+    assert rule.select(trees).tolist() == kept.tolist()
     pruned = trees.take(kept)  # raises if not prefix-closed
     assert (pruned.depth < batch.remaining[pruned.owner]).all()
     assert batch.may_speculate[pruned.owner].all()
     assert not (pruned.token[pruned.parent[pruned.parent >= 0]] == EOS).any()
     for nodes in asked:
+        assert (np.diff(nodes) > 0).all()
         assert (trees.token[nodes] != EOS).all()
         assert (trees.depth[nodes] < batch.remaining[trees.owner[nodes]] - 1).all()
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_nothing_to_gain_means_off(name: str) -> None:
+def test_nothing_to_gain_means_plain(name: str) -> None:
     policy = make_policy(name, OFFERED)
-    assert not policy.plan(state([1, 1])).speculate
-    assert not policy.plan(state([9, 9], [False, False])).speculate
+    assert policy.plan(state([1, 1])) is None
+    assert policy.plan(state([9, 9], [False, False])) is None
+
+
+def test_off_is_always_plain() -> None:
+    assert make_policy("off").plan(state([20, 20], has_free=True)) is None
 
 
 def test_chain_is_one_path_per_request() -> None:
     policy = make_policy("chain", length=4)
-    plan, trees, _ = draft(policy, state([9, 3]), np.random.default_rng(0))
-    kept = policy.select(plan, state([9, 3]), trees)
+    rule, trees, asked = draft(policy, state([9, 3]), np.random.default_rng(0), 2)
+    assert [len(nodes) for nodes in asked] == [2, 1, 1]
+    kept = rule.select(trees)
     assert trees.owner[kept].tolist().count(0) == 4
     assert trees.owner[kept].tolist().count(1) == 2
+    assert sorted(trees.depth[kept].tolist()) == [1, 1, 2, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -96,9 +145,8 @@ def test_chain_is_one_path_per_request() -> None:
 def test_static_verifies_exactly_the_topology(name: str, paths: list, size: int) -> None:
     assert len(paths) == len(set(paths)) == size
     policy = make_policy("static", topology=name)
-    batch = state([20, 20])
-    plan, trees, _ = draft(policy, batch, np.random.default_rng(1))
-    kept = policy.select(plan, batch, trees)
+    rule, trees, _ = draft(policy, state([20, 20]), np.random.default_rng(1))
+    kept = rule.select(trees)
     for owner in range(2):
         ranks = set()
         for node in kept[trees.owner[kept] == owner]:
@@ -114,11 +162,15 @@ def test_static_verifies_exactly_the_topology(name: str, paths: list, size: int)
 
 def test_eagle2_is_a_beam_ranked_again() -> None:
     policy = make_policy("eagle2", depth=3, top_k=4, total_tokens=12)
-    batch = state([20, 20])
-    plan, trees, asked = draft(policy, batch, np.random.default_rng(2))
-    assert plan.levels == 4
+    rule, trees, asked = draft(policy, state([20, 20]), np.random.default_rng(2))
+    assert rule.levels == 4
     assert [len(nodes) for nodes in asked] == [8, 8, 8]
-    kept = policy.select(plan, batch, trees)
+    for level, nodes in enumerate(asked, start=1):  # the best four of each request
+        for owner in range(2):
+            mine = np.flatnonzero((trees.owner == owner) & (trees.depth == level))
+            best = mine[np.argsort(-trees.path_prob[mine])[:4]]
+            assert np.sort(best).tolist() == nodes[trees.owner[nodes] == owner].tolist()
+    kept = rule.select(trees)
     for owner in range(2):
         nodes = trees.nodes_of(owner)
         assert len(nodes) == 4 + 3 * 16
@@ -131,16 +183,122 @@ def test_eagle2_is_a_beam_ranked_again() -> None:
 
 
 def test_a_foreign_node_is_expanded_only_below_a_head_state() -> None:
-    policy = make_policy("eagle2", top_k=4)
-    batch = state([20])
+    rule = make_policy("eagle2", top_k=4).plan(state([20]))
+    assert rule is not None
     trees = DraftTrees.empty(1)
     trees.append(
         [0, 0], [1, 2], [-1, 0], [0.9, 0.9], source=1
     )  # an n-gram path, one token deeper than the head
     trees.append([0, 0], [5, 6], [-1, -1], [0.5, 0.4], source=0)
-    assert policy.frontier(policy.plan(batch), batch, trees, 1).tolist() == [0, 2, 3]
+    assert rule.frontier(trees, 1).tolist() == [0, 2, 3]
     trees.append([0], [8], [2], [0.5], source=0)  # the head expanded node 2 only
-    assert policy.frontier(policy.plan(batch), batch, trees, 2).tolist() == [4]
+    assert rule.frontier(trees, 2).tolist() == [4]
+
+
+# --- what engines of 2026 do with chains ---
+
+ROWS = [1.0, 1.02, 1.04, 1.3, 1.32, 1.34, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 4.0, 4.1, 4.2, 4.3]
+
+
+def stairs(size: int) -> CostModel:
+    """Verification in stairs, at `size` requests."""
+    return CostModel.from_table(
+        {size: {size + i: s for i, s in enumerate(ROWS)}}, {1: 0.05, 64: 0.2}, 0.01
+    )
+
+
+def test_pooled_chain_prunes_to_the_best_rate_of_all_chains_together() -> None:
+    cost = stairs(3)
+    policy = make_policy("pooled_chain", cost=cost, length=4)
+    batch = state([20, 20, 20])
+    counts = set()
+    for seed in range(12):
+        conditional = np.random.default_rng(seed).uniform(0.2, 1.0, (4, 3))
+        rule, trees = likely(policy, batch, conditional)
+        assert len(trees) == 12  # always in full
+        kept = rule.select(trees)
+        levels = float(cost.first_seconds(3, 0, 50.0)) + 3 * float(cost.draft_seconds(3, 50.0))
+        sunk = cost.overhead_seconds + levels
+
+        def value(depths: Sequence[int], trees: DraftTrees = trees, sunk: float = sunk) -> float:
+            nodes = [
+                node
+                for owner, depth in enumerate(depths)
+                for node in trees.nodes_of(owner)
+                if trees.depth[node] <= depth
+            ]
+            seconds = sunk + float(cost.verify_seconds(3, 3 + len(nodes), 50.0))
+            return (3 + float(trees.accept_prob[nodes].sum())) / seconds
+
+        mine = [int((trees.owner[kept] == owner).sum()) for owner in range(3)]
+        best = max(value(depths) for depths in itertools.product(range(5), repeat=3))
+        assert value(mine) == pytest.approx(best, rel=1e-9)
+        counts.add(len(kept))
+    assert len(counts) > 1
+
+
+def test_pooled_chain_drafts_in_full_where_nothing_pays() -> None:
+    """And then verifies nothing: it never decides for plain decoding beforehand."""
+    dear = CostModel.from_table({1: {1: 1.0, 64: 500.0}}, {1: 0.5})
+    policy = make_policy("pooled_chain", cost=dear, length=3)
+    rule, trees = likely(policy, state([20, 20]), [0.5, 0.5, 0.5])
+    assert len(trees) == 6
+    assert rule.select(trees).tolist() == []
+
+
+def test_pooled_chain_learns_survival() -> None:
+    policy = make_policy("pooled_chain", cost=stairs(1), length=3)
+    batch = state([20])
+    kept = np.arange(3)
+    before = likely_kept(policy, batch)
+    for _ in range(200):  # nothing is ever accepted
+        rule, trees = likely(policy, batch, [0.9, 0.9, 0.9])
+        policy.observe(Round(batch, rule, trees, kept, np.full(3, -1), np.array([9])))
+    assert likely_kept(policy, batch) < before
+
+
+def likely_kept(policy: Policy, batch: BatchState) -> int:
+    """How many of three confident drafts are verified."""
+    rule, trees = likely(policy, batch, [0.9, 0.9, 0.9])
+    return len(rule.select(trees))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_throughput_chain_takes_the_best_length(seed: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = {size * rows: float(s) for rows, s in enumerate(rng.uniform(0.5, 4.0, 9), 1)}
+    cost = CostModel.from_table({size: table}, {1: 0.05, 64: float(rng.uniform(0.06, 0.5))})
+    policy = make_policy("throughput_chain", cost=cost, max_length=6)
+    batch = state([20] * size)
+    tested, accepted = np.ones(6), np.full(6, 0.7)
+    right = rng.random(6)
+    for _ in range(int(rng.integers(40))):
+        rule, trees = likely(policy, batch, [0.5] * 6)
+        lengths = [next((d for d in range(6) if rng.random() > right[d]), 6) for _ in range(size)]
+        depth = trees.depth
+        after = np.where(depth < np.array(lengths)[trees.owner] + 1, 5, -1)
+        after[depth == np.array(lengths)[trees.owner]] = 9  # the target's own token
+        root_next = np.where(np.array(lengths) > 0, 5, 9)
+        for owner in range(size):  # what is tested: the accepted ones, and the first that is not
+            for level in range(1, min(lengths[owner] + 1, rule.levels) + 1):
+                tested[level - 1] = MEMORY * tested[level - 1] + 1
+                hit = level <= lengths[owner]
+                accepted[level - 1] = MEMORY * accepted[level - 1] + hit
+        policy.observe(Round(batch, rule, trees, np.arange(len(trees)), after, root_next))
+
+    def rate(length: int) -> float:
+        survival = np.cumprod(accepted / tested)
+        seconds = float(cost.first_seconds(size, 0, 50.0))
+        seconds += (length - 1) * float(cost.draft_seconds(size, 50.0))
+        seconds += float(cost.verify_seconds(size, size * (1 + length), 50.0))
+        return (1 + float(survival[:length].sum())) / seconds
+
+    rule = policy.plan(batch)
+    assert rule is not None
+    assert rate(rule.levels) == pytest.approx(max(map(rate, range(1, 7))), rel=1e-9)
+    _, trees = likely(policy, batch, [0.5] * 6)
+    assert rule.select(trees).tolist() == list(range(size * rule.levels))  # all of it, for all
 
 
 def test_unknown_names_options_and_values_are_refused_with_the_valid_ones() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.core.tree_picture import TreeStyle, draw_tree, quoted, scored, wants_colour
+from smart_decoding.core.tree_picture import TreeStyle, draw_tree, quoted, wants_colour
 
 WORDS = [" France", " Italy", " is", ",", " a\n", " \x1b[31m", " Paris"]
 
@@ -58,8 +58,6 @@ def test_without_scores_the_drafters_path_probability_is_shown() -> None:
     lines = draw_tree(trees, 0, [], TreeStyle(WORDS.__getitem__)).splitlines()
     assert lines[1] == '├─○ " France" 0.70'
     assert lines[2] == '│ ├─○ " is" 0.56'
-    assert not scored(trees, range(len(trees)))
-    assert scored(two_trees(), range(6))
 
 
 def test_colour_only_adds_escapes() -> None:

@@ -9,17 +9,20 @@ output, which tests compare.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smart_decoding.core.tree import IntArray
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import TargetScores
-from smart_decoding.engine.rows import Rows
 from smart_decoding.models.noise import uniform_bits
 from smart_decoding.models.sampler import Sampled, Sampler
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
+    from smart_decoding.engine.rows import Rows
 
 EMPTY = -1  # token and position of a slot that was never written
 

@@ -4,21 +4,23 @@ guesses well."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.protocol import DraftPlan
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.history import SampleSpec
-from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 
 from .fake_target import FakeTarget
+
+if TYPE_CHECKING:
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.engine.request import Request
 
 VOCAB = 23
 EOS = 3
@@ -98,7 +100,7 @@ class FakeDrafter:
     def pending_rows(self, requests: Sequence[Request]) -> int:
         return len(requests)
 
-    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         for request in requests:
             assert (
                 self.known.get(request, request.table.length)
@@ -106,9 +108,9 @@ class FakeDrafter:
                 == request.table.length
             )
         trees = DraftTrees.empty(len(requests))
-        if plan.levels:
+        if rule.levels:
             self._propose(
-                requests, trees, [ROOT] * len(requests), list(range(len(requests))), plan.children
+                requests, trees, [ROOT] * len(requests), list(range(len(requests))), rule.children
             )
         if self.free:
             for owner, request in enumerate(requests):
@@ -116,9 +118,9 @@ class FakeDrafter:
         return trees
 
     def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: np.ndarray, plan: DraftPlan
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: np.ndarray, rule: TreeRule
     ) -> int:
-        self._propose(requests, trees, nodes.tolist(), trees.owner[nodes].tolist(), plan.children)
+        self._propose(requests, trees, nodes.tolist(), trees.owner[nodes].tolist(), rule.children)
         return len(nodes)
 
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from smart_decoding.core.policies import POLICIES
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -57,7 +58,7 @@ def test_a_long_prompt_goes_in_chunks_while_others_decode() -> None:
     assert long.output == alone(long.prompt, greedy(3))[0].output
 
 
-@pytest.mark.parametrize("policy", ["chain", "static", "eagle2", "paper", "smart"])
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"off"}))
 def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
     """Others wait for their first token. Rounds without prompts do draft, and nobody's tokens
     change."""
@@ -75,7 +76,7 @@ def test_rounds_that_carry_prompts_do_not_draft(policy: str) -> None:
     assert [r.output for r in requests] == [alone(r.prompt, r.params)[0].output for r in requests]
 
 
-@pytest.mark.parametrize("policy", ["chain", "static", "eagle2", "paper", "smart"])
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"off"}))
 @pytest.mark.parametrize("stays", [False, True])
 def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(
     policy: str, stays: bool

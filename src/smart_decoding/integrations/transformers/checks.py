@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Span, build_rows
-from smart_decoding.integrations.transformers.target import HostTarget
+
+if TYPE_CHECKING:
+    from smart_decoding.integrations.transformers.target import HostTarget
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 CACHES = ("cache", "past_key_values", "cache_params")  # its present name, and earlier ones
@@ -128,6 +130,8 @@ def fitting_layout(model: PreTrainedModel, layers: int) -> str | None:
 def _agrees(model: PreTrainedModel, layers: int, tree: bool) -> bool:
     """Two prompts of unlike length, then a draft on each, against plain forwards of the same
     tokens."""
+    from smart_decoding.integrations.transformers.target import HostTarget
+
     target = HostTarget(model, layers, tree)
     token = (np.arange(3, 28) * 7 + 1) % target.vocab
     prompts = (token[:9].tolist(), token[9:14].tolist())

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.integrations.transformers.state import setting_of, state_of
+from smart_decoding.integrations.transformers.state import bucket, setting_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.target import pages_for
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
@@ -47,11 +47,6 @@ def cost_of(target: HostTarget, batch: int, seconds: float, source: Source | Non
             save_profile(path, cost)
         costs[key] = cost
     return costs[key]
-
-
-def bucket(batch: int) -> int:
-    """The power of two at or above it."""
-    return 1 << (batch - 1).bit_length()
 
 
 def _measured(target: HostTarget, batch: int, seconds: float, source: Source | None) -> CostModel:

@@ -35,10 +35,13 @@ if TYPE_CHECKING:
 
 class HostDraftModel:
     """widest: children of a node that are proposed at most; 1 where either model takes chains only.
+    folder: of a prior; draft models have none.
 
     Models pad their vocabularies differently: tokens that only one of the two has are never
     proposed. Keys of tree nodes come first in the cache, so that it grows with the text, not with
     the pages that a call may use."""
+
+    folder: Path | None = None
 
     def __init__(self, model: PreTrainedModel, layers: int, tree: bool, target_vocab: int) -> None:
         text = model.config.get_text_config(decoder=True)
@@ -58,6 +61,10 @@ class HostDraftModel:
         self._target = HostTarget(self.model, self._layers, self._tree)
         self._pages = pages
         return DraftModelDrafter(self, pages, DRAFT_SCRATCH_PAGES)
+
+    def check_length(self, max_length: int) -> None:
+        """See the function."""
+        check_length(self.model.config, max_length)
 
     @torch.inference_mode()
     def run(self, rows: Rows) -> torch.Tensor:

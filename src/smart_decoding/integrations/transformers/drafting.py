@@ -15,16 +15,12 @@ from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.transformers.costs import bucket, cost_of
-from smart_decoding.integrations.transformers.draft_models import HostDraftModel, check_length
-from smart_decoding.integrations.transformers.heads import HostHead
 from smart_decoding.integrations.transformers.sources import Source, key_of, load_source
-from smart_decoding.integrations.transformers.state import state_of
+from smart_decoding.integrations.transformers.state import bucket, state_of
 from smart_decoding.models.ranking import torch_top_k
-from smart_decoding.speculation import made, stored_prior
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.protocol import Policy
+    from smart_decoding.core.policies.base import Policy
     from smart_decoding.engine.protocols import Drafter
     from smart_decoding.integrations.transformers.target import HostTarget
 
@@ -86,8 +82,7 @@ def source_for(
     kept = state_of(model).sources.get(key)
     if kept is None:
         return load_source(model, options, max_length)
-    if isinstance(kept, HostDraftModel):
-        check_length(kept.model.config, max_length)  # of this call, which may be longer
+    kept.check_length(max_length)  # this call may be longer
     return state_of(model).sources.pop(key)
 
 
@@ -120,6 +115,9 @@ def borrowed(
 def _new(
     options: dict[str, Any], target: HostTarget, batch: int, source: Source | None
 ) -> Drafting:
+    from smart_decoding.integrations.transformers.costs import cost_of
+    from smart_decoding.speculation import stored_prior
+
     method = options.pop("method")
     policy = options.pop("policy")
     seconds = float(options.pop("profile_seconds"))
@@ -136,7 +134,7 @@ def _new(
             f"neither method {method!r} nor policy {policy!r} has an option {unknown[0]!r}"
         )
     offered: dict[str, Any] = {"eos_token_ids": target.eos_token_ids}
-    if isinstance(source, HostHead):
+    if source:
         offered |= stored_prior(source.folder)
     if "cost" in known:
         offered["cost"] = cost_of(target, batch, seconds, source)
@@ -147,6 +145,8 @@ def _free_drafters(
     method: str, options: dict[str, Any], target: HostTarget, source: Source | None
 ) -> list[Drafter]:
     """Those without a model; their options are taken out of `options`."""
+    from smart_decoding.speculation import made
+
     if method == "union" and not target.tree:
         raise ConfigError(
             "method 'union' needs a tree mask, which this model's attention does not take: "

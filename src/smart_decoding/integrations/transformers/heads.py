@@ -21,9 +21,10 @@ from smart_decoding.models.layers import Workspace
 from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
 
 if TYPE_CHECKING:
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import IntArray
     from smart_decoding.drafters.levels import Asked, Ranked
-    from smart_decoding.engine.protocols import Drafter
+    from smart_decoding.engine.protocols import Drafter, Grown
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.features import Part
 
@@ -40,7 +41,7 @@ class HostHead(EagleHead):
         if files.fused:  # transformers gives what the target's output matrix reads
             files = replace(files, aux_layers=(files.aux_layers[0] + 1,))
         super().__init__(files, HostWeights(files, model), 0, 0, 0)
-        self.folder = folder
+        self.folder: Path | None = folder
         self.widest = 1 << 30
 
     def drafter(self, pages: int, positions: int) -> Drafter:
@@ -55,6 +56,17 @@ class HostHead(EagleHead):
     def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         """A further level, of at most `widest` children."""
         return super().deeper(rows, above, replace(asked, k=min(asked.k, self.widest)))
+
+    def grow(
+        self, rows: Rows, parts: Sequence[Part], asked: Asked, slots: range, rule: TreeRule
+    ) -> Grown:
+        """All levels, each of at most `widest` children of a node."""
+        asked = replace(asked, k=min(asked.k, self.widest))
+        rule = replace(rule, children=min(rule.children, self.widest))
+        return super().grow(rows, parts, asked, slots, rule)
+
+    def check_length(self, max_length: int) -> None:
+        """A head follows any text."""
 
 
 class HostWeights:

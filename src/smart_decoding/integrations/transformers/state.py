@@ -43,6 +43,11 @@ def state_of(model: PreTrainedModel) -> ModelState:
     return state
 
 
+def bucket(batch: int) -> int:
+    """The power of two at or above it."""
+    return 1 << (batch - 1).bit_length()
+
+
 def layers_of(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> int:
     """Layers with keys, of the cache that `generate` prepared or would prepare."""
     cache = cache_of(inputs) if inputs is not None else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from smart_decoding.integrations.transformers import generate as smart_generate
-
 
 def generate(model: Any, **arguments: Any) -> Any:
     """All arguments of `model.generate`, and speculative_config."""
+    from smart_decoding.integrations.transformers import generate as smart_generate
+
     # Where this folder lies beside weights, `model.generate` is a partial of this very function.
     return type(model).generate(model, custom_generate=smart_generate, **arguments)
