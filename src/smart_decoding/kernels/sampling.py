@@ -96,10 +96,9 @@ def draw_structs(draws: Sequence[Draw]) -> NDArray[np.void]:
     return np.array(draws, _DRAW)
 
 
-def draw(draws: Sequence[Draw], n: int) -> Drawn:
+def draw(draws: NDArray[np.void], n: int) -> Drawn:
     """The argmax of row * scale + noise for rows of n float32, each as its `Draw` says."""
     count = len(draws)
-    what = draw_structs(draws)
     drawn = Drawn(np.empty(count, np.int64), np.empty(count, np.int64))
-    library().smart_draw(address(what), count, n, *map(address, drawn), torch.get_num_threads())
+    library().smart_draw(address(draws), count, n, *map(address, drawn), torch.get_num_threads())
     return drawn

@@ -65,8 +65,8 @@ def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
 def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
     """The same tokens in one call of the kernels. What rounding would decide, they leave to
     numpy."""
-    asked = [draw_of(spec, address(row)) for row, spec in zip(rows, specs, strict=True)]
-    drawn = kernels.draw(asked, len(rows[0]))
+    asked = [_draw_of(spec, address(row)) for row, spec in zip(rows, specs, strict=True)]
+    drawn = kernels.draw(kernels.draw_structs(asked), len(rows[0]))
     require_finite(drawn.best >= 0)
     tokens: list[int] = drawn.token.tolist()
     for i, (row, spec) in enumerate(zip(rows, specs, strict=True)):
@@ -77,8 +77,13 @@ def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> l
     return tokens
 
 
-def draw_of(spec: SampleSpec, row: int = 0) -> kernels.Draw:
-    """What the kernels are asked to draw of the processed row at the address `row`."""
+def draws_of(specs: Sequence[SampleSpec]) -> NDArray[np.void]:
+    """[specs] what the kernels are asked to draw, of rows that they know themselves."""
+    return kernels.draw_structs([_draw_of(spec) for spec in specs])
+
+
+def _draw_of(spec: SampleSpec, row: int = 0) -> kernels.Draw:
+    """row: the address of the processed row."""
     params = spec.params
     if params.greedy:
         return kernels.Draw(row, 0, 0, 0, kernels.NOT_DRAWN, 1.0, 0.0, 1.0)

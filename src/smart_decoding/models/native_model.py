@@ -15,10 +15,8 @@ from torch import Tensor
 from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels import sampling
 from smart_decoding.kernels.memory import address, address_or_none
 from smart_decoding.kernels.ops import pointer
-from smart_decoding.models.drawing import draw_of
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
@@ -91,16 +89,13 @@ class NativeModel:
         states = None if aux_hidden is None else torch.from_numpy(aux_hidden)
         return logits, states, best
 
-    def verify(self, batch: NativeBatch) -> NativeRound:
-        """See VerifyRound."""
+    def verify(self, batch: NativeBatch, draws: NDArray[np.void] | None) -> NativeRound:
+        """See VerifyRound. draws: [requests] of `batch.specs`, as the kernels read them."""
         requests = len(batch.roots)
         rows = requests + len(batch.kept)
         given = np.array([batch.roots, batch.lengths, batch.rotary, batch.tables], np.int64)
         found = np.empty((5, rows), np.int64)
-        draws = logits = None
-        if batch.specs is not None:
-            draws = sampling.draw_structs([draw_of(spec) for spec in batch.specs])
-            logits = self._logits_of(rows)
+        logits = None if draws is None else self._logits_of(rows)
         struct = self._round
         struct.requests = requests
         struct.nodes = len(batch.kept)

@@ -14,6 +14,7 @@ from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScor
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.drawing import draws_of
 from smart_decoding.models.kernel_check import use_native, why_slow
 from smart_decoding.models.sampler import Sampled, Sampler
 from smart_decoding.models.vision import VisionTower
@@ -128,7 +129,8 @@ class TorchTarget(Sampled):
 
     def _verify_round(self, batch: NativeBatch) -> NativeRound:
         assert self.decoder.model is not None
-        done = self.decoder.model.verify(batch)
+        draws = None if batch.specs is None else draws_of(batch.specs)
+        done = self.decoder.model.verify(batch, draws)
         if done.acceptance is not None:
             require_finite(min(map(min, done.acceptance.emitted)) >= 0)
         return done
