@@ -87,7 +87,7 @@ class RandomWeights(Mapping[str, torch.Tensor]):
 class ReplayedTarget:
     """A target that computes everything and then says what the recorded answers say."""
 
-    verify_greedy = None
+    verify_round = None
 
     def __init__(self, inner: TorchTarget, trace: Trace) -> None:
         self._inner = inner

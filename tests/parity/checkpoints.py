@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,10 +92,15 @@ def config_of(name: str) -> ModelConfig:
     return ModelConfig.from_hf({**model.config.to_dict(), "architectures": [type(model).__name__]})
 
 
-def decoder(name: str, native: bool | None, dtype: torch.dtype = torch.float32) -> Decoder:
-    """A fresh decoder, its cache full of rubbish that no row may read."""
+def decoder(
+    name: str,
+    native: bool | None,
+    dtype: torch.dtype = torch.float32,
+    mrope: tuple[int, ...] = (),
+) -> Decoder:
+    """A fresh decoder, its cache full of rubbish that no row may read. mrope: as in its config."""
     model = Decoder(
-        config_of(name),
+        replace(config_of(name), mrope=mrope),
         reference(name).state_dict(),
         dtype,
         torch.device("cpu"),

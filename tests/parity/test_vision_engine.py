@@ -4,17 +4,20 @@ errors."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from smart_decoding.bench.blocks import Prompt, run_block
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
-from smart_decoding.llm import LLM
 
 from .test_vision import load, message
 from .vision import SEE, picture, save_llava, save_qwen2_vl
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.protocols import NativeRound
+    from smart_decoding.llm import LLM
 
 CHATS = [
     message(picture(1), "What is it?"),
@@ -43,11 +46,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def sampling(temperature: float) -> list[SamplingParams]:
     return [
-        SamplingParams(
-            temperature=temperature, max_tokens=30, seed=i, ignore_eos=True, min_tokens=30
-        )
+        SamplingParams(temperature=temperature, max_tokens=30, seed=i, ignore_eos=True)
         for i in range(len(CHATS))
     ]
+
+
+def counted_rounds(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[NativeRound]:
+    """The rounds to come that are verified in one call."""
+    rounds: list[NativeRound] = []
+    verify = llm.target.verify_round
+    monkeypatch.setattr(
+        llm.target, "verify_round", lambda batch: rounds.append(verify(batch)) or rounds[-1]
+    )
+    return rounds
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2-vl"])
@@ -59,8 +70,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[float, list[list[int]]]:
-    """Plain decoding, each chat with nothing else around."""
-    llm = load(folder, enable_prefix_caching=False)
+    """Plain decoding step by step, each chat with nothing else around."""
+    llm = load(folder, speculative_config=False, enable_prefix_caching=False)
+    assert llm.target.verify_round is not None
+    llm.target.verify_round = None
     return {
         t: [llm.chat(c, p)[0].outputs[0].token_ids for c, p in zip(CHATS, sampling(t), strict=True)]
         for t in (0.0, 0.8)
@@ -79,7 +92,9 @@ def test_tokens_are_those_of_plain_decoding_alone(
     if "tight" in name:
         monkeypatch.setattr("smart_decoding.llm.pages_for", lambda *_: 8)
     llm = load(folder, **CONFIGS[name])
+    rounds = counted_rounds(llm, monkeypatch)
     outputs = llm.chat(CHATS, sampling(temperature))
+    assert bool(rounds) == (llm.engine.drafter is None or not llm.engine.drafter.wants_logits)
     assert [out.outputs[0].token_ids for out in outputs] == alone[temperature]
     assert alone[temperature][0] != alone[temperature][2]  # other picture, other answer
     metrics = [out.outputs[0].metrics for out in outputs]

@@ -17,6 +17,7 @@ from smart_decoding.engine.request import Request
 if TYPE_CHECKING:
     from smart_decoding.core.acceptance import Acceptance
     from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.engine.history import SampleSpec
     from smart_decoding.engine.kv import Ints
     from smart_decoding.engine.rows import Rows
 
@@ -50,37 +51,43 @@ class TargetScores:
     greedy: IntArray | None = None
 
 
-class GreedyBatch(NamedTuple):
-    """A round in which every request takes the target's first maximum.
+class NativeBatch(NamedTuple):
+    """A round of decoding in which the logits are drawn from as they come from the model.
 
-    roots: each request's last token; lengths: its position; tables: the addresses of the block
-    tables, which have room for the nodes; kept: which of the trees' nodes are verified; aux_layers:
-    as in Target.verify."""
+    roots: each request's last token; lengths: its position; rotary: the same as rotary embeddings
+    take it; tables: the addresses of the block tables, which have room for the nodes; kept: which
+    of the trees' nodes are verified; aux_layers: as in Target.verify; specs: how the token after
+    each root is drawn, or None where all requests take the first maximum."""
 
     roots: Sequence[int]
     lengths: Sequence[int]
+    rotary: Sequence[int]
     tables: Sequence[int]
     trees: DraftTrees
     kept: IntArray
     aux_layers: tuple[int, ...]
+    specs: Sequence[SampleSpec] | None = None
 
 
-class GreedyRound(NamedTuple):
+class NativeRound(NamedTuple):
     """What came of it.
 
-    features: as in TargetScores; first: the row of each request's root there, which those of its
-    accepted nodes follow. forward_seconds, kv_seconds: of the forward, and of moving keys."""
+    acceptance: None where the forward is all that was done, since rounding would decide a token.
+    scores: of all rows; logits only where `specs` were given. first: the row of each request's root
+    in the features, which those of its accepted nodes follow. Seconds: of the forward, of drawing
+    tokens, of moving keys."""
 
-    acceptance: Acceptance
-    features: Features
+    acceptance: Acceptance | None
+    scores: TargetScores
     first: list[int]
     forward_seconds: float
+    sample_seconds: float
     kv_seconds: float
 
 
-# A whole round in one call: `verify`, `argmax`, the walk down the trees, and `move` of what was
+# A whole round in one call: `verify`, `sample`, the walk down the trees, and `move` of what was
 # accepted.
-VerifyGreedy: TypeAlias = Callable[[GreedyBatch], GreedyRound]
+VerifyRound: TypeAlias = Callable[[NativeBatch], NativeRound]
 
 
 class Target(Protocol):
@@ -90,7 +97,7 @@ class Target(Protocol):
     max_positions: int
     eos_token_ids: tuple[int, ...]
 
-    verify_greedy: VerifyGreedy | None
+    verify_round: VerifyRound | None
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         """One forward of the rows; their keys and values are written to their slots."""

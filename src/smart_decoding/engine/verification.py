@@ -17,10 +17,10 @@ from smart_decoding.engine.protocols import (
     Clock,
     Drafter,
     Features,
-    GreedyBatch,
+    NativeBatch,
     Target,
     TargetScores,
-    VerifyGreedy,
+    VerifyRound,
 )
 from smart_decoding.engine.rows import RowLayout, Span, build_rows
 from smart_decoding.engine.specs import specs_of
@@ -87,71 +87,128 @@ def verify(
     """Runs the batch's rows and the nodes `kept`, for which there is memory."""
     aux_layers = drafter.aux_layers if drafter is not None else ()
     listener = drafter if drafter is not None and drafter.wants_logits else None
-    if target.verify_greedy is not None and listener is None and _is_plain(batch):
-        return _in_one_call(target.verify_greedy, aux_layers, batch.decode, trees, kept, clock)
-    spans, asking = _spans(batch, trees, kept)
-    going_on = [r for r, n in batch.prefill if n < r.pending]
-    nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
-    layout = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
+    if target.verify_round is not None and listener is None and _is_plain(batch):
+        return _in_one_call(target, target.verify_round, aux_layers, batch, trees, kept, clock)
+    laid_out = _lay_out(batch, trees, kept)
+    rows = laid_out.layout.rows
     start = clock()
-    scores = target.verify(layout.rows, aux_layers)
-    verified = clock()
+    scores = target.verify(rows, aux_layers)
+    forward_seconds = clock() - start
     if listener is not None:
-        listener.observe_logits(layout.rows.logit_tokens, scores.logits)
-    sample_start = clock()
-    acceptance = _accept(target, asking, nodes, layout, scores)
-    sampled = clock()
-    if len(nodes):
-        _commit_keys(target, acceptance, layout)
-    moved = clock()
-    return Verified(
-        asking,
-        acceptance,
-        len(layout.rows),
-        scores.features,
-        _committed(asking + going_on, spans, acceptance, layout),
-        forward_seconds=verified - start,
-        sample_seconds=sampled - sample_start,
-        kv_seconds=moved - sampled,
-        seconds=sampled - start,
-    )
+        listener.observe_logits(rows.logit_tokens, scores.logits)
+    return _settle(target, laid_out, scores, start, forward_seconds, clock)
 
 
 def _is_plain(batch: Batch) -> bool:
-    """Whether all are answered by the first maxima of logits that nobody else wants."""
+    """Whether all decode, and draw from logits that nobody changes and nobody else wants."""
     return not batch.prefill and all(
-        r.takes_argmax and r.logprobs is None and r.media is None for r in batch.decode
+        (r.takes_argmax or not r.params.changes_logits) and r.logprobs is None for r in batch.decode
     )
 
 
 def _in_one_call(
-    verify_greedy: VerifyGreedy,
+    target: Target,
+    verify_round: VerifyRound,
     aux_layers: tuple[int, ...],
-    requests: list[Request],
+    batch: Batch,
     trees: DraftTrees,
     kept: IntArray,
     clock: Clock,
 ) -> Verified:
+    """The native round; where rounding would decide a token, the reference goes on from its
+    logits."""
     start = clock()
-    roots = [r.tokens[-1] for r in requests]
-    lengths = [r.table.length for r in requests]
-    tables = [r.table.address for r in requests]
-    done = verify_greedy(GreedyBatch(roots, lengths, tables, trees, kept, aux_layers))
-    paths = done.acceptance.path
+    requests = batch.decode
+    done = verify_round(_native_batch(requests, trees, kept, aux_layers))
+    acceptance = done.acceptance
+    if acceptance is None:
+        laid_out = _lay_out(batch, trees, kept)
+        return _settle(target, laid_out, done.scores, start, done.forward_seconds, clock)
     committed = [
-        Committed(request, first, 1 + len(path), slice(row, row + 1 + len(path)))
-        for request, first, row, path in zip(requests, lengths, done.first, paths, strict=True)
+        Committed(request, request.table.length, 1 + len(path), slice(row, row + 1 + len(path)))
+        for request, row, path in zip(requests, done.first, acceptance.path, strict=True)
     ]
     return Verified(
         requests,
-        done.acceptance,
+        acceptance,
         len(requests) + len(kept),
-        done.features,
+        done.scores.features,
         committed,
         forward_seconds=done.forward_seconds,
-        sample_seconds=0.0,
+        sample_seconds=done.sample_seconds,
         kv_seconds=done.kv_seconds,
-        seconds=clock() - start,
+        seconds=clock() - start - done.kv_seconds,
+    )
+
+
+def _native_batch(
+    requests: list[Request], trees: DraftTrees, kept: IntArray, aux_layers: tuple[int, ...]
+) -> NativeBatch:
+    greedy = all(r.takes_argmax for r in requests)
+    lengths = [r.table.length for r in requests]
+    return NativeBatch(
+        [r.tokens[-1] for r in requests],
+        lengths,
+        # roots are tokens of answers, behind all pictures
+        [
+            n if r.media is None else n + r.media.shift
+            for r, n in zip(requests, lengths, strict=True)
+        ],
+        [r.table.address for r in requests],
+        trees,
+        kept,
+        aux_layers,
+        None if greedy else specs_of(range(len(requests)), requests, trees, ()),
+    )
+
+
+@dataclass(slots=True)
+class _LaidOut:
+    """A round's rows. spans: committed tokens, those of the requests that get a token first, who
+    are `asking`; others have prompts that go on. nodes: those to verify."""
+
+    spans: list[Span]
+    asking: list[Request]
+    going_on: list[Request]
+    nodes: DraftTrees
+    layout: RowLayout
+
+
+def _lay_out(batch: Batch, trees: DraftTrees, kept: IntArray) -> _LaidOut:
+    spans, asking = _spans(batch, trees, kept)
+    going_on = [r for r, n in batch.prefill if n < r.pending]
+    nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
+    layout = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
+    return _LaidOut(spans, asking, going_on, nodes, layout)
+
+
+def _settle(
+    target: Target,
+    what: _LaidOut,
+    scores: TargetScores,
+    start: float,
+    forward_seconds: float,
+    clock: Clock,
+) -> Verified:
+    """Draws tokens down the trees, and moves the keys of what was accepted. start: when the round's
+    verification began."""
+    sample_start = clock()
+    acceptance = _accept(target, what.asking, what.nodes, what.layout, scores)
+    sampled = clock()
+    if len(what.nodes):
+        _commit_keys(target, acceptance, what.layout)
+    moved = clock()
+    requests = what.asking + what.going_on
+    return Verified(
+        what.asking,
+        acceptance,
+        len(what.layout.rows),
+        scores.features,
+        _committed(requests, what.spans, acceptance, what.layout),
+        forward_seconds=forward_seconds,
+        sample_seconds=sampled - sample_start,
+        kv_seconds=moved - sampled,
+        seconds=sampled - start,
     )
 
 

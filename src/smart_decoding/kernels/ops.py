@@ -201,11 +201,13 @@ def forward(model: Structure, rows: Structure, what: Structure) -> None:
         raise RuntimeError("the CPU kernels do not support this model")
 
 
-def verify_round(model: Structure, round: Structure, what: Structure) -> None:
-    """The verification of a round in which every request takes the target's first maximum
-    (round.cpp)."""
-    if _lib().smart_round(byref(model), byref(round), byref(what), torch.get_num_threads()):
+def verify_round(model: Structure, round: Structure, what: Structure) -> bool:
+    """The verification of a round (round.cpp). False where rounding would decide a token: then the
+    forward is all that was done."""
+    status = _lib().smart_round(byref(model), byref(round), byref(what), torch.get_num_threads())
+    if status > 0:
         raise RuntimeError("the CPU kernels do not support this model")
+    return bool(status == 0)
 
 
 def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,11 +14,10 @@ from smart_decoding.kernels.library import library
 from smart_decoding.kernels.memory import address
 from smart_decoding.kernels.ops import pointer
 
-MOST_K = 64
 NOT_DRAWN = -1
 _DRAW = np.dtype(
     [(name, np.int64) for name in ("row", "seed", "sample", "position", "k")]
-    + [(name, np.float64) for name in ("scale", "floor", "below")]
+    + [(name, np.float64) for name in ("scale", "below", "top_p")]
 )
 
 
@@ -69,10 +68,10 @@ def top_k(
 
 
 class Draw(NamedTuple):
-    """What is drawn of a row, given by its address.
+    """What is drawn of a row, given by its address; position: of the token in its answer.
 
-    Only among the k largest (0: all; at most MOST_K; NOT_DRAWN: the maximum is all that is wanted),
-    those of at least `floor`, and of at least the maximum + `below`."""
+    Only among the k largest (0: all; NOT_DRAWN: the maximum is all that is wanted), those that have
+    less than top_p of the probability above them, and those of at least the maximum + `below`."""
 
     row: int
     seed: int
@@ -80,33 +79,26 @@ class Draw(NamedTuple):
     position: int
     k: int
     scale: float
-    floor: float
     below: float
+    top_p: float
 
 
 class Drawn(NamedTuple):
-    """best: [rows] first maximum, -1 where it is not finite. kept: [rows] the score below which
-    top-k cuts. token: [rows] the token, -1 where the choice is too close for the kernels."""
+    """best: [rows] first maximum, -1 where it is not finite. token: [rows] the token, -1 where
+    rounding would decide."""
 
     best: NDArray[np.int64]
-    kept: NDArray[np.float64]
     token: NDArray[np.int64]
 
 
-def draw(draws: Sequence[Draw], n: int) -> Drawn:
+def draw_structs(draws: Sequence[Draw]) -> NDArray[np.void]:
+    """[draws] the same as the kernels read them."""
+    return np.array(draws, _DRAW)
+
+
+def draw(draws: NDArray[np.void], n: int) -> Drawn:
     """The argmax of row * scale + noise for rows of n float32, each as its `Draw` says."""
     count = len(draws)
-    what = np.array(draws, _DRAW)
-    drawn = Drawn(np.empty(count, np.int64), np.empty(count), np.empty(count, np.int64))
-    library().smart_draw(address(what), count, n, *map(address, drawn), torch.get_num_threads())
+    drawn = Drawn(np.empty(count, np.int64), np.empty(count, np.int64))
+    library().smart_draw(address(draws), count, n, *map(address, drawn), torch.get_num_threads())
     return drawn
-
-
-def mass(
-    row: NDArray[np.float32], best: float, scale: float, floor: float, value: float
-) -> tuple[float, float]:
-    """The sum of exp((row - best) * scale) over the entries of at least `floor`, and over those of
-    them beyond `value`, to about 1e-6."""
-    out = np.empty(2)
-    library().smart_mass(address(row), len(row), best, scale, floor, value, address(out))
-    return float(out[0]), float(out[1])

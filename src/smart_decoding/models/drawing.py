@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams
 
 LOWEST = float(np.finfo(np.float32).min)  # forbidden tokens, at -inf, are below every floor
-# of a probability: nearer to top_p the kernels' sums are not exact enough to say what is in the
-# nucleus
-MARGIN = 1e-4
 NEAR = 5.0  # nats below the maximum within which noise is evaluated at once; a matter of speed only
 
 
@@ -66,38 +63,39 @@ def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
 
 
 def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
-    """The same tokens in one call of the kernels, and another one where top-p cuts what was drawn.
-    What rounding decides, the kernels leave to numpy."""
-    asked = [_asked(row, spec) for row, spec in zip(rows, specs, strict=True)]
-    drawn = kernels.draw(asked, len(rows[0]))
+    """The same tokens in one call of the kernels. What rounding would decide, they leave to
+    numpy."""
+    asked = [_draw_of(spec, address(row)) for row, spec in zip(rows, specs, strict=True)]
+    drawn = kernels.draw(kernels.draw_structs(asked), len(rows[0]))
     require_finite(drawn.best >= 0)
     tokens: list[int] = drawn.token.tolist()
-    for i, (row, spec, best) in enumerate(zip(rows, specs, drawn.best.tolist(), strict=True)):
+    for i, (row, spec) in enumerate(zip(rows, specs, strict=True)):
         if spec.params.greedy:
-            tokens[i] = best
-            continue
-        nucleus = _Nucleus(row, best, float(drawn.kept[i]), spec.params)
-        while tokens[i] >= 0 and tokens[i] not in nucleus:
-            again = asked[i]._replace(k=0, floor=_next_above(row[tokens[i]]), below=-math.inf)
-            tokens[i] = int(kernels.draw([again], len(row)).token[0])
-        if tokens[i] < 0:
+            tokens[i] = int(drawn.best[i])
+        elif tokens[i] < 0:
             tokens[i] = _draw_alone(row, spec)
     return tokens
 
 
-def _asked(row: FloatRow, spec: SampleSpec) -> kernels.Draw:
+def draws_of(specs: Sequence[SampleSpec]) -> NDArray[np.void]:
+    """[specs] what the kernels are asked to draw, of rows that they know themselves."""
+    return kernels.draw_structs([_draw_of(spec) for spec in specs])
+
+
+def _draw_of(spec: SampleSpec, row: int = 0) -> kernels.Draw:
+    """row: the address of the processed row."""
     params = spec.params
-    asked = kernels.Draw(
-        address(row), spec.seed, spec.sample, spec.position, kernels.NOT_DRAWN, 1.0, LOWEST, 0.0
-    )
     if params.greedy:
-        return asked
-    few = params.top_k <= kernels.MOST_K
-    return asked._replace(
-        k=max(params.top_k, 0) if few else 0,
-        scale=1.0 / params.temperature,
-        floor=LOWEST if few else top_k_floor(row, params.top_k),
-        below=_min_p_distance(params),
+        return kernels.Draw(row, 0, 0, 0, kernels.NOT_DRAWN, 1.0, 0.0, 1.0)
+    return kernels.Draw(
+        row,
+        spec.seed,
+        spec.sample,
+        spec.position,
+        max(params.top_k, 0),
+        1.0 / params.temperature,
+        _min_p_distance(params),
+        params.top_p,
     )
 
 
@@ -148,12 +146,6 @@ class _Nucleus:
     def __contains__(self, token: int) -> bool:
         if self.params.top_p >= 1 or token == self.top:
             return True
-        if library.unavailable() is None:
-            best = float(self.row[self.top])
-            scale = 1.0 / self.params.temperature
-            total, above = kernels.mass(self.row, best, scale, self.floor, float(self.row[token]))
-            if abs(above / total - self.params.top_p) > MARGIN:
-                return above < self.params.top_p * total
         if self._mass is None:
             self._mass = np.exp(
                 (self.row - self.row[self.top]) / np.float32(self.params.temperature)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.core.acceptance import Acceptance
-from smart_decoding.engine.protocols import GreedyBatch, GreedyRound
+from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address, address_or_none
 from smart_decoding.kernels.ops import pointer
@@ -51,7 +51,7 @@ class NativeModel:
         self._aux_layers: dict[tuple[int, ...], NDArray[np.int32]] = {}
         self._pass = kernels.Pass()
         self._logits = torch.empty(0, self._vocab)
-        self._seconds = np.empty(2)
+        self._seconds = np.empty(3)
         self._round = kernels.Round(
             hidden=self._hidden,
             kv_heads=first.kv_heads,
@@ -78,13 +78,12 @@ class NativeModel:
         states after `aux_layers` layers; and the wanted rows' first maxima, -1 where that is not
         finite."""
         count = rows.rows if wanted is None else len(wanted)
-        if len(self._logits) < count:
-            self._logits = torch.empty(count + count // 4, self._vocab)
+        logits = self._logits_of(count)
         aux_hidden = self._prepare(rows.rows, aux_layers)
         best = np.empty(count, np.int64)
         embeddings, alive = embedding_addresses(mm_embeds, rows.rows)
         what = self._pass
-        what.logits = self._logits.data_ptr()
+        what.logits = logits.data_ptr()
         what.token = address(token)
         what.best = address(best)
         what.wanted_count = count
@@ -93,36 +92,39 @@ class NativeModel:
         kernels.forward(self._model, rows, what)
         del alive  # until here
         states = None if aux_hidden is None else torch.from_numpy(aux_hidden)
-        return self._logits[:count], states, best
+        return logits, states, best
 
-    def verify(self, batch: GreedyBatch) -> GreedyRound:
-        """See VerifyGreedy."""
+    def verify(self, batch: NativeBatch, draws: NDArray[np.void] | None) -> NativeRound:
+        """See VerifyRound. draws: [requests] of `batch.specs`, as the kernels read them."""
         requests = len(batch.roots)
         rows = requests + len(batch.kept)
-        given = np.array([batch.roots, batch.lengths, batch.tables], np.int64)
+        given = np.array([batch.roots, batch.lengths, batch.rotary, batch.tables], np.int64)
         found = np.empty((5, rows), np.int64)
+        logits = None if draws is None else self._logits_of(rows)
         struct = self._round
         struct.requests = requests
         struct.nodes = len(batch.kept)
         struct.room = batch.trees.ints.shape[1]
         struct.trees = address(batch.trees.ints)
         struct.kept = address(batch.kept)
-        struct.root, struct.length, struct.pages = _lines(given)
+        struct.draws = address_or_none(draws)
+        struct.root, struct.length, struct.position, struct.pages = _lines(given)
         struct.after, struct.emitted, struct.path, struct.accepted, struct.first = _lines(found)
         aux_hidden = self._prepare(rows, batch.aux_layers)
-        self._pass.wanted = self._pass.embeddings = self._pass.logits = None
-        kernels.verify_round(self._model, struct, self._pass)
-        emitted, path, accepted, first = found[1:].tolist()
-        emitted_of = []
-        path_of = []
-        node = 0
-        for request, count in enumerate(accepted[:requests]):
-            token = node + request  # each one before has emitted a bonus token, too
-            emitted_of.append(emitted[token : token + count + 1])
-            path_of.append(path[node : node + count])
-            node += count
-        acceptance = Acceptance(found[0, :requests], found[0, requests:], emitted_of, path_of)
-        return GreedyRound(acceptance, aux_hidden, first[:requests], *self._seconds.tolist())
+        self._pass.wanted = self._pass.embeddings = None
+        self._pass.logits = pointer(logits)
+        decided = kernels.verify_round(self._model, struct, self._pass)
+        acceptance = _acceptance(found, requests) if decided else None
+        scores = TargetScores(logits, aux_hidden)
+        return NativeRound(
+            acceptance, scores, found[4, :requests].tolist(), *self._seconds.tolist()
+        )
+
+    def _logits_of(self, rows: int) -> Tensor:
+        """[rows, vocab] memory for logits, the same in each forward."""
+        if len(self._logits) < rows:
+            self._logits = torch.empty(rows + rows // 4, self._vocab)
+        return self._logits[:rows]
 
     def _prepare(self, rows: int, aux_layers: tuple[int, ...]) -> NDArray[np.float32] | None:
         """Makes room for the states after `aux_layers` layers, which it returns: an array, since a
@@ -159,6 +161,20 @@ def _model(
         kv_bf16=bf16,
         eps=first.eps,
     )
+
+
+def _acceptance(found: NDArray[np.int64], requests: int) -> Acceptance:
+    """Of `after`, `emitted`, `path` and `accepted` as smart_round leaves them."""
+    emitted, path, accepted = found[1:4].tolist()
+    emitted_of = []
+    path_of = []
+    node = 0
+    for request, count in enumerate(accepted[:requests]):
+        token = node + request  # each one before has emitted a bonus token, too
+        emitted_of.append(emitted[token : token + count + 1])
+        path_of.append(path[node : node + count])
+        node += count
+    return Acceptance(found[0, :requests], found[0, requests:], emitted_of, path_of)
 
 
 def _lines(array: NDArray[np.int64]) -> range:

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.engine.protocols import GreedyBatch, GreedyRound, TargetScores, VerifyGreedy
+from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores, VerifyRound
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.drawing import draws_of
 from smart_decoding.models.kernel_check import use_native, why_slow
 from smart_decoding.models.sampler import Sampled, Sampler
 from smart_decoding.models.vision import VisionTower
@@ -107,8 +108,8 @@ class TorchTarget(Sampled):
         self.max_positions = max_model_len
         self.eos_token_ids = config.eos_token_ids
         self.sampler = Sampler(config.vocab)
-        whole = self.decoder.model is not None and not config.mrope  # M-RoPE is not laid out there
-        self.verify_greedy: VerifyGreedy | None = self._verify_greedy if whole else None
+        whole = self.decoder.model is not None
+        self.verify_round: VerifyRound | None = self._verify_round if whole else None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -126,11 +127,12 @@ class TorchTarget(Sampled):
         _wait(out.logits.device)
         return TargetScores(out.logits, out.aux_hidden, out.best)
 
-    def _verify_greedy(self, batch: GreedyBatch) -> GreedyRound:
+    def _verify_round(self, batch: NativeBatch) -> NativeRound:
         assert self.decoder.model is not None
-        done = self.decoder.model.verify(batch)
-        if min(map(min, done.acceptance.emitted)) < 0:
-            require_finite(False)
+        draws = None if batch.specs is None else draws_of(batch.specs)
+        done = self.decoder.model.verify(batch, draws)
+        if done.acceptance is not None:
+            require_finite(min(map(min, done.acceptance.emitted)) >= 0)
         return done
 
     def encode_image(self, pixels: Pixels) -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from smart_decoding.core.cost import CostModel, DraftSample, Sample, VerifySample
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.engine.protocols import GreedyBatch
+from smart_decoding.engine.protocols import NativeBatch
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
 
@@ -216,16 +216,17 @@ def verification(
 ) -> Callable[[], None] | None:
     """What verifies `total` rows of `batch` sequences at `context`, as rounds do; None if the cache
     is too small."""
-    if target.verify_greedy is None:
+    if target.verify_round is None:
         rows = fake_rows(batch, total, context, pages)
         return None if rows is None else lambda: _verify(target, rows, batch)
     tables = _tables(batch, total, context, pages)
     if tables is None:
         return None
     trees = fake_trees(batch, total - batch)
-    verify = target.verify_greedy
+    verify = target.verify_round
     addresses = [table.ctypes.data for table in tables]
-    asked = GreedyBatch([1] * batch, [context] * batch, addresses, trees, np.arange(len(trees)), ())
+    at = [context] * batch
+    asked = NativeBatch([1] * batch, at, at, addresses, trees, np.arange(len(trees)), ())
 
     def run() -> None:
         assert len(tables)  # which must live as long as their addresses

@@ -35,7 +35,7 @@ class RuleTarget:
     """A forward takes 1 s + `row_seconds` for each row."""
 
     vocab, max_positions, eos_token_ids = VOCAB, 2048, (EOS,)
-    verify_greedy = None
+    verify_round = None
 
     def __init__(self, clock: Clock, row_seconds: float = 0.0, rule=successor) -> None:
         self.clock, self.row_seconds, self.rule = clock, row_seconds, rule

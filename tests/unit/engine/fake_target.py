@@ -31,7 +31,7 @@ class FakeTarget(Sampled):
     """`pages` KV pages; `spread`: difference between the largest and smallest logit. Features are
     (token, position)."""
 
-    verify_greedy = None
+    verify_round = None
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from smart_decoding.engine.protocols import TargetScores, VerifyGreedy
+from smart_decoding.engine.protocols import TargetScores, VerifyRound
 from smart_decoding.integrations.transformers.aux_hidden import AuxHidden
 from smart_decoding.integrations.transformers.cache import Layout, SlotCache, lay_out
 from smart_decoding.models.sampler import Sampled, Sampler
@@ -32,7 +32,7 @@ class HostTarget(Sampled):
     a padding mask. host: the processors of a `generate` call, or None where only forwards are
     wanted."""
 
-    verify_greedy: VerifyGreedy | None = None
+    verify_round: VerifyRound | None = None
     steps = ()  # of costs over rows: not known here
 
     def __init__(

@@ -114,10 +114,20 @@ struct Level {
 
 // ------------------------------------------------------------------------- verification of a round
 
+struct Draw {  // of a token; see smart_draw
+    const float* row;
+    int64_t seed, sample, position, k;
+    double scale, below, top_p;
+};
+
 struct Round {
     int64_t requests, nodes, room;
-    const int64_t* root;          // [requests] their last tokens
-    const int64_t* length;        // [requests] positions of these
+    const int64_t* root;      // [requests] their last tokens
+    const int64_t* length;    // [requests] positions of these
+    const int64_t* position;  // [requests] the same as rotary embeddings take them
+    // [requests] how the token after each root is drawn, but for its row; or null: all are first
+    // maxima, and no logits are needed
+    const struct Draw* draws;
     const int32_t* const* pages;  // [requests] block tables, with room for the nodes
     const int64_t* trees;         // owner, token, parent, depth: [4, room] (core/tree.py)
     const int64_t* kept;          // [nodes] which of the trees' nodes are verified, ascending
@@ -132,7 +142,7 @@ struct Round {
     int64_t* accepted;  // [requests] how many
     // [requests] row of the root in `aux_hidden`; those of accepted nodes follow it
     int64_t* first;
-    double* seconds;  // [2] of the forward, and of moving keys
+    double* seconds;  // [3] of the forward, of drawing tokens, and of moving keys
 };
 
 // --------------------------------------------------------------------------------- selecting nodes
@@ -203,11 +213,6 @@ struct Growth {
     double* choosing;   // out: seconds of all the rest
 };
 
-struct Draw {  // of a token; see smart_draw
-    const float* row;
-    int64_t seed, sample, position, k;
-    double scale, floor, below;
-};
 
 // --------------------------------------------------------------------------------------- functions
 // Those that return int32_t status: nonzero where the kernels do not serve the model.
@@ -255,7 +260,8 @@ int32_t smart_layers(const struct Layer* layers, int32_t count, const struct Row
                      int32_t threads);
 int32_t smart_forward(const struct Model* m, const struct Rows* in, const struct Pass* pass,
                       int32_t threads);
-// pass: its aux layers, and memory for `aux_hidden`.
+// pass: its aux layers, and memory for `aux_hidden`, and for all rows' `logits` where tokens are
+// drawn. Returns -1 where rounding would decide a token: then the forward is all that was done.
 int32_t smart_round(const struct Model* m, const struct Round* r, const struct Pass* pass,
                     int32_t threads);
 // One level. keys, values: the head's.
@@ -276,17 +282,13 @@ void smart_argmax(const float* x, const int64_t* which, int32_t rows, int64_t n,
 void smart_top_k(const float* x, int32_t rows, int64_t n, int32_t k, const float* scale,
                  const uint64_t* keys, const int64_t* tokens, int64_t* ids, float* probs,
                  int32_t threads);
-// Draws a token for each of `count` rows of n logits: the argmax of row * scale + noise among
-// entries of at least `kept`, which top-k raises (k of 1 to n - 1; 0 or more than that cuts
-// nothing), and of at least the maximum + `below`. A negative k asks for no more than `best`. best:
-// the first maximum, -1 if it is not finite, or if a row that is drawn from has a NaN. drawn: the
-// token, -1 where others come so near that rounding decides.
-void smart_draw(const struct Draw* draws, int64_t count, int64_t n, int64_t* best, double* kept,
-                int64_t* drawn, int32_t threads);
-// The sum of exp((entry - best) * scale) over the entries of at least `floor`, and over those of
-// them beyond `value`.
-void smart_mass(const float* row, int64_t n, float best, float scale, float floor, float value,
-                double* all_and_above);
+// Draws a token for each of `count` rows of n logits: the argmax of row * scale + noise among the k
+// largest entries and their equals (k of 1 to n - 1; 0 or more than that cuts nothing), those that
+// have less than top_p of the probability above them, and those of at least the maximum + `below`.
+// A negative k asks for no more than `best`. best: the first maximum, -1 if it is not finite, or if
+// a row that is drawn from has a NaN. drawn: the token, -1 where rounding would decide.
+void smart_draw(const struct Draw* draws, int64_t count, int64_t n, int64_t* best, int64_t* drawn,
+                int32_t threads);
 
 // The nodes of `level` to expand next, ascending, into `out` [nodes]; returns how many. Scores.
 int64_t smart_frontier(const struct Rule* rule, const struct Trees* t, int64_t level, int64_t* out);

@@ -1,5 +1,5 @@
-// A round's verification in one call, where every request takes the target's first maximum: the
-// rows of all trees, the forward, the walk down the trees, and the keys of what was accepted.
+// A round's verification in one call, where tokens are first maxima or drawn by smart_draw: the rows
+// of all trees, the forward, the walk down the trees, and the keys of what was accepted.
 // engine/verification.py does the same in Python for all other rounds and is the reference; between
 // two forwards caches are cold, and there it takes half a millisecond.
 
@@ -74,7 +74,7 @@ struct RoundRows {
             context_len[root + j] = int32_t(r.length[i] + 1);
         }
         token[root] = r.root[i];
-        position[root] = r.length[i];
+        position[root] = r.position[i];
     }
 
     void add_nodes(const Round& r, int64_t i, const KeptNodes& nodes) {
@@ -88,7 +88,7 @@ struct RoundRows {
             if (node_row[k] < 0) node_row[k] = ++last;
             const int32_t row = node_row[k];
             token[row] = token_of(r, k);
-            position[row] = r.length[i] + depth_of(r, k);
+            position[row] = r.position[i] + depth_of(r, k);
             ancestors_start[row + 1] = int32_t(depth_of(r, k));
         }
     }
@@ -124,24 +124,63 @@ struct RoundRows {
     }
 };
 
-// Follows the target's tokens down the trees. What it says after the last accepted node is the
-// bonus token.
-void accept(const Round& r, const KeptNodes& nodes, const RoundRows& rows, const int64_t* best) {
+// The node below a request's node `tip`, or its root (-1), that has this token: of equal siblings
+// the first one, -1 if there is none.
+int32_t child_of(const Round& r, const KeptNodes& nodes, int64_t request, int32_t tip,
+                 int64_t token) {
+    for (int32_t k : nodes.request[request])
+        if (nodes.parent[k] == tip && token_of(r, k) == token) return k;
+    return -1;
+}
+
+// Replaces the first maxima in `tokens` by what is drawn, down the trees of all requests that draw
+// theirs, level by level. False where rounding would decide one.
+bool draw_tokens(const Round& r, const KeptNodes& nodes, const RoundRows& rows, const float* logits,
+                 int64_t vocab, int32_t threads, int64_t* tokens) {
+    std::vector<int32_t> tip(r.requests, -1);
+    std::vector<int64_t> asking, best, drawn;
+    for (int64_t i = 0; i < r.requests; i++)
+        if (r.draws[i].k >= 0) asking.push_back(i);
+    for (int64_t depth = 0; !asking.empty(); depth++) {
+        std::vector<Draw> draws;
+        std::vector<int64_t> at, ahead;
+        for (int64_t i : asking) {
+            at.push_back(tip[i] < 0 ? rows.query_start_loc[i] : rows.node_row[tip[i]]);
+            draws.push_back(r.draws[i]);
+            draws.back().row = logits + at.back() * vocab;
+            draws.back().position += depth;
+        }
+        best.resize(asking.size());
+        drawn.resize(asking.size());
+        smart_draw(draws.data(), int64_t(draws.size()), vocab, best.data(), drawn.data(), threads);
+        for (size_t j = 0; j < asking.size(); j++) {
+            const int64_t i = asking[j], token = drawn[j];
+            if (best[j] >= 0 && token < 0) return false;
+            tokens[at[j]] = token;
+            tip[i] = child_of(r, nodes, i, tip[i], token);
+            if (tip[i] >= 0) ahead.push_back(i);
+        }
+        asking.swap(ahead);
+    }
+    return true;
+}
+
+// Follows the target's tokens [rows] down the trees. What it says after the last accepted node is
+// the bonus token.
+void accept(const Round& r, const KeptNodes& nodes, const RoundRows& rows, const int64_t* tokens) {
     std::fill(r.after, r.after + r.requests + r.nodes, -1);
     int64_t *emitted = r.emitted, *path = r.path;
     for (int64_t i = 0; i < r.requests; i++) {
         const int32_t root = rows.query_start_loc[i];
         r.accepted[i] = 0;
         r.first[i] = root;
-        *emitted++ = r.after[i] = best[root];
-        int32_t tip = -1;
-        for (int32_t k : nodes.request[i]) {  // children come after their parents; of equal
-                                              // siblings the first one counts
-            if (nodes.parent[k] != tip || token_of(r, k) != emitted[-1]) continue;
-            tip = k;
-            *path++ = k;
+        *emitted++ = r.after[i] = tokens[root];
+        for (int32_t tip = child_of(r, nodes, i, -1, tokens[root]); tip >= 0;) {
+            const int64_t token = tokens[rows.node_row[tip]];
+            *path++ = tip;
             r.accepted[i]++;
-            *emitted++ = r.after[r.requests + k] = best[rows.node_row[k]];
+            *emitted++ = r.after[r.requests + tip] = token;
+            tip = child_of(r, nodes, i, tip, token);
         }
     }
 }
@@ -171,20 +210,27 @@ void commit(const Round& r, const RoundRows& rows, const Model& m, float* aux_hi
 
 extern "C" int32_t smart_round(const Model* m, const Round* r, const Pass* pass, int32_t threads) {
     typedef std::chrono::steady_clock clock;
+    const auto seconds = [](clock::duration time) {
+        return std::chrono::duration<double>(time).count();
+    };
     const KeptNodes nodes(*r);
     const RoundRows round_rows(*r, nodes);
     const Rows rows = round_rows.view(*r);
-    std::vector<int64_t> best(rows.rows);
+    std::vector<int64_t> tokens(rows.rows);
     Pass mine = *pass;
     mine.token = round_rows.token.data();
-    mine.best = best.data();
-    auto start = clock::now();
+    mine.best = tokens.data();
+    const auto start = clock::now();
     if (int32_t status = smart_forward(m, &rows, &mine, threads)) return status;
-    auto computed = clock::now();
-    accept(*r, nodes, round_rows, best.data());
-    auto walked = clock::now();
+    const auto computed = clock::now();
+    r->seconds[0] = seconds(computed - start);
+    if (r->draws
+        && !draw_tokens(*r, nodes, round_rows, pass->logits, m->vocab, threads, tokens.data()))
+        return -1;
+    accept(*r, nodes, round_rows, tokens.data());
+    const auto walked = clock::now();
     commit(*r, round_rows, *m, mine.aux_hidden, pass->aux_count * r->hidden);
-    r->seconds[0] = std::chrono::duration<double>(computed - start).count();
-    r->seconds[1] = std::chrono::duration<double>(clock::now() - walked).count();
+    r->seconds[1] = seconds(walked - computed);
+    r->seconds[2] = seconds(clock::now() - walked);
     return 0;
 }

@@ -2,6 +2,9 @@
 
 #include "sampling.h"
 
+#include <algorithm>
+#include <functional>
+#include <limits>
 #include <vector>
 
 #include "abi.h"
@@ -183,10 +186,18 @@ void top_k_row(const float* row, int64_t n, int k, float scale, uint64_t key, co
         softmax_of(row, n, scale, top);
 }
 
-static float kth_largest(const float* row, int64_t n, int k) {
+// Of a row without NaN.
+static float kth_largest(const float* row, int64_t n, int64_t k) {
+    constexpr int64_t FEW = 64;
+    if (k > FEW) {
+        std::vector<float> entries(row, row + n);
+        std::nth_element(entries.begin(), entries.begin() + (k - 1), entries.end(),
+                         std::greater<float>());
+        return entries[k - 1];
+    }
     std::vector<int64_t> ids(k);
     std::vector<float> scores(k);
-    TopEntries top{ids.data(), scores.data(), k, 0};
+    TopEntries top{ids.data(), scores.data(), int(k), 0};
     find_largest(row, n, top);
     return scores[k - 1];
 }
@@ -196,6 +207,9 @@ static float kth_largest(const float* row, int64_t n, int k) {
 constexpr double NEAR_SCORES = 1e-3;  // scores this far apart are told apart whatever the rounding,
 constexpr double LARGE_SCORE = 2048;  // unless they are larger than this
 constexpr double MOST_NOISE = 23;     // no noise exceeds it
+constexpr float LOWEST = std::numeric_limits<float>::lowest();  // forbidden tokens are at -inf
+// Of a probability: nearer to top_p, sums are not exact enough to say what is in the nucleus.
+constexpr double MARGIN = 1e-4;
 
 struct NoisyBest {  // the best noisy score, and the second best as far as it is near
     double score = -INFINITY, second = -INFINITY;
@@ -266,6 +280,78 @@ static NoisyBest noisy_best(const NoisyRow& noisy, int64_t first, int64_t end, i
     return found;
 }
 
+// Where rounding does not decide.
+static int64_t token_of(const NoisyBest& found) {
+    return found.score - found.second > NEAR_SCORES ? found.token : -1;
+}
+
+// What a row leaves to draw from. best: its first maximum, -1 if there is nothing to draw from;
+// kept: the score below which top-k cuts; floor: the one below which top-k and min-p do.
+struct Cut {
+    int64_t best = -1;
+    float kept = LOWEST, floor = LOWEST;
+
+    Cut() = default;
+    Cut(const Draw& d, int64_t n)
+        : best(d.k >= 0 && has_nan(d.row, n) ? -1 : first_maximum(d.row, n)) {
+        if (best < 0 || d.k < 0) return;
+        if (d.k > 0 && d.k < n) kept = std::max(kept, kth_largest(d.row, n, d.k));
+        floor = float(std::max(double(kept), d.row[best] + d.below));
+    }
+
+    NoisyRow noisy(const Draw& d, float from) const {
+        const uint64_t key = noise::key_of(d.seed, d.sample, d.position);
+        return NoisyRow{d.row, d.row[best], float(d.scale), from, key};
+    }
+};
+
+struct Mass {
+    double all, above;
+};
+
+// The sum of exp((entry - best) * scale) over the entries of at least `floor`, and over those of
+// them beyond `value`, to about 1e-6.
+static Mass mass_of(const float* row, int64_t n, float best, float scale, float floor,
+                    float value) {
+    constexpr int64_t BLOCK = 4096;  // floats sum up to so many well enough
+    Mass mass{0, 0};
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        vf sums = {}, higher = {};
+        int64_t i = first, end = std::min(n, first + BLOCK);
+        for (; i + VW <= end; i += VW) {
+            vf x = loadu<vf>(row + i), weight = vexp((x - best) * scale);
+            weight = x >= floor ? weight : vf{};
+            sums += weight;
+            higher += x > value ? weight : vf{};
+        }
+        for (int j = 0; j < VW; j++) {
+            mass.all += sums[j];
+            mass.above += higher[j];
+        }
+        for (; i < end; i++) {
+            double weight = row[i] >= floor ? std::exp((row[i] - best) * scale) : 0.0f;
+            mass.all += weight;
+            if (row[i] > value) mass.above += weight;
+        }
+    }
+    return mass;
+}
+
+// The token drawn, or where it is not in the nucleus, the one drawn above it: what scores no better
+// is not in it either. -1 where rounding would decide.
+static int64_t in_nucleus(const Draw& d, const Cut& cut, int64_t n, int64_t token) {
+    while (token >= 0 && token != cut.best && d.top_p < 1) {
+        const Mass mass =
+            mass_of(d.row, n, d.row[cut.best], float(d.scale), cut.kept, d.row[token]);
+        const double above = mass.above / mass.all;
+        if (std::abs(above - d.top_p) <= MARGIN) return -1;
+        if (above < d.top_p) break;
+        const float next = std::nextafter(d.row[token], INFINITY);
+        token = token_of(noisy_best(cut.noisy(d, next), 0, n, cut.best));
+    }
+    return token;
+}
+
 }  // namespace smart
 
 using namespace smart;
@@ -287,62 +373,30 @@ void smart_top_k(const float* x, int32_t rows, int64_t n, int32_t k, const float
                   probs + r * k);
 }
 
-void smart_draw(const Draw* draws, int64_t count, int64_t n, int64_t* best, double* kept,
-                int64_t* drawn, int32_t threads) {
+void smart_draw(const Draw* draws, int64_t count, int64_t n, int64_t* best, int64_t* drawn,
+                int32_t threads) {
+    std::vector<Cut> cuts(count);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t r = 0; r < count; r++) {
-        const Draw& d = draws[r];
-        const bool cuts = d.k > 0 && d.k < n;
-        best[r] = d.k >= 0 && has_nan(d.row, n) ? -1 : first_maximum(d.row, n);
-        kept[r] = best[r] >= 0 && cuts ? std::max(d.floor, double(kth_largest(d.row, n, int(d.k))))
-                                       : d.floor;
-    }
+    for (int64_t r = 0; r < count; r++) cuts[r] = Cut(draws[r], n);
     // Rows are drawn from in parts, so that all threads have work.
     const int64_t parts = (threads + count - 1) / count, size = (n + parts - 1) / parts;
     std::vector<NoisyBest> found(count * parts);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t part = 0; part < count * parts; part++) {
         const int64_t r = part / parts, first = part % parts * size;
-        const Draw& d = draws[r];
-        if (best[r] < 0 || d.k < 0) continue;
-        const float top = d.row[best[r]], floor = float(std::max(kept[r], top + d.below));
-        const NoisyRow noisy{d.row, top, float(d.scale), floor,
-                             noise::key_of(d.seed, d.sample, d.position)};
-        found[part] = noisy_best(noisy, first, std::min(n, first + size), best[r]);
+        const Cut& cut = cuts[r];
+        if (cut.best < 0 || draws[r].k < 0) continue;
+        found[part] = noisy_best(cut.noisy(draws[r], cut.floor), first, std::min(n, first + size),
+                                 cut.best);
     }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t r = 0; r < count; r++) {
+        const Draw& d = draws[r];
         NoisyBest all;
         for (int64_t part = r * parts; part < (r + 1) * parts; part++) all.add(found[part]);
-        const bool coarse =
-            best[r] >= 0 && std::abs(draws[r].row[best[r]] * draws[r].scale) > LARGE_SCORE;
-        drawn[r] = all.score - all.second > NEAR_SCORES && !coarse ? all.token : -1;
+        best[r] = cuts[r].best;
+        const bool coarse = best[r] >= 0 && std::abs(d.row[best[r]] * d.scale) > LARGE_SCORE;
+        drawn[r] = coarse ? -1 : in_nucleus(d, cuts[r], n, token_of(all));
     }
-}
-
-void smart_mass(const float* row, int64_t n, float best, float scale, float floor, float value,
-                double* all_and_above) {
-    constexpr int64_t BLOCK = 4096;  // floats sum up to so many well enough
-    double all = 0, above = 0;
-    for (int64_t first = 0; first < n; first += BLOCK) {
-        vf sums = {}, higher = {};
-        int64_t i = first, end = std::min(n, first + BLOCK);
-        for (; i + VW <= end; i += VW) {
-            vf x = loadu<vf>(row + i), weight = vexp((x - best) * scale);
-            weight = x >= floor ? weight : vf{};
-            sums += weight;
-            higher += x > value ? weight : vf{};
-        }
-        for (int j = 0; j < VW; j++) {
-            all += sums[j];
-            above += higher[j];
-        }
-        for (; i < end; i++) {
-            double weight = row[i] >= floor ? std::exp((row[i] - best) * scale) : 0.0f;
-            all += weight;
-            if (row[i] > value) above += weight;
-        }
-    }
-    all_and_above[0] = all;
-    all_and_above[1] = above;
 }
 }
