@@ -18,6 +18,7 @@ LAB = Program(
             "what speculation would bring on other hardware",
             "smart_lab.simulate_command",
         ),
+        "ablate": ("what each ingredient of smart gives, by replay", "smart_lab.ablate"),
         "published": ("the published figures' shape, simulated", "smart_lab.published"),
         "predict": ("does a replay predict this machine's speedups", "smart_lab.predict"),
         "regret": ("policies in a simulated world against full knowledge", "smart_lab.regret"),

@@ -1,208 +1,197 @@
 """`smart` with one ingredient exchanged, to see what each gives; and with knowledge that no
 controller has.
 
-A variant wraps the policy and redoes one of its decisions, through its public methods alone.
+A variant exchanges parts of the rule that the policy answers with, or what the policy is told.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from smart_decoding.core.calibration import BIN_PROBS, MAX_PROB, Calibration, default_prior
 from smart_decoding.core.choice import best_size, ranked
 from smart_decoding.core.cost import CostModel, Curve
-from smart_decoding.core.policies.common import best_per_owner, depth_limits, expandable, useful
-from smart_decoding.core.policies.protocol import (
-    OFF,
-    BatchState,
-    DraftPlan,
-    Policy,
-    Round,
-    StatelessPolicy,
-)
+from smart_decoding.core.policies.base import StatelessPolicy, token_array
 from smart_decoding.core.policies.smart import Smart
-from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
-from smart_lab.recording import Recording
+from smart_decoding.core.rule import NO_NODES, Grow, Scores, TreeRule, expanded_widths
+from smart_decoding.core.selection import BestRate, RoundCosts, best_per_owner
+from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, IntArray, KindArray
 from smart_lab.replay import Source, Walk
-from smart_lab.trace import Trace
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import BatchState, Policy, Round, TokenIds
+    from smart_lab.recording import Recording
+    from smart_lab.trace import Trace
 
 FLAT_CONTEXT = 128.0
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # that keep their own curve
 CERTAIN = 1e6  # observations behind a curve that is not to move
-CHEAP, DEAR = (
-    (0.2, 0.25),
-    (5.0, 4.0),
-)  # wrong profiles: rows and levels, as multiples of what they take
+# Wrong profiles: rows and levels, as multiples of what they take.
+CHEAP = (0.2, 0.25)
+DEAR = (5.0, 4.0)
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per request that a foreseeing policy considers
+
+# Exchanges parts of a rule, whose choice of what to verify is the exact one.
+Exchange = Callable[[TreeRule, BestRate], TreeRule]
 
 
 class Variant(StatelessPolicy):
-    """`smart`, followed in every decision. Keeps account of what drafting has cost so far in the
-    round."""
+    """`smart` with parts of its rules exchanged."""
 
     name = "smart"
 
-    def __init__(self, inner: Smart) -> None:
+    def __init__(self, inner: Smart, exchange: Exchange = lambda rule, exact: rule) -> None:
         self.inner = inner
-        self._sunk = 0.0
+        self._exchange = exchange
+        self._rule: TreeRule | None = None  # the inner policy's own
 
-    def plan(self, batch: BatchState) -> DraftPlan:
-        plan = self.inner.plan(batch)
-        self._sunk = 0.0
-        if plan.speculate:
-            self._sunk = self.inner.cost.overhead_seconds + self._first(batch)
-        if type(self).frontier is not Variant.frontier or type(self)._expand is not Variant._expand:
-            return replace(
-                plan, growth=None
-            )  # a drafter that grows whole trees in one call would not ask us
-        return plan
-
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        nodes = self.inner.frontier(plan, batch, trees, level)
-        if nodes is not None:
-            nodes = self._expand(plan, batch, trees, level, nodes)
-            self._sunk += self._level(batch, len(nodes))
-        return nodes
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        return self.inner.select(plan, batch, trees)
+    def plan(self, batch: BatchState) -> TreeRule | None:
+        """The inner policy's rule, exchanged."""
+        self._rule = self.inner.plan(batch)
+        if self._rule is None or not isinstance(self._rule.keep, BestRate):
+            return self._rule
+        return self._exchange(self._rule, self._rule.keep)
 
     def observe(self, round: Round) -> None:
-        self.inner.observe(round)
-
-    def _expand(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray
-    ) -> IntArray:
-        """What to expand instead of `nodes`."""
-        return nodes
-
-    def _first(self, batch: BatchState) -> float:
-        waiting = min(batch.catch_up_rows, 2 * batch.size)
-        return float(self.inner.cost.first_seconds(batch.size, waiting, _context(batch)))
-
-    def _level(self, batch: BatchState, width: int) -> float:
-        return float(self.inner.cost.draft_seconds(width, _context(batch)))
-
-    def _seconds(self, batch: BatchState, nodes: int) -> FloatArray:
-        """Of the round so far and a verification of 0, 1, ... nodes."""
-        return self._sunk + self.inner.cost.verify_curve(
-            batch.size, batch.size, nodes + 1, _context(batch)
-        )
-
-    def _candidates(self, batch: BatchState, trees: DraftTrees) -> IntArray:
-        """Nodes that may be verified, by falling accept_prob (which `smart` has set)."""
-        nodes = np.flatnonzero(useful(trees, depth_limits(batch), self.inner.eos))
-        found: IntArray = nodes[ranked(trees.accept_prob[nodes])]
-        return found
+        """The inner policy learns, and takes the rule for its own."""
+        self.inner.observe(replace(round, rule=self._rule))
 
 
-class EvenBudget(Variant):
+def even_budget(rule: TreeRule, exact: BestRate) -> TreeRule:
     """Every request expands and verifies as many nodes as every other one."""
-
-    def _expand(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int, nodes: IntArray
-    ) -> IntArray:
-        able = expandable(trees, level, depth_limits(batch), self.inner.eos)
-        each = max(1, round(len(nodes) / batch.size))
-        return best_per_owner(trees, able, trees.accept_prob[able], each)
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        self.inner.select(plan, batch, trees)
-        nodes = np.sort(self._candidates(batch, trees))
-        if not plan.speculate or not len(nodes):
-            return np.zeros(0, np.int64)
-        most = int(np.bincount(trees.owner[nodes]).max())
-        choices = [
-            best_per_owner(trees, nodes, trees.accept_prob[nodes], each) for each in range(most + 1)
-        ]
-        seconds = self._seconds(batch, len(nodes))
-        values = [
-            (batch.size + trees.accept_prob[kept].sum()) / seconds[len(kept)] for kept in choices
-        ]
-        return choices[int(np.argmax(values))]
+    return replace(rule, grow=EvenGrow(rule.grow), keep=EvenKeep(exact.costs, exact.least))
 
 
-class GreedyRule(Variant):
-    """Takes the best candidate as long as it pays by itself, as the paper's rule does, and stops at
-    the first that does not."""
+def greedy_rule(rule: TreeRule, exact: BestRate) -> TreeRule:
+    """Takes the best candidate as long as it pays by itself, as the paper's rule does."""
+    return replace(rule, keep=Greedy(exact.costs, exact.least))
 
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        self.inner.select(plan, batch, trees)
-        if not plan.speculate or not len(trees):
-            return np.zeros(0, np.int64)
-        nodes = self._candidates(batch, trees)
-        seconds, tokens, kept = self._seconds(batch, len(nodes)), float(batch.size), 0
-        for gain in trees.accept_prob[nodes].tolist():
+
+def all_levels(levels: int) -> Exchange:
+    """Never stops drafting before so many levels, however long the round becomes."""
+
+    def exchange(rule: TreeRule, exact: BestRate) -> TreeRule:
+        keep = replace(exact, costs=replace(exact.costs, limit=math.inf))
+        return replace(rule, grow=AtLeast(rule.grow, levels), keep=keep)
+
+    return exchange
+
+
+def look_back(rule: TreeRule, exact: BestRate) -> TreeRule:
+    """Stops when the level that was just drafted has not made the round better."""
+    return replace(rule, grow=LookBack(AtLeast(rule.grow, rule.levels), exact.costs))
+
+
+@dataclass(frozen=True, slots=True)
+class EvenGrow:
+    """As many nodes as `inner` expands, the same number for each request."""
+
+    inner: Grow
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `Grow`."""
+        nodes = self.inner.frontier(rule, trees, level)
+        if not len(nodes):
+            return nodes
+        each = max(1, round(len(nodes) / trees.batch))
+        return best_per_owner(trees, rule.expandable(trees, level), each)
+
+
+@dataclass(frozen=True, slots=True)
+class EvenKeep:
+    """The same number of nodes for each request, the number with the most tokens per second, but
+    `least` in all."""
+
+    costs: RoundCosts
+    least: int
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """See `Keep`."""
+        nodes = np.flatnonzero(rule.useful(trees))
+        most = int(np.bincount(trees.owner[nodes]).max(initial=0))
+        sunk = self.costs.drafted(trees)
+        best, choice = 0.0, NO_NODES
+        for each in range(most + 1):
+            kept = best_per_owner(trees, nodes, each)
+            if len(kept) >= len(self.costs.verify):
+                break
+            if len(kept) < min(self.least, len(nodes)):
+                continue
+            seconds = sunk + float(self.costs.verify[len(kept)])
+            rate = (self.costs.tokens + float(trees.accept_prob[kept].sum())) / seconds
+            if rate > best and (not each or seconds <= self.costs.limit):
+                best, choice = rate, kept
+        return choice
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """The best nodes up to the first that does not pay by itself, but `least`."""
+
+    costs: RoundCosts
+    least: int
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """See `Keep`."""
+        nodes = np.flatnonzero(rule.useful(trees))
+        order = ranked(trees.accept_prob[nodes])[: len(self.costs.verify) - 1]
+        seconds = self.costs.drafted(trees) + self.costs.verify
+        tokens, kept = self.costs.tokens, 0
+        for gain in trees.accept_prob[nodes[order]].tolist():
             step = float(seconds[kept + 1] - seconds[kept])
-            if gain * float(seconds[kept]) <= tokens * step:
+            pays = gain * float(seconds[kept]) > tokens * step
+            if not ((pays and seconds[kept + 1] <= self.costs.limit) or kept < self.least):
                 break
             tokens, kept = tokens + gain, kept + 1
-        return np.sort(nodes[:kept])
+        return np.sort(nodes[order[:kept]])
 
 
-class AllLevels(Variant):
-    """Never stops drafting before `levels` levels: the frontier's best nodes, one for each
+@dataclass(frozen=True, slots=True)
+class AtLeast:
+    """Expands what `inner` does, and down to `levels` at least the best nodes, one for each
     request."""
 
-    def __init__(self, inner: Smart, levels: int) -> None:
-        super().__init__(inner)
-        self.levels = levels
+    inner: Grow
+    levels: int
 
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        asked = super().frontier(plan, batch, trees, level) if level < self.levels else None
-        if asked is not None or level >= min(self.levels, plan.levels):
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `Grow`."""
+        if level >= self.levels:
+            return NO_NODES
+        asked = self.inner.frontier(rule, trees, level)
+        if len(asked):
             return asked
-        able = expandable(trees, level, depth_limits(batch), self.inner.eos)
-        nodes = np.sort(able[ranked(trees.accept_prob[able])[: batch.size]])
-        self._sunk += self._level(batch, len(nodes)) if len(nodes) else 0.0
-        return nodes if len(nodes) else None
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        """The exact choice, with what was really drafted as sunk."""
-        self.inner.select(plan, batch, trees)
-        nodes = self._candidates(batch, trees)
-        size, _ = best_size(
-            trees.accept_prob[nodes],
-            batch.size,
-            self._sunk,
-            self._seconds(batch, len(nodes)) - self._sunk,
-        )
-        return np.sort(nodes[:size]) if plan.speculate else np.zeros(0, np.int64)
+        able = rule.expandable(trees, level)
+        return np.sort(able[ranked(trees.accept_prob[able])[: trees.batch]])
 
 
-class LookBack(AllLevels):
-    """Stops when the level that was just drafted has not made the round better."""
+@dataclass(frozen=True, slots=True)
+class LookBack:
+    """Expands what `inner` does as long as each level has made the round better."""
 
-    def __init__(self, inner: Smart, levels: int = 8) -> None:
-        super().__init__(inner, levels)
-        self._best = 0.0
+    inner: Grow
+    costs: RoundCosts
 
-    def plan(self, batch: BatchState) -> DraftPlan:
-        plan = super().plan(batch)
-        self._best = batch.size / float(
-            self.inner.cost.verify_seconds(batch.size, batch.size, _context(batch))
-        )
-        return plan
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `Grow`."""
+        rates = [self._rate(rule, trees, deepest) for deepest in range(1, level + 1)]
+        if level > 1 and rates[-1] <= max(rates[:-1]):
+            return NO_NODES
+        return self.inner.frontier(rule, trees, level)
 
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        self.inner.calibration.score(trees, batch.temperature <= 0)
-        nodes = self._candidates(batch, trees)
-        seconds = self._seconds(batch, len(nodes))
-        _, value = best_size(trees.accept_prob[nodes], batch.size, 0.0, seconds)
-        if level > 1 and value <= self._best:
-            return None
-        self._best = max(value, self._best) if level > 1 else value
-        return super().frontier(plan, batch, trees, level)
+    def _rate(self, rule: TreeRule, trees: DraftTrees, deepest: int) -> float:
+        """Tokens per second if no more than `deepest` levels had been drafted."""
+        gains = trees.accept_prob[rule.useful(trees) & (trees.depth <= deepest)]
+        gains = gains[ranked(gains)][: len(self.costs.verify) - 1]
+        widths = expanded_widths(trees)[1:deepest]
+        sunk = self.costs.sunk + float(self.costs.levels.take(widths).sum())
+        verify = self.costs.verify[: len(gains) + 1]
+        return best_size(gains, self.costs.tokens, sunk, verify, self.costs.limit)[1]
 
 
 class FrozenCosts(Variant):
@@ -210,89 +199,106 @@ class FrozenCosts(Variant):
 
     def __init__(self, inner: Smart) -> None:
         super().__init__(inner)
-        inner.costs.learn_plain = inner.costs.plain_rounds.clear  # type: ignore[method-assign]
+        self._cost = inner.cost
+
+    def plan(self, batch: BatchState) -> TreeRule | None:
+        """As ever, at the costs of the beginning."""
+        rule = super().plan(batch)
+        self.inner.cost = self._cost
+        return rule
 
     def observe(self, round: Round) -> None:
-        before = self.inner.cost
-        self.inner.observe(round)
-        self.inner.cost = before
+        """Learns all but costs."""
+        super().observe(round)
+        self.inner.cost = self._cost
 
 
 class Foreseeing(FrozenCosts):
     """Knows what deeper levels would propose before they are drafted, and pays for those that it
     takes only."""
 
-    def __init__(self, inner: Smart) -> None:
+    def __init__(self, inner: Smart, eos_token_ids: TokenIds = ()) -> None:
         super().__init__(inner)
+        self._ends = token_array(eos_token_ids)
         self._walk: Walk | None = None
-        self._steps: list[IntArray] = []
 
     def foresee(self, walk: Walk) -> None:
         """The positions of the round to come."""
         self._walk = walk
 
-    def plan(self, batch: BatchState) -> DraftPlan:
-        assert self._walk is not None
-        self.inner.plan(batch)
-        best, self._steps = batch.size / float(self._seconds_of(batch, 0.0, 0)[0]), []
-        levels, inner = 0, self.inner
-        for wide in WIDTHS:
-            trees, source, steps = (
-                DraftTrees.empty(batch.size),
-                Source(self._walk.recording, self._walk.position),
-                [],
-            )
-            sunk = inner.cost.overhead_seconds + self._first(batch)
-            source.expand(trees, np.full(batch.size, ROOT), inner.children, np.arange(batch.size))
-            for level in range(
-                1, min(inner.max_levels, int(depth_limits(batch).max(initial=0))) + 1
-            ):
-                inner.calibration.score(trees, batch.temperature <= 0)
-                nodes = self._candidates(batch, trees)
-                _, value = best_size(
-                    trees.accept_prob[nodes],
-                    batch.size,
-                    0.0,
-                    self._seconds_of(batch, sunk, len(nodes)),
-                )
-                if value > best:
-                    best, levels, self._steps = value, level, list(steps)
-                able = expandable(trees, level, depth_limits(batch), inner.eos)
-                if not len(able):
-                    break
-                steps.append(np.sort(able[ranked(trees.accept_prob[able])[: wide * batch.size]]))
-                sunk += self._level(batch, len(steps[-1]))
-                source.expand(trees, steps[-1], inner.children)
-        return DraftPlan(True, levels, inner.children) if levels else OFF
-
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        return self._steps[level - 1] if level <= len(self._steps) else None
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        inner = self.inner
-        inner.calibration.score(trees, batch.temperature <= 0)
-        sunk = inner.cost.overhead_seconds + self._first(batch)
-        sunk += sum(self._level(batch, len(step)) for step in self._steps)
-        nodes = self._candidates(batch, trees)
-        size, _ = best_size(
-            trees.accept_prob[nodes], batch.size, 0.0, self._seconds_of(batch, sunk, len(nodes))
+    def plan(self, batch: BatchState) -> TreeRule | None:
+        """The best of all levels and widths, tried on the recording itself."""
+        super().plan(batch)
+        inner, limits = self.inner, batch.limits
+        levels = min(inner.max_levels, int(limits.max(initial=0)))
+        widest = WIDTHS[-1] * batch.size
+        costs = costs_of(inner.cost, batch, widest, inner.children * (batch.size + levels * widest))
+        scores = Scores(inner.calibration, batch.kind)
+        rule = TreeRule(
+            levels, inner.children, limits, self._ends, Steps(()), BestRate(costs), scores
         )
-        return np.sort(nodes[:size])
+        best, chosen = costs.tokens / float(costs.verify[0]), None
+        for width in WIDTHS:
+            for rate, steps in self._tried(rule, costs, width * batch.size):
+                if rate > best:
+                    best, chosen = rate, steps
+        if chosen is None:
+            return None
+        return replace(rule, levels=len(chosen) + 1, grow=Steps(chosen))
 
-    def _seconds_of(self, batch: BatchState, sunk: float, nodes: int) -> FloatArray:
-        self._sunk = sunk
-        return self._seconds(batch, nodes)
+    def _tried(
+        self, rule: TreeRule, costs: RoundCosts, width: int
+    ) -> Iterator[tuple[float, list[IntArray]]]:
+        """Tokens per second after 1, 2, ... levels of `width` nodes, and what was expanded."""
+        assert self._walk is not None
+        size = len(rule.limits)
+        trees = DraftTrees.empty(size)
+        source = Source(self._walk.recording, self._walk.position)
+        source.expand(trees, np.full(size, ROOT), rule.children, np.arange(size))
+        steps: list[IntArray] = []
+        for level in range(1, rule.levels + 1):
+            rule.score(trees)
+            gains = trees.accept_prob[rule.useful(trees)]
+            sunk = costs.sunk + float(sum(costs.levels[len(step)] for step in steps))
+            verify = costs.verify[: len(gains) + 1]
+            yield best_size(gains[ranked(gains)], costs.tokens, sunk, verify)[1], list(steps)
+            able = rule.expandable(trees, level)
+            if not len(able):
+                return
+            steps.append(np.sort(able[ranked(trees.accept_prob[able])[:width]]))
+            source.expand(trees, steps[-1], rule.children)
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The nodes that each level expands, known beforehand."""
+
+    nodes: Sequence[IntArray]
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `Grow`."""
+        return self.nodes[level - 1]
+
+
+def costs_of(cost: CostModel, batch: BatchState, widest: int, nodes: int) -> RoundCosts:
+    """What a round takes by `cost`: levels of up to `widest` nodes, up to `nodes` verified."""
+    size, context = batch.size, float(batch.context.mean())
+    waiting = min(batch.catch_up_rows, 2 * size)
+    return RoundCosts(
+        tokens=size,
+        sunk=cost.overhead_seconds + float(cost.first_seconds(size, waiting, context)),
+        levels=cost.draft_seconds(np.arange(widest + 1), context),
+        verify=cost.verify_curve(size, size, nodes + 1, context),
+    )
 
 
 class Unmoved(Calibration):
     """A calibration that learns nothing."""
 
     def observe(
-        self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, greedy: BoolArray
+        self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, kind: KindArray
     ) -> None:
-        pass
+        """Learns nothing."""
 
 
 def raw() -> Calibration:
@@ -380,18 +386,18 @@ def smart(
     return policy
 
 
-Make = Callable[[Trace, CostModel], Policy]
+Make: TypeAlias = "Callable[[Trace, CostModel], Policy]"
 
 ABLATIONS: Mapping[str, Make] = {
     "smart": smart,
-    "even budget": lambda t, c: EvenBudget(smart(t, c)),
-    "greedy rule": lambda t, c: GreedyRule(smart(t, c)),
+    "even budget": lambda t, c: Variant(smart(t, c), even_budget),
+    "greedy rule": lambda t, c: Variant(smart(t, c), greedy_rule),
     "no calibration": lambda t, c: smart(t, c, raw()),
     "calibration: default prior": lambda t, c: smart(t, c, Calibration()),
     "calibration: prior, not learning": lambda t, c: smart(t, c, _still(t)),
-    "stop rule: always 8 levels": lambda t, c: AllLevels(smart(t, c), 8),
-    "stop rule: always 2 levels": lambda t, c: AllLevels(smart(t, c), 2),
-    "stop rule: look back": lambda t, c: LookBack(smart(t, c)),
+    "stop rule: always 8 levels": lambda t, c: Variant(smart(t, c), all_levels(8)),
+    "stop rule: always 2 levels": lambda t, c: Variant(smart(t, c), all_levels(2)),
+    "stop rule: look back": lambda t, c: Variant(smart(t, c), look_back),
     "no probing": lambda t, c: smart(t, c, exploration_budget=0.0),
     "no context in the cost": lambda t, c: smart(t, flat(c)),
     "no round limit": lambda t, c: smart(t, c, max_round_slowdown=math.inf),
@@ -405,10 +411,10 @@ def with_costs(inner: Smart, cost: CostModel) -> Smart:
 
 # By live contestants: `--policy-options smart:variant=all_levels`.
 VARIANTS: Mapping[str, Callable[[Smart], Policy]] = {
-    "all_levels": lambda p: AllLevels(p, 8),
-    "two_levels": lambda p: AllLevels(p, 2),
-    "even_budget": EvenBudget,
-    "greedy_rule": GreedyRule,
+    "all_levels": lambda p: Variant(p, all_levels(8)),
+    "two_levels": lambda p: Variant(p, all_levels(2)),
+    "even_budget": lambda p: Variant(p, even_budget),
+    "greedy_rule": lambda p: Variant(p, greedy_rule),
     "cheap_costs": lambda p: with_costs(p, askew(p.cost, *CHEAP)),
     "cheap_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *CHEAP))),
     "dear_costs": lambda p: with_costs(p, askew(p.cost, *DEAR)),
@@ -420,7 +426,3 @@ def _still(trace: Trace) -> Calibration:
     policy = smart(trace, trace.cost or CostModel.default())
     calibration = policy.calibration
     return Unmoved(calibration.prior, calibration.counts)
-
-
-def _context(batch: BatchState) -> float:
-    return float(batch.context.sum()) / batch.size

@@ -6,21 +6,23 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from tqdm import tqdm
 
-from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.options import BASELINE, SLOTS, Arm
 from smart_decoding.bench.resume import Progress, source_digest
 from smart_decoding.bench.runner import Bench, Part
 from smart_decoding.bench.runner import run as run_bench
-from smart_decoding.llm import LLM
 from smart_lab.ablations import VARIANTS
 from smart_lab.options import VARIANT_SIZES, LabArm, LabOptions, command_of
 from smart_lab.peers.session import measure_peers
 from smart_lab.questions import Asker
 from smart_lab.tuning import Tuner
+
+if TYPE_CHECKING:
+    from smart_decoding.bench.blocks import Prompt
+    from smart_decoding.llm import LLM
 
 
 def run(options: LabOptions) -> dict[str, Any]:

@@ -14,15 +14,17 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from smart_decoding import LLM, SamplingParams
 from smart_decoding.bench.data import DEFAULT_TASKS, load_task
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.protocol import Round
 from smart_decoding.profiling.measure import fake_rows
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.base import Round
 
 BATCH_SIZES = (1, 3, 6, 12)
 Errors = Mapping[str, Sequence[float]]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smart_decoding.bench import figures as measured
 from smart_decoding.bench.figures import NEUTRAL, Figure, Panel, Point, Series
 from smart_decoding.bench.sections import number
-from smart_lab.results import LabResults
 from smart_lab.round_figures import round_figures
+
+if TYPE_CHECKING:
+    from smart_lab.results import LabResults
 
 
 def figures(results: LabResults) -> list[Figure]:

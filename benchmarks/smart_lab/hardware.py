@@ -18,15 +18,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from smart_decoding.bench.traffic import layer_elements
 from smart_decoding.core.cost import CostModel, Curve
-from smart_decoding.core.tree import FloatArray, IntArray
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray, IntArray
 
 ITEM = 2  # bytes: bf16
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)

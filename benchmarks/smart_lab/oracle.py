@@ -18,13 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.tree import FloatArray, IntArray
-from smart_lab.recording import Answer, Recording
 from smart_lab.replay import HostCosts, StepCosts, Walk
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.tree import FloatArray, IntArray
+    from smart_lab.recording import Answer, Recording
 
 SLOPES = (
     0,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from smart_decoding.bench import page as measured
 from smart_decoding.bench.page import Further
 from smart_lab import tables
 from smart_lab.figures import further_figures
-from smart_lab.results import LabResults
+
+if TYPE_CHECKING:
+    from smart_lab.results import LabResults
 
 
 def page(results: LabResults) -> str:

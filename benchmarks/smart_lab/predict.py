@@ -21,21 +21,19 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from smart_decoding.bench.arguments import whole_numbers
 
-from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.cycles import measure
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BenchOptions, check_outputs, parse_setting
 from smart_decoding.bench.results import Results
 from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.summary import POOLED, noise, summarise
+from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
-from smart_decoding.llm import LLM
 from smart_decoding.profiling.measure import measure as profile
 from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 from smart_lab.recorder import measure_host
@@ -43,15 +41,18 @@ from smart_lab.replay import HostCosts, replay
 from smart_lab.simulate import enough
 from smart_lab.trace import Trace, read_trace
 
+if TYPE_CHECKING:
+    from smart_decoding.bench.blocks import Prompt
+    from smart_decoding.llm import LLM
+
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "off": ("off", {}),
     "smart": ("smart", {}),
     "paper": ("paper", {}),
     "5 nodes": ("eagle2", {"depth": 2, "top_k": 3, "total_tokens": 6}),
 }
-LEVEL_BYTES = 16 << 20  # what a drafted level reads, about
 FORWARD_BYTES = 256 << 20  # what a verification reads
-READ_BEFORE = {"frontier": LEVEL_BYTES, "select": LEVEL_BYTES, "observe": FORWARD_BYTES}
+READ_BEFORE = {"observe": FORWARD_BYTES}
 
 
 class Cold:

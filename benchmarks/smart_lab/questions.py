@@ -8,10 +8,8 @@ live.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.protocol import Policy
 from smart_lab.ablations import (
     ABLATIONS,
     CHEAP,
@@ -27,7 +25,11 @@ from smart_lab.recording import Answer, Recording
 from smart_lab.replay import HostCosts, Replayed, replay
 from smart_lab.simulate import EAGLE_2, enough, name_of
 from smart_lab.sweep import Sweep, likelihood_settings
-from smart_lab.trace import Trace
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.base import Policy
+    from smart_lab.trace import Trace
 
 SHORT = likelihood_settings(range(5), (1, 2, 3, 4, 5, 6, 8, 12, 16))
 BUDGETS, ALPHAS = (2, 4, 8, 16, 32), (1.0, 0.8, 0.5)  # nodes per request
@@ -72,7 +74,7 @@ def gap(bench: Bench, stale: CostModel, sweep: Sweep) -> dict[str, Any]:
     fits = bench.speedup(knowing[0])
     few, foreseen = (
         bench.run(policy, rounds=rounds).tokens_per_s
-        for policy in (knowing[1], Foreseeing(knowing[2]))
+        for policy in (knowing[1], Foreseeing(knowing[2], trace.eos_token_ids))
     )
     return {
         "eagle2, EAGLE-2's size": bench.speedup(trace.policy("eagle2", None, **EAGLE_2)),

@@ -6,24 +6,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.provenance import provenance
 from smart_decoding.bench.runner import encode, load
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.smart import Smart
-from smart_decoding.engine.engine import Engine
 from smart_decoding.errors import ConfigError
-from smart_decoding.llm import LLM
 from smart_lab.options import LabOptions, command_of
 from smart_lab.recording import Recording, Wide, record
 from smart_lab.replay import HostCosts
 from smart_lab.trace import Trace
+
+if TYPE_CHECKING:
+    from smart_decoding.bench.blocks import Prompt
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.llm import LLM
 
 AT_ONCE = 4  # prompts
 HOST_TOKENS, HOST_TURNS = 32, 5

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.bench.blocks import Prompt
-from smart_decoding.core.policies.common import best_per_owner
-from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Round, StatelessPolicy
+from smart_decoding.core.policies.base import StatelessPolicy
+from smart_decoding.core.rule import TreeRule
+from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
-from smart_decoding.engine.engine import Engine
-from smart_decoding.engine.request import Request
 from smart_decoding.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smart_decoding.bench.blocks import Prompt
+    from smart_decoding.core.policies.base import BatchState
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.engine.request import Request
 
 LEVELS, CHILDREN, WIDTH = 8, 10, 16
 
@@ -162,22 +166,12 @@ class Wide(StatelessPolicy):
     def __init__(self, levels: int = LEVELS, children: int = CHILDREN, width: int = WIDTH) -> None:
         self.levels, self.children, self.width = levels, children, width
 
-    def plan(self, batch: BatchState) -> DraftPlan:
-        return DraftPlan(True, self.levels, self.children, self.width * batch.size)
-
-    def frontier(
-        self, plan: DraftPlan, batch: BatchState, trees: DraftTrees, level: int
-    ) -> IntArray | None:
-        nodes = np.flatnonzero((trees.depth == level) & (trees.source == 0))
-        return (
-            best_per_owner(trees, nodes, trees.path_prob[nodes], self.width) if len(nodes) else None
-        )
-
-    def select(self, plan: DraftPlan, batch: BatchState, trees: DraftTrees) -> IntArray:
-        return np.zeros(0, np.int64)
-
-    def observe(self, round: Round) -> None:
-        pass
+    def plan(self, batch: BatchState) -> TreeRule:
+        """All levels, whatever the requests could still use."""
+        deepest = np.full(batch.size, self.levels + 1)
+        ends = np.zeros(0, np.int64)
+        beam = Beam(self.width)
+        return TreeRule(self.levels, self.children, deepest, ends, beam, KeepBest(0))
 
 
 def record(

@@ -1,16 +1,31 @@
-"""Policies in the simulated world against full knowledge: regret."""
+"""Policies in the simulated world against full knowledge and against plain decoding: regret.
+
+The drafter is good all the time, hopeless all the time, or turns bad and good again. With
+`--against OLD.json` (an earlier run's `--json`) each line says how much the rate has changed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
+from smart_decoding.bench.options import BASELINE, check_outputs
+from smart_decoding.bench.provenance import write_json
+from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_lab.simulation import World, full_knowledge, run
 
-# Shapes of measured machines: seconds of a forward by rows (2 CPU cores in bf16; per-row costs;
-# cheap rows on a GPU).
+# Shapes of measured machines: milliseconds of a forward by rows (2 CPU cores in bf16; per-row
+# costs; cheap rows on a GPU).
 CPU_1 = {1: 21.6, 2: 24.1, 4: 21.9, 8: 24.8, 16: 30.6, 32: 45.3, 64: 74.2}
 CPU_4 = {4: 23.1, 8: 27.2, 16: 33.7, 32: 51.4, 64: 87.8, 128: 149.0, 256: 267.0}
 DRAFT = {1: 1.2, 4: 1.4, 8: 1.7, 16: 2.3, 64: 5.0, 128: 9.0}
@@ -19,35 +34,102 @@ MACHINES = {
     "linear rows": CostModel.from_table({1: {1: 10.0, 64: 220.0}}, DRAFT),
     "cheap rows": CostModel.from_table({1: {1: 30.0, 512: 40.0}}, DRAFT),
 }
+BAD = range(300, 700)
+SCENARIOS: Mapping[str, Callable[[int], bool]] = {
+    "good": lambda _: True,
+    "hopeless": lambda _: False,
+    "bad for a while": lambda index: index not in BAD,
+}
+WORSE = 0.01  # of the rate: more than that is told
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One world."""
+
+    machine: str
+    batch_size: int
+    scenario: str
+    seed: int
+    rounds: int
+    policies: tuple[str, ...]
+
+
+def simulated(cell: Cell) -> list[dict[str, Any]]:
+    """Each policy's rate over full knowledge's and over plain decoding's."""
+    costs = MACHINES[cell.machine]
+    world = World(cell.seed, cell.batch_size, costs, SCENARIOS[cell.scenario])
+    span = range(cell.rounds)
+    best = full_knowledge(world, span).rate
+    plain = run(make_policy(BASELINE), world, span).rate
+    rows = []
+    for policy in cell.policies:
+        found = run(make_policy(policy, {"cost": costs}), world, span)
+        row = {name: value for name, value in asdict(cell).items() if name != "policies"}
+        row |= {"policy": policy, "over_best": found.rate / best, "over_plain": found.rate / plain}
+        rows.append({**row, "off_share": found.off / len(span), "nodes": found.nodes / len(span)})
+    return rows
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], dict[str, float]]:
+    """(machine, batch size, scenario, policy) -> the figures' means over seeds."""
+    keys = ("machine", "batch_size", "scenario", "policy")
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    figures = ("over_best", "over_plain", "off_share", "nodes")
+    return {
+        group: {name: float(np.mean([row[name] for row in of_group])) for name in figures}
+        for group, of_group in groups.items()
+    }
+
+
+def table(found: Mapping[tuple[Any, ...], Mapping[str, float]], before: Any = None) -> str:
+    """A line for each world and policy."""
+    changed = "   change" if before else ""
+    lines = [
+        f"{'machine':20} {'batch':>5}  {'drafter':16}{'policy':>17}"
+        f"{'over plain':>12}{'over full knowledge':>21}{'nodes':>8}{'off':>6}{changed}"
+    ]
+    for group, row in found.items():
+        machine, batch, scenario, policy = group
+        line = f"{machine:20} {batch:5}  {scenario:16}{policy:>17}{row['over_plain']:12.3f}"
+        line += f"{row['over_best']:21.3f}{row['nodes']:8.1f}{row['off_share']:6.0%}"
+        if before and group in before:
+            change = row["over_plain"] / before[group]["over_plain"] - 1
+            line += f"{change:+9.1%}{'  WORSE' if change < -WORSE else ''}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How long to simulate."""
-    parser.add_argument("rounds", type=int, nargs="?", default=400)
+    """What to simulate, and how long."""
+    add = parser.add_argument
+    add("--rounds", type=int, default=1200)
+    add("--seeds", type=int, default=1, help="worlds whose mean is told")
+    add("--batch-sizes", type=whole_numbers, default=(1, 4, 16), metavar="1,4")
+    add("--policies", type=words, default=("smart",), metavar="A,B")
+    add("--against", type=Path, metavar="OLD.json", help="an earlier run, to compare with")
+    add("--processes", type=int, default=2)
+    add("--json", type=Path, metavar="FILE")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints a table, then one line of JSON."""
-    figures = []
-    head = f"{'machine':22}{'batch':>6}{'policy':>14}{'speedup':>9}"
-    print(f"{head}{'regret':>8}{'nodes/round':>13}{'off':>6}")
-    for machine, costs in MACHINES.items():
-        for batch in (1, 4, 16):
-            world = World(1, batch, costs)
-            span = range(args.rounds // batch)
-            best = full_knowledge(world, span)
-            plain = run(make_policy("off"), world, span)
-            rows = {"full knowledge": best}
-            for name in ("smart", "paper", "eagle2", "chain"):
-                rows[name] = run(make_policy(name, {"cost": costs}), world, span)
-            for name, totals in rows.items():
-                regret = 1 - totals.rate / best.rate
-                figures.append(
-                    {"machine": machine, "batch": batch, "policy": name, "regret": regret}
-                )
-                print(
-                    f"{machine:22}{batch:6}{name:>15}{totals.rate / plain.rate:8.3f}{regret:8.1%}"
-                    f"{totals.nodes / len(span):13.1f}{totals.off / len(span):6.0%}"
-                )
-    print(json.dumps({"regret": figures}))
-    return 0
+    """Prints a table; 1 if anything is worse than before by more than a hundredth."""
+    check_outputs((args.json,), None)
+    before = means(json.loads(args.against.read_text())["regret"]) if args.against else None
+    cells = [
+        Cell(machine, size, scenario, seed, args.rounds, tuple(args.policies))
+        for machine in MACHINES
+        for size in args.batch_sizes
+        for scenario in SCENARIOS
+        for seed in range(1, args.seeds + 1)
+    ]
+    with ProcessPoolExecutor(args.processes) as pool:
+        done = tqdm(pool.map(simulated, cells), total=len(cells), desc="simulating", leave=False)
+        rows = [row for of_cell in done for row in of_cell]
+    told = table(means(rows), before)
+    print(told)
+    if args.json is not None:
+        write_json(args.json, {"regret": rows})
+    return int("WORSE" in told)

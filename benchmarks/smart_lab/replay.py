@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from smart_decoding.core.calibration import path_products
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Policy, Round
+from smart_decoding.core.policies.base import BatchState, Round
+from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.errors import ConfigError
-from smart_lab.recording import Recording
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.base import Policy
+    from smart_decoding.core.rule import TreeRule
+    from smart_lab.recording import Recording
 
 DEEPEST = 64  # no policy drafts deeper
 Clock = Callable[[], float]
@@ -117,7 +122,8 @@ class RoundCosts(Protocol):
 @dataclass(slots=True)
 class Replayed:
     """Sums over the decoding rounds at full batch. rows: of the verifying forwards; kept: verified
-    nodes; off: rounds without drafting; missing: drafts that the recording lacked; own_seconds: the
+    nodes; off: rounds without drafting; chains: those that verified no two children of one node,
+    but some node (a sweep counts none); missing: drafts that the recording lacked; own_seconds: the
     policy's own."""
 
     batch_size: int
@@ -129,6 +135,7 @@ class Replayed:
     kept: int = 0
     levels: int = 0
     off: int = 0
+    chains: int = 0
     own_seconds: float = 0.0
 
     @property
@@ -264,13 +271,14 @@ class Source:
 @dataclass(slots=True)
 class Drafted:
     """What a policy made of one round. expanded: the owners of the nodes that each level expanded;
-    missing: [batch] drafts that the recording lacks."""
+    missing: [batch] drafts that the recording lacks; planning: the policy's seconds."""
 
     batch: BatchState
-    plan: DraftPlan
+    rule: TreeRule | None
     trees: DraftTrees
     kept: IntArray
     missing: IntArray
+    planning: float
     expanded: list[IntArray] = field(default_factory=list)
 
     @property
@@ -282,30 +290,29 @@ class Drafted:
         ]
 
 
-def draft(policy: Policy, walk: Walk) -> Drafted:
-    """Lets the policy draft and select, level by level."""
-    batch, source = walk.state(), Source(walk.recording, walk.position)
+def draft(policy: Policy, walk: Walk, clock: Clock = lambda: 0.0) -> Drafted:
+    """The trees by the policy's rule, level by level."""
+    batch = walk.state()
     if hasattr(policy, "foresee"):
         policy.foresee(walk)
-    done = Drafted(
-        batch,
-        policy.plan(batch),
-        DraftTrees.empty(batch.size),
-        np.zeros(0, np.int64),
-        source.missing,
-    )
-    plan, trees = done.plan, done.trees
+    started = clock()
+    rule = policy.plan(batch)
+    planning = clock() - started
+    trees = DraftTrees.empty(batch.size)
+    if rule is None:
+        return Drafted(batch, None, trees, NO_NODES, np.zeros(batch.size, np.int64), planning)
+    source = Source(walk.recording, walk.position)
+    done = Drafted(batch, rule, trees, NO_NODES, source.missing, planning)
     owners: IntArray | None = np.arange(batch.size)
     parents: IntArray = np.full(batch.size, ROOT)
-    for level in range(1, (plan.levels if plan.speculate else 0) + 1):
+    for level in range(1, rule.levels + 1):
         done.expanded.append(trees.owner[parents] if owners is None else owners)
-        source.expand(trees, parents, plan.children, owners)
-        nodes = policy.frontier(plan, batch, trees, level) if level < plan.levels else None
-        if nodes is None or not len(nodes):
+        source.expand(trees, parents, rule.children, owners)
+        parents = rule.frontier(trees, level)
+        owners = None
+        if not len(parents):
             break
-        parents, owners = nodes, None
-    if len(trees):
-        done.kept = policy.select(plan, batch, trees)
+    done.kept = rule.select(trees)
     return done
 
 
@@ -325,7 +332,7 @@ def replay(
     cost: CostModel,
     batch_size: int,
     host: HostCosts | None = None,
-    own_time: Clock | None = None,
+    own_time: Clock = lambda: 0.0,
     rounds: int | None = None,
     costs: RoundCosts | None = None,
 ) -> Replayed:
@@ -333,8 +340,8 @@ def replay(
     until it runs dry, and then rounds of smaller batches are left out, as in the live benchmark.
 
     host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the
-    policy itself, whose seconds then count, too. rounds: stop after so many. costs: what steps
-    really take (default: by `cost`)."""
+    policy's plans and lessons, whose seconds then count, too; to follow a rule is the engine's.
+    rounds: stop after so many. costs: what steps really take (default: by `cost`)."""
     walk, result = Walk(recording, batch_size), Replayed(batch_size)
     costs = costs or StepCosts(cost, batch_size)
     host = host or HostCosts.of(cost)
@@ -348,26 +355,24 @@ def _round(
     walk: Walk,
     costs: RoundCosts,
     host: HostCosts,
-    clock: Clock | None,
+    clock: Clock,
     result: Replayed,
 ) -> None:
-    started = clock() if clock else 0.0
-    done = draft(policy, walk)
-    own = clock() - started if clock else 0.0
+    done = draft(policy, walk, clock)
     size = done.batch.size
     widths = done.widths
     context = float(done.batch.context.sum()) / size
     levels = costs.levels(widths, context)
     rows = size + len(done.kept)
     verify = costs.verify(rows, context)
-    beyond = host.seconds(size, bool(widths)) + own
+    beyond = host.seconds(size, bool(widths)) + done.planning
     truth, emitted = _judged(done, walk)
     round_ = Round(
-        done.batch, done.plan, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond
+        done.batch, done.rule, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond
     )
-    started = clock() if clock else 0.0
+    started = clock()
     policy.observe(round_)
-    learning = clock() - started if clock else 0.0
+    learning = clock() - started
     walk.advance(emitted, bool(widths))
     costs.advance(int(emitted.sum()))
     result.tokens += int(emitted.sum())
@@ -378,7 +383,8 @@ def _round(
     result.kept += len(done.kept)
     result.levels += len(widths)
     result.off += not widths
-    result.own_seconds += own + learning
+    result.chains += _are_chains(done.trees, done.kept)
+    result.own_seconds += done.planning + learning
 
 
 def _judged(done: Drafted, walk: Walk) -> tuple[tuple[IntArray, IntArray], IntArray]:
@@ -393,6 +399,12 @@ def _judged(done: Drafted, walk: Walk) -> tuple[tuple[IntArray, IntArray], IntAr
         behind = np.where(on_path, walk.truth(trees.owner, trees.depth + 1), -1)
     root_next = walk.truth(np.arange(size), np.ones(size, np.int64))
     return (behind, root_next), emitted
+
+
+def _are_chains(trees: DraftTrees, kept: IntArray) -> bool:
+    """Whether something is verified, and each request's is a chain."""
+    place = trees.owner[kept] * (DEEPEST + 1) + trees.depth[kept]
+    return 0 < len(kept) == len(np.unique(place))
 
 
 def _padded(answers: list[IntArray]) -> tuple[IntArray, IntArray]:

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,14 +32,9 @@ from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.provenance import memory, provenance
 from smart_decoding.bench.traffic import Sizes, achieved
 from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.protocol import DraftPlan
-from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.drafters.eagle import EagleDrafter
-from smart_decoding.drafters.levels import Ranked
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.protocols import TargetScores
-from smart_decoding.engine.request import Request
-from smart_decoding.engine.rows import Rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig
@@ -51,9 +46,16 @@ from smart_decoding.profiling.measure import measure as profile
 from smart_decoding.speculation import ROUND_OVERHEAD, SCRATCH_PAGES
 from smart_lab.hardware import dimensions
 from smart_lab.options import LabOptions, command_of
-from smart_lab.recording import Recording
 from smart_lab.replay import Source
 from smart_lab.trace import Trace, read_trace
+
+if TYPE_CHECKING:
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.drafters.levels import Ranked
+    from smart_decoding.engine.request import Request
+    from smart_decoding.engine.rows import Rows
+    from smart_lab.recording import Recording
 
 SCALE = 0.02  # of random weights: activations stay finite through many layers
 DRAFT_VOCAB = 32000  # rows of the head's output matrix, as EAGLE-3's for Llama-3.1-8B
@@ -141,16 +143,17 @@ class ReplayedDrafter(EagleDrafter):
         self, head: EagleHead, recording: Recording, pool_pages: int, scratch_pages: int
     ) -> None:
         super().__init__(head, pool_pages, scratch_pages)
+        self.grow = None  # in one call the head's own candidates would be taken
         self._recording = recording
 
-    def start(self, requests: Sequence[Request], plan: DraftPlan) -> DraftTrees:
+    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         answers = [self._recording.answers[request.tokens[0]] for request in requests]
         roots = [
             a.first + min(len(r.output), a.positions) - 1
             for a, r in zip(answers, requests, strict=True)
         ]
         self._source = Source(self._recording, np.array(roots, np.int64))
-        return super().start(requests, plan)
+        return super().start(requests, rule)
 
     def _append(
         self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked

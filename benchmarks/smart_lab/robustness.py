@@ -21,13 +21,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from smart_decoding.bench.arguments import whole_numbers, words
 
 from smart_decoding import LLM
 from smart_decoding.bench.blocks import Block, Prompt
@@ -38,14 +37,17 @@ from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.bench.resume import Progress
 from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.summary import decode_speedup, end_to_end_speedup
+from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.policies.smart import Smart
-from smart_decoding.engine.engine import Engine
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.head_files import load_head
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import TrainableHead, form_of
 from smart_lab.ablations import VARIANTS
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
 
 MODEL, WINDOW, MOST_ROUNDS = "smollm2-135m", 16, 160
 STEPS, LENGTH = 60, 128  # of training the other head
@@ -238,7 +240,7 @@ class Bench:
                 if done.batch.size and not done.batch.prefill_rows:
                     context = float(done.batch.context[0])
                     expected = float(cost.verify_seconds(1, done.verify_rows, context))
-                    seen.append((bool(done.plan.speculate), done.verify_seconds / expected))
+                    seen.append((done.rule is not None, done.verify_seconds / expected))
             if len(seen) >= MOST_ROUNDS + WINDOW:
                 break
         return seen

@@ -4,7 +4,7 @@ probabilities came true."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from smart_decoding.bench.reliability import BINS, Floats
 from smart_decoding.bench.report import PLAIN
 from smart_decoding.bench.results import Results, Run, mapping
 from smart_decoding.bench.sections import number
-from smart_decoding.core.cost import CostModel
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
 
 # rows per request beyond which a policy would push all others to the left of the cost figure
 FAR = 24

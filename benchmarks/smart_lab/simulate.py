@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.core.cost import CostModel
-from smart_lab.recording import Recording
 from smart_lab.replay import HostCosts, Replayed, replay
 from smart_lab.sweep import Setting, Sweep
-from smart_lab.trace import Trace
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_lab.recording import Recording
+    from smart_lab.trace import Trace
 
 # Few settings of `eagle2` that are best somewhere; EAGLE-2's own is apart.
 SETTINGS: Sequence[Setting] = [

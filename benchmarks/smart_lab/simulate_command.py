@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -16,10 +17,12 @@ from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
 from smart_lab.recording import Answer, Recording
-from smart_lab.replay import HostCosts
 from smart_lab.simulate import EAGLE2, EAGLE_2, PAPER, SMART, Simulation, Simulator, name_of
-from smart_lab.sweep import Setting
 from smart_lab.trace import Trace, read_trace
+
+if TYPE_CHECKING:
+    from smart_lab.replay import HostCosts
+    from smart_lab.sweep import Setting
 
 MEASURED, MODEL = "measured", "llama-3.1-8b"
 LARGEST = 256  # batch size

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smart_decoding.core.acceptance import accept
+from smart_decoding.core.calibration import path_products
 from smart_decoding.core.choice import best_size, ranked
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.protocol import BatchState, DraftPlan, Policy, Round
+from smart_decoding.core.policies.base import BatchState, Round
+from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.base import Policy
+    from smart_decoding.core.rule import TreeRule
 
 CHILDREN = 8
 TRUST = np.array(
@@ -141,24 +148,25 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
     nodes = off = catch_up = 0
     for index in rounds:
         batch = world.state(catch_up)
-        plan = policy.plan(batch)
+        rule = policy.plan(batch)
         trees = DraftTrees.empty(world.batch)
         widths: list[int] = []
         times: list[float] = []
-        if plan.speculate and plan.levels:
-            widths, times = _draft(policy, plan, batch, world, index, trees)
-        kept = policy.select(plan, batch, trees) if plan.speculate else np.zeros(0, np.int64)
+        kept = NO_NODES
+        if rule is not None:
+            widths, times = _draft(rule, batch, world, index, trees)
+            kept = rule.select(trees)
         root_next, next_token = world.walk(trees, index, kept)
         verify = float(world.costs.verify_seconds(world.batch, world.batch + len(kept), CONTEXT))
-        rows, beyond = world.batch + len(kept), world.overhead if plan.speculate else 0.0
+        rows, beyond = world.batch + len(kept), world.overhead if rule else 0.0
         policy.observe(
             Round(
-                batch, plan, trees, kept, next_token, root_next, widths, times, rows, verify, beyond
+                batch, rule, trees, kept, next_token, root_next, widths, times, rows, verify, beyond
             )
         )
         tokens += world.batch + _path_gain(trees, world.true_prob(trees, index))[kept].sum()
         seconds += verify + sum(times) + beyond
-        nodes, off = nodes + len(kept), off + (not plan.speculate)
+        nodes, off = nodes + len(kept), off + (rule is None)
         catch_up = 0 if widths else min(catch_up + world.batch, WAITING * world.batch)
     return Totals(float(tokens), seconds, nodes, off)
 
@@ -174,7 +182,7 @@ def full_knowledge(
     plain = float(world.costs.verify_seconds(size, size, CONTEXT))
     for index in rounds:
         best = (size / plain, float(size), plain, 0)
-        for width in widths:
+        for width in widths if world.good(index) else ():
             trees, sunk = DraftTrees.empty(size), 0.0
             parents = np.full(size, -1)
             for level in range(1, levels + 1):
@@ -195,28 +203,24 @@ def full_knowledge(
 
 
 def _draft(
-    policy: Policy, plan: DraftPlan, batch: BatchState, world: World, index: int, trees: DraftTrees
+    rule: TreeRule, batch: BatchState, world: World, index: int, trees: DraftTrees
 ) -> tuple[list[int], list[float]]:
     parents: IntArray = np.full(world.batch, -1)
     widths, times = [], []
-    for level in range(1, plan.levels + 1):
-        world.expand(index, trees, parents, plan.children, level)
+    for level in range(1, rule.levels + 1):
+        world.expand(index, trees, parents, rule.children, level)
         rows = len(parents) + (batch.catch_up_rows if level == 1 else 0)
         widths.append(rows)
         times.append(float(world.costs.draft_seconds(rows, CONTEXT)))
-        chosen = policy.frontier(plan, batch, trees, level) if level < plan.levels else None
-        if chosen is None:
+        parents = rule.frontier(trees, level)
+        if not len(parents):
             break
-        parents = chosen
     return widths, times
 
 
 def _path_gain(trees: DraftTrees, conditional: FloatArray) -> FloatArray:
-    gain = conditional.copy()
-    for node, parent in enumerate(trees.parent):
-        if parent >= 0:
-            gain[node] *= gain[parent]
-    return gain
+    """[nodes] probability that the target chooses the whole path."""
+    return path_products(trees.parent, conditional, int(trees.depth.max(initial=0)))
 
 
 def _places(trees: DraftTrees, parents: IntArray, batch: int) -> IntArray:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies.eagle2 import Eagle2
-from smart_decoding.core.policies.protocol import Policy
-from smart_decoding.core.tree import IntArray
-from smart_lab.recording import Recording
 from smart_lab.replay import HostCosts, Replayed, StepCosts, Walk, accepted, draft
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.base import Policy
+    from smart_decoding.core.tree import IntArray
+    from smart_lab.recording import Recording
 
 CHUNK = 512  # positions drawn together: memory
 Setting = dict[str, int]

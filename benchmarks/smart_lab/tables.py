@@ -4,12 +4,11 @@ benchmarks/results."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smart_decoding.bench.names import short_names
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.report import speedups
-from smart_decoding.bench.results import Run
 from smart_decoding.bench.sections import (
     UNKNOWN,
     Cell,
@@ -20,7 +19,10 @@ from smart_decoding.bench.sections import (
     text_of,
 )
 from smart_decoding.bench.summary import POOLED
-from smart_lab.results import LabResults
+
+if TYPE_CHECKING:
+    from smart_decoding.bench.results import Run
+    from smart_lab.results import LabResults
 
 Replayed = Mapping[str, Mapping[str, Any]]
 VARIANTS = (

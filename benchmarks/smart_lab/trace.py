@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,11 +19,13 @@ from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import Forecast
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.protocol import Policy
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.files import whole
 from smart_lab.recording import Answer, Recording
 from smart_lab.replay import HostCosts
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import Policy
 
 MAGIC, VERSION = b"smart-recording", b"1"
 

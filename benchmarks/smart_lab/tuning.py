@@ -6,21 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import Arm
-from smart_decoding.bench.resume import Progress
-from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
-from smart_decoding.llm import LLM
-from smart_lab.options import LabOptions
 from smart_lab.replay import HostCosts, replay
 from smart_lab.simulate import enough
 from smart_lab.sweep import Sweep
 from smart_lab.trace import Trace
+
+if TYPE_CHECKING:
+    from smart_decoding.bench.resume import Progress
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.llm import LLM
+    from smart_lab.options import LabOptions
 
 PER_TASK = 8  # prompts, or more where large batches need them
 PAPER_ROUNDS, PAPER_LEAST = 240, 24  # of requests; of the batch

@@ -4,11 +4,14 @@ and every step is noisy."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.cost import CostModel
 from smart_lab.replay import StepCosts
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
 
 OUTLIERS, OUTLIER = 0.03, 1.5  # share of steps that take so many times as long
 

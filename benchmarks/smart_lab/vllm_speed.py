@@ -29,11 +29,10 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from smart_decoding.bench.arguments import whole_numbers
-
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.provenance import plain
 from smart_decoding.bench.statistics import Pair, paired_ratio
+from smart_decoding.cli.arguments import whole_numbers
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.chooser import NumpyChooser
-from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.ablations import (
     ABLATIONS,
     VARIANTS,
+    EvenKeep,
     Foreseeing,
     FrozenCosts,
     askew,
@@ -18,8 +17,7 @@ from smart_lab.ablations import (
     raw,
     smart,
 )
-from smart_lab.replay import Walk, draft, replay
-from smart_lab.simulation import World
+from smart_lab.replay import Replayed, Walk, draft, replay
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
 
@@ -49,10 +47,12 @@ def test_every_variant_decodes_all_answers_and_smart_is_no_worse_than_the_clumsy
     best = speeds["smart"].tokens_per_s
     assert best > 1.02 * speeds["stop rule: always 8 levels"].tokens_per_s
     assert best > 0.93 * max(result.tokens_per_s for result in speeds.values())
-    assert (
-        speeds["stop rule: always 8 levels"].levels
-        > 6 * speeds["stop rule: always 8 levels"].rounds
-    )
+    assert levels_of(speeds["stop rule: always 8 levels"]) > 6
+
+
+def levels_of(result: Replayed) -> float:
+    """Levels of a round that drafts."""
+    return result.levels / (result.rounds - result.off)
 
 
 def test_an_even_budget_gives_every_request_as_many_nodes(trace):
@@ -149,23 +149,21 @@ def test_variants_wrap_a_running_policy(trace):
             assert found.rows == 4 * found.rounds
 
 
-def test_a_drafter_that_grows_whole_trees_asks_variants_what_to_expand(trace):
-    """A plan that holds `smart`'s own answers as data would leave the variant out, live."""
+def test_a_variant_exchanges_data_that_executes_by_itself(trace):
+    """Whoever follows the rule, in one call or level by level, follows the variant."""
+    batch = Walk(trace.recording, 2).state()
+    own = smart(trace, FLAT).plan(batch)
+    exchanged = VARIANTS["all_levels"](smart(trace, FLAT)).plan(batch)
+    assert own.grow != exchanged.grow
+    assert isinstance(exchanged.keep, type(own.keep))
+    assert isinstance(VARIANTS["even_budget"](smart(trace, FLAT)).plan(batch).keep, EvenKeep)
 
-    class Grows(NumpyChooser):
-        grows = True
 
-    def plan(variant):
-        policy = (
-            VARIANTS[variant](Smart(FLAT, chooser=Grows()))
-            if variant
-            else Smart(FLAT, chooser=Grows())
-        )
-        found = policy.plan(World(5, 2, FLAT).state())
-        assert found.speculate
-        return found
-
-    assert plan(None).growth is not None
-    assert plan("all_levels").growth is None
-    assert plan("even_budget").growth is None
-    assert plan("cheap_costs").growth is not None
+def test_looking_back_stops_at_the_level_that_made_the_round_worse(trace):
+    dear = CostModel.from_table({1: {1: 1.0, 64: 1.5}}, {1: 0.5, 64: 0.6})
+    back, all_of_them = (
+        replay(ABLATIONS[name](trace, dear), trace.recording, dear, 2, rounds=40)
+        for name in ("stop rule: look back", "stop rule: always 8 levels")
+    )
+    assert 1 < levels_of(back) < 4
+    assert levels_of(all_of_them) > 6

@@ -20,19 +20,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smart_decoding.bench.blocks import Prompt, run_block
 from smart_decoding.bench.load import in_turn
-from smart_decoding.bench.resume import Progress
 from smart_decoding.bench.statistics import Pair, Ratio, paired_ratio
-from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError, SmartError
-from smart_lab.options import LabOptions
 from smart_lab.peers.catalogue import ENVIRONMENTS, Peer, environments_of, python_in, wanted
 from smart_lab.peers.environment import python_for
 from smart_lab.peers.weights import weights_for
+
+if TYPE_CHECKING:
+    from smart_decoding.bench.resume import Progress
+    from smart_decoding.engine.engine import Engine
+    from smart_lab.options import LabOptions
 
 CHUNKS, MOST = (
     6,

@@ -1,0 +1,203 @@
+"""What policies and variants of `smart` gain by replay, over several machines' costs and batch
+sizes.
+
+    python -m smart_lab ablate answers.smart
+    python -m smart_lab ablate answers.smart smart "greedy rule" eagle2:depth=2,top_k=3
+
+A gain is tokens per second over those of another policy (plain decoding, unless told otherwise) on
+the same answers in the same order at the same costs. Nothing is timed. With several orders a cell
+is their mean, with its standard error in thousandths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from smart_decoding.bench.options import BASELINE, check_outputs, parse_setting
+from smart_decoding.bench.provenance import write_json
+from smart_decoding.cli.arguments import whole_numbers, words
+from smart_lab.ablations import ABLATIONS, VARIANTS, smart
+from smart_lab.machines import costs_of
+from smart_lab.recording import Recording
+from smart_lab.replay import replay
+from smart_lab.trace import Trace, read_trace
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.base import Policy
+
+QUEUE = 3  # answers of a replay, in batches, at least
+ALL = "all machines"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One order of the answers on one machine at one batch size, for all contestants."""
+
+    machine: str
+    batch_size: int
+    order: int
+
+
+class Ablation:
+    """A recording, machines and contestants."""
+
+    def __init__(
+        self, trace: Trace, costs: Mapping[str, CostModel], names: Sequence[str], answers: int
+    ) -> None:
+        """answers: replay no more than so many, or as many as the batch needs."""
+        self.trace = trace
+        self.costs = costs
+        self.names = names
+        self._answers = answers
+
+    def replayed(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """Contestant -> what its replay counted, and its tokens per second."""
+        recording = ordered(self.trace.recording, cell.order, cell.batch_size, self._answers)
+        cost = self.costs[cell.machine]
+        found = {}
+        for name in self.names:
+            result = replay(contestant(name, self.trace, cost), recording, cost, cell.batch_size)
+            found[name] = {**asdict(result), "tokens_per_s": result.tokens_per_s}
+        return found
+
+
+def ordered(recording: Recording, order: int, batch_size: int, most: int) -> Recording:
+    """The answers as recorded (order 0) or shuffled, used again where the queue would be short."""
+    usable = [answer for answer in recording.answers if answer.positions > 0]
+    count = max(min(most, len(usable)), QUEUE * batch_size)
+    rng = np.random.default_rng(order)
+    answers: list[Any] = []
+    while len(answers) < count:
+        turn = rng.permutation(len(usable)) if order else np.arange(len(usable))
+        answers += [usable[i] for i in turn]
+    return Recording(
+        answers[:count], recording.token, recording.prob, recording.count, recording.child
+    )
+
+
+def contestant(name: str, trace: Trace, cost: CostModel) -> Policy:
+    """A variant of `smart`, or a policy with options ('eagle2:depth=2,top_k=3'). Raises ConfigError
+    for a name that is neither."""
+    if name in ABLATIONS:
+        return ABLATIONS[name](trace, cost)
+    if name in VARIANTS:
+        return VARIANTS[name](smart(trace, cost))
+    arm = parse_setting(name)
+    return trace.policy(arm.policy, cost, **arm.options)
+
+
+def gains(
+    found: Mapping[Cell, Mapping[str, Mapping[str, Any]]], name: str, base: str
+) -> dict[tuple[str, int], list[float]]:
+    """(machine, batch size) -> the gain over `base` in each order."""
+    result: dict[tuple[str, int], list[float]] = {}
+    for cell, rows in found.items():
+        gain = rows[name]["tokens_per_s"] / rows[base]["tokens_per_s"]
+        result.setdefault((cell.machine, cell.batch_size), []).append(gain)
+    return result
+
+
+def table(
+    found: Mapping[Cell, Mapping[str, Mapping[str, Any]]], names: Sequence[str], base: str
+) -> str:
+    """A block of lines for each machine, then their geometric mean; columns are batch sizes."""
+    machines = list(dict.fromkeys(cell.machine for cell in found))
+    sizes = sorted({cell.batch_size for cell in found})
+    wide = max(map(len, names)) + 2
+    heads = "".join(f"{f'batch {size}':>12}" for size in sizes)
+    lines = [f"tokens per second over {base}", f"{'':{wide}}{heads}{'mean':>12}"]
+    of_name = {name: gains(found, name, base) for name in names}
+    for machine in (*machines, ALL):
+        lines.append(machine)
+        for name in names:
+            cells = list(_cells(of_name[name], machines if machine == ALL else [machine], sizes))
+            cells.append(_mean(cells))
+            lines.append(f"  {name:{wide - 2}}" + "".join(f"{_told(c):>12}" for c in cells))
+    return "\n".join(lines)
+
+
+def _cells(
+    values: Mapping[tuple[str, int], Sequence[float]], machines: Sequence[str], sizes: Sequence[int]
+) -> Iterator[list[float]]:
+    """For each batch size the machines' geometric mean in each order."""
+    for size in sizes:
+        yield _mean([list(values[machine, size]) for machine in machines])
+
+
+def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
+    """The geometric mean over rows, order by order."""
+    mean: list[float] = np.exp(np.log(np.array(rows)).mean(axis=0)).tolist()
+    return mean
+
+
+def _told(orders: Sequence[float]) -> str:
+    mean = float(np.mean(orders))
+    if len(orders) < 2:
+        return f"{mean:.3f}"
+    error = float(np.std(orders, ddof=1)) / math.sqrt(len(orders))
+    return f"{mean:.3f} ({1000 * error:.0f})"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recording, who is compared, and where."""
+    add = parser.add_argument
+    add("trace", type=Path, help="a recording by `bench --record`")
+    named = f"policies, with options if any, or variants: {', '.join([*ABLATIONS, *VARIANTS])}"
+    add("names", nargs="*", default=list(ABLATIONS), metavar="NAME", help=named)
+    machines = "of benchmarks/results, or cards (default: all measured ones and l40s)"
+    add("--machines", type=words, default=(), metavar="A,B", help=machines)
+    add("--batch-sizes", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,4")
+    add("--orders", type=int, default=1, help="shuffles of the answers, for the spread")
+    fewer = "answers replayed at most, where the batch does not need more"
+    add("--answers", type=int, default=1000, help=fewer)
+    add("--over", default=BASELINE, metavar="NAME", help="whose tokens per second are 1")
+    add("--processes", type=int, default=2)
+    add("--json", type=Path, metavar="FILE")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints one table. Raises ConfigError for unknown names and unusable files."""
+    check_outputs((args.json,), None)
+    names = list(dict.fromkeys((args.over, *args.names)))
+    ablation = Ablation(read_trace(args.trace), costs_of(args.machines), names, args.answers)
+    for name in names:
+        contestant(name, ablation.trace, next(iter(ablation.costs.values())))
+    found = run(ablation, args.batch_sizes, range(args.orders), args.processes)
+    print(table(found, [name for name in names if name != args.over], args.over))
+    if args.json is not None:
+        rows = [{**asdict(cell), "replayed": of_cell} for cell, of_cell in found.items()]
+        write_json(args.json, {"over": args.over, "cells": rows})
+    return 0
+
+
+def run(
+    ablation: Ablation, sizes: Sequence[int], orders: Sequence[int], processes: int
+) -> dict[Cell, dict[str, dict[str, Any]]]:
+    """All cells, each in one process."""
+    cells = [Cell(m, size, order) for m in ablation.costs for size in sizes for order in orders]
+    with ProcessPoolExecutor(processes, initializer=_begin, initargs=(ablation,)) as pool:
+        replayed = pool.map(_replayed, cells)
+        results = list(tqdm(replayed, total=len(cells), desc="replaying", leave=False))
+    return dict(zip(cells, results, strict=True))
+
+
+_ablation: Ablation  # of a worker process
+
+
+def _begin(ablation: Ablation) -> None:
+    global _ablation
+    _ablation = ablation
+
+
+def _replayed(cell: Cell) -> dict[str, dict[str, Any]]:
+    return _ablation.replayed(cell)

@@ -1,0 +1,44 @@
+"""The machines whose costs replays use: those of `benchmarks/results`, and cards by their data
+sheets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from smart_decoding.core.cost import CostModel
+from smart_decoding.errors import ConfigError
+from smart_lab.hardware import card, dimensions, roofline
+
+RESULTS = Path(__file__).parents[1] / "results"
+CARD, CARD_MODEL = "l40s", "llama-3.1-8b"
+
+
+def measured(folder: Path = RESULTS) -> dict[str, CostModel]:
+    """Machine -> the costs of its latest benchmark that has any."""
+    found = {}
+    for path in sorted(folder.glob("*/*bench.json")):
+        cost = json.loads(path.read_text(encoding="utf-8")).get("cost")
+        if cost:
+            found[path.parent.name] = CostModel.from_dict(cost)
+    return found
+
+
+def costs_of(names: Sequence[str] = ()) -> dict[str, CostModel]:
+    """The costs of machines and cards by name; of all measured machines and one card by default.
+
+    Raises ConfigError for a name that is neither."""
+    known = measured()
+    result = {}
+    for name in names or (*known, CARD):
+        if name in known:
+            result[name] = known[name]
+            continue
+        try:
+            result[name] = roofline(card(name), dimensions(CARD_MODEL))
+        except ConfigError as error:
+            raise ConfigError(
+                f"no costs of {name!r}; measured: {', '.join(known)}; else {error}"
+            ) from error
+    return result
