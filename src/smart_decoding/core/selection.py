@@ -194,11 +194,13 @@ class MarginalRatio:
 
         alpha * ΔL / ΔC_spec(n + 1) > L / C_spec(n),      ΔL = path_prob / paths
 
-    for n nodes so far, L = 1 at first. Kept nodes are expanded, and verified.
+    for n nodes so far. L is 1 and the mean, over root-to-leaf paths, of the sum of path_prob along
+    the path. Kept nodes are expanded, and verified.
 
     spent: [budget + 1] C_spec of 0, 1, ... nodes of a request, seconds; step: [budget + 1] its
     derivative there. A request keeps no more than `budget` nodes, and its first candidate where
-    C_spec(0) is 0, which leaves the rule undefined. mean_over_paths: else ΔL is path_prob."""
+    C_spec(0) is 0, which leaves the rule undefined. mean_over_paths: else L is 1 and the sum of
+    path_prob over nodes, and ΔL is path_prob."""
 
     alpha: float
     spent: FloatArray
@@ -221,37 +223,57 @@ class MarginalRatio:
         kept = []
         for node in order.tolist():
             tree = of_request[trees.owner[node]]
-            if self._keeps(tree, int(trees.parent[node]), float(trees.accept_prob[node])):
-                tree.inside.add(node)
+            parent = int(trees.parent[node])
+            path_prob = float(trees.accept_prob[node])
+            if self._keeps(tree, parent, path_prob):
+                tree.add(node, parent, path_prob)
                 kept.append(node)
         return np.sort(np.array(kept, np.int64))
 
     def _keeps(self, tree: _KeptTree, parent: int, path_prob: float) -> bool:
-        """Whether the rule keeps a node, which then counts."""
-        nodes = len(tree.inside)
-        if nodes >= len(self.spent) - 1 or (parent != ROOT and parent not in tree.inside):
+        """Whether the rule keeps a node below `parent`."""
+        nodes = len(tree.down) - 1
+        if nodes >= len(self.spent) - 1 or parent not in tree.down:
             return False
-        extends_leaf = parent != ROOT and parent not in tree.inner
-        paths = tree.paths + (not extends_leaf)
-        gain = path_prob / paths if self.mean_over_paths else path_prob
         spent = float(self.spent[nodes])
-        if spent > 0 and self.alpha * gain * spent <= tree.length * float(self.step[nodes + 1]):
-            return False
-        tree.paths = paths
-        tree.length += gain
-        tree.inner.add(parent)
-        return True
+        if spent == 0:
+            return True
+        gain = path_prob / tree.paths_with(parent) if self.mean_over_paths else path_prob
+        length = tree.mean_length() if self.mean_over_paths else 1.0 + tree.node_sum
+        return self.alpha * gain * spent > length * float(self.step[nodes + 1])
 
 
 class _KeptTree:
-    """What `MarginalRatio` has kept of one request: the nodes, those of them with kept children,
-    root-to-leaf paths, and the expected length L."""
+    """What `MarginalRatio` has kept of one request.
+
+    down: the root and each kept node with the sum of path_prob from the root down to it. inner:
+    those with kept children. paths: root-to-leaf. path_sum: the sum of `down` over leaves.
+    node_sum: of path_prob over nodes."""
 
     def __init__(self) -> None:
-        self.inside: set[int] = set()
+        self.down: dict[int, float] = {ROOT: 0.0}
         self.inner: set[int] = set()
         self.paths = 0
-        self.length = 1.0
+        self.path_sum = 0.0
+        self.node_sum = 0.0
+
+    def paths_with(self, parent: int) -> int:
+        """Root-to-leaf paths once `parent` has one more child; a leaf's path only grows longer."""
+        extends_leaf = parent != ROOT and parent not in self.inner
+        return self.paths + (not extends_leaf)
+
+    def mean_length(self) -> float:
+        """L as a mean over paths."""
+        return 1.0 + self.path_sum / max(self.paths, 1)
+
+    def add(self, node: int, parent: int, path_prob: float) -> None:
+        """Keeps `node`."""
+        paths = self.paths_with(parent)
+        self.down[node] = self.down[parent] + path_prob
+        self.path_sum += self.down[node] if paths > self.paths else path_prob
+        self.node_sum += path_prob
+        self.paths = paths
+        self.inner.add(parent)
 
 
 GROW_KINDS = (Beam, LookAhead, Topology, MarginalRatio)

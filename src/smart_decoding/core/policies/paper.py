@@ -4,10 +4,12 @@ The rule itself is `selection.MarginalRatio`: a candidate is kept iff its expect
 cost exceeds the present ratio. Each request has an even share of the budget. C_spec is the fitted
 family (paper_costs.py). c_T, the seconds of a plain round, is on both sides and cancels.
 
-Where the paper's text is silent: L starts at 1 (the bonus token); the first candidate is
-kept while the costs are fitted through the origin, since C_spec(0) = 0 leaves the rule undefined;
-sizes are fitted at batch size and context of the moment, on tree sizes spread like the paper's
-about five forward passes.
+Where the paper's text is silent: L starts at 1 (the bonus token). The first candidate is kept while
+the costs are fitted through the origin, since C_spec(0) = 0 leaves the rule undefined. Costs are
+fitted at the batch size and context of the moment, on five sizes of whole trees, as the paper does
+on about five forward passes: C_draft(n) on trees of n nodes a request, as deep as they may be and
+equally wide at each level (`level_widths`), C_verify(n) on the rows of their verification. How wide
+each level is hardly matters to the fit; that there are many levels does.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import BatchState, TokenIds
+    from smart_decoding.core.tree import IntArray
 
 FIT_NODES = (1, 4, 16, 32, 64)
 FAMILIES = {"published": False, "offset": True}
@@ -82,17 +85,29 @@ class Paper(StatelessPolicy):
         context = int(batch.context.mean()) // 256 * 256 + 128
         key = (batch.size, context)
         if key not in self._rules:
-            costs = self._fit(batch.size, context)
+            costs = fitted_costs(self.cost, batch.size, context, self.max_levels, self.offsets)
             sizes = range(max(1, self.budget // batch.size) + 1)
             spent = np.array([costs.seconds(n) for n in sizes])
             step = np.array([costs.slope(n) for n in sizes])
             self._rules[key] = MarginalRatio(self.alpha, spent, step, self.mean_over_paths)
         return self._rules[key]
 
-    def _fit(self, size: int, context: int) -> PaperCosts:
-        cost = self.cost
-        nodes = np.array(FIT_NODES)
-        verify = cost.verify_seconds(size, size * (1 + nodes), context)
-        draft = cost.draft_seconds(size * nodes, context)
-        draft += cost.first_seconds(size, 0, context) - cost.draft_seconds(size, context)
-        return PaperCosts.fit(nodes.astype(np.float64), draft, verify, self.offsets)
+
+def level_widths(nodes: int, levels: int) -> IntArray:
+    """[at most levels] nodes of each level of the tree of `nodes` that costs are fitted on."""
+    deep = min(nodes, levels)
+    return nodes // deep + (np.arange(deep) < nodes % deep)
+
+
+def fitted_costs(
+    cost: CostModel, batch: int, context: float, levels: int, offsets: bool
+) -> PaperCosts:
+    """The paper's families, in seconds of a round of `batch` requests, fitted on trees of FIT_NODES
+    nodes for each of them in at most `levels` levels."""
+    draft = []
+    for nodes in FIT_NODES:
+        expanded = batch * level_widths(nodes, levels)[:-1]
+        draft.append(sum(cost.levels_seconds(batch, [batch, *expanded.tolist()], context)))
+    sizes = np.array(FIT_NODES)
+    verify = cost.verify_seconds(batch, batch * (1 + sizes), context)
+    return PaperCosts.fit(sizes.astype(np.float64), np.array(draft), verify, offsets)
