@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,10 +20,12 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.multimodal.pixels import load_reader
-from smart_decoding.multimodal.prompts import MediaPrompt
 
 from .test_decoder import BOTH, TOLERANCE
 from .vision import IMAGE, NORMS, VIDEO, picture, save_llava, save_qwen2_vl
+
+if TYPE_CHECKING:
+    from smart_decoding.multimodal.prompts import MediaPrompt
 
 Loaded = tuple[LLM, transformers.PreTrainedModel]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,12 +21,14 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.llm import LLM
 from smart_decoding.models.tokenizer import Tokenizer
 
 from .test_vision import load, message, of_llava, of_qwen
 from .test_vision_engine import CHATS, sampling
 from .vision import TEXT, VOCAB, picture, save_llava, save_qwen2_vl
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
 
 D = 96
 FFN = 64

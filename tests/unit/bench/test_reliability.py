@@ -20,7 +20,6 @@ from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.models.config import ModelConfig
 
-
 RULE = TreeRule(
     2, 2, np.array([9]), np.zeros(0, np.int64), Beam(2), KeepBest(4), Scores(Calibration(), [1])
 )

@@ -7,7 +7,7 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,12 +18,10 @@ from smart_decoding import speculation
 from smart_decoding.core.cost import CostModel, DraftSample
 from smart_decoding.drafters import levels
 from smart_decoding.drafters.draft_model import DraftModelDrafter
-from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.llm import LLM
-from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.draft_model import DraftModel
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.measure import LONG_WAITING, WAITING, WIDTHS, measure
@@ -43,6 +41,10 @@ from .tiny import (
     prompts,
     target_of,
 )
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.models.config import ModelConfig
 
 POLICIES: dict[str, dict[str, Any]] = {
     "chain": {"length": 4},

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -13,9 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from smart_decoding.drafters.eagle import EagleDrafter
-from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.request import Request
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_export import smart_config
 from smart_decoding.models.head_files import load_head
@@ -34,6 +32,10 @@ from .tiny import (
     prompts,
     target_of,
 )
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.engine.request import Request
 
 TAPS = (1, 2, 4)
 WIDE = {"depth": 2, "top_k": 4, "total_tokens": 12}

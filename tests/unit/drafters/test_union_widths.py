@@ -3,17 +3,19 @@ them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.union import UnionDrafter
-from smart_decoding.engine.rows import Rows
 from smart_decoding.models.draft_model import DraftModel
 
 from .tiny import PAGES, SCRATCH, SMALL, ask, checkpoint, engine_of, target_of
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.rows import Rows
 
 
 @pytest.mark.parametrize(
