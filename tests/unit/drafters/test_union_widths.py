@@ -1,5 +1,5 @@
-"""What a level costs is learned by the rows that the model ran: a union's foreign nodes are none of
-them."""
+"""What a level costs is learned by the rows that the model ran: what free drafters propose is none
+of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,20 @@ from smart_decoding.models.draft_model import DraftModel
 from .tiny import PAGES, SCRATCH, SMALL, ask, checkpoint, engine_of, target_of
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.rows import Rows
+
+
+def engine_with(scratch: int, in_one_call: bool) -> Engine:
+    target = target_of()
+    model = DraftModel(checkpoint(SMALL, 1), target, PAGES, scratch)
+    drafter = UnionDrafter([DraftModelDrafter(model, PAGES, scratch), NgramDrafter(min_n=1)])
+    if not in_one_call:
+        drafter.grow = None
+    options = {"depth": 3, "top_k": 6, "total_tokens": 24}
+    engine = engine_of(target, drafter, "eagle2", options=options)
+    ask(engine, [[5, 6, 7, 5, 6, 8, 5, 6], [9, 9, 9, 9]], tokens=40)
+    return engine
 
 
 @pytest.mark.parametrize(
@@ -24,6 +37,7 @@ if TYPE_CHECKING:
 def test_widths_are_the_rows_that_the_model_ran(
     scratch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Drafted level by level; a round in one call says the same of itself."""
     ran: list[int] = []
     run = DraftModel.run
 
@@ -32,20 +46,18 @@ def test_widths_are_the_rows_that_the_model_ran(
         return run(self, rows)
 
     monkeypatch.setattr(DraftModel, "run", counted)
-    target = target_of()
-    model = DraftModel(checkpoint(SMALL, 1), target, PAGES, scratch)
-    drafter = UnionDrafter([DraftModelDrafter(model, PAGES, scratch), NgramDrafter(min_n=1)])
-    engine = engine_of(
-        target, drafter, "eagle2", options={"depth": 3, "top_k": 6, "total_tokens": 24}
-    )
-    ask(engine, [[5, 6, 7, 5, 6, 8, 5, 6], [9, 9, 9, 9]], tokens=40)
+    by_level, in_one_call = (engine_with(scratch, whole) for whole in (False, True))
     fewer = 0
-    while engine.has_unfinished_requests:
+    while by_level.has_unfinished_requests:
         ran.clear()
-        engine.step()
-        assert engine.last_round is not None
-        done = engine.last_round.round
-        assert list(done.level_widths) == ran
-        assert len(done.level_seconds) == len(ran)
-        fewer += any(width < 6 * len(done.batch.context) for width in ran[1:])
+        by_level.step()
+        widths = list(ran)
+        in_one_call.step()
+        assert by_level.last_round is not None
+        assert in_one_call.last_round is not None
+        done = by_level.last_round.round
+        assert ran == done.level_widths == widths
+        assert in_one_call.last_round.round.level_widths == widths
+        assert len(done.level_seconds) == len(widths)
+        fewer += any(width < 6 * len(done.batch.context) for width in widths[1:])
     assert fewer
