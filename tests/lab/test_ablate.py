@@ -47,7 +47,7 @@ def test_a_tuned_rival_is_its_best_setting_there(trace, monkeypatch):
     tree, chain, one = ablation.replayed(Cell("m", 2, 0)).values()
     assert tree["tokens_per_s"] >= one["tokens_per_s"]
     assert tree["setting"] in SETTINGS
-    assert chain["chains"] == chain["rounds"]
+    assert chain["chains"] > 0.9 * chain["rounds"]
 
 
 def test_orders_shuffle_the_same_answers_and_fill_the_queue(trace):
