@@ -7,6 +7,9 @@ sizes.
 A gain is tokens per second over those of another policy (plain decoding, unless told otherwise) on
 the same answers in the same order at the same costs. Nothing is timed. With several orders a cell
 is their mean, with its standard error in thousandths.
+
+A rival's name with " tuned" behind it stands for its best setting at each machine's costs and batch
+size, found on these very answers: "eagle2 tuned" is the best of all fixed trees and chains.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +31,15 @@ from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_lab.ablations import ABLATIONS, VARIANTS, smart
 from smart_lab.machines import costs_of
+from smart_lab.questions import SHORT
 from smart_lab.recording import Recording
 from smart_lab.replay import replay
+from smart_lab.sweep import Sweep
 from smart_lab.trace import Trace, read_trace
+from smart_lab.tuning import RIVALS
 
 if TYPE_CHECKING:
+    from smart_decoding.bench.options import Arm
     from smart_decoding.core.cost import CostModel
     from smart_decoding.core.policies.base import Policy
 
@@ -59,6 +67,7 @@ class Ablation:
         self.costs = costs
         self.names = names
         self._answers = answers
+        self._tuned: dict[tuple[str, str, int], Arm] = {}
 
     def replayed(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """Contestant -> what its replay counted, and its tokens per second."""
@@ -66,9 +75,29 @@ class Ablation:
         cost = self.costs[cell.machine]
         found = {}
         for name in self.names:
-            result = replay(contestant(name, self.trace, cost), recording, cost, cell.batch_size)
+            if name in RIVALS:
+                arm = self._best(name, cell)
+                policy = self.trace.policy(arm.policy, cost, **arm.options)
+            else:
+                policy = contestant(name, self.trace, cost)
+            result = replay(policy, recording, cost, cell.batch_size)
             found[name] = {**asdict(result), "tokens_per_s": result.tokens_per_s}
+            if name in RIVALS:
+                found[name]["setting"] = dict(arm.options)
         return found
+
+    def _best(self, name: str, cell: Cell) -> Arm:
+        """A rival's best setting, looked for once in each process."""
+        key = name, cell.machine, cell.batch_size
+        if key not in self._tuned:
+            trace = replace(self.trace, cost=self.costs[cell.machine], host=None)
+            self._tuned[key] = RIVALS[name](trace, self._sweep, cell.batch_size)
+        return self._tuned[key]
+
+    @cached_property
+    def _sweep(self) -> Sweep:
+        """The fixed trees that rivals are tuned over."""
+        return Sweep(self.trace.recording, SHORT, self.trace.eos_token_ids)
 
 
 def ordered(recording: Recording, order: int, batch_size: int, most: int) -> Recording:
@@ -152,7 +181,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The recording, who is compared, and where."""
     add = parser.add_argument
     add("trace", type=Path, help="a recording by `bench --record`")
-    named = f"policies, with options if any, or variants: {', '.join([*ABLATIONS, *VARIANTS])}"
+    known = ", ".join([*RIVALS, *ABLATIONS, *VARIANTS])
+    named = f"policies, with options if any, tuned rivals, or variants: {known}"
     add("names", nargs="*", default=list(ABLATIONS), metavar="NAME", help=named)
     machines = "of benchmarks/results, or cards (default: all measured ones and l40s)"
     add("--machines", type=words, default=(), metavar="A,B", help=machines)
@@ -170,7 +200,7 @@ def main(args: argparse.Namespace) -> int:
     check_outputs((args.json,), None)
     names = list(dict.fromkeys((args.over, *args.names)))
     ablation = Ablation(read_trace(args.trace), costs_of(args.machines), names, args.answers)
-    for name in names:
+    for name in set(names) - set(RIVALS):
         contestant(name, ablation.trace, next(iter(ablation.costs.values())))
     found = run(ablation, args.batch_sizes, range(args.orders), args.processes)
     print(table(found, [name for name in names if name != args.over], args.over))

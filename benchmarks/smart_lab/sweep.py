@@ -6,7 +6,7 @@ All positions' trees are drawn in a few large batches, once per setting; a repla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -139,11 +139,7 @@ class Sweep:
         return other
 
     def rank(
-        self,
-        cost: CostModel,
-        batch_size: int,
-        host: HostCosts | None = None,
-        on_setting: Callable[[], object] = lambda: None,
+        self, cost: CostModel, batch_size: int, host: HostCosts | None = None
     ) -> list[tuple[Setting, Replayed]]:
         """All settings, the fastest first: the best few are then measured live."""
         results = []
@@ -153,7 +149,6 @@ class Sweep:
             results.append(
                 (setting, add_up(self._fixed[i], self.recording, cost, batch_size, host))
             )
-            on_setting()
         return sorted(results, key=lambda result: -result[1].tokens_per_s)
 
 

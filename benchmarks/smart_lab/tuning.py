@@ -5,12 +5,12 @@ found."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BASELINE, Arm
@@ -47,11 +47,9 @@ def prompts_needed(options: LabOptions) -> int:
 def best_likelihood(
     sweep: Sweep, cost: CostModel, batch_size: int, count: int, host: HostCosts | None = None
 ) -> list[Arm]:
-    """The `count` settings of `eagle2` that are fastest in the replay at `batch_size`."""
-    with tqdm(
-        total=len(sweep.settings), desc="replaying settings", unit="setting", leave=False
-    ) as bar:
-        ranked = sweep.rank(cost, batch_size, host, on_setting=bar.update)
+    """The `count` settings of `eagle2` that are fastest in the replay at `batch_size`; chains are
+    among them."""
+    ranked = sweep.rank(cost, batch_size, host)
     return [
         Arm("eagle2", setting, f"eagle2 tuned {i + 1}")
         for i, (setting, _) in enumerate(ranked[:count])
@@ -78,9 +76,7 @@ def best_paper(trace: Trace, batch_size: int) -> Arm:
         policy = trace.policy("paper", cost, **setting)
         return replay(policy, recording, cost, batch_size, trace.host, rounds=rounds).tokens_per_s
 
-    grid = paper_settings(batch_size)
-    settings = tqdm(grid, desc="replaying paper", unit="setting", leave=False)
-    return Arm("paper", max(settings, key=rate), "paper tuned")
+    return Arm("paper", max(paper_settings(batch_size), key=rate), "paper tuned")
 
 
 def best_chain(trace: Trace, policy: str, batch_size: int) -> Arm:
@@ -92,7 +88,7 @@ def best_chain(trace: Trace, policy: str, batch_size: int) -> Arm:
         made = trace.policy(policy, cost, **{CHAINS[policy]: length})
         return replay(made, recording, cost, batch_size, trace.host).tokens_per_s
 
-    best = max(tqdm(LENGTHS, desc=f"replaying {policy}", leave=False), key=rate)
+    best = max(LENGTHS, key=rate)
     return Arm(policy, {CHAINS[policy]: best}, f"{policy} tuned")
 
 
@@ -110,6 +106,22 @@ def gains(trace: Trace, arms: Sequence[Arm], batch_size: int) -> dict[str, float
         found = replay(policy, recording, trace.cost, batch_size, trace.host)
         rates[arm.label] = found.tokens_per_s
     return {label: rate / rates[BASELINE] for label, rate in rates.items()}
+
+
+def best_fixed(trace: Trace, sweep: Sweep, batch_size: int) -> Arm:
+    """The best of all fixed trees and chains."""
+    assert trace.cost is not None
+    trees = sweep.repeated(enough(trace.recording, batch_size))
+    return best_likelihood(trees, trace.cost, batch_size, 1, trace.host)[0]
+
+
+# What a rival's best setting at a trace's costs and a batch size is; a sweep has the fixed trees.
+RIVALS: Mapping[str, Callable[[Trace, Sweep, int], Arm]] = {
+    "eagle2 tuned": best_fixed,
+    "paper tuned": lambda trace, _, size: best_paper(trace, size),
+    "pooled_chain tuned": lambda trace, _, size: best_chain(trace, "pooled_chain", size),
+    "throughput_chain tuned": lambda trace, _, size: best_chain(trace, "throughput_chain", size),
+}
 
 
 class Traced:
@@ -171,6 +183,7 @@ class Tuner:
             return []
         name = f"tuned for batch {batch_size}"
         if not progress.units(name):
+            print(f"smart_lab: tuning rivals by replay, batch {batch_size}", file=sys.stderr)
             progress.add(
                 name, [[arm.policy, dict(arm.options), arm.name] for arm in self._found(batch_size)]
             )

@@ -13,6 +13,7 @@ from smart_lab.replay import replay
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace, write_trace
 
+SETTINGS = [{"depth": 1, "top_k": k, "total_tokens": n} for k in (1, 2) for n in (3, 5)]
 COST = CostModel.from_table({1: {1: 1.0, 8: 1.05, 64: 3.0}}, {1: 0.2, 64: 0.3}, 0.01)
 
 
@@ -37,6 +38,16 @@ def test_chains_are_told_from_trees(trace):
     chain, tree = ablation.replayed(Cell("m", 2, 0)).values()
     assert 0.8 * chain["rounds"] < chain["chains"] <= chain["rounds"]
     assert tree["chains"] < 0.2 * tree["rounds"]
+
+
+def test_a_tuned_rival_is_its_best_setting_there(trace, monkeypatch):
+    monkeypatch.setattr("smart_lab.ablate.SHORT", SETTINGS)
+    names = ("eagle2 tuned", "pooled_chain tuned", "eagle2:depth=1,top_k=2,total_tokens=5")
+    ablation = Ablation(trace, {"m": COST}, names, 1000)
+    tree, chain, one = ablation.replayed(Cell("m", 2, 0)).values()
+    assert tree["tokens_per_s"] >= one["tokens_per_s"]
+    assert tree["setting"] in SETTINGS
+    assert chain["chains"] > 0.9 * chain["rounds"]
 
 
 def test_orders_shuffle_the_same_answers_and_fill_the_queue(trace):

@@ -2,7 +2,7 @@
 wall-clock gain."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -11,11 +11,14 @@ from smart_decoding.bench.cycles import copies_in
 from smart_decoding.bench.options import Arm
 from smart_decoding.bench.report import everything
 from smart_decoding.bench.results import Results
+from smart_decoding.bench.resume import Progress
 from smart_decoding.core.cost import CostModel
+from smart_lab.bench import LabBench
+from smart_lab.options import LabOptions
 from smart_lab.replay import replay
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
-from smart_lab.tuning import CHAINS, LENGTHS, best_chain, distinct, gains
+from smart_lab.tuning import CHAINS, LENGTHS, Tuner, best_chain, distinct, gains
 
 COST = CostModel.from_table(
     {1: {1: 1.0, 8: 1.05, 64: 3.0}, 8: {8: 1.1, 64: 3.1}}, {1: 0.05, 64: 0.3}, 0.01
@@ -57,6 +60,26 @@ def test_policy_gains_are_replays_over_plain_decoding(trace: Trace) -> None:
         for n in ("smart", "off")
     ]
     assert found["smart"] == pytest.approx(rates[0] / rates[1])
+
+
+def test_a_run_gets_both_gains(trace: Trace) -> None:
+    bench = LabBench.__new__(LabBench)
+    bench.options = LabOptions(policies=("off", "smart", "chain"))
+    bench.progress = Progress(None, {})
+    bench.tuner = Tuner(cast("Any", None), bench.options)
+    bench.tuner.__dict__["own"] = trace  # recorded when first asked for
+    found = [
+        {"policy": policy, "batch_size": 2, "task": task}
+        for policy in ("off", "smart", "chain")
+        for task in ("code", "all")
+    ]
+    bench._add_policy_gains(found)
+    assert not any("policy_gain" in run for run in found if run["task"] == "code")
+    plain, smart, chain = (run for run in found if run["task"] == "all")
+    assert plain["policy_gain"] == 1.0
+    assert smart["policy_gain"] > 1.1
+    assert "smart_policy_over" not in smart
+    assert chain["smart_policy_over"] == smart["policy_gain"] / chain["policy_gain"]
 
 
 def block(rows: dict[int, int], levels: int, emitted: int) -> Block:
