@@ -113,16 +113,16 @@ def table(
     """A block of lines for each machine, then their geometric mean; columns are batch sizes."""
     machines = list(dict.fromkeys(cell.machine for cell in found))
     sizes = sorted({cell.batch_size for cell in found})
-    wide = max(map(len, names)) + 2
-    heads = "".join(f"{f'batch {size}':>12}" for size in sizes)
-    lines = [f"tokens per second over {base}", f"{'':{wide}}{heads}{'mean':>12}"]
+    wide = max(map(len, names)) + 4
+    heads = "".join(f"{f'batch {size}':>14}" for size in sizes)
+    lines = [f"tokens per second over {base}", f"{'':{wide}}{heads}{'mean':>14}"]
     of_name = {name: gains(found, name, base) for name in names}
     for machine in (*machines, ALL):
         lines.append(machine)
         for name in names:
             cells = list(_cells(of_name[name], machines if machine == ALL else [machine], sizes))
             cells.append(_mean(cells))
-            lines.append(f"  {name:{wide - 2}}" + "".join(f"{_told(c):>12}" for c in cells))
+            lines.append(f"  {name:{wide - 2}}" + "".join(f"{_told(c):>14}" for c in cells))
     return "\n".join(lines)
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from tqdm import tqdm
 
-from smart_decoding.bench.options import BASELINE, SLOTS, Arm
+from smart_decoding.bench.options import BASELINE, OURS, SLOTS, Arm
 from smart_decoding.bench.resume import Progress, source_digest
 from smart_decoding.bench.runner import Bench, Part
 from smart_decoding.bench.runner import run as run_bench
+from smart_decoding.bench.summary import POOLED
 from smart_lab.ablations import VARIANTS
 from smart_lab.options import VARIANT_SIZES, LabArm, LabOptions, command_of
 from smart_lab.peers.session import measure_peers
@@ -71,9 +72,24 @@ class LabBench(Bench):
 
     def measure(self) -> dict[str, Any]:
         result = super().measure()
+        if self.options.policy_gain:
+            self._add_policy_gains(result["runs"])
         if self.options.peers:
             result["peers"] = self.peers()
         return result
+
+    def _add_policy_gains(self, runs: Sequence[dict[str, Any]]) -> None:
+        """To the runs over all tasks: how much faster a policy is than plain decoding by replay,
+        and how much faster `smart` is than it."""
+        for size in sorted({run["batch_size"] for run in runs}):
+            gains = self.tuner.gains(self.contestants(size), size, self.progress)
+            for run in runs:
+                gain = gains.get(run["policy"])
+                if run["batch_size"] != size or run["task"] != POOLED or gain is None:
+                    continue
+                run["policy_gain"] = gain
+                if OURS in gains and run["policy"] not in (OURS, BASELINE):
+                    run["smart_policy_over"] = gains[OURS] / gain
 
     def contestants(self, batch_size: int) -> list[Arm]:
         return [*self.options.arms, *self.tuner.arms(batch_size, self.progress)]

@@ -38,6 +38,10 @@ def _further_parts(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also run the best setting of paper, found in the same way",
     )
+    lengths = "also run pooled_chain and throughput_chain, each at its best length"
+    add("--tune-chains", action="store_true", help=lengths)
+    alone = "also replay all contestants at equal costs, where nothing but the policy differs"
+    add("--policy-gain", action="store_true", help=alone)
     exchanged = "measure smart with one ingredient exchanged, in a part of its own"
     add("--variants", type=words, metavar="A,B", help=exchanged)
     add(

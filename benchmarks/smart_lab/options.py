@@ -23,6 +23,8 @@ FULL: dict[str, Any] = {
     "policy_options": (EAGLE_2,),
     "tune_eagle2": 3,
     "tune_paper": True,
+    "tune_chains": True,
+    "policy_gain": True,
     "batch_sizes": (1, 2, 4, 8, 16, 32),
     "limit": 40,
     "max_tokens": 96,
@@ -50,7 +52,10 @@ class LabOptions(BenchOptions):
     """The options of the laboratory's `bench`: those of `smart bench`, and these.
 
     tune_eagle2: also run so many of the best `eagle2` settings of each batch size, found by replay
-    on other prompts; tune_paper: and the best setting of `paper`.
+    on other prompts; tune_paper: and the best setting of `paper`; tune_chains: and the best lengths
+    of `pooled_chain` and `throughput_chain`.
+    policy_gain: also replay every contestant on the run's own recording at its own costs, where
+    nothing but the policy differs.
     suites: tasks such as long and edit, measured at batch 1 in a part of their own, smart with
     n-grams too. variants: of `smart`, measured beside it in a part of their own, at VARIANT_SIZES.
     questions: also answer by replay how far policies are from oracle and what each ingredient
@@ -64,6 +69,8 @@ class LabOptions(BenchOptions):
 
     tune_eagle2: int = 0
     tune_paper: bool = False
+    tune_chains: bool = False
+    policy_gain: bool = False
     suites: Sequence[str] = ()
     variants: Sequence[str] = ()
     questions: bool = False
@@ -144,7 +151,8 @@ def command_of(options: LabOptions) -> str:
     else:
         words += ["--model", options.model]
     words += ["--tune-eagle2", str(options.tune_eagle2)] if options.tune_eagle2 else []
-    words += ["--tune-paper"] if options.tune_paper else []
+    flags = ("tune_paper", "tune_chains", "policy_gain")
+    words += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
     words += ["--suites", ",".join(options.suites)] if options.suites else []
     words += ["--variants", ",".join(options.variants)] if options.variants else []
     words += ["--questions"] if options.questions else []

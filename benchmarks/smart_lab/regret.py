@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
-from smart_lab.simulation import World, full_knowledge, run
+from smart_lab.simulation import Totals, World, best_rounds, run, total
 
 # Shapes of measured machines: milliseconds of a forward by rows (2 CPU cores in bf16; per-row
 # costs; cheap rows on a GPU).
@@ -45,29 +45,41 @@ WORSE = 0.01  # of the rate: more than that is told
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One world."""
+    """One world, whose drafter may turn bad."""
 
     machine: str
     batch_size: int
-    scenario: str
     seed: int
     rounds: int
     policies: tuple[str, ...]
 
 
 def simulated(cell: Cell) -> list[dict[str, Any]]:
-    """Each policy's rate over full knowledge's and over plain decoding's."""
+    """Each policy's rate over full knowledge's and over plain decoding's, in each scenario."""
     costs = MACHINES[cell.machine]
-    world = World(cell.seed, cell.batch_size, costs, SCENARIOS[cell.scenario])
     span = range(cell.rounds)
-    best = full_knowledge(world, span).rate
-    plain = run(make_policy(BASELINE), world, span).rate
+    known = best_rounds(World(cell.seed, cell.batch_size, costs), span)
     rows = []
-    for policy in cell.policies:
-        found = run(make_policy(policy, {"cost": costs}), world, span)
-        row = {name: value for name, value in asdict(cell).items() if name != "policies"}
-        row |= {"policy": policy, "over_best": found.rate / best, "over_plain": found.rate / plain}
-        rows.append({**row, "off_share": found.off / len(span), "nodes": found.nodes / len(span)})
+    for scenario, good in SCENARIOS.items():
+        world = World(cell.seed, cell.batch_size, costs, good)
+        plain = run(make_policy(BASELINE), world, span)
+        each = Totals(plain.tokens / len(span), plain.seconds / len(span), 0, 1)
+        best = total(known[index] if good(index) else each for index in span)
+        for policy in cell.policies:
+            found = run(make_policy(policy, {"cost": costs}), world, span)
+            rows.append(
+                {
+                    "machine": cell.machine,
+                    "batch_size": cell.batch_size,
+                    "scenario": scenario,
+                    "policy": policy,
+                    "seed": cell.seed,
+                    "over_best": found.rate / best.rate,
+                    "over_plain": found.rate / plain.rate,
+                    "off_share": found.off / len(span),
+                    "nodes": found.nodes / len(span),
+                }
+            )
     return rows
 
 
@@ -119,10 +131,9 @@ def main(args: argparse.Namespace) -> int:
     check_outputs((args.json,), None)
     before = means(json.loads(args.against.read_text())["regret"]) if args.against else None
     cells = [
-        Cell(machine, size, scenario, seed, args.rounds, tuple(args.policies))
+        Cell(machine, size, seed, args.rounds, tuple(args.policies))
         for machine in MACHINES
         for size in args.batch_sizes
-        for scenario in SCENARIOS
         for seed in range(1, args.seeds + 1)
     ]
     with ProcessPoolExecutor(args.processes) as pool:

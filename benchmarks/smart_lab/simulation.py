@@ -8,7 +8,7 @@ so all policies meet the same rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -176,8 +176,22 @@ def full_knowledge(
 ) -> Totals:
     """The best of plain decoding and every (levels, width) each round, knowing all true
     probabilities beforehand."""
-    tokens = seconds = 0.0
-    nodes = off = 0
+    return total(best_rounds(world, rounds, levels, widths))
+
+
+def total(rounds: Iterable[Totals]) -> Totals:
+    """The sums over rounds."""
+    tokens, seconds, nodes, off = zip(
+        *((r.tokens, r.seconds, r.nodes, r.off) for r in rounds), strict=True
+    )
+    return Totals(sum(tokens), sum(seconds), sum(nodes), sum(off))
+
+
+def best_rounds(
+    world: World, rounds: range, levels: int = 6, widths: tuple[int, ...] = (1, 2, 4, 8)
+) -> list[Totals]:
+    """`full_knowledge`, round by round."""
+    found = []
     size = world.batch
     plain = float(world.costs.verify_seconds(size, size, CONTEXT))
     for index in rounds:
@@ -197,9 +211,8 @@ def full_knowledge(
                 )
                 deepest = np.flatnonzero(trees.depth == level)
                 parents = np.sort(deepest[ranked(gain[deepest])[: width * size]])
-        tokens, seconds = tokens + best[1], seconds + best[2]
-        nodes, off = nodes + best[3], off + (best[3] == 0)
-    return Totals(tokens, seconds, nodes, off)
+        found.append(Totals(*best[1:], int(best[3] == 0)))
+    return found
 
 
 def _draft(

@@ -4,15 +4,18 @@ found."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.bench.data import load_task
-from smart_decoding.bench.options import Arm
+from smart_decoding.bench.options import BASELINE, Arm
 from smart_decoding.errors import ConfigError
+from smart_lab.ablations import VARIANTS
 from smart_lab.replay import HostCosts, replay
 from smart_lab.simulate import enough
 from smart_lab.sweep import Sweep
@@ -21,12 +24,15 @@ from smart_lab.trace import Trace
 if TYPE_CHECKING:
     from smart_decoding.bench.resume import Progress
     from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.policies.base import Policy, Round
     from smart_decoding.llm import LLM
     from smart_lab.options import LabOptions
 
 PER_TASK = 8  # prompts, or more where large batches need them
 PAPER_ROUNDS, PAPER_LEAST = 240, 24  # of requests; of the batch
 PAPER_BUDGETS = (1, 2, 4, 8, 16, 32)  # nodes per request
+CHAINS = {"pooled_chain": "length", "throughput_chain": "max_length"}  # and what is tuned
+LENGTHS = range(1, 9)
 PAPER_FORMS = (
     ("published", "published"),
     ("offset", "node_sum"),
@@ -77,6 +83,73 @@ def best_paper(trace: Trace, batch_size: int) -> Arm:
     return Arm("paper", max(settings, key=rate), "paper tuned")
 
 
+def best_chain(trace: Trace, policy: str, batch_size: int) -> Arm:
+    """The length of `pooled_chain` or `throughput_chain` that is fastest in the replay."""
+    assert trace.cost is not None
+    recording, cost = enough(trace.recording, batch_size), trace.cost
+
+    def rate(length: int) -> float:
+        made = trace.policy(policy, cost, **{CHAINS[policy]: length})
+        return replay(made, recording, cost, batch_size, trace.host).tokens_per_s
+
+    best = max(tqdm(LENGTHS, desc=f"replaying {policy}", leave=False), key=rate)
+    return Arm(policy, {CHAINS[policy]: best}, f"{policy} tuned")
+
+
+def gains(trace: Trace, arms: Sequence[Arm], batch_size: int) -> dict[str, float]:
+    """Label -> tokens per second over plain decoding's, by replay at the trace's costs."""
+    assert trace.cost is not None
+    recording = enough(trace.recording, batch_size)
+    rates = {}
+    for arm in (Arm(BASELINE), *arms):
+        if "method" in arm.options:
+            continue
+        policy = trace.policy(arm.policy, trace.cost, **arm.policy_options)
+        if "variant" in arm.options:
+            policy = VARIANTS[arm.options["variant"]](cast("Any", policy))
+        found = replay(policy, recording, trace.cost, batch_size, trace.host)
+        rates[arm.label] = found.tokens_per_s
+    return {label: rate / rates[BASELINE] for label, rate in rates.items()}
+
+
+class Traced:
+    """A policy, and what it makes of rounds: the shapes and tokens of what is kept, and the levels
+    that are drafted."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.name = policy.name
+        self.cost = policy.cost
+        self.plan = policy.plan
+        self.stats = policy.stats
+        self._policy = policy
+        self._digest = hashlib.sha256()
+
+    def observe(self, round: Round) -> None:
+        """Learns, and keeps account."""
+        trees = round.trees.take(round.kept)
+        widths = np.array([-1, *round.level_widths, -1])
+        for column in (widths, trees.owner, trees.parent, trees.token):
+            self._digest.update(np.asarray(column, np.int64).tobytes())
+        self._policy.observe(round)
+
+    @property
+    def digest(self) -> str:
+        """The same of two policies that have drafted and verified the same in every round."""
+        return self._digest.hexdigest()
+
+
+def distinct(arms: Sequence[Arm], trace: Trace, batch_size: int, rounds: int = 200) -> list[Arm]:
+    """The arms without those that draft and verify the same trees as an earlier one, by replay."""
+    first: dict[str, Arm] = {}
+    for arm in arms:
+        found = Traced(trace.policy(arm.policy, trace.cost, **arm.policy_options))
+        recording = enough(trace.recording, batch_size)
+        assert trace.cost is not None
+        replay(found, recording, trace.cost, batch_size, trace.host, rounds=rounds)
+        first.setdefault(found.digest, arm)
+    return list(first.values())
+
+
 def cost_of(arms: Sequence[LLM]) -> CostModel:
     """The profile that the arms' policies use. Raises ConfigError if none has one."""
     found = next((arm.policy.cost for arm in arms if arm.policy.cost is not None), None)
@@ -93,7 +166,8 @@ class Tuner:
 
     def arms(self, batch_size: int, progress: Progress) -> list[Arm]:
         """The best settings for a batch size; the same again when a run goes on."""
-        if not (self._options.tune_eagle2 or self._options.tune_paper):
+        options = self._options
+        if not (options.tune_eagle2 or options.tune_paper or options.tune_chains):
             return []
         name = f"tuned for batch {batch_size}"
         if not progress.units(name):
@@ -103,6 +177,7 @@ class Tuner:
         return [Arm(*kept) for kept in progress.units(name)[0]]
 
     def _found(self, batch_size: int) -> list[Arm]:
+        """Those asked for, but for trees that others verify already."""
         options, trace = self._options, self.trace
         assert trace.cost is not None
         arms = [best_paper(trace, batch_size)] if options.tune_paper else []
@@ -110,7 +185,10 @@ class Tuner:
             arms += best_likelihood(
                 self.sweep, trace.cost, batch_size, options.tune_eagle2, trace.host
             )
-        return arms
+        if options.tune_chains:
+            arms += [best_chain(trace, policy, batch_size) for policy in CHAINS]
+        given = [arm for arm in options.arms if "method" not in arm.options]
+        return [arm for arm in distinct([*given, *arms], trace, batch_size) if arm in arms]
 
     @cached_property
     def sweep(self) -> Sweep:
@@ -121,7 +199,28 @@ class Tuner:
 
     @cached_property
     def trace(self) -> Trace:
-        """The other prompts, recorded, with this machine's costs."""
+        """Other prompts than those measured, recorded, with this machine's costs."""
+        return self._recorded(self._other_texts())
+
+    @cached_property
+    def own(self) -> Trace:
+        """The first of the prompts that are measured, recorded, at the same costs."""
+        options = self._options
+        stop = options.skip + min(options.limit, prompts_needed(options))
+        texts = {task: load_task(task, stop)[options.skip :] for task in options.tasks}
+        return self._recorded(texts)
+
+    def gains(self, arms: Sequence[Arm], batch_size: int, progress: Progress) -> dict[str, float]:
+        """Label -> tokens per second over plain decoding's where only policies differ: on this
+        run's recording, at its costs. Of those with a drafter of their own nothing is known."""
+        name = f"policy gains, batch {batch_size}"
+        if not progress.units(name):
+            progress.add(name, gains(self.own, arms, batch_size))
+        found: dict[str, float] = progress.units(name)[0]
+        return found
+
+    def _recorded(self, texts: Mapping[str, Sequence[Any]]) -> Trace:
+        """These texts' drafts, what the machine's rounds take, and what `smart` starts from."""
         from smart_decoding.bench.runner import encode
         from smart_lab.recorder import measure_host, prior_of, record_wide  # which need the runner
 
@@ -129,21 +228,15 @@ class Tuner:
         candidates = [llm.sharing_weights(options.speculation(arm)) for arm in options.arms]
         cost = cost_of(candidates)
         drafting = next(arm for arm in candidates if arm.engine.drafter is not None)
-        prompts = encode(llm, self._other_texts(), options)
+        prompts = encode(llm, texts, options)
         recording = record_wide(drafting, prompts)
         plain = llm.sharing_weights(False)
-        host = measure_host(
-            plain.engine, drafting.engine, [p for of_task in prompts.values() for p in of_task][:8]
-        )
+        mixed = [prompt for of_task in prompts.values() for prompt in of_task]
+        host = measure_host(plain.engine, drafting.engine, mixed[:8])
         prior = next((found for arm in candidates if (found := prior_of(arm.policy))), None)
-        return Trace(
-            recording,
-            {"temperature": options.temperature},
-            tuple(llm.target.eos_token_ids),
-            cost,
-            host,
-            prior,
-        )
+        about = {"temperature": options.temperature}
+        ends = tuple(llm.target.eos_token_ids)
+        return Trace(recording, about, ends, cost, host, prior)
 
     def _other_texts(self) -> dict[str, list[Any]]:
         """Prompts after those that are measured. Raises ConfigError if a task has no others."""

@@ -141,12 +141,12 @@ def test_a_wrong_profile_keeps_the_smallest_forward():
 
 
 def test_variants_wrap_a_running_policy(trace):
+    own = replay(smart(trace, FLAT), trace.recording, FLAT, 4, rounds=60)
     for name, wrap in VARIANTS.items():
         found = replay(wrap(smart(trace, FLAT)), trace.recording, FLAT, 4, rounds=60)
         assert found.tokens >= 4 * found.rounds, name
-        if name.startswith("dear"):  # drafting seems not to pay: plain decoding, and no slower
-            assert found.off > 0.9 * found.rounds
-            assert found.rows == 4 * found.rounds
+        if name.startswith("dear"):  # drafting seems not to pay, until rounds tell otherwise
+            assert found.off > own.off + 10
 
 
 def test_a_variant_exchanges_data_that_executes_by_itself(trace):

@@ -152,6 +152,7 @@ def rows_of(
         )
     rows: list[dict[str, Any]] = []
     heat = options.temperature if temperature is None else temperature
+    copies = copies_in(measured.cycles)
     for label in measured.cycles[0]:
         of_label = [cycle for cycle in measured.cycles if label in cycle]
         pairs = [(cycle[label], cycle[BASELINE]) for cycle in of_label]
@@ -168,8 +169,33 @@ def rows_of(
             }
             compared = ours.get(figures["task"], {}) if both else {}
             partial = {"partial": measured.partial}
-            rows.append({**shared, **figures, **compared, **partial, **extra})
+            copy = {"copy_of": copies[label]} if label in copies else {}
+            rows.append({**shared, **figures, **compared, **partial, **extra, **copy})
     return rows
+
+
+def copies_in(cycles: Sequence[Mapping[str, Block]]) -> dict[str, str]:
+    """Contestant -> an earlier one that drafted and verified the same in every cycle: the same
+    setting in other words, whose distance in speed is noise."""
+    originals: dict[str, str] = {}
+    for label in cycles[0]:
+        if label in (BASELINE, OURS):
+            continue
+        first = (other for other in originals.values() if _same_trees(cycles, label, other))
+        originals[label] = next(first, label)
+    return {label: first for label, first in originals.items() if label != first}
+
+
+def _same_trees(cycles: Sequence[Mapping[str, Block]], label: str, other: str) -> bool:
+    """Whether both had rounds of the same rows, levels and tokens, drafting in some of them."""
+    both = [(cycle[label], cycle[other]) for cycle in cycles if label in cycle and other in cycle]
+    same = all(
+        a.row_counts == b.row_counts
+        and a.level_counts == b.level_counts
+        and a.counts.emitted == b.counts.emitted
+        for a, b in both
+    )
+    return same and any(a.counts.levels for a, _ in both)
 
 
 def _warm_up(engine: Engine, prompts: Prompts, batch_size: int) -> None:

@@ -24,6 +24,10 @@ from smart_decoding.bench.summary import POOLED
 
 Column = Callable[[Results, Run], Cell]
 PLAIN = "plain decoding"
+REPLAYED = (
+    "By replay: the policies alone, on this run's recorded drafts at its measured costs "
+    "(python -m smart_lab bench --policy-gain); the difference is implementation and noise."
+)
 PARTIAL = "Partial: the time limit came before all blocks had run."
 
 
@@ -100,19 +104,25 @@ def policies(results: Results, title: str, columns: Sequence[str]) -> Section:
 
 
 def over(results: Results) -> list[Section]:
-    """`smart` beside the strongest setting of each other policy, block by block."""
+    """`smart` beside the strongest setting of each other policy, block by block; and by replay,
+    where that was asked for."""
+    best = strongest(results.runs)
+    replayed = any(number(run, "smart_policy_over") is not None for run in best)
     rows = [
         (
             results.names[run["policy"]],
             str(run["batch_size"]),
             ratio_cell(run, "smart_over"),
+            *([said(run, "smart_policy_over", 2)] if replayed else []),
             _worst(results, run, "smart_over"),
         )
-        for run in strongest(results.runs)
+        for run in best
     ]
-    head = ("smart over the best", "b", "smart / it (95 %)", "worst task")
+    middle = ["by replay"] if replayed else []
+    head = ("smart over the best", "b", "smart / it (95 %)", *middle, "worst task")
     title = "Beside the best of every other policy"
-    return [Section("over", title, head=head, rows=rows)] if rows else []
+    told = [REPLAYED] if replayed else []
+    return [Section("over", title, head=head, rows=rows, captions=told)] if rows else []
 
 
 def strongest(runs: Sequence[Run]) -> list[Run]:
@@ -217,9 +227,18 @@ def noise(results: Results) -> Section:
                 f"{said(run, 'looping_tokens', 1, 100)} % of its tokens were cut"
             )
         lines.append(f"batch {run['batch_size']}: {value:.3f}× {told}")
+    lines += [_apart(results, copy) for copy in results.copies if copy["task"] == POOLED]
     intro = "Plain decoding timed against itself, as a policy would be; without noise this is 1×."
     missing = "" if lines else "The noise was not measured."
     return Section("noise", "Noise of this machine", missing, intro, lines=lines)
+
+
+def _apart(results: Results, copy: Run) -> str:
+    """Two names of one contestant, and their speedups."""
+    first = results.find(copy["copy_of"], copy["batch_size"])
+    told = f"{copy['policy']} verifies the same trees as {copy['copy_of']}"
+    pair = said(copy, "speedup", 3), said(first or {}, "speedup", 3)
+    return f"batch {copy['batch_size']}: {told}; they are one contestant: {pair[0]}× and {pair[1]}×"
 
 
 def _worst(results: Results, run: Run, name: str = "speedup") -> Cell:
@@ -245,6 +264,7 @@ def _figure(name: str, digits: int, factor: float = 1.0) -> Column:
 COLUMNS: Mapping[str, Column] = {
     "tok/s": _figure("tokens_per_s", 1),
     "speedup (95 %)": lambda results, run: ratio_cell(run),
+    "by replay": _figure("policy_gain", 2),
     "e2e": _figure("end_to_end_speedup", 2),
     "worst task": _worst,
     "tok/rnd": _figure("tokens_per_round", 2),
@@ -269,5 +289,5 @@ COLUMNS: Mapping[str, Column] = {
     "% of its limit": _figure("gflop_share", 0, 100),
     "peak GiB": _figure("peak_gib", 2),
 }
-SPEED = tuple(COLUMNS)[:8]
-ROUNDS = tuple(COLUMNS)[8:17]
+SPEED = tuple(COLUMNS)[:9]
+ROUNDS = tuple(COLUMNS)[9:18]

@@ -24,6 +24,7 @@ class Results:
     """runs: as in the JSON. names: policy -> short name. cost: the measured profile, if the file
     has one.
 
+    copies: runs of contestants that verified the same trees as another one, which stands for them.
     sampled, load: the further parts, empty where they were not measured. A subclass may read more
     of them."""
 
@@ -36,6 +37,7 @@ class Results:
     sampled: Sequence[Run] = ()
     load: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
+    copies: Sequence[Run] = ()
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "the results") -> Self:
@@ -52,7 +54,8 @@ class Results:
             )
         return cls(
             provenance=mapping(data.get("provenance")),
-            runs=runs,
+            runs=[run for run in runs if "copy_of" not in run],
+            copies=[run for run in runs if "copy_of" in run],
             cost=_cost(data.get("cost")),
             memory=mapping(data.get("memory")),
             limits=mapping(data.get("limits")),
@@ -63,7 +66,11 @@ class Results:
     def parts_of(cls, data: Mapping[str, Any], source: str) -> dict[str, Any]:
         """The fields of PARTS."""
         return {
-            "sampled": checked_runs(data.get("sampled_runs"), source),
+            "sampled": [
+                run
+                for run in checked_runs(data.get("sampled_runs"), source)
+                if "copy_of" not in run
+            ],
             "load": _load(data.get("load")),
         }
 

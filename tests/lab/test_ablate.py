@@ -1,0 +1,91 @@
+"""One command that replays variants over machines, batch sizes and orders."""
+
+import json
+
+import pytest
+
+from smart_decoding.cli.main import main
+from smart_decoding.core.cost import CostModel
+from smart_lab.__main__ import LAB
+from smart_lab.ablate import Ablation, Cell, ordered, table
+from smart_lab.machines import CARD, costs_of, measured
+from smart_lab.replay import replay
+from smart_lab.synthetic import synthetic
+from smart_lab.trace import Trace, write_trace
+
+COST = CostModel.from_table({1: {1: 1.0, 8: 1.05, 64: 3.0}}, {1: 0.2, 64: 0.3}, 0.01)
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return Trace(synthetic(3.0, answers=8, length=20, context=50), {}, (), COST)
+
+
+def test_a_cell_is_what_replays_give(trace):
+    ablation = Ablation(trace, {"m": COST}, ("off", "eagle2:depth=1,top_k=2,total_tokens=4"), 1000)
+    found = ablation.replayed(Cell("m", 2, 0))
+    policy = trace.policy("eagle2", COST, depth=1, top_k=2, total_tokens=4)
+    alone = replay(policy, trace.recording, COST, 2)
+    row = found["eagle2:depth=1,top_k=2,total_tokens=4"]
+    assert row["tokens_per_s"] == alone.tokens_per_s
+    assert row["chains"] == 0 < row["kept"] == alone.kept
+    assert found["off"]["off"] == found["off"]["rounds"]
+
+
+def test_chains_are_told_from_trees(trace):
+    ablation = Ablation(trace, {"m": COST}, ("chain:length=2", "eagle2:top_k=3"), 1000)
+    chain, tree = ablation.replayed(Cell("m", 2, 0)).values()
+    assert 0.8 * chain["rounds"] < chain["chains"] <= chain["rounds"]
+    assert tree["chains"] < 0.2 * tree["rounds"]
+
+
+def test_orders_shuffle_the_same_answers_and_fill_the_queue(trace):
+    recorded, shuffled = (
+        [answer.first for answer in ordered(trace.recording, order, 2, 8).answers]
+        for order in (0, 1)
+    )
+    assert recorded == [answer.first for answer in trace.recording.answers]
+    assert recorded != shuffled
+    assert recorded == sorted(shuffled)
+    assert len(ordered(trace.recording, 1, 2, 3).answers) == 6
+    assert len(ordered(trace.recording, 1, 16, 3).answers) == 48
+
+
+def test_the_table_pairs_orders_and_averages_machines():
+    def cell(smart, plain):
+        return {"smart": {"tokens_per_s": smart}, "off": {"tokens_per_s": plain}}
+
+    found = {
+        Cell("a", 1, 0): cell(3.0, 2.0),
+        Cell("a", 1, 1): cell(6.0, 4.0),  # twice as fast, the same gain: no spread
+        Cell("b", 1, 0): cell(6.0, 2.0),
+        Cell("b", 1, 1): cell(1.0, 1.0),
+    }
+    lines = table(found, ["smart"], "off").splitlines()
+    assert lines[3].split() == ["smart", "1.500", "(0)", "1.500", "(0)"]
+    assert lines[5].split() == ["smart", "2.000", "(1000)", "2.000", "(1000)"]
+    assert lines[6] == "all machines"
+    assert lines[7].split()[1] == f"{((3 * 1.5) ** 0.5 + 1.5**0.5) / 2 + 0.0005:.4f}"[:5]
+
+
+def test_machines_are_those_with_a_profile_and_cards():
+    known = costs_of()
+    assert {*measured(), CARD} == {*known}
+    assert len(known) >= 5
+    assert list(costs_of(["zen4", "h100"])) == ["zen4", "h100"]
+
+
+def test_the_command(trace, tmp_path, capsys):
+    path, figures = tmp_path / "t.smart", tmp_path / "f.json"
+    write_trace(path, trace)
+    asked = ["ablate", str(path), "smart", "greedy rule", "chain:length=1", "--machines", "zen4"]
+    assert main([*asked, "--batch-sizes", "1,2", "--orders", "2", "--json", str(figures)], LAB) == 0
+    out = capsys.readouterr().out
+    assert "tokens per second over off" in out
+    assert "greedy rule" in out
+    cells = json.loads(figures.read_text())["cells"]
+    assert {(c["batch_size"], c["order"]) for c in cells} == {(1, 0), (1, 1), (2, 0), (2, 1)}
+    assert {*cells[0]["replayed"]} == {"off", "smart", "greedy rule", "chain:length=1"}
+    assert main(["ablate", str(path), "--machines", "nowhere"], LAB) == 2
+    assert "no costs of 'nowhere'" in capsys.readouterr().err
+    assert main(["ablate", str(path), "cleverer"], LAB) == 2

@@ -1,0 +1,108 @@
+"""A fair comparison: rivals tuned by replay, one contestant for each tree, policy gain beside
+wall-clock gain."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from smart_decoding.bench.blocks import Block, Counts
+from smart_decoding.bench.cycles import copies_in
+from smart_decoding.bench.options import Arm
+from smart_decoding.bench.report import everything
+from smart_decoding.bench.results import Results
+from smart_decoding.core.cost import CostModel
+from smart_lab.replay import replay
+from smart_lab.synthetic import synthetic
+from smart_lab.trace import Trace
+from smart_lab.tuning import CHAINS, LENGTHS, best_chain, distinct, gains
+
+COST = CostModel.from_table(
+    {1: {1: 1.0, 8: 1.05, 64: 3.0}, 8: {8: 1.1, 64: 3.1}}, {1: 0.05, 64: 0.3}, 0.01
+)
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return Trace(synthetic(3.0, answers=8, length=24, context=50), {}, (), COST)
+
+
+@pytest.mark.parametrize("policy", CHAINS)
+def test_a_chain_is_tuned_over_its_length(trace: Trace, policy: str) -> None:
+    found = best_chain(trace, policy, 2)
+    rates = {}
+    for length in LENGTHS:
+        made = trace.policy(policy, COST, **{CHAINS[policy]: length})
+        rates[length] = replay(made, trace.recording, COST, 2).tokens_per_s
+    (length,) = found.options.values()
+    assert rates[length] == max(rates.values()) > 1.02 * min(rates.values())
+    assert found.label == f"{policy} tuned"
+
+
+def test_settings_that_verify_the_same_trees_are_one_contestant(trace: Trace) -> None:
+    chain = Arm("chain", {"length": 2})
+    same = Arm("eagle2", {"depth": 1, "top_k": 1, "total_tokens": 3})
+    other = Arm("eagle2", {"depth": 1, "top_k": 2, "total_tokens": 3})
+    assert distinct([chain, same, other], trace, 2) == [chain, other]
+    assert distinct([same, Arm("smart"), chain], trace, 2) == [same, Arm("smart")]
+
+
+def test_policy_gains_are_replays_over_plain_decoding(trace: Trace) -> None:
+    arms = [Arm("off"), Arm("smart"), Arm("smart", {"method": "union"}), Arm("chain")]
+    found = gains(trace, arms, 2)
+    assert list(found) == ["off", "smart", "chain"]  # another drafter is not in the recording
+    assert found["off"] == 1.0
+    rates = [
+        replay(trace.policy(n, COST), trace.recording, COST, 2).tokens_per_s
+        for n in ("smart", "off")
+    ]
+    assert found["smart"] == pytest.approx(rates[0] / rates[1])
+
+
+def block(rows: dict[int, int], levels: int, emitted: int) -> Block:
+    counts = Counts(rounds=sum(rows.values()), levels=levels, emitted=emitted)
+    level_counts = Counter({levels: 1})
+    return Block("code", 1, counts, row_counts=Counter(rows), level_counts=level_counts)
+
+
+def test_copies_are_told_by_what_they_verified() -> None:
+    tree = block({3: 9}, 2, 20)
+    other = block({3: 8, 4: 1}, 2, 20)
+    plain = block({1: 20}, 0, 20)
+    first = {"off": plain, "a": tree, "b": tree, "c": other, "smart": tree, "rests": plain}
+    assert copies_in([first]) == {"b": "a"}
+    assert copies_in([first, {**first, "b": other}]) == {}
+    slower = {label: of_label for label, of_label in first.items() if label != "b"}
+    assert copies_in([first, slower]) == {"b": "a"}
+
+
+def runs() -> list[dict[str, Any]]:
+    shared = {"batch_size": 1, "task": "all", "identical": True, "blocks": 2}
+    ratios = {"speedup_low": 1.1, "speedup_high": 1.4}
+    plain = {**shared, "policy": "off", "speedup": 1.0, "policy_gain": 1.0, "noise": 1.0}
+    smart = {**shared, **ratios, "policy": "smart", "speedup": 1.3, "policy_gain": 1.27}
+    rival = {**shared, **ratios, "policy": "chain", "speedup": 1.21, "policy_gain": 1.25}
+    rival |= {"smart_over": 1.08, "smart_policy_over": 1.016}
+    copy = {**rival, "policy": "eagle2(depth=2)", "speedup": 1.204, "copy_of": "chain"}
+    return [plain, smart, rival, copy]
+
+
+def test_the_report_shows_both_gains_and_what_copies_differ_by() -> None:
+    text = everything({"runs": runs()})
+    assert "by replay" in text
+    over = next(line for line in text.splitlines() if line.startswith("chain") and "1.08" in line)
+    assert "1.02" in over
+    words = " ".join(text.split())
+    assert "eagle2(depth=2) verifies the same trees as chain" in words
+    assert "1.204x and 1.210x" in words
+    assert {run["policy"] for run in Results.from_dict({"runs": runs()}).runs} == {
+        "off",
+        "smart",
+        "chain",
+    }
+
+
+def test_without_a_replay_nothing_is_said_of_one() -> None:
+    kept = ("policy_gain", "smart_policy_over")
+    bare = [{name: v for name, v in run.items() if name not in kept} for run in runs()]
+    assert "by replay" not in everything({"runs": bare})
