@@ -1,8 +1,10 @@
-"""The shape of the published figures, simulated: MSD's trees and `smart` on L40S and RTX PRO 6000.
+"""The published figures, simulated: MSD's trees without and with the published rule on L40S and RTX
+PRO 6000, and `smart` beside them.
 
 Nothing is measured: costs are the rooflines of hardware.json, trees are drawn (`simulate
---acceptance msd`). The published figures are drawn beside the simulated ones; only the one of L40S
-at batch 1 was used, to choose the number of tokens per round.
+--acceptance msd`). The published figures are drawn beside what they are figures of; only the one of
+MSD on L40S at batch 1 was used, to choose the number of tokens per round. --assumptions exchanges
+one assumption at a time (assumptions.py).
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ CARDS = ("l40s", "rtx-pro-6000")
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
 FIXED = "best fixed"
 LINES = {
-    SMART: ("smart", "o"),
-    FIXED: ("best of 15 fixed trees", "s"),
-    PAPER: ("paper, default budget", "D"),
+    PAPER: ("MSD with the published rule", "D"),
     EAGLE2: ("MSD's tree, 59 nodes", "^"),
+    SMART: ("smart (ours)", "o"),
+    FIXED: ("best of 15 fixed trees", "s"),
 }
-PUBLISHED = {SMART: "smart", EAGLE2: "msd"}  # the paper's controller, and MSD without it
+PUBLISHED = {PAPER: "smart", EAGLE2: "msd"}  # the paper's rule, and MSD without it
+COLOUR = dict(zip((SMART, FIXED, PAPER, EAGLE2), COLOURS, strict=False))
+MARKS = {PAPER: "published: MSD with SMART", EAGLE2: "published: MSD"}
 
 
 def simulated(name: str, level: Mapping[str, Any]) -> Simulation:
@@ -76,9 +80,9 @@ def picture(
 
 
 def _lines(panel: Any, simulation: Simulation, published: Mapping[str, Any]) -> None:
-    for colour, (policy, (told, marker)) in zip(COLOURS, LINES.items(), strict=False):
+    for policy, (told, marker) in LINES.items():
         values = [speedup_of(prediction, policy) for prediction in simulation.predictions]
-        style = {"color": colour, "marker": marker}
+        style = {"color": COLOUR[policy], "marker": marker}
         panel.plot(SIZES, values, linewidth=2.2, markersize=5, label=told, **style)
         known = published.get(PUBLISHED.get(policy, ""), {})
         if known:
@@ -89,7 +93,7 @@ def _lines(panel: Any, simulation: Simulation, published: Mapping[str, Any]) -> 
                 markersize=10,
                 markerfacecolor="none",
                 markeredgewidth=1.8,
-                label="published: MSD with SMART" if policy == SMART else "published: MSD",
+                label=MARKS[policy],
                 **style,
             )
 
@@ -121,12 +125,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the figures go."""
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write simulated.png there")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--assumptions",
+        action="store_true",
+        help="the published rule on L40S instead, with one assumption exchanged at a time",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints a table a card. Raises ConfigError for outputs that cannot be written."""
     check_outputs((args.json,), args.plots)
     level = acceptances()["msd"]
+    if args.assumptions:
+        from smart_lab.assumptions import table
+
+        table(level, lambda line: print(line, flush=True))
+        return 0
     found = {name: simulated(name, level) for name in CARDS}
     print("SIMULATED, not measured; speedups over plain decoding (published ones in brackets)")
     for name, simulation in found.items():
@@ -137,8 +151,12 @@ def main(args: argparse.Namespace) -> int:
                 f"{cell(prediction, policy, level['published'][name]):>28}" for policy in LINES
             )
             print(f"  {prediction.batch_size:5}{''.join(cells)}")
-        crossings = (simulation.crossing(policy) for policy in (EAGLE2, SMART))
-        print("  MSD's tree crosses 1x at {}, smart at {}".format(*crossings))
+        crossings = (simulation.crossing(policy) for policy in (EAGLE2, PAPER, SMART))
+        print(
+            "  MSD's tree crosses 1x at {}, the published rule at {}, smart at {}".format(
+                *crossings
+            )
+        )
     if args.json is not None:
         args.json.write_text(json.dumps({name: s.to_dict() for name, s in found.items()}, indent=1))
     if args.plots is not None:

@@ -38,7 +38,7 @@ SETTINGS: Sequence[Setting] = [
 ]
 EAGLE_2: Setting = {"depth": 7, "top_k": 10, "total_tokens": 60}
 SMART, PAPER, EAGLE2 = "smart", "paper", "eagle2, EAGLE-2's size"
-ROUNDS, LEAST_ROUNDS, PAPER_ROUNDS = 2400, 120, 600  # of requests; of the batch
+ROUNDS, LEAST_ROUNDS = 2400, 120  # of requests; of the batch
 PAYS = 1.02  # less is within what costs are known to
 
 
@@ -121,9 +121,12 @@ class Simulator:
         tree: Setting | None = None,
     ) -> None:
         """tree: the setting of `eagle2` that stands for fixed trees of full size; EAGLE-2's by
-        default."""
+        default. The published rule, which leaves the drafter as it is, is bound to its levels and
+        children."""
         self.trace, self.cost, self.host, self.rounds = trace, cost, host, 0
-        self._eagle = Sweep(trace.recording, [tree or EAGLE_2], trace.eos_token_ids)
+        tree = tree or EAGLE_2
+        self._paper = limits_of(tree)
+        self._eagle = Sweep(trace.recording, [tree], trace.eos_token_ids)
         self._fixed = Sweep(trace.recording, SETTINGS, trace.eos_token_ids)
 
     def prediction(
@@ -134,14 +137,14 @@ class Simulator:
         rounds = max(LEAST_ROUNDS, ROUNDS // batch_size)
         recording = enough(trace.recording, batch_size)
 
-        def of(name: str, most: int = rounds) -> Replayed:
+        def of(name: str, **options: int) -> Replayed:
             on_policy(name)
-            return self._counted(
-                replay(trace.policy(name, cost), recording, cost, batch_size, host, rounds=most)
-            )
+            policy = trace.policy(name, cost, **options)
+            return self._counted(replay(policy, recording, cost, batch_size, host, rounds=rounds))
 
         plain = of("off").tokens_per_s
-        smart, paper = of("smart"), of("paper", max(30, PAPER_ROUNDS // batch_size))
+        smart = of("smart")
+        paper = of("paper", **self._paper)
         on_policy("eagle2")
         ((_, eagle),) = self._over(self._eagle, recording).rank(cost, batch_size, host)
         ranked = self._over(self._fixed, recording).rank(cost, batch_size, host)
@@ -157,6 +160,11 @@ class Simulator:
 
     def _over(self, sweep: Sweep, recording: Recording) -> Sweep:
         return sweep if recording is self.trace.recording else sweep.repeated(recording)
+
+
+def limits_of(tree: Setting) -> dict[str, int]:
+    """Options of `paper` that bind it to the levels and children of a setting of `eagle2`."""
+    return {"max_levels": tree["depth"] + 1, "children": tree["top_k"]}
 
 
 def enough(recording: Recording, batch_size: int) -> Recording:

@@ -25,6 +25,7 @@ TRUST = np.array(
 )  # chosen over confidence, by depth
 SHARE = 0.5 ** np.arange(1, CHILDREN)  # of what the first child leaves, for the others
 EASES = (-6.0, 12.0)
+SPREAD = 1.6  # standard deviation of the first child's confidence, as a logit
 
 
 def synthetic(
@@ -34,21 +35,22 @@ def synthetic(
     context: int = 200,
     tree: Mapping[str, int] | None = None,
     seed: int = 0,
+    spread: float = SPREAD,
 ) -> Recording:
     """A recording whose rounds under a setting of `eagle2` (default: EAGLE-2's tree) yield
-    `tokens_per_round` on average over positions.
+    `tokens_per_round` on average over positions. spread: how far confidences lie apart.
 
     Raises ConfigError for a number that such a tree cannot yield."""
     low, high = EASES
     for _ in range(9):
         ease = (low + high) / 2
-        found = _yield(_draw(ease, 8, 40, context, seed), tree or {})
+        found = _yield(_draw(ease, 8, 40, context, seed, spread), tree or {})
         low, high = (ease, high) if found < tokens_per_round else (low, ease)
     if not EASES[0] + 0.01 < low < EASES[1] - 0.01 or not 1 < tokens_per_round < LEVELS + 1:
         raise ConfigError(
             f"{tokens_per_round:g} tokens per round cannot be had from a tree of {LEVELS} levels"
         )
-    return _draw((low + high) / 2, answers, length, context, seed)
+    return _draw((low + high) / 2, answers, length, context, seed, spread)
 
 
 def _yield(recording: Recording, tree: Mapping[str, int]) -> float:
@@ -60,7 +62,9 @@ def _yield(recording: Recording, tree: Mapping[str, int]) -> float:
     return float(Fixed.draw(Eagle2(**given), recording).emitted[whole].mean())
 
 
-def _draw(ease: float, answers: int, length: int, context: int, seed: int) -> Recording:
+def _draw(
+    ease: float, answers: int, length: int, context: int, seed: int, spread: float
+) -> Recording:
     rng = np.random.default_rng(seed)
     mood = rng.normal(size=answers)
     drawn = []
@@ -74,19 +78,20 @@ def _draw(ease: float, answers: int, length: int, context: int, seed: int) -> Re
             length
         )  # every token is another one, so that a wrong child is never right
         trees = [
-            _tree(rng, ease + float(moods[answer, t]), output[t + 1 :]) for t in range(length - 1)
+            _tree(rng, ease + float(moods[answer, t]), output[t + 1 :], spread)
+            for t in range(length - 1)
         ]
         drawn.append((context, length, output.tolist(), trees, "synthetic"))
     return Recording.of(drawn)
 
 
-def _tree(rng: np.random.Generator, ease: float, truth: IntArray) -> DraftTrees:
+def _tree(rng: np.random.Generator, ease: float, truth: IntArray, spread: float) -> DraftTrees:
     """One wide tree; `truth`: the tokens that follow."""
     trees = DraftTrees.empty(1)
     parents: IntArray = np.array([ROOT])
     right = ROOT  # the deepest node on the answer's path
     for level in range(min(LEVELS, len(truth))):
-        prob = _children(rng, ease, len(parents))
+        prob = _children(rng, ease, len(parents), spread)
         token = np.tile(10 + np.arange(CHILDREN), (len(parents), 1))
         where = np.flatnonzero(parents == right)
         first, right = len(trees), -2
@@ -106,9 +111,9 @@ def _tree(rng: np.random.Generator, ease: float, truth: IntArray) -> DraftTrees:
     return trees
 
 
-def _children(rng: np.random.Generator, ease: float, count: int) -> FloatArray:
+def _children(rng: np.random.Generator, ease: float, count: int, spread: float) -> FloatArray:
     """[count, CHILDREN] confidences, falling."""
-    first = 1.0 / (1.0 + np.exp(-(ease + 1.6 * rng.normal(size=(count, 1)))))
+    first = 1.0 / (1.0 + np.exp(-(ease + spread * rng.normal(size=(count, 1)))))
     others = (
         (1 - first) * (0.2 + 0.5 * first) * SHARE / SHARE.sum()
     )  # what is unexpected is often among no children

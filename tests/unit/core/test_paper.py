@@ -223,7 +223,7 @@ MUTANTS = {
     "ratio of an empty tree": (PAYS, PAYS.replace("length * ", "")),
     "child of a rejected parent": (FULL, "nodes >= len(self.spent) - 1"),
     "no budget": (FULL, "nodes >= len(self.spent) - 2 and parent not in tree.down"),
-    "sum of gains for the mean": ("self.path_sum / max(self.paths, 1)", "self.node_sum"),
+    "sum for the mean over paths": ("self.path_sum / max(self.paths, 1)", "self.node_sum"),
     "gain not shared by paths": ("path_prob / tree.paths_with(parent) if", "path_prob if"),
     "every node a path": ("return self.paths + (not extends_leaf)", "return self.paths + 1"),
     "a branch forgets its beginning": (
