@@ -99,6 +99,36 @@ def test_greedy_answers_are_those_of_transformers(llm: LLM, prompts: list[list[i
     assert ties <= 1  # 0.1 % may be ties: in 120 tokens less than one
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("method", ["eagle", "ngram"])
+def test_rounds_in_one_call_change_no_token(
+    method: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(
+        MODEL,
+        speculative_config={"method": method, "policy": "eagle2"},
+        max_model_len=512,
+        max_num_seqs=8,
+        enable_prefix_caching=False,
+    )
+    cuts = ({}, {"top_p": 0.9}, {"top_k": 100}, {"min_p": 0.05}, {"temperature": 0.0})
+    params = [
+        SamplingParams(**{"temperature": temperature, **cut}, max_tokens=32, seed=7) for cut in cuts
+    ]
+    native = llm.target.verify_round
+    assert native is not None
+    rounds = []
+    monkeypatch.setattr(
+        llm.target, "verify_round", lambda batch: rounds.append(native(batch)) or rounds[-1]
+    )
+    in_one_call = llm.generate(QUESTIONS[:5], params)
+    assert len(rounds) > 5
+    monkeypatch.setattr(llm.target, "verify_round", None)
+    for ours, theirs in zip(in_one_call, llm.generate(QUESTIONS[:5], params), strict=True):
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+        assert ours.outputs[0].metrics.accepted == theirs.outputs[0].metrics.accepted
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_request_alone_and_in_a_batch_gets_the_same_tokens(
     llm: LLM, prompts: list[list[int]], temperature: float
