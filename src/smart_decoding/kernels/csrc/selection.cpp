@@ -325,10 +325,16 @@ private:
         return place;
     }
 
-    // What MarginalRatio has kept of one request.
+    // What MarginalRatio has kept of one request: nodes, root-to-leaf paths, the sum of path_prob
+    // along each of these, and over nodes.
     struct KeptTree {
         int64_t nodes = 0, paths = 0;
-        double length = 1.0;
+        double path_sum = 0.0, node_sum = 0.0;
+
+        double length(bool mean_over_paths) const {
+            if (!mean_over_paths) return 1.0 + node_sum;
+            return paths ? 1.0 + path_sum / double(paths) : 1.0;
+        }
     };
 
     // The nodes that MarginalRatio keeps, down to a level.
@@ -343,19 +349,23 @@ private:
         });
         std::vector<KeptTree> of_request(trees.batch);
         std::vector<char> inside(trees.nodes, 0), inner(trees.nodes, 0);
+        std::vector<double> down(trees.nodes, 0.0);  // path_prob from the root to a node, summed
         for (int64_t i : order) {
             KeptTree& tree = of_request[owner(trees, i)];
             const int64_t above = parent(trees, i);
             if (tree.nodes >= part.count || (above >= 0 && !inside[above])) continue;
-            const int64_t paths = tree.paths + (above < 0 || inner[above]);
+            const bool new_path = above < 0 || inner[above];
             const double p = accept_prob(trees, i);
-            const double gain = part.mean_over_paths ? p / double(paths) : p;
+            const double gain = part.mean_over_paths ? p / double(tree.paths + new_path) : p;
             const double spent = part.spent[tree.nodes];
-            if (spent > 0 && part.alpha * gain * spent <= tree.length * part.step[tree.nodes + 1])
+            const double length = tree.length(part.mean_over_paths);
+            if (spent != 0 && !(part.alpha * gain * spent > length * part.step[tree.nodes + 1]))
                 continue;
             tree.nodes++;
-            tree.paths = paths;
-            tree.length += gain;
+            tree.paths += new_path;
+            down[i] = (above < 0 ? 0.0 : down[above]) + p;
+            tree.path_sum += new_path ? down[i] : p;
+            tree.node_sum += p;
             inside[i] = 1;
             if (above >= 0) inner[above] = 1;
             kept.push_back(i);
