@@ -34,7 +34,8 @@ class RoundCosts:
 
     def drafted(self, trees: DraftTrees) -> float:
         """Seconds of the round so far."""
-        return self.sunk + float(self.levels.take(expanded_widths(trees)[1:]).sum())
+        widths = expanded_widths(trees)[1:]
+        return self.sunk + float(self.levels.take(widths[widths > 0]).sum())
 
     def best(self, gains: FloatArray, sunk: float, least: int = 0) -> int:
         """How many of the sorted `gains` to verify; see `best_size`."""
