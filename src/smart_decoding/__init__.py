@@ -3,6 +3,7 @@ use: torch is slow."""
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
         SmartError,
     )
     from smart_decoding.llm import LLM
+
+# Threads that wait for each other look at a barrier so often before they sleep. OpenMP's own
+# 300,000 take milliseconds, in which another process cannot run: beside one, decoding is then many
+# times slower. Alone it makes no difference. Torch's OpenMP reads it when torch is imported.
+SPINS = "1000"
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 __version__ = "0.1.0"
 

@@ -3,10 +3,6 @@ before any loading."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +20,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerSettings, dict[s
     """What would be served, and with which options of LLM."""
     found: list[tuple[ServerSettings, dict[str, Any]]] = []
     monkeypatch.delenv("SMART_API_KEY", raising=False)
-    monkeypatch.setattr(
-        cli_serve, "share_cores", lambda: None
-    )  # it would change this process's environment
     monkeypatch.setattr(llm, "LLM", lambda model, **options: {"model": model, **options})
 
     def serve(load: Any, settings: ServerSettings) -> int:
@@ -89,30 +82,6 @@ def test_limits_of_pictures_reach_the_model(served: Any, tmp_path: Path) -> None
     assert options["limit_mm_per_prompt"] == {"image": 2}
     assert options["mm_processor_kwargs"] == {"max_pixels": 1000}
     assert options["max_image_pixels"] == 9
-
-
-@pytest.mark.parametrize(("own", "spins"), [(None, cli_serve.SPINS), ("77", "77")])
-def test_waiting_threads_sleep_soon(tmp_path: Path, own: str | None, spins: str) -> None:
-    """As OpenMP itself says once it is loaded."""
-    environment = {
-        **os.environ,
-        "OMP_DISPLAY_ENV": "verbose",
-        **({"GOMP_SPINCOUNT": own} if own else {}),
-    }
-    line = [
-        sys.executable,
-        "-m",
-        "smart_decoding.cli.main",
-        "serve",
-        str(tmp_path),
-        "--port",
-        "0",
-    ]  # no model is there
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    if "GOMP_SPINCOUNT" not in done.stderr:
-        pytest.skip("this torch has another OpenMP than GCC's")
-    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) == {spins}
 
 
 def test_a_key_from_the_environment(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ class Reliability:
     """Sums per bin, [3, BINS]: tokens, predicted probabilities, tokens that the target chose.
 
     draft: the drafter's own confidence; calibrated: the policy's P(accepted | parent accepted),
-    where its rule has scores. Both were said before the outcome was known. Only children of accepted nodes
-    count, as the others were never tested."""
+    where its rule has scores. Both were said before the outcome was known. Only children of
+    accepted nodes count, as the others were never tested."""
 
     draft: Floats = field(default_factory=_nothing)
     calibrated: Floats = field(default_factory=_nothing)

@@ -17,8 +17,6 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 if TYPE_CHECKING:
     from smart_decoding.server.settings import ServerSettings
 
-SPINS = "1000"  # looks at a barrier before a thread sleeps; libgomp's own 300,000 take milliseconds
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `smart serve`. None stands for 'not given', so that a file can say it."""
@@ -46,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Checks everything that can be checked without the model, then serves."""
-    share_cores()
     merge(args, read_config(args.config) if args.config else {})
     options = {**llm_options(args), **_server_options(args)}
     try:
@@ -63,16 +60,6 @@ def main(args: argparse.Namespace) -> int:
     # Checked here already: the server loads the model later, on another thread.
     require_kernels(device_of(args.device), args.allow_slow)
     return serve(lambda: LLM(args.model, **options), settings)
-
-
-def share_cores() -> None:
-    """Lets threads that wait for each other sleep soon; before torch, whose OpenMP reads it once.
-
-    Beside one other busy process a server on two cores is then twice as fast, and alone as fast as
-    before.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _server_options(args: argparse.Namespace) -> dict[str, Any]:
