@@ -21,7 +21,7 @@ from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 CONFIDENCE = 0.5  # of a request that has not verified anything, at first
 GAIN = 0.2  # of a request's running share of accepted drafts
 # Per step that a request's drafts are left out: what is known of it fades to what is usual.
-RELAX = 0.01
+RELAX = 0.02
 LEARN_EVERY = 16  # steps, once many have passed: a millisecond each time
 FAILED, PARTLY, WHOLE = range(3)  # how a request's last draft went: calibrated apart
 _SAMPLED, _GREEDY = np.eye(KINDS)[:2]  # shares of the kinds of requests in a batch of one kind
