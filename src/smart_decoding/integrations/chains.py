@@ -104,7 +104,7 @@ class Chains:
         after this one; DISABLED: none, and the draft model runs no pass."""
         if not self.model:
             return self.lengths[-1]
-        if not self.costs.known:
+        if not ids or not self.costs.known:
             return 0
         if self.may_disable and not self.switch.known:
             return DISABLED
