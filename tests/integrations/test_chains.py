@@ -98,6 +98,13 @@ def test_nothing_is_verified_before_plain_steps_are_known() -> None:
     assert policy.trim(["a"], [4], [True], [9]) == [0]
 
 
+def test_a_step_of_nobody_drafts_nothing() -> None:
+    policy = Chains(range(5), model=True)
+    World([0.9] * 2, cpu, model=True).run(100, policy)
+    assert policy.length([]) == 0
+    assert policy.trim([], [], [], []) == []
+
+
 def test_two_policies_told_the_same_choose_the_same() -> None:
     first = Chains(range(5), model=True)
     second = Chains(range(5), model=True)

@@ -38,9 +38,9 @@ class Exploration:
             return math.inf
         return max(self._pause, math.ceil(-self._credit / self.budget))
 
-    def begin(self) -> None:
-        """A run begins with the coming round."""
-        self.left = RUN
+    def begin(self, rounds: int = RUN) -> None:
+        """A run of so many rounds begins with the coming one."""
+        self.left = rounds
         self.count += 1
         self._lost = 0.0
 
@@ -55,14 +55,18 @@ class Exploration:
 
     def observe(self, loss: float, plain: float) -> bool:
         """After a round of a run, which lost so many seconds against the best option (negative:
-        gained); whether the run has ended. plain: seconds of a plain round."""
+        gained); whether the run has ended. plain: seconds of a plain round. Where rounds overlap,
+        some may follow the last one of a run: each counts as a run of its own."""
         self._credit = min(self._credit - loss / plain, CREDIT)
         self._lost += loss
         self._pause = PAUSE
-        self.left -= 1
-        if self.left > 0:
+        if self.left > 1:
+            self.left -= 1
             return False
-        self.seconds += max(self._lost, 0.0)
-        if self._lost < 0:
+        lost = self._lost
+        self._lost = 0.0
+        self.left = 0
+        self.seconds += max(lost, 0.0)
+        if lost < 0:
             self.begin()
         return True

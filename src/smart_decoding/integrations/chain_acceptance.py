@@ -8,7 +8,6 @@ leaves no room for more.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -16,16 +15,14 @@ from typing import TypeAlias
 import numpy as np
 
 from smart_decoding.core.calibration import BINS, DEPTHS, KINDS, Calibration
+from smart_decoding.core.running import RunningMean
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 
 CONFIDENCE = 0.5  # of a request that has not verified anything, at first
 GAIN = 0.2  # of a request's running share of accepted drafts
-USUAL_GAIN = 0.01  # of the share that new requests begin with
 # Per step that a request's drafts are left out: what is known of it fades to what is usual.
 RELAX = 0.02
-# After the first steps it learns from many at once: a millisecond each time.
-FIRST_STEPS = 8
-LEARN_EVERY = 16
+LEARN_EVERY = 16  # steps, once many have passed: a millisecond each time
 FAILED, PARTLY, WHOLE = range(3)  # how a request's last draft went: calibrated apart
 _SAMPLED, _GREEDY = np.eye(KINDS)[:2]  # shares of the kinds of requests in a batch of one kind
 
@@ -53,38 +50,34 @@ class ChainAcceptance:
         self.longest = longest
         self.calibration = Calibration()
         self.requests: dict[str, _Request] = {}
-        self._usual = _Request(CONFIDENCE, _bin(CONFIDENCE))  # a request that is new
+        self._usual = RunningMean(CONFIDENCE, seen=1)  # share that new requests begin with
         # Not learned from yet: share, last, greedy, verified, accepted.
         self._waiting: list[tuple[float, int, bool, int, int]] = []
         self._steps = 0  # learned from
-        self._paths: dict[Class, list[float]] = {}
+        self._paths: dict[Class, FloatArray] = {}
 
-    def class_of(self, id_: str, greedy: bool) -> Class:
-        """The class that a request belongs to now."""
-        request = self.requests.get(id_, self._usual)
+    def paths(
+        self, ids: Sequence[str], drafts: Sequence[int], greedy: Sequence[bool]
+    ) -> FloatArray:
+        """[requests, longest] calibrated probabilities that a request's first 1, 2, ... drafts are
+        all accepted; 0 beyond those that it has."""
+        rows = [self._path(self._class_of(id_, g)) for id_, g in zip(ids, greedy, strict=True)]
+        exists = np.arange(self.longest) < np.array(drafts)[:, None]
+        result: FloatArray = np.where(exists, np.array(rows), 0.0)
+        return result
+
+    def _class_of(self, id_: str, greedy: bool) -> Class:
+        request = self.requests.get(id_)
+        if request is None:
+            return PARTLY, _bin(self._usual.mean), greedy
         return request.last, request.bin, greedy
 
-    def classes(
-        self, ids: Sequence[str], drafts: Sequence[int], greedy: Sequence[bool]
-    ) -> dict[Class, list[int]]:
-        """Class -> its requests' numbers of drafts, of those that have any."""
-        classes: dict[Class, list[int]] = defaultdict(list)
-        for id_, count, sure in zip(ids, drafts, greedy, strict=True):
-            if count:
-                classes[self.class_of(id_, sure)].append(count)
-        return classes
-
-    def path(self, key: Class) -> list[float]:
-        """Calibrated probabilities that a request's first 1, 2, ... drafts are all accepted."""
+    def _path(self, key: Class) -> FloatArray:
         path = self._paths.get(key)
         if path is None:
             last, bin_, greedy = key
-            steps = self.calibration.curve(last, _GREEDY if greedy else _SAMPLED)[:, bin_].tolist()
-            path = []
-            reached = 1.0
-            for depth in range(self.longest):
-                reached *= steps[min(depth, DEPTHS - 1)]
-                path.append(reached)
+            steps = self.calibration.curve(last, _GREEDY if greedy else _SAMPLED)[:, bin_]
+            path = steps.take(np.minimum(np.arange(self.longest), DEPTHS - 1)).cumprod()
             self._paths[key] = path
         return path
 
@@ -92,7 +85,7 @@ class ChainAcceptance:
         """The drafts of these requests were left out."""
         for id_ in ids:
             if id_ in self.requests:
-                self.requests[id_].move(RELAX, self._usual.share)
+                self.requests[id_].move(RELAX, self._usual.mean)
 
     def learn(
         self,
@@ -109,19 +102,19 @@ class ChainAcceptance:
                 self._learn_request(id_, drafted, right, greedy is None or id_ in greedy)
                 total += right
         self._steps += 1
-        if self._steps <= FIRST_STEPS or self._steps % LEARN_EVERY == 0:
+        if self._steps % min(LEARN_EVERY, 1 + self._steps // LEARN_EVERY) == 0:
             self._calibrate()
         return total
 
     def _learn_request(self, id_: str, drafted: int, right: int, greedy: bool) -> None:
         request = self.requests.get(id_)
         if request is None:
-            request = self.requests[id_] = _Request(self._usual.share, self._usual.bin)
+            request = self.requests[id_] = _Request(self._usual.mean, _bin(self._usual.mean))
         self._waiting.append((request.share, request.last, greedy, drafted, right))
         share = right / (right + 1) if right < drafted else 1.0
         request.move(GAIN, share)
+        self._usual.observe(share)
         request.last = WHOLE if right == drafted else PARTLY if right else FAILED
-        self._usual.move(USUAL_GAIN, share)
 
     def _calibrate(self) -> None:
         """What was verified since the last time: beyond the first rejection all is censored."""

@@ -10,20 +10,23 @@ rank that were to run it would decide alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING
 
-from smart_decoding.core.exploration import Exploration
-from smart_decoding.integrations.chain_acceptance import ChainAcceptance, Class
+import numpy as np
+
+from smart_decoding.core.choice import best_rates, best_size, ranked
+from smart_decoding.core.exploration import RUN, Exploration
+from smart_decoding.integrations.chain_acceptance import ChainAcceptance
 from smart_decoding.integrations.chain_costs import StepCosts
-from smart_decoding.integrations.disabling import DISABLED, DraftModelSwitch
+from smart_decoding.integrations.disabling import DISABLED, NEWCOMERS_RUN, DraftModelSwitch
 
-MARGIN = 1.01  # predicted speedup that verifying drafts needs over a plain step
-FIRST_CREDIT = 3.0  # plain steps' worth of time that may be explored with at once, at the start
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray
+
 KEEP_LENGTH = 8  # steps that a chosen K is kept for while the batch stays the same
-
-Cuts: TypeAlias = dict[Class, int]  # deepest draft that is verified
 
 
 @dataclass
@@ -60,12 +63,12 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class _Choice:
-    """The drafts to verify, tokens per second with them, and the class most likely accepted."""
+class _Length:
+    """The best K above 0 and its tokens per second, and those if the draft model had seen all."""
 
-    cuts: Cuts
+    length: int
     rate: float
-    likeliest: Class
+    everyone: float
 
 
 class Chains:
@@ -85,14 +88,14 @@ class Chains:
         self.acceptance = ChainAcceptance(self.lengths[-1])
         self.counters = Counters()
         self.exploration = Exploration(exploration_budget)
-        self.switch = DraftModelSwitch(exploration_budget)
+        self.switch = DraftModelSwitch()
         self.may_disable = False
-        self._on = True  # whether verifying drafts is predicted best
-        self._asked = False  # whether a draft model that is off drafts, to explore
-        self._exploring = False  # whether the coming step leaves the mode predicted best
-        self._rate = 0.0  # tokens per second of that mode
-        self._length = (0, 0, 0)  # batch, K, steps left
-        self._pause = 0  # steps that a draft model which is on still pauses for
+        self._on = False  # whether verifying drafts is predicted best
+        self._rate = 0.0  # tokens per second of what is
+        self._exploring = False  # whether the coming step is another one
+        self._kept = _Length(0, 0.0, 0.0)
+        self._kept_batch = 0
+        self._kept_steps = 0  # that it is still kept for
 
     # --- before drafting ---
 
@@ -101,89 +104,76 @@ class Chains:
         after this one; DISABLED: none, and the draft model runs no pass."""
         if not self.model:
             return self.lengths[-1]
-        if not self.costs.known:
+        if not ids or not self.costs.known:
             return 0
-        if self.may_disable and self.switch.measures():
+        if self.may_disable and not self.switch.known:
             return DISABLED
-        length = self._kept_length(ids)
-        if self.may_disable and (self.switch.observing or self.switch.disabled):
-            return self._observed_length(ids, length)
-        if self.may_disable and not any(map(self.switch.can_draft, ids)):
-            return DISABLED  # there is nobody that it could draft for
-        if self._pause:
-            self._pause -= 1
-            return 0
-        return self._explored_length(ids, length)
-
-    def _kept_length(self, ids: Sequence[str]) -> int:
-        batch, length, left = self._length
-        if batch != len(ids) or left <= 0:
-            length = self._best_length(ids)
-            left = KEEP_LENGTH
-        self._length = (len(ids), length, left - 1)
-        return length
-
-    def _observed_length(self, ids: Sequence[str], length: int) -> int:
-        """At least one token while the draft model is observed, else DISABLED if it is."""
+        best = self._best_length(ids)
         batch = len(ids)
         plain = self.costs.plain(batch)
-        fixed, per_draft, per_level = self.costs.extra(batch)
-        without = batch / self.switch.rate(plain, batch)
-        cost = plain + fixed + per_level + per_draft * batch - without
-        self._asked = self.switch.observes(ids, max(cost, 0.0))
-        if self._asked:
-            return max(length, self.lengths[1])
-        if self.switch.disabled:
-            self.switch.miss(ids)
-            return DISABLED
-        return length
+        if self.may_disable:
+            self.switch.decide(best.everyone, self.switch.rate(plain, batch))
+        disabled = self.switch.disabled
+        able = any(map(self.switch.can_draft, ids))
+        without = self.switch.rate(plain, batch) if disabled else batch / plain
+        on = able and not disabled and best.rate > without
+        self._rate = best.rate if on else without
+        self._exploring = able and self._explores(on, NEWCOMERS_RUN if disabled else RUN)
+        if on != self._exploring:
+            return best.length
+        self.acceptance.relax(ids)
+        if able and not disabled:
+            return 0
+        self.switch.miss(ids)
+        return DISABLED
 
-    def _best_length(self, ids: Sequence[str]) -> int:
+    def _best_length(self, ids: Sequence[str]) -> _Length:
+        batch = len(ids)
+        if self._kept_batch != batch or self._kept_steps == 0:
+            self._kept = self._new_length(ids)
+            self._kept_batch = batch
+            self._kept_steps = KEEP_LENGTH
+        self._kept_steps -= 1
+        return self._kept
+
+    def _new_length(self, ids: Sequence[str]) -> _Length:
         """The K with the most tokens per second, if what it will draft is then verified as far as
         it pays.
 
         Whether the draft model is disabled is decided by what it could do if it had seen all
         requests; K by those that it can draft for."""
-        batch = len(ids)
-        longest = self.lengths[-1]
-        best, rate = self._best(ids, [longest] * batch)
-        if not self.may_disable:
-            return best
-        self.switch.decide(rate, self.switch.rate(self.costs.plain(batch), batch))
-        drafts = [longest if self.switch.can_draft(id_) else 0 for id_ in ids]
-        return best if all(drafts) else self._best(ids, drafts)[0]
+        paths = self.acceptance.paths(ids, [self.lengths[-1]] * len(ids), [True] * len(ids))
+        everyone = self._rates(paths)
+        seen = [self.switch.can_draft(id_) for id_ in ids]
+        rates = everyone if all(seen) else self._rates(paths * np.array(seen)[:, None])
+        best = int(rates.argmax())
+        return _Length(self.lengths[1 + best], float(rates[best]), float(everyone.max()))
 
-    def _best(self, ids: Sequence[str], drafts: Sequence[int]) -> tuple[int, float]:
-        """The best K and its tokens per second, with at most so many `drafts` of each request."""
-        batch = len(ids)
-        classes = self.acceptance.classes(ids, drafts, [True] * batch)
-        per_level = self.costs.extra(batch).per_level
-        best = 0
-        best_rate = MARGIN * batch / self.costs.plain(batch)
-        for length in self.lengths[1:] if classes else ():
-            rate = self._choose(classes, batch, length, per_level * length).rate
-            if rate > best_rate:
-                best, best_rate = length, rate
-        return best, best_rate
+    def _rates(self, paths: FloatArray) -> FloatArray:
+        """[lengths above 0] tokens per second with each K. paths: [requests, longest]."""
+        batch, longest = paths.shape
+        lengths = np.array(self.lengths[1:])
+        drafted = np.arange(longest) < lengths[:, None, None]
+        losses = np.sort(-(paths * drafted).reshape(len(lengths), -1), axis=1)
+        drafting = self.costs.extra(batch).per_level * lengths
+        seconds = self._seconds(batch, batch * longest)
+        return best_rates(losses, batch, drafting, seconds, math.inf)
 
-    def _explored_length(self, ids: Sequence[str], length: int) -> int:
-        """`length`, or now and then the other mode: a draft model that is off drafts one token, to
-        see whether it has become better; one that is on pauses for two steps, of which the second
-        is plain and tells what that costs."""
-        batch = len(ids)
-        if length == 0:
-            self.acceptance.relax(ids)
-            fixed, per_draft, per_level = self.costs.extra(batch)
-            self._asked = self.exploration.due(fixed + per_level + per_draft * batch)
-            return self.lengths[1] if self._asked else 0
-        if not self._rate:
-            return length
-        loss = max(2.0 * (self.costs.plain(batch) - batch / self._rate), 0.0)
-        if not self.exploration.due(loss):
-            return length
-        self.exploration.observe(loss)
-        self._pause = 1
-        return 0
+    def _seconds(self, batch: int, drafts: int) -> FloatArray:
+        """[1 + drafts] of a step that verifies 0, 1, ... drafts, without drafting."""
+        extra = self.costs.extra(batch)
+        seconds: FloatArray = self.costs.plain(batch) + extra.per_draft * np.arange(1.0 + drafts)
+        seconds[1:] += extra.fixed
+        return seconds
+
+    def _explores(self, on: bool, rounds: int = RUN) -> bool:
+        """Whether the coming step leaves the mode predicted best: verifying drafts, or not."""
+        if on != self._on:
+            self._on = on
+            self.exploration.stop()
+        if not self.exploration.left and not self.exploration.wait:
+            self.exploration.begin(rounds)
+        return self.exploration.left > 0
 
     # --- after drafting ---
 
@@ -199,64 +189,27 @@ class Chains:
         greedy: [requests] whether it samples at temperature 0. room: tokens that can still be of
         use."""
         self.counters.drafted += sum(drafted)
-        drafts = [max(min(d, r), 0) for d, r in zip(drafted, room, strict=True)]
-        if self.may_disable:
-            seen = map(self.switch.can_draft, ids)
-            drafts = [d if complete else 0 for d, complete in zip(drafts, seen, strict=True)]
+        seen = map(self.switch.can_draft, ids)
+        each = zip(drafted, room, seen, strict=True)
+        drafts = [max(min(d, r), 0) if complete else 0 for d, r, complete in each]
         if not self.costs.known or not any(drafts):
             return [0] * len(ids)
         batch = len(ids)
-        plain = batch / self.costs.plain(batch)
-        classes = self.acceptance.classes(ids, drafts, greedy)
-        choice = self._choose(classes, batch, max(drafts), 0.0)
-        on = choice.rate > MARGIN * plain
-        self._rate = max(choice.rate, plain)
-        keys = [self.acceptance.class_of(id_, g) for id_, g in zip(ids, greedy, strict=True)]
-        if self.model:
-            kept = _cut(self._model_cuts(choice, on), keys, drafts)
-        else:
-            kept = self._trim_free(choice, on, keys, drafts)
+        paths = self.acceptance.paths(ids, drafts, greedy)
+        order = ranked(paths.ravel())
+        gains = paths.ravel()[order]
+        seconds = self._seconds(batch, len(gains))
+        count, rate = best_size(gains, batch, 0.0, seconds)
+        if not self.model:
+            self._rate = rate
+            self._exploring = self._explores(count > 0)
+        if self._exploring:  # at least one: a cost predicted too high is measured again
+            count = 0 if self._on else best_size(gains, batch, 0.0, seconds, least=1)[0]
+        owners = order[:count] // self.acceptance.longest
+        kept: list[int] = np.bincount(owners, minlength=batch).tolist()
         every = zip(ids, drafts, kept, strict=True)
         self.acceptance.relax(id_ for id_, had, has in every if had and not has)
         return kept
-
-    def _model_cuts(self, choice: _Choice, on: bool) -> Cuts:
-        """What was chosen; where drafting is off, nothing, or one token to explore."""
-        asked = self._asked
-        self._asked = False
-        observes = self.may_disable and bool(self.switch.observing or self.switch.disabled)
-        self._exploring = asked and not observes  # which is paid for already
-        return choice.cuts if on else dict.fromkeys(choice.cuts, int(asked))
-
-    def _trim_free(
-        self, choice: _Choice, on: bool, keys: list[Class], drafts: list[int]
-    ) -> list[int]:
-        if on != self._on:
-            self._on = on
-            self.exploration.mode_changed()
-        if on:
-            return self._explored_plain(_cut(choice.cuts, keys, drafts))
-        return self._explored_drafts(choice, keys, drafts)
-
-    def _explored_drafts(self, choice: _Choice, keys: list[Class], drafts: list[int]) -> list[int]:
-        """Off: nothing, or now and then the likeliest request's first token, and all behind it once
-        that went well."""
-        kept = [0] * len(keys)
-        pairs = enumerate(zip(keys, drafts, strict=True))
-        chosen = next(i for i, (key, d) in pairs if d and key == choice.likeliest)
-        count = drafts[chosen] if self.exploration.retries > 0 else 1
-        extra = self.costs.extra(len(keys))
-        self._exploring = self.exploration.due(extra.fixed + extra.per_draft * count)
-        if self._exploring:
-            kept[chosen] = count
-        return kept
-
-    def _explored_plain(self, kept: list[int]) -> list[int]:
-        """On: what was chosen, or now and then nothing, to see what a plain step costs."""
-        batch = len(kept)
-        plain = batch / self.costs.plain(batch)
-        self._exploring = self.exploration.due(max(batch / plain - batch / self._rate, 0.0))
-        return [0] * batch if self._exploring else kept
 
     def take_exploring(self) -> bool:
         """Whether the step that is about to be scheduled explores; asked once per step, before it
@@ -264,34 +217,6 @@ class Chains:
         exploring = self._exploring
         self._exploring = False
         return exploring
-
-    def _choose(
-        self, classes: Mapping[Class, list[int]], batch: int, most: int, sunk: float
-    ) -> _Choice:
-        """The best drafts to verify, at least one of them.
-
-        Drafts of a class at one depth are worth the same and cost the same, so the best set never
-        splits them."""
-        entries = []
-        for key, counts in classes.items():
-            path = self.acceptance.path(key)
-            for depth in range(1, min(max(counts), most) + 1):
-                requests = sum(count >= depth for count in counts)
-                entries.append((-path[depth - 1], depth, key, requests))
-        entries.sort(key=lambda entry: entry[:2])
-        extra = self.costs.extra(batch)
-        seconds = self.costs.plain(batch) + extra.fixed + sunk
-        tokens = float(batch)
-        best = 0
-        best_rate = 0.0
-        for index, (loss, _, _, requests) in enumerate(entries, start=1):
-            tokens -= loss * requests
-            seconds += extra.per_draft * requests
-            if tokens / seconds > best_rate:
-                best, best_rate = index, tokens / seconds
-        cuts = dict.fromkeys(classes, 0)
-        cuts.update({key: depth for _, depth, key, _ in entries[:best]})
-        return _Choice(cuts, best_rate, likeliest=entries[0][2])
 
     # --- after the step ---
 
@@ -304,19 +229,17 @@ class Chains:
             self.counters.accepted += self.acceptance.learn(
                 step.verified, step.accepted, step.greedy
             )
-        if seconds is None or not step.clean or not step.batch:
-            if step.exploring:
-                self.exploration.observe_unmeasured()
+        if not step.batch:
             return
+        if not step.clean:
+            seconds = None
+        if seconds is not None:
+            self._observe_costs(step, verified, seconds)
         if step.exploring:
-            self._observe_exploration(step, verified, seconds)
-        if step.levels == DISABLED:
-            if not verified:
-                self.switch.observe(self.costs, step.batch, seconds)
-            return
-        if not step.exploring:
-            self.exploration.observe_best(seconds)
-        self._observe_costs(step, verified, seconds)
+            loss = self._loss(step, verified, seconds)
+            self.exploration.observe(loss, self.costs.plain(step.batch))
+        elif seconds is not None:
+            self.exploration.observe_best()
 
     def _count(self, step: Step, verified: int) -> None:
         counters = self.counters
@@ -331,24 +254,25 @@ class Chains:
         counters.probes += step.exploring
 
     def _observe_costs(self, step: Step, verified: int, seconds: float) -> None:
-        started = self.costs.known
-        self.costs.observe(step.batch, verified, step.levels if self.model else 0, seconds)
-        if self.costs.known and not started:
-            self.exploration.credit = FIRST_CREDIT * self.costs.plain(step.batch)
+        if step.levels != DISABLED:
+            self.costs.observe(step.batch, verified, step.levels if self.model else 0, seconds)
+        elif not verified:
+            self.switch.observe(self.costs, step.batch, seconds)
 
-    def _observe_exploration(self, step: Step, verified: int, seconds: float) -> None:
-        """One step is too noisy to tell that plain decoding is better: only its loss counts. And a
-        process that was stopped meanwhile must not lose the explorations of hours to come."""
-        tokens = step.batch + sum(step.accepted.values())
-        loss = min(seconds - tokens / self._rate, self.costs.plain(step.batch))
-        self.exploration.observe(loss if verified else max(loss, 0.0))
+    def _loss(self, step: Step, verified: int, seconds: float | None) -> float:
+        """Seconds that a step of an exploration lost against what is predicted best.
+
+        Drafting is charged to the step that verifies. One that was disturbed, or not timed, takes
+        what is predicted: a process that was stopped must not lose the explorations of hours."""
+        extra = self.costs.extra(step.batch)
+        levels = max(step.verified.values(), default=0) if self.model else 0
+        took = float(self._seconds(step.batch, verified)[-1]) + extra.per_level * levels
+        if seconds is not None:
+            drafted_now = max(step.levels, 0) if self.model else 0
+            took = min(took, seconds + extra.per_level * (levels - drafted_now))
+        return took - (step.batch + sum(step.accepted.values())) / self._rate
 
     def forget(self, alive: Mapping[str, object]) -> None:
         """Drops what is known of requests that are not in `alive`."""
         self.acceptance.forget(alive)
         self.switch.forget(alive)
-
-
-def _cut(cuts: Cuts, keys: Sequence[Class], drafts: Sequence[int]) -> list[int]:
-    """[requests] drafts that are verified."""
-    return [min(d, cuts.get(key, 0)) if d else 0 for key, d in zip(keys, drafts, strict=True)]

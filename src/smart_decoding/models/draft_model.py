@@ -19,6 +19,8 @@ from smart_decoding.models.rows import native_rows
 from smart_decoding.models.target import TorchTarget, fitting_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees
     from smart_decoding.drafters.levels import Asked, Growth, Ranked
@@ -61,7 +63,9 @@ class DraftModel:
                 target.graphs,
             )
         self._selection = NativeSelection() if native else None
-        self.grow = self._grow if native else None
+        self.grow: Callable[[TreeRule, DraftTrees, Growth | None], Grown] | None = (
+            self._grow if native else None
+        )
         self._tokens = torch.arange(vocab, device=target.device)
         self.shape = (
             "draft_model",

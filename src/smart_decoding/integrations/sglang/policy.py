@@ -14,15 +14,15 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from smart_decoding.core.exploration import Exploration
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.sglang import COSTS
 from smart_decoding.integrations.sglang.costs import read_costs
 
-MARGIN = 1.02  # predicted speedup over plain decoding that drafting needs
 MEMORY = 0.995  # per batch: older counts fade
 PRIOR = 0.7  # acceptance of all depths together, at first
 PRIOR_WEIGHT = 4.0  # drafts that a prior is worth: of one depth it is that of all together
-EXPLORE_EVERY = 64  # batches, after which two draft the next larger candidate
+BUDGET = 0.005  # share of the time that may go into exploring larger candidates
 
 
 class SmartSpecPolicy:
@@ -49,7 +49,7 @@ class SmartSpecPolicy:
         self._steps: dict[int, int] = {}  # chosen, by batch size, until new counts arrive
         # Answered last: overlapped scheduling reports a batch late.
         self._recent: deque[int] = deque(maxlen=2)
-        self._since_exploration = 0  # batches
+        self._exploration = Exploration(BUDGET)
 
     # --- the protocol ---
 
@@ -75,7 +75,9 @@ class SmartSpecPolicy:
         """Counts what was accepted.
 
         There is never a switch to announce: the next batch asks for its steps by itself."""
-        self._since_exploration = (self._since_exploration + 1) % (EXPLORE_EVERY + 2)
+        if not self._recent:
+            return None
+        self._observe_exploration(batch_size, batch_size + sum(num_correct_drafts_per_req))
         steady = len(set(self._recent)) == 1 and self._recent[0] > 0
         if num_correct_drafts_per_req and steady:
             self._count(num_correct_drafts_per_req, self._recent[0])
@@ -91,15 +93,26 @@ class SmartSpecPolicy:
     # --- the rule ---
 
     def _choose(self, batch_size: int) -> int:
-        """The best candidate or, in two of many batches, the next larger.
+        """The best candidate or, as an exploration, the next larger.
 
         What only the larger one can show is unknown."""
-        if batch_size not in self._steps:
-            self._steps[batch_size] = self._best(batch_size)
-        steps = self._steps[batch_size]
-        if self._since_exploration >= EXPLORE_EVERY:
-            return next((larger for larger in self._allowed(batch_size) if larger > steps), steps)
-        return steps
+        best = self._best(batch_size)
+        larger = next((steps for steps in self._allowed(batch_size) if steps > best), best)
+        if larger > best and not self._exploration.left and not self._exploration.wait:
+            self._exploration.begin()
+        return larger if self._exploration.left else best
+
+    def _observe_exploration(self, batch_size: int, tokens: int) -> None:
+        """The batch answered last pays by what the one reported now has brought: over a run both
+        are the same."""
+        steps = self._recent[-1]
+        best = self._best(batch_size)
+        if steps <= best:
+            self._exploration.observe_best()
+            return
+        usual = self.costs.seconds(batch_size, best) / self.expected_tokens(best)
+        loss = self.costs.seconds(batch_size, steps) - tokens / batch_size * usual
+        self._exploration.observe(loss, self.costs.seconds(batch_size, 0))
 
     def acceptance(self, steps: int) -> list[float]:
         """P(draft at depth 1, 2, ... is accepted | the one before it was).
@@ -120,14 +133,13 @@ class SmartSpecPolicy:
         return 1.0 + sum(itertools.accumulate(self.acceptance(steps)[:steps], float.__mul__))
 
     def _best(self, batch: int) -> int:
-        rates = {
-            steps: self.expected_tokens(steps) / self.costs.seconds(batch, steps)
-            for steps in self._allowed(batch)
-        }
-        best = max(rates, key=lambda steps: rates[steps])
-        if best and 0 in rates and rates[best] <= MARGIN * rates[0]:
-            return 0
-        return best
+        """The candidate of most tokens per second, kept until new counts arrive."""
+        if batch not in self._steps:
+            self._steps[batch] = max(
+                self._allowed(batch),
+                key=lambda steps: self.expected_tokens(steps) / self.costs.seconds(batch, steps),
+            )
+        return self._steps[batch]
 
     def _count(self, correct: Sequence[int], drafted: int) -> None:
         tier = drafted if self.costs.nodes else 0

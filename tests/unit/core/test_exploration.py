@@ -1,0 +1,49 @@
+"""Explorations: runs of a few rounds, paid for by what they lose."""
+
+from __future__ import annotations
+
+from smart_decoding.core.exploration import PAUSE, RUN, Exploration
+
+
+def pay(exploration: Exploration, rounds: int, loss: float) -> list[bool]:
+    """So many rounds of a run, each losing a part of a plain one: whether the run has ended."""
+    return [exploration.observe(loss, 1.0) for _ in range(rounds)]
+
+
+def test_a_run_has_as_many_rounds_as_it_was_begun_for() -> None:
+    exploration = Exploration(0.01)
+    exploration.begin()
+    assert pay(exploration, RUN, 0.5) == [False] * (RUN - 1) + [True]
+    exploration.begin(7)
+    assert pay(exploration, 7, 0.5) == [False] * 6 + [True]
+    assert exploration.left == 0
+    assert exploration.count == 2
+
+
+def test_the_next_run_waits_until_the_last_one_is_earned_again() -> None:
+    exploration = Exploration(0.01)
+    exploration.begin()
+    pay(exploration, RUN, 0.5)
+    assert exploration.wait == RUN * 0.5 / 0.01
+    for _ in range(PAUSE):
+        exploration.observe_best()
+    assert exploration.wait == RUN * 0.5 / 0.01 - PAUSE
+
+
+def test_rounds_that_follow_a_run_are_paid_for_once() -> None:
+    exploration = Exploration(0.01)
+    exploration.begin()
+    pay(exploration, RUN + 2, 0.5)
+    assert exploration.left == 0
+    assert exploration.count == 1
+    assert exploration.seconds == (RUN + 2) * 0.5
+
+
+def test_a_run_that_gained_is_followed_by_another() -> None:
+    exploration = Exploration(0.01)
+    exploration.begin()
+    pay(exploration, RUN, -0.5)
+    assert exploration.left == RUN
+    pay(exploration, RUN, 0.5)
+    assert exploration.left == 0
+    assert exploration.count == 2
