@@ -15,7 +15,7 @@ from smart_decoding.kernels import library, sampling
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address
 from smart_decoding.kernels.ops import Arena
-from smart_decoding.models.drawing import LOWEST, draw
+from smart_decoding.models.drawing import draw
 from smart_decoding.models.layers import KVCache
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.noise import gumbel, noise_key
@@ -211,9 +211,9 @@ def test_what_rounding_decides_is_left_to_numpy() -> None:
     row = np.zeros(600, np.float32)
     row[200:202] = 30.0, 30.0005
     asked = [
-        sampling.Draw(address(row), seed, 0, 0, 0, 1.0, LOWEST, -math.inf) for seed in range(20000)
+        sampling.Draw(address(row), seed, 0, 0, 0, 1.0, -math.inf, 1.0) for seed in range(20000)
     ]
-    drawn = sampling.draw(asked, len(row))
+    drawn = sampling.draw(sampling.draw_structs(asked), len(row))
     assert (drawn.best == 201).all()
     assert 0 < (drawn.token < 0).sum() < 40
     noise = gumbel(noise_key(np.arange(20000), 0, 0)[:, None], [200, 201]) + row[200:202]

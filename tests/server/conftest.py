@@ -17,7 +17,7 @@ from serving import Running, save_tiny_model, serving
 from smart_decoding import speculation
 from smart_decoding.llm import LLM
 from smart_decoding.models.hub import cache_dir
-from smart_decoding.profiling.measure import measure
+from smart_decoding.profiling import measure as profiling
 
 Load = Callable[..., LLM]
 
@@ -55,7 +55,7 @@ def running(load: Load) -> Iterator[Running]:
 def short_profile() -> Iterator[None]:
     """Profiles of a tenth of a second, which are not kept."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculation, "measure", functools.partial(measure, seconds=0.1))
+        patch.setattr(profiling, "measure", functools.partial(profiling.measure, seconds=0.1))
         patch.setattr(speculation, "load_profile", lambda path: None)
         patch.setattr(speculation, "save_profile", lambda path, cost: None)
         yield
@@ -69,5 +69,5 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     if kernels.is_dir():
         (tmp_path / "kernels").symlink_to(kernels)
     monkeypatch.setenv("SMART_CACHE", str(tmp_path))
-    monkeypatch.setattr(speculation, "measure", functools.partial(measure, seconds=0.1))
+    monkeypatch.setattr(profiling, "measure", functools.partial(profiling.measure, seconds=0.1))
     return tmp_path

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from serving import NAME, Running, post, serving, slow, wait_for
 
-from smart_decoding import speculation
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
+from smart_decoding.profiling import measure as profiling
 from smart_decoding.server import live, worker
 from smart_decoding.server.jobs import Job
 from smart_decoding.server.launch import make_server
@@ -530,7 +530,7 @@ def test_ready_only_after_the_profile_and_the_warm_up(
 
         return waiting
 
-    monkeypatch.setattr(speculation, "measure", held(speculation.measure))
+    monkeypatch.setattr(profiling, "measure", held(profiling.measure))
     monkeypatch.setattr(worker, "warm_up", held(worker.warm_up))
     with serving(lambda: load(speculative_config={"method": "recycling"}), ready=False) as running:
         for reached, go in stages:

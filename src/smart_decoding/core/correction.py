@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 BINS = 27  # two per octave: centres at 1, 1.4, 2, ... 8192 rows
 MAX_ROWS = 8192
 NOISE = 0.06  # of one step's time: standard deviation of its logarithm
-COMMON_NOISE = 0.015  # of steps one after another
 CLIP = 2.0  # standard deviations that one observation counts as at most: outliers move little
 # Prior standard deviations.
 SPEED = 0.2
@@ -39,8 +38,6 @@ MEMORY_WALK = 0.05
 # state.
 SHOCK = 0.1
 REACH = 10.0  # bins over which the table's error is alike
-FORGET = 0.999  # per observation: an unvisited bin drifts back to the table
-MOST_MEMORY = 0.6  # beyond, it is no state of the memory
 
 _POSITION = 2.0 * np.log2(np.maximum(np.arange(MAX_ROWS + 1), 1))
 _LOW: IntArray = np.minimum(_POSITION.astype(np.int64), BINS - 2)
@@ -58,9 +55,7 @@ def _covariance(speed: float, memory: float, table: FloatArray) -> FloatArray:
 
 
 # What an observation's time adds to the uncertainty.
-_WALK = _covariance(SPEED_WALK, MEMORY_WALK, (1.0 - FORGET**2) * _ALIKE)
-_DECAY = np.array([1.0, 1.0, *[FORGET] * BINS])
-_DECAY_BOTH: FloatArray = np.multiply.outer(_DECAY, _DECAY)
+_WALK = _covariance(SPEED_WALK, MEMORY_WALK, np.zeros_like(_ALIKE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +101,7 @@ class Correction:
         speed, memory, left_error, right_error = self.mean[[0, 1, 2 + low, 3 + low]].tolist()
         now = table + memory * weights
         slope = weights / now
-        covariance = self.covariance * _DECAY_BOTH + _WALK
+        covariance = self.covariance + _WALK
 
         def along_row(x: FloatArray) -> FloatArray:
             """The log seconds' derivatives, which are sparse, times `x`."""
@@ -114,11 +109,11 @@ class Correction:
             return product
 
         along = along_row(covariance)
-        spread = math.sqrt(float(along_row(along)) + NOISE**2 / steps + COMMON_NOISE**2)
-        error = math.log(seconds / now) - speed - FORGET * (left * left_error + right * right_error)
+        spread = math.sqrt(float(along_row(along)) + NOISE**2 / steps)
+        error = math.log(seconds / now) - speed - left * left_error - right * right_error
         gain = along / spread
-        mean = self.mean * _DECAY + gain * min(max(error / spread, -CLIP), CLIP)
-        mean[1] = min(max(float(mean[1]), -MOST_MEMORY), MOST_MEMORY)
+        mean = self.mean + gain * min(max(error / spread, -CLIP), CLIP)
+        mean[1] = min(max(float(mean[1]), -MEMORY), MEMORY)
         covariance -= np.multiply.outer(gain, gain)
         if abs(error) > CLIP * spread:
             covariance[0, 0] += SHOCK**2

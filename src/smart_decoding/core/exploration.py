@@ -13,7 +13,6 @@ import math
 
 RUN = 2  # rounds of an exploration
 PAUSE = 32  # rounds between two runs at least, however little they cost
-CREDIT = 2.0  # plain rounds that may be saved up
 
 
 class Exploration:
@@ -27,7 +26,7 @@ class Exploration:
         self.left = 0
         self.seconds = 0.0
         self.count = 0
-        self._credit = 0.0
+        self._debt = 0.0  # plain rounds that explorations have lost and that are not earned yet
         self._pause = PAUSE  # rounds until the next run at least
         self._lost = 0.0  # seconds, by the run that is going on
 
@@ -36,7 +35,7 @@ class Exploration:
         """Rounds in the best option until an exploration is due."""
         if self.budget <= 0:
             return math.inf
-        return max(self._pause, math.ceil(-self._credit / self.budget))
+        return max(self._pause, math.ceil(self._debt / self.budget))
 
     def begin(self, rounds: int = RUN) -> None:
         """A run of so many rounds begins with the coming one."""
@@ -50,14 +49,17 @@ class Exploration:
 
     def observe_best(self) -> None:
         """After a round in the option predicted best."""
-        self._credit = min(self._credit + self.budget, CREDIT)
+        self._debt = max(0.0, self._debt - self.budget)
         self._pause = max(0, self._pause - 1)
 
     def observe(self, loss: float, plain: float) -> bool:
         """After a round of a run, which lost so many seconds against the best option (negative:
         gained); whether the run has ended. plain: seconds of a plain round. Where rounds overlap,
-        some may follow the last one of a run: each counts as a run of its own."""
-        self._credit = min(self._credit - loss / plain, CREDIT)
+        some may follow the last one of a run: each counts as a run of its own.
+
+        A process that was stopped meanwhile must not lose the explorations of hours to come: a
+        round loses no more than PAUSE plain ones."""
+        self._debt = max(0.0, self._debt + min(loss / plain, PAUSE))
         self._lost += loss
         self._pause = PAUSE
         if self.left > 1:

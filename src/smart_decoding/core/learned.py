@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 COSTS_EVERY = 8
 ACCEPTANCE_EVERY = 32
 SURPRISE = 2.0  # standard deviations of accepted nodes, as if these were Poisson: learn at once
-UNSURE = 0.15  # log rate: of a forecast before any round was drafted
-FAR = 0.3  # in log rate: one round counts as at most so far off its forecast
+UNSURE = 0.1  # log rate: of a forecast before any round was drafted
 
 
 class Learned:
@@ -131,5 +130,5 @@ class Learned:
             seconds = costs.drafted(trees) + float(costs.verify[len(round.kept)])
             rate = (costs.tokens + expected) / seconds
             bucket = size_bucket(round.batch.size)
-            mean = self._realised.setdefault(bucket, RunningMean(clip=FAR))
+            mean = self._realised.setdefault(bucket, RunningMean())
             mean.observe(math.log(rate / forecast_rate))

@@ -15,15 +15,15 @@ from smart_decoding.server.answering import Asked, answer, check_model, in_threa
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.errors import ApiError
+from smart_decoding.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
-    from smart_decoding.server.schemas import (
-        ChatRequest,
-        CompletionRequest,
-        DetokenizeRequest,
-        TokenizeRequest,
-    )
     from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
 
