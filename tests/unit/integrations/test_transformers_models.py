@@ -184,6 +184,7 @@ def recorded_proposals(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     for name in ("first", "deeper"):
         monkeypatch.setattr(EagleHead, name, recorded(getattr(EagleHead, name)))
+    monkeypatch.setattr(EagleHead, "grows", False)
     return proposals
 
 
