@@ -256,7 +256,8 @@ void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prom
     const Random garbage(seed + 3);
     TinyCache cache = h.cache(garbage, all_pages);
     TinyCache parts = cache;
-    reference::Cache plain_cache(layout.layers, h.shape.kv_heads, all_pages * smart_page(), head_dim);
+    reference::Cache plain_cache(layout.layers, h.shape.kv_heads, all_pages * smart_page(),
+                                 head_dim);
 
     // The first level of several requests.
     const int64_t requests = long_prompt ? 1 : random.between(1, 3);
@@ -441,7 +442,8 @@ struct Growing {  // what a growth is asked
         for (int i = 0; i < 40; i++)
             level_seconds.push_back(0.02 + 0.004 * double(i) * random.uniform());
         for (int i = 0; i < 60; i++) verify.push_back(1 + 0.02 * double(i));
-        for (int64_t i = 0; i < levels * reach * RANKS; i++) below.push_back(0.8 * random.uniform());
+        for (int64_t i = 0; i < levels * reach * RANKS; i++)
+            below.push_back(0.8 * random.uniform());
         for (int i = 0; i < 3 * 6 * 16; i++) table.push_back(0.3 + 0.7 * random.uniform());
         for (int64_t i = 0; i <= 100; i++) bins.push_back(i * 15 / 100);
         for (int64_t i = 0; i < batch; i++) {
@@ -542,8 +544,7 @@ void propose(Random& random, const TinyHead& h, const Drafted& roots, int k, Gro
     for (int64_t i = 0; i < firsts; i++)
         if (random.chance(0.6))
             grown.add(grown.ints[i], h.tokens[random.below(20)], i, 1, random.uniform());
-    for (int64_t i = 0; i < grown.count; i++)
-        grown.ints[4 * grown.room + i] = random.between(1, 2);
+    for (int64_t i = 0; i < grown.count; i++) grown.ints[4 * grown.room + i] = random.between(1, 2);
 }
 
 void one_growth(uint64_t seed, bool bf16) {
@@ -572,8 +573,7 @@ void one_growth(uint64_t seed, bool bf16) {
     for (int64_t i = 0; i < batch; i++) g.ask(asked, i, 0);
 
     Grown expected(batch, random.chance(0.2) ? 40 + batch * g.k : 40 + (batch + g.slots) * g.k);
-    if (random.chance(0.6))
-        propose(random, h, draft(h, rows, asked, unused, 1), g.k, expected);
+    if (random.chance(0.6)) propose(random, h, draft(h, rows, asked, unused, 1), g.k, expected);
     Grown got = expected;
     NodeByNode plain{h, g, rows, other, expected};
     plain.roots(asked);

@@ -87,9 +87,7 @@ struct Case {
             floats[room + i] = n.path_prob;
         }
     }
-    Trees trees() {
-        return {int64_t(nodes.size()), batch, room, ints.data(), floats.data()};
-    }
+    Trees trees() { return {int64_t(nodes.size()), batch, room, ints.data(), floats.data()}; }
     Rule rule(int64_t levels, const Choice& grow, const Choice& keep) const {
         const Calibration calibration{calibrated ? table.data() : nullptr,
                                       bin_of.data(),
@@ -97,13 +95,16 @@ struct Case {
                                       bins,
                                       depths,
                                       kinds};
-        return {levels,      limits.data(),       kind.data(), ends.data(),
-                int64_t(ends.size()), calibration, grow,        keep};
+        return {levels,      limits.data(), kind.data(), ends.data(), int64_t(ends.size()),
+                calibration, grow,          keep};
     }
     Costs costs() const {
-        return {tokens,        sunk,
-                limit,         level_seconds.data(),
-                verify.data(), int64_t(level_seconds.size()),
+        return {tokens,
+                sunk,
+                limit,
+                level_seconds.data(),
+                verify.data(),
+                int64_t(level_seconds.size()),
                 int64_t(verify.size())};
     }
     // Seconds until now: of the levels whose children are there.
@@ -225,7 +226,8 @@ int64_t place_of(const Case& c, const Choice& topology, int64_t node) {
     for (size_t i = 0; i < c.nodes.size(); i++) {
         const double other = c.nodes[i].draft_prob;
         const bool tie = other == n.draft_prob || (std::isnan(other) && std::isnan(n.draft_prob));
-        const bool larger = other > n.draft_prob || (!std::isnan(other) && std::isnan(n.draft_prob));
+        const bool larger =
+            other > n.draft_prob || (!std::isnan(other) && std::isnan(n.draft_prob));
         rank += c.siblings(i, node) && (larger || (tie && int64_t(i) < node));
     }
     return above < 0 || rank >= topology.ranks ? -1 : topology.next[above * topology.ranks + rank];
@@ -381,7 +383,8 @@ void one(uint64_t seed) {
     const Rule rule = c.rule(random.between(1, 6), grow, keep);
     const Trees trees = c.trees();
     std::vector<int64_t> out(c.nodes.size() + 1, -7);
-    const auto compare = [&](const char* name, int64_t count, const std::vector<int64_t>& expected) {
+    const auto compare = [&](const char* name, int64_t count,
+                             const std::vector<int64_t>& expected) {
         if (!check::same(name, int64_t(expected.size()), count)) return;
         for (int64_t i = 0; i < count; i++) check::same(check::at(name, i), expected[i], out[i]);
     };

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 
 class SmallModel(Protocol):
-    """What the drafter needs of a model. grow: a round in one call, as the rule says, beside given
-    nodes, where it can do that."""
+    """What the drafter needs of a model."""
 
-    grow: Callable[[TreeRule, DraftTrees, Growth | None], Grown] | None
+    @property
+    def grow(self) -> Callable[[TreeRule, DraftTrees, Growth | None], Grown] | None:
+        """A round in one call, as the rule says, beside given nodes, where it can do that."""
+        ...
 
     def run(self, rows: Rows) -> Any:
         """One forward: the logits [wanted rows, vocab] of the next tokens, valid until the next

@@ -36,7 +36,11 @@ class Head(Protocol):
 
     aux_layers: tuple[int, ...]
     supports_images: bool  # whether its rows take the embeddings of pictures, `Rows.mm_embeds`
-    grows: bool
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has `grow`."""
+        ...
 
     def first(self, rows: Rows, parts: Sequence[Any], last: IntArray, asked: Asked) -> Ranked:
         """Begins a round: runs pairs of tokens and features, the best children after the `last`

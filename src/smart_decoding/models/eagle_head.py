@@ -32,8 +32,7 @@ class EagleHead:
     """The head on the target's device; its keys live in pages with the target's numbers, plus
     scratch for the tree.
 
-    grows: whether `grow` runs all levels of a round in one call. shape: what the cost of a level
-    depends on. levels: how they run."""
+    shape: what the cost of a level depends on. levels: how they run."""
 
     def __init__(
         self,
@@ -62,13 +61,17 @@ class EagleHead:
             len(files.aux_layers),
         )
         self.levels = _levels(weights)
-        self.grows = isinstance(self.levels, NativeLevel)
         self.allocate(pages + scratch_pages, positions)
 
     @property
     def work_dtype(self) -> torch.dtype:
         """Of the aux hidden states and activations."""
         return self._target.work_dtype
+
+    @property
+    def grows(self) -> bool:
+        """Whether `grow` runs all levels of a round in one call."""
+        return isinstance(self.levels, NativeLevel)
 
     def allocate(self, pages: int, positions: int) -> None:
         """Makes room for keys, anew, and for positions below `positions`."""

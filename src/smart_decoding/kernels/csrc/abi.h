@@ -296,9 +296,9 @@ int64_t smart_frontier(const struct Rule* rule, const struct Trees* t, int64_t l
 int64_t smart_select(const struct Rule* rule, const struct Trees* t, int64_t* out);
 // Drafts a round as the rule says into trees that hold what free drafters propose: the first level
 // (`first` and `v`, whose tokens and probs are [batch, k]), then what smart_frontier says, level by
-// level. `kept` [room] receives what smart_select says, `kept_count` how many that are. A child that
-// is there already stays one node, of source 0 and with the larger draft_prob. Returns the levels
-// run, or -1 where the kernels do not serve the head or model.
+// level. `kept` [room] receives what smart_select says, `kept_count` how many that are. A child
+// that is there already stays one node, of source 0 and with the larger draft_prob. Returns the
+// levels run, or -1 where the kernels do not serve the head or model.
 int64_t smart_grow(const struct Growth* g, const struct Rule* rule, const struct Rows* first,
                    const struct Level* v, struct Trees* t, int64_t* kept, int64_t* kept_count);
 

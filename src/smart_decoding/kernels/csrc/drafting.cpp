@@ -132,9 +132,8 @@ struct Drafting {
 
     // The children of `nodes`. False as above.
     bool draft_below(std::vector<int64_t> nodes) {
-        std::stable_sort(nodes.begin(), nodes.end(), [&](int64_t a, int64_t b) {
-            return owner(trees, a) < owner(trees, b);
-        });
+        std::stable_sort(nodes.begin(), nodes.end(),
+                         [&](int64_t a, int64_t b) { return owner(trees, a) < owner(trees, b); });
         const int64_t count = int64_t(nodes.size());
         float* out = roots.out + hidden * (trees.batch + expanded);
         for (int64_t node : nodes) place[node] = expanded++;

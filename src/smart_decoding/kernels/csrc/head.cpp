@@ -91,8 +91,8 @@ private:
         linear_rows(read, d, wanted, (const W*)head.outputs, n, d, nullptr, logits, n, false);
     }
 
-    // With 8-bit weights. Where CPUs multiply bytes, states are rounded to 16 bits, whose halves are
-    // two rows of bytes.
+    // With 8-bit weights. Where CPUs multiply bytes, states are rounded to 16 bits, whose halves
+    // are two rows of bytes.
     template <class B>
     void byte_logits(float* line) const {
         Input<B>* read = (Input<B>*)halves;
@@ -302,7 +302,8 @@ struct DraftLevel {
     }
 };
 
-// ---------------------------------------------------------------------------------- all other heads
+// ---------------------------------------------------------------------------------- all other
+// heads
 
 // A level by the kernels of models, one after another. Returns their status.
 template <class W>
@@ -353,9 +354,8 @@ struct SteppedLevel {
     int32_t run(void* keys, void* values, int64_t pages) {
         for (int64_t r = 0; r < rows; r++) read_features(r);
         const float* input = head.fused ? fuse() : pair();
-        if (const int32_t status =
-                smart_layers(head.layers, head.layer_count, &in, input, x, keys, values, pages,
-                             &workspace, BF16, BF16, threads))
+        if (const int32_t status = smart_layers(head.layers, head.layer_count, &in, input, x, keys,
+                                                values, pages, &workspace, BF16, BF16, threads))
             return status;
         for (int64_t i = 0; i < wanted; i++) {
             const int64_t r = level.first ? in.query_start_loc[i + 1] - 1 : i;
@@ -393,8 +393,8 @@ private:
     }
 
     void linear(const float* from, int64_t k, float* to) {
-        smart_linear(from, int32_t(rows), head.fc, d, k, BF16, nullptr, 0, head.fc_bias, scratch, to,
-                     d, 0, INTO_CACHES, nullptr, threads);
+        smart_linear(from, int32_t(rows), head.fc, d, k, BF16, nullptr, 0, head.fc_bias, scratch,
+                     to, d, 0, INTO_CACHES, nullptr, threads);
     }
 
     // EAGLE-1/2: the states that enter the first layer, which it reads as they are.

@@ -51,9 +51,9 @@ static double seconds_of(const Costs& costs, int64_t width) {
 struct LookAhead {
     const Choice& part;
     double sunk;
-    std::vector<double> present;         // what there is to gain now, largest first
+    std::vector<double> present;          // what there is to gain now, largest first
     const std::vector<double>& frontier;  // the same of the nodes to expand
-    int64_t most;                        // gains that count
+    int64_t most;                         // gains that count
 
     LookAhead(const Choice& part_, double sunk_, std::vector<double> present_,
               const std::vector<double>& frontier_)
@@ -320,7 +320,8 @@ private:
             if (slot(order[i]) == slot(order[i - 1])) rank[order[i]] = rank[order[i - 1]] + 1;
         for (int64_t i = 0; i < trees.nodes; i++) {  // parents come before their children
             const int64_t above = parent(trees, i) < 0 ? 0 : place[parent(trees, i)];
-            if (above >= 0 && rank[i] < part.ranks) place[i] = part.next[above * part.ranks + rank[i]];
+            if (above >= 0 && rank[i] < part.ranks)
+                place[i] = part.next[above * part.ranks + rank[i]];
         }
         return place;
     }
