@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COSTS_EVERY = 8
 ACCEPTANCE_EVERY = 32
 SURPRISE = 2.0  # standard deviations of accepted nodes, as if these were Poisson: learn at once
-UNSURE = 0.1  # log rate: of a forecast before any round was drafted
+UNSURE = 0.4  # standard deviation of one request's log rate in a round over its forecast
 
 
 class Learned:
@@ -48,7 +48,7 @@ class Learned:
 
         Choosing among real nodes does better than a mean can predict."""
         mean = self._realised.get(size_bucket(size), RunningMean())
-        return math.exp(mean.mean + UNSURE / math.sqrt(1 + mean.seen))
+        return math.exp(mean.mean + UNSURE / math.sqrt((1 + mean.seen) * size))
 
     def observe(self, round: Round, forecast_rate: float) -> bool:
         """After any round; whether something was learned that predictions depend on.
