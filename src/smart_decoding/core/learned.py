@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COSTS_EVERY = 8
 ACCEPTANCE_EVERY = 32
 SURPRISE = 2.0  # standard deviations of accepted nodes, as if these were Poisson: learn at once
-UNSURE = 0.4  # standard deviation of one request's log rate in a round over its forecast
+UNSURE = 0.3  # standard deviation of one request's log rate in a round over its forecast
 
 
 class Learned:

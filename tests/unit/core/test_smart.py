@@ -48,7 +48,7 @@ def test_stays_off_where_rows_cost_too_much() -> None:
     totals = run(policy, world, range(200))
     plain = run(make_policy("off"), world, range(200))
     assert totals.rate > 0.985 * plain.rate
-    assert policy.stats()["share_off"] > 0.9
+    assert policy.stats()["share_off"] > 0.8  # a batch size that is new is tried at first
 
 
 def test_drafts_at_batch_32_where_rows_are_cheap() -> None:
@@ -258,7 +258,7 @@ def test_starts_from_the_shipped_prior() -> None:
         run(make_policy("smart", cost=FLAT, calibration=prior), world, range(10))
         for prior in (good, hopeless)
     ]
-    assert first[0].off < first[1].off
+    assert first[0].nodes > 10 * first[1].nodes
 
 
 def test_what_nearly_pays_is_tried() -> None:
