@@ -37,9 +37,9 @@ class Exploration:
             return math.inf
         return max(self._pause, math.ceil(self._debt / self.budget))
 
-    def begin(self, rounds: int = RUN) -> None:
-        """A run of so many rounds begins with the coming one."""
-        self.left = rounds
+    def begin(self, rounds: int = 0) -> None:
+        """A run of so many rounds (0: RUN) begins with the coming one."""
+        self.left = rounds or RUN
         self.count += 1
         self._lost = 0.0
 
