@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel, Sample
     from smart_decoding.core.forecast import Forecast
     from smart_decoding.core.policies.base import Round
+    from smart_decoding.core.tree import FloatArray
 
 # Rounds between two lessons, once as many have passed: learning takes time itself, but a machine's
 # state lasts for seconds only.
@@ -37,7 +38,7 @@ class Learned:
         self.overhead = Overhead(cost.overhead_seconds)
         self._rounds = 0  # that drafted
         self._realised: dict[int, RunningMean] = {}  # log of value over forecast, by size bucket
-        self._plain: dict[int, list[tuple[float, float]]] = {}  # size -> contexts, seconds
+        self._plain: dict[int, FloatArray] = {}  # size -> rounds, sums of contexts and of seconds
         self._waiting: list[Round] = []  # not learned from yet
         self._expected = 0.0  # nodes that these should have accepted
         self._missing = 0.0  # and that they accepted less
@@ -59,7 +60,8 @@ class Learned:
             self.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
         if round.rule is None and not batch.prefill_rows:
             context = float(batch.context.mean())
-            self._plain.setdefault(batch.size, []).append((context, round.verify_seconds))
+            sums = self._plain.setdefault(batch.size, np.zeros(3))
+            sums += 1.0, context, round.verify_seconds
             return False
         self._rounds += 1
         if self._rounds % min(COSTS_EVERY, 1 + self._rounds // 4) == 0:
@@ -76,9 +78,8 @@ class Learned:
 
         One correction for each size, almost without noise: what the machine has become meanwhile
         may make drafting pay."""
-        for size, rounds in self._plain.items():
-            context, seconds = np.mean(rounds, axis=0).tolist()
-            sample = VerifySample(size, size, context, seconds, rounds=len(rounds))
+        for size, (rounds, context, seconds) in self._plain.items():
+            sample = VerifySample(size, size, context / rounds, seconds / rounds, int(rounds))
             self.cost = self.cost.corrected(sample)
         found = bool(self._plain)
         self._plain.clear()

@@ -128,9 +128,9 @@ def predict(
     first = regular + (whole - regular) / shape.stay
     forecast_rate = 0.0
     rates = {Mode.PLAIN: size / plain}
-    if shape.has_free and drafting:
+    if shape.has_free:
         rates[Mode.FREE] = _rate(np.sort(-forecast.free)[None], np.zeros(1), costs, drafting)
-    if shape.has_model and shape.deepest > 0:
+    if shape.has_model:
         levels = min(max_levels, shape.deepest)
         forecast_rate = max(
             _model_rate(children, levels, width, costs, first, drafting) for width in WIDTHS

@@ -88,6 +88,9 @@ class Smart:
             return None
         limits = batch.limits
         shape = Shape.of(batch, limits)
+        if not shape.drafting:
+            self._prediction = None
+            return None
         if self.learned.learn_plain():
             self._predictions.clear()
         self._prediction = self.predict(shape)
