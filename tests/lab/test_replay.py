@@ -135,7 +135,7 @@ def test_smart_drafts_in_a_replay_where_it_pays_and_not_where_it_does_not(record
     good = replay(make_policy("smart", {"cost": cheap}), recording, cheap, 2)
     bad = replay(make_policy("smart", {"cost": dear}), recording, dear, 2)
     assert good.tokens_per_s > 2.5 * replay(Off(), recording, cheap, 2).tokens_per_s
-    assert bad.off > 0.9 * bad.rounds
+    assert bad.off > 0.8 * bad.rounds  # what is new is tried
 
 
 def test_what_the_recording_lacks_is_counted(recording):

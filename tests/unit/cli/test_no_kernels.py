@@ -26,7 +26,6 @@ from smart_decoding.bench.provenance import provenance
 from smart_decoding.bench.results import Results
 from smart_decoding.bench.resume import key_of
 from smart_decoding.cli import main as cli
-from smart_decoding.cli import serve as cli_serve
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels import library
@@ -98,7 +97,6 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (launch, "serve"),
     ):
         monkeypatch.setattr(module, name, fail)
-    monkeypatch.setattr(cli_serve, "share_cores", lambda: None)
     monkeypatch.chdir(tmp_path)
 
 
@@ -147,7 +145,6 @@ def test_allow_slow_reaches_the_model(
         loading, "resolve", lambda name: loading.Source(str(name), config, "random")
     )
     monkeypatch.setattr(launch, "serve", lambda load, settings: load())
-    monkeypatch.setattr(cli_serve, "share_cores", lambda: None)
     monkeypatch.setattr(runner, "load_task", lambda task, limit: [])
     monkeypatch.chdir(tmp_path)
     assert cli.main(COMMANDS[command]) == 2
@@ -161,7 +158,6 @@ def test_a_server_may_be_configured_so(monkeypatch: pytest.MonkeyPatch, tmp_path
         llm_module, "LLM", lambda model, allow_slow, **options: asked.append(allow_slow)
     )
     monkeypatch.setattr(launch, "serve", lambda load, settings: load() or 0)
-    monkeypatch.setattr(cli_serve, "share_cores", lambda: None)
     file = tmp_path / "smart.toml"
     file.write_text("allow-slow = true\n")
     assert cli.main(["serve", "--config", str(file)]) == 0
