@@ -67,14 +67,12 @@ class Shape:
             batch.has_free,
         )
 
-    @property
-    def key(self) -> tuple[object, ...]:
+    def key(self, max_levels: int) -> tuple[object, ...]:
         """Shapes with the same key have the same prediction: what barely matters is coarse."""
-        depth = max(self.deepest, 0).bit_length()
-        waiting = (self.waiting // (4 * self.size)).bit_length()
+        waiting = (self.waiting // (2 * max_levels * self.size)).bit_length()
         stay = self.stay.bit_length() if waiting else 0
         fixed = (self.size, self.drafting, self.kinds, self.has_model, self.has_free)
-        return (*fixed, depth, waiting, stay, int(self.context) // 128)
+        return (*fixed, self.deepest > 1, waiting, stay, int(self.context) // 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +129,7 @@ def predict(
     if shape.has_free:
         rates[Mode.FREE] = _rate(np.sort(-forecast.free)[None], np.zeros(1), costs, drafting)
     if shape.has_model:
-        levels = min(max_levels, shape.deepest)
+        levels = max_levels if shape.deepest > 1 else 1  # every answer comes to its end
         forecast_rate = max(
             _model_rate(children, levels, width, costs, first, drafting) for width in WIDTHS
         )

@@ -102,10 +102,11 @@ class Smart:
     def predict(self, shape: Shape) -> Prediction:
         """What plain decoding and every way to draft would bring, kept until something is
         learned."""
-        found = self._predictions.get(shape.key)
+        key = shape.key(self.max_levels)
+        found = self._predictions.get(key)
         if found is None:
             found = predict(shape, self.learned, self.max_levels, self.max_round_slowdown)
-            self._predictions[shape.key] = found
+            self._predictions[key] = found
         return found
 
     def _rests(self, size: int) -> bool:

@@ -65,5 +65,5 @@ def shape_of(trees: DraftTrees, kept: IntArray) -> str:
     of one depth, else "tree"."""
     if not len(kept):
         return "plain"
-    places = trees.owner[kept] * (1 + int(trees.depth[kept].max())) + trees.depth[kept]
-    return "tree" if len(np.unique(places)) < len(kept) else "chain"
+    places = set(zip(trees.owner[kept].tolist(), trees.depth[kept].tolist(), strict=True))
+    return "tree" if len(places) < len(kept) else "chain"
