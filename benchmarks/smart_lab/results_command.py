@@ -26,6 +26,7 @@ MADE = "Made by `python -m smart_lab results` from the JSON files of this folder
 # Kind -> title, in the order of the page.
 KINDS = {
     "bench": "Policies",
+    "fair-comparison": "Rivals on the same native path",
     "batch-16-32": "Large batches",
     "sampled": "Sampled",
     "robustness": "Never slower?",
