@@ -10,7 +10,7 @@ struct Node {
     int64_t owner, token, parent, depth;
 };
 
-struct Answer {  // of a request, decoded token by token: what follows the root
+struct Answer {                   // of a request, decoded token by token: what follows the root
     std::vector<int64_t> tokens;  // -1 where rounding would decide, and what follows is anything
     std::vector<std::vector<float>> aux;  // of each row, the root's first
 };

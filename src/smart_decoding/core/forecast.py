@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.core.calibration import BINS, DEPTHS, Calibration
-from smart_decoding.core.choice import NONE
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, of_expanded, slots
 
 RANKS = 8  # children beyond the eighth bring next to nothing
@@ -118,24 +117,6 @@ def _by_sibling_rank(slot: IntArray, prob: FloatArray) -> tuple[IntArray, IntArr
     starts = np.flatnonzero(np.diff(keys >> (2 * _KEY_BITS), prepend=-1))
     rank = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
     return keys & _KEY_MASK, rank, starts
-
-
-def expected_tree(children: FloatArray, levels: int, width: int) -> FloatArray:
-    """[levels, candidates] forecast accept_probs of one request's tree of 1, 2, ... `levels`
-    levels.
-
-    `width` nodes are expanded at each level after the first; `children` as from
-    `Forecast.children`; -NONE fills up."""
-    frontier = np.ones(1)
-    by_level = []
-    for level in range(levels):
-        candidates = np.multiply.outer(frontier, children[min(level, DEPTHS - 1)]).ravel()
-        by_level.append(candidates)
-        frontier = -np.sort(-candidates)[:width]
-    reached = np.repeat(np.arange(levels), [len(candidates) for candidates in by_level])
-    inside = reached <= np.arange(levels)[:, None]
-    result: FloatArray = np.where(inside, np.concatenate(by_level), -NONE)
-    return result
 
 
 def expected_subtree(children: FloatArray, depth: int, levels: int, ranks: int) -> FloatArray:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.calibration import KINDS
-from smart_decoding.core.choice import best_rates
-from smart_decoding.core.forecast import expected_subtree, expected_tree
+from smart_decoding.core.choice import NONE, best_rates
+from smart_decoding.core.forecast import expected_subtree
 from smart_decoding.core.selection import RANKS, LookAhead, RoundCosts
 
 if TYPE_CHECKING:
@@ -130,20 +130,22 @@ def predict(
         rates[Mode.FREE] = _rate(np.sort(-forecast.free)[None], np.zeros(1), costs, drafting)
     if shape.has_model:
         levels = max_levels if shape.deepest > 1 else 1  # every answer comes to its end
-        forecast_rate = max(
-            _model_rate(children, levels, width, costs, first, drafting) for width in WIDTHS
-        )
+        forecast_rate = _model_rate(children, levels, costs, first, drafting)
         rates[Mode.MODEL] = forecast_rate * learned.realised(size)
     below = [expected_subtree(children, 2 + level, REACH, RANKS) for level in range(max_levels)]
     return Prediction(rates, forecast_rate, plain, costs, first, np.stack(below))
 
 
 def _model_rate(
-    children: FloatArray, levels: int, width: int, costs: RoundCosts, first: float, drafting: int
+    children: FloatArray, levels: int, costs: RoundCosts, first: float, drafting: int
 ) -> float:
-    """The best rate of 1, 2, ... `levels` levels that are `width` nodes a request wide."""
-    losses = np.sort(-expected_tree(children, levels, width), axis=1)
-    further = np.arange(levels, dtype=np.float64) * float(costs.levels[width * drafting])
+    """The best rate of 1, 2, ... `levels` levels, of which each expands one node a request. What
+    wider ones add is learned with all else that a mean cannot predict."""
+    ranks = children.shape[1]
+    tree = expected_subtree(children, 1, levels, ranks)
+    reached = np.arange(len(tree)) // ranks <= np.arange(levels)[:, None]
+    losses = np.sort(np.where(reached, -tree, NONE), axis=1)
+    further = np.arange(levels, dtype=np.float64) * float(costs.levels[drafting])
     return _rate(losses, first + further, costs, drafting)
 
 

@@ -213,7 +213,6 @@ struct Growth {
     double* choosing;   // out: seconds of all the rest
 };
 
-
 // --------------------------------------------------------------------------------------- functions
 // Those that return int32_t status: nonzero where the kernels do not serve the model.
 

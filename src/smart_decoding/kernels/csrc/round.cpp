@@ -1,5 +1,5 @@
-// A round's verification in one call, where tokens are first maxima or drawn by smart_draw: the rows
-// of all trees, the forward, the walk down the trees, and the keys of what was accepted.
+// A round's verification in one call, where tokens are first maxima or drawn by smart_draw: the
+// rows of all trees, the forward, the walk down the trees, and the keys of what was accepted.
 // engine/verification.py does the same in Python for all other rounds and is the reference; between
 // two forwards caches are cold, and there it takes half a millisecond.
 

@@ -386,8 +386,8 @@ void smart_draw(const Draw* draws, int64_t count, int64_t n, int64_t* best, int6
         const int64_t r = part / parts, first = part % parts * size;
         const Cut& cut = cuts[r];
         if (cut.best < 0 || draws[r].k < 0) continue;
-        found[part] = noisy_best(cut.noisy(draws[r], cut.floor), first, std::min(n, first + size),
-                                 cut.best);
+        found[part] =
+            noisy_best(cut.noisy(draws[r], cut.floor), first, std::min(n, first + size), cut.best);
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t r = 0; r < count; r++) {
