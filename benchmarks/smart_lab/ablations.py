@@ -282,7 +282,7 @@ class Steps:
 
 def costs_of(cost: CostModel, batch: BatchState, widest: int, nodes: int) -> RoundCosts:
     """What a round takes by `cost`: levels of up to `widest` nodes, up to `nodes` verified."""
-    size, context = batch.size, float(batch.context.mean())
+    size, context = batch.size, batch.mean_context
     waiting = min(batch.catch_up_rows, 2 * size)
     return RoundCosts(
         tokens=size,

@@ -79,7 +79,7 @@ class _Watching:
 
     def _compare(self, suffix: str, cost: CostModel, done: Round) -> None:
         size = done.batch.size
-        context = float(done.batch.context.mean())
+        context = done.batch.mean_context
         expected = float(cost.verify_seconds(size, np.asarray(done.verify_rows), context))
         self.found[f"verify{suffix}"].append(expected / done.verify_seconds - 1)
         levels = cost.levels_seconds(size, done.level_widths, context)

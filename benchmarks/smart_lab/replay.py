@@ -361,7 +361,7 @@ def _round(
     done = draft(policy, walk, clock)
     size = done.batch.size
     widths = done.widths
-    context = float(done.batch.context.sum()) / size
+    context = done.batch.mean_context
     levels = costs.levels(widths, context)
     rows = size + len(done.kept)
     verify = costs.verify(rows, context)

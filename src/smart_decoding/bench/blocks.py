@@ -234,7 +234,7 @@ def _figures(record: RoundRecord) -> Counts:
         levels=len(done.level_widths),
         verify_seconds=done.verify_seconds,
         draft_seconds=record.draft_seconds,
-        context=float(done.batch.context.mean()),
+        context=done.batch.mean_context,
     )
 
 

@@ -59,9 +59,8 @@ class Learned:
         if not batch.prefill_rows:
             self.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
         if round.rule is None and not batch.prefill_rows:
-            context = float(batch.context.mean())
             sums = self._plain.setdefault(batch.size, np.zeros(3))
-            sums += 1.0, context, round.verify_seconds
+            sums += 1.0, batch.mean_context, round.verify_seconds
             return False
         self._rounds += 1
         if self._rounds % min(COSTS_EVERY, 1 + self._rounds // 4) == 0:
@@ -102,7 +101,7 @@ class Learned:
 
     def _learn_costs(self, round: Round) -> None:
         batch = round.batch
-        context = float(batch.context.mean())
+        context = batch.mean_context
         samples: list[Sample] = [
             VerifySample(batch.size, round.verify_rows, context, round.verify_seconds)
         ]
@@ -115,13 +114,13 @@ class Learned:
 
     def _observe_trees(self, round: Round, forecast_rate: float) -> None:
         trees = round.trees
-        if np.isnan(trees.accept_prob[-1]):
-            self.calibration.score(trees, round.batch.kind)  # drafted by another rule than ours
+        rule = round.rule
+        if rule is None or rule.scores is None:  # what was drafted is not calibrated
+            self.calibration.score(trees, round.batch.kind)
         self._waiting.append(round)
-        expected = float(trees.accept_prob[round.kept].sum())
+        expected = round.expected
         self._expected += expected
         self._missing += expected - round.accepted
-        rule = round.rule
         if rule is None or not isinstance(rule.keep, BestRate):
             return
         if rule.levels == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ class Shape:
             batch.size,
             sum(limit > 0 for limit in each),
             max(each),
-            sum(batch.context.tolist()) / batch.size,
+            batch.mean_context,
             tuple(np.bincount(batch.kind, minlength=KINDS).tolist()),
             batch.catch_up_rows,
             max(1, min(STAY, left)),
@@ -78,23 +78,15 @@ class Shape:
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """rates: tokens per second of each mode that there is. forecast_rate: of MODEL, before what
-    such forecasts really reach is taken into account. plain: seconds of a plain round. costs: of
-    a round that drafts nothing with a model. first: seconds of the first level, a share of the
-    catching up included. below: what a `LookAhead` reads."""
+    such forecasts really reach is taken into account. plain: seconds of a plain round. costs: of a
+    round that drafts nothing with a model. grow: how a model's trees grow; its costs have the first
+    level, a share of the catching up included."""
 
     rates: Mapping[Mode, float]
     forecast_rate: float
     plain: float
     costs: RoundCosts
-    first: float
-    below: FloatArray
-
-    def look_ahead(self, drafting: int) -> LookAhead:
-        """What to expand, where the model drafts for so many requests."""
-        widths = {max(1, drafting // 4), max(1, drafting // 2), *(w * drafting for w in WIDTHS)}
-        c = self.costs
-        costs = RoundCosts(c.tokens, c.sunk + self.first, c.levels, c.verify, c.limit)
-        return LookAhead(costs, np.array(sorted(widths), np.int64), self.below)
+    grow: LookAhead
 
 
 def predict(
@@ -132,8 +124,18 @@ def predict(
         levels = max_levels if shape.deepest > 1 else 1  # every answer comes to its end
         forecast_rate = _model_rate(children, levels, costs, first, drafting)
         rates[Mode.MODEL] = forecast_rate * learned.realised(size)
+    with_model = replace(costs, sunk=costs.sunk + first)
+    grow = _look_ahead(with_model, children, drafting, max_levels)
+    return Prediction(rates, forecast_rate, plain, costs, grow)
+
+
+def _look_ahead(
+    costs: RoundCosts, children: FloatArray, drafting: int, max_levels: int
+) -> LookAhead:
+    """What to expand, where a model drafts for so many requests."""
+    widths = {max(1, drafting // 4), max(1, drafting // 2), *(w * drafting for w in WIDTHS)}
     below = [expected_subtree(children, 2 + level, REACH, RANKS) for level in range(max_levels)]
-    return Prediction(rates, forecast_rate, plain, costs, first, np.stack(below))
+    return LookAhead(costs, np.array(sorted(widths), np.int64), np.stack(below))
 
 
 def _model_rate(

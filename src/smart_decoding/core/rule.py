@@ -17,12 +17,14 @@ from smart_decoding.core.tree import (
     DraftTrees,
     IntArray,
     KindArray,
+    expanded_slots,
     of_expanded,
     slots,
 )
 
 if TYPE_CHECKING:
     from smart_decoding.core.calibration import Calibration
+    from smart_decoding.core.policies.base import BatchState
 
 NO_NODES: IntArray = np.zeros(0, np.int64)
 
@@ -68,6 +70,23 @@ class TreeRule:
     grow: Grow
     keep: Keep
     scores: Scores | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batch: BatchState,
+        levels: int,
+        children: int,
+        ends: IntArray,
+        grow: Grow,
+        keep: Keep,
+        scores: Scores | None = None,
+    ) -> TreeRule | None:
+        """The rule for a batch, with no more levels than its longest request may use; None where
+        that leaves none."""
+        limits = batch.limits
+        levels = min(levels, int(limits.max(initial=0)))
+        return cls(levels, children, limits, ends, grow, keep, scores) if levels else None
 
     def frontier(self, trees: DraftTrees, level: int) -> IntArray:
         """Ascending indices of the nodes of `level` to expand next; none: stop drafting."""
@@ -116,11 +135,8 @@ class TreeRule:
 
 def expanded_widths(trees: DraftTrees) -> IntArray:
     """[levels] nodes that the model drafter has expanded, by their depth; roots (depth 0) first."""
-    slot = slots(trees)
-    first = np.zeros(trees.batch + len(trees), np.bool_)
-    first[slot[trees.source == 0]] = True
     depth = np.concatenate((np.zeros(trees.batch, np.int64), trees.depth))
-    return np.bincount(depth[first])
+    return np.bincount(depth[expanded_slots(trees, slots(trees))])
 
 
 def _has_marked_ancestor(trees: DraftTrees, marked: BoolArray) -> BoolArray:

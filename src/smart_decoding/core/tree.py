@@ -231,9 +231,15 @@ def slots(trees: DraftTrees) -> IntArray:
 def of_expanded(trees: DraftTrees, slot: IntArray) -> BoolArray:
     """[nodes] whether the model drafter has expanded a node's parent: whether it proposed the node
     or a sibling of it. slot: `slots(trees)`."""
+    return expanded_slots(trees, slot)[slot]
+
+
+def expanded_slots(trees: DraftTrees, slot: IntArray) -> BoolArray:
+    """[batch + nodes] whether the model drafter has expanded each root, then each node. slot:
+    `slots(trees)`."""
     expanded = np.zeros(trees.batch + len(trees), np.bool_)
     expanded[slot[trees.source == 0]] = True
-    return expanded[slot]
+    return expanded
 
 
 def join(many: Sequence[DraftTrees]) -> DraftTrees:

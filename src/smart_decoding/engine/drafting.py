@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from smart_decoding.core.policies.base import BatchState
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.engine.protocols import Clock, Drafter, Grow
+    from smart_decoding.engine.protocols import Clock, Drafter, Grown
     from smart_decoding.engine.request import Request
 
 
@@ -70,12 +70,13 @@ def draft_trees(
 
     A drafter that follows rules by itself does so where the rule is data; a rule of somebody's own
     is asked level by level."""
-    if drafter.grow is not None and rule.levels and is_data(rule):
-        return _in_one_call(drafter.grow, rule, batch, requests, arrived, clock)
+    width = batch.size + batch.catch_up_rows
     start = clock()
+    if drafter.grow is not None and rule.levels and is_data(rule):
+        grown = drafter.grow(requests, rule)
+        return _grown(grown, width, clock() - start, arrived())
     draft = Draft(drafter.start(requests, rule))
     draft.seconds = clock() - start
-    width = batch.size + batch.catch_up_rows
     for level in range(1, rule.levels + 1):
         draft.widths.append(width)
         draft.level_seconds.append(clock() - start)
@@ -94,21 +95,10 @@ def draft_trees(
     return draft
 
 
-def _in_one_call(
-    grow: Grow,
-    rule: TreeRule,
-    batch: BatchState,
-    requests: Sequence[Request],
-    arrived: Callable[[], bool],
-    clock: Clock,
-) -> Draft:
-    """The same where the drafter follows the rule by itself."""
-    start = clock()
-    grown = grow(requests, rule)
-    seconds = clock() - start - grown.choosing
-    level_seconds = list(grown.seconds)
-    widths = []
-    if level_seconds:
-        level_seconds[0] = seconds - sum(level_seconds[1:])
-        widths = [batch.size + batch.catch_up_rows, *grown.expanded]
-    return Draft(grown.trees, grown.kept, widths, level_seconds, seconds, arrived())
+def _grown(grown: Grown, first_width: int, seconds: float, interrupted: bool) -> Draft:
+    """What came of one call, which took `seconds`."""
+    drafting = seconds - grown.choosing
+    deeper = grown.seconds[1:]
+    level_seconds = [drafting - sum(deeper), *deeper]
+    widths = [first_width, *grown.expanded]
+    return Draft(grown.trees, grown.kept, widths, level_seconds, drafting, interrupted)

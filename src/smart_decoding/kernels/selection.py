@@ -220,8 +220,10 @@ def most_expanded(rule: TreeRule, batch: int, slots: range) -> int:
         return min(len(slots), batch * len(grow.next))
     if isinstance(grow, MarginalRatio):
         return min(len(slots), batch * (len(grow.spent) - 1))
-    width = batch * grow.width if isinstance(grow, Beam) else int(grow.widths.max())  # type: ignore[attr-defined]
-    return min(len(slots), width * (rule.levels - 1))
+    if isinstance(grow, Beam):
+        return min(len(slots), batch * grow.width * (rule.levels - 1))
+    assert isinstance(grow, LookAhead)
+    return min(len(slots), int(grow.widths[-1]) * (rule.levels - 1))
 
 
 def _with_room(given: DraftTrees, rule: TreeRule, first: FirstLevel) -> DraftTrees:
@@ -263,8 +265,3 @@ def _growth(first: FirstLevel, expanded: IntArray, seconds: NDArray[np.float64])
         growth.model = addressof(first.model)
         growth.tokens = first.tokens.data_ptr()
     return growth
-
-
-def native_selection() -> NativeSelection | None:
-    """The native selection, or None where there are no kernels."""
-    return NativeSelection() if library.unavailable() is None else None

@@ -83,7 +83,7 @@ class Live:
         cost = engine.policy.cost
         plain = 0.0
         if cost is not None and batch.size:
-            context = float(batch.context.mean())
+            context = batch.mean_context
             plain = float(cost.verify_seconds(batch.size, batch.size + batch.prefill_rows, context))
         self._paces.append(
             Pace(time.monotonic(), record.seconds, record.emitted, plain, len(record.requests))
@@ -153,7 +153,7 @@ def _curve(cost: CostModel, done: Round) -> dict[str, Any]:
     batch = done.batch
     last = max(2 * done.verify_rows, batch.size + 32)
     rows = np.unique(np.linspace(batch.size, last, 33).astype(np.int64))
-    seconds = cost.verify_seconds(batch.size, rows, float(batch.context.mean()))
+    seconds = cost.verify_seconds(batch.size, rows, batch.mean_context)
     milliseconds = np.round(1000 * seconds, 3)
     return {"batch": batch.size, "rows": rows.tolist(), "ms": milliseconds.tolist()}
 

@@ -194,6 +194,6 @@ class Metrics:
 def predicted_seconds(cost: CostModel, done: Round) -> float:
     """What `cost` says a round's forwards take."""
     batch = done.batch
-    context = float(batch.context.mean())
+    context = batch.mean_context
     seconds = float(cost.verify_seconds(batch.size, done.verify_rows, context))
     return seconds + sum(cost.levels_seconds(batch.size, done.level_widths, context))

@@ -51,6 +51,11 @@ class BatchState:
         return len(self.context)
 
     @property
+    def mean_context(self) -> float:
+        """Tokens in the target's KV cache, of a request on average; 0 without requests."""
+        return float(sum(self.context.tolist()) / max(self.size, 1))
+
+    @property
     def limits(self) -> IntArray:
         """[batch] deepest useful node of each request: 0 where it refuses speculation or needs one
         token only."""
@@ -101,6 +106,11 @@ class Round:
     def accepted(self) -> int:
         """Nodes that the target chose."""
         return int(np.count_nonzero(self.next_token >= 0))
+
+    @property
+    def expected(self) -> float:
+        """Verified nodes that the target was to choose, by their accept_prob."""
+        return float(self.trees.accept_prob[self.kept].sum()) if len(self.kept) else 0.0
 
     def observed(self) -> tuple[IntArray, BoolArray]:
         """Nodes whose parent was accepted, and whether the target chose them: uncensored

@@ -24,8 +24,4 @@ class Chain(StatelessPolicy):
 
     def plan(self, batch: BatchState) -> TreeRule | None:
         """As many levels as the longest request may use."""
-        limits = batch.limits
-        levels = min(self.length, int(limits.max(initial=0)))
-        if not levels:
-            return None
-        return TreeRule(levels, 1, limits, self._ends, Beam(1), KeepBest(self.length))
+        return TreeRule.of(batch, self.length, 1, self._ends, Beam(1), KeepBest(self.length))

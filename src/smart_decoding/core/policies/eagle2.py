@@ -32,10 +32,6 @@ class Eagle2(StatelessPolicy):
 
     def plan(self, batch: BatchState) -> TreeRule | None:
         """As many levels as the longest request may use."""
-        limits = batch.limits
-        levels = min(self.depth + 1, int(limits.max(initial=0)))
-        if not levels:
-            return None
         beam = Beam(self.top_k)
         keep = KeepBest(self.total_tokens - 1)
-        return TreeRule(levels, self.top_k, limits, self._ends, beam, keep)
+        return TreeRule.of(batch, self.depth + 1, self.top_k, self._ends, beam, keep)

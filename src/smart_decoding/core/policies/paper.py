@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from smart_decoding.core.policies.base import BatchState, TokenIds
     from smart_decoding.core.tree import IntArray
 
-FIT_NODES = (1, 4, 16, 32, 64)
+FIT_NODES = (1, 4, 16, 32, 64)  # of a request, in the trees that costs are fitted on
 FAMILIES = {"published": False, "offset": True}
 L_TREES = ("published", "node_sum")
 
@@ -73,16 +73,12 @@ class Paper(StatelessPolicy):
 
     def plan(self, batch: BatchState) -> TreeRule | None:
         """As many levels as the longest request may use."""
-        limits = batch.limits
-        levels = min(self.max_levels, int(limits.max(initial=0)))
-        if not levels:
-            return None
         rule = self._rule(batch)
-        return TreeRule(levels, self.children, limits, self._ends, rule, rule)
+        return TreeRule.of(batch, self.max_levels, self.children, self._ends, rule, rule)
 
     def _rule(self, batch: BatchState) -> MarginalRatio:
         """The rule at the fitted costs of this batch size and (coarsely) context."""
-        context = int(batch.context.mean()) // 256 * 256 + 128
+        context = int(batch.mean_context) // 256 * 256 + 128
         key = (batch.size, context)
         if key not in self._rules:
             costs = fitted_costs(self.cost, batch.size, context, self.max_levels, self.offsets)

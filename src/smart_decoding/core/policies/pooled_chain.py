@@ -36,18 +36,14 @@ class PooledChain(StatelessPolicy):
 
     def plan(self, batch: BatchState) -> TreeRule | None:
         """As many levels as the longest request may use."""
-        limits = batch.limits
-        levels = min(self.length, int(limits.max(initial=0)))
-        if not levels:
-            return None
         keep = BestRate(self._costs(batch, batch.size * self.length))
         scores = Scores(self.calibration, batch.kind)
-        return TreeRule(levels, 1, limits, self._ends, Beam(1), keep, scores)
+        return TreeRule.of(batch, self.length, 1, self._ends, Beam(1), keep, scores)
 
     def _costs(self, batch: BatchState, nodes: int) -> RoundCosts:
         """Profiled seconds at this batch size and context."""
         size = batch.size
-        context = float(batch.context.mean())
+        context = batch.mean_context
         first = float(self.cost.first_seconds(size, batch.catch_up_rows, context))
         levels = self.cost.draft_seconds(np.arange(size + 1), context)
         verify = self.cost.verify_curve(size, size, nodes + 1, context)

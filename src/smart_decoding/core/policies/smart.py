@@ -152,7 +152,7 @@ class Smart:
     ) -> TreeRule:
         """How deep to go is decided level by level."""
         levels = min(self.max_levels, shape.deepest) if self._mode is Mode.MODEL else 0
-        grow = prediction.look_ahead(shape.drafting)
+        grow = prediction.grow
         costs = grow.costs if levels else prediction.costs
         # An exploration verifies at least one node: otherwise a cost predicted too high would never
         # be measured again.

@@ -40,12 +40,8 @@ class Static(StatelessPolicy):
 
     def plan(self, batch: BatchState) -> TreeRule | None:
         """The topology's levels, as far as a request may use them."""
-        limits = batch.limits
-        levels = min(self.levels, int(limits.max(initial=0)))
-        if not levels:
-            return None
         tree = self._topology
-        return TreeRule(levels, self.children, limits, self._ends, tree, tree)
+        return TreeRule.of(batch, self.levels, self.children, self._ends, tree, tree)
 
 
 def _parse(topology: str | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

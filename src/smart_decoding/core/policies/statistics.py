@@ -27,7 +27,6 @@ class Statistics:
         """After a round; `plain_seconds` is what a plain one is predicted to take."""
         size = round.batch.size
         accepted = round.accepted
-        expected = float(round.trees.accept_prob[round.kept].sum()) if len(round.kept) else 0.0
         self._sums *= KEEP
         self._sums += (
             1.0,
@@ -37,7 +36,7 @@ class Statistics:
             size,
             plain_seconds,
             accepted,
-            expected,
+            round.expected,
         )
         self.verified[size, shape_of(round.trees, round.kept)] += 1
 

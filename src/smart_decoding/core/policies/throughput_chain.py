@@ -14,7 +14,7 @@ from smart_decoding.core.selection import Beam, KeepBest
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import BatchState, Round, TokenIds
 
-MEMORY = 0.995  # per round: older counts fade
+MEMORY = 0.995  # per tested draft of a depth: older ones fade
 
 
 class ThroughputChain(StatelessPolicy):
@@ -42,7 +42,7 @@ class ThroughputChain(StatelessPolicy):
 
     def _best(self, batch: BatchState) -> int:
         size = batch.size
-        context = float(batch.context.mean())
+        context = batch.mean_context
         drafted = float(self.cost.first_seconds(size, batch.catch_up_rows, context))
         level = float(self.cost.draft_seconds(size, context))
         verify = self.cost.verify_seconds(

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "rows.h"
 #include "trees.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
@@ -62,27 +63,11 @@ static bool run_level(const Growth& g, const Rows& in, const Level& v) {
 
 // The rows of a level: nodes, sorted by owner, see all true rows of their request, their expanded
 // ancestors and themselves.
-struct NodeRows {
-    std::vector<int32_t> query_start_loc{0}, block_table_start, slot_mapping, context_len,
-        ancestors_start{0}, ancestors;
-    std::vector<int64_t> position, token, owners;
+struct NodeRows : RowVectors {
+    std::vector<int64_t> owners;
     std::vector<const float*> features;
     std::vector<float> scale;
     std::vector<uint64_t> noise;
-
-    Rows view(const Rows& first) const {
-        Rows in = first;
-        in.rows = int32_t(owners.size());
-        in.requests = int32_t(block_table_start.size());
-        in.query_start_loc = query_start_loc.data();
-        in.block_table_start = block_table_start.data();
-        in.slot_mapping = slot_mapping.data();
-        in.context_len = context_len.data();
-        in.ancestors_start = ancestors_start.data();
-        in.ancestors = ancestors.data();
-        in.position = position.data();
-        return in;
-    }
 };
 
 // --------------------------------------------------------------------------------------- the trees

@@ -302,8 +302,7 @@ struct DraftLevel {
     }
 };
 
-// ---------------------------------------------------------------------------------- all other
-// heads
+// ----------------------------------------------------------------------------------- other heads
 
 // A level by the kernels of models, one after another. Returns their status.
 template <class W>

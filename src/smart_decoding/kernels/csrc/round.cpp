@@ -11,6 +11,7 @@
 
 #include "abi.h"
 #include "pages.h"
+#include "rows.h"
 
 namespace {
 
@@ -39,11 +40,8 @@ struct KeptNodes {
 
 // The rows of a round, and where in them the nodes are. For each request: its root, its best chain
 // (of first children), its other nodes.
-struct RoundRows {
-    std::vector<int64_t> token, position;
-    std::vector<int32_t> node_row;
-    std::vector<int32_t> query_start_loc, block_table_start, block_tables, slot_mapping,
-        context_len, ancestors_start, ancestors;
+struct RoundRows : smart::RowVectors {
+    std::vector<int32_t> node_row, block_tables;
 
     RoundRows(const Round& r, const KeptNodes& nodes) : node_row(r.nodes) {
         const int64_t rows = r.requests + r.nodes;
@@ -52,7 +50,6 @@ struct RoundRows {
         slot_mapping.resize(rows);
         context_len.resize(rows);
         ancestors_start.assign(rows + 1, 0);
-        query_start_loc.assign(1, 0);
         for (int64_t i = 0; i < r.requests; i++) {
             add_request(r, i, int32_t(1 + nodes.request[i].size()));
             add_nodes(r, i, nodes);
@@ -107,20 +104,11 @@ struct RoundRows {
     }
 
     Rows view(const Round& r) const {
-        Rows rows;
-        rows.rows = int32_t(token.size());
-        rows.requests = int32_t(r.requests);
-        rows.query_start_loc = query_start_loc.data();
-        rows.block_table_start = block_table_start.data();
+        Rows rows{};
         rows.block_tables = block_tables.data();
-        rows.slot_mapping = slot_mapping.data();
-        rows.context_len = context_len.data();
-        rows.ancestors_start = ancestors_start.data();
-        rows.ancestors = ancestors.data();
-        rows.position = position.data();
         rows.cosine = r.cosine;
         rows.sine = r.sine;
-        return rows;
+        return RowVectors::view(rows);
     }
 };
 

@@ -194,7 +194,7 @@ private:
         for (int64_t i = 0; i < count; i++)
             if (parent(trees, i) >= 0) above[i] = parent(trees, i);
         std::vector<double> nearer;
-        for (int64_t reach = 1; reach < deepest(); reach *= 2) {
+        for (int64_t reach = 1, most = deepest(); reach < most; reach *= 2) {
             if (reach > 1) {
                 for (int64_t i = 0; i <= count; i++) further[i] = above[above[i]];
                 above.swap(further);
