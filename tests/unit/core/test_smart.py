@@ -270,3 +270,21 @@ def test_what_nearly_pays_is_tried() -> None:
     totals, plain = (run(each, world, range(400)) for each in (policy, make_policy("off")))
     assert totals.off < 100
     assert totals.rate > 1.02 * plain.rate
+
+
+def test_trees_of_another_policy_are_calibrated_before_they_are_learned_from() -> None:
+    """As a head's prior is learned: wide trees by their draft probabilities, whatever they cost."""
+    learner = make_policy("smart", cost=FLAT)
+    wide = make_policy("eagle2", depth=2, top_k=4, total_tokens=9)
+    seen = []
+
+    class Exploring:
+        plan = staticmethod(wide.plan)
+
+        def observe(self, round: Round) -> None:
+            learner.observe(round)
+            seen.append(round.trees)
+
+    run(Exploring(), World(5, 1, FLAT), range(3))
+    for trees in seen:
+        assert (trees.accept_prob < trees.path_prob).all()  # raw confidence is over-optimistic
