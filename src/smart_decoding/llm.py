@@ -9,15 +9,18 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
+from smart_decoding.kernels import library
 from smart_decoding.models.grammars import Grammars
 from smart_decoding.models.kernel_check import require_kernels, require_served
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.registry import DEFAULT_MODEL
-from smart_decoding.models.target import TorchTarget, device_of, pages_for
+from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.multimodal.messages import as_text, has_pictures, split
 from smart_decoding.multimodal.pixels import load_reader
@@ -87,7 +90,10 @@ class LLM:
         device = device_of(args.device)
         slow = args.allow_slow
         require_kernels(device, slow)
-        checkpoint = load_checkpoint(model, lambda config: require_served(config, device, slow))
+        quantization = quantization_of(args, device)
+        checkpoint = load_checkpoint(
+            model, lambda config: require_served(config, device, slow), quantization
+        )
         self._checkpoint = checkpoint
         self.provenance = dict(checkpoint.provenance)
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
@@ -315,6 +321,14 @@ def _params_for(
             f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one for each"
         )
     return list(params)
+
+
+def quantization_of(args: EngineArgs, device: torch.device) -> str | None:
+    """How weights are loaded: quants as they are stored only where the CPU kernels multiply
+    them."""
+    keeps = device.type == "cpu" and library.unavailable() is None
+    in_bf16 = dtype_of(args.dtype) == torch.bfloat16
+    return args.quantization if args.quantization or (keeps and in_bf16) else "off"
 
 
 def _prompt_builder(

@@ -119,7 +119,7 @@ def check_speculation(
     check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
     draft = None
     if method == "draft_model":
-        draft = _draft_checkpoint(given.pop("model", None), tokenizer, max_model_len)
+        draft = _draft_checkpoint(given.pop("model", None), checkpoint, tokenizer, max_model_len)
     return SpeculativeConfig(method, policy, given, draft)
 
 
@@ -189,9 +189,11 @@ def fastest_selection() -> Selection:
     return NativeSelection()
 
 
-def _draft_checkpoint(name: Any, tokenizer: Tokenizer, max_model_len: int) -> Checkpoint:
+def _draft_checkpoint(
+    name: Any, target: Checkpoint, tokenizer: Tokenizer, max_model_len: int
+) -> Checkpoint:
     check_draft("draft_model", name, "model=NAME")
-    draft = load_checkpoint(name)
+    draft = load_checkpoint(name, quantization=target.quantization)
     called = draft.provenance["model"]
     check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), tokenizer, called)
     try:

