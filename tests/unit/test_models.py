@@ -4,6 +4,7 @@ half-written."""
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import shutil
@@ -391,24 +392,20 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
             raise ConnectionError("the hub does not answer\nat all")
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in GGUF_FILES])
 
-    def hf_hub_download(
-        repository: str, file: str, *, etag_timeout: float, local_files_only: bool
+    def snapshot_download(
+        repository: str, *, allow_patterns: list[str], local_files_only: bool, **_: object
     ) -> str:
-        if file not in hub.fetched:
-            if local_files_only or not hub.online or repository != "owner/tiny":
+        if local_files_only or not hub.online:  # the client takes what it has
+            if not hub.fetched:
                 raise ConnectionError("the hub does not answer\nat all")
+            return str(hub.folder)
+        for file in fnmatch.filter(GGUF_FILES, allow_patterns[0]):
             (hub.folder / file).parent.mkdir(parents=True, exist_ok=True)
             (hub.folder / file).write_bytes(CONTENT)
             hub.fetched.append(file)
-        return str(hub.folder / file)
-
-    def snapshot_download(repository: str, *, local_files_only: bool, **_: object) -> str:
-        if not local_files_only or not hub.fetched:
-            raise ConnectionError("the hub does not answer\nat all")
         return str(hub.folder)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return hub
 
@@ -439,6 +436,9 @@ def test_a_quantisation_that_is_no_single_file(fake_hub: SimpleNamespace) -> Non
         with pytest.raises(DownloadError) as error:
             resolve(f"owner/tiny:{asked}")
         assert_one_line(error, *words)
+    with pytest.raises(DownloadError) as error:
+        resolve("owner/tiny:absent.gguf")
+    assert_one_line(error, "absent.gguf", "not there", "owner/tiny")
     fake_hub.online = False
     with pytest.raises(DownloadError) as error:
         resolve("owner/tiny:Q4_0")
@@ -471,7 +471,8 @@ def test_a_sibling_counts_where_the_cache_holds_it(
     assert fake_hub.fetched == []
     resolve("tiny@hub")
     assert models.cached_sibling("large") == models.cached_sibling("large@pypi") == "tiny"
-    fake_hub.fetched.clear()
+    fake_hub.fetched.remove("tiny-q4_0.gguf")
+    (fake_hub.folder / "tiny-q4_0.gguf").unlink()
     assert models.cached_sibling("large") is None
     fetch_pinned(by_hub.pinned)
     assert models.cached_sibling("large") == "tiny"

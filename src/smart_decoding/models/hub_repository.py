@@ -3,6 +3,7 @@ hub client's own cache."""
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterator
@@ -22,13 +23,32 @@ def snapshot(repository: str, timeout: float, *, local_only: bool) -> Path:
 
     timeout: seconds to wait for the hub's first answer; local_only: take only what is in the
     cache. Raises DownloadError."""
+    return _snapshot(repository, _FILES, _NOT, timeout, local_only)
+
+
+def gguf_file(repository: str, file: str, timeout: float, *, local_only: bool) -> Path:
+    """One file of a repository; its arguments and errors are as those of `snapshot`."""
+    # not hf_hub_download, which tries for 23 seconds where there is no network
+    folder = _snapshot(repository, [glob.escape(file)], [], timeout, local_only)
+    path = folder / file
+    if not path.is_file():
+        raise DownloadError(
+            f"cannot fetch {file} of {repository} from the hub: "
+            "it is not there, or the hub does not answer"
+        )
+    return path
+
+
+def _snapshot(
+    repository: str, take: list[str], leave: list[str], timeout: float, local_only: bool
+) -> Path:
     from huggingface_hub import snapshot_download
 
     with _one_line_errors(repository):
         folder = snapshot_download(
             repository,
-            allow_patterns=_FILES,
-            ignore_patterns=_NOT,
+            allow_patterns=take,
+            ignore_patterns=leave,
             etag_timeout=timeout,
             local_files_only=local_only,
         )
@@ -49,15 +69,6 @@ def is_complete(folder: Path) -> bool:
         shards = {single.name}
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     return has_tokenizer and all((folder / name).is_file() for name in ("config.json", *shards))
-
-
-def gguf_file(repository: str, file: str, timeout: float, *, local_only: bool) -> Path:
-    """One file of a repository; its arguments and errors are as those of `snapshot`."""
-    from huggingface_hub import hf_hub_download
-
-    with _one_line_errors(f"{repository}:{file}"):
-        path = hf_hub_download(repository, file, etag_timeout=timeout, local_files_only=local_only)
-    return Path(str(path))
 
 
 def revision_of(path: Path, file: str) -> str:
@@ -107,9 +118,9 @@ def _cached_names(repository: str) -> list[str]:
 
 
 @contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
+def _one_line_errors(repository: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client lets errors of several libraries through
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DownloadError(f"cannot fetch {what} from the hub: {reason}") from error
+        raise DownloadError(f"cannot fetch {repository} from the hub: {reason}") from error
