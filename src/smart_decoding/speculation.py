@@ -20,11 +20,12 @@ from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.drafting import RuleSelection
-from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.kernels import library
 from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.ranking import torch_top_k
+from smart_decoding.models.registry import cached_sibling
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 
@@ -99,8 +100,12 @@ def check_speculation(
     if config is False:
         return SpeculativeConfig("none", "off", {})
     given = _as_dict(config)
-    has_head = "model" in given or shipped_head(checkpoint.provenance["model"])
-    method = given.pop("method", "eagle" if has_head else "ngram")
+    name = checkpoint.provenance["model"]
+    has_head = "model" in given or shipped_head(name)
+    asks_for_itself = has_head or "method" in given or _leaves_out_siblings(given)
+    draft = None if asks_for_itself else _sibling(checkpoint, tokenizer, max_model_len)
+    default = "eagle" if has_head else "draft_model" if draft else "ngram"
+    method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
@@ -117,10 +122,30 @@ def check_speculation(
             f"policy {policy!r}: {', '.join(ours) or 'none'}"
         )
     check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
-    draft = None
-    if method == "draft_model":
+    if method == "draft_model" and draft is None:
         draft = _draft_checkpoint(given.pop("model", None), checkpoint, tokenizer, max_model_len)
     return SpeculativeConfig(method, policy, given, draft)
+
+
+def _leaves_out_siblings(given: Mapping[str, Any]) -> bool:
+    """Whether no other model is to draft by default: n-grams' options are given, or policy off."""
+    return given.get("policy") == "off" or not given.keys().isdisjoint(_parameters(NgramDrafter))
+
+
+def _sibling(target: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Checkpoint | None:
+    """The smaller built-in model that drafts for the target by default, if it is at hand and
+    fits."""
+    name = target.provenance["model"]
+    sibling = cached_sibling(name)
+    if sibling is None:
+        return None
+    try:
+        draft = _draft_checkpoint(sibling, target, tokenizer, max_model_len)
+    except (DownloadError, ModelError) as error:
+        log.warning("%s cannot draft for %s, so n-grams do: %s", sibling, name, error)
+        return None
+    log.info("%s drafts for %s: it is in the cache", sibling, name)
+    return draft
 
 
 def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,7 @@ def main(args: argparse.Namespace) -> None:
     from smart_decoding.llm import LLM
 
     llm = LLM(args.model or DEFAULT_MODEL, max_num_seqs=1, **options)
+    announce_default(llm, options["speculative_config"])
     prompt: Prompt
     if not args.raw:
         prompt = chat_prompt(llm, text, images)
@@ -86,6 +87,17 @@ def main(args: argparse.Namespace) -> None:
     answer = stream_answer(llm, prompt, params)
     if args.stats:
         print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
+
+
+def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
+    """One line on standard error that says what drafts, unless it was asked for or is the model's
+    own head."""
+    from smart_decoding.speculation import shipped_head
+
+    asked = {"method", "model"} & set(config or {})
+    if not asked and shipped_head(llm.provenance["model"]) is None:
+        choose = "--method and --draft choose another"
+        print(f"smart: drafts come from {llm.speculation.description}; {choose}", file=sys.stderr)
 
 
 def read_prompt(text: str) -> str:
