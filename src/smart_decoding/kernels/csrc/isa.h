@@ -228,12 +228,14 @@ static inline vf twice(const vf& v) {
 }
 
 // Two vectors of floats to bf16, rounded to the nearest, one after the other.
-static inline void put_two(bf16* p, vf first, vf second) {
+static inline vu two_to_bf16(const vf& first, const vf& second) {
 #if defined(__AVX512BF16__)
-    storeu(p, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+    return (vu)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 #else
-    put(p, first);
-    put(p + VW, second);
+    bf16 both[2 * VW];
+    put(both, first);
+    put(both + VW, second);
+    return loadu<vu>(both);
 #endif
 }
 

@@ -194,39 +194,53 @@ static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n,
         }
 }
 
-// The same for quants: a block of k is widened once, and all rows go over it.
+// Rows that quants are widened in registers for.
+constexpr int FEW_ROWS = HAS_TILES ? 0 : VW == 8 ? 2 : 6;
+
+// sums [rows, PANEL] of a panel of quants: a block of k is widened once, and all rows go over it.
+static inline void quant_panel(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t k,
+                               float* sums, [[maybe_unused]] int& shaped) {
+    static thread_local QuantPanel panel;
+    const int passes = (rows + PASS_ROWS - 1) / PASS_ROWS;
+    for (int64_t i = 0; i < k; i += SUPER_BLOCK) {
+        const int64_t depth = std::min<int64_t>(SUPER_BLOCK, k - i);
+        const Wide* block = panel.widen(strips, i, depth);
+        if constexpr (HAS_TILES) {
+            tile_block(x + i, ld, rows, block, depth, sums, !i, shaped);
+            continue;
+        }
+        for (int pass = 0; pass < passes; pass++) {
+            const int row = int(int64_t(rows) * pass / passes);
+            const int count = int(int64_t(rows) * (pass + 1) / passes) - row;
+            with_count<PASS_ROWS>(count, [&](auto r) {
+                panel_pass<r, NOWHERE>(x + row * ld + i, ld, block, depth, Prefetch{nullptr, 0},
+                                       sums + row * PANEL, !i);
+            });
+        }
+    }
+}
+
+// `gemm` of quants.
 template <class Epilogue>
 static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t n,
                        int64_t k, Epilogue&& done) {
     if (!rows) return;
-    static thread_local QuantPanel panel;
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
-    const int passes = (rows + PASS_ROWS - 1) / PASS_ROWS;
-    // Few rows wait for their sums: in small blocks the next one is widened meanwhile.
-    const int64_t step = rows <= 4 ? 2 * QUANT_BLOCK : SUPER_BLOCK;
-    [[maybe_unused]] int shaped = 0;
+    float* sums = kept.data();
+    int shaped = 0;
     const Panels mine(n);
     for (int64_t p = mine.first; p < mine.last; p++) {
-        for (int64_t i = 0; i < k; i += step) {
-            const int64_t depth = std::min<int64_t>(step, k - i);
-            const Wide* block = panel.widen(strips + 2 * p, i, depth);
-            if constexpr (HAS_TILES) {
-                tile_block(x + i, ld, rows, block, depth, kept.data(), !i, shaped);
-                continue;
-            }
-            for (int pass = 0; pass < passes; pass++) {
-                const int row = int(int64_t(rows) * pass / passes);
-                const int count = int(int64_t(rows) * (pass + 1) / passes) - row;
-                with_count<PASS_ROWS>(count, [&](auto r) {
-                    panel_pass<r, NOWHERE>(x + row * ld + i, ld, block, depth, Prefetch{nullptr, 0},
-                                           kept.data() + row * PANEL, !i);
-                });
-            }
-        }
+        const Strip* pair = strips + 2 * p;
+        if (rows <= FEW_ROWS && pair[0].format == pair[1].format)
+            with_count<std::max(FEW_ROWS, 1)>(rows, [&](auto r) {
+                with_format(pair->format,
+                            [&](auto format) { multiply_strips<format, r>(x, ld, pair, k, sums); });
+            });
+        else
+            quant_panel(x, ld, rows, pair, k, sums, shaped);
         for (int r = 0; r < rows; r++)
-            done(r, p * PANEL, loadu<vf>(kept.data() + r * PANEL),
-                 loadu<vf>(kept.data() + r * PANEL + VW));
+            done(r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
     }
     if (shaped) tile_release();
 }

@@ -138,63 +138,116 @@ static inline vf rounded(const vf& v) {
     return (vf)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
 }
 
-// Vectors f and f + 1, f even, to their places in a panel, of which `to` is this strip's half.
-static inline void put_weights(bf16* to, int f, const vf& first, const vf& second) {
-    put_two(to + f * PANEL, first, second);
-}
-static inline void put_weights(float* to, int f, const vf& first, const vf& second) {
-    storeu(to + f * PANEL, rounded(first));
-    storeu(to + (f + 1) * PANEL, rounded(second));
-}
-
-// The eight vectors whose nibbles share words.
-template <int F, int WORD, int... PAIR>
-__attribute__((always_inline)) static inline void widen_words(const uint8_t* quants,
-                                                              const BlockScales& scales, Wide* to,
-                                                              std::integer_sequence<int, PAIR...>) {
-    const vu words = FORMATS[F].bits < 8 ? loadu<vu>(quants + WORD * sizeof(vu)) : vu{};
-    (put_weights(to, 8 * WORD + 2 * PAIR, weights_of<F, 8 * WORD + 2 * PAIR>(quants, words, scales),
-                 weights_of<F, 8 * WORD + 2 * PAIR + 1>(quants, words, scales)),
+// Calls `take(f, vector f, vector f + 1)` for the even vectors f of a block, in order.
+template <int F, class Take, int... PAIR>
+__attribute__((always_inline)) static inline void for_pairs(const uint8_t* quants,
+                                                            const BlockScales& scales, Take&& take,
+                                                            std::integer_sequence<int, PAIR...>) {
+    vu words[4] = {};
+    for (int i = 0; FORMATS[F].bits < 8 && i < 4; i++)
+        words[i] = loadu<vu>(quants + i * sizeof(vu));
+    (take(2 * PAIR, weights_of<F, 2 * PAIR>(quants, words[PAIR / 4], scales),
+          weights_of<F, 2 * PAIR + 1>(quants, words[PAIR / 4], scales)),
      ...);
 }
 
-template <int F>
-__attribute__((always_inline)) static inline void widen_block(const uint8_t* at,
-                                                              const vf (&shared)[2], Wide* to) {
+template <int F, class Take>
+__attribute__((always_inline)) static inline void for_block(const uint8_t* at,
+                                                            const vf (&shared)[2], Take&& take) {
     if constexpr (F == BF16_ROWS) {
         for (int f = 0; f < QUANT_BLOCK; f += 2)
-            put_weights(to, f, widen<vf>((const bf16*)at + f * VW),
-                        widen<vf>((const bf16*)at + (f + 1) * VW));
-        return;
+            take(f, widen<vf>((const bf16*)at + f * VW), widen<vf>((const bf16*)at + (f + 1) * VW));
+    } else {
+        BlockScales scales;
+        read_scales<F>(at, shared, scales);
+        typedef std::make_integer_sequence<int, QUANT_BLOCK / 2> Pairs;
+        for_pairs<F>(at + FORMATS[F].scales() * VW, scales, take, Pairs());
     }
-    BlockScales scales;
-    read_scales<F>(at, shared, scales);
-    const uint8_t* quants = at + FORMATS[F].scales() * VW;
-    typedef std::make_integer_sequence<int, 4> Pairs;
-    widen_words<F, 0>(quants, scales, to, Pairs());
-    widen_words<F, 1>(quants, scales, to, Pairs());
-    widen_words<F, 2>(quants, scales, to, Pairs());
-    widen_words<F, 3>(quants, scales, to, Pairs());
 }
+
+// A strip from some k on, a multiple of a block: within a super-block, and from block to block.
+template <int F>
+struct StripReader {
+    static constexpr Format format = FORMATS[F];
+    const uint8_t* at;
+    vf shared[2] = {};
+
+    StripReader(const uint8_t* data, int64_t first) {
+        at = data + first / format.super * format.super_bytes() * VW;
+        read_shared();
+        at += first % format.super / QUANT_BLOCK * format.block() * VW;
+    }
+
+    void read_shared() {
+        if constexpr (format.has_bytes()) shared[0] = halves_to_float(at);
+        if constexpr (format.shared() == 4) shared[1] = halves_to_float(at + 2 * VW);
+        at += format.shared() * VW;
+    }
+
+    template <class Take>
+    __attribute__((always_inline)) void next_block(Take&& take) {
+        for (int line = 0; line < format.block() * VW; line += 64)
+            __builtin_prefetch(at + PREFETCH_DISTANCE + line);
+        for_block<F>(at, shared, take);
+        at += format.block() * VW;
+    }
+};
 
 // Columns of a strip's half of a panel; k of a panel lie PANEL apart.
 constexpr int HALF_PANEL = HAS_BF16_PAIRS ? PANEL : VW;
 
-// Widens `depth` of k from `first` on to a strip's half of a panel. Both are multiples of a block,
-// and all of it lies in one super-block.
+// Widens `depth` of k from `first` on to a strip's half of a panel; all of it lies in one
+// super-block.
 template <int F>
 static void widen_strip(const uint8_t* data, int64_t first, int64_t depth, Wide* to) {
-    constexpr Format format = FORMATS[F];
-    const uint8_t* super = data + first / format.super * format.super_bytes() * VW;
-    vf shared[2] = {};
-    if constexpr (format.has_bytes()) shared[0] = halves_to_float(super);
-    if constexpr (format.shared() == 4) shared[1] = halves_to_float(super + 2 * VW);
-    const int64_t block = first % format.super / QUANT_BLOCK;
-    const uint8_t* at = super + (format.shared() + block * format.block()) * VW;
-    for (int64_t i = 0; i < depth; i += QUANT_BLOCK, at += format.block() * VW) {
-        for (int line = 0; line < format.block() * VW; line += 64)
-            __builtin_prefetch(at + PREFETCH_DISTANCE + line);
-        widen_block<F>(at, shared, to + i * PANEL);
+    StripReader<F> strip(data, first);
+    for (int64_t i = 0; i < depth; i += QUANT_BLOCK, to += QUANT_BLOCK * PANEL)
+        strip.next_block([&](int f, const vf& even, const vf& odd) {
+            if constexpr (HAS_BF16_PAIRS) {
+                storeu(to + f * PANEL, two_to_bf16(even, odd));
+            } else {
+                storeu(to + f * PANEL, rounded(even));
+                storeu(to + (f + 1) * PANEL, rounded(odd));
+            }
+        });
+}
+
+// Adds the products of R rows x[0], x[ld], ... with a block of a strip.
+template <int F, int R>
+__attribute__((always_inline)) static inline void multiply_block(StripReader<F>& strip,
+                                                                 const Wide* x, int64_t ld,
+                                                                 vf (&sums)[R]) {
+    strip.next_block([&](int f, const vf& even, const vf& odd) __attribute__((always_inline)) {
+        if constexpr (HAS_BF16_PAIRS) {
+            const vu pairs = two_to_bf16(even, odd);
+            for (int r = 0; r < R; r++)
+                sums[r] = dot_bf16(sums[r], pairs, broadcast4(x + r * ld + f));
+        } else {
+            const vf first = rounded(even), second = rounded(odd);
+            for (int r = 0; r < R; r++) sums[r] += first * float(x[r * ld + f]);
+            for (int r = 0; r < R; r++) sums[r] += second * float(x[r * ld + f + 1]);
+        }
+    });
+}
+
+// sums [R, PANEL] of R rows by a panel of two strips, widened in registers. For few rows that is
+// faster: their sums wait for each other, and meanwhile what comes next is widened.
+template <int F, int R>
+__attribute__((noinline)) static void multiply_strips(const Wide* x, int64_t ld,
+                                                      const Strip* strips, int64_t k, float* sums) {
+    StripReader<F> first(strips[0].data, 0), second(strips[1].data, 0);
+    vf low[R] = {}, high[R] = {};
+    for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
+        if (FORMATS[F].has_bytes() && i && i % SUPER_BLOCK == 0) {
+            first.read_shared();
+            second.read_shared();
+        }
+        multiply_block<F, R>(first, x + i, ld, low);
+        multiply_block<F, R>(second, x + i, ld, high);
+    }
+    for (int r = 0; r < R; r++) {
+        storeu(sums + r * PANEL, low[r]);
+        storeu(sums + r * PANEL + VW, high[r]);
     }
 }
 
