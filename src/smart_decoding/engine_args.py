@@ -34,8 +34,8 @@ class EngineArgs:
     enable_prefix_caching: keep the keys of finished requests for prompts that begin alike.
     seed: what the seeds of requests without their own are drawn from.
     stop_at_loops: end an answer that only repeats itself.
-    trust_pickle: load a draft head's pytorch_model.bin too, of which only tensors are read;
-        safetensors only without.
+    trust_pickle: load pytorch_model.bin where a model or draft head has no safetensors, of which
+        only tensors are read; safetensors only without.
     enforce_eager: no CUDA graphs.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run; an error without it.
 

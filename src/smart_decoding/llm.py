@@ -87,13 +87,17 @@ class LLM:
         device = device_of(args.device)
         slow = args.allow_slow
         require_kernels(device, slow)
-        checkpoint = load_checkpoint(model, lambda config: require_served(config, device, slow))
+        checkpoint = load_checkpoint(
+            model, lambda config: require_served(config, device, slow), args.trust_pickle
+        )
         self._checkpoint = checkpoint
         self.provenance = dict(checkpoint.provenance)
         self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
         self._vision = _prompt_builder(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
-        asked = check_speculation(args.speculative_config, checkpoint, self.tokenizer, longest)
+        asked = check_speculation(
+            args.speculative_config, checkpoint, self.tokenizer, longest, args.trust_pickle
+        )
         if asked.draft is not None:
             require_served(asked.draft.config, device, slow, "the draft model")
         pages = pages_for(args.kv_tokens(longest), args.max_num_seqs)
@@ -126,7 +130,11 @@ class LLM:
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
         asked = check_speculation(
-            speculative_config, self._checkpoint, self.tokenizer, config.max_model_len
+            speculative_config,
+            self._checkpoint,
+            self.tokenizer,
+            config.max_model_len,
+            self._args.trust_pickle,
         )
         other = copy.copy(self)
         other.speculation = build_speculation(

@@ -92,10 +92,12 @@ def check_speculation(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     max_model_len: int,
+    trust_pickle: bool = False,
 ) -> SpeculativeConfig:
-    """checkpoint, tokenizer: the target's. Raises ConfigError for what is no config and for an
-    unknown method, policy or option, ModelError for a draft model with another vocabulary or too
-    short a context."""
+    """checkpoint, tokenizer: the target's; trust_pickle: a draft model may be a pickle.
+
+    Raises ConfigError for what is no config and for an unknown method, policy or option, ModelError
+    for a draft model with another vocabulary or too short a context."""
     if config is False:
         return SpeculativeConfig("none", "off", {})
     given = _as_dict(config)
@@ -119,7 +121,8 @@ def check_speculation(
     check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
     draft = None
     if method == "draft_model":
-        draft = _draft_checkpoint(given.pop("model", None), tokenizer, max_model_len)
+        name = given.pop("model", None)
+        draft = _draft_checkpoint(name, tokenizer, max_model_len, trust_pickle)
     return SpeculativeConfig(method, policy, given, draft)
 
 
@@ -189,9 +192,11 @@ def fastest_selection() -> Selection:
     return NativeSelection()
 
 
-def _draft_checkpoint(name: Any, tokenizer: Tokenizer, max_model_len: int) -> Checkpoint:
+def _draft_checkpoint(
+    name: Any, tokenizer: Tokenizer, max_model_len: int, trust_pickle: bool
+) -> Checkpoint:
     check_draft("draft_model", name, "model=NAME")
-    draft = load_checkpoint(name)
+    draft = load_checkpoint(name, trust_pickle=trust_pickle)
     called = draft.provenance["model"]
     check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), tokenizer, called)
     try:

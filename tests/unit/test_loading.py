@@ -91,9 +91,14 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def assert_refused(path: Path | str, *words: str, error: type[ModelError] = ModelError) -> None:
+def assert_refused(
+    path: Path | str,
+    *words: str,
+    error: type[ModelError] = ModelError,
+    trust_pickle: bool = False,
+) -> None:
     with pytest.raises(error) as caught:
-        load_checkpoint(path)
+        load_checkpoint(path, trust_pickle=trust_pickle)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -234,8 +239,9 @@ def test_refuses_damaged_folders(folder: Path) -> None:
     weights.write_bytes(b"no tensors here")
     assert_refused(folder, "model.safetensors", "corrupt")
     weights.rename(folder / "pytorch_model.bin")
-    assert_refused(folder, "pickled", "pytorch_model.bin", "safetensors")
-    assert_refused(folder / "pytorch_model.bin", "pickled")
+    assert_refused(folder, "pickled", "pytorch_model.bin", "safetensors", "--trust-pickle")
+    assert_refused(folder / "pytorch_model.bin", "pickled", "--trust-pickle")
+    assert_refused(folder, "pytorch_model.bin", "corrupt", trust_pickle=True)
     (folder / "pytorch_model.bin").unlink()
     assert_refused(folder, "no model.safetensors")
     (folder / "config.json").write_text("{")
@@ -268,6 +274,87 @@ def test_one_file_comes_before_an_older_index(tmp_path: Path) -> None:
     (tmp_path / "one" / "model.safetensors").rename(tmp_path / "model" / "model.safetensors")
     assert bool((load_checkpoint(tmp_path / "model").weights["model.norm.weight"] == 3.0).all())
     assert is_complete(tmp_path / "model") == (tmp_path / "model" / "tokenizer.json").is_file()
+
+
+# pytorch_model.bin
+# ------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def pickled(folder: Path, shards: int, legacy: bool = False) -> dict[str, torch.Tensor]:
+    """Turns a folder's weights into pickles, as transformers wrote them before safetensors."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stored = {**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    names = sorted(stored)
+    weight_map = {}
+    for i in range(shards):
+        end = f"-{i + 1:05d}-of-{shards:05d}.bin" if shards > 1 else ".bin"
+        part = {name: stored[name] for name in names[i::shards]}
+        zipped = not legacy
+        torch.save(part, folder / f"pytorch_model{end}", _use_new_zipfile_serialization=zipped)
+        weight_map.update(dict.fromkeys(part, f"pytorch_model{end}"))
+    if shards > 1:
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return weights
+
+
+@pytest.mark.parametrize(("shards", "legacy"), [(1, False), (3, False), (1, True)])
+def test_reads_pickled_weights_where_they_are_trusted(
+    folder: Path, shards: int, legacy: bool
+) -> None:
+    expected = pickled(folder, shards, legacy)
+    assert_refused(folder, "pytorch_model", "--trust-pickle", "trust_pickle=True")
+    checkpoint = load_checkpoint(folder, trust_pickle=True)
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.weights[name], tensor), name
+    assert checkpoint.provenance["dtype"] == "F32"
+
+
+def test_safetensors_come_before_pickles(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    assert load_checkpoint(folder, trust_pickle=True).weights["model.norm.weight"].shape == (32,)
+
+
+def test_pickled_weights_stay_on_disk_until_they_are_asked_for(folder: Path) -> None:
+    """What changes in the file changes in the tensors, which are mapped."""
+    weights = pickled(folder, 1)
+    path = folder / "pytorch_model.bin"
+    found = load_checkpoint(folder, trust_pickle=True).weights["model.norm.weight"]
+    content = path.read_bytes()
+    before = weights["model.norm.weight"].numpy().tobytes()
+    at = content.index(before)
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes(len(before)))
+    assert found.count_nonzero() == 0
+
+
+def test_pickles_run_no_code_and_damaged_ones_are_one_line(folder: Path, tmp_path: Path) -> None:
+    pickled(folder, 3)
+    second = folder / "pytorch_model-00002-of-00003.bin"
+    whole = second.read_bytes()
+    torch.save({"model.norm.weight": Spy(tmp_path / "ran")}, second)
+    assert_refused(folder, second.name, "more than tensors", trust_pickle=True)
+    assert not (tmp_path / "ran").exists()
+    torch.save([torch.zeros(2)], second)
+    assert_refused(folder, second.name, "no table of tensors", trust_pickle=True)
+    second.write_bytes(whole[: len(whole) // 2])
+    assert_refused(folder, second.name, "corrupt", trust_pickle=True)
+    torch.save({}, second)
+    assert_refused(folder, second.name, "lacks", "index", trust_pickle=True)
+    second.unlink()
+    assert_refused(folder, second.name, "missing", trust_pickle=True)
 
 
 # GGUF

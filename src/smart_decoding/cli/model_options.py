@@ -76,7 +76,7 @@ MODEL_OPTIONS = (
         "trust-pickle",
         bool,
         False,
-        "load draft heads that are pickled (pytorch_model.bin), tensors only",
+        "load models and draft heads that are pickled (pytorch_model.bin), tensors only",
         shown="off",
     ),
     Option(

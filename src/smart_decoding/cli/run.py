@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     text = read_prompt(args.prompt)
     images = read_images(args.image)
     if images:
-        check_takes_images(args.model)
+        check_takes_images(args.model, args.trust_pickle)
     from smart_decoding.llm import LLM
 
     llm = LLM(args.model or DEFAULT_MODEL, max_num_seqs=1, **options)
@@ -115,11 +115,11 @@ def read_images(paths: Sequence[Path]) -> list[Any]:
     return images
 
 
-def check_takes_images(model: str | None) -> None:
+def check_takes_images(model: str | None, trust_pickle: bool = False) -> None:
     """Raises ConfigError for a model of text only (None: the default), before weights are read."""
     from smart_decoding.models.loading import load_checkpoint
 
-    if model is None or load_checkpoint(model).vision is None:
+    if model is None or load_checkpoint(model, trust_pickle=trust_pickle).vision is None:
         name = model or DEFAULT_MODEL
         raise ConfigError(
             f"{name} reads text only: give a --model that takes images (docs/vision.md)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _HUB_NOT = ["*/*", "consolidated*", "*.gguf"]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_HUB_PICKLES = ["pytorch_model*.bin"]
+TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
 # seconds to wait for the hub's first answer
 _QUICK = 3.0
 _PATIENT = 10.0
@@ -62,8 +64,9 @@ NAMED_MODELS = {
 }
 
 
-def resolve(name: str | Path) -> Source:
-    """The files of a model, fetched if they are not here yet.
+def resolve(name: str | Path, trust_pickle: bool = False) -> Source:
+    """The files of a model, fetched if they are not here yet; pickled weights only if they are
+    trusted and there are no others.
 
     Raises ModelError for a name that means nothing or pickled weights, DownloadError if the files
     cannot be had."""
@@ -74,8 +77,8 @@ def resolve(name: str | Path) -> Source:
         return _resolve_named(text, NAMED_MODELS[base], origin)
     if path.suffix in _PICKLES:
         raise ModelError(
-            f"{text} holds pickled weights, which can run code when loaded; "
-            "convert it to safetensors"
+            f"{text} holds pickled weights, which can run code when loaded: name its folder, and "
+            f"{TRUST}"
         )
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return Source(text, path, f"local {'folder' if path.is_dir() else 'file'} {path.name}")
@@ -85,7 +88,7 @@ def resolve(name: str | Path) -> Source:
         )
     if _HUB_ID.fullmatch(text) and not text.startswith("."):
         try:
-            return _from_hub(text, text, _PATIENT)
+            return _with_weights(_from_hub(text, text, _PATIENT), trust_pickle)
         except DownloadError as error:
             raise DownloadError(
                 f"there is no folder {text}, and the name was tried as a hub id: {error}"
@@ -136,6 +139,18 @@ def _from_hub(name: str, repository: str, timeout: float) -> Source:
     return _hub_source(name, repository, folder)
 
 
+def _with_weights(source: Source, trust_pickle: bool) -> Source:
+    """A hub's folder, its pickles fetched too if it has no safetensors."""
+    if any(source.path.glob("*.safetensors")):
+        return source
+    if not trust_pickle:
+        raise ModelError(
+            f"{source.name} has no safetensors on the hub, and pickles are refused: {TRUST}"
+        )
+    _snapshot(source.name, _PATIENT, local_only=False, files=_HUB_PICKLES)
+    return source
+
+
 def _cached_from_hub(name: str, repository: str) -> Source | None:
     try:
         folder = _snapshot(repository, _QUICK, local_only=True)
@@ -148,13 +163,15 @@ def _hub_source(name: str, repository: str, folder: Path) -> Source:
     return Source(name, folder, f"hub {repository} at {folder.name[:12]}")
 
 
-def _snapshot(repository: str, timeout: float, *, local_only: bool) -> Path:
+def _snapshot(
+    repository: str, timeout: float, *, local_only: bool, files: Sequence[str] = _HUB_FILES
+) -> Path:
     from huggingface_hub import snapshot_download  # imported late: it takes a quarter of a second
 
     try:
         folder = snapshot_download(
             repository,
-            allow_patterns=_HUB_FILES,
+            allow_patterns=list(files),
             ignore_patterns=_HUB_NOT,
             etag_timeout=timeout,
             local_files_only=local_only,
