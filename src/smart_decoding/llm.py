@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -13,6 +14,7 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
+from smart_decoding.models import chat_template
 from smart_decoding.models.grammars import Grammars
 from smart_decoding.models.kernel_check import require_kernels, require_served
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.engine.request import Request, RequestMetrics
     from smart_decoding.engine.stopping import Decode
+
+log = logging.getLogger("smart.llm")
 
 Prompt = str | Sequence[int] | MediaPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -92,7 +96,7 @@ class LLM:
         )
         self._checkpoint = checkpoint
         self.provenance = dict(checkpoint.provenance)
-        self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
+        self.tokenizer = _tokenizer(args, checkpoint)
         self._vision = _prompt_builder(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
         asked = check_speculation(
@@ -323,6 +327,17 @@ def _params_for(
             f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one for each"
         )
     return list(params)
+
+
+def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
+    """The model's, with the chat template asked for."""
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
+    tokenizer.template = args.template() or tokenizer.template
+    if tokenizer.template is None:
+        hint = chat_template.hint(checkpoint.tokenizer_source, checkpoint.provenance["model"])
+        if hint:
+            log.warning(hint)
+    return tokenizer
 
 
 def _prompt_builder(

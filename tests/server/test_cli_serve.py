@@ -67,6 +67,19 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
     assert options["speculative_config"] == {"method": "ngram", "policy": "eagle2", "depth": 2}
 
 
+def test_the_chat_template_reaches_the_model_and_is_read_before_it(
+    served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "--chat-template", "vicuna"]) == 0
+    assert served[0][1]["chat_template"] == "vicuna"
+    missing = tmp_path / "none.jinja"
+    assert cli.main(["serve", "--chat-template", str(missing)]) == 2
+    assert len(served) == 1
+    err = capsys.readouterr().err
+    assert str(missing) in err
+    assert err.count("\n") == 1
+
+
 def test_limits_of_pictures_reach_the_model(served: Any, tmp_path: Path) -> None:
     more = [
         "--limit-mm-per-prompt",

@@ -9,6 +9,7 @@ from typing import Any
 from smart_decoding.cli.arguments import ALLOW_SLOW, Option, key_value
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.errors import ConfigError
+from smart_decoding.models import chat_template
 
 DTYPES = ("bf16", "bfloat16", "fp32", "float32")
 
@@ -73,6 +74,13 @@ MODEL_OPTIONS = (
         shown="none",
     ),
     Option(
+        "chat-template",
+        str,
+        None,
+        "file, or built-in name (vicuna), of what makes prompts of conversations",
+        shown="the model's own",
+    ),
+    Option(
         "trust-pickle",
         bool,
         False,
@@ -90,8 +98,18 @@ MODEL_OPTIONS = (
 
 
 def llm_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `LLM` takes of them, `speculative_config` checked."""
-    names = ("dtype", "device", "max_model_len", "trust_pickle", "enforce_eager", "allow_slow")
+    """What `LLM` takes of them, `speculative_config` and the chat template checked."""
+    if args.chat_template is not None:
+        chat_template.read(args.chat_template)
+    names = (
+        "dtype",
+        "device",
+        "max_model_len",
+        "chat_template",
+        "trust_pickle",
+        "enforce_eager",
+        "allow_slow",
+    )
     return {
         "speculative_config": speculative_config(args),
         **{name: getattr(args, name) for name in names},

@@ -126,8 +126,8 @@ class Tokenizer:
         chosen = template or self.template
         if chosen is None:
             raise ConfigError(
-                "this model has no chat template: give it a text to continue "
-                "(smart run --raw; LLM.generate in Python; /v1/completions)"
+                "this model has no chat template: give one (--chat-template FILE), or a text to "
+                "continue (smart run --raw; LLM.generate in Python; /v1/completions)"
             )
         given = {**self.specials, **variables, "add_generation_prompt": add_generation_prompt}
         return chat_template.render(chosen, messages, given)
