@@ -14,17 +14,22 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
-from smart_decoding.models import chat_template
+from smart_decoding.models import chat_template, memory
 from smart_decoding.models.grammars import Grammars
 from smart_decoding.models.kernel_check import require_kernels, require_served
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.registry import DEFAULT_MODEL
-from smart_decoding.models.target import TorchTarget, device_of, pages_for
+from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.multimodal.messages import as_text, has_pictures, split
 from smart_decoding.multimodal.pixels import load_reader
 from smart_decoding.multimodal.prompts import MediaPrompt, PromptBuilder
-from smart_decoding.speculation import Speculation, build_speculation, check_speculation
+from smart_decoding.speculation import (
+    Speculation,
+    SpeculativeConfig,
+    build_speculation,
+    check_speculation,
+)
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
@@ -105,11 +110,12 @@ class LLM:
         if asked.draft is not None:
             require_served(asked.draft.config, device, slow, "the draft model")
         pages = pages_for(args.kv_tokens(longest), args.max_num_seqs)
+        _require_memory(args, checkpoint, asked, pages, longest)
         self.target = TorchTarget(
             checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
         )
         self.speculation: Speculation = build_speculation(
-            asked, checkpoint, self.target, pages, args.max_num_seqs, args.trust_pickle
+            asked, checkpoint, self.target, pages, args.max_num_seqs
         )
         config = EngineConfig(
             pages,
@@ -142,12 +148,7 @@ class LLM:
         )
         other = copy.copy(self)
         other.speculation = build_speculation(
-            asked,
-            self._checkpoint,
-            self.target,
-            config.pages,
-            config.max_num_seqs,
-            self._args.trust_pickle,
+            asked, self._checkpoint, self.target, config.pages, config.max_num_seqs
         )
         other.engine = self._engine(other.speculation, config)
         return other
@@ -338,6 +339,16 @@ def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
         if hint:
             log.warning(hint)
     return tokenizer
+
+
+def _require_memory(
+    args: EngineArgs, checkpoint: Checkpoint, asked: SpeculativeConfig, pages: int, longest: int
+) -> None:
+    """Raises CapacityError for a model that does not fit, before its weights are read."""
+    rows = max(args.max_num_batched_tokens, 8 * args.max_num_seqs)
+    limits = memory.Limits(args.kv_tokens(longest), pages, rows, longest)
+    need = memory.need_of(checkpoint, dtype_of(args.dtype), limits, asked.draft, asked.head)
+    memory.require_memory(checkpoint, need, limits, device_of(args.device))
 
 
 def _prompt_builder(

@@ -79,12 +79,15 @@ class SpeculativeConfig:
     """What a `speculative_config` asks for, as far as it can be checked before any weights are
     loaded.
 
-    options: of the drafter and the policy; draft: the draft model, if there is one."""
+    options: of the drafter and the policy; draft: the draft model, head: the folder of the draft
+    head, if there is one; trust_pickle: whether that may be a pickle."""
 
     method: str
     policy: str
     options: Mapping[str, Any]
     draft: Checkpoint | None = None
+    head: Path | None = None
+    trust_pickle: bool = False
 
 
 def check_speculation(
@@ -94,14 +97,15 @@ def check_speculation(
     max_model_len: int,
     trust_pickle: bool = False,
 ) -> SpeculativeConfig:
-    """checkpoint, tokenizer: the target's; trust_pickle: a draft model may be a pickle.
+    """checkpoint, tokenizer: the target's; trust_pickle: a draft model or head may be a pickle.
 
     Raises ConfigError for what is no config and for an unknown method, policy or option, ModelError
-    for a draft model with another vocabulary or too short a context."""
+    for a head that is missing and a draft model with another vocabulary or too short a context."""
     if config is False:
         return SpeculativeConfig("none", "off", {})
     given = _as_dict(config)
-    has_head = "model" in given or shipped_head(checkpoint.provenance["model"])
+    shipped = shipped_head(checkpoint.provenance["model"])
+    has_head = "model" in given or shipped
     method = given.pop("method", "eagle" if has_head else "ngram")
     policy = given.pop("policy", "off" if method == "none" else "smart")
     if method not in METHODS:
@@ -123,7 +127,19 @@ def check_speculation(
     if method == "draft_model":
         name = given.pop("model", None)
         draft = _draft_checkpoint(name, tokenizer, max_model_len, trust_pickle)
-    return SpeculativeConfig(method, policy, given, draft)
+    head = _head(method, given.pop("model", None) or shipped, trust_pickle)
+    return SpeculativeConfig(method, policy, given, draft, head, trust_pickle)
+
+
+def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | None:
+    """The folder of the draft head that a method drafts with, fetched if need be."""
+    if method == "eagle" and name is None:
+        raise ConfigError(
+            "method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram"
+        )
+    if name is None or method not in ("eagle", "union"):
+        return None
+    return head_folder(name, trust_pickle)
 
 
 def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
@@ -162,14 +178,12 @@ def build_speculation(
     target: TorchTarget,
     pages: int,
     max_num_seqs: int,
-    trust_pickle: bool = False,
 ) -> Speculation:
-    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for bad
-    values of a drafter's options, ModelError for a head that does not fit."""
+    """Builds what was asked for. Raises ConfigError for bad values of a drafter's options,
+    ModelError for a head that does not fit."""
     if asked.method == "none":
         return Speculation(make_policy("off"), None)
-    default_head = shipped_head(checkpoint.provenance["model"])
-    builder = _Builder(checkpoint, target, pages, max_num_seqs, asked, default_head, trust_pickle)
+    builder = _Builder(checkpoint, target, pages, max_num_seqs, asked)
     drafter = builder.drafter(asked.method)
     cost = builder.cost(drafter) if "cost" in policy_options(asked.policy) else None
     offered = {
@@ -255,8 +269,6 @@ class _Builder:
         pages: int,
         max_num_seqs: int,
         asked: SpeculativeConfig,
-        default_head: Path | None,
-        trust_pickle: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._target = target
@@ -264,10 +276,9 @@ class _Builder:
         self._seqs = max_num_seqs
         self.left = dict(asked.options)
         self._draft = asked.draft
-        self._default_head = default_head
-        self._trust_pickle = trust_pickle
+        self._trust_pickle = asked.trust_pickle
         self.model: EagleHead | DraftModel | None = None
-        self.folder: Path | None = None
+        self.folder = asked.head
         self.description = ""
 
     def drafter(self, method: str) -> Drafter:
@@ -303,13 +314,7 @@ class _Builder:
         from smart_decoding.models.eagle_head import EagleHead
         from smart_decoding.models.target import fitting_memory
 
-        folder = self.left.pop("model", None) or self._default_head
-        if folder is None:
-            raise ConfigError(
-                "method 'eagle' needs a head: give model=FOLDER (smart train makes one), "
-                "or use ngram"
-            )
-        self.folder = head_folder(folder, self._trust_pickle)
+        assert self.folder is not None
         files = self._with_images(
             load_head(self.folder, self._checkpoint.config, self._trust_pickle)
         )
@@ -339,7 +344,7 @@ class _Builder:
         return files
 
     def _union(self) -> Drafter:
-        if self._default_head or "model" in self.left:
+        if self.folder is not None:
             parts = [self._eagle(), self._ngram()]
         else:
             parts = [self._ngram(), self._recycling()]

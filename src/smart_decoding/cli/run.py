@@ -6,6 +6,7 @@ Everything that can be wrong is checked before a model is loaded.
 from __future__ import annotations
 
 import argparse
+import logging
 import secrets
 import sys
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ def main(args: argparse.Namespace) -> None:
         check_takes_images(args.model, args.trust_pickle)
     from smart_decoding.llm import LLM
 
+    show_memory()
     llm = LLM(args.model or DEFAULT_MODEL, max_num_seqs=1, **options)
     prompt: Prompt
     if not args.raw:
@@ -86,6 +88,14 @@ def main(args: argparse.Namespace) -> None:
     answer = stream_answer(llm, prompt, params)
     if args.stats:
         print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
+
+
+def show_memory() -> None:
+    """Lets the estimate of a model's memory appear on standard error, on a terminal."""
+    logger = logging.getLogger("smart.memory")
+    if sys.stderr.isatty() and not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
 
 
 def read_prompt(text: str) -> str:
