@@ -224,7 +224,7 @@ class LLM:
         if any(not isinstance(message.get("content"), str) for message in messages):
             messages = as_text(split(messages)[0], {})
         text = self.tokenizer.apply_chat_template(messages)
-        return MediaPrompt(self.tokenizer.encode(text, add_special_tokens=False), None, text)
+        return MediaPrompt(self.tokenizer.encode_prompt(text), None, text)
 
     def _text_only(self) -> ConfigError:
         name = self.provenance["model"]
@@ -333,7 +333,10 @@ def _params_for(
 def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     """The model's, with the chat template asked for."""
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
-    tokenizer.template = args.template() or tokenizer.template
+    given = args.template()
+    if given is not None:
+        tokenizer.template = given
+        tokenizer.template_given = True
     if tokenizer.template is None:
         hint = chat_template.hint(checkpoint.tokenizer_source, checkpoint.provenance["model"])
         if hint:

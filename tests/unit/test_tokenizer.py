@@ -240,12 +240,11 @@ def test_vicunas_template_is_that_of_fastchat() -> None:
     """What its documentation gives as an example of version 1.1."""
     template = chat_template.read("vicuna")
     turns = "USER: Hello! ASSISTANT: Hi!</s>USER: How are you? ASSISTANT:"
-    variables = {"bos_token": "<s>"}
-    assert render(template, TURNS, **variables) == "<s>" + VICUNA_SAYS + turns
+    assert render(template, TURNS) == VICUNA_SAYS + turns
     system = [{"role": "system", "content": "Be brief."}]
-    assert render(template, system + TURNS, **variables) == "<s>Be brief. " + turns
-    assert TINY.apply_chat_template(TURNS[:2], False, template, **variables) == (
-        "<s>" + VICUNA_SAYS + "USER: Hello! ASSISTANT: Hi!</s>"
+    assert render(template, system + TURNS) == "Be brief. " + turns
+    assert TINY.apply_chat_template(TURNS[:2], False, template) == (
+        VICUNA_SAYS + "USER: Hello! ASSISTANT: Hi!</s>"
     )
     with pytest.raises(ConfigError, match="after one system message"):
         render(template, TURNS + system)
@@ -256,6 +255,16 @@ def test_a_template_is_a_file_a_built_in_name_or_its_text(tmp_path: Path) -> Non
     template = chat_template.read(tmp_path / "mine.jinja")
     assert render(template, TURNS) == render(chat_template.read(template), TURNS) == "Hello!é"
     assert render(chat_template.read(str(tmp_path / "mine.jinja")), TURNS) == "Hello!é"
+
+
+def test_a_template_that_was_given_may_leave_the_beginning_to_the_tokenizer() -> None:
+    """Llama 3's tokenizers begin texts, and its own templates write that."""
+    llama = Tokenizer.from_gguf(metadata("llama-bpe"))
+    bos = llama.specials["bos_token"]
+    assert llama.encode("he")[0] == llama.token_id(bos)
+    assert llama.encode_prompt("he") == llama.encode("he")[1:]
+    llama.template_given = True
+    assert llama.encode_prompt("he") == llama.encode_prompt(bos + "he") == llama.encode("he")
 
 
 @pytest.mark.parametrize(

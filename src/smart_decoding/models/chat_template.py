@@ -16,9 +16,8 @@ from typing import Any, NoReturn
 
 from smart_decoding.errors import ConfigError
 
-# FastChat's conversation "vicuna_v1.1", of Vicuna 1.1 to 1.5
+# FastChat's conversation "vicuna_v1.1", of Vicuna 1.1 to 1.5; the tokenizer begins it
 _VICUNA = (
-    "{{ bos_token }}"
     "{% if messages and messages[0].role == 'system' %}"
     "{{ messages[0].content }} {% set turns = messages[1:] %}"
     "{% else %}"
