@@ -380,6 +380,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -404,12 +406,15 @@ def write_gguf(
     """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read
     back."""
     model = tiny_model(name)
-    architecture = {"qwen2": "qwen2"}.get(name, "llama")
+    architecture = name if name.startswith("qwen") else "llama"
     writer = gguf.GGUFWriter(path, architecture)
     add_shape(writer)
+    if "head_dim" in FAMILIES[name][1]:  # as llama.cpp's converter writes it where it is its own
+        writer.add_key_length(model.config.head_dim)
+        writer.add_value_length(model.config.head_dim)
     for key, value in metadata.items():
         writer.add_uint32(f"{architecture}.{key}", value)
-    add_tokenizer(writer, "qwen2" if name == "qwen2" else "smollm")
+    add_tokenizer(writer, "qwen2" if name.startswith("qwen") else "smollm")
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
     weights = model.state_dict()
@@ -466,7 +471,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     writer.add_eos_token_id(2)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama3", "qwen2", "qwen3"])
 def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf", name)
     checkpoint = load_checkpoint(tmp_path / "tiny.gguf")
@@ -474,6 +479,8 @@ def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     for key, tensor in expected.items():
         assert torch.equal(checkpoint.weights[key], tensor), key
     assert checkpoint.config.qkv_bias == (name in ("qwen2", "llama-bias"))
+    assert checkpoint.config.qk_norm == (name == "qwen3")
+    assert checkpoint.config.head_dim == (16 if name == "qwen3" else 8)
     assert checkpoint.config.tie_embeddings == (name in ("llama", "qwen2"))
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     assert tokenizer.encode("he<|eos|>") == [259, 2]
