@@ -36,6 +36,8 @@ def words_of(options: BenchOptions) -> list[str]:
         "max-tokens": options.max_tokens,
         "seed": options.seed,
         "device": options.device,
+        "chat-template": options.chat_template,
+        "trust-pickle": options.trust_pickle,
         "allow-slow": options.allow_slow,
         "sampled": f"{options.sampled:g}" if options.sampled else None,
         "load": ",".join(f"{share:g}" for share in options.load) or None,

@@ -107,6 +107,8 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
         metavar="K=V",
         help="an option of the drafter",
     )
+    add("--chat-template", help="file or built-in name (vicuna) of what makes prompts")
+    add("--trust-pickle", action="store_true", help="models and heads may be pickled")
     add("--dtype", help=f"bf16 or fp32 (default: {default.dtype})")
     add("--device", help=f"cpu, cuda or auto (default: {default.device})")
     add_allow_slow(group)

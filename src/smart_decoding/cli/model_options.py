@@ -42,6 +42,13 @@ DRAFT = Option(
     "same vocabulary",
     shown="the model's own head",
 )
+TRUST_PICKLE = Option(
+    "trust-pickle",
+    bool,
+    False,
+    "load models and draft heads that are pickled (pytorch_model.bin), tensors only",
+    shown="off",
+)
 MODEL_OPTIONS = (
     DTYPE,
     DEVICE,
@@ -80,13 +87,7 @@ MODEL_OPTIONS = (
         "file, or built-in name (vicuna), of what makes prompts of conversations",
         shown="the model's own",
     ),
-    Option(
-        "trust-pickle",
-        bool,
-        False,
-        "load models and draft heads that are pickled (pytorch_model.bin), tensors only",
-        shown="off",
-    ),
+    TRUST_PICKLE,
     Option(
         "max-model-len",
         int,
