@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.llm import LLM
 from smart_decoding.models import rope
 from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.memory import weight_bytes
+from smart_decoding.models.weight_files import open_weights
 
 from .published import LAYOUTS, LLAMA3_ROPE, save_published
 from .vision import picture
@@ -178,3 +181,11 @@ def test_pictures_are_seen_as_by_transformers(name: str, folder: Path) -> None:
     content[0]["image"] = picture(2, 90, 60)
     (other,) = llm.chat([{"role": "user", "content": content}], GREEDY)
     assert other.outputs[0].token_ids != out.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_estimate_of_memory_counts_every_weight(name: str, folder: Path) -> None:
+    checkpoint = load_checkpoint(folder, trust_pickle=True)
+    shapes = open_weights(folder, trust_pickle=True).shapes
+    used = [shape for tensor, shape in shapes.items() if not tensor.endswith("inv_freq")]
+    assert weight_bytes(checkpoint, torch.bfloat16) == 2 * sum(map(prod, used))

@@ -82,16 +82,13 @@ def work_bytes(config: ModelConfig, limits: Limits) -> int:
     return 4 * (limits.rows * row + limits.longest * config.head_dim)
 
 
-def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantised: int | None = None) -> int:
-    """Bytes of a model's weights in memory, its vision part included. quantised: those of the
-    decoder where they stay as they are stored."""
-    decoder = parameters(checkpoint.config) * dtype.itemsize if quantised is None else quantised
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights in memory, its vision part included."""
+    count = parameters(checkpoint.config)
     vision = checkpoint.vision
-    if vision is None:
-        return decoder
-    return decoder + dtype.itemsize * sum(
-        prod(vision.weights.shapes[name]) for name in vision.names.values()
-    )
+    if vision is not None:
+        count += sum(prod(vision.weights.shapes[name]) for name in vision.names.values())
+    return count * dtype.itemsize
 
 
 def need_of(
