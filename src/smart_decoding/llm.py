@@ -97,7 +97,9 @@ class LLM:
         slow = args.allow_slow
         require_kernels(device, slow)
         checkpoint = load_checkpoint(
-            model, lambda config: require_served(config, device, slow), args.trust_pickle
+            model,
+            lambda config: require_served(config, device, slow),
+            trust_pickle=args.trust_pickle,
         )
         self._checkpoint = checkpoint
         self.provenance = dict(checkpoint.provenance)

@@ -154,7 +154,7 @@ def _target(args: argparse.Namespace) -> Checkpoint:
     checkpoint = load_checkpoint(
         args.model,
         lambda config: require_served(config, device, args.allow_slow),
-        args.trust_pickle,
+        trust_pickle=args.trust_pickle,
     )
     if args.images is not None and checkpoint.vision is None:
         raise ConfigError(
