@@ -15,6 +15,8 @@ from smart_decoding.multimodal.images import Limits
 
 DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
 
+QUANTIZATIONS = (None, "off", "int8", "int4")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineArgs:
@@ -26,6 +28,9 @@ class EngineArgs:
         none), policy (off, chain, static, eagle2, paper, pooled_chain, throughput_chain, smart),
         and either's options.
     dtype: bfloat16 or float32, of weights and KV cache.
+    quantization: None keeps weights as they are stored: quants of a GGUF file stay quants on the
+        CPU kernels in bfloat16. off expands them to dtype. int8 and int4 round matrices to so many
+        bits when they are loaded.
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
         kv_cache_tokens allows if that is less).
@@ -54,6 +59,7 @@ class EngineArgs:
     model: str | Path = DEFAULT_MODEL
     speculative_config: Mapping[str, Any] | bool | None = None
     dtype: str = "bfloat16"
+    quantization: str | None = None
     device: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
@@ -76,6 +82,9 @@ class EngineArgs:
 
         dtype_of(self.dtype)
         self.template()
+        if self.quantization not in QUANTIZATIONS:
+            known = ", ".join(map(str, QUANTIZATIONS))
+            raise ConfigError(f"quantization={self.quantization!r} is not supported: use {known}")
         self.media_limits()
         self._at_least(
             1, "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_tokens"

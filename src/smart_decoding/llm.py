@@ -10,10 +10,13 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
+from smart_decoding.kernels import library
 from smart_decoding.models import chat_template, memory
 from smart_decoding.models.grammars import Grammars
 from smart_decoding.models.kernel_check import require_kernels, require_served
@@ -96,12 +99,7 @@ class LLM:
         device = device_of(args.device)
         slow = args.allow_slow
         require_kernels(device, slow)
-        checkpoint = load_checkpoint(
-            model,
-            lambda config: require_served(config, device, slow),
-            trust_pickle=args.trust_pickle,
-        )
-        self._checkpoint = checkpoint
+        checkpoint = self._checkpoint = _load(args, device)
         self.provenance = dict(checkpoint.provenance)
         self.tokenizer = _tokenizer(args, checkpoint)
         self._vision = _prompt_builder(args, checkpoint, self.tokenizer)
@@ -332,6 +330,16 @@ def _params_for(
     return list(params)
 
 
+def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
+    """The target, without its weights."""
+    return load_checkpoint(
+        args.model,
+        lambda config: require_served(config, device, args.allow_slow),
+        quantization_of(args, device),
+        args.trust_pickle,
+    )
+
+
 def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     """The model's, with the chat template asked for."""
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
@@ -354,6 +362,14 @@ def _require_memory(
     limits = memory.Limits(args.kv_tokens(longest), pages, rows, longest)
     need = memory.need_of(checkpoint, dtype_of(args.dtype), limits, asked.draft, asked.head)
     memory.require_memory(checkpoint, need, limits, device_of(args.device))
+
+
+def quantization_of(args: EngineArgs, device: torch.device) -> str | None:
+    """How weights are loaded: quants as they are stored only where the CPU kernels multiply
+    them."""
+    keeps = device.type == "cpu" and library.unavailable() is None
+    in_bf16 = dtype_of(args.dtype) == torch.bfloat16
+    return args.quantization if args.quantization or (keeps and in_bf16) else "off"
 
 
 def _prompt_builder(

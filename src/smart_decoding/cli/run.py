@@ -9,7 +9,7 @@ import argparse
 import logging
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,7 @@ def main(args: argparse.Namespace) -> None:
 
     show_memory()
     llm = LLM(args.model or DEFAULT_MODEL, max_num_seqs=1, **options)
+    announce_default(llm, options["speculative_config"])
     prompt: Prompt
     if not args.raw:
         prompt = chat_prompt(llm, text, images)
@@ -96,6 +97,17 @@ def show_memory() -> None:
     if sys.stderr.isatty() and not logger.handlers:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
+
+
+def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
+    """One line on standard error that says what drafts, unless it was asked for or is the model's
+    own head."""
+    from smart_decoding.speculation import shipped_head
+
+    asked = {"method", "model"} & set(config or {})
+    if not asked and shipped_head(llm.provenance["model"]) is None:
+        choose = "--method and --draft choose another"
+        print(f"smart: drafts come from {llm.speculation.description}; {choose}", file=sys.stderr)
 
 
 def read_prompt(text: str) -> str:

@@ -3,10 +3,7 @@ said otherwise."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import time
-from ctypes import Array, Structure, byref, c_void_p
+from ctypes import Array, Structure, byref
 
 import numpy as np
 import torch
@@ -15,9 +12,10 @@ from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import abi, library
+from smart_decoding.kernels.memory import pointer
+from smart_decoding.kernels.weights import INTO_CACHES, PackedWeight
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
-PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in vectors.h
 MAX_QUERIES = 32  # query heads per key head
 
 
@@ -30,11 +28,6 @@ Pass = abi.structure("Pass")
 Round = abi.structure("Round")
 Level = abi.structure("Level")
 _lib = library.library
-
-
-def vector_width() -> int:
-    """Floats in a vector register of the kernels that run."""
-    return int(_lib().smart_vector_width())
 
 
 def pass_rows(bf16: bool) -> int:
@@ -53,80 +46,9 @@ def attends_by_pairs(bf16: bool, head_dim: int) -> bool:
     return bool(_lib().smart_attends_by_pairs(bf16, head_dim))
 
 
-@functools.cache
-def fastest_hint() -> int:
-    """Where memory is best prefetched to, as measured. Intel's prefetchnta, past the caches, was
-    seen at a third of the speed of the others; Zen 4 reads a tenth faster into its second cache
-    than into the first."""
-    # not zeros: untouched pages would all be one page, in the caches
-    memory = torch.ones(64 << 20, dtype=torch.uint8)
-    seconds = dict.fromkeys((PAST_CACHES, INTO_L2, INTO_CACHES), float("inf"))
-    for hint in tuple(seconds) * 6:
-        start = time.perf_counter()
-        _lib().smart_read(memory.data_ptr(), len(memory), hint, torch.get_num_threads())
-        seconds[hint] = min(seconds[hint], time.perf_counter() - start)
-    within_noise = 1.03 * min(seconds.values())
-    return next(hint for hint, taken in seconds.items() if taken <= within_noise)
-
-
-class Arena:
-    """One block of memory for all packed weights, on huge pages where the kernel grants them (TLB
-    misses cost 20 %).
-
-    hint: where forwards prefetch them to. What does not fit into caches anyway had better go past
-    them, where that is as fast: other weights and Python then stay there."""
-
-    HUGE, CACHES = 2 << 20, 32 << 20
-
-    def __init__(self, elements: int, dtype: torch.dtype) -> None:
-        size = torch.empty((), dtype=dtype).element_size()
-        self.hint = fastest_hint() if elements * size > self.CACHES else INTO_CACHES
-        block = torch.empty(elements + 2 * self.HUGE // size, dtype=dtype)
-        start = (-block.data_ptr() % self.HUGE) // size
-        self._free = block[start : start + elements]
-        length = elements * size // self.HUGE * self.HUGE
-        if length:  # 14 = MADV_HUGEPAGE; only advice, so the result does not matter
-            madvise = ctypes.CDLL(None).madvise
-            madvise(c_void_p(self._free.data_ptr()), ctypes.c_size_t(length), 14)
-
-    def take(self, elements: int) -> Tensor:
-        """The next elements of the block."""
-        tensor = self._free[:elements]
-        self._free = self._free[elements:]
-        return tensor
-
-
-def packed_rows(n: int) -> int:
-    """Rows of a packed weight: n rounded up to whole panels."""
-    return int(_lib().smart_packed_rows(n))
-
-
-def pack(weight: Tensor, out: Tensor) -> Tensor:
-    """Packs weight [n, k] (bf16 or fp32, k even) into `out` [packed_rows(n) * k]."""
-    n, k = weight.shape
-    weight = weight.contiguous()
-    _lib().smart_pack(weight.data_ptr(), n, k, out.data_ptr(), weight.dtype == torch.bfloat16)
-    return out
-
-
-def unpack(packed: Tensor, k: int, index: Tensor) -> Tensor:
-    """Rows `index` (int64 [n]) of a packed weight of row length k: float32 [n, k]."""
-    out = torch.empty(len(index), k)
-    _lib().smart_unpack(
-        packed.data_ptr(),
-        k,
-        packed.dtype == torch.bfloat16,
-        index.data_ptr(),
-        len(index),
-        out.data_ptr(),
-    )
-    return out
-
-
 def linear(
     x: Tensor,
-    packed: Tensor,
-    n: int,
+    packed: PackedWeight,
     norm: tuple[Tensor, float] | None = None,
     bias: Tensor | None = None,
     out: Tensor | None = None,
@@ -139,16 +61,17 @@ def linear(
     `best` [rows], if given, receives what `argmax` says of the result. An empty `out` is left so:
     `best` alone is wanted. hint: see Arena."""
     rows, k = x.shape
+    n = packed.n
     y = torch.empty(rows, n) if out is None else out
     scratch = torch.empty(rows, k)
     norm_weight, eps = norm or (None, 0.0)
     _lib().smart_linear(
         x.data_ptr(),
         rows,
-        packed.data_ptr(),
+        packed.address,
         n,
         k,
-        packed.dtype == torch.bfloat16,
+        packed.is_bf16,
         pointer(norm_weight),
         eps,
         pointer(bias),
@@ -170,7 +93,6 @@ def layers(
     x: Tensor,
     cache: tuple[Tensor, Tensor],
     workspace: Structure,
-    bf16: bool,
 ) -> None:
     """Decoder layers in place on x [rows, hidden], writing the rows' keys and values to the caches
     [layers, ...].
@@ -187,7 +109,7 @@ def layers(
         values.data_ptr(),
         keys.shape[-3],
         byref(workspace),
-        bf16,
+        keys.dtype == torch.bfloat16,
         keys.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
@@ -208,21 +130,6 @@ def verify_round(model: Structure, round: Structure, what: Structure) -> bool:
     if status > 0:
         raise RuntimeError("the CPU kernels do not support this model")
     return bool(status == 0)
-
-
-def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """weight [n, k] (k a multiple of 4) in 8 bits, one scale for each row: packed [packed_rows(n) *
-    k], scales, and sums of the integers, [packed_rows(n)] each."""
-    n, k = weight.shape
-    weight = weight.float().contiguous()
-    size = packed_rows(n)
-    packed = Arena(size * k, torch.int8).take(size * k)
-    scale = torch.empty(size)
-    sums = torch.empty(size, dtype=torch.int32)
-    _lib().smart_pack_bytes(
-        weight.data_ptr(), n, k, packed.data_ptr(), scale.data_ptr(), sums.data_ptr()
-    )
-    return packed, scale, sums
 
 
 def draft(
@@ -277,8 +184,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, column: int = 0
         out.data_ptr() + 4 * column,
         out.shape[1],
     )
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's first element, or None of None: a null pointer."""
-    return None if tensor is None else tensor.data_ptr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,16 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.ops import Arena, packed_rows
+from smart_decoding.kernels.weights import Arena, QuantizedTensor, as_tensor
 from smart_decoding.models.graphs import BUCKETS, GraphedLayers, graphed
 from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.layers import (
     Context,
     KVCache,
     Layers,
-    LayerWeights,
     NativeLayers,
     Workspace,
+    converted,
+    layer_weights,
 )
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import NativeModel
@@ -31,6 +33,7 @@ from smart_decoding.models.torch_layers import TorchLayers
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
     from smart_decoding.engine.rows import Rows
+    from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.config import ModelConfig
 
 
@@ -43,42 +46,6 @@ class ForwardOutput:
     logits: Tensor
     aux_hidden: Tensor | None
     best: NDArray[np.int64] | None = None
-
-
-def layer_weights(
-    config: ModelConfig,
-    weights: Mapping[str, Tensor],
-    prefix: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    input_norm: bool = True,
-) -> LayerWeights:
-    """Collects and stacks one layer's tensors from a checkpoint in Hugging Face's names.
-
-    input_norm: whether the layer has a norm of its own at its input; the first one of a head has
-    none."""
-
-    def get(name: str) -> Tensor:
-        return weights[prefix + name].to(device=device, dtype=dtype)
-
-    qkv = [f"self_attn.{name}_proj" for name in "qkv"]
-    return LayerWeights(
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        eps=config.rms_eps,
-        qkv=torch.cat([get(f"{name}.weight") for name in qkv]),
-        output=get("self_attn.o_proj.weight"),
-        gate=get("mlp.gate_proj.weight"),
-        up=get("mlp.up_proj.weight"),
-        down=get("mlp.down_proj.weight"),
-        input_norm=get("input_layernorm.weight") if input_norm else None,
-        post_norm=get("post_attention_layernorm.weight"),
-        qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
-        output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,
-        q_norm=get("self_attn.q_norm.weight") if config.qk_norm else None,
-        k_norm=get("self_attn.k_norm.weight") if config.qk_norm else None,
-    )
 
 
 def rotary_table(
@@ -106,7 +73,7 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Matrix],
         dtype: torch.dtype,
         device: torch.device,
         pages: int,
@@ -115,8 +82,8 @@ class Decoder:
         graphs: bool = True,
     ) -> None:
 
-        def get(name: str) -> Tensor:
-            return weights[name].to(device=device, dtype=dtype)
+        def get(name: str) -> Matrix:
+            return converted(weights[name], dtype, device)
 
         self.config = config
         self.dtype = dtype
@@ -127,9 +94,9 @@ class Decoder:
         arena = self._set_layers(weights, graphs)
         embedding = get("model.embed_tokens.weight")
         output = embedding if config.tie_embeddings else get("lm_head.weight")
-        norm = get("model.norm.weight")
+        norm = as_tensor(get("model.norm.weight"))
         self.head = Linear(output, self.native, arena, norm, config.rms_eps)
-        self._embedding = None if config.tie_embeddings else embedding
+        self._embedding = None if config.tie_embeddings else self._table(embedding, arena)
         self.final_norm: Tensor | None = norm
         self.rotary = rotary_table(config, positions, device)
         axes = np.repeat(np.arange(3), config.mrope) if config.mrope else None
@@ -140,26 +107,33 @@ class Decoder:
         self.model: NativeModel | None = None  # all of it, where the CPU kernels run it
         if isinstance(self._layers, NativeLayers):
             self.model = NativeModel(
-                self._layers, self._embedding, self.head, norm, self.kv, self.rotary
+                self._layers, self.embedding, self.head, norm, self.kv, self.rotary
             )
 
-    def _set_layers(self, weights: Mapping[str, Tensor], graphs: bool) -> Arena | None:
-        """Makes the layers; returns memory with room for the output matrix, on the CPU kernels."""
+    def _table(self, embedding: Matrix, arena: Arena | None) -> Linear | Tensor:
+        """Embeddings that are not the output matrix: as a table, or packed if they are quants."""
+        if self.native and isinstance(embedding, QuantizedTensor):
+            return Linear(embedding, True, arena)
+        return as_tensor(embedding)
+
+    def _set_layers(self, weights: Mapping[str, Matrix], graphs: bool) -> Arena | None:
+        """Makes the layers; returns memory for the other matrices, on the CPU kernels."""
         config = self.config
-        layers = [
+        layers = (
             layer_weights(config, weights, f"model.layers.{i}.", self.dtype, self.device)
             for i in range(config.layers)
-        ]
+        )
         self._layers: Layers
         if self.native:
-            output = packed_rows(config.vocab) * config.hidden
-            arena = Arena(layers[0].elements() * config.layers + output, self.dtype)
+            shapes = config.expected_shapes().values()
+            arena = Arena(self.dtype.itemsize * sum(map(math.prod, shapes)))
             self._layers = NativeLayers(layers, arena, self.workspace)
             return arena
         on_cuda = self.device.type == "cuda"
         if on_cuda:  # cuDNN's attention makes a plan for each shape, and shapes change every round
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self._layers = graphed(layers) if on_cuda and graphs else TorchLayers(layers)
+        each = list(layers)
+        self._layers = graphed(each) if on_cuda and graphs else TorchLayers(each)
         return None
 
     @property
@@ -177,7 +151,8 @@ class Decoder:
 
     def embed(self, token: Tensor) -> Tensor:
         """Token embeddings [n, hidden] in the working dtype."""
-        rows = self.head.rows_of(token) if self._embedding is None else self._embedding[token]
+        table = self.embedding
+        rows = table[token] if isinstance(table, Tensor) else table.rows_of(token)
         return rows.to(self.work_dtype)
 
     @torch.inference_mode()

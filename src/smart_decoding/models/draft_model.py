@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from smart_decoding.drafters.levels import Asked, Growth, Ranked
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.rows import Rows
+    from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.loading import Checkpoint
 
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
@@ -49,7 +50,7 @@ class DraftModel:
         }
         self.config = c = replace(checkpoint.config, vocab=vocab)
         positions = target.max_positions + 64
-        weights: ChainMap[str, Tensor] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
+        weights: ChainMap[str, Matrix] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
         native = use_native(c, target.device, target.allow_slow)
         with fitting_memory("draft model", pages):
             self._decoder = Decoder(

@@ -1,8 +1,9 @@
-"""GGUF files: read, dequantised and written once as a Hugging Face folder in the cache, which is
-then loaded by mmap.
+"""GGUF files, in two ways.
 
-Quantised tensors become bf16; float tensors keep their type. The cached folder (config.json,
-safetensors, tokenizer) can be read by transformers too.
+Stored: a folder in the cache holds the configuration, the tokenizer and an index of the tensors,
+which are read from the file itself, quants and all. Expanded: it holds the weights, too, as
+safetensors; quantised tensors become bf16, and float tensors keep their type. Transformers can read
+such a folder.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.hub import cache_dir, scratch, sha256_of
 from smart_decoding.models.tokenizer import Tokenizer
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 _VERSION = 1  # of the conversion: cached folders of another version are not used
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
 _RECORD = "converted.json"
+_TENSORS = "tensors.json"
+_FLOATS = {"F32": np.float32, "F16": np.float16}
+MatrixT = TypeVar("MatrixT", torch.Tensor, QuantizedTensor, Matrix)
 _NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -56,18 +61,60 @@ _TOP_NAMES = {
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def converted_folder(source: Source, check: Callable[[ModelConfig], None]) -> Path:
-    """The cached folder with the weights of a GGUF file, written first if it is not there or
-    damaged.
+def converted_folder(
+    source: Source, check: Callable[[ModelConfig], None], stored: bool = False
+) -> Path:
+    """The cached folder of a GGUF file, written first if it is not there or damaged.
 
-    check: raises for a configuration that cannot be used here, before anything is written.
+    check: raises for a configuration that cannot be used here, before anything is written. stored:
+    without the weights, for StoredWeights.
     Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no
     room."""
-    target = cache_dir() / "converted" / _key(source)
+    target = cache_dir() / "converted" / (_key(source) + ("-stored" if stored else ""))
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
-        _convert(source, target, check)
+        _convert(source, target, check, stored)
     return target
+
+
+class StoredWeights(Mapping[str, Matrix]):
+    """The tensors of a GGUF file under Hugging Face's names, each read when asked for: quants that
+    the kernels know as they are, others as bfloat16, floats in their own type.
+
+    folder: of `converted_folder`. Raises ModelError for a file that is shorter than it was."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self._path = path
+        self._index: dict[str, Any] = json.loads((folder / _TENSORS).read_text())
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
+
+    def __getitem__(self, name: str) -> Matrix:
+        entry = self._index[name]
+        size, kind, shape = entry["bytes"], entry["type"], entry["shape"]
+        content = np.fromfile(self._path, np.uint8, size, offset=entry["offset"])
+        if len(content) != size:
+            raise ModelError(f"{self._path.name} ends within the tensor {entry['tensor']}")
+        matrix = _matrix(entry["tensor"], kind, content, shape)
+        return matrix if entry["heads"] is None else half_split(matrix, entry["heads"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def dtype_of(self, name: str) -> str:
+        """The type on disk."""
+        return str(self._index[name]["type"])
+
+
+def _matrix(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) -> Matrix:
+    if kind in _FLOATS:
+        return torch.from_numpy(content.view(_FLOATS[kind])).reshape(shape)
+    rows = content.reshape(*shape[:-1], -1)
+    if kind in FORMATS[1:] and len(shape) == 2:
+        return QuantizedTensor(rows, kind, shape[1])
+    return torch.from_numpy(_dequantised(name, rows, GGMLQuantizationType[kind])).bfloat16()
 
 
 def _key(source: Source) -> str:
@@ -89,7 +136,9 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _convert(source: Source, target: Path, check: Callable[[ModelConfig], None]) -> None:
+def _convert(
+    source: Source, target: Path, check: Callable[[ModelConfig], None], stored: bool
+) -> None:
     metadata, tensors = read_gguf(source.path)
     rope_factors = tensors.pop("rope_freqs.weight", None)
     factors = None if rope_factors is None else np.asarray(rope_factors.data, np.float32)
@@ -101,17 +150,42 @@ def _convert(source: Source, target: Path, check: Callable[[ModelConfig], None])
     }
     config.check_tensors(shapes, source.path.name)
     tokenizer = Tokenizer.from_gguf(metadata)
-    with scratch(2 * sum(int(tensor.n_elements) for tensor in tensors.values())) as part:
-        record = {
-            "source": source.path.name,
-            "source_sha256": source.sha256 or sha256_of(source.path),
-        }
-        _write_weights(config, tensors, part, record)
+    need = 0 if stored else 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
+    with scratch(need) as part:
+        record = {"source": source.path.name}
+        if stored:
+            (part / _TENSORS).write_text(json.dumps(_index(config, tensors)))
+        else:
+            record["source_sha256"] = source.sha256 or sha256_of(source.path)
+            _write_weights(config, tensors, part, record)
         tokenizer.save(part)
         (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
         sizes = {path.name: path.stat().st_size for path in part.iterdir()}
         (part / _RECORD).write_text(json.dumps({**record, "files": sizes}, indent=1))
         move_into_place(part, target)
+
+
+def _index(config: ModelConfig, tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What StoredWeights must know of each tensor. heads: whose rows are reordered, or None."""
+    return {
+        hf_name(name): {
+            "tensor": name,
+            "type": tensor.tensor_type.name,
+            "shape": [int(n) for n in reversed(tensor.shape)],
+            "offset": int(tensor.data_offset),
+            "bytes": int(tensor.n_bytes),
+            "heads": _split_heads(config, name),
+        }
+        for name, tensor in tensors.items()
+    }
+
+
+def _split_heads(config: ModelConfig, name: str) -> int | None:
+    """The heads of a q or k in llama.cpp's row order, which it has for one family; else None."""
+    part = name.split(".")[2:3]
+    if config.family != "llama" or part not in (["attn_q"], ["attn_k"]):
+        return None
+    return config.heads if part == ["attn_q"] else config.kv_heads
 
 
 def move_into_place(part: Path, target: Path) -> None:
@@ -144,7 +218,7 @@ def _write_weights(
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    for name, weight in _dequantised(config, tensors):
+    for name, weight in _expanded(config, tensors):
         if shard and sum(w.nbytes for w in shard.values()) + weight.nbytes > _SHARD:
             flush()
         shard[name] = weight
@@ -154,37 +228,38 @@ def _write_weights(
     )
 
 
-def _dequantised(
+def _expanded(
     config: ModelConfig, tensors: Mapping[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and weights in Hugging Face's layout."""
     for name, tensor in tqdm(tensors.items(), desc="dequantising", unit="tensor", disable=None):
-        weight = torch.from_numpy(np.array(_floats(tensor)))
-        is_quantised = tensor.tensor_type.name not in ("F32", "F16")
-        if config.family == "llama" and name.split(".")[2:3] in (["attn_q"], ["attn_k"]):
-            weight = half_split(weight, config.heads if ".attn_q." in name else config.kv_heads)
-        yield (
-            hf_name(name),
-            weight.to(torch.bfloat16).contiguous() if is_quantised else weight.contiguous(),
-        )
-
-
-def _floats(tensor: Any) -> NDArray[np.floating[Any]]:
-    if tensor.tensor_type.name in ("F32", "F16"):
-        return np.asarray(tensor.data)
-    try:
-        return dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
         kind = tensor.tensor_type.name
+        floats = (
+            tensor.data if kind in _FLOATS else _dequantised(name, tensor.data, tensor.tensor_type)
+        )
+        weight = torch.from_numpy(np.array(floats))
+        heads = _split_heads(config, name)
+        if heads is not None:
+            weight = half_split(weight, heads)
+        yield hf_name(name), (weight if kind in _FLOATS else weight.bfloat16()).contiguous()
+
+
+def _dequantised(
+    name: str, blocks: NDArray[np.uint8], kind: GGMLQuantizationType
+) -> NDArray[np.float32]:
+    try:
+        return dequantize(blocks, kind)
+    except NotImplementedError as error:
         raise ModelError(
-            f"the tensor {tensor.name} has the type {kind}, which cannot be dequantised"
+            f"the tensor {name} has the type {kind.name}, which cannot be dequantised"
         ) from error
 
 
-def half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def half_split(weight: MatrixT, heads: int) -> MatrixT:
     """Undoes llama.cpp's row order of q and k ([heads * head_dim, ...]): it pairs RoPE dimensions
     (0, 1), (2, 3), ...; Hugging Face's layout pairs (0, d/2), (1, d/2 + 1), ..."""
-    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    rows = np.arange(len(weight)).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return weight[rows]
 
 
 def hf_name(name: str) -> str:

@@ -70,7 +70,7 @@ class GraphedLayers:
         most = buckets[-1]
 
         def rows(*shape: int) -> Tensor:
-            return w.qkv.new_zeros(most, *shape)
+            return w.post_norm.new_zeros(most, *shape)
 
         self._x = rows(w.hidden)
         self._attended = rows(w.heads * w.head_dim)
@@ -126,7 +126,7 @@ def graphed(layers: Sequence[LayerWeights]) -> Layers:
     collecting = gc.isenabled()
     gc.disable()  # freeing a tensor in the middle of a recording would spoil it
     try:
-        return GraphedLayers(eager, CudaRecorder(layers[0].qkv.device))
+        return GraphedLayers(eager, CudaRecorder(layers[0].post_norm.device))
     except RuntimeError as error:
         log.warning("no CUDA graphs, so every kernel is launched by itself: %s", error)
         return eager

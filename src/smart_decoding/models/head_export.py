@@ -18,6 +18,7 @@ from torch import Tensor
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import whole
+from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.head_files import ARCHITECTURE, HeadFiles
 from smart_decoding.models.head_shapes import FIRST
 from smart_decoding.models.loading import Checkpoint
@@ -191,7 +192,7 @@ def _eagle3_tensors(files: HeadFiles, checkpoint: Checkpoint) -> dict[str, Tenso
 def output_rows(checkpoint: Checkpoint) -> Tensor:
     """[vocab, hidden] the target's output matrix."""
     tied = checkpoint.config.tie_embeddings
-    return checkpoint.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    return as_tensor(checkpoint.weights["model.embed_tokens.weight" if tied else "lm_head.weight"])
 
 
 def _layer_config(shape: ModelConfig) -> dict[str, Any]:

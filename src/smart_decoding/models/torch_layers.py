@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smart_decoding.kernels.weights import as_tensor
+
 if TYPE_CHECKING:
     from smart_decoding.models.layers import Context, KVCache, LayerWeights
 
@@ -33,8 +35,12 @@ class TorchLayer:
     rows."""
 
     def __init__(self, w: LayerWeights) -> None:
-        self._gate_up = torch.cat((w.gate, w.up))
-        w.gate, w.up = self._gate_up.chunk(2)  # which frees those that were given
+        self._qkv = torch.cat([as_tensor(part) for part in w.qkv])
+        self._output = as_tensor(w.output)
+        self._gate_up = torch.cat((as_tensor(w.gate), as_tensor(w.up)))
+        self._down = as_tensor(w.down)
+        w.qkv = ()  # which frees those that were given
+        w.gate, w.up = self._gate_up.chunk(2)
         self.weights = w
 
     def before(
@@ -44,7 +50,7 @@ class TorchLayer:
         [rows, hidden]."""
         w = self.weights
         normed = inputs if inputs is not None else rms_norm(x, w.input_norm, w.eps)
-        qkv = F.linear(normed, w.qkv, w.qkv_bias).view(len(x), -1, w.head_dim)
+        qkv = F.linear(normed, self._qkv, w.qkv_bias).view(len(x), -1, w.head_dim)
         q, k, v = torch.split(qkv, [w.heads, w.kv_heads, w.kv_heads], dim=1)
         if w.q_norm is not None:
             q = rms_norm(q, w.q_norm, w.eps)
@@ -55,9 +61,9 @@ class TorchLayer:
         """Adds to x what was attended to, [rows, heads * head_dim], and the feed-forward
         network."""
         w = self.weights
-        x += F.linear(attended, w.output, w.output_bias)
+        x += F.linear(attended, self._output, w.output_bias)
         gate, up = F.linear(rms_norm(x, w.post_norm, w.eps), self._gate_up).chunk(2, dim=-1)
-        x += F.linear(F.silu(gate) * up, w.down)
+        x += F.linear(F.silu(gate) * up, self._down)
 
 
 def attend(

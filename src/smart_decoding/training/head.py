@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smart_decoding.errors import ModelError
+from smart_decoding.kernels.weights import Matrix, as_tensor
 from smart_decoding.models.head_shapes import FIRST
 
 if TYPE_CHECKING:
@@ -104,14 +105,14 @@ class TrainableHead(nn.Module):
         self.register_buffer("cosine", angles.cos() * factor, persistent=False)
         self.register_buffer("sine", angles.sin() * factor, persistent=False)
 
-    def start_from(self, weights: Mapping[str, Tensor], layers: int, aux_scale: float) -> None:
+    def start_from(self, weights: Mapping[str, Matrix], layers: int, aux_scale: float) -> None:
         """Starts as the last of the target's `layers` on the last aux state, not as noise.
 
         That is a far better start. aux_scale: root mean square of that state."""
         prefix = f"model.layers.{layers - 1}."
 
         def get(name: str) -> Tensor:
-            return weights[prefix + name].float()
+            return as_tensor(weights[prefix + name]).float()
 
         d = self.config.hidden
         with torch.no_grad():
@@ -126,7 +127,7 @@ class TrainableHead(nn.Module):
             self.down_proj.weight.copy_(get("mlp.down_proj.weight"))
             self.hidden_norm.weight.copy_(get("input_layernorm.weight"))
             self.post_attention_layernorm.weight.copy_(get("post_attention_layernorm.weight"))
-            self.norm.weight.copy_(weights["model.norm.weight"].float())
+            self.norm.weight.copy_(as_tensor(weights["model.norm.weight"]).float())
 
     @torch.no_grad()
     def start_at(self, weights: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.head_export import output_rows
 
 if TYPE_CHECKING:
@@ -48,9 +49,11 @@ class Objective:
         weights = checkpoint.weights
         own = None if init is None else init.weights.get("embed_tokens.weight")
         self._rms_eps = checkpoint.config.rms_eps
-        self.embedding = (weights["model.embed_tokens.weight"] if own is None else own).float()
+        self.embedding = as_tensor(
+            weights["model.embed_tokens.weight"] if own is None else own
+        ).float()
         self._head_rows = output_rows(checkpoint)[draft_ids].float()
-        self._norm = weights["model.norm.weight"].float()
+        self._norm = as_tensor(weights["model.norm.weight"]).float()
         self.draft_of = torch.full((checkpoint.config.vocab,), -1)  # token -> draft id, or -1
         self.draft_of[draft_ids] = torch.arange(len(draft_ids))
 
@@ -90,7 +93,7 @@ def append_choices(data: Sequence[Conversation], checkpoint: Checkpoint) -> None
     have been shown them."""
     config = checkpoint.config
     output = output_rows(checkpoint).float()
-    norm = checkpoint.weights["model.norm.weight"].float()
+    norm = as_tensor(checkpoint.weights["model.norm.weight"]).float()
     for start in range(0, len(data), 256):
         part = data[start : start + 256]
         last = torch.stack([item.aux_hidden[-1, -config.hidden :] for item in part]).float()

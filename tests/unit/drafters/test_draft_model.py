@@ -43,6 +43,8 @@ from .tiny import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from smart_decoding.engine.engine import Engine
     from smart_decoding.models.config import ModelConfig
 
@@ -363,3 +365,60 @@ def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
     llm = LLM(target_folder, speculative_config=config, dtype="fp32")
     assert llm.speculation.drafter is None
     assert llm.policy.name == "off"
+
+
+# --- the default
+
+
+def drafted_by(target: Path, config: dict[str, Any] | bool | None) -> str:
+    llm = LLM(target, speculative_config=config, dtype="fp32", max_model_len=128, max_num_seqs=1)
+    return llm.speculation.description
+
+
+@pytest.fixture
+def sibling(
+    tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[str]], Path]:
+    """Makes a cached smaller model with the tokens given, which the target knows as its sibling."""
+
+    def make(words: list[str]) -> Path:
+        draft = saved(tmp_path / "small", SMALL, words, 1)
+        siblings = {str(target_folder): str(draft)}
+        monkeypatch.setattr(speculation, "cached_sibling", siblings.get)
+        monkeypatch.setattr("smart_decoding.profiling.measure.measure", lambda *_: [])
+        return draft
+
+    return make
+
+
+def test_a_cached_sibling_drafts_unless_something_else_is_asked_for(
+    sibling: Callable[[list[str]], Path], target_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draft = sibling(WORDS)
+    with caplog.at_level("INFO", "smart.speculation"):
+        assert drafted_by(target_folder, None) == f"draft model {draft}"
+    (record,) = caplog.records
+    assert record.getMessage() == f"{draft} drafts for {target_folder}: it is in the cache"
+    assert drafted_by(target_folder, {"policy": "eagle2"}) == f"draft model {draft}"
+    assert drafted_by(target_folder, {"method": "ngram", "policy": "eagle2"}) == "ngram"
+    assert drafted_by(target_folder, {"policy": "eagle2", "min_n": 3}) == "ngram"
+    assert drafted_by(target_folder, {"policy": "off"}) == "ngram"
+    assert drafted_by(target_folder, False) == "none"
+
+
+def test_without_a_sibling_that_fits_n_grams_draft(
+    sibling: Callable[[list[str]], Path],
+    target_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    draft = sibling(WORDS[:-1])
+    assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"{draft} cannot draft for {target_folder}, so n-grams")
+    assert "another vocabulary" in record.getMessage()
+    monkeypatch.setattr(speculation, "cached_sibling", lambda _: None)
+    caplog.clear()
+    assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
+    assert not caplog.records

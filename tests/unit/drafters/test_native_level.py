@@ -17,7 +17,7 @@ from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
-from smart_decoding.kernels import ops as kernels
+from smart_decoding.models import native_level
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
@@ -153,7 +153,7 @@ def test_8_bits_change_probabilities_little(
     for in_bytes in (True, False):
         if not in_bytes:
             monkeypatch.setattr(
-                kernels, "pack_bytes", lambda w: (Linear(w, native=True).packed, None, None)
+                native_level, "pack_bytes", lambda w: (Linear(w, native=True).packed, None, None)
             )
         head = head_of(files, True, torch.bfloat16)
         ids, probs = head.first(rows, [features], np.array([4, 9, 14]), asked)

@@ -12,6 +12,23 @@
 extern "C" {
 #endif
 
+// ------------------------------------------------------------------------------------------
+// weights
+
+// How weights are stored; quants as in GGUF files, of which BF16_ROWS are what no format is kept
+// of.
+enum { BF16_ROWS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL };
+
+struct Strip {  // as many rows of a quantised weight as a vector has lanes; see quants.h
+    const uint8_t* data;
+    int64_t format;
+};
+
+struct Weight {  // [n, k], packed: bf16 or fp32 panels, or two strips of each panel
+    const void* panels;
+    const struct Strip* strips;  // or null
+};
+
 // ---------------------------------------------------------------------------- what a forward reads
 
 struct Rows {  // the rows (tokens) of a forward; each request has one at least
@@ -39,7 +56,7 @@ struct Layer {
     float eps;
     // all but post_norm may be null
     const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;
-    const void *qkv, *output, *gate_up, *down;  // packed
+    struct Weight qkv, output, gate_up, down;
 };
 
 struct Workspace {
@@ -51,8 +68,8 @@ struct Workspace {
 
 struct Model {  // a whole target, from token ids to logits
     const struct Layer* layers;
-    const void *embedding, *table;  // packed or plain; the other is null
-    const void* output;             // packed
+    struct Weight embedding, output;
+    const void* table;  // plain embeddings in place of packed ones, or null
     const float* final_norm;
     void *keys, *values;
     int64_t vocab, pages;
@@ -84,10 +101,10 @@ struct Head {
     // of each aux hidden state, with aux_eps; null: none
     const float *aux_norm, *fc_bias, *input_norm, *hidden_norm;
     const float* final_norm;  // null: none
-    // fc packed; embeddings packed or as a plain table, the other is null
-    const void *fc, *embedding, *table;
-    const void* outputs;  // [outputs_count, hidden] packed: bytes where `scale` is not null
-    const float* scale;   // of smart_pack_bytes
+    struct Weight fc, embedding;
+    const void* table;      // plain embeddings in place of packed ones, or null
+    struct Weight outputs;  // [outputs_count, hidden] packed: bytes where `scale` is not null
+    const float* scale;     // of smart_pack_bytes
     const int32_t* sums;
     const int64_t* tokens;  // [outputs_count]
     int64_t outputs_count;
@@ -238,14 +255,20 @@ void smart_pack(const void* w, int64_t n, int64_t k, void* out, int32_t is_bf16)
 // sums[i]; all have packed_rows(n).
 void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* scale,
                       int32_t* sums);
+// Bytes of a strip of row length k; 0 where k is not whole blocks of the format.
+int64_t smart_strip_bytes(int64_t format, int64_t k);
+// Fills strips whose memory is there. rows: [count, lanes of float] where each of their rows begins
+// in a file (BF16_ROWS: in memory), null: a row of zeros.
+void smart_pack_quants(const struct Strip* strips, int64_t count, const void* const* rows,
+                       int64_t k);
 // Rows `index` of a packed weight [n, k] as fp32 [count, k].
-void smart_unpack(const void* w, int64_t k, int32_t is_bf16, const int64_t* index, int32_t count,
-                  float* out);
+void smart_unpack(const struct Weight* w, int64_t k, int32_t is_bf16, const int64_t* index,
+                  int32_t count, float* out);
 
 // y[rows, n] (+)= rms_norm(x) w^T + bias; norm and bias may be null; scratch: [rows, k]; best
 // [rows], if not null: the first index of each row's maximum, as in smart_argmax (without y, if
 // `add`); y may be null then.
-void smart_linear(const float* x, int32_t rows, const void* w, int64_t n, int64_t k,
+void smart_linear(const float* x, int32_t rows, const struct Weight* w, int64_t n, int64_t k,
                   int32_t is_bf16, const float* norm, float eps, const float* bias, float* scratch,
                   float* y, int64_t ldy, int32_t add, int32_t hint, int64_t* best, int32_t threads);
 void smart_rms_norm(const float* x, const float* weight, float eps, int32_t rows, int64_t d,

@@ -88,7 +88,7 @@ private:
         else
             read = as_input(level.out, wanted, d, inputs);
 #pragma omp barrier
-        linear_rows(read, d, wanted, (const W*)head.outputs, n, d, nullptr, logits, n, false);
+        linear_rows<W>(read, d, wanted, head.outputs, n, d, nullptr, logits, n, false);
     }
 
     // With 8-bit weights. Where CPUs multiply bytes, states are rounded to 16 bits, whose halves
@@ -103,12 +103,12 @@ private:
                 rms_norm_row(level.out + r * d, head.final_norm, eps, d, line);
                 step[r] = round_to_16_bits(line, d, read + 2 * r * d, read + (2 * r + 1) * d);
             }
-            byte_rows(read, 2 * wanted, (const B*)head.outputs, n, d, head.scale, head.sums, step,
-                      logits);
+            byte_rows(read, 2 * wanted, (const B*)head.outputs.panels, n, d, head.scale, head.sums,
+                      step, logits);
         } else {
             rms_norm_rows(level.out, head.final_norm, eps, wanted, d, read);
 #pragma omp barrier
-            gemm<INTO_CACHES>(read, d, wanted, (const B*)head.outputs, n, d,
+            gemm<INTO_CACHES>(read, d, wanted, (const B*)head.outputs.panels, n, d,
                               [this](int row, int64_t column, vf left, vf right) {
                                   left *= loadu<vf>(head.scale + column);
                                   right *= loadu<vf>(head.scale + column + VW);
@@ -234,10 +234,10 @@ struct DraftLevel {
         if (level.first) fuse_aux_hidden(first, end);
 #pragma omp for schedule(static)
         for (int r = first; r < end; r++) prepare_row(r, r - first, line);
-        const W* weight = (const W*)layer.qkv + columns.first * 2 * d;
+        const Weight weight = columns_from<W>(layer.qkv, columns.first, 2 * d);
         const float* bias = layer.qkv_bias ? layer.qkv_bias + columns.first : nullptr;
-        linear_rows(inputs, 2 * d, end - first, weight, columns.width, 2 * d, bias, kv,
-                    columns.width, false);
+        linear_rows<W>(inputs, 2 * d, end - first, weight, columns.width, 2 * d, bias, kv,
+                       columns.width, false);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int r = first; r < end; r++) {
@@ -259,8 +259,8 @@ struct DraftLevel {
                 else
                     for (int64_t i = 0; i < d; i++) from_f32(from[i], to + i);
             }
-        linear_rows(inputs, width, end - first, (const W*)head.fc, d, width, head.fc_bias, features,
-                    d, false);
+        linear_rows<W>(inputs, width, end - first, head.fc, d, width, head.fc_bias, features, d,
+                       false);
 #pragma omp barrier
     }
 
@@ -289,8 +289,8 @@ struct DraftLevel {
     void run_wanted(float* line) const {
         const int wanted = asking.rows.rows;
         const int64_t q_width = columns.q_width;
-        linear_rows(wanted_inputs, 2 * d, wanted, (const W*)layer.qkv, q_width, 2 * d,
-                    layer.qkv_bias, q, q_width, false);
+        linear_rows<W>(wanted_inputs, 2 * d, wanted, layer.qkv, q_width, 2 * d, layer.qkv_bias, q,
+                       q_width, false);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int r = 0; r < in.rows; r++)
@@ -392,7 +392,7 @@ private:
     }
 
     void linear(const float* from, int64_t k, float* to) {
-        smart_linear(from, int32_t(rows), head.fc, d, k, BF16, nullptr, 0, head.fc_bias, scratch,
+        smart_linear(from, int32_t(rows), &head.fc, d, k, BF16, nullptr, 0, head.fc_bias, scratch,
                      to, d, 0, INTO_CACHES, nullptr, threads);
     }
 

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -152,6 +153,88 @@ static inline void put(bf16* p, F v) {
 template <class F>
 static inline void put(float* p, const F& v) {
     storeu(p, v);
+}
+
+// Halves (of IEEE) to float.
+static inline vf halves_to_float(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && !defined(SMART_EMULATE_TILES)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    // The exponent's range is moved by a product, which makes subnormals normal, too.
+    typedef Vector<uint16_t, VW> Halves;
+    const vu bits = __builtin_convertvector(loadu<Halves>(p), vu);
+    const vf size = (vf)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (vf)((vu)size | (bits & 0x8000) << 16);
+#endif
+}
+
+// Bytes to float. T: int8_t or uint8_t.
+template <class T>
+static inline vf bytes_to_float(const uint8_t* p) {
+    constexpr bool SIGNED = std::is_signed_v<T>;
+#if defined(__AVX512F__)  // of the generic conversion GCC 12 makes one for each lane
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return (vf)_mm512_cvtepi32_ps(SIGNED ? _mm512_cvtepi8_epi32(bytes)
+                                         : _mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
+    return (vf)_mm256_cvtepi32_ps(SIGNED ? _mm256_cvtepi8_epi32(bytes)
+                                         : _mm256_cvtepu8_epi32(bytes));
+#else
+    static_assert(SIGNED || sizeof(T) == 1);
+    return __builtin_convertvector(loadu<Vector<T, VW>>(p), vf);
+#endif
+}
+
+// The low four bits of each lane as a float; higher ones are ignored.
+static inline vf nibbles_to_float(vu index) {
+#if defined(__AVX512F__)  // a permutation takes the place of a mask and a conversion
+    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (vf)_mm512_permutexvar_ps((__m512i)index, values);
+#else
+    return __builtin_convertvector((vi)(index & 15), vf);
+#endif
+}
+
+// table[the low four bits] of each lane.
+static inline vf lookup(const float* table, vu index) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)loadu<vf>(table));
+#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+    return (vf)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+#else
+    vf values;
+    for (int j = 0; j < VW; j++) values[j] = table[index[j] & 15];
+    return values;
+#endif
+}
+
+// Each lane of the lower, or of the higher, half twice.
+template <int HALF>
+static inline vf twice(const vf& v) {
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i lanes = _mm512_add_epi32(low, _mm512_set1_epi32(HALF * 8));
+    return (vf)_mm512_permutexvar_ps(lanes, (__m512)v);
+#else
+    vf out = v;
+    for (int j = 0; j < VW; j++) out[j] = v[HALF * (VW / 2) + j / 2];
+    return out;
+#endif
+}
+
+// Two vectors of floats to bf16, rounded to the nearest, one after the other.
+static inline void put_two(bf16* p, vf first, vf second) {
+#if defined(__AVX512BF16__)
+    storeu(p, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+    put(p, first);
+    put(p + VW, second);
+#endif
 }
 
 // -------------------------------------------------------------------------------- across the lanes

@@ -12,22 +12,21 @@ template <class W>
 static void finish_layer(const Layer& l, int rows, const Input<W>* attention, float* x,
                          Input<W>* normed, Input<W>* ffn) {
     const int64_t d = l.hidden, width = int64_t(l.heads) * l.head_dim;
-    linear_rows(attention, width, rows, (const W*)l.output, d, width, l.output_bias, x, d, true,
-                l.hint);
+    linear_rows<W>(attention, width, rows, l.output, d, width, l.output_bias, x, d, true, l.hint);
 #pragma omp barrier
     rms_norm_rows(x, l.post_norm, l.eps, rows, d, normed);
 #pragma omp barrier
-    gated_rows(normed, rows, (const W*)l.gate_up, l.ffn, d, ffn, l.hint);
+    gated_rows<W>(normed, rows, l.gate_up, l.ffn, d, ffn, l.hint);
 #pragma omp barrier
-    linear_rows(ffn, l.ffn, rows, (const W*)l.down, d, l.ffn, nullptr, x, d, true, l.hint);
+    linear_rows<W>(ffn, l.ffn, rows, l.down, d, l.ffn, nullptr, x, d, true, l.hint);
 #pragma omp barrier
 }
 
 // The embedding of a token, from packed weights or from a plain table.
 template <class W>
-static void embedding_row(const void* packed, const void* table, int64_t d, int64_t token,
+static void embedding_row(const Weight& packed, const void* table, int64_t d, int64_t token,
                           float* out) {
-    if (packed) return unpack_row((const W*)packed, d, token, out);
+    if (!table) return unpack_row<W>(packed, d, token, out);
     for (int64_t i = 0; i < d; i++) out[i] = to_f32(((const W*)table)[token * d + i]);
 }
 

@@ -20,8 +20,17 @@ static inline void add_bias(const float* bias, int64_t column, int64_t n, vf& lo
     for (int j = 0; column + j < n; j++) (j < VW ? low[j] : high[j - VW]) += bias[column + j];
 }
 
+// x w^T, panel by panel, in whichever way the weight is stored.
+template <class W, class Epilogue>
+static void product(const Input<W>* x, int64_t ld, int rows, const Weight& w, int64_t n, int64_t k,
+                    int hint, Epilogue&& done) {
+    if constexpr (std::is_same_v<W, bf16>)
+        if (w.strips) return quant_gemm(x, ld, rows, w.strips, n, k, done);
+    with_hint(hint, [&](auto to) { gemm<to>(x, ld, rows, (const W*)w.panels, n, k, done); });
+}
+
 template <class W>
-__attribute__((noinline)) void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w,
+__attribute__((noinline)) void linear_rows(const Input<W>* x, int64_t ld, int rows, const Weight& w,
                                            int64_t n, int64_t k, const float* bias, float* y,
                                            int64_t ldy, bool add, int hint, Maxima* maxima) {
     auto store = [=](int row, int64_t column, vf low, vf high) {
@@ -29,12 +38,12 @@ __attribute__((noinline)) void linear_rows(const Input<W>* x, int64_t ld, int ro
         if (maxima) maxima[row].add(column, n, low, high);
         if (y) store_columns(y + row * ldy, column, n, low, high, add);
     };
-    with_hint(hint, [&](auto to) { gemm<to>(x, ld, rows, w, n, k, store); });
+    product<W>(x, ld, rows, w, n, k, hint, store);
 }
 
 // One panel yields VW finished values.
 template <class W>
-__attribute__((noinline)) void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn,
+__attribute__((noinline)) void gated_rows(const Input<W>* x, int rows, const Weight& w, int64_t ffn,
                                           int64_t k, Input<W>* out, int hint) {
     auto store = [=](int row, int64_t column, vf gate, vf up) {
         vf value = gate / (1.0f + vexp(-gate)) * up;
@@ -46,29 +55,46 @@ __attribute__((noinline)) void gated_rows(const Input<W>* x, int rows, const W* 
             for (int j = 0; first + j < ffn; j++) from_f32(value[j], to + j);
     };
     int64_t n = 2 * ((ffn + VW - 1) / VW * VW);
-    with_hint(hint, [&](auto to) { gemm<to>(x, k, rows, w, n, k, store); });
+    product<W>(x, k, rows, w, n, k, hint, store);
 }
 
 // How many of k lie next to each other in a packed panel.
 template <class W>
 constexpr int INTERLEAVED = sizeof(W) == 2 ? 2 : 1;
 
+// Where the weight of column `column` at k = i lies in a panel.
 template <class W>
-void unpack_row(const W* w, int64_t k, int64_t row, float* out) {
+static inline int64_t panel_place(int64_t i, int column) {
     constexpr int STEP = INTERLEAVED<W>;
-    const W* panel = w + row / PANEL * PANEL * k + row % PANEL * STEP;
-    for (int64_t i = 0; i < k; i++) out[i] = to_f32(panel[i / STEP * STEP * PANEL + i % STEP]);
+    return i / STEP * STEP * PANEL + column * STEP + i % STEP;
 }
 
-template void linear_rows(const Input<bf16>*, int64_t, int, const bf16*, int64_t, int64_t,
-                          const float*, float*, int64_t, bool, int, Maxima*);
-template void linear_rows(const Input<float>*, int64_t, int, const float*, int64_t, int64_t,
-                          const float*, float*, int64_t, bool, int, Maxima*);
-template void gated_rows(const Input<bf16>*, int, const bf16*, int64_t, int64_t, Input<bf16>*, int);
-template void gated_rows(const Input<float>*, int, const float*, int64_t, int64_t, Input<float>*,
-                         int);
-template void unpack_row(const bf16*, int64_t, int64_t, float*);
-template void unpack_row(const float*, int64_t, int64_t, float*);
+// A row of quants is widened with those beside it, which is rare: for embeddings of few tokens.
+static void unpack_strip(const Strip* strip, int64_t k, int row, float* out) {
+    static thread_local QuantPanel panel;
+    for (int64_t first = 0; first < k; first += SUPER_BLOCK) {
+        const int64_t depth = std::min<int64_t>(SUPER_BLOCK, k - first);
+        panel.widen_half(*strip, 0, first, depth);
+        for (int64_t i = 0; i < depth; i++)
+            out[first + i] = to_f32(panel.widened[panel_place<Wide>(i, row)]);
+    }
+}
+
+template <class W>
+void unpack_row(const Weight& w, int64_t k, int64_t row, float* out) {
+    if (w.strips) return unpack_strip(w.strips + row / VW, k, int(row % VW), out);
+    const W* panel = (const W*)w.panels + row / PANEL * PANEL * k;
+    for (int64_t i = 0; i < k; i++) out[i] = to_f32(panel[panel_place<W>(i, int(row % PANEL))]);
+}
+
+#define SMART_INSTANTIATE(W) \
+    template void linear_rows<W>(const Input<W>*, int64_t, int, const Weight&, int64_t, int64_t, \
+                                 const float*, float*, int64_t, bool, int, Maxima*); \
+    template void gated_rows<W>(const Input<W>*, int, const Weight&, int64_t, int64_t, Input<W>*, \
+                                int); \
+    template void unpack_row<W>(const Weight&, int64_t, int64_t, float*);
+SMART_INSTANTIATE(bf16)
+SMART_INSTANTIATE(float)
 
 template <class W>
 static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
@@ -86,7 +112,7 @@ static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
 }
 
 template <class W>
-static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t k,
+static void linear_run(const float* x, int rows, const Weight& w, int64_t n, int64_t k,
                        const float* norm, float eps, const float* bias, float* scratch, float* y,
                        int64_t ldy, bool add, int hint, int64_t* best, int threads) {
     Input<W>* workspace = (Input<W>*)scratch;
@@ -101,7 +127,7 @@ static void linear_run(const float* x, int rows, const W* w, int64_t n, int64_t 
             input = as_input(x, rows, k, workspace);
         }
         Maxima* mine = best ? &found[int64_t(omp_get_thread_num()) * rows] : nullptr;
-        linear_rows(input, k, rows, w, n, k, bias, y, ldy, add, hint, mine);
+        linear_rows<W>(input, k, rows, w, n, k, bias, y, ldy, add, hint, mine);
     }
     for (int r = 0; best && r < rows; r++) best[r] = first_of(&found[r], threads, rows);
 }
@@ -162,28 +188,22 @@ void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* 
     }
 }
 
-void smart_unpack(const void* w, int64_t k, int32_t is_bf16, const int64_t* index, int32_t count,
+void smart_unpack(const Weight* w, int64_t k, int32_t is_bf16, const int64_t* index, int32_t count,
                   float* out) {
     for (int32_t r = 0; r < count; r++) {
         if (is_bf16)
-            unpack_row((const bf16*)w, k, index[r], out + r * k);
+            unpack_row<bf16>(*w, k, index[r], out + r * k);
         else
-            unpack_row((const float*)w, k, index[r], out + r * k);
+            unpack_row<float>(*w, k, index[r], out + r * k);
     }
 }
 
-void smart_linear(const float* x, int32_t rows, const void* w, int64_t n, int64_t k,
+void smart_linear(const float* x, int32_t rows, const Weight* w, int64_t n, int64_t k,
                   int32_t is_bf16, const float* norm, float eps, const float* bias, float* scratch,
                   float* y, int64_t ldy, int32_t add, int32_t hint, int64_t* best,
                   int32_t threads) {
-    auto run = [&](auto* weights) {
-        linear_run(x, rows, weights, n, k, norm, eps, bias, scratch, y, ldy, add, hint, best,
-                   threads);
-    };
-    if (is_bf16)
-        run((const bf16*)w);
-    else
-        run((const float*)w);
+    auto run = is_bf16 ? linear_run<bf16> : linear_run<float>;
+    run(x, rows, *w, n, k, norm, eps, bias, scratch, y, ldy, add, hint, best, threads);
 }
 
 void smart_rms_norm(const float* x, const float* weight, float eps, int32_t rows, int64_t d,

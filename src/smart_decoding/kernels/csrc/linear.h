@@ -5,6 +5,7 @@
 
 #include "maxima.h"
 #include "norm.h"
+#include "quants.h"
 #include "tiles.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
@@ -193,6 +194,42 @@ static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n,
         }
 }
 
+// The same for quants: a block of k is widened once, and all rows go over it.
+template <class Epilogue>
+static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t n,
+                       int64_t k, Epilogue&& done) {
+    if (!rows) return;
+    static thread_local QuantPanel panel;
+    static thread_local std::vector<float> kept;
+    if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
+    const int passes = (rows + PASS_ROWS - 1) / PASS_ROWS;
+    // Few rows wait for their sums: in small blocks the next one is widened meanwhile.
+    const int64_t step = rows <= 4 ? 2 * QUANT_BLOCK : SUPER_BLOCK;
+    const Panels mine(n);
+    for (int64_t p = mine.first; p < mine.last; p++) {
+        for (int64_t i = 0; i < k; i += step) {
+            const int64_t depth = std::min<int64_t>(step, k - i);
+            const Wide* block = panel.widen(strips + 2 * p, i, depth);
+            if constexpr (HAS_TILES) {
+                tile_block(x + i, ld, rows, block, depth, kept.data(), !i);
+                continue;
+            }
+            for (int pass = 0; pass < passes; pass++) {
+                const int row = int(int64_t(rows) * pass / passes);
+                const int count = int(int64_t(rows) * (pass + 1) / passes) - row;
+                with_count<PASS_ROWS>(count, [&](auto r) {
+                    panel_pass<r, NOWHERE>(x + row * ld + i, ld, block, depth, Prefetch{nullptr, 0},
+                                           kept.data() + row * PANEL, !i);
+                });
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            done(r, p * PANEL, loadu<vf>(kept.data() + r * PANEL),
+                 loadu<vf>(kept.data() + r * PANEL + VW));
+    }
+    if constexpr (HAS_TILES) tile_release();
+}
+
 static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf high, bool add) {
     if (column + PANEL <= n) {
         if (add) {
@@ -210,17 +247,24 @@ static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf
 // y (+)= x w^T + bias, by a whole team. maxima: null, or those of each row, to be updated; y may be
 // null then.
 template <class W>
-void linear_rows(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k,
+void linear_rows(const Input<W>* x, int64_t ld, int rows, const Weight& w, int64_t n, int64_t k,
                  const float* bias, float* y, int64_t ldy, bool add, int hint = INTO_CACHES,
                  Maxima* maxima = nullptr);
 
 // out = silu(x gate^T) * (x up^T), by a whole team; gate and up are interleaved by VW columns.
 template <class W>
-void gated_rows(const Input<W>* x, int rows, const W* w, int64_t ffn, int64_t k, Input<W>* out,
+void gated_rows(const Input<W>* x, int rows, const Weight& w, int64_t ffn, int64_t k, Input<W>* out,
                 int hint);
 
 // Row `row` of a packed weight of row length k, as fp32.
 template <class W>
-void unpack_row(const W* w, int64_t k, int64_t row, float* out);
+void unpack_row(const Weight& w, int64_t k, int64_t row, float* out);
+
+// The columns of a weight from `first` on, a panel's first one.
+template <class W>
+static inline Weight columns_from(const Weight& w, int64_t first, int64_t k) {
+    if (w.strips) return {nullptr, w.strips + first / VW};
+    return {(const W*)w.panels + first * k, nullptr};
+}
 
 }  // namespace smart

@@ -25,8 +25,8 @@ static void run_layer(const Layer& l, const Rows& in, const std::vector<QueryBlo
         rms_norm_rows(x, l.input_norm, l.eps, in.rows, d, normed);
 #pragma omp barrier
     }
-    linear_rows(read, l.input, in.rows, (const W*)l.qkv, qkv_width, l.input, l.qkv_bias, qkv,
-                qkv_width, false, l.hint);
+    linear_rows<W>(read, l.input, in.rows, l.qkv, qkv_width, l.input, l.qkv_bias, qkv, qkv_width,
+                   false, l.hint);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int r = 0; r < in.rows; r++)
@@ -103,8 +103,8 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
             rms_norm_row(x + (pass.wanted ? pass.wanted[r] : r) * d, m.final_norm, m.eps, d,
                          normed + r * d);
         Maxima* mine = found.data() + omp_get_thread_num() * wanted;
-        linear_rows(normed, d, int(wanted), (const W*)m.output, m.vocab, d, nullptr, pass.logits,
-                    m.vocab, false, m.hint, mine);
+        linear_rows<W>(normed, d, int(wanted), m.output, m.vocab, d, nullptr, pass.logits, m.vocab,
+                       false, m.hint, mine);
     }
     for (int64_t r = 0; r < wanted; r++) pass.best[r] = first_of(&found[r], threads, wanted);
 }

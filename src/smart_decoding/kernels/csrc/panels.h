@@ -47,6 +47,9 @@ struct Panels {
 // the CPU (smart_read).
 constexpr int PAST_CACHES = 0, INTO_L2 = 2, INTO_CACHES = 3;
 
+// Of weights that are in the first cache already.
+constexpr int NOWHERE = -1;
+
 // Bytes of weights to prefetch ahead: hardware prefetch alone leaves a third of the bandwidth.
 constexpr int PREFETCH_DISTANCE = 6144;
 
@@ -57,8 +60,10 @@ struct Prefetch {
 
     template <int HINT, int BYTES>
     void step() {  // BYTES: of weights that a step reads
-        __builtin_prefetch(at, 0, HINT);
-        if (BYTES > 64) __builtin_prefetch(at + stride / 2, 0, HINT);
+        if constexpr (HINT == NOWHERE) return;
+        constexpr int TO = HINT == NOWHERE ? PAST_CACHES : HINT;
+        __builtin_prefetch(at, 0, TO);
+        if (BYTES > 64) __builtin_prefetch(at + stride / 2, 0, TO);
         at += stride;
     }
 };

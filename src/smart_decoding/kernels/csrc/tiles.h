@@ -35,15 +35,33 @@ static inline void tile_multiply() {
         tile_dot_u8s8<SUM, X, W_TILE>();
 }
 
-// sums [rows, PANEL] of up to 32 rows (BOTH: of more than 16). depth: bytes of a row; ld: bytes
-// between rows.
-template <class W, bool BOTH>
-static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t depth,
-                             Prefetch prefetch, float* sums) {
+// The tiles of sums from memory: of up to 32 rows (BOTH: of more than 16).
+template <bool BOTH>
+static inline void load_sums(const float* sums) {
+    tile_load<0>(sums, 4 * PANEL);
+    tile_load<1>(sums + TILE, 4 * PANEL);
+    if constexpr (BOTH) {
+        tile_load<2>(sums + TILE * PANEL, 4 * PANEL);
+        tile_load<3>(sums + TILE * PANEL + TILE, 4 * PANEL);
+    }
+}
+
+static inline void clear_sums() {
     tile_zero<0>();
     tile_zero<1>();
     tile_zero<2>();
     tile_zero<3>();
+}
+
+// Adds to sums [rows, PANEL] of up to 32 rows (BOTH: of more than 16), or begins them. depth: bytes
+// of a row; ld: bytes between rows.
+template <class W, bool BOTH>
+static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t depth,
+                             Prefetch prefetch, float* sums, bool begin = true) {
+    if (begin)
+        clear_sums();
+    else
+        load_sums<BOTH>(sums);
     for (int64_t i = 0; i < depth;
          i += TILE_WIDTH, w += TILE_STEP_BYTES, prefetch.at += prefetch.stride) {
         for (int64_t b = 0; b < prefetch.stride;
@@ -67,6 +85,25 @@ static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t d
     if constexpr (BOTH) {
         tile_store<2>(sums + TILE * PANEL, 4 * PANEL);
         tile_store<3>(sums + TILE * PANEL + TILE, 4 * PANEL);
+    }
+}
+
+// All rows over a block of k of a panel that is in the first cache: adds to sums [rows, PANEL], or
+// begins them. The caller releases the tiles.
+template <class W>
+static void tile_block(const Input<W>* x, int64_t ld, int rows, const W* block, int64_t k,
+                       float* sums, bool begin) {
+    const int64_t depth = k * sizeof(W), ld_bytes = ld * sizeof(W);
+    for (int row = 0; row < rows; row += TILE_PASS) {
+        const int count = std::min(TILE_PASS, rows - row);
+        const char* from = (const char*)(x + row * ld);
+        shape_linear_tiles(std::min(count, TILE), std::max(count - TILE, 1));
+        if (count > TILE)
+            tile_pass<W, true>(from, ld_bytes, (const char*)block, depth, Prefetch{nullptr, 0},
+                               sums + row * PANEL, begin);
+        else
+            tile_pass<W, false>(from, ld_bytes, (const char*)block, depth, Prefetch{nullptr, 0},
+                                sums + row * PANEL, begin);
     }
 }
 

@@ -1,0 +1,188 @@
+// Quants as GGUF files hold them, row by row, into strips (quants.h) and into bf16.
+
+#include "quants.h"
+
+#include <vector>
+
+namespace [[gnu::visibility("hidden")]] smart {
+
+// A super-block of a row: its quants, and its scales in the order that a strip has them in.
+struct FileBlock {
+    uint8_t q[SUPER_BLOCK];  // signed in Q8_0
+    uint16_t shared[2];      // halves
+    uint8_t bytes[SUPER_BLOCK / QUANT_BLOCK][3];
+    uint16_t halves[2];
+};
+
+static inline uint16_t half_at(const uint8_t* p) { return loadu<uint16_t>(p); }
+
+// Nibbles of 16 bytes: the low ones first, then the high ones.
+static inline void split_nibbles(const uint8_t* bytes, int count, uint8_t* q) {
+    for (int j = 0; j < count; j++) {
+        q[j] = bytes[j] & 15;
+        q[count + j] = bytes[j] >> 4;
+    }
+}
+
+// The six bits of scales and least values of Q4_K and Q5_K, in twelve bytes.
+static inline void six_bits(const uint8_t* from, uint8_t (&bytes)[8][3]) {
+    for (int j = 0; j < 4; j++) {
+        const uint8_t a = from[j], b = from[j + 4], both = from[j + 8];
+        bytes[j][0] = a & 63;
+        bytes[j][1] = b & 63;
+        bytes[j + 4][0] = uint8_t((both & 15) | (a >> 6) << 4);
+        bytes[j + 4][1] = uint8_t(both >> 4 | (b >> 6) << 4);
+    }
+}
+
+// Formats of 32 quants under halves of their own.
+template <int F>
+static void read_small(const uint8_t* at, FileBlock& out) {
+    constexpr Format format = FORMATS[F];
+    out.halves[0] = half_at(at);
+    at += 2;
+    if (format.has_least) {
+        out.halves[1] = half_at(at);
+        at += 2;
+    }
+    if (format.bits == 8) {
+        memcpy(out.q, at, QUANT_BLOCK);
+        return;
+    }
+    const uint32_t high = format.bits == 5 ? loadu<uint32_t>(at) : 0;
+    if (format.bits == 5) at += 4;
+    split_nibbles(at, QUANT_BLOCK / 2, out.q);
+    for (int j = 0; format.bits == 5 && j < QUANT_BLOCK; j++) out.q[j] |= (high >> j & 1) << 4;
+}
+
+template <int F>
+static void read_super(const uint8_t* at, FileBlock& out) {
+    if constexpr (F == Q6_K) {
+        const uint8_t *low = at, *high = at + 128, *scales = at + 192;
+        for (int h = 0; h < 2; h++, low += 64, high += 32) {
+            uint8_t* q = out.q + 128 * h;
+            split_nibbles(low, 64, q);
+            for (int j = 0; j < 128; j++) q[j] |= (high[j % 32] >> (j / 32 * 2) & 3) << 4;
+        }
+        for (int j = 0; j < 16; j++) out.bytes[j / 2][j % 2] = scales[j];
+        out.shared[0] = half_at(at + 208);
+    } else {
+        out.shared[0] = half_at(at);
+        out.shared[1] = half_at(at + 2);
+        six_bits(at + 4, out.bytes);
+        const uint8_t *high = at + 16, *low = F == Q5_K ? at + 48 : at + 16;
+        for (int c = 0; c < 4; c++) split_nibbles(low + 32 * c, 32, out.q + 64 * c);
+        for (int j = 0; F == Q5_K && j < SUPER_BLOCK; j++)
+            out.q[j] |= (high[j % 32] >> (j / 32) & 1) << 4;
+    }
+}
+
+// Bytes of a super-block in a file.
+constexpr int file_bytes(int format) {
+    constexpr int OF[FORMAT_COUNT] = {64, 18, 20, 22, 24, 34, 144, 176, 210, 18};
+    return OF[format];
+}
+
+template <int F>
+static void read_file_block(const uint8_t* at, FileBlock& out) {
+    if constexpr (FORMATS[F].has_bytes())
+        read_super<F>(at, out);
+    else
+        read_small<F>(at, out);
+}
+
+// What bit `bit` and those after it are of lane `lane` of a plane whose vectors start with `first`.
+template <int BITS>
+static inline uint32_t plane_word(const FileBlock* rows, int block, int lane, int first,
+                                  int shift) {
+    uint32_t word = 0;
+    for (int i = 0; i < 32 / BITS; i++) {
+        const int f = first + i;
+        const uint8_t q = rows[row_of_lane(f, lane)].q[block * QUANT_BLOCK + k_of_lane(f, lane)];
+        word |= uint32_t(q >> shift & ((1 << BITS) - 1)) << (BITS * i);
+    }
+    return word;
+}
+
+template <int BITS>
+static inline uint8_t* put_plane(const FileBlock* rows, int block, int shift, uint8_t* to) {
+    for (int first = 0; first < QUANT_BLOCK; first += 32 / BITS)
+        for (int lane = 0; lane < VW; lane++, to += 4)
+            storeu(to, plane_word<BITS>(rows, block, lane, first, shift));
+    return to;
+}
+
+template <int F>
+static uint8_t* put_quants(const FileBlock* rows, int block, uint8_t* to) {
+    constexpr int BITS = FORMATS[F].bits;
+    if constexpr (BITS == 8) {
+        for (int f = 0; f < QUANT_BLOCK; f++)
+            for (int lane = 0; lane < VW; lane++)
+                *to++ = rows[row_of_lane(f, lane)].q[block * QUANT_BLOCK + k_of_lane(f, lane)];
+        return to;
+    }
+    to = put_plane<4>(rows, block, 0, to);
+    if constexpr (BITS > 4) to = put_plane<BITS - 4>(rows, block, 4, to);
+    return to;
+}
+
+static uint8_t* put_halves(const FileBlock* rows, uint16_t (FileBlock::*halves)[2], int which,
+                           uint8_t* to) {
+    for (int r = 0; r < VW; r++, to += 2) storeu(to, (rows[r].*halves)[which]);
+    return to;
+}
+
+template <int F>
+static uint8_t* put_super_block(const FileBlock* rows, uint8_t* to) {
+    constexpr Format format = FORMATS[F];
+    for (int i = 0; i < format.shared() / 2; i++) to = put_halves(rows, &FileBlock::shared, i, to);
+    for (int block = 0; block < format.super / QUANT_BLOCK; block++) {
+        for (int i = 0; !format.has_bytes() && i < format.scales() / 2; i++)
+            to = put_halves(rows, &FileBlock::halves, i, to);
+        for (int i = 0; format.has_bytes() && i < format.scales(); i++)
+            for (int r = 0; r < VW; r++) *to++ = rows[r].bytes[block][i];
+        to = put_quants<F>(rows, block, to);
+    }
+    return to;
+}
+
+// rows: [VW] where each row begins in a file, null: a row of zeros.
+template <int F>
+static void pack_strip(const uint8_t* const* rows, int64_t k, uint8_t* to) {
+    if constexpr (F == BF16_ROWS) {
+        for (int64_t i = 0; i < k; i += QUANT_BLOCK)
+            for (int f = 0; f < QUANT_BLOCK; f++)
+                for (int lane = 0; lane < VW; lane++, to += 2) {
+                    const uint8_t* row = rows[row_of_lane(f, lane)];
+                    storeu(to, row ? half_at(row + 2 * (i + k_of_lane(f, lane))) : uint16_t(0));
+                }
+    } else {
+        constexpr Format format = FORMATS[F];
+        std::vector<FileBlock> blocks(VW);
+        for (int64_t i = 0; i < k / format.super; i++) {
+            for (int r = 0; r < VW; r++)
+                if (rows[r]) read_file_block<F>(rows[r] + i * file_bytes(F), blocks[r]);
+            to = put_super_block<F>(blocks.data(), to);
+        }
+    }
+}
+
+}  // namespace smart
+
+using namespace smart;
+
+extern "C" {
+
+int64_t smart_strip_bytes(int64_t format, int64_t k) {
+    const Format& f = FORMATS[format];
+    return k % f.super ? 0 : k / f.super * f.super_bytes() * VW;
+}
+
+void smart_pack_quants(const Strip* strips, int64_t count, const void* const* rows, int64_t k) {
+#pragma omp parallel for schedule(dynamic, 4)
+    for (int64_t i = 0; i < count; i++)
+        with_format(strips[i].format, [&](auto format) {
+            pack_strip<format>((const uint8_t* const*)rows + i * VW, k, (uint8_t*)strips[i].data);
+        });
+}
+}

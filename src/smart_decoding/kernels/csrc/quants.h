@@ -1,0 +1,245 @@
+// Weights in the quants of GGUF files, and how they are widened to what linear layers multiply.
+//
+// A quantised weight is strips of VW rows, each in a format of its own. A strip is super-blocks
+// along k, one after another: what its blocks share, then blocks of 32 k, each with its scales and
+// then its quants in planes. Vector f of a block, of 32, holds quants in the order that a panel is
+// multiplied in: where that is by pairs of bf16, lane 2 j + s of vector 2 p + half is row
+// half VW / 2 + j at k = 2 p + s; else lane j is row j at k = f. Nibble n of the words w of the
+// first plane is of vector 8 w + n; planes of one and of two bits go on likewise; bytes lie vector
+// after vector.
+//
+// A weight is scale * (q - zero) or scale * q + least, in fp32, rounded to bf16. The products are
+// exact (11 bits of a half, up to 7 of a scale, up to 6 of q): in whatever order, this is what
+// dequantising the file in fp32 and rounding gives.
+
+#pragma once
+#include <utility>
+
+#include "abi.h"
+#include "panels.h"
+
+namespace [[gnu::visibility("hidden")]] smart {
+
+constexpr int QUANT_BLOCK = 32;   // k of a block
+constexpr int SUPER_BLOCK = 256;  // k of a super-block whose blocks share a scale
+
+struct Format {
+    int bits, zero;
+    int group;       // k that share a scale
+    int super;       // k that share a half; a scale is that half times a byte if these are more
+    bool has_least;  // else q - zero is scaled
+
+    constexpr bool has_bytes() const { return super > QUANT_BLOCK; }
+    // Bytes of a row: what a super-block's blocks share, a block's scales, and its quants.
+    constexpr int shared() const { return has_bytes() ? 2 + 2 * has_least : 0; }
+    constexpr int scales() const {
+        if (bits == 16) return 0;
+        return has_bytes() ? QUANT_BLOCK / group + has_least : 2 + 2 * has_least;
+    }
+    constexpr int block() const { return scales() + bits * QUANT_BLOCK / 8; }
+    constexpr int super_bytes() const { return shared() + super / QUANT_BLOCK * block(); }
+};
+
+constexpr Format FORMATS[] = {
+    // in the order of abi.h
+    {16, 0, 32, 32, false},           // BF16_ROWS
+    {4, 8, 32, 32, false},            // Q4_0
+    {4, 0, 32, 32, true},             // Q4_1
+    {5, 16, 32, 32, false},           // Q5_0
+    {5, 0, 32, 32, true},             // Q5_1
+    {8, 0, 32, 32, false},            // Q8_0
+    {4, 0, 32, SUPER_BLOCK, true},    // Q4_K
+    {5, 0, 32, SUPER_BLOCK, true},    // Q5_K
+    {6, 32, 16, SUPER_BLOCK, false},  // Q6_K
+    {4, 0, 32, 32, false},            // IQ4_NL
+};
+constexpr int FORMAT_COUNT = sizeof FORMATS / sizeof *FORMATS;
+
+alignas(64) constexpr float IQ4_NL_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                 1,    13,   25,  38,  53,  69,  89,  113};
+
+// What a linear layer with quants multiplies: bf16, or floats with their values.
+typedef Input<bf16> Wide;
+
+// Row and k within a block of lane `lane` of vector `f`.
+constexpr int row_of_lane(int f, int lane) {
+    return HAS_BF16_PAIRS ? f % 2 * (VW / 2) + lane / 2 : lane;
+}
+constexpr int k_of_lane(int f, int lane) { return HAS_BF16_PAIRS ? f / 2 * 2 + lane % 2 : f; }
+
+// The scales of a block: of its groups along k, and of the two kinds of vectors that pairs have.
+struct BlockScales {
+    vf scale[2][2], least[2][2];
+};
+
+static inline void spread(const vf& rows, vf (&out)[2]) {
+    out[0] = HAS_BF16_PAIRS ? twice<0>(rows) : rows;
+    if constexpr (HAS_BF16_PAIRS) out[1] = twice<1>(rows);
+}
+
+// shared: the halves of the super-block.
+template <int F>
+__attribute__((always_inline)) static inline void read_scales(const uint8_t* at,
+                                                              const vf (&shared)[2],
+                                                              BlockScales& out) {
+    constexpr Format format = FORMATS[F];
+    for (int group = 0; group < QUANT_BLOCK / format.group; group++) {
+        vf scale;
+        if constexpr (!format.has_bytes())
+            scale = halves_to_float(at);
+        else if constexpr (format.has_least)
+            scale = shared[0] * bytes_to_float<uint8_t>(at);
+        else
+            scale = shared[0] * bytes_to_float<int8_t>(at);
+        at += format.has_bytes() ? VW : 2 * VW;
+        spread(scale, out.scale[group]);
+        if constexpr (format.zero != 0) spread(scale * -float(format.zero), out.least[group]);
+    }
+    if constexpr (format.has_least && format.has_bytes())
+        spread(-(shared[1] * bytes_to_float<uint8_t>(at)), out.least[0]);
+    else if constexpr (format.has_least)
+        spread(halves_to_float(at), out.least[0]);
+}
+
+// `bits` of every lane of `plane` from bit `from` on, moved to bit 4; others are 0.
+template <int BITS, int FROM>
+static inline vu high_bits(const vu& plane) {
+    constexpr uint32_t MASK = ((1 << BITS) - 1) << 4;
+    if constexpr (FROM < 4) return (plane << (4 - FROM)) & MASK;
+    return (plane >> (FROM < 4 ? 0 : FROM - 4)) & MASK;
+}
+
+// Vector f of a block, whose words of nibbles are `words`.
+template <int F, int f>
+__attribute__((always_inline)) static inline vf weights_of(const uint8_t* quants, const vu& words,
+                                                           const BlockScales& scales) {
+    constexpr Format format = FORMATS[F];
+    constexpr int group = k_of_lane(f, 0) / format.group, kind = HAS_BF16_PAIRS ? f % 2 : 0;
+    const vu low = words >> (4 * (f % 8));
+    vf q;
+    if constexpr (format.bits == 8) {
+        q = bytes_to_float<int8_t>(quants + f * VW);
+    } else if constexpr (format.bits > 4) {
+        constexpr int BITS = format.bits - 4, PER_WORD = 32 / BITS;
+        const vu plane = loadu<vu>(quants + (4 + f / PER_WORD) * sizeof(vu));
+        const vu index = (low & 15) | high_bits<BITS, f % PER_WORD * BITS>(plane);
+        q = __builtin_convertvector((vi)index, vf);
+    } else {
+        q = F == IQ4_NL ? lookup(IQ4_NL_VALUES, low) : nibbles_to_float(low);
+    }
+    if constexpr (format.has_least || format.zero != 0)
+        return q * scales.scale[group][kind] + scales.least[format.has_least ? 0 : group][kind];
+    return q * scales.scale[group][kind];
+}
+
+// Rounds to bf16, ties to even, and keeps floats.
+static inline vf rounded(const vf& v) {
+    const vu bits = (vu)v;
+    return (vf)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
+}
+
+// Vectors f and f + 1, f even, to their places in a panel, of which `to` is this strip's half.
+static inline void put_weights(bf16* to, int f, const vf& first, const vf& second) {
+    put_two(to + f * PANEL, first, second);
+}
+static inline void put_weights(float* to, int f, const vf& first, const vf& second) {
+    storeu(to + f * PANEL, rounded(first));
+    storeu(to + (f + 1) * PANEL, rounded(second));
+}
+
+// The eight vectors whose nibbles share words.
+template <int F, int WORD, int... PAIR>
+__attribute__((always_inline)) static inline void widen_words(const uint8_t* quants,
+                                                              const BlockScales& scales, Wide* to,
+                                                              std::integer_sequence<int, PAIR...>) {
+    const vu words = FORMATS[F].bits < 8 ? loadu<vu>(quants + WORD * sizeof(vu)) : vu{};
+    (put_weights(to, 8 * WORD + 2 * PAIR, weights_of<F, 8 * WORD + 2 * PAIR>(quants, words, scales),
+                 weights_of<F, 8 * WORD + 2 * PAIR + 1>(quants, words, scales)),
+     ...);
+}
+
+template <int F>
+__attribute__((always_inline)) static inline void widen_block(const uint8_t* at,
+                                                              const vf (&shared)[2], Wide* to) {
+    if constexpr (F == BF16_ROWS) {
+        for (int f = 0; f < QUANT_BLOCK; f += 2)
+            put_weights(to, f, widen<vf>((const bf16*)at + f * VW),
+                        widen<vf>((const bf16*)at + (f + 1) * VW));
+        return;
+    }
+    BlockScales scales;
+    read_scales<F>(at, shared, scales);
+    const uint8_t* quants = at + FORMATS[F].scales() * VW;
+    typedef std::make_integer_sequence<int, 4> Pairs;
+    widen_words<F, 0>(quants, scales, to, Pairs());
+    widen_words<F, 1>(quants, scales, to, Pairs());
+    widen_words<F, 2>(quants, scales, to, Pairs());
+    widen_words<F, 3>(quants, scales, to, Pairs());
+}
+
+// Columns of a strip's half of a panel; k of a panel lie PANEL apart.
+constexpr int HALF_PANEL = HAS_BF16_PAIRS ? PANEL : VW;
+
+// Widens `depth` of k from `first` on to a strip's half of a panel. Both are multiples of a block,
+// and all of it lies in one super-block.
+template <int F>
+static void widen_strip(const uint8_t* data, int64_t first, int64_t depth, Wide* to) {
+    constexpr Format format = FORMATS[F];
+    const uint8_t* super = data + first / format.super * format.super_bytes() * VW;
+    vf shared[2] = {};
+    if constexpr (format.has_bytes()) shared[0] = halves_to_float(super);
+    if constexpr (format.shared() == 4) shared[1] = halves_to_float(super + 2 * VW);
+    const int64_t block = first % format.super / QUANT_BLOCK;
+    const uint8_t* at = super + (format.shared() + block * format.block()) * VW;
+    for (int64_t i = 0; i < depth; i += QUANT_BLOCK, at += format.block() * VW) {
+        for (int line = 0; line < format.block() * VW; line += 64)
+            __builtin_prefetch(at + PREFETCH_DISTANCE + line);
+        widen_block<F>(at, shared, to + i * PANEL);
+    }
+}
+
+// Calls `run` with the format as a constant of the compiler.
+template <class R>
+__attribute__((always_inline)) static inline void with_format(int64_t format, R&& run) {
+    switch (format) {
+        case BF16_ROWS:
+            return run(std::integral_constant<int, BF16_ROWS>());
+        case Q4_0:
+            return run(std::integral_constant<int, Q4_0>());
+        case Q4_1:
+            return run(std::integral_constant<int, Q4_1>());
+        case Q5_0:
+            return run(std::integral_constant<int, Q5_0>());
+        case Q5_1:
+            return run(std::integral_constant<int, Q5_1>());
+        case Q8_0:
+            return run(std::integral_constant<int, Q8_0>());
+        case Q4_K:
+            return run(std::integral_constant<int, Q4_K>());
+        case Q5_K:
+            return run(std::integral_constant<int, Q5_K>());
+        case Q6_K:
+            return run(std::integral_constant<int, Q6_K>());
+        case IQ4_NL:
+            return run(std::integral_constant<int, IQ4_NL>());
+    }
+}
+
+// A panel of quants, widened a block of k at a time into memory that stays in the first cache.
+struct QuantPanel {
+    alignas(64) Wide widened[SUPER_BLOCK * PANEL];
+
+    const Wide* widen(const Strip* strips, int64_t first, int64_t depth) {
+        widen_half(strips[0], 0, first, depth);
+        widen_half(strips[1], 1, first, depth);
+        return widened;
+    }
+
+    void widen_half(const Strip& strip, int half, int64_t first, int64_t depth) {
+        Wide* to = widened + half * HALF_PANEL;
+        with_format(strip.format,
+                    [&](auto format) { widen_strip<format>(strip.data, first, depth, to); });
+    }
+};
+
+}  // namespace smart

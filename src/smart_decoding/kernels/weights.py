@@ -1,0 +1,251 @@
+"""Weights as the kernels read them: packed bf16 or fp32 panels, or the quants of a GGUF file."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections.abc import Sequence
+from ctypes import c_void_p
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, dequantize
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from smart_decoding.kernels import abi, library
+
+PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in panels.h
+# As in abi.h. A tensor in another format is expanded to bf16 when it is read.
+FORMATS = ("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
+
+Weight = abi.structure("Weight")
+_lib = library.library
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A matrix [n, k] as a GGUF file holds it. rows: uint8 [n, bytes], each row's blocks; format:
+    one of FORMATS."""
+
+    rows: NDArray[np.uint8]
+    format: str
+    k: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[n, k]."""
+        return len(self.rows), self.k
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> QuantizedTensor:
+        """Some of its rows, quantised still."""
+        return QuantizedTensor(self.rows[rows], self.format, self.k)
+
+    def dequantize(self) -> Tensor:
+        """[n, k] bfloat16: dequantised in float32, then rounded."""
+        floats = dequantize(self.rows, GGMLQuantizationType[self.format])
+        return torch.from_numpy(floats).to(torch.bfloat16)
+
+
+Matrix = Tensor | QuantizedTensor
+
+
+@functools.cache
+def fastest_hint() -> int:
+    """Where memory is best prefetched to, as measured. Intel's prefetchnta, past the caches, was
+    seen at a third of the speed of the others; Zen 4 reads a tenth faster into its second cache
+    than into the first."""
+    # not zeros: untouched pages would all be one page, in the caches
+    memory = torch.ones(64 << 20, dtype=torch.uint8)
+    seconds = dict.fromkeys((PAST_CACHES, INTO_L2, INTO_CACHES), float("inf"))
+    for hint in tuple(seconds) * 6:
+        start = time.perf_counter()
+        _lib().smart_read(memory.data_ptr(), len(memory), hint, torch.get_num_threads())
+        seconds[hint] = min(seconds[hint], time.perf_counter() - start)
+    within_noise = 1.03 * min(seconds.values())
+    return next(hint for hint, taken in seconds.items() if taken <= within_noise)
+
+
+class Arena:
+    """Memory for packed weights, on huge pages where the system grants them (TLB misses cost 20 %).
+    It grows a block at a time.
+
+    size: bytes expected in all. hint: where forwards prefetch them to. What does not fit into
+    caches anyway had better go past them, where that is as fast: other weights and Python then stay
+    there."""
+
+    HUGE, CACHES, BLOCK = 2 << 20, 32 << 20, 64 << 20
+
+    def __init__(self, size: int) -> None:
+        self.hint = fastest_hint() if size > self.CACHES else INTO_CACHES
+        self._left = size
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """The next bytes: uint8 [size], aligned to 64."""
+        size += -size % 64
+        if size > len(self._free):
+            self._free = self._block(max(size, min(self._left, self.BLOCK)))
+        self._left -= size
+        taken = self._free[:size]
+        self._free = self._free[size:]
+        return taken
+
+    def _block(self, size: int) -> Tensor:
+        block = torch.empty(size + 2 * self.HUGE, dtype=torch.uint8)
+        start = -block.data_ptr() % self.HUGE
+        whole = size // self.HUGE * self.HUGE
+        if whole:  # 14 = MADV_HUGEPAGE; only advice, so the result does not matter
+            madvise = ctypes.CDLL(None).madvise
+            madvise(c_void_p(block.data_ptr() + start), ctypes.c_size_t(whole), 14)
+        return block[start : start + size]
+
+
+class PackedWeight:
+    """A weight [n, k] as the kernels read it. struct: theirs; nbytes: what a forward reads;
+    is_bf16: bf16, or quants that are widened to it, else fp32."""
+
+    def __init__(self, shape: tuple[int, int], is_bf16: bool, memory: Tensor) -> None:
+        self.n, self.k = shape
+        self.is_bf16 = is_bf16
+        self.nbytes = len(memory)
+        self.struct = Weight()
+        self._keep: list[object] = [memory]
+
+    @property
+    def address(self) -> int:
+        """Of the structure, valid as long as this is."""
+        return ctypes.addressof(self.struct)
+
+
+def pack(
+    parts: Sequence[Matrix], arena: Arena | None = None, order: NDArray[np.int64] | None = None
+) -> PackedWeight:
+    """Packs the stacked rows of `parts` ([n, k] each, k even), tensors all in bf16 or in fp32.
+
+    order: which row comes where (-1: a row of zeros), else as they are. Quants stay what they are
+    wherever the rows of a vector have one format; else all become bf16."""
+    if order is None:
+        order = np.arange(sum(map(len, parts)))
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) == len(parts):
+        return _pack_panels(tensors, order, arena)
+    addresses, formats = _rows_of(parts)
+    padded = np.full(packed_rows(len(order)), -1)
+    padded[: len(order)] = order
+    of_rows = formats[padded].reshape(-1, vector_width())
+    of_strips = of_rows.max(axis=1)
+    if ((of_rows != of_strips[:, None]) & (padded.reshape(of_rows.shape) >= 0)).any():
+        return _pack_panels([as_tensor(part) for part in parts], order, arena)
+    rows = np.where(padded < 0, 0, addresses[padded])
+    return _pack_strips(rows, of_strips, (len(order), parts[0].shape[1]), arena)
+
+
+def as_tensor(matrix: Matrix) -> Tensor:
+    """A matrix as a tensor, bfloat16 if it was quantised."""
+    return matrix if isinstance(matrix, Tensor) else matrix.dequantize()
+
+
+def _pack_panels(
+    parts: Sequence[Tensor], order: NDArray[np.int64], arena: Arena | None
+) -> PackedWeight:
+    weight = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    if len(order) != len(weight) or (order[:-1] > order[1:]).any():
+        weight = F.pad(weight, (0, 0, 0, 1))[torch.from_numpy(order)]  # the last row is of zeros
+    n, k = weight.shape
+    size = packed_rows(n) * k * weight.element_size()
+    memory = (arena or Arena(size)).take(size)
+    packed = PackedWeight((n, k), weight.dtype == torch.bfloat16, memory)
+    weight = weight.contiguous()
+    _lib().smart_pack(weight.data_ptr(), n, k, memory.data_ptr(), packed.is_bf16)
+    packed.struct.panels = memory.data_ptr()
+    return packed
+
+
+def _pack_strips(
+    rows: NDArray[np.int64],
+    formats: NDArray[np.int64],
+    shape: tuple[int, int],
+    arena: Arena | None,
+) -> PackedWeight:
+    """rows: address of each, 0 for zeros; formats: of each strip."""
+    k = shape[1]
+    sizes = np.array([_lib().smart_strip_bytes(i, k) for i in range(len(FORMATS))])[formats]
+    size = int(sizes.sum())
+    memory = (arena or Arena(size)).take(size)
+    strips = np.empty((len(formats), 2), np.int64)
+    strips[:, 0] = memory.data_ptr() + np.cumsum(sizes) - sizes
+    strips[:, 1] = formats
+    _lib().smart_pack_quants(strips.ctypes.data, len(strips), rows.ctypes.data, k)
+    packed = PackedWeight(shape, True, memory)
+    packed.struct.strips = strips.ctypes.data
+    packed._keep.append(strips)
+    return packed
+
+
+def _rows_of(parts: Sequence[Matrix]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The address and the format of each row of stacked parts, and of a row of zeros after them."""
+    addresses = []
+    formats = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            start, step = part.data_ptr(), part.stride(0) * part.element_size()
+            which = "BF16"
+        else:
+            start, step = part.rows.ctypes.data, part.rows.strides[0]
+            which = part.format
+        addresses.append(start + step * np.arange(len(part)))
+        formats.append(np.full(len(part), FORMATS.index(which)))
+    return np.concatenate([*addresses, [0]]), np.concatenate([*formats, [0]])
+
+
+def interleaved(n: int) -> NDArray[np.int64]:
+    """The order of two stacked matrices [n, k] whose rows alternate in blocks of one vector: gate,
+    up, gate, ... (the kernels multiply them in registers)."""
+    lanes = vector_width()
+    first = np.arange(n + -n % lanes)
+    first[n:] = -1
+    second = np.where(first < 0, -1, first + n)
+    return np.stack([first.reshape(-1, lanes), second.reshape(-1, lanes)], axis=1).reshape(-1)
+
+
+def pack_bytes(weight: Tensor) -> tuple[PackedWeight, Tensor, Tensor]:
+    """weight [n, k] (k a multiple of 4) in 8 bits, one scale for each row: packed, scales, and sums
+    of the integers, [packed_rows(n)] each."""
+    n, k = weight.shape
+    weight = weight.float().contiguous()
+    size = packed_rows(n)
+    memory = Arena(size * k).take(size * k)
+    scale = torch.empty(size)
+    sums = torch.empty(size, dtype=torch.int32)
+    _lib().smart_pack_bytes(
+        weight.data_ptr(), n, k, memory.data_ptr(), scale.data_ptr(), sums.data_ptr()
+    )
+    packed = PackedWeight((n, k), False, memory)
+    packed.struct.panels = memory.data_ptr()
+    return packed, scale, sums
+
+
+def packed_rows(n: int) -> int:
+    """Rows of a packed weight: n rounded up to whole panels."""
+    return int(_lib().smart_packed_rows(n))
+
+
+def vector_width() -> int:
+    """Floats in a vector register of the kernels that run."""
+    return int(_lib().smart_vector_width())
+
+
+def unpack(packed: PackedWeight, index: Tensor) -> Tensor:
+    """Rows `index` (int64 [n]) of a packed weight: float32 [n, k]."""
+    out = torch.empty(len(index), packed.k)
+    _lib().smart_unpack(
+        packed.address, packed.k, packed.is_bf16, index.data_ptr(), len(index), out.data_ptr()
+    )
+    return out
