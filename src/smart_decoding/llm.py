@@ -360,8 +360,10 @@ def _require_memory(
     """Raises CapacityError for a model that does not fit, before its weights are read."""
     rows = max(args.max_num_batched_tokens, 8 * args.max_num_seqs)
     limits = memory.Limits(args.kv_tokens(longest), pages, rows, longest)
-    need = memory.need_of(checkpoint, dtype_of(args.dtype), limits, asked.draft, asked.head)
-    memory.require_memory(checkpoint, need, limits, device_of(args.device))
+    device = device_of(args.device)
+    dtype = dtype_of(args.dtype)
+    need = memory.need_of(checkpoint, dtype, device, limits, asked.draft, asked.head)
+    memory.require_memory(checkpoint, need, limits, device)
 
 
 def quantization_of(args: EngineArgs, device: torch.device) -> str | None:

@@ -47,7 +47,8 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
     file.write_text(
         'model = "m"\nport = 9000\nmax_queue = 3\npolicy = "eagle2"\n'
         'method = "ngram"\napi-key = ["a", "b"]\n'
-        "queue-timeout = 5\ntrust-pickle = true\n[policy-option]\ndepth = 2\n"
+        'quantization = "int8"\nqueue-timeout = 5\ntrust-pickle = true\n'
+        "[policy-option]\ndepth = 2\n"
     )
     assert (
         cli.main(["serve", "--port", "8000", "--config", str(file), "--max-n", "2", "--seed", "5"])
@@ -61,6 +62,7 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
         5,
     )
     assert options["trust_pickle"] is True
+    assert options["quantization"] == "int8"
     assert options["seed"] == 5
     assert settings.api_keys == ("a", "b")
     assert settings.model_name == options["model"] == "m"

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.kernels.weights import QuantizedTensor
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.hub_repository import is_complete
 from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.memory import parameters, weight_bytes
 from smart_decoding.models.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {
@@ -492,6 +494,21 @@ def test_dequantises_like_the_gguf_package(kind: str, tmp_path: Path) -> None:
     weights = load_checkpoint(tmp_path / "tiny.gguf").weights
     for key, tensor in expected.items():
         assert torch.equal(weights[key], tensor), key
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "BF16"])
+def test_the_estimate_of_a_stored_file_is_what_is_read(kind: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "qwen3", gguf.GGMLQuantizationType[kind])
+    checkpoint = load_checkpoint(tmp_path / "tiny.gguf", quantization=None)
+    weights = checkpoint.weights.values()
+    assert any(isinstance(weight, QuantizedTensor) for weight in weights) == (kind != "BF16")
+    size = sum(
+        weight.rows.nbytes if isinstance(weight, QuantizedTensor) else 2 * weight.numel()
+        for weight in weights
+    )
+    cpu = torch.device("cpu")
+    assert weight_bytes(checkpoint, torch.bfloat16, cpu) == size
+    assert weight_bytes(checkpoint, torch.float32, cpu) == 4 * parameters(checkpoint.config)
 
 
 def test_a_gguf_file_that_cannot_be_used_here_is_not_converted(

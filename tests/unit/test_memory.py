@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from smart_decoding.errors import CapacityError
+from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.llm import LLM
 from smart_decoding.models import memory
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.memory import Limits, Need
 
 GB = 10**9
@@ -37,7 +38,7 @@ def checkpoint(of: ModelConfig) -> Checkpoint:
 
 
 def need(of: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Need:
-    return memory.need_of(checkpoint(of), dtype, LIMITS)
+    return memory.need_of(checkpoint(of), dtype, CPU, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +63,29 @@ def test_the_parts_of_an_estimate() -> None:
     assert str(alone).startswith("20.9 GB (weights 16.1 GB, KV of 35328 tokens 4.6 GB, work ")
 
 
+@pytest.mark.parametrize(("scheme", "bits"), [("int8", 8.5), ("int4", 5.0)])
+def test_rounded_weights_count_as_they_are_loaded(scheme: str, bits: float, tmp_path: Path) -> None:
+    found = load_checkpoint(tiny(tmp_path), quantization=scheme)
+    of = found.config
+    table = of.vocab * of.hidden
+    norms = (2 * of.layers + 1) * of.hidden
+    others = memory.parameters(of) - 2 * table - norms
+    expected = 2 * table * 8.5 / 8 + others * bits / 8 + 2 * norms
+    assert memory.weight_bytes(found, torch.bfloat16, CPU) == expected
+    assert expected == sum(map(held, found.weights.values()))
+    for dtype, device in ((torch.float32, CPU), (torch.bfloat16, torch.device("cuda"))):
+        size = memory.parameters(of) * dtype.itemsize
+        assert memory.weight_bytes(found, dtype, device) == size
+
+
 def test_what_drafts_counts_too(tmp_path: Path) -> None:
     alone = need(LLAMA_70B)
-    both = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, LIMITS, checkpoint(LLAMA_8B))
+    both = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, CPU, LIMITS, checkpoint(LLAMA_8B))
     assert both.per_token == 327_680 + 131_072
     assert both.draft > 2 * memory.parameters(LLAMA_8B)
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     (tmp_path / "config.json").write_bytes(bytes(500))
-    head = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, LIMITS, head=tmp_path)
+    head = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, CPU, LIMITS, head=tmp_path)
     assert head.draft == 1000 + LLAMA_70B.hidden * LLAMA_70B.vocab
     assert head.per_token == alone.per_token * 81 // 80
 
@@ -80,34 +96,45 @@ def test_what_drafts_counts_too(tmp_path: Path) -> None:
         (LLAMA_8B, torch.bfloat16, 18, "lower kv_cache_tokens to 10"),
         (LLAMA_8B, torch.bfloat16, 16.8, "lower kv_cache_tokens to 1"),
         (LLAMA_8B, torch.bfloat16, 16.4, "lower max_num_seqs, and kv_cache_tokens with it"),
-        (LLAMA_8B, torch.bfloat16, 16, "4-bit GGUF file of it (Q4_K_M has about 4.9 GB)"),
-        (LLAMA_8B, torch.float32, 16, "4-bit GGUF file"),
+        (
+            LLAMA_8B,
+            torch.bfloat16,
+            16,
+            "quantization='int4' (weights of about 5.5 GB) or a 4-bit GGUF file",
+        ),
+        (LLAMA_8B, torch.float32, 16, "4-bit GGUF file, in bfloat16"),
         (LLAMA_8B, torch.bfloat16, 4, "take a smaller model"),
-        (LLAMA_70B, torch.bfloat16, 64, "4-bit GGUF file of it (Q4_K_M has about 43.2 GB)"),
+        (LLAMA_70B, torch.bfloat16, 64, "quantization='int4' (weights of about 45.0 GB)"),
         (LLAMA_70B, torch.bfloat16, 32, "vLLM or SGLang"),
         (VICUNA_13B, torch.bfloat16, 30, "lower kv_cache_tokens to 2"),
     ],
 )
 def test_advice(of: ModelConfig, dtype: torch.dtype, free: float, advice: str) -> None:
-    found = memory.what_fits(of, need(of, dtype), LIMITS, int(free * GB))
+    found = memory.what_fits(of, need(of, dtype), LIMITS, int(free * GB), CPU)
     assert advice in found
     assert ("max_model_len with it" in found) == (free == 16.8 or of is VICUNA_13B)
+
+
+def test_quants_are_no_advice_where_no_kernels_multiply_them() -> None:
+    found = memory.what_fits(LLAMA_8B, need(LLAMA_8B), LIMITS, 16 * GB, torch.device("cuda"))
+    assert "smaller model" in found
+    assert "int4" not in found
 
 
 def test_the_kv_memory_advised_fits() -> None:
     """Made as the engine makes it, five pages more for each request."""
     free = 18 * GB
-    advice = memory.what_fits(LLAMA_8B, need(LLAMA_8B), LIMITS, free)
+    advice = memory.what_fits(LLAMA_8B, need(LLAMA_8B), LIMITS, free, CPU)
     tokens = int(advice.rpartition(" ")[2])
     pages = tokens // 16 + 5 * 32
     fits = Limits(tokens, pages, LIMITS.rows, LIMITS.longest)
-    total = memory.need_of(checkpoint(LLAMA_8B), torch.bfloat16, fits).total
+    total = memory.need_of(checkpoint(LLAMA_8B), torch.bfloat16, CPU, fits).total
     assert free - 3 * 16 * 131_072 < total <= free
 
 
 def test_a_draft_model_that_is_too_much_is_said_to_be() -> None:
-    both = memory.need_of(checkpoint(LLAMA_8B), torch.bfloat16, LIMITS, checkpoint(VICUNA_13B))
-    assert "ngram" in memory.what_fits(LLAMA_8B, both, LIMITS, 30 * GB)
+    both = memory.need_of(checkpoint(LLAMA_8B), torch.bfloat16, CPU, LIMITS, checkpoint(VICUNA_13B))
+    assert "ngram" in memory.what_fits(LLAMA_8B, both, LIMITS, 30 * GB, CPU)
 
 
 def test_free_memory_is_what_linux_and_the_container_allow(
@@ -135,7 +162,7 @@ def test_it_is_said_before_weights_are_read(
     (line,) = [record.getMessage() for record in caplog.records if record.name == "smart.memory"]
     assert line.startswith(f"{folder} needs about ")
     assert line.endswith(" are free")
-    need = memory.need_of(llm._checkpoint, torch.bfloat16, LIMITS)
+    need = memory.need_of(llm._checkpoint, torch.bfloat16, CPU, LIMITS)
     assert need.weights == sum(2 * w.numel() for w in llm._checkpoint.weights.values())
 
     monkeypatch.setattr("smart_decoding.models.weight_files.SafetensorsWeights.__getitem__", None)
@@ -146,6 +173,11 @@ def test_it_is_said_before_weights_are_read(
     assert message.startswith(f"{folder} needs about ")
     assert "but 0.1 MB are free" in message
     assert "\n" not in message
+
+
+def held(weight: Matrix) -> int:
+    """Bytes of it in memory."""
+    return weight.rows.nbytes if isinstance(weight, QuantizedTensor) else 2 * weight.numel()
 
 
 def tiny(folder: Path) -> Path:

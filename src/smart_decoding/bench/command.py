@@ -30,6 +30,7 @@ def words_of(options: BenchOptions) -> list[str]:
         "batch-sizes": ",".join(map(str, options.batch_sizes)),
         "tasks": ",".join(options.tasks),
         "dtype": options.dtype,
+        "quantization": options.quantization,
         "temperature": f"{options.temperature:g}",
         "limit": options.limit,
         "skip": options.skip or None,

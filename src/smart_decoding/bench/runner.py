@@ -258,6 +258,7 @@ def load(options: BenchOptions) -> LLM:
         options.model,
         speculative_config=False,
         dtype=options.dtype,
+        quantization=options.quantization,
         device=options.device,
         max_num_seqs=largest,
         kv_cache_tokens=max(

@@ -25,6 +25,14 @@ def policy_name(name: str) -> str:
 
 
 DTYPE = Option("dtype", str, "bf16", "of weights and KV cache", DTYPES)
+QUANTIZATION = Option(
+    "quantization",
+    str,
+    None,
+    "round weights to int8 or int4, or expand those of a GGUF file (off)",
+    ("off", "int8", "int4"),
+    shown="as they are stored",
+)
 DEVICE = Option("device", str, "auto", "auto, cpu or cuda")
 METHOD = Option(
     "method",
@@ -51,6 +59,7 @@ TRUST_PICKLE = Option(
 )
 MODEL_OPTIONS = (
     DTYPE,
+    QUANTIZATION,
     DEVICE,
     Option("enforce-eager", bool, False, "no CUDA graphs", shown="off"),
     ALLOW_SLOW,
@@ -104,6 +113,7 @@ def llm_options(args: argparse.Namespace) -> dict[str, Any]:
         chat_template.read(args.chat_template)
     names = (
         "dtype",
+        "quantization",
         "device",
         "max_model_len",
         "chat_template",

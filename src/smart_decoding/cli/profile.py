@@ -12,6 +12,7 @@ from smart_decoding.cli.model_options import (
     DRAFT,
     DTYPE,
     METHOD,
+    QUANTIZATION,
     TRUST_PICKLE,
     speculative_config,
 )
@@ -30,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, what drafts, and the time to measure for."""
     drafting = tuple(method for method in METHOD.choices or () if method != "none")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name, hub id, folder or GGUF file")
-    add_options(
-        parser, (DTYPE, DEVICE, ALLOW_SLOW, TRUST_PICKLE, replace(METHOD, choices=drafting), DRAFT)
-    )
+    of_model = (DTYPE, QUANTIZATION, DEVICE, ALLOW_SLOW, TRUST_PICKLE)
+    add_options(parser, (*of_model, replace(METHOD, choices=drafting), DRAFT))
     # A policy that needs no profile.
     parser.set_defaults(policy="eagle2", policy_option=[], method_option=[])
     parser.add_argument("--seconds", type=float, default=6.0, help="time to measure for")
@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
     llm = LLM(
         args.model,
         dtype=args.dtype,
+        quantization=args.quantization,
         device=args.device,
         speculative_config=config,
         trust_pickle=args.trust_pickle,

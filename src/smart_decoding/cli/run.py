@@ -141,7 +141,10 @@ def check_takes_images(model: str | None, trust_pickle: bool = False) -> None:
     """Raises ConfigError for a model of text only (None: the default), before weights are read."""
     from smart_decoding.models.loading import load_checkpoint
 
-    if model is None or load_checkpoint(model, trust_pickle=trust_pickle).vision is None:
+    if (
+        model is None
+        or load_checkpoint(model, quantization=None, trust_pickle=trust_pickle).vision is None
+    ):
         name = model or DEFAULT_MODEL
         raise ConfigError(
             f"{name} reads text only: give a --model that takes images (docs/vision.md)"

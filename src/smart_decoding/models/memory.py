@@ -13,6 +13,9 @@ import torch
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
+from smart_decoding.models.gguf import StoredWeights
+from smart_decoding.models.kernel_check import why_slow
+from smart_decoding.models.rounding import FORMATS, rounded_bytes
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.memory")
 
-_Q4_K_M = 4.9 / 8  # bytes of a weight in the usual 4-bit GGUF files, larger tensors included
 _WORTHWHILE = 256  # tokens of KV memory below which nobody wants to be told to lower it
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -82,18 +84,31 @@ def work_bytes(config: ModelConfig, limits: Limits) -> int:
     return 4 * (limits.rows * row + limits.longest * config.head_dim)
 
 
-def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of a model's weights in memory, its vision part included."""
-    count = parameters(checkpoint.config)
     vision = checkpoint.vision
+    of_vision = 0
     if vision is not None:
-        count += sum(prod(vision.weights.shapes[name]) for name in vision.names.values())
-    return count * dtype.itemsize
+        of_vision = sum(prod(vision.weights.shapes[name]) for name in vision.names.values())
+    return _decoder_bytes(checkpoint, dtype, device) + of_vision * dtype.itemsize
+
+
+def _decoder_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
+    """Quants stay quants on the CPU kernels in bfloat16; elsewhere they are expanded."""
+    config = checkpoint.config
+    native = device.type == "cpu" and why_slow(config, device) is None
+    if native and dtype == torch.bfloat16:
+        if isinstance(checkpoint.weights, StoredWeights):
+            return checkpoint.weights.nbytes
+        if checkpoint.quantization in FORMATS:
+            return rounded_bytes(config.expected_shapes(), checkpoint.quantization)
+    return parameters(config) * dtype.itemsize
 
 
 def need_of(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
+    device: torch.device,
     limits: Limits,
     draft: Checkpoint | None = None,
     head: Path | None = None,
@@ -104,12 +119,12 @@ def need_of(
     work = work_bytes(config, limits)
     drafting = 0
     if draft is not None:
-        drafting = weight_bytes(draft, dtype) + work_bytes(draft.config, limits)
+        drafting = weight_bytes(draft, dtype, device) + work_bytes(draft.config, limits)
         per_token += kv_bytes(draft.config, dtype)
     if head is not None:  # it has a layer, and the target's output matrix in 8 bits
         drafting = _file_bytes(head) + config.hidden * config.vocab
         per_token += kv_bytes(config, dtype) // config.layers
-    weights = weight_bytes(checkpoint, dtype)
+    weights = weight_bytes(checkpoint, dtype, device)
     return Need(weights, drafting, work, per_token, limits.pages * PAGE)
 
 
@@ -125,14 +140,16 @@ def require_memory(
         return
     log.info("%s needs about %s of memory; %s are free", name, need, size(free))
     if need.total > free:
-        advice = what_fits(checkpoint.config, need, limits, free)
+        advice = what_fits(checkpoint.config, need, limits, free, device)
         raise CapacityError(
             f"{name} needs about {need} of memory, but {size(free)} are free: {advice}"
         )
 
 
-def what_fits(config: ModelConfig, need: Need, limits: Limits, free: int) -> str:
-    """What to do where `need` exceeds the `free` bytes."""
+def what_fits(
+    config: ModelConfig, need: Need, limits: Limits, free: int, device: torch.device
+) -> str:
+    """What to do where `need` exceeds the `free` bytes of the device."""
     room = (free - need.weights - need.draft - need.work) // need.per_token
     tokens = room - (need.tokens - limits.kv_tokens)  # each request has pages beyond these
     if tokens >= _WORTHWHILE:
@@ -143,11 +160,11 @@ def what_fits(config: ModelConfig, need: Need, limits: Limits, free: int) -> str
     rest = need.work + need.per_token * _WORTHWHILE
     if need.draft and need.weights + rest <= free:
         return "draft with ngram or recycling, which need no weights"
-    small = int(parameters(config) * _Q4_K_M)
-    if small + rest <= free and small < need.weights:
+    small = rounded_bytes(config.expected_shapes(), "int4")
+    if device.type == "cpu" and small + rest <= free and small < need.weights:
         return (
-            f"take a 4-bit GGUF file of it (Q4_K_M has about {size(small)}) and a smaller "
-            "kv_cache_tokens"
+            f"take quantization='int4' (weights of about {size(small)}) or a 4-bit GGUF file, "
+            "in bfloat16, and a smaller kv_cache_tokens"
         )
     return "take a smaller model, or serve it on GPUs with vLLM or SGLang (docs/vllm.md)"
 

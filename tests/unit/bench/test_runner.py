@@ -442,10 +442,14 @@ def test_a_pickled_model_without_a_template_can_be_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(runner, "LLM", lambda model, **options: options)
-    options = BenchOptions(model="lmsys/vicuna", chat_template="vicuna", trust_pickle=True)
+    options = BenchOptions(
+        model="lmsys/vicuna", quantization="int4", chat_template="vicuna", trust_pickle=True
+    )
     given: Any = runner.load(options)
+    assert given["quantization"] == "int4"
     assert given["chat_template"] == "vicuna"
     assert given["trust_pickle"] is True
     assert "--chat-template vicuna --trust-pickle" in command_of(options)
+    assert "--quantization int4" in command_of(options)
     with pytest.raises(ConfigError, match="No such file"):
         BenchOptions(chat_template=str(tmp_path / "none.jinja"))

@@ -68,7 +68,7 @@ def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
     sampling = "--temperature 0.8 --top-p 0.9 --top-k 40 --min-p 0.05 --seed 7 --max-tokens 9"
     other = (
         "--method-option longest=5 --dtype fp32 --device cpu --raw --max-model-len 99 "
-        "--chat-template vicuna --trust-pickle"
+        "--quantization int8 --chat-template vicuna --trust-pickle"
     )
     assert cli.main(["run", *f"{options} {sampling} {other}".split(), "once upon"]) == 0
     (llm,) = fake.made
@@ -80,6 +80,7 @@ def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
         "longest": 5,
     }
     assert (llm.model, llm.options["dtype"], llm.options["device"]) == ("m", "fp32", "cpu")
+    assert llm.options["quantization"] == "int8"
     assert llm.options["max_model_len"] == 99
     assert llm.options["chat_template"] == "vicuna"
     assert llm.options["trust_pickle"] is True
@@ -279,6 +280,18 @@ def test_profile_takes_what_run_takes_to_draft() -> None:
     ):
         config = speculative_config(parser.parse_args(["profile", *words.split()]))
         assert config == {"policy": "eagle2", **drafts}
+
+
+@pytest.mark.parametrize("command", ["profile", "bench", "serve"])
+def test_weights_are_rounded_where_it_is_asked_for(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = cli.build_parser(command)
+    assert parser.parse_args([command, "--quantization", "int4"]).quantization == "int4"
+    assert parser.parse_args([command]).quantization is None
+    with pytest.raises(SystemExit):
+        parser.parse_args([command, "--quantization", "int3"])
+    assert "int8" in capsys.readouterr().err
 
 
 def test_profile_needs_a_draft_model_for_that_method(
