@@ -152,6 +152,7 @@ struct Random {
 
 // Each of these is a file of tests.
 void test_linear();
+void test_quants();
 void test_sampling();
 void test_layers();
 void test_drafting();

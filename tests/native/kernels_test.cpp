@@ -17,8 +17,9 @@ struct Test {
 };
 
 static const Test TESTS[] = {
-    {"linear", test_linear},     {"sampling", test_sampling}, {"layers", test_layers},
-    {"drafting", test_drafting}, {"rounds", test_rounds},     {"selection", test_selection},
+    {"linear", test_linear},       {"quants", test_quants},     {"sampling", test_sampling},
+    {"layers", test_layers},       {"drafting", test_drafting}, {"rounds", test_rounds},
+    {"selection", test_selection},
 };
 
 int main(int count, char** arguments) {

@@ -98,17 +98,16 @@ struct TinyHead {
                + (layout.layers > 1 ? ", two layers" : "");
     }
     Head head() const {
-        const void* table = embedding_blob.data();
         return {structs.data(),
                 pointer(aux_norm),
                 pointer(fc_bias),
                 input_norm.data(),
                 hidden_norm.data(),
                 pointer(final_norm),
-                fc_blob.data(),
-                plain_table ? nullptr : table,
-                plain_table ? table : nullptr,
-                bytes ? (const void*)outputs_bytes.data() : outputs_blob.data(),
+                fc_blob.weight(),
+                plain_table ? Weight{} : embedding_blob.weight(),
+                plain_table ? embedding_blob.data() : nullptr,
+                bytes ? Weight{outputs_bytes.data(), nullptr} : outputs_blob.weight(),
                 pointer(scale),
                 sums.empty() ? nullptr : sums.data(),
                 tokens.data(),

@@ -13,14 +13,14 @@ namespace {
 
 constexpr float MARK = 12345.0f;  // in memory that must stay as it is
 
-struct Weight {  // [n, k], and packed
+struct Tested {  // a weight [n, k], and packed
     int64_t n, k;
     bool bf16;
     std::vector<float> plain;
     std::vector<uint16_t> plain_bf16, packed_bf16;
     std::vector<float> packed_fp32;
 
-    Weight(Random& random, int64_t n_, int64_t k_, bool bf16_, double twins)
+    Tested(Random& random, int64_t n_, int64_t k_, bool bf16_, double twins)
         : n(n_), k(k_), bf16(bf16_) {
         plain = random.normals(n * k, 1 / std::sqrt(double(k)));
         for (int64_t j = 1; j < n; j++)  // equal rows, for ties of maxima
@@ -48,7 +48,7 @@ struct Options {
 };
 
 struct Linear {  // a call of smart_linear
-    const Weight& w;
+    const Tested& w;
     std::vector<float> norm, bias;
     float eps = 1e-5f;
     Options options;
@@ -57,7 +57,8 @@ struct Linear {  // a call of smart_linear
     void run(const std::vector<float>& x, int first, int rows, float* y, int64_t ldy, bool add,
              int64_t* best, int threads) const {
         std::vector<float> scratch(rows * w.k);
-        smart_linear(&x[first * w.k], rows, w.packed(), w.n, w.k, w.bf16,
+        const Weight packed{w.packed(), nullptr};
+        smart_linear(&x[first * w.k], rows, &packed, w.n, w.k, w.bf16,
                      options.norm ? norm.data() : nullptr, eps,
                      options.bias ? bias.data() : nullptr, scratch.data(), y, ldy, add,
                      options.hint, best, threads);
@@ -74,7 +75,7 @@ void one_linear(uint64_t seed, int64_t n, int64_t k, int rows, bool bf16) {
                      + (options.norm ? ", norm" : "") + (options.bias ? ", bias" : "")
                      + (options.add ? ", add" : "") + ", threads "
                      + std::to_string(options.threads));
-    Weight weight(random, n, k, bf16, 0.1);
+    Tested weight(random, n, k, bf16, 0.1);
     Linear call{weight, random.normals(k, 0.3), random.normals(n), 1e-5f, options};
     for (float& x : call.norm) x += 1;
     const std::vector<float> x = random.normals(rows * k);
@@ -161,7 +162,7 @@ void not_numbers() {
         check::begin("linear, NaN", seed, "");
         const int64_t n = random.between(1, 80), k = 64;
         const int rows = int(random.between(2, 20)), bad = int(random.below(rows));
-        Weight weight(random, n, k, seed % 2, 0);
+        Tested weight(random, n, k, seed % 2, 0);
         Linear call{weight, {}, {}, 0, {false, false, false, 3, 2}};
         std::vector<float> x = random.normals(rows * k), clean(rows * n), y(rows * n);
         call.run(x, 0, rows, clean.data(), n, false, nullptr, 2);
@@ -208,11 +209,12 @@ void packing() {
             "pack", seed,
             "n " + std::to_string(n) + ", k " + std::to_string(k) + (bf16 ? ", bf16" : ""));
         check::same("packed_rows", (n + panel - 1) / panel * panel, smart_packed_rows(n));
-        Weight weight(random, n, k, bf16, 0);
+        Tested weight(random, n, k, bf16, 0);
         std::vector<int64_t> index(random.between(1, 9));
         for (int64_t& i : index) i = random.below(n);
         std::vector<float> out(index.size() * k);
-        smart_unpack(weight.packed(), k, bf16, index.data(), int32_t(index.size()), out.data());
+        const Weight packed{weight.packed(), nullptr};
+        smart_unpack(&packed, k, bf16, index.data(), int32_t(index.size()), out.data());
         for (size_t r = 0; r < index.size(); r++)
             check::bits("unpacked", &weight.plain[index[r] * k], &out[r * k], k);
     }

@@ -31,6 +31,7 @@ struct Blob {
     std::vector<uint16_t> bf16;
     std::vector<float> fp32;
     const void* data() const { return bf16.empty() ? (const void*)fp32.data() : bf16.data(); }
+    Weight weight() const { return {data(), nullptr}; }
 };
 
 inline Blob plain(const std::vector<float>& w, bool bf16) {
@@ -138,10 +139,10 @@ struct TinyLayer {
                 pointer(w.qkv_bias),
                 pointer(w.output_bias),
                 w.post_norm.data(),
-                qkv.data(),
-                output.data(),
-                gate_up.data(),
-                down.data()};
+                qkv.weight(),
+                output.weight(),
+                gate_up.weight(),
+                down.weight()};
     }
 };
 
@@ -293,11 +294,10 @@ struct TinyModel {
                          precision.bf16);
     }
     Model model(TinyCache& cache) const {
-        const void* table = embedding_blob.data();
         return {structs.data(),
-                plain_table ? nullptr : table,
-                plain_table ? table : nullptr,
-                output_blob.data(),
+                plain_table ? Weight{} : embedding_blob.weight(),
+                output_blob.weight(),
+                plain_table ? embedding_blob.data() : nullptr,
                 final_norm.data(),
                 cache.keys(),
                 cache.values(),

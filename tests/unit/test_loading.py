@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smart_decoding.errors import DownloadError, ModelError
-from smart_decoding.kernels.weights import QuantizedTensor
+from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.hub_repository import is_complete
 from smart_decoding.models.loading import load_checkpoint
@@ -509,6 +509,56 @@ def test_the_estimate_of_a_stored_file_is_what_is_read(kind: str, tmp_path: Path
     cpu = torch.device("cpu")
     assert weight_bytes(checkpoint, torch.bfloat16, cpu) == size
     assert weight_bytes(checkpoint, torch.float32, cpu) == 4 * parameters(checkpoint.config)
+
+
+STORED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+
+
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_stored_weights_are_the_expanded_ones(kind: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, name, gguf.GGMLQuantizationType[kind])
+    expanded = load_checkpoint(path).weights
+    checkpoint = load_checkpoint(path, quantization=None)
+    assert set(checkpoint.weights) == set(expanded)
+    for key, tensor in expanded.items():
+        stored = checkpoint.weights[key]
+        is_matrix = "norm" not in key and "bias" not in key
+        assert isinstance(stored, QuantizedTensor) == (kind.startswith("Q") and is_matrix)
+        assert torch.equal(as_tensor(stored).to(tensor.dtype), tensor), key
+    assert "as stored" in checkpoint.provenance["weights"]
+
+
+def test_stored_weights_stay_in_their_file(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache holds no weights, and the second time the file's metadata are not read."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "llama", gguf.GGMLQuantizationType.Q8_0)
+    folder = load_checkpoint(path, quantization=None).tokenizer_source
+    assert not list(folder.glob("*.safetensors"))
+    monkeypatch.setattr("smart_decoding.models.gguf.read_gguf", None)
+    weights = load_checkpoint(path, quantization=None).weights
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 20_000)
+    with pytest.raises(ModelError, match=r"tiny\.gguf ends within the tensor"):
+        dict(weights)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("int8", 8.5), ("int4", 5.0)])
+def test_matrices_are_rounded_when_loaded(scheme: str, bits: float, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "llama")
+    exact = load_checkpoint(tmp_path / "tiny.gguf").weights
+    rounded = load_checkpoint(tmp_path / "tiny.gguf", quantization=scheme).weights
+    name = "model.layers.0.mlp.down_proj.weight"
+    matrix = rounded[name]
+    assert isinstance(matrix, QuantizedTensor)
+    assert matrix.rows.nbytes * 8 / exact[name].numel() == bits
+    scale = (exact[name].max() - exact[name].min()) / (255 if scheme == "int8" else 15)
+    torch.testing.assert_close(as_tensor(matrix).float(), exact[name], rtol=0.01, atol=float(scale))
+    norm = "model.norm.weight"
+    assert torch.equal(as_tensor(rounded[norm]), as_tensor(exact[norm]))
 
 
 def test_a_gguf_file_that_cannot_be_used_here_is_not_converted(

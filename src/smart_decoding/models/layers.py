@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import Structure
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,8 +81,8 @@ class KVCache:
         """Zeros, in the layout of those who write it."""
         planes = (layers, kv_heads, pages)
         key_page = (head_dim, PAGE) if native else (PAGE, head_dim)
-        keys = torch.zeros(*planes, *key_page, dtype=dtype, device=device)
-        values = torch.zeros(*planes, PAGE, head_dim, dtype=dtype, device=device)
+        keys = _zeros((*planes, *key_page), dtype, device)
+        values = _zeros((*planes, PAGE, head_dim), dtype, device)
         return cls(keys, values, native)
 
     @property
@@ -99,6 +101,15 @@ class KVCache:
         for part in (self.keys, self.values):
             moved = part[..., source // PAGE, source % PAGE, :]
             part[..., target // PAGE, target % PAGE, :] = moved
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU in memory that the system makes when it is first written: a server reserves for many
+    requests, and most programs have one."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
 
 class Workspace:

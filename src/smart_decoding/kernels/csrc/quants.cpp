@@ -24,6 +24,12 @@ static inline void split_nibbles(const uint8_t* bytes, int count, uint8_t* q) {
     }
 }
 
+// Adds bits `shift` to shift + BITS of 32 bytes to quants, above their nibbles.
+template <int BITS>
+static inline void add_high(const uint8_t* bytes, int shift, uint8_t* q) {
+    for (int j = 0; j < 32; j++) q[j] |= (bytes[j] >> shift & ((1 << BITS) - 1)) << 4;
+}
+
 // The six bits of scales and least values of Q4_K and Q5_K, in twelve bytes.
 static inline void six_bits(const uint8_t* from, uint8_t (&bytes)[8][3]) {
     for (int j = 0; j < 4; j++) {
@@ -62,7 +68,7 @@ static void read_super(const uint8_t* at, FileBlock& out) {
         for (int h = 0; h < 2; h++, low += 64, high += 32) {
             uint8_t* q = out.q + 128 * h;
             split_nibbles(low, 64, q);
-            for (int j = 0; j < 128; j++) q[j] |= (high[j % 32] >> (j / 32 * 2) & 3) << 4;
+            for (int part = 0; part < 4; part++) add_high<2>(high, 2 * part, q + 32 * part);
         }
         for (int j = 0; j < 16; j++) out.bytes[j / 2][j % 2] = scales[j];
         out.shared[0] = half_at(at + 208);
@@ -72,8 +78,8 @@ static void read_super(const uint8_t* at, FileBlock& out) {
         six_bits(at + 4, out.bytes);
         const uint8_t *high = at + 16, *low = F == Q5_K ? at + 48 : at + 16;
         for (int c = 0; c < 4; c++) split_nibbles(low + 32 * c, 32, out.q + 64 * c);
-        for (int j = 0; F == Q5_K && j < SUPER_BLOCK; j++)
-            out.q[j] |= (high[j % 32] >> (j / 32) & 1) << 4;
+        for (int part = 0; F == Q5_K && part < 8; part++)
+            add_high<1>(high, part, out.q + 32 * part);
     }
 }
 
@@ -91,34 +97,53 @@ static void read_file_block(const uint8_t* at, FileBlock& out) {
         read_small<F>(at, out);
 }
 
-// What bit `bit` and those after it are of lane `lane` of a plane whose vectors start with `first`.
+// Bits `shift` to shift + BITS of eight bytes, side by side.
 template <int BITS>
-static inline uint32_t plane_word(const FileBlock* rows, int block, int lane, int first,
-                                  int shift) {
-    uint32_t word = 0;
-    for (int i = 0; i < 32 / BITS; i++) {
-        const int f = first + i;
-        const uint8_t q = rows[row_of_lane(f, lane)].q[block * QUANT_BLOCK + k_of_lane(f, lane)];
-        word |= uint32_t(q >> shift & ((1 << BITS) - 1)) << (BITS * i);
+static inline uint64_t gathered(const uint8_t* q, int shift) {
+    constexpr uint64_t ONE = (1 << BITS) - 1, TWO = (1 << 2 * BITS) - 1, FOUR = (1 << 4 * BITS) - 1;
+    uint64_t x = loadu<uint64_t>(q) >> shift & ONE * 0x0101010101010101;
+    x = (x | x >> (8 - BITS)) & TWO * 0x0001000100010001;
+    x = (x | x >> (16 - 2 * BITS)) & FOUR * 0x0000000100000001;
+    return (x | x >> (32 - 4 * BITS)) & ((uint64_t(1) << 8 * BITS) - 1);
+}
+
+// Words of a plane: where pairs are multiplied, two rows take turns, and even and odd k are apart.
+template <int BITS>
+static inline uint8_t* put_words(const uint32_t (&of_row)[VW], uint8_t* to) {
+    if constexpr (!HAS_BF16_PAIRS) {
+        memcpy(to, of_row, sizeof of_row);
+        return to + sizeof of_row;
     }
-    return word;
+    constexpr uint32_t EVEN = 0xffffffffu / ((1 << 2 * BITS) - 1) * ((1 << BITS) - 1);
+    for (int j = 0; j < VW / 2; j++)
+        for (int s = 0; s < 2; s++, to += 4)
+            storeu(to, (of_row[j] >> BITS * s & EVEN)
+                           | (of_row[j + VW / 2] >> BITS * s & EVEN) << BITS);
+    return to;
 }
 
 template <int BITS>
 static inline uint8_t* put_plane(const FileBlock* rows, int block, int shift, uint8_t* to) {
-    for (int first = 0; first < QUANT_BLOCK; first += 32 / BITS)
-        for (int lane = 0; lane < VW; lane++, to += 4)
-            storeu(to, plane_word<BITS>(rows, block, lane, first, shift));
+    for (int first = 0; first < QUANT_BLOCK; first += 32 / BITS) {
+        uint32_t of_row[VW];
+        for (int r = 0; r < VW; r++) {
+            const uint8_t* q = rows[r].q + block * QUANT_BLOCK + first;
+            of_row[r] = 0;
+            for (int i = 0; i < 32 / BITS; i += 8)
+                of_row[r] |= uint32_t(gathered<BITS>(q + i, shift) << BITS * i);
+        }
+        to = put_words<BITS>(of_row, to);
+    }
     return to;
 }
 
 template <int F>
 static uint8_t* put_quants(const FileBlock* rows, int block, uint8_t* to) {
-    constexpr int BITS = FORMATS[F].bits;
+    constexpr int BITS = FORMATS[F].bits, STEP = HAS_BF16_PAIRS ? 2 : 1;
     if constexpr (BITS == 8) {
         for (int f = 0; f < QUANT_BLOCK; f++)
-            for (int lane = 0; lane < VW; lane++)
-                *to++ = rows[row_of_lane(f, lane)].q[block * QUANT_BLOCK + k_of_lane(f, lane)];
+            for (int lane = 0; lane < VW; lane += STEP, to += STEP)
+                memcpy(to, &rows[row_of_lane(f, lane)].q[k_of_lane(f, lane)], STEP);
         return to;
     }
     to = put_plane<4>(rows, block, 0, to);

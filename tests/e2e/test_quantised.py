@@ -1,0 +1,63 @@
+"""A GGUF file's quants as they are stored, and expanded: the same words under every policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.llm import LLM
+
+pytestmark = pytest.mark.model
+
+MODEL = "smollm2-135m"
+QUESTIONS = [
+    "Why is the sky blue?",
+    "Write a Python function that reverses a list.",
+    "Name three rivers in Europe.",
+]
+POLICIES: list[dict[str, Any] | bool] = [
+    False,
+    {"policy": "smart"},
+    {"policy": "eagle2", "depth": 4, "total_tokens": 16},
+    {"method": "union"},
+    {"method": "draft_model", "model": MODEL, "policy": "chain"},
+]
+
+
+def engine(quantization: str | None) -> LLM:
+    return LLM(
+        MODEL,
+        speculative_config=False,
+        quantization=quantization,
+        max_model_len=512,
+        max_num_seqs=4,
+        enable_prefix_caching=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[LLM, LLM]:
+    return engine(None), engine("off")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_no_policy_tells_them_apart(both: tuple[LLM, LLM], temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, max_tokens=24, seed=5)
+    found = []
+    for llm in both:
+        prompts = [
+            llm.tokenizer.encode_chat([{"role": "user", "content": question}])
+            for question in QUESTIONS
+        ]
+        for config in POLICIES:
+            answers = llm.sharing_weights(config).generate(prompts, params)
+            found.append([answer.outputs[0].token_ids for answer in answers])
+    assert all(answers == found[0] for answers in found)
+
+
+def test_what_is_stored_takes_the_room_of_the_file(both: tuple[LLM, LLM]) -> None:
+    stored, expanded = (llm.target.decoder.weight_bytes for llm in both)
+    assert expanded == pytest.approx(2 * 134.5e6, rel=0.02)
+    assert stored == pytest.approx(98.4e6, rel=0.03)

@@ -1,0 +1,185 @@
+// Quants of GGUF files: packed, unpacked and multiplied.
+
+#include <algorithm>
+
+#include "abi.h"
+#include "check.h"
+#include "reference.h"
+
+using check::Random;
+
+namespace {
+
+struct Kind {
+    int64_t format;
+    const char* name;
+    int64_t k, bytes;         // of a block in a file
+    std::vector<int> halves;  // where it has floats of 16 bits
+};
+
+const std::vector<Kind> KINDS = {
+    {BF16_ROWS, "BF16", 32, 64, {}},  {Q4_0, "Q4_0", 32, 18, {0}},
+    {Q4_1, "Q4_1", 32, 20, {0, 2}},   {Q5_0, "Q5_0", 32, 22, {0}},
+    {Q5_1, "Q5_1", 32, 24, {0, 2}},   {Q8_0, "Q8_0", 32, 34, {0}},
+    {Q4_K, "Q4_K", 256, 144, {0, 2}}, {Q5_K, "Q5_K", 256, 176, {0, 2}},
+    {Q6_K, "Q6_K", 256, 210, {208}},  {IQ4_NL, "IQ4_NL", 32, 18, {0}},
+};
+
+float half(const uint8_t* p) {
+    const int bits = p[0] | p[1] << 8, exponent = bits >> 10 & 31;
+    const double mantissa = bits & 1023;
+    const double size =
+        exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+    return float(bits >> 15 ? -size : size);
+}
+
+int bit(const uint8_t* bytes, int i) { return bytes[i / 8] >> i % 8 & 1; }
+
+// Scale `which` (of 8) of Q4_K and Q5_K, and the least value's.
+int six_bits(const uint8_t* s, int which, bool least) {
+    if (which < 4) return s[which + 4 * least] & 63;
+    const int low = least ? s[which + 4] >> 4 : s[which + 4] & 15;
+    return low | (s[which - 4 + 4 * least] >> 6) << 4;
+}
+
+const float NON_LINEAR[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                              1,    13,   25,  38,  53,  69,  89,  113};
+
+// Weight i of a block, as llama.cpp's format says it, in double.
+double value(int64_t format, const uint8_t* b, int i) {
+    const int nibble_at = i % 16, shift = i / 16 * 4;  // of formats of 32
+    auto nibble = [&](int from) { return b[from + nibble_at] >> shift & 15; };
+    const double d = half(b);
+    switch (format) {
+        case BF16_ROWS:
+            return reference::from_bf16(uint16_t(b[2 * i] | b[2 * i + 1] << 8));
+        case Q4_0:
+            return d * (nibble(2) - 8);
+        case Q4_1:
+            return d * nibble(4) + half(b + 2);
+        case Q5_0:
+            return d * ((nibble(6) | bit(b + 2, i) << 4) - 16);
+        case Q5_1:
+            return d * (nibble(8) | bit(b + 4, i) << 4) + half(b + 2);
+        case Q8_0:
+            return d * int8_t(b[2 + i]);
+        case IQ4_NL:
+            return d * NON_LINEAR[nibble(2)];
+        case Q6_K: {
+            const int h = i / 128, j = i % 128;
+            const int low = b[64 * h + j % 64] >> j / 64 * 4 & 15;
+            const int high = b[128 + 32 * h + j % 32] >> j / 32 * 2 & 3;
+            return double(half(b + 208)) * int8_t(b[192 + i / 16]) * ((low | high << 4) - 32);
+        }
+        default: {  // Q4_K, Q5_K
+            const uint8_t* quants = b + (format == Q5_K ? 48 : 16);
+            int q = quants[i / 64 * 32 + i % 32] >> i / 32 % 2 * 4 & 15;
+            if (format == Q5_K) q |= (b[16 + i % 32] >> i / 32 & 1) << 4;
+            return d * six_bits(b + 4, i / 32, false) * q
+                   - double(half(b + 2)) * six_bits(b + 4, i / 32, true);
+        }
+    }
+}
+
+// Random rows [n, k] of a format, and their weights rounded to bf16.
+struct Rows8 {
+    std::vector<uint8_t> file;
+    std::vector<uint16_t> weights;
+    int64_t row_bytes;
+
+    Rows8(Random& random, const Kind& kind, int64_t n, int64_t k)
+        : file(n * k / kind.k * kind.bytes), row_bytes(k / kind.k * kind.bytes) {
+        for (uint8_t& byte : file) byte = uint8_t(random.next());
+        for (int64_t block = 0; block < n * k / kind.k; block++) {
+            uint8_t* at = &file[block * kind.bytes];
+            for (int where : kind.halves)  // of moderate size, subnormal now and then
+                at[where + 1] =
+                    uint8_t(random.chance(0.1) ? random.of({0, 0x80})
+                                               : random.between(0x18, 0x2c) | random.of({0, 0x80}));
+            for (int i = 0; kind.format == BF16_ROWS && i < kind.k; i++)
+                at[2 * i + 1] = uint8_t(random.between(0x3a, 0x3e) | random.of({0, 0x80}));
+            for (int i = 0; i < kind.k; i++)
+                weights.push_back(reference::to_bf16(float(value(kind.format, at, i))));
+        }
+    }
+};
+
+// A weight whose strips have formats of their own, and the same in bf16 panels.
+void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
+    Random random(seed);
+    const int64_t lanes = smart_vector_width();
+    std::vector<Rows8> parts;
+    std::vector<Strip> strips;
+    std::vector<const void*> rows;
+    std::vector<uint16_t> plain;
+    std::vector<std::vector<uint8_t>> memory;
+    std::string names;
+    int64_t n = 0;
+    for (const Kind& kind : kinds) {  // all but the last one fill their strips
+        const bool last = &kind == &kinds.back();
+        const int64_t count = last ? random.between(1, 3 * lanes) : lanes * random.between(1, 3);
+        parts.emplace_back(random, kind, count, k);
+        n += count;
+        names += std::string(names.empty() ? "" : ", ") + kind.name;
+    }
+    for (size_t p = 0; p < parts.size(); p++) {
+        const int64_t count = parts[p].weights.size() / k;
+        for (int64_t r = 0; r < count; r++) rows.push_back(&parts[p].file[r * parts[p].row_bytes]);
+        plain.insert(plain.end(), parts[p].weights.begin(), parts[p].weights.end());
+        while (int64_t(strips.size()) * lanes < int64_t(rows.size())) {
+            const int64_t format = kinds[p].format;
+            memory.emplace_back(smart_strip_bytes(format, k));
+            strips.push_back({memory.back().data(), format});
+        }
+    }
+    while (int64_t(strips.size()) * lanes < smart_packed_rows(n)) {  // of zeros
+        memory.emplace_back(smart_strip_bytes(Q8_0, k));
+        strips.push_back({memory.back().data(), Q8_0});
+    }
+    rows.resize(smart_packed_rows(n), nullptr);
+    check::begin("quants", seed, names + ", n " + std::to_string(n) + ", k " + std::to_string(k));
+    smart_pack_quants(strips.data(), strips.size(), rows.data(), k);
+    const Weight quants{nullptr, strips.data()};
+
+    std::vector<int64_t> index(n);
+    for (int64_t i = 0; i < n; i++) index[i] = i;
+    std::vector<float> unpacked(n * k);
+    smart_unpack(&quants, k, 1, index.data(), int32_t(n), unpacked.data());
+    for (int64_t i = 0; i < n * k; i++)
+        if (!check::near("weight", reference::from_bf16(plain[i]), unpacked[i], 0)) return;
+
+    std::vector<uint16_t> packed(smart_packed_rows(n) * k);
+    smart_pack(plain.data(), n, k, packed.data(), 1);
+    const Weight panels{packed.data(), nullptr};
+    for (int rows_of_x : {1, 2, int(random.between(3, 5)), int(random.between(6, 40))}) {
+        const std::vector<float> x = random.normals(rows_of_x * k);
+        std::vector<float> scratch(x.size()), wanted(rows_of_x * n), found(rows_of_x * n);
+        const int threads = int(random.between(1, 3));
+        smart_linear(x.data(), rows_of_x, &panels, n, k, 1, nullptr, 0, nullptr, scratch.data(),
+                     wanted.data(), n, 0, 3, nullptr, threads);
+        smart_linear(x.data(), rows_of_x, &quants, n, k, 1, nullptr, 0, nullptr, scratch.data(),
+                     found.data(), n, 0, 3, nullptr, threads);
+        if (!check::bits("product", wanted.data(), found.data(), wanted.size())) return;
+    }
+}
+
+}  // namespace
+
+void test_quants() {
+    for (const Kind& kind : KINDS)
+        for (uint64_t seed = 1; seed <= check::seeds(8); seed++) {
+            Random random(seed + 100);
+            const int64_t k = kind.k * (kind.k > 32 ? random.between(1, 3) : random.between(1, 20));
+            one_weight(seed + 1000 * kind.format, {kind}, k);
+        }
+    for (uint64_t seed = 1; seed <= check::seeds(24); seed++) {
+        Random random(seed + 200);
+        std::vector<Kind> kinds;
+        for (int64_t i = random.between(2, 4); i; i--)
+            kinds.push_back(KINDS[random.below(KINDS.size())]);
+        one_weight(seed + 20000, kinds, 256 * random.between(1, 3));
+    }
+    check::begin("quants", 0, "row lengths that are not whole blocks");
+    check::same("Q4_K", 0, smart_strip_bytes(Q4_K, 128));
+    check::same("Q4_0", 0, smart_strip_bytes(Q4_0, 48));
+}

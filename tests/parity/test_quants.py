@@ -1,0 +1,83 @@
+"""Quants of GGUF files on the CPU kernels: the same bits as the expanded weights."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
+
+from smart_decoding.kernels import ops, weights
+from smart_decoding.kernels.weights import QuantizedTensor, as_tensor, interleaved, pack, unpack
+
+pytestmark = pytest.mark.usefixtures("variant")
+KINDS = weights.FORMATS[1:]
+K = 512
+# bytes of a block that begin a float of 16 bits
+HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def quants(kind: str, n: int, seed: int = 0) -> QuantizedTensor:
+    """Random blocks, their scales about 0.01."""
+    rng = np.random.default_rng(seed)
+    size, count = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    blocks = rng.integers(0, 256, (n, K // size, count), dtype=np.uint8)
+    for at in HALVES.get(kind, (0,)):
+        halves = (rng.normal(size=(n, K // size, 1)) * 0.01).astype(np.float16)
+        blocks[:, :, at : at + 2] = halves.view(np.uint8)
+    return QuantizedTensor(blocks.reshape(n, -1), kind, K)
+
+
+def assert_same(found: weights.PackedWeight, wanted: torch.Tensor) -> None:
+    """The same weights, and bit by bit the same products for any number of rows."""
+    assert torch.equal(unpack(found, torch.arange(len(wanted))), wanted.float())
+    x = torch.randn(40, wanted.shape[1])
+    expanded = pack([wanted])
+    for rows in (1, 2, 5, 13, 40):
+        part = x[:rows].contiguous()
+        assert torch.equal(ops.linear(part, found), ops.linear(part, expanded))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_of_expanded_weights(kind: str) -> None:
+    for n in (1, 16, 75):
+        matrix = quants(kind, n, seed=n)
+        wanted = gguf.dequantize(matrix.rows, GGMLQuantizationType[kind])
+        packed = pack([matrix])
+        assert packed.struct.strips
+        assert_same(packed, torch.from_numpy(wanted).bfloat16())
+
+
+def test_stacked_matrices_keep_their_formats() -> None:
+    dense = torch.randn(32, K).bfloat16()
+    parts = [quants("Q4_K", 64), dense, quants("Q6_K", 32)]
+    packed = pack(parts)
+    assert packed.struct.strips
+    assert packed.nbytes < 96 * K * 0.9 + 32 * K * 2
+    assert_same(packed, torch.cat([as_tensor(part) for part in parts]))
+
+
+def test_rows_of_two_formats_in_one_vector_become_bf16() -> None:
+    parts = [quants("Q4_0", 5), quants("Q8_0", 40)]
+    packed = pack(parts)
+    assert not packed.struct.strips
+    assert_same(packed, torch.cat([as_tensor(part) for part in parts]))
+
+
+@pytest.mark.parametrize("n", [32, 40, 7])
+def test_gate_and_up_alternate(n: int) -> None:
+    gate, up = quants("Q4_K", n, 1), quants("Q5_K", n, 2)
+    order = interleaved(n)
+    zero = torch.zeros(1, K, dtype=torch.bfloat16)
+    wanted = torch.cat([as_tensor(gate), as_tensor(up), zero])[torch.from_numpy(order)]
+    assert_same(pack([gate, up], order=order), wanted)
+    assert_same(pack([as_tensor(gate), as_tensor(up)], order=order), wanted)
+
+
+def test_some_rows_of_quants() -> None:
+    matrix = quants("Q5_0", 64)
+    order = np.random.default_rng(0).permutation(64)
+    assert torch.equal(as_tensor(matrix[order]), as_tensor(matrix)[torch.from_numpy(order)])
+    assert_same(pack([matrix[:33]]), as_tensor(matrix)[:33])
