@@ -205,13 +205,14 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
     const int passes = (rows + PASS_ROWS - 1) / PASS_ROWS;
     // Few rows wait for their sums: in small blocks the next one is widened meanwhile.
     const int64_t step = rows <= 4 ? 2 * QUANT_BLOCK : SUPER_BLOCK;
+    [[maybe_unused]] int shaped = 0;
     const Panels mine(n);
     for (int64_t p = mine.first; p < mine.last; p++) {
         for (int64_t i = 0; i < k; i += step) {
             const int64_t depth = std::min<int64_t>(step, k - i);
             const Wide* block = panel.widen(strips + 2 * p, i, depth);
             if constexpr (HAS_TILES) {
-                tile_block(x + i, ld, rows, block, depth, kept.data(), !i);
+                tile_block(x + i, ld, rows, block, depth, kept.data(), !i, shaped);
                 continue;
             }
             for (int pass = 0; pass < passes; pass++) {
@@ -227,7 +228,7 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
             done(r, p * PANEL, loadu<vf>(kept.data() + r * PANEL),
                  loadu<vf>(kept.data() + r * PANEL + VW));
     }
-    if constexpr (HAS_TILES) tile_release();
+    if (shaped) tile_release();
 }
 
 static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf high, bool add) {

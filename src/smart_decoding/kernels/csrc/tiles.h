@@ -89,15 +89,18 @@ static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t d
 }
 
 // All rows over a block of k of a panel that is in the first cache: adds to sums [rows, PANEL], or
-// begins them. The caller releases the tiles.
+// begins them. shaped: rows that the tiles are configured for, or 0; the caller releases them.
 template <class W>
 static void tile_block(const Input<W>* x, int64_t ld, int rows, const W* block, int64_t k,
-                       float* sums, bool begin) {
+                       float* sums, bool begin, int& shaped) {
     const int64_t depth = k * sizeof(W), ld_bytes = ld * sizeof(W);
     for (int row = 0; row < rows; row += TILE_PASS) {
         const int count = std::min(TILE_PASS, rows - row);
         const char* from = (const char*)(x + row * ld);
-        shape_linear_tiles(std::min(count, TILE), std::max(count - TILE, 1));
+        if (count != shaped) {
+            shape_linear_tiles(std::min(count, TILE), std::max(count - TILE, 1));
+            shaped = count;
+        }
         if (count > TILE)
             tile_pass<W, true>(from, ld_bytes, (const char*)block, depth, Prefetch{nullptr, 0},
                                sums + row * PANEL, begin);
