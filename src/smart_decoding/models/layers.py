@@ -109,7 +109,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+    memory = torch.from_numpy(np.zeros(size + 64, np.uint8))
+    start = -memory.data_ptr() % 64  # a vector is to lie in one cache line, as in torch's memory
+    return memory[start : start + size].view(dtype).view(shape)
 
 
 class Workspace:
