@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.models import chat_template
 from smart_decoding.models.registry import DEFAULT_MODEL
 from smart_decoding.multimodal.images import Limits
 
@@ -39,8 +40,10 @@ class EngineArgs:
     enable_prefix_caching: keep the keys of finished requests for prompts that begin alike.
     seed: what the seeds of requests without their own are drawn from.
     stop_at_loops: end an answer that only repeats itself.
-    trust_pickle: load a draft head's pytorch_model.bin too, of which only tensors are read;
-        safetensors only without.
+    chat_template: what makes prompts of conversations, instead of the model's own template: a file,
+        a built-in name (vicuna), or the text itself.
+    trust_pickle: load pytorch_model.bin where a model or draft head has no safetensors, of which
+        only tensors are read; safetensors only without.
     enforce_eager: no CUDA graphs.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run; an error without it.
 
@@ -65,6 +68,7 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     seed: int = 0
     stop_at_loops: bool = False
+    chat_template: str | Path | None = None
     trust_pickle: bool = False
     enforce_eager: bool = False
     allow_slow: bool = False
@@ -77,6 +81,7 @@ class EngineArgs:
         from smart_decoding.models.target import dtype_of  # imported late: torch is slow
 
         dtype_of(self.dtype)
+        self.template()
         if self.quantization not in QUANTIZATIONS:
             known = ", ".join(map(str, QUANTIZATIONS))
             raise ConfigError(f"quantization={self.quantization!r} is not supported: use {known}")
@@ -96,6 +101,10 @@ class EngineArgs:
                 hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)}"
                 raise ConfigError(f"unknown option {name!r}: {hint}")
         return cls(**options)
+
+    def template(self) -> str | None:
+        """The text of the chat template asked for; None for the model's own."""
+        return None if self.chat_template is None else chat_template.read(self.chat_template)
 
     def media_limits(self) -> Limits:
         """What a prompt may hold beside text."""

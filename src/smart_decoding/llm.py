@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -16,6 +17,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels import library
+from smart_decoding.models import chat_template, memory
 from smart_decoding.models.grammars import Grammars
 from smart_decoding.models.kernel_check import require_kernels, require_served
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
@@ -25,12 +27,19 @@ from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.multimodal.messages import as_text, has_pictures, split
 from smart_decoding.multimodal.pixels import load_reader
 from smart_decoding.multimodal.prompts import MediaPrompt, PromptBuilder
-from smart_decoding.speculation import Speculation, build_speculation, check_speculation
+from smart_decoding.speculation import (
+    Speculation,
+    SpeculativeConfig,
+    build_speculation,
+    check_speculation,
+)
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.engine.request import Request, RequestMetrics
     from smart_decoding.engine.stopping import Decode
+
+log = logging.getLogger("smart.llm")
 
 Prompt = str | Sequence[int] | MediaPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -90,24 +99,23 @@ class LLM:
         device = device_of(args.device)
         slow = args.allow_slow
         require_kernels(device, slow)
-        quantization = quantization_of(args, device)
-        checkpoint = load_checkpoint(
-            model, lambda config: require_served(config, device, slow), quantization
-        )
-        self._checkpoint = checkpoint
+        checkpoint = self._checkpoint = _load(args, device)
         self.provenance = dict(checkpoint.provenance)
-        self.tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
+        self.tokenizer = _tokenizer(args, checkpoint)
         self._vision = _prompt_builder(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
-        asked = check_speculation(args.speculative_config, checkpoint, self.tokenizer, longest)
+        asked = check_speculation(
+            args.speculative_config, checkpoint, self.tokenizer, longest, args.trust_pickle
+        )
         if asked.draft is not None:
             require_served(asked.draft.config, device, slow, "the draft model")
         pages = pages_for(args.kv_tokens(longest), args.max_num_seqs)
+        _require_memory(args, checkpoint, asked, pages, longest)
         self.target = TorchTarget(
             checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
         )
         self.speculation: Speculation = build_speculation(
-            asked, checkpoint, self.target, pages, args.max_num_seqs, args.trust_pickle
+            asked, checkpoint, self.target, pages, args.max_num_seqs
         )
         config = EngineConfig(
             pages,
@@ -132,16 +140,15 @@ class LLM:
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
         asked = check_speculation(
-            speculative_config, self._checkpoint, self.tokenizer, config.max_model_len
+            speculative_config,
+            self._checkpoint,
+            self.tokenizer,
+            config.max_model_len,
+            self._args.trust_pickle,
         )
         other = copy.copy(self)
         other.speculation = build_speculation(
-            asked,
-            self._checkpoint,
-            self.target,
-            config.pages,
-            config.max_num_seqs,
-            self._args.trust_pickle,
+            asked, self._checkpoint, self.target, config.pages, config.max_num_seqs
         )
         other.engine = self._engine(other.speculation, config)
         return other
@@ -217,7 +224,7 @@ class LLM:
         if any(not isinstance(message.get("content"), str) for message in messages):
             messages = as_text(split(messages)[0], {})
         text = self.tokenizer.apply_chat_template(messages)
-        return MediaPrompt(self.tokenizer.encode(text, add_special_tokens=False), None, text)
+        return MediaPrompt(self.tokenizer.encode_prompt(text), None, text)
 
     def _text_only(self) -> ConfigError:
         name = self.provenance["model"]
@@ -321,6 +328,42 @@ def _params_for(
             f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one for each"
         )
     return list(params)
+
+
+def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
+    """The target, without its weights."""
+    return load_checkpoint(
+        args.model,
+        lambda config: require_served(config, device, args.allow_slow),
+        quantization_of(args, device),
+        args.trust_pickle,
+    )
+
+
+def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
+    """The model's, with the chat template asked for."""
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
+    given = args.template()
+    if given is not None:
+        tokenizer.template = given
+        tokenizer.template_given = True
+    if tokenizer.template is None:
+        hint = chat_template.hint(checkpoint.tokenizer_source, checkpoint.provenance["model"])
+        if hint:
+            log.warning(hint)
+    return tokenizer
+
+
+def _require_memory(
+    args: EngineArgs, checkpoint: Checkpoint, asked: SpeculativeConfig, pages: int, longest: int
+) -> None:
+    """Raises CapacityError for a model that does not fit, before its weights are read."""
+    rows = max(args.max_num_batched_tokens, 8 * args.max_num_seqs)
+    limits = memory.Limits(args.kv_tokens(longest), pages, rows, longest)
+    device = device_of(args.device)
+    dtype = dtype_of(args.dtype)
+    need = memory.need_of(checkpoint, dtype, device, limits, asked.draft, asked.head)
+    memory.require_memory(checkpoint, need, limits, device)
 
 
 def quantization_of(args: EngineArgs, device: torch.device) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,12 +80,15 @@ class SpeculativeConfig:
     """What a `speculative_config` asks for, as far as it can be checked before any weights are
     loaded.
 
-    options: of the drafter and the policy; draft: the draft model, if there is one."""
+    options: of the drafter and the policy; draft: the draft model, head: the folder of the draft
+    head, if there is one; trust_pickle: whether that may be a pickle."""
 
     method: str
     policy: str
     options: Mapping[str, Any]
     draft: Checkpoint | None = None
+    head: Path | None = None
+    trust_pickle: bool = False
 
 
 def check_speculation(
@@ -93,25 +96,41 @@ def check_speculation(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     max_model_len: int,
+    trust_pickle: bool = False,
 ) -> SpeculativeConfig:
-    """checkpoint, tokenizer: the target's. Raises ConfigError for what is no config and for an
-    unknown method, policy or option, ModelError for a draft model with another vocabulary or too
-    short a context."""
+    """checkpoint, tokenizer: the target's; trust_pickle: a draft model or head may be a pickle.
+
+    Raises ConfigError for what is no config and for an unknown method, policy or option, ModelError
+    for a head that is missing and a draft model with another vocabulary or too short a context."""
     if config is False:
         return SpeculativeConfig("none", "off", {})
     given = _as_dict(config)
-    name = checkpoint.provenance["model"]
-    has_head = "model" in given or shipped_head(name)
+    shipped = shipped_head(checkpoint.provenance["model"])
+    has_head = "model" in given or shipped
     asks_for_itself = has_head or "method" in given or _leaves_out_siblings(given)
-    draft = None if asks_for_itself else _sibling(checkpoint, tokenizer, max_model_len)
+    draft = None
+    if not asks_for_itself:
+        draft = _sibling(checkpoint, tokenizer, max_model_len, trust_pickle)
     default = "eagle" if has_head else "draft_model" if draft else "ngram"
     method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     check_plain(method, policy)
-    ours = user_options(policy) if method != "none" else []
     theirs = _method_options(method, bool(has_head))
+    _check_known(method, policy, given, theirs)
+    check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
+    if method == "draft_model" and draft is None:
+        draft = _draft_checkpoint(
+            given.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
+        )
+    head = _head(method, given.pop("model", None) or shipped, trust_pickle)
+    return SpeculativeConfig(method, policy, given, draft, head, trust_pickle)
+
+
+def _check_known(method: str, policy: str, given: Mapping[str, Any], theirs: Sequence[str]) -> None:
+    """theirs: the method's options."""
+    ours = user_options(policy) if method != "none" else []
     unknown = [option for option in given if option not in (*ours, *theirs)]
     if unknown and method == "none":
         raise ConfigError(f"method 'none' takes no options, but {unknown[0]!r} is given")
@@ -121,10 +140,17 @@ def check_speculation(
             f"method {method!r} takes: {', '.join(theirs) or 'none'}; "
             f"policy {policy!r}: {', '.join(ours) or 'none'}"
         )
-    check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
-    if method == "draft_model" and draft is None:
-        draft = _draft_checkpoint(given.pop("model", None), checkpoint, tokenizer, max_model_len)
-    return SpeculativeConfig(method, policy, given, draft)
+
+
+def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | None:
+    """The folder of the draft head that a method drafts with, fetched if need be."""
+    if method == "eagle" and name is None:
+        raise ConfigError(
+            "method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram"
+        )
+    if name is None or method not in ("eagle", "union"):
+        return None
+    return head_folder(name, trust_pickle)
 
 
 def _leaves_out_siblings(given: Mapping[str, Any]) -> bool:
@@ -132,7 +158,9 @@ def _leaves_out_siblings(given: Mapping[str, Any]) -> bool:
     return given.get("policy") == "off" or not given.keys().isdisjoint(_parameters(NgramDrafter))
 
 
-def _sibling(target: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Checkpoint | None:
+def _sibling(
+    target: Checkpoint, tokenizer: Tokenizer, max_model_len: int, trust_pickle: bool
+) -> Checkpoint | None:
     """The smaller built-in model that drafts for the target by default, if it is at hand and
     fits."""
     name = target.provenance["model"]
@@ -140,7 +168,7 @@ def _sibling(target: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Ch
     if sibling is None:
         return None
     try:
-        draft = _draft_checkpoint(sibling, target, tokenizer, max_model_len)
+        draft = _draft_checkpoint(sibling, target, tokenizer, max_model_len, trust_pickle)
     except (DownloadError, ModelError) as error:
         log.warning("%s cannot draft for %s, so n-grams do: %s", sibling, name, error)
         return None
@@ -184,14 +212,12 @@ def build_speculation(
     target: TorchTarget,
     pages: int,
     max_num_seqs: int,
-    trust_pickle: bool = False,
 ) -> Speculation:
-    """Builds what was asked for; trust_pickle: a head may be a pickle. Raises ConfigError for bad
-    values of a drafter's options, ModelError for a head that does not fit."""
+    """Builds what was asked for. Raises ConfigError for bad values of a drafter's options,
+    ModelError for a head that does not fit."""
     if asked.method == "none":
         return Speculation(make_policy("off"), None)
-    default_head = shipped_head(checkpoint.provenance["model"])
-    builder = _Builder(checkpoint, target, pages, max_num_seqs, asked, default_head, trust_pickle)
+    builder = _Builder(checkpoint, target, pages, max_num_seqs, asked)
     drafter = builder.drafter(asked.method)
     cost = builder.cost(drafter) if "cost" in policy_options(asked.policy) else None
     offered = {
@@ -215,10 +241,10 @@ def fastest_selection() -> Selection:
 
 
 def _draft_checkpoint(
-    name: Any, target: Checkpoint, tokenizer: Tokenizer, max_model_len: int
+    name: Any, target: Checkpoint, tokenizer: Tokenizer, max_model_len: int, trust_pickle: bool
 ) -> Checkpoint:
     check_draft("draft_model", name, "model=NAME")
-    draft = load_checkpoint(name, quantization=target.quantization)
+    draft = load_checkpoint(name, quantization=target.quantization, trust_pickle=trust_pickle)
     called = draft.provenance["model"]
     check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), tokenizer, called)
     try:
@@ -277,8 +303,6 @@ class _Builder:
         pages: int,
         max_num_seqs: int,
         asked: SpeculativeConfig,
-        default_head: Path | None,
-        trust_pickle: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._target = target
@@ -286,10 +310,9 @@ class _Builder:
         self._seqs = max_num_seqs
         self.left = dict(asked.options)
         self._draft = asked.draft
-        self._default_head = default_head
-        self._trust_pickle = trust_pickle
+        self._trust_pickle = asked.trust_pickle
         self.model: EagleHead | DraftModel | None = None
-        self.folder: Path | None = None
+        self.folder = asked.head
         self.description = ""
 
     def drafter(self, method: str) -> Drafter:
@@ -325,13 +348,7 @@ class _Builder:
         from smart_decoding.models.eagle_head import EagleHead
         from smart_decoding.models.target import fitting_memory
 
-        folder = self.left.pop("model", None) or self._default_head
-        if folder is None:
-            raise ConfigError(
-                "method 'eagle' needs a head: give model=FOLDER (smart train makes one), "
-                "or use ngram"
-            )
-        self.folder = head_folder(folder, self._trust_pickle)
+        assert self.folder is not None
         files = self._with_images(
             load_head(self.folder, self._checkpoint.config, self._trust_pickle)
         )
@@ -361,7 +378,7 @@ class _Builder:
         return files
 
     def _union(self) -> Drafter:
-        if self._default_head or "model" in self.left:
+        if self.folder is not None:
             parts = [self._eagle(), self._ngram()]
         else:
             parts = [self._ngram(), self._recycling()]

@@ -145,6 +145,7 @@ def test_move_kv(head_dim: int, dtype: torch.dtype) -> None:
     torch does."""
     torch.manual_seed(0)
     plain = KVCache.empty(2, 3, 5, head_dim, dtype, torch.device("cpu"), native=False)
+    assert plain.keys.data_ptr() % 64 == plain.values.data_ptr() % 64 == 0
     for tensor in (plain.keys, plain.values):
         tensor.copy_(torch.randn_like(tensor))
     native = KVCache(in_pairs(plain.keys.mT), in_pairs(plain.values), native=True)

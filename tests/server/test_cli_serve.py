@@ -47,7 +47,8 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
     file.write_text(
         'model = "m"\nport = 9000\nmax_queue = 3\npolicy = "eagle2"\n'
         'method = "ngram"\napi-key = ["a", "b"]\n'
-        "queue-timeout = 5\ntrust-pickle = true\n[policy-option]\ndepth = 2\n"
+        'quantization = "int8"\nqueue-timeout = 5\ntrust-pickle = true\n'
+        "[policy-option]\ndepth = 2\n"
     )
     assert (
         cli.main(["serve", "--port", "8000", "--config", str(file), "--max-n", "2", "--seed", "5"])
@@ -61,10 +62,24 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
         5,
     )
     assert options["trust_pickle"] is True
+    assert options["quantization"] == "int8"
     assert options["seed"] == 5
     assert settings.api_keys == ("a", "b")
     assert settings.model_name == options["model"] == "m"
     assert options["speculative_config"] == {"method": "ngram", "policy": "eagle2", "depth": 2}
+
+
+def test_the_chat_template_reaches_the_model_and_is_read_before_it(
+    served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "--chat-template", "vicuna"]) == 0
+    assert served[0][1]["chat_template"] == "vicuna"
+    missing = tmp_path / "none.jinja"
+    assert cli.main(["serve", "--chat-template", str(missing)]) == 2
+    assert len(served) == 1
+    err = capsys.readouterr().err
+    assert str(missing) in err
+    assert err.count("\n") == 1
 
 
 def test_limits_of_pictures_reach_the_model(served: Any, tmp_path: Path) -> None:

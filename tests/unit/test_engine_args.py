@@ -20,6 +20,10 @@ from smart_decoding.llm import LLM
         ),
         ({"tensor_parallel": 2}, "unknown option 'tensor_parallel': use model, speculative_config"),
         ({"dtype": "int3"}, "dtype='int3' is not supported"),
+        (
+            {"quantization": "int3"},
+            "quantization='int3' is not supported: use None, off, int8, int4",
+        ),
         ({"max_num_seqs": 0}, "max_num_seqs=0 is not allowed: it must be at least 1"),
         ({"limit_mm_per_prompt": {"smell": 1}}, "limit_mm_per_prompt: 'smell'"),
     ],

@@ -21,6 +21,7 @@ from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.hub_repository import is_complete
 from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.memory import parameters, weight_bytes
 from smart_decoding.models.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {
@@ -92,9 +93,14 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def assert_refused(path: Path | str, *words: str, error: type[ModelError] = ModelError) -> None:
+def assert_refused(
+    path: Path | str,
+    *words: str,
+    error: type[ModelError] = ModelError,
+    trust_pickle: bool = False,
+) -> None:
     with pytest.raises(error) as caught:
-        load_checkpoint(path)
+        load_checkpoint(path, trust_pickle=trust_pickle)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -235,8 +241,9 @@ def test_refuses_damaged_folders(folder: Path) -> None:
     weights.write_bytes(b"no tensors here")
     assert_refused(folder, "model.safetensors", "corrupt")
     weights.rename(folder / "pytorch_model.bin")
-    assert_refused(folder, "pickled", "pytorch_model.bin", "safetensors")
-    assert_refused(folder / "pytorch_model.bin", "pickled")
+    assert_refused(folder, "pickled", "pytorch_model.bin", "safetensors", "--trust-pickle")
+    assert_refused(folder / "pytorch_model.bin", "pickled", "--trust-pickle")
+    assert_refused(folder, "pytorch_model.bin", "corrupt", trust_pickle=True)
     (folder / "pytorch_model.bin").unlink()
     assert_refused(folder, "no model.safetensors")
     (folder / "config.json").write_text("{")
@@ -271,6 +278,87 @@ def test_one_file_comes_before_an_older_index(tmp_path: Path) -> None:
     assert is_complete(tmp_path / "model") == (tmp_path / "model" / "tokenizer.json").is_file()
 
 
+# pytorch_model.bin
+# ------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def pickled(folder: Path, shards: int, legacy: bool = False) -> dict[str, torch.Tensor]:
+    """Turns a folder's weights into pickles, as transformers wrote them before safetensors."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stored = {**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    names = sorted(stored)
+    weight_map = {}
+    for i in range(shards):
+        end = f"-{i + 1:05d}-of-{shards:05d}.bin" if shards > 1 else ".bin"
+        part = {name: stored[name] for name in names[i::shards]}
+        zipped = not legacy
+        torch.save(part, folder / f"pytorch_model{end}", _use_new_zipfile_serialization=zipped)
+        weight_map.update(dict.fromkeys(part, f"pytorch_model{end}"))
+    if shards > 1:
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return weights
+
+
+@pytest.mark.parametrize(("shards", "legacy"), [(1, False), (3, False), (1, True)])
+def test_reads_pickled_weights_where_they_are_trusted(
+    folder: Path, shards: int, legacy: bool
+) -> None:
+    expected = pickled(folder, shards, legacy)
+    assert_refused(folder, "pytorch_model", "--trust-pickle", "trust_pickle=True")
+    checkpoint = load_checkpoint(folder, trust_pickle=True)
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.weights[name], tensor), name
+    assert checkpoint.provenance["dtype"] == "F32"
+
+
+def test_safetensors_come_before_pickles(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    assert load_checkpoint(folder, trust_pickle=True).weights["model.norm.weight"].shape == (32,)
+
+
+def test_pickled_weights_stay_on_disk_until_they_are_asked_for(folder: Path) -> None:
+    """What changes in the file changes in the tensors, which are mapped."""
+    weights = pickled(folder, 1)
+    path = folder / "pytorch_model.bin"
+    found = load_checkpoint(folder, trust_pickle=True).weights["model.norm.weight"]
+    content = path.read_bytes()
+    before = weights["model.norm.weight"].numpy().tobytes()
+    at = content.index(before)
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes(len(before)))
+    assert found.count_nonzero() == 0
+
+
+def test_pickles_run_no_code_and_damaged_ones_are_one_line(folder: Path, tmp_path: Path) -> None:
+    pickled(folder, 3)
+    second = folder / "pytorch_model-00002-of-00003.bin"
+    whole = second.read_bytes()
+    torch.save({"model.norm.weight": Spy(tmp_path / "ran")}, second)
+    assert_refused(folder, second.name, "more than tensors", trust_pickle=True)
+    assert not (tmp_path / "ran").exists()
+    torch.save([torch.zeros(2)], second)
+    assert_refused(folder, second.name, "no table of tensors", trust_pickle=True)
+    second.write_bytes(whole[: len(whole) // 2])
+    assert_refused(folder, second.name, "corrupt", trust_pickle=True)
+    torch.save({}, second)
+    assert_refused(folder, second.name, "lacks", "index", trust_pickle=True)
+    second.unlink()
+    assert_refused(folder, second.name, "missing", trust_pickle=True)
+
+
 # GGUF
 # ------------------------------------------------------------------------------------------
 
@@ -294,6 +382,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -318,12 +408,15 @@ def write_gguf(
     """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read
     back."""
     model = tiny_model(name)
-    architecture = {"qwen2": "qwen2"}.get(name, "llama")
+    architecture = name if name.startswith("qwen") else "llama"
     writer = gguf.GGUFWriter(path, architecture)
     add_shape(writer)
+    if "head_dim" in FAMILIES[name][1]:  # as llama.cpp's converter writes it where it is its own
+        writer.add_key_length(model.config.head_dim)
+        writer.add_value_length(model.config.head_dim)
     for key, value in metadata.items():
         writer.add_uint32(f"{architecture}.{key}", value)
-    add_tokenizer(writer, "qwen2" if name == "qwen2" else "smollm")
+    add_tokenizer(writer, "qwen2" if name.startswith("qwen") else "smollm")
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
     weights = model.state_dict()
@@ -380,7 +473,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     writer.add_eos_token_id(2)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama3", "qwen2", "qwen3"])
 def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf", name)
     checkpoint = load_checkpoint(tmp_path / "tiny.gguf")
@@ -388,6 +481,8 @@ def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     for key, tensor in expected.items():
         assert torch.equal(checkpoint.weights[key], tensor), key
     assert checkpoint.config.qkv_bias == (name in ("qwen2", "llama-bias"))
+    assert checkpoint.config.qk_norm == (name == "qwen3")
+    assert checkpoint.config.head_dim == (16 if name == "qwen3" else 8)
     assert checkpoint.config.tie_embeddings == (name in ("llama", "qwen2"))
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     assert tokenizer.encode("he<|eos|>") == [259, 2]
@@ -399,6 +494,21 @@ def test_dequantises_like_the_gguf_package(kind: str, tmp_path: Path) -> None:
     weights = load_checkpoint(tmp_path / "tiny.gguf").weights
     for key, tensor in expected.items():
         assert torch.equal(weights[key], tensor), key
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "BF16"])
+def test_the_estimate_of_a_stored_file_is_what_is_read(kind: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "qwen3", gguf.GGMLQuantizationType[kind])
+    checkpoint = load_checkpoint(tmp_path / "tiny.gguf", quantization=None)
+    weights = checkpoint.weights.values()
+    assert any(isinstance(weight, QuantizedTensor) for weight in weights) == (kind != "BF16")
+    size = sum(
+        weight.rows.nbytes if isinstance(weight, QuantizedTensor) else 2 * weight.numel()
+        for weight in weights
+    )
+    cpu = torch.device("cpu")
+    assert weight_bytes(checkpoint, torch.bfloat16, cpu) == size
+    assert weight_bytes(checkpoint, torch.float32, cpu) == 4 * parameters(checkpoint.config)
 
 
 STORED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]

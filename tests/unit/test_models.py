@@ -366,6 +366,29 @@ def test_names_that_mean_nothing(name: str, words: list[str]) -> None:
     assert_one_line(error, *words)
 
 
+def test_pickles_of_the_hub_are_fetched_where_they_are_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hub_folder(tmp_path, "config.json", "tokenizer.model")
+    asked: list[str] = []
+
+    def snapshot(_: str, **options: Any) -> str:
+        asked.extend(options["allow_patterns"])
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(ModelError) as error:
+        resolve("lmsys/vicuna-13b-v1.3")
+    assert_one_line(error, "lmsys/vicuna-13b-v1.3", "no safetensors", "--trust-pickle")
+    assert not any(pattern.endswith(".bin") for pattern in asked)
+    assert resolve("lmsys/vicuna-13b-v1.3", trust_pickle=True).path == folder
+    assert asked[-1] == "pytorch_model*.bin"
+    asked.clear()
+    hub_folder(tmp_path, "model.safetensors")
+    assert resolve("lmsys/vicuna-13b-v1.3", trust_pickle=True).path == folder
+    assert not any(pattern.endswith(".bin") for pattern in asked)
+
+
 def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

@@ -19,7 +19,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from smart_decoding.bench.data import load_task
 from smart_decoding.engine.stopping import Detokenizer
+from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.models import chat_template
 from smart_decoding.models.tokenizer import Tokenizer
 
 CHATML = (
@@ -141,6 +143,11 @@ def test_where_templates_and_special_tokens_are_found(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert Tokenizer.load(tmp_path).eos_ids == (2,)
     assert Tokenizer.load(tmp_path).template == "A"
+    for name in ("chat_template.json", "processor_config.json"):
+        (tmp_path / "tokenizer_config.json").write_text("{}")
+        (tmp_path / name).write_text(json.dumps({"chat_template": name}))
+        assert Tokenizer.load(tmp_path).template == name
+        (tmp_path / name).unlink()
     (tmp_path / "chat_template.jinja").write_text("B")
     assert Tokenizer.load(tmp_path).template == "B"
 
@@ -216,6 +223,79 @@ def test_templates_that_fail_are_one_clear_error() -> None:
 def test_templates_are_confined(attack: str) -> None:
     with pytest.raises(ConfigError, match="chat template"):
         render(attack)
+
+
+VICUNA_SAYS = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+TURNS = [
+    {"role": "user", "content": "Hello!"},
+    {"role": "assistant", "content": "Hi!"},
+    {"role": "user", "content": "How are you?"},
+]
+
+
+def test_vicunas_template_is_that_of_fastchat() -> None:
+    """What its documentation gives as an example of version 1.1."""
+    template = chat_template.read("vicuna")
+    turns = "USER: Hello! ASSISTANT: Hi!</s>USER: How are you? ASSISTANT:"
+    assert render(template, TURNS) == VICUNA_SAYS + turns
+    system = [{"role": "system", "content": "Be brief."}]
+    assert render(template, system + TURNS) == "Be brief. " + turns
+    assert TINY.apply_chat_template(TURNS[:2], False, template) == (
+        VICUNA_SAYS + "USER: Hello! ASSISTANT: Hi!</s>"
+    )
+    with pytest.raises(ConfigError, match="after one system message"):
+        render(template, TURNS + system)
+
+
+def test_a_template_is_a_file_a_built_in_name_or_its_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}é\n", encoding="utf-8")
+    template = chat_template.read(tmp_path / "mine.jinja")
+    assert render(template, TURNS) == render(chat_template.read(template), TURNS) == "Hello!é"
+    assert render(chat_template.read(str(tmp_path / "mine.jinja")), TURNS) == "Hello!é"
+
+
+def test_a_template_that_was_given_may_leave_the_beginning_to_the_tokenizer() -> None:
+    """Llama 3's tokenizers begin texts, and its own templates write that."""
+    llama = Tokenizer.from_gguf(metadata("llama-bpe"))
+    bos = llama.specials["bos_token"]
+    assert llama.encode("he")[0] == llama.token_id(bos)
+    assert llama.encode_prompt("he") == llama.encode("he")[1:]
+    llama.template_given = True
+    assert llama.encode_prompt("he") == llama.encode_prompt(bos + "he") == llama.encode("he")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["mine.jinja", "No such file", "vicuna"]),
+        (b"\xff", ["mine.jinja", "UTF-8", "vicuna"]),
+        (b"{% if %}", ["mine.jinja", "no Jinja template", "line 1"]),
+    ],
+)
+def test_templates_that_cannot_be_used_are_found_at_once(
+    tmp_path: Path, content: bytes | None, words: list[str]
+) -> None:
+    path = tmp_path / "mine.jinja"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        EngineArgs(chat_template=path)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_model_that_seems_to_be_a_vicuna_gets_a_hint(tmp_path: Path) -> None:
+    assert "--chat-template vicuna" in chat_template.hint(tmp_path, "lmsys/vicuna-13b-v1.3")
+    assert chat_template.hint(tmp_path, "mine") == ""
+    config = {"text_config": {"_name_or_path": "lmsys/vicuna-7b-v1.5"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    hint = chat_template.hint(tmp_path, "mine")
+    assert hint.startswith("mine has no chat template")
+    assert "\n" not in hint
 
 
 def test_a_prompt_is_all_of_it_and_no_more(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from smart_decoding.bench.data import DEFAULT_TASKS, TASKS
 from smart_decoding.drafters import METHODS, check_draft
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
+from smart_decoding.models import chat_template
 from smart_decoding.models.registry import DEFAULT_MODEL
 
 BASELINE, OURS = "off", "smart"
@@ -65,6 +66,7 @@ class BenchOptions:
     time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
     json, html: files for the results and for the report; plots: folder for pictures, made if need
     be. resume: a file that keeps what is measured, so that the same command goes on after a cut.
+    quantization, chat_template, trust_pickle: as `EngineArgs` takes them.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run.
     Raises ConfigError for anything that cannot be run."""
 
@@ -95,9 +97,14 @@ class BenchOptions:
     load: Sequence[float] = ()
     blocks: bool = False
     skip: int = 0
+    quantization: str | None = None
+    chat_template: str | None = None
+    trust_pickle: bool = False
     allow_slow: bool = False
 
     def __post_init__(self) -> None:
+        if self.chat_template is not None:
+            chat_template.read(self.chat_template)
         _at_least_one("batch_sizes", self.batch_sizes)
         _at_least_one(
             "limit, max_tokens, least_blocks", (self.limit, self.max_tokens, self.least_blocks)

@@ -258,6 +258,7 @@ def load(options: BenchOptions) -> LLM:
         options.model,
         speculative_config=False,
         dtype=options.dtype,
+        quantization=options.quantization,
         device=options.device,
         max_num_seqs=largest,
         kv_cache_tokens=max(
@@ -267,6 +268,8 @@ def load(options: BenchOptions) -> LLM:
         max_model_len=options.max_tokens + LONG_PROMPT if long else None,
         seed=options.seed,
         stop_at_loops=True,
+        chat_template=options.chat_template,
+        trust_pickle=options.trust_pickle,
         allow_slow=options.allow_slow,
     )
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="read a pickled head, of which only tensors are taken",
+        help="read a pickled head or model, of which only tensors are taken",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
 
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("give the head's target: --model NAME")
     if args.output.exists() and (own or Path(args.head)).resolve() == args.output.resolve():
         raise ConfigError(f"--output {args.output} is the head itself: give another folder")
-    checkpoint = load_checkpoint(model)
+    checkpoint = load_checkpoint(model, trust_pickle=args.trust_pickle)
     files = load_head(
         own or head_folder(args.head, args.trust_pickle), checkpoint.config, args.trust_pickle
     )

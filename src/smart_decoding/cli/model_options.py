@@ -9,6 +9,7 @@ from typing import Any
 from smart_decoding.cli.arguments import ALLOW_SLOW, Option, key_value
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.errors import ConfigError
+from smart_decoding.models import chat_template
 
 DTYPES = ("bf16", "bfloat16", "fp32", "float32")
 
@@ -24,6 +25,14 @@ def policy_name(name: str) -> str:
 
 
 DTYPE = Option("dtype", str, "bf16", "of weights and KV cache", DTYPES)
+QUANTIZATION = Option(
+    "quantization",
+    str,
+    None,
+    "round weights to int8 or int4, or expand those of a GGUF file (off)",
+    ("off", "int8", "int4"),
+    shown="as they are stored",
+)
 DEVICE = Option("device", str, "auto", "auto, cpu or cuda")
 METHOD = Option(
     "method",
@@ -41,8 +50,16 @@ DRAFT = Option(
     "same vocabulary",
     shown="the model's own head",
 )
+TRUST_PICKLE = Option(
+    "trust-pickle",
+    bool,
+    False,
+    "load models and draft heads that are pickled (pytorch_model.bin), tensors only",
+    shown="off",
+)
 MODEL_OPTIONS = (
     DTYPE,
+    QUANTIZATION,
     DEVICE,
     Option("enforce-eager", bool, False, "no CUDA graphs", shown="off"),
     ALLOW_SLOW,
@@ -73,12 +90,13 @@ MODEL_OPTIONS = (
         shown="none",
     ),
     Option(
-        "trust-pickle",
-        bool,
-        False,
-        "load draft heads that are pickled (pytorch_model.bin), tensors only",
-        shown="off",
+        "chat-template",
+        str,
+        None,
+        "file, or built-in name (vicuna), of what makes prompts of conversations",
+        shown="the model's own",
     ),
+    TRUST_PICKLE,
     Option(
         "max-model-len",
         int,
@@ -90,8 +108,19 @@ MODEL_OPTIONS = (
 
 
 def llm_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `LLM` takes of them, `speculative_config` checked."""
-    names = ("dtype", "device", "max_model_len", "trust_pickle", "enforce_eager", "allow_slow")
+    """What `LLM` takes of them, `speculative_config` and the chat template checked."""
+    if args.chat_template is not None:
+        chat_template.read(args.chat_template)
+    names = (
+        "dtype",
+        "quantization",
+        "device",
+        "max_model_len",
+        "chat_template",
+        "trust_pickle",
+        "enforce_eager",
+        "allow_slow",
+    )
     return {
         "speculative_config": speculative_config(args),
         **{name: getattr(args, name) for name in names},

@@ -7,7 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from smart_decoding.cli.arguments import ALLOW_SLOW, add_options
-from smart_decoding.cli.model_options import DEVICE, DRAFT, DTYPE, METHOD, speculative_config
+from smart_decoding.cli.model_options import (
+    DEVICE,
+    DRAFT,
+    DTYPE,
+    METHOD,
+    QUANTIZATION,
+    TRUST_PICKLE,
+    speculative_config,
+)
 from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -23,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, what drafts, and the time to measure for."""
     drafting = tuple(method for method in METHOD.choices or () if method != "none")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name, hub id, folder or GGUF file")
-    add_options(parser, (DTYPE, DEVICE, ALLOW_SLOW, replace(METHOD, choices=drafting), DRAFT))
+    of_model = (DTYPE, QUANTIZATION, DEVICE, ALLOW_SLOW, TRUST_PICKLE)
+    add_options(parser, (*of_model, replace(METHOD, choices=drafting), DRAFT))
     # A policy that needs no profile.
     parser.set_defaults(policy="eagle2", policy_option=[], method_option=[])
     parser.add_argument("--seconds", type=float, default=6.0, help="time to measure for")
@@ -41,8 +50,10 @@ def main(args: argparse.Namespace) -> int:
     llm = LLM(
         args.model,
         dtype=args.dtype,
+        quantization=args.quantization,
         device=args.device,
         speculative_config=config,
+        trust_pickle=args.trust_pickle,
         allow_slow=args.allow_slow,
     )
     model = llm.speculation.model

@@ -6,6 +6,7 @@ Everything that can be wrong is checked before a model is loaded.
 from __future__ import annotations
 
 import argparse
+import logging
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -72,9 +73,10 @@ def main(args: argparse.Namespace) -> None:
     text = read_prompt(args.prompt)
     images = read_images(args.image)
     if images:
-        check_takes_images(args.model)
+        check_takes_images(args.model, args.trust_pickle)
     from smart_decoding.llm import LLM
 
+    show_memory()
     llm = LLM(args.model or DEFAULT_MODEL, max_num_seqs=1, **options)
     announce_default(llm, options["speculative_config"])
     prompt: Prompt
@@ -87,6 +89,14 @@ def main(args: argparse.Namespace) -> None:
     answer = stream_answer(llm, prompt, params)
     if args.stats:
         print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
+
+
+def show_memory() -> None:
+    """Lets the estimate of a model's memory appear on standard error, on a terminal."""
+    logger = logging.getLogger("smart.memory")
+    if sys.stderr.isatty() and not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
 
 
 def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
@@ -127,11 +137,14 @@ def read_images(paths: Sequence[Path]) -> list[Any]:
     return images
 
 
-def check_takes_images(model: str | None) -> None:
+def check_takes_images(model: str | None, trust_pickle: bool = False) -> None:
     """Raises ConfigError for a model of text only (None: the default), before weights are read."""
     from smart_decoding.models.loading import load_checkpoint
 
-    if model is None or load_checkpoint(model).vision is None:
+    if (
+        model is None
+        or load_checkpoint(model, quantization=None, trust_pickle=trust_pickle).vision is None
+    ):
         name = model or DEFAULT_MODEL
         raise ConfigError(
             f"{name} reads text only: give a --model that takes images (docs/vision.md)"

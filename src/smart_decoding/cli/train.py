@@ -85,7 +85,11 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
         help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)",
     )
     add("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
-    add("--trust-pickle", action="store_true", help="the head of --init may be pickled")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="the model and the head of --init may be pickled",
+    )
     add(
         "--export",
         choices=("eagle3", "speculators", "eagle"),
@@ -127,7 +131,13 @@ def main(args: argparse.Namespace) -> int:
         _write_visual_positions(args.output / "config.json", options.supports_images)
         held_out = picture_turns(turns[1], args.prior_prompts)
     print(json.dumps(figures, indent=1))
-    learn_prior(args.model, args.output, held_out[: args.prior_prompts], allow_slow=args.allow_slow)
+    learn_prior(
+        args.model,
+        args.output,
+        held_out[: args.prior_prompts],
+        trust_pickle=args.trust_pickle,
+        allow_slow=args.allow_slow,
+    )
     config = json.dumps({"method": "eagle", "model": str(args.output)})
     print(f"the head is in {args.output}: LLM(..., speculative_config={config})")
     return 0
@@ -142,7 +152,9 @@ def _target(args: argparse.Namespace) -> Checkpoint:
     device = device_of("auto")  # where LLM will run, for the conversations and for the prior
     require_kernels(device, args.allow_slow)
     checkpoint = load_checkpoint(
-        args.model, lambda config: require_served(config, device, args.allow_slow)
+        args.model,
+        lambda config: require_served(config, device, args.allow_slow),
+        trust_pickle=args.trust_pickle,
     )
     if args.images is not None and checkpoint.vision is None:
         raise ConfigError(
@@ -220,6 +232,7 @@ def _generate(
         kv_cache_tokens=CONCURRENT * 400,
         enable_prefix_caching=False,
         stop_at_loops=True,
+        trust_pickle=args.trust_pickle,
         allow_slow=args.allow_slow,
     )
     recorder = Recorder(aux_layers)

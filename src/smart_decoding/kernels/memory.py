@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def address(array: Any) -> int:
@@ -18,3 +21,8 @@ def address(array: Any) -> int:
 def address_or_none(array: Any) -> int | None:
     """The address, or None of None: a null pointer."""
     return None if array is None else address(array)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's first element, or None of None: a null pointer."""
+    return None if tensor is None else tensor.data_ptr()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import abi, library
+from smart_decoding.kernels.memory import pointer
 from smart_decoding.kernels.weights import INTO_CACHES, PackedWeight
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
@@ -183,8 +184,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, column: int = 0
         out.data_ptr() + 4 * column,
         out.shape[1],
     )
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's first element, or None of None: a null pointer."""
-    return None if tensor is None else tensor.data_ptr()

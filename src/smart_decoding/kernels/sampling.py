@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.kernels.library import library
-from smart_decoding.kernels.memory import address
-from smart_decoding.kernels.ops import pointer
+from smart_decoding.kernels.memory import address, pointer
 
 NOT_DRAWN = -1
 _DRAW = np.dtype(

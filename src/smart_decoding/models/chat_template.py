@@ -1,5 +1,6 @@
 """Chat templates: the Jinja program a model ships that turns a conversation into its prompt.
 
+A model without one can be given one: a file, or one of those built in here.
 Templates come with downloaded models, so they run in Jinja's sandbox, with the environment that
 transformers gives them, and get plain JSON data only.
 """
@@ -15,17 +16,76 @@ from typing import Any, NoReturn
 
 from smart_decoding.errors import ConfigError
 
+# FastChat's conversation "vicuna_v1.1", of Vicuna 1.1 to 1.5; the tokenizer begins it
+_VICUNA = (
+    "{% if messages and messages[0].role == 'system' %}"
+    "{{ messages[0].content }} {% set turns = messages[1:] %}"
+    "{% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. {% set turns = messages %}"
+    "{% endif %}"
+    "{% for message in turns %}"
+    "{% if message.role == 'user' %}USER: {{ message.content }} "
+    "{% elif message.role == 'assistant' %}ASSISTANT: {{ message.content }}</s>"
+    "{% else %}{{ raise_exception('Vicuna knows user and assistant, after one system message') }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+BUILT_IN = {"vicuna": _VICUNA}
+
+
+def read(chosen: str | Path) -> str:
+    """The template that is meant: a built-in name, a file, or the text itself (one that has braces
+    or line breaks, as no file's name has).
+
+    Raises ConfigError for a file that is missing and for a template that does not parse."""
+    import jinja2
+
+    text = str(chosen)
+    if text in BUILT_IN:
+        return BUILT_IN[text]
+    given = "the chat template"
+    if not set(text) & set("{}\n"):
+        given += f" {text}"
+        try:
+            text = Path(text).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            known = ", ".join(BUILT_IN)
+            raise ConfigError(f"cannot read {given}: {reason}; built in: {known}") from error
+    try:
+        _compile(text)
+    except jinja2.TemplateSyntaxError as error:
+        where = f"line {error.lineno}: {error.message}"
+        raise ConfigError(f"{given} is no Jinja template: {where}") from error
+    return text
+
+
+def hint(folder: Path, name: str) -> str:
+    """Which built-in template a model without one seems to want, by its name and config.json;
+    empty if that is not known."""
+    path = folder / "config.json"
+    config = path.read_text(encoding="utf-8") if path.is_file() else ""
+    wanted = [known for known in BUILT_IN if known in f"{name} {config}".lower()]
+    if not wanted:
+        return ""
+    return (
+        f"{name} has no chat template and seems to be a model of the kind {wanted[0]}: "
+        f"take --chat-template {wanted[0]} (chat_template={wanted[0]!r})"
+    )
+
 
 def find(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """A folder's template: chat_template.jinja, chat_template.json, or the entry of
-    tokenizer_config.json."""
+    """A folder's template: chat_template.jinja, the entry of tokenizer_config.json, or that of a
+    processor."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     found = tokenizer_config.get("chat_template")
-    if found is None and (folder / "chat_template.json").is_file():
-        found = json.loads((folder / "chat_template.json").read_text(encoding="utf-8")).get(
-            "chat_template"
-        )
+    for name in ("chat_template.json", "processor_config.json"):
+        if found is None and (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            found = content.get("chat_template")
     if isinstance(found, list):  # several named templates
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     return found

@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.weights import Arena, Matrix, QuantizedTensor, as_tensor
+from smart_decoding.kernels.weights import Arena, QuantizedTensor, as_tensor
 from smart_decoding.models.graphs import BUCKETS, GraphedLayers, graphed
 from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.layers import (
     Context,
     KVCache,
     Layers,
-    LayerWeights,
     NativeLayers,
     Workspace,
+    converted,
+    layer_weights,
 )
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import NativeModel
@@ -32,6 +33,7 @@ from smart_decoding.models.torch_layers import TorchLayers
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
     from smart_decoding.engine.rows import Rows
+    from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.config import ModelConfig
 
 
@@ -44,52 +46,6 @@ class ForwardOutput:
     logits: Tensor
     aux_hidden: Tensor | None
     best: NDArray[np.int64] | None = None
-
-
-def converted(weight: Matrix, dtype: torch.dtype, device: torch.device) -> Matrix:
-    """The weight on a device; quants stay what they are on a CPU in bfloat16."""
-    if isinstance(weight, QuantizedTensor) and device.type == "cpu" and dtype == torch.bfloat16:
-        return weight
-    return as_tensor(weight).to(device, dtype)
-
-
-def layer_weights(
-    config: ModelConfig,
-    weights: Mapping[str, Matrix],
-    prefix: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    input_norm: bool = True,
-) -> LayerWeights:
-    """Collects one layer's tensors from a checkpoint in Hugging Face's names.
-
-    input_norm: whether the layer has a norm of its own at its input; the first one of a head has
-    none."""
-
-    def matrix(name: str) -> Matrix:
-        return converted(weights[prefix + name], dtype, device)
-
-    def get(name: str) -> Tensor:
-        return as_tensor(weights[prefix + name]).to(device, dtype)
-
-    qkv = [f"self_attn.{name}_proj" for name in "qkv"]
-    return LayerWeights(
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        eps=config.rms_eps,
-        qkv=[matrix(f"{name}.weight") for name in qkv],
-        output=matrix("self_attn.o_proj.weight"),
-        gate=matrix("mlp.gate_proj.weight"),
-        up=matrix("mlp.up_proj.weight"),
-        down=matrix("mlp.down_proj.weight"),
-        input_norm=get("input_layernorm.weight") if input_norm else None,
-        post_norm=get("post_attention_layernorm.weight"),
-        qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
-        output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,
-        q_norm=get("self_attn.q_norm.weight") if config.qk_norm else None,
-        k_norm=get("self_attn.k_norm.weight") if config.qk_norm else None,
-    )
 
 
 def rotary_table(

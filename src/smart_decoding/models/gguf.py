@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -97,6 +98,16 @@ class StoredWeights(Mapping[str, Matrix]):
         matrix = _matrix(entry["tensor"], kind, content, shape)
         return matrix if entry["heads"] is None else half_split(matrix, entry["heads"])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: quants that stay as they are, others in bfloat16."""
+        return sum(
+            entry["bytes"]
+            if _stays(entry["type"], entry["shape"])
+            else prod(entry["shape"]) * torch.bfloat16.itemsize
+            for entry in self._index.values()
+        )
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._index)
 
@@ -108,11 +119,16 @@ class StoredWeights(Mapping[str, Matrix]):
         return str(self._index[name]["type"])
 
 
+def _stays(kind: str, shape: list[int]) -> bool:
+    """Whether a tensor stays quants; others are widened to bfloat16, or are floats."""
+    return kind in FORMATS[1:] and len(shape) == 2
+
+
 def _matrix(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) -> Matrix:
     if kind in _FLOATS:
         return torch.from_numpy(content.view(_FLOATS[kind])).reshape(shape)
     rows = content.reshape(*shape[:-1], -1)
-    if kind in FORMATS[1:] and len(shape) == 2:
+    if _stays(kind, shape):
         return QuantizedTensor(rows, kind, shape[1])
     return torch.from_numpy(_dequantised(name, rows, GGMLQuantizationType[kind])).bfloat16()
 

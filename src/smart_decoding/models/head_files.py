@@ -27,7 +27,8 @@ from smart_decoding.models.head_shapes import (
     eagle3_shapes,
     further_shapes,
 )
-from smart_decoding.models.head_tensors import TRUST, read_tensors, snapshot
+from smart_decoding.models.head_tensors import read_tensors, snapshot
+from smart_decoding.models.registry import TRUST
 
 ARCHITECTURE = "SmartEagle3Head"
 # what a head reads of images: nothing, or their embeddings

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from smart_decoding.kernels.weights import Arena
-from smart_decoding.models.decoder import layer_weights
 from smart_decoding.models.head_shapes import FIRST, layer_prefixes
-from smart_decoding.models.layers import Layers, NativeLayers
+from smart_decoding.models.layers import Layers, NativeLayers, layer_weights
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.torch_layers import TorchLayers
 

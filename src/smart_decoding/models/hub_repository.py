@@ -15,6 +15,7 @@ from smart_decoding.errors import DownloadError
 # The hub client is imported late: it takes a quarter of a second.
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_PICKLES = ["pytorch_model*.bin"]
 _NOT = ["*/*", "consolidated*", "*.gguf"]
 
 
@@ -24,6 +25,11 @@ def snapshot(repository: str, timeout: float, *, local_only: bool) -> Path:
     timeout: seconds to wait for the hub's first answer; local_only: take only what is in the
     cache. Raises DownloadError."""
     return _snapshot(repository, _FILES, _NOT, timeout, local_only)
+
+
+def pickles(repository: str, timeout: float) -> Path:
+    """The folder as by `snapshot`, with the repository's pickled weights. Raises DownloadError."""
+    return _snapshot(repository, _PICKLES, _NOT, timeout, local_only=False)
 
 
 def gguf_file(repository: str, file: str, timeout: float, *, local_only: bool) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import Structure
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.weights import interleaved, pack
+from smart_decoding.kernels.memory import pointer
+from smart_decoding.kernels.weights import QuantizedTensor, as_tensor, interleaved, pack
 from smart_decoding.models.rows import GatheredRows, native_rows
 
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
     from smart_decoding.kernels.weights import Arena, Matrix
+    from smart_decoding.models.config import ModelConfig
 
 
 @dataclass
@@ -107,7 +109,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+    memory = torch.from_numpy(np.zeros(size + 64, np.uint8))
+    start = -memory.data_ptr() % 64  # a vector is to lie in one cache line, as in torch's memory
+    return memory[start : start + size].view(dtype).view(shape)
 
 
 class Workspace:
@@ -214,6 +218,52 @@ class NativeLayers:
             len(w.gate),
             arena.hint,
             w.eps,
-            *(kernels.pointer(v) for v in vectors),
+            *(pointer(v) for v in vectors),
             *(matrix.struct for matrix in matrices),
         )
+
+
+def converted(weight: Matrix, dtype: torch.dtype, device: torch.device) -> Matrix:
+    """The weight on a device; quants stay what they are on a CPU in bfloat16."""
+    if isinstance(weight, QuantizedTensor) and device.type == "cpu" and dtype == torch.bfloat16:
+        return weight
+    return as_tensor(weight).to(device, dtype)
+
+
+def layer_weights(
+    config: ModelConfig,
+    weights: Mapping[str, Matrix],
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    input_norm: bool = True,
+) -> LayerWeights:
+    """Collects one layer's tensors from a checkpoint in Hugging Face's names.
+
+    input_norm: whether the layer has a norm of its own at its input; the first one of a head has
+    none."""
+
+    def matrix(name: str) -> Matrix:
+        return converted(weights[prefix + name], dtype, device)
+
+    def get(name: str) -> Tensor:
+        return as_tensor(weights[prefix + name]).to(device, dtype)
+
+    qkv = [f"self_attn.{name}_proj" for name in "qkv"]
+    return LayerWeights(
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_eps,
+        qkv=[matrix(f"{name}.weight") for name in qkv],
+        output=matrix("self_attn.o_proj.weight"),
+        gate=matrix("mlp.gate_proj.weight"),
+        up=matrix("mlp.up_proj.weight"),
+        down=matrix("mlp.down_proj.weight"),
+        input_norm=get("input_layernorm.weight") if input_norm else None,
+        post_norm=get("post_attention_layernorm.weight"),
+        qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
+        output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,
+        q_norm=get("self_attn.q_norm.weight") if config.qk_norm else None,
+        k_norm=get("self_attn.k_norm.weight") if config.qk_norm else None,
+    )

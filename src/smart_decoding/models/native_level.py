@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.memory import address, address_or_none
+from smart_decoding.kernels.memory import address, address_or_none, pointer
 from smart_decoding.kernels.selection import FirstLevel, NativeSelection, most_expanded
 from smart_decoding.kernels.weights import PackedWeight, pack, pack_bytes
 from smart_decoding.models.features import Part, readable, row_addresses
@@ -181,7 +181,7 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
         fc=packed.fc.packed.struct,
         outputs=outputs.struct,
         **embedding_fields(embedding),
-        **{name: kernels.pointer(tensor) for name, tensor in tensors.items()},
+        **{name: pointer(tensor) for name, tensor in tensors.items()},
     )
     return struct, (packed, embedding, outputs, tensors)
 

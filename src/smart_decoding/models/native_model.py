@@ -15,8 +15,7 @@ from torch import Tensor
 from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.memory import address, address_or_none
-from smart_decoding.kernels.ops import pointer
+from smart_decoding.kernels.memory import address, address_or_none, pointer
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray

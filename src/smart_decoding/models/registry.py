@@ -21,6 +21,7 @@ DEFAULT_MODEL = "smollm2-135m"
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
 # seconds to wait for the hub's first answer
 _QUICK = 3.0
 _PATIENT = 10.0
@@ -106,8 +107,9 @@ NAMED_MODELS = {
 }
 
 
-def resolve(name: str | Path) -> Source:
-    """The files of a model, fetched if they are not here yet.
+def resolve(name: str | Path, trust_pickle: bool = False) -> Source:
+    """The files of a model, fetched if they are not here yet; pickled weights only if they are
+    trusted and there are no others.
 
     Raises ModelError for a name that means nothing or pickled weights, DownloadError if the files
     cannot be had."""
@@ -118,8 +120,8 @@ def resolve(name: str | Path) -> Source:
         return _resolve_named(text, NAMED_MODELS[base], origin)
     if path.suffix in _PICKLES:
         raise ModelError(
-            f"{text} holds pickled weights, which can run code when loaded; "
-            "convert it to safetensors"
+            f"{text} holds pickled weights, which can run code when loaded: name its folder, and "
+            f"{TRUST}"
         )
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return Source(text, path, f"local {'folder' if path.is_dir() else 'file'} {path.name}")
@@ -130,7 +132,8 @@ def resolve(name: str | Path) -> Source:
     hub_id = _HUB_ID.fullmatch(text)
     if hub_id and not text.startswith("."):
         try:
-            return _from_hub_id(text, hub_id[1], hub_id[2])
+            source = _from_hub_id(text, hub_id[1], hub_id[2])
+            return source if hub_id[2] else _with_weights(source, hub_id[1], trust_pickle)
         except DownloadError as error:
             raise DownloadError(
                 f"there is no folder {text}, and the name was tried as a hub id: {error}"
@@ -189,6 +192,18 @@ def _from_hub(name: str, model: NamedModel, timeout: float, *, local_only: bool 
         return _gguf_source(name, model.repository, model.hub_file, timeout, local_only=local_only)
     folder = hub_repository.snapshot(model.repository, timeout, local_only=local_only)
     return _folder_source(name, model.repository, folder)
+
+
+def _with_weights(source: Source, repository: str, trust_pickle: bool) -> Source:
+    """A hub's folder, its pickles fetched too if it has no safetensors."""
+    if any(source.path.glob("*.safetensors")):
+        return source
+    if not trust_pickle:
+        raise ModelError(
+            f"{source.name} has no safetensors on the hub, and pickles are refused: {TRUST}"
+        )
+    hub_repository.pickles(repository, _PATIENT)
+    return source
 
 
 def _cached_from_hub(name: str, model: NamedModel) -> Source | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import numpy as np
-from gguf import GGMLQuantizationType, quantize
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quantize
 
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 
 _GROUP = 32
+_PART = 4096  # rows that are rounded at once: all of a vocabulary's in float32 would be gigabytes
 # 4 bits with a scale and a least value, and 8 bits with a scale, as in GGUF files. What turns
 # states into logits, and tokens into states, has 8 bits in both.
 FORMATS = {"int8": "Q8_0", "int4": "Q4_1"}
@@ -23,18 +26,39 @@ class RoundedWeights(Mapping[str, Matrix]):
 
     def __init__(self, weights: Mapping[str, Matrix], scheme: str) -> None:
         self._weights = weights
-        self._format = FORMATS[scheme]
+        self._scheme = scheme
 
     def __getitem__(self, name: str) -> Matrix:
         weight = self._weights[name]
-        if isinstance(weight, QuantizedTensor) or weight.dim() != 2 or weight.shape[1] % _GROUP:
+        format_ = _format_of(name, tuple(weight.shape), self._scheme)
+        if isinstance(weight, QuantizedTensor) or format_ is None:
             return weight
-        format_ = FORMATS["int8"] if name in _BY_TOKEN else self._format
-        rows = quantize(np.asarray(weight.float()), GGMLQuantizationType[format_])
-        return QuantizedTensor(rows, format_, weight.shape[1])
+        kind = GGMLQuantizationType[format_]
+        parts = [quantize(np.asarray(part.float()), kind) for part in torch.split(weight, _PART)]
+        return QuantizedTensor(np.concatenate(parts), format_, weight.shape[1])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 
     def __len__(self) -> int:
         return len(self._weights)
+
+
+def rounded_bytes(shapes: Mapping[str, tuple[int, ...]], scheme: str) -> int:
+    """Bytes of weights of these shapes under a scheme, those that stay what they are in
+    bfloat16."""
+    return sum(_bytes_of(shape, _format_of(name, shape, scheme)) for name, shape in shapes.items())
+
+
+def _bytes_of(shape: tuple[int, ...], format_: str | None) -> int:
+    if format_ is None:
+        return 2 * prod(shape)
+    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[format_]]
+    return prod(shape) // weights * size
+
+
+def _format_of(name: str, shape: tuple[int, ...], scheme: str) -> str | None:
+    """What a weight is rounded to; None if it stays what it is."""
+    if len(shape) != 2 or shape[1] % _GROUP:
+        return None
+    return FORMATS["int8" if name in _BY_TOKEN else scheme]

@@ -41,11 +41,14 @@ _PRE_TOKENIZERS = {
 
 @dataclass(slots=True)
 class Tokenizer:
-    """One model's tokenizer. `specials` maps bos_token, eos_token, ... to their text."""
+    """One model's tokenizer. `specials` maps bos_token, eos_token, ... to their text.
+
+    template: what makes prompts of conversations. template_given: it is not the model's own."""
 
     backend: tokenizers.Tokenizer
     specials: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
+    template_given: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -121,13 +124,13 @@ class Tokenizer:
     ) -> str:
         """The prompt text of a conversation, by the model's own template or the one given.
 
-        Raises ConfigError without a template or for messages that it refuses. Encode the result
-        without special tokens: the template writes them."""
+        Raises ConfigError without a template or for messages that it refuses. `encode_prompt`
+        makes tokens of it."""
         chosen = template or self.template
         if chosen is None:
             raise ConfigError(
-                "this model has no chat template: give it a text to continue "
-                "(smart run --raw; LLM.generate in Python; /v1/completions)"
+                "this model has no chat template: give one (--chat-template FILE), or a text to "
+                "continue (smart run --raw; LLM.generate in Python; /v1/completions)"
             )
         given = {**self.specials, **variables, "add_generation_prompt": add_generation_prompt}
         return chat_template.render(chosen, messages, given)
@@ -136,9 +139,14 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a conversation's prompt."""
-        return self.encode(
-            self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False
-        )
+        return self.encode_prompt(self.apply_chat_template(messages, add_generation_prompt))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a template's text. A model's own template writes special tokens itself; one
+        that was given may leave the beginning to the tokenizer."""
+        bos = self.specials.get("bos_token")
+        begun = bos is not None and text.startswith(bos)
+        return self.encode(text, add_special_tokens=self.template_given and not begun)
 
     def _ids_of(self, special: str) -> tuple[int, ...]:
         text = self.specials.get(special)
@@ -171,11 +179,15 @@ def _stored_backend(folder: Path) -> tokenizers.Tokenizer:
 
 def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
     """Llama-2 style folders hold a SentencePiece model only, which transformers converts."""
+    config = _read_json(folder / "tokenizer_config.json")
+    # what the files of Llama-1's time mean that do not say it: a blank before each piece of text
+    old = "legacy" not in config and str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+    options = {"legacy": True} if old else {}
     try:
         from transformers import AutoTokenizer
 
         # without trust_remote_code=False it would ask
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         backend: tokenizers.Tokenizer = found.backend_tokenizer
     except Exception as error:  # not installed, or one of its own optional parts is not
         needed = "in the clone, pip install -e '.[sentencepiece]'"

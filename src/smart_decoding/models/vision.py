@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from smart_decoding.errors import ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.multimodal.pixels import Pixels, quiet_transformers
+
+if TYPE_CHECKING:
+    from smart_decoding.models.weight_files import Weights
 
 # Architecture: the parts of its checkpoint beside the language model's.
 ARCHITECTURES = {
@@ -45,7 +48,7 @@ class VisionFiles:
     folder: Path
     config: Any
     names: Mapping[str, str]
-    weights: Mapping[str, Tensor]
+    weights: Weights
 
 
 class RenamedWeights(Mapping[str, Tensor]):

@@ -36,4 +36,4 @@ def chat_prompt(
         return llm.chat_prompt(tools.explained(plain, described))
     variables: dict[str, Any] = {"tools": described} if described else {}
     text = llm.tokenizer.apply_chat_template(plain, **variables)
-    return MediaPrompt(llm.tokenizer.encode(text, add_special_tokens=False))
+    return MediaPrompt(llm.tokenizer.encode_prompt(text))

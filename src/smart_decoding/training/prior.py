@@ -51,6 +51,7 @@ def learn_prior(
     head: Path,
     prompts: Sequence[Sequence[int] | Conversation],
     max_tokens: int = 100,
+    trust_pickle: bool = False,
     allow_slow: bool = False,
 ) -> None:
     """Answers `prompts` (token ids or messages) with wide trees; writes head/prior.json.
@@ -59,7 +60,12 @@ def learn_prior(
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
     (head / "prior.json").unlink(missing_ok=True)
     llm = LLM(
-        model, speculative_config=options, max_num_seqs=1, stop_at_loops=True, allow_slow=allow_slow
+        model,
+        speculative_config=options,
+        max_num_seqs=1,
+        stop_at_loops=True,
+        trust_pickle=trust_pickle,
+        allow_slow=allow_slow,
     )
     policy = llm.policy
     assert isinstance(policy, Smart)

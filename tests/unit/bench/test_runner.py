@@ -1,11 +1,13 @@
 """Whole measurements on rule-following engines with a set clock: speedups are exact."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import worlds
 
-from smart_decoding.bench import report
+from smart_decoding.bench import report, runner
 from smart_decoding.bench.names import short_names
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.provenance import provenance, write_json
@@ -434,3 +436,20 @@ def test_noise_and_slow_contestants_meet_every_task(world):
         block.task for cycle in measured.cycles for label, block in cycle.items() if label == "slow"
     }
     assert slow == {again.task for again, _ in measured.again} == set(tasks)
+
+
+def test_a_pickled_model_without_a_template_can_be_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runner, "LLM", lambda model, **options: options)
+    options = BenchOptions(
+        model="lmsys/vicuna", quantization="int4", chat_template="vicuna", trust_pickle=True
+    )
+    given: Any = runner.load(options)
+    assert given["quantization"] == "int4"
+    assert given["chat_template"] == "vicuna"
+    assert given["trust_pickle"] is True
+    assert "--chat-template vicuna --trust-pickle" in command_of(options)
+    assert "--quantization int4" in command_of(options)
+    with pytest.raises(ConfigError, match="No such file"):
+        BenchOptions(chat_template=str(tmp_path / "none.jinja"))

@@ -142,7 +142,7 @@ def test_allow_slow_reaches_the_model(
         monkeypatch.setattr(module, "LLM", made)
     config = saved(tmp_path / "model", SERVED)
     monkeypatch.setattr(
-        loading, "resolve", lambda name: loading.Source(str(name), config, "random")
+        loading, "resolve", lambda name, trust: loading.Source(str(name), config, "random")
     )
     monkeypatch.setattr(launch, "serve", lambda load, settings: load())
     monkeypatch.setattr(runner, "load_task", lambda task, limit: [])
@@ -251,7 +251,7 @@ def test_llm_refuses_a_shape_before_weights_are_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tmp_path / "model", ODD)
-    monkeypatch.setattr(loading, "SafetensorsWeights", None)
+    monkeypatch.setattr(loading, "open_weights", None)
     with pytest.raises(ModelError, match="intermediate size 47 is odd"):
         LLM(folder, device="cpu")
 
@@ -286,7 +286,7 @@ def test_a_draft_model_is_checked_too(tmp_path: Path, monkeypatch: pytest.Monkey
         "max_model_len": 128,
     }
     with monkeypatch.context() as patch:
-        patch.setattr("smart_decoding.models.loading.SafetensorsWeights.__getitem__", None)
+        patch.setattr("smart_decoding.models.weight_files.SafetensorsWeights.__getitem__", None)
         with pytest.raises(ModelError, match=r"do not serve the draft model: .* 47 is odd"):
             LLM(target, **options)
     llm = LLM(target, **options, allow_slow=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixtu
     assert params == SamplingParams(temperature=0.0, max_tokens=256)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_estimate_of_memory_is_shown_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    logger = logging.getLogger("smart.memory")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    cli_run.show_memory()
+    logger.info("3 GB")
+    assert capsys.readouterr().err == ("3 GB\n" if terminal else "")
+
+
 def test_run_says_what_drafts_by_default(
     fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,7 +66,10 @@ def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
         "--model m --method ngram --policy eagle2 --policy-option depth=3 --policy-option top_k=4"
     )
     sampling = "--temperature 0.8 --top-p 0.9 --top-k 40 --min-p 0.05 --seed 7 --max-tokens 9"
-    other = "--method-option longest=5 --dtype fp32 --device cpu --raw --max-model-len 99"
+    other = (
+        "--method-option longest=5 --dtype fp32 --device cpu --raw --max-model-len 99 "
+        "--quantization int8 --chat-template vicuna --trust-pickle"
+    )
     assert cli.main(["run", *f"{options} {sampling} {other}".split(), "once upon"]) == 0
     (llm,) = fake.made
     assert llm.options["speculative_config"] == {
@@ -63,7 +80,10 @@ def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
         "longest": 5,
     }
     assert (llm.model, llm.options["dtype"], llm.options["device"]) == ("m", "fp32", "cpu")
+    assert llm.options["quantization"] == "int8"
     assert llm.options["max_model_len"] == 99
+    assert llm.options["chat_template"] == "vicuna"
+    assert llm.options["trust_pickle"] is True
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, min_p=0.05, seed=7, max_tokens=9)
     assert llm.asked == [("once upon", params)]
 
@@ -260,6 +280,18 @@ def test_profile_takes_what_run_takes_to_draft() -> None:
     ):
         config = speculative_config(parser.parse_args(["profile", *words.split()]))
         assert config == {"policy": "eagle2", **drafts}
+
+
+@pytest.mark.parametrize("command", ["profile", "bench", "serve"])
+def test_weights_are_rounded_where_it_is_asked_for(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = cli.build_parser(command)
+    assert parser.parse_args([command, "--quantization", "int4"]).quantization == "int4"
+    assert parser.parse_args([command]).quantization is None
+    with pytest.raises(SystemExit):
+        parser.parse_args([command, "--quantization", "int3"])
+    assert "int8" in capsys.readouterr().err
 
 
 def test_profile_needs_a_draft_model_for_that_method(

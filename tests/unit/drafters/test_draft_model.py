@@ -287,7 +287,8 @@ def test_a_draft_model_is_read_once(
         ("Tokenizer.load", Tokenizer.load),
     ):
         counted = functools.partial(
-            lambda load, folder: (read.append(Path(folder)), load(folder))[1], load
+            lambda load, folder, **options: (read.append(Path(folder)), load(folder, **options))[1],
+            load,
         )
         monkeypatch.setattr(f"smart_decoding.speculation.{name}", counted)
     LLM(
@@ -315,7 +316,7 @@ def test_another_vocabulary_is_refused_before_weights_are_loaded(
     message: str,
 ) -> None:
     draft = saved(tmp_path / "draft", SMALL, words, 1)
-    monkeypatch.setattr("smart_decoding.models.loading.SafetensorsWeights.__getitem__", None)
+    monkeypatch.setattr("smart_decoding.models.weight_files.SafetensorsWeights.__getitem__", None)
     with pytest.raises(ModelError, match="another vocabulary") as caught:
         LLM(
             target_folder,

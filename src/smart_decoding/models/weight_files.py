@@ -1,0 +1,205 @@
+"""The weights of a folder: safetensors, or pickles where they are allowed, one file or shards with
+their index. Tensors stay on disk (mmap) until they are asked for."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from smart_decoding.errors import ModelError
+from smart_decoding.models.registry import TRUST
+
+_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_FLOATS = tuple(_DTYPES.values())
+# buffers that old checkpoints hold, whatever their type: they are computed anew
+_IGNORED = ("inv_freq", "position_ids")
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors by name, each read when asked for, of known shapes."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    @abstractmethod
+    def dtype_of(self, name: str) -> str:
+        """The type on disk: BF16, F16 or F32; empty for an unknown name."""
+
+
+def open_weights(folder: Path, trust_pickle: bool = False) -> Weights:
+    """The folder's safetensors; its pytorch_model.bin where there are none and pickles are
+    trusted.
+
+    Raises ModelError for files that are missing, corrupt, or pickles that are not trusted."""
+    files = _weight_files(folder, "model", "safetensors")
+    if files:
+        return SafetensorsWeights(files)
+    pickled = sorted(path for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}"))
+    if pickled and not trust_pickle:
+        raise ModelError(
+            f"{folder} holds only pickled weights ({pickled[0].name}), which can run code when "
+            f"loaded; {TRUST}"
+        )
+    files = _weight_files(folder, "pytorch_model", "bin")
+    if not files:
+        trusted = " nor pytorch_model.bin" if trust_pickle else ""
+        raise ModelError(f"{folder} holds no model.safetensors{trusted}")
+    return PickledWeights(files)
+
+
+class SafetensorsWeights(Weights):
+    """The tensors of safetensors files, with the names that an index lists in each (None: all)."""
+
+    def __init__(self, files: Mapping[Path, list[str] | None]) -> None:
+        self._file_of: dict[str, Any] = {}
+        self.shapes = {}
+        for path, listed in files.items():
+            file = _open(path)
+            for name in _names(path, set(file.keys()), listed):
+                self._file_of[name] = file
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                _check_dtype(name, self.dtype_of(name))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.as_tensor(self._file_of[name].get_tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def dtype_of(self, name: str) -> str:
+        """See `Weights`."""
+        return str(self._file_of[name].get_slice(name).get_dtype()) if name in self._file_of else ""
+
+
+class PickledWeights(Weights):
+    """The tensors of pickles, which may hold nothing else: no code is run."""
+
+    def __init__(self, files: Mapping[Path, list[str] | None]) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self.shapes = {}
+        for path, listed in files.items():
+            tensors = unpickle(path)
+            for name in _names(path, set(tensors), listed):
+                self._tensors[name] = tensors[name]
+                self.shapes[name] = tuple(tensors[name].shape)
+                _check_dtype(name, self.dtype_of(name))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def dtype_of(self, name: str) -> str:
+        """See `Weights`."""
+        if name not in self._tensors:
+            return ""
+        dtype = self._tensors[name].dtype
+        return _DTYPES.get(dtype, str(dtype))
+
+
+def unpickle(path: Path) -> dict[str, Tensor]:
+    """Tensors of a pickle, mapped from disk where its format allows; it may hold nothing else, and
+    no code is run. Raises ModelError."""
+    try:
+        # files older than torch 1.6 are no archives, and are read at once
+        mmap = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{path} holds more than tensors, or is corrupt: {reason}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in content.values()
+    ):
+        raise ModelError(f"{path} is no table of tensors")
+    return content
+
+
+def _names(path: Path, found: set[str], listed: list[str] | None) -> list[str]:
+    """The names to take of a file, which must be in it."""
+    for name in listed or ():
+        if name not in found:
+            raise ModelError(
+                f"{path.name} lacks the tensor {name} that the index lists; fetch it again"
+            )
+    return sorted(found) if listed is None else listed
+
+
+def _check_dtype(name: str, dtype: str) -> None:
+    if dtype not in _FLOATS and not name.endswith(_IGNORED):
+        raise ModelError(f"the tensor {name} is {dtype}; supported: {', '.join(_FLOATS)}")
+
+
+def _weight_files(folder: Path, stem: str, end: str) -> Mapping[Path, list[str] | None]:
+    """The files to open, with the tensors the index lists in each (None: whatever is in it); none
+    if there are none.
+
+    One file comes before an index, as in transformers, which leaves an older index behind when it
+    saves anew."""
+    single = folder / f"{stem}.{end}"
+    if single.is_file():
+        return {single: None}
+    index = folder / f"{stem}.{end}.index.json"
+    if not index.is_file():
+        return dict.fromkeys(sorted(folder.glob(f"{stem}-*.{end}")))
+    try:
+        weight_map: dict[str, str] = dict(read_json(index)["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{index.name} in {folder} is corrupt: it has no weight_map; fetch it again"
+        ) from error
+    files: dict[Path, list[str]] = defaultdict(list)
+    for name, shard in weight_map.items():
+        if Path(shard).name != shard:
+            raise ModelError(f"{index.name} in {folder} names {shard}, which is outside the folder")
+        files[folder / shard].append(name)
+    return dict(files)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path.name} in {path.parent} is corrupt or truncated ({error}); fetch it again"
+        ) from error
+
+
+def _missing(path: Path) -> ModelError:
+    return ModelError(f"{path.name} is missing from {path.parent}; fetch it again")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model's folder. Raises ModelError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path.name} is missing from {path.parent}; is it a model folder?"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path.name} in {path.parent} is corrupt or unreadable: {error}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path.name} in {path.parent} is corrupt: it is not a JSON object")
+    return content

@@ -1,0 +1,87 @@
+"""A sharded fp16 checkpoint is loaded layer by layer: without a second copy of the weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from smart_decoding.models.config import ModelConfig
+
+LAYERS = 11
+CONFIG = ModelConfig("llama", LAYERS, 1024, 16, 16, 64, 4096, 8192, 1e4, 1e-5, 2048)
+WEIGHTS = 400  # MB of all of it, about
+FIXED = 100  # MB of KV memory, workspaces and whatever else is loaded on the way
+CODE = """
+import resource, sys, threading, time
+import torch
+from pathlib import Path
+from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.target import TorchTarget
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e3
+
+def load(folder):
+    return TorchTarget(load_checkpoint(folder, trust_pickle=True), "bfloat16", "cpu", 16, 128)
+
+load(sys.argv[2])  # what the libraries take for themselves
+seen = [anonymous()]
+done = threading.Event()
+def watch():
+    while not done.wait(0.002):
+        seen.append(anonymous())
+thread = threading.Thread(target=watch)
+thread.start()
+target = load(sys.argv[1])
+done.set()
+thread.join()
+print(seen[0], max(seen), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+"""
+
+
+def save(folder: Path, config: ModelConfig, pickled: bool) -> int:
+    """Writes random fp16 weights in four shards; returns their bytes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config.to_hf(), "torch_dtype": "float16"}))
+    shapes = list(config.expected_shapes().items())
+    end = ".bin" if pickled else ".safetensors"
+    stem = "pytorch_model" if pickled else "model"
+    weight_map = {}
+    total = 0
+    for i in range(4):
+        size = -(-len(shapes) // 4)
+        part = {
+            name: torch.rand(shape).half() * 0.02
+            for name, shape in shapes[size * i : size * i + size]
+        }
+        file = f"{stem}-{i + 1:05d}-of-00004{end}"
+        torch.save(part, folder / file) if pickled else save_file(part, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+        total += sum(weight.nbytes for weight in part.values())
+    (folder / f"{stem}{end}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("pickled", [False, True])
+def test_weights_are_not_held_twice(pickled: bool, tmp_path: Path) -> None:
+    total = save(tmp_path / "large", CONFIG, pickled) / 1e6
+    assert abs(total - WEIGHTS) < 0.05 * WEIGHTS
+    tiny = ModelConfig("llama", 1, 64, 4, 4, 16, 64, 64, 1e4, 1e-5, 2048)
+    save(tmp_path / "tiny", tiny, pickled)
+    out = subprocess.run(
+        [sys.executable, "-c", CODE, str(tmp_path / "large"), str(tmp_path / "tiny")],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    before, peak, highest = map(float, out.split())
+    print(f"weights {total:.0f} MB: anonymous {before:.0f} -> {peak:.0f}, all {highest:.0f} MB")
+    assert total < peak - before <= 1.25 * total + FIXED
