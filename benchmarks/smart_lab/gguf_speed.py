@@ -33,7 +33,7 @@ from smart_decoding.bench.resume import Progress, source_digest
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
 from smart_lab.gguf import report
-from smart_lab.gguf.ours import HELD, Ours, speculative_configs
+from smart_lab.gguf.ours import HELD, Ours, speculative_configs, without_folders
 from smart_lab.gguf.rates import Reply
 from smart_lab.gguf.server import Flags, LlamaCpp, Server
 from smart_lab.gguf.tuning import DRAFT, DRAFTS, PLAIN, Tuned, draft_words, tune
@@ -43,6 +43,7 @@ KEPT_BACK = 24  # prompts for tuning and warming up, or more if there are more s
 TUNE_ANSWERS = 3  # of each candidate, in chunks of the slots; one chunk at least
 TUNE_SHARE = 0.5  # of a number of slots' time, at most
 TURNS, CALLS = 3, 6  # of forwards
+FORWARD_SHARE = 0.1  # of the time, at most, but for one turn
 PAUSE = 0.3  # seconds between two engines: threads of the one before may still spin
 Contestant = Callable[[Sequence[Sequence[int]], int], Reply]
 
@@ -83,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     progress = Progress(args.resume, key_of(args, about))
     print(f"llama.cpp: {about['version']}", flush=True)
     session = Session(args, cpp, configs, progress)
-    session.forwards(stop)
+    session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
     for number, slots in enumerate(args.slots):
         now = time.monotonic()
         session.measure(slots, now + (stop - now) / (len(args.slots) - number))
@@ -236,6 +237,8 @@ class Session:
         usual = replace(
             tuned.flags[PLAIN], speculation=draft_words(str(self._args.draft), DRAFTS[0])
         )
+        if usual == tuned.flags[DRAFT]:
+            return tuned.flags
         return {**tuned.flags, f"{DRAFT}, its defaults": usual}
 
     def _server(self, flags: Flags, slots: int) -> Server:
@@ -316,6 +319,6 @@ def command_of(args: argparse.Namespace) -> str:
     told += ["--draft", args.draft.name] if args.draft else []
     told += ["--slots", ",".join(map(str, args.slots)), "--ours", ",".join(args.ours)]
     for text in args.smart or ():
-        told += ["--smart", text]
+        told += ["--smart", without_folders(text)]
     told += ["--max-tokens", str(args.max_tokens), "--time-limit", f"{args.time_limit:.0f}"]
     return shlex.join(told)

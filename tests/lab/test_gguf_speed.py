@@ -45,7 +45,9 @@ if "--backend-sampling" in words:
     print("error: no such thing")
     sys.exit(3)
 print("system_info: n_threads = 2 | CPU : AVX2 = 1 |", flush=True)
-drafts = 2 if "draft-simple" in " ".join(words) else 1
+drafts = 1
+if "draft-simple" in " ".join(words):
+    drafts = 2 + ("--spec-draft-n-max 5" in " ".join(words))
 
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
@@ -278,6 +280,8 @@ def test_drafters_are_names_or_configs() -> None:
         "draft_model": {"method": "draft_model", "model": "d.gguf"},
         "union, model=b.gguf": {"method": "union", "model": "/a/b.gguf"},
     }
+    assert ours.without_folders(union) == '{"method": "union", "model": "b.gguf"}'
+    assert ours.without_folders("ngram") == "ngram"
     with pytest.raises(ConfigError, match="give --draft FILE"):
         ours.speculative_configs(["draft_model"], None)
     for wrong in ("medusa", '{"policy": "smart"}', "[1]"):
@@ -386,7 +390,6 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
             "llama.cpp draft model": 4.0,
             "llama.cpp n-gram": 2.0,
             "llama.cpp draft model and n-gram": 4.0,
-            "llama.cpp draft model, its defaults": 4.0,
             **{f"as-stored {name}": 18.0 for name in ("plain", "smart draft_model")},
             **{f"as-stored smart {name}": 18.0 for name in ("ngram", "union")},
         }
@@ -401,6 +404,20 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
     assert "2 requests at a time, 3 blocks" in text
     assert "llama.cpp with" not in text  # tuned once
     assert RuleOurs.answered - before == 4 * 3  # a warm-up and two blocks
+
+
+def test_the_best_and_the_default_draft_model_are_measured(
+    command: Callable[..., argparse.Namespace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--slots", "1", "--blocks", "1", "--time-limit", "600")
+    assert gguf_speed.main(command(*words)) == 0
+    told = capsys.readouterr().out.rpartition("1 requests at a time")[2]
+    rates = {line[:38].strip(): line[38:].split() for line in told.splitlines()[2:11]}
+    assert rates["llama.cpp draft model, its defaults"][0] == "2.0"
+    assert rates["llama.cpp draft model"][0] == "3.0"
+    assert "as-stored smart draft_model over llama.cpp draft model: 3.00 (one block)" in told
+    assert "failed: llama.cpp plain with" in told
+    assert "not tried" not in told
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,14 @@ def speculative_configs(smart: Sequence[str], draft: Path | None) -> dict[str, d
     return found
 
 
+def without_folders(text: str) -> str:
+    """A method or config as it was given, of a model's file the name alone."""
+    config = _config(text)
+    if text in METHODS or "model" not in config:
+        return text
+    return json.dumps({**config, "model": Path(config["model"]).name})
+
+
 def _config(text: str) -> dict[str, Any]:
     if text in METHODS:
         return {"method": text}
