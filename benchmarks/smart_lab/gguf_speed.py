@@ -173,7 +173,6 @@ class Session:
             for mode, flags in self._final(tuned).items():
                 server = stack.enter_context(self._server(flags, slots))
                 contestants[f"llama.cpp {mode}"] = server.answer
-                self._progress.agree(f"llama.cpp's system at {slots}", server.system)
             for ours in self._ours:
                 contestants |= ours.contestants()
             for answer in contestants.values():
@@ -207,6 +206,7 @@ class Session:
         tuned, draft = Tuned.of(kept), self._args.draft
         words = {mode: " ".join(flags.words) for mode, flags in self._final(tuned).items()}
         found = {"flags": words, "tried": tuned.tried, "left_out": tuned.left_out}
+        found["system"] = kept["system"]
         if draft is None:
             return found
         inside = json.dumps(str(draft))[1:-1]
@@ -220,14 +220,18 @@ class Session:
             until = now + TUNE_SHARE * (stop - now)
             chunks = in_chunks(self._kept, slots)[: max(1, TUNE_ANSWERS // slots)]
 
+            system = ""
+
             def attempt(flags: Flags) -> Reply:
+                nonlocal system
                 print(f"{slots} slots, llama.cpp with {' '.join(flags.words)}", flush=True)
                 with self._server(flags, slots) as server:
+                    system = system or server.system
                     return mean([server.answer(c, self._args.tune_tokens) for c in chunks])
 
             draft = None if self._args.draft is None else str(self._args.draft)
             found = tune(attempt, self._cores, draft, lambda: time.monotonic() < until)
-            self._progress.add(name, found.plain())
+            self._progress.add(name, found.plain() | {"system": system})
         return Tuned.of(self._progress.units(name)[0])
 
     def _final(self, tuned: Tuned) -> dict[str, Flags]:

@@ -418,6 +418,7 @@ def test_the_best_and_the_default_draft_model_are_measured(
     assert "as-stored smart draft_model over llama.cpp draft model: 3.00 (one block)" in told
     assert "failed: llama.cpp plain with" in told
     assert "not tried" not in told
+    assert "llama.cpp's instruction sets: n_threads = 2 | CPU : AVX2 = 1 |" in told
 
 
 @pytest.mark.parametrize(

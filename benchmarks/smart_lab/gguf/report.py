@@ -81,6 +81,7 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
         yield f"{each['of']} over {each['over']}{of}: {each['value']:.2f} {bounds}"
     for mode, flags in run["flags"].items():
         yield f"llama.cpp {mode}: {flags}"
+    yield f"llama.cpp's instruction sets: {run['system']}"
     for each in run["tried"]:
         if "error" in each:
             yield f"failed: llama.cpp {each['mode']} with {each['flags']}: {each['error']}"
