@@ -17,10 +17,12 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -84,10 +86,11 @@ def main(args: argparse.Namespace) -> int:
     progress = Progress(args.resume, key_of(args, about))
     print(f"llama.cpp: {about['version']}", flush=True)
     session = Session(args, cpp, configs, progress)
-    session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
-    for number, slots in enumerate(args.slots):
-        now = time.monotonic()
-        session.measure(slots, now + (stop - now) / (len(args.slots) - number))
+    with servers_end_with_us():
+        session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
+        for number, slots in enumerate(args.slots):
+            now = time.monotonic()
+            session.measure(slots, now + (stop - now) / (len(args.slots) - number))
     result = {
         "provenance": provenance(
             command_of(args), 0, session.weights, "as each contestant's name says"
@@ -100,6 +103,20 @@ def main(args: argparse.Namespace) -> int:
         write_json(args.json, result)
     print(report.text(result))
     return 0
+
+
+@contextmanager
+def servers_end_with_us() -> Iterator[None]:
+    """A plain SIGTERM would leave stopped servers behind, which hold their memory."""
+
+    def leave(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def checked(args: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -99,7 +101,7 @@ def binaries(tmp_path: Path) -> Path:
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     (folder.parent / "CMakeCache.txt").write_text(
-        "CMAKE_BUILD_TYPE:STRING=Release\nGGML_NATIVE:BOOL=ON\nOTHER:BOOL=ON\n"
+        "CMAKE_BUILD_TYPE:STRING=Release\nGGML_NATIVE:BOOL=ON\nGGML_CUDA:BOOL=OFF\nOTHER:BOOL=ON\n"
     )
     return folder
 
@@ -436,6 +438,19 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         gguf_speed.main(command(*words))
+
+
+def test_a_terminated_run_ends_its_servers() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    ended = []
+    with pytest.raises(SystemExit) as caught, gguf_speed.servers_end_with_us():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            ended.append(True)
+    assert caught.value.code == 143
+    assert ended == [True]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_prompts_that_do_not_fit_are_an_error(command: Callable[..., argparse.Namespace]) -> None:

@@ -27,7 +27,11 @@ from smart_lab.gguf.rates import Reply, Span, decode_rate
 SERVER, BENCH, BATCHED = "llama-server", "llama-bench", "llama-batched-bench"
 LOADING, ANSWERING = 300.0, 600.0  # seconds until it is given up
 LEAST_BATCH = 2048  # llama.cpp's default of --batch-size
-_BUILD = re.compile(r"^(CMAKE_BUILD_TYPE|BUILD_SHARED_LIBS|GGML_\w+):\w+=(.+)$", re.MULTILINE)
+_BUILD = re.compile(
+    r"^(CMAKE_BUILD_TYPE|BUILD_SHARED_LIBS|GGML_(?:NATIVE|OPENMP|CPU_REPACK|LLAMAFILE|BLAS|LTO))"
+    r":\w+=(.+)$",
+    re.MULTILINE,
+)
 # Options that environment variables would change behind our back.
 _NOT_THEIRS = ("LLAMA_", "GGML_", "OMP_", "GOMP_", "KMP_")
 
