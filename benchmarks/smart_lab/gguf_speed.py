@@ -192,8 +192,9 @@ class Session:
                 contestants[f"llama.cpp {mode}"] = server.answer
             for ours in self._ours:
                 contestants |= ours.contestants()
-            for answer in contestants.values():
-                answer(self._kept[:slots], self._args.max_tokens)
+            for who, answer in contestants.items():
+                # What learns from rounds sees the batch that it will decide about.
+                answer(self._kept[: slots if " smart " in who else 1], self._args.max_tokens)
             for number, chunk in enumerate(chunks[done:], done):
                 started = time.monotonic()
                 unit = block(contestants, chunk, self._args.max_tokens, number)
