@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     configs = checked(args)
     about = cpp.about()
     progress = Progress(args.resume, key_of(args, about))
-    print(f"llama.cpp: {about['version']}", flush=True)
+    print(f"llama.cpp: {about['version']}; {about['system']}", flush=True)
     session = Session(args, cpp, configs, progress)
     with servers_end_with_us():
         session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
@@ -224,7 +224,6 @@ class Session:
         tuned, draft = Tuned.of(kept), self._args.draft
         words = {mode: " ".join(flags.words) for mode, flags in self._final(tuned).items()}
         found = {"flags": words, "tried": tuned.tried, "left_out": tuned.left_out}
-        found["system"] = kept["system"]
         if draft is None:
             return found
         inside = json.dumps(str(draft))[1:-1]
@@ -238,18 +237,14 @@ class Session:
             until = now + TUNE_SHARE * (stop - now)
             chunks = in_chunks(self._kept, slots)[: max(1, TUNE_ANSWERS // slots)]
 
-            system = ""
-
             def attempt(flags: Flags) -> Reply:
-                nonlocal system
                 print(f"{slots} slots, llama.cpp with {' '.join(flags.words)}", flush=True)
                 with self._server(flags, slots) as server:
-                    system = system or server.system
                     return mean([server.answer(c, self._args.tune_tokens) for c in chunks])
 
             draft = None if self._args.draft is None else str(self._args.draft)
             found = tune(attempt, self._cores, draft, lambda: time.monotonic() < until)
-            self._progress.add(name, found.plain() | {"system": system})
+            self._progress.add(name, found.plain())
         return Tuned.of(self._progress.units(name)[0])
 
     def _final(self, tuned: Tuned) -> dict[str, Flags]:

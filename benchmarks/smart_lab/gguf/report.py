@@ -42,7 +42,8 @@ def run_of(
 
 def text(result: Mapping[str, Any]) -> str:
     """Tables for a terminal."""
-    lines = [f"\nllama.cpp: {result['llama_cpp']['version']}"]
+    about = result["llama_cpp"]
+    lines = [f"\nllama.cpp: {about['version']}", about["system"]]
     lines += _forwards(result)
     for run in result["runs"]:
         lines += _run(run)
@@ -81,7 +82,6 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
         yield f"{each['of']} over {each['over']}{of}: {each['value']:.2f} {bounds}"
     for mode, flags in run["flags"].items():
         yield f"llama.cpp {mode}: {flags}"
-    yield f"llama.cpp's instruction sets: {run['system']}"
     for each in run["tried"]:
         if "error" in each:
             yield f"failed: llama.cpp {each['mode']} with {each['flags']}: {each['error']}"

@@ -74,12 +74,24 @@ class LlamaCpp:
                 )
 
     def about(self) -> dict[str, Any]:
-        """Version and compiler in its own words, and how it was built if CMake's cache is near."""
+        """Version, compiler and instruction sets in its own words, and how it was built if CMake's
+        cache is near."""
         done = _call([str(self.folder / SERVER), "--version"])
         told = [line for line in done.splitlines() if line.startswith(("version", "built"))]
         cache = self.folder.parent / "CMakeCache.txt"
         text = cache.read_text(errors="replace") if cache.is_file() else ""
-        return {"version": "; ".join(told), "build": dict(_BUILD.findall(text))}
+        return {
+            "version": "; ".join(told),
+            "system": self._system(),
+            "build": dict(_BUILD.findall(text)),
+        }
+
+    def _system(self) -> str:
+        """It names its instruction sets as it starts, here with a model that is not there."""
+        command = [str(self.folder / SERVER), "--model", "no-such-model.gguf", "--offline"]
+        command += ["--verbosity", "4", "--port", str(_free_port())]
+        lines = [line for line in _run(command).stderr.splitlines() if "system_info:" in line]
+        return lines[-1].partition(" | ")[2].strip(" |") if lines else "unknown"
 
     def one_sequence(
         self, model: Path, flags: Sequence[Flags], rows: Sequence[int], context: int, turns: int
@@ -184,12 +196,6 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def system(self) -> str:
-        """The instruction sets that it uses, in its own words."""
-        lines = [line for line in self._text().splitlines() if "system_info" in line]
-        return lines[-1].partition("system_info:")[2].strip() if lines else "unknown"
-
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> Reply:
         """All prompts at once, greedy, up to so many tokens each."""
         body = {
@@ -285,13 +291,17 @@ def reply_of(found: Any, prompts: Sequence[Sequence[int]], seconds: float) -> Re
 
 def _call(command: Sequence[str]) -> str:
     """Both streams of a program that ends by itself. Raises ModelError if it fails."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=_environment(), check=False
-    )
+    done = _run(command)
     if done.returncode != 0:
         reason = _last(done.stderr or done.stdout)
         raise ModelError(f"{Path(command[0]).name} ended with {done.returncode}: {reason}")
     return f"{done.stderr}\n{done.stdout}"
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env=_environment(), check=False
+    )
 
 
 def _environment() -> dict[str, str]:
