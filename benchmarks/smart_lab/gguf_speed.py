@@ -34,6 +34,7 @@ from smart_decoding.bench.provenance import commit, machine, provenance, write_j
 from smart_decoding.bench.resume import Progress, source_digest
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
+from smart_decoding.models.hub import sha256_of
 from smart_lab.gguf import report
 from smart_lab.gguf.ours import HELD, Ours, speculative_configs, without_folders
 from smart_lab.gguf.rates import Reply
@@ -151,7 +152,12 @@ class Session:
         self.load_average = os.getloadavg()[0]  # before we add to it
         most, context = max(args.slots), args.max_model_len
         self._ours = [Ours(args.file, held, configs, most, context) for held in args.ours]
-        self.weights = dict(self._ours[0].llm.provenance)
+        files = [path for path in (args.file, args.draft) if path]
+        self.weights = {
+            **self._ours[0].llm.provenance,
+            "model": args.file.name,
+            **{f"sha256 of {path.name}": sha256_of(path) for path in files},
+        }
         prompts = self._prompts()
         kept = max(KEPT_BACK, most)
         self._kept, self._measured = prompts[:kept], prompts[kept:]

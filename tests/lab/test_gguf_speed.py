@@ -4,6 +4,7 @@ binaries, a rule and a clock for our model."""
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -334,7 +335,7 @@ class RuleOurs:
 
     def __init__(self, model: Path, held: str, configs: Any, slots: int, context: int) -> None:
         self.held, self._names = held, ["plain", *(f"smart {name}" for name in configs)]
-        self.llm = argparse.Namespace(provenance={"model": model.name}, chat_prompt=self._chat)
+        self.llm = argparse.Namespace(provenance={"model": str(model)}, chat_prompt=self._chat)
 
     @staticmethod
     def _chat(messages: Any) -> Any:
@@ -386,6 +387,8 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
     assert "not tried for lack of time: 22 settings" in text
     result = json.loads(file.read_text())
     assert str(tmp_path) not in file.read_text()
+    weights = result["provenance"]["weights"]
+    assert weights["sha256 of d.gguf"] == hashlib.sha256(b"GGUF").hexdigest()
     (run,) = result["runs"]
     rates = {one["name"]: one["decode"][0] for one in run["contestants"]}
     assert rates == pytest.approx(
