@@ -34,6 +34,7 @@ LAB = Program(
         "cost-error": ("how well the cost model predicts real rounds", "smart_lab.cost_error"),
         "forwards": ("milliseconds of verification forwards", "smart_lab.forwards"),
         "sampler": ("microseconds of the sampler", "smart_lab.sampler"),
+        "gguf-speed": ("a GGUF file here and in llama.cpp", "smart_lab.gguf_speed"),
         "vllm": ("SMART inside vLLM against stock vLLM", "smart_lab.vllm_speed"),
         "transformers": (
             "SMART inside transformers against its own generation",

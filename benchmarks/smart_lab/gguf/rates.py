@@ -1,0 +1,106 @@
+"""Chunks of prompts answered by one contestant, and what many of them say."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from smart_decoding.bench.statistics import Pair, Ratio, paired_ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One answer of a chunk. first, end: seconds from sending to its first and last token; tokens:
+    those that count."""
+
+    first: float
+    end: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One chunk answered. decode: tokens per second of all its requests after their first tokens;
+    overall: tokens over seconds, prompts included; prefill_seconds: until each has a token;
+    per_round: tokens of a request in a round."""
+
+    decode: float
+    overall: float
+    prefill_seconds: float
+    per_round: float
+    answers: list[list[int]]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+def decode_rate(spans: Sequence[Span]) -> float:
+    """Tokens per second: the sum of the requests' own rates, from the moment when each has its
+    first token to its own end, so that nobody is judged by the slowest answer. NaN where all ended
+    before that."""
+    begin = max(span.first for span in spans)
+    rates = [span.tokens / (span.end - begin) for span in spans if span.end > begin]
+    return sum(rates) if rates else float("nan")
+
+
+def agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> float:
+    """Mean share of an answer before the first token that differs."""
+    shares = []
+    for a, b in zip(theirs, ours, strict=True):
+        length = min(len(a), len(b))
+        same = next((i for i in range(length) if a[i] != b[i]), length)
+        shares.append(same / length if length else 1.0)
+    return sum(shares) / len(shares)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one contestant at one number of slots: tokens per second as median, lowest and highest of
+    all blocks, overall ones, tokens of a round, and the share of answers like the baseline's."""
+
+    name: str
+    decode: tuple[float, float, float]
+    overall: tuple[float, float, float]
+    prefill_seconds: float
+    per_round: float
+    same: float
+
+
+def figures(blocks: Sequence[Mapping[str, Mapping[str, Any]]], baseline: str) -> list[Figures]:
+    """blocks: contestant -> a Reply as JSON, in each; baseline: whose answers the others' are
+    compared with."""
+    return [_figures(blocks, name, baseline) for name in blocks[0]] if blocks else []
+
+
+def _figures(
+    blocks: Sequence[Mapping[str, Mapping[str, Any]]], name: str, baseline: str
+) -> Figures:
+    def spread(key: str) -> tuple[float, float, float]:
+        values = [block[name][key] for block in blocks]
+        return statistics.median(values), min(values), max(values)
+
+    same = [agreement(block[name]["answers"], block[baseline]["answers"]) for block in blocks]
+    return Figures(
+        name,
+        spread("decode"),
+        spread("overall"),
+        spread("prefill_seconds")[0],
+        spread("per_round")[0],
+        sum(same) / len(same),
+    )
+
+
+def best(found: Sequence[Figures], names: Sequence[str], key: str) -> str:
+    """Of these contestants the one with the highest median. key: 'decode' or 'overall'."""
+    return max((f for f in found if f.name in names), key=lambda f: getattr(f, key)[0]).name
+
+
+def ratio(
+    blocks: Sequence[Mapping[str, Mapping[str, Any]]], name: str, base: str, key: str
+) -> Ratio:
+    """How much faster `name` is than `base` over the same blocks, with its 95 % interval."""
+    pairs = [Pair(block[name][key], block[base][key]) for block in blocks]
+    return paired_ratio(pairs)

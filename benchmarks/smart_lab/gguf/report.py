@@ -1,0 +1,89 @@
+"""What a run of `gguf-speed` says: figures for JSON, and tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from smart_lab.gguf.rates import best, figures, ratio
+
+THEIRS = "llama.cpp"
+KEYS = ("decode", "overall")
+
+
+def run_of(
+    slots: int, blocks: Sequence[Mapping[str, Mapping[str, Any]]], held: Sequence[str]
+) -> dict[str, Any]:
+    """Figures of all contestants at so many slots, and ratios of the best ones, over the same
+    blocks."""
+    found = figures(blocks, f"{held[0]} plain")
+    names = [each.name for each in found]
+    theirs = [name for name in names if name.startswith(THEIRS)]
+    ratios = []
+    for way in held:
+        plain = f"{way} plain"
+        smart = [name for name in names if name.startswith(f"{way} smart")]
+        for key in KEYS:
+            ours, peer = best(found, smart or [plain], key), best(found, theirs, key)
+            asked = [(ours, peer), (ours, plain), (plain, f"{THEIRS} plain")]
+            for a, b in dict.fromkeys(pair for pair in asked if pair[0] != pair[1]):
+                ratios.append({"of": a, "over": b, "key": key, **asdict(ratio(blocks, a, b, key))})
+    return {
+        "slots": slots,
+        "blocks": len(blocks),
+        "contestants": [asdict(each) for each in found],
+        "ratios": ratios,
+        "rates": {
+            name: {key: [block[name][key] for block in blocks] for key in KEYS} for name in names
+        },
+    }
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """Tables for a terminal."""
+    about = result["llama_cpp"]
+    lines = [f"\nllama.cpp: {about['version']}", about["system"]]
+    lines += _forwards(result)
+    for run in result["runs"]:
+        lines += _run(run)
+    if not result["runs"]:
+        lines.append("no speeds: the time limit came first; go on with --resume")
+    return "\n".join(lines)
+
+
+def _forwards(result: Mapping[str, Any]) -> Iterator[str]:
+    found = result["forwards"]
+    if not found:
+        return
+    yield f"\nmilliseconds of a forward after {result['forward_context']} tokens"
+    yield f"{'rows':>6}" + "".join(f"{engine:>24}" for engine in found)
+    for rows in found[THEIRS]:
+        cells = (found[engine][rows] for engine in found)
+        yield f"{rows:>6}" + "".join(
+            f"{m:>8.1f} ({a:.1f} - {b:.1f})".rjust(24) for m, a, b in cells
+        )
+    yield "llama.cpp: rows of one sequence, logits of the last; the best of its layouts"
+    yield "llama.cpp, sequences: a row of each, with logits; ours: rows of one, all with logits"
+
+
+def _run(run: Mapping[str, Any]) -> Iterator[str]:
+    yield f"\n{run['slots']} requests at a time, {run['blocks']} blocks; tokens per second"
+    yield f"{'':38}{'decode':>20}{'with prompts':>20}{'a round':>9}{'same':>6}"
+    for each in run["contestants"]:
+        decode, overall = (
+            f"{each[key][0]:.1f} ({each[key][1]:.1f} - {each[key][2]:.1f})" for key in KEYS
+        )
+        per_round = f"{each['per_round']:.2f}"
+        yield f"{each['name']:38}{decode:>20}{overall:>20}{per_round:>9}{each['same']:>6.0%}"
+    for each in run["ratios"]:
+        of = "" if each["key"] == "decode" else ", with prompts"
+        bounds = f"({each['low']:.2f} - {each['high']:.2f})" if each["pairs"] > 1 else "(one block)"
+        yield f"{each['of']} over {each['over']}{of}: {each['value']:.2f} {bounds}"
+    for mode, flags in run["flags"].items():
+        yield f"llama.cpp {mode}: {flags}"
+    for each in run["tried"]:
+        if "error" in each:
+            yield f"failed: llama.cpp {each['mode']} with {each['flags']}: {each['error']}"
+    if run["left_out"]:
+        yield f"not tried for lack of time: {len(run['left_out'])} settings of llama.cpp"

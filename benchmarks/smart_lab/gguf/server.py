@@ -1,0 +1,319 @@
+"""A llama.cpp built on this machine: its version, its server with given flags, its own benchmarks
+of forwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smart_decoding.errors import ConfigError, ModelError
+from smart_lab.gguf.rates import Reply, Span, decode_rate
+
+SERVER, BENCH, BATCHED = "llama-server", "llama-bench", "llama-batched-bench"
+LOADING, ANSWERING = 300.0, 600.0  # seconds until it is given up
+LEAST_BATCH = 2048  # llama.cpp's default of --batch-size
+_BUILD = re.compile(
+    r"^(CMAKE_BUILD_TYPE|BUILD_SHARED_LIBS|GGML_(?:NATIVE|OPENMP|CPU_REPACK|LLAMAFILE|BLAS|LTO))"
+    r":\w+=(.+)$",
+    re.MULTILINE,
+)
+# Options that environment variables would change behind our back.
+_NOT_THEIRS = ("LLAMA_", "GGML_", "OMP_", "GOMP_", "KMP_")
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """How llama.cpp runs. flash: on, off or auto; repack: weights in the layout that its kernels
+    like best; ubatch: rows of a forward; sampling: in the graph instead of after it; speculation:
+    further words."""
+
+    threads: int
+    flash: str = "auto"
+    repack: bool = True
+    ubatch: int = 512
+    sampling: bool = False
+    speculation: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """As llama-server's command line has them."""
+        words = ["--threads", str(self.threads), "--flash-attn", self.flash]
+        words += ["--ubatch-size", str(self.ubatch)]
+        words += [] if self.repack else ["--no-repack"]
+        words += ["--backend-sampling"] if self.sampling else []
+        return [*words, *self.speculation]
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaCpp:
+    """The folder of its binaries. Raises ConfigError if one is missing."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        for name in (SERVER, BENCH, BATCHED):
+            if not (self.folder / name).is_file():
+                raise ConfigError(
+                    f"{self.folder} has no {name}: give the folder of a llama.cpp's binaries, "
+                    "such as build/bin (docs/lab.md says how to build it)"
+                )
+
+    def about(self) -> dict[str, Any]:
+        """Version, compiler and instruction sets in its own words, and how it was built if CMake's
+        cache is near."""
+        done = _call([str(self.folder / SERVER), "--version"])
+        told = [line for line in done.splitlines() if line.startswith(("version", "built"))]
+        cache = self.folder.parent / "CMakeCache.txt"
+        text = cache.read_text(errors="replace") if cache.is_file() else ""
+        return {
+            "version": "; ".join(told),
+            "system": self._system(),
+            "build": dict(_BUILD.findall(text)),
+        }
+
+    def _system(self) -> str:
+        """It names its instruction sets as it starts, here with a model that is not there."""
+        command = [str(self.folder / SERVER), "--model", "no-such-model.gguf", "--offline"]
+        command += ["--verbosity", "4", "--port", str(_free_port())]
+        lines = [line for line in _run(command).stderr.splitlines() if "system_info:" in line]
+        return lines[-1].partition(" | ")[2].strip(" |") if lines else "unknown"
+
+    def one_sequence(
+        self, model: Path, flags: Sequence[Flags], rows: Sequence[int], context: int, turns: int
+    ) -> dict[int, float]:
+        """Seconds of a forward of so many new rows of one sequence, of which only the last gives
+        logits: rows -> the median of `turns`, under the best of the flags."""
+        found: dict[int, list[float]] = {count: [] for count in rows}
+        for each in flags:
+            done = _call(
+                [
+                    *(str(self.folder / BENCH), "-m", str(model), "-o", "json", "-r", str(turns)),
+                    *("-n", "0", "-p", ",".join(map(str, rows)), "-d", str(context)),
+                    *(
+                        "-t",
+                        str(each.threads),
+                        "-fa",
+                        each.flash,
+                        "--repack",
+                        str(int(each.repack)),
+                    ),
+                ]
+            )
+            for count, seconds in bench_seconds(done).items():
+                found[count].append(seconds)
+        return {count: min(seconds) for count, seconds in found.items()}
+
+    def many_sequences(
+        self, model: Path, flags: Sequence[Flags], rows: Sequence[int], context: int, turns: int
+    ) -> dict[int, float]:
+        """Seconds of a forward of one row of so many sequences, each giving logits, under the best
+        of the flags."""
+        found: dict[int, list[float]] = {count: [] for count in rows}
+        for each in flags:
+            done = _call(
+                [
+                    *(str(self.folder / BATCHED), "-m", str(model), "--output-format", "jsonl"),
+                    *("-npp", str(context), "-ntg", str(turns), "-npl", ",".join(map(str, rows))),
+                    *("-pps", "-c", str(max(rows) * (context + turns))),
+                    *each.words,
+                ]
+            )
+            for count, seconds in batched_seconds(done).items():
+                found[count].append(seconds)
+        return {count: min(seconds) for count, seconds in found.items()}
+
+
+def bench_seconds(text: str) -> dict[int, float]:
+    """What `llama-bench -o json` prints: rows -> the median seconds of its repetitions. Raises
+    ModelError if it is something else."""
+    try:
+        runs = json.loads(text[text.index("[") : text.rindex("]") + 1])
+        return {int(run["n_prompt"]): statistics.median(run["samples_ns"]) * 1e-9 for run in runs}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{BENCH} printed no JSON of its runs: {_last(text)}") from error
+
+
+def batched_seconds(text: str) -> dict[int, float]:
+    """What `llama-batched-bench --output-format jsonl` prints: sequences -> seconds of a step.
+    Raises ModelError if it is something else."""
+    runs = [json.loads(line) for line in text.splitlines() if line.startswith('{"n_kv_max"')]
+    if not runs:
+        raise ModelError(f"{BATCHED} printed no JSON lines of its runs: {_last(text)}")
+    return {int(run["pl"]): run["t_tg"] / run["tg"] for run in runs}
+
+
+class Server:
+    """A running llama-server, stopped by a signal while it is not asked. Raises ModelError with its
+    last words if it does not start or fails."""
+
+    def __init__(
+        self, cpp: LlamaCpp, model: Path, flags: Flags, slots: int, context: int, longest: int
+    ) -> None:
+        """context: tokens of a slot; longest: tokens of a prompt."""
+        self._port = _free_port()
+        self.command = [
+            *(str(cpp.folder / SERVER), "--model", str(model), "--offline"),
+            *("--host", "127.0.0.1", "--port", str(self._port), "--parallel", str(slots)),
+            *("--ctx-size", str(slots * context), "--no-kv-unified"),
+            # All prompts of a chunk in one batch, so that the slots begin together.
+            *("--batch-size", str(max(LEAST_BATCH, slots * longest))),
+            *("--no-cache-prompt", "--cache-ram", "0"),
+            *flags.words,
+        ]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+        )
+        try:
+            self._wait_until_loaded()
+        except BaseException:
+            self.close()
+            raise
+        self._process.send_signal(signal.SIGSTOP)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> Reply:
+        """All prompts at once, greedy, up to so many tokens each."""
+        body = {
+            "prompt": [list(map(int, prompt)) for prompt in prompts],
+            "n_predict": tokens,
+            "temperature": 0.0,
+            "samplers": ["top_k"],  # nothing else to compute for the most likely token
+            "top_k": 1,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
+        self._process.send_signal(signal.SIGCONT)
+        started = time.perf_counter()
+        try:
+            found = self._ask("/completion", body, ANSWERING)
+        except OSError as error:
+            raise ModelError(f"{SERVER} did not answer: {self._told(error)}") from error
+        seconds = time.perf_counter() - started
+        self._process.send_signal(signal.SIGSTOP)
+        return reply_of(found, prompts, seconds)
+
+    def close(self) -> None:
+        """Ends the process, by force if it does not end by itself."""
+        for number in (signal.SIGCONT, signal.SIGTERM):
+            with contextlib.suppress(OSError):
+                self._process.send_signal(number)
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _wait_until_loaded(self) -> None:
+        stop = time.monotonic() + LOADING
+        while time.monotonic() < stop:
+            if self._process.poll() is not None:
+                raise ModelError(
+                    f"{SERVER} ended with {self._process.returncode}: {_last(self._text())}"
+                )
+            try:
+                self._ask("/health", None, 5.0)
+                return
+            except OSError:  # nobody listens yet, or 503: it loads
+                time.sleep(0.1)
+        raise ModelError(f"{SERVER} was not ready within {LOADING:.0f} s: {_last(self._text())}")
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}{path}", data, {"Content-Type": "application/json"}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=seconds) as answer:
+            return json.load(answer)
+
+    def _told(self, error: OSError) -> str:
+        if isinstance(error, urllib.error.HTTPError):
+            return error.read().decode(errors="replace")[:300]
+        return f"{error}; its last words: {_last(self._text())}"
+
+    def _text(self) -> str:
+        size = os.fstat(self._log.fileno()).st_size
+        # Not read(): the process writes at the position that it would move.
+        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+
+
+def reply_of(found: Any, prompts: Sequence[Sequence[int]], seconds: float) -> Reply:
+    """What llama-server answered, by its own clock but for the seconds in all. Raises ModelError
+    where a prompt was not computed in full."""
+    answers = sorted(found if isinstance(found, list) else [found], key=lambda one: one["index"])
+    spans, steps, free = [], 0, 0
+    for one, prompt in zip(answers, prompts, strict=True):
+        times = one["timings"]
+        if times["prompt_n"] != len(prompt):
+            raise ModelError(
+                f"{SERVER} computed {times['prompt_n']} tokens of a prompt of {len(prompt)}"
+            )
+        first = times["prompt_ms"] / 1e3
+        later = times["predicted_n"] - 1
+        spans.append(Span(first, first + times["predicted_ms"] / 1e3, later))
+        steps += later
+        free += times.get("draft_n_accepted", 0)
+    tokens = [list(one["tokens"]) for one in answers]
+    return Reply(
+        decode_rate(spans),
+        sum(one["timings"]["predicted_n"] for one in answers) / seconds,
+        max(span.first for span in spans),
+        steps / (steps - free) if steps > free else math.nan,
+        tokens,
+    )
+
+
+def _call(command: Sequence[str]) -> str:
+    """Both streams of a program that ends by itself. Raises ModelError if it fails."""
+    done = _run(command)
+    if done.returncode != 0:
+        reason = _last(done.stderr or done.stdout)
+        raise ModelError(f"{Path(command[0]).name} ended with {done.returncode}: {reason}")
+    return f"{done.stderr}\n{done.stdout}"
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env=_environment(), check=False
+    )
+
+
+def _environment() -> dict[str, str]:
+    return {name: text for name, text in os.environ.items() if not name.startswith(_NOT_THEIRS)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _last(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines or ["it said nothing"])[-1][:200]

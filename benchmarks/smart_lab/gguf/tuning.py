@@ -1,0 +1,149 @@
+"""llama.cpp's best flags on this machine, found by trying: threads, flash attention, repacking,
+batches and sampling for plain decoding, then settings of its draft model and n-gram modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from smart_decoding.errors import ModelError
+from smart_lab.gguf.rates import Reply
+from smart_lab.gguf.server import Flags
+
+PLAIN, DRAFT, NGRAM, BOTH = "plain", "draft model", "n-gram", "draft model and n-gram"
+# n-max, p-min of a draft: llama.cpp's defaults first.
+DRAFTS = ((3, 0.0), (1, 0.0), (2, 0.0), (5, 0.0), (8, 0.5), (16, 0.75), (4, 0.4))
+# What looks up n-grams, and how: defaults first, which wait for twelve equal tokens.
+NGRAMS = (
+    ("ngram-simple",),
+    ("ngram-simple", "--spec-ngram-simple-size-n", "3", "--spec-ngram-simple-size-m", "4"),
+    ("ngram-simple", "--spec-ngram-simple-size-n", "5", "--spec-ngram-simple-size-m", "8"),
+    ("ngram-map-k", "--spec-ngram-map-k-size-n", "3", "--spec-ngram-map-k-size-m", "4"),
+    ("ngram-map-k4v", "--spec-ngram-map-k4v-size-n", "3", "--spec-ngram-map-k4v-size-m", "4"),
+    ("ngram-cache",),
+    ("ngram-mod",),
+    (
+        *("ngram-mod", "--spec-ngram-mod-n-match", "4"),
+        *("--spec-ngram-mod-n-min", "1", "--spec-ngram-mod-n-max", "8"),
+    ),
+)
+# Of plain decoding, one after the other, each in all values that are not the defaults of Flags.
+STEPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("threads", (1,)),
+    ("flash", ("on", "off")),
+    ("repack", (False,)),
+    ("sampling", (True,)),
+    ("ubatch", (128, 2048)),
+)
+Answer = Callable[[Flags], Reply]  # tries flags; raises ModelError where they do not work
+TimeLeft = Callable[[], bool]
+
+
+@dataclass
+class Tuned:
+    """Mode -> the best flags; what was tried, with tokens per second or why there are none; what
+    was not for lack of time."""
+
+    flags: dict[str, Flags] = field(default_factory=dict)
+    tried: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> Tuned:
+        """The inverse of `plain`."""
+        flags = {
+            mode: Flags(**{**each, "speculation": tuple(each["speculation"])})
+            for mode, each in kept["flags"].items()
+        }
+        return cls(flags, list(kept["tried"]), list(kept["left_out"]))
+
+
+def draft_words(draft: str, setting: tuple[int, float]) -> tuple[str, ...]:
+    """How llama-server is told to draft with the model in that file."""
+    most, least = setting
+    words = ("--spec-type", "draft-simple", "--spec-draft-model", draft)
+    return (*words, "--spec-draft-n-max", str(most), "--spec-draft-p-min", str(least))
+
+
+def ngram_words(setting: Sequence[str]) -> tuple[str, ...]:
+    """How it is told to look up n-grams."""
+    return ("--spec-type", *setting)
+
+
+def both_words(draft: Sequence[str], ngram: Sequence[str]) -> tuple[str, ...]:
+    """n-grams first, the draft model where they find nothing."""
+    return ("--spec-type", f"{ngram[1]},{draft[1]}", *ngram[2:], *draft[2:])
+
+
+def tune(answer: Answer, cores: int, draft: str | None, time_left: TimeLeft) -> Tuned:
+    """The best flags of each mode that works; the defaults of each are tried in any case. Raises
+    ModelError if plain decoding fails with the defaults."""
+    search = _Search(answer, time_left)
+    base = Flags(threads=cores)
+    search.attempt(PLAIN, base)
+    for name, values in STEPS:
+        changed = [replace(base, **{name: value}) for value in values]
+        base = search.best(PLAIN, base, changed, "overall" if name == "ubatch" else "decode")
+    search.found.flags[PLAIN] = base
+    groups = {NGRAM: [ngram_words(setting) for setting in NGRAMS]}
+    if draft is not None:
+        groups = {DRAFT: [draft_words(draft, setting) for setting in DRAFTS], **groups}
+    for mode, settings in groups.items():
+        first, *others = [replace(base, speculation=words) for words in settings]
+        search.attempt(mode, first)
+        chosen = search.best(mode, first, others)
+        # More rows in a forward may want the other layout of weights.
+        chosen = search.best(mode, chosen, [replace(chosen, repack=not chosen.repack)])
+        if search.works(chosen):
+            search.found.flags[mode] = chosen
+    flags = search.found.flags
+    if DRAFT in flags and NGRAM in flags:
+        words = both_words(flags[DRAFT].speculation, flags[NGRAM].speculation)
+        flags[BOTH] = replace(flags[DRAFT], speculation=words)
+    return search.found
+
+
+class _Search:
+    """Keeps what was tried."""
+
+    def __init__(self, answer: Answer, time_left: TimeLeft) -> None:
+        self._answer, self._time_left = answer, time_left
+        self._replies: dict[Flags, Reply] = {}
+        self.found = Tuned()
+
+    def attempt(self, mode: str, flags: Flags) -> None:
+        """Tries flags. Raises ModelError if they are the first of all and do not work."""
+        words = " ".join(flags.words)
+        try:
+            reply = self._answer(flags)
+        except ModelError as error:
+            if not self.found.tried:
+                raise
+            self.found.tried.append({"mode": mode, "flags": words, "error": str(error)})
+            return
+        self._replies[flags] = reply
+        rates = {"decode": reply.decode, "overall": reply.overall}
+        self.found.tried.append({"mode": mode, "flags": words, **rates})
+
+    def best(
+        self, mode: str, known: Flags, others: Sequence[Flags], score: str = "decode"
+    ) -> Flags:
+        """The best of `known`, which was tried before, and of the others."""
+        for flags in others:
+            if flags == known or self.works(flags):
+                continue
+            if self._time_left():
+                self.attempt(mode, flags)
+            else:
+                self.found.left_out.append(f"{mode}: {' '.join(flags.words)}")
+        working = [flags for flags in (known, *others) if self.works(flags)]
+        return max(working, key=lambda f: float(getattr(self._replies[f], score)), default=known)
+
+    def works(self, flags: Flags) -> bool:
+        """Whether it answered with them."""
+        return flags in self._replies

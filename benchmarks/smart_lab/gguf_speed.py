@@ -1,0 +1,347 @@
+"""The same GGUF file in our engine and in a llama.cpp built on this machine, in one run.
+
+    python -m smart_lab gguf-speed FILE --llama-cpp build/bin [--draft FILE] [--slots 1,4,8]
+
+llama.cpp's flags are found first, for each number of slots, on prompts of their own: threads, flash
+attention, layout of the weights, batches, then the settings of its draft model and n-gram modes.
+After that its best modes and ours answer the same chunks of prompts in turn: as many at once as
+there are slots, the same token ids, greedy, up to the same number of tokens. Nobody keeps prompts,
+and a server that is not asked is stopped. Printed are tokens per second after the first token of
+each answer, and overall with prompts: median, lowest and highest; ratios have 95 % intervals. A
+forward of a few rows is timed before that, in turn as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from smart_decoding.bench.data import load_task
+from smart_decoding.bench.options import check_outputs
+from smart_decoding.bench.provenance import commit, machine, provenance, write_json
+from smart_decoding.bench.resume import Progress, source_digest
+from smart_decoding.cli.arguments import whole_numbers, words
+from smart_decoding.errors import ConfigError
+from smart_decoding.models.hub import sha256_of
+from smart_lab.gguf import report
+from smart_lab.gguf.ours import HELD, Ours, speculative_configs, without_folders
+from smart_lab.gguf.rates import Reply
+from smart_lab.gguf.server import Flags, LlamaCpp, Server
+from smart_lab.gguf.tuning import DRAFT, DRAFTS, PLAIN, Tuned, draft_words, tune
+
+TASKS = ("code", "maths")
+KEPT_BACK = 24  # prompts for tuning and warming up, or more if there are more slots
+TUNE_ANSWERS = 3  # of each candidate, in chunks of the slots; one chunk at least
+TUNE_SHARE = 0.5  # of a number of slots' time, at most
+TURNS, CALLS = 3, 6  # of forwards
+FORWARD_SHARE = 0.1  # of the time, at most, but for one turn
+PAUSE = 0.3  # seconds between two engines: threads of the one before may still spin
+Contestant = Callable[[Sequence[Sequence[int]], int], Reply]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The files, what is measured, and for how long."""
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="the model, a GGUF file")
+    add("--draft", type=Path, metavar="FILE", help="a smaller GGUF file of the same vocabulary")
+    binaries = "folder of llama-server, llama-bench and llama-batched-bench"
+    add("--llama-cpp", type=Path, required=True, metavar="DIR", help=binaries)
+    add("--slots", type=whole_numbers, default=(1, 4, 8), metavar="1,4,8")
+    held = f"how our engine holds the weights, of: {', '.join(HELD)} (as-stored)"
+    add("--ours", type=words, default=("as-stored",), metavar="A,B", help=held)
+    drafters = (
+        "a method, or a speculative_config in JSON; may be given several times "
+        "(ngram, union, and draft_model with --draft)"
+    )
+    add("--smart", action="append", metavar="METHOD", help=drafters)
+    add("--max-tokens", type=int, default=128, help="of an answer (128)")
+    add("--tune-tokens", type=int, default=48, help="of an answer while flags are tried (48)")
+    add("--blocks", type=int, default=12, help="most chunks for each number of slots (12)")
+    add("--max-model-len", type=int, default=1024, help="tokens of a prompt and its answer (1024)")
+    add("--rows", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,16")
+    add("--forward-context", type=int, default=150, help="tokens before those rows (150)")
+    limit = "seconds; what is missing then is said (3300)"
+    add("--time-limit", type=float, default=3300.0, help=limit)
+    add("--resume", type=Path, metavar="FILE", help="keep what is measured, and go on from it")
+    add("--json", type=Path, metavar="FILE")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures, and prints tables. Raises ConfigError for files and options that cannot be."""
+    stop = time.monotonic() + args.time_limit
+    cpp = LlamaCpp(args.llama_cpp)
+    configs = checked(args)
+    about = cpp.about()
+    progress = Progress(args.resume, key_of(args, about))
+    print(f"llama.cpp: {about['version']}; {about['system']}", flush=True)
+    session = Session(args, cpp, configs, progress)
+    with servers_end_with_us():
+        session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
+        for number, slots in enumerate(args.slots):
+            now = time.monotonic()
+            session.measure(slots, now + (stop - now) / (len(args.slots) - number))
+    result = {
+        "provenance": provenance(
+            command_of(args), 0, session.weights, "as each contestant's name says"
+        ),
+        "llama_cpp": about,
+        "load_average": session.load_average,
+        **session.result(),
+    }
+    if args.json is not None:
+        write_json(args.json, result)
+    print(report.text(result))
+    return 0
+
+
+@contextmanager
+def servers_end_with_us() -> Iterator[None]:
+    """A plain SIGTERM would leave stopped servers behind, which hold their memory."""
+
+    def leave(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def checked(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The drafters of `smart`. Raises ConfigError for what cannot be, before anything is loaded."""
+    for path in (args.file, args.draft):
+        if path is not None and not (path.is_file() and path.suffix == ".gguf"):
+            raise ConfigError(f"{path} is not a GGUF file")
+    unknown = [held for held in args.ours if held not in HELD]
+    if unknown or not args.ours:
+        raise ConfigError(f"--ours takes {', '.join(HELD)}, not {', '.join(unknown) or 'nothing'}")
+    least = {"--max-tokens": args.max_tokens, "--tune-tokens": args.tune_tokens}
+    for name, value in {**least, "--blocks": args.blocks}.items():
+        if value < 2 - (name == "--blocks"):
+            raise ConfigError(f"{name} {value} is too small to measure anything")
+    check_outputs((args.json, args.resume), None)
+    usual = ["draft_model", "ngram", "union"] if args.draft else ["ngram", "union"]
+    return speculative_configs(args.smart or usual, args.draft)
+
+
+class Session:
+    """One run: our engines, llama.cpp's servers, and what is measured so far."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        cpp: LlamaCpp,
+        configs: Mapping[str, Any],
+        progress: Progress,
+    ) -> None:
+        self._args, self._cpp, self._progress = args, cpp, progress
+        self._cores = len(os.sched_getaffinity(0))
+        self.load_average = os.getloadavg()[0]  # before we add to it
+        most, context = max(args.slots), args.max_model_len
+        self._ours = [Ours(args.file, held, configs, most, context) for held in args.ours]
+        files = [path for path in (args.file, args.draft) if path]
+        self.weights = {
+            **self._ours[0].llm.provenance,
+            "model": args.file.name,
+            **{f"sha256 of {path.name}": sha256_of(path) for path in files},
+        }
+        prompts = self._prompts()
+        kept = max(KEPT_BACK, most)
+        self._kept, self._measured = prompts[:kept], prompts[kept:]
+        if len(self._measured) < most:
+            raise ConfigError("too few prompts fit: raise --max-model-len or lower --max-tokens")
+
+    def forwards(self, stop: float) -> None:
+        """Adds turns of forwards: each engine's own benchmark, one after the other."""
+        args, name = self._args, "forwards"
+        while len(self._progress.units(name)) < TURNS and (
+            time.monotonic() < stop or not self._progress.units(name)
+        ):
+            asked = (args.rows, args.forward_context, CALLS)
+            layouts = [Flags(self._cores, repack=repack) for repack in (True, False)]
+            all_flags = [replace(each, flash=on) for each in layouts for on in ("on", "off")]
+            unit = {
+                "llama.cpp": self._cpp.one_sequence(args.file, all_flags, *asked),
+                "llama.cpp, sequences": self._cpp.many_sequences(args.file, layouts, *asked),
+            }
+            for ours in self._ours:
+                time.sleep(PAUSE)
+                unit[ours.held] = ours.forwards(*asked)
+            self._progress.add(name, unit)
+
+    def measure(self, slots: int, stop: float) -> None:
+        """Tunes llama.cpp, then adds blocks at so many slots, one at least, until the time is
+        over."""
+        name = f"blocks at {slots}"
+        chunks = in_chunks(self._measured, slots)[: self._args.blocks]
+        done = len(self._progress.units(name))
+        if done >= len(chunks) or (done and time.monotonic() > stop):
+            return
+        tuned = self._tuned(slots, stop)
+        with ExitStack() as stack:
+            contestants: dict[str, Contestant] = {}
+            for mode, flags in self._final(tuned).items():
+                server = stack.enter_context(self._server(flags, slots))
+                contestants[f"llama.cpp {mode}"] = server.answer
+            for ours in self._ours:
+                contestants |= ours.contestants()
+            for who, answer in contestants.items():
+                # What learns from rounds sees the batch that it will decide about.
+                answer(self._kept[: slots if " smart " in who else 1], self._args.max_tokens)
+            for number, chunk in enumerate(chunks[done:], done):
+                started = time.monotonic()
+                unit = block(contestants, chunk, self._args.max_tokens, number)
+                self._progress.add(name, unit)
+                print(f"{slots} slots, block {number + 1} of {len(chunks)}", flush=True)
+                now = time.monotonic()
+                if now + (now - started) > stop:
+                    break
+
+    def result(self) -> dict[str, Any]:
+        """All that was measured, as JSON holds it."""
+        runs = []
+        for slots in self._args.slots:
+            kept = self._progress.units(f"tuned at {slots}")
+            blocks = self._progress.units(f"blocks at {slots}")
+            if kept and blocks:
+                runs.append(report.run_of(slots, blocks, self._args.ours) | self._flags(kept[0]))
+        return {
+            "forwards": forward_medians(self._progress.units("forwards")),
+            "forward_context": self._args.forward_context,
+            "max_tokens": self._args.max_tokens,
+            "runs": runs,
+        }
+
+    def _flags(self, kept: Mapping[str, Any]) -> dict[str, Any]:
+        """llama.cpp's flags, of its files the names alone."""
+        tuned, draft = Tuned.of(kept), self._args.draft
+        words = {mode: " ".join(flags.words) for mode, flags in self._final(tuned).items()}
+        found = {"flags": words, "tried": tuned.tried, "left_out": tuned.left_out}
+        if draft is None:
+            return found
+        inside = json.dumps(str(draft))[1:-1]
+        bare: dict[str, Any] = json.loads(json.dumps(found).replace(inside, draft.name))
+        return bare
+
+    def _tuned(self, slots: int, stop: float) -> Tuned:
+        name = f"tuned at {slots}"
+        if not self._progress.units(name):
+            now = time.monotonic()
+            until = now + TUNE_SHARE * (stop - now)
+            chunks = in_chunks(self._kept, slots)[: max(1, TUNE_ANSWERS // slots)]
+
+            def attempt(flags: Flags) -> Reply:
+                print(f"{slots} slots, llama.cpp with {' '.join(flags.words)}", flush=True)
+                with self._server(flags, slots) as server:
+                    return mean([server.answer(c, self._args.tune_tokens) for c in chunks])
+
+            draft = None if self._args.draft is None else str(self._args.draft)
+            found = tune(attempt, self._cores, draft, lambda: time.monotonic() < until)
+            self._progress.add(name, found.plain())
+        return Tuned.of(self._progress.units(name)[0])
+
+    def _final(self, tuned: Tuned) -> dict[str, Flags]:
+        """The modes to compare: the best flags of each, and the draft model with its defaults."""
+        if DRAFT not in tuned.flags:
+            return tuned.flags
+        usual = replace(
+            tuned.flags[PLAIN], speculation=draft_words(str(self._args.draft), DRAFTS[0])
+        )
+        if usual == tuned.flags[DRAFT]:
+            return tuned.flags
+        return {**tuned.flags, f"{DRAFT}, its defaults": usual}
+
+    def _server(self, flags: Flags, slots: int) -> Server:
+        longest = max(map(len, chain(self._kept, self._measured)))
+        args = self._args
+        return Server(self._cpp, args.file, flags, slots, args.max_model_len, longest)
+
+    def _prompts(self) -> list[list[int]]:
+        """Tasks in turn, as chats of one message, those that leave room for an answer."""
+        llm = self._ours[0].llm
+        texts = chain.from_iterable(zip(*(load_task(task) for task in TASKS), strict=False))
+        tokens = (llm.chat_prompt([{"role": "user", "content": t}]).tokens for t in texts)
+        room = self._args.max_model_len - self._args.max_tokens - 1
+        return [list(map(int, prompt)) for prompt in tokens if len(prompt) <= room]
+
+
+def block(
+    contestants: Mapping[str, Contestant],
+    chunk: Sequence[Sequence[int]],
+    tokens: int,
+    number: int,
+) -> dict[str, Any]:
+    """The chunk answered by all, one after the other; who begins depends on the block's number."""
+    names = list(contestants)
+    turn = number % len(names)
+    replies = {}
+    for name in names[turn:] + names[:turn]:
+        time.sleep(PAUSE)
+        replies[name] = asdict(contestants[name](chunk, tokens))
+    return {name: replies[name] for name in names}
+
+
+def in_chunks(prompts: Sequence[list[int]], size: int) -> list[Sequence[list[int]]]:
+    """Whole chunks only."""
+    return [prompts[at : at + size] for at in range(0, len(prompts) - size + 1, size)]
+
+
+def mean(replies: Sequence[Reply]) -> Reply:
+    """Of several chunks."""
+    return Reply(
+        statistics.fmean(reply.decode for reply in replies),
+        statistics.fmean(reply.overall for reply in replies),
+        statistics.fmean(reply.prefill_seconds for reply in replies),
+        statistics.fmean(reply.per_round for reply in replies),
+        [answer for reply in replies for answer in reply.answers],
+    )
+
+
+def forward_medians(units: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Engine -> rows -> milliseconds: median, lowest and highest of the turns."""
+    found: dict[str, Any] = {}
+    for engine in units[0] if units else ():
+        found[engine] = {}
+        for rows in units[0][engine]:
+            ms = sorted(1e3 * unit[engine][rows] for unit in units)
+            found[engine][rows] = [statistics.median(ms), ms[0], ms[-1]]
+    return found
+
+
+def key_of(args: argparse.Namespace, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    free = ("command", "time_limit", "json", "resume", "blocks", "slots", "llama_cpp", "debug")
+    files = {path.name: path.stat().st_size for path in (args.file, args.draft) if path}
+    given = {name: value for name, value in vars(args).items() if name not in free}
+    return {
+        "option": {**given, "file": args.file.name, "draft": args.draft and args.draft.name},
+        "bytes": files,
+        "llama.cpp": about,
+        "machine": machine(),
+        "commit": commit(),
+        "source": source_digest() + source_digest(Path(__file__).parent),
+    }
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command line that asks for this run, with the names of files alone."""
+    told = ["python", "-m", "smart_lab", "gguf-speed", args.file.name, "--llama-cpp", "DIR"]
+    told += ["--draft", args.draft.name] if args.draft else []
+    told += ["--slots", ",".join(map(str, args.slots)), "--ours", ",".join(args.ours)]
+    for text in args.smart or ():
+        told += ["--smart", without_folders(text)]
+    told += ["--max-tokens", str(args.max_tokens), "--time-limit", f"{args.time_limit:.0f}"]
+    return shlex.join(told)

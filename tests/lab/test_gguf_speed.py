@@ -1,0 +1,457 @@
+"""A GGUF file in two engines, without either: programs that answer by a rule stand for llama.cpp's
+binaries, a rule and a clock for our model."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import worlds
+
+from smart_decoding.errors import ConfigError, ModelError
+from smart_lab import gguf_speed
+from smart_lab.gguf import ours, report
+from smart_lab.gguf.rates import Reply, Span, agreement, best, decode_rate, figures, ratio
+from smart_lab.gguf.server import (
+    BATCHED,
+    BENCH,
+    SERVER,
+    Flags,
+    LlamaCpp,
+    Server,
+    batched_seconds,
+    bench_seconds,
+    reply_of,
+)
+from smart_lab.gguf.tuning import BOTH, DRAFT, DRAFTS, NGRAM, NGRAMS, PLAIN, Tuned, tune
+
+SERVES = f"""#!{sys.executable}
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+words = sys.argv[1:]
+if words == ["--version"]:
+    print("version: 7 (abc)", file=sys.stderr)
+    print("built with a rule", file=sys.stderr)
+    sys.exit()
+if "no-such-model.gguf" in words:
+    print("0.1 I common_param: system_info: n_threads = 2 / 2 | CPU : AVX2 = 1 | ", file=sys.stderr)
+    sys.exit(1)
+if "--backend-sampling" in words:
+    print("error: no such thing")
+    sys.exit(3)
+drafts = 1
+if "draft-simple" in " ".join(words):
+    drafts = 2 + ("--spec-draft-n-max 5" in " ".join(words))
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def say(self, value):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def do_GET(self):
+        self.say({{"status": "ok"}})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["temperature"] == 0 and not asked["cache_prompt"], asked
+        tokens, answers = asked["n_predict"], []
+        for index, prompt in enumerate(asked["prompt"]):
+            times = {{"prompt_n": len(prompt), "prompt_ms": 100.0, "predicted_n": tokens,
+                     "predicted_ms": 1000.0 * (tokens - 1) / drafts,
+                     "draft_n_accepted": (tokens - 1) // 2 if drafts > 1 else 0}}
+            told = [(prompt[-1] + 1 + i) % {worlds.EOS} for i in range(tokens)]
+            answers.append({{"index": index, "tokens": told, "timings": times}})
+        self.say(answers[0] if len(answers) == 1 else answers[::-1])
+
+HTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
+"""
+BENCHES = f"""#!{sys.executable}
+import json, sys
+words = sys.argv[1:]
+rows = [int(n) for n in words[words.index("-p") + 1].split(",")]
+slow = 2 if words[words.index("--repack") + 1] == "1" else 1
+print("a warning", file=sys.stderr)
+print(json.dumps([{{"n_prompt": n, "samples_ns": [slow * n * 10**6, 9 * 10**9, 0]}} for n in rows]))
+"""
+BATCHES = f"""#!{sys.executable}
+import sys
+words = sys.argv[1:]
+for n in words[words.index("-npl") + 1].split(","):
+    print('{{"n_kv_max": 9, "pl": %s, "tg": 4, "t_tg": %f}}' % (n, 0.02 * int(n)))
+"""
+
+
+@pytest.fixture
+def binaries(tmp_path: Path) -> Path:
+    folder = tmp_path / "build" / "bin"
+    folder.mkdir(parents=True)
+    for name, text in ((SERVER, SERVES), (BENCH, BENCHES), (BATCHED, BATCHES)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder.parent / "CMakeCache.txt").write_text(
+        "CMAKE_BUILD_TYPE:STRING=Release\nGGML_NATIVE:BOOL=ON\nGGML_CUDA:BOOL=OFF\nOTHER:BOOL=ON\n"
+    )
+    return folder
+
+
+def stopped(server: Server) -> bool:
+    """Whether the kernel says so soon: a signal takes a moment."""
+    until = time.monotonic() + 5
+    path = Path(f"/proc/{server._process.pid}/stat")
+    while (state := path.read_text().rpartition(")")[2].split()[0]) != "T":
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return state == "T"
+
+
+def test_each_request_counts_until_its_own_end() -> None:
+    spans = [Span(1.0, 3.0, 20), Span(2.0, 6.0, 20)]  # from second 2 on: 20 / 1 and 20 / 4
+    assert decode_rate(spans) == pytest.approx(25.0)
+    assert math.isnan(decode_rate([Span(1.0, 1.0, 0)]))
+
+
+def test_agreement_ends_at_the_first_other_token() -> None:
+    assert agreement([[1, 2, 3, 4], [5]], [[1, 2, 9, 4], [5, 6]]) == pytest.approx(0.75)
+
+
+def test_a_servers_answers_become_rates() -> None:
+    def one(index: int, prompt_ms: float, tokens: int, accepted: int) -> dict[str, Any]:
+        times = {"prompt_n": 3, "prompt_ms": prompt_ms, "predicted_n": tokens}
+        times |= {"predicted_ms": 2000.0, "draft_n_accepted": accepted}
+        return {"index": index, "tokens": [index] * tokens, "timings": times}
+
+    reply = reply_of([one(1, 500.0, 11, 5), one(0, 500.0, 21, 10)], [[1, 2, 3]] * 2, 4.0)
+    assert reply.answers == [[0] * 21, [1] * 11]
+    assert reply.decode == pytest.approx(20 / 2 + 10 / 2)
+    assert reply.overall == pytest.approx(32 / 4)
+    assert reply.prefill_seconds == 0.5
+    assert reply.per_round == pytest.approx(2.0)
+
+
+def test_a_prompt_that_came_from_a_cache_is_refused() -> None:
+    times = {"prompt_n": 1, "prompt_ms": 1.0, "predicted_n": 2, "predicted_ms": 1.0}
+    with pytest.raises(ModelError, match="computed 1 tokens of a prompt of 3"):
+        reply_of({"index": 0, "tokens": [1, 2], "timings": times}, [[1, 2, 3]], 1.0)
+
+
+def test_llama_benchs_output_is_read() -> None:
+    text = 'load: a line\n[\n{"n_prompt": 4, "samples_ns": [ 3000000, 1000000, 2000000 ]}\n]\n'
+    assert bench_seconds(text) == {4: pytest.approx(0.002)}
+    with pytest.raises(ModelError, match="no JSON of its runs: nonsense"):
+        bench_seconds("nonsense")
+
+
+def test_llama_batched_benchs_output_is_read() -> None:
+    line = '{"n_kv_max": 99, "pp": 150, "tg": 8, "pl": 16, "t_tg": 2.4, "speed": 1.0}'
+    assert batched_seconds(f"a log line\n{line}\n") == {16: pytest.approx(0.3)}
+    with pytest.raises(ModelError, match="no JSON lines of its runs: it said nothing"):
+        batched_seconds("")
+
+
+def test_flags_are_words_of_the_servers_command_line() -> None:
+    flags = Flags(2, "off", False, 128, True, ("--spec-type", "ngram-simple"))
+    assert " ".join(flags.words) == (
+        "--threads 2 --flash-attn off --ubatch-size 128 --no-repack --backend-sampling "
+        "--spec-type ngram-simple"
+    )
+
+
+def test_a_folder_without_binaries_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no llama-server"):
+        LlamaCpp(tmp_path)
+
+
+def test_llama_cpp_says_what_it_is(binaries: Path) -> None:
+    assert LlamaCpp(binaries).about() == {
+        "version": "version: 7 (abc); built with a rule",
+        "system": "CPU : AVX2 = 1",
+        "build": {"CMAKE_BUILD_TYPE": "Release", "GGML_NATIVE": "ON"},
+    }
+
+
+def test_the_best_layout_counts_for_a_forward(binaries: Path) -> None:
+    flags = [Flags(2, repack=repack) for repack in (True, False)]
+    cpp, file = LlamaCpp(binaries), Path("m.gguf")
+    assert cpp.one_sequence(file, flags, (1, 4), 150, 3) == pytest.approx({1: 0.001, 4: 0.004})
+    assert cpp.many_sequences(file, flags, (1, 4), 150, 4) == pytest.approx({1: 0.005, 4: 0.02})
+
+
+def test_a_server_answers_and_is_stopped_in_between(
+    binaries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which must not be asked
+    with Server(LlamaCpp(binaries), Path("m.gguf"), Flags(2), 2, 64, 9) as server:
+        assert stopped(server)
+        reply = server.answer([[4, 5], [7]], 3)
+        assert reply.answers == [[6, 7, 8], [8, 9, 10]]
+        assert reply.decode == pytest.approx(2.0)  # a second a token, two at a time
+        assert stopped(server)
+    assert server._process.returncode is not None
+
+
+def test_what_a_server_dies_of_is_told(binaries: Path) -> None:
+    with pytest.raises(ModelError, match="ended with 3: error: no such thing"):
+        Server(LlamaCpp(binaries), Path("m.gguf"), Flags(2, sampling=True), 1, 64, 9)
+
+
+def reply(decode: float, overall: float = 1.0) -> Reply:
+    return Reply(decode, overall, 0.5, 1.0, [[1, 2]])
+
+
+def rule(flags: Flags) -> Reply:
+    """No repacking is better, and two threads are; a chain of five, and n-grams of three."""
+    if flags.sampling:
+        raise ModelError("not supported")
+    words = " ".join(flags.speculation)
+    rate = 10.0 * flags.threads + 3.0 * (not flags.repack) + 1.0 * (flags.flash == "off")
+    rate += 5.0 * ("n-max 5" in words) - 2.0 * ("draft-simple" in words)
+    rate += 4.0 * ("simple-size-n 3" in words)
+    return reply(rate, overall=float(flags.ubatch == 128))
+
+
+def test_tuning_finds_the_best_flags_of_each_mode() -> None:
+    found = tune(rule, 2, "d.gguf", lambda: True)
+    base = Flags(2, "off", False, 128)
+    assert found.flags[PLAIN] == base
+    assert found.flags[DRAFT].repack is False
+    assert "--spec-draft-n-max 5" in " ".join(found.flags[DRAFT].speculation)
+    assert found.flags[NGRAM].speculation == ("--spec-type", *NGRAMS[1])
+    both = " ".join(found.flags[BOTH].speculation)
+    assert both.startswith("--spec-type ngram-simple,draft-simple --spec-ngram-simple-size-n 3")
+    assert "--spec-draft-model d.gguf --spec-draft-n-max 5" in both
+    assert not found.left_out
+    assert [one["error"] for one in found.tried if "error" in one] == ["not supported"]
+    assert Tuned.of(json.loads(json.dumps(found.plain()))) == found
+
+
+def test_without_time_the_defaults_of_each_mode_are_tried() -> None:
+    found = tune(rule, 2, "d.gguf", lambda: False)
+    assert found.flags[PLAIN] == Flags(2)
+    assert len(found.tried) == 3
+    assert len(found.left_out) == 7 + len(DRAFTS) + len(NGRAMS)
+
+
+def test_a_mode_that_never_works_is_left_out_with_its_reasons() -> None:
+    def without_drafts(flags: Flags) -> Reply:
+        if "draft-simple" in flags.speculation:
+            raise ModelError("another vocabulary")
+        return rule(flags)
+
+    found = tune(without_drafts, 2, "d.gguf", lambda: True)
+    assert list(found.flags) == [PLAIN, NGRAM]
+    assert sum("vocabulary" in one.get("error", "") for one in found.tried) == len(DRAFTS) + 1
+
+
+def test_plain_decoding_must_work() -> None:
+    def never(flags: Flags) -> Reply:
+        raise ModelError("no such file")
+
+    with pytest.raises(ModelError, match="no such file"):
+        tune(never, 2, None, lambda: True)
+
+
+def test_our_engine_counts_as_the_server_does() -> None:
+    clock = worlds.Clock()
+    engine = worlds.engine(clock)
+    found = ours.answer(engine, [[1, 2], [50, 51, 52]], 6, clock)
+    assert found.answers == [[3, 4, 5, 6, 7, 8], [53, 54, 55, 56, 57, 58]]
+    assert found.prefill_seconds == pytest.approx(1.0)
+    assert found.decode == pytest.approx(2.0)  # a second a round, two requests
+    assert found.overall == pytest.approx(12 / 6)
+    assert found.per_round == pytest.approx(1.0)
+
+
+def test_drafters_are_names_or_configs() -> None:
+    union = '{"method": "union", "model": "/a/b.gguf"}'
+    found = ours.speculative_configs(["ngram", "draft_model", union], Path("d.gguf"))
+    assert found == {
+        "ngram": {"method": "ngram"},
+        "draft_model": {"method": "draft_model", "model": "d.gguf"},
+        "union, model=b.gguf": {"method": "union", "model": "/a/b.gguf"},
+    }
+    assert ours.without_folders(union) == '{"method": "union", "model": "b.gguf"}'
+    assert ours.without_folders("ngram") == "ngram"
+    with pytest.raises(ConfigError, match="give --draft FILE"):
+        ours.speculative_configs(["draft_model"], None)
+    for wrong in ("medusa", '{"policy": "smart"}', "[1]"):
+        with pytest.raises(ConfigError, match="neither one of"):
+            ours.speculative_configs([wrong], None)
+
+
+def blocks_of(**rates: list[float]) -> list[dict[str, Any]]:
+    names = {
+        name.replace("_", " ").replace("llama ", "llama.cpp "): of for name, of in rates.items()
+    }
+    return [
+        {name: Reply(of[i], of[i] / 2, 0.5, 2.0, [[1, 2]]).plain() for name, of in names.items()}
+        for i in range(3)
+    ]
+
+
+def test_ratios_are_of_the_best_over_the_same_blocks() -> None:
+    blocks = blocks_of(
+        llama_plain=[10.0, 10.0, 10.0],
+        llama_drafts=[12.0, 8.0, 12.0],
+        ours_plain=[20.0, 20.0, 20.0],
+        ours_smart_ngram=[30.0, 36.0, 45.0],
+        ours_smart_union=[31.0, 31.0, 31.0],
+    )
+    found = figures(blocks, "ours plain")
+    assert found[1].decode == (12.0, 8.0, 12.0)
+    assert best(found, ["ours smart ngram", "ours smart union"], "decode") == "ours smart ngram"
+    assert ratio(blocks, "ours plain", "llama.cpp plain", "overall").value == pytest.approx(2.0)
+    run = report.run_of(4, blocks, ["ours"])
+    told = {(r["of"], r["over"]): r["value"] for r in run["ratios"] if r["key"] == "decode"}
+    slower = (1 / 12 + 1 / 8 + 1 / 12) / (1 / 30 + 1 / 36 + 1 / 45)
+    assert told["ours smart ngram", "llama.cpp drafts"] == pytest.approx(slower)
+    assert told["ours plain", "llama.cpp plain"] == pytest.approx(2.0)
+    assert set(told) == {
+        ("ours smart ngram", "llama.cpp drafts"),
+        ("ours smart ngram", "ours plain"),
+        ("ours plain", "llama.cpp plain"),
+    }
+
+
+class RuleOurs:
+    """Our engines without a model; it counts how often it answers."""
+
+    answered = 0
+
+    def __init__(self, model: Path, held: str, configs: Any, slots: int, context: int) -> None:
+        self.held, self._names = held, ["plain", *(f"smart {name}" for name in configs)]
+        self.llm = argparse.Namespace(provenance={"model": str(model)}, chat_prompt=self._chat)
+
+    @staticmethod
+    def _chat(messages: Any) -> Any:
+        return argparse.Namespace(tokens=[int(messages[0]["content"]), 5])
+
+    def contestants(self) -> dict[str, Callable[..., Reply]]:
+        def answer(prompts: Any, tokens: int) -> Reply:
+            RuleOurs.answered += 1
+            told = [[(p[-1] + 1 + i) % worlds.EOS for i in range(tokens)] for p in prompts]
+            return Reply(9.0 * len(prompts), 8.0, 0.1, 3.0, told)
+
+        return {f"{self.held} {name}": answer for name in self._names}
+
+    def forwards(self, rows: Any, context: int, turns: int) -> dict[int, float]:
+        return dict.fromkeys(rows, 0.001)
+
+
+@pytest.fixture
+def command(
+    binaries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., argparse.Namespace]:
+    monkeypatch.setattr(gguf_speed, "Ours", RuleOurs)
+    monkeypatch.setattr(gguf_speed, "PAUSE", 0.0)
+    monkeypatch.setattr(gguf_speed, "load_task", lambda task: [str(n) for n in range(20)])
+    monkeypatch.setattr(RuleOurs, "answered", 0)
+    for name in ("m.gguf", "d.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+
+    def parsed(*words: str) -> argparse.Namespace:
+        parser = argparse.ArgumentParser()
+        gguf_speed.add_arguments(parser)
+        usual = [str(tmp_path / "m.gguf"), "--draft", str(tmp_path / "d.gguf")]
+        usual += ["--llama-cpp", str(binaries), "--max-tokens", "8", "--tune-tokens", "4"]
+        return parser.parse_args([*usual, *words])
+
+    return parsed
+
+
+def test_a_run_is_whole_whatever_the_time_and_goes_on(
+    command: Callable[..., argparse.Namespace],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept, file = str(tmp_path / "run.part"), tmp_path / "run.json"
+    words = ("--slots", "2", "--resume", kept, "--json", str(file))
+    assert gguf_speed.main(command(*words, "--time-limit", "0")) == 0
+    text = capsys.readouterr().out
+    assert "2 requests at a time, 1 blocks" in text
+    assert "not tried for lack of time: 22 settings" in text
+    result = json.loads(file.read_text())
+    assert str(tmp_path) not in file.read_text()
+    weights = result["provenance"]["weights"]
+    assert weights["sha256 of d.gguf"] == hashlib.sha256(b"GGUF").hexdigest()
+    (run,) = result["runs"]
+    rates = {one["name"]: one["decode"][0] for one in run["contestants"]}
+    assert rates == pytest.approx(
+        {
+            "llama.cpp plain": 2.0,
+            "llama.cpp draft model": 4.0,
+            "llama.cpp n-gram": 2.0,
+            "llama.cpp draft model and n-gram": 4.0,
+            **{f"as-stored {name}": 18.0 for name in ("plain", "smart draft_model")},
+            **{f"as-stored smart {name}": 18.0 for name in ("ngram", "union")},
+        }
+    )
+    assert {one["same"] for one in run["contestants"]} == {1.0}
+    assert result["forwards"]["as-stored"]["16"] == pytest.approx([1.0, 1.0, 1.0])
+    assert result["forwards"]["llama.cpp"]["16"] == pytest.approx([16.0, 16.0, 16.0])
+
+    before = RuleOurs.answered
+    assert gguf_speed.main(command(*words, "--time-limit", "60", "--blocks", "3")) == 0
+    text = capsys.readouterr().out
+    assert "2 requests at a time, 3 blocks" in text
+    assert "llama.cpp with" not in text  # tuned once
+    assert RuleOurs.answered - before == 4 * 3  # a warm-up and two blocks
+
+
+def test_the_best_and_the_default_draft_model_are_measured(
+    command: Callable[..., argparse.Namespace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--slots", "1", "--blocks", "1", "--time-limit", "600")
+    assert gguf_speed.main(command(*words)) == 0
+    told = capsys.readouterr().out.rpartition("1 requests at a time")[2]
+    rates = {line[:38].strip(): line[38:].split() for line in told.splitlines()[2:11]}
+    assert rates["llama.cpp draft model, its defaults"][0] == "2.0"
+    assert rates["llama.cpp draft model"][0] == "3.0"
+    assert "as-stored smart draft_model over llama.cpp draft model: 3.00 (one block)" in told
+    assert "failed: llama.cpp plain with" in told
+    assert "not tried" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--ours", "packed"), "--ours takes as-stored, expanded, not packed"),
+        (("--max-tokens", "1"), "--max-tokens 1 is too small"),
+        (("--blocks", "0"), "--blocks 0 is too small"),
+        (("--draft", "x.safetensors"), "x.safetensors is not a GGUF file"),
+        (("--smart", "medusa"), "neither one of"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
+    words: tuple[str, ...], message: str, command: Callable[..., argparse.Namespace]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gguf_speed.main(command(*words))
+
+
+def test_a_terminated_run_ends_its_servers() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, gguf_speed.servers_end_with_us():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_prompts_that_do_not_fit_are_an_error(command: Callable[..., argparse.Namespace]) -> None:
+    with pytest.raises(ConfigError, match="too few prompts fit"):
+        gguf_speed.main(command("--max-model-len", "9"))
