@@ -107,7 +107,7 @@ struct TinyHead {
                 fc_blob.weight(),
                 plain_table ? Weight{} : embedding_blob.weight(),
                 plain_table ? embedding_blob.data() : nullptr,
-                bytes ? Weight{outputs_bytes.data(), nullptr} : outputs_blob.weight(),
+                bytes ? Weight{outputs_bytes.data(), nullptr, 0} : outputs_blob.weight(),
                 pointer(scale),
                 sums.empty() ? nullptr : sums.data(),
                 tokens.data(),

@@ -57,7 +57,7 @@ struct Linear {  // a call of smart_linear
     void run(const std::vector<float>& x, int first, int rows, float* y, int64_t ldy, bool add,
              int64_t* best, int threads) const {
         std::vector<float> scratch(rows * w.k);
-        const Weight packed{w.packed(), nullptr};
+        const Weight packed{w.packed(), nullptr, 0};
         smart_linear(&x[first * w.k], rows, &packed, w.n, w.k, w.bf16,
                      options.norm ? norm.data() : nullptr, eps,
                      options.bias ? bias.data() : nullptr, scratch.data(), y, ldy, add,
@@ -213,7 +213,7 @@ void packing() {
         std::vector<int64_t> index(random.between(1, 9));
         for (int64_t& i : index) i = random.below(n);
         std::vector<float> out(index.size() * k);
-        const Weight packed{weight.packed(), nullptr};
+        const Weight packed{weight.packed(), nullptr, 0};
         smart_unpack(&packed, k, bf16, index.data(), int32_t(index.size()), out.data());
         for (size_t r = 0; r < index.size(); r++)
             check::bits("unpacked", &weight.plain[index[r] * k], &out[r * k], k);

@@ -139,7 +139,7 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     rows.resize(smart_packed_rows(n), nullptr);
     check::begin("quants", seed, names + ", n " + std::to_string(n) + ", k " + std::to_string(k));
     smart_pack_quants(strips.data(), strips.size(), rows.data(), k);
-    const Weight quants{nullptr, strips.data()};
+    const Weight quants{nullptr, strips.data(), 0};
 
     std::vector<int64_t> index(n);
     for (int64_t i = 0; i < n; i++) index[i] = i;
@@ -150,7 +150,7 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
 
     std::vector<uint16_t> packed(smart_packed_rows(n) * k);
     smart_pack(plain.data(), n, k, packed.data(), 1);
-    const Weight panels{packed.data(), nullptr};
+    const Weight panels{packed.data(), nullptr, 0};
     for (int rows_of_x : {1, 2, int(random.between(3, 5)), int(random.between(6, 40))}) {
         const std::vector<float> x = random.normals(rows_of_x * k);
         std::vector<float> scratch(x.size()), wanted(rows_of_x * n), found(rows_of_x * n);
@@ -163,9 +163,46 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     }
 }
 
+// With inputs in 8 bits: near the exact product, whatever rows there are.
+void in_bytes(uint64_t seed, const Kind& kind) {
+    Random random(seed);
+    const int64_t lanes = smart_vector_width(), n = 2 * lanes, k = 256 * random.between(1, 4);
+    check::begin("quants in 8 bits", seed, std::string(kind.name) + ", k " + std::to_string(k));
+    const Rows8 part(random, kind, n, k);
+    std::vector<const void*> rows;
+    for (int64_t r = 0; r < n; r++) rows.push_back(&part.file[r * part.row_bytes]);
+    std::vector<std::vector<uint8_t>> memory(
+        2, std::vector<uint8_t>(smart_strip_bytes(kind.format, k)));
+    const Strip strips[2] = {{memory[0].data(), kind.format}, {memory[1].data(), kind.format}};
+    smart_pack_quants(strips, 2, rows.data(), k);
+    const int count = int(random.between(1, 11));
+    const std::vector<float> x = random.normals(count * k);
+    std::vector<float> scratch(x.size()), exact(count * n), found(count * n), alone(n);
+    const Weight weight{nullptr, strips, 0}, rounded{nullptr, strips, 1};
+    smart_linear(x.data(), count, &weight, n, k, 1, nullptr, 0, nullptr, scratch.data(),
+                 exact.data(), n, 0, 3, nullptr, 2);
+    smart_linear(x.data(), count, &rounded, n, k, 1, nullptr, 0, nullptr, scratch.data(),
+                 found.data(), n, 0, 3, nullptr, 2);
+    double squares = 0, errors = 0;
+    for (int64_t i = 0; i < count * n; i++) {
+        squares += double(exact[i]) * exact[i];
+        errors += (double(found[i]) - exact[i]) * (double(found[i]) - exact[i]);
+    }
+    check::near("relative error", 0, std::sqrt(errors / squares), 0.02);
+    const int row = int(random.below(count));
+    smart_linear(&x[row * k], 1, &rounded, n, k, 1, nullptr, 0, nullptr, scratch.data(),
+                 alone.data(), n, 0, 3, nullptr, 1);
+    for (int64_t j = 0; j < n; j++)
+        check::near_at("a row alone", row, j, found[row * n + j], alone[j],
+                       1e-5 * std::sqrt(squares / double(count * n)));
+}
+
 }  // namespace
 
 void test_quants() {
+    for (const Kind& kind : KINDS)
+        for (uint64_t seed = 1; seed <= check::seeds(8); seed++)
+            in_bytes(seed + 1000 * kind.format, kind);
     for (const Kind& kind : KINDS)
         for (uint64_t seed = 1; seed <= check::seeds(8); seed++) {
             Random random(seed + 100);

@@ -31,7 +31,7 @@ struct Blob {
     std::vector<uint16_t> bf16;
     std::vector<float> fp32;
     const void* data() const { return bf16.empty() ? (const void*)fp32.data() : bf16.data(); }
-    Weight weight() const { return {data(), nullptr}; }
+    Weight weight() const { return {data(), nullptr, 0}; }
 };
 
 inline Blob plain(const std::vector<float>& w, bool bf16) {

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from scipy.optimize import nnls  # type: ignore[import-untyped, unused-ignore]
 
 from smart_decoding.core.curve import Curve
 
@@ -129,5 +128,7 @@ def _attention(samples: Sequence[VerifySample]) -> tuple[float, float]:
             targets.append((seconds - seconds.mean()) / seconds.mean())
     if not features:
         return 0.0, 0.0
+    from scipy.optimize import nnls  # imported late: it takes half a second
+
     solution, _ = nnls(np.concatenate(features), np.concatenate(targets))
     return float(solution[0]), float(solution[1])

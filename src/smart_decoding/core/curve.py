@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import isotonic_regression  # type: ignore[import-untyped, unused-ignore]
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray
@@ -37,6 +36,8 @@ class Curve:
         rows = sorted(samples)
         logs = np.log([float(np.median(samples[r])) for r in rows])
         weights = np.array([len(samples[r]) for r in rows], np.float64)
+        from scipy.optimize import isotonic_regression  # imported late: it takes half a second
+
         fitted = isotonic_regression(logs, weights=weights).x
         return cls(tuple(rows), tuple(float(s) for s in np.exp(fitted)))
 

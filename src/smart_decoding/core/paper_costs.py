@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import least_squares  # type: ignore[import-untyped, unused-ignore]
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray
@@ -77,6 +76,8 @@ def _fit_verify(
     free = 4 if offsets else 3
     starts = itertools.product((-2.0, 0.0), (-4.0, -1.0), (-1.0, 0.0), (-1.0,))
     bounds = ([-12.0, -12.0, -4.0, -12.0][:free], [6.0, 3.0, 0.7, 3.0][:free])
+    from scipy.optimize import least_squares  # imported late: it takes half a second
+
     fits = [least_squares(residual, start[:free], bounds=bounds) for start in starts]
     best = min(fits, key=lambda fit: float(fit.cost)).x
     gamma, delta, rho = (float(v) for v in np.exp(best[:3]))

@@ -76,13 +76,15 @@ class Arena:
     """Memory for packed weights, on huge pages where the system grants them (TLB misses cost 20 %).
     It grows a block at a time.
 
-    size: bytes expected in all. hint: where forwards prefetch them to. What does not fit into
-    caches anyway had better go past them, where that is as fast: other weights and Python then stay
-    there."""
+    size: bytes expected in all. in_bytes: whether quants may be multiplied with inputs rounded to 8
+    bits, as is right for what only drafts. hint: where forwards prefetch them to. What does not fit
+    into caches anyway had better go past them, where that is as fast: other weights and Python then
+    stay there."""
 
     HUGE, CACHES, BLOCK = 2 << 20, 32 << 20, 64 << 20
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, in_bytes: bool = False) -> None:
+        self.in_bytes = in_bytes
         self.hint = fastest_hint() if size > self.CACHES else INTO_CACHES
         self._left = size
         self._free = torch.empty(0, dtype=torch.uint8)
@@ -178,13 +180,15 @@ def _pack_strips(
     k = shape[1]
     sizes = np.array([_lib().smart_strip_bytes(i, k) for i in range(len(FORMATS))])[formats]
     size = int(sizes.sum())
-    memory = (arena or Arena(size)).take(size)
+    arena = arena or Arena(size)
+    memory = arena.take(size)
     strips = np.empty((len(formats), 2), np.int64)
     strips[:, 0] = memory.data_ptr() + np.cumsum(sizes) - sizes
     strips[:, 1] = formats
     _lib().smart_pack_quants(strips.ctypes.data, len(strips), rows.ctypes.data, k)
     packed = PackedWeight(shape, True, memory)
     packed.struct.strips = strips.ctypes.data
+    packed.struct.in_bytes = arena.in_bytes
     packed._keep.append(strips)
     return packed
 

@@ -70,6 +70,8 @@ class Decoder:
     the dtype. native: whether the CPU kernels run it (None: on every CPU, an error where they
     cannot). graphs: whether CUDA graphs do, on a CUDA device."""
 
+    only_drafts = False  # whether logits may be off by a little
+
     def __init__(
         self,
         config: ModelConfig,
@@ -126,7 +128,7 @@ class Decoder:
         self._layers: Layers
         if self.native:
             shapes = config.expected_shapes().values()
-            arena = Arena(self.dtype.itemsize * sum(map(math.prod, shapes)))
+            arena = Arena(self.dtype.itemsize * sum(map(math.prod, shapes)), self.only_drafts)
             self._layers = NativeLayers(layers, arena, self.workspace)
             return arena
         on_cuda = self.device.type == "cuda"

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
+class _DraftDecoder(Decoder):
+    """Its quants are multiplied with inputs of 8 bits: no answer depends on drafts."""
+
+    only_drafts = True
+
+
 class DraftModel:
     """A Llama-family model in the target's dtype on its device, with pages of its numbers and
     `scratch_pages` more.
@@ -53,7 +59,7 @@ class DraftModel:
         weights: ChainMap[str, Matrix] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
         native = use_native(c, target.device, target.allow_slow)
         with fitting_memory("draft model", pages):
-            self._decoder = Decoder(
+            self._decoder = _DraftDecoder(
                 c,
                 weights,
                 target.dtype,

@@ -27,6 +27,7 @@ struct Strip {  // as many rows of a quantised weight as a vector has lanes; see
 struct Weight {  // [n, k], packed: bf16 or fp32 panels, or two strips of each panel
     const void* panels;
     const struct Strip* strips;  // or null
+    int64_t in_bytes;            // may strips be multiplied with inputs rounded to 8 bits?
 };
 
 // ---------------------------------------------------------------------------- what a forward reads

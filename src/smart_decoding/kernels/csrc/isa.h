@@ -85,6 +85,16 @@ static inline vu broadcast4(const void* p) {
 #endif
 }
 
+// Eight bytes, over and over.
+static inline vu broadcast8(const void* p) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_set1_epi64(loadu<int64_t>(p));
+#else
+    const Vector<uint64_t, VW / 2> eight = Vector<uint64_t, VW / 2>{} + loadu<uint64_t>(p);
+    return (vu)eight;
+#endif
+}
+
 // Keeps a vector in a register: GCC would load it anew for each use.
 template <class V>
 static inline void keep_in_register([[maybe_unused]] V& v) {

@@ -25,7 +25,7 @@ template <class W, class Epilogue>
 static void product(const Input<W>* x, int64_t ld, int rows, const Weight& w, int64_t n, int64_t k,
                     int hint, Epilogue&& done) {
     if constexpr (std::is_same_v<W, bf16>)
-        if (w.strips) return quant_gemm(x, ld, rows, w.strips, n, k, done);
+        if (w.strips) return quant_gemm(x, ld, rows, w.strips, n, k, w.in_bytes, done);
     with_hint(hint, [&](auto to) { gemm<to>(x, ld, rows, (const W*)w.panels, n, k, done); });
 }
 

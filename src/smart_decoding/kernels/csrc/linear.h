@@ -5,6 +5,7 @@
 
 #include "maxima.h"
 #include "norm.h"
+#include "quant_bytes.h"
 #include "quants.h"
 #include "tiles.h"
 
@@ -220,11 +221,24 @@ static inline void quant_panel(const Wide* x, int64_t ld, int rows, const Strip*
     }
 }
 
-// `gemm` of quants.
+// Whether a panel's quants are multiplied in 8 bits: in one format, and where CPUs can.
+static inline bool multiplies_bytes(const Strip* strips) {
+    bool can = false;
+    with_format(strips[0].format, [&](auto format) { can = has_byte_products<format>(); });
+    return HAS_BYTE_DOT && can && strips[0].format == strips[1].format;
+}
+
+// `gemm` of quants. in_bytes: inputs may be rounded to 8 bits.
 template <class Epilogue>
 static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t n,
-                       int64_t k, Epilogue&& done) {
+                       int64_t k, bool in_bytes, Epilogue&& done) {
     if (!rows) return;
+    static thread_local ByteRows bytes;
+    static thread_local std::vector<vf> byte_sums;
+    if (in_bytes) {
+        bytes.read(x, ld, rows, k);
+        byte_sums.resize(rows * 2 * KINDS);
+    }
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
     float* sums = kept.data();
@@ -232,6 +246,16 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
     const Panels mine(n);
     for (int64_t p = mine.first; p < mine.last; p++) {
         const Strip* pair = strips + 2 * p;
+        if (in_bytes && multiplies_bytes(pair)) {
+            with_format(pair->format, [&](auto format) {
+                if constexpr (has_byte_products<format>())
+                    byte_panel<format>(bytes, rows, pair, k, byte_sums.data(),
+                                       [&](int r, const vf& low, const vf& high) {
+                                           done(r, p * PANEL, low, high);
+                                       });
+            });
+            continue;
+        }
         if (rows <= FEW_ROWS && pair[0].format == pair[1].format)
             with_count<std::max(FEW_ROWS, 1)>(rows, [&](auto r) {
                 with_format(pair->format,
@@ -278,8 +302,8 @@ void unpack_row(const Weight& w, int64_t k, int64_t row, float* out);
 // The columns of a weight from `first` on, a panel's first one.
 template <class W>
 static inline Weight columns_from(const Weight& w, int64_t first, int64_t k) {
-    if (w.strips) return {nullptr, w.strips + first / VW};
-    return {(const W*)w.panels + first * k, nullptr};
+    if (w.strips) return {nullptr, w.strips + first / VW, w.in_bytes};
+    return {(const W*)w.panels + first * k, nullptr, 0};
 }
 
 }  // namespace smart

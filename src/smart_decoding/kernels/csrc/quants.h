@@ -184,12 +184,18 @@ struct StripReader {
         at += format.shared() * VW;
     }
 
+    // The next block as it is in memory: its scales, then its quants.
+    __attribute__((always_inline)) const uint8_t* next() {
+        for (int line = 0; line < format.block() * VW; line += 64)
+            __builtin_prefetch(at + PREFETCH_DISTANCE + line, 0, INTO_L2);
+        const uint8_t* block = at;
+        at += format.block() * VW;
+        return block;
+    }
+
     template <class Take>
     __attribute__((always_inline)) void next_block(Take&& take) {
-        for (int line = 0; line < format.block() * VW; line += 64)
-            __builtin_prefetch(at + PREFETCH_DISTANCE + line);
-        for_block<F>(at, shared, take);
-        at += format.block() * VW;
+        for_block<F>(next(), shared, take);
     }
 };
 
