@@ -21,6 +21,7 @@ from smart_decoding.errors import ModelError
 from smart_decoding.models import vision
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.gguf import StoredWeights, converted_folder
+from smart_decoding.models.gptq import INTEGERS, GroupedWeights, scheme_of
 from smart_decoding.models.registry import Source, resolve
 from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.models.vision import RenamedWeights, VisionFiles
@@ -59,7 +60,7 @@ def load_checkpoint(
     yet.
 
     check: raises for a configuration that cannot be used here, before GGUF weights are converted.
-    quantization: None (the quants of a GGUF file stay what they are), off (they are expanded to
+    quantization: None (quants of GGUF, GPTQ and AWQ stay what they are), off (they are expanded to
         bf16), int8 or int4 (matrices are rounded to so many bits).
     Raises ModelError, in one line that names the file or tensor; DownloadError if it cannot be
     fetched."""
@@ -70,15 +71,18 @@ def load_checkpoint(
     architecture = vision.architecture_of(raw)
     if architecture is not None:
         return _rounded(_load_vision(source, folder, raw, architecture, check), quantization)
+    scheme = scheme_of(raw, quantization)
     config = read_config(folder)
     check(config)
     is_file = source.path != folder
-    weights = (
+    weights: StoredWeights | SafetensorsWeights | GroupedWeights = (
         StoredWeights(source.path, folder) if is_file and stored else SafetensorsWeights(folder)
     )
+    if scheme is not None and isinstance(weights, SafetensorsWeights):
+        weights = GroupedWeights(weights, scheme, config.expected_shapes(), stored)
     config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtype_of("model.embed_tokens.weight"))
-    if is_file:
+    if is_file or scheme is not None:
         provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
     return _rounded(Checkpoint(config, weights, folder, provenance), quantization)
 
@@ -124,8 +128,10 @@ def _folder_of(source: Source, check: Callable[[ModelConfig], None], stored: boo
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The configuration in a folder; ModelError if it is missing, corrupt or not supported."""
-    return ModelConfig.from_hf(_read_json(folder / "config.json"), _generation(folder))
+    """The configuration in a folder, but for how its weights are quantised; ModelError if it is
+    missing, corrupt or not supported."""
+    raw = _read_json(folder / "config.json") | {"quantization_config": None}
+    return ModelConfig.from_hf(raw, _generation(folder))
 
 
 def _generation(folder: Path) -> dict[str, Any] | None:
@@ -151,7 +157,8 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
                     )
                 self._file_of[name] = file
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
-                if self.dtype_of(name) not in _FLOATS:
+                is_packed = self.dtype_of(name) == "I32" and name.endswith(INTEGERS)
+                if self.dtype_of(name) not in _FLOATS and not is_packed:
                     known = ", ".join(_FLOATS)
                     raise ModelError(
                         f"the tensor {name} is {self.dtype_of(name)}; supported: {known}"
