@@ -28,9 +28,9 @@ class EngineArgs:
         none), policy (off, chain, static, eagle2, paper, pooled_chain, throughput_chain, smart),
         and either's options.
     dtype: bfloat16 or float32, of weights and KV cache.
-    quantization: None keeps weights as they are stored: quants of a GGUF file stay quants on the
-        CPU kernels in bfloat16. off expands them to dtype. int8 and int4 round matrices to so many
-        bits when they are loaded.
+    quantization: None keeps weights as they are stored: quants of GGUF, GPTQ and AWQ files stay
+        quants on the CPU kernels in bfloat16. off expands them to dtype. int8 and int4 round
+        matrices to so many bits when they are loaded.
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
         kv_cache_tokens allows if that is less).

@@ -1,4 +1,4 @@
-"""Weights as the kernels read them: packed bf16 or fp32 panels, or the quants of a GGUF file."""
+"""Weights as the kernels read them: packed bf16 or fp32 panels, or quants as they are stored."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from torch.nn import functional as F
 from smart_decoding.kernels import abi, library
 
 PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in panels.h
-# As in abi.h. A tensor in another format is expanded to bf16 when it is read.
-FORMATS = ("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
+# As in abi.h: those of GGUF files, and Q4_Z, which is Q4_0 with a zero of each block, a byte after
+# its scale. A tensor in another format is expanded to bf16 when it is read.
+FORMATS = (
+    *("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"),
+    "Q4_Z",
+)
 
 Weight = abi.structure("Weight")
 _lib = library.library
@@ -28,8 +32,8 @@ _lib = library.library
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """A matrix [n, k] as a GGUF file holds it. rows: uint8 [n, bytes], each row's blocks; format:
-    one of FORMATS."""
+    """A matrix [n, k] in blocks, as a GGUF file holds it. rows: uint8 [n, bytes], each row's
+    blocks; format: one of FORMATS."""
 
     rows: NDArray[np.uint8]
     format: str
@@ -49,11 +53,24 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """[n, k] bfloat16: dequantised in float32, then rounded."""
-        floats = dequantize(self.rows, GGMLQuantizationType[self.format])
+        if self.format == "Q4_Z":
+            floats = _dequantize_with_zeros(self.rows)
+        else:
+            floats = dequantize(self.rows, GGMLQuantizationType[self.format])
         return torch.from_numpy(floats).to(torch.bfloat16)
 
 
 Matrix = Tensor | QuantizedTensor
+
+
+def _dequantize_with_zeros(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Q4_Z rows [n, bytes]: float32 [n, k], exact."""
+    blocks = rows.reshape(len(rows), -1, 19)
+    scale = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16).astype(np.float32)
+    zero = blocks[:, :, 2:3].astype(np.int8)
+    nibbles = np.concatenate([blocks[:, :, 3:] & 15, blocks[:, :, 3:] >> 4], axis=2)
+    floats: NDArray[np.float32] = scale * (nibbles.astype(np.int8) - zero)
+    return floats.reshape(len(rows), -1)
 
 
 @functools.cache

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.models import vision
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.gguf import StoredWeights, converted_folder
+from smart_decoding.models.gptq import GroupedWeights, scheme_of
 from smart_decoding.models.registry import Source, resolve
 from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.models.vision import RenamedWeights, VisionFiles
-from smart_decoding.models.weight_files import open_weights, read_json
+from smart_decoding.models.weight_files import Weights, open_weights, read_json
 
 if TYPE_CHECKING:
     from smart_decoding.kernels.weights import Matrix
@@ -52,7 +53,7 @@ def load_checkpoint(
     yet.
 
     check: raises for a configuration that cannot be used here, before GGUF weights are converted.
-    quantization: None (the quants of a GGUF file stay what they are), off (they are expanded to
+    quantization: None (quants of GGUF, GPTQ and AWQ stay what they are), off (they are expanded to
         bf16), int8 or int4 (matrices are rounded to so many bits).
     trust_pickle: whether the weights may be a pickle, where there are no others.
     Raises ModelError, in one line that names the file or tensor; DownloadError if it cannot be
@@ -63,17 +64,20 @@ def load_checkpoint(
     raw = read_json(folder / "config.json")
     if vision.architecture_of(raw) is not None:
         return _rounded(_load_vision(source, folder, raw, check, trust_pickle), quantization)
+    scheme = scheme_of(raw, quantization)
     config = read_config(folder)
     check(config)
     is_file = source.path != folder
-    weights = (
+    weights: StoredWeights | Weights | GroupedWeights = (
         StoredWeights(source.path, folder)
         if is_file and stored
         else open_weights(folder, trust_pickle)
     )
+    if scheme is not None and isinstance(weights, Weights):
+        weights = GroupedWeights(weights, scheme, config.expected_shapes(), stored)
     config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtype_of("model.embed_tokens.weight"))
-    if is_file:
+    if is_file or scheme is not None:
         provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
     return _rounded(Checkpoint(config, weights, folder, provenance), quantization)
 
@@ -119,8 +123,10 @@ def _folder_of(source: Source, check: Callable[[ModelConfig], None], stored: boo
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The configuration in a folder; ModelError if it is missing, corrupt or not supported."""
-    return ModelConfig.from_hf(read_json(folder / "config.json"), _generation(folder))
+    """The configuration in a folder, but for how its weights are quantised; ModelError if it is
+    missing, corrupt or not supported."""
+    raw = read_json(folder / "config.json") | {"quantization_config": None}
+    return ModelConfig.from_hf(raw, _generation(folder))
 
 
 def _generation(folder: Path) -> dict[str, Any] | None:

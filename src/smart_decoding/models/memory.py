@@ -14,6 +14,7 @@ import torch
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
 from smart_decoding.models.gguf import StoredWeights
+from smart_decoding.models.gptq import GroupedWeights
 from smart_decoding.models.kernel_check import why_slow
 from smart_decoding.models.rounding import FORMATS, rounded_bytes
 
@@ -98,7 +99,7 @@ def _decoder_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.dev
     config = checkpoint.config
     native = device.type == "cpu" and why_slow(config, device) is None
     if native and dtype == torch.bfloat16:
-        if isinstance(checkpoint.weights, StoredWeights):
+        if isinstance(checkpoint.weights, StoredWeights | GroupedWeights):
             return checkpoint.weights.nbytes
         if checkpoint.quantization in FORMATS:
             return rounded_bytes(config.expected_shapes(), checkpoint.quantization)

@@ -21,6 +21,7 @@ from smart_decoding.models.registry import TRUST
 
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _FLOATS = tuple(_DTYPES.values())
+INTEGERS = (".qweight", ".qzeros", ".g_idx")  # ends of names of GPTQ and AWQ that are int32
 # buffers that old checkpoints hold, whatever their type: they are computed anew
 _IGNORED = ("inv_freq", "position_ids")
 
@@ -110,7 +111,7 @@ class PickledWeights(Weights):
         if name not in self._tensors:
             return ""
         dtype = self._tensors[name].dtype
-        return _DTYPES.get(dtype, str(dtype))
+        return "I32" if dtype == torch.int32 else _DTYPES.get(dtype, str(dtype))
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:
@@ -143,7 +144,8 @@ def _names(path: Path, found: set[str], listed: list[str] | None) -> list[str]:
 
 
 def _check_dtype(name: str, dtype: str) -> None:
-    if dtype not in _FLOATS and not name.endswith(_IGNORED):
+    is_packed = dtype == "I32" and name.endswith(INTEGERS)
+    if dtype not in _FLOATS and not is_packed and not name.endswith(_IGNORED):
         raise ModelError(f"the tensor {name} is {dtype}; supported: {', '.join(_FLOATS)}")
 
 

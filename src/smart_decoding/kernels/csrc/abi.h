@@ -16,8 +16,8 @@ extern "C" {
 // weights
 
 // How weights are stored; quants as in GGUF files, of which BF16_ROWS are what no format is kept
-// of.
-enum { BF16_ROWS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL };
+// of. Q4_Z is Q4_0 with a zero of each block, a byte after its scale, as GPTQ and AWQ have it.
+enum { BF16_ROWS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, Q4_Z };
 
 struct Strip {  // as many rows of a quantised weight as a vector has lanes; see quants.h
     const uint8_t* data;

@@ -1,4 +1,5 @@
-// Quants as GGUF files hold them, row by row, into strips (quants.h) and into bf16.
+// Quants row by row, as GGUF files hold them (Q4_Z: as models/gptq.py writes them), into strips
+// (quants.h) and into bf16.
 
 #include "quants.h"
 
@@ -8,9 +9,9 @@ namespace [[gnu::visibility("hidden")]] smart {
 
 // A super-block of a row: its quants, and its scales in the order that a strip has them in.
 struct FileBlock {
-    uint8_t q[SUPER_BLOCK];  // signed in Q8_0
-    uint16_t shared[2];      // halves
-    uint8_t bytes[SUPER_BLOCK / QUANT_BLOCK][3];
+    uint8_t q[SUPER_BLOCK];                       // signed in Q8_0
+    uint16_t shared[2];                           // halves
+    uint8_t bytes[SUPER_BLOCK / QUANT_BLOCK][3];  // scales, or a zero
     uint16_t halves[2];
 };
 
@@ -51,6 +52,7 @@ static void read_small(const uint8_t* at, FileBlock& out) {
         out.halves[1] = half_at(at);
         at += 2;
     }
+    if (format.has_zero) out.bytes[0][0] = *at++;
     if (format.bits == 8) {
         memcpy(out.q, at, QUANT_BLOCK);
         return;
@@ -85,7 +87,7 @@ static void read_super(const uint8_t* at, FileBlock& out) {
 
 // Bytes of a super-block in a file.
 constexpr int file_bytes(int format) {
-    constexpr int OF[FORMAT_COUNT] = {64, 18, 20, 22, 24, 34, 144, 176, 210, 18};
+    constexpr int OF[FORMAT_COUNT] = {64, 18, 20, 22, 24, 34, 144, 176, 210, 18, 19};
     return OF[format];
 }
 
@@ -164,7 +166,8 @@ static uint8_t* put_super_block(const FileBlock* rows, uint8_t* to) {
     for (int block = 0; block < format.super / QUANT_BLOCK; block++) {
         for (int i = 0; !format.has_bytes() && i < format.scales() / 2; i++)
             to = put_halves(rows, &FileBlock::halves, i, to);
-        for (int i = 0; format.has_bytes() && i < format.scales(); i++)
+        const int bytes = format.has_bytes() ? format.scales() : format.has_zero;
+        for (int i = 0; i < bytes; i++)
             for (int r = 0; r < VW; r++) *to++ = rows[r].bytes[block][i];
         to = put_quants<F>(rows, block, to);
     }

@@ -1,4 +1,5 @@
-// Weights in the quants of GGUF files, and how they are widened to what linear layers multiply.
+// Weights in the quants of GGUF files and of GPTQ, and how they are widened to what linear layers
+// multiply.
 //
 // A quantised weight is strips of VW rows, each in a format of its own. A strip is super-blocks
 // along k, one after another: what its blocks share, then blocks of 32 k, each with its scales and
@@ -28,14 +29,16 @@ struct Format {
     int group;       // k that share a scale
     int super;       // k that share a half; a scale is that half times a byte if these are more
     bool has_least;  // else q - zero is scaled
+    bool has_zero = false;  // of a block, in place of `zero`
 
     constexpr bool has_bytes() const { return super > QUANT_BLOCK; }
     // Bytes of a row: what a super-block's blocks share, a block's scales, and its quants.
     constexpr int shared() const { return has_bytes() ? 2 + 2 * has_least : 0; }
     constexpr int scales() const {
         if (bits == 16) return 0;
-        return has_bytes() ? QUANT_BLOCK / group + has_least : 2 + 2 * has_least;
+        return has_bytes() ? QUANT_BLOCK / group + has_least : 2 + 2 * has_least + has_zero;
     }
+    constexpr bool is_shifted() const { return has_least || has_zero || zero != 0; }
     constexpr int block() const { return scales() + bits * QUANT_BLOCK / 8; }
     constexpr int super_bytes() const { return shared() + super / QUANT_BLOCK * block(); }
 };
@@ -52,6 +55,7 @@ constexpr Format FORMATS[] = {
     {5, 0, 32, SUPER_BLOCK, true},    // Q5_K
     {6, 32, 16, SUPER_BLOCK, false},  // Q6_K
     {4, 0, 32, 32, false},            // IQ4_NL
+    {4, 0, 32, 32, false, true},      // Q4_Z
 };
 constexpr int FORMAT_COUNT = sizeof FORMATS / sizeof *FORMATS;
 
@@ -94,6 +98,8 @@ __attribute__((always_inline)) static inline void read_scales(const uint8_t* at,
         at += format.has_bytes() ? VW : 2 * VW;
         spread(scale, out.scale[group]);
         if constexpr (format.zero != 0) spread(scale * -float(format.zero), out.least[group]);
+        if constexpr (format.has_zero)
+            spread(-(scale * bytes_to_float<uint8_t>(at)), out.least[group]);
     }
     if constexpr (format.has_least && format.has_bytes())
         spread(-(shared[1] * bytes_to_float<uint8_t>(at)), out.least[0]);
@@ -127,7 +133,7 @@ __attribute__((always_inline)) static inline vf weights_of(const uint8_t* quants
     } else {
         q = F == IQ4_NL ? lookup(IQ4_NL_VALUES, low) : nibbles_to_float(low);
     }
-    if constexpr (format.has_least || format.zero != 0)
+    if constexpr (format.is_shifted())
         return q * scales.scale[group][kind] + scales.least[format.has_least ? 0 : group][kind];
     return q * scales.scale[group][kind];
 }
@@ -281,6 +287,8 @@ __attribute__((always_inline)) static inline void with_format(int64_t format, R&
             return run(std::integral_constant<int, Q6_K>());
         case IQ4_NL:
             return run(std::integral_constant<int, IQ4_NL>());
+        case Q4_Z:
+            return run(std::integral_constant<int, Q4_Z>());
     }
 }
 
