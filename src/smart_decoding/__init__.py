@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smart_decoding.async_llm import AsyncLLM
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.engine.structured import StructuredOutputsParams
     from smart_decoding.errors import (
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CapacityError",
     "ConfigError",
     "DownloadError",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncLLM": "smart_decoding.async_llm",
     "LLM": "smart_decoding.llm",
     "SamplingParams": "smart_decoding.engine.sampling_params",
     "StructuredOutputsParams": "smart_decoding.engine.structured",
