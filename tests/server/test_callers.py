@@ -291,9 +291,40 @@ def test_interrupts_of_the_main_thread_do_not_reach_the_others(tmp_path: Path) -
     assert not done.stderr
 
 
+def test_on_step_sees_each_round_of_its_own_requests_and_may_abort_them(load: Any) -> None:
+    llm = slow(load(), 0.001)
+    (wanted,) = llm.generate("abc", GREEDY)
+
+    def mine(thread: int) -> bool:
+        seen: list[int] = []
+        owned = set()
+
+        def on_step(touched: Any) -> None:
+            for request in touched:
+                owned.add(request)
+                seen[:] = request.output
+                if thread % 2 and len(seen) > 20:
+                    llm.engine.abort(request.id)
+
+        (answer,) = llm.generate("abc", GREEDY, on_step=on_step)[0].outputs
+        assert len(owned) == 1
+        assert answer.token_ids == seen == wanted.outputs[0].token_ids[: len(seen)]
+        assert answer.finish_reason == ("abort" if thread % 2 else "length")
+        return True
+
+    assert all(in_threads(mine))
+    check_free(llm)
+
+
+def test_no_prompts_are_no_answers(load: Any) -> None:
+    llm = load()
+    assert llm.generate([]) == []
+    assert llm.generate("abc", GREEDY)[0].finished
+
+
 def test_the_thread_ends_with_its_model(load: Any) -> None:
     llm = load()
-    llm.generate("abc", GREEDY)
+    llm.generate("abc", GREEDY, on_step=lambda touched, engine=llm.engine: engine)
     thread = llm.engine_thread._thread
     gone = weakref.ref(llm.engine)
     assert thread.is_alive()

@@ -69,7 +69,8 @@ class EngineThread:
         job.deliver = box.put
         left = job.size
         try:
-            self.submit(job)
+            if left:
+                self.submit(job)
             while left:
                 for delivery in box.get():
                     left -= delivery.ended
@@ -138,6 +139,7 @@ class Rounds:
         self._observers = observers
         self._queue: deque[Job] = deque()  # jobs that are not in an engine yet
         self._waiting: deque[Job] = deque()  # jobs in the engine of which no answer has begun
+        self._shown: list[Job] = []  # jobs in the engine that are called after each round
         self._outbox: list[Delivery] = []
         self._isolation = Isolation(self)
 
@@ -181,8 +183,6 @@ class Rounds:
         self._show(touched)
         for request in touched:
             self.emit(request)
-        for request in [request for request in self.owners if request.aborted]:  # in `on_round`
-            self.emit(request)
 
     def emit(self, request: Request) -> None:
         """Puts out what a request has gained; ends it if that raises."""
@@ -202,6 +202,7 @@ class Rounds:
         idle = not self._busy and not self._queue
         if idle:
             self._engine = None
+            self._shown = []
         for command, job in self._inbox.commands(wait=idle):
             if command == "add":
                 self._queue.append(job)
@@ -223,6 +224,8 @@ class Rounds:
             self._end(job, error)
         else:
             self._waiting.append(job)
+            if job.on_round is not None:
+                self._shown.append(job)
 
     def _end(self, job: Job, error: BaseException | None = None) -> None:
         """Takes a job out, its slots with it; `error` goes to its caller."""
@@ -245,13 +248,16 @@ class Rounds:
 
     def _show(self, touched: list[Request]) -> None:
         """Calls the jobs' `on_round`; one that raises ends its own job."""
-        for job in dict.fromkeys(self.owners.values()):
-            if job.on_round is None:
-                continue
+        self._shown = [job for job in self._shown if job.left]
+        for job in self._shown:
+            assert job.on_round is not None
             try:
                 job.on_round([request for request in touched if request in job.answers])
             except BaseException as error:
                 self._end(job, error)
+        if self._shown:
+            for request in [request for request in self.owners if request.aborted]:  # just now
+                self.emit(request)
 
     def _emit(self, request: Request) -> None:
         """For a job that does not stream, only at its end."""
