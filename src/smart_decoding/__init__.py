@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         CapacityError,
         ConfigError,
         DownloadError,
+        EngineStoppedError,
         ModelError,
         SmartError,
     )
@@ -35,6 +36,7 @@ __all__ = [
     "CapacityError",
     "ConfigError",
     "DownloadError",
+    "EngineStoppedError",
     "ModelError",
     "SamplingParams",
     "SmartError",

@@ -10,8 +10,7 @@ import pytest
 from serving import save_tiny_model, slow, wait_for
 
 from smart_decoding import AsyncLLM, SamplingParams
-from smart_decoding.engine.jobs import EngineStoppedError
-from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

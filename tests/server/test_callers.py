@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 from serving import save_tiny_model, slow, wait_for
 
-from smart_decoding.engine.jobs import EngineStoppedError
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -245,7 +244,7 @@ import contextlib, signal, sys, threading, time
 sys.path.append({tests!r})
 from serving import slow
 from smart_decoding import LLM, SamplingParams
-from smart_decoding.engine.jobs import EngineStoppedError
+from smart_decoding.errors import EngineStoppedError
 
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 llm = slow(LLM({model!r}, dtype="float32", max_model_len=1024, speculative_config=False), 0.002)

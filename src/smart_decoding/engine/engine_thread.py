@@ -16,12 +16,11 @@ from smart_decoding.engine.isolation import Isolation
 from smart_decoding.engine.jobs import (
     Chunk,
     Delivery,
-    EngineStoppedError,
     Job,
     QueueTimeoutError,
 )
 from smart_decoding.engine.observers import Observers
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import ConfigError, EngineStoppedError
 
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Literal, TypeAlias
 
-from smart_decoding.engine.jobs import EngineStoppedError, Job
+from smart_decoding.engine.jobs import Job
+from smart_decoding.errors import EngineStoppedError
 
 Command: TypeAlias = tuple[Literal["add", "abort"], Job]
 

@@ -19,10 +19,6 @@ class QueueTimeoutError(SmartError):
     """A job has waited for its first slot for too long."""
 
 
-class EngineStoppedError(SmartError):
-    """The engine thread has ended, and takes no more jobs."""
-
-
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A prompt's tokens with its pictures, to be answered `params.n` times."""

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from smart_decoding.engine.isolation import warm_up
-from smart_decoding.engine.jobs import Delivery, EngineStoppedError, QueueTimeoutError
+from smart_decoding.engine.jobs import Delivery, QueueTimeoutError
 from smart_decoding.engine.observers import Observer, Observers
-from smart_decoding.errors import CapacityError, ConfigError, SmartError
+from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
 from smart_decoding.server.errors import ApiError, of_smart_error
 from smart_decoding.server.jobs import HttpJob
 
