@@ -90,7 +90,8 @@ class LLM:
         in one process.
 
         Only one of the engines holds requests at a time: calls of the others wait for their turn.
-        Whoever steps `engine` himself must see to that. Raises ConfigError if prefix caching is on:
+        Whoever steps `engine` himself must see to that. To be made while no request runs: costs may
+        be measured, in the same memory. Raises ConfigError if prefix caching is on:
         kept keys would be overwritten by the others."""
         config = self.engine.config
         if config.prefix_caching:

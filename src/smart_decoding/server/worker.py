@@ -193,7 +193,8 @@ class Worker:
         warm_up(llm.engine)
         for watcher in self._watchers:
             watcher.start(llm)
-        llm.engine_thread.observers = self.observers
+        llm.engine_thread.observers.extend(self.observers)
+        self.observers = llm.engine_thread.observers
         model = str(llm.provenance.get("model", ""))
         log.info("ready", extra={"model": model, "speculation": llm.speculation.description})
         return llm
