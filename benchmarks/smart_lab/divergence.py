@@ -28,7 +28,8 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from smart_decoding.llm import LLM, CompletionOutput
+    from smart_decoding.engine.outputs import CompletionOutput
+    from smart_decoding.llm import LLM
 
 SPECULATION = {"policy": "eagle2"}  # 60 nodes a round: far more rows than plain decoding
 _TOP = 8  # log probabilities kept per position

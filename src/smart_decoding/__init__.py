@@ -8,12 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smart_decoding.async_llm import AsyncLLM
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.engine.structured import StructuredOutputsParams
     from smart_decoding.errors import (
         CapacityError,
         ConfigError,
         DownloadError,
+        EngineStoppedError,
         ModelError,
         SmartError,
     )
@@ -30,9 +32,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CapacityError",
     "ConfigError",
     "DownloadError",
+    "EngineStoppedError",
     "ModelError",
     "SamplingParams",
     "SmartError",
@@ -41,6 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncLLM": "smart_decoding.async_llm",
     "LLM": "smart_decoding.llm",
     "SamplingParams": "smart_decoding.engine.sampling_params",
     "StructuredOutputsParams": "smart_decoding.engine.structured",

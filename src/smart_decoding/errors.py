@@ -23,3 +23,7 @@ class DownloadError(ModelError):
 
 class CapacityError(SmartError):
     """A request that can never fit (context or KV memory), or no memory or disk left."""
+
+
+class EngineStoppedError(SmartError):
+    """A request to an engine that was shut down, or that has failed for good."""

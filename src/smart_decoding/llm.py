@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smart_decoding.engine.engine import Engine, EngineConfig
+from smart_decoding.engine.engine_thread import EngineThread
+from smart_decoding.engine.jobs import Ask, Job
+from smart_decoding.engine.outputs import RequestOutput, completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
@@ -36,7 +40,7 @@ from smart_decoding.speculation import (
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
-    from smart_decoding.engine.request import Request, RequestMetrics
+    from smart_decoding.engine.request import Request
     from smart_decoding.engine.stopping import Decode
 
 log = logging.getLogger("smart.llm")
@@ -45,50 +49,8 @@ Prompt = str | Sequence[int] | MediaPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 
-@dataclass(slots=True)
-class CompletionOutput:
-    """One answer. finish_reason: 'stop', 'length' or 'abort'; metrics: rounds, rows and times of
-    this answer.
-
-    logprobs: None unless asked for; else a `TokenLogprobs` (models/sampler.py) for each of
-    token_ids: token, logprob, rank (from 1), and the most likely tokens as the arrays top_tokens
-    and top_logprobs."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    stop_reason: str | int | None
-    metrics: RequestMetrics
-    logprobs: list[Any] | None = None
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Tokens per decoding round; the first token comes from the prompt's round and does not
-        count."""
-        return (len(self.token_ids) - 1) / self.metrics.rounds if self.metrics.rounds else 0.0
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """The answers to one prompt."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool = True
-
-
-@dataclass(slots=True)
-class _Job:
-    prompt: str | None
-    tokens: Sequence[int]
-    answers: list[Request] = field(default_factory=list)
-
-
 class LLM:
-    """A model ready to answer.
+    """A model ready to answer, from as many threads as there are: their requests share rounds.
 
     model: built-in name, hub id, folder of safetensors, or GGUF file. options: see `EngineArgs`.
     Raises ModelError, DownloadError, ConfigError or CapacityError, each in one line.
@@ -128,14 +90,17 @@ class LLM:
         )
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
         self.engine = self._engine(self.speculation, config)
-        self._count = 0
+        self.engine_thread = EngineThread()
+        self._count = itertools.count(1)
 
     def sharing_weights(self, speculative_config: Mapping[str, Any] | bool | None) -> LLM:
         """Another engine, drafter and policy over this one's weights and KV memory: to compare them
         in one process.
 
-        Only one of the engines may hold requests at a time. Raises ConfigError if prefix caching is
-        on: kept keys would be overwritten by the others."""
+        Only one of the engines holds requests at a time: calls of the others wait for their turn.
+        Whoever steps `engine` himself must see to that. To be made while no request runs: costs may
+        be measured, in the same memory. Raises ConfigError if prefix caching is on:
+        kept keys would be overwritten by the others."""
         config = self.engine.config
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
@@ -175,28 +140,28 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_step: Callable[[list[Request]], None] | None = None,
     ) -> list[RequestOutput]:
-        """Answers all prompts, in order. `on_step` is called after every round.
+        """Answers all prompts, in order. `on_step` is called after every round, in the engine's
+        thread, with the requests of these prompts that got tokens.
 
         A prompt is a text, token ids, what `chat_prompt` returns, or vLLM's {"prompt": …,
         "multi_modal_data": …}."""
         many = _as_list(prompts)
         params = _params_for(many, sampling_params)
-        # What is wrong is found before anything is queued.
         ready = [self.text_prompt(prompt) for prompt in many]
-        jobs: list[_Job] = []
-        try:
-            for text, p in zip(ready, params, strict=True):
-                jobs.append(self._submit(text, p))
-            while self.engine.has_unfinished_requests:
-                touched = self.engine.step()
-                if on_step is not None:
-                    on_step(touched)
-        except BaseException:
-            for job in jobs:
-                for request in job.answers:
-                    self.engine.abort(request.id)
-            raise
-        return [self._output(job) for job in jobs]
+        job = self.job(ready, params)
+        job.on_round = on_step
+        for _ in self.engine_thread.results(job):
+            pass  # nothing comes before an answer's end
+        requests = iter(job.answers)
+        return [
+            RequestOutput(
+                f"{job.id}-{place}",
+                prompt.text,
+                list(prompt.tokens),
+                [completion_of(next(requests)) for _ in range(ask.params.n)],
+            )
+            for place, (prompt, ask) in enumerate(zip(ready, job.asks, strict=True))
+        ]
 
     def chat(
         self,
@@ -262,40 +227,23 @@ class LLM:
         params = sampling_params or SamplingParams(max_tokens=256)
         if params.n != 1:
             raise ConfigError(f"stream gives one answer, so n={params.n} cannot be: use generate")
-        (request,) = self._submit(self.text_prompt(prompt), params).answers  # type: ignore[arg-type]
-        try:
-            while not request.finished:
-                self.engine.step()
-                if piece := request.stop.new_text():
-                    yield piece
-            if piece := request.stop.new_text():  # it ended in a step that another call made
-                yield piece
-        finally:
-            if not request.finished:
-                self.engine.abort(request.id)
+        job = self.job([self.text_prompt(prompt)], [params], stream=True)  # type: ignore[arg-type]
+        with closing(self.engine_thread.results(job)) as chunks:
+            for chunk in chunks:
+                if chunk.text:
+                    yield chunk.text
 
-    def _submit(self, ready: MediaPrompt, params: SamplingParams) -> _Job:
-        self._count += 1
-        answers = self.engine.add_request(str(self._count), ready.tokens, params, ready.media)
-        return _Job(ready.text, ready.tokens, answers)
-
-    @staticmethod
-    def _output(job: _Job) -> RequestOutput:
-        outputs = [
-            CompletionOutput(
-                r.sample,
-                r.stop.text,
-                list(r.output),
-                "abort" if r.aborted else r.stop.finish_reason,
-                r.stop.stop_reason,
-                r.metrics,
-                r.logprobs,
-            )
-            for r in job.answers
-        ]
-        return RequestOutput(
-            job.answers[0].id.partition("#")[0], job.prompt, list(job.tokens), outputs
-        )
+    def job(
+        self, prompts: Sequence[MediaPrompt], params: Sequence[SamplingParams], stream: bool = False
+    ) -> Job:
+        """What `engine_thread` answers them by. Grammars are compiled here, not in its time. Raises
+        ConfigError for one that cannot be."""
+        for each in {id(p): p.structured_outputs for p in params}.values():
+            if each is not None:
+                self.grammars(each)
+        pairs = zip(prompts, params, strict=True)
+        asks = [Ask(prompt.tokens, each, prompt.media) for prompt, each in pairs]
+        return Job(str(next(self._count)), self.engine, asks, stream)
 
     def _decoder(self, skip_special_tokens: bool) -> Decode:
         return lambda ids: self.tokenizer.decode(ids, skip_special_tokens)

@@ -3,6 +3,10 @@ a bit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 import transformers
@@ -12,6 +16,9 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.llm import LLM
 from smart_decoding.models.loading import load_checkpoint
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.outputs import CompletionOutput
 
 pytestmark = pytest.mark.model
 
@@ -180,3 +187,22 @@ def test_a_stream_is_whole_even_if_another_call_runs_its_rounds(llm: LLM) -> Non
     llm.generate("Rivers are", params)
     assert begun + "".join(pieces) == whole
     assert len(begun) < len(whole)
+
+
+def test_two_threads_on_one_model(llm: LLM, prompts: list[list[int]]) -> None:
+    """It ended in logits that were not numbers, and then in a segmentation fault."""
+    params = SamplingParams(temperature=0, max_tokens=24, logprobs=0)
+    alone = [llm.generate(prompt, params)[0].outputs[0] for prompt in prompts]
+
+    def answer(order: Sequence[int]) -> dict[int, CompletionOutput]:
+        return {i: llm.generate(prompts[i], params)[0].outputs[0] for i in order}
+
+    places = range(len(prompts))
+    with ThreadPoolExecutor(2) as pool:
+        for answers in pool.map(answer, (places, places[::-1])):
+            for i in places:
+                assert answers[i].token_ids == alone[i].token_ids
+                mine, whole = ([e.logprob for e in a.logprobs] for a in (answers[i], alone[i]))
+                assert mine == whole  # to the last bit
+    llm.engine.check_integrity()
+    assert not llm.engine.has_unfinished_requests

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from serving import NAME, Running, post, serving, slow, wait_for
 
+from smart_decoding.engine.jobs import Ask
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.profiling import measure as profiling
 from smart_decoding.server import live, worker
-from smart_decoding.server.jobs import Job
+from smart_decoding.server.jobs import HttpJob
 from smart_decoding.server.launch import make_server
 from smart_decoding.server.schemas import ChatRequest, CompletionRequest
 from smart_decoding.server.settings import ServerSettings
@@ -289,12 +290,14 @@ def in_its_first_round(running: Running, act: Any) -> None:
     running.llm.engine.step = watched  # type: ignore[method-assign]
 
 
+def job_of(running: Running, name: str) -> HttpJob:
+    return HttpJob(name, running.llm.engine, [Ask([1], SamplingParams(max_tokens=2))])
+
+
 def test_only_who_waits_stops_the_drafting(load: Any) -> None:
     """Neither who leaves, nor who came and has left again."""
     with serving(load) as running:
-        gone, stays = (
-            Job(name, [[1]], SamplingParams(max_tokens=2), False) for name in ("gone", "stays")
-        )
+        gone, stays = (job_of(running, name) for name in ("gone", "stays"))
         heard: list[bool] = []
 
         def act(arrived: Any) -> None:
@@ -314,7 +317,7 @@ def test_only_who_waits_stops_the_drafting(load: Any) -> None:
 
 def test_who_arrives_in_the_last_round_is_told(load: Any) -> None:
     with serving(load) as running:
-        late = Job("late", [[1]], SamplingParams(max_tokens=2), False)
+        late = job_of(running, "late")
 
         def act(arrived: Any) -> None:
             running.worker.submit(late)

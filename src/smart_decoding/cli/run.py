@@ -21,7 +21,8 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from smart_decoding.llm import LLM, CompletionOutput, Prompt
+    from smart_decoding.engine.outputs import CompletionOutput
+    from smart_decoding.llm import LLM, Prompt
     from smart_decoding.multimodal.prompts import MediaPrompt
 
 SAMPLING = (

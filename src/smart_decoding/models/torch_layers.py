@@ -39,7 +39,7 @@ class TorchLayer:
         self._output = as_tensor(w.output)
         self._gate_up = torch.cat((as_tensor(w.gate), as_tensor(w.up)))
         self._down = as_tensor(w.down)
-        w.qkv = ()  # which frees those that were given
+        w.qkv = (self._qkv,)  # which frees those that were given
         w.gate, w.up = self._gate_up.chunk(2)
         self.weights = w
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from smart_decoding.engine.jobs import Ask, Chunk
 from smart_decoding.errors import ConfigError
 from smart_decoding.server.answers import CompletionForm, Form, Json, Usage, envelope, in_order
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.jobs import Chunk, Job
+from smart_decoding.server.jobs import HttpJob
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import Media
@@ -75,7 +76,7 @@ def check_model(name: str, settings: ServerSettings) -> None:
         raise ApiError(404, message, "model_not_found", "model")
 
 
-async def _job(worker: Worker, settings: ServerSettings, request: Request, asked: Asked) -> Job:
+async def _job(worker: Worker, settings: ServerSettings, request: Request, asked: Asked) -> HttpJob:
     """The job that does what is asked for. Raises ApiError if that is not allowed."""
     body = asked.body
     check_model(body.model, settings)
@@ -89,7 +90,9 @@ async def _job(worker: Worker, settings: ServerSettings, request: Request, asked
     params = body.params(limit, asked.logprobs)
     await _check_structure(body, params, worker.ready())
     name = request.state.request_id
-    return Job(uuid.uuid4().hex, asked.prompts, params, bool(body.stream), name, asked.media)
+    asks = [Ask(prompt, params, asked.media) for prompt in asked.prompts]
+    engine = worker.ready().engine
+    return HttpJob(uuid.uuid4().hex, engine, asks, bool(body.stream), request_id=name)
 
 
 def _check_length(asked: Asked, llm: LLM) -> None:
@@ -123,7 +126,7 @@ async def _check_structure(body: Sampling, params: SamplingParams, llm: LLM) -> 
 class _Reply:
     """What a job's chunks become. model: its name for clients."""
 
-    job: Job
+    job: HttpJob
     form: Form
     model: str
     usage: Usage
@@ -131,7 +134,7 @@ class _Reply:
     async def whole(self, first: Chunk) -> Json:
         choices = []
         async for chunk in _chunks(self.job, first):
-            self.usage.add(chunk, self.job.params.n)
+            self.usage.add(chunk, self.job.n)
             choices.append(self.form.choice(chunk))
         return {
             **envelope(self.form, self.job.id, self.model, True),
@@ -146,7 +149,7 @@ class _Reply:
         opened: set[int] = set()
         try:
             async for chunk in _chunks(self.job, first):
-                self.usage.add(chunk, self.job.params.n)
+                self.usage.add(chunk, self.job.n)
                 opening = self.form.opening(chunk.index) if chunk.index not in opened else None
                 opened.add(chunk.index)
                 for choice in (opening, self.form.delta(chunk)):
@@ -164,7 +167,7 @@ def _event(data: Json) -> str:
 
 
 async def _to_the_end(
-    events: AsyncIterator[str], job: Job, worker: Worker, watch: asyncio.Task[None]
+    events: AsyncIterator[str], job: HttpJob, worker: Worker, watch: asyncio.Task[None]
 ) -> AsyncIterator[str]:
     """The events. However they end, nobody waits for the job any more."""
     try:
@@ -175,7 +178,7 @@ async def _to_the_end(
         watch.cancel()
 
 
-async def _chunks(job: Job, first: Chunk) -> AsyncIterator[Chunk]:
+async def _chunks(job: HttpJob, first: Chunk) -> AsyncIterator[Chunk]:
     """All chunks of a job, to the end of its last answer. Raises ApiError if it fails."""
     chunk = first
     left = job.size
@@ -188,7 +191,7 @@ async def _chunks(job: Job, first: Chunk) -> AsyncIterator[Chunk]:
         chunk = await _next(job)
 
 
-async def _next(job: Job) -> Chunk:
+async def _next(job: HttpJob) -> Chunk:
     item = await job.chunks.get()
     if isinstance(item, ApiError):
         job.closed = True
@@ -196,7 +199,7 @@ async def _next(job: Job) -> Chunk:
     return item
 
 
-async def _cancel_at_disconnect(request: Request, job: Job, worker: Worker) -> None:
+async def _cancel_at_disconnect(request: Request, job: HttpJob, worker: Worker) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     worker.cancel(job)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.server.tool_text import ToolText, whole_calls
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.jobs import Chunk
     from smart_decoding.engine.stopping import Detokenizer
-    from smart_decoding.server.jobs import Chunk
 
 TokenText = Callable[[int], str]
 Json = dict[str, Any]

@@ -1,4 +1,4 @@
-"""The event loop's side of the engine: admits jobs, and starts and ends the engine's thread.
+"""The event loop's side of the engine: loads the model, admits jobs, and collects their chunks.
 
 What the event loop counts, it counts on its own thread (`_deliver`).
 """
@@ -12,26 +12,34 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from smart_decoding.errors import SmartError
-from smart_decoding.server.engine_thread import EngineThread, Outlet
-from smart_decoding.server.errors import ApiError
-from smart_decoding.server.inbox import Inbox
-from smart_decoding.server.isolation import warm_up
-from smart_decoding.server.jobs import Delivery, Job
-from smart_decoding.server.observers import Observer, Observers
+from smart_decoding.engine.isolation import warm_up
+from smart_decoding.engine.jobs import Delivery, QueueTimeoutError
+from smart_decoding.engine.observers import Observer, Observers
+from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
+from smart_decoding.server.errors import ApiError, of_smart_error
+from smart_decoding.server.jobs import HttpJob
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.inbox import Inbox
     from smart_decoding.llm import LLM
 
 log = logging.getLogger("smart.engine")
 
 
-class Worker:
-    """Runs an LLM in its own thread. `load` builds it there; `failed` is called if that fails.
+class Watcher(Observer, Protocol):
+    """An observer that is told when the model is loaded."""
 
-    llm: None until it is ready; error: what ended the thread; active: answers that wait or run.
+    def start(self, llm: LLM) -> None:
+        """The model is loaded."""
+        ...
+
+
+class Worker:
+    """Serves an LLM. `load` builds it in a thread; `failed` is called if that fails.
+
+    llm: None until it is ready; active: answers that wait or run.
     """
 
     def __init__(
@@ -39,21 +47,21 @@ class Worker:
         load: Callable[[], LLM],
         max_queue: int = 256,
         queue_timeout: float = 60.0,
-        observers: Sequence[Observer] = (),
+        observers: Sequence[Watcher] = (),
     ) -> None:
         self.llm: LLM | None = None
-        self.error: BaseException | None = None
         self.failed: Callable[[], None] = lambda: None
         self.active = 0
         self.draining = False
         self.observers = Observers(observers)
-        self.inbox = Inbox()
+        self._watchers = observers
+        self._load_error: BaseException | None = None
         self._load = load
         self._max_queue = max_queue
         self._queue_timeout = queue_timeout
         self._seconds = 1.0  # an answer takes, on average
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._main, name="smart-engine", daemon=True)
+        self._thread = threading.Thread(target=self._main, name="smart-load", daemon=True)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begins to load the model."""
@@ -65,14 +73,27 @@ class Worker:
         self.draining = True
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Ends the thread after its present round; what still runs is aborted."""
-        self.inbox.stop()
-        self._thread.join(timeout)
+        """Ends the engine after its present round; what still runs is aborted."""
+        self.draining = True
+        if self.llm is None:
+            self._thread.join(timeout)
+        else:
+            self.llm.engine_thread.stop(timeout)
+
+    @property
+    def inbox(self) -> Inbox | None:
+        """The engine thread's, once there is one."""
+        return None if self.llm is None else self.llm.engine_thread.inbox
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the engine, or kept it from being loaded."""
+        return self.inbox.error if self.inbox else self._load_error
 
     @property
     def alive(self) -> bool:
         """Whether it loads or runs."""
-        return self._thread.is_alive() and self.error is None
+        return self.error is None and (self.inbox is not None or self._thread.is_alive())
 
     def check_alive(self) -> None:
         """Raises ApiError (503) if the engine neither loads nor runs."""
@@ -82,7 +103,7 @@ class Worker:
 
     def ready(self) -> LLM:
         """The loaded model. Raises ApiError (503) while there is none."""
-        if self.draining or self.inbox.stopping:
+        if self._stopping:
             raise _shutting_down()
         self.check_alive()
         if self.llm is None:
@@ -106,19 +127,26 @@ class Worker:
             raise ApiError(429, message, "queue_full", retry_after=self._retry_after())
         return llm
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: HttpJob) -> None:
         """Queues a job. Raises ApiError as `check_room` does."""
-        self.check_room(job.size)
+        llm = self.check_room(job.size)
+        job.timeout = self._queue_timeout
+        job.deliver = self._hand_over
+        try:
+            llm.engine_thread.submit(job)
+        except EngineStoppedError as error:
+            raise self._api_error(job, error) from error
         self.active += job.size
-        job.submitted = time.monotonic()
-        job.left = job.size
-        self.inbox.add(job)
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: HttpJob) -> None:
         """Ends a job before the next round, if it has not ended, and frees its slots."""
-        if not job.closed:
+        if not job.closed and self.llm is not None:
             job.closed = True
-            self.inbox.abort(job)
+            self.llm.engine_thread.cancel(job)
+
+    @property
+    def _stopping(self) -> bool:
+        return self.draining or (self.inbox is not None and self.inbox.stopping)
 
     def _retry_after(self) -> int:
         """Seconds after which a place may be free."""
@@ -130,47 +158,49 @@ class Worker:
                 self.active -= each.ended
                 seconds = time.monotonic() - each.job.submitted
                 self._seconds += 0.1 * (seconds - self._seconds)
-            if each.content is not None:
-                each.job.chunks.put_nowait(each.content)
+            job = each.job
+            assert isinstance(job, HttpJob)
+            if isinstance(each.content, BaseException):
+                job.chunks.put_nowait(self._api_error(job, each.content))
+            elif each.content is not None:
+                job.chunks.put_nowait(each.content)
 
-    def _refuse_latecomers(self, error: ApiError) -> None:
-        """Answers the jobs that the thread has not taken in any more."""
-        late = [job for command, job in self.inbox.commands() if command == "add"]
-        self._deliver([Delivery(job, error, job.left) for job in late])
+    def _api_error(self, job: HttpJob, error: BaseException) -> ApiError:
+        """What a job's client is told."""
+        if isinstance(error, QueueTimeoutError):
+            return ApiError(503, str(error), "queue_timeout", retry_after=self._retry_after())
+        if isinstance(error, EngineStoppedError):
+            return _shutting_down() if self._stopping else ApiError(500, str(error), "engine_died")
+        if isinstance(error, ConfigError | CapacityError):  # any other error is not the request's
+            return of_smart_error(error)
+        log.error("request failed", exc_info=error, extra={"request_id": job.request_id})
+        message = f"the model failed on this request: {type(error).__name__}: {error}"
+        return ApiError(500, message, "request_failed")
 
-    # --- from here on, the engine's thread ---
+    # --- from here on, other threads ---
 
     def _main(self) -> None:
         try:
-            llm = self._loaded()
+            self.llm = self._loaded()
         except BaseException as error:
-            self.error = error
+            self._load_error = error
             if not isinstance(error, SmartError):
                 log.error("the model could not be loaded", exc_info=error)
             self.failed()
-            return
-        outlet = Outlet(lambda deliveries: self._call(self._deliver, deliveries), self._retry_after)
-        thread = EngineThread(llm, self.inbox, self.observers, outlet, self._queue_timeout)
-        end = _shutting_down()
-        try:
-            thread.run()
-        except BaseException as error:
-            log.critical("the engine has died", exc_info=error)
-            self.error = error
-            message = f"the engine has died: {type(error).__name__}: {error}"
-            end = ApiError(500, message, "engine_died")
-        thread.end_all(end)
-        self._call(self._refuse_latecomers, end)
 
     def _loaded(self) -> LLM:
         llm = self._load()
-        warm_up(llm)
-        for observer in self.observers:
-            observer.start(llm)
-        self.llm = llm
+        warm_up(llm.engine)
+        for watcher in self._watchers:
+            watcher.start(llm)
+        llm.engine_thread.observers.extend(self.observers)
+        self.observers = llm.engine_thread.observers
         model = str(llm.provenance.get("model", ""))
         log.info("ready", extra={"model": model, "speculation": llm.speculation.description})
         return llm
+
+    def _hand_over(self, deliveries: list[Delivery]) -> None:
+        self._call(self._deliver, deliveries)
 
     def _call(self, function: Callable[[Any], None], argument: Any) -> None:
         """Has the event loop call `function`."""

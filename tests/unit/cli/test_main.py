@@ -151,9 +151,11 @@ def test_a_closed_pipe_is_quiet() -> None:
 def test_public_names() -> None:
     assert smart_decoding.__all__ == [
         "LLM",
+        "AsyncLLM",
         "CapacityError",
         "ConfigError",
         "DownloadError",
+        "EngineStoppedError",
         "ModelError",
         "SamplingParams",
         "SmartError",

@@ -9,9 +9,9 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.engine.engine_thread import Rounds
     from smart_decoding.engine.request import Request
-    from smart_decoding.llm import LLM
-    from smart_decoding.server.engine_thread import EngineThread
 
 log = logging.getLogger("smart.engine")
 
@@ -25,14 +25,14 @@ class Isolation:
     failure. failures: in a row, that no request survived.
     """
 
-    def __init__(self, thread: EngineThread) -> None:
+    def __init__(self, rounds: Rounds) -> None:
         self.failures = 0
-        self._thread = thread
+        self._rounds = rounds
 
     def after_failed_round(self, error: Exception) -> None:
         """Raises `error` if the engine itself is to blame."""
-        log.error("a round has failed; trying its requests one by one", exc_info=error)
-        engine = self._thread.engine
+        log.info("a round has failed; trying its requests one by one", exc_info=error)
+        engine = self._rounds.engine
         queue = engine.scheduler.waiting
         suspects = engine.suspend()
         others = [request for request in queue if request not in suspects]
@@ -40,14 +40,14 @@ class Isolation:
         for suspect in suspects:
             queue.clear()
             if suspect.finished:  # in the very round that failed, or with another answer of its job
-                self._thread.emit(suspect)
+                self._rounds.emit(suspect)
                 continue
             queue.append(suspect)
             if self._survives(suspect):
                 survivors.append(suspect)
             engine.suspend()
-        for request in [request for request in self._thread.owners if request.finished]:
-            self._thread.emit(request)
+        for request in [request for request in self._rounds.owners if request.finished]:
+            self._rounds.emit(request)
         queue.clear()
         self.failures = 0 if survivors else self.failures + 1
         if self.failures >= GIVE_UP:
@@ -67,29 +67,36 @@ class Isolation:
                 and request.table.length > progress
             ):
                 progress = request.table.length
-                self._thread.step()
+                self._rounds.step()
         except Exception as error:
-            self._thread.fail(request, error)
+            self._rounds.fail(request, error)
             return False
         return True
 
     def _check_engine(self, error: Exception) -> None:
         """After failures in a row, which may have been the requests' own: tries what must work."""
         try:
-            warm_up(self._thread.llm)
+            warm_up(self._rounds.engine)
         except Exception:
             raise error from None
         self.failures = 0
 
 
-def warm_up(llm: LLM) -> None:
-    """One short answer: the first client does not pay for compilation and first touches of memory.
+def warm_up(engine: Engine) -> None:
+    """One short answer, in this thread: the first client does not pay for compilation and first
+    touches of memory.
 
     Raises ConfigError if not even that fits in.
     """
-    room = llm.engine.config.max_model_len
+    room = engine.config.max_model_len
     if room < 3:
         raise ConfigError(
             f"max_model_len={room} is not allowed for a server: it must be at least 3"
         )
-    llm.generate([[0] * min(8, room - 2)], SamplingParams(temperature=0, max_tokens=2))
+    params = SamplingParams(temperature=0, max_tokens=2)
+    (request,) = engine.add_request("warm-up", [0] * min(8, room - 2), params)
+    try:
+        while not request.finished:
+            engine.step()
+    finally:
+        engine.abort(request.id)  # of no effect if it is over

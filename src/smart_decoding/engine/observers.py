@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.request import Request
-    from smart_decoding.llm import LLM
 
 log = logging.getLogger("smart.engine")
 
 
 class Observer(Protocol):
     """Called by the engine thread. All calls must be quick."""
-
-    def start(self, llm: LLM) -> None:
-        """The model is loaded."""
-        ...
 
     def before(self, engine: Engine) -> None:
         """A round begins."""

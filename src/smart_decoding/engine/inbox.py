@@ -1,37 +1,57 @@
-"""Commands to the engine thread: the only mutable state that it shares with the event loop."""
+"""Commands to the engine thread: the only mutable state that it shares with its callers."""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Literal, TypeAlias
 
-from smart_decoding.server.jobs import Job
+from smart_decoding.engine.jobs import Job
+from smart_decoding.errors import EngineStoppedError
 
 Command: TypeAlias = tuple[Literal["add", "abort"], Job]
 
 
 class Inbox:
-    """A queue of commands; `stopping` ends the engine thread after its present round."""
+    """A queue of commands; `stopping` ends the engine thread after its present round.
+
+    ended: why no command is taken any more, None while they are; error: what broke the engine."""
 
     def __init__(self) -> None:
         self.stopping = False
+        self.error: BaseException | None = None
+        self.ended: str | None = None
         self._queue: SimpleQueue[Command | None] = SimpleQueue()  # None only wakes the thread
         self._read: deque[Command | None] = deque()  # out of the queue, but not carried out yet
+        self._lock = threading.RLock()  # a generator that is collected aborts, wherever that is
 
     def add(self, job: Job) -> None:
-        """The job is to be taken in."""
-        self._queue.put(("add", job))
+        """The job is to be taken in. Raises EngineStoppedError if the thread has ended."""
+        with self._lock:
+            if self.ended is not None:
+                raise EngineStoppedError(self.ended)
+            self._queue.put(("add", job))
 
-    def abort(self, job: Job) -> None:
-        """The job is to end, whether it has begun or not."""
-        self._queue.put(("abort", job))
+    def abort(self, job: Job) -> bool:
+        """The job is to end, whether it has begun or not; a delivery of None then says that it has.
+        False if the thread has ended, and the job with it."""
+        with self._lock:
+            if self.ended is None:
+                self._queue.put(("abort", job))
+            return self.ended is None
 
     def stop(self) -> None:
         """The thread is to end."""
         self.stopping = True
         self._queue.put(None)
+
+    def close(self, reason: str) -> list[Command]:
+        """No more commands from now on. Returns those that came too late."""
+        with self._lock:
+            self.ended = reason
+        return list(self.commands())
 
     def commands(self, wait: bool = False) -> Iterator[Command]:
         """All that has come in. wait: until something does."""

@@ -1,0 +1,290 @@
+"""The engine thread: takes jobs in, runs rounds, gives chunks out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from smart_decoding.engine.inbox import Inbox
+from smart_decoding.engine.isolation import Isolation
+from smart_decoding.engine.jobs import (
+    Chunk,
+    Delivery,
+    Job,
+    QueueTimeoutError,
+)
+from smart_decoding.engine.observers import Observers
+from smart_decoding.errors import ConfigError, EngineStoppedError
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.engine.request import Request
+
+log = logging.getLogger("smart.engine")
+LONGEST_ROUND = 10.0  # seconds that an end waits for the present round
+
+
+class EngineThread:
+    """The one thread in which the rounds of an engine run, and of those that share its weights.
+
+    It starts with the first job, and ends with this object. observers: are told of all rounds.
+    All methods may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        self.inbox = Inbox()
+        self.observers = Observers()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def submit(self, job: Job) -> None:
+        """Queues a job. Raises EngineStoppedError."""
+        with self._starting:
+            if self._thread is None:
+                self._start()
+        job.submitted = time.monotonic()
+        job.left = job.size
+        self.inbox.add(job)
+
+    def cancel(self, job: Job) -> bool:
+        """Ends a job before the next round, if it has not ended, and frees its slots. Then None is
+        delivered; false if it is not, as no thread runs."""
+        return self._thread is not None and self.inbox.abort(job)
+
+    def results(self, job: Job) -> Generator[Chunk, None, None]:
+        """Runs a job: its chunks as rounds yield them. The job is over when this is.
+
+        Raises what its asks or its `on_round` raised, EngineStoppedError, and ConfigError in the
+        engine thread itself."""
+        if threading.current_thread() is self._thread:
+            raise ConfigError("on_step cannot ask the model: it would wait for itself")
+        box: SimpleQueue[list[Delivery]] = SimpleQueue()
+        job.deliver = box.put
+        left = job.size
+        try:
+            if left:
+                self.submit(job)
+            while left:
+                for delivery in box.get():
+                    left -= delivery.ended
+                    if isinstance(delivery.content, BaseException):
+                        left = 0
+                        raise delivery.content
+                    if delivery.content is not None:
+                        yield delivery.content
+        finally:
+            # A generator may be collected in any thread, the engine's too: it waits for nobody.
+            if left and self.cancel(job) and threading.current_thread() is not self._thread:
+                while all(delivery.content is not None for delivery in box.get()):
+                    pass
+
+    def stop(self, timeout: float = LONGEST_ROUND) -> None:
+        """Ends the thread after its present round; what still runs gets EngineStoppedError."""
+        self.inbox.stop()
+        if self._thread is not None:
+            _join(self._thread, timeout)
+
+    def _start(self) -> None:
+        given = (self.inbox, self.observers)
+        self._thread = threading.Thread(target=_main, args=given, name="smart-engine", daemon=True)
+        weakref.finalize(self, _end, self.inbox, self._thread)
+        self._thread.start()
+
+
+def _end(inbox: Inbox, thread: threading.Thread) -> None:
+    """No thread is in the kernels when the process ends."""
+    inbox.stop()
+    _join(thread, LONGEST_ROUND)
+
+
+def _join(thread: threading.Thread, timeout: float) -> None:
+    if thread is not threading.current_thread():
+        thread.join(timeout)
+
+
+def _main(inbox: Inbox, observers: Observers) -> None:
+    reason = "the engine has been shut down"
+    rounds = Rounds(inbox, observers)
+    try:
+        rounds.run()
+    except BaseException as error:
+        log.critical("the engine has died", exc_info=error)
+        reason = f"the engine has died: {type(error).__name__}: {error}"
+        inbox.error = error
+    rounds.end_all(reason)
+    for command, job in inbox.close(reason):
+        end = EngineStoppedError(reason) if command == "add" else None
+        job.deliver([Delivery(job, end, job.left)])
+        job.left = 0
+
+
+class Rounds:
+    """Owns the engines and the jobs in them; nothing here is called from another thread.
+
+    Engines that share weights and KV memory take turns: a job waits until no other engine has
+    requests, and those that come later wait behind it. An idle thread holds no engine.
+    """
+
+    def __init__(self, inbox: Inbox, observers: Observers) -> None:
+        self.owners: dict[Request, Job] = {}
+        self._engine: Engine | None = None
+        self._inbox = inbox
+        self._observers = observers
+        self._queue: deque[Job] = deque()  # jobs that are not in an engine yet
+        self._waiting: deque[Job] = deque()  # jobs in the engine of which no answer has begun
+        self._shown: list[Job] = []  # jobs in the engine that are called after each round
+        self._outbox: list[Delivery] = []
+        self._isolation = Isolation(self)
+
+    @property
+    def engine(self) -> Engine:
+        """The one that has requests."""
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def _busy(self) -> bool:
+        return self._engine is not None and self._engine.has_unfinished_requests
+
+    def run(self) -> None:
+        """Rounds until the inbox says stop. Raises what breaks the engine itself."""
+        while not self._inbox.stopping:
+            self._carry_out_commands()
+            self._drop_overdue()
+            if self._busy:
+                try:
+                    self.step(self._inbox.arrived)
+                    self._isolation.failures = 0
+                except Exception as error:
+                    self._isolation.after_failed_round(error)
+            self._flush()
+
+    def end_all(self, reason: str) -> None:
+        """Tells every job that is still here why it ends."""
+        for job in dict.fromkeys((*self.owners.values(), *self._queue)):
+            self._outbox.append(Delivery(job, EngineStoppedError(reason), job.left))
+            job.left = 0
+        self._flush()
+
+    def step(self, arrived: Callable[[], bool] = lambda: False) -> None:
+        """One round. arrived: whether somebody waits for its end."""
+        self._observers.tell(lambda observer: observer.before(self.engine))
+        touched = self.engine.step(arrived)
+        while self._waiting and any(r.table.pages or r.finished for r in self._waiting[0].answers):
+            self._waiting.popleft()  # first come, first served: the others have not begun either
+        self._observers.tell(lambda observer: observer.after(self.engine, touched))
+        self._show(touched)
+        for request in touched:
+            self.emit(request)
+
+    def emit(self, request: Request) -> None:
+        """Puts out what a request has gained; ends it if that raises."""
+        try:
+            self._emit(request)
+        except Exception as error:  # of its text: the others have nothing to do with it
+            self.fail(request, error)
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """Ends the job of a request that raised, and tells its caller."""
+        self.engine.abort(request.id)
+        job = self.owners.get(request)
+        if job is not None:
+            self._end(job, error)
+
+    def _carry_out_commands(self) -> None:
+        idle = not self._busy and not self._queue
+        if idle:
+            self._engine = None
+            self._shown = []
+        for command, job in self._inbox.commands(wait=idle):
+            if command == "add":
+                self._queue.append(job)
+            else:
+                self._end(job)
+        while self._queue and (self._queue[0].engine is self._engine or not self._busy):
+            self._add(self._queue.popleft())
+
+    def _add(self, job: Job) -> None:
+        self._engine = job.engine
+        try:
+            for place, ask in enumerate(job.asks):
+                name = f"{job.id}-{place}"
+                for request in job.engine.add_request(name, ask.tokens, ask.params, ask.media):
+                    job.answers[request] = len(job.answers)
+                    job.sent[request] = 0
+                    self.owners[request] = job
+        except Exception as error:
+            self._end(job, error)
+        else:
+            self._waiting.append(job)
+            if job.on_round is not None:
+                self._shown.append(job)
+
+    def _end(self, job: Job, error: BaseException | None = None) -> None:
+        """Takes a job out, its slots with it; `error` goes to its caller."""
+        for request in job.answers:
+            if self.owners.pop(request, None) is not None:
+                self.engine.abort(request.id)
+                self._tell_ended(request, "error" if error else "abort")
+        for line in (self._queue, self._waiting):
+            if job in line:
+                line.remove(job)
+        self._outbox.append(Delivery(job, error, job.left))
+        job.left = 0
+
+    def _drop_overdue(self) -> None:
+        now = time.monotonic()
+        while self._waiting and now - self._waiting[0].submitted > self._waiting[0].timeout:
+            job = self._waiting[0]
+            message = f"no free slot within {job.timeout:g} s: try again later"
+            self._end(job, QueueTimeoutError(message))
+
+    def _show(self, touched: list[Request]) -> None:
+        """Calls the jobs' `on_round`; one that raises ends its own job."""
+        self._shown = [job for job in self._shown if job.left]
+        for job in self._shown:
+            assert job.on_round is not None
+            try:
+                job.on_round([request for request in touched if request in job.answers])
+            except BaseException as error:
+                self._end(job, error)
+        if self._shown:
+            for request in [request for request in self.owners if request.aborted]:  # just now
+                self.emit(request)
+
+    def _emit(self, request: Request) -> None:
+        """For a job that does not stream, only at its end."""
+        job = self.owners.get(request)
+        if job is None or not (job.stream or request.finished):
+            return
+        stop = request.stop
+        start = job.sent[request]
+        tokens = list(request.output[start:])
+        logprobs = None
+        if request.logprobs is not None:
+            logprobs = request.logprobs[start : len(request.output)]
+        job.sent[request] = start + len(tokens)
+        reason = "abort" if request.aborted else stop.finish_reason
+        chunk = Chunk(job.answers[request], stop.new_text(), tokens, logprobs, reason)
+        if request.finished:
+            chunk.cached_tokens = request.metrics.cached_tokens
+            del self.owners[request]
+            job.left -= 1
+            self._tell_ended(request, reason or "abort")
+        self._outbox.append(Delivery(job, chunk, int(request.finished)))
+
+    def _tell_ended(self, request: Request, reason: str) -> None:
+        self._observers.tell(lambda observer: observer.ended(request, reason))
+
+    def _flush(self) -> None:
+        """One call for all that goes the same way."""
+        outbox = self._outbox
+        self._outbox = []
+        for deliver in dict.fromkeys(delivery.job.deliver for delivery in outbox):
+            deliver([delivery for delivery in outbox if delivery.job.deliver == deliver])

@@ -1,0 +1,84 @@
+"""What passes between callers and the engine thread: jobs one way, chunks the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from smart_decoding.errors import SmartError
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.engine.media import Media
+    from smart_decoding.engine.request import Request
+    from smart_decoding.engine.sampling_params import SamplingParams
+
+
+class QueueTimeoutError(SmartError):
+    """A job has waited for its first slot for too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt's tokens with its pictures, to be answered `params.n` times."""
+
+    tokens: Sequence[int]
+    params: SamplingParams
+    media: Media | None = None
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What one answer gained. tokens: ids; logprobs: one entry a token, None if not asked for."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    logprobs: list[Any] | None
+    finish_reason: str | None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """From the engine thread to a job's caller. content: an error is its end, None says that it was
+    cancelled; ended: answers of the job that are over with it."""
+
+    job: Job
+    content: Chunk | BaseException | None
+    ended: int = 0
+
+
+def _to_nobody(deliveries: list[Delivery]) -> None:
+    pass
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """What one caller asks for: it ends as a whole if it is cancelled or if one of its asks fails.
+
+    Answers are numbered through all asks. id: unique in its engine; stream: chunks after each
+    round, not only at an answer's end; deliver: the way back, called by the engine thread;
+    on_round: called by it after each round with the job's requests that got tokens; timeout:
+    seconds that it may wait for its first slot; request_id: for the log.
+    """
+
+    id: str
+    engine: Engine
+    asks: Sequence[Ask]
+    stream: bool = False
+    deliver: Callable[[list[Delivery]], None] = _to_nobody
+    on_round: Callable[[list[Request]], None] | None = None
+    timeout: float = float("inf")
+    request_id: str = ""
+    submitted: float = 0.0  # when, on time.monotonic
+    # The engine thread's:
+    answers: dict[Request, int] = field(default_factory=dict)
+    sent: dict[Request, int] = field(default_factory=dict)  # tokens given out
+    left: int = 0  # answers that are not over yet
+
+    @property
+    def size(self) -> int:
+        """Answers in all."""
+        return sum(ask.params.n for ask in self.asks)
