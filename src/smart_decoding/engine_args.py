@@ -31,6 +31,9 @@ class EngineArgs:
     quantization: None keeps weights as they are stored: quants of GGUF, GPTQ and AWQ files stay
         quants on the CPU kernels in bfloat16. off expands them to dtype. int8 and int4 round
         matrices to so many bits when they are loaded.
+    activations: int8 rounds what quants are multiplied with to 8 bits, in groups of 32, as
+        llama.cpp does: faster, a slightly different model, and still the same words under every
+        policy. Only on CPUs with VNNI or i8mm, in bfloat16.
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
         kv_cache_tokens allows if that is less).
@@ -60,6 +63,7 @@ class EngineArgs:
     speculative_config: Mapping[str, Any] | bool | None = None
     dtype: str = "bfloat16"
     quantization: str | None = None
+    activations: str | None = None
     device: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
@@ -82,6 +86,8 @@ class EngineArgs:
 
         dtype_of(self.dtype)
         self.template()
+        if self.activations not in (None, "int8"):
+            raise ConfigError(f"activations={self.activations!r} is not supported: use int8")
         if self.quantization not in QUANTIZATIONS:
             known = ", ".join(map(str, QUANTIZATIONS))
             raise ConfigError(f"quantization={self.quantization!r} is not supported: use {known}")

@@ -23,8 +23,12 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.kernels import library
 from smart_decoding.models import chat_template, memory
 from smart_decoding.models.grammars import Grammars
-from smart_decoding.models.kernel_check import require_kernels, require_served
-from smart_decoding.models.loading import Checkpoint, load_checkpoint
+from smart_decoding.models.kernel_check import (
+    require_byte_products,
+    require_kernels,
+    require_served,
+)
+from smart_decoding.models.loading import Checkpoint, load_checkpoint, with_rounded_inputs
 from smart_decoding.models.registry import DEFAULT_MODEL
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.tokenizer import Tokenizer
@@ -280,12 +284,16 @@ def _params_for(
 
 def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
     """The target, without its weights."""
-    return load_checkpoint(
+    quantization = quantization_of(args, device)
+    if args.activations is not None:
+        require_byte_products(quantization)
+    checkpoint = load_checkpoint(
         args.model,
         lambda config: require_served(config, device, args.allow_slow),
-        quantization_of(args, device),
+        quantization,
         args.trust_pickle,
     )
+    return checkpoint if args.activations is None else with_rounded_inputs(checkpoint)
 
 
 def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:

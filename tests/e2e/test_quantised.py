@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.kernels.ops import multiplies_bytes
 from smart_decoding.llm import LLM
 
 pytestmark = pytest.mark.model
@@ -26,11 +27,12 @@ POLICIES: list[dict[str, Any] | bool] = [
 ]
 
 
-def engine(quantization: str | None) -> LLM:
+def engine(quantization: str | None, activations: str | None = None) -> LLM:
     return LLM(
         MODEL,
         speculative_config=False,
         quantization=quantization,
+        activations=activations,
         max_model_len=512,
         max_num_seqs=4,
         enable_prefix_caching=False,
@@ -47,13 +49,23 @@ def test_no_policy_tells_them_apart(both: tuple[LLM, LLM], temperature: float) -
     params = SamplingParams(temperature=temperature, max_tokens=24, seed=5)
     found = []
     for llm in both:
-        prompts = [
-            llm.tokenizer.encode_chat([{"role": "user", "content": question}])
-            for question in QUESTIONS
-        ]
-        for config in POLICIES:
-            answers = llm.sharing_weights(config).generate(prompts, params)
-            found.append([answer.outputs[0].token_ids for answer in answers])
+        found += [answers_of(llm, config, params) for config in POLICIES]
+    assert all(answers == found[0] for answers in found)
+
+
+def answers_of(llm: LLM, config: dict[str, Any] | bool, params: SamplingParams) -> list[list[int]]:
+    prompts = [
+        llm.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS
+    ]
+    answers = llm.sharing_weights(config).generate(prompts, params)
+    return [answer.outputs[0].token_ids for answer in answers]
+
+
+@pytest.mark.skipif(not multiplies_bytes(), reason="this CPU multiplies no bytes")
+def test_activations_in_8_bits_are_one_model_under_every_policy() -> None:
+    llm = engine(None, "int8")
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    found = [answers_of(llm, config, params) for config in POLICIES]
     assert all(answers == found[0] for answers in found)
 
 

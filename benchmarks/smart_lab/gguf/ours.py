@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
 
 # How weights are held -> the engine's options for it.
-HELD: Mapping[str, Mapping[str, Any]] = {"as-stored": {}, "expanded": {"quantization": "off"}}
+HELD: Mapping[str, Mapping[str, Any]] = {
+    "as-stored": {},
+    "int8": {"activations": "int8"},
+    "expanded": {"quantization": "off"},
+}
 PLAIN = "plain"
 
 

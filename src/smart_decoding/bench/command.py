@@ -31,6 +31,7 @@ def words_of(options: BenchOptions) -> list[str]:
         "tasks": ",".join(options.tasks),
         "dtype": options.dtype,
         "quantization": options.quantization,
+        "activations": options.activations,
         "temperature": f"{options.temperature:g}",
         "limit": options.limit,
         "skip": options.skip or None,

@@ -66,7 +66,7 @@ class BenchOptions:
     time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
     json, html: files for the results and for the report; plots: folder for pictures, made if need
     be. resume: a file that keeps what is measured, so that the same command goes on after a cut.
-    quantization, chat_template, trust_pickle: as `EngineArgs` takes them.
+    quantization, activations, chat_template, trust_pickle: as `EngineArgs` takes them.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run.
     Raises ConfigError for anything that cannot be run."""
 
@@ -98,6 +98,7 @@ class BenchOptions:
     blocks: bool = False
     skip: int = 0
     quantization: str | None = None
+    activations: str | None = None
     chat_template: str | None = None
     trust_pickle: bool = False
     allow_slow: bool = False

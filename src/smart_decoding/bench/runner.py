@@ -259,6 +259,7 @@ def load(options: BenchOptions) -> LLM:
         speculative_config=False,
         dtype=options.dtype,
         quantization=options.quantization,
+        activations=options.activations,
         device=options.device,
         max_num_seqs=largest,
         kv_cache_tokens=max(

@@ -14,7 +14,7 @@ from smart_decoding.bench.presets import PRESETS
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.bench.results import Results
 from smart_decoding.cli.arguments import add_allow_slow, shares, whole_numbers, words
-from smart_decoding.cli.model_options import QUANTIZATION
+from smart_decoding.cli.model_options import ACTIVATIONS, QUANTIZATION
 from smart_decoding.cli.report import add_output_arguments, write_outputs
 
 MOVED = (
@@ -112,6 +112,7 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add("--trust-pickle", action="store_true", help="models and heads may be pickled")
     add("--dtype", help=f"bf16 or fp32 (default: {default.dtype})")
     QUANTIZATION.add_to(group)
+    ACTIVATIONS.add_to(group)
     add("--device", help=f"cpu, cuda or auto (default: {default.device})")
     add_allow_slow(group)
 

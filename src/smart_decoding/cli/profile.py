@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from smart_decoding.cli.arguments import ALLOW_SLOW, add_options
 from smart_decoding.cli.model_options import (
+    ACTIVATIONS,
     DEVICE,
     DRAFT,
     DTYPE,
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, what drafts, and the time to measure for."""
     drafting = tuple(method for method in METHOD.choices or () if method != "none")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name, hub id, folder or GGUF file")
-    of_model = (DTYPE, QUANTIZATION, DEVICE, ALLOW_SLOW, TRUST_PICKLE)
+    of_model = (DTYPE, QUANTIZATION, ACTIVATIONS, DEVICE, ALLOW_SLOW, TRUST_PICKLE)
     add_options(parser, (*of_model, replace(METHOD, choices=drafting), DRAFT))
     # A policy that needs no profile.
     parser.set_defaults(policy="eagle2", policy_option=[], method_option=[])
@@ -46,16 +47,9 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.profiling.measure import held_out_error, longest_context, measure
     from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 
-    config = speculative_config(args)
-    llm = LLM(
-        args.model,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        device=args.device,
-        speculative_config=config,
-        trust_pickle=args.trust_pickle,
-        allow_slow=args.allow_slow,
-    )
+    given = ("dtype", "quantization", "activations", "device", "trust_pickle", "allow_slow")
+    options = {name: getattr(args, name) for name in given}
+    llm = LLM(args.model, speculative_config=speculative_config(args), **options)
     model = llm.speculation.model
     target = llm.target
     drafter = level_drafter(llm.speculation.drafter)

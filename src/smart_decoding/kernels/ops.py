@@ -41,6 +41,11 @@ def rounds_inputs() -> bool:
     return bool(_lib().smart_rounds_inputs())
 
 
+def multiplies_bytes() -> bool:
+    """Can quants be multiplied with inputs rounded to 8 bits? (True on CPUs with VNNI or i8mm.)"""
+    return bool(_lib().smart_multiplies_bytes())
+
+
 def attends_by_pairs(bf16: bool, head_dim: int) -> bool:
     """Do keys and values of a page lie in pairs?"""
     return bool(_lib().smart_attends_by_pairs(bf16, head_dim))

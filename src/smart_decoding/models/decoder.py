@@ -70,7 +70,7 @@ class Decoder:
     the dtype. native: whether the CPU kernels run it (None: on every CPU, an error where they
     cannot). graphs: whether CUDA graphs do, on a CUDA device."""
 
-    only_drafts = False  # whether logits may be off by a little
+    in_bytes = False  # whether quants are multiplied with inputs rounded to 8 bits
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Decoder:
         self._layers: Layers
         if self.native:
             shapes = config.expected_shapes().values()
-            arena = Arena(self.dtype.itemsize * sum(map(math.prod, shapes)), self.only_drafts)
+            arena = Arena(self.dtype.itemsize * sum(map(math.prod, shapes)), self.in_bytes)
             self._layers = NativeLayers(layers, arena, self.workspace)
             return arena
         on_cuda = self.device.type == "cuda"
@@ -199,3 +199,9 @@ class Decoder:
             aux_layers=aux_layers,
             aux_hidden=aux_hidden,
         )
+
+
+class RoundingDecoder(Decoder):
+    """Inputs of its quants are rounded to 8 bits: faster, and its logits are off by a little."""
+
+    in_bytes = True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.kernels.selection import FirstLevel, NativeSelection
-from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.decoder import RoundingDecoder
 from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.native_level import LevelCall
 from smart_decoding.models.ranking import noise_of_levels, ranked
@@ -30,12 +30,6 @@ if TYPE_CHECKING:
     from smart_decoding.models.loading import Checkpoint
 
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-class _DraftDecoder(Decoder):
-    """Its quants are multiplied with inputs of 8 bits: no answer depends on drafts."""
-
-    only_drafts = True
 
 
 class DraftModel:
@@ -59,7 +53,7 @@ class DraftModel:
         weights: ChainMap[str, Matrix] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
         native = use_native(c, target.device, target.allow_slow)
         with fitting_memory("draft model", pages):
-            self._decoder = _DraftDecoder(
+            self._decoder = RoundingDecoder(  # no answer depends on drafts
                 c,
                 weights,
                 target.dtype,
@@ -76,6 +70,7 @@ class DraftModel:
         self._tokens = torch.arange(vocab, device=target.device)
         self.shape = (
             "draft_model",
+            checkpoint.provenance["weights"],
             c.layers,
             c.hidden,
             c.heads,

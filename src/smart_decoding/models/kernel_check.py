@@ -11,7 +11,7 @@ import torch
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels import library
-from smart_decoding.kernels.ops import HEAD_DIMS, MAX_QUERIES
+from smart_decoding.kernels.ops import HEAD_DIMS, MAX_QUERIES, multiplies_bytes
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
@@ -62,6 +62,18 @@ def require_served(
         reason = unserved(config)
         if reason is not None:
             raise ModelError(f"the CPU kernels do not serve {what}: {reason}; {INSTEAD}")
+
+
+def require_byte_products(quantization: str | None) -> None:
+    """Raises ConfigError where inputs of 8 bits cannot be multiplied: on this CPU, or with weights
+    that are expanded."""
+    if quantization == "off":
+        raise ConfigError(
+            "activations='int8' needs quantised weights on the CPU kernels in bfloat16; "
+            "these are expanded"
+        )
+    if not multiplies_bytes():
+        raise ConfigError("activations='int8' needs a CPU with AVX-512 VNNI or Arm's i8mm")
 
 
 def use_native(config: ModelConfig, device: torch.device, allow_slow: bool = False) -> bool:

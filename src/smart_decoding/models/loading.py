@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Checkpoint:
     """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`:
     a folder for Tokenizer.load; `provenance`: strings that say which weights these are; `vision`:
-    its vision part, if it has one; `quantization`: as it was asked for."""
+    its vision part, if it has one; `quantization`: as it was asked for;
+    `in_bytes`: whether inputs of quants are rounded to 8 bits."""
 
     config: ModelConfig
     weights: Mapping[str, Matrix]
@@ -37,6 +38,7 @@ class Checkpoint:
     provenance: Mapping[str, str]
     vision: VisionFiles | None = None
     quantization: str | None = "off"
+    in_bytes: bool = False
 
 
 def _accept(config: ModelConfig) -> None:
@@ -92,6 +94,12 @@ def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:
         provenance={**checkpoint.provenance, "weights": told, "dtype": quantization},
         quantization=quantization,
     )
+
+
+def with_rounded_inputs(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, inputs of its quants rounded to 8 bits."""
+    dtype = f"{checkpoint.provenance['dtype']}, activations in 8 bits"
+    return replace(checkpoint, provenance={**checkpoint.provenance, "dtype": dtype}, in_bytes=True)
 
 
 def _load_vision(

@@ -13,7 +13,7 @@ from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores, VerifyRound
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.errors import CapacityError, ConfigError
-from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.decoder import Decoder, RoundingDecoder
 from smart_decoding.models.drawing import draws_of
 from smart_decoding.models.kernel_check import use_native, why_slow
 from smart_decoding.models.sampler import Sampled, Sampler
@@ -94,7 +94,7 @@ class TorchTarget(Sampled):
         with fitting_memory("model", pages):
             if checkpoint.vision:
                 self._tower = VisionTower(checkpoint.vision, self.dtype, self.device)
-            self.decoder = Decoder(
+            self.decoder = (RoundingDecoder if checkpoint.in_bytes else Decoder)(
                 config,
                 checkpoint.weights,
                 self.dtype,

@@ -68,7 +68,7 @@ def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
     sampling = "--temperature 0.8 --top-p 0.9 --top-k 40 --min-p 0.05 --seed 7 --max-tokens 9"
     other = (
         "--method-option longest=5 --dtype fp32 --device cpu --raw --max-model-len 99 "
-        "--quantization int8 --chat-template vicuna --trust-pickle"
+        "--quantization int8 --activations int8 --chat-template vicuna --trust-pickle"
     )
     assert cli.main(["run", *f"{options} {sampling} {other}".split(), "once upon"]) == 0
     (llm,) = fake.made
@@ -81,6 +81,7 @@ def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
     }
     assert (llm.model, llm.options["dtype"], llm.options["device"]) == ("m", "fp32", "cpu")
     assert llm.options["quantization"] == "int8"
+    assert llm.options["activations"] == "int8"
     assert llm.options["max_model_len"] == 99
     assert llm.options["chat_template"] == "vicuna"
     assert llm.options["trust_pickle"] is True

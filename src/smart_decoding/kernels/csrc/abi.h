@@ -243,7 +243,8 @@ int32_t smart_vector_width();  // lanes of float
 int32_t smart_page();          // positions of a KV page
 // Rows that share a pass over weights: one more costs a step.
 int32_t smart_pass_rows(int32_t is_bf16);
-int32_t smart_rounds_inputs();  // does bf16 mean bf16 inputs of linear layers, too?
+int32_t smart_rounds_inputs();     // does bf16 mean bf16 inputs of linear layers, too?
+int32_t smart_multiplies_bytes();  // may inputs be rounded to 8 bits (Weight)?
 // Do keys and values of a page lie in pairs?
 int32_t smart_attends_by_pairs(int32_t is_bf16, int32_t head_dim);
 

@@ -300,6 +300,19 @@ static inline vf dot_bf16(vf sum, vu a, vu b) {
 #endif
 }
 
+// a * b + c, rounded once: written out where a sum must not depend on how a loop is compiled.
+static inline vf fused(const vf& a, const vf& b, const vf& c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && !defined(SMART_EMULATE_TILES)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    vf out;
+    for (int j = 0; j < VW; j++) out[j] = std::fma(a[j], b[j], c[j]);
+    return out;
+#endif
+}
+
 // Products of four unsigned bytes x with four signed ones w, which are added to integers.
 #if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_MATMUL_INT8) || defined(SMART_EMULATE_TILES)
 constexpr bool HAS_BYTE_DOT = true;

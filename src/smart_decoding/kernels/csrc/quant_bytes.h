@@ -1,6 +1,6 @@
-// Products of quants with inputs in 8 bits, for what may be off by a little: draft models. Quants
-// are not widened; four of them are multiplied with four bytes and added in one instruction, which
-// is a fifth of the work of quants.h.
+// Products of quants with inputs in 8 bits: for draft models, and for targets where that is asked
+// for. Quants are not widened; four of them are multiplied with four bytes and added in one
+// instruction. A row's sums have the same bits in any company, but not those of quants.h.
 
 #pragma once
 #include <vector>
@@ -95,8 +95,8 @@ __attribute__((always_inline)) static inline void add_group(
         const vf inputs = HAS_BF16_PAIRS ? (vf)broadcast8(pair) : vf{} + (pair[0] + pair[1]);
         for (int kind = 0; kind < KINDS; kind++) {
             const vf products = __builtin_convertvector(integers[r][kind], vf);
-            sums[r][kind] += products * (scale[kind] * in.scale[at]);
-            sums[r][kind] += least[kind] * inputs;
+            const vf step = scale[kind] * in.scale[at];
+            sums[r][kind] = fused(least[kind], inputs, fused(products, step, sums[r][kind]));
         }
     }
 }
