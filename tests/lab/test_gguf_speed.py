@@ -430,7 +430,7 @@ def test_the_best_and_the_default_draft_model_are_measured(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--ours", "packed"), "--ours takes as-stored, expanded, not packed"),
+        (("--ours", "packed"), "--ours takes as-stored, int8, expanded, not packed"),
         (("--max-tokens", "1"), "--max-tokens 1 is too small"),
         (("--blocks", "0"), "--blocks 0 is too small"),
         (("--draft", "x.safetensors"), "x.safetensors is not a GGUF file"),
