@@ -26,6 +26,7 @@ MADE = "Made by `python -m smart_lab results` from the JSON files of this folder
 # Kind -> title, in the order of the page.
 KINDS = {
     "bench": "Policies",
+    "gguf": "A GGUF file here and in llama.cpp",
     "fair-comparison": "Rivals on the same native path",
     "batch-16-32": "Large batches",
     "sampled": "Sampled",
@@ -123,7 +124,9 @@ def facts(origin: Mapping[str, Any]) -> str:
 def tables_of(data: Mapping[str, Any]) -> list[str]:
     """Every part of a run as a table under its title."""
     found: list[Section] = []
-    if "runs" in data:
+    if "llama_cpp" in data:
+        found += tables.gguf(data)
+    elif "runs" in data:
         results = LabResults.from_dict(data)
         for title, runs in _run_parts(results):
             beside = report.over(replace(results, runs=runs))

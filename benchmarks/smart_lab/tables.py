@@ -266,3 +266,50 @@ def _triple(values: Sequence[float | None]) -> Cell:
 def _runs(peer: Mapping[str, Any]) -> list[Run]:
     runs = peer.get("runs")
     return [run for run in runs if isinstance(run, Mapping)] if isinstance(runs, Sequence) else []
+
+
+def gguf(result: Mapping[str, Any]) -> list[Section]:
+    """One GGUF file here and in llama.cpp: forwards, then a table for each number of requests."""
+    return [_gguf_forwards(result), *(_gguf_run(run) for run in result["runs"])]
+
+
+def _gguf_forwards(result: Mapping[str, Any]) -> Section:
+    found = result["forwards"]
+    sizes = next(iter(found.values()), {})
+    rows = [(size, *(_range(times[size]) for times in found.values())) for size in sizes]
+    title = f"Milliseconds of a forward after {result['forward_context']} tokens (lowest–highest)"
+    return Section("forwards", title, head=("rows", *found), rows=rows)
+
+
+def _gguf_run(run: Mapping[str, Any]) -> Section:
+    rows = [
+        (
+            each["name"],
+            _range(each["decode"]),
+            _range(each["overall"]),
+            f"{each['per_round']:.2f}",
+            f"{100 * each['same']:.0f} %",
+        )
+        for each in run["contestants"]
+    ]
+    head = (
+        "",
+        "decode tok/s (lowest–highest)",
+        "with prompts",
+        "tokens a round",
+        "our plain's words",
+    )
+    ratios = [
+        f"{each['of']} over {each['over']}, {each['key']}: {each['value']:.2f} "
+        f"({each['low']:.2f}–{each['high']:.2f})"
+        for each in run["ratios"]
+        if each["pairs"] > 1
+    ]
+    flags = [f"llama.cpp {mode}: `{words}`" for mode, words in run["flags"].items()]
+    title = f"{run['slots']} requests at a time, {run['blocks']} blocks"
+    return Section("gguf", title, head=head, rows=rows, captions=[*ratios, *flags])
+
+
+def _range(values: Sequence[float]) -> str:
+    middle, low, high = values
+    return f"{middle:.1f} ({low:.1f}–{high:.1f})"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.weights import Arena, QuantizedTensor, as_tensor
@@ -123,7 +124,7 @@ class Decoder:
         config = self.config
         layers = (
             layer_weights(config, weights, f"model.layers.{i}.", self.dtype, self.device)
-            for i in range(config.layers)
+            for i in tqdm(range(config.layers), "loading", unit="layer", disable=None, leave=False)
         )
         self._layers: Layers
         if self.native:
