@@ -224,22 +224,60 @@ static void widen_strip(const uint8_t* data, int64_t first, int64_t depth, Wide*
         });
 }
 
-// Adds the products of R rows x[0], x[ld], ... with a block of a strip.
+// Adds the products of R rows x[0], x[ld], ... at two of k with vectors of a strip.
+template <int R>
+__attribute__((always_inline)) static inline void multiply_pair(const Wide* x, int64_t ld,
+                                                                const vf& even, const vf& odd,
+                                                                vf (&sums)[R]) {
+    if constexpr (HAS_BF16_PAIRS) {
+        const vu pairs = two_to_bf16(even, odd);
+        for (int r = 0; r < R; r++) sums[r] = dot_bf16(sums[r], pairs, broadcast4(x + r * ld));
+    } else {
+        const vf first = rounded(even), second = rounded(odd);
+        for (int r = 0; r < R; r++) sums[r] += first * float(x[r * ld]);
+        for (int r = 0; r < R; r++) sums[r] += second * float(x[r * ld + 1]);
+    }
+}
+
+// A block of both strips of a panel, by turns: a sum must wait for the one before.
+template <int F, int R, int... PAIR>
+__attribute__((always_inline)) static inline void multiply_pairs(
+    const uint8_t* const (&quants)[2], const BlockScales (&scales)[2], const Wide* x, int64_t ld,
+    vf (&low)[R], vf (&high)[R], std::integer_sequence<int, PAIR...>) {
+    auto words = [&](int strip, int pair) __attribute__((always_inline)) {
+        if constexpr (FORMATS[F].bits >= 8) return vu{};
+        return loadu<vu>(quants[strip] + pair / 4 * sizeof(vu));
+    };
+    ((multiply_pair<R>(x + 2 * PAIR, ld,
+                       weights_of<F, 2 * PAIR>(quants[0], words(0, PAIR), scales[0]),
+                       weights_of<F, 2 * PAIR + 1>(quants[0], words(0, PAIR), scales[0]), low),
+      multiply_pair<R>(x + 2 * PAIR, ld,
+                       weights_of<F, 2 * PAIR>(quants[1], words(1, PAIR), scales[1]),
+                       weights_of<F, 2 * PAIR + 1>(quants[1], words(1, PAIR), scales[1]), high)),
+     ...);
+}
+
 template <int F, int R>
-__attribute__((always_inline)) static inline void multiply_block(StripReader<F>& strip,
+__attribute__((always_inline)) static inline void multiply_block(StripReader<F>& first,
+                                                                 StripReader<F>& second,
                                                                  const Wide* x, int64_t ld,
-                                                                 vf (&sums)[R]) {
-    strip.next_block([&](int f, const vf& even, const vf& odd) __attribute__((always_inline)) {
-        if constexpr (HAS_BF16_PAIRS) {
-            const vu pairs = two_to_bf16(even, odd);
-            for (int r = 0; r < R; r++)
-                sums[r] = dot_bf16(sums[r], pairs, broadcast4(x + r * ld + f));
-        } else {
-            const vf first = rounded(even), second = rounded(odd);
-            for (int r = 0; r < R; r++) sums[r] += first * float(x[r * ld + f]);
-            for (int r = 0; r < R; r++) sums[r] += second * float(x[r * ld + f + 1]);
-        }
-    });
+                                                                 vf (&low)[R], vf (&high)[R]) {
+    const uint8_t* blocks[2] = {first.next(), second.next()};
+    if constexpr (F == BF16_ROWS) {
+        for (int f = 0; f < QUANT_BLOCK; f += 2)
+            for (int half = 0; half < 2; half++) {
+                const bf16* at = (const bf16*)blocks[half] + f * VW;
+                multiply_pair<R>(x + f, ld, widen<vf>(at), widen<vf>(at + VW), half ? high : low);
+            }
+    } else {
+        BlockScales scales[2];
+        read_scales<F>(blocks[0], first.shared, scales[0]);
+        read_scales<F>(blocks[1], second.shared, scales[1]);
+        const uint8_t* quants[2];
+        for (int half = 0; half < 2; half++) quants[half] = blocks[half] + FORMATS[F].scales() * VW;
+        multiply_pairs<F, R>(quants, scales, x, ld, low, high,
+                             std::make_integer_sequence<int, QUANT_BLOCK / 2>());
+    }
 }
 
 // sums [R, PANEL] of R rows by a panel of two strips, widened in registers. For few rows that is
@@ -254,8 +292,7 @@ __attribute__((noinline)) static void multiply_strips(const Wide* x, int64_t ld,
             first.read_shared();
             second.read_shared();
         }
-        multiply_block<F, R>(first, x + i, ld, low);
-        multiply_block<F, R>(second, x + i, ld, high);
+        multiply_block<F, R>(first, second, x + i, ld, low, high);
     }
     for (int r = 0; r < R; r++) {
         storeu(sums + r * PANEL, low[r]);
