@@ -107,10 +107,29 @@ def test_the_readme_table_is_in_the_files_that_it_names() -> None:
         here = [r for r in runs if r["batch_size"] == int(batch) and r["task"] == "all"]
         assert all(run["identical"] for run in here)
         assert [round(r["tokens_per_s"]) for r in here if r["policy"] == "off"] == [int(plain)]
-        for kind, cell in zip(("smart", "eagle2", "paper", "pooled_chain"), cells, strict=True):
+        for kind, cell in zip(("smart", "eagle2", "paper"), cells, strict=True):
             found = [r for r in here if r["policy"].startswith(kind)]
             best = max(found, key=lambda run: run["speedup"], default=None)
             assert cell == ("" if best is None else _speedup(best))
+
+
+def test_the_readme_table_of_a_gguf_file_is_in_its_file() -> None:
+    """Median tokens per second: plain and the best way to speculate, of llama.cpp and of ours."""
+    path = ROOT / "benchmarks" / "results" / "zen4" / "2026-11-27-gguf.json"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (\d+) at once \|(.*)\|$", readme, re.MULTILINE)
+    runs = {run["slots"]: run["contestants"] for run in json.loads(path.read_text())["runs"]}
+    assert [int(slots) for slots, _ in lines] == list(runs)
+    for slots, line in lines:
+        rates = {each["name"]: each["decode"][0] for each in runs[int(slots)]}
+        wanted = []
+        for whose in ("llama.cpp", "as-stored", "int8"):
+            others = [rate for name, rate in rates.items() if name.startswith(whose)]
+            wanted += [rates[f"{whose} plain"], max(others)]
+        cells = [cell.strip().strip("*") for cell in line.split("|")]
+        assert cells == [f"{rate:.1f}" for rate in wanted]
+        assert line.count("**") == 2
+        assert max(cells, key=float) in line.split("**")[1]
 
 
 def _speedup(run: dict[str, Any]) -> str:
