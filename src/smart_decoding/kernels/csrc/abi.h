@@ -12,8 +12,7 @@
 extern "C" {
 #endif
 
-// ------------------------------------------------------------------------------------------
-// weights
+// ----------------------------------------------------------------------------------------- weights
 
 // How weights are stored; quants as in GGUF files, of which BF16_ROWS are what no format is kept
 // of. Q4_Z is Q4_0 with a zero of each block, a byte after its scale, as GPTQ and AWQ have it.

@@ -60,11 +60,11 @@ struct Prefetch {
 
     template <int HINT, int BYTES>
     void step() {  // BYTES: of weights that a step reads
-        if constexpr (HINT == NOWHERE) return;
-        constexpr int TO = HINT == NOWHERE ? PAST_CACHES : HINT;
-        __builtin_prefetch(at, 0, TO);
-        if (BYTES > 64) __builtin_prefetch(at + stride / 2, 0, TO);
-        at += stride;
+        if constexpr (HINT != NOWHERE) {
+            __builtin_prefetch(at, 0, HINT);
+            if (BYTES > 64) __builtin_prefetch(at + stride / 2, 0, HINT);
+            at += stride;
+        }
     }
 };
 

@@ -38,7 +38,8 @@ private:
         const float step = largest / 127;
         int32_t total[2][2] = {};
         for (int i = 0; i < QUANT_BLOCK; i++) {
-            const int value = int(std::lrint(to_f32(x[i]) / step));
+            // rounds to an integer, as vexp does; a call of lrint would be one for each input
+            const int value = int((to_f32(x[i]) / step + 12582912.0f) - 12582912.0f);
             to[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = int8_t(value);
             total[i / 16][i % 2] += value;
         }
@@ -108,15 +109,12 @@ __attribute__((always_inline)) static inline void byte_block(StripReader<F>& str
                                                              vf (&sums)[R][KINDS]) {
     constexpr Format format = FORMATS[F];
     constexpr int GROUPS = QUANT_BLOCK / format.group, WORDS = 4 / GROUPS;
-    const uint8_t* block = strip.next();
-    BlockScales scales;
-    read_scales<F>(block, strip.shared, scales);
-    const uint8_t* quants = block + format.scales() * VW;
+    const Block<F> block = strip.next();
     for (int group = 0; group < GROUPS; group++) {
         vi integers[R][KINDS] = {};
         for (int word = group * WORDS; word < (group + 1) * WORDS; word++) {
             vu bytes[2];
-            quant_bytes<F>(quants, word, bytes);
+            quant_bytes<F>(block.quants, word, bytes);
             for (int r = 0; r < R; r++) {
                 const int8_t* x = &in.bytes[(row + r) * in.groups * 16 + i + 8 * word];
                 const vi even = (vi)(HAS_BF16_PAIRS ? broadcast8(x) : broadcast4(x));
@@ -125,8 +123,9 @@ __attribute__((always_inline)) static inline void byte_block(StripReader<F>& str
                 dot_u8s8(integers[r][KINDS - 1], (vi)bytes[1], odd);
             }
         }
-        add_group<R>(integers, scales.scale[group], scales.least[format.has_least ? 0 : group], in,
-                     row, i / 16 + group, GROUPS == 1, sums);
+        add_group<R>(integers, block.scales.scale[group],
+                     block.scales.least[format.has_least ? 0 : group], in, row, i / 16 + group,
+                     GROUPS == 1, sums);
     }
 }
 

@@ -115,60 +115,62 @@ static inline vu high_bits(const vu& plane) {
     return (plane >> (FROM < 4 ? 0 : FROM - 4)) & MASK;
 }
 
-// Vector f of a block, whose words of nibbles are `words`.
-template <int F, int f>
-__attribute__((always_inline)) static inline vf weights_of(const uint8_t* quants, const vu& words,
-                                                           const BlockScales& scales) {
-    constexpr Format format = FORMATS[F];
-    constexpr int group = k_of_lane(f, 0) / format.group, kind = HAS_BF16_PAIRS ? f % 2 : 0;
-    const vu low = words >> (4 * (f % 8));
-    vf q;
-    if constexpr (format.bits == 8) {
-        q = bytes_to_float<int8_t>(quants + f * VW);
-    } else if constexpr (format.bits > 4) {
-        constexpr int BITS = format.bits - 4, PER_WORD = 32 / BITS;
-        const vu plane = loadu<vu>(quants + (4 + f / PER_WORD) * sizeof(vu));
-        const vu index = (low & 15) | high_bits<BITS, f % PER_WORD * BITS>(plane);
-        q = __builtin_convertvector((vi)index, vf);
-    } else {
-        q = F == IQ4_NL ? lookup(IQ4_NL_VALUES, low) : nibbles_to_float(low);
+// A block of a strip: its scales are read, its quants are widened vector by vector.
+template <int F>
+struct Block {
+    static constexpr Format format = FORMATS[F];
+    BlockScales scales;
+    const uint8_t* quants;
+
+    // shared: the halves of the super-block.
+    __attribute__((always_inline)) Block(const uint8_t* at, const vf (&shared)[2])
+        : quants(at + format.scales() * VW) {
+        if constexpr (F != BF16_ROWS) read_scales<F>(at, shared, scales);
     }
-    if constexpr (format.is_shifted())
-        return q * scales.scale[group][kind] + scales.least[format.has_least ? 0 : group][kind];
-    return q * scales.scale[group][kind];
+
+    // Vector f as floats.
+    template <int f>
+    __attribute__((always_inline)) vf vector() const {
+        constexpr int group = k_of_lane(f, 0) / format.group, kind = HAS_BF16_PAIRS ? f % 2 : 0;
+        if constexpr (F == BF16_ROWS) {
+            return widen<vf>((const bf16*)quants + f * VW);
+        } else if constexpr (format.is_shifted()) {
+            return quants_of<f>() * scales.scale[group][kind]
+                   + scales.least[format.has_least ? 0 : group][kind];
+        } else {
+            return quants_of<f>() * scales.scale[group][kind];
+        }
+    }
+
+private:
+    template <int f>
+    __attribute__((always_inline)) vf quants_of() const {
+        if constexpr (format.bits == 8) {
+            return bytes_to_float<int8_t>(quants + f * VW);
+        } else {
+            const vu low = loadu<vu>(quants + f / 8 * sizeof(vu)) >> (4 * (f % 8));
+            if constexpr (F == IQ4_NL) return lookup(IQ4_NL_VALUES, low);
+            if constexpr (format.bits == 4) return nibbles_to_float(low);
+            constexpr int BITS = format.bits > 4 ? format.bits - 4 : 1, PER_WORD = 32 / BITS;
+            const vu plane = loadu<vu>(quants + (4 + f / PER_WORD) * sizeof(vu));
+            const vu index = (low & 15) | high_bits<BITS, f % PER_WORD * BITS>(plane);
+            return __builtin_convertvector((vi)index, vf);
+        }
+    }
+};
+
+// Calls `take` with each of 0, 2, ... of a block's vectors, as a constant of the compiler.
+template <class Take, int... PAIR>
+__attribute__((always_inline)) static inline void for_pairs(Take&& take,
+                                                            std::integer_sequence<int, PAIR...>) {
+    (take(std::integral_constant<int, 2 * PAIR>()), ...);
 }
+typedef std::make_integer_sequence<int, QUANT_BLOCK / 2> BlockPairs;
 
 // Rounds to bf16, ties to even, and keeps floats.
 static inline vf rounded(const vf& v) {
     const vu bits = (vu)v;
     return (vf)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
-}
-
-// Calls `take(f, vector f, vector f + 1)` for the even vectors f of a block, in order.
-template <int F, class Take, int... PAIR>
-__attribute__((always_inline)) static inline void for_pairs(const uint8_t* quants,
-                                                            const BlockScales& scales, Take&& take,
-                                                            std::integer_sequence<int, PAIR...>) {
-    vu words[4] = {};
-    for (int i = 0; FORMATS[F].bits < 8 && i < 4; i++)
-        words[i] = loadu<vu>(quants + i * sizeof(vu));
-    (take(2 * PAIR, weights_of<F, 2 * PAIR>(quants, words[PAIR / 4], scales),
-          weights_of<F, 2 * PAIR + 1>(quants, words[PAIR / 4], scales)),
-     ...);
-}
-
-template <int F, class Take>
-__attribute__((always_inline)) static inline void for_block(const uint8_t* at,
-                                                            const vf (&shared)[2], Take&& take) {
-    if constexpr (F == BF16_ROWS) {
-        for (int f = 0; f < QUANT_BLOCK; f += 2)
-            take(f, widen<vf>((const bf16*)at + f * VW), widen<vf>((const bf16*)at + (f + 1) * VW));
-    } else {
-        BlockScales scales;
-        read_scales<F>(at, shared, scales);
-        typedef std::make_integer_sequence<int, QUANT_BLOCK / 2> Pairs;
-        for_pairs<F>(at + FORMATS[F].scales() * VW, scales, take, Pairs());
-    }
 }
 
 // A strip from some k on, a multiple of a block: within a super-block, and from block to block.
@@ -190,18 +192,12 @@ struct StripReader {
         at += format.shared() * VW;
     }
 
-    // The next block as it is in memory: its scales, then its quants.
-    __attribute__((always_inline)) const uint8_t* next() {
+    __attribute__((always_inline)) Block<F> next() {
         for (int line = 0; line < format.block() * VW; line += 64)
             __builtin_prefetch(at + PREFETCH_DISTANCE + line, 0, INTO_L2);
         const uint8_t* block = at;
         at += format.block() * VW;
-        return block;
-    }
-
-    template <class Take>
-    __attribute__((always_inline)) void next_block(Take&& take) {
-        for_block<F>(next(), shared, take);
+        return Block<F>(block, shared);
     }
 };
 
@@ -213,15 +209,20 @@ constexpr int HALF_PANEL = HAS_BF16_PAIRS ? PANEL : VW;
 template <int F>
 static void widen_strip(const uint8_t* data, int64_t first, int64_t depth, Wide* to) {
     StripReader<F> strip(data, first);
-    for (int64_t i = 0; i < depth; i += QUANT_BLOCK, to += QUANT_BLOCK * PANEL)
-        strip.next_block([&](int f, const vf& even, const vf& odd) {
-            if constexpr (HAS_BF16_PAIRS) {
-                storeu(to + f * PANEL, two_to_bf16(even, odd));
-            } else {
-                storeu(to + f * PANEL, rounded(even));
-                storeu(to + (f + 1) * PANEL, rounded(odd));
-            }
-        });
+    for (int64_t i = 0; i < depth; i += QUANT_BLOCK, to += QUANT_BLOCK * PANEL) {
+        const Block<F> block = strip.next();
+        for_pairs(
+            [&](auto f) __attribute__((always_inline)) {
+                const vf even = block.template vector<f>(), odd = block.template vector<f + 1>();
+                if constexpr (HAS_BF16_PAIRS) {
+                    storeu(to + f * PANEL, two_to_bf16(even, odd));
+                } else {
+                    storeu(to + f * PANEL, rounded(even));
+                    storeu(to + (f + 1) * PANEL, rounded(odd));
+                }
+            },
+            BlockPairs());
+    }
 }
 
 // Adds the products of R rows x[0], x[ld], ... at two of k with vectors of a strip.
@@ -239,49 +240,8 @@ __attribute__((always_inline)) static inline void multiply_pair(const Wide* x, i
     }
 }
 
-// A block of both strips of a panel, by turns: a sum must wait for the one before.
-template <int F, int R, int... PAIR>
-__attribute__((always_inline)) static inline void multiply_pairs(
-    const uint8_t* const (&quants)[2], const BlockScales (&scales)[2], const Wide* x, int64_t ld,
-    vf (&low)[R], vf (&high)[R], std::integer_sequence<int, PAIR...>) {
-    auto words = [&](int strip, int pair) __attribute__((always_inline)) {
-        if constexpr (FORMATS[F].bits >= 8) return vu{};
-        return loadu<vu>(quants[strip] + pair / 4 * sizeof(vu));
-    };
-    ((multiply_pair<R>(x + 2 * PAIR, ld,
-                       weights_of<F, 2 * PAIR>(quants[0], words(0, PAIR), scales[0]),
-                       weights_of<F, 2 * PAIR + 1>(quants[0], words(0, PAIR), scales[0]), low),
-      multiply_pair<R>(x + 2 * PAIR, ld,
-                       weights_of<F, 2 * PAIR>(quants[1], words(1, PAIR), scales[1]),
-                       weights_of<F, 2 * PAIR + 1>(quants[1], words(1, PAIR), scales[1]), high)),
-     ...);
-}
-
-template <int F, int R>
-__attribute__((always_inline)) static inline void multiply_block(StripReader<F>& first,
-                                                                 StripReader<F>& second,
-                                                                 const Wide* x, int64_t ld,
-                                                                 vf (&low)[R], vf (&high)[R]) {
-    const uint8_t* blocks[2] = {first.next(), second.next()};
-    if constexpr (F == BF16_ROWS) {
-        for (int f = 0; f < QUANT_BLOCK; f += 2)
-            for (int half = 0; half < 2; half++) {
-                const bf16* at = (const bf16*)blocks[half] + f * VW;
-                multiply_pair<R>(x + f, ld, widen<vf>(at), widen<vf>(at + VW), half ? high : low);
-            }
-    } else {
-        BlockScales scales[2];
-        read_scales<F>(blocks[0], first.shared, scales[0]);
-        read_scales<F>(blocks[1], second.shared, scales[1]);
-        const uint8_t* quants[2];
-        for (int half = 0; half < 2; half++) quants[half] = blocks[half] + FORMATS[F].scales() * VW;
-        multiply_pairs<F, R>(quants, scales, x, ld, low, high,
-                             std::make_integer_sequence<int, QUANT_BLOCK / 2>());
-    }
-}
-
 // sums [R, PANEL] of R rows by a panel of two strips, widened in registers. For few rows that is
-// faster: their sums wait for each other, and meanwhile what comes next is widened.
+// faster: a sum must wait for the one before, and meanwhile the other strip is widened.
 template <int F, int R>
 __attribute__((noinline)) static void multiply_strips(const Wide* x, int64_t ld,
                                                       const Strip* strips, int64_t k, float* sums) {
@@ -292,7 +252,15 @@ __attribute__((noinline)) static void multiply_strips(const Wide* x, int64_t ld,
             first.read_shared();
             second.read_shared();
         }
-        multiply_block<F, R>(first, second, x + i, ld, low, high);
+        const Block<F> a = first.next(), b = second.next();
+        for_pairs(
+            [&](auto f) __attribute__((always_inline)) {
+                multiply_pair<R>(x + i + f, ld, a.template vector<f>(), a.template vector<f + 1>(),
+                                 low);
+                multiply_pair<R>(x + i + f, ld, b.template vector<f>(), b.template vector<f + 1>(),
+                                 high);
+            },
+            BlockPairs());
     }
     for (int r = 0; r < R; r++) {
         storeu(sums + r * PANEL, low[r]);

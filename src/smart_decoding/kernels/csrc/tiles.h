@@ -57,7 +57,7 @@ static inline void clear_sums() {
 // of a row; ld: bytes between rows.
 template <class W, bool BOTH>
 static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t depth,
-                             Prefetch prefetch, float* sums, bool begin = true) {
+                             Prefetch prefetch, float* sums, bool begin) {
     if (begin)
         clear_sums();
     else
@@ -88,26 +88,32 @@ static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t d
     }
 }
 
+// As many rows of those left as share a pass, over `depth` bytes of a panel; returns how many.
+// shaped: rows that the tiles are configured for, or 0; the caller releases them.
+template <class W>
+static int tile_rows(const char* x, int64_t ld, int left, const char* w, int64_t depth,
+                     Prefetch prefetch, float* sums, bool begin, int& shaped) {
+    const int count = std::min(TILE_PASS, left);
+    if (count != shaped) {
+        shape_linear_tiles(std::min(count, TILE), std::max(count - TILE, 1));
+        shaped = count;
+    }
+    if (count > TILE)
+        tile_pass<W, true>(x, ld, w, depth, prefetch, sums, begin);
+    else
+        tile_pass<W, false>(x, ld, w, depth, prefetch, sums, begin);
+    return count;
+}
+
 // All rows over a block of k of a panel that is in the first cache: adds to sums [rows, PANEL], or
-// begins them. shaped: rows that the tiles are configured for, or 0; the caller releases them.
+// begins them.
 template <class W>
 static void tile_block(const Input<W>* x, int64_t ld, int rows, const W* block, int64_t k,
                        float* sums, bool begin, int& shaped) {
-    const int64_t depth = k * sizeof(W), ld_bytes = ld * sizeof(W);
-    for (int row = 0; row < rows; row += TILE_PASS) {
-        const int count = std::min(TILE_PASS, rows - row);
-        const char* from = (const char*)(x + row * ld);
-        if (count != shaped) {
-            shape_linear_tiles(std::min(count, TILE), std::max(count - TILE, 1));
-            shaped = count;
-        }
-        if (count > TILE)
-            tile_pass<W, true>(from, ld_bytes, (const char*)block, depth, Prefetch{nullptr, 0},
-                               sums + row * PANEL, begin);
-        else
-            tile_pass<W, false>(from, ld_bytes, (const char*)block, depth, Prefetch{nullptr, 0},
-                                sums + row * PANEL, begin);
-    }
+    for (int row = 0; row < rows;)
+        row += tile_rows<W>((const char*)(x + row * ld), ld * sizeof(W), rows - row,
+                            (const char*)block, k * sizeof(W), Prefetch{nullptr, 0},
+                            sums + row * PANEL, begin, shaped);
 }
 
 // `gemm` by tiles, 32 rows at a time; each pass over a panel prefetches its share of the next.
@@ -124,21 +130,13 @@ static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64
     for (int64_t p = mine.first; p < mine.last; p++) {
         const char* panel = (const char*)w + p * panel_bytes;
         Prefetch prefetch = {panel + (passes > 1 ? panel_bytes : TILE_PREFETCH_L2), stride};
-        for (int row = 0; row < rows;
-             row += TILE_PASS, prefetch.at += depth / TILE_WIDTH * stride) {
-            const int count = std::min(TILE_PASS, rows - row);
-            const char* from = (const char*)(x + row * ld);
-            if (count != shaped) {
-                shape_linear_tiles(std::min(count, TILE), std::max(count - TILE, 1));
-                shaped = count;
-            }
-            if (count > TILE)
-                tile_pass<W, true>(from, ld_bytes, panel, depth, prefetch, sums);
-            else
-                tile_pass<W, false>(from, ld_bytes, panel, depth, prefetch, sums);
+        for (int row = 0; row < rows; prefetch.at += depth / TILE_WIDTH * stride) {
+            const int count = tile_rows<W>((const char*)(x + row * ld), ld_bytes, rows - row, panel,
+                                           depth, prefetch, sums, true, shaped);
             for (int r = 0; r < count; r++)
                 done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL),
                      loadu<vf>(sums + r * PANEL + VW));
+            row += count;
         }
     }
     if (shaped) tile_release();
